@@ -23,14 +23,13 @@ from lowmem.io.export.targets import export
 from lowmem.kernels import backend
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapted_weight import AdaptedWeight
-from lowmem.nn.adapter import LoRA
-from lowmem.nn.budget import Budget
 from lowmem.nn.conv import Conv4Bit, HalfConv
-from lowmem.nn.eightbit import EightBit, Embedding8Bit, Linear8Bit
+from lowmem.nn.eightbit import Embedding8Bit, Linear8Bit
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
-from lowmem.nn.fourbit import FourBit, Linear4Bit
-from lowmem.nn.half import Half, HalfLinear
+from lowmem.nn.fourbit import Linear4Bit
+from lowmem.nn.half import HalfLinear
 from lowmem.nn.stored import StoredTensor
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.formats import FORMATS, Format
 from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize

@@ -25,10 +25,11 @@ from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
 from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import Adapter, LoRA
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import without_adapters
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
+from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
 from lowmem.transforms.convert import one_at_a_time

@@ -21,9 +21,9 @@ from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, build
 from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys, multiplied_in
+from lowmem.nn.techniques import Half
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
 from lowmem.transforms.convert import one_at_a_time

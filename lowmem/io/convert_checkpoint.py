@@ -23,10 +23,8 @@ from lowmem.io.atomic import check_writable
 from lowmem.io.container import Checkpoint, TensorSpec, open_checkpoint, write
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, read_index, shard_name, write_index
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
+from lowmem.nn.techniques import Budget, EightBit, FourBit
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of

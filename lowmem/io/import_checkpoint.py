@@ -20,9 +20,8 @@ from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, shard_name, write_index
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
+from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["ImportedRow", "import_checkpoint"]

@@ -10,11 +10,9 @@ import torch
 
 from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import Adapter, LoRA
-from lowmem.nn.eightbit import EightBit, blockwise
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored import FourBitForm
+from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA, blockwise
 from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.quant.tensor import METHODS

@@ -6,9 +6,6 @@ Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,111 +19,9 @@ from lowmem.nn.frozen_linear import autocast_enabled, is_plain_call, refuse_nest
 from lowmem.nn.loftq import truncated_svd
 from lowmem.nn.stored import FourBitForm, StoredTensor
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import LoRA
 
-__all__ = ["Adapter", "Layout", "LoRA", "Update", "add_low_rank", "is_conv1d", "layout_of"]
-
-
-_LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adaptation: the model is frozen, and two matrices A and B per weight train (arXiv 2106.09685).
-
-        y = W x + b + s B A x,  s = alpha / rank, or alpha / sqrt(rank) if rank-stabilized
-
-    Ranks and alphas can differ by layer: ``LoRA(8, ranks={"*.q_proj": 32, "*.experts.down_proj": 16})``. A pattern is
-    a glob that is matched against a layer's paths, and against these with the name of a parameter; the first match
-    wins, and a pattern that matches no adapted layer is an error. Each expert of a stack has its own A and B. Which
-    layers get adapters is an option of ``convert``.
-
-    Args:
-        rank: of ``B A``, at least 1.
-        alpha: the numerator of the scaling s; None: each layer's rank.
-        dropout: probability of dropout on the input of the low-rank product, in [0, 1). There is none for embeddings,
-            or where a weight's values are read.
-        rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
-            (rsLoRA, arXiv 2312.03732).
-        ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
-        alphas: other alphas by pattern, likewise.
-        init: "zero": B starts at zero (of an embedding, A), so a new adapter does not change the output, bit for bit
-            (except for the order of sums, where layers compute in bfloat16 in training). "loftq": ``s B A`` starts as
-            the best approximation, of this rank, of the base's quantization error, so that base and adapter are
-            nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
-
-                s B A = SVD_rank(W - dequantize(quantize(W)))
-
-            It needs W, so the same ``convert`` must quantize the weight. Only one step of LoftQ's alternation is
-            taken: the base has the same bytes as without adapters, is the same for every adapter, and stays tied.
-            Merging a new adapter of this kind changes bytes.
-        dtype: of A and B: ``torch.bfloat16`` halves their memory and that of their gradients; train them with
-            ``lowmem.master_weights(optimizer)``. None: float64 if the base is float64, else float32.
-
-    Raises:
-        ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
-            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, ranks or alphas
-            that are not pairs of a pattern and a value, an unknown init, or another dtype.
-    """
-
-    rank: int = 16
-    alpha: float | None = None
-    dropout: float = 0.0
-    rank_stabilized: bool = False
-    ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
-    alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
-    init: str = "zero"
-    dtype: torch.dtype | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
-            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
-        for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"rank={rank!r} must be a positive integer")
-        for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
-            if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
-                raise ValueError(
-                    f"alpha={alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
-                    "or None for the rank"
-                )
-        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
-        if not isinstance(self.rank_stabilized, bool):
-            raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
-        if self.init not in ("zero", "loftq"):
-            raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
-        if self.dtype not in (None, torch.bfloat16):
-            raise ValueError(f"dtype={self.dtype!r} must be torch.bfloat16, or None for float32")
-
-    @property
-    def scaling(self) -> float:
-        """The factor s of ``B A x``, at the technique's own rank and alpha."""
-        alpha = self.rank if self.alpha is None else self.alpha
-        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
-
-    def at(self, paths: Sequence[str]) -> LoRA:
-        """Return the technique for a layer with these paths: with its rank and alpha, and without patterns."""
-
-        def found(patterns: Any, default: Any) -> Any:
-            return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
-
-        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
-        return replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
-
-
-def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
-    """Return patterns and values as a tuple of pairs.
-
-    Raises:
-        ValueError: they are not pairs of a text and a value.
-    """
-    try:
-        pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
-    except (TypeError, ValueError):
-        pairs = ((None, None),)
-    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
-        raise ValueError(f"{name}={given!r} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
-    return pairs
+__all__ = ["Adapter", "Layout", "Update", "add_low_rank", "is_conv1d", "layout_of"]
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -369,7 +264,3 @@ class Adapter(nn.Module):
     def extra_repr(self) -> str:
         """Describe the adapter."""
         return f"rank={self.rank}, scaling={self.scaling:g}"
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -9,12 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
-from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
 from lowmem.nn.frozen_linear import autocast, recorded_call
-from lowmem.nn.half import Half, HalfStore, half_weights
 from lowmem.nn.stored import FourBitForm, HalfForm, StoredTensor
 from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, stored_copy, stored_property
+from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore, half_weights
 
 __all__ = ["Conv4Bit", "HalfConv", "geometry_of"]
 

@@ -12,16 +12,15 @@ from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import StoredParts
-from lowmem.nn.fourbit import FourBit, FourBitStore
 from lowmem.nn.frozen_linear import (
     exports_to_onnx,
     is_plain_call,
     recorded_call,
     refuse_nested,
 )
-from lowmem.nn.half import Half, HalfStore
 from lowmem.nn.stored import FourBitForm, HalfForm
 from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, is_exported, stored_copy, stored_property
+from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Embedding4Bit", "HalfEmbedding"]

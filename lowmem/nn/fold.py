@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.forms import freeze
 from lowmem.nn.gathered_weight import GatheredTensor
 from lowmem.nn.stored import StoredTensor
-from lowmem.nn.stored_module import StoredModule, copied_module, freeze, restored_copy
+from lowmem.nn.stored_module import StoredModule, copied_module, restored_copy
 from lowmem.quant.quantize import relative_error, requantize
 from lowmem.quant.rounding import round_to
 from lowmem.quant.tensor import QuantizedTensor

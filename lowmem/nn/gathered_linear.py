@@ -8,10 +8,11 @@ from typing import cast
 from torch import Tensor
 from torch.fx import Proxy
 
+from lowmem.nn.forms import freeze
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import recorded_call
 from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import copied_module, freeze
+from lowmem.nn.stored_module import copied_module
 
 __all__ = ["GatheredLinear4Bit", "gathered_copy"]
 

@@ -6,9 +6,7 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TypeAlias, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,44 +15,12 @@ from torch.fx import Proxy
 from lowmem.kernels.frozen_operator import refuse_training
 from lowmem.nn.frozen_linear import autocast, frozen_linear, recorded_call
 from lowmem.nn.stored import HalfForm, StoredTensor
-from lowmem.nn.stored_module import LAYERS, StoredModule, freeze, stored_copy, stored_property
-from lowmem.quant.rounding import round_to
+from lowmem.nn.stored_module import LAYERS, StoredModule, stored_copy, stored_property
+from lowmem.nn.techniques import Half, HalfStore, half_weights
 
-__all__ = ["Half", "HalfLinear", "HalfStore", "half_weights"]
-
-HalfStore: TypeAlias = Callable[[Tensor, str], nn.Parameter]
-"""Rounds a tensor; the second argument names it in errors. ``Half.store``, or a replacement for it."""
-
-
-@dataclass(frozen=True)
-class Half:
-    """Half precision: weights and biases are stored in float16 or bfloat16 and frozen.
-
-    Args:
-        dtype: ``torch.float16`` (11 significant bits, largest number 65504) or ``torch.bfloat16`` (8 significant
-            bits, the range of float32).
-
-    Raises:
-        ValueError: another dtype.
-    """
-
-    dtype: torch.dtype = torch.float16
-
-    def __post_init__(self) -> None:
-        if self.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype={self.dtype} must be torch.float16 or torch.bfloat16")
-
-    def store(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
-        """Round a tensor to ``dtype``, as a frozen parameter.
-
-        Raises:
-            TypeError, ValueError: it is not floating point, has no values, or exceeds the range of the dtype.
-        """
-        return freeze(round_to(tensor, self.dtype, name))
-
-    def skeleton(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
-        """Return what ``store`` would return, on the meta device."""
-        return freeze(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
+__all__ = [
+    "HalfLinear",
+]
 
 
 class HalfLinear(StoredModule, nn.Linear):
@@ -112,9 +78,3 @@ class HalfLinear(StoredModule, nn.Linear):
 
 
 LAYERS[nn.Linear, HalfForm] = HalfLinear
-
-
-def half_weights(layer: nn.Module, store: HalfStore) -> dict[str, Tensor]:
-    """Return a layer's weight and bias, rounded."""
-    found = {name: layer._parameters.get(name) for name in ("weight", "bias")}
-    return {name: store(tensor, name) for name, tensor in found.items() if tensor is not None}

@@ -27,6 +27,7 @@ from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
 from lowmem.kernels.torch_versions import is_exporting, leave_to_eager
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
+from lowmem.nn.forms import freeze
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored import (
@@ -52,7 +53,6 @@ __all__ = [
     "dense_bytes",
     "file_names",
     "format_keys",
-    "freeze",
     "is_exported",
     "kept_weight",
     "leading_dims",
@@ -121,13 +121,6 @@ def _shared(sources: tuple[Tensor, ...], address: int, dtype: torch.dtype) -> St
     own = tensor.__dict__
     same = own["made_of"] == (address, dtype) and all(a is b for a, b in zip(own["sources"], sources, strict=True))
     return tensor if same else None
-
-
-def freeze(tensor: Tensor) -> nn.Parameter:
-    """Return a parameter without gradient: ``tensor`` itself if it is one, so that shared weights stay shared."""
-    if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
-        return tensor
-    return nn.Parameter(tensor, requires_grad=False)
 
 
 class StoredModule(nn.Module):

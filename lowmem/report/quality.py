@@ -11,10 +11,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.budget import CHOICES, Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import CHOICES, Budget, EightBit, FourBit
 from lowmem.transforms.convert import convert
 
 __all__ = ["SERIES", "Quality", "qualities", "stored_bits"]

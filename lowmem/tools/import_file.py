@@ -13,8 +13,7 @@ import torch
 from lowmem.io.atomic import owned
 from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.tools.models import MIB
 from lowmem.tools.output import print_json, print_table, progress, shape_text, shown
 from lowmem.tools.quantize_options import check_options

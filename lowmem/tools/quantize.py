@@ -12,9 +12,7 @@ from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColum
 from lowmem.io.atomic import owned
 from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
 from lowmem.io.shards import INDEX
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit, blockwise
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import Budget, EightBit, FourBit, blockwise
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import import_file

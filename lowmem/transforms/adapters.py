@@ -15,9 +15,10 @@ from typing import Any
 from torch import nn
 
 from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
-from lowmem.nn.adapter import Adapter, LoRA
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.fold import without_adapters
+from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.convert import (
     add_first_adapter,

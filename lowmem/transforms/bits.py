@@ -13,8 +13,7 @@ from torch.nn.parameter import is_lazy
 from lowmem.errors import printable, show
 from lowmem.measure import weight_count
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
+from lowmem.nn.techniques import FourBit, Half
 from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS
 from lowmem.transforms.registry import Technique

@@ -10,9 +10,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.budget import CHOICES, NORMAL_ERRORS, Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, Budget, EightBit, FourBit
 from lowmem.quant.backend import backend_of
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 

@@ -20,12 +20,8 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule, adapted_copy, put_in_place, share_tied_adapters
-from lowmem.nn.adapter import Adapter, LoRA
-from lowmem.nn.blockwise import Blockwise
-from lowmem.nn.budget import CHOICES, Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
+from lowmem.nn.adapter import Adapter
+from lowmem.nn.forms import freeze
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored import EightBitForm, Form, FourBitForm, HalfForm
 from lowmem.nn.stored_module import (
@@ -33,11 +29,11 @@ from lowmem.nn.stored_module import (
     StoredModule,
     become,
     dense_bytes,
-    freeze,
     leading_dims,
     restored_copy,
     stored_copy,
 )
+from lowmem.nn.techniques import CHOICES, Blockwise, Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages

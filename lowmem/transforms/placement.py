@@ -12,9 +12,7 @@ import torch
 from torch import nn
 
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import LoRA
-from lowmem.nn.eightbit import of_embeddings
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import FourBit, LoRA, of_embeddings
 from lowmem.transforms.registry import (
     Step,
     Technique,

@@ -30,14 +30,11 @@ from lowmem import measure
 from lowmem.errors import show
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import Adapter, LoRA
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.scales import get_encoding
 from lowmem.transforms.bits import SMALLEST, Empty, text_of
 from lowmem.transforms.convert import Store, commit, convert, freeze_all_but_adapters, rebuild_all

@@ -16,14 +16,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from lowmem.errors import printable, show
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import LoRA, is_conv1d
+from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.adapter_bank import AdapterBank
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
 from lowmem.nn.stored import EightBitForm, HalfForm, StoredTensor
 from lowmem.nn.stored_module import FourBitStorage, StoredModule, copied_module
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 
 __all__ = [
     "ENTRIES",

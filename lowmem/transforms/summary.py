@@ -10,11 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import LoRA
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
 from lowmem.nn.stored_module import FourBitStorage, StoredModule
+from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
 from lowmem.transforms.placement import embeddings_and_outputs, output_layers, routers, takes_adapter

@@ -18,7 +18,7 @@ from lowmem.errors import FileError
 from lowmem.io.container import TensorSpec, read
 from lowmem.io.convert_checkpoint import Source, convert_checkpoint, divide
 from lowmem.io.foreign.recognize import open_foreign
-from lowmem.nn.eightbit import blockwise
+from lowmem.nn.techniques import blockwise
 from lowmem.quant.formats import FORMATS
 from tests import strategies
 from tests.models import INDICES, Small

@@ -18,7 +18,7 @@ from lowmem.io.metadata import (
     technique_record,
 )
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.eightbit import blockwise
+from lowmem.nn.techniques import blockwise
 from tests import strategies
 
 

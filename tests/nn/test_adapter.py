@@ -1,20 +1,15 @@
 """An adapter's matrices have the shapes of the parameter that they change, and none takes bad options."""
 
 import copy
-import json
 import pickle
-import re
 from collections import Counter
-from dataclasses import asdict
 
-import pytest
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import FourBit, LoRA, adapter_layers, convert
 from lowmem.nn.adapter import Adapter, Layout, is_conv1d, layout_of
-from tests.selection import rows_in_one_case
 from tests.test_any_model import Experts, Transposed
 
 KINDS = {
@@ -121,46 +116,3 @@ def test_experts_that_are_read_one_by_one_have_one_gradient_of_the_stack():
     matrices[0].data = matrices[0].data * 2
     with torch.no_grad():
         assert not torch.equal(step(twin), step(model))
-
-
-def test_the_first_pattern_that_matches_a_path_gives_rank_and_alpha():
-    technique = LoRA(4, 8.0, 0.1, True, ranks={"*.q": 32, "b.*": 16, "*": 2}, alphas=[("b.*", None)])
-    assert technique.at(["a.q"]) == LoRA(32, 8.0, 0.1, True)
-    assert technique.at(["b.q"]) == LoRA(32, None, 0.1, True)
-    assert technique.at(["b.k"]) == LoRA(16, None, 0.1, True)
-    assert technique.at(["a.k", "b.k"]) == LoRA(16, None, 0.1, True)
-    assert technique.at([""]) == LoRA(2, 8.0, 0.1, True)
-
-
-def test_patterns_are_hashable_and_json_holds_them():
-    technique = LoRA(ranks={"*.q": 32}, alphas={"*.q": 64, "*": None}, rank_stabilized=True)
-    assert len({technique, LoRA(ranks=[("*.q", 32)], alphas=[["*.q", 64], ["*", None]], rank_stabilized=True)}) == 1
-    assert LoRA(**json.loads(json.dumps(asdict(technique)))) == technique
-
-
-@rows_in_one_case(
-    ("options", "message"),
-    [
-        *(({"rank": rank}, f"rank={rank!r} must be a positive integer") for rank in (0, -1, 2.0, True, "4", None)),
-        *(
-            (
-                {"alpha": alpha},
-                re.escape(f"alpha={alpha!r} must be a positive number, at most float32's largest (3.4"),
-            )
-            for alpha in (0, -1, float("inf"), float("nan"), "1", True, 1j, [1], 3.5e38, 1e39, 10**400)
-        ),
-        *(({"ranks": {"*": rank}}, f"rank={rank!r} must be a positive integer") for rank in (0, True, None)),
-        *(({"alphas": {"*": alpha}}, f"alpha={alpha!r} must be") for alpha in (0, "1")),
-        *(
-            ({"ranks": ranks}, re.escape(f"ranks={ranks!r} must map glob patterns of paths to values"))
-            for ranks in (7, "ab", ["ab", "abc"], [(1, 2)], {1: 2}, [("*", 1, 2)], None)
-        ),
-        *(({"init": init}, f"init={init!r} must be 'zero' or 'loftq'") for init in ("qera", None, True)),
-        ({"alphas": 1.5}, "alphas=1.5 must map glob patterns of paths to values"),
-        *(({"rank_stabilized": value}, f"rank_stabilized={value} must be True or False") for value in (1, None)),
-        *(({"dropout": p}, "dropout=.* must be at least 0 and below 1") for p in (-0.1, 1, 1.5, float("nan"), "0")),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        LoRA(**options)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure, quantize
-from lowmem.nn.eightbit import blockwise
+from lowmem.nn.techniques import blockwise
 from tests import strategies
 from tests.rounding import assert_sum
 

@@ -9,8 +9,7 @@ from torch import nn
 
 import lowmem
 from lowmem import EightBit, FourBit, LoRA, convert, load, merge, restore, save, summary
-from lowmem.nn.conv import Conv4Bit
-from lowmem.nn.eightbit import Conv1d8Bit, Conv2d8Bit, Embedding8Bit, Linear8Bit, blockwise
+from lowmem.nn.eightbit import Conv1d8Bit, Conv2d8Bit, Embedding8Bit, Linear8Bit
 from lowmem.report.footprint import stored_by_kind
 from tests.rounding import assert_sum
 
@@ -152,23 +151,6 @@ def test_adapters_train_and_merge_into_8_bits():
     merged = merge(model)
     assert type(merged.up) is Linear8Bit
     assert torch.equal(merged(INDICES), before)  # lora_b is zero
-
-
-def test_the_technique_of_a_format_is_the_one_of_its_bits():
-    assert blockwise("int8", 32, "float16") == EightBit(32, "float16")
-    assert blockwise("nf4", 32, search=True) == FourBit("nf4", 32, search=True)
-    assert isinstance(convert(nn.Conv2d(3, 4, 3), EightBit()), Conv4Bit)
-    for wrong, message in (
-        (lambda: FourBit("int8"), "format='int8' has codes of 8 bits: EightBit"),
-        (lambda: FourBit(("nf4", "int8")), "format='int8' has codes of 8 bits"),
-        (lambda: EightBit(7), "block_size=7"),
-        (lambda: EightBit(scales="half"), "scales='half' is unknown: choose from float32, float16, double$"),
-        (lambda: EightBit(scales="float16_offsets"), "scales='float16_offsets' has offsets"),
-        (lambda: EightBit(compute_dtype=torch.int32), "compute_dtype=torch.int32"),
-        (lambda: blockwise("int9"), "format='int9' is unknown"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
 
 
 def test_messages_and_reports_say_how_many_bits():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import Embedding4Bit, FourBit, Half, HalfEmbedding, convert, kernels, measure
-from lowmem.nn.eightbit import blockwise
+from lowmem.nn.techniques import blockwise
 from tests import strategies
 
 techniques = pytest.mark.parametrize("technique", [Half(), FourBit("nf4", embeddings="4bit")], ids=["half", "4-bit"])

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import Conv4Bit, FourBit, convert, measure, quantize
-from lowmem.nn.eightbit import blockwise
+from lowmem.nn.techniques import blockwise
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, assert_sum
 from tests.selection import rows_in_one_case
@@ -243,39 +243,6 @@ def test_empty_layers_and_batches_work():
     model = convert(torch.nn.Sequential(torch.nn.Linear(16, 8), linear), FourBit())
     assert model[1] is linear
     assert model(torch.randn(3, 16)).shape == (3, 0)
-
-
-def test_without_a_format_it_is_bof4s_in_blocks_of_32():
-    assert FourBit() == FourBit("bof4s", 32) == FourBit(block_size=32)
-    assert len({FourBit(), FourBit("bof4s", 32), FourBit("nf4")}) == 2  # a technique is a value, which a set holds
-    assert FourBit(block_size=64, scales="float16") == FourBit("bof4s", 64, "float16")
-    assert (FourBit("bof4s").block_size, FourBit("nf4").block_size) == (None, None)  # 64, as these formats have it
-    weight = FourBit().store(torch.randn(8, 2048))
-    assert (weight.format, weight.block_size, weight.scale_encoding, weight.method) == (
-        "bof4s",
-        32,
-        "double",
-        "search",
-    )
-    assert weight.bits_per_weight == 4 + 8 / 32 + 16 / 2048
-
-
-@rows_in_one_case(
-    ("options", "message"),
-    [
-        ({"format": "int3"}, "format='int3' is unknown: choose from int4, nf4, fp4"),
-        ({"block_size": 0}, "block_size=0 must be"),
-        ({"block_size": -16}, "block_size=-16 must be"),
-        ({"block_size": 16.0}, "block_size=16.0 must be an integer"),
-        ({"scales": "e4m3"}, "scales='e4m3' is unknown: choose from float32, float16, double"),
-        ({"compute_dtype": torch.int16}, "compute_dtype=torch.int16 must be"),
-        ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16' must be"),
-        ({"embeddings": "8"}, "embeddings='8' must be '8bit' or '4bit'"),
-    ],
-)
-def test_bad_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        FourBit(**options)
 
 
 def test_a_state_without_values_loads_as_its_version_says():

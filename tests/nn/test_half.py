@@ -115,12 +115,6 @@ def test_state_dict_round_trips_strictly():
         two.load_state_dict(torch.nn.Linear(16, 8).state_dict())
 
 
-@rows_in_one_case("dtype", [torch.float32, torch.int8, "float16", None])
-def test_another_dtype_is_refused(dtype):
-    with pytest.raises(ValueError, match=r"must be torch.float16 or torch.bfloat16"):
-        Half(dtype)
-
-
 @rows_in_one_case(
     ("value", "message"),
     [

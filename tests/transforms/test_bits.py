@@ -73,7 +73,7 @@ def test_the_error_names_the_least_that_any_technique_gives(name):
 
 
 def test_nothing_is_quantized_for_an_at_most_that_is_out_of_reach(monkeypatch):
-    monkeypatch.setattr("lowmem.nn.blockwise.quantize", lambda *_, **__: pytest.fail("a weight was quantized"))
+    monkeypatch.setattr("lowmem.nn.techniques.quantize", lambda *_, **__: pytest.fail("a weight was quantized"))
     with pytest.raises(
         ValueError, match=r"give 4.\d\d\d, and the least that is possible is 4\.0\d\d, with FourBit\("
     ):

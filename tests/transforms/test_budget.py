@@ -12,8 +12,8 @@ from torch import nn
 
 import lowmem
 from lowmem import Budget, EightBit, FourBit, Half, LoRA, convert, measure, summary
-from lowmem.nn.budget import CHOICES
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import CHOICES
 from lowmem.transforms.budget import Importance, Unit, allocate, choose, losses_of, size_of, together
 from lowmem.transforms.registry import stored_by
 

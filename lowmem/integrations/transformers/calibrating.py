@@ -15,8 +15,7 @@ from lowmem.integrations.transformers.folder import check_dense, load_folder, ro
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
 from lowmem.io.atomic import check_free
 from lowmem.io.convert_checkpoint import Row
-from lowmem.nn.budget import Budget
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import Budget, FourBit
 from lowmem.transforms.calibration.calibrate import calibrate
 
 __all__ = ["SELF", "batches_of", "calibrate_folder"]

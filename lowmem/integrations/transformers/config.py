@@ -12,11 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowmem.errors import show
 from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.metadata import CONFIG_VERSION, check_config, check_keys, check_object
-from lowmem.nn.adapter import LoRA
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 
 __all__ = ["EXACT", "METHOD", "LowmemConfig", "refuse_technique"]
 

@@ -26,11 +26,8 @@ from lowmem.io.foreign.recognize import open_foreign, read_model_config
 from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.model_folder import check_layers, check_regular, copy_others, weights_in
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 
 __all__ = [
     "check",

@@ -25,13 +25,10 @@ from lowmem.io.container import open_checkpoint
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.half import Half
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 from lowmem.resident import drop_pages, trim_heap
 from lowmem.transforms.convert import floating_dtype, freeze_all_but_adapters, restore
 from lowmem.transforms.placement import kept_in_float32

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit, blockwise
-from lowmem.nn.fourbit import FourBit
-from lowmem.nn.half import Half
+from lowmem.nn.forms import freeze
 from lowmem.nn.stored import FourBitForm, HalfForm
-from lowmem.nn.stored_module import StoredModule, become, freeze, stored_copy
+from lowmem.nn.stored_module import StoredModule, become, stored_copy
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.budget import losses_of
 from lowmem.transforms.convert import left_dense, rebuild_all, store_parameters

@@ -21,7 +21,7 @@ from torch import Tensor
 from lowmem.io.export.exported import Exported
 from lowmem.io.export.packing import Packed, Packing, codes_of, scales_of, uniform_block
 from lowmem.io.export.quantized_folder import write_folder
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import FourBit
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 

@@ -19,7 +19,7 @@ from lowmem.io.export.exported import Exported
 from lowmem.io.export.packing import Packed, Packing, codes_of, offsets_of, scales_of, uniform_block
 from lowmem.io.export.quantized_folder import write_folder
 from lowmem.io.foreign.tensor import E2M1_CODES, power_scales
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import FourBit
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack as pack_codes
 from lowmem.quant.tensor import QuantizedTensor

@@ -26,7 +26,8 @@ from lowmem.io.foreign.peft_config import ends_of
 from lowmem.io.foreign.peft_folder import CONFIG, WEIGHTS
 from lowmem.io.foreign.peft_layers import PREFIX, Layers, dense_parameters
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import Adapter, LoRA, is_conv1d
+from lowmem.nn.adapter import Adapter, is_conv1d
+from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name, module_paths
 

@@ -21,10 +21,9 @@ from lowmem.io.foreign.recognize import CONFIG, read_model_config
 from lowmem.io.metadata import check_config, check_object, technique_of
 from lowmem.io.model_folder import check_layers, weights_in
 from lowmem.io.shards import read_model
-from lowmem.nn.blockwise import Blockwise
-from lowmem.nn.eightbit import EightBit
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.stored import EightBitForm, FourBitForm
+from lowmem.nn.techniques import Blockwise, EightBit
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 

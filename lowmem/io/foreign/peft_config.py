@@ -16,7 +16,7 @@ from typing import Any
 
 from lowmem.errors import show
 from lowmem.io.foreign.patterns import MAX_LENGTH, Budget, Pattern
-from lowmem.nn.adapter import LoRA
+from lowmem.nn.techniques import LoRA
 
 __all__ = ["MERGE", "Matcher", "PeftConfig", "ends_of"]
 

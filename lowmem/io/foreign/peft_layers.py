@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter import LoRA, is_conv1d, layout_of
+from lowmem.nn.adapter import is_conv1d, layout_of
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import (
     computes_linear,

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from lowmem.errors import printable, show
 from lowmem.io.foreign.tensor import ForeignTensor, Kept
-from lowmem.nn.eightbit import EightBit
-from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
+from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 from lowmem.quant.quantize import relative_error
 

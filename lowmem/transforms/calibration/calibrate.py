@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import show
-from lowmem.nn.budget import Budget
-from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import Budget, FourBit
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels.columns import PANEL, round_columns
-from lowmem.nn.fourbit import FourBit
+from lowmem.nn.techniques import FourBit
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from lowmem.quant.quantize import quantize

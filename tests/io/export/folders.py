@@ -11,7 +11,7 @@ from torch import Tensor
 
 import lowmem
 from lowmem.io.metadata import technique_record
-from lowmem.nn.eightbit import blockwise
+from lowmem.nn.techniques import blockwise
 from lowmem.quant.tensor import QuantizedTensor
 
 Weights = dict[str, "Tensor | QuantizedTensor"]

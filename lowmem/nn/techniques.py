@@ -1,0 +1,440 @@
+"""The techniques: how weights are stored, or adapted, as frozen values without modules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import show
+from lowmem.nn.forms import freeze
+from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, get_format
+from lowmem.quant.packing import check_block_size
+from lowmem.quant.quantize import method_of, quantize
+from lowmem.quant.rounding import round_to
+from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = [
+    "CHOICES",
+    "NORMAL_ERRORS",
+    "Blockwise",
+    "Budget",
+    "EightBit",
+    "FourBit",
+    "FourBitStore",
+    "Half",
+    "HalfStore",
+    "LoRA",
+    "blockwise",
+    "check_compute_dtype",
+    "half_weights",
+    "of_embeddings",
+]
+
+
+def check_compute_dtype(dtype: torch.dtype | None) -> None:
+    """Check a ``compute_dtype``.
+
+    Raises:
+        ValueError: it is not a floating point dtype of at least 16 bits, torch.int8 or None.
+    """
+    if dtype not in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        raise ValueError(
+            f"compute_dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more, or torch.int8, or None"
+        )
+
+
+def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
+    return replace(weight, packed=freeze(weight.packed), scales=freeze(weight.scales))
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+HalfStore: TypeAlias = Callable[[Tensor, str], nn.Parameter]
+"""Rounds a tensor; the second argument names it in errors. ``Half.store``, or a replacement for it."""
+
+
+@dataclass(frozen=True)
+class Half:
+    """Half precision: weights and biases are stored in float16 or bfloat16 and frozen.
+
+    Args:
+        dtype: ``torch.float16`` (11 significant bits, largest number 65504) or ``torch.bfloat16`` (8 significant
+            bits, the range of float32).
+
+    Raises:
+        ValueError: another dtype.
+    """
+
+    dtype: torch.dtype = torch.float16
+
+    def __post_init__(self) -> None:
+        if self.dtype not in (torch.float16, torch.bfloat16):
+            raise ValueError(f"dtype={self.dtype} must be torch.float16 or torch.bfloat16")
+
+    def store(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
+        """Round a tensor to ``dtype``, as a frozen parameter.
+
+        Raises:
+            TypeError, ValueError: it is not floating point, has no values, or exceeds the range of the dtype.
+        """
+        return freeze(round_to(tensor, self.dtype, name))
+
+    def skeleton(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
+        """Return what ``store`` would return, on the meta device."""
+        return freeze(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
+
+
+def half_weights(layer: nn.Module, store: HalfStore) -> dict[str, Tensor]:
+    """Return a layer's weight and bias, rounded."""
+    found = {name: layer._parameters.get(name) for name in ("weight", "bias")}
+    return {name: store(tensor, name) for name, tensor in found.items() if tensor is not None}
+
+
+class Blockwise:
+    """Base of ``FourBit`` and ``EightBit``.
+
+    Attributes:
+        block_size: weights per scale; None: the format's default.
+        scales: their encoding, a key of ``ENCODINGS``; None: the format's default.
+        compute_dtype: dtype of products; None: the dtype of the input.
+    """
+
+    block_size: int | None
+    scales: str | None
+    compute_dtype: torch.dtype | None
+
+    @property
+    def format(self) -> str | tuple[str, ...]:
+        """The key of a format; or several, of which each weight gets the one with the smallest squared error."""
+        raise NotImplementedError
+
+    @property
+    def search(self) -> bool | None:
+        """Whether to search for the scales with the smallest squared error; None: the format's default."""
+        return None
+
+    def store(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
+        """Quantize a weight; codes and scales become frozen parameters.
+
+        Args:
+            weight: floating point (..., n), finite.
+            name: unused here; replacements for this method name it in errors.
+
+        Raises:
+            TypeError, ValueError: a weight that ``quantize`` rejects.
+        """
+        return _freeze(
+            quantize(weight, self.format, block_size=self.block_size, scales=self.scales, search=self.search)
+        )
+
+    def skeleton(self, weight: Tensor, name: str = "weight") -> QuantizedTensor:
+        """Return what ``store`` would return, on the meta device.
+
+        Raises:
+            ValueError: ``format`` names several; to choose one takes the weight's values.
+        """
+        if not isinstance(self.format, str):
+            raise ValueError(f"format={self.format!r}: without values there is no choosing; name one format")
+        form = get_format(self.format)
+        size = form.block_size if self.block_size is None else self.block_size
+        method = method_of(form, self.search)
+        return _freeze(
+            QuantizedTensor.empty(weight.shape, form.name, size, self.scales or form.scales, method, device="meta")
+        )
+
+
+FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
+"""Quantizes a weight; the second argument names it in errors. ``FourBit.store``, or a replacement for it."""
+
+
+@dataclass(frozen=True)
+class FourBit(Blockwise):
+    """4-bit quantization: weights are stored as 4-bit codes with a scale per block, frozen; biases are unchanged.
+
+    QLoRA, arXiv 2305.14314, section 2.
+
+    Args:
+        format: a key of ``FORMATS``; or several, of which each weight gets the one with the smallest squared error.
+            None: "bof4s", in blocks of 32 unless ``block_size`` is given.
+        block_size: weights per scale, even, 8 to 4096; None: the format's default.
+        scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None: the format's default.
+        compute_dtype: dtype of products, in stored layers and in modules that read stored weights (``Conv1D``,
+            experts, torch's attention); None: the dtype of the input. With torch.int8, linear layers round inputs,
+            to 8 bits, and levels to multiples of one step (``lowmem.kernels.int8``), and multiply integers; gradients
+            and other modules use the dtype of the input.
+        search: whether to search for the scales with the smallest squared error; None: the format's default.
+        offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or
+            "float32_offsets". Products then also need the sums of the input over blocks, in float32.
+        embeddings: "8bit": embeddings, the output layer of a language model, and layers that share a weight with them
+            are stored by ``EightBit()``; "4bit": like all other layers.
+
+    Raises:
+        ValueError: an unknown format or scales, a bad block size, another ``embeddings``, or a ``compute_dtype`` that
+            is neither floating point with at least 16 bits nor torch.int8.
+    """
+
+    format: str | tuple[str, ...] = None  # type: ignore[assignment]  # which __post_init__ replaces
+    block_size: int | None = None
+    scales: str | None = None
+    compute_dtype: torch.dtype | None = None
+    search: bool | None = None
+    offsets: bool = False
+    embeddings: str = "8bit"
+
+    def __post_init__(self) -> None:
+        if self.format is None:
+            object.__setattr__(self, "format", DEFAULT)
+            if self.block_size is None:
+                object.__setattr__(self, "block_size", DEFAULT_BLOCK_SIZE)
+        if not isinstance(self.format, str):
+            object.__setattr__(self, "format", tuple(self.format))  # a list would not be hashable
+        if not self.format:
+            raise ValueError(f"format={self.format!r} names no format: name one, or several to choose from")
+        for name in [self.format] if isinstance(self.format, str) else self.format:
+            if get_format(name).bits != 4:
+                raise ValueError(f"format={name!r} has codes of 8 bits: EightBit() stores those")
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        if self.offsets and self.scales not in OFFSETS:
+            if self.scales not in (None, "float16", "float32"):
+                raise ValueError(f"scales={self.scales!r} has no offsets: choose from {', '.join(OFFSETS)}")
+            object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
+        if self.scales is not None:
+            object.__setattr__(self, "offsets", get_encoding(self.scales).offsets)
+        if self.embeddings not in ("8bit", "4bit"):
+            raise ValueError(f"embeddings={self.embeddings!r} must be '8bit' or '4bit'")
+        check_compute_dtype(self.compute_dtype)
+
+
+@dataclass(frozen=True)
+class EightBit(Blockwise):
+    """8-bit quantization: weights are stored as integers from -127 to 127 with a scale per block, frozen.
+
+    Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude in its block, plus the effect of
+    rounding the scale (``QuantizedTensor.error_bound``). It is absmax quantization as in LLM.int8(), arXiv
+    2208.07339, section 2, in blocks as in arXiv 2110.02861.
+
+    Args:
+        block_size: weights per scale, even, 8 to 4096; None: 64.
+        scales: "float32", "float16" or "double" (8 bits per scale, and a float16 for each row); None: "double".
+        compute_dtype: as in ``FourBit``.
+
+    Raises:
+        ValueError: unknown scales, a bad block size, or a ``compute_dtype`` that ``FourBit`` rejects.
+    """
+
+    block_size: int | None = None
+    scales: str | None = None
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        if self.block_size is not None:
+            check_block_size(self.block_size)
+        if self.scales is not None and self.scales not in ENCODINGS:
+            why = "has offsets" if self.scales in OFFSETS else "is unknown"
+            raise ValueError(f"scales={self.scales!r} {why}: choose from {', '.join(ENCODINGS)}")
+        check_compute_dtype(self.compute_dtype)
+
+    @property
+    def format(self) -> str:
+        """The key of the only format."""
+        return "int8"
+
+
+def of_embeddings(technique: FourBit) -> EightBit | FourBit:
+    """Return the technique with which ``technique`` stores embeddings and the output layer."""
+    if technique.embeddings == "4bit":
+        return technique
+    dtype = technique.compute_dtype
+    return EightBit(compute_dtype=None if dtype is torch.int8 else dtype)  # no kernel multiplies 8-bit codes in int8
+
+
+def blockwise(
+    format: str | None,
+    block_size: int | None = None,
+    scales: str | None = None,
+    compute_dtype: torch.dtype | None = None,
+    search: bool | None = None,
+    embeddings: str = "8bit",
+) -> FourBit | EightBit:
+    """Return the technique that stores weights in a format; None: ``FourBit``'s default.
+
+    Raises:
+        ValueError: what ``FourBit`` or ``EightBit`` rejects, or an unknown format.
+    """
+    if format is not None and get_format(format).bits == 8:
+        return EightBit(block_size, scales, compute_dtype)
+    return FourBit(cast(str, format), block_size, scales, compute_dtype, search, embeddings=embeddings)
+
+
+CHOICES: tuple[FourBit | EightBit, ...] = (
+    FourBit("bof4s", 64, "double", embeddings="4bit"),
+    FourBit("bof4s", 32, "double", embeddings="4bit"),
+    FourBit("bof4s", 16, "double", embeddings="4bit"),
+    EightBit(64, "double"),
+)
+"""The techniques that ``Budget`` chooses from, in order of increasing bytes and decreasing error."""
+
+NORMAL_ERRORS = (0.0815, 0.0745, 0.0658, 0.00602)
+"""The relative root mean square error of each of ``CHOICES`` for normal weights in long rows."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A budget of bits per weight: each layer gets 4 bits in blocks of 64, 32 or 16, or 8 bits in blocks of 64.
+
+    The loss of the model is modelled as the sum of the losses from storing each weight alone. Bits are given, step by
+    step, to the layer where they lower this sum most per byte, until no further step fits the budget: a greedy choice
+    on the convex hull of each layer's choices (Shoham and Gersho, Efficient bit allocation for an arbitrary set of
+    quantizers, 1988).
+
+    With ``inputs``, the loss of a weight is the expected squared change of the model's output, relative to the
+    output: ``sum of g^2 (w - stored)^2``, where g is the gradient of a random projection of the output (Hutchinson's
+    estimator). The squares of g are kept in factored form, as their sums over rows and over columns, and the errors
+    of weights are assumed to be independent. Without ``inputs``, the loss is the squared relative error
+    ``|W - stored|^2 / |W|^2`` times the number of elements of W. That is the relative error of the layer's output if
+    the columns of its input are independent and equally large, and if a layer's influence is its number of elements.
+
+    Args:
+        bits: of codes and scales per weight, on average over all stored weights, each of which counts once;
+            ``convert(at_most=)`` limits bytes in the same way, including those of dense parameters. The choice never
+            exceeds the budget.
+        inputs: typical batches, as for ``calibrate``: each a Tensor, a tuple or list of positional arguments, or a
+            mapping of keyword arguments. The model runs forward and backward once on each.
+        compute_dtype: as in ``FourBit``.
+
+    Raises:
+        TypeError: inputs of another type.
+        ValueError: bits that are not a finite number above 0, or a ``compute_dtype`` that ``FourBit`` rejects.
+    """
+
+    bits: float
+    inputs: Iterable[Any] | None = field(default=None, repr=False, compare=False)
+    compute_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        bits = self.bits
+        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
+            raise ValueError(f"bits={show(bits)} must be a number of bits a weight, as 4.4")
+        if isinstance(self.inputs, Tensor | Mapping | str) or not isinstance(self.inputs, Iterable | None):
+            raise TypeError(
+                f"inputs is a {type(self.inputs).__name__}; pass a list of batches, if only of one: [batch]"
+            )
+        check_compute_dtype(self.compute_dtype)
+
+    @property
+    def choices(self) -> tuple[FourBit | EightBit, ...]:
+        """``CHOICES``, with products in ``compute_dtype``."""
+        return tuple(replace(one, compute_dtype=self.compute_dtype) for one in CHOICES)
+
+
+_LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adaptation: the model is frozen, and two matrices A and B per weight train (arXiv 2106.09685).
+
+        y = W x + b + s B A x,  s = alpha / rank, or alpha / sqrt(rank) if rank-stabilized
+
+    Ranks and alphas can differ by layer: ``LoRA(8, ranks={"*.q_proj": 32, "*.experts.down_proj": 16})``. A pattern is
+    a glob that is matched against a layer's paths, and against these with the name of a parameter; the first match
+    wins, and a pattern that matches no adapted layer is an error. Each expert of a stack has its own A and B. Which
+    layers get adapters is an option of ``convert``.
+
+    Args:
+        rank: of ``B A``, at least 1.
+        alpha: the numerator of the scaling s; None: each layer's rank.
+        dropout: probability of dropout on the input of the low-rank product, in [0, 1). There is none for embeddings,
+            or where a weight's values are read.
+        rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
+            (rsLoRA, arXiv 2312.03732).
+        ranks: other ranks by pattern, a mapping or pairs; stored as a tuple of pairs.
+        alphas: other alphas by pattern, likewise.
+        init: "zero": B starts at zero (of an embedding, A), so a new adapter does not change the output, bit for bit
+            (except for the order of sums, where layers compute in bfloat16 in training). "loftq": ``s B A`` starts as
+            the best approximation, of this rank, of the base's quantization error, so that base and adapter are
+            nearer to the dense weight W than the base alone (LoftQ, arXiv 2310.08659, algorithm 1):
+
+                s B A = SVD_rank(W - dequantize(quantize(W)))
+
+            It needs W, so the same ``convert`` must quantize the weight. Only one step of LoftQ's alternation is
+            taken: the base has the same bytes as without adapters, is the same for every adapter, and stays tied.
+            Merging a new adapter of this kind changes bytes.
+        dtype: of A and B: ``torch.bfloat16`` halves their memory and that of their gradients; train them with
+            ``lowmem.master_weights(optimizer)``. None: float64 if the base is float64, else float32.
+
+    Raises:
+        ValueError: a rank that is not a positive integer, an alpha that is not a positive number that
+            float32 can hold, a dropout outside [0, 1), a rank_stabilized that is not a bool, ranks or alphas
+            that are not pairs of a pattern and a value, an unknown init, or another dtype.
+    """
+
+    rank: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    rank_stabilized: bool = False
+    ranks: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    alphas: Mapping[str, float | None] | tuple[tuple[str, float | None], ...] = ()
+    init: str = "zero"
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
+            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
+        for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise ValueError(f"rank={rank!r} must be a positive integer")
+        for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
+            if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
+                raise ValueError(
+                    f"alpha={alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
+                    "or None for the rank"
+                )
+        if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
+            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+        if not isinstance(self.rank_stabilized, bool):
+            raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
+        if self.init not in ("zero", "loftq"):
+            raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
+        if self.dtype not in (None, torch.bfloat16):
+            raise ValueError(f"dtype={self.dtype!r} must be torch.bfloat16, or None for float32")
+
+    @property
+    def scaling(self) -> float:
+        """The factor s of ``B A x``, at the technique's own rank and alpha."""
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilized else self.rank)
+
+    def at(self, paths: Sequence[str]) -> LoRA:
+        """Return the technique for a layer with these paths: with its rank and alpha, and without patterns."""
+
+        def found(patterns: Any, default: Any) -> Any:
+            return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
+
+        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
+        return replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
+
+
+def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
+    """Return patterns and values as a tuple of pairs.
+
+    Raises:
+        ValueError: they are not pairs of a text and a value.
+    """
+    try:
+        pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
+    except (TypeError, ValueError):
+        pairs = ((None, None),)
+    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
+        raise ValueError(f"{name}={given!r} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
+    return pairs

@@ -1,0 +1,176 @@
+"""The techniques: what they hold, refuse and choose among, and the layout of what they store."""
+
+import json
+import math
+import re
+from dataclasses import asdict
+
+import pytest
+import torch
+from hypothesis import given
+from torch import nn
+
+from lowmem import (
+    Budget,
+    Conv4Bit,
+    EightBit,
+    FourBit,
+    Half,
+    LoRA,
+    convert,
+    quantize,
+)
+from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, blockwise, check_compute_dtype
+from lowmem.quant.quantize import relative_error
+from tests import strategies
+from tests.selection import rows_in_one_case
+
+
+def test_the_choices_are_ordered_by_bytes_and_each_loses_less_of_a_normal_matrix():
+    weight = torch.randn(64, 4096, generator=torch.Generator().manual_seed(0))
+    stored = [one.store(weight) for one in CHOICES]
+    bits = [one.bits_per_weight for one in stored]
+    assert [round(one, 3) for one in bits] == [4.129, 4.254, 4.504, 8.129]
+    errors = [relative_error(weight, one) for one in stored]
+    assert errors == sorted(errors, reverse=True)
+    assert all(abs(found / told - 1) < 0.005 for found, told in zip(errors, NORMAL_ERRORS, strict=True))
+    same = quantize(weight, "bof4s", block_size=32, scales="double")
+    assert torch.equal(stored[1].packed, same.packed)
+
+
+def test_a_budget_is_a_value_and_its_inputs_are_no_part_of_it():
+    assert Budget(4.4) == Budget(4.4, inputs=[torch.ones(2)]) != Budget(4.5)
+    assert len({Budget(4.4), Budget(4.4, inputs=[torch.ones(2)])}) == 1
+    assert repr(Budget(4.4, [torch.ones(2)])) == "Budget(bits=4.4, compute_dtype=None)"
+    assert {type(one) for one in Budget(5).choices} == {FourBit, EightBit}
+    assert all(one.compute_dtype is torch.int8 for one in Budget(5, compute_dtype=torch.int8).choices)
+
+
+def test_what_is_no_budget_is_refused():
+    for wrong in (0, -4.4, math.nan, math.inf, True, "4.4", None):
+        with pytest.raises(ValueError, match=r"bits=.* must be a number of bits a weight, as 4\.4"):
+            Budget(wrong)
+    for wrong in (torch.ones(2), {"x": torch.ones(2)}, "text", 3):
+        with pytest.raises(TypeError, match=r"inputs is a .*; pass a list of batches, if only of one: \[batch\]"):
+            Budget(4.4, inputs=wrong)
+    with pytest.raises(ValueError, match="compute_dtype"):
+        Budget(4.4, compute_dtype=torch.int32)
+
+
+@given(strategies.weights(), strategies.formats, strategies.small_blocks, strategies.encodings)
+def test_the_skeleton_has_the_layout_of_what_is_stored(weight, format, block_size, scales):
+    technique = blockwise(format, block_size, scales)
+    stored, skeleton = technique.store(weight), technique.skeleton(weight)
+    assert skeleton.stored_layout == stored.stored_layout
+    assert skeleton.packed.is_meta
+    assert skeleton.scales.is_meta
+    assert skeleton.method == stored.method
+    assert not stored.packed.requires_grad
+    assert not stored.scales.requires_grad
+
+
+def test_a_compute_dtype_is_floating_point_or_int8():
+    for dtype in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        check_compute_dtype(dtype)
+    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn, "float32"):
+        with pytest.raises(ValueError, match=r"compute_dtype=.* must be a floating-point"):
+            check_compute_dtype(dtype)
+
+
+@rows_in_one_case("dtype", [torch.float32, torch.int8, "float16", None])
+def test_another_dtype_than_16_bits_is_refused(dtype):
+    with pytest.raises(ValueError, match=r"must be torch.float16 or torch.bfloat16"):
+        Half(dtype)
+
+
+def test_without_a_format_it_is_bof4s_in_blocks_of_32():
+    assert FourBit() == FourBit("bof4s", 32) == FourBit(block_size=32)
+    assert len({FourBit(), FourBit("bof4s", 32), FourBit("nf4")}) == 2  # a technique is a value, which a set holds
+    assert FourBit(block_size=64, scales="float16") == FourBit("bof4s", 64, "float16")
+    assert (FourBit("bof4s").block_size, FourBit("nf4").block_size) == (None, None)  # 64, as these formats have it
+    weight = FourBit().store(torch.randn(8, 2048))
+    assert (weight.format, weight.block_size, weight.scale_encoding, weight.method) == (
+        "bof4s",
+        32,
+        "double",
+        "search",
+    )
+    assert weight.bits_per_weight == 4 + 8 / 32 + 16 / 2048
+
+
+@rows_in_one_case(
+    ("options", "message"),
+    [
+        ({"format": "int3"}, "format='int3' is unknown: choose from int4, nf4, fp4"),
+        ({"block_size": 0}, "block_size=0 must be"),
+        ({"block_size": -16}, "block_size=-16 must be"),
+        ({"block_size": 16.0}, "block_size=16.0 must be an integer"),
+        ({"scales": "e4m3"}, "scales='e4m3' is unknown: choose from float32, float16, double"),
+        ({"compute_dtype": torch.int16}, "compute_dtype=torch.int16 must be"),
+        ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16' must be"),
+        ({"embeddings": "8"}, "embeddings='8' must be '8bit' or '4bit'"),
+    ],
+)
+def test_bad_options_of_four_bit_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FourBit(**options)
+
+
+def test_the_technique_of_a_format_is_the_one_of_its_bits():
+    assert blockwise("int8", 32, "float16") == EightBit(32, "float16")
+    assert blockwise("nf4", 32, search=True) == FourBit("nf4", 32, search=True)
+    assert isinstance(convert(nn.Conv2d(3, 4, 3), EightBit()), Conv4Bit)
+    for wrong, message in (
+        (lambda: FourBit("int8"), "format='int8' has codes of 8 bits: EightBit"),
+        (lambda: FourBit(("nf4", "int8")), "format='int8' has codes of 8 bits"),
+        (lambda: EightBit(7), "block_size=7"),
+        (lambda: EightBit(scales="half"), "scales='half' is unknown: choose from float32, float16, double$"),
+        (lambda: EightBit(scales="float16_offsets"), "scales='float16_offsets' has offsets"),
+        (lambda: EightBit(compute_dtype=torch.int32), "compute_dtype=torch.int32"),
+        (lambda: blockwise("int9"), "format='int9' is unknown"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            wrong()
+
+
+def test_the_first_pattern_that_matches_a_path_gives_rank_and_alpha():
+    technique = LoRA(4, 8.0, 0.1, True, ranks={"*.q": 32, "b.*": 16, "*": 2}, alphas=[("b.*", None)])
+    assert technique.at(["a.q"]) == LoRA(32, 8.0, 0.1, True)
+    assert technique.at(["b.q"]) == LoRA(32, None, 0.1, True)
+    assert technique.at(["b.k"]) == LoRA(16, None, 0.1, True)
+    assert technique.at(["a.k", "b.k"]) == LoRA(16, None, 0.1, True)
+    assert technique.at([""]) == LoRA(2, 8.0, 0.1, True)
+
+
+def test_patterns_are_hashable_and_json_holds_them():
+    technique = LoRA(ranks={"*.q": 32}, alphas={"*.q": 64, "*": None}, rank_stabilized=True)
+    assert len({technique, LoRA(ranks=[("*.q", 32)], alphas=[["*.q", 64], ["*", None]], rank_stabilized=True)}) == 1
+    assert LoRA(**json.loads(json.dumps(asdict(technique)))) == technique
+
+
+@rows_in_one_case(
+    ("options", "message"),
+    [
+        *(({"rank": rank}, f"rank={rank!r} must be a positive integer") for rank in (0, -1, 2.0, True, "4", None)),
+        *(
+            (
+                {"alpha": alpha},
+                re.escape(f"alpha={alpha!r} must be a positive number, at most float32's largest (3.4"),
+            )
+            for alpha in (0, -1, float("inf"), float("nan"), "1", True, 1j, [1], 3.5e38, 1e39, 10**400)
+        ),
+        *(({"ranks": {"*": rank}}, f"rank={rank!r} must be a positive integer") for rank in (0, True, None)),
+        *(({"alphas": {"*": alpha}}, f"alpha={alpha!r} must be") for alpha in (0, "1")),
+        *(
+            ({"ranks": ranks}, re.escape(f"ranks={ranks!r} must map glob patterns of paths to values"))
+            for ranks in (7, "ab", ["ab", "abc"], [(1, 2)], {1: 2}, [("*", 1, 2)], None)
+        ),
+        *(({"init": init}, f"init={init!r} must be 'zero' or 'loftq'") for init in ("qera", None, True)),
+        ({"alphas": 1.5}, "alphas=1.5 must map glob patterns of paths to values"),
+        *(({"rank_stabilized": value}, f"rank_stabilized={value} must be True or False") for value in (1, None)),
+        *(({"dropout": p}, "dropout=.* must be at least 0 and below 1") for p in (-0.1, 1, 1.5, float("nan"), "0")),
+    ],
+)
+def test_bad_options_of_lora_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        LoRA(**options)
