@@ -24,11 +24,9 @@ from lowmem.kernels import backend
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.conv import Conv4Bit, HalfConv
-from lowmem.nn.eightbit import Embedding8Bit, Linear8Bit
-from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
-from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.half import HalfLinear
-from lowmem.nn.stored import StoredTensor
+from lowmem.nn.embedding import Embedding4Bit, Embedding8Bit, HalfEmbedding
+from lowmem.nn.linear import HalfLinear, Linear4Bit, Linear8Bit
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.formats import FORMATS, Format
 from lowmem.quant.packing import pack, unpack

@@ -70,7 +70,7 @@ class Case:
 
 OF_MEMORY = ("memory", "resident")  # without a baseline of this kernel they fail
 FEW_ROWS = "        rows[job->m1 - job->m0 - 1](job, r, end);\n"
-LAYER = "lowmem/nn/fourbit.py"
+LAYER = "lowmem/nn/linear.py"
 CALL = "        x = autocast(input)\n        found = self._parameters"
 STORED_COPY = '    if isinstance(module, nn.RNNBase):\n        copied.__dict__.pop("_flat_weights", None)\n'
 CASES = (
@@ -105,14 +105,14 @@ CASES = (
         # In a plain attribute of one layer of BigNet, in its first call.
         planted=CALL.replace(
             "(input)\n",
-            "(input)\n        if self.in_features == 1024 and not hasattr(FourBitStorage, 'kept'):\n"
-            "            FourBitStorage.kept = b'1' * 2**20\n",
+            "(input)\n        if self.in_features == 1024 and not hasattr(CodedModule, 'kept'):\n"
+            "            CodedModule.kept = b'1' * 2**20\n",
         ),
         gates=OF_MEMORY,
     ),
     Case(
         "one byte more in a state",
-        file="lowmem/nn/stored_module.py",
+        file="lowmem/nn/module_copy.py",
         found=STORED_COPY,
         planted='    copied.register_buffer("one", torch.zeros(1, dtype=torch.uint8))\n' + STORED_COPY,
         gates=OF_MEMORY,

@@ -27,8 +27,9 @@ from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.coded_module import format_keys
 from lowmem.nn.fold import without_adapters
-from lowmem.nn.stored_module import StoredModule, file_names, format_keys
+from lowmem.nn.stored_module import StoredModule, file_names
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name

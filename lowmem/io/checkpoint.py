@@ -21,8 +21,9 @@ from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, build
 from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import StoredModule, file_names, format_keys, multiplied_in
+from lowmem.nn.coded_module import format_keys
+from lowmem.nn.forms import CodedForm
+from lowmem.nn.stored_module import StoredModule, file_names
 from lowmem.nn.techniques import Half
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
@@ -144,9 +145,9 @@ def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
     for name, form in module.forms.items():
         weight = module.stored_weight(name)
         if isinstance(weight, QuantizedTensor):
-            assert isinstance(form, FourBitForm)
+            assert isinstance(form, CodedForm)
             weight.check_layout()
-            records[name] = form_record(form, multiplied_in(module, name))
+            records[name] = form_record(form)
         elif name != "bias":
             records[name] = technique_record(Half(weight.dtype))
     return records

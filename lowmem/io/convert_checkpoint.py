@@ -23,7 +23,7 @@ from lowmem.io.atomic import check_writable
 from lowmem.io.container import Checkpoint, TensorSpec, open_checkpoint, write
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, read_index, shard_name, write_index
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
@@ -230,7 +230,7 @@ def _chosen(
 def _record(technique: FourBit | EightBit) -> dict[str, Any]:
     """Return the metadata of a technique, with the format's defaults filled in."""
     skeleton = technique.skeleton(torch.empty(1, 8, device="meta"))
-    return form_record(FourBitForm.of(skeleton))
+    return form_record(CodedForm.of(skeleton))
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
@@ -304,7 +304,7 @@ def _converted(
             except (ValueError, TypeError) as reason:
                 raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
             error = relative_error(_rows(tensor), stored)
-            how = str(FourBitForm.of(stored))
+            how = str(CodedForm.of(stored))
             rows[name] = Row(name, shape, True, before, stored.nbytes, error, how, chosen[name].why)
             del tensor
             yield from _parts(name, stored)

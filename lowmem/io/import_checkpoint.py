@@ -20,7 +20,7 @@ from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, shard_name, write_index
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -49,7 +49,7 @@ class _Plan:
     """What becomes of one tensor."""
 
     tensor: ForeignTensor
-    kept: FourBitForm | torch.dtype
+    kept: CodedForm | torch.dtype
     read: Callable[[], Tensor | QuantizedTensor]
 
     @property

@@ -11,7 +11,7 @@ import torch
 from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA, blockwise
 from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS, OFFSETS
@@ -48,7 +48,7 @@ _COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int
 def technique_record(
     technique: Half | EightBit | FourBit, method: str = "absmax", flags: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """Return the metadata record of how a weight is stored; ``flags`` are those of its ``FourBitForm``."""
+    """Return the metadata record of how a weight is stored; ``flags`` are those of its ``CodedForm``."""
     if isinstance(technique, Half):
         return {"technique": "Half", "dtype": str(technique.dtype).removeprefix("torch.")}
     compute = None if technique.compute_dtype is None else str(technique.compute_dtype).removeprefix("torch.")
@@ -63,9 +63,9 @@ def technique_record(
     }
 
 
-def form_record(form: FourBitForm, compute_dtype: torch.dtype | None = None) -> dict[str, Any]:
+def form_record(form: CodedForm) -> dict[str, Any]:
     """Return the metadata record of a weight that is stored in a form."""
-    technique = blockwise(form.format, form.block_size, form.scale_encoding, compute_dtype)
+    technique = blockwise(form.format, form.block_size, form.scale_encoding, form.compute_dtype)
     return technique_record(technique, form.method, form.flags)
 
 

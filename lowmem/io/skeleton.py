@@ -15,10 +15,10 @@ from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, flags_of, record_errors, technique_of
 from lowmem.nn.adapted_module import AdaptedModule, table_of
 from lowmem.nn.adapter import layout_of
-from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.gathered_linear import gathered_copy
+from lowmem.nn.coded_module import format_keys
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.stored_module import StoredModule, as_part, file_names, format_keys
+from lowmem.nn.linear import Linear4Bit, gathered_copy
+from lowmem.nn.stored_module import StoredModule, as_part, file_names
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.adapters import add_placed
 from lowmem.transforms.convert import commit, keep_shared_biases, store_parameters, weight_key

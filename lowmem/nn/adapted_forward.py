@@ -16,15 +16,12 @@ from torch.fx import Proxy
 from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn.adapter import Adapter, drops_nothing
-from lowmem.nn.adapter_autograd import adapted_product
-from lowmem.nn.conv import Conv1d4Bit, Conv2d4Bit, HalfConv1d, HalfConv2d
-from lowmem.nn.eightbit import Conv1d8Bit, Conv2d8Bit, Linear8Bit
-from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.frozen_linear import autocast_enabled, is_plain_call, recorded_call
-from lowmem.nn.gathered_linear import GatheredLinear4Bit
-from lowmem.nn.half import HalfLinear
+from lowmem.nn.adapter_autograd import product_of, trained_matrices
+from lowmem.nn.coded_module import kept_weight
+from lowmem.nn.conv import CONVOLUTIONS
+from lowmem.nn.frozen_linear import autocast, autocast_enabled, is_plain_call, recorded_call
+from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.nn.low_rank_sum import LowRankSum
-from lowmem.nn.stored_module import kept_weight
 
 __all__ = ["FORWARDS", "LINEAR"]
 
@@ -112,6 +109,51 @@ def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -
     return ops.product(x, weight, torch.float32, False, bases[key], a, b, adapter.scaling)
 
 
+def adapted_product(base: nn.Module, kind: Any, adapter: nn.Module | None, input: Tensor) -> Tensor | None:
+    """Return the output of a frozen linear layer with an adapter in training: (..., out).
+
+    It also serves calls without gradients, since a checkpoint first runs its region so and must get the same numbers.
+
+    Args:
+        base: the layer, whose adapters are ignored.
+        kind: its class without adapters: nn.Linear, HalfLinear, Linear4Bit or Linear8Bit; None for all others.
+        adapter: of its weight.
+        input: float32 or bfloat16 (..., in).
+
+    Returns:
+        As ``read_product``.
+    """
+    matrices = trained_matrices(adapter, input)
+    if matrices is None:
+        return None
+    x = autocast(input)
+    return product_of(input, x, adapter, matrices, _frozen_weight(base, kind, x), False)
+
+
+def _frozen_weight(base: Any, kind: Any, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
+    """Return weight and bias of a layer if it multiplies ``x`` in bfloat16 and neither trains; else None."""
+    held = base._parameters
+    weight: kernels.Weight
+    if kind is Linear4Bit or kind is Linear8Bit:
+        if (base.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
+            return None
+        weight, bias = base.quantized, held["bias"]
+    elif kind in (HalfLinear, nn.Linear):
+        names = ("weight_rounded", "bias_rounded") if kind is HalfLinear else ("weight", "bias")
+        name = names[1] if names[1] in held else "bias"
+        dense = held.get(names[0])
+        if type(dense) is not nn.Parameter or dense.requires_grad or name not in held:
+            return None
+        if not dense.dtype is x.dtype is torch.bfloat16:
+            return None
+        weight, bias = dense.detach(), held[name]
+    else:
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
+        return None
+    return weight, None if bias is None else bias.detach()
+
+
 def convolution_forward(layer: Any, input: Tensor) -> Tensor:
     """Convolve with the stored kernel, as without adapters, and add the adapters' output."""
     plain = layer._plain_class
@@ -127,7 +169,7 @@ LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, Linear
 
 FORWARDS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     **dict.fromkeys(LINEAR, linear_forward),
-    **dict.fromkeys((HalfConv1d, HalfConv2d, Conv1d4Bit, Conv2d4Bit, Conv1d8Bit, Conv2d8Bit), convolution_forward),
+    **dict.fromkeys(CONVOLUTIONS, convolution_forward),
 }
 """Class of a layer -> its forward with adapters.
 

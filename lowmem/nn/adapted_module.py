@@ -15,12 +15,14 @@ from typing import Any, ClassVar, NoReturn, cast
 from torch import nn
 
 from lowmem.kernels.torch_versions import leave_to_eager
+from lowmem.nn import adapted_products, adapted_views  # noqa: F401 - register what adapted weights do
 from lowmem.nn.adapted_forward import FORWARDS, LINEAR
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank, parameter_of
 from lowmem.nn.fold import remerge
+from lowmem.nn.module_copy import LAYERS, become, copied_module, stored_class
 from lowmem.nn.sharded import sharded_types
-from lowmem.nn.stored_module import LAYERS, StoredModule, become, copied_module, stored_class
+from lowmem.nn.stored_module import StoredModule
 
 __all__ = [
     "AdaptedModule",
@@ -135,7 +137,7 @@ def _reduce(module: AdaptedModule, protocol: Any) -> Any:
     plain: Any = type(module)._plain_class
     how: Any = plain
     if issubclass(plain, StoredModule):
-        generated = plain.dense_class, plain.stored_names, plain.form_class
+        generated = plain.dense_class, plain.stored_names, plain.stored_bits
         how = generated if stored_class(*generated) is plain else plain
     state: Any = getattr(module, "__getstate__", lambda: module.__dict__)()
     return _empty, (how, type(module)._adapted_names), dict(state)

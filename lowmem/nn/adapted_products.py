@@ -17,13 +17,13 @@ from torch.nn import functional
 from lowmem.nn.adapter import add_low_rank
 from lowmem.nn.adapter_autograd import read_product
 from lowmem.nn.grouped import grouped_matmul
-from lowmem.nn.low_rank_sum import FUNCTIONS, implements, is_adapted
-from lowmem.nn.stored_functions import einsum, open_attention
+from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, implements_adapted, is_adapted
+from lowmem.nn.stored_products import einsum, open_attention
 
 __all__: list[str] = []
 
 
-@implements(functional.linear)
+@implements_adapted(functional.linear)
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if not is_adapted(weight) or is_adapted(input) or weight.is_kernel or len(weight.base.shape) != 2:
         return NotImplemented
@@ -56,10 +56,10 @@ def _register_products() -> None:
     ):  # fmt: skip
         for place in (torch, Tensor):
             function = getattr(place, name)
-            FUNCTIONS[function] = partial(_named_product, function, matrices)
-    FUNCTIONS[torch.linalg.matmul] = FUNCTIONS[torch.matmul]
-    FUNCTIONS[Tensor.__matmul__] = partial(_product, torch.matmul)
-    FUNCTIONS[Tensor.__rmatmul__] = lambda b, a: _product(torch.matmul, a, b)
+            ADAPTED_FUNCTIONS[function] = partial(_named_product, function, matrices)
+    ADAPTED_FUNCTIONS[torch.linalg.matmul] = ADAPTED_FUNCTIONS[torch.matmul]
+    ADAPTED_FUNCTIONS[Tensor.__matmul__] = partial(_product, torch.matmul)
+    ADAPTED_FUNCTIONS[Tensor.__rmatmul__] = lambda b, a: _product(torch.matmul, a, b)
 
 
 def _named_product(function: Any, names: Sequence[str], first: Any, *rest: Any, **named: Any) -> Any:
@@ -138,11 +138,11 @@ _GROUPED = [
     for place, name in ((functional, "grouped_mm"), (torch, "_grouped_mm"))
     if hasattr(place, name)
 ]
-FUNCTIONS.update(dict.fromkeys(_GROUPED, _grouped_mm))
-FUNCTIONS["transformers.grouped_mm_fallback"] = _grouped_mm_of_transformers
+ADAPTED_FUNCTIONS.update(dict.fromkeys(_GROUPED, _grouped_mm))
+ADAPTED_FUNCTIONS["transformers.grouped_mm_fallback"] = _grouped_mm_of_transformers
 
 
-@implements(torch.einsum)
+@implements_adapted(torch.einsum)
 def _einsum(equation: str, *operands: Any) -> Any:
     """Contract an input with W, and with one thin matrix after the other."""
     operands = tuple(operands[0]) if len(operands) == 1 else operands
@@ -175,7 +175,7 @@ def _einsum_of_base(equation: str, x: Tensor, base: Any) -> Tensor:
     return torch.einsum(equation, x, base) if out is NotImplemented else out
 
 
-@implements(functional.embedding)
+@implements_adapted(functional.embedding)
 def _embedding(
     input: Tensor,
     weight: Any,
@@ -195,7 +195,7 @@ def _embedding(
     return out
 
 
-@implements(functional.embedding_bag)
+@implements_adapted(functional.embedding_bag)
 def _embedding_bag(
     input: Tensor,
     weight: Any,
@@ -270,7 +270,7 @@ def _convolve(dims: int) -> None:
             out = out + conv(narrow * one.scaling, b, groups=groups).to(out.dtype)
         return out
 
-    FUNCTIONS[conv], FUNCTIONS[transposed] = of_kernel, of_transposed
+    ADAPTED_FUNCTIONS[conv], ADAPTED_FUNCTIONS[transposed] = of_kernel, of_transposed
 
 
 for _dims in (1, 2, 3):
@@ -314,6 +314,6 @@ def _apply_each(
 _ATTENTION = open_attention(linear=_apply, _in_projection_packed=_apply_packed, _in_projection=_apply_each)
 
 
-@implements(functional.multi_head_attention_forward)
+@implements_adapted(functional.multi_head_attention_forward)
 def _attention(*args: Any, **kwargs: Any) -> Any:
     return _ATTENTION(*args, **kwargs)

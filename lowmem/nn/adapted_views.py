@@ -7,33 +7,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.nn.low_rank_sum import FUNCTIONS, implements, is_adapted
+from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, implements_adapted, is_adapted
 
 __all__: list[str] = []
 
 
-@implements(Tensor.__getitem__)
+@implements_adapted(Tensor.__getitem__)
 def _getitem(weight: Any, index: Any) -> Any:
     return weight.indexed(index if isinstance(index, tuple) else (index,)) if is_adapted(weight) else NotImplemented
 
 
-@implements(Tensor.T.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
+@implements_adapted(Tensor.T.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
 def _t(weight: Any) -> Any:
     return weight.swapped() if len(weight.base.shape) == 2 else NotImplemented
 
 
-@implements(Tensor.mT.__get__)  # type: ignore[attr-defined]
+@implements_adapted(Tensor.mT.__get__)  # type: ignore[attr-defined]
 def _mt(weight: Any) -> Any:
     return weight.swapped()
 
 
-@implements(Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims)
+@implements_adapted(
+    Tensor.transpose, torch.transpose, Tensor.swapaxes, torch.swapaxes, Tensor.swapdims, torch.swapdims
+)
 def _transpose(weight: Any, dim0: int, dim1: int) -> Any:
     dims = len(weight.base.shape)
     return weight.swapped() if {dim0 % dims, dim1 % dims} == {dims - 1, dims - 2} else NotImplemented
 
 
-@implements(Tensor.permute, torch.permute)
+@implements_adapted(Tensor.permute, torch.permute)
 def _permute(weight: Any, *given: Any, dims: Any = None) -> Any:
     dims = given if dims is None else dims
     order = [one % len(weight.base.shape) for one in (dims[0] if isinstance(dims[0], (tuple, list)) else dims)]
@@ -41,7 +43,7 @@ def _permute(weight: Any, *given: Any, dims: Any = None) -> Any:
     return weight.swapped() if order == last else NotImplemented
 
 
-@implements(Tensor.unbind, torch.unbind, Tensor.__iter__)
+@implements_adapted(Tensor.unbind, torch.unbind, Tensor.__iter__)
 def _unbind(weight: Any, dim: int = 0) -> Any:
     if dim != 0 or len(weight.base.shape) < 3 or weight.is_kernel:
         return NotImplemented
@@ -49,22 +51,22 @@ def _unbind(weight: Any, dim: int = 0) -> Any:
     return tuple(parts)
 
 
-@implements(Tensor.select, torch.select)
+@implements_adapted(Tensor.select, torch.select)
 def _select(weight: Any, dim: int, index: int) -> Any:
     return weight.indexed((*[slice(None)] * (dim % len(weight.base.shape)), index))
 
 
-@implements(Tensor.narrow, torch.narrow)
+@implements_adapted(Tensor.narrow, torch.narrow)
 def _narrow(weight: Any, dim: int, start: int, length: int) -> Any:
     return weight.indexed((*[slice(None)] * (dim % len(weight.base.shape)), slice(start, start + length)))
 
 
-@implements(Tensor.index_select, torch.index_select)
+@implements_adapted(Tensor.index_select, torch.index_select)
 def _index_select(weight: Any, dim: int, index: Tensor) -> Any:
     return weight.indexed((index,)) if dim == 0 else NotImplemented
 
 
-@implements(Tensor.split, torch.split)
+@implements_adapted(Tensor.split, torch.split)
 def _split(weight: Any, sizes: Any, dim: int = 0) -> Any:
     total = weight.base.shape[dim]
     if isinstance(sizes, int):
@@ -76,7 +78,7 @@ def _split(weight: Any, sizes: Any, dim: int = 0) -> Any:
     return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
 
 
-@implements(Tensor.chunk, torch.chunk)
+@implements_adapted(Tensor.chunk, torch.chunk)
 def _chunk(weight: Any, chunks: int, dim: int = 0) -> Any:
     return _split(weight, -(-weight.base.shape[dim] // chunks), dim)
 
@@ -95,7 +97,7 @@ def _register_casts() -> None:
                 return NotImplemented
             return weight.remade(base, weight.updates)
 
-        FUNCTIONS[getattr(Tensor, name)] = cast
+        ADAPTED_FUNCTIONS[getattr(Tensor, name)] = cast
 
     for name in ("to", "float", "half", "bfloat16", "double", "type_as", "contiguous"):
         register(name)
@@ -104,7 +106,7 @@ def _register_casts() -> None:
 _register_casts()
 
 
-@implements(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+@implements_adapted(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
 def _detach(weight: Any) -> Any:
     updates = tuple(
         one._replace(left=one.left.detach(), right=one.right.detach(), adapter=None) for one in weight.updates
@@ -112,7 +114,7 @@ def _detach(weight: Any) -> Any:
     return weight.remade(weight.base.detach(), updates)
 
 
-@implements(Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+@implements_adapted(Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
     if requires_grad:
         raise RuntimeError("a weight with adapters is computed and cannot train: the adapters do")

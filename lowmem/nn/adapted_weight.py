@@ -17,9 +17,8 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowmem.kernels.torch_versions import ask_classes_in_graphs
-from lowmem.nn import adapted_products, adapted_views  # noqa: F401 - register what such weights do
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.low_rank_sum import FUNCTIONS, REFUSAL, LowRankSum, on_values
+from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, REFUSAL, LowRankSum, on_values
 from lowmem.nn.read_only import read_only
 
 __all__ = ["AdaptedWeight", "adapted_weight"]
@@ -119,7 +118,7 @@ def _register_methods() -> None:
     """Override the tensor methods that are written in Python, such as ``split``: Dynamo inlines them otherwise."""
 
     def register(name: str, function: Any) -> None:
-        implemented = function in FUNCTIONS
+        implemented = function in ADAPTED_FUNCTIONS
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             if implemented:

@@ -15,10 +15,10 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowmem import kernels
 from lowmem.kernels import reference
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.frozen_linear import autocast_enabled, is_plain_call, refuse_nested
 from lowmem.nn.loftq import truncated_svd
-from lowmem.nn.stored import FourBitForm, StoredTensor
-from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
 
 __all__ = ["Adapter", "Layout", "Update", "add_low_rank", "is_conv1d", "layout_of"]
@@ -185,13 +185,11 @@ class Adapter(nn.Module):
         a, b = (one.to(technique.dtype or dtype) for one in (a, b))
         self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
         if technique.init == "loftq":
-            form = base.forms.get(name) if isinstance(base, StoredModule) else None
-            if dense is None or not isinstance(form, FourBitForm):
+            if dense is None or not (isinstance(stored, StoredTensor) and isinstance(stored.form, CodedForm)):
                 raise ValueError(
                     "init='loftq' approximates what 4 or 8 bits lose of the dense weight, and needs both: apply it "
                     "in the call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
                 )
-            assert isinstance(stored, StoredTensor)
             if dense.is_meta:  # planned on the meta device, without values
                 return
             self._approximate(self.layout.matrix(dense.detach().to(dtype) - stored.dequantize(dtype)))

@@ -25,16 +25,13 @@ from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import fields, stored
 from lowmem.kernels.memory import is_batch, is_traced, keeps_results
 from lowmem.nn.adapter import Adapter, Update, drops_nothing
-from lowmem.nn.eightbit import Linear8Bit
-from lowmem.nn.fourbit import Linear4Bit
+from lowmem.nn.forms import HalfForm
 from lowmem.nn.frozen_linear import autocast, is_plain_call
-from lowmem.nn.half import HalfLinear
 from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, saves_in_any_dtype
-from lowmem.nn.stored import HalfForm, StoredTensor
-from lowmem.nn.stored_operators import compute_dtype
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["adapted_product", "converted", "is_narrow", "narrow_results", "read_product"]
+__all__ = ["converted", "is_narrow", "narrow_results", "product_of", "read_product", "trained_matrices"]
 
 LEAST_ROWS = 64
 """Fewest rows for which dequantizing the weight to bfloat16 costs less than a separate low-rank product."""
@@ -44,30 +41,6 @@ _KEEP_RESULTS = ("ReluBackward0", "SigmoidBackward0", "TanhBackward0")
 
 _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16)
-
-
-def adapted_product(base: nn.Module, kind: Any, adapter: nn.Module | None, input: Tensor) -> Tensor | None:
-    """Return the output of a frozen linear layer with an adapter in training: (..., out).
-
-    It also serves calls without gradients, since a checkpoint first runs its region so and must get the same numbers.
-
-    Args:
-        base: the layer, whose adapters are ignored.
-        kind: its class without adapters: nn.Linear, HalfLinear, Linear4Bit or Linear8Bit; None for all others.
-        adapter: of its weight.
-        input: float32 or bfloat16 (..., in).
-
-    Returns:
-        The output in the dtype of the base's output (bfloat16 within ``narrow_results``); or None if base and adapter
-        must be computed one after the other: fewer than 64 rows, nothing requires a gradient, products that are not
-        in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor subclasses, or devices
-        without fast bfloat16.
-    """
-    matrices = _trained(adapter, input)
-    if matrices is None:
-        return None
-    x = autocast(input)
-    return _product(input, x, adapter, matrices, _frozen_weight(base, kind, x), False)
 
 
 def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transposed: bool) -> Tensor | None:
@@ -81,12 +54,15 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
         transposed: whether the product is ``input @ weight``, instead of ``input @ weight.T``.
 
     Returns:
-        As ``adapted_product``.
+        The output in the dtype that the module without adapters returns (bfloat16 within ``narrow_results``); or None
+        if base and adapter must be computed one after the other: fewer than 64 rows, nothing requires a gradient,
+        products that are not in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor
+        subclasses, or devices without fast bfloat16.
     """
     adapter = update.adapter
     if not (adapter.training or torch.is_grad_enabled()):
         return None
-    matrices = _trained(adapter, input)
+    matrices = trained_matrices(adapter, input)
     if matrices is None:
         return None
     x = autocast(input)
@@ -94,7 +70,7 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
     if type(weight) is StoredTensor:
         form = weight.form
         wanted = form.dtype if isinstance(form, HalfForm) else torch.bfloat16
-        if compute_dtype(x, weight) is not torch.bfloat16 or wanted is not torch.bfloat16 or weight.swapped:
+        if form.product_dtype(x) is not torch.bfloat16 or wanted is not torch.bfloat16 or weight.swapped:
             return None
         found = weight.stored
     elif type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype is x.dtype is torch.bfloat16:
@@ -106,10 +82,10 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
         return None
     if bias is not None and tuple(bias.shape) != (weight.shape[1 if transposed else 0],):
         return None
-    return _product(input, x, adapter, matrices, (found, bias), transposed)
+    return product_of(input, x, adapter, matrices, (found, bias), transposed)
 
 
-def _trained(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
+def trained_matrices(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return an adapter's A and B if one autograd node can compute its product with the base's; else None."""
     if not is_plain_call() or is_traced():  # a graph, transform or forward derivative
         return None
@@ -130,7 +106,7 @@ def _trained(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
     return a, b
 
 
-def _product(
+def product_of(
     input: Tensor,
     x: Tensor,
     adapter: Any,
@@ -186,36 +162,12 @@ _results = _Results()
 
 @contextmanager
 def narrow_results(narrow: bool = True) -> Iterator[None]:
-    """Let products of ``adapted_product`` stay in bfloat16, for a caller that would round them to it."""
+    """Let products with an adapter stay in bfloat16, for a caller that would round them to it."""
     before, _results.narrow = _results.narrow, narrow
     try:
         yield
     finally:
         _results.narrow = before
-
-
-def _frozen_weight(base: Any, kind: Any, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
-    """Return weight and bias of a layer if it multiplies ``x`` in bfloat16 and neither trains; else None."""
-    held = base._parameters
-    weight: kernels.Weight
-    if kind is Linear4Bit or kind is Linear8Bit:
-        if (base.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
-            return None
-        weight, bias = base.quantized, held["bias"]
-    elif kind in (HalfLinear, nn.Linear):
-        names = ("weight_rounded", "bias_rounded") if kind is HalfLinear else ("weight", "bias")
-        name = names[1] if names[1] in held else "bias"
-        dense = held.get(names[0])
-        if type(dense) is not nn.Parameter or dense.requires_grad or name not in held:
-            return None
-        if not dense.dtype is x.dtype is torch.bfloat16:
-            return None
-        weight, bias = dense.detach(), held[name]
-    else:
-        return None
-    if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
-        return None
-    return weight, None if bias is None else bias.detach()
 
 
 def converted(x: Tensor, dtype: torch.dtype) -> Tensor:

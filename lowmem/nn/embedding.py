@@ -1,4 +1,4 @@
-"""Embeddings with tables in 16 or 4 bits: stored rows are gathered, and only these are dequantized."""
+"""Embeddings with tables in 4, 8 or 16 bits: stored rows are gathered, and only these are dequantized."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.nn.coded_module import CodedModule
 from lowmem.nn.frozen_linear import (
     exports_to_onnx,
     is_plain_call,
     recorded_call,
     refuse_nested,
 )
-from lowmem.nn.stored import FourBitForm, HalfForm
-from lowmem.nn.stored_module import LAYERS, FourBitStorage, StoredModule, is_exported, stored_copy, stored_property
+from lowmem.nn.module_copy import LAYERS, stored_copy, stored_property
+from lowmem.nn.stored_module import StoredModule, is_exported
 from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["Embedding4Bit", "HalfEmbedding"]
+__all__ = ["Embedding4Bit", "Embedding8Bit", "HalfEmbedding"]
 
 _BYTES = 24  # scratch per element of a chunk: for dequantizing, the gathered bytes, and the value before the copy
 
@@ -114,7 +115,7 @@ class HalfEmbedding(_Embedding):
         return embedding(indices, cast(Tensor, self.weight_rounded)).to(self.dtype)
 
 
-class Embedding4Bit(FourBitStorage, _Embedding):
+class Embedding4Bit(CodedModule, _Embedding):
     """An nn.Embedding whose table is stored in 4 bits and frozen.
 
     It returns rows in ``dtype``; casts of the model (``model.half()``, ``model.to(dtype)``) change it.
@@ -167,4 +168,10 @@ class Embedding4Bit(FourBitStorage, _Embedding):
         return gathered.restore(slice(None)).to(self.dtype).view(shape)
 
 
-LAYERS.update({(nn.Embedding, HalfForm): HalfEmbedding, (nn.Embedding, FourBitForm): Embedding4Bit})
+class Embedding8Bit(Embedding4Bit):
+    """An nn.Embedding whose table is stored in 8 bits and frozen. Arguments are those of ``Embedding4Bit``."""
+
+    stored_bits = 8
+
+
+LAYERS.update({(nn.Embedding, 4): Embedding4Bit, (nn.Embedding, 8): Embedding8Bit, (nn.Embedding, 16): HalfEmbedding})

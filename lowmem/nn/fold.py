@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.forms import freeze
 from lowmem.nn.gathered_weight import GatheredTensor
-from lowmem.nn.stored import StoredTensor
-from lowmem.nn.stored_module import StoredModule, copied_module, restored_copy
+from lowmem.nn.module_copy import copied_module, restored_copy
+from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.quantize import relative_error, requantize
 from lowmem.quant.rounding import round_to
 from lowmem.quant.tensor import QuantizedTensor

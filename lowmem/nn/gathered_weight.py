@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.frozen_linear import autocast, frozen_linear
-from lowmem.nn.stored import FUNCTIONS, OPERATORS, StoredTensor, dequantized_call
+from lowmem.nn.stored_tensor import FUNCTIONS, OPERATORS, StoredTensor, dequantized_call
 
 __all__ = ["GatheredTensor", "check_order"]
 

@@ -18,9 +18,9 @@ from torch._ops import OpOverload
 from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.read_only import METADATA, name_of, read_only, writes_in_place
-from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_tensor import StoredTensor
 
-__all__ = ["FUNCTIONS", "REFUSAL", "LowRankSum", "implements", "is_adapted", "on_values"]
+__all__ = ["ADAPTED_FUNCTIONS", "REFUSAL", "LowRankSum", "implements_adapted", "is_adapted", "on_values"]
 
 REFUSAL = (
     "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "
@@ -29,7 +29,7 @@ REFUSAL = (
 """End of the error message for writes to an adapted weight."""
 
 
-FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+ADAPTED_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """Torch function -> its implementation, called with the same arguments; NotImplemented: use the dense sum."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -38,11 +38,11 @@ _ELLIPSIS = type(...)
 _PYTHON = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
-def implements(*functions: Any) -> Callable[[_F], _F]:
+def implements_adapted(*functions: Any) -> Callable[[_F], _F]:
     """Register an implementation for functions of torch."""
 
     def register(function: _F) -> _F:
-        FUNCTIONS.update(dict.fromkeys(functions, function))
+        ADAPTED_FUNCTIONS.update(dict.fromkeys(functions, function))
         return function
 
     return register
@@ -132,9 +132,11 @@ class LowRankSum:
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        own = FUNCTIONS.get(function)
-        if own is None and not isinstance(function, _PYTHON):  # a custom operator, registered in FUNCTIONS by name
-            own = FUNCTIONS.get(str(function).removesuffix(".default"))
+        own = ADAPTED_FUNCTIONS.get(function)
+        if own is None and not isinstance(
+            function, _PYTHON
+        ):  # a custom operator, registered in ADAPTED_FUNCTIONS by name
+            own = ADAPTED_FUNCTIONS.get(str(function).removesuffix(".default"))
         if own is not None and "out" not in kwargs:
             result = own(*args, **kwargs) if args else _call_by_name(own, kwargs)
             if result is not NotImplemented:

@@ -8,90 +8,29 @@ hooks, so code that inspects it still works.
 
 from __future__ import annotations
 
-import math
-import warnings
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
-from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX, register_module_parameter_registration_hook
-from torch.nn.utils.parametrize import ParametrizationList
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lowmem.errors import show
 from lowmem.kernels import Weight
-from lowmem.kernels.frozen_operator import StoredParts
-from lowmem.kernels.torch_versions import is_exporting, leave_to_eager
-from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
-from lowmem.nn.forms import freeze
+from lowmem.kernels.torch_versions import is_exporting
+from lowmem.nn import stored_products, stored_views, stored_weight_norm  # noqa: F401 - register what stored tensors do
+from lowmem.nn.forms import CodedForm, Described, Form, HalfForm, described, freeze, parts_of
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
+from lowmem.nn.module_copy import BASES, become, restored_copy, stored_copy
 from lowmem.nn.sharded import sharded_types
-from lowmem.nn.stored import (
-    REMEDY,
-    EightBitForm,
-    Form,
-    FourBitForm,
-    HalfForm,
-    StoredTensor,
-    is_recorded,
-    recorded_values,
-)
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded, recorded_values
 
-__all__ = [
-    "HOOKS",
-    "LAYERS",
-    "FourBitStorage",
-    "StoredModule",
-    "as_part",
-    "become",
-    "copied_module",
-    "dense_bytes",
-    "file_names",
-    "format_keys",
-    "is_exported",
-    "kept_weight",
-    "leading_dims",
-    "multiplied_in",
-    "restored_copy",
-    "stored_class",
-    "stored_copy",
-    "stored_property",
-]
+__all__ = ["StoredModule", "as_part", "dense_bytes", "file_names", "is_exported", "named_part"]
 
 _M = TypeVar("_M", bound="StoredModule")
 
-LAYERS: dict[tuple[type[nn.Module], type[Form]], type[StoredModule]] = {}
-"""(class of a dense layer, form) -> a class with a faster forward than the class that would be generated."""
-
 is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # called often: globals are faster
-
-
-class Described(NamedTuple):
-    """How one parameter is stored.
-
-    Attributes:
-        form: of the parts.
-        rows: leading dimensions, as in the parts: of a transposed parameter those of its transpose.
-        tail: dimensions of a row, likewise.
-        dtype: of the ``StoredTensor``.
-        text: the form as text for ``StoredParts`` in graphs; "" for 16 bits.
-    """
-
-    form: Form
-    rows: tuple[int, ...]
-    tail: tuple[int, ...]
-    dtype: torch.dtype
-    text: str
-
-    @classmethod
-    def of(cls, form: Form, rows: tuple[int, ...], tail: tuple[int, ...], dtype: torch.dtype) -> Described:
-        """Describe a parameter."""
-        return cls(form, rows, tail, dtype, form.text(math.prod(tail)) if isinstance(form, FourBitForm) else "")
 
 
 class Kept(NamedTuple):
@@ -129,14 +68,14 @@ class StoredModule(nn.Module):
     Attributes:
         dense_class: the module's class before its parameters were stored.
         stored_names: names of the parameters for which the class has properties.
-        form_class: class of the forms that the class is made for, as in ``LAYERS``.
+        stored_bits: of the stored parameters, the fewest: 4, 8 or 16.
         weight_error: ``relative_error`` of the stored weights; None if not known.
         chosen_because: why a ``Budget`` chose this form; "" for other techniques and in a loaded model.
     """
 
     dense_class: ClassVar[type[nn.Module]]
     stored_names: ClassVar[tuple[str, ...]] = ()
-    form_class: ClassVar[type[Form]] = HalfForm
+    stored_bits: ClassVar[int] = 16
     weight_error: float | None = None
     chosen_because: str = ""
     _forms: dict[str, Described]
@@ -161,7 +100,7 @@ class StoredModule(nn.Module):
         form, parts = described(weight) if old is None else described(weight, old.transposed, old.compute_dtype)
         if old is not None and old.gathered:
             order = cast(nn.Parameter, self._parameters[f"{name}_order"])
-            form, parts = replace(cast(FourBitForm, form), gathered=True), (parts[0], order, parts[1])
+            form, parts = replace(cast(CodedForm, form), gathered=True), (parts[0], order, parts[1])
         rows = tuple(weight.shape[: weight.dim() - len(tail)] if isinstance(weight, Tensor) else weight.shape[:-1])
         self._forms[name] = Described.of(form, rows, tuple(tail), dtype)
         self._parameters.update(parts_of(name, form, parts))
@@ -177,7 +116,7 @@ class StoredModule(nn.Module):
         own = self.__dict__
         form, _, _, dtype, _ = one = own["_forms"][name]
         found = own["_parameters"]
-        sources = tuple([_named(self, found, f"{name}_{part}") for part in form.parts])
+        sources = tuple([named_part(self, found, f"{name}_{part}") for part in form.parts])
         if is_recorded(*sources) or not all(isinstance(source, nn.Parameter) for source in sources):
             _refuse_batched(sources)
             made = _made(one, sources)
@@ -239,7 +178,7 @@ class StoredModule(nn.Module):
         return {
             f"{name}_scales": getattr(self, f"{name}_scales").numel() // one.form.scale_dtype.itemsize
             for name, one in self._forms.items()
-            if isinstance(one.form, FourBitForm)
+            if isinstance(one.form, CodedForm)
         }
 
     def stored_size(self, name: str) -> int:
@@ -356,10 +295,9 @@ class StoredModule(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
     ) -> None:
-        """Reject dense weights and parts of another dtype or shape; accept the part names of older versions."""
+        """Reject dense weights, and parts of another dtype or shape."""
         errors = rest[-1]  # error_msgs, which torch raises as one error
         before = len(errors)
-        errors += _rename_old(self, state_dict, prefix)
         for name, (form, *_) in self._forms.items():
             if isinstance(state_dict.get(prefix + name), Tensor):
                 errors.append(
@@ -392,232 +330,8 @@ class StoredModule(nn.Module):
         return ", ".join(text for text in (super().extra_repr(), f"stored in {how}") if text)
 
 
-def multiplied_in(module: StoredModule, name: str = "weight") -> torch.dtype | None:
-    """Return the ``compute_dtype`` of a stored parameter; of a ``LAYERS`` layer, the layer's own."""
-    form = module._forms[name].form
-    if isinstance(module, tuple(LAYERS.values())):  # its bias is stored in 16 bits alone, which have none
-        return getattr(module, "compute_dtype", form.compute_dtype)
-    return form.compute_dtype
-
-
-def kept_weight(module: StoredModule) -> QuantizedTensor | None:
-    """Return a module's cached 4- or 8-bit weight; None if there is none, or it is stale.
-
-    Layers read it at each call, but not under torch.compile or torch.jit.trace, which would record its tensors.
-    """
-    known = module._kept.get("weight")
-    if known is None:
-        return None
-    (packed, *_, scales), address, _, _, weight = known
-    found = module._parameters
-    same = packed is found.get("weight_packed") and scales is found.get("weight_scales")
-    return weight if same and address == scales.data_ptr() else None  # type: ignore[return-value]
-
-
-class FourBitStorage(StoredModule):
-    """Base of all modules with parameters in 4 or 8 bits.
-
-    The state_dict names the formats, and loading codes of another format is an error.
-    """
-
-    form_class: ClassVar[type[Form]] = FourBitForm
-
-    @property
-    def formats(self) -> str:
-        """The forms of the 4- and 8-bit parameters as text: that of ``weight`` alone, or all with their names."""
-        texts = {name: str(one.form) for name, one in self._forms.items() if isinstance(one.form, FourBitForm)}
-        return (
-            texts["weight"]
-            if [*texts] == ["weight"]
-            else "; ".join(f"{name}: {text}" for name, text in texts.items())
-        )
-
-    @property
-    def _version(self) -> Any:  # type: ignore[override]
-        """The version that torch writes into a state_dict's metadata: the formats, unless the class has its own."""
-        own = self.dense_class._version
-        return self.formats if own == nn.Module._version else own
-
-    @property
-    def quantized(self) -> QuantizedTensor:
-        """The weight as a QuantizedTensor of the layer's own parameters, not copied."""
-        if not is_compiling() and not is_jit_tracing():
-            kept = kept_weight(self)
-            if kept is not None:
-                return kept
-            self._weight_form  # noqa: B018 - raises an AttributeError where there is no such weight
-            return self.stored_weight("weight")  # type: ignore[return-value]
-        return self._parts()  # type: ignore[return-value]
-
-    def _parts(self) -> StoredParts:
-        """Return ``quantized`` in the form that torch.compile and torch.jit.trace can record."""
-        found = self._parameters
-        packed, scales = _named(self, found, "weight_packed"), _named(self, found, "weight_scales")
-        return StoredParts(packed, scales, self._forms["weight"].text)
-
-    @property
-    def packed(self) -> nn.Parameter:
-        """The codes of the weight."""
-        return self.weight_packed  # type: ignore[return-value]
-
-    @property
-    def scales(self) -> Tensor:
-        """The scales of the weight, a view of ``weight_scales`` in their dtype."""
-        return self.quantized.scales
-
-    @property
-    def format(self) -> str:
-        """The format of the weight, a key of ``FORMATS`` or ``IMPORTED``."""
-        return self._weight_form.format
-
-    @property
-    def block_size(self) -> int:
-        """Weights per scale."""
-        return self._weight_form.block_size
-
-    @property
-    def scale_encoding(self) -> str:
-        """The encoding of the scales, a key of ``ENCODINGS``."""
-        return self._weight_form.scale_encoding
-
-    @property
-    def _weight_form(self) -> FourBitForm:
-        form = self._forms["weight"].form if "weight" in self._forms else None
-        if not isinstance(form, FourBitForm):
-            raise AttributeError(f"{type(self).__name__} has no weight in 4 bits")
-        return form
-
-    def get_extra_state(self) -> Any:
-        """Return the formats as text in a uint8 tensor, which safetensors can hold, and the class's own state."""
-        text = torch.tensor(list(self.formats.encode()), dtype=torch.uint8, device="cpu")
-        return {"formats": text, "own": super().get_extra_state()} if _has_extra_state(self) else text
-
-    def set_extra_state(self, state: Any) -> None:
-        """Check the formats, and set the class's own state.
-
-        Raises:
-            ValueError: the state has other formats.
-        """
-        found = _formats_of(state.get("formats") if isinstance(state, dict) else state, self.formats)
-        if found != self.formats:
-            raise ValueError(f"the layer stores {self.formats}; the state holds {show(found)}")
-        if _has_extra_state(self):
-            super().set_extra_state(state["own"])
-
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
-    ) -> None:
-        """Reject codes of another format; warn if the state names no format, as in states of older versions."""
-        key, own = prefix + _EXTRA_STATE_KEY_SUFFIX, self.formats
-        missing, errors = rest[-3], rest[-1]
-        found = local_metadata.get("version")  # older versions had the format there
-        if key in state_dict:
-            state = state_dict[key]
-            text = state.get("formats") if isinstance(state, dict) and _has_extra_state(self) else state
-            found = _formats_of(text, own if found is None else found)
-        if isinstance(found, str) and found != own:
-            errors.append(f"{prefix.rstrip('.') or 'the layer'} stores {own}; the state holds {found}")
-            return
-        coded = {prefix + name for name in self.part_names} | {prefix + name for name in file_names(self).values()}
-        if not isinstance(found, str) and coded & state_dict.keys():
-            bits = 8 if issubclass(self.form_class, EightBitForm) else 4
-            warnings.warn(
-                f"nothing in the state says how its {bits}-bit codes are stored: they are taken for {own}, and are "
-                "noise if they are not; load what this version's state_dict() gives, or a file with lowmem.load",
-                UserWarning,
-                stacklevel=2,
-            )
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
-        if key in missing and not _has_extra_state(self):
-            missing.remove(key)
-
-
-def _has_extra_state(module: StoredModule) -> bool:
-    return module.dense_class.get_extra_state is not nn.Module.get_extra_state
-
-
-def _formats_of(state: Any, unread: object) -> object:
-    """Return the formats in an extra state; ``unread`` if it is a meta or fake tensor, without values."""
-    if isinstance(state, Tensor) and (state.is_meta or isinstance(state, FakeTensor)):
-        return unread
-    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1:
-        return bytes(state.tolist()).decode(errors="replace")
-    return f"something else than a format ({type(state).__name__})"
-
-
-def format_keys(model: nn.Module) -> set[str]:
-    """Return the state_dict keys that hold only formats; files keep formats in their metadata instead."""
-    layers = model.named_modules(remove_duplicate=False)
-    return {
-        f"{path}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".")
-        for path, module in layers
-        if isinstance(module, FourBitStorage) and not _has_extra_state(module)
-    }
-
-
-def file_names(module: StoredModule) -> dict[str, str]:
-    """Return the names that a module's parts have in files (``docs/format.md``) and in states of older versions."""
-    names = {}
-    for name, (form, *_) in module._forms.items():
-        for part in form.parts:
-            short = name if part == "rounded" else part if name == "weight" else f"{name}_{part}"
-            names[f"{name}_{part}"] = short
-    return names
-
-
-def dense_bytes(module: StoredModule) -> dict[str, int]:
-    """Return, by part, the bytes of the dense weight that it replaces: all for a parameter's first part, else 0."""
-    sizes: dict[str, int] = {}
-    for name, (form, _, _, dtype, _) in module._forms.items():
-        sizes |= {f"{name}_{part}": 0 for part in form.parts}
-        sizes[f"{name}_{form.parts[0]}"] = module.stored_size(name) * dtype.itemsize
-    return sizes
-
-
-def _rename_old(module: StoredModule, state_dict: dict[str, Any], prefix: str) -> list[str]:
-    """Rename the parts in a state of an older version; return error messages for those that do not fit."""
-    errors = []
-    for name, old in file_names(module).items():
-        given, own = state_dict.get(prefix + old), getattr(module, name)
-        if old == name or not isinstance(given, Tensor) or prefix + name in state_dict or _has(module, old):
-            continue
-        if name.endswith("_rounded") and given.dtype != own.dtype:
-            continue  # a dense weight
-        if name.endswith("_scales"):
-            own = module.stored_weight("weight").scales  # type: ignore[union-attr]
-            if given.dtype != own.dtype:
-                errors.append(f"{prefix}{old} stores {own.dtype}; the state holds {given.dtype}")
-        state_dict[prefix + name] = as_part(state_dict.pop(prefix + old), name)
-    return errors
-
-
-def _has(module: nn.Module, name: str) -> bool:
-    return name in module._parameters or name in module._buffers or name in module._modules
-
-
-def as_part(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor of an older state or file as the part ``name``: scales are viewed as their bytes."""
-    return tensor.view(torch.uint8) if name.endswith("_scales") and tensor.dtype != torch.uint8 else tensor
-
-
-def described(
-    weight: Weight, transposed: bool = False, compute_dtype: torch.dtype | None = None
-) -> tuple[Form, tuple[nn.Parameter, ...]]:
-    """Return the form of a weight, and its parts as frozen parameters, cached with the weight."""
-    if not isinstance(weight, QuantizedTensor):
-        return HalfForm(weight.dtype), (freeze(weight),)
-    parts = weight.cache.get("parts")
-    if parts is None:
-        parts = weight.cache["parts"] = tuple(map(freeze, FourBitForm.split(weight)))
-    return replace(FourBitForm.of(weight), transposed=transposed, compute_dtype=compute_dtype), parts
-
-
-def parts_of(name: str, form: Form, parts: tuple[nn.Parameter, ...]) -> dict[str, nn.Parameter]:
-    """Return the parts of a parameter by their names."""
-    return {f"{name}_{part}": tensor for part, tensor in zip(form.parts, parts, strict=True)}
-
-
-def _named(module: nn.Module, parameters: Mapping[str, Any], name: str) -> Tensor:
+def named_part(module: nn.Module, parameters: Mapping[str, Any], name: str) -> Tensor:
+    """Return a part of a stored parameter by its name; ``parameters`` are those of the module."""
     found = parameters.get(name)
     if found is None:
         found = getattr(module, name)  # moved out of _parameters, by a parametrization or torch.func
@@ -649,7 +363,7 @@ def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
 
 def _multiplied_in(tensor: StoredTensor, dtype: torch.dtype | None) -> StoredTensor:
     """Return a stored tensor of the same parts whose products are computed in another dtype."""
-    form = replace(cast(FourBitForm, tensor.form), compute_dtype=dtype)
+    form = replace(cast(CodedForm, tensor.form), compute_dtype=dtype)
     made = type(tensor)(form, tensor.parts, tensor.tail, tensor.dtype, swapped=tensor.swapped)
     made.__dict__.update({name: tensor.__dict__[name] for name in ("sources", "made_of")})
     made._is_param = True
@@ -681,11 +395,14 @@ def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
         )
     parts = tensor.__dict__.get("sources", tensor.parts)
     old = module._forms[name].form
-    if type(old) is not type(tensor.form):
+    if old.bits != tensor.form.bits:
         _change_class(module, name, tensor)
     for part in old.parts:
         module._parameters.pop(f"{name}_{part}", None)
-    module._forms[name] = Described.of(tensor.form, tuple(tensor.parts[0].shape[:-1]), tensor.tail, tensor.dtype)
+    form = tensor.form
+    if isinstance(form, CodedForm):  # each module has its own compute_dtype
+        form = replace(form, compute_dtype=old.compute_dtype)
+    module._forms[name] = Described.of(form, tuple(tensor.parts[0].shape[:-1]), tensor.tail, tensor.dtype)
     module._parameters.update(parts_of(name, tensor.form, tuple(map(freeze, parts))))
     module._kept.pop(name, None)
 
@@ -696,7 +413,7 @@ def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None
     empty = {one: freeze(torch.empty(own.shape, dtype=own.dtype, device="meta")) for one, own in shapes.items()}
     dense = restored_copy(module, empty)
     weights = {one: own.stored for one, own in shapes.items() if one != name} | {name: tensor.stored}
-    become(module, stored_copy(dense, weights, compute_dtype=None))
+    become(module, stored_copy(dense, weights))
 
 
 def _refuse_in_dense(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
@@ -715,209 +432,28 @@ def _refuse_in_dense(module: nn.Module, name: str, parameter: nn.Parameter | Non
 register_module_parameter_registration_hook(_refuse_in_dense)
 
 
-# Classes
+def file_names(module: StoredModule) -> dict[str, str]:
+    """Return the names that a module's parts have in files (``docs/format.md``)."""
+    names = {}
+    for name, (form, *_) in module._forms.items():
+        for part in form.parts:
+            short = name if part == "rounded" else part if name == "weight" else f"{name}_{part}"
+            names[f"{name}_{part}"] = short
+    return names
 
 
-def kind_of(kinds: Container[type[Form]]) -> type[Form]:
-    """Return the ``form_class`` of a module whose parameters have these forms: 4 bits before 8 before 16."""
-    return next((kind for kind in (FourBitForm, EightBitForm) if kind in kinds), HalfForm)
+def dense_bytes(module: StoredModule) -> dict[str, int]:
+    """Return, by part, the bytes of the dense weight that it replaces: all for a parameter's first part, else 0."""
+    sizes: dict[str, int] = {}
+    for name, (form, _, _, dtype, _) in module._forms.items():
+        sizes |= {f"{name}_{part}": 0 for part in form.parts}
+        sizes[f"{name}_{form.parts[0]}"] = module.stored_size(name) * dtype.itemsize
+    return sizes
 
 
-def _stored_class(dense: Any, names: tuple[str, ...], form: Any) -> type[StoredModule]:
-    """Return the class of modules of class ``dense`` whose parameters ``names`` are stored."""
-    known = LAYERS.get((dense, form))
-    if known is not None and "weight" in names and set(names) <= set(known.stored_names):
-        return known
-    base = FourBitStorage if issubclass(form, FourBitForm) else StoredModule
-    body: dict[str, Any] = {name: stored_property(name) for name in names}
-    body |= {
-        "dense_class": dense,
-        "stored_names": names,
-        "form_class": form,
-        "__module__": dense.__module__,
-        "__qualname__": dense.__qualname__,
-        "__doc__": dense.__doc__,
-        "__reduce_ex__": lambda module, _: (_empty, (dense, names, form), module.__getstate__()),
-    }
-    if issubclass(dense, nn.RNNBase):
-        body["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
-    return type(dense.__name__, (base, dense), body)
+def as_part(tensor: Tensor, name: str) -> Tensor:
+    """Return a tensor of a file as the part ``name``: scales are viewed as their bytes."""
+    return tensor.view(torch.uint8) if name.endswith("_scales") and tensor.dtype != torch.uint8 else tensor
 
 
-stored_class: Callable[[Any, tuple[str, ...], Any], type[StoredModule]] = cache(_stored_class)
-
-
-def stored_property(name: str) -> property:
-    """Return a property for a stored parameter ``name``."""
-
-    def get(module: StoredModule) -> Any:
-        if name in module.__dict__["_forms"]:
-            return module.stored_tensor(name)
-        found = module._parameters.get(name)
-        return module.__dict__.get(name) if found is None else found  # a plain tensor that a hook has set
-
-    def put(module: StoredModule, value: Any) -> None:
-        module.__dict__[name] = value
-
-    return property(get, put, doc=f"The parameter ``{name}``: a StoredTensor.")
-
-
-def _flat_weights(module: Any) -> list[Any]:
-    return [getattr(module, name) for name in module.__dict__["_flat_weights_names"]]
-
-
-leave_to_eager(_flat_weights)  # torch.compile runs recurrent layers eagerly, too
-
-
-def _empty(dense: type[nn.Module], names: tuple[str, ...], form: type[Form]) -> StoredModule:
-    made = stored_class(dense, names, form)
-    return made.__new__(made)
-
-
-# Attributes with the hooks of a module, which stay when its parameters are stored or made dense again.
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
-
-
-def stored_copy(
-    module: nn.Module,
-    weights: Mapping[str, Weight],
-    *,
-    transposed: Container[str] = (),
-    computed_in: torch.dtype | None = None,
-    **attributes: Any,
-) -> StoredModule:
-    """Return a copy of a module in which parameters are stored; it has no hooks, and shares everything else.
-
-    Args:
-        module: dense.
-        weights: for each parameter to store: (*lead, columns), with the leading dimensions of the parameter.
-        transposed: names of the parameters that are stored with their last two dimensions transposed.
-        computed_in: dtype of products with the stored tensors; None or torch.int8: the dtype of the input.
-        **attributes: further attributes of the copy.
-
-    Raises:
-        ValueError: the module has attributes that a stored module has, too.
-    """
-    dtype = None if computed_in is torch.int8 else computed_in
-    forms = {name: described(weight, name in transposed, dtype) for name, weight in weights.items()}
-    kinds = {type(form) for form, _ in forms.values()}
-    plain = getattr(type(module), "_plain_class", type(module))
-    made = stored_class(plain, tuple(weights), kind_of(kinds))
-    _refuse_collisions(module, made, forms)
-    copied = copied_module(module, _with_adapters_of(module, made))
-    described_by: dict[str, Described] = {}
-    parameters: dict[str, Any] = {}
-    for name, parameter in module._parameters.items():
-        if name not in forms:
-            parameters[name] = parameter
-            continue
-        assert parameter is not None
-        form, parts = forms[name]
-        lead = leading_dims(module, parameter)
-        shape = tuple(parameter.mT.shape if form.transposed else parameter.shape)
-        described_by[name] = Described.of(form, shape[:lead], shape[lead:], parameter.dtype)
-        if isinstance(form, HalfForm) and parts[0].shape != parameter.shape:
-            parts = (freeze(parts[0].view(parameter.shape)),)
-        parameters |= parts_of(name, form, parts)
-    copied.__dict__.update(
-        _parameters=parameters, _forms=described_by, _kept={}, **made.attributes_of(module), **attributes
-    )
-    if isinstance(module, nn.RNNBase):
-        copied.__dict__.pop("_flat_weights", None)
-    return copied  # type: ignore[return-value]
-
-
-def _refuse_collisions(module: nn.Module, made: type[nn.Module], forms: Mapping[str, Any]) -> None:
-    """Refuse a module with attributes that the stored module's class, or its parts, would hide.
-
-    Raises:
-        ValueError: there are such attributes; they are named.
-    """
-    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
-    parts = {f"{name}_{part}" for name, (form, _) in forms.items() for part in form.parts}
-    base = FourBitStorage if issubclass(made, FourBitStorage) else StoredModule
-    added = {name for name in dir(base) if not hasattr(nn.Module, name) and not name.startswith("__")}
-    hidden = (own & (added | parts)) | {name for name in added if hasattr(type(module), name)}
-    if hidden:
-        raise ValueError(
-            f"{type(module).__name__} has {', '.join(sorted(hidden))} of its own, which a module with stored "
-            "parameters has, too: rename it, or leave the module out with skip="
-        )
-
-
-def leading_dims(module: nn.Module, parameter: Tensor) -> int:
-    """Return the number of leading dimensions of a parameter: 1 for convolutions, and else all but the last."""
-    dims = parameter.dim()
-    if isinstance(module, (nn.modules.conv._ConvNd, ParametrizationList)) and dims > 1:
-        return 1
-    return max(0, dims - 1)
-
-
-def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> nn.Module:
-    """Return a copy of a module in which the parameters in ``values`` are dense; of the dense class if all are."""
-    left = {name: one for name, one in module._forms.items() if name not in values}
-    names = tuple(name for name in module.stored_names if name in left)
-    kinds = {type(one.form) for one in left.values()}
-    made = module.dense_class
-    if names:
-        made = stored_class(module.dense_class, names, kind_of(kinds))
-    copied = copied_module(module, _with_adapters_of(module, made))
-    parameters: dict[str, Any] = {}
-    for name, parameter in module._parameters.items():
-        owner = next(
-            (one for one in values if name in [f"{one}_{part}" for part in module._forms[one].form.parts]), None
-        )
-        if owner is None:
-            parameters[name] = parameter
-        elif owner not in parameters:
-            value = values[owner]
-            parameters[owner] = value if value is None or isinstance(value, nn.Parameter) else freeze(value)
-    copied.__dict__["_parameters"] = parameters
-    for name in ("_forms", "_kept", "weight_error", "chosen_because"):
-        copied.__dict__.pop(name, None)
-    if names:
-        copied.__dict__.update(_forms=left, _kept={})
-    if isinstance(copied, nn.RNNBase) and not names:
-        copied.__dict__["_flat_weights"] = _flat_weights(copied)
-    return copied
-
-
-def _with_adapters_of(module: nn.Module, made: type[nn.Module]) -> type[nn.Module]:
-    """Return the class ``made``; if the module has adapters, its subclass with adapters."""
-    over: Callable[[type[nn.Module]], type[nn.Module]] | None = getattr(type(module), "_over", None)
-    return made if over is None else over(made)
-
-
-def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
-    """Return a shallow copy of a module as an object of class ``made``, without its hooks."""
-    copied = made.__new__(made)
-    copied.__dict__.update(module.__dict__)
-    for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
-        if name != "__dict__" and name != "__weakref__" and hasattr(module, name):
-            object.__setattr__(copied, name, getattr(module, name))
-    for name in (*HOOKS, "_buffers", "_modules"):
-        value = module.__dict__[name]
-        copied.__dict__[name] = type(value)() if name in HOOKS else type(value)(value)
-    return copied
-
-
-def become(module: nn.Module, other: nn.Module) -> None:
-    """Give a module, in place, the class and attributes of ``other``, a copy of it that has other parameters.
-
-    Its hooks, mode, children and buffers stay.
-    """
-    own = module.__dict__
-    final = {**other.__dict__, **{name: own[name] for name in (*HOOKS, "training", "_modules", "_buffers")}}
-    # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
-    both = {**own, **final, "_parameters": {**own["_parameters"], **final["_parameters"]}}
-    object.__setattr__(module, "__dict__", both)
-    module.__class__ = other.__class__
-    object.__setattr__(module, "__dict__", final)
+BASES[16] = StoredModule

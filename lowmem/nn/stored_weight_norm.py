@@ -12,14 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.nn.stored import OPERATORS, StoredTensor, is_recorded
+from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded
 from lowmem.quant.tensor import row_chunks
 
 __all__: list[str] = []
 
-aten = torch.ops.aten
 
-
+@implements("_weight_norm_interface")
 def _weight_norm(v: Any, g: Any, dim: int = 0) -> Any:
     """Return w, and the norms of v over all dimensions but ``dim`` in the shape of g."""
     if not _is_rows(v) or isinstance(g, StoredTensor):
@@ -35,6 +34,7 @@ def _weight_norm(v: Any, g: Any, dim: int = 0) -> Any:
     return out, norms
 
 
+@implements("_weight_norm_interface_backward")
 def _weight_norm_backward(grad: Any, v: Any, g: Any, norms: Any, dim: int) -> Any:
     """Return the gradient of g; v is frozen."""
     if not _is_rows(v) or isinstance(g, StoredTensor):
@@ -57,7 +57,3 @@ def _chunks(v: StoredTensor) -> Iterator[tuple[slice, Tensor]]:
 
 def _summed(values: Tensor, dim: int) -> Tensor:
     return values.sum([other for other in range(values.dim()) if other != dim % values.dim()])
-
-
-OPERATORS[aten._weight_norm_interface.default] = _weight_norm
-OPERATORS[aten._weight_norm_interface_backward.default] = _weight_norm_backward

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeAlias, cast
+from typing import Any, ClassVar, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,7 @@ class Half:
         ValueError: another dtype.
     """
 
+    bits: ClassVar[int] = 16
     dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -103,11 +104,13 @@ class Blockwise:
     """Base of ``FourBit`` and ``EightBit``.
 
     Attributes:
+        bits: of a code.
         block_size: weights per scale; None: the format's default.
         scales: their encoding, a key of ``ENCODINGS``; None: the format's default.
         compute_dtype: dtype of products; None: the dtype of the input.
     """
 
+    bits: ClassVar[int]
     block_size: int | None
     scales: str | None
     compute_dtype: torch.dtype | None
@@ -182,6 +185,7 @@ class FourBit(Blockwise):
             is neither floating point with at least 16 bits nor torch.int8.
     """
 
+    bits: ClassVar[int] = 4
     format: str | tuple[str, ...] = None  # type: ignore[assignment]  # which __post_init__ replaces
     block_size: int | None = None
     scales: str | None = None
@@ -200,7 +204,7 @@ class FourBit(Blockwise):
         if not self.format:
             raise ValueError(f"format={self.format!r} names no format: name one, or several to choose from")
         for name in [self.format] if isinstance(self.format, str) else self.format:
-            if get_format(name).bits != 4:
+            if get_format(name).bits != self.bits:
                 raise ValueError(f"format={name!r} has codes of 8 bits: EightBit() stores those")
         if self.block_size is not None:
             check_block_size(self.block_size)
@@ -232,6 +236,7 @@ class EightBit(Blockwise):
         ValueError: unknown scales, a bad block size, or a ``compute_dtype`` that ``FourBit`` rejects.
     """
 
+    bits: ClassVar[int] = 8
     block_size: int | None = None
     scales: str | None = None
     compute_dtype: torch.dtype | None = None

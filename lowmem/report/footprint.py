@@ -12,7 +12,6 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem import measure
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.stored import EightBitForm
 from lowmem.nn.stored_module import StoredModule
 
 __all__ = ["KINDS", "Footprint", "footprint", "step_bytes", "stored_by_kind"]
@@ -84,11 +83,7 @@ def _kind(module: nn.Module, tensor: Tensor) -> str:
         if part.endswith(("_packed", "_scales")):
             if part.endswith("_scales"):
                 return "scales"
-            return (
-                "8-bit codes"
-                if isinstance(module.forms[part.removesuffix("_packed")], EightBitForm)
-                else "4-bit codes"
-            )
+            return f"{module.forms[part.removesuffix('_packed')].bits}-bit codes"
     if tensor.dim() <= 1:
         return "biases, norms"
     return _BY_DTYPE.get(tensor.dtype, "other")

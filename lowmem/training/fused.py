@@ -28,8 +28,9 @@ from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapter_autograd import is_narrow, narrow_results
-from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import is_observed
+from lowmem.nn.linear import Linear4Bit
+from lowmem.nn.module_copy import copied_module
 from lowmem.nn.recomputed import (
     Recompute,
     can_recompute,
@@ -39,7 +40,6 @@ from lowmem.nn.recomputed import (
     recomputed_input,
     saves_in_any_dtype,
 )
-from lowmem.nn.stored_module import copied_module
 from lowmem.quant.backend import backend_of
 from lowmem.training.prepared_module import PreparedModule
 

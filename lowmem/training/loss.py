@@ -19,7 +19,7 @@ from lowmem import kernels
 from lowmem.kernels.entropy import entropies
 from lowmem.nn.frozen_linear import is_cast
 from lowmem.nn.recomputed import saves_in_any_dtype
-from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.resident import return_holes
 
 __all__ = ["linear_cross_entropy", "loss_dtype"]

@@ -17,7 +17,7 @@ from lowmem import kernels
 from lowmem.nn.adapted_forward import LINEAR
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.frozen_linear import is_plain_call
-from lowmem.nn.stored_module import StoredModule, multiplied_in
+from lowmem.nn.stored_module import StoredModule
 from lowmem.training.activations import compressed_activations
 from lowmem.training.fused import GatedMLP, How, activations, fuse
 from lowmem.training.logits import delay_logits
@@ -153,7 +153,7 @@ def _logits_dtype(model: nn.Module) -> torch.dtype | None:
     """Return bfloat16 if a stored layer computes in it and its device is fast at it; else None."""
     stored = [(one, name) for one in model.modules() if isinstance(one, StoredModule) for name in one.forms]
     asked = any(
-        multiplied_in(module, name) is torch.bfloat16 and kernels.fast_bfloat16(next(module.parameters()))
+        module.forms[name].compute_dtype is torch.bfloat16 and kernels.fast_bfloat16(next(module.parameters()))
         for module, name in stored
     )
     return torch.bfloat16 if asked else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.frozen_linear import is_observed
-from lowmem.nn.stored_module import copied_module
+from lowmem.nn.module_copy import copied_module
 from lowmem.training.fused import (
     Act,
     FusedModule,

@@ -22,17 +22,9 @@ from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule, adapted_copy, put_in_place, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.forms import freeze
+from lowmem.nn.module_copy import LAYERS, become, leading_dims, restored_copy, stored_copy
 from lowmem.nn.sharded import sharded_types
-from lowmem.nn.stored import EightBitForm, Form, FourBitForm, HalfForm
-from lowmem.nn.stored_module import (
-    LAYERS,
-    StoredModule,
-    become,
-    dense_bytes,
-    leading_dims,
-    restored_copy,
-    stored_copy,
-)
+from lowmem.nn.stored_module import StoredModule, dense_bytes
 from lowmem.nn.techniques import CHOICES, Blockwise, Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
@@ -91,7 +83,6 @@ __all__ = [
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
-_FORMS: dict[type, type[Form]] = {Half: HalfForm, EightBit: EightBitForm, FourBit: FourBitForm}
 _FEW = 2**16  # bytes: where no more stay dense, convert warns if matrices alone are more than that share
 _LOCK = threading.RLock()  # held while modules are replaced, and while all of them are read
 
@@ -710,8 +701,7 @@ def store_parameters(
         return stored
 
     wanted = list(names)
-    form = _FORMS[type(technique)]
-    known: Any = LAYERS.get((type(module), form))
+    known: Any = LAYERS.get((type(module), technique.bits))
     try:
         if known is not None and transposed:
             raise ValueError(f"a {type(module).__name__} cannot hold a weight that is stored transposed")

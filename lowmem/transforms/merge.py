@@ -19,8 +19,10 @@ from lowmem.errors import describe, printable
 from lowmem.nn.adapted_module import AdaptedModule, put_in_place, share_table, table_of
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import Folded, fold_module, without_adapters
-from lowmem.nn.stored import FourBitForm, StoredTensor
-from lowmem.nn.stored_module import StoredModule, copied_module
+from lowmem.nn.forms import CodedForm
+from lowmem.nn.module_copy import copied_module
+from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
@@ -300,7 +302,7 @@ def warn_of_requantizing(folded: Mapping[AdaptedModule, Folded], paths: Mapping[
     for layer, done in folded.items():
         for name, (_, after) in done.errors.items():
             form = done.layer.forms.get(name) if isinstance(done.layer, StoredModule) else None
-            if isinstance(form, FourBitForm) and after:
+            if isinstance(form, CodedForm) and after:
                 errors[layer_name(place_name(paths[layer], name))] = after
                 bits.add(get_format(form.format).bits)
     if errors:

@@ -32,7 +32,7 @@ from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.scales import get_encoding
@@ -338,7 +338,7 @@ def plan_of(
 
 def _combined(skeleton: Skeleton, training: str | None, run: _Run, stored: Mapping[str, int]) -> Plan:
     forms = [form for m in skeleton.model.modules() if isinstance(m, StoredModule) for form in m.forms.values()]
-    offsets = any(isinstance(form, FourBitForm) and get_encoding(form.scale_encoding).offsets for form in forms)
+    offsets = any(isinstance(form, CodedForm) and get_encoding(form.scale_encoding).offsets for form in forms)
     scratch = OFFSETS_SCRATCH if offsets else _SCRATCH if forms else 0
     own = {f.name: getattr(skeleton, f.name) for f in fields(skeleton) if f.name != "model"}
     return Plan(training=training, stored=stored, scratch=scratch, **own, **asdict(run))

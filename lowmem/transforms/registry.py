@@ -18,8 +18,11 @@ from lowmem.errors import printable, show
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.adapter_bank import AdapterBank
-from lowmem.nn.stored import EightBitForm, HalfForm, StoredTensor
-from lowmem.nn.stored_module import FourBitStorage, StoredModule, copied_module
+from lowmem.nn.coded_module import CodedModule
+from lowmem.nn.forms import HalfForm
+from lowmem.nn.module_copy import copied_module
+from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 
 __all__ = [
@@ -236,8 +239,8 @@ def made_by(module: nn.Module) -> type[Technique] | None:
 
 def stored_by(module: nn.Module) -> type[Half | EightBit | FourBit] | None:
     """Return the technique that stores a module's weights, whether it has adapters or not; None for a dense one."""
-    if isinstance(module, FourBitStorage):
-        return EightBit if module.form_class is EightBitForm else FourBit
+    if isinstance(module, CodedModule):
+        return EightBit if module.stored_bits == EightBit.bits else FourBit
     return Half if isinstance(module, StoredModule) else None
 
 

@@ -10,7 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.stored_module import FourBitStorage, StoredModule
+from lowmem.nn.coded_module import CodedModule
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
@@ -312,7 +313,7 @@ def _weights(layer: nn.Module) -> dict[Tensor, int]:
 
 
 def _stored(layer: nn.Module) -> str:
-    if isinstance(layer, FourBitStorage):
+    if isinstance(layer, CodedModule):
         return layer.formats
     dtypes = dict.fromkeys(str(parameter.dtype) for parameter in layer.parameters(recurse=False))
     return ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)

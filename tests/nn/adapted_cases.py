@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_tensor import StoredTensor
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, Case, store
 
 RANK, SCALING = 2, 0.5

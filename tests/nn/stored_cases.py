@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lowmem.nn.stored import FourBitForm, HalfForm, StoredTensor
+from lowmem.nn.forms import CodedForm, HalfForm
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.quantize import quantize
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
@@ -113,5 +114,5 @@ def store(weight: Tensor, form: str, lead: int | None = None, scales: str | None
         dtype = getattr(torch, form)
         return StoredTensor(HalfForm(dtype), (rows.to(dtype),), weight.shape[lead:], weight.dtype)
     quantized = quantize(rows, form, block_size=16, scales=scales)
-    made = FourBitForm.of(quantized)
+    made = CodedForm.of(quantized)
     return StoredTensor(made, made.split(quantized), weight.shape[lead:], weight.dtype)

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowmem.nn.low_rank_sum import LowRankSum
-from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_tensor import StoredTensor
 from tests.nn.adapted_cases import FORMS, ON_VALUES, PRODUCTS, make, total
 from tests.nn.stored_cases import Case
 from tests.selection import rows_in_one_case

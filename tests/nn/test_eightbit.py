@@ -9,7 +9,9 @@ from torch import nn
 
 import lowmem
 from lowmem import EightBit, FourBit, LoRA, convert, load, merge, restore, save, summary
-from lowmem.nn.eightbit import Conv1d8Bit, Conv2d8Bit, Embedding8Bit, Linear8Bit
+from lowmem.nn.conv import Conv4Bit
+from lowmem.nn.embedding import Embedding8Bit
+from lowmem.nn.linear import Linear8Bit
 from lowmem.report.footprint import stored_by_kind
 from tests.rounding import assert_sum
 
@@ -35,7 +37,7 @@ class Mixed(nn.Module):
 
 
 INDICES = torch.arange(12).view(2, 6)
-LAYERS = {"embed": Embedding8Bit, "mix": Conv1d8Bit, "plane": Conv2d8Bit, "up": Linear8Bit, "down": Linear8Bit}
+LAYERS = {"embed": Embedding8Bit, "mix": Conv4Bit, "plane": Conv4Bit, "up": Linear8Bit, "down": Linear8Bit}
 
 
 def made(*techniques: object, seed: int = 0) -> nn.Module:
@@ -45,7 +47,8 @@ def made(*techniques: object, seed: int = 0) -> nn.Module:
 
 def test_every_layer_is_stored_in_8_bits_and_computes_with_what_it_stores():
     model = made(EightBit())
-    assert {name: type(getattr(model, name)) for name in LAYERS} == LAYERS
+    assert all(isinstance(getattr(model, name), kind) for name, kind in LAYERS.items())
+    assert {getattr(model, name).stored_bits for name in LAYERS} == {8}
     assert type(model.memory).__name__ == "GRU"
     assert isinstance(model.memory, nn.GRU)
     assert model.head.weight is model.embed.weight

@@ -9,7 +9,7 @@ from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.nn.fold import fold_module, without_adapters
-from lowmem.nn.gathered_linear import GatheredLinear4Bit
+from lowmem.nn.linear import GatheredLinear4Bit
 from tests.nn.test_gathered_weight import layer as gathered_layer
 from tests.rounding import stored_weight
 

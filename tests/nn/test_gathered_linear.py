@@ -12,7 +12,7 @@ from torch import nn
 import lowmem
 from lowmem import LoRA
 from lowmem.errors import FileError
-from lowmem.nn.gathered_linear import GatheredLinear4Bit, gathered_copy
+from lowmem.nn.linear import GatheredLinear4Bit, gathered_copy
 from tests.nn.test_gathered_weight import ORDER, layer
 
 X = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))

@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional
 
 import lowmem
-from lowmem.nn.gathered_linear import gathered_copy
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
+from lowmem.nn.linear import gathered_copy
 from lowmem.quant.quantize import quantize
 from tests.rounding import OF_4_BITS, gamma
 

@@ -12,7 +12,7 @@ from torch.nn.utils import prune
 
 from lowmem import EightBit, FourBit, Half, LoRA, StoredTensor, convert, restore
 from lowmem.nn.adapter_bank import parameter_of
-from lowmem.nn.stored_module import StoredModule, file_names, restored_copy, stored_class
+from lowmem.nn.stored_module import StoredModule
 from tests.selection import rows_in_one_case
 
 BF16 = torch.bfloat16
@@ -112,17 +112,6 @@ def test_copies_and_pickles_compute_the_same_and_share_nothing(module, technique
         assert not {p.data_ptr() for p in twin.parameters()} & {p.data_ptr() for p in model.parameters()}
 
 
-def old_state(model):
-    """Return a state as older versions gave it: by the names in files, with scales that are no bytes."""
-    state = dict(model.state_dict())
-    for path, one in model.named_modules():
-        prefix = f"{path}.".lstrip(".")
-        for name, old in file_names(one).items() if isinstance(one, StoredModule) else ():
-            value = state.pop(prefix + name)
-            state[prefix + old] = value.view(one.stored_weight("weight").scales.dtype) if old == "scales" else value
-    return state
-
-
 @modules
 @techniques
 def test_a_state_holds_plain_tensors_and_loads_strictly(module, technique):
@@ -130,7 +119,7 @@ def test_a_state_holds_plain_tensors_and_loads_strictly(module, technique):
     other = convert(MODULES[module][0]().eval(), technique)
     assert all(type(value) in (torch.Tensor, dict) for value in model.state_dict().values())
     assert not any(isinstance(p, StoredTensor) for p in model.parameters())
-    for state in (model.state_dict(), dict(model.state_dict()), old_state(model)):
+    for state in (model.state_dict(), dict(model.state_dict())):
         for assign in (False, True):
             twin = copy.deepcopy(other)
             twin.load_state_dict(copy.deepcopy(state), strict=True, assign=assign)
@@ -212,51 +201,12 @@ def test_a_dense_weight_makes_the_class_what_it_was(technique):
         assert {*dict(layer.named_parameters())} == {"weight", "bias"}
 
 
-def test_a_part_of_the_stored_parameters_can_be_dense_again():
-    model = convert(nn.LSTM(16, 24), FourBit("nf4", 16, "float32"))
-    left = restored_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
-    assert isinstance(left, nn.LSTM)
-    assert [*left.forms] == ["weight_hh_l0"]
-    assert left.part_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")
-    assert left.weight_count == model.weight_count == sum(one.numel() for one in nn.LSTM(16, 24).parameters())
-    assert left.element_counts == {"weight_hh_l0_scales": 96 * 2}  # blocks of 16: 16 and 8 columns
-    assert left.dequantized_by == set()
-    left.weight_hh_l0.mul(1)
-    assert left.dequantized_by == {"mul"}
-    assert model.element_counts == {"weight_ih_l0_scales": 96, **left.element_counts}
-    x = torch.randn(3, 2, 16)
-    torch.testing.assert_close(left(x)[0], model(x)[0])
-
-
 @techniques
 def test_deleting_a_stored_weight_is_refused(technique):
     layer = convert(nn.Linear(16, 8), technique)
     with pytest.raises(AttributeError, match=r"Linear.*weight is stored in .* cannot be deleted.*lowmem.restore"):
         del layer.weight
     assert isinstance(layer.weight, StoredTensor)
-
-
-def test_the_class_is_generated_once():
-    one = stored_class(
-        nn.Bilinear, ("weight",), type(next(iter(convert(nn.Bilinear(8, 8, 2), FourBit()).forms.values())))
-    )
-    assert type(convert(nn.Bilinear(4, 4, 2), FourBit())) is one
-    assert issubclass(one, nn.Bilinear)
-    assert one.__name__ == "Bilinear"
-    assert "Bilinear(in1_features=8, in2_features=8, out_features=2, bias=True, stored in nf4" in repr(
-        convert(nn.Bilinear(8, 8, 2), FourBit("nf4"))
-    )
-
-
-def test_a_state_of_the_class_itself_travels_beside_the_formats():
-    model, other = convert(Own(), FourBit()), convert(Own(), FourBit())
-    model(torch.randn(1, 16))
-    calls = model.calls
-    assert calls >= 1
-    other.load_state_dict(model.state_dict())
-    assert other.calls == calls
-    with pytest.raises(RuntimeError, match="stores fp4.*the state holds bof4s"):
-        convert(Own(), FourBit("fp4")).load_state_dict(model.state_dict())
 
 
 @techniques
@@ -378,26 +328,6 @@ def test_a_plain_tensor_is_no_weight():
         with pytest.raises(TypeError, match="cannot assign Tensor as parameter 'weight', which is stored in bof4s"):
             change()
     assert [*model.state_dict()] == names
-
-
-class Named(nn.Linear):
-    def __init__(self):
-        super().__init__(16, 8)
-        self.block_size = 7
-
-
-@rows_in_one_case("name", ["block_size", "weight_packed", "store"])
-def test_attributes_that_would_be_hidden_are_refused_by_name(name):
-    layer = Named() if name == "block_size" else nn.Linear(16, 8)
-    if name == "weight_packed":
-        layer.register_buffer(name, torch.ones(3))
-    if name == "store":
-        layer.store = lambda value: value
-    model = nn.Sequential(nn.Linear(16, 16), layer)
-    told = rf"1: \w+ has {name} of its own, .*rename it, or leave the module out with skip="
-    with pytest.raises(ValueError, match=told):
-        convert(model, FourBit())
-    assert type(model[0]) is nn.Linear
 
 
 @techniques
@@ -579,3 +509,14 @@ def test_a_weight_in_16_bits_that_is_asked_to_train_says_so_in_each_layer(layer)
             layer(given)
         with pytest.raises(RuntimeError, match=r"in torch.bfloat16 requires a gradient.*lowmem.restore\(model\)"):
             layer(given)
+
+
+def test_a_state_of_the_class_itself_travels_beside_the_formats():
+    model, other = convert(Own(), FourBit()), convert(Own(), FourBit())
+    model(torch.randn(1, 16))
+    calls = model.calls
+    assert calls >= 1
+    other.load_state_dict(model.state_dict())
+    assert other.calls == calls
+    with pytest.raises(RuntimeError, match="stores fp4.*the state holds bof4s"):
+        convert(Own(), FourBit("fp4")).load_state_dict(model.state_dict())

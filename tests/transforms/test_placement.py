@@ -22,8 +22,9 @@ from lowmem import (
     merge,
     summary,
 )
-from lowmem.nn.eightbit import Embedding8Bit, Linear8Bit
+from lowmem.nn.embedding import Embedding8Bit
 from lowmem.nn.fold import without_adapters
+from lowmem.nn.linear import Linear8Bit
 from lowmem.nn.techniques import of_embeddings
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
 from tests.selection import rows_in_one_case

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from lowmem import FourBit, Half, LoRA, StoredTensor, convert, kernels
-from lowmem.nn.stored_module import LAYERS
+from lowmem.nn.module_copy import LAYERS, stored_class
 from lowmem.transforms.registry import (
     ENTRIES,
     computes_linear,
@@ -111,7 +111,10 @@ def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(k
     assert made.weight_count == sum(tensor.numel() for tensor in own.values())
 
 
-@rows_in_one_case("made", LAYERS.values())
+FAST = [stored_class(dense, ("weight",), bits) for dense, bits in LAYERS]
+
+
+@rows_in_one_case("made", FAST)
 def test_a_layer_with_a_forward_of_its_own_is_of_the_class_that_it_replaces(made):
     assert issubclass(made, made.dense_class)
     assert all(isinstance(vars(made).get(name, getattr(made, name)), property) for name in made.stored_names)
@@ -213,7 +216,7 @@ def test_what_is_left_alone_has_a_reason(technique, module, reason):
     assert reason is None or reason in found
 
 
-@rows_in_one_case("made", [*LAYERS.values(), type(convert(nn.Linear(2, 2), LoRA(1)))])
+@rows_in_one_case("made", [*FAST, type(convert(nn.Linear(2, 2), LoRA(1)))])
 def test_what_replaces_a_layer_is_called_as_it_is(made):
     """Models call layers by keyword, too."""
     kind = getattr(made, "dense_class", nn.Linear)

@@ -26,8 +26,8 @@ from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
 from lowmem.nn.adapter import is_conv1d
-from lowmem.nn.stored import FourBitForm
-from lowmem.nn.stored_module import format_keys
+from lowmem.nn.coded_module import format_keys
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Exact"]
@@ -98,7 +98,7 @@ class Exact:
         if file.kind == "GGUF":
             check_config(self._source, model.config)
         names = Names(model, get_model_conversion_mapping(model))
-        forms: dict[str, tuple[FourBitForm, str]] = {}
+        forms: dict[str, tuple[CodedForm, str]] = {}
         refused: list[ForeignTensor] = []
         coded = False
         for found in file.tensors.values():
@@ -110,7 +110,7 @@ class Exact:
                     refused.append(tensor)
                 continue
             kept = tensor.kept()
-            if not isinstance(kept, FourBitForm):
+            if not isinstance(kept, CodedForm):
                 if converter is None and name in names.parameters:
                     self._check_shape(tensor, tuple(names.parameters[name].shape))
                 self.state[tensor.name] = _Lazy(kept, tensor.read)
@@ -123,7 +123,7 @@ class Exact:
                 continue
             parameter, module = names.parameters[name], model.get_submodule(name.rpartition(".")[0])
             # Other programs pack a Conv1D as a linear layer, and leave a dense one as it is.
-            swapped = is_conv1d(module) and (found.refusal is not None or isinstance(found.kept(), FourBitForm))
+            swapped = is_conv1d(module) and (found.refusal is not None or isinstance(found.kept(), CodedForm))
             form = replace(kept, transposed=tensor.transposed or swapped)
             self._requantizing.names[tensor.name] = name
             if converter is not None:
@@ -161,7 +161,7 @@ class Exact:
             )
 
     def _merge(
-        self, tensor: ForeignTensor, name: str, converter: WeightConverter, form: FourBitForm, parameter: Tensor
+        self, tensor: ForeignTensor, name: str, converter: WeightConverter, form: CodedForm, parameter: Tensor
     ) -> None:
         """Note a conversion that makes one weight of several; those of rows merge codes and scales alike.
 
@@ -260,5 +260,5 @@ class _Weight:
         if part not in self._parts:
             weight = self._tensor.read()
             assert isinstance(weight, QuantizedTensor)
-            self._parts |= dict(zip(("packed", "scales"), FourBitForm.split(weight), strict=True))
+            self._parts |= dict(zip(("packed", "scales"), CodedForm.split(weight), strict=True))
         return self._parts.pop(part)

@@ -26,8 +26,8 @@ from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 from lowmem.resident import drop_pages, trim_heap
 from lowmem.transforms.convert import floating_dtype, freeze_all_but_adapters, restore

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.forms import freeze
-from lowmem.nn.stored import FourBitForm, HalfForm
-from lowmem.nn.stored_module import StoredModule, become, stored_copy
+from lowmem.nn.forms import CodedForm, HalfForm, freeze
+from lowmem.nn.module_copy import become, stored_copy
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.budget import losses_of
@@ -259,6 +259,6 @@ def _same(a: Any, b: Any) -> bool:
     """Whether two weights are stored in the same form and bytes."""
     if isinstance(a, Tensor):
         return a.dtype == b.dtype and torch.equal(a, b)
-    if FourBitForm.of(a) != FourBitForm.of(b):
+    if CodedForm.of(a) != CodedForm.of(b):
         return False
-    return all(torch.equal(*parts) for parts in zip(FourBitForm.split(a), FourBitForm.split(b), strict=True))
+    return all(torch.equal(*parts) for parts in zip(CodedForm.split(a), CodedForm.split(b), strict=True))

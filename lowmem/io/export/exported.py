@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.io.export.source import StoredWeight
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Exported", "total_error"]
@@ -61,14 +61,14 @@ class Exported:
         """
         lost, square = squares(before, after) if measured else (0.0, 0.0)
         error = math.sqrt(lost / square) if lost else None
-        form = FourBitForm.of(before) if isinstance(before, QuantizedTensor) else before.dtype
+        form = CodedForm.of(before) if isinstance(before, QuantizedTensor) else before.dtype
         kept, before_bytes = _text(form), before.nbytes
         if source is not None:
             kept, before_bytes = source.kept, source.nbytes
         return cls(name, target, tuple(before.shape), kept, kind, before_bytes, after_bytes, error, square)
 
 
-def _text(form: FourBitForm | torch.dtype) -> str:
+def _text(form: CodedForm | torch.dtype) -> str:
     return str(form).removeprefix("torch.")
 
 

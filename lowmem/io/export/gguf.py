@@ -37,7 +37,6 @@ from lowmem.io.export.gguf_tokenizer import tokenizer_fields
 from lowmem.io.export.source import StoredModel, StoredWeight, open_stored
 from lowmem.io.foreign.gguf_blocks import BLOCKS
 from lowmem.io.foreign.gguf_names import Names, names_of
-from lowmem.nn.stored import EightBitForm
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["NO_TOKENIZER", "write_gguf"]
@@ -216,7 +215,7 @@ def _kind(weight: StoredWeight, requantize: bool, dtype: torch.dtype | None) -> 
         raise ValueError(reason)
     if weight.shape[-1] % 32:
         return DENSE[torch.float16], True
-    if isinstance(form, EightBitForm):
+    if form.bits > 4:
         return EIGHT_BIT, True
     stored = weight.plain()
     format = nearest_format(stored) if isinstance(stored, QuantizedTensor) else "iq4_nl"

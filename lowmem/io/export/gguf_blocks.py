@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.io.foreign.tensor import E2M1_CODES, as_bytes, remapped
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
@@ -64,7 +64,7 @@ EIGHT_BIT = 8
 """The type of weights in 8 bits, Q8_0: ``d * code`` with d in float16, which takes rounding from lowmem's scales."""
 
 
-def inexact(form: FourBitForm, columns: int) -> str | None:
+def inexact(form: CodedForm, columns: int) -> str | None:
     """Return why no block type has the levels and blocks of a form, or None; its scales may still not fit."""
     if form.format not in KINDS:
         return f"GGUF has no type with the levels of {form.format}"
@@ -103,7 +103,7 @@ def nearest_format(weight: QuantizedTensor) -> str:
     if columns % SIZE:
         raise ValueError(f"rows of {columns} are no multiple of {SIZE}, the blocks of GGUF")
     kind = KINDS.get(weight.format)
-    if inexact(FourBitForm.of(weight), columns) is None and kind is not None and kind.divisor is not None:
+    if inexact(CodedForm.of(weight), columns) is None and kind is not None and kind.divisor is not None:
         scales, offsets = scales_of(weight)
         rounded = [scales / kind.divisor] + ([] if offsets is None else [offsets])
         if all(bool(part.half().isfinite().all()) for part in rounded):

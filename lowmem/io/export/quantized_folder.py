@@ -23,7 +23,7 @@ from lowmem.io.export.source import StoredModel, StoredWeight, open_stored
 from lowmem.io.foreign.recognize import CONFIG
 from lowmem.io.model_folder import WEIGHTS, copy_others
 from lowmem.io.shards import INDEX, shard_name
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -146,7 +146,7 @@ def _json(content: Any) -> bytes:
 def _check_same(model: StoredModel, architecture: Architecture) -> None:
     """Raise unless the folder has the weights of the model that its config describes."""
     lacking = architecture.shapes.keys() - architecture.tied - model.weights.keys()
-    unknown = {name for name, one in model.weights.items() if isinstance(one.form, FourBitForm)}
+    unknown = {name for name, one in model.weights.items() if isinstance(one.form, CodedForm)}
     unknown -= architecture.shapes.keys()
     for what, names in (("lacks", lacking), ("has, and the model has not,", unknown)):
         if names:
@@ -155,7 +155,7 @@ def _check_same(model: StoredModel, architecture: Architecture) -> None:
             )
     for name, one in model.weights.items():
         shape, own = architecture.shapes.get(name, one.shape), one.shape
-        if isinstance(one.form, FourBitForm):
+        if isinstance(one.form, CodedForm):
             own, shape = (_swapped(size) if one.transposed else size for size in (own, shape))
             bits = get_format(one.form.format).bits
             own, shape = (*own[:-1], own[-1] * bits // 8), _packed_shape(own, shape, bits)
@@ -184,7 +184,7 @@ def _plans(model: StoredModel, architecture: Architecture, packing: Packing, req
         layer = _layer(name)
         kind = architecture.linear.get(layer) if name.rpartition(".")[2] == "weight" else None
         stays = layer in architecture.dense or kind not in ("linear", *(["conv1d"] if packing.conv1d else []))
-        if not isinstance(weight.form, FourBitForm) or stays:
+        if not isinstance(weight.form, CodedForm) or stays:
             plans[name] = _dense(weight, architecture)
             continue
         try:
@@ -224,7 +224,7 @@ def _values(weight: StoredWeight, stored: QuantizedTensor, dtype: torch.dtype) -
 
 def _dense(weight: StoredWeight, architecture: Architecture) -> _Plan:
     name = weight.name
-    if not isinstance(weight.form, FourBitForm):
+    if not isinstance(weight.form, CodedForm):
         spec = TensorSpec(weight.form, weight.shape)
 
         def same() -> tuple[dict[str, Tensor], Exported]:
@@ -285,7 +285,7 @@ def _again(weight: StoredWeight, architecture: Architecture, packing: Packing, t
         return _row(weight, values, packed, after.T.contiguous() if transposed else after)
 
     form = weight.form
-    assert isinstance(form, FourBitForm)
+    assert isinstance(form, CodedForm)
     as_it_lies = not (transposed or weight.transposed or weight.order is not None)
     empty = QuantizedTensor.empty(
         shape, form.format, form.block_size, form.scale_encoding, form.method, device="meta"

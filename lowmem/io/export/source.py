@@ -21,9 +21,9 @@ from lowmem.io.foreign.recognize import CONFIG, read_model_config
 from lowmem.io.metadata import check_config, check_object, technique_of
 from lowmem.io.model_folder import check_layers, weights_in
 from lowmem.io.shards import read_model
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.stored import EightBitForm, FourBitForm
-from lowmem.nn.techniques import Blockwise, EightBit
+from lowmem.nn.techniques import Blockwise
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -48,7 +48,7 @@ class StoredWeight:
 
     name: str
     shape: tuple[int, ...]
-    form: FourBitForm | torch.dtype
+    form: CodedForm | torch.dtype
     nbytes: int
     read: Callable[[], QuantizedTensor | Tensor]
     transposed: bool = False
@@ -169,8 +169,7 @@ def _weights(
             raise refusal(path, f"the record of {show(place)} is not lowmem's: {reason}; upgrade lowmem") from None
         if not isinstance(technique, Blockwise):
             continue
-        kind = EightBitForm if isinstance(technique, EightBit) else FourBitForm
-        form = kind(str(technique.format), technique.block_size or 0, str(technique.scales), str(method))
+        form = CodedForm(str(technique.format), technique.block_size or 0, str(technique.scales), str(method))
         name, parts = _parts(place, specs)
         if parts is None:
             tied.append(name)
@@ -229,7 +228,7 @@ def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str,
 def _fourbit(
     path: Path,
     name: str,
-    form: FourBitForm,
+    form: CodedForm,
     parts: tuple[str, str],
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Tensor],

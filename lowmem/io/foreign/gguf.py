@@ -24,7 +24,7 @@ from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.foreign.gguf_blocks import BLOCKS, BlockType
 from lowmem.io.foreign.gguf_names import Names, names_of
 from lowmem.io.foreign.tensor import ForeignTensor, Kept, encoding_of, quantized
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 
 __all__ = ["MAGIC", "GGUFHeader", "GGUFTensor", "read_gguf", "read_header"]
@@ -273,7 +273,7 @@ class _Values:
         assert self.block.format
         _, scales, offsets = self.parts(with_codes=False)
         size = self.columns // scales.shape[1]
-        return FourBitForm(self.block.format, size, encoding_of(scales, offsets), "imported")
+        return CodedForm(self.block.format, size, encoding_of(scales, offsets), "imported")
 
     def parts(self, with_codes: bool = True) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return the packed codes, or nothing, and in float32 the scales and the offsets (rows, blocks), or None."""

@@ -22,8 +22,8 @@ from lowmem.io.foreign.peft_layers import PREFIX, Layers, dense_parameters
 from lowmem.io.foreign.recognize import read_config
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import parameter_of
-from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.registry import layer_name, module_paths

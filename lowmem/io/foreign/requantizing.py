@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lowmem.errors import printable, show
 from lowmem.io.foreign.tensor import ForeignTensor, Kept
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 from lowmem.quant.quantize import relative_error
@@ -70,7 +70,7 @@ class Requantizing:
     def _quantized(
         self, tensor: ForeignTensor, technique: FourBit | EightBit, read: Callable[[], Tensor | Weight]
     ) -> ForeignTensor:
-        form: Kept = FourBitForm.of(technique.skeleton(torch.empty(tensor.shape, device="meta")))
+        form: Kept = CodedForm.of(technique.skeleton(torch.empty(tensor.shape, device="meta")))
 
         def store() -> Weight:
             weight = read()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.packing import pack
 from lowmem.quant.scales import get_encoding
@@ -46,7 +46,7 @@ FILL = 8
 
 _MAX_E8M0 = 252  # the largest exponent whose largest weight, 6 * 2 ** (e - 127), float32 holds
 
-Kept: TypeAlias = "FourBitForm | torch.dtype"
+Kept: TypeAlias = "CodedForm | torch.dtype"
 """How a weight is kept: in 4 bits, with its codes, or dense in a dtype."""
 
 
@@ -96,7 +96,7 @@ class ForeignTensor:
             weight = read()
             if not isinstance(weight, QuantizedTensor):
                 return weight.dtype
-            return replace(FourBitForm.of(weight), transposed=transposed, gathered=order is not None)
+            return replace(CodedForm.of(weight), transposed=transposed, gathered=order is not None)
 
         return cls(name, shape, kind, nbytes, kept, read, transposed=transposed, order=order)
 

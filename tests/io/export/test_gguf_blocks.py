@@ -20,7 +20,7 @@ from lowmem.io.export.gguf_blocks import (
     rows_of,
 )
 from lowmem.io.foreign.gguf_blocks import BLOCKS
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -58,7 +58,7 @@ def as_read(weight):
 def test_codes_and_scales_come_back_as_they_were(format, size, blocks, seed):
     encoding = "float32_offsets" if format == "uint4" else "float32"
     weight = random_weight(format, size, blocks, seed, encoding)
-    assert inexact(FourBitForm.of(weight), weight.shape[-1]) is None
+    assert inexact(CodedForm.of(weight), weight.shape[-1]) is None
     stored = in_blocks(weight)
     assert torch.equal(stored.dequantize(), weight.dequantize())
     packed, scales, offsets = as_read(stored)
@@ -88,14 +88,14 @@ def test_blocks_of_zeros_stay_zeros():
 
 def test_what_is_not_exact_is_told():
     for form, words in (
-        (FourBitForm("nf4", 64, "float16", "absmax"), "levels of nf4"),
-        (FourBitForm("q4_0", 16, "float16", "absmax"), "block_size=16"),
-        (FourBitForm("q4_0", 96, "float16", "absmax"), None),
-        (FourBitForm("q4_0", 32, "float16_offsets", "absmax"), "offsets"),
+        (CodedForm("nf4", 64, "float16", "absmax"), "levels of nf4"),
+        (CodedForm("q4_0", 16, "float16", "absmax"), "block_size=16"),
+        (CodedForm("q4_0", 96, "float16", "absmax"), None),
+        (CodedForm("q4_0", 32, "float16_offsets", "absmax"), "offsets"),
     ):
         reason = inexact(form, 192)
         assert reason is None if words is None else words in reason
-    assert "rows of 48" in inexact(FourBitForm("q4_0", 32, "float16", "absmax"), 48)
+    assert "rows of 48" in inexact(CodedForm("q4_0", 32, "float16", "absmax"), 48)
     for format, scale in (
         ("q4_0", 8 * 65536.0),
         ("iq4_nl", 1.0 + 2**-20),

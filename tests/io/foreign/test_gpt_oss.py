@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 
 from lowmem.errors import FileError
 from lowmem.io.foreign.recognize import open_foreign
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 
 PARTS = load_file(Path(__file__).parent / "samples" / "gpt-oss.safetensors")
 BLOCKS, SCALES = "experts.down_proj_blocks", "experts.down_proj_scales"
@@ -23,7 +23,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         found = file.tensors["experts.down_proj"]
         assert (found.name, found.shape, found.kind) == ("experts.down_proj", (2, 4, 64), "MXFP4")
         assert (found.nbytes, found.transposed, found.refusal) == (2 * 4 * 2 * 17, True, None)
-        assert found.kept() == FourBitForm("fp4", 32, "float32", "imported", transposed=True)
+        assert found.kept() == CodedForm("fp4", 32, "float32", "imported", transposed=True)
         values = found.read().dequantize()
     e2m1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6]
     powers = [2.0 ** (exponent - 127) for exponent in PARTS[SCALES].flatten().tolist()]

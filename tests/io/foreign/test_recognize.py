@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lowmem.errors import FileError
 from lowmem.io.foreign.recognize import open_foreign
 from lowmem.io.foreign.tensor import ForeignTensor
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
 from tests.io.foreign.written import read_all
@@ -31,7 +31,7 @@ def values_of(tensor: ForeignTensor) -> torch.Tensor:
     weight = tensor.read()
     if isinstance(weight, QuantizedTensor):
         flags = {"transposed": tensor.transposed, "gathered": tensor.order is not None}
-        assert replace(FourBitForm.of(weight), **flags) == tensor.kept()
+        assert replace(CodedForm.of(weight), **flags) == tensor.kept()
         assert tuple(weight.shape) == tensor.shape
         weight.check_layout()
         values = weight.dequantize()

@@ -6,7 +6,7 @@ import torch
 from lowmem import EightBit, FourBit
 from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor, integer_weight
-from lowmem.nn.stored import EightBitForm, FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.quantize import relative_error
 
 WEIGHT = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
@@ -30,7 +30,7 @@ def test_by_default_every_weight_is_as_it_was():
 def test_dense_matrices_that_a_pattern_names_are_quantized_and_nothing_else():
     asked = Requantizing(include=["a*"], technique=EightBit())
     made = asked.of(dense("a"))
-    assert made.kept() == EightBitForm.of(EightBit().store(WEIGHT))
+    assert made.kept() == CodedForm.of(EightBit().store(WEIGHT))
     assert asked.errors == {}  # it was not read yet
     stored, wanted = made.read(), EightBit().store(WEIGHT)
     assert torch.equal(stored.packed, wanted.packed)
@@ -40,7 +40,7 @@ def test_dense_matrices_that_a_pattern_names_are_quantized_and_nothing_else():
         assert asked.of(other) is other
     assert asked.of(dense("a", torch.arange(8).view(2, 4))).kept() is torch.int64
     kept = asked.of(coded("a"))
-    assert (type(kept.kept()), kept.read().format) == (FourBitForm, "q4_0")
+    assert (type(kept.kept()), kept.read().format) == (CodedForm, "q4_0")
     assert asked.error("b") is None
 
 

@@ -19,7 +19,7 @@ from lowmem.io.foreign.tensor import (
     power_scales,
     remapped,
 )
-from lowmem.nn.stored import FourBitForm
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import FORMATS
 
 E2M1 = [0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -124,7 +124,7 @@ def assert_read_when_asked(weight):
         assert (one.name, one.shape, one.kind, one.nbytes, one.refusal) == ("a", (2, 3), "b", 5, None)
         assert (one.transposed, one.order) == (transposed, order)
         assert one.read() is weight
-        form = FourBitForm(*(getattr(weight, name) for name in ("format", "block_size", "scale_encoding", "method")))
+        form = CodedForm(*(getattr(weight, name) for name in ("format", "block_size", "scale_encoding", "method")))
         assert one.kept() == replace(form, transposed=transposed, gathered=order is not None)
         calls.clear()
     assert ForeignTensor.of_weight("a", (2,), "b", 4, lambda: torch.zeros(2).half()).kept() is torch.float16

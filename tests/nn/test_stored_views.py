@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, Half, convert, restore
-from lowmem.nn.stored import StoredTensor
-from lowmem.nn.stored_functions import store_again
+from lowmem.nn.stored_tensor import StoredTensor
+from lowmem.nn.stored_views import store_again
 from tests.nn.stored_cases import store
 from tests.selection import rows_in_one_case
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import lowmem
 from lowmem import measure
-from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_tensor import StoredTensor
 from tests.nn.stored_cases import store
 from tests.rounding import OF_4_BITS, assert_sum
 from tests.selection import rows_in_one_case

@@ -4,7 +4,8 @@
 tensors, its parts: codes of 4 or 8 bits and the bytes of their scales, or a 16-bit copy. Operators are intercepted
 below
 autograd: products run on the stored weight, and the graph saves only that. Views of whole rows stay stored; any other
-operator gets dequantized values. ``lowmem.nn.stored_operators`` lists the operators that need not dequantize.
+operator gets dequantized values. ``lowmem.nn.stored_products`` and ``lowmem.nn.stored_views``
+list the operators that need not dequantize.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,22 +23,18 @@ from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts, refuse_training
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager
+from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.read_only import VIEWS, exported_view, makes_view, read_only, recorded_view, written_to
 from lowmem.nn.sharded import sharded_types
-from lowmem.quant.formats import get_format
-from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
     "FUNCTIONS",
     "OPERATORS",
     "REMEDY",
-    "EightBitForm",
-    "Form",
-    "FourBitForm",
-    "HalfForm",
     "StoredTensor",
     "dequantized_call",
+    "implements",
     "is_recorded",
     "recorded_values",
     "refuse_gradient",
@@ -51,120 +47,34 @@ REMEDY = (
 )
 
 OPERATORS: dict[Any, Callable[..., Any]] = {}
-"""Operator overload -> its implementation for stored tensors. It returns NotImplemented to have them dequantized."""
+"""Operator overload, below autograd -> its implementation for stored tensors. It returns NotImplemented to have them
+dequantized."""
 
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
-"""Python function of torch -> its implementation for stored tensors. It returns NotImplemented to leave the call to
-the operators."""
+"""Python function of torch, above autograd -> its implementation for stored tensors. It returns NotImplemented to
+leave the call to the operators. An operator called directly reaches autograd first, so the tables are two."""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-@dataclass(frozen=True)
-class FourBitForm:
-    """How a weight is stored in 4 bits. The first four arguments are attributes of ``QuantizedTensor``.
+def implements(*calls: Any) -> Callable[[_F], _F]:
+    """Register an implementation for operators, as ``"name.overload"`` of aten, and for Python functions of torch.
 
-    The parts are ``packed``, uint8 (*lead, bytes), and ``scales``, the bytes of the scales as uint8, so that casts of
-    a model do not change them.
-
-    Args:
-        format: a key of ``FORMATS`` or ``IMPORTED``.
-        block_size: weights per scale.
-        scale_encoding: a key of ``ENCODINGS``.
-        method: how the scales were found.
-        transposed: whether the parts hold the parameter with its last two dimensions transposed.
-        gathered: whether the parts hold the columns in another order. A third part, ``order``, int32 (columns,), then
-            says which column of the parameter each stored column is (``lowmem.nn.gathered_weight``).
-        compute_dtype: floating point dtype of products with the weight; None: the dtype of the input.
+    An operator that this version of torch does not have is left out.
     """
 
-    format: str
-    block_size: int
-    scale_encoding: str
-    method: str
-    transposed: bool = False
-    gathered: bool = False
-    compute_dtype: torch.dtype | None = None
+    def register(function: _F) -> _F:
+        for call in calls:
+            if not isinstance(call, str):
+                FUNCTIONS[call] = function
+                continue
+            packet, _, overload = call.partition(".")
+            found = getattr(getattr(torch.ops.aten, packet, None), overload or "default", None)
+            if found is not None:
+                OPERATORS[found] = function
+        return function
 
-    parts: ClassVar[tuple[str, ...]] = ("packed", "scales")  # a gathered form sets an attribute of its own
-
-    def __post_init__(self) -> None:
-        if self.gathered:
-            object.__setattr__(self, "parts", ("packed", "order", "scales"))
-
-    def __str__(self) -> str:
-        how = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"
-        return ", ".join([how, *self.flags])
-
-    @property
-    def flags(self) -> tuple[str, ...]:
-        """Those of the names ``transposed`` and ``gathered`` whose attribute is true."""
-        return tuple(name for name in ("transposed", "gathered") if getattr(self, name))
-
-    def has_parts_of(self, other: object) -> bool:
-        """Whether parts of the other form mean the same values in this form."""
-        return isinstance(other, FourBitForm) and replace(other, compute_dtype=self.compute_dtype) == self
-
-    @property
-    def scale_dtype(self) -> torch.dtype:
-        """The dtype of the scales, whose bytes are stored."""
-        return get_encoding(self.scale_encoding, get_format(self.format).signed).dtype
-
-    def text(self, columns: int) -> str:
-        """Return the form of a matrix with ``columns`` columns as the text that ``StoredParts`` takes."""
-        return f"{self.format} {self.block_size} {self.scale_encoding} {columns}"
-
-    @classmethod
-    def of(cls, weight: QuantizedTensor) -> FourBitForm:
-        """Return the form of a quantized tensor, in 4 or 8 bits."""
-        kind = EightBitForm if get_format(weight.format).bits == 8 else cls
-        return kind(weight.format, weight.block_size, weight.scale_encoding, weight.method)
-
-    def join(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
-        """Return the weight (*lead, columns) over its parts, without a copy."""
-        packed, *_, scales = parts
-        shape = torch.Size((*packed.shape[:-1], columns))
-        shaped = QuantizedTensor(
-            packed, scales, shape, self.format, self.block_size, self.scale_encoding, self.method
-        )
-        dtype, size = shaped.encoding.dtype, scales.shape[-1] if scales.dim() else 0
-        if scales.dtype is torch.uint8 is not dtype and scales.stride(-1) == 1 and size % dtype.itemsize == 0:
-            object.__setattr__(shaped, "scales", scales.view(dtype))
-        return shaped  # if scales could not be viewed in their dtype, check_layout says so
-
-    @staticmethod
-    def split(weight: QuantizedTensor) -> tuple[Tensor, ...]:
-        """Return the codes and the bytes of the scales of a quantized tensor, without a copy."""
-        return weight.packed, weight.scales.detach().view(torch.uint8)
-
-
-@dataclass(frozen=True)
-class EightBitForm(FourBitForm):
-    """How a weight is stored in 8 bits: as in 4 bits, but each code takes a byte. ``LAYERS`` has classes for it."""
-
-
-@dataclass(frozen=True)
-class HalfForm:
-    """How a weight is stored in 16 bits: the only part is ``rounded``, float16 or bfloat16 in the weight's shape."""
-
-    dtype: torch.dtype
-
-    parts: ClassVar[tuple[str, ...]] = ("rounded",)
-    transposed: ClassVar[bool] = False
-    gathered: ClassVar[bool] = False
-    compute_dtype: ClassVar[None] = None  # products take the wider dtype of input and weight
-
-    def has_parts_of(self, other: object) -> bool:
-        """Whether parts of the other form mean the same values in this form."""
-        return other == self
-
-    def __str__(self) -> str:
-        return str(self.dtype).removeprefix("torch.")
-
-    def join(self, parts: Sequence[Tensor], columns: int) -> Tensor:
-        """Return the weight (*lead, columns) of its part."""
-        return parts[0]
-
-
-Form: TypeAlias = FourBitForm | HalfForm
+    return register
 
 
 class StoredTensor(Tensor):
@@ -256,7 +166,7 @@ class StoredTensor(Tensor):
         """The matrix as an argument of operators that are being recorded, with the bytes of its scales."""
         form, parts = self.form, self.parts
         refuse_parts(parts[-1])
-        if not isinstance(form, FourBitForm):
+        if not isinstance(form, CodedForm):
             return self.matrix  # type: ignore[return-value]
         ends = parts[0], parts[-1]
         packed, scales = (part if part.dim() == 2 else part.reshape(-1, part.shape[-1]) for part in ends)
@@ -296,7 +206,7 @@ class StoredTensor(Tensor):
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         parts = self.parts
-        if is_recorded(*parts) and isinstance(self.form, FourBitForm):
+        if is_recorded(*parts) and isinstance(self.form, CodedForm):
             values = ops.dequantize_rows(self.recorded, dtype)  # type: ignore[arg-type]
         else:
             stored = self.stored
@@ -401,7 +311,7 @@ def _rebuild(
 
 
 if hasattr(torch.serialization, "add_safe_globals"):  # so that torch.load(weights_only=True) can read one
-    torch.serialization.add_safe_globals([_rebuild, FourBitForm, EightBitForm, HalfForm])
+    torch.serialization.add_safe_globals([_rebuild, CodedForm, HalfForm])
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

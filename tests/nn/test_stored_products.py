@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lowmem import FORMATS, FourBit, Half, convert, measure, restore
-from lowmem.nn.stored import StoredTensor
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.scales import ENCODINGS
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
 from tests.rounding import OF_4_BITS, assert_sum

@@ -1,0 +1,192 @@
+"""Modules with parameters in 4 or 8 bits, whose state_dict names the formats."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
+
+from lowmem.errors import show
+from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.nn.forms import CodedForm
+from lowmem.nn.module_copy import BASES
+from lowmem.nn.stored_module import StoredModule, named_part
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["CodedModule", "format_keys", "kept_weight", "weight_compute_dtype"]
+
+is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # called often: globals are faster
+
+
+def kept_weight(module: StoredModule) -> QuantizedTensor | None:
+    """Return a module's cached 4- or 8-bit weight; None if there is none, or it is stale.
+
+    Layers read it at each call, but not under torch.compile or torch.jit.trace, which would record its tensors.
+    """
+    known = module._kept.get("weight")
+    if known is None:
+        return None
+    (packed, *_, scales), address, _, _, weight = known
+    found = module._parameters
+    same = packed is found.get("weight_packed") and scales is found.get("weight_scales")
+    return weight if same and address == scales.data_ptr() else None  # type: ignore[return-value]
+
+
+class CodedModule(StoredModule):
+    """Base of all modules with parameters in 4 or 8 bits.
+
+    The state_dict names the formats, and loading codes of another format is an error.
+    """
+
+    stored_bits: ClassVar[int] = 4
+
+    @property
+    def formats(self) -> str:
+        """The forms of the 4- and 8-bit parameters as text: that of ``weight`` alone, or all with their names."""
+        texts = {name: str(one.form) for name, one in self._forms.items() if isinstance(one.form, CodedForm)}
+        return (
+            texts["weight"]
+            if [*texts] == ["weight"]
+            else "; ".join(f"{name}: {text}" for name, text in texts.items())
+        )
+
+    @property
+    def _version(self) -> Any:  # type: ignore[override]
+        """The version that torch writes into a state_dict's metadata: the formats, unless the class has its own."""
+        own = self.dense_class._version
+        return self.formats if own == nn.Module._version else own
+
+    @property
+    def quantized(self) -> QuantizedTensor:
+        """The weight as a QuantizedTensor of the layer's own parameters, not copied."""
+        if not is_compiling() and not is_jit_tracing():
+            kept = kept_weight(self)
+            if kept is not None:
+                return kept
+            self._weight_form  # noqa: B018 - raises an AttributeError where there is no such weight
+            return self.stored_weight("weight")  # type: ignore[return-value]
+        return self._parts()  # type: ignore[return-value]
+
+    def _parts(self) -> StoredParts:
+        """Return ``quantized`` in the form that torch.compile and torch.jit.trace can record."""
+        found = self._parameters
+        packed, scales = named_part(self, found, "weight_packed"), named_part(self, found, "weight_scales")
+        return StoredParts(packed, scales, self._forms["weight"].text)
+
+    @property
+    def packed(self) -> nn.Parameter:
+        """The codes of the weight."""
+        return self.weight_packed  # type: ignore[return-value]
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales of the weight, a view of ``weight_scales`` in their dtype."""
+        return self.quantized.scales
+
+    @property
+    def format(self) -> str:
+        """The format of the weight, a key of ``FORMATS`` or ``IMPORTED``."""
+        return self._weight_form.format
+
+    @property
+    def block_size(self) -> int:
+        """Weights per scale."""
+        return self._weight_form.block_size
+
+    @property
+    def scale_encoding(self) -> str:
+        """The encoding of the scales, a key of ``ENCODINGS``."""
+        return self._weight_form.scale_encoding
+
+    @property
+    def _weight_form(self) -> CodedForm:
+        form = self._forms["weight"].form if "weight" in self._forms else None
+        if not isinstance(form, CodedForm):
+            raise AttributeError(f"{type(self).__name__} has no weight in 4 bits")
+        return form
+
+    def get_extra_state(self) -> Any:
+        """Return the formats as text in a uint8 tensor, which safetensors can hold, and the class's own state."""
+        text = torch.tensor(list(self.formats.encode()), dtype=torch.uint8, device="cpu")
+        return {"formats": text, "own": super().get_extra_state()} if _has_extra_state(self) else text
+
+    def set_extra_state(self, state: Any) -> None:
+        """Check the formats, and set the class's own state.
+
+        Raises:
+            ValueError: the state has other formats.
+        """
+        found = _formats_of(state.get("formats") if isinstance(state, dict) else state, self.formats)
+        if found != self.formats:
+            raise ValueError(f"the layer stores {self.formats}; the state holds {show(found)}")
+        if _has_extra_state(self):
+            super().set_extra_state(state["own"])
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *rest: Any
+    ) -> None:
+        """Reject codes of another format; warn if the state names no format."""
+        key, own = prefix + _EXTRA_STATE_KEY_SUFFIX, self.formats
+        missing, errors = rest[-3], rest[-1]
+        found = local_metadata.get("version")
+        if key in state_dict:
+            state = state_dict[key]
+            text = state.get("formats") if isinstance(state, dict) and _has_extra_state(self) else state
+            found = _formats_of(text, own if found is None else found)
+        if isinstance(found, str) and found != own:
+            errors.append(f"{prefix.rstrip('.') or 'the layer'} stores {own}; the state holds {found}")
+            return
+        coded = {prefix + name for name in self.part_names}
+        if not isinstance(found, str) and coded & state_dict.keys():
+            warnings.warn(
+                f"nothing in the state says how its {self.stored_bits}-bit codes are stored: they are taken for "
+                f"{own}, and are noise if they are not; load what state_dict() gives, or a file with lowmem.load",
+                UserWarning,
+                stacklevel=2,
+            )
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *rest)
+        if key in missing and not _has_extra_state(self):
+            missing.remove(key)
+
+
+def _has_extra_state(module: StoredModule) -> bool:
+    return module.dense_class.get_extra_state is not nn.Module.get_extra_state
+
+
+def _formats_of(state: Any, unread: object) -> object:
+    """Return the formats in an extra state; ``unread`` if it is a meta or fake tensor, without values."""
+    if isinstance(state, Tensor) and (state.is_meta or isinstance(state, FakeTensor)):
+        return unread
+    if isinstance(state, Tensor) and state.dtype == torch.uint8 and state.dim() == 1:
+        return bytes(state.tolist()).decode(errors="replace")
+    return f"something else than a format ({type(state).__name__})"
+
+
+def format_keys(model: nn.Module) -> set[str]:
+    """Return the state_dict keys that hold only formats; files keep formats in their metadata instead."""
+    layers = model.named_modules(remove_duplicate=False)
+    return {
+        f"{path}.{_EXTRA_STATE_KEY_SUFFIX}".lstrip(".")
+        for path, module in layers
+        if isinstance(module, CodedModule) and not _has_extra_state(module)
+    }
+
+
+def _compute_dtype(module: CodedModule) -> torch.dtype | None:
+    return module._weight_form.compute_dtype
+
+
+def _set_compute_dtype(module: CodedModule, dtype: torch.dtype | None) -> None:
+    one = module._forms["weight"]
+    module._forms["weight"] = one._replace(form=replace(module._weight_form, compute_dtype=dtype))
+    module._kept.pop("weight", None)
+
+
+weight_compute_dtype = property(_compute_dtype, _set_compute_dtype, doc="The ``compute_dtype`` of the weight's form.")
+
+BASES[4] = BASES[8] = CodedModule

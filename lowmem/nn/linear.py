@@ -1,0 +1,184 @@
+"""Linear layers with weights in 4, 8 or 16 bits.
+
+A product is computed for one chunk of the weight's rows at a time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Proxy
+
+from lowmem import kernels
+from lowmem.kernels.frozen_operator import refuse_training
+from lowmem.nn.coded_module import CodedModule, kept_weight, weight_compute_dtype
+from lowmem.nn.forms import CodedForm, freeze
+from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call, recorded_call
+from lowmem.nn.module_copy import LAYERS, copied_module, stored_copy, stored_property
+from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
+from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore, half_weights
+from lowmem.quant.tensor import QuantizedTensor
+
+__all__ = ["GatheredLinear4Bit", "HalfLinear", "Linear4Bit", "Linear8Bit", "gathered_copy"]
+
+
+class Linear4Bit(CodedModule, nn.Linear):
+    """``y = x W^T + b`` with W stored in 4 bits and frozen; the bias is unchanged.
+
+    Args:
+        weight: quantized (out_features, in_features).
+        bias: floating point (out_features,), or None.
+        compute_dtype: dtype of the product; None: the dtype of the input; torch.int8: 8-bit integers.
+        dtype: of the ``weight`` attribute; None: that of the bias, or float32.
+    """
+
+    dense_class = nn.Linear
+    stored_names = ("weight",)
+    compute_dtype = weight_compute_dtype
+    weight = stored_property("weight")
+
+    def __init__(
+        self,
+        weight: QuantizedTensor,
+        bias: nn.Parameter | None,
+        compute_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        CodedModule.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        dtype = dtype or (torch.float32 if bias is None else bias.dtype)
+        self.store("weight", weight, (self.in_features,), dtype)
+        self.compute_dtype = compute_dtype
+        self.register_parameter("bias", bias)
+
+    @classmethod
+    def from_layer(cls, layer: nn.Linear, technique: FourBit, store: FourBitStore | None = None) -> Linear4Bit:
+        """Build it from a dense layer, whose weight ``store`` quantizes; None: ``technique.store``.
+
+        Raises:
+            TypeError, ValueError: weights that ``quantize`` rejects.
+        """
+        weight = (store or technique.store)(layer.weight, "weight")
+        return cast(Linear4Bit, stored_copy(layer, {"weight": weight}, computed_in=technique.compute_dtype))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
+        x = autocast(input)
+        found = self._parameters  # faster than attributes; a parametrization may have moved a parameter out
+        bias = found["bias"] if "bias" in found else self.bias  # noqa: SIM401 - get would evaluate self.bias each time
+        dtype = self._forms["weight"].form.compute_dtype or x.dtype  # faster than the property
+        if is_plain_call(x, bias) and x.dim() == 2 and not x.is_nested:  # inline, for speed
+            weight = kept_weight(self)
+            if weight is not None:
+                out = kernels.linear(x, weight, dtype, bias)
+                return out if dtype is x.dtype else out.to(x.dtype)
+        return frozen_linear(x, self.quantized, dtype, bias)
+
+
+class Linear8Bit(Linear4Bit):
+    """``y = x W^T + b`` with W stored in 8 bits and frozen. Arguments are those of ``Linear4Bit``."""
+
+    stored_bits = 8
+
+
+class GatheredLinear4Bit(Linear4Bit):
+    """``y = x[..., order] W[:, order]^T + b`` with ``W[:, order]`` stored in 4 bits and frozen.
+
+    ``quantized`` has the columns in the stored order, ``weight`` in that of the dense layer.
+    """
+
+    weight_order: Tensor
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
+        return super().forward(input.index_select(-1, self.weight_order))
+
+
+def gathered_copy(layer: Linear4Bit, order: Tensor) -> GatheredLinear4Bit:
+    """Return a copy of a layer whose stored columns are declared to be in another order. The copy has no hooks.
+
+    Args:
+        layer: stores ``W[:, order]``.
+        order: int32 (in_features,).
+
+    Raises:
+        ValueError: the order has another dtype or length.
+    """
+    columns = layer.in_features
+    if order.shape != (columns,) or order.dtype.is_floating_point or order.dtype.itemsize != 4:
+        raise ValueError(f"order is {order.dtype} {tuple(order.shape)}, and must be int32 ({columns},)")
+    copied = cast(GatheredLinear4Bit, copied_module(layer, GatheredLinear4Bit))
+    described = layer._forms["weight"]
+    assert isinstance(described.form, CodedForm)
+    form = replace(described.form, gathered=True)
+    copied.__dict__.update(
+        _forms={**layer._forms, "weight": described._replace(form=form)},
+        _kept={},
+        _parameters={**layer._parameters, "weight_order": freeze(order)},
+    )
+    return copied
+
+
+class HalfLinear(StoredModule, nn.Linear):
+    """``y = x W^T + b`` with W and b stored in 16 bits and frozen.
+
+    The product is computed in ``torch.promote_types(x.dtype, D)``, where D is the stored dtype.
+
+    Args:
+        weight: float16 or bfloat16 (out_features, in_features).
+        bias: (out_features,) in the dtype of the weight, or None.
+        dtype: of the ``weight`` and ``bias`` attributes.
+    """
+
+    dense_class = nn.Linear
+    stored_names = ("weight", "bias")
+    weight = stored_property("weight")
+    bias = stored_property("bias")
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
+        StoredModule.__init__(self)
+        self.out_features, self.in_features = weight.shape
+        self.store("weight", weight, (self.in_features,), dtype)
+        if bias is None:
+            self._parameters["bias"] = None
+        else:
+            self.store("bias", bias, (self.out_features,), dtype)
+
+    @classmethod
+    def from_layer(cls, layer: nn.Linear, technique: Half, store: HalfStore | None = None) -> HalfLinear:
+        """Build it from a dense layer, whose tensors ``store`` rounds; None: ``technique.store``.
+
+        Raises:
+            TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
+                dtype.
+        """
+        return cast(HalfLinear, stored_copy(layer, half_weights(layer, store or technique.store)))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
+        if isinstance(input, Proxy):
+            return recorded_call(self, input)
+        x = autocast(input)
+        own = self._parameters  # faster than attributes; a parametrization may have moved a parameter out
+        weight = own.get("weight_rounded")
+        weight = cast(nn.Parameter, self.weight_rounded) if weight is None else weight
+        bias = own["bias_rounded"] if "bias_rounded" in own else self.bias  # noqa: SIM401 - get would evaluate it
+        bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
+        if x.dtype is weight.dtype and not (x.is_cpu and x.dtype is torch.float16):  # torch's is slow on CPUs
+            if torch.is_grad_enabled():
+                refuse_training(weight)
+            bias = bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)  # it may be dense, and shared
+            return nn.functional.linear(x, weight.detach(), None if bias is None else bias.detach())
+        wide = x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, weight.dtype)
+        return frozen_linear(x, weight, wide, bias)
+
+
+LAYERS.update({(nn.Linear, 4): Linear4Bit, (nn.Linear, 8): Linear8Bit, (nn.Linear, 16): HalfLinear})

@@ -1,0 +1,236 @@
+"""Copies of modules in which parameters are stored, or dense again, and the generated classes of these copies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Mapping
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from lowmem.kernels import Weight
+from lowmem.kernels.torch_versions import leave_to_eager
+from lowmem.nn.forms import Described, HalfForm, described, freeze, parts_of
+
+if TYPE_CHECKING:
+    from lowmem.nn.stored_module import StoredModule
+
+__all__ = [
+    "BASES",
+    "HOOKS",
+    "LAYERS",
+    "become",
+    "copied_module",
+    "leading_dims",
+    "restored_copy",
+    "stored_class",
+    "stored_copy",
+    "stored_property",
+]
+
+LAYERS: dict[tuple[type[nn.Module], int], type[StoredModule]] = {}
+"""(class of a dense layer, bits) -> a class with a faster forward, or the base of generated classes that has it."""
+
+BASES: dict[int, type[StoredModule]] = {}
+"""Bits -> the base of all other generated classes."""
+
+
+def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredModule]:
+    """Return the class of modules of class ``dense`` whose parameters ``names`` are stored."""
+    base = LAYERS.get((dense, bits), BASES[bits]) if "weight" in names else BASES[bits]
+    if issubclass(base, dense):
+        if set(names) <= set(base.stored_names):
+            return base
+        base = BASES[bits]
+    body: dict[str, Any] = {name: stored_property(name) for name in names}
+    body |= {
+        "dense_class": dense,
+        "stored_names": names,
+        "stored_bits": bits,
+        "__module__": dense.__module__,
+        "__qualname__": dense.__qualname__,
+        "__doc__": dense.__doc__,
+        "__reduce_ex__": lambda module, _: (_empty, (dense, names, bits), module.__getstate__()),
+    }
+    if issubclass(dense, nn.RNNBase):
+        body["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+    return type(dense.__name__, (base, dense), body)
+
+
+stored_class: Callable[[Any, tuple[str, ...], int], type[StoredModule]] = cache(_stored_class)
+
+
+def stored_property(name: str) -> property:
+    """Return a property for a stored parameter ``name``."""
+
+    def get(module: StoredModule) -> Any:
+        if name in module.__dict__["_forms"]:
+            return module.stored_tensor(name)
+        found = module._parameters.get(name)
+        return module.__dict__.get(name) if found is None else found  # a plain tensor that a hook has set
+
+    def put(module: StoredModule, value: Any) -> None:
+        module.__dict__[name] = value
+
+    return property(get, put, doc=f"The parameter ``{name}``: a StoredTensor.")
+
+
+def _flat_weights(module: Any) -> list[Any]:
+    return [getattr(module, name) for name in module.__dict__["_flat_weights_names"]]
+
+
+leave_to_eager(_flat_weights)  # torch.compile runs recurrent layers eagerly, too
+
+
+def _empty(dense: type[nn.Module], names: tuple[str, ...], bits: int) -> StoredModule:
+    made = stored_class(dense, names, bits)
+    return made.__new__(made)
+
+
+# Attributes with the hooks of a module, which stay when its parameters are stored or made dense again.
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def stored_copy(
+    module: nn.Module,
+    weights: Mapping[str, Weight],
+    *,
+    transposed: Container[str] = (),
+    computed_in: torch.dtype | None = None,
+    **attributes: Any,
+) -> StoredModule:
+    """Return a copy of a module in which parameters are stored; it has no hooks, and shares everything else.
+
+    Args:
+        module: dense.
+        weights: for each parameter to store: (*lead, columns), with the leading dimensions of the parameter.
+        transposed: names of the parameters that are stored with their last two dimensions transposed.
+        computed_in: the ``compute_dtype`` of 4- and 8-bit forms.
+        **attributes: further attributes of the copy.
+
+    Raises:
+        ValueError: the module has attributes that a stored module has, too.
+    """
+    forms = {name: described(weight, name in transposed, computed_in) for name, weight in weights.items()}
+    plain = getattr(type(module), "_plain_class", type(module))
+    made = stored_class(plain, tuple(weights), min(form.bits for form, _ in forms.values()))
+    _refuse_collisions(module, made, forms)
+    copied = copied_module(module, _with_adapters_of(module, made))
+    described_by: dict[str, Described] = {}
+    parameters: dict[str, Any] = {}
+    for name, parameter in module._parameters.items():
+        if name not in forms:
+            parameters[name] = parameter
+            continue
+        assert parameter is not None
+        form, parts = forms[name]
+        lead = leading_dims(module, parameter)
+        shape = tuple(parameter.mT.shape if form.transposed else parameter.shape)
+        described_by[name] = Described.of(form, shape[:lead], shape[lead:], parameter.dtype)
+        if isinstance(form, HalfForm) and parts[0].shape != parameter.shape:
+            parts = (freeze(parts[0].view(parameter.shape)),)
+        parameters |= parts_of(name, form, parts)
+    copied.__dict__.update(
+        _parameters=parameters, _forms=described_by, _kept={}, **made.attributes_of(module), **attributes
+    )
+    if isinstance(module, nn.RNNBase):
+        copied.__dict__.pop("_flat_weights", None)
+    return copied  # type: ignore[return-value]
+
+
+def _refuse_collisions(module: nn.Module, made: type[StoredModule], forms: Mapping[str, Any]) -> None:
+    """Refuse a module with attributes that the stored module's class, or its parts, would hide.
+
+    Raises:
+        ValueError: there are such attributes; they are named.
+    """
+    own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
+    parts = {f"{name}_{part}" for name, (form, _) in forms.items() for part in form.parts}
+    added = {
+        name for name in dir(BASES[made.stored_bits]) if not hasattr(nn.Module, name) and not name.startswith("__")
+    }
+    hidden = (own & (added | parts)) | {name for name in added if hasattr(type(module), name)}
+    if hidden:
+        raise ValueError(
+            f"{type(module).__name__} has {', '.join(sorted(hidden))} of its own, which a module with stored "
+            "parameters has, too: rename it, or leave the module out with skip="
+        )
+
+
+def leading_dims(module: nn.Module, parameter: Tensor) -> int:
+    """Return the number of leading dimensions of a parameter: 1 for convolutions, and else all but the last."""
+    dims = parameter.dim()
+    if isinstance(module, (nn.modules.conv._ConvNd, ParametrizationList)) and dims > 1:
+        return 1
+    return max(0, dims - 1)
+
+
+def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> nn.Module:
+    """Return a copy of a module in which the parameters in ``values`` are dense; of the dense class if all are."""
+    left = {name: one for name, one in module._forms.items() if name not in values}
+    names = tuple(name for name in module.stored_names if name in left)
+    made = module.dense_class
+    if names:
+        made = stored_class(module.dense_class, names, min(one.form.bits for one in left.values()))
+    copied = copied_module(module, _with_adapters_of(module, made))
+    parameters: dict[str, Any] = {}
+    for name, parameter in module._parameters.items():
+        owner = next(
+            (one for one in values if name in [f"{one}_{part}" for part in module._forms[one].form.parts]), None
+        )
+        if owner is None:
+            parameters[name] = parameter
+        elif owner not in parameters:
+            value = values[owner]
+            parameters[owner] = value if value is None or isinstance(value, nn.Parameter) else freeze(value)
+    copied.__dict__["_parameters"] = parameters
+    for name in ("_forms", "_kept", "weight_error", "chosen_because"):
+        copied.__dict__.pop(name, None)
+    if names:
+        copied.__dict__.update(_forms=left, _kept={})
+    if isinstance(copied, nn.RNNBase) and not names:
+        copied.__dict__["_flat_weights"] = _flat_weights(copied)
+    return copied
+
+
+def _with_adapters_of(module: nn.Module, made: type[nn.Module]) -> type[nn.Module]:
+    """Return the class ``made``; if the module has adapters, its subclass with adapters."""
+    over: Callable[[type[nn.Module]], type[nn.Module]] | None = getattr(type(module), "_over", None)
+    return made if over is None else over(made)
+
+
+def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
+    """Return a shallow copy of a module as an object of class ``made``, without its hooks."""
+    copied = made.__new__(made)
+    copied.__dict__.update(module.__dict__)
+    for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
+        if name != "__dict__" and name != "__weakref__" and hasattr(module, name):
+            object.__setattr__(copied, name, getattr(module, name))
+    for name in (*HOOKS, "_buffers", "_modules"):
+        value = module.__dict__[name]
+        copied.__dict__[name] = type(value)() if name in HOOKS else type(value)(value)
+    return copied
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Give a module, in place, the class and attributes of ``other``, a copy of it that has other parameters.
+
+    Its hooks, mode, children and buffers stay.
+    """
+    own = module.__dict__
+    final = {**other.__dict__, **{name: own[name] for name in (*HOOKS, "training", "_modules", "_buffers")}}
+    # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
+    both = {**own, **final, "_parameters": {**own["_parameters"], **final["_parameters"]}}
+    object.__setattr__(module, "__dict__", both)
+    module.__class__ = other.__class__
+    object.__setattr__(module, "__dict__", final)

@@ -1,0 +1,389 @@
+"""Products, gathers and convolutions with stored weights, which are not dequantized whole.
+
+Operators run below autograd, which saves the stored weight itself; their gradients are computed by operators of this
+file, too. Weights are frozen: no operator returns the gradient of one. Functions are intercepted above autograd.
+"""
+
+from __future__ import annotations
+
+import itertools
+import string
+import types
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from lowmem import kernels
+from lowmem.kernels import ops
+from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
+from lowmem.nn.frozen_linear import autocast, frozen_linear
+from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded, refuse_gradient
+from lowmem.quant.backend import backend_of
+
+__all__ = ["einsum", "open_attention"]
+
+aten = torch.ops.aten
+
+
+def _product(x: Tensor, weight: StoredTensor, transposed: bool) -> Tensor:
+    """Return ``x @ W.T``, or ``x @ W`` if ``transposed``, in x's dtype; W is the matrix as its parts hold it."""
+    refuse_gradient(weight)
+    if is_recorded(x, *weight.parts):
+        recorded = weight.recorded
+        return ops.product.record(x, recorded, weight.form.product_dtype(x), transposed).to(x.dtype)
+    stored = weight.stored
+    dtype = weight.form.product_dtype(x)
+    return (kernels.input_grad if transposed else kernels.linear)(x, stored, dtype).to(x.dtype)
+
+
+def _is_matrix(weight: Any) -> bool:
+    return isinstance(weight, StoredTensor) and weight.lead == 1 and len(weight.tail) == 1
+
+
+def _is_stack(weight: Any) -> bool:
+    return isinstance(weight, StoredTensor) and weight.lead == 2 and len(weight.tail) == 1
+
+
+def _is_input(x: Any) -> bool:
+    return not isinstance(x, StoredTensor) and x.is_floating_point()
+
+
+# Products
+
+
+@implements("mm")
+def _mm(a: Any, b: Any) -> Any:
+    if _is_matrix(b) and _is_input(a):
+        return _product(a, b, not b.swapped)
+    if _is_matrix(a) and _is_input(b):
+        return _product(b.t(), a, a.swapped).t()
+    return NotImplemented
+
+
+@implements("addmm")
+def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _mm(a, b)
+    if product is NotImplemented:
+        return NotImplemented
+    return _added(bias, product, beta, alpha)
+
+
+def _added(bias: Any, product: Tensor, beta: float, alpha: float) -> Tensor:
+    """Return ``beta bias + alpha product``; as in torch's operators, beta = 0 ignores the bias, even if it is NaN."""
+    product = product if alpha == 1 else product * alpha
+    if beta == 0:
+        return product
+    dense = bias.dequantize() if isinstance(bias, StoredTensor) else bias
+    return product + (dense if beta == 1 else dense * beta).to(product.dtype)
+
+
+@implements("linear")  # arrives undecomposed in inference mode only
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if not (_is_matrix(weight) and not weight.swapped and _is_input(x)):
+        return NotImplemented
+    product = _product(x.reshape(-1, x.shape[-1]), weight, False).view(*x.shape[:-1], weight.shape[0])
+    return product if bias is None else _added(bias, product, 1, 1)
+
+
+@implements("mv")
+def _mv(a: Any, vector: Any) -> Any:
+    return (
+        _product(vector.unsqueeze(0), a, a.swapped).squeeze(0)
+        if _is_matrix(a) and _is_input(vector)
+        else NotImplemented
+    )
+
+
+@implements("bmm")
+def _bmm(a: Any, b: Any) -> Any:
+    if _is_stack(b) and _is_input(a):
+        weight, x, transposed = b, a, not b.swapped
+    elif _is_stack(a) and _is_input(b):
+        weight, x, transposed = a, b.transpose(1, 2), a.swapped
+    else:
+        return NotImplemented
+    count, rows = x.shape[:2]
+    if count > 1 and all(part.stride(0) == 0 for part in weight.parts):  # a single matrix that was expanded
+        matrix = weight.like([part[0] for part in weight.parts])
+        out = _product(x.reshape(count * rows, x.shape[2]), matrix, transposed).view(count, rows, -1)
+        return out if weight is b else out.transpose(1, 2)
+    offsets = torch.arange(1, count + 1, device=x.device, dtype=torch.int32) * rows
+    out = _grouped(x.reshape(count * rows, x.shape[2]), weight, offsets, transposed).view(count, rows, -1)
+    return out if weight is b else out.transpose(1, 2)
+
+
+@implements("baddbmm")
+def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _bmm(a, b)
+    return NotImplemented if product is NotImplemented else _added(bias, product, beta, alpha)
+
+
+@implements("_grouped_mm")
+def _grouped_mm(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    if not (_is_stack(weight) and _is_input(x) and x.dim() == 2 and offs is not None):
+        return NotImplemented
+    out = _grouped(x, weight, offs, not weight.swapped)
+    out = out if bias is None else out + bias
+    return out if out_dtype is None else out.to(out_dtype)
+
+
+def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool) -> Tensor:
+    """Multiply rows ``offsets[e - 1]`` to ``offsets[e]`` of x by matrix e of a stack, for each e."""
+    refuse_gradient(weight)
+    recorded = is_recorded(x, offsets, *weight.parts)
+    matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
+    arguments = (x, matrix, weight.form.product_dtype(x), transposed, count, offsets)
+    out = (
+        ops.grouped_product.record(*arguments) if recorded else ops.grouped_product.compute(backend_of(x), *arguments)
+    )
+    return out.to(x.dtype)
+
+
+# Gathers
+
+
+@implements("embedding")
+def _embedding(weight: Any, indices: Any, *_: Any, **__: Any) -> Any:
+    if not _is_matrix(weight) or weight.swapped:
+        return NotImplemented
+    refuse_gradient(weight)
+    return weight.like([functional.embedding(indices, part) for part in weight.parts]).dequantize()
+
+
+@implements("_embedding_bag", "_embedding_bag_forward_only")
+def _embedding_bag(
+    weight: Any,
+    indices: Any,
+    offsets: Any,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Any = None,
+    include_last_offset: bool = False,
+    padding_idx: int = -1,
+) -> Any:
+    if not _is_matrix(weight) or weight.swapped:
+        return NotImplemented
+    padding = padding_idx
+    if is_recorded(indices, *weight.parts):  # torch.unique would have a data-dependent shape
+        rows = _embedding(weight, indices)
+        numbers = torch.arange(indices.shape[0], device=indices.device)
+        if padding >= 0:  # one more row in front stands for the padding
+            rows = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
+            numbers, padding = torch.where(indices == padding, 0, numbers + 1), 0
+    else:
+        distinct, numbers = torch.unique(indices, return_inverse=True)
+        rows = _embedding(weight, distinct)
+        if padding >= 0:
+            at = (distinct == padding).nonzero()
+            padding = int(at[0]) if len(at) else -1
+    rest = scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding
+    return aten._embedding_bag_forward_only.default(rows, numbers.to(indices.dtype), offsets, *rest)
+
+
+# Convolutions
+
+
+def _geometry(weight: StoredTensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+    """Return the geometry of a convolution; for a transposed one, that of the convolution whose adjoint it is."""
+    out_channels, channels, *kernel = weight.shape
+    dims = len(kernel)
+    strides, paddings, dilations = (
+        tuple(one) * dims if len(one) == 1 else tuple(one) for one in (stride, padding, dilation)
+    )
+    return Geometry(channels * groups, out_channels, groups, tuple(kernel), strides, paddings, dilations)
+
+
+@implements("convolution", "convolution_overrideable")
+def _convolution(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Any:
+    if not (_is_kernel(weight) and _is_input(x)):
+        return NotImplemented
+    refuse_gradient(weight)
+    geometry = _geometry(weight, stride, padding, dilation, groups)
+    stored = weight.recorded if is_recorded(x, *weight.parts) else weight.stored
+    dtype = weight.form.product_dtype(x)
+    if transposed:
+        size = geometry.transposed_size(x.shape[2:], output_padding)
+        out = convolution_adjoint(x, stored, geometry, dtype, size)
+    else:
+        out = convolution(x, stored, geometry, dtype)
+    if bias is None:
+        return out
+    dense = bias.dequantize() if isinstance(bias, StoredTensor) else bias
+    return out + dense.to(out.dtype).view(-1, *[1] * len(geometry.kernel))
+
+
+@implements("convolution_backward", "convolution_backward_overrideable")
+def _convolution_backward(
+    grad: Any,
+    x: Any,
+    weight: Any,
+    *rest: Any,
+) -> Any:
+    *_sizes, stride, padding, dilation, transposed, _output_padding, groups, mask = rest
+    if not (_is_kernel(weight) and _is_input(grad)) or mask[1]:
+        return NotImplemented
+    geometry = _geometry(weight, stride, padding, dilation, groups)
+    stored = weight.recorded if is_recorded(grad, *weight.parts) else weight.stored
+    dtype = weight.form.product_dtype(grad)
+    of_input = of_bias = None
+    if mask[0] and transposed:
+        of_input = convolution(grad, stored, geometry, dtype)
+    elif mask[0]:
+        of_input = convolution_adjoint(grad, stored, geometry, dtype, x.shape[2:])
+    if len(mask) > 2 and mask[2]:
+        of_bias = grad.sum([0, *range(2, grad.dim())])
+    return (of_input, None, of_bias)[: len(mask)]
+
+
+def _is_kernel(weight: Any) -> bool:
+    return isinstance(weight, StoredTensor) and weight.lead == 1 and 2 <= len(weight.tail) <= 4 and not weight.swapped
+
+
+# Functions, above autograd
+
+
+@implements(functional.linear)
+def _linear_function(input: Any, weight: Any, bias: Any = None) -> Any:
+    if type(weight) is not StoredTensor or isinstance(input, StoredTensor):
+        return NotImplemented
+    own = weight.__dict__  # reading an attribute of a tensor subclass takes a microsecond
+    if own["swapped"] or len(own["tail"]) != 1:
+        return NotImplemented
+    stored = weight.stored
+    if len(stored.shape) != 2:
+        return NotImplemented
+    x = autocast(input)
+    bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
+    return frozen_linear(x, stored, weight.form.product_dtype(x), bias)
+
+
+def open_attention(**replaced: Any) -> Any:
+    """Return a copy of torch's ``multi_head_attention_forward`` that can be called inside ``__torch_function__``.
+
+    The original first checks whether an argument is of a tensor subclass, and then calls ``__torch_function__``
+    again. The copy skips this check, so that the functions that it calls are intercepted, not the function itself.
+
+    Args:
+        **replaced: functions to call in place of those of ``torch.nn.functional``, by their names.
+    """
+    function = functional.multi_head_attention_forward
+    known = {**vars(functional), "has_torch_function": lambda _: False, **replaced}
+    return types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)
+
+
+_OPEN_ATTENTION = open_attention()
+
+
+@implements(functional.multi_head_attention_forward)
+def _attention(*args: Any, **kwargs: Any) -> Any:
+    return _OPEN_ATTENTION(*args, **kwargs)
+
+
+@implements(functional.bilinear)
+def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> Any:
+    """Return ``x1 W[o] x2 + b[o]`` for each output o, one matrix of the weight at a time."""
+    if not (isinstance(weight, StoredTensor) and weight.lead == 2 and len(weight.tail) == 1 and not weight.swapped):
+        return NotImplemented
+    rows = input1.reshape(-1, input1.shape[-1])  # (batch, in1)
+    others = input2.reshape(-1, input2.shape[-1])  # (batch, in2)
+    outs = []
+    for number in range(weight.shape[0]):
+        matrix = cast(StoredTensor, weight[number]).stored
+        outs.append(
+            (ops.product(rows, matrix, weight.form.product_dtype(rows), True).to(others.dtype) * others).sum(1)
+        )
+    out = torch.stack(outs, 1).view(*input1.shape[:-1], len(outs))
+    bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
+    return out if bias is None else out + bias
+
+
+@implements(torch.einsum)
+def einsum(equation: str, *operands: Any) -> Any:
+    """Contract an input with a stored weight, over the weight's columns or over its leading dimensions.
+
+    Other forms of einsum return NotImplemented. Leading dimensions that do not fit one matrix product (such as
+    experts) are looped over.
+    """
+    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
+        operands = tuple(operands[0])
+    text, arrow, out = equation.replace(" ", "").partition("->")
+    letters = text.split(",")
+    if len(operands) != 2 or len(letters) != 2 or not arrow:
+        return NotImplemented
+    (weight, of_weight), (x, of_x) = sorted(
+        zip(operands, letters, strict=True), key=lambda one: not isinstance(one[0], StoredTensor)
+    )
+    if not isinstance(weight, StoredTensor) or isinstance(x, StoredTensor) or "." in of_weight:
+        return NotImplemented
+    if "..." in of_x:
+        free = [one for one in string.ascii_letters if one not in equation]
+        more = "".join(free[: x.dim() - len(of_x) + 3])
+        of_x, out = of_x.replace("...", more), out.replace("...", more)
+    if weight.swapped:
+        with torch._C.DisableTorchFunctionSubclass():
+            weight = weight.transpose(-1, -2)
+        of_weight = of_weight[:-2] + of_weight[-1] + of_weight[-2]
+    shared = set(of_weight) & set(of_x)
+    if (
+        shared & set(out)
+        or len(set(of_weight)) < weight.dim()
+        or len(set(of_x)) < x.dim()
+        or set(out) - set(of_x + of_weight)
+        or set(of_weight) - set(of_x + out)  # summed over the weight alone
+    ):
+        return NotImplemented
+    counting, inside = of_weight[: weight.lead], of_weight[weight.lead :]
+    if shared >= set(inside):
+        transposed, looped = False, [one for one in counting if one in shared]
+    elif not shared & set(inside):
+        transposed, looped = True, [one for one in counting if one not in shared]
+    else:
+        return NotImplemented
+    return _contract(x, of_x, weight, of_weight, out, transposed, looped)
+
+
+def _contract(
+    x: Tensor, of_x: str, weight: StoredTensor, of_weight: str, out: str, transposed: bool, looped: Sequence[str]
+) -> Tensor:
+    sizes = dict(zip(of_weight, weight.shape, strict=True)) | dict(zip(of_x, x.shape, strict=True))
+    counting = [one for one in of_weight[: weight.lead] if one not in looped]
+    inside = list(of_weight[weight.lead :])
+    summed = counting if transposed else inside
+    free = [one for one in of_x if one not in of_weight]
+    made = inside if transposed else counting
+    order = [of_x.index(one) for one in (*(one for one in looped if one in of_x), *free, *summed)]
+    columns = [sizes[one] for one in summed]
+    x = x.permute(order)  # (looped, where x has them; free; summed)
+    results = []
+    for indices in itertools.product(*(range(sizes[one]) for one in looped)):
+        part, rows = weight, x
+        for letter, index in sorted(zip(looped, indices, strict=True), key=lambda one: -of_weight.index(one[0])):
+            with torch._C.DisableTorchFunctionSubclass():
+                part = part.select(of_weight.index(letter), index)  # type: ignore[assignment]
+        if not transposed:
+            for index in indices:
+                rows = rows[index]
+        matrix = part.like([one.contiguous() for one in part.parts]).matrix
+        flat = rows.reshape(-1, int(torch.Size(columns).numel()))
+        results.append(ops.product(flat, matrix, weight.form.product_dtype(flat), transposed).to(x.dtype))
+    shape = [sizes[one] for one in (*free, *made)]
+    if transposed:
+        result = torch.stack(results).view(*(sizes[one] for one in looped), *shape)
+        named = [*looped, *free, *made]
+    else:
+        result, named = sum(results[1:], results[0]).view(shape), [*free, *made]
+    return result.permute([named.index(one) for one in out])

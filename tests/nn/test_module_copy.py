@@ -1,0 +1,72 @@
+"""Copies of modules with stored parameters, and the generated classes of these copies."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import FourBit, convert
+from lowmem.nn.coded_module import CodedModule
+from lowmem.nn.module_copy import LAYERS, restored_copy, stored_class
+from tests.selection import rows_in_one_case
+
+
+def test_a_part_of_the_stored_parameters_can_be_dense_again():
+    model = convert(nn.LSTM(16, 24), FourBit("nf4", 16, "float32"))
+    left = restored_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
+    assert isinstance(left, nn.LSTM)
+    assert [*left.forms] == ["weight_hh_l0"]
+    assert left.part_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")
+    assert left.weight_count == model.weight_count == sum(one.numel() for one in nn.LSTM(16, 24).parameters())
+    assert left.element_counts == {"weight_hh_l0_scales": 96 * 2}  # blocks of 16: 16 and 8 columns
+    assert left.dequantized_by == set()
+    left.weight_hh_l0.mul(1)
+    assert left.dequantized_by == {"mul"}
+    assert model.element_counts == {"weight_ih_l0_scales": 96, **left.element_counts}
+    x = torch.randn(3, 2, 16)
+    torch.testing.assert_close(left(x)[0], model(x)[0])
+
+
+def test_the_class_is_generated_once():
+    one = stored_class(nn.Bilinear, ("weight",), 4)
+    assert type(convert(nn.Bilinear(4, 4, 2), FourBit())) is one
+    assert issubclass(one, nn.Bilinear)
+    assert one.__name__ == "Bilinear"
+    assert "Bilinear(in1_features=8, in2_features=8, out_features=2, bias=True, stored in nf4" in repr(
+        convert(nn.Bilinear(8, 8, 2), FourBit("nf4"))
+    )
+
+
+class Named(nn.Linear):
+    def __init__(self):
+        super().__init__(16, 8)
+        self.block_size = 7
+
+
+@rows_in_one_case("name", ["block_size", "weight_packed", "store"])
+def test_attributes_that_would_be_hidden_are_refused_by_name(name):
+    layer = Named() if name == "block_size" else nn.Linear(16, 8)
+    if name == "weight_packed":
+        layer.register_buffer(name, torch.ones(3))
+    if name == "store":
+        layer.store = lambda value: value
+    model = nn.Sequential(nn.Linear(16, 16), layer)
+    told = rf"1: \w+ has {name} of its own, .*rename it, or leave the module out with skip="
+    with pytest.raises(ValueError, match=told):
+        convert(model, FourBit())
+    assert type(model[0]) is nn.Linear
+
+
+def test_one_line_gives_the_generated_classes_of_a_layer_another_base(monkeypatch):
+    class Doubled(nn.Bilinear):
+        pass
+
+    class Faster(CodedModule):
+        def forward(self, input1, input2):
+            return 2 * super().forward(input1, input2)
+
+    monkeypatch.setitem(LAYERS, (Doubled, 4), Faster)
+    made = stored_class(Doubled, ("weight",), 4)
+    assert issubclass(made, Faster)
+    assert issubclass(made, Doubled)
+    assert not issubclass(stored_class(Doubled, ("weight",), 8), Faster)
+    assert not issubclass(stored_class(Doubled, ("bias",), 4), Faster)
