@@ -25,6 +25,8 @@ from lowmem.nn.low_rank_sum import LowRankSum
 
 __all__ = ["FORWARDS", "LINEAR"]
 
+_IN_FLOAT32 = (None, torch.float32)
+
 
 def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """Return (..., out_features) in the dtype of the layer without adapters, for input (..., in_features).
@@ -75,7 +77,7 @@ def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -
         x: the input.
     """
     if kind is Linear4Bit or kind is Linear8Bit:
-        if base.compute_dtype is not None and base.compute_dtype is not torch.float32:
+        if base._forms["weight"].form.compute_dtype not in _IN_FLOAT32:  # faster than the property
             return None
     elif kind is not HalfLinear:
         return None
@@ -135,7 +137,7 @@ def _frozen_weight(base: Any, kind: Any, x: Tensor) -> tuple[kernels.Weight, Ten
     held = base._parameters
     weight: kernels.Weight
     if kind is Linear4Bit or kind is Linear8Bit:
-        if (base.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
+        if (base._forms["weight"].form.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
             return None
         weight, bias = base.quantized, held["bias"]
     elif kind in (HalfLinear, nn.Linear):

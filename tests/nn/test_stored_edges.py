@@ -150,12 +150,12 @@ def test_a_grouped_product_has_the_gradient_of_its_input(form, transposed):
 def test_the_matrices_of_a_stack_are_kept_and_follow_its_storage():
     weight, x = store(torch.randn(3, 6, 8), "nf4", scales="double").matrix, torch.randn(5, 8)
     arguments = torch.float32, False, 3, torch.tensor([2, 3, 5])
-    before = ops.grouped_product.compute(x, weight, *arguments)
-    assert torch.equal(ops.grouped_product.compute(x, weight, *arguments), before)
+    before = ops.grouped_product.compute(backend_of(x), x, weight, *arguments)
+    assert torch.equal(ops.grouped_product.compute(backend_of(x), x, weight, *arguments), before)
     other = store(torch.randn(3, 6, 8), "nf4", scales="double").matrix
-    expected = ops.grouped_product.compute(x, other, *arguments)
+    expected = ops.grouped_product.compute(backend_of(x), x, other, *arguments)
     weight.packed.data, weight.scales.data = other.packed.clone(), other.scales.clone()
-    assert torch.equal(ops.grouped_product.compute(x, weight, *arguments), expected)
+    assert torch.equal(ops.grouped_product.compute(backend_of(x), x, weight, *arguments), expected)
 
 
 @forms

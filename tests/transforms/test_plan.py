@@ -413,7 +413,7 @@ def views():
             (Half(), LoRA()),
             {},
             ValueError,
-            "LoRA cannot follow the techniques before it, which made a HalfConv1d; it takes",
+            "LoRA cannot follow the techniques before it, which made a Conv1d; it takes",
         ),
         (BigNet, (Half(),), {"at_most": "1GiB"}, ValueError, r"at_most='1GiB' proposes .*: leave out Half\(\)"),
         (BigNet, (), {"at_most": "much"}, ValueError, "'much' must be a size such as"),
