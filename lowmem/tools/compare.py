@@ -145,7 +145,7 @@ def _compare_text(arguments: argparse.Namespace) -> int:
     if len(folders) < 2:
         raise ValueError(f"models={arguments.models!r}: name a base and at least one other folder to compare with it")
     text = _text(arguments.text)
-    from lowmem.integrations.transformers.language import compare_text
+    from lowmem.integrations.transformers.comparing import compare_text
 
     with progress(TimeRemainingColumn(table_column=uncut_column())) as bar:
         task = bar.add_task("layers", visible=arguments.layers)

@@ -162,7 +162,7 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
         )
     storing = job.technique if isinstance(job.technique, Half | Blockwise | Budget) else None
     given = job.folder, storing, job.rank, job.memory, job.settings.batch_size, job.length
-    from lowmem.integrations.transformers.causal import held_back
+    from lowmem.integrations.transformers.config_facts import held_back
 
     with held_back():
         found = plan_model(str(job.folder), lambda: plan_steps(*given))
@@ -223,8 +223,8 @@ class _Training:
         return outcome
 
     def _load(self, technique: Storing) -> nn.Module:
-        from lowmem.integrations.transformers.causal import check_shapes, held_back
         from lowmem.integrations.transformers.config import LowmemConfig
+        from lowmem.integrations.transformers.config_facts import check_shapes, held_back
         from lowmem.integrations.transformers.folder import load_folder
 
         try:

@@ -185,7 +185,7 @@ def job_of(
             raise ValueError(f"{option} means nothing without held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
-    from lowmem.integrations.transformers.causal import check_shapes, held_back, sizes_of
+    from lowmem.integrations.transformers.config_facts import check_shapes, held_back, sizes_of
     from lowmem.integrations.transformers.tokenizing import load_tokenizer
 
     with held_back(shown=False):  # what it says comes again when the model is loaded
@@ -250,7 +250,7 @@ def _technique(folder: Path, name: str | None, bits: float | None = None) -> tup
         FileError: the folder has an adapter already, is one, or is no model's.
         ValueError: it is stored already, and the format of another.
     """
-    from lowmem.integrations.transformers.causal import stored_by
+    from lowmem.integrations.transformers.config_facts import stored_by
 
     method = stored_by(folder)
     if method is not None and (name is not None or bits is not None):

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from tests.formats.smollm2 import smollm2
 from tests.integrations.transformers.folders import load
 from tests.integrations.transformers.foreign import write_foreign

@@ -164,12 +164,12 @@ class Score:
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Return a text and three folders, whose scores are made up: transformers is not needed."""
-    language = ModuleType("lowmem.integrations.transformers.language")
+    language = ModuleType("lowmem.integrations.transformers.comparing")
     names = [str(tmp_path / name) for name in ("base", "near", "far")]
     differences = 0.0, 0.02, math.inf
     found = [Score(name, 9, 20.0 + at, differences[at], 5.0) for at, name in enumerate(names)]
     language.compare_text = lambda paths, text, **_: [found[names.index(str(path))] for path in paths]
-    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.language"):
+    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.comparing"):
         monkeypatch.setitem(sys.modules, module, language)
     for name in names:
         Path(name).mkdir()

@@ -19,8 +19,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
 
 from lowmem.errors import printable, refusal, show
-from lowmem.integrations.transformers.fitting import Names
 from lowmem.integrations.transformers.gguf_config import check_config
+from lowmem.integrations.transformers.shapes import Names
 from lowmem.io.foreign.recognize import ForeignFile, open_foreign
 from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor

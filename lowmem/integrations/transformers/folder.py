@@ -19,9 +19,9 @@ from lowmem.errors import FileError, describe, one_line, reason, refusal, show
 from lowmem.integrations.transformers.checking import LAYERS
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.gguf_config import config_of
-from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowmem.integrations.transformers.loading import checked
 from lowmem.integrations.transformers.saving import save_errors
+from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config

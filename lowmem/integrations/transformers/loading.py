@@ -27,8 +27,8 @@ from lowmem.integrations.transformers.checking import (
     refuse_untold,
 )
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig, refuse_technique
-from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
+from lowmem.integrations.transformers.shapes import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.io.foreign.recognize import CODED
 
 __all__ = ["checked", "install"]
@@ -119,7 +119,7 @@ def _check(model: Any, files: list[str], quantizer: Any, conversions: list[Any])
     """Refuse files that are not those of the model, or not what their folder says.
 
     Raises:
-        FileError, OSError, ValueError: as the functions of ``checking`` and ``fitting``.
+        FileError, OSError, ValueError: as the functions of ``checking`` and ``shapes``.
     """
     is_ours = isinstance(quantizer, LowmemQuantizer)
     if is_ours or _CHECKED.get():

@@ -8,7 +8,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from lowmem import FourBit
 from lowmem.integrations.transformers import LowmemConfig
-from lowmem.integrations.transformers.causal import check_shapes, sizes_of
+from lowmem.integrations.transformers.config_facts import check_shapes, sizes_of
 from lowmem.integrations.transformers.folder import check, load_folder
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.tokenizing import read_tokenizer

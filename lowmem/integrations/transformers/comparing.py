@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import refusal
-from lowmem.integrations.transformers.causal import refuse_pairs
+from lowmem.integrations.transformers.config_facts import refuse_pairs
 from lowmem.integrations.transformers.folder import load_folder
 from lowmem.integrations.transformers.intervals import interval
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, tokenizer_errors, tokenizer_in

@@ -36,7 +36,7 @@ def edit(folder, **changes):
 PEAK = """
 import sys
 from pathlib import Path
-from tests.integrations.transformers.test_fitting import assert_refused
+from tests.integrations.transformers.test_shapes import assert_refused
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
 before = peak()

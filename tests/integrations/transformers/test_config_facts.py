@@ -12,7 +12,7 @@ from lowmem import FileError
 from lowmem.finetuning.ranks import Alone
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.text import Example
-from lowmem.integrations.transformers.causal import factory_of, sizes_of, stored_by
+from lowmem.integrations.transformers.config_facts import factory_of, sizes_of, stored_by
 from tests.integrations.transformers.folders import load, write
 
 

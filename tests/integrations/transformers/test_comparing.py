@@ -13,8 +13,8 @@ from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5ForCo
 from lowmem import FourBit
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import language
+from lowmem.integrations.transformers.comparing import compare_text
 from lowmem.integrations.transformers.folder import quantize_folder
-from lowmem.integrations.transformers.language import compare_text
 from tests.integrations.transformers.folders import SIZES, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 

@@ -16,8 +16,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
-from lowmem.integrations.transformers.fitting import refuse_unfitting, shapes_and_bytes
 from lowmem.integrations.transformers.folder import check, load_errors
+from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.model_folder import weights_in
 
