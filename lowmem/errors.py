@@ -18,6 +18,7 @@ __all__ = [
     "reason",
     "refusal",
     "show",
+    "unbuilt",
 ]
 
 LIMIT = 298  # characters of an error line, without its line end
@@ -102,6 +103,16 @@ def describe(error: BaseException) -> str:
     if first.endswith(":") and others:
         first += f" {others[0].strip()}"
     return printable(f"{type(error).__name__}: {first}".removesuffix(": "), 120)
+
+
+def unbuilt(error: BaseException) -> str:
+    """Return why transformers cannot build a model; an error that lowmem's own code raised in the call says it."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lowmem."):
+        return one_line(reason(error))
+    return f"transformers cannot build this model ({describe(error)}); get it again"
 
 
 def _is_memory(error: BaseException) -> bool:

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lowmem.errors import LIMIT, FileError, describe, one_line, printable, reason, refusal, show
+from lowmem.errors import LIMIT, FileError, describe, one_line, printable, reason, refusal, show, unbuilt
+from lowmem.quant.formats import get_format
 from tests.selection import rows_in_one_case
 
 ALLOCATOR = (
@@ -127,3 +129,14 @@ def test_the_error_that_refuses_a_file_is_one_short_line(reason):
 )
 def test_only_what_a_terminal_may_obey_or_hide_is_escaped(text, shown):
     assert printable(text) == shown
+
+
+def test_an_error_of_another_library_names_its_kind_and_one_of_lowmem_is_as_it_was():
+    for call, told in (
+        (lambda: int("x"), "transformers cannot build this model (ValueError: invalid literal for int"),
+        (lambda: 1 // 0, "transformers cannot build this model (ZeroDivisionError: "),
+        (lambda: get_format("nf5"), "format='nf5'"),
+    ):
+        with pytest.raises(Exception) as failed:  # noqa: PT011
+            call()
+        assert told in unbuilt(failed.value)

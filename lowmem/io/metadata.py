@@ -21,10 +21,12 @@ from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.quant.tensor import METHODS
 
 __all__ = [
+    "CONFIG_VERSION",
     "FLAGS",
     "adapter_record",
     "adapters_of",
     "adapters_record",
+    "check_config",
     "check_keys",
     "check_object",
     "flags_of",
@@ -37,6 +39,9 @@ __all__ = [
 
 FLAGS = ("transposed", "gathered")
 """What a record says of a 4-bit weight where it holds, and else not: older readers refuse the keys."""
+
+CONFIG_VERSION = 1  # of the quantization_config of a folder; a newer one is refused
+_CONFIG = {"quant_method", "notice", "version", "technique", "skip", "train_dense", "layers", "adapters"}
 
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _ADAPTER = ("rank", "alpha", "dropout")
@@ -143,6 +148,32 @@ def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:
             raise ValueError(f"adapter {show(fields['name'])} is there twice")
         found[fields["name"]] = _lora(fields), fields["active"]
     return found
+
+
+def check_config(record: Mapping[str, Any]) -> None:
+    """Raise unless this version of lowmem reads the fields of a folder's ``quantization_config``.
+
+    Raises:
+        TypeError: ``skip`` that is no patterns, or ``train_dense`` that is neither true nor false.
+        ValueError: another version, an unknown field, or ``layers`` and ``adapters`` that are no records.
+    """
+    version = record.get("version", CONFIG_VERSION)
+    if type(version) is not int or version != CONFIG_VERSION:
+        raise ValueError(
+            f"quantization_config has version={show(version)}, and this lowmem reads {CONFIG_VERSION}: upgrade lowmem"
+        )
+    unknown = sorted(record.keys() - _CONFIG)
+    if unknown:
+        raise ValueError(f"quantization_config has {show(unknown[0])}, which this lowmem does not know: upgrade it")
+    skip, layers, adapters = record.get("skip", []), record.get("layers", []), record.get("adapters")
+    if not isinstance(skip, str) and not (isinstance(skip, list) and all(isinstance(one, str) for one in skip)):
+        raise TypeError(f"skip={show(skip)} must be glob patterns of paths, as ['lm_head', '*.o_proj']")
+    if not (isinstance(layers, list) and all(isinstance(one, Mapping) for one in layers)):
+        raise ValueError(f"layers={show(layers)} must be a list of objects")
+    if not isinstance(adapters or {}, Mapping):
+        raise ValueError(f"adapters={show(adapters)} must be an object")
+    if not isinstance(record.get("train_dense", False), bool):
+        raise TypeError(f"train_dense={show(record['train_dense'])} must be True or False")
 
 
 def check_keys(record: object, required: Collection[str], optional: Collection[str] = ()) -> dict[str, Any]:

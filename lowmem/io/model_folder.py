@@ -7,12 +7,21 @@ import re
 import shutil
 from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors, sync, write_errors
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["WEIGHTS", "check_regular", "copy_others", "replace_files", "weights_in"]
+__all__ = [
+    "WEIGHTS",
+    "check_layers",
+    "check_regular",
+    "copy_others",
+    "refuse_layers",
+    "replace_files",
+    "weights_in",
+]
 
 WEIGHTS = "model.safetensors"
 
@@ -29,6 +38,12 @@ MAX_FILES = 10_000  # that are copied beside the weights
 MAX_BYTES = 2**32
 MAX_DEPTH = 16  # folders in each other
 
+MAX_LAYERS = 4096  # 20 seconds
+_LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
+"""What configs call the number of their layers."""
+_COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)(?:_per_.*)?")
+"""Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
+
 
 def check_regular(folder: Path) -> None:
     """Raise an OSError that names a file of a config or tokenizer that is none: reading a pipe would never end.
@@ -41,6 +56,35 @@ def check_regular(folder: Path) -> None:
     for name in names:
         if name.endswith(_READ):
             open_regular(folder / name).close()
+
+
+def check_layers(file: Path, config: Any, tensors: int) -> None:
+    """Raise a FileError that names a folder's config as ``refuse_layers`` does, before a model is made of it."""
+    try:
+        refuse_layers(config, tensors)
+    except ValueError as reason:
+        raise refusal(file, str(reason)) from None
+
+
+def refuse_layers(config: Any, tensors: int | None = None) -> None:
+    """Raise if a config asks for more layers or experts than there are, which are made one by one without values.
+
+    Args:
+        config: of a model; the configs in it are checked, too.
+        tensors: of the model's folder, which has no more layers; None: not known.
+
+    Raises:
+        ValueError: more layers than tensors, or more layers or experts than any model has.
+    """
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if tensors is not None and name in _LAYERS and isinstance(value, int) and value > tensors:
+            raise ValueError(f"{name}={show(value)}, and the folder has {tensors} tensors; get it again")
+        counts = value if isinstance(value, list) else [value]
+        if _COUNTS.fullmatch(str(name)) and any(isinstance(one, int) and one > MAX_LAYERS for one in counts):
+            raise ValueError(
+                f"config.json says {show(name)[1:-1]}={show(value)}, more than {MAX_LAYERS}: get it again"
+            )
+        refuse_layers(value, tensors)
 
 
 def weights_in(folder: Path, action: str = "read") -> Path:

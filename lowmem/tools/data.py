@@ -90,7 +90,7 @@ def _npz(path: Path) -> tuple[Tensor, Tensor]:
     with open_regular(path) as file:
         try:
             x, y = _arrays(file)
-            _check_arrays(x, y)
+            _check_values(x, y)
         except OSError:
             raise
         except Exception as reason:  # numpy may raise anything for a malformed file
@@ -112,14 +112,19 @@ def _arrays(file: BufferedReader) -> tuple[np.ndarray, np.ndarray]:
     if missing:
         found = printable(", ".join(arrays.files)) or "nothing"
         raise ValueError(f"it holds {found}; arrays x and y are needed")
-    for name in ("x.npy", "y.npy"):
-        if name in arrays.zip.namelist():
-            _check_size(arrays.zip, name)
+    headers = [_header(arrays.zip, f"{name}.npy") for name in ("x", "y")]
+    _check_headers(*headers)
     return arrays["x"], arrays["y"]
 
 
-def _check_size(file: ZipFile, name: str) -> None:
-    """Raise a ValueError if numpy would allocate more for an array than the file can hold of it."""
+def _header(file: ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
+    """Return the shape and dtype of an array, without unpacking it.
+
+    Raises:
+        ValueError: the member is no array; or numpy would allocate more for it than the file can hold of it.
+    """
+    if name not in file.namelist():
+        raise ValueError("its members are not arrays; save x and y with numpy.savez")
     member = file.getinfo(name)
     if member.file_size > _DEFLATE * (member.compress_size + 1):
         raise ValueError(f"{name} claims {member.file_size} bytes, packed in {member.compress_size}; save it again")
@@ -130,19 +135,27 @@ def _check_size(file: ZipFile, name: str) -> None:
         nbytes = math.prod(shape) * dtype.itemsize
         if not dtype.hasobject and nbytes != member.file_size - content.tell():
             raise ValueError(f"{name} claims {nbytes} bytes for shape={shape}, dtype={dtype}; save it again")
+    return shape, dtype
 
 
-def _check_arrays(x: np.ndarray, y: np.ndarray) -> None:
-    if not isinstance(x, np.ndarray) or not isinstance(y, np.ndarray):
-        raise ValueError("its members are not arrays; save x and y with numpy.savez")
-    if x.ndim < 2 or x.dtype.kind not in "fiub":
-        raise ValueError(f"x.shape={x.shape}, dtype={x.dtype} must be numbers (examples, ...)")
-    if y.ndim != 1 or y.dtype.kind not in "iu":
-        raise ValueError(f"y.shape={y.shape}, dtype={y.dtype} must be integer classes (examples,)")
-    if len(x) != len(y):
-        raise ValueError(f"x holds {len(x)} examples and y {len(y)}; they must be as many")
-    if len(x) < 5:
-        raise ValueError(f"{len(x)} examples are too few to split into training and test; 5 is the least")
+def _check_headers(x: tuple[tuple[int, ...], np.dtype], y: tuple[tuple[int, ...], np.dtype]) -> None:
+    """Raise a ValueError unless shapes and dtypes are those of examples and their classes."""
+    (x_shape, x_dtype), (y_shape, y_dtype) = x, y
+    if len(x_shape) < 2 or x_dtype.kind not in "fiub":
+        raise ValueError(
+            f"x.shape={x_shape}, dtype={x_dtype} must be numbers (examples, ...); save x.astype('float32')"
+        )
+    if len(y_shape) != 1 or y_dtype.kind not in "iu":
+        raise ValueError(
+            f"y.shape={y_shape}, dtype={y_dtype} must be integer classes (examples,); save y.astype('int64')"
+        )
+    if x_shape[0] != y_shape[0]:
+        raise ValueError(f"x holds {x_shape[0]} examples and y {y_shape[0]}; they must be as many")
+    if x_shape[0] < 5:
+        raise ValueError(f"{x_shape[0]} examples are too few to split into training and test; 5 is the least")
+
+
+def _check_values(x: np.ndarray, y: np.ndarray) -> None:
     with np.errstate(over="ignore"):  # overflow to infinity is an error below
         finite = bool(np.isfinite(np.asarray(x, dtype=np.float32)).all())
     if not finite:

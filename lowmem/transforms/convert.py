@@ -86,6 +86,7 @@ __all__ = [
     "convert",
     "divided",
     "drop_partial_ties",
+    "floating_dtype",
     "freeze_all_but_adapters",
     "keep_shared_biases",
     "layers_to_convert",
@@ -796,12 +797,24 @@ def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
 
 @returns_free_pages
 @one_at_a_time
+def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """Return a floating-point dtype that is given as itself or by its name.
+
+    Raises:
+        TypeError: it is another value.
+    """
+    named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if not (isinstance(named, torch.dtype) and named.is_floating_point):
+        raise TypeError(f"dtype={dtype!r} must be a floating-point dtype of torch or its name, as 'bfloat16' is")
+    return named
+
+
 def restore(
     model: nn.Module,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> nn.Module:
     """Make stored parameters dense again: modules get their own class back, and values as ``dequantize`` gives them.
 
@@ -813,8 +826,9 @@ def restore(
         where: called with (path, module); a module is taken only where it returns True, for all its paths.
         skip: glob patterns of paths to leave as they are.
         dtype: of what is restored, and of all other floating-point parameters and saved buffers of the modules that
-            ``where`` and ``skip`` select, such as norms; not of adapters. None: restored weights have the dtype as
-            which they present themselves, which casts of the model follow, and the rest stays as it is.
+            ``where`` and ``skip`` select, such as norms; not of adapters. A name, as "bfloat16", is taken, too. None:
+            restored weights have the dtype as which they present themselves, which casts of the model follow, and the
+            rest stays as it is.
 
     Returns:
         The model, changed in place.
@@ -827,8 +841,7 @@ def restore(
             (or, with ``dtype``, any parameter), ``dtype`` cannot hold a value, ``skip`` matches nothing, a module is
             sharded or has no values, or the model is wrapped for several processes. The model is left as it was.
     """
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise TypeError(f"dtype={dtype!r} must be a floating-point dtype")
+    dtype = None if dtype is None else floating_dtype(dtype)
     refuse_model("restore", model)
     for path, one in model.named_modules():
         refuse_prepared("restore", one, path)

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from lowmem.errors import FileError
 from lowmem.io.convert_checkpoint import Source
-from lowmem.io.model_folder import check_regular, copy_others, replace_files, weights_in
+from lowmem.io.model_folder import check_layers, check_regular, copy_others, refuse_layers, replace_files, weights_in
 
 INDEX = "model.safetensors.index.json"
 
@@ -176,3 +176,16 @@ def test_old_weights_give_way_to_new_ones_and_an_interruption_mixes_none(tmp_pat
             shutil.rmtree(target)
             shutil.rmtree(written)
     assert steps > 30
+
+
+def test_more_layers_than_tensors_and_more_than_any_model_has_are_refused(tmp_path):
+    check_layers(tmp_path / "config.json", {"num_hidden_layers": 9, "text_config": {"n_layer": 9}}, 9)
+    for config, words in (
+        ({"num_hidden_layers": 10}, "num_hidden_layers=10, and the folder has 9 tensors; get it again"),
+        ({"text_config": {"n_layer": 10}}, "n_layer=10, and the folder has 9 tensors; get it again"),
+        ({"num_experts": 4097}, "num_experts=4097, more than 4096: get it again"),
+        ({"depths": [1, 2**40]}, "depths=.*, more than 4096: get it again"),
+    ):
+        with pytest.raises(FileError, match=rf"config\.json.*{words}"):
+            check_layers(tmp_path / "config.json", config, 9)
+    refuse_layers({"num_hidden_layers": 4096, "vocab_size_per_layer_input": 262_144})

@@ -61,6 +61,14 @@ def test_arrays_that_claim_more_than_the_file_holds_are_refused_before_they_are_
             load_data(str(path), 0)
 
 
+def test_shapes_are_compared_before_zeros_are_unpacked(tmp_path, monkeypatch):
+    """A mebibyte of compressed zeros may be a gibibyte."""
+    np.savez_compressed(tmp_path / "data.npz", x=np.zeros((2**12, 2**8)), y=GOOD_Y)
+    monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("it was unpacked"))
+    with pytest.raises(ValueError, match="x holds 4096 examples and y 10; they must be as many"):
+        load_data(str(tmp_path / "data.npz"), 0)
+
+
 def test_a_file_keeps_its_pairs_and_shapes(tmp_path):
     x = np.arange(40 * 6, dtype=np.uint8).reshape(40, 2, 3)
     y = x[:, 0, 0] // 6 % 4
@@ -94,7 +102,11 @@ GOOD_X, GOOD_Y = np.ones((10, 4)), np.arange(10) % 2
         ({"x": GOOD_X, "y": 2 * GOOD_Y - 1}, "y holds classes from -1 to 1"),
         ({"x": GOOD_X, "y": GOOD_Y * 0}, "y holds classes from 0 to 0"),
         ({"x": GOOD_X, "y": GOOD_Y * 10**9}, "y holds classes from 0 to 1000000000"),
-        ({"x": np.array([[None]] * 10), "y": GOOD_Y}, "Object arrays cannot be loaded"),
+        ({"x": np.array([[None]] * 10), "y": GOOD_Y}, r"dtype=object must be numbers .*; save x.astype\('float32'\)"),
+        (
+            {"x": GOOD_X, "y": np.array([None] * 10)},
+            r"dtype=object must be integer classes .*; save y",
+        ),
     ],
 )
 def test_wrong_arrays_are_named(tmp_path, arrays, message):

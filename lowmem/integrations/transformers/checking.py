@@ -6,10 +6,8 @@ does not find it fills with random numbers.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
 from lowmem.errors import FileError, refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
@@ -18,13 +16,7 @@ from lowmem.io.foreign.recognize import quantization_of
 from lowmem.io.model_folder import WEIGHTS
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["LAYERS", "check_index", "refuse_layers", "refuse_pickles", "refuse_unread", "refuse_untold"]
-
-LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
-"""What configs call the number of their layers."""
-MAX_LAYERS = 4096  # 20 seconds
-_COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)(?:_per_.*)?")
-"""Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
+__all__ = ["check_index", "refuse_pickles", "refuse_unread", "refuse_untold"]
 
 
 def check_index(files: Sequence[str]) -> None:
@@ -41,21 +33,6 @@ def check_index(files: Sequence[str]) -> None:
         listed = set(read_index(index).values())
         if listed == {Path(file).name for file in files if Path(file).parent == folder}:  # not those of a variant
             Source(index).__exit__()
-
-
-def refuse_layers(config: Any) -> None:
-    """Raise if a config asks for more layers or experts than any model has, which are made one by one without values.
-
-    Raises:
-        ValueError: it does, or a config in it.
-    """
-    for name, value in config.items() if isinstance(config, dict) else ():
-        counts = value if isinstance(value, list) else [value]
-        if _COUNTS.fullmatch(str(name)) and any(isinstance(one, int) and one > MAX_LAYERS for one in counts):
-            raise ValueError(
-                f"config.json says {show(name)[1:-1]}={show(value)}, more than {MAX_LAYERS}: get it again"
-            )
-        refuse_layers(value)
 
 
 def refuse_pickles(files: Sequence[str]) -> None:

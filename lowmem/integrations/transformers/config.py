@@ -11,7 +11,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
 from lowmem.io.foreign.requantizing import Requantizing
-from lowmem.io.metadata import check_keys, check_object
+from lowmem.io.metadata import CONFIG_VERSION, check_config, check_keys, check_object
 from lowmem.nn.adapter import LoRA
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
@@ -30,8 +30,8 @@ NOTICE = (
     "The weights of this folder are stored by lowmem. To load it: pip install 'lowmem[transformers]', and import "
     "lowmem.integrations.transformers before from_pretrained. Without, transformers replaces them by random ones."
 )
+_SKIPS = ("skip_modules", "llm_int8_skip_modules", "modules_to_not_convert")  # of other libraries' configs
 _KINDS = (Half, EightBit, FourBit, Budget)
-VERSION = 1  # of what to_dict returns; a newer one is refused
 
 
 @register_quantization_config(METHOD)
@@ -73,16 +73,15 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         train_dense: bool = False,
         layers: Iterable[Mapping[str, Any]] = (),
         adapters: Mapping[str, Any] | None = None,
-        version: int = VERSION,
+        version: int = CONFIG_VERSION,
         **others: Any,
     ) -> None:
-        if version != VERSION:
-            raise ValueError(
-                f"quantization_config has version={show(version)}, and this lowmem reads {VERSION}: upgrade lowmem"
-            )
         unknown = sorted(others.keys() - {"quant_method", "notice"})
-        if unknown:
-            raise ValueError(_unknown(unknown[0], others))
+        if unknown and "quant_method" not in others:
+            raise ValueError(_misplaced(unknown[0], others[unknown[0]]))
+        skip, layers = ([one] if isinstance(one, str) else _listed(one) for one in (skip, layers))
+        others |= {"version": version, "train_dense": train_dense}
+        check_config({**others, "skip": skip, "layers": layers, "adapters": adapters})
         if technique is not None and technique != EXACT and not isinstance(technique, _KINDS):
             technique = _parsed(technique)
         if isinstance(technique, Budget) and technique.inputs is not None:
@@ -92,18 +91,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method = METHOD
         self.technique = technique
-        self.skip = [skip] if isinstance(skip, str) else list(skip)
-        if not all(isinstance(pattern, str) for pattern in self.skip):
-            raise TypeError(f"skip={skip!r} must be glob patterns of paths")
-        if isinstance(layers, Mapping | str) or not isinstance(layers, Iterable):
-            raise ValueError(f"layers={show(layers)} must be a list of objects")
-        layers = list(layers)
-        if not all(isinstance(record, Mapping) for record in layers):
-            raise ValueError(f"layers={show(layers)} must be a list of objects")
-        if not isinstance(adapters or {}, Mapping):
-            raise ValueError(f"adapters={show(adapters)} must be an object")
-        if not isinstance(train_dense, bool):
-            raise TypeError(f"train_dense={show(train_dense)} must be True or False")
+        self.skip: list[str] = skip
         self.train_dense = train_dense
         self.layers = [dict(record) for record in layers]
         self.adapters = dict(adapters or {})
@@ -120,7 +108,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         """Return what JSON holds."""
         return {
             "quant_method": METHOD,
-            "version": VERSION,
+            "version": CONFIG_VERSION,
             "notice": NOTICE,
             **({} if self.technique is None else {"technique": _record(self.technique)}),
             **({"skip": self.skip} if self.skip else {}),
@@ -152,14 +140,22 @@ def refuse_technique(given: object) -> None:
         )
 
 
-def _unknown(name: str, given: Mapping[str, Any]) -> str:
-    """Return the error of an argument that ``LowmemConfig`` does not have; a folder's says its ``quant_method``."""
-    if "quant_method" in given:
-        return f"quantization_config has {show(name)}, which this lowmem does not know: upgrade it"
+def _listed(value: Any) -> Any:
+    """Return a list of what an iterable has, and any other value as it is."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value
+
+
+def _misplaced(name: str, value: object) -> str:
+    """Return the error of an argument that ``LowmemConfig`` does not have: it says where it belongs."""
     kinds = [kind.__name__ for kind in (FourBit, EightBit, Half, Budget) if name in kind.__dataclass_fields__]
-    written = f"{kinds[0]}({name}={given[name]!r})" if kinds else "FourBit()"
-    what = f"belongs to {' and '.join(kinds)}" if kinds else "is no argument of LowmemConfig"
-    return f"{name}={show(given[name])} {what}: write LowmemConfig(lowmem.{written})"
+    if kinds:
+        what = f"belongs to {' and '.join(kinds)}: write LowmemConfig(lowmem.{kinds[0]}({name}={value!r}))"
+    elif name in LoRA.__dataclass_fields__:
+        what = f"belongs to LoRA: load the model, then lowmem.add_adapter(model, name, lowmem.LoRA({name}={value!r}))"
+    else:
+        written = f"lowmem.FourBit(), skip={value!r}" if name in _SKIPS else "lowmem.FourBit()"
+        what = f"is no argument of LowmemConfig: write LowmemConfig({written})"
+    return f"{name}={show(value)} {what}"
 
 
 def _record(technique: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -15,8 +15,7 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lowmem.errors import FileError, describe, one_line, reason, refusal, show
-from lowmem.integrations.transformers.checking import LAYERS
+from lowmem.errors import FileError, describe, refusal, show, unbuilt
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.loading import checked
@@ -27,7 +26,7 @@ from lowmem.io.convert_checkpoint import Row, Source
 from lowmem.io.foreign.recognize import open_foreign, read_model_config
 from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
-from lowmem.io.model_folder import check_regular, copy_others, weights_in
+from lowmem.io.model_folder import check_layers, check_regular, copy_others, weights_in
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
@@ -83,20 +82,8 @@ def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
         why = f"it has {weights.name}, and transformers would read {show(others[0])}: remove what is not the model"
         raise refusal(folder, why, action)
     with Source(weights) as source:
-        _refuse_layers(file, config, len(source.specs))
+        check_layers(file, config, len(source.specs))
         return config, sum(spec.nbytes for spec in source.specs.values())
-
-
-def _refuse_layers(file: Path, config: Any, tensors: int) -> None:
-    """Raise if a config, or one in it, has more layers than a folder has tensors, before they are made.
-
-    Raises:
-        FileError: it has; or a number that is none.
-    """
-    for name, value in config.items() if isinstance(config, dict) else ():
-        if name in LAYERS and isinstance(value, int) and value > tensors:
-            raise refusal(file, f"{name}={show(value)}, and the folder has {tensors} tensors; get it again")
-        _refuse_layers(file, value, tensors)
 
 
 def load_folder(
@@ -129,10 +116,25 @@ def load_folder(
         model, info = kind.from_pretrained(
             folder, quantization_config=config, dtype=dtype, local_files_only=True, output_loading_info=True
         )
+    _refuse_factors(folder / "config.json", found, model)
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
     if config is not None:  # what is left out would be lost
         _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"], _LEAVE_OUT)
     return model
+
+
+def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> None:
+    """Raise if a config has more or fewer factors of a longrope embedding than the model has frequencies.
+
+    Raises:
+        FileError: it has; transformers takes them, and fails at the first text that needs them.
+    """
+    lengths = {len(one) for name, one in model.named_buffers() if name.endswith("inv_freq") and one.ndim == 1}
+    for name, value in _values(config):
+        wrong = isinstance(value, list) and len(value) not in lengths
+        if lengths and wrong and name.endswith(("short_factor", "long_factor")):
+            why = f"{name}={show(value)} has {len(value)} factors, and the model {max(lengths)} frequencies"
+            raise refusal(file, f"{why}; get it again", "load")
 
 
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
@@ -322,15 +324,17 @@ def write_model(
 
 @contextmanager
 def load_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn an error of transformers, whose libraries have no common class of them, into one that names the folder."""
+    """Turn an error of transformers, whose libraries have no common class of them, into one that names the file."""
     try:
         with _without_bars():
             yield
     except (FileError, OSError, ImportError, MemoryError):  # these say it
         raise
     except Exception as error:
-        unknown = _unknown_value(path, error)
-        raise refusal(path, unknown or one_line(reason(error)) + remedy, "load") from error
+        why = _unknown_value(path, error)
+        if why is None:
+            why, path = unbuilt(error), path / "config.json" if path.is_dir() else path
+        raise refusal(path, why + remedy, "load") from error
 
 
 def _unknown_value(path: Path, error: Exception) -> str | None:

@@ -21,7 +21,6 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel, modeling
 from lowmem.errors import FileError, show
 from lowmem.integrations.transformers.checking import (
     check_index,
-    refuse_layers,
     refuse_pickles,
     refuse_unread,
     refuse_untold,
@@ -30,6 +29,7 @@ from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig,
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.integrations.transformers.shapes import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.io.foreign.recognize import CODED
+from lowmem.io.model_folder import refuse_layers
 
 __all__ = ["checked", "install"]
 

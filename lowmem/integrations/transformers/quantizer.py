@@ -33,7 +33,7 @@ from lowmem.nn.half import Half
 from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import drop_pages, trim_heap
-from lowmem.transforms.convert import freeze_all_but_adapters, restore
+from lowmem.transforms.convert import floating_dtype, freeze_all_but_adapters, restore
 from lowmem.transforms.placement import kept_in_float32
 from lowmem.transforms.registry import is_of_peft
 
@@ -298,10 +298,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             TypeError: ``dtype`` names no floating-point dtype of torch.
         """
-        named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-        if dtype is not None and not (isinstance(named, torch.dtype) and named.is_floating_point):
-            raise TypeError(f"dtype={dtype!r} must be a floating-point dtype of torch or its name, as 'bfloat16' is")
-        return super().dequantize(model, model.dtype if named is None else named)
+        return super().dequantize(model, model.dtype if dtype is None else floating_dtype(dtype))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         wide = {module for module, _ in kept_in_float32(model, dtype)}

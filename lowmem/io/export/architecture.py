@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.errors import describe, refusal, show
+from lowmem.errors import refusal, show, unbuilt
+from lowmem.io.foreign.recognize import CONFIG
 from lowmem.transforms.placement import float32_patterns
 
 __all__ = ["Architecture", "architecture_of"]
@@ -69,7 +70,7 @@ def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
         with torch.device("meta"):
             model: Any = kind._from_config(found, dtype=dtype)  # type: ignore[attr-defined]
     except Exception as reason:  # of transformers' dependencies, too, which have no common class
-        raise refusal(folder, describe(reason), "export") from reason
+        raise refusal(folder / CONFIG, unbuilt(reason), "export") from reason
     for path, module in model.named_modules():
         if type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION:
             what = f"the {type(module).__name__} at {show(path)}"

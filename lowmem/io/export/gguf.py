@@ -341,9 +341,8 @@ def _fields(
         own = {key: value for key, value in numbers.items() if key not in fields}
         tokens = tokenizer_fields(model.folder, model.config, rows)
         fields |= {"general.type": "model", **own, **(tokens or {})}
-    elif existing.vocabulary not in (None, rows):
-        why = f"it has {existing.vocabulary} tokens, and the embedding has {rows} rows; name a file of the same model"
-        raise refusal(existing.path, why, "copy from")
+    else:
+        existing.check_tokens(rows)
     copied = {} if existing is None else existing.fields
     if not {"tokenizer.ggml.model"} & {*fields, *copied}:
         warnings.warn(NO_TOKENIZER, UserWarning, stacklevel=2)

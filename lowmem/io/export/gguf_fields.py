@@ -41,6 +41,20 @@ MAX_HEAD = 2**16  # columns
 _NOT_COPIED = ("general.architecture", "general.alignment", "general.file_type", "general.quantization_version")
 _NOT_COPIED_PARTS = ("split.", "quantize.")  # of files in parts, and how the other one was quantized
 
+_COUNTS = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length"),
+    *("rope.dimension_count", "rope.scaling.original_context_length"),
+)
+_NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.scaling.factor")
+"""Fields of an architecture that are positive."""
+
+_FLAG, _TEXT, _ARRAY = 7, 8, 9  # types of values in GGUF
+_TOKENIZER = "tokenizer.ggml."
+_TEXTS = ("model", "pre", "tokenizer.chat_template")
+_OF_TOKENS = MappingProxyType({"tokens": (_TEXT,), "scores": (6,), "token_type": (4, 5)})
+"""Types of the arrays that have a value for each token: texts, float32 and integers of 32 bits."""
+
 _FREE = ("context_length", "vocab_size", "rope.dimension_count", "attention.key_length", "attention.value_length")
 """Fields that may differ from the config, or be another's default: llama.cpp takes what the file has."""
 
@@ -99,19 +113,22 @@ def model_fields(config: Mapping[str, Any]) -> dict[str, Field]:
     return {f"{arch}.{key}": value for key, value in fields.items()}
 
 
-def _count(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+_REPAIR = "repair config.json"
+
+
+def _count(config: Mapping[str, Any], name: str, default: int | None = None, remedy: str = _REPAIR) -> int:
     value = config.get(name)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(f"{name}={show(value)} must be a positive integer; repair config.json")
+        raise ValueError(f"{name}={show(value)} must be a positive integer; {remedy}")
     return value
 
 
-def _number(config: Mapping[str, Any], name: str, default: float | None = None) -> float:
+def _number(config: Mapping[str, Any], name: str, default: float | None = None, remedy: str = _REPAIR) -> float:
     value = config.get(name)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**64:
-        raise ValueError(f"{name}={show(value)} must be a positive number; repair config.json")
+        raise ValueError(f"{name}={show(value)} must be a positive number; {remedy}")
     return float(value)
 
 
@@ -195,13 +212,11 @@ class Existing:
         path: where it is.
         header: what it says.
         fields: those that another file of the same model takes over, as they lie in it.
-        vocabulary: the number of its tokens; None: it has none.
     """
 
     path: Path
     header: GGUFHeader
     fields: dict[str, bytes]
-    vocabulary: int | None
 
     @property
     def architecture(self) -> str:
@@ -227,6 +242,58 @@ class Existing:
                 why = f"{key}={show(found)} in it, and config.json says {show(value)}"
                 raise refusal(self.path, f"{why}; name a file of the same model", "copy from")
 
+    def check_tokens(self, rows: int) -> None:
+        """Raise a FileError unless its tokenizer, if it has one, is that of an embedding of so many rows."""
+        for key in self.fields:
+            name = key.removeprefix(_TOKENIZER) if key.startswith(_TOKENIZER) else key
+            value, (kind, count) = self.header.metadata[key], self._type(key)
+            fits, what = True, ""
+            if name in _OF_TOKENS:
+                fits, what = (
+                    kind in _OF_TOKENS[name] and count == rows,
+                    f"an array for {rows} tokens",
+                )
+            elif name == "merges":
+                fits, what = kind == _TEXT and count is not None, "an array of texts"
+            elif name in _TEXTS:
+                fits, what = (kind, count) == (_TEXT, None), "a text"
+            elif key != name and name.endswith("_token_id"):
+                fits, what = type(value) is int and 0 <= value < rows, f"one of {rows} tokens"
+            elif key != name and name.startswith("add_"):
+                fits, what = (kind, count) == (_FLAG, None), "true or false"
+            if not fits:
+                shown = f"{count} values of GGUF's type {kind}" if value is None else show(value)
+                raise refusal(self.path, f"{key}={shown} must be {what}; name another file", "copy from")
+        model = self.header.metadata.get(f"{_TOKENIZER}model", "no_vocab")
+        if model != "no_vocab" and f"{_TOKENIZER}tokens" not in self.fields:
+            why = f"{_TOKENIZER}model={show(model)}, and it has no {_TOKENIZER}tokens; name another file"
+            raise refusal(self.path, why, "copy from")
+
+    def _type(self, key: str) -> tuple[int, int | None]:
+        """Return the type of a field's value, and None; of an array the type and the number of its values."""
+        content, at = self.fields[key], 8 + len(key.encode())  # behind the length and the text of the key
+        kind = int.from_bytes(content[at : at + 4], "little")
+        return struct.unpack_from("<IQ", content, at + 4) if kind == _ARRAY else (kind, None)
+
+
+def _check_numbers(path: Path, metadata: Mapping[str, Any]) -> None:
+    """Raise a FileError unless the numbers of an existing file are some that a model has."""
+    arch = f"{metadata.get('general.architecture')}."
+    own = {key.removeprefix(arch): value for key, value in metadata.items() if key.startswith(arch)}
+    try:
+        for name in own:
+            if name in _COUNTS:
+                _count(metadata, arch + name, remedy="name another file")
+            elif name in _NUMBERS:
+                _number(metadata, arch + name, remedy="name another file")
+    except ValueError as reason:
+        raise refusal(path, str(reason), "copy from") from None
+    head = own.get("attention.key_length", own.get("embedding_length", 0) // own.get("attention.head_count", 1))
+    rotated = own.get("rope.dimension_count", 0)
+    if rotated > head or rotated % 2:
+        why = f"{arch}rope.dimension_count={rotated} must be even, and at most {head}, the columns of a head"
+        raise refusal(path, f"{why}; name another file", "copy from")
+
 
 def read_existing(path: Path, file: BufferedReader) -> Existing:
     """Read the metadata of an open file.
@@ -239,7 +306,8 @@ def read_existing(path: Path, file: BufferedReader) -> Existing:
     metadata = header.metadata
     if metadata.get("general.type", "model") != "model":
         raise refusal(path, f"general.type={show(metadata['general.type'])} is no model; name the model's file")
-    fields, vocabulary = {}, None
+    _check_numbers(path, metadata)
+    fields = {}
     for key, place in header.places.items():
         if key in _NOT_COPIED or key.startswith(_NOT_COPIED_PARTS):
             continue
@@ -248,9 +316,5 @@ def read_existing(path: Path, file: BufferedReader) -> Existing:
             content = file.read(place.stop - place.start)
         if len(content) != place.stop - place.start:
             raise refusal(path, "it was cut while it was read; get it again")
-        if key == "tokenizer.ggml.tokens":
-            at = 8 + len(key.encode())  # behind the length and the text of the key
-            if content[at : at + 8] == struct.pack("<II", 9, 8):  # an array of texts
-                vocabulary = int.from_bytes(content[at + 8 : at + 16], "little")
         fields[key] = content
-    return Existing(path, header, fields, vocabulary)
+    return Existing(path, header, fields)

@@ -18,8 +18,8 @@ from lowmem.io.container import TensorSpec
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.foreign.gguf import MAGIC
 from lowmem.io.foreign.recognize import CONFIG, read_model_config
-from lowmem.io.metadata import check_object, technique_of
-from lowmem.io.model_folder import weights_in
+from lowmem.io.metadata import check_config, check_object, technique_of
+from lowmem.io.model_folder import check_layers, weights_in
 from lowmem.io.shards import read_model
 from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.eightbit import EightBit
@@ -126,9 +126,14 @@ def _folder(path: Path) -> Iterator[StoredModel]:
     method = record.get("quant_method")
     if record and not str(method).startswith("lowmem"):
         raise refusal(path, f"{show(method)} quantized it: make it lowmem's first, by lowmem quantize", "export")
+    try:
+        check_config(record)
+    except (TypeError, ValueError) as reason:
+        raise refusal(path / CONFIG, str(reason), "export") from None
     if record.get("adapters"):
         raise refusal(path, _adapted(record["adapters"]), "export")
     with Source(weights_in(path, "export")) as source:
+        check_layers(path / CONFIG, config, len(source.specs))
         weights, tied = _weights(path, source.specs, _records(path, record), source.read_tensor)
         yield StoredModel(path, path, config, weights, tied)
 
@@ -141,9 +146,8 @@ def _adapted(adapters: object) -> str:
 def _records(path: Path, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the records of a folder's config by path, as a file of lowmem's has them."""
     found: dict[str, Any] = {}
-    layers = record.get("layers", [])
-    for layer in layers if isinstance(layers, list) else [layers]:
-        names = layer.get("names") if isinstance(layer, dict) else None
+    for layer in record.get("layers", []):
+        names = layer.get("names")
         if not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise refusal(path / CONFIG, f"its record of layers has {show(layer)}; get it again")
         own = {key: value for key, value in layer.items() if key != "names"}

@@ -17,7 +17,7 @@ from torch import Tensor
 from lowmem.errors import show
 from lowmem.io.convert_checkpoint import Source
 from lowmem.io.foreign.gptq import packed_layers, unpacked_outputs
-from lowmem.io.foreign.tensor import ForeignTensor, integer_refusal, integer_values, integer_weight
+from lowmem.io.foreign.tensor import ForeignTensor, check_group_size, integer_refusal, integer_values, integer_weight
 from lowmem.quant.backend import Weight
 
 __all__ = ["find"]
@@ -53,12 +53,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     if not fits:
         shown = ", ".join(f"{part} {spec.dtype} {spec.shape}" for part, spec in specs.items())
         raise ValueError(f"the parts of the layer {show(layer)} of AWQ do not fit: {shown}; get it again")
-    group = config.get("group_size", inputs // groups)
-    if type(group) is int and group not in (-1, inputs // groups):
-        raise ValueError(
-            f"its config.json says group_size={group}, and {show(layer)} has {groups} groups of {inputs} inputs; get "
-            "both again from one source"
-        )
+    check_group_size(config, layer, inputs, groups, is_even=True)
     stored = _Stored(source, names, inputs // groups, outputs)
     weight, shape = f"{layer}.weight".lstrip("."), (outputs, inputs)
     nbytes = sum(spec.nbytes for spec in specs.values())

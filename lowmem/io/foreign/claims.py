@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from lowmem.errors import show
-from lowmem.io.foreign.compressed_tensors import INT8
+from lowmem.io.foreign.compressed_tensors import FP8, INT8
 
 __all__ = ["METHODS", "check_claims"]
 
@@ -62,7 +62,9 @@ _ALLOWED: dict[str, dict[str, Callable[[object], bool]]] = {
         "version": lambda value: isinstance(value, str) and value.lower() == "gemm",
     },
     "compressed-tensors": {
-        "format": _one_of("pack-quantized", "int-quantized", "mxfp4-pack-quantized", "mixed-precision", None),
+        "format": _one_of(
+            "pack-quantized", "int-quantized", "float-quantized", "mxfp4-pack-quantized", "mixed-precision", None
+        ),
     },
 }
 
@@ -70,8 +72,11 @@ _ALLOWED: dict[str, dict[str, Callable[[object], bool]]] = {
 _PACKED = {
     "pack-quantized": ("compressed-tensors", INT8),
     "int-quantized": (INT8,),
+    "float-quantized": (FP8,),
     "mxfp4-pack-quantized": ("MXFP4",),
 }
+_SCHEMES = {INT8: (8, "int"), FP8: (8, "float"), "MXFP4": (4, "float"), "NVFP4": (4, "float")}
+"""Bits and type of a weight by its kind; others are of 4 bits and "int"."""
 
 
 def _check_compressed(config: Mapping[str, Any], weights: Collection[str]) -> None:
@@ -82,7 +87,10 @@ def _check_compressed(config: Mapping[str, Any], weights: Collection[str]) -> No
     if not isinstance(groups, dict) or not groups:
         return
     found = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
-    bits = [weights.get("num_bits", 4) for weights in found if isinstance(weights, dict)]
-    for own_bits in sorted({8 if weight == INT8 else 4 for weight in weights}):
-        if bits and own_bits not in bits:
-            raise _contradiction("num_bits", bits[0], f"its tensors have {own_bits}")
+    schemes = [weights for weights in found if isinstance(weights, dict)]
+    for bits, kind in sorted({_SCHEMES.get(weight, (4, "int")) for weight in weights}):
+        alike = [weights for weights in schemes if weights.get("num_bits", 4) == bits]
+        if schemes and not alike:
+            raise _contradiction("num_bits", schemes[0].get("num_bits", 4), f"its tensors have {bits}")
+        if alike and not any(weights.get("type", kind) == kind for weights in alike):
+            raise _contradiction("type", alike[0]["type"], f"its tensors are of type {kind} and have {bits} bits")

@@ -6,7 +6,8 @@ outputs. MXFP4: ``.weight_packed`` uint8 (out, in / 2), the first code low; ``.w
 uint8 (out, in / 32), the exponents.
 
 Integers of 8 bits are refused with their values, since no format here has a level for -128, too: packed likewise,
-four in a word, plus 128; or as they are ("int-quantized"), ``.weight`` int8 (out, in).
+four in a word, plus 128; or as they are ("int-quantized"), ``.weight`` int8 (out, in). Floats of 8 bits
+("float-quantized", ``.weight`` float8) are refused without them.
 """
 
 from __future__ import annotations
@@ -36,12 +37,13 @@ from lowmem.io.foreign.tensor import (
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["INT8", "find"]
+__all__ = ["FP8", "INT8", "find"]
 
 Found = tuple[ForeignTensor, set[str]]
 
-INT8 = "compressed-tensors int8"
+INT8, FP8 = "compressed-tensors int8", "FP8"
 _EIGHT_BITS = "it has 8 bits a weight, and 4 are kept: take the dense model, or one in 4 bits"
+_FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OTHERS = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")
 
 
@@ -56,7 +58,12 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
         if part == "weight_packed":
             yield _layer(source, layer, config)
         elif part == "weight" and source.specs[name].dtype == torch.int8 and f"{name}_scale" in source.specs:
-            yield _plain_integers(source, layer)
+            yield _plain_integers(source, layer, config)
+        elif part == "weight" and source.specs[name].dtype in _FLOATS and f"{name}_scale" in source.specs:
+            own = (f"{layer}.{one}".lstrip(".") for one in ("weight", "weight_scale", *_OTHERS))
+            parts = source.specs.keys() & own
+            nbytes = sum(source.specs[one].nbytes for one in parts)
+            yield ForeignTensor.refused(name, source.specs[name].shape, FP8, nbytes, _EIGHT_BITS), parts
 
 
 def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[ForeignTensor, set[str]]:
@@ -85,6 +92,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
             return refused("NVFP4", shape, why)
         if scale.shape != (*shape[:-1], -(-shape[-1] // 32)):
             _misfit(layer, specs)
+        _check_scheme(config, layer, min(32, shape[-1]), shape, "weight_zero_point" in names)
         return ForeignTensor.of_weight(weight, shape, "MXFP4", nbytes, _mxfp4(source, names, shape)), claimed
     if packed.dtype != torch.int32 or not scale.dtype.is_floating_point:
         _misfit(layer, specs)
@@ -114,9 +122,9 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
             except ValueError as uneven:
                 return refused("compressed-tensors", shape, str(uneven))
             order = stored.order
+    _check_scheme(config, layer, stored.group, shape, "weight_zero_point" in names)
     if bits == 8:
         return refused(INT8, shape, _EIGHT_BITS, stored.values)
-    _check_scheme(config, layer, stored.group, columns, "weight_zero_point" in names)
     reason = integer_refusal(columns, stored.group, scale.dtype, stored.zeros())
     if reason is not None:
         return refused("compressed-tensors", shape, reason, stored.values)
@@ -124,7 +132,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     return ForeignTensor.of_weight(weight, shape, "compressed-tensors", nbytes, read, order=order), claimed
 
 
-def _plain_integers(source: Source, layer: str) -> Found:
+def _plain_integers(source: Source, layer: str, config: Mapping[str, Any]) -> Found:
     """Return a layer of "int-quantized": its codes are its weight, with a scale for the tensor, a row or a group."""
     names = {part: f"{layer}.{part}".lstrip(".") for part in ("weight", "weight_scale", *_OTHERS)}
     names = {part: name for part, name in names.items() if name in source.specs}
@@ -135,6 +143,7 @@ def _plain_integers(source: Source, layer: str) -> Found:
     fits = fits and (of_rows or scale.shape in ((1,), (1, 1)))
     if not fits or (zero is not None and (zero.shape != scale.shape or zero.dtype != torch.int8)):
         _misfit(layer, specs)
+    _check_scheme(config, layer, shape[-1] // scale.shape[-1], shape, zero is not None, scale.shape in ((1,), (1, 1)))
 
     def values() -> Tensor:
         scales = source.read_tensor(names["weight_scale"])
@@ -146,8 +155,18 @@ def _plain_integers(source: Source, layer: str) -> Found:
     return ForeignTensor.refused(names["weight"], shape, INT8, nbytes, _EIGHT_BITS, known), set(names.values())
 
 
-def _check_scheme(config: Mapping[str, Any], layer: str, group: int, columns: int, has_zeros: bool) -> None:
-    """Raise unless one of the schemes of a config can be that of a layer of integers.
+def _check_scheme(
+    config: Mapping[str, Any], layer: str, group: int, shape: tuple[int, ...], has_zeros: bool, is_whole: bool = False
+) -> None:
+    """Raise unless one of the schemes of a config can be that of a layer.
+
+    Args:
+        config: what config.json says of the quantization.
+        layer: its path.
+        group: columns that share a scale.
+        shape: of its weight.
+        has_zeros: whether it has zero points.
+        is_whole: whether it has one scale for the tensor.
 
     Raises:
         ValueError: none has its groups, or none does with so few parts: zero points are missing.
@@ -155,14 +174,26 @@ def _check_scheme(config: Mapping[str, Any], layer: str, group: int, columns: in
     groups = config.get("config_groups")
     found = [one for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
     schemes = [one["weights"] for one in found if isinstance(one.get("weights"), dict)]
-    sizes = [weights.get("group_size") for weights in schemes]
-    if sizes and all(type(size) is int and size > 0 and min(size, columns) != group for size in sizes):
+    wrong = [_wrong_field(weights, group, shape, is_whole) for weights in schemes]
+    if wrong and wrong[0] is not None and None not in wrong:
         raise ValueError(
-            f"its config.json says group_size={sizes[0]}, and {show(layer)} has groups of {group}; get both "
-            "again from one source"
+            f"its config.json says {wrong[0]}={show(schemes[0][wrong[0]])}, and {show(layer)} has groups of {group} "
+            f"of its {shape[-1]} columns; get both again from one source"
         )
     if schemes and not has_zeros and all(weights.get("symmetric") is False for weights in schemes):
         raise ValueError(f"its config.json says that {show(layer)} has zero points, and it has none; get it again")
+
+
+def _wrong_field(weights: Mapping[str, Any], group: int, shape: tuple[int, ...], is_whole: bool) -> str | None:
+    """Return the field of a scheme that cannot be that of a layer, as ``_check_scheme`` has it; or None."""
+    size, strategy, columns = weights.get("group_size"), weights.get("strategy"), shape[-1]
+    if size is not None and (type(size) is not int or (columns if size == -1 else min(size, columns)) != group):
+        return "group_size"
+    fits = {"channel": group == columns and (not is_whole or shape[0] == 1), "group": not is_whole}
+    fits |= {"tensor": is_whole or (shape[0] == 1 and group == columns), "block": False, "token": False}
+    if strategy is not None and not (isinstance(strategy, str) and fits.get(strategy, True)):
+        return "strategy"
+    return None if isinstance(weights.get("actorder"), str | bool | None) else "actorder"
 
 
 def _misfit(layer: str, specs: Mapping[str, Any]) -> None:

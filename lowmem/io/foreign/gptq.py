@@ -22,6 +22,7 @@ from lowmem.io.convert_checkpoint import Source
 from lowmem.io.foreign.tensor import (
     ForeignTensor,
     as_bytes,
+    check_group_size,
     gathering,
     integer_refusal,
     integer_values,
@@ -83,6 +84,7 @@ def _layer(source: Source, layer: str, config: Mapping[str, Any]) -> tuple[Forei
     if not fits:
         shown = ", ".join(f"{part} {spec.dtype} {spec.shape}" for part, spec in specs.items())
         raise ValueError(f"the parts of the layer {show(layer)} of GPTQ do not fit: {shown}; get it again")
+    check_group_size(config, layer, inputs, groups, is_even="g_idx" not in specs)
     group = _group(source, names, inputs, groups, config)
     if group < 1 or -(-inputs // group) != groups:
         raise ValueError(
@@ -102,9 +104,7 @@ def _group(source: Source, names: Mapping[str, str], inputs: int, groups: int, c
     group = config.get("group_size")
     if group is None and names["g_idx"] in source.specs:
         return int((source.read_tensor(names["g_idx"]) == 0).sum())
-    if type(group) is int and group != -1:  # -1: all inputs
-        return group
-    return -(-inputs // groups)
+    return -(-inputs // groups) if group in (None, -1) else int(group)  # -1: all inputs
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,10 @@ READERS: dict[str, Reader] = {
 }
 """What finds the weights of a format among the tensors of a safetensors checkpoint."""
 
-CODED = ("qweight", "qzeros", "absmax", "quant_map", "SCB", "weight_packed", "weight_scale", "weight_zero_point")
+CODED = (
+    *("qweight", "qzeros", "absmax", "quant_map", "SCB"),
+    *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),
+)
 """Last parts of the names of tensors that mean nothing without the others of their format."""
 
 CONFIG = "config.json"

@@ -5,9 +5,9 @@ Exact means: ``dequantize(torch.float32)`` gives the bits that the program which
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ __all__ = [
     "ForeignTensor",
     "Kept",
     "as_bytes",
+    "check_group_size",
     "encoding_of",
     "fitting_blocks",
     "gathering",
@@ -192,6 +193,30 @@ def power_scales(exponents: Tensor) -> Tensor:
         raise ValueError(f"it holds a block exponent of {int(exponents.max())}, above {_MAX_E8M0}; get it again")
     # 1.5 * 2 ** (e - 125), by its bits
     return ((exponents.int() + 2) << 23 | 1 << 22).view(torch.float32)
+
+
+def check_group_size(config: Mapping[str, Any], layer: str, columns: int, groups: int, is_even: bool) -> None:
+    """Raise unless the ``group_size`` of a config can be that of a layer; -1 is one group.
+
+    Args:
+        config: what config.json says of the quantization.
+        layer: its path.
+        columns: of its weight.
+        groups: of its columns, which have a scale.
+        is_even: whether all groups have as many columns; otherwise the last one may be shorter.
+
+    Raises:
+        ValueError: it is another layer's, or no size.
+    """
+    size = config.get("group_size")
+    if size is None or (size == -1 and groups == 1):
+        return
+    fits = type(size) is int and size > 0 and -(-columns // size) == groups
+    if not fits or (is_even and columns % min(size, columns)):
+        raise ValueError(
+            f"its config.json says group_size={show(size)}, and {show(layer)} has {groups} groups of {columns} inputs"
+            "; get both again from one source"
+        )
 
 
 def gathering(groups: Tensor, size: int) -> Tensor:

@@ -55,6 +55,7 @@ def test_json_holds_it():
         ({"technique": {"technique": "Half", "dtype": "float33"}}, ValueError, "dtype=float33 must be"),
         ({"technique": {"technique": "FourBit", "block_size": [1]}}, (TypeError, ValueError), "block_size"),
         ({"technique": Half(), "skip": [3]}, TypeError, r"skip=\[3\] must be glob patterns"),
+        ({"technique": Half(), "skip": 5}, TypeError, "skip=5 must be glob patterns"),
         ({"technique": Half(), "version": 2}, ValueError, "version=2, and this lowmem reads 1: upgrade lowmem"),
         ({"layers": 2**63}, ValueError, "layers=9223372036854775808 must be a list of objects"),
         ({"layers": [None]}, ValueError, r"layers=\[None\] must be a list of objects"),
@@ -77,6 +78,9 @@ def test_it_refuses_what_it_does_not_know(arguments, kind, says):
         ),
         ({"block_size": 8}, r"belongs to FourBit and EightBit: write LowmemConfig\(lowmem.FourBit\(block_size=8\)\)"),
         ({"load_in_4bit": True}, r"load_in_4bit=True is no argument .*: write LowmemConfig\(lowmem.FourBit\(\)\)"),
+        ({"rank": 8}, r"^rank=8 belongs to LoRA: .*lowmem.add_adapter\(model, name, lowmem.LoRA\(rank=8\)\)$"),
+        ({"skip_modules": ["a"]}, r"write LowmemConfig\(lowmem.FourBit\(\), skip=\['a'\]\)$"),
+        ({"technique": FourBit(), "llm_int8_skip_modules": ["a"]}, r"FourBit\(\), skip=\['a'\]\)$"),
     ],
 )
 def test_a_field_of_a_technique_says_where_it_belongs(arguments, says):

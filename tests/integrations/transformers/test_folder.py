@@ -164,10 +164,17 @@ def test_a_stored_folder_is_not_stored_twice(source, tmp_path):
 def test_a_config_of_wrong_values_is_an_error_of_the_folder(tmp_path):
     folder = write(tmp_path / "in")
     config = json.loads((folder / "config.json").read_text())
+    longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+    longrope |= {"short_factor": [1.0] * 8, "long_factor": [1.0]}
     for wrong, told in (
         ({"hidden_size": "32"}, "Validation error for .* expected int, got str"),
-        ({"num_attention_heads": 0}, "ZeroDivisionError"),
-        ({"dtype": "float99"}, "float99"),
+        (
+            {"num_attention_heads": 0},
+            r"config\.json.: transformers cannot build this model \(ZeroDiv.*again$",
+        ),
+        ({"hidden_size": 2**65}, r"config\.json': transformers cannot build this model \(TypeError: "),
+        ({"dtype": "float99"}, r"config\.json': transformers cannot build .*float99"),
+        ({"rope_parameters": longrope}, r"rope_parameters\.long_factor=\[1.0\] has 1 factors, and the model 8 freq"),
     ):
         (folder / "config.json").write_text(json.dumps(config | wrong))
         with pytest.raises(FileError, match=f"^cannot load .*{told}"):

@@ -115,5 +115,5 @@ def test_a_config_without_a_model_is_refused(tmp_path):
             architecture_of(tmp_path, {"architectures": architectures})
     for config in ({"model_type": "unknown"}, {"model_type": "llama", "hidden_size": "x"}, {"model_type": 3}):
         (tmp_path / "config.json").write_text(json.dumps(config))
-        with pytest.raises(FileError, match="cannot export"):
+        with pytest.raises(FileError, match=r"cannot export .*config\.json.: transformers cannot build this model"):
             architecture_of(tmp_path, {"architectures": ["LlamaForCausalLM"], **config})

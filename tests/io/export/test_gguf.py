@@ -240,6 +240,8 @@ def test_another_model_or_a_damaged_one_is_refused(tmp_path):
     refused(r"like\.gguf.*same model", like=like)
     (tmp_path / "in" / "tokenizer.json").write_text(json.dumps(bytes_bpe()))
     lowmem.export(source, tmp_path / "tokens.gguf")
+    like.write_bytes((tmp_path / "tokens.gguf").read_bytes().replace(b".ggml.merges", b".ggml.scores"))
+    refused(r"like\.gguf': tokenizer\.ggml\.scores=.* must be an array for 96 tokens; name another", like=like)
     more = {**CONFIG, "vocab_size": 97}
     refused(
         r"token_embd.*97.*tokens\.gguf.*96",

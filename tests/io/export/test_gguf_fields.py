@@ -1,12 +1,14 @@
 """The metadata of a model in GGUF."""
 
 import math
+import re
 
 import pytest
 import torch
 
 from lowmem.errors import FileError
 from lowmem.io.export.gguf_fields import architecture_of, model_fields, read_existing, rope_factors
+from lowmem.io.export.gguf_file import encode_field
 from tests.io.export.folders import CONFIG
 from tests.io.foreign import written
 
@@ -106,18 +108,71 @@ def test_fields_of_an_existing_file_are_copied_but_for_how_it_is_stored(tmp_path
     own = {"general.file_type": 3, "general.alignment": 32, "split.count": 0, "quantize.imatrix.file": "x"}
     found = existing_of(tmp_path / "a.gguf", {**like, **tokens, **own})
     assert found.fields.keys() == {*like, *tokens} - {"general.architecture"}
-    assert found.vocabulary == 3
     assert found.fields["tokenizer.ggml.model"] in (tmp_path / "a.gguf").read_bytes()
     found.check(CONFIG)
     found.check({**CONFIG, "max_position_embeddings": 64})
     for changes in ({"num_hidden_layers": 2}, {"rms_norm_eps": 1e-5}, {"model_type": "qwen2"}):
         with pytest.raises(FileError, match="same model"):
             found.check({**CONFIG, **changes})
-    for value in ([1e-6], "1e-6", True):  # where a number belongs
-        found = existing_of(tmp_path / "d.gguf", {**like, "llama.attention.layer_norm_rms_epsilon": value})
-        with pytest.raises(FileError, match="rms_epsilon=.* in it, and config.json says 1e-06; name a file of the"):
-            found.check(CONFIG)
-    assert existing_of(tmp_path / "b.gguf", {**like, "tokenizer.ggml.tokens": "abc"}).vocabulary is None
     with pytest.raises(FileError, match="adapter"):
         existing_of(tmp_path / "c.gguf", {**like, "general.type": "adapter"})
     assert architecture_of({"model_type": "smollm3"}) == "smollm3"
+
+
+def test_numbers_of_an_existing_file_that_no_model_has_are_refused(tmp_path):
+    like = {"general.architecture": "llama", **model_fields(CONFIG)}
+    for key, value in (
+        ("rope.dimension_count", 2**31),
+        ("rope.dimension_count", 18),  # a head has 16 columns
+        ("rope.dimension_count", 15),
+        ("context_length", 0),
+        ("context_length", [128]),
+        ("attention.head_count_kv", [2]),
+        ("attention.key_length", "16"),
+        ("attention.value_length", True),
+        ("rope.freq_base", 0.0),
+        ("rope.freq_base", [10000.0]),
+        ("rope.scaling.factor", float("inf")),
+        ("attention.layer_norm_rms_epsilon", "1e-6"),
+        ("attention.layer_norm_rms_epsilon", True),
+    ):
+        with pytest.raises(
+            FileError, match=rf"a\.gguf': llama\.{key}={re.escape(repr(value))} .*; name another file$"
+        ):
+            existing_of(tmp_path / "a.gguf", {**like, f"llama.{key}": value})
+    existing_of(tmp_path / "a.gguf", {**like, "llama.rope.dimension_count": 8})
+
+
+def test_tokens_of_an_existing_file_are_those_of_the_embedding(tmp_path):
+    like = {"general.architecture": "llama", **model_fields(CONFIG)}
+    tokens = {"model": "llama", "tokens": ["a", "b", "c"], "scores": [0.0, 1.0, 2.0], "token_type": [1, 1, 1]}
+    tokens |= {"bos_token_id": 2, "merges": ["a b"], "add_bos_token": True, "pre": "default"}
+
+    def check(**changes):
+        own = {f"tokenizer.ggml.{name}": value for name, value in (tokens | changes).items() if value is not None}
+        own["tokenizer.chat_template"] = "x" * 10**5
+        fields = {key: encode_field(key, value)[8 + len(key) :] for key, value in own.items()}
+        existing_of(tmp_path / "a.gguf", {**like, **fields}).check_tokens(3)
+
+    check()
+    for name, value, told in (
+        ("tokens", "abc", "'abc' must be an array for 3 tokens"),
+        ("tokens", ["a", "b"], "2 values of GGUF's type 8 must be an array for 3 tokens"),
+        ("tokens", [1, 2, 3], "must be an array for 3 tokens"),
+        ("scores", [0.0, 1.0], "must be an array for 3 tokens"),
+        ("scores", [0, 1, 2], "must be an array for 3 tokens"),
+        ("token_type", [1, 1, 1, 1], "must be an array for 3 tokens"),
+        ("token_type", [1.0, 1.0, 1.0], "must be an array for 3 tokens"),
+        ("merges", "a b", "'a b' must be an array of texts"),
+        ("bos_token_id", 3, "3 must be one of 3 tokens"),
+        ("eos_token_id", 2**32 - 1, "4294967295 must be one of 3 tokens"),
+        ("eot_token_id", [1], "must be one of 3 tokens"),
+        ("unknown_token_id", "a", "'a' must be one of 3 tokens"),
+        ("add_eos_token", 1, "1 must be true or false"),
+        ("pre", ["default"], "must be a text"),
+        ("model", 3, "3 must be a text"),
+    ):
+        with pytest.raises(FileError, match=rf"a\.gguf': tokenizer\.ggml\.{name}=.*{told}.*; name another file$"):
+            check(**{name: value})
+    with pytest.raises(FileError, match=r"model='llama', and it has no tokenizer\.ggml\.tokens; name another file"):
+        check(tokens=None, scores=None, token_type=None)

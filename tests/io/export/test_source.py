@@ -109,7 +109,20 @@ def test_what_lowmem_did_not_write_is_refused_with_the_remedy(tmp_path):
     refused(folder, "no weight in nf4, block_size=32")
     for layers in ("x", [1], [{"names": 3}]):
         with_record(layers=layers)
-        refused(folder, "record of layers")
+        refused(folder, "layers=.* must be a list of objects|record of layers")
+    for changes, words in (
+        ({"version": 2}, "version=2, and this lowmem reads 1: upgrade lowmem"),
+        ({"rotations": 1}, "has 'rotations', which this lowmem does not know: upgrade it"),
+        ({"skip": 5}, "skip=5 must be glob patterns of paths"),
+        ({"adapters": [1]}, r"adapters=\[1\] must be an object"),
+    ):
+        with_record(**changes)
+        refused(folder, rf"config\.json.*{words}")
+    for layers in (10**5, 2**63):  # before a model is made of them
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        refused(folder, rf"config\.json.*num_hidden_layers={layers}, and the folder has \d+ tensors; get it again")
+    (folder / "config.json").write_text(json.dumps({**config, "num_local_experts": 10**6}))
+    refused(folder, r"num_local_experts=1000000, more than 4096: get it again")
     for broken in ("", "[]", '{"quantization_config": 3}', "{" * 10**5):
         (folder / "config.json").write_text(broken)
         refused(folder, "config.json")

@@ -151,3 +151,47 @@ def test_groups_in_the_order_of_activations_are_read_side_by_side(tmp_path):
         mixed, straight = file.tensors["layer.weight"], plain.tensors["layer.weight"].read()
         codes = straight.dequantize() / INT4[SCALE].float().repeat_interleave(32, -1)
         torch.testing.assert_close(values_of(mixed), codes * INT4[SCALE].float()[:, groups.long()])
+
+
+def test_8_bit_floats_are_refused_by_name(tmp_path):
+    weight, scale = torch.ones(16, 64).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    settings = {"quant_method": "compressed-tensors", "format": "float-quantized"}
+    settings |= {"config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "strategy": "channel"}}}}
+    save_file({"layer.weight": weight, SCALE: scale}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    with open_foreign(tmp_path) as file:
+        (tensor,) = file.tensors.values()
+        assert (tensor.kind, tensor.shape, tensor.values) == ("FP8", (16, 64), None)
+        with pytest.raises(FileError, match="'layer.weight' in FP8 cannot be kept exactly: it has 8 bits a weight"):
+            tensor.read()
+    save_file(INT4, tmp_path / "model.safetensors")
+    settings.pop("config_groups")
+    (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+    with pytest.raises(FileError, match="says format='float-quantized', and its tensors are in compressed-tensors"):
+        open_foreign(tmp_path)
+    save_file({"layer.weight": weight, f"{SCALE}_inv": scale}, tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match="'layer.weight_scale_inv' belongs to a format that lowmem does not read"):
+        open_foreign(tmp_path / "a.safetensors")
+
+
+def test_a_scheme_that_8_bit_integers_and_mxfp4_do_not_have_is_refused(tmp_path):
+    plain = {"layer.weight": torch.ones(16, 64, dtype=torch.int8)}
+    whole, rows = {**plain, SCALE: torch.ones(1)}, {**plain, SCALE: torch.ones(16, 1)}
+    for parts, scheme, wrong in (
+        (rows, {"num_bits": 8, "strategy": "channel"}, None),
+        (rows, {"num_bits": 8, "strategy": "channel", "group_size": 32}, "group_size=32"),
+        (rows, {"num_bits": 8, "strategy": "tensor"}, "strategy='tensor'"),
+        (whole, {"num_bits": 8, "strategy": "tensor"}, None),
+        (whole, {"num_bits": 8, "strategy": "channel"}, "strategy='channel'"),
+        (MXFP4, {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}, None),
+        (MXFP4, {"num_bits": 4, "type": "int"}, "type='int'"),
+        (MXFP4, {"num_bits": 4, "type": "float", "group_size": 16}, "group_size=16"),
+    ):
+        save_file(parts, tmp_path / "model.safetensors")
+        settings = {"quant_method": "compressed-tensors", "config_groups": {"group_0": {"weights": scheme}}}
+        (tmp_path / "config.json").write_text(json.dumps({"quantization_config": settings}))
+        if wrong is None:
+            open_foreign(tmp_path).__exit__()
+            continue
+        with pytest.raises(FileError, match=f"config.json says {wrong}, and "):
+            open_foreign(tmp_path)

@@ -127,13 +127,23 @@ def test_layers_of_other_bits_and_parts_that_do_not_fit_are_refused(tmp_path):
 
 def test_what_a_config_claims_is_checked(tmp_path):
     parts, weight = layer(6, 32, 8, 32)
-    for size in (2**62, 33, -1, None, "x"):
+    for size in (2**62, 33, -1, None):
         save(tmp_path, parts, {"group_size": size})
         with open_foreign(tmp_path) as file:
             assert torch.equal(file.tensors["model.layers.0.q.weight"].read().dequantize(), weight)
-    for size in (0, -5, 31):
+    told = {"0": 0, "-5": -5, "31": 31, "'32'": "32", r"32\.0": 32.0, "True": True, r"\[32\]": [32]}
+    for text, size in told.items():
         save(tmp_path, parts, {"group_size": size})
-        with pytest.raises(FileError, match=f"1 groups of {size} of 32 inputs"):
+        with pytest.raises(FileError, match=f"says group_size={text}, and '.*q' has 1 groups of 32 inputs; get both"):
+            open_foreign(tmp_path)
+    parts, weight = layer(6, 64, 8, 32)
+    without = {name: part for name, part in parts.items() if name != "g_idx"}
+    save(tmp_path, without, {"group_size": 32})
+    with open_foreign(tmp_path) as file:
+        assert torch.equal(file.tensors["model.layers.0.q.weight"].read().dequantize(), weight)
+    for size in (48, -1):  # no group index says which inputs such groups have
+        save(tmp_path, without, {"group_size": size})
+        with pytest.raises(FileError, match=f"says group_size={size}, and '.*q' has 2 groups of 64 inputs"):
             open_foreign(tmp_path)
 
 

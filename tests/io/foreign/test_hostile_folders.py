@@ -5,6 +5,7 @@ What is drawn changes no tensor: so whatever is read in spite of it has the valu
 
 import json
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -253,7 +254,22 @@ LIES = (
     ("compressed-tensors-int4", {"format": "mxfp4-pack-quantized"}),
     ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 8}}}}),
     ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"symmetric": False}}}}),
-    ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 4, "group_size": 64}}}}),
+    *(
+        ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 4, **lie}}}})
+        for lie in (
+            {"group_size": 64},
+            {"group_size": 0},
+            {"group_size": -1},
+            {"group_size": "32"},
+            {"type": "float"},
+            {"type": 3},
+            {"strategy": "channel"},
+            {"strategy": "tensor"},
+            {"strategy": 3},
+            {"actorder": 1},
+            {"actorder": ["group"]},
+        )
+    ),
 )
 
 
@@ -264,6 +280,10 @@ def test_a_config_that_lies_about_the_quantization_is_refused(tmp_path):
         (folder / "config.json").write_text(json.dumps({"quantization_config": {**CONFIGS[kind], **lie}}))
         with pytest.raises(FileError, match=r"config\.json|4 are read|groups of"):
             read(folder)
+        for name, value in lie.get("config_groups", {}).get("a", {}).get("weights", {}).items():
+            if name not in ("num_bits", "symmetric"):
+                with pytest.raises(FileError, match=re.escape(f"config.json says {name}={value!r}, and ")):
+                    read(folder)
 
 
 def test_what_a_config_says_truly_or_not_at_all_is_read(tmp_path):
@@ -273,6 +293,11 @@ def test_what_a_config_says_truly_or_not_at_all_is_read(tmp_path):
             ("gptq", {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}),
             ("gptq", {"group_size": None}),
             ("compressed-tensors-int4", {"config_groups": groups}),
+            (
+                "compressed-tensors-int4",
+                {"config_groups": {"a": {"weights": {"strategy": "group", "actorder": None}}}},
+            ),
+            ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"actorder": "static"}}}}),
             ("compressed-tensors-int4", {"config_groups": {"b": {"weights": {"num_bits": 8}}, **groups}}),
             ("awq", {"backend": "autoawq"}),
         )
