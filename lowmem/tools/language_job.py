@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -62,7 +62,7 @@ RANK = 16
 RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 
-Storing: TypeAlias = Half | EightBit | FourBit | Budget | Literal["exact"] | None
+Storing: TypeAlias = Half | EightBit | FourBit | Budget | None
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
 """What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, how the
@@ -257,7 +257,7 @@ def _technique(folder: Path, name: str | None, bits: float | None = None) -> tup
         option = f"--format={name}" if bits is None else f"--bits={bits:g}"
         raise ValueError(f"{option} means nothing for model={str(folder)!r}, which is stored already: leave it out")
     if method is not None:
-        return (None if method == "lowmem" else "exact"), False
+        return None, False
     if name == "dense":
         return None, True
     if name in ("bfloat16", "float16"):

@@ -40,7 +40,7 @@ def test_what_is_not_exact_is_an_error_that_names_the_option_which_prints_what_i
 
 def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
     pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-    from lowmem.integrations.transformers import LowmemConfig
+    from lowmem.integrations.transformers import from_exact
     from tests.integrations.transformers.folders import assert_same, load
     from tests.integrations.transformers.foreign import write_foreign
 
@@ -54,7 +54,7 @@ def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
     assert kept["kept"].endswith("gathered")
     assert (kept["kind"], kept["error"]) == ("GPTQ", None)
     assert rows["lm_head.weight"]["kept"] == "float32"
-    assert_same(load(target), load(source, quantization_config=LowmemConfig("exact")))
+    assert_same(load(target), from_exact(source))
     assert (target / "tokenizer.json").read_text() == "{}"
     config = json.loads((source / "config.json").read_text())  # as AutoGPTQ wrote them, before it was in config.json
     (source / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))

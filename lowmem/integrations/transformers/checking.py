@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from lowmem.errors import FileError, refusal, show
+from lowmem.errors import refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.io.convert_checkpoint import Source
-from lowmem.io.foreign.recognize import quantization_of
+from lowmem.io.foreign.recognize import CODED, quantization_of
 from lowmem.io.model_folder import WEIGHTS
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["check_index", "refuse_pickles", "refuse_unread", "refuse_untold"]
+__all__ = ["check_index", "refuse_coded", "refuse_pickles", "refuse_unread", "refuse_untold"]
 
 
 def check_index(files: Sequence[str]) -> None:
@@ -67,6 +67,32 @@ def refuse_untold(names: Collection[str], config: LowmemConfig) -> None:
             )
 
 
+def refuse_coded(folder: Path, names: Collection[str]) -> None:
+    """Raise where weights of a folder would be quantized that another program has quantized.
+
+    Args:
+        folder: in which they lie.
+        names: of its tensors.
+
+    Raises:
+        ValueError: they would; how to keep them is said.
+    """
+    method = _method_of(folder)
+    if method is not None or any(name.rpartition(".")[2] in CODED for name in names):
+        program = "another program" if method is None else show(method)
+        raise ValueError(
+            f"a folder that {program} quantized has weights that would be quantized a second time: "
+            "lowmem.integrations.transformers.from_exact(folder) keeps their codes; `lowmem quantize IN OUT "
+            "--requantize` quantizes again what cannot be kept, and prints the error"
+        )
+
+
+def _method_of(folder: Path) -> str | None:
+    """Return the ``quant_method`` of a folder's config.json; None where transformers has read another config."""
+    file = folder / "config.json"
+    return quantization_of(file).get("quant_method") if file.exists() else None
+
+
 def refuse_unread(folder: Path, names: Collection[str]) -> None:
     """Raise where a folder's weights are lowmem's, and are about to be read as dense ones: all would be random.
 
@@ -77,10 +103,7 @@ def refuse_unread(folder: Path, names: Collection[str]) -> None:
     Raises:
         ValueError: they are; what the folder's config.json says was left out, or it says nothing.
     """
-    try:
-        method = quantization_of(folder / "config.json").get("quant_method")
-    except (FileError, OSError):  # transformers has read another config
-        method = None
+    method = _method_of(folder)
     what = f"the weights of {show(str(folder))} are stored by lowmem"
     if method == METHOD:
         raise ValueError(
