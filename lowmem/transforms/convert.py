@@ -873,6 +873,8 @@ def restore(
             (module._parameters if name in module._parameters else module._buffers)[name] = tensor
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    for integration in import_integrations(model):
+        integration.adopt(model)
     return model
 
 

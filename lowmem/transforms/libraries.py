@@ -1,7 +1,8 @@
 """Libraries that save models in a way of their own: their integration is imported when such a model is converted.
 
 A converted model that ``save_pretrained`` of transformers wrote without it could not be loaded again: nothing would
-say how its weights are stored. Each integration has a function ``adopt``, which is called with the converted model.
+say how its weights are stored. Each integration has a function ``adopt``, which is called with a model that was
+converted or restored.
 """
 
 from __future__ import annotations

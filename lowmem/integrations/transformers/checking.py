@@ -47,19 +47,20 @@ def refuse_pickles(files: Sequence[str]) -> None:
             raise refusal(file, f"{why}and save it by save_pretrained, which writes them", "load")
 
 
-def refuse_untold(names: Collection[str], config: LowmemConfig) -> None:
+def refuse_untold(names: Collection[str], config: LowmemConfig, prefix: str) -> None:
     """Raise if a folder's weights are stored, and its config does not say how.
 
     Args:
         names: of the folder's tensors.
         config: as config.json has it.
+        prefix: of the base model, which the names in config.json or those of the tensors may lack.
 
     Raises:
         ValueError: a weight of which no record of ``layers`` has the name.
     """
-    told = {str(name) for record in config.layers for name in record.get("names", ())}
+    told = {str(name).removeprefix(f"{prefix}.") for record in config.layers for name in record.get("names", ())}
     for name in _stored(names):
-        own = name.replace(".base.", ".")  # below adapters
+        own = name.replace(".base.", ".").removeprefix(f"{prefix}.")  # "base" is below adapters
         if not told & {own, own.removesuffix("weight").removesuffix(".")}:
             raise ValueError(
                 f"the folder's config.json does not say how its tensor {show(name)} is stored: get it again, or save "

@@ -27,7 +27,7 @@ from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.integrations.transformers.shapes import Names, refuse_unfitting
-from lowmem.io.foreign.recognize import ForeignFile, open_foreign, read_model_config
+from lowmem.io.foreign.recognize import ForeignFile, open_foreign, quantization_of, read_model_config
 from lowmem.io.foreign.requantizing import Requantizing, why_refused
 from lowmem.io.foreign.tensor import ForeignTensor
 from lowmem.io.metadata import form_record
@@ -78,6 +78,8 @@ def from_exact(
         ValueError: a weight of another shape than the model's, or a ``device_map`` with a disk.
     """
     path = Path(source)
+    if (path / "config.json").is_file() and quantization_of(path / "config.json").get("quant_method") == METHOD:
+        raise refusal(path, "lowmem has stored its weights: from_pretrained loads it", "load")
     with _plainly():
         opened = open_foreign(path)
     with opened as file:

@@ -285,7 +285,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             refuse_coded(Path(self._files[0]).parent, specs)
         refuse_unfitting(model, *shapes_and_bytes(specs), conversions)
         if self.pre_quantized:
-            refuse_untold(specs, self.quantization_config)
+            refuse_untold(specs, self.quantization_config, model.base_model_prefix)
             refuse_retyped(model, specs, self.parts, conversions)
 
     def _divide(self, model: Any, conversions: list[Any]) -> None:

@@ -81,7 +81,13 @@ def refuse_retyped(
     """
     names = Names(model, conversions)
     for name, spec in specs.items():
-        wanted = parts.get(names.of(name)[0], spec.dtype)
+        own = names.of(name)[0]
+        if own.endswith("_extra_state") and spec.dtype != torch.uint8:
+            raise ValueError(
+                f"config.json says that {printable(name, 80)} is stored, and the folder has it dense: remove "
+                "quantization_config from config.json, or get it again from one source"
+            )
+        wanted = parts.get(own, spec.dtype)
         if wanted != spec.dtype:
             raise ValueError(
                 f"{printable(name, 80)} is {spec.dtype} in the folder, and its config.json says {wanted}: get it "

@@ -240,3 +240,47 @@ def test_the_class_may_be_named(tmp_path):
     model = from_exact(folder, GPT2LMHeadModel)
     assert model.transformer.h[0].attn.c_attn.forms["weight"].transposed
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_folder_that_another_program_quantized_is_not_quantized_again(tmp_path):
+    with pytest.raises(ValueError, match="is quantized with AwqConfig but you are passing a LowmemConfig"):
+        load(write_foreign(tmp_path, "awq"), quantization_config=LowmemConfig(FourBit("nf4")))
+
+
+def test_a_gguf_file_is_not_quantized_again(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+    with pytest.raises(ValueError, match="cannot combine Quantization and loading a model from a GGUF file"):
+        load(
+            folders.write(tmp_path),
+            gguf_file="a.gguf",
+            config=load(tmp_path).config,
+            quantization_config=LowmemConfig(FourBit()),
+        )
+
+
+def test_a_folder_that_lowmem_wrote_is_refused(tmp_path):
+    lowmem.convert(load(folders.write(tmp_path / "dense")), FourBit("nf4")).save_pretrained(tmp_path / "a")
+    with pytest.raises(lowmem.FileError, match="from_pretrained"):
+        from_exact(tmp_path / "a")
+
+
+def test_weights_on_disk_are_refused_and_on_one_device_are_not(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+    folder = write_foreign(tmp_path, "gptq")
+    for where in ("cpu", {"": "cpu"}, "auto"):
+        assert_same(from_exact(folder, device_map=where), from_exact(folder))
+    with pytest.raises(ValueError, match="load and save the model without it first"):
+        from_exact(folder, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_what_lies_beside_the_weights_is_the_model_s(tmp_path):
+    """The generation config, the name, and a dtype that the config does not say."""
+    folder = write_foreign(tmp_path, "gptq")
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    model, info = from_exact(folder, output_loading_info=True)
+    assert model.generation_config.max_new_tokens == 7
+    assert model.name_or_path == model.config.name_or_path == str(folder)
+    assert model.dtype == load_file(folder / "model.safetensors")["model.norm.weight"].dtype
+    assert not info["missing_keys"]

@@ -46,7 +46,7 @@ READERS = {
     "tokenizer": Reader(write_tokenizer, lambda f: read_tokenizer(f, VOCABULARY)),
     "dense folder": Reader(dense, load_folder),
     "stored folder": Reader(stored, lambda f: load_folder(f / "m")),
-    "folder of another program": Reader(foreign, lambda f: load_folder(f / "foreign", LowmemConfig("exact"))),
+    "folder of another program": Reader(foreign, lambda f: load_folder(f / "foreign")),
     "config of gguf": Reader(llama, lambda f: config_of(f / "a.gguf")),
 }
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from lowmem import FourBit
 from lowmem.errors import FileError
-from lowmem.integrations.transformers import LowmemConfig
+from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.folder import load_folder, quantize_folder
 from lowmem.integrations.transformers.saving import config_of
 from tests.fuzzing import bounded
@@ -47,11 +47,11 @@ print(peak() - before)
 
 def assert_refused(folder):
     """Assert that nothing loads the configs of a folder, which say no sizes."""
-    configs = {"dense": LowmemConfig(FourBit()), "small": None, "other/foreign": LowmemConfig("exact")}
+    configs = {"dense": LowmemConfig(FourBit()), "small": None, "other/foreign": None}
     for name, config in configs.items():
+        call = from_exact if name == "other/foreign" else load
         with pytest.raises(ValueError, match="or missing: get|config is of another model"):
-            # transformers takes None for "not quantized", whatever config.json says.
-            load(folder / name, **({} if config is None else {"quantization_config": config}))
+            call(folder / name, **({} if config is None else {"quantization_config": config}))
         with pytest.raises(FileError, match="or missing: get|config is of another model"):
             load_folder(folder / name, config)
     with pytest.raises(FileError, match="sizes are another model's, or missing"):
