@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from functools import cache
@@ -98,6 +98,14 @@ class SavedModel:
                 return
             with save_errors(target), _whole(target) as partial:
                 super().save_pretrained(partial, True, state_dict, False, *args, **kwargs)  # type: ignore[misc]
+
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state by its own names or by those of a folder, which ``Trainer`` reads as it is."""
+        own, found = self.state_dict(), dict(state_dict)
+        for name, other in folder_names(self).items():
+            if name not in found and name in own and other in found and found[other].dtype == own[name].dtype:
+                found[name] = found.pop(other)
+        return super().load_state_dict(found, strict, assign)  # type: ignore[misc]
 
     @property
     def dtype(self: Any) -> torch.dtype:

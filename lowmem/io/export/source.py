@@ -173,6 +173,8 @@ def _weights(
         kind = EightBitForm if isinstance(technique, EightBit) else FourBitForm
         form = kind(str(technique.format), technique.block_size or 0, str(technique.scales), str(method))
         name, parts = _parts(place, specs)
+        if name in left and specs[name].dtype == torch.uint8:  # of a folder: the format's name, which the record has
+            left.discard(name)
         if parts is None:
             tied.append(name)
             continue

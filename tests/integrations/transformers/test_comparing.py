@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, BertConfig, BertModel, T5Config, T5ForCo
 
 from lowmem import FourBit
 from lowmem.__main__ import main
-from lowmem.integrations.transformers import language
+from lowmem.integrations.transformers import comparing
 from lowmem.integrations.transformers.comparing import compare_text
 from lowmem.integrations.transformers.folder import quantize_folder
 from tests.integrations.transformers.folders import SIZES, load, write
@@ -151,7 +151,7 @@ def test_predictions_that_are_no_numbers_are_no_likeness(folders, tmp_path, caps
     assert [one.path for one in other.layers if math.isnan(one.loss)] == ["model.layers.1.mlp.down_proj"]
     assert math.isnan(other.layers[0].loss)
     without = torch.tensor([[0.5, -math.inf, 1], [2, -math.inf, 0]]).log_softmax(-1)
-    assert language._divergence(without, without) == 0
+    assert comparing._divergence(without, without) == 0
 
 
 def test_what_cannot_be_compared_is_one_line(folders, tmp_path, capsys):
