@@ -31,6 +31,7 @@ from lowmem.transforms.convert import (
     one_at_a_time,
     swap,
 )
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import (
     place_adapters,
@@ -151,6 +152,7 @@ def add_placed(
         bank_of(module).add_parts(name, parts)
     share_tied_adapters([*changed, *added])
     freeze_all_but_adapters(model)
+    tell_integrations(model)
     return model
 
 
@@ -275,6 +277,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     for bank in map(bank_of, adapted_layers(model)):
         if name in bank.names:
             bank.remove(name)
+    tell_integrations(model)
     return model
 
 

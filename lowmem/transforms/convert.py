@@ -51,7 +51,7 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_of
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
-from lowmem.transforms.libraries import import_integrations
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.placement import (
     kept_in_float32,
     place_name,
@@ -770,7 +770,6 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
         RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
     """
     _check_all_there(model, replacements, module_paths(model))
-    integrations = import_integrations(model)
     share_tied_adapters(replacements.values())
     adapted: dict[nn.Module, nn.Module] = {}
     for old, new in replacements.items():
@@ -783,8 +782,7 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.
             new.base = cast(nn.Linear, old)
             adapted[old] = new
     model = swap(model, adapted)
-    for integration in integrations:
-        integration.adopt(model)
+    tell_integrations(model)
     return model
 
 
@@ -873,8 +871,7 @@ def restore(
             (module._parameters if name in module._parameters else module._buffers)[name] = tensor
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
-    for integration in import_integrations(model):
-        integration.adopt(model)
+    tell_integrations(model)
     return model
 
 

@@ -34,6 +34,7 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.batches import check_batch, run_batch
 from lowmem.transforms.convert import one_at_a_time, swap
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model
 from lowmem.transforms.registry import layer_name, module_paths, refuse_peft
@@ -222,6 +223,7 @@ def merge(
             put_in_place(layer, without_adapters(layer) if layer in kept else done.layer)  # type: ignore[arg-type]
     linear = [layer for layer in folded if isinstance(layer, LoRALinear)]
     model = swap(model, {layer: layer.base if layer in kept else folded[layer].layer for layer in linear})
+    tell_integrations(model)
     return (model, found) if report else model
 
 

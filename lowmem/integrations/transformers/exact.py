@@ -166,7 +166,9 @@ class _ExactQuantizer(LowmemQuantizer):
         """Refuse a disk, as while dense weights are stored."""
         self.refuse_disk(device_map)
 
-    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
         tied = self.tie(model)
         with _plainly():
             exact = self._exact = _Exact(self.quantization_config, model)

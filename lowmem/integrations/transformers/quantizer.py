@@ -409,7 +409,8 @@ def adopt(model: nn.Module) -> None:
             if isinstance(getattr(module, "hf_quantizer", None), LowmemQuantizer):
                 module.hf_quantizer.remove_quantization_config(module)
             continue
-        module.__class__ = saved_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = saved_class(kind)
         if module in inner or not config.layers:
             continue
         quantizer = getattr(module, "hf_quantizer", None) or LowmemQuantizer(config)

@@ -110,7 +110,7 @@ class SavedModel:
     @property
     def dtype(self: Any) -> torch.dtype:
         """The dtype as which the first floating-point parameter presents itself."""
-        return presented_dtype(self) or super().dtype  # type: ignore[misc, no-any-return]
+        return presented_dtype(self) or super().dtype  # type: ignore[misc]
 
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of parameters, of stored ones that of the weights."""
@@ -118,7 +118,8 @@ class SavedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind: Any = type(self)
-        make, arguments, *rest = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
         return _made, (make, tuple(kind.own_class if one is kind else one for one in arguments)), *rest
 
 
@@ -139,7 +140,8 @@ def saved_class(kind: Any) -> Any:
 def _made(make: Any, arguments: tuple[Any, ...]) -> Any:
     """Return an empty model of a generated class, for pickle and deepcopy."""
     model = make(*arguments)
-    model.__class__ = saved_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = saved_class(kind)
     return model
 
 

@@ -209,7 +209,7 @@ def test_a_model_that_is_converted_has_a_class_of_its_own_under_the_same_name(tm
     for model in (
         lowmem.convert(load(tmp_path / "dense"), FourBit("nf4")),
         load(tmp_path / "dense", quantization_config=LowmemConfig(Half())),
-        lowmem.convert(load(tmp_path / "dense"), LoRA(2)),
+        lowmem.add_adapter(load(tmp_path / "dense"), "a", LoRA(2)),
     ):
         for one in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
             for made, kind in zip((type(one), type(one.model)), kinds, strict=True):
@@ -226,6 +226,8 @@ def test_a_model_that_is_converted_has_a_class_of_its_own_under_the_same_name(tm
     inner = lowmem.convert(load(tmp_path / "dense").model, FourBit("nf4"))
     assert (type(model.dequantize()), type(model.model)) == kinds
     assert type(lowmem.restore(inner)) is kinds[1]
+    for forget in (lambda one: lowmem.delete_adapter(one, "a"), lowmem.merge):
+        assert type(forget(lowmem.add_adapter(load(tmp_path / "dense"), "a", LoRA(2)))) is kinds[0]
     assert not hasattr(inner, "hf_quantizer")
     assert not hasattr(inner.config, "quantization_config")
 
