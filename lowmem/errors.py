@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import reprlib
@@ -9,6 +10,7 @@ import reprlib
 __all__ = [
     "LIMIT",
     "FileError",
+    "WriteError",
     "describe",
     "error_line",
     "is_fault",
@@ -19,6 +21,7 @@ __all__ = [
     "refusal",
     "show",
     "unbuilt",
+    "unwritable",
 ]
 
 LIMIT = 298  # characters of an error line, without its line end
@@ -26,6 +29,8 @@ LIMIT = 298  # characters of an error line, without its line end
 _OUT_OF_MEMORY = "out of memory"
 _REPORT = "; this is a fault of lowmem: please report it with what --debug prints"
 _ALLOCATOR = re.compile(r"(\[enforce fail at [^]]*\].*?)?DefaultCPUAllocator: .*|std::bad_alloc", re.DOTALL)
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # what safetensors says of a failed write
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CPP = re.compile(r"\[enforce fail at [^]]*\]\s*|\s*\(?(Exception raised from |C\+\+ CapturedTraceback).*", re.DOTALL)
 
 
@@ -36,6 +41,41 @@ class FileError(ValueError):
 def refusal(path: str | os.PathLike[str], reason: str, task: str = "read") -> FileError:
     """Return the error for a file that is rejected: one line, even if ``reason`` quotes text of the file."""
     return FileError(f"cannot {task} {quoted(path)}: {printable(reason, 500)}")
+
+
+class WriteError(OSError):
+    """A file or folder cannot be written; the message names it and the remedy.
+
+    Attributes:
+        path: of the file or folder.
+        said: by the system, on why.
+        number: the system's, of the error; None: unknown.
+    """
+
+    path: str
+    said: str
+    number: int | None
+
+
+def unwritable(path: str | os.PathLike[str], reason: Exception) -> WriteError:
+    """Return the error for a file or folder that cannot be written: one line, with the remedy.
+
+    Args:
+        path: of the file or folder, as the user knows it.
+        reason: an OSError of the system, safetensors' error, or a WriteError about a part of the folder.
+    """
+    if isinstance(reason, WriteError):
+        said, number = reason.said, reason.number
+    elif isinstance(reason, OSError):
+        said, number = reason.strerror or str(reason), reason.errno
+    else:
+        said, found = str(reason), _RUST_ERROR.search(str(reason))
+        number = None if found is None else int(found[1])
+    full = "make room on its disk, or choose another one"
+    remedy = full if number in _FULL else "choose a directory that can be written"
+    error = WriteError(f"cannot write {quoted(path)}: {one_line(said)}; {remedy}")
+    error.path, error.said, error.number = os.fspath(path), said, number
+    return error
 
 
 def printable(text: str, limit: int = 200) -> str:

@@ -1,5 +1,6 @@
 """An error of any origin is one line without control characters or C++ text."""
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lowmem.errors import LIMIT, FileError, describe, one_line, printable, reason, refusal, show, unbuilt
+from lowmem.errors import LIMIT, FileError, describe, one_line, printable, reason, refusal, show, unbuilt, unwritable
 from lowmem.quant.formats import get_format
 from tests.selection import rows_in_one_case
 
@@ -114,6 +115,17 @@ def test_the_error_that_refuses_a_file_is_one_short_line(reason):
     assert str(error).startswith(r"cannot load 'a\nb': ")
     assert str(error).isprintable()
     assert len(str(error)) < 600
+
+
+@given(st.text(st.characters()))
+def test_the_error_of_a_failed_write_is_one_short_line_with_the_remedy_of_its_cause(said):
+    for number, remedy in ((errno.ENOSPC, "make room on its disk"), (errno.EACCES, "choose a directory that can")):
+        error = unwritable("out", unwritable("out/a\nb", OSError(number, said)))  # first named by whoever wrote it
+        assert str(error).startswith("cannot write 'out': ")
+        assert f"; {remedy}" in str(error)
+        assert str(error).isprintable()
+        assert len(str(error)) < 600
+    assert str(unwritable("a\nb", OSError())).startswith(r"cannot write 'a\nb': ")
 
 
 @rows_in_one_case(

@@ -6,6 +6,7 @@ is damaged, the older one is read.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Collection, Mapping
@@ -107,17 +108,18 @@ class States:
                 "go on from",
             )
         found: list[tuple[Saved, str]] = []
-        damaged: list[FileError] = []
+        damaged: list[str] = []
         for name in FILES:
             path = self.folder / name
-            if path.exists():
+            if os.path.lexists(path):
                 try:
                     found.append((self._read(path), name))
                 except FileError as error:
-                    damaged.append(error)
+                    damaged.append(_without_remedy(error))
         if not found:
             if damaged:
-                raise damaged[-1]
+                why = f"none of its states is whole: {damaged[-1]}; remove it to begin anew"
+                raise refusal(self.folder, why, "go on from")
             return None
         saved, name = max(found, key=lambda one: one[0].step)
         self.changed = changes(self.folder / name, saved.record["origin"], self._origin, self._may_differ)
@@ -127,7 +129,7 @@ class States:
         return saved
 
     def save(self, saved: Saved) -> None:
-        """Write a state in place of the older of the two.
+        """Write a state in place of the older of the two, or of what is no file.
 
         Raises:
             OSError: it cannot be written; the newer of the two is kept.
@@ -136,7 +138,15 @@ class States:
             self.folder.mkdir(exist_ok=True)
         name = FILES[0] if self._last is None or self._last[1] == FILES[1] else FILES[1]
         record = {**saved.record, "kind": KIND, "step": saved.step, "origin": self._origin, "facts": self.facts}
-        write_tensors(self.folder / name, saved.tensors, record)
+        path = self.folder / name
+        try:
+            if os.path.lexists(path) and not path.is_file():  # ``newest`` has told of it
+                with write_errors(path):
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            write_tensors(path, saved.tensors, record)
+        finally:
+            with suppress(OSError):  # it has states
+                self.folder.rmdir()
         self._last = saved.step, name
 
     def kept(self) -> str:
@@ -155,12 +165,20 @@ class States:
             shutil.rmtree(self.folder)
 
     def _read(self, path: Path) -> Saved:
+        if not path.is_file():
+            raise refusal(path, "it is a directory, a device, a pipe or a link to nowhere")
         file = read(path)
         record = file.metadata
         whole = type(record.get("step")) is int and isinstance(record.get("origin"), dict)
         if record.get("kind") != KIND or not whole or not isinstance(record.get("facts", {}), dict):
             raise refusal(path, "it is no state of a training run; name the run's own folder")
         return Saved(record["step"], file.tensors, record)
+
+
+def _without_remedy(error: FileError) -> str:
+    """Return what is wrong with a state, which cannot be got again as other files can."""
+    what, _, remedy = str(error).rpartition("; ")
+    return what if "get it again" in remedy else str(error)
 
 
 def changes(

@@ -11,13 +11,14 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import Any
 
-from lowmem.errors import printable, quoted, refusal
+from safetensors import SafetensorError
+
+from lowmem.errors import WriteError, printable, quoted, refusal, unwritable
 
 try:
     import fcntl
@@ -66,16 +67,16 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
     """Open a new file for writing and reading that is renamed to ``path`` when the block ends.
 
     Until then it has the name of a partial file in the same directory. An error or interruption removes it and leaves
-    the old file as it was; a partial file of a killed process is removed by the next write to ``path``. A replaced
-    file keeps its permissions; a new file gets those of the umask. Errors that the block raises are passed on
-    unchanged; wrap its writes in ``write_errors``.
+    the old file as it was. What killed processes have left in the directory is removed, where files can be locked. A
+    replaced file keeps its permissions; a new file gets those of the umask. Errors that the block raises are passed
+    on unchanged; wrap its writes in ``write_errors``.
 
     Raises:
         FileExistsError: ``overwrite`` is False and ``path`` exists, or was created meanwhile.
         OSError: the file cannot be written.
     """
     path = _target(path) if overwrite else path
-    _remove_leftovers(path.parent, _name_hash(path), stat.S_ISREG, os.unlink)
+    _remove_leftovers(path.parent)
     mode = _mode(path) if overwrite else None
     with _partial_file(path, 0o666 if mode is None else 0o600) as (file, partial):  # private until it is complete
         yield file
@@ -95,6 +96,8 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
 def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
     """Make a folder beside ``target``, where nothing is yet, for the block; it is then renamed. An error removes it.
 
+    Errors of writing in it name ``target``.
+
     Args:
         target: the name it gets.
         within: make it in this folder of the same file system instead.
@@ -104,7 +107,7 @@ def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
         OSError: the folder cannot be written.
     """
     check_free(target)
-    with scratch_folder(within or target.parent) as partial:
+    with scratch_folder(within or target.parent, target) as partial:
         yield partial
         with write_errors(target):
             for path in (*partial.iterdir(), partial):
@@ -115,24 +118,29 @@ def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def scratch_folder(within: Path) -> Iterator[Path]:
+def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
     """Make a folder in ``within``, with the name of what is being written, for the block; then it is removed.
 
-    Folders in ``within`` that killed processes have left are removed, where folders can be locked.
+    What killed processes have left in ``within`` is removed, where folders can be locked.
+
+    Args:
+        within: the folder to make it in.
+        target: what errors of writing in it name; None: ``within``.
 
     Raises:
-        OSError: it cannot be made.
+        OSError: it cannot be made, or written.
     """
-    _remove_leftovers(within, "[0-9a-f]{16}-", stat.S_ISDIR, shutil.rmtree)
+    _remove_leftovers(within)
     for name_hash in (_name_hash(within), _name_hash(within), ""):  # as in _partial_file
         partial = within / PARTIAL.replace("*", name_hash + secrets.token_hex(8))
         lock = None
         try:
-            with write_errors(within):
+            with write_errors(target or within):
                 partial.mkdir()
             lock = _lock_folder(partial) if name_hash else None
             if lock is not None or not name_hash:
-                yield partial
+                with _naming(target or within, partial):
+                    yield partial
                 return
         finally:
             try:
@@ -143,10 +151,27 @@ def scratch_folder(within: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _naming(target: Path, partial: Path) -> Iterator[None]:
+    """Turn an error of writing in a partial folder into one that names what it is to become; others pass."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except (OSError, SafetensorError) as reason:
+        said = not isinstance(reason, OSError) or isinstance(reason, WriteError) or reason.strerror
+        named = reason.path if isinstance(reason, WriteError) else getattr(reason, "filename", None)
+        is_path = isinstance(named, str | bytes)  # and no descriptor
+        if not said or (is_path and partial.name not in Path(os.fsdecode(named)).parts):
+            raise
+        raise unwritable(target, reason) from reason
+
+
+@contextmanager
 def owned(path: Path) -> Iterator[None]:
     """Own ``path`` for the block, by a locked file beside it that names this process; nobody else can meanwhile.
 
-    A killed process owns nothing. Where files cannot be locked, a name has any number of owners.
+    A killed process owns nothing; what one has left beside ``path`` is removed. Where files cannot be locked, a name
+    has any number of owners.
 
     Raises:
         BlockingIOError: another process owns it; the error names that process.
@@ -156,6 +181,7 @@ def owned(path: Path) -> Iterator[None]:
         yield
         return
     place = _target(path)
+    _remove_leftovers(place.parent)
     name = place.parent / PARTIAL.replace("*", f"{_name_hash(place)}{0:016}")
     descriptor = _own(name, path)
     try:
@@ -188,9 +214,7 @@ def write_errors(path: Path) -> Iterator[None]:
     except FileExistsError:
         raise
     except OSError as reason:
-        raise OSError(
-            f"cannot write {quoted(path)}: {reason.strerror}; choose a directory that can be written"
-        ) from reason
+        raise unwritable(path, reason) from reason
 
 
 @contextmanager
@@ -235,6 +259,9 @@ def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:
 # the folder that a folder is made in. One without a lock was left by a killed process, and is removed. What cannot
 # be locked (folders on NFS) has a name without a hash, so that it is never removed as a leftover. Locks are visible
 # to all containers of one machine and to all clients of an NFS server, unless it is mounted with local locks.
+
+
+_LEFTOVER = re.compile(re.escape(PARTIAL).replace(r"\*", "[0-9a-f]{16}-[0-9a-f]{16}"))
 
 
 def _name_hash(path: Path) -> str:
@@ -290,6 +317,7 @@ def _lock_folder(path: Path) -> int | None:
 
 def _own(name: Path, path: Path) -> int:
     """Open and lock the file ``name``, which says who owns ``path``."""
+    seen = False
     while True:
         with write_errors(path):
             descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
@@ -298,11 +326,12 @@ def _own(name: Path, path: Path) -> int:
         except BlockingIOError:
             owner = os.read(descriptor, 200).decode(errors="replace")
             os.close(descriptor)
-            if owner:
+            if owner and seen:
                 raise BlockingIOError(
                     f"{quoted(path)} is being written by {printable(owner)}; wait for its end or choose another name"
                 ) from None
-            time.sleep(0.01)  # it is about to say who it is
+            seen = bool(owner)
+            time.sleep(0.01)  # it is about to say who it is, or is a process that removes what a killed owner left
             continue
         except OSError:  # the file system has no locks
             return descriptor
@@ -311,28 +340,21 @@ def _own(name: Path, path: Path) -> int:
         os.close(descriptor)  # its last owner has removed it before it was locked
 
 
-def _remove_leftovers(
-    folder: Path, name_hash: str, is_kind: Callable[[int], bool], remove: Callable[[Path], Any]
-) -> None:
-    """Remove what killed processes have left in a folder, as far as possible.
-
-    Args:
-        folder: to look in.
-        name_hash: regular expression of the hashes in the names.
-        is_kind: whether a mode is that of a file, or of a folder.
-        remove: removes one.
-    """
+def _remove_leftovers(folder: Path) -> None:
+    """Remove the files and folders that killed processes have left in a folder, as far as possible."""
     if fcntl is None:
         return
-    pattern = re.compile(re.escape(PARTIAL).replace(r"\*", f"{name_hash}[0-9a-f]{{16}}"))
     with suppress(OSError):  # the directory cannot be listed
-        for name in filter(pattern.fullmatch, os.listdir(folder)):
-            with suppress(OSError):  # it is locked, of another user, of another kind, or has been removed
+        for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
+            with suppress(OSError):  # it is locked, of another user, a link, or has been removed
                 descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    if is_kind(os.fstat(descriptor).st_mode):
-                        remove(folder / name)
+                    mode = os.fstat(descriptor).st_mode
+                    if stat.S_ISDIR(mode):
+                        shutil.rmtree(folder / name)
+                    elif stat.S_ISREG(mode):
+                        os.unlink(folder / name)
                 finally:
                     os.close(descriptor)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
+from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.read_only import METADATA, name_of, read_only, writes_in_place
 from lowmem.nn.stored import StoredTensor
@@ -146,6 +147,10 @@ class LowRankSum:
     def read(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
         """Call a function that needs no values, such as ``size``."""
         raise NotImplementedError
+
+
+# a graph of its own, after a graph break, could lose a write to what this returns
+leave_to_eager(LowRankSum.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
 def is_adapted(value: Any) -> bool:

@@ -45,7 +45,10 @@ __all__ = [
     "refuse_parts",
 ]
 
-REMEDY = "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model)"
+REMEDY = (
+    "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model); if the "
+    "model's own code writes, convert it with skip= for this layer"
+)
 
 OPERATORS: dict[Any, Callable[..., Any]] = {}
 """Operator overload -> its implementation for stored tensors. It returns NotImplemented to have them dequantized."""

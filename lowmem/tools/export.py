@@ -7,6 +7,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from lowmem.io.atomic import owned
 from lowmem.io.export.exported import Exported, total_error
 from lowmem.io.export.source import open_stored
 from lowmem.io.export.targets import TARGETS, export, target_of
@@ -52,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     for path in (arguments.source, arguments.out):
         check_links(path)
     name = target_of(arguments.out, arguments.format)
-    with warnings_as_notes(), progress() as bar:
+    with owned(arguments.out), warnings_as_notes(), progress() as bar:
         task = bar.add_task("export", total=_size(arguments.source))
         rows = export(
             arguments.source,

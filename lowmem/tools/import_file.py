@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from lowmem.io.atomic import owned
 from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
 from lowmem.nn.eightbit import EightBit
@@ -65,7 +66,8 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
         "shard_bytes": arguments.shard_size,
     }
     to_file = arguments.target.suffix == ".safetensors"
-    rows = _to_file(arguments, asked, total) if to_file else _to_folder(arguments, asked)
+    with owned(arguments.target):
+        rows = _to_file(arguments, asked, total) if to_file else _to_folder(arguments, asked)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

@@ -11,6 +11,7 @@ import torch
 
 from lowmem.errors import one_line
 from lowmem.io.adapters import load_adapter
+from lowmem.io.atomic import owned
 from lowmem.io.checkpoint import load, save
 from lowmem.tools.models import batch_of, check_links, file_path, model_factory, number, same_file, user_code
 from lowmem.tools.output import print_json, print_table, shown
@@ -61,14 +62,15 @@ def run(arguments: argparse.Namespace) -> int:
         if same_file(source, arguments.out):
             raise ValueError(f"OUT={str(arguments.out)!r} is {name}, which would be lost: name another file")
     inputs = None if arguments.inputs is None else batch_of(arguments.inputs)
-    model = load_adapter(load(arguments.base, model_factory(arguments.model)), arguments.adapter)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]
     run_it = nullcontext() if inputs is None else user_code(f"inputs={arguments.inputs!r}: calling the model failed")
-    with run_it:
-        model, report = merge(model, to, inputs=inputs, report=True)
-    why = _above(report, arguments.at_most)
-    if why is None:
-        save(model, arguments.out)
+    with owned(arguments.out):
+        model = load_adapter(load(arguments.base, model_factory(arguments.model)), arguments.adapter)
+        with run_it:
+            model, report = merge(model, to, inputs=inputs, report=True)
+        why = _above(report, arguments.at_most)
+        if why is None:
+            save(model, arguments.out)
     if arguments.json:
         print_json(_document(report))
     else:

@@ -9,6 +9,7 @@ from dataclasses import asdict
 
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
+from lowmem.io.atomic import owned
 from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
 from lowmem.io.shards import INDEX
 from lowmem.nn.budget import Budget
@@ -113,7 +114,7 @@ def run(arguments: argparse.Namespace) -> int:
     is_folder = (arguments.source / "config.json").is_file()
     check_options(arguments, "a dense folder" if is_folder else "a dense file")
     technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
-    with warnings_as_notes():
+    with owned(arguments.target), warnings_as_notes():
         if arguments.calibrate is not None:
             rows = _calibrated_folder(arguments, technique)
         else:

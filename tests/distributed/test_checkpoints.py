@@ -180,8 +180,12 @@ def test_a_state_of_another_run_is_refused_and_a_damaged_one_skipped(tmp_path):
     changed, skipped = may.changed
     assert changed == "lr was 1 until here, and is 2"
     assert "it is damaged" in skipped
+    newest.unlink()
+    newest.mkdir()
+    assert may.newest().step == 2
+    assert "it is a directory" in may.changed[1]
     (states.folder / FILES[1]).write_bytes(b"")
-    with pytest.raises(FileError, match="it is empty"):
+    with pytest.raises(FileError, match="it is empty; remove it to begin anew"):
         may.newest()
     states.remove()
     assert not states.folder.exists()

@@ -18,7 +18,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from difflib import ndiff
 from pathlib import Path, PurePosixPath
 
@@ -250,7 +250,7 @@ def markdown(mutants: Sequence[Mutant], survived: Sequence[Mutant], seed: int) -
 
 
 def _today() -> int:
-    return int(datetime.now(timezone.utc).strftime("%Y%m%d"))
+    return int(datetime.now(UTC).strftime("%Y%m%d"))
 
 
 def _parser() -> argparse.ArgumentParser:

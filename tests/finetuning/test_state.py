@@ -38,13 +38,17 @@ def test_two_files_take_turns_and_the_newer_whole_one_is_read(tmp_path):
     assert again.newest().step == 4
     assert again.facts == {"seen": 4}
     (skipped,) = again.changed
-    assert skipped.startswith(f"cannot read '{newest}': it is damaged: its content does not match its digest;")
-    assert skipped.endswith("; going on from the state after step 4")
+    assert skipped == (
+        f"cannot read '{newest}': it is damaged: its content does not match its digest; going on from the state "
+        "after step 4"
+    )
     again.save(saved(5))
     assert States(states.folder, {"rank": 4}).newest().step == 5  # in place of the damaged one
     for name in FILES:
         (states.folder / name).write_bytes(b"damaged")
-    with pytest.raises(FileError):
+    with pytest.raises(
+        FileError, match=r"^cannot go on from '.*states': none .* is damaged[^;]*; remove it to begin anew$"
+    ):
         again.newest()
     again.remove()
     again.remove()
@@ -123,6 +127,34 @@ def test_a_pickle_is_not_read(tmp_path):
     assert ran.exists()
 
 
+MAKE = {
+    "folder": lambda path: (path / "within").mkdir(parents=True),
+    "link": lambda path: path.symlink_to("nowhere"),
+    "link to a folder": lambda path: path.symlink_to("."),
+}
+if hasattr(os, "mkfifo"):
+    MAKE["pipe"] = os.mkfifo
+
+
+@pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
+def test_what_is_no_file_is_skipped_with_a_line_and_replaced(tmp_path, make):
+    states = States(tmp_path, {})
+    make(tmp_path / FILES[0])
+    with pytest.raises(
+        FileError, match=r"'.*state-0.safetensors': it is a .* link to nowhere; remove it to begin anew$"
+    ):
+        states.newest()
+    os.rename(tmp_path / FILES[0], tmp_path / FILES[1])
+    states.save(saved(1))
+    again = States(tmp_path, {})
+    assert again.newest().step == 1
+    (line,) = again.changed
+    assert line.startswith(f"cannot read '{tmp_path / FILES[1]}': it is a directory, a device, a pipe or a link")
+    again.save(saved(2))
+    assert States(tmp_path, {}).newest().step == 2
+    assert sorted(one.name for one in tmp_path.iterdir()) == sorted(FILES)
+
+
 def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
     states = States(tmp_path, {})
     states.save(saved(1))
@@ -131,6 +163,9 @@ def test_a_full_disk_leaves_the_state_before(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(state, "write_tensors", full)
+    with pytest.raises(OSError, match="No space left"):
+        States(tmp_path / "new", {}).save(saved(1))
+    assert not (tmp_path / "new").exists()
     with pytest.raises(OSError, match="No space left"):
         states.save(saved(2))
     assert states.kept().startswith("the last good state, after step 1,")

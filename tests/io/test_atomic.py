@@ -3,7 +3,6 @@
 import errno
 import os
 import signal
-import stat
 import subprocess
 import sys
 import threading
@@ -11,8 +10,9 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
-from lowmem.errors import FileError
+from lowmem.errors import FileError, WriteError
 from lowmem.io import atomic
 from lowmem.io.atomic import (
     PARTIAL,
@@ -162,7 +162,8 @@ def test_what_the_block_raises_is_passed_on(tmp_path, failure):
 
 
 def test_what_cannot_be_written_at_the_end_is_an_error_too(tmp_path):
-    with pytest.raises(OSError, match="cannot write .*full.*: No space left on device; choose"), write_errors("full"):
+    says = "^cannot write 'full': No space left on device; make room on its disk, or choose another one$"
+    with pytest.raises(WriteError, match=says), write_errors("full"):
         raise OSError(28, "No space left on device")
     with pytest.raises(OSError, match="Is a directory|cannot write"), atomic_file(tmp_path):
         pass
@@ -204,19 +205,25 @@ def kill_a_save(path, script=KILLED):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing is removed where files cannot be locked")
 @pytest.mark.parametrize("overwrite", [True, False])
-def test_what_a_killed_save_left_is_removed_by_the_next_to_the_same_name(tmp_path, overwrite):
+def test_what_killed_saves_left_is_removed_by_the_next_into_the_same_folder(tmp_path, overwrite):
     path = tmp_path / "file"
     own = [tmp_path / name for name in (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", "file.partial")]
     for mine in own:
         mine.write_bytes(b"mine")
-    other = kill_a_save(tmp_path / "other")
-    left = {kill_a_save(path), kill_a_save(path)}
+    left = {kill_a_save(path), kill_a_save(tmp_path / "other")}
     (tmp_path / f"{next(iter(left)).name}.bak").write_bytes(b"mine")
+    left |= set(leftovers(tmp_path))
     kept = set(tmp_path.iterdir()) - left
     write_atomically(path, b"after", overwrite=overwrite)
     assert set(tmp_path.iterdir()) == kept | {path}
-    write_atomically(tmp_path / "other", b"", overwrite=overwrite)
-    assert not other.exists()
+
+
+def leftovers(folder):
+    """Make what a killed fit leaves of an output: who owned it, and a folder that was not complete."""
+    owner, partial = (folder / f".lowmem-{'e' * 16}-{end * 16}.partial" for end in "0f")
+    owner.write_text("process 1 of nowhere")
+    (partial / "within").mkdir(parents=True)
+    return owner, partial
 
 
 def test_a_file_that_is_being_written_is_left_alone(tmp_path):
@@ -269,7 +276,7 @@ def test_a_file_that_another_process_took_for_a_leftover_before_it_was_locked_is
     def late(file, operation):
         if operation & fcntl.LOCK_EX and len(seen) < times:
             seen.append(set(tmp_path.iterdir()))
-            atomic._remove_leftovers(tmp_path, atomic._name_hash(path), stat.S_ISREG, os.unlink)
+            atomic._remove_leftovers(tmp_path)
             assert list(tmp_path.iterdir()) == []
         flock(file, operation)
 
@@ -303,17 +310,15 @@ def test_many_savers_of_one_name_all_succeed(tmp_path):
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_only_regular_files_of_that_name_are_removed(tmp_path):
-    path = tmp_path / "file"
-    left = kill_a_save(path)
-    left.unlink()
-    (tmp_path / "mine").write_bytes(b"mine")
-    for make in (left.mkdir, lambda: os.mkfifo(left), lambda: left.symlink_to("mine")):
+def test_only_files_and_folders_of_such_names_are_removed(tmp_path):
+    path, (left, _) = tmp_path / "file", leftovers(tmp_path)
+    (tmp_path / "mine").mkdir()
+    for make in (lambda: os.mkfifo(left), lambda: left.symlink_to("mine")):
+        left.unlink()
         make()
         write_atomically(path, b"")
         assert os.path.lexists(left)
-        left.rmdir() if left.is_dir() else left.unlink()
-    assert (tmp_path / "mine").read_bytes() == b"mine"
+    assert (tmp_path / "mine").is_dir()
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
@@ -413,13 +418,63 @@ def test_a_folder_appears_when_it_is_complete_or_not_at_all(tmp_path):
     assert (target / "a").read_text() == "a"
     with pytest.raises(FileExistsError, match="folder"), atomic_folder(target):
         raise AssertionError("what exists is refused before the block")
-    with pytest.raises(FileNotFoundError, match="a/b"), atomic_folder(tmp_path / "other") as partial:
-        (partial / "a" / "b").write_text("b")
+    with pytest.raises(FileNotFoundError, match="a/b"), atomic_folder(tmp_path / "other"):
+        (tmp_path / "a" / "b").write_text("b")
     with pytest.raises(FileExistsError, match="late"), atomic_folder(tmp_path / "late"):
         (tmp_path / "late").mkdir()
     with pytest.raises(OSError, match=r"missing.*choose"), atomic_folder(tmp_path / "missing" / "folder"):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "late"]
+
+
+def disk_is_full(folder):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def file_in_it(folder):
+    (folder / "missing" / "file").touch()
+
+
+def folder_in_it(folder):
+    with atomic_folder(folder / "inner") as inner:
+        write_atomically(inner / "missing" / "file", b"")
+
+
+def file_of_safetensors(folder):
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize(
+    ("write", "says"),
+    [
+        (disk_is_full, "No space left on device; make room on its disk, or choose another one"),
+        (file_of_safetensors, ".*No space left on device .*; make room on its disk, or choose another one"),
+        (file_in_it, "No such file or directory; choose a directory that can be written"),
+        (folder_in_it, "No such file or directory; choose a directory that can be written"),
+    ],
+)
+def test_an_error_of_writing_in_a_folder_names_what_it_was_to_become(tmp_path, monkeypatch, write, says):
+    target = tmp_path / "out"
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WriteError, match=f"^cannot write 'out': {says}$"), atomic_folder(Path("out")) as partial:
+        write(partial)
+    for made in (atomic_folder(target), atomic_folder(target, tmp_path), scratch_folder(tmp_path, target)):
+        with pytest.raises(WriteError, match=f"^cannot write '{target}': {says}$"), made as partial:
+            write(partial)
+    with pytest.raises(WriteError, match=f"^cannot write '{tmp_path}': {says}$"), scratch_folder(tmp_path) as partial:
+        write(partial)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_of_another_file_is_not_said_of_a_folder(tmp_path):
+    for error in (
+        OSError("cannot read 'source'"),
+        PermissionError(errno.EACCES, "denied", "source"),
+        ValueError("x"),
+    ):
+        with pytest.raises(type(error)) as caught, atomic_folder(tmp_path / "out"):
+            raise error
+        assert caught.value is error
 
 
 def test_a_scratch_folder_is_gone_after_the_block(tmp_path):
@@ -446,21 +501,20 @@ FOLDERS = {
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing is removed where folders cannot be locked")
 @pytest.mark.parametrize("call", FOLDERS.values(), ids=FOLDERS)
-def test_a_folder_that_a_killed_process_left_is_removed_by_the_next_into_the_same_parent(tmp_path, call):
+def test_what_a_killed_process_left_is_removed_by_the_next_folder_in_the_same_parent(tmp_path, call):
     left = kill_a_save(tmp_path / "folder", KILLED_FOLDER.replace("FOLDER", call))
     own = [
         tmp_path / name for name in (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", f"{left.name}.bak")
     ]
     for mine in own:
         mine.mkdir()
-    file = kill_a_save(tmp_path / "file")
     (tmp_path / f"{left.name[:-24]}{0:016}.partial").symlink_to(own[0])
     kept = set(tmp_path.iterdir()) - {left}
+    leftovers(tmp_path)
     with scratch_folder(tmp_path) as outer, atomic_folder(tmp_path / "new"):
         assert outer.is_dir()  # another that is being written stays
         assert not left.exists()
     assert set(tmp_path.iterdir()) == kept | {tmp_path / "new"}
-    assert file.exists()
 
 
 def test_a_folder_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
@@ -546,6 +600,7 @@ def test_a_name_has_one_owner_who_is_named_and_a_dead_one_does_not_count(tmp_pat
             write_atomically(path, b"")  # removes no lock
         process.stdin.close()
     assert lock.exists()
+    leftovers(tmp_path)
     with owned(path), pytest.raises(BlockingIOError, match=f"by process {os.getpid()} of "), owned(path):
         raise AssertionError
     assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "out"]

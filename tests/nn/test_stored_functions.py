@@ -44,7 +44,12 @@ WRITES = {
 def test_writes_are_refused_with_the_remedy(write, form):
     weight = store(torch.randn(24, 40), form)
     before = [part.clone() for part in weight.parts]
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"stored in (nf4|bfloat16).*lowmem.restore\(model\)"):
+    with (
+        torch.no_grad(),
+        pytest.raises(
+            RuntimeError, match=r"stored in (nf4|bfloat16).*lowmem.restore\(model\); .* skip= for this layer$"
+        ),
+    ):
         write(weight)
     assert all(torch.equal(part, old) for part, old in zip(weight.parts, before, strict=True))
 

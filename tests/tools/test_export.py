@@ -1,11 +1,13 @@
 """``lowmem export``."""
 
 import json
+import os
 
 from torch import nn
 
 from lowmem import FourBit, convert, save
 from lowmem.__main__ import main
+from lowmem.io.atomic import owned
 from lowmem.io.foreign.recognize import open_foreign
 from tests.io.export.folders import fourbit, weights_of, write_folder
 
@@ -26,6 +28,13 @@ def test_a_table_says_what_became_of_each_weight_and_the_errors_of_what_changed(
     assert f"saved {out}" in shown.err
     assert main(["export", str(source), str(out), "--requantize"]) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_what_another_command_is_writing_is_refused(tmp_path, capsys):
+    source, out = write_folder(tmp_path / "in", weights_of(fourbit("nf4"))), tmp_path / "out.gguf"
+    with owned(out):
+        assert main(["export", str(source), str(out)]) == 2
+    assert f"'{out}' is being written by process {os.getpid()} of " in capsys.readouterr().err
 
 
 def test_json_is_the_rows_and_options_reach_the_writer(tmp_path, capsys):

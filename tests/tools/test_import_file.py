@@ -1,12 +1,14 @@
 """``lowmem quantize`` of other programs' files."""
 
 import json
+import os
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from lowmem.__main__ import main
+from lowmem.io.atomic import owned
 from tests.io.foreign.test_gptq import layer
 from tests.io.foreign.test_recognize import SAMPLES
 
@@ -25,6 +27,13 @@ def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     assert rows["lm_head.weight"]["kept"].startswith("bof4s, block_size=32")
     assert rows["model.norm.weight"]["kept"] == "float32"
+
+
+def test_what_another_command_is_writing_is_refused(tmp_path, capsys):
+    out = tmp_path / "a.safetensors"
+    with owned(out):
+        assert main(["quantize", str(SAMPLES / "types.gguf"), str(out)]) == 2
+    assert f"'{out}' is being written by process {os.getpid()} of " in capsys.readouterr().err
 
 
 def test_what_is_not_exact_is_an_error_that_names_the_option_which_prints_what_it_costs(tmp_path, capsys):

@@ -1,7 +1,9 @@
 """``lowmem merge``."""
 
 import json
+import os
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, LoRA
 from lowmem.__main__ import main
+from lowmem.io.atomic import owned
 
 MODELS = """
 import torch
@@ -73,6 +76,13 @@ def test_it_writes_what_merge_makes_and_prints_the_report(files, capsys):
     state = model.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in merged.state_dict().items())
     assert type(merged[2]) is type(model[2]) is lowmem.Linear4Bit
+
+
+@pytest.mark.usefixtures("files")
+def test_what_another_command_is_writing_is_refused(capsys):
+    with owned(Path("out.safetensors")):
+        assert main(BASIC) == 2
+    assert f"'out.safetensors' is being written by process {os.getpid()} of " in capsys.readouterr().err
 
 
 def test_json_and_another_dtype(files, capsys):

@@ -14,6 +14,7 @@ from torch import nn
 
 import lowmem
 from lowmem.__main__ import main
+from lowmem.io.atomic import owned
 from lowmem.tools.models import size
 from tests.selection import rows_in_one_case
 
@@ -67,6 +68,14 @@ def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
     assert "Budget(bits=4.1) is out of reach: these weights take 4.3" in capsys.readouterr().err
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9", "--format", "nf4"]) == 2
     assert "--format means nothing for 'in.safetensors': --bits chooses it" in capsys.readouterr().err
+
+
+def test_what_another_command_is_writing_is_refused(checkpoint, capsys):
+    out = checkpoint.with_name("out")
+    with owned(out):  # as lowmem fit --save does from its first step to its last
+        assert main(["quantize", str(checkpoint), str(out)]) == 2
+    assert f"'{out}' is being written by process {os.getpid()} of " in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_json_and_shards(checkpoint, capsys):

@@ -67,9 +67,9 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         unknown = sorted(others.keys() - {"quant_method", "notice"})
         if unknown and "quant_method" not in others:
             raise ValueError(_misplaced(unknown[0], others[unknown[0]]))
-        skip, layers = ([one] if isinstance(one, str) else _listed(one) for one in (skip, layers))
+        patterns, records = _listed(skip), _listed(layers)
         others |= {"version": version, "train_dense": train_dense}
-        check_config({**others, "skip": skip, "layers": layers, "adapters": adapters})
+        check_config({**others, "skip": patterns, "layers": records, "adapters": adapters})
         if technique is not None and not isinstance(technique, _KINDS):
             technique = _parsed(technique)
         if isinstance(technique, Budget) and technique.inputs is not None:
@@ -79,9 +79,9 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             )
         self.quant_method = METHOD
         self.technique = technique
-        self.skip: list[str] = skip
+        self.skip: list[str] = patterns
         self.train_dense = train_dense
-        self.layers = [dict(record) for record in layers]
+        self.layers = [dict(record) for record in records]
         self.adapters = dict(adapters or {})
         if technique is None and not self.layers and not self.adapters:
             raise TypeError(
@@ -103,7 +103,9 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _listed(value: Any) -> Any:
-    """Return a list of what an iterable has, and any other value as it is."""
+    """Return a list of what an iterable has, or of a text, and any other value as it is."""
+    if isinstance(value, str):
+        return [value]
     return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value
 
 

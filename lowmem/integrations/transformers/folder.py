@@ -19,7 +19,6 @@ from lowmem.errors import FileError, describe, refusal, show, unbuilt
 from lowmem.integrations.transformers.checking import refuse_unread
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import from_exact
-from lowmem.integrations.transformers.saving import save_errors
 from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
 from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
@@ -326,7 +325,7 @@ def write_model(
     model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None
 ) -> None:
     """Write a model's folder, with the other files of ``source``, and a tokenizer."""
-    with save_errors(target), atomic_folder(target) as partial:
+    with atomic_folder(target) as partial:
         if source is not None:
             copy_others(source, partial, target, WRITTEN)
         with _without_bars():

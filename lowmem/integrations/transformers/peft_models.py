@@ -1,7 +1,8 @@
 """Refuses what PEFT cannot do with stored modules, or leaves out of them in silence.
 
 PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports
-each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns.
+each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns. PEFT has
+replaced layers by then: the first module that tells of its config comes after them.
 """
 
 from __future__ import annotations
@@ -54,7 +55,11 @@ def _check(parent: nn.Module, name: str, child: Any) -> None:
     Raises:
         ValueError: PEFT cannot do what it was asked for.
     """
-    if name not in ("base_model", "original_module") or child is None or not is_of_peft(parent):
+    if name not in ("model", "base_model", "original_module") or child is None or not is_of_peft(parent):
+        return
+    if name == "model":  # of what injects adapters, whose config is not known yet
+        if any(isinstance(module, StoredModule) for module in child.modules()):
+            child.register_forward_pre_hook(_LaterAdapters())
         return
     if name == "original_module":  # of modules_to_save and trainable_token_indices
         _refuse_whole(parent, child)
@@ -62,21 +67,20 @@ def _check(parent: nn.Module, name: str, child: Any) -> None:
         _refuse_embedding(child)
     elif hasattr(child, "peft_config"):
         refuse_passed_over(child.model, child.peft_config)
-        if any(isinstance(module, StoredModule) for module in child.model.modules()):
-            child.model.register_forward_pre_hook(_LaterAdapters(child.peft_config))
 
 
 class _LaterAdapters:
-    """Checks adapters that PEFT adds to its model later, at the next forward: torch does not report them."""
+    """Checks adapters that PEFT injects, or adds later, at the next forward: torch does not report them."""
 
-    def __init__(self, configs: Mapping[str, Any]) -> None:
-        self._configs, self._checked = configs, len(configs)
+    def __init__(self) -> None:
+        self._checked = 0
 
     def __call__(self, model: nn.Module, arguments: Any) -> None:
         """Raise if one of them names a stored parameter."""
-        if len(self._configs) != self._checked:
-            refuse_passed_over(model, self._configs)
-            self._checked = len(self._configs)
+        configs = getattr(model, "peft_config", {})
+        if len(configs) != self._checked:
+            refuse_passed_over(model, configs)
+            self._checked = len(configs)
 
 
 def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:

@@ -11,18 +11,15 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
-from lowmem.errors import one_line, quoted
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.io.atomic import PARTIAL, atomic_folder, scratch_folder, write_errors
+from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
@@ -32,7 +29,7 @@ from lowmem.nn.stored_module import StoredModule, format_keys
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
 
-__all__ = ["SavedModel", "config_of", "folder_names", "presented_dtype", "save_errors", "saved_class"]
+__all__ = ["SavedModel", "config_of", "folder_names", "presented_dtype", "saved_class"]
 
 
 def config_of(model: nn.Module) -> LowmemConfig | None:
@@ -86,7 +83,6 @@ class SavedModel:
         Raises:
             OSError: the folder cannot be written; it is named.
         """
-        target = Path(save_directory)
         # these need the folder itself: its name and files are sent, or several processes write a part each
         shared = push_to_hub or kwargs.get("distributed_checkpoint") or not is_main_process
         with _described(self) as ours:
@@ -96,7 +92,7 @@ class SavedModel:
             if not ours or shared:
                 super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)  # type: ignore[misc]
                 return
-            with save_errors(target), _whole(target) as partial:
+            with _whole(Path(save_directory)) as partial:
                 super().save_pretrained(partial, True, state_dict, False, *args, **kwargs)  # type: ignore[misc]
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
@@ -168,22 +164,6 @@ def _renamed(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
     """Return a state by the names of a folder. What is offloaded keeps its names, by which transformers reads it."""
     names = folder_names(model)
     return {name if value.device.type == "meta" else names.get(name, name): value for name, value in state.items()}
-
-
-@contextmanager
-def save_errors(target: Path) -> Iterator[None]:
-    """Turn an error of writing a folder, such as a full disk, into an OSError of one line that names the folder.
-
-    safetensors raises a class of its own. Errors about a partial folder pass: its maker names it.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as reason:
-        said = reason.strerror if isinstance(reason, OSError) else str(reason)
-        if not said or isinstance(reason, FileExistsError) or fnmatchcase(target.name, PARTIAL):
-            raise
-        said = one_line(f"cannot write {quoted(target)}: {said}")
-        raise OSError(f"{said}; make room on its disk, or choose another folder") from reason
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lowmem.io.atomic import open_regular
 from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
 from lowmem.io.foreign.gguf import read_header
 from lowmem.io.model_folder import check_regular
-from lowmem.transforms.generated import LEAST_SHARE
+from lowmem.transforms.calibration.generated import LEAST_SHARE
 
 __all__ = [
     "TextTokenizer",

@@ -56,6 +56,8 @@ def test_stored_experts_are_not_passed_over(tmp_path, made):
         peft.get_peft_model(some, experts_config())  # PEFT does not even warn
     injected = peft.inject_adapter_in_model(experts_config(), stored(folder))  # no module of PEFT holds the model
     with pytest.raises(ValueError, match="names model.layers.0.mlp.experts.gate_up_proj, which is stored"):
+        injected(IDS)
+    with pytest.raises(ValueError, match="names model.layers.0.mlp.experts.gate_up_proj, which is stored"):
         trainer(injected, tmp_path / "run")
 
 

@@ -168,6 +168,7 @@ def test_a_full_disk_is_an_error_of_one_line_and_leaves_what_was_there(tmp_path,
         assert main(["quantize", str(dense), str(tmp_path / "new")]) == 2
     (told,) = capfd.readouterr().err.splitlines()
     assert told.startswith(f"lowmem quantize: cannot write '{tmp_path / 'new'}': ")
+    assert told.endswith("; make room on its disk, or choose another one")
     assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == files
 
 

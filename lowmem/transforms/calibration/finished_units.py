@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lowmem.errors import describe, refusal
+from lowmem.errors import describe, refusal, unwritable
 from lowmem.version import __version__
 
 __all__ = ["FinishedUnits", "digest_of"]
@@ -59,17 +59,24 @@ class FinishedUnits:
         digest: of the calibration; files of another one are refused.
 
     Raises:
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be made; the error names it and the remedy.
     """
 
     def __init__(self, folder: Path, digest: str) -> None:
         if folder.is_file():
             raise NotADirectoryError(f"resume={str(folder)!r} is a file: name a folder")
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as reason:
+            raise unwritable(folder, reason) from reason
         self._folder, self._digest = folder, digest
 
     def save(self, number: int, tensors: dict[str, Tensor], record: Any) -> None:
-        """Write the file of a unit, with a record that JSON can hold."""
+        """Write the file of a unit, with a record that JSON can hold.
+
+        Raises:
+            OSError: it cannot be written; the error names the folder and the remedy.
+        """
         from safetensors.torch import save
 
         path = self._path(number)
@@ -83,6 +90,8 @@ class FinishedUnits:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
+        except OSError as reason:
+            raise unwritable(self._folder, reason) from reason
         finally:
             partial.unlink(missing_ok=True)
 

@@ -2,9 +2,10 @@
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
-from lowmem.transforms.replay import Replay, Stale, evaluation_mode
+from lowmem.transforms.calibration.replay import Replay, Stale, evaluation_mode
 
 
 class Adds(nn.Module):
@@ -84,6 +85,16 @@ def test_each_block_gets_what_it_gets_in_a_whole_run_and_is_computed_once(kind, 
     assert all(torch.equal(*both) for both in zip(seen, wanted, strict=True))
     assert calls == [3] * 4
     assert list(tmp_path.glob("*/*")) == []
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match=f"^cannot write '{tmp_path}': .*No space .*; make room on its disk, or choose"):
+        inputs_of(Chain(), False, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_is_kept_no_longer_is_missed():

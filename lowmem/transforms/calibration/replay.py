@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lowmem.transforms.batches import run_batch
+from lowmem.errors import unwritable
+from lowmem.transforms.calibration.batches import run_batch
 
 __all__ = ["Overrides", "Replay", "Stale", "Stop", "evaluation_mode"]
 
@@ -199,10 +200,14 @@ class _Output:
         tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         self._devices = {name: tensor.device for name, tensor in tensors.items()}
         if folder is not None and tensors:
+            from safetensors import SafetensorError
             from safetensors.torch import save_file
 
             self._path = folder / f"{id(self):x}.safetensors"
-            save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, self._path)
+            try:
+                save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, self._path)
+            except (OSError, SafetensorError) as reason:
+                raise unwritable(folder.parent, reason) from reason
             self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
     def copy(self) -> Any:

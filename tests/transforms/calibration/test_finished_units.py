@@ -1,5 +1,6 @@
 """A unit's file is whole or not there, and belongs to one calibration."""
 
+import errno
 import os
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from lowmem.errors import FileError
-from lowmem.transforms.finished_units import FinishedUnits, digest_of
+from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
 
 TENSORS = {"0.packed": torch.arange(6, dtype=torch.uint8).view(2, 3), "0.bias": torch.ones(2, dtype=torch.bfloat16)}
 
@@ -24,8 +25,8 @@ def test_a_unit_comes_back_with_its_record(tmp_path):
 
 def test_a_write_that_fails_leaves_nothing(tmp_path, monkeypatch):
     units = FinishedUnits(tmp_path, "digest")
-    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("no space left")))
-    with pytest.raises(OSError, match="no space left"):
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left")))
+    with pytest.raises(OSError, match=f"^cannot write '{tmp_path}': No space left; make room on its disk, or choose"):
         units.save(0, TENSORS, [])
     assert list(tmp_path.iterdir()) == []
     assert units.load(0) is None
