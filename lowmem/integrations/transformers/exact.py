@@ -136,9 +136,6 @@ class _ExactConfig(QuantizationConfigMixin):  # type: ignore[misc]
             of which ``[...]`` reads it.
     """
 
-    technique = None
-    train_dense = False
-
     def __init__(self, source: Path, file: ForeignFile, requantizing: Requantizing) -> None:
         self.quant_method = _METHOD
         self.source, self.file, self.requantizing = source, file, requantizing

@@ -297,6 +297,11 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         measuring, asked = self._storing, self.quantization_config
         assert isinstance(measuring, Measuring)
         assert isinstance(asked.technique, Budget)
+        if not self._files:
+            raise ValueError(
+                "a Budget reads the weights of a folder twice, and a state dict has none: load the model, and "
+                "lowmem.convert(model, Budget(...))"
+            )
         self.measures = True
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(file, "pt")) for file in self._files]
