@@ -157,7 +157,8 @@ def folder_names(model: nn.Module) -> dict[str, str]:
         elif stored or path in bases:
             end = "_rounded" if stored else ""
             names |= {dot + name: own + name.removesuffix(end) for name in module._parameters}
-    return {name: other for name, other in names.items() if name != other}
+    left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()  # by transformers, which computes dense ones
+    return {name: other for name, other in names.items() if other not in (name, *left_out)}
 
 
 def _renamed(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
