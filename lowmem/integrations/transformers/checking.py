@@ -60,7 +60,7 @@ def refuse_untold(names: Collection[str], config: LowmemConfig, prefix: str) -> 
     """
     told = {str(name).removeprefix(f"{prefix}.") for record in config.layers for name in record.get("names", ())}
     for name in _stored(names):
-        own = name.replace(".base.", ".").removeprefix(f"{prefix}.")  # "base" is below adapters
+        own = name.removeprefix(f"{prefix}.")
         if not told & {own, own.removesuffix("weight").removesuffix(".")}:
             raise ValueError(
                 f"the folder's config.json does not say how its tensor {show(name)} is stored: get it again, or save "

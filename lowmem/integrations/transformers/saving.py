@@ -23,8 +23,7 @@ from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
-from lowmem.nn.adapted_module import bank_of, base_of
-from lowmem.nn.lora import LoRALinear
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule, format_keys
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
@@ -40,12 +39,11 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
     layers: dict[str, dict[str, Any]] = {}
     adapters: dict[str, Any] = {}
     for module, paths in module_paths(model).items():
-        base = base_of(module)
-        if isinstance(base, StoredModule):
-            for name, record in how_stored(base).items():
+        if isinstance(module, StoredModule):
+            for name, record in how_stored(module).items():
                 named = layers.setdefault(json.dumps(record, sort_keys=True), {**record, "names": []})
                 named["names"].append(paths[0] if name == "weight" else f"{paths[0]}.{name}".lstrip("."))
-        if bank_of(module) is not None:
+        if isinstance(module, AdaptedModule):
             adapters |= {place_name(paths[0], name): record for name, record in adapters_record(module).items()}
     if not layers and not adapters:
         return None
@@ -144,19 +142,15 @@ def _made(make: Any, arguments: tuple[Any, ...]) -> Any:
 def folder_names(model: nn.Module) -> dict[str, str]:
     """Return the names of tensors in a folder, by those in the model's state, where they differ."""
     names: dict[str, str] = {}
-    bases: dict[str, str] = {}
     formats = format_keys(model)
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
-        own = bases.get(path, dot)  # of a layer with adapters, that of the layer
-        if isinstance(module, LoRALinear):
-            bases[f"{dot}base"] = dot
-        stored = isinstance(module, StoredModule)
-        if stored and f"{dot}_extra_state" in formats:
-            names[f"{dot}_extra_state"] = own + next(iter(module.forms))
-        elif stored or path in bases:
-            end = "_rounded" if stored else ""
-            names |= {dot + name: own + name.removesuffix(end) for name in module._parameters}
+        if not isinstance(module, StoredModule):
+            continue
+        if f"{dot}_extra_state" in formats:
+            names[f"{dot}_extra_state"] = dot + next(iter(module.forms))
+        else:
+            names |= {dot + part: dot + part.removesuffix("_rounded") for part in module.part_names}
     left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()  # by transformers, which computes dense ones
     return {name: other for name, other in names.items() if other not in (name, *left_out)}
 
