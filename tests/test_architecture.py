@@ -8,7 +8,21 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import lowmem
-from tests.imports import DOORS, DRAWN, MODULES, PAGE, drawn, folder_imports, imports_of, module_name, reduced
+from tests.imports import (
+    DOORS,
+    DRAWN,
+    LISTED,
+    MODULES,
+    OTHERS,
+    PAGE,
+    dotted,
+    drawn,
+    folder_imports,
+    imports_of,
+    module_name,
+    names_listed,
+    reduced,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,45 +126,9 @@ def test_everything_public_is_exported_and_documented():
         assert name in ("FORMATS", "VARIANTS", "__version__") or getattr(lowmem, name).__doc__
 
 
-OTHERS = ("torch", "transformers", "peft", "numpy", "safetensors", "rich")
-
-
-def dotted(node: ast.AST) -> str:
-    """Return the path of an attribute, as torch.nn.Linear; "" if it does not begin with a name."""
-    if isinstance(node, ast.Attribute):
-        return f"{owner}.{node.attr}" if (owner := dotted(node.value)) else ""
-    return node.id if isinstance(node, ast.Name) else ""
-
-
-def is_private(path: str) -> bool:
-    parts = path.split(".")
-    inner = parts[0] == "transformers" and len(parts) > 2 and parts[1].islower()  # its root is what it documents
-    return parts[0] in OTHERS and (inner or any(part.startswith("_") and part[-2:] != "__" for part in parts))
-
-
-def private_names(tree: ast.Module) -> set[str]:
-    """Return the private names of other libraries that a module imports, or writes as attributes of torch."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{one.name}" for one in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {one.name for one in node.names}
-        elif isinstance(node, ast.Attribute):
-            found.add(dotted(node))
-    found = {name for name in found if is_private(name)}
-    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
-
-
 def test_the_page_lists_the_private_names_of_other_libraries():
-    used: dict[str, set[str]] = {}
-    for path in MODULES:
-        for name in private_names(ast.parse((Path(lowmem.__file__).parent / path).read_text(encoding="utf8"))):
-            used.setdefault(name, set()).add(path.partition("/")[0].removesuffix(".py"))
-    rows = [f"| `{name}` | {', '.join(sorted(used[name]))} |" for name in sorted(used)]
-    wanted = "\n".join(["| | used in |", "| :-- | :-- |", *rows])
-    text = PAGE.read_text(encoding="utf8").partition("<!-- private names -->\n")[2].partition("\n\n")[0]
-    assert text == wanted, f"write this into {PAGE.name}:\n{wanted}"
+    (listed,) = LISTED.findall(PAGE.read_text(encoding="utf8"))
+    assert listed == names_listed(), "write the list again: python -m tests.imports"
 
 
 def test_nothing_is_assigned_to_another_library():
