@@ -1,4 +1,4 @@
-"""The imports of ``lowmem``; ``python -m tests.imports`` writes a picture and a list of them into docs/architecture.md."""
+"""The imports of ``lowmem``: ``python -m tests.imports`` writes what docs/architecture.md shows of them."""
 
 import ast
 import re
