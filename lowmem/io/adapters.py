@@ -17,10 +17,10 @@ from lowmem.errors import printable, quoted, refusal, show
 from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.checkpoint import as_in_file, how_stored
 from lowmem.io.container import read, write_tensors
-from lowmem.io.export.gguf_adapter import write_gguf_adapter
-from lowmem.io.export.peft_adapter import write_peft
-from lowmem.io.foreign.gguf import MAGIC
-from lowmem.io.foreign.peft_folder import CONFIG, PICKLES, WEIGHTS, read_peft
+from lowmem.io.formats.gguf.adapter import write_gguf_adapter
+from lowmem.io.formats.gguf.reading import MAGIC
+from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, read_peft
+from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
 from lowmem.io.wrappers import unwrap

@@ -15,9 +15,9 @@ from lowmem.errors import FileError, refusal
 from lowmem.io.atomic import check_writable
 from lowmem.io.container import TensorSpec, write
 from lowmem.io.convert_checkpoint import divide
-from lowmem.io.foreign.recognize import ForeignFile, open_foreign
-from lowmem.io.foreign.requantizing import Requantizing, why_refused
-from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.recognize import ForeignFile, open_foreign
+from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record
 from lowmem.io.shards import INDEX, index_of, shard_name, write_index
 from lowmem.nn.eightbit import EightBit

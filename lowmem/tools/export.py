@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.io.atomic import owned
-from lowmem.io.export.exported import Exported, total_error
-from lowmem.io.export.source import open_stored
-from lowmem.io.export.targets import TARGETS, export, target_of
+from lowmem.io.formats.export import TARGETS, export, target_of
+from lowmem.io.formats.exported import Exported, total_error
+from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.shards import INDEX
 from lowmem.tools.import_file import DTYPES
 from lowmem.tools.models import MIB, check_links, file_path

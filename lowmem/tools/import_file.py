@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lowmem.io.atomic import owned
-from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
+from lowmem.io.formats.recognize import CONFIG, open_foreign, quantization_of
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
-from tests.io.foreign.test_gptq import layer
-from tests.io.foreign.test_recognize import SAMPLES
+from tests.io.formats.test_gptq import layer
+from tests.io.formats.test_recognize import SAMPLES
 
 
 def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):

@@ -21,9 +21,9 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.fitting import Names
 from lowmem.integrations.transformers.gguf_config import check_config
-from lowmem.io.foreign.recognize import ForeignFile, open_foreign
-from lowmem.io.foreign.requantizing import Requantizing, why_refused
-from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.recognize import ForeignFile, open_foreign
+from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.stored import FourBitForm

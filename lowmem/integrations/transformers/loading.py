@@ -28,7 +28,7 @@ from lowmem.integrations.transformers.checking import (
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig, refuse_technique
 from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
-from lowmem.io.foreign.recognize import CODED
+from lowmem.io.formats.recognize import CODED
 from lowmem.io.model_folder import refuse_layers
 
 __all__ = ["checked", "install"]
