@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from lowmem.errors import FileError
 from lowmem.io.container import DIGEST, MAGIC
-from lowmem.io.formats.gguf import reading as gguf
+from lowmem.io.formats.gguf import container as gguf
 from tests.io.formats.written import text, typed
 from tests.selection import NIGHTLY
 

@@ -36,6 +36,7 @@ __all__ = [
     "owned",
     "read_errors",
     "scratch_folder",
+    "starts_with",
     "sync",
     "write_atomically",
     "write_errors",
@@ -239,6 +240,16 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(f"cannot read {quoted(path)}: it is a directory, a device or a pipe; name a regular file")
     return open(descriptor, "rb")
+
+
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether the first bytes of a file are ``magic``.
+
+    Raises:
+        OSError: as ``open_regular``.
+    """
+    with open_regular(path) as file, read_errors(path):
+        return file.read(len(magic)) == magic
 
 
 def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:

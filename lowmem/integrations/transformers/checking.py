@@ -11,8 +11,7 @@ from pathlib import Path
 
 from lowmem.errors import FileError, refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.io.formats.recognize import quantization_of
-from lowmem.io.model_folder import WEIGHTS
+from lowmem.io.model_folder import WEIGHTS, quantization_of
 from lowmem.io.shards import INDEX, read_index
 from lowmem.io.source import Source
 

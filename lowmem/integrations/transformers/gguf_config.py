@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors
+from lowmem.io.formats.gguf.container import GGUFHeader, read_header
 from lowmem.io.formats.gguf.fields import model_fields, rope_factors
-from lowmem.io.formats.gguf.reading import GGUFHeader, read_header
 
 __all__ = ["check_config", "config_of"]
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem.errors import show
 from lowmem.io.atomic import open_regular
-from lowmem.io.formats.gguf.reading import read_header
+from lowmem.io.formats.gguf.container import read_header
 from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
 
 __all__ = ["tokenizer_of"]

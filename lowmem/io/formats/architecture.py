@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowmem.errors import refusal, show, unbuilt
-from lowmem.io.formats.recognize import CONFIG
+from lowmem.io.model_folder import CONFIG
 from lowmem.transforms.placement import float32_patterns
 
 __all__ = ["Architecture", "architecture_of"]

@@ -1,62 +1,38 @@
-"""The formats that lowmem exports to, and the function that picks the writer.
-
-To add one, add its file beside this one and a line to ``TARGETS``.
-"""
+"""Writes a model that lowmem stored as a file or folder of another program."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import show
 from lowmem.io.atomic import check_free
-from lowmem.io.formats.bitsandbytes_writing import write_bitsandbytes
-from lowmem.io.formats.compressed_tensors.writing import write_compressed_tensors
 from lowmem.io.formats.exported import Exported
-from lowmem.io.formats.gguf.writing import write_gguf
+from lowmem.io.formats.foreign import Target
+from lowmem.io.formats.registry import FORMATS
 
-__all__ = ["TARGETS", "Target", "export", "target_of"]
-
-
-@dataclass(frozen=True)
-class Target:
-    """A format.
-
-    Args:
-        write: ``write(source, out, requantize=..., progress=..., **options)`` writes it and returns the rows. When it
-            raises ValueError, FileError or OSError it has written nothing.
-        ending: of the names of its files; None: it is a folder.
-        options: names of further arguments of ``write``, of those that ``export`` has.
-    """
-
-    write: Callable[..., list[Exported]]
-    ending: str | None = None
-    options: tuple[str, ...] = ()
+__all__ = ["export", "target_of", "targets"]
 
 
-TARGETS: dict[str, Target] = {
-    "gguf": Target(write_gguf, ".gguf", ("like", "dtype")),
-    "bitsandbytes": Target(write_bitsandbytes),
-    "compressed-tensors": Target(write_compressed_tensors),
-}
-"""By the name that ``--format`` takes."""
+def targets() -> dict[str, Target]:
+    """Return how each format is written, by the name that ``--format`` takes."""
+    return {name: format.target for name, format in FORMATS.items() if format.target is not None}
 
 
 def target_of(out: Path, format: str | None) -> str:
-    """Return the key of ``TARGETS`` for a name of a file or folder, or ``format`` if there is such a target.
+    """Return the key of ``targets()`` for a name of a file or folder, or ``format`` if there is such a target.
 
     Raises:
         ValueError: an unknown format, or none is given and the name does not tell.
     """
-    known = ", ".join(TARGETS)
+    known = ", ".join(targets())
     if format is not None:
-        if format not in TARGETS:
+        if format not in targets():
             raise ValueError(f"format={show(format)} is none of {known}")
         return format
-    for name, target in TARGETS.items():
+    for name, target in targets().items():
         if target.ending is not None and out.name.endswith(target.ending):
             return name
     raise ValueError(f"the name {show(out.name)} does not tell the format: give one of {known}")
@@ -96,7 +72,7 @@ def export(
     """
     source, out = Path(source), Path(out)
     name = target_of(out, format)
-    target = TARGETS[name]
+    target = targets()[name]
     options = {"like": like, "dtype": dtype}
     given = {option: value for option, value in options.items() if value is not None}
     for option in given:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.stored_model import StoredWeight
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
+
+if TYPE_CHECKING:
+    from lowmem.io.formats.stored_model import StoredWeight
 
 __all__ = ["Exported", "total_error"]
 

@@ -43,6 +43,7 @@ class Packing:
         config: schemes by layer, dense layers, dtype -> the ``quantization_config``.
         conv1d: whether the format has transformers' Conv1D layers, transposed.
         keeps_weight: whether a loaded layer's codes are called ``weight``.
+        warning: schemes of a folder -> what its user should know, or None.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Packing:
     config: Callable[[Mapping[str, Any], Collection[str], torch.dtype], dict[str, Any]]
     conv1d: bool
     keeps_weight: bool
+    warning: Callable[[Collection[Any]], str | None] = lambda schemes: None
 
 
 def uniform_block(weight: QuantizedTensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +20,8 @@ from lowmem.io.formats.architecture import Architecture, architecture_of
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.packing import Packed, Packing
 from lowmem.io.formats.plain_file import write_plain
-from lowmem.io.formats.recognize import CONFIG
 from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored
-from lowmem.io.model_folder import WEIGHTS, copy_others
+from lowmem.io.model_folder import CONFIG, WEIGHTS, copy_others
 from lowmem.io.shards import INDEX, shard_name
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.formats import get_format
@@ -50,9 +50,9 @@ class _Plan:
 
 
 def write_folder(
+    packing: Packing,
     source: Path,
     out: Path,
-    packing: Packing,
     *,
     requantize: bool = False,
     shard_bytes: int = SHARD_BYTES,
@@ -65,9 +65,9 @@ def write_folder(
     weights stay tied. The tokenizer's and other files are copied.
 
     Args:
+        packing: the format.
         source: a folder that lowmem wrote.
         out: where nothing is yet. It is written beside its place and renamed when it is complete.
-        packing: the format.
         requantize: whether layers that it cannot hold as they are are quantized again.
         shard_bytes: the most bytes of tensors in a file, unless one weight has more.
         progress: called with the name of each finished weight and its bytes in the source.
@@ -81,6 +81,9 @@ def write_folder(
         FileExistsError: something is at ``out``.
         OSError: a file cannot be read or written.
         ImportError: transformers is missing.
+
+    Warns:
+        UserWarning: as ``packing.warning`` says.
     """
     check_free(out)
     with open_stored(source) as model:
@@ -108,7 +111,10 @@ def write_folder(
             copy_others(model.folder, partial, out, (CONFIG,))
             with write_errors(out):
                 (partial / CONFIG).write_bytes(_json(config))
-            return sorted(_write(partial, plans, shards, progress), key=lambda row: row.name)
+            rows = _write(partial, plans, shards, progress)
+    if (warning := packing.warning(schemes.values())) is not None:
+        warnings.warn(warning, UserWarning, stacklevel=3)  # the caller of export
+    return sorted(rows, key=lambda row: row.name)
 
 
 def _write(

@@ -1,12 +1,9 @@
-"""Tells what a file or folder of another program is, and opens it.
-
-To read another format, add its file beside this one, and a line to ``READERS`` or a case to ``open_foreign``.
-"""
+"""Tells what a file or folder of another program is, and opens it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -16,66 +13,40 @@ from typing import Any
 import torch
 
 from lowmem.errors import FileError, refusal, show
-from lowmem.io.atomic import open_regular, read_errors
-from lowmem.io.formats import awq, bitsandbytes, gptq, mxfp4
-from lowmem.io.formats.claims import check_claims
-from lowmem.io.formats.compressed_tensors import reading as compressed_tensors
+from lowmem.io.atomic import read_errors, starts_with
+from lowmem.io.formats.foreign import contradiction
 from lowmem.io.formats.foreign_tensor import ForeignTensor
-from lowmem.io.formats.gguf.reading import MAGIC, read_gguf
-from lowmem.io.model_folder import WEIGHTS
-from lowmem.io.safetensors import parse_json, read_at_most
+from lowmem.io.formats.registry import FORMATS
+from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_config
 from lowmem.io.shards import INDEX, read_index
 from lowmem.io.source import Source
 
-__all__ = [
-    "CODED",
-    "CONFIG",
-    "READERS",
-    "ForeignFile",
-    "open_foreign",
-    "quantization_of",
-    "read_config",
-    "read_model_config",
-]
+__all__ = ["ForeignFile", "is_coded", "open_foreign"]
 
-Reader = Callable[[Source, Mapping[str, Any]], Iterator[tuple[ForeignTensor, set[str]]]]
-
-READERS: dict[str, Reader] = {
-    "bitsandbytes": bitsandbytes.find,
-    "gpt-oss": mxfp4.find,
-    "gptq": gptq.find,
-    "awq": awq.find,
-    "compressed-tensors": compressed_tensors.find,
-}
-"""What finds the weights of a format among the tensors of a safetensors checkpoint."""
-
-CODED = (
-    *("qweight", "qzeros", "absmax", "quant_map", "SCB"),
-    *("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),
-)
-"""Last parts of the names of tensors that mean nothing without the others of their format."""
-
-CONFIG = "config.json"
-_OWN = "quantize_config.json"
-MAX_CONFIG = 2**24  # bytes
+_OWN = "quantize_config.json"  # of AutoGPTQ
 
 
 class ForeignFile:
     """An open file or folder of another program. Use it in a ``with`` statement.
 
     Attributes:
-        kind: "GGUF", the formats of ``READERS`` that it has, or "safetensors" for dense tensors alone.
+        kind: the formats that it has, or "safetensors" for dense tensors alone.
         tensors: by the name in the model, in the order of the file.
         left_out: names of the file's tensors that the model computes itself.
         paths: of its files.
     """
 
     def __init__(
-        self, path: Path, stack: ExitStack, kind: str, tensors: dict[str, ForeignTensor], paths: set[Path]
+        self,
+        path: Path,
+        stack: ExitStack,
+        kind: str,
+        tensors: dict[str, ForeignTensor],
+        paths: set[Path],
+        left_out: Sequence[str] = (),
     ) -> None:
-        self._stack, self.kind, self.paths = stack, kind, paths
+        self._stack, self.kind, self.paths, self.left_out = stack, kind, paths, left_out
         self.tensors = {name: _guarded(path, tensor) for name, tensor in tensors.items()}
-        self.left_out: list[str] = []
 
     def __enter__(self) -> ForeignFile:
         return self
@@ -92,21 +63,15 @@ def open_foreign(path: Path) -> ForeignFile:
         OSError: it cannot be read.
     """
     if not path.is_dir():
-        with open_regular(path) as file, read_errors(path):
-            is_gguf = file.read(len(MAGIC)) == MAGIC
-        if is_gguf:
-            return _gguf(path)
+        for format in FORMATS.values():
+            if format.open is not None and starts_with(path, format.magic):
+                file, tensors, left_out = format.open(path)
+                stack = ExitStack()
+                stack.callback(file.close)
+                by_name = {tensor.name: tensor for tensor in tensors}
+                return ForeignFile(path, stack, format.name, by_name, {path.resolve()}, left_out)
         return _safetensors(path, path.with_name(CONFIG))
     return _safetensors(_model_in(path), path / CONFIG)
-
-
-def _gguf(path: Path) -> ForeignFile:
-    file, tensors, left_out = read_gguf(path)
-    stack = ExitStack()
-    stack.callback(file.close)
-    found = ForeignFile(path, stack, "GGUF", {tensor.name: tensor for tensor in tensors}, {path.resolve()})
-    found.left_out = left_out
-    return found
 
 
 def _model_in(folder: Path) -> Path:
@@ -145,14 +110,14 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
         claimed: set[str] = set()
         kinds: dict[str, set[str]] = {}
         try:
-            for kind, find in READERS.items():
-                for tensor, names in find(source, settings):
+            for format in FORMATS.values():
+                for tensor, names in () if format.find is None else format.find(source, settings):
                     if claimed & names or tensor.name in tensors:
                         raise ValueError(f"{show(min(claimed & names, default=tensor.name))} belongs to two weights")
                     claimed |= names
                     tensors[tensor.name] = tensor
-                    kinds.setdefault(kind, set()).add(tensor.kind)
-            check_claims(kinds, settings)
+                    kinds.setdefault(format.name, set()).add(tensor.kind)
+            _check_method(kinds, settings)
         except FileError:
             raise
         except ValueError as reason:
@@ -161,7 +126,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
             if name in claimed:
                 continue
             half = spec.dtype == torch.uint8 and name.endswith("_scales")  # of MXFP4, without its codes
-            if half or name.rpartition(".")[2] in CODED:
+            if half or is_coded(name):
                 why = f"its tensor {show(name)} belongs to a format that lowmem does not read"
                 raise refusal(path, f"{why}: take the folder that it was made from")
             if name in tensors:
@@ -170,6 +135,29 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
             read = partial(source.read_tensor, name)
             tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, partial(_same, spec.dtype), read)
         return ForeignFile(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, source.paths)
+
+
+def is_coded(name: str) -> bool:
+    """Whether a tensor of this name is a part of a weight of another program, and means nothing alone."""
+    return any(name.rpartition(".")[2] in format.coded_names for format in FORMATS.values())
+
+
+def _check_method(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any]) -> None:
+    """Raise unless a ``quantization_config`` can be that of tensors, of which it need not say anything.
+
+    Args:
+        kinds: the formats of the tensors, each with the kinds of its weights.
+        config: what config.json says, or nothing.
+
+    Raises:
+        ValueError: it names another known format, or settings that its tensors do not have.
+    """
+    method = config.get("quant_method")
+    known = {format.method for format in FORMATS.values()} - {None}
+    for name, weights in kinds.items():
+        if isinstance(method, str) and method in known - {FORMATS[name].method}:
+            raise contradiction("quant_method", method, f"its tensors are those of {name}")
+        FORMATS[name].check_config(config, weights)
 
 
 def _settings(config: Path) -> dict[str, Any]:
@@ -204,46 +192,3 @@ def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:
 
 def _same(value: Any) -> Any:
     return value
-
-
-def read_config(path: Path) -> Any:
-    """Return what a model's config.json holds.
-
-    Raises:
-        FileError, OSError: the file is too large or damaged, or cannot be read.
-    """
-    text = read_at_most(path, MAX_CONFIG, "config")
-    try:
-        return parse_json(text)
-    except ValueError as reason:
-        raise refusal(path, f"it is damaged: {reason}; get it again") from None
-
-
-def read_model_config(path: Path) -> dict[str, Any]:
-    """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
-
-    Raises:
-        FileError, OSError: as ``read_config``, or it is no config of a model.
-    """
-    config = read_config(path)
-    if not isinstance(config, dict):
-        raise refusal(path, f"it is {show(config)}, and no config of a model; get it again")
-    _quantization_in(config, path)
-    return config
-
-
-def quantization_of(path: Path) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a model's config.json, or nothing.
-
-    Raises:
-        FileError, OSError: the file is damaged, or cannot be read.
-    """
-    content = read_config(path)
-    return _quantization_in(content, path) if isinstance(content, dict) else {}
-
-
-def _quantization_in(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    found = config.get("quantization_config")
-    if found is not None and not isinstance(found, dict):
-        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
-    return found or {}

@@ -13,12 +13,11 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors
+from lowmem.io.atomic import starts_with
 from lowmem.io.container import TensorSpec
-from lowmem.io.formats.gguf.reading import MAGIC
-from lowmem.io.formats.recognize import CONFIG, read_model_config
+from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.metadata import check_config, check_object, technique_of
-from lowmem.io.model_folder import check_layers, weights_in
+from lowmem.io.model_folder import CONFIG, check_layers, read_model_config, weights_in
 from lowmem.io.shards import read_model
 from lowmem.io.source import Source
 from lowmem.nn.blockwise import Blockwise
@@ -102,9 +101,8 @@ def open_stored(path: Path) -> Iterator[StoredModel]:
         with _folder(path) as model:
             yield model
         return
-    with open_regular(path) as start, read_errors(path):
-        if start.read(len(MAGIC)) == MAGIC:
-            raise refusal(path, "it is a GGUF file: make it lowmem's first, by lowmem quantize", "export")
+    if starts_with(path, MAGIC):
+        raise refusal(path, "it is a GGUF file: make it lowmem's first, by lowmem quantize", "export")
     file = read_model(path)
     if file.metadata.get("adapters"):
         raise refusal(path, _adapted(file.metadata["adapters"]), "export")

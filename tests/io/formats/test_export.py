@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 import lowmem
-from lowmem.io.formats.export import TARGETS, target_of
+from lowmem.io.formats.export import target_of, targets
 
 
 def test_the_name_tells_the_format_or_it_is_given():
     assert target_of(Path("a/b.gguf"), None) == "gguf"
-    for name in TARGETS:
+    for name in targets():
         assert target_of(Path("out"), name) == name
     with pytest.raises(ValueError, match=r"out.*gguf"):
         target_of(Path("out"), None)

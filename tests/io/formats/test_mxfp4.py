@@ -7,10 +7,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lowmem.errors import FileError
+from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_of, power_scales
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.nn.stored import FourBitForm
+from lowmem.quant.formats import FORMATS
 
 PARTS = load_file(Path(__file__).parent / "samples" / "gpt-oss.safetensors")
+E2M1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6]
 BLOCKS, SCALES = "experts.down_proj_blocks", "experts.down_proj_scales"
 
 
@@ -25,10 +28,9 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         assert (found.nbytes, found.transposed, found.refusal) == (2 * 4 * 2 * 17, True, None)
         assert found.kept() == FourBitForm("fp4", 32, "float32", "imported", transposed=True)
         values = found.read().dequantize()
-    e2m1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6]
     powers = [2.0 ** (exponent - 127) for exponent in PARTS[SCALES].flatten().tolist()]
     halves = [half for byte in PARTS[BLOCKS].flatten().tolist() for half in (byte & 15, byte >> 4)]
-    expected = [(1 - half // 8 * 2) * e2m1[half % 8] * powers[at // 32] for at, half in enumerate(halves)]
+    expected = [(1 - half // 8 * 2) * E2M1[half % 8] * powers[at // 32] for at, half in enumerate(halves)]
     assert values.flatten().tolist() == expected
     save_file({BLOCKS: PARTS[BLOCKS][1].clone(), SCALES: PARTS[SCALES][1].clone()}, path)
     with open_foreign(path) as file:  # one matrix
@@ -56,3 +58,22 @@ def test_blocks_without_scales_are_a_tensor_like_another(tmp_path):
         with open_foreign(tmp_path / "a.safetensors") as file:
             assert file.kind == "safetensors"
             assert file.tensors.keys() == parts.keys()
+
+
+def test_every_e2m1_number_times_every_exponent_is_exact_and_keeps_the_sign_of_zero():
+    values = torch.tensor([*E2M1, *(-value for value in E2M1)])
+    values[8] = -0.0
+    levels = torch.tensor(FORMATS["fp4"].levels)[list(E2M1_CODES)]
+    exponents = torch.arange(253, dtype=torch.uint8)
+    powers = torch.tensor([2.0 ** (e - 127) for e in range(253)], dtype=torch.float64)
+    expected = (values.double() * powers[:, None]).float()
+    found = levels * power_scales(exponents)[:, None]
+    assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
+    back, fits = exponents_of(power_scales(exponents))
+    assert torch.equal(back, exponents.int())
+    assert fits.all()
+    others = torch.tensor([0.0, 5.0, -6.0, 2.0**-127])
+    assert exponents_of(others)[1].tolist() == [True, False, False, False]
+    with pytest.raises(ValueError, match="exponent of 253"):
+        power_scales(torch.tensor([253], dtype=torch.uint8))
+    assert power_scales(torch.empty(0, 3, dtype=torch.uint8)).shape == (0, 3)

@@ -6,6 +6,7 @@
 import hashlib
 import json
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,14 +14,16 @@ from safetensors.torch import load_file
 
 from lowmem import quantize, save
 from lowmem.errors import FileError
-from lowmem.io.formats import quantized_folder
+from lowmem.io.formats import bitsandbytes, compressed_tensors, quantized_folder
 from lowmem.io.formats.architecture import Architecture
-from lowmem.io.formats.bitsandbytes_writing import write_bitsandbytes
-from lowmem.io.formats.compressed_tensors.writing import write_compressed_tensors
 from lowmem.io.formats.recognize import open_foreign
 from tests.io.formats.folders import write_folder
 
 DTYPE = torch.bfloat16
+
+write_bitsandbytes, write_compressed_tensors = (
+    partial(quantized_folder.write_folder, one.PACKING) for one in (bitsandbytes, compressed_tensors)
+)
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -172,7 +175,9 @@ def test_a_transposed_layer_is_quantized_again_along_its_inputs(tmp_path, made):
     rows = {
         row.name: row
         for row in write_compressed_tensors(
-            write_stored(tmp_path / "q4_0", weights), tmp_path / "integers", requantize=True
+            write_stored(tmp_path / "q4_0", weights),
+            tmp_path / "integers",
+            requantize=True,
         )
     }
     assert rows["a.weight"].kind == "bfloat16"

@@ -48,7 +48,7 @@ def test_a_file_that_another_program_wrote_holds_what_that_program_says_to_the_b
     """tests/formats/makers.py wrote it with that program's own package, and noted its version and its values."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of tensors without one: no reader depends on it
         with open_foreign(SAMPLES / name) as file, default_dtype(dtype):
-            assert file.kind in ("GGUF", "bitsandbytes", "gpt-oss", "compressed-tensors")
+            assert file.kind in ("gguf", "bitsandbytes", "gpt-oss", "compressed-tensors")
             assert file.tensors.keys() == MADE["sha256"][name].keys()
             for key, digest in MADE["sha256"][name].items():
                 values = values_of(file.tensors[key])

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from lowmem import EightBit, FourBit
-from lowmem.io.formats.foreign_tensor import ForeignTensor, integer_weight
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.integers import integer_weight
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.nn.stored import EightBitForm, FourBitForm
 from lowmem.quant.quantize import relative_error

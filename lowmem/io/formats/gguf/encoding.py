@@ -12,7 +12,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign_tensor import E2M1_CODES, as_bytes, remapped
+from lowmem.io.formats.foreign_tensor import as_bytes, remapped
+from lowmem.io.formats.mxfp4 import E2M1_CODES
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize

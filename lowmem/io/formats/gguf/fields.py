@@ -19,8 +19,7 @@ from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import read_errors
-from lowmem.io.formats.gguf.container import Field
-from lowmem.io.formats.gguf.reading import GGUFHeader, read_header
+from lowmem.io.formats.gguf.container import Field, GGUFHeader, read_header
 
 __all__ = ["ARCHITECTURES", "Existing", "architecture_of", "model_fields", "read_existing", "rope_factors"]
 

@@ -20,7 +20,7 @@ from lowmem.io.atomic import read_errors
 from lowmem.io.container import TensorSpec, open_checkpoint
 from lowmem.io.formats.peft.config import MERGE, Matcher, PeftConfig
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
-from lowmem.io.formats.recognize import read_config
+from lowmem.io.model_folder import read_config
 from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.adapter import LoRA
 from lowmem.nn.stored_module import StoredModule

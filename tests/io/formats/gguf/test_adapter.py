@@ -9,7 +9,7 @@ from torch import nn
 
 from lowmem import FourBit, LoRA, adapter_layers, convert, save_adapter
 from lowmem.io.atomic import open_regular
-from lowmem.io.formats.gguf.reading import read_header
+from lowmem.io.formats.gguf.container import read_header
 
 
 class Attention(nn.Module):

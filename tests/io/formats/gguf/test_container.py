@@ -7,8 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.io.formats.gguf.container import Placed, encode_field, write_file
-from lowmem.io.formats.gguf.reading import read_header
+from lowmem.io.formats.gguf.container import Placed, encode_field, read_header, write_file
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 FLOATS = st.floats(width=32, allow_nan=False)

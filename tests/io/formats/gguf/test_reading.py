@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.errors import FileError
-from lowmem.io.formats.gguf.reading import MAX_ITEMS, read_gguf
+from lowmem.io.formats.gguf.container import MAX_ITEMS
+from lowmem.io.formats.gguf.reading import read_gguf
 from lowmem.io.formats.recognize import open_foreign
 from tests.io.formats.written import HUGE, LLAMA, QWEN, gguf, mutated, read_all, text
 

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 import lowmem
 from lowmem.errors import FileError
-from lowmem.io.formats.gguf.container import encode_field
-from lowmem.io.formats.gguf.reading import read_header
+from lowmem.io.formats.gguf.container import encode_field, read_header
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.tensor import QuantizedTensor
 from tests.compiled import on_threads

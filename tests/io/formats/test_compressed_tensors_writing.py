@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lowmem import quantize
-from lowmem.io.formats.compressed_tensors.writing import PACKING, pack, pack_again
+from lowmem.io.formats.compressed_tensors import PACKING, pack, pack_again
 from lowmem.io.formats.packing import codes_of, uniform_block
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.packing import pack as pack_codes
@@ -21,7 +21,7 @@ from tests import strategies
 from tests.io.formats.layers import as_read, same_bits, sizes
 from tests.rounding import default_dtype
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+SAMPLES = Path(__file__).parent / "samples"
 
 
 def mxfp4(rows: int, columns: int, block: int, seed: int) -> QuantizedTensor:

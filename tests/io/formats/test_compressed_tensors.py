@@ -12,7 +12,7 @@ from lowmem.io.formats.recognize import open_foreign
 from tests.io.formats.test_recognize import values_of
 from tests.io.formats.written import words
 
-SAMPLES = Path(__file__).parents[1] / "samples"
+SAMPLES = Path(__file__).parent / "samples"
 INT4, MXFP4 = (load_file(SAMPLES / f"compressed-tensors-{kind}.safetensors") for kind in ("int4", "mxfp4"))
 SHAPE, SCALE, PACKED = (f"layer.weight_{part}" for part in ("shape", "scale", "packed"))
 
