@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import printable, show
-from lowmem.io.atomic import check_writable
-from lowmem.io.container import TensorSpec, write
+from lowmem.io.container import TensorSpec
 from lowmem.io.metadata import form_record
-from lowmem.io.shards import INDEX, index_of, shard_name, write_index
+from lowmem.io.shards import check_target, write_model
 from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
@@ -30,7 +29,7 @@ from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of
 
-__all__ = ["Row", "convert_checkpoint", "divide"]
+__all__ = ["Row", "convert_checkpoint"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
@@ -87,9 +86,7 @@ def convert_checkpoint(
         OSError: a file cannot be read or written.
     """
     source, target = Path(source), Path(target)
-    if target.name.endswith(INDEX):
-        raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
-    check_writable(target)
+    check_target(target)
     with Source(source) as opened:
         wanted = _wanted(opened.specs, list(include), list(exclude))
         chosen = _chosen(opened, wanted, technique, progress)
@@ -103,23 +100,15 @@ def convert_checkpoint(
                 if taken.setdefault(out, name) != name:
                     both = f"both {printable(taken[out], 80)} and {printable(name, 80)} would be {printable(out, 80)}"
                     raise ValueError(f"{both}; copy one as it is with --exclude")
-        shards = divide(plan, shard_bytes)
-        outputs = [target]
-        if shard_bytes is not None:
-            outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
-        for path in (*outputs, index_of(target)):
-            if path.resolve() in opened.paths:
-                raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
         rows: dict[str, Row] = {}
-        written: dict[str, tuple[str, dict[str, int]]] = {}
-        for path, names in zip(outputs, shards, strict=True):
-            specs = {out: spec for name in names for out, spec in plan[name].items()}
-            layers = {_layer(name): _record(chosen[name].technique) for name in names if name in wanted}
-            tensors = _converted(opened, names, chosen, rows, progress)
-            digest = write(path, specs, {"kind": "model", "layers": layers}, tensors)
-            written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
-        if shard_bytes is not None:
-            write_index(index_of(target), written)
+
+        def layers(names: list[str]) -> dict[str, Any]:
+            return {_layer(name): _record(chosen[name].technique) for name in names if name in wanted}
+
+        def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+            return _converted(opened, names, chosen, rows, progress)
+
+        write_model(target, plan, shard_bytes, opened.paths, layers, tensors)
     return [rows[name] for name in sorted(rows)]
 
 
@@ -191,28 +180,6 @@ def _outputs(name: str, spec: TensorSpec, technique: FourBit | EightBit | None) 
     skeleton = technique.skeleton(_rows(torch.empty(spec.shape, device="meta")))
     prefix = name.removesuffix("weight")
     return {prefix + part: TensorSpec.of(getattr(skeleton, part)) for part in ("packed", "scales")}
-
-
-def divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
-    """Return the names of each file's tensors, sorted, of which ``plan`` has the specs of what replaces them.
-
-    Raises:
-        ValueError: a tensor that is larger than ``shard_bytes``.
-    """
-    if shard_bytes is None:
-        return [sorted(plan)]
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name in sorted(plan):
-        size = sum(spec.nbytes for spec in plan[name].values())
-        if size > shard_bytes:
-            raise ValueError(f"shard size {shard_bytes} is less than the {size} bytes of {show(name)}; raise it")
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    return shards
 
 
 def _converted(

@@ -16,7 +16,7 @@ from torch import nn
 from lowmem import Budget, FourBit, convert, load, save
 from lowmem.errors import FileError
 from lowmem.io.container import TensorSpec, read
-from lowmem.io.convert_checkpoint import convert_checkpoint, divide
+from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.nn.eightbit import blockwise
 from lowmem.quant.formats import FORMATS
 from tests import strategies
@@ -285,9 +285,3 @@ def test_a_row_is_frozen():
     from lowmem.io.convert_checkpoint import Row
 
     assert replace(Row("a", (1,), True, 4, 2, 0.1), name="b").name == "b"
-
-
-def test_a_shard_takes_as_many_tensors_as_fit():
-    sizes = {"a": 10, "b": 10, "c": 10, "d": 25, "e": 5, "f": 1}
-    plan = {name: {name: TensorSpec(torch.uint8, (size,))} for name, size in sizes.items()}
-    assert divide(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lowmem.io.formats.foreign_tensor import remapped
 from lowmem.io.formats.mxfp4 import E2M1_CODES, power_scales
 
-__all__ = ["BLOCKS", "BlockType"]
+__all__ = ["BLOCKS", "DENSE", "EIGHT_BIT", "KINDS", "SIZE", "SUPERBLOCKS", "BlockType"]
 
 
 @dataclass(frozen=True)
@@ -26,23 +26,34 @@ class BlockType:
         name: as ggml names it.
         size: weights in a block.
         nbytes: bytes of a block.
+        file_type: ``general.file_type`` of a file whose matrices are mostly of it; None: lowmem writes none.
         format: lowmem's format that has its levels; None: it has no 16 levels.
+        divisor: the power of two by which lowmem's scales are divided; None: MXFP4's.
         packed: uint8 (rows, blocks, nbytes) -> codes, packed as lowmem does, (rows, blocks, size / 2).
-        scales: the same -> float32 (rows, blocks, scales of a block).
+        factors: the same -> float32 (rows, blocks, scales of a block): the scales divided by ``divisor``.
         offsets: the same -> float32 offsets, as many as scales; None: the type has none.
-        dense: the same -> the weights, (rows, blocks, size), in a dtype that holds them exactly.
+        dense: the same -> the weights, (rows, blocks, size), in ``dtype``.
+        dtype: that holds them exactly.
         refusal: why it is not read.
     """
 
     name: str
     size: int
     nbytes: int
+    file_type: int | None = None
     format: str | None = None
+    divisor: float | None = None
     packed: Callable[[Tensor], Tensor] | None = None
-    scales: Callable[[Tensor], Tensor] | None = None
+    factors: Callable[[Tensor], Tensor] | None = None
     offsets: Callable[[Tensor], Tensor] | None = None
     dense: Callable[[Tensor], Tensor] | None = None
+    dtype: torch.dtype = torch.float32
     refusal: str | None = None
+
+    def scales(self, raw: Tensor) -> Tensor:
+        """Return the scales of blocks, (rows, blocks, scales of a block)."""
+        assert self.factors
+        return (self.divisor or 1) * self.factors(raw)
 
 
 def _half(raw: Tensor, at: int = 0) -> Tensor:
@@ -66,15 +77,19 @@ def _xs_scales(raw: Tensor) -> Tensor:
     low = torch.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], dim=-1).flatten(-2).int()  # (rows, blocks, 8)
     both = raw[..., 2:3].int() | raw[..., 3:4].int() << 8
     high = both >> torch.arange(0, 16, 2, dtype=torch.int32) & 3
-    return 128 * (_half(raw) * ((low | high << 4) - 32).float())
+    return _half(raw) * ((low | high << 4) - 32).float()
 
 
-def _k_scales(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """Q4_K and Q5_K: 6-bit scales and minima of the eight sub-blocks in bytes 4 to 15: (rows, blocks, 8) each."""
-    low, middle, high = raw[..., 4:8], raw[..., 8:12], raw[..., 12:16]
-    scales = torch.cat([low & 63, high & 15 | (low >> 6) << 4], dim=-1)
-    minima = torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], dim=-1)
-    return _half(raw) * scales.float(), _half(raw, 2) * minima.float()
+def _k_scales(raw: Tensor) -> Tensor:
+    """Q4_K and Q5_K: the 6-bit scales of the eight sub-blocks in bytes 4 to 15, (rows, blocks, 8)."""
+    low, high = raw[..., 4:8], raw[..., 12:16]
+    return _half(raw) * torch.cat([low & 63, high & 15 | (low >> 6) << 4], dim=-1).float()
+
+
+def _k_minima(raw: Tensor) -> Tensor:
+    """Q4_K and Q5_K: their 6-bit minima, (rows, blocks, 8)."""
+    middle, high = raw[..., 8:12], raw[..., 12:16]
+    return _half(raw, 2) * torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], dim=-1).float()
 
 
 def _k_codes(raw: Tensor, at: int) -> Tensor:
@@ -91,8 +106,8 @@ def _q4_k_packed(raw: Tensor) -> Tensor:
 def _q5_k(raw: Tensor) -> Tensor:
     """Q5_K: the fifth bits of sub-block i are the bits i of bytes 16 to 47."""
     fifth = raw[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1  # (rows, blocks, 8, 32)
-    scales, minima = _k_scales(raw)
-    return (scales[..., None] * (_k_codes(raw, 48) | fifth << 4).float() - minima[..., None]).flatten(-2)
+    weights = _k_scales(raw)[..., None] * (_k_codes(raw, 48) | fifth << 4).float()
+    return (weights - _k_minima(raw)[..., None]).flatten(-2)
 
 
 def _q5(raw: Tensor, at: int) -> Tensor:
@@ -136,52 +151,38 @@ def _q6_k(raw: Tensor) -> Tensor:
     return _sixteens(_half(raw, 208) * _view(raw[..., 192:208], torch.int8).float(), codes)
 
 
-def _floats(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    return lambda raw: _view(raw, dtype)
+def _floats(name: str, file_type: int, dtype: torch.dtype) -> BlockType:
+    return BlockType(name, 1, dtype.itemsize, file_type, dense=lambda raw: _view(raw, dtype), dtype=dtype)
 
 
 _NO_LEVELS = "its weights are not 16 levels times a scale; take the model's Q4_K_M, Q4_0, Q8_0 or F16 file"
 
 BLOCKS = MappingProxyType(
     {
-        0: BlockType("F32", 1, 4, dense=_floats(torch.float32)),
-        1: BlockType("F16", 1, 2, dense=_floats(torch.float16)),
-        30: BlockType("BF16", 1, 2, dense=_floats(torch.bfloat16)),
-        2: BlockType("Q4_0", 32, 18, "q4_0", lambda raw: raw[..., 2:], lambda raw: 8 * _half(raw)),
-        20: BlockType("IQ4_NL", 32, 18, "iq4_nl", lambda raw: raw[..., 2:], lambda raw: 128 * _half(raw)),
-        23: BlockType("IQ4_XS", 256, 136, "iq4_nl", lambda raw: raw[..., 8:], _xs_scales),
-        3: BlockType(
-            "Q4_1",
-            32,
-            20,
-            "uint4",
-            lambda raw: raw[..., 4:],
-            lambda raw: 16 * _half(raw),
-            lambda raw: _half(raw, 2),
-        ),
-        12: BlockType(
-            "Q4_K",
-            256,
-            144,
-            "uint4",
-            _q4_k_packed,
-            lambda raw: 16 * _k_scales(raw)[0],
-            lambda raw: -_k_scales(raw)[1],
-        ),
-        10: BlockType("Q2_K", 256, 84, dense=_q2_k),
-        11: BlockType("Q3_K", 256, 110, dense=_q3_k),
-        13: BlockType("Q5_K", 256, 176, dense=_q5_k),
+        0: _floats("F32", 0, torch.float32),
+        1: _floats("F16", 1, torch.float16),
+        30: _floats("BF16", 32, torch.bfloat16),
+        2: BlockType("Q4_0", 32, 18, 2, "q4_0", 8.0, lambda raw: raw[..., 2:], _half),
+        20: BlockType("IQ4_NL", 32, 18, 25, "iq4_nl", 128.0, lambda raw: raw[..., 2:], _half),
+        23: BlockType("IQ4_XS", 256, 136, 30, "iq4_nl", 128.0, lambda raw: raw[..., 8:], _xs_scales),
+        3: BlockType("Q4_1", 32, 20, 3, "uint4", 16.0, lambda raw: raw[..., 4:], _half, lambda raw: _half(raw, 2)),
+        12: BlockType("Q4_K", 256, 144, 15, "uint4", 16.0, _q4_k_packed, _k_scales, lambda raw: -_k_minima(raw)),
         39: BlockType(
             "MXFP4",
             32,
             17,
+            38,
             "fp4",
+            None,
             lambda raw: remapped(raw[..., 1:], (*E2M1_CODES[:8], 8, *E2M1_CODES[9:])),  # ggml has no -0
             lambda raw: power_scales(raw[..., :1]),
         ),
+        10: BlockType("Q2_K", 256, 84, dense=_q2_k),
+        11: BlockType("Q3_K", 256, 110, dense=_q3_k),
+        13: BlockType("Q5_K", 256, 176, dense=_q5_k),
         6: BlockType("Q5_0", 32, 22, dense=lambda raw: _half(raw) * (_q5(raw, 2) - 16)),
         7: BlockType("Q5_1", 32, 24, dense=lambda raw: _half(raw) * _q5(raw, 4) + _half(raw, 2)),
-        8: BlockType("Q8_0", 32, 34, dense=lambda raw: _half(raw) * _view(raw[..., 2:], torch.int8).float()),
+        8: BlockType("Q8_0", 32, 34, 7, dense=lambda raw: _half(raw) * _view(raw[..., 2:], torch.int8).float()),
         14: BlockType("Q6_K", 256, 210, dense=_q6_k),
         **{
             number: BlockType(name, size, nbytes, refusal=_NO_LEVELS)
@@ -204,3 +205,14 @@ BLOCKS = MappingProxyType(
 )
 """By the number of the type in a file. ``dense`` ones in float32 are exact: no product has more than 24 bits; Q5_1,
 Q2_K and Q5_K add, and round once, as ggml does."""
+
+SIZE = 32  # weights of a block, in the types that are written
+EIGHT_BIT = 8
+"""The type of weights in 8 bits, Q8_0: ``d * code`` with d in float16, which takes rounding from lowmem's scales."""
+
+KINDS = {block.format: kind for kind, block in BLOCKS.items() if block.format and block.size == SIZE}
+SUPERBLOCKS = {block.format: kind for kind, block in BLOCKS.items() if block.format and block.size > SIZE}
+"""Types with 16 levels by lowmem's format that has them: those with a scale for each block, and Q4_K and IQ4_XS."""
+
+DENSE = {block.dtype: kind for kind, block in BLOCKS.items() if block.size == 1}
+"""The types of dense tensors."""

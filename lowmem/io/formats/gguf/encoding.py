@@ -6,25 +6,20 @@ Exact means: ggml's value, ``d * k[code]`` in float32, has the bits of ``levels[
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from types import MappingProxyType
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from lowmem.io.formats.foreign_tensor import as_bytes, remapped
-from lowmem.io.formats.mxfp4 import E2M1_CODES
+from lowmem.io.formats.gguf.blocks import BLOCKS, KINDS, SIZE
+from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_of
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
-    "DENSE",
-    "EIGHT_BIT",
-    "KINDS",
-    "SIZE",
-    "BlockKind",
     "dense_rows",
     "eight_bit_rows",
     "in_blocks",
@@ -35,34 +30,6 @@ __all__ = [
     "scales_of",
     "spread",
 ]
-
-SIZE = 32  # weights of a block, in every type here
-
-
-@dataclass(frozen=True)
-class BlockKind:
-    """A block type: its number in ``BLOCKS``, and the power of two by which a scale is divided; None: MXFP4's."""
-
-    type: int
-    divisor: float | None
-
-
-KINDS = MappingProxyType(
-    {
-        "q4_0": BlockKind(2, 8.0),
-        "iq4_nl": BlockKind(20, 128.0),
-        "uint4": BlockKind(3, 16.0),  # Q4_1: with offsets
-        "fp4": BlockKind(39, None),
-    }
-)
-"""By the format of lowmem's that has its levels."""
-
-DENSE = MappingProxyType({torch.float32: 0, torch.float16: 1, torch.bfloat16: 30})
-"""The types of dense tensors."""
-
-
-EIGHT_BIT = 8
-"""The type of weights in 8 bits, Q8_0: ``d * code`` with d in float16, which takes rounding from lowmem's scales."""
 
 
 def inexact(form: FourBitForm, columns: int) -> str | None:
@@ -78,19 +45,20 @@ def inexact(form: FourBitForm, columns: int) -> str | None:
     return None
 
 
+def _divisor(format: str) -> float | None:
+    return BLOCKS[KINDS[format]].divisor
+
+
 def in_blocks(weight: QuantizedTensor) -> QuantizedTensor | None:
     """Return the same weight in blocks of 32 with float32 scales that its type holds; None: it holds not all of them.
 
     Only for a weight of which ``inexact`` returns None. The values are the same bits, but for the signs of zeros.
     """
-    kind, blocks = KINDS[weight.format], spread(weight)
+    divisor, blocks = _divisor(weight.format), spread(weight)
     scales, offsets = scales_of(blocks)
-    if kind.divisor is None:
-        bits = scales.view(torch.int32)
-        field = bits >> 23  # 1.5 * 2 ** (field - 127), negative if the sign bit is set
-        held = ((bits & 2**23 - 1) == 2**22) & (field >= 2) | (scales == 0)
-        return blocks if bool(held.all()) else None
-    parts = [scales / kind.divisor] if offsets is None else [scales / kind.divisor, offsets]
+    if divisor is None:
+        return blocks if bool(exponents_of(scales)[1].all()) else None
+    parts = [scales / divisor] if offsets is None else [scales / divisor, offsets]
     return blocks if all(torch.equal(part.half().float(), part) for part in parts) else None
 
 
@@ -103,10 +71,9 @@ def nearest_format(weight: QuantizedTensor) -> str:
     columns = weight.shape[-1]
     if columns % SIZE:
         raise ValueError(f"rows of {columns} are no multiple of {SIZE}, the blocks of GGUF")
-    kind = KINDS.get(weight.format)
-    if inexact(FourBitForm.of(weight), columns) is None and kind is not None and kind.divisor is not None:
+    if inexact(FourBitForm.of(weight), columns) is None and (divisor := _divisor(weight.format)) is not None:
         scales, offsets = scales_of(weight)
-        rounded = [scales / kind.divisor] + ([] if offsets is None else [offsets])
+        rounded = [scales / divisor] + ([] if offsets is None else [offsets])
         if all(bool(part.half().isfinite().all()) for part in rounded):
             return weight.format
     return "iq4_nl"
@@ -126,7 +93,7 @@ def nearest(weight: QuantizedTensor | Tensor, format: str) -> QuantizedTensor:
     Raises:
         ValueError: values that no float16 scale reaches.
     """
-    divisor = KINDS[format].divisor
+    divisor = _divisor(format)
     assert divisor is not None
     if isinstance(weight, QuantizedTensor) and format == weight.format:
         blocks = spread(weight)
@@ -142,17 +109,15 @@ def nearest(weight: QuantizedTensor | Tensor, format: str) -> QuantizedTensor:
 
 def rows_of(blocks: QuantizedTensor) -> Tensor:
     """Return the bytes of a weight that ``in_blocks`` or ``nearest`` returned: uint8 (rows, bytes)."""
-    kind, matrix = KINDS[blocks.format], blocks.as_matrix()
+    divisor, matrix = _divisor(blocks.format), blocks.as_matrix()
     packed = matrix.packed.view(len(matrix.packed), -1, SIZE // 2)  # (rows, blocks, 16)
     scales, offsets = scales_of(matrix)
-    if kind.divisor is None:
-        zero = scales == 0
-        exponents = ((scales.view(torch.int32) >> 23) - 2).masked_fill(zero, 0).to(torch.uint8)
-        packed = remapped(packed, _NIBBLES).masked_fill(zero[..., None], 0)  # no exponent makes the others zeros
-        parts = [exponents[..., None], packed]
+    if divisor is None:
+        packed = remapped(packed, _NIBBLES).masked_fill(scales[..., None] == 0, 0)  # no exponent makes others zeros
+        parts = [exponents_of(scales)[0].to(torch.uint8)[..., None], packed]
     else:
-        heads = [scales / kind.divisor]
-        if kind.type == 3:
+        heads = [scales / divisor]
+        if BLOCKS[KINDS[blocks.format]].offsets is not None:
             heads.append(torch.zeros_like(scales) if offsets is None else offsets)
         parts = [*(as_bytes(head.half()[..., None]) for head in heads), packed]
     return torch.cat(parts, dim=-1).flatten(1)

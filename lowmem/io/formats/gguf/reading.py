@@ -76,7 +76,6 @@ class _Values:
         """Return the packed codes, or nothing, and in float32 the scales and the offsets (rows, blocks), or None."""
         block = self.block
         assert block.packed
-        assert block.scales
         packed = torch.empty(self.rows if with_codes else 0, self.columns // 2, dtype=torch.uint8)
         scales, offsets = [], []
         for rows, raw in self.chunks():
@@ -101,18 +100,11 @@ class _Values:
     def dense(self) -> Tensor:
         """Return the weights in the dtype that holds them."""
         assert self.block.dense
-        out: Tensor | None = None
+        out = torch.empty(self.rows, self.columns, dtype=self.block.dtype)
         for rows, raw in self.chunks():
-            values = self.block.dense(raw).flatten(1)
-            if out is None:
-                out = torch.empty(self.rows, self.columns, dtype=values.dtype)
-            out[rows] = values
-        assert out is not None
+            out[rows] = self.block.dense(raw).flatten(1)
         out = out.view(self.tensor.shape)
         return out if self.order is None else out[self.order]
-
-
-_DENSE = {"F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def read_gguf(path: Path) -> tuple[BufferedReader, list[ForeignTensor], list[str]]:
@@ -170,6 +162,5 @@ def _foreign(path: Path, file: BufferedReader, tensor: GGUFTensor, name: str, na
     order = names.row_order(tensor.name, tensor.shape[0]) if len(tensor.shape) < 3 else None
     values = _Values(path, file, tensor, block, order)
     if block.format is None:
-        dtype = _DENSE.get(block.name, torch.float32)
-        return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, lambda: dtype, values.dense)
+        return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, lambda: block.dtype, values.dense)
     return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, values.kept, values.read)

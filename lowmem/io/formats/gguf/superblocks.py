@@ -7,20 +7,17 @@ again: of several that give the same products, those with the largest factors, w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from lowmem.io.formats.foreign_tensor import as_bytes
-from lowmem.io.formats.gguf.encoding import SIZE, scales_of, spread
+from lowmem.io.formats.gguf.blocks import SIZE, SUPERBLOCKS
+from lowmem.io.formats.gguf.encoding import scales_of, spread
 from lowmem.quant.packing import unpack
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["TYPES", "superblock_rows"]
-
-TYPES = MappingProxyType({"uint4": 12, "iq4_nl": 23})
-"""The number of the type, by the format of lowmem's that has its levels."""
+__all__ = ["superblock_rows"]
 
 _BLOCKS = 8  # of 32 weights in a superblock
 _CHUNK = 2**14  # superblocks that are factored at a time: a few MiB
@@ -34,7 +31,7 @@ def superblock_rows(weight: QuantizedTensor) -> Tensor | None:
     Args:
         weight: of any block size; blocks of 32 have to be whole.
     """
-    if weight.format not in TYPES or weight.shape[-1] % (SIZE * _BLOCKS) or weight.block_size % SIZE:
+    if weight.format not in SUPERBLOCKS or weight.shape[-1] % (SIZE * _BLOCKS) or weight.block_size % SIZE:
         return None
     matrix = spread(weight).as_matrix()
     scales, offsets = (None if part is None else part.reshape(-1, _BLOCKS) for part in scales_of(matrix))

@@ -18,12 +18,9 @@ from torch import Tensor
 from lowmem.errors import FileError, printable, quoted, refusal, show
 from lowmem.io.atomic import check_writable, open_regular, read_errors
 from lowmem.io.formats.exported import Exported
-from lowmem.io.formats.gguf.blocks import BLOCKS
+from lowmem.io.formats.gguf.blocks import BLOCKS, DENSE, EIGHT_BIT, KINDS, SUPERBLOCKS
 from lowmem.io.formats.gguf.container import Field, Placed, encode_field, write_file
 from lowmem.io.formats.gguf.encoding import (
-    DENSE,
-    EIGHT_BIT,
-    KINDS,
     dense_rows,
     eight_bit_rows,
     in_blocks,
@@ -34,7 +31,7 @@ from lowmem.io.formats.gguf.encoding import (
 )
 from lowmem.io.formats.gguf.fields import Existing, architecture_of, model_fields, read_existing, rope_factors
 from lowmem.io.formats.gguf.names import Names, names_of
-from lowmem.io.formats.gguf.superblocks import TYPES, superblock_rows
+from lowmem.io.formats.gguf.superblocks import superblock_rows
 from lowmem.io.formats.gguf.tokenizer import tokenizer_fields
 from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored
 from lowmem.nn.stored import EightBitForm
@@ -47,9 +44,6 @@ NO_TOKENIZER = (
 )
 
 _REMEDY = "--requantize writes what is nearest and prints the error, --dtype f32 writes all of it dense"
-
-_FILE_TYPES = {0: 0, 1: 1, 30: 32, 2: 2, 3: 3, 20: 25, 39: 38, 12: 15, 23: 30, 8: 7}
-"""``general.file_type`` by the type of most of its matrices."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +202,9 @@ def _kind(weight: StoredWeight, requantize: bool, dtype: torch.dtype | None) -> 
         stored = weight.read()
         assert isinstance(stored, QuantizedTensor)
         if in_blocks(stored) is not None:
-            return KINDS[form.format].type, False
+            return KINDS[form.format], False
         if superblock_rows(stored) is not None:
-            return TYPES[form.format], False
+            return SUPERBLOCKS[form.format], False
         reason = "its scales are no powers of two times 6" if form.format == "fp4" else "its scales exceed float16"
     if not requantize:
         raise ValueError(reason)
@@ -220,7 +214,7 @@ def _kind(weight: StoredWeight, requantize: bool, dtype: torch.dtype | None) -> 
         return EIGHT_BIT, True
     stored = weight.plain()
     format = nearest_format(stored) if isinstance(stored, QuantizedTensor) else "iq4_nl"
-    return KINDS[format].type, True
+    return KINDS[format], True
 
 
 def _place(name: str) -> tuple[int, int, str]:
@@ -332,7 +326,7 @@ def _fields(
     arch = str(numbers["general.architecture"])
     fields: dict[str, Field] = {
         "general.architecture": arch,
-        "general.file_type": _FILE_TYPES[max(kinds, key=kinds.count)],
+        "general.file_type": BLOCKS[max(kinds, key=kinds.count)].file_type or 0,
         "general.quantization_version": 2,
     }
     if existing is None:
@@ -399,15 +393,14 @@ def _converted(before: QuantizedTensor | Tensor, plan: _Plan) -> tuple[Quantized
     if dtype is None:
         if not plan.again:
             assert isinstance(before, QuantizedTensor)
-            blocks = None if kind in TYPES.values() else in_blocks(before)
+            blocks = None if kind in SUPERBLOCKS.values() else in_blocks(before)
             rows = superblock_rows(before) if blocks is None else rows_of(blocks)
             assert rows is not None
             return None, rows
         if kind == EIGHT_BIT:
             assert isinstance(before, QuantizedTensor)
             return eight_bit_rows(before)
-        format = next(name for name, one in KINDS.items() if one.type == kind)
-        blocks = nearest(before, format)
+        blocks = nearest(before, BLOCKS[kind].format or "")
         return blocks, rows_of(blocks)
     after = before.dequantize(dtype) if isinstance(before, QuantizedTensor) else before.to(dtype)
     if dtype is torch.float16 and not bool(after.isfinite().all()):

@@ -20,11 +20,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.io.atomic import atomic_folder, write_atomically
-from lowmem.io.container import TensorSpec
+from lowmem.io.container import TensorSpec, write_plain
 from lowmem.io.formats.peft.config import ends_of
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
 from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
-from lowmem.io.formats.plain_file import write_plain
 from lowmem.nn.adapted_module import bank_of, base_of
 from lowmem.nn.adapter import Adapter, LoRA, is_conv1d
 from lowmem.transforms.placement import place_name

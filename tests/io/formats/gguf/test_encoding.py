@@ -9,10 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowmem
-from lowmem.io.formats.gguf.blocks import BLOCKS
+from lowmem.io.formats.gguf.blocks import BLOCKS, EIGHT_BIT, KINDS
 from lowmem.io.formats.gguf.encoding import (
-    EIGHT_BIT,
-    KINDS,
     eight_bit_rows,
     in_blocks,
     inexact,
@@ -35,7 +33,7 @@ def random_weight(format, size, blocks, seed, encoding="float32"):
     d = (torch.randn(3, count, generator=generator) * sizes).half().float()
     if format == "fp4":
         d = torch.exp2(torch.randint(-125, 125, (3, count), generator=generator).float())
-    scales = d * (KINDS[format].divisor or 6.0)
+    scales = d * (BLOCKS[KINDS[format]].divisor or 6.0)
     if encoding.endswith("_offsets"):
         scales = torch.cat([scales, torch.randn(3, count, generator=generator).half().float()], dim=-1)
     return QuantizedTensor(pack(codes, size), scales, torch.Size((3, columns)), format, size, encoding, "imported")
@@ -43,7 +41,7 @@ def random_weight(format, size, blocks, seed, encoding="float32"):
 
 def as_read(weight):
     """Return codes, scales and offsets of the weight's blocks, as the reader has them."""
-    block = BLOCKS[KINDS[weight.format].type]
+    block = BLOCKS[KINDS[weight.format]]
     raw = rows_of(weight).view(weight.shape[0], -1, block.nbytes)
     offsets = None if block.offsets is None else block.offsets(raw).flatten(1)
     return block.packed(raw).flatten(1), block.scales(raw).flatten(1), offsets

@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.io.formats.gguf.blocks import BLOCKS
-from lowmem.io.formats.gguf.superblocks import TYPES, superblock_rows
+from lowmem.io.formats.gguf.blocks import BLOCKS, SUPERBLOCKS
+from lowmem.io.formats.gguf.superblocks import superblock_rows
 from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
 
@@ -14,7 +14,7 @@ ENCODINGS = {"uint4": "float32_offsets", "iq4_nl": "float32"}
 
 def read(format, raw):
     """Return the weight of raw blocks, uint8 (rows, blocks, bytes)."""
-    block = BLOCKS[TYPES[format]]
+    block = BLOCKS[SUPERBLOCKS[format]]
     scales = block.scales(raw).flatten(1)
     parts = scales if block.offsets is None else torch.cat([scales, block.offsets(raw).flatten(1)], dim=-1)
     packed = block.packed(raw).flatten(1)
@@ -25,7 +25,9 @@ def read(format, raw):
 def random_blocks(format, rows, blocks, seed, least=-30):
     """Return random bytes, whose float16 numbers are finite, of either sign, some zero or subnormal."""
     generator = torch.Generator().manual_seed(seed)
-    raw = torch.randint(0, 256, (rows, blocks, BLOCKS[TYPES[format]].nbytes), generator=generator, dtype=torch.uint8)
+    raw = torch.randint(
+        0, 256, (rows, blocks, BLOCKS[SUPERBLOCKS[format]].nbytes), generator=generator, dtype=torch.uint8
+    )
     for at in (0, 2) if format == "uint4" else (0,):
         sizes = torch.exp2(torch.randint(least, 8, (rows, blocks, 1), generator=generator).float())
         d = (torch.randn(rows, blocks, 1, generator=generator) * sizes).half()
@@ -33,7 +35,7 @@ def random_blocks(format, rows, blocks, seed, least=-30):
     return raw
 
 
-@given(st.sampled_from([*TYPES]), strategies.few_rows, st.integers(1, 3), st.integers(0, 2**31))
+@given(st.sampled_from([*SUPERBLOCKS]), strategies.few_rows, st.integers(1, 3), st.integers(0, 2**31))
 def test_codes_scales_and_offsets_come_back(format, rows, blocks, seed):
     weight = read(format, random_blocks(format, rows, blocks, seed))
     written = superblock_rows(weight)
@@ -44,7 +46,7 @@ def test_codes_scales_and_offsets_come_back(format, rows, blocks, seed):
 
 def test_the_largest_factor_gives_the_bytes_of_llama_cpp():
     """Its quantizers give the largest scale of a superblock the factor 63, or -32."""
-    for format in TYPES:
+    for format in SUPERBLOCKS:
         raw = random_blocks(format, 4, 2, 0, least=-4)
         if format == "uint4":
             raw[..., 4], raw[..., 8] = raw[..., 4] | 63, raw[..., 8] | 63
@@ -54,7 +56,7 @@ def test_the_largest_factor_gives_the_bytes_of_llama_cpp():
 
 
 def test_other_scales_are_no_superblocks():
-    for format in TYPES:
+    for format in SUPERBLOCKS:
         weight = read(format, random_blocks(format, 2, 2, 0))
         for column in (0, -1):
             changed = weight.scales.clone()
