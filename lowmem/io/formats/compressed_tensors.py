@@ -204,7 +204,10 @@ def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
         raise ValueError(f"its levels are those of {weight.format}, and the format has q4_0 (int4) and fp4 (MXFP4)")
     if weight.has_offsets:
         raise ValueError("its blocks have offsets, and those of symmetric integers have none")
-    return _integers(weight, dtype) if weight.format == "q4_0" else _packed_mxfp4(weight, dtype)
+    if weight.format == "fp4":
+        return _packed_mxfp4(weight, dtype)
+    group = uniform_block(weight)
+    return _packed_integers(codes_of(weight), _held(scales_of(weight, group), 8, dtype), group)
 
 
 def pack_again(
@@ -248,11 +251,6 @@ def _searched_scales(values: Tensor, group: int) -> Tensor:
     rows = values if group >= 8 else values.reshape(-1, group)  # no block is that short: each group is a row
     stored = technique.skeleton(rows) if values.is_meta else technique.store(rows)
     return (stored.encoding.decode(stored.scales.detach()) / 8).view(values.shape[0], -1)
-
-
-def _integers(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    group = uniform_block(weight)
-    return _packed_integers(codes_of(weight), _held(scales_of(weight, group), 8, dtype), group)
 
 
 def _held(wide: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:

@@ -218,35 +218,19 @@ def _read(weight: StoredWeight, architecture: Architecture) -> QuantizedTensor:
     return replace(stored, shape=torch.Size((*lead, torch.Size(shape[len(lead) :]).numel())))
 
 
-def _values(weight: StoredWeight, stored: QuantizedTensor, dtype: torch.dtype) -> Tensor:
-    """Return the values of a weight in its own shape and order of columns."""
-    values = stored.dequantize(dtype)
-    if weight.order is not None:
-        values = torch.empty_like(values).index_copy_(-1, weight.order().long(), values)
-    return values.transpose(-1, -2).contiguous() if weight.transposed else values
-
-
 def _dense(weight: StoredWeight, architecture: Architecture) -> _Plan:
-    name = weight.name
-    if not isinstance(weight.form, FourBitForm):
-        spec = TensorSpec(weight.form, weight.shape)
+    name, dtype, shape = weight.name, weight.form, weight.shape
+    if not isinstance(dtype, torch.dtype):
+        dtype, shape = architecture.dtypes[name], architecture.shapes[name]
 
-        def same() -> tuple[dict[str, Tensor], Exported]:
-            tensor = weight.read()
-            assert isinstance(tensor, Tensor)
-            kind = str(tensor.dtype).removeprefix("torch.")
-            return {name: tensor}, Exported.compare(name, name, kind, tensor, None, tensor.nbytes)
-
-        return _Plan(weight, {name: spec}, same)
-    dtype, shape = architecture.dtypes[name], architecture.shapes[name]
-
-    def dequantized() -> tuple[dict[str, Tensor], Exported]:
-        stored = _read(weight, architecture)
-        tensor = _values(weight, stored, dtype).view(shape)
+    def make() -> tuple[dict[str, Tensor], Exported]:
+        tensor = weight.read() if dtype is weight.form else weight.plain(_read(weight, architecture), dtype)
+        assert isinstance(tensor, Tensor)
+        tensor = tensor.view(shape)
         kind = str(dtype).removeprefix("torch.")
         return {name: tensor}, Exported.compare(name, name, kind, tensor, None, tensor.nbytes, source=weight)
 
-    return _Plan(weight, {name: TensorSpec(dtype, shape)}, dequantized)
+    return _Plan(weight, {name: TensorSpec(dtype, shape)}, make)
 
 
 def _exact(weight: StoredWeight, architecture: Architecture, packing: Packing, transposed: bool) -> _Plan:
@@ -260,15 +244,11 @@ def _exact(weight: StoredWeight, architecture: Architecture, packing: Packing, t
     if weight.transposed or weight.order is not None:
         raise ValueError(f"it is stored {'transposed' if weight.transposed else 'with its columns in another order'}")
 
-    def pack() -> tuple[QuantizedTensor, Packed]:
-        stored = _read(weight, architecture)
-        return stored, packing.pack(stored, architecture.dtype)
-
     def make() -> tuple[dict[str, Tensor], Exported]:
-        stored, packed = pack()
-        return _row(weight, stored, packed, None)
+        stored = _read(weight, architecture)
+        return _row(weight, stored, packing.pack(stored, architecture.dtype), None)
 
-    _, packed = pack()
+    packed = packing.pack(_read(weight, architecture), architecture.dtype)
     return _Plan(weight, _specs(weight.name, packed), make, packed.scheme)
 
 
@@ -277,12 +257,11 @@ def _again(weight: StoredWeight, architecture: Architecture, packing: Packing, t
 
     def make() -> tuple[dict[str, Tensor], Exported]:
         stored = _read(weight, architecture)
-        values = _values(weight, stored, torch.float32)
+        values = weight.plain(stored, torch.float32)
+        assert isinstance(values, Tensor)
         try:
-            if as_it_lies:
-                packed, after = packing.pack_again(values, dtype, stored)
-            else:
-                packed, after = packing.pack_again(values.T.contiguous() if transposed else values, dtype, None)
+            given = values.T.contiguous() if transposed else values
+            packed, after = packing.pack_again(given, dtype, stored if as_it_lies else None)
         except ValueError as reason:
             raise ValueError(f"{printable(weight.name)}: {reason}") from reason
         after = after.dequantize() if isinstance(after, QuantizedTensor) else after
@@ -299,8 +278,12 @@ def _again(weight: StoredWeight, architecture: Architecture, packing: Packing, t
     return _Plan(weight, _specs(weight.name, packed), make, packed.scheme)
 
 
+def _named(name: str, packed: Packed) -> dict[str, Tensor]:
+    return {name.removesuffix("weight") + part: tensor for part, tensor in packed.parts.items()}
+
+
 def _specs(name: str, packed: Packed) -> dict[str, TensorSpec]:
-    return {name.removesuffix("weight") + part: TensorSpec.of(tensor) for part, tensor in packed.parts.items()}
+    return {part: TensorSpec.of(tensor) for part, tensor in _named(name, packed).items()}
 
 
 def _row(
@@ -308,5 +291,4 @@ def _row(
 ) -> tuple[dict[str, Tensor], Exported]:
     name = weight.name
     size = sum(part.nbytes for part in packed.parts.values())
-    row = Exported.compare(name, name, packed.kind, before, after, size, source=weight)
-    return {name.removesuffix("weight") + part: tensor for part, tensor in packed.parts.items()}, row
+    return _named(name, packed), Exported.compare(name, name, packed.kind, before, after, size, source=weight)

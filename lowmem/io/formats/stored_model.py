@@ -54,12 +54,20 @@ class StoredWeight:
     transposed: bool = False
     order: Callable[[], Tensor] | None = None
 
-    def plain(self) -> QuantizedTensor | Tensor:
-        """Return it in its own shape and order of columns: in float32, where ``read`` has it in others."""
-        weight = self.read()
-        if not self.transposed and self.order is None:
+    def plain(
+        self, weight: QuantizedTensor | Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> QuantizedTensor | Tensor:
+        """Return it in its own shape and order of columns.
+
+        Args:
+            weight: what ``read`` returned; None: it is read.
+            dtype: of the values; None: float32 where ``read`` has other columns, else it stays as it is stored.
+        """
+        weight = self.read() if weight is None else weight
+        if not self.transposed and self.order is None and dtype is None:
             return weight
-        values = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight.float()
+        dtype = dtype or torch.float32
+        values = weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
         if self.order is not None:
             values = torch.empty_like(values).index_copy_(-1, self.order().long(), values)
         return values.transpose(-1, -2).contiguous() if self.transposed else values

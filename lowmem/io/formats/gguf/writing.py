@@ -108,9 +108,8 @@ def write_gguf(
         names, numbers = _names(model, existing)
         plans = _plans(model, names, requantize, dtype)
         found = {plan.placed.name: plan.placed.shape for plan in plans}
-        _check_complete(model, names, numbers, found)
         said_by = "config.json" if existing is None else quoted(existing.path)
-        _check_shapes(model, names.architecture, numbers, found, said_by)
+        _check(model, names, numbers, found, said_by)
         computed = _computed(model, names, existing, file)
         fields = _fields(model, existing, numbers, plans)
         placed = [one for one, _ in computed] + [plan.placed for plan in plans]
@@ -223,10 +222,14 @@ def _place(name: str) -> tuple[int, int, str]:
     return (1, int(found[1]), name) if found else (0 if name.startswith("token_embd") else 2, 0, name)
 
 
-def _check_complete(
-    model: StoredModel, names: Names, numbers: Mapping[str, Any], found: Mapping[str, tuple[int, ...]]
+def _check(
+    model: StoredModel, names: Names, numbers: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], said_by: str
 ) -> None:
-    """Raise a FileError unless the weights are those of the model that the numbers describe."""
+    """Raise a FileError unless the weights, and their rows and columns, are those that the numbers describe."""
+
+    def refuse(why: str) -> None:
+        raise refusal(model.path, why, "export")
+
     arch = names.architecture
     layers = numbers.get(f"{arch}.block_count")
     if type(layers) is not int or not 1 <= layers < 10**6:
@@ -239,52 +242,34 @@ def _check_complete(
         wanted.append("output.weight")
     for name in wanted:
         if name not in found:
-            raise refusal(model.path, f"it has no weight for {name}, which a {arch} of {layers} layers has", "export")
-    for name in found:
-        layer = _LAYER.match(name)
-        if layer is not None and int(layer[1]) >= layers:
-            raise refusal(
-                model.path, f"it has {name}, and {arch}.block_count is {layers}; repair config.json", "export"
-            )
-
-
-def _check_shapes(
-    model: StoredModel, arch: str, numbers: Mapping[str, Any], found: Mapping[str, tuple[int, ...]], said_by: str
-) -> None:
-    """Raise a FileError unless weights have the rows and columns that the numbers say; None: they say nothing."""
+            refuse(f"it has no weight for {name}, which a {arch} of {layers} layers has")
     hidden, inner, heads, keys, head, vocabulary = (
         numbers.get(f"{arch}.{key}")
         for key in (
-            "embedding_length",
-            "feed_forward_length",
-            "attention.head_count",
-            "attention.head_count_kv",
-            "attention.key_length",
-            "vocab_size",
+            *("embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv"),
+            *("attention.key_length", "vocab_size"),
         )
     )
-    queries = heads * head if type(heads) is type(head) is int else None
+    queries = heads * head if type(heads) is type(head) is int else None  # None: the numbers do not say it
     keys = keys * head if type(keys) is type(head) is int else None
-    wanted: dict[str, tuple[Any, ...]] = {
-        "token_embd": (vocabulary, hidden),
-        "output": (vocabulary, hidden),
-        "output_norm": (hidden,),
-        "attn_norm": (hidden,),
+    shapes: dict[str, tuple[Any, ...]] = {
+        **dict.fromkeys(("token_embd", "output"), (vocabulary, hidden)),
+        **dict.fromkeys(("output_norm", "attn_norm", "ffn_norm"), (hidden,)),
+        **dict.fromkeys(("attn_k", "attn_v"), (keys, hidden)),
         "attn_q": (queries, hidden),
-        "attn_k": (keys, hidden),
-        "attn_v": (keys, hidden),
         "attn_output": (hidden, queries),
-        "ffn_norm": (hidden,),
         "ffn_gate": (inner, hidden),
         "ffn_down": (hidden, inner),
     }
     for name, shape in found.items():
+        layer = _LAYER.match(name)
+        if layer is not None and int(layer[1]) >= layers:
+            refuse(f"it has {name}, and {arch}.block_count is {layers}; repair config.json")
         *_, part, kind = name.split(".")
-        said = wanted.get(part, ())
+        said = shapes.get(part, ())
         said = said if kind == "weight" else said[:1]
         if said and (len(shape) != len(said) or any(b not in (a, None) for a, b in zip(shape, said, strict=True))):
-            why = f"{name} has the shape {show(shape)}, and {said_by} says {show(said)}"
-            raise refusal(model.path, f"{why}: they are of two models", "export")
+            refuse(f"{name} has the shape {show(shape)}, and {said_by} says {show(said)}: they are of two models")
 
 
 def _computed(
