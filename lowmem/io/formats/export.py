@@ -11,14 +11,14 @@ from lowmem.errors import show
 from lowmem.io.atomic import check_free
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.foreign import Target
-from lowmem.io.formats.registry import FORMATS
+from lowmem.io.formats.registry import FOREIGN
 
 __all__ = ["export", "target_of", "targets"]
 
 
 def targets() -> dict[str, Target]:
     """Return how each format is written, by the name that ``--format`` takes."""
-    return {name: format.target for name, format in FORMATS.items() if format.target is not None}
+    return {name: format.target for name, format in FOREIGN.items() if format.target is not None}
 
 
 def target_of(out: Path, format: str | None) -> str:

@@ -16,7 +16,7 @@ from lowmem.errors import FileError, refusal, show
 from lowmem.io.atomic import read_errors, starts_with
 from lowmem.io.formats.foreign import contradiction
 from lowmem.io.formats.foreign_tensor import ForeignTensor
-from lowmem.io.formats.registry import FORMATS
+from lowmem.io.formats.registry import FOREIGN
 from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_config
 from lowmem.io.shards import INDEX, read_index
 from lowmem.io.source import Source
@@ -63,7 +63,7 @@ def open_foreign(path: Path) -> ForeignFile:
         OSError: it cannot be read.
     """
     if not path.is_dir():
-        for format in FORMATS.values():
+        for format in FOREIGN.values():
             if format.open is not None and starts_with(path, format.magic):
                 file, tensors, left_out = format.open(path)
                 stack = ExitStack()
@@ -110,7 +110,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
         claimed: set[str] = set()
         kinds: dict[str, set[str]] = {}
         try:
-            for format in FORMATS.values():
+            for format in FOREIGN.values():
                 for tensor, names in () if format.find is None else format.find(source, settings):
                     if claimed & names or tensor.name in tensors:
                         raise ValueError(f"{show(min(claimed & names, default=tensor.name))} belongs to two weights")
@@ -139,7 +139,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
 
 def is_coded(name: str) -> bool:
     """Whether a tensor of this name is a part of a weight of another program, and means nothing alone."""
-    return any(name.rpartition(".")[2] in format.coded_names for format in FORMATS.values())
+    return any(name.rpartition(".")[2] in format.coded_names for format in FOREIGN.values())
 
 
 def _check_method(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any]) -> None:
@@ -153,11 +153,11 @@ def _check_method(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any
         ValueError: it names another known format, or settings that its tensors do not have.
     """
     method = config.get("quant_method")
-    known = {format.method for format in FORMATS.values()} - {None}
+    known = {format.method for format in FOREIGN.values()} - {None}
     for name, weights in kinds.items():
-        if isinstance(method, str) and method in known - {FORMATS[name].method}:
+        if isinstance(method, str) and method in known - {FOREIGN[name].method}:
             raise contradiction("quant_method", method, f"its tensors are those of {name}")
-        FORMATS[name].check_config(config, weights)
+        FOREIGN[name].check_config(config, weights)
 
 
 def _settings(config: Path) -> dict[str, Any]:

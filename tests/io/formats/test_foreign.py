@@ -3,7 +3,7 @@
 import pytest
 
 from lowmem.io.formats.foreign import one_of
-from lowmem.io.formats.registry import FORMATS
+from lowmem.io.formats.registry import FOREIGN
 
 
 def test_values_of_other_types_are_no_match():
@@ -16,13 +16,13 @@ def test_values_of_other_types_are_no_match():
         ("compressed-tensors", {"format": {}}),
     ):
         with pytest.raises(ValueError, match=f"says {next(iter(claim))}=.* lowmem reads no such {format}"):
-            FORMATS[format].check_config(claim, {"compressed-tensors"})
+            FOREIGN[format].check_config(claim, {"compressed-tensors"})
     assert one_of(1, None)(1)
     assert one_of(1, None)(None)
     assert not one_of(1)(True)
 
 
 def test_a_config_may_say_nothing_and_what_is_unknown():
-    for format in FORMATS.values():
+    for format in FOREIGN.values():
         format.check_config({}, set())
         format.check_config({"of tomorrow": 1}, set())

@@ -43,7 +43,7 @@ def made_up(monkeypatch):
     eighths = Foreign("eighths", find, ("eighths",), "eighths", {"bits": one_of(8)})
     own_file = Foreign("bytes", magic=b"BYTES", open=open_bytes, target=Target(write_bytes, ".bytes"))
     for one in (eighths, own_file):
-        monkeypatch.setitem(registry.FORMATS, one.name, one)
+        monkeypatch.setitem(registry.FOREIGN, one.name, one)
 
 
 def test_a_made_up_format_of_safetensors_is_read_and_its_config_is_checked(tmp_path):
@@ -74,7 +74,7 @@ def test_a_made_up_format_of_a_file_is_read_and_exported_to(tmp_path):
 
 def test_other_known_methods_contradict_and_unknown_ones_do_not(tmp_path):
     save_file({"a.eighths": torch.zeros(1, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    for method in ("of tomorrow", *(one.method for one in registry.FORMATS.values() if one.method)):
+    for method in ("of tomorrow", *(one.method for one in registry.FOREIGN.values() if one.method)):
         (tmp_path / "config.json").write_text(f'{{"quantization_config": {{"quant_method": "{method}"}}}}')
         if method in ("of tomorrow", "eighths"):
             open_foreign(tmp_path).__exit__()

@@ -249,76 +249,67 @@ class _Fields:
     def __init__(self, content: Mapping[str, Any]) -> None:
         self._content, self._read = content, {*_WITHOUT_EFFECT, "r", "lora_alpha"}
 
-    def _get(self, key: str) -> Any:
+    def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
+        """Return a value, or the default for None."""
         self._read.add(key)
-        return self._content.get(key)
+        value = self._content.get(key)
+        value = default if value is None else value
+        return _checked(key, value, fits(value), what)
 
     def unread(self) -> list[str]:
         """Return the keys of values that are not empty and were not read."""
         return [key for key, value in self._content.items() if key not in self._read and value]
 
     def rank(self, what: str, value: Any) -> int:
-        if type(value) is not int or value < 1:
-            raise ValueError(f"{what}={show(value)} must be a positive integer; get the adapter again")
-        return value
+        found: int = _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
+        return found
 
     def alpha(self, what: str, value: Any) -> float:
-        if type(value) not in (int, float) or not 0 < value < math.inf:
-            raise ValueError(f"{what}={show(value)} must be a positive number; get the adapter again")
-        return value  # type: ignore[no-any-return]
+        fits = type(value) in (int, float) and 0 < value < math.inf
+        found: float = _checked(what, value, fits, "must be a positive number")
+        return found
 
     def dropout(self) -> float:
-        value = self._get("lora_dropout")
-        value = 0.0 if value is None else value
-        if type(value) not in (int, float) or not 0 <= value < 1:
-            raise ValueError(f"lora_dropout={show(value)} must be at least 0 and below 1; get the adapter again")
-        return float(value)
+        fits = lambda value: type(value) in (int, float) and 0 <= value < 1  # noqa: E731
+        return float(self._get("lora_dropout", 0.0, fits, "must be at least 0 and below 1"))
 
     def flag(self, key: str) -> bool:
-        value = self._get(key)
-        if not isinstance(value, (bool, type(None))):
-            raise ValueError(f"{key}={show(value)} must be true or false; get the adapter again")
-        return bool(value)
+        return bool(self._get(key, False, lambda value: isinstance(value, bool), "must be true or false"))
 
     def choice(self, key: str, known: tuple[str, ...]) -> str:
-        value = self._get(key)
-        value = known[0] if value is None else value
-        if value not in known:
-            raise ValueError(f"{key}={show(value)} is none of {', '.join(known)}; get the adapter again")
-        return value
+        return str(self._get(key, known[0], lambda value: value in known, f"is none of {', '.join(known)}"))
 
     def text(self, key: str) -> str | None:
-        value = self._get(key)
-        if not isinstance(value, (str, type(None))):
-            raise ValueError(f"{key}={show(value)} must be a string; get the adapter again")
-        return value or None
+        return self._get(key, "", lambda value: isinstance(value, str), "must be a string") or None
 
     def patterns(self, key: str, read: Callable[[str, Any], Any]) -> dict[str, Any]:
-        value = self._get(key)
-        if not isinstance(value, (dict, type(None))):
-            raise ValueError(f"{key}={show(value)} must be an object; get the adapter again")
-        return {pattern: read(f"{key} of {show(pattern)}", one) for pattern, one in (value or {}).items()}
+        value = self._get(key, {}, lambda value: isinstance(value, dict), "must be an object")
+        return {pattern: read(f"{key} of {show(pattern)}", one) for pattern, one in value.items()}
 
     def names(self, key: str, single: bool = False) -> tuple[str, ...]:
-        value = self._get(key)
-        if single and isinstance(value, str):
-            value = [value] if value else []
-        value = [] if value is None else value
-        if not isinstance(value, list) or not all(isinstance(one, str) and one for one in value):
-            raise ValueError(f"{key}={show(value)} must be a list of names; get the adapter again")
-        return tuple(value)
+        """Return a list of names; ``single``: or the only one."""
+        own = self._content.get(key)
+        if single and isinstance(own, str):
+            self._read.add(key)
+            return (own,) if own else ()
+        fits = lambda value: isinstance(value, list) and all(isinstance(one, str) and one for one in value)  # noqa: E731
+        return tuple(self._get(key, [], fits, "must be a list of names"))
 
     def names_or_pattern(self, key: str) -> frozenset[str] | str | None:
-        value = self._get(key)
+        value = self._content.get(key)
         if value is None or (isinstance(value, str) and value):
+            self._read.add(key)
             return None if value == "all-linear" else value  # which PEFT replaces by names before it saves
         return frozenset(self.names(key))
 
     def numbers(self, key: str) -> frozenset[int] | None:
-        value = self._get(key)
-        if value is None or value == []:
-            return None
-        value = value if isinstance(value, list) else [value]
-        if not all(type(one) is int for one in value):
-            raise ValueError(f"{key}={show(value)} must be numbers of layers; get the adapter again")
-        return frozenset(value)
+        own = self._content.get(key)
+        numbers = own if isinstance(own, list) else [] if own is None else [own]
+        fits = all(type(one) is int for one in numbers)
+        return frozenset(numbers) if self._get(key, [], lambda _: fits, "must be numbers of layers") != [] else None
+
+
+def _checked(key: str, value: Any, fits: bool, what: str) -> Any:
+    if not fits:
+        raise ValueError(f"{key}={show(value)} {what}; get the adapter again")
+    return value
