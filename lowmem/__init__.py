@@ -54,7 +54,7 @@ from lowmem.transforms.adapters import (
     merge_adapter,
     unmerge_adapter,
 )
-from lowmem.transforms.calibrate import calibrate
+from lowmem.transforms.calibration.calibrate import calibrate
 from lowmem.transforms.convert import convert, restore
 from lowmem.transforms.merge import MergedLayer, MergeReport, merge
 from lowmem.transforms.plan import Plan, plan

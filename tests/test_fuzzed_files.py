@@ -24,7 +24,7 @@ from lowmem.report.timings import read_run
 from lowmem.testing.baseline import Key, read_figures, write_figures
 from lowmem.testing.verdicts import Row, Verdict, read_verdict, write_verdict
 from lowmem.tools.data import load_data
-from lowmem.transforms.finished_units import FinishedUnits
+from lowmem.transforms.calibration.finished_units import FinishedUnits
 from tests import fuzzing
 from tests.fuzzing import Reader
 from tests.io.formats import peft_model

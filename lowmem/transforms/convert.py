@@ -51,6 +51,7 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_of
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
+from lowmem.transforms.calibration.sensitivity import importance_of
 from lowmem.transforms.libraries import import_integrations
 from lowmem.transforms.placement import (
     kept_in_float32,
@@ -78,7 +79,6 @@ from lowmem.transforms.registry import (
     skip_reason,
     supported_types,
 )
-from lowmem.transforms.sensitivity import importance_of
 
 __all__ = [
     "Store",

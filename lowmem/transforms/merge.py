@@ -32,12 +32,12 @@ from lowmem.nn.stored_module import StoredModule, copied_module
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.batches import check_batch, run_batch
+from lowmem.transforms.calibration.batches import check_batch, run_batch
+from lowmem.transforms.calibration.replay import evaluation_mode
 from lowmem.transforms.convert import one_at_a_time, swap
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model
 from lowmem.transforms.registry import layer_name, module_paths, refuse_peft
-from lowmem.transforms.replay import evaluation_mode
 
 __all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
 

@@ -17,7 +17,7 @@ from lowmem.io.atomic import check_free
 from lowmem.io.convert_checkpoint import Row
 from lowmem.nn.budget import Budget
 from lowmem.nn.fourbit import FourBit
-from lowmem.transforms.calibrate import calibrate
+from lowmem.transforms.calibration.calibrate import calibrate
 
 __all__ = ["SELF", "batches_of", "calibrate_folder"]
 

@@ -20,8 +20,8 @@ from lowmem.integrations.transformers.intervals import interval
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, tokenizer_errors, tokenizer_in
 from lowmem.nn.adapted_module import base_of
 from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.calibration.replay import Overrides
 from lowmem.transforms.registry import layer_name, module_paths
-from lowmem.transforms.replay import Overrides
 
 __all__ = ["Layer", "Likeness", "Score", "compare_text"]
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 
 from lowmem.errors import describe, refusal, show
 from lowmem.io.model_folder import check_regular
-from lowmem.transforms.generated import LEAST_SHARE
+from lowmem.transforms.calibration.generated import LEAST_SHARE
 
 __all__ = [
     "TextTokenizer",

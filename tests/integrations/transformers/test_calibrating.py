@@ -20,7 +20,7 @@ import lowmem
 from lowmem import Budget, FourBit, calibrate
 from lowmem.__main__ import main
 from lowmem.integrations.transformers.calibrating import batches_of
-from lowmem.transforms.generated import generated_batches
+from lowmem.transforms.calibration.generated import generated_batches
 from tests.integrations.transformers.folders import CONFIGS, assert_same, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 

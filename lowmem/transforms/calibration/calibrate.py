@@ -25,18 +25,18 @@ from lowmem.nn.fourbit import FourBit
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.blocks import NO_BATCHES, Unit, find_blocks, units_of
 from lowmem.transforms.budget import Chosen
+from lowmem.transforms.calibration.blocks import NO_BATCHES, Unit, find_blocks, units_of
+from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
+from lowmem.transforms.calibration.generated import generated_batches
+from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq
+from lowmem.transforms.calibration.moments import Inputs, Moments, Regroup, counted_rows
+from lowmem.transforms.calibration.replay import Overrides, Replay, Stale, evaluation_mode
+from lowmem.transforms.calibration.replay_check import Entries, way_to_replay
 from lowmem.transforms.convert import Store, commit, divided, layers_to_convert, rebuild, weight_key
-from lowmem.transforms.finished_units import FinishedUnits, digest_of
-from lowmem.transforms.generated import generated_batches
-from lowmem.transforms.gptq import prepare_hessian, quantize_gptq
-from lowmem.transforms.moments import Inputs, Moments, Regroup, counted_rows
 from lowmem.transforms.placement import techniques_by_layer
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Step, layer_name, parameters_to_store
-from lowmem.transforms.replay import Overrides, Replay, Stale, evaluation_mode
-from lowmem.transforms.replay_check import Entries, way_to_replay
 
 __all__ = ["calibrate"]
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.transforms.blocks import units_of
-from lowmem.transforms.replay import evaluation_mode
-from lowmem.transforms.replay_check import Entries, way_to_replay
+from lowmem.transforms.calibration.blocks import units_of
+from lowmem.transforms.calibration.replay import evaluation_mode
+from lowmem.transforms.calibration.replay_check import Entries, way_to_replay
 
 
 class Block(nn.Module):

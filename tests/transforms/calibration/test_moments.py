@@ -6,7 +6,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem.transforms.moments import Inputs, Moments, Regroup, counted_rows
+from lowmem.transforms.calibration.moments import Inputs, Moments, Regroup, counted_rows
 from tests.rounding import default_dtype, gamma
 
 

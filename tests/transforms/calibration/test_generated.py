@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, calibrate
-from lowmem.transforms.generated import TOKENS, generated_batches
-from tests.transforms.test_calibrate import Decoder, assert_same_bytes, made
+from lowmem.transforms.calibration.generated import TOKENS, generated_batches
+from tests.transforms.calibration.test_calibrate import Decoder, assert_same_bytes, made
 
 
 class Tokenizer:

@@ -29,7 +29,7 @@ from lowmem import (
 )
 from lowmem.measure import peak_bytes
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms import gptq
+from lowmem.transforms.calibration import gptq
 from tests.rounding import assert_sum
 from tests.selection import rows_in_one_case
 

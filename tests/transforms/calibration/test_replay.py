@@ -5,7 +5,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lowmem.transforms.replay import Replay, Stale, evaluation_mode
+from lowmem.transforms.calibration.replay import Replay, Stale, evaluation_mode
 
 
 class Adds(nn.Module):

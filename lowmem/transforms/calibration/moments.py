@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.transforms.replay import Stop
+from lowmem.transforms.calibration.replay import Stop
 
 __all__ = ["Inputs", "Moments", "Regroup", "counted_rows"]
 

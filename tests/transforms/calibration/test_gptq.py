@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from lowmem import FORMATS, FourBit, kernels, quantize
 from lowmem.quant.scales import get_encoding
-from lowmem.transforms.gptq import _nearest_stored, prepare_hessian, quantize_gptq
+from lowmem.transforms.calibration.gptq import _nearest_stored, prepare_hessian, quantize_gptq
 from tests.rounding import default_dtype
 from tests.selection import covering, rows_in_one_case
 
@@ -101,9 +101,9 @@ def test_what_follows_gptq_lowers_the_error_of_every_row(format, scales, monkeyp
     found = quantize_gptq(weight, technique, hessian)
     best = hessian_error(weight, found, hessian)
     with monkeypatch.context() as patch:
-        patch.setattr("lowmem.transforms.gptq._ROUNDS", 0)
+        patch.setattr("lowmem.transforms.calibration.gptq._ROUNDS", 0)
         without_scales = hessian_error(weight, quantize_gptq(weight, technique, hessian), hessian)
-        patch.setattr("lowmem.transforms.gptq._Fit.improve_codes", lambda self: None)
+        patch.setattr("lowmem.transforms.calibration.gptq._Fit.improve_codes", lambda self: None)
         gptq_alone = hessian_error(weight, quantize_gptq(weight, technique, hessian), hessian)
     slack = 1e-5 * gptq_alone  # errors are compared in float32
     assert (without_scales <= gptq_alone + slack).all()
@@ -220,6 +220,6 @@ def test_columns_make_up_for_each_other_across_the_panels_that_are_rounded_toget
     x = correlated(400, columns)
     weight, hessian = torch.randn(64, columns, generator=torch.Generator().manual_seed(1)), hessian_of(x)
     in_panels = quantize_gptq(weight, FourBit(search=True), hessian)
-    monkeypatch.setattr("lowmem.transforms.gptq.PANEL", columns)
+    monkeypatch.setattr("lowmem.transforms.calibration.gptq.PANEL", columns)
     at_once = quantize_gptq(weight, FourBit(search=True), hessian)
     assert lost(weight, in_panels, x) == pytest.approx(lost(weight, at_once, x), rel=0.01)

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lowmem.errors import describe
-from lowmem.transforms.batches import run_batch
-from lowmem.transforms.blocks import Unit
+from lowmem.transforms.calibration.batches import run_batch
+from lowmem.transforms.calibration.blocks import Unit
+from lowmem.transforms.calibration.replay import Overrides, Replay, Stale, Stop
 from lowmem.transforms.registry import layer_name
-from lowmem.transforms.replay import Overrides, Replay, Stale, Stop
 
 __all__ = ["Entries", "way_to_replay"]
 

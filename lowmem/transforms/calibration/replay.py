@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lowmem.errors import unwritable
-from lowmem.transforms.batches import run_batch
+from lowmem.transforms.calibration.batches import run_batch
 
 __all__ = ["Overrides", "Replay", "Stale", "Stop", "evaluation_mode"]
 

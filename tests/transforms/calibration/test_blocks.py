@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowmem import BigNet
-from lowmem.transforms.blocks import find_blocks, units_of
+from lowmem.transforms.calibration.blocks import find_blocks, units_of
 
 
 class Block(nn.Module):

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import measure
-from lowmem.transforms.batches import run_batch
 from lowmem.transforms.budget import Importance
+from lowmem.transforms.calibration.batches import run_batch
+from lowmem.transforms.calibration.replay import Stop, evaluation_mode
 from lowmem.transforms.registry import layer_name
-from lowmem.transforms.replay import Stop, evaluation_mode
 
 __all__ = ["importance_of"]
 

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.errors import show
-from lowmem.transforms.batches import run_batch
+from lowmem.transforms.calibration.batches import run_batch
 from lowmem.transforms.registry import layer_name
 
 __all__ = ["NO_BATCHES", "Unit", "find_blocks", "units_of"]

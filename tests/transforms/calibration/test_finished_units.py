@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowmem.errors import FileError
-from lowmem.transforms.finished_units import FinishedUnits, digest_of
+from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
 
 TENSORS = {"0.packed": torch.arange(6, dtype=torch.uint8).view(2, 3), "0.bias": torch.ones(2, dtype=torch.bfloat16)}
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowmem import Budget, calibrate
-from lowmem.transforms.sensitivity import importance_of
+from lowmem.transforms.calibration.sensitivity import importance_of
 
 
 def weights_of(model):

@@ -1,0 +1,1 @@
+"""Codes chosen by what layers compute on sample inputs."""
