@@ -35,6 +35,7 @@ __all__ = [
     "open_regular",
     "owned",
     "read_errors",
+    "read_into",
     "scratch_folder",
     "starts_with",
     "sync",
@@ -250,6 +251,20 @@ def starts_with(path: Path, magic: bytes) -> bool:
     """
     with open_regular(path) as file, read_errors(path):
         return file.read(len(magic)) == magic
+
+
+def read_into(path: Path, file: BufferedReader, start: int, out: memoryview, part: str = "") -> None:
+    """Read bytes of a file from ``start`` on until ``out`` is full.
+
+    Raises:
+        FileError: the file ends before; ``part`` says where, as ", in tensor 'a'".
+        OSError: it cannot be read.
+    """
+    with read_errors(path):
+        file.seek(start)
+        count = file.readinto(out)
+    if count != len(out):
+        raise refusal(path, f"it was cut after it was opened{part}; get it again")
 
 
 def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:

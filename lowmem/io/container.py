@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import FileError, refusal, show
-from lowmem.io.atomic import atomic_file, check_writable, map_file, open_regular, read_errors, write_errors
+from lowmem.io.atomic import atomic_file, check_writable, map_file, open_regular, read_errors, read_into, write_errors
 from lowmem.io.safetensors import Header, Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
 __all__ = [
@@ -201,11 +201,8 @@ class Checkpoint:
         """
         placed = self._tensors[name]
         content = torch.empty(placed.spec.nbytes, dtype=torch.uint8)
-        with read_errors(self._path):
-            self._file.seek(self._start + placed.begin)
-            count = self._file.readinto(content.numpy().data)
-        if count != placed.spec.nbytes:
-            raise refusal(self._path, f"it was cut after it was opened, in tensor {show(name)}; get it again")
+        where = self._start + placed.begin
+        read_into(self._path, self._file, where, content.numpy().data, f", in tensor {show(name)}")
         return content.view(placed.spec.dtype).view(placed.spec.shape)
 
 

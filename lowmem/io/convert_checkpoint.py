@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowmem.errors import printable, show
 from lowmem.io.container import TensorSpec
-from lowmem.io.metadata import form_record
+from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.shards import check_target, write_model
 from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
@@ -103,18 +103,13 @@ def convert_checkpoint(
         rows: dict[str, Row] = {}
 
         def layers(names: list[str]) -> dict[str, Any]:
-            return {_layer(name): _record(chosen[name].technique) for name in names if name in wanted}
+            return {layer_of(name): _record(chosen[name].technique) for name in names if name in wanted}
 
         def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
             return _converted(opened, names, chosen, rows, progress)
 
         write_model(target, plan, shard_bytes, opened.paths, layers, tensors)
     return [rows[name] for name in sorted(rows)]
-
-
-def _layer(name: str) -> str:
-    """Return the path of the layer whose weight has a name."""
-    return name.removesuffix("weight").rstrip(".")
 
 
 def _chosen(
@@ -133,7 +128,7 @@ def _chosen(
     for name in sorted(wanted):
         tensor = _rows(opened.read_tensor(name))
         try:
-            unit = unit_of({_layer(name): tensor}, lambda _, weight: losses_of(weight))
+            unit = unit_of({layer_of(name): tensor}, lambda _, weight: losses_of(weight))
         except (ValueError, TypeError) as reason:
             raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
         assert unit is not None

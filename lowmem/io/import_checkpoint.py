@@ -16,7 +16,7 @@ from lowmem.io.container import TensorSpec
 from lowmem.io.formats.foreign_tensor import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
-from lowmem.io.metadata import form_record
+from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.shards import check_target, write_model
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
@@ -63,8 +63,7 @@ class _Plan:
     @property
     def path(self) -> str:
         """The key of the record: the layer's path, or the parameter's full name."""
-        name = self.tensor.name
-        return name.removesuffix("weight").rstrip(".") if name.rpartition(".")[2] == "weight" else name
+        return layer_of(self.tensor.name)
 
     def parts(self) -> dict[str, str]:
         """Return the name in the file of each stored part, or of the dense tensor ("")."""

@@ -28,15 +28,7 @@ SETTINGS = {"format": one_of(*_KINDS, "mixed-precision", None)}
 def check_scheme(
     config: Mapping[str, Any], layer: str, group: int, shape: tuple[int, ...], has_zeros: bool, is_whole: bool = False
 ) -> None:
-    """Raise unless one of the schemes of a config can be that of a layer.
-
-    Args:
-        config: what config.json says of the quantization.
-        layer: its path.
-        group: columns that share a scale.
-        shape: of its weight.
-        has_zeros: whether it has zero points.
-        is_whole: whether it has one scale for the tensor.
+    """Raise unless one of the schemes of a config can be that of a layer whose groups have ``group`` columns.
 
     Raises:
         ValueError: none has its groups, or none does with so few parts: zero points are missing.

@@ -18,7 +18,8 @@ from lowmem.io.container import TensorSpec, write_plain
 from lowmem.io.formats.architecture import Architecture, architecture_of
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.packing import Packed, Packing
-from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored
+from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored, swapped
+from lowmem.io.metadata import layer_of
 from lowmem.io.model_folder import CONFIG, WEIGHTS, copy_others
 from lowmem.io.shards import INDEX, divide, shard_name
 from lowmem.nn.stored import FourBitForm
@@ -92,7 +93,7 @@ def write_folder(
         architecture = architecture_of(model.folder, model.config)
         _check_same(model, architecture)
         plans = _plans(model, architecture, packing, requantize)
-        schemes = {_layer(plan.name): plan.scheme for plan in plans.values() if plan.scheme is not None}
+        schemes = {layer_of(plan.name): plan.scheme for plan in plans.values() if plan.scheme is not None}
         if not schemes:
             lacks = f"it has no linear layers in 4 bits that {packing.name} could hold"
             raise refusal(
@@ -160,7 +161,7 @@ def _check_same(model: StoredModel, architecture: Architecture) -> None:
     for name, one in model.weights.items():
         shape, own = architecture.shapes.get(name, one.shape), one.shape
         if isinstance(one.form, FourBitForm):
-            own, shape = (_swapped(size) if one.transposed else size for size in (own, shape))
+            own, shape = (swapped(size) if one.transposed else size for size in (own, shape))
             bits = get_format(one.form.format).bits
             own, shape = (*own[:-1], own[-1] * bits // 8), _packed_shape(own, shape, bits)
         if own != shape:
@@ -175,17 +176,13 @@ def _packed_shape(found: tuple[int, ...], shape: tuple[int, ...], bits: int) -> 
     return (*shape[:lead], -(-torch.Size(shape[lead:]).numel() * bits // 8))
 
 
-def _layer(name: str) -> str:
-    return name.removesuffix("weight").rstrip(".")
-
-
 def _plans(model: StoredModel, architecture: Architecture, packing: Packing, requantize: bool) -> dict[str, _Plan]:
     plans: dict[str, _Plan] = {}
     refused: list[str] = []
     for name, weight in model.weights.items():
         if name in architecture.tied:
             continue  # its values are another one's
-        layer = _layer(name)
+        layer = layer_of(name)
         kind = architecture.linear.get(layer) if name.rpartition(".")[2] == "weight" else None
         stays = layer in architecture.dense or kind not in ("linear", *(["conv1d"] if packing.conv1d else []))
         if not isinstance(weight.form, FourBitForm) or stays:
@@ -205,16 +202,12 @@ def _plans(model: StoredModel, architecture: Architecture, packing: Packing, req
     return plans
 
 
-def _swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return (*shape[:-2], shape[-1], shape[-2])
-
-
 def _read(weight: StoredWeight, architecture: Architecture) -> QuantizedTensor:
     """Return a weight in 4 bits in the shape (*lead, columns); whether columns are odd, the model knows."""
     stored = weight.read()
     assert isinstance(stored, QuantizedTensor)
     shape = architecture.shapes[weight.name]
-    shape, lead = (_swapped(shape) if weight.transposed else shape), stored.shape[:-1]
+    shape, lead = (swapped(shape) if weight.transposed else shape), stored.shape[:-1]
     return replace(stored, shape=torch.Size((*lead, torch.Size(shape[len(lead) :]).numel())))
 
 

@@ -27,9 +27,14 @@ from lowmem.nn.stored import EightBitForm, FourBitForm
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["StoredModel", "StoredWeight", "open_stored"]
+__all__ = ["StoredModel", "StoredWeight", "open_stored", "swapped"]
 
 _FLAGS = ("transposed", "gathered")
+
+
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the transpose, of a stack of matrices."""
+    return (*shape[:-2], shape[-1], shape[-2])
 
 
 @dataclass(frozen=True)
@@ -191,8 +196,7 @@ def _weights(
             weights[name] = replace(weights[name], order=partial(_order, path, order, read))
             left.discard(order)
         if "transposed" in flags:
-            shape = (*weight.shape[:-2], weight.shape[-1], weight.shape[-2])
-            weights[name] = replace(weights[name], shape=shape, transposed=True)
+            weights[name] = replace(weights[name], shape=swapped(weight.shape), transposed=True)
     for name in left:
         own = name.removesuffix("_rounded")
         if name.endswith(("weight_packed", "weight_scales", ".packed", ".scales")):

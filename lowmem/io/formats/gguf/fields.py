@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import read_errors
+from lowmem.io.atomic import read_into
 from lowmem.io.formats.gguf.container import Field, GGUFHeader, read_header
 
 __all__ = ["ARCHITECTURES", "Existing", "architecture_of", "model_fields", "read_existing", "rope_factors"]
@@ -310,10 +310,7 @@ def read_existing(path: Path, file: BufferedReader) -> Existing:
     for key, place in header.places.items():
         if key in _NOT_COPIED or key.startswith(_NOT_COPIED_PARTS):
             continue
-        with read_errors(path):
-            file.seek(place.start)
-            content = file.read(place.stop - place.start)
-        if len(content) != place.stop - place.start:
-            raise refusal(path, "it was cut while it was read; get it again")
-        fields[key] = content
+        content = bytearray(place.stop - place.start)
+        read_into(path, file, place.start, memoryview(content))
+        fields[key] = bytes(content)
     return Existing(path, header, fields)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors
+from lowmem.io.atomic import open_regular, read_into
 from lowmem.io.formats.foreign_tensor import ForeignTensor, Kept, encoding_of, quantized
 from lowmem.io.formats.gguf.blocks import BLOCKS, BlockType
 from lowmem.io.formats.gguf.container import GGUFHeader, GGUFTensor, read_header
@@ -57,12 +57,8 @@ class _Values:
         for start in range(0, self.rows, step):
             part = slice(start, min(start + step, self.rows))
             raw = buffer[: (part.stop - start) * width]
-            with read_errors(self.path):
-                self.file.seek(self.tensor.begin + start * width)
-                count = self.file.readinto(raw.numpy().data)
-            if count != len(raw):
-                why = f"it was cut after it was opened, in tensor {show(self.tensor.name)}; get it again"
-                raise refusal(self.path, why)
+            begin, name = self.tensor.begin + start * width, show(self.tensor.name)
+            read_into(self.path, self.file, begin, raw.numpy().data, f", in tensor {name}")
             yield part, raw.view(part.stop - start, -1, self.block.nbytes)
 
     def kept(self) -> Kept:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import FileError, printable, quoted, refusal, show
-from lowmem.io.atomic import check_writable, open_regular, read_errors
+from lowmem.io.atomic import check_writable, open_regular, read_into
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.gguf.blocks import BLOCKS, DENSE, EIGHT_BIT, KINDS, SUPERBLOCKS
 from lowmem.io.formats.gguf.container import Field, Placed, encode_field, write_file
@@ -293,11 +293,7 @@ def _computed(
         if tensor.nbytes is None:
             raise refusal(existing.path, f"tensor {show(tensor.name)} has an unknown type; name another file")
         content = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        with read_errors(existing.path):
-            file.seek(tensor.begin)
-            count = file.readinto(content.numpy().data)
-        if count != tensor.nbytes:
-            raise refusal(existing.path, "it was cut while it was read; get it again")
+        read_into(existing.path, file, tensor.begin, content.numpy().data)
         found.append((Placed(tensor.name, tensor.shape, tensor.type), content))
     return found
 
