@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ __all__ = [
     "quantization_of",
     "read_config",
     "read_model_config",
+    "read_object",
     "refuse_layers",
     "replace_files",
     "weights_in",
@@ -51,17 +52,31 @@ _COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)
 """Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
 
 
-def read_config(path: Path) -> Any:
-    """Return what a model's config.json holds.
+def read_config(
+    path: Path, limit: int = MAX_CONFIG, kind: str = "config", parse: Callable[[bytes], Any] = parse_json
+) -> Any:
+    """Return what a file of JSON holds, such as a model's config.json.
 
     Raises:
         FileError, OSError: the file is too large or damaged, or cannot be read.
     """
-    text = read_at_most(path, MAX_CONFIG, "config")
+    text = read_at_most(path, limit, kind)
     try:
-        return parse_json(text)
-    except ValueError as reason:
+        return parse(text)
+    except (ValueError, RecursionError) as reason:
         raise refusal(path, f"it is damaged: {reason}; get it again") from None
+
+
+def read_object(path: Path, *how: Any) -> dict[str, Any]:
+    """Return what a file of JSON holds, as ``read_config``, which has to be an object.
+
+    Raises:
+        FileError, OSError: as ``read_config``, or it is none.
+    """
+    content = read_config(path, *how)
+    if not isinstance(content, dict):
+        raise refusal(path, f"it is {show(content)}, and must be an object; get it again")
+    return content
 
 
 def read_model_config(path: Path) -> dict[str, Any]:

@@ -138,14 +138,7 @@ def words(codes: Tensor) -> Tensor:
 
 
 def check_group_size(config: Mapping[str, Any], layer: str, columns: int, groups: int, is_even: bool) -> None:
-    """Raise unless the ``group_size`` of a config can be that of a layer; -1 is one group.
-
-    Args:
-        config: what config.json says of the quantization.
-        layer: its path.
-        columns: of its weight.
-        groups: of its columns, which have a scale.
-        is_even: whether all groups have as many columns; otherwise the last one may be shorter.
+    """Raise unless the ``group_size`` of a config can be that of a layer; ``is_even``: no group is shorter; -1: one group.
 
     Raises:
         ValueError: it is another layer's, or no size.

@@ -17,7 +17,7 @@ from lowmem.io.atomic import read_errors, starts_with
 from lowmem.io.formats.foreign import contradiction
 from lowmem.io.formats.foreign_tensor import ForeignTensor
 from lowmem.io.formats.registry import FOREIGN
-from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_config
+from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_object
 from lowmem.io.shards import INDEX, read_index
 from lowmem.io.source import Source
 
@@ -164,12 +164,7 @@ def _settings(config: Path) -> dict[str, Any]:
     """Return a folder's ``quantization_config``; or what AutoGPTQ wrote in its own file before there was one."""
     found = quantization_of(config) if os.path.lexists(config) else {}
     own = config.with_name(_OWN)
-    if found or not os.path.lexists(own):
-        return found
-    content = read_config(own)
-    if not isinstance(content, dict):
-        raise refusal(own, f"it is {show(content)}, and must be an object; get it again")
-    return content
+    return found if found or not os.path.lexists(own) else read_object(own)
 
 
 def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:

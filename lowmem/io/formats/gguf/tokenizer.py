@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from lowmem.errors import refusal, show
 from lowmem.io.formats.gguf.container import Field
-from lowmem.io.safetensors import parse_json, read_at_most
+from lowmem.io.model_folder import read_object
+from lowmem.io.safetensors import read_at_most
 
 __all__ = ["PRE_TOKENIZERS", "tokenizer_fields"]
 
@@ -75,9 +76,9 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict
         why = f"it has {old} and no tokenizer.json: save_pretrained of AutoTokenizer's tokenizer writes one"
         raise refusal(folder, f"{why}; or {_REMEDY}", "export the tokenizer of")
     beside = folder / "tokenizer_config.json"
-    settings = _json(beside, _with_huge_numbers) if beside.is_file() else {}
+    settings = read_object(beside, MAX_BYTES, "tokenizer", _with_huge_numbers) if beside.is_file() else {}
     try:
-        found = _Tokenizer(_json(path), settings, config, rows).fields()
+        found = _Tokenizer(read_object(path, MAX_BYTES, "tokenizer"), settings, config, rows).fields()
     except (KeyError, TypeError, AttributeError, IndexError) as reason:
         raise refusal(path, f"it is no tokenizer that lowmem knows ({reason!r}); {_REMEDY}", "export") from None
     except ValueError as reason:
@@ -98,17 +99,7 @@ def _text(path: Path) -> str | None:
         raise refusal(path, "it is no UTF-8; get it again") from None
 
 
-def _json(path: Path, parse: Callable[[str], Any] = parse_json) -> dict[str, Any]:
-    try:
-        content = parse(_text(path) or "")
-    except (ValueError, RecursionError) as reason:
-        raise refusal(path, f"it is damaged: {reason}; get it again") from None
-    if not isinstance(content, dict):
-        raise refusal(path, f"it is {show(content)}, and no object; get it again")
-    return content
-
-
-def _with_huge_numbers(text: str) -> Any:
+def _with_huge_numbers(text: bytes) -> Any:
     """Parse JSON whose numbers are not read: ``model_max_length`` is often one of 31 digits."""
     return json.loads(text, parse_int=str)
 

@@ -145,7 +145,7 @@ def test_what_llama_cpp_does_not_have_is_refused_with_the_remedy(tmp_path):
         (pieces(pre_tokenizer={**pieces()["pre_tokenizer"], "split": True}), "splits words"),
         (pieces(normalizer={"type": "NFKC"}), "NFKC"),
         ({}, "model"),
-        ([], "no object"),
+        ([], "must be an object"),
     ):
         with pytest.raises(FileError, match=words) as error:
             fields_of(tmp_path, tokenizer, NAMED)
