@@ -18,7 +18,6 @@ from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
-    "FILL",
     "IntegerLayer",
     "check_group_size",
     "gathering",
@@ -29,9 +28,6 @@ __all__ = [
     "unpacked",
     "words",
 ]
-
-FILL = 8
-"""What fills the last byte of a row with an odd number of codes."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +134,7 @@ def words(codes: Tensor) -> Tensor:
 
 
 def check_group_size(config: Mapping[str, Any], layer: str, columns: int, groups: int, is_even: bool) -> None:
-    """Raise unless the ``group_size`` of a config can be that of a layer; ``is_even``: no group is shorter; -1: one group.
+    """Raise unless the ``group_size`` of a config can be that of a layer; ``is_even``: all groups are whole.
 
     Raises:
         ValueError: it is another layer's, or no size.
@@ -211,7 +207,7 @@ def integer_weight(codes: Tensor, scales: Tensor, group: int, zeros: Tensor | No
 
     scales = scales.float()
     if columns % 2:
-        codes = torch.nn.functional.pad(codes, (0, 1), value=FILL)
+        codes = torch.nn.functional.pad(codes, (0, 1), value=8)  # fills the last byte
     packed = pack(codes, size)
     if zeros is None or bool((zeros == 8).all()):
         return quantized(packed, of_blocks(8 * scales), shape, "q4_0", size)
