@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.io.atomic import owned
-from lowmem.io.export.exported import Exported, total_error
-from lowmem.io.export.source import open_stored
-from lowmem.io.export.targets import TARGETS, export, target_of
+from lowmem.io.formats.export import export, target_of, targets
+from lowmem.io.formats.exported import Exported, total_error
+from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.shards import INDEX
 from lowmem.tools.import_file import DTYPES
 from lowmem.tools.models import MIB, check_links, file_path
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out", type=file_path, metavar="OUT", help="what to write, where nothing is yet: OUT.gguf, or a folder"
     )
-    parser.add_argument("--format", choices=list(TARGETS), help="default: what the name of OUT ends with")
+    parser.add_argument("--format", choices=list(targets()), help="default: what the name of OUT ends with")
     parser.add_argument(
         "--requantize",
         action="store_true",

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from lowmem.io.atomic import owned
-from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
+from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
+from lowmem.io.model_folder import CONFIG, quantization_of
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.tools.models import MIB

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowmem.io.atomic import owned
-from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
+from lowmem.io.convert_checkpoint import Row, convert_checkpoint
 from lowmem.io.shards import INDEX
+from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from lowmem.errors import FileError
-from lowmem.io.convert_checkpoint import Source
 from lowmem.io.model_folder import check_layers, check_regular, copy_others, refuse_layers, replace_files, weights_in
+from lowmem.io.source import Source
 
 INDEX = "model.safetensors.index.json"
 

@@ -9,15 +9,15 @@ from safetensors.torch import save_file
 
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
-from tests.io.foreign.test_gptq import layer
-from tests.io.foreign.test_recognize import SAMPLES
+from tests.io.formats.test_gptq import layer
+from tests.io.formats.test_recognize import SAMPLES
 
 
 def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
     source, target = SAMPLES / "types.gguf", tmp_path / "a.safetensors"
     assert main(["quantize", str(source), str(target)]) == 0
     shown = capsys.readouterr()
-    assert "GGUF: kept 13 of 13 tensors" in shown.out
+    assert "gguf: kept 13 of 13 tensors" in shown.out
     assert "Q4_K" in shown.out
     assert f"saved {target}" in shown.err
     note = next(line for line in shown.err.splitlines() if line.startswith("note: "))

@@ -186,7 +186,7 @@ def test_no_memory_is_one_line_and_leaves_nothing(checkpoint, monkeypatch, capsy
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("lowmem.io.convert_checkpoint.Source.read_tensor", fail)
+    monkeypatch.setattr("lowmem.io.source.Source.read_tensor", fail)
     assert main(["quantize", str(checkpoint), str(checkpoint) + "x"]) == 2
     shown = capsys.readouterr().err
     assert "memory" in shown.lower()

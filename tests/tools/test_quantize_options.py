@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lowmem.__main__ import main
 from lowmem.tools.quantize_options import KINDS, OPTIONS
-from tests.io.export.folders import CONFIG, shapes
-from tests.io.foreign.test_recognize import SAMPLES
+from tests.io.formats.folders import CONFIG, shapes
+from tests.io.formats.test_recognize import SAMPLES
 
 GIVEN = {
     "bits": ["--bits", "6"],

@@ -11,10 +11,9 @@ from pathlib import Path
 
 from lowmem.errors import FileError, refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.io.convert_checkpoint import Source
-from lowmem.io.foreign.recognize import quantization_of
-from lowmem.io.model_folder import WEIGHTS
+from lowmem.io.model_folder import WEIGHTS, quantization_of
 from lowmem.io.shards import INDEX, read_index
+from lowmem.io.source import Source
 
 __all__ = ["check_index", "refuse_pickles", "refuse_unread", "refuse_untold"]
 

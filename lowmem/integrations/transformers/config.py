@@ -10,7 +10,7 @@ from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
-from lowmem.io.foreign.requantizing import Requantizing
+from lowmem.io.formats.requantizing import Requantizing
 from lowmem.io.metadata import CONFIG_VERSION, check_config, check_keys, check_object
 from lowmem.nn.adapter import LoRA
 from lowmem.nn.budget import Budget

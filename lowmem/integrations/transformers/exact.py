@@ -21,9 +21,9 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.fitting import Names
 from lowmem.integrations.transformers.gguf_config import check_config
-from lowmem.io.foreign.recognize import ForeignFile, open_foreign
-from lowmem.io.foreign.requantizing import Requantizing, why_refused
-from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.recognize import ForeignFile, open_foreign
+from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.stored import FourBitForm
@@ -95,7 +95,7 @@ class Exact:
         return own + [_with_suffix(one, part) for one in self._merging for part in ("_packed", "_scales")]
 
     def _place(self, file: ForeignFile, model: Any) -> None:
-        if file.kind == "GGUF":
+        if file.kind == "gguf":
             check_config(self._source, model.config)
         names = Names(model, get_model_conversion_mapping(model))
         forms: dict[str, tuple[FourBitForm, str]] = {}
@@ -144,7 +144,7 @@ class Exact:
             self.state |= {f"{prefix}_{part}": of_parts.lazy(part) for part in form.parts}
         if refused:
             raise refusal(self._source, why_refused(refused), "load")
-        if not self.layers and (coded or file.kind != "GGUF"):  # which is read as it is, dense ones, too
+        if not self.layers and (coded or file.kind != "gguf"):  # which is read as it is, dense ones, too
             raise refusal(
                 self._source,
                 "it has no 4-bit weights of the model, of which codes could be kept: load it without "

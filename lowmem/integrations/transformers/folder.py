@@ -21,11 +21,12 @@ from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
 from lowmem.integrations.transformers.loading import checked
 from lowmem.io.atomic import atomic_folder, check_free
-from lowmem.io.convert_checkpoint import Row, Source
-from lowmem.io.foreign.recognize import open_foreign, read_model_config
-from lowmem.io.foreign.requantizing import Requantizing
+from lowmem.io.convert_checkpoint import Row
+from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.formats.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
-from lowmem.io.model_folder import check_layers, check_regular, copy_others, weights_in
+from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
+from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit

@@ -1,4 +1,4 @@
-"""The tokenizer of a GGUF file, which cuts texts as llama.cpp does: inverse of ``lowmem.io.export.gguf_tokenizer``.
+"""The tokenizer of a GGUF file, which cuts texts as llama.cpp does: inverse of ``lowmem.io.formats.gguf.tokenizer``.
 
 transformers makes one of the tokens and merges, and leaves out what the metadata say of spaces before words, and the
 expressions of some names in ``tokenizer.ggml.pre``.
@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem.errors import show
 from lowmem.io.atomic import open_regular
-from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
-from lowmem.io.foreign.gguf import read_header
+from lowmem.io.formats.gguf.container import read_header
+from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
 
 __all__ = ["tokenizer_of"]
 

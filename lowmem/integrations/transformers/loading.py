@@ -28,7 +28,7 @@ from lowmem.integrations.transformers.checking import (
 from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig, refuse_technique
 from lowmem.integrations.transformers.fitting import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
-from lowmem.io.foreign.recognize import CODED
+from lowmem.io.formats.recognize import is_coded
 from lowmem.io.model_folder import refuse_layers
 
 __all__ = ["checked", "install"]
@@ -170,7 +170,7 @@ def _refuse(method: str | None, gguf_file: Any) -> None:
 
 def _are_coded(names: Iterable[str]) -> bool:
     """Whether tensors are parts of another program's weights, of which config.json may say nothing."""
-    return any(name.rpartition(".")[2] in CODED for name in names)
+    return any(is_coded(name) for name in names)
 
 
 def _again(program: str) -> str:

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
-from lowmem.io.export.gguf_file import Placed, encode_field, write_file
+from lowmem.io.formats.gguf.container import Placed, encode_field, write_file
 
 PIECES = ["<unk>", "\u2581", "a", "\u2581a", "b", "<e>"]
 BYTES = ["Ġ", "a", "1", "2", "12", "Ġ1", "ab", "b", "ĠĠ", "<e>"]
