@@ -162,7 +162,7 @@ def archive(files: Mapping[str, bytes]) -> bytes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("directory", metavar="DIRECTORY", help="a package, or a directory with one package to run")
-    parser.add_argument("name", metavar="NAME", help="where to write: NAME.zip, which must not exist")
+    parser.add_argument("name", metavar="NAME", help="write NAME.zip, which must not exist")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -64,7 +64,7 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "model", nargs="?", default=BIGNET, metavar="MODEL", help="module:factory, your own model (default BigNet)"
+        "model", nargs="?", default=BIGNET, metavar="MODEL", help="your own model, as module:factory (default BigNet)"
     )
     parser.add_argument("target", type=file_path, metavar="OUT.html", help="the page to write")
     add_input_arguments(parser)
@@ -73,15 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=shape,
         default=(1, 8, 32, 128),
         metavar="N[,N]...",
-        help="batch sizes that are timed (default 1,8,32,128)",
+        help="batch sizes to time (default 1,8,32,128)",
     )
     parser.add_argument(
         "--run",
         type=file_path,
         dest="timed_run",
         metavar="FILE",
-        help="take BigNet's latency, and that of peers, from a run that pytest-benchmark stored, instead of timing "
-        "the variants now",
+        help="read the latency of BigNet and of other libraries from a stored run of pytest-benchmark, instead of "
+        "timing now",
     )
     parser.add_argument(
         "--verdict",
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="show what a gate said, as it wrote it in JSON; may be given again",
+        help="show the verdict of a gate from its JSON file; may be repeated",
     )
 
 

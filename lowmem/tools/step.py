@@ -38,19 +38,19 @@ _ENDINGS = (".svg", ".png", ".html", ".htm")
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that go with ``--training``."""
     parser.add_argument(
-        "--memory", choices=["fast", "lean"], help="with --training: prepare the models so (prepare_training)"
+        "--memory", choices=["fast", "lean"], help="with --training: call prepare_training with this mode"
     )
     parser.add_argument(
         "--rank",
         type=positive_int,
         metavar="N",
-        help="with --training: LoRA of this rank on a model that has no adapters, or the rank of a variant's",
+        help="with --training: add LoRA of this rank, or change the rank of a variant's LoRA",
     )
     parser.add_argument(
         "--plot",
         type=file_path,
         metavar="FILE",
-        help="with --training: draw it as stacked bars, into a .svg, .png or .html (needs the extra report)",
+        help="with --training: draw stacked bars to a .svg, .png or .html (pip install 'lowmem[report]')",
     )
 
 
