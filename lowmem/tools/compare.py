@@ -76,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is not None:
         return _compare_text(arguments)
     if arguments.layers:
-        raise ValueError("--layers replaces layers while a text is read: name it with --text")
+        raise ValueError("--layers needs a text: add --text FILE")
     base, *others = known_models(arguments.models)
     if not others:
-        raise ValueError(f"models={base!r} is a base alone: name at least one other model to compare with it")
+        raise ValueError(f"models={base!r} is only a base: name at least one other model to compare with it")
     x = make_input(arguments)
     expected = _output(base, x, arguments.seed)
     differences = {}
@@ -135,7 +135,9 @@ def _compare_text(arguments: argparse.Namespace) -> int:
         ImportError: transformers is missing, or too old.
     """
     if (arguments.batch, arguments.input_shape, arguments.input_dtype) != (1, (1024,), "float32"):
-        raise ValueError("--batch, --input-shape and --input-dtype describe made inputs: with --text leave them out")
+        raise ValueError(
+            "--batch, --input-shape and --input-dtype describe a random input: with --text leave them out"
+        )
     folders = [(name, folder_of(name)) for name in arguments.models]
     for name, folder in folders:
         if folder is None:

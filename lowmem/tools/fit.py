@@ -143,20 +143,20 @@ def _add_language(group: argparse._ArgumentGroup) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.dry_run and arguments.device != "cpu":
-        raise ValueError(f"--dry-run counts a step on the CPU: leave --device={arguments.device} out")
+        raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     folder = folder_of(arguments.model)
     if folder is not None:
         return language.run(arguments, folder)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(
-            f"model={arguments.model!r} is no folder that is here, nor a variant ({', '.join(VARIANTS)}): name a "
+            f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name a "
             "folder of a language model, or module:factory"
         )
     for name in OPTIONS:
         if getattr(arguments, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{option} means nothing for model={arguments.model!r}, which is no folder of a language model: "
+                f"{option} does not apply to model={arguments.model!r}, which is not the folder of a language model: "
                 "leave it out"
             )
     for name, value in classifier.DEFAULTS.items():

@@ -109,7 +109,7 @@ def run(arguments: argparse.Namespace) -> int:
     for option in ("embeddings", "search") if arguments.format in EIGHT_BIT else ():
         if getattr(arguments, option) is not None:
             raise ValueError(
-                f"--{option} means nothing for --format {arguments.format}, which has 8 bits: leave it out"
+                f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
     for path in (arguments.source, arguments.target):
         check_links(path)
@@ -202,7 +202,7 @@ def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | Eight
         ValueError: codes of 8 bits, which are not calibrated.
     """
     if isinstance(technique, EightBit):
-        raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: leave one of them out")
+        raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: use only one of them")
     text = None if str(arguments.calibrate) == "self" else arguments.calibrate
     if text is not None and not text.is_file():
         raise ValueError(f"--calibrate={shown(str(text))!r} is no file: name a text, or self")

@@ -145,7 +145,7 @@ def check_extra(what: str) -> None:
             import_module(module)
     except ImportError as reason:
         raise ImportError(
-            f"{what} draws its charts with packages that are not all here ({reason}): pip install 'lowmem[report]'"
+            f"{what} needs packages for its charts that are missing ({reason}): pip install 'lowmem[report]'"
         ) from reason
 
 
@@ -218,7 +218,9 @@ def measure_variants(
                     bar.advance(task)
                     continue
                 if model is dense:
-                    raise ValueError(f"model={name!r}: it returned the same model twice; it must make one at a call")
+                    raise ValueError(
+                        f"model={name!r}: it returned the same model twice; it must make a new model in each call"
+                    )
                 losses[label] = _relative_error(expected, _outputs(name, model, x))
                 if grouped:
                     stored[label] = Stored.of(model)
@@ -298,7 +300,7 @@ def _check_model(arguments: argparse.Namespace) -> None:
     if model != BIGNET and (":" not in model or "@" in model):
         raise ValueError(f"model={model!r} must be module:factory: the report shows every variant of it")
     if model != BIGNET and arguments.timed_run is not None:
-        raise ValueError("--run holds times of BigNet, not of your model: leave it out, and the model is timed")
+        raise ValueError("--run holds times of BigNet, not of your model: leave it out to time your model")
 
 
 def of_a_run(name: str) -> str:

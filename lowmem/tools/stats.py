@@ -193,12 +193,14 @@ def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:
     for name in arguments.models or ["bignet"]:
         if folder_of(name) is not None:
             raise ValueError(
-                f"model={name!r} is a folder, and --plan takes what makes a model: lowmem fit FOLDER --data TEXT "
+                f"model={name!r} is a folder, and --plan needs a module:factory: lowmem fit FOLDER --data TEXT "
                 "--dry-run plans folders"
             )
         factory, own = recipe_of(name)
         if own:
-            raise ValueError(f"model={name!r} has techniques of its own: name the model alone, and them in --plan")
+            raise ValueError(
+                f"model={name!r} has techniques of its own: name the model without them, and the techniques in --plan"
+            )
         plans[name] = plan_model(
             name,
             lambda make=factory: plan(  # type: ignore[misc]

@@ -66,8 +66,8 @@ def check_step(arguments: argparse.Namespace, planned: bool) -> None:
     for option in ("memory", "rank", "plot"):
         if getattr(arguments, option) is not None and not measured:
             raise ValueError(
-                f"--{option} belongs to a measured training step: name its optimizer, as --training adamw, and leave "
-                "out --plan and --at-most"
+                f"--{option} applies to a measured training step: add its optimizer, such as --training adamw, and "
+                "leave out --plan and --at-most"
             )
     if measured and arguments.all:
         raise ValueError("--all lists the layers of a model: leave it out, or --training")
@@ -77,7 +77,9 @@ def check_step(arguments: argparse.Namespace, planned: bool) -> None:
 
 def _check_plot(path: Path) -> None:
     if path.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"--plot {str(path)!r} must end with {', '.join(_ENDINGS[:-1])}: the name says what to draw")
+        raise ValueError(
+            f"--plot {str(path)!r} must end with {', '.join(_ENDINGS[:-1])}: the ending selects the format"
+        )
     check_extra("lowmem stats --plot")
     check_links(path)
     check_writable(path)
