@@ -1,18 +1,20 @@
-"""Hypothesis profiles (``HYPOTHESIS_PROFILE=ci`` or ``nightly`` is another than the default), and the gate."""
+"""Hypothesis profiles (``HYPOTHESIS_PROFILE`` names one: ci, full, nightly or faults), and plugins."""
 
 import os
+from importlib.metadata import entry_points
 from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-from benchmarks.gate import pytest_addoption, pytest_configure  # noqa: F401 - hooks
-
 pytest_plugins = ["benchmarks.latency.plugin", "benchmarks.report"]  # --against, --report
+if all(point.value != "pytest_lowmem" for point in entry_points(group="pytest11")):
+    pytest_plugins.append("pytest_lowmem")  # where lowmem is not installed, as in tox -e asan
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
-settings.register_profile("default", max_examples=40, **_COMMON)
-settings.register_profile("ci", max_examples=60, derandomize=True, print_blob=True, **_COMMON)
+settings.register_profile("default", max_examples=15, **_COMMON)
+for name, examples in (("ci", 15), ("full", 60)):
+    settings.register_profile(name, max_examples=examples, derandomize=True, print_blob=True, **_COMMON)
 # Said in full: where the variable CI is set, hypothesis's own defaults are fixed examples and no database.
 settings.register_profile(
     "nightly",

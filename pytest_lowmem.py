@@ -7,20 +7,20 @@ whose import loads torch, and imports the package only when a gate is used.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from torch import Tensor
 
-    from lowmem.testing.baseline import Figures
+    from lowmem.testing.baseline import Figures, Key
     from lowmem.testing.gates import MemoryGates
     from lowmem.testing.latency import Speedup
+    from lowmem.testing.verdicts import Verdict
 
 __all__ = ["LatencyGate", "MemoryGate", "latency_gate", "memory_gate"]
 
@@ -41,6 +41,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="What memory_gate does with the exact bytes of a model. compare: fail when a figure is not the stored "
         "one, or none is stored (default). store: store the figures of gates that have none, and compare the others. "
         "update: store all, and drop those of tests that are gone.",
+    )
+    group.addoption(
+        "--lowmem-json",
+        type=Path,
+        metavar="PATH",
+        help="Write the verdict of the memory gates as JSON, for `lowmem report --verdict PATH`.",
     )
     parser.addini(
         "lowmem_baselines",
@@ -65,7 +71,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def memory_gate(request: pytest.FixtureRequest) -> MemoryGate:
-    """Compare a model's bytes with the stored ones: ``memory_gate(model, *inputs, name="", loss=None, **named)``."""
+    """Compare a model's bytes with the stored ones: ``memory_gate(model, *inputs, name="", loss=None, **named)``.
+
+    ``memory_gate.counted(count, name="")`` compares the figures that a function of your own returns.
+    """
     return MemoryGate(_session(request), request.node)
 
 
@@ -105,16 +114,45 @@ class MemoryGate:
         """
         __tracebackhide__ = True
         with self._session.judging():
-            from lowmem.testing.gates import entry_name
             from lowmem.testing.memory import memory_figures
 
-            if not isinstance(name, str) or name in self._names:
-                hint = "give each memory gate of a test its own name=" if self._names else "it must be a string"
-                raise ValueError(f"name={name!r}: {hint}")
-            if not name.isprintable():
-                raise ValueError(f"name={name!r}: it must be one printable line, as tables show it")
-            self._names.add(name)
-            key, figures = memory_figures(model, *inputs, loss=loss, **named)
+            self._take(name)
+            measured = memory_figures(model, *inputs, loss=loss, **named)
+        return self._judge(name, *measured)
+
+    def counted(self, count: Callable[[], Mapping[str, int]], *, name: str = "") -> Figures:
+        """Fail the test unless the figures that a function counts equal the stored ones.
+
+        The function runs with the threads, the kernel and the seed that models are measured with.
+
+        Args:
+            count: returns the figures in bytes by name, such as ``{"peak_bytes": lowmem.measure.peak_bytes(run)}``.
+            name: of this gate, where a test has several.
+
+        Returns:
+            The figures.
+        """
+        __tracebackhide__ = True
+        with self._session.judging():
+            from lowmem.testing.memory import counted_figures
+
+            self._take(name)
+            measured = counted_figures(count)
+        return self._judge(name, *measured)
+
+    def _take(self, name: str) -> None:
+        if not isinstance(name, str) or name in self._names:
+            hint = "give each memory gate of a test its own name=" if self._names else "it must be a string"
+            raise ValueError(f"name={name!r}: {hint}")
+        if not name.isprintable():
+            raise ValueError(f"name={name!r}: it must be one printable line, as tables show it")
+        self._names.add(name)
+
+    def _judge(self, name: str, key: Key, figures: Figures) -> Figures:
+        __tracebackhide__ = True
+        with self._session.judging():
+            from lowmem.testing.gates import entry_name
+
             failure = self._session.memory().judge(entry_name(self._test, name), self._test, key, figures)
         if failure is not None:
             pytest.fail(failure, pytrace=False)
@@ -177,6 +215,7 @@ class Session:
         self.latency: list[list[str]] = []  # test, text and verdict
         self.errors: list[str] = []  # why gates could not judge
         self.written: list[str] = []
+        self.verdict: Verdict | None = None  # of the memory gates, once the session has ended
         self._memory: MemoryGates | None = None
         self._collected: set[str] = set()
         self._passed: set[str] = set()
@@ -254,9 +293,22 @@ class Session:
                 self.written = self._memory.write()
             except (OSError, ValueError) as error:
                 self.errors.append(str(error))
+            self._write_verdict(exitstatus == pytest.ExitCode.OK)
         undecided = any(verdict == "undecided" for *_, verdict in self.latency)
         if self.errors or (undecided and self.fails_undecided):
             session.exitstatus = CANNOT_JUDGE
+
+    def _write_verdict(self, passed: bool) -> None:
+        """Keep the verdict of the memory gates, and write it where ``--lowmem-json`` asks for it."""
+        from lowmem.testing.verdicts import write_verdict
+
+        self.verdict = self.memory().verdict(passed)
+        if path := self.config.getoption("lowmem_json"):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_verdict(path, self.verdict)
+            except OSError as error:
+                self.errors.append(f"--lowmem-json={path}: {error}")
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         """Print the verdict of each gate."""

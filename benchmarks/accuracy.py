@@ -7,8 +7,9 @@ Higham's (see ``tests.rounding``): in float32 it shows an output that is wrong b
 import torch
 from torch import Tensor, nn
 
-from lowmem import HalfLinear, Linear4Bit, LoRALinear
+from lowmem import Linear4Bit, LoRALinear
 from lowmem.kernels import int8
+from lowmem.nn.adapter_bank import parameter_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from tests.rounding import gamma, unit
@@ -18,9 +19,7 @@ ROWS = 4  # of a batch are checked: each is a product of its own, and in float64
 
 def assert_layers_exact(model: nn.Module, x: Tensor) -> None:
     """Run a model, and hold the output of each of its linear layers to the product of that layer's input."""
-    kinds = (LoRALinear, HalfLinear, Linear4Bit, nn.Linear)
-    layers = {module for module in model.modules() if isinstance(module, kinds)}
-    layers -= {module.base for module in layers if isinstance(module, LoRALinear)}
+    layers = {module for module in model.modules() if isinstance(module, nn.Linear)}
     calls: list[tuple[nn.Module, Tensor, Tensor]] = []
     handles = [
         layer.register_forward_hook(lambda layer, inputs, out: calls.append((layer, inputs[0][:ROWS], out[:ROWS])))
@@ -32,15 +31,13 @@ def assert_layers_exact(model: nn.Module, x: Tensor) -> None:
         handle.remove()
     assert len(calls) == len(layers) > 0
     for layer, given, out in calls:
-        base = layer.base if isinstance(layer, LoRALinear) else layer
-        weight = base.quantized if isinstance(base, Linear4Bit) else base.weight.detach()
-        if getattr(base, "compute_dtype", None) is torch.int8:
+        weight = layer.quantized if isinstance(layer, Linear4Bit) else parameter_of(layer, "weight").detach()
+        if getattr(layer, "compute_dtype", None) is torch.int8:
             factor, weights = int8.round_inputs(given, weight.block_size), [rounded_levels(weight)]
         else:
             factor, weights = given, may_multiply_with(weight, given.dtype)
-        for name in layer.active if isinstance(layer, LoRALinear) else ():
-            assert not layer.adapters[name].lora_b.any()  # nothing was trained: the update is zero
-        assert_product(out, factor, weights, base.bias)
+        assert not isinstance(layer, LoRALinear) or not layer.lora_b.any()  # nothing was trained: the update is zero
+        assert_product(out, factor, weights, layer.bias)
 
 
 def rounded_levels(weight: QuantizedTensor) -> Tensor:

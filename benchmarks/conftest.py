@@ -1,15 +1,16 @@
-"""What the benchmarks share: the models, and how latency and memory are recorded."""
+"""What the benchmarks share: the models, and how latency is recorded and shown."""
 
 import platform
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from time import perf_counter
 
 import pytest
 import torch
 
 import lowmem
-from lowmem import measure
+from lowmem.testing.baseline import layout
 from lowmem.testing.memory import THREADS
 
 
@@ -26,21 +27,6 @@ def threads():
 def model():
     """Return a variant for inference, built once; who changes a model builds another."""
     return cache(lambda variant: lowmem.build(variant).eval())
-
-
-@pytest.fixture
-def record_memory(benchmark):
-    """Record what a model costs to keep, to run and to train on an input."""
-
-    def record(model: torch.nn.Module, x: torch.Tensor) -> None:
-        benchmark.extra_info.update(
-            theoretical_bytes=measure.theoretical_bytes(model),
-            actual_bytes=measure.actual_bytes(model),
-            forward_bytes=measure.forward_bytes(model, x),
-            backward_bytes=measure.backward_bytes(model, x),
-        )
-
-    return record
 
 
 @pytest.fixture
@@ -78,16 +64,47 @@ def pytest_benchmark_generate_machine_info():
     }
 
 
+class Ratios:
+    """Shows the latency of each benchmark as a ratio to its reference in the same run, beside the stored ratio."""
+
+    def __init__(self) -> None:
+        self.now: dict[str, tuple[float, float]] = {}  # seconds and ratio, by the benchmark's name
+        self.stored: dict[str, float] = {}
+
+    def pytest_benchmark_group_stats(self, benchmarks):
+        for bench in benchmarks:
+            reference = bench["extra_info"].get("reference_seconds")
+            if reference and bench["path"] is None:
+                self.now[bench["fullname"]] = bench["min"], bench["min"] / reference
+            elif reference:  # of a run that is compared with
+                self.stored[bench["fullname"]] = bench["min"] / reference
+
+    def pytest_terminal_summary(self, terminalreporter):
+        if not self.now:
+            return
+        rows = [("benchmark", "min ms", "ratio", "stored")]
+        for name, (seconds, ratio) in self.now.items():
+            stored = f"{self.stored[name]:.2f}" if name in self.stored else "-"
+            rows.append((name.partition("::test_")[2], f"{1e3 * seconds:.2f}", f"{ratio:.2f}", stored))
+        terminalreporter.section("latency, as a ratio to the reference in the same run")
+        for line in layout(rows, left=(0,)):
+            terminalreporter.write_line(line)
+
+
 def pytest_configure(config):
-    """Declare the marker of benchmarks that run where they are asked for."""
+    """Declare the marker of benchmarks that run where they are asked for, and show ratios."""
+    config.pluginmanager.register(Ratios(), "benchmark-ratios")
     config.addinivalue_line("markers", "every_shape: a shape of many; runs where -m selects it.")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what runs only where ``-m`` selects it."""
-    if "every_shape" in config.option.markexpr:
-        return
+    """Leave out what runs only where ``-m`` selects it; without times, what measures no memory."""
     left_out = [item for item in items if item.get_closest_marker("every_shape")]
+    if "every_shape" in config.option.markexpr:
+        left_out = []
+    if config.option.benchmark_disable:
+        here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+        left_out += [item for item in here if item not in left_out and "memory_gate" not in item.fixturenames]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

@@ -38,15 +38,14 @@ class ReportPlugin:
             bench for bench in benchmarks if bench["path"] is None
         )  # a stored one has a path
 
-    @pytest.hookimpl(trylast=True)  # after pytest-benchmark has gathered, and a gate has judged
+    @pytest.hookimpl(trylast=True)  # after pytest-benchmark has gathered, and the memory gates have judged
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if session.config.getoption("collectonly"):
             return
         if session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             self.says = f"--report: {self.target} is not written: the run did not end"
             return
-        gate = session.config.pluginmanager.get_plugin("benchmark-gate")
-        own = getattr(gate, "verdict", None)  # what the memory gate says of this run
+        own = session.config.pluginmanager.get_plugin("lowmem-session").verdict  # of the memory gates of this run
         threads = torch.get_num_threads()
         torch.set_num_threads(THREADS)
         try:

@@ -39,7 +39,6 @@ import torch
 from torch import nn
 
 import lowmem
-from benchmarks import memory
 from lowmem import kernels
 from lowmem.errors import describe, one_line, reason, show
 from lowmem.io.atomic import check_writable
@@ -433,9 +432,14 @@ def _compare_figure(variant: str, name: str, before: float, after: float, tolera
     return Row(variant, name, before, after, verdict=verdict, says=says)
 
 
+def current_key() -> Key:
+    """Return the key of this process: the kernel that serves it, and torch's minor version."""
+    return Key.of_this_process(lowmem.backend().partition(":")[0], THREADS)
+
+
 def baseline_path(key: Key) -> Path:
     """Return where the baseline of a key lies, beside the one of exact bytes."""
-    return memory.baseline_path(ROOT, key).with_name(f"resident-{key.name}.json")
+    return ROOT / "benchmarks" / "memory" / f"resident-{key.name}.json"
 
 
 def read_baseline(path: Path, key: Key) -> Baseline:
@@ -516,7 +520,7 @@ def _store(options: argparse.Namespace) -> int:
         raise ValueError("--store measures every variant, and gives no verdict: leave --variant and --json out")
     if why := unsupported():
         raise ValueError(f"nothing to store: {why}")
-    key = memory.current_key()
+    key = current_key()
     path = baseline_path(key)
     path.parent.mkdir(parents=True, exist_ok=True)
     check_writable(path)
@@ -534,7 +538,7 @@ def _gate(options: argparse.Namespace) -> int:
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         check_writable(options.json)
-    key = memory.current_key()
+    key = current_key()
     path = baseline_path(key)
     shown = path.relative_to(ROOT).as_posix()
     if options.json and options.json.resolve().parent == path.resolve().parent:

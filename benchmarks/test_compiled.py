@@ -7,7 +7,7 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, Half
 
-pytestmark = [pytest.mark.ungated, pytest.mark.benchmark(max_time=0.5, min_rounds=3)]
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
 WIDTH, HEADS, LAYERS, TOKENS = 128, 4, 12, 16
 

@@ -9,7 +9,7 @@ from benchmarks.cases import FILE_LAYERS, dense_model
 from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.measure import peak_bytes
 
-pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3, group="files")
 
 
 @pytest.fixture(scope="module")
@@ -31,39 +31,33 @@ def copy():
     return lambda: out.copy_(weights)
 
 
-def record(benchmark, stored, run):
-    """Record the bytes of the file, and the peak of the call."""
-    peak = peak_bytes(run)
-    benchmark.group = "files"
-    benchmark.extra_info.update(
-        theoretical_bytes=stored.stat().st_size,
-        actual_bytes=stored.stat().st_size,
-        forward_bytes=peak,
-        backward_bytes=peak,  # nothing trains
-    )
+def figures(written, run):
+    """Return the peak of the call, and the bytes of the file."""
+    return {"peak_bytes": peak_bytes(run), "stored_bytes": written.stat().st_size}
 
 
-def test_save(benchmark, timed, files, copy):
+def test_save(memory_gate, timed, files, copy):
     directory, model = files
-    record(benchmark, directory / "converted", lambda: lowmem.save(model, directory / "saved"))
+    memory_gate.counted(lambda: figures(directory / "saved", lambda: lowmem.save(model, directory / "saved")))
     timed(lambda: lowmem.save(model, directory / "saved"), reference=copy)
     assert (directory / "saved").read_bytes() == (directory / "converted").read_bytes()
 
 
-def test_load(benchmark, timed, files, copy):
+def test_load(memory_gate, timed, files, copy):
     directory, model = files
-    record(benchmark, directory / "converted", lambda: lowmem.load(directory / "converted", dense_model))
+    converted = directory / "converted"
+    memory_gate.counted(lambda: figures(converted, lambda: lowmem.load(converted, dense_model)))
     loaded = timed(lambda: lowmem.load(directory / "converted", dense_model), reference=copy)
     x = torch.ones(1, 1024)
     assert torch.equal(loaded(x), model(x))
 
 
 @pytest.mark.parametrize("search", [False, True], ids=["absmax", "search"])
-def test_convert_checkpoint(benchmark, timed, files, copy, search):
+def test_convert_checkpoint(memory_gate, timed, files, copy, search):
     directory, _ = files
     run = lambda: convert_checkpoint(directory / "dense", directory / "out", lowmem.FourBit("nf4", search=search))  # noqa: E731
     run()
-    record(benchmark, directory / "out", run)
+    memory_gate.counted(lambda: figures(directory / "out", run))
     rows = timed(run, reference=copy)
-    benchmark.extra_info["input_bytes"] = sum(row.before_bytes for row in rows)
+    assert sum(row.before_bytes for row in rows) == 4 * FILE_LAYERS * 1024**2
     assert ((directory / "out").read_bytes() == (directory / "converted").read_bytes()) != search

@@ -12,11 +12,11 @@ pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
 @pytest.mark.parametrize("batch", BATCHES, ids="batch{}".format)
 @pytest.mark.parametrize("variant", list(VARIANTS), ids=str)
-def test_inference(benchmark, record_memory, timed, model, variant, batch):
+def test_inference(benchmark, memory_gate, timed, model, variant, batch):
     benchmark.group = f"inference, batch {batch:3}"
     x = inference_input(batch)
     compressed, float32 = model(variant), model("bignet")
-    record_memory(compressed, x)
+    memory_gate(compressed, x)
 
     with torch.no_grad():
         output = timed(lambda: compressed(x), reference=lambda: float32(x))

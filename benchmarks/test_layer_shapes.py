@@ -13,7 +13,7 @@ from torch import nn
 import lowmem
 from benchmarks.accuracy import assert_layers_exact
 
-pytestmark = [pytest.mark.ungated, pytest.mark.benchmark(max_time=0.3, min_rounds=3)]
+pytestmark = pytest.mark.benchmark(max_time=0.3, min_rounds=3)
 
 SHAPES = (  # (out, in): SmolLM2-135M's, and those of models of 1 and 7 billion weights
     (576, 576),

@@ -1,6 +1,6 @@
 """BigNet in the 4- and 8-bit layers of other libraries, beside ours in the same run: ``pip install .[peers]``.
 
-What is not installed is skipped; none of it is in the stored baseline.
+What is not installed is skipped.
 """
 
 import copy
@@ -12,7 +12,7 @@ from torch import nn
 
 import lowmem
 
-pytestmark = [pytest.mark.ungated, pytest.mark.benchmark(max_time=0.5, min_rounds=3)]
+pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
 # Products in bfloat16: bitsandbytes takes them in it, whatever the dtype of its input.
 NF4 = lowmem.FourBit("nf4", compute_dtype=torch.bfloat16)

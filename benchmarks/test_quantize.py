@@ -25,9 +25,9 @@ def copy(weight):
 
 
 @every_format
-def test_quantize(benchmark, timed, weight, copy, form):
+def test_quantize(benchmark, memory_gate, timed, weight, copy, form):
     benchmark.group = "quantize"
-    record(benchmark, lowmem.quantize(weight, form), lambda: lowmem.quantize(weight, form))
+    memory_gate.counted(lambda: figures(lowmem.quantize(weight, form), lambda: lowmem.quantize(weight, form)))
 
     quantized = timed(lambda: lowmem.quantize(weight, form), reference=copy)
 
@@ -35,23 +35,18 @@ def test_quantize(benchmark, timed, weight, copy, form):
 
 
 @every_format
-def test_dequantize(benchmark, timed, weight, copy, form):
+def test_dequantize(benchmark, memory_gate, timed, weight, copy, form):
     benchmark.group = "dequantize"
     quantized = lowmem.quantize(weight, form)
-    record(benchmark, quantized, quantized.dequantize)
+    memory_gate.counted(lambda: figures(quantized, quantized.dequantize))
 
     restored = timed(quantized.dequantize, reference=copy)
 
     assert ((weight - restored).abs() <= quantized.error_bound()).all()
 
 
-def record(benchmark, quantized, run):
-    """Record the bytes of what is stored, and the peak of the call."""
-    stored = (quantized.packed, quantized.scales)
-    peak = peak_bytes(run)
-    benchmark.extra_info.update(
-        theoretical_bytes=quantized.nbytes,
-        actual_bytes=sum(tensor.untyped_storage().nbytes() for tensor in stored),
-        forward_bytes=peak,
-        backward_bytes=peak,  # nothing trains: what the forward alone needs, as in measure.backward_bytes
-    )
+def figures(quantized, run):
+    """Return the bytes of what is stored, and the peak of the call."""
+    stored = sum(tensor.untyped_storage().nbytes() for tensor in (quantized.packed, quantized.scales))
+    assert stored == quantized.nbytes
+    return {"stored_bytes": stored, "peak_bytes": peak_bytes(run)}

@@ -25,12 +25,12 @@ def float32():
 
 
 @pytest.mark.parametrize("variant", list(VARIANTS), ids=str)
-def test_training_step(benchmark, record_memory, timed, float32, variant):
+def test_training_step(memory_gate, timed, float32, variant):
     training = Training(variant)
-    record_memory(training.model, training.x)
+    memory_gate(training.model, training.x)
     before = {name: p.detach().clone() for name, p in training.model.named_parameters()}
     # The first step is the largest: it also makes the optimizer's state.
-    benchmark.extra_info["step_bytes"] = measure.peak_bytes(training.step)
+    memory_gate.counted(lambda: {"peak_bytes": measure.peak_bytes(training.step)}, name="first step")
 
     loss = timed(training.step, reference=float32.step)
 
@@ -40,19 +40,23 @@ def test_training_step(benchmark, record_memory, timed, float32, variant):
 
 
 @pytest.mark.parametrize("way", list(WAYS), ids=str)
-def test_training_memory(benchmark, timed, float32, way):
+def test_training_memory(memory_gate, timed, float32, way):
     """Where the memory of a step of the nf4 variant goes: as it trains, prepared, and with 8-bit moments."""
     memory, optimizer = WAYS[way]
     training = Training("qlora_nf4", memory, TRAINERS[optimizer], batch=256)
-    found = training_memory(
-        training.model,
-        training.x,
-        loss=lambda logits: torch.nn.functional.cross_entropy(logits, training.labels),
-        optimizer=optimizer,
-    )
-    parts = {**found.parts, "activations": sum(found.activations.values())}
-    names = ("weights", "adapters", "gradients", "optimizer", "activations", "scratch")
-    benchmark.extra_info.update({f"{name}_bytes": parts[name] for name in names}, step_bytes=found.step_bytes)
+
+    def count():
+        found = training_memory(
+            training.model,
+            training.x,
+            loss=lambda logits: torch.nn.functional.cross_entropy(logits, training.labels),
+            optimizer=optimizer,
+        )
+        parts = {**found.parts, "activations": sum(found.activations.values())}
+        names = ("weights", "adapters", "gradients", "optimizer", "activations", "scratch")
+        return {f"{name}_bytes": parts[name] for name in names} | {"step_bytes": found.step_bytes}
+
+    memory_gate.counted(count)
 
     loss = timed(training.step, reference=float32.step)
 

@@ -33,7 +33,7 @@ from torch import nn
 
 import lowmem
 from benchmarks.resident import ROOT, _mib, _status, reset_high_water
-from lowmem.nn.adapter_product import LEAST_ROWS
+from lowmem.nn.adapter_autograd import LEAST_ROWS
 
 RANK = 16
 LENGTH, BATCH = 257, 4  # tokens of a text, texts of a step

@@ -21,14 +21,15 @@ from lowmem.io.checkpoint import load, save
 from lowmem.io.export.exported import Exported
 from lowmem.io.export.targets import export
 from lowmem.kernels import backend
+from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapted_weight import AdaptedWeight
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.budget import Budget
 from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.eightbit import EightBit, Embedding8Bit, Linear8Bit
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.half import Half, HalfLinear
-from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored import StoredTensor
 from lowmem.quant.formats import FORMATS, Format
 from lowmem.quant.packing import pack, unpack

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from lowmem.bignet import BigNet
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import LoRA
 from lowmem.transforms.convert import convert
 from lowmem.transforms.registry import Technique
 

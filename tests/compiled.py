@@ -8,18 +8,24 @@ import torch
 
 from lowmem import QuantizedTensor, kernels, quantize
 from lowmem.kernels import cpu, reference
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_for
 from tests import strategies
 from tests.rounding import gamma, unit
-from tests.selection import NIGHTLY
+from tests.selection import FULL, PROFILE
 
 ISAS = kernels.available()[1:]
 needs_kernel = pytest.mark.skipif(not ISAS, reason="the kernel is not compiled here")
 
 
 def at(names: Iterable[str]) -> pytest.MarkDecorator:
-    """Run a test at those of these ISAs that the processor has; in the nightly profile at every one."""
-    return pytest.mark.parametrize("isa", [name for name in ISAS if NIGHTLY or name in names])
+    """Run a test at the slowest and the fastest of these ISAs that the processor has.
+
+    Planted faults and mutants are tried at all of these ISAs. Where ``FULL`` is true, a test runs at every ISA.
+    """
+    found = [name for name in ISAS if FULL or name in names]
+    if not FULL and PROFILE != "faults":
+        found = [*found[:1], *found[1:][-1:]]
+    return pytest.mark.parametrize("isa", found)
 
 
 # Every ISA serves every product. Those that are not named compute it with the source of one that is.
@@ -93,7 +99,7 @@ def exact_product(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | Non
 
 def by_torch(weight: kernels.Weight, rows: int, dtype: torch.dtype, operation: str = "linear") -> bool:
     """Whether torch multiplies by this weight where the kernel in use is asked to."""
-    return "torch" in active_backend().plan(weight, rows, dtype, operation)[-1][1]
+    return "torch" in backend_for().plan(weight, rows, dtype, operation)[-1][1]
 
 
 def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias=None, by_torch: bool = False) -> None:

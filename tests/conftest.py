@@ -4,6 +4,7 @@ import gc
 import os
 import random
 import zlib
+from collections import Counter
 
 import hypothesis
 import numpy as np
@@ -13,8 +14,34 @@ from hypothesis import strategies
 
 from lowmem import backend
 from lowmem.kernels import cpu, reference
+from tests.selection import FULL, MARKERS, PROFILE
 
 THREADS = 2
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out the tests of ``MARKERS``, but for the first cases that ``keep=`` counts.
+
+    All run where a test is named, where ``-m`` selects a marker, and where planted faults and mutants are tried.
+    """
+    named = any("::" in argument for argument in config.args)
+    if FULL or PROFILE == "faults" or named or any(name in config.option.markexpr for name in MARKERS):
+        return
+    kept, left_out, cases = [], [], Counter()
+    for item in items:
+        mark = next(filter(None, map(item.get_closest_marker, MARKERS)), None)
+        test = item.nodeid.partition("[")[0]
+        cases[test] += 1
+        (kept if mark is None or cases[test] <= mark.kwargs.get("keep", 0) else left_out).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_configure(config):
+    """Declare the markers."""
+    for name, what in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}(keep=0): {what}; left out by default (tests/selection.py).")
 
 
 class TorchRandom:

@@ -20,15 +20,15 @@ from lowmem.errors import FileError
 from lowmem.io.container import DIGEST, MAGIC
 from lowmem.io.foreign import gguf
 from tests.io.foreign.written import text, typed
-from tests.selection import NIGHTLY
+from tests.selection import FULL, PROFILE
 
 try:
     import resource
 except ImportError:  # Windows
     resource = None
 
-CASES = 2000 if NIGHTLY else 4
-LARGE = (2**28, 2**62) if NIGHTLY else (2**28,)
+CASES = 2000 if PROFILE == "nightly" else 4
+LARGE = (2**28, 2**62) if FULL else (2**28,)
 MEMORY = 2**28  # bytes that a case may add to the process: files have a few KiB
 SECONDS = 20  # of processor time that a case may take: one takes milliseconds
 

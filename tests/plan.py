@@ -13,7 +13,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TABLE = re.compile(r"(?<=<!-- plan -->\n).*?(?=<!-- end -->)", re.DOTALL)
 ISAS = ("portable", "neon", "avx2", "avx512", "avx512vnni", "avx512bf16", "avx512amx")
 MOST = 2048  # rows of an input: no plan changes beyond
-PRODUCTS = {"linear": "x @ W.T", "linear_int8": "x @ W.T in int8", "input_grad": "grad @ W"}
+PRODUCTS = {"linear": "x @ W.T", "linear_inputs8": "x @ W.T in int8", "input_grad": "grad @ W"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 WEIGHTS = {  # blocks of 16, 32, 64 and 128 are whole parts of a group of 128 columns
     "4-bit, blocks of 16 to 128": quantize(torch.zeros(1, 64), "nf4", block_size=64),

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 
 from lowmem import Linear4Bit
+from lowmem.nn.adapter_bank import parameter_of
 
 # Roundings of a term beside those of a sum: of a dequantized weight, which is a level times a scale; of the scaling
 # of a block's sum, where a kernel multiplies levels first; and of the addition of that to the sums of other blocks.
@@ -34,8 +35,9 @@ def unit(dtype: torch.dtype) -> float:
 
 
 def stored_weight(layer: torch.nn.Module) -> torch.Tensor:
-    """Return what a linear layer multiplies with, in float64."""
-    return (layer.quantized.dequantize() if isinstance(layer, Linear4Bit) else layer.weight).detach().double()
+    """Return what a linear layer multiplies with, without adapters, in float64."""
+    weight = layer.quantized.dequantize() if isinstance(layer, Linear4Bit) else parameter_of(layer, "weight")
+    return weight.detach().double()
 
 
 def gamma(terms: int, dtype: torch.dtype = torch.float32) -> float:

@@ -1,4 +1,4 @@
-"""Which cases of a cross product a test runs with: a selection, and in the nightly profile all."""
+"""Which tests run, and which cases of a cross product: a selection by default, and all of them every night."""
 
 import os
 from collections import Counter
@@ -9,8 +9,18 @@ from itertools import combinations, product
 
 import pytest
 
-NIGHTLY = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
-"""Whether tests run with every combination of what they are parametrized with, and at every ISA of the processor."""
+PROFILE = os.environ.get("HYPOTHESIS_PROFILE", "default")
+FULL = PROFILE in ("full", "nightly")
+"""Whether all tests run, with whole cross products, and at every ISA of the processor."""
+
+MARKERS = {
+    "processes": "starts processes",
+    "compile": "waits for torch.compile",
+    "distributed": "runs in several processes of torch.distributed",
+    "gates": "runs a gate or a benchmark",
+    "thorough": "takes many cases of what another test takes a few of",
+}
+"""Markers of tests that are left out by default, but for a few of each kind (``tests/conftest.py``)."""
 
 
 def selection(axes: Iterable[Iterable], strength: int) -> list[tuple]:
@@ -33,16 +43,16 @@ def selection(axes: Iterable[Iterable], strength: int) -> list[tuple]:
 
 
 def _rows(strength: int, axes: dict[str, Iterable]) -> list[tuple]:
-    if NIGHTLY or len(axes) == 1:
+    if FULL or len(axes) == 1:
         return list(product(*axes.values()))
-    return selection(axes.values(), strength)
+    return selection(axes.values(), strength if PROFILE == "faults" else 1)
 
 
 def covering(strength: int = 2, **axes: Iterable) -> pytest.MarkDecorator:
-    """Parametrize a test with values of each axis: every pair of them, and in the nightly profile the cross product.
+    """Parametrize a test with each value of each axis at least once; where ``FULL`` is true, with the cross product.
 
     Args:
-        strength: 1 where every value once is enough.
+        strength: of the selection that planted faults and mutants are tried with: 2 for every pair of values.
         axes: the values of each argument, which can be hashed.
     """
     return pytest.mark.parametrize(tuple(axes), _rows(strength, axes))

@@ -9,7 +9,7 @@ from lowmem import FourBit, Half, LoRA, LoRALinear, convert
 from lowmem.io.safetensors import DTYPES
 from lowmem.quant.formats import EIGHT_BIT, FORMATS
 from lowmem.quant.scales import ENCODINGS
-from tests.selection import NIGHTLY
+from tests.selection import FULL
 
 four_bit_formats = st.sampled_from(sorted(FORMATS))
 formats = st.sampled_from([*sorted(FORMATS), *EIGHT_BIT])
@@ -108,7 +108,7 @@ def make_importance(kind: str, columns: int, seed: int) -> torch.Tensor | None:
 importance_kinds = st.sampled_from(["none", "some zeros", "mixed"])
 
 
-GRADCHECKED = 40 if NIGHTLY else 20  # features: gradcheck takes a product for each number; blocks have 16
+GRADCHECKED = 40 if FULL else 20  # features: gradcheck takes a product for each number; blocks have 16
 
 
 @st.composite
@@ -190,7 +190,7 @@ def make_adapted(
     seed: int = 0,
     technique: LoRA | None = None,
 ) -> LoRALinear:
-    """Return a LoRALinear over one of ``BASES`` whose lora_b is no longer zero."""
+    """Return a linear layer of ``BASES`` with an adapter whose lora_b is no longer zero."""
     layer = convert(linear, *BASES[base], LoRA(rank, alpha) if technique is None else technique)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

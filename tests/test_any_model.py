@@ -304,6 +304,7 @@ def test_checkpointed_activations_give_the_same_gradients(name, kind):
     assert all(torch.equal(kept[0][n], kept[1][n]) for n in kept[0])
 
 
+@pytest.mark.compile(keep=3)
 @stored_models
 @pytest.mark.no_cover
 def test_it_compiles_whole(name, kind, request):
@@ -318,6 +319,7 @@ def test_it_compiles_whole(name, kind, request):
     torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compile(keep=3)
 @stored_models
 def test_it_exports(name, kind):
     if name in ("mixture",):

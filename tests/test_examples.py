@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.examples import EXAMPLES, example
-from tests.selection import NIGHTLY
+from tests.selection import FULL
 
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
@@ -20,10 +20,11 @@ def test_a_header_says_how_to_run_it_and_what_came_out(path):
     assert f"examples/{path.name}" in (EXAMPLES.parent / "README.md").read_text(encoding="utf8")
 
 
+@pytest.mark.thorough
 def test_digits(capsys):
     pytest.importorskip("sklearn", reason="the digits need the extra: pip install '.[digits]'")
     run = example("digits")
-    found = run.main(*([] if NIGHTLY else [2]))
+    found = run.main(*([] if FULL else [2]))
     assert list(found) == ["upright", "turned", "full", "qlora"]
     printed = capsys.readouterr().out
     peaks = [float(peak) for peak in re.findall(r"peak, in \w+ +([\d.]+)", printed)]
@@ -32,6 +33,6 @@ def test_digits(capsys):
     # Another kernel's or torch's scratch may move a peak by some hundred KiB.
     assert peaks == pytest.approx([int(one) for one in told.groups()], abs=1)
     assert f"qlora: {found['qlora']:.1%} of held-out digits" in printed
-    if NIGHTLY:
+    if FULL:
         assert found["turned"] < 0.3 < 0.9 < found["full"]
         assert found["qlora"] >= found["full"] - 0.01

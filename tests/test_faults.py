@@ -1,7 +1,5 @@
 """The list of planted faults in C is not stale, and the script that tries them tells killed from survived."""
 
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -12,7 +10,7 @@ from tests.faults.planted import LIST, Fault, errors_of, read_faults
 from tests.selection import rows_in_one_case
 
 FAULTS = read_faults(LIST)
-PORTABLE = "lowmem/kernels/csrc/portable.c"
+PORTABLE = "lowmem/kernels/csrc/portable.h"
 FAULT = Fault("a", PORTABLE, "nothing", "LANES 4", "LANES 8", ("tests/test_main.py",), "portable")
 
 
@@ -54,21 +52,14 @@ def test_a_damaged_list_is_an_error_that_names_it(tmp_path, text):
         read_faults(path)
 
 
-def run(*arguments):
-    command = [sys.executable, "-m", "tests.faults", *arguments]
-    return subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
+def test_the_command_lists_the_faults(capsys):
+    assert command.main(["--list"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(FAULTS)
 
 
-def test_the_command_lists_the_faults():
-    done = run("--list")
-    assert done.returncode == 0, done.stderr
-    assert len(done.stdout.splitlines()) == len(FAULTS)
-
-
-def test_a_fault_that_is_not_there_is_one_line_and_exit_2():
-    done = run("--only", "gone")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "faults: --only gone: there is no such fault; --list shows all\n"
+def test_a_fault_that_is_not_there_is_one_line_and_exit_2(capsys):
+    assert command.main(["--only", "gone"]) == 2
+    assert capsys.readouterr() == ("", "faults: --only gone: there is no such fault; --list shows all\n")
 
 
 class Pool:
@@ -143,7 +134,7 @@ def test_a_fault_of_a_kernel_that_the_processor_lacks_is_skipped(capsys):
 
 
 @rows_in_one_case("text", ["0", "-1", "1.5", "many", ""])
-def test_a_number_of_jobs_is_a_whole_number_above_0(text):
-    done = run(f"--jobs={text}")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert f"{text!r} must be a whole number above 0" in done.stderr
+def test_a_number_of_jobs_is_a_whole_number_above_0(text, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        command.main([f"--jobs={text}"])
+    assert f"{text!r} must be a whole number above 0" in capsys.readouterr().err

@@ -80,6 +80,7 @@ def test_it():
 """
 
 
+@pytest.mark.processes
 @FORKS
 def test_a_pool_that_ends_ends_the_tests_that_its_workers_run(tmp_path):
     source = tmp_path / "source"
@@ -94,6 +95,7 @@ def test_a_pool_that_ends_ends_the_tests_that_its_workers_run(tmp_path):
         os.kill(int((tmp_path / "sleeps").read_text()), 0)
 
 
+@pytest.mark.processes
 def test_compiled_code_is_that_of_the_file_before_while_and_after_it_is_changed(tmp_path):
     """Python takes compiled code for that of a file of the same size and second."""
     source, root = tmp_path / "source", tmp_path / "copy"

@@ -204,6 +204,7 @@ def user_module(tmp_path, monkeypatch):
     (tmp_path / "main_models.py").write_text(USER_MODEL)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "argv",
     [
@@ -244,6 +245,7 @@ def test_a_model_that_calls_sys_exit_is_bad_input(name, argv, monkeypatch, capsy
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such signals")
 
 
+@pytest.mark.processes
 @posix
 @pytest.mark.parametrize(
     "argv", [["stats", "bignet"], ["stats", "bignet", "--json"], ["info"], ["compare", "--help"]]
@@ -257,6 +259,7 @@ def test_a_closed_pipe_ends_it_as_it_ends_other_programs(argv):
     assert process.returncode == -signal.SIGPIPE  # a shell shows 128 + 13 = 141
 
 
+@pytest.mark.processes
 @posix
 @covering(
     1,
@@ -280,6 +283,7 @@ def test_a_closed_pipe_that_the_user_s_model_writes_to_ends_it_likewise(argv, pl
     assert process.returncode == -signal.SIGPIPE
 
 
+@pytest.mark.processes
 @posix
 @pytest.mark.usefixtures("user_module")
 def test_a_pipe_of_the_model_s_own_that_is_closed_is_bad_input():
@@ -292,6 +296,7 @@ def test_a_pipe_of_the_model_s_own_that_is_closed_is_bad_input():
     assert err == "lowmem stats: model='main_own:make': calling it failed: BrokenPipeError: [Errno 32] Broken pipe\n"
 
 
+@pytest.mark.processes
 @posix
 @covering(1, argv=[("stats", "q4"), ("stats", "--unknown"), ("unknown",)], both=[False, True])
 def test_an_error_that_nobody_reads_ends_it_likewise(argv, both):
@@ -309,6 +314,7 @@ def test_an_error_that_nobody_reads_ends_it_likewise(argv, both):
     assert (done.returncode, done.stdout) == (-signal.SIGPIPE, None if both else b"")
 
 
+@pytest.mark.processes
 @posix
 def test_results_are_whole_where_nobody_reads_what_is_said_of_them(tmp_path):
     safetensors.torch.save_file({"a.weight": torch.ones(2, 8)}, tmp_path / "in")
@@ -328,6 +334,7 @@ def test_results_are_whole_where_nobody_reads_what_is_said_of_them(tmp_path):
     assert "converted 1 of 1 tensors" in (tmp_path / "table").read_text()
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_an_error_that_a_full_disk_does_not_take_keeps_its_exit_code():
     command = [sys.executable, "-m", "lowmem", "stats", "q4"]
@@ -347,6 +354,7 @@ CLOSES = [
 ]
 
 
+@pytest.mark.processes
 @covering(
     1,
     does=CLOSES,
@@ -373,6 +381,7 @@ def test_called_from_python_a_closed_pipe_is_the_shell_s_code(monkeypatch):
     assert run("stats") == 141
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 @covering(1, argv=[("info",), ("info", "--json")], unbuffered=["", "1"])
 def test_a_full_disk_is_one_line(argv, unbuffered, monkeypatch):
@@ -383,6 +392,7 @@ def test_a_full_disk_is_one_line(argv, unbuffered, monkeypatch):
     assert (process.returncode, err) == (2, "lowmem info: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.processes
 @posix
 @pytest.mark.parametrize("closed", [1, 2])
 def test_without_stdout_or_stderr_it_does_its_work(closed, tmp_path):
@@ -394,6 +404,7 @@ def test_without_stdout_or_stderr_it_does_its_work(closed, tmp_path):
     assert out == "" if closed == 1 else json.loads(out)["lowmem"] == __version__
 
 
+@pytest.mark.processes
 def test_a_name_that_stdout_cannot_encode_is_escaped(tmp_path, monkeypatch):
     safetensors.torch.save_file({"é語.weight": torch.ones(2, 8)}, tmp_path / "in")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")

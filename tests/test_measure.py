@@ -12,7 +12,7 @@ from torch import nn
 
 from lowmem import BigNet, FourBit, Half, LoRA, build, convert, measure
 from tests.profiled import profiled_peak
-from tests.selection import NIGHTLY, rows_in_one_case
+from tests.selection import FULL, rows_in_one_case
 
 MIB = 2**20
 
@@ -217,6 +217,7 @@ def test_outputs_in_containers_are_found_and_none_is_an_error():
         measure.backward_bytes(Two(False), torch.randn(1, 4))
 
 
+@pytest.mark.thorough
 @rows_in_one_case("name", ["bignet", "half_precision", "low_precision", "lora", "qlora"])
 def test_figures_are_the_same_in_every_run(name):
     model, x = build(name), torch.randn(2, 1024)
@@ -240,6 +241,7 @@ def test_bignet_variants_stay_within_their_memory_at_batch_1(name, forward, back
     assert measure.backward_bytes(model, x) <= backward * MIB
 
 
+@pytest.mark.thorough
 @rows_in_one_case("name", ["bignet", "half_precision", "low_precision", "qlora_nf4"])
 @rows_in_one_case("batch", [1, 64])
 def test_torch_s_profiler_sees_the_same_forward_peak(name, batch):
@@ -290,8 +292,9 @@ RESIDENT = r"""
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the high-water mark of a process by itself")
-@pytest.mark.parametrize("name", ["low_precision", "bignet"] if NIGHTLY else ["low_precision"])
+@pytest.mark.parametrize("name", ["low_precision", "bignet"] if FULL else ["low_precision"])
 def test_the_resident_high_water_mark_of_a_process_rises_by_the_peak(name):
     """One process tracks the peak, another runs the same without tracking and asks the system for its own."""
     batch = "16384"  # 64 MiB an activation: large beside what the system rounds and caches

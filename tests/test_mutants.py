@@ -1,8 +1,6 @@
 """Which mutants are drawn: the same ones each time, in code that runs, with the tests that must kill them."""
 
 import ast
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import PurePosixPath
 
@@ -139,9 +137,9 @@ def test_tests_that_fail_without_a_mutant_are_named_and_their_mutants_not_tried(
         assert out.count("\nkilled ") == tried
 
 
-def test_a_module_that_is_not_drawn_from_is_one_line_and_exit_2():
-    command = [sys.executable, "-m", "tests.faults.mutants", "lowmem/gone.py"]
-    done = subprocess.run(command, cwd=SOURCE, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("mutants: lowmem/gone.py is none of the modules")
-    assert done.stderr.count("\n") == 1
+def test_a_module_that_is_not_drawn_from_is_one_line_and_exit_2(capsys):
+    assert mutants.main(["lowmem/gone.py"]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("mutants: lowmem/gone.py is none of the modules")
+    assert err.count("\n") == 1

@@ -7,7 +7,11 @@ from collections import Counter
 from itertools import combinations, product
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+
+from tests import conftest
 from tests.compiled import ISAS
 from tests.selection import covering, rows_in_one_case, selection
 
@@ -20,7 +24,12 @@ SHOW = (
     "print(found.derandomize, found.database is not None, found.max_examples, found.deadline, "
     "*(len(covering(strength, **axes).args[1]) for strength in (1, 2)), bound.args[1] == ISAS)"
 )
-SHOWN = {"ci": f"True False 60 None 3 9 {len(ISAS) <= 2}", "nightly": "False True 2000 None 27 27 True"}
+SHOWN = {
+    "ci": f"True False 15 None 3 3 {len(ISAS) <= 2}",
+    "faults": f"True False 60 None 3 9 {len(ISAS) <= 2}",
+    "full": "True False 60 None 27 27 True",
+    "nightly": "False True 2000 None 27 27 True",
+}
 
 
 @covering(1, profile=SHOWN, ci=["", "true"])
@@ -32,6 +41,39 @@ def test_a_profile_is_the_same_wherever_it_runs(profile, ci):
     environment |= {"CI": ci} if ci else {}
     done = subprocess.run([sys.executable, "-c", SHOW], cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == SHOWN[profile], done.stderr
+
+
+class Item:
+    def __init__(self, nodeid, **marks):
+        self.nodeid, self.marks = nodeid, marks
+
+    def get_closest_marker(self, name):
+        return SimpleNamespace(kwargs=self.marks[name]) if name in self.marks else None
+
+
+@rows_in_one_case(
+    ("profile", "markexpr", "args", "left"),
+    [
+        ("ci", "", ["tests"], ["t::b[2]", "t::c"]),
+        ("ci", "hypothesis", ["tests"], ["t::b[2]", "t::c"]),
+        ("ci", "compile", ["tests"], []),
+        ("ci", "", ["t::c"], []),
+        ("faults", "", ["tests"], []),
+        ("full", "", ["tests"], []),
+    ],
+)
+def test_of_tests_with_a_marker_the_first_cases_run_by_default(profile, markexpr, args, left):
+    items = [Item("t::a"), Item("t::b[1]", compile={"keep": 1}), Item("t::b[2]", compile={"keep": 1})]
+    items.append(Item("t::c", gates={}))
+    names, deselected = [item.nodeid for item in items], []
+    hook = SimpleNamespace(pytest_deselected=lambda items: deselected.extend(item.nodeid for item in items))
+    config = SimpleNamespace(option=SimpleNamespace(markexpr=markexpr), args=args, hook=hook)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(conftest, "PROFILE", profile)
+        patch.setattr(conftest, "FULL", profile == "full")
+        conftest.pytest_collection_modifyitems(config, items)
+    assert deselected == left
+    assert [item.nodeid for item in items] == [name for name in names if name not in left]
 
 
 @rows_in_one_case("sizes", [(3,), (2, 2), (10, 4), (4, 2, 2), (9, 4, 3), (2, 3, 2, 5)])

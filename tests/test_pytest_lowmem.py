@@ -16,6 +16,7 @@ from torch import nn
 
 import lowmem
 from lowmem.testing.memory import memory_figures
+from lowmem.testing.verdicts import read_verdict
 from tests.selection import covering
 
 pytest_plugins = ["pytester"]
@@ -207,6 +208,69 @@ def test_a_gate_of_no_own_name_is_refused(project, run):
     assert "name='': give each memory gate of a test its own name=" in output
     assert "name=3: it must be a string" in output
     assert r"name='a\nb': it must be one printable line, as tables show it" in output
+
+
+COUNTED = """
+from lowmem import measure
+import torch
+from torch import nn
+
+SIZE = 4
+
+def test_counted(memory_gate):
+    threads = []
+    def count():
+        threads.append(torch.get_num_threads())
+        return {"peak_bytes": measure.peak_bytes(lambda: torch.zeros(SIZE)), "file_bytes": 7}
+    found = memory_gate.counted(count)
+    assert (found, threads) == ({"peak_bytes": 4 * SIZE, "file_bytes": 7}, [2])
+    memory_gate.counted(lambda: {"file_bytes": 8}, name="other")
+
+def test_nothing(memory_gate):
+    memory_gate.counted(dict)
+
+def test_no_bytes(memory_gate):
+    memory_gate.counted(lambda: {"peak_bytes": 1.5})
+
+def test_no_name(memory_gate):
+    memory_gate.counted(lambda: {"peak": 1})
+"""
+
+
+def test_figures_that_a_function_counts_are_compared_as_those_of_a_model(project, run):
+    project.makepyfile(test_model=COUNTED)
+    assert run("--lowmem-baseline=store", "-k", "counted")[0] == 0
+    assert baseline(project)["figures"] == {
+        "test_model.py::test_counted": {"peak_bytes": 16, "file_bytes": 7},
+        "test_model.py::test_counted | other": {"file_bytes": 8},
+    }
+    assert run("-k", "counted")[0] == 0
+    project.makepyfile(test_model=COUNTED.replace("SIZE = 4", "SIZE = 5"))
+    code, output = run("-k", "counted")
+    assert code == 1
+    assert "peak_bytes      16     20          +4" in output
+    code, output = run("-k", "not counted")
+    assert code == 2
+    for found in ("{}", "{'peak': 1}"):
+        assert f"figures={found}: return one or more, each with a name such as peak_bytes" in output
+    assert "'peak_bytes' is 1.5 and must be a number of bytes" in output
+
+
+def test_the_verdict_is_written_as_json(project, run):
+    run("--lowmem-baseline=store", "--lowmem-json=new/out.json")
+    path = project.path / "new" / "out.json"
+    stored = read_verdict(path)
+    assert stored.passed
+    assert {row.verdict for row in stored.rows} == {"same"}
+    grow(project)
+    assert run(f"--lowmem-json={path}")[0] == 1
+    found = read_verdict(path)
+    assert (found.gate, found.outcome, len(found.rows)) == ("memory", "failed", len(stored.rows))
+    (row,) = (row for row in found.rows if row.figure == "stored_bytes")
+    assert (row.name, row.base, row.head, row.verdict) == (f"test_model.py::{NAME}", BYTES, BYTES + 4 * 13, "grew")
+    code, output = run("--lowmem-json=test_model.py/out.json")
+    assert code == 2
+    assert "--lowmem-json=test_model.py/out.json: " in output
 
 
 @covering(
@@ -410,6 +474,7 @@ def test_bench(benchmark):
 """
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.skipif(not find_spec("pytest_benchmark"), reason="pytest-benchmark is not installed")
 @pytest.mark.parametrize(
     ("options", "skipped"),
@@ -458,6 +523,7 @@ def test_broken(memory_gate):
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not find_spec("xdist"), reason="pytest-xdist is not installed")
 def test_with_two_workers_the_controller_writes_once_and_shows_all(project, monkeypatch):
     project.makepyfile(test_model=PARALLEL)

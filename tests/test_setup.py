@@ -53,6 +53,19 @@ def test_where_the_kernel_cannot_be_compiled_a_wheel_serves_any_python_of_that_p
     assert tag_of(built) == ("py3", "none", re.sub(r"\W", "_", platform))
 
 
+@pytest.mark.skipif(sys.platform == "win32" or not shutil.which(cpu.compiler()[0]), reason="no C compiler")
+def test_each_header_compiles_by_itself():
+    """All of them in one call, each as a file of its own."""
+    folder = Path(sysconfig.get_paths()["include"])
+    if not (folder / "Python.h").exists():
+        pytest.skip("this Python has no headers")
+    headers = sorted(cpu.SOURCES.glob("*.h"))
+    assert headers
+    command = [*cpu.compiler(), "-std=gnu11", "-w", "-fsyntax-only", f"-I{folder}", "-x", "c", *map(str, headers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_kernel_that_does_not_compile_fails_a_release_and_no_install(monkeypatch):
     monkeypatch.setattr(sysconfig, "get_platform", lambda: "linux-x86_64")
     monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 0}.get)
@@ -102,11 +115,13 @@ def what_python_says(folder, compiler):
     return run.stderr
 
 
+@pytest.mark.processes
 def test_a_source_tree_whose_kernel_was_not_compiled_warns_once(source_tree):
     said = what_python_says(source_tree, compiler=sys.executable)  # any program will do: it is not run
     assert said.count("compile it with: pip install -e .") == 1
 
 
+@pytest.mark.processes
 def test_without_a_compiler_or_sources_there_is_nothing_to_warn_of(source_tree, tmp_path):
     assert what_python_says(source_tree, compiler="no-such-compiler") == ""
     assert not cpu.is_forgotten("linux", csrc=tmp_path / "csrc")

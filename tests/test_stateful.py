@@ -65,10 +65,10 @@ def stored_bits(model):
 
 def adapted_weight(layer):
     """Return a layer's weight with its active adapters in float64, and the sum of the magnitudes of its terms."""
-    weight = stored_weight(layer.base)
+    weight = stored_weight(layer)
     magnitudes = weight.abs()
-    for name in layer.active:
-        adapter = layer.adapters[name]
+    for name in layer.adapters.active:
+        adapter = layer.adapters.parts(name)["weight"]
         a, b = adapter.lora_a.detach().double(), adapter.lora_b.detach().double()
         weight = weight + adapter.scaling * b @ a
         magnitudes = magnitudes + adapter.scaling * b.abs() @ a.abs()
@@ -122,8 +122,8 @@ class Lifecycle(RuleBasedStateMachine):
         if refusal or name == "lora":  # a fresh adapter changes nothing
             assert torch.equal(self.output(), before)
         for layer in self.layers(LoRALinear):  # one that has learned something is worth merging
-            for adapter in layer.adapters.values():
-                nn.init.normal_(adapter.lora_b)
+            for name in layer.adapters.names:
+                nn.init.normal_(layer.adapters.parts(name)["weight"].lora_b)
         self.bits = stored_bits(self.model)
 
     @precondition(lambda self: not self.layers(LoRALinear))
@@ -155,17 +155,18 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: self.layers(LoRALinear))
     @rule()
     def merge_adapters(self):
-        quantized = any(isinstance(m.base, Linear4Bit) for m in self.layers(LoRALinear))
+        quantized = any(isinstance(m, Linear4Bit) for m in self.layers(LoRALinear))
         paths = {path: module for path, module in self.model.named_modules() if isinstance(module, LoRALinear)}
         expected = {path: adapted_weight(layer) for path, layer in paths.items()}
+        kinds = {path: layer._plain_class for path, layer in paths.items()}
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             merge(self.model)
         assert bool(caught) == quantized
         assert not self.layers(LoRALinear)
-        for path, adapted in paths.items():
-            merged = self.model.get_submodule(path)
-            assert type(merged) is type(adapted.base)
+        for path, merged in paths.items():
+            assert self.model.get_submodule(path) is merged
+            assert type(merged) is kinds[path]
             self.merged(merged)
             rank = TECHNIQUES["lora"].rank
             assert_holds(merged, *expected[path], rank + 3)  # a term each and the weight; alpha / rank, the product
@@ -234,7 +235,7 @@ class Lifecycle(RuleBasedStateMachine):
     def what_trains_is_what_the_techniques_say(self):
         for module in self.model.modules():
             if isinstance(module, HalfLinear):
-                assert not any(p.requires_grad for p in module.parameters())
+                assert not any(p.requires_grad for p in module.parameters(recurse=False))
             if isinstance(module, Linear4Bit):
                 assert not module.packed.requires_grad
                 assert not module.scales.requires_grad
@@ -248,6 +249,7 @@ TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(stateful_step_count=15)
 
 
+@pytest.mark.thorough
 def test_the_sequences_merge_adapters_of_every_base():
     """Else the bounds of what is merged hold nothing. (120 sequences merge some 20 of each base.)"""
     count = collections.Counter()

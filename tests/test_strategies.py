@@ -1,5 +1,6 @@
 """What the strategies draw: properties prove nothing about shapes that hardly ever occur."""
 
+import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
@@ -30,6 +31,7 @@ def drawn(*strategies: st.SearchStrategy) -> list[tuple]:
     return found
 
 
+@pytest.mark.thorough
 def test_stored_matrices_have_tiles_long_rows_and_every_remainder():
     stored = [(*weight.shape, block) for weight, _, block, _ in drawn(*given_stored)]
     assert len(stored) >= 0.9 * DRAWS
@@ -49,6 +51,7 @@ def test_stored_matrices_have_tiles_long_rows_and_every_remainder():
         assert {columns % vector for _, columns, block in stored if columns > block} == set(range(vector))
 
 
+@pytest.mark.thorough
 def test_stored_matrices_are_of_every_format_scale_and_layout():
     examples = drawn(*given_stored)
     for position, values in ((1, FORMATS), (3, ENCODINGS)):

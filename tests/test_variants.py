@@ -8,6 +8,7 @@ from lowmem.variants import techniques_of
 from tests.selection import rows_in_one_case
 
 
+@pytest.mark.thorough
 @rows_in_one_case("name", VARIANTS)
 def test_a_variant_is_its_techniques_over_the_seeded_float_model(name):
     dense = build("bignet", seed=3)

@@ -1,6 +1,7 @@
 """The workflows run what tox.ini has, and one check needs all of them."""
 
 import configparser
+import json
 import re
 from pathlib import Path
 
@@ -35,16 +36,11 @@ def test_the_workflows_name_environments_of_tox():
     assert (named | by_variable) - environments() == set()
 
 
-def test_benchmarks_that_gate_a_merge_are_compared_with_the_baseline():
-    """Without ``--benchmark-compare`` figures are shown, and none fails."""
-    texts = [
-        (ROOT / ".ci" / "run").read_text(),
-        *WORKFLOWS.values(),
-        *(TOX[name].get("commands", "") for name in TOX),
-    ]
-    lines = [line for text in texts for line in text.splitlines() if "pytest benchmarks" in line]
-    assert len(lines) >= 2
-    assert [line for line in lines if "--benchmark-compare" not in line and "--against" not in line] == []
+def test_every_baseline_of_memory_has_the_figures_of_the_same_benchmarks():
+    paths = [path for path in (ROOT / "benchmarks/memory").glob("*.json") if not path.stem.startswith("resident")]
+    names = {path.name: set(json.loads(path.read_text())["figures"]) for path in paths}
+    assert len(names) >= 6
+    assert {frozenset(own) for own in names.values()} == {frozenset(names["avx2-torch2.13.json"])}
 
 
 def test_the_required_check_needs_every_job():

@@ -24,8 +24,10 @@ from lowmem.io.foreign.peft_folder import CONFIG, PICKLES, WEIGHTS, read_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
 from lowmem.io.wrappers import unwrap
-from lowmem.nn.adapted_module import AdaptedModule, bank_of, base_of, parameter_of, without_adapters
-from lowmem.nn.lora import Adapter, LoRA
+from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import Adapter, LoRA
+from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.fold import without_adapters
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
@@ -114,7 +116,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
         name: of the adapter in the model; None: the name in the file, of a folder "default".
 
     Returns:
-        The model, changed in place; or the adapted layer, when the root itself was the layer.
+        The model, changed in place.
 
     Raises:
         TypeError: the model is not a module.
@@ -158,8 +160,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
                 f"the model has an adapter {show(name)} of other layers, ranks, alphas, dropouts or scalings; "
                 "delete that adapter first, or load this one under another name="
             )
-        banks = [bank for place in content.techniques if (bank := bank_of(places[place][0])) is not None]
-        if any(bank.merged == name for bank in banks):
+        layers = [places[place][0] for place in content.techniques]
+        if any(isinstance(layer, AdaptedModule) and layer.adapters.merged == name for layer in layers):
             raise ValueError(f"the model's adapter {show(name)} is merged: call unmerge_adapter(model) first")
     except (ValueError, TypeError) as reason:
         raise refusal(path, str(reason), "load the adapter") from reason
@@ -169,7 +171,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
             module, parameter = places[place]
             placed.setdefault(module, {})[parameter] = technique
         refuse_peft(model, placed, freezes=True)
-        model = add_placed(model, name, placed, {module: paths[0] for module, paths in found.items()})
+        add_placed(model, name, placed, {module: paths[0] for module, paths in found.items()})
     with torch.no_grad():
         for at, adapter in adapter_layers(model, name).items():
             for part, value in _values(adapter).items():
@@ -242,8 +244,7 @@ def fingerprint(model: nn.Module, paths: list[str]) -> str:
     sha256 = hashlib.sha256()
     for path in sorted(paths):
         module, parameter = places.get(path) or (by_path[path], "weight")
-        base = base_of(module)
-        base = without_adapters(base) if isinstance(base, AdaptedModule) else base
+        base = without_adapters(module) if isinstance(module, AdaptedModule) else module
         stored = how_stored(base) if isinstance(base, StoredModule) else {}
         record = stored.get(parameter, {})
         record.pop("method", None)  # it does not change how bytes are decoded

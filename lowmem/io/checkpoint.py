@@ -20,7 +20,7 @@ from lowmem.io.metadata import adapters_record, form_record, technique_record
 from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, build
 from lowmem.io.wrappers import unwrap
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.half import Half
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule, file_names, format_keys, multiplied_in
@@ -75,14 +75,13 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     known: dict[int, Any] = {}  # id of a stored weight -> its record; layers that share it need none of their own
     adapters: dict[str, Any] = {}
     for layer, place in layers.items():
-        base = base_of(layer)
-        if isinstance(base, StoredModule):
-            for name, record in how_stored(base).items():
-                first_part = getattr(base, f"{name}_{base.forms[name].parts[0]}")
+        if isinstance(layer, StoredModule):
+            for name, record in how_stored(layer).items():
+                first_part = getattr(layer, f"{name}_{layer.forms[name].parts[0]}")
                 first = known.setdefault(id(first_part), record)
                 if first is record or first != record:
                     stored[place if name == "weight" else f"{place}.{name}".lstrip(".")] = record
-        if bank_of(layer) is not None:
+        if isinstance(layer, AdaptedModule):
             adapters |= {place_name(place, name): record for name, record in adapters_record(layer).items()}
     metadata = {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}
     write_tensors(path, tensors, metadata)

@@ -7,14 +7,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
 
 from lowmem.errors import show
-from lowmem.nn.adapted_module import bank_of
+from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import Adapter, LoRA
 from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import Adapter, LoRA
 from lowmem.nn.stored import FourBitForm
 from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS, OFFSETS
@@ -121,9 +120,9 @@ def lora_of(record: object) -> LoRA:
     return _lora(check_keys(record, _ADAPTER, ("rank_stabilized",)))
 
 
-def adapters_record(layer: nn.Module) -> dict[str, list[dict[str, Any]]]:
+def adapters_record(layer: AdaptedModule) -> dict[str, list[dict[str, Any]]]:
     """Return the metadata records of all adapters of a layer, by the parameters that they change."""
-    bank, found = bank_of(layer), dict[str, list[dict[str, Any]]]()
+    bank, found = layer.adapters, dict[str, list[dict[str, Any]]]()
     for name in bank.names:
         for parameter, part in bank.parts(name).items():
             record = {**adapter_record(part), "name": name, "active": name in bank.in_use}

@@ -13,20 +13,19 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, flags_of, record_errors, technique_of
-from lowmem.nn.adapted_module import bank_of, base_of, table_of
-from lowmem.nn.adapter import layout_of
+from lowmem.nn.adapted_module import AdaptedModule, table_of
+from lowmem.nn.adapter import LoRA, layout_of
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit, Linear4Bit
 from lowmem.nn.gathered_linear import gathered_copy
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.half import Half
-from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored_module import StoredModule, as_part, file_names, format_keys
 from lowmem.transforms.adapters import add_placed
 from lowmem.transforms.convert import commit, keep_shared_biases, store_parameters, weight_key
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import places_of
-from lowmem.transforms.registry import ADAPTED, layer_name, module_paths, skip_reason
+from lowmem.transforms.registry import layer_name, module_paths, skip_reason
 
 __all__ = ["adapter_skip_reason", "assign", "build", "check_adapter", "convert_skeleton"]
 
@@ -46,12 +45,13 @@ def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors
     """
     model = make_on_meta(factory)
     try:
-        return convert_skeleton(model, metadata, tensors)
+        convert_skeleton(model, metadata, tensors)
     except TypeError as reason:
         raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
+    return model
 
 
-def convert_skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
+def convert_skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace layers by meta-device skeletons of the converted ones that the file records, and add adapters.
 
     Args:
@@ -62,11 +62,11 @@ def convert_skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Map
     Raises:
         ValueError: layers in the file that the model has not.
     """
-    model = _convert_layers(model, metadata["layers"])
-    return _add_adapters(model, metadata.get("adapters", {}), tensors)
+    _convert_layers(model, metadata["layers"])
+    _add_adapters(model, metadata.get("adapters", {}), tensors)
 
 
-def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Module:
+def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> None:
     owners: dict[Any, list[tuple[nn.Module, str]]] = {}
     for owner in model.modules():
         for name, parameter in owner._parameters.items():
@@ -139,7 +139,7 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> nn.Modul
         gathered = [name for name in names if "gathered" in found[module, name][3]]
         replacements[module] = _gathered(made, path) if gathered else made
     keep_shared_biases(model, replacements)
-    return commit(model, replacements)
+    commit(model, replacements)
 
 
 def _gathered(layer: StoredModule, path: str) -> StoredModule:
@@ -167,7 +167,7 @@ def _parameter_at(by_path: Mapping[str, nn.Module], path: str) -> tuple[nn.Modul
     return module, name
 
 
-def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> nn.Module:
+def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tensor]) -> None:
     """Give layers the adapters that a file records; all records are checked before one is built."""
     with record_errors("its record of the adapters"):
         records = check_object(records)
@@ -189,12 +189,12 @@ def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tenso
     of_tables: dict[tuple[int | None, str, LoRA], str] = {}
     for (module, parameter), (place, adapters) in found.items():
         for name, (technique, _) in adapters.items() if table_of(module) is not None else ():
-            prefix = _prefix(place, parameter, name, False)
+            prefix = _prefix(place, parameter, name)
             if f"{prefix}lora_a" in tensors:
                 of_tables.setdefault((table_of(module), name, technique), prefix)
     for (module, parameter), (place, adapters) in found.items():
         for name, (technique, active) in adapters.items():
-            prefix = _prefix(place, parameter, name, type(module) in ADAPTED)
+            prefix = _prefix(place, parameter, name)
             if f"{prefix}lora_a" not in tensors:  # a file holds the adapter of a shared table once
                 prefix = of_tables.get((table_of(module), name, technique), prefix)
             prefixes[module, parameter, name] = prefix
@@ -207,33 +207,19 @@ def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tenso
             for module, of_layer in wanted.items()
             if name in of_layer
         }
-        model, layers = _added(model, name, placed, paths)
-        wanted = {layers.get(module, module): of_layer for module, of_layer in wanted.items()}
-        prefixes = {(layers.get(one, one), part, of): prefix for (one, part, of), prefix in prefixes.items()}
+        add_placed(model, name, placed, paths)
     for module, of_layer in wanted.items():
-        bank = bank_of(module)
+        bank = cast(AdaptedModule, module).adapters
         bank.active = tuple(n for n, parts in of_layer.items() if any(active for _, active in parts.values()))
         for name in bank.names:
             for parameter, adapter in bank.parts(name).items():
                 adapter.to(tensors[f"{prefixes[module, parameter, name]}lora_a"].dtype)  # it may have been cast
-    return model
 
 
-def _prefix(place: str, parameter: str, name: str, is_linear: bool) -> str:
+def _prefix(place: str, parameter: str, name: str) -> str:
     """Return what the state's names of an adapter's tensors begin with."""
-    if is_linear:
-        return f"{place}.adapters.{name}.".lstrip(".")
     path = place if parameter == "weight" else place.removesuffix(parameter).rstrip(".")
     return f"{path}.adapters.{name}.{parameter}.".lstrip(".")
-
-
-def _added(
-    model: nn.Module, name: str, placed: Mapping[nn.Module, Mapping[str, LoRA]], paths: Mapping[nn.Module, str]
-) -> tuple[nn.Module, dict[nn.Module, nn.Module]]:
-    """Add an adapter; also return the LoRALinear of each layer that has become one."""
-    model = add_placed(model, name, placed, paths)
-    layers = {one.base: one for one in model.modules() if isinstance(one, LoRALinear)}
-    return model, cast("dict[nn.Module, nn.Module]", layers)
 
 
 def adapter_skip_reason(model: nn.Module, places: Mapping[str, tuple[nn.Module, str]], place: str) -> str | None:
@@ -258,7 +244,7 @@ def check_adapter(
         tensors: of the file, by name.
         parameter: which the adapter changes.
     """
-    for part, shape in layout_of(base_of(layer), parameter).shapes(technique.rank).items():
+    for part, shape in layout_of(layer, parameter).shapes(technique.rank).items():
         given = tensors.get(prefix + part)
         if given is None:
             raise ValueError(f"it lacks {printable(prefix + part, 80)}")

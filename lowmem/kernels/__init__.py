@@ -1,4 +1,4 @@
-"""Products with stored weights, and the selection of the backend that computes them.
+"""Products with stored weights, computed by the backend of a tensor's device; and the selection of the CPU's.
 
 A weight is a float16 or bfloat16 tensor (out, in), or a 4-bit ``QuantizedTensor``:
 
@@ -9,9 +9,10 @@ A weight is a float16 or bfloat16 tensor (out, in), or a 4-bit ``QuantizedTensor
 
 computed and returned in ``dtype`` (torch.int8: returned in the dtype of x, see ``lowmem.kernels.int8``). The same
 backend quantizes and dequantizes rows for ``lowmem.quant``; its protocol is ``lowmem.quant.backend.Backend``.
-``reference`` is plain torch, runs on any device, and defines the results. ``cpu`` binds the compiled kernel, which is
-preferred, with the best ISA that the processor has. The environment variable ``LOWMEM_KERNEL`` selects another one:
-reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx.
+``reference`` is plain torch, serves every device type that ``register`` gave no other backend, and defines the
+results. ``cpu`` binds the compiled kernel: the CPU's backend is the best ISA that the processor has, or the one that
+the environment variable ``LOWMEM_KERNEL`` names: reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or
+avx512amx.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels import cpu, reference
+from lowmem.kernels.frozen_operator import serve
 from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.memory import TYPES
-from lowmem.quant.backend import Backend, LowRank, Weight, active_backend, set_backend
+from lowmem.quant.backend import ANY, Backend, LowRank, Weight, backend_for, backend_of, set_backend
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
@@ -34,62 +36,69 @@ __all__ = [
     "Weight",
     "add_low_rank",
     "add_product",
-    "adds_products",
     "available",
     "backend",
     "explain",
+    "fast_bfloat16",
     "input_grad",
     "linear",
+    "register",
     "using",
 ]
 
 VARIABLE = "LOWMEM_KERNEL"
 PROVIDERS = (reference, cpu)
-"""Modules with a function ``backends()``. It returns the backends that can run here, the slowest first, and how they
-compute; or none, and the reason."""
+"""Modules with a function ``backends()``. It returns the CPU's backends that can run here, the slowest first, and how
+they compute; or none, and the reason."""
 
 _reason: str
 
 
+def register(device_type: str, backend: Backend) -> None:
+    """Let a backend serve a device type, as ``torch.device.type`` names it: plain calls and torch's dispatcher."""
+    set_backend(device_type, backend)
+    serve(device_type)
+
+
 def available() -> list[str]:
-    """Return the names of the backends that can run on this machine, the slowest first."""
+    """Return the names of the CPU's backends that can run on this machine, the slowest first."""
     return list(_backends()[0])
 
 
 def backend() -> str:
-    """Return the name of the active backend, and why it was selected, as one line of text."""
-    return f"{active_backend().name}: {_reason}"
+    """Return the name of the CPU's backend, and why it was selected, as one line of text."""
+    return f"{backend_for('cpu').name}: {_reason}"
 
 
 def linear(
     x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype`` (int8: x's)."""
-    return active_backend().linear(x, weight, dtype, bias, low_rank)
+    return backend_of(x).linear(x, weight, dtype, bias, low_rank)
 
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype`` (torch.int8: in grad's)."""
-    return active_backend().input_grad(grad, weight, float_dtype(dtype, grad.dtype))
+    return backend_of(grad).input_grad(grad, weight, float_dtype(dtype, grad.dtype))
 
 
 def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``; not differentiable."""
-    return active_backend().add_low_rank(base, x, a, b, scaling)
+    return backend_of(base).add_low_rank(base, x, a, b, scaling)
 
 
 def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; sums are rounded once."""
-    return active_backend().add_product(out, x, weight, transposed)
+    return backend_of(out).add_product(out, x, weight, transposed)
 
 
-def adds_products() -> bool:
-    """Whether ``add_product`` in bfloat16 is as fast as a product and an update apart, for 64 rows and more."""
-    return active_backend().adds_products
+def fast_bfloat16(x: Tensor) -> bool:
+    """Whether the device of x multiplies bfloat16 faster than float32, so that ``add_product`` in it pays off."""
+    return backend_of(x).fast_bfloat16
 
 
 def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = None) -> str:
-    """Print and return what the active backend runs for a weight, and why: a line for each product.
+    """Print and return what the backend of a weight's device runs, and why: a line for each product.
 
     A line names the kernel, the ISA whose table has it, and the kernels that were asked before and why they refuse.
 
@@ -119,15 +128,16 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
         raise ValueError(f"rows={rows} must be at least 1")
     if dtype not in (*TYPES, torch.int8):
         raise ValueError(f"dtype={dtype} must be torch.float32, torch.bfloat16, torch.float16 or torch.int8")
-    text = active_backend().explain(stored, rows, dtype)
+    device = stored.packed if isinstance(stored, QuantizedTensor) else stored
+    text = backend_of(device).explain(stored, rows, dtype)
     print(text)
     return text
 
 
 @contextmanager
 def using(name: str) -> Iterator[None]:
-    """Activate one of ``available()`` inside the block: for tests and benchmarks."""
-    before = active_backend(), _reason
+    """Let one of ``available()`` serve the CPU inside the block: for tests and benchmarks."""
+    before = backend_for("cpu"), _reason
     _activate(*_select(name))
     try:
         yield
@@ -138,7 +148,7 @@ def using(name: str) -> Iterator[None]:
 def _activate(selected: Backend, reason: str) -> None:
     global _reason
     _reason = reason
-    set_backend(selected)
+    register("cpu", selected)
 
 
 def _backends() -> tuple[dict[str, tuple[Backend, str]], list[str]]:
@@ -168,4 +178,5 @@ def _select(name: str | None) -> tuple[Backend, str]:
     return selected, "; ".join([f"{how}, {because}", *missing])
 
 
+register(ANY, reference.backends()[0][0])
 _activate(*_select(os.environ.get(VARIABLE)))

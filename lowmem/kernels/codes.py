@@ -1,26 +1,22 @@
-"""Numbers as 8-bit codes in blocks of 32 with one scale each: the definition in plain torch, and the calls of C.
+"""Numbers as 8-bit codes in blocks of 32 with one scale each, by the backend of a tensor; and the definition.
 
     scale = max |x| / 127,    code = round(x / scale),    x ~ code scale
 
 Halves are rounded to even. Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
-section 2. C (``csrc/codes.h``) serves 32 and 16 bits on the CPU, with the same bits; plain torch everything else.
+section 2. All backends give the same bits.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.kernels.memory import TYPES, is_real, is_traced
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 
-__all__ = ["BLOCK", "code", "code_in_torch", "decode", "decode_in_torch"]
+__all__ = ["BLOCK", "code", "code_in_torch", "decode", "decode_in_torch", "empty_codes"]
 
 BLOCK = 32
-_CODE, _DECODE = 5, 6  # of struct rowwise in csrc/kernel.h
 
 _CHUNK = 2**18
 """Numbers that torch compresses at a time, so that temporaries stay in a processor's cache."""
@@ -38,22 +34,14 @@ def code(numbers: Tensor, into: tuple[Tensor, Tensor] | None = None) -> tuple[Te
         scales: float32 (blocks, 1). NaN, with any codes, where a number is not finite.
         counts: of the numbers and of the codes.
     """
-    if not _takes(numbers):
-        return code_in_torch(numbers, into)
-    codes, scales = into or _empty(numbers)
-    counts = torch.zeros(3, dtype=torch.int64)  # in 0, out 0; whether a scale is not finite
-    given, outs, type = (numbers, counts, None), (codes, scales), TYPES[numbers.dtype]
-    backend: Any = active_backend()
-    backend.rowwise(_CODE, type, type, given, outs, (0.0, 0.0), len(numbers), 0)
-    before, after, _ = counts.tolist()
-    return codes, scales, (before, after)
+    return backend_of(numbers).encode_8bit(numbers, into or empty_codes(numbers))
 
 
 def code_in_torch(
     numbers: Tensor, into: tuple[Tensor, Tensor] | None = None
 ) -> tuple[Tensor, Tensor, tuple[int, int]]:
     """Compute ``code``, by definition."""
-    length, (codes, scales) = numbers.numel(), into or _empty(numbers)
+    length, (codes, scales) = numbers.numel(), into or empty_codes(numbers)
     before = int(numbers.count_nonzero())
     numbers = functional.pad(numbers, (0, codes.numel() - length))
     rows = max(1, min(_CHUNK // BLOCK, len(codes)))
@@ -72,12 +60,7 @@ def code_in_torch(
 
 def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``codes * scales`` in a dtype: (blocks, 32)."""
-    out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-    if not _takes(out):
-        return decode_in_torch(codes, scales, dtype)
-    backend: Any = active_backend()
-    backend.rowwise(_DECODE, TYPES[dtype], TYPES[dtype], (codes, scales, None), (out,), (0.0, 0.0), 0, 0)
-    return out
+    return backend_of(codes).decode_8bit(codes, scales, dtype)
 
 
 def decode_in_torch(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -93,14 +76,8 @@ def decode_in_torch(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor
     return out
 
 
-def _empty(numbers: Tensor) -> tuple[Tensor, Tensor]:
+def empty_codes(numbers: Tensor) -> tuple[Tensor, Tensor]:
+    """Return uninitialized codes and scales for numbers."""
     blocks = -(-numbers.numel() // BLOCK)
     codes = torch.empty(blocks, BLOCK, dtype=torch.int8, device=numbers.device)
     return codes, torch.empty(blocks, 1, dtype=torch.float32, device=numbers.device)
-
-
-def _takes(tensor: Tensor) -> bool:
-    """Whether C serves: a plain CPU tensor with numbers in it, side by side."""
-    if tensor.dtype not in TYPES or not tensor.numel() or not is_real(tensor) or not tensor.is_contiguous():
-        return False
-    return not is_traced() and hasattr(active_backend(), "rowwise")

@@ -1,4 +1,4 @@
-"""Columns of a weight, each rounded to codes for what the ones before it left: the definition, and the call of C.
+"""Columns of a weight, each rounded to codes for what the ones before it left; and the definition.
 
 With the changes d of the columns before, a number of column i is rounded from
 
@@ -6,26 +6,21 @@ With the changes d of the columns before, a number of column i is rounded from
     descent  w = before_i + (value_i - sum_j M_ij d_j) / pivot_i             d_i = near - before_i
 
 where near is the level next to w / scale, times the scale. Frantar et al., GPTQ, arXiv 2210.17323, algorithm 1;
-Behdin et al., QuantEase, arXiv 2309.01885, section 3. C (``csrc/columns.h``) serves 16 levels on the CPU.
+Behdin et al., QuantEase, arXiv 2309.01885, section 3.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lowmem.kernels.memory import is_float, is_real, is_traced
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 from lowmem.quant.formats import Format
 
-__all__ = ["PANEL", "round_columns"]
+__all__ = ["PANEL", "round_columns", "round_in_torch"]
 
 PANEL = 64
-"""Columns of a call, at most: ``MOST_COLUMNS`` of csrc/columns.h."""
-
-_ROUNDING, _LEVELS = 7, 16  # of struct rowwise in csrc/kernel.h, and of columns.h
+"""Columns of a call, at most: ``MOST_COLUMNS`` of csrc/columns.h, and what stays in a processor's cache."""
 
 
 def round_columns(
@@ -50,13 +45,20 @@ def round_columns(
         codes: uint8 (columns, out), which are written.
         descends: whether it is a step of coordinate descent.
     """
-    if _takes(form, values, scales, approximate, codes):
-        numbers = torch.tensor((*form.levels, *form.boundaries, 0.0), dtype=torch.float32, device=values.device)
-        given = (values, torch.cat([numbers, pivots, matrix.flatten()]), scales)
-        backend: Any = active_backend()
-        out = values.shape[1]
-        backend.rowwise(_ROUNDING, 0, 0, given, (approximate, codes), (float(descends), 0.0), out, out)
-        return
+    backend_of(values).round_columns(form, values, scales, pivots, matrix, approximate, codes, descends)
+
+
+def round_in_torch(
+    form: Format,
+    values: Tensor,
+    scales: Tensor,
+    pivots: Tensor,
+    matrix: Tensor,
+    approximate: Tensor,
+    codes: Tensor,
+    descends: bool,
+) -> None:
+    """Compute ``round_columns``, by definition."""
     levels, boundaries = (
         torch.tensor(numbers, dtype=torch.float32, device=values.device) for numbers in (form.levels, form.boundaries)
     )
@@ -67,11 +69,3 @@ def round_columns(
         near = levels[codes[i].int()] * scales[i]
         values[i] = near - approximate[i] if descends else (left - near) / pivot
         approximate[i] = near
-
-
-def _takes(form: Format, values: Tensor, scales: Tensor, approximate: Tensor, codes: Tensor) -> bool:
-    """Whether C serves."""
-    if len(form.levels) != _LEVELS or len(values) > PANEL or is_traced() or not hasattr(active_backend(), "rowwise"):
-        return False
-    fits = is_real(codes) and codes.is_contiguous() and values.numel() > 0
-    return fits and is_float(values) and is_float(scales) and is_float(approximate)

@@ -17,14 +17,15 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, TypeAlias, cast
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter, functional
 
 from lowmem.kernels import int8, reference
-from lowmem.kernels.memory import TYPES, is_float, is_real, is_traced, is_vector, unseen
+from lowmem.kernels.cpu_rows import CpuRows
+from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.threads import usable_cpus
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
@@ -55,8 +56,7 @@ _TORCH_CHUNK = 512
 
 _TILE = 32  # columns in bfloat16 of a tile of AMX
 
-_OPERATIONS = {"linear": 0, "linear_int8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
-_NUMBERS = 7  # of struct rowwise in csrc/kernel.h
+_OPERATIONS = {"linear": 0, "linear_inputs8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 
 Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
 """A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
@@ -122,7 +122,7 @@ class Prepared:
     handle: object
 
 
-class Kernel:
+class Kernel(CpuRows):
     """The backend in C for one ISA.
 
     Args:
@@ -135,11 +135,10 @@ class Kernel:
         self._isa = [isa for isa, _ in native.isas()].index(name)
         # Bound once: faster than nested attribute lookups, and typed.
         self._linear: Callable[..., Tensor | Literal[False] | None] = native.linear  # False: the plan says torch
-        self._linear8: Callable[..., Tensor | None] = native.linear_int8
+        self._native_linear_inputs8: Callable[..., Tensor | None] = native.linear_inputs8
         self._input_grad: Callable[..., Tensor | Literal[False] | None] = native.input_grad
         self._native_dequantize: Callable[..., Tensor | None] = native.dequantize
         self._update: Callable[..., Tensor | None] = native.update
-        self._rowwise: Callable[..., None] = native.rowwise
         self._order = lru_cache(maxsize=64)(native.order)  # the column order, shared by layers of one shape
 
     def linear(
@@ -164,30 +163,12 @@ class Kernel:
         out = self._linear_of_others(x, weight, dtype, bias)
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
 
-    def linear_again(
-        self,
-        x: Tensor,
-        cache: dict[str, Any],
-        packed: Tensor,
-        scales: Tensor,
-        bias: Tensor | None,
-        low_rank: LowRank | None,
-    ) -> Tensor | None:
-        """Return what ``linear`` would, by the handle in a weight's cache; None: there is none, or C refuses."""
-        kept: Prepared | None = cache.get(_AS_FLOATS)
-        if kept is None or kept.kernel is not self:
-            return None
-        a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
-        threads = torch.get_num_threads()
-        out = self._linear(self._isa, kept.handle, packed, scales, x, bias, threads, a, b, scaling)
-        return None if out is False else out
-
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Convert arguments to a form that C takes, or fall back to plain torch."""
         if isinstance(weight, QuantizedTensor) and weight.has_offsets:
             return self._linear_with_offsets(x, weight, dtype, bias)
         if dtype is torch.int8:
-            return self._linear_int8(x, weight, bias)
+            return self._linear_inputs8(x, weight, bias)
         if dtype not in TYPES or not (is_real(x) and x.is_floating_point() and x.dim() == 2):
             return reference.linear(x, weight, dtype, bias)
         x, threads = x.to(dtype).contiguous(), torch.get_num_threads()
@@ -233,7 +214,7 @@ class Kernel:
         for given in self._handles(weight, _BASE_IN_INT8 if in_int8 else _BASE):
             product: Tensor | Literal[False] | None = None
             if in_int8:
-                product = self._linear8(self._isa, *given, x, None, threads)
+                product = self._native_linear_inputs8(self._isa, *given, x, None, threads)
                 x = x if product is not None else int8.round_inputs(x, weight.block_size).contiguous()
             if product is None:
                 product = self._linear(self._isa, *given, x, None, threads, *_NO_LOW_RANK)
@@ -263,7 +244,7 @@ class Kernel:
         return _few_at_a_time(grad, 4 * (rows + 3 * columns), of_few)
 
     @property
-    def adds_products(self) -> bool:
+    def fast_bfloat16(self) -> bool:
         """Whether the processor multiplies bfloat16, so that torch is fast at it."""
         return self.name in ("avx512bf16", "avx512amx")
 
@@ -342,18 +323,18 @@ class Kernel:
         """Fill ``out`` with what a weight holds from a row and the column of a block on; None: C does not take it."""
         return self._native_dequantize(self._isa, *given, row, column, out, torch.get_num_threads())
 
-    def _linear_int8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def _linear_inputs8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Multiply 8-bit integers; or, in float32, inputs rounded to them; or fall back to plain torch."""
         given, threads = self._given(weight, _IN_INT8), torch.get_num_threads()
         if given is not None:
-            out = self._linear8(self._isa, *given, x, bias, threads)
+            out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
             if out is not None:
                 return out
         if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x):
             x = x.contiguous()
             bias = bias if bias is None or is_vector(bias, weight.shape[0]) else bias.float().contiguous()
             for given in self._handles(weight, _IN_INT8):
-                out = self._linear8(self._isa, *given, x, bias, threads)
+                out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
                 if out is None:
                     out = self._few_in_int8(given, x, weight, bias)
                 if out is not None:
@@ -367,7 +348,8 @@ class Kernel:
         threads, step = torch.get_num_threads(), max(1, _ROUNDED_BYTES // max(1, of_one))
         for few, into in zip(x.split(step), out.split(step), strict=True):
             wide = few.float()
-            product: Tensor | Literal[False] | None = self._linear8(self._isa, *given, wide, bias, threads)
+            product: Tensor | Literal[False] | None
+            product = self._native_linear_inputs8(self._isa, *given, wide, bias, threads)
             if product is None:
                 rounded = int8.round_inputs(wide, weight.block_size).contiguous()
                 product = self._linear(self._isa, *given, rounded, bias, threads, *_NO_LOW_RANK)
@@ -409,25 +391,6 @@ class Kernel:
                 return out
         return reference.add_low_rank(base, x, a, b, scaling)
 
-    def rowwise(
-        self,
-        operation: int,
-        given_type: int,
-        type: int,
-        given: tuple[Tensor | None, ...],
-        outs: tuple[Tensor | None, ...],
-        numbers: tuple[float, ...],
-        step: int,
-        out_step: int,
-    ) -> None:
-        """Fill ``outs``; ``lowmem.kernels.rowwise`` has checked the tensors."""
-        first = cast(Tensor, outs[0])
-        columns = first.shape[-1]
-        addresses = [0 if one is None else one.data_ptr() for one in (*given, *outs, None)][:5]
-        sizes = first.numel() // columns, columns, step, out_step
-        bits = [*map(_bits, numbers), *[0] * (_NUMBERS - len(numbers))]
-        self._rowwise(self._isa, operation, given_type, type, *sizes, *bits, torch.get_num_threads(), *addresses)
-
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
         if dtype in TYPES and not is_traced():
@@ -449,8 +412,8 @@ class Kernel:
             fits = fits and is_float(importance) and importance.shape == rows.shape[1:]
         if not fits or is_traced() or not rows.numel():
             return reference.quantize_rows(rows, into, chunk, importance)
-        levels, boundaries = _floats(form.levels), _floats(form.boundaries)
-        candidates = _floats(CANDIDATES if into.method == "search" else ())
+        levels, boundaries = floats(form.levels), floats(form.boundaries)
+        candidates = floats(CANDIDATES if into.method == "search" else ())
         threads, (count, columns) = torch.get_num_threads(), rows.shape
         scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
         held = self.native.quantize(
@@ -511,9 +474,9 @@ class Kernel:
             return "\n".join(
                 [*self._explained(weight, rows, dtype, "linear"), *self._explained(weight, rows, dtype, "input_grad")]
             )
-        if self.plan(weight, rows, dtype, "linear_int8"):
-            return "\n".join(self._explained(weight, rows, dtype, "linear_int8"))
-        rounded = f"linear_int8: no kernel of {self.name} takes this; torch rounds the input to 8 bits, and then"
+        if self.plan(weight, rows, dtype, "linear_inputs8"):
+            return "\n".join(self._explained(weight, rows, dtype, "linear_inputs8"))
+        rounded = f"linear_inputs8: no kernel of {self.name} takes this; torch rounds the input to 8 bits, and then"
         return "\n".join([rounded, *self._explained(weight, rows, torch.float32, "linear")])
 
     def _explained(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> list[str]:
@@ -532,7 +495,7 @@ class Kernel:
             weight: (out, in).
             rows: of the input.
             dtype: to compute in.
-            operation: linear, linear_int8 or input_grad.
+            operation: linear, linear_inputs8 or input_grad.
 
         Returns:
             For each its ISA and name, the least and the most rows that it takes, and why it refuses, or None.
@@ -564,7 +527,7 @@ class Kernel:
             self._isa,
             packed,
             scales,
-            _floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C knows those of 8 bits
+            floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C knows those of 8 bits
             _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,
@@ -632,11 +595,6 @@ def _chunks(count: int, step: int = 1) -> list[slice]:
     size = -(-count // max(1, round(count / _TORCH_CHUNK)))
     size = min(count, -(-size // step) * step)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
-
-
-@lru_cache(maxsize=64)
-def _floats(values: tuple[float, ...]) -> array[float]:
-    return array("f", values)  # not a tensor: an active dispatch mode could intercept it
 
 
 def _bits(value: float) -> int:

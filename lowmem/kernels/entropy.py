@@ -1,24 +1,19 @@
-"""The cross entropy of rows of logits and its gradient: the definition in plain torch, and the call of C.
+"""The cross entropy of rows of logits and its gradient, by the backend of a tensor; and the definition.
 
     loss = -(1 - e) log p[target] - e mean(log p),    d loss / d logits = p - (1 - e) onehot - e / vocabulary
 
 for p the softmax of a row and e the label smoothing. Everything is computed in float32 (float64 for such logits) and
-rounded once. C (``csrc/entropy.h``) serves 32 and 16 bits on the CPU; plain torch everything else.
+rounded once.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from lowmem.kernels.memory import TYPES, is_real, is_traced
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 
 __all__ = ["entropies", "entropies_in_torch"]
-
-_OPERATION = 4  # of struct rowwise in csrc/kernel.h
 
 _ROWS = 16
 """Rows whose probabilities are computed at a time in float32: few enough to stay in a processor's cache."""
@@ -29,18 +24,11 @@ def entropies(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool)
 
     Args:
         logits: floating point (rows, vocabulary), contiguous; replaced by the gradient of each row's loss.
-        targets: int64 (rows,), each from 0 to vocabulary - 1: C does not check it.
+        targets: int64 (rows,), each from 0 to vocabulary - 1, which is not checked.
         smoothing: how much of each target is spread over the vocabulary, in [0, 1].
         gradient: whether to compute the gradient.
     """
-    backend: Any = active_backend()
-    fits = logits.dtype in TYPES and logits.is_contiguous() and is_real(logits) and is_real(targets)
-    if not fits or not logits.numel() or is_traced() or not hasattr(backend, "rowwise"):
-        return entropies_in_torch(logits, targets, smoothing, gradient)
-    losses, type = logits.new_empty(len(logits), dtype=torch.float32), TYPES[logits.dtype]
-    given, outs, numbers = (logits, targets.contiguous(), None), (logits, losses), (smoothing, float(gradient))
-    backend.rowwise(_OPERATION, type, type, given, outs, numbers, 0, 0)
-    return losses
+    return backend_of(logits).entropies(logits, targets, smoothing, gradient)
 
 
 def entropies_in_torch(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:

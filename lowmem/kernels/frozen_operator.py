@@ -1,7 +1,8 @@
 """Operators on an input and a frozen weight, each declared once for eager calls, derivatives and recorded graphs.
 
-Compiled, exported and traced graphs hold them as ``torch.ops.lowmem.<name>``, which is opaque to these, so that the
-active backend serves. Such an operator takes tensors, numbers and text: the fields of a 4-bit weight stand for it.
+Compiled, exported and traced graphs hold them as ``torch.ops.lowmem.<name>``, which is opaque to these. Torch's
+dispatcher calls the kernel that ``serve`` registered for the device, and thereby the device's backend. Such an
+operator takes tensors, numbers and text: the fields of a 4-bit weight stand for it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import outside_of_graphs, register_vmap
-from lowmem.quant.backend import Weight
+from lowmem.quant.backend import ANY, Weight, backend_for, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import code_bytes
 from lowmem.quant.scales import get_encoding
@@ -26,9 +26,9 @@ __all__ = [
     "FrozenOperator",
     "StoredParts",
     "fields",
-    "kept_as",
     "parsed",
     "refuse_training",
+    "serve",
     "stands_for_plain_call",
     "stored",
     "stored_as",
@@ -37,6 +37,17 @@ __all__ = [
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
 
+_served: list[str] = []  # device types
+_declared: list[Callable[[str], None]] = []  # of each operator, what registers its kernel for a device type
+
+
+def serve(device_type: str) -> None:
+    """Register a kernel of every operator with torch's dispatcher: the device type's backend computes it."""
+    if device_type not in _served:
+        _served.append(device_type)
+        for register in _declared:
+            register(device_type)
+
 
 class FrozenOperator:
     """An operator ``f(x, weight, *rest)`` that is linear in x; or one without a gradient, of any arguments.
@@ -44,7 +55,7 @@ class FrozenOperator:
     Eager calls bypass torch's dispatcher, which costs more than the autograd function that they run.
 
     Args:
-        compute: computes it from real tensors.
+        compute: computes it from a backend and real tensors.
         fake: returns an empty output for the same arguments.
         record: calls the declared operator with the same arguments.
         derivatives: maps (x, *rest) to the ``rest`` with which f maps a tangent of x to that of the output, and the
@@ -64,7 +75,7 @@ class FrozenOperator:
     ) -> None:
         self.compute, self.fake, self.derivatives = compute, fake, derivatives
         self.rows_alike = rows_alike
-        self.record = outside_of_graphs(record)
+        self.record = record
         self.differentiable = differentiable or self.node
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -76,22 +87,25 @@ class FrozenOperator:
         out: Tensor = _Node.apply(self, *arguments)  # type: ignore[no-untyped-call, unused-ignore]
         return out
 
-    def declare(
-        self,
-        schema: str,
-        arguments: Callable[..., tuple[Any, ...]],
-        at_once: Callable[..., Tensor | None] = lambda *_: None,
-    ) -> None:
-        """Declare ``torch.ops.lowmem.<name>``.
+    def declare(self, schema: str, arguments: Callable[..., tuple[Any, ...]]) -> None:
+        """Declare ``torch.ops.lowmem.<name>``, for every device type that is or will be served.
 
         Args:
             schema: its name, arguments and result.
-            arguments: maps its arguments to those of ``compute``.
-            at_once: computes a call that nothing watches from its arguments, where that is faster; None: it cannot.
+            arguments: maps its arguments to those of ``compute`` behind the backend.
         """
         _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        name, _, overload = schema.partition("(")[0].partition(".")
-        operator = getattr(getattr(torch.ops.lowmem, name), overload or "default")
+        name = schema.partition("(")[0]
+        operator = getattr(torch.ops.lowmem, name).default
+
+        def register(device_type: str) -> None:
+            key = "default" if device_type == ANY else device_type
+            torch.library.impl(
+                f"lowmem::{name}",
+                key,
+                lambda *given: self.compute(backend_for(device_type), *arguments(*given)),
+                lib=_LIBRARY,
+            )
 
         def compute_or_differentiate(*given: Any) -> Tensor:
             if _needs_gradient(given) or forward_ad._current_level >= 0:
@@ -99,34 +113,21 @@ class FrozenOperator:
             if is_traced() or _is_transformed():
                 with torch._C._AutoDispatchBelowAutograd():
                     return cast(Tensor, operator(*given))
-            return self.compute(*arguments(*given))  # a second dispatch would cost as much as the first
+            return self.compute(backend_of(given[0]), *arguments(*given))  # a second dispatch costs as much again
 
-        _LIBRARY.impl(operator, lambda *given: self.compute(*arguments(*given)), "CompositeExplicitAutograd")
+        _declared.append(register)
+        for device_type in _served:
+            register(device_type)
         if self.derivatives is not None:
             _LIBRARY.impl(operator, compute_or_differentiate, "Autograd")
-            register_vmap(operator, partial(_over_examples, operator, self.rows_alike), _LIBRARY)
+            torch.library.register_vmap(operator, partial(_over_examples, operator, self.rows_alike), lib=_LIBRARY)
         torch.library.register_fake(operator, lambda *given: self.fake(*arguments(*given)), lib=_LIBRARY)
-        dispatch = operator._op
-
-        def compute_or_dispatch(*given: Any, **named: Any) -> Tensor:
-            if named or not _is_plain_call(given):
-                return cast(Tensor, dispatch(*given, **named))
-            out = at_once(*given)
-            return self.compute(*arguments(*given)) if out is None else out
-
-        operator._op = compute_or_dispatch  # what calling the overload runs; a torch that runs another dispatches
 
 
 _is_compiling, _is_tracing, _is_transformed = (  # called often: globals are faster
     torch.compiler.is_compiling,
     torch._C._is_tracing,
     torch._C._are_functorch_transforms_active,
-)
-_modes, _function_modes, _grad_enabled, _is_profiled = (
-    torch._C._len_torch_dispatch_stack,
-    torch._C._len_torch_function_stack,
-    torch.is_grad_enabled,
-    torch._C._autograd._profiler_enabled,
 )
 
 
@@ -141,24 +142,6 @@ def stands_for_plain_call(arguments: Sequence[Any]) -> bool:
     if _is_compiling() or _is_tracing() or _is_transformed() or forward_ad._current_level >= 0:
         return False
     return is_traced() and not _needs_gradient(arguments)
-
-
-def _is_plain_call(arguments: Sequence[Any]) -> bool:
-    """Whether all that torch's dispatcher would do is to compute a call; in a compiled model it takes 5 us for that.
-
-    Nothing records, transforms, replaces, differentiates or profiles it, and its tensors are plain ones on the CPU.
-    """
-    if _modes() or _function_modes() or _is_tracing() or _is_transformed() or forward_ad._current_level >= 0:
-        return False
-    grad_enabled = _grad_enabled()
-    for one in arguments:
-        kind = type(one)
-        if kind is Tensor or kind is nn.Parameter:
-            if not one.is_cpu or (grad_enabled and one.requires_grad):
-                return False
-        elif isinstance(one, Tensor):
-            return False
-    return not _is_profiled()
 
 
 def _needs_gradient(arguments: Sequence[Any]) -> bool:
@@ -239,28 +222,9 @@ def stored(packed: Tensor, scales: Tensor, *described: Any) -> QuantizedTensor:
 
 
 def stored_as(packed: Tensor, scales: Tensor, text: str) -> tuple[QuantizedTensor, torch.dtype, bool]:
-    """Return the same of one text, as graphs hold it; with the dtype to compute in, and whether it is transposed."""
-    if type(packed) is not nn.Parameter and type(packed) is not Tensor:
-        described, dtype, transposed = parsed(text)
-        return stored(packed, scales, *described), dtype, transposed
-    state, as_dtype, dtype, transposed = _state_as(packed.data_ptr(), packed.shape, text)
-    weight = object.__new__(QuantizedTensor)
-    scales = scales if scales.dtype is as_dtype else scales.view(as_dtype)
-    weight.__dict__.update(state, packed=packed, scales=scales)
-    return weight, dtype, transposed
-
-
-def kept_as(packed: Tensor, scales: Tensor, text: str) -> tuple[dict[str, Any], Tensor, torch.dtype, bool]:
-    """Return what was cached for a weight, its scales in their dtype, and what the text says beside, as above."""
-    state, as_dtype, dtype, transposed = _state_as(packed.data_ptr(), packed.shape, text)
-    return state["cache"], scales if scales.dtype is as_dtype else scales.view(as_dtype), dtype, transposed
-
-
-@lru_cache(maxsize=4096)
-def _state_as(address: int, packed: torch.Size, text: str) -> tuple[dict[str, Any], torch.dtype, torch.dtype, bool]:
-    """Return ``_state_of``, the dtype of the scales, and the rest of a text: one look-up at each call."""
+    """Parse the text that graphs carry: return the weight, its compute dtype, and whether it is transposed."""
     described, dtype, transposed = parsed(text)
-    return _state_of(address, packed, *described), _scale_dtype(*described), dtype, transposed
+    return stored(packed, scales, *described), dtype, transposed
 
 
 @lru_cache(maxsize=1024)
@@ -283,8 +247,9 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(f: FrozenOperator, x: Tensor, weight: Weight, *rest: Any) -> Tensor:
-        recorded = type(x) is not Tensor and is_traced() and not _is_transformed()
-        return (f.record if recorded else f.compute)(x, weight, *rest)
+        if type(x) is not Tensor and is_traced() and not _is_transformed():
+            return f.record(x, weight, *rest)
+        return f.compute(backend_of(x), x, weight, *rest)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -43,7 +43,7 @@ def round_inputs(x: Tensor, block_size: int) -> Tensor:
     padded = functional.pad(x.float(), (0, -columns % size))
     parts = padded.view(batch, padded.shape[1] // size, size)
     largest = parts.abs().amax(-1, keepdim=True).clamp_min(_LEAST)
-    inverse = largest.new_tensor(LARGEST) / largest  # LARGEST / largest would round twice: LARGEST * (1 / largest)
+    inverse = largest.new_full((), LARGEST) / largest  # LARGEST / largest would round twice: LARGEST * (1 / largest)
     rounded = (parts * inverse).round_().mul_(largest / LARGEST)
     return rounded.view(padded.shape)[:, :columns]
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["TYPES", "is_batch", "is_float", "is_real", "is_traced", "is_vector", "keeps_results", "unseen"]
+__all__ = ["TYPES", "floats", "is_batch", "is_float", "is_real", "is_traced", "is_vector", "keeps_results", "unseen"]
 
 # enum type of csrc/kernel.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -24,6 +25,12 @@ _is_compiling, _tracing, _modes = (  # called for every product: globals are fas
     torch._C._get_tracing_state,
     torch._C._len_torch_dispatch_stack,
 )
+
+
+@lru_cache(maxsize=64)
+def floats(values: tuple[float, ...]) -> array[float]:
+    """Return numbers for C, in float32; not a tensor, of which an active dispatch mode could make another."""
+    return array("f", values)
 
 
 def is_real(tensor: Tensor) -> bool:

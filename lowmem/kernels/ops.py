@@ -9,21 +9,23 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowmem import kernels
 from lowmem.kernels import decompositions, reference
 from lowmem.kernels.decompositions import decomposes
-from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, kept_as, parsed, stored, stored_as
+from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, parsed, stored, stored_as
 from lowmem.kernels.int8 import float_dtype
-from lowmem.quant.backend import Weight, active_backend
+from lowmem.quant.backend import Backend, Weight
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["dequantize_rows", "grouped_product", "product"]
 
 
-def _compute(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *added: Any) -> Tensor:
+def _compute(
+    backend: Backend, x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *added: Any
+) -> Tensor:
     if transposed:
-        return kernels.input_grad(x, weight, dtype)
-    return kernels.linear(x, weight, dtype, added[0] if added else None, added[1:] or None)
+        return backend.input_grad(x, weight, float_dtype(dtype, x.dtype))
+    bias, a, *rest = (*added, None, None)[: max(2, len(added))]
+    return backend.linear(x, weight, dtype, bias, None if a is None else (a, *rest))
 
 
 def _fake(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *_: object) -> Tensor:
@@ -32,19 +34,15 @@ def _fake(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *_: o
 
 def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
     if not isinstance(weight, (QuantizedTensor, StoredParts)):  # a tuple: torch 2.9's compiler takes no union
-        operator = torch.ops.lowmem.product_16bit
-        alone = len(rest) < 4 or rest[3] is None  # without A
-        return cast(Tensor, operator.plain(x, weight, *rest[:3]) if alone else operator.default(x, weight, *rest))
+        return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
     if isinstance(weight, StoredParts):
         packed, scales, text = weight.packed, weight.scales, weight.text
     else:
         packed, scales, *described = fields(weight)
         text = f"{' '.join(map(str, described))} {weight.shape[1]}"
-    text, added = f"{text} {rest[0]} {rest[1]}", rest[2:]
-    if len(added) < 2 or added[1] is None:
-        return cast(Tensor, torch.ops.lowmem.product_4bit.plain(x, packed, scales, text, *added[:1]))
-    return cast(Tensor, torch.ops.lowmem.product_4bit.described(x, packed, scales, text, *added))
+    dtype, transposed, *added = rest
+    return cast(Tensor, torch.ops.lowmem.product_4bit(x, packed, scales, f"{text} {dtype} {transposed}", *added))
 
 
 def _derivatives(x: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -53,11 +51,17 @@ def _derivatives(x: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[tuple
 
 
 def _differentiable(
-    x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, bias: Tensor | None = None, *low_rank: Any
+    x: Tensor,
+    weight: Weight,
+    dtype: torch.dtype,
+    transposed: bool,
+    bias: Tensor | None = None,
+    a: Tensor | None = None,
+    *rest: Any,
 ) -> Tensor:
     out = product.node(x, weight, dtype, transposed)
     out = out if bias is None else out + bias.to(out.dtype)
-    return reference.add_low_rank(out, x, *low_rank) if low_rank else out
+    return out if a is None else reference.add_low_rank(out, x, a, *rest)
 
 
 product = FrozenOperator(_compute, _fake, _record, _derivatives, _differentiable)
@@ -65,54 +69,28 @@ product = FrozenOperator(_compute, _fake, _record, _derivatives, _differentiable
 all but W; or ``x @ W`` when transposed. The arguments from ``bias`` on may be left out."""
 
 
-def _arguments(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> tuple[Any, ...]:
-    weight, dtype, transposed = stored_as(packed, scales, text)
-    return x, weight, dtype, transposed, *added
-
-
-def _at_once(
-    x: Tensor, packed: Tensor, scales: Tensor, text: str, bias: Tensor | None = None, *low_rank: Any
-) -> Tensor | None:
-    """Compute ``x @ W.T`` and what is added with what the backend has kept of W; None: as any other call."""
-    cache, scales, dtype, transposed = kept_as(packed, scales, text)
-    if transposed or x.dtype is not dtype:
-        return None
-    return active_backend().linear_again(x, cache, packed, scales, bias, low_rank or None)
-
-
 _FIELDS = "Tensor packed, Tensor scales, str format, int block_size, str scale_encoding, int columns"
 _ADDED = "Tensor? bias=None, Tensor? a=None, Tensor? b=None, float? scaling=None"
-_REST = f"ScalarType dtype, bool transposed, {_ADDED}"
-product.declare(f"product_16bit(Tensor x, Tensor weight, {_REST}) -> Tensor", lambda *given: given)
-product.declare(  # Inductor names arguments that have defaults, of which ``compute_or_dispatch`` makes a dispatch
-    "product_16bit.plain(Tensor x, Tensor weight, ScalarType dtype, bool transposed, Tensor? bias=None) -> Tensor",
+product.declare(
+    f"product_16bit(Tensor x, Tensor weight, ScalarType dtype, bool transposed, {_ADDED}) -> Tensor",
     lambda *given: given,
 )
+# One text for six numbers and names: torch.compile guards, and the dispatcher converts, each argument apart.
 product.declare(
-    f"product_4bit(Tensor x, {_FIELDS}, {_REST}) -> Tensor",
-    lambda x, *given: (x, stored(*given[:6]), *given[6:]),
+    f"product_4bit(Tensor x, Tensor packed, Tensor scales, str described, {_ADDED}) -> Tensor",
+    lambda x, packed, scales, text, *added: (x, *stored_as(packed, scales, text), *added),
 )
-# Graphs hold these: a number takes the dispatcher 0.3 microseconds and a dtype 0.8, of 10 for a call, and an argument
-# that is None 0.3.
-_TEXT = "Tensor x, Tensor packed, Tensor scales, str described"
-product.declare(f"product_4bit.described({_TEXT}, {_ADDED}) -> Tensor", _arguments, _at_once)
-product.declare(f"product_4bit.plain({_TEXT}, Tensor? bias=None) -> Tensor", _arguments, _at_once)
 
 
 @decomposes("product_16bit")
-@decomposes("product_16bit.plain")
 def _written_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool, *added: Any) -> Tensor:
     return decompositions.product(x, weight.to(dtype), transposed, *(added or (None,)))
 
 
-@decomposes("product_4bit.described")
-@decomposes("product_4bit.plain")
-def _written_described(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> Tensor:
+@decomposes("product_4bit")
+def _written_4bit(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> Tensor:
     described, dtype, transposed = parsed(text)
     return decompositions.product_4bit(x, packed, scales, *described, dtype, transposed, *added)
-
-
-decomposes("product_4bit")(decompositions.product_4bit)
 
 
 def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -> Tensor:
@@ -121,7 +99,7 @@ def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -
 
 
 FrozenOperator(
-    QuantizedTensor.dequantize,
+    lambda backend, weight, dtype: backend.dequantize(weight, slice(None), dtype),
     lambda weight, dtype: weight.packed.new_empty(weight.shape, dtype=dtype),
     dequantize_rows,
 ).declare(f"dequantize_rows({_FIELDS}, ScalarType dtype) -> Tensor", lambda *given: (stored(*given[:6]), given[6]))
@@ -130,10 +108,10 @@ decomposes("dequantize_rows")(decompositions.dequantized)
 
 
 def _compute_grouped(
-    x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, count: int, offsets: Tensor
+    backend: Backend, x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, count: int, offsets: Tensor
 ) -> Tensor:
     out = _fake_grouped(x, weight, dtype, transposed, count, offsets)
-    multiply, start = (kernels.input_grad if transposed else kernels.linear), 0
+    multiply, start = (backend.input_grad if transposed else backend.linear), 0
     matrices = _matrices(weight, count)
     for number, end in enumerate(offsets.tolist()):
         if end > start:

@@ -1,5 +1,7 @@
 """The backend in plain torch, on any device: dequantizes a chunk of rows, multiplies, frees it, and goes on.
 
+Products, their gradients and gathers never wait for the device: they read no value of a tensor.
+
 It is readable rather than fast. Every other backend is tested against it.
 """
 
@@ -12,7 +14,15 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import int8
+from lowmem.kernels.codes import code_in_torch as encode_8bit
+from lowmem.kernels.codes import decode_in_torch as decode_8bit
+from lowmem.kernels.columns import round_in_torch as round_columns
+from lowmem.kernels.entropy import entropies_in_torch as entropies
 from lowmem.kernels.memory import unseen
+from lowmem.kernels.rowwise import gated_grad_in_torch as gated_grad
+from lowmem.kernels.rowwise import gated_in_torch as gated
+from lowmem.kernels.rowwise import norm_grad_in_torch as norm_grad
+from lowmem.kernels.rowwise import norm_in_torch as norm
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block, pack
@@ -31,19 +41,27 @@ from lowmem.quant.tensor import QuantizedTensor, row_chunks
 __all__ = [
     "add_low_rank",
     "add_product",
-    "adds_products",
     "backends",
+    "decode_8bit",
     "dequantize",
+    "encode_8bit",
+    "entropies",
     "explain",
+    "fast_bfloat16",
+    "gated",
+    "gated_grad",
     "input_grad",
     "linear",
-    "linear_again",
     "name",
+    "norm",
+    "norm_grad",
     "quantize_rows",
+    "round_columns",
+    "serves_rows",
 ]
 
 name = "reference"
-adds_products = True
+fast_bfloat16 = True
 
 
 def backends() -> tuple[list[Backend], str]:
@@ -87,7 +105,7 @@ def linear(
     else:
         factor = x.to(dtype)
     out = factor.new_empty(x.shape[0], out_features)
-    for rows in row_chunks(out_features, in_features):
+    for rows in row_chunks(out_features, in_features, device=x.device):
         part = _dequantized(weight, rows, dtype, levels)  # (rows, in)
         if levels is None or not isinstance(weight, QuantizedTensor) or not weight.has_offsets:
             torch.mm(factor, part.t(), out=out[:, rows])  # (batch, rows)
@@ -114,7 +132,7 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
-    for rows in row_chunks(out_features, in_features):
+    for rows in row_chunks(out_features, in_features, device=grad.device):
         part = _dequantized(weight, rows, dtype)  # (rows, in)
         if sums.dtype == dtype:
             sums.addmm_(grad[:, rows], part)
@@ -139,10 +157,6 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
     return base + ((narrow * scaling) @ b.t()).to(base.dtype)
 
 
-def linear_again(*_: object) -> None:
-    """Return None: nothing is kept of a weight."""
-
-
 def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place: sums in float32 or wider, rounded once.
 
@@ -154,10 +168,10 @@ def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Ten
     if transposed:
         wide = torch.promote_types(out.dtype, torch.float32)
         sums = out.to(wide)
-        for rows in row_chunks(*weight.shape):
+        for rows in row_chunks(*weight.shape, device=x.device):
             sums.addmm_(x[:, rows].to(wide), _dequantized(weight, rows, x.dtype).to(wide))
         return out.copy_(sums)
-    for rows in row_chunks(*weight.shape):
+    for rows in row_chunks(*weight.shape, device=x.device):
         out[:, rows].addmm_(x, _dequantized(weight, rows, x.dtype).t())  # (batch, rows)
     return out
 
@@ -167,7 +181,7 @@ def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tens
     weight.check_layout()  # here, since an empty slice never gets to ``restore``
     chosen, columns = range(weight.shape[0])[rows], weight.shape[-1]
     out = torch.empty(len(chosen), columns, dtype=dtype, device=weight.packed.device)
-    for chunk in row_chunks(len(chosen), columns):
+    for chunk in row_chunks(len(chosen), columns, device=out.device):
         out[chunk] = weight.restore(slice(chosen.start + chunk.start, chosen.start + chunk.stop))
     return out
 
@@ -213,6 +227,11 @@ def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str
         f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
         f"scales={encoding.name!r} can hold; use scales='float32'"
     )
+
+
+def serves_rows(x: Tensor) -> bool:
+    """Return False: torch's own functions are faster."""
+    return False
 
 
 def explain(weight: Weight, rows: int, dtype: torch.dtype) -> str:

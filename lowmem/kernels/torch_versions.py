@@ -1,10 +1,9 @@
-"""What older versions of torch that serve lack, in one place."""
+"""What differs between the versions of torch that serve, and questions to its compiler that do not import it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,8 +14,6 @@ __all__ = [
     "exports_without_dynamo",
     "is_exporting",
     "leave_to_eager",
-    "outside_of_graphs",
-    "register_vmap",
 ]
 
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
@@ -26,50 +23,25 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 def is_exporting() -> bool:
-    """Whether torch.export records a graph; False where torch cannot tell, before 2.7."""
+    """Whether torch.export records a graph."""
     if TORCH >= (2, 12):
         return torch.compiler.is_exporting()
-    return bool(getattr(torch.compiler, "_is_exporting_flag", False))  # earlier Dynamo says True of any graph
+    return bool(torch.compiler._is_exporting_flag)  # earlier Dynamo says True of any graph
 
 
 def exports_without_dynamo() -> bool:
-    """Whether torch.export records a graph by running the model, as it does unless strict=True; False before 2.9."""
-    return TORCH >= (2, 9) and torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
-
-
-def outside_of_graphs(function: _F) -> _F:
-    """Run a function eagerly where torch's compiler cannot take stored tensors into a graph, before 2.9.
-
-    Where it is called, the graph ends and the next one begins, as with ``torch.compiler.disable``. That imports the
-    whole compiler, and serves only where the older way to do it is gone.
-    """
-    if TORCH >= (2, 9):
-        return function
-    frames = torch._C._dynamo.eval_frame
-    if not hasattr(frames, "skip_code"):
-        return torch.compiler.disable(function)  # type: ignore[no-any-return]
-
-    @wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        compiler = frames.set_eval_frame(None)
-        try:
-            return function(*args, **kwargs)
-        finally:
-            frames.set_eval_frame(compiler)
-
-    run._torchdynamo_disable = True  # type: ignore[attr-defined]
-    frames.skip_code(run.__code__)  # type: ignore[attr-defined]
-    return cast(_F, run)
+    """Whether torch.export records a graph by running the model, as it does unless strict=True."""
+    return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
 def leave_to_eager(function: Any) -> None:
-    """Let Dynamo run a function, and what it calls, as it is: after a graph break it would compile each of them."""
+    """Let Dynamo run a function, and what it calls, as it is: after a graph break it would compile each of them.
+
+    ``torch.compiler.disable`` does so, too, but imports the whole compiler.
+    """
     dynamo: Any = torch._C._dynamo.eval_frame
-    if hasattr(dynamo, "set_code_exec_strategy"):
-        skip = dynamo._FrameAction.SKIP
-        dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
-    elif hasattr(dynamo, "skip_code"):  # of the function alone, in older versions
-        dynamo.skip_code(function.__code__)
+    skip = dynamo._FrameAction.SKIP
+    dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
 
 
 def constant_in_graphs(function: _F) -> _F:
@@ -81,18 +53,12 @@ def constant_in_graphs(function: _F) -> _F:
     return function
 
 
-def register_vmap(operator: Any, rule: Callable[..., Any], library: torch.library.Library) -> None:
-    """Let vmap compute an operator by a rule; before 2.5, and without one, it loops over the examples and warns."""
-    if hasattr(torch.library, "register_vmap"):
-        torch.library.register_vmap(operator, rule, lib=library)
-
-
 @constant_in_graphs
 def ask_classes_in_graphs() -> bool:
     """Let Dynamo ask the class of a tensor where eager torch does, and it would not: of writes, and of ``abs``.
 
-    It has a list of the functions for which it asks, which lacks ``torch.relu_`` and its like. To be called in a
-    graph that is being recorded, where Dynamo has been imported.
+    Its list of the functions for which it asks lacks ``torch.relu_`` and its like: a graph would lose the write
+    without a word. To be called in a graph that is being recorded, where Dynamo has been imported.
     """
     import torch._dynamo.variables as variables
 

@@ -2,8 +2,8 @@
 
 While an adapter is active, ``module.weight`` is an ``AdaptedWeight``. The module stays the same object and an
 instance of its class, with its attributes, methods, hooks and children. So this works for modules that are called,
-and for those whose parameters other code reads: attention, experts, GPT-2's ``Conv1D``, embeddings, convolutions. The
-adapters are in the child ``adapters``. ``LoRALinear`` is a faster equivalent for plain linear layers.
+and for those whose parameters other code reads: linear layers, attention, experts, GPT-2's ``Conv1D``, embeddings,
+convolutions. The adapters are in the child ``adapters``. Classes of ``FORWARDS`` have a faster forward.
 """
 
 from __future__ import annotations
@@ -12,142 +12,32 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, NoReturn, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem.kernels.torch_versions import leave_to_eager
-from lowmem.nn.adapted_weight import adapted_weight
+from lowmem.nn.adapted_forward import FORWARDS, LINEAR
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.lora import Folded, LoRALinear, refuse_script
-from lowmem.nn.low_rank_sum import LowRankSum
-from lowmem.nn.stored import StoredTensor
-from lowmem.nn.stored_module import (
-    LAYERS,
-    StoredModule,
-    become,
-    copied_module,
-    freeze,
-    restored_copy,
-    stored_class,
-)
-from lowmem.quant.quantize import relative_error, requantize
-from lowmem.quant.rounding import round_to
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.nn.adapter_bank import AdapterBank, parameter_of
+from lowmem.nn.fold import remerge
+from lowmem.nn.sharded import sharded_types
+from lowmem.nn.stored_module import LAYERS, StoredModule, become, copied_module, stored_class
 
 __all__ = [
     "AdaptedModule",
-    "AdapterBank",
+    "LoRALinear",
     "adapted_copy",
-    "adapted_parameters",
-    "bank_of",
-    "base_of",
-    "fold_layer",
-    "parameter_of",
     "put_in_place",
     "share_table",
     "share_tied_adapters",
     "table_of",
-    "without_adapters",
 ]
-
-
-class AdapterBank(nn.Module):
-    """The adapters of a module, by name and then by the parameter that they change.
-
-    Attributes:
-        active: names of the adapters that are applied; the others cost no time.
-        merged: name of the adapter that is merged into ``merged_base``, or None.
-        merged_base: a module with merged copies of the parameters that this adapter changes. It is not a child, so
-            the state_dict does not contain it.
-    """
-
-    active: tuple[str, ...]
-    merged: str | None
-    merged_base: nn.Module | None
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.active, self.merged = (), None
-        self.__dict__["merged_base"] = None
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names of the adapters, in the order in which they were added."""
-        return tuple(self._modules)
-
-    @property
-    def in_use(self) -> tuple[str, ...]:
-        """The adapters that contribute to the output, active or merged, in the order in which they were added."""
-        return tuple(name for name in self._modules if name in self.active or name == self.merged)
-
-    def parts(self, name: str) -> dict[str, Adapter]:
-        """Return the adapters of a name, by the parameter that each changes; {} for an unknown name."""
-        found = self._modules.get(name)
-        return {} if found is None else cast("dict[str, Adapter]", dict(found._modules))
-
-    def add_parts(self, name: str, parts: Mapping[str, Adapter]) -> None:
-        """Add adapters to a name, which may already have some of other parameters, and activate it."""
-        if name not in self._modules:
-            self._modules[name] = nn.Module()
-        for parameter, adapter in parts.items():
-            self._modules[name]._modules[parameter] = adapter.train(self.training)  # type: ignore[union-attr]
-        if name not in self.active:
-            self.active += (name,)
-
-    def replace_part(self, name: str, parameter: str, adapter: Adapter) -> None:
-        """Replace the adapter of a parameter."""
-        self._modules[name]._modules[parameter] = adapter  # type: ignore[union-attr]
-
-    def remove(self, name: str) -> None:
-        """Remove the adapters of a name."""
-        self.active = tuple(other for other in self.active if other != name)
-        del self._modules[name]
-
-    def merge(self, name: str, folded: nn.Module) -> None:
-        """Use the parameters that the adapter ``name`` changes from ``folded``, instead of the module's own."""
-        changed = self.parts(name)
-        kept = copied_module(folded, type(folded))
-        own = kept.__dict__
-        own.update(_modules={}, _buffers={})
-        if isinstance(kept, StoredModule):
-            own.update(_forms={one: form for one, form in kept._forms.items() if one in changed}, _kept={})
-        names = {*changed, *(kept.part_names if isinstance(kept, StoredModule) else ())}
-        own["_parameters"] = {one: value for one, value in folded._parameters.items() if one in names}
-        self.__dict__["merged_base"], self.merged = kept, name
-
-    def unmerge(self) -> None:
-        """Use the module's own parameters again."""
-        self.merged = self.__dict__["merged_base"] = None
-
-    def weight(self, module: nn.Module, name: str) -> Any:
-        """Return a parameter of a module with its active adapters; without any, the parameter itself."""
-        own = self.__dict__
-        merged = own["merged_base"]
-        done = own["merged"] if merged is not None else None
-        base = parameter_of(module, name)
-        if done is not None and name in self.parts(done):
-            base = parameter_of(merged, name)
-        active = [self.parts(one) for one in own["active"] if one != done]
-        parts = [one[name] for one in active if name in one]
-        if not parts or base is None:
-            return base
-        return adapted_weight(base, [part.update() for part in parts], parts[0].layout)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        if self.merged_base is not None:
-            self.merged_base._apply(fn)
-        applied: nn.Module = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return applied
-
-    def extra_repr(self) -> str:
-        """Describe which adapters are active and merged."""
-        return f"active={', '.join(self.active) or None}, merged={self.merged}"
 
 
 class AdaptedModule(nn.Module):
     """Base of all modules with adapters on parameters.
 
     Attributes:
+        adapters: all adapters of the module, and which are active.
         _plain_class: the module's class without adapters.
         _adapted_names: names of the parameters that can have adapters.
     """
@@ -162,17 +52,48 @@ class AdaptedModule(nn.Module):
         return adapted_class(plain, cls._adapted_names)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        refuse_script(self)
+        """Refuse torch.jit.script, which calls this before it compiles a module's code.
+
+        Raises:
+            RuntimeError: always; the remedy is named.
+        """
+        raise RuntimeError(
+            f"torch.jit.script cannot compile a {type(self).__name__} with adapters: take torch.jit.trace, "
+            "torch.compile or torch.export, or merge the adapters to a dtype before: "
+            "model = lowmem.merge(model, torch.float32)"
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._adapted_names or name == "bias":
+            bank = self.__dict__["_modules"].get("adapters")
+            sharded = sharded_types()  # FSDP2 sets shards, and what it gathers from them: the same values
+            shared = isinstance(value, sharded) or isinstance(self._parameters.get(name), sharded)
+            if bank is not None and bank.merged is not None and not shared:  # its copy would keep the old values
+                raise ValueError(
+                    f"{name} cannot be set while adapter {bank.merged!r} is merged: call unmerge_adapter(model) first"
+                )
+        super().__setattr__(name, value)
 
 
-def parameter_of(module: nn.Module, name: str) -> Any:
-    """Return a parameter of a module, dense or stored, without adapters."""
-    own = module.__dict__
-    if isinstance(module, StoredModule) and name in own["_forms"]:
-        return module.stored_tensor(name)
-    parameters = own["_parameters"]  # in a scripted module not a dict, and without get()
-    found = parameters[name] if name in parameters else None  # noqa: SIM401
-    return own.get(name) if found is None else found  # a plain tensor that a hook has set
+def _of_single_adapter(name: str) -> Any:
+    def get(layer: LoRALinear) -> Any:
+        if len(layer.adapters.names) != 1:
+            raise AttributeError(name)
+        return getattr(layer.adapters.parts(layer.adapters.names[0])["weight"], name)
+
+    return property(get, doc=f"The adapter's ``{name}``, if there is exactly one adapter.")
+
+
+class LoRALinear(AdaptedModule):
+    """Base of nn.Linear, HalfLinear, Linear4Bit and Linear8Bit with adapters: ``y = W x + b + sum s B A x``.
+
+    ``convert`` and ``add_adapter`` change a layer's class to a subclass of both this and the layer's own class.
+    """
+
+    lora_a = _of_single_adapter("lora_a")
+    lora_b = _of_single_adapter("lora_b")
+    rank = _of_single_adapter("rank")
+    scaling = _of_single_adapter("scaling")
 
 
 def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
@@ -188,9 +109,10 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
     }
     if plain in LAYERS.values():  # its forward reads the parts; the dense class's forward reads the weight property
         body["__module__"] = plain.dense_class.__module__  # for torch.fx, it is a leaf as torch's own layers are
-        convolves = issubclass(plain, nn.modules.conv._ConvNd)
-        body["forward"] = _adapted_convolution(plain) if convolves else plain.dense_class.forward
-    return type(plain.__name__, (AdaptedModule, plain), body)
+        body["forward"] = plain.dense_class.forward
+    if plain in FORWARDS:
+        body["forward"] = FORWARDS[plain]
+    return type(plain.__name__, (LoRALinear if plain in LINEAR else AdaptedModule, plain), body)
 
 
 adapted_class: Callable[[Any, tuple[str, ...]], type[AdaptedModule]] = cache(_adapted_class)
@@ -209,24 +131,12 @@ def _adapted_property(name: str) -> property:
     return property(get, put, doc=f"The parameter ``{name}``, with the active adapters.")
 
 
-def _adapted_convolution(plain: Any) -> Callable[[Any, Tensor], Tensor]:
-    """Return a forward that convolves with the stored kernel, as without adapters, and adds the adapters' output."""
-
-    def forward(self: Any, input: Tensor) -> Tensor:
-        if self.adapters.merged_base is not None:
-            out: Tensor = plain.dense_class.forward(self, input)
-            return out
-        out, weight = plain.forward(self, input), self.weight
-        return self._conv_forward(input, weight.added_to(out), None) if isinstance(weight, LowRankSum) else out
-
-    return forward
-
-
 def _reduce(module: AdaptedModule, protocol: Any) -> Any:
     plain: Any = type(module)._plain_class
     how: Any = plain
     if issubclass(plain, StoredModule):
-        how = plain.dense_class, plain.stored_names, plain.form_class
+        generated = plain.dense_class, plain.stored_names, plain.form_class
+        how = generated if stored_class(*generated) is plain else plain
     state: Any = getattr(module, "__getstate__", lambda: module.__dict__)()
     return _empty, (how, type(module)._adapted_names), dict(state)
 
@@ -256,21 +166,11 @@ def adapted_copy(module: nn.Module, names: Iterable[str], name: str, parts: Mapp
     made = adapted_class(type(module), tuple(names))
     copied = cast(AdaptedModule, copied_module(module, made))
     bank = AdapterBank().train(module.training)
-    bank.add_parts(name, parts)
+    bank.add(name, parts)
     copied._modules["adapters"] = bank
     own = copied.__dict__
     own["_load_state_dict_post_hooks"] = type(own["_load_state_dict_post_hooks"])(own["_load_state_dict_post_hooks"])
-    copied.register_load_state_dict_post_hook(_remerge)  # type: ignore[no-untyped-call]
-    return copied
-
-
-def without_adapters(module: AdaptedModule) -> nn.Module:
-    """Return a copy of a module without its adapters; it has no hooks, and shares everything else."""
-    copied = copied_module(module, type(module)._plain_class)
-    copied._modules.pop("adapters")
-    hooks = copied.__dict__["_load_state_dict_post_hooks"]
-    kept = [(key, hook) for key, hook in hooks.items() if hook is not _remerge]
-    copied.__dict__["_load_state_dict_post_hooks"] = type(hooks)(kept)
+    copied.register_load_state_dict_post_hook(remerge)  # type: ignore[no-untyped-call]
     return copied
 
 
@@ -299,11 +199,10 @@ def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
         table = table_of(module)
         if table is None or not isinstance(module, AdaptedModule):
             continue
-        for name in module.adapters.names:
-            for parameter, adapter in module.adapters.parts(name).items():
-                module.adapters.replace_part(
-                    name, parameter, known.setdefault((table, name, parameter, adapter.technique), adapter)
-                )
+        for name, holder in module.adapters._modules.items():
+            parts: dict[str, Any] = holder._modules  # type: ignore[union-attr]
+            for parameter, adapter in parts.items():
+                parts[parameter] = known.setdefault((table, name, parameter, adapter.technique), adapter)
 
 
 def put_in_place(module: nn.Module, other: nn.Module) -> None:
@@ -311,127 +210,9 @@ def put_in_place(module: nn.Module, other: nn.Module) -> None:
 
     Its hooks, mode and other children stay.
     """
-    adapted = isinstance(module, AdaptedModule)
-    become(module, other)
-    children = module.__dict__["_modules"]
+    adapted, children = isinstance(module, AdaptedModule), module.__dict__["_modules"]
     if isinstance(other, AdaptedModule):
         children["adapters"] = other._modules["adapters"]
-    elif adapted:
+    become(module, other)
+    if adapted and not isinstance(other, AdaptedModule):
         children.pop("adapters", None)
-
-
-def _remerge(module: AdaptedModule, _: object) -> None:
-    """After a state_dict was loaded, merge the merged adapter again, from the new values."""
-    bank = module.adapters
-    if bank.merged is not None:
-        name = bank.merged
-        bank.unmerge()  # stays unmerged if the loaded values cannot be merged
-        bank.merge(name, fold_module(module, [name]).layer)
-
-
-# Functions for both LoRALinear and AdaptedModule
-
-
-def bank_of(layer: nn.Module) -> Any:
-    """Return the object that holds a layer's adapters: the LoRALinear itself, an AdapterBank, or None."""
-    if isinstance(layer, LoRALinear):
-        return layer
-    return layer.adapters if isinstance(layer, AdaptedModule) else None
-
-
-def base_of(layer: nn.Module) -> nn.Module:
-    """Return the base of a LoRALinear, and any other module itself."""
-    return layer.base if isinstance(layer, LoRALinear) else layer
-
-
-def fold_layer(layer: nn.Module, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
-    """Return a copy of a layer's base with adapters merged into its weights. The layer does not change.
-
-    Parameters whose adapters change nothing keep their bytes.
-
-    Args:
-        layer: with adapters.
-        names: of the adapters to merge.
-        to: dtype of a dense copy; None: parameters are stored in the same form as in the base.
-
-    Raises:
-        ValueError: an adapted weight is not finite, or exceeds the range of the dtype or scales.
-    """
-    if isinstance(layer, LoRALinear):
-        return layer.folded(names, to)
-    assert isinstance(layer, AdaptedModule)
-    return fold_module(layer, names, to)
-
-
-def fold_module(module: AdaptedModule, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
-    """Return a copy of a module without adapters, with those of ``names`` merged into its parameters.
-
-    Raises:
-        ValueError: as ``fold_layer``.
-    """
-    names = list(names)
-    base = without_adapters(module)
-    dense: dict[str, Tensor] = {}
-    made: dict[str, Any] = {}
-    errors: dict[str, tuple[float, float]] = {}
-    for parameter in dict.fromkeys(one for name in names for one in module.adapters.parts(name)):
-        own = parameter_of(module, parameter)
-        stored: Any = own.stored if isinstance(own, StoredTensor) else own.detach()
-        adapted = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.detach()
-        added = [part for name in names if (part := module.adapters.parts(name).get(parameter)) is not None]
-        added = [part for part in added if not part.changes_nothing()]
-        swapped = isinstance(own, StoredTensor) and own.swapped  # stored as the parameter's transpose
-        for part in added:
-            adapted = adapted + (part.delta().mT if swapped else part.delta()).reshape(adapted.shape)
-        if to is not None:
-            new: Any = round_to(adapted, to, parameter)
-            dense[parameter] = new.mT.contiguous() if swapped else new
-        elif isinstance(stored, QuantizedTensor):
-            new = made[parameter] = requantize(stored, adapted) if added else stored
-        else:
-            new = made[parameter] = round_to(adapted, stored.dtype, parameter) if added else stored
-        errors[parameter] = relative_error(adapted, stored), relative_error(adapted, new)
-    folded = _with_parameters(base, made) if to is None else _in_dtype(base, dense, to)
-    return Folded(folded, errors)
-
-
-def _with_parameters(base: nn.Module, made: Mapping[str, Any]) -> nn.Module:
-    """Set parameters of ``base``, a copy of a module, to merged ones of the same form; return it."""
-    own = base.__dict__
-    own["_parameters"] = dict(own["_parameters"])
-    if isinstance(base, StoredModule):
-        own.update(_forms=dict(base._forms), _kept={})
-    for name, value in made.items():
-        if isinstance(base, StoredModule) and name in base._forms:
-            form = base._forms[name]
-            shaped = value.view(*form.rows, *form.tail) if isinstance(value, Tensor) else value
-            base.store(name, shaped, form.tail, form.dtype)
-        else:
-            before = base._parameters[name]
-            assert before is not None
-            base._parameters[name] = nn.Parameter(value.view(before.shape), requires_grad=before.requires_grad)
-    return base
-
-
-def _in_dtype(base: nn.Module, dense: Mapping[str, Tensor], to: torch.dtype) -> nn.Module:
-    """Return a copy of a module in which all parameters are dense and have the dtype ``to``."""
-    values: dict[str, Tensor | None] = {}
-    if isinstance(base, StoredModule):
-        for name in base.forms:
-            shape, value = base.stored_tensor(name).shape, dense.get(name)
-            values[name] = freeze((base.stored_tensor(name).dequantize(to) if value is None else value).view(shape))
-        base = restored_copy(base, values)
-    parameters: dict[str, Any] = {}
-    for name, parameter in base._parameters.items():
-        value = dense.get(name, parameter)
-        if parameter is not None and value is not None and name not in values:
-            rounded = round_to(value, to, name).view(parameter.shape)
-            parameter = nn.Parameter(rounded, requires_grad=parameter.requires_grad)
-        parameters[name] = parameter
-    base.__dict__["_parameters"] = parameters
-    return base
-
-
-def adapted_parameters(layer: nn.Module) -> tuple[str, ...]:
-    """Return the parameters of an adapted layer that can have adapters."""
-    return type(layer)._adapted_names if isinstance(layer, AdaptedModule) else ("weight",)

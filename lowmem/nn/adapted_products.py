@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.nn.adapter import add_low_rank
-from lowmem.nn.adapter_product import read_product
+from lowmem.nn.adapter_autograd import read_product
 from lowmem.nn.grouped import grouped_matmul
 from lowmem.nn.low_rank_sum import FUNCTIONS, implements, is_adapted
 from lowmem.nn.stored_functions import einsum, open_attention

@@ -67,7 +67,9 @@ class _Embedding(StoredModule, nn.Embedding):
             )
         if input.layout is torch.strided:
             refuse_nested(input)
-        chunks = list(row_chunks(input.numel(), self.embedding_dim, _BYTES)) if is_plain_call(input) else []
+        chunks = []
+        if is_plain_call(input):
+            chunks = list(row_chunks(input.numel(), self.embedding_dim, _BYTES, device=input.device))
         if len(chunks) <= 1:  # also under a compiler or transform, which must not see a loop
             return self.rows(input)
         flat = input.reshape(-1)

@@ -1,8 +1,9 @@
 """Convolution with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight.
 
 The weight is a matrix (out_channels, in_channels / groups * prod(kernel)). Forward and backward dequantize it in
-chunks of output channels of at most 1 MiB; a weight that fits into one chunk needs a single convolution. Otherwise
-the output of each convolution, before it is copied to the result, also takes at most 1 MiB, or one example.
+chunks of output channels of at most 1 MiB (144 MiB on other devices than the CPU); a weight that fits into one chunk
+needs a single convolution. Otherwise the output of each convolution, before it is copied to the result, also takes at
+most that much, or one example.
 """
 
 from __future__ import annotations
@@ -77,7 +78,7 @@ class Geometry:
         every = zip(size, self.kernel, *self.arguments, added, strict=True)
         return [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in every]
 
-    def chunks(self, itemsize: int) -> list[tuple[slice, slice, int]]:
+    def chunks(self, itemsize: int, device: torch.device) -> list[tuple[slice, slice, int]]:
         """Return, for each chunk, its output channels, the input channels that they read, and its number of groups.
 
         A chunk consists of whole groups, or is a part of one group.
@@ -85,10 +86,11 @@ class Geometry:
         rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # per group
         columns = channels * prod(self.kernel)
         found = []
-        for part in row_chunks(self.groups, rows * columns, itemsize):
+        for part in row_chunks(self.groups, rows * columns, itemsize, device=device):
             first, last = part.start * rows, part.stop * rows
             reads = slice(part.start * channels, part.stop * channels)
-            for chunk in row_chunks(last - first, columns, itemsize):  # one chunk, unless a single group is too large
+            # One chunk, unless a single group is too large.
+            for chunk in row_chunks(last - first, columns, itemsize, device=device):
                 found.append((slice(first + chunk.start, first + chunk.stop), reads, part.stop - part.start))
         return found
 
@@ -167,7 +169,7 @@ def _convolve(
     """Return (batch, out_channels, *out size) in x's dtype, for x (batch, in_channels, *size)."""
     conv = _CONVOLUTIONS[len(geometry.kernel)]
     bias = None if bias is None else bias.to(dtype)
-    chunks = _chunks(weight, geometry, dtype)
+    chunks = _chunks(weight, geometry, dtype, x.device)
     if len(chunks) == 1:
         kernel = _dequantized(weight, slice(None), geometry, dtype)
         whole: Tensor = conv(x.to(dtype), kernel, bias, *geometry.arguments, geometry.groups)
@@ -177,7 +179,7 @@ def _convolve(
     for rows, reads, groups in chunks:
         kernel = _dequantized(weight, rows, geometry, dtype)
         added = None if bias is None else bias[rows]
-        for part in row_chunks(x.shape[0], (rows.stop - rows.start) * prod(size), dtype.itemsize):
+        for part in row_chunks(x.shape[0], (rows.stop - rows.start) * prod(size), dtype.itemsize, device=x.device):
             out[part, rows] = conv(x[part, reads].to(dtype), kernel, added, *geometry.arguments, groups)
         del kernel  # before the next chunk is dequantized
     return out
@@ -189,7 +191,7 @@ def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtyp
     Chunks are summed in float32 or wider, as a half-precision convolution sums internally.
     """
     adjoint = _ADJOINTS[len(geometry.kernel)]
-    chunks = _chunks(weight, geometry, dtype)
+    chunks = _chunks(weight, geometry, dtype, grad.device)
     shape = (grad.shape[0], geometry.in_channels, *size)
     if len(chunks) == 1:
         kernel = _dequantized(weight, slice(None), geometry, dtype)
@@ -199,7 +201,7 @@ def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtyp
     for rows, reads, groups in chunks:
         kernel = _dequantized(weight, rows, geometry, dtype)
         channels = reads.stop - reads.start
-        for part in row_chunks(grad.shape[0], channels * prod(size), dtype.itemsize):
+        for part in row_chunks(grad.shape[0], channels * prod(size), dtype.itemsize, device=grad.device):
             one = grad[part, rows].to(dtype)
             sums[part, reads] += adjoint((one.shape[0], channels, *size), kernel, one, *geometry.arguments, groups)
         del kernel  # before the next chunk is dequantized
@@ -210,10 +212,12 @@ _CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: 
 _ADJOINTS: dict[int, Any] = {1: gradients.conv1d_input, 2: gradients.conv2d_input, 3: gradients.conv3d_input}
 
 
-def _chunks(weight: Weight, geometry: Geometry, dtype: torch.dtype) -> list[tuple[slice, slice, int]]:
+def _chunks(
+    weight: Weight, geometry: Geometry, dtype: torch.dtype, device: torch.device
+) -> list[tuple[slice, slice, int]]:
     if isinstance(weight, Tensor) and weight.dtype is dtype:  # used as stored
         return [(slice(None), slice(None), geometry.groups)]
-    return geometry.chunks(dtype.itemsize)
+    return geometry.chunks(dtype.itemsize, device)
 
 
 def _dequantized(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.dtype) -> Tensor:
@@ -267,7 +271,7 @@ def _geometry(sizes: Sequence[int]) -> Geometry:
     return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
 
 
-_OPERATOR = FrozenOperator(_compute, _fake, _record, _derivatives)
+_OPERATOR = FrozenOperator(lambda _, *given: _compute(*given), _fake, _record, _derivatives)
 _OPERATOR.declare(
     "convolve(Tensor x, Tensor stored, Tensor? scales, str format, int block_size, str scale_encoding, int[] sizes, "
     "ScalarType dtype, SymInt[]? size) -> Tensor",

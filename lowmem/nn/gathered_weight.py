@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.kernels.torch_versions import leave_to_eager, outside_of_graphs
+from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.frozen_linear import autocast, frozen_linear
 from lowmem.nn.stored import FUNCTIONS, OPERATORS, StoredTensor, dequantized_call
 
@@ -43,7 +43,6 @@ class GatheredTensor(StoredTensor):
         return super().dequantize(dtype).index_select(-1, self.order.argsort())
 
     @classmethod
-    @outside_of_graphs
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if function is functional.linear:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from lowmem.kernels import Weight, ops
 from lowmem.kernels.frozen_operator import StoredParts, refuse_training
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager, outside_of_graphs
+from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager
 from lowmem.nn.read_only import VIEWS, exported_view, makes_view, read_only, recorded_view, written_to
 from lowmem.nn.sharded import sharded_types
 from lowmem.quant.formats import get_format
@@ -329,7 +329,6 @@ class StoredTensor(Tensor):
         return _rebuild, (self.form, self.parts, self.tail, self.dtype, self.swapped, "_is_param" in self.__dict__)
 
     @classmethod
-    @outside_of_graphs
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         own = FUNCTIONS.get(function)
         if own is not None:

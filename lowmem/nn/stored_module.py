@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lowmem.errors import show
 from lowmem.kernels import Weight
 from lowmem.kernels.frozen_operator import StoredParts
-from lowmem.kernels.torch_versions import is_exporting, leave_to_eager, outside_of_graphs
+from lowmem.kernels.torch_versions import is_exporting, leave_to_eager
 from lowmem.nn import stored_functions, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.nn.sharded import sharded_types
@@ -156,7 +156,7 @@ class StoredModule(nn.Module):
     def store(self, name: str, weight: Weight, tail: tuple[int, ...], dtype: torch.dtype) -> None:
         """Set a parameter to a stored weight.
 
-        If the parameter is stored already, ``transposed`` and ``compute_dtype`` of its form stay.
+        If the parameter is stored already, ``transposed``, ``gathered`` and ``compute_dtype`` of its form stay.
 
         Args:
             name: of the parameter.
@@ -166,6 +166,9 @@ class StoredModule(nn.Module):
         """
         old = self._forms[name].form if name in self._forms else None
         form, parts = described(weight) if old is None else described(weight, old.transposed, old.compute_dtype)
+        if old is not None and old.gathered:
+            order = cast(nn.Parameter, self._parameters[f"{name}_order"])
+            form, parts = replace(cast(FourBitForm, form), gathered=True), (parts[0], order, parts[1])
         rows = tuple(weight.shape[: weight.dim() - len(tail)] if isinstance(weight, Tensor) else weight.shape[:-1])
         self._forms[name] = Described.of(form, rows, tuple(tail), dtype)
         self._parameters.update(parts_of(name, form, parts))
@@ -176,7 +179,6 @@ class StoredModule(nn.Module):
         """Return the attributes that an object of this class has beside those of the dense module it is made of."""
         return {}
 
-    @outside_of_graphs
     def stored_tensor(self, name: str) -> StoredTensor:
         """Return the stored tensor of a parameter; cached while the parts stay the same."""
         own = self.__dict__

@@ -18,6 +18,7 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
 from lowmem.nn.stored import OPERATORS, HalfForm, StoredTensor, dequantized_call, is_recorded, refuse_gradient
+from lowmem.quant.backend import backend_of
 
 __all__ = ["compute_dtype"]
 
@@ -159,7 +160,10 @@ def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool)
     recorded = is_recorded(x, offsets, *weight.parts)
     matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
     arguments = (x, matrix, compute_dtype(x, weight), transposed, count, offsets)
-    return (ops.grouped_product.record if recorded else ops.grouped_product.compute)(*arguments).to(x.dtype)
+    out = (
+        ops.grouped_product.record(*arguments) if recorded else ops.grouped_product.compute(backend_of(x), *arguments)
+    )
+    return out.to(x.dtype)
 
 
 # Gathers

@@ -51,7 +51,7 @@ def _is_rows(v: Any) -> bool:
 
 
 def _chunks(v: StoredTensor) -> Iterator[tuple[slice, Tensor]]:
-    for part in row_chunks(v.shape[0], math.prod(v.tail), v.dtype.itemsize):
+    for part in row_chunks(v.shape[0], math.prod(v.tail), v.dtype.itemsize, device=v.device):
         yield part, v.like([one[part] for one in v.parts]).dequantize()
 
 

@@ -1,20 +1,21 @@
-"""The backend protocol for computing with stored weights, and the backend that is active in this process.
+"""The protocol of backends, which compute with stored weights, and the backend of each device type.
 
-``lowmem.kernels`` lists the implementations and selects one. The protocol is defined here because ``lowmem.quant``,
-which must not import ``lowmem.kernels``, quantizes and dequantizes through the active backend.
+``lowmem.kernels`` registers them. The protocol is defined here because ``lowmem.quant``, which must not import
+``lowmem.kernels``, quantizes and dequantizes through a backend.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from lowmem.quant.formats import Format
     from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Backend", "LowRank", "Weight", "active_backend", "set_backend"]
+__all__ = ["ANY", "Activation", "Backend", "LowRank", "Weight", "backend_for", "backend_of", "set_backend"]
 
 Weight: TypeAlias = "Tensor | QuantizedTensor"
 """A stored weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape."""
@@ -23,21 +24,34 @@ LowRank: TypeAlias = tuple[Tensor, Tensor, float]
 """A low-rank adapter: A (rank, in), B (out, rank) and the scaling of their product."""
 
 
-class Backend(Protocol):
-    """Products with stored weights, and quantizing and dequantizing rows of 4-bit ones.
+class Activation(NamedTuple):
+    """act(x) = x sigmoid(z(x)).
 
-    No method may hold a whole dequantized weight. ``lowmem.kernels.reference`` defines the results: of ``dequantize``
-    and ``quantize_rows`` bit for bit, of products within rounding.
+    Attributes:
+        terms: z(x) = terms[0] x + terms[1] x^3 + terms[2] x^5 ..., at most seven.
+        of_erf: whether that stands for the normal distribution, which plain torch computes.
+    """
+
+    terms: tuple[float, ...]
+    of_erf: bool = False
+
+
+class Backend(Protocol):
+    """What a device computes: products with stored weights, rows of 4-bit ones, and row-wise functions of training.
+
+    No method may hold a whole dequantized weight. ``lowmem.kernels.reference`` defines the results and documents the
+    arguments: of ``dequantize``, ``quantize_rows``, ``encode_8bit`` and ``decode_8bit`` bit for bit, of all others
+    within rounding.
     """
 
     @property
     def name(self) -> str:
-        """The value of ``LOWMEM_KERNEL`` that selects this backend."""
+        """What ``lowmem.backend()`` says."""
         ...
 
     @property
-    def adds_products(self) -> bool:
-        """Whether ``add_product`` in bfloat16 is as fast as ``linear`` and ``input_grad``, for 64 rows and more."""
+    def fast_bfloat16(self) -> bool:
+        """Whether products in bfloat16 are faster than in float32, so that ``add_product`` in it pays off."""
         ...
 
     def linear(
@@ -54,21 +68,6 @@ class Backend(Protocol):
         """
         ...
 
-    def linear_again(
-        self,
-        x: Tensor,
-        cache: dict[str, Any],
-        packed: Tensor,
-        scales: Tensor,
-        bias: Tensor | None,
-        low_rank: LowRank | None,
-    ) -> Tensor | None:
-        """Return what ``linear`` would in the dtype of x, by what it has put into a weight's cache; None: it cannot.
-
-        For calls that nothing records, on plain tensors: it does not ask.
-        """
-        ...
-
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point."""
         ...
@@ -81,6 +80,10 @@ class Backend(Protocol):
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; sums are rounded once."""
         ...
 
+    def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
+        """Return what computes the products of an input of ``rows`` rows, and why: a line for each product."""
+        ...
+
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
         ...
@@ -89,20 +92,77 @@ class Backend(Protocol):
         """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``, by its method."""
         ...
 
-    def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
-        """Return what computes the products of an input of ``rows`` rows, and why: a line for each product."""
+    def serves_rows(self, x: Tensor) -> bool:
+        """Whether ``norm``, ``gated`` and their gradients of tensors as x are faster here than torch's functions."""
+        ...
+
+    def norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
+        """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows (``lowmem.kernels.rowwise``)."""
+        ...
+
+    def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
+        """Return the gradient of x for ``norm``."""
+        ...
+
+    def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
+        """Return ``act(a) b`` in ``dtype``."""
+        ...
+
+    def gated_grad(
+        self, grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
+    ) -> None:
+        """Write the gradients of a and b for ``gated``."""
+        ...
+
+    def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+        """Return the cross entropies of rows; ``logits`` become their gradient (``lowmem.kernels.entropy``)."""
+        ...
+
+    def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Return 8-bit codes, scales, and how many numbers and codes are not zero (``lowmem.kernels.codes``)."""
+        ...
+
+    def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return ``codes * scales`` in ``dtype``."""
+        ...
+
+    def round_columns(
+        self,
+        form: Format,
+        values: Tensor,
+        scales: Tensor,
+        pivots: Tensor,
+        matrix: Tensor,
+        approximate: Tensor,
+        codes: Tensor,
+        descends: bool,
+    ) -> None:
+        """Round columns of a weight one after the other (``lowmem.kernels.columns``)."""
         ...
 
 
-_active: Backend
+ANY = "any"
+"""In place of a device type: every one that has no backend of its own."""
 
 
-def active_backend() -> Backend:
-    """Return the backend of this process."""
-    return _active
+class _Backends(dict[str, Backend]):
+    def __missing__(self, device_type: str) -> Backend:
+        return self[ANY]
 
 
-def set_backend(backend: Backend) -> None:
-    """Make ``backend`` the one of this process; ``lowmem.kernels`` selects it."""
-    global _active
-    _active = backend
+_backends = _Backends()
+
+
+def backend_of(tensor: Tensor) -> Backend:
+    """Return the backend of a tensor's device."""
+    return _backends["cpu" if tensor.is_cpu else tensor.device.type]  # ``device.type`` takes 0.2 microseconds
+
+
+def backend_for(device_type: str = "cpu") -> Backend:
+    """Return the backend of a device type, as ``torch.device.type`` names it, or ``ANY``."""
+    return _backends[device_type]
+
+
+def set_backend(device_type: str, backend: Backend) -> None:
+    """Let a backend serve a device type; ``lowmem.kernels.register`` also tells torch's dispatcher."""
+    _backends[device_type] = backend

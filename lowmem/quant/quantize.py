@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
@@ -77,9 +77,9 @@ def quantize(
     matrix = quantized.as_matrix()
     rows = weight.detach().reshape(-1, columns)
     scratch = BYTES_PER_WEIGHT if method == "absmax" else 2 * BYTES_PER_WEIGHT
-    for chunk in row_chunks(rows.shape[0], columns, scratch):
+    for chunk in row_chunks(rows.shape[0], columns, scratch, device=rows.device):
         part = rows[chunk].float().contiguous()
-        active_backend().quantize_rows(part, matrix, chunk, importance)
+        backend_of(part).quantize_rows(part, matrix, chunk, importance)
     return quantized
 
 
@@ -107,8 +107,8 @@ def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)
-    unchanged, dequantize = True, active_backend().dequantize
-    for chunk in row_chunks(*after.shape):
+    unchanged, dequantize = True, backend_of(rows).dequantize
+    for chunk in row_chunks(*after.shape, device=rows.device):
         same = (dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
         for stored, into in ((before.packed, after.packed), (before.scales, after.scales)):
             into[chunk] = torch.where(same, stored[chunk], into[chunk])
@@ -140,7 +140,7 @@ def relative_error(weight: Tensor, stored: Tensor | QuantizedTensor) -> float:
         return 0.0
     rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), where n is that of stored
     lost = _squared_error(rows, stored, None)
-    size = sum(float(_copied(rows[chunk]).square_().sum()) for chunk in row_chunks(*rows.shape))
+    size = sum(float(_copied(rows[chunk]).square_().sum()) for chunk in row_chunks(*rows.shape, device=rows.device))
     return float(f"{math.sqrt(lost / size) if size else 0.0:.4g}")
 
 
@@ -148,9 +148,9 @@ def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance:
     """Return the sum of squared errors, each multiplied by the importance of its column."""
     rows, total = weight.detach().reshape(-1, weight.shape[-1]), 0.0
     matrix = stored.as_matrix() if isinstance(stored, QuantizedTensor) else stored.detach().reshape(rows.shape)
-    for chunk in row_chunks(*rows.shape):
+    for chunk in row_chunks(*rows.shape, device=rows.device):
         if isinstance(matrix, QuantizedTensor):
-            values = active_backend().dequantize(matrix, chunk, torch.float32)
+            values = backend_of(rows).dequantize(matrix, chunk, torch.float32)
         else:
             values = matrix[chunk].double()
         # In double: squares of float32 numbers may overflow or underflow float32.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
@@ -26,16 +27,29 @@ __all__ = [
 ]
 
 SCRATCH_BYTES = 2**20
-"""Limit of the scratch memory for dequantizing a chunk of rows; a chunk has one row at least."""
+"""Limit of the scratch memory for dequantizing a chunk of rows on the CPU, whose cache holds it."""
+
+DEVICE_SCRATCH_BYTES = 144 * 2**20
+"""The same on any other device: 32 MiB of float32 values, their codes and indices. Smaller chunks would take as long,
+since each starts some ten kernels."""
 
 BYTES_PER_WEIGHT = 18
 """Peak scratch of ``restore``: an unpacked code (1 byte, 2 in a row of one weight), its index (4), the value (4), and
 the scale (at most 8, where the last block is short)."""
 
 
-def row_chunks(rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT) -> Iterator[slice]:
-    """Yield slices of ``rows`` whose scratch, ``bytes_per_weight`` for each weight, fits into ``SCRATCH_BYTES``."""
-    step = max(1, SCRATCH_BYTES // (bytes_per_weight * max(1, columns)))
+def row_chunks(
+    rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT, *, device: torch.device | None = None
+) -> Iterator[slice]:
+    """Yield slices of ``rows``, at least one row each, whose scratch fits into the limit of a device.
+
+    Args:
+        rows, columns: of a matrix.
+        bytes_per_weight: of scratch.
+        device: where the scratch is; None: the CPU.
+    """
+    limit = SCRATCH_BYTES if device is None or device.type == "cpu" else DEVICE_SCRATCH_BYTES
+    step = max(1, limit // (bytes_per_weight * max(1, columns)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -161,7 +175,7 @@ class QuantizedTensor:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         matrix = self if len(self.shape) == 2 else self.as_matrix()
-        return active_backend().dequantize(matrix, rows, dtype)
+        return backend_of(self.packed).dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
         """Dequantize ``rows`` of the tensor seen as (rows, n), to float32, in plain torch: the definition.
@@ -175,7 +189,7 @@ class QuantizedTensor:
         """
         self.check_layout()
         columns = self.shape[-1]
-        table = torch.tensor(levels or get_format(self.format).levels, dtype=torch.float32, device=self.packed.device)
+        table = _table(levels or get_format(self.format).levels, self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
         codes = self.unpacked(packed)  # (rows, n)
         # Functorch transforms of older torch versions need 64-bit indices; elsewhere these would double the scratch.
@@ -257,3 +271,16 @@ class QuantizedTensor:
         if self.has_offsets:
             rounding = rounding + (scale + shortfall + self.encoding.decode_offsets(stored).abs()) * 2**-22
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
+
+
+def _table(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return levels as a float32 tensor; other devices than the CPU keep it, since a copy would wait for them."""
+    if device.type == "cpu" or torch._C._len_torch_dispatch_stack():  # a mode may make other tensors of it
+        return torch.tensor(levels, dtype=torch.float32, device=device)
+    return _kept_table(levels, device)
+
+
+@lru_cache(maxsize=64)
+def _kept_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(levels, dtype=torch.float32, device=device)

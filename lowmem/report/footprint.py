@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from lowmem import measure
-from lowmem.nn.lora import Adapter
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored import EightBitForm
 from lowmem.nn.stored_module import StoredModule
 

@@ -27,6 +27,7 @@ __all__ = [
     "Key",
     "check_figures",
     "compare",
+    "count_text",
     "difference_table",
     "layout",
     "parse_document",
@@ -101,8 +102,13 @@ class Change:
     @property
     def cells(self) -> tuple[str, str, str, str]:
         """The text of figure, before, after and difference."""
-        before, after = ("-" if size is None else f"{size:,}" for size in (self.before, self.after))
+        before, after = count_text(self.before), count_text(self.after)
         return self.figure, before, after, f"{(self.after or 0) - (self.before or 0):+,}"
+
+
+def count_text(size: int | None) -> str:
+    """Return the text of a number of bytes; "-" where there is none."""
+    return "-" if size is None else f"{size:,}"
 
 
 def compare(name: str, stored: Figures, now: Figures) -> list[Change]:

@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowmem.testing.baseline import Figures, Key, compare, difference_table, layout, read_figures, write_figures
+from lowmem.testing.baseline import (
+    Figures,
+    Key,
+    compare,
+    count_text,
+    difference_table,
+    layout,
+    read_figures,
+    write_figures,
+)
+from lowmem.testing.verdicts import Row, Verdict
 
 __all__ = ["Judged", "MemoryGates", "belongs_to", "entry_name"]
 
@@ -24,12 +34,14 @@ class Judged:
         file: path of the baseline, for messages.
         figures: as measured.
         verdict: "same", "changed", "unknown", "stored" or "updated".
+        stored: what the baseline holds; None where it has no figures of the gate.
     """
 
     name: str
     file: str
     figures: Figures
     verdict: str
+    stored: Figures | None = None
 
 
 @dataclass
@@ -76,7 +88,7 @@ class MemoryGates:
             verdict = {"unknown": "stored", "changed": "updated"}[verdict]
         elif name in self.pending.get(key, {}):
             del self.pending[key][name]  # a rerun of the test measured the stored figures
-        self.rows[name] = Judged(name, self._shown(path), figures, verdict)
+        self.rows[name] = Judged(name, self._shown(path), figures, verdict, stored)
         if verdict == "unknown":
             return self._unknown(name, test, key, known is not None, figures)
         if verdict == "changed":
@@ -86,7 +98,7 @@ class MemoryGates:
                 *difference_table(changes),
                 "",
             ]
-            if not figures["trainable_bytes"]:
+            if figures.get("trainable_bytes") == 0:
                 lines += ["Nothing in the model trains: its step is a forward alone.", ""]
             lines += ["If that is meant, store the new figures, and say why in the commit's message:"]
             return "\n".join([*lines, f"    {_command('update', test)}"])
@@ -166,13 +178,24 @@ class MemoryGates:
         self.stale |= {(Key(*key), name) for key, name in dumped["stale"]}
 
     def table(self) -> list[str]:
-        """Return the lines of a table of the verdicts, with stored, forward and step bytes."""
-        heading = ("verdict", "stored", "forward", "step", "gate")
+        """Return the lines of a table of the verdicts, with stored, forward, step and peak bytes."""
+        shown = ("stored", "forward", "step", "peak")
+        figures = [name for name in shown if any(f"{name}_bytes" in row.figures for row in self.rows.values())]
         rows = [
-            (row.verdict, *(f"{row.figures[f'{figure}_bytes']:,}" for figure in heading[1:4]), row.name)
+            (row.verdict, *(count_text(row.figures.get(f"{name}_bytes")) for name in figures), row.name)
             for row in sorted(self.rows.values(), key=lambda row: row.name)
         ]
-        return layout([heading, *rows], left=(0, 4))
+        return layout([("verdict", *figures, "gate"), *rows], left=(0, len(figures) + 1))
+
+    def verdict(self, passed: bool) -> Verdict:
+        """Return the session's verdict, with a row for each figure, for ``lowmem report``.
+
+        Args:
+            passed: whether all tests of the session passed.
+        """
+        rows = [row for gate in sorted(self.rows.values(), key=lambda gate: gate.name) for row in _rows(gate)]
+        files = ", ".join(sorted({gate.file for gate in self.rows.values()}))
+        return Verdict("memory", passed, files, "this run", {}, rows, self.stale_lines())
 
     def stale_lines(self) -> list[str]:
         """Return a line for each stored gate without a test."""
@@ -194,6 +217,16 @@ def entry_name(test: str, name: str) -> str:
 def belongs_to(entry: str, test: str) -> bool:
     """Whether a stored name belongs to a test."""
     return entry == test or entry.startswith(test + _SEPARATOR)
+
+
+def _rows(gate: Judged) -> Iterator[Row]:
+    """Yield a row for each figure of a gate."""
+    stored = gate.figures if gate.verdict in ("stored", "updated") else gate.stored or {}
+    changed = {change.figure: change.verdict for change in compare(gate.name, stored, gate.figures)}
+    for figure in dict.fromkeys([*gate.figures, *stored]):
+        before, after, verdict = stored.get(figure), gate.figures.get(figure), changed.get(figure, "same")
+        says = f"{gate.name}: {figure} is {count_text(after)}, and the baseline has {count_text(before)}: {verdict}"
+        yield Row(gate.name, figure, before, after, verdict=verdict, says=says)
 
 
 def _command(mode: str, test: str) -> str:

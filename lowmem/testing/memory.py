@@ -14,7 +14,7 @@ import random
 import sys
 from argparse import Namespace
 from collections import UserDict, UserList, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields, is_dataclass
 from functools import partial
@@ -29,12 +29,13 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowmem import kernels, measure
-from lowmem.nn.lora import Adapter
+from lowmem.errors import show
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
-from lowmem.testing.baseline import Figures, Key
+from lowmem.testing.baseline import Figures, Key, check_figures
 from lowmem.testing.call import check_model, model_errors
 
-__all__ = ["THREADS", "memory_figures", "stored_figures"]
+__all__ = ["THREADS", "counted_figures", "memory_figures", "stored_figures"]
 
 THREADS = 2  # fixed, since the kernel's scratch grows with them
 
@@ -72,6 +73,26 @@ def memory_figures(
     tensors = [*model.parameters(), *model.buffers(), *measure.tensors_in([inputs, named])]
     elsewhere = next((tensor.device.type for tensor in tensors if tensor.device.type != "cpu"), None)
     return Key.of_this_process(elsewhere or kernel, THREADS), figures
+
+
+def counted_figures(count: Callable[[], Mapping[str, int]]) -> tuple[Key, Figures]:
+    """Call a function that counts bytes, under the conditions of ``memory_figures``.
+
+    Args:
+        count: returns the figures in bytes by name, such as ``{"peak_bytes": lowmem.measure.peak_bytes(run)}``.
+
+    Returns:
+        The key of the figures, and the figures.
+
+    Raises:
+        ValueError: there are no figures, a name does not end in ``_bytes``, or a figure is no number of bytes.
+    """
+    with _fixed_conditions() as kernel:
+        figures = dict(count())
+    if not figures or not all(str(name).endswith("_bytes") for name in figures):
+        raise ValueError(f"figures={show(figures)}: return one or more, each with a name such as peak_bytes")
+    check_figures("figures", figures)
+    return Key.of_this_process(kernel, THREADS), figures
 
 
 def stored_figures(model: nn.Module) -> Figures:

@@ -33,10 +33,10 @@ from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import save_adapter
 from lowmem.io.atomic import atomic_folder, owned, write_atomically, write_errors
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.budget import Budget
 from lowmem.nn.half import Half
-from lowmem.nn.lora import LoRA
 from lowmem.tools.device import device_of
 from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of, states_folder
 from lowmem.tools.language_plan import FEW, plan_steps

@@ -26,12 +26,12 @@ from lowmem.finetuning.text import Texts, read_examples
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import LoRA
 from lowmem.tools.models import check_links
 from lowmem.tools.output import shown
 from lowmem.version import __version__

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.finetuning.calling import logits_of
-from lowmem.nn.lora import LoRA
+from lowmem.nn.adapter import LoRA
 from lowmem.training.memory import training_memory
 from lowmem.training.prepare import prepare_training
 from lowmem.transforms.convert import convert

@@ -22,11 +22,11 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, printable
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import LoRA
 from lowmem.tools.output import is_pipe_closed, preserve_streams
 from lowmem.transforms.plan import Plan, bytes_of
 from lowmem.transforms.registry import Technique

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.nn.lora import LoRA
+from lowmem.nn.adapter import LoRA
 from lowmem.tools.models import (
     MIB,
     check_links,

@@ -26,10 +26,10 @@ from lowmem.kernels import rowwise
 from lowmem.kernels.memory import is_batch, keeps_results
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.torch_versions import TORCH
-from lowmem.nn.adapter_product import is_narrow, narrow_results
+from lowmem.nn.adapted_module import LoRALinear
+from lowmem.nn.adapter_autograd import is_narrow, narrow_results
 from lowmem.nn.fourbit import Linear4Bit
 from lowmem.nn.frozen_linear import is_observed
-from lowmem.nn.lora import LoRALinear
 from lowmem.nn.recomputed import (
     Recompute,
     can_recompute,
@@ -40,6 +40,7 @@ from lowmem.nn.recomputed import (
     saves_in_any_dtype,
 )
 from lowmem.nn.stored_module import copied_module
+from lowmem.quant.backend import backend_of
 from lowmem.training.prepared_module import PreparedModule
 
 __all__ = [
@@ -381,8 +382,8 @@ def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Te
 
 
 def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
-    """Whether to call torch's function for an activation; C serves float32 and bfloat16 on the CPU, but no vmap."""
-    ours = x.is_cpu and x.dtype in (torch.float32, torch.bfloat16) and (grad is None or not is_batch(grad))
+    """Whether to call torch's function for an activation: the backend has none, or vmap asks."""
+    ours = backend_of(x).serves_rows(x) and (grad is None or not is_batch(grad))
     return activation in _OF_TORCH and not ours
 
 
@@ -600,9 +601,10 @@ def _state_of(layer: nn.Module) -> list[Any]:
 
 def _is_narrow(layer: nn.Module) -> bool:
     """Whether a layer rounds its input to bfloat16 and its output is exact in bfloat16."""
-    if type(layer) is not LoRALinear or is_observed(layer) or layer.merged is not None or len(layer.active) != 1:
+    if not isinstance(layer, LoRALinear) or layer._plain_class is not Linear4Bit or is_observed(layer):
         return False
-    return type(layer.base) is Linear4Bit and layer.base.compute_dtype is torch.bfloat16
+    bank = layer.adapters
+    return bank.merged is None and len(bank.active) == 1 and cast(Any, layer).compute_dtype is torch.bfloat16
 
 
 def _in_dtype_of(x: Tensor, out: Tensor, narrow: bool) -> Tensor:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowmem import measure
 from lowmem.errors import show
-from lowmem.nn.lora import Adapter
+from lowmem.nn.adapter import Adapter
 from lowmem.training.optimizer import AdamW8bit
 from lowmem.transforms.plan import OPTIMIZERS
 from lowmem.transforms.registry import check_module

@@ -14,9 +14,9 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import kernels
-from lowmem.nn.adapted_module import base_of
+from lowmem.nn.adapted_forward import LINEAR
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.frozen_linear import is_plain_call
-from lowmem.nn.lora import LoRALinear
 from lowmem.nn.stored_module import StoredModule, multiplied_in
 from lowmem.training.activations import compressed_activations
 from lowmem.training.fused import GatedMLP, How, activations, fuse
@@ -24,7 +24,7 @@ from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
 from lowmem.training.recognize import recognize
 from lowmem.transforms.placement import output_layers
-from lowmem.transforms.registry import ADAPTED, check_module, layer_name, module_paths
+from lowmem.transforms.registry import check_module, layer_name, module_paths
 
 __all__ = ["prepare_training", "release_training", "training_report"]
 
@@ -150,10 +150,13 @@ def training_report(model: nn.Module) -> dict[str, str]:
 
 
 def _logits_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return bfloat16 if a stored layer computes in it and the processor has instructions for it; else None."""
+    """Return bfloat16 if a stored layer computes in it and its device is fast at it; else None."""
     stored = [(one, name) for one in model.modules() if isinstance(one, StoredModule) for name in one.forms]
-    asked = any(multiplied_in(module, name) is torch.bfloat16 for module, name in stored)
-    return torch.bfloat16 if asked and kernels.adds_products() else None
+    asked = any(
+        multiplied_in(module, name) is torch.bfloat16 and kernels.fast_bfloat16(next(module.parameters()))
+        for module, name in stored
+    )
+    return torch.bfloat16 if asked else None
 
 
 class _Compressing(PreparedModule):
@@ -191,13 +194,13 @@ def _outputs(model: nn.Module) -> list[nn.Module]:
     return [
         one
         for one in found
-        if one not in inside and not isinstance(base_of(one), tables) and (_has_adapter(one) or one._parameters)
+        if one not in inside and not isinstance(one, tables) and (_has_adapter(one) or one._parameters)
     ]
 
 
 def _has_adapter(layer: nn.Module) -> bool:
     """Whether a layer has an adapter, from lowmem or PEFT."""
-    return isinstance(layer, LoRALinear) or isinstance(getattr(layer, "base_layer", None), nn.Module)
+    return isinstance(layer, AdaptedModule) or isinstance(getattr(layer, "base_layer", None), nn.Module)
 
 
 def _reason(layer: nn.Module) -> str | None:
@@ -205,7 +208,7 @@ def _reason(layer: nn.Module) -> str | None:
     kind = type(layer)
     if _has_adapter(layer):
         return "the layer has an adapter"
-    if kind not in ADAPTED:
+    if kind not in LINEAR:
         return f"{kind.__name__} is no plain linear layer"
     if "forward" in vars(layer):
         return "the layer has a forward of its own, which another library has put into it"

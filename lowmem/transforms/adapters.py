@@ -14,22 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.nn.adapted_module import (
-    AdaptedModule,
-    AdapterBank,
-    bank_of,
-    base_of,
-    put_in_place,
-    share_tied_adapters,
-    without_adapters,
-)
-from lowmem.nn.lora import Adapter, LoRA, LoRALinear
+from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
+from lowmem.nn.adapter import Adapter, LoRA
+from lowmem.nn.adapter_bank import AdapterBank
+from lowmem.nn.fold import without_adapters
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.convert import (
     add_first_adapter,
     freeze_all_but_adapters,
     one_at_a_time,
-    swap,
+    replace_modules,
 )
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import (
@@ -70,9 +64,9 @@ def add_adapter(
 ) -> nn.Module:
     """Add a new, active adapter to every layer that LoRA supports and that ``where`` and ``skip`` select.
 
-    Linear layers without an adapter become LoRALinear, and other modules get adapters, as by ``convert``. The new
-    adapter trains, other adapters do not change (active or not, frozen or not), and the rest of the model is frozen.
-    Output layers, embeddings and other layers are left out as by ``convert``, unless ``where`` selects them.
+    Layers stay the same objects, as by ``convert``. The new adapter trains, other adapters do not change (active or
+    not, frozen or not), and the rest of the model is frozen. Output layers, embeddings and other layers are left out
+    as by ``convert``, unless ``where`` selects them.
 
     Args:
         model: any module, with or without adapters; the root itself can be the layer.
@@ -83,7 +77,7 @@ def add_adapter(
         skip: glob patterns of paths to leave as they are.
 
     Returns:
-        The model, changed in place; or the new layer, when the root itself was wrapped.
+        The model, changed in place.
 
     Raises:
         TypeError: the model is not a module, the name is not a string, or the technique is not a ``LoRA``.
@@ -108,7 +102,7 @@ def add_adapter(
     placed = place_adapters(model, technique, layers, where)
     refuse_layers("add_adapter", {layer: selected[layer] for layer in placed})
     unnamed, ties = unnamed_places(model, placed, where), warning_of_ties(model, placed)
-    model = add_placed(model, name, placed, selected)
+    add_placed(model, name, placed, selected)
     for told in filter(None, (ties, warning_of_unnamed(model, name, unnamed))):
         warnings.warn(told, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
     return model
@@ -117,7 +111,7 @@ def add_adapter(
 @one_at_a_time
 def add_placed(
     model: nn.Module, name: str, placed: Mapping[nn.Module, Mapping[str, LoRA]], paths: Mapping[nn.Module, str]
-) -> nn.Module:
+) -> None:
     """Add a new, active adapter to layers, each with the technique for the parameters that it changes.
 
     Args:
@@ -129,41 +123,35 @@ def add_placed(
     Raises:
         ValueError: as ``add_adapter``.
     """
-    wrapped: dict[nn.Module, nn.Module] = {}
-    changed: dict[nn.Module, nn.Module] = {}
-    added: dict[nn.Module, dict[str, Adapter]] = {}
+    made: dict[nn.Module, nn.Module] = {}
+    added: dict[AdaptedModule, dict[str, Adapter]] = {}
     for module, techniques in placed.items():
-        bank = bank_of(module)
-        if bank is None:
-            made = add_first_adapter(module, techniques, paths[module], {}, name).train(module.training)
-            (wrapped if isinstance(made, LoRALinear) else changed)[module] = made
+        if not isinstance(module, AdaptedModule):
+            made[module] = add_first_adapter(module, techniques, paths[module], {}, name)
             continue
-        if bank.parts(name).keys() & techniques.keys():
+        if module.adapters.parts(name).keys() & techniques.keys():
             raise ValueError(
                 f"{layer_name(paths[module])} has an adapter {name!r} already: choose another name, delete that "
                 "adapter first, or leave the layer out with skip="
             )
-        added[module] = {one: Adapter(base_of(module), own, None, one) for one, own in techniques.items()}
-    for module, made in changed.items():
-        put_in_place(module, made)
-    model = swap(model, wrapped)
+        added[module] = {one: Adapter(module, own, None, one) for one, own in techniques.items()}
+    replace_modules(model, made)
     for module, parts in added.items():
-        bank_of(module).add_parts(name, parts)
-    share_tied_adapters([*changed, *added])
+        module.adapters.add(name, parts)
+    share_tied_adapters([*made, *added])
     freeze_all_but_adapters(model)
-    return model
 
 
 @one_at_a_time
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the model's adapters, in the order of its layers, then in that in which they were added."""
-    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in bank_of(layer).names))
+    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.adapters.names))
 
 
 @one_at_a_time
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that contribute to the output: the active ones and the merged one."""
-    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in bank_of(layer).in_use))
+    return list(dict.fromkeys(name for layer in adapted_layers(model) for name in layer.adapters.in_use))
 
 
 @one_at_a_time
@@ -182,7 +170,7 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
     return {
         place_name(path, parameter): adapter
         for layer, path in layers.items()
-        for parameter, adapter in bank_of(layer).parts(name).items()
+        for parameter, adapter in layer.adapters.parts(name).items()
     }
 
 
@@ -210,7 +198,7 @@ def adapter_parameter_groups(model: nn.Module, ratio: float = 16.0, *, lr: float
     for name, value in (("ratio", ratio), ("lr", lr)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name}={value!r} must be a positive number")
-    banks = [bank_of(layer) for layer in adapted_layers(model)]
+    banks = [layer.adapters for layer in adapted_layers(model)]
     adapters: list[Adapter] = [part for bank in banks for name in bank.names for part in bank.parts(name).values()]
     fast = [adapter.starts_at_zero for adapter in adapters if adapter.starts_at_zero.requires_grad]
     if not fast:
@@ -234,7 +222,7 @@ def activate(model: nn.Module, *names: str) -> None:
         ValueError: the model has no such adapter.
     """
     for layer in _layers_with(model, names):
-        bank = bank_of(layer)
+        bank = layer.adapters
         active = {*bank.active, *(names or bank.names)}
         bank.active = tuple(name for name in bank.names if name in active)
 
@@ -249,17 +237,17 @@ def deactivate(model: nn.Module, *names: str) -> None:
     """
     layers = _layers_with(model, names)
     _check_not_merged(layers, names or adapter_names(model))
-    for bank in map(bank_of, layers):
-        bank.active = tuple(name for name in bank.active if names and name not in names)
+    for layer in layers:
+        layer.adapters.active = tuple(name for name in layer.adapters.active if names and name not in names)
 
 
 @returns_free_pages
 @one_at_a_time
 def delete_adapter(model: nn.Module, name: str) -> nn.Module:
-    """Delete an adapter. A LoRALinear without further adapters is replaced by its base, which gets its hooks.
+    """Delete an adapter. A layer without further adapters gets its own class back.
 
     Returns:
-        The model, changed in place; or the base, when the root itself was the layer.
+        The model, changed in place.
 
     Raises:
         TypeError: the model is not a module.
@@ -267,26 +255,22 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     """
     layers = _layers_with(model, [name])
     _check_not_merged(layers, [name])
-    bare = [layer for layer in layers if bank_of(layer).names == (name,)]
-    model = swap(model, {layer: layer.base for layer in bare if isinstance(layer, LoRALinear)})
-    for layer in bare:
-        if isinstance(layer, AdaptedModule):
-            put_in_place(layer, without_adapters(layer))
-    for bank in map(bank_of, adapted_layers(model)):
-        if name in bank.names:
-            bank.remove(name)
+    replace_modules(model, {layer: without_adapters(layer) for layer in layers if layer.adapters.names == (name,)})
+    for layer in adapted_layers(model):
+        if name in layer.adapters.names:
+            layer.adapters.remove(name)
     return model
 
 
 @returns_free_pages
 @one_at_a_time
 def merge_adapter(model: nn.Module, name: str) -> None:
-    """Merge an adapter into copies of the bases, ``W + s B A``, which are called in place of them.
+    """Merge an adapter into copies of the weights, ``W + s B A``, which layers compute with in place of them.
 
-    The bases are kept unchanged, and ``state_dict`` holds them without the copies. A merged adapter contributes to
-    the output, active or not, and does not train; other adapters work as before. The copy of a half-precision base is
-    rounded once more; that of a 4-bit base is quantized once more, and a warning gives the error that this adds.
-    In-place changes of the base or adapter do not reach the copy: unmerge first. ``load_state_dict`` rebuilds it.
+    The weights are kept unchanged, and ``state_dict`` holds them without the copies. A merged adapter contributes to
+    the output, active or not, and does not train; other adapters work as before. The copy of a half-precision weight
+    is rounded once more; that of a 4-bit weight is quantized once more, and a warning gives the error that this adds.
+    In-place changes of the weight or adapter do not reach the copy: unmerge first. ``load_state_dict`` rebuilds it.
 
     Raises:
         TypeError: the model is not a module.
@@ -302,16 +286,16 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     merged = _merged(layers)
     if merged:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
-    copies = fold(model, {layer: (name,) for layer in layers if name in bank_of(layer).names})
+    copies = fold(model, {layer: (name,) for layer in layers if name in layer.adapters.names})
     warn_of_requantizing(copies, layers)
     for layer, copy in copies.items():
-        bank_of(layer).merge(name, copy.layer)
+        layer.adapters.merge(name, copy.layer)
 
 
 @returns_free_pages
 @one_at_a_time
 def unmerge_adapter(model: nn.Module) -> None:
-    """Undo ``merge_adapter`` exactly: the original bases are called again, and the copies are freed.
+    """Undo ``merge_adapter`` exactly: the layers compute with their own weights again, and the copies are freed.
 
     Raises:
         TypeError: the model is not a module.
@@ -320,8 +304,8 @@ def unmerge_adapter(model: nn.Module) -> None:
     layers = _layers_with(model, ())
     if not _merged(layers):
         raise ValueError(f"no adapter of {type(model).__name__} is merged: call merge_adapter(model, name) first")
-    for bank in map(bank_of, layers):
-        bank.unmerge()
+    for layer in layers:
+        layer.adapters.unmerge()
 
 
 def check_name(name: str) -> None:
@@ -329,19 +313,18 @@ def check_name(name: str) -> None:
 
     Raises:
         TypeError: not a string.
-        ValueError: empty, with a dot, or an attribute of nn.ModuleDict or AdapterBank.
+        ValueError: empty, with a dot, or an attribute of AdapterBank.
     """
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} must be a string")
-    holders = nn.ModuleDict, AdapterBank
-    if not name or "." in name or any(hasattr(kind, name) or name in vars(kind()) for kind in holders):
+    if not name or "." in name or hasattr(AdapterBank(), name):
         raise ValueError(
-            f"name={name!r} must not be empty, hold a dot, or be an attribute of nn.ModuleDict or AdapterBank, which "
-            "hold adapters; choose another"
+            f"name={name!r} must not be empty, hold a dot, or be an attribute of AdapterBank, which holds adapters; "
+            "choose another"
         )
 
 
-def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, str]:
+def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[AdaptedModule, str]:
     """Return every adapted layer with its first path; raise a ValueError unless the model has all these adapters."""
     layers = adapted_layers(model)
     if not layers:
@@ -353,11 +336,11 @@ def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[nn.Module, str]
     return layers
 
 
-def _merged(layers: Iterable[nn.Module]) -> str | None:
-    return next((bank.merged for bank in map(bank_of, layers) if bank.merged is not None), None)
+def _merged(layers: Iterable[AdaptedModule]) -> str | None:
+    return next((layer.adapters.merged for layer in layers if layer.adapters.merged is not None), None)
 
 
-def _check_not_merged(layers: Iterable[nn.Module], names: Collection[str]) -> None:
+def _check_not_merged(layers: Iterable[AdaptedModule], names: Collection[str]) -> None:
     merged = _merged(layers)
     if merged is not None and merged in names:
         raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")

@@ -12,10 +12,9 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
 from lowmem.measure import weight_count
-from lowmem.nn.adapted_module import base_of
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import Adapter
 from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS
 from lowmem.transforms.registry import Technique
@@ -103,7 +102,7 @@ def _parameter_bytes(model: nn.Module, replacements: Replacements) -> dict[int, 
     for module in model.modules():
         if isinstance(module, Adapter):
             continue
-        new = base_of(replacements.get(module, module))
+        new = replacements.get(module, module)
         for parameter in new._parameters.values():
             if parameter is not None and not is_lazy(parameter):
                 found[id(parameter)] = parameter.numel() * parameter.element_size()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowmem.nn.budget import CHOICES, NORMAL_ERRORS, Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_of
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 __all__ = ["Chosen", "Importance", "Unit", "allocate", "choose", "losses_of", "size_of", "together", "unit_of"]
@@ -82,7 +82,7 @@ def losses_of(weight: Tensor, importance: Importance | None = None) -> tuple[flo
 def _squared_error(rows: Tensor, stored: QuantizedTensor, importance: Importance | None) -> float:
     matrix, total = stored.as_matrix(), 0.0
     for chunk in row_chunks(*rows.shape):
-        error = active_backend().dequantize(matrix, chunk, torch.float32).double()  # (chunk, columns)
+        error = backend_of(matrix.packed).dequantize(matrix, chunk, torch.float32).double()  # (chunk, columns)
         error.sub_(rows[chunk]).square_()
         if importance is None:
             total += float(error.sum())

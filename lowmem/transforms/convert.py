@@ -19,24 +19,16 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import show
-from lowmem.nn.adapted_module import (
-    AdaptedModule,
-    adapted_copy,
-    bank_of,
-    base_of,
-    put_in_place,
-    share_tied_adapters,
-)
+from lowmem.nn.adapted_module import AdaptedModule, adapted_copy, put_in_place, share_tied_adapters
+from lowmem.nn.adapter import Adapter, LoRA
 from lowmem.nn.blockwise import Blockwise
 from lowmem.nn.budget import CHOICES, Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import Adapter, LoRA, LoRALinear
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored import EightBitForm, Form, FourBitForm, HalfForm
 from lowmem.nn.stored_module import (
-    HOOKS,
     LAYERS,
     StoredModule,
     become,
@@ -64,7 +56,6 @@ from lowmem.transforms.placement import (
 )
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared
 from lowmem.transforms.registry import (
-    ADAPTED,
     Step,
     Technique,
     layer_name,
@@ -94,9 +85,9 @@ __all__ = [
     "one_at_a_time",
     "rebuild",
     "rebuild_all",
+    "replace_modules",
     "restore",
     "store_parameters",
-    "swap",
     "weight_key",
 ]
 
@@ -147,14 +138,14 @@ def convert(
     nn.Conv1d and nn.Conv2d in ``Half``. Modules that share a weight (tied embeddings) share the stored one, or
     are skipped together. Embeddings and output layers are kept in 8 bits by ``FourBit(embeddings="8bit")``.
 
-    ``LoRA`` puts a LoRALinear in the place of linear layers, at all of their paths. Other modules stay the same
-    objects, too, and their parameters become an ``AdaptedWeight``: subclasses of nn.Linear, transformers' Conv1D,
-    experts (a pair of matrices for each), the projections of nn.MultiheadAttention. It leaves out embeddings and
-    convolutions, the output layer of a language model (what ``get_output_embeddings()`` returns), layers that
-    share its weight, linear layers whose weight is tied to an embedding (their adapters would be as large as the
-    vocabulary), and linear layers that choose experts, unless ``where`` is given: then it takes all that ``where``
-    selects. ``skip`` leaves layers out and keeps this choice. After it only adapters train. ``summary`` lists how
-    each module was treated, and why. A call of the model by another thread meanwhile may fail.
+    ``LoRA`` takes linear layers, transformers' Conv1D, experts (a pair of matrices for each) and the projections of
+    nn.MultiheadAttention. These stay the same objects, too, get a child ``adapters``, and their parameters become an
+    ``AdaptedWeight``; linear layers become a ``LoRALinear``. It leaves out embeddings and convolutions, the output
+    layer of a language model (what ``get_output_embeddings()`` returns), layers that share its weight, linear layers
+    whose weight is tied to an embedding (their adapters would be as large as the vocabulary), and linear layers that
+    choose experts, unless ``where`` is given: then it takes all that ``where`` selects. ``skip`` leaves layers out
+    and keeps this choice. After it only adapters train. ``summary`` lists how each module was treated, and why. A
+    call of the model by another thread meanwhile may fail.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -167,7 +158,7 @@ def convert(
             least is that a technique gives with the same ``where``, ``skip`` and ``parameters``.
 
     Returns:
-        The model, changed in place; or the new LoRALinear, when the root itself was a linear layer that is adapted.
+        The model, changed in place.
 
     Raises:
         TypeError: the model is not a module, or a technique is of another type.
@@ -205,14 +196,14 @@ def convert(
     if at_most is not None:
         refuse_more_bits(model, replacements, at_most, without_values)
     paths = module_paths(model)
-    refuse_layers("convert", {module: paths[module][0] for module, new in replacements.items() if bank_of(new)})
+    adapted = [layer for layer, new in replacements.items() if isinstance(new, AdaptedModule)]
+    refuse_layers("convert", {layer: paths[layer][0] for layer in adapted})
     first = type(techniques[0])
     told = [] if first is LoRA else [left_dense(model, replacements, first, where, skip)]
     adapts = any(isinstance(t, LoRA) for t in techniques)
-    adapted = [layer for layer, new in replacements.items() if bank_of(new)]
     unnamed = unnamed_places(model, adapted, where)
     told.append(warning_of_ties(model, adapted))
-    model = commit(model, replacements)
+    commit(model, replacements)
     if adapts:
         freeze_all_but_adapters(model)
         told.append(warning_of_unnamed(model, "default", unnamed))
@@ -268,7 +259,7 @@ def rebuild_all(
         if chosen[module]
     }
     for module, one in got.items():
-        cast(StoredModule, base_of(replacements[module])).chosen_because = one.why
+        cast(StoredModule, replacements[module]).chosen_because = one.why
     for why in unused.values():
         if why is not None:
             raise ValueError(why)
@@ -364,11 +355,10 @@ def keep_shared_biases(model: nn.Module, replacements: Mapping[nn.Module, nn.Mod
     """Make biases in ``replacements`` dense again that the model has elsewhere, too, where they stay dense."""
     stored: dict[int, list[tuple[nn.Module, Any]]] = {}  # a bias -> the modules that store it, and what they become
     for module, made in replacements.items():
-        new: Any = made.base if isinstance(made, LoRALinear) else made
-        if new is module or isinstance(module, StoredModule):  # with an adapter now: its bias is as it was
+        if isinstance(module, StoredModule):  # with an adapter now: its bias is as it was
             continue
-        if isinstance(new, StoredModule) and "bias" in new.forms:
-            stored.setdefault(id(module._parameters["bias"]), []).append((module, new))
+        if isinstance(made, StoredModule) and "bias" in made.forms:
+            stored.setdefault(id(module._parameters["bias"]), []).append((module, made))
     if not stored:
         return
     held = Counter(id(one) for module in model.modules() for one in module._parameters.values() if one is not None)
@@ -554,20 +544,20 @@ def left_dense(
     total, matrices, left = 0, 0, Counter[str]()
     chosen = select_modules(model, where, skip)
     for module in module_paths(model):
-        before, after = base_of(module), base_of(replacements.get(module, module))  # of a LoRALinear, not entered
+        after = replacements.get(module, module)
         stored = {*after.forms, *after.part_names} if isinstance(after, StoredModule) else set()
-        sizes = dense_bytes(before) if isinstance(before, StoredModule) else {}
-        for name, tensor in (*before._parameters.items(), *before._buffers.items()):
+        sizes = dense_bytes(module) if isinstance(module, StoredModule) else {}
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or is_lazy(tensor) or id(tensor) in seen:
                 continue
             seen.add(id(tensor))
-            if name in before._buffers and not tensor.is_floating_point():  # masks, and numbers of steps
+            if name in module._buffers and not tensor.is_floating_point():  # masks, and numbers of steps
                 continue
             size = sizes.get(name, tensor.numel() * tensor.element_size())
             total += size
             if name in stored or module not in chosen:
                 continue
-            matrices += size if tensor.dim() > 1 and name in before._parameters else 0
+            matrices += size if tensor.dim() > 1 and name in module._parameters else 0
             left[f"{type(module).__name__}.{name}: {_why_dense(module, name, tensor, technique)}"] += size
     dense = left.total()
     if (dense if dense > _FEW else matrices) <= _TOLD_SHARE * total:
@@ -585,7 +575,7 @@ def _why_dense(module: nn.Module, name: str, tensor: Tensor, technique: type[Tec
         return "a buffer: only parameters are stored, but model.to(torch.bfloat16) casts it"
     if tensor.dim() < 2:
         return "a vector: only matrices have rows to store, but model.to(torch.bfloat16) casts it"
-    if isinstance(base_of(module), StoredModule):
+    if isinstance(module, StoredModule):
         return "its module stores others already: call lowmem.restore first, and convert with parameters="
     reason = skip_reason(technique, module)
     if reason is None and name in parameters_to_store(module):
@@ -678,7 +668,7 @@ def rebuild(
 def add_first_adapter(
     layer: Any, techniques: Mapping[str, LoRA], path: str, dense: Mapping[str, Any], name: str = "default"
 ) -> nn.Module:
-    """Return a layer with an adapter: a LoRALinear over it, or a copy of a class of its own.
+    """Return a copy of a layer with an adapter.
 
     Args:
         layer: without adapters.
@@ -691,8 +681,6 @@ def add_first_adapter(
         ValueError: ``init="loftq"`` without a 4-bit base or its dense weight, or a layer that has ``adapters``.
     """
     try:
-        if type(layer) in ADAPTED:
-            return LoRALinear(layer, techniques["weight"], name, dense.get("weight"))
         parts = {one: Adapter(layer, own, dense.get(one), one) for one, own in techniques.items()}
         return adapted_copy(layer, parameters_to_adapt(layer), name, parts)
     except ValueError as reason:
@@ -761,31 +749,27 @@ def _without_values(stored: Tensor | QuantizedTensor) -> bool:
 
 
 @one_at_a_time
-def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> nn.Module:
-    """Put what ``rebuild`` has made in the place of modules; return the model, or the new root.
-
-    Modules whose parameters are stored stay the same objects; a LoRALinear takes the place of its layer.
+def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Turn modules, in place, into what ``rebuild`` has made of them.
 
     Raises:
         RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
     """
-    _check_all_there(model, replacements, module_paths(model))
+    made = {old: new for old, new in replacements.items() if new is not old}
+    there = module_paths(model)
+    for old, new in made.items():
+        if old not in there:
+            raise RuntimeError(
+                f"a {type(old).__name__} to convert left {type(model).__name__} meanwhile: change a model from one "
+                "thread, or one after the other"
+            )
+        if type(old) not in _classes_before(new):
+            raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
     integrations = import_integrations(model)
-    share_tied_adapters(replacements.values())
-    adapted: dict[nn.Module, nn.Module] = {}
-    for old, new in replacements.items():
-        stored = base_of(new)
-        if stored is not old and isinstance(stored, StoredModule | AdaptedModule):
-            if type(old) not in _classes_before(stored):
-                raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
-            put_in_place(old, stored)
-        if isinstance(new, LoRALinear):
-            new.base = cast(nn.Linear, old)
-            adapted[old] = new
-    model = swap(model, adapted)
+    share_tied_adapters(made.values())
+    replace_modules(model, made)
     for integration in integrations:
         integration.adopt(model)
-    return model
 
 
 def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
@@ -848,12 +832,11 @@ def restore(
     found: dict[StoredModule, str] = {}
     selected = select_modules(model, where, skip)
     for module, path in selected.items():
-        stored = base_of(module)
-        if isinstance(stored, StoredModule):
-            found[stored] = path
+        if isinstance(module, StoredModule):
+            found[module] = path
     if not found:
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
-    refuse_layers("restore", cast(dict[nn.Module, str], found))
+    refuse_layers("restore", found)
     _refuse_partial_ties(model, found)
     cast_to = {} if dtype is None else _cast_dense(model, selected, dtype)
     dense: dict[int, nn.Parameter] = {}
@@ -884,10 +867,9 @@ def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) ->
     """
     parts = {id(getattr(module, part)): path for module, path in found.items() for part in module.part_names}
     for layer, paths in module_paths(model).items():
-        base = base_of(layer)
-        if base in found:
+        if layer in found:
             continue
-        path = next((parts[id(one)] for one in base._parameters.values() if id(one) in parts), None)
+        path = next((parts[id(one)] for one in layer._parameters.values() if id(one) in parts), None)
         if path is not None:
             raise ValueError(
                 f"{layer_name(path)}: what it stores is shared with {layer_name(paths[0])}, which where= and skip= "
@@ -903,14 +885,14 @@ def _cast_dense(
     Raises:
         ValueError: a module that keeps its dtype shares one, or the dtype cannot hold it; both are named.
     """
-    taken = {base_of(layer): path for layer, path in selected.items()}
+    taken = dict(selected)
     for module, path in list(taken.items()):
         if isinstance(module, nn.MultiheadAttention):  # which reads these parameters itself
             taken.setdefault(module.out_proj, f"{path}.out_proj".lstrip("."))
     others: dict[int, str] = {}
     for layer, paths in module_paths(model).items():
-        if base_of(layer) not in taken:
-            others.update((id(one), paths[0]) for one in _own_tensors(base_of(layer)).values())
+        if layer not in taken:
+            others.update((id(one), paths[0]) for one in _own_tensors(layer).values())
     made: dict[int, Tensor] = {}
     cast_to: dict[nn.Module, dict[str, Any]] = {}
     for module, path in taken.items():
@@ -946,47 +928,14 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     return {name: one for name, one in own.items() if not (one is None or name in left_out or is_lazy(one))}
 
 
-def _check_all_there(model: nn.Module, replacements: Iterable[nn.Module], found: Container[nn.Module]) -> None:
-    gone = [type(old).__name__ for old in replacements if old not in found]
-    if gone:
-        raise RuntimeError(
-            f"{len(gone)} of the layers to replace (a {gone[0]}) left {type(model).__name__} meanwhile: change a "
-            "model from one thread, or one after the other"
-        )
-
-
 @one_at_a_time
-def swap(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.Module:
-    """Replace layers at all of their paths and move their hooks; return the model, or the replacement of the root.
-
-    Raises:
-        RuntimeError: another thread has removed one of the layers. The model is left as it is.
-    """
-    found = module_paths(model)
-    _check_all_there(model, replacements, found)
-    for old, new in replacements.items():
-        if old._is_full_backward_hook is not None:
-            new._is_full_backward_hook = old._is_full_backward_hook
-        for name in HOOKS:
-            hooks = vars(old)[name]
-            if hooks:
-                vars(old)[name] = type(hooks)()  # a base inside its replacement must not run them a second time
-                hooks.update(vars(new)[name])  # hooks that were set on a base while a LoRALinear held it
-                vars(new)[name] = hooks  # the same dictionary, so that handles still remove them
-        for path in found[old]:
-            parent_path, _, child = path.rpartition(".")
-            if not path:
-                return new
-            parent = model.get_submodule(parent_path)
-            setattr(parent, child, new)
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # Disables its fused inference path, which would read the dense weights.
-                parent.activation_relu_or_gelu = 0
-    for module in model.modules():
-        if isinstance(module, nn.TransformerEncoder):
-            inside = any(m in replacements.values() or isinstance(m, AdaptedModule) for m in module.modules())
-            module.use_nested_tensor = module.use_nested_tensor and not inside
-    return model
+def replace_modules(model: nn.Module, copies: Mapping[Any, nn.Module]) -> None:
+    """Turn modules of a model, in place, into copies of them with or without adapters or stored parameters."""
+    for module, copied in copies.items():
+        put_in_place(module, copied)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
+            encoder.use_nested_tensor = not any(isinstance(one, AdaptedModule) for one in encoder.modules())
 
 
 def freeze_all_but_adapters(model: nn.Module) -> None:

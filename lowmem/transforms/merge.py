@@ -16,17 +16,9 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from lowmem import measure
 from lowmem.errors import describe, printable
-from lowmem.nn.adapted_module import (
-    bank_of,
-    base_of,
-    fold_layer,
-    parameter_of,
-    put_in_place,
-    share_table,
-    table_of,
-    without_adapters,
-)
-from lowmem.nn.lora import Folded, LoRALinear
+from lowmem.nn.adapted_module import AdaptedModule, put_in_place, share_table, table_of
+from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.fold import Folded, fold_module, without_adapters
 from lowmem.nn.stored import FourBitForm, StoredTensor
 from lowmem.nn.stored_module import StoredModule, copied_module
 from lowmem.quant.formats import get_format
@@ -34,7 +26,7 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.calibration.batches import check_batch, run_batch
 from lowmem.transforms.calibration.replay import evaluation_mode
-from lowmem.transforms.convert import one_at_a_time, swap
+from lowmem.transforms.convert import one_at_a_time, replace_modules
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model
 from lowmem.transforms.registry import layer_name, module_paths, refuse_peft
@@ -159,9 +151,9 @@ def merge(
 
     Args:
         model: has adapters.
-        to: "same format": a weight is stored as that of its base; or a floating-point dtype of 16 bits or more: each
-            LoRALinear becomes an nn.Linear of that dtype, and the parameters of another adapted module become dense
-            and of that dtype, biases included; it takes inputs of that dtype.
+        to: "same format": a weight is stored as that of its base; or a floating-point dtype of 16 bits or more: the
+            parameters of each adapted module become dense and of that dtype, biases included; it takes inputs of that
+            dtype.
         at_most: the largest relative error after the merge that is accepted, of any weight and, with ``inputs``, of
             any layer's outputs and the model's; None: any.
         inputs: one batch for the model (a Tensor, a tuple or list of positional arguments, or a mapping of keyword
@@ -170,8 +162,8 @@ def merge(
         report: whether to return a report, too.
 
     Returns:
-        The model, changed in place; or the base, when the root itself was a LoRALinear. With ``report=True`` a tuple
-        of that and a ``MergeReport``, which has a row for each adapted weight.
+        The model, changed in place. With ``report=True`` a tuple of that and a ``MergeReport``, which has a row for
+        each adapted weight.
 
     Raises:
         TypeError: the model is not a module, or ``inputs`` are of another type.
@@ -191,10 +183,10 @@ def merge(
         raise ValueError(
             f"{type(model).__name__} has no adapter to merge: it was never adapted, or is merged already"
         )
-    if not any(bank_of(layer).in_use for layer in layers):
+    if not any(layer.adapters.in_use for layer in layers):
         raise ValueError(f"no adapter of {type(model).__name__} is active: activate one, or delete them")
     dtype = None if isinstance(to, str) else to
-    folded = fold(model, {layer: bank_of(layer).in_use for layer in layers}, dtype)
+    folded = fold(model, {layer: layer.adapters.in_use for layer in layers}, dtype)
     _refuse_untying(model, folded, dtype)
     outputs, of_model = ({}, None) if inputs is None else _output_errors(model, folded, inputs, dtype)
     found = MergeReport(
@@ -217,42 +209,39 @@ def merge(
     if not report:
         warn_of_requantizing(folded, layers)
     kept = {layer for layer, done in folded.items() if dtype is None and not any(b for b, _ in done.errors.values())}
-    for layer, done in folded.items():
-        if not isinstance(layer, LoRALinear):
-            put_in_place(layer, without_adapters(layer) if layer in kept else done.layer)  # type: ignore[arg-type]
-    linear = [layer for layer in folded if isinstance(layer, LoRALinear)]
-    model = swap(model, {layer: layer.base if layer in kept else folded[layer].layer for layer in linear})
+    copies = {layer: without_adapters(layer) if layer in kept else done.layer for layer, done in folded.items()}
+    replace_modules(model, copies)
     return (model, found) if report else model
 
 
-def adapted_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Return every layer with adapters, a LoRALinear or an AdaptedModule, with its first path.
+def adapted_layers(model: nn.Module) -> dict[AdaptedModule, str]:
+    """Return every layer with adapters, with its first path.
 
     Raises:
         TypeError: the model is not a module.
     """
-    return {module: paths[0] for module, paths in module_paths(model).items() if bank_of(module) is not None}
+    return {module: paths[0] for module, paths in module_paths(model).items() if isinstance(module, AdaptedModule)}
 
 
-def _names(layer: nn.Module, parameter: str) -> tuple[str, ...]:
-    bank = bank_of(layer)
+def _names(layer: AdaptedModule, parameter: str) -> tuple[str, ...]:
+    bank = layer.adapters
     return tuple(name for name in bank.in_use if parameter in bank.parts(name))
 
 
 def fold(
-    model: nn.Module, names: Mapping[nn.Module, Sequence[str]], to: torch.dtype | None = None
-) -> dict[nn.Module, Folded]:
-    """Return, for each layer, a copy of the base with the adapters ``names[layer]`` merged.
+    model: nn.Module, names: Mapping[AdaptedModule, Sequence[str]], to: torch.dtype | None = None
+) -> dict[AdaptedModule, Folded]:
+    """Return, for each layer, a copy of it with the adapters ``names[layer]`` merged.
 
     Raises:
         ValueError: an adapted weight cannot be stored; its path is named.
     """
     paths = adapted_layers(model)
-    folded: dict[nn.Module, Folded] = {}
+    folded: dict[AdaptedModule, Folded] = {}
     tables: dict[Any, nn.Module] = {}
     for layer, chosen in names.items():
         try:
-            folded[layer] = fold_layer(layer, chosen, to)
+            folded[layer] = fold_module(layer, chosen, to)
         except ValueError as reason:
             found = str(reason).partition(";")[0]
             raise ValueError(
@@ -260,13 +249,13 @@ def fold(
                 "otherwise"
             ) from reason
         if table_of(layer) is not None:  # a table that embeddings share, and its adapters, are merged into one
-            adapters = [id(bank_of(layer).parts(name).get("weight")) for name in chosen]
+            adapters = [id(layer.adapters.parts(name).get("weight")) for name in chosen]
             first = tables.setdefault((table_of(layer), *adapters), folded[layer].layer)
             share_table(folded[layer].layer, first)
     return folded
 
 
-def _refuse_untying(model: nn.Module, folded: Mapping[nn.Module, Folded], to: torch.dtype | None) -> None:
+def _refuse_untying(model: nn.Module, folded: Mapping[Any, Folded], to: torch.dtype | None) -> None:
     """Refuse to merge into one of several modules that share a weight, or differently into them.
 
     ``merge_adapter`` need not: the bases, which the state holds, stay tied.
@@ -276,9 +265,8 @@ def _refuse_untying(model: nn.Module, folded: Mapping[nn.Module, Folded], to: to
     """
     seen: dict[int, tuple[str, Any]] = {}
     for layer, paths in module_paths(model).items():
-        base = base_of(layer)
-        for name in (*base._parameters.keys(), *(base.forms if isinstance(base, StoredModule) else ())):
-            own = parameter_of(base, name)
+        for name in (*layer._parameters.keys(), *(layer.forms if isinstance(layer, StoredModule) else ())):
+            own = parameter_of(layer, name)
             if own is None:
                 continue
             place = place_name(paths[0], name)
@@ -306,7 +294,7 @@ def _equal(one: Any, other: Any) -> bool:
     return wide[0].dtype == wide[1].dtype and torch.equal(*wide)
 
 
-def warn_of_requantizing(folded: Mapping[nn.Module, Folded], paths: Mapping[nn.Module, str]) -> None:
+def warn_of_requantizing(folded: Mapping[AdaptedModule, Folded], paths: Mapping[AdaptedModule, str]) -> None:
     """Warn of the errors of weights that were quantized to 4 or 8 bits again, if there are any."""
     errors, bits = dict[str, float](), set[int]()
     for layer, done in folded.items():
@@ -336,24 +324,20 @@ def _check_arguments(to: object, at_most: object, inputs: object, report: bool) 
 
 
 def _output_errors(
-    model: nn.Module, folded: Mapping[nn.Module, Folded], inputs: Any, to: torch.dtype | None
+    model: nn.Module, folded: Mapping[AdaptedModule, Folded], inputs: Any, to: torch.dtype | None
 ) -> tuple[dict[nn.Module, tuple[float, float]], tuple[float, float] | None]:
     """Return the relative errors, before and after, of the outputs of each layer that inputs reach, and the model."""
-    copies = {layer: _widened(layer, done) if to and _reads(layer) else done.layer for layer, done in folded.items()}
-    dtypes = {layer: None if _reads(layer) else to for layer in folded}
+    copies = {layer: done.layer for layer, done in folded.items()}
+    copies |= {layer: _widened(layer, one) for layer, one in copies.items() if to and _reads(layer)}
+    bases = {layer: without_adapters(layer) for layer in folded}
+    dtypes: dict[AdaptedModule, torch.dtype | None] = {layer: None if _reads(layer) else to for layer in folded}
     sums: dict[nn.Module, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
 
     def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        base = layer.base if isinstance(layer, LoRALinear) else without_adapters(layer)  # type: ignore[arg-type]
-        merged, to = copies[layer], dtypes[layer]
-        if isinstance(layer, LoRALinear):
-            x: Any = args[0] if args else kwargs["input"]
-            exact = _output(base, (x,))
-            for name in layer.in_use:
-                exact = layer.parts(name)["weight"].forward(exact, x)
-        else:
-            with _unmerged(layer):
-                exact = _output(layer, args, kwargs)
+        assert isinstance(layer, AdaptedModule)
+        base, merged, to = bases[layer], copies[layer], dtypes[layer]
+        with _unmerged(layer):
+            exact = _output(layer, args, kwargs)
         cast = args if to is None else tree_map(lambda one: _cast(one, to), args)
         named = kwargs if to is None else tree_map(lambda one: _cast(one, to), kwargs)
         wide = exact.double()
@@ -372,12 +356,9 @@ def _output_errors(
     of_layers = {
         layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()
     }
-    bases = {layer: layer.base if isinstance(layer, LoRALinear) else without_adapters(layer) for layer in folded}  # type: ignore[arg-type]
-    of_model = [
-        _difference(_outputs_with(others, model, inputs, computed_in), exact)
-        for others, computed_in in ((bases, dict.fromkeys(folded)), (copies, dtypes))
-    ]
-    return of_layers, None if None in of_model else tuple(of_model)  # type: ignore[return-value]
+    before = _difference(_outputs_with(bases, model, inputs, {}), exact)
+    after = _difference(_outputs_with(copies, model, inputs, dtypes), exact)
+    return of_layers, None if before is None or after is None else (before, after)
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:
@@ -403,35 +384,15 @@ def _reads(layer: nn.Module) -> bool:
     return isinstance(layer, kinds)
 
 
-def _widened(layer: nn.Module, done: Folded) -> nn.Module:
+def _widened(layer: AdaptedModule, merged: nn.Module) -> nn.Module:
     """Return a copy of a merged module that presents its rounded values in the dtype that the layer presents."""
-    read = parameter_of(layer, next(iter(done.errors))).dtype
-    copied = copied_module(done.layer, type(done.layer))
+    read = parameter_of(layer, layer._adapted_names[0]).dtype
+    copied = copied_module(merged, type(merged))
     copied.__dict__["_parameters"] = {
         name: one if one is None else nn.Parameter(one.detach().to(read), requires_grad=False)
-        for name, one in done.layer._parameters.items()
+        for name, one in merged._parameters.items()
     }
     return copied
-
-
-class _Instead(nn.Module):
-    """What a LoRALinear computes with instead of base and adapters; it takes any dtype, and hooks do not see it."""
-
-    folds = None
-
-    def __init__(self, layer: Any, dtype: torch.dtype | None, read: torch.dtype) -> None:
-        super().__init__()
-        self.layer, self.dtype, self.read = layer, dtype, read
-
-    @property
-    def weight(self) -> Any:
-        """The weight in the dtype of the base's, for models that read it."""
-        return self.layer.weight.to(self.read)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Return what the layer returns, in the dtype of the input where it computes in another."""
-        out: Tensor = _in_dtype(self.layer.forward, self.dtype, input)
-        return out
 
 
 def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:
@@ -446,19 +407,10 @@ def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype | None, *args: Any
 @contextmanager
 def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Let an adapted layer compute with the parameters of another module, inside the block."""
-    if isinstance(layer, LoRALinear):
-        kept = layer.active, layer.merged, layer.merged_base
-        layer.active, layer.merged = (), None
-        layer.merged_base = _Instead(other, dtype, layer.base.weight.dtype)
-        try:
-            yield
-        finally:
-            layer.active, layer.merged, layer.merged_base = kept
-        return
     kind, own, children = type(layer), layer.__dict__, dict(layer._modules)
-    put_in_place(layer, other)
+    put_in_place(layer, other if dtype is None else _widened(layer, other))  # models may read the weight, too
     if dtype is not None:
-        layer.__dict__["forward"] = partial(_in_dtype, layer.forward, dtype)
+        layer.__dict__["forward"] = partial(_in_dtype, other.forward, dtype)
     try:
         yield
     finally:
@@ -469,15 +421,15 @@ def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> 
 
 
 def _outputs_with(
-    others: Mapping[nn.Module, nn.Module],
+    others: Mapping[AdaptedModule, nn.Module],
     model: nn.Module,
     inputs: Any,
-    dtypes: Mapping[nn.Module, torch.dtype | None],
+    dtypes: Mapping[AdaptedModule, torch.dtype | None],
 ) -> list[Tensor]:
     """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
     with ExitStack() as stack, evaluation_mode(model):
         for layer, other in others.items():
-            stack.enter_context(_computing_with(layer, other, dtypes[layer]))
+            stack.enter_context(_computing_with(layer, other, dtypes.get(layer)))
         return _floating(run_batch(model, inputs))
 
 
@@ -511,17 +463,15 @@ def _cast(value: Any, to: torch.dtype) -> Any:
 
 
 @contextmanager
-def _unmerged(layer: nn.Module) -> Iterator[None]:
+def _unmerged(layer: AdaptedModule) -> Iterator[None]:
     """Let all adapters in use be applied to the base as it is, inside the block."""
-    bank = bank_of(layer)
-    active, merged, merged_base = bank.active, bank.merged, bank.merged_base
+    bank = layer.adapters
+    before = bank.active, bank.merged_copy
     try:
-        bank.unmerge()
-        bank.active = tuple(name for name in bank.names if name in active or name == merged)
+        bank.active, bank.merged_copy = bank.in_use, None
         yield
     finally:
-        bank.active, bank.merged = active, merged
-        vars(bank)["merged_base"] = merged_base
+        bank.active, bank.merged_copy = before
 
 
 def _relative(lost: float, size: float) -> float:

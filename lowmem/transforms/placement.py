@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.eightbit import of_embeddings
 from lowmem.nn.fourbit import FourBit
-from lowmem.nn.lora import LoRA
 from lowmem.transforms.registry import (
     Step,
     Technique,
@@ -80,7 +80,7 @@ def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
     """Return what ``FourBit`` keeps in 8 bits, with the reason: embeddings, output layers, what shares a weight."""
     found = module_paths(model)
     kinds = (nn.Embedding, nn.EmbeddingBag)
-    why = {module: "it is an embedding" for module in found if isinstance(base_of(module), kinds)}
+    why: dict[nn.Module, str] = {module: "it is an embedding" for module in found if isinstance(module, kinds)}
     why |= {module: reason for module, reason in output_layers(model).items() if module not in why}
     while True:
         known = [module for module in found if module in why]
@@ -123,8 +123,7 @@ def routers(model: nn.Module) -> dict[nn.Module, str]:
     for parent in model.modules():
         counts = {expert_count(name, child) for name, child in parent.named_children()} - {None}
         for child in parent.children():
-            base = base_of(child)
-            if isinstance(base, nn.Linear) and base.out_features in counts:
+            if isinstance(child, nn.Linear) and child.out_features in counts:
                 found[child] = "it chooses experts"
     return found
 
@@ -261,7 +260,7 @@ def unnamed_places(
     more = [layer for layer in layers if layer in left or not takes_adapter(layer)]
     paths, modules = module_paths(model), dict(model.named_modules(remove_duplicate=False))
     found = {
-        place_name(paths[layer][0], name): type(base_of(layer)).__name__
+        place_name(paths[layer][0], name): type(layer).__name__
         for layer in more
         if all(path and where(path.rpartition(".")[0], modules[path.rpartition(".")[0]]) for path in paths[layer])
         for name in parameters_to_adapt(layer)
@@ -284,8 +283,8 @@ def warning_of_unnamed(model: nn.Module, name: str, places: Mapping[str, str]) -
     sizes = {
         place_name(paths[0], parameter): sum(one.numel() for one in part.parameters())
         for module, paths in module_paths(model).items()
-        if (bank := bank_of(module)) is not None
-        for parameter, part in bank.parts(name).items()
+        if isinstance(module, AdaptedModule)
+        for parameter, part in module.adapters.parts(name).items()
     }
     largest = sorted(places, key=lambda place: -sizes[place])
     told = ", ".join(f"{layer_name(place)} ({places[place]})" for place in largest[:3])
@@ -313,7 +312,7 @@ def warning_of_ties(model: nn.Module, layers: Iterable[nn.Module]) -> str | None
     linear = {layer: _weights(layer) for layer in paths if _computes_products(layer) and layer not in left}
     for layer in adapted:
         without = [one for one in linear if one not in adapted and linear[one] & linear.get(layer, set())]
-        if without and base_of(layer) not in without:
+        if without:
             names = ", ".join(layer_name(paths[one][0]) for one in without)
             return (
                 f"{layer_name(paths[layer][0])} shares its weight with {names}, which get no adapter: the one of "
@@ -323,10 +322,9 @@ def warning_of_ties(model: nn.Module, layers: Iterable[nn.Module]) -> str | None
 
 
 def _computes_products(module: nn.Module) -> bool:
-    return isinstance(base_of(module), nn.Linear)
+    return isinstance(module, nn.Linear)
 
 
 def _weights(module: nn.Module) -> set[int]:
-    """Return the ids of a layer's own parameters, or of its base's, without the bias."""
-    base = base_of(module)
-    return {id(p) for name, p in base._parameters.items() if p is not None and not name.startswith("bias")}
+    """Return the ids of a layer's own parameters without the bias."""
+    return {id(p) for name, p in module._parameters.items() if p is not None and not name.startswith("bias")}

@@ -29,13 +29,13 @@ from torch.utils._pytree import tree_map_only
 from lowmem import measure
 from lowmem.errors import show
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import Adapter, LoRA
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import Adapter, LoRA
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.scales import get_encoding
@@ -323,9 +323,9 @@ def _converted(
     store, storing = Store(), 0
     replacements = rebuild_all(model, techniques, where, skip, None, lambda technique: store.by(Empty(technique)))
     for made in replacements.values():
-        if isinstance(base_of(made), StoredModule):
+        if isinstance(made, StoredModule):
             storing = max(storing, _STORING)
-    model = commit(model, replacements)
+    commit(model, replacements)
     if any(isinstance(technique, LoRA) for technique in techniques):
         freeze_all_but_adapters(model)
     return model, storing
@@ -406,7 +406,7 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
                 for name, tensor in list(tensors.items()):
                     if isinstance(tensor, Tensor):
                         tensors[name] = known.setdefault(id(tensor), (tensor, _fake(tensor)))[1]
-            if isinstance(module, HalfEmbedding | Embedding4Bit) and bank_of(module) is None:
+            if isinstance(module, HalfEmbedding | Embedding4Bit) and not isinstance(module, AdaptedModule):
                 # else it would dequantize all rows at once
                 module.forward = partial(_rows, module)  # type: ignore[method-assign]
         try:

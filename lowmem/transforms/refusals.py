@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from torch import is_inference_mode_enabled, nn
 from torch.nn.parameter import is_lazy
 
-from lowmem.nn.adapted_module import base_of
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.registry import check_module, layer_name
 
@@ -51,7 +52,7 @@ def refuse_model(name: str, model: nn.Module) -> None:
 _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")  # by name: importing the second one takes long
 
 
-def refuse_layers(name: str, layers: Mapping[nn.Module, str], *, empty: bool = False) -> None:
+def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) -> None:
     """Raise for layers whose own parameters, or adapters, cannot be changed.
 
     Args:
@@ -65,8 +66,8 @@ def refuse_layers(name: str, layers: Mapping[nn.Module, str], *, empty: bool = F
     """
     sharded = sharded_types()
     for layer, path in layers.items():
-        refuse_prepared(name, base_of(layer), path)
-        for own, parameter in layer.named_parameters(recurse=layer is not base_of(layer)):
+        refuse_prepared(name, layer, path)
+        for own, parameter in layer.named_parameters(recurse=isinstance(layer, AdaptedModule)):
             place = layer_name(f"{path}.{own}".lstrip("."))
             if is_lazy(parameter):
                 raise ValueError(

@@ -15,19 +15,17 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
 from lowmem.errors import printable, show
-from lowmem.nn.adapted_module import AdapterBank, adapted_parameters, bank_of
-from lowmem.nn.adapter import is_conv1d
+from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import LoRA, is_conv1d
+from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.budget import Budget
-from lowmem.nn.eightbit import EightBit, Linear8Bit
-from lowmem.nn.fourbit import FourBit, Linear4Bit
-from lowmem.nn.gathered_linear import GatheredLinear4Bit
-from lowmem.nn.half import Half, HalfLinear
-from lowmem.nn.lora import LoRA, LoRALinear
+from lowmem.nn.eightbit import EightBit
+from lowmem.nn.fourbit import FourBit
+from lowmem.nn.half import Half
 from lowmem.nn.stored import EightBitForm, HalfForm, StoredTensor
 from lowmem.nn.stored_module import FourBitStorage, StoredModule, copied_module
 
 __all__ = [
-    "ADAPTED",
     "ENTRIES",
     "Entry",
     "Step",
@@ -193,10 +191,6 @@ ENTRIES = (
     ),
 )
 
-ADAPTED: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, Linear8Bit, GatheredLinear4Bit)
-"""The exact types of layers that become a LoRALinear; other modules with adapters stay instances of their class."""
-
-
 _NO_ADAPTER = ("Bilinear", "LSTM, GRU and RNN", "XLNet's attention", "weight norm")
 
 
@@ -238,7 +232,7 @@ class _Probe(StoredTensor):
 
 def made_by(module: nn.Module) -> type[Technique] | None:
     """Return the technique that converted a module; None for a dense one."""
-    if bank_of(module) is not None:
+    if isinstance(module, AdaptedModule):
         return LoRA
     return stored_by(module)
 
@@ -285,21 +279,21 @@ def check_module(model: object) -> None:
 
 
 def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every module with all of its paths, in the order of ``named_modules``; adapted layers are not entered.
+    """Return every module with all of its paths, in the order of ``named_modules``, without adapters.
 
     Raises:
         TypeError: the model is not a module.
     """
     check_module(model)
     found: dict[nn.Module, list[str]] = {}
-    inside = None  # the prefix of the paths inside the last layer, or adapters, that are not entered
+    inside = None  # the prefix of the paths inside the last adapters
     for path, module in model.named_modules(remove_duplicate=False):
         if inside is not None and path.startswith(inside):
             continue
-        if not isinstance(module, AdapterBank):
+        if isinstance(module, AdapterBank):
+            inside = path and f"{path}."
+        else:
             found.setdefault(module, []).append(path)
-        closed = isinstance(module, LoRALinear | AdapterBank)
-        inside = (path and f"{path}.") if closed else None
     return found
 
 
@@ -386,7 +380,7 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
         return "torch.jit.script or trace compiled it for dense weights: convert the module it was made of"
     if technique is LoRA:
         return _adapter_skip_reason(module, chosen)
-    if bank_of(module) is not None:
+    if isinstance(module, AdaptedModule):
         return "it has an adapter: convert the base first"
     if isinstance(module, ParametrizationList) and not _is_weight_norm(module):
         return f"a parametrization computes a weight from it{_REMOVE}"
@@ -417,7 +411,7 @@ def _no_parameter(module: nn.Module) -> str:
 
 
 def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:
-    if bank_of(module) is not None:
+    if isinstance(module, AdaptedModule):
         return None
     entry = _entry_of(module)
     if entry is None:
@@ -433,8 +427,8 @@ def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:
 
 def parameters_to_adapt(module: nn.Module) -> tuple[str, ...]:
     """Return the names of the parameters of a module that can have adapters."""
-    if bank_of(module) is not None:
-        return adapted_parameters(module)
+    if isinstance(module, AdaptedModule):
+        return module._adapted_names
     if isinstance(module, StoredModule):
         return tuple(name for name in module.forms if "bias" not in name)
     return tuple(parameters_to_store(module))
@@ -459,7 +453,7 @@ def no_match_message(
     known = {
         path: one
         for one, path in (selected or {}).items()
-        if _entry_of(one) is not None or bank_of(one) is not None or isinstance(one, torch.jit.ScriptModule)
+        if _entry_of(one) is not None or isinstance(one, AdaptedModule | torch.jit.ScriptModule)
     }
     whys = {path: (one, skip_reason(technique, one, chosen)) for path, one in known.items()}
     why = next(

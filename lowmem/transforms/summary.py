@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
-from lowmem.nn.lora import LoRA, LoRALinear
 from lowmem.nn.stored_module import FourBitStorage, StoredModule
 from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
@@ -190,29 +190,26 @@ def summary(model: nn.Module) -> Summary:
         prepared = getattr(type(module), "prepared_for_training", False)
         if not converted and not prepared and not any(True for _ in module.parameters(recurse=False)):
             continue
-        inner = isinstance(module, LoRALinear)
-        bank = bank_of(module)
-        adapters = [] if inner or bank is None else [*bank.parameters()]
-        tensors = dict.fromkeys([*module.parameters(recurse=inner), *module.buffers(recurse=inner), *adapters])
+        adapters = module.adapters.stored() if isinstance(module, AdaptedModule) else ()
+        tensors = dict.fromkeys([*module.parameters(recurse=False), *module.buffers(recurse=False), *adapters])
         new = [tensor for tensor in tensors if tensor not in seen]
-        base = base_of(module)
-        weights = _weights(base)
+        weights = _weights(module)
         rows.append(
             LayerSummary(
                 path=path,
                 also=tuple(also),
                 type=type(module).__name__,
                 converted=converted,
-                stored=_stored(base),
+                stored=_stored(module),
                 adapters=_adapters(module),
                 reason=reasons.get(module),
                 shared_with=next((seen[tensor] for tensor in tensors if tensor in seen), None),
                 weights=sum(count for tensor, count in weights.items() if tensor not in seen),
                 bytes=_bytes(new),
                 bits_per_weight=_bits(_bytes(tensors), sum(weights.values())),
-                weight_error=getattr(base, "weight_error", None) if converted else None,
-                chosen_because=getattr(base, "chosen_because", "") if converted else "",
-                computed="; ".join(filter(None, (how_computed(base), getattr(module, "training_note", "")))),
+                weight_error=getattr(module, "weight_error", None) if converted else None,
+                chosen_because=getattr(module, "chosen_because", "") if converted else "",
+                computed="; ".join(filter(None, (how_computed(module), getattr(module, "training_note", "")))),
             )
         )
         seen.update(dict.fromkeys(new, layer_name(path)))
@@ -275,32 +272,32 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
 
 def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
     """Return the output layers and routers without an adapter, and why, if other layers have adapters."""
-    if not any(bank_of(module) is not None for module in model.modules()):
+    if not any(isinstance(module, AdaptedModule) for module in model.modules()):
         return {}
     left = {**routers(model), **output_layers(model)}
     return {
         module: f"no adapter: {why}; where= would give it one"
         for module, why in left.items()
-        if takes_adapter(module) and bank_of(module) is None
+        if takes_adapter(module) and not isinstance(module, AdaptedModule)
     }
 
 
 def _in_8_bits(model: nn.Module) -> dict[nn.Module, str]:
     """Return what is in 8 bits as ``FourBit`` leaves it, and why; none where a ``Budget`` or ``EightBit`` chose."""
     wider = embeddings_and_outputs(model)
-    found = [base_of(module) for module in module_paths(model) if stored_by(base_of(module)) is EightBit]
-    if any(getattr(base, "chosen_because", "") for base in found) or not set(found) <= set(map(base_of, wider)):
+    found = [module for module in module_paths(model) if stored_by(module) is EightBit]
+    if any(getattr(base, "chosen_because", "") for base in found) or not set(found) <= wider.keys():
         return {}
     return {
         module: f"8 bits, since {why}: FourBit(embeddings='4bit') stores it in 4"
         for module, why in wider.items()
-        if base_of(module) in found
+        if module in found
     }
 
 
 def _techniques(model: nn.Module) -> list[type[Technique]]:
     """Return which techniques store layers; else LoRA if there are adapters; else FourBit."""
-    made = {made_by(module) for module in model.modules()} - {None}
+    made = {one for module in model.modules() for one in (made_by(module), stored_by(module))} - {None}
     storing: list[type[Technique]] = [technique for technique in (FourBit, EightBit, Half) if technique in made]
     return storing or ([LoRA] if made else [FourBit])
 
@@ -325,9 +322,9 @@ def _stored(layer: nn.Module) -> str:
 
 
 def _adapters(layer: nn.Module) -> tuple[tuple[str, int], ...]:
-    bank = bank_of(layer)
-    if bank is None:
+    if not isinstance(layer, AdaptedModule):
         return ()
+    bank = layer.adapters
     return tuple(dict.fromkeys((name, part.rank) for name in bank.names for part in bank.parts(name).values()))
 
 

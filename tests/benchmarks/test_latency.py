@@ -882,6 +882,7 @@ def test_a_base_that_does_not_build_is_an_error_and_nothing_is_cached(repository
     assert not list((tmp_path / "cache").rglob("*.whl"))
 
 
+@pytest.mark.gates
 def test_a_wheel_is_built_in_the_cache_which_may_lie_on_another_file_system_than_scratch(
     repository, tmp_path, monkeypatch
 ):
@@ -913,6 +914,7 @@ def test_a_wheel_is_built_in_the_cache_which_may_lie_on_another_file_system_than
         assert not asked[number].exists()
 
 
+@pytest.mark.gates
 def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repository, tmp_path, monkeypatch):
     _, head, _ = builds.resolve(repository, "old")
     cached = tmp_path / "wheels" / builds._key(repository, head, builds.PACKAGED) / "lowmem-0-py3-none-any.whl"
@@ -1096,6 +1098,7 @@ def test_pytest_runs_no_gate_after_a_session_that_was_stopped(pytester, monkeypa
     assert pytester.runpytest("--against", "main", "-x").ret == 1
 
 
+@pytest.mark.processes
 def test_pytest_refuses_a_reference_that_does_not_exist_before_it_runs(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeconftest(CONFTEST)
@@ -1118,6 +1121,7 @@ def test_the_command_names_the_extra_that_it_needs(monkeypatch, capsys):
     assert capsys.readouterr().err == "latency gate: it needs statsmodels: pip install '.[gate]'\n"
 
 
+@pytest.mark.processes
 def test_pytest_names_the_extra_that_the_gate_needs_before_it_runs(pytester, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     pytester.makeconftest(f"import sys\nsys.modules['statsmodels'] = None\n{CONFTEST}")
@@ -1194,7 +1198,7 @@ def test_gates_of_memory_run_beside_each_other_and_their_alarms_are_kept(tmp_pat
 
     def fake(command, **options):
         own = "memory" if "pytest" in command else "resident"
-        out = command[-1].removeprefix("--memory-json=")
+        out = command[-1].removeprefix("--lowmem-json=")
         other = {"memory": "resident", "resident": "memory"}[own]
         return run([sys.executable, "-c", GATE, own, other, out], **options)
 
@@ -1301,14 +1305,23 @@ def test_the_geometric_mean_of_two_times_of_base_is_what_head_is_compared_with()
     assert math.isclose(found.floor(), 4.0)
 
 
-def test_the_page_shows_what_the_proof_found(tmp_path):
-    page = ROOT / "docs" / "benchmarking.md"
-    found = proof.read_results(proof.RESULTS)
-    assert f"{proof.BEGIN}{proof.table(found)}{proof.END}" in page.read_text()
-    copy = tmp_path / "page.md"
-    copy.write_text(page.read_text())
-    proof.update_page(copy, [run_of(proof.CASES[2], "latency", "instructions")] * 5)
-    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | 0 | instructions in 5, latency in 5 | 60 to 60 |" in copy.read_text()
+def test_the_table_of_a_proof_takes_the_place_of_the_one_in_the_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text((ROOT / "docs" / "benchmarking.md").read_text())
+    found = [run_of(proof.CASES[2], "latency", "instructions")] * 5
+    proof.update_page(page, found)
+    assert "| 10% in a kernel | 5 | 5 | 5 of 5 | 0 | instructions in 5, latency in 5 | 60 to 60 |" in page.read_text()
+    assert proof.table(found) in page.read_text()
+
+
+def test_the_page_shows_a_proof_that_holds():
+    written = (ROOT / "docs" / "benchmarking.md").read_text().partition(proof.BEGIN)[2].partition(proof.END)[0]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in written.splitlines()[2:]]
+    assert [row[0] for row in rows] == [case.name for case in proof.CASES]
+    for (_, runs, alarms, wanted, undecided, *_), case in zip(rows, proof.CASES, strict=True):
+        assert int(runs) >= case.runs
+        assert int(alarms) == (int(runs) - int(undecided) if case.alarm else 0)
+        assert wanted == f"{(case.decided or case.runs) if case.alarm else 0} of {case.runs}"
 
 
 def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, capsys):

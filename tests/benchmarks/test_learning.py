@@ -25,6 +25,7 @@ def make_task(seen):
     return Task(make, "0 2", [(one, torch.tensor(number)) for number, one in enumerate(x)], judge, 1e-2)
 
 
+@pytest.mark.thorough
 def test_ways_learn_the_same_from_the_same_batches():
     found, orders = {}, {}
     for way in WAYS:

@@ -59,6 +59,7 @@ def assert_same(got, wanted, path="", rel=0.02):
         assert got == wanted, path
 
 
+@pytest.mark.gates
 @pytest.mark.parametrize("name", list(pictures.PICTURES))
 def test_a_picture_is_current(name, specification):
     if name != "speed" and backend().startswith("reference"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import memory, resident
+from benchmarks import resident
 from benchmarks.resident import FIGURES, LOADED, WAYS, Baseline, MeasurementError, compare, derive
 from lowmem import VARIANTS
 from lowmem.testing.baseline import Key
@@ -133,6 +133,7 @@ print(json.dumps(figures))
 """
 
 
+@pytest.mark.gates
 @needs_high_water
 def test_a_megabyte_that_no_tensor_shows_fails_and_what_is_the_same_passes(tmp_path):
     """A sound model, measured twice, and those with a megabyte too much, in a process of their own."""
@@ -263,7 +264,7 @@ def test_a_baseline_that_cannot_be_used_is_refused(tmp_path, change, said):
 def gate(monkeypatch, tmp_path, capsys):
     """Return a function that runs the command on figures that are given, and gives exit code, stdout and stderr."""
     path = tmp_path / "benchmarks" / "memory" / f"resident-{KEY.name}.json"
-    monkeypatch.setattr(memory, "current_key", lambda: KEY)
+    monkeypatch.setattr(resident, "current_key", lambda: KEY)
     monkeypatch.setattr(resident, "ROOT", tmp_path)
     monkeypatch.setattr(resident, "unsupported", lambda: None)
     monkeypatch.setattr(resident, "measure_ways", lambda folder: dict.fromkeys(WAYS, 100.0))
@@ -486,6 +487,7 @@ def test_a_variant_that_fails_is_one_line_and_nothing_is_overwritten(gate, monke
     assert gate.path.read_bytes() == before
 
 
+@pytest.mark.processes(keep=1)
 @pytest.mark.parametrize(
     ("code", "out"), [(0, ""), (0, "{}"), (0, "text"), (-9, ""), (1, json.dumps(dict.fromkeys(FIGURES, 1.0)))]
 )
@@ -496,6 +498,7 @@ def test_a_process_without_all_figures_counts_as_failed(monkeypatch, tmp_path, c
         resident.measure_variants(["lora"], 1, tmp_path)
 
 
+@pytest.mark.processes
 def test_each_variant_is_measured_in_processes_of_its_own(monkeypatch, tmp_path):
     figures, commands = dict.fromkeys(FIGURES, 1.0), []
 

@@ -43,6 +43,7 @@ def test_every_workload_is_shown_with_its_goals(monkeypatch, tmp_path, capsys):
     assert "smollm2, bfloat16" in shown
 
 
+@pytest.mark.processes
 @needs_high_water
 def test_a_process_measures_a_model_that_learns(tmp_path):
     workload = next(one for one in WORKLOADS if one.name == "bignet16")

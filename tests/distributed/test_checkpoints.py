@@ -113,6 +113,7 @@ def check_four(rank, world, folder):
     return found
 
 
+@pytest.mark.distributed
 def test_runs_of_one_two_and_four_processes_are_one_run(tmp_path):
     (losses, evaluations), seen, adapter = plain(run(tmp_path))
     assert len({len(one) for one in seen}) > 1  # the last step has fewer rows

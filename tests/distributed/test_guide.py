@@ -37,6 +37,7 @@ def losses_of_one_process():
     return losses, own["make"]
 
 
+@pytest.mark.distributed
 def test_torchrun_starts_it_again_after_a_process_was_killed(tmp_path):
     (tmp_path / "train.py").write_text(CODE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

@@ -109,6 +109,7 @@ def needed(ranks):
     return {name: expected_bytes(name, ranks) for name in MODELS}
 
 
+@pytest.mark.thorough
 def test_the_formula_is_what_one_process_takes():
     expected = needed(1)
     with on_threads(1):

@@ -234,6 +234,7 @@ def test_a_group_of_one_process_is_refused_what_larger_ones_are(tmp_path, monkey
         dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_two_processes_train_as_one_does_with_half_of_the_weights(tmp_path):
     expected = needed(2)
     found = run_ranks(check_two, 2, tmp_path, str(tmp_path), expected)
@@ -262,6 +263,7 @@ def check_four(rank, world, expected):
     return train(model, optimizer_of(model), 3, rank, world), shared_bytes(expected)
 
 
+@pytest.mark.distributed
 def test_four_processes_of_which_one_has_no_example_of_a_batch(tmp_path):
     expected = needed(4)
     found = run_ranks(check_four, 4, tmp_path, expected)
@@ -269,6 +271,7 @@ def test_four_processes_of_which_one_has_no_example_of_a_batch(tmp_path):
     assert all(used == pytest.approx(expected, rel=ROOM) for _, used in found)
 
 
+@pytest.mark.distributed
 def test_a_process_alone_is_told_how_to_start():
     with pytest.raises(RuntimeError, match="shard: this process knows of no others: start the program with torchrun"):
         lowmem.shard(make())

@@ -41,8 +41,6 @@ LEFT_OUT = ("lowmem/version.py", "benchmarks/cases.py")  # a constant; models an
 # The tests of a module, or of all of a folder, beyond or other than its mirror test, the quickest first.
 TESTS = {
     "benchmarks/latency": ("benchmarks/test_latency",),
-    "benchmarks/memory.py": ("benchmarks/test_gate",),
-    "benchmarks/results.py": ("benchmarks/test_gate",),
     "benchmarks/report.py": ("tools/test_report",),
     "lowmem/__main__.py": ("test_main",),
     "lowmem/quant/scales.py": ("quant/test_scales", "quant/test_tensor"),
@@ -50,14 +48,14 @@ TESTS = {
     "lowmem/quant/quantize.py": ("quant/test_quantize", "quant/test_tensor"),
     "lowmem/nn/frozen_linear.py": ("nn/test_frozen_linear", "nn/test_half", "nn/test_fourbit", "kernels/test_ops"),
     "lowmem/nn/frozen_conv.py": ("nn/test_frozen_conv", "nn/test_conv"),
-    "lowmem/nn/lora.py": ("nn/test_lora", "transforms/test_adapters"),
+    "lowmem/nn/adapted_forward.py": ("nn/test_adapted_forward", "transforms/test_adapters"),
     "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_convert"),
     "lowmem/io/safetensors.py": ("io/test_safetensors", "io/test_container"),
     "lowmem/io/metadata.py": ("io/test_metadata", "io/test_checkpoint"),
     "lowmem/io/skeleton.py": ("io/test_skeleton", "io/test_checkpoint"),
     "lowmem/kernels/cpu.py": ("kernels/test_cpu", "kernels/test_int8", "kernels/test_plan"),
     "lowmem/kernels/memory.py": ("kernels/test_memory", "kernels/test_kernels"),
-    "lowmem/kernels/reference.py": ("kernels/test_reference", "nn/test_lora", "kernels/test_int8"),
+    "lowmem/kernels/reference.py": ("kernels/test_reference", "nn/test_adapted_forward", "kernels/test_int8"),
 }
 # Tests that run for long, and are of the C code, are left out.
 SELECT = "not mebibyte and not larger_layer and not 256_kib"

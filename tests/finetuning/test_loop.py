@@ -30,6 +30,7 @@ def same(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("memory", [None, "fast", "lean"])
 def test_it_learns_what_it_is_shown_and_the_base_stays(memory, tmp_path):
     model = language(technique=lowmem.FourBit("nf4"))

@@ -9,6 +9,7 @@ from lowmem.finetuning.plot import check_plot, plot_losses
 LOSSES = [3 / (1 + step) for step in range(60)]
 
 
+@pytest.mark.thorough
 def test_the_same_run_gives_the_same_picture(tmp_path):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[plot]'")
     starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}

@@ -11,6 +11,7 @@ from lowmem import FourBit, Linear4Bit, LoRA, convert, load_adapter, save_adapte
 from lowmem.errors import FileError
 from lowmem.io.adapters import fingerprint
 from lowmem.io.container import read, write_tensors
+from lowmem.nn.fold import without_adapters
 from tests.models import INDICES, TECHNIQUES, out_of_file, small
 from tests.selection import rows_in_one_case
 
@@ -129,7 +130,7 @@ def test_other_files_are_refused(tmp_path):
     ("change", "message"),
     [
         ({"name": None}, "its metadata is not lowmem's: name=None must be a string; upgrade lowmem, or get the file"),
-        ({"name": "keys"}, "name='keys' must not be empty"),
+        ({"name": "parts"}, "name='parts' must not be empty"),
         ({"name": "\x1b[2J." * 10**5}, r"name='\\x1b\[2J"),
         ({"base": 3}, "base=3 must be a string"),
         ({"base": "0" * 64}, "trained on another base"),
@@ -200,7 +201,7 @@ def test_a_merged_adapter_takes_no_values(tmp_path):
 
 def test_a_name_that_cannot_be_one_is_refused(tmp_path):
     save_adapter(small("qlora"), tmp_path / "a")
-    for name in ("keys", "a.b", "", 7):
+    for name in ("parts", "a.b", "", 7):
         refused(base(), tmp_path / "a", "name=", name=name)
 
 
@@ -211,7 +212,7 @@ def test_the_root_itself_can_be_adapted(tmp_path):
         layer.lora_b.normal_()
     save_adapter(layer, tmp_path / "a")
     expected = layer(torch.ones(1, 16))
-    loaded = load_adapter(layer.base, tmp_path / "a")
+    loaded = load_adapter(without_adapters(layer), tmp_path / "a")
     assert torch.equal(loaded(torch.ones(1, 16)), expected)
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -16,7 +16,7 @@ import lowmem
 from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, load, measure, save
 from lowmem.errors import FileError
 from lowmem.io.container import read, write_tensors
-from lowmem.nn.lora import Adapter
+from lowmem.nn.adapter import Adapter
 from tests.models import INDICES, TECHNIQUES, Small, out_of_file, small
 from tests.profiled import ONE_THREAD
 from tests.selection import rows_in_one_case
@@ -210,7 +210,7 @@ def lora(metadata):
     [
         (
             lambda m: lora(m)[0].update(rank=10**18),
-            r"layers.0.adapters.default.lora_a is .*\(3, 24\).* at rank 10{18}$",
+            r"layers.0.adapters.default.weight.lora_a is .*\(3, 24\).* at rank 10{18}$",
         ),
         (lambda m: lora(m)[0].update(rank=2**63), "at rank 9223372036854775808$"),
         (lambda m: lora(m)[0].update(rank=-1), "adapters of layers.0 is not lowmem's: rank=-1 must be a positive"),
@@ -218,8 +218,11 @@ def lora(metadata):
         (lambda m: lora(m)[0].update(active=1), "active=1 must be true or false"),
         (lambda m: lora(m)[0].update(more=1), "'more' is unknown; upgrade lowmem"),
         (lambda m: lora(m).append(lora(m)[0]), "adapter 'default' is there twice"),
-        (lambda m: lora(m).append({**lora(m)[0], "name": "\x1b[2J"}), r"lacks layers.0.adapters.\\x1b\[2J.lora_a$"),
-        (lambda m: lora(m)[0].update(name="keys"), "lacks layers.0.adapters.keys.lora_a$"),
+        (
+            lambda m: lora(m).append({**lora(m)[0], "name": "\x1b[2J"}),
+            r"lacks layers.0.adapters.\\x1b\[2J.weight.lora_a$",
+        ),
+        (lambda m: lora(m)[0].update(name="keys"), "lacks layers.0.adapters.keys.weight.lora_a$"),
         (lambda m: m["adapters"].update({"again": []}), "adapters of again is not lowmem's: they are "),
         (lambda m: m["adapters"].update({"again": [{**lora(m)[0], "alpha": 1}]}), "adapts again and layers.0 diff"),
         (lambda m: m.update(adapters=[]), "record of the adapters is not lowmem's: it is "),
@@ -254,7 +257,7 @@ def test_thousands_of_adapters_without_tensors_are_refused_before_one_is_made(tm
     save(small("qlora"), tmp_path / "m")
     rewritten(tmp_path / "m", lambda m: lora(m).extend({**lora(m)[0], "name": f"a{n}"} for n in range(30_000)))
     monkeypatch.delattr(Adapter, "__init__")
-    with pytest.raises(FileError, match="it lacks layers.0.adapters.a0.lora_a$"):
+    with pytest.raises(FileError, match="it lacks layers.0.adapters.a0.weight.lora_a$"):
         load(tmp_path / "m", Small)
 
 
@@ -271,7 +274,7 @@ def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
         metadata[part]["again"] = metadata[part]["layers.0"]
     write_tensors(tmp_path / "m", tensors, metadata)
     assert torch.equal(out_of_file(load(tmp_path / "m", Small).eval())(INDICES), model(INDICES))
-    tensors["again.adapters.default.lora_a"] += 1
+    tensors["again.adapters.default.weight.lora_a"] += 1
     write_tensors(tmp_path / "m", tensors, metadata)
     with pytest.raises(FileError, match=r"lora_a and .*lora_a differ in it, and are one tensor"):
         load(tmp_path / "m", Small)
@@ -286,7 +289,6 @@ JSON_VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200)
 @given(st.data())
 def test_a_record_with_anything_anywhere_is_refused_in_a_line_or_is_one(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("records")
@@ -397,6 +399,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the peak of resident memory is read from /proc")
 def test_loading_takes_the_4_bit_size_and_at_most_64_mib(tmp_path):
     """Of 384 MiB in float32, which would show."""

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
@@ -292,7 +292,6 @@ values = st.one_of(
 changes = st.tuples(st.sampled_from(list(paths_in(HEADER))), values | st.just("delete"))
 
 
-@settings(max_examples=300)
 @given(st.lists(changes, min_size=1, max_size=3))
 def test_a_header_that_someone_changed_is_refused_or_means_what_it_says(changes):
     header = copy.deepcopy(HEADER)
@@ -588,6 +587,7 @@ assert (file.tensors["31"][::4096] == 31).all()
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from Linux's /proc")
 def test_memory_stays_small_whatever_a_file_says_and_however_large_it_is(tmp_path):
     script = [sys.executable, "-c", MEMORY, tmp_path / "file"]

@@ -282,6 +282,7 @@ on_linux = pytest.mark.skipif(
 )
 
 
+@pytest.mark.processes
 @on_linux
 def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
     """It takes one and a half; whoever holds all three takes no less than the file."""

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem import FourBit, Half, LoRA, convert, merge_adapter
+from lowmem import FourBit, Half, LoRA, add_adapter, convert, merge_adapter
 from lowmem.io.metadata import (
     FLAGS,
     adapter_record,
@@ -17,8 +17,8 @@ from lowmem.io.metadata import (
     technique_of,
     technique_record,
 )
+from lowmem.nn.adapter import Adapter
 from lowmem.nn.eightbit import blockwise
-from lowmem.nn.lora import Adapter, LoRALinear
 from tests import strategies
 
 
@@ -50,10 +50,10 @@ def test_an_adapter_s_record_comes_back(rank, alpha, dropout, rank_stabilized):
 
 
 def test_the_record_of_several_adapters_comes_back():
-    layer = LoRALinear(nn.Linear(2, 2), LoRA(3, 6.0), "a")
-    layer.add("b", Adapter(layer.base, LoRA(2, dropout=0.5, rank_stabilized=True)))
-    layer.active = ("b",)
+    layer = add_adapter(nn.Linear(2, 2), "a", LoRA(3, 6.0))
     second = LoRA(2, dropout=0.5, rank_stabilized=True)
+    add_adapter(layer, "b", second)
+    layer.adapters.active = ("b",)
     assert adapters_of(adapters_record(layer)["weight"]) == {"a": (LoRA(3, 6.0), False), "b": (second, True)}
 
 
@@ -152,6 +152,6 @@ def test_what_is_no_record_of_several_adapters_is_refused():
 
 def test_a_merged_adapter_is_recorded_as_active():
     model = convert(nn.Sequential(nn.Linear(4, 4)), LoRA(2))
-    merge_adapter(model, model[0].active[0])
-    model[0].active = ()
+    merge_adapter(model, model[0].adapters.active[0])
+    model[0].adapters.active = ()
     assert [record["active"] for record in adapters_record(model[0])["weight"]] == [True]

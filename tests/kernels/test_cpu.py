@@ -85,18 +85,7 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
     other = quantize(strategies.make_weight("normal", (12, 64), 0, 1))
     x = torch.randn(2, 64)
     with kernels.using(isa):
-        kernel, low_rank = backend.active_backend(), (torch.randn(2, 64), torch.randn(12, 2), 0.5)
-        assert kernel.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # nothing is kept yet
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
-        for added in ((None, None), (torch.randn(12), None), (torch.randn(12), low_rank)):
-            got = kernel.linear_again(x, q.cache, q.packed, q.scales, *added)
-            assert torch.equal(got, kernels.linear(x, q, torch.float32, *added))
-        assert kernel.linear_again(x, q.cache, q.packed.clone(), q.scales, None, None) is None
-        another = cpu.Kernel(kernel.native, kernel.name)
-        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None  # it is not its own
-        another.dequantize(q, slice(None), torch.float32)  # which keeps a handle
-        another._linear = lambda *_: False  # torch is to multiply
-        assert another.linear_again(x, q.cache, q.packed, q.scales, None, None) is None
         twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
         q.packed.copy_(other.packed)
         q.scales.copy_(other.scales)
@@ -174,6 +163,7 @@ normal = lru_cache(maxsize=4)(partial(strategies.make_weight, "normal", exponent
 of_normal = lru_cache(maxsize=16)(lambda kind, shape: stored(kind, normal(shape=shape))[0])
 
 
+@pytest.mark.thorough
 @bound
 @in_one_case(
     1,
@@ -198,7 +188,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
         with on_threads(threads), kernels.using(isa):
             forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
             backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
-            plan = backend.active_backend().plan
+            plan = backend.backend_for().plan
             takes = [plan(w, batch, dtype, product)[-1][1] for product in ("linear", "input_grad")]
         chunk = 768 * dtype.itemsize  # of each column, or each row in the gradient
         assert forward <= (chunk * columns if takes[0] == "torch" else 2**20) + batch * rows * dtype.itemsize
@@ -408,7 +398,7 @@ def check(name, tensor, other, run):
 
 def forget(q):
     q.cache.pop("prepared", None)
-    kernels.cpu._floats.cache_clear()
+    kernels.cpu.floats.cache_clear()
 
 ROWS, COLUMNS = 300, 256
 def run_everything():
@@ -452,6 +442,7 @@ print(tried)
 OVERWRITTEN = {"MALLOC_PERTURB_": "165", "MALLOC_MMAP_THRESHOLD_": str(2**17), "MALLOC_TRIM_THRESHOLD_": "0"}
 
 
+@pytest.mark.thorough
 @needs_kernel
 def test_memory_that_is_given_up_during_a_call_stays_for_as_long_as_it_is_read():
     """As where another thread assigns ``.data``: C holds what it reads, and what it knows of a weight."""
@@ -530,6 +521,7 @@ for tensor, other, run in cases:
 """
 
 
+@pytest.mark.thorough
 @needs_kernel
 def test_threads_may_assign_data_while_others_multiply():
     """Plain torch reads a weight in several operations: what it does then is its own."""
@@ -587,25 +579,24 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     int8 = kind.endswith("int8")
     technique = FourBit(compute_dtype=torch.int8 if int8 else None) if kind.startswith("4-bit") else Half()
     layer = convert(torch.nn.Linear(256, 24), technique, *([LoRA(4)] if "LoRA" in kind else []))
-    base = layer.base if "LoRA" in kind else layer
     calls = []
     kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
     if int8 and kernels.available()[-1] not in ("avx512vnni", "avx512bf16", "avx512amx"):
         pytest.skip("this processor has no products of 8-bit integers: torch rounds inputs")
-    name = "_linear8" if int8 else "_linear"
+    name = "_native_linear_inputs8" if int8 else "_linear"
     run = getattr(kernel, name)
     monkeypatch.setattr(kernel, name, lambda *given: calls.append((given, run(*given))) or calls[-1][1])
-    monkeypatch.setattr(backend, "_active", kernel)
+    monkeypatch.setitem(backend._backends, "cpu", kernel)
     x = torch.nn.Parameter(torch.randn(3, 256))
     with torch.no_grad():
         out = layer(x)
     ((given, made),) = calls
     assert out is made
     if technique == Half():
-        own = [base.weight_rounded, base.bias_rounded]
+        own = [layer.weight_rounded, layer.bias_rounded]
     else:
-        own = [base.weight_packed, base.bias]
-        assert any(one is base.quantized.scales for one in given)  # a view of the bytes, made once
+        own = [layer.weight_packed, layer.bias]
+        assert any(one is layer.quantized.scales for one in given)  # a view of the bytes, made once
     own += [x] + ([layer.lora_a, layer.lora_b] if "LoRA" in kind else [])
     assert all(type(parameter) is torch.nn.Parameter for parameter in own)
     assert all(any(parameter is one for one in given) for parameter in own)

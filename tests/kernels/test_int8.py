@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lowmem import FORMATS, FourBit, LoRA, convert, kernels, load, measure, quantize, save
 from lowmem.kernels import int8
 from lowmem.nn.conv import Conv4Bit
+from lowmem.nn.fold import without_adapters
 from tests import strategies
 from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored_in_4_bits, on_threads
 from tests.rounding import OF_4_BITS, assert_product
@@ -119,6 +120,7 @@ def around_whole_panels(size, shape):
     return cases
 
 
+@pytest.mark.thorough(keep=1)
 @kernel
 @compiled_int8
 @in_one_case(
@@ -207,6 +209,7 @@ def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
         assert torch.equal(*made)
 
 
+@pytest.mark.thorough
 @compiled_int8
 @in_one_case(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
 def test_no_product_takes_more_than_a_mebibyte_of_scratch(isa, shape, size):
@@ -283,8 +286,8 @@ def test_an_adapter_trains_on_it():
     layer = convert(torch.nn.Linear(64, 32), FourBit(compute_dtype=torch.int8), LoRA(4))
     x = torch.randn(3, 64)
     with torch.no_grad():
-        layer.adapters["default"].lora_b.normal_()
-        torch.testing.assert_close(layer(x), layer.adapters["default"](layer.base(x), x))
+        layer.adapters.default.weight.lora_b.normal_()
+        torch.testing.assert_close(layer(x), layer.adapters.default.weight(without_adapters(layer)(x), x))
     layer(x).sum().backward()
     assert all(p.grad is not None for p in layer.adapters.parameters())
 

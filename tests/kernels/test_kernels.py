@@ -54,6 +54,7 @@ def run_python(script: str, *argv: str, **environment: str) -> str:
     return done.stdout
 
 
+@pytest.mark.processes
 def test_the_environment_variable_forces_a_backend():
     name = kernels.available()[0]
     assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL=name).startswith(f"{name}: ")
@@ -94,6 +95,7 @@ def test_a_provider_of_another_backend_is_one_line(monkeypatch):
         kernels._select("another")
 
 
+@pytest.mark.processes
 def test_without_the_compiled_module_the_reference_serves_and_says_why():
     script = (
         "import sys\n"
@@ -376,16 +378,16 @@ def test_adapters_over_stored_tensors_of_another_layout_and_loading_them_are_err
             continue
         model = nn.Sequential(convert(nn.Linear(40, 6), FourBit("nf4", 8, "float16"), LoRA(2)))
         state, (layer,) = model.state_dict(), model
-        packed, scales = wrong(layer.base.packed.detach(), layer.base.scales.detach())
+        packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
         scales = bytes_of(scales)
-        state = {**state, "0.base.weight_packed": packed, "0.base.weight_scales": scales}
+        state = {**state, "0.weight_packed": packed, "0.weight_scales": scales}
         with kernels.using(kernel):
             model(torch.randn(3, 40))
             with pytest.raises(RuntimeError, match=LAYER_LAYOUT):
                 torch.func.functional_call(model, state, (torch.randn(3, 40),))
-            with pytest.raises(RuntimeError, match="0.base.weight_(packed|scales)"):
+            with pytest.raises(RuntimeError, match="0.weight_(packed|scales)"):
                 model.load_state_dict(state, assign=True)
-            layer.base.weight_packed.data, layer.base.weight_scales.data = packed, scales
+            layer.weight_packed.data, layer.weight_scales.data = packed, scales
             for x in (torch.randn(3, 40), torch.randn(3, 40, requires_grad=True), torch.randn(2, 3, 40)):
                 with pytest.raises(RuntimeError, match=LAYER_LAYOUT):
                     model(x)
@@ -430,6 +432,7 @@ for isa in sys.argv[1:]:
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 @needs_kernel
 def test_a_small_layer_works_in_a_forked_process():
@@ -522,6 +525,7 @@ print("fine")
 """
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform != "linux", reason="mprotect is called as Linux has it")
 @needs_kernel
 def test_nothing_past_the_end_is_read():

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 def test_a_default_device_changes_nothing(isa, weight):
     """Fresh tensors are asked for on the CPU, whatever the mode or the default says."""
     w, x = both(weight), torch.randn(3, 40)
-    kernels.cpu._floats.cache_clear()
+    kernels.cpu.floats.cache_clear()
     with kernels.using(isa):
         with torch.device("meta"):
             got = kernels.linear(x, w, torch.float32)

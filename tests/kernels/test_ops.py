@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, kernels, quantize
+from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
+from lowmem.nn.fold import without_adapters
 from tests import strategies
 from tests.operators import assert_operator
+from tests.rounding import stored_weight
 from tests.selection import rows_in_one_case
 
 
@@ -37,6 +39,7 @@ models = pytest.mark.parametrize("kind", ["half", "4-bit", "8-bit products"])
 every_order = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
 
 
+@pytest.mark.thorough(keep=1)
 @kinds
 @every_order
 @rows_in_one_case("dtype", [torch.float32, torch.bfloat16])
@@ -44,22 +47,19 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
     weight = make_weight(kind)
     x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
     if kind == "half":
-        for operator in (torch.ops.lowmem.product_16bit.default, torch.ops.lowmem.product_16bit.plain):
-            assert_operator(operator, (x, weight, dtype, transposed))
+        assert_operator(torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed))
     else:
-        described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
-        arguments = (x, weight.packed, weight.scales, *described, dtype, transposed)
-        assert_operator(torch.ops.lowmem.product_4bit.default, arguments)
+        text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[1]} {dtype} {transposed}"
+        assert_operator(torch.ops.lowmem.product_4bit.default, (x, weight.packed, weight.scales, text))
 
 
 @rows_in_one_case("transposed", [False, True])
 def test_the_operator_of_8_bit_integers_gives_the_input_s_dtype(transposed):
     weight = make_weight("4-bit")
-    described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
+    text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[1]} torch.int8 {transposed}"
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
-        arguments = (x, weight.packed, weight.scales, *described, torch.int8, transposed)
-        assert_operator(torch.ops.lowmem.product_4bit.default, arguments)
+        assert_operator(torch.ops.lowmem.product_4bit.default, (x, weight.packed, weight.scales, text))
         out = ops.product(x, weight, torch.int8, transposed)
         (got,) = torch.autograd.grad(out.sum(), x)
         (exact,) = torch.autograd.grad(ops.product(x, weight, dtype, transposed).sum(), x)
@@ -181,11 +181,12 @@ def may_be_refused(message: str):
             raise
 
 
+@pytest.mark.compile(keep=1)
 @models
 @pytest.mark.parametrize("transform", ["forward mode", "gradient"])
 def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform):
     """Forward mode in a function of one's own is not compiled: it falls back to eager, and never gives zeros."""
-    layer = build(kind)[0].base
+    layer = without_adapters(build(kind)[0])
     x = torch.randn(3, 16)
     forward_mode = lambda x: torch.func.jvp(layer, (x,), (x,))[1]  # noqa: E731
     function = forward_mode if transform == "forward mode" else torch.func.grad(lambda x: layer(x).square().sum())
@@ -269,6 +270,7 @@ def assert_gives_the_same(traced_model, model, *inputs: torch.Tensor, in_8_bits:
         torch.testing.assert_close(one, other, **allowed)  # the adapter's update may be added in another order
 
 
+@pytest.mark.thorough(keep=2)
 @in_float32
 def test_a_traced_model_gives_the_same_for_other_sizes_and_when_it_is_saved(technique):
     model = everything(technique)
@@ -296,9 +298,8 @@ def test_a_traced_linear_layer_takes_every_shape_and_keeps_the_input_s_dtype(tec
         assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
         # A traced product is rounded before the bias is added: one rounding more of product, bias and sum.
         # What both take from their factors is the same.
-        base = getattr(layer, "base", layer)
-        weight = base.quantized.dequantize() if isinstance(base, Linear4Bit) else base.weight
-        magnitudes = x.double().abs() @ weight.double().abs().t() + base.bias.double().abs()
+        weight, bias = stored_weight(layer), layer.bias.double()
+        magnitudes = x.double().abs() @ weight.abs().t() + bias.abs()
         unit = torch.finfo(torch.bfloat16 if technique == "in bfloat16" else dtype).eps
         assert ((got.double() - expected.double()).abs() <= 2 * unit * magnitudes).all()
 
@@ -313,6 +314,7 @@ def test_a_traced_model_has_the_gradient_of_its_input(technique):
     torch.testing.assert_close(got, expected)
 
 
+@pytest.mark.processes
 def test_a_traced_file_runs_where_lowmem_is_imported(tmp_path):
     model, x = everything("nf4"), torch.arange(18).view(2, 9)
     torch.jit.save(trace(model, x), tmp_path / "model.pt")

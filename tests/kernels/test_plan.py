@@ -1,5 +1,8 @@
 """The plan that selects a kernel, what ``explain`` says of it, and the page that shows it."""
 
+from collections import Counter
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given
@@ -49,11 +52,25 @@ def test_the_first_kernel_that_accepts_a_product_computes_it(data, weight, dtype
     for _, _, least, most, why in refused:
         assert why != "rows" or not least <= rows <= most
     if chosen is None:
-        assert operation == "linear_int8"  # every other product has a kernel, whatever the weight
+        assert operation == "linear_inputs8"  # every other product has a kernel, whatever the weight
     else:
         _, _, least, most, why = chosen
         assert why is None
         assert least <= rows <= most
+
+
+@needs_kernel
+def test_a_row_of_a_table_computes_all_that_it_claims():
+    """Each ISA's own rows; an ISA that extends it may compute some of their products."""
+    for name, kernel in plan.compiled_isas().items():
+        for operation, (dtype, of_x), stored in product(plan.PRODUCTS, plan.DTYPES.items(), plan.WEIGHTS.values()):
+            claimed, computed = {}, Counter()
+            for rows in range(1, plan.MOST + 1):
+                for isa, row, least, most, why in kernel.plan(stored, rows, of_x, operation):
+                    if isa == name and why in ("rows", None):
+                        claimed[row, least] = min(most, plan.MOST) - least + 1
+                        computed[row, least] += why is None
+            assert claimed == computed, f"{name}: {operation} of {dtype}"
 
 
 @compiled_bfloat16

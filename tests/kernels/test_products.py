@@ -518,6 +518,7 @@ def assert_as_in_float64(got, dtype, x, dense, of_weight=False) -> None:
     assert_product(got[rows][:, columns], dtype, x[rows], dense[columns])
 
 
+@pytest.mark.thorough(keep=1)
 @compiled_bfloat16
 @in_one_case(kind=KINDS)
 def test_what_is_not_finite_shows_as_in_float32(isa, kind):

@@ -4,8 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem import kernels, measure, quantize
+from lowmem import FourBit, convert, kernels, measure, quantize
+from lowmem.quant.tensor import _table
 from tests import strategies
 from tests.compiled import dequantized, on_threads
 from tests.rounding import OF_4_BITS, assert_product
@@ -46,6 +48,7 @@ def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
     assert torch.equal(got, weight.double().sum(0, keepdim=True).bfloat16())
 
 
+@pytest.mark.thorough
 @rows_in_one_case("columns", [64, 1000])
 def test_many_chunks_are_written_whole_and_match_and_a_block_of_zeros_has_no_scale(columns):
     dense = strategies.make_weight("normal", (1500, columns), 0, 0)
@@ -98,3 +101,31 @@ def test_thread_counts_give_the_same_result():
         with on_threads(count):
             assert torch.equal(weight.dequantize(), dense)
             assert_product(kernels.linear(x, weight, torch.float32), x, dense, more=OF_4_BITS)
+
+
+class Products(TorchDispatchMode):
+    """Counts products of matrices."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += operator.name() in ("aten::mm", "aten::mm.out", "aten::addmm_")
+        return operator(*args, **(kwargs or {}))
+
+
+@rows_in_one_case("offsets", [False, True])
+@rows_in_one_case("dtype", [None, torch.bfloat16, torch.int8])
+def test_nothing_waits_for_another_device_than_the_cpu_and_its_chunks_are_large(offsets, dtype):
+    """On the meta device a value that is asked for is an error; so are sizes that depend on values."""
+    technique = FourBit("nf4", 64, compute_dtype=dtype, offsets=offsets)
+    layer = convert(torch.nn.Linear(256, 4096), technique).to("meta")
+    table = convert(torch.nn.Embedding(1000, 64), FourBit("nf4", 64, embeddings="4bit")).to("meta")
+    x = torch.randn(3, 256, device="meta", requires_grad=True)
+    for _ in range(2):  # the second time with what the first one kept
+        layer(x).sum().backward()
+        assert table(torch.zeros(5, 7, dtype=torch.int64, device="meta")).shape == (5, 7, 64)
+    with Products() as products:
+        layer(x).sum().backward()
+    of_offsets = offsets and dtype is torch.int8  # which are multiplied apart
+    assert products.count == 2 + of_offsets  # a million weights are one chunk, forward and backward
+    assert _table((0.0, 1.0), x.device) is _table((0.0, 1.0), x.device)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import kernels, quantize
-from lowmem.quant.backend import active_backend
+from lowmem.quant.backend import backend_for
 from lowmem.quant.formats import FORMATS, get_format
 from lowmem.quant.packing import pack
 from tests import strategies
@@ -250,7 +250,7 @@ def test_columns_from_a_block_on_are_the_same(isa, rows, columns, size, scales, 
     start = first % blocks * size
     end = min(start + count * size, columns)
     with kernels.using(isa):
-        whole, kernel = q.dequantize(dtype), active_backend()
+        whole, kernel = q.dequantize(dtype), backend_for()
         part = torch.empty(rows, end - start, dtype=dtype)
         assert kernel._dequantize(kernel._given(q), 0, start, part) is part
     assert torch.equal(part, whole[:, start:end])
@@ -261,7 +261,7 @@ def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa):
     q = quantize(torch.randn(2, 40), "nf4", block_size=16)
     columns = [(3, 16), (8, 8), (8, 16), (0, 17), (16, 8), (-16, 16), (48, 16), (32, 9), (64, 0)]
     with kernels.using(isa):
-        kernel = active_backend()
+        kernel = backend_for()
         for column, count in columns:
             assert kernel._dequantize(kernel._given(q), 0, column, torch.empty(2, count)) is None
         assert kernel._dequantize(kernel._given(q), 0, 32, torch.empty(2, 8)) is not None  # the end of the rows

@@ -9,6 +9,7 @@ import lowmem
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapted_weight import AdaptedWeight
+from lowmem.nn.adapter_bank import parameter_of
 from tests.nn.adapted_cases import make, total
 from tests.nn.stored_cases import CASES
 
@@ -96,6 +97,7 @@ class Reader(nn.Module):
         return [read(x, self.layer.weight) for read in READS.values()]
 
 
+@pytest.mark.compile
 @pytest.mark.parametrize(
     "base", [(), (FourBit("nf4", 16),), (Half(torch.bfloat16),)], ids=["dense", "nf4", "bfloat16"]
 )
@@ -110,7 +112,7 @@ def test_whoever_reads_it_in_a_graph_gets_the_results_and_gradients_of_the_sum(b
     for matrix in matrices:
         nn.init.normal_(matrix, 0, 0.3)
     x = torch.randn(5, 16)
-    base_weight = model.layer.base.weight
+    base_weight = parameter_of(model.layer, "weight")
     dense = base_weight.dequantize() if base else base_weight.detach()
     whole = dense + adapter.scaling * (adapter.lora_b @ adapter.lora_a)
     exact = [read(x, whole if name != "a question" else whole.detach()) for name, read in READS.items()]

@@ -111,6 +111,7 @@ LARGE = {
 }
 
 
+@pytest.mark.thorough(keep=4)
 @kinds
 @pytest.mark.parametrize("make", LARGE)
 @pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
@@ -142,6 +143,7 @@ def test_large_weights_are_restored_in_chunks_forward_and_backward(technique, ma
     assert_sum(found["gradient"], gradient, largest, terms)
 
 
+@pytest.mark.thorough(keep=4)
 @kinds
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
@@ -237,6 +239,7 @@ def test_a_state_of_another_format_is_refused():
         layer.load_state_dict(convert(nn.Conv1d(4, 4, 3), FourBit("int4", 16, "float16")).state_dict())
 
 
+@pytest.mark.compile(keep=1)
 @kinds
 @pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
 def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):

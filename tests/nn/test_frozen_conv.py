@@ -94,6 +94,7 @@ TRANSFORMS = {
 }
 
 
+@pytest.mark.compile(keep=1)
 @kinds
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_a_compiled_transform_is_right(kind, transform):

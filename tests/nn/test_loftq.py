@@ -43,6 +43,7 @@ def test_it_draws_from_no_global_generator_and_comes_out_the_same():
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 
 
+@pytest.mark.thorough
 @rows_in_one_case("stabilized", [False, True])
 @rows_in_one_case("format", sorted(FORMATS))
 def test_base_and_adapter_of_rank_16_are_nearer_to_the_weight_than_the_base(format, stabilized):
@@ -56,16 +57,16 @@ def test_base_and_adapter_of_rank_16_are_nearer_to_the_weight_than_the_base(form
     weight = layer.weight.detach().clone()
     plain = convert(copy.deepcopy(layer), FourBit(format))
     layer = convert(layer, FourBit(format), LoRA(16, 8.0, init="loftq", rank_stabilized=stabilized))
-    assert torch.equal(layer.base.packed, plain.packed)  # the bytes of FourBit alone
-    assert torch.equal(layer.base.scales, plain.scales)
-    error = weight.double() - layer.base.quantized.dequantize().double()
+    assert torch.equal(layer.packed, plain.packed)  # the bytes of FourBit alone
+    assert torch.equal(layer.scales, plain.scales)
+    error = weight.double() - layer.quantized.dequantize().double()
     singular = torch.linalg.svdvals(error)
-    left = squares(error - layer.adapters["default"].delta().double())
+    left = squares(error - layer.adapters.default.weight.delta().double())
     assert squares(singular[16:]) * (1 - gamma(256)) <= left  # Eckart and Young: no rank of 16 leaves less
     assert left <= squares(error) - 0.95 * squares(singular[:16])
     assert left <= (1 - 0.95 * 16 / 192) * squares(error)
     x = torch.randn(64, 256)
-    dense = nn.functional.linear(x, weight, layer.base.bias)
+    dense = nn.functional.linear(x, weight, layer.bias)
     assert squares((layer(x) - dense).detach()) < squares((plain(x) - dense).detach())
 
 
@@ -84,8 +85,8 @@ def test_a_rank_above_the_layer_s_sizes_takes_the_whole_error_and_the_rest_can_t
     layer = nn.Linear(*shape)
     weight = layer.weight.detach().double()
     layer = convert(layer, FourBit(), LoRA(9, init="loftq"))
-    error = weight - layer.base.quantized.dequantize().double()
-    assert squares(error - layer.adapters["default"].delta().double()) < 1e-9 * squares(error)
+    error = weight - layer.quantized.dequantize().double()
+    assert squares(error - layer.adapters.default.weight.delta().double()) < 1e-9 * squares(error)
     assert not layer.lora_b[:, 4:].any()
     assert layer.lora_a[4:].any(1).all()
 

@@ -134,6 +134,7 @@ def test_a_view_of_an_adapted_weight_takes_gradients_to_the_adapter():
     torch.testing.assert_close(layer.lora_b.grad, given.view(24, 16) @ layer.lora_a.T * layer.scaling)
 
 
+@pytest.mark.compile(keep=1)
 @techniques
 @pytest.mark.no_cover
 def test_graphs_read_views_and_refuse_to_write_to_them(technique, request):
@@ -181,6 +182,7 @@ def test_a_graph_returns_views_that_refuse_writes(backend, request):
     assert type(fresh) is Tensor
 
 
+@pytest.mark.compile(keep=1)
 @techniques
 @torch.no_grad()
 def test_a_graph_takes_views_of_another_one_and_of_eager_code(technique, request):
@@ -224,6 +226,7 @@ class Runs(nn.Module):
         return self.function(self.layer.weight, x)
 
 
+@pytest.mark.compile(keep=1)
 @techniques
 def test_an_exported_program_reads_views_and_refuses_to_write_to_them(technique):
     x, export = torch.randn(3, 8), torch.export.export
@@ -258,6 +261,7 @@ class Chooses(nn.Module):
         return torch.cond(x.sum() > 0, first, second, (x,))
 
 
+@pytest.mark.compile(keep=1)
 @techniques
 def test_an_exported_program_reads_weights_in_branches(technique, request):
     request.addfinalizer(torch.compiler.reset)

@@ -125,6 +125,7 @@ def check_sharded(rank, folder):
     assert {name: type(module) for name, module in dense.named_modules()} == before
 
 
+@pytest.mark.distributed
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized:UserWarning")
 def test_two_processes_compute_save_and_load_as_one_does(tmp_path):
     import torch.distributed.checkpoint as dcp

@@ -86,6 +86,7 @@ def differentiated(function, weight, x, grad):
     return out, x.grad
 
 
+@pytest.mark.compile
 @forms
 def test_a_graph_keeps_nothing_dense_for_backward(form, request):
     request.addfinalizer(torch.compiler.reset)

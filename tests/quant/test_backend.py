@@ -1,4 +1,4 @@
-"""One backend serves products and rows alike, and what it keeps of a tensor is no part of the tensor."""
+"""The backend of a tensor's device serves products and rows alike, and what it keeps of a tensor is no part of it."""
 
 import copy
 import pickle
@@ -6,55 +6,99 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 import lowmem
 from lowmem import kernels
-from lowmem.kernels import reference
-from lowmem.quant.backend import active_backend, set_backend
+from lowmem.kernels import frozen_operator, reference, rowwise
+from lowmem.kernels.codes import code, decode
+from lowmem.kernels.columns import round_columns
+from lowmem.kernels.entropy import entropies
+from lowmem.quant import backend
+from lowmem.quant.backend import Backend, backend_for, backend_of
 from tests.selection import rows_in_one_case
 
-METHODS = ("linear", "input_grad", "add_low_rank", "dequantize", "quantize_rows")
+METHODS = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "fast_bfloat16"}
 
 
 class Recording:
     """Plain torch that notes what it is asked for."""
 
-    name = "recording"
+    name, fast_bfloat16 = "recording", False
 
     def __init__(self):
-        self.asked = []
+        self.asked = set()
 
     def __getattr__(self, method):
         def run(*given):
-            self.asked.append(method)
+            self.asked.add(method)
             return getattr(reference, method)(*given)
 
         return run
 
 
 @pytest.fixture
-def recording():
-    before, backend = active_backend(), Recording()
-    set_backend(backend)
-    yield backend
-    set_backend(before)
+def recording(monkeypatch):
+    """A backend for the CPU, and for the device type ``meta``, for which torch's dispatcher has our fake kernels."""
+    monkeypatch.setattr(backend, "_backends", type(backend._backends)(backend._backends))
+    monkeypatch.setattr(frozen_operator, "_served", [*frozen_operator._served, "meta"])
+    made = Recording()
+    for device_type in ("cpu", "meta"):
+        kernels.register(device_type, made)
+    return made
 
 
-def test_all_that_touches_stored_weights_asks_the_one_that_serves(recording):
-    weight = lowmem.quantize(torch.randn(4, 32))
+def test_all_that_is_computed_for_a_device_is_asked_of_its_backend(recording):
+    weight, form = lowmem.quantize(torch.randn(4, 32), "nf4"), lowmem.FORMATS["nf4"]
     weight.dequantize()
-    x, grad = torch.randn(2, 32), torch.randn(2, 4)
+    x, grad, factor, silu = torch.randn(2, 32), torch.randn(2, 4), torch.ones(32), rowwise.ACTIVATIONS["SiLU"]
     kernels.linear(x, weight, torch.float32)
     kernels.input_grad(grad, weight, torch.float32)
     kernels.add_low_rank(grad, x, torch.randn(2, 32), torch.randn(4, 2), 0.5)
-    assert set(recording.asked) == set(METHODS)
+    kernels.add_product(grad, x, weight, False)
+    kernels.explain(weight, 1)
+    backend_of(x).serves_rows(x)
+    rowwise.norm_grad(x, rowwise.norm(x, factor, 1e-6), factor, 1e-6)
+    rowwise.gated_grad(x, x, x, silu, (torch.empty_like(x), rowwise.gated(x, x, silu)))
+    entropies(x, torch.zeros(2, dtype=torch.int64), 0.0, True)
+    decode(*code(torch.randn(64))[:2], torch.float32)
+    round_columns(form, x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte(), False)
+    assert recording.asked == METHODS
+    assert kernels.fast_bfloat16(x) is False
+
+
+def test_a_layer_on_a_device_is_computed_by_the_device_s_backend(recording):
+    layer = lowmem.convert(nn.Linear(32, 8), lowmem.FourBit(block_size=16)).to("meta")
+    recording.asked.clear()
+    x = torch.randn(2, 32, device="meta", requires_grad=True)
+    layer(x.detach())
+    assert recording.asked == {"linear"}
+    layer(x).sum().backward()
+    assert recording.asked == {"linear", "input_grad"}
+    assert backend_of(torch.empty(0, device="meta")) is recording
+
+
+def test_torch_s_dispatcher_calls_the_kernel_that_is_registered_for_a_device():
+    """A device type has a kernel of each operator once it is registered; every other type shares one."""
+    name = "lowmem::product_4bit"
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    assert has(name, "CPU")
+    assert has(name, "CompositeExplicitAutograd")
+    kernels.register("privateuseone", reference)
+    try:
+        for operator in ("product_4bit", "product_16bit", "grouped_product_4bit", "dequantize_rows", "convolve"):
+            assert has(f"lowmem::{operator}", "PrivateUse1")
+        assert backend_for("privateuseone") is reference
+    finally:
+        del backend._backends["privateuseone"]
 
 
 @rows_in_one_case("name", kernels.available())
 def test_each_backend_has_the_whole_protocol(name):
     with kernels.using(name):
-        assert active_backend().name == name
-        assert all(callable(getattr(active_backend(), method)) for method in METHODS)
+        assert backend_for().name == name
+        assert isinstance(backend_for().fast_bfloat16, bool)
+        assert all(callable(getattr(backend_for(), method)) for method in METHODS)
 
 
 @rows_in_one_case("again", [copy.copy, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), replace])
@@ -64,13 +108,4 @@ def test_what_a_backend_keeps_stays_behind_when_a_tensor_is_copied(again):
     made = again(weight)
     assert made.cache == {}
     assert weight.cache.keys() == {"a handle"}
-    assert torch.equal(made.dequantize(), weight.dequantize())
-
-
-def test_a_tensor_pickled_before_there_was_a_cache_is_read():
-    weight = lowmem.quantize(torch.randn(4, 32))
-    state = weight.__getstate__()
-    assert "cache" not in state
-    made = object.__new__(lowmem.QuantizedTensor)
-    made.__setstate__(state)
     assert torch.equal(made.dequantize(), weight.dequantize())

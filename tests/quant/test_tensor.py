@@ -13,7 +13,7 @@ from lowmem.kernels import reference
 from lowmem.quant.formats import get_format
 from lowmem.quant.quantize import requantize
 from lowmem.quant.scales import ENCODINGS
-from lowmem.quant.tensor import SCRATCH_BYTES, row_chunks
+from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES, row_chunks
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
 from tests.rounding import default_dtype
@@ -389,6 +389,8 @@ def test_chunks_cover_every_row_once_within_the_scratch(rows, columns):
     chunks = list(row_chunks(rows, columns))
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
     assert all((c.stop - c.start) * columns * 16 <= SCRATCH_BYTES or c.stop - c.start == 1 for c in chunks)
+    whole = list(row_chunks(rows, columns, 4, device=torch.device("cuda")))  # nothing is allocated there
+    assert len(whole) == -(-rows // max(1, DEVICE_SCRATCH_BYTES // (4 * columns)))
 
 
 @rows_in_one_case(

@@ -84,6 +84,7 @@ def test_a_chart_is_one_well_formed_picture_of_both_widths(name):
     json.dumps(drawing.spec)
 
 
+@pytest.mark.thorough
 @rows_in_one_case("name", list(every_chart(report())))
 def test_names_of_any_origin_are_text(name):
     drawing = drawn(name, HOSTILE)

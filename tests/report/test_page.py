@@ -48,6 +48,7 @@ def undrawn(monkeypatch):
         monkeypatch.setattr(f"lowmem.report.{module}.draw", lambda chart: Drawing(empty, empty, {}))
 
 
+@pytest.mark.thorough
 def test_the_same_report_gives_the_same_bytes(html):
     assert render(report()) == html
 
@@ -115,6 +116,7 @@ def test_what_moved_and_the_verdicts_are_said(html):
     assert "+0.0002" in text  # by which the head is above the base
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize(
     ("term", "value", "says"),
     [

@@ -94,6 +94,7 @@ def test_more_confidence_is_a_wider_interval():
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
+@pytest.mark.thorough
 def test_the_interval_of_noise_holds_the_truth_as_often_as_it_says():
     generator = np.random.default_rng(7)
     held = 0
@@ -203,6 +204,7 @@ def test_no_calls_are_refused(calls, bursts):
         seconds_per_call(lambda: None, calls=calls, bursts=bursts)
 
 
+@pytest.mark.processes
 def test_ratios_need_neither_torch_beyond_lowmem_nor_pytest():
     script = (
         "import sys, lowmem; before = set(sys.modules); import lowmem.testing.ratios;"

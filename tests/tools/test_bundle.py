@@ -238,6 +238,7 @@ def test_a_package_goes_under_its_own_name_with_a_main_beside_it(tmp_path):
     }
 
 
+@pytest.mark.processes
 def test_a_main_at_the_top_is_kept_and_decides(project):
     main_file = b"print('mine')\n"
     write_tree(project, {"__main__.py": main_file, "other/__init__.py": b"", "other/__main__.py": b""})
@@ -261,6 +262,7 @@ def test_links_that_are_left_out_are_not_looked_into(project, link):
 # It runs and verifies.
 
 
+@pytest.mark.processes(keep=1)
 @pytest.mark.parametrize("flags", [("-I",), ("-I", "-S"), ()], ids=" ".join)
 def test_the_bundle_of_a_project_runs_its_package(project, here, flags):
     bundled(project)
@@ -277,6 +279,7 @@ def lowmem_zip(tmp_path_factory):
     return directory / "project_bundle.zip"
 
 
+@pytest.mark.processes
 def test_the_bundle_of_lowmem_imports_itself_and_not_the_installed_one(lowmem_zip, tmp_path):
     poison = write_tree(tmp_path / "poison", {"lowmem/__init__.py": b"raise SystemExit('the wrong one')\n"})
     environment = {**os.environ, "PYTHONPATH": str(poison)}
@@ -287,12 +290,14 @@ def test_the_bundle_of_lowmem_imports_itself_and_not_the_installed_one(lowmem_zi
     assert info["location"] == str(lowmem_zip / "lowmem")
 
 
+@pytest.mark.processes
 def test_the_bundle_of_lowmem_measures_a_model(lowmem_zip):
     done = run_zip(lowmem_zip, "stats", "bignet", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout)[0]["total_params"] == 18_903_040
 
 
+@pytest.mark.processes
 def test_errors_from_inside_a_bundle_read_as_those_of_the_command(lowmem_zip):
     done = run_zip(lowmem_zip, "stats", "nosuch")
     assert (done.returncode, done.stdout) == (2, "")

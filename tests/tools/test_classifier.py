@@ -16,7 +16,7 @@ from lowmem import VARIANTS, build, measure
 from lowmem.__main__ import main
 from lowmem.tools import classifier as tool
 from lowmem.tools.data import Split, load_data
-from tests.selection import NIGHTLY
+from tests.selection import FULL
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def results(capsys, *argv):
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_learns_a_user_s_task(name, npz, capsys):
     found = results(capsys, name, "--data", npz, "--epochs", "12", "--batch-size", "16")
@@ -45,7 +46,8 @@ def test_every_variant_learns_a_user_s_task(name, npz, capsys):
     assert trained * 3 <= found["peak_bytes"] <= trained * 3.2 + 4 * 2**20  # gradients and AdamW's two moments
 
 
-@pytest.mark.parametrize("name", ["qlora", "lora"] if NIGHTLY else ["qlora"])
+@pytest.mark.thorough
+@pytest.mark.parametrize("name", ["qlora", "lora"] if FULL else ["qlora"])
 def test_adapters_reach_95_percent_on_digits(name, capsys):
     found = results(capsys, name, "--data", "digits", "--epochs", "4")
     assert found["test_accuracy"] >= 0.95
@@ -115,6 +117,7 @@ def test_a_save_replaces_the_file_of_before(tmp_path, npz):
     assert load_file(path)
 
 
+@pytest.mark.thorough
 def test_saved_weights_are_those_of_the_trained_model(tmp_path, npz, capsys):
     path = tmp_path / "saved.safetensors"
     argv = ["qlora", "--data", npz, "--epochs", "2", "--rank", "4", "--save", str(path)]
@@ -386,6 +389,7 @@ def test_a_link_that_loops_is_refused_and_stays(npz, tmp_path, capsys):
     assert os.readlink(tmp_path / "loop") == "loop"
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no pty")
 def test_on_a_terminal_lines_stand_above_the_bar(npz):
     import pty
@@ -419,6 +423,7 @@ def test_data_of_another_width_is_one_line(tmp_path, capsys):
     assert shown.count("\n") == 1
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
     path = tmp_path / "saved.safetensors"
@@ -439,6 +444,7 @@ def test_ctrl_c_in_the_middle_leaves_the_file_of_before(tmp_path):
     assert os.listdir(tmp_path) == [path.name]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["qlora", "bignet"])
 def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, monkeypatch):
     argv = [name, "--data", npz, "--batch-size", "16", "--epochs", "1"]
@@ -460,6 +466,7 @@ def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, monkeypa
     assert max(planned["backward"], planned["update"]) == pytest.approx(real, rel=0.05)
 
 
+@pytest.mark.thorough
 def test_a_dry_run_takes_the_rank_and_a_user_s_factory(npz, capsys):
     argv = ["lowmem:BigNet@qlora_nf4", "--data", npz, "--dry-run", "--rank"]
     four, eight = (results(capsys, *argv, rank)["stored"]["adapters"] for rank in ("4", "8"))

@@ -22,6 +22,7 @@ def test_the_lines_of_a_comparison(capsys):
     assert relative.startswith(" - Relative error: ")
 
 
+@pytest.mark.thorough
 def test_json_of_every_variant(capsys):
     assert main(["compare", "--json", "--batch", "4"]) == 0
     rows = json.loads(capsys.readouterr().out)

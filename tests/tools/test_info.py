@@ -108,6 +108,7 @@ def test_a_library_without_a_record_of_its_version_is_unknown(told, monkeypatch)
     assert told()["numpy"] == "unknown"
 
 
+@pytest.mark.processes
 def test_python_dash_m_prints_one_json_document(tmp_path):
     command = [sys.executable, "-m", "lowmem", "info", "--json"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=300)

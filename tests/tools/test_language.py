@@ -61,6 +61,7 @@ def refused(capsys, *argv):
     return captured.err
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, which calls what transformers will remove
 @pytest.mark.parametrize("data", ["data.jsonl", "text.txt"])
 def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):

@@ -42,6 +42,7 @@ def planned(folder, capsys, *options):
     return capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_it_is_within_two_percent_of_the_run(folder, capsys):
     peaks = []
     for memory in ("plain", "fast", "lean"):

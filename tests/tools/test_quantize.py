@@ -63,7 +63,7 @@ def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
     assert "5.1528 bits" in shown
     assert "bits a weight that is converted, of --bits 5.2" in shown
     expected = lowmem.convert(lowmem.load(out, make), lowmem.LoRA(2))  # what was written loads, and takes adapters
-    assert {expected[0].base.forms["weight"].format, expected[2].base.forms["weight"].format} == {"bof4s", "int8"}
+    assert {expected[0].forms["weight"].format, expected[2].forms["weight"].format} == {"bof4s", "int8"}
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.1"]) == 2
     assert "Budget(bits=4.1) is out of reach: these weights take 4.3" in capsys.readouterr().err
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9", "--format", "nf4"]) == 2
@@ -110,6 +110,7 @@ def test_bad_options_are_one_line(checkpoint, options, message, capsys):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
+@pytest.mark.processes
 def test_what_was_told_to_end_leaves_no_half_file(checkpoint):
     script = (
         "import os, signal, sys\n"
@@ -194,6 +195,7 @@ def test_no_memory_is_one_line_and_leaves_nothing(checkpoint, monkeypatch, capsy
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems don't keep to RLIMIT_AS")
 @pytest.mark.parametrize("command", ["quantize", "bundle"])
 def test_a_system_that_gives_no_more_memory_is_one_line(checkpoint, command):

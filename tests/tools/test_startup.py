@@ -46,6 +46,7 @@ def start(tmp_path):
 both_ways = pytest.mark.parametrize("way", [BY_MODULE, BY_SCRIPT], ids=["module", "script"])
 
 
+@pytest.mark.processes(keep=1)
 @both_ways
 def test_an_unknown_kernel_is_one_line_and_exit_code_2(start, way):
     process = start(way, "info", LOWMEM_KERNEL="x\x1b" * 1000)
@@ -56,6 +57,7 @@ def test_an_unknown_kernel_is_one_line_and_exit_code_2(start, way):
     assert len(err) < 300
 
 
+@pytest.mark.processes
 @both_ways
 def test_a_torch_that_cannot_be_imported_is_one_line_and_exit_code_2(start, way):
     process = start(way, "info", modules={"torch.py": "raise ImportError('libtorch.so:\\n  no memory')"})
@@ -63,6 +65,7 @@ def test_a_torch_that_cannot_be_imported_is_one_line_and_exit_code_2(start, way)
     assert (process.returncode, err) == (2, "lowmem: libtorch.so: no memory\n")
 
 
+@pytest.mark.processes
 @both_ways
 @pytest.mark.parametrize(
     ("text", "said"),
@@ -80,6 +83,7 @@ def test_a_broken_torch_is_one_line_and_exit_code_2(start, way, text, said):
     assert (process.returncode, err) == (2, f"lowmem: {said}\n")
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGPIPE")
 @both_ways
 def test_a_failure_that_nobody_reads_ends_it_as_it_ends_other_programs(start, way):
@@ -91,6 +95,7 @@ def test_a_failure_that_nobody_reads_ends_it_as_it_ends_other_programs(start, wa
         assert process.wait(timeout=300) == -signal.SIGPIPE
 
 
+@pytest.mark.processes
 @both_ways
 def test_another_failure_of_an_import_is_one_line_and_exit_code_3(start, way):
     process = start(way, "info", *(["--debug"] if way is BY_MODULE else []), modules={"torch.py": "1 / 0"})
@@ -100,6 +105,7 @@ def test_another_failure_of_an_import_is_one_line_and_exit_code_3(start, way):
     assert line.startswith("lowmem: ZeroDivisionError: division by zero; this is a fault of lowmem")
 
 
+@pytest.mark.processes
 def test_a_process_that_imports_the_library_keeps_its_own_hooks():
     script = (
         "import signal, sys; before = sys.excepthook, signal.getsignal(signal.SIGINT); import lowmem; "

@@ -92,20 +92,20 @@ def test_the_layers_of_a_user_s_model_follow_the_table(capsys):
     table, title, layers = capsys.readouterr().out.split("\n\n")[-3:]
     assert title == name
     assert "bignet" in table
-    (line,) = [line for line in layers.splitlines() if " LoRALinear " in line]
+    (line,) = [line for line in layers.splitlines() if " Linear4Bit " in line]
     assert line.startswith("0...10.layers.0,2,4 ")
     assert "nf4, block_size=64, scales=double + default (rank 32)" in layers
     assert layers.splitlines()[-1].startswith("total ")
     assert main(["stats", name, "--all"]) == 0
     each = capsys.readouterr().out.split("\n\n")[-1].splitlines()
-    assert len([line for line in each if " LoRALinear " in line]) == 18
+    assert len([line for line in each if " Linear4Bit " in line]) == 18
     assert each[-1].split() == layers.splitlines()[-1].split()
     assert main(["stats", name, "--markdown"]) == 0
     layers = capsys.readouterr().out.partition(f"\n\n{name}\n\n")[2].splitlines()
     assert layers[0].startswith("| Layer | Type | Stored |")
     assert {line.count("|") for line in layers} == {10}
     assert main(["stats", "qlora_nf4"]) == 0
-    assert "LoRALinear" not in capsys.readouterr().out
+    assert "Linear4Bit" not in capsys.readouterr().out
 
 
 def test_an_input_that_the_model_cannot_take_is_one_line(capsys):

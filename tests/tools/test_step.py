@@ -90,6 +90,7 @@ def test_what_cannot_be_done_is_one_line(argv, text, capsys, tmp_path):
     assert [one.name for one in tmp_path.iterdir() if one.suffix != ".py" and one.name != "__pycache__"] == []
 
 
+@pytest.mark.thorough
 @pytest.mark.usefixtures("models")
 def test_it_is_drawn(tmp_path):
     pytest.importorskip("altair", reason="the picture needs the extra: pip install '.[report]'")

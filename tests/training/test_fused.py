@@ -215,7 +215,7 @@ def test_checkpoints_give_the_same_bits(joined):
 
 
 def test_what_is_written_to_a_product_through_data_is_not_taken_for_bfloat16(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     layer = convert(nn.Linear(WIDTH, INNER), FourBit(compute_dtype=torch.bfloat16), LoRA(4)).train()
     act = fuse(nn.GELU(), Act("GELU"))
     out = layer(torch.randn(80, WIDTH))
@@ -278,7 +278,7 @@ def test_layers_whose_outputs_do_not_fit_are_called_once():
 
 
 def test_a_second_derivative_that_lacks_what_is_computed_again_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     model, x = fused(make(FourBit(compute_dtype=torch.bfloat16), LoRA(4))), batch()
     first = torch.autograd.grad(model(x).sin().sum(), model.mlp.down.lora_a, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="has no second derivative: call lowmem.release_training"):
@@ -459,7 +459,7 @@ def test_a_layer_norm_computes_the_same(options, dtype):
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("name", [*ACTIVATIONS, "layer norm"])
 def test_what_is_returned_is_not_kept_by_the_layer_that_reads_it(name, lean, monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     torch.manual_seed(0)
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
     nn.init.normal_(layer[0].lora_b, std=0.1)
@@ -482,7 +482,7 @@ def test_what_is_returned_is_not_kept_by_the_layer_that_reads_it(name, lean, mon
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_part_of_a_result_is_read(lean, monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
     nn.init.normal_(layer[0].lora_b, std=0.1)
     norm, x = nn.LayerNorm(WIDTH), batch(rows=160)
@@ -511,7 +511,7 @@ def test_lean_computes_a_checkpoint_of_an_activation_again(name):
 @pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
 def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
     """Neither what the norm returns nor gate and up are kept; dropout drops the same numbers again."""
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     model = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4, dropout=0.3), joined=joined)
     x = batch(rows=128)
     fuse(model.norm, NORM)
@@ -545,7 +545,7 @@ def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
 
 
 def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     model, x = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4)), batch()
     layers = [model.mlp.gate, model.mlp.up]
     model.mlp.down.requires_grad_(False)
@@ -574,7 +574,7 @@ def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch)
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_detached_result_of_a_norm_may_outlive_its_graph(lean, monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     model, x = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4)), batch()
     layer, trained = model.mlp.gate, [model.mlp.gate.lora_a, model.mlp.gate.lora_b]
     apart = {
@@ -639,7 +639,7 @@ def test_lean_refuses_layers_that_are_not_those_of_forward():
 @pytest.mark.parametrize("read", [False, True])
 def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
     """Not with the next collection of garbage, until which what a step keeps would stay."""
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
     norm, x = fuse(nn.LayerNorm(WIDTH), LayerNorm()), batch(rows=128)
     gc.collect()

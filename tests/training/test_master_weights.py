@@ -153,6 +153,7 @@ def learn(net, optimizer, steps=120):
     return (net(x) - x.flip(1)).square().mean().item()
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, AdamW8bit])
 def test_adapters_in_bfloat16_learn_the_same_with_loraplus_and_in_lean(kind):
     losses = {}

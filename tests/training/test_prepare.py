@@ -295,7 +295,7 @@ def test_converting_and_restoring_come_before_or_after(memory):
 
 
 def test_logits_are_multiplied_in_bfloat16_where_4_bit_layers_are(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
 
     class Tiny(nn.Module):
         def __init__(self):

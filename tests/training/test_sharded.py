@@ -223,5 +223,6 @@ def check(rank, folder):
         dist.destroy_process_group()
 
 
+@pytest.mark.distributed
 def test_two_processes_train_as_one_does(tmp_path):
     torch.multiprocessing.spawn(check, (str(tmp_path),), nprocs=WORLD)

@@ -109,6 +109,6 @@ def test_the_text_of_techniques_makes_them_again():
 def test_a_base_that_has_an_adapter_already_is_told_of_as_dense():
     model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
     convert(model, LoRA(2), skip="b")
-    with pytest.warns(UserWarning, match="LoRALinear.weight: it has an adapter: convert the base first") as caught:
+    with pytest.warns(UserWarning, match="Linear.weight: it has an adapter: convert the base first") as caught:
         convert(model, FourBit())
     assert len(caught) == 1

@@ -30,9 +30,11 @@ from lowmem import (
     save,
     summary,
 )
+from lowmem.nn.adapted_forward import LINEAR
+from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.convert import swap
-from lowmem.transforms.registry import ADAPTED, made_by
+from lowmem.transforms.convert import commit
+from lowmem.transforms.registry import made_by
 from tests.rounding import OF_4_BITS, assert_sum, unit
 from tests.selection import covering, rows_in_one_case
 
@@ -95,15 +97,18 @@ def test_every_exact_linear_is_converted_wherever_it_stands(techniques, layer):
 
 def test_techniques_compose_from_left_to_right():
     model = convert(Odd(), FourBit(), LoRA(2))
-    assert type(model.shared) is LoRALinear
-    assert type(model.shared.base) is Linear4Bit
+    assert isinstance(model.shared, LoRALinear)
+    assert isinstance(model.shared, Linear4Bit)
     adapted = convert(convert(Odd(), Half()), LoRA(2))
-    assert type(adapted.shared.base) is HalfLinear
+    assert isinstance(adapted.shared, HalfLinear)
+    assert isinstance(adapted.shared, LoRALinear)
 
 
 def test_the_root_itself_can_be_the_layer():
     assert type(convert(nn.Linear(4, 4), Half())) is HalfLinear
-    assert type(convert(nn.Linear(4, 4), FourBit(), LoRA(1))) is LoRALinear
+    layer = nn.Linear(4, 4)
+    assert convert(layer, FourBit(), LoRA(1)) is layer
+    assert isinstance(layer, LoRALinear)
 
 
 def test_where_sees_every_path_and_chooses():
@@ -166,7 +171,7 @@ def test_where_leaves_a_shared_module_alone_when_it_refuses_any_of_its_paths(ali
     assert type(model.list[0]) is Linear4Bit
 
 
-def test_hooks_move_to_the_new_layer_fire_once_and_can_be_removed():
+def test_hooks_stay_fire_once_and_can_be_removed():
     calls = []
     model = nn.Sequential(nn.Linear(8, 8))
     handles = [
@@ -176,7 +181,7 @@ def test_hooks_move_to_the_new_layer_fire_once_and_can_be_removed():
     ]
     convert(model, LoRA(2))
     model(torch.ones(1, 8, requires_grad=True)).sum().backward()
-    assert calls == ["pre", "LoRALinear", "backward"]
+    assert calls == ["pre", "Linear", "backward"]
     for handle in handles:
         handle.remove()
     model(torch.ones(1, 8))
@@ -210,7 +215,7 @@ def dense_twin(dense, converted):
     twin = copy.deepcopy(dense)
     for path, made in converted.named_modules():
         if isinstance(made, StoredModule):
-            layer = twin.get_submodule(path.removesuffix("base").rstrip("."))
+            layer = twin.get_submodule(path)
             for name in made.forms:
                 weight = made.stored_weight(name)
                 values = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
@@ -314,8 +319,7 @@ class Tied(nn.Module):
 
 
 def tensors_of(layer):
-    base = getattr(layer, "base", layer)
-    return tuple(getattr(base, name) for name in base.part_names if name.startswith("weight"))
+    return tuple(getattr(layer, name) for name in layer.part_names if name.startswith("weight"))
 
 
 @rows_in_one_case("techniques", EVERY)
@@ -348,11 +352,11 @@ def test_tied_weights_are_left_alone_together(techniques, skip):
 
 def test_an_adapter_over_a_tied_layer_leaves_the_tie():
     model = convert(Tied(), LoRA(2), where=lambda path, _: path == "head")
-    assert model.head.base.weight is model.tokens.weight
+    assert parameter_of(model.head, "weight") is model.tokens.weight
     model.more = nn.Linear(4, 4)
     convert(model, FourBit())
     assert type(model.more) is Linear4Bit
-    assert type(model.tokens) is nn.Embedding  # the adapter's base holds its weight
+    assert type(model.tokens) is nn.Embedding  # the adapted layer holds its weight
 
 
 @rows_in_one_case("techniques", EVERY)
@@ -382,7 +386,7 @@ def test_another_technique_finds_nothing_in_a_converted_model():
 @pytest.mark.parametrize("technique", [Half(), FourBit()])
 def test_a_model_whose_layers_all_have_adapters_says_so(technique):
     model = convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8)), LoRA(2))
-    with pytest.raises(ValueError, match=r"nothing to convert: .*; 0 is a LoRALinear: it has an adapter: convert"):
+    with pytest.raises(ValueError, match=r"nothing to convert: .*; 0 is a Linear: it has an adapter: convert"):
         convert(model, technique)
 
 
@@ -402,7 +406,7 @@ def test_a_model_with_nothing_to_convert_says_what_it_has(model, found):
 def test_techniques_that_do_not_compose_are_refused():
     with pytest.raises(ValueError, match="0: FourBit cannot follow .* made a HalfLinear; it takes Linear"):
         convert(nn.Sequential(nn.Linear(4, 4)), Half(), FourBit())
-    with pytest.raises(ValueError, match="Half cannot follow .* made a LoRALinear"):
+    with pytest.raises(ValueError, match="Half cannot follow .* made a Linear; it takes"):
         convert(nn.Linear(4, 4), LoRA(), Half())
 
 
@@ -482,7 +486,7 @@ SOURCES = {HalfLinear: (nn.Linear, (Half(),)), Linear4Bit: (nn.Linear, (FourBit(
 MADE = {
     **{(Half, kind): Half for kind in INPUTS},
     **{(FourBit, kind): FourBit for kind in INPUTS},
-    **{(LoRA, kind): LoRA for kind in ADAPTED if kind in (*INPUTS, *SOURCES)},  # not those that only files make
+    **{(LoRA, kind): LoRA for kind in LINEAR if kind in (*INPUTS, *SOURCES)},  # not those that only files make
 }
 
 
@@ -494,15 +498,14 @@ def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source(tec
     made = FourBit(embeddings="4bit") if technique is FourBit else technique()
     layer = convert(copy.deepcopy(dense), *before, made)
     assert made_by(layer) is technique
-    assert isinstance(getattr(layer, "base", layer), kind)
+    assert isinstance(layer, kind)
     assert measure.weight_count(layer) == measure.weight_count(dense)
     # What it stores is the dense layer's, but for the rounding that its technique promises.
-    base = getattr(layer, "base", layer)
     twin = dense_twin(nn.ModuleList([dense]), nn.ModuleList([layer]))[0]
-    if hasattr(base, "quantized"):
-        allowed = base.quantized.error_bound().view_as(dense.weight)
+    if hasattr(layer, "quantized"):
+        allowed = layer.quantized.error_bound().view_as(dense.weight)
     else:
-        stored = getattr(base, "weight_rounded", dense.weight).dtype
+        stored = getattr(layer, "weight_rounded", dense.weight).dtype
         allowed = unit(stored) * dense.weight.abs() + torch.finfo(stored).smallest_normal
     assert ((twin.weight - dense.weight).abs() <= allowed).all()
     # What it computes is the sum of that in float32: rows of an embedding as they are, else of one weight for each
@@ -520,10 +523,10 @@ def test_a_later_technique_passes_over_what_it_does_not_take():
     model = nn.Sequential(nn.Embedding(16, 8), nn.Linear(8, 8))
     convert(model, FourBit(), LoRA(2))
     assert type(model[0]) is Embedding8Bit
-    assert type(model[1]) is LoRALinear
+    assert isinstance(model[1], LoRALinear)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-        "1.adapters.default.lora_a",
-        "1.adapters.default.lora_b",
+        "1.adapters.default.weight.lora_a",
+        "1.adapters.default.weight.lora_b",
     ]
 
 
@@ -656,9 +659,9 @@ def test_what_is_converted_first_can_go_into_peft_s_layers():
 def test_a_layer_that_left_the_model_is_not_replaced():
     kept, gone = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
     model = torch.nn.Sequential(kept)
-    with pytest.raises(RuntimeError, match=r"^1 of the layers to replace \(a Linear\) left Sequential meanwhile"):
-        swap(model, {kept: torch.nn.Identity(), gone: torch.nn.Identity()})
-    assert model[0] is kept
+    with pytest.raises(RuntimeError, match="^a Linear to convert left Sequential meanwhile"):
+        commit(model, {layer: convert(copy.deepcopy(layer), Half()) for layer in (kept, gone)})
+    assert type(model[0]) is torch.nn.Linear
 
 
 def test_weights_that_are_parts_of_one_storage_are_two_weights():
@@ -890,7 +893,7 @@ class SharedBias(nn.Module):
 def test_a_bias_that_a_dense_module_has_too_stays_that_module_s(techniques, tmp_path):
     dense = SharedBias()
     model = convert(copy.deepcopy(dense), *techniques)
-    layer = getattr(model.a, "base", model.a)
+    layer = model.a
     assert isinstance(layer, HalfLinear)
     assert layer.bias is model.norm.bias
     assert layer.bias.dtype == torch.float32
@@ -902,7 +905,7 @@ def test_a_bias_that_a_dense_module_has_too_stays_that_module_s(techniques, tmp_
     save(model, tmp_path / "model.safetensors")
     loaded = load(tmp_path / "model.safetensors", SharedBias)
     assert torch.equal(loaded(x), model(x))
-    assert getattr(loaded.a, "base", loaded.a).bias is loaded.norm.bias
+    assert loaded.a.bias is loaded.norm.bias
     assert model(x.bfloat16()).dtype == torch.bfloat16 or techniques[1:]  # adapters stay float32
     assert model.to(torch.bfloat16)(x.bfloat16()).dtype == torch.bfloat16
 
@@ -960,7 +963,7 @@ def test_what_is_restored_in_a_dtype_runs_in_it(technique):
         assert attention(x, x, x)[0].dtype == torch.bfloat16
     layer = convert(nn.Linear(8, 8), technique, LoRA(2))
     restore(layer, dtype=torch.float64)
-    assert {layer.base.weight.dtype, layer.base.bias.dtype} == {torch.float64}
+    assert {parameter_of(layer, "weight").dtype, layer.bias.dtype} == {torch.float64}
     assert layer.lora_a.dtype == torch.float32
 
 

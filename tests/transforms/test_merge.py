@@ -26,6 +26,8 @@ from lowmem import (
     save,
     save_adapter,
 )
+from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.fold import without_adapters
 from lowmem.quant.quantize import relative_error
 from tests import strategies
 from tests.models import out_of_file
@@ -41,14 +43,16 @@ def test_merge_into_a_dense_base_equals_the_adapted_model(linear, rank, seed):
     layer = strategies.make_adapted(linear, "dense", rank, seed=seed)
     x = strategies.make_input((3,), layer.in_features, seed)
     expected = layer(x)
+    adapter = layer.adapters.default.weight
+    exact = (
+        parameter_of(layer, "weight").double() + adapter.scaling * adapter.lora_b.double() @ adapter.lora_a.double()
+    )
+    magnitudes = parameter_of(layer, "weight").double().abs()
+    magnitudes += abs(adapter.scaling) * adapter.lora_b.double().abs() @ adapter.lora_a.double().abs()
     merged = merge(layer)
     assert type(merged) is torch.nn.Linear
-    adapter = layer.adapters["default"]
-    exact = layer.base.weight.double() + adapter.scaling * adapter.lora_b.double() @ adapter.lora_a.double()
-    magnitudes = layer.base.weight.double().abs()
-    magnitudes += abs(adapter.scaling) * adapter.lora_b.double().abs() @ adapter.lora_a.double().abs()
     assert_sum(merged.weight, exact, magnitudes, rank + 2)  # the sum over the rank, its scaling, the base added
-    bias = 0 if layer.base.bias is None else layer.base.bias.double()
+    bias = 0 if layer.bias is None else layer.bias.double()
     terms = layer.in_features + rank + 4  # those sums, one after the other, and the bias
     for got in (expected, merged(x)):
         assert_sum(got, x.double() @ exact.t() + bias, x.double().abs() @ magnitudes.t() + abs(bias), terms)
@@ -58,19 +62,18 @@ def test_merge_into_a_dense_base_equals_the_adapted_model(linear, rank, seed):
 @given(strategies.linears(), ranks, strategies.seeds)
 def test_merge_into_a_half_base_rounds_once(base, linear, rank, seed):
     layer = strategies.make_adapted(linear, base, rank, seed=seed)
+    weight, delta = layer.weight_rounded, layer.adapters.default.weight.delta()
+    bias = layer._parameters.get("bias_rounded")
     merged = merge(layer)
     assert type(merged) is HalfLinear
-    assert torch.equal(
-        merged.weight_rounded,
-        (layer.base.weight_rounded.float() + layer.adapters["default"].delta()).to(merged.weight_rounded.dtype),
-    )
-    assert merged.bias is None or torch.equal(merged.bias_rounded, layer.base.bias_rounded)
+    assert torch.equal(merged.weight_rounded, (weight.float() + delta).to(weight.dtype))
+    assert merged.bias is None or merged.bias_rounded is bias
 
 
 @given(strategies.linears(), ranks, strategies.seeds)
 def test_merge_into_a_4bit_base_quantizes_again_and_says_the_error(linear, rank, seed):
     layer = strategies.make_adapted(linear, "4-bit", rank, seed=seed)
-    target = layer.base.quantized.dequantize() + layer.adapters["default"].delta()
+    target = layer.quantized.dequantize() + layer.adapters.default.weight.delta()
     with pytest.warns(UserWarning, match=r"quantized 1 adapted weights to 4 bits again.*relative error of") as caught:
         merged = merge(layer)
     assert type(merged) is Linear4Bit
@@ -87,19 +90,17 @@ def test_a_fresh_adapter_leaves_the_base_in_its_place_with_every_byte_and_no_war
         model[0].weight[0] = -0.0
         model[0].bias[0] = -0.0
     convert(model, *strategies.BASES[base], LoRA(2))
-    bases = [layer.base for layer in model]
+    layers = list(model)
     stored = {name: value.clone() for name, value in model.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merged, report = merge(copy.deepcopy(model), report=True)
         assert [(row.before, row.after) for row in report] == [(0.0, 0.0)] * 2
         merge(model)
-    assert list(model) == bases
+    assert list(model) == layers
     for one in (model, merged):
         for name, value in one.state_dict().items():
-            layer, _, rest = name.partition(".")
-            before = stored[f"{layer}.base.{rest}"]
-            assert torch.equal(value.flatten().view(torch.uint8), before.flatten().view(torch.uint8))
+            assert torch.equal(value.flatten().view(torch.uint8), stored[name].flatten().view(torch.uint8))
 
 
 @every_base
@@ -109,9 +110,9 @@ def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
     model[0] = strategies.make_adapted(model[0], base)
     model[2] = convert(model[2], *strategies.BASES[base], LoRA(2))
     deactivate(model[2])
-    weights = [stored_weight(layer.base).float() for layer in (model[0], model[2])]
-    weights[0] = weights[0] + model[0].adapters["default"].delta()
-    bias, norm = model[0].base.bias, model[1]
+    weights = [stored_weight(layer).float() for layer in (model[0], model[2])]
+    weights[0] = weights[0] + model[0].adapters.default.weight.delta()
+    bias, norm = model[0].bias, model[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         merge(model.eval(), dtype)
@@ -128,7 +129,7 @@ def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
 @rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_dense_layer_keeps_its_dtype_though_the_sum_is_wider(dtype):
     layer = strategies.make_adapted(torch.nn.Linear(8, 8, dtype=dtype), "dense")
-    expected = (layer.base.weight + layer.adapters["default"].delta()).to(dtype)
+    expected = (parameter_of(layer, "weight") + layer.adapters.default.weight.delta()).to(dtype)
     merged = merge(layer)
     assert merged.weight.dtype == merged.bias.dtype == dtype
     assert torch.equal(merged.weight, expected)
@@ -146,9 +147,13 @@ def test_the_report_says_what_the_adapters_change_and_what_storing_the_sum_loses
     model = torch.nn.ModuleDict({name: torch.nn.Linear(64, 32) for name in ("a", "b")})
     model["a"] = strategies.make_adapted(model["a"], base)
     model["b"] = add_adapter(strategies.make_adapted(model["b"], base), "more", LoRA(2, 5.0))
-    torch.nn.init.normal_(model["b"].adapters["more"].lora_b)
-    bases = {name: stored_weight(layer.base) for name, layer in model.items()}
-    exact = {name: bases[name] + sum(a.delta().double() for a in model[name].adapters.values()) for name in model}
+    torch.nn.init.normal_(model["b"].adapters.more.weight.lora_b)
+    bases = {name: stored_weight(layer) for name, layer in model.items()}
+    deltas = {
+        name: [layer.adapters.parts(one)["weight"].delta().double() for one in layer.adapters.names]
+        for name, layer in model.items()
+    }
+    exact = {name: bases[name] + sum(deltas[name]) for name in model}
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the report says it
         merged, report = merge(model, to, report=True)
@@ -189,26 +194,18 @@ def test_with_inputs_the_report_says_the_errors_of_the_outputs(base, to):
     model = convert(Branches(), *strategies.BASES[base], LoRA(2, dropout=0.5)).train()
     for layer in (model.twice, model.keyword, model.never):
         torch.nn.init.normal_(layer.lora_b)
-    bases = {name: layer.base for name, layer in model.named_children()}
-    for layer in bases.values():
-        layer.register_forward_hook(lambda *_: pytest.fail("hooks of the base saw the measuring"))
     plain = copy.deepcopy(model).eval()
-    for layer in (plain.twice, plain.keyword, plain.never):
-        layer.base._forward_hooks.clear()
     x = torch.randn(5, 16)
     with torch.no_grad():
         y = plain(x, 2.0)
         given = {"twice": torch.cat(plain.seen[:2]), "keyword": plain.seen[2] * 2}
     for inputs in ((x, 2.0), {"x": x, "scale": 2.0}):
-        one = copy.deepcopy(model)
-        for layer in (one.twice, one.keyword, one.never):
-            layer.base._forward_hooks.clear()
-        one, report = merge(one, to, inputs=inputs, report=True)
+        one, report = merge(copy.deepcopy(model), to, inputs=inputs, report=True)
         assert one.training
         for row in report[:2]:
             layer = getattr(plain, row.path)
             with torch.no_grad():
-                exact, before = layer(given[row.path]).double(), layer.base(given[row.path])
+                exact, before = layer(given[row.path]).double(), without_adapters(layer)(given[row.path])
                 after = getattr(one, row.path)(given[row.path].to(y.dtype if to == "same format" else to))
             assert row.output_before == pytest.approx(error_of(before, exact), rel=1e-4)
             assert row.output_after == pytest.approx(error_of(after, exact), rel=1e-4, abs=1e-6)
@@ -270,7 +267,7 @@ def test_with_inputs_the_report_says_the_error_of_the_whole_model_s_outputs(base
                 merge(again, to, at_most=limit, **merge_options)
         merge(again, to, at_most=max(limit, report.output_after), **merge_options)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert model.called.active == ("default",)
+    assert model.called.adapters.active == ("default",)
 
 
 def test_a_model_whose_outputs_change_their_shapes_has_no_error_of_them():
@@ -287,7 +284,7 @@ def test_a_model_whose_outputs_change_their_shapes_has_no_error_of_them():
     with torch.no_grad():
         model.layer.lora_b.copy_(torch.ones(4, 1) * 100)
         model.layer.lora_a.copy_(torch.ones(1, 4))
-        model.layer.base.weight.fill_(-1)
+        parameter_of(model.layer, "weight").fill_(-1)
     _, report = merge(model, inputs=torch.ones(1, 4), report=True)
     assert report.output_before is report.output_after is None
     assert report[0].output_after == 0
@@ -322,7 +319,7 @@ def test_outputs_beyond_at_most_are_refused_too(part):
     x = torch.ones(32)  # x.dot(x) and A x are then exact, in whatever order they are added
     with torch.no_grad():
         layer.lora_a.copy_(x[None] / x.dot(x))
-        layer.lora_b.copy_(-part * layer.base(x)[:, None])  # B A x = -part W x
+        layer.lora_b.copy_(-part * without_adapters(layer)(x)[:, None])  # B A x = -part W x
     _, report = merge(copy.deepcopy(layer), inputs=x[None], report=True)
     limit = 2 * report[0].after
     assert report[0].output_after > limit
@@ -381,7 +378,7 @@ def test_a_bias_that_the_dtype_cannot_hold_is_named():
     convert(model, FourBit(), LoRA(2))
     with pytest.raises(ValueError, match="0: the adapted bias holds the magnitude 1e"):
         merge(model, torch.float16)
-    assert type(model[0]) is LoRALinear
+    assert isinstance(model[0], LoRALinear)
 
 
 @rows_in_one_case("base", ["dense", "bfloat16", "4-bit"])
@@ -389,8 +386,8 @@ def test_a_fresh_adapter_folds_to_nothing_whatever_the_model_was_cast_to(base):
     linear = torch.nn.Linear(8, 8)
     torch.nn.init.normal_(linear.weight, std=1e-9)
     layer = convert(linear, *strategies.BASES[base], LoRA(2))
-    stored = copy.deepcopy(layer.base.state_dict())
-    adapter = layer.adapters["default"]
+    stored = copy.deepcopy(without_adapters(layer).state_dict())
+    adapter = layer.adapters.default.weight
     adapter.lora_a.data, adapter.lora_b.data = adapter.lora_a.data.half(), adapter.lora_b.data.half()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -407,7 +404,7 @@ def test_merging_a_fresh_adapter_into_4_bits_changes_no_byte_and_refuses_no_othe
         model[0].weight[:4, 5] = 1e4
     convert(model, FourBit(format, 16, scales, search=search), LoRA(2))
     save_adapter(model, tmp_path / "other.safetensors")
-    stored = copy.deepcopy([model[0].base.state_dict(), model[1].base.state_dict()])
+    stored = [copy.deepcopy(without_adapters(layer).state_dict()) for layer in model]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         merge(model)

@@ -23,6 +23,7 @@ from lowmem import (
     summary,
 )
 from lowmem.nn.eightbit import Embedding8Bit, Linear8Bit, of_embeddings
+from lowmem.nn.fold import without_adapters
 from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
 from tests.selection import rows_in_one_case
 from tests.test_any_model import Experts
@@ -108,7 +109,7 @@ def test_output_layers_get_no_adapter_unless_where_names_them(stored, kind, head
     assert adapted(model) == rest
     everywhere = once(where=lambda *_: True)
     add_adapter(everywhere, "more", LoRA(3))
-    assert all([*everywhere.get_submodule(head).adapters] == ["default"] for head in heads)
+    assert all(everywhere.get_submodule(head).adapters.names == ("default",) for head in heads)
 
 
 @every_storage
@@ -178,7 +179,7 @@ def test_an_adapter_on_one_of_two_linear_layers_with_one_weight_says_so(stored):
     nn.init.normal_(both.v.lora_b)
     x = torch.randn(3, 16)
     assert not torch.equal(both.v(x), both.q(x))
-    assert torch.equal(both.v.base(x), both.q.base(x))
+    assert torch.equal(without_adapters(both.v)(x), without_adapters(both.q)(x))
     with pytest.raises(ValueError, match="v shares its weight with q, and their merged weights would differ"):
         merge(both)
 
@@ -419,9 +420,10 @@ def test_what_a_model_keeps_in_float32_is_not_computed_in_16_bits(dtype, kept, t
 
 def test_an_8_bit_output_layer_takes_an_adapter_where_it_is_named():
     model = convert(Causal(), FourBit("nf4", compute_dtype=torch.int8), LoRA(2), where=lambda *_: True)
-    assert {type(model.lm_head.base), type(model.draft.base)} == {Linear8Bit}
-    assert model.lm_head.base.compute_dtype is None  # products of 8 times 8 bits have no kernel
-    assert model.body.q.base.compute_dtype is torch.int8
+    assert isinstance(model.lm_head, Linear8Bit)
+    assert isinstance(model.draft, Linear8Bit)
+    assert model.lm_head.compute_dtype is None  # products of 8 times 8 bits have no kernel
+    assert model.body.q.compute_dtype is torch.int8
     lowmem.merge(model)
     assert type(model.lm_head) is Linear8Bit
 

@@ -80,6 +80,7 @@ def state_bytes(optimizer):
     )
 
 
+@pytest.mark.thorough
 @rows_in_one_case("name", MODELS)
 @rows_in_one_case("technique", TECHNIQUES)
 def test_every_figure_of_one_model_is_what_a_real_one_measures(name, technique):
@@ -117,6 +118,7 @@ def layers():
     return nn.Sequential(*(nn.Linear(256, 256) for _ in range(4)))
 
 
+@pytest.mark.thorough
 @rows_in_one_case(
     ("make", "rows", "technique", "training"),
     [
@@ -152,6 +154,7 @@ def test_the_total_of_inference_is_the_peak_of_a_forward_within_ten_percent(tech
     assert found.total_bytes == found.inference_bytes
 
 
+@pytest.mark.processes
 @rows_in_one_case("technique", ["half", "nf4", "bof4s", "lora", "qlora"])
 @rows_in_one_case("name", ["BigNet", "large table"])
 def test_the_peak_of_convert_is_that_of_a_real_one_within_five_percent(name, technique):
@@ -216,6 +219,7 @@ print(found.dense, found.stored["FourBit"], peak() - before)
 """
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform == "win32", reason="there is no module resource")
 def test_seventy_billion_weights_are_planned_without_them():
     shown = subprocess.run([sys.executable, "-c", SEVENTY_BILLION], capture_output=True, text=True, check=True)
@@ -320,6 +324,7 @@ def test_the_figures_as_text_and_as_json():
     assert str(large).splitlines()[:3] == ["dense", "Memory                GiB", "dense model          2.00"]
 
 
+@pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("training", [None, "adamw"])
 def test_at_most_proposes_the_first_that_fits(training):
     batch = torch.ones(8, 1024)

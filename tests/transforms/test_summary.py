@@ -64,12 +64,12 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     convert(model, Half(), where=lambda path, _: path == "1")
     add_adapter(model, "second", LoRA(4), where=lambda path, _: path in ("0", "2"))
     first, second, third, last = summary(model)
-    assert (first.type, first.stored) == ("LoRALinear", "int4, block_size=32, scales=float16")
+    assert (first.type, first.stored) == ("Linear4Bit", "int4, block_size=32, scales=float16")
     assert first.adapters == (("default", 2), ("second", 4))
     assert first.weights == 64 * 32
     assert first.bytes == 64 * 32 // 2 + 64 * 2 + 4 * 6 * (64 + 32)
     assert first.bits_per_weight == 8 * first.bytes / first.weights
-    lost = measure.difference(dense[0].weight, model[0].base.quantized.dequantize()).relative
+    lost = measure.difference(dense[0].weight, model[0].quantized.dequantize()).relative
     assert first.weight_error == pytest.approx(lost, rel=1e-3)
     assert (second.type, second.stored, second.bits_per_weight) == ("HalfLinear", "float16", 16)
     assert 0 < second.weight_error < 1e-3

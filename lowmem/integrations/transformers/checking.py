@@ -59,8 +59,7 @@ def refuse_untold(names: Collection[str], config: LowmemConfig) -> None:
     """
     told = {str(name) for record in config.layers for name in record.get("names", ())}
     for name in _stored(names):
-        own = name.replace(".base.", ".")  # below adapters
-        if not told & {own, own.removesuffix("weight").removesuffix(".")}:
+        if not told & {name, name.removesuffix("weight").removesuffix(".")}:
             raise ValueError(
                 f"the folder's config.json does not say how its tensor {show(name)} is stored: get it again, or save "
                 "the model again by save_pretrained"

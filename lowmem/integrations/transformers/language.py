@@ -18,7 +18,6 @@ from lowmem.integrations.transformers.causal import refuse_pairs
 from lowmem.integrations.transformers.folder import load_folder
 from lowmem.integrations.transformers.intervals import interval
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, tokenizer_errors, tokenizer_in
-from lowmem.nn.adapted_module import base_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.calibration.replay import Overrides
 from lowmem.transforms.registry import layer_name, module_paths
@@ -166,7 +165,7 @@ def _places(first: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn
         paths[0]: (module, found[paths[0]])
         for module, paths in module_paths(first).items()
         if paths[0] in found
-        and any(isinstance(base_of(one), StoredModule) for one in (module, found[paths[0]]))
+        and any(isinstance(one, StoredModule) for one in (module, found[paths[0]]))
         and type(module).forward is not nn.Module.forward
     }
 

@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lowmem.integrations.transformers.saving import presented_dtype
-from lowmem.nn.adapted_module import base_of
 
 __all__ = ["put_dense_first"]
 
@@ -36,8 +35,6 @@ def put_dense_first(model: nn.Module) -> None:
 
 def _put_first(module: nn.Module, dtype: torch.dtype) -> bool:
     """Let the first parameter of a module have a dtype, if it has a dense one; return whether it does now."""
-    if base_of(module) is not module:  # with adapters, whose dtype is their own
-        return False
     own = next((one for one in module._parameters.values() if one is not None), None)
     if own is not None:
         return own.dtype is dtype

@@ -23,7 +23,7 @@ from lowmem.integrations.transformers.saving import config_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.container import open_checkpoint
 from lowmem.io.skeleton import convert_skeleton
-from lowmem.nn.adapted_module import bank_of
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
@@ -129,7 +129,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         if model is None:
             return True
         refuse_passed_over(model, getattr(model, "peft_config", {}))
-        adapted = any(bank_of(module) is not None or is_of_peft(module) for module in model.modules())
+        adapted = any(isinstance(module, AdaptedModule) or is_of_peft(module) for module in model.modules())
         if adapted or self.quantization_config.train_dense:
             return True
         trained = [name for name, one in model.named_parameters() if one.requires_grad]
@@ -282,7 +282,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 for name in module.part_names:
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         put_dense_first(model)
-        if any(bank_of(module) is not None for module in model.modules()):
+        if any(isinstance(module, AdaptedModule) for module in model.modules()):
             freeze_all_but_adapters(model)
         model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
         model.is_quantized = False  # it trains, casts and moves as any model does

@@ -20,7 +20,7 @@ from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
@@ -38,12 +38,11 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
     layers: dict[str, dict[str, Any]] = {}
     adapters: dict[str, Any] = {}
     for module, paths in module_paths(model).items():
-        base = base_of(module)
-        if isinstance(base, StoredModule):
-            for name, record in how_stored(base).items():
+        if isinstance(module, StoredModule):
+            for name, record in how_stored(module).items():
                 named = layers.setdefault(json.dumps(record, sort_keys=True), {**record, "names": []})
                 named["names"].append(paths[0] if name == "weight" else f"{paths[0]}.{name}".lstrip("."))
-        if bank_of(module) is not None:
+        if isinstance(module, AdaptedModule):
             adapters |= {place_name(paths[0], name): record for name, record in adapters_record(module).items()}
     if not layers and not adapters:
         return None

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from lowmem.io.export.gguf_fields import ARCHITECTURES, architecture_of
 from lowmem.io.export.gguf_file import Field, Placed, encode_field, write_file
 from lowmem.io.foreign.gguf_names import Names, names_of
-from lowmem.nn.adapted_module import base_of
 from lowmem.nn.adapter import Adapter
 from lowmem.transforms.placement import output_layers, places_of
 from lowmem.transforms.registry import layer_name, module_paths
@@ -50,8 +49,8 @@ def write_gguf_adapter(path: Path, model: nn.Module, name: str, layers: Mapping[
     for place, adapter in layers.items():
         module, _ = places[place]
         try:
-            if not isinstance(base_of(module), (nn.Linear, nn.Embedding)):
-                raise ValueError(f"llama.cpp adapts no {type(base_of(module)).__name__}")
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                raise ValueError(f"llama.cpp adapts no {type(module).__name__}")
             written = names.file_name(f"{place}.weight")
             if is_tied and (module in outputs or adapter.rows_are_read):
                 raise ValueError("its weight is that of the other end of the model, and llama.cpp makes one of both")
@@ -97,7 +96,7 @@ def _names(model: nn.Module) -> Names:
 def _refuse_trained(model: nn.Module) -> None:
     """Raise if parameters of the base train beside the adapter: the file would leave out what they have learned."""
     for module, paths in module_paths(model).items():
-        for name, parameter in base_of(module)._parameters.items():
+        for name, parameter in module._parameters.items():
             if parameter is not None and parameter.requires_grad:
                 raise ValueError(
                     f"{layer_name(paths[0])}: its {name} trains beside the adapter, and a GGUF file has the adapter "
@@ -110,7 +109,7 @@ def _has_tied_ends(model: Any) -> bool:
     ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
     if None in ends:
         return False
-    one, other = ({id(part) for part in base_of(end)._parameters.values()} - {id(None)} for end in ends)
+    one, other = ({id(part) for part in end._parameters.values()} - {id(None)} for end in ends)
     return bool(one & other)
 
 

@@ -25,7 +25,7 @@ from lowmem.io.export.plain_file import write_plain
 from lowmem.io.foreign.peft_config import ends_of
 from lowmem.io.foreign.peft_folder import CONFIG, WEIGHTS
 from lowmem.io.foreign.peft_layers import PREFIX, Layers, dense_parameters
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter, LoRA, is_conv1d
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name, module_paths
@@ -65,7 +65,7 @@ class _Writing:
         self._places = {
             place_name(paths[0], name): (paths[0], name)
             for module, paths in self._paths.items()
-            for name in dense_parameters(base_of(module))
+            for name in dense_parameters(module)
         }
         modules, parameters = self._targets()
         self._layers = Layers(model, modules, parameters)
@@ -88,8 +88,8 @@ class _Writing:
         saved: list[str] = []
         biases: list[tuple[str, Tensor]] = []
         for module, paths in self._paths.items():
-            base, path = base_of(module), paths[0]
-            trained = {name: one for name, one in base._parameters.items() if one is not None and one.requires_grad}
+            path = paths[0]
+            trained = {name: one for name, one in module._parameters.items() if one is not None and one.requires_grad}
             if not trained:
                 continue
             if all("bias" in name for name in trained) and path:
@@ -98,7 +98,7 @@ class _Writing:
             why = None
             if not path:
                 why = "PEFT cannot save parameters of the model itself"
-            elif bank_of(module) is not None or any(bank_of(inner) is not None for inner in module.modules()):
+            elif any(isinstance(inner, AdaptedModule) for inner in module.modules()):
                 why = "PEFT cannot train a weight beside its adapter"
             elif len(paths) > 1:
                 why = f"it is {layer_name(paths[1])}, too, and PEFT would save one alone"
@@ -138,7 +138,7 @@ class _Writing:
         ranks = {name: one.rank for name, one in techniques.items()}
         rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
         biases = "none" if not self._biases else "all" if self._outside() else "lora_only"
-        transposed = any(is_conv1d(base_of(slot.module)) for slot in self._layers.slots)
+        transposed = any(is_conv1d(slot.module) for slot in self._layers.slots)
         if transposed and self._parameters:
             raise ValueError(
                 f"{layer_name(self._parameters[0])}: PEFT adapts no parameters beside Conv1D layers: save them as "
@@ -178,7 +178,7 @@ class _Writing:
     def _target_parameters(self) -> list[str]:
         wanted = set(self._parameters)
         for module, paths in self._paths.items():
-            for name in dense_parameters(base_of(module)):
+            for name in dense_parameters(module):
                 full = f"{paths[0]}.{name}".lstrip(".")
                 if full not in wanted and any(end in wanted for end in ends_of(full)):
                     raise ValueError(

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -21,8 +20,10 @@ from lowmem.io.container import TensorSpec, open_checkpoint
 from lowmem.io.foreign.peft_config import MERGE, Matcher, PeftConfig
 from lowmem.io.foreign.peft_layers import PREFIX, Layers, dense_parameters
 from lowmem.io.foreign.recognize import read_config
-from lowmem.nn.adapted_module import bank_of, base_of
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import LoRA
+from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.stored import StoredTensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.registry import layer_name, module_paths
@@ -166,7 +167,7 @@ class _Reading:
         return [
             name
             for module, paths in self._paths.items()
-            for parameter in dense_parameters(base_of(module))
+            for parameter in dense_parameters(module)
             for path in paths
             if path and self._matcher.takes_parameter(name := f"{path}.{parameter}")
         ]
@@ -205,7 +206,7 @@ class _Reading:
                 continue
             outer = f"{path}."
             for inner, part in module.named_modules(prefix=path):
-                if isinstance(part, StoredModule) or bank_of(part) is not None:
+                if isinstance(part, StoredModule | AdaptedModule):
                     what = "stored by lowmem" if isinstance(part, StoredModule) else "adapted"
                     raise ValueError(
                         f"it holds {layer_name(path)} whole (modules_to_save), and {layer_name(inner)} is {what} "
@@ -235,9 +236,9 @@ class _Reading:
 
     def _all_biases(self) -> Iterator[tuple[nn.Module, str, str]]:
         for module, paths in self._paths.items():
-            for name in dense_parameters(base_of(module)):
+            for name in dense_parameters(module):
                 if "bias" in name:
-                    yield from ((base_of(module), path, name) for path in paths)
+                    yield from ((module, path, name) for path in paths)
 
     def _values(self, found: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Return the values that replace those of the base; tensors that are one here must be equal."""
@@ -259,7 +260,7 @@ class _Reading:
             id(own): name
             for module, paths in self._paths.items()
             for path in paths
-            for parameter, own in base_of(module)._parameters.items()
+            for parameter, own in module._parameters.items()
             if own is not None and (name := f"{path}.{parameter}".lstrip(".")) not in kept
         }
         for key, own in saved:
@@ -273,17 +274,16 @@ class _Reading:
     def _skip_bases(self, layers: Layers) -> None:
         """Leave out copies of adapted weights, which PEFT writes of embeddings, if they are the model's."""
         for slot in layers.slots:
-            base = base_of(slot.module)
             path = next(path for path in self._paths[slot.module])
             key = f"{layers.inner_key(path)}.{slot.parameter}"
             if key not in self._left:
                 continue
             del self._left[key]
-            own: Any = getattr(base, slot.parameter)
+            own = parameter_of(slot.module, slot.parameter)
             same = self._specs[key].shape == tuple(own.shape)
             if same:
-                stored = isinstance(base, StoredModule) and slot.parameter in base.forms
-                dense = base.stored_tensor(slot.parameter).dequantize() if stored else own.detach()  # type: ignore[operator]
+                stored = isinstance(own, StoredTensor)
+                dense = own.dequantize() if stored else own.detach()
                 error = relative_error(self._read(key).to(dense.dtype), dense)
                 same = error <= (_LARGEST_ERROR if stored else 2**-7)  # it may have been rounded to bfloat16
             if not same:

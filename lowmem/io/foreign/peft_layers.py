@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from lowmem.nn.adapted_module import AdaptedModule, base_of
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import LoRA, is_conv1d, layout_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
@@ -53,11 +53,11 @@ class Slot:
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors in the file."""
-        base = base_of(self.module)
-        shapes = layout_of(base, self.parameter).shapes(rank)
-        if isinstance(base, _ConvNd):
-            ones = (1,) * len(base.kernel_size)
-            return {"lora_a": (rank, base.in_channels, *base.kernel_size), "lora_b": (base.out_channels, rank, *ones)}
+        module = self.module
+        shapes = layout_of(module, self.parameter).shapes(rank)
+        if isinstance(module, _ConvNd):
+            lora_b = (module.out_channels, rank, *(1,) * len(module.kernel_size))
+            return {"lora_a": (rank, module.in_channels, *module.kernel_size), "lora_b": lora_b}
         *stack, outputs, _ = shapes["lora_b"]
         if not stack:
             return shapes
@@ -72,7 +72,7 @@ class Slot:
 
     def from_file(self, part: str, value: Tensor, rank: int) -> Tensor:
         """Return a tensor of the file in the shape of A or B of lowmem's adapter."""
-        shape = layout_of(base_of(self.module), self.parameter).shapes(rank)[part]
+        shape = layout_of(self.module, self.parameter).shapes(rank)[part]
         if len(shape) == 3 and part == "lora_b":
             stack, outputs, _ = shape
             return value.reshape(outputs, rank, stack).permute(2, 0, 1)
@@ -144,7 +144,7 @@ class Layers:
             raise ValueError(
                 f"{layer_name(path)} is {layer_name(other)}, too, of which PEFT would adapt one alone: leave it out"
             )
-        return base_of(module)
+        return module
 
     def _owners(self) -> dict[str, None]:
         return dict.fromkeys(name.rpartition(".")[0] for name in self.parameters)
@@ -165,7 +165,7 @@ class Layers:
         if why is None and parameter not in parameters_to_adapt(module):
             why = "it is no weight that lowmem adapts"
         if why is not None:
-            kind = type(base_of(module)).__name__
+            kind = type(module).__name__
             raise ValueError(f"it adapts {layer_name(place_name(path, parameter))}, in a {kind} here: {why}")
 
     def _add_module(self, path: str) -> None:

@@ -2,8 +2,7 @@
  * only x (once per call) and the results are transposed. In grad @ W (amx_gradient.h) the lines are rows of grad,
  * used in place, and pairs of rows of W are interleaved as they are dequantized. */
 
-#include "tiles.h"
-#include "amx_pack.h"
+#pragma once
 #include "amx_rows.h"
 
 /* Transpose the sums (TILED_ROWS, 16) of `rows` rows from r on with 16 batch rows from m on, and write them to the output. */

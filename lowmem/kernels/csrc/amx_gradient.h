@@ -1,6 +1,7 @@
 /* grad @ W by AMX, in bfloat16. A thread takes groups of columns and keeps their sums; grad is multiplied in place. amx_pairs.h
  * dequantizes. */
 
+#pragma once
 #include "amx_pairs.h"
 
 /* Write the sums of a group to the output: tiles of 16 columns and 16 batch rows, in the order of the columns. */

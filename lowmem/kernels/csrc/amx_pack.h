@@ -1,5 +1,7 @@
 /* Packs rows of x for amx.h, in the order in which codes are dequantized into lines: pairs of columns, each with sixteen batch
  * rows. */
+#pragma once
+#include "tiles.h"
 
 /* How codes are dequantized into lines of 32 columns. Which columns these are does not matter, as long as x is packed in the
  * same order. */

@@ -1,4 +1,6 @@
 /* Dequantizes rows of W for amx_gradient.h: pairs of rows are interleaved, in tiles of 16 pairs by 16 columns. */
+#pragma once
+#include "amx_rows.h"
 
 #define GRADIENT_LINES (TILED_GRAD_ROWS / LINE) /* tiles along the rows, of 16 pairs each */
 #define STRIP (GRADIENT_LINES * 2 * TILE_FLOATS) /* floats of a strip: two tiles of 16 columns, for all these rows */

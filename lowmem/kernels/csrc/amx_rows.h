@@ -2,6 +2,8 @@
  *
  * The 16 levels times a block's scale form a table of bfloat16 numbers, in which codes are looked up. The permute
  * selects one of 32 numbers, so a line can have columns of two blocks: the bit above the code selects a table. */
+#pragma once
+#include "amx_pack.h"
 
 /* out (TILED_ROWS, LANES) = the scales of TILED_ROWS rows from block `first` on. Rows past the last repeat it. */
 static void put_scales(const struct job *job, int64_t r, int64_t first, float *out)

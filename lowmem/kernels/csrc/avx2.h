@@ -1,4 +1,5 @@
 /* Vector operations (rows.h) of AVX2 with FMA and F16C. The sixteen levels are two registers; bit 3 of a code selects one. */
+#pragma once
 #include <immintrin.h>
 
 #include "kernel.h"

@@ -1,4 +1,5 @@
 /* Vector operations (rows.h) of AVX-512. The sixteen levels are one register, and one permute looks up sixteen codes. */
+#pragma once
 #include <immintrin.h>
 
 #include "kernel.h"

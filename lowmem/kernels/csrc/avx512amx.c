@@ -2,7 +2,7 @@
 #include "kernel.h"
 #if HAS_AMX
 TARGET(AVX512,avx512vnni,avx512bf16,amx-tile,amx-bf16)
-#define ISA_BFLOAT16 1
+#define ISA_BFLOAT16
 #include "avx512.h"
 
 #include "body.h"
@@ -14,13 +14,13 @@ TARGET(AVX512,avx512vnni,avx512bf16,amx-tile,amx-bf16)
 
 static const struct kernel kernels[] = {
     BY_TORCH,
-    {"amx", LINEAR, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, BY_AMX},
-    {"grad_amx", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, ANY_ROWS, GRADIENT_BY_AMX},
+    {"amx", LINEAR, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, TORCH_ROWS - 1, BY_AMX},
+    {"grad_amx", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TILED_FEW + 1, TORCH_GRAD_ROWS - 1, GRADIENT_BY_AMX},
     {NULL},
 };
 
 /* Small batches in bfloat16 are multiplied in float32, so this does not extend avx512bf16: processors with AMX take two cycles
  * for a vdpbf16ps, as long as for four FMA. */
-const struct isa isa_avx512amx = {"avx512amx", LANES, &isa_avx512vnni, kernels, NULL, NULL, NULL, NULL};
+const struct isa isa_avx512amx = {.name = "avx512amx", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels};
 END_TARGET
 #endif

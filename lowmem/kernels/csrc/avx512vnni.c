@@ -5,15 +5,15 @@ TARGET(AVX512,avx512vnni)
 #include "avx512.h"
 
 #include "body.h"
-#include "int8.h"
+#include "inputs8.h"
 
 static const struct kernel kernels[] = {
-    {"few_int8", LINEAR_INT8, GROUPS, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few_int8, .multiply = few_int8_body},
-    {"panels_int8", LINEAR_INT8, GROUPS, ANY_TYPE, FEW_MORE + 1, ANY_ROWS, .number = 2, .whole = PANEL, .own = SUMS_AT,
-     .own_of_input = INT8_ROWS, .pack = pack_int8, .multiply = int8_body},
+    {"few_inputs8", LINEAR_INPUTS8, GROUPS, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few_inputs8, .multiply = few_inputs8_body},
+    {"panels_inputs8", LINEAR_INPUTS8, GROUPS, ANY_TYPE, FEW_MORE + 1, ANY_ROWS, .number = 2, .whole = PANEL, .own = SUMS_AT,
+     .own_of_input = INPUTS8_ROWS, .pack = pack_panels_inputs8, .multiply = panels_inputs8_body},
     {NULL},
 };
 
-const struct isa isa_avx512vnni = {"avx512vnni", LANES, &isa_avx512, kernels, NULL, NULL, NULL, NULL};
+const struct isa isa_avx512vnni = {.name = "avx512vnni", .lanes = LANES, .extends = &isa_avx512, .kernels = kernels};
 END_TARGET
 #endif

@@ -2,23 +2,20 @@
  * and these parameters:
  *
  *   FEW_ROWS(M)    rows that linear.h multiplies at a time with M batch rows: at most 4, and at most 16 / M
- *   FUSED_BATCH    largest batch for fused.h; at most FEW if the ISA does not use it
+ *   FUSED_BATCH    largest batch for fused.h; FEW if the ISA does not use it
  *   FUSED_INPUTS   batch rows that fused.h multiplies at a time
  *   MANY_VECTORS   vectors of rows in a tile of tiled.h, at most MAX_VECTORS
  *   MANY_INPUTS    batch rows that tiled.h multiplies with a tile at a time, at most 16
  *   GRAD_SIXTEEN   largest batch of grad @ W for which 16-bit weights are widened in registers
  *   TILE_VECTORS   vectors of columns that grad @ W multiplies at a time: a divisor of 8
- *   ISA_BFLOAT16   whether the ISA multiplies bfloat16 vectors (vdpbf16ps) */
+ *   ISA_BFLOAT16   defined if the ISA multiplies bfloat16 vectors (vdpbf16ps) */
+#pragma once
 #pragma GCC diagnostic ignored "-Wunused-function" /* some functions are used only by other ISAs */
-#ifndef ISA_BFLOAT16
-#define ISA_BFLOAT16 0
-#endif
-
-#include "plan.h"
-#include "rows.h"
-#include "linear.h"
+#include "fused.h"
 #include "gradient.h"
+#include "linear.h"
 #include "quantize.h"
+#include "tiled.h"
 
 /* Scratch fields of struct kernel: for kernels of linear.h, many.h and gradient.h, in this order. */
 #define IN_REGISTERS(bytes) .number = bytes, .whole = 1, .few = 1

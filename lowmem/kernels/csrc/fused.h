@@ -1,12 +1,10 @@
 /* Batches of medium size (many.h): codes are decoded in registers and multiplied there with up to FUSED_INPUTS batch rows. */
+#pragma once
+#include "pack.h"
 
 #define FETCH_GROUPS 3 /* codes are prefetched this many groups of columns ahead */
 /* Most words whose products are added in one chain; in longer chains too much rounding error accumulates. */
 #define FUSED_CHAIN 8
-/* Most batch rows that are summed in chains of FEWER_CHAIN words, here and in tiled.h: torch (MKL) sums small batches
- * in short chains, too. */
-#define FEWER 12
-#define FEWER_CHAIN 2
 
 /* sums (M, LANES) += a group of words of LANES rows times M batch rows. The products of a block, or of `chain` words if these
  * are fewer, are summed before they are multiplied with the scale. `words` and `scales` are transposed; `scales` begins with
@@ -66,3 +64,20 @@ INLINE void fused_rows(const struct job *job, int64_t r, float *own, float *sums
 #undef CALL
     }
 }
+
+/* Multiply the rows of a part with all batch rows of a piece, decoding codes in registers. */
+INLINE void fused_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
+{
+    float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT;
+    const int64_t batch = job->m1 - job->m0;
+    int64_t r, to;
+    share(job->weight->rows, MANY_ROWS, parts, part, &r, &to);
+    for (; r < to; r += LANES) {
+        memset(sums, 0, (size_t)(batch * LANES) * sizeof(float));
+        fused_rows(job, r, own, sums, bf16);
+        put_rows(job, r, smaller(LANES, to - r), 1, sums);
+    }
+}
+
+static void fused_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 0); }
+static void fused_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 1); }

@@ -1,6 +1,8 @@
 /* grad @ W. A thread takes groups of columns and, for each of them, goes through all rows of W in order, so that it alone
  * writes its columns. Columns lie across the lanes. GRAD_ROWS rows are dequantized into a tile, as pairs of them in bfloat16; a
  * small batch (`few`) is multiplied with 16-bit weights that are widened in registers. */
+#pragma once
+#include "few.h"
 
 #define GRAD_INPUTS 6 /* batch rows that are multiplied at a time */
 #define GRAD_FEWER 16 /* most batch rows summed in chains of GRAD_ROWS / 2 in float32: torch's are short, too */

@@ -1,8 +1,7 @@
 /* All ISAs that were compiled, and which of them this processor has. */
-#ifndef LOWMEM_ISAS_H
-#define LOWMEM_ISAS_H
-
+#pragma once
 #include "plan.h"
+#include "tensor.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -77,5 +76,3 @@ static PyObject *isas(PyObject *self, PyObject *unused)
     }
     return found;
 }
-
-#endif

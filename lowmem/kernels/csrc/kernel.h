@@ -1,8 +1,6 @@
 /* What the kernels and their Python binding share: sizes of scratch, the structs that describe a weight and a call, and
  * conversions between float32, float16 and bfloat16. */
-#ifndef LOWMEM_KERNEL_H
-#define LOWMEM_KERNEL_H
-
+#pragma once
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* bodies and methods have one signature each, whatever they need */
 
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
@@ -58,9 +56,9 @@
 /* Offsets in a thread's scratch, in floats: the scales of a chunk come first, then two tiles, then sums. */
 #define TILES_AT (MAX_VECTORS * MAX_LANES * CHUNK_SCALES)
 #define SUMS_AT (TILES_AT + MAX_VECTORS * MAX_LANES * 2 * PART_FLOATS)
-#define PANEL MAX_LANES           /* batch rows of a panel (int8.h) */
-#define INT8_ROWS 32              /* rows that are multiplied with panels at a time (int8.h) */
-#define INT8_ZERO 128             /* zero point of levels in unsigned bytes (int8.h) */
+#define PANEL MAX_LANES           /* batch rows of a panel (inputs8.h) */
+#define INPUTS8_ROWS 32              /* rows that are multiplied with panels at a time (inputs8.h) */
+#define INPUTS8_ZERO 128             /* zero point of levels in unsigned bytes (inputs8.h) */
 #define WIDE 8192                 /* columns of x that are packed at a time, for more than FEW_MORE batch rows: see wide_of */
 #define WIDE_OF_FEW 49152         /* columns times batch rows, for up to FEW batch rows, where rows are read as stored */
 /* Where x is packed in parts of its columns and the output has 16 bits, float32 partial sums are kept (run_in_parts): */
@@ -122,8 +120,8 @@ struct weight {
     int64_t stride; /* columns, padded to a multiple of MAX_GROUP */
     int encoding; /* enum encoding; for 16-bit floats enum type */
     int kind; /* enum kind of plan.h */
-    /* Levels rounded for 8-bit products: levels[c] ~ int8_step * (steps[c] - INT8_ZERO). Without them int8_step is 0. */
-    float int8_step;
+    /* Levels rounded for 8-bit products: levels[c] ~ inputs8_step * (steps[c] - INPUTS8_ZERO). Without them inputs8_step is 0. */
+    float inputs8_step;
     uint8_t steps[16];
 };
 
@@ -154,24 +152,9 @@ struct quantizing {
     int failed; /* set by any thread, never cleared */
 };
 
-/* A call of rowwise (rowwise.h). Which field means what depends on the operation; this is for norms and activations:
- * `type` is that of a and b, `wide` that of grad and the outputs. A norm uses `type` for all but its factor b, which
- * is float32. The other operations (entropy.h, codes.h, columns.h) put float32, int8 or int64 into some fields, and
- * codes.h the number of elements into `step`. */
-struct rowwise {
-    enum { NORM, NORM_GRAD, GATED, GATED_GRAD, ENTROPY, CODE, DECODE, ROUNDING } operation;
-    int type, wide;
-    int64_t rows, columns, step, out_step; /* steps: elements between rows of a and b, and of outputs */
-    /* Norm: epsilon, and whether to round before multiplying. Activation: the terms of its z. Cross entropy: its
-     * smoothing, and whether to compute the gradient. Rounding of columns: whether it is a step of a descent. */
-    float numbers[7];
-    const void *a, *b, *grad;
-    void *out[2];
-};
-
 /* One call. All threads read it; none writes to it while they run. */
 struct job {
-    const struct rowwise *rowwise;
+    const void *call; /* of a row-wise function: one of the structs of row_calls.h */
     const struct weight *weight;
     const void *x; /* linear: (batch, columns); input_grad: (batch, rows) */
     const void *bias;
@@ -352,5 +335,3 @@ static inline void share(int64_t n, int64_t step, int64_t parts, int64_t part, i
     if (*to > n)
         *to = n;
 }
-
-#endif

@@ -1,7 +1,5 @@
 /* How the scratch of a product is laid out, and how many batch rows are packed at a time. */
-#ifndef LOWMEM_LAYOUT_H
-#define LOWMEM_LAYOUT_H
-
+#pragma once
 #include "plan.h"
 #include "threads.h"
 
@@ -19,6 +17,12 @@ static int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64
 
 /* Columns of x that are packed at a time, at most `wide`: whole chunks. */
 static int64_t packed_width(const struct weight *w, int64_t wide) { return smaller(round_up(w->stride, CHUNK), wide); }
+
+/* Whether x is packed in parts of its columns whose sums have to be kept in float32 (run_in_parts): the output has 16 bits. */
+static int needs_parts(const struct kernel *k, const struct job *job)
+{
+    return k->operation != INPUT_GRAD && job->out_type != FLOAT32 && job->weight->columns > wide_of(job->batch);
+}
 
 /* The layout of scratch; sizes are in floats. First `shared` for all threads: the copies of the packed input, packed_step apart
  * (0: there is one), or the sums of grad @ W. Then `own` for each of `threads`. `piece` is the batch rows that are packed at a
@@ -53,5 +57,3 @@ static struct layout layout_of(const struct kernel *k, const struct weight *w, i
         .own = k->own + k->own_of_input * piece,
     };
 }
-
-#endif

@@ -3,10 +3,16 @@
  *
  * A unit is what is multiplied at a time: a column in float32, or a pair of columns in bfloat16. pack.h packs x. fused.h
  * multiplies decoded codes in registers; tiled.h dequantizes rows into a tile that is multiplied with the whole batch. */
+#pragma once
+#include "pairs.h"
 
 #define UNITS(bf16) ((bf16) ? 4 : 8) /* units in a word */
 #define MANY_ROWS (LANES * MANY_VECTORS) /* rows of a tile */
 _Static_assert(MANY_VECTORS <= MAX_VECTORS && MANY_INPUTS <= 16, "scratch and passes have room for them");
+/* Most batch rows that are summed in chains of FEWER_CHAIN words, in fused.h and tiled.h: torch (MKL) sums small batches
+ * in short chains, too. */
+#define FEWER 12
+#define FEWER_CHAIN 2
 #define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
 #define EACH_OF_MANY _Pragma("GCC unroll 16") for (int j = 0; j < M; j++)
 #define EACH_ROWS for (int v = 0; v < MANY_VECTORS; v++)
@@ -135,35 +141,3 @@ INLINE int64_t chunk_scales(const struct job *job, int64_t r, int64_t start, con
         scales_across(w, r + v * LANES, first, end / w->half - first + 1, vectors * LANES, scales + v * LANES);
     return first;
 }
-
-#include "fused.h"
-#include "tiled.h"
-
-/* Multiply the rows of a part with all batch rows of a piece, decoding codes in registers. */
-INLINE void fused_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
-{
-    float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT;
-    const int64_t batch = job->m1 - job->m0;
-    int64_t r, to;
-    share(job->weight->rows, MANY_ROWS, parts, part, &r, &to);
-    for (; r < to; r += LANES) {
-        memset(sums, 0, (size_t)(batch * LANES) * sizeof(float));
-        fused_rows(job, r, own, sums, bf16);
-        put_rows(job, r, smaller(LANES, to - r), 1, sums);
-    }
-}
-
-/* The same from tiles. */
-INLINE void tiled_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
-{
-    int64_t r, to;
-    share(job->weight->rows, MANY_ROWS, parts, part, &r, &to);
-    if (r < to)
-        tiled_rows(job, r, to, job->own + thread * job->own_floats, bf16);
-}
-
-/* The functions of the kernels fused and tiled, and of those in bfloat16. */
-static void fused_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 0); }
-static void fused_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { fused_part(job, part, parts, thread, 1); }
-static void tiled_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { tiled_part(job, part, parts, thread, 0); }
-static void tiled_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { tiled_part(job, part, parts, thread, 1); }

@@ -1,11 +1,6 @@
-/* The Python module. Products, dequantize and update take tensors, whose memory is checked here; quantize and rowwise
- * take addresses and sizes, which Python has checked. One binary works with every Python from 3.10 on (it uses the
- * limited API) and every PyTorch (it uses none of its headers). Threads are those of the OpenMP library that torch
+/* The Python module. Products, dequantize and update take tensors, whose memory is checked here; quantize and row-wise
+ * functions take addresses and sizes, which Python has checked. One binary works with every PyTorch (it uses none of its headers). Threads are those of the OpenMP library that torch
  * has loaded, since a second pool would compete with it for the cores. */
-#define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000
-#include <Python.h>
-
 #if defined(_WIN32)
 #define dlopen_loaded(path) NULL
 #define dlsym(handle, name) NULL
@@ -15,6 +10,7 @@
 #endif
 
 #include "product.h"
+#include "row_module.h"
 
 /* Read a low-rank update of a product with x. Returns as read_tensor, and 0 if shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
@@ -55,7 +51,7 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
         is = read_tensor(bias_given, &bias, &held);
     if (is < 0)
         return NULL;
-    if (operation == LINEAR_INT8 && is && !(w.int8_step > 0.0f))
+    if (operation == LINEAR_INPUTS8 && is && !(w.inputs8_step > 0.0f))
         Py_RETURN_NONE;
     const int transposed = operation == INPUT_GRAD;
     const int64_t from = transposed ? w.rows : w.columns, to = transposed ? w.columns : w.rows;
@@ -80,20 +76,11 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
     if (read_memory(made, &out, NULL) && out.type == x.type && has_shape(&out, x.shape[0], to)) {
         u.base = u.out = out.data;
         struct job job = {
-            .weight = &w,
-            .x = x.data,
-            .bias = bias.data,
-            .out = out.data,
-            .out_step = to,
-            .partial = out.data, /* run_in_parts replaces it where the output has 16 bits */
-            .type = x.type,
-            .out_type = out.type,
-            .bias_type = bias.type,
-            .batch = x.shape[0],
+            .weight = &w, .x = x.data, .bias = bias.data, .out = out.data, .out_step = to, .batch = x.shape[0],
+            .type = x.type, .out_type = out.type, .bias_type = bias.type, .partial = out.data, /* run_in_parts replaces it */
         };
-        done = !transposed && x.type != FLOAT32 && from > wide_of(x.shape[0])
-                   ? run_in_parts(isa, k, &job, threads, args[X])
-                   : run_kernel(isa, k, &job, updated ? &u : NULL, threads, args[X], 0);
+        done = needs_parts(k, &job) ? run_in_parts(isa, k, &job, threads, args[X])
+                                    : run_kernel(isa, k, &job, updated ? &u : NULL, threads, args[X], 0);
     }
     if (done == 1)
         return made;
@@ -112,12 +99,12 @@ static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR, args[BIAS], args[THREADS], args + A);
 }
 
-/* linear_int8(isa, handle with 8-bit levels, packed, scales, x, bias or None, threads) -> x @ W.T + bias; None if C does not
+/* linear_inputs8(isa, handle with 8-bit levels, packed, scales, x, bias or None, threads) -> x @ W.T + bias; None if C does not
  * take the arguments or 8-bit integers cannot represent them */
-static PyObject *linear_int8(PyObject *self, PyObject *const *args, Py_ssize_t given)
+static PyObject *linear_inputs8(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, ARGUMENTS };
-    return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INT8, args[BIAS], args[THREADS], NULL);
+    return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INPUTS8, args[BIAS], args[THREADS], NULL);
 }
 
 /* input_grad(isa, handle or None, packed or 16-bit weight, scales or None, grad, threads) -> grad @ W; None if C does not take
@@ -151,13 +138,8 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
         Py_RETURN_NONE;
     w = rows_of(&w, first[0], out.shape[0]);
     struct job job = {
-        .weight = &w,
-        .out = out.data,
-        .out_type = out.type,
-        .out_step = out.shape[1],
-        .g0 = first[1] / size,
-        .g1 = (end + size - 1) / size,
-        .threads = threads_for(threads, (double)w.rows * out.shape[1]),
+        .weight = &w, .out = out.data, .out_type = out.type, .out_step = out.shape[1], .g0 = first[1] / size,
+        .g1 = (end + size - 1) / size, .threads = threads_for(threads, (double)w.rows * out.shape[1]),
     };
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, base_of(all_isas[index])->dequantize, 1, NULL, 0);
@@ -166,7 +148,7 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     return args[OUT];
 }
 
-/* plan(isa, block size or 0, enum type of a 16-bit weight or EIGHT, batch rows, enum type of x, enum operation) ->
+/* plan(isa, block size or 0, enum type of a 16-bit weight or CODES8, batch rows, enum type of x, enum operation) ->
  * [(ISA, kernel, its least batch rows, its most, why it refuses or None), ...]: the kernels in the order in which
  * they were tried, the last of which accepts; empty if none does */
 static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given)
@@ -254,21 +236,11 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     const struct weight w = weight_of(ADDRESS(n[PACKED]), ADDRESS(n[SCALES]), ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK],
                                       n[ROWS], n[COLUMNS]);
     struct quantizing q = {
-        .weight = &w,
-        .isa = base_of(all_isas[n[ISA]]),
-        .x = ADDRESS(n[X]),
-        .boundaries = ADDRESS(n[BOUNDARIES]),
-        .candidates = ADDRESS(n[CANDIDATES]),
-        .importance = ADDRESS(n[IMPORTANCE]),
-        .tried = n[TRIED],
-        .largest = float_of((uint32_t)n[LARGEST]),
-        .zero = (int)n[ZERO],
-        .has_sign = (int)n[SIGN],
-        .packed = (uint8_t *)w.packed,
-        .scales = (uint8_t *)w.scales,
-        .scratch = ADDRESS(n[SCRATCH]),
-        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
-        .scale_bytes = scale_bytes(&w),
+        .weight = &w, .isa = base_of(all_isas[n[ISA]]), .x = ADDRESS(n[X]), .boundaries = ADDRESS(n[BOUNDARIES]),
+        .candidates = ADDRESS(n[CANDIDATES]), .importance = ADDRESS(n[IMPORTANCE]), .tried = n[TRIED],
+        .largest = float_of((uint32_t)n[LARGEST]), .zero = (int)n[ZERO], .has_sign = (int)n[SIGN],
+        .packed = (uint8_t *)w.packed, .scales = (uint8_t *)w.scales, .scratch = ADDRESS(n[SCRATCH]),
+        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES), .scale_bytes = scale_bytes(&w),
     };
     struct job job = {
         .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])), .quantizing = &q,
@@ -279,26 +251,6 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     parallel(&job, quantize_body, 1, NULL, 0);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(!q.failed);
-}
-
-/* rowwise(isa, operation, type, wide, rows, columns, step, out step, bits of seven floats, threads, a, b, grad or 0,
- * out, second out or 0) fills the outputs, and some operations a or b: see struct rowwise. Tensors are addresses. */
-static PyObject *rowwise(PyObject *self, PyObject *const *args, Py_ssize_t given)
-{
-    long long n[21];
-    if (read_numbers(args, given, n, 21))
-        return NULL;
-    struct rowwise r = {
-        (int)n[1], (int)n[2], (int)n[3], n[4], n[5], n[6], n[7], {0},
-        ADDRESS(n[16]), ADDRESS(n[17]), ADDRESS(n[18]), {ADDRESS(n[19]), ADDRESS(n[20])},
-    };
-    for (int i = 0; i < 7; i++)
-        r.numbers[i] = float_of((uint32_t)n[8 + i]);
-    struct job job = {.rowwise = &r, .threads = threads_for(n[15], (double)r.rows * r.columns)};
-    Py_BEGIN_ALLOW_THREADS
-    parallel(&job, base_of(all_isas[n[0]])->rowwise, PARTS, NULL, 0);
-    Py_END_ALLOW_THREADS
-    Py_RETURN_NONE;
 }
 
 /* share_threads(path) -> whether threads are now those of the OpenMP library at `path`, if it is loaded already */
@@ -366,13 +318,18 @@ static PyMethodDef methods[] = {
     FAST(order),
     FAST(prepare),
     FAST(linear),
-    FAST(linear_int8),
+    FAST(linear_inputs8),
     FAST(input_grad),
     FAST(dequantize),
     {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},
     FAST(quantize),
     FAST(update),
-    FAST(rowwise),
+    {"norm", norm, METH_VARARGS, NULL},
+    {"gated", gated, METH_VARARGS, NULL},
+    {"entropy", entropy, METH_VARARGS, NULL},
+    {"encode8", encode8, METH_VARARGS, NULL},
+    {"decode8", decode8, METH_VARARGS, NULL},
+    {"round_columns", round_columns, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

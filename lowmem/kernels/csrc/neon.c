@@ -88,6 +88,7 @@ static inline void codes_store(uint8_t *p, W codes)
 #define TILE_VECTORS 4
 #define GRAD_SIXTEEN 16
 
-#define ISA_NAME neon
 #include "floats.h"
+
+const struct isa isa_neon = FLOAT_ISA("neon");
 #endif

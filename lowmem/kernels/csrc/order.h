@@ -2,9 +2,7 @@
  * `lanes` words of 32 bits; vector k of a group holds nibble k of each of them. The low nibble of a byte is a column
  * of the block's first half, the high nibble the column half a block later. A row's last block may be short: its
  * halves are shorter, too. */
-#ifndef LOWMEM_ORDER_H
-#define LOWMEM_ORDER_H
-
+#pragma once
 #include <stdlib.h>
 
 #include "kernel.h"
@@ -49,5 +47,3 @@ static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
     order->first_block = first_block;
     return order;
 }
-
-#endif

@@ -5,6 +5,8 @@
  *
  * So four columns at a time keep their order. With 16-bit weights all columns do. A part of PART columns of one batch row is
  * contiguous, as float32 or bfloat16, followed by the same part of the next batch row: (parts, batch, PART). */
+#pragma once
+#include "many.h"
 
 /* n columns of batch row m from column c on, as float32: in place, or widened into scratch. */
 INLINE const float *floats_of(const struct job *job, int64_t m, int64_t c, int64_t n, float *scratch, const int type)

@@ -1,14 +1,16 @@
 /* The plan: which kernel computes a product. Each instruction set (ISA) has a table with a row for each of its kernels, and
- * `plan` returns the first row that accepts a product. An ISA inherits the kernels of the ISA that it extends; they come after
- * its own. */
-#ifndef LOWMEM_PLAN_H
-#define LOWMEM_PLAN_H
-
+ * `plan` returns the first row that accepts a product. The rows of one table accept different products. An ISA inherits the
+ * kernels of the ISA that it extends; they come after its own.
+ *
+ * What holds for every kernel is decided beside the tables: the pieces of a batch, the parts of wide rows and the threads
+ * (layout.h); that offsets are multiplied apart, and that torch rounds inputs to 8 bits where no kernel takes them
+ * (lowmem/kernels/cpu.py). */
+#pragma once
 #include "kernel.h"
 
 enum operation {
     LINEAR,      /* x @ W.T */
-    LINEAR_INT8, /* x @ W.T in 8-bit integers */
+    LINEAR_INPUTS8, /* x @ W.T in 8-bit integers */
     INPUT_GRAD   /* grad @ W */
 };
 
@@ -19,14 +21,14 @@ enum kind {
     ODD = 4,        /* codes in other blocks: not whole words of 4-bit codes, or vectors of 8-bit ones */
     BFLOATS = 8,    /* bfloat16 */
     HALVES = 16,    /* float16 */
-    BYTES = 32,    /* 8-bit, in blocks of a multiple of MAX_LANES columns */
+    WEIGHTS8 = 32,    /* 8-bit, in blocks of a multiple of MAX_LANES columns */
     WHOLE = GROUPS | WORDS,
     SIXTEEN = BFLOATS | HALVES
 };
 
 enum { ANY_TYPE = 1 << FLOAT32 | 1 << BFLOAT16 | 1 << FLOAT16 };
 #define ANY_ROWS INT64_MAX
-#define EIGHT 8 /* in place of the type of 16-bit floats: codes have 8 bits */
+#define CODES8 8 /* in place of the type of 16-bit floats: codes have 8 bits */
 
 struct kernel {
     const char *name; /* NULL ends a table */
@@ -51,10 +53,11 @@ struct kernel {
     {"grad_torch", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TORCH_GRAD_ROWS, ANY_ROWS},      \
     {"grad_torch_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TORCH_GRAD_SIXTEEN_ROWS, ANY_ROWS}
 
-/* The same for rare weights, and for 8-bit ones beyond few_eight's batch rows: no kernel is worth its lines. */
-#define OTHERS_BY_TORCH                                           \
-    {"torch_others", LINEAR, ODD | BYTES, ANY_TYPE, 1, ANY_ROWS}, \
-    {"grad_torch_others", INPUT_GRAD, ODD | BYTES, ANY_TYPE, 1, ANY_ROWS}
+/* The same for rare weights, and for 8-bit ones beyond few_weights8's batch rows: no kernel is worth its lines. */
+#define OTHERS_BY_TORCH                                                       \
+    {"torch_others", LINEAR, ODD, ANY_TYPE, 1, ANY_ROWS},                     \
+    {"torch_others", LINEAR, WEIGHTS8, ANY_TYPE, FEW_MORE + 1, ANY_ROWS},     \
+    {"grad_torch_others", INPUT_GRAD, ODD | WEIGHTS8, ANY_TYPE, 1, ANY_ROWS}
 
 struct isa {
     const char *name;
@@ -64,7 +67,7 @@ struct isa {
     /* Functions other than products; NULL if the ISA extends another, since those of base_of are used. */
     body dequantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
-    body rowwise;
+    body norm, gated, entropy, encode8, decode8, round_columns; /* row-wise functions: see row_calls.h */
 };
 
 extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;
@@ -77,13 +80,13 @@ static inline const struct isa *base_of(const struct isa *isa)
     return isa;
 }
 
-/* The kind of a weight in blocks of 2 * half columns; `type`: EIGHT for 8-bit codes, for half 0 that of the floats. */
+/* The kind of a weight in blocks of 2 * half columns; `type`: CODES8 for 8-bit codes, for half 0 that of the floats. */
 static inline enum kind kind_of(int64_t half, int type)
 {
     if (!half)
         return type == BFLOAT16 ? BFLOATS : HALVES;
-    if (type == EIGHT)
-        return half % (MAX_LANES / 2) ? ODD : BYTES;
+    if (type == CODES8)
+        return half % (MAX_LANES / 2) ? ODD : WEIGHTS8;
     return half % 4 ? ODD : MAX_GROUP / 2 % half || half % 8 ? WORDS : GROUPS;
 }
 
@@ -118,5 +121,3 @@ static inline const struct kernel *plan(const struct isa *isa, enum kind weight,
         k++;
     return k;
 }
-
-#endif

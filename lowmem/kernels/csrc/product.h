@@ -1,7 +1,5 @@
 /* The driver of products: runs the kernel that the plan selected, with its scratch, piece by piece. */
-#ifndef LOWMEM_PRODUCT_H
-#define LOWMEM_PRODUCT_H
-
+#pragma once
 #include "layout.h"
 #include "weights.h"
 
@@ -90,5 +88,3 @@ static int run_in_parts(const struct isa *isa, const struct kernel *k, const str
     free_scratch(&sums);
     return done;
 }
-
-#endif

@@ -1,5 +1,7 @@
 /* Quantizes rows of float32: chooses the scale of each block and finds the codes. The result is bit for bit that of
  * lowmem/quant/tensor.py and lowmem/quant/search.py. These round products before adding them, hence no v_fma. */
+#pragma once
+#include "rows.h"
 
 #define ERROR_SUMS 16 /* partial sums of a block's error, whatever LANES is */
 

@@ -21,6 +21,11 @@
  * nibble the weight half a block later. The codes of a row are not reordered. Instead, once per call, x is permuted
  * into the order in which shifts decode the codes: within a group of LANES words, nibble 0 of every word, then nibble
  * 1 of every word, and so on (order.h). */
+#pragma once
+#include "plan.h"
+#ifndef LANES /* where a header is read on its own */
+#include "portable.h"
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 typedef uint32_t I __attribute__((vector_size(4 * LANES))); /* the bits of V */

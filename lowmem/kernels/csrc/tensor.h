@@ -1,7 +1,9 @@
 /* Arguments from Python: numbers and tensors. Tensors come by DLPack (dlpack.h, version 1), which is a stable interface and
  * needs none of torch's headers: through torch's table of C functions where it has one, else through a capsule. */
-#ifndef LOWMEM_TENSOR_H
-#define LOWMEM_TENSOR_H
+#pragma once
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030A0000 /* one binary works with every Python from 3.10 on */
+#include <Python.h>
 
 #include "kernel.h"
 
@@ -275,5 +277,3 @@ static PyObject *use_torch(PyObject *self, PyObject *args)
         return NULL;
     return PyBool_FromLong(torch.table != NULL);
 }
-
-#endif

@@ -5,9 +5,7 @@
  * work of microseconds. So each region's time is compared with what its parts would take one after another. When recent
  * regions took longer than that, the next ones get half of the threads, in the end the caller alone, for a while: twice as long
  * as the last time if all threads fail again soon. Trying them costs little then, and a machine that became quiet is noticed. */
-#ifndef LOWMEM_THREADS_H
-#define LOWMEM_THREADS_H
-
+#pragma once
 #if defined(_WIN32)
 #define sched_yield() ((void)0)
 #else
@@ -51,11 +49,11 @@ struct region {
 };
 
 #if defined(__x86_64__)
-#define pause() __builtin_ia32_pause()
+#define relax() __builtin_ia32_pause()
 #else
-#define pause() ((void)0)
+#define relax() ((void)0)
 #endif
-#define PATIENCE 4096 /* pauses after which a waiting thread yields its core */
+#define PATIENCE 4096 /* turns after which a waiting thread yields its core */
 
 #define get(variable) __atomic_load_n(&(variable), __ATOMIC_RELAXED)
 #define set(variable, value) __atomic_store_n(&(variable), value, __ATOMIC_RELAXED)
@@ -113,7 +111,7 @@ static void region_body(void *data)
         if (__atomic_load_n(&region->done, __ATOMIC_ACQUIRE) < firsts) {
             for (int64_t waited = 0; __atomic_load_n(&region->done, __ATOMIC_ACQUIRE) < firsts; waited++)
                 if (waited < PATIENCE)
-                    pause();
+                    relax();
                 else
                     sched_yield();
             time = now();
@@ -186,5 +184,3 @@ static int64_t threads_for(long long most, double work)
     const double worth = 1.0 + work / GRAIN;
     return worth < (double)most ? (int64_t)worth : (int64_t)most;
 }
-
-#endif

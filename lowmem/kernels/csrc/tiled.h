@@ -2,6 +2,8 @@
  * tile is multiplied, the next one is dequantized into the other.
  *
  * A tile holds a part of the columns of MANY_ROWS rows, unit by unit: (units, MANY_ROWS). */
+#pragma once
+#include "pack.h"
 
 #define FETCH_PARTS 2 /* codes are prefetched this many parts before they are dequantized */
 #define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* sums in registers */
@@ -161,3 +163,15 @@ INLINE void tiled_rows(const struct job *job, int64_t r, int64_t to, float *own,
             put_rows(job, this_r, smaller(MANY_ROWS, to - this_r), MANY_VECTORS, sums);
     }
 }
+
+/* Multiply the rows of a part with all batch rows of a piece, from tiles. */
+INLINE void tiled_part(const struct job *job, int64_t part, int64_t parts, int64_t thread, const int bf16)
+{
+    int64_t r, to;
+    share(job->weight->rows, MANY_ROWS, parts, part, &r, &to);
+    if (r < to)
+        tiled_rows(job, r, to, job->own + thread * job->own_floats, bf16);
+}
+
+static void tiled_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { tiled_part(job, part, parts, thread, 0); }
+static void tiled_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { tiled_part(job, part, parts, thread, 1); }

@@ -2,6 +2,12 @@
  * multiplies a tile of 16 lines of 32 bfloat16 columns with a tile of 16 pairs of columns, each with 16 lines side by side, and
  * adds the 16 x 16 products to a third tile, in float32. Here four registers hold sums, of two tiles of x or grad with two
  * tiles of the weight. */
+#pragma once
+#ifndef LANES
+#define ISA_BFLOAT16
+#include "avx512.h"
+#endif
+#include "few.h"
 
 /* TILE_FLOATS: floats of a tile. LINE: bfloat16 columns of a line. */
 #define TILE_FLOATS (16 * LANES)

@@ -1,8 +1,6 @@
 /* Weights from Python. A weight of codes has a C handle, which is made once and valid while its tensors keep their
  * address, shape and dtype; each call checks that. */
-#ifndef LOWMEM_WEIGHTS_H
-#define LOWMEM_WEIGHTS_H
-
+#pragma once
 #include "isas.h"
 #include "order.h"
 #include "tensor.h"
@@ -42,18 +40,11 @@ static struct weight weight_of(const void *packed, const void *scales, const flo
                                int64_t rows, int64_t columns)
 {
     return (struct weight){
-        .packed = packed,
-        .scales = scales,
-        .levels = levels,
-        .rows = rows,
-        .columns = columns,
+        .packed = packed, .scales = scales, .levels = levels, .rows = rows, .columns = columns,
         .row_bytes = !size ? 2 * columns : levels ? (columns + 1) / 2 : columns,
-        .blocks = size ? (columns + size - 1) / size : 0,
-        .behind = size && encoding >= SCALES_DOUBLE ? 2 : 0,
-        .half = size / 2,
-        .stride = round_up(columns + columns % 2, MAX_GROUP),
-        .encoding = encoding,
-        .kind = kind_of(size / 2, size && !levels ? EIGHT : encoding),
+        .blocks = size ? (columns + size - 1) / size : 0, .behind = size && encoding >= SCALES_DOUBLE ? 2 : 0,
+        .half = size / 2, .stride = round_up(columns + columns % 2, MAX_GROUP), .encoding = encoding,
+        .kind = kind_of(size / 2, size && !levels ? CODES8 : encoding),
     };
 }
 
@@ -68,11 +59,11 @@ static struct weight rows_of(const struct weight *w, int64_t first, int64_t rows
 }
 
 /* Round the levels for 8-bit products: the step is 1 / points of the largest magnitude. */
-static void use_int8(struct weight *w, int64_t points)
+static void use_inputs8(struct weight *w, int64_t points)
 {
-    w->int8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
+    w->inputs8_step = fmaxf(w->levels[15], -w->levels[0]) / (float)points;
     for (int c = 0; c < 16; c++)
-        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->int8_step) + INT8_ZERO);
+        w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->inputs8_step) + INPUTS8_ZERO);
 }
 
 /* Whether codes and scales have the shapes and types that the weight requires. */
@@ -118,7 +109,7 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         return NULL;
     }
     if (n[POINTS])
-        use_int8(&w, n[POINTS]);
+        use_inputs8(&w, n[POINTS]);
     Py_INCREF(args[ORDER_OF]);
     if (w.levels) {
         w.order = order;
@@ -150,5 +141,3 @@ static int read_weight(const struct isa *isa, PyObject *prepared, PyObject *pack
     return read_memory(packed, &p, held) && read_memory(scales, &s, held) && p.data == w->packed && s.data == w->scales &&
            is_stored_as(w, &p, &s) && (!w->order || w->order->lanes == isa->lanes);
 }
-
-#endif

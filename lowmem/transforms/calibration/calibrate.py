@@ -13,15 +13,15 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.errors import show
-from lowmem.nn.adapted_module import base_of
 from lowmem.nn.budget import Budget
 from lowmem.nn.fourbit import FourBit
+from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
@@ -156,11 +156,11 @@ def calibrate(
             run.calibrate(units, lists, folder)
         run.replace_unreached()
     for layer, one in chosen.items():
-        made: Any = base_of(run.replacements[layer])
-        made.chosen_because = one.why
+        cast(StoredModule, run.replacements[layer]).chosen_because = one.why
     for text in run.warnings():
         warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
-    return commit(model, run.replacements)
+    commit(model, run.replacements)
+    return model
 
 
 def _check_arguments(batches: object, technique: object, damping: object) -> None:

@@ -218,7 +218,7 @@ def test_accelerate_launches_two_processes(folder, tmp_path):
     fresh = with_lowmem(folder).state_dict()
     changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, fresh[name])}
     assert changed
-    assert all(".adapters.tuned.lora_" in name for name in changed)
+    assert all(".adapters.tuned.weight.lora_" in name for name in changed)
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])

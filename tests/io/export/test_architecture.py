@@ -78,6 +78,7 @@ def described(folder, config):
     return architecture_of(folder, json.loads((folder / "config.json").read_text()))
 
 
+@pytest.mark.thorough
 def test_layers_of_real_models(tmp_path):
     pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e formats")
     from transformers import GPT2Config, LlamaConfig, T5Config

@@ -752,6 +752,7 @@ def test_hidden_states_on_disk_give_the_same_bytes_and_leave_no_file(texts, tmp_
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.thorough
 def test_peak_memory_is_the_hidden_states_and_one_blocks_moments(tmp_path):
     """What a deeper model needs more is what its further layers store; on disk, hidden states need nothing."""
     tokens = [torch.randint(0, 40, (4, 256), generator=torch.Generator().manual_seed(seed)) for seed in range(8)]

@@ -126,6 +126,7 @@ class Cached(Decoder):
         return types.SimpleNamespace(logits=out, past_key_values=past if use_cache else None)
 
 
+@pytest.mark.thorough
 def test_a_model_that_keeps_what_it_has_computed_gets_a_token_at_a_time():
     model = made(Cached)
     kept = generated_batches(model, Tokenizer(), 0, 1.0)

@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, kernels, restore
-from lowmem.nn.adapter_product import is_narrow
+from lowmem.nn.adapter_autograd import is_narrow
+from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.fold import without_adapters
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
 from tests.selection import covering, rows_in_one_case
 
@@ -29,7 +31,7 @@ BASES = {**QUANTIZED, "half": Half(BF16), "dense": None}
 @pytest.fixture(autouse=True)
 def _any_processor(monkeypatch):
     """Take the product on processors that are slow at it, too."""
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", True)
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
 
 
 def adapted(base="nf4", bias=True, seed=0, **options):
@@ -113,8 +115,8 @@ def test_output_and_gradients_are_as_exact_as_their_roundings_allow(base, bias, 
         wide = "autocast"
     layer = adapted(base, bias)
     x, out, grad = taken_step(layer, leading, wide, kernel)
-    bias = layer.base.bias.detach().double() if bias else None
-    hold_step(x, out, grad, stored_weight(layer.base), layer.lora_a, layer.lora_b, layer.scaling, bias)
+    bias = layer.bias.detach().double() if bias else None
+    hold_step(x, out, grad, stored_weight(layer), layer.lora_a, layer.lora_b, layer.scaling, bias)
 
 
 def test_a_fresh_adapter_changes_nothing_in_evaluation_and_the_order_of_sums_in_training():
@@ -124,10 +126,10 @@ def test_a_fresh_adapter_changes_nothing_in_evaluation_and_the_order_of_sums_in_
         nn.init.zeros_(layer.lora_b)
         x = inputs(200, dtype=BF16)
         with torch.no_grad():
-            expected = layer.base(x)
+            expected = without_adapters(layer)(x)
         out = layer(x)
         assert is_one_product(out)
-        factors = x, stored_weight(layer.base), layer.base.bias
+        factors = x, stored_weight(layer), layer.bias
         for got in (out, expected):
             assert_product(got, *factors, rounded=[BF16] * 3, more=OF_4_BITS)
         with torch.no_grad():
@@ -245,27 +247,24 @@ def test_functions_of_matrices_refuse_inputs_of_three_dimensions():
 
 
 def test_what_it_does_not_serve_is_computed_as_before():
-    def hooked(layer):
-        layer.base.register_forward_hook(lambda *_: None)
-
     def second(layer):
-        layer.add("second", lowmem.nn.adapter.Adapter(layer.base, LoRA(2)))
+        lowmem.add_adapter(layer, "second", LoRA(2))
 
     def frozen(layer):
         layer.requires_grad_(False)
 
     def trained_bias(layer):
-        layer.base.bias.requires_grad_()
+        layer.bias.requires_grad_()
 
     def trained_weight(layer):
-        layer.base.weight.requires_grad_()
+        parameter_of(layer, "weight").requires_grad_()
 
     def moved_bias(layer):
-        bias = layer.base.bias.detach()
-        del layer.base.bias
-        layer.base.bias = bias
+        bias = layer.bias.detach()
+        del layer.bias
+        layer.bias = bias
 
-    for change in (hooked, second, frozen, trained_bias):
+    for change in (second, frozen, trained_bias):
         layer, x = adapted(), inputs(64)
         change(layer)
         assert not is_one_product(layer(x.detach() + 0 if change is frozen else x)), change
@@ -278,7 +277,7 @@ def test_what_it_does_not_serve_is_computed_as_before():
         out.float().sum().backward()
         assert all((one.grad is None) != one.requires_grad for one in layer.parameters()), change
     layer = adapted("dense")
-    x, plain = inputs(64, dtype=BF16), {"base.weight": layer.base.weight.detach()}
+    x, plain = inputs(64, dtype=BF16), {"weight": parameter_of(layer, "weight").detach()}
     assert not is_one_product(torch.func.functional_call(layer, plain, x))
     layer.float()
     for x in (inputs(64), inputs(64, dtype=BF16)):
@@ -309,7 +308,7 @@ def test_autocast_to_another_dtype_rounds_the_output_alone():
 
 
 def test_slow_processors_multiply_apart(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "adds_products", property(lambda self: self.name == "avx512bf16"))
+    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", property(lambda self: self.name == "avx512bf16"))
     for name in kernels.available():
         with kernels.using(name):
             assert is_one_product(adapted()(inputs(64))) == (name in ("reference", "avx512bf16"))
@@ -419,7 +418,7 @@ def test_second_derivatives_are_those_of_the_plain_formula():
         return torch.autograd.grad(sum((one**2).sum() for one in first(out, create_graph=True)), wanted)
 
     got = second(layer(x))
-    w, bias = stored_weight(layer.base), layer.base.bias.detach().double()
+    w, bias = stored_weight(layer), layer.bias.detach().double()
     a, b = layer.lora_a.double(), layer.lora_b.double()
     exact = second(x.double() @ w.t() + bias + layer.scaling * (x.double() @ a.t()) @ b.t())
     for one, other in zip(got, exact, strict=True):
@@ -461,9 +460,9 @@ def test_dropout_drops_the_input_of_the_thin_product():
     out.backward(grad)
     torch.manual_seed(3)
     mask = nn.functional.dropout(torch.ones(64, IN, dtype=BF16), 0.5).double()
-    w, a, b = stored_weight(layer.base), layer.lora_a.detach().double(), layer.lora_b.detach().double()
+    w, a, b = stored_weight(layer), layer.lora_a.detach().double(), layer.lora_b.detach().double()
     rows, g, s = x.detach().double(), grad.double(), layer.scaling
-    exact = rows @ w.t() + layer.base.bias.detach().double() + s * ((rows * mask) @ a.t()) @ b.t()
+    exact = rows @ w.t() + layer.bias.detach().double() + s * ((rows * mask) @ a.t()) @ b.t()
     wanted = g @ w + s * ((g @ b) @ a) * mask
     for got, one in ((out, exact), (x.grad, wanted), (layer.lora_a.grad, s * (g @ b).t() @ (rows * mask))):
         assert (got.double() - one).norm() <= 0.01 * one.norm()
@@ -493,7 +492,7 @@ def test_checkpointing_gives_the_same_bits_and_compression_the_same_gradient():
 def test_a_weight_that_changes_before_backward_is_an_error():
     layer = adapted()
     out = layer(inputs(64))
-    layer.base.quantized.packed.data.zero_()  # unseen by autograd, as of any tensor
-    layer.base.quantized.packed.zero_()
+    layer.quantized.packed.data.zero_()  # unseen by autograd, as of any tensor
+    layer.quantized.packed.zero_()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()

@@ -1,8 +1,10 @@
 /* Weights in 8 bits. Each byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer /
  * 127 * scale. Codes are in the order of the columns. */
+#pragma once
+#include "few.h"
 
 /* The integers of LANES codes. Code 0, which no quantizer writes, is read as code 1. */
-INLINE V eight_load(const uint8_t *p)
+INLINE V weights8_load(const uint8_t *p)
 {
     I codes = (I)bytes_load(p);
     codes -= (I)(codes == 0); /* a true comparison is all ones, that is -1 */
@@ -10,25 +12,25 @@ INLINE V eight_load(const uint8_t *p)
 }
 
 /* The integers of the first n codes, then zeros. */
-INLINE V eight_some(const uint8_t *p, int64_t n)
+INLINE V weights8_some(const uint8_t *p, int64_t n)
 {
     if (n >= LANES)
-        return eight_load(p);
+        return weights8_load(p);
     uint8_t some[LANES];
     memset(some, 128, sizeof some);
     memcpy(some, p, (size_t)n);
-    return eight_load(some);
+    return weights8_load(some);
 }
 
 /* The scales of R rows for LANES blocks from `first` on. */
-INLINE void eight_scales(const struct weight *w, int64_t r, int64_t first, const int R, float (*out)[MAX_LANES])
+INLINE void weights8_scales(const struct weight *w, int64_t r, int64_t first, const int R, float (*out)[MAX_LANES])
 {
     EACH_ROW row_scales(w, r + i, first, smaller(LANES, w->blocks - first), out[i]);
 }
 
 /* As `few`, for blocks of whole vectors. The products of a block, or of FEW_CHAIN vectors of it, are summed before they are
  * multiplied with its scale. */
-INLINE void few_eight(const struct job *job, int64_t r, const int R, const int M, V *out)
+INLINE void few_weights8(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;
     const int64_t end = smaller(w->columns, job->g1 * GROUP), size = 2 * w->half;
@@ -38,15 +40,15 @@ INLINE void few_eight(const struct job *job, int64_t r, const int R, const int M
     V acc[FEW_SUMS], sum[FEW_SUMS];
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
     int64_t c = job->g0 * GROUP, block = c / size, first = block;
-    eight_scales(w, r, first, R, scales);
+    weights8_scales(w, r, first, R, scales);
     while (c < end) {
         if (c == (block + 1) * size && ++block == first + LANES)
-            eight_scales(w, r, first = block, R, scales);
+            weights8_scales(w, r, first = block, R, scales);
         EACH_ROW EACH_INPUT sum[AT] = v_zero();
         const int64_t stop = smaller(smaller((block + 1) * size, end), c + FEW_CHAIN * LANES);
         for (; c < stop; c += LANES, x += M * LANES) {
             V row[4];
-            EACH_ROW row[i] = eight_some(rows + i * w->row_bytes + c, end - c);
+            EACH_ROW row[i] = weights8_some(rows + i * w->row_bytes + c, end - c);
             if (c % 64 == 0) /* once per cache line */
                 EACH_ROW prefetch(rows + (i + 8 * R) * w->row_bytes + c);
             EACH_INPUT {
@@ -63,7 +65,7 @@ INLINE void few_eight(const struct job *job, int64_t r, const int R, const int M
 }
 
 /* As `dequantize_rows`. */
-INLINE void dequantize_eight(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
+INLINE void dequantize_weights8(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
 {
     const struct weight *w = job->weight;
     const int64_t size = 2 * w->half;
@@ -76,6 +78,6 @@ INLINE void dequantize_eight(const struct job *job, int64_t r, int64_t to, float
             const uint8_t *p = w->packed + r * w->row_bytes + b * size;
             const V scale = v_set1(scales[at]);
             for (int64_t j = 0; j < n; j += LANES)
-                store_some(job->out, type, out + j, n - j, v_mul(v_div(eight_some(p + j, n - j), v_set1(127.0f)), scale));
+                store_some(job->out, type, out + j, n - j, v_mul(v_div(weights8_some(p + j, n - j), v_set1(127.0f)), scale));
         }
 }

@@ -10,7 +10,9 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, Half, LoRA, convert, kernels
-from lowmem.nn.lora import Adapter
+from lowmem.nn.adapter import Adapter
+from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.fold import without_adapters
 from tests import strategies
 from tests.selection import rows_in_one_case
 
@@ -36,7 +38,7 @@ def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, lea
     x = strategies.make_input(leading, layer.in_features, seed, torch.float64)
     a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_a, layer.lora_b))
     twin = x.detach().clone().requires_grad_()
-    expected = layer.base(twin) + alpha / rank * (twin @ a.t()) @ b.t()
+    expected = without_adapters(layer)(twin) + alpha / rank * (twin @ a.t()) @ b.t()
     out = layer(x)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
@@ -46,6 +48,7 @@ def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, lea
         torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.thorough(keep=1)
 @every_base
 @given(strategies.linears(torch.float64, strategies.GRADCHECKED), ranks)
 def test_gradcheck_in_float64(base, linear, rank):
@@ -59,7 +62,7 @@ def test_only_the_adapters_train(base):
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
     model = convert(model, *strategies.BASES[base], LoRA(2), where=lambda path, _: path == "0")
     trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trains == ["0.adapters.default.lora_a", "0.adapters.default.lora_b"]
+    assert trains == ["0.adapters.default.weight.lora_a", "0.adapters.default.weight.lora_b"]
 
 
 def one_adapter(base=None, **options):
@@ -85,7 +88,7 @@ def updates(monkeypatch):
 
 
 def expected_of(layer, x):
-    return layer.adapters["default"](layer.base(x), x)
+    return layer.adapters.default.weight(without_adapters(layer)(x), x)
 
 
 @pytest.mark.parametrize("base", [[FourBit("int4")], [FourBit("nf4")], [Half()], [Half(torch.bfloat16)]], ids=repr)
@@ -102,37 +105,29 @@ def test_a_base_and_its_only_adapter_take_one_call(base, updates):
 
 
 @torch.no_grad()
-def test_hooks_on_the_base_see_its_own_output(updates):
-    layer, x = one_adapter(), torch.randn(2, 24)
-    expected, plain = layer(x), layer.base(x)
-    updates.clear()
-    registrations = [
-        layer.base.register_forward_hook,
-        layer.base.register_forward_pre_hook,
-        nn.modules.module.register_module_forward_hook,
-        nn.modules.module.register_module_forward_pre_hook,
-        layer.base.register_full_backward_hook,
-        layer.base.register_full_backward_pre_hook,
-    ]
-    for register in registrations:
-        outputs = []
-        handle = register(lambda *given, outputs=outputs: outputs.append(given[-1]))
-        assert torch.equal(layer(x), expected)
-        handle.remove()
-        assert updates.pop() is False
-        if register == layer.base.register_forward_hook:
-            assert torch.equal(outputs[0], plain)
-    layer.base.forward = lambda given: torch.ones(len(given), 16)
-    assert torch.equal(layer(x), layer.adapters["default"](torch.ones(2, 16), x))
-    del layer.base.forward
+def test_hooks_that_a_layer_had_before_see_its_output_with_the_adapter(updates):
+    layer, seen = nn.Linear(24, 16), []
+    handle = layer.register_forward_hook(lambda *given: seen.append(given[-1]))
+    convert(layer, FourBit("int4"), LoRA(4)).eval()
+    nn.init.normal_(layer.lora_b)
+    x = torch.randn(2, 24)
+    out = layer(x)
+    assert seen == [out]
+    assert not torch.equal(out, without_adapters(layer)(x))
+    assert updates[0] is True  # in one call
+    handle.remove()
     layer(x)
-    assert updates == [True]
+    assert len(seen) == 1
+    layer.forward = lambda given: torch.ones(len(given), 16)
+    assert torch.equal(layer(x), torch.ones(2, 16))
+    del layer.forward
+    assert torch.equal(layer(x), out)
 
 
 @torch.no_grad()
 def test_an_adapter_s_own_forward_is_called(updates):
     layer, x = one_adapter(), torch.randn(2, 24)
-    expected, adapter = layer(x), layer.adapters["default"]
+    expected, adapter = layer(x), layer.adapters.default.weight
     before = adapter.forward
     adapter.forward = lambda out, given: before(out, given) + 1
     updates.clear()
@@ -153,9 +148,11 @@ def test_an_adapter_s_own_forward_is_called(updates):
     "change",
     [
         lambda layer: layer.train(),
-        lambda layer: layer.adapters["default"].double(),
-        lambda layer: setattr(layer.base, "compute_dtype", torch.bfloat16),
-        lambda layer: layer.adapters["default"].register_parameter("lora_a", nn.Parameter(torch.randn(24, 4).t())),
+        lambda layer: layer.adapters.default.weight.double(),
+        lambda layer: setattr(layer, "compute_dtype", torch.bfloat16),
+        lambda layer: layer.adapters.default.weight.register_parameter(
+            "lora_a", nn.Parameter(torch.randn(24, 4).t())
+        ),
     ],
     ids=["dropout", "dtype", "compute_dtype", "strides"],
 )
@@ -209,8 +206,8 @@ def test_the_update_of_an_output_in_half_precision_is_that_of_the_equation(dtype
     layer = convert(torch.nn.Linear(16, 8), Half(dtype), LoRA(2, alpha=6))
     layer.lora_b.data.normal_()
     x = torch.randn(5, 16).to(dtype)
-    update = x.double() @ layer.adapters["default"].delta().double().t()
-    expected = x.double() @ layer.base.weight.double().t() + layer.base.bias.double() + update
+    update = x.double() @ layer.adapters.default.weight.delta().double().t()
+    expected = x.double() @ parameter_of(layer, "weight").double().t() + layer.bias.double() + update
     # The base, the update and their sum are rounded to the dtype: each is off by half an eps of what is below 16.
     assert ((layer(x).double() - expected).abs() <= 3 * 16 * torch.finfo(dtype).eps).all()
     assert (update.abs() > 1).any()
@@ -221,22 +218,6 @@ def test_autocast_and_half_inputs_keep_the_base_s_dtype():
     assert layer(torch.randn(2, 16).bfloat16()).dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(2, 16)).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("base", ["half", "4-bit"])
-def test_a_base_that_was_compiled_is_called_and_not_passed_over(base, monkeypatch):
-    """A base and its only adapter take one call of the kernel, unless something is to see the call of the base."""
-    layer = strategies.make_adapted(torch.nn.Linear(16, 8), base).eval().requires_grad_(False)
-    x, calls = torch.randn(2, 16), []
-    expected = layer(x)
-
-    def compiled(function, *_, **__):
-        return lambda *args: (calls.append(args), function(*args))[1]
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    layer.base.compile()
-    torch.testing.assert_close(layer(x), expected)
-    assert [args[0] is x for args in calls] == [True]
 
 
 def test_repr_names_rank_and_scaling():
@@ -250,8 +231,10 @@ def test_rank_stabilized_adapters_scale_by_the_root_of_the_rank(rank, alpha):
     x = strategies.make_input((3,), 16, 0, torch.float64)
     layer = layer.double()
     scaling = (rank if alpha is None else alpha) / rank**0.5
-    torch.testing.assert_close(layer(x), layer.base(x) + scaling * x @ layer.lora_a.t() @ layer.lora_b.t())
-    torch.testing.assert_close(layer.adapters["default"].delta(), scaling * layer.lora_b @ layer.lora_a)
+    torch.testing.assert_close(
+        layer(x), without_adapters(layer)(x) + scaling * x @ layer.lora_a.t() @ layer.lora_b.t()
+    )
+    torch.testing.assert_close(layer.adapters.default.weight.delta(), scaling * layer.lora_b @ layer.lora_a)
 
 
 def test_the_largest_alpha_gives_finite_updates():
@@ -266,10 +249,10 @@ def test_layers_whose_parameters_something_replaced_still_work():
     half = convert(torch.nn.Linear(6, 4), Half())
     x = torch.randn(2, 6)
     expected = layer(x), half(x)
-    torch.nn.utils.parametrize.register_parametrization(layer.adapters["default"], "lora_a", torch.nn.Identity())
-    bias = layer.base.bias.detach().clone()
-    del layer.base.bias
-    layer.base.bias = bias
+    torch.nn.utils.parametrize.register_parametrization(layer.adapters.default.weight, "lora_a", torch.nn.Identity())
+    bias = layer.bias.detach().clone()
+    del layer.bias
+    layer.bias = bias
     weight = half.weight_rounded.detach().clone()
     del half.weight_rounded
     half.weight_rounded = weight
@@ -282,7 +265,7 @@ def test_an_empty_layer_gets_no_adapter_and_computes_beside_one_that_has(shape):
     with pytest.warns(UserWarning, match="zero-element"):
         layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(*shape)])
     model = convert(layers, LoRA(1)).eval()
-    assert [type(layer) for layer in model] == [lowmem.LoRALinear, torch.nn.Linear]
+    assert [isinstance(layer, lowmem.LoRALinear) for layer in model] == [True, False]
     with torch.no_grad():
         assert model[1](torch.randn(2, shape[0])).shape == (2, shape[1])
 
@@ -314,18 +297,18 @@ def test_the_weight_of_an_adapted_layer_can_be_read_and_is_the_adapted_one(base)
         gradients[name] = layer.lora_a.grad.clone(), layer.lora_b.grad.clone()
         torch.testing.assert_close(out, outputs["called"], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(gradients[name], gradients["called"], rtol=1e-3, atol=1e-3)
-    layer.active = ()
-    assert layer.weight is layer.base.weight
+    layer.adapters.active = ()
+    assert layer.weight is parameter_of(layer, "weight")
 
 
-def test_weight_and_bias_can_be_set_and_go_to_the_base():
+def test_weight_and_bias_can_be_set_unless_an_adapter_is_merged():
     layer = convert(nn.Linear(8, 6), LoRA(2))
     weight, bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6))
     layer.weight, layer.bias = weight, bias
-    assert layer.base.weight is weight
-    assert layer.base.bias is bias
+    assert parameter_of(layer, "weight") is weight
+    assert layer.bias is bias
     layer.weight = layer.weight  # an AdaptedWeight: its base is set, and no adapter is taken into it
-    assert layer.base.weight is weight
+    assert parameter_of(layer, "weight") is weight
     lowmem.merge_adapter(layer, "default")
     for name, value in (("weight", weight), ("bias", bias)):
         with pytest.raises(ValueError, match=f"{name} cannot be set while adapter 'default' is merged.*unmerge"):
@@ -343,19 +326,17 @@ def test_functional_calls_take_other_values_for_the_base_and_the_adapter(base):
     call = lambda values: torch.func.functional_call(layer, values, (x,))  # noqa: E731
     torch.testing.assert_close(call(own), layer(x))
     layer(x).sum().backward()
-    of_a = torch.func.grad(lambda a: call({**own, "adapters.default.lora_a": a}).sum())(
-        own["adapters.default.lora_a"]
+    of_a = torch.func.grad(lambda a: call({**own, "adapters.default.weight.lora_a": a}).sum())(
+        own["adapters.default.weight.lora_a"]
     )
     torch.testing.assert_close(of_a, layer.lora_a.grad)
     weight = torch.randn(8, 16)
-    with pytest.raises(TypeError, match=r"under the name base.weight" if base == "dense" else r"base.weight"):
-        call({"weight": weight})
     if base == "dense":
         exact = nn.functional.linear(x, weight + layer.lora_b @ layer.lora_a, layer.bias)
-        torch.testing.assert_close(call({"base.weight": weight}), exact)
+        torch.testing.assert_close(call({"weight": weight}), exact)
     else:
         with pytest.raises(TypeError, match=r"stored in nf4.*leave the module out with skip= if functional_call"):
-            call({"base.weight": weight})
+            call({"weight": weight})
     torch.testing.assert_close(call(own), layer(x))  # nothing of the others is left
     with torch.no_grad():
         for adapter in lowmem.adapter_layers(model, "default").values():

@@ -1,6 +1,6 @@
 /* Products in 8-bit integers: vpdpbusd adds four products of an unsigned and a signed byte per lane to a 32-bit sum,
  * exactly. GROUP columns of a row of x are rounded to signed bytes with one scale, its unit; levels are multiples of
- * a step that fit unsigned bytes (struct weight, use_int8 of weights.h). lowmem/kernels/int8.py defines the rounding.
+ * a step that fit unsigned bytes (struct weight, use_inputs8 of weights.h). lowmem/kernels/int8.py defines the rounding.
  *
  *   sum of level[c] * x = step * unit * (sum of steps[c] * v - 128 * sum of v),        x ~ unit * v
  *
@@ -11,21 +11,26 @@
  * with all of them at once, and the sum of a block starts with the term of the zero point. A packed group of a panel
  * consists of four columns of each batch row, first those of the low nibbles of each of LANES words, then those of
  * the high nibbles; the terms of the zero point for each block; and the units. */
+#pragma once
+#ifndef LANES
+#include "avx512.h"
+#endif
+#include "linear.h"
 
 /* Offsets in floats of the 32-bit sums and of the units in a packed group: of a batch row, and of a panel. */
-#define FEW_INT8_SUMS (2 * LANES)
-#define FEW_INT8_UNIT (FEW_INT8_SUMS + LANES)
-#define INT8_SUMS (2 * LANES * LANES)
-#define INT8_UNITS (INT8_SUMS + LANES * LANES)
-#define INT8_GROUP (GROUP / 2) /* floats of a group of a batch row in a panel */
-#define INT8_PANEL (INT8_GROUP * LANES) /* floats of a group of a panel */
-#define INT8_PANELS 3 /* most panels that are multiplied at a time: two or three with four rows, one with eight */
-#define INT8_MOST 12  /* most sums at a time: they stay in registers */
-#define INT8_RANGE 127.0f      /* largest integer that a number of x is rounded to */
-#define INT8_LARGEST 0x1p100f /* largest number of x, and scale: a scale times the sum of a group must be finite */
-#define INT8_LEAST 0x1p-60f   /* least magnitude of the largest number of a group, unless the group is all zeros */
-_Static_assert(LANES == PANEL && MOST * INT8_ROWS <= SUMS_AT, "what is turned has room before the sums");
-_Static_assert(INT8_UNITS + LANES <= INT8_GROUP * LANES, "a panel has room for its groups");
+#define FEW_INPUTS8_SUMS (2 * LANES)
+#define FEW_INPUTS8_UNIT (FEW_INPUTS8_SUMS + LANES)
+#define INPUTS8_SUMS (2 * LANES * LANES)
+#define INPUTS8_UNITS (INPUTS8_SUMS + LANES * LANES)
+#define INPUTS8_GROUP (GROUP / 2) /* floats of a group of a batch row in a panel */
+#define INPUTS8_PANEL (INPUTS8_GROUP * LANES) /* floats of a group of a panel */
+#define INPUTS8_PANELS 3 /* most panels that are multiplied at a time: two or three with four rows, one with eight */
+#define INPUTS8_MOST 12  /* most sums at a time: they stay in registers */
+#define INPUTS8_RANGE 127.0f      /* largest integer that a number of x is rounded to */
+#define INPUTS8_LARGEST 0x1p100f /* largest number of x, and scale: a scale times the sum of a group must be finite */
+#define INPUTS8_LEAST 0x1p-60f   /* least magnitude of the largest number of a group, unless the group is all zeros */
+_Static_assert(LANES == PANEL && MOST * INPUTS8_ROWS <= SUMS_AT, "what is turned has room before the sums");
+_Static_assert(INPUTS8_UNITS + LANES <= INPUTS8_GROUP * LANES, "a panel has room for its groups");
 
 /* sum + bytes * numbers. In assembly, since in long loops GCC copies each sum around the intrinsic, which takes half
  * of the time. */
@@ -36,7 +41,7 @@ INLINE W add_bytes(W sum, W bytes, W numbers)
 }
 
 /* As few, in 8-bit integers. */
-INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M, V *out)
+INLINE void few_inputs8(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;
     const float *x = job->packed;
@@ -57,8 +62,8 @@ INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M,
         EACH_INPUT {
             const float *of = x + j * GROUP;
             const W low = _mm512_loadu_si512(of), high = _mm512_loadu_si512(of + LANES);
-            const W offset = _mm512_loadu_si512(of + FEW_INT8_SUMS);
-            const V unit_of_input = v_set1(of[FEW_INT8_UNIT]);
+            const W offset = _mm512_loadu_si512(of + FEW_INPUTS8_SUMS);
+            const V unit_of_input = v_set1(of[FEW_INPUTS8_UNIT]);
             W sum[4];
             EACH_ROW sum[i] = _mm512_dpbusd_epi32(offset, lows[i], low);
             EACH_ROW sum[i] = _mm512_dpbusd_epi32(sum[i], highs[i], high);
@@ -68,7 +73,7 @@ INLINE void few_int8(const struct job *job, int64_t r, const int R, const int M,
     EACH_ROW EACH_INPUT out[j * LANES + i] = acc[AT];
 }
 
-/* Positions in to_bytes of quads (four columns each), given their numbers in the order of a group's columns. */
+/* Positions in to_inputs8_group of quads (four columns each), given their numbers in the order of a group's columns. */
 INLINE W four_at(W four)
 {
     const W three = _mm512_set1_epi32(3);
@@ -78,16 +83,16 @@ INLINE W four_at(W four)
 
 /* Convert the GROUP numbers x to the bytes, sums and unit of a group. Quads of four columns alternate: `run` of them belong to
  * low nibbles, the next `run` to high ones. Returns 0 if a number is too large or not finite, or if all are too small. */
-INLINE int to_bytes(const struct weight *w, const V *x, const int run, float *group)
+INLINE int to_inputs8_group(const struct weight *w, const V *x, const int run, float *group)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
     W most = _mm512_setzero_si512();
     for (int i = 0; i < 8; i++)
         most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(x[i]), magnitude));
     const float largest = float_of((uint32_t)_mm512_reduce_max_epi32(most));
-    if (!(largest <= INT8_LARGEST && (largest >= INT8_LEAST || largest == 0.0f)))
+    if (!(largest <= INPUTS8_LARGEST && (largest >= INPUTS8_LEAST || largest == 0.0f)))
         return 0;
-    const V factor = v_set1(largest > 0.0f ? INT8_RANGE / largest : 0.0f);
+    const V factor = v_set1(largest > 0.0f ? INPUTS8_RANGE / largest : 0.0f);
     const W lowest = _mm512_set4_epi32(0x0f0b0703, 0x0e0a0602, 0x0d090501, 0x0c080400); /* the lowest byte of each of four words */
     const W word = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     const W fours = _mm512_add_epi32(word, _mm512_andnot_si512(_mm512_set1_epi32(run - 1), word)); /* quads of low nibbles */
@@ -102,19 +107,19 @@ INLINE int to_bytes(const struct weight *w, const V *x, const int run, float *gr
     const W one = _mm512_set1_epi8(1), sum = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(_mm512_setzero_si512(), one, low), one, high);
     _mm512_storeu_si512(group, low);
     _mm512_storeu_si512(group + LANES, high);
-    _mm512_storeu_si512(group + FEW_INT8_SUMS, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-INT8_ZERO)));
-    group[FEW_INT8_UNIT] = largest / INT8_RANGE * w->int8_step;
+    _mm512_storeu_si512(group + FEW_INPUTS8_SUMS, _mm512_mullo_epi32(sum, _mm512_set1_epi32(-INPUTS8_ZERO)));
+    group[FEW_INPUTS8_UNIT] = largest / INPUTS8_RANGE * w->inputs8_step;
     return 1;
 }
 
 /* Where group g of batch row m is packed. */
-INLINE float *int8_at(const struct job *job, int64_t m, int64_t g)
+INLINE float *inputs8_at(const struct job *job, int64_t m, int64_t g)
 {
-    return job->packed + ((g - job->g0) * round_up(job->m1 - job->m0, LANES) + m - job->m0) * INT8_GROUP;
+    return job->packed + ((g - job->g0) * round_up(job->m1 - job->m0, LANES) + m - job->m0) * INPUTS8_GROUP;
 }
 
-/* Pack group g of batch row m. Returns 0 if 8-bit integers cannot represent it (see to_bytes). */
-INLINE int to_int8(const struct job *job, int64_t m, int64_t g, float *group)
+/* Pack group g of batch row m. Returns 0 if 8-bit integers cannot represent it (see to_inputs8_group). */
+INLINE int to_inputs8(const struct job *job, int64_t m, int64_t g, float *group)
 {
     const struct weight *w = job->weight;
     const int64_t from = m * w->columns + g * GROUP, left = w->columns - g * GROUP;
@@ -127,23 +132,23 @@ INLINE int to_int8(const struct job *job, int64_t m, int64_t g, float *group)
             sorted[word * 8 + nibble % 2 * 4 + nibble / 2] = read_as_float(job->x, job->type, from + c);
         }
         EACH_VECTOR(8) x[n] = v_load(sorted + n * LANES);
-        return to_bytes(w, x, 1, group);
+        return to_inputs8_group(w, x, 1, group);
     }
     EACH_VECTOR(8) x[n] = load_as(job->x, job->type, from + n * LANES);
-    return to_bytes(w, x, (int)w->half / 4, group);
+    return to_inputs8_group(w, x, (int)w->half / 4, group);
 }
 
 /* Pack panels of batch rows; refuse the job if 8-bit integers cannot represent them. */
-static void pack_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void pack_panels_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t words = job->weight->half / 4; /* words of a block */
     int64_t m, to;
     share(round_up(job->m1 - job->m0, LANES), LANES, parts, part, &m, &to);
     for (m += job->m0, to += job->m0; m < to; m += LANES)
         for (int64_t g = job->g0; g < job->g1; g++) {
-            float of[LANES][GROUP] = {{0}}, *out = int8_at(job, m, g);
+            float of[LANES][GROUP] = {{0}}, *out = inputs8_at(job, m, g);
             for (int64_t i = 0; i < smaller(LANES, job->m1 - m); i++)
-                if (!to_int8(job, m + i, g, of[i])) {
+                if (!to_inputs8(job, m + i, g, of[i])) {
                     refuse(job);
                     return;
                 }
@@ -153,41 +158,41 @@ static void pack_int8(struct job *job, int64_t part, int64_t parts, int64_t thre
                 v_transpose(v);
                 EACH_LANE v_store(out + (half * LANES + i) * LANES, v[i]);
             }
-            EACH_LANE v[i] = v_load(of[i] + FEW_INT8_SUMS);
+            EACH_LANE v[i] = v_load(of[i] + FEW_INPUTS8_SUMS);
             v_transpose(v);
             for (int64_t word = 0; word < LANES; word += words) {
                 W sum = _mm512_setzero_si512();
                 for (int64_t i = word; i < word + words; i++)
                     sum = _mm512_add_epi32(sum, words_of_v(v[i]));
-                v_store(out + INT8_SUMS + word / words * LANES, v_of_words(sum));
+                v_store(out + INPUTS8_SUMS + word / words * LANES, v_of_words(sum));
             }
             for (int i = 0; i < LANES; i++)
-                out[INT8_UNITS + i] = of[i][FEW_INT8_UNIT];
+                out[INPUTS8_UNITS + i] = of[i][FEW_INPUTS8_UNIT];
         }
 }
 
 /* sums (P panels, R rows, LANES) += a group of R dequantized rows times P panels. Bytes of rows are broadcast by loads, and
  * numbers of x are loads, too: several panels share the former, several rows the latter. */
-INLINE void multiply_int8(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
+INLINE void multiply_inputs8(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
                                  float *sums)
 {
-    const float *offset = x + INT8_SUMS, *unit = x + INT8_UNITS, *end = x + LANES * LANES;
-    V acc[INT8_MOST];
+    const float *offset = x + INPUTS8_SUMS, *unit = x + INPUTS8_UNITS, *end = x + LANES * LANES;
+    V acc[INPUTS8_MOST];
 #define EACH_OF_ROWS _Pragma("GCC unroll 8") for (int i = 0; i < R; i++)
 #define EACH_PANEL _Pragma("GCC unroll 4") for (int j = 0; j < P; j++)
 #define OF (i * P + j)
     EACH_OF_ROWS EACH_PANEL acc[OF] = v_zero();
     for (; x < end; scales++, offset += LANES) {
-        W sum[INT8_MOST];
+        W sum[INPUTS8_MOST];
         EACH_PANEL {
-            const W first = _mm512_loadu_si512(offset + j * INT8_PANEL);
+            const W first = _mm512_loadu_si512(offset + j * INPUTS8_PANEL);
             EACH_OF_ROWS sum[OF] = first;
         }
         for (int word = 0; word < words; word++, x += LANES, tile += 4)
 #pragma GCC unroll 2
             for (int high = 0; high < 2; high++) {
-                W of[INT8_PANELS];
-                EACH_PANEL of[j] = _mm512_loadu_si512(x + high * LANES * LANES + j * INT8_PANEL);
+                W of[INPUTS8_PANELS];
+                EACH_PANEL of[j] = _mm512_loadu_si512(x + high * LANES * LANES + j * INPUTS8_PANEL);
                 EACH_OF_ROWS {
                     const W bytes = word_of(tile + i * GROUP + high * GROUP / 2);
                     EACH_PANEL sum[OF] = add_bytes(sum[OF], bytes, of[j]);
@@ -199,56 +204,56 @@ INLINE void multiply_int8(const float *x, const uint8_t *tile, const float *scal
         }
     }
     EACH_OF_ROWS EACH_PANEL {
-        float *to = sums + (j * INT8_ROWS + i) * LANES;
-        v_store(to, v_fma(acc[OF], v_load(unit + j * INT8_PANEL), v_load(to)));
+        float *to = sums + (j * INPUTS8_ROWS + i) * LANES;
+        v_store(to, v_fma(acc[OF], v_load(unit + j * INPUTS8_PANEL), v_load(to)));
     }
 }
 
-/* The steps of the codes of a group, tile (INT8_ROWS, GROUP), and the scales of its blocks, (INT8_ROWS, LANES). Refuses the job
+/* The steps of the codes of a group, tile (INPUTS8_ROWS, GROUP), and the scales of its blocks, (INPUTS8_ROWS, LANES). Refuses the job
  * if a float32 scale is too large. */
-INLINE void dequantize_int8(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
+INLINE void steps_inputs8(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
 {
     const struct weight *w = job->weight;
     const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
     const int64_t first = g * LANES * 4 / w->half;
-    for (int64_t i = 0; i < INT8_ROWS; i++) {
+    for (int64_t i = 0; i < INPUTS8_ROWS; i++) {
         const int64_t row = smaller(r + i, w->rows - 1);
         const W words = words_of_group(w, row, g);
         const V unit = v_set1(units[i]);
         V stored;
-        prefetch(w->packed + (r + INT8_ROWS + i) * w->row_bytes + g * LANES * 4);
+        prefetch(w->packed + (r + INPUTS8_ROWS + i) * w->row_bytes + g * LANES * 4);
         _mm512_storeu_si512(tile + i * GROUP, _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble)));
         _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)));
         few_scales(w, row, first, 1, &unit, &stored);
-        if (w->encoding == SCALES_FLOAT32 && _mm512_cmp_ps_mask(_mm512_abs_ps(stored), v_set1(INT8_LARGEST), _CMP_NLE_UQ))
+        if (w->encoding == SCALES_FLOAT32 && _mm512_cmp_ps_mask(_mm512_abs_ps(stored), v_set1(INPUTS8_LARGEST), _CMP_NLE_UQ))
             refuse(job);
         v_store(scales + i * LANES, stored);
     }
 }
 
 /* x @ W.T by panels, for a part of the rows. */
-static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void panels_inputs8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct weight *w = job->weight;
     const int64_t batch = round_up(job->m1 - job->m0, LANES);
     const int words = (int)w->half / 4; /* words of a block */
     float *own = job->own + thread * job->own_floats, *sums = own + SUMS_AT, *turned = own;
-    float units[INT8_ROWS] = {0}, scales[INT8_ROWS * LANES];
-    uint8_t tile[INT8_ROWS * GROUP];
+    float units[INPUTS8_ROWS] = {0}, scales[INPUTS8_ROWS * LANES];
+    uint8_t tile[INPUTS8_ROWS * GROUP];
     int64_t r, to;
-    share(w->rows, INT8_ROWS, parts, part, &r, &to);
-    for (; r < to && !is_refused(job); r += INT8_ROWS) {
-        memset(sums, 0, (size_t)(batch * INT8_ROWS) * sizeof(float));
-        for (int i = 0; w->encoding >= SCALES_DOUBLE && i < INT8_ROWS; i++)
+    share(w->rows, INPUTS8_ROWS, parts, part, &r, &to);
+    for (; r < to && !is_refused(job); r += INPUTS8_ROWS) {
+        memset(sums, 0, (size_t)(batch * INPUTS8_ROWS) * sizeof(float));
+        for (int i = 0; w->encoding >= SCALES_DOUBLE && i < INPUTS8_ROWS; i++)
             units[i] = row_scale(w, smaller(r + i, w->rows - 1)) / row_steps(w);
         for (int64_t g = job->g0; g < job->g1; g++) {
-            dequantize_int8(job, r, g, units, tile, scales);
-            const float *x = int8_at(job, job->m0, g);
+            steps_inputs8(job, r, g, units, tile, scales);
+            const float *x = inputs8_at(job, job->m0, g);
 #define ROWS_WITH_PANELS(R, P)                                                                                  \
-    for (int i = 0; i < INT8_ROWS; i += R)                                                                      \
-        multiply_int8(x + m * INT8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P,             \
-                             sums + m * INT8_ROWS + i * LANES)
-            for (int64_t m = 0, left; (left = (batch - m) / LANES) > 0; m += smaller(left, INT8_PANELS) * LANES)
+    for (int i = 0; i < INPUTS8_ROWS; i += R)                                                                      \
+        multiply_inputs8(x + m * INPUTS8_GROUP, tile + i * GROUP, scales + i * LANES, words, R, P,             \
+                             sums + m * INPUTS8_ROWS + i * LANES)
+            for (int64_t m = 0, left; (left = (batch - m) / LANES) > 0; m += smaller(left, INPUTS8_PANELS) * LANES)
                 if (left == 1)
                     ROWS_WITH_PANELS(8, 1);
                 else if (left == 2)
@@ -257,28 +262,28 @@ static void int8_body(struct job *job, int64_t part, int64_t parts, int64_t thre
                     ROWS_WITH_PANELS(4, 3);
         }
         for (int64_t m = 0; m < batch; m += LANES)
-            turn(sums + m * INT8_ROWS, INT8_ROWS, turned + m * INT8_ROWS);
-        put_rows(job, r, smaller(INT8_ROWS, to - r), INT8_ROWS / LANES, turned);
+            turn(sums + m * INPUTS8_ROWS, INPUTS8_ROWS, turned + m * INPUTS8_ROWS);
+        put_rows(job, r, smaller(INPUTS8_ROWS, to - r), INPUTS8_ROWS / LANES, turned);
     }
 }
 
 /* Pack a small batch, (groups, batch rows, GROUP floats); refuse the job if 8-bit integers cannot represent it. */
-static void pack_few_int8(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void pack_few_inputs8(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const int64_t batch = job->m1 - job->m0;
     for (int64_t g = job->g0; g < job->g1; g++)
         for (int64_t m = 0; m < batch; m++)
-            if (!to_int8(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {
+            if (!to_inputs8(job, job->m0 + m, g, job->packed + ((g - job->g0) * batch + m) * GROUP)) {
                 refuse(job);
                 return;
             }
 }
 
-ROWS_WITH_MORE(rows_int8, FEW_ROWS, few_int8)
+ROWS_WITH_MORE(rows_inputs8, FEW_ROWS, few_inputs8)
 
-static void few_int8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+static void few_inputs8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    static rows_with *const rows[] = {NAMED_MORE(rows_int8)};
+    static rows_with *const rows[] = {NAMED_MORE(rows_inputs8)};
     if (!is_refused(job))
         few_rows(job, part, parts, rows);
 }

@@ -27,7 +27,7 @@ from lowmem.kernels.memory import is_batch, is_traced, keeps_results
 from lowmem.nn.adapter import Adapter, Update, drops_nothing
 from lowmem.nn.eightbit import Linear8Bit
 from lowmem.nn.fourbit import Linear4Bit
-from lowmem.nn.frozen_linear import autocast, is_observed, is_plain_call
+from lowmem.nn.frozen_linear import autocast, is_plain_call
 from lowmem.nn.half import HalfLinear
 from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, saves_in_any_dtype
 from lowmem.nn.stored import HalfForm, StoredTensor
@@ -46,27 +46,28 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def adapted_product(base: nn.Module, adapter: nn.Module | None, input: Tensor) -> Tensor | None:
+def adapted_product(base: nn.Module, kind: Any, adapter: nn.Module | None, input: Tensor) -> Tensor | None:
     """Return the output of a frozen linear layer with an adapter in training: (..., out).
 
     It also serves calls without gradients, since a checkpoint first runs its region so and must get the same numbers.
 
     Args:
-        base: an nn.Linear, HalfLinear, Linear4Bit or Linear8Bit.
+        base: the layer, whose adapters are ignored.
+        kind: its class without adapters: nn.Linear, HalfLinear, Linear4Bit or Linear8Bit; None for all others.
         adapter: of its weight.
         input: float32 or bfloat16 (..., in).
 
     Returns:
         The output in the dtype of the base's output (bfloat16 within ``narrow_results``); or None if base and adapter
-        must be called one after the other: fewer than 64 rows, nothing requires a gradient, products that are not in
-        bfloat16, hooks, parametrizations, graphs, transforms, selective checkpoints, tensor subclasses, other
-        devices, or processors without fast bfloat16.
+        must be computed one after the other: fewer than 64 rows, nothing requires a gradient, products that are not
+        in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor subclasses, or devices
+        without fast bfloat16.
     """
     matrices = _trained(adapter, input)
-    if matrices is None or is_observed(base):
+    if matrices is None:
         return None
     x = autocast(input)
-    return _product(input, x, adapter, matrices, _frozen_weight(base, x), False)
+    return _product(input, x, adapter, matrices, _frozen_weight(base, kind, x), False)
 
 
 def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transposed: bool) -> Tensor | None:
@@ -114,7 +115,7 @@ def _trained(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
         return None
     if keeps_results():  # the checkpoint would keep the thin product, which is then overwritten
         return None
-    if type(adapter) is not Adapter or type(input) not in _PLAIN or not input.is_cpu or input.is_nested:
+    if type(adapter) is not Adapter or type(input) not in _PLAIN or input.is_nested:
         return None
     if input.dim() < 2 or input.numel() < LEAST_ROWS * input.shape[-1] or input.dtype not in _DTYPES:
         return None
@@ -139,10 +140,10 @@ def _product(
 ) -> Tensor | None:
     """Return the product with a frozen weight, A and B; ``x`` is ``input`` in autocast's dtype.
 
-    None if ``frozen`` is None, the processor is slow at bfloat16, or the shapes do not fit.
+    None if ``frozen`` is None, the device is slow at bfloat16, or the shapes do not fit.
     """
     a, b = matrices
-    if frozen is None or not kernels.adds_products() or x.shape[-1] != a.shape[1]:
+    if frozen is None or not kernels.fast_bfloat16(x) or x.shape[-1] != a.shape[1]:
         return None
     weight, bias = frozen
     shared = type(input.grad_fn).__name__ in _KEEP_RESULTS  # the input lives until backward; a cached copy would, too
@@ -193,16 +194,16 @@ def narrow_results(narrow: bool = True) -> Iterator[None]:
         _results.narrow = before
 
 
-def _frozen_weight(base: nn.Module, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
+def _frozen_weight(base: Any, kind: Any, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
     """Return weight and bias of a layer if it multiplies ``x`` in bfloat16 and neither trains; else None."""
     held = base._parameters
     weight: kernels.Weight
-    if type(base) is Linear4Bit or type(base) is Linear8Bit:
+    if kind is Linear4Bit or kind is Linear8Bit:
         if (base.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
             return None
         weight, bias = base.quantized, held["bias"]
-    elif type(base) in (HalfLinear, nn.Linear):
-        names = ("weight_rounded", "bias_rounded") if type(base) is HalfLinear else ("weight", "bias")
+    elif kind in (HalfLinear, nn.Linear):
+        names = ("weight_rounded", "bias_rounded") if kind is HalfLinear else ("weight", "bias")
         name = names[1] if names[1] in held else "bias"
         dense = held.get(names[0])
         if type(dense) is not nn.Parameter or dense.requires_grad or name not in held:
@@ -259,7 +260,7 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.again, ctx.transposed = again, transposed
         # save_for_backward raises an error if the weight is changed in place before backward.
         frozen = (weight.packed, weight.scales) if isinstance(weight, QuantizedTensor) else (weight,)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             rows, adapted = (_rows(one, a.shape[1]) for one in (x, x if dropped is None else dropped))  # (rows, in)
             narrow = adapted @ a.to(x.dtype).t()  # (rows, rank)
             wide = (b * scaling).to(x.dtype).t()  # (rank, out)
@@ -270,7 +271,7 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast(grad.device.type, enabled=False):
             return _gradients(ctx, grad)
 
 
