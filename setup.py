@@ -56,5 +56,5 @@ setup(
     cmdclass={"build_ext": BuildInParallel},
     ext_modules=[KERNEL] if HAS_KERNEL else [],
     # A wheel without the kernel names its platform, so that no other takes it for its own.
-    options={"bdist_wheel": {"py_limited_api": "cp310"} if HAS_KERNEL else {"plat_name": PLATFORM}},
+    options={"bdist_wheel": {"py_limited_api": "cp311"} if HAS_KERNEL else {"plat_name": PLATFORM}},
 )

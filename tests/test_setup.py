@@ -36,7 +36,7 @@ def test_one_binary_serves_every_python(monkeypatch):
     monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 0}.get)
     built = read_setup(monkeypatch)
     assert [extension.name for extension in built.ext_modules] == ["lowmem.kernels._native"]
-    assert built.get_option_dict("bdist_wheel")["py_limited_api"][1] == "cp310"
+    assert built.get_option_dict("bdist_wheel")["py_limited_api"][1] == "cp311"
 
 
 @pytest.mark.parametrize(

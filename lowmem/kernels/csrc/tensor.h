@@ -2,7 +2,7 @@
  * needs none of torch's headers: through torch's table of C functions where it has one, else through a capsule. */
 #pragma once
 #define PY_SSIZE_T_CLEAN
-#define Py_LIMITED_API 0x030A0000 /* one binary works with every Python from 3.10 on */
+#define Py_LIMITED_API 0x030B0000 /* one binary works with every Python from 3.11 on */
 #include <Python.h>
 
 #include "kernel.h"
