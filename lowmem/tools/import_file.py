@@ -30,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="of another program's file: quantize again what cannot be kept exactly, and print the error",
+        help="for another program's file: quantize weights again that cannot be kept exactly, and print the error",
     )
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="of another program's file: round dense tensors to it (default as they are)",
+        help="for another program's file: round dense tensors to this dtype (default: keep their dtype)",
     )
 
 

@@ -56,7 +56,7 @@ def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
     source, target = write_foreign(tmp_path, "gptq desc_act"), tmp_path / "small"
     (source / "tokenizer.json").write_text("{}")
     assert main(["quantize", str(source), str(target), "--format", "int8"]) == 2
-    assert "--format means nothing for" in capsys.readouterr().err
+    assert "--format does not apply to" in capsys.readouterr().err
     assert main(["quantize", str(source), str(target), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     kept = rows["model.layers.0.mlp.up_proj.weight"]
