@@ -174,7 +174,7 @@ def job_of(
     if arguments.data is None:
         raise ValueError(f"--data must name a FILE.txt or FILE.jsonl to train model={str(folder)!r} on")
     if arguments.resume and arguments.save is None:
-        raise ValueError("--resume goes on from the state beside OUT: name it with --save")
+        raise ValueError("--resume continues from the state beside OUT: name OUT with --save")
     share = arguments.eval_share
     if share is not None and share >= 1:
         raise ValueError(f"--eval-share={share:g} must be below 1")
@@ -182,7 +182,7 @@ def job_of(
     for name in ("eval_every", "skip_dense"):
         if getattr(arguments, name) not in (None, False) and not evaluates:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} means nothing without held-out text: add --eval-data or --eval-share")
+            raise ValueError(f"{option} needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
     from lowmem.integrations.transformers.config_facts import check_shapes, held_back, sizes_of
@@ -198,8 +198,8 @@ def job_of(
             raise
     if rank > width:
         raise ValueError(
-            f"--rank={rank} is more than the {width} columns of the model's hidden states, beyond which an adapter "
-            "is no smaller than what it changes: lower it"
+            f"--rank={rank} is more than the {width} columns of the model's hidden states, so an adapter "
+            "would not be smaller than its weight: lower it"
         )
     length = arguments.length or min(LENGTH, positions or LENGTH)
     if positions is not None and length > positions:
@@ -255,7 +255,7 @@ def _technique(folder: Path, name: str | None, bits: float | None = None) -> tup
     method = stored_by(folder)
     if method is not None and (name is not None or bits is not None):
         option = f"--format={name}" if bits is None else f"--bits={bits:g}"
-        raise ValueError(f"{option} means nothing for model={str(folder)!r}, which is stored already: leave it out")
+        raise ValueError(f"{option} does not apply to model={str(folder)!r}, which is stored already: leave it out")
     if method is not None:
         return None, False
     if name == "dense":
@@ -310,7 +310,7 @@ def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
         for other, place in found[number + 1 :]:
             if path == place or place in path.parents:
                 raise ValueError(
-                    f"{option}={shown(str(path))} and {other}, {shown(str(place))}, are one place: rename one"
+                    f"{option}={shown(str(path))} and {other}, {shown(str(place))}, are the same place: rename one"
                 )
 
 

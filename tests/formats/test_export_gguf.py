@@ -35,8 +35,8 @@ import lowmem
 import lowmem.integrations.transformers
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import from_exact
-from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
-from lowmem.io.export.source import open_stored
+from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
+from lowmem.io.formats.stored_model import open_stored
 from tests.formats.llama_cpp import llama_cpp, quantize_model
 from tests.formats.smollm2 import smollm2
 from tests.integrations.transformers.folders import assert_same

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from lowmem.integrations.transformers import from_exact
-from lowmem.io.export.targets import export
+from lowmem.io.formats.export import export
 from tests.formats.makers import compressed_tensors
 from tests.integrations.transformers.folders import IDS, load, write
 from tests.integrations.transformers.foreign import is_layer, values

@@ -184,7 +184,7 @@ def test_folders_are_compared_on_a_text(folders, capsys):
     assert main(["compare", base, near, "--text", text, "--markdown", "--tolerance", "0.05"]) == 0
     assert "| 21.0000" in capsys.readouterr().out.replace("|  ", "| ")
     assert main(["compare", "--layers"]) == 2
-    assert "--layers replaces layers while a text is read" in capsys.readouterr().err
+    assert "--layers needs a text: add --text FILE" in capsys.readouterr().err
     assert main(["compare", base, near, far, "--text", text, "--json", "--tolerance", "0.01"]) == 1
     shown = capsys.readouterr()
     assert [row["divergence"] for row in json.loads(shown.out)] == [0.0, 0.02, None]

@@ -11,10 +11,10 @@ from pathlib import Path
 
 from lowmem.errors import refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.io.convert_checkpoint import Source
-from lowmem.io.foreign.recognize import CODED, quantization_of
-from lowmem.io.model_folder import WEIGHTS
+from lowmem.io.formats.recognize import is_coded
+from lowmem.io.model_folder import WEIGHTS, quantization_of
 from lowmem.io.shards import INDEX, read_index
+from lowmem.io.source import Source
 
 __all__ = ["check_index", "refuse_coded", "refuse_pickles", "refuse_unread", "refuse_untold"]
 
@@ -79,7 +79,7 @@ def refuse_coded(folder: Path, names: Collection[str]) -> None:
         ValueError: they would; how to keep them is said.
     """
     method = _method_of(folder)
-    if method is not None or any(name.rpartition(".")[2] in CODED for name in names):
+    if method is not None or any(is_coded(name) for name in names):
         program = "another program" if method is None else show(method)
         raise ValueError(
             f"a folder that {program} quantized has weights that would be quantized a second time: "

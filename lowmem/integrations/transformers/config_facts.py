@@ -18,8 +18,8 @@ from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.folder import check, load_errors
 from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
-from lowmem.io.convert_checkpoint import Source
 from lowmem.io.model_folder import weights_in
+from lowmem.io.source import Source
 
 __all__ = ["Sizes", "check_shapes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stored_by"]
 

@@ -27,11 +27,11 @@ from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.integrations.transformers.shapes import Names, refuse_unfitting
-from lowmem.io.foreign.recognize import ForeignFile, open_foreign, quantization_of, read_model_config
-from lowmem.io.foreign.requantizing import Requantizing, why_refused
-from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.recognize import ForeignFile, open_foreign
+from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record
-from lowmem.io.model_folder import check_layers
+from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.stored import FourBitForm
@@ -89,7 +89,7 @@ def from_exact(
         if dtype in (None, "auto"):
             kept = (tensor.kept() for tensor in file.tensors.values() if tensor.refusal is None)
             floats = (one for one in kept if isinstance(one, torch.dtype) and one.is_floating_point)
-            dtype = own.dtype or (torch.float32 if file.kind == "GGUF" else next(floats, torch.float32))
+            dtype = own.dtype or (torch.float32 if file.kind == "gguf" else next(floats, torch.float32))
         if path.is_dir() and (path / "generation_config.json").is_file():
             options.setdefault("generation_config", GenerationConfig.from_pretrained(path))
         asked, kind = _ExactConfig(path, file, requantizing or Requantizing()), auto_class
@@ -111,7 +111,7 @@ def _config_of(path: Path, file: ForeignFile, options: dict[str, Any]) -> Any:
     Raises:
         FileError, OSError: it is damaged, cannot be read, or has more layers than the model has tensors.
     """
-    if file.kind == "GGUF":
+    if file.kind == "gguf":
         made = config_of(path)
         if made is not None:
             return AutoConfig.for_model(**made)
@@ -224,7 +224,7 @@ class _Exact:
         return own + [_with_suffix(one, part) for one in self._merging for part in ("_packed", "_scales")]
 
     def _place(self, file: ForeignFile, model: Any) -> None:
-        if file.kind == "GGUF":
+        if file.kind == "gguf":
             check_config(self._source, model.config)
         names = Names(model, get_model_conversion_mapping(model))
         forms: dict[str, tuple[FourBitForm, str]] = {}
@@ -273,7 +273,7 @@ class _Exact:
             self.state |= {f"{prefix}_{part}": of_parts.lazy(part) for part in form.parts}
         if refused:
             raise refusal(self._source, why_refused(refused), "load")
-        if not self.layers and (coded or file.kind != "GGUF"):  # which is read as it is, dense ones, too
+        if not self.layers and (coded or file.kind != "gguf"):  # which is read as it is, dense ones, too
             raise refusal(
                 self._source,
                 "it has no 4-bit weights of the model, of which codes could be kept: load it by from_pretrained, and "

@@ -22,11 +22,12 @@ from lowmem.integrations.transformers.exact import from_exact
 from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
 from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
-from lowmem.io.convert_checkpoint import Row, Source
-from lowmem.io.foreign.recognize import open_foreign, read_model_config
-from lowmem.io.foreign.requantizing import Requantizing
+from lowmem.io.convert_checkpoint import Row
+from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.formats.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
-from lowmem.io.model_folder import check_layers, check_regular, copy_others, weights_in
+from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
+from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
@@ -223,7 +224,7 @@ def import_folder(
         asked.check(file.tensors)
         sources = {name: (tensor.kind, tensor.nbytes) for name, tensor in file.tensors.items()}
         kind = file.kind
-    if not source.is_dir() and kind != "GGUF":
+    if not source.is_dir() and kind != "gguf":
         why = "a file has no config.json: name its folder as IN, or OUT.safetensors"
         raise refusal(source, why, "make a folder of")
     if source.is_dir():

@@ -16,8 +16,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem.errors import describe, refusal, show
 from lowmem.io.atomic import open_regular
-from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
-from lowmem.io.foreign.gguf import read_header
+from lowmem.io.formats.gguf.container import read_header
+from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
 from lowmem.io.model_folder import check_regular
 from lowmem.transforms.calibration.generated import LEAST_SHARE
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lowmem import FileError
 from lowmem.integrations.transformers import TextTokenizer
 from lowmem.integrations.transformers.tokenizing import load_tokenizer, read_tokenizer, tokenizer_of
-from lowmem.io.export.gguf_file import Placed, encode_field, write_file
+from lowmem.io.formats.gguf.container import Placed, encode_field, write_file
 from tests.integrations.transformers.tokens import VOCABULARY, write_tokenizer
 
 CHAT = (
