@@ -26,6 +26,7 @@ from lowmem.transforms.convert import (
     one_at_a_time,
     replace_modules,
 )
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import (
     place_adapters,
@@ -141,6 +142,7 @@ def add_placed(
         module.adapters.add(name, parts)
     share_tied_adapters([*made, *added])
     freeze_all_but_adapters(model)
+    tell_integrations(model)
 
 
 @one_at_a_time
@@ -260,6 +262,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     for layer in adapted_layers(model):
         if name in layer.adapters.names:
             layer.adapters.remove(name)
+    tell_integrations(model)
     return model
 
 

@@ -32,7 +32,7 @@ from lowmem.resident import returns_free_pages
 from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_of
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
 from lowmem.transforms.calibration.sensitivity import importance_of
-from lowmem.transforms.libraries import import_integrations
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.placement import (
     kept_in_float32,
     place_name,
@@ -751,11 +751,9 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Non
             )
         if type(old) not in _classes_before(new):
             raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
-    integrations = import_integrations(model)
     share_tied_adapters(made.values())
     replace_modules(model, made)
-    for integration in integrations:
-        integration.adopt(model)
+    tell_integrations(model)
 
 
 def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
@@ -842,6 +840,7 @@ def restore(
             (module._parameters if name in module._parameters else module._buffers)[name] = tensor
         if isinstance(module, nn.RNNBase):
             module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+    tell_integrations(model)
     return model
 
 

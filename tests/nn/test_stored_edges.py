@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from lowmem import FourBit, Half, convert, kernels
 from lowmem.kernels import ops
+from lowmem.quant.backend import backend_of
 from tests.nn.stored_cases import OFFSETS, store
 from tests.selection import rows_in_one_case
 
