@@ -18,7 +18,7 @@ from lowmem.kernels import ops
 from lowmem.nn.adapter import Adapter, drops_nothing
 from lowmem.nn.adapter_autograd import product_of, trained_matrices
 from lowmem.nn.coded_module import kept_weight
-from lowmem.nn.conv import CONVOLUTIONS
+from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.frozen_linear import autocast, autocast_enabled, is_plain_call, recorded_call
 from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.nn.low_rank_sum import LowRankSum
@@ -171,9 +171,9 @@ LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, Linear
 
 FORWARDS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
     **dict.fromkeys(LINEAR, linear_forward),
-    **dict.fromkeys(CONVOLUTIONS, convolution_forward),
+    **dict.fromkeys((HalfConv, Conv4Bit), convolution_forward),
 }
-"""Class of a layer -> its forward with adapters.
+"""Class of a layer, or the base of generated classes in ``LAYERS`` -> its forward with adapters.
 
 A class of ``LAYERS`` that is not here takes the dense class's forward, and any other class its own.
 """

@@ -112,8 +112,10 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
     if plain in LAYERS.values():  # its forward reads the parts; the dense class's forward reads the weight property
         body["__module__"] = plain.dense_class.__module__  # for torch.fx, it is a leaf as torch's own layers are
         body["forward"] = plain.dense_class.forward
-    if plain in FORWARDS:
-        body["forward"] = FORWARDS[plain]
+    base = plain.__bases__[0] if issubclass(plain, StoredModule) else plain
+    forward = FORWARDS.get(plain, FORWARDS.get(base))
+    if forward is not None:
+        body["forward"] = forward
     return type(plain.__name__, (LoRALinear if plain in LINEAR else AdaptedModule, plain), body)
 
 

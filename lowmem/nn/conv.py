@@ -16,12 +16,12 @@ from torch.fx import Proxy
 from lowmem.nn.coded_module import CodedModule, weight_compute_dtype
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
 from lowmem.nn.frozen_linear import autocast, recorded_call
-from lowmem.nn.module_copy import LAYERS, stored_class, stored_copy
+from lowmem.nn.module_copy import LAYERS, stored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore, half_weights
 
-__all__ = ["CONVOLUTIONS", "Conv4Bit", "HalfConv", "geometry_of"]
+__all__ = ["Conv4Bit", "HalfConv", "geometry_of"]
 
 
 def geometry_of(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
@@ -118,11 +118,3 @@ class Conv4Bit(CodedModule, _Conv):
 
 for _dense in (nn.Conv1d, nn.Conv2d):
     LAYERS.update({(_dense, 4): Conv4Bit, (_dense, 8): Conv4Bit, (_dense, 16): HalfConv})
-
-CONVOLUTIONS = [
-    stored_class(dense, names, bits)
-    for dense, bits in LAYERS
-    if dense in (nn.Conv1d, nn.Conv2d)
-    for names in [("weight",), ("weight", "bias")][: 1 if bits < 16 else 2]
-]
-"""The generated classes of these layers."""
