@@ -22,10 +22,12 @@ from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.half import Half
 from lowmem.nn.stored_module import StoredModule, as_part, file_names, format_keys
 from lowmem.transforms.adapters import add_placed
-from lowmem.transforms.convert import commit, keep_shared_biases, store_parameters, weight_key
+from lowmem.transforms.commit import commit
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import places_of
 from lowmem.transforms.registry import layer_name, module_paths, skip_reason
+from lowmem.transforms.store import store_parameters
+from lowmem.transforms.ties import keep_shared_biases, weight_key
 
 __all__ = ["adapter_skip_reason", "assign", "build", "check_adapter", "convert_skeleton"]
 

@@ -26,10 +26,10 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.calibration.batches import check_batch, run_batch
 from lowmem.transforms.calibration.replay import evaluation_mode
-from lowmem.transforms.convert import one_at_a_time, replace_modules
+from lowmem.transforms.commit import one_at_a_time, replace_modules
 from lowmem.transforms.placement import place_name
-from lowmem.transforms.refusals import refuse_layers, refuse_model
-from lowmem.transforms.registry import layer_name, module_paths, refuse_peft
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
+from lowmem.transforms.registry import layer_name, module_paths
 
 __all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
 

@@ -40,9 +40,11 @@ from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.scales import get_encoding
 from lowmem.transforms.bits import SMALLEST, Empty, text_of
-from lowmem.transforms.convert import Store, commit, convert, freeze_all_but_adapters, rebuild_all
+from lowmem.transforms.commit import commit, freeze_all_but_adapters
+from lowmem.transforms.convert import convert, rebuild_all
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import Technique, stored_by
+from lowmem.transforms.store import Store
 
 __all__ = [
     "OPTIMIZERS",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import is_inference_mode_enabled, nn
@@ -12,7 +12,7 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.registry import check_module, layer_name
 
-__all__ = ["refuse_layers", "refuse_model", "refuse_prepared", "refuse_sharded"]
+__all__ = ["is_of_peft", "refuse_layers", "refuse_model", "refuse_peft", "refuse_prepared", "refuse_sharded"]
 
 
 def refuse_model(name: str, model: nn.Module) -> None:
@@ -86,6 +86,39 @@ def refuse_prepared(name: str, module: nn.Module, path: str) -> None:
             f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
             "and prepare_training again afterwards"
         )
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module's class is one of PEFT, or derives from one."""
+    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def refuse_peft(
+    model: nn.Module, layers: Collection[nn.Module], *, freezes: bool = False, merges: bool = False
+) -> None:
+    """Raise if adapters of PEFT would be frozen, or no longer fit: those around layers to change, or all of them.
+
+    Args:
+        model: any module.
+        layers: the layers to change; without any, a model that holds PEFT's is refused, since PEFT is why.
+        freezes: whether the rest of the model will be frozen.
+        merges: whether adapters are merged into the layers.
+
+    Raises:
+        ValueError: there are such layers; the first is named.
+    """
+    for path, module in model.named_modules():
+        if is_of_peft(module):
+            inside = next((inner for inner, layer in module.named_modules(prefix=path) if layer in layers), None)
+            if inside is not None or freezes or not layers:
+                where = f"the model holds {layer_name(path)}," if path else "the model is"
+                where = where if inside is None else f"{layer_name(inside)} is inside {layer_name(path)},"
+                remedy = "call merge_and_unload() first"
+                if merges:
+                    lost = "were trained on the weights as they are now" if layers else "are not lowmem's"
+                else:
+                    lost, remedy = "would be frozen", f"convert the base before get_peft_model, or {remedy}"
+                raise ValueError(f"{where} a {type(module).__name__} of PEFT, whose adapters {lost}: {remedy}")
 
 
 def refuse_sharded(name: str, model: nn.Module) -> None:
