@@ -45,7 +45,7 @@ def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 @one_at_a_time
 def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
-    """Turn modules, in place, into what ``rebuild`` has made of them.
+    """Turn modules, in place, into what ``rebuild`` has made of them; if some get adapters, freeze the rest.
 
     Raises:
         RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
@@ -63,6 +63,8 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Non
     integrations = import_integrations(model)
     share_tied_adapters(made.values())
     replace_modules(model, made)
+    if any(isinstance(new, AdaptedModule) for new in made.values()):
+        freeze_all_but_adapters(model)
     for integration in integrations:
         integration.adopt(model)
 

@@ -21,9 +21,9 @@ from lowmem.nn.half import Half
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.assign import divided, techniques_by_layer
-from lowmem.transforms.bits import Empty, check_at_most, refuse_more_bits, text_of
+from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of
 from lowmem.transforms.budget import Chosen
-from lowmem.transforms.commit import commit, freeze_all_but_adapters
+from lowmem.transforms.commit import commit
 from lowmem.transforms.dense_report import left_dense
 from lowmem.transforms.placement import unnamed_places, warning_of_ties, warning_of_unnamed
 from lowmem.transforms.refusals import refuse_layers
@@ -97,8 +97,7 @@ def convert(
     where = _asked_once(where) if callable(where) else where
 
     def without_values(*others: Technique) -> dict[nn.Module, nn.Module]:
-        store = Store()
-        return rebuild_all(model, others, where, skip, parameters, lambda technique: store.by(Empty(technique)))
+        return rebuild_all(model, others, where, skip, parameters, Store(empty=True).by)
 
     if at_most is not None:
         check_at_most(at_most)
@@ -111,17 +110,12 @@ def convert(
     if at_most is not None:
         refuse_more_bits(model, replacements, at_most, without_values)
     paths = module_paths(model)
-    adapted = [layer for layer, new in replacements.items() if isinstance(new, AdaptedModule)]
-    refuse_layers("convert", {layer: paths[layer][0] for layer in adapted})
-    first = type(techniques[0])
-    told = [] if first is LoRA else [left_dense(model, replacements, first, where, skip)]
-    adapts = any(isinstance(t, LoRA) for t in techniques)
+    adapted = {layer: paths[layer][0] for layer, new in replacements.items() if isinstance(new, AdaptedModule)}
+    refuse_layers("convert", adapted)
+    told = [left_dense(model, replacements, type(techniques[0]), where, skip), warning_of_ties(model, adapted)]
     unnamed = unnamed_places(model, adapted, where)
-    told.append(warning_of_ties(model, adapted))
     commit(model, replacements)
-    if adapts:
-        freeze_all_but_adapters(model)
-        told.append(warning_of_unnamed(model, "default", unnamed))
+    told.append(warning_of_unnamed(model, "default", unnamed))
     for text in filter(None, told):
         warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
     return model

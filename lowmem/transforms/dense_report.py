@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowmem.nn.adapter import LoRA
 from lowmem.nn.stored_module import StoredModule, dense_bytes
 from lowmem.transforms.registry import Technique, module_paths, parameters_to_store, skip_reason
 from lowmem.transforms.select import select_modules
@@ -25,12 +26,14 @@ def left_dense(
     where: Callable[[str, nn.Module], bool] | None,
     skip: str | Iterable[str],
 ) -> str | None:
-    """Return what to warn of: more than a tenth of the bytes stay dense, and nobody asked for that.
+    """Return the warning if more than a tenth of the bytes stay dense unasked; None otherwise, and for ``LoRA``.
 
     Counted are the bytes of the dense model, of parameters and floating-point buffers, also of what was stored
     before; those of modules that ``where`` and ``skip`` leave out do not stay dense unasked. A few bytes are told of
     where matrices are a tenth.
     """
+    if technique is LoRA:
+        return None
     seen: set[int] = set()
     total, matrices, left = 0, 0, Counter[str]()
     chosen = select_modules(model, where, skip)

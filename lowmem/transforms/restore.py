@@ -15,6 +15,7 @@ from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.select import select_modules
+from lowmem.transforms.ties import parameter_owners
 
 __all__ = ["floating_dtype", "restore"]
 
@@ -57,18 +58,15 @@ def restore(
     refuse_model("restore", model)
     for path, one in model.named_modules():
         refuse_prepared("restore", one, path)
-    found: dict[StoredModule, str] = {}
     selected = select_modules(model, where, skip)
-    for module, path in selected.items():
-        if isinstance(module, StoredModule):
-            found[module] = path
+    found = {module: path for module, path in selected.items() if isinstance(module, StoredModule)}
     if not found:
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
     refuse_layers("restore", found)
     _refuse_partial_ties(model, found)
     cast_to = {} if dtype is None else _cast_dense(model, selected, dtype)
     dense: dict[int, nn.Parameter] = {}
-    copies: dict[nn.Module, nn.Module] = {}
+    copies: dict[StoredModule, nn.Module] = {}
     for module in found:
         values: dict[str, Tensor | None] = {}
         for name in module.forms:
@@ -105,16 +103,14 @@ def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) ->
     Raises:
         ValueError: there is such a module; both are named.
     """
-    parts = {id(getattr(module, part)): path for module, path in found.items() for part in module.part_names}
-    for layer, paths in module_paths(model).items():
-        if layer in found:
-            continue
-        path = next((parts[id(one)] for one in layer._parameters.values() if id(one) in parts), None)
-        if path is not None:
-            raise ValueError(
-                f"{layer_name(path)}: what it stores is shared with {layer_name(paths[0])}, which where= and skip= "
-                "leave: restore both, or neither"
-            )
+    owners = parameter_owners(model)
+    for module, path in found.items():
+        for owner, other in (one for part in module.part_names for one in owners[id(getattr(module, part))]):
+            if owner not in found:
+                raise ValueError(
+                    f"{layer_name(path)}: what it stores is shared with {layer_name(other)}, which where= and skip= "
+                    "leave: restore both, or neither"
+                )
 
 
 def _cast_dense(

@@ -36,19 +36,25 @@ _FORMS: dict[type, type[Form]] = {Half: HalfForm, EightBit: EightBitForm, FourBi
 
 
 class Store:
-    """Stores each weight once per technique, so that layers with a shared weight share the stored one."""
+    """Stores each weight once per technique, so that layers with a shared weight share the stored one.
 
-    def __init__(self) -> None:
+    Args:
+        empty: store on the meta device, without values.
+    """
+
+    def __init__(self, empty: bool = False) -> None:
+        self._empty = empty
         self._known: dict[Any, tuple[Tensor, Any]] = {}
 
     def by(self, technique: Any) -> Callable[[Tensor, str], Any]:
-        """Return ``technique.store`` with a cache."""
+        """Return ``technique.store``, or ``technique.skeleton`` if empty, with a cache."""
+        make = technique.skeleton if self._empty else technique.store
         how = replace(technique, compute_dtype=None) if isinstance(technique, FourBit | EightBit) else technique
 
         def store(tensor: Tensor, name: str) -> Any:
             key = how, weight_key(tensor)
             if key not in self._known:
-                self._known[key] = tensor, technique.store(tensor, name)  # keeps tensor alive: key has its address
+                self._known[key] = tensor, make(tensor, name)  # keeps tensor alive: key has its address
             return self._known[key][1]
 
         return store
