@@ -18,6 +18,7 @@ import tempfile
 import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,20 +105,17 @@ def load(folder: Path, technique: str, dtype: str) -> Loaded:
     """
     from transformers import AutoModelForCausalLM
 
-    from lowmem.integrations.transformers import LowmemConfig
+    from lowmem.integrations.transformers import LowmemConfig, from_exact
 
     figures: dict[str, float] = {}
-    config = LowmemConfig(TECHNIQUES.get(technique, "exact"))
     kind = technique.partition(": ")[2]
-    folder = folder if not kind else folder / kind / ("" if kind == "gguf" else "folder")
-    more = {"gguf_file": "model.gguf"} if kind == "gguf" else {}
-    model = _record(
-        figures,
-        "load",
-        lambda: AutoModelForCausalLM.from_pretrained(
-            folder, quantization_config=config, dtype=getattr(torch, dtype), local_files_only=True, **more
-        ),
-    )
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype)}
+    if kind:
+        source = folder / kind / ("model.gguf" if kind == "gguf" else "folder")
+        model = _record(figures, "load", lambda: from_exact(source, **options))
+    else:
+        options |= {"quantization_config": LowmemConfig(TECHNIQUES[technique]), "local_files_only": True}
+        model = _record(figures, "load", lambda: AutoModelForCausalLM.from_pretrained(folder, **options))
     stored = [
         module.stored_size(name)
         for module in model.modules()

@@ -39,18 +39,18 @@ Technique = FourBit | EightBit
 
 CHOICES: Mapping[str, tuple[Technique, str]] = MappingProxyType(
     {
-        'FourBit("nf4")': (FourBit("nf4"), "QLoRA as published, or bitsandbytes shall read it"),
-        'FourBit("bof4s")': (FourBit("bof4s"), "as small; which of both loses less depends on the model"),
-        "FourBit()": (FourBit(), "unless you know better"),
-        'FourBit("bof4s", 16)': (FourBit("bof4s", 16), "4 bits shall lose little, and no data is there"),
-        "EightBit()": (EightBit(), "next to nothing may be lost"),
+        'FourBit("nf4")': (FourBit("nf4"), "you want QLoRA as published, or a model for bitsandbytes"),
+        'FourBit("bof4s")': (FourBit("bof4s"), "memory matters most; compare it with nf4 on your model"),
+        "FourBit()": (FourBit(), "you have no special need: the default"),
+        'FourBit("bof4s", 16)': (FourBit("bof4s", 16), "you want the best 4 bits without calibration data"),
+        "EightBit()": (EightBit(), "the model must lose almost nothing"),
     }
 )
 """By the code that makes it: the technique, and when to take it."""
 
 JUDGES, TOKENS, ROWS = 128, 256, 8  # paragraphs for the encoder; tokens of a row, and rows, for the language model
 LAYERS = 6  # that are timed
-COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed", "Take it where"]
+COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed", "Use it when"]
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from lowmem.finetuning.state import States
 from lowmem.finetuning.text import Example, Texts, read_examples
 from lowmem.io.adapters import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
-from lowmem.io.export.exported import Exported
-from lowmem.io.export.targets import export
+from lowmem.io.formats.export import export
+from lowmem.io.formats.exported import Exported
 from lowmem.kernels import backend
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapted_weight import AdaptedWeight

@@ -18,8 +18,8 @@ from hypothesis import strategies as st
 
 from lowmem.errors import FileError
 from lowmem.io.container import DIGEST, MAGIC
-from lowmem.io.foreign import gguf
-from tests.io.foreign.written import text, typed
+from lowmem.io.formats.gguf import container as gguf
+from tests.io.formats.written import text, typed
 from tests.selection import FULL, PROFILE
 
 try:

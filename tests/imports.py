@@ -1,4 +1,4 @@
-"""The imports of ``lowmem``, and their picture: ``python -m tests.imports`` draws it into docs/architecture.md."""
+"""The imports of ``lowmem``: ``python -m tests.imports`` writes what docs/architecture.md shows of them."""
 
 import ast
 import re
@@ -12,6 +12,8 @@ MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"
 DOORS = ("__init__.py", "__main__.py")  # they re-export, or start what the folders do
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 DRAWN = re.compile(r"```mermaid\n.*?```\n", re.DOTALL)
+LISTED = re.compile(r"\| \| used in \|\n(?:\|.*\n)+")
+OTHERS = ("torch", "transformers", "peft", "numpy", "safetensors", "rich")
 
 
 def module_name(path: str) -> str:
@@ -64,10 +66,47 @@ def drawn(graph: dict[str, set[str]]) -> str:
     return "\n".join(["```mermaid", "graph TD", *sorted(edges), "```", ""])
 
 
+def dotted(node: ast.AST) -> str:
+    """Return the path of an attribute, as torch.nn.Linear; "" if it does not begin with a name."""
+    if isinstance(node, ast.Attribute):
+        return f"{owner}.{node.attr}" if (owner := dotted(node.value)) else ""
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def is_private(path: str) -> bool:
+    parts = path.split(".")
+    inner = parts[0] == "transformers" and len(parts) > 2 and parts[1].islower()  # its root is what it documents
+    return parts[0] in OTHERS and (inner or any(part.startswith("_") and part[-2:] != "__" for part in parts))
+
+
+def private_names(tree: ast.Module) -> set[str]:
+    """Return the private names of other libraries that a module imports, or writes as attributes of torch."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{one.name}" for one in node.names}
+        elif isinstance(node, ast.Import):
+            found |= {one.name for one in node.names}
+        elif isinstance(node, ast.Attribute):
+            found.add(dotted(node))
+    found = {name for name in found if is_private(name)}
+    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
+
+
+def names_listed() -> str:
+    """Return the table of the private names of other libraries, and the folders that use each."""
+    used: dict[str, set[str]] = {}
+    for path in MODULES:
+        for name in private_names(ast.parse((PACKAGE / path).read_text(encoding="utf8"))):
+            used.setdefault(name, set()).add(path.partition("/")[0].removesuffix(".py"))
+    rows = [f"| `{name}` | {', '.join(sorted(used[name]))} |" for name in sorted(used)]
+    return "\n".join(["| | used in |", "| :-- | :-- |", *rows, ""])
+
+
 def main() -> None:
-    """Draw the imports of now into the page."""
-    text = PAGE.read_text(encoding="utf8")
-    PAGE.write_text(DRAWN.sub(lambda _: drawn(reduced(folder_imports())), text, count=1), encoding="utf8")
+    """Write the imports of now into the page."""
+    text = DRAWN.sub(lambda _: drawn(reduced(folder_imports())), PAGE.read_text(encoding="utf8"), count=1)
+    PAGE.write_text(LISTED.sub(lambda _: names_listed(), text, count=1), encoding="utf8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Imports point one way, importing stays lean, and every module has its mirror test."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -7,7 +8,21 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import lowmem
-from tests.imports import DOORS, DRAWN, MODULES, PAGE, drawn, folder_imports, imports_of, module_name, reduced
+from tests.imports import (
+    DOORS,
+    DRAWN,
+    LISTED,
+    MODULES,
+    OTHERS,
+    PAGE,
+    dotted,
+    drawn,
+    folder_imports,
+    imports_of,
+    module_name,
+    names_listed,
+    reduced,
+)
 
 ROOT = Path(__file__).parents[1]
 
@@ -109,3 +124,19 @@ def test_everything_public_is_exported_and_documented():
     for name in lowmem.__all__:
         assert hasattr(lowmem, name)
         assert name in ("FORMATS", "VARIANTS", "__version__") or getattr(lowmem, name).__doc__
+
+
+def test_the_page_lists_the_private_names_of_other_libraries():
+    (listed,) = LISTED.findall(PAGE.read_text(encoding="utf8"))
+    assert listed == names_listed(), "write the list again: python -m tests.imports"
+
+
+def test_nothing_is_assigned_to_another_library():
+    """But for ``nn.Module.__call__`` while memory is measured, which torch.fx replaces in the same way."""
+    assigned = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse((Path(lowmem.__file__).parent / path).read_text(encoding="utf8"))):
+            targets = node.targets if isinstance(node, ast.Assign) else []
+            names = {dotted(target) for target in targets if isinstance(target, ast.Attribute)}
+            assigned |= {name for name in names if name.partition(".")[0] in {*OTHERS, "nn", "functional"}}
+    assert assigned == {"nn.Module.__call__"}

@@ -17,8 +17,8 @@ from lowmem.finetuning.text import read_examples
 from lowmem.io.adapters import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.export.gguf_fields import read_existing
-from lowmem.io.export.source import open_stored
+from lowmem.io.formats.gguf.fields import read_existing
+from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.report.timings import read_run
 from lowmem.testing.baseline import Key, read_figures, write_figures
@@ -27,12 +27,12 @@ from lowmem.tools.data import load_data
 from lowmem.transforms.calibration.finished_units import FinishedUnits
 from tests import fuzzing
 from tests.fuzzing import Reader
-from tests.io.foreign import peft_model
-from tests.io.foreign.test_hostile_folders import CONFIGS, parts_of
-from tests.io.foreign.test_hostile_folders import write as write_shards
-from tests.io.foreign.written import LLAMA, gguf, read_all
+from tests.io.formats import peft_model
+from tests.io.formats.test_hostile_folders import CONFIGS, parts_of
+from tests.io.formats.test_hostile_folders import write as write_shards
+from tests.io.formats.written import LLAMA, gguf, read_all
 
-SAMPLES = Path(__file__).parent / "io/foreign/samples"
+SAMPLES = Path(__file__).parent / "io/formats/samples"
 SAMPLED = sorted(file.name for file in SAMPLES.iterdir() if file.suffix in (".safetensors", ".gguf"))
 KEY = Key("portable", "2.13", 2)
 FIELDS = {

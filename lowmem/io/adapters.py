@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import printable, quoted, refusal, show
-from lowmem.io.atomic import open_regular, read_errors
+from lowmem.io.atomic import starts_with
 from lowmem.io.checkpoint import as_in_file, how_stored
 from lowmem.io.container import read, write_tensors
-from lowmem.io.export.gguf_adapter import write_gguf_adapter
-from lowmem.io.export.peft_adapter import write_peft
-from lowmem.io.foreign.gguf import MAGIC
-from lowmem.io.foreign.peft_folder import CONFIG, PICKLES, WEIGHTS, read_peft
+from lowmem.io.formats.gguf.adapter import write_gguf_adapter
+from lowmem.io.formats.gguf.container import MAGIC
+from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, read_peft
+from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
 from lowmem.io.wrappers import unwrap
@@ -229,11 +229,8 @@ def _refuse_foreign(path: Path) -> None:
     """Raise a FileError that says what another program's file is, and what to load in its place."""
     if path.name in (WEIGHTS, CONFIG, *PICKLES):
         raise refusal(path, f"it is a part of a folder of PEFT: name the folder, {quoted(path.parent)}", "load")
-    with open_regular(path) as file, read_errors(path):
-        if file.read(len(MAGIC)) == MAGIC:
-            raise refusal(
-                path, "it is a GGUF file, and adapters are read from lowmem's files and PEFT's folders", "load"
-            )
+    if starts_with(path, MAGIC):
+        raise refusal(path, "it is a GGUF file, and adapters are read from lowmem's files and PEFT's folders", "load")
 
 
 @one_at_a_time

@@ -35,7 +35,9 @@ __all__ = [
     "open_regular",
     "owned",
     "read_errors",
+    "read_into",
     "scratch_folder",
+    "starts_with",
     "sync",
     "write_atomically",
     "write_errors",
@@ -239,6 +241,30 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(f"cannot read {quoted(path)}: it is a directory, a device or a pipe; name a regular file")
     return open(descriptor, "rb")
+
+
+def starts_with(path: Path, magic: bytes) -> bool:
+    """Whether the first bytes of a file are ``magic``.
+
+    Raises:
+        OSError: as ``open_regular``.
+    """
+    with open_regular(path) as file, read_errors(path):
+        return file.read(len(magic)) == magic
+
+
+def read_into(path: Path, file: BufferedReader, start: int, out: memoryview, part: str = "") -> None:
+    """Read bytes of a file from ``start`` on until ``out`` is full.
+
+    Raises:
+        FileError: the file ends before; ``part`` says where, as ", in tensor 'a'".
+        OSError: it cannot be read.
+    """
+    with read_errors(path):
+        file.seek(start)
+        count = file.readinto(out)
+    if count != len(out):
+        raise refusal(path, f"it was cut after it was opened{part}; get it again")
 
 
 def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:

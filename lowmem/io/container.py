@@ -18,7 +18,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedReader
+from io import BufferedIOBase, BufferedRandom, BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import FileError, refusal, show
-from lowmem.io.atomic import atomic_file, check_writable, map_file, open_regular, read_errors, write_errors
+from lowmem.io.atomic import atomic_file, check_writable, map_file, open_regular, read_errors, read_into, write_errors
 from lowmem.io.safetensors import Header, Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
 __all__ = [
@@ -40,6 +40,7 @@ __all__ = [
     "open_checkpoint",
     "read",
     "write",
+    "write_plain",
     "write_tensors",
 ]
 
@@ -100,29 +101,39 @@ def write(
     path = Path(path)
     check_writable(path)
     header = _header(specs, metadata)
-    start = encode(header)
-    missing = dict(header.tensors)
     with atomic_file(path) as file:
-        with write_errors(path):
-            file.write(start)
-        for name, tensor in tensors:
-            placed = missing.pop(name, None)
-            if placed is None:
-                raise ValueError(f"tensor {show(name)} {'came twice' if name in specs else 'is not in the specs'}")
-            if (spec := _spec(name, tensor)) != placed.spec:
-                raise ValueError(f"tensor {show(name)} is {spec}, and the specs say {placed.spec}")
-            content = bytes_of(tensor)
-            with write_errors(path):
-                file.seek(len(start) + placed.begin)
-                file.write(content)
-            del tensor, content  # before the next one is made
-        if missing:
-            raise ValueError(f"{len(missing)} tensors did not come, the first of them {show(next(iter(missing)))}")
+        _write(path, file, header, tensors)
         with write_errors(path):
             digest = _digest(file)
             file.seek(DIGEST.start)
             file.write(digest)
     return digest.decode()
+
+
+def write_plain(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a file as any program reads it, as ``write`` does, but without lowmem's digest and metadata."""
+    with atomic_file(path) as file:
+        _write(path, file, Header({"format": "pt"}, place(specs)), tensors)
+
+
+def _write(path: Path, file: BufferedRandom, header: Header, tensors: Iterable[tuple[str, Tensor]]) -> None:
+    start, missing = encode(header), dict(header.tensors)
+    with write_errors(path):
+        file.write(start)
+    for name, tensor in tensors:
+        placed = missing.pop(name, None)
+        if placed is None:
+            why = "came twice" if name in header.tensors else "is not in the specs"
+            raise ValueError(f"tensor {show(name)} {why}")
+        if (spec := _spec(name, tensor)) != placed.spec:
+            raise ValueError(f"tensor {show(name)} is {spec}, and the specs say {placed.spec}")
+        content = bytes_of(tensor)
+        with write_errors(path):
+            file.seek(len(start) + placed.begin)
+            file.write(content)
+        del tensor, content  # before the next one is made
+    if missing:
+        raise ValueError(f"{len(missing)} tensors did not come, the first of them {show(next(iter(missing)))}")
 
 
 def read(path: str | os.PathLike[str]) -> TensorFile:
@@ -190,11 +201,8 @@ class Checkpoint:
         """
         placed = self._tensors[name]
         content = torch.empty(placed.spec.nbytes, dtype=torch.uint8)
-        with read_errors(self._path):
-            self._file.seek(self._start + placed.begin)
-            count = self._file.readinto(content.numpy().data)
-        if count != placed.spec.nbytes:
-            raise refusal(self._path, f"it was cut after it was opened, in tensor {show(name)}; get it again")
+        where = self._start + placed.begin
+        read_into(self._path, self._file, where, content.numpy().data, f", in tensor {show(name)}")
         return content.view(placed.spec.dtype).view(placed.spec.shape)
 
 

@@ -7,9 +7,7 @@ The result equals, byte for byte, the file that ``save`` writes for the same mod
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,11 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import printable, refusal, show
-from lowmem.io.atomic import check_writable
-from lowmem.io.container import Checkpoint, TensorSpec, open_checkpoint, write
-from lowmem.io.metadata import form_record
-from lowmem.io.shards import INDEX, index_of, read_index, shard_name, write_index
+from lowmem.errors import printable, show
+from lowmem.io.container import TensorSpec
+from lowmem.io.metadata import form_record, layer_of
+from lowmem.io.shards import check_target, write_model
+from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
@@ -31,9 +29,7 @@ from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of
 
-__all__ = ["Row", "Source", "convert_checkpoint", "divide"]
-
-_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+__all__ = ["Row", "convert_checkpoint"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
@@ -53,78 +49,6 @@ class Row:
     """How a converted tensor is stored."""
     chosen_because: str = ""
     """What its bits save of the loss of all tensors, if a ``Budget`` chose them."""
-
-
-class Source:
-    """A dense checkpoint: one safetensors file, or the shards of an index. Use it in a ``with`` statement.
-
-    Attributes:
-        specs: the dtype and shape of each tensor.
-        paths: of all its files.
-
-    Raises:
-        FileError: a file is no valid safetensors file, or the index does not match the files.
-        OSError: a file cannot be read.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._stack = ExitStack()
-        self._files: dict[str, Checkpoint] = {}
-        self.specs: dict[str, TensorSpec] = {}
-        self.paths: set[Path] = set()
-        try:
-            if not path.name.endswith(INDEX):
-                self._add(path, None)
-                return
-            names: dict[str, set[str]] = {}  # by file
-            for name, file in read_index(path).items():
-                names.setdefault(file, set()).add(name)
-            _check_listed(path, names)
-            self.paths.add(path.resolve())  # once it has been read: a link to itself is a RuntimeError here
-            for file in sorted(names):
-                self._add(path.with_name(file), names[file])
-        except BaseException:
-            self._stack.close()
-            raise
-
-    def __enter__(self) -> Source:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stack.close()
-
-    def read_tensor(self, name: str) -> Tensor:
-        """Read one tensor into newly allocated memory."""
-        return self._files[name].read_tensor(name)
-
-    def _add(self, path: Path, names: set[str] | None) -> None:
-        file = self._stack.enter_context(open_checkpoint(path))
-        if "lowmem" in file.metadata:
-            raise refusal(path, "lowmem wrote it already; convert the checkpoint that it was made from")
-        if not file.specs:
-            raise refusal(path, "it holds no tensors; name a checkpoint that has some")
-        for name in file.specs:
-            if "" in name.split("."):  # ".weight" would be taken for "weight"
-                raise refusal(path, f"its tensor {show(name)} has a name that no model's has; get it again")
-        if names is not None and names != set(file.specs):
-            wrong = min(names ^ set(file.specs))
-            raise refusal(path, f"it and its index differ in tensor {show(wrong)}; get them again from one source")
-        self.paths.add(path.resolve())
-        self._files |= dict.fromkeys(file.specs, file)
-        self.specs |= file.specs
-
-
-def _check_listed(path: Path, files: Iterable[str]) -> None:
-    """Raise if an index lists some of the shards that are named as parts of one model, and not all of them."""
-    found: dict[tuple[str, str], set[str]] = {}
-    for file in files:
-        match = _SHARD.fullmatch(file)
-        if match is not None:
-            found.setdefault((match[1], match[3]), set()).add(match[2])
-    for (name, count), numbers in found.items():
-        if len(numbers) != int(count):
-            shards = f"{show(name)} of {int(count)} shards"
-            raise refusal(path, f"it lists {len(numbers)} files of {shards}; get it again")
 
 
 def convert_checkpoint(
@@ -162,9 +86,7 @@ def convert_checkpoint(
         OSError: a file cannot be read or written.
     """
     source, target = Path(source), Path(target)
-    if target.name.endswith(INDEX):
-        raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
-    check_writable(target)
+    check_target(target)
     with Source(source) as opened:
         wanted = _wanted(opened.specs, list(include), list(exclude))
         chosen = _chosen(opened, wanted, technique, progress)
@@ -178,29 +100,16 @@ def convert_checkpoint(
                 if taken.setdefault(out, name) != name:
                     both = f"both {printable(taken[out], 80)} and {printable(name, 80)} would be {printable(out, 80)}"
                     raise ValueError(f"{both}; copy one as it is with --exclude")
-        shards = divide(plan, shard_bytes)
-        outputs = [target]
-        if shard_bytes is not None:
-            outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
-        for path in (*outputs, index_of(target)):
-            if path.resolve() in opened.paths:
-                raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
         rows: dict[str, Row] = {}
-        written: dict[str, tuple[str, dict[str, int]]] = {}
-        for path, names in zip(outputs, shards, strict=True):
-            specs = {out: spec for name in names for out, spec in plan[name].items()}
-            layers = {_layer(name): _record(chosen[name].technique) for name in names if name in wanted}
-            tensors = _converted(opened, names, chosen, rows, progress)
-            digest = write(path, specs, {"kind": "model", "layers": layers}, tensors)
-            written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
-        if shard_bytes is not None:
-            write_index(index_of(target), written)
+
+        def layers(names: list[str]) -> dict[str, Any]:
+            return {layer_of(name): _record(chosen[name].technique) for name in names if name in wanted}
+
+        def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+            return _converted(opened, names, chosen, rows, progress)
+
+        write_model(target, plan, shard_bytes, opened.paths, layers, tensors)
     return [rows[name] for name in sorted(rows)]
-
-
-def _layer(name: str) -> str:
-    """Return the path of the layer whose weight has a name."""
-    return name.removesuffix("weight").rstrip(".")
 
 
 def _chosen(
@@ -219,7 +128,7 @@ def _chosen(
     for name in sorted(wanted):
         tensor = _rows(opened.read_tensor(name))
         try:
-            unit = unit_of({_layer(name): tensor}, lambda _, weight: losses_of(weight))
+            unit = unit_of({layer_of(name): tensor}, lambda _, weight: losses_of(weight))
         except (ValueError, TypeError) as reason:
             raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
         assert unit is not None
@@ -266,28 +175,6 @@ def _outputs(name: str, spec: TensorSpec, technique: FourBit | EightBit | None) 
     skeleton = technique.skeleton(_rows(torch.empty(spec.shape, device="meta")))
     prefix = name.removesuffix("weight")
     return {prefix + part: TensorSpec.of(getattr(skeleton, part)) for part in ("packed", "scales")}
-
-
-def divide(plan: dict[str, dict[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
-    """Return the names of each file's tensors, sorted, of which ``plan`` has the specs of what replaces them.
-
-    Raises:
-        ValueError: a tensor that is larger than ``shard_bytes``.
-    """
-    if shard_bytes is None:
-        return [sorted(plan)]
-    shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name in sorted(plan):
-        size = sum(spec.nbytes for spec in plan[name].values())
-        if size > shard_bytes:
-            raise ValueError(f"shard size {shard_bytes} is less than the {size} bytes of {show(name)}; raise it")
-        if size > room and shards[-1]:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= size
-    return shards
 
 
 def _converted(

@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import FileError, refusal
-from lowmem.io.atomic import check_writable
-from lowmem.io.container import TensorSpec, write
-from lowmem.io.convert_checkpoint import divide
-from lowmem.io.foreign.recognize import ForeignFile, open_foreign
-from lowmem.io.foreign.requantizing import Requantizing, why_refused
-from lowmem.io.foreign.tensor import ForeignTensor
-from lowmem.io.metadata import form_record
-from lowmem.io.shards import INDEX, index_of, shard_name, write_index
+from lowmem.io.container import TensorSpec
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.recognize import ForeignFile, open_foreign
+from lowmem.io.formats.requantizing import Requantizing, why_refused
+from lowmem.io.metadata import form_record, layer_of
+from lowmem.io.shards import check_target, write_model
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.stored import FourBitForm
@@ -65,8 +63,7 @@ class _Plan:
     @property
     def path(self) -> str:
         """The key of the record: the layer's path, or the parameter's full name."""
-        name = self.tensor.name
-        return name.removesuffix("weight").rstrip(".") if name.rpartition(".")[2] == "weight" else name
+        return layer_of(self.tensor.name)
 
     def parts(self) -> dict[str, str]:
         """Return the name in the file of each stored part, or of the dense tensor ("")."""
@@ -125,30 +122,20 @@ def import_checkpoint(
         OSError: a file cannot be read or written.
     """
     source, target = Path(source), Path(target)
-    if target.name.endswith(INDEX):
-        raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
-    check_writable(target)
+    check_target(target)
     requantizing = Requantizing(requantize, list(include), technique)
     with open_foreign(source) as file:
         plans = _plans(source, file, requantizing, dtype)
-        shards = divide({name: plan.specs() for name, plan in plans.items()}, shard_bytes)
-        outputs = [target]
-        if shard_bytes is not None:
-            outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
-        for path in (*outputs, index_of(target)):
-            if path.resolve() in file.paths:
-                raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
         rows: dict[str, ImportedRow] = {}
-        written: dict[str, tuple[str, dict[str, int]]] = {}
-        for path, names in zip(outputs, shards, strict=True):
-            own = [plans[name] for name in names]
-            specs = {out: spec for plan in own for out, spec in plan.specs().items()}
-            layers = {plan.path: plan.record for plan in own if plan.record is not None}
-            content = _tensors(source, own, requantizing.errors, rows, progress)
-            digest = write(path, specs, {"kind": "model", "layers": layers}, content)
-            written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
-        if shard_bytes is not None:
-            write_index(index_of(target), written)
+
+        def layers(names: list[str]) -> dict[str, Any]:
+            return {plans[name].path: record for name in names if (record := plans[name].record) is not None}
+
+        def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+            return _tensors(source, [plans[name] for name in names], requantizing.errors, rows, progress)
+
+        specs = {name: plan.specs() for name, plan in plans.items()}
+        write_model(target, specs, shard_bytes, file.paths, layers, tensors)
     return [rows[name] for name in sorted(rows)]
 
 

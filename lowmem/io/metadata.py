@@ -30,6 +30,7 @@ __all__ = [
     "check_object",
     "flags_of",
     "form_record",
+    "layer_of",
     "lora_of",
     "record_errors",
     "technique_of",
@@ -69,6 +70,11 @@ def form_record(form: FourBitForm, compute_dtype: torch.dtype | None = None) -> 
     """Return the metadata record of a weight that is stored in a form."""
     technique = blockwise(form.format, form.block_size, form.scale_encoding, compute_dtype)
     return technique_record(technique, form.method, form.flags)
+
+
+def layer_of(name: str) -> str:
+    """Return where the record of a parameter is: at the path of the layer whose ``weight`` it is, or at its name."""
+    return name.removesuffix("weight").rstrip(".") if name.rpartition(".")[2] == "weight" else name
 
 
 def technique_of(record: object) -> tuple[Half | EightBit | FourBit, str | None]:

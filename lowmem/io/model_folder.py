@@ -5,25 +5,32 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors, sync, write_errors
+from lowmem.io.safetensors import parse_json, read_at_most
 from lowmem.io.shards import INDEX, read_index
 
 __all__ = [
+    "CONFIG",
     "WEIGHTS",
     "check_layers",
     "check_regular",
     "copy_others",
+    "quantization_of",
+    "read_config",
+    "read_model_config",
+    "read_object",
     "refuse_layers",
     "replace_files",
     "weights_in",
 ]
 
-WEIGHTS = "model.safetensors"
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MAX_CONFIG = 2**24  # bytes
 
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", INDEX)
 """Ends of the names of weights, in any format."""
@@ -43,6 +50,63 @@ _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_la
 """What configs call the number of their layers."""
 _COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)(?:_per_.*)?")
 """Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
+
+
+def read_config(
+    path: Path, limit: int = MAX_CONFIG, kind: str = "config", parse: Callable[[bytes], Any] = parse_json
+) -> Any:
+    """Return what a file of JSON holds, such as a model's config.json.
+
+    Raises:
+        FileError, OSError: the file is too large or damaged, or cannot be read.
+    """
+    text = read_at_most(path, limit, kind)
+    try:
+        return parse(text)
+    except (ValueError, RecursionError) as reason:
+        raise refusal(path, f"it is damaged: {reason}; get it again") from None
+
+
+def read_object(path: Path, *how: Any) -> dict[str, Any]:
+    """Return what a file of JSON holds, as ``read_config``, which has to be an object.
+
+    Raises:
+        FileError, OSError: as ``read_config``, or it is none.
+    """
+    content = read_config(path, *how)
+    if not isinstance(content, dict):
+        raise refusal(path, f"it is {show(content)}, and must be an object; get it again")
+    return content
+
+
+def read_model_config(path: Path) -> dict[str, Any]:
+    """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
+
+    Raises:
+        FileError, OSError: as ``read_config``, or it is no config of a model.
+    """
+    config = read_config(path)
+    if not isinstance(config, dict):
+        raise refusal(path, f"it is {show(config)}, and no config of a model; get it again")
+    _quantization_in(config, path)
+    return config
+
+
+def quantization_of(path: Path) -> dict[str, Any]:
+    """Return the ``quantization_config`` of a model's config.json, or nothing.
+
+    Raises:
+        FileError, OSError: the file is damaged, or cannot be read.
+    """
+    content = read_config(path)
+    return _quantization_in(content, path) if isinstance(content, dict) else {}
+
+
+def _quantization_in(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    found = config.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
+    return found or {}
 
 
 def check_regular(folder: Path) -> None:

@@ -8,18 +8,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import write_atomically
-from lowmem.io.container import FORMAT_VERSION, TensorFile, read
+from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.io.container import FORMAT_VERSION, TensorFile, TensorSpec, read, write
 from lowmem.io.safetensors import parse_json, read_at_most
 
-__all__ = ["INDEX", "index_of", "parse_index", "read_index", "read_model", "shard_name", "write_index"]
+__all__ = [
+    "INDEX",
+    "check_target",
+    "divide",
+    "index_of",
+    "parse_index",
+    "read_index",
+    "read_model",
+    "shard_name",
+    "write_index",
+    "write_model",
+]
 
 INDEX = ".index.json"
 MAX_INDEX = 2**26  # largest index that is read, in bytes
@@ -33,6 +44,78 @@ def shard_name(path: Path, number: int, count: int) -> Path:
 def index_of(path: Path) -> Path:
     """Return the path of the index of a sharded file."""
     return path.with_name(path.name + INDEX)
+
+
+def check_target(target: Path) -> None:
+    """Raise unless a model can be written to a file, or to shards with an index beside it.
+
+    Raises:
+        ValueError: it has the name of an index.
+        OSError: it cannot be written.
+    """
+    if target.name.endswith(INDEX):
+        raise ValueError(f"target={str(target)!r} is what an index is called; name a .safetensors file")
+    check_writable(target)
+
+
+def write_model(
+    target: Path,
+    plan: Mapping[str, Mapping[str, TensorSpec]],
+    shard_bytes: int | None,
+    sources: Collection[Path],
+    layers: Callable[[list[str]], dict[str, Any]],
+    tensors: Callable[[list[str]], Iterable[tuple[str, Tensor]]],
+) -> None:
+    """Write a model of lowmem's to a file, or to shards and then their index.
+
+    Args:
+        target: the file; shards are named after it.
+        plan: the specs of the tensors that are written for each weight.
+        shard_bytes: the most bytes of tensors per file; None: one file.
+        sources: files that are not overwritten.
+        layers: names of weights -> the records of their layers.
+        tensors: names of weights -> their tensors, one at a time.
+
+    Raises:
+        ValueError: a weight larger than ``shard_bytes``, or a target that is a source. Nothing was written.
+        OSError: a file cannot be written.
+    """
+    shards = divide(plan, shard_bytes)
+    outputs = [target]
+    if shard_bytes is not None:
+        outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
+    for path in (*outputs, index_of(target)):
+        if path.resolve() in sources:
+            raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
+    written: dict[str, tuple[str, dict[str, int]]] = {}
+    for path, names in zip(outputs, shards, strict=True):
+        specs = {out: spec for name in names for out, spec in plan[name].items()}
+        digest = write(path, specs, {"kind": "model", "layers": layers(names)}, tensors(names))
+        written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
+    if shard_bytes is not None:
+        write_index(index_of(target), written)
+
+
+def divide(plan: Mapping[str, Mapping[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
+    """Return the names of each file's tensors, sorted, of which ``plan`` has the specs of what replaces them.
+
+    Raises:
+        ValueError: a tensor that is larger than ``shard_bytes``.
+    """
+    if shard_bytes is None:
+        return [sorted(plan)]
+    shards: list[list[str]] = [[]]
+    room = shard_bytes
+    for name in sorted(plan):
+        size = sum(spec.nbytes for spec in plan[name].values())
+        if size > shard_bytes:
+            raise ValueError(f"shard size {shard_bytes} is less than the {size} bytes of {show(name)}; raise it")
+        if size > room and shards[-1]:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(name)
+        room -= size
+    return shards
 
 
 def write_index(path: Path, shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> None:

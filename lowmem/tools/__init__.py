@@ -7,14 +7,14 @@ __all__ = ["COMMANDS"]
 # name -> help text. The module of the same name is imported only when its command runs.
 COMMANDS = MappingProxyType(
     {
-        "stats": "what models cost: parameters, bytes, peak memory of a forward and a backward",
-        "compare": "how close the outputs of models come to those of a base",
+        "stats": "print the size of models and the peak memory of a forward and a backward",
+        "compare": "compare the outputs of models with those of a base model",
         "fit": "fine-tune a language model on text, or a variant on a classification task",
         "quantize": "convert a safetensors checkpoint or a Hugging Face folder to 4 or 8 bits, in bounded memory",
-        "merge": "merge an adapter into the model that it was trained on, and say what that loses",
-        "export": "write a model that lowmem stored as GGUF, or another program's folder, codes as they are",
-        "report": "write a page: what every variant of a model costs, how fast it is, what it loses",
-        "bundle": "write a directory as one reproducible, runnable zip",
-        "info": "versions, processor and kernel: what a bug report needs",
+        "merge": "merge an adapter into its base model, and measure the loss",
+        "export": "write a stored model as GGUF or as another program's folder, with the same codes",
+        "report": "write an HTML page with the memory, speed and error of a model's variants",
+        "bundle": "pack a directory into a reproducible, runnable zip",
+        "info": "print versions, processor and kernel for a bug report",
     }
 )

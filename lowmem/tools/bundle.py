@@ -64,7 +64,7 @@ def read_files(directory: str) -> dict[str, bytes]:
         OSError: a file cannot be read.
     """
     if not os.path.isdir(directory):  # Path("") would be the current directory
-        raise ValueError(f"directory={directory!r} is no directory; name a package or what holds one")
+        raise ValueError(f"directory={directory!r} is no directory; name a package, or a directory that holds one")
     root = Path(os.path.realpath(directory))
     package = os.path.isfile(root / "__init__.py")
     products = () if package else (root / "build", root / "dist")
@@ -79,7 +79,7 @@ def read_files(directory: str) -> dict[str, bytes]:
                 files[path.relative_to(base).as_posix()] = content
     except OSError as reason:
         where = reason.filename or str(path)
-        raise OSError(f"cannot read {where!r}: {reason.strerror}; make it readable or take it out") from reason
+        raise OSError(f"cannot read {where!r}: {reason.strerror}; make it readable or remove it") from reason
     if not files:
         raise ValueError(f"directory={directory!r} has no files besides caches and others that are always left out")
     return files
@@ -117,7 +117,7 @@ def _check_link(link: Path, root: Path) -> None:
         where = "outside the directory that is bundled"
     else:
         return
-    raise ValueError(f"link={str(link)!r} points {where}; replace it by a copy of what it stands for, or remove it")
+    raise ValueError(f"link={str(link)!r} points {where}; replace it by a copy of its target, or remove it")
 
 
 def runnable(files: Mapping[str, bytes], directory: str) -> dict[str, bytes]:
@@ -162,7 +162,7 @@ def archive(files: Mapping[str, bytes]) -> bytes:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("directory", metavar="DIRECTORY", help="a package, or a directory with one package to run")
-    parser.add_argument("name", metavar="NAME", help="where to write: NAME.zip, which must not exist")
+    parser.add_argument("name", metavar="NAME", help="write NAME.zip, which must not exist")
 
 
 def run(arguments: argparse.Namespace) -> int:

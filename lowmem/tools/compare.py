@@ -44,29 +44,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="a base and at least one other: VARIANT, module:factory, module:factory@VARIANT, or with --text folders "
-        "(default: bignet and every other variant)",
+        help="a base and at least one other model: VARIANT, module:factory, module:factory@VARIANT, or with --text "
+        "Hugging Face folders (default: bignet and every other variant)",
     )
     add_input_arguments(parser)
     parser.add_argument(
         "--tolerance",
         type=number,
         metavar="T",
-        help="exit with 1 when any largest difference is above T; 0 asks for equal outputs",
+        help="exit with 1 if a largest difference (with --text a divergence, or 1 - cosine) is above T",
     )
     parser.add_argument(
         "--text",
         type=file_path,
         metavar="FILE",
-        help="of folders: how models differ from the first on this text, and their speed; of language models the "
-        "perplexity, divergence and agreement, of encoders the cosine of embeddings; --tolerance is then the most "
-        "divergence, or the most that the cosine is below 1",
+        help="compare folders with the first one on this text: perplexity, divergence and agreement of language "
+        "models, the cosine of encoders' embeddings, and speed",
     )
     parser.add_argument(
         "--layers",
         action="store_true",
-        help="with --text: run the first model once more for each layer of another, in its place, and list what "
-        "loses most",
+        help="with --text: list the layers that lose most; runs the first model once per stored layer",
     )
     output = parser.add_mutually_exclusive_group()
     output.add_argument("--json", action="store_true", help="print JSON")
@@ -78,10 +76,10 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.text is not None:
         return _compare_text(arguments)
     if arguments.layers:
-        raise ValueError("--layers replaces layers while a text is read: name it with --text")
+        raise ValueError("--layers needs a text: add --text FILE")
     base, *others = known_models(arguments.models)
     if not others:
-        raise ValueError(f"models={base!r} is a base alone: name at least one other model to compare with it")
+        raise ValueError(f"models={base!r} is only a base: name at least one other model to compare with it")
     x = make_input(arguments)
     expected = _output(base, x, arguments.seed)
     differences = {}
@@ -137,7 +135,9 @@ def _compare_text(arguments: argparse.Namespace) -> int:
         ImportError: transformers is missing, or too old.
     """
     if (arguments.batch, arguments.input_shape, arguments.input_dtype) != (1, (1024,), "float32"):
-        raise ValueError("--batch, --input-shape and --input-dtype describe made inputs: with --text leave them out")
+        raise ValueError(
+            "--batch, --input-shape and --input-dtype describe a random input: with --text leave them out"
+        )
     folders = [(name, folder_of(name)) for name in arguments.models]
     for name, folder in folders:
         if folder is None:
@@ -145,7 +145,7 @@ def _compare_text(arguments: argparse.Namespace) -> int:
     if len(folders) < 2:
         raise ValueError(f"models={arguments.models!r}: name a base and at least one other folder to compare with it")
     text = _text(arguments.text)
-    from lowmem.integrations.transformers.language import compare_text
+    from lowmem.integrations.transformers.comparing import compare_text
 
     with progress(TimeRemainingColumn(table_column=uncut_column())) as bar:
         task = bar.add_task("layers", visible=arguments.layers)

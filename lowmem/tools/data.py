@@ -150,7 +150,7 @@ def _check_headers(x: tuple[tuple[int, ...], np.dtype], y: tuple[tuple[int, ...]
             f"y.shape={y_shape}, dtype={y_dtype} must be integer classes (examples,); save y.astype('int64')"
         )
     if x_shape[0] != y_shape[0]:
-        raise ValueError(f"x holds {x_shape[0]} examples and y {y_shape[0]}; they must be as many")
+        raise ValueError(f"x holds {x_shape[0]} examples and y {y_shape[0]}; both must have the same number")
     if x_shape[0] < 5:
         raise ValueError(f"{x_shape[0]} examples are too few to split into training and test; 5 is the least")
 

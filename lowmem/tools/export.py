@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.io.atomic import owned
-from lowmem.io.export.exported import Exported, total_error
-from lowmem.io.export.source import open_stored
-from lowmem.io.export.targets import TARGETS, export, target_of
+from lowmem.io.formats.export import export, target_of, targets
+from lowmem.io.formats.exported import Exported, total_error
+from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.shards import INDEX
 from lowmem.tools.import_file import DTYPES
 from lowmem.tools.models import MIB, check_links, file_path
@@ -27,23 +27,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=file_path,
         metavar="IN",
-        help="a folder that lowmem quantize or save_pretrained wrote, or a .safetensors file of lowmem's",
+        help="a folder of lowmem quantize or save_pretrained, or a .safetensors file of lowmem",
     )
-    parser.add_argument(
-        "out", type=file_path, metavar="OUT", help="what to write, where nothing is yet: OUT.gguf, or a folder"
-    )
-    parser.add_argument("--format", choices=list(TARGETS), help="default: what the name of OUT ends with")
+    parser.add_argument("out", type=file_path, metavar="OUT", help="OUT.gguf, or a folder; must not exist")
+    parser.add_argument("--format", choices=list(targets()), help="default: by the ending of OUT")
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="quantize again what the format cannot hold exactly, and print the error",
+        help="quantize weights again that the format cannot hold exactly, and print the error",
     )
-    parser.add_argument("--dtype", choices=list(SHORT), help="of gguf: write all weights dense, in this dtype")
+    parser.add_argument("--dtype", choices=list(SHORT), help="for gguf: write all weights dense, in this dtype")
     parser.add_argument(
         "--like",
         type=file_path,
         metavar="GGUF",
-        help="of gguf: an existing file of the same model, whose metadata and tokenizer are copied",
+        help="for gguf: copy metadata and tokenizer from this file of the same model",
     )
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 

@@ -22,47 +22,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="FOLDER of a causal language model of Hugging Face transformers; or a classifier: VARIANT, "
-        "module:factory, or module:factory@VARIANT",
+        help="the Hugging Face FOLDER of a causal language model; or a classifier: VARIANT, module:factory, or "
+        "module:factory@VARIANT",
     )
     parser.add_argument(
         "--data",
         metavar="FILE",
-        help="of a folder FILE.txt, or FILE.jsonl with text, prompt and completion, or messages in each line; of "
-        "others FILE.npz with x (examples, ...) and y, classes from 0, or synthetic, or digits, which needs "
+        help="for a folder: FILE.txt, or FILE.jsonl with text, prompt and completion, or messages in each line; for "
+        "a classifier: FILE.npz with x (examples, ...) and y (classes from 0), synthetic, or digits from "
         "scikit-learn (default synthetic)",
     )
-    parser.add_argument("--epochs", type=positive_int, metavar="N", help="default 1 of a folder, 10 of others")
-    parser.add_argument("--batch-size", type=positive_int, metavar="N", help="default 4 of a folder, 64 of others")
+    parser.add_argument(
+        "--epochs", type=positive_int, metavar="N", help="default: 1 for a folder, 10 for a classifier"
+    )
+    parser.add_argument(
+        "--batch-size", type=positive_int, metavar="N", help="default: 4 for a folder, 64 for a classifier"
+    )
     parser.add_argument(
         "--lr",
         type=positive_float,
-        help="learning rate of AdamW (default 0.0002 of a folder, 0.001 of others)",
+        help="learning rate of AdamW (default: 0.0002 for a folder, 0.001 for a classifier)",
     )
     parser.add_argument(
-        "--rank", type=positive_int, metavar="N", help="LoRA rank (default 16 of a folder, or the variant's)"
+        "--rank", type=positive_int, metavar="N", help="LoRA rank (default: 16 for a folder, or the variant's)"
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights, split and batches (default 0)")
     parser.add_argument(
-        "--dry-run", action="store_true", help="print the memory that this takes; train nothing, write nothing"
+        "--seed", type=seed, default=0, metavar="N", help="seed of weights, split and batches (default 0)"
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the memory that training takes; train and write nothing"
     )
     parser.add_argument(
         "--save",
         type=file_path,
         metavar="OUT",
-        help="of a folder: the folder to write, with the adapter in PEFT's format, which lowmem.load_adapter and "
-        "PEFT load, and training.json, which names the base and says how it was trained; of others: the trained "
-        "model, as one safetensors file",
+        help="for a folder: write a folder with the adapter in PEFT's format, and training.json with the base and "
+        "all settings; for a classifier: write the trained model as one safetensors file",
     )
     parser.add_argument(
         "--device",
         choices=DEVICES,
         default="cpu",
-        help="where to train: cuda is the first GPU, or of processes that torchrun has started each one's own "
-        "(default cpu)",
+        help="device to train on; cuda is the first GPU, or with torchrun each process's own GPU (default cpu)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
-    _add_language(parser.add_argument_group("of folders alone"))
+    _add_language(parser.add_argument_group("for folders only"))
 
 
 def _add_language(group: argparse._ArgumentGroup) -> None:
@@ -71,84 +75,88 @@ def _add_language(group: argparse._ArgumentGroup) -> None:
         "--bits",
         type=positive_float,
         metavar="B",
-        help="store the base in so many bits a weight, such as 4.4, by what each layer loses",
+        help="store the base in this many bits per weight, such as 4.4, divided among layers by their loss",
     )
     stored.add_argument(
         "--format",
         choices=[*FORMATS, *EIGHT_BIT, "bfloat16", "float16", "dense"],
-        help=f"how to store the base while the adapter trains (default {DEFAULT} in blocks of "
-        f"{DEFAULT_BLOCK_SIZE}; a stored folder stays as it is)",
+        help=f"format of the base while the adapter trains (default {DEFAULT} in blocks of "
+        f"{DEFAULT_BLOCK_SIZE}; a quantized folder keeps its format)",
     )
     group.add_argument(
         "--memory",
         choices=["fast", "lean", "plain"],
-        help="prepare_training: lean keeps in 8 bits what backward needs, plain prepares nothing (default fast)",
+        help="mode of prepare_training: lean saves activations in 8 bits, plain prepares nothing (default fast)",
     )
-    group.add_argument("--length", type=positive_int, metavar="N", help="most tokens of a row (default 512)")
-    group.add_argument("--steps", type=positive_int, metavar="N", help="how many updates, in place of --epochs")
-    group.add_argument("--accumulate", type=positive_int, metavar="N", help="batches that make an update (default 1)")
-    group.add_argument("--warmup", type=seed, metavar="N", help="steps in which the rate rises (default 0)")
-    group.add_argument("--decay", choices=list(DECAYS), help="of the rate after them (default cosine)")
-    group.add_argument("--clip", type=number, metavar="X", help="most norm of a gradient; 0: any (default 1)")
+    group.add_argument("--length", type=positive_int, metavar="N", help="tokens per row, at most (default 512)")
+    group.add_argument("--steps", type=positive_int, metavar="N", help="number of updates, instead of --epochs")
+    group.add_argument("--accumulate", type=positive_int, metavar="N", help="batches per update (default 1)")
+    group.add_argument("--warmup", type=seed, metavar="N", help="steps of rising learning rate (default 0)")
+    group.add_argument("--decay", choices=list(DECAYS), help="decay of the learning rate (default cosine)")
+    group.add_argument("--clip", type=number, metavar="X", help="clip gradients to this norm; 0: never (default 1)")
     held_out = group.add_mutually_exclusive_group()
-    held_out.add_argument("--eval-data", type=file_path, metavar="FILE", help="held-out text, as --data")
+    held_out.add_argument(
+        "--eval-data", type=file_path, metavar="FILE", help="held-out text, in a format that --data takes"
+    )
     held_out.add_argument(
         "--eval-share", type=positive_float, metavar="X", help="hold out this share of --data, below 1"
     )
     group.add_argument(
-        "--eval-every", type=positive_int, metavar="N", help="evaluate after so many steps, too (default: at the end)"
+        "--eval-every", type=positive_int, metavar="N", help="evaluate every N steps (default: only at the end)"
     )
     group.add_argument(
         "--patience",
         type=positive_int,
         metavar="N",
-        help="stop after so many evaluations without a better one, and save the best adapter",
+        help="stop after N evaluations without improvement, and save the best adapter",
     )
     group.add_argument(
-        "--skip-dense", action="store_true", help="leave out the perplexity of the dense model, which has to fit"
+        "--skip-dense", action="store_true", help="skip the perplexity of the dense model, if it does not fit"
     )
     group.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the state in OUT.training, bit for bit; begin where there is none",
+        help="continue from the state in OUT.training, bit for bit; without a state, start",
     )
-    group.add_argument("--save-every", type=positive_int, metavar="N", help="steps between states (default 50)")
+    group.add_argument("--save-every", type=positive_int, metavar="N", help="steps between saved states (default 50)")
     together = group.add_mutually_exclusive_group()
     together.add_argument(
         "--shard",
         action="store_true",
-        help="the processes that torchrun has started have a part of the model each (FSDP2)",
+        help="with torchrun: each process has a part of the model (FSDP2)",
     )
     together.add_argument(
-        "--replicate", action="store_true", help="each of them has the whole model (DistributedDataParallel)"
+        "--replicate",
+        action="store_true",
+        help="with torchrun: each process has the whole model (DistributedDataParallel)",
     )
     group.add_argument(
         "--timeout",
         type=positive_float,
         metavar="SECONDS",
-        help="how long one of them waits for the others, longer than it takes to load and save (default 600)",
+        help="with torchrun: how long a process waits for the others; must exceed loading and saving (default 600)",
     )
-    group.add_argument("--metrics", type=file_path, metavar="FILE.jsonl", help="write a line of JSON for each step")
-    group.add_argument("--plot", type=file_path, metavar="FILE.png", help="draw the losses (needs matplotlib)")
+    group.add_argument("--metrics", type=file_path, metavar="FILE.jsonl", help="write a JSON line for each step")
+    group.add_argument("--plot", type=file_path, metavar="FILE.png", help="plot the losses (needs matplotlib)")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.dry_run and arguments.device != "cpu":
-        raise ValueError(f"--dry-run counts a step on the CPU: leave --device={arguments.device} out")
+        raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     folder = folder_of(arguments.model)
     if folder is not None:
         return language.run(arguments, folder)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(
-            f"model={arguments.model!r} is no folder that is here, nor a variant ({', '.join(VARIANTS)}): name a "
+            f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name a "
             "folder of a language model, or module:factory"
         )
     for name in OPTIONS:
         if getattr(arguments, name) not in (None, False):
             option = f"--{name.replace('_', '-')}"
             raise ValueError(
-                f"{option} means nothing for model={arguments.model!r}, which is no folder of a language model: "
+                f"{option} does not apply to model={arguments.model!r}, which is not the folder of a language model: "
                 "leave it out"
             )
     for name, value in classifier.DEFAULTS.items():

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from lowmem.io.atomic import owned
-from lowmem.io.foreign.recognize import CONFIG, open_foreign, quantization_of
+from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
+from lowmem.io.model_folder import CONFIG, quantization_of
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.tools.models import MIB
@@ -29,12 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--requantize",
         action="store_true",
-        help="of another program's file: quantize again what cannot be kept exactly, and print the error",
+        help="for another program's file: quantize weights again that cannot be kept exactly, and print the error",
     )
     parser.add_argument(
         "--dtype",
         choices=list(DTYPES),
-        help="of another program's file: round dense tensors to it (default as they are)",
+        help="for another program's file: round dense tensors to this dtype (default: keep their dtype)",
     )
 
 

@@ -55,7 +55,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
     """Run the command for a folder."""
     how = "shard" if arguments.shard else "replicate" if arguments.replicate else None
     if arguments.timeout is not None and how is None:
-        raise ValueError("--timeout is how long processes wait for each other: add --shard or --replicate")
+        raise ValueError("--timeout applies to several processes: add --shard or --replicate")
     if arguments.timeout is not None and not 0.001 <= arguments.timeout <= _LONGEST:
         raise ValueError(f"--timeout={arguments.timeout:g} must be from 0.001 to {_LONGEST} seconds")
     timeout = TIMEOUT if arguments.timeout is None else timedelta(seconds=arguments.timeout)
@@ -112,7 +112,8 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
     if saved is not None and not arguments.resume:
         assert states is not None
         raise FileExistsError(
-            f"{str(states.folder)!r} holds a run that did not end: go on with --resume, or remove it to begin anew"
+            f"{str(states.folder)!r} has the state of an unfinished run: continue with --resume, or "
+            "remove it to start again"
         )
     for change in [] if states is None else states.changed:
         print(f"lowmem fit: {change}", file=sys.stderr)
@@ -128,7 +129,7 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
             outcome = found.train(states, lambda step: report(step, metrics))
     except KeyboardInterrupt:
         if states is not None:
-            print(f"lowmem fit: {states.kept()}; --resume goes on with it", file=sys.stderr)
+            print(f"lowmem fit: {states.kept()}; --resume continues from it", file=sys.stderr)
         raise
     finally:
         if metrics is not None:
@@ -162,7 +163,7 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
         )
     storing = job.technique if isinstance(job.technique, Half | Blockwise | Budget) else None
     given = job.folder, storing, job.rank, job.memory, job.settings.batch_size, job.length
-    from lowmem.integrations.transformers.causal import held_back
+    from lowmem.integrations.transformers.config_facts import held_back
 
     with held_back():
         found = plan_model(str(job.folder), lambda: plan_steps(*given))
@@ -223,8 +224,8 @@ class _Training:
         return outcome
 
     def _load(self, technique: Storing) -> nn.Module:
-        from lowmem.integrations.transformers.causal import check_shapes, held_back
         from lowmem.integrations.transformers.config import LowmemConfig
+        from lowmem.integrations.transformers.config_facts import check_shapes, held_back
         from lowmem.integrations.transformers.folder import load_folder
 
         try:

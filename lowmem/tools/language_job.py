@@ -11,7 +11,7 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -62,7 +62,7 @@ RANK = 16
 RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 
-Storing: TypeAlias = Half | EightBit | FourBit | Budget | Literal["exact"] | None
+Storing: TypeAlias = Half | EightBit | FourBit | Budget | None
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
 """What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, how the
@@ -174,7 +174,7 @@ def job_of(
     if arguments.data is None:
         raise ValueError(f"--data must name a FILE.txt or FILE.jsonl to train model={str(folder)!r} on")
     if arguments.resume and arguments.save is None:
-        raise ValueError("--resume goes on from the state beside OUT: name it with --save")
+        raise ValueError("--resume continues from the state beside OUT: name OUT with --save")
     share = arguments.eval_share
     if share is not None and share >= 1:
         raise ValueError(f"--eval-share={share:g} must be below 1")
@@ -182,10 +182,10 @@ def job_of(
     for name in ("eval_every", "skip_dense"):
         if getattr(arguments, name) not in (None, False) and not evaluates:
             option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} means nothing without held-out text: add --eval-data or --eval-share")
+            raise ValueError(f"{option} needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
-    from lowmem.integrations.transformers.causal import check_shapes, held_back, sizes_of
+    from lowmem.integrations.transformers.config_facts import check_shapes, held_back, sizes_of
     from lowmem.integrations.transformers.tokenizing import load_tokenizer
 
     with held_back(shown=False):  # what it says comes again when the model is loaded
@@ -198,8 +198,8 @@ def job_of(
             raise
     if rank > width:
         raise ValueError(
-            f"--rank={rank} is more than the {width} columns of the model's hidden states, beyond which an adapter "
-            "is no smaller than what it changes: lower it"
+            f"--rank={rank} is more than the {width} columns of the model's hidden states, so an adapter "
+            "would not be smaller than its weight: lower it"
         )
     length = arguments.length or min(LENGTH, positions or LENGTH)
     if positions is not None and length > positions:
@@ -250,14 +250,14 @@ def _technique(folder: Path, name: str | None, bits: float | None = None) -> tup
         FileError: the folder has an adapter already, is one, or is no model's.
         ValueError: it is stored already, and the format of another.
     """
-    from lowmem.integrations.transformers.causal import stored_by
+    from lowmem.integrations.transformers.config_facts import stored_by
 
     method = stored_by(folder)
     if method is not None and (name is not None or bits is not None):
         option = f"--format={name}" if bits is None else f"--bits={bits:g}"
-        raise ValueError(f"{option} means nothing for model={str(folder)!r}, which is stored already: leave it out")
+        raise ValueError(f"{option} does not apply to model={str(folder)!r}, which is stored already: leave it out")
     if method is not None:
-        return (None if method == "lowmem" else "exact"), False
+        return None, False
     if name == "dense":
         return None, True
     if name in ("bfloat16", "float16"):
@@ -310,7 +310,7 @@ def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
         for other, place in found[number + 1 :]:
             if path == place or place in path.parents:
                 raise ValueError(
-                    f"{option}={shown(str(path))} and {other}, {shown(str(place))}, are one place: rename one"
+                    f"{option}={shown(str(path))} and {other}, {shown(str(place))}, are the same place: rename one"
                 )
 
 

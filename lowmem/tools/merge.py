@@ -25,29 +25,29 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("base", type=file_path, metavar="BASE", help="the model file, which lowmem.save wrote")
-    parser.add_argument(
-        "adapter", type=file_path, metavar="ADAPTER", help="the file that save_adapter wrote, or a folder of PEFT"
-    )
+    parser.add_argument("base", type=file_path, metavar="BASE", help="a model file of lowmem.save")
+    parser.add_argument("adapter", type=file_path, metavar="ADAPTER", help="a file of save_adapter, or a PEFT folder")
     parser.add_argument("out", type=file_path, metavar="OUT", help="the model file to write")
-    parser.add_argument("--model", required=True, metavar="MODULE:FACTORY", help="what makes the dense model of BASE")
+    parser.add_argument(
+        "--model", required=True, metavar="MODULE:FACTORY", help="a callable that makes the dense model of BASE"
+    )
     parser.add_argument(
         "--to",
         choices=list(DTYPES),
-        help="make adapted layers dense in this dtype, which the factory that loads OUT has to give them "
-        "(default: as BASE stores them)",
+        help="make adapted layers dense in this dtype; the factory that loads OUT must make them in it (default: "
+        "keep the format of BASE)",
     )
     parser.add_argument(
         "--at-most",
         type=number,
         metavar="E",
-        help="write nothing and exit with 1 when a relative error after the merge is above E: a weight's, and with "
-        "--inputs the outputs' of a layer or the whole model",
+        help="write nothing and exit with 1 if a relative error after the merge is above E: of a weight, or with "
+        "--inputs of the outputs of a layer or the model",
     )
     parser.add_argument(
         "--inputs",
         metavar="MODULE:FUNCTION",
-        help="what returns an example batch: also report the errors of each layer's outputs, and the whole model's",
+        help="a callable that returns an example batch: also report the errors of the outputs of layers and model",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

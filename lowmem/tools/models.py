@@ -207,15 +207,15 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         type=shape,
         default=(1024,),
         metavar="N[,N]...",
-        help="shape of one input, without the batch (default 1024, BigNet's)",
+        help="shape of one input, without the batch dimension (default 1024, for BigNet)",
     )
     parser.add_argument(
         "--input-dtype",
         choices=["float32", "float64", "float16", "bfloat16", "int64"],
         default="float32",
-        help="dtype of the input; int64 gives zeros, which every vocabulary has (default float32)",
+        help="dtype of the input; int64 gives zeros, which are valid tokens (default float32)",
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of weights and input (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and input (default 0)")
 
 
 def make_input(arguments: argparse.Namespace) -> Tensor:

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowmem.io.atomic import owned
-from lowmem.io.convert_checkpoint import Row, Source, convert_checkpoint
+from lowmem.io.convert_checkpoint import Row, convert_checkpoint
 from lowmem.io.shards import INDEX
+from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit, blockwise
 from lowmem.nn.fourbit import FourBit
@@ -31,70 +32,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "source",
         type=file_path,
         metavar="IN",
-        help=f"a .safetensors file, a sharded one's {INDEX}, a folder of Hugging Face transformers, or another "
-        "program's 4-bit file or folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose codes "
-        "are kept",
+        help=f"a .safetensors file, a {INDEX} of shards, a Hugging Face folder, or another program's 4-bit file or "
+        "folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose codes are kept",
     )
     parser.add_argument(
-        "target", type=file_path, metavar="OUT", help="the .safetensors file to write, or the folder that is not yet"
+        "target",
+        type=file_path,
+        metavar="OUT",
+        help="the .safetensors file to write, or a folder that does not exist",
     )
     parser.add_argument(
         "--format",
         choices=[*FORMATS, *IMPORTED, *EIGHT_BIT],
-        help=f"default {DEFAULT} in blocks of {DEFAULT_BLOCK_SIZE}; q4_0, iq4_nl and uint4 are GGUF's own, which "
-        "lowmem export writes code for code",
+        help=f"default {DEFAULT} in blocks of {DEFAULT_BLOCK_SIZE}; lowmem export writes q4_0, iq4_nl and uint4 to "
+        "GGUF with the same codes",
     )
     parser.add_argument(
         "--bits",
         type=positive_float,
         metavar="B",
-        help="so many bits a weight in all, such as 4.4: each tensor gets 4 bits in blocks of 64, 32 or 16, or 8 "
-        "bits, by what it loses; the source is read twice",
+        help="bits per weight on average, such as 4.4: each tensor gets 4 bits in blocks of 64, 32 or 16, or 8 bits, "
+        "depending on its loss; IN is read twice",
     )
-    parser.add_argument("--block-size", type=positive_int, metavar="N", help="weights a scale (default the format's)")
-    parser.add_argument("--scales", choices=list(ENCODINGS), help="how scales are stored (default the format's)")
+    parser.add_argument(
+        "--block-size", type=positive_int, metavar="N", help="weights per scale (default: the format's)"
+    )
+    parser.add_argument("--scales", choices=list(ENCODINGS), help="encoding of the scales (default: the format's)")
     parser.add_argument(
         "--search",
         action=argparse.BooleanOptionalAction,
-        help="search for the scales that lose least (default the format's)",
+        help="search for the scales with the smallest error (default: the format's)",
     )
     parser.add_argument(
         "--embeddings",
         choices=["8bit", "4bit"],
-        help="of a folder: how embeddings and the output layer are stored (default 8bit); a file does not say which "
-        "tensors these are, and all become 4 bits",
+        help="for a folder: how to store embeddings and the output layer (default 8bit)",
     )
     parser.add_argument(
         "--include",
         action="append",
         metavar="GLOB",
-        help="convert only tensors so named, of another program's the dense ones; may be given again",
+        help="convert only tensors with such names; of another program's file, the dense tensors with such names; "
+        "may be repeated",
     )
     parser.add_argument(
         "--exclude",
         action="append",
         default=[],
         metavar="GLOB",
-        help="copy tensors so named, or of a folder's modules at such paths; may be given again",
+        help="do not convert tensors with such names, or a folder's modules at such paths; may be repeated",
     )
     parser.add_argument("--shard-size", type=size, metavar="SIZE", help="split the output, such as 2GB or 500MiB")
     parser.add_argument(
         "--calibrate",
         type=file_path,
         metavar="self|FILE",
-        help="of a folder: choose codes by what its layers get of a text (UTF-8), or of 4096 tokens that the model, "
-        "a causal one, generates itself with seed 0 at a temperature of 1",
+        help="for a folder: calibrate on a text (UTF-8), or on 4096 tokens that the causal language model generates "
+        "itself (seed 0, temperature 1)",
     )
     parser.add_argument(
         "--diagonal",
         action="store_true",
-        help="with --calibrate: search for scales by the mean square of each column of the inputs, in one run",
+        help="with --calibrate: only weigh columns by their mean square, in one run",
     )
     parser.add_argument(
         "--resume",
         type=file_path,
         metavar="DIR",
-        help="with --calibrate: keep there what is done, and go on with it after the command was ended",
+        help="with --calibrate: save finished blocks in DIR, and continue from them when the command is run again",
     )
     import_file.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
@@ -105,7 +110,7 @@ def run(arguments: argparse.Namespace) -> int:
     for option in ("embeddings", "search") if arguments.format in EIGHT_BIT else ():
         if getattr(arguments, option) is not None:
             raise ValueError(
-                f"--{option} means nothing for --format {arguments.format}, which has 8 bits: leave it out"
+                f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
     for path in (arguments.source, arguments.target):
         check_links(path)
@@ -198,7 +203,7 @@ def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | Eight
         ValueError: codes of 8 bits, which are not calibrated.
     """
     if isinstance(technique, EightBit):
-        raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: leave one of them out")
+        raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: use only one of them")
     text = None if str(arguments.calibrate) == "self" else arguments.calibrate
     if text is not None and not text.is_file():
         raise ValueError(f"--calibrate={shown(str(text))!r} is no file: name a text, or self")

@@ -30,12 +30,12 @@ OPTIONS = MappingProxyType(
 
 _TECHNIQUE = ("format", "block_size", "scales", "search")
 _CALIBRATION = ("calibrate", "diagonal", "resume")
-_NO_MODEL = "only the model of a dense folder can be run to calibrate it: leave it out"
+_NO_MODEL = "only a dense folder can be calibrated: leave it out"
 
 
 def _of_budget(option: str, given: frozenset[str]) -> str | None:
     if option in (*_TECHNIQUE, "embeddings") and "bits" in given:
-        return "--bits chooses it for each tensor: leave one of both out"
+        return "--bits chooses it for each tensor: use only one of them"
     return None
 
 
@@ -45,7 +45,7 @@ def _of_dense_file(option: str, given: frozenset[str]) -> str | None:
     if option in _CALIBRATION:
         return _NO_MODEL
     if option == "requantize":
-        return "nothing of a dense file is quantized yet: leave it out"
+        return "a dense file has no quantized tensors: leave it out"
     if option == "dtype":
         return "tensors of a dense file that are not converted are copied as they are: leave it out"
     return _of_budget(option, given)
@@ -53,15 +53,15 @@ def _of_dense_file(option: str, given: frozenset[str]) -> str | None:
 
 def _of_dense_folder(option: str, given: frozenset[str]) -> str | None:
     if option == "include":
-        return "it names tensors of a file: leave modules of a folder out by --exclude"
+        return "it names tensors of a file: leave it out, and exclude modules of a folder by --exclude"
     if option == "requantize":
-        return "nothing of a dense folder is quantized yet: leave it out"
+        return "a dense folder has no quantized tensors: leave it out"
     if option == "dtype":
-        return "from_pretrained(OUT, dtype=) says it of a folder: leave it out"
+        return "a folder gets its dtype from from_pretrained(OUT, dtype=): leave it out"
     if option in _CALIBRATION and "calibrate" not in given:
-        return "it says how --calibrate goes: give that, too, or leave it out"
+        return "it is an option of --calibrate: add --calibrate, or leave it out"
     if option == "resume" and "diagonal" in given:
-        return "--diagonal takes one run, of which nothing is kept: leave one of both out"
+        return "--diagonal runs the model once and keeps nothing to resume: use only one of them"
     return _of_budget(option, given)
 
 
@@ -71,13 +71,12 @@ def _of_kept(option: str, given: frozenset[str]) -> str | None:
     if option == "bits":
         return "another program's codes are kept as they are: leave it out, or take the dense model"
     if option == "exclude":
-        return "another program's codes and dense tensors are kept, but for those that --include names: leave it out"
+        return "another program's codes are kept, and dense tensors too unless --include names them: leave it out"
     if option == "embeddings":
         return "another program's codes are kept: leave it out"
     if option in _TECHNIQUE and not given & {"include", "requantize"}:
         return (
-            "another program's codes are kept as they are: say what to quantize, by --requantize or --include, or "
-            "leave it out"
+            "another program's codes are kept as they are: add --requantize or --include to quantize, or leave it out"
         )
     return None
 
@@ -89,15 +88,16 @@ KINDS: MappingProxyType[str, Callable[[str, frozenset[str]], str | None]] = Mapp
         "another program's": _of_kept,
     }
 )
-"""Kind of input -> for an option and all that were given, why it means nothing and what to do; None: it is heeded."""
+"""By kind of input: a function of an option and all given options that returns why the option does not apply, and the
+remedy; None if it applies."""
 
 
 def check_options(arguments: argparse.Namespace, kind: str) -> None:
-    """Raise a ValueError that names the first option which means nothing for a kind of input, a key of ``KINDS``."""
+    """Raise a ValueError that names the first option that does not apply to a kind of input, a key of ``KINDS``."""
     given = frozenset(name for name in OPTIONS if getattr(arguments, name) not in (None, False, []))
     if arguments.search is not None:
         given |= {"search"}  # --no-search is False
     for name, option in OPTIONS.items():
         why = KINDS[kind](name, given) if name in given else None
         if why is not None:
-            raise ValueError(f"{option} means nothing for {arguments.source.name!r}: {why}")
+            raise ValueError(f"{option} does not apply to {arguments.source.name!r}: {why}")

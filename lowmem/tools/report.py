@@ -64,7 +64,7 @@ class Measured:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
-        "model", nargs="?", default=BIGNET, metavar="MODEL", help="module:factory, your own model (default BigNet)"
+        "model", nargs="?", default=BIGNET, metavar="MODEL", help="your own model, as module:factory (default BigNet)"
     )
     parser.add_argument("target", type=file_path, metavar="OUT.html", help="the page to write")
     add_input_arguments(parser)
@@ -73,15 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=shape,
         default=(1, 8, 32, 128),
         metavar="N[,N]...",
-        help="batch sizes that are timed (default 1,8,32,128)",
+        help="batch sizes to time (default 1,8,32,128)",
     )
     parser.add_argument(
         "--run",
         type=file_path,
         dest="timed_run",
         metavar="FILE",
-        help="take BigNet's latency, and that of peers, from a run that pytest-benchmark stored, instead of timing "
-        "the variants now",
+        help="read the latency of BigNet and of other libraries from a stored run of pytest-benchmark, instead of "
+        "timing now",
     )
     parser.add_argument(
         "--verdict",
@@ -90,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="show what a gate said, as it wrote it in JSON; may be given again",
+        help="show the verdict of a gate from its JSON file; may be repeated",
     )
 
 
@@ -145,7 +145,7 @@ def check_extra(what: str) -> None:
             import_module(module)
     except ImportError as reason:
         raise ImportError(
-            f"{what} draws its charts with packages that are not all here ({reason}): pip install 'lowmem[report]'"
+            f"{what} needs packages for its charts that are missing ({reason}): pip install 'lowmem[report]'"
         ) from reason
 
 
@@ -218,7 +218,9 @@ def measure_variants(
                     bar.advance(task)
                     continue
                 if model is dense:
-                    raise ValueError(f"model={name!r}: it returned the same model twice; it must make one at a call")
+                    raise ValueError(
+                        f"model={name!r}: it returned the same model twice; it must make a new model in each call"
+                    )
                 losses[label] = _relative_error(expected, _outputs(name, model, x))
                 if grouped:
                     stored[label] = Stored.of(model)
@@ -298,7 +300,7 @@ def _check_model(arguments: argparse.Namespace) -> None:
     if model != BIGNET and (":" not in model or "@" in model):
         raise ValueError(f"model={model!r} must be module:factory: the report shows every variant of it")
     if model != BIGNET and arguments.timed_run is not None:
-        raise ValueError("--run holds times of BigNet, not of your model: leave it out, and the model is timed")
+        raise ValueError("--run holds times of BigNet, not of your model: leave it out to time your model")
 
 
 def of_a_run(name: str) -> str:

@@ -81,29 +81,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "models",
         nargs="*",
         metavar="MODEL",
-        help="VARIANT, module:factory, module:factory@VARIANT, or a folder of Hugging Face transformers, which gets "
-        "128 tokens, or as many as it has positions, unless an input is described (default: every variant of BigNet)",
+        help="VARIANT, module:factory, module:factory@VARIANT, or a Hugging Face folder (default: every variant of "
+        "BigNet); a folder gets 128 tokens, or as many as it has positions, unless you describe an input",
     )
     add_input_arguments(parser)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
-        "--all", action="store_true", help="list each layer of a module:factory, instead of those of one role as one"
+        "--all", action="store_true", help="list every layer of a module:factory instead of groups of similar layers"
     )
     kind.add_argument(
         "--plan",
         type=techniques,
         metavar="TECHNIQUES",
-        help="the memory that these take, without the weights: FourBit[:format[:block_size[:scales]]], "
-        "EightBit[:block_size[:scales]], Budget:bits, Half[:dtype], LoRA[:rank], joined by commas",
+        help="predict the memory with these techniques, without the weights; joined by commas: "
+        "FourBit[:format[:block_size[:scales]]], EightBit[:block_size[:scales]], Budget:bits, Half[:dtype], "
+        "LoRA[:rank]",
     )
     kind.add_argument(
-        "--at-most", type=size, metavar="SIZE", help="propose techniques whose total is at most this, such as 24GiB"
+        "--at-most", type=size, metavar="SIZE", help="propose techniques that fit into this memory, such as 24GiB"
     )
     parser.add_argument(
         "--training",
         choices=["none", *TRAINERS],
-        help="where the memory of a training step with this optimizer goes, to the byte; with --plan and --at-most, "
-        "what these count beside inference (default adamw there)",
+        help="break down the memory of a training step with this optimizer; with --plan and --at-most: the optimizer "
+        "to plan for (default adamw), or none for inference",
     )
     add_step_arguments(parser)
     output = parser.add_mutually_exclusive_group()
@@ -192,12 +193,14 @@ def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:
     for name in arguments.models or ["bignet"]:
         if folder_of(name) is not None:
             raise ValueError(
-                f"model={name!r} is a folder, and --plan takes what makes a model: lowmem fit FOLDER --data TEXT "
+                f"model={name!r} is a folder, and --plan needs a module:factory: lowmem fit FOLDER --data TEXT "
                 "--dry-run plans folders"
             )
         factory, own = recipe_of(name)
         if own:
-            raise ValueError(f"model={name!r} has techniques of its own: name the model alone, and them in --plan")
+            raise ValueError(
+                f"model={name!r} has techniques of its own: name the model without them, and the techniques in --plan"
+            )
         plans[name] = plan_model(
             name,
             lambda make=factory: plan(  # type: ignore[misc]

@@ -38,19 +38,19 @@ _ENDINGS = (".svg", ".png", ".html", ".htm")
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that go with ``--training``."""
     parser.add_argument(
-        "--memory", choices=["fast", "lean"], help="with --training: prepare the models so (prepare_training)"
+        "--memory", choices=["fast", "lean"], help="with --training: call prepare_training with this mode"
     )
     parser.add_argument(
         "--rank",
         type=positive_int,
         metavar="N",
-        help="with --training: LoRA of this rank on a model that has no adapters, or the rank of a variant's",
+        help="with --training: add LoRA of this rank, or change the rank of a variant's LoRA",
     )
     parser.add_argument(
         "--plot",
         type=file_path,
         metavar="FILE",
-        help="with --training: draw it as stacked bars, into a .svg, .png or .html (needs the extra report)",
+        help="with --training: draw stacked bars to a .svg, .png or .html (pip install 'lowmem[report]')",
     )
 
 
@@ -66,8 +66,8 @@ def check_step(arguments: argparse.Namespace, planned: bool) -> None:
     for option in ("memory", "rank", "plot"):
         if getattr(arguments, option) is not None and not measured:
             raise ValueError(
-                f"--{option} belongs to a measured training step: name its optimizer, as --training adamw, and leave "
-                "out --plan and --at-most"
+                f"--{option} applies to a measured training step: add its optimizer, such as --training adamw, and "
+                "leave out --plan and --at-most"
             )
     if measured and arguments.all:
         raise ValueError("--all lists the layers of a model: leave it out, or --training")
@@ -77,7 +77,9 @@ def check_step(arguments: argparse.Namespace, planned: bool) -> None:
 
 def _check_plot(path: Path) -> None:
     if path.suffix.lower() not in _ENDINGS:
-        raise ValueError(f"--plot {str(path)!r} must end with {', '.join(_ENDINGS[:-1])}: the name says what to draw")
+        raise ValueError(
+            f"--plot {str(path)!r} must end with {', '.join(_ENDINGS[:-1])}: the ending selects the format"
+        )
     check_extra("lowmem stats --plot")
     check_links(path)
     check_writable(path)

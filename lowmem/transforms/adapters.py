@@ -20,6 +20,7 @@ from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.fold import without_adapters
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import (
     place_adapters,
@@ -137,6 +138,7 @@ def add_placed(
         module.adapters.add(name, parts)
     share_tied_adapters([*made, *added])
     freeze_all_but_adapters(model)
+    tell_integrations(model)
 
 
 @one_at_a_time
@@ -256,6 +258,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
     for layer in adapted_layers(model):
         if name in layer.adapters.names:
             layer.adapters.remove(name)
+    tell_integrations(model)
     return model
 
 

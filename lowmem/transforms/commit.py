@@ -13,7 +13,7 @@ from torch import nn
 from lowmem.nn.adapted_module import AdaptedModule, put_in_place, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.libraries import import_integrations
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.registry import module_paths
 
 __all__ = ["commit", "freeze_all_but_adapters", "one_at_a_time", "replace_modules"]
@@ -60,13 +60,11 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Non
             )
         if type(old) not in _classes_before(new):
             raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
-    integrations = import_integrations(model)
     share_tied_adapters(made.values())
     replace_modules(model, made)
     if any(isinstance(new, AdaptedModule) for new in made.values()):
         freeze_all_but_adapters(model)
-    for integration in integrations:
-        integration.adopt(model)
+    tell_integrations(model)
 
 
 def _classes_before(made: nn.Module) -> list[type[nn.Module]]:

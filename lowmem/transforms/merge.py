@@ -27,6 +27,7 @@ from lowmem.resident import returns_free_pages
 from lowmem.transforms.calibration.batches import check_batch, run_batch
 from lowmem.transforms.calibration.replay import evaluation_mode
 from lowmem.transforms.commit import one_at_a_time, replace_modules
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name, module_paths
@@ -210,6 +211,7 @@ def merge(
     kept = {layer for layer, done in folded.items() if dtype is None and not any(b for b, _ in done.errors.values())}
     copies = {layer: without_adapters(layer) if layer in kept else done.layer for layer, done in folded.items()}
     replace_modules(model, copies)
+    tell_integrations(model)
     return (model, found) if report else model
 
 

@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from lowmem.nn.stored_module import StoredModule, become, freeze, restored_copy
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import one_at_a_time
+from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.select import select_modules
@@ -77,11 +78,12 @@ def restore(
         copies[module] = restored_copy(module, values)
     for old, copied in copies.items():
         become(old, copied)
-    for module, tensors in cast_to.items():
+    for layer, tensors in cast_to.items():
         for name, tensor in tensors.items():
-            (module._parameters if name in module._parameters else module._buffers)[name] = tensor
-        if isinstance(module, nn.RNNBase):
-            module._flat_weights = [getattr(module, name) for name in module._flat_weights_names]
+            (layer._parameters if name in layer._parameters else layer._buffers)[name] = tensor
+        if isinstance(layer, nn.RNNBase):
+            layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
+    tell_integrations(model)
     return model
 
 

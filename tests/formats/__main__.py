@@ -9,7 +9,7 @@ from pathlib import Path
 
 from tests.formats.makers import MAKERS, PACKAGES, peft_folder, samples_json
 
-SAMPLES = Path(__file__).parents[1] / "io" / "foreign" / "samples"
+SAMPLES = Path(__file__).parents[1] / "io" / "formats" / "samples"
 
 
 def main() -> None:

@@ -196,7 +196,7 @@ def peft_folder(folder: Path, seed: int = 0) -> Tensor:
     """Write an adapter of ``Parts`` as PEFT does, and return the outputs that PEFT computes with it."""
     from peft import LoraConfig, get_peft_model
 
-    from tests.io.foreign.peft_model import TOKENS, filled, parts
+    from tests.io.formats.peft_model import TOKENS, filled, parts
 
     torch.manual_seed(seed)
     model = get_peft_model(parts(), LoraConfig(**PEFT_CONFIG), autocast_adapter_dtype=False).eval()
@@ -222,7 +222,7 @@ MAKERS: dict[str, Callable[[Path, int], Values]] = {
     "compressed-tensors-asymmetric.safetensors": lambda path, seed: compressed_tensors(path, seed, symmetric=False),
     "compressed-tensors-mxfp4.safetensors": lambda path, seed: compressed_tensors(path, seed, "mxfp4"),
 }
-"""By the name of the file that is kept in ``tests/io/foreign/samples``."""
+"""By the name of the file that is kept in ``tests/io/formats/samples``."""
 
 PACKAGES = ("bitsandbytes", "compressed-tensors", "gguf", "peft", "transformers", "torch")
 

@@ -20,7 +20,7 @@ import lowmem
 from lowmem import FourBit
 from lowmem.errors import FileError
 from lowmem.integrations.transformers.folder import load_folder, quantize_folder
-from lowmem.io.export.targets import export
+from lowmem.io.formats.export import export
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.tools.import_file import is_foreign
 from tests.integrations.transformers.folders import CONFIGS
@@ -203,7 +203,7 @@ def test_several_schemes_in_one_model(tmp_path):
 
 def test_what_was_written_comes_back_with_the_same_codes_and_scales(tmp_path):
     """Ours -> theirs -> ours, through whole folders."""
-    from lowmem.io.foreign.recognize import open_foreign
+    from lowmem.io.formats.recognize import open_foreign
 
     for technique, format in ((FourBit("nf4", 32), "bitsandbytes"), (FourBit("q4_0"), "compressed-tensors")):
         (folder := tmp_path / format).mkdir()

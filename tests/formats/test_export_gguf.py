@@ -34,9 +34,9 @@ from transformers import (
 import lowmem
 import lowmem.integrations.transformers
 from lowmem.__main__ import main
-from lowmem.integrations.transformers import LowmemConfig
-from lowmem.io.export.gguf_tokenizer import PRE_TOKENIZERS
-from lowmem.io.export.source import open_stored
+from lowmem.integrations.transformers import from_exact
+from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
+from lowmem.io.formats.stored_model import open_stored
 from tests.formats.llama_cpp import llama_cpp, quantize_model
 from tests.formats.smollm2 import smollm2
 from tests.integrations.transformers.folders import assert_same
@@ -311,11 +311,10 @@ def test_a_file_without_4_bit_weights_becomes_a_dense_folder_which_is_stored_whe
     lowmem.export(tmp_path / "in", tmp_path / "a.gguf", dtype=dtype)
     assert main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "dense")]) == 0
     assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
-    exact = {"gguf_file": "a.gguf", "quantization_config": LowmemConfig("exact")}
     wanted = {name: value.to(dtype if value.dim() > 1 else value.dtype) for name, value in model.state_dict().items()}
     for found in (
         LlamaForCausalLM.from_pretrained(tmp_path / "dense"),
-        LlamaForCausalLM.from_pretrained(tmp_path, config=model.config, **exact),
+        from_exact(tmp_path / "a.gguf", LlamaForCausalLM, config=model.config),
     ):
         state = found.state_dict()
         assert state.keys() == wanted.keys()
@@ -333,13 +332,12 @@ def test_a_folder_made_of_the_file_computes_the_same(name, tmp_path, capsys):
     model = lowmem.convert(model_of(name), lowmem.FourBit("q4_0", block_size=32, embeddings="4bit"))
     model.save_pretrained(tmp_path / "in")
     lowmem.export(tmp_path / "in", tmp_path / "a.gguf")
-    exact = {"gguf_file": "a.gguf", "quantization_config": LowmemConfig("exact")}
     code = main(["quantize", str(tmp_path / "a.gguf"), str(tmp_path / "out")])
     tokens = torch.arange(60)[None]  # no more than a window of mistral
     if name == "llama3":
         assert code == 2
         assert "rope_freqs.weight has no factors of a Llama 3" in capsys.readouterr().err
-        found = AutoModelForCausalLM.from_pretrained(tmp_path, config=model.config, **exact)
+        found = from_exact(tmp_path / "a.gguf", config=model.config)
     else:
         found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     with torch.no_grad():
@@ -347,9 +345,9 @@ def test_a_folder_made_of_the_file_computes_the_same(name, tmp_path, capsys):
     assert float((logits - expected).norm()) < 1e-6 * float(expected.norm())
     if name in NOT_BY_TRANSFORMERS:
         with pytest.raises((lowmem.FileError, ValueError), match=NOT_BY_TRANSFORMERS[name]):
-            AutoModelForCausalLM.from_pretrained(tmp_path, **exact)
+            from_exact(tmp_path / "a.gguf")
     else:
-        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path, **exact), found)
+        assert_same(from_exact(tmp_path / "a.gguf"), found)
 
 
 def test_smollm2_comes_back_as_it_was(tmp_path):

@@ -1,4 +1,4 @@
-"""Whole folders as the packages write them: what ``LowmemConfig("exact")`` keeps is what transformers dequantizes."""
+"""Whole folders as the packages write them: what ``from_exact`` keeps is what transformers dequantizes."""
 
 import json
 import warnings
@@ -14,16 +14,14 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e fo
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
-from lowmem.integrations.transformers import LowmemConfig
-from lowmem.io.export.targets import export
+from lowmem.integrations.transformers import from_exact
+from lowmem.io.formats.export import export
 from tests.formats.makers import compressed_tensors
 from tests.integrations.transformers.folders import IDS, load, write
 from tests.integrations.transformers.foreign import is_layer, values
 from tests.integrations.transformers.test_exact import write_gpt_oss
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
-
-EXACT = LowmemConfig("exact")
 
 
 def assert_equal(model, expected):
@@ -61,7 +59,7 @@ def test_bitsandbytes(tmp_path):
             theirs = load(dense, quantization_config=asked, dtype=torch.float32)
             folder = tmp_path / f"{kind} {double}"
             theirs.save_pretrained(folder)
-            ours = load(folder, quantization_config=EXACT, dtype=torch.float32)
+            ours = from_exact(folder, dtype=torch.float32)
             layers = ours.model.layers[0]
             assert layers.self_attn.q_proj.format == {"nf4": "nf4", "fp4": "bnb_fp4"}[kind]
             expected = bitsandbytes_values(load(folder, dtype=torch.float32))
@@ -98,7 +96,7 @@ def test_compressed_tensors(tmp_path, symmetric):
     quantization |= {"ignore": ["lm_head", "re:.*down_proj"], "quantization_status": "compressed"}
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    ours = load(folder, quantization_config=EXACT)
+    ours = from_exact(folder)
     assert_equal(ours, expected)
     ours.save_pretrained(tmp_path / "ours")
     with warnings.catch_warnings(record=True) as notes:
@@ -121,7 +119,7 @@ def test_compressed_tensors(tmp_path, symmetric):
 def test_gpt_oss(tmp_path):
     """transformers dequantizes such a folder on the CPU."""
     folder, _ = write_gpt_oss(tmp_path / "folder")
-    ours = load(folder, quantization_config=EXACT, dtype=torch.float32)
+    ours = from_exact(folder, dtype=torch.float32)
     theirs = load(folder, dtype=torch.float32)
     assert_equal(ours, {name: value.detach() for name, value in theirs.named_parameters()})
     with torch.inference_mode():

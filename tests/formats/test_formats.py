@@ -14,11 +14,11 @@ pytest.importorskip("transformers", reason="transformers is not installed: tox -
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-from lowmem.io.foreign.gguf_blocks import BLOCKS
-from lowmem.io.foreign.gguf_names import FAMILIES, names_of
-from lowmem.io.foreign.recognize import open_foreign
+from lowmem.io.formats.gguf.blocks import BLOCKS
+from lowmem.io.formats.gguf.names import FAMILIES, names_of
+from lowmem.io.formats.recognize import open_foreign
 from tests.formats.makers import MAKERS, bitsandbytes, compressed_tensors, gguf, gguf_values, raw_blocks
-from tests.io.foreign.test_recognize import values_of
+from tests.io.formats.test_recognize import values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
+from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from tests.formats.smollm2 import smollm2
 from tests.integrations.transformers.folders import load
 from tests.integrations.transformers.foreign import write_foreign
@@ -41,8 +41,8 @@ def test_the_programs_and_the_command(tmp_path, monkeypatch, capsys):
     assert "The capital of France is Paris" in generated
     assert float(difference.rpartition(" ")[2]) < 1e-5
     assert int(sizes.split()[0]) < 0.4 * int(sizes.split()[-1])
-    (inline,) = re.findall(r"`from_pretrained\(([^`]*)\)`\nloads the same", text)
-    model = eval(f"AutoModelForCausalLM.from_pretrained({inline})", space)
+    (inline,) = re.findall(r"`(from_exact\([^`]*\))` loads the same", text)
+    model = eval(inline, space)
     assert (model(**space["prompt"]).logits == space["model"](**space["prompt"]).logits).all()
     options = re.findall(r"`(--[^`]*--format int8|--block-size[^`]*)`", text)
     assert main([*command.split()[1:3], "small", *shlex.split(" ".join(options))]) == 0

@@ -12,7 +12,7 @@ pytest.importorskip("llama_cpp_py_sync", reason="llama-cpp-py-sync is not instal
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.io.export.source import open_stored
+from lowmem.io.formats.stored_model import open_stored
 from tests.formats.llama_cpp import llama_cpp
 from tests.integrations.transformers.folders import write
 from tests.integrations.transformers.tokens import write_tokenizer

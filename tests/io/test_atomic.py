@@ -23,7 +23,9 @@ from lowmem.io.atomic import (
     map_file,
     open_regular,
     owned,
+    read_into,
     scratch_folder,
+    starts_with,
     write_atomically,
     write_errors,
 )
@@ -399,6 +401,18 @@ def test_a_file_is_mapped_as_long_as_it_was_or_not_at_all(tmp_path):
         os.truncate(path, 6)
         with pytest.raises(FileError, match=r"cannot read '.*file': it was cut while it was read; get it again"):
             map_file(path, file, 7)
+
+
+def test_bytes_are_read_whole_and_the_start_of_a_file_tells_its_kind(tmp_path):
+    path, out = tmp_path / "file", memoryview(bytearray(4))
+    path.write_bytes(b"content")
+    assert starts_with(path, b"con")
+    assert not starts_with(path, b"content of more")
+    with open_regular(path) as file:
+        read_into(path, file, 3, out)
+        assert out == b"tent"
+        with pytest.raises(FileError, match=r"'.*file': it was cut after it was opened, in tensor 'a'; get it again"):
+            read_into(path, file, 4, out, ", in tensor 'a'")
 
 
 def test_a_dangling_link_is_no_free_name(tmp_path):

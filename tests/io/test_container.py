@@ -29,6 +29,7 @@ from lowmem.io.container import (
     open_checkpoint,
     read,
     write,
+    write_plain,
     write_tensors,
 )
 from lowmem.io.safetensors import DTYPES, MAX_HEADER
@@ -611,3 +612,16 @@ def test_the_digest_is_of_every_block(tmp_path, monkeypatch, place):
     path.write_bytes(content)
     with pytest.raises(FileError, match="it is damaged"):
         read(path)
+
+
+@given(st.dictionaries(names, tensors().filter(lambda t: t.dtype in LIBRARY_DTYPES), max_size=4))
+def test_a_plain_file_is_what_safetensors_reads_and_depends_on_the_tensors_alone(content):
+    files = set()
+    for order in (1, -1):
+        with a_file() as path:
+            write_plain(path, dict([*specs_of(content).items()][::order]), [*content.items()][::order])
+            files.add(path.read_bytes())
+            assert same(safetensors.torch.load_file(path), content)
+            with safetensors.safe_open(path, "pt") as file:
+                assert file.metadata() == {"format": "pt"}
+    assert len(files) == 1

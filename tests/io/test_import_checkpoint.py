@@ -13,11 +13,11 @@ from torch import nn
 
 from lowmem import FourBit, LoRA, convert, load, merge, restore, save
 from lowmem.errors import FileError
-from lowmem.io.foreign.recognize import open_foreign
+from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.shards import read_model
-from tests.io.foreign.test_gptq import layer
-from tests.io.foreign.test_recognize import MADE, SAMPLES, values_of
+from tests.io.formats.test_gptq import layer
+from tests.io.formats.test_recognize import MADE, SAMPLES, values_of
 from tests.rounding import OF_4_BITS, assert_product
 
 GPT_OSS = SAMPLES / "gpt-oss.safetensors"

@@ -13,6 +13,7 @@ from lowmem.io.metadata import (
     adapters_of,
     adapters_record,
     flags_of,
+    layer_of,
     lora_of,
     technique_of,
     technique_record,
@@ -155,3 +156,9 @@ def test_a_merged_adapter_is_recorded_as_active():
     merge_adapter(model, model[0].adapters.active[0])
     model[0].adapters.active = ()
     assert [record["active"] for record in adapters_record(model[0])["weight"]] == [True]
+
+
+def test_the_record_of_a_weight_is_that_of_its_layer():
+    assert [layer_of(name) for name in ("a.b.weight", "weight", "a.experts", "a.myweight")] == [
+        *("a.b", "", "a.experts", "a.myweight")
+    ]

@@ -10,8 +10,17 @@ import torch
 from safetensors.torch import save_file
 
 from lowmem.errors import FileError
-from lowmem.io.convert_checkpoint import Source
-from lowmem.io.model_folder import check_layers, check_regular, copy_others, refuse_layers, replace_files, weights_in
+from lowmem.io.model_folder import (
+    check_layers,
+    check_regular,
+    copy_others,
+    read_config,
+    read_object,
+    refuse_layers,
+    replace_files,
+    weights_in,
+)
+from lowmem.io.source import Source
 
 INDEX = "model.safetensors.index.json"
 
@@ -189,3 +198,15 @@ def test_more_layers_than_tensors_and_more_than_any_model_has_are_refused(tmp_pa
         with pytest.raises(FileError, match=rf"config\.json.*{words}"):
             check_layers(tmp_path / "config.json", config, 9)
     refuse_layers({"num_hidden_layers": 4096, "vocab_size_per_layer_input": 262_144})
+
+
+def test_a_file_of_json_is_an_object_or_is_refused(tmp_path):
+    path = tmp_path / "a.json"
+    for text, why in (("[1]", r"it is \[1\], and must be an object; get it again"), ("[" * 10**5, "it is damaged: ")):
+        path.write_text(text)
+        with pytest.raises(FileError, match=why):
+            read_object(path)
+    path.write_text('{"a": 1}')
+    assert read_object(path) == read_config(path) == {"a": 1}
+    with pytest.raises(FileError, match="it takes more than 7 bytes, which no tokenizer does"):
+        read_object(path, 7, "tokenizer")

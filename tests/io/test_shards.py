@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from lowmem import FourBit, load
 from lowmem.errors import FileError
-from lowmem.io.container import read, write_tensors
+from lowmem.io.container import TensorSpec, read, write_tensors
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.shards import index_of, parse_index, read_index, read_model, shard_name, write_index
+from lowmem.io.shards import divide, index_of, parse_index, read_index, read_model, shard_name, write_index
 from tests.models import INDICES, Small
 
 
@@ -128,3 +128,9 @@ def test_files_of_one_index_have_nothing_in_common(more, tmp_path):
     write_index(tmp_path / "i.index.json", shards)
     with pytest.raises(FileError, match="two of them have '(w|x)'|with adapters, and no part|'b', which is unknown"):
         read_model(tmp_path / "i.index.json")
+
+
+def test_a_shard_takes_as_many_tensors_as_fit():
+    sizes = {"a": 10, "b": 10, "c": 10, "d": 25, "e": 5, "f": 1}
+    plan = {name: {name: TensorSpec(torch.uint8, (size,))} for name, size in sizes.items()}
+    assert divide(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]

@@ -165,12 +165,12 @@ class Score:
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Return a text and three folders, whose scores are made up: transformers is not needed."""
-    language = ModuleType("lowmem.integrations.transformers.language")
+    language = ModuleType("lowmem.integrations.transformers.comparing")
     names = [str(tmp_path / name) for name in ("base", "near", "far")]
     differences = 0.0, 0.02, math.inf
     found = [Score(name, 9, 20.0 + at, differences[at], 5.0) for at, name in enumerate(names)]
     language.compare_text = lambda paths, text, **_: [found[names.index(str(path))] for path in paths]
-    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.language"):
+    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.comparing"):
         monkeypatch.setitem(sys.modules, module, language)
     for name in names:
         Path(name).mkdir()
@@ -184,7 +184,7 @@ def test_folders_are_compared_on_a_text(folders, capsys):
     assert main(["compare", base, near, "--text", text, "--markdown", "--tolerance", "0.05"]) == 0
     assert "| 21.0000" in capsys.readouterr().out.replace("|  ", "| ")
     assert main(["compare", "--layers"]) == 2
-    assert "--layers replaces layers while a text is read" in capsys.readouterr().err
+    assert "--layers needs a text: add --text FILE" in capsys.readouterr().err
     assert main(["compare", base, near, far, "--text", text, "--json", "--tolerance", "0.01"]) == 1
     shown = capsys.readouterr()
     assert [row["divergence"] for row in json.loads(shown.out)] == [0.0, 0.02, None]

@@ -65,7 +65,7 @@ def test_shapes_are_compared_before_zeros_are_unpacked(tmp_path, monkeypatch):
     """A mebibyte of compressed zeros may be a gibibyte."""
     np.savez_compressed(tmp_path / "data.npz", x=np.zeros((2**12, 2**8)), y=GOOD_Y)
     monkeypatch.setattr(np.lib.format, "read_array", lambda *_, **__: pytest.fail("it was unpacked"))
-    with pytest.raises(ValueError, match="x holds 4096 examples and y 10; they must be as many"):
+    with pytest.raises(ValueError, match="x holds 4096 examples and y 10; both must have the same number"):
         load_data(str(tmp_path / "data.npz"), 0)
 
 

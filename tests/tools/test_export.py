@@ -8,8 +8,8 @@ from torch import nn
 from lowmem import FourBit, convert, save
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
-from lowmem.io.foreign.recognize import open_foreign
-from tests.io.export.folders import fourbit, weights_of, write_folder
+from lowmem.io.formats.recognize import open_foreign
+from tests.io.formats.folders import fourbit, weights_of, write_folder
 
 
 def test_a_table_says_what_became_of_each_weight_and_the_errors_of_what_changed(tmp_path, capsys):

@@ -20,7 +20,7 @@ def test_options_of_folders_mean_nothing_for_classifiers(capsys, monkeypatch):
         option, value = f"--{name.replace('_', '-')}", given.get(name, "3")
         assert main(["fit", "lora", *([option, value] if value else [option])]) == 2
         told = capsys.readouterr().err
-        assert told.startswith(f"lowmem fit: {option} means nothing for model='lora'")
+        assert told.startswith(f"lowmem fit: {option} does not apply to model='lora'")
         assert told.count("\n") == 1
 
 
@@ -28,13 +28,13 @@ def test_a_folder_that_is_missing_is_named_before_any_option(capsys):
     for options in (["--length", "48"], ["--shard", "--save", "out"], []):
         assert main(["fit", "nope", *options]) == 2
         told = capsys.readouterr().err
-        assert told.startswith("lowmem fit: model='nope' is no folder that is here, nor a variant (bignet, half_")
+        assert told.startswith("lowmem fit: model='nope' is neither an existing folder nor a variant (bignet, half_")
         assert told.count("\n") == 1
 
 
 def test_a_dry_run_counts_the_cpu_s(capsys):
     assert main(["fit", "lora", "--dry-run", "--device", "cuda"]) == 2
-    assert "--dry-run counts a step on the CPU: leave --device=cuda out" in capsys.readouterr().err
+    assert "--dry-run measures a step on the CPU: leave --device=cuda out" in capsys.readouterr().err
 
 
 def test_defaults_are_the_classifier_s(monkeypatch):

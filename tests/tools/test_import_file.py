@@ -9,15 +9,15 @@ from safetensors.torch import save_file
 
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
-from tests.io.foreign.test_gptq import layer
-from tests.io.foreign.test_recognize import SAMPLES
+from tests.io.formats.test_gptq import layer
+from tests.io.formats.test_recognize import SAMPLES
 
 
 def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
     source, target = SAMPLES / "types.gguf", tmp_path / "a.safetensors"
     assert main(["quantize", str(source), str(target)]) == 0
     shown = capsys.readouterr()
-    assert "GGUF: kept 13 of 13 tensors" in shown.out
+    assert "gguf: kept 13 of 13 tensors" in shown.out
     assert "Q4_K" in shown.out
     assert f"saved {target}" in shown.err
     note = next(line for line in shown.err.splitlines() if line.startswith("note: "))
@@ -49,21 +49,21 @@ def test_what_is_not_exact_is_an_error_that_names_the_option_which_prints_what_i
 
 def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
     pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-    from lowmem.integrations.transformers import LowmemConfig
+    from lowmem.integrations.transformers import from_exact
     from tests.integrations.transformers.folders import assert_same, load
     from tests.integrations.transformers.foreign import write_foreign
 
     source, target = write_foreign(tmp_path, "gptq desc_act"), tmp_path / "small"
     (source / "tokenizer.json").write_text("{}")
     assert main(["quantize", str(source), str(target), "--format", "int8"]) == 2
-    assert "--format means nothing for" in capsys.readouterr().err
+    assert "--format does not apply to" in capsys.readouterr().err
     assert main(["quantize", str(source), str(target), "--json"]) == 0
     rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
     kept = rows["model.layers.0.mlp.up_proj.weight"]
     assert kept["kept"].endswith("gathered")
     assert (kept["kind"], kept["error"]) == ("GPTQ", None)
     assert rows["lm_head.weight"]["kept"] == "float32"
-    assert_same(load(target), load(source, quantization_config=LowmemConfig("exact")))
+    assert_same(load(target), from_exact(source))
     assert (target / "tokenizer.json").read_text() == "{}"
     config = json.loads((source / "config.json").read_text())  # as AutoGPTQ wrote them, before it was in config.json
     (source / "quantize_config.json").write_text(json.dumps(config.pop("quantization_config")))

@@ -118,7 +118,7 @@ def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
         assert not Path("parts").exists()
     capsys.readouterr()
     argv = ["llama", "--data", "data.jsonl", "--length", "48", "--rank", "4", "--lr", "0.01", *options]
-    assert "holds a run that did not end: go on with --resume" in refused(capsys, *argv, "--save", "parts")
+    assert "has the state of an unfinished run: continue with --resume" in refused(capsys, *argv, "--save", "parts")
     parts, _ = fit(capsys, *options, "--save", "parts", "--resume", "--metrics", "parts.jsonl")
     assert parts["losses"] == whole["losses"]
     assert parts["perplexity"] == whole["perplexity"]
@@ -211,8 +211,8 @@ def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, ca
     assert found["run"]["format"] == "4.9 bits"
     assert main(["fit", "llama", "--data", "text.txt", "--bits", "4.9", "--dry-run"]) == 0
     assert "Budget(bits=4.9), LoRA" in capsys.readouterr().out
-    assert "--format=nf4 means nothing" in refused(capsys, "stored", "--data", "text.txt", "--format", "nf4")
-    assert "--bits=4.9 means nothing" in refused(capsys, "stored", "--data", "text.txt", "--bits", "4.9")
+    assert "--format=nf4 does not apply" in refused(capsys, "stored", "--data", "text.txt", "--format", "nf4")
+    assert "--bits=4.9 does not apply" in refused(capsys, "stored", "--data", "text.txt", "--bits", "4.9")
     for seconds in ("1e300", "1e14", "1e-7"):  # which a timedelta, PyTorch or a clock cannot count
         said = refused(capsys, "llama", "--data", "text.txt", "--replicate", "--timeout", seconds)
         assert f"--timeout={float(seconds):g} must be from 0.001 to 100000000 seconds" in said

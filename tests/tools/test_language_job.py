@@ -66,19 +66,19 @@ def test_options_and_texts_that_cannot_be(place, capsys):
         (*data, "--rank", "65"): "--rank=65 is more than the 64 columns",
         (*data, "--eval-share", "1"): "--eval-share=1 must be below 1",
         (*data, "--eval-share", "0.0001"): "both parts need one",
-        (*data, "--eval-every", "2"): "--eval-every means nothing without held-out text",
+        (*data, "--eval-every", "2"): "--eval-every needs held-out text",
         (*data, "--patience", "2"): "patience=2 counts evaluations",
-        (*data, "--resume"): "name it with --save",
+        (*data, "--resume"): "name OUT with --save",
         (*data, "--save", "there"): "'there' exists",
         (*data, "--save", "."): "'.' exists",
         (*data, "--save", "missing/out"): "cannot write 'missing/out'",
         (*data, "--save", "taken"): "'taken.training' exists, where states go; remove it or choose another name",
         (*data, "--metrics", "m.jsonl"): "'m.jsonl' exists",
         (*data, "--plot", "a.jpeg"): "must end in .png",
-        (*data, "--save", "out", "--metrics", "out"): "are one place: rename one",
-        (*data, "--save", "out", "--metrics", "./out.training/m.jsonl"): "are one place: rename one",
-        (*data, "--save", "a.png", "--plot", "a.png"): "are one place: rename one",
-        (*data, "--metrics", "a.png", "--plot", "a.png"): "are one place: rename one",
+        (*data, "--save", "out", "--metrics", "out"): "are the same place: rename one",
+        (*data, "--save", "out", "--metrics", "./out.training/m.jsonl"): "are the same place: rename one",
+        (*data, "--save", "a.png", "--plot", "a.png"): "are the same place: rename one",
+        (*data, "--metrics", "a.png", "--plot", "a.png"): "are the same place: rename one",
         (*data, "--save", "out", "--resume", "--metrics", "data.jsonl"): "it has no metrics of a run",
         ("--data", "half.jsonl"): "line 1: it has half of a surrogate pair",
         (*data, "--steps", "2", "--batch-size", "99999999999"): "rows of text",
@@ -195,13 +195,13 @@ def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch)
         patch.setattr(language, "finetune", interrupted)
         assert main(["fit", "llama", *argv]) == 2
     told = capsys.readouterr().err
-    assert "the last good state, after step 1, is kept in 'out.training'; --resume goes on" in told
+    assert "the last good state, after step 1, is kept in 'out.training'; --resume continues" in told
     for done in (False, True):  # by a state, and by the adapter
         where = "cannot go on from 'out" + ("': " if done else ".training/state-0.safetensors': ")
         told = refused(capsys, "another", *argv, "--resume")
         assert f"{where}its adapter is of another base: base was " in told
         assert f"{where}rank was 16 and is 3" in refused(capsys, "llama", *argv, "--rank", "3", "--resume")
-        assert ("'out' exists" if done else "go on with --resume, or remove it") in refused(capsys, "llama", *argv)
+        assert ("'out' exists" if done else "continue with --resume, or remove it") in refused(capsys, "llama", *argv)
         assert Path("out").exists() is done
         if not done:
             shutil.rmtree("out.training")

@@ -67,7 +67,7 @@ def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.1"]) == 2
     assert "Budget(bits=4.1) is out of reach: these weights take 4.3" in capsys.readouterr().err
     assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9", "--format", "nf4"]) == 2
-    assert "--format means nothing for 'in.safetensors': --bits chooses it" in capsys.readouterr().err
+    assert "--format does not apply to 'in.safetensors': --bits chooses it" in capsys.readouterr().err
 
 
 def test_what_another_command_is_writing_is_refused(checkpoint, capsys):
@@ -186,7 +186,7 @@ def test_no_memory_is_one_line_and_leaves_nothing(checkpoint, monkeypatch, capsy
     def fail(*args):
         raise error
 
-    monkeypatch.setattr("lowmem.io.convert_checkpoint.Source.read_tensor", fail)
+    monkeypatch.setattr("lowmem.io.source.Source.read_tensor", fail)
     assert main(["quantize", str(checkpoint), str(checkpoint) + "x"]) == 2
     shown = capsys.readouterr().err
     assert "memory" in shown.lower()
@@ -277,5 +277,5 @@ def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypa
     assert named == {"skip": ["lm_head"], "shard_bytes": 2**20}
     capsys.readouterr()
     assert main([*given, "--include", "*.weight"]) == 2
-    assert "--include means nothing for 'in': it names tensors of a file" in capsys.readouterr().err
+    assert "--include does not apply to 'in': it names tensors of a file" in capsys.readouterr().err
     assert calls == []

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from lowmem.__main__ import main
 from lowmem.tools.quantize_options import KINDS, OPTIONS
-from tests.io.export.folders import CONFIG, shapes
-from tests.io.foreign.test_recognize import SAMPLES
+from tests.io.formats.folders import CONFIG, shapes
+from tests.io.formats.test_recognize import SAMPLES
 
 GIVEN = {
     "bits": ["--bits", "6"],
@@ -83,7 +83,7 @@ def test_an_option_is_heeded_or_an_error_of_one_line_that_names_it(tmp_path, inp
             continue
         assert (code, written) == (2, []), (kind, option)
         assert said.count("\n") == 1
-        assert f"{GIVEN[option][0]} means nothing for" in said
+        assert f"{GIVEN[option][0]} does not apply to" in said
         assert "leave" in said
         assert len(said) < 300
 
@@ -109,8 +109,8 @@ def test_options_of_a_technique_say_how_what_is_asked_for_is_quantized(tmp_path,
 def test_options_that_exclude_each_other(tmp_path, inputs, capsys, kind, options, named):
     code, said, written = run(tmp_path, inputs, kind, [text for one in options for text in GIVEN[one]], capsys)
     assert (code, written, said.count("\n")) == (2, [], 1)
-    assert f"{named} means nothing for" in said
-    assert "leave one of both out" in said
+    assert f"{named} does not apply to" in said
+    assert "use only one of them" in said
 
 
 @pytest.mark.parametrize("option", ["search", "embeddings"])
@@ -118,7 +118,7 @@ def test_8_bits_have_neither_a_search_nor_other_embeddings(tmp_path, inputs, cap
     for kind in ("a dense file", "a dense folder"):
         code, said, written = run(tmp_path, inputs, kind, ["--format", "int8", *GIVEN[option]], capsys)
         assert (code, written, said.count("\n")) == (2, [], 1)
-        assert f"{GIVEN[option][0]} means nothing for" in said
+        assert f"{GIVEN[option][0]} does not apply to" in said
 
 
 def test_what_each_heeded_option_changes(tmp_path, inputs, capsys):

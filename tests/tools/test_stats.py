@@ -282,6 +282,6 @@ def test_a_plan_of_a_folder_says_which_command_makes_it(tmp_path, capsys):
     assert main(["stats", str(tmp_path), "--plan", "Budget:4.4"]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert (
-        "is a folder, and --plan takes what makes a model: lowmem fit FOLDER --data TEXT --dry-run plans folders"
+        "is a folder, and --plan needs a module:factory: lowmem fit FOLDER --data TEXT --dry-run plans folders"
         in line
     )

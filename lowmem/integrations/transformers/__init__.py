@@ -11,7 +11,8 @@ writes of a converted model::
     model.save_pretrained(small)
     model = AutoModelForCausalLM.from_pretrained(small)
 
-``lowmem.convert`` imports it where a model is one of transformers.
+``lowmem.convert`` imports it where a model is one of transformers. Nothing of transformers is replaced: the quantizer
+is registered as others are, and a converted model gets a class of its own, under the name of its class.
 """
 # ruff: noqa: E402
 
@@ -19,13 +20,9 @@ from lowmem.integrations.transformers import version
 
 version.check()  # before anything of transformers is imported that older versions do not have
 
-from lowmem.integrations.transformers import loading, peft_models, saving
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.exact import from_exact
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
 from lowmem.integrations.transformers.tokenizing import TextTokenizer
 
-saving.install()
-loading.install()
-peft_models.install()
-
-__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer", "adopt"]
+__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer", "adopt", "from_exact"]

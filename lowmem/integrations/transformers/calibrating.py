@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import refusal
-from lowmem.integrations.transformers.causal import refuse_pairs, sizes_of
+from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of
 from lowmem.integrations.transformers.folder import check_dense, load_folder, rows_of, write_model
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
 from lowmem.io.atomic import check_free

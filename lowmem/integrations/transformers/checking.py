@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from lowmem.errors import FileError, refusal, show
+from lowmem.errors import refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.io.convert_checkpoint import Source
-from lowmem.io.foreign.recognize import quantization_of
-from lowmem.io.model_folder import WEIGHTS
+from lowmem.io.formats.recognize import is_coded
+from lowmem.io.model_folder import WEIGHTS, quantization_of
 from lowmem.io.shards import INDEX, read_index
+from lowmem.io.source import Source
 
-__all__ = ["check_index", "refuse_pickles", "refuse_unread", "refuse_untold"]
+__all__ = ["check_index", "refuse_coded", "refuse_pickles", "refuse_unread", "refuse_untold"]
 
 
 def check_index(files: Sequence[str]) -> None:
@@ -47,23 +47,51 @@ def refuse_pickles(files: Sequence[str]) -> None:
             raise refusal(file, f"{why}and save it by save_pretrained, which writes them", "load")
 
 
-def refuse_untold(names: Collection[str], config: LowmemConfig) -> None:
+def refuse_untold(names: Collection[str], config: LowmemConfig, prefix: str) -> None:
     """Raise if a folder's weights are stored, and its config does not say how.
 
     Args:
         names: of the folder's tensors.
         config: as config.json has it.
+        prefix: of the base model, which the names in config.json or those of the tensors may lack.
 
     Raises:
         ValueError: a weight of which no record of ``layers`` has the name.
     """
-    told = {str(name) for record in config.layers for name in record.get("names", ())}
+    told = {str(name).removeprefix(f"{prefix}.") for record in config.layers for name in record.get("names", ())}
     for name in _stored(names):
-        if not told & {name, name.removesuffix("weight").removesuffix(".")}:
+        own = name.removeprefix(f"{prefix}.")
+        if not told & {own, own.removesuffix("weight").removesuffix(".")}:
             raise ValueError(
                 f"the folder's config.json does not say how its tensor {show(name)} is stored: get it again, or save "
                 "the model again by save_pretrained"
             )
+
+
+def refuse_coded(folder: Path, names: Collection[str]) -> None:
+    """Raise where weights of a folder would be quantized that another program has quantized.
+
+    Args:
+        folder: in which they lie.
+        names: of its tensors.
+
+    Raises:
+        ValueError: they would; how to keep them is said.
+    """
+    method = _method_of(folder)
+    if method is not None or any(is_coded(name) for name in names):
+        program = "another program" if method is None else show(method)
+        raise ValueError(
+            f"a folder that {program} quantized has weights that would be quantized a second time: "
+            "lowmem.integrations.transformers.from_exact(folder) keeps their codes; `lowmem quantize IN OUT "
+            "--requantize` quantizes again what cannot be kept, and prints the error"
+        )
+
+
+def _method_of(folder: Path) -> str | None:
+    """Return the ``quant_method`` of a folder's config.json; None where transformers has read another config."""
+    file = folder / "config.json"
+    return quantization_of(file).get("quant_method") if file.exists() else None
 
 
 def refuse_unread(folder: Path, names: Collection[str]) -> None:
@@ -76,10 +104,7 @@ def refuse_unread(folder: Path, names: Collection[str]) -> None:
     Raises:
         ValueError: they are; what the folder's config.json says was left out, or it says nothing.
     """
-    try:
-        method = quantization_of(folder / "config.json").get("quant_method")
-    except (FileError, OSError):  # transformers has read another config
-        method = None
+    method = _method_of(folder)
     what = f"the weights of {show(str(folder))} are stored by lowmem"
     if method == METHOD:
         raise ValueError(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, Final, Literal
+from typing import Any
 
 import torch
 from transformers.quantizers.auto import register_quantization_config
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
-from lowmem.io.foreign.requantizing import Requantizing
 from lowmem.io.metadata import CONFIG_VERSION, check_config, check_keys, check_object
 from lowmem.nn.adapter import LoRA
 from lowmem.nn.budget import Budget
@@ -18,17 +17,14 @@ from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
 from lowmem.nn.half import Half
 
-__all__ = ["EXACT", "METHOD", "LowmemConfig", "refuse_technique"]
-
-EXACT: Final = "exact"
-"""In place of a technique: codes of another program's folder are kept."""
+__all__ = ["METHOD", "LowmemConfig"]
 
 METHOD = "lowmem: import lowmem.integrations.transformers"
 """The quantization method. transformers quotes it where it is unknown, so that it says what is missing."""
 
 NOTICE = (
     "The weights of this folder are stored by lowmem. To load it: pip install 'lowmem[transformers]', and import "
-    "lowmem.integrations.transformers before from_pretrained. Without, transformers replaces them by random ones."
+    "lowmem.integrations.transformers before from_pretrained. Without, transformers refuses their shapes."
 )
 _SKIPS = ("skip_modules", "llm_int8_skip_modules", "modules_to_not_convert")  # of other libraries' configs
 _KINDS = (Half, EightBit, FourBit, Budget)
@@ -43,10 +39,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
     Args:
         technique: ``Half``, ``EightBit``, ``FourBit``, or ``Budget`` without inputs, for which all weights are read
-            twice; or its JSON. Adapters come afterwards: ``lowmem.add_adapter``. "exact":
-            keep the 4-bit weights of another program (bitsandbytes, GPTQ, AWQ, compressed-tensors, MXFP4 of gpt-oss;
-            GGUF with ``gguf_file=``) with their codes as they are: equal, bit for bit, to what that program computes
-            in float32. What cannot be kept exactly is refused.
+            twice; or its JSON. Adapters come afterwards: ``lowmem.add_adapter``.
         skip: glob patterns of modules' paths to leave dense.
         train_dense: whether ``Trainer`` may train the model without an adapter, which changes what is dense alone,
             such as norms and a new head; otherwise it refuses.
@@ -54,20 +47,15 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         adapters: of a saved model: the records of its adapters, by path.
         version: of these fields.
 
-    Attributes:
-        requantizing: with "exact", what `lowmem quantize` was asked to quantize of the other program's weights.
-
     Raises:
         TypeError: a technique of another type, or patterns that are no strings.
         ValueError: fields that this version of lowmem does not know, such as those of a technique, or records that
             are none.
     """
 
-    requantizing: Requantizing | None = None
-
     def __init__(
         self,
-        technique: Half | EightBit | FourBit | Budget | Literal["exact"] | Mapping[str, Any] | None = None,
+        technique: Half | EightBit | FourBit | Budget | Mapping[str, Any] | None = None,
         *,
         skip: str | Iterable[str] = (),
         train_dense: bool = False,
@@ -82,7 +70,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         patterns, records = _listed(skip), _listed(layers)
         others |= {"version": version, "train_dense": train_dense}
         check_config({**others, "skip": patterns, "layers": records, "adapters": adapters})
-        if technique is not None and technique != EXACT and not isinstance(technique, _KINDS):
+        if technique is not None and not isinstance(technique, _KINDS):
             technique = _parsed(technique)
         if isinstance(technique, Budget) and technique.inputs is not None:
             raise ValueError(
@@ -95,10 +83,6 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.train_dense = train_dense
         self.layers = [dict(record) for record in records]
         self.adapters = dict(adapters or {})
-        if technique == EXACT and self.skip:
-            raise ValueError(
-                f"skip={self.skip!r}: LowmemConfig('exact') keeps what the folder has, and skips nothing"
-            )
         if technique is None and not self.layers and not self.adapters:
             raise TypeError(
                 "technique=None: name Half(), EightBit(), FourBit() or Budget(), as LowmemConfig(FourBit('nf4'))"
@@ -116,28 +100,6 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             **({"layers": self.layers} if self.layers else {}),
             **({"adapters": self.adapters} if self.adapters else {}),
         }
-
-
-def refuse_technique(given: object) -> None:
-    """Raise where a technique is given as ``quantization_config``; what to write is said.
-
-    Raises:
-        TypeError: it is.
-    """
-    if isinstance(given, (str, type, *_KINDS, LoRA, tuple)):
-        first = given[0] if isinstance(given, tuple) and given else given
-        kind = first if isinstance(first, type) else type(first)
-        written = f"lowmem.{kind.__name__}(...)" if kind in _KINDS else "lowmem.FourBit()"
-        written = repr(EXACT) if first == EXACT else written
-        if kind is LoRA or (isinstance(given, tuple) and any(isinstance(one, LoRA) for one in given)):
-            raise TypeError(
-                f"quantization_config={show(given)} has a LoRA, which stores nothing: load the model with a "
-                "LowmemConfig, then lowmem.add_adapter(model, name, LoRA(...))"
-            )
-        raise TypeError(
-            f"quantization_config={show(given)} must be a config: write quantization_config=LowmemConfig({written}), "
-            "with LowmemConfig of lowmem.integrations.transformers"
-        )
 
 
 def _listed(value: Any) -> Any:
@@ -161,9 +123,7 @@ def _misplaced(name: str, value: object) -> str:
 
 
 def _record(technique: Any) -> Any:
-    """Return the JSON of a technique: its name, and the fields that are not None; "exact" is itself."""
-    if technique == EXACT:
-        return technique
+    """Return the JSON of a technique: its name, and the fields that are not None."""
     fields = {name: value for name, value in vars(technique).items() if value is not None}
     if fields.get("embeddings") == "4bit":
         del fields["embeddings"]  # as configs have it that were written before there were others
@@ -185,8 +145,8 @@ def _parsed(record: object) -> Half | EightBit | FourBit | Budget:
     kinds: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
     if not isinstance(record, Mapping):
         raise TypeError(
-            f"technique={show(record)} must be Half(), EightBit(), FourBit(), Budget() or 'exact'; adapters come "
-            "afterwards, with lowmem.add_adapter"
+            f"technique={show(record)} must be Half(), EightBit(), FourBit() or Budget(); adapters come afterwards, "
+            "with lowmem.add_adapter, and lowmem.integrations.transformers.from_exact keeps other programs' codes"
         )
     kind = kinds.get(str(check_object(dict(record)).get("technique")))
     if kind is None:

@@ -1,7 +1,7 @@
-"""Another program's 4-bit weights, given to transformers as those of a folder that lowmem wrote: codes as they are.
+"""``from_exact``: models of other programs' folders and GGUF files, with the codes of their weights as they are.
 
-transformers builds the model without values. Here its modules become those that store the file's weights, and the
-file's tensors get the names of their parts. Each is read when transformers asks for it.
+transformers builds the model without values, and gets a state dict in place of files. Its modules become those that
+store the file's weights, and the file's tensors get the names of their parts. Each is read when transformers asks.
 """
 
 from __future__ import annotations
@@ -9,28 +9,36 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+from transformers.quantizers.auto import register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowmem.errors import printable, refusal, show
-from lowmem.integrations.transformers.fitting import Names
-from lowmem.integrations.transformers.gguf_config import check_config
-from lowmem.io.foreign.recognize import ForeignFile, open_foreign
-from lowmem.io.foreign.requantizing import Requantizing, why_refused
-from lowmem.io.foreign.tensor import ForeignTensor
+from lowmem.errors import printable, refusal
+from lowmem.integrations.transformers.config import METHOD
+from lowmem.integrations.transformers.gguf_config import check_config, config_of
+from lowmem.integrations.transformers.quantizer import LowmemQuantizer
+from lowmem.integrations.transformers.shapes import Names, refuse_unfitting
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.recognize import ForeignFile, open_foreign
+from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record
+from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
+from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.stored import FourBitForm
 from lowmem.nn.stored_module import format_keys
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Exact"]
+__all__ = ["from_exact"]
 
 _KINDS = {
     torch.float64: "F64",
@@ -42,47 +50,168 @@ _KINDS = {
 }  # as safetensors calls them
 
 
-class Exact:
-    """The weights of a file or folder of another program, for one model. Use ``close`` when they are read.
+def from_exact(
+    source: str | Path,
+    auto_class: Any = AutoModelForCausalLM,
+    *,
+    config: Any = None,
+    dtype: torch.dtype | str | None = "auto",
+    requantizing: Requantizing | None = None,
+    **options: Any,
+) -> Any:
+    """Return the model of a folder or file that another program quantized, with its 4-bit codes as they are.
+
+    The weights equal, bit for bit, what that program computes of them in float32.
 
     Args:
-        files: the model's files, as transformers found them.
-        model: dense, on the meta device, with its ties.
-        requantizing: what of them is quantized; None: nothing.
-
-    Attributes:
-        layers: records of how weights are stored, by the model's paths, as the metadata of lowmem's files has them.
-        state: what there is to load: an object for each tensor, of which ``[...]`` reads it.
+        source: a folder with weights of bitsandbytes, GPTQ, AWQ, compressed-tensors or MXFP4, or a GGUF file.
+        auto_class: the class of transformers to load; a model's own or one of the Auto classes.
+        config: of the model; None: that of the folder, or of a GGUF file's metadata.
+        dtype: of what is dense, and of what the rest computes in; "auto": that of the config, or of the first dense
+            weight, or float32.
+        requantizing: what of the weights is quantized again; None: nothing.
+        **options: for ``from_pretrained``, such as ``device_map``.
 
     Raises:
         FileError: files that lowmem does not read, without 4-bit weights, or with some that cannot be kept exactly;
             a GGUF file of which the model's config says otherwise what it computes.
-        ValueError: a weight of another shape than the model's.
+        ValueError: a weight of another shape than the model's, or a ``device_map`` with a disk.
+    """
+    path = Path(source)
+    if (path / "config.json").is_file() and quantization_of(path / "config.json").get("quant_method") == METHOD:
+        raise refusal(path, "lowmem has stored its weights: from_pretrained loads it", "load")
+    with _plainly():
+        opened = open_foreign(path)
+    with opened as file:
+        own = _config_of(path, file, options) if config is None else deepcopy(config)
+        for one in (own, own.get_text_config(decoder=True)):
+            vars(one).pop("quantization_config", None)  # of the other program
+        if dtype in (None, "auto"):
+            kept = (tensor.kept() for tensor in file.tensors.values() if tensor.refusal is None)
+            floats = (one for one in kept if isinstance(one, torch.dtype) and one.is_floating_point)
+            dtype = own.dtype or (torch.float32 if file.kind == "gguf" else next(floats, torch.float32))
+        if path.is_dir() and (path / "generation_config.json").is_file():
+            options.setdefault("generation_config", GenerationConfig.from_pretrained(path))
+        asked, kind = _ExactConfig(path, file, requantizing or Requantizing()), auto_class
+        if hasattr(kind, "from_config"):  # an Auto class needs a folder to find the class of a model
+            with torch.device("meta"):
+                empty = kind.from_config(own, **_code(options))
+            own, kind = empty.config, type(empty)
+        found = kind.from_pretrained(
+            None, config=own, state_dict=asked.state, quantization_config=asked, dtype=dtype, **options
+        )
+        model = found[0] if isinstance(found, tuple) else found
+        model.name_or_path = model.config.name_or_path = str(source)
+    return found
+
+
+def _config_of(path: Path, file: ForeignFile, options: dict[str, Any]) -> Any:
+    """Return the config of a model that another program quantized.
+
+    Raises:
+        FileError, OSError: it is damaged, cannot be read, or has more layers than the model has tensors.
+    """
+    if file.kind == "gguf":
+        made = config_of(path)
+        if made is not None:
+            return AutoConfig.for_model(**made)
+        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **_code(options))
+    folder = path if path.is_dir() else path.parent
+    check_layers(folder / "config.json", read_model_config(folder / "config.json"), len(file.tensors))
+    return AutoConfig.from_pretrained(folder, local_files_only=True, **_code(options))
+
+
+def _code(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: options[name] for name in ("trust_remote_code",) if name in options}
+
+
+_METHOD = f"{METHOD}; exact"
+
+
+class _ExactConfig(QuantizationConfigMixin):  # type: ignore[misc]
+    """What ``from_exact`` tells the quantizer. It is no part of the loaded model's config.
+
+    Attributes:
+        state: what there is to load, by name, once the model is there to which it belongs: an object for each tensor,
+            of which ``[...]`` reads it.
     """
 
-    def __init__(self, files: list[str], model: Any, requantizing: Requantizing | None = None) -> None:
-        self._source = _path(files)
-        self._requantizing = requantizing or Requantizing()
+    def __init__(self, source: Path, file: ForeignFile, requantizing: Requantizing) -> None:
+        self.quant_method = _METHOD
+        self.source, self.file, self.requantizing = source, file, requantizing
+        self.state: dict[str, _Lazy] = {}
+
+    def __deepcopy__(self, memo: Any) -> _ExactConfig:
+        return self  # transformers copies configs, and open files cannot be copied
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what transformers may show or compare."""
+        return {"quant_method": _METHOD}
+
+
+@register_quantizer(_METHOD)
+class _ExactQuantizer(LowmemQuantizer):
+    """Keeps the codes of another program's weights while transformers loads a model."""
+
+    quantization_config: Any
+
+    def __init__(self, quantization_config: _ExactConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **{**kwargs, "pre_quantized": True})
+        self._exact: Any = None
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Refuse a disk, as while dense weights are stored."""
+        self.refuse_disk(device_map)
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> Any:
+        tied = self.tie(model)
         with _plainly():
-            self._file = open_foreign(self._source)
+            exact = self._exact = _Exact(self.quantization_config, model)
+        convert_skeleton(model, {"layers": exact.layers}, {})
+        exact.add_formats(model)
+        self.expect_parts(model, tied)
+        self.quantization_config.state.update(exact.state)
+        return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Return the model's conversions, and those that merge parts of weights as they merge weights.
+
+        Raises:
+            ValueError: the tensors are those of another model.
+        """
+        exact, self._exact = self._exact, None
+        if exact is None:
+            return weight_conversions
+        found: list[Any] = exact.conversions(weight_conversions)
+        refuse_unfitting(model, dict.fromkeys(exact.state), exact.nbytes, found)
+        return found
+
+
+class _Exact:
+    """The weights of a file or folder of another program, for one model.
+
+    Args:
+        asked: what is loaded.
+        model: dense, on the meta device, with its ties.
+
+    Attributes:
+        layers: records of how weights are stored, by the model's paths, as the metadata of lowmem's files has them.
+        state: as that of ``_ExactConfig``.
+        nbytes: what the file's tensors take.
+
+    Raises:
+        FileError, ValueError: as ``from_exact``.
+    """
+
+    def __init__(self, asked: _ExactConfig, model: Any) -> None:
+        self._source, self._requantizing = asked.source, asked.requantizing
         self.layers: dict[str, dict[str, Any]] = {}
         self.state: dict[str, _Lazy] = {}
+        self.nbytes = sum(tensor.nbytes for tensor in asked.file.tensors.values())
         self._merging: list[WeightConverter] = []
-        try:
-            with _plainly():
-                self._place(self._file, model)
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def nbytes(self) -> int:
-        """What the file's tensors take."""
-        return sum(tensor.nbytes for tensor in self._file.tensors.values())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.__exit__()
+        self._place(asked.file, model)
 
     def add_formats(self, model: nn.Module) -> None:
         """Add to the state what modules of the converted model hold of their formats."""
@@ -95,7 +224,7 @@ class Exact:
         return own + [_with_suffix(one, part) for one in self._merging for part in ("_packed", "_scales")]
 
     def _place(self, file: ForeignFile, model: Any) -> None:
-        if file.kind == "GGUF":
+        if file.kind == "gguf":
             check_config(self._source, model.config)
         names = Names(model, get_model_conversion_mapping(model))
         forms: dict[str, tuple[FourBitForm, str]] = {}
@@ -144,11 +273,11 @@ class Exact:
             self.state |= {f"{prefix}_{part}": of_parts.lazy(part) for part in form.parts}
         if refused:
             raise refusal(self._source, why_refused(refused), "load")
-        if not self.layers and (coded or file.kind != "GGUF"):  # which is read as it is, dense ones, too
+        if not self.layers and (coded or file.kind != "gguf"):  # which is read as it is, dense ones, too
             raise refusal(
                 self._source,
-                "it has no 4-bit weights of the model, of which codes could be kept: load it without "
-                "quantization_config, or quantize it: LowmemConfig(FourBit('nf4'))",
+                "it has no 4-bit weights of the model, of which codes could be kept: load it by from_pretrained, and "
+                "to quantize it give quantization_config=LowmemConfig(FourBit('nf4'))",
                 "load",
             )
 
@@ -190,13 +319,6 @@ class Exact:
 
 _DENSE = "take the dense folder that it was made from, and quantize that: LowmemConfig(FourBit('nf4'))"
 _CONFIG = "get both from one source, or give config="
-
-
-def _path(files: list[str]) -> Path:
-    """Return what to open: the only file, or the folder of several."""
-    if not files or not files[0].endswith((".safetensors", ".gguf")):
-        raise ValueError(f"LowmemConfig('exact') reads safetensors and GGUF files, and found {show(files[:1])}")
-    return Path(files[0]) if len(files) == 1 else Path(files[0]).parent
 
 
 @contextmanager

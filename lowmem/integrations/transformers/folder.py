@@ -13,19 +13,21 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowmem.errors import FileError, describe, refusal, show, unbuilt
-from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
-from lowmem.integrations.transformers.gguf_config import config_of
-from lowmem.integrations.transformers.gguf_tokenizer import tokenizer_of
-from lowmem.integrations.transformers.loading import checked
+from lowmem.integrations.transformers.checking import refuse_unread
+from lowmem.integrations.transformers.config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.exact import from_exact
+from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
+from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
-from lowmem.io.convert_checkpoint import Row, Source
-from lowmem.io.foreign.recognize import open_foreign, read_model_config
-from lowmem.io.foreign.requantizing import Requantizing
+from lowmem.io.convert_checkpoint import Row
+from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.formats.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
-from lowmem.io.model_folder import check_layers, check_regular, copy_others, weights_in
+from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
+from lowmem.io.source import Source
 from lowmem.nn.budget import Budget
 from lowmem.nn.eightbit import EightBit
 from lowmem.nn.fourbit import FourBit
@@ -86,14 +88,19 @@ def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
 
 
 def load_folder(
-    folder: Path, config: LowmemConfig | None = None, dtype: torch.dtype | Literal["auto"] = "auto"
+    folder: Path,
+    config: LowmemConfig | None = None,
+    dtype: torch.dtype | Literal["auto"] = "auto",
+    requantizing: Requantizing | None = None,
 ) -> nn.Module:
     """Return the model of a folder, in the class that its config names, in evaluation mode. No code of it is run.
 
     Args:
-        folder: as ``save_pretrained`` writes it; dense, or stored by lowmem.
+        folder: as ``save_pretrained`` writes it; dense, stored by lowmem, or quantized by another program, whose
+            codes are kept.
         config: how to store it while it is loaded; None: as it is.
         dtype: of what is dense, and of what the rest computes in; "auto": as the folder has it.
+        requantizing: what is quantized of a folder that is not lowmem's; None: nothing.
 
     Raises:
         FileError: as ``check``; or a class that transformers does not have, a model that it cannot load, or one that
@@ -110,16 +117,40 @@ def load_folder(
         if "auto_map" in found:
             why += "; it is code of the folder: from_pretrained runs it, with trust_remote_code=True"
         raise refusal(folder, why)
-    with load_errors(folder), checked():
+    method = (found.get("quantization_config") or {}).get("quant_method")
+    is_exact = requantizing is not None or (config is None and method not in (None, METHOD))
+    options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    with load_errors(folder):
         model: nn.Module
-        model, info = kind.from_pretrained(
-            folder, quantization_config=config, dtype=dtype, local_files_only=True, output_loading_info=True
-        )
+        if is_exact:
+            model, info = from_exact(folder, kind, requantizing=requantizing, **options)
+        else:
+            if config is not None:
+                options["quantization_config"] = config
+            elif method is None:
+                _check_dense(folder, kind)
+            model, info = kind.from_pretrained(folder, local_files_only=True, **options)
     _refuse_factors(folder / "config.json", found, model)
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
-    if config is not None:  # what is left out would be lost
+    if config is not None or is_exact:  # what is left out would be lost
         _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"], _LEAVE_OUT)
     return model
+
+
+def _check_dense(folder: Path, kind: Any) -> None:
+    """Compare the tensors of a dense folder with an empty model of its config, before transformers makes a full one.
+
+    Raises:
+        ValueError: they are of another model, or stored by lowmem.
+    """
+    is_auto = not issubclass(kind, transformers.PreTrainedModel)
+    described: Any = transformers.AutoConfig if is_auto else kind.config_class
+    config = described.from_pretrained(folder, local_files_only=True)
+    with torch.device("meta"):
+        model = kind.from_config(config) if is_auto else kind(config)
+    with Source(weights_in(folder)) as source:
+        refuse_unread(folder, source.specs)
+        refuse_unfitting(model, *shapes_and_bytes(source.specs), get_model_conversion_mapping(model))
 
 
 def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> None:
@@ -147,32 +178,15 @@ def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requ
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
             does not compute.
-        ImportError: accelerate or gguf, which transformers needs for such files, are missing.
+        ImportError: gguf is missing, which transformers needs for the config of some architectures.
     """
-    with open_foreign(file):
-        pass  # transformers' own reader gives other errors for damaged files, if any
-    config = config_of(file)
     with load_errors(file, "; lowmem quantize FILE OUT.safetensors needs no config of transformers"):
         model: nn.Module
-        model, info = AutoModelForCausalLM.from_pretrained(
-            file.parent,
-            gguf_file=file.name,
-            config=None if config is None else AutoConfig.for_model(**config),
-            quantization_config=_exact(requantizing),
-            dtype=dtype,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        model, info = from_exact(file, dtype=dtype, requantizing=requantizing, output_loading_info=True)
     name = type(model).__name__
     _refuse_differing(file, name, "lacks", info["missing_keys"])
     _refuse_differing(file, name, "has, and the model has not,", info["unexpected_keys"])
     return model
-
-
-def _exact(requantizing: Requantizing | None) -> LowmemConfig:
-    config = LowmemConfig(EXACT)
-    config.requantizing = requantizing
-    return config
 
 
 def import_folder(
@@ -210,12 +224,12 @@ def import_folder(
         asked.check(file.tensors)
         sources = {name: (tensor.kind, tensor.nbytes) for name, tensor in file.tensors.items()}
         kind = file.kind
-    if not source.is_dir() and kind != "GGUF":
+    if not source.is_dir() and kind != "gguf":
         why = "a file has no config.json: name its folder as IN, or OUT.safetensors"
         raise refusal(source, why, "make a folder of")
     if source.is_dir():
         check(source)
-        model = load_folder(source, _exact(asked), dtype or "auto")
+        model = load_folder(source, dtype=dtype or "auto", requantizing=asked)
         write_model(model, source, target, shard_bytes)
     else:
         model = load_gguf(source, dtype or torch.float32, asked)

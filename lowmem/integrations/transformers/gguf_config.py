@@ -1,4 +1,4 @@
-"""The config.json of a GGUF file's model, from its metadata: the inverse of ``lowmem.io.export.gguf_fields``.
+"""The config.json of a GGUF file's model, from its metadata: the inverse of ``lowmem.io.formats.gguf.fields``.
 
 transformers makes a config of such a file, too, and leaves out what changes the values of its rotary embedding, the
 length of heads in some architectures, and biases; models then compute something else in silence.
@@ -17,8 +17,8 @@ from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors
-from lowmem.io.export.gguf_fields import model_fields, rope_factors
-from lowmem.io.foreign.gguf import GGUFHeader, read_header
+from lowmem.io.formats.gguf.container import GGUFHeader, read_header
+from lowmem.io.formats.gguf.fields import model_fields, rope_factors
 
 __all__ = ["check_config", "config_of"]
 

@@ -8,6 +8,7 @@ replaced layers by then: the first module that tells of its config comes after t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,9 @@ __all__ = ["install", "refuse_passed_over"]
 _FOUND_BY_NAME = "embeddings.word_embeddings"  # an embedding that prompt learning finds there may be stored
 
 
+@cache
 def install() -> None:
-    """Check what PEFT does with stored modules from now on."""
+    """Check what PEFT does with stored modules from now on, by a hook of torch."""
     register_module_module_registration_hook(_check)
 
 

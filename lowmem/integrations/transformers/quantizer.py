@@ -5,23 +5,41 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Container, Mapping
+from contextlib import ExitStack
+from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import ConversionOps, WeightConverter
+from transformers.core_model_loading import (
+    ConversionOps,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+)
+from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 
 from lowmem.errors import show
-from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
-from lowmem.integrations.transformers.exact import Exact
+from lowmem.integrations.transformers import peft_models
+from lowmem.integrations.transformers.checking import (
+    check_index,
+    refuse_coded,
+    refuse_pickles,
+    refuse_unread,
+    refuse_untold,
+)
+from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.ordering import put_dense_first
-from lowmem.integrations.transformers.peft_models import refuse_passed_over
-from lowmem.integrations.transformers.saving import config_of
+from lowmem.integrations.transformers.saving import SavedModel, config_of, folder_names, saved_class
+from lowmem.integrations.transformers.shapes import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.container import open_checkpoint
+from lowmem.io.model_folder import refuse_layers
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
@@ -78,22 +96,46 @@ class _Align(ConversionOps):  # type: ignore[misc]
 _WIDEST = 4  # bytes of the widest scale
 
 
+class _FolderNames(WeightRenaming):  # type: ignore[misc]
+    """Gives tensors of a folder the names that they have in the state of the model.
+
+    Args:
+        names: in the model's state, by those in the folder.
+        prefix: of the base model, which one of the two may lack.
+    """
+
+    __slots__ = ("names", "prefix")
+
+    def __init__(self, names: Mapping[str, str], prefix: str) -> None:
+        super().__init__("^$", "")
+        self.names, self.prefix = names, f"{prefix}."
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        """Return the name in the model."""
+        for name in (source_key, source_key.removeprefix(self.prefix), self.prefix + source_key):
+            if name in self.names:
+                return self.names[name], None
+        return source_key, None
+
+
 @register_quantizer(METHOD)
 class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     """Stores weights while they are read, or takes them as ``save_pretrained`` has written them.
 
     Attributes:
-        exact: what is kept of another program's files, while they are loaded.
         parts: of a saved model, while it is loaded: the dtypes of what its stored weights consist of, by name.
     """
 
     quantization_config: LowmemConfig
+    measures: bool = False
+    """Whether weights are being read to measure what a budget loses of them, and then once more."""
 
     def __init__(self, quantization_config: LowmemConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self._storing: Storing | None = None
-        self.exact: Exact | None = None
         self._files: list[str] = []
+        self._dtype: torch.dtype | None = None
+        self._own_dtypes: dict[str, torch.dtype] = {}
         self.parts: dict[str, torch.dtype] = {}
         self._ties: dict[str, str] | None = None
         self._model: Any = lambda: None  # weak: a model that is deleted is freed at once
@@ -129,7 +171,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         model = self._model()
         if model is None:
             return True
-        refuse_passed_over(model, getattr(model, "peft_config", {}))
+        peft_models.refuse_passed_over(model, getattr(model, "peft_config", {}))
         adapted = any(isinstance(module, AdaptedModule) or is_of_peft(module) for module in model.modules())
         if adapted or self.quantization_config.train_dense:
             return True
@@ -159,48 +201,26 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(
                 "quantization_config has no technique, and the folder is dense: LowmemConfig(FourBit('nf4'))"
             )
-        if (
-            (not self.pre_quantized or self.is_exact)
-            and isinstance(device_map, Mapping)
-            and "disk" in device_map.values()
-        ):
+        if not self.pre_quantized:
+            self.refuse_disk(device_map)
+
+    @staticmethod
+    def refuse_disk(device_map: Any) -> None:
+        """Raise a ValueError where weights would be offloaded to disk before they are stored."""
+        if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise ValueError(
                 f"device_map={show(device_map)} offloads weights to disk while they are stored: load and save the "
                 "model without it first, and offload what was saved"
             )
 
-    @property
-    def measures(self) -> bool:
-        """Whether the weights are to be read twice: once to measure what a budget loses of them."""
-        return isinstance(self._storing, Measuring)
-
-    def divide(self, model: Any) -> None:
-        """Divide a budget among the layers, once all weights were measured: the next time they are stored.
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Return the model's config, of which no module was made yet.
 
         Raises:
-            TypeError, ValueError: a weight that cannot be stored, or a budget that is out of reach.
+            ValueError: it asks for more layers or experts than any model has.
         """
-        assert isinstance(self._storing, Measuring)
-        self._storing.finish()
-        config = self.quantization_config
-        assert isinstance(config.technique, Budget)
-        self._storing = Storing(model, config.technique, config.skip, self._storing.losses)
-
-    @property
-    def is_exact(self) -> bool:
-        """Whether codes of another program's files are kept."""
-        return self.quantization_config.technique == EXACT
-
-    def read_header(self, gguf_file: str) -> None:
-        """Do nothing: a GGUF file is read with its tensors."""
-
-    def update_dtype(self, dtype: torch.dtype | None) -> torch.dtype:
-        """Return the dtype of the model: that of the user's, or float32 of a GGUF file, which names none."""
-        return torch.float32 if dtype is None else dtype
-
-    def get_state_dict(self, checkpoint_file: str | None = None, model: Any = None) -> dict[str, Any] | None:
-        """Return what there is to load in place of the tensors of files; None: these."""
-        return None if self.exact is None else self.exact.state
+        refuse_layers(config.to_dict())
+        return config
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Return the dtype to cast a saved tensor to: none for parts of stored weights."""
@@ -210,15 +230,28 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Prepare a model on the meta device; what transformers keeps in float32 is so here, as in a dense model."""
+        kept = set()
         for module, name in kept_in_float32(model, dtype):
             parameter = module._parameters[name]
             if parameter is not None:
                 parameter.data = parameter.data.float()
+                kept.add(id(parameter))
+        self._dtype = dtype
+        self._own_dtypes = {
+            name: one.dtype
+            for name, one in model.named_parameters(remove_duplicate=False)
+            if one.dtype is not dtype and id(one) not in kept
+        }
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is to be stored while it is read."""
-        return self._storing is not None and self._storing.wants(param_name)
+        """Whether a parameter is to be stored while it is read.
+
+        transformers would cast it to the dtype of the model before. One that a model makes in a dtype of its own is
+        stored after it was read.
+        """
+        own = param_name in self._own_dtypes and not self.measures
+        return self._storing is not None and not own and self._storing.wants(param_name)
 
     def get_quantize_ops(self) -> _Store:
         """Return what stores a weight."""
@@ -226,17 +259,69 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return _Store(self._storing, self._files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Return how names of the folder become those of the model: a saved model has its own."""
-        if self.exact is not None:
-            return self.exact.conversions(weight_conversions)
+        """Return how names of the folder become those of the model: a saved model has its own.
+
+        The model is empty and the folder's files are known: they are checked, and a budget is divided.
+
+        Raises:
+            FileError, OSError, ValueError: files that are not those of the model, or not what their folder says.
+            TypeError: a weight that cannot be stored.
+        """
+        if self.pre_quantized:
+            names = {name: own for own, name in folder_names(model).items()}
+            renaming = _FolderNames(names, model.base_model_prefix)
+            weight_conversions = [renaming, WeightConverter(["_scales"], ["_scales"], [_Align()])]
+        if self._files:
+            self._check(model, weight_conversions)
+        if isinstance(self._storing, Measuring):
+            self._divide(model, weight_conversions)
+        return weight_conversions
+
+    def _check(self, model: Any, conversions: list[Any]) -> None:
+        refuse_pickles(self._files)
+        specs = specs_of(self._files)
+        check_index(self._files)
         if not self.pre_quantized:
-            return weight_conversions
-        return [WeightConverter(["_scales"], ["_scales"], [_Align()])]
+            refuse_unread(Path(self._files[0]).parent, specs)
+            refuse_coded(Path(self._files[0]).parent, specs)
+        refuse_unfitting(model, *shapes_and_bytes(specs), conversions)
+        if self.pre_quantized:
+            refuse_untold(specs, self.quantization_config, model.base_model_prefix)
+            refuse_retyped(model, specs, self.parts, conversions)
+
+    def _divide(self, model: Any, conversions: list[Any]) -> None:
+        """Read all weights to measure them, and divide the budget among the layers.
+
+        Raises:
+            TypeError, ValueError: a weight that cannot be stored, or a budget that is out of reach.
+        """
+        measuring, asked = self._storing, self.quantization_config
+        assert isinstance(measuring, Measuring)
+        assert isinstance(asked.technique, Budget)
+        if not self._files:
+            raise ValueError(
+                "a Budget reads the weights of a folder twice, and a state dict has none: load the model, and "
+                "lowmem.convert(model, Budget(...))"
+            )
+        self.measures = True
+        with ExitStack() as stack:
+            files = [stack.enter_context(safe_open(file, "pt")) for file in self._files]
+            state = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
+            once = LoadStateDictConfig(
+                dtype=self._dtype,
+                dtype_plan=self._own_dtypes,
+                hf_quantizer=self,
+                weight_mapping=deepcopy(conversions),  # which note their use
+            )
+            convert_and_load_state_dict_in_model(model, state, once)
+        self.measures = False
+        measuring.finish()
+        self._storing = Storing(model, asked.technique, asked.skip, measuring.losses)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        tied = _tie(model)
+        tied = self.tie(model)
         self._files = list(checkpoint_files or [])
         config = self.quantization_config
         if not self.pre_quantized:
@@ -246,48 +331,49 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             else:
                 storing = Storing(model, config.technique, config.skip)
             self._storing = storing
-            _keep_dtypes(model, storing)
             ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model
-        if self.is_exact:
-            self.exact = Exact(self._files, model, self.quantization_config.requantizing)
-            convert_skeleton(model, {"layers": self.exact.layers}, {})
-            self.exact.add_formats(model)
-        else:
-            convert_skeleton(model, *_records(model, config, self._files))
-        ties = {}
+        convert_skeleton(model, *_records(model, config, self._files))
+        self.expect_parts(model, tied)
+        return model
+
+    @staticmethod
+    def tie(model: Any) -> dict[str, str]:
+        """Tie the parameters of a model that transformers has made without: target -> source."""
+        tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
+        for target, source in tied.items():
+            path, _, name = target.rpartition(".")
+            setattr(model.get_submodule(path), name, model.get_parameter(source))
+        return tied
+
+    def expect_parts(self, model: Any, tied: Mapping[str, str]) -> None:
+        """Note what there is to load of a model whose modules have become those that store weights."""
+        ties: dict[str, str] = {}
         for target, source in tied.items():
             ties |= _ties_of_parts(model, target, source)
         self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
         self.parts = _parts(model)
-        return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._storing is not None:
-            del model._get_dtype_plan  # the instance's
             self._storing.finish()
             drop_pages(self._files)
             if self._storing.warning is not None:
                 warnings.warn(self._storing.warning, UserWarning, stacklevel=2)
         else:
             _check_complete(model)
-        if self.exact is not None:
-            self.exact.close()
-            self.exact = None
-        self._storing, self.parts = None, {}
+        self._storing, self.parts, self._files, self._own_dtypes = None, {}, [], {}
         if self._ties is not None:
             model.all_tied_weights_keys, self._ties = self._ties, None
         for module in model.modules():
             if isinstance(module, StoredModule):
                 for name in module.part_names:
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
-        put_dense_first(model)
         if any(isinstance(module, AdaptedModule) for module in model.modules()):
             freeze_all_but_adapters(model)
-        model.config.quantization_config = self.quantization_config = config_of(model) or self.quantization_config
         model.is_quantized = False  # it trains, casts and moves as any model does
-        self.attach(model)
+        adopt(model)
         trim_heap(model)
         return model
 
@@ -309,44 +395,35 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def adopt(model: nn.Module) -> None:
-    """Give the models of transformers that ``convert`` stored a quantizer, as ``from_pretrained`` does.
+    """Let models of transformers know what lowmem has stored in them, or that all of it is dense again.
 
-    ``dequantize`` and ``Trainer`` ask for it. Models that transformers is loading, and those that have a quantizer,
-    keep it. A dense parameter is put first, as there.
+    ``save_pretrained`` writes it, ``dequantize`` and ``Trainer`` find a quantizer, and a dense parameter comes first.
+    ``lowmem.convert`` and ``lowmem.restore`` call this for the model that they are given. Where that was a part of a
+    model, such as a list of layers, call it for the whole. Models that transformers is loading are left alone.
     """
+    peft_models.install()
     put_dense_first(model)
     found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     inner = {part for module in found for part in module.modules() if part is not module}
     for module in found:
-        if module in inner or getattr(module, "is_quantized", False) or getattr(module, "hf_quantizer", None):
+        if getattr(module, "is_quantized", False):
             continue
         config = config_of(module)
-        if config is not None and config.layers:
-            module.hf_quantizer = LowmemQuantizer(config)
-            module.hf_quantizer.attach(module)
-
-
-def _keep_dtypes(model: Any, storing: Storing) -> None:
-    """Let weights be read in the dtype in which a model makes them, which may be float32 whatever is asked for.
-
-    transformers casts what is stored while it is read to the model's dtype, and all else to that of the parameter.
-    """
-    plan = model._get_dtype_plan
-
-    def with_own(dtype: torch.dtype) -> dict[str, torch.dtype]:
-        made = {name: one.dtype for name, one in model.named_parameters() if storing.wants(name)}
-        return {**{name: own for name, own in made.items() if own != dtype}, **plan(dtype)}
-
-    model._get_dtype_plan = with_own
-
-
-def _tie(model: Any) -> dict[str, str]:
-    """Tie the parameters of a model that transformers has made without: target -> source."""
-    tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
-    for target, source in tied.items():
-        path, _, name = target.rpartition(".")
-        setattr(model.get_submodule(path), name, model.get_parameter(source))
-    return tied
+        if config is None:
+            if isinstance(module, SavedModel):
+                module.__class__ = module.own_class
+            if isinstance(getattr(module, "hf_quantizer", None), LowmemQuantizer):
+                module.hf_quantizer.remove_quantization_config(module)
+            continue
+        kind: Any = type(module)
+        module.__class__ = saved_class(kind)
+        if module in inner or not config.layers:
+            continue
+        quantizer = getattr(module, "hf_quantizer", None) or LowmemQuantizer(config)
+        if isinstance(quantizer, LowmemQuantizer):
+            quantizer.attach(module)
+            module.hf_quantizer = quantizer
+            module.config.quantization_config = quantizer.quantization_config = config
 
 
 def _ties_of_parts(model: Any, target: str, source: str) -> dict[str, str]:

@@ -1,33 +1,34 @@
-"""What ``save_pretrained`` writes of a converted model: its state, and how it is stored, in config.json."""
+"""What ``save_pretrained`` writes of a converted model: its state, and how it is stored, in config.json.
+
+A folder has a tensor under each name that a dense model of its config has, so that transformers without lowmem does
+not take random numbers for what it does not find: what is rounded lies under its own name and can be read, and the
+format of codes lies under the name of the weight, in a shape that no weight has.
+"""
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import wraps
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
-from lowmem.integrations.transformers.config import EXACT, METHOD, LowmemConfig
+from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
 from lowmem.io.checkpoint import how_stored
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_module import StoredModule, format_keys
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
 
-__all__ = ["config_of", "install", "presented_dtype"]
-
-_ABSENT = object()
+__all__ = ["SavedModel", "config_of", "folder_names", "presented_dtype", "saved_class"]
 
 
 def config_of(model: nn.Module) -> LowmemConfig | None:
@@ -49,7 +50,7 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
     old = [getattr(getattr(model, name, None), "quantization_config", None) for name in ("config", "hf_quantizer")]
     asked = next((one for one in old if isinstance(one, LowmemConfig)), None)
     return LowmemConfig(
-        None if asked is None or asked.technique == EXACT else asked.technique,
+        None if asked is None else asked.technique,
         skip=() if asked is None else asked.skip,
         train_dense=asked is not None and asked.train_dense,
         layers=layers.values(),
@@ -57,29 +58,107 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
     )
 
 
-def install() -> None:
-    """Let ``save_pretrained``, ``dtype`` and ``num_parameters`` of transformers' models know what lowmem stores."""
-    original, dtype = PreTrainedModel.save_pretrained, PreTrainedModel.dtype
-    signature = inspect.signature(original)
+class SavedModel:
+    """Base of the generated classes of transformers' models of which lowmem stores or adapts weights.
 
-    @wraps(original)
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        call = signature.bind(*args, **kwargs)
-        given = call.arguments
+    Attributes:
+        own_class: the model's class before.
+    """
+
+    own_class: ClassVar[Any]
+
+    def save_pretrained(
+        self: Any,
+        save_directory: str | os.PathLike[str],
+        is_main_process: bool = True,
+        state_dict: dict[str, Any] | None = None,
+        push_to_hub: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """Write a folder as transformers does, which is complete or not there, and says how weights are stored.
+
+        Raises:
+            OSError: the folder cannot be written; it is named.
+        """
         # these need the folder itself: its name and files are sent, or several processes write a part each
-        shared = given.get("push_to_hub") or given.get("distributed_checkpoint")
-        with _described(given["self"]) as ours:
-            if not ours or shared or not given.get("is_main_process", True):
-                return original(*args, **kwargs)
-            with _whole(Path(given["save_directory"])) as given["save_directory"]:
-                return original(*call.args, **call.kwargs)
+        shared = push_to_hub or kwargs.get("distributed_checkpoint") or not is_main_process
+        with _described(self) as ours:
+            if ours and not kwargs.get("distributed_checkpoint"):
+                kwargs["save_original_format"] = False  # names that weights had in the folder that they come from
+                state_dict = _renamed(self, self.state_dict() if state_dict is None else state_dict)
+            if not ours or shared:
+                super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)  # type: ignore[misc]
+                return
+            with _whole(Path(save_directory)) as partial:
+                super().save_pretrained(partial, True, state_dict, False, *args, **kwargs)  # type: ignore[misc]
 
-    @wraps(PreTrainedModel.num_parameters)
+    def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Load a state by its own names or by those of a folder, which ``Trainer`` reads as it is."""
+        own, found = self.state_dict(), dict(state_dict)
+        for name, other in folder_names(self).items():
+            if name not in found and name in own and other in found and found[other].dtype == own[name].dtype:
+                found[name] = found.pop(other)
+        return super().load_state_dict(found, strict, assign)  # type: ignore[misc]
+
+    @property
+    def dtype(self: Any) -> torch.dtype:
+        """The dtype as which the first floating-point parameter presents itself."""
+        return presented_dtype(self) or super().dtype  # type: ignore[misc]
+
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Return the number of parameters, of stored ones that of the weights."""
         return _count(self, only_trainable, exclude_embeddings)
 
-    PreTrainedModel.save_pretrained, PreTrainedModel.num_parameters = save_pretrained, num_parameters
-    PreTrainedModel.dtype = property(lambda self: presented_dtype(self) or dtype.fget(self), doc=dtype.__doc__)
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        kind: Any = type(self)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *rest = reduced
+        return _made, (make, tuple(kind.own_class if one is kind else one for one in arguments)), *rest
+
+
+@cache
+def saved_class(kind: Any) -> Any:
+    """Return the subclass of a model's class whose ``save_pretrained`` knows lowmem, under the same name.
+
+    Transformers compares names of classes, so that a model stays what it was; ``type(model) is kind`` does not hold.
+    """
+    if issubclass(kind, SavedModel):
+        return kind
+    names = {"own_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
+    made = type(kind.__name__, (SavedModel, kind), names)
+    made.__qualname__ = kind.__qualname__
+    return made
+
+
+def _made(make: Any, arguments: tuple[Any, ...]) -> Any:
+    """Return an empty model of a generated class, for pickle and deepcopy."""
+    model = make(*arguments)
+    kind: Any = type(model)
+    model.__class__ = saved_class(kind)
+    return model
+
+
+def folder_names(model: nn.Module) -> dict[str, str]:
+    """Return the names of tensors in a folder, by those in the model's state, where they differ."""
+    names: dict[str, str] = {}
+    formats = format_keys(model)
+    for path, module in model.named_modules(remove_duplicate=False):
+        dot = f"{path}." if path else ""
+        if not isinstance(module, StoredModule):
+            continue
+        if f"{dot}_extra_state" in formats:
+            names[f"{dot}_extra_state"] = dot + next(iter(module.forms))
+        else:
+            names |= {dot + part: dot + part.removesuffix("_rounded") for part in module.part_names}
+    left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()  # by transformers, which computes dense ones
+    return {name: other for name, other in names.items() if other not in (name, *left_out)}
+
+
+def _renamed(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state by the names of a folder. What is offloaded keeps its names, by which transformers reads it."""
+    names = folder_names(model)
+    return {name if value.device.type == "meta" else names.get(name, name): value for name, value in state.items()}
 
 
 @contextmanager
@@ -135,35 +214,23 @@ def _count(model: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> 
 
 @contextmanager
 def _described(model: Any) -> Iterator[bool]:
-    """Describe a converted model in its config for the block, and let its names be written as they are.
+    """Describe a converted model in its config for the block, without a quantizer, which would ignore a given state.
 
     Yields whether lowmem has converted it.
-
-    transformers would give weights back the names that they had in the folder they come from, of which stored ones
-    have none.
     """
     config, found = model.config, config_of(model)
     before = getattr(config, "quantization_config", None)  # a dict in a config that was read without its model
     ours = isinstance(before, LowmemConfig) or (isinstance(before, dict) and before.get("quant_method") == METHOD)
-    quantizer = getattr(model, "hf_quantizer", None)
-    adopted = quantizer is not None and isinstance(quantizer.quantization_config, LowmemConfig)
-    if found is None and not ours and not adopted:
+    if found is None and not ours:
         yield False
         return
-    replaced: dict[str, Any] = {"hf_quantizer": None}
-    if found is not None or ours:
-        replaced["_weight_conversions"] = []
-    own = {name: model.__dict__.get(name, _ABSENT) for name in replaced}
-    model.__dict__.update(replaced)
+    quantizer = model.__dict__.pop("hf_quantizer", None)
     if found is not None:
         config.quantization_config = found
-    elif ours:
-        del config.quantization_config  # dense, by ``restore`` or as a new model of this config
+    else:
+        del config.quantization_config  # dense, by ``restore`` of all of its parts
     try:
-        yield found is not None or ours
+        yield True
     finally:
-        for name, value in own.items():
-            if value is _ABSENT:
-                del model.__dict__[name]
-            else:
-                model.__dict__[name] = value
+        if quantizer is not None:
+            model.hf_quantizer = quantizer

@@ -217,8 +217,8 @@ def _refuse_more(given: Mapping[str, object]) -> None:
     for name, value in given.items():
         if value is not None:
             raise ValueError(
-                f"{name}={show(value)} means nothing with diagonal=True, which runs the model once and keeps nothing "
-                "of it: leave one of both out"
+                f"{name}={show(value)} does not apply with diagonal=True, which runs the model once and keeps "
+                "nothing of it: use only one of them"
             )
 
 

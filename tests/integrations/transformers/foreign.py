@@ -9,8 +9,8 @@ from torch import Tensor
 
 import lowmem
 from tests.integrations.transformers.folders import CONFIGS, write
-from tests.io.foreign import test_awq, test_gptq
-from tests.io.foreign.written import words
+from tests.io.formats import test_awq, test_gptq
+from tests.io.formats.written import words
 
 GROUP = 32
 

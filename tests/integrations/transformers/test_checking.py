@@ -13,6 +13,8 @@ import lowmem
 from lowmem import FourBit, Half, LoRA
 from lowmem.errors import FileError
 from lowmem.integrations.transformers import LowmemConfig
+from lowmem.integrations.transformers.folder import load_folder
+from lowmem.io.model_folder import refuse_layers
 from tests.integrations.transformers.folders import assert_same, load, write
 
 INDEX = "model.safetensors.index.json"
@@ -62,21 +64,25 @@ def test_what_no_config_tells_how_it_is_stored_is_refused(folders, tmp_path):
             "say how its tensor 'model.layers.0.mlp.down_proj.weight'",
         ),
         ({**record, "layers": []}, "say how its tensor 'lm_head.weight'"),
-        (None, "are stored by lowmem, and its config.json does not say how"),
-        (
-            {**record, "quant_method": "lowmen"},
-            "are stored by lowmem, and its config.json says quant_method='lowmen'",
-        ),
+        (None, "ignore_mismatched_sizes"),
+        ({**record, "quant_method": "lowmen"}, "ignore_mismatched_sizes"),
     ):
         (small / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
-        with pytest.raises(ValueError, match=says):
+        with pytest.raises((ValueError, RuntimeError), match=says):
             load(small)
+    for changed, says in (
+        (None, "are stored by lowmem, and its config.json does not say how"),
+        ({**record, "quant_method": "lowmen"}, "cannot read .*small"),
+    ):
+        (small / "config.json").write_text(json.dumps({**config, "quantization_config": changed}))
+        with pytest.raises(FileError, match=says):
+            load_folder(small)
     load(dense, quantization_config=LowmemConfig(Half())).save_pretrained(tmp_path / "half")
     half = json.loads((tmp_path / "half" / "config.json").read_text())
     half.pop("quantization_config")
     (tmp_path / "half" / "config.json").write_text(json.dumps(half))
-    with pytest.raises(ValueError, match="are stored by lowmem"):
-        load(tmp_path / "half")
+    wanted = lowmem.convert(load(dense), Half())
+    assert_same(load(tmp_path / "half"), lowmem.restore(wanted))  # rounded weights are whole ones, too
 
 
 def test_layers_without_end_are_refused_at_once(folders):
@@ -88,32 +94,35 @@ def test_layers_without_end_are_refused_at_once(folders):
             load(folder, **asked)
 
 
-def test_counts_of_any_name_are_refused_before_a_config_makes_lists_of_them(tmp_path):
-    """A Qwen's config lists the kind of each layer: it would take all memory, in hours."""
+def test_counts_of_any_name_are_refused_before_a_model_is_made_of_them(tmp_path):
+    """A Qwen's config itself lists the kind of each layer: the commands read config.json before transformers does."""
+    folder = write(tmp_path / "dense", "llama")
+    config = json.loads((folder / "config.json").read_text())
     for kind, name, value in (
         (Qwen2ForCausalLM, "num_hidden_layers", 2**63),
         (T5ForConditionalGeneration, "num_decoder_layers", 2**40),
         (SwinModel, "depths", [1, 2**40]),
     ):
-        for called in (kind, AutoModel):
-            (tmp_path / "config.json").write_text(
-                json.dumps({"model_type": kind.config_class.model_type, name: value})
-            )
+        described = json.dumps({"model_type": kind.config_class.model_type, name: value})
+        (tmp_path / "config.json").write_text(described)
+        for called in (kind, AutoModel) if kind is not Qwen2ForCausalLM else ():
             with pytest.raises(ValueError, match=f"config.json says {name}=.*, more than 4096: get it again"):
                 called.from_pretrained(tmp_path, quantization_config=LowmemConfig(FourBit("nf4")))
-    assert Qwen2ForCausalLM.config_class.from_dict({"max_window_layers": 4096}).max_window_layers == 4096
+        (folder / "config.json").write_text(json.dumps({**config, **json.loads(described)}))
+        with pytest.raises(FileError, match=f"{name}=.*get it again"):
+            load_folder(folder, LowmemConfig(FourBit("nf4")))
+    refuse_layers({"max_window_layers": 4096})
 
 
 def test_sizes_named_after_layers_are_no_counts_of_them():
-    """A Gemma 3n has 262,144 of them, and any program that has imported lowmem reads its config."""
+    """A Gemma 3n has 262,144 of them."""
     sizes = {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 8192}
     for name in ("gemma3n", "gemma4"):
         config = AutoConfig.for_model(name).to_dict()
         config["text_config"] |= sizes
-        text = type(AutoConfig.for_model(name)).from_dict(config).text_config
-        assert {size: getattr(text, size) for size in sizes} == sizes
+        refuse_layers(config)
     others = {"layer_rope_theta": 10_000, "ffn_dim_per_layer": [8192, 16_384], "layer_list_out_channels": [5000]}
-    assert Qwen2ForCausalLM.config_class.from_dict(others).layer_rope_theta == 10_000
+    refuse_layers(others)
 
 
 def test_adapted_weights_and_experts_are_told(tmp_path):

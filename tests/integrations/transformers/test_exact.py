@@ -15,15 +15,13 @@ from transformers import AutoModel, GPT2LMHeadModel, GptOssConfig
 
 import lowmem
 from lowmem import EightBit, FourBit
-from lowmem.integrations.transformers import LowmemConfig
+from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.folder import import_folder
 from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.shards import read_model
 from tests.integrations.transformers import folders
 from tests.integrations.transformers.folders import IDS, assert_same, load
 from tests.integrations.transformers.foreign import METHODS, values, write_foreign
-
-EXACT = LowmemConfig("exact")
 
 
 def assert_exact(model: torch.nn.Module, dense: torch.nn.Module) -> None:
@@ -42,7 +40,7 @@ def assert_exact(model: torch.nn.Module, dense: torch.nn.Module) -> None:
 def test_codes_are_kept_and_saved_and_loaded_again(tmp_path, method, kind):
     """Rows of separate experts become one stack, as transformers makes it; Conv1D's are stored transposed."""
     folder = write_foreign(tmp_path, method, kind)
-    model = load(folder, quantization_config=EXACT)
+    model = from_exact(folder)
     assert_exact(model, load(tmp_path / "dense"))
     assert not model.is_quantized
     model.save_pretrained(tmp_path / "again")
@@ -56,7 +54,7 @@ def test_the_bytes_are_those_of_lowmem_quantize(tmp_path):
         folder = write_foreign(tmp_path / method, method)
         import_checkpoint(folder, tmp_path / "a.safetensors")
         file = read_model(tmp_path / "a.safetensors")
-        model = load(folder, quantization_config=EXACT)
+        model = from_exact(folder)
         lowmem.save(model, tmp_path / "b.safetensors")
         other = read_model(tmp_path / "b.safetensors")
         assert other.metadata["layers"] == file.metadata["layers"]
@@ -89,10 +87,10 @@ def write_gpt_oss(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 def test_experts_of_gpt_oss_are_stored_as_the_transpose_that_the_file_has(tmp_path):
     folder, expected = write_gpt_oss(tmp_path / "foreign")
-    model = load(folder, quantization_config=EXACT, dtype=torch.float32)
+    model = from_exact(folder, dtype=torch.float32)
     found = values(model)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
-    dense = lowmem.restore(load(folder, quantization_config=EXACT, dtype=torch.float32))
+    dense = lowmem.restore(from_exact(folder, dtype=torch.float32))
     for how in ("eager", "batched_mm", "grouped_mm"):
         for one in (model, dense):
             one.set_experts_implementation(how)
@@ -104,7 +102,7 @@ def test_experts_of_gpt_oss_are_stored_as_the_transpose_that_the_file_has(tmp_pa
 
 def test_a_model_in_half_precision_presents_its_own_dtype_and_keeps_the_values(tmp_path):
     folder = write_foreign(tmp_path, "gptq", dtype=torch.bfloat16)
-    model = load(folder, quantization_config=EXACT, dtype=torch.bfloat16)
+    model = from_exact(folder, dtype=torch.bfloat16)
     layer = model.model.layers[0].mlp.up_proj
     assert layer.weight.dtype == torch.bfloat16 == model.dtype
     stored = load_file(tmp_path / "dense" / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
@@ -113,12 +111,12 @@ def test_a_model_in_half_precision_presents_its_own_dtype_and_keeps_the_values(t
 
 def test_a_model_without_the_head_leaves_its_weights(tmp_path):
     folder = write_foreign(tmp_path, "awq")
-    model = AutoModel.from_pretrained(folder, quantization_config=EXACT)
+    model = from_exact(folder, AutoModel)
     assert sorted(values(model)) == sorted(values(AutoModel.from_pretrained(tmp_path / "dense")))
 
 
 def test_adapters_train_on_what_was_kept(tmp_path):
-    model = load(write_foreign(tmp_path, "gptq desc_act"), quantization_config=EXACT)
+    model = from_exact(write_foreign(tmp_path, "gptq desc_act"))
     before = model.model.layers[0].mlp.up_proj.weight.dequantize()
     model = lowmem.convert(model, lowmem.LoRA(2))
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.05)
@@ -142,7 +140,7 @@ def test_what_cannot_be_exact_is_refused_with_how_to_go_on(tmp_path):
     with pytest.raises(
         ValueError, match=rf"{name}.weight, GPTQ: its groups do not have 32.*lowmem quantize.*--requant"
     ):
-        load(folder, quantization_config=EXACT)
+        from_exact(folder)
     mixed = {
         f"{name}.g_idx": torch.arange(64, dtype=torch.int32) // 32,
         f"{name}.qweight": torch.zeros(8, 80, dtype=torch.int32),
@@ -151,16 +149,16 @@ def test_what_cannot_be_exact_is_refused_with_how_to_go_on(tmp_path):
     }
     save_file(state | mixed, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"up_proj.weight is \(80, 64\) in .* and the model's is \(96, 64\)"):
-        load(folder, quantization_config=EXACT)
+        from_exact(folder)
     save_file(state | {"lm_head.weight": torch.ones(9, 64)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match=r"lm_head.weight is \(9, 64\) in .* and the model's is \(258, 64\)"):
-        load(folder, quantization_config=EXACT)
+        from_exact(folder)
     dense = folders.write(tmp_path / "b", "llama")
     with pytest.raises(ValueError, match=r"no 4-bit weights.*LowmemConfig\(FourBit"):
-        load(dense, quantization_config=EXACT)
+        from_exact(dense)
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
     with pytest.raises((ValueError, OSError)):
-        load(dense, quantization_config=EXACT)
+        from_exact(dense)
 
 
 @pytest.mark.parametrize("method", ["gptq", "compressed-tensors"])
@@ -170,7 +168,7 @@ def test_codes_of_which_config_json_says_nothing_are_not_left_for_random_numbers
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=r"would be quantized a second time: LowmemConfig\('exact'\) keeps"):
+    with pytest.raises(ValueError, match=r"would be quantized a second time: .*from_exact\(folder\) keeps"):
         load(folder, quantization_config=LowmemConfig(FourBit("nf4")))
 
 
@@ -186,7 +184,7 @@ def test_what_is_asked_for_is_quantized_while_the_rest_is_kept(tmp_path):
         row.name: row
         for row in import_folder(folder, out, include=["*.c_proj.weight", "*wte*"], technique=FourBit("nf4"))
     }
-    model, kept = load(out), load(folder, quantization_config=EXACT)
+    model, kept = load(out), from_exact(folder)
     chosen = (name, "transformer.wte")
     expected = lowmem.convert(
         load(tmp_path / "dense"),
@@ -231,16 +229,60 @@ def test_experts_that_differ_in_form_are_refused(tmp_path):
     key = next(name for name in state if "experts.1" in name and name.endswith(".qzeros"))
     save_file(state | {key: torch.full_like(state[key], -2004318072)}, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(ValueError, match="is stored in uint4.* in q4_0, .*are one weight in MixtralForCausalLM"):
-        load(folder, quantization_config=EXACT)
+        from_exact(folder)
     folder = write_foreign(tmp_path / "by activations", "gptq desc_act", "mixtral")  # each expert has its own order
     with pytest.raises(
         ValueError, match=r"experts.0.w1.weight becomes .*experts.gate_up_proj .*gathered do not surv"
     ):
-        load(folder, quantization_config=EXACT)
+        from_exact(folder)
 
 
 def test_the_class_may_be_named(tmp_path):
     folder = write_foreign(tmp_path, "gptq", "gpt2")
-    model = GPT2LMHeadModel.from_pretrained(folder, quantization_config=EXACT)
+    model = from_exact(folder, GPT2LMHeadModel)
     assert model.transformer.h[0].attn.c_attn.forms["weight"].transposed
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_a_folder_that_another_program_quantized_is_not_quantized_again(tmp_path):
+    with pytest.raises(ValueError, match="is quantized with AwqConfig but you are passing a LowmemConfig"):
+        load(write_foreign(tmp_path, "awq"), quantization_config=LowmemConfig(FourBit("nf4")))
+
+
+def test_a_gguf_file_is_not_quantized_again(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+    with pytest.raises(ValueError, match="cannot combine Quantization and loading a model from a GGUF file"):
+        load(
+            folders.write(tmp_path),
+            gguf_file="a.gguf",
+            config=load(tmp_path).config,
+            quantization_config=LowmemConfig(FourBit()),
+        )
+
+
+def test_a_folder_that_lowmem_wrote_is_refused(tmp_path):
+    lowmem.convert(load(folders.write(tmp_path / "dense")), FourBit("nf4")).save_pretrained(tmp_path / "a")
+    with pytest.raises(lowmem.FileError, match="from_pretrained"):
+        from_exact(tmp_path / "a")
+
+
+def test_weights_on_disk_are_refused_and_on_one_device_are_not(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+    folder = write_foreign(tmp_path, "gptq")
+    for where in ("cpu", {"": "cpu"}, "auto"):
+        assert_same(from_exact(folder, device_map=where), from_exact(folder))
+    with pytest.raises(ValueError, match="load and save the model without it first"):
+        from_exact(folder, device_map={"model": "cpu", "lm_head": "disk"})
+
+
+def test_what_lies_beside_the_weights_is_the_model_s(tmp_path):
+    """The generation config, the name, and a dtype that the config does not say."""
+    folder = write_foreign(tmp_path, "gptq")
+    (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    model, info = from_exact(folder, output_loading_info=True)
+    assert model.generation_config.max_new_tokens == 7
+    assert model.name_or_path == model.config.name_or_path == str(folder)
+    assert model.dtype == load_file(folder / "model.safetensors")["model.norm.weight"].dtype
+    assert not info["missing_keys"]

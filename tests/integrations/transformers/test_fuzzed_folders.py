@@ -8,7 +8,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from lowmem import FourBit
 from lowmem.integrations.transformers import LowmemConfig
-from lowmem.integrations.transformers.causal import check_shapes, sizes_of
+from lowmem.integrations.transformers.config_facts import check_shapes, sizes_of
 from lowmem.integrations.transformers.folder import check, load_folder
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.tokenizing import read_tokenizer
@@ -46,7 +46,7 @@ READERS = {
     "tokenizer": Reader(write_tokenizer, lambda f: read_tokenizer(f, VOCABULARY)),
     "dense folder": Reader(dense, load_folder),
     "stored folder": Reader(stored, lambda f: load_folder(f / "m")),
-    "folder of another program": Reader(foreign, lambda f: load_folder(f / "foreign", LowmemConfig("exact"))),
+    "folder of another program": Reader(foreign, lambda f: load_folder(f / "foreign")),
     "config of gguf": Reader(llama, lambda f: config_of(f / "a.gguf")),
 }
 

@@ -11,8 +11,8 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwe
 
 from lowmem import FileError
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
-from lowmem.io.export.gguf_fields import architecture_of, model_fields, rope_factors
-from lowmem.io.export.gguf_file import Placed, encode_field, write_file
+from lowmem.io.formats.gguf.container import Placed, encode_field, write_file
+from lowmem.io.formats.gguf.fields import architecture_of, model_fields, rope_factors
 from tests.integrations.transformers.folders import SIZES
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}

@@ -137,4 +137,7 @@ def test_more_processes_than_rows_and_a_classifier_are_refused(place, monkeypatc
     with pytest.raises(ValueError, match="99 processes cannot share 1 rows of text: start fewer, or take more text"):
         lowmem.finetune(torch.nn.Linear(2, 2), [0], lowmem.FineTuning(), ranks=Three())
     assert main(["fit", "lora", "--shard"]) == 2
-    assert "--shard means nothing for model='lora', which is no folder of a language model" in capsys.readouterr().err
+    assert (
+        "--shard does not apply to model='lora', which is not the folder of a language model"
+        in capsys.readouterr().err
+    )

@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import lowmem
 from lowmem import FourBit, Half, resident
@@ -201,7 +201,7 @@ def test_quantizers_of_others_and_models_inside_of_models_keep_theirs(small, tmp
     model.save_pretrained(tmp_path / "again", state_dict=state)  # which transformers ignores with a quantizer
     assert_same(load(tmp_path / "again"), model)
     lowmem.convert(model, FourBit("nf4"))
-    assert model.hf_quantizer is first
+    assert model.hf_quantizer is not first
     assert load(small).hf_quantizer.pre_quantized
     kept = weakref.ref(model)
     del model, wrapped
@@ -229,3 +229,31 @@ def test_half_precision_keeps_its_own_dtype(tmp_path):
     model.save_pretrained(tmp_path / "small")
     assert json.loads((tmp_path / "small" / "config.json").read_text())["dtype"] == "float32"
     assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto"), model)
+
+
+def test_none_asks_for_what_a_folder_says_unless_it_is_an_auto_class(small):
+    """AutoConfig takes None for what config.json says: the shapes are then another model's."""
+    model = load(small)
+    assert_same(load(small, as_class=LlamaForCausalLM, quantization_config=None), model)
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(small, quantization_config=None)
+
+
+def test_a_config_that_does_not_say_how_weights_are_stored_is_refused(small, tmp_path):
+    config = AutoConfig.from_pretrained(tmp_path / "dense")
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        load(small, config=config)
+    with pytest.raises(ValueError, match=r"weights of .*small' are stored by lowmem.*leave out config="):
+        load(small, config=config, quantization_config=LowmemConfig(FourBit("nf4")))
+    state = {name: value.detach() for name, value in load(tmp_path / "dense").state_dict().items()}
+    made = type(load(small)).from_pretrained(None, config=config, state_dict=state)
+    assert_same(made, load(tmp_path / "dense"))
+
+
+def test_other_loads_are_as_they_were(tmp_path):
+    folder = write(tmp_path, "llama")
+    model = load(folder)
+    assert type(model.lm_head) is torch.nn.Linear
+    assert type(model) is LlamaForCausalLM
+    config = LowmemConfig(FourBit())
+    assert_same(load(folder, quantization_config=config), load(folder, quantization_config=config))

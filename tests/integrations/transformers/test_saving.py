@@ -1,6 +1,8 @@
 """``save_pretrained`` of a converted model writes what ``from_pretrained`` loads, to the bit."""
 
+import copy
 import json
+import pickle
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,9 +24,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrained
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AutoHfQuantizer
 
 import lowmem
-from lowmem import FourBit, Half, LoRA
+from lowmem import EightBit, FourBit, Half, LoRA
 from lowmem.__main__ import main
-from lowmem.integrations.transformers import METHOD, LowmemConfig
+from lowmem.integrations.transformers import METHOD, LowmemConfig, adopt
 from lowmem.integrations.transformers.folder import check
 from lowmem.io.metadata import technique_record
 from tests.integrations.transformers.folders import CONFIGS, IDS, assert_same, load, write
@@ -56,6 +58,7 @@ def test_a_model_without_a_folder_and_parts_of_it(tmp_path):
     """Only a part was converted, by hand; names are those of the whole."""
     model = AutoModelForCausalLM.from_config(CONFIGS["mixtral"])
     lowmem.convert(model.model.layers[1], FourBit("nf4"))
+    adopt(model)
     model.save_pretrained(tmp_path)
     (record,) = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
     names = record.pop("names")
@@ -131,7 +134,7 @@ def test_a_new_folder_appears_whole_or_not_at_all(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("transformers.modeling_utils.safe_save_file", interrupted)
         with pytest.raises(KeyboardInterrupt):
-            lowmem.restore(load(target)).save_pretrained(target, max_shard_size="20kB")
+            lowmem.convert(load(tmp_path / "dense"), EightBit()).save_pretrained(target, max_shard_size="20kB")
     assert {file.name: file.read_bytes() for file in target.iterdir()} == before
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
@@ -187,14 +190,72 @@ def test_a_folder_that_exists_has_the_model_that_was_saved_last(tmp_path):
     assert {file.name for file in small.iterdir()} == left
 
 
-def test_a_new_model_of_a_stored_one_s_config_is_dense(tmp_path):
-    """Its config, as read from the folder, says how weights are stored that it does not have."""
+def test_a_new_model_of_a_stored_one_s_config_is_refused_until_the_config_says_that_it_is_dense(tmp_path):
+    """transformers writes what the config, as read from the folder, says of weights that the model does not have."""
     model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
     model.save_pretrained(tmp_path / "small")
     new = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "small"))
     new.save_pretrained(tmp_path / "new")
-    assert "quantization_config" not in json.loads((tmp_path / "new" / "config.json").read_text())
+    with pytest.raises(ValueError, match=r"is stored, and the folder has it dense: remove quantization_config from"):
+        load(tmp_path / "new")
+    del new.config.quantization_config
+    new.save_pretrained(tmp_path / "new")
     assert_same(load(tmp_path / "new"), new)
+
+
+def test_a_model_that_is_converted_has_a_class_of_its_own_under_the_same_name(tmp_path):
+    """Inner models have one, too; restore, dequantize, pickle and deepcopy know both."""
+    dense = load(write(tmp_path / "dense"))
+    kinds = type(dense), type(dense.model)
+    for model in (
+        lowmem.convert(load(tmp_path / "dense"), FourBit("nf4")),
+        load(tmp_path / "dense", quantization_config=LowmemConfig(Half())),
+        lowmem.add_adapter(load(tmp_path / "dense"), "a", LoRA(2)),
+    ):
+        for one in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            for made, kind in zip((type(one), type(one.model)), kinds, strict=True):
+                assert made is not kind
+                assert issubclass(made, kind)
+                assert (made.__name__, made.__qualname__, made.__module__) == (
+                    kind.__name__,
+                    kind.__qualname__,
+                    kind.__module__,
+                )
+            assert one.can_generate()
+            assert torch.equal(one(IDS).logits, model(IDS).logits)
+    model = lowmem.convert(load(tmp_path / "dense"), FourBit("nf4"))
+    inner = lowmem.convert(load(tmp_path / "dense").model, FourBit("nf4"))
+    assert (type(model.dequantize()), type(model.model)) == kinds
+    assert type(lowmem.restore(inner)) is kinds[1]
+    for forget in (lambda one: lowmem.delete_adapter(one, "a"), lowmem.merge):
+        assert type(forget(lowmem.add_adapter(load(tmp_path / "dense"), "a", LoRA(2)))) is kinds[0]
+    assert not hasattr(inner, "hf_quantizer")
+    assert not hasattr(inner.config, "quantization_config")
+
+
+def test_a_model_whose_inner_one_was_converted_says_so_in_its_config(tmp_path):
+    """The class of the outer one is that of transformers, which writes the config that both share."""
+    model = load(write(tmp_path / "dense", "llama"))
+    lowmem.convert(model.model, FourBit("nf4"))
+    model.save_pretrained(tmp_path / "small")
+    assert_same(load(tmp_path / "small"), model)
+
+
+@pytest.mark.parametrize("technique", [FourBit("nf4"), EightBit(), Half(), LoRA(2), (Half(), LoRA(2))], ids=str)
+def test_no_folder_is_read_as_random_numbers_where_nothing_says_how_it_is_stored(tmp_path, technique):
+    """None takes the place of what config.json says, as a config of a dense model does; codes are refused."""
+    model = load(write(tmp_path / "dense"))
+    lowmem.convert(model, *(technique if isinstance(technique, tuple) else (technique,)))
+    model.save_pretrained(tmp_path / "a")
+    for asked in ({"quantization_config": None}, {"config": AutoConfig.from_pretrained(tmp_path / "dense")}):
+        if isinstance(technique, FourBit | EightBit):
+            with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+                load(tmp_path / "a", **asked)
+            continue
+        found = load(tmp_path / "a", **asked)
+        assert type(found.lm_head) is torch.nn.Linear
+        dense = model if isinstance(technique, LoRA) else lowmem.restore(copy.deepcopy(model))
+        assert torch.equal(found(IDS).logits, dense(IDS).logits)  # adapters are new: they add nothing yet
 
 
 def test_push_to_hub_sends_a_folder_that_loads_from_the_cache_of_the_hub(tmp_path, monkeypatch):

@@ -233,6 +233,10 @@ def test_a_budget_is_divided_among_what_the_folder_has(tmp_path):
     with pytest.raises(ValueError, match="load it first, and lowmem.convert"):
         LowmemConfig(Budget(4.9, inputs=[IDS]))
     assert LowmemConfig(LowmemConfig(Budget(4.9)).to_dict()["technique"]).technique == Budget(4.9)
+    given = {"config": again.config, "state_dict": dict(load(folder).state_dict()), "quantization_config": config}
+    del again.config.quantization_config
+    with pytest.raises(ValueError, match="a Budget reads the weights of a folder twice, and a state dict has none"):
+        type(load(folder)).from_pretrained(None, **given)
     with pytest.raises(ValueError, match=r"Budget\(bits=4.1\) is out of reach: these weights take 4\.\d+ bits"):
         load(folder, quantization_config=LowmemConfig(Budget(4.1)))
     weights = load_file(folder / "model.safetensors")

@@ -278,7 +278,7 @@ def test_biases_make_up_for_the_whole_error_of_inputs_that_are_all_alike(tmp_pat
 
 @pytest.mark.parametrize("given", [{"blocks": "layers.*"}, {"offload": "hidden"}, {"resume": "done"}])
 def test_what_says_how_blocks_are_done_is_refused_where_columns_are_weighed(net, samples, given):
-    message = f"{next(iter(given))}=.* means nothing with diagonal=True"
+    message = f"{next(iter(given))}=.* does not apply with diagonal=True"
     assert_stays(net, ValueError, message, lambda: calibrate(net, samples, diagonal=True, **given))
 
 

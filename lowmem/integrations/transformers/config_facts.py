@@ -1,0 +1,149 @@
+"""What is known of the model of a folder before its weights are read: whether it can be fine-tuned, and its sizes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from lowmem.errors import describe, refusal, show
+from lowmem.integrations.transformers.config import METHOD
+from lowmem.integrations.transformers.folder import check, load_errors
+from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
+from lowmem.io.model_folder import weights_in
+from lowmem.io.source import Source
+
+__all__ = ["Sizes", "check_shapes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stored_by"]
+
+
+def stored_by(folder: Path) -> str | None:
+    """Return what has stored the weights of a folder: "lowmem", or another program; None: they are dense.
+
+    Raises:
+        FileError: the folder has an adapter already, is an adapter's, or is no model's.
+    """
+    stored = check(folder, "fine-tune")[0].get("quantization_config")
+    if not isinstance(stored, dict):
+        return None
+    if stored.get("quant_method") != METHOD:
+        return str(stored.get("quant_method"))
+    if stored.get("adapters"):
+        name = show(min(stored["adapters"]))
+        raise refusal(folder, f"its model has an adapter already, as of {name}: name the base alone", "fine-tune")
+    return "lowmem"
+
+
+@contextmanager
+def held_back(shown: bool = True) -> Iterator[None]:
+    """Show what transformers logs in the block after it, or not at all if it ends with an error.
+
+    Args:
+        shown: whether it is shown after a block that ends without one.
+    """
+    logger = logging.getLogger("transformers")
+    handlers, held = logger.handlers, MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
+    logger.handlers = [held]
+    try:
+        yield
+    finally:
+        logger.handlers = handlers
+    for record in held.buffer if shown else ():
+        logger.handle(record)
+
+
+def check_shapes(folder: Path) -> None:
+    """Raise a FileError that names a tensor, unless a dense folder has the tensors that its config.json says.
+
+    The model is made on the meta device: a config may describe one of any size.
+    """
+    with torch.device("meta"):
+        model = factory_of(folder)()
+    needed = {name: tuple(one.shape) for name, one in model.state_dict().items()}
+    with Source(weights_in(folder)) as source:
+        for name, spec in sorted(source.specs.items()):
+            if needed.get(name, spec.shape) != spec.shape:
+                raise refusal(
+                    folder,
+                    f"its tensor {show(name)} has the shape {spec.shape}, and by its config.json {needed[name]}: get "
+                    "both again",
+                    "load",
+                )
+        shapes, nbytes = shapes_and_bytes(source.specs)
+    try:
+        refuse_unfitting(model, shapes, nbytes, get_model_conversion_mapping(model))
+    except ValueError as reason:
+        raise refusal(folder, str(reason), "load") from None
+
+
+class Sizes(NamedTuple):
+    """Sizes of a language model.
+
+    Attributes:
+        vocabulary: how many tokens it knows.
+        width: of its hidden states.
+        positions: how many it has; None: any number.
+        layers: how many it has.
+    """
+
+    vocabulary: int
+    width: int
+    positions: int | None
+    layers: int
+
+
+def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
+    """Return the sizes of a folder's model, for a task that errors name.
+
+    Raises:
+        FileError: its config.json does not say them, or is of no model that transformers has.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        vocabulary, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    except Exception as reason:  # of the libraries that check a config, which have no common class
+        raise refusal(folder, f"its config.json is of no language model: {describe(reason)}", task) from reason
+    positions = getattr(config, "max_position_embeddings", None)
+    return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
+
+
+def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
+    """Raise a FileError if a model is an encoder and a decoder, which a text alone does not feed."""
+    own: Any = model
+    if getattr(own.config, "is_encoder_decoder", False):
+        why = (
+            f"a {type(model).__name__} is an encoder and a decoder, and a text feeds one alone: name a causal "
+            "language model or an encoder"
+        )
+        raise refusal(folder, why, task)
+
+
+def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:
+    """Return what makes the dense model of a folder with new values, in the dtype that its config has, or float32.
+
+    Args:
+        folder: whose config.json is read.
+        layers: how many of its layers the model has; None: all.
+    """
+    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    text = config.get_text_config()
+    if layers is not None:
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:  # layer_types, and the like
+                setattr(text, name, value[:layers])
+        text.num_hidden_layers = layers
+    dtype = text.dtype or torch.float32
+
+    def make() -> nn.Module:
+        with load_errors(folder):
+            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return model
+
+    return make

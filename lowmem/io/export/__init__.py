@@ -1,1 +1,0 @@
-"""Writers of other programs' files, from what lowmem wrote: one file per target."""

@@ -1,0 +1,82 @@
+"""Writes a model that lowmem stored as a file or folder of another program."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lowmem.errors import show
+from lowmem.io.atomic import check_free
+from lowmem.io.formats.exported import Exported
+from lowmem.io.formats.foreign import Target
+from lowmem.io.formats.registry import FOREIGN
+
+__all__ = ["export", "target_of", "targets"]
+
+
+def targets() -> dict[str, Target]:
+    """Return how each format is written, by the name that ``--format`` takes."""
+    return {name: format.target for name, format in FOREIGN.items() if format.target is not None}
+
+
+def target_of(out: Path, format: str | None) -> str:
+    """Return the key of ``targets()`` for a name of a file or folder, or ``format`` if there is such a target.
+
+    Raises:
+        ValueError: an unknown format, or none is given and the name does not tell.
+    """
+    known = ", ".join(targets())
+    if format is not None:
+        if format not in targets():
+            raise ValueError(f"format={show(format)} is none of {known}")
+        return format
+    for name, target in targets().items():
+        if target.ending is not None and out.name.endswith(target.ending):
+            return name
+    raise ValueError(f"the name {show(out.name)} does not tell the format: give one of {known}")
+
+
+def export(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    requantize: bool = False,
+    like: str | os.PathLike[str] | None = None,
+    dtype: Any = None,
+    progress: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> list[Exported]:
+    """Write a model that lowmem stored as another program's file or folder, its codes as they are.
+
+    Args:
+        source: a folder that ``lowmem quantize`` or ``save_pretrained`` wrote; or a file of lowmem's.
+        out: where nothing is yet.
+        format: "gguf", or a folder in that of "bitsandbytes" or "compressed-tensors", which is made of a folder of
+            transformers and takes transformers; None: what the name of ``out`` ends with.
+        requantize: whether to quantize again what the target cannot hold exactly; else it is refused.
+        like: of "gguf": an existing GGUF file of the model, whose metadata and tokenizer are copied.
+        dtype: of "gguf": ``torch.float32``, ``float16`` or ``bfloat16``: write every weight dense, in this dtype.
+        progress: called with the name of each finished weight and its bytes in the source.
+
+    Returns:
+        A row for each weight, sorted by name: what it became, and the error that this added.
+
+    Raises:
+        ValueError: what the target cannot hold, by name, or an option that it does not take. Nothing was written.
+        FileError: the source, or ``like``, is damaged or of another kind.
+        FileExistsError: something is at ``out``.
+        OSError: a file cannot be read or written.
+        ImportError: a folder is to be written, and transformers is missing.
+    """
+    source, out = Path(source), Path(out)
+    name = target_of(out, format)
+    target = targets()[name]
+    options = {"like": like, "dtype": dtype}
+    given = {option: value for option, value in options.items() if value is not None}
+    for option in given:
+        if option not in target.options:
+            raise ValueError(f"{option}={show(given[option])} is no option of {name}; leave it out")
+    check_free(out)
+    return target.write(source, out, requantize=requantize, progress=progress, **given)

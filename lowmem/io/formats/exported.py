@@ -1,0 +1,102 @@
+"""What became of each weight that was exported, and the error that it added."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lowmem.nn.stored import FourBitForm
+from lowmem.quant.tensor import QuantizedTensor, row_chunks
+
+if TYPE_CHECKING:
+    from lowmem.io.formats.stored_model import StoredWeight
+
+__all__ = ["Exported", "total_error"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The result for one weight of the source."""
+
+    name: str
+    """In the source, as the model's state names it."""
+    target: str
+    """In the target."""
+    shape: tuple[int, ...]
+    kept: str
+    """How the source stores it."""
+    kind: str
+    """How the target does."""
+    before_bytes: int
+    after_bytes: int
+    error: float | None
+    """``rms(target - source) / rms(source)``, of the values in float32; None: not one value changed."""
+    square: float = 0.0
+    """The sum of the squares of its values in the source, by which ``total_error`` weighs the errors."""
+
+    @classmethod
+    def compare(
+        cls,
+        name: str,
+        target: str,
+        kind: str,
+        before: Tensor | QuantizedTensor,
+        after: Tensor | QuantizedTensor | None,
+        after_bytes: int,
+        *,
+        measured: bool = True,
+        source: StoredWeight | None = None,
+    ) -> Exported:
+        """Return the row of a weight, with the error of what it became.
+
+        Args:
+            name, target, kind: as the fields.
+            before: the weight in the source.
+            after: the values of the target, in the shape of ``before``; None: they are the same.
+            after_bytes: what it takes in the target.
+            measured: whether to compare the values at all; else they are the same.
+            source: what ``before`` was read from, if it stores it in another way.
+        """
+        lost, square = squares(before, after) if measured else (0.0, 0.0)
+        error = math.sqrt(lost / square) if lost else None
+        form = FourBitForm.of(before) if isinstance(before, QuantizedTensor) else before.dtype
+        kept, before_bytes = _text(form), before.nbytes
+        if source is not None:
+            kept, before_bytes = source.kept, source.nbytes
+        return cls(name, target, tuple(before.shape), kept, kind, before_bytes, after_bytes, error, square)
+
+
+def _text(form: FourBitForm | torch.dtype) -> str:
+    return str(form).removeprefix("torch.")
+
+
+def squares(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> tuple[float, float]:
+    """Return the sum of the squared differences, and that of the squares of ``before``, in float64."""
+    columns = before.shape[-1] if len(before.shape) else 1
+    lost = square = 0.0
+    for rows in row_chunks(math.prod(before.shape) // max(1, columns), columns):
+        values = _values(before, rows, columns)
+        square += float(values.square().sum())
+        if after is not None:
+            lost += float(values.sub_(_values(after, rows, columns)).square_().sum())
+    return lost, square
+
+
+def total_error(rows: Iterable[Exported]) -> float:
+    """Return ``rms(target - source) / rms(source)`` over all of the rows."""
+    lost = square = 0.0
+    for row in rows:
+        lost += (row.error or 0.0) ** 2 * row.square
+        square += row.square
+    return math.sqrt(lost / square) if square else 0.0
+
+
+def _values(weight: Tensor | QuantizedTensor, rows: slice, columns: int) -> Tensor:
+    if isinstance(weight, QuantizedTensor):
+        return weight.as_matrix().restore(rows).double()
+    return weight.reshape(-1, columns)[rows].to(torch.float64, copy=True)

@@ -1,0 +1,133 @@
+"""Adapters as GGUF: ``<name>.lora_a`` is A (rank, in) and ``<name>.lora_b`` is B (out, rank), in float32.
+
+llama.cpp scales each product by ``alpha / rank``, with one alpha for all layers. Where lowmem's scaling is another
+(rank-stabilized, or another alpha), the difference is folded into B. The rows of B of the query and key projections
+are in the order of the weights' rows. A of the input embedding is transposed: its rows are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.io.formats.gguf.container import Field, Placed, encode_field, write_file
+from lowmem.io.formats.gguf.fields import ARCHITECTURES, architecture_of
+from lowmem.io.formats.gguf.names import Names, names_of
+from lowmem.nn.adapter import Adapter
+from lowmem.transforms.placement import places_of
+from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.roles import output_layers
+
+__all__ = ["write_gguf_adapter"]
+
+F32 = 0  # the type of GGUF
+
+
+def write_gguf_adapter(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
+    """Write an adapter as llama.cpp loads it. The write is atomic.
+
+    Args:
+        path: where nothing is yet.
+        model: of transformers, of the llama family, with the adapter.
+        name: of the adapter.
+        layers: the adapters by place.
+
+    Raises:
+        ValueError: an architecture or layer that GGUF has no form of, a B that exceeds float32, or parameters of the
+            base that train beside the adapter.
+        FileExistsError: something is at ``path``.
+        OSError: the file cannot be written.
+    """
+    names, alpha = _names(model), _alpha(layers)
+    _refuse_trained(model)
+    places, outputs, is_tied = places_of(model), output_layers(model), _has_tied_ends(model)
+    tensors: dict[str, Tensor] = {}
+    for place, adapter in layers.items():
+        module, _ = places[place]
+        try:
+            if not isinstance(module, (nn.Linear, nn.Embedding)):
+                raise ValueError(f"llama.cpp adapts no {type(module).__name__}")
+            written = names.file_name(f"{place}.weight")
+            if is_tied and (module in outputs or adapter.rows_are_read):
+                raise ValueError("its weight is that of the other end of the model, and llama.cpp makes one of both")
+            a, b = _matrices(names, written, adapter, alpha)
+        except ValueError as reason:
+            raise ValueError(
+                f"{layer_name(place)}: {reason}; leave it out with where= or skip=, or merge the adapter"
+            ) from None
+        tensors |= {f"{written}.lora_a": a, f"{written}.lora_b": b}
+    fields: dict[str, Field] = {
+        "general.architecture": names.architecture,
+        "general.type": "adapter",
+        "general.name": name,
+        "general.file_type": F32,
+        "adapter.type": "lora",
+        "adapter.lora.alpha": alpha,
+    }
+    write_file(
+        path,
+        {key: encode_field(key, value) for key, value in fields.items()},
+        [Placed(key, tuple(value.shape), F32) for key, value in tensors.items()],
+        ((key, value.flatten().view(torch.uint8)) for key, value in tensors.items()),
+    )
+
+
+def _names(model: nn.Module) -> Names:
+    """Return the names of a model of transformers."""
+    config: Any = getattr(model, "config", None)
+    kind = getattr(config, "model_type", None)
+    try:
+        architecture = architecture_of({"model_type": kind})
+    except ValueError:
+        what = type(model).__name__ if kind is None else f"{type(model).__name__} ({kind})"
+        raise ValueError(
+            f"{what} has no names in GGUF that lowmem knows, which are those of {', '.join(ARCHITECTURES)} in "
+            "transformers; save the adapter with format='peft'"
+        ) from None
+    heads = {"head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads}
+    numbers = {f"{architecture}.attention.{key}": number for key, number in heads.items()}
+    return names_of({"general.architecture": architecture, **numbers})
+
+
+def _refuse_trained(model: nn.Module) -> None:
+    """Raise if parameters of the base train beside the adapter: the file would leave out what they have learned."""
+    for module, paths in module_paths(model).items():
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.requires_grad:
+                raise ValueError(
+                    f"{layer_name(paths[0])}: its {name} trains beside the adapter, and a GGUF file has the adapter "
+                    f"alone: freeze it, {name}.requires_grad_(False), or merge the adapter and export the whole model"
+                )
+
+
+def _has_tied_ends(model: Any) -> bool:
+    """Whether the output layer of a model has the weight of its input embedding."""
+    ends: list[Any] = [getattr(model, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output")]
+    if None in ends:
+        return False
+    one, other = ({id(part) for part in end._parameters.values()} - {id(None)} for end in ends)
+    return bool(one & other)
+
+
+def _alpha(layers: Mapping[str, Adapter]) -> float:
+    """Return the alpha, exact in float32, with which most scalings need no change of B."""
+    wanted = Counter(one.scaling * one.rank for one in layers.values()).most_common(1)[0][0]
+    alpha = torch.tensor(wanted, dtype=torch.float32).item()
+    return alpha if 1e-20 < alpha < 1e20 else 1.0  # llama.cpp takes a zero for no alpha
+
+
+def _matrices(names: Names, written: str, adapter: Adapter, alpha: float) -> tuple[Tensor, Tensor]:
+    """Return A and B as the file has them, contiguous in float32."""
+    a, b = (part.detach().cpu() for part in (adapter.lora_a, adapter.lora_b))
+    folded = (b.double() * (adapter.scaling / (alpha / adapter.rank))).float()
+    if b.isfinite().all() and not folded.isfinite().all():
+        raise ValueError("its B exceeds float32 with the scaling folded in: scale it down")
+    order = names.row_order(written, folded.shape[0])
+    if order is not None:
+        folded = torch.empty_like(folded).index_copy_(0, order, folded)
+    return (a.mT if adapter.rows_are_read else a).float().contiguous(), folded

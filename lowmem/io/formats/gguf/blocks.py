@@ -1,0 +1,218 @@
+"""The block types of GGUF: what a row of bytes means.
+
+A row of n weights is n / ``size`` blocks of ``nbytes`` bytes. Layouts are those of ``ggml-common.h`` of llama.cpp.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from lowmem.io.formats.foreign_tensor import remapped
+from lowmem.io.formats.mxfp4 import E2M1_CODES, power_scales
+
+__all__ = ["BLOCKS", "DENSE", "EIGHT_BIT", "KINDS", "SIZE", "SUPERBLOCKS", "BlockType"]
+
+
+@dataclass(frozen=True)
+class BlockType:
+    """One type of block.
+
+    Args:
+        name: as ggml names it.
+        size: weights in a block.
+        nbytes: bytes of a block.
+        file_type: ``general.file_type`` of a file whose matrices are mostly of it; None: lowmem writes none.
+        format: lowmem's format that has its levels; None: it has no 16 levels.
+        divisor: the power of two by which lowmem's scales are divided; None: MXFP4's.
+        packed: uint8 (rows, blocks, nbytes) -> codes, packed as lowmem does, (rows, blocks, size / 2).
+        factors: the same -> float32 (rows, blocks, scales of a block): the scales divided by ``divisor``.
+        offsets: the same -> float32 offsets, as many as scales; None: the type has none.
+        dense: the same -> the weights, (rows, blocks, size), in ``dtype``.
+        dtype: that holds them exactly.
+        refusal: why it is not read.
+    """
+
+    name: str
+    size: int
+    nbytes: int
+    file_type: int | None = None
+    format: str | None = None
+    divisor: float | None = None
+    packed: Callable[[Tensor], Tensor] | None = None
+    factors: Callable[[Tensor], Tensor] | None = None
+    offsets: Callable[[Tensor], Tensor] | None = None
+    dense: Callable[[Tensor], Tensor] | None = None
+    dtype: torch.dtype = torch.float32
+    refusal: str | None = None
+
+    def scales(self, raw: Tensor) -> Tensor:
+        """Return the scales of blocks, (rows, blocks, scales of a block)."""
+        assert self.factors
+        return (self.divisor or 1) * self.factors(raw)
+
+
+def _half(raw: Tensor, at: int = 0) -> Tensor:
+    """Return the float16 at byte ``at`` of each block, in float32: (rows, blocks, 1)."""
+    return _view(raw[..., at : at + 2], torch.float16).float()
+
+
+def _view(raw: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the bytes (..., n) as another dtype: (..., n / itemsize)."""
+    return raw.clone(memory_format=torch.contiguous_format).view(dtype)  # clone: it may lie at any address
+
+
+def _split(raw: Tensor, block: int) -> Tensor:
+    """Return the nibbles of bytes, in split halves of ``block`` values: (..., n) -> (..., 2 n / block, block)."""
+    halves = raw.unflatten(-1, (-1, block // 2))
+    return torch.cat([halves & 15, halves >> 4], dim=-1)
+
+
+def _xs_scales(raw: Tensor) -> Tensor:
+    """IQ4_XS: eight 6-bit scales of a block, 4 low bits in bytes 4 to 7, 2 high bits in the 16 of bytes 2 and 3."""
+    low = torch.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], dim=-1).flatten(-2).int()  # (rows, blocks, 8)
+    both = raw[..., 2:3].int() | raw[..., 3:4].int() << 8
+    high = both >> torch.arange(0, 16, 2, dtype=torch.int32) & 3
+    return _half(raw) * ((low | high << 4) - 32).float()
+
+
+def _k_scales(raw: Tensor) -> Tensor:
+    """Q4_K and Q5_K: the 6-bit scales of the eight sub-blocks in bytes 4 to 15, (rows, blocks, 8)."""
+    low, high = raw[..., 4:8], raw[..., 12:16]
+    return _half(raw) * torch.cat([low & 63, high & 15 | (low >> 6) << 4], dim=-1).float()
+
+
+def _k_minima(raw: Tensor) -> Tensor:
+    """Q4_K and Q5_K: their 6-bit minima, (rows, blocks, 8)."""
+    middle, high = raw[..., 8:12], raw[..., 12:16]
+    return _half(raw, 2) * torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], dim=-1).float()
+
+
+def _k_codes(raw: Tensor, at: int) -> Tensor:
+    """Q4_K and Q5_K: the low four bits, 32 low nibbles before 32 high ones: (rows, blocks, 8, 32)."""
+    parts = raw[..., at:].unflatten(-1, (4, 1, 32))
+    return torch.cat([parts & 15, parts >> 4], dim=-2).flatten(-3, -2)
+
+
+def _q4_k_packed(raw: Tensor) -> Tensor:
+    low, high = _k_codes(raw, 16).chunk(2, dim=-1)  # (rows, blocks, 8, 16) each
+    return (low | high << 4).flatten(-2)
+
+
+def _q5_k(raw: Tensor) -> Tensor:
+    """Q5_K: the fifth bits of sub-block i are the bits i of bytes 16 to 47."""
+    fifth = raw[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1  # (rows, blocks, 8, 32)
+    weights = _k_scales(raw)[..., None] * (_k_codes(raw, 48) | fifth << 4).float()
+    return (weights - _k_minima(raw)[..., None]).flatten(-2)
+
+
+def _q5(raw: Tensor, at: int) -> Tensor:
+    """Q5_0 and Q5_1: the codes, whose fifth bits are the four bytes from ``at`` on: (rows, blocks, 32)."""
+    bits = raw[..., at : at + 4, None] >> torch.arange(8, dtype=torch.uint8) & 1  # (rows, blocks, 4, 8)
+    return (_split(raw[..., at + 4 :], 32).flatten(-2) | bits.flatten(-2) << 4).float()
+
+
+def _pairs(raw: Tensor) -> Tensor:
+    """Return the four pairs of bits of each byte: first the lowest ones of 32 bytes: (..., 64) -> (..., 256)."""
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    pairs: Tensor = (raw.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-3)
+    return pairs
+
+
+def _sixteens(scales: Tensor, codes: Tensor) -> Tensor:
+    """Multiply 16 codes with each scale: (rows, blocks, 16) and (rows, blocks, 256) -> (rows, blocks, 256)."""
+    weights: Tensor = (scales[..., None] * codes.float().unflatten(-1, (16, 16))).flatten(-2)
+    return weights
+
+
+def _q2_k(raw: Tensor) -> Tensor:
+    """Q2_K: 16 bytes of a 4-bit scale and minimum, the codes in bytes 16 to 79, and two float16."""
+    scales, minima = _half(raw, 80) * (raw[..., :16] & 15).float(), _half(raw, 82) * (raw[..., :16] >> 4).float()
+    return _sixteens(scales, _pairs(raw[..., 16:80])) - minima.repeat_interleave(16, -1)
+
+
+def _q3_k(raw: Tensor) -> Tensor:
+    """Q3_K: the third bit of each code in bytes 0 to 31, two bits in 32 to 95, 16 scales of 6 bits, and a float16."""
+    low = torch.cat([raw[..., 96:104] & 15, raw[..., 96:104] >> 4], dim=-1)
+    high = (raw[..., None, 104:108] >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3).flatten(-2)
+    third = (raw[..., None, :32] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1).flatten(-2)  # (..., 256)
+    codes = (_pairs(raw[..., 32:96]) | third << 2).float() - 4
+    return _sixteens(_half(raw, 108) * ((low | high << 4).float() - 32), codes)
+
+
+def _q6_k(raw: Tensor) -> Tensor:
+    """Q6_K: 4 low bits in bytes 0 to 127, 2 high bits in 128 to 191, 16 signed scales, and a float16."""
+    low = _split(raw[..., :128], 128).flatten(-2)  # (rows, blocks, 256)
+    codes = (low | _pairs(raw[..., 128:192]) << 4).float() - 32
+    return _sixteens(_half(raw, 208) * _view(raw[..., 192:208], torch.int8).float(), codes)
+
+
+def _floats(name: str, file_type: int, dtype: torch.dtype) -> BlockType:
+    return BlockType(name, 1, dtype.itemsize, file_type, dense=lambda raw: _view(raw, dtype), dtype=dtype)
+
+
+_NO_LEVELS = "its weights are not 16 levels times a scale; take the model's Q4_K_M, Q4_0, Q8_0 or F16 file"
+
+BLOCKS = MappingProxyType(
+    {
+        0: _floats("F32", 0, torch.float32),
+        1: _floats("F16", 1, torch.float16),
+        30: _floats("BF16", 32, torch.bfloat16),
+        2: BlockType("Q4_0", 32, 18, 2, "q4_0", 8.0, lambda raw: raw[..., 2:], _half),
+        20: BlockType("IQ4_NL", 32, 18, 25, "iq4_nl", 128.0, lambda raw: raw[..., 2:], _half),
+        23: BlockType("IQ4_XS", 256, 136, 30, "iq4_nl", 128.0, lambda raw: raw[..., 8:], _xs_scales),
+        3: BlockType("Q4_1", 32, 20, 3, "uint4", 16.0, lambda raw: raw[..., 4:], _half, lambda raw: _half(raw, 2)),
+        12: BlockType("Q4_K", 256, 144, 15, "uint4", 16.0, _q4_k_packed, _k_scales, lambda raw: -_k_minima(raw)),
+        39: BlockType(
+            "MXFP4",
+            32,
+            17,
+            38,
+            "fp4",
+            None,
+            lambda raw: remapped(raw[..., 1:], (*E2M1_CODES[:8], 8, *E2M1_CODES[9:])),  # ggml has no -0
+            lambda raw: power_scales(raw[..., :1]),
+        ),
+        10: BlockType("Q2_K", 256, 84, dense=_q2_k),
+        11: BlockType("Q3_K", 256, 110, dense=_q3_k),
+        13: BlockType("Q5_K", 256, 176, dense=_q5_k),
+        6: BlockType("Q5_0", 32, 22, dense=lambda raw: _half(raw) * (_q5(raw, 2) - 16)),
+        7: BlockType("Q5_1", 32, 24, dense=lambda raw: _half(raw) * _q5(raw, 4) + _half(raw, 2)),
+        8: BlockType("Q8_0", 32, 34, 7, dense=lambda raw: _half(raw) * _view(raw[..., 2:], torch.int8).float()),
+        14: BlockType("Q6_K", 256, 210, dense=_q6_k),
+        **{
+            number: BlockType(name, size, nbytes, refusal=_NO_LEVELS)
+            for number, name, size, nbytes in (
+                (9, "Q8_1", 32, 40),
+                (15, "Q8_K", 256, 292),
+                (16, "IQ2_XXS", 256, 66),
+                (17, "IQ2_XS", 256, 74),
+                (18, "IQ3_XXS", 256, 98),
+                (19, "IQ1_S", 256, 50),
+                (21, "IQ3_S", 256, 110),
+                (22, "IQ2_S", 256, 82),
+                (29, "IQ1_M", 256, 56),
+                (34, "TQ1_0", 256, 54),
+                (35, "TQ2_0", 256, 66),
+                (40, "NVFP4", 64, 36),
+            )
+        },
+    }
+)
+"""By the number of the type in a file. ``dense`` ones in float32 are exact: no product has more than 24 bits; Q5_1,
+Q2_K and Q5_K add, and round once, as ggml does."""
+
+SIZE = 32  # weights of a block, in the types that are written
+EIGHT_BIT = 8
+"""The type of weights in 8 bits, Q8_0: ``d * code`` with d in float16, which takes rounding from lowmem's scales."""
+
+KINDS = {block.format: kind for kind, block in BLOCKS.items() if block.format and block.size == SIZE}
+SUPERBLOCKS = {block.format: kind for kind, block in BLOCKS.items() if block.format and block.size > SIZE}
+"""Types with 16 levels by lowmem's format that has them: those with a scale for each block, and Q4_K and IQ4_XS."""
+
+DENSE = {block.dtype: kind for kind, block in BLOCKS.items() if block.size == 1}
+"""The types of dense tensors."""

@@ -1,0 +1,315 @@
+"""PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas.
+
+Layers are found as PEFT finds them: ``target_modules`` and the like name paths or their ends, and the keys of
+``rank_pattern`` and ``alpha_pattern`` are regular expressions of these ends. What changes the result of an adapter
+and has no form here (DoRA, biases of B, trainable tokens, ...) is refused by name, and so is every key that is
+unknown and not empty.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lowmem.errors import show
+from lowmem.io.formats.peft.patterns import MAX_LENGTH, Budget, Pattern
+from lowmem.nn.adapter import LoRA
+
+__all__ = ["MERGE", "Matcher", "PeftConfig", "ends_of"]
+
+MERGE = "merge it in PEFT, merge_and_unload(), and convert the model that this returns"
+
+# Keys that do not change what a trained adapter computes.
+_WITHOUT_EFFECT = {
+    "peft_type", "auto_mapping", "base_model_name_or_path", "parent_library", "revision", "task_type",
+    "inference_mode", "peft_version", "runtime_config", "megatron_core", "fan_in_fan_out", "init_lora_weights",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
+}  # fmt: skip
+
+# Values of init_lora_weights after which the base is as it was.
+_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+# Keys of what has no form here.
+_REFUSED = {
+    "use_dora": "it is a DoRA adapter (use_dora), which also scales each row of a weight",
+    "lora_bias": "its matrices B have biases (lora_bias)",
+    "trainable_token_indices": "it trains single tokens (trainable_token_indices)",
+    "layer_replication": "it repeats layers of the base (layer_replication)",
+    "ensure_weight_tying": "it ties adapters to each other (ensure_weight_tying)",
+}
+
+_LITERAL = re.compile(r"\^?((?:[\w-]|\\.)+)")
+_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class PeftConfig:
+    """What a config says.
+
+    Attributes:
+        technique: without patterns.
+        ranks: the values of ``rank_pattern``.
+        alphas: the values of ``alpha_pattern``.
+        target_modules: ends of paths, a regular expression, or None for the modules that the tensors name.
+        target_parameters: ends of names.
+        excluded: ends of paths, or a regular expression.
+        layers: the numbers of the layers that are adapted, or None for all.
+        layers_pattern: what stands before that number.
+        modules_to_save: how paths end of modules that are stored whole.
+        biases: whether biases of the base are stored, too.
+        base: the name of the base, or None.
+    """
+
+    technique: LoRA
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    target_modules: frozenset[str] | str | None
+    target_parameters: frozenset[str]
+    excluded: frozenset[str] | str
+    layers: frozenset[int] | None
+    layers_pattern: tuple[str, ...]
+    modules_to_save: tuple[str, ...]
+    biases: bool
+    base: str | None
+
+    @classmethod
+    def parsed(cls, content: object) -> PeftConfig:
+        """Return what a file holds.
+
+        Raises:
+            ValueError: it is no config of LoRA, has a value that cannot be, or something that has no form here.
+        """
+        if not isinstance(content, dict):
+            raise ValueError(f"it is {show(content)}, and must be an object")
+        kind = content.get("peft_type")
+        if kind != "LORA":
+            what = "names no peft_type" if kind is None else f"is of the type {show(kind)}"
+            raise ValueError(f"it {what}, and lowmem loads LORA; {MERGE}")
+        for key, why in _REFUSED.items():
+            if content.get(key):
+                raise ValueError(f"{why}, and lowmem has no form of it; {MERGE}")
+        init = content.get("init_lora_weights", True)
+        if not any(init is one or (isinstance(one, str) and init == one) for one in _KEEP_BASE):
+            raise ValueError(
+                f"init_lora_weights={show(init)} has changed the base's weights, too; convert the adapter in PEFT, "
+                "save_pretrained(path_initial_model_for_weight_conversion=...), or merge it there"
+            )
+        fields = _Fields(content)
+        found = cls(
+            technique=LoRA(
+                rank=fields.rank("r", content.get("r", 8)),
+                alpha=fields.alpha("lora_alpha", content.get("lora_alpha", 8)),
+                dropout=fields.dropout(),
+                rank_stabilized=fields.flag("use_rslora"),
+            ),
+            ranks=fields.patterns("rank_pattern", fields.rank),
+            alphas=fields.patterns("alpha_pattern", fields.alpha),
+            target_modules=fields.names_or_pattern("target_modules"),
+            target_parameters=frozenset(fields.names("target_parameters")),
+            excluded=fields.names_or_pattern("exclude_modules") or frozenset(),
+            layers=fields.numbers("layers_to_transform"),
+            layers_pattern=fields.names("layers_pattern", single=True),
+            modules_to_save=fields.names("modules_to_save"),
+            biases=fields.choice("bias", ("none", "all", "lora_only")) != "none",
+            base=fields.text("base_model_name_or_path"),
+        )
+        for key in fields.unread():
+            raise ValueError(
+                f"{printable_key(key)}={show(content[key])} is something that lowmem does not know, and may change "
+                f"what the adapter computes; upgrade lowmem, or {MERGE}"
+            )
+        return found
+
+
+class Matcher:
+    """Finds the layers that a config means, and their ranks and alphas.
+
+    Raises:
+        ValueError: a pattern is none, or too large; of each method, that matching takes too long.
+    """
+
+    def __init__(self, config: PeftConfig) -> None:
+        self._config, budget = config, Budget()
+        self._targets = _targets(config.target_modules, budget)
+        self._excluded = Pattern(config.excluded, budget) if isinstance(config.excluded, str) else config.excluded
+        # As check_target_module_exists of PEFT has it: nothing inside of what is stored whole is adapted.
+        self._saved = [Pattern(rf"(^|.*\.){one}($|\..*)", budget) for one in config.modules_to_save]
+        self._ranks, self._alphas = (_ByPattern(found, budget) for found in (config.ranks, config.alphas))
+
+    @property
+    def names_modules(self) -> bool:
+        """Whether the config says which modules are adapted; otherwise the names of the tensors do."""
+        return self._targets is not None
+
+    def takes(self, path: str) -> bool:
+        """Whether the module at a path is adapted."""
+        if not _is_named(self._targets, path) or _is_named(self._excluded, path):
+            return False
+        if any(one.matches(path) for one in self._saved):
+            return False
+        named = self._targets
+        if self._config.layers is None or not isinstance(named, frozenset) or path in named:
+            return True
+        return self._layer(path) in self._config.layers
+
+    def takes_parameter(self, name: str) -> bool:
+        """Whether a parameter is adapted by its full name."""
+        return _is_named(self._config.target_parameters, name)
+
+    def saves(self, path: str) -> bool:
+        """Whether the module at a path is stored whole."""
+        return path.endswith(self._config.modules_to_save) if self._config.modules_to_save else False
+
+    def technique(self, place: str) -> LoRA:
+        """Return the rank and alpha of a module's path, or a parameter's full name."""
+        own = self._config.technique
+        rank, alpha = self._ranks.of(place, own.rank), self._alphas.of(place, own.alpha)
+        return LoRA(rank, alpha, own.dropout, own.rank_stabilized)
+
+    def _layer(self, path: str) -> int | None:
+        found = None
+        for pattern in self._config.layers_pattern:
+            found = re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(\d+)\.", path)
+            if found is not None:
+                break
+        if not self._config.layers_pattern:
+            found = _INDEX.match(path)
+        return None if found is None or len(found[1]) > 9 else int(found[1])
+
+
+class _ByPattern:
+    """Values by a regular expression, of which the first one counts that matches a place, or its end."""
+
+    def __init__(self, values: Mapping[str, Any], budget: Budget) -> None:
+        self._literal: dict[str, tuple[int, Any]] = {}
+        self._whole: dict[str, tuple[int, Any]] = {}
+        self._patterns: list[tuple[int, Pattern, Any]] = []
+        for number, (text, value) in enumerate(values.items()):
+            literal = _LITERAL.fullmatch(text)
+            plain = None if literal is None else re.sub(r"\\(.)", r"\1", literal[1])
+            if plain is None or re.search(r"\\[0-9A-Za-z]", text):
+                self._patterns.append((number, Pattern(rf"(.*\.)?({text})$", budget), value))
+            else:  # most are: files name hundreds of layers, and no automaton is needed
+                (self._whole if text.startswith("^") else self._literal).setdefault(plain, (number, value))
+
+    def of(self, place: str, default: Any) -> Any:
+        """Return the value of a place."""
+        found = [self._whole[place]] if place in self._whole else []
+        found += [self._literal[end] for end in ends_of(place) if end in self._literal]
+        first = min((number for number, _ in found), default=math.inf)
+        for number, pattern, value in self._patterns:
+            if number < first and pattern.matches(place):
+                return value
+        return next((value for number, value in found if number == first), default)
+
+
+def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
+    """Return what finds the modules; None for a pattern that an automaton cannot hold, as one that looks ahead."""
+    if not isinstance(given, str):
+        return given
+    try:
+        return Pattern(given, budget)
+    except ValueError:
+        try:
+            re.compile(given)
+        except (re.error, OverflowError, RecursionError):
+            pass
+        else:
+            if len(given) <= MAX_LENGTH:
+                return None
+        raise
+
+
+def ends_of(path: str) -> Iterator[str]:
+    """Yield a path and what is left of it behind each dot."""
+    while True:
+        yield path
+        _, dot, path = path.partition(".")
+        if not dot:
+            return
+
+
+def _is_named(given: Any, path: str) -> bool:
+    if isinstance(given, Pattern):
+        return given.matches(path)
+    return given is not None and any(end in given for end in ends_of(path))
+
+
+def printable_key(key: str) -> str:
+    """Return a key of a file, as errors show it."""
+    return key if key.isidentifier() and len(key) < 60 else show(key)
+
+
+class _Fields:
+    """Reads the values of a config, each with the type that it must have, and notes which were read."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        self._content, self._read = content, {*_WITHOUT_EFFECT, "r", "lora_alpha"}
+
+    def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
+        """Return a value, or the default for None."""
+        self._read.add(key)
+        value = self._content.get(key)
+        value = default if value is None else value
+        return _checked(key, value, fits(value), what)
+
+    def unread(self) -> list[str]:
+        """Return the keys of values that are not empty and were not read."""
+        return [key for key, value in self._content.items() if key not in self._read and value]
+
+    def rank(self, what: str, value: Any) -> int:
+        found: int = _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
+        return found
+
+    def alpha(self, what: str, value: Any) -> float:
+        fits = type(value) in (int, float) and 0 < value < math.inf
+        found: float = _checked(what, value, fits, "must be a positive number")
+        return found
+
+    def dropout(self) -> float:
+        fits = lambda value: type(value) in (int, float) and 0 <= value < 1  # noqa: E731
+        return float(self._get("lora_dropout", 0.0, fits, "must be at least 0 and below 1"))
+
+    def flag(self, key: str) -> bool:
+        return bool(self._get(key, False, lambda value: isinstance(value, bool), "must be true or false"))
+
+    def choice(self, key: str, known: tuple[str, ...]) -> str:
+        return str(self._get(key, known[0], lambda value: value in known, f"is none of {', '.join(known)}"))
+
+    def text(self, key: str) -> str | None:
+        return self._get(key, "", lambda value: isinstance(value, str), "must be a string") or None
+
+    def patterns(self, key: str, read: Callable[[str, Any], Any]) -> dict[str, Any]:
+        value = self._get(key, {}, lambda value: isinstance(value, dict), "must be an object")
+        return {pattern: read(f"{key} of {show(pattern)}", one) for pattern, one in value.items()}
+
+    def names(self, key: str, single: bool = False) -> tuple[str, ...]:
+        """Return a list of names; ``single``: or the only one."""
+        own = self._content.get(key)
+        if single and isinstance(own, str):
+            self._read.add(key)
+            return (own,) if own else ()
+        fits = lambda value: isinstance(value, list) and all(isinstance(one, str) and one for one in value)  # noqa: E731
+        return tuple(self._get(key, [], fits, "must be a list of names"))
+
+    def names_or_pattern(self, key: str) -> frozenset[str] | str | None:
+        value = self._content.get(key)
+        if value is None or (isinstance(value, str) and value):
+            self._read.add(key)
+            return None if value == "all-linear" else value  # which PEFT replaces by names before it saves
+        return frozenset(self.names(key))
+
+    def numbers(self, key: str) -> frozenset[int] | None:
+        own = self._content.get(key)
+        numbers = own if isinstance(own, list) else [] if own is None else [own]
+        fits = all(type(one) is int for one in numbers)
+        return frozenset(numbers) if self._get(key, [], lambda _: fits, "must be numbers of layers") != [] else None
+
+
+def _checked(key: str, value: Any, fits: bool, what: str) -> Any:
+    if not fits:
+        raise ValueError(f"{key}={show(value)} {what}; get the adapter again")
+    return value

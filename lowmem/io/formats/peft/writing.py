@@ -1,0 +1,220 @@
+"""Writes folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Layers are named by full paths: without ``target_modules`` PEFT takes those that are usual for an architecture, and
+loads a part of the file in silence. What trains of the base beside the adapter is written with it: biases, and other
+modules whole (``modules_to_save``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowmem.io.atomic import atomic_folder, write_atomically
+from lowmem.io.container import TensorSpec, write_plain
+from lowmem.io.formats.peft.config import ends_of
+from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
+from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
+from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import Adapter, LoRA, is_conv1d
+from lowmem.transforms.placement import place_name
+from lowmem.transforms.registry import layer_name, module_paths
+
+__all__ = ["write_peft"]
+
+
+def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter]) -> None:
+    """Write an adapter as PEFT does, and what trains of the base beside it.
+
+    Args:
+        folder: where nothing is yet.
+        model: has the adapter.
+        layers: the adapters by place.
+
+    Raises:
+        ValueError: PEFT has no form of it; the layer is named.
+        FileExistsError: something is at ``folder``.
+        OSError: the folder cannot be written.
+
+    Warns:
+        UserWarning: the dropout is not written, since PEFT has one value for all layers, and none for parameters.
+    """
+    writing = _Writing(model, layers)
+    tensors = writing.tensors()
+    text = json.dumps(writing.config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    with atomic_folder(folder) as partial:
+        specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
+        write_plain(partial / WEIGHTS, specs, tensors.items())
+        write_atomically(partial / CONFIG, text.encode())
+
+
+class _Writing:
+    def __init__(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+        self._model, self._adapters = model, adapters
+        self._paths = module_paths(model)
+        self._places = {
+            place_name(paths[0], name): (paths[0], name)
+            for module, paths in self._paths.items()
+            for name in dense_parameters(module)
+        }
+        modules, parameters = self._targets()
+        self._layers = Layers(model, modules, parameters)
+        self._modules, self._parameters = modules, parameters
+        missing = set(adapters) - {slot.place for slot in self._layers.slots}
+        assert not missing, missing
+        self._saved, self._biases = self._trained()
+
+    def _targets(self) -> tuple[list[str], list[str]]:
+        """Return the paths of modules and names of parameters by which PEFT adapts the same."""
+        modules, parameters = [], []
+        for place in self._adapters:
+            path, name = self._places[place]
+            modules += [path] if name == "weight" else []
+            parameters += [] if name == "weight" else [f"{path}.{name}".lstrip(".")]
+        return modules, parameters
+
+    def _trained(self) -> tuple[list[str], list[tuple[str, Tensor]]]:
+        """Return the paths of modules that train, and the keys of biases that do."""
+        saved: list[str] = []
+        biases: list[tuple[str, Tensor]] = []
+        for module, paths in self._paths.items():
+            path = paths[0]
+            trained = {name: one for name, one in module._parameters.items() if one is not None and one.requires_grad}
+            if not trained:
+                continue
+            if all("bias" in name for name in trained) and path:
+                biases += [(f"{self._layers.inner_key(path)}.{name}", one) for name, one in trained.items()]
+                continue
+            why = None
+            if not path:
+                why = "PEFT cannot save parameters of the model itself"
+            elif any(isinstance(inner, AdaptedModule) for inner in module.modules()):
+                why = "PEFT cannot train a weight beside its adapter"
+            elif len(paths) > 1:
+                why = f"it is {layer_name(paths[1])}, too, and PEFT would save one alone"
+            elif other := next((one for one in self._all_paths() if one != path and one.endswith(path)), None):
+                why = f"PEFT would take {layer_name(other)} for it, whose path ends alike"
+            if why is not None:
+                name = next(iter(trained))
+                raise ValueError(
+                    f"{layer_name(path)}: its {name} trains, and {why}: freeze it, {name}.requires_grad_(False), or "
+                    "save the whole model"
+                )
+            if not any(path.startswith(f"{outer}.") for outer in saved):
+                saved.append(path)
+        return saved, [(key, one) for key, one in biases if not any(key.startswith(f"{PREFIX}{s}.") for s in saved)]
+
+    def _all_paths(self) -> Iterator[str]:
+        for paths in self._paths.values():
+            yield from paths
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return all tensors by their names in the file."""
+        found: dict[str, Tensor] = {}
+        for slot in self._layers.slots:
+            adapter = self._adapters[slot.place]
+            found |= {slot.keys[part]: slot.to_file(part, getattr(adapter, part)) for part in ("lora_a", "lora_b")}
+        by_path = {paths[0]: module for module, paths in self._paths.items()}
+        for path in self._saved:
+            state = by_path[path].state_dict()
+            found |= {f"{self._layers.key(path)}.{name}": value for name, value in state.items()}
+        return found | {key: one.detach() for key, one in self._biases}
+
+    def config(self) -> dict[str, Any]:
+        """Return what ``adapter_config.json`` holds."""
+        techniques = {slot.pattern_name: self._adapters[slot.place].technique for slot in self._layers.slots}
+        stabilized = all(one.rank_stabilized for one in techniques.values())
+        alphas = {name: _alpha(one, stabilized) for name, one in techniques.items()}
+        ranks = {name: one.rank for name, one in techniques.items()}
+        rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
+        biases = "none" if not self._biases else "all" if self._outside() else "lora_only"
+        transposed = any(is_conv1d(slot.module) for slot in self._layers.slots)
+        if transposed and self._parameters:
+            raise ValueError(
+                f"{layer_name(self._parameters[0])}: PEFT adapts no parameters beside Conv1D layers: save them as "
+                "two adapters"
+            )
+        return {
+            "peft_type": "LORA",
+            "task_type": _task_of(self._model),
+            "base_model_name_or_path": _public_name(self._model),
+            "revision": None,
+            "inference_mode": True,
+            "r": rank,
+            "lora_alpha": alpha,
+            "lora_dropout": self._dropout(techniques),
+            "use_rslora": stabilized,
+            "rank_pattern": {f"^{re.escape(name)}": one for name, one in ranks.items() if one != rank},
+            "alpha_pattern": {f"^{re.escape(name)}": one for name, one in alphas.items() if one != alpha},
+            "target_modules": self._target_modules(),
+            **({"target_parameters": self._target_parameters()} if self._parameters else {}),
+            "modules_to_save": self._saved or None,
+            "bias": biases,
+            "fan_in_fan_out": transposed,
+            "init_lora_weights": True,
+        }
+
+    def _outside(self) -> bool:
+        return any(".base_layer." not in key for key, _ in self._biases)
+
+    def _target_modules(self) -> list[str] | str:
+        """Return full paths; as a regular expression where PEFT would take one for the end of another path."""
+        wanted = set(self._modules)
+        alike = (path for path in self._all_paths() if path not in wanted)
+        if any(end in wanted for path in alike for end in ends_of(path)):
+            return "|".join(re.escape(path) for path in sorted(wanted))
+        return sorted(wanted)
+
+    def _target_parameters(self) -> list[str]:
+        wanted = set(self._parameters)
+        for module, paths in self._paths.items():
+            for name in dense_parameters(module):
+                full = f"{paths[0]}.{name}".lstrip(".")
+                if full not in wanted and any(end in wanted for end in ends_of(full)):
+                    raise ValueError(
+                        f"{layer_name(full)} ends as a parameter that the adapter changes, and PEFT would adapt it, "
+                        "too; rename one of the modules"
+                    )
+        return sorted(wanted)
+
+    def _dropout(self, techniques: Mapping[str, LoRA]) -> float:
+        found = Counter(one.dropout for one in techniques.values())
+        dropout = found.most_common(1)[0][0]
+        if len(found) == 1 and not (dropout and self._parameters):
+            return dropout
+        written = 0.0 if self._parameters else dropout
+        why = "none where parameters are adapted" if self._parameters else "one for all layers"
+        warnings.warn(
+            f"PEFT has {why}: lora_dropout={written:g} is written, not {', '.join(f'{one:g}' for one in found)}",
+            stacklevel=7,  # the caller of the function that one_at_a_time wraps
+        )
+        return written
+
+
+def _alpha(technique: LoRA, stabilized: bool) -> float:
+    """Return the alpha that gives the scaling where all, or not all, layers are rank-stabilized."""
+    alpha = technique.rank if technique.alpha is None else technique.alpha
+    return alpha if technique.rank_stabilized == stabilized else alpha * math.sqrt(technique.rank)
+
+
+def _task_of(model: nn.Module) -> str | None:
+    """Return the task by which PEFT knows that a model generates; others would change what it saves."""
+    generates = type(model).__name__.endswith("ForCausalLM") and hasattr(model, "prepare_inputs_for_generation")
+    return "CAUSAL_LM" if generates else None
+
+
+def _public_name(model: nn.Module) -> str | None:
+    """Return the name of the base in a hub; a path of this machine means nothing elsewhere."""
+    name = getattr(getattr(model, "config", None), "_name_or_path", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name) or os.path.exists(name):
+        return None
+    return None if name.startswith(".") else name

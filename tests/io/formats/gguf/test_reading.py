@@ -1,0 +1,190 @@
+"""GGUF files are read in bounded time and memory, whatever they claim."""
+
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowmem.errors import FileError
+from lowmem.io.formats.gguf.container import MAX_ITEMS
+from lowmem.io.formats.gguf.reading import read_gguf
+from lowmem.io.formats.recognize import open_foreign
+from tests.io.formats.written import HUGE, LLAMA, QWEN, gguf, mutated, read_all, text
+
+SAMPLE = (Path(__file__).parents[1] / "samples" / "types.gguf").read_bytes()
+CALLS = 20_000  # of functions, for a small file: a hang is told from work, however fast a machine is
+NORM = ("blk.0.attn_norm.weight", (8,), 0, 0)
+
+
+def refused(path: Path, content: bytes) -> str:
+    path.write_bytes(content)
+    calls = 0
+
+    def count(*_):
+        nonlocal calls
+        calls += 1
+        assert calls < CALLS
+
+    sys.setprofile(count)
+    try:
+        error = read_all(path)
+    finally:
+        sys.setprofile(None)
+    assert error is not None
+    return error
+
+
+def test_metadata_of_every_type_is_stepped_over_and_tensors_are_found_behind_it(tmp_path):
+    nested = struct.pack("<IIQ", 9, 9, 2) + (struct.pack("<IQ", 8, 1) + text("a")) * 2
+    metadata = {
+        **QWEN,
+        **dict(enumerate_types()),
+        "numbers": list(range(9)),
+        "many": [0.5] * 70_000,
+        "texts": ["a", "", "\u00e9"],
+        "none": [],
+        "nested": nested,
+        "long": "x" * 70_000,
+    }
+    data = torch.arange(16.0).numpy().tobytes()
+    tensors = [NORM, ("blk.1.attn_q.bias", (8,), 0, 32)]
+    for version in (2, 3):
+        (tmp_path / "a.gguf").write_bytes(gguf(metadata, tensors, data, version))
+        with open_foreign(tmp_path / "a.gguf") as file:
+            assert file.tensors["model.layers.0.input_layernorm.weight"].read().tolist() == list(range(8))
+            assert file.tensors["model.layers.1.self_attn.q_proj.bias"].read().tolist() == list(range(8, 16))
+
+
+def enumerate_types():
+    for kind, size in {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}.items():
+        yield f"type{kind}", struct.pack("<I", kind) + b"\1" * size
+
+
+def test_every_cut_of_a_file_is_refused(tmp_path):
+    for end in range(len(SAMPLE)):
+        if end % 11 == 0 or end > len(SAMPLE) - 40:
+            assert refused(tmp_path / "a.gguf", SAMPLE[:end])
+
+
+def test_every_number_of_a_header_may_be_any(tmp_path):
+    """Whatever is read then is no larger than the file."""
+    path = tmp_path / "a.gguf"
+    for at in range(4, 1100, 11):
+        for number in HUGE:
+            path.write_bytes(mutated(SAMPLE, [(at, number.to_bytes(8, "little"))]))
+            read_all(path)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["blk.0.attn_q.weight", "output.weight", "blk.\u202e0.attn_q.weight", "a\x1b[2J", ""])
+            | st.text(max_size=5),
+            st.lists(st.sampled_from([1, 2, 32, 256, *HUGE]), max_size=5),
+            st.sampled_from([0, 1, 2, 14, 20, 23, 39, 99, 2**31]),
+            st.sampled_from([0, 1, 32, 64, 4096, 2**62, 2**63]),
+        ),
+        min_size=1,
+        max_size=4,
+    )
+)
+def test_tensors_of_any_name_shape_type_and_place_are_read_or_refused(tmp_path_factory, tensors):
+    path = tmp_path_factory.mktemp("any") / "a.gguf"
+    path.write_bytes(gguf(LLAMA, tensors, bytes(2048)))
+    read_all(path)
+
+
+CASES = {
+    "it is big-endian": gguf(QWEN, version=3 << 24),
+    "has version 1": gguf(QWEN, version=1),
+    "has version 4": gguf(QWEN, version=4),
+    "metadata has 'a' twice": b"GGUF" + struct.pack("<IQQ", 3, 0, 2) + (text("a") + struct.pack("<IB", 0, 0)) * 2,
+    "it claims 9223372036854775808 tensors": b"GGUF" + struct.pack("<IQQ", 3, 2**63, 0) + bytes(64),
+    "it claims 9223372036854775808 metadata keys": b"GGUF" + struct.pack("<IQQ", 3, 0, 2**63) + bytes(64),
+    "type 13, which is unknown": gguf({"a": struct.pack("<I", 13)}),
+    "no UTF-8": gguf({"a": struct.pack("<I", 8) + text(b"\xff")}),
+    "the name of a metadata key is empty": gguf({"": 1}),
+    "longer than 1024": gguf({"x" * 1025: 1}),
+    "arrays lie 5 deep": gguf({"a": struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 40}),
+    "more than 4194304 texts": gguf({"a": struct.pack("<IIQ", 9, 8, MAX_ITEMS + 1)}),
+    "wants 9223372036854775808 bytes": gguf({"a": struct.pack("<IIQ", 9, 0, 2**63)}),
+    "wants 18446744073709551615 bytes": gguf({"a": struct.pack("<IQ", 8, 2**64 - 1)}),
+    "general.alignment=0": gguf({**QWEN, "general.alignment": 0}),
+    "general.alignment=24": gguf({**QWEN, "general.alignment": 24}),
+    "it has tensor 'blk.0.attn_norm.weight' twice": gguf(QWEN, [NORM, NORM], bytes(64)),
+    "lie on the same bytes": gguf(QWEN, [NORM, ("blk.1.attn_norm.weight", (16,), 0, 0)], bytes(64)),
+    "unaligned or beyond": gguf(QWEN, [("output.weight", (8,), 0, 4)], bytes(64)),
+    "takes 64 bytes at": gguf(QWEN, [("output.weight", (16,), 0, 32)], bytes(64)),
+    "holds nothing": gguf(QWEN, [("output.weight", (0, 2**63), 0, 0)], bytes(64)),
+    "no multiple of 32 in Q4_0": gguf(QWEN, [("output.weight", (16,), 2, 0)], bytes(64)),
+    "0 dimensions": gguf(QWEN, [("output.weight", (), 0, 0)], bytes(64)),
+    "5 dimensions": gguf(QWEN, [("output.weight", (1,) * 5, 0, 0)], bytes(64)),
+    "general.architecture='bert'": gguf({"general.architecture": "bert"}, [NORM], bytes(64)),
+    "general.architecture=None": gguf({}, [NORM], bytes(64)),
+    "'adapter' is no model": gguf({**QWEN, "general.type": "adapter"}, [NORM], bytes(64)),
+    "one of 3 parts": gguf({**QWEN, "split.count": 3}, [NORM], bytes(64)),
+    "no known place": gguf(QWEN, [("blk.0.ffn_gate_exps.weight", (2, 8), 0, 0)], bytes(64)),
+    "are 'model.layers.1.input_layernorm.weight'": gguf(
+        QWEN, [("blk.1.attn_norm.weight", (8,), 0, 0), ("blk.01.attn_norm.weight", (8,), 0, 32)], bytes(64)
+    ),
+    "it holds no tensors": gguf(QWEN),
+    "head_count=None must be a number": gguf({"general.architecture": "llama"}, [NORM], bytes(64)),
+    "head_count='2' must be a number": gguf({**LLAMA, "llama.attention.head_count": "2"}, [NORM], bytes(64)),
+    "do not divide into 2 heads": gguf(LLAMA, [("blk.0.attn_q.weight", (3, 4), 0, 0)], bytes(64)),
+    "scales that are NaN": gguf(QWEN, [("output.weight", (1, 32), 2, 0)], b"\xff" * 32),
+    "exponent of 255": gguf(QWEN, [("output.weight", (1, 32), 39, 0)], b"\xff" * 32),
+}
+
+
+def test_what_contradicts_itself_is_refused_with_the_reason(tmp_path):
+    for message, content in CASES.items():
+        assert message in refused(tmp_path / "a.gguf", content)
+
+
+def test_types_that_are_no_levels_are_refused_by_name_one_by_one(tmp_path):
+    tensors = [("output.weight", (1, 256), 16, 0), ("token_embd.weight", (1, 256), 77, 160), (*NORM[:3], 192)]
+    (tmp_path / "a.gguf").write_bytes(gguf(QWEN, tensors, bytes(256)))
+    with open_foreign(tmp_path / "a.gguf") as file:
+        reasons = {tensor.kind: tensor.refusal for tensor in file.tensors.values()}
+        assert reasons["F32"] is None
+        assert "not 16 levels" in reasons["IQ2_XXS"]
+        assert "does not know this type" in reasons["type 77"]
+        with pytest.raises(FileError, match="type 77 cannot be kept exactly"):
+            file.tensors["model.embed_tokens.weight"].read()
+
+
+def test_what_the_model_computes_itself_is_left_out(tmp_path):
+    tensors = [("rope_freqs.weight", (8,), 0, 0), (*NORM[:3], 32)]
+    (tmp_path / "a.gguf").write_bytes(gguf(LLAMA, tensors, bytes(64)))
+    file, found, left_out = read_gguf(tmp_path / "a.gguf")
+    file.close()
+    assert left_out == ["rope_freqs.weight"]
+    assert [tensor.name for tensor in found] == ["model.layers.0.input_layernorm.weight"]
+
+
+def test_a_file_that_is_cut_after_it_was_opened_is_an_error_and_no_crash(tmp_path):
+    path = tmp_path / "a.gguf"
+    path.write_bytes(SAMPLE)
+    with open_foreign(path) as file:
+        path.write_bytes(SAMPLE[:2000])
+        with pytest.raises(FileError, match="cut after it was opened"):
+            file.tensors["model.layers.0.mlp.down_proj.weight"].read()
+
+
+def test_large_tensors_are_read_in_chunks_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("lowmem.io.formats.gguf.reading.CHUNK_BYTES", 200)
+    path = tmp_path / "a.gguf"
+    path.write_bytes(SAMPLE)
+    with open_foreign(path) as file:
+        chunked = {name: tensor.read() for name, tensor in file.tensors.items()}
+    monkeypatch.undo()
+    with open_foreign(path) as file:
+        for name, tensor in file.tensors.items():
+            whole, parts = (
+                (w if isinstance(w, torch.Tensor) else w.dequantize()) for w in (tensor.read(), chunked[name])
+            )
+            assert torch.equal(whole, parts)

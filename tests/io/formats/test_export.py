@@ -1,0 +1,26 @@
+"""The formats of an export, and what picks them."""
+
+from pathlib import Path
+
+import pytest
+
+import lowmem
+from lowmem.io.formats.export import target_of, targets
+
+
+def test_the_name_tells_the_format_or_it_is_given():
+    assert target_of(Path("a/b.gguf"), None) == "gguf"
+    for name in targets():
+        assert target_of(Path("out"), name) == name
+    with pytest.raises(ValueError, match=r"out.*gguf"):
+        target_of(Path("out"), None)
+    with pytest.raises(ValueError, match="ggml"):
+        target_of(Path("out.gguf"), "ggml")
+
+
+def test_nothing_is_overwritten(tmp_path):
+    out = tmp_path / "out.gguf"
+    out.write_text("mine")
+    with pytest.raises(FileExistsError, match=r"out\.gguf"):
+        lowmem.export(tmp_path, out)
+    assert out.read_text() == "mine"

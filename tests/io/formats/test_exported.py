@@ -1,0 +1,36 @@
+"""Rows of an export, and their errors."""
+
+import math
+
+import pytest
+import torch
+
+import lowmem
+from lowmem.io.formats.exported import Exported, squares, total_error
+
+
+def test_an_error_is_that_of_float64_and_none_where_no_value_changed():
+    weight = torch.randn(37, 96)
+    stored = lowmem.quantize(weight, "nf4")
+    row = Exported.compare("a", "b", "kind", weight, stored, 5)
+    lost = (weight.double() - stored.dequantize().double()).norm() / weight.double().norm()
+    assert row.error == pytest.approx(float(lost), rel=1e-12)
+    assert (row.name, row.target, row.kind, row.shape, row.kept) == ("a", "b", "kind", (37, 96), "float32")
+    assert (row.before_bytes, row.after_bytes) == (weight.nbytes, 5)
+    for same in (None, stored, stored.dequantize()):
+        assert Exported.compare("a", "b", "kind", stored, same, 5).error is None
+    assert Exported.compare("a", "b", "kind", stored, weight, 5, measured=False).error is None
+
+
+def test_the_error_over_all_weights_counts_those_that_did_not_change():
+    small, large = torch.randn(8, 32), 10 * torch.randn(40, 32)
+    rows = [Exported.compare("a", "a", "k", small, small + 1, 1), Exported.compare("b", "b", "k", large, None, 1)]
+    whole = math.sqrt(small.numel() / float(small.double().square().sum() + large.double().square().sum()))
+    assert total_error(rows) == pytest.approx(whole, rel=1e-6)
+    assert total_error([]) == 0.0
+
+
+def test_squares_of_what_overflows_float32_and_of_scalars():
+    huge = torch.tensor([[1e30, 2e30]])
+    assert squares(huge, None) == (0.0, pytest.approx(5e60))
+    assert squares(torch.tensor(3.0), torch.tensor(1.0)) == (4.0, 9.0)

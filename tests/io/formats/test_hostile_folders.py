@@ -1,0 +1,309 @@
+"""Folders whose index, shards, links and config.json contradict each other: they are refused, or read as they were.
+
+What is drawn changes no tensor: so whatever is read in spite of it has the values that the whole folder has.
+"""
+
+import json
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lowmem.errors import FileError
+from lowmem.io.formats.recognize import open_foreign
+from tests.io.formats.test_awq import layer as awq_layer
+from tests.io.formats.test_gptq import layer as gptq_layer
+from tests.io.formats.test_recognize import SAMPLES, values_of
+
+INDEX = "model.safetensors.index.json"
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
+
+
+def parts_of(kind: str) -> dict[str, torch.Tensor]:
+    if kind == "gptq":
+        return {f"q.{name}": value for name, value in gptq_layer(1, 64, 16, 32)[0].items()}
+    if kind == "awq":
+        zeros = torch.randint(0, 16, (2, 16), generator=torch.Generator().manual_seed(0))
+        return awq_layer(1, 64, 16, 32, zeros)[0]
+    return load_file(SAMPLES / f"{kind}.safetensors")
+
+
+CONFIGS = {
+    "bitsandbytes-nf4-double": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "compressed-tensors-int4": {"quant_method": "compressed-tensors", "format": "pack-quantized"},
+    "gpt-oss": {"quant_method": "mxfp4"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "gptq"},
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
+}
+
+
+def write(folder: Path, kind: str) -> dict[str, torch.Tensor]:
+    """Write a folder of two shards; return what it holds, by the names in the model."""
+    folder.mkdir()
+    parts = parts_of(kind) | {"dense.weight": torch.ones(3, 4), "dense.bias": torch.zeros(3)}
+    names = sorted(parts)
+    for file, own in zip(SHARDS, (names[::2], names[1::2]), strict=True):
+        save_file({name: parts[name].contiguous() for name in own}, folder / file)
+    weight_map = {name: SHARDS[number % 2] for number, name in enumerate(names)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (folder / "config.json").write_text(json.dumps({"quantization_config": CONFIGS[kind]}))
+    return read(folder)
+
+
+def read(path: Path) -> dict[str, torch.Tensor]:
+    with open_foreign(path) as file:
+        return {name: values_of(tensor) for name, tensor in file.tensors.items()}
+
+
+def regular(path: Path) -> Path:
+    """Return a path that an earlier change has not made a pipe or a device, which would block or never end."""
+    if not path.is_file():
+        raise OSError(f"{path} is no file")
+    return path
+
+
+def edit_index(folder: Path, change) -> None:
+    index = json.loads(regular(folder / INDEX).read_text())
+    change(index["weight_map"], sorted(index["weight_map"]))
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def move_entry(folder, number):
+    def change(entries, names):
+        name = names[number % max(1, len(names))]
+        entries[name] = SHARDS[entries[name] == SHARDS[0]]
+
+    edit_index(folder, change)
+
+
+def drop_entry(folder, number):
+    edit_index(folder, lambda entries, names: entries.pop(names[number % max(1, len(names))]))
+
+
+def add_entry(folder, number):
+    edit_index(folder, lambda entries, names: entries.update({f"new{number}": SHARDS[number % 2]}))
+
+
+def rename_entry(folder, number):
+    def change(entries, names):
+        name = names[number % max(1, len(names))]
+        entries[name + "_"] = entries.pop(name)
+
+    edit_index(folder, change)
+
+
+def lead_away(folder, number):
+    (folder.parent / "outside.safetensors").write_bytes(regular(folder / SHARDS[0]).read_bytes())
+    away = ("../outside.safetensors", str(folder.parent / "outside.safetensors"), "a/../" + SHARDS[0], "", ".", "..")
+    away = (
+        *away,
+        INDEX,
+        "config.json",
+        "\0",
+        "x" * 300,
+        SHARDS[0].upper(),
+        SHARDS[0] + " ",
+        3,
+        None,
+        [SHARDS[0]],
+        {},
+    )
+
+    def change(entries, names):
+        for name in names:
+            if entries[name] == SHARDS[0]:
+                entries[name] = away[number % len(away)]
+
+    edit_index(folder, change)
+
+
+def copy_tensor(folder, number):
+    """Let a tensor be in both shards."""
+    first, second = (load_file(regular(folder / shard)) for shard in SHARDS)
+    names = sorted(first)
+    name = names[number % max(1, len(names))]
+    save_file(
+        {**second, name: first[name] + 1 if first[name].is_floating_point() else first[name]}, folder / SHARDS[1]
+    )
+
+
+def resize(folder, number):
+    shard = regular(folder / SHARDS[number % 2])
+    content = shard.read_bytes()
+    how = number // 2 % 4
+    shard.write_bytes((content[:-1], content + b"\0", content[: number % max(1, len(content))], b"")[how])
+
+
+def lengthen_header(folder, number):
+    shard = regular(folder / SHARDS[number % 2])
+    content = shard.read_bytes()
+    sizes = (0, 2**63, 2**64 - 1, 2**32, len(content), int.from_bytes(content[:8], "little") + 1)
+    shard.write_bytes(sizes[number // 2 % len(sizes)].to_bytes(8, "little") + content[8:])
+
+
+def second_model(folder, number):
+    """Add another model beside the index: one that transformers would read in its place, or one that it ignores."""
+    values = {"dense.weight": torch.full((3, 4), 9.0)}
+    name = ("model.safetensors", "other.safetensors.index.json")[number % 2]
+    if name.endswith("json"):
+        (folder / name).write_text(json.dumps({"weight_map": {"dense.weight": "third.safetensors"}}))
+        save_file(values, folder / "third.safetensors")
+    else:
+        save_file(values, folder / name)
+
+
+def replace_by_link(folder, number):
+    """Put a link in the place of a file: to itself, a folder, a device, a pipe, nothing, or the same content."""
+    path = regular(folder / (*SHARDS, INDEX, "config.json")[number % 4])
+    kept = folder.parent / f"kept{path.suffix}"
+    kept.write_bytes(path.read_bytes())
+    path.unlink()
+    how = number // 4 % 6
+    if how == 3:
+        os.mkfifo(path)
+        return
+    path.symlink_to((path, folder, Path("/dev/zero"), None, folder / "nothing", kept)[how])
+
+
+def break_config(folder, number):
+    content = (
+        b"",
+        b"{",
+        b"[" * 10**5,
+        b'{"quantization_config": 3}',
+        b'{"quantization_config": {"bits": 1' + b"0" * 400 + b"}}",
+        b'{"quantization_config": {"bits": NaN}}',
+        b'{"quantization_config": {}, "quantization_config": {}}',
+        b'{"a": "\xff"}',
+        b" " * (2**24 + 1),
+        b'"quantization_config"',
+    )
+    regular(folder / "config.json").write_bytes(content[number % len(content)])
+
+
+WAYS = (
+    move_entry,
+    drop_entry,
+    add_entry,
+    rename_entry,
+    lead_away,
+    copy_tensor,
+    resize,
+    lengthen_header,
+    second_model,
+    replace_by_link,
+    break_config,
+)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
+@given(
+    st.sampled_from(sorted(CONFIGS)),
+    st.lists(st.tuples(st.sampled_from(WAYS), st.integers(0, 500)), min_size=1, max_size=3),
+)
+@example("gptq", [(second_model, 0)])
+@example("gptq", [(second_model, 1)])
+@example("gptq", [(replace_by_link, 2)])
+@example("gpt-oss", [(drop_entry, 1), (drop_entry, 2)])
+@example("gptq", [(replace_by_link, 3 + 4 * 4)])
+@example("gptq", [(replace_by_link, 3 + 4 * 3)])
+def test_a_folder_that_contradicts_itself_is_refused_or_read_as_it_was(tmp_path_factory, kind, changes):
+    folder = tmp_path_factory.mktemp("hostile") / "model"
+    expected = write(folder, kind)
+    for change, number in changes:
+        with suppress(OSError, ValueError, LookupError, AttributeError, RuntimeError, SafetensorError):
+            change(folder, number)  # an earlier one may have left nothing to change
+    try:
+        found = read(folder)
+    except (FileError, OSError) as error:
+        said = str(error)
+        assert said.isprintable()
+        assert len(said) < 1000
+        return
+    assert all(number % 2 for change, number in changes if change is second_model)  # those that it ignores
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+LIES = (
+    ("gptq", {"quant_method": "awq"}),
+    ("gptq", {"quant_method": "compressed-tensors"}),
+    ("gptq", {"bits": 8}),
+    ("gptq", {"bits": "4"}),
+    ("gptq", {"group_size": 64}),
+    ("gptq", {"group_size": 0}),
+    ("gptq", {"group_size": -2}),
+    ("gptq", {"checkpoint_format": "marlin"}),
+    ("gptq", {"checkpoint_format": 2}),
+    ("awq", {"quant_method": "gptq"}),
+    ("awq", {"bits": 8}),
+    ("awq", {"group_size": 128}),
+    ("awq", {"version": "gemv"}),
+    ("bitsandbytes-nf4-double", {"quant_method": "gptq"}),
+    ("bitsandbytes-nf4-double", {"load_in_4bit": False, "load_in_8bit": True}),
+    ("gpt-oss", {"quant_method": "bitsandbytes"}),
+    ("compressed-tensors-int4", {"quant_method": "awq"}),
+    ("compressed-tensors-int4", {"format": "mxfp4-pack-quantized"}),
+    ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 8}}}}),
+    ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"symmetric": False}}}}),
+    *(
+        ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 4, **lie}}}})
+        for lie in (
+            {"group_size": 64},
+            {"group_size": 0},
+            {"group_size": -1},
+            {"group_size": "32"},
+            {"type": "float"},
+            {"type": 3},
+            {"strategy": "channel"},
+            {"strategy": "tensor"},
+            {"strategy": 3},
+            {"actorder": 1},
+            {"actorder": ["group"]},
+        )
+    ),
+)
+
+
+def test_a_config_that_lies_about_the_quantization_is_refused(tmp_path):
+    for number, (kind, lie) in enumerate(LIES):
+        folder = tmp_path / str(number)
+        write(folder, kind)
+        (folder / "config.json").write_text(json.dumps({"quantization_config": {**CONFIGS[kind], **lie}}))
+        with pytest.raises(FileError, match=r"config\.json|4 are read|groups of"):
+            read(folder)
+        for name, value in lie.get("config_groups", {}).get("a", {}).get("weights", {}).items():
+            if name not in ("num_bits", "symmetric"):
+                with pytest.raises(FileError, match=re.escape(f"config.json says {name}={value!r}, and ")):
+                    read(folder)
+
+
+def test_what_a_config_says_truly_or_not_at_all_is_read(tmp_path):
+    groups = {"a": {"targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "symmetric": True}}}
+    for number, (kind, truth) in enumerate(
+        (
+            ("gptq", {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}),
+            ("gptq", {"group_size": None}),
+            ("compressed-tensors-int4", {"config_groups": groups}),
+            (
+                "compressed-tensors-int4",
+                {"config_groups": {"a": {"weights": {"strategy": "group", "actorder": None}}}},
+            ),
+            ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"actorder": "static"}}}}),
+            ("compressed-tensors-int4", {"config_groups": {"b": {"weights": {"num_bits": 8}}, **groups}}),
+            ("awq", {"backend": "autoawq"}),
+        )
+    ):
+        folder = tmp_path / str(number)
+        expected = write(folder, kind)
+        (folder / "config.json").write_text(json.dumps({"quantization_config": {**CONFIGS[kind], **truth}}))
+        found = read(folder)
+        assert all(torch.equal(found[name], value) for name, value in expected.items())

@@ -1,0 +1,161 @@
+"""Files of other programs are recognized, and their weights are bit for bit what those programs say they are."""
+
+import hashlib
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from lowmem.errors import FileError
+from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.recognize import open_foreign
+from lowmem.nn.stored import FourBitForm
+from lowmem.quant.tensor import QuantizedTensor
+from tests import strategies
+from tests.io.formats.written import read_all
+from tests.rounding import default_dtype
+from tests.selection import rows_in_one_case
+
+SAMPLES = Path(__file__).parent / "samples"
+MADE = json.loads((SAMPLES / "samples.json").read_text())
+
+
+def values_of(tensor: ForeignTensor) -> torch.Tensor:
+    """Return a weight in float32, in the model's shape."""
+    weight = tensor.read()
+    if isinstance(weight, QuantizedTensor):
+        flags = {"transposed": tensor.transposed, "gathered": tensor.order is not None}
+        assert replace(FourBitForm.of(weight), **flags) == tensor.kept()
+        assert tuple(weight.shape) == tensor.shape
+        weight.check_layout()
+        values = weight.dequantize()
+        assert torch.equal(values, weight.restore(slice(None)).view(weight.shape))
+    else:
+        assert weight.dtype == tensor.kept()
+        values = weight.float()
+    values = values if tensor.order is None else values[..., tensor.order().argsort()]
+    return values.transpose(-1, -2).contiguous() if tensor.transposed else values
+
+
+@rows_in_one_case("name", MADE["sha256"])
+def test_a_file_that_another_program_wrote_holds_what_that_program_says_to_the_bit(name):
+    """tests/formats/makers.py wrote it with that program's own package, and noted its version and its values."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of tensors without one: no reader depends on it
+        with open_foreign(SAMPLES / name) as file, default_dtype(dtype):
+            assert file.kind in ("gguf", "bitsandbytes", "gpt-oss", "compressed-tensors")
+            assert file.tensors.keys() == MADE["sha256"][name].keys()
+            for key, digest in MADE["sha256"][name].items():
+                values = values_of(file.tensors[key])
+                assert hashlib.sha256(values.numpy()).hexdigest() == digest, key
+
+
+def test_a_folder_is_its_only_model_and_its_config_says_how_it_was_quantized(tmp_path):
+    dense = {"a.weight": torch.randn(4, 8), "b": torch.zeros(3, dtype=torch.int64)}
+    with pytest.raises(FileError, match=r"no \.safetensors file"):
+        open_foreign(tmp_path)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(FileError, match="folder of GGUF files"):
+        open_foreign(tmp_path)
+    save_file(dense, tmp_path / "model.safetensors")
+    for config in (None, "{}", '{"quantization_config": {"bits": 4}}'):
+        if config is not None:
+            (tmp_path / "config.json").write_text(config)
+        for path in (tmp_path, tmp_path / "model.safetensors"):
+            with open_foreign(path) as file:
+                assert file.kind == "safetensors"
+                assert all(torch.equal(file.tensors[name].read(), value) for name, value in dense.items())
+    for config in ("{", "[]" * 9, '{"quantization_config": 1}'):
+        (tmp_path / "config.json").write_text(config)
+        with pytest.raises(FileError, match="config"):
+            open_foreign(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    own = tmp_path / "quantize_config.json"  # AutoGPTQ's, of before there was another
+    own.write_text('{"bits": 4}')
+    with open_foreign(tmp_path) as file:
+        assert file.kind == "safetensors"
+    for content in ("[4]", '"gptq"', "null"):
+        own.write_text(content)
+        with pytest.raises(FileError, match="quantize_config.json': it is .*, and must be an object; get it again"):
+            open_foreign(tmp_path)
+    own.unlink()
+    (tmp_path / "config.json").unlink()
+    save_file(dense, tmp_path / "other.safetensors")
+    with pytest.raises(FileError, match="2 files"):
+        open_foreign(tmp_path)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_of_a_models_folder_the_files_are_read_that_transformers_reads(tmp_path, shards):
+    """Hubs have other forms of a model beside it: the authors' own, and variants such as float16."""
+    names = [f"model-0000{number}-of-00002.safetensors" for number in (1, 2)] if shards > 1 else ["model.safetensors"]
+    for number, name in enumerate(names):
+        save_file({f"{number}.weight": torch.ones(2, 2)}, tmp_path / name)
+    if shards > 1:
+        places = {f"{number}.weight": name for number, name in enumerate(names)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": places}))
+    (tmp_path / "consolidated.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"x": "consolidated.safetensors"}})
+    )
+    for other in ("consolidated.safetensors", "model.fp16.safetensors"):
+        save_file({"x": torch.ones(1)}, tmp_path / other)
+    (tmp_path / "config.json").write_text("{}")
+    with open_foreign(tmp_path) as file:
+        assert [*file.tensors] == [f"{number}.weight" for number in range(shards)]
+
+
+def test_parts_of_a_format_without_the_others_are_never_taken_for_dense_tensors(tmp_path):
+    for part in ("qweight", "qzeros", "weight_scale", "weight_zero_point"):
+        save_file({f"layer.{part}": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+        with pytest.raises(FileError, match=re.escape(part)):
+            open_foreign(tmp_path)
+
+
+def changed(tensor: torch.Tensor, how: str, seed: int) -> torch.Tensor:
+    """Return a tensor of another dtype, shape or content."""
+    generator = torch.Generator().manual_seed(seed)
+    if how == "bytes" and tensor.numel():
+        raw = tensor.clone().flatten().view(torch.uint8)
+        at = torch.randint(0, len(raw), (4,), generator=generator)
+        raw[at] = torch.randint(0, 256, (4,), generator=generator, dtype=torch.uint8)
+        return raw.view(tensor.dtype).view(tensor.shape)
+    if how == "dtype":
+        dtypes = (torch.uint8, torch.int32, torch.int64, torch.float16, torch.float32)
+        return tensor.to(dtypes[seed % len(dtypes)])
+    if how == "flat":
+        return tensor.flatten()
+    if how == "longer":
+        return torch.cat([tensor, tensor[:1]]) if tensor.dim() else tensor[None]
+    if how == "shorter":
+        return tensor[:-1] if tensor.dim() else tensor
+    if how == "narrower":
+        return tensor[..., :-1].contiguous() if tensor.dim() else tensor
+    if how == "empty":
+        return tensor[:0] if tensor.dim() else tensor
+    return torch.full_like(tensor, -1 if tensor.dtype.is_signed else 255)
+
+
+WAYS = ("bytes", "dtype", "flat", "longer", "shorter", "narrower", "empty", "full", "none")
+
+
+@given(
+    st.sampled_from([name for name in MADE["sha256"] if name.endswith(".safetensors")]),
+    st.lists(st.tuples(st.integers(0, 9), st.sampled_from(WAYS), strategies.seeds), min_size=1, max_size=2),
+)
+def test_a_checkpoint_whose_parts_are_altered_is_read_or_refused(tmp_path_factory, name, changes):
+    tensors = load_file(SAMPLES / name)
+    for number, how, seed in changes:
+        keys = sorted(tensors)
+        key = keys[number % len(keys)]
+        if how == "none" and len(keys) > 1:
+            del tensors[key]
+        else:
+            tensors[key] = changed(tensors[key], how, seed)
+    path = tmp_path_factory.mktemp("altered") / "a.safetensors"
+    save_file(tensors, path)
+    read_all(path)

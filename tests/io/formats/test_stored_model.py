@@ -1,0 +1,162 @@
+"""What lowmem wrote, read one weight at a time."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load, save_file
+
+import lowmem
+from lowmem.errors import FileError
+from lowmem.io.container import write_tensors
+from lowmem.io.formats.stored_model import open_stored
+from lowmem.quant.tensor import QuantizedTensor
+from tests.io.formats.folders import CONFIG, fourbit, weights_of, write_file, write_folder
+
+
+def check(path, weights):
+    with open_stored(path) as model:
+        assert [*model.weights] == sorted(weights)
+        for name, expected in weights.items():
+            weight = model.weights[name]
+            found = weight.read()
+            assert weight.shape == tuple(expected.shape)
+            assert weight.nbytes == expected.nbytes
+            if isinstance(expected, QuantizedTensor):
+                assert isinstance(found, QuantizedTensor)
+                assert torch.equal(found.packed, expected.packed)
+                assert torch.equal(found.scales, expected.scales)
+                assert (found.format, found.block_size, found.method) == ("nf4", 64, expected.method)
+                assert weight.kept == "nf4, block_size=64, scales=double"
+            else:
+                assert torch.equal(found, expected)
+        return model
+
+
+def test_folders_shards_and_files_hold_the_same_weights(tmp_path):
+    weights = weights_of(fourbit("nf4"))
+    for shards in (1, 3):
+        model = check(write_folder(tmp_path / f"f{shards}", weights, shards=shards), weights)
+        assert model.config == CONFIG
+        assert model.folder == tmp_path / f"f{shards}"
+    model = check(write_file(tmp_path / "a.safetensors", weights), weights)
+    assert (model.config, model.folder) == (None, None)
+    check(write_folder(tmp_path / "dense", dense := weights_of(lambda values: values.half())), dense)
+
+
+def test_a_tied_weight_is_named_and_a_16_bit_one_has_its_own_name(tmp_path):
+    weights = weights_of(fourbit("nf4"), {**CONFIG, "tie_word_embeddings": True})
+    folder = write_folder(tmp_path / "f", weights)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"]["layers"][0]["names"].append("lm_head")
+    (folder / "config.json").write_text(json.dumps(config))
+    parts = load((folder / "model.safetensors").read_bytes())
+    parts["model.norm.weight_rounded"] = parts.pop("model.norm.weight").half()
+    save_file(parts, folder / "model.safetensors")
+    with open_stored(folder) as model:
+        assert model.tied == ("lm_head.weight",)
+        assert model.weights["model.norm.weight"].kept == "float16"
+
+
+def test_columns_in_another_order_and_swapped_dimensions_are_put_back(tmp_path):
+    weight, order = lowmem.quantize(torch.randn(2, 8, 64), "nf4"), torch.randperm(64).int()
+    record = {"technique": "FourBit", "format": "nf4", "block_size": 64, "scales": "double", "method": "absmax"}
+    for flags, shape in (
+        (["transposed"], (2, 64, 8)),
+        (["gathered"], (2, 8, 64)),
+        (["gathered", "transposed"], None),
+    ):
+        parts = {"a.packed": weight.packed, "a.scales": weight.scales}
+        parts |= {"a.order": order} if "gathered" in flags else {}
+        layers = {"a": {**record, **dict.fromkeys(flags, True)}}
+        write_tensors(tmp_path / "a.safetensors", parts, {"kind": "model", "layers": layers})
+        with open_stored(tmp_path / "a.safetensors") as model:
+            found = model.weights["a.weight"]
+            assert shape in (None, found.shape)
+            values = found.plain()
+            values = values.mT if "transposed" in flags else values
+            index = order.long() if "gathered" in flags else slice(None)
+            assert torch.equal(values[..., index], weight.dequantize())
+
+
+def refused(path, words):
+    with pytest.raises(FileError, match=words), open_stored(path):
+        pass
+
+
+def test_what_lowmem_did_not_write_is_refused_with_the_remedy(tmp_path):
+    folder = write_folder(tmp_path / "f", weights_of(fourbit("nf4")))
+    text = (folder / "config.json").read_text()
+    config = json.loads(text)
+    record = config["quantization_config"]
+
+    def with_record(**changes):
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {**record, **changes}}))
+
+    (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
+    refused(tmp_path / "a.gguf", "it is a GGUF file: make it lowmem's first, by lowmem quantize")
+    with_record(quant_method="gptq")
+    refused(folder, "gptq.*lowmem quantize")
+    with_record(adapters={"model.layers.0": [{}]})
+    refused(folder, "model.layers.0.*merge")
+    with_record(layers=[{**record["layers"][0], "format": "nf5"}, *record["layers"][1:]])
+    refused(folder, "nf5")
+    with_record(layers=[{**record["layers"][0], "sorted": True}])
+    refused(folder, "sorted.*upgrade")
+    with_record(layers=record["layers"][1:])
+    refused(folder, "nothing says how")
+    with_record(layers=[{**record["layers"][0], "block_size": 32}])
+    refused(folder, "no weight in nf4, block_size=32")
+    for layers in ("x", [1], [{"names": 3}]):
+        with_record(layers=layers)
+        refused(folder, "layers=.* must be a list of objects|record of layers")
+    for changes, words in (
+        ({"version": 2}, "version=2, and this lowmem reads 1: upgrade lowmem"),
+        ({"rotations": 1}, "has 'rotations', which this lowmem does not know: upgrade it"),
+        ({"skip": 5}, "skip=5 must be glob patterns of paths"),
+        ({"adapters": [1]}, r"adapters=\[1\] must be an object"),
+    ):
+        with_record(**changes)
+        refused(folder, rf"config\.json.*{words}")
+    for layers in (10**5, 2**63):  # before a model is made of them
+        (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+        refused(folder, rf"config\.json.*num_hidden_layers={layers}, and the folder has \d+ tensors; get it again")
+    (folder / "config.json").write_text(json.dumps({**config, "num_local_experts": 10**6}))
+    refused(folder, r"num_local_experts=1000000, more than 4096: get it again")
+    for broken in ("", "[]", '{"quantization_config": 3}', "{" * 10**5):
+        (folder / "config.json").write_text(broken)
+        refused(folder, "config.json")
+    (folder / "config.json").write_text(text)
+    (folder / "model.safetensors").unlink()
+    refused(folder, "model.safetensors")
+    (folder / "config.json").unlink()
+    refused(folder, "config.json")
+    save_file({"a": torch.ones(3)}, tmp_path / "theirs.safetensors")
+    refused(tmp_path / "theirs.safetensors", "lowmem did not write")
+
+
+def test_an_order_that_leaves_columns_out_is_refused_when_it_is_read(tmp_path):
+    weight = lowmem.quantize(torch.randn(8, 64), "nf4")
+    record = {"technique": "FourBit", "format": "nf4", "block_size": 64, "scales": "double", "method": "absmax"}
+    for wrong in (0, 64, -1):
+        order = torch.arange(64).int()
+        order[5] = wrong
+        parts = {"a.packed": weight.packed, "a.scales": weight.scales, "a.order": order}
+        write_tensors(
+            tmp_path / "a.safetensors", parts, {"kind": "model", "layers": {"a": {**record, "gathered": True}}}
+        )
+        with (
+            open_stored(tmp_path / "a.safetensors") as model,
+            pytest.raises(FileError, match=r"a.order' does not name each of 64 columns once; get it again"),
+        ):
+            model.weights["a.weight"].plain()
+
+
+def test_a_weight_in_8_bits_has_a_column_for_each_code(tmp_path):
+    weights = weights_of(fourbit("int8", block_size=32, scales="float16"))
+    for path in (write_folder(tmp_path / "f", weights), write_file(tmp_path / "a.safetensors", weights)):
+        with open_stored(path) as model:
+            for name, expected in weights.items():
+                assert model.weights[name].shape == tuple(expected.shape)
+                if isinstance(expected, QuantizedTensor):
+                    assert torch.equal(model.weights[name].plain().dequantize(), expected.dequantize())

@@ -1,0 +1,91 @@
+"""Writes files of other programs as their formats say, whatever the programs would refuse; and alters them."""
+
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowmem.errors import FileError
+from lowmem.io.formats.recognize import open_foreign
+
+HUGE = (0, 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
+
+
+def text(value: str | bytes) -> bytes:
+    raw = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(raw)) + raw
+
+
+def typed(value: Any) -> bytes:
+    """Return the type and the bytes of a metadata value; ``bytes`` stand for both as they are."""
+    if isinstance(value, bytes):
+        return value
+    if isinstance(value, bool):
+        return struct.pack("<I?", 7, value)
+    if isinstance(value, int):
+        return struct.pack("<Iq", 11, value)
+    if isinstance(value, float):
+        return struct.pack("<Id", 12, value)
+    if isinstance(value, str):
+        return struct.pack("<I", 8) + text(value)
+    items = [typed(item) for item in value]
+    kind = items[0][:4] if items else struct.pack("<I", 4)
+    return struct.pack("<I", 9) + kind + struct.pack("<Q", len(items)) + b"".join(item[4:] for item in items)
+
+
+def gguf(
+    metadata: dict[str, Any],
+    tensors: Sequence[tuple[str, Sequence[int], int, int]] = (),
+    data: bytes = b"",
+    version: int = 3,
+) -> bytes:
+    """Return a file of tensors (name, shape with the row's length last, type, offset)."""
+    header = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(metadata))
+    header += b"".join(text(key) + typed(value) for key, value in metadata.items())
+    for name, shape, kind, offset in tensors:
+        header += text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *reversed(shape))
+        header += struct.pack("<IQ", kind, offset)
+    return header + b"\0" * (-len(header) % 32) + data
+
+
+QWEN = {"general.architecture": "qwen2"}
+LLAMA = {"general.architecture": "llama", "llama.attention.head_count": 2, "llama.attention.head_count_kv": 1}
+
+
+def words(codes: torch.Tensor) -> torch.Tensor:
+    """Pack eight 4-bit numbers of the last dimension into an int32, the first in the lowest bits."""
+    eight = codes.long().unflatten(-1, (-1, 8))
+    packed = sum(eight[..., place] << 4 * place for place in range(8))
+    return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
+
+
+def mutated(content: bytes, changes: Sequence[tuple[int, bytes]]) -> bytes:
+    """Overwrite bytes at offsets, counted around the file."""
+    found = bytearray(content)
+    for offset, new in changes:
+        at = offset % len(found)
+        found[at : at + len(new)] = new[: len(found) - at]
+    return bytes(found)
+
+
+def read_all(path: Path) -> str | None:
+    """Read a file or folder and all of its weights, none larger than its files allow; return its error, if any."""
+    size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
+    try:
+        with open_foreign(path) as file:
+            for tensor in file.tensors.values():
+                assert tensor.nbytes <= size
+                if tensor.refusal is None:
+                    weight = tensor.read()
+                    assert weight.nbytes <= 16 * size
+                elif tensor.values is not None:
+                    assert tensor.values().nbytes <= 16 * size
+    except FileError as error:
+        shown = str(error)
+    else:
+        return None
+    assert shown.isprintable()
+    assert len(shown) < 1000
+    return shown

@@ -1,0 +1,41 @@
+"""A source is a file or the shards of an index, with names that a model can have."""
+
+import pytest
+import safetensors.torch
+import torch
+
+from lowmem import FourBit
+from lowmem.errors import FileError
+from lowmem.io.container import TensorSpec
+from lowmem.io.convert_checkpoint import convert_checkpoint
+from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.source import Source
+
+
+def test_a_source_knows_its_tensors_and_files(tmp_path):
+    safetensors.torch.save_file({"layers.0.weight": torch.zeros(24, 24)}, tmp_path / "in")
+    with Source(tmp_path / "in") as source:
+        assert source.paths == {(tmp_path / "in").resolve()}
+        assert source.specs["layers.0.weight"] == TensorSpec(torch.float32, (24, 24))
+        assert source.read_tensor("layers.0.weight").shape == (24, 24)
+
+
+def test_a_checkpoint_without_tensors_is_refused(tmp_path):
+    safetensors.torch.save_file({}, tmp_path / "empty")
+    (tmp_path / "i.index.json").write_text('{"weight_map": {"a": "empty"}}')
+    for source in ("empty", "i.index.json"):
+        with pytest.raises(
+            FileError, match=r"cannot read '.*empty': it holds no tensors; name a checkpoint that has"
+        ):
+            convert_checkpoint(tmp_path / source, tmp_path / "out", FourBit())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".qweight", ".weight_packed", "a..weight", "a."])
+def test_a_name_with_an_empty_part_is_no_tensor_s(name, tmp_path):
+    """A reader that joins a path and a part would take ``.weight`` for ``weight``."""
+    scales = {"scales": torch.ones(1, 8).half(), "qzeros": torch.zeros(1, 1).int(), "weight_scale": torch.ones(8, 1)}
+    safetensors.torch.save_file({name: torch.zeros(8, 1).int(), **scales}, tmp_path / "in")
+    for reader in (lambda path: convert_checkpoint(path, tmp_path / "out", FourBit()), open_foreign):
+        with pytest.raises(FileError, match=f"its tensor '{name}' has a name that no model's has; get it again"):
+            reader(tmp_path / "in")
