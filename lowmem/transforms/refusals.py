@@ -41,8 +41,8 @@ def refuse_model(name: str, model: nn.Module) -> None:
                 "model outside, or take copy.deepcopy(model) outside, whose parameters are ordinary ones"
             )
     for path, module in model.named_modules():
-        if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
-            wrapper = next(kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS)
+        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+        if wrapper is not None:
             raise ValueError(
                 f"{layer_name(path)} is a {wrapper}, which keeps the parameters that it was made with: call {name} "
                 "with the model inside (model.module), then wrap it anew"
@@ -65,8 +65,8 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
         ValueError: a parameter is lazy, sharded, or on the meta device.
     """
     sharded = sharded_types()
+    refuse_prepared(name, layers)
     for layer, path in layers.items():
-        refuse_prepared(name, layer, path)
         for own, parameter in layer.named_parameters(recurse=isinstance(layer, AdaptedModule)):
             place = layer_name(f"{path}.{own}".lstrip("."))
             if is_lazy(parameter):
@@ -79,13 +79,14 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
                 raise ValueError(f"{place} is on the meta device and has no values: load its values before {name}")
 
 
-def refuse_prepared(name: str, module: nn.Module, path: str) -> None:
-    """Raise a RuntimeError for a module to which ``prepare_training`` has given a class of its own."""
-    if getattr(type(module), "prepared_for_training", False):
-        raise RuntimeError(
-            f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
-            "and prepare_training again afterwards"
-        )
+def refuse_prepared(name: str, modules: Mapping[Any, str]) -> None:
+    """Raise a RuntimeError for a module, with its path, to which ``prepare_training`` has given its own class."""
+    for module, path in modules.items():
+        if getattr(type(module), "prepared_for_training", False):
+            raise RuntimeError(
+                f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
+                "and prepare_training again afterwards"
+            )
 
 
 def is_of_peft(module: nn.Module) -> bool:

@@ -58,7 +58,7 @@ class Entry:
         parameters: the names of what is stored; those that a module lacks, or has as None, are left out.
         refuses: why a module of this kind is left dense, or None.
         computes: how a call computes with what is stored; "as stored": in products and gathers of codes.
-        no_adapter: why a module of this kind cannot have an adapter, or None.
+        no_adapter: why no module of this kind can have an adapter, or a function that says why one cannot, or None.
         asked: why ``LoRA`` takes modules of this kind only where ``where=`` selects them; None: it takes them.
     """
 
@@ -67,7 +67,7 @@ class Entry:
     parameters: Callable[[nn.Module], Iterable[str]] = lambda module: ("weight",)
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     computes: Callable[[nn.Module], str] = lambda module: "as stored"
-    no_adapter: Callable[[nn.Module], str | None] = lambda module: None
+    no_adapter: str | Callable[[nn.Module], str | None] = lambda module: None
     asked: str | None = None
 
 
@@ -154,7 +154,7 @@ ENTRIES = (
     Entry(
         "Bilinear",
         _is(nn.Bilinear),
-        no_adapter=lambda _: "LoRA has no form of it: both of its inputs are contracted with one weight",
+        no_adapter="LoRA has no form of it: both of its inputs are contracted with one weight",
     ),
     Entry(
         "MultiheadAttention",
@@ -166,7 +166,7 @@ ENTRIES = (
         _is(*_RNN),
         lambda module: _named("weight_", module),
         computes=_computes_rnn,
-        no_adapter=lambda _: "LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
+        no_adapter="LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
     ),
     Entry("Conv1D of transformers", is_conv1d),
     Entry("experts", _is_experts, _expert_weights),
@@ -174,18 +174,16 @@ ENTRIES = (
         "XLNet's attention",
         _is_xlnet_attention,
         lambda _: "qkvor",
-        no_adapter=lambda _: "LoRA has no form of it: its heads lie inside its matrices",
+        no_adapter="LoRA has no form of it: its heads lie inside its matrices",
     ),
     Entry(
         "weight norm",
         _is_weight_norm,
         lambda _: ("original1",),
         computes=lambda _: "dequantized in chunks, to a dense weight at each call",
-        no_adapter=lambda _: "a parametrization computes a weight from it",
+        no_adapter="a parametrization computes a weight from it",
     ),
 )
-
-_NO_ADAPTER = ("Bilinear", "LSTM, GRU and RNN", "XLNet's attention", "weight norm")
 
 
 def computes_linear(module: nn.Module) -> bool:
@@ -344,7 +342,7 @@ def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:
         return "LoRA has no form of it"
     if not parameters_to_adapt(module):
         return _no_parameter(module)
-    refused = entry.no_adapter(module)
+    refused = entry.no_adapter if isinstance(entry.no_adapter, str) else entry.no_adapter(module)
     if refused is None and not chosen:
         computes = None if isinstance(module, StoredModule) else entry.refuses(module)
         refused = entry.asked or computes
@@ -362,9 +360,7 @@ def parameters_to_adapt(module: nn.Module) -> tuple[str, ...]:
 
 def supported_types(technique: type[Technique]) -> str:
     """Return the names of what a technique converts."""
-    if technique is LoRA:
-        return ", ".join(entry.kind for entry in ENTRIES if entry.kind not in _NO_ADAPTER)
-    return ", ".join(entry.kind for entry in ENTRIES)
+    return ", ".join(one.kind for one in ENTRIES if technique is not LoRA or not isinstance(one.no_adapter, str))
 
 
 def layer_name(path: str) -> str:

@@ -57,8 +57,7 @@ def restore(
     """
     dtype = None if dtype is None else floating_dtype(dtype)
     refuse_model("restore", model)
-    for path, one in model.named_modules():
-        refuse_prepared("restore", one, path)
+    refuse_prepared("restore", {module: path for path, module in model.named_modules()})
     selected = select_modules(model, where, skip)
     found = {module: path for module, path in selected.items() if isinstance(module, StoredModule)}
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import nn
@@ -37,20 +38,10 @@ def output_layers(model: nn.Module) -> dict[nn.Module, str]:
                 continue
             if isinstance(head, nn.Module):
                 why |= dict.fromkeys(head.modules(), "it is the model's output layer")
-    named = {weight: found[module][0] for module in found if module in why for weight in layer_weights(module)}
-    tied = {
-        weight: found[module][0]
-        for module in found
-        if isinstance(module, nn.Embedding)
-        for weight in layer_weights(module)
-    }
-    for module in found:
-        for weight in layer_weights(module):
-            if weight in named:
-                why.setdefault(module, f"its weight is that of the output layer `{layer_name(named[weight])}`")
-            elif weight in tied and isinstance(module, nn.Linear):
-                why.setdefault(module, f"its weight is tied to the embedding `{layer_name(tied[weight])}`")
-    return why
+    why |= _sharing(found, why, "its weight is that of the output layer `{}`")
+    embeddings = [module for module in found if isinstance(module, nn.Embedding)]
+    tied = _sharing(found, embeddings, "its weight is tied to the embedding `{}`")
+    return {module: reason for module, reason in tied.items() if isinstance(module, nn.Linear)} | why
 
 
 def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
@@ -59,19 +50,22 @@ def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
     kinds = (nn.Embedding, nn.EmbeddingBag)
     why: dict[nn.Module, str] = {module: "it is an embedding" for module in found if isinstance(module, kinds)}
     why |= {module: reason for module, reason in output_layers(model).items() if module not in why}
-    while True:
-        known = [module for module in found if module in why]
-        named = {weight: layer_name(found[module][0]) for module in known for weight in layer_weights(module)}
-        more = {
-            module: f"its weight is that of `{named[weight]}`"
-            for module in found
-            if module not in why
-            for weight in layer_weights(module)
-            if weight in named
-        }
-        if not more:
-            return why
+    while more := _sharing(found, why, "its weight is that of `{}`"):
         why |= more
+    return why
+
+
+def _sharing(found: Mapping[nn.Module, list[str]], known: Collection[nn.Module], reason: str) -> dict[nn.Module, str]:
+    """Return the other modules that share a weight with a known one, each with the reason.
+
+    Args:
+        found: all modules, with their paths.
+        known: some of them.
+        reason: ``{}`` stands for the path.
+    """
+    named = {key: layer_name(found[one][0]) for one in found if one in known for key in layer_weights(one)}
+    others = [module for module in found if module not in known]
+    return {one: reason.format(named[key]) for one in others for key in layer_weights(one) if key in named}
 
 
 def float32_patterns(model: nn.Module, dtype: torch.dtype | None) -> list[str]:

@@ -75,8 +75,7 @@ def select_to_convert(
     """
     first = type(techniques[0])
     refuse_model("convert", model)
-    for path, module in model.named_modules():
-        refuse_prepared("convert", module, path)
+    refuse_prepared("convert", {module: path for path, module in model.named_modules()})
     if parameters is not None and not callable(parameters):
         raise TypeError(f"parameters={show(parameters)} must be callable with a path and what is there, or None")
     if first is LoRA and parameters is not None:
