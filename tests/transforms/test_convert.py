@@ -200,13 +200,6 @@ def test_at_most_refuses_more_bits_a_weight_and_says_what_is_dense():
         convert(Table(), FourBit(), at_most=0)
 
 
-def test_inference_mode_is_refused():
-    model = nn.Linear(16, 8)
-    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"inside torch.inference_mode\(\).*leave it"):
-        convert(model, FourBit())
-    assert type(model) is nn.Linear
-
-
 def test_at_most_counts_all_weights_of_a_module_that_was_converted_before():
     make = lambda: convert(nn.ModuleList([nn.LSTM(16, 24, 2), nn.Linear(16, 16)]), FourBit(), skip="1")  # noqa: E731
     whole = convert(make(), Half(), where=lambda path, _: path == "1")

@@ -87,13 +87,10 @@ def test_one_end_of_a_tie_is_not_restored_alone(technique):
         assert model.head.weight is model.tokens.weight
 
 
-def test_restore_takes_the_names_of_dtypes():
+def test_restore_takes_floating_point_dtypes_by_their_names_alone():
     for dtype in ("bfloat16", "torch.float64"):
         model = restore(convert(nn.Linear(4, 4), FourBit()), dtype=dtype)
         assert {one.dtype for one in model.parameters()} == {getattr(torch, dtype.removeprefix("torch."))}
-
-
-def test_restore_names_what_is_no_floating_point_dtype():
     for dtype in ("float33", "nn", torch.int8, 16, float):
         with pytest.raises(TypeError, match=f"dtype={re.escape(repr(dtype))} must be a floating-point dtype"):
             restore(convert(nn.Linear(4, 4), FourBit()), dtype=dtype)

@@ -38,30 +38,31 @@ def test_skip_leaves_matching_paths_alone(skip, left):
     assert {path for path, kind in kinds(model).items() if kind is nn.Linear} == left
 
 
+def rescaled(embedding):
+    embedding.max_norm = 1.0
+    return embedding
+
+
+@rows_in_one_case("technique", [Half(), FourBit()])
 @rows_in_one_case(
-    "wrap",
+    ("make", "change"),
     [
-        weight_norm,
-        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
-        parametrizations.spectral_norm,
-        parametrizations.weight_norm,
+        (lambda: nn.Linear(8, 8), weight_norm),
+        (lambda: nn.Linear(8, 8), lambda layer: prune.l1_unstructured(layer, "weight", 0.5)),
+        (lambda: nn.Linear(8, 8), parametrizations.spectral_norm),
+        (lambda: nn.Linear(8, 8), parametrizations.weight_norm),
+        (lambda: nn.Embedding(16, 8), parametrizations.weight_norm),
+        (lambda: nn.Conv1d(8, 8, 1), parametrizations.weight_norm),
+        (lambda: nn.Conv2d(8, 8, 1), parametrizations.weight_norm),
+        (lambda: nn.Embedding(16, 8), rescaled),
     ],
 )
-def test_weights_that_are_recomputed_are_left_alone(wrap):
-    model = nn.Sequential(wrap(nn.Linear(8, 8)), nn.Linear(8, 8))
-    expected = type(model[0])
-    convert(model, FourBit())
-    assert type(model[0]) is expected
-    assert type(model[1]) is Linear4Bit
-
-
-@rows_in_one_case("make", [lambda: nn.Embedding(16, 8), lambda: nn.Conv1d(8, 8, 1), lambda: nn.Conv2d(8, 8, 1)])
-def test_recomputed_weights_of_any_layer_are_left_alone(make):
-    model = nn.Sequential(parametrizations.weight_norm(make()), make())
-    kind = type(model[0])
-    convert(model, FourBit())
-    assert type(model[0]) is kind
-    assert type(model[1]) is not kind
+def test_a_layer_whose_weight_is_recomputed_or_rescaled_is_left_alone(make, change, technique):
+    model = nn.Sequential(change(make()), make())
+    left, taken = map(type, model)
+    convert(model, technique)
+    assert type(model[0]) is left
+    assert type(model[1]) is not taken
 
 
 @rows_in_one_case("alias", ["shared", "again", "dict.shared"])
@@ -161,11 +162,3 @@ def test_what_lora_cannot_use_is_refused():
         with pytest.raises(ValueError, match="0 is lazy.*call the model once|0.*is lazy"):
             convert(nn.Sequential(nn.LazyLinear(8)), technique)
     assert type(model[0]) is nn.Linear
-
-
-@pytest.mark.parametrize("technique", [Half(), FourBit()])
-def test_what_a_replacement_refuses_is_left_alone(technique):
-    model = nn.Sequential(nn.Embedding(16, 8, max_norm=1.0), nn.Linear(8, 8))
-    convert(model, technique)
-    assert type(model[0]) is nn.Embedding
-    assert type(model[1]) is not nn.Linear

@@ -52,18 +52,9 @@ def test_an_adapter_over_a_tied_layer_leaves_the_tie():
 
 
 @rows_in_one_case("techniques", EVERY)
-def test_a_weight_that_a_module_holds_itself_is_left_alone(techniques):
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    model.register_parameter("own", model[0].weight)
-    convert(model, *techniques)
-    assert type(model[0]) is nn.Linear
-    assert type(model[1]) is not nn.Linear
-
-
-@rows_in_one_case("techniques", EVERY)
 def test_a_tie_with_a_layer_that_another_tie_leaves_is_left_alone(techniques):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
-    model.register_parameter("own", model[0].weight)
+    model.register_parameter("own", model[0].weight)  # held by the model itself
     model[0].register_parameter("other", model[1].weight)
     convert(model, *techniques)
     assert [type(layer) is nn.Linear for layer in model] == [True, True, False]
