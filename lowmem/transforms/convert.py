@@ -1,6 +1,6 @@
-"""Converts any model: selects modules, stores copies of all their weights, then puts these in.
+"""Converts any model: select modules, assign techniques, store copies, then commit these to the model.
 
-The model does not change before everything is made, so an error leaves it as it was.
+The model does not change before the commit, so an error leaves it as it was.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def rebuild_all(
     store_by: Callable[[Any], Callable[[Tensor, str], Any]],
     losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
 ) -> dict[nn.Module, nn.Module]:
-    """Return what each module becomes that ``convert`` takes; the model does not change.
+    """Select, assign and store: return what each module becomes that ``convert`` takes; the model does not change.
 
     Args:
         model: any module.
