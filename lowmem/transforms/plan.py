@@ -63,6 +63,7 @@ OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer
 )
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+_RUN = ("inputs", "forward", "gradients", "optimizer", "backward", "update")  # what running a model gives
 _SCRATCH = 2**20  # bytes that a product with a stored weight takes at most, beside its output
 _STORING = 2**21  # bytes for a chunk of rows that is quantized, and one whose error is measured
 
@@ -344,7 +345,7 @@ def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any
         given = _bytes(dict.fromkeys(measure.tensors_in([inputs, named])))
         forward = measure.forward_bytes(model, *inputs, **named)
         if training is None:
-            return {"inputs": given, "forward": forward, "gradients": 0, "optimizer": 0, "backward": 0, "update": 0}
+            return dict(zip(_RUN, (given, forward, 0, 0, 0, 0), strict=True))
         trained: dict[Tensor, None] = {}  # in whose backward a gradient arrives
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: trained.setdefault(p))
@@ -362,14 +363,8 @@ def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any
             with memory:
                 optimizer.step()
             state = _bytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
-        return {
-            "inputs": given,
-            "forward": forward,
-            "gradients": gradients,
-            "optimizer": state,
-            "backward": backward,
-            "update": gradients + memory.peak,
-        }
+        figures = (given, forward, gradients, state, backward, gradients + memory.peak)
+        return dict(zip(_RUN, figures, strict=True))
 
 
 @contextmanager
