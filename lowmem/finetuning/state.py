@@ -103,8 +103,7 @@ class States:
         if any(self.folder.glob("step-*/.metadata")):
             raise refusal(
                 self.folder,
-                "its states are pickles (step-*/.metadata), which an older lowmem wrote in several processes: "
-                "nothing was read or executed; remove it to begin anew",
+                "its states are pickles (step-*/.metadata): nothing was read or executed; remove it to begin anew",
                 "go on from",
             )
         found: list[tuple[Saved, str]] = []

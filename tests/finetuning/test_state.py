@@ -104,7 +104,7 @@ class Crafted:
 
 
 def craft_states(folder, ran):
-    """Write what an older lowmem read in several processes and in one, as pickles that run a program."""
+    """Write pickles that run a program: as torch's distributed checkpoints, and as states of one process."""
     (folder / "step-2").mkdir(parents=True)
     (folder / "step-2" / "record.json").write_text("{}")
     for name in ("step-2/.metadata", "step-2/__0_0.distcp", *FILES):

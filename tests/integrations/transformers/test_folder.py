@@ -86,7 +86,7 @@ def refused(capsys, *argv):
 def test_bad_folders_are_one_line(source, tmp_path, capsys):
     out = tmp_path / "out"
     assert "exists; remove it" in refused(capsys, "quantize", source, source)
-    assert "leave modules of a folder out by --exclude" in refused(capsys, "quantize", source, out, "--include", "*")
+    assert "exclude modules of a folder by --exclude" in refused(capsys, "quantize", source, out, "--include", "*")
     assert "skip='nothing' matches no module" in refused(capsys, "quantize", source, out, "--exclude", "nothing")
 
     shard = next(source.glob("*.safetensors"))
