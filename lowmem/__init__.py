@@ -53,9 +53,10 @@ from lowmem.transforms.adapters import (
     unmerge_adapter,
 )
 from lowmem.transforms.calibration.calibrate import calibrate
-from lowmem.transforms.convert import convert, restore
+from lowmem.transforms.convert import convert
 from lowmem.transforms.merge import MergedLayer, MergeReport, merge
 from lowmem.transforms.plan import Plan, plan
+from lowmem.transforms.restore import restore
 from lowmem.transforms.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__

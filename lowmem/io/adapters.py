@@ -33,10 +33,10 @@ from lowmem.nn.stored_module import StoredModule, file_names
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
-from lowmem.transforms.convert import one_at_a_time
+from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.placement import place_name, places_of
-from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_sharded
-from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, refuse_peft
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded
+from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt
 
 __all__ = ["fingerprint", "load_adapter", "save_adapter"]
 

@@ -27,7 +27,7 @@ from lowmem.nn.stored_module import StoredModule, file_names
 from lowmem.nn.techniques import Half
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
-from lowmem.transforms.convert import one_at_a_time
+from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths

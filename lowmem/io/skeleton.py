@@ -21,10 +21,12 @@ from lowmem.nn.linear import Linear4Bit, gathered_copy
 from lowmem.nn.stored_module import StoredModule, as_part, file_names
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.adapters import add_placed
-from lowmem.transforms.convert import commit, keep_shared_biases, store_parameters, weight_key
+from lowmem.transforms.commit import commit
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import places_of
 from lowmem.transforms.registry import layer_name, module_paths, skip_reason
+from lowmem.transforms.store import store_parameters
+from lowmem.transforms.ties import keep_shared_biases, weight_key
 
 __all__ = ["adapter_skip_reason", "assign", "build", "check_adapter", "convert_skeleton"]
 
@@ -89,8 +91,8 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> None:
             found.setdefault(tied, record)  # a file records only the first of the layers that share a weight
     unfit: list[str] = []
     stored: dict[Any, tuple[str, tuple[Half | EightBit | FourBit, frozenset[str]], Any]] = {}
-    layers: dict[nn.Module, tuple[Half | EightBit | FourBit, dict[str, tuple[str, str | None]]]] = {}
-    for (module, name), (path, technique, method, _) in found.items():
+    layers: dict[nn.Module, tuple[Half | EightBit | FourBit, list[str]]] = {}
+    for (module, name), (path, technique, *_) in found.items():
         parameter = module._parameters.get(name)
         if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or isinstance(module, StoredModule):
             why = skip_reason(type(technique), module) or f"it has no parameter {show(name)} of its own to store"
@@ -100,8 +102,8 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> None:
                 f"{type(module).__name__} there: {why}"
             )
             continue
-        how, names = layers.setdefault(module, (technique, {}))
-        names[name] = path, method
+        how, names = layers.setdefault(module, (technique, []))
+        names.append(name)
         if type(how) is not type(technique):
             raise ValueError(
                 f"it stores {layer_name(path)} by {type(technique).__name__}, and the rest of it otherwise"
@@ -112,19 +114,12 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> None:
     replacements: dict[nn.Module, nn.Module] = {}
     for module, (technique, names) in layers.items():
 
-        def store(
-            tensor: Tensor,
-            name: str,
-            names: Any = names,
-            techniques: Any = {name: found[module, name][1] for name in names},  # noqa: B006 - of this module
-            flags: Any = {name: found[module, name][3] for name in names},  # noqa: B006
-        ) -> Any:
-            path, method = names.get(name) or names["weight"]
-            how = techniques.get(name) or techniques["weight"]
+        def store(tensor: Tensor, name: str, module: nn.Module = module) -> Any:
+            path, how, method, flags = found.get((module, name)) or (*found[module, "weight"][:3], frozenset())
             how = replace(how, compute_dtype=None) if isinstance(how, FourBit | EightBit) else how
-            skeleton = how.skeleton(tensor, name)
+            skeleton: Any = how.skeleton(tensor, name)
             skeleton = skeleton if method is None else replace(skeleton, method=method)
-            as_told = how, flags.get(name, frozenset())
+            as_told = how, flags
             first, before, skeleton = stored.setdefault(weight_key(tensor), (path, as_told, skeleton))
             if before != as_told:
                 raise ValueError(
@@ -132,7 +127,7 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> None:
                 )
             return skeleton
 
-        path = next(iter(names.values()))[0]
+        path = found[module, names[0]][0]
         transposed = [name for name in names if "transposed" in found[module, name][3]]
         made = store_parameters(module, technique, path, names, store, transposed)
         gathered = [name for name in names if "gathered" in found[module, name][3]]

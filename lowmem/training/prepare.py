@@ -23,8 +23,8 @@ from lowmem.training.fused import GatedMLP, How, activations, fuse
 from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
 from lowmem.training.recognize import recognize
-from lowmem.transforms.placement import output_layers
 from lowmem.transforms.registry import check_module, layer_name, module_paths
+from lowmem.transforms.roles import output_layers
 
 __all__ = ["prepare_training", "release_training", "training_report"]
 

@@ -20,12 +20,7 @@ from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.fold import without_adapters
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.convert import (
-    add_first_adapter,
-    freeze_all_but_adapters,
-    one_at_a_time,
-    replace_modules,
-)
+from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules
 from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import (
@@ -36,8 +31,10 @@ from lowmem.transforms.placement import (
     warning_of_ties,
     warning_of_unnamed,
 )
-from lowmem.transforms.refusals import refuse_layers, refuse_model
-from lowmem.transforms.registry import layer_name, no_match_message, refuse_peft, select_modules
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
+from lowmem.transforms.registry import layer_name
+from lowmem.transforms.select import no_match_message, select_modules
+from lowmem.transforms.store import add_first_adapter
 
 __all__ = [
     "activate",

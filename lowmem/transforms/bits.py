@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from dataclasses import fields
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
@@ -18,7 +18,7 @@ from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS
 from lowmem.transforms.registry import Technique
 
-__all__ = ["SMALLEST", "Empty", "bits_per_weight", "check_at_most", "refuse_more_bits", "text_of"]
+__all__ = ["SMALLEST", "bits_per_weight", "check_at_most", "refuse_more_bits", "text_of"]
 
 Replacements: TypeAlias = Mapping[nn.Module, nn.Module]
 
@@ -28,17 +28,6 @@ SMALLEST: tuple[Half | FourBit, ...] = (
     *(FourBit("nf4", MAX_BLOCK_SIZE, scales, embeddings="4bit") for scales in ENCODINGS),
     Half(torch.bfloat16),
 )
-
-
-@dataclass(frozen=True)
-class Empty:
-    """A technique that stores on the meta device, for ``Store.by``."""
-
-    technique: Half | FourBit
-
-    def store(self, tensor: Tensor, name: str) -> Any:
-        """Return what the technique would store, without values."""
-        return self.technique.skeleton(tensor, name)
 
 
 def check_at_most(at_most: float) -> None:

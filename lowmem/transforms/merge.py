@@ -12,7 +12,7 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem import measure
 from lowmem.errors import describe, printable
@@ -28,11 +28,11 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.calibration.batches import check_batch, run_batch
 from lowmem.transforms.calibration.replay import evaluation_mode
-from lowmem.transforms.convert import one_at_a_time, replace_modules
+from lowmem.transforms.commit import one_at_a_time, replace_modules
 from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.placement import place_name
-from lowmem.transforms.refusals import refuse_layers, refuse_model
-from lowmem.transforms.registry import layer_name, module_paths, refuse_peft
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
+from lowmem.transforms.registry import layer_name, module_paths
 
 __all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
 
@@ -199,16 +199,15 @@ def merge(
     )
     found.output_before, found.output_after = of_model or (None, None)
     worst = found.worst
-    if at_most is not None and not worst.largest <= at_most:
-        raise ValueError(
-            f"{layer_name(worst.path)}: merging gives a relative error of {worst.largest:.4g}, above "
-            f"at_most={at_most:g}; merge to a dtype, as to=torch.bfloat16, or keep the adapter apart"
-        )
-    if at_most is not None and found.output_after is not None and not found.output_after <= at_most:
-        raise ValueError(
-            f"merging gives a relative error of {found.output_after:.4g} of the whole model's outputs, above "
-            f"at_most={at_most:g}; merge to a dtype, as to=torch.bfloat16, or keep the adapter apart"
-        )
+    for place, error, whose in (
+        (f"{layer_name(worst.path)}: ", worst.largest, ""),
+        ("", found.output_after, " of the whole model's outputs"),
+    ):
+        if at_most is not None and error is not None and not error <= at_most:
+            raise ValueError(
+                f"{place}merging gives a relative error of {error:.4g}{whose}, above at_most={at_most:g}; merge to a "
+                "dtype, as to=torch.bfloat16, or keep the adapter apart"
+            )
     if not report:
         warn_of_requantizing(folded, layers)
     kept = {layer for layer, done in folded.items() if dtype is None and not any(b for b, _ in done.errors.values())}
@@ -342,10 +341,8 @@ def _output_errors(
         base, merged, to = bases[layer], copies[layer], dtypes[layer]
         with _unmerged(layer):
             exact = _output(layer, args, kwargs)
-        cast = args if to is None else tree_map(lambda one: _cast(one, to), args)
-        named = kwargs if to is None else tree_map(lambda one: _cast(one, to), kwargs)
         wide = exact.double()
-        pair = _output(base, args, kwargs), _output(merged, cast, named)
+        pair = _output(base, args, kwargs), _output(merged, *_cast((args, kwargs), to))
         found = torch.stack([t.double().sub(wide).square().sum() for t in pair] + [wide.square().sum()])
         sums[layer] = sums.get(layer, 0) + found
 
@@ -404,8 +401,8 @@ def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype | None, *args: Any
     if dtype is None:
         return forward(*args, **kwargs)
     before = [one.dtype for one in measure.tensors_in((args, kwargs)) if one.is_floating_point()]
-    out = forward(*tree_map(lambda one: _cast(one, dtype), args), **tree_map(lambda one: _cast(one, dtype), kwargs))
-    return tree_map(lambda one: _cast(one, before[0]), out) if before else out
+    args, kwargs = _cast((args, kwargs), dtype)
+    return _cast(forward(*args, **kwargs), before[0] if before else None)
 
 
 @contextmanager
@@ -462,8 +459,9 @@ def _output(module: Any, args: Any, kwargs: Any = None) -> Tensor:
     return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def _cast(value: Any, to: torch.dtype) -> Any:
-    return value.to(to) if isinstance(value, Tensor) and value.is_floating_point() else value
+def _cast(values: Any, to: torch.dtype | None) -> Any:
+    """Return nested values with all floating-point tensors in a dtype; None: as they are."""
+    return values if to is None else tree_map_only(Tensor, lambda t: t.to(to) if t.is_floating_point() else t, values)
 
 
 @contextmanager

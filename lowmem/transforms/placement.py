@@ -2,128 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any
 
-import torch
 from torch import nn
 
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.techniques import FourBit, LoRA, of_embeddings
-from lowmem.transforms.registry import (
-    Step,
-    Technique,
-    expert_count,
-    layer_name,
-    module_paths,
-    parameters_to_adapt,
-    skip_reason,
-)
+from lowmem.nn.techniques import LoRA
+from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, skip_reason
+from lowmem.transforms.roles import layer_weights, output_layers, routers
 
 __all__ = [
-    "embeddings_and_outputs",
-    "float32_patterns",
-    "kept_in_float32",
-    "output_layers",
     "place_adapters",
     "place_name",
     "places_of",
-    "routers",
     "takes_adapter",
-    "techniques_by_layer",
     "unnamed_places",
     "warning_of_ties",
     "warning_of_unnamed",
 ]
-
-
-def output_layers(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the layers that compute a language model's logits, each with the reason why it counts as one.
-
-    These are what a ``get_output_embeddings()`` of the model or of a module in it returns, as Hugging Face models
-    have it; every layer that shares a weight with that; and every linear layer whose weight is tied to an embedding.
-    An adapter over them is as large as the vocabulary.
-    """
-    found = module_paths(model)
-    why: dict[nn.Module, str] = {}
-    for module in model.modules():
-        getter = getattr(module, "get_output_embeddings", None)
-        if callable(getter):
-            try:
-                head = getter()
-            except (AttributeError, NotImplementedError):  # how models say that they have none
-                continue
-            if isinstance(head, nn.Module):
-                why |= dict.fromkeys(head.modules(), "it is the model's output layer")
-    named = {weight: found[module][0] for module in found if module in why for weight in _weights(module)}
-    tied = {
-        weight: found[module][0]
-        for module in found
-        if isinstance(module, nn.Embedding)
-        for weight in _weights(module)
-    }
-    for module in found:
-        for weight in _weights(module):
-            if weight in named:
-                why.setdefault(module, f"its weight is that of the output layer `{layer_name(named[weight])}`")
-            elif weight in tied and _computes_products(module):
-                why.setdefault(module, f"its weight is tied to the embedding `{layer_name(tied[weight])}`")
-    return why
-
-
-def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
-    """Return what ``FourBit`` keeps in 8 bits, with the reason: embeddings, output layers, what shares a weight."""
-    found = module_paths(model)
-    kinds = (nn.Embedding, nn.EmbeddingBag)
-    why: dict[nn.Module, str] = {module: "it is an embedding" for module in found if isinstance(module, kinds)}
-    why |= {module: reason for module, reason in output_layers(model).items() if module not in why}
-    while True:
-        known = [module for module in found if module in why]
-        named = {weight: layer_name(found[module][0]) for module in known for weight in _weights(module)}
-        more = {
-            module: f"its weight is that of `{named[weight]}`"
-            for module in found
-            if module not in why
-            for weight in _weights(module)
-            if weight in named
-        }
-        if not more:
-            return why
-        why |= more
-
-
-def float32_patterns(model: nn.Module, dtype: torch.dtype | None) -> list[str]:
-    """Return the patterns of what a model of transformers keeps in float32 where it is loaded in ``dtype``.
-
-    A model names them for float16, as T5 names ``wo``, or for bfloat16, too.
-    """
-    names = ["_keep_in_fp32_modules_strict"] if dtype in (torch.float16, torch.bfloat16) else []
-    names += ["_keep_in_fp32_modules"] if dtype is torch.float16 else []
-    return [pattern for name in names for pattern in getattr(model, name, None) or ()]
-
-
-def kept_in_float32(model: nn.Module, dtype: torch.dtype | None) -> list[tuple[nn.Module, str]]:
-    """Return the modules and names of the parameters that match ``float32_patterns`` of the model or a part of it."""
-    found = []
-    for root in model.modules():
-        patterns = "|".join(one.replace("*", ".*") for one in float32_patterns(root, dtype))
-        for path, module in root.named_modules() if patterns else ():
-            found += [(module, name) for name in module._parameters if re.search(patterns, f"{path}.{name}")]
-    return found
-
-
-def routers(model: nn.Module) -> dict[nn.Module, str]:
-    """Return the linear layers beside a mixture with an output for each expert, with the reason."""
-    found: dict[nn.Module, str] = {}
-    for parent in model.modules():
-        counts = {expert_count(name, child) for name, child in parent.named_children()} - {None}
-        for child in parent.children():
-            if isinstance(child, nn.Linear) and child.out_features in counts:
-                found[child] = "it chooses experts"
-    return found
 
 
 def place_name(path: str, parameter: str) -> str:
@@ -201,41 +98,8 @@ def _tied_embeddings(found: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Modu
     groups: dict[frozenset[int], list[nn.Module]] = {}
     for module in found:
         if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
-            groups.setdefault(frozenset(_weights(module)), []).append(module)
+            groups.setdefault(frozenset(layer_weights(module)), []).append(module)
     return {module: group for group in groups.values() if len(group) > 1 for module in group}
-
-
-def techniques_by_layer(
-    model: nn.Module,
-    techniques: tuple[Technique, ...],
-    layers: Iterable[nn.Module],
-    where: Callable[[str, nn.Module], bool] | None,
-) -> dict[nn.Module, tuple[Step, ...]]:
-    """Return the techniques of each layer that ``convert`` takes, with LoRA as ``place_adapters`` places it.
-
-    Embeddings and output layers get what ``FourBit.embeddings`` says in place of a ``FourBit``, and modules whose
-    weights transformers keeps in float32 no narrower ``compute_dtype``.
-
-    Raises:
-        ValueError: as ``place_adapters``.
-    """
-    chosen: dict[nn.Module, tuple[Step, ...]] = dict.fromkeys(layers, techniques)
-    first, *rest = techniques
-    if isinstance(first, FourBit):
-        wider = (of_embeddings(first), *rest)
-        chosen |= {layer: wider for layer in embeddings_and_outputs(model) if layer in chosen}
-    for layer, _ in kept_in_float32(model, getattr(first, "compute_dtype", None)):
-        if layer in chosen:
-            own: Any = chosen[layer][0]
-            chosen[layer] = (replace(own, compute_dtype=None), *rest)
-    adaptable = [layer for layer in chosen if takes_adapter(layer, where is not None)]
-    for index, lora in enumerate(techniques):
-        if isinstance(lora, LoRA):
-            placed = place_adapters(model, lora, adaptable, where)
-            for layer in adaptable:
-                after = (placed[layer], *techniques[index + 1 :]) if layer in placed else ()
-                chosen[layer] = (*chosen[layer][:index], *after)
-    return chosen
 
 
 def takes_adapter(module: nn.Module, chosen: bool = False) -> bool:
@@ -307,7 +171,9 @@ def warning_of_ties(model: nn.Module, layers: Iterable[nn.Module]) -> str | None
     """
     adapted, paths = list(layers), module_paths(model)
     left = output_layers(model)
-    linear = {layer: _weights(layer) for layer in paths if _computes_products(layer) and layer not in left}
+    linear: dict[nn.Module, set[int]] = {
+        layer: layer_weights(layer) for layer in paths if isinstance(layer, nn.Linear) and layer not in left
+    }
     for layer in adapted:
         without = [one for one in linear if one not in adapted and linear[one] & linear.get(layer, set())]
         if without:
@@ -317,12 +183,3 @@ def warning_of_ties(model: nn.Module, layers: Iterable[nn.Module]) -> str | None
                 f"{layer_name(paths[layer][0])} acts in that layer alone. Select all of them to adapt each"
             )
     return None
-
-
-def _computes_products(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear)
-
-
-def _weights(module: nn.Module) -> set[int]:
-    """Return the ids of a layer's own parameters without the bias."""
-    return {id(p) for name, p in module._parameters.items() if p is not None and not name.startswith("bias")}

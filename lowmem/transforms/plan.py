@@ -36,10 +36,12 @@ from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.scales import get_encoding
-from lowmem.transforms.bits import SMALLEST, Empty, text_of
-from lowmem.transforms.convert import Store, commit, convert, freeze_all_but_adapters, rebuild_all
+from lowmem.transforms.bits import SMALLEST, text_of
+from lowmem.transforms.commit import commit
+from lowmem.transforms.convert import convert, rebuild_all
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import Technique, stored_by
+from lowmem.transforms.store import Store
 
 __all__ = [
     "OPTIMIZERS",
@@ -58,6 +60,7 @@ OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer
 )
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
+_RUN = ("inputs", "forward", "gradients", "optimizer", "backward", "update")  # what running a model gives
 _SCRATCH = 2**20  # bytes that a product with a stored weight takes at most, beside its output
 _STORING = 2**21  # bytes for a chunk of rows that is quantized, and one whose error is measured
 
@@ -171,18 +174,6 @@ class Skeleton:
     conversion: int
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The figures of ``Plan`` that running the model gives."""
-
-    inputs: int
-    forward: int
-    gradients: int
-    optimizer: int
-    backward: int
-    update: int
-
-
 def plan(
     make: Callable[[], nn.Module],
     *techniques: Technique,
@@ -228,7 +219,7 @@ def plan(
     if techniques:
         raise ValueError(f"at_most={at_most!r} proposes techniques: leave out {text_of(techniques)}")
     limit = bytes_of(at_most)
-    runs: dict[tuple[type, ...], _Run] = {}  # block size and scales have no influence on them
+    runs: dict[tuple[type, ...], dict[str, int]] = {}  # block size and scales have no influence on them
     tight: list[tuple[Skeleton, dict[str, int]]] = []  # what does not fit, with its stored bytes
     refused = None
 
@@ -298,7 +289,9 @@ def skeleton_of(
     replaced = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) in kept)
     storing = 0
     if techniques:
-        model, storing = _converted(model, techniques, where, skip)
+        replacements = rebuild_all(model, techniques, where, skip, None, Store(empty=True).by)
+        storing = _STORING if any(isinstance(one, StoredModule) for one in replacements.values()) else 0
+        commit(model, replacements)
     after = dict.fromkeys([*model.parameters(), *model.buffers()])
     before = _bytes(dense)
     return Skeleton(
@@ -310,24 +303,6 @@ def skeleton_of(
     )
 
 
-def _converted(
-    model: nn.Module,
-    techniques: tuple[Technique, ...],
-    where: Callable[[str, nn.Module], bool] | None,
-    skip: str | Iterable[str],
-) -> tuple[nn.Module, int]:
-    """Convert as ``convert`` does, without values; also return the bytes of its temporaries."""
-    store, storing = Store(), 0
-    replacements = rebuild_all(model, techniques, where, skip, None, lambda technique: store.by(Empty(technique)))
-    for made in replacements.values():
-        if isinstance(made, StoredModule):
-            storing = max(storing, _STORING)
-    commit(model, replacements)
-    if any(isinstance(technique, LoRA) for technique in techniques):
-        freeze_all_but_adapters(model)
-    return model, storing
-
-
 def plan_of(
     skeleton: Skeleton, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None = None
 ) -> Plan:
@@ -336,12 +311,12 @@ def plan_of(
     return _combined(skeleton, training, _run(skeleton.model, batch, training, loss), stored)
 
 
-def _combined(skeleton: Skeleton, training: str | None, run: _Run, stored: Mapping[str, int]) -> Plan:
+def _combined(skeleton: Skeleton, training: str | None, run: Mapping[str, Any], stored: Mapping[str, int]) -> Plan:
     forms = [form for m in skeleton.model.modules() if isinstance(m, StoredModule) for form in m.forms.values()]
     offsets = any(isinstance(form, CodedForm) and get_encoding(form.scale_encoding).offsets for form in forms)
     scratch = OFFSETS_SCRATCH if offsets else _SCRATCH if forms else 0
     own = {f.name: getattr(skeleton, f.name) for f in fields(skeleton) if f.name != "model"}
-    return Plan(training=training, stored=stored, scratch=scratch, **own, **asdict(run))
+    return Plan(training=training, stored=stored, scratch=scratch, **own, **run)
 
 
 def _stored(model: nn.Module) -> dict[str, int]:
@@ -360,14 +335,14 @@ def _stored(model: nn.Module) -> dict[str, int]:
     return found
 
 
-def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None) -> _Run:
-    """Run the model, and the optimizer, on fake tensors."""
+def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None) -> dict[str, int]:
+    """Run the model, and the optimizer, on fake tensors, and return the figures of ``Plan`` that this gives."""
     with on_fake_tensors(model):
         inputs, named = fake_inputs(batch)
         given = _bytes(dict.fromkeys(measure.tensors_in([inputs, named])))
         forward = measure.forward_bytes(model, *inputs, **named)
         if training is None:
-            return _Run(given, forward, 0, 0, 0, 0)
+            return dict(zip(_RUN, (given, forward, 0, 0, 0, 0), strict=True))
         trained: dict[Tensor, None] = {}  # in whose backward a gradient arrives
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: trained.setdefault(p))
@@ -385,7 +360,8 @@ def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any
             with memory:
                 optimizer.step()
             state = _bytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
-        return _Run(given, forward, gradients, state, backward, gradients + memory.peak)
+        figures = (given, forward, gradients, state, backward, gradients + memory.peak)
+        return dict(zip(_RUN, figures, strict=True))
 
 
 @contextmanager

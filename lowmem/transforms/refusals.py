@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import is_inference_mode_enabled, nn
@@ -12,7 +12,7 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.registry import check_module, layer_name
 
-__all__ = ["refuse_layers", "refuse_model", "refuse_prepared", "refuse_sharded"]
+__all__ = ["is_of_peft", "refuse_layers", "refuse_model", "refuse_peft", "refuse_prepared", "refuse_sharded"]
 
 
 def refuse_model(name: str, model: nn.Module) -> None:
@@ -41,8 +41,8 @@ def refuse_model(name: str, model: nn.Module) -> None:
                 "model outside, or take copy.deepcopy(model) outside, whose parameters are ordinary ones"
             )
     for path, module in model.named_modules():
-        if any(kind.__name__ in _WRAPPERS for kind in type(module).__mro__):
-            wrapper = next(kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS)
+        wrapper = next((kind.__name__ for kind in type(module).__mro__ if kind.__name__ in _WRAPPERS), None)
+        if wrapper is not None:
             raise ValueError(
                 f"{layer_name(path)} is a {wrapper}, which keeps the parameters that it was made with: call {name} "
                 "with the model inside (model.module), then wrap it anew"
@@ -65,8 +65,8 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
         ValueError: a parameter is lazy, sharded, or on the meta device.
     """
     sharded = sharded_types()
+    refuse_prepared(name, layers)
     for layer, path in layers.items():
-        refuse_prepared(name, layer, path)
         for own, parameter in layer.named_parameters(recurse=isinstance(layer, AdaptedModule)):
             place = layer_name(f"{path}.{own}".lstrip("."))
             if is_lazy(parameter):
@@ -79,13 +79,47 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
                 raise ValueError(f"{place} is on the meta device and has no values: load its values before {name}")
 
 
-def refuse_prepared(name: str, module: nn.Module, path: str) -> None:
-    """Raise a RuntimeError for a module to which ``prepare_training`` has given a class of its own."""
-    if getattr(type(module), "prepared_for_training", False):
-        raise RuntimeError(
-            f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
-            "and prepare_training again afterwards"
-        )
+def refuse_prepared(name: str, modules: Mapping[Any, str]) -> None:
+    """Raise a RuntimeError for a module, with its path, to which ``prepare_training`` has given its own class."""
+    for module, path in modules.items():
+        if getattr(type(module), "prepared_for_training", False):
+            raise RuntimeError(
+                f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
+                "and prepare_training again afterwards"
+            )
+
+
+def is_of_peft(module: nn.Module) -> bool:
+    """Whether a module's class is one of PEFT, or derives from one."""
+    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
+
+
+def refuse_peft(
+    model: nn.Module, layers: Collection[nn.Module], *, freezes: bool = False, merges: bool = False
+) -> None:
+    """Raise if adapters of PEFT would be frozen, or no longer fit: those around layers to change, or all of them.
+
+    Args:
+        model: any module.
+        layers: the layers to change; without any, a model that holds PEFT's is refused, since PEFT is why.
+        freezes: whether the rest of the model will be frozen.
+        merges: whether adapters are merged into the layers.
+
+    Raises:
+        ValueError: there are such layers; the first is named.
+    """
+    for path, module in model.named_modules():
+        if is_of_peft(module):
+            inside = next((inner for inner, layer in module.named_modules(prefix=path) if layer in layers), None)
+            if inside is not None or freezes or not layers:
+                where = f"the model holds {layer_name(path)}," if path else "the model is"
+                where = where if inside is None else f"{layer_name(inside)} is inside {layer_name(path)},"
+                remedy = "call merge_and_unload() first"
+                if merges:
+                    lost = "were trained on the weights as they are now" if layers else "are not lowmem's"
+                else:
+                    lost, remedy = "would be frozen", f"convert the base before get_peft_model, or {remedy}"
+                raise ValueError(f"{where} a {type(module).__name__} of PEFT, whose adapters {lost}: {remedy}")
 
 
 def refuse_sharded(name: str, model: nn.Module) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -14,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from torch.nn.utils.weight_norm import WeightNorm
 
-from lowmem.errors import printable, show
+from lowmem.errors import printable
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.adapter_bank import AdapterBank
@@ -32,18 +30,14 @@ __all__ = [
     "Technique",
     "check_module",
     "computes_linear",
+    "entry_of",
     "expert_count",
     "how_computed",
-    "is_of_peft",
     "layer_name",
     "made_by",
     "module_paths",
-    "no_match_message",
-    "parameter_owners",
     "parameters_to_adapt",
     "parameters_to_store",
-    "refuse_peft",
-    "select_modules",
     "skip_reason",
     "stored_by",
     "supported_types",
@@ -64,7 +58,7 @@ class Entry:
         parameters: the names of what is stored; those that a module lacks, or has as None, are left out.
         refuses: why a module of this kind is left dense, or None.
         computes: how a call computes with what is stored; "as stored": in products and gathers of codes.
-        no_adapter: why a module of this kind cannot have an adapter, or None.
+        no_adapter: why no module of this kind can have an adapter, or a function that says why one cannot, or None.
         asked: why ``LoRA`` takes modules of this kind only where ``where=`` selects them; None: it takes them.
     """
 
@@ -73,7 +67,7 @@ class Entry:
     parameters: Callable[[nn.Module], Iterable[str]] = lambda module: ("weight",)
     refuses: Callable[[nn.Module], str | None] = lambda module: None
     computes: Callable[[nn.Module], str] = lambda module: "as stored"
-    no_adapter: Callable[[nn.Module], str | None] = lambda module: None
+    no_adapter: str | Callable[[nn.Module], str | None] = lambda module: None
     asked: str | None = None
 
 
@@ -160,7 +154,7 @@ ENTRIES = (
     Entry(
         "Bilinear",
         _is(nn.Bilinear),
-        no_adapter=lambda _: "LoRA has no form of it: both of its inputs are contracted with one weight",
+        no_adapter="LoRA has no form of it: both of its inputs are contracted with one weight",
     ),
     Entry(
         "MultiheadAttention",
@@ -172,7 +166,7 @@ ENTRIES = (
         _is(*_RNN),
         lambda module: _named("weight_", module),
         computes=_computes_rnn,
-        no_adapter=lambda _: "LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
+        no_adapter="LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
     ),
     Entry("Conv1D of transformers", is_conv1d),
     Entry("experts", _is_experts, _expert_weights),
@@ -180,18 +174,16 @@ ENTRIES = (
         "XLNet's attention",
         _is_xlnet_attention,
         lambda _: "qkvor",
-        no_adapter=lambda _: "LoRA has no form of it: its heads lie inside its matrices",
+        no_adapter="LoRA has no form of it: its heads lie inside its matrices",
     ),
     Entry(
         "weight norm",
         _is_weight_norm,
         lambda _: ("original1",),
         computes=lambda _: "dequantized in chunks, to a dense weight at each call",
-        no_adapter=lambda _: "a parametrization computes a weight from it",
+        no_adapter="a parametrization computes a weight from it",
     ),
 )
-
-_NO_ADAPTER = ("Bilinear", "LSTM, GRU and RNN", "XLNet's attention", "weight norm")
 
 
 def computes_linear(module: nn.Module) -> bool:
@@ -246,7 +238,7 @@ def stored_by(module: nn.Module) -> type[Half | EightBit | FourBit] | None:
 
 def parameters_to_store(module: nn.Module) -> list[str]:
     """Return the names of the parameters that a technique stores in a module that an entry fits."""
-    entry = _entry_of(module)
+    entry = entry_of(module)
     if entry is None:
         return []
     found = module._parameters
@@ -262,13 +254,14 @@ def how_computed(module: nn.Module) -> str:
     """Return how calls compute with what a module stores, as its entry says and calls have shown; "" if dense."""
     if not isinstance(module, StoredModule):
         return ""
-    entry = _entry_of(module)
+    entry = entry_of(module)
     how = _AS_READ if entry is None else entry.computes(module)
     readers = ", ".join(sorted(module.dequantized_by))
     return f"dequantized by {readers}" if readers and not how.startswith("dequantized") else how
 
 
-def _entry_of(module: nn.Module) -> Entry | None:
+def entry_of(module: nn.Module) -> Entry | None:
+    """Return the first entry that fits a module."""
     return next((entry for entry in ENTRIES if entry.fits(module)), None)
 
 
@@ -297,75 +290,6 @@ def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     return found
 
 
-def select_modules(
-    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
-) -> dict[nn.Module, str]:
-    """Return the modules that ``where`` and ``skip`` select, each with its first path.
-
-    Raises:
-        TypeError: the model is not a module, ``where`` is not callable, or a pattern is not a string.
-        ValueError: a pattern matches nothing.
-    """
-    found = module_paths(model)
-    if where is not None and not callable(where):
-        raise TypeError(f"where={show(where)} must be callable with a path and what is there, or None")
-    skip = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
-    if not all(isinstance(pattern, str) for pattern in skip):
-        raise TypeError(f"skip={show(skip)} must be glob patterns of paths")
-    for pattern in skip:
-        if not any(fnmatchcase(path, pattern) for paths in found.values() for path in paths):
-            raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
-    return {
-        module: paths[0]
-        for module, paths in found.items()
-        if not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
-        and (where is None or all(where(path, module) for path in paths))
-    }
-
-
-def is_of_peft(module: nn.Module) -> bool:
-    """Whether a module's class is one of PEFT, or derives from one."""
-    return any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__)
-
-
-def refuse_peft(
-    model: nn.Module, layers: Collection[nn.Module], *, freezes: bool = False, merges: bool = False
-) -> None:
-    """Raise if adapters of PEFT would be frozen, or no longer fit: those around layers to change, or all of them.
-
-    Args:
-        model: any module.
-        layers: the layers to change; without any, a model that holds PEFT's is refused, since PEFT is why.
-        freezes: whether the rest of the model will be frozen.
-        merges: whether adapters are merged into the layers.
-
-    Raises:
-        ValueError: there are such layers; the first is named.
-    """
-    for path, module in model.named_modules():
-        if is_of_peft(module):
-            inside = next((inner for inner, layer in module.named_modules(prefix=path) if layer in layers), None)
-            if inside is not None or freezes or not layers:
-                where = f"the model holds {layer_name(path)}," if path else "the model is"
-                where = where if inside is None else f"{layer_name(inside)} is inside {layer_name(path)},"
-                remedy = "call merge_and_unload() first"
-                if merges:
-                    lost = "were trained on the weights as they are now" if layers else "are not lowmem's"
-                else:
-                    lost, remedy = "would be frozen", f"convert the base before get_peft_model, or {remedy}"
-                raise ValueError(f"{where} a {type(module).__name__} of PEFT, whose adapters {lost}: {remedy}")
-
-
-def parameter_owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Return, by the id of each parameter, the modules that have it, each with its first path."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for path, module in model.named_modules():
-        for parameter in module._parameters.values():
-            if parameter is not None:
-                found.setdefault(id(parameter), []).append((module, path))
-    return found
-
-
 def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = False) -> str | None:
     """Return why a technique does not convert a module; None where it does.
 
@@ -386,7 +310,7 @@ def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = Fa
         return f"a parametrization computes a weight from it{_REMOVE}"
     if isinstance(module, StoredModule):
         return f"it is stored in {next(iter(module.forms.values()), 'another form')} already"
-    entry = _entry_of(module)
+    entry = entry_of(module)
     if entry is None:
         own = [one for one in module._parameters.values() if one is not None]
         if any(map(is_lazy, own)):
@@ -413,12 +337,12 @@ def _no_parameter(module: nn.Module) -> str:
 def _adapter_skip_reason(module: nn.Module, chosen: bool) -> str | None:
     if isinstance(module, AdaptedModule):
         return None
-    entry = _entry_of(module)
+    entry = entry_of(module)
     if entry is None:
         return "LoRA has no form of it"
     if not parameters_to_adapt(module):
         return _no_parameter(module)
-    refused = entry.no_adapter(module)
+    refused = entry.no_adapter if isinstance(entry.no_adapter, str) else entry.no_adapter(module)
     if refused is None and not chosen:
         computes = None if isinstance(module, StoredModule) else entry.refuses(module)
         refused = entry.asked or computes
@@ -434,45 +358,9 @@ def parameters_to_adapt(module: nn.Module) -> tuple[str, ...]:
     return tuple(parameters_to_store(module))
 
 
-def no_match_message(
-    technique: type[Technique],
-    model: nn.Module,
-    selected: Mapping[nn.Module, str] | None = None,
-    chosen: bool = False,
-) -> str:
-    """Return the error text for a model without layers to convert: what was looked for, and what was found.
-
-    Args:
-        technique: Half, EightBit, FourBit or LoRA.
-        model: any module.
-        selected: the modules that were looked at; the first of a known kind is named, and why it is left.
-        chosen: whether ``where=`` has selected them.
-    """
-    found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
-    listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
-    known = {
-        path: one
-        for one, path in (selected or {}).items()
-        if _entry_of(one) is not None or isinstance(one, AdaptedModule | torch.jit.ScriptModule)
-    }
-    whys = {path: (one, skip_reason(technique, one, chosen)) for path, one in known.items()}
-    why = next(
-        (f"; {layer_name(p)} is a {type(one).__name__}: {text}" for p, (one, text) in whys.items() if text), ""
-    )
-    if chosen and not selected:
-        paths = [path for own in module_paths(model).values() for path in own]
-        why = f"; where= and skip= leave no module: where= gets paths as {', '.join(map(layer_name, paths[-3:]))}"
-    return (
-        f"nothing to convert: {technique.__name__} looks for {supported_types(technique)}, with a weight "
-        f"of its own, not left out by where= or skip=; found {listed or 'no layers'}{why}"
-    )
-
-
 def supported_types(technique: type[Technique]) -> str:
     """Return the names of what a technique converts."""
-    if technique is LoRA:
-        return ", ".join(entry.kind for entry in ENTRIES if entry.kind not in _NO_ADAPTER)
-    return ", ".join(entry.kind for entry in ENTRIES)
+    return ", ".join(one.kind for one in ENTRIES if technique is not LoRA or not isinstance(one.no_adapter, str))
 
 
 def layer_name(path: str) -> str:

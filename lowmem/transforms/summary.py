@@ -13,20 +13,20 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.coded_module import CodedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
-from lowmem.transforms.convert import drop_partial_ties
 from lowmem.transforms.paths import group_name, role_of
-from lowmem.transforms.placement import embeddings_and_outputs, output_layers, routers, takes_adapter
+from lowmem.transforms.placement import takes_adapter
 from lowmem.transforms.registry import (
     Technique,
     how_computed,
     layer_name,
     made_by,
     module_paths,
-    parameter_owners,
     parameters_to_store,
     skip_reason,
     stored_by,
 )
+from lowmem.transforms.roles import embeddings_and_outputs, output_layers, routers
+from lowmem.transforms.ties import drop_partial_ties, parameter_owners
 
 __all__ = ["LayerSummary", "Summary", "summary"]
 
@@ -250,7 +250,7 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
     left |= {module: why for module, why in bare.items() if made_by(module) is not None}
     left |= {module: "; ".join(filter(None, (why, left.get(module)))) for module, why in wider.items()}
     owners = parameter_owners(model)
-    kept = dict(taken)
+    kept = {module: ("", parameters_to_store(module)) for module in taken}
     drop_partial_ties(model, kept)
     for module in taken:
         tied = [

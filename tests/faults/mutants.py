@@ -49,7 +49,7 @@ TESTS = {
     "lowmem/nn/frozen_linear.py": ("nn/test_frozen_linear", "nn/test_half", "nn/test_fourbit", "kernels/test_ops"),
     "lowmem/nn/frozen_conv.py": ("nn/test_frozen_conv", "nn/test_conv"),
     "lowmem/nn/adapted_forward.py": ("nn/test_adapted_forward", "transforms/test_adapters"),
-    "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_convert"),
+    "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_select", "transforms/test_store"),
     "lowmem/io/safetensors.py": ("io/test_safetensors", "io/test_container"),
     "lowmem/io/metadata.py": ("io/test_metadata", "io/test_checkpoint"),
     "lowmem/io/skeleton.py": ("io/test_skeleton", "io/test_checkpoint"),

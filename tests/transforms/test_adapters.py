@@ -2,9 +2,7 @@
 
 import copy
 import io
-import os
 import pickle
-import signal
 import threading
 import warnings
 from functools import partial
@@ -17,8 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, Linear4Bit, LoRA, LoRALinear, convert, load_adapter, merge, save_adapter
-from lowmem.transforms import convert as convert_module
+from lowmem import FourBit, Half, LoRA, LoRALinear, convert, load_adapter, merge, save_adapter
 from lowmem.transforms.adapters import (
     activate,
     active_adapters,
@@ -696,24 +693,6 @@ def test_an_adapter_that_another_thread_loads_meanwhile_is_in_every_layer(tmp_pa
     assert [layer.adapters.names for layer in model] == [("one", "two")] * 2
 
 
-def test_convert_refuses_a_model_that_another_thread_has_adapted_meanwhile(monkeypatch):
-    model, store = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), convert_module.store_parameters
-
-    def adapting(*args):
-        if type(model[1]) is nn.Linear:
-            thread = threading.Thread(target=lambda: add_adapter(model, "one", LoRA(2), skip="0"))
-            thread.start()
-            thread.join()
-        return store(*args)
-
-    monkeypatch.setattr(convert_module, "store_parameters", adapting)
-    with pytest.raises(RuntimeError, match="another thread has converted a Linear of Sequential"):
-        convert(model, FourBit())
-    assert type(model[0]) is nn.Linear
-    assert isinstance(model[1], LoRALinear)
-    assert not isinstance(model[1], Linear4Bit)
-
-
 def test_a_forward_passes_over_an_adapter_that_was_deleted_meanwhile():
     model = make_adapted("a", "b", base="dense")
     layer = next(m for m in model.modules() if isinstance(m, LoRALinear))
@@ -722,29 +701,6 @@ def test_a_forward_passes_over_an_adapter_that_was_deleted_meanwhile():
     expected = layer(x)
     layer.adapters.active = active  # as a forward has read it that began before
     assert torch.equal(layer(x), expected)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_child_that_was_forked_while_another_thread_changed_a_model_can_read_one():
-    model, held, done = make_adapted("a"), threading.Event(), threading.Event()
-
-    def change():
-        with convert_module._LOCK:
-            held.set()
-            done.wait()
-
-    thread = threading.Thread(target=change)
-    thread.start()
-    held.wait()
-    child = os.fork()
-    if not child:
-        signal.alarm(60)  # ends a child that waits for ever
-        os._exit(0 if lowmem.adapter_names(model) == ["a"] else 1)
-    status = os.waitpid(child, 0)[1]
-    done.set()
-    thread.join()
-    assert status == 0
 
 
 def test_active_adapters_stand_in_the_order_in_which_they_were_added():

@@ -1,33 +1,15 @@
 """Which layers get an adapter, and of which rank; the output layer of a language model gets none."""
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 import lowmem
-from lowmem import (
-    Budget,
-    EightBit,
-    FourBit,
-    Half,
-    LoRA,
-    LoRALinear,
-    adapter_layers,
-    add_adapter,
-    convert,
-    measure,
-    merge,
-    summary,
-)
-from lowmem.nn.embedding import Embedding8Bit
+from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, merge, summary
 from lowmem.nn.fold import without_adapters
-from lowmem.nn.linear import Linear8Bit
-from lowmem.nn.techniques import of_embeddings
-from lowmem.transforms.placement import output_layers, place_adapters, techniques_by_layer
-from tests.selection import rows_in_one_case
+from lowmem.transforms.placement import place_adapters
 from tests.test_any_model import Experts
 
 STORED = {"dense": (), "half": (Half(),), "4-bit": (FourBit(),)}
@@ -63,17 +45,8 @@ class Causal(nn.Module):
         return self.lm_head
 
 
-class Without(nn.Module):
-    """Models without an output layer say so in several ways."""
-
-    def __init__(self, returned):
-        super().__init__()
-        self.body, self.returned = Body(), returned
-
-    def get_output_embeddings(self):
-        if isinstance(self.returned, type):
-            raise self.returned
-        return self.returned
+def adapted(model):
+    return [path for path, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
 class Several(nn.Module):
@@ -83,10 +56,6 @@ class Several(nn.Module):
         super().__init__()
         self.inner = Causal()
         self.inner.lm_head = nn.ModuleList([nn.Linear(16, 50), nn.Linear(16, 50)])
-
-
-def adapted(model):
-    return [path for path, module in model.named_modules() if isinstance(module, LoRALinear)]
 
 
 HEADS = [(Tied, ["head"]), (Causal, ["lm_head", "draft"]), (Several, ["inner.lm_head.0", "inner.lm_head.1"])]
@@ -134,26 +103,6 @@ def test_the_summary_says_why_an_output_layer_has_no_adapter(stored):
     if stored != "dense":  # a model without adapters has nothing to say of them
         reasons = {row.path: row.reason for row in summary(convert(Causal(), *STORED[stored]))}
         assert reasons["lm_head"] == (wider["lm_head"].removesuffix("; ") or None)
-
-
-@rows_in_one_case("returned", [None, AttributeError, NotImplementedError, torch.ones(1)])
-def test_a_model_without_an_output_layer_has_none_left_out(returned):
-    assert output_layers(Without(returned)) == {}
-    assert adapted(convert(Without(returned), LoRA(2))) == ["body.q", "body.v"]
-
-
-def test_a_layer_that_shares_a_bias_alone_is_no_output_layer():
-    model = Causal()
-    model.more = nn.Linear(4, 50)
-    model.lm_head.bias = model.more.bias
-    assert model.more not in output_layers(model)
-
-
-def test_an_embedding_tied_to_another_is_no_output_layer():
-    model = Body()
-    model.twin = nn.Embedding(50, 16)
-    model.twin.weight = model.tokens.weight
-    assert output_layers(model) == {}
 
 
 @every_storage
@@ -226,18 +175,6 @@ def test_each_layer_has_the_technique_of_its_patterns():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     placed = place_adapters(model, LoRA(2, ranks={"1": 3}), model, None)
     assert placed == {model[0]: {"weight": LoRA(2)}, model[1]: {"weight": LoRA(3)}}
-
-
-def test_only_layers_that_an_adapter_can_follow_have_one_placed():
-    model = nn.Sequential(nn.Embedding(4, 8), nn.Linear(8, 4))
-    technique = LoRA(2, ranks={"1": 3})
-    chosen = techniques_by_layer(model, (FourBit(), technique), model, None)
-    assert chosen == {model[0]: (of_embeddings(FourBit()), technique), model[1]: (FourBit(), {"weight": LoRA(3)})}
-
-
-def test_copies_know_their_output_layers():
-    model = copy.deepcopy(convert(Causal(), FourBit(), LoRA(2)))
-    assert {type(module).__name__ for module in output_layers(model)} == {"Linear8Bit"}
 
 
 class Router(nn.Module):
@@ -357,77 +294,6 @@ class Translates(nn.Module):
 
     def forward(self, tokens):
         return self.encoder(tokens) + self.decoder(tokens.flip(1))
-
-
-@pytest.mark.parametrize("kind", [kind for kind, _ in HEADS])
-def test_four_bit_keeps_embeddings_and_output_layers_in_8_bits(kind, tmp_path):
-    model, narrow = convert(kind(), FourBit("nf4")), convert(kind(), FourBit("nf4", embeddings="4bit"))
-    wider = [path for path, module in model.named_modules() if isinstance(module, Embedding8Bit | Linear8Bit)]
-    heads = next(heads for own, heads in HEADS if own is kind)
-    tokens = [path for path, module in model.named_modules() if path.endswith("tokens")]
-    assert sorted(wider) == sorted([*tokens, *heads])
-    assert {row.stored.split(",")[0] for row in summary(model) if row.path in wider} == {"int8"}
-    assert not any("8 bits" in (row.reason or "") for row in summary(narrow))
-    assert not any(isinstance(module, Embedding8Bit | Linear8Bit) for module in narrow.modules())
-    assert measure.theoretical_bytes(narrow) < measure.theoretical_bytes(model)
-    rows = {row.path: row.reason for row in summary(model)}
-    assert all(rows[path].startswith("8 bits, since it") for path in wider)
-    ties = [(a, b) for a, b in (("body.tokens", "head"), ("lm_head", "draft")) if {a, b} <= set(wider)]
-    for one, other in ties:
-        assert model.get_submodule(one).weight is model.get_submodule(other).weight
-    lowmem.save(model, tmp_path / "model.safetensors")
-    assert [*summary(lowmem.load(tmp_path / "model.safetensors", kind))] == [
-        replace(row, weight_error=None) for row in summary(model)
-    ]
-
-
-def test_what_shares_a_weight_with_an_embedding_is_stored_as_it_is():
-    class Shares(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.other = nn.Embedding(50, 16), nn.Conv1d(4, 4, 3)
-            self.more, self.last = nn.Bilinear(4, 4, 2), nn.Linear(16, 16)
-            self.table = nn.EmbeddingBag(50, 16)
-            self.table.weight = self.tokens.weight
-
-    model = convert(Shares(), FourBit("nf4"))
-    assert {row.path: row.stored.split(",")[0] for row in summary(model) if not row.path.endswith("bias")} == {
-        "tokens": "int8",
-        "table": "int8",
-        "other": "nf4",
-        "more": "nf4",
-        "last": "nf4",
-    }
-    assert model.table.weight is model.tokens.weight
-
-
-class Kept(Causal):
-    """As models of transformers, it names what float16 may not round, and what bfloat16 may not."""
-
-    _keep_in_fp32_modules, _keep_in_fp32_modules_strict = {"body.q", "none"}, ["l*_head"]
-
-
-@rows_in_one_case(
-    ("dtype", "kept"),
-    [(torch.float16, {"body.q", "lm_head"}), (torch.bfloat16, {"lm_head"}), (torch.int8, set()), (None, set())],
-)
-@rows_in_one_case("technique", [FourBit("nf4", embeddings="4bit"), Budget(6.0), EightBit()])
-def test_what_a_model_keeps_in_float32_is_not_computed_in_16_bits(dtype, kept, technique):
-    """A layer that shares the weight is computed as asked, and still shares it."""
-    model = convert(nn.Sequential(Kept()), replace(technique, compute_dtype=dtype))[0]
-    for path in ("body.q", "body.v", "lm_head", "draft"):
-        assert model.get_submodule(path).compute_dtype is (None if path in kept else dtype), path
-    assert model.draft.weight_packed is model.lm_head.weight_packed
-
-
-def test_an_8_bit_output_layer_takes_an_adapter_where_it_is_named():
-    model = convert(Causal(), FourBit("nf4", compute_dtype=torch.int8), LoRA(2), where=lambda *_: True)
-    assert isinstance(model.lm_head, Linear8Bit)
-    assert isinstance(model.draft, Linear8Bit)
-    assert model.lm_head.compute_dtype is None  # products of 8 times 8 bits have no kernel
-    assert model.body.q.compute_dtype is torch.int8
-    lowmem.merge(model)
-    assert type(model.lm_head) is Linear8Bit
 
 
 EMBEDDINGS = ["shared", "encoder.embed", "decoder.embed"]

@@ -1,5 +1,6 @@
 """Every call that changes a model refuses the same faults: one clear error each, and the model stays as it was."""
 
+import re
 import sys
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA
+from lowmem import FourBit, Half, LoRA, add_adapter, calibrate, convert
 from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.refusals import refuse_layers, refuse_model
+from tests.selection import rows_in_one_case
 
 
 class Net(nn.Module):
@@ -145,7 +147,7 @@ def state_of(model):
 @pytest.fixture
 def dtensor(monkeypatch):
     """Let this process believe that it has shards: a real one needs a group of processes."""
-    for module in ("refusals", "convert"):
+    for module in ("refusals", "select"):
         monkeypatch.setattr(f"lowmem.transforms.{module}.sharded_types", lambda: (Shard,))
 
 
@@ -224,3 +226,99 @@ def test_the_checks_alone(monkeypatch):
     refuse_layers("f", {Net(): ""})
     with pytest.raises(ValueError, match="weight is on the meta device and has no values: load its values before f"):
         refuse_layers("f", {nn.Linear(2, 2, device="meta"): ""})
+
+
+class PeftLinear(nn.Module):
+    """As PEFT's LoRA layer is built; its class says that it is PEFT's."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
+
+    def forward(self, x):
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
+
+
+PeftLinear.__module__ = "peft.tuners.lora.layer"
+
+
+CHANGES = {
+    "FourBit": lambda model, **options: convert(model, FourBit(), **options),
+    "Half": lambda model, **options: convert(model, Half(), **options),
+    "LoRA": lambda model, **options: convert(model, LoRA(2), **options),
+    "QLoRA": lambda model, **options: convert(model, FourBit(), LoRA(2), **options),
+    "add_adapter": lambda model, **options: add_adapter(model, "mine", LoRA(2), **options),
+    "calibrate": lambda model, **options: calibrate(model, [torch.randn(9, 8)], **options),
+}
+
+
+class UsersPeftLinear(PeftLinear):
+    """A user's own kind of it."""
+
+
+@rows_in_one_case("kind", [PeftLinear, UsersPeftLinear])
+@rows_in_one_case("change", CHANGES)
+def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
+    model = nn.Sequential(nn.Linear(8, 8), kind(nn.Linear(8, 8)))
+    model[1].base_layer.requires_grad_(False)
+    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    message = r"1.base_layer is inside 1, a \w+ of PEFT.*before get_peft_model, or call merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        CHANGES[change](model)
+    assert [*model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trains
+    if change in ("LoRA", "QLoRA", "add_adapter"):  # after which only the adapters of lowmem train
+        with pytest.raises(ValueError, match=r"the model holds 1, a \w+ of PEFT.*before get_peft_model"):
+            CHANGES[change](model, skip="1.*")
+        assert [*model.modules()] == modules
+    else:
+        CHANGES[change](model, skip="1.*")
+        assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
+    assert [p.requires_grad for p in model[1].parameters()] == trains[2:]
+
+
+class PeftModel(nn.Module):
+    """As PEFT wraps a model: its layers are PEFT's, others stay as they were."""
+
+    def __init__(self):
+        super().__init__()
+        self.base_model = nn.Sequential(PeftLinear(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8))
+
+
+PeftModel.__module__ = "peft.peft_model"
+
+
+@rows_in_one_case("wrapped", [False, True])
+@rows_in_one_case(
+    ("options", "found"),
+    [
+        ({}, "base_model.0.base_layer is inside"),
+        ({"skip": "*.base_model.0.*"}, "base_model.2 is inside"),
+        ({"where": lambda path, _: path.endswith("2")}, "base_model.2 is inside"),
+        ({"where": lambda *_: False}, None),
+    ],
+)
+@rows_in_one_case("change", CHANGES)
+def test_a_model_that_peft_has_wrapped_is_refused_whatever_is_selected(change, options, found, wrapped):
+    model = nn.ModuleDict({"module": PeftModel()}) if wrapped else PeftModel()  # as in DistributedDataParallel
+    if not wrapped and "skip" in options:
+        options = {"skip": "base_model.0.*"}
+    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    place = "module" if wrapped else "the model itself"
+    start = f"{found} {place}," if found else "the model holds module," if wrapped else "the model is"
+    prefix = "module." if wrapped and found else ""
+    message = rf"^{re.escape(prefix + start)} a PeftModel of PEFT.* before get_peft_model, or call merge_and_unload"
+    with pytest.raises(ValueError, match=message):
+        CHANGES[change](model, **options)
+    assert [*model.modules()] == modules
+    assert [p.requires_grad for p in model.parameters()] == trains
+
+
+def test_what_is_converted_first_can_go_into_peft_s_layers():
+    model = convert(nn.Sequential(nn.Linear(8, 8)), FourBit())
+    model[0] = PeftLinear(model[0])
+    x = torch.randn(2, 8)
+    model(x).sum().backward()
+    assert model[0].lora_B["default"].weight.grad is not None

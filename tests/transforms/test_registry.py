@@ -15,11 +15,11 @@ from lowmem.transforms.registry import (
     how_computed,
     made_by,
     module_paths,
-    parameter_owners,
     parameters_to_store,
-    select_modules,
     skip_reason,
 )
+from lowmem.transforms.select import select_modules
+from lowmem.transforms.ties import parameter_owners
 from tests.selection import in_one_case, rows_in_one_case
 
 

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedModel
 
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.registry import is_of_peft
+from lowmem.transforms.refusals import is_of_peft
 
 __all__ = ["install", "refuse_passed_over"]
 

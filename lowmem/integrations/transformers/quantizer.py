@@ -48,9 +48,10 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 from lowmem.resident import drop_pages, trim_heap
-from lowmem.transforms.convert import floating_dtype, freeze_all_but_adapters, restore
-from lowmem.transforms.placement import kept_in_float32
-from lowmem.transforms.registry import is_of_peft
+from lowmem.transforms.commit import freeze_all_but_adapters
+from lowmem.transforms.refusals import is_of_peft
+from lowmem.transforms.restore import floating_dtype, restore
+from lowmem.transforms.roles import kept_in_float32
 
 __all__ = ["LowmemQuantizer", "adopt"]
 

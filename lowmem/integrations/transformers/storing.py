@@ -15,10 +15,13 @@ from lowmem.nn.module_copy import become, stored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise
 from lowmem.quant.quantize import relative_error
+from lowmem.transforms.assign import techniques_by_layer
 from lowmem.transforms.budget import losses_of
-from lowmem.transforms.convert import left_dense, rebuild_all, store_parameters
-from lowmem.transforms.placement import place_name, techniques_by_layer
+from lowmem.transforms.convert import rebuild_all
+from lowmem.transforms.dense_report import left_dense
+from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name
+from lowmem.transforms.store import store_parameters
 
 __all__ = ["Measuring", "Storing"]
 

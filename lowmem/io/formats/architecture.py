@@ -12,7 +12,7 @@ from torch import nn
 
 from lowmem.errors import refusal, show, unbuilt
 from lowmem.io.model_folder import CONFIG
-from lowmem.transforms.placement import float32_patterns
+from lowmem.transforms.roles import float32_patterns
 
 __all__ = ["Architecture", "architecture_of"]
 

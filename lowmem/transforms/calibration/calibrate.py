@@ -24,6 +24,7 @@ from lowmem.nn.techniques import Budget, FourBit
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
+from lowmem.transforms.assign import divided, techniques_by_layer
 from lowmem.transforms.budget import Chosen
 from lowmem.transforms.calibration.blocks import NO_BATCHES, Unit, find_blocks, units_of
 from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
@@ -32,10 +33,12 @@ from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq
 from lowmem.transforms.calibration.moments import Inputs, Moments, Regroup, counted_rows
 from lowmem.transforms.calibration.replay import Overrides, Replay, Stale, evaluation_mode
 from lowmem.transforms.calibration.replay_check import Entries, way_to_replay
-from lowmem.transforms.convert import Store, commit, divided, layers_to_convert, rebuild, weight_key
-from lowmem.transforms.placement import techniques_by_layer
+from lowmem.transforms.commit import commit
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Step, layer_name, parameters_to_store
+from lowmem.transforms.select import select_to_convert
+from lowmem.transforms.store import Store, rebuild
+from lowmem.transforms.ties import weight_key
 
 __all__ = ["calibrate"]
 
@@ -133,11 +136,12 @@ def calibrate(
     _check_arguments(batches, technique, damping)
     if diagonal:
         _refuse_more({"blocks": blocks, "offload": offload, "resume": resume})
-    candidates = layers_to_convert(model, (technique,), where, skip)
+    found = select_to_convert(model, (technique,), where, skip)
+    candidates = {layer: path for layer, (path, _) in found.items()}
     refuse_layers("calibrate", candidates)
     if isinstance(batches, str):
         batches = generated_batches(model, tokenizer, seed, temperature)
-    steps, chosen = _steps(model, technique, candidates, where, batches)
+    steps, chosen = _steps(model, technique, found, where, batches)
     with evaluation_mode(model) as overrides:
         run = _Run(model, batches, candidates, damping, overrides, progress, steps)
         lists = [] if diagonal else find_blocks(model, run.linear, blocks)
@@ -180,14 +184,13 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
 def _steps(
     model: nn.Module,
     technique: FourBit | Budget,
-    candidates: Mapping[nn.Module, str],
+    found: Mapping[nn.Module, tuple[str, list[str]]],
     where: Callable[[str, nn.Module], bool] | None,
     batches: Iterable[Any],
 ) -> tuple[dict[nn.Module, tuple[Step, ...]], dict[nn.Module, Chosen]]:
     """Return how each layer is stored, with a search of scales, and what it got of a budget."""
     chosen: dict[nn.Module, Chosen] = {}
     if isinstance(technique, Budget):
-        found = {layer: (path, parameters_to_store(layer)) for layer, path in candidates.items()}
         if technique.inputs is None:
             if not any(True for _ in batches):
                 raise ValueError(NO_BATCHES)
@@ -195,7 +198,7 @@ def _steps(
         chosen = divided(model, technique, found)
         steps: dict[nn.Module, tuple[Step, ...]] = {layer: (one.technique,) for layer, one in chosen.items()}
     else:
-        steps = techniques_by_layer(model, (technique,), candidates, where)
+        steps = techniques_by_layer(model, (technique,), found, where)
     return {layer: tuple(_searching(step) for step in own) for layer, own in steps.items()}, chosen
 
 

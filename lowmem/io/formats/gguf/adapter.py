@@ -19,8 +19,9 @@ from lowmem.io.formats.gguf.container import Field, Placed, encode_field, write_
 from lowmem.io.formats.gguf.fields import ARCHITECTURES, architecture_of
 from lowmem.io.formats.gguf.names import Names, names_of
 from lowmem.nn.adapter import Adapter
-from lowmem.transforms.placement import output_layers, places_of
+from lowmem.transforms.placement import places_of
 from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.roles import output_layers
 
 __all__ = ["write_gguf_adapter"]
 

@@ -1,0 +1,138 @@
+"""Which technique each layer gets: embeddings in 8 bits, a ``Budget``'s choice, ``LoRA`` as it is placed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from lowmem.nn.techniques import CHOICES, Budget, FourBit, LoRA, of_embeddings
+from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
+from lowmem.transforms.calibration.sensitivity import importance_of
+from lowmem.transforms.placement import place_adapters, place_name, takes_adapter
+from lowmem.transforms.registry import Step, Technique, layer_name
+from lowmem.transforms.roles import embeddings_and_outputs, kept_in_float32
+from lowmem.transforms.store import store_parameters
+from lowmem.transforms.ties import weight_key
+
+__all__ = ["divided", "techniques_by_layer"]
+
+
+def techniques_by_layer(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    layers: Iterable[nn.Module],
+    where: Callable[[str, nn.Module], bool] | None,
+) -> dict[nn.Module, tuple[Step, ...]]:
+    """Return the techniques of each layer that ``convert`` takes, with LoRA as ``place_adapters`` places it.
+
+    Embeddings and output layers get what ``FourBit.embeddings`` says in place of a ``FourBit``, and modules whose
+    weights transformers keeps in float32 no narrower ``compute_dtype``.
+
+    Raises:
+        ValueError: as ``place_adapters``.
+    """
+    chosen: dict[nn.Module, tuple[Step, ...]] = dict.fromkeys(layers, techniques)
+    first, *rest = techniques
+    if isinstance(first, FourBit):
+        wider = (of_embeddings(first), *rest)
+        chosen |= {layer: wider for layer in embeddings_and_outputs(model) if layer in chosen}
+    for layer, _ in kept_in_float32(model, getattr(first, "compute_dtype", None)):
+        if layer in chosen:
+            own: Any = chosen[layer][0]
+            chosen[layer] = (replace(own, compute_dtype=None), *rest)
+    adaptable = [layer for layer in chosen if takes_adapter(layer, where is not None)]
+    for index, lora in enumerate(techniques):
+        if isinstance(lora, LoRA):
+            placed = place_adapters(model, lora, adaptable, where)
+            for layer in adaptable:
+                after = (placed[layer], *techniques[index + 1 :]) if layer in placed else ()
+                chosen[layer] = (*chosen[layer][:index], *after)
+    return chosen
+
+
+def divided(
+    model: nn.Module,
+    budget: Budget,
+    found: Mapping[nn.Module, tuple[str, list[str]]],
+    losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
+) -> dict[nn.Module, Chosen]:
+    """Return what each module gets of a budget; weights of unknown losses, which stay dense, have no part in it.
+
+    Args:
+        model: any module.
+        budget: to divide.
+        found: modules, with their paths and the names of the parameters to store.
+        losses: as in ``rebuild_all``.
+
+    Raises:
+        TypeError, ValueError: a weight that cannot be stored, inputs that the model does not take, or a budget out
+            of reach.
+    """
+    stored: dict[nn.Module, dict[Hashable, tuple[str, nn.Parameter, Tensor]]] = {}
+    for module, (path, names) in found.items():
+        own = stored[module] = {}
+        for name, tensor in _as_stored(module, path, names).items():
+            parameter = cast(nn.Parameter, module._parameters[name])
+            own[weight_key(parameter)] = place_name(path, name), parameter, tensor
+    groups = together(stored)
+    weights: list[dict[Hashable, tuple[str, nn.Parameter, Tensor]]] = []
+    for group in groups:
+        weights.append({})
+        for module in group:
+            for key, one in stored[module].items():
+                weights[-1].setdefault(key, one)  # a shared weight has the name of the first
+    important: Mapping[str, Importance] = {}
+    if budget.inputs is not None and losses is None:
+        sized = {name: (one, tensor.shape[-1]) for own in weights for name, one, tensor in own.values()}
+        important = importance_of(model, budget.inputs, sized)
+        unseen = [layer_name(name) for name in sized if name not in important]
+        if unseen:
+            weights_text = f"{len(unseen)} weight{'s' * (len(unseen) > 1)} ({', '.join(unseen[:3])})"
+            warnings.warn(
+                f"no batch of inputs= reached {weights_text}: these get the least bits", UserWarning, stacklevel=5
+            )
+
+    def measured(name: str, tensor: Tensor) -> Sequence[float] | None:
+        if losses is not None:
+            return losses(name, tensor)
+        if budget.inputs is not None and name not in important:
+            return (0.0,) * len(CHOICES)
+        try:
+            return losses_of(tensor, important.get(name))
+        except (TypeError, ValueError) as reason:
+            raise type(reason)(f"{layer_name(name)}: {reason}") from reason
+
+    units = [unit_of({name: tensor for name, _, tensor in own.values()}, measured) for own in weights]
+    known = [unit for unit in units if unit is not None]
+    chosen = dict(zip(known, choose(known, budget), strict=True))
+    unknown = Chosen(budget.choices[0], "")
+    of_modules = {
+        module: unknown if unit is None else chosen[unit]
+        for group, unit in zip(groups, units, strict=True)
+        for module in group
+    }
+    for module, _ in kept_in_float32(model, budget.compute_dtype):
+        if module in of_modules:
+            got = of_modules[module]
+            of_modules[module] = replace(got, technique=replace(got.technique, compute_dtype=None))
+    return of_modules
+
+
+def _as_stored(module: nn.Module, path: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """Return parameters of a module in the shapes in which a block-wise technique stores them.
+
+    Raises:
+        TypeError, ValueError: as ``store_parameters``.
+    """
+    found: dict[str, Tensor] = {}
+
+    def note(tensor: Tensor, name: str) -> Any:
+        found[name] = tensor
+        return CHOICES[0].skeleton(tensor, name)
+
+    store_parameters(module, CHOICES[0], path, names, note)
+    return found

@@ -1,0 +1,92 @@
+"""Puts replacements into a model, all or none, from one thread at a time."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+from torch import nn
+
+from lowmem.nn.adapted_module import AdaptedModule, put_in_place, share_tied_adapters
+from lowmem.nn.adapter import Adapter
+from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.libraries import tell_integrations
+from lowmem.transforms.registry import module_paths
+
+__all__ = ["commit", "freeze_all_but_adapters", "one_at_a_time", "replace_modules"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_LOCK = threading.RLock()  # held while modules are replaced, and while all of them are read
+
+
+def _renew_lock() -> None:
+    global _LOCK
+    _LOCK = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # in the child, a thread that held the lock does not exist
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
+def one_at_a_time(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Decorate functions that replace or list a model's modules: one thread at a time runs any of them."""
+
+    @wraps(function)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with _LOCK:
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@one_at_a_time
+def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+    """Turn modules, in place, into what ``rebuild`` has made of them; if some get adapters, freeze the rest.
+
+    Raises:
+        RuntimeError: another thread has removed or converted one of the modules. The model is left as it is.
+    """
+    made = {old: new for old, new in replacements.items() if new is not old}
+    there = module_paths(model)
+    for old, new in made.items():
+        if old not in there:
+            raise RuntimeError(
+                f"a {type(old).__name__} to convert left {type(model).__name__} meanwhile: change a model from one "
+                "thread, or one after the other"
+            )
+        if type(old) not in _classes_before(new):
+            raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
+    share_tied_adapters(made.values())
+    replace_modules(model, made)
+    if any(isinstance(new, AdaptedModule) for new in made.values()):
+        freeze_all_but_adapters(model)
+    tell_integrations(model)
+
+
+def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
+    """Return the classes of which a module can become what was made."""
+    plain: Any = made._plain_class if isinstance(made, AdaptedModule) else type(made)
+    before = [plain.dense_class] if issubclass(plain, StoredModule) else []
+    return [*before, plain] if isinstance(made, AdaptedModule) else before
+
+
+@one_at_a_time
+def replace_modules(model: nn.Module, copies: Mapping[Any, nn.Module]) -> None:
+    """Turn modules of a model, in place, into copies of them with or without adapters or stored parameters."""
+    for module, copied in copies.items():
+        put_in_place(module, copied)
+    for encoder in model.modules():
+        if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
+            encoder.use_nested_tensor = not any(isinstance(one, AdaptedModule) for one in encoder.modules())
+
+
+def freeze_all_but_adapters(model: nn.Module) -> None:
+    """Freeze every parameter that does not belong to an adapter; adapters keep their ``requires_grad``."""
+    adapters = {p for module in model.modules() if isinstance(module, Adapter) for p in module.parameters()}
+    for parameter in model.parameters():
+        if parameter not in adapters:
+            parameter.requires_grad = False  # lazy ones, too, on which no method can be called

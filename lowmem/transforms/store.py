@@ -1,0 +1,180 @@
+"""Makes stored copies of modules; the model does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowmem.nn.adapted_module import adapted_copy
+from lowmem.nn.adapter import Adapter
+from lowmem.nn.module_copy import LAYERS, leading_dims, stored_copy
+from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA
+from lowmem.quant.quantize import relative_error
+from lowmem.quant.tensor import QuantizedTensor
+from lowmem.transforms.registry import (
+    Step,
+    Technique,
+    layer_name,
+    parameters_to_adapt,
+    parameters_to_store,
+    skip_reason,
+    supported_types,
+)
+from lowmem.transforms.ties import weight_key
+
+__all__ = ["Store", "add_first_adapter", "rebuild", "store_parameters"]
+
+
+class Store:
+    """Stores each weight once per technique, so that layers with a shared weight share the stored one.
+
+    Args:
+        empty: store on the meta device, without values.
+    """
+
+    def __init__(self, empty: bool = False) -> None:
+        self._empty = empty
+        self._known: dict[Any, tuple[Tensor, Any]] = {}
+
+    def by(self, technique: Any) -> Callable[[Tensor, str], Any]:
+        """Return ``technique.store``, or ``technique.skeleton`` if empty, with a cache."""
+        make = technique.skeleton if self._empty else technique.store
+        how = replace(technique, compute_dtype=None) if isinstance(technique, FourBit | EightBit) else technique
+
+        def store(tensor: Tensor, name: str) -> Any:
+            key = how, weight_key(tensor)
+            if key not in self._known:
+                self._known[key] = tensor, make(tensor, name)  # keeps tensor alive: key has its address
+            return self._known[key][1]
+
+        return store
+
+
+def rebuild(
+    module: nn.Module,
+    techniques: tuple[Step, ...],
+    path: str,
+    unused: dict[type[Technique], str | None],
+    store_by: Callable[[Any], Callable[[Tensor, str], Any]],
+    names: Iterable[str] | None = None,
+) -> nn.Module:
+    """Return what a module becomes by all techniques that support it; ``commit`` puts it in the module's place.
+
+    Args:
+        module: dense, or with stored parameters if the techniques are adapters.
+        techniques: applied left to right.
+        path: of the module, for errors.
+        unused: for each kind of technique, why it has converted no module so far; None once it has. It is updated.
+        store_by: returns, for a technique, the function that stores the weight: ``Store.by``.
+        names: the parameters to store; None: ``parameters_to_store(module)``.
+
+    Raises:
+        TypeError, ValueError: a weight that cannot be stored.
+    """
+    layer: Any = module
+    for technique in techniques:
+        adapts = isinstance(technique, dict)
+        kind: Any = LoRA if adapts else type(technique)
+        if (kind is LoRA and not adapts) or (not adapts and layer is not module):
+            why = skip_reason(LoRA, layer) if kind is LoRA else None
+            unused.setdefault(
+                kind,
+                f"{layer_name(path)}: {kind.__name__} cannot follow the techniques before it, which made "
+                f"a {type(layer).__name__}; it takes {supported_types(kind)}{f'. {why}' if why else ''}",
+            )
+            continue
+        unused[kind] = None
+        if isinstance(technique, dict):
+            layer = add_first_adapter(layer, technique, path, {} if layer is module else module._parameters)
+        elif not isinstance(technique, LoRA):
+            assert not isinstance(technique, Budget)  # each layer has got its own
+            stored = parameters_to_store(module) if names is None else names
+            layer = store_parameters(module, technique, path, stored, store_by(technique))
+    built: nn.Module = layer.train(module.training)
+    return built
+
+
+def add_first_adapter(
+    layer: Any, techniques: Mapping[str, LoRA], path: str, dense: Mapping[str, Any], name: str = "default"
+) -> nn.Module:
+    """Return a copy of a layer with an adapter.
+
+    Args:
+        layer: without adapters.
+        techniques: of the adapter, by the parameters that it changes.
+        path: of the layer, for errors.
+        dense: the parameters that 4-bit ones were quantized from, for ``init="loftq"``.
+        name: of the adapter.
+
+    Raises:
+        ValueError: ``init="loftq"`` without a 4-bit base or its dense weight, or a layer that has ``adapters``.
+    """
+    try:
+        parts = {one: Adapter(layer, own, dense.get(one), one) for one, own in techniques.items()}
+        return adapted_copy(layer, parameters_to_adapt(layer), name, parts)
+    except ValueError as reason:
+        raise ValueError(f"{layer_name(path)}: {reason}") from reason
+
+
+def store_parameters(
+    module: nn.Module,
+    technique: Half | EightBit | FourBit,
+    path: str,
+    names: Iterable[str],
+    store: Callable[[Tensor, str], Any],
+    transposed: Container[str] = (),
+) -> StoredModule:
+    """Return a copy of a dense module in which parameters are stored by ``store``; the module does not change.
+
+    Those in ``transposed`` are given to ``store`` with their last two dimensions swapped, and stored so.
+
+    Raises:
+        TypeError, ValueError: a weight that cannot be stored; its path is named.
+    """
+    place = [path]
+    errors: list[tuple[float, float]] = []  # the squared error of each weight, and its squared size
+
+    def named_store(tensor: Tensor, name: str) -> Any:
+        place[:] = [path if name in ("weight", "bias") else f"{path}.{name}".lstrip(".")]
+        stored = store(tensor, name)
+        if name != "bias" and not tensor.is_meta and not _without_values(stored):
+            size = float(tensor.detach().double().pow(2).sum()) if len(wanted) > 1 else 1.0
+            errors.append((relative_error(tensor, stored) ** 2 * size, size))
+        return stored
+
+    wanted = list(names)
+    known: Any = LAYERS.get((type(module), technique.bits))
+    try:
+        if known is not None and transposed:
+            raise ValueError(f"a {type(module).__name__} cannot hold a weight that is stored transposed")
+        if known is not None and wanted == ["weight"]:
+            made = known.from_layer(module, technique, named_store)
+        else:
+            weights = {}
+            for name in wanted:
+                parameter = module._parameters[name]
+                assert parameter is not None
+                lead = leading_dims(module, parameter)
+                if name in transposed:
+                    if parameter.dim() != lead + 1 or parameter.dim() < 2:
+                        raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be stored transposed")
+                    weights[name] = named_store(parameter.mT, name)
+                    continue
+                inside = isinstance(technique, Blockwise) and parameter.dim() > lead + 1
+                weights[name] = named_store(parameter.flatten(lead) if inside else parameter, name)
+            dtype = technique.compute_dtype if isinstance(technique, Blockwise) else None
+            made = stored_copy(module, weights, transposed=transposed, computed_in=dtype)
+    except (TypeError, ValueError) as reason:
+        raise type(reason)(f"{layer_name(place[0])}: {reason}") from reason
+    if errors:
+        total = sum(size for _, size in errors)
+        made.weight_error = (sum(error for error, _ in errors) / total) ** 0.5 if total else 0.0
+    return made  # type: ignore[no-any-return]
+
+
+def _without_values(stored: Tensor | QuantizedTensor) -> bool:
+    return (stored.packed if isinstance(stored, QuantizedTensor) else stored).is_meta

@@ -1,0 +1,97 @@
+"""Modules stay the objects that they were, and another thread's changes are seen."""
+
+import copy
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import FourBit, Half, Linear4Bit, LoRA, LoRALinear, add_adapter, convert
+from lowmem.transforms import commit as commit_module
+from lowmem.transforms import store as store_module
+from lowmem.transforms.commit import commit
+from tests.transforms.models import Odd
+from tests.transforms.test_adapters import make_adapted
+
+pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # which has its own test
+
+
+def test_hooks_stay_fire_once_and_can_be_removed():
+    calls = []
+    model = nn.Sequential(nn.Linear(8, 8))
+    handles = [
+        model[0].register_forward_pre_hook(lambda module, args: calls.append("pre")),
+        model[0].register_forward_hook(lambda module, args, out: calls.append(type(module).__name__)),
+        model[0].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
+    ]
+    convert(model, LoRA(2))
+    model(torch.ones(1, 8, requires_grad=True)).sum().backward()
+    assert calls == ["pre", "Linear", "backward"]
+    for handle in handles:
+        handle.remove()
+    model(torch.ones(1, 8))
+    assert len(calls) == 3
+
+
+def test_a_layer_that_left_the_model_is_not_replaced():
+    kept, gone = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    model = torch.nn.Sequential(kept)
+    with pytest.raises(RuntimeError, match="^a Linear to convert left Sequential meanwhile"):
+        commit(model, {layer: convert(copy.deepcopy(layer), Half()) for layer in (kept, gone)})
+    assert type(model[0]) is torch.nn.Linear
+
+
+def test_a_module_converted_in_place_stays_the_object_that_others_hold():
+    model = Odd()
+    held = [model.shared, model.list[0], model.inner[0][0]]
+    calls = []
+    held[0].register_forward_hook(lambda module, *_: calls.append(type(module)))
+    assert convert(model, FourBit()) is model
+    assert [model.shared, model.list[0], model.inner[0][0]] == held
+    model(torch.ones(2, 8))
+    assert calls == [Linear4Bit] * 3
+
+
+def test_convert_refuses_a_model_that_another_thread_has_adapted_meanwhile(monkeypatch):
+    model, store = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), store_module.store_parameters
+
+    def adapting(*args):
+        if type(model[1]) is nn.Linear:
+            thread = threading.Thread(target=lambda: add_adapter(model, "one", LoRA(2), skip="0"))
+            thread.start()
+            thread.join()
+        return store(*args)
+
+    monkeypatch.setattr(store_module, "store_parameters", adapting)
+    with pytest.raises(RuntimeError, match="another thread has converted a Linear of Sequential"):
+        convert(model, FourBit())
+    assert type(model[0]) is nn.Linear
+    assert isinstance(model[1], LoRALinear)
+    assert not isinstance(model[1], Linear4Bit)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_child_that_was_forked_while_another_thread_changed_a_model_can_read_one():
+    model, held, done = make_adapted("a"), threading.Event(), threading.Event()
+
+    def change():
+        with commit_module._LOCK:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if not child:
+        signal.alarm(60)  # ends a child that waits for ever
+        os._exit(0 if lowmem.adapter_names(model) == ["a"] else 1)
+    status = os.waitpid(child, 0)[1]
+    done.set()
+    thread.join()
+    assert status == 0

@@ -1,0 +1,49 @@
+"""Output layers and routers are found, as models name them and by what they share."""
+
+import copy
+
+import torch
+from torch import nn
+
+from lowmem import FourBit, LoRA, convert
+from lowmem.transforms.roles import output_layers
+from tests.selection import rows_in_one_case
+from tests.transforms.test_placement import Body, Causal, adapted
+
+
+class Without(nn.Module):
+    """Models without an output layer say so in several ways."""
+
+    def __init__(self, returned):
+        super().__init__()
+        self.body, self.returned = Body(), returned
+
+    def get_output_embeddings(self):
+        if isinstance(self.returned, type):
+            raise self.returned
+        return self.returned
+
+
+@rows_in_one_case("returned", [None, AttributeError, NotImplementedError, torch.ones(1)])
+def test_a_model_without_an_output_layer_has_none_left_out(returned):
+    assert output_layers(Without(returned)) == {}
+    assert adapted(convert(Without(returned), LoRA(2))) == ["body.q", "body.v"]
+
+
+def test_a_layer_that_shares_a_bias_alone_is_no_output_layer():
+    model = Causal()
+    model.more = nn.Linear(4, 50)
+    model.lm_head.bias = model.more.bias
+    assert model.more not in output_layers(model)
+
+
+def test_an_embedding_tied_to_another_is_no_output_layer():
+    model = Body()
+    model.twin = nn.Embedding(50, 16)
+    model.twin.weight = model.tokens.weight
+    assert output_layers(model) == {}
+
+
+def test_copies_know_their_output_layers():
+    model = copy.deepcopy(convert(Causal(), FourBit(), LoRA(2)))
+    assert {type(module).__name__ for module in output_layers(model)} == {"Linear8Bit"}
