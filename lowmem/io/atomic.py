@@ -162,8 +162,8 @@ def _naming(target: Path, partial: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as reason:
         said = not isinstance(reason, OSError) or isinstance(reason, WriteError) or reason.strerror
         named = reason.path if isinstance(reason, WriteError) else getattr(reason, "filename", None)
-        is_path = isinstance(named, str | bytes)  # and no descriptor
-        if not said or (is_path and partial.name not in Path(os.fsdecode(named)).parts):
+        elsewhere = isinstance(named, str | bytes) and partial.name not in Path(os.fsdecode(named)).parts
+        if not said or elsewhere:  # a descriptor has no path
             raise
         raise unwritable(target, reason) from reason
 

@@ -68,8 +68,11 @@ class CpuRows:
     ) -> None:
         """Write the gradients of a and b for ``gated``."""
         step, out_step = _step(a, b), _step(*into)
-        fits = step is not None and out_step is not None and is_real(grad) and _widens(a.dtype, grad.dtype)
-        if not fits or not self._takes(a, b):
+        if (
+            step is None
+            or out_step is None
+            or not (is_real(grad) and _widens(a.dtype, grad.dtype) and self._takes(a, b))
+        ):
             return gated_grad_in_torch(grad, a, b, activation, into)
         self._gated(a, b, grad, activation, step, into, out_step)
         return None

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import FourBit, LoRA, backend, convert, kernels, measure, quantize
+from lowmem.nn.fold import fold_module
 from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
 from tests.compiled import (
@@ -392,7 +393,7 @@ def test_adapters_over_stored_tensors_of_another_layout_and_loading_them_are_err
                 with pytest.raises(RuntimeError, match=LAYER_LAYOUT):
                     model(x)
             with pytest.raises(RuntimeError, match=LAYER_LAYOUT):
-                layer.folded(["default"])
+                fold_module(layer, ["default"])
 
 
 @bound

@@ -48,4 +48,4 @@ def ties(model: nn.Module) -> list[list[str]]:
     names: dict[int, list[str]] = {}
     for name, value in model.named_parameters(remove_duplicate=False):
         names.setdefault(id(value), []).append(name)
-    return [group for group in names.values() if len(group) > 1]
+    return sorted(sorted(group) for group in names.values() if len(group) > 1)
