@@ -150,7 +150,7 @@ def export(root: Path, commit: Commit, directory: Path) -> None:
         GateError: a file of it would lie, or point, outside the directory.
     """
     with tarfile.open(fileobj=BytesIO(_git(root, "archive", "--format=tar", commit.sha))) as archive:
-        # Its own repository's files: what git archived. The filter is there from 3.12, and in late 3.10 and 3.11.
+        # Its own repository's files: what git archived. The filter is there from 3.12 on, and in late 3.11.
         try:
             archive.extractall(directory, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
         except tarfile.TarError as error:

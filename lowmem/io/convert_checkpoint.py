@@ -1,4 +1,4 @@
-"""Converts a checkpoint on disk to 4 bits, one tensor at a time.
+"""Converts a checkpoint on disk, one tensor at a time.
 
 The result equals, byte for byte, the file that ``save`` writes for the same model converted in memory with
 ``embeddings="4bit"``: a file's bytes depend only on its tensors, and codes and scales only on the weights.

@@ -1,6 +1,6 @@
 """Products with stored weights, computed by the backend of a tensor's device; and the selection of the CPU's.
 
-A weight is a float16 or bfloat16 tensor (out, in), or a 4-bit ``QuantizedTensor``:
+A weight is a float16 or bfloat16 tensor (out, in), or a ``QuantizedTensor`` in 4 or 8 bits:
 
     linear(x, weight, dtype, bias, (A, B, s))  (batch, in) -> (batch, out)  x @ W.T + bias + s (x @ A.T) @ B.T
     input_grad(grad, weight, dtype)   (batch, out) -> (batch, in)   grad @ W

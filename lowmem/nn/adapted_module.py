@@ -87,7 +87,7 @@ def _of_single_adapter(name: str) -> Any:
 
 
 class LoRALinear(AdaptedModule):
-    """Base of nn.Linear, HalfLinear, Linear4Bit and Linear8Bit with adapters: ``y = W x + b + sum s B A x``.
+    """Base of the classes of ``adapted_forward.LINEAR`` with adapters: ``y = W x + b + sum s B A x``.
 
     ``convert`` and ``add_adapter`` change a layer's class to a subclass of both this and the layer's own class.
     """

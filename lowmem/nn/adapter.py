@@ -1,4 +1,4 @@
-"""The LoRA technique, and ``Adapter``: the pair of thin matrices that adapts one parameter of a layer.
+"""``Adapter``: the pair of thin matrices with which LoRA adapts one parameter of a layer.
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
 """

@@ -107,7 +107,7 @@ class CodedModule(StoredModule):
     def _weight_form(self) -> CodedForm:
         form = self._forms["weight"].form if "weight" in self._forms else None
         if not isinstance(form, CodedForm):
-            raise AttributeError(f"{type(self).__name__} has no weight in 4 bits")
+            raise AttributeError(f"{type(self).__name__} has no weight in 4 or 8 bits")
         return form
 
     def get_extra_state(self) -> Any:

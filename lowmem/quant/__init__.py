@@ -1,1 +1,1 @@
-"""Block-wise 4-bit quantization: formats, packing, scales and the quantized tensor. Tensors only, no modules."""
+"""Block-wise quantization to 4 and 8 bits: formats, packing, scales, the quantized tensor. No modules."""

@@ -37,7 +37,7 @@ class Activation(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a device computes: products with stored weights, rows of 4-bit ones, and row-wise functions of training.
+    """What a device computes: products with stored weights, their dequantized rows, row-wise functions of training.
 
     No method may hold a whole dequantized weight. ``lowmem.kernels.reference`` defines the results and documents the
     arguments: of ``dequantize``, ``quantize_rows``, ``encode_8bit`` and ``decode_8bit`` bit for bit, of all others
@@ -85,7 +85,7 @@ class Backend(Protocol):
         ...
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
+        """Return rows of a quantized matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
         ...
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:

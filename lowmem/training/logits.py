@@ -247,7 +247,6 @@ def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None =
 
 @cache
 def _delayed(kind: type[Any]) -> type[LazyOutput]:
-    # No __module__ of torch.nn: torch 2.4 does not trace into the forward of classes whose __module__ is torch's.
     made: type[LazyOutput] = type(f"Lazy{kind.__name__}", (LazyOutput, kind), {"plain_class": kind})
     return made
 

@@ -15,15 +15,11 @@ A fault is an entry::
 
 from __future__ import annotations
 
+import tomllib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-
-try:
-    import tomllib
-except ModuleNotFoundError:  # Python 3.10, where pytest brings it
-    import tomli as tomllib  # type: ignore[no-redef]
 
 LIST = Path(__file__).with_name("c.toml")
 
