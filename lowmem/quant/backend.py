@@ -37,7 +37,7 @@ class Activation(NamedTuple):
 
 
 class Backend(Protocol):
-    """What a device computes: products with stored weights, their dequantized rows, row-wise functions of training.
+    """What a device computes: products with stored weights, their dequantized rows, functions of rows.
 
     No method may hold a whole dequantized weight. ``lowmem.kernels.reference`` defines the results and documents the
     arguments: of ``dequantize``, ``quantize_rows``, ``encode_8bit`` and ``decode_8bit`` bit for bit, of all others
