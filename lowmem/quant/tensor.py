@@ -34,8 +34,8 @@ DEVICE_SCRATCH_BYTES = 144 * 2**20
 since each starts some ten kernels."""
 
 BYTES_PER_WEIGHT = 18
-"""Peak scratch of ``QuantizedTensor.restore``: an unpacked code (1 byte, 2 in a row of one weight), its index (4), the
-value (4), and the scale (at most 8, where the last block is short)."""
+"""Peak scratch of ``QuantizedTensor.restore``: an unpacked code (1 byte, 2 in a row of one weight), its index (4),
+the value (4), and the scale (at most 8, where the last block is short)."""
 
 
 def row_chunks(
