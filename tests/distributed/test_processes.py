@@ -77,11 +77,11 @@ def test_an_error_of_all_processes_is_told_by_the_first(rank, monkeypatch, capsy
     assert processes.started_rank() == 0
     rank(0)
     told = line_of(*missing)
-    assert "'missing' is no folder" in told
+    assert "'missing' is neither an existing folder" in told
     rank(1)
     assert processes.started_rank() == 1
     assert line_of(*missing) == ""
-    assert "'other' is no folder" in line_of("fit", "other")  # an error of this one alone
+    assert "'other' is neither an existing folder" in line_of("fit", "other")  # an error of this one alone
     rank(1, restart=1)
     assert line_of(*missing) == told  # rank 0 has none since all were started anew
     rank(0, restart=2)
