@@ -28,7 +28,7 @@ __all__ = [
     "AdaptedModule",
     "LoRALinear",
     "adapted_copy",
-    "put_in_place",
+    "become_adapted",
     "share_table",
     "share_tied_adapters",
     "table_of",
@@ -209,7 +209,7 @@ def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
                 parts[parameter] = known.setdefault((table, name, parameter, adapter.technique), adapter)
 
 
-def put_in_place(module: nn.Module, other: nn.Module) -> None:
+def become_adapted(module: nn.Module, other: nn.Module) -> None:
     """Give a module, in place, the class and attributes of ``other``, a copy of it with or without adapters.
 
     Its hooks, mode and other children stay.

@@ -20,7 +20,7 @@ from lowmem.transforms.assign import divided, techniques_by_layer
 from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of
 from lowmem.transforms.budget import Chosen
 from lowmem.transforms.commit import commit
-from lowmem.transforms.dense_report import left_dense
+from lowmem.transforms.dense_report import warning_of_dense
 from lowmem.transforms.placement import unnamed_places, warning_of_ties, warning_of_unnamed
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Technique, module_paths
@@ -108,7 +108,7 @@ def convert(
     paths = module_paths(model)
     adapted = {layer: paths[layer][0] for layer, new in replacements.items() if isinstance(new, AdaptedModule)}
     refuse_layers("convert", adapted)
-    told = [left_dense(model, replacements, type(techniques[0]), where, skip), warning_of_ties(model, adapted)]
+    told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip), warning_of_ties(model, adapted)]
     unnamed = unnamed_places(model, adapted, where)
     commit(model, replacements)
     told.append(warning_of_unnamed(model, "default", unnamed))

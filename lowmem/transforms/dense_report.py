@@ -13,13 +13,13 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.registry import Technique, module_paths, parameters_to_store, skip_reason
 from lowmem.transforms.select import select_modules
 
-__all__ = ["left_dense"]
+__all__ = ["warning_of_dense"]
 
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
 _FEW = 2**16  # bytes: where no more stay dense, convert warns if matrices alone are more than that share
 
 
-def left_dense(
+def warning_of_dense(
     model: nn.Module,
     replacements: Mapping[nn.Module, nn.Module],
     technique: type[Technique],

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem import measure
 from lowmem.errors import describe, printable
-from lowmem.nn.adapted_module import AdaptedModule, put_in_place, share_table, table_of
+from lowmem.nn.adapted_module import AdaptedModule, become_adapted, share_table, table_of
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import Folded, fold_module, without_adapters
 from lowmem.nn.forms import CodedForm
@@ -409,7 +409,7 @@ def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype | None, *args: Any
 def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     """Let an adapted layer compute with the parameters of another module, inside the block."""
     kind, own, children = type(layer), layer.__dict__, dict(layer._modules)
-    put_in_place(layer, other if dtype is None else _widened(layer, other))  # models may read the weight, too
+    become_adapted(layer, other if dtype is None else _widened(layer, other))  # models may read the weight, too
     if dtype is not None:
         layer.__dict__["forward"] = partial(_in_dtype, other.forward, dtype)
     try:

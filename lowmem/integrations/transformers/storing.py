@@ -18,7 +18,7 @@ from lowmem.quant.quantize import relative_error
 from lowmem.transforms.assign import techniques_by_layer
 from lowmem.transforms.budget import losses_of
 from lowmem.transforms.convert import rebuild_all
-from lowmem.transforms.dense_report import left_dense
+from lowmem.transforms.dense_report import warning_of_dense
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.store import store_parameters
@@ -60,7 +60,7 @@ class Storing:
     ) -> None:
         known = None if losses is None else lambda name, _: losses.get(name)
         made: dict[Any, Any] = rebuild_all(model, (technique,), None, skip, None, _shapes_of, known)
-        self.warning = left_dense(model, made, type(technique), None, skip)
+        self.warning = warning_of_dense(model, made, type(technique), None, skip)
         self._skeletons: dict[nn.Module, StoredModule] = made
         self._techniques: dict[nn.Module, Any] = {
             module: own for module, (own,) in techniques_by_layer(model, (technique,), made, None).items()
