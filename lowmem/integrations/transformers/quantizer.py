@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Container, Mapping
 from contextlib import ExitStack
-from copy import deepcopy
+from copy import copy, deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -420,7 +420,19 @@ def adopt(model: nn.Module) -> None:
         if isinstance(quantizer, LowmemQuantizer):
             quantizer.attach(module)
             module.hf_quantizer = quantizer
+            if module.base_model is not module:  # a base model shares its config with a model around it
+                _own_config(module)
             module.config.quantization_config = quantizer.quantization_config = config
+
+
+def _own_config(model: Any) -> None:
+    """Give a model a config object of its own: other models may have been made of the same object, and are dense."""
+    shared = model.config
+    if not isinstance(getattr(shared, "quantization_config", None), LowmemConfig):
+        own = copy(shared)
+        for module in model.modules():
+            if vars(module).get("config") is shared:
+                module.config = own
 
 
 def _ties_of_parts(model: Any, target: str, source: str) -> dict[str, str]:

@@ -233,6 +233,17 @@ def test_a_model_that_is_converted_has_a_class_of_its_own_under_the_same_name(tm
     assert not hasattr(inner.config, "quantization_config")
 
 
+def test_a_model_of_the_same_config_object_stays_dense(tmp_path):
+    config = CONFIGS["llama"]
+    model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    lowmem.convert(model, FourBit("nf4"))
+    assert not hasattr(config, "quantization_config")
+    assert {id(one.config) for one in model.modules() if hasattr(one, "config")} == {id(model.config)}
+    for number, one in enumerate((other, model)):
+        one.save_pretrained(tmp_path / f"{number}")
+        assert_same(load(tmp_path / f"{number}"), one)
+
+
 def test_a_model_whose_inner_one_was_converted_says_so_in_its_config(tmp_path):
     """The class of the outer one is that of transformers, which writes the config that both share."""
     model = load(write(tmp_path / "dense", "llama"))
