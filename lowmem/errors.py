@@ -49,7 +49,7 @@ class WriteError(OSError):
     Attributes:
         path: of the file or folder.
         said: by the system, on why.
-        number: the system's, of the error; None: unknown.
+        number: the system's number of the error; None: it is unknown.
     """
 
     path: str

@@ -54,7 +54,7 @@ class Case:
         gates: which are run: ``latency`` (with instructions), ``memory``, ``resident``, or the gate of
             the guide, ``guide``, also with a ``slower`` candidate.
         busy: how many other processes keep a core busy each.
-        decided: the least number of runs that must not be undecided; None: all runs.
+        decided: at least so many runs must pass or fail, and not be undecided; None: all runs.
     """
 
     name: str

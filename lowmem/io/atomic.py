@@ -127,7 +127,7 @@ def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
 
     Args:
         within: the folder to make it in.
-        target: what errors of writing in it name; None: ``within``.
+        target: the path that errors of writing name; None: ``within``.
 
     Raises:
         OSError: it cannot be made, or written.

@@ -12,9 +12,8 @@ Behdin et al., QuantEase, arXiv 2309.01885, section 3.
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
-from lowmem.quant.backend import backend_of
+from lowmem.quant.backend import Columns, backend_of
 from lowmem.quant.formats import Format
 
 __all__ = ["PANEL", "round_columns", "round_in_torch"]
@@ -23,42 +22,14 @@ PANEL = 64
 """Columns of a call, at most: ``MOST_COLUMNS`` of csrc/columns.h, and what stays in a processor's cache."""
 
 
-def round_columns(
-    form: Format,
-    values: Tensor,
-    scales: Tensor,
-    pivots: Tensor,
-    matrix: Tensor,
-    approximate: Tensor,
-    codes: Tensor,
-    descends: bool,
-) -> None:
-    """Round columns one after the other; a row of each tensor but ``matrix`` is a column of the weight.
-
-    Args:
-        form: of the codes.
-        values: float32 (columns, out), contiguous; becomes the changes d.
-        scales: float32 (columns, out): of each number's block. A scale of 0 has the zero code.
-        pivots: float32 (columns,), not 0.
-        matrix: float32 (columns, columns): M, of which what is left of the diagonal is read.
-        approximate: float32 (columns, out): what the codes stand for; before, too, in a descent.
-        codes: uint8 (columns, out), which are written.
-        descends: whether it is a step of coordinate descent.
-    """
-    backend_of(values).round_columns(form, values, scales, pivots, matrix, approximate, codes, descends)
+def round_columns(form: Format, columns: Columns, descends: bool) -> None:
+    """Round columns one after the other; ``descends`` says whether it is a step of coordinate descent."""
+    backend_of(columns.values).round_columns(form, columns, descends)
 
 
-def round_in_torch(
-    form: Format,
-    values: Tensor,
-    scales: Tensor,
-    pivots: Tensor,
-    matrix: Tensor,
-    approximate: Tensor,
-    codes: Tensor,
-    descends: bool,
-) -> None:
+def round_in_torch(form: Format, columns: Columns, descends: bool) -> None:
     """Compute ``round_columns``, by definition."""
+    values, scales, pivots, matrix, approximate, codes = columns
     levels, boundaries = (
         torch.tensor(numbers, dtype=torch.float32, device=values.device) for numbers in (form.levels, form.boundaries)
     )

@@ -15,7 +15,7 @@ from lowmem.kernels.columns import PANEL, round_in_torch
 from lowmem.kernels.entropy import entropies_in_torch
 from lowmem.kernels.memory import TYPES, floats, is_batch, is_float, is_real, is_traced
 from lowmem.kernels.rowwise import gated_grad_in_torch, gated_in_torch, norm_grad_in_torch, norm_in_torch
-from lowmem.quant.backend import Activation
+from lowmem.quant.backend import Activation, Columns
 from lowmem.quant.formats import Format
 
 __all__ = ["CpuRows"]
@@ -123,22 +123,13 @@ class CpuRows:
         self.native.decode8(self._isa, torch.get_num_threads(), TYPES[dtype], len(codes), *addresses)
         return out
 
-    def round_columns(
-        self,
-        form: Format,
-        values: Tensor,
-        scales: Tensor,
-        pivots: Tensor,
-        matrix: Tensor,
-        approximate: Tensor,
-        codes: Tensor,
-        descends: bool,
-    ) -> None:
+    def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
         """Round columns of a weight one after the other."""
+        values, scales, pivots, matrix, approximate, codes = columns
         fits = len(form.levels) == _LEVELS and len(values) <= PANEL and not is_traced() and values.numel() > 0
         fits = fits and is_real(codes) and codes.is_contiguous() and all(map(is_float, (values, scales, approximate)))
         if not fits:
-            return round_in_torch(form, values, scales, pivots, matrix, approximate, codes, descends)
+            return round_in_torch(form, columns, descends)
         levels, boundaries = floats(form.levels), floats(form.boundaries)
         pivots, matrix = pivots.contiguous(), matrix.contiguous()
         self.native.round_columns(

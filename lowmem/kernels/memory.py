@@ -29,7 +29,7 @@ _is_compiling, _tracing, _modes = (  # called for every product: globals are fas
 
 @lru_cache(maxsize=64)
 def floats(values: tuple[float, ...]) -> array[float]:
-    """Return numbers for C, in float32; not a tensor, of which an active dispatch mode could make another."""
+    """Return numbers for C, in float32; not as a tensor, which an active dispatch mode could replace."""
     return array("f", values)
 
 

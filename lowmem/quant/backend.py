@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowmem.quant.formats import Format
     from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["ANY", "Activation", "Backend", "LowRank", "Weight", "backend_for", "backend_of", "set_backend"]
+__all__ = ["ANY", "Activation", "Backend", "Columns", "LowRank", "Weight", "backend_for", "backend_of", "set_backend"]
 
 Weight: TypeAlias = "Tensor | QuantizedTensor"
 """A stored weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape."""
@@ -34,6 +34,26 @@ class Activation(NamedTuple):
 
     terms: tuple[float, ...]
     of_erf: bool = False
+
+
+class Columns(NamedTuple):
+    """Columns of a weight that are rounded; a row of each tensor but ``matrix`` is a column of the weight.
+
+    Attributes:
+        values: float32 (columns, out), contiguous; becomes the changes d of ``lowmem.kernels.columns``.
+        scales: float32 (columns, out): of each number's block. A scale of 0 has the zero code.
+        pivots: float32 (columns,), not 0.
+        matrix: float32 (columns, columns): M, of which only the part left of the diagonal is read.
+        approximate: float32 (columns, out): the values of the codes; in a descent those before it, too.
+        codes: uint8 (columns, out), which are written.
+    """
+
+    values: Tensor
+    scales: Tensor
+    pivots: Tensor
+    matrix: Tensor
+    approximate: Tensor
+    codes: Tensor
 
 
 class Backend(Protocol):
@@ -126,17 +146,7 @@ class Backend(Protocol):
         """Return ``codes * scales`` in ``dtype``."""
         ...
 
-    def round_columns(
-        self,
-        form: Format,
-        values: Tensor,
-        scales: Tensor,
-        pivots: Tensor,
-        matrix: Tensor,
-        approximate: Tensor,
-        codes: Tensor,
-        descends: bool,
-    ) -> None:
+    def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
         """Round columns of a weight one after the other (``lowmem.kernels.columns``)."""
         ...
 

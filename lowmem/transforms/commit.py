@@ -68,7 +68,7 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Non
 
 
 def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
-    """Return the classes of which a module can become what was made."""
+    """Return the classes whose modules can become ``made``."""
     plain: Any = made._plain_class if isinstance(made, AdaptedModule) else type(made)
     before = [plain.dense_class] if issubclass(plain, StoredModule) else []
     return [*before, plain] if isinstance(made, AdaptedModule) else before

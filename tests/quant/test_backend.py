@@ -15,7 +15,7 @@ from lowmem.kernels.codes import code, decode
 from lowmem.kernels.columns import round_columns
 from lowmem.kernels.entropy import entropies
 from lowmem.quant import backend
-from lowmem.quant.backend import Backend, backend_for, backend_of
+from lowmem.quant.backend import Backend, Columns, backend_for, backend_of
 from tests.selection import rows_in_one_case
 
 METHODS = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "fast_bfloat16"}
@@ -62,7 +62,8 @@ def test_all_that_is_computed_for_a_device_is_asked_of_its_backend(recording):
     rowwise.gated_grad(x, x, x, silu, (torch.empty_like(x), rowwise.gated(x, x, silu)))
     entropies(x, torch.zeros(2, dtype=torch.int64), 0.0, True)
     decode(*code(torch.randn(64))[:2], torch.float32)
-    round_columns(form, x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte(), False)
+    columns = Columns(x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte())
+    round_columns(form, columns, False)
     assert recording.asked == METHODS
     assert kernels.fast_bfloat16(x) is False
 

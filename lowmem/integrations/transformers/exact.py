@@ -69,12 +69,12 @@ def from_exact(
         config: of the model; None: that of the folder, or of a GGUF file's metadata.
         dtype: of what is dense, and of what the rest computes in; "auto": that of the config, or of the first dense
             weight, or float32.
-        requantizing: what of the weights is quantized again; None: nothing.
+        requantizing: quantizes weights again; None: no weight is.
         **options: for ``from_pretrained``, such as ``device_map``.
 
     Raises:
         FileError: files that lowmem does not read, without 4-bit weights, or with some that cannot be kept exactly;
-            a GGUF file of which the model's config says otherwise what it computes.
+            a GGUF file whose fields contradict the model's config.
         ValueError: a weight of another shape than the model's, or a ``device_map`` with a disk.
     """
     path = Path(source)
@@ -276,7 +276,7 @@ class _Exact:
         if not self.layers and (coded or file.kind != "gguf"):  # which is read as it is, dense ones, too
             raise refusal(
                 self._source,
-                "it has no 4-bit weights of the model, of which codes could be kept: load it by from_pretrained, and "
+                "it has no 4-bit weights of the model, whose codes could be kept: load it by from_pretrained, and "
                 "to quantize it give quantization_config=LowmemConfig(FourBit('nf4'))",
                 "load",
             )

@@ -211,7 +211,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Return the model's config, of which no module was made yet.
+        """Return the model's config, before any module of the model is made.
 
         Raises:
             ValueError: it asks for more layers or experts than any model has.
@@ -345,7 +345,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return tied
 
     def expect_parts(self, model: Any, tied: Mapping[str, str]) -> None:
-        """Note what there is to load of a model whose modules have become those that store weights."""
+        """Note which tensors are to be loaded, once the model's modules are those that store weights."""
         ties: dict[str, str] = {}
         for target, source in tied.items():
             ties |= _ties_of_parts(model, target, source)

@@ -60,7 +60,7 @@ def config_of(model: nn.Module) -> LowmemConfig | None:
 
 
 class SavedModel:
-    """Base of the generated classes of transformers' models of which lowmem stores or adapts weights.
+    """Base of the generated classes of transformers' models whose weights lowmem stores or adapts.
 
     Attributes:
         own_class: the model's class before.

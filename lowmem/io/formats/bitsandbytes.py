@@ -222,7 +222,7 @@ def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
 
 
 def _packed(weight: QuantizedTensor, size: int, shape: Sequence[int], dtype: torch.dtype) -> Packed:
-    """Return a weight in blocks of ``size``, of which ``shape`` is noted."""
+    """Return a weight in blocks of ``size``, with ``shape`` noted."""
     kind = _KINDS[weight.format]
     order = torch.tensor(_ORDER[kind])
     inverse = order.argsort().to(weight.packed.device, torch.uint8)

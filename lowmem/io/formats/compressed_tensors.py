@@ -221,7 +221,7 @@ def pack_again(
     Args:
         values: of the weight.
         dtype: of the model.
-        stored: the weight as it is stored; None: it is transposed there.
+        stored: the stored weight; None: the model stores its transpose.
 
     Raises:
         ValueError: a scale that ``dtype`` cannot hold.

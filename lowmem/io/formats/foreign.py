@@ -26,7 +26,7 @@ class Target:
     Args:
         write: ``write(source, out, requantize=..., progress=..., **options)`` writes it and returns the rows. When it
             raises ValueError, FileError or OSError it has written nothing.
-        ending: of the names of its files; None: it is a folder.
+        ending: of the file's name; None: the format writes a folder.
         options: names of further arguments of ``write``, of those that ``export`` has.
     """
 

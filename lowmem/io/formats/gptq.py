@@ -88,7 +88,7 @@ def _zeros(parts: Parts, outputs: int, config: Mapping[str, Any]) -> Tensor:
     """Return the zero point of each group and output, int32 (groups, out).
 
     Raises:
-        ValueError: nothing tells of which version they are.
+        ValueError: nothing tells their version.
     """
     stored = unpacked(parts.read("qzeros"), outputs).int()
     kind = config.get("checkpoint_format")

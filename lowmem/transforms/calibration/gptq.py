@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lowmem.kernels.columns import PANEL, round_columns
 from lowmem.nn.techniques import FourBit
+from lowmem.quant.backend import Columns
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from lowmem.quant.quantize import quantize
@@ -169,9 +170,8 @@ class _Fit:
             approximate -= offsets
             if not descends:
                 values -= offsets
-        round_columns(
-            self.form, values, self.scales[blocks], pivots, matrix, approximate, self.codes[panel], descends
-        )
+        columns = Columns(values, self.scales[blocks], pivots, matrix, approximate, self.codes[panel])
+        round_columns(self.form, columns, descends)
         if offsets is not None:
             approximate += offsets
         return values
