@@ -1,0 +1,142 @@
+"""Language models to generate text with: opened from folders, GGUF files and adapters, each with its tokenizer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TextStreamer
+
+from lowmem.errors import describe, printable, refusal, show
+from lowmem.integrations.transformers.folder import load_folder, load_gguf
+from lowmem.integrations.transformers.tokenizing import TextTokenizer, tokenizer_errors, tokenizer_in, tokenizer_of
+from lowmem.io.adapters import load_adapter
+from lowmem.io.atomic import open_regular, read_errors, starts_with
+from lowmem.io.formats.gguf.container import MAGIC
+from lowmem.io.formats.peft.reading import CONFIG
+from lowmem.transforms.adapters import activate, adapter_names
+
+__all__ = ["CountingStreamer", "base_of_adapter", "end_tokens", "is_adapter", "open_language_model"]
+
+
+class CountingStreamer(TextStreamer):  # type: ignore[misc]
+    """Writes the text of the new tokens to stdout as they are made, and counts them.
+
+    Attributes:
+        count: of the new tokens, with those that end a text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.count = 0
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, at first, or the next tokens."""
+        self.count += 0 if self.next_tokens_are_prompt else value.numel()
+        super().put(value)
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a folder holds an adapter of PEFT, and no model of its own."""
+    return (path / CONFIG).exists() and not (path / "config.json").exists()
+
+
+def base_of_adapter(folder: Path) -> Path:
+    """Return the base that an adapter's folder names, as a path.
+
+    Raises:
+        FileError: it names none, or one that is not on this machine.
+        OSError: its config cannot be read.
+    """
+    file = folder / CONFIG
+    with open_regular(file) as opened, read_errors(file):
+        content = opened.read()
+    try:
+        name = json.loads(content).get("base_model_name_or_path")
+    except (ValueError, AttributeError, RecursionError) as reason:
+        raise refusal(file, describe(reason), "read") from reason
+    if not isinstance(name, str) or not name:
+        raise refusal(
+            file, f"base_model_name_or_path={show(name)} names no base: name it with --base", "find the base of"
+        )
+    for base in (Path(name), folder / name):
+        if base.exists():
+            return base
+    raise refusal(
+        file, f"base_model_name_or_path={show(name)} is no folder here: name it with --base", "find the base of"
+    )
+
+
+def open_language_model(path: Path, base: Path | None = None, adapter: str | None = None) -> tuple[Any, Any]:
+    """Return a causal language model in evaluation mode, and its tokenizer. No code of a folder is run.
+
+    Args:
+        path: a folder of ``save_pretrained``, dense or stored by lowmem or another program; a GGUF file; or an
+            adapter: a folder of PEFT, or a file of ``save_adapter``.
+        base: of an adapter, as ``path``; None: what its folder names.
+        adapter: the name of the one to use, where the model has several.
+
+    Raises:
+        FileError: as ``load_folder``, ``load_gguf`` and ``load_adapter``; or the adapter's base is not here.
+        ValueError: the model does not generate text, ``base`` of what is no adapter, or an ``adapter`` that it has
+            not, or several without a choice.
+    """
+    model: Any
+    is_alone = path.is_dir() and is_adapter(path)
+    is_gguf = path.is_file() and starts_with(path, MAGIC)
+    if is_alone or (path.is_file() and not is_gguf):
+        if base is None and not is_alone:
+            raise ValueError(f"adapter={str(path)!r} does not name its base: name the base with --base")
+        model, tokenizer = open_language_model(base_of_adapter(path) if base is None else base)
+        model = load_adapter(model, path).eval()
+        if is_alone and any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+            tokenizer = tokenizer_in(path)
+    elif base is not None:
+        raise ValueError(
+            f"--base={str(base)!r} applies to adapters alone, and {str(path)!r} is a model: leave it out"
+        )
+    elif is_gguf:
+        model = load_gguf(path)
+        with tokenizer_errors(path):
+            tokenizer = tokenizer_of(path)
+    else:
+        model, tokenizer = load_folder(path), tokenizer_in(path)
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise ValueError(f"model={str(path)!r} is a {type(model).__name__}, which generates no text")
+    _choose(model, path, adapter)
+    return model, tokenizer
+
+
+def _choose(model: Any, path: Path, adapter: str | None) -> None:
+    """Use one of the model's adapters.
+
+    Raises:
+        ValueError: it has several, and none is chosen; or the chosen one is not there.
+    """
+    names = adapter_names(model)
+    listed = printable(", ".join(names)) or "none"
+    if adapter is not None and adapter not in names:
+        raise ValueError(f"--adapter={adapter!r} is no adapter of {str(path)!r}, which has {listed}")
+    if adapter is None and len(names) > 1:
+        raise ValueError(f"{str(path)!r} has several adapters: choose one of {listed} with --adapter")
+    if names:
+        activate(model, adapter or names[0])
+
+
+def end_tokens(model: Any, tokenizer: Any, chat: bool) -> Sequence[int]:
+    """Return the tokens that end a text: the model's, the tokenizer's, and those that end an answer in a chat.
+
+    Raises:
+        ValueError: ``chat`` of a tokenizer whose template is missing, or refuses messages.
+    """
+    found = model.generation_config.eos_token_id
+    ends = {*(found if isinstance(found, list) else [found]), tokenizer.eos_token_id}
+    if chat:
+        answer = "An answer"
+        messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
+        said = [text for text, counts in TextTokenizer(tokenizer).chat(messages) if counts][-1]
+        after = tokenizer(said.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        ends |= {token for token in after if token in tokenizer.all_special_ids}
+    return sorted(ends - {None})

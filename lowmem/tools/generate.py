@@ -1,0 +1,155 @@
+"""``lowmem generate``: lets a language model continue a text or answer in a chat."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from lowmem.errors import describe
+from lowmem.finetuning.metrics import peak_memory
+from lowmem.tools.device import device_of
+from lowmem.tools.models import MIB, check_links, file_path, number, positive_int, seed
+
+__all__ = ["add_arguments", "run"]
+
+INTERRUPTED = 130  # 128 + SIGINT: what shells report
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "model",
+        type=file_path,
+        metavar="MODEL",
+        help="a folder of a model or an adapter, a GGUF file, or an adapter's file",
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", metavar="TEXT", help="text to continue (default: standard input)")
+    what.add_argument(
+        "--chat", action="store_true", help="answer each line of standard input, by the tokenizer's chat template"
+    )
+    parser.add_argument(
+        "--base", type=file_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
+    )
+    parser.add_argument("--adapter", metavar="NAME", help="the adapter to use, of a model with several")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=positive_int,
+        default=256,
+        metavar="N",
+        help="the most tokens of a text (default 256)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=number,
+        metavar="T",
+        help="of sampling; 0 takes the likeliest token (default: the model's)",
+    )
+    parser.add_argument(
+        "--top-p", type=_share, metavar="P", help="sample of the likeliest tokens with this probability"
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default 0)")
+    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default cpu)")
+
+
+def _share(text: str) -> float:
+    value = number(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
+    return value
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    check_links(arguments.model)
+    device = device_of(arguments.device)
+    if arguments.prompt is None and not arguments.chat and sys.stdin.isatty():
+        raise ValueError("there is no prompt: give --prompt TEXT or --chat, or write it to standard input")
+    from lowmem.integrations.transformers.config_facts import held_back
+    from lowmem.integrations.transformers.generating import end_tokens, open_language_model
+
+    with held_back():
+        model, tokenizer = open_language_model(arguments.model, arguments.base, arguments.adapter)
+        ends = end_tokens(model, tokenizer, arguments.chat)
+    generator = _Generator(model.to(device), tokenizer, ends, arguments)
+    torch.manual_seed(arguments.seed)
+    try:
+        if arguments.chat:
+            _chat(generator)
+        else:
+            prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
+            generator.answer(tokenizer(prompt, return_tensors="pt"))
+    except KeyboardInterrupt:
+        print(flush=True)
+        generator.tell()
+        return INTERRUPTED
+    generator.tell()
+    return 0
+
+
+def _chat(generator: _Generator) -> None:
+    """Answer each line of standard input until it ends."""
+    messages: list[dict[str, str]] = []
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line:
+            return
+        if line.strip():
+            messages.append({"role": "user", "content": line.strip()})
+            messages.append({"role": "assistant", "content": generator.reply(messages)})
+
+
+class _Generator:
+    """Generates texts, and measures how fast."""
+
+    def __init__(self, model: Any, tokenizer: Any, ends: Any, arguments: argparse.Namespace) -> None:
+        self._model, self._tokenizer, self._count, self._seconds = model, tokenizer, 0, 0.0
+        self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": ends}
+        if arguments.temperature == 0:
+            self._options["do_sample"] = False
+        elif arguments.temperature is not None or arguments.top_p is not None:
+            chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+            self._options |= {"do_sample": True} | {name: one for name, one in chosen.items() if one is not None}
+        if tokenizer.pad_token_id is None:
+            self._options["pad_token_id"] = ends[0] if ends else None
+
+    def reply(self, messages: list[dict[str, str]]) -> str:
+        """Write the answer to the messages of a chat, and return it."""
+        try:
+            inputs = self._tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        except Exception as reason:  # templates are programs, which raise anything
+            raise ValueError(f"the tokenizer's chat template refuses the messages: {describe(reason)}") from reason
+        return self.answer(inputs)
+
+    def answer(self, inputs: Any) -> str:
+        """Write the text that follows the inputs, and return it."""
+        from lowmem.integrations.transformers.generating import CountingStreamer
+
+        streamer = CountingStreamer(self._tokenizer)
+        given = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+        length = given["input_ids"].shape[1]
+        if not length:
+            raise ValueError("the prompt has no tokens: write a text to continue")
+        start = perf_counter()
+        try:
+            made = self._model.generate(**given, **self._options, streamer=streamer)
+        finally:
+            self._count += streamer.count
+            self._seconds += perf_counter() - start
+        text: str = self._tokenizer.decode(made[0, length:], skip_special_tokens=True)
+        return text
+
+    def tell(self) -> None:
+        """Print how fast it was, and what the process took."""
+        peak = peak_memory(self._model.device)
+        memory = "" if peak is None else f"; peak memory {peak / MIB:.0f} MiB"
+        speed = self._count / max(self._seconds, 1e-9)
+        print(f"{self._count} tokens in {self._seconds:.1f} s: {speed:.1f} tokens a second{memory}", file=sys.stderr)

@@ -1,0 +1,50 @@
+"""``lowmem serve``: starts the server of transformers, which can then load what lowmem has stored."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from lowmem.errors import refusal
+from lowmem.tools.models import check_links, file_path
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("folder", type=file_path, metavar="FOLDER", help="a folder of a model, dense or stored")
+    parser.add_argument(
+        "options",
+        nargs=argparse.REMAINDER,
+        metavar="...",
+        help="options of `transformers serve`, as --port 8000: see `transformers serve --help`",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Run the command, until the server is stopped."""
+    folder: Path = arguments.folder
+    check_links(folder)
+    from transformers.utils.import_utils import is_serve_available
+
+    from lowmem.integrations.transformers.folder import check
+    from lowmem.integrations.transformers.generating import is_adapter
+
+    if is_adapter(folder):
+        why = f"it is an adapter: merge it, lowmem merge BASE {folder} OUT, and serve OUT"
+        raise refusal(folder, why, "serve")
+    check(folder, "serve")
+    if not is_serve_available():
+        raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")
+    (script,) = entry_points(group="console_scripts", name="transformers")
+    given, sys.argv = sys.argv, ["transformers", "serve", str(folder.resolve()), *arguments.options]
+    try:
+        script.load()()
+    except SystemExit as stop:  # Ctrl-C, or an option that the server refuses
+        return stop.code if isinstance(stop.code, int) else 1
+    finally:
+        sys.argv = given
+    return 0

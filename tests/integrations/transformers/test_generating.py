@@ -1,0 +1,41 @@
+"""Models to generate text with: where an adapter's base is, and which tokens end a text."""
+
+import json
+
+import pytest
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowmem.errors import FileError
+from lowmem.integrations.transformers.generating import base_of_adapter, end_tokens, is_adapter
+from tests.integrations.transformers.folders import write
+from tests.integrations.transformers.tokens import write_tokenizer
+
+CHAT = "{% for m in messages %}<s>{{ m['content'] }}<s>\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+
+
+def test_all_tokens_that_end_an_answer_end_it(tmp_path):
+    write_tokenizer(write(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    model.generation_config.eos_token_id = [7, 8]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    tokenizer.chat_template = CHAT
+    assert end_tokens(model, tokenizer, chat=False) == [1, 7, 8]
+    assert end_tokens(model, tokenizer, chat=True) == [0, 1, 7, 8]
+
+
+@pytest.mark.parametrize("name", [None, "org/model", 3])
+def test_an_adapter_without_a_base_here_is_refused(tmp_path, name):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    assert is_adapter(tmp_path)
+    with pytest.raises(FileError, match="name it with --base"):
+        base_of_adapter(tmp_path)
+
+
+def test_a_base_is_found_from_the_adapters_own_folder(tmp_path):
+    for folder in ("base", "adapter"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "../base"}')
+    assert base_of_adapter(tmp_path / "adapter").samefile(tmp_path / "base")

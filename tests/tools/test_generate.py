@@ -1,0 +1,148 @@
+"""``lowmem generate`` writes what the model's own ``generate`` makes, for each kind of file that holds a model."""
+
+import io
+import json
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import lowmem
+from lowmem.__main__ import main
+from tests.integrations.transformers.folders import write
+from tests.integrations.transformers.tokens import write_tokenizer
+
+CHAT = "{% for m in messages %}<s>{{ m['content'] }}<s>\n{% endfor %}{% if add_generation_prompt %}<s>{% endif %}"
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A dense folder, a stored one, an adapter of each, and the stored one with two adapters."""
+    home = tmp_path_factory.mktemp("generate")
+    write_tokenizer(write(home / "dense"))
+    assert main(["quantize", str(home / "dense"), str(home / "stored")]) == 0
+    for name in ("dense", "stored"):
+        model = lowmem.add_adapter(AutoModelForCausalLM.from_pretrained(home / name), "default", lowmem.LoRA(4))
+        spread(model)
+        lowmem.save_adapter(model, home / f"adapter of {name}", format="peft")
+        file = home / f"adapter of {name}" / "adapter_config.json"
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(home / name)}))
+    lowmem.save_adapter(model, home / "adapter.safetensors")
+    spread(lowmem.add_adapter(model, "other", lowmem.LoRA(4)))
+    model.save_pretrained(home / "two")
+    write_tokenizer(home / "two")
+    return home
+
+
+def spread(model) -> None:
+    """Give adapters values that change what the model predicts."""
+    torch.manual_seed(5)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("lora_b"):
+                value.normal_()
+
+
+def expected(model, folder, prompt: str = "abc", **options) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(prompt, return_tensors="pt")
+    found = model.generate(**inputs, max_new_tokens=8, eos_token_id=1, **options)
+    return tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def generated(capsys, *arguments) -> str:
+    assert main(["generate", *map(str, arguments), "--max-new-tokens", "8"]) == 0
+    found = capsys.readouterr()
+    assert "tokens a second; peak memory" in found.err
+    return found.out.removesuffix("\n")
+
+
+@pytest.mark.parametrize("name", ["dense", "stored", "adapter of dense", "adapter of stored", "adapter.safetensors"])
+def test_the_text_is_that_of_the_models_own_generate(folders, capsys, name):
+    base = folders / ("dense" if name.endswith("dense") else "stored")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    if name not in ("dense", "stored"):
+        lowmem.load_adapter(model, folders / name)
+    more = ["--base", base] if name.endswith("safetensors") else []
+    found = generated(capsys, folders / name, "--prompt", "abc", "--temperature", "0", *more)
+    assert found == expected(model.eval(), base, do_sample=False)
+    assert found
+
+
+def test_sampling_is_repeated_by_its_seed(folders, capsys):
+    options = ["--prompt", "abc", "--temperature", "2", "--top-p", "0.9"]
+    texts = [generated(capsys, folders / "stored", *options, "--seed", seed) for seed in ("1", "1", "2")]
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(folders / "stored")
+    assert texts[0] == texts[1] == expected(model, folders / "stored", do_sample=True, temperature=2.0, top_p=0.9)
+    assert texts[2] != texts[0]
+
+
+def test_one_of_several_adapters_is_chosen(folders, capsys):
+    model = AutoModelForCausalLM.from_pretrained(folders / "two")
+    for name in ("default", "other"):
+        lowmem.activate(model, name)
+        found = generated(capsys, folders / "two", "--prompt", "abc", "--temperature", "0", "--adapter", name)
+        assert found == expected(model, folders / "two", do_sample=False)
+
+
+def test_the_prompt_is_read_from_standard_input(folders, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    found = generated(capsys, folders / "dense", "--temperature", "0")
+    assert found == generated(capsys, folders / "dense", "--prompt", "abc", "--temperature", "0")
+
+
+def test_a_chat_remembers_what_was_said(folders, tmp_path, capsys, monkeypatch):
+    model = AutoModelForCausalLM.from_pretrained(folders / "dense")
+    model.save_pretrained(tmp_path / "chat")
+    tokenizer = AutoTokenizer.from_pretrained(folders / "dense")
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path / "chat")
+    said, answers = [], []
+    for question in ("hello", "and"):
+        said.append({"role": "user", "content": question})
+        prompt = tokenizer.apply_chat_template(said, add_generation_prompt=True, tokenize=False)
+        inputs = tokenizer(prompt, return_tensors="pt", add_special_tokens=False)
+        found = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=[0, 1])
+        answers.append(tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+        said.append({"role": "assistant", "content": answers[-1]})
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n\nand\n"))
+    assert generated(capsys, tmp_path / "chat", "--chat", "--temperature", "0") == "\n".join(answers)
+
+
+def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
+    from lowmem.integrations.transformers.generating import CountingStreamer
+
+    put = CountingStreamer.put
+
+    def interrupted(self, value):
+        put(self, value)
+        if self.count == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(CountingStreamer, "put", interrupted)
+    assert main(["generate", str(folders / "dense"), "--prompt", "abc"]) == 130
+    assert capsys.readouterr().err.startswith("3 tokens in ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["adapter.safetensors", "--prompt", "a"], "does not name its base: name the base with --base"),
+        (["dense", "--base", "stored", "--prompt", "a"], "applies to adapters alone"),
+        (["two", "--prompt", "a"], "choose one of default, other with --adapter"),
+        (["dense", "--prompt", "a", "--adapter", "x"], "which has none"),
+        (["dense", "--chat"], "has no chat template"),
+        (["missing", "--prompt", "a"], "missing"),
+        (["dense", "--prompt", ""], "has no tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_told_in_one_line(folders, capsys, monkeypatch, arguments, told):
+    monkeypatch.chdir(folders)
+    assert main(["generate", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert told in line
