@@ -194,7 +194,9 @@ class LatencyGate:
             try:
                 from lowmem.testing.latency import measure_speedup
             except ModuleNotFoundError as error:
-                raise ImportError(f"latency_gate needs {error.name}: pip install 'lowmem[testing]'") from error
+                from lowmem.version import install_command
+
+                raise ImportError(f"latency_gate needs {error.name}: {install_command('testing')}") from error
             found = measure_speedup(candidate, reference, *inputs, at_least=at_least, seconds=seconds, **named)
         self._session.latency.append([self._test, str(found), found.verdict])
         if found.verdict == "slower":

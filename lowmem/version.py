@@ -1,3 +1,13 @@
-"""The version, in a file of its own that the build can read without importing torch."""
+"""The version, and how lowmem is installed: in a file of its own, which the build reads without importing torch."""
+
+__all__ = ["IS_PUBLISHED", "__version__", "install_command"]
 
 __version__ = "0.1.0"
+
+IS_PUBLISHED = False
+"""Whether a package index has lowmem; ``python .ci/release.py publish`` sets this, and changes the guides with it."""
+
+
+def install_command(extra: str) -> str:
+    """Return the command that installs lowmem with an extra; before the first release it is run in a checkout."""
+    return f"pip install '{'lowmem' if IS_PUBLISHED else '.'}[{extra}]'"

@@ -10,6 +10,7 @@ from typing import Any
 
 from lowmem.errors import show
 from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.version import install_command
 
 __all__ = ["check_plot", "plot_losses"]
 
@@ -86,5 +87,5 @@ def _figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as reason:
-        raise ImportError("plot needs matplotlib: pip install 'lowmem[plot]'") from reason
+        raise ImportError(f"plot needs matplotlib: {install_command('plot')}") from reason
     return Figure(figsize=(7, 4), layout="constrained")

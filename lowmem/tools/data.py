@@ -15,6 +15,7 @@ from torch import Tensor
 from lowmem.bignet import CHANNELS
 from lowmem.errors import describe, printable
 from lowmem.io.atomic import open_regular
+from lowmem.version import install_command
 
 __all__ = ["Split", "load_data"]
 
@@ -79,7 +80,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     try:
         from sklearn.datasets import load_digits
     except ImportError as reason:
-        raise ImportError("data='digits' needs scikit-learn: pip install 'lowmem[digits]'") from reason
+        raise ImportError(f"data='digits' needs scikit-learn: {install_command('digits')}") from reason
     images, y = load_digits(return_X_y=True)
     pictures = torch.from_numpy(images).float().view(-1, 1, 8, 8)
     resized = torch.nn.functional.interpolate(pictures, size=(32, 32), mode="bilinear", align_corners=False)

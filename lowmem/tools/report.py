@@ -33,6 +33,7 @@ from lowmem.tools.models import (
 from lowmem.tools.output import progress, shown, uncut_column
 from lowmem.training.memory import TrainingMemory, training_memory
 from lowmem.variants import VARIANTS
+from lowmem.version import install_command
 
 if TYPE_CHECKING:
     from lowmem.report.footprint import Footprint
@@ -145,7 +146,7 @@ def check_extra(what: str) -> None:
             import_module(module)
     except ImportError as reason:
         raise ImportError(
-            f"{what} needs packages for its charts that are missing ({reason}): pip install 'lowmem[report]'"
+            f"{what} needs packages for its charts that are missing ({reason}): {install_command('report')}"
         ) from reason
 
 

@@ -29,6 +29,7 @@ from lowmem.training.memory import TrainingMemory, training_memory
 from lowmem.training.prepare import prepare_training
 from lowmem.transforms.adapters import adapter_names
 from lowmem.transforms.convert import convert
+from lowmem.version import install_command
 
 __all__ = ["add_step_arguments", "check_step", "print_steps"]
 
@@ -50,7 +51,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=file_path,
         metavar="FILE",
-        help="with --training: draw stacked bars to a .svg, .png or .html (pip install 'lowmem[report]')",
+        help=f"with --training: draw stacked bars to a .svg, .png or .html ({install_command('report')})",
     )
 
 

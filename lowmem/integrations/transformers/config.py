@@ -12,6 +12,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowmem.errors import show
 from lowmem.io.metadata import CONFIG_VERSION, check_config, check_keys, check_object
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
+from lowmem.version import install_command
 
 __all__ = ["METHOD", "LowmemConfig"]
 
@@ -19,7 +20,7 @@ METHOD = "lowmem: import lowmem.integrations.transformers"
 """The quantization method. transformers quotes it where it is unknown, so that it says what is missing."""
 
 NOTICE = (
-    "The weights of this folder are stored by lowmem. To load it: pip install 'lowmem[transformers]', and import "
+    f"The weights of this folder are stored by lowmem. To load it: {install_command('transformers')}, and import "
     "lowmem.integrations.transformers before from_pretrained. Without, transformers refuses their shapes."
 )
 _SKIPS = ("skip_modules", "llm_int8_skip_modules", "modules_to_not_convert")  # of other libraries' configs

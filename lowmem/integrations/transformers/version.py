@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from importlib.metadata import PackageNotFoundError, version
 
+from lowmem.version import install_command
+
 __all__ = ["OLDEST", "check"]
 
 OLDEST = (5, 24)
 """The oldest version of transformers whose loading calls a quantizer as this one needs it."""
 
-_INSTALL = "pip install 'lowmem[transformers]'"
+_INSTALL = install_command("transformers")
 
 
 def check() -> None:

@@ -13,6 +13,7 @@ from torch import nn
 from lowmem.errors import refusal, show, unbuilt
 from lowmem.io.model_folder import CONFIG
 from lowmem.transforms.roles import float32_patterns
+from lowmem.version import install_command
 
 __all__ = ["Architecture", "architecture_of"]
 
@@ -56,7 +57,7 @@ def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
         from transformers.quantizers.quantizers_utils import should_convert_module
     except ImportError as reason:
         raise ImportError(
-            f"what the model's layers are takes transformers: pip install 'lowmem[transformers]' ({reason})"
+            f"what the model's layers are takes transformers: {install_command('transformers')} ({reason})"
         ) from None
     names = config.get("architectures")
     name = names[0] if isinstance(names, list) and names else None
