@@ -85,6 +85,7 @@ def test_sampling_is_repeated_by_its_seed(folders, capsys):
 def test_one_of_several_adapters_is_chosen(folders, capsys):
     model = AutoModelForCausalLM.from_pretrained(folders / "two")
     for name in ("default", "other"):
+        lowmem.deactivate(model)
         lowmem.activate(model, name)
         found = generated(capsys, folders / "two", "--prompt", "abc", "--temperature", "0", "--adapter", name)
         assert found == expected(model, folders / "two", do_sample=False)

@@ -16,7 +16,7 @@ from lowmem.io.adapters import load_adapter
 from lowmem.io.atomic import open_regular, read_errors, starts_with
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.formats.peft.reading import CONFIG
-from lowmem.transforms.adapters import activate, adapter_names
+from lowmem.transforms.adapters import activate, adapter_names, deactivate
 
 __all__ = ["CountingStreamer", "base_of_adapter", "end_tokens", "is_adapter", "open_language_model"]
 
@@ -122,6 +122,7 @@ def _choose(model: Any, path: Path, adapter: str | None) -> None:
     if adapter is None and len(names) > 1:
         raise ValueError(f"{str(path)!r} has several adapters: choose one of {listed} with --adapter")
     if names:
+        deactivate(model)
         activate(model, adapter or names[0])
 
 
