@@ -25,9 +25,8 @@ from lowmem.errors import FileError, quoted, refusal
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
-from lowmem.finetuning.metrics import Metrics, peak_memory
-from lowmem.finetuning.plot import plot_losses
-from lowmem.finetuning.ranks import Alone, Ranks
+from lowmem.finetuning.metrics import Metrics, peak_memory, plot_losses
+from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
@@ -62,7 +61,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
             raise ValueError(f"--dry-run plans one process: leave --{how} out, and see docs/guides/many-machines.md")
         return _dry_run(arguments, job_of(arguments, folder, None, device, timeout))
     with joined(how, device, timeout) as ranks, _silent(ranks.rank > 0), _owned(arguments.save, ranks):
-        processes = None if isinstance(ranks, Alone) else ranks.world
+        processes = None if how is None else ranks.world
         return _run(arguments, job_of(arguments, folder, processes, device, timeout), ranks)
 
 

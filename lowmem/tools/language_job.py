@@ -18,8 +18,7 @@ import torch
 from lowmem.distributed.checkpoints import Checkpoints
 from lowmem.errors import FileError, quoted
 from lowmem.finetuning.loop import Outcome
-from lowmem.finetuning.metrics import check_metrics
-from lowmem.finetuning.plot import check_plot
+from lowmem.finetuning.metrics import check_metrics, check_plot
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import States, changes
 from lowmem.finetuning.text import Texts, read_examples

@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional
 
 from lowmem import perplexity
-from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.text import IGNORED
 from tests.finetuning.language import language, rows, texts
 
 
-class Both(Alone):
+class Both(Ranks):
     """One of two processes, whose sums hold what the other has found."""
 
     world = 2

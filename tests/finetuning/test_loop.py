@@ -13,8 +13,8 @@ import lowmem
 from lowmem import FineTuning, finetune
 from lowmem.finetuning.calling import logits_of
 from lowmem.finetuning.evaluation import perplexity
-from lowmem.finetuning.order import Order, part
-from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.ranks import Ranks
+from lowmem.finetuning.rows import Order, part
 from lowmem.finetuning.state import Saved, States, trained
 from lowmem.finetuning.text import IGNORED
 from tests.finetuning.language import Language, language, rows, texts
@@ -62,7 +62,7 @@ class Balanced(Language):
         return {"logits": logits, "aux_loss": logits.square().mean()}
 
 
-class Noting(Alone):
+class Noting(Ranks):
     """Notes the gradients of the steps, which it scales to nothing."""
 
     def __init__(self):
@@ -296,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_
     assert saved == []
 
 
-class NoNorm(Alone):
+class NoNorm(Ranks):
     """The gradient of one step is infinite."""
 
     calls = 0
@@ -371,7 +371,7 @@ def test_a_model_without_what_trains_and_fewer_rows_than_processes_are_refused(t
     model = Language().requires_grad_(False)
     with pytest.raises(ValueError, match="Language has no parameter that trains"):
         finetune(model, rows(model, texts(tmp_path)), SETTINGS)
-    model, ranks = language(), Alone()
+    model, ranks = language(), Ranks()
     found = rows(model, texts(tmp_path))
     ranks.world = len(found)  # a row for each is enough
     assert finetune(model, found, replace(SETTINGS, steps=1), ranks=ranks).step == 1

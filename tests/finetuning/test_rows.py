@@ -1,4 +1,4 @@
-"""Rows hold each example once, apart from the others: logits are those of each example alone."""
+"""Rows hold each example once, apart from the others; steps take each row once in each epoch."""
 
 from itertools import chain
 
@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.finetuning.calling import Calling
-from lowmem.finetuning.rows import Rows, pack
+from lowmem.finetuning.rows import Order, Rows, pack, part
 from lowmem.finetuning.text import IGNORED, Example
 from tests.finetuning.language import VOCABULARY, Language
 
+SMALL = st.integers(1, 9)
 LENGTHS = [5, 17, 3, 9, 12, 20, 2]
 
 
@@ -77,3 +78,31 @@ def test_what_cannot_be_rows_is_refused():
     with pytest.raises(ValueError, match="length=19 must be at least that of the longest example, 20 tokens"):
         Rows(examples(), 19, Calling())
     assert Rows.of(Language(), examples(), 20, VOCABULARY).calling.isolates
+
+
+@given(SMALL, SMALL, st.integers(1, 40), st.integers(0, 3))
+def test_epochs_are_permutations_that_differ(rows, per_step, total, seed):
+    order = Order(rows, per_step, seed, total)
+    taken = [order.indices(step) for step in range(order.steps)]
+    assert [len(indices) for indices in taken[:-1]] == [per_step] * (order.steps - 1)
+    stream = [*chain(*taken)]
+    assert len(stream) == total
+    for start in range(0, total - rows + 1, rows):
+        assert sorted(stream[start : start + rows]) == list(range(rows))
+    assert order.indices(order.steps - 1) == taken[-1]  # in any order of calls
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(Order(20, 20, seed, 60).indices(epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(orders) == 6
+
+
+@given(st.integers(1, 60), SMALL, st.integers(1, 5))
+def test_processes_divide_the_rows_of_a_step(rows, batch_size, world):
+    indices = list(range(100, 100 + rows))
+    parts = [part(indices, batch_size, rank, world) for rank in range(world)]
+    assert sorted(chain(*chain(*parts))) == indices
+    assert {len(own) for own in parts} == {-(-rows // (batch_size * world))}
+    assert all(len(batch) <= batch_size for own in parts for batch in own)
+    for batches in zip(*parts, strict=True):  # none has more than one row above another
+        assert max(map(len, batches)) - min(map(len, batches)) <= 1

@@ -14,7 +14,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning import loop
-from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.ranks import Ranks as Process
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.io.atomic import owned
 from lowmem.tools import language
@@ -105,8 +105,8 @@ def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
         calls = []
         step = loop._Run._step
 
-        def counted(self, number, scheduler, step=step, calls=calls, until=until):
-            step(self, number, scheduler)
+        def counted(self, number, step=step, calls=calls, until=until):
+            step(self, number)
             calls.append(number)
             if len(calls) == until:
                 raise Killed
@@ -167,7 +167,7 @@ def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
 def test_the_processes_of_one_run_are_one_owner(place):
     """The first one owns the folder, and the others learn whether it does."""
 
-    class Ranks(Alone):
+    class Ranks(Process):
         def __init__(self, rank, others=0.0):
             self.rank, self.others, self.told = rank, others, None
 

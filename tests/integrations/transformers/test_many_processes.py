@@ -131,7 +131,7 @@ def test_flags_without_processes_are_one_line(place, monkeypatch, capsys, argume
 
 
 def test_more_processes_than_rows_and_a_classifier_are_refused(place, monkeypatch, capsys):
-    class Three(language.Alone):
+    class Three(language.Ranks):
         world = 99
 
     with pytest.raises(ValueError, match="99 processes cannot share 1 rows of text: start fewer, or take more text"):
