@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -26,30 +25,11 @@ from lowmem.io.atomic import check_free, check_writable, open_regular, read_erro
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
 from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA, blockwise
-from lowmem.tools.models import check_links
-from lowmem.tools.output import shown
+from lowmem.tools.arguments import option_of
+from lowmem.tools.output import finite, shown
 from lowmem.version import __version__
 
-__all__ = ["OPTIONS", "RECORD", "Job", "Storing", "check_outputs", "finite", "job_of", "states_folder"]
-
-OPTIONS = (
-    *(
-        "format",
-        "bits",
-        "memory",
-        "length",
-        "steps",
-        "accumulate",
-        "warmup",
-        "decay",
-        "clip",
-        "eval_data",
-        "eval_share",
-    ),
-    *("eval_every", "patience", "skip_dense", "resume", "save_every", "metrics", "plot", "shard", "replicate"),
-    "timeout",
-)
-"""Attributes of the parsed arguments that mean something for folders alone."""
+__all__ = ["RECORD", "Job", "Storing", "check_outputs", "job_of", "states_folder"]
 
 LENGTH = 512
 RANK = 16
@@ -175,8 +155,7 @@ def job_of(
     evaluates = share is not None or arguments.eval_data is not None
     for name in ("eval_every", "skip_dense"):
         if getattr(arguments, name) not in (None, False) and not evaluates:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} needs held-out text: add --eval-data or --eval-share")
+            raise ValueError(f"{option_of(name)} needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
     from lowmem.integrations.transformers.config_facts import check_shapes, held_back, sizes_of
@@ -238,12 +217,7 @@ def _settings(arguments: argparse.Namespace) -> FineTuning:
 
 
 def _technique(folder: Path, name: str | None, bits: float | None = None) -> tuple[Storing, bool]:
-    """Return how to store a folder's model, None for as it is, and whether it is dense now.
-
-    Raises:
-        FileError: the folder has an adapter already, is one, or is no model's.
-        ValueError: it is stored already, and the format of another.
-    """
+    """Return how to store a folder's model, None for as it is, and whether it is dense now."""
     from lowmem.integrations.transformers.config_facts import stored_by
 
     method = stored_by(folder)
@@ -274,15 +248,13 @@ def _digest(folder: Path) -> str:
     sha256 = hashlib.sha256()
     for name in ("config.json", *names):
         with open_regular(folder / name) as file, read_errors(folder / name):
-            while block := file.read(2**20):
-                sha256.update(block)
+            hashlib.file_digest(file, lambda: sha256)
     return sha256.hexdigest()
 
 
 def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
     """Raise, before anything is trained, if an output cannot be written."""
     if job.save is not None:
-        check_links(job.save)
         check_free(job.save)
         check_writable(job.save)
     _check_apart(arguments, job)
@@ -306,8 +278,3 @@ def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
                 raise ValueError(
                     f"{option}={shown(str(path))} and {other}, {shown(str(place))}, are the same place: rename one"
                 )
-
-
-def finite(value: float) -> float | None:
-    """Return a number as JSON has it, which knows no infinity."""
-    return value if math.isfinite(value) else None

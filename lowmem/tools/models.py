@@ -1,4 +1,4 @@
-"""Shared by the commands: building models by name, calling users' code, and parsing arguments.
+"""Models by name, and calls of users' code.
 
 A model is named ``VARIANT``, ``module:factory`` (any callable that returns an nn.Module),
 ``module:factory@VARIANT`` (the techniques of a variant on that model), or by a folder of Hugging Face transformers.
@@ -6,54 +6,34 @@ A model is named ``VARIANT``, ``module:factory`` (any callable that returns an n
 
 from __future__ import annotations
 
-import argparse
-import errno
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
-from lowmem.errors import describe, printable
-from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
+from lowmem.errors import describe
 from lowmem.tools.output import is_pipe_closed, preserve_streams
-from lowmem.transforms.plan import Plan, bytes_of
+from lowmem.transforms.plan import Plan
 from lowmem.transforms.registry import Technique
 from lowmem.variants import VARIANTS, build, techniques_of
 
 __all__ = [
-    "MIB",
-    "add_input_arguments",
     "batch_of",
-    "check_links",
-    "file_path",
     "folder_of",
-    "known_models",
-    "make_input",
     "make_model",
     "model_factory",
-    "number",
     "plan_model",
-    "positive_float",
-    "positive_int",
     "recipe_of",
     "run_model",
-    "same_file",
-    "seed",
-    "shape",
-    "size",
-    "techniques",
     "user_code",
 ]
 
-MIB = 2**20
 Result = TypeVar("Result")
 
 
@@ -193,143 +173,3 @@ def plan_model(name: str, run: Callable[[], Plan]) -> Plan:
         except ValueError as reason:
             error = reason
     raise error
-
-
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add ``--batch``, ``--input-shape``, ``--input-dtype`` and ``--seed``."""
-    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="batch size (default 1)")
-    parser.add_argument(
-        "--input-shape",
-        type=shape,
-        default=(1024,),
-        metavar="N[,N]...",
-        help="shape of one input, without the batch dimension (default 1024, for BigNet)",
-    )
-    parser.add_argument(
-        "--input-dtype",
-        choices=["float32", "float64", "float16", "bfloat16", "int64"],
-        default="float32",
-        help="dtype of the input; int64 gives zeros, which are valid tokens (default float32)",
-    )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and input (default 0)")
-
-
-def make_input(arguments: argparse.Namespace) -> Tensor:
-    """Return an input (batch, *input_shape) for the arguments: normal values, or zeros for int64."""
-    size = (arguments.batch, *arguments.input_shape)
-    dtype = getattr(torch, arguments.input_dtype)
-    try:
-        if not dtype.is_floating_point:
-            return torch.zeros(size, dtype=dtype)
-        return torch.randn(size, generator=torch.Generator().manual_seed(arguments.seed)).to(dtype)
-    except RuntimeError as reason:
-        raise ValueError(f"an input of shape {size} cannot be made: {describe(reason)}; make it smaller") from reason
-
-
-def positive_int(text: str) -> int:
-    """Parse an integer from 1 to 2**63 - 1."""
-    return _integer(text, 1, f"{_shown(text)} must be a positive integer below 2**63")
-
-
-def seed(text: str) -> int:
-    """Parse an integer from 0 to 2**63 - 1."""
-    return _integer(text, 0, f"{_shown(text)} must be an integer from 0 to 2**63 - 1")
-
-
-def _integer(text: str, least: int, refusal: str) -> int:
-    digits = text.lstrip("0") or text[:1]
-    if not text.isascii() or not text.isdigit() or len(digits) > 19 or not least <= int(digits) < 2**63:
-        raise argparse.ArgumentTypeError(refusal)
-    return int(digits)
-
-
-def positive_float(text: str) -> float:
-    """Parse a finite number above 0."""
-    return _number(text, lambda value: value > 0, "must be a positive number")
-
-
-def number(text: str) -> float:
-    """Parse a finite number of at least 0."""
-    return _number(text, lambda value: value >= 0, "must be a number of at least 0")
-
-
-def _number(text: str, accepted: Callable[[float], bool], refusal: str) -> float:
-    try:
-        value = float(text if text.isascii() and not set(text) & set("_ \t\n\r\v\f") else "nan")
-    except ValueError:
-        value = float("nan")
-    if not accepted(value) or value == float("inf"):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} {refusal}")
-    return value
-
-
-def shape(text: str) -> tuple[int, ...]:
-    """Parse ``3,224,224``."""
-    return tuple(positive_int(part) for part in text.split(","))
-
-
-def size(text: str) -> int:
-    """Parse a number of bytes with its unit, as 500MiB."""
-    try:
-        return bytes_of(text)
-    except ValueError as reason:
-        raise argparse.ArgumentTypeError(str(reason)) from reason
-
-
-def techniques(text: str) -> tuple[Technique, ...]:
-    """Parse ``FourBit:nf4:64:double,LoRA:16``: techniques, each with the first of its arguments."""
-    try:
-        return tuple(map(_technique, text.split(",")))
-    except (ValueError, argparse.ArgumentTypeError) as reason:
-        raise argparse.ArgumentTypeError(f"{_shown(text)}: {reason}") from reason
-
-
-_ARGUMENTS: dict[type[Technique], tuple[Callable[[str], Any], ...]] = {
-    Half: (lambda text: getattr(torch, text, text),),
-    EightBit: (positive_int, str),
-    FourBit: (str, positive_int, str),
-    Budget: (positive_float,),
-    LoRA: (positive_int,),
-}
-
-
-def _technique(text: str) -> Technique:
-    name, *given = text.split(":")
-    kind = next((kind for kind in _ARGUMENTS if kind.__name__ == name), None)
-    if kind is None:
-        raise ValueError(f"{_shown(name)} is no technique: choose from {', '.join(t.__name__ for t in _ARGUMENTS)}")
-    parsers = _ARGUMENTS[kind]
-    if len(given) > len(parsers):
-        names = ":".join(field.name for field in fields(kind)[: len(parsers)])
-        raise ValueError(f"{_shown(text)} has more than {name}:{names}")
-    return kind(*(parse(value) for parse, value in zip(parsers, given, strict=False)))
-
-
-def file_path(text: str) -> Path:
-    """Parse a path that is not empty, which would be the current directory."""
-    if not text:
-        raise argparse.ArgumentTypeError("'' must be the name of a file")
-    return Path(text)
-
-
-def check_links(path: Path) -> None:
-    """Raise an OSError that names ``path`` if its symbolic links form a cycle."""
-    try:
-        path.stat()
-    except OSError as reason:
-        if reason.errno == errno.ELOOP:
-            raise OSError(f"cannot open {str(path)!r}: {reason.strerror}; name a file") from reason
-
-
-def same_file(one: Path, other: Path) -> bool:
-    """Whether two paths name one file that exists, also through a link."""
-    return one.exists() and other.exists() and one.samefile(other)
-
-
-def _shown(text: str) -> str:
-    return printable(repr(text), 80)
-
-
-def known_models(names: list[str]) -> list[str]:
-    """Return ``names``, or all variants if it is empty."""
-    return names or list(VARIANTS)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import MofNCompleteColumn
@@ -20,17 +19,10 @@ from torch.utils._pytree import tree_leaves
 from lowmem.errors import printable
 from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.measure import unchanged
-from lowmem.tools.info import facts
-from lowmem.tools.models import (
-    add_input_arguments,
-    check_links,
-    file_path,
-    make_input,
-    make_model,
-    run_model,
-    shape,
-)
-from lowmem.tools.output import progress, shown, uncut_column
+from lowmem.tools.arguments import add_input_arguments, file_path, make_input, shape
+from lowmem.tools.info import facts, text_of
+from lowmem.tools.models import make_model, run_model
+from lowmem.tools.output import print_saved, progress
 from lowmem.training.memory import TrainingMemory, training_memory
 from lowmem.variants import VARIANTS
 
@@ -105,12 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
         timings, timing_machine = None, dict[str, str]()
         timed = (
             "Measured for this page: forwards of the dense model and of a variant in turns, so that what loads the "
+            "machine meanwhile slows both."
         )
-        timed += "machine meanwhile slows both."
     else:
         from lowmem.report.timings import read_run
 
-        check_links(arguments.timed_run)
         timings, timing_machine = read_run(arguments.timed_run)
         timed = of_a_run(f"the run {printable(arguments.timed_run.name)}")
     measured = measure_variants(
@@ -130,16 +121,12 @@ def run(arguments: argparse.Namespace) -> int:
         timing_machine=timing_machine,
         verdicts=verdicts,
     )
-    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    print_saved(arguments.target)
     return 0
 
 
 def check_extra(what: str) -> None:
-    """Raise an ImportError with the remedy if packages for the charts are missing.
-
-    Args:
-        what: the command that needs them, for the message.
-    """
+    """Raise an ImportError with the remedy if packages for the charts of ``what``, a command, are missing."""
     try:
         for module in ("altair", "vl_convert", "jinja2", "scipy"):
             import_module(module)
@@ -160,17 +147,13 @@ def check_target(path: Path) -> None:
         raise ValueError(
             f"out={str(path)!r} must end with .html: name the page to write, after the model if there is one"
         )
-    check_links(path)
     check_writable(path)
 
 
-def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
+def read_verdicts(paths: Sequence[Path]) -> list[Verdict]:
     """Read the verdicts of gates."""
     from lowmem.testing.verdicts import read_verdict
 
-    paths = list(paths)
-    for path in paths:
-        check_links(path)
     return [read_verdict(path) for path in paths]
 
 
@@ -191,6 +174,7 @@ def measure_variants(
     """
     from lowmem.report.footprint import footprint
     from lowmem.report.groups import Stored, group_layers
+    from lowmem.report.quality import qualities
     from lowmem.report.timings import time_in_turns
 
     own = name != BIGNET
@@ -205,8 +189,7 @@ def measure_variants(
             steps[label] = run_model(name, lambda: training_memory(model, x.clone()))
         footprints[label] = run_model(name, lambda: footprint(label, model, x.clone()))  # last: it trains
 
-    with progress(MofNCompleteColumn(table_column=uncut_column())) as bar:
-        task = bar.add_task("variants", total=len(VARIANTS))
+    with progress("variants", MofNCompleteColumn, total=len(VARIANTS)) as update:
         for variant, label in names.items():
             if variant != BIGNET:
                 try:
@@ -215,7 +198,7 @@ def measure_variants(
                     left_out[label] = str(reason)
                     if not own or len(left_out) == len(VARIANTS) - 1:
                         raise ValueError(next(iter(left_out.values()))) from reason
-                    bar.advance(task)
+                    update(advance=1)
                     continue
                 if model is dense:
                     raise ValueError(
@@ -227,72 +210,54 @@ def measure_variants(
                 for batch in (given.clone() for given in timed):
                     timings.append(run_model(name, lambda m=model, b=batch, n=label: time_in_turns(n, dense, m, b)))  # type: ignore[misc]
                 weigh(label, model)
-            bar.advance(task)
+            update(advance=1)
         groups = group_layers(dense, stored) if grouped else []
         weigh(names[BIGNET], dense)  # last: it trains
     labels = [label for label in names.values() if label not in left_out]
     trained = {label: steps[label] for label in labels if label in steps}
     measured = [footprints[label] for label in labels]
-    quality = _qualities(name, x, seed) if grouped else []
-    return Measured(measured, trained, losses, timings, groups, quality, left_out)
+    found: list[Quality] = []
+    if grouped:
+        with progress("quality against bits") as update:
+            found = qualities(
+                lambda: make_model(name, seed=seed),
+                lambda model: _outputs(name, model, x),
+                lambda: update(advance=1),
+            )
+    return Measured(measured, trained, losses, timings, groups, found, left_out)
 
 
-def _qualities(name: str, x: Tensor, seed: int) -> list[Quality]:
-    """Measure the output with each choice of bits."""
-    from lowmem.report.quality import qualities
+def write(target: Path, measured: Measured, **given: Any) -> None:
+    """Write the page; on an error an existing file is unchanged.
 
-    with progress() as bar:
-        task = bar.add_task("quality against bits", total=None)
-        return qualities(
-            lambda: make_model(name, seed=seed), lambda model: _outputs(name, model, x), lambda: bar.advance(task)
-        )
-
-
-def write(
-    target: Path,
-    measured: Measured,
-    *,
-    title: str,
-    lead: str,
-    timings: Sequence[Timing],
-    timed: str,
-    timing_machine: dict[str, str],
-    verdicts: Sequence[Verdict],
-) -> None:
-    """Write the page; on an error an existing file is unchanged."""
+    Args:
+        target: the file.
+        measured: what was measured of the variants.
+        given: the other arguments of ``lowmem.report.page.Report``: title, lead, timings and their source, verdicts.
+    """
     from lowmem.report.distortion import distortions
     from lowmem.report.page import Report, render
 
     report = Report(
-        title=title,
-        lead=lead,
         footprints=measured.footprints,
         steps=measured.steps,
         losses=measured.losses,
-        timings=timings,
-        timed=timed,
         groups=measured.groups,
-        distortions=distortions(),
-        verdicts=verdicts,
-        machine=machine(),
-        timing_machine=timing_machine,
         qualities=measured.qualities,
         left_out=_left_out(measured.left_out),
+        distortions=distortions(),
+        machine=machine(),
+        **given,
     )
     write_atomically(target, render(report).encode())
 
 
 def machine() -> dict[str, str]:
     """Return the facts of ``lowmem info`` as text, without the location of the package."""
-    return {name: _text(value) for name, value in facts().items() if name != "location"}
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    return "unknown" if value is None else str(value)
+    found = {name: value for name, value in facts().items() if name != "location"}
+    return {
+        name: ("no", "yes")[value] if isinstance(value, bool) else text_of(value) for name, value in found.items()
+    }
 
 
 def _check_model(arguments: argparse.Namespace) -> None:

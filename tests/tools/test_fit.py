@@ -8,7 +8,6 @@ import pytest
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
 from lowmem.tools import classifier, fit
-from lowmem.tools.language_job import OPTIONS
 
 
 def test_options_of_folders_mean_nothing_for_classifiers(capsys, monkeypatch):
@@ -16,7 +15,12 @@ def test_options_of_folders_mean_nothing_for_classifiers(capsys, monkeypatch):
     given = {"format": "nf4", "memory": "lean", "decay": "linear", "eval_data": "a.txt", "plot": "a.png"}
     given |= dict.fromkeys(("skip_dense", "resume", "shard", "replicate"), "")
     given |= {"metrics": "a.jsonl", "eval_share": "0.1"}
-    for name in OPTIONS:
+    given |= {"clip": "0", "warmup": "0"}  # which are no defaults
+    parser = argparse.ArgumentParser()
+    fit.add_folder_arguments(parser)
+    options = vars(parser.parse_args([]))
+    assert len(options) > 20
+    for name in options:
         option, value = f"--{name.replace('_', '-')}", given.get(name, "3")
         assert main(["fit", "lora", *([option, value] if value else [option])]) == 2
         told = capsys.readouterr().err
