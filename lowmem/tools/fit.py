@@ -8,7 +8,7 @@ from contextlib import nullcontext
 from lowmem.finetuning.settings import DECAYS
 from lowmem.io.atomic import owned
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
-from lowmem.tools import classifier, language
+from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
     DEVICES,
     file_path,
@@ -154,7 +154,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     folder = folder_of(arguments.model)
     if folder is not None:
-        return language.run(arguments, folder)
+        return fit_language.run(arguments, folder)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(
             f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name a "
@@ -168,8 +168,8 @@ def run(arguments: argparse.Namespace) -> int:
                 f"{option_of(name)} does not apply to model={arguments.model!r}, which is not the folder of a "
                 "language model: leave it out"
             )
-    for name, value in classifier.DEFAULTS.items():
+    for name, value in fit_classifier.DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
     with nullcontext() if arguments.dry_run or arguments.save is None else owned(arguments.save):
-        return classifier.run(arguments)
+        return fit_classifier.run(arguments)

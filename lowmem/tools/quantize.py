@@ -17,7 +17,7 @@ from lowmem.io.source import Source
 from lowmem.nn.techniques import Budget, EightBit, FourBit, blockwise
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
-from lowmem.tools import import_file
+from lowmem.tools import quantize_foreign
 from lowmem.tools.arguments import file_path, option_of, positive_float, positive_int, size
 from lowmem.tools.output import (
     mib,
@@ -141,7 +141,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="with --calibrate: save finished blocks in DIR, and continue from them when the command is run again",
     )
-    import_file.add_arguments(parser)
+    quantize_foreign.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
 
@@ -180,9 +180,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
-    if import_file.is_foreign(arguments.source):
+    if quantize_foreign.is_foreign(arguments.source):
         _check_options(arguments, "another program's")
-        return import_file.run(arguments, _blockwise(arguments))
+        return quantize_foreign.run(arguments, _blockwise(arguments))
     is_folder = (arguments.source / "config.json").is_file()
     _check_options(arguments, "a dense folder" if is_folder else "a dense file")
     technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)

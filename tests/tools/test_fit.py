@@ -7,11 +7,11 @@ import pytest
 
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
-from lowmem.tools import classifier, fit
+from lowmem.tools import fit, fit_classifier
 
 
 def test_options_of_folders_mean_nothing_for_classifiers(capsys, monkeypatch):
-    monkeypatch.setattr(classifier, "run", lambda arguments: pytest.fail("it ran"))
+    monkeypatch.setattr(fit_classifier, "run", lambda arguments: pytest.fail("it ran"))
     given = {"format": "nf4", "memory": "lean", "decay": "linear", "eval_data": "a.txt", "plot": "a.png"}
     given |= dict.fromkeys(("skip_dense", "resume", "shard", "replicate"), "")
     given |= {"metrics": "a.jsonl", "eval_share": "0.1"}
@@ -43,23 +43,25 @@ def test_a_dry_run_counts_the_cpu_s(capsys):
 
 def test_defaults_are_the_classifier_s(monkeypatch):
     seen = []
-    monkeypatch.setattr(classifier, "run", lambda arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(fit_classifier, "run", lambda arguments: seen.append(arguments) or 0)
     assert main(["fit", "lora", "--epochs", "3"]) == 0
     (arguments,) = seen
-    assert {name: getattr(arguments, name) for name in classifier.DEFAULTS} == classifier.DEFAULTS | {"epochs": 3}
+    assert {name: getattr(arguments, name) for name in fit_classifier.DEFAULTS} == fit_classifier.DEFAULTS | {
+        "epochs": 3
+    }
 
 
 def test_a_second_classifier_on_one_file_ends_at_once(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(classifier, "run", lambda arguments: 0)
+    monkeypatch.setattr(fit_classifier, "run", lambda arguments: 0)
     path = tmp_path / "out.safetensors"
     with owned(path):
         assert main(["fit", "lora", "--save", str(path), "--dry-run"]) == 0
-        monkeypatch.setattr(classifier, "run", lambda arguments: pytest.fail("it ran"))
+        monkeypatch.setattr(fit_classifier, "run", lambda arguments: pytest.fail("it ran"))
         assert main(["fit", "lora", "--save", str(path)]) == 2
     told = capsys.readouterr().err
     assert f"out.safetensors' is being written by process {os.getpid()} of " in told
     assert told.count("\n") == 1
-    monkeypatch.setattr(classifier, "run", lambda arguments: len([*tmp_path.iterdir()]))
+    monkeypatch.setattr(fit_classifier, "run", lambda arguments: len([*tmp_path.iterdir()]))
     assert main(["fit", "lora", "--save", str(path)]) == 1  # the file that names the owner
     assert [*tmp_path.iterdir()] == []
 

@@ -15,11 +15,11 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning.state import Saved
-from lowmem.tools import language
+from lowmem.tools import fit_language
 from tests.finetuning.test_state import craft_states
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
-from tests.tools.test_language import place, refused
+from tests.tools.test_fit_language import place, refused
 
 __all__ = ["place"]  # the fixture
 
@@ -173,7 +173,7 @@ def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, ca
             states.save(Saved(step, {}, {}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(language, "finetune", interrupted)
+    monkeypatch.setattr(fit_language, "finetune", interrupted)
     assert main(["fit", "llama", *argv]) == 2
     Path("out.training", "state-1.safetensors").write_bytes(b"damaged")
     capsys.readouterr()
@@ -192,7 +192,7 @@ def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch)
 
     write_tokenizer(write(Path("another"), "llama"))
     with monkeypatch.context() as patch:
-        patch.setattr(language, "finetune", interrupted)
+        patch.setattr(fit_language, "finetune", interrupted)
         assert main(["fit", "llama", *argv]) == 2
     told = capsys.readouterr().err
     assert "the last good state, after step 1, is kept in 'out.training'; --resume continues" in told

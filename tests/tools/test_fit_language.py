@@ -22,8 +22,8 @@ from lowmem.finetuning.text import Example
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.io.atomic import owned
 from lowmem.measure import PeakMemory
-from lowmem.tools import language
-from lowmem.tools.language import FEW
+from lowmem.tools import fit_language
+from lowmem.tools.fit_language import FEW
 from tests.fuzzing import bounded
 from tests.integrations.transformers.folders import SIZES, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -144,7 +144,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
     options = ["--steps", "2", "--save", "out"]
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **named: None)
-        patch.setattr(language, "write_atomically", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(fit_language, "write_atomically", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit(capsys, *options)
     assert not Path("out").exists()
@@ -155,7 +155,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
 def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
     argv = ["llama", "--data", "data.jsonl", "--save", "out", "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(language, "job_of", lambda *args: pytest.fail("it has begun"))
+        patch.setattr(fit_language, "job_of", lambda *args: pytest.fail("it has begun"))
         for held in ("out", "out.training"):
             with owned(place / held):
                 before = {one: one.read_bytes() for one in place.iterdir() if one.is_file()}
@@ -164,7 +164,7 @@ def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
                 assert {one: one.read_bytes() for one in place.iterdir() if one.is_file()} == before
     seen = []
     monkeypatch.setattr(
-        language, "job_of", lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0
+        fit_language, "job_of", lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0
     )
     assert main(["fit", *argv]) == 3
     assert len(seen[0]) == 2
@@ -183,17 +183,20 @@ def test_the_processes_of_one_run_are_one_owner(place):
             return value + self.others
 
     first, second = Ranks(0), Ranks(1)
-    with language._owned(Path("out"), first), language._owned(Path("out"), second):
+    with fit_language._owned(Path("out"), first), fit_language._owned(Path("out"), second):
         again = Ranks(0)
-        with pytest.raises(BlockingIOError, match=f"by process {os.getpid()} "), language._owned(Path("out"), again):
+        with (
+            pytest.raises(BlockingIOError, match=f"by process {os.getpid()} "),
+            fit_language._owned(Path("out"), again),
+        ):
             raise AssertionError
         with (
             pytest.raises(OSError, match="'out' cannot be written: rank 0 says why"),
-            language._owned(Path("out"), Ranks(1, others=again.told)),
+            fit_language._owned(Path("out"), Ranks(1, others=again.told)),
         ):
             raise AssertionError
     assert (first.told, second.told, again.told) == (0.0, 0.0, 1.0)
-    with language._owned(None, first):
+    with fit_language._owned(None, first):
         assert not [*place.glob(".lowmem-*")]
 
 

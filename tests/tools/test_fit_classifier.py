@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from lowmem import VARIANTS, build, measure
 from lowmem.__main__ import main
-from lowmem.tools import classifier as tool
-from lowmem.tools.data import Split, load_data
+from lowmem.tools import fit_classifier as tool
+from lowmem.tools.fit_data import Split, load_data
 from tests.selection import FULL
 
 

@@ -21,7 +21,7 @@ from lowmem.finetuning.settings import LARGEST_LR
 from lowmem.finetuning.state import forked_random
 from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.tools.arguments import device_of
-from lowmem.tools.data import Split, load_data
+from lowmem.tools.fit_data import Split, load_data
 from lowmem.tools.models import make_model, plan_model, recipe_of, run_model, user_code
 from lowmem.tools.output import mib, print_json, print_plan, print_saved, progress
 from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of

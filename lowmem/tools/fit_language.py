@@ -34,7 +34,7 @@ from lowmem.io.adapters import save_adapter
 from lowmem.io.atomic import atomic_folder, owned, write_atomically, write_errors
 from lowmem.nn.techniques import Blockwise, Budget, Half, LoRA
 from lowmem.tools.arguments import device_of
-from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, job_of, states_folder
+from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, states_folder
 from lowmem.tools.models import plan_model
 from lowmem.tools.output import finite, mib, print_json, print_plan, print_saved, progress, shown
 from lowmem.training.memory import training_memory

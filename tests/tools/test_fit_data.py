@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowmem.__main__ import main
-from lowmem.tools.data import load_data
+from lowmem.tools.fit_data import load_data
 from tests.fuzzing import bounded
 from tests.selection import rows_in_one_case
 
