@@ -105,13 +105,7 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 def check_plot(path: Path) -> None:
-    """Raise, before anything is trained, if a plot cannot be drawn or written.
-
-    Raises:
-        ValueError: another suffix than .png, .svg or .pdf.
-        ImportError: matplotlib is missing.
-        OSError: the file cannot be written.
-    """
+    """Raise, before anything is trained, if a plot of this suffix cannot be drawn or written."""
     if path.suffix not in _UNDATED:
         raise ValueError(f"plot={show(str(path))} must end in {', '.join(_UNDATED)}")
     _figure()

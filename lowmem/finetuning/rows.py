@@ -6,7 +6,7 @@ Short examples are packed into one row if the model does not let them attend to 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -50,7 +50,6 @@ class Rows:
 
     Attributes:
         counted: int64 (rows,): number of tokens to be predicted in each row.
-        tokens: number of tokens in all rows.
 
     Raises:
         ValueError: there are no examples, or one is longer than ``length``.
@@ -67,7 +66,6 @@ class Rows:
         self._rows = pack(lengths, length) if calling.isolates else [[number] for number in range(len(examples))]
         own = [example.counted for example in examples]
         self.counted = torch.tensor([sum(own[number] for number in row) for row in self._rows])
-        self.tokens = sum(lengths)
 
     @classmethod
     def of(cls, model: nn.Module, examples: Sequence[Example], length: int, vocabulary: int) -> Rows:
@@ -107,11 +105,6 @@ class Rows:
             ids.to(device), positions.to(device) if several else None, mask.to(device) if padded and rows else None
         )
         return Batch(inputs, targets.to(device), int(mask.sum()))
-
-    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """Yield all rows in their order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self))), device)
 
 
 def pack(lengths: Sequence[int], length: int) -> list[list[int]]:

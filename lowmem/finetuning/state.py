@@ -141,11 +141,7 @@ class States:
         return f"the last good state, after step {self._last[0]}, is kept in {quoted(self.folder)}"
 
     def remove(self) -> None:
-        """Remove the folder after the end of the run.
-
-        Raises:
-            OSError: it cannot be removed.
-        """
+        """Remove the folder after the end of the run."""
         with write_errors(self.folder), suppress(FileNotFoundError):
             shutil.rmtree(self.folder)
 

@@ -173,11 +173,7 @@ def _shown(text: str) -> str:
 
 
 def device_of(name: str) -> torch.device:
-    """Return the device of a name; of ``cuda`` the GPU that torchrun means for this process, or the first one.
-
-    Raises:
-        ValueError: there is no GPU, or none for this process.
-    """
+    """Return the device of a name; of ``cuda`` the GPU that torchrun means for this process, or the first one."""
     if name == "cpu":
         return torch.device("cpu")
     if not torch.cuda.is_available():

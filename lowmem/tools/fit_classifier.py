@@ -48,18 +48,14 @@ class Classifier(nn.Module):
 
 @dataclass
 class Result:
-    """The result of a run.
-
-    ``losses`` has the mean loss of each epoch. ``train_accuracy`` is measured on the batches of the last epoch, each
-    before its step. ``peak_bytes`` is the peak of the first training step beyond model and input, optimizer included.
-    """
+    """The result of a run."""
 
     variant: str
     epochs: int
-    losses: list[float]
-    train_accuracy: float
+    losses: list[float]  # the mean of each epoch
+    train_accuracy: float  # of the batches of the last epoch, each before its step
     test_accuracy: float
-    peak_bytes: int
+    peak_bytes: int  # of the first training step beyond model and input, optimizer included
     seconds_per_step: float
 
 
@@ -120,11 +116,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Plan:
-    """Return the memory that ``fit`` takes for the model called ``name``, whose weights are not allocated.
-
-    Raises:
-        ValueError: a model that ``make_model`` or ``fit`` rejects, or one that cannot be planned.
-    """
+    """Return the memory that ``fit`` takes for the model called ``name``, whose weights are not allocated."""
     factory, techniques = recipe_of(name, rank)
     body = skeleton_of(factory, techniques)
     x, y = data.train_x[:batch_size], data.train_y[:batch_size]

@@ -37,6 +37,7 @@ RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 
 Storing: TypeAlias = Half | EightBit | FourBit | Budget | None
+"""How to store a folder's model; None: as it is."""
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
 """What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, how the
@@ -45,24 +46,12 @@ rows of a step are divided, and where they are computed."""
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is to do, with its texts read.
-
-    Args:
-        folder: of the base.
-        base: the digest of the base's files.
-        technique: how to store it; None: as it is.
-        dense: whether the folder is dense.
-        skip_dense: whether the perplexity of the dense model is not wanted.
-        vocabulary: how many tokens the base knows.
-        processes: how many train together; None: this one alone.
-        device: where this one trains.
-        timeout: how long it waits for the others.
-    """
+    """What a run is to do, with its texts read."""
 
     folder: Path
-    base: str
+    base: str  # the digest of the folder's files
     technique: Storing
-    dense: bool
+    dense: bool  # whether the folder is
     skip_dense: bool
     vocabulary: int
     rank: int
@@ -73,7 +62,7 @@ class Job:
     texts: Texts
     held_out: Texts | None
     save: Path | None
-    processes: int | None
+    processes: int | None  # that train together; None: this one alone
     device: torch.device
     timeout: timedelta
 
@@ -217,7 +206,7 @@ def _settings(arguments: argparse.Namespace) -> FineTuning:
 
 
 def _technique(folder: Path, name: str | None, bits: float | None = None) -> tuple[Storing, bool]:
-    """Return how to store a folder's model, None for as it is, and whether it is dense now."""
+    """Return how to store a folder's model, and whether it is dense now."""
     from lowmem.integrations.transformers.config_facts import stored_by
 
     method = stored_by(folder)

@@ -38,13 +38,7 @@ Result = TypeVar("Result")
 
 
 def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Module:
-    """Build the model called ``name``, with weights that depend only on ``seed``.
-
-    Raises:
-        ValueError: an unknown variant, a module that cannot be imported, an attribute that is missing or not
-            callable, or a factory that fails or returns no nn.Module; or a folder that cannot be loaded.
-        ImportError: a folder, without transformers.
-    """
+    """Build the model called ``name``, with weights that depend only on ``seed``; a ValueError says why not."""
     folder = folder_of(name)
     if folder is not None:
         from lowmem.integrations.transformers.folder import load_folder
@@ -67,11 +61,7 @@ def folder_of(name: str) -> Path | None:
 
 
 def recipe_of(name: str, rank: int | None = None) -> tuple[Callable[[], nn.Module], tuple[Technique, ...]]:
-    """Return the factory of the dense model called ``name``, and the techniques that make it of that.
-
-    Raises:
-        ValueError: as ``make_model``, but for what the factory raises when it is called.
-    """
+    """Return the factory of the dense model called ``name``, and the techniques that make it of that."""
     variant, factory = _parts(name)
     return factory, techniques_of(variant, rank)
 
@@ -86,12 +76,7 @@ def _parts(name: str) -> tuple[str, Callable[[], nn.Module]]:
 
 
 def model_factory(target: str) -> Callable[[], nn.Module]:
-    """Return the factory called ``module:factory``; it is imported from the working directory, too.
-
-    Raises:
-        ValueError: a module that cannot be imported, or an attribute that is missing or not callable. The factory
-            raises one if it fails, or returns no nn.Module.
-    """
+    """Return the factory called ``module:factory``; it is imported from the working directory, too."""
     factory = _callable(target, "model")
 
     def checked() -> nn.Module:
@@ -105,11 +90,7 @@ def model_factory(target: str) -> Callable[[], nn.Module]:
 
 
 def batch_of(target: str) -> Any:
-    """Return the example batch that the callable ``module:function`` returns.
-
-    Raises:
-        ValueError: as ``model_factory``; or it fails, or returns nothing that a model can be called with.
-    """
+    """Return the example batch that the callable ``module:function`` returns."""
     if ":" not in target:
         raise ValueError(f"inputs={target!r} must be module:function, as my_models:batch")
     function = _callable(target, "inputs")
@@ -145,16 +126,14 @@ def _callable(target: str, option: str) -> Callable[[], Any]:
 def user_code(failure: str, remedy: str = "") -> Iterator[None]:
     """Turn any exception of the block, SystemExit too, into a ValueError with the text ``failure``.
 
-    Exceptions are KeyboardInterrupt, and a BrokenPipeError from printing. The block may close or replace stdout and
-    stderr.
+    KeyboardInterrupt and a BrokenPipeError from printing pass. The block may close or replace stdout and stderr.
     """
     try:
         with preserve_streams():
             yield
-    except KeyboardInterrupt:
-        raise
     except BaseException as reason:
-        if isinstance(reason, BrokenPipeError) and is_pipe_closed():
+        is_printing = isinstance(reason, BrokenPipeError) and is_pipe_closed()
+        if isinstance(reason, KeyboardInterrupt) or is_printing:
             raise
         raise ValueError(f"{failure}: {describe(reason)}{remedy}") from reason
 

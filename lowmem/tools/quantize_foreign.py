@@ -33,11 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a file or folder has 4-bit weights of another program, or is a GGUF file.
-
-    Raises:
-        FileError, OSError: it cannot be read.
-    """
+    """Whether a file or folder has 4-bit weights of another program, or is a GGUF file."""
     if path.is_dir() and (path / CONFIG).is_file():
         method = quantization_of(path / CONFIG).get("quant_method")
         if str(method).startswith("lowmem") or not any(path.glob("*.safetensors*")):

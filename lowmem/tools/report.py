@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -18,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem.errors import printable
 from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.measure import unchanged
+from lowmem.measure import difference, unchanged
 from lowmem.tools.arguments import add_input_arguments, file_path, make_input, shape
 from lowmem.tools.info import facts, text_of
 from lowmem.tools.models import make_model, run_model
@@ -137,12 +136,7 @@ def check_extra(what: str) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Raise, before anything is measured, if the page cannot be written.
-
-    Raises:
-        ValueError: the name does not end in .html, so that another file might be overwritten by mistake.
-        OSError: the file cannot be written.
-    """
+    """Raise, before anything is measured, if the page cannot be written, or its name might be another file's."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(
             f"out={str(path)!r} must end with .html: name the page to write, after the model if there is one"
@@ -168,9 +162,6 @@ def measure_variants(
         seed: of the weights.
         timed: inputs for timing forwards.
         grouped: whether to measure each group of layers, and each choice of bits.
-
-    Raises:
-        ValueError: the model cannot be built, converted by any variant, or run on the inputs.
     """
     from lowmem.report.footprint import footprint
     from lowmem.report.groups import Stored, group_layers
@@ -204,7 +195,10 @@ def measure_variants(
                     raise ValueError(
                         f"model={name!r}: it returned the same model twice; it must make a new model in each call"
                     )
-                losses[label] = _relative_error(expected, _outputs(name, model, x))
+                both = expected, _outputs(name, model, x)
+                losses[label] = difference(
+                    *(torch.cat([one.flatten() for one in outputs]) for outputs in both)
+                ).relative
                 if grouped:
                     stored[label] = Stored.of(model)
                 for batch in (given.clone() for given in timed):
@@ -317,9 +311,5 @@ def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _relative_error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return ``|found - expected| / |expected|``, with norms over all tensors together."""
-    wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in expected]
-    lost = math.hypot(*(float((other - t).norm()) for t, other in zip(wide, found, strict=True)))
-    size = math.hypot(*(float(t.norm()) for t in wide))
-    return lost / size if size else lost
+def _vector(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([one.flatten() for one in outputs])

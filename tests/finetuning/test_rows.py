@@ -41,7 +41,7 @@ def test_packed_and_padded_rows_give_the_logits_of_each_example_alone(calling):
     assert len(rows) == (4 if calling.isolates else len(found))
     assert int(rows.counted.sum()) == sum(one.counted for one in found)
     seen = []
-    for batch in rows.batches(3):
+    for batch in (rows.batch(range(start, min(start + 3, len(rows)))) for start in range(0, len(rows), 3)):
         logits = model(**batch.inputs)
         for row in range(len(batch.targets)):
             counts = batch.targets[row] != IGNORED
@@ -62,7 +62,7 @@ def test_a_batch_is_as_long_as_its_longest_row_and_counts_its_tokens():
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert "position_ids" not in batch.inputs
     assert batch.tokens == 8
-    assert (rows.tokens, rows.counted.tolist()) == (sum(LENGTHS), [one.counted for one in examples()])
+    assert rows.counted.tolist() == [one.counted for one in examples()]
 
 
 def test_a_batch_of_no_rows_counts_nothing():

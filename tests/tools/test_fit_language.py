@@ -59,15 +59,6 @@ def fit(capsys, *options, data="data.jsonl"):
     return json.loads(captured.out), captured.err
 
 
-def refused(capsys, *argv):
-    capsys.readouterr()  # what transformers has said when a test saved a model
-    assert main(["fit", *argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
-
-
 @pytest.mark.thorough(keep=1)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # of peft, which calls what transformers will remove
 @pytest.mark.parametrize("data", ["data.jsonl", "text.txt"])
@@ -104,7 +95,7 @@ class Killed(BaseException):
     """Ends a run where no handler of the command's sees it."""
 
 
-def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
+def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch, refused):
     """The command ends after any step; what is killed inside a write is tests/finetuning/test_state.py's."""
     options = ["--epochs", "2", "--save-every", "2", "--eval-data", "text.txt", "--accumulate", "2", "--warmup", "2"]
     whole, _ = fit(capsys, *options, "--save", "whole", "--metrics", "whole.jsonl")
@@ -125,7 +116,7 @@ def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
         assert not Path("parts").exists()
     capsys.readouterr()
     argv = ["llama", "--data", "data.jsonl", "--length", "48", "--rank", "4", "--lr", "0.01", *options]
-    assert "has the state of an unfinished run: continue with --resume" in refused(capsys, *argv, "--save", "parts")
+    assert "has the state of an unfinished run: continue with --resume" in refused("fit", *argv, "--save", "parts")
     parts, _ = fit(capsys, *options, "--save", "parts", "--resume", "--metrics", "parts.jsonl")
     assert parts["losses"] == whole["losses"]
     assert parts["perplexity"] == whole["perplexity"]
@@ -152,14 +143,14 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
     assert sorted(one.name for one in place.iterdir()) == ["data.jsonl", "llama", "out", "text.txt"]
 
 
-def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
+def test_a_second_run_on_one_folder_ends_at_once(place, monkeypatch, refused):
     argv = ["llama", "--data", "data.jsonl", "--save", "out", "--resume"]
     with monkeypatch.context() as patch:
         patch.setattr(fit_language, "job_of", lambda *args: pytest.fail("it has begun"))
         for held in ("out", "out.training"):
             with owned(place / held):
                 before = {one: one.read_bytes() for one in place.iterdir() if one.is_file()}
-                told = refused(capsys, *argv)
+                told = refused("fit", *argv)
                 assert told.startswith(f"lowmem fit: '{held}' is being written by process {os.getpid()} of ")
                 assert {one: one.read_bytes() for one in place.iterdir() if one.is_file()} == before
     seen = []
@@ -200,16 +191,10 @@ def test_the_processes_of_one_run_are_one_owner(place):
         assert not [*place.glob(".lowmem-*")]
 
 
-def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, capsys):
+def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, capsys, refused, results):
     assert main(["quantize", "llama", "stored", "--format", "fp4"]) == 0
-    capsys.readouterr()
-    assert (
-        main(
-            ["fit", "stored", "--data", "text.txt", "--length", "48", "--steps", "2", "--eval-share", "0.2", "--json"]
-        )
-        == 0
-    )
-    found = json.loads(capsys.readouterr().out)
+    argv = ["--data", "text.txt", "--length", "48", "--steps", "2", "--eval-share", "0.2"]
+    found = results("fit", "stored", *argv)
     assert found["perplexity"].keys() == {"stored", "adapted"}
     assert found["run"]["format"] == "as it is"
     for kind, memory in (("dense", "plain"), ("bfloat16", "lean"), ("int8", "fast"), ("4.9", "fast")):
@@ -221,10 +206,10 @@ def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, ca
     assert found["run"]["format"] == "4.9 bits"
     assert main(["fit", "llama", "--data", "text.txt", "--bits", "4.9", "--dry-run"]) == 0
     assert "Budget(bits=4.9), LoRA" in capsys.readouterr().out
-    assert "--format=nf4 does not apply" in refused(capsys, "stored", "--data", "text.txt", "--format", "nf4")
-    assert "--bits=4.9 does not apply" in refused(capsys, "stored", "--data", "text.txt", "--bits", "4.9")
+    assert "--format=nf4 does not apply" in refused("fit", "stored", "--data", "text.txt", "--format", "nf4")
+    assert "--bits=4.9 does not apply" in refused("fit", "stored", "--data", "text.txt", "--bits", "4.9")
     for seconds in ("1e300", "1e14", "1e-7"):  # which a timedelta, PyTorch or a clock cannot count
-        said = refused(capsys, "llama", "--data", "text.txt", "--replicate", "--timeout", seconds)
+        said = refused("fit", "llama", "--data", "text.txt", "--replicate", "--timeout", seconds)
         assert f"--timeout={float(seconds):g} must be from 0.001 to 100000000 seconds" in said
 
 
@@ -307,17 +292,14 @@ def test_it_is_within_two_percent_of_the_run(folder, capsys):
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_is_made(folder, capsys):
+def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_is_made(folder, refused):
     path = folder / "config.json"
     config = json.loads(path.read_text())
-    argv = ["fit", str(folder), "--data", str(folder.parent / "text.txt"), "--length", str(LENGTH), "--dry-run"]
+    argv = ["fit", folder, "--data", folder.parent / "text.txt", "--length", LENGTH, "--dry-run"]
     for changes in ({"hidden_size": 2**20}, {"intermediate_size": 2**24}, {"vocab_size": 2**30}):
         path.write_text(json.dumps(config | changes))
         with bounded():
-            assert main(argv) == 2
-        told = capsys.readouterr()
-        assert told.err.count("\n") == 1, told.err
-        assert "by its config.json" in told.err
+            assert "by its config.json" in refused(*argv)
 
 
 def test_it_says_what_it_counts_and_writes_nothing(folder, capsys):
