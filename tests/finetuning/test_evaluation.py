@@ -25,7 +25,7 @@ class Both(Ranks):
         return sum(self.others)
 
 
-def test_it_is_the_mean_over_the_tokens_that_count(tmp_path):
+def test_perplexity_is_of_the_mean_over_the_tokens_that_count(tmp_path):
     model = language(dropout=0.5)
     found = rows(model, texts(tmp_path))
     model.eval()
@@ -42,7 +42,7 @@ def test_it_is_the_mean_over_the_tokens_that_count(tmp_path):
     assert perplexity(model, found, Both(1, sums)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_no_number_holds_is_infinite(tmp_path):
+def test_a_perplexity_that_overflows_is_infinite_and_nan_stays(tmp_path):
     model = language()
     found = rows(model, texts(tmp_path))
     with torch.no_grad():

@@ -32,7 +32,7 @@ def same(one, other):
 
 @pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("memory", [None, "fast", "lean"])
-def test_it_learns_what_it_is_shown_and_the_base_stays(memory, tmp_path):
+def test_training_lowers_the_perplexity_and_keeps_the_base(memory, tmp_path):
     model = language(technique=lowmem.FourBit("nf4"))
     found = rows(model, texts(tmp_path))
     before = perplexity(model, found)

@@ -15,7 +15,7 @@ def test_gradients_are_clipped_to_a_norm_that_is_returned():
         assert other.grad.tolist() == pytest.approx([0, 4 * scale, 0])
 
 
-def test_sums_are_of_one():
+def test_one_process_sums_its_own_value():
     alone = Ranks()
     assert (alone.rank, alone.world, alone.gradient_scale, alone.sum(2.5)) == (0, 1, 1.0, 2.5)
     with alone.accumulating(torch.nn.Identity(), last=False):

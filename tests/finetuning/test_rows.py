@@ -72,7 +72,7 @@ def test_a_batch_of_no_rows_counts_nothing():
     assert batch.tokens == 0
 
 
-def test_what_cannot_be_rows_is_refused():
+def test_no_examples_and_long_examples_are_refused():
     with pytest.raises(ValueError, match=r"examples=\[\]"):
         Rows([], 20, Calling())
     with pytest.raises(ValueError, match="length=19 must be at least that of the longest example, 20 tokens"):

@@ -141,7 +141,7 @@ if hasattr(os, "mkfifo"):
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-def test_what_is_no_file_is_skipped_with_a_line_and_replaced(tmp_path, make):
+def test_a_folder_a_pipe_or_a_link_to_nowhere_is_skipped_and_replaced(tmp_path, make):
     states = States(tmp_path, {})
     make(tmp_path / FILES[0])
     with pytest.raises(

@@ -120,7 +120,7 @@ def test_a_file_without_text_is_refused(name, content, why, tmp_path):
         read_examples(tmp_path / name, LETTERS, 4)
 
 
-def test_other_arguments_are_refused(tmp_path):
+def test_a_missing_file_and_a_bad_length_are_refused(tmp_path):
     with pytest.raises(OSError, match="cannot read"):
         read_examples(tmp_path / "missing.txt", LETTERS, 4)
     for length in (1, True, "8"):

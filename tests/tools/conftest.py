@@ -38,16 +38,19 @@ def results(capsys):
 
 @pytest.fixture
 def refused(capsys):
-    """Return a function that runs a command that must end with code 2 and one short line, and returns that line."""
+    """Return a function that runs a command that must end with code 2 and one short line, and returns that line.
 
-    def run(*argv):
+    ``printed`` is the first word of what the command prints to stdout before.
+    """
+
+    def run(*argv, printed=""):
         capsys.readouterr()
         try:
             code = main(list(map(str, argv)))
         except SystemExit as stopped:  # argparse ends the process
             code = stopped.code
         out, err = capsys.readouterr()
-        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert (code, out.partition(" ")[0], err.count("\n")) == (2, printed, 1), err
         assert err.startswith("lowmem")
         assert err[:-1].isprintable()
         assert len(err) < 300

@@ -55,7 +55,7 @@ def test_texts_that_are_no_such_numbers_are_refused(parse, texts, why):
             parse(text)
 
 
-def test_numbers_that_are_fine():
+def test_numbers_are_parsed():
     assert (arguments.positive_int("12"), arguments.positive_float("1e-3")) == (12, 0.001)
     assert arguments.positive_int("0" * 5000 + "7") == 7
     assert arguments.positive_int(str(2**63 - 1)) == arguments.seed(str(2**63 - 1)) == 2**63 - 1
@@ -76,7 +76,7 @@ def test_sizes_have_units():
         assert size(text) == expected
 
 
-def test_the_plan_of_techniques_as_text():
+def test_techniques_are_parsed():
     assert techniques("Half,LoRA:4") == (Half(), LoRA(4))
     assert techniques("FourBit") == (FourBit(),)
     assert techniques("FourBit:fp4:32:double,LoRA") == (FourBit("fp4", 32, "double"), LoRA())

@@ -94,7 +94,7 @@ trees = st.dictionaries(names, st.binary(max_size=40), max_size=8)
 
 @given(trees, st.randoms(use_true_random=False))
 @example({"a.txt": b"", "a/a.txt": b"\r\n", "a b/é.txt": b"\0"}, random.Random(0))
-def test_what_goes_in_comes_out_whatever_the_order_times_and_modes(tree, shuffle):
+def test_files_come_out_as_they_went_in_for_any_order_time_and_mode(tree, shuffle):
     tree = {**tree, "__main__.py": b"print('hello')\n"}
     with tempfile.TemporaryDirectory() as directory:
         for copy in ("first", "second"):
@@ -212,7 +212,7 @@ def test_caches_and_build_products_are_left_out(project):
         "toy/csrc/a.c",
     ],
 )
-def test_what_only_looks_like_them_stays(project, name):
+def test_names_like_those_of_caches_stay(project, name):
     write_tree(project, {name: b"written"})
     assert bundled(project)[name] == b"written"
 
@@ -409,7 +409,7 @@ def test_no_memory_is_one_line(project, refused, monkeypatch):
 
 
 @pytest.mark.parametrize(("name", "method"), [("README.md", "read_bytes"), ("toy", "iterdir"), (".", "iterdir")])
-def test_what_is_unreadable_is_refused(project, refused, monkeypatch, name, method):
+def test_an_unreadable_file_or_folder_is_refused(project, refused, monkeypatch, name, method):
     secret = project / name
     secret.chmod(0)
     if os.access(secret, os.R_OK):  # the superuser reads anything

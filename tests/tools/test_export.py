@@ -30,7 +30,7 @@ def test_a_table_says_what_became_of_each_weight_and_the_errors_of_what_changed(
     assert "exists" in capsys.readouterr().err
 
 
-def test_what_another_command_is_writing_is_refused(tmp_path, capsys):
+def test_a_target_that_another_command_writes_is_refused(tmp_path, capsys):
     source, out = write_folder(tmp_path / "in", weights_of(fourbit("nf4"))), tmp_path / "out.gguf"
     with owned(out):
         assert main(["export", str(source), str(out)]) == 2

@@ -32,12 +32,12 @@ def test_a_folder_that_is_missing_is_named_before_any_option(refused):
         assert told.startswith("lowmem fit: model='nope' is neither an existing folder nor a variant (bignet, half_")
 
 
-def test_a_dry_run_counts_the_cpu_s(refused):
+def test_a_dry_run_refuses_a_gpu(refused):
     told = refused("fit", "lora", "--dry-run", "--device", "cuda")
     assert "--dry-run measures a step on the CPU: leave --device=cuda out" in told
 
 
-def test_defaults_are_the_classifier_s(monkeypatch):
+def test_classifiers_have_defaults_of_their_own(monkeypatch):
     seen = []
     monkeypatch.setattr(fit_classifier, "run", lambda arguments: seen.append(arguments) or 0)
     assert main(["fit", "lora", "--epochs", "3"]) == 0

@@ -137,7 +137,7 @@ def test_an_npz_whose_arrays_are_damaged_or_hostile_is_one_line(tmp_path, refuse
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has none in its file system")
-def test_what_is_no_regular_file_is_refused_at_once(tmp_path, refused):
+def test_a_pipe_a_folder_and_a_device_are_refused_at_once(tmp_path, refused):
     os.mkfifo(tmp_path / "pipe.npz")
     (tmp_path / "directory.npz").mkdir()
     (tmp_path / "device.npz").symlink_to("/dev/zero")

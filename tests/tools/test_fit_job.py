@@ -42,7 +42,7 @@ def listed():
     return sorted(one.as_posix() for one in Path().rglob("*"))
 
 
-def test_options_and_texts_that_cannot_be(place, refused):
+def test_bad_options_and_texts_are_refused(place, refused):
     Path("empty.txt").write_text(" \n")
     Path("latin.txt").write_bytes("Zürich".encode("latin-1"))
     Path("bad.jsonl").write_text('{"text": "a b"}\n{"txt": "a b"}\n')
@@ -89,7 +89,7 @@ def test_options_and_texts_that_cannot_be(place, refused):
     assert listed() == before
 
 
-def test_folders_of_other_models(place, refused):
+def test_folders_of_other_models_are_refused(place, refused):
     for name, make in OTHERS.items():
         torch.manual_seed(0)
         make().save_pretrained(name)
@@ -183,7 +183,7 @@ def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, ca
     assert first.endswith("; going on from the state after step 1")
 
 
-def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch, refused):
+def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, monkeypatch, refused):
     argv = ["--data", "text.txt", "--length", "48", "--steps", "4", "--save", "out"]
 
     def interrupted(*args, states, **named):

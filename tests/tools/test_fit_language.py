@@ -273,7 +273,7 @@ def planned(folder, capsys, *options):
 
 
 @pytest.mark.thorough
-def test_it_is_within_two_percent_of_the_run(folder, capsys):
+def test_a_dry_run_is_within_two_percent_of_the_run(folder, capsys):
     peaks = []
     for memory in ("plain", "fast", "lean"):
         found = json.loads(planned(folder, capsys, "--memory", memory, "--json"))
@@ -302,7 +302,7 @@ def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_i
             assert "by its config.json" in refused(*argv)
 
 
-def test_it_says_what_it_counts_and_writes_nothing(folder, capsys):
+def test_a_dry_run_names_its_counts_and_writes_nothing(folder, capsys):
     config = folder / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
     before = sorted(folder.parent.rglob("*"))

@@ -63,7 +63,7 @@ def expected(to="same format"):
     return lowmem.merge(model, to, report=True)
 
 
-def test_it_writes_what_merge_makes_and_prints_the_report(files, capsys):
+def test_merge_writes_the_merged_model_and_prints_the_report(files, capsys):
     assert main(BASIC) == 0
     shown = capsys.readouterr()
     model, report = expected()
@@ -77,7 +77,7 @@ def test_it_writes_what_merge_makes_and_prints_the_report(files, capsys):
     assert type(merged[2]) is type(model[2]) is lowmem.Linear4Bit
 
 
-def test_a_file_that_another_command_writes_is_refused(refused):
+def test_a_target_that_another_command_writes_is_refused(refused):
     with owned(Path("out.safetensors")):
         assert f"'out.safetensors' is being written by process {os.getpid()} of " in refused(*BASIC)
 

@@ -47,7 +47,7 @@ def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal,
 
 
 @rows_in_one_case("columns", [30, 40, 60, 80, 120, 300])
-def test_a_summary_too(terminal, columns):
+def test_a_summary_is_whole_on_any_terminal(terminal, columns):
     model = convert(nn.ModuleDict({"a_long_name_" * 3: nn.Linear(1024, 1024), "norm": nn.LayerNorm(16)}), FourBit())
     lines = terminal(columns, print_summary, summary(model))
     assert all(cell_len(line) <= columns for line in lines)

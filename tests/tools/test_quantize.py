@@ -33,7 +33,7 @@ def make():
     return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
 
 
-def test_it_prints_a_table_and_writes_what_loads(checkpoint, capsys):
+def test_quantize_prints_a_table_and_writes_a_file_that_loads(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
     options = ["--format", "bof4s", "--block-size", "16", "--scales", "float16", "--exclude", "2.*"]
     assert main(["quantize", str(checkpoint), str(out), *options]) == 0
@@ -68,7 +68,7 @@ def test_bits_are_divided_and_the_table_says_why(checkpoint, capsys):
     assert {expected[0].forms["weight"].format, expected[2].forms["weight"].format} == {"bof4s", "int8"}
 
 
-def test_what_another_command_is_writing_is_refused(checkpoint, capsys):
+def test_a_target_that_another_command_writes_is_refused(checkpoint, capsys):
     out = checkpoint.with_name("out")
     with owned(out):  # as lowmem fit --save does from its first step to its last
         assert main(["quantize", str(checkpoint), str(out)]) == 2
@@ -104,7 +104,7 @@ def test_bad_options_are_one_line(checkpoint, options, message, refused):
 
 
 @pytest.mark.processes
-def test_what_was_told_to_end_leaves_no_half_file(checkpoint):
+def test_a_terminated_process_leaves_no_half_file(checkpoint):
     script = (
         "import os, signal, sys\n"
         "import lowmem.tools.quantize as q\n"

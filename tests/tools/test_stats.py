@@ -65,7 +65,7 @@ def test_the_table_reproduces_the_first_three_rows(capsys):
         (["--input-shape", "7", "--input-dtype", "int64"], "nn.Embedding(10, 4)"),
     ],
 )
-def test_a_user_s_model(user_module, rows, options, factory):
+def test_a_user_s_model_is_measured_and_listed_by_layers(user_module, rows, options, factory):
     user_module("stats_model", f"from torch import nn\nmake = lambda: {factory}\n")
     row = rows("stats_model:make", *options)["stats_model:make"]
     assert row["trainable_params"] > 0
