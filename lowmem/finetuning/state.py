@@ -157,7 +157,7 @@ class States:
 
 
 def _without_remedy(error: FileError) -> str:
-    """Return what is wrong with a state, which cannot be got again as other files can."""
+    """Return the error of a state without the remedy to get the file again."""
     what, _, remedy = str(error).rpartition("; ")
     return what if "get it again" in remedy else str(error)
 

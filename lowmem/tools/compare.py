@@ -20,7 +20,7 @@ from lowmem import measure
 from lowmem.errors import one_line
 from lowmem.finetuning.text import read_text
 from lowmem.tools.arguments import add_input_arguments, add_output_arguments, file_path, make_input, number
-from lowmem.tools.models import folder_of, make_model, run_model
+from lowmem.tools.models import folder_of, make_model, tensor_of
 from lowmem.tools.output import finite, print_json, print_table, progress, shown
 from lowmem.variants import VARIANTS
 
@@ -204,9 +204,4 @@ def _json_of(value: Any) -> Any:
 def _output(name: str, x: Tensor, seed: int) -> Tensor:
     model = make_model(name, seed=seed)
     with torch.no_grad():
-        output = run_model(name, lambda: model.eval()(x.clone()))
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"model={name!r} returns a {type(output).__name__}; compare takes models that return a tensor"
-        )
-    return output
+        return tensor_of(name, "compare", lambda: model.eval()(x.clone()))

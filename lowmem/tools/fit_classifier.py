@@ -1,4 +1,4 @@
-"""What ``lowmem fit`` does with variants and factories: it trains them with a float32 linear head on their output."""
+"""``lowmem fit`` of variants and factories: trains them with a float32 linear head on their output."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lowmem.finetuning.state import forked_random
 from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_data import Split, load_data
-from lowmem.tools.models import make_model, plan_model, recipe_of, run_model, user_code
+from lowmem.tools.models import make_model, plan_model, recipe_of, tensor_of, user_code
 from lowmem.tools.output import mib, print_json, print_plan, print_saved, progress
 from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
 from lowmem.version import __version__
@@ -134,9 +134,7 @@ def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Pl
 
 def _features(name: str, body: nn.Module, x: Tensor) -> int:
     """Return the number of values in a model's output for one example."""
-    output = run_model(name, lambda: body.eval()(x))
-    if not isinstance(output, Tensor):
-        raise ValueError(f"model={name!r} returns a {type(output).__name__}; fit takes models that return a tensor")
+    output = tensor_of(name, "fit", lambda: body.eval()(x))
     if output.dim() < 2 or len(output) != len(x) or output.numel() == 0 or output.is_complex():
         raise ValueError(
             f"model={name!r} returns {output.dtype} of shape {tuple(output.shape)} for {len(x)} examples; "

@@ -19,7 +19,7 @@ from lowmem.io.atomic import open_regular
 __all__ = ["Split", "load_data"]
 
 TEST_SHARE = 0.2
-_DEFLATE = 1032  # times at most, as which many bytes deflate packs
+_DEFLATE = 1032  # largest compression ratio of deflate
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
 
 
@@ -34,9 +34,10 @@ class Split:
     classes: int
 
     def to(self, device: torch.device) -> Split:
-        """Return the same on a device."""
-        tensors = (self.train_x, self.train_y, self.test_x, self.test_y)
-        return Split(*(one.to(device) for one in tensors), classes=self.classes)
+        """Return the split with its tensors on a device."""
+        tensors = self.train_x, self.train_y, self.test_x, self.test_y
+        train_x, train_y, test_x, test_y = (one.to(device) for one in tensors)
+        return Split(train_x, train_y, test_x, test_y, self.classes)
 
 
 def load_data(name: str, seed: int) -> Split:

@@ -1,4 +1,4 @@
-"""What a run of ``lowmem fit`` on a folder is to do: its arguments checked, and its texts read."""
+"""The job of ``lowmem fit`` on a folder: its arguments are checked, and its texts are read."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ Storing: TypeAlias = Half | EightBit | FourBit | Budget | None
 """How to store a folder's model; None: as it is."""
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
-"""What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, how the
-rows of a step are divided, and where they are computed."""
+"""Settings that may change when a run resumes: those that help after a loss that was not finite, how often states are
+saved, how the rows of a step are divided, and the device."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is to do, with its texts read."""
+    """A job, whose texts are read."""
 
     folder: Path
     base: str  # the digest of the folder's files
@@ -85,14 +85,14 @@ class Job:
         }
 
     def states(self) -> States | None:
-        """Return where the states lie; all processes of a run call it."""
+        """Return the states of the run; all of its processes call this method."""
         if self.save is None:
             return None
         given = states_folder(self.save), self.origin(), MAY_DIFFER
         return States(*given) if self.processes is None else Checkpoints(*given, self.timeout)
 
     def is_done(self) -> bool:
-        """Whether the folder to write is there, written by this very run, whose state is then removed.
+        """Whether the run has written its folder already; its states are then removed.
 
         Raises:
             FileError: another run has written it; the first thing that differs is named.

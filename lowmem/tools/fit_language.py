@@ -1,4 +1,4 @@
-"""What ``lowmem fit`` does with folders: text in, an adapter out."""
+"""``lowmem fit`` of folders: fine-tunes a language model on text, and writes an adapter."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
 
 @contextmanager
 def _silent(silent: bool) -> Iterator[None]:
-    """Print nothing in the block, so that one of several processes tells what all do."""
+    """Print nothing in the block if ``silent``: of several processes, one prints for all."""
     if not silent:
         yield
         return
@@ -327,7 +327,7 @@ class _Report:
 
 
 def _save(out: Path, states: Path, model: nn.Module, document: dict[str, Any]) -> None:
-    """Write the adapter's folder, whole or not at all: in the states', which takes what a kill leaves with it."""
+    """Write the adapter's folder atomically: within the folder of states, which takes what a kill leaves."""
     with write_errors(states):
         states.mkdir(exist_ok=True)
     try:

@@ -80,7 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _above(report: MergeReport, at_most: float | None) -> str | None:
-    """Return what has a larger error than ``at_most``, if something has."""
+    """Return a text on the layer, or model, whose error is above ``at_most``; None: no error is."""
     if at_most is None:
         return None
     worst, of_model = report.worst, report.output_after

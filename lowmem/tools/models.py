@@ -31,6 +31,7 @@ __all__ = [
     "plan_model",
     "recipe_of",
     "run_model",
+    "tensor_of",
     "user_code",
 ]
 
@@ -142,6 +143,15 @@ def run_model(name: str, run: Callable[[], Result]) -> Result:
     """Return ``run()``, a call of the user's model; any failure becomes a ValueError about the input."""
     with user_code(f"model={name!r} cannot take this input", "; check the input's shape and dtype"):
         return run()
+
+
+def tensor_of(name: str, command: str, run: Callable[[], Any]) -> Tensor:
+    """Return ``run()``, a call of the user's model, which must return a tensor for the command."""
+    output = run_model(name, run)
+    if not isinstance(output, Tensor):
+        found = type(output).__name__
+        raise ValueError(f"model={name!r} returns a {found}; {command} takes models that return a tensor")
+    return output
 
 
 def plan_model(name: str, run: Callable[[], Plan]) -> Plan:

@@ -85,7 +85,7 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
 
 
 def _note_growth(rows: list[ImportedRow], is_rounded: bool) -> None:
-    """Say which weights take more than in the file, since lowmem has no form of their kind, and what would help."""
+    """Note which weights take more bytes than in the file, because they became dense, and the options that help."""
     grown = [row for row in rows if row.kept in DTYPES and row.after_bytes > row.before_bytes and len(row.shape) > 1]
     if not grown:
         return

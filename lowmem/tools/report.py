@@ -41,7 +41,7 @@ ENDINGS = (".html", ".htm")
 
 @dataclass(frozen=True)
 class Measured:
-    """The measurements of every variant of a model, and why some could not be made of it: by name, the reason."""
+    """The measurements of a model's variants; ``left_out`` says why a variant could not be made."""
 
     footprints: Sequence[Footprint]
     steps: dict[str, TrainingMemory]
@@ -154,7 +154,7 @@ def read_verdicts(paths: Sequence[Path]) -> list[Verdict]:
 def measure_variants(
     name: str, x: Tensor, *, seed: int = 0, timed: Sequence[Tensor] = (), grouped: bool = False
 ) -> Measured:
-    """Measure every variant of a model: bytes, peaks, where those of a step go, the error of its output, and speed.
+    """Measure bytes, peaks, a training step, the error of the output, and speed of every variant of a model.
 
     Args:
         name: ``bignet`` or ``module:factory``.

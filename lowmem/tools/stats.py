@@ -189,7 +189,7 @@ def _tokens(arguments: argparse.Namespace, x: Tensor, model: Any) -> Tensor:
 
 
 def _decoded(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Return what the decoder of a model gets beside the tokens of its encoder: the same ones."""
+    """Return the decoder's input of an encoder-decoder model: the tokens of the encoder."""
     both = model.config.is_encoder_decoder and not tokens.is_floating_point()
     return {"decoder_input_ids": tokens} if both else {}
 
