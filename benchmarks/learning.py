@@ -94,8 +94,8 @@ class Outcome:
 
 def digits() -> Task:
     """Return the task of scikit-learn's digits."""
-    from lowmem.tools.classifier import Classifier
-    from lowmem.tools.data import load_data
+    from lowmem.tools.fit_classifier import Classifier
+    from lowmem.tools.fit_data import load_data
 
     data = load_data("digits", 0)
 

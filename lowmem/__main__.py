@@ -72,7 +72,8 @@ def _terminated_as_interrupted(program: bool) -> Iterator[None]:
     names = ("SIGINT", "SIGTERM", "SIGHUP") if program else ("SIGTERM", "SIGHUP")
     before = {}
     if threading.current_thread() is threading.main_thread():
-        before = {number: signal.getsignal(number) for number in _numbers(names)}
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        before = {number: signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, signal.default_int_handler)
@@ -93,10 +94,6 @@ def _prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
-
-
-def _numbers(names: Sequence[str]) -> list[signal.Signals]:
-    return [getattr(signal, name) for name in names if hasattr(signal, name)]
 
 
 def _run(argv: Sequence[str], program: bool) -> int:

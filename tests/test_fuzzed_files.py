@@ -23,7 +23,7 @@ from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.report.timings import read_run
 from lowmem.testing.baseline import Key, read_figures, write_figures
 from lowmem.testing.verdicts import Row, Verdict, read_verdict, write_verdict
-from lowmem.tools.data import load_data
+from lowmem.tools.fit_data import load_data
 from lowmem.transforms.calibration.finished_units import FinishedUnits
 from tests import fuzzing
 from tests.fuzzing import Reader

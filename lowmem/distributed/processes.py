@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from typing import Any, cast
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import distributed, nn
 
 from lowmem.distributed.gather import gather
 from lowmem.distributed.shard import shard
-from lowmem.finetuning.ranks import Alone, Ranks
+from lowmem.finetuning.ranks import Ranks
 from lowmem.io.wrappers import unwrap
 
 __all__ = ["TIMEOUT", "Replicated", "Sharded", "is_told_by_first", "joined", "started_rank"]
@@ -28,14 +27,8 @@ _CPU = torch.device("cpu")
 _ANSWER = timedelta(seconds=5)  # how long an error of one process waits for that of rank 0
 
 
-class _Processes:
-    """All processes of the default group.
-
-    Attributes:
-        rank: the number of this one.
-        world: how many there are.
-        gradient_scale: ``world``: gradients are averaged.
-    """
+class _Processes(Ranks):
+    """All processes of the default group, whose gradients are averaged."""
 
     def __init__(self) -> None:
         self.rank, self.world = distributed.get_rank(), distributed.get_world_size()
@@ -50,7 +43,7 @@ class _Processes:
 
 
 class Sharded(_Processes):
-    """Processes of which each has a part of the model (FSDP2)."""
+    """Processes of which each has a part of the model (FSDP2), whose gradients are added where they are kept."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Share a model's weights."""
@@ -59,15 +52,6 @@ class Sharded(_Processes):
     def whole(self, model: nn.Module) -> nn.Module | None:
         """Return a whole copy of the model in rank 0."""
         return gather(model)
-
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Return a context that does nothing: gradients are added where they are kept, in parts."""
-        return nullcontext()
-
-    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
-        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
-        norm: Any = nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def rest(self, model: nn.Module) -> None:
         """Let go of whole weights after a forward without backward."""
@@ -90,13 +74,6 @@ class Replicated(_Processes):
         """Return a context in which gradients are exchanged for the last batch of a step alone."""
         return nullcontext() if last else model.no_sync()  # type: ignore[operator]
 
-    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
-        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
-        return Alone().clip(parameters, most)
-
-    def rest(self, model: nn.Module) -> None:
-        """Do nothing: the model stays whole."""
-
 
 @contextmanager
 def joined(how: str | None, device: torch.device = _CPU, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
@@ -118,7 +95,7 @@ def joined(how: str | None, device: torch.device = _CPU, timeout: timedelta = TI
             raise ValueError(
                 f"torchrun has started {world} processes, which would all do the same: add --shard or --replicate"
             )
-        yield Alone()
+        yield Ranks()
         return
     if world is None:
         raise ValueError(

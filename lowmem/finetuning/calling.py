@@ -7,8 +7,9 @@ other. Neither follows from the names of classes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import describe
 
-__all__ = ["Calling", "balance_of", "calling_of", "logits_of"]
+__all__ = ["Calling", "balance_of", "calling_of", "evaluating", "logits_of"]
 
 _LENGTHS = (7, 6)
 """Tokens of the two texts that are tried: few, so that both lie in one block of blockwise attention; odd in all."""
@@ -31,13 +32,9 @@ kernels may split rows differently."""
 
 @dataclass(frozen=True)
 class Calling:
-    """How a model is called.
+    """Whether a model takes ``position_ids``, ``attention_mask`` and ``use_cache``, which training sets to False.
 
-    Args:
-        positions: whether it takes ``position_ids``.
-        mask: whether it takes ``attention_mask``.
-        cache: whether it takes ``use_cache``, which training sets to False.
-        isolates: whether texts packed into one row, each with positions from 0, do not attend to each other.
+    ``isolates``: texts packed into one row, each with positions from 0, do not attend to each other.
     """
 
     positions: bool = False
@@ -46,12 +43,9 @@ class Calling:
     isolates: bool = False
 
     def inputs(self, ids: Tensor, positions: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
-        """Return the keyword arguments of a call.
+        """Return the keyword arguments of a call, for int64 tensors (rows, tokens).
 
-        Args:
-            ids: int64 (rows, tokens).
-            positions: int64 (rows, tokens), for rows of several texts; else None.
-            mask: int64 (rows, tokens), 1 for tokens and 0 for the padding after them; None: no padding.
+        ``positions`` are for rows of several texts; ``mask`` is 1 for tokens and 0 for the padding after them.
         """
         found: dict[str, Any] = {"input_ids": ids}
         if positions is not None:
@@ -80,14 +74,7 @@ def balance_of(model: nn.Module, output: Any) -> Tensor | None:
     """Return the load-balancing loss that a mixture of experts adds to the mean loss of a batch.
 
     Models of transformers return it, unscaled, as ``aux_loss`` if ``output_router_logits`` of their config is set.
-    Their own loss adds it times a coefficient of the config, as is done here.
-
-    Args:
-        model: the model that returned ``output``.
-        output: of a forward.
-
-    Returns:
-        A scalar, scaled; None if the model adds nothing.
+    Their own loss adds it times a coefficient of the config, as is done here. None: the model adds nothing.
 
     Raises:
         ValueError: neither the model nor its config has the coefficient.
@@ -122,14 +109,21 @@ def calling_of(model: nn.Module, vocabulary: int) -> Calling:
     """
     names = inspect.signature(model.forward).parameters
     found = Calling("position_ids" in names, "attention_mask" in names, "use_cache" in names)
+    with evaluating(model), torch.random.fork_rng():
+        return replace(found, isolates=_isolates(model, found, vocabulary))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Set a model to eval mode for the block, without gradients; restore the modes of its modules at the end."""
     modes = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad(), torch.random.fork_rng():
-            isolates = _isolates(model.eval(), found, vocabulary)
+        model.eval()
+        with torch.no_grad():
+            yield
     finally:
         for module, mode in modes.items():
             module.training = mode
-    return Calling(found.positions, found.mask, found.cache, isolates)
 
 
 def _isolates(model: nn.Module, calling: Calling, vocabulary: int) -> bool:

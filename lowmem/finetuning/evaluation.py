@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowmem.finetuning.calling import logits_of
-from lowmem.finetuning.ranks import Alone, Ranks
+from lowmem.finetuning.calling import evaluating, logits_of
+from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.text import IGNORED
 
@@ -29,21 +28,17 @@ def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> floa
         rows: held-out text.
         ranks: the processes that train together; None: this one alone.
     """
-    ranks = ranks or Alone()
+    ranks = ranks or Ranks()
     device = next(model.parameters()).device
-    modes = {module: module.training for module in model.modules()}
     total = 0.0
     try:
-        model.eval()
-        with torch.no_grad():
+        with evaluating(model):
             for start in range(0, len(rows), ranks.world):
                 own = [index for index in (start + ranks.rank,) if index < len(rows)]
                 batch = rows.batch(own, device)
                 total += _negative_log_likelihood(logits_of(model(**batch.inputs)), batch.targets)
     finally:
         ranks.rest(model)
-        for module, mode in modes.items():
-            module.training = mode
     mean = ranks.sum(total) / int(rows.counted.sum())
     return math.inf if mean >= 700 else math.exp(mean)
 

@@ -10,18 +10,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.optim.lr_scheduler import LambdaLR
 
 from lowmem.finetuning.calling import balance_of, logits_of
 from lowmem.finetuning.evaluation import perplexity
-from lowmem.finetuning.order import Order, part
-from lowmem.finetuning.ranks import Alone, Ranks
-from lowmem.finetuning.rows import Batch, Rows
-from lowmem.finetuning.schedule import Schedule
+from lowmem.finetuning.ranks import Ranks
+from lowmem.finetuning.rows import Batch, Order, Rows, part
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import (
     Saved,
-    Store,
+    States,
     capture,
     forked_random,
     put_back,
@@ -66,7 +63,7 @@ class Outcome:
     """The result of a run.
 
     Attributes:
-        losses: mean loss of the tokens that count before the update, for each step.
+        losses: of each step, as in ``Step``.
         evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them.
         step: number of steps after which the final model was taken: those of the best evaluation with ``patience``,
             else all.
@@ -90,7 +87,7 @@ def finetune(
     settings: FineTuning,
     *,
     held_out: Rows | None = None,
-    states: Store | None = None,
+    states: States | None = None,
     ranks: Ranks | None = None,
     watch: Callable[[Step], object] = lambda step: None,
 ) -> Outcome:
@@ -124,45 +121,37 @@ def finetune(
         raise ValueError(f"patience={settings.patience} needs held_out text to evaluate on")
     with forked_random(next(model.parameters()).device):
         torch.manual_seed(settings.seed)
-        outcome = _Run(model, rows, settings, held_out, states, ranks or Alone(), watch).run()
+        outcome = _Run(model, rows, settings, held_out, states, ranks or Ranks(), watch).run()
     trim_heap(model)
     return outcome
 
 
+@dataclass
 class _Run:
-    def __init__(
-        self,
-        model: nn.Module,
-        rows: Rows,
-        settings: FineTuning,
-        held_out: Rows | None,
-        states: Store | None,
-        ranks: Ranks,
-        watch: Callable[[Step], object],
-    ) -> None:
-        self._model, self._rows, self._settings, self._held_out = model, rows, settings, held_out
-        self._states, self._ranks, self._watch = states, ranks, watch
-        self._device = next(model.parameters()).device
-        if len(rows) < ranks.world:
-            raise ValueError(
-                f"{ranks.world} processes cannot share {len(rows)} rows of text: start fewer, or take more text"
-            )
-        per_step = settings.batch_size * settings.accumulate * ranks.world
-        self._order = Order(len(rows), per_step, settings.seed, settings.total_rows(len(rows), ranks.world))
-        parameters = list(trained(model).values())
-        self._optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        self._done = Outcome()
-        self._start = 0
-        self._best: dict[str, Tensor] = {}
+    _model: nn.Module
+    _rows: Rows
+    _settings: FineTuning
+    _held_out: Rows | None
+    _states: States | None
+    _ranks: Ranks
+    _watch: Callable[[Step], object]
 
     def run(self) -> Outcome:
         """Train from the first step, or from the newest state, to the end."""
+        settings, count, world = self._settings, len(self._rows), self._ranks.world
+        if count < world:
+            raise ValueError(f"{world} processes cannot share {count} rows of text: start fewer, or take more text")
+        self._device = next(self._model.parameters()).device
+        per_step = settings.batch_size * settings.accumulate * world
+        self._order = Order(count, per_step, settings.seed, settings.total_rows(count, world))
+        parameters = list(trained(self._model).values())
+        self._optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
+        self._done, self._best = Outcome(), dict[str, Tensor]()
         self._start = self._resume()
-        scheduler = self._scheduler(self._start)
         self._optimizer.zero_grad(set_to_none=True)  # drop gradients that the model had before the run
         self._model.train()
         for step in range(self._start, self._order.steps):
-            self._step(step, scheduler)
+            self._step(step)
             if self._done.stopped:
                 break
         self._finish()
@@ -189,13 +178,7 @@ class _Run:
             ) from error
         return saved.step
 
-    def _scheduler(self, start: int) -> LambdaLR:
-        schedule = Schedule(self._order.steps, self._settings.warmup, self._settings.decay)
-        for group in self._optimizer.param_groups:
-            group["initial_lr"] = self._settings.lr
-        return LambdaLR(self._optimizer, schedule, last_epoch=start - 1)
-
-    def _step(self, step: int, scheduler: LambdaLR) -> None:
+    def _step(self, step: int) -> None:
         """Do one step. No parameter changes unless its loss and gradient are finite."""
         before, started = random_states(self._device), time.perf_counter()
         indices = self._order.indices(step)
@@ -208,10 +191,10 @@ class _Run:
         seconds = time.perf_counter() - started
         if self._states is not None and step > self._start and self._is_due(step):
             self._states.save(self._saved(step, before))  # the finite loss shows that the state before it is good
-        lr, started = float(self._optimizer.param_groups[0]["lr"]), time.perf_counter()
+        lr, started = self._settings.lr_at(step, self._order.steps), time.perf_counter()
+        self._optimizer.param_groups[0]["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
-        scheduler.step()
         seconds += time.perf_counter() - started
         self._done.losses.append(loss)
         found = self._evaluate(step + 1)
@@ -223,21 +206,11 @@ class _Run:
         return step % every == 0 or (step < every and step & (step - 1) == 0)
 
     def _keep(self, step: int, random: dict[str, Tensor], good: bool) -> OSError | None:
-        """Save the state before a failed step, unless its weights are bad.
+        """Save the state after ``step`` steps, of which the next one failed; return the error if that fails.
 
-        They are good if the failed step's loss is finite, or else if the loss of the rows of the step before is.
-
-        Args:
-            step: number of completed steps.
-            random: the states of torch's generators before the failed step.
-            good: whether the failed step's loss is finite.
-
-        Returns:
-            The error, if writing the state failed.
+        Its weights are good if the failed step's loss is finite (``good``), or the loss of the rows before is.
         """
-        if self._states is None or step == self._start:
-            return None
-        if not (good or math.isfinite(self._loss_again(step - 1))):
+        if self._states is None or step == self._start or not (good or math.isfinite(self._loss_again(step - 1))):
             return None
         try:
             self._states.save(self._saved(step, random))

@@ -1,25 +1,35 @@
-"""A file with one line of JSON for each step; a resumed run continues it."""
+"""The metrics of a run: a file with one line of JSON for each step, which a resumed run continues, and a plot."""
 
 from __future__ import annotations
 
+import io
 import json
+import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from io import BufferedWriter
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lowmem.errors import refusal
+from lowmem.errors import refusal, show
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors, write_atomically, write_errors
+from lowmem.version import install_command
 
-__all__ = ["Metrics", "check_metrics", "peak_memory"]
+__all__ = ["Metrics", "check_metrics", "check_plot", "peak_memory", "plot_losses"]
 
 _LINE = re.compile(rb'\{"step": \d.*\n?|' + b"|".join(re.escape(b'{"step": '[:end]) for end in range(1, 10)))
 """Matches the first line of a metrics file, which a full disk or a kill may have truncated anywhere."""
+
+
+_UNDATED: dict[str, dict[str, Any]] = {
+    ".png": {"Software": None},
+    ".svg": {"Date": None},
+    ".pdf": {"CreationDate": None},
+}
+"""Metadata that leaves dates and versions out of a plot, by suffix."""
 
 
 class Metrics:
@@ -42,14 +52,10 @@ class Metrics:
             check_free(path)
         write_atomically(path, kept)
         with write_errors(path):
-            self._file: BufferedWriter = open(path, "ab")  # noqa: SIM115
+            self._file = open(path, "ab")  # noqa: SIM115
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Write one line, and flush it.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write one line, and flush it."""
         with write_errors(self._path):
             self._file.write(json.dumps(record).encode() + b"\n")
             self._file.flush()
@@ -61,13 +67,7 @@ class Metrics:
 
 
 def check_metrics(path: Path, resume: bool) -> None:
-    """Raise, before anything is trained, if metrics cannot be written.
-
-    Raises:
-        FileExistsError: the run is new, and ``path`` exists.
-        FileError: the run resumes, and the file at ``path`` is not a metrics file.
-        OSError: no file can be written there.
-    """
+    """Raise the errors of ``Metrics``, before anything is trained."""
     if not resume:
         check_free(path)
     elif path.exists():
@@ -76,12 +76,7 @@ def check_metrics(path: Path, resume: bool) -> None:
 
 
 def _lines_until(path: Path, step: int) -> bytes:
-    """Return the complete lines of a metrics file up to a step.
-
-    Raises:
-        FileError: the first line is neither one that ``Metrics`` writes nor the start of one.
-        OSError: the file cannot be read.
-    """
+    """Return the complete lines of a metrics file up to a step; raise a FileError if it is of another kind."""
     with open_regular(path) as file, read_errors(path):
         lines = file.read().splitlines(keepends=True)
     if lines and not _LINE.fullmatch(lines[0]):
@@ -108,3 +103,58 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def check_plot(path: Path) -> None:
+    """Raise, before anything is trained, if a plot of this suffix cannot be drawn or written."""
+    if path.suffix not in _UNDATED:
+        raise ValueError(f"plot={show(str(path))} must end in {', '.join(_UNDATED)}")
+    _figure()
+    check_writable(path)
+
+
+def plot_losses(
+    path: Path,
+    losses: Sequence[float],
+    evaluations: Sequence[tuple[int, float]] = (),
+    before: Mapping[str, float] | None = None,
+) -> None:
+    """Draw the losses of a run. The same figures give the same bytes.
+
+    Args:
+        path: of a ``.png``, ``.svg`` or ``.pdf`` file.
+        losses: of each step, in nats per token.
+        evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them.
+        before: perplexities of the held-out text before the first step, by name; at most three are drawn.
+
+    Raises:
+        ValueError, ImportError, OSError: as ``check_plot``.
+    """
+    check_plot(path)
+    figure = _figure()
+    axes = figure.subplots()
+    steps = range(1, len(losses) + 1)
+    axes.plot(steps, losses, color="#9ab", linewidth=0.8, label="training, each step")
+    width = max(1, len(losses) // 20)
+    if width > 1:
+        means = [math.fsum(losses[max(0, end - width) : end]) / min(end, width) for end in steps]
+        axes.plot(steps, means, color="#247", label=f"training, mean of {width} steps")
+    shown = [(step, math.log(value)) for step, value in evaluations if math.isfinite(value)]
+    if shown:
+        axes.plot(*zip(*shown, strict=True), color="#c40", marker="o", label="held out")
+    finite = [(name, value) for name, value in (before or {}).items() if math.isfinite(value)]
+    for style, (name, value) in zip((":", "--", "-."), finite, strict=False):
+        axes.axhline(math.log(value), color="#c40", linewidth=0.8, linestyle=style, label=f"held out, {name}")
+    axes.set(xlabel="step", ylabel="loss, nats a token")
+    axes.legend(frameon=False)
+    content = io.BytesIO()
+    figure.savefig(content, format=path.suffix[1:], metadata=_UNDATED[path.suffix])
+    write_atomically(path, content.getvalue())
+
+
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as reason:
+        raise ImportError(f"plot needs matplotlib: {install_command('plot')}") from reason
+    return Figure(figsize=(7, 4), layout="constrained")

@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Alone", "Ranks"]
+__all__ = ["Ranks"]
 
 
-class Ranks(Protocol):
-    """This process as one of those that train together.
+class Ranks:
+    """One process that trains by itself. Subclasses are one of several processes that train together.
 
     Attributes:
         rank: of this process.
@@ -22,60 +22,30 @@ class Ranks(Protocol):
             averaged over the processes, so that the average is the gradient of the mean loss.
     """
 
-    @property
-    def rank(self) -> int: ...  # noqa: D102
-
-    @property
-    def world(self) -> int: ...  # noqa: D102
-
-    @property
-    def gradient_scale(self) -> float: ...  # noqa: D102
-
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """Wrap a model so that it trains together with those of the other processes."""
-
-    def whole(self, model: nn.Module) -> nn.Module | None:
-        """Return the unwrapped model with whole parameters in rank 0; None in other ranks."""
-
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Return the context of a batch's forward and backward; ``last``: whether it is the step's last batch."""
-
-    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
-        """Scale the gradients down to a common norm of at most ``most`` (None: any); return the norm before."""
-
-    def sum(self, value: float) -> float:
-        """Return the sum of a value over the processes."""
-
-    def rest(self, model: nn.Module) -> None:
-        """Free parameters that a forward without backward has gathered."""
-
-
-class Alone:
-    """One process that trains by itself."""
-
     rank = 0
     world = 1
     gradient_scale = 1.0
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Return the model."""
+        """Wrap a model so that it trains together with those of the other processes."""
         return model
 
     def whole(self, model: nn.Module) -> nn.Module | None:
-        """Return the model."""
+        """Return the unwrapped model with whole parameters in rank 0; None in other ranks."""
         return model
 
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Return a context that does nothing."""
+        """Return the context of a batch's forward and backward; ``last``: whether it is the step's last batch."""
         return nullcontext()
 
     def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
         """Scale the gradients down to a common norm of at most ``most`` (None: any); return the norm before."""
-        return float(nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most))
+        norm: Any = nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # FSDP2's norm is sharded
 
     def sum(self, value: float) -> float:
-        """Return the value."""
+        """Return the sum of a value over the processes: the same number in each."""
         return value
 
     def rest(self, model: nn.Module) -> None:
-        """Do nothing."""
+        """Free parameters that a forward without backward has gathered."""

@@ -1,10 +1,14 @@
-"""Rows of tokens: short examples are packed into one row if the model does not let them attend to each other."""
+"""Rows of tokens, and which of them a step trains on.
+
+Short examples are packed into one row if the model does not let them attend to each other.
+"""
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,7 +17,9 @@ from torch import Tensor, nn
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.text import IGNORED, Example
 
-__all__ = ["Batch", "Rows", "pack"]
+__all__ = ["Batch", "Order", "Rows", "pack", "part"]
+
+_MIX = 0x9E3779B97F4A7C15  # odd, so that the epochs of one seed have different seeds
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,6 @@ class Rows:
 
     Attributes:
         counted: int64 (rows,): number of tokens to be predicted in each row.
-        tokens: number of tokens in all rows.
 
     Raises:
         ValueError: there are no examples, or one is longer than ``length``.
@@ -61,7 +66,6 @@ class Rows:
         self._rows = pack(lengths, length) if calling.isolates else [[number] for number in range(len(examples))]
         own = [example.counted for example in examples]
         self.counted = torch.tensor([sum(own[number] for number in row) for row in self._rows])
-        self.tokens = sum(lengths)
 
     @classmethod
     def of(cls, model: nn.Module, examples: Sequence[Example], length: int, vocabulary: int) -> Rows:
@@ -102,11 +106,6 @@ class Rows:
         )
         return Batch(inputs, targets.to(device), int(mask.sum()))
 
-    def batches(self, batch_size: int, device: torch.device | str = "cpu") -> Iterator[Batch]:
-        """Yield all rows in their order."""
-        for start in range(0, len(self), batch_size):
-            yield self.batch(range(start, min(start + batch_size, len(self))), device)
-
 
 def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
     """Return for each row the indices of its examples: best-fit decreasing.
@@ -135,3 +134,48 @@ def pack(lengths: Sequence[int], length: int) -> list[list[int]]:
             insort(sizes, room - size)
         left[room - size].append(row)
     return rows
+
+
+@dataclass(frozen=True)
+class Order:
+    """Which rows a step trains on: a function of seed and step number alone, so that a run can resume anywhere.
+
+    Rows are shuffled anew in each epoch; a step may span the end of an epoch.
+
+    """
+
+    rows: int
+    per_step: int
+    seed: int
+    total: int  # rows of all steps together
+
+    @property
+    def steps(self) -> int:
+        """The number of steps, of which the last one may have fewer rows."""
+        return -(-self.total // self.per_step)
+
+    def indices(self, step: int) -> list[int]:
+        """Return the rows of a step; the first step is 0."""
+        start = step * self.per_step
+        stop = min(start + self.per_step, self.total)
+        found: list[int] = []
+        while start < stop:
+            epoch, first = divmod(start, self.rows)
+            found += _shuffled(self.rows, (self.seed + epoch * _MIX) % 2**63)[first : first + stop - start]
+            start = step * self.per_step + len(found)
+        return found
+
+
+@lru_cache(maxsize=2)
+def _shuffled(rows: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    return order
+
+
+def part(indices: list[int], batch_size: int, rank: int = 0, world: int = 1) -> list[list[int]]:
+    """Divide the rows of a step among ``world`` processes; return those of one, in batches of ``batch_size``.
+
+    Every process gets the same number of batches. The last ones may be shorter, or empty.
+    """
+    together = batch_size * world
+    return [indices[start : start + together][rank::world] for start in range(0, len(indices), together)]

@@ -1,16 +1,23 @@
-"""The hyperparameters of fine-tuning."""
+"""The hyperparameters of fine-tuning, and the learning rates that they give."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from lowmem.errors import show
-from lowmem.finetuning.schedule import DECAYS
 
-__all__ = ["LARGEST_LR", "FineTuning"]
+__all__ = ["DECAYS", "LARGEST_LR", "FineTuning"]
+
+DECAYS: dict[str, Callable[[float], float]] = {
+    "none": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
+"""Factor of the learning rate as a function of the completed share of the steps after the warm-up."""
 
 # AdamW computes lr / (1 - 0.9) in its first step; 0.09 instead of 0.1 leaves a margin for rounding.
 LARGEST_LR = 0.09 * torch.finfo(torch.float32).max
@@ -103,3 +110,13 @@ class FineTuning:
         if self.warmup >= steps:
             raise ValueError(f"warmup={self.warmup} must be below the {steps} steps that there are")
         return total
+
+    def lr_at(self, step: int, steps: int) -> float:
+        """Return the learning rate of a step; the first of ``steps`` is 0.
+
+        It rises linearly, is ``lr`` at step ``warmup``, and decays so that it would be 0 at step ``steps`` (but for
+        "none").
+        """
+        if step < self.warmup:
+            return self.lr * ((step + 1) / (self.warmup + 1))
+        return self.lr * DECAYS[self.decay](min(1.0, (step - self.warmup) / (steps - self.warmup)))

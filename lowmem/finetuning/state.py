@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,6 @@ from lowmem.io.wrappers import unwrap
 __all__ = [
     "Saved",
     "States",
-    "Store",
     "capture",
     "changes",
     "forked_random",
@@ -58,19 +57,6 @@ class Saved:
         """Return the tensors whose names begin with ``name.``, by the rest of their names."""
         start = f"{name}."
         return {key.removeprefix(start): value for key, value in self.tensors.items() if key.startswith(start)}
-
-
-class Store(Protocol):
-    """Where the states of a run are kept."""
-
-    def newest(self, model: nn.Module | None = None) -> Saved | None:
-        """Return the newest undamaged state, with parameters as ``model`` has them (shards, say); None: no state."""
-
-    def save(self, saved: Saved) -> None:
-        """Write a state; until it is complete, the one before is kept."""
-
-    def kept(self) -> str:
-        """Return a text that says which state exists, for the error that ends a run."""
 
 
 class States:
@@ -155,11 +141,7 @@ class States:
         return f"the last good state, after step {self._last[0]}, is kept in {quoted(self.folder)}"
 
     def remove(self) -> None:
-        """Remove the folder after the end of the run.
-
-        Raises:
-            OSError: it cannot be removed.
-        """
+        """Remove the folder after the end of the run."""
         with write_errors(self.folder), suppress(FileNotFoundError):
             shutil.rmtree(self.folder)
 
@@ -175,7 +157,7 @@ class States:
 
 
 def _without_remedy(error: FileError) -> str:
-    """Return what is wrong with a state, which cannot be got again as other files can."""
+    """Return the error of a state without the remedy to get the file again."""
     what, _, remedy = str(error).rpartition("; ")
     return what if "get it again" in remedy else str(error)
 
@@ -183,16 +165,10 @@ def _without_remedy(error: FileError) -> str:
 def changes(
     path: Path, origin: Mapping[str, Any], now: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> list[str]:
-    """Return a text for each value that differs between the start of a run and now.
-
-    Args:
-        path: file of the run, for the error.
-        origin: what the run was started with; ``base`` identifies the base model of the adapter.
-        now: the current values of the same keys.
-        may_differ: keys whose values may differ.
+    """Return a text for each value that differs between the ``origin`` of a run and ``now``.
 
     Raises:
-        FileError: another value differs; the first one is named.
+        FileError: a value differs that is not in ``may_differ``; the first one and ``path``, the run's, are named.
     """
     found = []
     for key in (*origin, *(key for key in now if key not in origin)):

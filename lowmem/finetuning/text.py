@@ -21,7 +21,7 @@ from torch import Tensor
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors
 
-__all__ = ["IGNORED", "Example", "Texts", "Tokenizer", "read_examples"]
+__all__ = ["IGNORED", "Example", "Texts", "Tokenizer", "read_examples", "read_text"]
 
 IGNORED = -100
 """Target of a token whose successor is not to be predicted: ``ignore_index`` of torch's cross entropy."""
@@ -136,12 +136,7 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: in
     path = Path(path)
     if path.suffix not in KINDS:
         raise refusal(path, f"its name must end in {' or '.join(KINDS)}")
-    with open_regular(path) as file, read_errors(path):
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as reason:
-        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
+    text, digest = read_text(path)
     if not text.strip():
         raise refusal(path, "it is empty; name a file with text")
     in_order = path.suffix == ".txt"
@@ -157,7 +152,22 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: in
     if not examples:
         why = "one token, which follows nothing" if not cut else f"no token that counts among its first {length}"
         raise refusal(path, f"of all of its texts the model sees {why}; take longer texts, or a larger length")
-    return Texts(examples, hashlib.sha256(content).hexdigest(), in_order, cut, dropped)
+    return Texts(examples, digest, in_order, cut, dropped)
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """Return the text of a file in UTF-8, and its SHA-256 in hex.
+
+    Raises:
+        FileError: the file is not UTF-8.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file, read_errors(path):
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as reason:
+        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
 
 
 def _lines(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator[tuple[list[Example], int]]:

@@ -51,13 +51,7 @@ runpy.run_module("{package}", run_name="__main__")
 
 
 def read_files(directory: str) -> dict[str, bytes]:
-    """Read the files of a project; or of a package, with its name as the first part of their paths.
-
-    Args:
-        directory: of the project or package.
-
-    Returns:
-        The contents of the files by their paths with slashes.
+    """Return the contents of a project's files by their paths with slashes; those of a package begin with its name.
 
     Raises:
         ValueError: it is no directory, no files are left, or a link, name or type of file is not portable.
@@ -121,11 +115,7 @@ def _check_link(link: Path, root: Path) -> None:
 
 
 def runnable(files: Mapping[str, bytes], directory: str) -> dict[str, bytes]:
-    """Return the files with a top-level ``__main__.py``: their own, or one that runs their only package.
-
-    Raises:
-        ValueError: they have none, and there is no package to run, or more than one.
-    """
+    """Return the files with a top-level ``__main__.py``: their own, or one that runs their only package."""
     if "__main__.py" in files:
         return dict(files)
     split = [name.partition("/") for name in files]

@@ -8,9 +8,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,19 +17,12 @@ from rich.progress import TimeRemainingColumn
 from torch import Tensor
 
 from lowmem import measure
-from lowmem.errors import one_line, refusal
-from lowmem.io.atomic import open_regular, read_errors
-from lowmem.tools.models import (
-    add_input_arguments,
-    file_path,
-    folder_of,
-    known_models,
-    make_input,
-    make_model,
-    number,
-    run_model,
-)
-from lowmem.tools.output import print_json, print_table, progress, shown, uncut_column
+from lowmem.errors import one_line
+from lowmem.finetuning.text import read_text
+from lowmem.tools.arguments import add_input_arguments, add_output_arguments, file_path, make_input, number
+from lowmem.tools.models import folder_of, make_model, tensor_of
+from lowmem.tools.output import finite, print_json, print_table, progress, shown
+from lowmem.variants import VARIANTS
 
 __all__ = ["add_arguments", "run"]
 
@@ -66,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --text: list the layers that lose most; runs the first model once per stored layer",
     )
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print JSON")
-    output.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    add_output_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -77,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         return _compare_text(arguments)
     if arguments.layers:
         raise ValueError("--layers needs a text: add --text FILE")
-    base, *others = known_models(arguments.models)
+    base, *others = arguments.models or VARIANTS
     if not others:
         raise ValueError(f"models={base!r} is only a base: name at least one other model to compare with it")
     x = make_input(arguments)
@@ -96,9 +86,9 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "base": base,
                 "other": other,
-                "max_difference": _finite(found.max),
-                "mean_difference": _finite(found.mean),
-                "relative_error": _finite(found.relative),
+                "max_difference": finite(found.max),
+                "mean_difference": finite(found.mean),
+                "relative_error": finite(found.relative),
             }
             for other, found in differences.items()
         ]
@@ -115,25 +105,26 @@ def run(arguments: argparse.Namespace) -> int:
             print(f" - Max difference: {found.max:.4f}")
             print(f" - Mean difference: {found.mean:.4f}")
             print(f" - Relative error: {found.relative:.3g}\n")
-    most = math.inf if arguments.tolerance is None else arguments.tolerance
+    return _judge(
+        arguments.tolerance,
+        ((d.max, f"{other} differs from {base} by {d.max:.4g}") for other, d in differences.items()),
+    )
+
+
+def _judge(tolerance: float | None, differences: Iterable[tuple[float, str]]) -> int:
+    """Return the exit code; print the text of each difference that is above the tolerance, or not finite."""
+    most = math.inf if tolerance is None else tolerance
     failed = 0
-    for other, found in differences.items():
-        if math.isfinite(found.max) and found.max <= most:
-            continue
-        why = f"above --tolerance {most:g}" if math.isfinite(found.max) else "which is not finite"
-        print(one_line(f"lowmem compare: {other} differs from {base} by {found.max:.4g}, {why}"), file=sys.stderr)
-        failed = 1
+    for difference, text in differences:
+        if not (math.isfinite(difference) and difference <= most):
+            why = f"above --tolerance {most:g}" if math.isfinite(difference) else "which is not finite"
+            print(one_line(f"lowmem compare: {text}, {why}"), file=sys.stderr)
+            failed = 1
     return failed
 
 
 def _compare_text(arguments: argparse.Namespace) -> int:
-    """Compare language models, or encoders, in folders on a text.
-
-    Raises:
-        ValueError: a model that is no folder, fewer than two, a text that is too short, or options of made inputs.
-        FileError: the text is no UTF-8, or a folder cannot be compared.
-        ImportError: transformers is missing, or too old.
-    """
+    """Compare language models, or encoders, in folders on a text."""
     if (arguments.batch, arguments.input_shape, arguments.input_dtype) != (1, (1024,), "float32"):
         raise ValueError(
             "--batch, --input-shape and --input-dtype describe a random input: with --text leave them out"
@@ -144,33 +135,26 @@ def _compare_text(arguments: argparse.Namespace) -> int:
             raise ValueError(f"model={name!r} is no folder: --text compares folders of Hugging Face transformers")
     if len(folders) < 2:
         raise ValueError(f"models={arguments.models!r}: name a base and at least one other folder to compare with it")
-    text = _text(arguments.text)
+    text, _ = read_text(arguments.text)
     from lowmem.integrations.transformers.comparing import compare_text
 
-    with progress(TimeRemainingColumn(table_column=uncut_column())) as bar:
-        task = bar.add_task("layers", visible=arguments.layers)
+    with progress("layers", TimeRemainingColumn, visible=arguments.layers) as update:
         scores: list[Any] = compare_text(
             [folder for _, folder in folders if folder is not None],
             text,
             layers=arguments.layers,
-            progress=lambda done, runs: bar.update(task, completed=done, total=runs),
+            progress=lambda done, runs: update(completed=done, total=runs),
         )
     if arguments.json:
         print_json([_json_of(one) for one in scores])
     else:
         _print_scores(scores, arguments.markdown)
-    most = math.inf if arguments.tolerance is None else arguments.tolerance
-    failed = 0
+    embeds, found = hasattr(scores[0], "cosine"), []
     for one in scores[1:]:
-        embeds = hasattr(one, "cosine")
         lost = 1 - one.cosine if embeds else one.divergence
-        if math.isfinite(lost) and lost <= most:
-            continue
         how = f"by 1 - cosine = {lost:.4g}" if embeds else f"by {lost:.4g} nats a token"
-        why = f"above --tolerance {most:g}" if math.isfinite(lost) else "which is not finite"
-        print(one_line(f"lowmem compare: {one.model} diverges from {scores[0].model} {how}, {why}"), file=sys.stderr)
-        failed = 1
-    return failed
+        found.append((lost, f"{one.model} diverges from {scores[0].model} {how}"))
+    return _judge(arguments.tolerance, found)
 
 
 def _print_scores(scores: Sequence[Any], markdown: bool) -> None:
@@ -209,33 +193,15 @@ def _with_interval(value: float, ends: tuple[float, float] | None, digits: int) 
 
 
 def _json_of(value: Any) -> Any:
-    """Return a score as JSON has it, which knows no number that is not finite."""
+    """Return a score as JSON has it."""
     if isinstance(value, float):
-        return _finite(value)
+        return finite(value)
     if isinstance(value, tuple):
         return [_json_of(one) for one in value]
     return {name: _json_of(one) for name, one in vars(value).items()} if is_dataclass(value) else value
 
 
-def _text(path: Path) -> str:
-    with open_regular(path) as file, read_errors(path):
-        content = file.read()
-    try:
-        return content.decode()
-    except UnicodeDecodeError as reason:
-        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None  # JSON has no NaN
-
-
 def _output(name: str, x: Tensor, seed: int) -> Tensor:
     model = make_model(name, seed=seed)
     with torch.no_grad():
-        output = run_model(name, lambda: model.eval()(x.clone()))
-    if not isinstance(output, Tensor):
-        raise ValueError(
-            f"model={name!r} returns a {type(output).__name__}; compare takes models that return a tensor"
-        )
-    return output
+        return tensor_of(name, "compare", lambda: model.eval()(x.clone()))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,9 +11,17 @@ from lowmem.io.formats.export import export, target_of, targets
 from lowmem.io.formats.exported import Exported, total_error
 from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.shards import INDEX
-from lowmem.tools.import_file import DTYPES
-from lowmem.tools.models import MIB, check_links, file_path
-from lowmem.tools.output import print_json, print_table, progress, shape_text, shown, warnings_as_notes
+from lowmem.tools.arguments import DTYPES, file_path
+from lowmem.tools.output import (
+    mib,
+    print_json,
+    print_saved,
+    print_table,
+    progress,
+    shape_text,
+    shrinkage,
+    warnings_as_notes,
+)
 
 __all__ = ["add_arguments", "run"]
 
@@ -48,11 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    for path in (arguments.source, arguments.out):
-        check_links(path)
     name = target_of(arguments.out, arguments.format)
-    with owned(arguments.out), warnings_as_notes(), progress() as bar:
-        task = bar.add_task("export", total=_size(arguments.source))
+    size = _size(arguments.source)
+    with owned(arguments.out), warnings_as_notes(), progress("export", total=size) as update:
         rows = export(
             arguments.source,
             arguments.out,
@@ -60,14 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
             requantize=arguments.requantize,
             like=arguments.like,
             dtype=None if arguments.dtype is None else DTYPES[SHORT[arguments.dtype]],
-            progress=lambda name, nbytes: bar.update(task, advance=nbytes),
+            progress=lambda name, nbytes: update(advance=nbytes),
         )
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
     print_table(["Weight", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
     _print_totals(name, rows)
-    print(f"saved {shown(str(arguments.out))}", file=sys.stderr)
+    print_saved(arguments.out)
     return 0
 
 
@@ -81,9 +86,8 @@ def _size(source: Path) -> int:
 
 def _print_totals(name: str, rows: list[Exported]) -> None:
     changed = [row for row in rows if row.error is not None]
-    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
     print(f"{name}: {len(rows) - len(changed)} of {len(rows)} weights as they were")
-    print(f"{before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    print(shrinkage(rows))
     for change in dict.fromkeys((row.kept, row.kind) for row in changed):
         same = [row for row in changed if (row.kept, row.kind) == change]
         print(f"{len(same)} from {change[0]} to {change[1]}: an error of {total_error(same):.4g} was added (rms)")
@@ -92,11 +96,5 @@ def _print_totals(name: str, rows: list[Exported]) -> None:
 
 
 def _cells(row: Exported) -> list[str]:
-    return [
-        row.name,
-        shape_text(row.shape),
-        row.kept,
-        row.kind,
-        f"{row.after_bytes / MIB:.2f}",
-        "same" if row.error is None else f"{row.error:.4g}",
-    ]
+    error = "same" if row.error is None else f"{row.error:.4g}"
+    return [row.name, shape_text(row.shape), row.kept, row.kind, mib(row.after_bytes), error]

@@ -5,16 +5,23 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 
-from lowmem.finetuning.schedule import DECAYS
+from lowmem.finetuning.settings import DECAYS
 from lowmem.io.atomic import owned
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
-from lowmem.tools import classifier, language
-from lowmem.tools.device import DEVICES
-from lowmem.tools.language_job import OPTIONS
-from lowmem.tools.models import file_path, folder_of, number, positive_float, positive_int, seed
+from lowmem.tools import fit_classifier, fit_language
+from lowmem.tools.arguments import (
+    DEVICES,
+    file_path,
+    number,
+    option_of,
+    positive_float,
+    positive_int,
+    seed,
+)
+from lowmem.tools.models import folder_of
 from lowmem.variants import VARIANTS
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["add_arguments", "add_folder_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,10 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="device to train on; cuda is the first GPU, or with torchrun each process's own GPU (default cpu)",
     )
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
-    _add_language(parser.add_argument_group("for folders only"))
+    add_folder_arguments(parser.add_argument_group("for folders only"))
 
 
-def _add_language(group: argparse._ArgumentGroup) -> None:
+def add_folder_arguments(group: argparse._ActionsContainer) -> None:
+    """Add the arguments that mean something for folders alone; without them, each is None or False."""
     stored = group.add_mutually_exclusive_group()
     stored.add_argument(
         "--bits",
@@ -146,22 +154,22 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     folder = folder_of(arguments.model)
     if folder is not None:
-        return language.run(arguments, folder)
+        return fit_language.run(arguments, folder)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(
             f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name a "
             "folder of a language model, or module:factory"
         )
-    for name in OPTIONS:
-        if getattr(arguments, name) not in (None, False):
-            option = f"--{name.replace('_', '-')}"
+    for_folders = argparse.ArgumentParser()
+    add_folder_arguments(for_folders)
+    for name, default in vars(for_folders.parse_args([])).items():
+        if getattr(arguments, name) != default:
             raise ValueError(
-                f"{option} does not apply to model={arguments.model!r}, which is not the folder of a language model: "
-                "leave it out"
+                f"{option_of(name)} does not apply to model={arguments.model!r}, which is not the folder of a "
+                "language model: leave it out"
             )
-    for name, value in classifier.DEFAULTS.items():
+    for name, value in fit_classifier.DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    save = None if arguments.dry_run else arguments.save
-    with nullcontext() if save is None else owned(save):
-        return classifier.run(arguments)
+    with nullcontext() if arguments.dry_run or arguments.save is None else owned(arguments.save):
+        return fit_classifier.run(arguments)

@@ -16,7 +16,7 @@ from lowmem.kernels.threads import usable_cpus
 from lowmem.tools.output import print_json, shown
 from lowmem.version import __version__
 
-__all__ = ["add_arguments", "facts", "run"]
+__all__ = ["add_arguments", "facts", "run", "text_of"]
 
 CPUINFO = Path("/proc/cpuinfo")
 
@@ -41,6 +41,11 @@ def facts() -> dict[str, str | int | bool | list[str] | None]:
         "cuda_devices": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
         "backend": backend(),
     }
+
+
+def text_of(value: object) -> str:
+    """Return a fact as text."""
+    return ", ".join(value) or "none" if isinstance(value, list) else "unknown" if value is None else str(value)
 
 
 def _cpu() -> str | None:
@@ -70,6 +75,5 @@ def run(arguments: argparse.Namespace) -> int:
         print_json(found)
         return 0
     for name, value in found.items():
-        text = ", ".join(value) or "none" if isinstance(value, list) else "unknown" if value is None else str(value)
-        print(f"{name.replace('_', ' '):<16}{shown(text)}")
+        print(f"{name.replace('_', ' '):<16}{shown(text_of(value))}")
     return 0

@@ -7,20 +7,17 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-import torch
-
 from lowmem.errors import one_line
 from lowmem.io.adapters import load_adapter
 from lowmem.io.atomic import owned
 from lowmem.io.checkpoint import load, save
-from lowmem.tools.models import batch_of, check_links, file_path, model_factory, number, same_file, user_code
-from lowmem.tools.output import print_json, print_table, shown
+from lowmem.tools.arguments import DTYPES, file_path, number
+from lowmem.tools.models import batch_of, model_factory, user_code
+from lowmem.tools.output import print_json, print_saved, print_table
 from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
 
 __all__ = ["add_arguments", "run"]
-
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,10 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if ":" not in arguments.model:
         raise ValueError(f"--model={arguments.model!r} must be module:factory, as my_models:make")
-    for path in (arguments.base, arguments.adapter, arguments.out):
-        check_links(path)
     for name, source in (("BASE", arguments.base), ("ADAPTER", arguments.adapter)):
-        if same_file(source, arguments.out):
+        if source.exists() and arguments.out.exists() and source.samefile(arguments.out):
             raise ValueError(f"OUT={str(arguments.out)!r} is {name}, which would be lost: name another file")
     inputs = None if arguments.inputs is None else batch_of(arguments.inputs)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]
@@ -80,12 +75,12 @@ def run(arguments: argparse.Namespace) -> int:
         remedy = "nothing was written: merge --to bfloat16, or keep the adapter apart"
         print(one_line(f"lowmem merge: {why}, above {arguments.at_most:g}; {remedy}"), file=sys.stderr)
         return 1
-    print(f"saved {shown(str(arguments.out))}", file=sys.stderr)
+    print_saved(arguments.out)
     return 0
 
 
 def _above(report: MergeReport, at_most: float | None) -> str | None:
-    """Return what has a larger error than ``at_most``, if something has."""
+    """Return a text on the layer, or model, whose error is above ``at_most``; None: no error is."""
     if at_most is None:
         return None
     worst, of_model = report.worst, report.output_after

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import select
 import sys
 import warnings
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from io import TextIOWrapper
-from typing import TextIO
+from pathlib import Path
+from typing import Any, TextIO, TypeAlias
 
 from rich import box
 from rich.cells import cell_len
@@ -27,22 +30,28 @@ from lowmem.transforms.summary import Summary
 
 __all__ = [
     "Terminal",
+    "columns_of_progress",
+    "finite",
     "is_pipe_closed",
+    "mib",
     "preserve_streams",
     "print_json",
     "print_plan",
+    "print_saved",
     "print_summary",
     "print_table",
     "progress",
     "shape_text",
     "shown",
+    "shrinkage",
     "stdout_for_json",
-    "uncut_column",
     "warnings_as_notes",
 ]
 
 LEAST = 12  # least width of a wrapped column of text, in characters
 ROOMY = 60  # least width of a terminal for a progress bar, in characters
+
+Figure: TypeAlias = Callable[..., ProgressColumn] | str
 
 _results: TextIO | None = None  # the original stdout while it is redirected to stderr
 
@@ -140,6 +149,16 @@ def print_json(document: object) -> None:
     print(json.dumps(document, indent=2), file=_results)
 
 
+def print_saved(path: Path) -> None:
+    """Say on stderr that a file or folder was written."""
+    print(f"saved {shown(str(path))}", file=sys.stderr)
+
+
+def finite(value: float) -> float | None:
+    """Return a number as JSON has it, which knows neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
+
+
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Collection[int] = (0,), markdown: bool = False
 ) -> None:
@@ -195,33 +214,49 @@ def print_plan(name: str, plan: Plan, *, markdown: bool = False) -> None:
     print_table(plan.columns, plan.cells, markdown=markdown)
 
 
-def uncut_column() -> Column:
-    """Return the column of a number in ``progress``, which is never cut, however narrow the terminal."""
-    return Column(no_wrap=True)
-
-
+@contextmanager
 def progress(
-    *figures: ProgressColumn, roomy: Sequence[ProgressColumn] = (), redirect_stdout: bool = True
-) -> Progress:
-    """Return a progress display on stderr: a name, a bar if there is room, and further columns.
+    name: str, *figures: Figure, roomy: Sequence[Figure] = (), total: float | None = None, **fields: Any
+) -> Iterator[Callable[..., None]]:
+    """Show progress on stderr for the block; yield the function that updates it, by rich's ``advance=N`` or others.
 
     Args:
-        figures: columns that are always shown.
+        name: of what is done.
+        figures: classes of rich's columns, or texts, that are shown on any terminal.
         roomy: columns that are shown only if there is room for a bar.
-        redirect_stdout: print lines of stdout above the display.
+        total: the value at the end; None: unknown.
+        fields: further arguments of rich's ``Progress.add_task``.
     """
+    with columns_of_progress(figures, roomy) as display:
+        task = display.add_task(shown(name), total=total, **fields)
+        yield partial(display.update, task)
+
+
+def columns_of_progress(figures: Sequence[Figure], roomy: Sequence[Figure] = ()) -> Progress:
+    """Return a display of a name, a bar if there is room, and columns whose figures are never cut."""
     console = Terminal(stderr=True)
     has_room = console.width >= ROOMY
+    shown_figures = [*figures, *(roomy if has_room else ())]
     return Progress(
         TextColumn("{task.description}", markup=False, table_column=Column(overflow="fold")),
         *([BarColumn()] if has_room else []),
-        *figures,
-        *(roomy if has_room else []),
+        *(one if isinstance(one, str) else one(table_column=Column(no_wrap=True)) for one in shown_figures),
         console=console,
         transient=True,
         disable=not console.is_terminal,
-        redirect_stdout=redirect_stdout,
+        redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
     )
+
+
+def mib(count: int) -> str:
+    """Return a number of bytes in MiB, as tables show it."""
+    return f"{count / 2**20:.2f}"
+
+
+def shrinkage(rows: Sequence[Any]) -> str:
+    """Return what the bytes of converted tensors were and are together, as text."""
+    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
+    return f"{mib(before)} MiB became {mib(after)} MiB"
 
 
 def shape_text(shape: Sequence[int]) -> str:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
+from collections.abc import Set
 from dataclasses import asdict
+from functools import partial
 
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
@@ -16,12 +17,53 @@ from lowmem.io.source import Source
 from lowmem.nn.techniques import Budget, EightBit, FourBit, blockwise
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
-from lowmem.tools import import_file
-from lowmem.tools.models import MIB, check_links, file_path, positive_float, positive_int, size
-from lowmem.tools.output import print_json, print_table, progress, shape_text, shown, uncut_column, warnings_as_notes
-from lowmem.tools.quantize_options import check_options
+from lowmem.tools import quantize_foreign
+from lowmem.tools.arguments import file_path, option_of, positive_float, positive_int, size
+from lowmem.tools.output import (
+    mib,
+    print_json,
+    print_saved,
+    print_table,
+    progress,
+    shape_text,
+    shown,
+    shrinkage,
+    warnings_as_notes,
+)
 
-__all__ = ["add_arguments", "run"]
+__all__ = ["OPTIONS", "REFUSALS", "add_arguments", "run"]
+
+_TECHNIQUE = ("format", "block_size", "scales", "search")
+_CALIBRATION = ("calibrate", "diagonal", "resume")
+OPTIONS = (
+    *("bits", *_TECHNIQUE, "embeddings", "include", "exclude", "shard_size", "requantize", "dtype"),
+    *_CALIBRATION,
+)
+"""Attributes of the parsed arguments that some kinds of input refuse. One that was not given is None, False or []."""
+
+_NO_MODEL = dict.fromkeys(_CALIBRATION, "only a dense folder can be calibrated: leave it out")
+REFUSALS = {
+    "a dense file": {
+        **_NO_MODEL,
+        "embeddings": "a file does not say which tensors are embeddings, and all become 4 bits: leave it out",
+        "requantize": "a dense file has no quantized tensors: leave it out",
+        "dtype": "tensors of a dense file that are not converted are copied as they are: leave it out",
+    },
+    "a dense folder": {
+        "include": "it names tensors of a file: leave it out, and exclude modules of a folder by --exclude",
+        "requantize": "a dense folder has no quantized tensors: leave it out",
+        "dtype": "a folder gets its dtype from from_pretrained(OUT, dtype=): leave it out",
+    },
+    "another program's": {
+        **_NO_MODEL,
+        "bits": "another program's codes are kept as they are: leave it out, or take the dense model",
+        "exclude": (
+            "another program's codes are kept, and dense tensors too unless --include names them: leave it out"
+        ),
+        "embeddings": "another program's codes are kept: leave it out",
+    },
+}
+"""By kind of input: why an option never applies, and the remedy. No option is ignored."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,8 +141,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="with --calibrate: save finished blocks in DIR, and continue from them when the command is run again",
     )
-    import_file.add_arguments(parser)
+    quantize_foreign.add_arguments(parser)
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
+
+
+def _refusal(kind: str, option: str, given: Set[str]) -> str | None:
+    """Return why an option does not apply to a kind of input beside the other options that were given."""
+    if option in REFUSALS[kind]:
+        return REFUSALS[kind][option]
+    if kind == "another program's" and option in _TECHNIQUE and not given & {"include", "requantize"}:
+        return (
+            "another program's codes are kept as they are: add --requantize or --include to quantize, or leave it out"
+        )
+    if option in _CALIBRATION and "calibrate" not in given:
+        return "it is an option of --calibrate: add --calibrate, or leave it out"
+    if option == "resume" and "diagonal" in given:
+        return "--diagonal runs the model once and keeps nothing to resume: use only one of them"
+    if option in (*_TECHNIQUE, "embeddings") and "bits" in given:
+        return "--bits chooses it for each tensor: use only one of them"
+    return None
+
+
+def _check_options(arguments: argparse.Namespace, kind: str) -> None:
+    """Raise a ValueError that names the first option that does not apply to a kind of input."""
+    given = {name for name in OPTIONS if getattr(arguments, name) not in (None, False, [])}
+    if arguments.search is not None:
+        given.add("search")  # --no-search is False
+    for name in OPTIONS:
+        why = _refusal(kind, name, given) if name in given else None
+        if why is not None:
+            raise ValueError(f"{option_of(name)} does not apply to {arguments.source.name!r}: {why}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -110,12 +180,11 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
-    for path in (arguments.source, arguments.target):
-        check_links(path)
-    if import_file.is_foreign(arguments.source):
-        return import_file.run(arguments, _blockwise(arguments))
+    if quantize_foreign.is_foreign(arguments.source):
+        _check_options(arguments, "another program's")
+        return quantize_foreign.run(arguments, _blockwise(arguments))
     is_folder = (arguments.source / "config.json").is_file()
-    check_options(arguments, "a dense folder" if is_folder else "a dense file")
+    _check_options(arguments, "a dense folder" if is_folder else "a dense file")
     technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
     with owned(arguments.target), warnings_as_notes():
         if arguments.calibrate is not None:
@@ -126,19 +195,14 @@ def run(arguments: argparse.Namespace) -> int:
         print_json([asdict(row) for row in rows])
         return 0
     columns = ["Tensor", "Shape", "Before MiB", "After MiB", "Error"]
-    if arguments.bits is None:
-        print_table(columns, [_cells(row) for row in rows])
-    else:
-        cells = [[*_cells(row), row.stored, row.chosen_because] for row in rows]
-        print_table([*columns, "Stored", "Chosen because"], cells)
-    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
-    count = sum(row.converted for row in rows)
-    print(f"converted {count} of {len(rows)} tensors: {before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    columns += [] if arguments.bits is None else ["Stored", "Chosen because"]
+    print_table(columns, [_cells(row)[: len(columns)] for row in rows])
+    stored = [row for row in rows if row.converted]
+    print(f"converted {len(stored)} of {len(rows)} tensors: {shrinkage(rows)}")
     if arguments.bits is not None:
-        stored = [row for row in rows if row.converted]
         bits = 8 * sum(row.after_bytes for row in stored) / sum(math.prod(row.shape) for row in stored)
         print(f"{bits:.4f} bits a weight that is converted, of --bits {arguments.bits:g}")
-    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    print_saved(arguments.target)
     return 0
 
 
@@ -159,16 +223,8 @@ def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit | B
         total = sum(spec.nbytes for spec in source.specs.values())
     if isinstance(technique, Budget):
         total *= 2  # at most: what is copied is read once
-    with progress(
-        DownloadColumn(binary_units=True, table_column=uncut_column()),
-        TimeRemainingColumn(table_column=uncut_column()),
-        roomy=[TransferSpeedColumn(table_column=uncut_column())],
-    ) as bar:
-        task = bar.add_task("quantize", total=total)
-
-        def advance(name: str, nbytes: int) -> None:
-            bar.update(task, advance=nbytes)
-
+    size = partial(DownloadColumn, binary_units=True)
+    with progress("quantize", size, TimeRemainingColumn, roomy=[TransferSpeedColumn], total=total) as update:
         return convert_checkpoint(
             arguments.source,
             arguments.target,
@@ -176,16 +232,12 @@ def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit | B
             include=arguments.include or ["*"],
             exclude=arguments.exclude,
             shard_bytes=arguments.shard_size,
-            progress=advance,
+            progress=lambda name, nbytes: update(advance=nbytes),
         )
 
 
 def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
-    """Convert a folder, which transformers loads.
-
-    Raises:
-        ImportError: transformers is missing, or too old.
-    """
+    """Convert a folder, which transformers loads."""
     from lowmem.integrations.transformers.folder import quantize_folder
 
     return quantize_folder(
@@ -194,12 +246,7 @@ def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budge
 
 
 def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
-    """Calibrate the model of a folder, which transformers loads.
-
-    Raises:
-        ImportError: transformers is missing, or too old.
-        ValueError: codes of 8 bits, which are not calibrated.
-    """
+    """Calibrate the model of a folder, which transformers loads."""
     if isinstance(technique, EightBit):
         raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: use only one of them")
     text = None if str(arguments.calibrate) == "self" else arguments.calibrate
@@ -208,14 +255,7 @@ def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | Eight
 
     from lowmem.integrations.transformers.calibrating import calibrate_folder
 
-    with progress(
-        MofNCompleteColumn(table_column=uncut_column()), TimeRemainingColumn(table_column=uncut_column())
-    ) as bar:
-        task = bar.add_task("calibrate", total=None)
-
-        def advance(done: int, total: int, left: float) -> None:
-            bar.update(task, completed=done, total=total)
-
+    with progress("calibrate", MofNCompleteColumn, TimeRemainingColumn) as update:
         return calibrate_folder(
             arguments.source,
             arguments.target,
@@ -225,15 +265,11 @@ def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | Eight
             shard_bytes=arguments.shard_size,
             diagonal=arguments.diagonal,
             resume=arguments.resume,
-            progress=advance,
+            progress=lambda done, total, left: update(completed=done, total=total),
         )
 
 
 def _cells(row: Row) -> list[str]:
-    return [
-        row.name,
-        shape_text(row.shape),
-        f"{row.before_bytes / MIB:.2f}",
-        f"{row.after_bytes / MIB:.2f}",
-        "copied" if row.error is None else f"{row.error:.4f}",
-    ]
+    error = "copied" if row.error is None else f"{row.error:.4f}"
+    bytes_ = mib(row.before_bytes), mib(row.after_bytes)
+    return [row.name, shape_text(row.shape), *bytes_, error, row.stored, row.chosen_because]

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import math
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import MofNCompleteColumn
@@ -19,18 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from lowmem.errors import printable
 from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.measure import unchanged
-from lowmem.tools.info import facts
-from lowmem.tools.models import (
-    add_input_arguments,
-    check_links,
-    file_path,
-    make_input,
-    make_model,
-    run_model,
-    shape,
-)
-from lowmem.tools.output import progress, shown, uncut_column
+from lowmem.measure import difference, unchanged
+from lowmem.tools.arguments import add_input_arguments, file_path, make_input, shape
+from lowmem.tools.info import facts, text_of
+from lowmem.tools.models import make_model, run_model
+from lowmem.tools.output import print_saved, progress
 from lowmem.training.memory import TrainingMemory, training_memory
 from lowmem.variants import VARIANTS
 from lowmem.version import install_command
@@ -51,7 +42,7 @@ ENDINGS = (".html", ".htm")
 
 @dataclass(frozen=True)
 class Measured:
-    """The measurements of every variant of a model, and why some could not be made of it: by name, the reason."""
+    """The measurements of a model's variants; ``left_out`` says why a variant could not be made."""
 
     footprints: Sequence[Footprint]
     steps: dict[str, TrainingMemory]
@@ -106,12 +97,11 @@ def run(arguments: argparse.Namespace) -> int:
         timings, timing_machine = None, dict[str, str]()
         timed = (
             "Measured for this page: forwards of the dense model and of a variant in turns, so that what loads the "
+            "machine meanwhile slows both."
         )
-        timed += "machine meanwhile slows both."
     else:
         from lowmem.report.timings import read_run
 
-        check_links(arguments.timed_run)
         timings, timing_machine = read_run(arguments.timed_run)
         timed = of_a_run(f"the run {printable(arguments.timed_run.name)}")
     measured = measure_variants(
@@ -131,16 +121,12 @@ def run(arguments: argparse.Namespace) -> int:
         timing_machine=timing_machine,
         verdicts=verdicts,
     )
-    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    print_saved(arguments.target)
     return 0
 
 
 def check_extra(what: str) -> None:
-    """Raise an ImportError with the remedy if packages for the charts are missing.
-
-    Args:
-        what: the command that needs them, for the message.
-    """
+    """Raise an ImportError with the remedy if packages for the charts of ``what``, a command, are missing."""
     try:
         for module in ("altair", "vl_convert", "jinja2", "scipy"):
             import_module(module)
@@ -151,34 +137,25 @@ def check_extra(what: str) -> None:
 
 
 def check_target(path: Path) -> None:
-    """Raise, before anything is measured, if the page cannot be written.
-
-    Raises:
-        ValueError: the name does not end in .html, so that another file might be overwritten by mistake.
-        OSError: the file cannot be written.
-    """
+    """Raise, before anything is measured, if the page cannot be written, or its name might be another file's."""
     if path.suffix.lower() not in ENDINGS:
         raise ValueError(
             f"out={str(path)!r} must end with .html: name the page to write, after the model if there is one"
         )
-    check_links(path)
     check_writable(path)
 
 
-def read_verdicts(paths: Iterable[Path]) -> list[Verdict]:
+def read_verdicts(paths: Sequence[Path]) -> list[Verdict]:
     """Read the verdicts of gates."""
     from lowmem.testing.verdicts import read_verdict
 
-    paths = list(paths)
-    for path in paths:
-        check_links(path)
     return [read_verdict(path) for path in paths]
 
 
 def measure_variants(
     name: str, x: Tensor, *, seed: int = 0, timed: Sequence[Tensor] = (), grouped: bool = False
 ) -> Measured:
-    """Measure every variant of a model: bytes, peaks, where those of a step go, the error of its output, and speed.
+    """Measure bytes, peaks, a training step, the error of the output, and speed of every variant of a model.
 
     Args:
         name: ``bignet`` or ``module:factory``.
@@ -186,12 +163,10 @@ def measure_variants(
         seed: of the weights.
         timed: inputs for timing forwards.
         grouped: whether to measure each group of layers, and each choice of bits.
-
-    Raises:
-        ValueError: the model cannot be built, converted by any variant, or run on the inputs.
     """
     from lowmem.report.footprint import footprint
     from lowmem.report.groups import Stored, group_layers
+    from lowmem.report.quality import qualities
     from lowmem.report.timings import time_in_turns
 
     own = name != BIGNET
@@ -206,8 +181,7 @@ def measure_variants(
             steps[label] = run_model(name, lambda: training_memory(model, x.clone()))
         footprints[label] = run_model(name, lambda: footprint(label, model, x.clone()))  # last: it trains
 
-    with progress(MofNCompleteColumn(table_column=uncut_column())) as bar:
-        task = bar.add_task("variants", total=len(VARIANTS))
+    with progress("variants", MofNCompleteColumn, total=len(VARIANTS)) as update:
         for variant, label in names.items():
             if variant != BIGNET:
                 try:
@@ -216,84 +190,69 @@ def measure_variants(
                     left_out[label] = str(reason)
                     if not own or len(left_out) == len(VARIANTS) - 1:
                         raise ValueError(next(iter(left_out.values()))) from reason
-                    bar.advance(task)
+                    update(advance=1)
                     continue
                 if model is dense:
                     raise ValueError(
                         f"model={name!r}: it returned the same model twice; it must make a new model in each call"
                     )
-                losses[label] = _relative_error(expected, _outputs(name, model, x))
+                both = expected, _outputs(name, model, x)
+                losses[label] = difference(
+                    *(torch.cat([one.flatten() for one in outputs]) for outputs in both)
+                ).relative
                 if grouped:
                     stored[label] = Stored.of(model)
                 for batch in (given.clone() for given in timed):
                     timings.append(run_model(name, lambda m=model, b=batch, n=label: time_in_turns(n, dense, m, b)))  # type: ignore[misc]
                 weigh(label, model)
-            bar.advance(task)
+            update(advance=1)
         groups = group_layers(dense, stored) if grouped else []
         weigh(names[BIGNET], dense)  # last: it trains
     labels = [label for label in names.values() if label not in left_out]
     trained = {label: steps[label] for label in labels if label in steps}
     measured = [footprints[label] for label in labels]
-    quality = _qualities(name, x, seed) if grouped else []
-    return Measured(measured, trained, losses, timings, groups, quality, left_out)
+    found: list[Quality] = []
+    if grouped:
+        with progress("quality against bits") as update:
+            found = qualities(
+                lambda: make_model(name, seed=seed),
+                lambda model: _outputs(name, model, x),
+                lambda: update(advance=1),
+            )
+    return Measured(measured, trained, losses, timings, groups, found, left_out)
 
 
-def _qualities(name: str, x: Tensor, seed: int) -> list[Quality]:
-    """Measure the output with each choice of bits."""
-    from lowmem.report.quality import qualities
+def write(target: Path, measured: Measured, **given: Any) -> None:
+    """Write the page; on an error an existing file is unchanged.
 
-    with progress() as bar:
-        task = bar.add_task("quality against bits", total=None)
-        return qualities(
-            lambda: make_model(name, seed=seed), lambda model: _outputs(name, model, x), lambda: bar.advance(task)
-        )
-
-
-def write(
-    target: Path,
-    measured: Measured,
-    *,
-    title: str,
-    lead: str,
-    timings: Sequence[Timing],
-    timed: str,
-    timing_machine: dict[str, str],
-    verdicts: Sequence[Verdict],
-) -> None:
-    """Write the page; on an error an existing file is unchanged."""
+    Args:
+        target: the file.
+        measured: what was measured of the variants.
+        given: the other arguments of ``lowmem.report.page.Report``: title, lead, timings and their source, verdicts.
+    """
     from lowmem.report.distortion import distortions
     from lowmem.report.page import Report, render
 
     report = Report(
-        title=title,
-        lead=lead,
         footprints=measured.footprints,
         steps=measured.steps,
         losses=measured.losses,
-        timings=timings,
-        timed=timed,
         groups=measured.groups,
-        distortions=distortions(),
-        verdicts=verdicts,
-        machine=machine(),
-        timing_machine=timing_machine,
         qualities=measured.qualities,
         left_out=_left_out(measured.left_out),
+        distortions=distortions(),
+        machine=machine(),
+        **given,
     )
     write_atomically(target, render(report).encode())
 
 
 def machine() -> dict[str, str]:
     """Return the facts of ``lowmem info`` as text, without the location of the package."""
-    return {name: _text(value) for name, value in facts().items() if name != "location"}
-
-
-def _text(value: object) -> str:
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, list):
-        return ", ".join(value) or "none"
-    return "unknown" if value is None else str(value)
+    found = {name: value for name, value in facts().items() if name != "location"}
+    return {
+        name: ("no", "yes")[value] if isinstance(value, bool) else text_of(value) for name, value in found.items()
+    }
 
 
 def _check_model(arguments: argparse.Namespace) -> None:
@@ -353,9 +312,5 @@ def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
     return outputs
 
 
-def _relative_error(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
-    """Return ``|found - expected| / |expected|``, with norms over all tensors together."""
-    wide = [t.to(torch.complex128 if t.is_complex() else torch.float64) for t in expected]
-    lost = math.hypot(*(float((other - t).norm()) for t, other in zip(wide, found, strict=True)))
-    size = math.hypot(*(float(t.norm()) for t in wide))
-    return lost / size if size else lost
+def _vector(outputs: Sequence[Tensor]) -> Tensor:
+    return torch.cat([one.flatten() for one in outputs])

@@ -7,6 +7,7 @@ where the memory of a training step goes.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,28 +15,32 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import measure
-from lowmem.tools.models import (
-    MIB,
+from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.nn.techniques import LoRA
+from lowmem.tools.arguments import (
     add_input_arguments,
-    folder_of,
-    known_models,
+    add_output_arguments,
+    file_path,
     make_input,
-    make_model,
-    plan_model,
-    recipe_of,
-    run_model,
+    positive_int,
     size,
     techniques,
-    user_code,
 )
-from lowmem.tools.output import print_json, print_plan, print_summary, print_table, shown
-from lowmem.tools.step import add_step_arguments, check_step, print_steps
-from lowmem.training.memory import TRAINERS
+from lowmem.tools.models import folder_of, make_model, plan_model, recipe_of, run_model, user_code
+from lowmem.tools.output import mib, print_json, print_plan, print_summary, print_table, shown
+from lowmem.tools.report import check_extra
+from lowmem.training.memory import TRAINERS, TrainingMemory, training_memory
+from lowmem.training.prepare import prepare_training
+from lowmem.transforms.adapters import adapter_names
+from lowmem.transforms.convert import convert
 from lowmem.transforms.plan import OPTIMIZERS, Plan, plan
 from lowmem.transforms.summary import Summary, summary
+from lowmem.variants import VARIANTS
+from lowmem.version import install_command
 
 __all__ = ["Stats", "add_arguments", "run", "stats_of"]
 
+_ENDINGS = (".svg", ".png", ".html", ".htm")
 TOKENS = 128  # that a folder's model is measured with
 
 
@@ -106,26 +111,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="break down the memory of a training step with this optimizer; with --plan and --at-most: the optimizer "
         "to plan for (default adamw), or none for inference",
     )
-    add_step_arguments(parser)
-    output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help="print JSON with integer bytes")
-    output.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    parser.add_argument(
+        "--memory", choices=["fast", "lean"], help="with --training: call prepare_training with this mode"
+    )
+    parser.add_argument(
+        "--rank",
+        type=positive_int,
+        metavar="N",
+        help="with --training: add LoRA of this rank, or change the rank of a variant's LoRA",
+    )
+    parser.add_argument(
+        "--plot",
+        type=file_path,
+        metavar="FILE",
+        help=f"with --training: draw stacked bars to a .svg, .png or .html ({install_command('report')})",
+    )
+    add_output_arguments(parser, "print JSON with integer bytes")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     planned = arguments.plan is not None or arguments.at_most is not None
-    check_step(arguments, planned)
+    measures_step = not planned and arguments.training not in (None, "none")
+    _check_step(arguments, measures_step)
     x = make_input(arguments)
     if planned:
         return _print_plans(arguments, x)
-    if arguments.training not in (None, "none"):
-        return print_steps(
-            arguments, lambda name, model: x if folder_of(name) is None else _tokens(arguments, x, model)
-        )
+    if measures_step:
+        return _print_steps(arguments, x)
     rows: list[Stats] = []
     layers: dict[str, Summary] = {}  # of the user's models
-    for name in known_models(arguments.models):
+    for name in arguments.models or VARIANTS:
         model = make_model(name, seed=arguments.seed)
         folder = folder_of(name) is not None
         given = _tokens(arguments, x, model) if folder else x
@@ -148,10 +164,7 @@ def run(arguments: argparse.Namespace) -> int:
             [
                 row.model,
                 *(f"{n / 1e6:.2f}" for n in (row.trainable_params, row.frozen_params, row.total_params)),
-                *(
-                    f"{n / MIB:.2f}"
-                    for n in (row.theoretical_bytes, row.actual_bytes, row.forward_bytes, row.backward_bytes)
-                ),
+                *map(mib, (row.theoretical_bytes, row.actual_bytes, row.forward_bytes, row.backward_bytes)),
                 f"{row.bits_per_weight:.2f}",
             ]
             for row in rows
@@ -177,7 +190,7 @@ def _tokens(arguments: argparse.Namespace, x: Tensor, model: Any) -> Tensor:
 
 
 def _decoded(model: Any, tokens: Tensor) -> dict[str, Tensor]:
-    """Return what the decoder of a model gets beside the tokens of its encoder: the same ones."""
+    """Return the decoder's input of an encoder-decoder model: the tokens of the encoder."""
     both = model.config.is_encoder_decoder and not tokens.is_floating_point()
     return {"decoder_input_ids": tokens} if both else {}
 
@@ -214,3 +227,67 @@ def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:
         print("\n" * (number > 0), end="")
         print_plan(name, found, markdown=arguments.markdown)
     return 0
+
+
+def _check_step(arguments: argparse.Namespace, measured: bool) -> None:
+    """Raise, before anything is measured, if the arguments contradict each other or the picture cannot be written."""
+    for option in ("memory", "rank", "plot"):
+        if getattr(arguments, option) is not None and not measured:
+            raise ValueError(
+                f"--{option} applies to a measured training step: add its optimizer, such as --training adamw, and "
+                "leave out --plan and --at-most"
+            )
+    if measured and arguments.all:
+        raise ValueError("--all lists the layers of a model: leave it out, or --training")
+    path = arguments.plot
+    if path is None:
+        return
+    if path.suffix.lower() not in _ENDINGS:
+        raise ValueError(
+            f"--plot {str(path)!r} must end with {', '.join(_ENDINGS[:-1])}: the ending selects the format"
+        )
+    check_extra("lowmem stats --plot")
+    check_writable(path)
+
+
+def _print_steps(arguments: argparse.Namespace, x: Tensor) -> int:
+    """Measure a training step of each model, and print and draw where its memory goes."""
+    found = {name: _measured_step(arguments, name, x) for name in arguments.models or VARIANTS}
+    if arguments.plot is not None:
+        _draw(arguments, found)
+    if arguments.json:
+        print_json([{"model": name, "memory": arguments.memory} | one.as_json() for name, one in found.items()])
+        return 0
+    parts = dict.fromkeys(part for one in found.values() for part in one.parts)
+    order = sorted(parts, key=lambda part: (part == "scratch", part.startswith("activations")))
+    rows = [[part, *(mib(one.parts.get(part, 0)) for one in found.values())] for part in order]
+    rows.append(["peak", *(mib(one.total_bytes) for one in found.values())])
+    rows.append(["peak in", *(one.moment for one in found.values())])
+    print_table(["MiB", *found], rows, markdown=arguments.markdown)
+    return 0
+
+
+def _measured_step(arguments: argparse.Namespace, name: str, x: Tensor) -> TrainingMemory:
+    folder = folder_of(name) is not None
+    own = not folder and any(isinstance(one, LoRA) for one in recipe_of(name)[1])  # adapters
+    model = make_model(name, seed=arguments.seed, rank=arguments.rank if own else None)
+    x = _tokens(arguments, x, model) if folder else x
+    with user_code(f"model={name!r} cannot be trained"):
+        if arguments.rank is not None and not own and not adapter_names(model):
+            model = convert(model, LoRA(arguments.rank))
+        trains = any(one.requires_grad for one in model.parameters())
+        if trains and arguments.memory is not None:
+            prepare_training(model, arguments.memory)
+    if not trains:
+        raise ValueError(f"model={name!r} has no parameter that trains; --rank N adds adapters that do")
+    is_language_model = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    labels: dict[str, Any] = {"labels": x} if folder and is_language_model and not x.is_floating_point() else {}
+    return run_model(name, lambda: training_memory(model, x, optimizer=arguments.training, **labels))
+
+
+def _draw(arguments: argparse.Namespace, found: Mapping[str, TrainingMemory]) -> None:
+    from lowmem.report.picture import picture
+
+    title = f"A training step with {arguments.training}" + f", {arguments.memory}" * (arguments.memory is not None)
+    names = {shown(name): one for name, one in found.items()}
+    write_atomically(arguments.plot, picture(title, names, arguments.plot.suffix.lower()))

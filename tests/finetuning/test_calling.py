@@ -22,7 +22,7 @@ class Plain(nn.Module):
         return self.change(self.table(input_ids))
 
 
-def test_models_are_tried():
+def test_a_model_is_called_as_its_signature_and_a_trial_show():
     torch.manual_seed(0)
     assert calling_of(Language(), VOCABULARY) == Calling(True, True, False, True)
     assert calling_of(Language(isolates=False), VOCABULARY) == Calling(True, True, False, False)
@@ -47,7 +47,7 @@ def test_models_are_tried():
         (Plain(lambda logits: logits * torch.nan), "or such as are not finite"),
     ],
 )
-def test_others_are_refused(model, why):
+def test_models_that_are_not_causal_language_models_are_refused(model, why):
     with pytest.raises(ValueError, match=why):
         calling_of(model, VOCABULARY)
 
@@ -58,7 +58,7 @@ def test_logits_are_found_in_what_models_return():
         assert logits_of(output) is logits
 
 
-def test_a_model_gets_what_it_takes():
+def test_a_model_gets_the_arguments_that_it_takes():
     ids, ones = torch.zeros(1, 3, dtype=torch.int64), torch.ones(1, 3, dtype=torch.int64)
     assert Calling().inputs(ids, None, ones).keys() == {"input_ids"}
     everything = Calling(True, True, True, True).inputs(ids, ones, ones)
@@ -66,7 +66,7 @@ def test_a_model_gets_what_it_takes():
     assert everything["use_cache"] is False
 
 
-def test_what_a_mixture_adds_is_scaled_as_the_model_says():
+def test_the_balance_of_a_mixture_is_scaled_by_its_config():
     model, balance = nn.Linear(1, 1), torch.tensor(2.0)
     for output in (torch.zeros(1), {"logits": 1}, SimpleNamespace(aux_loss=None), {"aux_loss": (1, 2)}):
         assert balance_of(model, output) is None

@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional
 
 from lowmem import perplexity
-from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.text import IGNORED
 from tests.finetuning.language import language, rows, texts
 
 
-class Both(Alone):
+class Both(Ranks):
     """One of two processes, whose sums hold what the other has found."""
 
     world = 2
@@ -25,12 +25,12 @@ class Both(Alone):
         return sum(self.others)
 
 
-def test_it_is_the_mean_over_the_tokens_that_count(tmp_path):
+def test_perplexity_is_of_the_mean_over_the_tokens_that_count(tmp_path):
     model = language(dropout=0.5)
     found = rows(model, texts(tmp_path))
     model.eval()
     total = 0.0
-    for batch in found.batches(1):
+    for batch in (found.batch([number]) for number in range(len(found))):
         logits = model(**batch.inputs)[0].detach().double()
         total += float(functional.cross_entropy(logits, batch.targets[0], ignore_index=IGNORED, reduction="sum"))
     model.train()
@@ -42,7 +42,7 @@ def test_it_is_the_mean_over_the_tokens_that_count(tmp_path):
     assert perplexity(model, found, Both(1, sums)) == pytest.approx(expected, rel=1e-6)
 
 
-def test_what_no_number_holds_is_infinite(tmp_path):
+def test_a_perplexity_that_overflows_is_infinite_and_nan_stays(tmp_path):
     model = language()
     found = rows(model, texts(tmp_path))
     with torch.no_grad():

@@ -13,8 +13,8 @@ import lowmem
 from lowmem import FineTuning, finetune
 from lowmem.finetuning.calling import logits_of
 from lowmem.finetuning.evaluation import perplexity
-from lowmem.finetuning.order import Order, part
-from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.ranks import Ranks
+from lowmem.finetuning.rows import Order, part
 from lowmem.finetuning.state import Saved, States, trained
 from lowmem.finetuning.text import IGNORED
 from tests.finetuning.language import Language, language, rows, texts
@@ -32,7 +32,7 @@ def same(one, other):
 
 @pytest.mark.thorough(keep=1)
 @pytest.mark.parametrize("memory", [None, "fast", "lean"])
-def test_it_learns_what_it_is_shown_and_the_base_stays(memory, tmp_path):
+def test_training_lowers_the_perplexity_and_keeps_the_base(memory, tmp_path):
     model = language(technique=lowmem.FourBit("nf4"))
     found = rows(model, texts(tmp_path))
     before = perplexity(model, found)
@@ -62,7 +62,7 @@ class Balanced(Language):
         return {"logits": logits, "aux_loss": logits.square().mean()}
 
 
-class Noting(Alone):
+class Noting(Ranks):
     """Notes the gradients of the steps, which it scales to nothing."""
 
     def __init__(self):
@@ -74,40 +74,40 @@ class Noting(Alone):
         return super().clip(parameters, 1e-30)
 
 
-def test_an_accumulated_gradient_is_that_of_the_whole_batch(tmp_path):
-    """Rows differ in what they count, and the last batch is shorter: the mean is over tokens, not over batches."""
-    lines = [f'{{"prompt": "{"a" * n}", "completion": "{"b" * (13 - n)}"}}' for n in range(1, 11)]
-    found = {}
-    for name, batch_size, accumulate in (("whole", 7, 1), ("parts", 2, 4), ("ones", 1, 7)):
-        model = language()
-        with torch.no_grad():
-            for adapter in lowmem.adapter_layers(model, "default").values():
-                adapter.lora_b.normal_()  # which starts at zero, where A has no gradient
-        ranks = Noting()
-        data = rows(model, texts(tmp_path, "\n".join(lines), 16, "lines.jsonl"), 16)
-        assert len(set(data.counted.tolist())) > 4
-        settings = FineTuning(steps=1, batch_size=batch_size, accumulate=accumulate)
-        settings = replace(settings, steps=None, epochs=1) if name == "whole" else settings
-        finetune(model, data, settings, ranks=ranks)
-        found[name] = ranks.found[0]
-    model = language()
+def with_random_adapter(model):
+    """B starts at zero, where A has no gradient."""
     with torch.no_grad():
         for adapter in lowmem.adapter_layers(model, "default").values():
             adapter.lora_b.normal_()
-    batch = data.batch(Order(10, 7, 0, 7).indices(0))
-    loss = functional.cross_entropy(logits_of(model(**batch.inputs)).flatten(0, 1), batch.targets.flatten())
-    loss.backward()
-    for gradients in (found["whole"], found["ones"]):
-        for one, parameter in zip(gradients, trained(model).values(), strict=True):
-            torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
-    eight = data.batch(Order(10, 8, 0, 8).indices(0))
-    model.zero_grad()
-    functional.cross_entropy(logits_of(model(**eight.inputs)).flatten(0, 1), eight.targets.flatten()).backward()
-    for one, parameter in zip(found["parts"], trained(model).values(), strict=True):
-        torch.testing.assert_close(one, parameter.grad, rtol=1e-4, atol=1e-6)
-    # What a mixture of experts adds to the mean loss of a batch counts as its tokens do.
+    return model
+
+
+def uneven_rows(model, tmp_path):
+    """Ten rows that differ in the number of tokens that count."""
+    lines = [f'{{"prompt": "{"a" * n}", "completion": "{"b" * (13 - n)}"}}' for n in range(1, 11)]
+    data = rows(model, texts(tmp_path, "\n".join(lines), 16, "lines.jsonl"), 16)
+    assert len(set(data.counted.tolist())) > 4
+    return data
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate"), [(7, 1), (2, 4), (1, 7)])
+def test_an_accumulated_gradient_is_that_of_the_whole_batch(batch_size, accumulate, tmp_path):
+    """The mean is over tokens, not over batches."""
+    model, ranks = with_random_adapter(language()), Noting()
+    data = uneven_rows(model, tmp_path)
+    finetune(model, data, FineTuning(steps=1, batch_size=batch_size, accumulate=accumulate), ranks=ranks)
+    same_model, count = with_random_adapter(language()), batch_size * accumulate
+    batch = data.batch(Order(10, count, 0, count).indices(0))
+    logits = logits_of(same_model(**batch.inputs)).flatten(0, 1)
+    functional.cross_entropy(logits, batch.targets.flatten()).backward()
+    expected = [one.grad for one in trained(same_model).values()]
+    torch.testing.assert_close(ranks.found[0], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_balance_of_a_mixture_counts_as_the_tokens_of_its_batch(tmp_path):
     torch.manual_seed(0)
     model, ranks = lowmem.add_adapter(Balanced(), "default", lowmem.LoRA(4)), Noting()
+    data = uneven_rows(model, tmp_path)
     parts = [data.batch(one) for one in part(Order(10, 8, 0, 8).indices(0), 2, 0, 1)]
     counts = [int(one.targets.ne(IGNORED).sum()) for one in parts]
     assert len(set(counts)) > 1
@@ -156,22 +156,16 @@ def test_a_run_that_goes_on_is_the_run_that_did_not_stop(tmp_path):
     ]
 
 
-def test_the_seed_decides(tmp_path):
+def test_the_seed_decides_and_the_global_generator_stays(tmp_path):
     def run(seed):
         model = language(dropout=0.3)
-        finetune(model, rows(model, texts(tmp_path)), replace(SETTINGS, seed=seed, steps=3))
+        data, state = rows(model, texts(tmp_path)), torch.get_rng_state()
+        finetune(model, data, replace(SETTINGS, seed=seed, steps=3))
+        assert torch.equal(torch.get_rng_state(), state)
         return weights(model)
 
-    state = torch.get_rng_state()
     assert same(run(1), run(1))
     assert not same(run(1), run(2))
-    torch.set_rng_state(state)
-    before = torch.get_rng_state()
-    model = language()
-    after = torch.get_rng_state()
-    finetune(model, rows(model, texts(tmp_path)), replace(SETTINGS, steps=1))
-    assert torch.equal(torch.get_rng_state(), after)
-    assert not torch.equal(before, after)
 
 
 def test_patience_stops_and_keeps_the_best(tmp_path, monkeypatch):
@@ -278,25 +272,24 @@ def test_a_crafted_state_with_a_right_digest_is_refused(tmp_path, tensors, recor
         finetune(language(), found, replace(SETTINGS, steps=3), states=States(tmp_path / "crafted", {}))
 
 
-def test_a_loss_that_is_not_finite_stops_names_the_step_and_keeps_the_last_good_state(tmp_path):
-    """Which is that before the step, if the rows of the one before have a finite loss with it, or an older one."""
-    for name in ("once", "stays", "early", "first"):
-        (tmp_path / name).mkdir()
-    told, saved = breaking(tmp_path / "once", {8}, save_every=50)
-    assert "the loss is nan in step 8: lower lr=0.01; the last good state, after step 7, is kept" in told
-    assert saved == [1, 2, 4, 7]  # without save_every's, more and more rarely
-    told, saved = breaking(tmp_path / "stays", range(8, 99), save_every=3)
-    assert "the loss is nan in step 8: lower lr=0.01; the last good state, after step 6, is kept" in told
-    assert saved == [1, 2, 3, 6]
-    told, saved = breaking(tmp_path / "early", range(3, 99), save_every=50)
-    assert "in step 3: lower lr=0.01; the last good state, after step 1, is kept" in told
-    assert saved == [1]
-    told, saved = breaking(tmp_path / "first", range(1, 99), save_every=50)
-    assert told.endswith("the loss is nan in step 1: lower lr=0.01; no state was saved before")
-    assert saved == []
+@pytest.mark.parametrize(
+    ("broken", "save_every", "said", "expected"),
+    [
+        ({8}, 50, "in step 8: lower lr=0.01; the last good state, after step 7, is kept", [1, 2, 4, 7]),
+        (range(8, 99), 3, "in step 8: lower lr=0.01; the last good state, after step 6, is kept", [1, 2, 3, 6]),
+        (range(3, 99), 50, "in step 3: lower lr=0.01; the last good state, after step 1, is kept", [1]),
+        (range(1, 99), 50, "in step 1: lower lr=0.01; no state was saved before", []),
+    ],
+    ids=["once", "stays", "early", "first"],
+)
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(broken, save_every, said, expected, tmp_path):
+    """The state before the step is good if the rows of the step before have a finite loss with it."""
+    told, saved = breaking(tmp_path, broken, save_every=save_every)
+    assert f"the loss is nan {said}" in told
+    assert saved == expected  # below save_every, more and more rarely
 
 
-class NoNorm(Alone):
+class NoNorm(Ranks):
     """The gradient of one step is infinite."""
 
     calls = 0
@@ -307,28 +300,23 @@ class NoNorm(Alone):
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_state_before_it(tmp_path, monkeypatch):
-    """Its loss was finite."""
+    """The loss of its step was finite."""
     model = language()
     found, states = rows(model, texts(tmp_path)), Noted(tmp_path / "states")
     settings = replace(SETTINGS, save_every=50, eval_every=None)
     with pytest.raises(ValueError, match="the norm of the gradient is inf in step 4: .* after step 3, is kept"):
         finetune(model, found, settings, states=states, ranks=NoNorm())
     assert states.seen == [1, 2, 3]
+    full = Noted(tmp_path / "full")
 
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    def fill(step):
+        if step.number == 3:
+            error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            monkeypatch.setattr(full, "save", lambda saved: (_ for _ in ()).throw(error))
 
-    full_states = Noted(tmp_path / "full")
-    with monkeypatch.context() as patch:
-        model = language()
-
-        def watch(step):
-            if step.number == 3:
-                patch.setattr(full_states, "save", full)
-
-        with pytest.raises(ValueError, match=r"step 4: .* after step 2, is kept in .*; a later one: .*No space left"):
-            finetune(model, found, settings, states=full_states, ranks=NoNorm(), watch=watch)
-    assert States(full_states.folder, {}).newest().step == 2
+    with pytest.raises(ValueError, match=r"step 4: .* after step 2, is kept in .*; a later one: .*No space left"):
+        finetune(language(), found, settings, states=full, ranks=NoNorm(), watch=fill)
+    assert States(full.folder, {}).newest().step == 2
 
 
 class Blind(Language):
@@ -356,14 +344,11 @@ def test_weights_that_a_step_makes_infinite_stop_it(tmp_path):
     decays = replace(SETTINGS, lr=1e36, weight_decay=1e4, steps=1)  # parameters times -1e40
     with pytest.raises(ValueError, match=r"lora_a' is no longer finite after step 1: lower lr=1e\+36$"):
         finetune(model, rows(model, texts(tmp_path)), decays)
+    states = States(tmp_path / "s", {})
+    rises = replace(SETTINGS, lr=1e30, eval_every=None)
     model = language()
     with pytest.raises(ValueError, match=r"is (nan|inf) in step \d+: lower lr=1e\+30; no state was saved before"):
-        finetune(
-            model,
-            rows(model, texts(tmp_path)),
-            replace(SETTINGS, lr=1e30, eval_every=None),
-            states=States(tmp_path / "s", {}),
-        )
+        finetune(model, rows(model, texts(tmp_path)), rises, states=states)
     assert not (tmp_path / "s").exists()
 
 
@@ -371,7 +356,7 @@ def test_a_model_without_what_trains_and_fewer_rows_than_processes_are_refused(t
     model = Language().requires_grad_(False)
     with pytest.raises(ValueError, match="Language has no parameter that trains"):
         finetune(model, rows(model, texts(tmp_path)), SETTINGS)
-    model, ranks = language(), Alone()
+    model, ranks = language(), Ranks()
     found = rows(model, texts(tmp_path))
     ranks.world = len(found)  # a row for each is enough
     assert finetune(model, found, replace(SETTINGS, steps=1), ranks=ranks).step == 1

@@ -1,13 +1,14 @@
-"""A line for each step, once: what a kill has cut, and steps that are done again, are dropped."""
+"""The metrics have one line for each step, also after a kill; the plot is drawn where matplotlib is."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lowmem.errors import FileError
-from lowmem.finetuning.metrics import Metrics, check_metrics, peak_memory
+from lowmem.finetuning.metrics import Metrics, check_metrics, check_plot, peak_memory, plot_losses
 
 
 def steps(path):
@@ -61,3 +62,29 @@ def test_memory_is_that_of_the_process(monkeypatch):
         for system, unit in (("linux", 1024), ("darwin", 1)):  # KiB, and on macOS bytes
             monkeypatch.setattr("sys.platform", system)
             assert peak_memory(torch.device("cpu")) == 3072 * unit
+
+
+@pytest.mark.thorough
+def test_the_same_run_gives_the_same_picture(tmp_path):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install '.[plot]'")
+    losses = [3 / (1 + step) for step in range(60)]
+    starts = {".png": b"\x89PNG", ".pdf": b"%PDF", ".svg": b"<?xml"}
+    for suffix, start in starts.items():
+        one, other, bare = (tmp_path / f"{name}{suffix}" for name in ("one", "other", "bare"))
+        for path in (one, other):
+            plot_losses(path, losses, [(30, 2.5), (45, float("inf")), (60, 2.0)], {"dense": 3.0, "stored": 3.5})
+        plot_losses(bare, losses[:1])
+        assert one.read_bytes().startswith(start)
+        assert one.read_bytes() == other.read_bytes() or suffix == ".svg"  # its names are random
+        assert one.read_bytes() != bare.read_bytes()
+
+
+def test_a_plot_of_another_suffix_or_without_matplotlib_is_refused(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"plot='a.jpeg' must end in .png, .svg, .pdf"):
+        check_plot(tmp_path.joinpath("a.jpeg").relative_to(tmp_path))
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"plot needs matplotlib: pip install 'lowmem\[plot\]'"):
+        check_plot(tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())

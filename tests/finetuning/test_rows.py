@@ -1,4 +1,4 @@
-"""Rows hold each example once, apart from the others: logits are those of each example alone."""
+"""Rows hold each example once, apart from the others; steps take each row once in each epoch."""
 
 from itertools import chain
 
@@ -8,10 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.finetuning.calling import Calling
-from lowmem.finetuning.rows import Rows, pack
+from lowmem.finetuning.rows import Order, Rows, pack, part
 from lowmem.finetuning.text import IGNORED, Example
 from tests.finetuning.language import VOCABULARY, Language
 
+SMALL = st.integers(1, 9)
 LENGTHS = [5, 17, 3, 9, 12, 20, 2]
 
 
@@ -40,7 +41,7 @@ def test_packed_and_padded_rows_give_the_logits_of_each_example_alone(calling):
     assert len(rows) == (4 if calling.isolates else len(found))
     assert int(rows.counted.sum()) == sum(one.counted for one in found)
     seen = []
-    for batch in rows.batches(3):
+    for batch in (rows.batch(range(start, min(start + 3, len(rows)))) for start in range(0, len(rows), 3)):
         logits = model(**batch.inputs)
         for row in range(len(batch.targets)):
             counts = batch.targets[row] != IGNORED
@@ -61,7 +62,7 @@ def test_a_batch_is_as_long_as_its_longest_row_and_counts_its_tokens():
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1, 0, 0], [1, 1, 1, 1, 1]]
     assert "position_ids" not in batch.inputs
     assert batch.tokens == 8
-    assert (rows.tokens, rows.counted.tolist()) == (sum(LENGTHS), [one.counted for one in examples()])
+    assert rows.counted.tolist() == [one.counted for one in examples()]
 
 
 def test_a_batch_of_no_rows_counts_nothing():
@@ -71,9 +72,37 @@ def test_a_batch_of_no_rows_counts_nothing():
     assert batch.tokens == 0
 
 
-def test_what_cannot_be_rows_is_refused():
+def test_no_examples_and_long_examples_are_refused():
     with pytest.raises(ValueError, match=r"examples=\[\]"):
         Rows([], 20, Calling())
     with pytest.raises(ValueError, match="length=19 must be at least that of the longest example, 20 tokens"):
         Rows(examples(), 19, Calling())
     assert Rows.of(Language(), examples(), 20, VOCABULARY).calling.isolates
+
+
+@given(SMALL, SMALL, st.integers(1, 40), st.integers(0, 3))
+def test_epochs_are_permutations_that_differ(rows, per_step, total, seed):
+    order = Order(rows, per_step, seed, total)
+    taken = [order.indices(step) for step in range(order.steps)]
+    assert [len(indices) for indices in taken[:-1]] == [per_step] * (order.steps - 1)
+    stream = [*chain(*taken)]
+    assert len(stream) == total
+    for start in range(0, total - rows + 1, rows):
+        assert sorted(stream[start : start + rows]) == list(range(rows))
+    assert order.indices(order.steps - 1) == taken[-1]  # in any order of calls
+
+
+def test_epochs_and_seeds_have_orders_of_their_own():
+    orders = {tuple(Order(20, 20, seed, 60).indices(epoch)) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(orders) == 6
+
+
+@given(st.integers(1, 60), SMALL, st.integers(1, 5))
+def test_processes_divide_the_rows_of_a_step(rows, batch_size, world):
+    indices = list(range(100, 100 + rows))
+    parts = [part(indices, batch_size, rank, world) for rank in range(world)]
+    assert sorted(chain(*chain(*parts))) == indices
+    assert {len(own) for own in parts} == {-(-rows // (batch_size * world))}
+    assert all(len(batch) <= batch_size for own in parts for batch in own)
+    for batches in zip(*parts, strict=True):  # none has more than one row above another
+        assert max(map(len, batches)) - min(map(len, batches)) <= 1

@@ -57,10 +57,12 @@ def test_two_files_take_turns_and_the_newer_whole_one_is_read(tmp_path):
 
 def test_a_state_of_another_run_is_refused_by_what_differs(tmp_path):
     States(tmp_path, {"base": "aa", "lr": 0.1}).save(saved(2))
-    for origin in ({"base": "bb", "lr": 0.1}, {"base": "aa"}, {"base": "aa", "lr": 0.1, "rank": 4}):
-        with pytest.raises(
-            FileError, match=r"its adapter is of another base: base was 'aa' and is 'bb'|: lr was 0.1|: rank was None"
-        ):
+    for origin, why in (
+        ({"base": "bb", "lr": 0.1}, "its adapter is of another base: base was 'aa' and is 'bb'"),
+        ({"base": "aa"}, "lr was 0.1 and is None"),
+        ({"base": "aa", "lr": 0.1, "rank": 4}, "rank was None and is 4"),
+    ):
+        with pytest.raises(FileError, match=f": {why}: go on"):
             States(tmp_path, origin).newest()
     may = States(tmp_path, {"base": "aa", "lr": 0.2}, ("lr",))
     for _ in range(2):
@@ -68,15 +70,17 @@ def test_a_state_of_another_run_is_refused_by_what_differs(tmp_path):
         assert may.changed == ["lr was 0.1 until here, and is 0.2"]
     with pytest.raises(FileError, match=r"cannot go on from 'out': data was 0123456789ab\.\.\. and is None: go on"):
         changes(Path("out"), {"data": "0123456789abcdef" * 4}, {})
+
+
+def test_a_file_of_another_kind_is_no_state(tmp_path):
     lowmem.save(torch.nn.Linear(2, 2), tmp_path / FILES[1])
-    (tmp_path / FILES[0]).unlink()
     with pytest.raises(FileError, match="it is no state of a training run"):
-        may.newest()
+        States(tmp_path, {}).newest()
     for crafted in ({"step": True}, {"step": "2"}, {"origin": []}, {"facts": [3]}):
         record = {"kind": KIND, "step": 2, "origin": {}, "facts": {}} | crafted
         write_tensors(tmp_path / FILES[1], {"x": torch.zeros(1)}, record)
         with pytest.raises(FileError, match="it is no state of a training run"):
-            may.newest()
+            States(tmp_path, {}).newest()
 
 
 def test_a_bit_that_flips_anywhere_is_seen(tmp_path):
@@ -137,7 +141,7 @@ if hasattr(os, "mkfifo"):
 
 
 @pytest.mark.parametrize("make", MAKE.values(), ids=MAKE)
-def test_what_is_no_file_is_skipped_with_a_line_and_replaced(tmp_path, make):
+def test_a_folder_a_pipe_or_a_link_to_nowhere_is_skipped_and_replaced(tmp_path, make):
     states = States(tmp_path, {})
     make(tmp_path / FILES[0])
     with pytest.raises(
@@ -200,29 +204,6 @@ def test_parameters_and_optimizer_come_back_to_the_bit(kind, tmp_path):
     with pytest.raises(ValueError, match=r"lora_a' of shape \(2, 64\), and the model one of \(64, 64\)"):
         put_back(Saved(1, tensors, record), wrong, its)
     assert all(torch.equal(value, trained(wrong)[name]) for name, value in before.items())
-
-
-def test_a_kill_at_any_moment_of_a_save_leaves_a_whole_state(tmp_path):
-    """Dead processes clean nothing up; the next save does."""
-    for number in range(1, 99):
-        folder = tmp_path / str(number)
-        States(folder, {}).save(saved(1, 1.0))
-        with killed_at(number) as killed, suppress(Killed):
-            states = States(folder, {})
-            states.newest()
-            states.save(saved(2, 2.0))
-        found = States(folder, {}).newest()
-        assert found.step in (1, 2)
-        assert torch.equal(found.tensors["losses"], torch.full((3,), float(found.step)))
-        for step in (3, 4):
-            States(folder, {}).newest()
-            states = States(folder, {})
-            states.newest()
-            states.save(saved(step))
-        assert sorted(one.name for one in folder.iterdir()) == sorted(FILES)
-        if not killed:
-            break
-    assert number > 8
 
 
 SETTINGS = lowmem.FineTuning(

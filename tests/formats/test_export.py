@@ -22,7 +22,7 @@ from lowmem.errors import FileError
 from lowmem.integrations.transformers.folder import load_folder, quantize_folder
 from lowmem.io.formats.export import export
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.tools.import_file import is_foreign
+from lowmem.tools.quantize_foreign import is_foreign
 from tests.integrations.transformers.folders import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages

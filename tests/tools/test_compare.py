@@ -12,8 +12,54 @@ import pytest
 from lowmem import VARIANTS
 from lowmem.__main__ import main
 
+MODELS = """
+import torch
+from torch import nn
 
-def test_the_lines_of_a_comparison(capsys):
+class Constant(nn.Module):
+    y = 4.0
+    def forward(self, x):
+        return torch.tensor([3.0, self.y])
+
+class Other(Constant):
+    y = 6.0
+
+class Complex(nn.Module):
+    factor = 1j
+    def forward(self, x):
+        return x + self.factor
+
+class OtherComplex(Complex):
+    factor = 3j
+
+class Nan(nn.Module):
+    def forward(self, x):
+        return x * float("nan")
+
+class Pair(nn.Module):
+    def forward(self, x):
+        return x, x
+
+class NoEval(nn.Module):
+    def eval(self):
+        raise LookupError("no")
+
+class Shift(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.add_(1.0))
+
+narrow = lambda: nn.Linear(1024, 3)
+shift = lambda: Shift(32, 32)
+globals()['\\x1b[31m|\\u202e[b]'] = narrow
+"""
+
+
+@pytest.fixture(autouse=True)
+def compare_models(user_module):
+    user_module("compare_models", MODELS)
+
+
+def test_a_comparison_is_four_lines(capsys):
     assert main(["compare", "bignet", "half_precision"]) == 0
     first, largest, mean, relative, _ = capsys.readouterr().out.splitlines()
     assert first == "Comparing bignet and half_precision"
@@ -23,12 +69,9 @@ def test_the_lines_of_a_comparison(capsys):
 
 
 @pytest.mark.thorough
-def test_json_of_every_variant(capsys):
-    assert main(["compare", "--json", "--batch", "4"]) == 0
-    rows = json.loads(capsys.readouterr().out)
-    assert [row["other"] for row in rows] == list(VARIANTS)[1:]
-    assert all(row["base"] == "bignet" for row in rows)
-    by_name = {row["other"]: row for row in rows}
+def test_json_of_every_variant(results):
+    by_name = {row["other"]: row for row in results("compare", "--batch", "4")}
+    assert list(by_name) == list(VARIANTS)[1:]
     assert by_name["half_precision"]["max_difference"] <= 0.0005
     assert by_name["half_precision"]["mean_difference"] <= 0.0001
     assert by_name["lora"]["max_difference"] == by_name["half_precision"]["max_difference"]
@@ -36,115 +79,61 @@ def test_json_of_every_variant(capsys):
     assert 0.01 < by_name["low_precision"]["relative_error"] < 0.05
 
 
-@pytest.mark.parametrize(("tolerance", "code"), [("0.0005", 0), ("0.00001", 1)])
-def test_a_tolerance_gates_and_what_failed_is_named(tolerance, code, capsys):
-    assert main(["compare", "bignet", "half_precision", "lora", "--json", "--tolerance", tolerance]) == code
-    shown = capsys.readouterr()
-    found = {row["other"]: row["max_difference"] for row in json.loads(shown.out)}
-    assert shown.err.splitlines() == code * [
-        f"lowmem compare: {other} differs from bignet by {largest:.4g}, above --tolerance 1e-05"
-        for other, largest in found.items()
-    ]
-
-
-def test_figures_are_those_of_arithmetic_and_the_largest_is_held_to_the_tolerance(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compare_arithmetic.py").write_text(
-        "import torch\n"
-        "from torch import nn\n"
-        "class Base(nn.Module):\n"
-        "    y = 4.0\n"
-        "    def forward(self, x):\n"
-        "        return torch.tensor([3.0, self.y])\n"
-        "class Other(Base):\n"
-        "    y = 6.0\n"
-    )
-    models = "compare_arithmetic:Base", "compare_arithmetic:Other"
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("base", "other", "figures"),
+    [("Constant", "Other", (2, 1, 2 / 5)), ("Complex", "OtherComplex", (2, 2, None))],
+)
+def test_the_largest_difference_is_held_to_the_tolerance(base, other, figures, capsys):
+    """Figures are those of arithmetic; imaginary parts count; what failed is named."""
+    models = f"compare_models:{base}", f"compare_models:{other}"
     assert main(["compare", *models, "--json", "--tolerance", "1.9"]) == 1
-    (row,) = json.loads(capsys.readouterr().out)
+    shown = capsys.readouterr()
+    (row,) = json.loads(shown.out)
     assert (row["base"], row["other"]) == models
-    assert (row["max_difference"], row["mean_difference"], row["relative_error"]) == pytest.approx((2, 1, 2 / 5))
+    found = row["max_difference"], row["mean_difference"], row["relative_error"]
+    assert found == pytest.approx(figures if figures[2] else (*figures[:2], found[2]))
+    assert shown.err == f"lowmem compare: {models[1]} differs from {models[0]} by 2, above --tolerance 1.9\n"
     assert main(["compare", *models, "--tolerance", "2"]) == 0
 
 
-def test_a_model_equals_itself_exactly(capsys):
-    assert main(["compare", "qlora", "low_precision", "--json", "--tolerance", "0"]) == 0
-    assert json.loads(capsys.readouterr().out)[0]["max_difference"] == 0
+@pytest.mark.parametrize("models", [("qlora", "low_precision"), ("compare_models:shift", "compare_models:shift")])
+def test_equal_models_have_no_difference(models, results):
+    """Also one that writes to its input, and an adapter that starts at zero."""
+    shape = ["--input-shape", "32"] if ":" in models[0] else []
+    assert results("compare", *models, *shape, "--tolerance", "0")[0]["max_difference"] == 0
 
 
-def test_outputs_that_are_not_finite_fail(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compare_nan.py").write_text(
-        "from torch import nn\nclass Nan(nn.Module):\n    def forward(self, x):\n        return x * float('nan')\n"
-    )
-    assert main(["compare", "bignet", "compare_nan:Nan", "--json"]) == 1
+def test_outputs_that_are_not_finite_fail(capsys):
+    assert main(["compare", "bignet", "compare_models:Nan", "--json"]) == 1
     shown = capsys.readouterr()
     assert json.loads(shown.out)[0]["max_difference"] is None
-    assert shown.err == "lowmem compare: compare_nan:Nan differs from bignet by nan, which is not finite\n"
+    assert shown.err == "lowmem compare: compare_models:Nan differs from bignet by nan, which is not finite\n"
 
 
-@pytest.mark.filterwarnings("error")
-def test_imaginary_parts_count(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compare_complex.py").write_text(
-        "from torch import nn\n"
-        "class Complex(nn.Module):\n"
-        "    factor = 1j\n"
-        "    def forward(self, x):\n"
-        "        return x + self.factor\n"
-        "class Other(Complex):\n"
-        "    factor = 3j\n"
-    )
-    models = "compare_complex:Complex", "compare_complex:Other"
-    assert main(["compare", *models, "--json", "--tolerance", "1.9"]) == 1
-    found = json.loads(capsys.readouterr().out)[0]
-    assert found["max_difference"] == pytest.approx(2)
-    assert found["mean_difference"] == pytest.approx(2)
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Pair", "returns a tuple; compare takes models that return a tensor"),
+        ("narrow", "returns shape (1, 3), 'bignet' (1, 1024)"),
+        ("NoEval", "model='compare_models:NoEval' cannot take this input: LookupError: no;"),
+    ],
+)
+def test_a_model_that_cannot_be_compared_is_refused(name, why, refused):
+    assert why in refused("compare", "bignet", f"compare_models:{name}")
 
 
-def test_what_cannot_be_compared_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compare_models.py").write_text(
-        "from torch import nn\n"
-        "class Pair(nn.Module):\n    def forward(self, x):\n        return x, x\n"
-        "narrow = lambda: nn.Linear(1024, 3)\n"
-    )
-    assert main(["compare", "bignet", "compare_models:Pair"]) == 2
-    assert "returns a tuple; compare takes models that return a tensor" in capsys.readouterr().err
-    assert main(["compare", "bignet", "compare_models:narrow"]) == 2
-    assert "returns shape (1, 3), 'bignet' (1, 1024)" in capsys.readouterr().err
-
-
-def test_names_are_shown_without_control_characters(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compare_names.py").write_text(
-        "from torch import nn\nglobals()['\\x1b[31m|\\u202e[b]'] = lambda: nn.Linear(1024, 3)\n"
-    )
-    name = "compare_names:\x1b[31m|\u202e[b]"
+def test_names_are_shown_without_control_characters(capsys):
+    name = "compare_models:\x1b[31m|\u202e[b]"
     assert main(["compare", name, name]) == 0
     assert capsys.readouterr().out.splitlines()[0] == (
-        r"Comparing compare_names:\x1b[31m|\u202e[b] and compare_names:\x1b[31m|\u202e[b]"
+        r"Comparing compare_models:\x1b[31m|\u202e[b] and compare_models:\x1b[31m|\u202e[b]"
     )
     assert main(["compare", name, name, "--markdown"]) == 0
     header, _, row = capsys.readouterr().out.splitlines()
     for line in (header, row):
         assert line.isprintable()
-        assert r"compare_names:\\x1b\[31m\|\\u202e\[b]" in line
-
-
-def test_a_model_that_cannot_be_put_in_eval_mode_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compare_eval.py").write_text(
-        "from torch import nn\nclass Model(nn.Module):\n    def eval(self):\n        raise LookupError('no')\n"
-    )
-    assert main(["compare", "bignet", "compare_eval:Model"]) == 2
-    assert "model='compare_eval:Model' cannot take this input: LookupError: no;" in capsys.readouterr().err
+        assert r"compare_models:\\x1b\[31m\|\\u202e\[b]" in line
 
 
 @dataclass(frozen=True)
@@ -183,8 +172,6 @@ def test_folders_are_compared_on_a_text(folders, capsys):
     text, base, near, far = folders
     assert main(["compare", base, near, "--text", text, "--markdown", "--tolerance", "0.05"]) == 0
     assert "| 21.0000" in capsys.readouterr().out.replace("|  ", "| ")
-    assert main(["compare", "--layers"]) == 2
-    assert "--layers needs a text: add --text FILE" in capsys.readouterr().err
     assert main(["compare", base, near, far, "--text", text, "--json", "--tolerance", "0.01"]) == 1
     shown = capsys.readouterr()
     assert [row["divergence"] for row in json.loads(shown.out)] == [0.0, 0.02, None]
@@ -193,31 +180,16 @@ def test_folders_are_compared_on_a_text(folders, capsys):
     assert second.endswith("by inf nats a token, which is not finite")
 
 
-def test_what_cannot_be_compared_on_a_text_is_said(folders, tmp_path, capsys):
+def test_arguments_that_cannot_be_compared_on_a_text_are_refused(folders, tmp_path, refused):
     text, base, near, _ = folders
     binary = tmp_path / "binary.txt"
     binary.write_bytes(b"a\xff")
-    cases = {
+    for message, arguments in {
+        "--layers needs a text: add --text FILE": ["--layers"],
         "is no folder: --text compares folders": [base, "bignet", "--text", text],
         "at least one other folder": [base, "--text", text],
         "it is no UTF-8 text, from byte 1": [base, near, "--text", str(binary)],
         "--batch, --input-shape and": [base, near, "--text", text, "--batch", "4"],
         "with --text leave them out": [base, near, "--text", text, "--input-dtype", "int64"],
-    }
-    for message, arguments in cases.items():
-        assert main(["compare", *arguments]) == 2
-        assert message in capsys.readouterr().err
-
-
-def test_a_model_that_writes_to_its_input_is_compared_on_the_one_that_was_given(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "compare_writes.py").write_text(
-        "from torch import nn\n"
-        "class Shift(nn.Linear):\n"
-        "    def forward(self, x):\n"
-        "        return super().forward(x.add_(1.0))\n"
-        "make = lambda: Shift(32, 32)\n"
-    )
-    model = "compare_writes:make"
-    assert main(["compare", model, model, model, "--input-shape", "32", "--tolerance", "0"]) == 0
+    }.items():
+        assert message in refused("compare", *arguments)

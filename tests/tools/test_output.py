@@ -3,16 +3,17 @@
 import io
 import json
 import re
+from functools import partial
 
 import pytest
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import DownloadColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import nn
 
 from lowmem import FourBit, convert, summary
 from lowmem.tools import output
-from lowmem.tools.output import print_json, print_summary, print_table, progress, shown, stdout_for_json, uncut_column
+from lowmem.tools.output import columns_of_progress, print_json, print_summary, print_table, shown, stdout_for_json
 from tests.selection import rows_in_one_case
 
 HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
@@ -46,7 +47,7 @@ def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal,
 
 
 @rows_in_one_case("columns", [30, 40, 60, 80, 120, 300])
-def test_a_summary_too(terminal, columns):
+def test_a_summary_is_whole_on_any_terminal(terminal, columns):
     model = convert(nn.ModuleDict({"a_long_name_" * 3: nn.Linear(1024, 1024), "norm": nn.LayerNorm(16)}), FourBit())
     lines = terminal(columns, print_summary, summary(model))
     assert all(cell_len(line) <= columns for line in lines)
@@ -110,15 +111,10 @@ def test_an_error_in_the_block_gives_stdout_back(capsys):
 @rows_in_one_case("name", ["quantize", "a.module.with.a.long.path:factory@low_precision_nf4"])
 def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, name):
     monkeypatch.setenv("COLUMNS", str(columns))
-    size, count, left = (
-        DownloadColumn(binary_units=True, table_column=uncut_column()),
-        MofNCompleteColumn(table_column=uncut_column()),
-        TimeRemainingColumn(table_column=uncut_column()),
-    )
-    speed = TransferSpeedColumn(table_column=uncut_column())
+    size = partial(DownloadColumn, binary_units=True)
     for shown_total, display in (
-        ("38.3/115.0 GiB", progress(size, left, roomy=[speed])),
-        ("41152263004/123456789012", progress(count, TextColumn("steps", table_column=uncut_column()))),
+        ("38.3/115.0 GiB", columns_of_progress([size, TimeRemainingColumn], [TransferSpeedColumn])),
+        ("41152263004/123456789012", columns_of_progress([MofNCompleteColumn, "steps"])),
     ):
         display.add_task(name, total=123456789012, completed=123456789012 // 3)
         screen = io.StringIO()

@@ -1,8 +1,9 @@
 """``lowmem quantize``."""
 
-import argparse
+import itertools
 import json
 import os
+import shutil
 import subprocess
 import sys
 from types import ModuleType
@@ -15,8 +16,9 @@ from torch import nn
 import lowmem
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
-from lowmem.tools.models import size
-from tests.selection import rows_in_one_case
+from lowmem.tools.quantize import OPTIONS, REFUSALS
+from tests.io.formats.folders import CONFIG, shapes
+from tests.io.formats.test_recognize import SAMPLES
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def make():
     return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
 
 
-def test_it_prints_a_table_and_writes_what_loads(checkpoint, capsys):
+def test_quantize_prints_a_table_and_writes_a_file_that_loads(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
     options = ["--format", "bof4s", "--block-size", "16", "--scales", "float16", "--exclude", "2.*"]
     assert main(["quantize", str(checkpoint), str(out), *options]) == 0
@@ -55,7 +57,7 @@ def test_without_a_format_it_stores_as_four_bit_does(checkpoint):
     assert lowmem.load(out, make)[0].block_size == 32
 
 
-def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
+def test_bits_are_divided_and_the_table_says_why(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
     assert main(["quantize", str(checkpoint), str(out), "--bits", "5.2"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
@@ -64,13 +66,9 @@ def test_bits_are_divided_and_the_table_says_what_for(checkpoint, capsys):
     assert "bits a weight that is converted, of --bits 5.2" in shown
     expected = lowmem.convert(lowmem.load(out, make), lowmem.LoRA(2))  # what was written loads, and takes adapters
     assert {expected[0].forms["weight"].format, expected[2].forms["weight"].format} == {"bof4s", "int8"}
-    assert main(["quantize", str(checkpoint), str(out), "--bits", "4.1"]) == 2
-    assert "Budget(bits=4.1) is out of reach: these weights take 4.3" in capsys.readouterr().err
-    assert main(["quantize", str(checkpoint), str(out), "--bits", "4.9", "--format", "nf4"]) == 2
-    assert "--format does not apply to 'in.safetensors': --bits chooses it" in capsys.readouterr().err
 
 
-def test_what_another_command_is_writing_is_refused(checkpoint, capsys):
+def test_a_target_that_another_command_writes_is_refused(checkpoint, capsys):
     out = checkpoint.with_name("out")
     with owned(out):  # as lowmem fit --save does from its first step to its last
         assert main(["quantize", str(checkpoint), str(out)]) == 2
@@ -96,22 +94,17 @@ def test_json_and_shards(checkpoint, capsys):
         (["--shard-size", "many"], "'many' must be a size such as 2GB"),
         (["--include", "nothing*"], "matches no tensor"),
         (["--shard-size", "9" * 400 + "GB"], "must be a size"),
+        (["--bits", "4.1"], "Budget(bits=4.1) is out of reach: these weights take 4.3"),
+        (["--exclude", "\x1b*"], "matches no tensor"),
     ],
 )
-def test_bad_options_are_one_line(checkpoint, options, message, capsys):
-    try:
-        code = main(["quantize", str(checkpoint), str(checkpoint) + "x", *options])
-    except SystemExit as stopped:
-        code = stopped.code
-    shown = capsys.readouterr()
-    assert code == 2
-    assert message in shown.err
-    assert len(shown.err.strip().splitlines()) == 1
+def test_bad_options_are_one_line(checkpoint, options, message, refused):
+    assert message in refused("quantize", checkpoint, f"{checkpoint}x", *options)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
 @pytest.mark.processes
-def test_what_was_told_to_end_leaves_no_half_file(checkpoint):
+def test_a_terminated_process_leaves_no_half_file(checkpoint):
     script = (
         "import os, signal, sys\n"
         "import lowmem.tools.quantize as q\n"
@@ -128,71 +121,37 @@ def test_what_was_told_to_end_leaves_no_half_file(checkpoint):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
-def test_names_are_printed_as_they_are(checkpoint, capsys):
-    state = {"w[bold].weight": torch.ones(2, 8), "[/x].weight": torch.ones(2, 8)}
-    safetensors.torch.save_file(state, checkpoint)
-    assert main(["quantize", str(checkpoint), str(checkpoint.with_name("out"))]) == 0
-    shown = capsys.readouterr().out
-    assert all(name in shown for name in state)
-
-
-def test_names_are_shown_without_control_characters(checkpoint, capsys):
-    state = {"w\x1b[31m\u202e\n.weight": torch.ones(2, 8)}
+def test_names_are_shown_without_control_characters_and_without_markup(checkpoint, capsys):
+    state = {f"w{name}.weight": torch.ones(2, 8) for name in ("\x1b[31m\u202e\n", "[bold]", "[/x]")}
     safetensors.torch.save_file(state, checkpoint)
     out = checkpoint.with_name("out\x1b[31m")
     assert main(["quantize", str(checkpoint), str(out)]) == 0
     shown = capsys.readouterr()
     assert (shown.out + shown.err).replace("\n", "").isprintable()
-    assert r"w\x1b[31m\u202e\n.weight" in shown.out
+    for name in (r"w\x1b[31m\u202e\n.weight", "w[bold].weight", "w[/x].weight"):
+        assert name in shown.out
     assert main(["quantize", str(checkpoint), str(out), "--json"]) == 0
-    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == list(state)
-    assert main(["quantize", str(checkpoint), str(out), "--exclude", "\x1b*"]) == 2
-    assert capsys.readouterr().err[:-1].isprintable()
+    assert {row["name"] for row in json.loads(capsys.readouterr().out)} == {*state}
 
 
-def test_a_checkpoint_without_tensors_is_one_line(checkpoint, capsys):
+def test_bad_files_are_one_line(checkpoint, refused):
+    (checkpoint.parent / "p.bin").write_bytes(b"\x80\x04.")
+    for source in (checkpoint.parent, checkpoint.parent / "none", checkpoint.parent / "p.bin"):
+        assert str(source) in refused("quantize", source, f"{checkpoint}x")
     safetensors.torch.save_file({}, checkpoint)
-    assert main(["quantize", str(checkpoint), str(checkpoint) + "x"]) == 2
-    said = capsys.readouterr().err
-    assert f"{str(checkpoint)!r}: it holds no tensors; name a checkpoint that has some" in said
-    assert said.count("\n") == 1
+    told = refused("quantize", checkpoint, f"{checkpoint}x")
+    assert f"{str(checkpoint)!r}: it holds no tensors; name a checkpoint that has some" in told
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows lets few users make links")
-def test_links_that_loop_are_one_line(checkpoint, capsys):
+def test_links_that_loop_are_one_line(checkpoint, refused):
     loop = checkpoint.with_name("loop")
     loop.symlink_to("loop")
     index = checkpoint.with_name("in.safetensors.index.json")
     index.write_text(json.dumps({"weight_map": {"w": "loop"}}))
     for argv in ((loop, "out"), (checkpoint, loop), (checkpoint, loop / "out"), (index, checkpoint.with_name("out"))):
-        assert main(["quantize", *map(str, argv)]) == 2
-        shown = capsys.readouterr().err
-        assert shown.count("\n") == 1
-        assert "loop" in shown
+        assert "loop" in refused("quantize", *argv)
     assert os.readlink(loop) == "loop"
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:1] err. DefaultCPUAllocator: can't allocate memory: you tried"),
-        torch.cuda.OutOfMemoryError("CUDA out of memory."),
-        OSError(12, "Cannot allocate memory"),
-    ],
-    ids=lambda error: type(error).__name__,
-)
-def test_no_memory_is_one_line_and_leaves_nothing(checkpoint, monkeypatch, capsys, error):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr("lowmem.io.source.Source.read_tensor", fail)
-    assert main(["quantize", str(checkpoint), str(checkpoint) + "x"]) == 2
-    shown = capsys.readouterr().err
-    assert "memory" in shown.lower()
-    assert "cpp" not in shown
-    assert shown.count("\n") == 1
-    assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
 @pytest.mark.processes
@@ -222,45 +181,12 @@ def test_a_system_that_gives_no_more_memory_is_one_line(checkpoint, command):
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["__main__.py", "in.safetensors"]
 
 
-def test_bad_files_are_one_line(checkpoint, capsys):
-    (checkpoint.parent / "p.bin").write_bytes(b"\x80\x04.")
-    for source in (checkpoint.parent, checkpoint.parent / "none", checkpoint.parent / "p.bin"):
-        assert main(["quantize", str(source), str(checkpoint) + "x"]) == 2
-        shown = capsys.readouterr()
-        assert str(source) in shown.err
-        assert len(shown.err.strip().splitlines()) == 1
-
-
-@rows_in_one_case(
-    ("text", "expected"),
-    [
-        ("3", 3),
-        ("2GB", 2 * 10**9),
-        ("3KB", 3000),
-        ("7MB", 7 * 10**6),
-        ("1GiB", 2**30),
-        ("1.5 KiB", 1536),
-        ("500mib", 500 * 2**20),
-    ],
-)
-def test_sizes(text, expected):
-    assert size(text) == expected
-
-
-@rows_in_one_case("text", ["", "0", "-1GB", "GB", "1XB", "1e3", "0.1"])
-def test_what_is_no_size(text):
-    with pytest.raises(argparse.ArgumentTypeError, match="must be a size"):
-        size(text)
-
-
 @pytest.mark.parametrize(("argv", "which"), [(["", "out"], "IN"), (["in", ""], "OUT")])
-def test_an_empty_name_is_named_as_it_was_given(argv, which, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["quantize", *argv])
-    assert f"argument {which}: '' must be the name of a file" in capsys.readouterr().err
+def test_an_empty_name_is_named_as_it_was_given(argv, which, refused):
+    assert f"argument {which}: '' must be the name of a file" in refused("quantize", *argv)
 
 
-def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypatch, capsys):
+def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypatch):
     """What transformers does is held where it is installed: tests/integrations."""
     folder = ModuleType("lowmem.integrations.transformers.folder")
     calls = []
@@ -275,7 +201,132 @@ def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypa
     assert (source, target) == (tmp_path / "in", tmp_path / "out")
     assert technique == lowmem.FourBit("int4")
     assert named == {"skip": ["lm_head"], "shard_bytes": 2**20}
-    capsys.readouterr()
-    assert main([*given, "--include", "*.weight"]) == 2
-    assert "--include does not apply to 'in': it names tensors of a file" in capsys.readouterr().err
-    assert calls == []
+
+
+GIVEN = {
+    "bits": ["--bits", "6"],
+    "format": ["--format", "bof4s"],
+    "block_size": ["--block-size", "16"],
+    "scales": ["--scales", "float32"],
+    "search": ["--search"],
+    "embeddings": ["--embeddings", "4bit"],
+    "include": ["--include", "*"],
+    "exclude": ["--exclude", "*up_proj*"],
+    "shard_size": ["--shard-size", "1MB"],
+    "requantize": ["--requantize"],
+    "dtype": ["--dtype", "bfloat16"],
+    "calibrate": ["--calibrate", "self"],
+    "diagonal": ["--diagonal"],
+    "resume": ["--resume", "done"],
+}
+TECHNIQUE = {"format", "block_size", "scales", "search"}
+HEEDED = {
+    "a dense file": TECHNIQUE | {"bits", "include", "exclude", "shard_size"},
+    "a dense folder": TECHNIQUE | {"bits", "embeddings", "exclude", "shard_size", "calibrate"},
+    "another program's": {"include", "shard_size", "requantize", "dtype"},
+}
+"""By the kind of input, the options that mean something when they are given alone."""
+
+
+@pytest.fixture
+def inputs(tmp_path):
+    """One input of each kind, and where to write."""
+    torch.manual_seed(0)
+    weights = {name: torch.randn(shape) for name, shape in shapes()}
+    safetensors.torch.save_file(weights, tmp_path / "dense.safetensors")
+    (tmp_path / "folder").mkdir()
+    safetensors.torch.save_file(weights, tmp_path / "folder" / "model.safetensors", {"format": "pt"})
+    (tmp_path / "folder" / "config.json").write_text(json.dumps(CONFIG))
+    name = "bitsandbytes-nf4.safetensors"
+    parts = safetensors.torch.load_file(SAMPLES / name) | {"up_proj.weight": torch.randn(4, 64)}
+    safetensors.torch.save_file(parts, tmp_path / name)
+    return {
+        "a dense file": ("dense.safetensors", "out.safetensors"),
+        "a dense folder": ("folder", "out"),
+        "another program's": (name, "out.safetensors"),
+    }
+
+
+@pytest.fixture
+def quantized(tmp_path, inputs, capsys):
+    """Return a function that quantizes an input of a kind, and returns the exit code and what was said."""
+
+    def run(kind, *options):
+        source, out = inputs[kind]
+        before = {*tmp_path.iterdir()}
+        capsys.readouterr()
+        code = main(["quantize", str(tmp_path / source), str(tmp_path / out), *options])
+        written = {*tmp_path.iterdir()} - before
+        assert bool(written) == (code == 0)
+        for path in written:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        return code, capsys.readouterr().err
+
+    return run
+
+
+def test_an_option_is_heeded_or_an_error_of_one_line_that_names_it(quantized):
+    assert (GIVEN.keys(), HEEDED.keys()) == ({*OPTIONS}, REFUSALS.keys())
+    for kind, option in itertools.product(REFUSALS, OPTIONS):
+        if option in HEEDED[kind] and kind.endswith("folder"):
+            continue  # they take transformers, and the test below
+        code, said = quantized(kind, *GIVEN[option])
+        assert code == (0 if option in HEEDED[kind] else 2), (kind, option, said)
+        if code == 2:
+            assert said.count("\n") == 1
+            assert f"{GIVEN[option][0]} does not apply to" in said
+            assert "leave" in said
+            assert len(said) < 300
+
+
+def test_options_of_a_technique_apply_to_foreign_weights_that_are_quantized(quantized):
+    """--include and --requantize ask for that; and --no-search is an option, too."""
+    kind = "another program's"
+    for asked, option in itertools.product(("include", "requantize"), sorted(TECHNIQUE)):
+        assert quantized(kind, *GIVEN[asked], *GIVEN[option])[0] == 0
+    assert quantized(kind, "--no-search")[0] == 2
+    assert quantized("a dense file", "--no-search")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "named"),
+    [
+        ("a dense folder", ("bits", "embeddings"), "--embeddings"),
+        ("a dense folder", ("bits", "format"), "--format"),
+        ("a dense folder", ("calibrate", "diagonal", "resume"), "--resume"),
+        ("a dense file", ("bits", "block_size"), "--block-size"),
+        ("a dense file", ("int8", "search"), "--search"),
+        ("a dense folder", ("int8", "embeddings"), "--embeddings"),
+    ],
+)
+def test_options_that_exclude_each_other(quantized, kind, options, named):
+    given = GIVEN | {"int8": ["--format", "int8"]}  # 8 bits have neither a search nor other embeddings
+    code, said = quantized(kind, *(text for one in options for text in given[one]))
+    assert (code, said.count("\n")) == (2, 1)
+    assert f"{named} does not apply to" in said
+    assert ("leave it out" if "int8" in options else "use only one of them") in said
+
+
+def test_each_heeded_option_changes_what_is_written(tmp_path, inputs):
+    for kind in ("a dense file", "another program's"):
+        source, out = (tmp_path / name for name in inputs[kind])
+        assert main(["quantize", str(source), str(out)]) == 0
+        plain = out.read_bytes()
+        out.unlink()
+        for option in HEEDED[kind] - {"requantize"}:  # nothing in it needs that
+            options = ["--include", "*.mlp.*"] if option == "include" and kind == "a dense file" else GIVEN[option]
+            options = ["--no-search"] if option == "search" else options  # the default format is searched for
+            assert main(["quantize", str(source), str(out), *options]) == 0
+            if option == "shard_size":
+                assert out.with_name(f"{out.name}.index.json").exists()
+            else:
+                assert out.read_bytes() != plain, (kind, option)
+            out.unlink(missing_ok=True)
+
+
+def test_folders_heed_what_they_take(quantized):
+    pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+    for option in sorted(HEEDED["a dense folder"] - {"calibrate"}):  # it takes a tokenizer: tests/integrations
+        options = ["--exclude", "*.up_proj"] if option == "exclude" else GIVEN[option]
+        code, said = quantized("a dense folder", *options)
+        assert code == 0, (option, said)

@@ -1,35 +1,28 @@
 """`lowmem stats` reproduces the exact figures, for BigNet and for a user's model."""
 
-import json
-
 import pytest
 import torch
 
-from lowmem import BigNet, Budget, FourBit, Half, LoRA, convert, measure
+import lowmem
+from lowmem import BigNet, FourBit, LoRA, convert, measure
 from lowmem.__main__ import main
-from lowmem.tools.models import techniques
 from lowmem.tools.stats import Stats
 from lowmem.transforms.summary import LayerSummary
 from tests.selection import rows_in_one_case
+from tests.test_variants import EXACT
 
 MIB = 2**20
 
 
-def rows(capsys, *argv):
-    assert main(["stats", *argv, "--json"]) == 0
-    return {row["model"]: row for row in json.loads(capsys.readouterr().out)}
+@pytest.fixture
+def rows(results):
+    return lambda *argv: {row["model"]: row for row in results("stats", *argv)}
 
 
-def test_json_has_exact_bytes_and_the_documented_keys(capsys):
-    found = rows(capsys)
-    exact = {
-        "bignet": (18_903_040, 0, 75_612_160),
-        "half_precision": (10_240, 18_892_800, 37_826_560),
-        "low_precision": (28_672, 10_616_832, 11_911_168),
-        "lora": (1_179_648, 18_903_040, 42_545_152),
-        "qlora": (1_179_648, 10_645_504, 16_629_760),
-    }
-    for name, (trainable, frozen, stored) in exact.items():
+def test_json_has_exact_bytes_and_the_documented_keys(rows):
+    found = rows()
+    assert found.keys() == EXACT.keys()
+    for name, (trainable, frozen, stored) in EXACT.items():
         row = found[name]
         assert list(row) == list(Stats.__dataclass_fields__)  # layers are listed for a user's model only
         assert (row["trainable_params"], row["frozen_params"]) == (trainable, frozen)
@@ -50,18 +43,18 @@ def test_json_has_exact_bytes_and_the_documented_keys(capsys):
 
 def test_the_table_reproduces_the_first_three_rows(capsys):
     assert main(["stats", "bignet", "half_precision", "low_precision"]) == 0
-    cells = [line.split() for line in capsys.readouterr().out.splitlines()]
-    assert ["bignet", "18.90", "0.00", "18.90", "72.11", "72.11"] in [row[:6] for row in cells]
-    assert ["half_precision", "0.01", "18.89", "18.90", "36.07", "36.07"] in [row[:6] for row in cells]
-    assert ["low_precision", "0.03", "10.62", "10.65", "11.36", "11.36"] in [row[:6] for row in cells]
-
-
-def test_markdown(capsys):
+    cells = [line.split()[:6] for line in capsys.readouterr().out.splitlines()]
+    for row in (
+        ["bignet", "18.90", "0.00", "18.90", "72.11", "72.11"],
+        ["half_precision", "0.01", "18.89", "18.90", "36.07", "36.07"],
+        ["low_precision", "0.03", "10.62", "10.65", "11.36", "11.36"],
+    ):
+        assert row in cells
     assert main(["stats", "low_precision", "--markdown"]) == 0
-    header, rule, row = capsys.readouterr().out.splitlines()
+    header, rule, line = capsys.readouterr().out.splitlines()
     assert header.startswith("| Model | Trains M |")
     assert set(rule) == set("|:- ")
-    assert row.startswith("| low_precision | 0.03 | 10.62 | 10.65 | 11.36 | 11.36 |")
+    assert line.startswith(f"| {' | '.join(row)} |")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +65,9 @@ def test_markdown(capsys):
         (["--input-shape", "7", "--input-dtype", "int64"], "nn.Embedding(10, 4)"),
     ],
 )
-def test_a_user_s_model(tmp_path, monkeypatch, capsys, options, factory):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    name = f"stats_model_{abs(hash(factory))}"
-    (tmp_path / f"{name}.py").write_text(f"from torch import nn\nmake = lambda: {factory}\n")
-    row = rows(capsys, f"{name}:make", *options)[f"{name}:make"]
+def test_a_user_s_model_is_measured_and_listed_by_layers(user_module, rows, options, factory):
+    user_module("stats_model", f"from torch import nn\nmake = lambda: {factory}\n")
+    row = rows("stats_model:make", *options)["stats_model:make"]
     assert row["trainable_params"] > 0
     assert row["backward_bytes"] >= row["forward_bytes"] > 0
     assert 32 <= row["bits_per_weight"] < 64  # above 32 by the statistics of a batch norm
@@ -108,21 +98,19 @@ def test_the_layers_of_a_user_s_model_follow_the_table(capsys):
     assert "Linear4Bit" not in capsys.readouterr().out
 
 
-def test_an_input_that_the_model_cannot_take_is_one_line(capsys):
-    assert main(["stats", "bignet", "--input-shape", "12"]) == 2
-    shown = capsys.readouterr().err
-    assert "model='bignet' cannot take this input" in shown
-    assert shown.count("\n") == 1
-
-
-HOSTILE = """
+MODELS = """
 from torch import nn
-class Model(nn.Module):
+
+make = lambda: nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5))
+frozen = lambda: nn.Linear(12, 3).requires_grad_(False)
+
+class Hostile(nn.Module):
     def __init__(self):
         super().__init__()
-        self.add_module("a\\x1b[31m\\u202e[bold]|b", type("L\\x1b]0;title\\a|x", (nn.Linear,), {})(12, 3))
+        self.add_module("a\x1b[31m\u202e[bold]|b", type("L\x1b]0;title\a|x", (nn.Linear,), {})(12, 3))
     def forward(self, x):
         return next(self.children())(x)
+
 class Unlisted(nn.Linear):
     def __init__(self):
         super().__init__(12, 3)
@@ -130,20 +118,34 @@ class Unlisted(nn.Linear):
         return ""
     def named_modules(self, *args, **options):
         raise LookupError("not listed")
+
+class Values(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 1)
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else x
+
+class Fails(nn.Linear):
+    def __init__(self):
+        super().__init__(12, 3)
+    def forward(self, x):
+        raise LookupError("not today")
+
+class Exits(Values):
+    def forward(self, x):
+        raise SystemExit(3)
 """
 
 
 @pytest.fixture
-def hostile(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "stats_hostile.py").write_text(HOSTILE)
+def models(user_module):
+    user_module("stats_models", MODELS)
 
 
-@pytest.mark.usefixtures("hostile")
+@pytest.mark.usefixtures("models")
 def test_names_of_modules_and_types_are_shown_without_control_characters(capsys):
     for options in ([], ["--markdown"]):
-        assert main(["stats", "stats_hostile:Model", "--input-shape", "12", *options]) == 0
+        assert main(["stats", "stats_models:Hostile", "--input-shape", "12", *options]) == 0
         out = capsys.readouterr().out
         assert out.replace("\n", "").isprintable()
         assert ("[bold]|b" in out) == (not options)
@@ -152,22 +154,8 @@ def test_names_of_modules_and_types_are_shown_without_control_characters(capsys)
     assert rows[0].replace("\\\\", "").replace("\\|", "").count("|") == 10
 
 
-@pytest.mark.usefixtures("hostile")
-def test_a_model_that_cannot_be_measured_is_one_line(capsys):
-    assert main(["stats", "stats_hostile:Unlisted", "--input-shape", "12"]) == 2
-    shown = capsys.readouterr().err
-    assert shown.startswith("lowmem stats: model='stats_hostile:Unlisted' cannot ")
-    assert "LookupError: not listed" in shown
-    assert shown.count("\n") == 1
-
-
-def plans(capsys, *argv):
-    assert main(["stats", *argv, "--json"]) == 0
-    return json.loads(capsys.readouterr().out)
-
-
-def test_a_plan_has_the_exact_bytes_and_the_documented_keys(capsys):
-    (found,) = plans(capsys, "lowmem:BigNet", "--plan", "FourBit:int4:16:float16,LoRA:8")
+def test_a_plan_has_the_exact_bytes_and_the_documented_keys(results):
+    (found,) = results("stats", "lowmem:BigNet", "--plan", "FourBit:int4:16:float16,LoRA:8")
     assert list(found) == [
         "model",
         *("techniques", "training", "dense", "stored", "inputs", "forward", "scratch", "gradients", "optimizer"),
@@ -194,18 +182,20 @@ def test_plans_of_several_models_as_tables(capsys):
     assert "| stored: Half | 36.04 |" in capsys.readouterr().out
 
 
-def test_techniques_that_fit_are_proposed(capsys):
-    (found,) = plans(capsys, "--at-most", "64MiB", "--training", "none")
+def test_techniques_that_fit_are_proposed(results):
+    (found,) = results("stats", "--at-most", "64MiB", "--training", "none")
     assert (found["model"], found["techniques"]) == ("bignet", ["Half(dtype=torch.bfloat16)"])
     assert found["inference_bytes"] <= 64 * MIB
-    (found,) = plans(capsys, "--at-most", "40MiB")
+    (found,) = results("stats", "--at-most", "40MiB")
     assert found["techniques"][1:] == ["LoRA()"]
     assert found["training_bytes"] <= 40 * MIB
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("argv", "said"),
     [
+        (["bignet", "--input-shape", "12"], "model='bignet' cannot take this input"),
+        (["stats_models:Unlisted", "--input-shape", "12"], "LookupError: not listed"),
         (["bignet", "--at-most", "4MiB"], "is out of reach: the least that is possible is "),
         (
             ["bignet", "--at-most", "4MiB", "--training", "none"],
@@ -217,42 +207,29 @@ def test_techniques_that_fit_are_proposed(capsys):
         (["bignet", "--plan", "FourBit,Half"], "Half cannot follow the techniques before it"),
         (["stats_absent:make", "--plan", "Half"], "cannot import 'stats_absent'"),
         (["nothing", "--plan", "Half"], "variant='nothing' is unknown"),
+        (["stats_models:Values", "--at-most", "1GiB"], "its forward needs the values of tensors"),
+        (["stats_models:Exits", "--at-most", "1GiB"], "SystemExit: 3"),
+        (["stats_models:frozen", "--input-shape", "12", "--training", "adamw"], "--rank N adds adapters"),
+        (["stats_models:Fails", "--input-shape", "12", "--training", "sgd"], "LookupError: not today"),
+        (["bignet", "--input-shape", "12", "--training", "sgd"], "model='bignet' cannot take this input"),
+        (["bignet", "--training", "adam"], "invalid choice: 'adam'"),
+        (["bignet", "--memory", "lean"], "--memory applies to a measured training step"),
+        (["bignet", "--training", "none", "--rank", "2"], "--rank applies to a measured training step"),
+        (["bignet", "--training", "sgd", "--plan", "LoRA", "--plot", "p.svg"], "--plot applies to"),
+        (["bignet", "--training", "adamw8bit", "--plan", "LoRA"], "--training adamw8bit is measured, not planned"),
+        (["bignet", "--training", "sgd", "--all"], "--all lists the layers"),
+        (["bignet", "--training", "sgd", "--plot", "p.pdf"], "must end with .svg, .png, .html"),
+        (["bignet", "--training", "sgd", "--plot", "no/p.svg"], "no/p.svg"),
+        (
+            [".", "--plan", "Budget:4.4"],
+            "is a folder, and --plan needs a module:factory: lowmem fit FOLDER",
+        ),
     ],
 )
-def test_what_cannot_be_planned_is_one_line(argv, said, capsys):
-    assert main(["stats", *argv]) == 2
-    shown = capsys.readouterr()
-    assert said in shown.err
-    assert (shown.out, shown.err.count("\n")) == ("", 1)
-
-
-def test_an_error_of_a_model_s_own_is_one_line(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "stats_planned.py").write_text(
-        "from torch import nn\n"
-        "class Values(nn.Linear):\n"
-        "    def __init__(self):\n"
-        "        super().__init__(1024, 1)\n"
-        "    def forward(self, x):\n"
-        "        return super().forward(x) if x.sum() > 0 else x\n"
-        "class Fails(Values):\n"
-        "    def forward(self, x):\n"
-        "        raise SystemExit(3)\n"
-    )
-    for name, said in (("Values", "its forward needs the values of tensors"), ("Fails", "SystemExit: 3")):
-        assert main(["stats", f"stats_planned:{name}", "--at-most", "1GiB"]) == 2
-        shown = capsys.readouterr().err
-        assert said in shown
-        assert shown.count("\n") == 1
-
-
-def test_the_plan_of_techniques_as_text():
-    assert techniques("Half,LoRA:4") == (Half(), LoRA(4))
-    assert techniques("FourBit") == (FourBit(),)
-    assert techniques("FourBit:fp4:32:double,LoRA") == (FourBit("fp4", 32, "double"), LoRA())
-    assert techniques("Half:bfloat16") == (Half(torch.bfloat16),)
-    assert techniques("Budget:4.4,LoRA") == (Budget(4.4), LoRA())
+@pytest.mark.usefixtures("models")
+def test_arguments_that_cannot_be_measured_or_planned_are_refused(argv, said, refused, tmp_path):
+    assert said in refused("stats", *argv)
+    assert {one.name for one in tmp_path.iterdir()} <= {"stats_models.py", "__pycache__"}
 
 
 @rows_in_one_case(
@@ -269,19 +246,45 @@ def test_the_plan_of_techniques_as_text():
         ("LoRA:4:8", "'LoRA:4:8' has more than LoRA:rank"),
     ],
 )
-def test_bad_text_of_techniques_is_one_line(text, said, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["stats", "bignet", "--plan", text])
-    shown = capsys.readouterr().err
-    assert said in shown
-    assert shown.count("\n") == 1
+def test_bad_text_of_techniques_is_one_line(text, said, refused):
+    assert said in refused("stats", "bignet", "--plan", text)
 
 
-def test_a_plan_of_a_folder_says_which_command_makes_it(tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{}")
-    assert main(["stats", str(tmp_path), "--plan", "Budget:4.4"]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert (
-        "is a folder, and --plan needs a module:factory: lowmem fit FOLDER --data TEXT --dry-run plans folders"
-        in line
-    )
+def test_a_training_step_of_variants_as_json_and_as_a_table(results, capsys):
+    argv = ["low_precision_nf4", "lowmem:BigNet@qlora_nf4", "--training", "sgd", "--batch", "2"]
+    listed = results("stats", *argv)
+    assert [one["model"] for one in listed] == argv[:2]
+    x = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0))
+    wanted = lowmem.training_memory(lowmem.build("qlora_nf4"), x, optimizer="sgd")
+    assert listed[1] == {"model": argv[1], "memory": None} | wanted.as_json()
+    assert main(["stats", *argv, "--markdown"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "| MiB | low_precision_nf4 | lowmem:BigNet@qlora_nf4 |"
+    assert any(line.startswith("| weights | 9.43 | 9.43 |") for line in lines)
+    assert lines[-1].endswith(f"| {wanted.moment} |")
+    assert lines[-2].endswith(f"| {wanted.total_bytes / 2**20:.2f} |")
+
+
+@pytest.mark.usefixtures("models")
+def test_a_training_step_of_a_user_s_model_with_adapters_prepared(results):
+    argv = ["stats", "stats_models:make", "--input-shape", "3,8,8", "--batch", "4", "--training", "adamw8bit"]
+    (plain,) = results(*argv)
+    assert plain["adapters"] == 0
+    assert plain["activations"].keys() <= {"Conv2d", "BatchNorm2d", "ReLU", "Linear", "loss"}
+    (adapted,) = results(*argv, "--rank", "2", "--memory", "lean")
+    assert (adapted["memory"], adapted["optimizer_name"]) == ("lean", "adamw8bit")
+    assert adapted["adapters"] > 0
+    (frozen,) = results("stats", "stats_models:frozen", "--input-shape", "12", "--training", "adamw", "--rank", "2")
+    assert frozen["adapters"] == 4 * 2 * (12 + 3)
+    (ranked,) = results("stats", "lora", "--training", "adamw", "--rank", "2")
+    assert ranked["adapters"] == 4 * 2 * 2048 * 18
+
+
+@pytest.mark.thorough
+@pytest.mark.usefixtures("models")
+def test_a_training_step_is_drawn(tmp_path):
+    pytest.importorskip("altair", reason="the picture needs the extra: pip install '.[report]'")
+    for name in ("step.svg", "step.png", "step.HTML"):
+        argv = ["stats_models:make", "--input-shape", "3,8,8", "--training", "adamw", "--plot", name]
+        assert main(["stats", *argv]) == 0
+        assert (tmp_path / name).stat().st_size > 2000

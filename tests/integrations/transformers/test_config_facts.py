@@ -9,7 +9,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 import lowmem
 from lowmem import FileError
-from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.text import Example
 from lowmem.integrations.transformers.config_facts import factory_of, sizes_of, stored_by
@@ -52,7 +52,7 @@ def test_the_dense_model_is_made_of_the_config(tmp_path):
     assert {one.dtype for one in factory_of(folder, 1)().parameters()} == {torch.float32}
 
 
-class Noting(Alone):
+class Noting(Ranks):
     """Notes the gradients of the steps."""
 
     def __init__(self):

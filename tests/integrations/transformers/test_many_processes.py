@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.tools import language
+from lowmem.tools import fit_language
 from tests.distributed.ranks import needs_ranks
 from tests.integrations.transformers.folders import write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -131,7 +131,7 @@ def test_flags_without_processes_are_one_line(place, monkeypatch, capsys, argume
 
 
 def test_more_processes_than_rows_and_a_classifier_are_refused(place, monkeypatch, capsys):
-    class Three(language.Alone):
+    class Three(fit_language.Ranks):
         world = 99
 
     with pytest.raises(ValueError, match="99 processes cannot share 1 rows of text: start fewer, or take more text"):

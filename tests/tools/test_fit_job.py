@@ -15,11 +15,11 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning.state import Saved
-from lowmem.tools import language
+from lowmem.tools import fit_language
 from tests.finetuning.test_state import craft_states
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
-from tests.tools.test_language import place, refused
+from tests.tools.test_fit_language import place
 
 __all__ = ["place"]  # the fixture
 
@@ -42,7 +42,7 @@ def listed():
     return sorted(one.as_posix() for one in Path().rglob("*"))
 
 
-def test_options_and_texts_that_cannot_be(place, capsys):
+def test_bad_options_and_texts_are_refused(place, refused):
     Path("empty.txt").write_text(" \n")
     Path("latin.txt").write_bytes("Zürich".encode("latin-1"))
     Path("bad.jsonl").write_text('{"text": "a b"}\n{"txt": "a b"}\n')
@@ -85,33 +85,33 @@ def test_options_and_texts_that_cannot_be(place, capsys):
     }
     before = listed()
     for options, why in cases.items():
-        assert why in refused(capsys, "llama", *options), options
+        assert why in refused("fit", "llama", *options), options
     assert listed() == before
 
 
-def test_folders_of_other_models(place, capsys):
+def test_folders_of_other_models_are_refused(place, refused):
     for name, make in OTHERS.items():
         torch.manual_seed(0)
         make().save_pretrained(name)
         write_tokenizer(Path(name))
-        told = refused(capsys, name, "--data", "text.txt", "--format", "dense", "--length", "16", "--save", "out")
+        told = refused("fit", name, "--data", "text.txt", "--format", "dense", "--length", "16", "--save", "out")
         assert "take a causal language model" in told or "cannot fine-tune" in told, told
     model = lowmem.add_adapter(load("llama"), "default", lowmem.LoRA(2))
     lowmem.save_adapter(model, "adapter", format="peft")
-    assert "it has an adapter (adapter_config.json)" in refused(capsys, "adapter", "--data", "text.txt")
+    assert "it has an adapter (adapter_config.json)" in refused("fit", "adapter", "--data", "text.txt")
     model.save_pretrained("adapted")
-    assert "its model has an adapter already" in refused(capsys, "adapted", "--data", "text.txt")
+    assert "its model has an adapter already" in refused("fit", "adapted", "--data", "text.txt")
     shutil.copytree("llama", "other")
     vocabulary = json.loads(Path("other", "tokenizer.json").read_text())
     vocabulary["model"]["vocab"] |= {f"new{n}": 258 + n for n in range(9)}
     Path("other", "tokenizer.json").write_text(json.dumps(vocabulary))
     assert "tokens, and its model 258: they are not of one vocabulary" in refused(
-        capsys, "other", "--data", "text.txt"
+        "fit", "other", "--data", "text.txt"
     )
     assert not Path("out").exists()
 
 
-def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, capsys, caplog, monkeypatch):
+def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, caplog, monkeypatch, refused):
     caplog.set_level(logging.WARNING, logger="transformers")
     logger, seen = logging.getLogger("transformers"), []
     handler = logging.Handler()
@@ -138,17 +138,17 @@ def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, ca
         ({"num_hidden_layers": 3}, "it lacks 9 tensors of a LlamaForCausalLM as config.json describes it"),
     ):
         Path("llama", "config.json").write_text(json.dumps(whole | changes))
-        assert why in refused(capsys, "llama", "--data", "text.txt", "--length", "16", "--save", "out"), changes
+        assert why in refused("fit", "llama", "--data", "text.txt", "--length", "16", "--save", "out"), changes
     for options in ([], ["--dry-run"]):
         Path("llama", "config.json").write_text(json.dumps(whole | {"rope_parameters": {"rope_type": "nosuch"}}))
-        assert "rope_type='nosuch', which" in refused(capsys, "llama", "--data", "text.txt", *options)
+        assert "rope_type='nosuch', which" in refused("fit", "llama", "--data", "text.txt", *options)
         bare = {name: whole[name] for name in ("architectures", "model_type", "tie_word_embeddings")}
         Path("llama", "config.json").write_text(json.dumps(bare))  # whose sizes are then the ones of Llama 7B
-        told = refused(capsys, "llama", "--data", "text.txt", *options)
+        told = refused("fit", "llama", "--data", "text.txt", *options)
         assert "has the shape (258, 64), and by its config.json (32000, 4096): get both again" in told
     for text in ("", "{", "[]", "null"):
         Path("llama", "config.json").write_text(text)
-        assert "llama/config.json': it is" in refused(capsys, "llama", "--data", "text.txt", "--save", "out")
+        assert "llama/config.json': it is" in refused("fit", "llama", "--data", "text.txt", "--save", "out")
     assert seen == []
     assert not Path("out").exists()
     changes = {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": -3}}  # works, with a word
@@ -157,14 +157,14 @@ def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, ca
     assert "factor field must be" in seen[0].getMessage()
 
 
-def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, capsys, monkeypatch):
+def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, capsys, monkeypatch, refused):
     argv = ["--data", "text.txt", "--length", "48", "--steps", "4", "--save", "out"]
     ran = place / "ran"
     craft_states(Path("out.training"), ran)
     for options in ([], ["--resume"]):
-        assert "its states are pickles (step-*/.metadata)" in refused(capsys, "llama", *argv, *options)
+        assert "its states are pickles (step-*/.metadata)" in refused("fit", "llama", *argv, *options)
     shutil.rmtree(Path("out.training", "step-2"))
-    assert "it is a pickle or an old torch.save file" in refused(capsys, "llama", *argv, "--resume")
+    assert "it is a pickle or an old torch.save file" in refused("fit", "llama", *argv, "--resume")
     assert not ran.exists()
     shutil.rmtree("out.training")
 
@@ -173,7 +173,7 @@ def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, ca
             states.save(Saved(step, {}, {}))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(language, "finetune", interrupted)
+    monkeypatch.setattr(fit_language, "finetune", interrupted)
     assert main(["fit", "llama", *argv]) == 2
     Path("out.training", "state-1.safetensors").write_bytes(b"damaged")
     capsys.readouterr()
@@ -183,7 +183,7 @@ def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, ca
     assert first.endswith("; going on from the state after step 1")
 
 
-def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch):
+def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, monkeypatch, refused):
     argv = ["--data", "text.txt", "--length", "48", "--steps", "4", "--save", "out"]
 
     def interrupted(*args, states, **named):
@@ -192,16 +192,16 @@ def test_a_state_of_another_base_or_of_other_options(place, capsys, monkeypatch)
 
     write_tokenizer(write(Path("another"), "llama"))
     with monkeypatch.context() as patch:
-        patch.setattr(language, "finetune", interrupted)
+        patch.setattr(fit_language, "finetune", interrupted)
         assert main(["fit", "llama", *argv]) == 2
     told = capsys.readouterr().err
     assert "the last good state, after step 1, is kept in 'out.training'; --resume continues" in told
     for done in (False, True):  # by a state, and by the adapter
         where = "cannot go on from 'out" + ("': " if done else ".training/state-0.safetensors': ")
-        told = refused(capsys, "another", *argv, "--resume")
+        told = refused("fit", "another", *argv, "--resume")
         assert f"{where}its adapter is of another base: base was " in told
-        assert f"{where}rank was 16 and is 3" in refused(capsys, "llama", *argv, "--rank", "3", "--resume")
-        assert ("'out' exists" if done else "continue with --resume, or remove it") in refused(capsys, "llama", *argv)
+        assert f"{where}rank was 16 and is 3" in refused("fit", "llama", *argv, "--rank", "3", "--resume")
+        assert ("'out' exists" if done else "continue with --resume, or remove it") in refused("fit", "llama", *argv)
         assert Path("out").exists() is done
         if not done:
             shutil.rmtree("out.training")

@@ -1,4 +1,4 @@
-"""What ``lowmem fit`` does with variants and factories: it trains them with a float32 linear head on their output."""
+"""``lowmem fit`` of variants and factories: trains them with a float32 linear head on their output."""
 
 from __future__ import annotations
 
@@ -13,25 +13,17 @@ from dataclasses import asdict, dataclass, replace
 
 import safetensors.torch
 import torch
-from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.finetuning.settings import LARGEST_LR
 from lowmem.finetuning.state import forked_random
 from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.tools.data import Split, load_data
-from lowmem.tools.device import device_of
-from lowmem.tools.models import (
-    MIB,
-    check_links,
-    make_model,
-    plan_model,
-    recipe_of,
-    run_model,
-    user_code,
-)
-from lowmem.tools.output import print_json, print_plan, progress, shown, uncut_column
+from lowmem.tools.arguments import device_of
+from lowmem.tools.fit_data import Split, load_data
+from lowmem.tools.models import make_model, plan_model, recipe_of, tensor_of, user_code
+from lowmem.tools.output import mib, print_json, print_plan, print_saved, progress
 from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
 from lowmem.version import __version__
 
@@ -56,18 +48,14 @@ class Classifier(nn.Module):
 
 @dataclass
 class Result:
-    """The result of a run.
-
-    ``losses`` has the mean loss of each epoch. ``train_accuracy`` is measured on the batches of the last epoch, each
-    before its step. ``peak_bytes`` is the peak of the first training step beyond model and input, optimizer included.
-    """
+    """The result of a run."""
 
     variant: str
     epochs: int
-    losses: list[float]
-    train_accuracy: float
+    losses: list[float]  # the mean of each epoch
+    train_accuracy: float  # of the batches of the last epoch, each before its step
     test_accuracy: float
-    peak_bytes: int
+    peak_bytes: int  # of the first training step beyond model and input, optimizer included
     seconds_per_step: float
 
 
@@ -75,7 +63,6 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command, for arguments whose defaults are set."""
     device = device_of(arguments.device)
     if arguments.save is not None and not arguments.dry_run:
-        check_links(arguments.save)
         check_writable(arguments.save)  # before the training, not after it
     data = load_data(arguments.data, arguments.seed)
     name = arguments.model
@@ -119,21 +106,17 @@ def run(arguments: argparse.Namespace) -> int:
         with user_code(f"model={name!r} has a state that can no longer be listed; leave out --save"):
             content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
         write_atomically(arguments.save, content)
-        print(f"saved {shown(str(arguments.save))}", file=sys.stderr)
+        print_saved(arguments.save)
     if arguments.json:
         print_json(asdict(result))
     else:
-        print(f"peak memory of a step: {result.peak_bytes / MIB:.2f} MiB beyond the model and its input")
+        print(f"peak memory of a step: {mib(result.peak_bytes)} MiB beyond the model and its input")
         print(f"time of a step: {result.seconds_per_step:.3f} s")
     return 0
 
 
 def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Plan:
-    """Return the memory that ``fit`` takes for the model called ``name``, whose weights are not allocated.
-
-    Raises:
-        ValueError: a model that ``make_model`` or ``fit`` rejects, or one that cannot be planned.
-    """
+    """Return the memory that ``fit`` takes for the model called ``name``, whose weights are not allocated."""
     factory, techniques = recipe_of(name, rank)
     body = skeleton_of(factory, techniques)
     x, y = data.train_x[:batch_size], data.train_y[:batch_size]
@@ -151,9 +134,7 @@ def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Pl
 
 def _features(name: str, body: nn.Module, x: Tensor) -> int:
     """Return the number of values in a model's output for one example."""
-    output = run_model(name, lambda: body.eval()(x))
-    if not isinstance(output, Tensor):
-        raise ValueError(f"model={name!r} returns a {type(output).__name__}; fit takes models that return a tensor")
+    output = tensor_of(name, "fit", lambda: body.eval()(x))
     if output.dim() < 2 or len(output) != len(x) or output.numel() == 0 or output.is_complex():
         raise ValueError(
             f"model={name!r} returns {output.dtype} of shape {tuple(output.shape)} for {len(x)} examples; "
@@ -209,13 +190,8 @@ def fit(
         optimizer.step()
         return loss.item(), int((logits.argmax(1) == y).sum())
 
-    with progress(
-        MofNCompleteColumn(table_column=uncut_column()),
-        TextColumn("steps", table_column=uncut_column()),
-        TimeRemainingColumn(table_column=uncut_column()),
-        redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
-    ) as bar:
-        task = bar.add_task(shown(variant), total=epochs * math.ceil(examples / batch_size))
+    steps = epochs * math.ceil(examples / batch_size)
+    with progress(variant, MofNCompleteColumn, "steps", TimeRemainingColumn, total=steps) as update:
         for epoch in range(1, epochs + 1):
             model.train()
             outcomes: list[tuple[float, int]] = []
@@ -231,7 +207,7 @@ def fit(
                 seconds.append(time.perf_counter() - started)
                 if not math.isfinite(outcomes[-1][0]):
                     raise ValueError(f"the loss is {outcomes[-1][0]} in epoch {epoch}: lower --lr={lr:g}")
-                bar.advance(task)
+                update(advance=1)
             result.losses.append(
                 sum(loss * len(rows) for (loss, _), rows in zip(outcomes, batches, strict=True)) / examples
             )

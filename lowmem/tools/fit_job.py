@@ -1,11 +1,10 @@
-"""What a run of ``lowmem fit`` on a folder is to do: its arguments checked, and its texts read."""
+"""The job of ``lowmem fit`` on a folder: its arguments are checked, and its texts are read."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import json
-import math
 import os
 import sys
 from dataclasses import asdict, dataclass, fields
@@ -18,8 +17,7 @@ import torch
 from lowmem.distributed.checkpoints import Checkpoints
 from lowmem.errors import FileError, quoted
 from lowmem.finetuning.loop import Outcome
-from lowmem.finetuning.metrics import check_metrics
-from lowmem.finetuning.plot import check_plot
+from lowmem.finetuning.metrics import check_metrics, check_plot
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import States, changes
 from lowmem.finetuning.text import Texts, read_examples
@@ -27,30 +25,11 @@ from lowmem.io.atomic import check_free, check_writable, open_regular, read_erro
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
 from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA, blockwise
-from lowmem.tools.models import check_links
-from lowmem.tools.output import shown
+from lowmem.tools.arguments import option_of
+from lowmem.tools.output import finite, shown
 from lowmem.version import __version__
 
-__all__ = ["OPTIONS", "RECORD", "Job", "Storing", "check_outputs", "finite", "job_of", "states_folder"]
-
-OPTIONS = (
-    *(
-        "format",
-        "bits",
-        "memory",
-        "length",
-        "steps",
-        "accumulate",
-        "warmup",
-        "decay",
-        "clip",
-        "eval_data",
-        "eval_share",
-    ),
-    *("eval_every", "patience", "skip_dense", "resume", "save_every", "metrics", "plot", "shard", "replicate"),
-    "timeout",
-)
-"""Attributes of the parsed arguments that mean something for folders alone."""
+__all__ = ["RECORD", "Job", "Storing", "check_outputs", "job_of", "states_folder"]
 
 LENGTH = 512
 RANK = 16
@@ -58,32 +37,21 @@ RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 
 Storing: TypeAlias = Half | EightBit | FourBit | Budget | None
+"""How to store a folder's model; None: as it is."""
 
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
-"""What a run that goes on may have anew: what helps after a loss that was not finite, how often it saves, how the
-rows of a step are divided, and where they are computed."""
+"""Settings that may change when a run resumes: those that help after a loss that was not finite, how often states are
+saved, how the rows of a step are divided, and the device."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is to do, with its texts read.
-
-    Args:
-        folder: of the base.
-        base: the digest of the base's files.
-        technique: how to store it; None: as it is.
-        dense: whether the folder is dense.
-        skip_dense: whether the perplexity of the dense model is not wanted.
-        vocabulary: how many tokens the base knows.
-        processes: how many train together; None: this one alone.
-        device: where this one trains.
-        timeout: how long it waits for the others.
-    """
+    """A job, whose texts are read."""
 
     folder: Path
-    base: str
+    base: str  # the digest of the folder's files
     technique: Storing
-    dense: bool
+    dense: bool  # whether the folder is
     skip_dense: bool
     vocabulary: int
     rank: int
@@ -94,7 +62,7 @@ class Job:
     texts: Texts
     held_out: Texts | None
     save: Path | None
-    processes: int | None
+    processes: int | None  # that train together; None: this one alone
     device: torch.device
     timeout: timedelta
 
@@ -117,14 +85,14 @@ class Job:
         }
 
     def states(self) -> States | None:
-        """Return where the states lie; all processes of a run call it."""
+        """Return the states of the run; all of its processes call this method."""
         if self.save is None:
             return None
         given = states_folder(self.save), self.origin(), MAY_DIFFER
         return States(*given) if self.processes is None else Checkpoints(*given, self.timeout)
 
     def is_done(self) -> bool:
-        """Whether the folder to write is there, written by this very run, whose state is then removed.
+        """Whether the run has written its folder already; its states are then removed.
 
         Raises:
             FileError: another run has written it; the first thing that differs is named.
@@ -176,8 +144,7 @@ def job_of(
     evaluates = share is not None or arguments.eval_data is not None
     for name in ("eval_every", "skip_dense"):
         if getattr(arguments, name) not in (None, False) and not evaluates:
-            option = f"--{name.replace('_', '-')}"
-            raise ValueError(f"{option} needs held-out text: add --eval-data or --eval-share")
+            raise ValueError(f"{option_of(name)} needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
     from lowmem.integrations.transformers.config_facts import check_shapes, held_back, sizes_of
@@ -239,12 +206,7 @@ def _settings(arguments: argparse.Namespace) -> FineTuning:
 
 
 def _technique(folder: Path, name: str | None, bits: float | None = None) -> tuple[Storing, bool]:
-    """Return how to store a folder's model, None for as it is, and whether it is dense now.
-
-    Raises:
-        FileError: the folder has an adapter already, is one, or is no model's.
-        ValueError: it is stored already, and the format of another.
-    """
+    """Return how to store a folder's model, and whether it is dense now."""
     from lowmem.integrations.transformers.config_facts import stored_by
 
     method = stored_by(folder)
@@ -275,15 +237,13 @@ def _digest(folder: Path) -> str:
     sha256 = hashlib.sha256()
     for name in ("config.json", *names):
         with open_regular(folder / name) as file, read_errors(folder / name):
-            while block := file.read(2**20):
-                sha256.update(block)
+            hashlib.file_digest(file, lambda: sha256)
     return sha256.hexdigest()
 
 
 def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
     """Raise, before anything is trained, if an output cannot be written."""
     if job.save is not None:
-        check_links(job.save)
         check_free(job.save)
         check_writable(job.save)
     _check_apart(arguments, job)
@@ -307,8 +267,3 @@ def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
                 raise ValueError(
                     f"{option}={shown(str(path))} and {other}, {shown(str(place))}, are the same place: rename one"
                 )
-
-
-def finite(value: float) -> float | None:
-    """Return a number as JSON has it, which knows no infinity."""
-    return value if math.isfinite(value) else None

@@ -1,4 +1,4 @@
-"""What ``lowmem fit`` does with folders: text in, an adapter out."""
+"""``lowmem fit`` of folders: fine-tunes a language model on text, and writes an adapter."""
 
 from __future__ import annotations
 
@@ -9,40 +9,45 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from torch import nn
+from rich.progress import MofNCompleteColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from lowmem.distributed.processes import TIMEOUT, joined
 from lowmem.errors import FileError, quoted, refusal
-from lowmem.finetuning.calling import Calling, calling_of
+from lowmem.finetuning.calling import Calling, calling_of, logits_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
-from lowmem.finetuning.metrics import Metrics, peak_memory
-from lowmem.finetuning.plot import plot_losses
-from lowmem.finetuning.ranks import Alone, Ranks
+from lowmem.finetuning.metrics import Metrics, peak_memory, plot_losses
+from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import save_adapter
 from lowmem.io.atomic import atomic_folder, owned, write_atomically, write_errors
 from lowmem.nn.techniques import Blockwise, Budget, Half, LoRA
-from lowmem.tools.device import device_of
-from lowmem.tools.language_job import RECORD, Job, Storing, check_outputs, finite, job_of, states_folder
-from lowmem.tools.language_plan import FEW, plan_steps
-from lowmem.tools.models import MIB, plan_model
-from lowmem.tools.output import print_json, print_plan, progress, shown, uncut_column
+from lowmem.tools.arguments import device_of
+from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, states_folder
+from lowmem.tools.models import plan_model
+from lowmem.tools.output import finite, mib, print_json, print_plan, print_saved, progress, shown
+from lowmem.training.memory import training_memory
 from lowmem.training.prepare import prepare_training, release_training
 from lowmem.transforms.adapters import add_adapter
+from lowmem.transforms.convert import convert
+from lowmem.transforms.plan import Plan, plan
+from lowmem.transforms.registry import Technique
 
 __all__ = ["run"]
+
+FEW = (2, 3)
+"""Layers of the models that ``--dry-run`` measures: the first and the last one may need less than those between."""
 
 _LONGEST = 10**8
 """Seconds, three years: PyTorch's times overflow with much more."""
@@ -62,13 +67,13 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
             raise ValueError(f"--dry-run plans one process: leave --{how} out, and see docs/guides/many-machines.md")
         return _dry_run(arguments, job_of(arguments, folder, None, device, timeout))
     with joined(how, device, timeout) as ranks, _silent(ranks.rank > 0), _owned(arguments.save, ranks):
-        processes = None if isinstance(ranks, Alone) else ranks.world
+        processes = None if how is None else ranks.world
         return _run(arguments, job_of(arguments, folder, processes, device, timeout), ranks)
 
 
 @contextmanager
 def _silent(silent: bool) -> Iterator[None]:
-    """Print nothing in the block, so that one of several processes tells what all do."""
+    """Print nothing in the block if ``silent``: of several processes, one prints for all."""
     if not silent:
         yield
         return
@@ -122,8 +127,9 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
         found = _Training(job, ranks, facts, lambda line: print(line, file=out, flush=True))
         if arguments.metrics is not None and ranks.rank == 0:
             metrics = Metrics(arguments.metrics, saved.step if saved else 0 if arguments.resume else None)
-        with report.shown(job.folder.name):
-            outcome = found.train(states, lambda step: report(step, metrics))
+        columns = MofNCompleteColumn, "steps {task.fields[figures]}", TimeRemainingColumn
+        with progress(job.folder.name, *columns, figures="") as update:
+            outcome = found.train(states, lambda step: report(step, update, metrics))
     except KeyboardInterrupt:
         if states is not None:
             print(f"lowmem fit: {states.kept()}; --resume continues from it", file=sys.stderr)
@@ -132,9 +138,7 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
         if metrics is not None:
             metrics.close()
     document = job.document(outcome, found.perplexities)
-    if (
-        arguments.plot is not None and ranks.rank == 0
-    ):  # first, since a run whose folder is complete is not done again
+    if arguments.plot is not None and ranks.rank == 0:  # first: a run whose folder is complete is not done again
         before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
         plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
     if job.save is not None:
@@ -163,7 +167,7 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
     from lowmem.integrations.transformers.config_facts import held_back
 
     with held_back():
-        found = plan_model(str(job.folder), lambda: plan_steps(*given))
+        found = plan_model(str(job.folder), lambda: _plan_steps(*given))
     if arguments.json:
         print_json({"model": str(job.folder), "memory": job.memory} | found.as_json())
         return 0
@@ -173,6 +177,39 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
         f"tokens: measured on at most {max(FEW)} of its layers"
     )
     return 0
+
+
+def _plan_steps(folder: Path, storing: Technique | None, rank: int, memory: str, rows: int, length: int) -> Plan:
+    """Return what fine-tuning a folder's dense model takes, with the peak of its steps in the plan's ``backward``.
+
+    Plans run on fake tensors, and what ``prepare_training`` keeps depends on values. So models with the same layers,
+    but few of them, take two steps on random weights; each other layer is taken to need what one more layer needs.
+    """
+    from lowmem.integrations.transformers.config_facts import check_shapes, factory_of, sizes_of
+
+    check_shapes(folder)
+    techniques = (*([] if storing is None else [storing]), LoRA(rank))
+    targets = torch.zeros(rows * length, dtype=torch.int64)
+    batch: dict[str, Any] = {"input_ids": targets.view(rows, length), "use_cache": False}
+
+    def loss(output: Any) -> Tensor:
+        logits = logits_of(output)
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device), reduction="sum")
+
+    def step(layers: int) -> int:
+        """Return the peak of a step of a model of so many layers, beyond model and inputs."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = convert(factory_of(folder, layers)(), *techniques)
+            if memory != "plain":
+                prepare_training(model, memory)
+            return training_memory(model, loss=loss, **batch).step_bytes
+
+    found, layers = plan(factory_of(folder), *techniques, batch=batch, loss=loss), sizes_of(folder).layers
+    if layers <= max(FEW):
+        return replace(found, backward=step(layers) - found.optimizer)
+    fewer, more = map(step, FEW)
+    return replace(found, backward=more + (layers - FEW[1]) * (more - fewer) - found.optimizer)
 
 
 class _Training:
@@ -258,33 +295,16 @@ class _Report:
 
     def __init__(self, out: Any, device: torch.device) -> None:
         self._out, self._device, self._seconds, self._tokens, self._steps = out, device, 0.0, 0, 0
-        self._bar: Any = None
 
-    @contextmanager
-    def shown(self, name: str) -> Iterator[None]:
-        """Show a bar in the block."""
-        with progress(
-            MofNCompleteColumn(table_column=uncut_column()),
-            TextColumn("steps {task.fields[figures]}", table_column=uncut_column()),
-            TimeRemainingColumn(table_column=uncut_column()),
-            redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
-        ) as bar:
-            self._bar = bar
-            self._task = bar.add_task(shown(name), total=None, figures="")
-            yield
-
-    def __call__(self, step: Step, metrics: Metrics | None) -> None:
+    def __call__(self, step: Step, update: Callable[..., None], metrics: Metrics | None) -> None:
         """Show a step."""
-        self._seconds, self._tokens, self._steps = (
-            self._seconds + step.seconds,
-            self._tokens + step.tokens,
-            self._steps + 1,
-        )
+        self._seconds, self._tokens = self._seconds + step.seconds, self._tokens + step.tokens
+        self._steps += 1
         left = self._seconds / self._steps * (step.steps - step.number)
         memory = peak_memory(self._device)
         speed = self._tokens / max(self._seconds, 1e-9)
-        figures = f"{speed:.0f} tokens/s" + ("" if memory is None else f"  {memory / MIB:.0f} MiB")
-        self._bar.update(self._task, completed=step.number, total=step.steps, figures=f"{step.loss:.4f}  {figures}")
+        figures = f"{speed:.0f} tokens/s" + ("" if memory is None else f"  {memory / 2**20:.0f} MiB")
+        update(completed=step.number, total=step.steps, figures=f"{step.loss:.4f}  {figures}")
         if metrics is not None:
             line = {**asdict(step), "perplexity": None if step.perplexity is None else finite(step.perplexity)}
             line = {"step": line.pop("number"), **line}
@@ -307,7 +327,7 @@ class _Report:
 
 
 def _save(out: Path, states: Path, model: nn.Module, document: dict[str, Any]) -> None:
-    """Write the adapter's folder, whole or not at all: in the states', which takes what a kill leaves with it."""
+    """Write the adapter's folder atomically: within the folder of states, which takes what a kill leaves."""
     with write_errors(states):
         states.mkdir(exist_ok=True)
     try:
@@ -324,14 +344,14 @@ def _save(out: Path, states: Path, model: nn.Module, document: dict[str, Any]) -
 
 def _print_result(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
     if arguments.save is not None:
-        print(f"saved {shown(str(arguments.save))}", file=sys.stderr)
+        print_saved(arguments.save)
     if arguments.json:
         print_json(document | {"evaluations": [[step, finite(value)] for step, value in document["evaluations"]]})
         return
     for name, value in document["perplexity"].items():
         print(f"perplexity of the held-out text, {name}: {math.inf if value is None else value:.4f}")
     if document["peak_bytes"] is not None:
-        print(f"peak memory of the process: {document['peak_bytes'] / MIB:.2f} MiB")
+        print(f"peak memory of the process: {mib(document['peak_bytes'])} MiB")
     print(
         f"time of a step: {document['seconds_per_step']:.3f} s, {document['tokens_per_second']:.0f} tokens a second"
     )

@@ -29,14 +29,15 @@ def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
     assert rows["model.norm.weight"]["kept"] == "float32"
 
 
-def test_what_another_command_is_writing_is_refused(tmp_path, capsys):
+def test_a_target_that_another_command_writes_is_refused(tmp_path, refused):
     out = tmp_path / "a.safetensors"
     with owned(out):
-        assert main(["quantize", str(SAMPLES / "types.gguf"), str(out)]) == 2
-    assert f"'{out}' is being written by process {os.getpid()} of " in capsys.readouterr().err
+        assert f"'{out}' is being written by process {os.getpid()} of " in refused(
+            "quantize", SAMPLES / "types.gguf", out
+        )
 
 
-def test_what_is_not_exact_is_an_error_that_names_the_option_which_prints_what_it_costs(tmp_path, capsys):
+def test_weights_that_cannot_be_kept_exactly_need_requantize(tmp_path, capsys):
     source, target = tmp_path / "in.safetensors", tmp_path / "a.safetensors"
     parts, _ = layer(3, 64, 8, 16, order=torch.tensor([0] * 16 + [1] * 15 + [2] * 17 + [3] * 16))
     save_file({f"q.{name}": value for name, value in parts.items()}, source)

@@ -20,7 +20,7 @@ from lowmem.version import install_command
 __all__ = ["Split", "load_data"]
 
 TEST_SHARE = 0.2
-_DEFLATE = 1032  # times at most, as which many bytes deflate packs
+_DEFLATE = 1032  # largest compression ratio of deflate
 NPY = b"\x93NUMPY"  # first bytes of an .npy file
 
 
@@ -35,9 +35,9 @@ class Split:
     classes: int
 
     def to(self, device: torch.device) -> Split:
-        """Return the same on a device."""
-        moved = (one.to(device) for one in (self.train_x, self.train_y, self.test_x, self.test_y))
-        train_x, train_y, test_x, test_y = moved
+        """Return the split with its tensors on a device."""
+        tensors = self.train_x, self.train_y, self.test_x, self.test_y
+        train_x, train_y, test_x, test_y = (one.to(device) for one in tensors)
         return Split(train_x, train_y, test_x, test_y, self.classes)
 
 
@@ -48,11 +48,6 @@ def load_data(name: str, seed: int) -> Split:
         name: "synthetic", "digits", or the path of an .npz file with arrays ``x`` (examples, ...) and
             ``y`` (examples,) of integer classes.
         seed: of the split, and of the synthetic task.
-
-    Raises:
-        ValueError: an unknown name, or arrays that are missing, of wrong shape, dtype or value.
-        ImportError: digits without scikit-learn.
-        OSError: the file cannot be read.
     """
     generator = torch.Generator().manual_seed(seed)
     if name == "synthetic":
@@ -119,11 +114,7 @@ def _arrays(file: BufferedReader) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _header(file: ZipFile, name: str) -> tuple[tuple[int, ...], np.dtype]:
-    """Return the shape and dtype of an array, without unpacking it.
-
-    Raises:
-        ValueError: the member is no array; or numpy would allocate more for it than the file can hold of it.
-    """
+    """Return the shape and dtype of an array, for which numpy allocates no more than the file holds of it."""
     if name not in file.namelist():
         raise ValueError("its members are not arrays; save x and y with numpy.savez")
     member = file.getinfo(name)

@@ -11,14 +11,21 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
+from transformers import AutoModelForCausalLM, LlamaConfig
+
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning import loop
-from lowmem.finetuning.ranks import Alone
+from lowmem.finetuning.ranks import Ranks as Process
+from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.text import Example
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.io.atomic import owned
-from lowmem.tools import language
-from tests.integrations.transformers.folders import load, write
+from lowmem.measure import PeakMemory
+from lowmem.tools import fit_language
+from lowmem.tools.fit_language import FEW
+from tests.fuzzing import bounded
+from tests.integrations.transformers.folders import SIZES, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
 CHAT = (
@@ -50,15 +57,6 @@ def fit(capsys, *options, data="data.jsonl"):
     assert main(argv) == 0
     captured = capsys.readouterr()
     return json.loads(captured.out), captured.err
-
-
-def refused(capsys, *argv):
-    capsys.readouterr()  # what transformers has said when a test saved a model
-    assert main(["fit", *argv]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert captured.err.count("\n") == 1, captured.err
-    return captured.err
 
 
 @pytest.mark.thorough(keep=1)
@@ -97,7 +95,7 @@ class Killed(BaseException):
     """Ends a run where no handler of the command's sees it."""
 
 
-def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
+def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch, refused):
     """The command ends after any step; what is killed inside a write is tests/finetuning/test_state.py's."""
     options = ["--epochs", "2", "--save-every", "2", "--eval-data", "text.txt", "--accumulate", "2", "--warmup", "2"]
     whole, _ = fit(capsys, *options, "--save", "whole", "--metrics", "whole.jsonl")
@@ -105,8 +103,8 @@ def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
         calls = []
         step = loop._Run._step
 
-        def counted(self, number, scheduler, step=step, calls=calls, until=until):
-            step(self, number, scheduler)
+        def counted(self, number, step=step, calls=calls, until=until):
+            step(self, number)
             calls.append(number)
             if len(calls) == until:
                 raise Killed
@@ -118,7 +116,7 @@ def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch):
         assert not Path("parts").exists()
     capsys.readouterr()
     argv = ["llama", "--data", "data.jsonl", "--length", "48", "--rank", "4", "--lr", "0.01", *options]
-    assert "has the state of an unfinished run: continue with --resume" in refused(capsys, *argv, "--save", "parts")
+    assert "has the state of an unfinished run: continue with --resume" in refused("fit", *argv, "--save", "parts")
     parts, _ = fit(capsys, *options, "--save", "parts", "--resume", "--metrics", "parts.jsonl")
     assert parts["losses"] == whole["losses"]
     assert parts["perplexity"] == whole["perplexity"]
@@ -137,7 +135,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
     options = ["--steps", "2", "--save", "out"]
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **named: None)
-        patch.setattr(language, "write_atomically", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(fit_language, "write_atomically", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit(capsys, *options)
     assert not Path("out").exists()
@@ -145,19 +143,19 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
     assert sorted(one.name for one in place.iterdir()) == ["data.jsonl", "llama", "out", "text.txt"]
 
 
-def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
+def test_a_second_run_on_one_folder_ends_at_once(place, monkeypatch, refused):
     argv = ["llama", "--data", "data.jsonl", "--save", "out", "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(language, "job_of", lambda *args: pytest.fail("it has begun"))
+        patch.setattr(fit_language, "job_of", lambda *args: pytest.fail("it has begun"))
         for held in ("out", "out.training"):
             with owned(place / held):
                 before = {one: one.read_bytes() for one in place.iterdir() if one.is_file()}
-                told = refused(capsys, *argv)
+                told = refused("fit", *argv)
                 assert told.startswith(f"lowmem fit: '{held}' is being written by process {os.getpid()} of ")
                 assert {one: one.read_bytes() for one in place.iterdir() if one.is_file()} == before
     seen = []
     monkeypatch.setattr(
-        language, "job_of", lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0
+        fit_language, "job_of", lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0
     )
     assert main(["fit", *argv]) == 3
     assert len(seen[0]) == 2
@@ -167,7 +165,7 @@ def test_a_second_run_on_one_folder_ends_at_once(place, capsys, monkeypatch):
 def test_the_processes_of_one_run_are_one_owner(place):
     """The first one owns the folder, and the others learn whether it does."""
 
-    class Ranks(Alone):
+    class Ranks(Process):
         def __init__(self, rank, others=0.0):
             self.rank, self.others, self.told = rank, others, None
 
@@ -176,30 +174,27 @@ def test_the_processes_of_one_run_are_one_owner(place):
             return value + self.others
 
     first, second = Ranks(0), Ranks(1)
-    with language._owned(Path("out"), first), language._owned(Path("out"), second):
+    with fit_language._owned(Path("out"), first), fit_language._owned(Path("out"), second):
         again = Ranks(0)
-        with pytest.raises(BlockingIOError, match=f"by process {os.getpid()} "), language._owned(Path("out"), again):
+        with (
+            pytest.raises(BlockingIOError, match=f"by process {os.getpid()} "),
+            fit_language._owned(Path("out"), again),
+        ):
             raise AssertionError
         with (
             pytest.raises(OSError, match="'out' cannot be written: rank 0 says why"),
-            language._owned(Path("out"), Ranks(1, others=again.told)),
+            fit_language._owned(Path("out"), Ranks(1, others=again.told)),
         ):
             raise AssertionError
     assert (first.told, second.told, again.told) == (0.0, 0.0, 1.0)
-    with language._owned(None, first):
+    with fit_language._owned(None, first):
         assert not [*place.glob(".lowmem-*")]
 
 
-def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, capsys):
+def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, capsys, refused, results):
     assert main(["quantize", "llama", "stored", "--format", "fp4"]) == 0
-    capsys.readouterr()
-    assert (
-        main(
-            ["fit", "stored", "--data", "text.txt", "--length", "48", "--steps", "2", "--eval-share", "0.2", "--json"]
-        )
-        == 0
-    )
-    found = json.loads(capsys.readouterr().out)
+    argv = ["--data", "text.txt", "--length", "48", "--steps", "2", "--eval-share", "0.2"]
+    found = results("fit", "stored", *argv)
     assert found["perplexity"].keys() == {"stored", "adapted"}
     assert found["run"]["format"] == "as it is"
     for kind, memory in (("dense", "plain"), ("bfloat16", "lean"), ("int8", "fast"), ("4.9", "fast")):
@@ -211,10 +206,10 @@ def test_a_stored_folder_stays_as_it_is_and_a_dense_one_can_stay_dense(place, ca
     assert found["run"]["format"] == "4.9 bits"
     assert main(["fit", "llama", "--data", "text.txt", "--bits", "4.9", "--dry-run"]) == 0
     assert "Budget(bits=4.9), LoRA" in capsys.readouterr().out
-    assert "--format=nf4 does not apply" in refused(capsys, "stored", "--data", "text.txt", "--format", "nf4")
-    assert "--bits=4.9 does not apply" in refused(capsys, "stored", "--data", "text.txt", "--bits", "4.9")
+    assert "--format=nf4 does not apply" in refused("fit", "stored", "--data", "text.txt", "--format", "nf4")
+    assert "--bits=4.9 does not apply" in refused("fit", "stored", "--data", "text.txt", "--bits", "4.9")
     for seconds in ("1e300", "1e14", "1e-7"):  # which a timedelta, PyTorch or a clock cannot count
-        said = refused(capsys, "llama", "--data", "text.txt", "--replicate", "--timeout", seconds)
+        said = refused("fit", "llama", "--data", "text.txt", "--replicate", "--timeout", seconds)
         assert f"--timeout={float(seconds):g} must be from 0.001 to 100000000 seconds" in said
 
 
@@ -253,3 +248,65 @@ def test_a_full_disk_leaves_no_adapter_and_a_whole_state(place, capsys):
     assert main(["fit", *argv, "--resume"]) == 0
     assert Path("out", "adapter_model.safetensors").exists()
     assert list(place.glob(".lowmem-*")) == []
+
+
+LAYERS = max(FEW) + 2
+LENGTH, ROWS = 48, 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A llama of more layers than are measured."""
+    torch.manual_seed(0)
+    place = tmp_path / "llama"
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": LAYERS})
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    write_tokenizer(place)
+    (place.parent / "text.txt").write_text("some words " * 99)
+    return place
+
+
+def planned(folder, capsys, *options):
+    argv = ["fit", str(folder), "--data", str(folder.parent / "text.txt"), "--length", str(LENGTH), "--dry-run"]
+    assert main([*argv, "--batch-size", str(ROWS), "--rank", "4", *options]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.thorough
+def test_a_dry_run_is_within_two_percent_of_the_run(folder, capsys):
+    peaks = []
+    for memory in ("plain", "fast", "lean"):
+        found = json.loads(planned(folder, capsys, "--memory", memory, "--json"))
+        base = load(folder, quantization_config=LowmemConfig(lowmem.FourBit()))
+        model = lowmem.add_adapter(base, "default", lowmem.LoRA(4))
+        assert found["stored_bytes"] == lowmem.measure.theoretical_bytes(model)
+        if memory != "plain":
+            lowmem.prepare_training(model, memory)
+        examples = [Example.of([3 + n % 99 for n in range(LENGTH)], [True] * LENGTH) for _ in range(ROWS)]
+        rows, peak = Rows.of(model, examples, LENGTH, 258), PeakMemory()
+        with peak:
+            lowmem.finetune(model, rows, lowmem.FineTuning(steps=2, batch_size=ROWS))
+        expected = found["stored_bytes"] + peak.peak
+        assert found["training_bytes"] - found["scratch"] == pytest.approx(expected, rel=0.02), memory
+        peaks.append(peak.peak)
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_is_made(folder, refused):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    argv = ["fit", folder, "--data", folder.parent / "text.txt", "--length", LENGTH, "--dry-run"]
+    for changes in ({"hidden_size": 2**20}, {"intermediate_size": 2**24}, {"vocab_size": 2**30}):
+        path.write_text(json.dumps(config | changes))
+        with bounded():
+            assert "by its config.json" in refused(*argv)
+
+
+def test_a_dry_run_names_its_counts_and_writes_nothing(folder, capsys):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    before = sorted(folder.parent.rglob("*"))
+    told = planned(folder, capsys, "--save", str(folder.parent / "out"))
+    assert "total for training" in told
+    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 of its layers" in told
+    assert sorted(folder.parent.rglob("*")) == before

@@ -6,22 +6,16 @@ import argparse
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from lowmem.io.atomic import owned
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
 from lowmem.io.model_folder import CONFIG, quantization_of
 from lowmem.nn.techniques import EightBit, FourBit
-from lowmem.tools.models import MIB
-from lowmem.tools.output import print_json, print_table, progress, shape_text, shown
-from lowmem.tools.quantize_options import check_options
+from lowmem.tools.arguments import DTYPES
+from lowmem.tools.output import mib, print_json, print_saved, print_table, progress, shape_text, shown, shrinkage
 
-__all__ = ["DTYPES", "add_arguments", "is_foreign", "run"]
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+__all__ = ["add_arguments", "is_foreign", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,17 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--dtype",
-        choices=list(DTYPES),
+        choices=sorted(DTYPES, reverse=True),
         help="for another program's file: round dense tensors to this dtype (default: keep their dtype)",
     )
 
 
 def is_foreign(path: Path) -> bool:
-    """Whether a file or folder has 4-bit weights of another program, or is a GGUF file.
-
-    Raises:
-        FileError, OSError: it cannot be read.
-    """
+    """Whether a file or folder has 4-bit weights of another program, or is a GGUF file."""
     if path.is_dir() and (path / CONFIG).is_file():
         method = quantization_of(path / CONFIG).get("quant_method")
         if str(method).startswith("lowmem") or not any(path.glob("*.safetensors*")):
@@ -57,7 +47,6 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     with open_foreign(arguments.source) as file:
         kind, left_out = file.kind, file.left_out
         total = sum(tensor.nbytes for tensor in file.tensors.values())
-    check_options(arguments, "another program's")
     asked = {
         "requantize": technique if arguments.requantize else None,
         "include": arguments.include or [],
@@ -65,68 +54,49 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
         "dtype": None if arguments.dtype is None else DTYPES[arguments.dtype],
         "shard_bytes": arguments.shard_size,
     }
-    to_file = arguments.target.suffix == ".safetensors"
     with owned(arguments.target):
-        rows = _to_file(arguments, asked, total) if to_file else _to_folder(arguments, asked)
+        if arguments.target.suffix == ".safetensors":  # a file of lowmem's, with the names of the source
+            with progress("import", total=total) as update:
+                rows = import_checkpoint(
+                    arguments.source,
+                    arguments.target,
+                    **asked,
+                    progress=lambda name, nbytes: update(advance=nbytes),
+                )
+        else:  # a folder that from_pretrained loads
+            from lowmem.integrations.transformers.folder import import_folder
+
+            rows = import_folder(arguments.source, arguments.target, **asked)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
     print_table(["Tensor", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
-    before, after = (sum(getattr(row, part) for row in rows) for part in ("before_bytes", "after_bytes"))
     changed = [row for row in rows if row.error is not None]
     print(f"{kind}: kept {len(rows) - len(changed)} of {len(rows)} tensors")
-    print(f"{before / MIB:.2f} MiB became {after / MIB:.2f} MiB")
+    print(shrinkage(rows))
     if changed:
         worst = max(changed, key=lambda row: row.error or 0.0)
         print(f"quantized {len(changed)}, with an error of up to {worst.error:.4f} (rms, {shown(worst.name)})")
     _note_growth(rows, arguments.dtype is not None)
     if left_out:
         print(f"left out {len(left_out)} that the model computes: {shown(', '.join(left_out[:3]))}", file=sys.stderr)
-    print(f"saved {shown(str(arguments.target))}", file=sys.stderr)
+    print_saved(arguments.target)
     return 0
 
 
 def _note_growth(rows: list[ImportedRow], is_rounded: bool) -> None:
-    """Say which weights take more than in the file, since lowmem has no form of their kind, and what would help."""
+    """Note which weights take more bytes than in the file, because they became dense, and the options that help."""
     grown = [row for row in rows if row.kept in DTYPES and row.after_bytes > row.before_bytes and len(row.shape) > 1]
     if not grown:
         return
     kinds = ", ".join(dict.fromkeys(row.kind for row in grown))
-    before, after = (sum(getattr(row, part) for row in grown) / MIB for part in ("before_bytes", "after_bytes"))
+    before, after = (mib(sum(getattr(row, part) for row in grown)) for part in ("before_bytes", "after_bytes"))
     how = "" if is_rounded else "--dtype bfloat16 rounds them, "
     how += f"--include {shown(grown[0].name)} --format int8 stores this one in 8 bits"
     which = f"{len(grown)} of them, in {kinds}"
-    print(f"note: {which}, are dense now and take {after:.2f} MiB, not {before:.2f}: {how}", file=sys.stderr)
-
-
-def _to_file(arguments: argparse.Namespace, asked: dict[str, Any], total: int) -> list[ImportedRow]:
-    """Write a file of lowmem's, with the names of the source."""
-    with progress() as bar:
-        task = bar.add_task("import", total=total)
-
-        def advance(name: str, nbytes: int) -> None:
-            bar.update(task, advance=nbytes)
-
-        return import_checkpoint(arguments.source, arguments.target, **asked, progress=advance)
-
-
-def _to_folder(arguments: argparse.Namespace, asked: dict[str, Any]) -> list[ImportedRow]:
-    """Write a folder that ``from_pretrained`` loads.
-
-    Raises:
-        ImportError: transformers is missing, or too old.
-    """
-    from lowmem.integrations.transformers.folder import import_folder
-
-    return import_folder(arguments.source, arguments.target, **asked)
+    print(f"note: {which}, are dense now and take {after} MiB, not {before}: {how}", file=sys.stderr)
 
 
 def _cells(row: ImportedRow) -> list[str]:
-    return [
-        row.name,
-        shape_text(row.shape),
-        row.kind,
-        row.kept,
-        f"{row.after_bytes / MIB:.2f}",
-        "kept" if row.error is None else f"{row.error:.4f}",
-    ]
+    error = "kept" if row.error is None else f"{row.error:.4f}"
+    return [row.name, shape_text(row.shape), row.kind, row.kept, mib(row.after_bytes), error]

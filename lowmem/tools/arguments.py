@@ -1,0 +1,193 @@
+"""Arguments that several commands have: their declarations, and parsers of their values."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowmem.errors import describe, printable
+from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
+from lowmem.transforms.plan import bytes_of
+from lowmem.transforms.registry import Technique
+
+__all__ = [
+    "DEVICES",
+    "DTYPES",
+    "add_input_arguments",
+    "add_output_arguments",
+    "device_of",
+    "file_path",
+    "make_input",
+    "number",
+    "option_of",
+    "positive_float",
+    "positive_int",
+    "seed",
+    "shape",
+    "size",
+    "techniques",
+]
+
+DEVICES = ("cpu", "cuda")
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add ``--batch``, ``--input-shape``, ``--input-dtype`` and ``--seed``."""
+    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="batch size (default 1)")
+    parser.add_argument(
+        "--input-shape",
+        type=shape,
+        default=(1024,),
+        metavar="N[,N]...",
+        help="shape of one input, without the batch dimension (default 1024, for BigNet)",
+    )
+    parser.add_argument(
+        "--input-dtype",
+        choices=["float32", "float64", "float16", "bfloat16", "int64"],
+        default="float32",
+        help="dtype of the input; int64 gives zeros, which are valid tokens (default float32)",
+    )
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and input (default 0)")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, json: str = "print JSON") -> None:
+    """Add ``--json``, with its help, and ``--markdown``, which exclude each other."""
+    output = parser.add_mutually_exclusive_group()
+    output.add_argument("--json", action="store_true", help=json)
+    output.add_argument("--markdown", action="store_true", help="print a Markdown table")
+
+
+def option_of(name: str) -> str:
+    """Return the option that sets an attribute of the parsed arguments."""
+    return f"--{name.replace('_', '-')}"
+
+
+def make_input(arguments: argparse.Namespace) -> Tensor:
+    """Return an input (batch, *input_shape) for the arguments: normal values, or zeros for int64."""
+    size = (arguments.batch, *arguments.input_shape)
+    dtype = getattr(torch, arguments.input_dtype)
+    try:
+        if not dtype.is_floating_point:
+            return torch.zeros(size, dtype=dtype)
+        return torch.randn(size, generator=torch.Generator().manual_seed(arguments.seed)).to(dtype)
+    except RuntimeError as reason:
+        raise ValueError(f"an input of shape {size} cannot be made: {describe(reason)}; make it smaller") from reason
+
+
+def positive_int(text: str) -> int:
+    """Parse an integer from 1 to 2**63 - 1."""
+    return _integer(text, 1, f"{_shown(text)} must be a positive integer below 2**63")
+
+
+def seed(text: str) -> int:
+    """Parse an integer from 0 to 2**63 - 1."""
+    return _integer(text, 0, f"{_shown(text)} must be an integer from 0 to 2**63 - 1")
+
+
+def _integer(text: str, least: int, refusal: str) -> int:
+    digits = text.lstrip("0") or text[:1]
+    if not text.isascii() or not text.isdigit() or len(digits) > 19 or not least <= int(digits) < 2**63:
+        raise argparse.ArgumentTypeError(refusal)
+    return int(digits)
+
+
+def positive_float(text: str) -> float:
+    """Parse a finite number above 0."""
+    return _number(text, lambda value: value > 0, "must be a positive number")
+
+
+def number(text: str) -> float:
+    """Parse a finite number of at least 0."""
+    return _number(text, lambda value: value >= 0, "must be a number of at least 0")
+
+
+def _number(text: str, accepted: Callable[[float], bool], refusal: str) -> float:
+    try:
+        value = float(text if text.isascii() and not set(text) & set("_ \t\n\r\v\f") else "nan")
+    except ValueError:
+        value = float("nan")
+    if not accepted(value) or value == float("inf"):
+        raise argparse.ArgumentTypeError(f"{_shown(text)} {refusal}")
+    return value
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Parse ``3,224,224``."""
+    return tuple(positive_int(part) for part in text.split(","))
+
+
+def size(text: str) -> int:
+    """Parse a number of bytes with its unit, as 500MiB."""
+    try:
+        return bytes_of(text)
+    except ValueError as reason:
+        raise argparse.ArgumentTypeError(str(reason)) from reason
+
+
+def techniques(text: str) -> tuple[Technique, ...]:
+    """Parse ``FourBit:nf4:64:double,LoRA:16``: techniques, each with the first of its arguments."""
+    try:
+        return tuple(map(_technique, text.split(",")))
+    except (ValueError, argparse.ArgumentTypeError) as reason:
+        raise argparse.ArgumentTypeError(f"{_shown(text)}: {reason}") from reason
+
+
+_ARGUMENTS: dict[type[Technique], tuple[Callable[[str], Any], ...]] = {
+    Half: (lambda text: getattr(torch, text, text),),
+    EightBit: (positive_int, str),
+    FourBit: (str, positive_int, str),
+    Budget: (positive_float,),
+    LoRA: (positive_int,),
+}
+
+
+def _technique(text: str) -> Technique:
+    name, *given = text.split(":")
+    kind = next((kind for kind in _ARGUMENTS if kind.__name__ == name), None)
+    if kind is None:
+        raise ValueError(f"{_shown(name)} is no technique: choose from {', '.join(t.__name__ for t in _ARGUMENTS)}")
+    parsers = _ARGUMENTS[kind]
+    if len(given) > len(parsers):
+        names = ":".join(field.name for field in fields(kind)[: len(parsers)])
+        raise ValueError(f"{_shown(text)} has more than {name}:{names}")
+    return kind(*(parse(value) for parse, value in zip(parsers, given, strict=False)))
+
+
+def file_path(text: str) -> Path:
+    """Parse a path that is not empty, which would be the current directory."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' must be the name of a file")
+    return Path(text)
+
+
+def _shown(text: str) -> str:
+    return printable(repr(text), 80)
+
+
+def device_of(name: str) -> torch.device:
+    """Return the device of a name; of ``cuda`` the GPU that torchrun means for this process, or the first one."""
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        built = torch.version.cuda is not None or torch.version.hip is not None
+        why = "finds no GPU that it can use" if built else "is built without CUDA"
+        raise ValueError(
+            f"--device={name}: torch {torch.__version__} {why}: leave --device out to train on the CPU, or run "
+            "python -c 'import torch; torch.cuda.init()', which says what is missing"
+        )
+    number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"--device={name}: process {number} of this machine has no GPU of its own, of {count}: start as many "
+            f"processes as there are GPUs, with torchrun --nproc-per-node {count}"
+        )
+    torch.cuda.set_device(number)
+    return torch.device(name, number)
