@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
+from lowmem.io.formats.codes import as_bytes, codes_of, offsets_of, scales_of, uniform_block, unpacked, words
 from lowmem.io.formats.compressed_tensors_config import (
     FP8,
     INT8,
@@ -31,13 +32,10 @@ from lowmem.io.formats.compressed_tensors_config import (
     check_scheme,
     written_config,
 )
-from lowmem.io.formats.foreign import Foreign, Target
-from lowmem.io.formats.foreign_tensor import ForeignTensor, as_bytes
-from lowmem.io.formats.integers import IntegerLayer, unpacked, words
+from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, Target
+from lowmem.io.formats.integers import IntegerLayer
 from lowmem.io.formats.mxfp4 import BLOCK, E2M1_CODES, exponents_of, nearest, weight_of
-from lowmem.io.formats.packing import Packed, Packing, codes_of, offsets_of, scales_of, uniform_block
-from lowmem.io.formats.parts import Parts
-from lowmem.io.formats.quantized_folder import write_folder
+from lowmem.io.formats.quantized_folder import Packed, Packing, write_folder
 from lowmem.io.source import Source
 from lowmem.nn.techniques import FourBit
 from lowmem.quant.tensor import QuantizedTensor
@@ -58,11 +56,7 @@ NO_ZEROS = (
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield the weight of each layer of compressed-tensors, and the names of its tensors.
-
-    Raises:
-        ValueError: a layer that lacks a part, or whose parts do not fit.
-    """
+    """Yield the weight of each layer of compressed-tensors, and the names of its tensors."""
     for name, spec in source.specs.items():
         layer, _, part = name.rpartition(".")
         is_scaled = part == "weight" and f"{name}_scale" in source.specs
@@ -147,8 +141,9 @@ def _mxfp4(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
         return parts.refused("NVFP4", shape, why)
     parts.check(scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK)))
     check_scheme(config, parts.layer, min(BLOCK, shape[-1]), shape, "weight_zero_point" in parts.specs)
-    read = lambda: weight_of(parts.read("weight_packed"), parts.read("weight_scale"), shape)  # noqa: E731
-    return ForeignTensor.of_weight(parts.name("weight"), shape, "MXFP4", parts.nbytes, read)
+    return parts.weight(
+        "MXFP4", shape, lambda: weight_of(parts.read("weight_packed"), parts.read("weight_scale"), shape)
+    )
 
 
 def _plain_integers(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:

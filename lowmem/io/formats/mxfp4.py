@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.io.formats.foreign import Foreign
-from lowmem.io.formats.foreign_tensor import ForeignTensor, nibbles, quantized
+from lowmem.io.formats.codes import nibbles, quantized
+from lowmem.io.formats.foreign import Foreign, ForeignTensor
 from lowmem.io.source import Source
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
@@ -80,11 +80,7 @@ def nearest(values: Tensor) -> QuantizedTensor:
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield each parameter of a checkpoint that is stored so, and the names of its tensors.
-
-    Raises:
-        ValueError: blocks without scales, or of other shapes or dtypes.
-    """
+    """Yield each parameter of a checkpoint that is stored so, and the names of its tensors."""
     for blocks, spec in source.specs.items():
         name = blocks.removesuffix("_blocks")
         scales = source.specs.get(f"{name}_scales")
@@ -96,7 +92,7 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
             raise ValueError(f"{show(name + '_scales')} is {scales.dtype}, and exponents are bytes; get it again")
         shape = (*spec.shape[:-2], spec.shape[-2] * BLOCK)
         read = partial(_read, source, name, shape)
-        weight = ForeignTensor.of_weight(name, shape, "MXFP4", spec.nbytes + scales.nbytes, read, transposed=True)
+        weight = ForeignTensor(name, shape, "MXFP4", spec.nbytes + scales.nbytes, read, transposed=True)
         yield weight, {blocks, f"{name}_scales"}
 
 

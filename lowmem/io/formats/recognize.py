@@ -14,8 +14,7 @@ import torch
 
 from lowmem.errors import FileError, refusal, show
 from lowmem.io.atomic import read_errors, starts_with
-from lowmem.io.formats.foreign import contradiction
-from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.foreign import ForeignTensor, contradiction
 from lowmem.io.formats.registry import FOREIGN
 from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_object
 from lowmem.io.shards import INDEX, read_index
@@ -132,8 +131,8 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
             if name in tensors:
                 raise refusal(path, f"it has {show(name)} twice, in 4 bits and dense; get it again")
             kind = str(spec.dtype).removeprefix("torch.")
-            read = partial(source.read_tensor, name)
-            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, partial(_same, spec.dtype), read)
+            read, form = partial(source.read_tensor, name), partial(_same, spec.dtype)
+            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, read, form)
         return ForeignFile(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, source.paths)
 
 
@@ -181,8 +180,8 @@ def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:
 
         return guarded
 
-    values, order = (None if one is None else guard(one) for one in (tensor.values, tensor.order))
-    return replace(tensor, kept=guard(tensor.kept), read=guard(tensor.read), values=values, order=order)
+    readers = ("read", "form", "values", "order")
+    return replace(tensor, **{name: guard(one) for name in readers if (one := getattr(tensor, name)) is not None})
 
 
 def _same(value: Any) -> Any:

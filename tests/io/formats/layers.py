@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowmem.io.formats.packing import Packed
+from lowmem.io.formats.quantized_folder import Packed
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.tensor import QuantizedTensor
 

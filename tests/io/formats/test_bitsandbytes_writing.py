@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lowmem import quantize
 from lowmem.io.formats.bitsandbytes import BLOCKS, PACKING, pack, pack_again
-from lowmem.io.formats.packing import codes_of
+from lowmem.io.formats.codes import codes_of
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.scales import ENCODINGS
 from tests import strategies

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lowmem import quantize
+from lowmem.io.formats.codes import codes_of, uniform_block
 from lowmem.io.formats.compressed_tensors import PACKING, pack, pack_again
-from lowmem.io.formats.packing import codes_of, uniform_block
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.packing import pack as pack_codes
 from lowmem.quant.scales import ENCODINGS

@@ -166,11 +166,8 @@ def test_zero_points_of_an_unknown_version_are_refused(tmp_path):
     parts, _ = layer(0, 32, 8, 32, torch.randint(0, 7, (1, 8)), 2)
     save(tmp_path, parts)
     (tmp_path / "config.json").unlink()
-    with (
-        pytest.raises(FileError, match="version 1 or 2, and no config.json"),
-        open_foreign(tmp_path / "model.safetensors") as file,
-    ):
-        read_all(file)
+    with pytest.raises(FileError, match="version 1 or 2, and no config.json"):
+        open_foreign(tmp_path / "model.safetensors")
     save(tmp_path, parts, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"})
     (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
     with open_foreign(tmp_path / "gptq_model-4bit-32g.safetensors") as file:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from lowmem.errors import FileError
-from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor

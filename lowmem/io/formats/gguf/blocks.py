@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign_tensor import remapped
+from lowmem.io.formats.codes import remapped
 from lowmem.io.formats.mxfp4 import E2M1_CODES, power_scales
 
 __all__ = ["BLOCKS", "DENSE", "EIGHT_BIT", "KINDS", "SIZE", "SUPERBLOCKS", "BlockType"]

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign_tensor import as_bytes, remapped
+from lowmem.io.formats.codes import as_bytes, remapped
 from lowmem.io.formats.gguf.blocks import BLOCKS, KINDS, SIZE
 from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_of
 from lowmem.nn.forms import CodedForm

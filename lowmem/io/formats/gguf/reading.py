@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_into
-from lowmem.io.formats.foreign_tensor import ForeignTensor, Kept, encoding_of, quantized
+from lowmem.io.formats.codes import encoding_of, quantized
+from lowmem.io.formats.foreign import ForeignTensor, Kept
 from lowmem.io.formats.gguf.blocks import BLOCKS, BlockType
 from lowmem.io.formats.gguf.container import GGUFHeader, GGUFTensor, read_header
 from lowmem.io.formats.gguf.names import Names, names_of
@@ -158,5 +159,7 @@ def _foreign(path: Path, file: BufferedReader, tensor: GGUFTensor, name: str, na
     order = names.row_order(tensor.name, tensor.shape[0]) if len(tensor.shape) < 3 else None
     values = _Values(path, file, tensor, block, order)
     if block.format is None:
-        return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, lambda: block.dtype, values.dense)
-    return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, values.kept, values.read)
+        read, form = values.dense, lambda: block.dtype
+    else:
+        read, form = values.read, values.kept
+    return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, read, form)

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign_tensor import as_bytes
+from lowmem.io.formats.codes import as_bytes
 from lowmem.io.formats.gguf.blocks import SIZE, SUPERBLOCKS
 from lowmem.io.formats.gguf.encoding import scales_of, spread
 from lowmem.quant.packing import unpack

@@ -345,16 +345,7 @@ def _contents(
         content = content.view(placed.shape[0], -1)
         content = content if plan.order is None else content[plan.order]
         rows.append(
-            Exported.compare(
-                weight.name,
-                placed.name,
-                BLOCKS[placed.type].name,
-                before,
-                after,
-                placed.nbytes,
-                measured=measured,
-                source=weight,
-            )
+            Exported.compare(weight, placed.name, BLOCKS[placed.type].name, before, after, placed.nbytes, measured)
         )
         del before, after
         yield placed.name, content.flatten()
