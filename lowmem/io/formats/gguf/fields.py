@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal, show
+from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_into
 from lowmem.io.formats.gguf.container import Field, GGUFHeader, read_header
 
@@ -208,12 +208,13 @@ class Existing:
     """An existing file.
 
     Args:
-        path: where it is.
+        path, file: where it is, open.
         header: what it says.
         fields: those that another file of the same model takes over, as they lie in it.
     """
 
     path: Path
+    file: BufferedReader
     header: GGUFHeader
     fields: dict[str, bytes]
 
@@ -279,14 +280,12 @@ def _check_numbers(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raise a FileError unless the numbers of an existing file are some that a model has."""
     arch = f"{metadata.get('general.architecture')}."
     own = {key.removeprefix(arch): value for key, value in metadata.items() if key.startswith(arch)}
-    try:
+    with refusing(path, "copy from"):
         for name in own:
             if name in _COUNTS:
                 _count(metadata, arch + name, remedy="name another file")
             elif name in _NUMBERS:
                 _number(metadata, arch + name, remedy="name another file")
-    except ValueError as reason:
-        raise refusal(path, str(reason), "copy from") from None
     head = own.get("attention.key_length", own.get("embedding_length", 0) // own.get("attention.head_count", 1))
     rotated = own.get("rope.dimension_count", 0)
     if rotated > head or rotated % 2:
@@ -313,4 +312,4 @@ def read_existing(path: Path, file: BufferedReader) -> Existing:
         content = bytearray(place.stop - place.start)
         read_into(path, file, place.start, memoryview(content))
         fields[key] = bytes(content)
-    return Existing(path, header, fields)
+    return Existing(path, file, header, fields)

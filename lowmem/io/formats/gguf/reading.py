@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal, show
+from lowmem.errors import refusing, show
 from lowmem.io.atomic import open_regular, read_into
 from lowmem.io.formats.codes import encoding_of, quantized
 from lowmem.io.formats.foreign import ForeignTensor, Kept
@@ -105,24 +105,17 @@ class _Values:
 
 
 def read_gguf(path: Path) -> tuple[BufferedReader, list[ForeignTensor], list[str]]:
-    """Open a file.
-
-    Returns:
-        The open file, which the tensors read from; its tensors under the names of the Hugging Face model; and the
-        names of those that are left out, since the model computes them itself.
+    """Open a file, as ``Foreign.open`` says; tensors that the model computes itself are left out.
 
     Raises:
-        FileError: it is damaged, or a model whose names lowmem does not know.
+        FileError: the file is damaged, or a model whose names lowmem does not know.
         OSError: the file cannot be read.
     """
     file = open_regular(path)
     try:
         header = read_header(path, file)
-        try:
-            names = names_of(header.metadata)
-            tensors, left_out = _tensors(path, file, header, names)
-        except ValueError as reason:
-            raise refusal(path, str(reason)) from None
+        with refusing(path):
+            tensors, left_out = _tensors(path, file, header, names_of(header.metadata))
     except BaseException:
         file.close()
         raise

@@ -53,8 +53,8 @@ PRE_TOKENIZERS = MappingProxyType(
 """What llama.cpp calls the expressions that cut a text, and whether a word that is a token is taken as it is."""
 
 
-def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict[str, Field] | None:
-    """Return the fields of a folder's tokenizer, or None where it has none.
+def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict[str, Field]:
+    """Return the fields of a folder's tokenizer, none where the folder has no tokenizer.
 
     Args:
         folder: of ``save_pretrained``.
@@ -72,7 +72,7 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict
             None,
         )
         if old is None:
-            return None
+            return {}
         why = f"it has {old} and no tokenizer.json: save_pretrained of AutoTokenizer's tokenizer writes one"
         raise refusal(folder, f"{why}; or {_REMEDY}", "export the tokenizer of")
     beside = folder / "tokenizer_config.json"

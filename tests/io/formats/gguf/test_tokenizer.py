@@ -96,7 +96,7 @@ def test_ends_come_from_the_config_where_the_tokenizer_names_none(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    assert tokenizer_fields(tmp_path, {}, 8) is None
+    assert tokenizer_fields(tmp_path, {}, 8) == {}
     (tmp_path / "tokenizer.model").write_text("x")
     with pytest.raises(FileError, match=r"tokenizer\.model.*save_pretrained"):
         tokenizer_fields(tmp_path, {}, 8)
