@@ -47,14 +47,14 @@ def refusal(path: str | os.PathLike[str], reason: str, task: str = "read") -> Fi
 
 
 @contextmanager
-def refusing(path: str | os.PathLike[str], task: str = "read") -> Iterator[None]:
-    """Let a ValueError of the block name a file; a FileError names its own."""
+def refusing(path: str | os.PathLike[str], task: str = "read", about: str = "") -> Iterator[None]:
+    """Let a ValueError of the block name a file, and what it is about; a FileError names its own."""
     try:
         yield
     except FileError:
         raise
     except ValueError as error:
-        raise refusal(path, str(error), task) from None
+        raise refusal(path, f"{about}{error}", task) from None
 
 
 class WriteError(OSError):

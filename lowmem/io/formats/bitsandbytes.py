@@ -113,11 +113,7 @@ class _Stored:
         return math.prod(self.state["shape"])
 
     def block_size(self) -> int:
-        """Return the block size in which rows, each by itself, have the same scales.
-
-        Raises:
-            ValueError: blocks run over the ends of rows.
-        """
+        """Return the block size in which single rows have the same scales; a ValueError if there is none."""
         own, columns = self.state["blocksize"], self.state["shape"][-1]
         common = math.gcd(own, columns)
         if own >= self.count or own == common:  # one block, or whole blocks in each row
@@ -179,11 +175,7 @@ class _Stored:
 
 
 def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    """Return a weight as bitsandbytes has it, which dequantizes it to the same bits in ``dtype``.
-
-    Args:
-        weight: (out, in).
-        dtype: to which bitsandbytes dequantizes.
+    """Return a weight (out, in) as bitsandbytes has it, which dequantizes it to the same bits in ``dtype``.
 
     Raises:
         ValueError: it has other levels, offsets, or blocks that bitsandbytes has not.
@@ -231,13 +223,7 @@ def _packed(weight: QuantizedTensor, size: int, shape: Sequence[int], dtype: tor
 def pack_again(
     values: Tensor, dtype: torch.dtype, stored: QuantizedTensor | None = None
 ) -> tuple[Packed, Tensor | QuantizedTensor]:
-    """Return a weight (out, in) quantized to nf4, and what it has become; on the meta device, without values.
-
-    Args:
-        values: of the weight.
-        dtype: of the model.
-        stored: unused: nothing of it can be kept.
-    """
+    """Return a weight (out, in) quantized to nf4, and what it has become; nothing of ``stored`` can be kept."""
     columns = values.shape[-1]
     size = next((size for size in (64, 32) if columns % size == 0), 0)
     if size:

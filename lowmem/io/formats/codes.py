@@ -37,22 +37,14 @@ def quantized(
     block_size: int,
     offsets: Tensor | None = None,
 ) -> QuantizedTensor:
-    """Return the weight of packed codes and float32 scales (..., blocks), which the smallest encoding holds exactly.
-
-    Raises:
-        ValueError: scales, or offsets, that are NaN or infinite.
-    """
+    """Return the weight of packed codes and float32 scales (..., blocks), whose encoding is ``encoding_of`` them."""
     encoding = encoding_of(scales, offsets)
     stored = (scales if offsets is None else torch.cat([scales, offsets], dim=-1)).to(get_encoding(encoding).dtype)
     return QuantizedTensor(packed, stored, torch.Size(shape), format, block_size, encoding, "imported")
 
 
 def encoding_of(scales: Tensor, offsets: Tensor | None = None) -> str:
-    """Return the smallest encoding that holds float32 scales, and offsets, exactly.
-
-    Raises:
-        ValueError: some are not finite.
-    """
+    """Return the smallest encoding that holds float32 scales, and offsets; a ValueError if some are not finite."""
     parts = [scales] if offsets is None else [scales, offsets]
     broken = sum(int((~part.isfinite()).sum()) for part in parts)
     if broken:

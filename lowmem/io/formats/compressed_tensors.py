@@ -184,14 +184,12 @@ def _shape(parts: Parts) -> tuple[int, ...]:
 
 
 def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    """Return a weight as compressed-tensors has it, which decompresses it to the same bits in ``dtype``.
+    """Return a weight (out, in) as compressed-tensors has it, which decompresses it to the same bits in ``dtype``.
 
-    Args:
-        weight: (out, in).
-        dtype: of the model. transformers casts scales of integers to it, and computes values in it.
+    transformers casts scales of integers to ``dtype``, the model's, and computes values in it.
 
     Raises:
-        ValueError: it has other levels, offsets, or scales that the format, or ``dtype``, does not hold.
+        ValueError: the weight has other levels, offsets, or scales that the format, or ``dtype``, does not hold.
     """
     if weight.format == "uint4" and weight.has_offsets:
         return _asymmetric(weight, dtype)
@@ -208,18 +206,10 @@ def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
 def pack_again(
     values: Tensor, dtype: torch.dtype, stored: QuantizedTensor | None
 ) -> tuple[Packed, Tensor | QuantizedTensor]:
-    """Return a weight (out, in) with other scales or codes, and what it has become; without values on meta.
+    """Return a weight (out, in) with other scales or codes, and what it has become, as ``Packing.pack_again`` says.
 
     Levels of "q4_0" keep their codes, and their scales are rounded to ``dtype``; those of "fp4" become MXFP4 in a
     model in bfloat16. Others become integers in groups of 32.
-
-    Args:
-        values: of the weight.
-        dtype: of the model.
-        stored: the stored weight; None: the model stores its transpose.
-
-    Raises:
-        ValueError: a scale that ``dtype`` cannot hold.
     """
     if stored is not None and stored.format == "q4_0" and not stored.has_offsets:
         group = uniform_block(stored)
@@ -249,11 +239,7 @@ def _searched_scales(values: Tensor, group: int) -> Tensor:
 
 
 def _held(wide: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
-    """Return scales divided by a power of two in ``dtype``.
-
-    Raises:
-        ValueError: it does not hold them.
-    """
+    """Return scales divided by a power of two in ``dtype``; a ValueError if ``dtype`` does not hold them."""
     scales = (wide / divisor).to(dtype)
     if not wide.is_meta and not torch.equal(scales.float() * divisor, wide):
         lost = int((scales.float() * divisor != wide).sum())
@@ -265,14 +251,12 @@ def _held(wide: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
 
 
 def _asymmetric(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    """Pack levels of "uint4" whose offsets are ``-zero * scale``, for whole zeros from 0 to 15.
-
-    A scale times 15 has to be a number of float32: ``code * scale + offset`` then equals ``(code - zero) * scale``.
-    """
+    """Pack levels of "uint4" whose offsets are ``-zero * scale``, for whole zeros from 0 to 15."""
     group = uniform_block(weight)
     scales = _held(scales_of(weight, group), 16, dtype)
     exact, offsets = scales.double(), offsets_of(weight, group).double()
     zeros = torch.where(exact == 0, 8, -offsets / exact).round()
+    # A scale times 15 is a number of float32: code * scale + offset then equals (code - zero) * scale.
     fits = (-zeros * exact == offsets) & (zeros >= 0) & (zeros <= 15) & ((15 * exact).float() == 15 * exact)
     if not bool(fits.all()):
         raise ValueError(

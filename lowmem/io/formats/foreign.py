@@ -92,11 +92,7 @@ class Parts:
 
     @classmethod
     def of(cls, source: Source, layer: str, format: str, needed: Iterable[str], others: Iterable[str] = ()) -> Parts:
-        """Return the parts of a layer.
-
-        Raises:
-            ValueError: one of ``needed`` is missing.
-        """
+        """Return the parts of a layer; a ValueError if one of ``needed`` is missing."""
         names = {part: f"{layer}.{part}".lstrip(".") for part in (*needed, *others)}
         for part in needed:
             if names[part] not in source.specs:

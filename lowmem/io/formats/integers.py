@@ -63,11 +63,7 @@ class IntegerLayer:
         return self.parts.refused(self.kind, self.shape, why, self.values)
 
     def _groups_of_columns(self) -> Tensor:
-        """Return the group of each column.
-
-        Raises:
-            ValueError: a group has no scale.
-        """
+        """Return the group of each column; a ValueError if one has no scale."""
         if self.groups is None:
             return torch.arange(self.shape[-1]) // self.group
         groups, count = self.groups().long(), -(-self.shape[-1] // self.group)
@@ -76,11 +72,7 @@ class IntegerLayer:
         return groups
 
     def order(self) -> Tensor:
-        """Return the columns with those of a group side by side, in a group as they were: int32 (in,).
-
-        Raises:
-            ValueError: groups of several sizes, or a group without a scale.
-        """
+        """Return the columns with those of a group side by side: int32 (in,); a ValueError for groups of other sizes."""
         groups = self._groups_of_columns()
         order = groups.argsort(stable=True)
         if not torch.equal(groups[order], torch.arange(len(groups)) // self.group):
@@ -129,11 +121,7 @@ def packed_layers(source: Source) -> Iterator[tuple[str, TensorSpec, TensorSpec]
 
 
 def check_group_size(config: Mapping[str, Any], layer: str, columns: int, groups: int, is_even: bool) -> None:
-    """Raise a ValueError unless the ``group_size`` of a config can be that of a layer.
-
-    Args:
-        is_even: whether all groups are whole.
-    """
+    """Raise a ValueError unless the ``group_size`` of a config is a layer's; ``is_even``: all groups are whole."""
     size = config.get("group_size")
     if size is None or (size == -1 and groups == 1):
         return

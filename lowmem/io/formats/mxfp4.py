@@ -31,12 +31,9 @@ _MAX_E8M0 = 252  # the largest exponent whose largest weight, 6 * 2 ** (e - 127)
 
 
 def power_scales(exponents: Tensor) -> Tensor:
-    """Return the scales of MXFP4 blocks for ``fp4``, whose levels are E2M1 / 6: 6 * 2 ** (e - 127), in float32.
-
-    Raises:
-        ValueError: an exponent above 252: 253 and 254 exceed float32, and 255 is NaN.
-    """
+    """Return the scales of MXFP4 blocks for ``fp4``, whose levels are E2M1 / 6: 6 * 2 ** (e - 127), in float32."""
     if exponents.numel() and int(exponents.max()) > _MAX_E8M0:
+        # 253 and 254 exceed float32, and 255 is NaN.
         raise ValueError(f"it holds a block exponent of {int(exponents.max())}, above {_MAX_E8M0}; get it again")
     # 1.5 * 2 ** (e - 125), by its bits
     return ((exponents.int() + 2) << 23 | 1 << 22).view(torch.float32)

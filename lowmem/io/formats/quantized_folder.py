@@ -246,11 +246,7 @@ def _dense(weight: StoredWeight, architecture: Architecture) -> _Plan:
 
 
 def _exact(weight: StoredWeight, architecture: Architecture, packing: Packing, transposed: bool) -> _Plan:
-    """Plan to keep the codes of a layer.
-
-    Raises:
-        ValueError: why it is impossible.
-    """
+    """Plan to keep the codes of a layer; a ValueError says why it is impossible."""
     if transposed:
         raise ValueError(_CONV1D)
     if weight.transposed or weight.order is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lowmem.errors import FileError, refusal, show
+from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_errors, starts_with
 from lowmem.io.formats.foreign import ForeignTensor, contradiction
 from lowmem.io.formats.registry import FOREIGN
@@ -45,7 +45,12 @@ class ForeignFile:
         left_out: Sequence[str] = (),
     ) -> None:
         self._stack, self.kind, self.paths, self.left_out = stack, kind, paths, left_out
-        self.tensors = {name: _guarded(path, tensor) for name, tensor in tensors.items()}
+        self.tensors: dict[str, ForeignTensor] = {}
+        for name, tensor in tensors.items():
+            guard = refusing(path, about=f"tensor {show(tensor.name)}: ")
+            found = {part: getattr(tensor, part) for part in ("read", "form", "values", "order")}
+            guarded: dict[str, Any] = {part: guard(read) for part, read in found.items() if read is not None}
+            self.tensors[name] = replace(tensor, **guarded)
 
     def __enter__(self) -> ForeignFile:
         return self
@@ -108,7 +113,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
         tensors: dict[str, ForeignTensor] = {}
         claimed: set[str] = set()
         kinds: dict[str, set[str]] = {}
-        try:
+        with refusing(path):
             for format in FOREIGN.values():
                 for tensor, names in () if format.find is None else format.find(source, settings):
                     if claimed & names or tensor.name in tensors:
@@ -117,10 +122,6 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                     tensors[tensor.name] = tensor
                     kinds.setdefault(format.name, set()).add(tensor.kind)
             _check_method(kinds, settings)
-        except FileError:
-            raise
-        except ValueError as reason:
-            raise refusal(path, str(reason)) from None
         for name, spec in source.specs.items():
             if name in claimed:
                 continue
@@ -131,8 +132,8 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
             if name in tensors:
                 raise refusal(path, f"it has {show(name)} twice, in 4 bits and dense; get it again")
             kind = str(spec.dtype).removeprefix("torch.")
-            read, form = partial(source.read_tensor, name), partial(_same, spec.dtype)
-            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, read, form)
+            read = partial(source.read_tensor, name)
+            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, read, lambda dtype=spec.dtype: dtype)
         return ForeignFile(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, source.paths)
 
 
@@ -142,15 +143,7 @@ def is_coded(name: str) -> bool:
 
 
 def _check_method(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any]) -> None:
-    """Raise unless a ``quantization_config`` can be that of tensors, of which it need not say anything.
-
-    Args:
-        kinds: the formats of the tensors, each with the kinds of its weights.
-        config: what config.json says, or nothing.
-
-    Raises:
-        ValueError: it names another known format, or settings that its tensors do not have.
-    """
+    """Raise a ValueError unless a ``quantization_config`` can be that of tensors; ``kinds`` are by format."""
     method = config.get("quant_method")
     known = {format.method for format in FOREIGN.values()} - {None}
     for name, weights in kinds.items():
@@ -164,25 +157,3 @@ def _settings(config: Path) -> dict[str, Any]:
     found = quantization_of(config) if os.path.lexists(config) else {}
     own = config.with_name(_OWN)
     return found if found or not os.path.lexists(own) else read_object(own)
-
-
-def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:
-    """Return a weight whose errors name the file."""
-
-    def guard(read: Callable[[], Any]) -> Callable[[], Any]:
-        def guarded() -> Any:
-            try:
-                return read()
-            except FileError:
-                raise
-            except ValueError as reason:
-                raise refusal(path, f"tensor {show(tensor.name)}: {reason}") from None
-
-        return guarded
-
-    readers = ("read", "form", "values", "order")
-    return replace(tensor, **{name: guard(one) for name in readers if (one := getattr(tensor, name)) is not None})
-
-
-def _same(value: Any) -> Any:
-    return value

@@ -21,12 +21,12 @@ __all__ = ["Requantizing", "why_refused"]
 
 @dataclass
 class Requantizing:
-    """What is to be quantized of a file of another program. By default nothing is.
+    """What is to be quantized of a file of another program; by default nothing.
 
     Args:
         refused: how weights are stored that cannot be kept exactly; None: they stay refused.
         include: glob patterns of names in the file: dense weights of 2 dimensions or more that match are quantized.
-        technique: how these are.
+        technique: how weights that match are stored.
 
     Attributes:
         errors: by name, ``rms(stored - weight) / rms(weight)`` of each weight that was quantized and read.

@@ -59,10 +59,7 @@ def inexact(form: CodedForm, columns: int) -> str | None:
 
 
 def exact_rows(weight: QuantizedTensor) -> tuple[int, Tensor] | None:
-    """Return the type that holds a weight's scales, and its bytes, uint8 (rows, bytes); None: no type does.
-
-    Only for a weight of which ``inexact`` returns None.
-    """
+    """Return the type that holds a weight, of which ``inexact`` returns None, and its bytes, uint8 (rows, bytes)."""
     if (blocks := in_blocks(weight)) is not None:
         return KINDS[weight.format], rows_of(blocks)
     rows = superblock_rows(weight)
@@ -82,11 +79,7 @@ def in_blocks(weight: QuantizedTensor) -> QuantizedTensor | None:
 
 
 def nearest_format(weight: QuantizedTensor) -> str:
-    """Return the key of ``KINDS`` for a weight that GGUF does not hold: its own where only scales have to be rounded.
-
-    Raises:
-        ValueError: rows that are no multiple of 32.
-    """
+    """Return the key of ``KINDS`` for a weight that GGUF does not hold: its own if rounding its scales is enough."""
     columns = weight.shape[-1]
     if columns % SIZE:
         raise ValueError(f"rows of {columns} are no multiple of {SIZE}, the blocks of GGUF")
@@ -139,11 +132,7 @@ def rows_of(blocks: QuantizedTensor) -> Tensor:
 
 
 def superblock_rows(weight: QuantizedTensor) -> Tensor | None:
-    """Return the bytes of a weight in the superblocks of its format: uint8 (rows, bytes); None: they do not hold it.
-
-    Args:
-        weight: of any block size; blocks of 32 have to be whole.
-    """
+    """Return a weight's bytes in the superblocks of its format: uint8 (rows, bytes); None: they do not hold it."""
     if weight.format not in SUPERBLOCKS or weight.shape[-1] % (SIZE * _BLOCKS) or weight.block_size % SIZE:
         return None
     matrix = _spread(weight).as_matrix()
@@ -161,14 +150,7 @@ def superblock_rows(weight: QuantizedTensor) -> Tensor | None:
 
 
 def eight_bit_rows(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """Return the values of Q8_0 that are nearest to a weight's, and their bytes.
-
-    Returns:
-        float32 (..., n) and uint8 (rows, bytes).
-
-    Raises:
-        ValueError: values that no float16 scale reaches.
-    """
+    """Return the values of Q8_0 nearest to a weight's, float32 (..., n), and their bytes, uint8 (rows, bytes)."""
     values = weight.as_matrix().dequantize()
     parts = values.view(len(values), -1, SIZE)  # (rows, blocks, 32)
     scales = (parts.abs().amax(-1, keepdim=True) / 127).half()

@@ -151,11 +151,7 @@ def _listed(refused: Mapping[str, list[str]]) -> str:
 def _kind(
     weight: StoredWeight, requantize: bool, dtype: torch.dtype | None
 ) -> tuple[int, Callable[[Any], tuple[_Values | None, Tensor]]]:
-    """Return the type of a weight, and what converts its values to this type.
-
-    Raises:
-        ValueError: no type holds it.
-    """
+    """Return the type of a weight, and what converts its values to this type; a ValueError if no type holds it."""
     form, dims = weight.form, len(weight.shape)
     if not 1 <= dims <= 2:
         raise ValueError(f"a weight of {dims} dimensions has no place in this architecture")
@@ -275,7 +271,7 @@ def _computed(model: StoredModel, names: Names, existing: Existing | None) -> li
         with refusing(existing.path, "copy from"):
             if names.model_name(tensor.name) is not None:
                 continue
-        if tensor.nbytes is None:
+        if not tensor.nbytes:
             raise refusal(existing.path, f"tensor {show(tensor.name)} has an unknown type; name another file")
         content = torch.empty(tensor.nbytes, dtype=torch.uint8)
         read_into(existing.path, existing.file, tensor.begin, content.numpy().data)

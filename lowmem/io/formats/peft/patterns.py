@@ -55,11 +55,7 @@ class Budget:
 
 
 class Pattern:
-    """A regular expression, which is matched against whole texts.
-
-    Raises:
-        ValueError: the text is no pattern, too large, or has what takes more than an automaton.
-    """
+    """A regular expression of Python, matched against whole texts; a ValueError if an automaton cannot hold it."""
 
     def __init__(self, text: str, budget: Budget) -> None:
         self._text, self._budget = text, budget
