@@ -100,7 +100,7 @@ def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
 def _refusal(model: Any, layers: Iterable[str]) -> str | None:
     """Return why a model without the weights of some layers could not be loaded; the model is spent.
 
-    When all is read, transformers lets each module initialize what was missing, and many read their children's weights.
+    transformers lets each module initialize what was missing, and many read the weights of their children for that.
     """
     for path in layers:
         del model.get_submodule(path)._parameters["weight"]

@@ -72,7 +72,7 @@ class IntegerLayer:
         return groups
 
     def order(self) -> Tensor:
-        """Return the columns with those of a group side by side: int32 (in,); a ValueError for groups of other sizes."""
+        """Return the columns with those of a group side by side: int32 (in,); a ValueError if sizes differ."""
         groups = self._groups_of_columns()
         order = groups.argsort(stable=True)
         if not torch.equal(groups[order], torch.arange(len(groups)) // self.group):

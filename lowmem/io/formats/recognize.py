@@ -64,7 +64,6 @@ def open_foreign(path: Path) -> ForeignFile:
 
     Raises:
         FileError: it is damaged, or of a kind that lowmem does not read; lowmem wrote it.
-        OSError: it cannot be read.
     """
     if not path.is_dir():
         for format in FOREIGN.values():
@@ -133,7 +132,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                 raise refusal(path, f"it has {show(name)} twice, in 4 bits and dense; get it again")
             kind = str(spec.dtype).removeprefix("torch.")
             read = partial(source.read_tensor, name)
-            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, read, lambda dtype=spec.dtype: dtype)
+            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, read, partial(getattr, spec, "dtype"))
         return ForeignFile(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, source.paths)
 
 

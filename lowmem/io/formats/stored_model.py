@@ -103,12 +103,7 @@ class StoredModel:
 
 @contextmanager
 def open_stored(path: Path) -> Iterator[StoredModel]:
-    """Open a folder, file or index.
-
-    Raises:
-        FileError: lowmem did not write it; another program quantized it; it has adapters; it is damaged.
-        OSError: a file cannot be read.
-    """
+    """Open a folder, file or index; a FileError if lowmem did not write it, or it has adapters, or is damaged."""
     if path.is_dir():
         with _folder(path) as model:
             yield model

@@ -34,8 +34,6 @@ def write_gguf_adapter(path: Path, model: nn.Module, name: str, layers: Mapping[
     Raises:
         ValueError: an architecture or layer that GGUF has no form of, a B that exceeds float32, or parameters of the
             base that train beside the adapter.
-        FileExistsError: something is at ``path``.
-        OSError: the file cannot be written.
     """
     names, alpha = _names(model), _alpha(layers)
     _refuse_trained(model)

@@ -1,7 +1,6 @@
-"""The container of GGUF, of version 2 and 3, little-endian: fields, where tensors lie, and the tensors.
+"""The container of GGUF (``docs/gguf.md`` of ggml), versions 2 and 3, little-endian: fields, places, and tensors.
 
-The layout is that of ``docs/gguf.md`` of ggml. The header is read once, in small pieces: its metadata, and name,
-shape, type and offset of each tensor. A file is written in one pass; its bytes depend on fields and tensors alone.
+A header is read once, in small pieces. A file is written in one pass; its bytes depend on fields and tensors alone.
 """
 
 from __future__ import annotations
@@ -273,11 +272,6 @@ def write_file(
         fields: by key, as ``encode_field`` returns them, in the order of the file.
         tensors: in the order of the file.
         values: their names and bytes in the same order: contiguous uint8 tensors.
-
-    Raises:
-        ValueError: another tensor than the next one came, or another number of bytes.
-        FileExistsError: something is at ``path``, or was created meanwhile.
-        OSError: the file cannot be written.
     """
     check_writable(path)
     header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(fields)), *fields.values()]

@@ -67,10 +67,7 @@ def exact_rows(weight: QuantizedTensor) -> tuple[int, Tensor] | None:
 
 
 def in_blocks(weight: QuantizedTensor) -> QuantizedTensor | None:
-    """Return the same weight in blocks of 32 with float32 scales; None: its type does not hold all of them.
-
-    Only for a weight of which ``inexact`` returns None. The values are the same bits, but for the signs of zeros.
-    """
+    """Return a weight of which ``inexact`` returns None in blocks of 32; None: its type does not hold the scales."""
     divisor, blocks = _divisor(weight.format), _spread(weight)
     scales, *offsets = _scales_and_offsets(blocks, SIZE)
     if divisor is None:
@@ -91,18 +88,10 @@ def nearest_format(weight: QuantizedTensor) -> str:
 
 
 def nearest(weight: QuantizedTensor | Tensor, format: str) -> QuantizedTensor:
-    """Return a weight that GGUF holds, close to one that it does not: see ``in_blocks``.
+    """Return a weight that GGUF holds, close to one that it does not; a ValueError for values beyond float16 scales.
 
     In the format of the weight itself codes stay, and scales and offsets are rounded to float16. In another one the
-    values are quantized again; ggml stores d, the scale divided by a power of two, in float16, so d is what is
-    searched for.
-
-    Args:
-        weight: 4-bit, or float32.
-        format: what ``nearest_format`` returned; or any other one with a divisor.
-
-    Raises:
-        ValueError: values that no float16 scale reaches.
+    values are quantized again; ggml stores d, the scale divided by a power of two, in float16, so d is searched for.
     """
     divisor = _divisor(format)
     assert divisor is not None

@@ -1,7 +1,4 @@
-"""The metadata of a model in GGUF: from the config.json of a Hugging Face folder, or from an existing file.
-
-The keys are those of ``docs/gguf.md`` of ggml, filled as the converter of llama.cpp does it.
-"""
+"""The metadata of a model in GGUF, as llama.cpp's converter fills them: from config.json, or an existing file."""
 
 from __future__ import annotations
 

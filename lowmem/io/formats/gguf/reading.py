@@ -142,7 +142,5 @@ def _foreign(path: Path, file: BufferedReader, tensor: Placed, name: str, names:
     order = names.row_order(tensor.name, tensor.shape[0]) if len(tensor.shape) < 3 else None
     values = _Values(path, file, tensor, block, order)
     if block.format is None:
-        read, form = values.dense, lambda: block.dtype
-    else:
-        read, form = values.read, values.kept
-    return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes, read, form)
+        return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes, values.dense, lambda: block.dtype)
+    return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes, values.read, values.kept)

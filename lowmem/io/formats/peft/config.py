@@ -1,9 +1,7 @@
 """PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas.
 
-Layers are found as PEFT finds them: ``target_modules`` and the like name paths or their ends, and the keys of
-``rank_pattern`` and ``alpha_pattern`` are regular expressions of these ends. What changes the result of an adapter
-and has no form here (DoRA, biases of B, trainable tokens, ...) is refused by name, and so is every key that is
-unknown and not empty.
+Layers are found as PEFT finds them. What changes the result of an adapter and has no form here (DoRA, biases of B,
+trainable tokens, ...) is refused by name, and so is every key that is unknown and not empty.
 """
 
 from __future__ import annotations

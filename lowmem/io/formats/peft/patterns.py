@@ -1,10 +1,7 @@
-"""Matches regular expressions of files in bounded time.
+"""Matches regular expressions of files in bounded time, where Python's own matcher may take exponential time.
 
-PEFT's configs name layers by regular expressions of Python. Python's own matcher takes exponential time for some of
-them, and a file may have been made to do so. Here Python's parser reads a pattern, and a nondeterministic automaton
-matches it: all of its states are followed at once, so that the time is proportional to the length of the text times
-the number of states (Thompson, Regular Expression Search Algorithm, 1968). Sets of states that were met before are
-remembered. What an automaton cannot hold is refused: references to groups, looking ahead or behind, flags.
+Python's parser reads a pattern, and a nondeterministic automaton matches it. All of its states are followed at once:
+the time is the length of the text times the number of states (Thompson, Regular Expression Search Algorithm, 1968).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Reads folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reads folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``, never pickles.
 
-Reading builds the names that a config and a model lead to, and demands that the file has these and no others: PEFT
-itself leaves out in silence what it does not find. Nothing is executed; pickles (``adapter_model.bin``) are refused.
+A config and a model lead to names of tensors, and a file must have these and no others: PEFT itself leaves out in
+silence what it does not find.
 """
 
 from __future__ import annotations

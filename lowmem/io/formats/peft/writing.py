@@ -1,8 +1,7 @@
 """Writes folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Layers are named by full paths: without ``target_modules`` PEFT takes those that are usual for an architecture, and
-loads a part of the file in silence. What trains of the base beside the adapter is written with it: biases, and other
-modules whole (``modules_to_save``).
+Layers are named by full paths, since PEFT loads a part of the file in silence where ends of paths are ambiguous. What
+trains of the base beside the adapter is written, too: biases, and other modules whole (``modules_to_save``).
 """
 
 from __future__ import annotations
@@ -34,12 +33,7 @@ __all__ = ["write_peft"]
 
 
 def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter]) -> None:
-    """Write an adapter, by place, as PEFT does, and what trains of the base beside it.
-
-    Raises:
-        ValueError: PEFT has no form of a layer, which is named.
-        FileExistsError: something is at ``folder``.
-        OSError: the folder cannot be written.
+    """Write an adapter, by place, as PEFT does; a ValueError names a layer that PEFT has no form of.
 
     Warns:
         UserWarning: the dropout is not written, since PEFT has one value for all layers, and none for parameters.
