@@ -29,6 +29,9 @@ def test_columns_of_a_group_are_put_side_by_side():
     for size in (1, 3):
         with pytest.raises(ValueError, match="do not have"):
             make(size, groups=groups).order()
+    codes, groups = torch.randint(0, 16, (2, 24), dtype=torch.uint8), torch.randperm(24) // 8
+    mixed = layer(codes, torch.tensor([[1.0, 2, 4]] * 2), 8, groups=groups)
+    assert torch.equal(mixed.read().dequantize(), mixed.values()[:, mixed.order().long()])
     with pytest.raises(ValueError, match="its columns are of groups that 3 scales do not have; get it again"):
         make(2, groups=groups + 1).order()
 

@@ -60,7 +60,7 @@ def content(path):
     return header.metadata, tensors
 
 
-def test_names_fields_and_orders(tmp_path):
+def test_names_fields_and_orders_are_those_of_llama_cpp(tmp_path):
     model = adapted(Llama(), "q_proj", "k_proj", "down_proj", "embed_tokens", "lm_head")
     save_adapter(model, tmp_path / "a.gguf", format="gguf")
     fields, tensors = content(tmp_path / "a.gguf")

@@ -40,7 +40,7 @@ def fields_of(folder, tokenizer, settings=None, config=None, rows=12):
 NAMED = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "model_max_length": 10**30}
 
 
-def test_a_bpe_of_bytes(tmp_path):
+def test_a_bpe_of_bytes_becomes_fields(tmp_path):
     found = fields_of(tmp_path, bytes_bpe(), {**NAMED, "chat_template": "{{ x }}"}, rows=8)
     assert found == {
         "tokenizer.ggml.model": "gpt2",
@@ -95,7 +95,7 @@ def test_ends_come_from_the_config_where_the_tokenizer_names_none(tmp_path):
     assert found["tokenizer.chat_template"] == "b"
 
 
-def test_a_folder_without_a_tokenizer(tmp_path):
+def test_a_folder_without_a_tokenizer_has_no_fields_and_with_an_old_one_is_refused(tmp_path):
     assert tokenizer_fields(tmp_path, {}, 8) == {}
     (tmp_path / "tokenizer.model").write_text("x")
     with pytest.raises(FileError, match=r"tokenizer\.model.*save_pretrained"):
