@@ -8,7 +8,19 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lowmem.errors import LIMIT, FileError, describe, one_line, printable, reason, refusal, show, unbuilt, unwritable
+from lowmem.errors import (
+    LIMIT,
+    FileError,
+    describe,
+    one_line,
+    printable,
+    reason,
+    refusal,
+    refusing,
+    show,
+    unbuilt,
+    unwritable,
+)
 from lowmem.quant.formats import get_format
 from tests.selection import rows_in_one_case
 
@@ -152,3 +164,12 @@ def test_an_error_of_another_library_names_its_kind_and_one_of_lowmem_is_as_it_w
         with pytest.raises(Exception) as failed:  # noqa: PT011
             call()
         assert told in unbuilt(failed.value)
+
+
+def test_a_value_error_of_a_block_names_the_file_and_other_errors_are_left():
+    with pytest.raises(FileError, match=r"^cannot load 'a': of b: why$"), refusing("a", "load", "of b: "):
+        raise ValueError("why")
+    for error in (FileError("mine"), TypeError("other"), OSError("system")):
+        with pytest.raises(type(error)) as caught, refusing("a"):
+            raise error
+        assert caught.value is error

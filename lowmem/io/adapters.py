@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from lowmem.io.checkpoint import as_in_file, how_stored
 from lowmem.io.container import read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, read_peft
+from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_peft
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
@@ -185,24 +185,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     return model
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What a file or folder holds, for a model that it fits: see ``PeftContent``."""
-
-    name: str
-    techniques: dict[str, LoRA]
-    tensors: dict[str, dict[str, Tensor]]
-    base_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    trained: list[Tensor] = field(default_factory=list)
-
-
-def _of_folder(path: Path, model: nn.Module, places: Mapping[str, tuple[nn.Module, str]]) -> _Content:
+def _of_folder(path: Path, model: nn.Module, places: Mapping[str, tuple[nn.Module, str]]) -> AdapterContent:
     found = read_peft(path, model)
     _refuse_layers("load_adapter", places, model, found.techniques)
-    return _Content("default", found.techniques, found.tensors, found.base_values, found.trained)
+    return found
 
 
-def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> _Content:
+def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> AdapterContent:
     _refuse_foreign(path)
     file = read(path)
     try:
@@ -216,7 +205,7 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
     tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
     half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
     records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
-    return _Content(name, records, tensors)
+    return AdapterContent(records, tensors, name=name)
 
 
 def _refuse_layers(

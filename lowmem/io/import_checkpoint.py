@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem.errors import FileError, refusal
 from lowmem.io.container import TensorSpec
-from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record, layer_of

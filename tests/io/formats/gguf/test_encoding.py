@@ -1,6 +1,7 @@
 """Blocks of GGUF: written from codes and scales of lowmem, and read back by the reader of GGUF."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowmem
-from lowmem.io.formats.gguf.blocks import BLOCKS, EIGHT_BIT, KINDS
+from lowmem.io.formats.gguf.blocks import BLOCKS, EIGHT_BIT, KINDS, SUPERBLOCKS
 from lowmem.io.formats.gguf.encoding import (
     eight_bit_rows,
     in_blocks,
@@ -17,10 +18,12 @@ from lowmem.io.formats.gguf.encoding import (
     nearest,
     nearest_format,
     rows_of,
+    superblock_rows,
 )
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
+from tests import strategies
 
 
 def random_weight(format, size, blocks, seed, encoding="float32"):
@@ -39,12 +42,18 @@ def random_weight(format, size, blocks, seed, encoding="float32"):
     return QuantizedTensor(pack(codes, size), scales, torch.Size((3, columns)), format, size, encoding, "imported")
 
 
+def read(kind, raw):
+    """Return the weight of blocks of a type, uint8 (rows, bytes), as the reader has it."""
+    block = BLOCKS[kind]
+    raw = raw.view(len(raw), -1, block.nbytes)
+    parts = [block.scales(raw), *([] if block.offsets is None else [block.offsets(raw)])]
+    packed, scales = block.packed(raw).flatten(1), torch.cat([part.flatten(1) for part in parts], dim=-1)
+    shape, encoding = torch.Size((len(raw), 2 * packed.shape[1])), "float32_offsets" if parts[1:] else "float32"
+    return QuantizedTensor(packed, scales, shape, block.format, 32, encoding, "imported")
+
+
 def as_read(weight):
-    """Return codes, scales and offsets of the weight's blocks, as the reader has them."""
-    block = BLOCKS[KINDS[weight.format]]
-    raw = rows_of(weight).view(weight.shape[0], -1, block.nbytes)
-    offsets = None if block.offsets is None else block.offsets(raw).flatten(1)
-    return block.packed(raw).flatten(1), block.scales(raw).flatten(1), offsets
+    return read(KINDS[weight.format], rows_of(weight))
 
 
 @given(
@@ -59,16 +68,10 @@ def test_codes_and_scales_come_back_as_they_were(format, size, blocks, seed):
     assert inexact(CodedForm.of(weight), weight.shape[-1]) is None
     stored = in_blocks(weight)
     assert torch.equal(stored.dequantize(), weight.dequantize())
-    packed, scales, offsets = as_read(stored)
-    own = stored.encoding.decode(stored.scales)
-    assert torch.equal(scales, own)
-    if format == "uint4":
-        assert torch.equal(offsets, stored.offsets())
-    if format == "fp4":  # ggml has no -0
-        found = QuantizedTensor(packed, scales, weight.shape, format, 32, "float32", "imported")
-        assert torch.equal(found.dequantize(), weight.dequantize())
-    else:
-        assert torch.equal(packed, stored.packed)
+    found = as_read(stored)
+    assert torch.equal(found.scales, stored.scales)
+    assert torch.equal(found.dequantize(), weight.dequantize())
+    assert format == "fp4" or torch.equal(found.packed, stored.packed)  # ggml has no -0
     if size == 32:
         assert torch.equal(stored.packed, weight.packed)
 
@@ -77,11 +80,7 @@ def test_blocks_of_zeros_stay_zeros():
     for format in KINDS:
         weight = random_weight(format, 32, 2, 0)
         weight.scales[:, 0] = 0
-        packed, scales, offsets = as_read(in_blocks(weight))
-        encoding = "float32" if offsets is None else "float32_offsets"
-        parts = scales if offsets is None else torch.cat([scales, offsets], dim=-1)
-        found = QuantizedTensor(packed, parts, weight.shape, format, 32, encoding, "imported")
-        assert torch.equal(found.dequantize(), weight.dequantize()), format
+        assert torch.equal(as_read(in_blocks(weight)).dequantize(), weight.dequantize()), format
 
 
 def test_what_is_not_exact_is_told():
@@ -167,3 +166,49 @@ def test_the_errors_on_the_page_are_those_of_normal_weights():
     stored = lowmem.quantize(weight, "nf4")
     added = (nearest(stored, "iq4_nl").dequantize() - stored.dequantize()).norm() / stored.dequantize().norm()
     assert f"({float(added):.3f} for nf4)" in page
+
+
+def random_blocks(format, rows, blocks, seed, least=-30):
+    """Return random bytes, whose float16 numbers are finite, of either sign, some zero or subnormal."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(
+        0, 256, (rows, blocks, BLOCKS[SUPERBLOCKS[format]].nbytes), generator=generator, dtype=torch.uint8
+    )
+    for at in (0, 2) if format == "uint4" else (0,):
+        sizes = torch.exp2(torch.randint(least, 8, (rows, blocks, 1), generator=generator).float())
+        d = (torch.randn(rows, blocks, 1, generator=generator) * sizes).half()
+        raw[..., at : at + 2] = d.view(torch.uint8)
+    return raw
+
+
+@given(st.sampled_from([*SUPERBLOCKS]), strategies.few_rows, st.integers(1, 3), st.integers(0, 2**31))
+def test_superblocks_keep_codes_scales_and_offsets(format, rows, blocks, seed):
+    weight = read(SUPERBLOCKS[format], random_blocks(format, rows, blocks, seed).flatten(1))
+    found = read(SUPERBLOCKS[format], superblock_rows(weight))
+    assert torch.equal(found.packed, weight.packed)
+    assert torch.equal(found.scales, weight.scales)
+
+
+def test_the_largest_factor_gives_the_bytes_of_llama_cpp():
+    """Its quantizers give the largest scale of a superblock the factor 63, or -32."""
+    for format in SUPERBLOCKS:
+        raw = random_blocks(format, 4, 2, 0, least=-4)
+        if format == "uint4":
+            raw[..., 4], raw[..., 8] = raw[..., 4] | 63, raw[..., 8] | 63
+        else:
+            raw[..., 4], raw[..., 2] = raw[..., 4] & 0xF0, raw[..., 2] & 0xFC  # 0 - 32
+        raw = raw.flatten(1)
+        assert torch.equal(superblock_rows(read(SUPERBLOCKS[format], raw)), raw)
+
+
+def test_other_scales_are_no_superblocks():
+    for format in SUPERBLOCKS:
+        weight = read(SUPERBLOCKS[format], random_blocks(format, 2, 2, 0).flatten(1))
+        for column in (0, -1):
+            changed = weight.scales.clone()
+            changed[1, column] *= 1 + 2**-20
+            assert superblock_rows(replace(weight, scales=changed)) is None
+    for format, columns, fits in (("iq4_nl", 128, False), ("q4_0", 256, False), ("uint4", 256, True)):
+        packed, scales = torch.zeros(2, columns // 2).byte(), torch.ones(2, columns // 32)
+        weight = QuantizedTensor(packed, scales, torch.Size((2, columns)), format, 32, "float32", "imported")
+        assert (superblock_rows(weight) is not None) == fits

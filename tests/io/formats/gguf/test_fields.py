@@ -22,7 +22,7 @@ LLAMA3 = {
 }
 
 
-def test_a_llama():
+def test_the_config_of_a_llama_becomes_fields():
     assert model_fields(CONFIG) == {
         "llama.block_count": 1,
         "llama.context_length": 128,
@@ -39,7 +39,7 @@ def test_a_llama():
     }
 
 
-def test_other_configs():
+def test_configs_of_other_models_and_older_ones_become_fields():
     def fields(**changes):
         return model_fields({**CONFIG, **changes})
 
