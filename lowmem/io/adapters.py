@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import printable, quoted, refusal, show
 from lowmem.io.atomic import starts_with
-from lowmem.io.checkpoint import as_in_file, how_stored
+from lowmem.io.checkpoint import how_stored
 from lowmem.io.container import read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
@@ -29,7 +29,7 @@ from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.fold import without_adapters
-from lowmem.nn.stored_module import StoredModule, file_names
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
@@ -256,21 +256,13 @@ def fingerprint(model: nn.Module, paths: list[str]) -> str:
 
 
 def _state_of(base: nn.Module, parameter: str) -> dict[str, Tensor]:
-    """Return a layer's tensors by their names in files: of a linear layer all, of others those of the parameter."""
-    parts = file_names(base) if isinstance(base, StoredModule) else {}
-    if not isinstance(base, nn.Linear) and parameter in parameters_to_adapt(base):
-        own = (
-            [f"{parameter}_{part}" for part in base.forms[parameter].parts] if isinstance(base, StoredModule) else []
-        )
-        if own:
-            return {parts[name]: as_in_file(base, name) for name in own}  # type: ignore[arg-type]
-        return {parameter: parameter_of(base, parameter)}
-    recorded = format_keys(base)
-    return {
-        parts.get(name, name): as_in_file(base, name) if name in parts else value  # type: ignore[arg-type]
-        for name, value in base.state_dict().items()
-        if name not in recorded
-    }
+    """Return the part of a layer's state that the parameter's adapter depends on: all of it for a linear layer."""
+    if isinstance(base, nn.Linear) or parameter not in parameters_to_adapt(base):
+        recorded = format_keys(base)
+        return {name: value for name, value in base.state_dict().items() if name not in recorded}
+    if isinstance(base, StoredModule) and parameter in base.forms:
+        return {name: getattr(base, name) for name in (f"{parameter}_{part}" for part in base.forms[parameter].parts)}
+    return {parameter: parameter_of(base, parameter)}
 
 
 def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:

@@ -23,7 +23,7 @@ from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.forms import CodedForm
-from lowmem.nn.stored_module import StoredModule, file_names
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Half
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
@@ -32,7 +32,7 @@ from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
 
-__all__ = ["as_in_file", "how_stored", "load", "names_in_files", "save"]
+__all__ = ["how_stored", "load", "save"]
 
 
 @one_at_a_time
@@ -60,7 +60,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     refuse_sharded("save", model)
     _refuse_lazy(model)
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
-    names = names_in_files(model)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -68,10 +67,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"state {show(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
         if id(value) not in seen:
             seen.add(id(value))
-            module, part = names.get(name, (None, ""))
-            tensors[name if module is None else _in_file(name, module, part)] = (
-                value if module is None else as_in_file(module, part)
-            )
+            tensors[name] = value
     stored: dict[str, Any] = {}
     known: dict[int, Any] = {}  # id of a stored weight -> its record; layers that share it need none of their own
     adapters: dict[str, Any] = {}
@@ -151,26 +147,3 @@ def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
         elif name != "bias":
             records[name] = technique_record(Half(weight.dtype))
     return records
-
-
-def names_in_files(model: nn.Module) -> dict[str, tuple[StoredModule, str]]:
-    """Return the module and the part's name for each key of the model's state that is a stored part."""
-    found: dict[str, tuple[StoredModule, str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StoredModule):
-            found |= {f"{path}.{name}".lstrip("."): (module, name) for name in module.part_names}
-    return found
-
-
-def _in_file(name: str, module: StoredModule, part: str) -> str:
-    return name.removesuffix(part) + file_names(module)[part]
-
-
-def as_in_file(module: StoredModule, part: str) -> Tensor:
-    """Return a part as files hold it: scales in their own dtype."""
-    value: Tensor = getattr(module, part)
-    name, _, kind = part.rpartition("_")
-    if kind != "scales":
-        return value
-    weight: Any = module.stored_weight(name)
-    return weight.scales  # type: ignore[no-any-return]

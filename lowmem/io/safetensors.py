@@ -130,11 +130,12 @@ class Header:
 def place(specs: Mapping[str, TensorSpec]) -> dict[str, Placed]:
     """Return each tensor's offset, in the order of the file.
 
-    Sorted by descending item size, then by name, so that each tensor is aligned without gaps.
+    Sorted by the largest power of two that divides the bytes of a tensor, largest first, then by name. Each tensor is
+    then aligned without gaps, also the bytes of scales, which are read as floats.
     """
     placed = {}
     begin = 0
-    for name in sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name)):
+    for name in sorted(specs, key=lambda name: (-(specs[name].nbytes & -specs[name].nbytes), name)):
         placed[name] = Placed(specs[name], begin)
         begin += specs[name].nbytes
     return placed

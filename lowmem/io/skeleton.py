@@ -18,7 +18,7 @@ from lowmem.nn.adapter import layout_of
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.linear import Linear4Bit, gathered_copy
-from lowmem.nn.stored_module import StoredModule, as_part, file_names
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.adapters import add_placed
 from lowmem.transforms.commit import commit
@@ -259,7 +259,6 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own: dict[int, Tensor] = {}
     extra_states: list[str] = []
     recorded = format_keys(model)  # skipped: the skeletons have the formats that the file records
-    tensors = _by_state_names(model, tensors)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -282,9 +281,10 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     for path, module in model.named_modules():
         for own_name in module.forms if isinstance(module, StoredModule) else ():
-            order = tensors.get(f"{path}.{own_name}_order".lstrip("."))
+            place = f"{path}.{own_name}_order".lstrip(".")
+            order = tensors.get(place)
             if order is not None and order.dtype is torch.int32:
-                check_order(order, f"{path}.order".lstrip("."))
+                check_order(order, place)
     found: dict[int, Tensor] = {}
     for key, group in names.items():
         first, *others = [name for name in group if name in tensors]
@@ -315,16 +315,6 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     tensors_of[name] = found[id(value)]  # type: ignore[assignment]
     for name in extra_states:
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensors[name])
-
-
-def _by_state_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors by the names of the model's state; scales become their bytes."""
-    names: dict[str, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StoredModule):
-            prefix = f"{path}." if path else ""
-            names |= {prefix + old: prefix + name for name, old in file_names(module).items()}
-    return {names.get(name, name): as_part(tensor, names.get(name, "")) for name, tensor in tensors.items()}
 
 
 def _named(what: str, names: list[str]) -> str:

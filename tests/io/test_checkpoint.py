@@ -54,7 +54,7 @@ def test_identical_models_give_identical_bytes_and_saving_over_the_mapped_file_w
 
 def test_ties_and_shared_modules_are_stored_once_and_stay(tmp_path):
     save(small("nf4"), tmp_path / "m")
-    assert not {"head.packed", "again.packed"} & set(read(tmp_path / "m").tensors)
+    assert not {"head.weight_packed", "again.weight_packed"} & set(read(tmp_path / "m").tensors)
     loaded = load(tmp_path / "m", Small)
     assert loaded.head.packed is loaded.embedding.packed
     assert loaded.again is loaded.layers[0]
@@ -168,7 +168,7 @@ def test_extra_tensors_and_tensors_of_another_format_are_named(tmp_path):
         load(tmp_path / "more", Small)
     layers = {path: {**record, "block_size": 8} for path, record in file.metadata["layers"].items()}
     write_tensors(tmp_path / "other", file.tensors, {**file.metadata, "layers": layers})
-    with pytest.raises(FileError, match=r"scales is torch.uint8 .* in it"):
+    with pytest.raises(FileError, match=r"weight_scales is torch.uint8 .* in it"):
         load(tmp_path / "other", Small)
 
 

@@ -137,14 +137,14 @@ def test_the_bytes_are_those_of_the_format():
     lowmem = json.dumps('{"block_size":64,"format":"nf4","version":1}')
     text = (
         f'{{"__metadata__":{{"sha256":"{"0" * 64}","lowmem":{lowmem}}},'
-        '"step":{"dtype":"I64","shape":[],"data_offsets":[0,8]},'
-        '"empty":{"dtype":"F32","shape":[3,0],"data_offsets":[8,8]},'
-        '"layer.bias":{"dtype":"F32","shape":[2],"data_offsets":[8,16]},'
+        '"layer.bias":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
+        '"step":{"dtype":"I64","shape":[],"data_offsets":[8,16]},'
         '"layer.scales":{"dtype":"BF16","shape":[2,1],"data_offsets":[16,20]},'
-        '"codes":{"dtype":"U8","shape":[7],"data_offsets":[20,27]}}'
+        '"codes":{"dtype":"U8","shape":[7],"data_offsets":[20,27]},'
+        '"empty":{"dtype":"F32","shape":[3,0],"data_offsets":[27,27]}}'
     )
     text += " " * (-(8 + len(text)) % 64)
-    data = b"\7\0\0\0\0\0\0\0\0\0\x80\x3e\0\0\x80\xbf\xc0\x3f\0\xc0\0\1\2\3\4\5\6"
+    data = b"\0\0\x80\x3e\0\0\x80\xbf\7\0\0\0\0\0\0\0\xc0\x3f\0\xc0\0\1\2\3\4\5\6"
     assert sealed(FILE) == FILE == sealed(len(text).to_bytes(8, "little") + text.encode() + data)
 
 
@@ -322,7 +322,7 @@ def changed_header(old, new):
 
 
 @rows_in_one_case(("content", "reason"), [
-        (changed_header(b"[0,8]", b"[0,9]"), "'step' has 9 bytes, and its shape takes 8; get it again from who"),
+        (changed_header(b"[0,8]", b"[0,9]"), "'layer.bias' has 9 bytes, and its shape takes 8; get it again"),
         (changed_header(b"[8,16]", b"[0,8]"), "there is an overlap"),
         (changed_header(b"[20,27]", b"[21,28]"), "there is a gap"),
         (changed_header(b'"U8"', b'"U9"'), "dtype 'U9', which is none of"),

@@ -130,7 +130,7 @@ def test_patterns_choose_and_other_tensors_are_copied(tmp_path):
     rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit(), exclude=["b.*"])
     assert [row.name for row in rows if row.converted] == ["a.weight"]
     tensors = read(tmp_path / "out").tensors
-    assert {"a.packed", "a.scales"} | (set(state) - {"a.weight"}) == set(tensors)
+    assert {"a.weight_packed", "a.weight_scales"} | (set(state) - {"a.weight"}) == set(tensors)
     assert all(torch.equal(tensors[name], state[name]) for name in state if name in tensors)
     rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit(), exclude=["norm.*", "a.*"])
     assert [row.name for row in rows if row.converted] == ["b.weight"]
@@ -144,7 +144,7 @@ def test_names_of_tensors_are_shown_as_they_can_be(tmp_path):
     with pytest.raises(ValueError, match=r"\\x1b\]0;owned\\x07\\n\\u202e.weight: .*--exclude") as caught:
         convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit())
     assert str(caught.value).isprintable()
-    packed = f"{name.removesuffix('weight')}packed"
+    packed = f"{name}_packed"
     state = {name: torch.ones(8, 8), packed: torch.ones(8, 8)}
     safetensors.torch.save_file(state, tmp_path / "in")
     with pytest.raises(ValueError, match="would be .*packed; copy one") as caught:
@@ -177,9 +177,9 @@ def test_a_weight_that_cannot_be_quantized_is_named(tmp_path):
 
 
 def test_names_that_meet_are_refused(tmp_path):
-    state = {"a.weight": torch.ones(2, 8), "a.packed": torch.ones(2)}
+    state = {"a.weight": torch.ones(2, 8), "a.weight_packed": torch.ones(2)}
     safetensors.torch.save_file(state, tmp_path / "in")
-    with pytest.raises(ValueError, match=r"both a.* and a.* would be a.packed; copy one"):
+    with pytest.raises(ValueError, match=r"both a.* and a.* would be a.weight_packed; copy one"):
         convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit())
     assert not (tmp_path / "out").exists()
 

@@ -199,7 +199,7 @@ def _weights(
             weights[name] = replace(weights[name], shape=swapped(weight.shape), transposed=True)
     for name in left:
         own = name.removesuffix("_rounded")
-        if name.endswith(("weight_packed", "weight_scales", ".packed", ".scales")):
+        if name.endswith(("weight_packed", "weight_scales")):
             raise refusal(path, f"nothing says how its tensor {show(name)} is stored; get it again")
         if own in weights:
             raise refusal(path, f"it has {show(own)} twice; get it again")
@@ -221,20 +221,16 @@ def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:
-    """Return the name of the weight of a record, and those of its codes and scales: files and folders differ in them.
+    """Return the name of the weight of a record, and those of its codes and scales.
 
     A record of ``a.b`` is of the weight of that module, or of its parameter ``b``.
     """
-    dot = f"{place}." if place else ""
-    for name, prefix in (
-        (f"{dot}weight", f"{dot}weight_"),
-        (f"{dot}weight", dot),
-        (place, f"{place}_"),
-    ):
-        packed, scales = f"{prefix}packed", f"{prefix}scales"
+    weight = f"{place}.weight".lstrip(".")
+    for name in (weight, place):
+        packed, scales = f"{name}_packed", f"{name}_scales"
         if packed in specs and scales in specs:
             return name, (packed, scales)
-    return f"{dot}weight", None
+    return weight, None
 
 
 def _fourbit(
@@ -250,10 +246,8 @@ def _fourbit(
     empty = QuantizedTensor.empty(
         torch.Size(shape or (1,)), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
     )
-    wanted, dtype = empty.scales.shape, empty.scales.dtype
-    as_bytes = torch.Size((*wanted[:-1], wanted[-1] * dtype.itemsize))
-    found = torch.Size(scales.shape)
-    if packed.dtype is not torch.uint8 or (found, scales.dtype) not in ((wanted, dtype), (as_bytes, torch.uint8)):
+    wanted = TensorSpec.of(empty.scales.view(torch.uint8)) if shape else None
+    if packed.dtype is not torch.uint8 or scales != wanted:
         why = f"{show(parts[0])} {packed.shape} and {show(parts[1])} {scales.shape} are no weight in {form}"
         raise refusal(path, f"{why}; get it again")
 

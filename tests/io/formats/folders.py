@@ -111,10 +111,9 @@ def write_file(path: Path, weights: Weights) -> Path:
     layers = {}
     for name, weight in weights.items():
         if isinstance(weight, QuantizedTensor):
-            module = name.removesuffix("weight")
-            parts |= {f"{module}packed": weight.packed, f"{module}scales": weight.scales}
+            parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
             form = blockwise(weight.format, weight.block_size, weight.scale_encoding)
-            layers[module.rstrip(".")] = technique_record(form, weight.method)
+            layers[name.removesuffix("weight").rstrip(".")] = technique_record(form, weight.method)
         else:
             parts[name] = weight
     write_tensors(path, parts, {"kind": "model", "layers": layers})

@@ -66,8 +66,8 @@ def test_columns_in_another_order_and_swapped_dimensions_are_put_back(tmp_path):
         (["gathered"], (2, 8, 64)),
         (["gathered", "transposed"], None),
     ):
-        parts = {"a.packed": weight.packed, "a.scales": weight.scales}
-        parts |= {"a.order": order} if "gathered" in flags else {}
+        parts = {"a.weight_packed": weight.packed, "a.weight_scales": weight.scales}
+        parts |= {"a.weight_order": order} if "gathered" in flags else {}
         layers = {"a": {**record, **dict.fromkeys(flags, True)}}
         write_tensors(tmp_path / "a.safetensors", parts, {"kind": "model", "layers": layers})
         with open_stored(tmp_path / "a.safetensors") as model:
@@ -141,13 +141,13 @@ def test_an_order_that_leaves_columns_out_is_refused_when_it_is_read(tmp_path):
     for wrong in (0, 64, -1):
         order = torch.arange(64).int()
         order[5] = wrong
-        parts = {"a.packed": weight.packed, "a.scales": weight.scales, "a.order": order}
+        parts = {"a.weight_packed": weight.packed, "a.weight_scales": weight.scales, "a.weight_order": order}
         write_tensors(
             tmp_path / "a.safetensors", parts, {"kind": "model", "layers": {"a": {**record, "gathered": True}}}
         )
         with (
             open_stored(tmp_path / "a.safetensors") as model,
-            pytest.raises(FileError, match=r"a.order' does not name each of 64 columns once; get it again"),
+            pytest.raises(FileError, match=r"a.weight_order' does not name each of 64 columns once; get it again"),
         ):
             model.weights["a.weight"].plain()
 
