@@ -17,7 +17,7 @@ from torch import Tensor, distributed, nn
 from lowmem.distributed.gather import gather
 from lowmem.distributed.shard import shard
 from lowmem.finetuning.ranks import Alone, Ranks
-from lowmem.io.wrappers import unwrap
+from lowmem.io.checkpoint import unwrap
 
 __all__ = ["TIMEOUT", "Replicated", "Sharded", "is_told_by_first", "joined", "started_rank"]
 

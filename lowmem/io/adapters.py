@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ from torch import Tensor, nn
 
 from lowmem.errors import printable, quoted, refusal, show
 from lowmem.io.atomic import starts_with
-from lowmem.io.checkpoint import how_stored
+from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, read_peft
+from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, PeftContent, read_peft
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
-from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
@@ -146,9 +145,13 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
     path = Path(path)
-    content = (_of_folder if path.is_dir() else _of_file)(path, model, places)
+    if path.is_dir():
+        own_name, content = "default", read_peft(path, model)
+        _refuse_layers("load_adapter", places, model, content.techniques)
+    else:
+        own_name, content = _of_file(path, model, places)
     try:
-        name = content.name if name is None else name
+        name = own_name if name is None else name
         check_name(name)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
         first = {place: place_name(found[places[place][0]][0], places[place][1]) for place in content.techniques}
@@ -185,24 +188,8 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     return model
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What a file or folder holds, for a model that it fits: see ``PeftContent``."""
-
-    name: str
-    techniques: dict[str, LoRA]
-    tensors: dict[str, dict[str, Tensor]]
-    base_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    trained: list[Tensor] = field(default_factory=list)
-
-
-def _of_folder(path: Path, model: nn.Module, places: Mapping[str, tuple[nn.Module, str]]) -> _Content:
-    found = read_peft(path, model)
-    _refuse_layers("load_adapter", places, model, found.techniques)
-    return _Content("default", found.techniques, found.tensors, found.base_values, found.trained)
-
-
-def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> _Content:
+def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> tuple[str, PeftContent]:
+    """Return the name of the adapter in lowmem's file, and what the file holds."""
     _refuse_foreign(path)
     file = read(path)
     try:
@@ -216,7 +203,7 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
     tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
     half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
     records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
-    return _Content(name, records, tensors)
+    return name, PeftContent(records, tensors)
 
 
 def _refuse_layers(

@@ -15,24 +15,29 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import refusal, show
-from lowmem.io.container import write_tensors
-from lowmem.io.metadata import adapters_record, form_record, technique_record
+from lowmem.io.container import TensorFile, write_tensors
+from lowmem.io.metadata import adapters_record, form_record
 from lowmem.io.shards import read_model
-from lowmem.io.skeleton import assign, build
-from lowmem.io.wrappers import unwrap
+from lowmem.io.skeleton import assign, convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.coded_module import format_keys
-from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
-from lowmem.nn.techniques import Half
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
 from lowmem.transforms.commit import one_at_a_time
+from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
 
-__all__ = ["how_stored", "load", "save"]
+__all__ = ["how_stored", "load", "save", "unwrap"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel or DataParallel, whose paths lack ``module.``; or the model."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model
 
 
 @one_at_a_time
@@ -120,14 +125,23 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         raise TypeError(f"factory={type(factory).__name__} must be a callable that makes the model")
     file = read_model(path)
     try:
-        model = build(factory, file.metadata, file.tensors)
-        assign(model, file.tensors)
+        model = _built(factory, file)
     except (ValueError, LookupError, AttributeError, OverflowError) as reason:
         text = (
             str(reason) if isinstance(reason, ValueError) else f"its record of the layers is not lowmem's ({reason})"
         )
         raise refusal(path, text, "load") from reason
     trim_heap(model)
+    return model
+
+
+def _built(factory: Callable[[], nn.Module], file: TensorFile) -> nn.Module:
+    model = make_on_meta(factory)
+    try:
+        convert_skeleton(model, file.metadata, file.tensors)
+    except TypeError as reason:
+        raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
+    assign(model, file.tensors)
     return model
 
 
@@ -141,9 +155,7 @@ def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
     for name, form in module.forms.items():
         weight = module.stored_weight(name)
         if isinstance(weight, QuantizedTensor):
-            assert isinstance(form, CodedForm)
             weight.check_layout()
+        if name != "bias":
             records[name] = form_record(form)
-        elif name != "bias":
-            records[name] = technique_record(Half(weight.dtype))
     return records

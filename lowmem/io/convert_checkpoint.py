@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import printable, show
-from lowmem.io.container import TensorSpec
 from lowmem.io.metadata import layer_of
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import PlannedWeight, check_target, write_model
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm

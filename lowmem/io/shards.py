@@ -18,9 +18,9 @@ from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.io.container import FORMAT_VERSION, TensorFile, TensorSpec, read, write
+from lowmem.io.container import FORMAT_VERSION, TensorFile, read, write
 from lowmem.io.metadata import form_record, layer_of
-from lowmem.io.safetensors import parse_json, read_at_most
+from lowmem.io.safetensors import TensorSpec, parse_json, read_at_most
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor

@@ -20,19 +20,11 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors import SafetensorError
 
+from lowmem.errors import FileError
 from lowmem.io import container
-from lowmem.io.container import (
-    DIGEST,
-    FORMAT_VERSION,
-    FileError,
-    TensorSpec,
-    open_checkpoint,
-    read,
-    write,
-    write_plain,
-    write_tensors,
-)
-from lowmem.io.safetensors import DTYPES, MAX_HEADER
+from lowmem.io.container import DIGEST, FORMAT_VERSION, read, write, write_plain, write_tensors
+from lowmem.io.safetensors import DTYPES, MAX_HEADER, TensorSpec
+from lowmem.io.source import Checkpoint
 from tests.profiled import ONE_THREAD
 from tests.selection import rows_in_one_case
 from tests.strategies import json_values, metadatas, names, tensors
@@ -124,7 +116,7 @@ def test_what_is_written_comes_back_bit_for_bit(tensors, metadata):
         file = read(path)
         assert same(file.tensors, tensors)
         assert file.metadata == metadata
-        with open_checkpoint(path) as checkpoint:
+        with Checkpoint(path) as checkpoint:
             assert same({name: checkpoint.read_tensor(name) for name in checkpoint.specs}, tensors)
         if all(tensor.dtype in LIBRARY_DTYPES for tensor in tensors.values()):
             assert same(safetensors.torch.load_file(path), tensors)
@@ -177,7 +169,7 @@ def test_a_file_is_saved_over_the_one_its_tensors_are_views_of(tmp_path):
 def test_a_checkpoint_of_any_origin_is_read_a_tensor_at_a_time(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file(SMALL, path, {"format": "pt"})
-    with open_checkpoint(path) as checkpoint:
+    with Checkpoint(path) as checkpoint:
         assert checkpoint.metadata == {"format": "pt"}
         assert checkpoint.specs == {name: TensorSpec.of(tensor) for name, tensor in SMALL.items()}
         assert same({name: checkpoint.read_tensor(name) for name in reversed(checkpoint.specs)}, SMALL)
@@ -188,12 +180,12 @@ def test_a_checkpoint_of_any_origin_is_read_a_tensor_at_a_time(tmp_path):
 def test_a_checkpoint_that_is_cut_while_it_is_open_is_refused(tmp_path):
     path = tmp_path / "model.safetensors"
     safetensors.torch.save_file({"a": torch.ones(10**5)}, path)
-    with open_checkpoint(path) as checkpoint:
+    with Checkpoint(path) as checkpoint:
         os.truncate(path, path.stat().st_size - 1)
         with pytest.raises(FileError, match="cannot read .*: it was cut after it was opened, in tensor 'a'; get it"):
             checkpoint.read_tensor("a")
     reason = "no valid safetensors file: the tensors take .* get it again"
-    with pytest.raises(FileError, match=reason), open_checkpoint(path):
+    with pytest.raises(FileError, match=reason), Checkpoint(path):
         pass
 
 
@@ -249,7 +241,7 @@ def test_a_header_of_another_length_is_refused(length):
     if length != len(header_of(FILE)):
         content = sealed(length.to_bytes(8, "little") + FILE[8:])
         refused(content)
-        with a_file(content) as path, pytest.raises(FileError), open_checkpoint(path):
+        with a_file(content) as path, pytest.raises(FileError), Checkpoint(path):
             pass
 
 
@@ -263,7 +255,7 @@ def accepted_as_canonical(content):
         else:
             assert written(file.tensors, file.metadata) == content
         try:
-            with open_checkpoint(path) as checkpoint:
+            with Checkpoint(path) as checkpoint:
                 found = {name: checkpoint.read_tensor(name) for name in checkpoint.specs}
         except FileError as error:
             assert str(path) in str(error)  # noqa: PT017
@@ -385,7 +377,7 @@ PLAIN = safetensors.torch.save({"a": torch.ones(3)}, {"format": "pt"})
 def test_a_file_of_another_kind_is_told(content, reason):
     refused(content, reason)
     if content != PLAIN and b'"lowmem"' not in content:
-        with a_file(content) as path, pytest.raises(FileError, match="cannot read"), open_checkpoint(path):
+        with a_file(content) as path, pytest.raises(FileError, match="cannot read"), Checkpoint(path):
             pass
 
 
@@ -410,7 +402,7 @@ def test_what_is_no_file_is_an_error_that_names_it(tmp_path):
     for path in paths:
         with pytest.raises(OSError, match=f"cannot read '{path}': .*; name a"):
             read(path)
-        with pytest.raises(OSError, match=f"cannot read '{path}': .*; name a"), open_checkpoint(path):
+        with pytest.raises(OSError, match=f"cannot read '{path}': .*; name a"), Checkpoint(path):
             pass
 
 
@@ -510,7 +502,8 @@ def test_a_failure_between_two_tensors_leaves_the_file_before(tmp_path, failure)
 
 KILLED = """
 import sys, time, torch
-from lowmem.io.container import TensorSpec, write
+from lowmem.io.container import write
+from lowmem.io.safetensors import TensorSpec
 
 def make():
     yield "a", torch.ones(10**6)
@@ -549,7 +542,10 @@ def test_permissions_follow_the_umask(tmp_path, umask, mode):
 MEMORY = """
 import sys, torch
 from pathlib import Path
-from lowmem.io.container import FileError, TensorSpec, open_checkpoint, read, write
+from lowmem.errors import FileError
+from lowmem.io.container import read, write
+from lowmem.io.safetensors import TensorSpec
+from lowmem.io.source import Checkpoint
 
 path = Path(sys.argv[1])
 MIB = 2**20
@@ -568,7 +564,7 @@ for length in (16 * MIB, 16 * MIB + 1, 2**32, 2**63, 2**64 - 1):
         path.write_bytes(length.to_bytes(8, "little") + b'{"__metadata__":{"sha256":"')
         with open(path, "ab") as file:
             file.truncate(size)
-        for function in (read, lambda path: open_checkpoint(path).__enter__()):
+        for function in (read, lambda path: Checkpoint(path).__enter__()):
             if length > 16 * MIB or size < 16 * MIB:
                 try:
                     function(path)
@@ -579,7 +575,7 @@ path.unlink()
 print(peak() - start)
 write(path, {str(number): TensorSpec(torch.uint8, (8 * MIB,)) for number in range(COUNT)}, {}, make())
 print(peak() - start)
-with open_checkpoint(path) as checkpoint:
+with Checkpoint(path) as checkpoint:
     assert all((checkpoint.read_tensor(name) == int(name)).all() for name in checkpoint.specs)
 print(peak() - start)
 file = read(path)

@@ -15,8 +15,9 @@ from torch import nn
 
 from lowmem import Budget, FourBit, convert, load, save
 from lowmem.errors import FileError
-from lowmem.io.container import TensorSpec, read
+from lowmem.io.container import read
 from lowmem.io.convert_checkpoint import convert_checkpoint
+from lowmem.io.safetensors import TensorSpec, encode
 from lowmem.nn.techniques import blockwise
 from lowmem.quant.formats import FORMATS
 from tests import strategies
@@ -245,12 +246,10 @@ def converted_in_a_process(source, target):
 
 def write_large(path, tensors):
     """Write a checkpoint of so many tensors of 64 MiB, one at a time."""
-    from lowmem.io.safetensors import Header, encode, place
-
     specs = {f"layers.{number}.weight": TensorSpec(torch.float32, (4096, 4096)) for number in range(tensors)}
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     with open(path, "wb") as file:
-        file.write(encode(Header({}, place(specs))))
+        file.write(encode({}, specs))
         for _ in specs:
             file.write(weight.numpy().data)
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from lowmem import FourBit, load
 from lowmem.errors import FileError
-from lowmem.io.container import TensorSpec, read, write_tensors
+from lowmem.io.container import read, write_tensors
 from lowmem.io.convert_checkpoint import convert_checkpoint
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import divide, encode_index, index_of, parse_index, read_index, read_model, shard_name
 from tests.models import INDICES, Small
 

@@ -6,9 +6,9 @@ import torch
 
 from lowmem import FourBit
 from lowmem.errors import FileError
-from lowmem.io.container import TensorSpec
 from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.source import Source
 
 

@@ -14,21 +14,18 @@ from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import starts_with
-from lowmem.io.container import TensorSpec
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.metadata import check_config, check_object, technique_of
+from lowmem.io.metadata import check_config, form_of
 from lowmem.io.model_folder import CONFIG, check_layers, read_model_config, weights_in
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import read_model
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.techniques import Blockwise
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["StoredModel", "StoredWeight", "open_stored", "swapped"]
-
-_FLAGS = ("transposed", "gathered")
 
 
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -174,13 +171,12 @@ def _weights(
     tied = []
     for place, record in records.items():
         try:
-            flags = {name for name in _FLAGS if isinstance(record, dict) and record.get(name) is True}
-            technique, method = technique_of({k: v for k, v in check_object(record).items() if k not in flags})
+            form = form_of(record)
         except ValueError as reason:
             raise refusal(path, f"the record of {show(place)} is not lowmem's: {reason}; upgrade lowmem") from None
-        if not isinstance(technique, Blockwise):
+        if not isinstance(form, CodedForm):
             continue
-        form = CodedForm(str(technique.format), technique.block_size or 0, str(technique.scales), str(method))
+        flags, form = form.flags, replace(form, transposed=False, gathered=False, compute_dtype=None)
         name, parts = _parts(place, specs)
         if name in left and specs[name].dtype == torch.uint8:  # of a folder: the format's name, which the record has
             left.discard(name)

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lowmem.errors import FileError, printable, refusal, show
 from lowmem.io.atomic import read_errors
-from lowmem.io.container import TensorSpec, open_checkpoint
 from lowmem.io.formats.peft.config import MERGE, Matcher, PeftConfig
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
 from lowmem.io.model_folder import read_config
+from lowmem.io.safetensors import TensorSpec
+from lowmem.io.source import Checkpoint
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.stored_module import StoredModule
@@ -72,7 +73,7 @@ def read_peft(folder: Path, model: nn.Module) -> PeftContent:
         config = PeftConfig.parsed(content)
     except ValueError as reason:
         raise refusal(folder / CONFIG, str(reason), "load the adapter") from None
-    with open_checkpoint(folder / WEIGHTS) as file:
+    with Checkpoint(folder / WEIGHTS) as file:
         try:
             found = _Reading(model, config, dict(file.specs), file.read_tensor).content()
         except FileError:
