@@ -21,7 +21,6 @@ __all__ = [
     "check_regular",
     "copy_others",
     "quantization_of",
-    "read_config",
     "read_model_config",
     "read_object",
     "refuse_layers",
@@ -52,28 +51,19 @@ _COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)
 """Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
 
 
-def read_config(
+def read_object(
     path: Path, limit: int = MAX_CONFIG, kind: str = "config", parse: Callable[[bytes], Any] = parse_json
-) -> Any:
-    """Return what a file of JSON holds, such as a model's config.json.
+) -> dict[str, Any]:
+    """Return the object in a JSON file, such as a model's config.json.
 
     Raises:
-        FileError, OSError: the file is too large or damaged, or cannot be read.
+        FileError, OSError: the file takes more than ``limit`` bytes, is damaged or no object, or cannot be read.
     """
     text = read_at_most(path, limit, kind)
     try:
-        return parse(text)
+        content = parse(text)
     except (ValueError, RecursionError) as reason:
         raise refusal(path, f"it is damaged: {reason}; get it again") from None
-
-
-def read_object(path: Path, *how: Any) -> dict[str, Any]:
-    """Return what a file of JSON holds, as ``read_config``, which has to be an object.
-
-    Raises:
-        FileError, OSError: as ``read_config``, or it is none.
-    """
-    content = read_config(path, *how)
     if not isinstance(content, dict):
         raise refusal(path, f"it is {show(content)}, and must be an object; get it again")
     return content
@@ -83,30 +73,18 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
 
     Raises:
-        FileError, OSError: as ``read_config``, or it is no config of a model.
+        FileError, OSError: as ``read_object``, or ``quantization_config`` is no object.
     """
-    config = read_config(path)
-    if not isinstance(config, dict):
-        raise refusal(path, f"it is {show(config)}, and no config of a model; get it again")
-    _quantization_in(config, path)
+    config = read_object(path)
+    found = config.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
     return config
 
 
 def quantization_of(path: Path) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a model's config.json, or nothing.
-
-    Raises:
-        FileError, OSError: the file is damaged, or cannot be read.
-    """
-    content = read_config(path)
-    return _quantization_in(content, path) if isinstance(content, dict) else {}
-
-
-def _quantization_in(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    found = config.get("quantization_config")
-    if found is not None and not isinstance(found, dict):
-        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
-    return found or {}
+    """Return the ``quantization_config`` of a model's config.json, or an empty one; see ``read_model_config``."""
+    return read_model_config(path).get("quantization_config") or {}
 
 
 def check_regular(folder: Path) -> None:
@@ -163,20 +141,18 @@ def weights_in(folder: Path, action: str = "read") -> Path:
         OSError: the index cannot be read.
     """
     whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}{INDEX}"
-    if not os.path.lexists(index):
-        if not os.path.lexists(whole):
-            why = f"it has no {whole.name} and no {index.name}"
-            others = sorted(folder.glob("*.safetensors"))
-            if len(others) == 1:
-                why += f"; name its file {show(others[0].name)}, or rename it to the first"
-                raise refusal(folder, why, action)
-            why += ": lowmem reads safetensors only, and executed nothing"
-            raise refusal(folder, f"{why}; name a folder of such a model", action)
+    if os.path.lexists(index):
+        if os.path.lexists(whole) and whole.name not in read_index(index).values():
+            why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
+            raise refusal(folder, why, action)
+        return index
+    if os.path.lexists(whole):
         return whole
-    if os.path.lexists(whole) and whole.name not in read_index(index).values():
-        why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
-        raise refusal(folder, why, action)
-    return index
+    others = sorted(folder.glob("*.safetensors"))
+    remedy = ": lowmem reads safetensors only, and executed nothing; name a folder of such a model"
+    if len(others) == 1:
+        remedy = f"; name its file {show(others[0].name)}, or rename it to the first"
+    raise refusal(folder, f"it has no {whole.name} and no {index.name}{remedy}", action)
 
 
 def replace_files(written: Path, target: Path) -> None:

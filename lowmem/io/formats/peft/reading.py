@@ -18,7 +18,7 @@ from lowmem.errors import FileError, printable, refusal, show
 from lowmem.io.atomic import read_errors
 from lowmem.io.formats.peft.config import MERGE, Matcher, PeftConfig
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
-from lowmem.io.model_folder import read_config
+from lowmem.io.model_folder import read_object
 from lowmem.io.safetensors import TensorSpec
 from lowmem.io.source import Checkpoint
 from lowmem.nn.adapted_module import AdaptedModule
@@ -68,7 +68,7 @@ def read_peft(folder: Path, model: nn.Module) -> PeftContent:
         UserWarning: the config names another base than the model comes from.
     """
     _check_kind(folder)
-    content = read_config(folder / CONFIG)
+    content = read_object(folder / CONFIG)
     try:
         config = PeftConfig.parsed(content)
     except ValueError as reason:
@@ -307,5 +307,5 @@ def _warn_of_other_base(model: nn.Module, config: PeftConfig) -> None:
         warnings.warn(
             f"the adapter says that it was trained on {show(config.base)}, and the model comes from {show(own)}: "
             "nothing but shapes can be checked",
-            stacklevel=7,  # the caller of the function that both decorators wrap
+            stacklevel=6,  # the caller of the function that both decorators wrap
         )
