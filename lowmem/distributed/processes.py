@@ -14,8 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, distributed, nn
 
-from lowmem.distributed.gather import gather
-from lowmem.distributed.shard import shard
+from lowmem.distributed.shard import gather, shard
 from lowmem.finetuning.ranks import Alone, Ranks
 from lowmem.io.checkpoint import unwrap
 
@@ -48,31 +47,31 @@ class _Processes:
         distributed.all_reduce(total)
         return float(total)
 
+    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
+        """Return a context that does nothing."""
+        return nullcontext()
+
+    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
+        """Scale the gradients down to a common norm of at most ``most`` (None: any); return the norm before."""
+        norm: Any = nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def rest(self, model: nn.Module) -> None:
+        """Free parameters that a forward without backward has gathered."""
+        if hasattr(model, "reshard"):
+            model.reshard()  # type: ignore[operator]
+
 
 class Sharded(_Processes):
-    """Processes of which each has a part of the model (FSDP2)."""
+    """Processes of which each has a part of the model (FSDP2). Gradients are added where they are kept, in parts."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """Share a model's weights."""
+        """Shard the model's weights."""
         return shard(model)
 
     def whole(self, model: nn.Module) -> nn.Module | None:
         """Return a whole copy of the model in rank 0."""
         return gather(model)
-
-    def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
-        """Return a context that does nothing: gradients are added where they are kept, in parts."""
-        return nullcontext()
-
-    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
-        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
-        norm: Any = nn.utils.clip_grad_norm_(parameters, math.inf if most is None else most)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-
-    def rest(self, model: nn.Module) -> None:
-        """Let go of whole weights after a forward without backward."""
-        if hasattr(model, "reshard"):  # not the whole model that is evaluated before
-            model.reshard()  # type: ignore[operator]
 
 
 class Replicated(_Processes):
@@ -89,13 +88,6 @@ class Replicated(_Processes):
     def accumulating(self, model: nn.Module, last: bool) -> AbstractContextManager[object]:
         """Return a context in which gradients are exchanged for the last batch of a step alone."""
         return nullcontext() if last else model.no_sync()  # type: ignore[operator]
-
-    def clip(self, parameters: Iterable[Tensor], most: float | None) -> float:
-        """Return the norm of all gradients, which are scaled down to a norm of at most ``most``."""
-        return Alone().clip(parameters, most)
-
-    def rest(self, model: nn.Module) -> None:
-        """Do nothing: the model stays whole."""
 
 
 @contextmanager
