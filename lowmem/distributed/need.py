@@ -1,4 +1,4 @@
-"""What QLoRA takes in each of several processes, from the sizes of a model."""
+"""Predicts the peak memory of QLoRA in each of several processes from the sizes of a model."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def bytes_per_rank(
         in_blocks: the same without output layer and loss, thus without logits and without the output layer's weight,
             which is dequantized for more than 8 rows if it is in 8 bits. None: ``activations``, for an upper bound.
         bits: per weight in blocks: 4.5 for nf4 in blocks of 64 with float32 scales, 16 for ``Half``.
-        rest_bits: per weight outside of blocks; None: 8.125 if ``bits`` is below 8, since ``FourBit`` keeps embeddings
-            and output layers in 8 bits, else ``bits``.
+        rest_bits: per weight outside of blocks; None: 8.125 if ``bits`` is below 8, since ``FourBit`` stores
+            embeddings and output layers in 8 bits, else ``bits``.
 
     Raises:
         ValueError: a negative number, or a part that is larger than the whole.
