@@ -223,6 +223,10 @@ def lora(metadata):
             r"lacks layers.0.adapters.\\x1b\[2J.weight.lora_a$",
         ),
         (lambda m: lora(m)[0].update(name="keys"), "lacks layers.0.adapters.keys.weight.lora_a$"),
+        (
+            lambda m: lora(m).extend({**lora(m)[0], "name": f"a{n}"} for n in range(30_000)),
+            "it lacks layers.0.adapters.a0.weight.lora_a$",
+        ),
         (lambda m: m["adapters"].update({"again": []}), "adapters of again is not lowmem's: they are "),
         (lambda m: m["adapters"].update({"again": [{**lora(m)[0], "alpha": 1}]}), "adapts again and layers.0 diff"),
         (lambda m: m.update(adapters=[]), "record of the adapters is not lowmem's: it is "),
@@ -251,14 +255,6 @@ def test_a_record_that_says_something_else_is_refused_at_once(change, message, t
     assert not made  # before anything is allocated
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
-
-
-def test_thousands_of_adapters_without_tensors_are_refused_before_one_is_made(tmp_path, monkeypatch):
-    save(small("qlora"), tmp_path / "m")
-    rewritten(tmp_path / "m", lambda m: lora(m).extend({**lora(m)[0], "name": f"a{n}"} for n in range(30_000)))
-    monkeypatch.delattr(Adapter, "__init__")
-    with pytest.raises(FileError, match="it lacks layers.0.adapters.a0.weight.lora_a$"):
-        load(tmp_path / "m", Small)
 
 
 def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
@@ -323,32 +319,6 @@ def test_a_record_with_anything_anywhere_is_refused_in_a_line_or_is_one(tmp_path
         assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
 
 
-@given(st.data())
-def test_a_mutated_file_is_refused_and_named(tmp_path_factory, data):
-    directory = tmp_path_factory.mktemp("mutated")
-    save(convert(nn.Sequential(nn.Linear(8, 8)), FourBit(block_size=8)), directory / "m")
-    content = bytearray((directory / "m").read_bytes())
-    kind = data.draw(st.sampled_from(["flip", "cut", "append", "insert"]))
-    place = data.draw(st.integers(0, len(content) - 1))
-    if kind == "flip":
-        content[place] ^= 1 << data.draw(st.integers(0, 7))
-    elif kind == "cut":
-        del content[place:]
-    elif kind == "append":
-        content += data.draw(st.binary(min_size=1, max_size=70))
-    else:
-        content[place:place] = data.draw(st.binary(min_size=1, max_size=9))
-    (directory / "bad").write_bytes(content)
-    with pytest.raises(FileError, match="bad"):
-        load(directory / "bad", lambda: nn.Sequential(nn.Linear(8, 8)))
-
-
-def test_a_pickle_by_any_name_is_not_executed(tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "m.safetensors")
-    with pytest.raises(FileError, match="executed nothing"):
-        load(tmp_path / "m.safetensors", Small)
-
-
 def test_bad_arguments_are_named(tmp_path):
     for factory in (3, small("dense")):  # a module is callable, too
         with pytest.raises(TypeError, match=f"factory={type(factory).__name__} must be a callable"):
@@ -378,10 +348,6 @@ def test_methods_of_quantizing_come_back(tmp_path):
     calibrated = Linear4Bit(replace(layer.quantized, method="calibrated"), layer.bias)
     save(calibrated, tmp_path / "m")
     assert load(tmp_path / "m", lambda: nn.Linear(16, 8)).quantized.method == "calibrated"
-
-
-def test_the_docstring_warns_of_changing_a_file_that_is_in_use():
-    assert "SIGBUS" in load.__doc__
 
 
 PEAK = """
