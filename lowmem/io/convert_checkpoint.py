@@ -117,11 +117,7 @@ def convert_checkpoint(
 def _chosen(
     opened: Source, wanted: set[str], technique: FourBit | EightBit | Budget, progress: Callable[[str, int], None]
 ) -> dict[str, Chosen]:
-    """Return how each tensor is stored.
-
-    Raises:
-        ValueError: a budget with inputs, or out of reach; or a weight that cannot be stored.
-    """
+    """Return how each tensor is stored."""
     if not isinstance(technique, Budget):
         return dict.fromkeys(wanted, Chosen(technique, ""))
     if technique.inputs is not None:

@@ -112,6 +112,6 @@ def _planned(source: Path, tensor: ForeignTensor, dtype: torch.dtype | None) -> 
             raise
         except ValueError as reason:  # it cannot be quantized: it names the tensor
             raise refusal(source, str(reason), "import") from None
-        return weight.to(form) if isinstance(weight, Tensor) else weight
+        return weight.to(form) if isinstance(weight, Tensor) and isinstance(form, torch.dtype) else weight
 
     return PlannedWeight(tensor.name, tensor.shape, form, read, tensor.order)

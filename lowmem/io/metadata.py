@@ -102,9 +102,8 @@ def form_of(record: object) -> Form:
     for name in FLAGS:
         _check_flag(fields, name)
     compute = _COMPUTED[_choice(fields, "compute_dtype", _COMPUTED)] if "compute_dtype" in fields else None
-    flags = {name: name in fields for name in FLAGS}
-    parts = [fields[name] for name in required[1:]]
-    form = CodedForm(*parts, **flags, compute_dtype=compute)
+    flags = ("transposed" in fields, "gathered" in fields)
+    form = CodedForm(fields["format"], fields["block_size"], fields["scales"], fields["method"], *flags, compute)
     technique_of(form)  # checks the values
     return form
 

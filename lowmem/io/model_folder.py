@@ -88,11 +88,7 @@ def quantization_of(path: Path) -> dict[str, Any]:
 
 
 def check_regular(folder: Path) -> None:
-    """Raise an OSError that names a file of a config or tokenizer that is none: reading a pipe would never end.
-
-    Raises:
-        OSError: one is a folder, a device, a pipe or a link to nothing, or cannot be read.
-    """
+    """Raise an OSError that names a config or tokenizer file that is not regular: reading a pipe would never end."""
     with read_errors(folder):
         names = sorted(os.listdir(folder))
     for name in names:
@@ -109,14 +105,10 @@ def check_layers(file: Path, config: Any, tensors: int) -> None:
 
 
 def refuse_layers(config: Any, tensors: int | None = None) -> None:
-    """Raise if a config asks for more layers or experts than there are, which are made one by one without values.
+    """Raise a ValueError if a config, or a config in it, asks for more layers or experts than any model has.
 
-    Args:
-        config: of a model; the configs in it are checked, too.
-        tensors: of the model's folder, which has no more layers; None: not known.
-
-    Raises:
-        ValueError: more layers than tensors, or more layers or experts than any model has.
+    Empty layers are made one by one. ``tensors`` is the number of tensors in the model's folder, which no model has
+    more layers than; None: unknown.
     """
     for name, value in config.items() if isinstance(config, dict) else ():
         if tensors is not None and name in _LAYERS and isinstance(value, int) and value > tensors:
@@ -130,11 +122,7 @@ def refuse_layers(config: Any, tensors: int | None = None) -> None:
 
 
 def weights_in(folder: Path, action: str = "read") -> Path:
-    """Return the only file of a folder's weights, or the index of several.
-
-    Args:
-        folder: as ``save_pretrained`` writes it.
-        action: what errors say cannot be done.
+    """Return the only file of a folder's weights, or the index of several; errors say that ``action`` is impossible.
 
     Raises:
         FileError: it has neither; or both, of which transformers reads the file, and other programs the index.
@@ -156,14 +144,10 @@ def weights_in(folder: Path, action: str = "read") -> Path:
 
 
 def replace_files(written: Path, target: Path) -> None:
-    """Move the files of a complete folder into one that exists, whose other weights of the same name are removed.
+    """Move the files of ``written`` into ``target`` on the same file system, and remove its weights of the same name.
 
-    An interruption leaves the old weights, the new ones, or an error of whoever reads the folder: a new index comes
-    when its shards are there, and an old one goes before they do.
-
-    Args:
-        written: as ``save_pretrained`` writes it.
-        target: on the same file system.
+    After an interruption the target has the old weights or the new weights, or reading it is an error: a new index is
+    moved after its shards, and an old index is removed before its shards.
 
     Raises:
         OSError: a file cannot be moved or removed.
@@ -182,26 +166,26 @@ def replace_files(written: Path, target: Path) -> None:
 
 
 def _model_of(name: str) -> str | None:
-    """Return what a file of weights or an index is called, without number and ending; None: another file."""
+    """Return the name of a file of weights or an index without number and ending; None for other files."""
     file, index = _FILE.fullmatch(name), _INDEX.fullmatch(name)
     return file[1] if file else f"{index[1]}{index[2] or ''}" if index else None
 
 
 def copy_others(folder: Path, target: Path, out: Path, leave: Collection[str]) -> None:
-    """Copy the files of a folder that are no weights, as those of its tokenizer, with those of folders in it.
+    """Copy a folder's files that are no weights, such as those of its tokenizer, with those of its inner folders.
 
-    Hidden folders are left, and those that hold weights: they are other models, such as checkpoints of a training.
-    Links are followed to files of the folder, and in the hub's cache to files of the same repository: a copy of what
-    a link names elsewhere might be published.
+    Hidden folders are left out, and folders with weights, which are other models, such as checkpoints of a training.
+    Links are followed only to files of the folder, or of the same repository in the hub's cache: other files might be
+    private.
 
     Args:
-        folder: from where.
+        folder: to copy from.
         target: an existing folder.
-        out: what errors call the target.
-        leave: names of files that are not copied; in inner folders they are.
+        out: the path of the target in errors.
+        leave: names of files that are not copied from the outermost folder.
 
     Raises:
-        FileError: a link to a file elsewhere; or more files, bytes or folders in each other than any model has.
+        FileError: a link to a file elsewhere; or more files, bytes or nested folders than any model has.
         OSError: a file cannot be read or written.
     """
     root = folder.resolve()

@@ -32,15 +32,15 @@ __all__ = ["adapter_skip_reason", "assign", "check_adapter", "convert_skeleton"]
 
 
 def convert_skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Replace layers by meta-device skeletons of the converted ones that the file records, and add adapters.
+    """Replace layers of a model on the meta device by empty ones as the file records them, and add adapters.
 
     Args:
         model: dense, on the meta device.
         metadata: with ``layers`` and maybe ``adapters``.
-        tensors: of the file, for the shapes and dtypes of its adapters.
+        tensors: of the file; they give the shapes and dtypes of its adapters.
 
     Raises:
-        ValueError: layers in the file that the model has not.
+        ValueError: the records are invalid, or do not fit the model.
     """
     _convert_layers(model, metadata["layers"])
     _add_adapters(model, metadata.get("adapters", {}), tensors)
@@ -129,11 +129,7 @@ def _empty(form: Form, tensor: Tensor, name: str) -> Any:
 
 
 def _gathered(layer: StoredModule, path: str) -> StoredModule:
-    """Return a layer whose columns are in an order that the file has.
-
-    Raises:
-        ValueError: it is no linear layer.
-    """
+    """Return a linear layer whose columns are in an order that the file has."""
     if type(layer) is not Linear4Bit or layer.forms["weight"].transposed:
         raise ValueError(
             f"its record of {layer_name(path)} says that columns are gathered, which linear layers alone can: the "
@@ -217,14 +213,8 @@ def check_adapter(
 ) -> None:
     """Raise a ValueError unless ``tensors`` holds an adapter of the rank of ``technique`` for a layer's parameter.
 
-    It is called before an adapter is allocated, since a damaged file may claim any rank.
-
-    Args:
-        prefix: of the names of the adapter's tensors.
-        technique: with the rank.
-        layer: dense, or the converted layer.
-        tensors: of the file, by name.
-        parameter: which the adapter changes.
+    Call it before the adapter is allocated, since a damaged file may claim any rank. The names of the adapter's
+    tensors begin with ``prefix``.
     """
     for part, shape in layout_of(layer, parameter).shapes(technique.rank).items():
         given = tensors.get(prefix + part)
