@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 import secrets
@@ -32,7 +31,6 @@ __all__ = [
     "atomic_folder",
     "check_free",
     "check_writable",
-    "map_file",
     "open_regular",
     "owned",
     "read_errors",
@@ -269,20 +267,6 @@ def read_into(path: Path, file: BufferedReader, start: int, out: memoryview, par
         count = file.readinto(out)
     if count != len(out):
         raise refusal(path, f"it was cut after it was opened{part}; get it again")
-
-
-def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:
-    """Map the first ``size`` bytes of a file into memory, copy-on-write.
-
-    Raises:
-        FileError: the file is shorter.
-        OSError: the file cannot be mapped.
-    """
-    try:
-        with read_errors(path):
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    except ValueError:
-        raise refusal(path, "it was cut while it was read; get it again") from None
 
 
 _LEFTOVER = re.compile(re.escape(PARTIAL).replace(r"\*", "[0-9a-f]{16}-[0-9a-f]{16}"))

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import FileError, refusal, show
-from lowmem.io.atomic import atomic_file, check_writable, map_file, open_regular, read_errors, write_errors
+from lowmem.io.atomic import atomic_file, check_writable, open_regular, read_errors, write_errors
 from lowmem.io.safetensors import Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
 __all__ = ["FORMAT_VERSION", "TensorFile", "bytes_of", "read", "write", "write_plain", "write_tensors"]
@@ -157,7 +157,10 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
             raise refusal(path, f"its header is not valid: {reason}; get it again from who wrote it") from None
         if text[: DIGEST.start - 8] + b"0" * 64 + text[DIGEST.stop - 8 :] != expected[8:]:
             raise refusal(path, "it is not laid out as lowmem does it; write it again with lowmem")
-        content = map_file(path, file, size)
+        try:
+            content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except ValueError:
+            raise refusal(path, "it was cut while it was read; get it again") from None
     return TensorFile(
         {name: _view(content, start, placed) for name, placed in tensors.items()}, metadata, digest.decode()
     )

@@ -21,7 +21,6 @@ from lowmem.io.atomic import (
     atomic_folder,
     check_free,
     check_writable,
-    map_file,
     open_regular,
     owned,
     read_into,
@@ -356,18 +355,6 @@ def test_only_a_regular_file_is_opened(tmp_path, monkeypatch):
     (tmp_path / "link").symlink_to("file")
     with open_regular(tmp_path / "link") as file:
         assert file.read() == b"content"
-
-
-def test_a_file_is_mapped_as_long_as_it_was_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"content")
-    with open_regular(path) as file:
-        mapped = map_file(path, file, 7)
-        mapped[:1] = b"C"
-        assert mapped[:] == b"Content"
-        os.truncate(path, 6)
-        with pytest.raises(FileError, match=r"cannot read '.*file': it was cut while it was read; get it again"):
-            map_file(path, file, 7)
 
 
 def test_bytes_are_read_whole_and_the_start_of_a_file_tells_its_kind(tmp_path):

@@ -203,12 +203,3 @@ def test_a_record_that_says_transposed_of_a_linear_layer_is_refused(tmp_path):
 
     with pytest.raises(FileError, match="Linear cannot hold a weight that is stored transposed"):
         load(target, Wrong)
-
-
-def test_the_target_is_neither_the_source_nor_an_index(tmp_path):
-    source = tmp_path / "in.safetensors"
-    source.write_bytes(Path(SAMPLES / "bitsandbytes-nf4.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="belongs to the source"):
-        import_checkpoint(source, source)
-    with pytest.raises(ValueError, match="what an index is called"):
-        import_checkpoint(source, tmp_path / "a.index.json")

@@ -12,7 +12,7 @@ from lowmem.errors import FileError
 from lowmem.io.container import read, write_tensors
 from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.io.safetensors import TensorSpec
-from lowmem.io.shards import divide, encode_index, index_of, parse_index, read_index, read_model, shard_name
+from lowmem.io.shards import divide, encode_index, parse_index, read_index, read_model
 from tests.models import INDICES, Small
 
 
@@ -26,11 +26,6 @@ def sharded(tmp_path):
     save_file(state, tmp_path / "dense.safetensors")
     convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "m.safetensors", FourBit(), shard_bytes=2000)
     return tmp_path / "m.safetensors.index.json"
-
-
-def test_names_of_shards_and_their_index(tmp_path):
-    assert shard_name(tmp_path / "a.safetensors", 2, 11) == tmp_path / "a-00002-of-00011.safetensors"
-    assert index_of(tmp_path / "a.safetensors") == tmp_path / "a.safetensors.index.json"
 
 
 def test_an_index_is_one_that_other_libraries_read(sharded):
