@@ -6,6 +6,8 @@ import errno
 import os
 import re
 import reprlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 __all__ = [
     "LIMIT",
@@ -19,6 +21,7 @@ __all__ = [
     "quoted",
     "reason",
     "refusal",
+    "refusing",
     "show",
     "unbuilt",
     "unwritable",
@@ -41,6 +44,17 @@ class FileError(ValueError):
 def refusal(path: str | os.PathLike[str], reason: str, task: str = "read") -> FileError:
     """Return the error for a file that is rejected: one line, even if ``reason`` quotes text of the file."""
     return FileError(f"cannot {task} {quoted(path)}: {printable(reason, 500)}")
+
+
+@contextmanager
+def refusing(path: str | os.PathLike[str], task: str = "read", about: str = "") -> Iterator[None]:
+    """Let a ValueError of the block name a file, and what it is about; a FileError names its own."""
+    try:
+        yield
+    except FileError:
+        raise
+    except ValueError as error:
+        raise refusal(path, f"{about}{error}", task) from None
 
 
 class WriteError(OSError):

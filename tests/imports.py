@@ -13,7 +13,7 @@ DOORS = ("__init__.py", "__main__.py")  # they re-export, or start what the fold
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 DRAWN = re.compile(r"```mermaid\n.*?```\n", re.DOTALL)
 LISTED = re.compile(r"\| \| used in \|\n(?:\|.*\n)+")
-OTHERS = ("torch", "transformers", "peft", "numpy", "safetensors", "rich")
+OTHERS = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "re")
 
 
 def module_name(path: str) -> str:

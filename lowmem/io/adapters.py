@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import printable, quoted, refusal, show
+from lowmem.errors import printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import bytes_of, read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, PeftContent, read_peft
+from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_peft
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
@@ -146,12 +146,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     found, places = module_paths(model), places_of(model)
     path = Path(path)
     if path.is_dir():
-        own_name, content = "default", read_peft(path, model)
+        content = read_peft(path, model)
         _refuse_layers("load_adapter", places, model, content.techniques)
     else:
-        own_name, content = _of_file(path, model, places)
+        content = _of_file(path, model, places)
     try:
-        name = own_name if name is None else name
+        name = content.name if name is None else name
         check_name(name)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
         first = {place: place_name(found[places[place][0]][0], places[place][1]) for place in content.techniques}
@@ -188,22 +188,19 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     return model
 
 
-def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> tuple[str, PeftContent]:
-    """Return the name of the adapter in lowmem's file, and what the file holds."""
+def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> AdapterContent:
     _refuse_foreign(path)
     file = read(path)
-    try:
+    with refusing(path, "load the adapter"):
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name, base, records = _parsed(file.metadata)
         _refuse_layers("load_adapter", places, model, records)
         _check_fits(model, places, records, file.tensors, base)
-    except (ValueError, TypeError) as reason:
-        raise refusal(path, str(reason), "load the adapter") from reason
     tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
     half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
     records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
-    return name, PeftContent(records, tensors)
+    return AdapterContent(records, tensors, name=name)
 
 
 def _refuse_layers(

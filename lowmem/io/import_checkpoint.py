@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.errors import FileError, refusal
-from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.errors import refusal, refusing
+from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.formats.stored_model import swapped
@@ -106,12 +106,8 @@ def _planned(source: Path, tensor: ForeignTensor, dtype: torch.dtype | None) -> 
         form = dtype
 
     def read() -> Weight:
-        try:
+        with refusing(source, "import"):  # it cannot be quantized
             weight = tensor.read()
-        except FileError:
-            raise
-        except ValueError as reason:  # it cannot be quantized: it names the tensor
-            raise refusal(source, str(reason), "import") from None
         return weight.to(form) if isinstance(weight, Tensor) and isinstance(form, torch.dtype) else weight
 
     return PlannedWeight(tensor.name, tensor.shape, form, read, tensor.order)

@@ -11,8 +11,6 @@ pytest.importorskip("peft", reason="peft is not installed: tox -e formats")
 pytest.importorskip("llama_cpp_py_sync", reason="llama-cpp-py-sync is not installed: tox -e formats")
 
 import lowmem
-from lowmem.__main__ import main
-from lowmem.io.formats.stored_model import open_stored
 from tests.formats.llama_cpp import llama_cpp
 from tests.integrations.transformers.folders import write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -57,21 +55,3 @@ def test_the_base_and_the_adapter_in_llama_cpp_and_in_peft(tmp_path, monkeypatch
     of_rounding = distance(found["base"], base)
     assert of_rounding < 0.05
     assert distance(found["base tuned"], tuned) < 2 * of_rounding
-
-
-def test_the_file_is_read_again_as_it_was_written(tmp_path):
-    write_tokenizer(write(tmp_path / "llama"))
-    stored, again = tmp_path / "stored", tmp_path / "again.safetensors"
-    options = ["--format", "iq4_nl", "--embeddings", "4bit"]
-    assert main(["quantize", str(tmp_path / "llama"), str(stored), *options]) == 0
-    assert main(["export", str(stored), str(tmp_path / "a.gguf")]) == 0
-    assert main(["quantize", str(tmp_path / "a.gguf"), str(again)]) == 0
-    with open_stored(stored) as first, open_stored(again) as second:
-        assert first.weights.keys() == second.weights.keys()
-        for name, weight in first.weights.items():
-            one, other = weight.read(), second.weights[name].read()
-            if isinstance(one, torch.Tensor):
-                assert torch.equal(one, other)
-            else:
-                assert torch.equal(one.packed, other.packed)
-                assert torch.equal(one.scales, other.scales)

@@ -18,30 +18,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 
 from lowmem import FourBit, LoRA, adapter_layers, convert, delete_adapter, load_adapter, restore, save_adapter
 from lowmem.errors import FileError
+from tests.io.formats.peft_model import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 
 TINY = {"vocab_size": 48, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
-TOKENS = torch.arange(14).view(2, 7) * 5 % 48
-
-
-class Parts(nn.Module):
-    """One layer of each kind that PEFT adapts, and names of which one is the end of another."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(48, 24)
-        self.fc = nn.Linear(24, 24)
-        self.inner = nn.ModuleDict({"fc": nn.Linear(24, 24, bias=False)})
-        self.conv = nn.Conv1d(24, 24, 3, padding=1, stride=2)
-        self.attention = nn.MultiheadAttention(24, 2, batch_first=True)
-        self.head = nn.Linear(24, 5)
-
-    def forward(self, tokens):
-        x = self.inner["fc"](torch.relu(self.fc(self.embed(tokens))))
-        x = self.conv(x.mT).mT
-        return self.head(self.attention(x, x, x)[0])
+TOKENS = torch.arange(14).view(2, 7) * 3 % 20
 
 
 def llama(**changes):
@@ -65,7 +48,7 @@ def gpt2():
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4))
 
 
-MODELS = {"parts": Parts, "llama": llama, "mixtral": mixtral, "gpt_oss": gpt_oss, "gpt2": gpt2}
+MODELS = {"parts": parts, "llama": llama, "mixtral": mixtral, "gpt_oss": gpt_oss, "gpt2": gpt2}
 RANKED = {
     "parts": {"alphas": {"*fc": 3}, "ranks": {"inner.*": 4}},
     "llama": {"alphas": {"*.q_proj": 3.5, "*.1.mlp.*": 7}, "ranks": {"*.k_proj": 5}},

@@ -27,7 +27,7 @@ from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.integrations.transformers.shapes import Names, refuse_unfitting
-from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record

@@ -43,7 +43,7 @@ class Architecture:
 
 
 def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
-    """Return what the model of a folder is. Nothing of the folder but its config is read, and no code of it is run.
+    """Return what the model of a folder is, by its config alone; no code of the folder is run.
 
     Raises:
         FileError: transformers cannot make the model.
@@ -100,8 +100,7 @@ def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
 def _refusal(model: Any, layers: Iterable[str]) -> str | None:
     """Return why a model without the weights of some layers could not be loaded; the model is spent.
 
-    When all is read, transformers lets each module initialize what was missing, and many classes read the weights of
-    their children for that.
+    transformers lets each module initialize what was missing, and many read the weights of their children for that.
     """
     for path in layers:
         del model.get_submodule(path)._parameters["weight"]

@@ -13,10 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign import Foreign, one_of
-from lowmem.io.formats.foreign_tensor import ForeignTensor
-from lowmem.io.formats.integers import IntegerLayer, check_group_size, packed_layers, unpacked
-from lowmem.io.formats.parts import Parts
+from lowmem.io.formats.codes import unpacked
+from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, one_of
+from lowmem.io.formats.integers import IntegerLayer, check_group_size, packed_layers
 from lowmem.io.source import Source
 
 __all__ = ["FORMAT"]
@@ -25,11 +24,7 @@ _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield the weight of each layer of AWQ, and the names of its tensors.
-
-    Raises:
-        ValueError: a layer that lacks a part, or whose parts do not fit.
-    """
+    """Yield the weight of each layer of AWQ, and the names of its tensors."""
     for layer, words, scales in packed_layers(source):
         if scales.shape[1] == 8 * words.shape[1]:  # GPTQ packs inputs
             parts = Parts.of(source, layer, "AWQ", ("qweight", "qzeros", "scales"))

@@ -24,10 +24,9 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.io.formats.foreign import Foreign, Target, one_of
-from lowmem.io.formats.foreign_tensor import ForeignTensor, fitting_blocks, nibbles, quantized
-from lowmem.io.formats.packing import Packed, Packing, codes_of, scales_of, uniform_block
-from lowmem.io.formats.quantized_folder import write_folder
+from lowmem.io.formats.codes import codes_of, fitting_blocks, nibbles, quantized, scales_of, uniform_block
+from lowmem.io.formats.foreign import Foreign, ForeignTensor, Target, one_of
+from lowmem.io.formats.quantized_folder import Packed, Packing, write_folder
 from lowmem.io.safetensors import parse_json
 from lowmem.io.source import Source
 from lowmem.nn.techniques import FourBit
@@ -52,11 +51,7 @@ _ORDER = {  # the codes of lowmem by those of bitsandbytes
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield each weight of a checkpoint that bitsandbytes quantized, and the names of its tensors.
-
-    Raises:
-        ValueError: a weight that lacks a part, or contradicts itself.
-    """
+    """Yield each weight of a checkpoint that bitsandbytes quantized, and the names of its tensors."""
     for name in source.specs:
         weight, found, kind = name.partition(_STATE)
         if found:
@@ -81,8 +76,7 @@ def _weight(source: Source, name: str, kind: str) -> tuple[ForeignTensor, set[st
         size = stored.block_size()
     except ValueError as reason:
         return ForeignTensor.refused(name, shape, label, nbytes, str(reason), stored.values), names
-    read = lambda: stored.read(size)  # noqa: E731
-    return ForeignTensor.of_weight(name, shape, label, nbytes, read), names
+    return ForeignTensor(name, shape, label, nbytes, partial(stored.read, size)), names
 
 
 def _state(source: Source, name: str, kind: str) -> dict[str, Any]:
@@ -119,11 +113,7 @@ class _Stored:
         return math.prod(self.state["shape"])
 
     def block_size(self) -> int:
-        """Return the block size in which rows, each by itself, have the same scales.
-
-        Raises:
-            ValueError: there is none, since blocks run over the ends of rows.
-        """
+        """Return the block size in which single rows have the same scales; a ValueError if there is none."""
         own, columns = self.state["blocksize"], self.state["shape"][-1]
         common = math.gcd(own, columns)
         if own >= self.count or own == common:  # one block, or whole blocks in each row
@@ -137,11 +127,7 @@ class _Stored:
             ) from None
 
     def tensor(self, part: str, dtype: torch.dtype, count: int) -> Tensor:
-        """Return one of its tensors, flattened.
-
-        Raises:
-            ValueError: it has another dtype or size.
-        """
+        """Return one of the weight's tensors, flattened."""
         spec = self.source.specs[self.name + part]
         if spec.dtype != dtype or math.prod(spec.shape) != count:
             hint = "; it was saved after a forward, which changes it: save before" if part == ".absmax" else ""
@@ -152,14 +138,6 @@ class _Stored:
         """Return lowmem's codes of the flattened weight: uint8 (count,)."""
         raw = self.source.read_tensor(self.name).flatten().view(torch.uint8)
         codes = nibbles(raw).view(-1, 2).flip(-1).flatten()[: self.count]  # high first
-        return self.permutation()[codes.int()]
-
-    def permutation(self) -> Tensor:
-        """Return the code of lowmem's format for each code, by the levels that the file has.
-
-        Raises:
-            ValueError: the levels are not those of the format.
-        """
         levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32)
         given = self.tensor(".quant_map", torch.float32, 16)
         order = given.argsort(stable=True)
@@ -167,7 +145,7 @@ class _Stored:
             raise ValueError(
                 f"{show(self.name)} has other levels than {self.kind} of bitsandbytes: {show(given.tolist())}"
             )
-        return order.argsort().to(torch.uint8)
+        return order.argsort().to(torch.uint8)[codes.int()]
 
     def scales(self) -> Tensor:
         """Return the scale of each block of the flattened weight, in float32."""
@@ -197,11 +175,7 @@ class _Stored:
 
 
 def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    """Return a weight as bitsandbytes has it, which dequantizes it to the same bits in ``dtype``.
-
-    Args:
-        weight: (out, in).
-        dtype: to which bitsandbytes dequantizes.
+    """Return a weight (out, in) as bitsandbytes has it, which dequantizes it to the same bits in ``dtype``.
 
     Raises:
         ValueError: it has other levels, offsets, or blocks that bitsandbytes has not.
@@ -249,13 +223,7 @@ def _packed(weight: QuantizedTensor, size: int, shape: Sequence[int], dtype: tor
 def pack_again(
     values: Tensor, dtype: torch.dtype, stored: QuantizedTensor | None = None
 ) -> tuple[Packed, Tensor | QuantizedTensor]:
-    """Return a weight (out, in) quantized to nf4, and what it has become; on the meta device, without values.
-
-    Args:
-        values: of the weight.
-        dtype: of the model.
-        stored: unused: nothing of it can be kept.
-    """
+    """Return a weight (out, in) quantized to nf4, and what it has become; nothing of ``stored`` can be kept."""
     columns = values.shape[-1]
     size = next((size for size in (64, 32) if columns % size == 0), 0)
     if size:

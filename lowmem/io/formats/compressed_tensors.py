@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
+from lowmem.io.formats.codes import as_bytes, codes_of, offsets_of, scales_of, uniform_block, unpacked, words
 from lowmem.io.formats.compressed_tensors_config import (
     FP8,
     INT8,
@@ -31,13 +32,10 @@ from lowmem.io.formats.compressed_tensors_config import (
     check_scheme,
     written_config,
 )
-from lowmem.io.formats.foreign import Foreign, Target
-from lowmem.io.formats.foreign_tensor import ForeignTensor, as_bytes
-from lowmem.io.formats.integers import IntegerLayer, unpacked, words
+from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, Target
+from lowmem.io.formats.integers import IntegerLayer
 from lowmem.io.formats.mxfp4 import BLOCK, E2M1_CODES, exponents_of, nearest, weight_of
-from lowmem.io.formats.packing import Packed, Packing, codes_of, offsets_of, scales_of, uniform_block
-from lowmem.io.formats.parts import Parts
-from lowmem.io.formats.quantized_folder import write_folder
+from lowmem.io.formats.quantized_folder import Packed, Packing, write_folder
 from lowmem.io.source import Source
 from lowmem.nn.techniques import FourBit
 from lowmem.quant.tensor import QuantizedTensor
@@ -58,11 +56,7 @@ NO_ZEROS = (
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield the weight of each layer of compressed-tensors, and the names of its tensors.
-
-    Raises:
-        ValueError: a layer that lacks a part, or whose parts do not fit.
-    """
+    """Yield the weight of each layer of compressed-tensors, and the names of its tensors."""
     for name, spec in source.specs.items():
         layer, _, part = name.rpartition(".")
         is_scaled = part == "weight" and f"{name}_scale" in source.specs
@@ -147,8 +141,9 @@ def _mxfp4(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
         return parts.refused("NVFP4", shape, why)
     parts.check(scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK)))
     check_scheme(config, parts.layer, min(BLOCK, shape[-1]), shape, "weight_zero_point" in parts.specs)
-    read = lambda: weight_of(parts.read("weight_packed"), parts.read("weight_scale"), shape)  # noqa: E731
-    return ForeignTensor.of_weight(parts.name("weight"), shape, "MXFP4", parts.nbytes, read)
+    return parts.weight(
+        "MXFP4", shape, lambda: weight_of(parts.read("weight_packed"), parts.read("weight_scale"), shape)
+    )
 
 
 def _plain_integers(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
@@ -189,14 +184,12 @@ def _shape(parts: Parts) -> tuple[int, ...]:
 
 
 def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    """Return a weight as compressed-tensors has it, which decompresses it to the same bits in ``dtype``.
+    """Return a weight (out, in) as compressed-tensors has it, which decompresses it to the same bits in ``dtype``.
 
-    Args:
-        weight: (out, in).
-        dtype: of the model. transformers casts scales of integers to it, and computes values in it.
+    transformers casts scales of integers to ``dtype``, the model's, and computes values in it.
 
     Raises:
-        ValueError: it has other levels, offsets, or scales that the format, or ``dtype``, does not hold.
+        ValueError: the weight has other levels, offsets, or scales that the format, or ``dtype``, does not hold.
     """
     if weight.format == "uint4" and weight.has_offsets:
         return _asymmetric(weight, dtype)
@@ -213,18 +206,10 @@ def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
 def pack_again(
     values: Tensor, dtype: torch.dtype, stored: QuantizedTensor | None
 ) -> tuple[Packed, Tensor | QuantizedTensor]:
-    """Return a weight (out, in) with other scales or codes, and what it has become; without values on meta.
+    """Return a weight (out, in) with other scales or codes, and what it has become, as ``Packing.pack_again`` says.
 
     Levels of "q4_0" keep their codes, and their scales are rounded to ``dtype``; those of "fp4" become MXFP4 in a
     model in bfloat16. Others become integers in groups of 32.
-
-    Args:
-        values: of the weight.
-        dtype: of the model.
-        stored: the stored weight; None: the model stores its transpose.
-
-    Raises:
-        ValueError: a scale that ``dtype`` cannot hold.
     """
     if stored is not None and stored.format == "q4_0" and not stored.has_offsets:
         group = uniform_block(stored)
@@ -254,11 +239,7 @@ def _searched_scales(values: Tensor, group: int) -> Tensor:
 
 
 def _held(wide: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
-    """Return scales divided by a power of two in ``dtype``.
-
-    Raises:
-        ValueError: it does not hold them.
-    """
+    """Return scales divided by a power of two in ``dtype``; a ValueError if ``dtype`` does not hold them."""
     scales = (wide / divisor).to(dtype)
     if not wide.is_meta and not torch.equal(scales.float() * divisor, wide):
         lost = int((scales.float() * divisor != wide).sum())
@@ -270,14 +251,12 @@ def _held(wide: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
 
 
 def _asymmetric(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    """Pack levels of "uint4" whose offsets are ``-zero * scale``, for whole zeros from 0 to 15.
-
-    A scale times 15 has to be a number of float32: ``code * scale + offset`` then equals ``(code - zero) * scale``.
-    """
+    """Pack levels of "uint4" whose offsets are ``-zero * scale``, for whole zeros from 0 to 15."""
     group = uniform_block(weight)
     scales = _held(scales_of(weight, group), 16, dtype)
     exact, offsets = scales.double(), offsets_of(weight, group).double()
     zeros = torch.where(exact == 0, 8, -offsets / exact).round()
+    # A scale times 15 is a number of float32: code * scale + offset then equals (code - zero) * scale.
     fits = (-zeros * exact == offsets) & (zeros >= 0) & (zeros <= 15) & ((15 * exact).float() == 15 * exact)
     if not bool(fits.all()):
         raise ValueError(

@@ -28,14 +28,8 @@ SETTINGS = {"format": one_of(*_KINDS, "mixed-precision", None)}
 def check_scheme(
     config: Mapping[str, Any], layer: str, group: int, shape: tuple[int, ...], has_zeros: bool, is_whole: bool = False
 ) -> None:
-    """Raise unless one of the schemes of a config can be that of a layer whose groups have ``group`` columns.
-
-    Raises:
-        ValueError: none has its groups, or none does with so few parts: zero points are missing.
-    """
-    groups = config.get("config_groups")
-    found = [one for one in groups.values() if isinstance(one, dict)] if isinstance(groups, dict) else []
-    schemes = [one["weights"] for one in found if isinstance(one.get("weights"), dict)]
+    """Raise a ValueError unless a scheme of a config can be that of a layer whose groups have ``group`` columns."""
+    schemes = _schemes(config)
     wrong = [_wrong_field(weights, group, shape, is_whole) for weights in schemes]
     if wrong and wrong[0] is not None and None not in wrong:
         raise ValueError(
@@ -44,6 +38,13 @@ def check_scheme(
         )
     if schemes and not has_zeros and all(weights.get("symmetric") is False for weights in schemes):
         raise ValueError(f"its config.json says that {show(layer)} has zero points, and it has none; get it again")
+
+
+def _schemes(config: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return what the groups of a config say of weights."""
+    groups = config.get("config_groups")
+    found = groups.values() if isinstance(groups, dict) else ()
+    return [one["weights"] for one in found if isinstance(one, dict) and isinstance(one.get("weights"), dict)]
 
 
 def _wrong_field(weights: Mapping[str, Any], group: int, shape: tuple[int, ...], is_whole: bool) -> str | None:
@@ -60,13 +61,9 @@ def _wrong_field(weights: Mapping[str, Any], group: int, shape: tuple[int, ...],
 
 def check_config(config: Mapping[str, Any], weights: Collection[str]) -> None:
     """Raise unless the format and one of the groups of a config can be those of the weights."""
-    own, groups = config.get("format"), config.get("config_groups")
+    own, schemes = config.get("format"), _schemes(config)
     if own in _KINDS and (others := set(weights).difference(_KINDS[own])):
         raise contradiction("format", own, f"its tensors are in {min(others)}")
-    if not isinstance(groups, dict) or not groups:
-        return
-    found = [group.get("weights") for group in groups.values() if isinstance(group, dict)]
-    schemes = [weights for weights in found if isinstance(weights, dict)]
     for bits, kind in sorted({_SCHEMES.get(weight, (4, "int")) for weight in weights}):
         alike = [weights for weights in schemes if weights.get("num_bits", 4) == bits]
         if schemes and not alike:

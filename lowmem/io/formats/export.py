@@ -22,20 +22,16 @@ def targets() -> dict[str, Target]:
 
 
 def target_of(out: Path, format: str | None) -> str:
-    """Return the key of ``targets()`` for a name of a file or folder, or ``format`` if there is such a target.
-
-    Raises:
-        ValueError: an unknown format, or none is given and the name does not tell.
-    """
+    """Return ``format`` if it is a key of ``targets()``; None: the key that the name of a file tells."""
     known = ", ".join(targets())
-    if format is not None:
-        if format not in targets():
-            raise ValueError(f"format={show(format)} is none of {known}")
-        return format
-    for name, target in targets().items():
-        if target.ending is not None and out.name.endswith(target.ending):
-            return name
-    raise ValueError(f"the name {show(out.name)} does not tell the format: give one of {known}")
+    if format is None:
+        for name, target in targets().items():
+            if target.ending is not None and out.name.endswith(target.ending):
+                return name
+        raise ValueError(f"the name {show(out.name)} does not tell the format: give one of {known}")
+    if format not in targets():
+        raise ValueError(f"format={show(format)} is none of {known}")
+    return format
 
 
 def export(

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 if TYPE_CHECKING:
@@ -42,37 +41,27 @@ class Exported:
     @classmethod
     def compare(
         cls,
-        name: str,
+        weight: StoredWeight,
         target: str,
         kind: str,
         before: Tensor | QuantizedTensor,
         after: Tensor | QuantizedTensor | None,
         after_bytes: int,
-        *,
         measured: bool = True,
-        source: StoredWeight | None = None,
     ) -> Exported:
         """Return the row of a weight, with the error of what it became.
 
         Args:
-            name, target, kind: as the fields.
-            before: the weight in the source.
+            weight: in the source.
+            target, kind, after_bytes: as the fields.
+            before: the values of the source.
             after: the values of the target, in the shape of ``before``; None: they are the same.
-            after_bytes: what it takes in the target.
             measured: whether to compare the values at all; else they are the same.
-            source: what ``before`` was read from, if it stores it in another way.
         """
         lost, square = squares(before, after) if measured else (0.0, 0.0)
         error = math.sqrt(lost / square) if lost else None
-        form = CodedForm.of(before) if isinstance(before, QuantizedTensor) else before.dtype
-        kept, before_bytes = _text(form), before.nbytes
-        if source is not None:
-            kept, before_bytes = source.kept, source.nbytes
-        return cls(name, target, tuple(before.shape), kept, kind, before_bytes, after_bytes, error, square)
-
-
-def _text(form: CodedForm | torch.dtype) -> str:
-    return str(form).removeprefix("torch.")
+        shape = tuple(before.shape)
+        return cls(weight.name, target, shape, weight.kept, kind, weight.nbytes, after_bytes, error, square)
 
 
 def squares(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> tuple[float, float]:

@@ -17,21 +17,16 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.io.formats.foreign import Foreign, one_of
-from lowmem.io.formats.foreign_tensor import ForeignTensor
-from lowmem.io.formats.integers import IntegerLayer, check_group_size, packed_layers, unpacked
-from lowmem.io.formats.parts import Parts
+from lowmem.io.formats.codes import unpacked
+from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, one_of
+from lowmem.io.formats.integers import IntegerLayer, check_group_size, packed_layers
 from lowmem.io.source import Source
 
 __all__ = ["FORMAT"]
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield the weight of each layer of GPTQ, and the names of its tensors.
-
-    Raises:
-        ValueError: a layer that lacks a part, or whose parts do not fit.
-    """
+    """Yield the weight of each layer of GPTQ, and the names of its tensors."""
     for layer, words, scales in packed_layers(source):
         if words.shape[1] == scales.shape[1]:  # AWQ packs outputs
             parts = Parts.of(source, layer, "GPTQ", ("qweight", "qzeros", "scales"), ("g_idx",))
@@ -57,7 +52,10 @@ def _weight(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
         and ("g_idx" not in specs or specs["g_idx"].dtype in (torch.int32, torch.int64))
     )
     check_group_size(config, layer, inputs, groups, is_even="g_idx" not in specs)
-    group = _group(parts, inputs, groups, config)
+    group = config.get("group_size")  # the last group may be shorter
+    if group is None and "g_idx" in specs:
+        group = int((parts.read("g_idx") == 0).sum())
+    group = -(-inputs // groups) if group in (None, -1) else int(group)  # -1: all inputs
     if group < 1 or -(-inputs // group) != groups:
         raise ValueError(
             f"the layer {show(layer)} of GPTQ has {groups} groups of {group} of {inputs} inputs; get it again, with "
@@ -76,20 +74,8 @@ def _weight(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
     ).tensor()
 
 
-def _group(parts: Parts, inputs: int, groups: int, config: Mapping[str, Any]) -> int:
-    """Return how many inputs share a scale; the last group may be shorter."""
-    group = config.get("group_size")
-    if group is None and "g_idx" in parts.specs:
-        return int((parts.read("g_idx") == 0).sum())
-    return -(-inputs // groups) if group in (None, -1) else int(group)  # -1: all inputs
-
-
 def _zeros(parts: Parts, outputs: int, config: Mapping[str, Any]) -> Tensor:
-    """Return the zero point of each group and output, int32 (groups, out).
-
-    Raises:
-        ValueError: nothing tells their version.
-    """
+    """Return the zero point of each group and output, int32 (groups, out)."""
     stored = unpacked(parts.read("qzeros"), outputs).int()
     kind = config.get("checkpoint_format")
     if kind is None:  # symmetric ones tell the version

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.io.formats.foreign import Foreign
-from lowmem.io.formats.foreign_tensor import ForeignTensor, nibbles, quantized
+from lowmem.io.formats.codes import nibbles, quantized
+from lowmem.io.formats.foreign import Foreign, ForeignTensor
 from lowmem.io.source import Source
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
@@ -31,12 +31,9 @@ _MAX_E8M0 = 252  # the largest exponent whose largest weight, 6 * 2 ** (e - 127)
 
 
 def power_scales(exponents: Tensor) -> Tensor:
-    """Return the scales of MXFP4 blocks for ``fp4``, whose levels are E2M1 / 6: 6 * 2 ** (e - 127), in float32.
-
-    Raises:
-        ValueError: an exponent above 252: 253 and 254 exceed float32, and 255 is NaN.
-    """
+    """Return the scales of MXFP4 blocks for ``fp4``, whose levels are E2M1 / 6: 6 * 2 ** (e - 127), in float32."""
     if exponents.numel() and int(exponents.max()) > _MAX_E8M0:
+        # 253 and 254 exceed float32, and 255 is NaN.
         raise ValueError(f"it holds a block exponent of {int(exponents.max())}, above {_MAX_E8M0}; get it again")
     # 1.5 * 2 ** (e - 125), by its bits
     return ((exponents.int() + 2) << 23 | 1 << 22).view(torch.float32)
@@ -80,11 +77,7 @@ def nearest(values: Tensor) -> QuantizedTensor:
 
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield each parameter of a checkpoint that is stored so, and the names of its tensors.
-
-    Raises:
-        ValueError: blocks without scales, or of other shapes or dtypes.
-    """
+    """Yield each parameter of a checkpoint that is stored so, and the names of its tensors."""
     for blocks, spec in source.specs.items():
         name = blocks.removesuffix("_blocks")
         scales = source.specs.get(f"{name}_scales")
@@ -96,7 +89,7 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
             raise ValueError(f"{show(name + '_scales')} is {scales.dtype}, and exponents are bytes; get it again")
         shape = (*spec.shape[:-2], spec.shape[-2] * BLOCK)
         read = partial(_read, source, name, shape)
-        weight = ForeignTensor.of_weight(name, shape, "MXFP4", spec.nbytes + scales.nbytes, read, transposed=True)
+        weight = ForeignTensor(name, shape, "MXFP4", spec.nbytes + scales.nbytes, read, transposed=True)
         yield weight, {blocks, f"{name}_scales"}
 
 

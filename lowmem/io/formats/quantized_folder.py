@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from lowmem.io.atomic import atomic_folder, check_free, write_errors
 from lowmem.io.container import write_plain
 from lowmem.io.formats.architecture import Architecture, architecture_of
 from lowmem.io.formats.exported import Exported
-from lowmem.io.formats.packing import Packed, Packing
 from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored, swapped
 from lowmem.io.metadata import layer_of
 from lowmem.io.model_folder import CONFIG, WEIGHTS, copy_others
@@ -27,7 +26,7 @@ from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["SHARD_BYTES", "write_folder"]
+__all__ = ["SHARD_BYTES", "Packed", "Packing", "write_folder"]
 
 SHARD_BYTES = 5 * 10**9
 """The most bytes of tensors in a file, unless one weight has more."""
@@ -36,17 +35,56 @@ _CONV1D = "it is transposed (Conv1D), so that blocks run along outputs, and the 
 
 
 @dataclass(frozen=True)
+class Packed:
+    """A linear layer's weight in another program's format.
+
+    Args:
+        kind: how the weight is stored, as text.
+        parts: its tensors, by their names in the layer.
+        scheme: what the config says of the weight; hashable.
+    """
+
+    kind: str
+    parts: Mapping[str, Tensor]
+    scheme: Any
+
+    def named(self, name: str) -> dict[str, Tensor]:
+        """Return the tensors of a weight of some name."""
+        return {name.removesuffix("weight") + part: tensor for part, tensor in self.parts.items()}
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A format of folders with packed linear layers.
+
+    Args:
+        name: of the format.
+        pack: weight (out, in) and dtype of the model -> the same weight packed; ValueError: why that cannot be.
+        pack_again: values (out, in), dtype, and the weight as it is stored unless that is transposed -> them packed
+            with other scales or codes, and what they became. On the meta device the parts have no values. ValueError:
+            why it is impossible.
+        config: schemes by layer, dense layers, dtype -> the ``quantization_config``.
+        conv1d: whether the format has transformers' Conv1D layers, transposed.
+        keeps_weight: whether a loaded layer's codes are called ``weight``.
+        warning: schemes of a folder -> what its user should know, or None.
+    """
+
+    name: str
+    pack: Callable[[QuantizedTensor, torch.dtype], Packed]
+    pack_again: Callable[[Tensor, torch.dtype, QuantizedTensor | None], tuple[Packed, Tensor | QuantizedTensor]]
+    config: Callable[[Mapping[str, Any], Collection[str], torch.dtype], dict[str, Any]]
+    conv1d: bool
+    keeps_weight: bool
+    warning: Callable[[Collection[Any]], str | None] = lambda schemes: None
+
+
+@dataclass(frozen=True)
 class _Plan:
     """What becomes of one weight."""
 
-    weight: StoredWeight
     specs: dict[str, TensorSpec]
     make: Callable[[], tuple[dict[str, Tensor], Exported]]
     scheme: Any = None
-
-    @property
-    def name(self) -> str:
-        return self.weight.name
 
 
 def write_folder(
@@ -58,29 +96,14 @@ def write_folder(
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> list[Exported]:
-    """Write a folder that lowmem wrote in another program's format. The same folder always gives the same bytes.
+    """Write a folder that lowmem wrote in another program's format, as ``export`` does, at once or not at all.
 
-    Linear layers that lowmem stores in 4 bits are packed. What that program leaves dense (embeddings, the output
+    Linear layers that lowmem stores in 4 bits are packed. What the other program leaves dense (embeddings, the output
     layer, tied weights, experts in one tensor) is written dense, in the dtype in which the model loads it. Tied
-    weights stay tied. The tokenizer's and other files are copied.
+    weights stay tied. The tokenizer's and other files are copied. The same folder always gives the same bytes.
 
     Args:
-        packing: the format.
-        source: a folder that lowmem wrote.
-        out: where nothing is yet. It is written beside its place and renamed when it is complete.
-        requantize: whether layers that it cannot hold as they are are quantized again.
         shard_bytes: the most bytes of tensors in a file, unless one weight has more.
-        progress: called with the name of each finished weight and its bytes in the source.
-
-    Returns:
-        A row for each weight, sorted by name.
-
-    Raises:
-        ValueError: layers that the format cannot hold, by name, without ``requantize``. Nothing was written.
-        FileError: the source is no folder, is damaged, or has another model than its config says.
-        FileExistsError: something is at ``out``.
-        OSError: a file cannot be read or written.
-        ImportError: transformers is missing.
 
     Warns:
         UserWarning: as ``packing.warning`` says.
@@ -94,7 +117,7 @@ def write_folder(
         architecture = architecture_of(model.folder, model.config)
         _check_same(model, architecture)
         plans = _plans(model, architecture, packing, requantize)
-        schemes = {layer_of(plan.name): plan.scheme for plan in plans.values() if plan.scheme is not None}
+        schemes = {layer_of(name): plan.scheme for name, plan in plans.items() if plan.scheme is not None}
         if not schemes:
             lacks = f"it has no linear layers in 4 bits that {packing.name} could hold"
             raise refusal(
@@ -129,7 +152,7 @@ def _write(
             rows.append(row)
             yield from parts.items()
             del parts
-            progress(name, plans[name].weight.nbytes)
+            progress(name, row.before_bytes)
 
     for number, names in enumerate(shards, 1):
         path = folder / WEIGHTS
@@ -138,7 +161,7 @@ def _write(
         write_plain(path, specs, tensors(names))
         weight_map |= dict.fromkeys(specs, path.name)
     if len(shards) > 1:
-        size = sum(spec.nbytes for plan in plans.values() for spec in plan.specs.values())
+        size = sum(row.after_bytes for row in rows)
         index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         with write_errors(folder):
             (folder / f"{WEIGHTS}{INDEX}").write_bytes(_json(index))
@@ -164,17 +187,13 @@ def _check_same(model: StoredModel, architecture: Architecture) -> None:
         if isinstance(one.form, CodedForm):
             own, shape = (swapped(size) if one.transposed else size for size in (own, shape))
             bits = get_format(one.form.format).bits
-            own, shape = (*own[:-1], own[-1] * bits // 8), _packed_shape(own, shape, bits)
+            lead = len(own) - 1  # the last dimensions may be one row
+            shape = (*shape[:lead], -(-torch.Size(shape[lead:]).numel() * bits // 8))
+            own = (*own[:-1], own[-1] * bits // 8)
         if own != shape:
             raise refusal(
                 model.path, f"{show(name)} has not the shape {show(shape)} of the model of config.json", "export"
             )
-
-
-def _packed_shape(found: tuple[int, ...], shape: tuple[int, ...], bits: int) -> tuple[int, ...]:
-    """Return the shape of the packed codes of a weight, whose last dimensions may be one row."""
-    lead = len(found) - 1
-    return (*shape[:lead], -(-torch.Size(shape[lead:]).numel() * bits // 8))
 
 
 def _plans(model: StoredModel, architecture: Architecture, packing: Packing, requantize: bool) -> dict[str, _Plan]:
@@ -222,17 +241,13 @@ def _dense(weight: StoredWeight, architecture: Architecture) -> _Plan:
         assert isinstance(tensor, Tensor)
         tensor = tensor.view(shape)
         kind = str(dtype).removeprefix("torch.")
-        return {name: tensor}, Exported.compare(name, name, kind, tensor, None, tensor.nbytes, source=weight)
+        return {name: tensor}, Exported.compare(weight, name, kind, tensor, None, tensor.nbytes)
 
-    return _Plan(weight, {name: TensorSpec(dtype, shape)}, make)
+    return _Plan({name: TensorSpec(dtype, shape)}, make)
 
 
 def _exact(weight: StoredWeight, architecture: Architecture, packing: Packing, transposed: bool) -> _Plan:
-    """Plan to keep the codes of a layer.
-
-    Raises:
-        ValueError: why it is impossible.
-    """
+    """Plan to keep the codes of a layer; a ValueError says why it is impossible."""
     if transposed:
         raise ValueError(_CONV1D)
     if weight.transposed or weight.order is not None:
@@ -243,7 +258,7 @@ def _exact(weight: StoredWeight, architecture: Architecture, packing: Packing, t
         return _row(weight, stored, packing.pack(stored, architecture.dtype), None)
 
     packed = packing.pack(_read(weight, architecture), architecture.dtype)
-    return _Plan(weight, _specs(weight.name, packed), make, packed.scheme)
+    return _plan(weight, packed, make)
 
 
 def _again(weight: StoredWeight, architecture: Architecture, packing: Packing, transposed: bool) -> _Plan:
@@ -269,20 +284,16 @@ def _again(weight: StoredWeight, architecture: Architecture, packing: Packing, t
     )
     values = torch.empty(shape[::-1] if transposed else shape, device="meta")
     packed, _ = packing.pack_again(values, dtype, empty if as_it_lies else None)
-    return _Plan(weight, _specs(weight.name, packed), make, packed.scheme)
+    return _plan(weight, packed, make)
 
 
-def _named(name: str, packed: Packed) -> dict[str, Tensor]:
-    return {name.removesuffix("weight") + part: tensor for part, tensor in packed.parts.items()}
-
-
-def _specs(name: str, packed: Packed) -> dict[str, TensorSpec]:
-    return {part: TensorSpec.of(tensor) for part, tensor in _named(name, packed).items()}
+def _plan(weight: StoredWeight, packed: Packed, make: Callable[[], tuple[dict[str, Tensor], Exported]]) -> _Plan:
+    specs = {part: TensorSpec.of(tensor) for part, tensor in packed.named(weight.name).items()}
+    return _Plan(specs, make, packed.scheme)
 
 
 def _row(
     weight: StoredWeight, before: Tensor | QuantizedTensor, packed: Packed, after: Tensor | None
 ) -> tuple[dict[str, Tensor], Exported]:
-    name = weight.name
     size = sum(part.nbytes for part in packed.parts.values())
-    return _named(name, packed), Exported.compare(name, name, packed.kind, before, after, size, source=weight)
+    return packed.named(weight.name), Exported.compare(weight, weight.name, packed.kind, before, after, size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -12,10 +12,9 @@ from typing import Any
 
 import torch
 
-from lowmem.errors import FileError, refusal, show
+from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_errors, starts_with
-from lowmem.io.formats.foreign import contradiction
-from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.foreign import ForeignTensor, contradiction
 from lowmem.io.formats.registry import FOREIGN
 from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_object
 from lowmem.io.shards import INDEX, read_index
@@ -46,7 +45,12 @@ class ForeignFile:
         left_out: Sequence[str] = (),
     ) -> None:
         self._stack, self.kind, self.paths, self.left_out = stack, kind, paths, left_out
-        self.tensors = {name: _guarded(path, tensor) for name, tensor in tensors.items()}
+        self.tensors: dict[str, ForeignTensor] = {}
+        for name, tensor in tensors.items():
+            guard = refusing(path, about=f"tensor {show(tensor.name)}: ")
+            found = {part: getattr(tensor, part) for part in ("read", "form", "values", "order")}
+            guarded: dict[str, Any] = {part: guard(read) for part, read in found.items() if read is not None}
+            self.tensors[name] = replace(tensor, **guarded)
 
     def __enter__(self) -> ForeignFile:
         return self
@@ -60,7 +64,6 @@ def open_foreign(path: Path) -> ForeignFile:
 
     Raises:
         FileError: it is damaged, or of a kind that lowmem does not read; lowmem wrote it.
-        OSError: it cannot be read.
     """
     if not path.is_dir():
         for format in FOREIGN.values():
@@ -109,7 +112,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
         tensors: dict[str, ForeignTensor] = {}
         claimed: set[str] = set()
         kinds: dict[str, set[str]] = {}
-        try:
+        with refusing(path):
             for format in FOREIGN.values():
                 for tensor, names in () if format.find is None else format.find(source, settings):
                     if claimed & names or tensor.name in tensors:
@@ -118,10 +121,6 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                     tensors[tensor.name] = tensor
                     kinds.setdefault(format.name, set()).add(tensor.kind)
             _check_method(kinds, settings)
-        except FileError:
-            raise
-        except ValueError as reason:
-            raise refusal(path, str(reason)) from None
         for name, spec in source.specs.items():
             if name in claimed:
                 continue
@@ -133,7 +132,7 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                 raise refusal(path, f"it has {show(name)} twice, in 4 bits and dense; get it again")
             kind = str(spec.dtype).removeprefix("torch.")
             read = partial(source.read_tensor, name)
-            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, partial(_same, spec.dtype), read)
+            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, read, partial(getattr, spec, "dtype"))
         return ForeignFile(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, source.paths)
 
 
@@ -143,15 +142,7 @@ def is_coded(name: str) -> bool:
 
 
 def _check_method(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any]) -> None:
-    """Raise unless a ``quantization_config`` can be that of tensors, of which it need not say anything.
-
-    Args:
-        kinds: the formats of the tensors, each with the kinds of its weights.
-        config: what config.json says, or nothing.
-
-    Raises:
-        ValueError: it names another known format, or settings that its tensors do not have.
-    """
+    """Raise a ValueError unless a ``quantization_config`` can be that of tensors; ``kinds`` are by format."""
     method = config.get("quant_method")
     known = {format.method for format in FOREIGN.values()} - {None}
     for name, weights in kinds.items():
@@ -165,25 +156,3 @@ def _settings(config: Path) -> dict[str, Any]:
     found = quantization_of(config) if os.path.lexists(config) else {}
     own = config.with_name(_OWN)
     return found if found or not os.path.lexists(own) else read_object(own)
-
-
-def _guarded(path: Path, tensor: ForeignTensor) -> ForeignTensor:
-    """Return a weight whose errors name the file."""
-
-    def guard(read: Callable[[], Any]) -> Callable[[], Any]:
-        def guarded() -> Any:
-            try:
-                return read()
-            except FileError:
-                raise
-            except ValueError as reason:
-                raise refusal(path, f"tensor {show(tensor.name)}: {reason}") from None
-
-        return guarded
-
-    values, order = (None if one is None else guard(one) for one in (tensor.values, tensor.order))
-    return replace(tensor, kept=guard(tensor.kept), read=guard(tensor.read), values=values, order=order)
-
-
-def _same(value: Any) -> Any:
-    return value

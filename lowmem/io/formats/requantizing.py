@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import printable, show
-from lowmem.io.formats.foreign_tensor import ForeignTensor, Kept
+from lowmem.io.formats.foreign import ForeignTensor, Kept
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
@@ -21,12 +21,12 @@ __all__ = ["Requantizing", "why_refused"]
 
 @dataclass
 class Requantizing:
-    """What is to be quantized of a file of another program. By default nothing is.
+    """What is to be quantized of a file of another program; by default nothing.
 
     Args:
         refused: how weights are stored that cannot be kept exactly; None: they stay refused.
         include: glob patterns of names in the file: dense weights of 2 dimensions or more that match are quantized.
-        technique: how these are.
+        technique: how weights that match are stored.
 
     Attributes:
         errors: by name, ``rms(stored - weight) / rms(weight)`` of each weight that was quantized and read.
@@ -60,7 +60,7 @@ class Requantizing:
         kept = tensor.kept()
         if isinstance(kept, torch.dtype) and kept.is_floating_point:
             return self._quantized(tensor, self.technique, tensor.read)
-        return replace(tensor, kept=lambda: kept)  # which may have read the scales
+        return replace(tensor, form=lambda: kept)  # which may have read the scales
 
     def error(self, name: str) -> float | None:
         """Return the error of a weight of the model, the largest of its parts; None: none was quantized."""
@@ -82,7 +82,7 @@ class Requantizing:
             self.errors[tensor.name] = relative_error(weight, stored)
             return stored
 
-        return replace(tensor, kept=lambda: form, read=store, refusal=None, values=None)
+        return replace(tensor, form=lambda: form, read=store, refusal=None, values=None)
 
 
 def why_refused(tensors: Sequence[ForeignTensor]) -> str:

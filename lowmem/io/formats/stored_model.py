@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal, show
+from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.metadata import check_config, form_of
@@ -39,10 +39,10 @@ class StoredWeight:
 
     Args:
         name: as the dense model's state has it, such as ``model.layers.0.mlp.up_proj.weight``.
-        shape: of the weight. Of one in 4 bits the last dimension is even: an odd one is not told from the next.
-        form: how it is stored: in 4 or 8 bits, or dense in a dtype.
-        nbytes: what it takes in the source.
-        read: returns it, in newly allocated memory or as a view of the mapped file.
+        shape: of the weight. In 4 bits the last dimension is even: an odd one is not told from the next.
+        form: how the weight is stored: in 4 or 8 bits, or dense in a dtype.
+        nbytes: what the weight takes in the source.
+        read: returns the weight, in newly allocated memory or as a view of the mapped file.
         transposed: whether the last two dimensions of what ``read`` returns are swapped.
         order: returns the column of the weight for each column that ``read`` returns, int32; None: they are the same.
     """
@@ -58,11 +58,11 @@ class StoredWeight:
     def plain(
         self, weight: QuantizedTensor | Tensor | None = None, dtype: torch.dtype | None = None
     ) -> QuantizedTensor | Tensor:
-        """Return it in its own shape and order of columns.
+        """Return the weight in its own shape and order of columns.
 
         Args:
             weight: what ``read`` returned; None: it is read.
-            dtype: of the values; None: float32 where ``read`` has other columns, else it stays as it is stored.
+            dtype: of the values; None: float32 where ``read`` has other columns, else as it is stored.
         """
         weight = self.read() if weight is None else weight
         if not self.transposed and self.order is None and dtype is None:
@@ -100,12 +100,7 @@ class StoredModel:
 
 @contextmanager
 def open_stored(path: Path) -> Iterator[StoredModel]:
-    """Open a folder, file or index.
-
-    Raises:
-        FileError: lowmem did not write it; another program quantized it; it has adapters; it is damaged.
-        OSError: a file cannot be read.
-    """
+    """Open a folder, file or index; a FileError if lowmem did not write it, or it has adapters, or is damaged."""
     if path.is_dir():
         with _folder(path) as model:
             yield model
@@ -209,10 +204,8 @@ def _weights(
 def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
     """Return the column of a weight for each one that is stored, each once: else some would have no values."""
     order = read(name)
-    try:
+    with refusing(path, "export"):
         check_order(order, show(name))
-    except ValueError as reason:
-        raise refusal(path, str(reason), "export") from None
     return order
 
 

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from lowmem import quantize
-from lowmem.io.formats.compressed_tensors import PACKING, pack, pack_again
-from lowmem.io.formats.packing import codes_of, uniform_block
+from lowmem.io.formats.codes import codes_of, uniform_block
+from lowmem.io.formats.compressed_tensors import pack, pack_again
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.packing import pack as pack_codes
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.search import CANDIDATES
 from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
-from tests.io.formats.layers import as_read, same_bits, sizes
+from tests.io.formats.written import as_read, same_bits, sizes
 from tests.rounding import default_dtype
 
 SAMPLES = Path(__file__).parent / "samples"
@@ -210,45 +210,3 @@ def test_mxfp4_anew_takes_the_better_of_two_exponents_and_integers_are_as_near_a
     packed, after = pack_again(zeros.dequantize(), torch.float32, zeros)
     assert packed.parts["weight_packed"].view(torch.uint8).eq(0x88).all()
     assert not after.any()
-
-
-INT4 = {
-    "num_bits": 4,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": 32,
-    "dynamic": False,
-}
-
-
-def test_the_config_names_each_scheme():
-    one = PACKING.config({"a": ("pack-quantized", 32, True)}, ["head"], torch.float32)
-    assert not PACKING.conv1d
-    assert not PACKING.keeps_weight
-    settled = {"input_activations": None, "output_activations": None}
-    assert one == {
-        "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": {"targets": ["Linear"], "weights": INT4, **settled, "format": "pack-quantized"}},
-        "ignore": ["head"],
-        "kv_cache_scheme": None,
-        "global_compression_ratio": None,
-    }
-    schemes = {
-        "a": ("pack-quantized", 32, True),
-        "b": ("mxfp4-pack-quantized", 32, True),
-        "c": ("pack-quantized", 16, False),
-    }
-    several = PACKING.config(schemes, [], torch.float32)
-    assert several["format"] == "mixed-precision"
-    assert [group["weights"] for group in several["config_groups"].values()] == [
-        {**INT4, "type": "float", "scale_dtype": "torch.uint8"},
-        {**INT4, "symmetric": False, "group_size": 16},
-        INT4,
-    ]
-    targets = [group["targets"] for group in several["config_groups"].values()]
-    assert sorted(targets) == [["a"], ["b"], ["c"]]
-    symmetric = {group["targets"][0]: group["weights"]["symmetric"] for group in several["config_groups"].values()}
-    assert symmetric == {"a": True, "b": True, "c": False}

@@ -7,24 +7,30 @@ import torch
 
 import lowmem
 from lowmem.io.formats.exported import Exported, squares, total_error
+from lowmem.io.formats.stored_model import StoredWeight
+
+
+def row_of(before, after, **options):
+    weight = StoredWeight("a", tuple(before.shape), torch.float32, 7, lambda: before)
+    return Exported.compare(weight, "b", "kind", before, after, 5, **options)
 
 
 def test_an_error_is_that_of_float64_and_none_where_no_value_changed():
     weight = torch.randn(37, 96)
     stored = lowmem.quantize(weight, "nf4")
-    row = Exported.compare("a", "b", "kind", weight, stored, 5)
+    row = row_of(weight, stored)
     lost = (weight.double() - stored.dequantize().double()).norm() / weight.double().norm()
     assert row.error == pytest.approx(float(lost), rel=1e-12)
     assert (row.name, row.target, row.kind, row.shape, row.kept) == ("a", "b", "kind", (37, 96), "float32")
-    assert (row.before_bytes, row.after_bytes) == (weight.nbytes, 5)
+    assert (row.before_bytes, row.after_bytes) == (7, 5)
     for same in (None, stored, stored.dequantize()):
-        assert Exported.compare("a", "b", "kind", stored, same, 5).error is None
-    assert Exported.compare("a", "b", "kind", stored, weight, 5, measured=False).error is None
+        assert row_of(stored, same).error is None
+    assert row_of(stored, weight, measured=False).error is None
 
 
 def test_the_error_over_all_weights_counts_those_that_did_not_change():
     small, large = torch.randn(8, 32), 10 * torch.randn(40, 32)
-    rows = [Exported.compare("a", "a", "k", small, small + 1, 1), Exported.compare("b", "b", "k", large, None, 1)]
+    rows = [row_of(small, small + 1), row_of(large, None)]
     whole = math.sqrt(small.numel() / float(small.double().square().sum() + large.double().square().sum()))
     assert total_error(rows) == pytest.approx(whole, rel=1e-6)
     assert total_error([]) == 0.0

@@ -1,13 +1,48 @@
-"""A config's claims against the formats of tensors; whole folders are in test_hostile_folders.py."""
+"""Weights of other programs, the parts of their layers, and a config's claims of both."""
+
+from dataclasses import replace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lowmem.io.formats.foreign import one_of
+from lowmem import quantize
+from lowmem.io.formats.foreign import ForeignTensor, Parts, one_of
 from lowmem.io.formats.registry import FOREIGN
+from lowmem.io.source import Source
+from lowmem.nn.forms import CodedForm
+
+
+def test_a_weight_is_kept_as_what_it_reads():
+    weight = quantize(torch.randn(2, 3), "q4_0", block_size=8)
+    for transposed, order in ((False, None), (True, None), (False, lambda: torch.arange(2))):
+        one = ForeignTensor("a", (2, 3), "b", 5, lambda: weight, transposed=transposed, order=order)
+        assert one.kept() == replace(CodedForm.of(weight), transposed=transposed, gathered=order is not None)
+    assert ForeignTensor("a", (2,), "b", 4, lambda: torch.zeros(2).half()).kept() is torch.float16
+    assert ForeignTensor("a", (2,), "b", 4, lambda: 1 / 0, lambda: torch.int8).kept() is torch.int8
+
+
+def test_the_parts_of_a_layer_are_named_in_errors(tmp_path):
+    save_file({"a.x": torch.ones(2), "a.y": torch.zeros(3), "x": torch.ones(1)}, tmp_path / "in")
+    with Source(tmp_path / "in") as source:
+        parts = Parts.of(source, "a", "F", ("x",), ("y", "z"))
+        assert (parts.names, parts.nbytes, set(parts.specs)) == ({"a.x", "a.y"}, 20, {"x", "y"})
+        assert parts.read("y").tolist() == [0, 0, 0]
+        assert Parts.of(source, "", "F", ("x",)).names == {"x"}  # a model that is one layer
+        parts.check(True)
+        with pytest.raises(ValueError, match=r"parts of the layer 'a' of F do not fit: x torch.float32 \(2,\), y"):
+            parts.check(False)
+        with pytest.raises(ValueError, match="the layer 'a' of F lacks 'a.z'; get it again"):
+            Parts.of(source, "a", "F", ("z",))
+        found = parts.refused("K", (2,), "it is odd")
+        shown = (found.name, found.shape, found.kind, found.nbytes, found.refusal)
+        assert shown == ("a.weight", (2,), "K", 20, "it is odd")
+        for read in (found.kept, found.read):
+            with pytest.raises(ValueError, match=r"^'a\.weight' in K cannot be kept exactly: it is odd$"):
+                read()
 
 
 def test_values_of_other_types_are_no_match():
-    """1 is no True, and True no 1."""
     for format, claim in (
         ("bitsandbytes", {"load_in_4bit": 1}),
         ("awq", {"bits": True}),

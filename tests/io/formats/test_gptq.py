@@ -1,18 +1,18 @@
 """GPTQ, written here as AutoGPTQ packs it: its modules do not install without a GPU."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import save_file
 
 from lowmem.errors import FileError
 from lowmem.io.formats.recognize import open_foreign
 from tests import strategies
 from tests.io.formats.test_recognize import values_of
-from tests.io.formats.written import read_all, words
+from tests.io.formats.written import opened, words
 
 
 def layer(seed, inputs, outputs, group, zeros=None, version=1, order=None):
@@ -34,9 +34,18 @@ def layer(seed, inputs, outputs, group, zeros=None, version=1, order=None):
 
 
 def save(folder, parts, config=None, path="model.layers.0.q"):
-    save_file({f"{path}.{name}".lstrip("."): value for name, value in parts.items()}, folder / "model.safetensors")
-    config = {} if config is None else {"quantization_config": config}
-    (folder / "config.json").write_text(json.dumps(config))
+    with stored(folder, parts, config, path):
+        pass
+
+
+@contextmanager
+def stored(folder, parts, config=None, path="model.layers.0.q"):
+    """Write a folder, and open its only weight."""
+    named = {f"{path}.{name}".lstrip("."): value for name, value in parts.items()}
+    with opened(folder, named, config) as file:
+        (tensor,) = file.tensors.values()
+        assert (file.kind, tensor.name) == ("gptq", f"{path}.weight".lstrip("."))
+        yield tensor
 
 
 @given(
@@ -60,15 +69,11 @@ def test_weights_are_exact_in_both_versions_and_any_order(
     told = (
         {"bits": 4, "group_size": group, "checkpoint_format": "gptq_v2" if version == 2 else "gptq"} if told else None
     )
-    save(folder, parts, told)
-    with open_foreign(folder) as file:
-        assert file.kind == "gptq"
-        (tensor,) = file.tensors.values()
-        assert tensor.name == "model.layers.0.q.weight"
-        stored = tensor.read()
+    with stored(folder, parts, told) as tensor:
+        weight_read = tensor.read()
         in_order = bool((parts["g_idx"].diff() >= 0).all())
         assert (tensor.order is None, tensor.kept().gathered) == (in_order, not in_order)
-        assert stored.format == ("q4_0" if symmetric or bool((zeros == 8).all()) else "uint4")
+        assert weight_read.format == ("q4_0" if symmetric or bool((zeros == 8).all()) else "uint4")
         assert torch.equal(values_of(tensor), weight)
 
 
@@ -82,9 +87,7 @@ def test_what_is_no_16_levels_times_scales_of_blocks_is_refused_and_its_values_a
         wide = more.pop("wide", False)
         parts, weight = layer(3, 32, 8, **{"group": 16, **more})
         parts = {**parts, "scales": parts["scales"].float()} if wide else parts
-        save(tmp_path, parts, {"bits": 4, "group_size": more.get("group", 16)})
-        with open_foreign(tmp_path) as file:
-            (tensor,) = file.tensors.values()
+        with stored(tmp_path, parts, {"bits": 4, "group_size": more.get("group", 16)}) as tensor:
             assert reason in tensor.refusal
             assert torch.equal(tensor.values(), weight)
             with pytest.raises(FileError, match="cannot be kept exactly"):
@@ -93,69 +96,57 @@ def test_what_is_no_16_levels_times_scales_of_blocks_is_refused_and_its_values_a
 
 def test_a_group_longer_than_a_block_repeats_its_scale(tmp_path):
     parts, weight = layer(4, 8208, 8, 8208)
-    save(tmp_path, parts, {"bits": 4, "group_size": -1}, path="")
-    with open_foreign(tmp_path) as file:
-        stored = file.tensors["weight"].read()
-        assert stored.block_size == 2736
-        assert torch.equal(stored.dequantize(), weight)
+    with stored(tmp_path, parts, {"bits": 4, "group_size": -1}, path="") as tensor:
+        assert tensor.read().block_size == 2736
+        assert torch.equal(tensor.read().dequantize(), weight)
 
 
 def test_layers_of_other_bits_and_parts_that_do_not_fit_are_refused(tmp_path):
     parts, _ = layer(5, 32, 8, 16)
-    save(tmp_path, parts, {"bits": 8})
-    with open_foreign(tmp_path) as file:
-        assert "8 bits" in file.tensors["model.layers.0.q.weight"].refusal
-    for name, value in {
-        "qzeros": torch.zeros(3, 1, dtype=torch.int32),
-        "g_idx": torch.full((32,), 7, dtype=torch.int32),
-        "g_idx ": torch.zeros(32, 1, dtype=torch.int32),
-        "g_idx  ": torch.zeros(1, 32, dtype=torch.int32),
-        "scales": torch.zeros(2, 8, dtype=torch.int32),
-        "qweight": torch.zeros(3, 8, dtype=torch.int32),
-    }.items():
-        save(tmp_path, {**parts, name.strip(): value})
-        if name == "qweight":
-            with open_foreign(tmp_path) as file:
-                assert "3.0 bits" in file.tensors["model.layers.0.q.weight"].refusal
-            continue
-        with pytest.raises(FileError, match="do not fit|2 groups of 0 of 32"):
-            open_foreign(tmp_path)
+    with stored(tmp_path, parts, {"bits": 8}) as tensor:
+        assert "8 bits" in tensor.refusal
+    with stored(tmp_path, {**parts, "qweight": torch.zeros(3, 8, dtype=torch.int32)}) as tensor:
+        assert "3.0 bits" in tensor.refusal
+    for message, name, value in (
+        ("do not fit", "qzeros", torch.zeros(3, 1, dtype=torch.int32)),
+        ("2 groups of 0 of 32", "g_idx", torch.full((32,), 7, dtype=torch.int32)),
+        ("do not fit", "g_idx", torch.zeros(32, 1, dtype=torch.int32)),
+        ("do not fit", "g_idx", torch.zeros(1, 32, dtype=torch.int32)),
+        ("do not fit", "scales", torch.zeros(2, 8, dtype=torch.int32)),
+    ):
+        with pytest.raises(FileError, match=message):
+            save(tmp_path, {**parts, name: value})
     del parts["qzeros"]
-    save(tmp_path, parts)
-    assert "lacks" in read_all(tmp_path / "model.safetensors")
+    with pytest.raises(FileError, match="lacks"):
+        save(tmp_path, parts)
 
 
 def test_what_a_config_claims_is_checked(tmp_path):
     parts, weight = layer(6, 32, 8, 32)
     for size in (2**62, 33, -1, None):
-        save(tmp_path, parts, {"group_size": size})
-        with open_foreign(tmp_path) as file:
-            assert torch.equal(file.tensors["model.layers.0.q.weight"].read().dequantize(), weight)
+        with stored(tmp_path, parts, {"group_size": size}) as tensor:
+            assert torch.equal(tensor.read().dequantize(), weight)
     told = {"0": 0, "-5": -5, "31": 31, "'32'": "32", r"32\.0": 32.0, "True": True, r"\[32\]": [32]}
     for text, size in told.items():
-        save(tmp_path, parts, {"group_size": size})
         with pytest.raises(FileError, match=f"says group_size={text}, and '.*q' has 1 groups of 32 inputs; get both"):
-            open_foreign(tmp_path)
+            save(tmp_path, parts, {"group_size": size})
     parts, weight = layer(6, 64, 8, 32)
     without = {name: part for name, part in parts.items() if name != "g_idx"}
-    save(tmp_path, without, {"group_size": 32})
-    with open_foreign(tmp_path) as file:
-        assert torch.equal(file.tensors["model.layers.0.q.weight"].read().dequantize(), weight)
+    with stored(tmp_path, without, {"group_size": 32}) as tensor:
+        assert torch.equal(tensor.read().dequantize(), weight)
     for size in (48, -1):  # no group index says which inputs such groups have
-        save(tmp_path, without, {"group_size": size})
         with pytest.raises(FileError, match=f"says group_size={size}, and '.*q' has 2 groups of 64 inputs"):
-            open_foreign(tmp_path)
+            save(tmp_path, without, {"group_size": size})
 
 
 def test_a_folder_of_before_configs_had_it_says_the_version_in_a_file_of_its_own(tmp_path):
     zeros = torch.randint(0, 7, (1, 8))
     for version, more in ((1, {}), (2, {"checkpoint_format": "gptq_v2"})):
         parts, weight = layer(0, 32, 8, 32, zeros, version)
-        save(tmp_path, parts)
         own = tmp_path / "quantize_config.json"
         own.write_text(json.dumps({"bits": 4, "group_size": 32, "desc_act": False, **more}))
-        with open_foreign(tmp_path) as file:
-            assert torch.equal(values_of(file.tensors["model.layers.0.q.weight"]), weight)
+        with stored(tmp_path, parts) as tensor:
+            assert torch.equal(values_of(tensor), weight)
     own.write_text("[]")
     with pytest.raises(FileError, match="quantize_config.json.*must be an object"):
         open_foreign(tmp_path)
@@ -164,13 +155,10 @@ def test_a_folder_of_before_configs_had_it_says_the_version_in_a_file_of_its_own
 def test_zero_points_of_an_unknown_version_are_refused(tmp_path):
     """A file that was taken out of its folder: nothing says whether its zero points are one too small."""
     parts, _ = layer(0, 32, 8, 32, torch.randint(0, 7, (1, 8)), 2)
-    save(tmp_path, parts)
-    (tmp_path / "config.json").unlink()
-    with (
-        pytest.raises(FileError, match="version 1 or 2, and no config.json"),
-        open_foreign(tmp_path / "model.safetensors") as file,
-    ):
-        read_all(file)
+    for write_and_open in (lambda: save(tmp_path, parts), lambda: open_foreign(tmp_path / "model.safetensors")):
+        with pytest.raises(FileError, match="version 1 or 2, and no config.json"):
+            write_and_open()
+        (tmp_path / "config.json").unlink(missing_ok=True)
     save(tmp_path, parts, {"bits": 4, "group_size": 32, "checkpoint_format": "gptq_v2"})
     (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
     with open_foreign(tmp_path / "gptq_model-4bit-32g.safetensors") as file:

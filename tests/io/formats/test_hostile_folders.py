@@ -1,6 +1,7 @@
 """Folders whose index, shards, links and config.json contradict each other: they are refused, or read as they were.
 
-What is drawn changes no tensor: so whatever is read in spite of it has the values that the whole folder has.
+What is drawn changes no tensor: so whatever is read in spite of it has the values that the whole folder has. Files
+that are damaged inside are drawn in test_fuzzed_files.py.
 """
 
 import json
@@ -71,81 +72,47 @@ def regular(path: Path) -> Path:
 
 def edit_index(folder: Path, change) -> None:
     index = json.loads(regular(folder / INDEX).read_text())
-    change(index["weight_map"], sorted(index["weight_map"]))
+    change(index["weight_map"])
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def move_entry(folder, number):
-    def change(entries, names):
-        name = names[number % max(1, len(names))]
-        entries[name] = SHARDS[entries[name] == SHARDS[0]]
+def change_entry(folder, number):
+    """Let an entry lead to the other shard, or drop, rename or add one."""
+
+    def change(entries):
+        name = sorted(entries)[number // 4 % max(1, len(entries))]
+        match number % 4:
+            case 0:
+                entries[name] = SHARDS[entries[name] == SHARDS[0]]
+            case 1:
+                del entries[name]
+            case 2:
+                entries[name + "_"] = entries.pop(name)
+            case _:
+                entries[f"new{number}"] = SHARDS[number // 4 % 2]
 
     edit_index(folder, change)
 
 
-def drop_entry(folder, number):
-    edit_index(folder, lambda entries, names: entries.pop(names[number % max(1, len(names))]))
-
-
-def add_entry(folder, number):
-    edit_index(folder, lambda entries, names: entries.update({f"new{number}": SHARDS[number % 2]}))
-
-
-def rename_entry(folder, number):
-    def change(entries, names):
-        name = names[number % max(1, len(names))]
-        entries[name + "_"] = entries.pop(name)
-
-    edit_index(folder, change)
+AWAY = ("../outside.safetensors", "a/../" + SHARDS[0], "", ".", "..", INDEX, "config.json", "\0", "x" * 300)
+AWAY += (SHARDS[0].upper(), SHARDS[0] + " ", 3, None, [SHARDS[0]], {})
 
 
 def lead_away(folder, number):
-    (folder.parent / "outside.safetensors").write_bytes(regular(folder / SHARDS[0]).read_bytes())
-    away = ("../outside.safetensors", str(folder.parent / "outside.safetensors"), "a/../" + SHARDS[0], "", ".", "..")
-    away = (
-        *away,
-        INDEX,
-        "config.json",
-        "\0",
-        "x" * 300,
-        SHARDS[0].upper(),
-        SHARDS[0] + " ",
-        3,
-        None,
-        [SHARDS[0]],
-        {},
+    outside = folder.parent / "outside.safetensors"
+    outside.write_bytes(regular(folder / SHARDS[0]).read_bytes())
+    away = (*AWAY, str(outside))[number % (len(AWAY) + 1)]
+    edit_index(
+        folder, lambda entries: entries.update((name, away) for name, at in entries.items() if at == SHARDS[0])
     )
-
-    def change(entries, names):
-        for name in names:
-            if entries[name] == SHARDS[0]:
-                entries[name] = away[number % len(away)]
-
-    edit_index(folder, change)
 
 
 def copy_tensor(folder, number):
     """Let a tensor be in both shards."""
     first, second = (load_file(regular(folder / shard)) for shard in SHARDS)
-    names = sorted(first)
-    name = names[number % max(1, len(names))]
-    save_file(
-        {**second, name: first[name] + 1 if first[name].is_floating_point() else first[name]}, folder / SHARDS[1]
-    )
-
-
-def resize(folder, number):
-    shard = regular(folder / SHARDS[number % 2])
-    content = shard.read_bytes()
-    how = number // 2 % 4
-    shard.write_bytes((content[:-1], content + b"\0", content[: number % max(1, len(content))], b"")[how])
-
-
-def lengthen_header(folder, number):
-    shard = regular(folder / SHARDS[number % 2])
-    content = shard.read_bytes()
-    sizes = (0, 2**63, 2**64 - 1, 2**32, len(content), int.from_bytes(content[:8], "little") + 1)
-    shard.write_bytes(sizes[number // 2 % len(sizes)].to_bytes(8, "little") + content[8:])
+    name = sorted(first)[number % max(1, len(first))]
+    value = first[name] + 1 if first[name].is_floating_point() else first[name]
+    save_file({**second, name: value}, folder / SHARDS[1])
 
 
 def second_model(folder, number):
@@ -172,35 +139,7 @@ def replace_by_link(folder, number):
     path.symlink_to((path, folder, Path("/dev/zero"), None, folder / "nothing", kept)[how])
 
 
-def break_config(folder, number):
-    content = (
-        b"",
-        b"{",
-        b"[" * 10**5,
-        b'{"quantization_config": 3}',
-        b'{"quantization_config": {"bits": 1' + b"0" * 400 + b"}}",
-        b'{"quantization_config": {"bits": NaN}}',
-        b'{"quantization_config": {}, "quantization_config": {}}',
-        b'{"a": "\xff"}',
-        b" " * (2**24 + 1),
-        b'"quantization_config"',
-    )
-    regular(folder / "config.json").write_bytes(content[number % len(content)])
-
-
-WAYS = (
-    move_entry,
-    drop_entry,
-    add_entry,
-    rename_entry,
-    lead_away,
-    copy_tensor,
-    resize,
-    lengthen_header,
-    second_model,
-    replace_by_link,
-    break_config,
-)
+WAYS = (change_entry, lead_away, copy_tensor, second_model, replace_by_link)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
@@ -211,7 +150,7 @@ WAYS = (
 @example("gptq", [(second_model, 0)])
 @example("gptq", [(second_model, 1)])
 @example("gptq", [(replace_by_link, 2)])
-@example("gpt-oss", [(drop_entry, 1), (drop_entry, 2)])
+@example("gpt-oss", [(change_entry, 1 + 4 * 1), (change_entry, 1 + 4 * 2)])
 @example("gptq", [(replace_by_link, 3 + 4 * 4)])
 @example("gptq", [(replace_by_link, 3 + 4 * 3)])
 def test_a_folder_that_contradicts_itself_is_refused_or_read_as_it_was(tmp_path_factory, kind, changes):
@@ -252,23 +191,17 @@ LIES = (
     ("gpt-oss", {"quant_method": "bitsandbytes"}),
     ("compressed-tensors-int4", {"quant_method": "awq"}),
     ("compressed-tensors-int4", {"format": "mxfp4-pack-quantized"}),
-    ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 8}}}}),
-    ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"symmetric": False}}}}),
     *(
-        ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 4, **lie}}}})
-        for lie in (
-            {"group_size": 64},
-            {"group_size": 0},
-            {"group_size": -1},
-            {"group_size": "32"},
-            {"type": "float"},
-            {"type": 3},
-            {"strategy": "channel"},
-            {"strategy": "tensor"},
-            {"strategy": 3},
-            {"actorder": 1},
-            {"actorder": ["group"]},
+        ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"num_bits": 4, name: value}}}})
+        for name, values in (
+            ("num_bits", (8,)),
+            ("symmetric", (False,)),
+            ("group_size", (64, 0, -1, "32")),
+            ("type", ("float", 3)),
+            ("strategy", ("channel", "tensor", 3)),
+            ("actorder", (1, ["group"])),
         )
+        for value in values
     ),
 )
 

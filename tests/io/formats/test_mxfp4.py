@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lowmem.errors import FileError
 from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_of, power_scales
-from lowmem.io.formats.recognize import open_foreign
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import FORMATS
+from tests.io.formats.written import opened
 
 PARTS = load_file(Path(__file__).parent / "samples" / "gpt-oss.safetensors")
 E2M1 = [0.0, 0.5, 1, 1.5, 2, 3, 4, 6]
@@ -19,9 +19,7 @@ BLOCKS, SCALES = "experts.down_proj_blocks", "experts.down_proj_scales"
 
 def test_parts_that_do_not_fit_are_refused(tmp_path):
     """Of parts that do, each value is that of its half of a byte, times 2 ** (exponent - 127)."""
-    path = tmp_path / "a.safetensors"
-    save_file(PARTS, path)
-    with open_foreign(path) as file:
+    with opened(tmp_path, PARTS) as file:
         assert sorted(file.tensors) == ["experts.bias", "experts.down_proj"]
         found = file.tensors["experts.down_proj"]
         assert (found.name, found.shape, found.kind) == ("experts.down_proj", (2, 4, 64), "MXFP4")
@@ -32,8 +30,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
     halves = [half for byte in PARTS[BLOCKS].flatten().tolist() for half in (byte & 15, byte >> 4)]
     expected = [(1 - half // 8 * 2) * E2M1[half % 8] * powers[at // 32] for at, half in enumerate(halves)]
     assert values.flatten().tolist() == expected
-    save_file({BLOCKS: PARTS[BLOCKS][1].clone(), SCALES: PARTS[SCALES][1].clone()}, path)
-    with open_foreign(path) as file:  # one matrix
+    with opened(tmp_path, {BLOCKS: PARTS[BLOCKS][1].clone(), SCALES: PARTS[SCALES][1].clone()}) as file:  # one matrix
         assert file.tensors["experts.down_proj"].shape == (4, 64)
         assert torch.equal(file.tensors["experts.down_proj"].read().dequantize(), values[1])
     for message, changed in (
@@ -45,8 +42,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         ("exponents are bytes", {SCALES: PARTS[SCALES].int()}),
         ("exponent of 255", {SCALES: torch.full_like(PARTS[SCALES], 255)}),
     ):
-        save_file({**PARTS, **changed}, path)
-        with pytest.raises(FileError, match=message), open_foreign(path) as file:
+        with pytest.raises(FileError, match=message), opened(tmp_path, {**PARTS, **changed}) as file:
             file.tensors["experts.down_proj"].read()
 
 
@@ -54,8 +50,7 @@ def test_blocks_without_scales_are_a_tensor_like_another(tmp_path):
     """So are blocks that are no bytes, and bytes of another name, whatever scales they have."""
     codes, scales = PARTS[BLOCKS], PARTS[SCALES].float()
     for parts in ({BLOCKS: codes}, {BLOCKS: codes.float(), SCALES: scales}, {"a": codes, "a_scales": scales}):
-        save_file(parts, tmp_path / "a.safetensors")
-        with open_foreign(tmp_path / "a.safetensors") as file:
+        with opened(tmp_path, parts) as file:
             assert file.kind == "safetensors"
             assert file.tensors.keys() == parts.keys()
 

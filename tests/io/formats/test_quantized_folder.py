@@ -102,12 +102,8 @@ def test_layers_are_packed_the_rest_is_dense_and_other_files_are_copied(tmp_path
     assert kinds["b.weight"] == "nf4, blocksize=32"
     assert kinds["kept.weight"] == "float32"
     assert {kinds[name] for name in ("embed.weight", "left.weight", "experts.up", "conv.weight")} == {"bfloat16"}
-    assert {file.name for file in (tmp_path / "out").iterdir()} == {
-        "config.json",
-        "generation_config.json",
-        "model.safetensors",
-        "tokenizer.json",
-    }
+    copied = {"generation_config.json", "tokenizer.json"}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"config.json", "model.safetensors", *copied}
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["architectures"] == ["Made"]
     assert config["quantization_config"]["llm_int8_skip_modules"] == ["left", "kept", "head"]
@@ -172,14 +168,8 @@ def test_a_transposed_layer_is_quantized_again_along_its_inputs(tmp_path, made):
         assert rows["a.weight"].error == pytest.approx(float(lost.norm() / size), rel=1e-9)
     # compressed-tensors has linear layers alone, and leaves others dense.
     weights = {**WEIGHTS, "b.weight": quantize(random(8, 96), "q4_0")}
-    rows = {
-        row.name: row
-        for row in write_compressed_tensors(
-            write_stored(tmp_path / "q4_0", weights),
-            tmp_path / "integers",
-            requantize=True,
-        )
-    }
+    source = write_stored(tmp_path / "q4_0", weights)
+    rows = {row.name: row for row in write_compressed_tensors(source, tmp_path / "integers", requantize=True)}
     assert rows["a.weight"].kind == "bfloat16"
     assert rows["b.weight"].kind == "int4, group_size=32"
     made(replace(ARCHITECTURE, refusal=lambda layers: f"no {sorted(layers)}"))
@@ -212,19 +202,15 @@ def test_weights_that_lie_otherwise_are_put_back(tmp_path, made):
 
 
 def test_a_folder_that_is_none_of_its_config_s_model_is_refused(tmp_path, made):
-    lacking = {name: weight for name, weight in WEIGHTS.items() if name != "a.bias"}
-    for number, (weights, why) in enumerate(
-        (
-            (lacking, "lacks 'a.bias'"),
-            ({**WEIGHTS, "new.weight": quantize(random(4, 64))}, "the model has not, 'new.weight'"),
-            ({**WEIGHTS, "a.weight": quantize(random(16, 128))}, "'a.weight' has not the shape"),
-            ({**WEIGHTS, "a.bias": random(15)}, "'a.bias' has not the shape"),
-            (
-                {**lacking, "a.bias": random(16), "a.weight": random(16, 64), "b.weight": random(8, 96)},
-                "no linear layers",
-            ),
-        )
-    ):
+    dense = {"a.weight": random(16, 64), "b.weight": random(8, 96)}
+    cases = (
+        ({name: weight for name, weight in WEIGHTS.items() if name != "a.bias"}, "lacks 'a.bias'"),
+        ({**WEIGHTS, "new.weight": quantize(random(4, 64))}, "the model has not, 'new.weight'"),
+        ({**WEIGHTS, "a.weight": quantize(random(16, 128))}, "'a.weight' has not the shape"),
+        ({**WEIGHTS, "a.bias": random(15)}, "'a.bias' has not the shape"),
+        ({**WEIGHTS, **dense}, "no linear layers"),
+    )
+    for number, (weights, why) in enumerate(cases):
         source = write_stored(tmp_path / f"in{number}", weights)
         with pytest.raises(FileError, match=why):
             write_bitsandbytes(source, tmp_path / "out")

@@ -11,8 +11,7 @@ from lowmem.errors import FileError
 from lowmem.io.atomic import open_regular
 from lowmem.io.formats import registry
 from lowmem.io.formats.export import target_of
-from lowmem.io.formats.foreign import Foreign, Target, one_of
-from lowmem.io.formats.foreign_tensor import ForeignTensor
+from lowmem.io.formats.foreign import Foreign, ForeignTensor, Target, one_of
 from lowmem.io.formats.recognize import is_coded, open_foreign
 from lowmem.io.import_checkpoint import import_checkpoint
 
@@ -23,14 +22,14 @@ def find(source, config):
         layer, _, part = name.rpartition(".")
         if part == "eighths":
             read = lambda name=name: source.read_tensor(name).float() / 8  # noqa: E731
-            yield ForeignTensor.of_weight(f"{layer}.weight", spec.shape, "eighths", spec.nbytes, read), {name}
+            yield ForeignTensor(f"{layer}.weight", spec.shape, "eighths", spec.nbytes, read), {name}
 
 
 def open_bytes(path):
     """A file of one vector of bytes."""
     file = open_regular(path)
     read = lambda: torch.frombuffer(bytearray(path.read_bytes()[5:]), dtype=torch.uint8)  # noqa: E731
-    return file, [ForeignTensor.of_weight("bytes", (3,), "byte", 3, read)], ["checksum"]
+    return file, [ForeignTensor("bytes", (3,), "byte", 3, read)], ["checksum"]
 
 
 def write_bytes(source, out, *, requantize, progress):

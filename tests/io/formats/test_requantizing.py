@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from lowmem import EightBit, FourBit
-from lowmem.io.formats.foreign_tensor import ForeignTensor
-from lowmem.io.formats.integers import integer_weight
+from lowmem.io.formats.codes import quantized
+from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.quantize import relative_error
@@ -14,12 +14,12 @@ WEIGHT = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
 
 def dense(name, weight=WEIGHT):
-    return ForeignTensor(name, tuple(weight.shape), "Q8_0", weight.nbytes, lambda: weight.dtype, lambda: weight)
+    return ForeignTensor(name, tuple(weight.shape), "Q8_0", weight.nbytes, lambda: weight)
 
 
 def coded(name):
-    weight = integer_weight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 2), 32)
-    return ForeignTensor.of_weight(name, (4, 64), "Q4_0", 1, lambda: weight)
+    weight = quantized(torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 2), (4, 64), "q4_0", 32)
+    return ForeignTensor(name, (4, 64), "Q4_0", 1, lambda: weight)
 
 
 def test_by_default_every_weight_is_as_it_was():

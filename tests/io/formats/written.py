@@ -1,14 +1,21 @@
-"""Writes files of other programs as their formats say, whatever the programs would refuse; and alters them."""
+"""Writes files of other programs as their formats say, whatever the programs would refuse."""
 
+import json
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
 
 from lowmem.errors import FileError
+from lowmem.io.formats.quantized_folder import Packed
 from lowmem.io.formats.recognize import open_foreign
+from lowmem.quant.tensor import QuantizedTensor
 
 HUGE = (0, 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
 
@@ -61,13 +68,13 @@ def words(codes: torch.Tensor) -> torch.Tensor:
     return torch.where(packed >= 2**31, packed - 2**32, packed).to(torch.int32)
 
 
-def mutated(content: bytes, changes: Sequence[tuple[int, bytes]]) -> bytes:
-    """Overwrite bytes at offsets, counted around the file."""
-    found = bytearray(content)
-    for offset, new in changes:
-        at = offset % len(found)
-        found[at : at + len(new)] = new[: len(found) - at]
-    return bytes(found)
+@contextmanager
+def opened(folder: Path, parts: dict[str, torch.Tensor], config: dict[str, Any] | None = None) -> Iterator[Any]:
+    """Write a folder of these tensors and this ``quantization_config``, and open it."""
+    save_file(parts, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({} if config is None else {"quantization_config": config}))
+    with open_foreign(folder) as file:
+        yield file
 
 
 def read_all(path: Path) -> str | None:
@@ -89,3 +96,25 @@ def read_all(path: Path) -> str | None:
     assert shown.isprintable()
     assert len(shown) < 1000
     return shown
+
+
+def as_read(packed: Packed, path: Path) -> QuantizedTensor:
+    """Return what lowmem's reader makes of a packed layer."""
+    save_file({f"layer.{name}": tensor.contiguous() for name, tensor in packed.parts.items()}, path)
+    with open_foreign(path) as file:
+        assert list(file.tensors) == ["layer.weight"]
+        weight = file.tensors["layer.weight"].read()
+    assert isinstance(weight, QuantizedTensor)
+    return weight
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+
+
+@st.composite
+def sizes(draw, multiple: int, most: int = 6):
+    """Draw the columns and the block size of a weight whose blocks are whole multiples of ``multiple``, or rows."""
+    columns = multiple * draw(st.integers(1, most))
+    block = multiple * draw(st.integers(1, 2 * most))
+    return columns, block

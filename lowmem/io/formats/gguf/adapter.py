@@ -29,19 +29,11 @@ F32 = 0  # the type of GGUF
 
 
 def write_gguf_adapter(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
-    """Write an adapter as llama.cpp loads it. The write is atomic.
-
-    Args:
-        path: where nothing is yet.
-        model: of transformers, of the llama family, with the adapter.
-        name: of the adapter.
-        layers: the adapters by place.
+    """Write an adapter, by place, as llama.cpp loads it, for a model of transformers of the llama family.
 
     Raises:
         ValueError: an architecture or layer that GGUF has no form of, a B that exceeds float32, or parameters of the
             base that train beside the adapter.
-        FileExistsError: something is at ``path``.
-        OSError: the file cannot be written.
     """
     names, alpha = _names(model), _alpha(layers)
     _refuse_trained(model)
@@ -78,7 +70,6 @@ def write_gguf_adapter(path: Path, model: nn.Module, name: str, layers: Mapping[
 
 
 def _names(model: nn.Module) -> Names:
-    """Return the names of a model of transformers."""
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     try:

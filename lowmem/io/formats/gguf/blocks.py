@@ -1,7 +1,4 @@
-"""The block types of GGUF: what a row of bytes means.
-
-A row of n weights is n / ``size`` blocks of ``nbytes`` bytes. Layouts are those of ``ggml-common.h`` of llama.cpp.
-"""
+"""The block types of GGUF: what a row of bytes means, as ``ggml-common.h`` of llama.cpp has it."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign_tensor import remapped
+from lowmem.io.formats.codes import remapped
 from lowmem.io.formats.mxfp4 import E2M1_CODES, power_scales
 
 __all__ = ["BLOCKS", "DENSE", "EIGHT_BIT", "KINDS", "SIZE", "SUPERBLOCKS", "BlockType"]
@@ -20,10 +17,10 @@ __all__ = ["BLOCKS", "DENSE", "EIGHT_BIT", "KINDS", "SIZE", "SUPERBLOCKS", "Bloc
 
 @dataclass(frozen=True)
 class BlockType:
-    """One type of block.
+    """One type of block: a row of n weights is n / ``size`` blocks of ``nbytes`` bytes.
 
     Args:
-        name: as ggml names it.
+        name: as ggml names the type.
         size: weights in a block.
         nbytes: bytes of a block.
         file_type: ``general.file_type`` of a file whose matrices are mostly of it; None: lowmem writes none.

@@ -1,7 +1,6 @@
-"""The container of GGUF, of version 2 and 3, little-endian: fields, where tensors lie, and the tensors.
+"""The container of GGUF (``docs/gguf.md`` of ggml), versions 2 and 3, little-endian: fields, places, and tensors.
 
-The layout is that of ``docs/gguf.md`` of ggml. The header is read once, in small pieces: its metadata, and name,
-shape, type and offset of each tensor. A file is written in one pass; its bytes depend on fields and tensors alone.
+A header is read once, in small pieces. A file is written in one pass; its bytes depend on fields and tensors alone.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
@@ -27,7 +25,6 @@ __all__ = [
     "MAGIC",
     "Field",
     "GGUFHeader",
-    "GGUFTensor",
     "Placed",
     "encode_field",
     "read_header",
@@ -57,23 +54,27 @@ _SMALLEST_KEY, _SMALLEST_TENSOR = 13, 32  # bytes of an entry, with an empty tex
 
 
 @dataclass(frozen=True)
-class GGUFTensor:
-    """Where a tensor lies: ``shape`` has the rows' length last, and ``begin`` counts from the start of the file."""
+class Placed:
+    """A tensor of a file: ``shape`` has the rows' length last, and ``begin`` counts from the start of a file."""
 
     name: str
     shape: tuple[int, ...]
     type: int
-    begin: int
-    nbytes: int | None
-    """None: the type is unknown, and so is the size."""
+    begin: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """The size of its values in bytes; 0: ``type`` is no key of ``BLOCKS``."""
+        block = BLOCKS.get(self.type)
+        return 0 if block is None else math.prod(self.shape) // block.size * block.nbytes
 
 
 @dataclass(frozen=True)
 class GGUFHeader:
-    """The header: numbers, short texts and short arrays of numbers of the metadata, and the tensors."""
+    """Numbers, short texts and short arrays of numbers of the metadata, and the tensors."""
 
     metadata: dict[str, Any]
-    tensors: dict[str, GGUFTensor]
+    tensors: dict[str, Placed]
     places: dict[str, slice]
     """Where each key with its type and value lies in the file."""
 
@@ -158,12 +159,7 @@ class _Cursor:
 
 
 def read_header(path: Path, file: BufferedReader) -> GGUFHeader:
-    """Read and check the header of a file.
-
-    Raises:
-        FileError: it is no GGUF file that lowmem reads, is cut, or contradicts itself.
-        OSError: the file cannot be read.
-    """
+    """Read and check the header of a file; a FileError if it is cut, contradicts itself, or is of another kind."""
     with read_errors(path):
         size = file.seek(0, os.SEEK_END)
         file.seek(0)
@@ -217,21 +213,18 @@ def _entry(cursor: _Cursor, name: str) -> tuple[tuple[int, ...], int, int]:
     return shape, cursor.number("I"), cursor.number("Q")
 
 
-def _placed(name: str, entry: tuple[tuple[int, ...], int, int], start: int, alignment: int, size: int) -> GGUFTensor:
+def _placed(name: str, entry: tuple[tuple[int, ...], int, int], start: int, alignment: int, size: int) -> Placed:
     shape, kind, offset = entry
     if offset % alignment or start + offset > size:
         raise ValueError(f"tensor {show(name)} lies at {offset}, which is unaligned or beyond the end of the file")
     if 0 in shape:
         raise ValueError(f"tensor {show(name)} has the shape {show(shape)}, which holds nothing")
-    block = BLOCKS.get(kind)
-    if block is None:
-        return GGUFTensor(name, shape, kind, start + offset, None)
-    if shape[-1] % block.size:
+    block, found = BLOCKS.get(kind), Placed(name, shape, kind, start + offset)
+    if block is not None and shape[-1] % block.size:
         raise ValueError(f"tensor {show(name)} has rows of {shape[-1]}, no multiple of {block.size} in {block.name}")
-    nbytes = math.prod(shape) // block.size * block.nbytes
-    if nbytes > size - start - offset:
-        raise ValueError(f"tensor {show(name)} takes {nbytes} bytes at {start + offset}, and the file has {size}")
-    return GGUFTensor(name, shape, kind, start + offset, nbytes)
+    if found.nbytes > size - found.begin:
+        raise ValueError(f"tensor {show(name)} takes {found.nbytes} bytes at {found.begin}, and the file has {size}")
+    return found
 
 
 def _check_apart(tensors: Any) -> None:
@@ -242,29 +235,8 @@ def _check_apart(tensors: Any) -> None:
         end, last = tensor.begin + (tensor.nbytes or 1), tensor.name
 
 
-@dataclass(frozen=True)
-class Placed:
-    """A tensor of the file: ``shape`` has the rows' length last, ``type`` is a key of ``BLOCKS``."""
-
-    name: str
-    shape: tuple[int, ...]
-    type: int
-
-    @property
-    def nbytes(self) -> int:
-        """The size of its values in bytes."""
-        block = BLOCKS[self.type]
-        return torch.Size(self.shape).numel() // block.size * block.nbytes
-
-
 def encode_field(key: str, value: Field) -> bytes:
-    """Return a field as the file has it: key, type and value.
-
-    An empty array is one of texts.
-
-    Raises:
-        ValueError: a number that its type does not hold, or a text that is no Unicode.
-    """
+    """Return a field as a file has it: key, type and value; a ValueError if no type holds the value."""
     try:
         return _text(key) + _value(value)
     except (struct.error, OverflowError, UnicodeEncodeError) as reason:
@@ -297,15 +269,9 @@ def write_file(
     """Write a file atomically from a stream of tensors, each of which is released before the next one is requested.
 
     Args:
-        path: where nothing is yet.
         fields: by key, as ``encode_field`` returns them, in the order of the file.
         tensors: in the order of the file.
         values: their names and bytes in the same order: contiguous uint8 tensors.
-
-    Raises:
-        ValueError: another tensor than the next one came, or another number of bytes.
-        FileExistsError: something is at ``path``, or was created meanwhile.
-        OSError: the file cannot be written.
     """
     check_writable(path)
     header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensors), len(fields)), *fields.values()]

@@ -2,17 +2,22 @@
 
 Exact means: ggml's value, ``d * k[code]`` in float32, has the bits of ``levels[code] * scale``. The levels of
 ``lowmem.quant.formats.IMPORTED`` are those of ggml divided by a power of two, so ``d`` is the scale divided by it.
+
+Q4_K and IQ4_XS have eight blocks of 32 whose scales are one float16 number times whole factors. A weight that was
+read from a file has the products as its scales; the number and the factors are found again. Of several that give the
+same products, those with the largest factors are taken, which llama.cpp chooses.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign_tensor import as_bytes, remapped
-from lowmem.io.formats.gguf.blocks import BLOCKS, KINDS, SIZE
+from lowmem.io.formats.codes import as_bytes, codes_of, offsets_of, remapped, scales_of
+from lowmem.io.formats.gguf.blocks import BLOCKS, KINDS, SIZE, SUPERBLOCKS
 from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_of
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.packing import pack, unpack
@@ -22,14 +27,22 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = [
     "dense_rows",
     "eight_bit_rows",
+    "exact_rows",
     "in_blocks",
     "inexact",
     "nearest",
     "nearest_format",
     "rows_of",
-    "scales_of",
-    "spread",
+    "superblock_rows",
 ]
+
+_NIBBLES = tuple(E2M1_CODES.index(code) for code in range(16))
+"""The bits of an E2M1 number for each code of ``fp4``. ggml reads -0 as 0."""
+
+_BLOCKS = 8  # of 32 weights in a superblock
+_CHUNK = 2**14  # superblocks that are factored at a time: a few MiB
+_K_FACTORS = range(63, 0, -1)
+_XS_FACTORS = tuple(one for size in range(32, 0, -1) for one in (-size, size) if one < 32)
 
 
 def inexact(form: CodedForm, columns: int) -> str | None:
@@ -45,62 +58,47 @@ def inexact(form: CodedForm, columns: int) -> str | None:
     return None
 
 
-def _divisor(format: str) -> float | None:
-    return BLOCKS[KINDS[format]].divisor
+def exact_rows(weight: QuantizedTensor) -> tuple[int, Tensor] | None:
+    """Return the type that holds a weight, of which ``inexact`` returns None, and its bytes, uint8 (rows, bytes)."""
+    if (blocks := in_blocks(weight)) is not None:
+        return KINDS[weight.format], rows_of(blocks)
+    rows = superblock_rows(weight)
+    return None if rows is None else (SUPERBLOCKS[weight.format], rows)
 
 
 def in_blocks(weight: QuantizedTensor) -> QuantizedTensor | None:
-    """Return the same weight in blocks of 32 with float32 scales that its type holds; None: it holds not all of them.
-
-    Only for a weight of which ``inexact`` returns None. The values are the same bits, but for the signs of zeros.
-    """
-    divisor, blocks = _divisor(weight.format), spread(weight)
-    scales, offsets = scales_of(blocks)
+    """Return a weight of which ``inexact`` returns None in blocks of 32; None: its type does not hold the scales."""
+    divisor, blocks = _divisor(weight.format), _spread(weight)
+    scales, *offsets = _scales_and_offsets(blocks, SIZE)
     if divisor is None:
         return blocks if bool(exponents_of(scales)[1].all()) else None
-    parts = [scales / divisor] if offsets is None else [scales / divisor, offsets]
-    return blocks if all(torch.equal(part.half().float(), part) for part in parts) else None
+    return blocks if all(torch.equal(part.half().float(), part) for part in (scales / divisor, *offsets)) else None
 
 
 def nearest_format(weight: QuantizedTensor) -> str:
-    """Return the key of ``KINDS`` for a weight that GGUF does not hold: its own where only scales have to be rounded.
-
-    Raises:
-        ValueError: rows that are no multiple of 32.
-    """
+    """Return the key of ``KINDS`` for a weight that GGUF does not hold: its own if rounding its scales is enough."""
     columns = weight.shape[-1]
     if columns % SIZE:
         raise ValueError(f"rows of {columns} are no multiple of {SIZE}, the blocks of GGUF")
     if inexact(CodedForm.of(weight), columns) is None and (divisor := _divisor(weight.format)) is not None:
-        scales, offsets = scales_of(weight)
-        rounded = [scales / divisor] + ([] if offsets is None else [offsets])
-        if all(bool(part.half().isfinite().all()) for part in rounded):
+        scales, *offsets = _scales_and_offsets(weight, weight.block_size)
+        if all(bool(part.half().isfinite().all()) for part in (scales / divisor, *offsets)):
             return weight.format
     return "iq4_nl"
 
 
 def nearest(weight: QuantizedTensor | Tensor, format: str) -> QuantizedTensor:
-    """Return a weight that GGUF holds, close to one that it does not: see ``in_blocks``.
+    """Return a weight that GGUF holds, close to one that it does not; a ValueError for values beyond float16 scales.
 
     In the format of the weight itself codes stay, and scales and offsets are rounded to float16. In another one the
-    values are quantized again; ggml stores d, the scale divided by a power of two, in float16, so d is what is
-    searched for.
-
-    Args:
-        weight: 4-bit, or float32.
-        format: what ``nearest_format`` returned; or any other one with a divisor.
-
-    Raises:
-        ValueError: values that no float16 scale reaches.
+    values are quantized again; ggml stores d, the scale divided by a power of two, in float16, so d is searched for.
     """
     divisor = _divisor(format)
     assert divisor is not None
     if isinstance(weight, QuantizedTensor) and format == weight.format:
-        blocks = spread(weight)
-        scales, offsets = scales_of(blocks)
-        rounded = [(scales / divisor).half().float() * divisor] + (
-            [] if offsets is None else [offsets.half().float()]
-        )
+        blocks = _spread(weight)
+        scales, *offsets = _scales_and_offsets(blocks, SIZE)
+        rounded = [(scales / divisor).half().float() * divisor, *(part.half().float() for part in offsets)]
         return replace(blocks, scales=torch.cat(rounded, dim=-1))
     values = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
     made = quantize(values / divisor, format, block_size=SIZE, scales="float16")
@@ -111,27 +109,37 @@ def rows_of(blocks: QuantizedTensor) -> Tensor:
     """Return the bytes of a weight that ``in_blocks`` or ``nearest`` returned: uint8 (rows, bytes)."""
     divisor, matrix = _divisor(blocks.format), blocks.as_matrix()
     packed = matrix.packed.view(len(matrix.packed), -1, SIZE // 2)  # (rows, blocks, 16)
-    scales, offsets = scales_of(matrix)
+    scales, *offsets = _scales_and_offsets(matrix, SIZE)
     if divisor is None:
         packed = remapped(packed, _NIBBLES).masked_fill(scales[..., None] == 0, 0)  # no exponent makes others zeros
-        parts = [exponents_of(scales)[0].to(torch.uint8)[..., None], packed]
+        heads = [exponents_of(scales)[0].to(torch.uint8)[..., None]]
     else:
-        heads = [scales / divisor]
         if BLOCKS[KINDS[blocks.format]].offsets is not None:
-            heads.append(torch.zeros_like(scales) if offsets is None else offsets)
-        parts = [*(as_bytes(head.half()[..., None]) for head in heads), packed]
-    return torch.cat(parts, dim=-1).flatten(1)
+            offsets = offsets or [torch.zeros_like(scales)]
+        heads = [as_bytes(head.half()[..., None]) for head in (scales / divisor, *offsets)]
+    return torch.cat([*heads, packed], dim=-1).flatten(1)
+
+
+def superblock_rows(weight: QuantizedTensor) -> Tensor | None:
+    """Return a weight's bytes in the superblocks of its format: uint8 (rows, bytes); None: they do not hold it."""
+    if weight.format not in SUPERBLOCKS or weight.shape[-1] % (SIZE * _BLOCKS) or weight.block_size % SIZE:
+        return None
+    matrix = _spread(weight).as_matrix()
+    scales, *offsets = (part.reshape(-1, _BLOCKS) for part in _scales_and_offsets(matrix, SIZE))
+    packed = matrix.packed.view(len(scales), _BLOCKS, SIZE // 2)
+    raw = None
+    if weight.format == "iq4_nl":
+        if not offsets and (found := _factored(scales / 128, _XS_FACTORS)) is not None:
+            raw = _iq4_xs(*found, packed)
+    elif (first := _factored(scales / 16, _K_FACTORS)) is not None:
+        minima = -offsets[0] if offsets else torch.zeros_like(scales)
+        if (second := _factored(minima, _K_FACTORS)) is not None:
+            raw = _q4_k(*first, *second, packed)
+    return None if raw is None else raw.view(len(matrix.packed), -1)
 
 
 def eight_bit_rows(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """Return the values of Q8_0 that are nearest to a weight's, and their bytes.
-
-    Returns:
-        float32 (..., n) and uint8 (rows, bytes).
-
-    Raises:
-        ValueError: values that no float16 scale reaches.
-    """
+    """Return the values of Q8_0 nearest to a weight's, float32 (..., n), and their bytes, uint8 (rows, bytes)."""
     values = weight.as_matrix().dequantize()
     parts = values.view(len(values), -1, SIZE)  # (rows, blocks, 32)
     scales = (parts.abs().amax(-1, keepdim=True) / 127).half()
@@ -148,23 +156,69 @@ def dense_rows(weight: Tensor) -> Tensor:
     return weight.detach().contiguous().view(-1).view(torch.uint8)
 
 
-_NIBBLES = tuple(E2M1_CODES.index(code) for code in range(16))
-"""The bits of an E2M1 number for each code of ``fp4``. ggml reads -0 as 0."""
+def _divisor(format: str) -> float | None:
+    return BLOCKS[KINDS[format]].divisor
 
 
-def spread(weight: QuantizedTensor) -> QuantizedTensor:
+def _spread(weight: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight in blocks of 32, with float32 scales: (..., columns / 32)."""
-    columns = weight.shape[-1]
-    packed = weight.packed
-    if weight.block_size != SIZE:
-        packed = pack(unpack(packed, weight.block_size)[..., :columns], SIZE)
-    index = torch.arange(0, columns, SIZE) // weight.block_size
-    scales, offsets = scales_of(weight)
-    scales = scales[..., index] if offsets is None else torch.cat([scales[..., index], offsets[..., index]], dim=-1)
-    encoding = "float32" if offsets is None else "float32_offsets"
+    packed = weight.packed if weight.block_size == SIZE else pack(codes_of(weight), SIZE)
+    scales = torch.cat(_scales_and_offsets(weight, SIZE), dim=-1)
+    encoding = "float32_offsets" if weight.has_offsets else "float32"
     return replace(weight, packed=packed, scales=scales, block_size=SIZE, scale_encoding=encoding)
 
 
-def scales_of(weight: QuantizedTensor) -> tuple[Tensor, Tensor | None]:
-    """Return float32 scales and offsets: (..., blocks)."""
-    return weight.encoding.decode(weight.scales).contiguous(), weight.offsets() if weight.has_offsets else None
+def _scales_and_offsets(weight: QuantizedTensor, size: int) -> list[Tensor]:
+    """Return the scales in blocks of ``size``, and the offsets of a weight that has them: float32 (..., blocks)."""
+    return [scales_of(weight, size)] + ([offsets_of(weight, size)] if weight.has_offsets else [])
+
+
+def _factored(products: Tensor, factors: Iterable[int]) -> tuple[Tensor, Tensor] | None:
+    """Return a float16 number and the whole factors of each row, of which ``products`` are the exact products.
+
+    Args:
+        products: float32 (n, 8).
+        factors: those that the largest product of a row may have, by preference; 0 is that of a product that is 0.
+
+    Returns:
+        float16 (n, 1) and int32 (n, 8); None: some row has none.
+    """
+    factors = tuple(factors)
+    least, most = min(0, *factors), max(factors)
+    numbers = torch.zeros(len(products), 1, dtype=torch.float16)
+    found = torch.zeros_like(products, dtype=torch.int32)
+    for start in range(0, len(products), _CHUNK):
+        rows = products[start : start + _CHUNK].double()
+        largest = rows.gather(-1, rows.abs().argmax(-1, keepdim=True))
+        left = largest[:, 0].nonzero()[:, 0]
+        for factor in factors:
+            number = (largest[left] / factor).half()
+            whole = (rows[left] / number.double()).round()
+            fits = ((whole * number.double() == rows[left]) & (whole >= least) & (whole <= most)).all(-1)
+            numbers[start + left[fits]] = number[fits]
+            found[start + left[fits]] = whole[fits].int()
+            left = left[~fits]
+            if not len(left):
+                break
+        if len(left):
+            return None
+    return numbers, found
+
+
+def _q4_k(d: Tensor, scales: Tensor, dmin: Tensor, minima: Tensor, packed: Tensor) -> Tensor:
+    """Q4_K: two float16 numbers, 12 bytes of 6-bit factors, and 32 low nibbles before 32 high ones, four times."""
+    scales, minima = scales.to(torch.uint8), minima.to(torch.uint8)
+    heads = [part[:, :4] | part[:, 4:] >> 4 << 6 for part in (scales, minima)]
+    low = scales[:, 4:] & 15 | (minima[:, 4:] & 15) << 4
+    codes = unpack(packed, SIZE).view(-1, _BLOCKS // 2, 2, SIZE)
+    nibbles = (codes[:, :, 0] | codes[:, :, 1] << 4).flatten(1)
+    return torch.cat([as_bytes(d), as_bytes(dmin), *heads, low, nibbles], dim=-1)
+
+
+def _iq4_xs(d: Tensor, factors: Tensor, packed: Tensor) -> Tensor:
+    """IQ4_XS: a float16 number, the two high bits of eight 6-bit factors plus 32, their four low bits, the codes."""
+    factors = factors + 32
+    high = ((factors >> 4) << torch.arange(0, 2 * _BLOCKS, 2, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    low = (factors[:, ::2] & 15 | (factors[:, 1::2] & 15) << 4).to(torch.uint8)
+    heads = torch.stack([high & 255, high >> 8], dim=-1).to(torch.uint8)
+    return torch.cat([as_bytes(d), heads, low, packed.flatten(1)], dim=-1)

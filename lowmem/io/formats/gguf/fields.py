@@ -1,7 +1,4 @@
-"""The metadata of a model in GGUF: from the config.json of a Hugging Face folder, or from an existing file.
-
-The keys are those of ``docs/gguf.md`` of ggml, filled as the converter of llama.cpp does it.
-"""
+"""The metadata of a model in GGUF, as llama.cpp's converter fills them: from config.json, or an existing file."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal, show
+from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_into
 from lowmem.io.formats.gguf.container import Field, GGUFHeader, read_header
 
@@ -28,12 +25,7 @@ ARCHITECTURES = MappingProxyType(
 )
 """``general.architecture`` by ``model_type`` of config.json."""
 
-_DESCRIBED = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "smollm3",
-)  # whose config is all there is to know; others take an existing file
+_DESCRIBED = ("llama", "qwen2", "qwen3", "smollm3")  # by their config alone; others take an existing file
 
 MAX_HEAD = 2**16  # columns
 
@@ -59,11 +51,7 @@ _FREE = ("context_length", "vocab_size", "rope.dimension_count", "attention.key_
 
 
 def architecture_of(config: Mapping[str, Any]) -> str:
-    """Return the architecture in GGUF.
-
-    Raises:
-        ValueError: lowmem does not know its names in GGUF.
-    """
+    """Return the architecture in GGUF; a ValueError if lowmem does not know its names there."""
     kind = config.get("model_type")
     found = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
     if found is None:
@@ -73,11 +61,7 @@ def architecture_of(config: Mapping[str, Any]) -> str:
 
 
 def model_fields(config: Mapping[str, Any]) -> dict[str, Field]:
-    """Return the fields of an architecture's model, by key.
-
-    Raises:
-        ValueError: a value that is missing, or that this architecture of llama.cpp does not compute.
-    """
+    """Return the fields of a model, by key; a ValueError for a value that llama.cpp does not compute."""
     arch = architecture_of(config)
     if arch not in _DESCRIBED:
         raise ValueError(
@@ -88,13 +72,10 @@ def model_fields(config: Mapping[str, Any]) -> dict[str, Field]:
         raise ValueError(f"hidden_act={show(config['hidden_act'])}: llama.cpp computes silu in a {arch}")
     layers = _count(config, "num_hidden_layers")
     rotated = config.get("no_rope_layers")
-    if arch == "smollm3" and rotated not in (
-        None,
-        [int((layer + 1) % 4 != 0) for layer in range(min(layers, 10**4))],
-    ):
+    known = [int((layer + 1) % 4 != 0) for layer in range(min(layers, 10**4))]
+    if arch == "smollm3" and rotated not in (None, known):
         raise ValueError(f"no_rope_layers={show(rotated)}: llama.cpp leaves out each fourth layer of a {arch}")
-    heads = _count(config, "num_attention_heads")
-    hidden = _count(config, "hidden_size")
+    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
     head = _count(config, "head_dim", hidden // heads)
     fields: dict[str, Field] = {
         "block_count": layers,
@@ -170,21 +151,13 @@ def _rope(config: Mapping[str, Any], head: int) -> dict[str, Field]:
                 f"{other[0]}={show(rope[other[0]])} of a yarn embedding is not written; name --like GGUF"
             )
         length = _count(rope, "original_max_position_embeddings", _count(config, "max_position_embeddings"))
-        scaling: dict[str, Field] = {
-            "rope.scaling.type": "yarn",
-            "rope.scaling.factor": _number(rope, "factor"),
-            "rope.scaling.original_context_length": length,
-        }
-        return {**fields, **scaling}
+        fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": _number(rope, "factor")}
+        return {**fields, "rope.scaling.original_context_length": length}
     raise ValueError(f"rope_type={show(kind)} is none of default, linear, llama3, yarn, which llama.cpp computes")
 
 
 def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
-    """Return by what llama.cpp divides each frequency of a llama3 embedding, float32 (head_dim / 2); or None.
-
-    Raises:
-        ValueError: a missing or wrong parameter.
-    """
+    """Return by what llama.cpp divides each frequency of a llama3 embedding, float32 (head_dim / 2); or None."""
     rope = _rope_of(config)
     if rope.get("rope_type", rope.get("type")) != "llama3":
         return None
@@ -205,15 +178,10 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Existing:
-    """An existing file.
-
-    Args:
-        path: where it is.
-        header: what it says.
-        fields: those that another file of the same model takes over, as they lie in it.
-    """
+    """An open file, whose ``fields`` another file of the same model takes over as they lie in it."""
 
     path: Path
+    file: BufferedReader
     header: GGUFHeader
     fields: dict[str, bytes]
 
@@ -248,10 +216,7 @@ class Existing:
             value, (kind, count) = self.header.metadata[key], self._type(key)
             fits, what = True, ""
             if name in _OF_TOKENS:
-                fits, what = (
-                    kind in _OF_TOKENS[name] and count == rows,
-                    f"an array for {rows} tokens",
-                )
+                fits, what = kind in _OF_TOKENS[name] and count == rows, f"an array for {rows} tokens"
             elif name == "merges":
                 fits, what = kind == _TEXT and count is not None, "an array of texts"
             elif name in _TEXTS:
@@ -279,14 +244,12 @@ def _check_numbers(path: Path, metadata: Mapping[str, Any]) -> None:
     """Raise a FileError unless the numbers of an existing file are some that a model has."""
     arch = f"{metadata.get('general.architecture')}."
     own = {key.removeprefix(arch): value for key, value in metadata.items() if key.startswith(arch)}
-    try:
+    with refusing(path, "copy from"):
         for name in own:
             if name in _COUNTS:
                 _count(metadata, arch + name, remedy="name another file")
             elif name in _NUMBERS:
                 _number(metadata, arch + name, remedy="name another file")
-    except ValueError as reason:
-        raise refusal(path, str(reason), "copy from") from None
     head = own.get("attention.key_length", own.get("embedding_length", 0) // own.get("attention.head_count", 1))
     rotated = own.get("rope.dimension_count", 0)
     if rotated > head or rotated % 2:
@@ -295,12 +258,7 @@ def _check_numbers(path: Path, metadata: Mapping[str, Any]) -> None:
 
 
 def read_existing(path: Path, file: BufferedReader) -> Existing:
-    """Read the metadata of an open file.
-
-    Raises:
-        FileError: it is damaged, or no model.
-        OSError: it cannot be read.
-    """
+    """Read the metadata of an open file; a FileError if it is damaged, or no model."""
     header = read_header(path, file)
     metadata = header.metadata
     if metadata.get("general.type", "model") != "model":
@@ -313,4 +271,4 @@ def read_existing(path: Path, file: BufferedReader) -> Existing:
         content = bytearray(place.stop - place.start)
         read_into(path, file, place.start, memoryview(content))
         fields[key] = bytes(content)
-    return Existing(path, header, fields)
+    return Existing(path, file, header, fields)

@@ -28,15 +28,12 @@ class Family:
 
 
 _ENDS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_ATTENTION = {
+_LLAMA = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
     "attn_output": "self_attn.o_proj",
-}
-_LLAMA = {
-    **_ATTENTION,
     "ffn_norm": "post_attention_layernorm",
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
@@ -50,12 +47,9 @@ FAMILIES: dict[str, Family] = {
     "qwen3": Family({**_LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}),
     "phi3": Family(
         {
-            "attn_norm": "input_layernorm",
+            **{part: name for part, name in _LLAMA.items() if part not in ("attn_q", "attn_k", "attn_v", "ffn_gate")},
             "attn_qkv": "self_attn.qkv_proj",
-            "attn_output": "self_attn.o_proj",
-            "ffn_norm": "post_attention_layernorm",
             "ffn_up": "mlp.gate_up_proj",
-            "ffn_down": "mlp.down_proj",
         }
     ),
 }
@@ -69,7 +63,7 @@ _LAYER = re.compile(r"model\.layers\.(?P<layer>\d{1,6})\.(?P<part>.+)", re.ASCII
 
 @dataclass(frozen=True)
 class Names:
-    """The names of one model."""
+    """The names of one model; methods raise a ValueError for names, or rows, that its architecture does not have."""
 
     architecture: str
     family: Family
@@ -77,11 +71,7 @@ class Names:
     """The heads of ``attn_q`` and ``attn_k``, if their rows are reordered."""
 
     def model_name(self, name: str) -> str | None:
-        """Return the name in transformers, or None for a tensor that the model computes itself.
-
-        Raises:
-            ValueError: the architecture has no such tensor.
-        """
+        """Return the name in transformers, or None for a tensor that the model computes itself."""
         if _COMPUTED.fullmatch(name):
             return None
         found = _NAME.fullmatch(name)
@@ -96,11 +86,7 @@ class Names:
         )
 
     def file_name(self, name: str) -> str:
-        """Return the name in GGUF of a weight of the model: what ``model_name`` turns back.
-
-        Raises:
-            ValueError: the architecture has no such weight.
-        """
+        """Return the name in GGUF of a weight of the model: what ``model_name`` turns back."""
         path, _, kind = name.rpartition(".")
         layer = _LAYER.fullmatch(path)
         parts = _ENDS if layer is None else self.family.parts
@@ -111,11 +97,7 @@ class Names:
         raise ValueError(f"weight {show(name)} has no known place in a GGUF file of {show(self.architecture)}")
 
     def row_order(self, name: str, rows: int) -> Tensor | None:
-        """Return the file's row for each row of the model, or None where they are the same.
-
-        Raises:
-            ValueError: the rows do not divide into heads of two halves.
-        """
+        """Return the file's row for each row of the model, or None where they are the same."""
         found = _NAME.fullmatch(name)
         heads = None if found is None else self.heads.get(found["part"])
         if heads is None:
@@ -128,11 +110,7 @@ class Names:
 
 
 def names_of(metadata: Mapping[str, Any]) -> Names:
-    """Return the names of a model.
-
-    Raises:
-        ValueError: an architecture whose names are not known, a part of a model, or a missing number of heads.
-    """
+    """Return the names of a model; a ValueError if they are unknown, or the metadata are not those of a whole one."""
     architecture = metadata.get("general.architecture")
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
     if metadata.get("general.type", "model") != "model":

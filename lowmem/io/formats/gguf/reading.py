@@ -1,9 +1,4 @@
-"""GGUF, the files of llama.cpp and ggml: version 2 and 3, little-endian.
-
-The header is read once, in small pieces: its metadata, and name, shape, type and offset of each tensor. Values are
-read from the file in chunks of rows when they are asked for, so that neither the file nor a dequantized copy of it
-becomes resident. The layout is that of ``docs/gguf.md`` of ggml.
-"""
+"""Reads the weights of GGUF files in chunks of rows: neither a file nor a dequantized copy becomes resident."""
 
 from __future__ import annotations
 
@@ -16,11 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal, show
+from lowmem.errors import refusing, show
 from lowmem.io.atomic import open_regular, read_into
-from lowmem.io.formats.foreign_tensor import ForeignTensor, Kept, encoding_of, quantized
+from lowmem.io.formats.codes import encoding_of, quantized
+from lowmem.io.formats.foreign import ForeignTensor, Kept
 from lowmem.io.formats.gguf.blocks import BLOCKS, BlockType
-from lowmem.io.formats.gguf.container import GGUFHeader, GGUFTensor, read_header
+from lowmem.io.formats.gguf.container import GGUFHeader, Placed, read_header
 from lowmem.io.formats.gguf.names import Names, names_of
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
@@ -32,11 +28,11 @@ CHUNK_BYTES = 2**20  # of a file, that are decoded at a time
 
 @dataclass(frozen=True)
 class _Values:
-    """The values of a tensor, read from the file."""
+    """The values of a tensor of a file."""
 
     path: Path
     file: BufferedReader
-    tensor: GGUFTensor
+    tensor: Placed
     block: BlockType
     order: Tensor | None
     """The rows of the file in the order of the model; None: as they are."""
@@ -104,24 +100,12 @@ class _Values:
 
 
 def read_gguf(path: Path) -> tuple[BufferedReader, list[ForeignTensor], list[str]]:
-    """Open a file.
-
-    Returns:
-        The open file, which the tensors read from; its tensors under the names of the Hugging Face model; and the
-        names of those that are left out, since the model computes them itself.
-
-    Raises:
-        FileError: it is damaged, or a model whose names lowmem does not know.
-        OSError: the file cannot be read.
-    """
+    """Open a file, as ``Foreign.open`` says; tensors that the model computes itself are left out."""
     file = open_regular(path)
     try:
         header = read_header(path, file)
-        try:
-            names = names_of(header.metadata)
-            tensors, left_out = _tensors(path, file, header, names)
-        except ValueError as reason:
-            raise refusal(path, str(reason)) from None
+        with refusing(path):
+            tensors, left_out = _tensors(path, file, header, names_of(header.metadata))
     except BaseException:
         file.close()
         raise
@@ -146,17 +130,17 @@ def _tensors(
     return list(found.values()), left_out
 
 
-def _foreign(path: Path, file: BufferedReader, tensor: GGUFTensor, name: str, names: Names) -> ForeignTensor:
+def _foreign(path: Path, file: BufferedReader, tensor: Placed, name: str, names: Names) -> ForeignTensor:
     block = BLOCKS.get(tensor.type)
     if block is None or block.refusal is not None:
         kind = f"type {tensor.type}" if block is None else block.name
         why = "lowmem does not know this type; take the model's Q4_K_M, Q4_0, Q8_0 or F16 file"
-        return ForeignTensor.refused(name, tensor.shape, kind, tensor.nbytes or 0, (block and block.refusal) or why)
+        return ForeignTensor.refused(name, tensor.shape, kind, tensor.nbytes, (block and block.refusal) or why)
     if block.format is not None and len(tensor.shape) == 1:
         why = "a vector has no rows of blocks; take the model's F16 file"
-        return ForeignTensor.refused(name, tensor.shape, block.name, tensor.nbytes or 0, why)
+        return ForeignTensor.refused(name, tensor.shape, block.name, tensor.nbytes, why)
     order = names.row_order(tensor.name, tensor.shape[0]) if len(tensor.shape) < 3 else None
     values = _Values(path, file, tensor, block, order)
     if block.format is None:
-        return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, lambda: block.dtype, values.dense)
-    return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes or 0, values.kept, values.read)
+        return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes, values.dense, lambda: block.dtype)
+    return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes, values.read, values.kept)

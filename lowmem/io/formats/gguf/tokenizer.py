@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -53,28 +54,24 @@ PRE_TOKENIZERS = MappingProxyType(
 """What llama.cpp calls the expressions that cut a text, and whether a word that is a token is taken as it is."""
 
 
-def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict[str, Field] | None:
-    """Return the fields of a folder's tokenizer, or None where it has none.
+def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict[str, Field]:
+    """Return the fields of the tokenizer in a folder of ``save_pretrained``, none where there is no tokenizer.
 
     Args:
-        folder: of ``save_pretrained``.
-        config: of the model: names the ends of a text where the tokenizer's own files do not.
+        folder: of the model.
+        config: of the model, which names the ends of a text where the tokenizer's own files do not.
         rows: of the embedding: as many tokens are written, the last ones as unused.
 
     Raises:
         FileError: a file is damaged, or a tokenizer that llama.cpp does not have, or that lowmem does not know.
-        OSError: a file cannot be read.
     """
     path = folder / "tokenizer.json"
     if not path.is_file():
-        old = next(
-            (name for name in ("tokenizer.model", "vocab.json", "tokenizer_config.json") if (folder / name).exists()),
-            None,
-        )
-        if old is None:
-            return None
-        why = f"it has {old} and no tokenizer.json: save_pretrained of AutoTokenizer's tokenizer writes one"
-        raise refusal(folder, f"{why}; or {_REMEDY}", "export the tokenizer of")
+        for old in ("tokenizer.model", "vocab.json", "tokenizer_config.json"):
+            if (folder / old).exists():
+                why = f"it has {old} and no tokenizer.json: save_pretrained of AutoTokenizer's tokenizer writes one"
+                raise refusal(folder, f"{why}; or {_REMEDY}", "export the tokenizer of")
+        return {}
     beside = folder / "tokenizer_config.json"
     settings = read_object(beside, MAX_BYTES, "tokenizer", _with_huge_numbers) if beside.is_file() else {}
     try:
@@ -83,16 +80,15 @@ def tokenizer_fields(folder: Path, config: Mapping[str, Any], rows: int) -> dict
         raise refusal(path, f"it is no tokenizer that lowmem knows ({reason!r}); {_REMEDY}", "export") from None
     except ValueError as reason:
         raise refusal(path, f"{reason}; {_REMEDY}", "export") from None
-    template = settings.get("chat_template") or _text(folder / "chat_template.jinja")
+    jinja = folder / "chat_template.jinja"
+    template = settings.get("chat_template") or (_text(jinja) if jinja.is_file() else None)
     if isinstance(template, list):
         named = [one for one in template if isinstance(one, dict)]
         template = next((one.get("template") for one in named if one.get("name") == "default"), None)
     return {**found, "tokenizer.chat_template": template} if isinstance(template, str) and template else found
 
 
-def _text(path: Path) -> str | None:
-    if not path.is_file():
-        return None
+def _text(path: Path) -> str:
     try:
         return read_at_most(path, MAX_BYTES, "tokenizer").decode()
     except UnicodeDecodeError:
@@ -142,15 +138,12 @@ class _Tokenizer:
     def _types(self) -> list[int]:
         special = {one["id"]: CONTROL if one.get("special") else USER_DEFINED for one in self.added}
         unknown = self.model.get("unk_token")
-        types = [
-            UNUSED if number in self.unused else special.get(number, NORMAL) for number in range(len(self.tokens))
-        ]
-        if self.model.get("byte_fallback"):
-            for number, token in enumerate(self.tokens):
-                if _BYTE.fullmatch(token):
-                    types[number] = BYTE
-                elif token == unknown:
-                    types[number] = UNKNOWN
+        types = []
+        for number, token in enumerate(self.tokens):
+            kind = UNUSED if number in self.unused else special.get(number, NORMAL)
+            if self.model.get("byte_fallback"):
+                kind = BYTE if _BYTE.fullmatch(token) else UNKNOWN if token == unknown else kind
+            types.append(kind)
         return types
 
     def _merges(self) -> list[tuple[str, str]]:
@@ -252,11 +245,9 @@ class _Tokenizer:
             if one["type"] == "TemplateProcessing":
                 added = [part["SpecialToken"]["id"] if "SpecialToken" in part else None for part in one["single"]]
                 bos, eos = (self._token(name) for name in ("bos", "eos"))
-                for first, last in ((False, False), (True, False), (False, True), (True, True)):
-                    if (
-                        added == [bos] * first + [None] + [eos] * last
-                        and None not in (bos, eos)[1 - first : 1 + last]
-                    ):
+                for first, last in product((False, True), repeat=2):
+                    known = None not in (bos, eos)[1 - first : 1 + last]
+                    if known and added == [bos] * first + [None] + [eos] * last:
                         return first, last
                 raise ValueError(f"its post_processor adds {show(added)} to a text, which are not its ends")
             if one["type"] != "ByteLevel":

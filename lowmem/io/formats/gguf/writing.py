@@ -8,22 +8,22 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from io import BufferedReader
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import FileError, printable, quoted, refusal, show
+from lowmem.errors import printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import check_writable, open_regular, read_into
 from lowmem.io.formats.exported import Exported
-from lowmem.io.formats.gguf.blocks import BLOCKS, DENSE, EIGHT_BIT, KINDS, SUPERBLOCKS
+from lowmem.io.formats.gguf.blocks import BLOCKS, DENSE, EIGHT_BIT, KINDS
 from lowmem.io.formats.gguf.container import Field, Placed, encode_field, write_file
 from lowmem.io.formats.gguf.encoding import (
     dense_rows,
     eight_bit_rows,
-    in_blocks,
+    exact_rows,
     inexact,
     nearest,
     nearest_format,
@@ -31,7 +31,6 @@ from lowmem.io.formats.gguf.encoding import (
 )
 from lowmem.io.formats.gguf.fields import Existing, architecture_of, model_fields, read_existing, rope_factors
 from lowmem.io.formats.gguf.names import Names, names_of
-from lowmem.io.formats.gguf.superblocks import superblock_rows
 from lowmem.io.formats.gguf.tokenizer import tokenizer_fields
 from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored
 from lowmem.quant.tensor import QuantizedTensor
@@ -45,6 +44,11 @@ NO_TOKENIZER = (
 _REMEDY = "--requantize writes what is nearest and prints the error, --dtype f32 writes all of it dense"
 
 
+_LAYER = re.compile(r"blk\.(\d+)\.")
+
+_Values = QuantizedTensor | Tensor
+
+
 @dataclass(frozen=True)
 class _Plan:
     """What becomes of a weight."""
@@ -53,8 +57,8 @@ class _Plan:
     placed: Placed
     order: Tensor | None
     """The source's row for each row of the file; None: as they are."""
-    again: bool
-    """Whether it is quantized again."""
+    convert: Callable[[_Values], tuple[_Values | None, Tensor]]
+    """Returns what the file holds, or None where that is the same, and its bytes in the order of the source."""
 
 
 def write_gguf(
@@ -66,31 +70,13 @@ def write_gguf(
     dtype: torch.dtype | None = None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> list[Exported]:
-    """Write a model as a GGUF file.
+    """Write a model as a GGUF file, as ``export`` does.
 
     Weights whose levels, blocks and scales a type of GGUF has are written code for code: "q4_0", "iq4_nl" and "uint4"
     in blocks of a multiple of 32 with float16 scales, "uint4" and "iq4_nl" with the scales of Q4_K and IQ4_XS, and
-    "fp4" whose scales are 6 times a power of two. Dense
-    matrices stay in their dtype; vectors become float32. The rows of q and k are put into llama.cpp's order. The same
-    source gives the same bytes.
-
-    Args:
-        source: a folder or file that lowmem wrote, or a dense folder.
-        out: where nothing is yet.
-        requantize: whether to write what is not exact as the nearest that is: with rounded scales, as IQ4_NL, or
-            as Q8_0 what is stored in 8 bits.
-        like: an existing file of the same model, whose fields are copied; None: they come from the folder.
-        dtype: of matrices: write all of them dense in it.
-        progress: called with the name of each finished weight and its bytes in the source.
-
-    Returns:
-        A row for each weight, sorted by name.
-
-    Raises:
-        ValueError: what GGUF cannot hold, by name; a dtype that it has not. Nothing is written.
-        FileError: the source or ``like`` is damaged, or of an architecture that lowmem does not write.
-        FileExistsError: something is at ``out``.
-        OSError: a file cannot be read or written.
+    "fp4" whose scales are 6 times a power of two. Others become the nearest that is exact: with rounded scales, as
+    IQ4_NL, or as Q8_0 what is stored in 8 bits. Dense matrices stay in their dtype; vectors become float32. The rows
+    of q and k are put into llama.cpp's order. The same source gives the same bytes.
 
     Warns:
         UserWarning: the file has no tokenizer.
@@ -100,54 +86,40 @@ def write_gguf(
     check_writable(out)
     with ExitStack() as stack:
         model = stack.enter_context(open_stored(source))
-        existing, file = None, None
+        existing = None
         if like is not None:
-            file = stack.enter_context(open_regular(Path(like)))
-            existing = read_existing(Path(like), file)
+            existing = read_existing(Path(like), stack.enter_context(open_regular(Path(like))))
         names, numbers = _names(model, existing)
         plans = _plans(model, names, requantize, dtype)
         found = {plan.placed.name: plan.placed.shape for plan in plans}
         said_by = "config.json" if existing is None else quoted(existing.path)
         _check(model, names, numbers, found, said_by)
-        computed = _computed(model, names, existing, file)
+        computed = _computed(model, names, existing)
         fields = _fields(model, existing, numbers, plans)
         placed = [one for one, _ in computed] + [plan.placed for plan in plans]
         rows: list[Exported] = []
         measured = requantize or dtype is not None
-        write_file(out, fields, placed, _contents(computed, plans, dtype, measured, rows, progress))
+        write_file(out, fields, placed, _contents(computed, plans, measured, rows, progress))
     return sorted(rows, key=lambda row: row.name)
 
 
 def _names(model: StoredModel, existing: Existing | None) -> tuple[Names, dict[str, Any]]:
     """Return the names of the model's weights, and its numbers by key, from its config or the existing file."""
-    numbers: dict[str, Any]
-    if model.config is None and existing is None:
-        why = "it has no config.json beside it: export the model's folder, or name an existing GGUF file by --like"
-        raise refusal(model.path, why, "export")
-    if existing is not None:
-        if model.config is not None:
-            _of_config(model, lambda: existing.check(model.config or {}))
-        numbers = existing.header.metadata
-        try:
+    config = model.config
+    if existing is None:
+        if config is None:
+            why = (
+                "it has no config.json beside it: export the model's folder, or name an existing GGUF file by --like"
+            )
+            raise refusal(model.path, why, "export")
+        with refusing(model.folder or model.path, "export"):
+            numbers: dict[str, Any] = {"general.architecture": architecture_of(config), **model_fields(config)}
             return names_of(numbers), numbers
-        except ValueError as reason:
-            raise refusal(existing.path, str(reason), "copy from") from None
-    config = model.config or {}
-    numbers = {
-        "general.architecture": _of_config(model, lambda: architecture_of(config)),
-        **_of_config(model, lambda: model_fields(config)),
-    }
-    return names_of(numbers), numbers
-
-
-def _of_config(model: StoredModel, read: Callable[[], Any]) -> Any:
-    """Return what is made of config.json; its errors name the folder."""
-    try:
-        return read()
-    except FileError:
-        raise
-    except ValueError as reason:
-        raise refusal(model.folder or model.path, str(reason), "export") from None
+    if config is not None:
+        with refusing(model.folder or model.path, "export"):
+            existing.check(config)
+    with refusing(existing.path, "copy from"):
+        return names_of(existing.header.metadata), existing.header.metadata
 
 
 def _plans(model: StoredModel, names: Names, requantize: bool, dtype: torch.dtype | None) -> list[_Plan]:
@@ -155,18 +127,16 @@ def _plans(model: StoredModel, names: Names, requantize: bool, dtype: torch.dtyp
     plans: list[_Plan] = []
     refused: dict[str, list[str]] = {}  # names by form and reason
     for weight in model.weights.values():
-        try:
+        with refusing(model.path, "export"):
             name = names.file_name(weight.name)
             order = names.row_order(name, weight.shape[0] if weight.shape else 0)
-        except ValueError as reason:
-            raise refusal(model.path, str(reason), "export") from None
-        order = None if order is None else torch.argsort(order)
         try:
-            kind, again = _kind(weight, requantize, dtype)
+            kind, convert = _kind(weight, requantize, dtype)
         except ValueError as reason:
             refused.setdefault(f"in {weight.kept}, {reason}", []).append(weight.name)
             continue
-        plans.append(_Plan(weight, Placed(name, weight.shape, kind), order, again))
+        rows = None if order is None else torch.argsort(order)
+        plans.append(_Plan(weight, Placed(name, weight.shape, kind), rows, convert))
     if refused:
         raise refusal(model.path, f"{_listed(refused)}: {_REMEDY}", "export")
     return sorted(plans, key=lambda plan: _place(plan.placed.name))
@@ -178,41 +148,58 @@ def _listed(refused: Mapping[str, list[str]]) -> str:
     return "; ".join(parts[:2]).replace(" and 0 more", "") + more
 
 
-def _kind(weight: StoredWeight, requantize: bool, dtype: torch.dtype | None) -> tuple[int, bool]:
-    """Return the type of a weight, and whether it is quantized again.
-
-    Raises:
-        ValueError: no type holds it.
-    """
+def _kind(
+    weight: StoredWeight, requantize: bool, dtype: torch.dtype | None
+) -> tuple[int, Callable[[Any], tuple[_Values | None, Tensor]]]:
+    """Return the type of a weight, and what converts its values to this type; a ValueError if no type holds it."""
     form, dims = weight.form, len(weight.shape)
     if not 1 <= dims <= 2:
         raise ValueError(f"a weight of {dims} dimensions has no place in this architecture")
     if isinstance(form, torch.dtype):
         if form not in DENSE and (dtype is None or not form.is_floating_point):
             raise ValueError(f"{form} is none of float32, float16 and bfloat16")
-        return (0, False) if dims == 1 else (DENSE[dtype or form], False)
+        dtype = torch.float32 if dims == 1 else dtype or form
     if dtype is not None:
-        return DENSE[dtype], False
+        return DENSE[dtype], partial(_dense, dtype)
+    assert not isinstance(form, torch.dtype)
     reason = inexact(form, weight.shape[-1])
     if weight.order is not None or weight.transposed:
         reason = f"its {'rows' if weight.order is None else 'columns'} are stored in another order"
     elif reason is None:
         stored = weight.read()
         assert isinstance(stored, QuantizedTensor)
-        if in_blocks(stored) is not None:
-            return KINDS[form.format], False
-        if superblock_rows(stored) is not None:
-            return SUPERBLOCKS[form.format], False
+        if (found := exact_rows(stored)) is not None:
+            return found[0], _exact
         reason = "its scales are no powers of two times 6" if form.format == "fp4" else "its scales exceed float16"
     if not requantize:
         raise ValueError(reason)
     if weight.shape[-1] % 32:
-        return DENSE[torch.float16], True
+        return DENSE[torch.float16], partial(_dense, torch.float16)
     if form.bits > 4:
-        return EIGHT_BIT, True
-    stored = weight.plain()
-    format = nearest_format(stored) if isinstance(stored, QuantizedTensor) else "iq4_nl"
-    return KINDS[format], True
+        return EIGHT_BIT, eight_bit_rows
+    values = weight.plain()
+    format = nearest_format(values) if isinstance(values, QuantizedTensor) else "iq4_nl"
+    return KINDS[format], partial(_nearest, format)
+
+
+def _exact(before: QuantizedTensor) -> tuple[None, Tensor]:
+    found = exact_rows(before)
+    assert found is not None
+    return None, found[1]
+
+
+def _nearest(format: str, before: _Values) -> tuple[QuantizedTensor, Tensor]:
+    blocks = nearest(before, format)
+    return blocks, rows_of(blocks)
+
+
+def _dense(dtype: torch.dtype, before: _Values) -> tuple[Tensor, Tensor]:
+    after = before.dequantize(dtype) if isinstance(before, QuantizedTensor) else before.to(dtype)
+    if dtype is torch.float16 and not bool(after.isfinite().all()):
+        values = before.dequantize() if isinstance(before, QuantizedTensor) else before
+        if bool(values.isfinite().all()):
+            raise ValueError("it has values beyond float16; write it with --dtype bf16 or f32")
+    return after, dense_rows(after)
 
 
 def _place(name: str) -> tuple[int, int, str]:
@@ -271,28 +258,23 @@ def _check(
             refuse(f"{name} has the shape {show(shape)}, and {said_by} says {show(said)}: they are of two models")
 
 
-def _computed(
-    model: StoredModel, names: Names, existing: Existing | None, file: BufferedReader | None
-) -> list[tuple[Placed, Tensor]]:
+def _computed(model: StoredModel, names: Names, existing: Existing | None) -> list[tuple[Placed, Tensor]]:
     """Return the tensors, with their bytes, that the model in transformers computes itself, and llama.cpp reads."""
-    if model.config is not None and existing is None:
-        factors = _of_config(model, lambda: rope_factors(model.config or {}))
-        if factors is None:
-            return []
-        return [(Placed("rope_freqs.weight", tuple(factors.shape), 0), dense_rows(factors))]
-    assert existing is not None
-    assert file is not None
+    if existing is None:
+        with refusing(model.folder or model.path, "export"):
+            factors = rope_factors(model.config or {})
+        return (
+            [] if factors is None else [(Placed("rope_freqs.weight", tuple(factors.shape), 0), dense_rows(factors))]
+        )
     found = []
     for tensor in existing.header.tensors.values():
-        try:
+        with refusing(existing.path, "copy from"):
             if names.model_name(tensor.name) is not None:
                 continue
-        except ValueError as reason:
-            raise refusal(existing.path, str(reason), "copy from") from None
-        if tensor.nbytes is None:
+        if not tensor.nbytes:
             raise refusal(existing.path, f"tensor {show(tensor.name)} has an unknown type; name another file")
         content = torch.empty(tensor.nbytes, dtype=torch.uint8)
-        read_into(existing.path, file, tensor.begin, content.numpy().data)
+        read_into(existing.path, existing.file, tensor.begin, content.numpy().data)
         found.append((Placed(tensor.name, tensor.shape, tensor.type), content))
     return found
 
@@ -309,16 +291,15 @@ def _fields(
         "general.file_type": BLOCKS[max(kinds, key=kinds.count)].file_type or 0,
         "general.quantization_version": 2,
     }
+    copied: dict[str, bytes] = {}
     if existing is None:
         assert model.folder is not None
-        assert model.config is not None
         own = {key: value for key, value in numbers.items() if key not in fields}
-        tokens = tokenizer_fields(model.folder, model.config, rows)
-        fields |= {"general.type": "model", **own, **(tokens or {})}
+        fields |= {"general.type": "model", **own, **tokenizer_fields(model.folder, model.config or {}, rows)}
     else:
         existing.check_tokens(rows)
-    copied = {} if existing is None else existing.fields
-    if not {"tokenizer.ggml.model"} & {*fields, *copied}:
+        copied = existing.fields
+    if "tokenizer.ggml.model" not in {**fields, **copied}:
         warnings.warn(NO_TOKENIZER, UserWarning, stacklevel=2)
         fields |= {"tokenizer.ggml.model": "no_vocab", f"{arch}.vocab_size": rows}
     return {key: encode_field(key, value) for key, value in fields.items()} | copied
@@ -327,7 +308,6 @@ def _fields(
 def _contents(
     computed: list[tuple[Placed, Tensor]],
     plans: list[_Plan],
-    dtype: torch.dtype | None,
     measured: bool,
     rows: list[Exported],
     progress: Callable[[str, int], None],
@@ -339,55 +319,14 @@ def _contents(
         weight, placed = plan.weight, plan.placed
         before = weight.plain()
         try:
-            after, content = _converted(before, plan)
+            after, content = plan.convert(before)
         except ValueError as reason:
             raise ValueError(f"{printable(weight.name)}: {reason}") from reason
         content = content.view(placed.shape[0], -1)
         content = content if plan.order is None else content[plan.order]
-        rows.append(
-            Exported.compare(
-                weight.name,
-                placed.name,
-                BLOCKS[placed.type].name,
-                before,
-                after,
-                placed.nbytes,
-                measured=measured,
-                source=weight,
-            )
-        )
+        kind = BLOCKS[placed.type].name
+        rows.append(Exported.compare(weight, placed.name, kind, before, after, placed.nbytes, measured))
         del before, after
         yield placed.name, content.flatten()
         del content
         progress(weight.name, weight.nbytes)
-
-
-def _converted(before: QuantizedTensor | Tensor, plan: _Plan) -> tuple[QuantizedTensor | Tensor | None, Tensor]:
-    """Return what the file holds, or None where that is the same, and its bytes in the order of the source.
-
-    Raises:
-        ValueError: values beyond the type's.
-    """
-    kind = plan.placed.type
-    dtype = next((one for one, number in DENSE.items() if number == kind), None)
-    if dtype is None:
-        if not plan.again:
-            assert isinstance(before, QuantizedTensor)
-            blocks = None if kind in SUPERBLOCKS.values() else in_blocks(before)
-            rows = superblock_rows(before) if blocks is None else rows_of(blocks)
-            assert rows is not None
-            return None, rows
-        if kind == EIGHT_BIT:
-            assert isinstance(before, QuantizedTensor)
-            return eight_bit_rows(before)
-        blocks = nearest(before, BLOCKS[kind].format or "")
-        return blocks, rows_of(blocks)
-    after = before.dequantize(dtype) if isinstance(before, QuantizedTensor) else before.to(dtype)
-    if dtype is torch.float16 and not bool(after.isfinite().all()):
-        values = before.dequantize() if isinstance(before, QuantizedTensor) else before
-        if bool(values.isfinite().all()):
-            raise ValueError("it has values beyond float16; write it with --dtype bf16 or f32")
-    return after, dense_rows(after)
-
-
-_LAYER = re.compile(r"blk\.(\d+)\.")

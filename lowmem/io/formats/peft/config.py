@@ -1,9 +1,7 @@
 """PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas.
 
-Layers are found as PEFT finds them: ``target_modules`` and the like name paths or their ends, and the keys of
-``rank_pattern`` and ``alpha_pattern`` are regular expressions of these ends. What changes the result of an adapter
-and has no form here (DoRA, biases of B, trainable tokens, ...) is refused by name, and so is every key that is
-unknown and not empty.
+Layers are found as PEFT finds them. What changes the result of an adapter and has no form here (DoRA, biases of B,
+trainable tokens, ...) is refused by name, and so is every key that is unknown and not empty.
 """
 
 from __future__ import annotations
@@ -11,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,7 +41,6 @@ _REFUSED = {
 }
 
 _LITERAL = re.compile(r"\^?((?:[\w-]|\\.)+)")
-_INDEX = re.compile(r".*?\.[^.]*\.(\d+)\.")
 
 
 @dataclass(frozen=True)
@@ -51,13 +49,12 @@ class PeftConfig:
 
     Attributes:
         technique: without patterns.
-        ranks: the values of ``rank_pattern``.
-        alphas: the values of ``alpha_pattern``.
+        ranks, alphas: the values of ``rank_pattern`` and ``alpha_pattern``.
         target_modules: ends of paths, a regular expression, or None for the modules that the tensors name.
         target_parameters: ends of names.
         excluded: ends of paths, or a regular expression.
         layers: the numbers of the layers that are adapted, or None for all.
-        layers_pattern: what stands before that number.
+        layers_pattern: what stands before the number of a layer.
         modules_to_save: how paths end of modules that are stored whole.
         biases: whether biases of the base are stored, too.
         base: the name of the base, or None.
@@ -77,11 +74,7 @@ class PeftConfig:
 
     @classmethod
     def parsed(cls, content: object) -> PeftConfig:
-        """Return what a file holds.
-
-        Raises:
-            ValueError: it is no config of LoRA, has a value that cannot be, or something that has no form here.
-        """
+        """Return what a file holds; a ValueError if it is no config of LoRA, or has something without a form here."""
         if not isinstance(content, dict):
             raise ValueError(f"it is {show(content)}, and must be an object")
         kind = content.get("peft_type")
@@ -113,23 +106,21 @@ class PeftConfig:
             layers=fields.numbers("layers_to_transform"),
             layers_pattern=fields.names("layers_pattern", single=True),
             modules_to_save=fields.names("modules_to_save"),
-            biases=fields.choice("bias", ("none", "all", "lora_only")) != "none",
+            biases=fields.biases(),
             base=fields.text("base_model_name_or_path"),
         )
-        for key in fields.unread():
-            raise ValueError(
-                f"{printable_key(key)}={show(content[key])} is something that lowmem does not know, and may change "
-                f"what the adapter computes; upgrade lowmem, or {MERGE}"
-            )
+        for key, value in content.items():
+            if value and key not in fields.read:
+                name = key if key.isidentifier() and len(key) < 60 else show(key)
+                raise ValueError(
+                    f"{name}={show(value)} is something that lowmem does not know, and may change what the adapter "
+                    f"computes; upgrade lowmem, or {MERGE}"
+                )
         return found
 
 
 class Matcher:
-    """Finds the layers that a config means, and their ranks and alphas.
-
-    Raises:
-        ValueError: a pattern is none, or too large; of each method, that matching takes too long.
-    """
+    """Finds the layers that a config means, and their ranks and alphas; a ValueError if matching takes too long."""
 
     def __init__(self, config: PeftConfig) -> None:
         self._config, budget = config, Budget()
@@ -146,14 +137,12 @@ class Matcher:
 
     def takes(self, path: str) -> bool:
         """Whether the module at a path is adapted."""
-        if not _is_named(self._targets, path) or _is_named(self._excluded, path):
+        named, layers = self._targets, self._config.layers
+        if not _is_named(named, path) or _is_named(self._excluded, path):
             return False
         if any(one.matches(path) for one in self._saved):
             return False
-        named = self._targets
-        if self._config.layers is None or not isinstance(named, frozenset) or path in named:
-            return True
-        return self._layer(path) in self._config.layers
+        return layers is None or not isinstance(named, frozenset) or path in named or self._layer(path) in layers
 
     def takes_parameter(self, name: str) -> bool:
         """Whether a parameter is adapted by its full name."""
@@ -161,7 +150,7 @@ class Matcher:
 
     def saves(self, path: str) -> bool:
         """Whether the module at a path is stored whole."""
-        return path.endswith(self._config.modules_to_save) if self._config.modules_to_save else False
+        return path.endswith(self._config.modules_to_save)
 
     def technique(self, place: str) -> LoRA:
         """Return the rank and alpha of a module's path, or a parameter's full name."""
@@ -170,13 +159,9 @@ class Matcher:
         return LoRA(rank, alpha, own.dropout, own.rank_stabilized)
 
     def _layer(self, path: str) -> int | None:
-        found = None
-        for pattern in self._config.layers_pattern:
-            found = re.match(rf"(?:^|.*?\.){re.escape(pattern)}\.(\d+)\.", path)
-            if found is not None:
-                break
-        if not self._config.layers_pattern:
-            found = _INDEX.match(path)
+        names = self._config.layers_pattern
+        patterns = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        found = next((found for one in patterns if (found := re.match(one, path))), None)
         return None if found is None or len(found[1]) > 9 else int(found[1])
 
 
@@ -213,12 +198,9 @@ def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[st
     try:
         return Pattern(given, budget)
     except ValueError:
-        try:
-            re.compile(given)
-        except (re.error, OverflowError, RecursionError):
-            pass
-        else:
-            if len(given) <= MAX_LENGTH:
+        if len(given) <= MAX_LENGTH:
+            with suppress(re.error, OverflowError, RecursionError):
+                re.compile(given)
                 return None
         raise
 
@@ -238,36 +220,25 @@ def _is_named(given: Any, path: str) -> bool:
     return given is not None and any(end in given for end in ends_of(path))
 
 
-def printable_key(key: str) -> str:
-    """Return a key of a file, as errors show it."""
-    return key if key.isidentifier() and len(key) < 60 else show(key)
-
-
 class _Fields:
     """Reads the values of a config, each with the type that it must have, and notes which were read."""
 
     def __init__(self, content: Mapping[str, Any]) -> None:
-        self._content, self._read = content, {*_WITHOUT_EFFECT, "r", "lora_alpha"}
+        self._content, self.read = content, {*_WITHOUT_EFFECT, "r", "lora_alpha"}
 
     def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
         """Return a value, or the default for None."""
-        self._read.add(key)
+        self.read.add(key)
         value = self._content.get(key)
         value = default if value is None else value
         return _checked(key, value, fits(value), what)
 
-    def unread(self) -> list[str]:
-        """Return the keys of values that are not empty and were not read."""
-        return [key for key, value in self._content.items() if key not in self._read and value]
+    def rank(self, what: str, value: Any) -> Any:
+        return _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
 
-    def rank(self, what: str, value: Any) -> int:
-        found: int = _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
-        return found
-
-    def alpha(self, what: str, value: Any) -> float:
+    def alpha(self, what: str, value: Any) -> Any:
         fits = type(value) in (int, float) and 0 < value < math.inf
-        found: float = _checked(what, value, fits, "must be a positive number")
-        return found
+        return _checked(what, value, fits, "must be a positive number")
 
     def dropout(self) -> float:
         fits = lambda value: type(value) in (int, float) and 0 <= value < 1  # noqa: E731
@@ -276,8 +247,9 @@ class _Fields:
     def flag(self, key: str) -> bool:
         return bool(self._get(key, False, lambda value: isinstance(value, bool), "must be true or false"))
 
-    def choice(self, key: str, known: tuple[str, ...]) -> str:
-        return str(self._get(key, known[0], lambda value: value in known, f"is none of {', '.join(known)}"))
+    def biases(self) -> bool:
+        known = ("none", "all", "lora_only")
+        return bool(self._get("bias", "none", known.__contains__, f"is none of {', '.join(known)}") != "none")
 
     def text(self, key: str) -> str | None:
         return self._get(key, "", lambda value: isinstance(value, str), "must be a string") or None
@@ -290,7 +262,7 @@ class _Fields:
         """Return a list of names; ``single``: or the only one."""
         own = self._content.get(key)
         if single and isinstance(own, str):
-            self._read.add(key)
+            self.read.add(key)
             return (own,) if own else ()
         fits = lambda value: isinstance(value, list) and all(isinstance(one, str) and one for one in value)  # noqa: E731
         return tuple(self._get(key, [], fits, "must be a list of names"))
@@ -298,7 +270,7 @@ class _Fields:
     def names_or_pattern(self, key: str) -> frozenset[str] | str | None:
         value = self._content.get(key)
         if value is None or (isinstance(value, str) and value):
-            self._read.add(key)
+            self.read.add(key)
             return None if value == "all-linear" else value  # which PEFT replaces by names before it saves
         return frozenset(self.names(key))
 

@@ -36,14 +36,12 @@ _OF_EMBEDDING = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}
 
 @dataclass(frozen=True)
 class Slot:
-    """The adapter of one parameter, as PEFT has it.
+    """The adapter of one parameter of a module.
 
     Attributes:
-        module: whose parameter it is.
-        parameter: its name.
-        place: the name that lowmem has for it.
+        place: the name that lowmem has for the parameter.
         pattern_name: the name that PEFT matches patterns of ranks and alphas with.
-        keys: of its tensors in the file, by ``lora_a`` and ``lora_b``.
+        keys: of the adapter's tensors in the file, by ``lora_a`` and ``lora_b``.
     """
 
     module: nn.Module
@@ -88,9 +86,7 @@ class Layers:
         model: with or without lowmem's adapters.
         modules: paths of ``target_modules``.
         parameters: full names of ``target_parameters``.
-
-    Attributes:
-        slots: of all adapted parameters.
+        slots: of all adapted parameters; filled here.
 
     Raises:
         ValueError: PEFT, or lowmem, cannot adapt one of them.
@@ -102,14 +98,19 @@ class Layers:
     slots: list[Slot] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.modules, self.parameters = dict.fromkeys(self.modules), dict.fromkeys(self.parameters)
+        self.modules = dict.fromkeys(self.modules)
         self._paths = module_paths(self.model)
         self._by_path = {path: module for module, paths in self._paths.items() for path in paths}
         self._projections = {id(one.out_proj) for one in self._paths if isinstance(one, nn.MultiheadAttention)}
         self._depth = dict.fromkeys(self.modules, 1)
-        targeted = {path: self._parameters_at(path) for path in self._owners()}
-        for path, names in targeted.items():
-            self._depth[path] = self._depth.get(path, 0) + len(names)
+        owned: dict[str, set[str]] = {}
+        for name in self.parameters:
+            owner, _, own = name.rpartition(".")
+            owned.setdefault(owner, set()).add(own)
+        targeted: dict[str, list[str]] = {}  # in the order of the module
+        for path, own_names in owned.items():
+            targeted[path] = [name for name in dense_parameters(self._module_at(path)) if name in own_names]
+            self._depth[path] = self._depth.get(path, 0) + len(targeted[path])
         for path in self.modules:
             self._add_module(path)
         for path, names in targeted.items():
@@ -130,10 +131,6 @@ class Layers:
         """Return what the names of a module's own tensors begin with, inside all of its wrappers."""
         return self.key(path, self._depth.get(path, 0))
 
-    def wraps(self, path: str) -> bool:
-        """Whether the module at a path is adapted."""
-        return self._depth.get(path, 0) > 0
-
     def _module_at(self, path: str) -> nn.Module:
         module = self._by_path.get(path)
         if module is None:
@@ -146,14 +143,6 @@ class Layers:
                 f"{layer_name(path)} is {layer_name(other)}, too, of which PEFT would adapt one alone: leave it out"
             )
         return module
-
-    def _owners(self) -> dict[str, None]:
-        return dict.fromkeys(name.rpartition(".")[0] for name in self.parameters)
-
-    def _parameters_at(self, path: str) -> list[str]:
-        """Return the names of a module's parameters that are adapted, in the order of the module."""
-        own = {name.rpartition(".")[2] for name in self.parameters if name.rpartition(".")[0] == path}
-        return [name for name in dense_parameters(self._module_at(path)) if name in own]
 
     def _slot(self, path: str, parameter: str, pattern_name: str, prefix: str, parts: Mapping[str, str]) -> None:
         self._check_adaptable(path, parameter)
@@ -171,7 +160,7 @@ class Layers:
 
     def _add_module(self, path: str) -> None:
         module = self._module_at(path)
-        why = _why_not(module, id(self._by_path[path]) in self._projections)
+        why = _why_not(module, id(module) in self._projections)
         if why is None and self._depth[path] > 1:
             why = "PEFT would adapt both it and a parameter of it"
         if why is not None:
@@ -207,9 +196,7 @@ def dense_parameters(module: nn.Module) -> list[str]:
 
 def _why_not(module: nn.Module, is_projection: bool) -> str | None:
     """Return why PEFT does not adapt a module as lowmem does, or None."""
-    kind = type(module)
-    if isinstance(module, AdaptedModule):
-        kind = module._plain_class
+    kind = module._plain_class if isinstance(module, AdaptedModule) else type(module)
     if is_projection or isinstance(module, nn.MultiheadAttention):
         # until 0.21 at least: merge() of its MultiheadAttention; a wrapper of out_proj alone is not called
         return "PEFT has no working adapter of out_proj, which it adds twice or not at all: leave it out"

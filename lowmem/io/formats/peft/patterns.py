@@ -1,17 +1,18 @@
-"""Matches regular expressions of files in bounded time.
+"""Matches regular expressions of files in bounded time, where Python's own matcher may take exponential time.
 
-PEFT's configs name layers by regular expressions of Python. Python's own matcher takes exponential time for some of
-them, and a file may have been made to do so. Here a pattern is a nondeterministic automaton, of which all states are
-followed at once: the time is proportional to the length of the text times the number of states (Thompson, Regular
-Expression Search Algorithm, 1968). Sets of states that were met before are remembered.
-
-What such an automaton cannot hold is refused by name: references to groups, looking ahead or behind, flags.
+Python's parser reads a pattern, and a nondeterministic automaton matches it. All of its states are followed at once:
+the time is the length of the text times the number of states (Thompson, Regular Expression Search Algorithm, 1968).
 """
 
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
+from itertools import pairwise
+from re import _constants as kinds  # type: ignore[attr-defined]  # public in no version of Python
+from re import _parser  # type: ignore[attr-defined]
+from typing import Any
 
 from lowmem.errors import show
 
@@ -19,21 +20,22 @@ __all__ = ["MAX_LENGTH", "Budget", "Pattern"]
 
 MAX_LENGTH = 2000  # characters of a pattern
 MAX_STATES = 4000
-MAX_DEPTH = 40  # groups in groups
 MAX_REPEAT = 1000
 MOST_STEPS = 10_000_000  # one or two seconds
 STEPS_OF_STATE = 20  # of making one
 
-_CLASSES: dict[str, Callable[[str], bool]] = {
-    "d": str.isdecimal,
-    "w": lambda c: c.isalnum() or c == "_",
-    "s": str.isspace,
-}
-_CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "a": "\a"}
-_COUNT = re.compile(r"\{(\d{0,9})(,(\d{0,9}))?\}", re.ASCII)
-
 _Test = Callable[[str], bool]
 _Fragment = tuple[int, int]  # the states at which a part of the pattern begins and ends
+
+_CLASSES: dict[Any, _Test] = {
+    kinds.CATEGORY_DIGIT: str.isdecimal,
+    kinds.CATEGORY_NOT_DIGIT: lambda c: not c.isdecimal(),
+    kinds.CATEGORY_SPACE: str.isspace,
+    kinds.CATEGORY_NOT_SPACE: lambda c: not c.isspace(),
+    kinds.CATEGORY_WORD: lambda c: c.isalnum() or c == "_",
+    kinds.CATEGORY_NOT_WORD: lambda c: not (c.isalnum() or c == "_"),
+}
+_ANCHORS = {kinds.AT_BEGINNING: "^", kinds.AT_END: "$"}
 
 
 class Budget:
@@ -43,44 +45,36 @@ class Budget:
         self.steps = steps
 
     def spend(self, steps: int) -> None:
-        """Take away some steps.
-
-        Raises:
-            ValueError: none are left.
-        """
+        """Take away some steps, or raise a ValueError if not enough are left."""
         self.steps -= steps
         if self.steps < 0:
             raise ValueError("its patterns take too long to match; name layers by their paths")
 
 
 class Pattern:
-    """A regular expression, which is matched against whole texts.
-
-    Args:
-        text: of the pattern, in the syntax of Python's ``re``.
-        budget: what matching may take.
-
-    Raises:
-        ValueError: it is no pattern, too large, or has what takes more than an automaton.
-    """
+    """A regular expression of Python, matched against whole texts; a ValueError if an automaton cannot hold it."""
 
     def __init__(self, text: str, budget: Budget) -> None:
-        self._text, self._at, self._depth, self._budget = text, 0, 0, budget
+        self._text, self._budget = text, budget
         self._silent: list[list[tuple[str, int]]] = []  # steps that read nothing: (anchor, to)
         self._reading: dict[int, tuple[_Test, int]] = {}
+        self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
         if len(text) > MAX_LENGTH:
             raise ValueError(f"pattern {show(text)} has {len(text)} characters, more than {MAX_LENGTH}")
-        self._begin, self._end = self._alternatives()
-        if self._at < len(text):
-            self._fail("has a parenthesis that closes nothing")
-        self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what a later Python may read otherwise
+                parsed = _parser.parse(text)
+            self._begin, self._end = self._sequence(parsed)
+        except RecursionError:
+            self._fail("has too many groups in each other")
+        except (re.error, OverflowError) as reason:
+            self._fail(f"is none: {reason}")
+        if parsed.state.flags & ~re.UNICODE:
+            self._fail("has flags, which lowmem does not match")
 
     def matches(self, text: str) -> bool:
-        """Whether the whole of a text matches.
-
-        Raises:
-            ValueError: the budget is spent.
-        """
+        """Whether the whole of a text matches; a ValueError if the budget is spent."""
         self._budget.spend(len(text) + 1)
         states = self._closure({self._begin}, "^")
         for character in text:
@@ -113,154 +107,63 @@ class Pattern:
         self._silent.append([])
         return len(self._silent) - 1
 
-    def _next(self) -> str:
-        return self._text[self._at : self._at + 1]
+    def _sequence(self, parts: Iterable[tuple[Any, Any]]) -> _Fragment:
+        found = [self._part(kind, value) for kind, value in parts]
+        for (_, end), (begin, _) in pairwise(found):
+            self._silent[end].append(("", begin))
+        if found:
+            return found[0][0], found[-1][1]
+        return (only := self._state()), only
 
-    def _take(self) -> str:
-        if self._at >= len(self._text):
-            self._fail("ends too early")
-        self._at += 1
-        return self._text[self._at - 1]
-
-    def _alternatives(self) -> _Fragment:
+    def _part(self, kind: Any, value: Any) -> _Fragment:
+        if kind in (kinds.MAX_REPEAT, kinds.MIN_REPEAT):  # as few as possible: the same texts match
+            return self._repeated(*value)
+        if kind is kinds.SUBPATTERN and not any(value[1:3]):  # without flags
+            return self._sequence(value[3])
         begin, end = self._state(), self._state()
-        while True:
-            first, last = self._sequence()
-            self._silent[begin].append(("", first))
-            self._silent[last].append(("", end))
-            if self._next() != "|":
-                return begin, end
-            self._at += 1
-
-    def _sequence(self) -> _Fragment:
-        begin = end = self._state()
-        while self._next() not in ("", "|", ")"):
-            first, last = self._repeated()
-            self._silent[end].append(("", first))
-            end = last
+        if kind is kinds.BRANCH:
+            for parts in value[1]:
+                first, last = self._sequence(parts)
+                self._silent[begin].append(("", first))
+                self._silent[last].append(("", end))
+        elif kind is kinds.AT and value in _ANCHORS:
+            self._silent[begin].append((_ANCHORS[value], end))
+        elif (test := _test_of(kind, value)) is not None:
+            self._reading[begin] = test, end
+        else:
+            self._fail(f"has {value if kind is kinds.AT else kind} of Python's re, which lowmem does not match")
         return begin, end
 
-    def _repeated(self) -> _Fragment:
-        start = self._at
-        part = self._atom()
-        stop = self._at
-        counts = self._counts()
-        if counts is None:
-            return part
-        if self._next() == "?":  # as few as possible: the same texts match
-            self._at += 1
-        after = self._at
-        if (self._next() and self._next() in "*+?") or self._counts() is not None:
-            self._fail("repeats a repetition")
-        least, most = counts
-        begin = end = self._state()
-        for number in range(max(least, 1) if most is None else most):
-            if number:  # the first one is read; others are read again, since each has states of its own
-                self._at = start
-                part = self._atom()
-                assert self._at == stop
-            first, last = part
+    def _repeated(self, least: int, most: int, parts: Any) -> _Fragment:
+        is_open = most == kinds.MAXREPEAT
+        count = max(least, 1) if is_open else most
+        if count > MAX_REPEAT:
+            self._fail(f"repeats {count} times, and {MAX_REPEAT} is the most")
+        begin = end = first = self._state()
+        for number in range(count):  # each has states of its own
+            first, last = self._sequence(parts)
             self._silent[end].append(("", first))
             if number >= least:
                 self._silent[end].append(("", last))
             end = last
-        if most is None:
-            self._silent[end].append(("", part[0]))
-        self._at = after
+        if is_open:
+            self._silent[end].append(("", first))
         return begin, end
 
-    def _counts(self) -> tuple[int, int | None] | None:
-        """Read how often something is repeated; None: once, and nothing was read."""
-        simple: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
-        if (found := simple.get(self._next())) is not None:
-            self._at += 1
-            return found
-        counted = _COUNT.match(self._text, self._at)
-        if counted is None or counted[0] == "{}":
-            return None
-        self._at = counted.end()
-        least = int(counted[1] or 0)
-        most = (int(counted[3]) if counted[3] else None) if counted[2] else least
-        if max(least, most or 0) > MAX_REPEAT or (most is not None and most < least):
-            self._fail(f"repeats {counted[0]} times, and {MAX_REPEAT} is the most")
-        return least, most
 
-    def _atom(self) -> _Fragment:
-        character = self._take()
-        if character == "(":
-            return self._group()
-        if character in "^$":
-            begin, end = self._state(), self._state()
-            self._silent[begin].append((character, end))
-            return begin, end
-        if character in "*+?":
-            self._fail("repeats nothing")
-        if character == ".":
-            return self._reads(lambda c: c != "\n")
-        if character == "[":
-            return self._reads(self._set())
-        return self._reads(self._escaped() if character == "\\" else character.__eq__)
-
-    def _reads(self, test: _Test) -> _Fragment:
-        begin, end = self._state(), self._state()
-        self._reading[begin] = test, end
-        return begin, end
-
-    def _group(self) -> _Fragment:
-        if self._next() == "?":
-            named = re.compile(r"\?(:|P<[A-Za-z_]\w*>)").match(self._text, self._at)
-            if named is None:
-                self._fail("has a group with ?, which lowmem does not match")
-            else:
-                self._at = named.end()
-        self._depth += 1
-        if self._depth > MAX_DEPTH:
-            self._fail(f"has more than {MAX_DEPTH} groups in each other")
-        found = self._alternatives()
-        self._depth -= 1
-        if self._next() != ")":
-            self._fail("has a parenthesis that is not closed")
-        self._at += 1
-        return found
-
-    def _escaped(self) -> _Test:
-        character = self._take()
-        if character.lower() in _CLASSES:
-            test = _CLASSES[character.lower()]
-            return test if character.islower() else lambda c: not test(c)
-        if character in _CONTROLS:
-            return _CONTROLS[character].__eq__
-        if character.isalnum():
-            self._fail(f"has \\{character}, which lowmem does not match")
-        return character.__eq__
-
-    def _set(self) -> _Test:
-        inverted = self._next() == "^"
-        self._at += inverted
-        tests: list[_Test] = []
-        first = True
-        while first or self._next() != "]":
-            first = False
-            low = self._take()
-            if low == "\\":
-                known = self._next()
-                test = self._escaped()
-                if known.lower() in _CLASSES:
-                    tests.append(test)
-                    continue
-                low = _CONTROLS.get(known, known)
-            if self._next() == "-" and self._text[self._at + 1 : self._at + 2] not in ("]", ""):
-                self._at += 1
-                high = self._take()
-                if high == "\\":
-                    high = self._take()
-                    if high.isalnum() and high not in _CONTROLS:
-                        self._fail(f"has a range up to \\{high}")
-                    high = _CONTROLS.get(high, high)
-                if high < low:
-                    self._fail(f"has the range {show(f'{low}-{high}')}, which is empty")
-                tests.append(lambda c, low=low, high=high: low <= c <= high)  # type: ignore[misc]
-            else:
-                tests.append(low.__eq__)
-        self._at += 1
-        return lambda c: any(test(c) for test in tests) != inverted
+def _test_of(kind: Any, value: Any) -> _Test | None:
+    """Return the test of a part of a pattern that reads one character, or None."""
+    if kind is kinds.IN:
+        inverted = value[0][0] is kinds.NEGATE
+        tests = [_test_of(*one) for one in value[inverted:]]
+        return lambda c: any(test is not None and test(c) for test in tests) != inverted
+    if kind is kinds.RANGE:
+        return lambda c: value[0] <= ord(c) <= value[1]
+    if kind is kinds.CATEGORY:
+        return _CLASSES[value]
+    tested: dict[Any, _Test] = {
+        kinds.LITERAL: lambda c: ord(c) == value,
+        kinds.NOT_LITERAL: lambda c: ord(c) != value,
+        kinds.ANY: lambda c: c != "\n",
+    }
+    return tested.get(kind)

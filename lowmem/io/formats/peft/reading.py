@@ -1,7 +1,7 @@
-"""Reads folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
+"""Reads folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``, never pickles.
 
-Reading builds the names that a config and a model lead to, and demands that the file has these and no others: PEFT
-itself leaves out in silence what it does not find. Nothing is executed; pickles (``adapter_model.bin``) are refused.
+A config and a model lead to names of tensors, and a file must have these and no others: PEFT itself leaves out in
+silence what it does not find.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from lowmem.errors import FileError, printable, refusal, show
+from lowmem.errors import printable, refusal, refusing, show
 from lowmem.io.atomic import read_errors
 from lowmem.io.formats.peft.config import MERGE, Matcher, PeftConfig
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
@@ -29,11 +29,12 @@ from lowmem.nn.techniques import LoRA
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["CONFIG", "PICKLES", "WEIGHTS", "PeftContent", "read_peft"]
+__all__ = ["CONFIG", "PICKLES", "WEIGHTS", "AdapterContent", "read_peft"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 
+_TASK = "load the adapter"
 _Read = Callable[[str], Tensor]
 
 _LARGEST_ERROR = 0.4  # of what 4 bits keep of a weight, relative; that of other weights is about 1.4
@@ -41,23 +42,28 @@ _INSIDE = re.compile(r"(?:^|\.)(lora_magnitude_vector|trainable_tokens_\w+|lora_
 
 
 @dataclass(frozen=True)
-class PeftContent:
-    """The adapter of a folder, for one model.
+class AdapterContent:
+    """The adapter of a file or folder, for a model that it fits.
 
     Attributes:
         techniques: by place.
         tensors: A and B by place, in the shapes that lowmem has.
         base_values: what replaces values of the base: the tensors of the model, and the values.
-        trained: parameters of the base that were trained with the adapter.
+        name: of the adapter.
     """
 
     techniques: dict[str, LoRA]
     tensors: dict[str, dict[str, Tensor]]
     base_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    trained: list[Tensor] = field(default_factory=list)
+    name: str = "default"
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """Parameters of the base that were trained with the adapter."""
+        return [own for own, _ in self.base_values if isinstance(own, nn.Parameter) and own.is_floating_point()]
 
 
-def read_peft(folder: Path, model: nn.Module) -> PeftContent:
+def read_peft(folder: Path, model: nn.Module) -> AdapterContent:
     """Read a folder that PEFT wrote, for a model of the same architecture.
 
     Raises:
@@ -69,17 +75,10 @@ def read_peft(folder: Path, model: nn.Module) -> PeftContent:
     """
     _check_kind(folder)
     content = read_object(folder / CONFIG)
-    try:
+    with refusing(folder / CONFIG, _TASK):
         config = PeftConfig.parsed(content)
-    except ValueError as reason:
-        raise refusal(folder / CONFIG, str(reason), "load the adapter") from None
-    with Checkpoint(folder / WEIGHTS) as file:
-        try:
-            found = _Reading(model, config, dict(file.specs), file.read_tensor).content()
-        except FileError:
-            raise
-        except ValueError as reason:
-            raise refusal(folder, str(reason), "load the adapter") from None
+    with Checkpoint(folder / WEIGHTS) as file, refusing(folder, _TASK):
+        found = _Reading(model, config, dict(file.specs), file.read_tensor).content()
     _warn_of_other_base(model, config)
     return found
 
@@ -103,7 +102,7 @@ def _check_kind(folder: Path) -> None:
                 "trust it, and save_pretrained writes safetensors"
             )
     if why is not None:
-        raise refusal(folder, why, "load the adapter")
+        raise refusal(folder, why, _TASK)
 
 
 class _Reading:
@@ -120,12 +119,8 @@ class _Reading:
             if special := _INSIDE.search(name):
                 raise ValueError(f"tensor {show(name)} is a {special[1]}, of which lowmem has no form; {MERGE}")
 
-    def content(self) -> PeftContent:
-        """Return the adapter.
-
-        Raises:
-            ValueError: the file does not fit the model.
-        """
+    def content(self) -> AdapterContent:
+        """Return the adapter; a ValueError if the file does not fit the model."""
         layers = Layers(self._model, self._modules(), self._parameters())
         if not layers.slots:
             raise ValueError("its config names no layer of the model: it is of another architecture")
@@ -149,16 +144,13 @@ class _Reading:
         }
         values = self._values(found)
         self._refuse_ties(saved, {id(own): new for own, new in values})
-        trained: list[Tensor] = [
-            own for own, _ in values if isinstance(own, nn.Parameter) and own.is_floating_point()
-        ]
-        return PeftContent(techniques, tensors, values, trained)
+        return AdapterContent(techniques, tensors, values)
 
     def _modules(self) -> list[str]:
         if not self._matcher.names_modules:
             ends = (".lora_A.weight", ".lora_embedding_A")
             found = {name.removesuffix(end) for name in self._specs for end in ends if name.endswith(end)}
-            paths = {name.removeprefix(PREFIX).replace(".base_layer", "") for name in found}
+            paths = set(map(_plain_name, found))
             return sorted(paths - {name.rpartition(".")[0] for name in self._parameters()})
         return [path for paths in self._paths.values() for path in paths if path and self._matcher.takes(path)]
 
@@ -175,7 +167,7 @@ class _Reading:
 
     def _left_over(self, key: str) -> str:
         """Return what is wrong with a tensor that nothing leads to."""
-        path = key.removeprefix(PREFIX).replace(".base_layer", "").rpartition(".")[0]
+        path = _plain_name(key).rpartition(".")[0]
         if any(path in paths for paths in self._paths.values()):
             return (
                 f"its tensor {show(key)} is one of the base, as that of a resized vocabulary, and its config does "
@@ -221,11 +213,10 @@ class _Reading:
     def _biases(self, layers: Layers) -> list[tuple[str, Tensor]]:
         """Return the keys of biases of the base, and the parameters that they replace."""
         found: list[tuple[str, Tensor]] = []
-        for base, path, name in self._all_biases() if self._config.biases else ():
+        for path, name, own in self._all_biases() if self._config.biases else ():
             key = f"{layers.inner_key(path)}.{name}"
             if key not in self._left:
                 continue
-            own = base._parameters.get(name)
             if own is None:
                 raise ValueError(
                     f"it holds the bias of {layer_name(path)}, which is stored in 16 bits here: leave that layer as "
@@ -235,11 +226,11 @@ class _Reading:
             found.append((key, own))
         return found
 
-    def _all_biases(self) -> Iterator[tuple[nn.Module, str, str]]:
+    def _all_biases(self) -> Iterator[tuple[str, str, Tensor | None]]:
         for module, paths in self._paths.items():
             for name in dense_parameters(module):
                 if "bias" in name:
-                    yield from ((module, path, name) for path in paths)
+                    yield from ((path, name, module._parameters.get(name)) for path in paths)
 
     def _values(self, found: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Return the values that replace those of the base; tensors that are one here must be equal."""
@@ -256,7 +247,7 @@ class _Reading:
 
     def _refuse_ties(self, saved: list[tuple[str, Tensor]], values: dict[int, Tensor]) -> None:
         """Raise if what is stored whole is another layer's, too: PEFT trains a copy, and leaves that one."""
-        kept = {key.removeprefix(PREFIX).replace(".base_layer", "") for key, _ in saved}
+        kept = {_plain_name(key) for key, _ in saved}
         elsewhere = {
             id(own): name
             for module, paths in self._paths.items()
@@ -275,8 +266,7 @@ class _Reading:
     def _skip_bases(self, layers: Layers) -> None:
         """Leave out copies of adapted weights, which PEFT writes of embeddings, if they are the model's."""
         for slot in layers.slots:
-            path = next(path for path in self._paths[slot.module])
-            key = f"{layers.inner_key(path)}.{slot.parameter}"
+            key = f"{layers.inner_key(self._paths[slot.module][0])}.{slot.parameter}"
             if key not in self._left:
                 continue
             del self._left[key]
@@ -292,6 +282,11 @@ class _Reading:
                     f"it was trained on another base: {layer_name(slot.place)} has another weight here; load it onto "
                     "the base that it was trained on, with the same vocabulary"
                 )
+
+
+def _plain_name(key: str) -> str:
+    """Return the name in the model of a tensor of the base."""
+    return key.removeprefix(PREFIX).replace(".base_layer", "")
 
 
 def _same(one: Tensor, other: Tensor) -> bool:

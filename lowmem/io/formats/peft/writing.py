@@ -1,8 +1,7 @@
 """Writes folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
-Layers are named by full paths: without ``target_modules`` PEFT takes those that are usual for an architecture, and
-loads a part of the file in silence. What trains of the base beside the adapter is written with it: biases, and other
-modules whole (``modules_to_save``).
+Layers are named by full paths, since PEFT loads a part of the file in silence where ends of paths are ambiguous. What
+trains of the base beside the adapter is written, too: biases, and other modules whole (``modules_to_save``).
 """
 
 from __future__ import annotations
@@ -35,17 +34,7 @@ __all__ = ["write_peft"]
 
 
 def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter]) -> None:
-    """Write an adapter as PEFT does, and what trains of the base beside it.
-
-    Args:
-        folder: where nothing is yet.
-        model: has the adapter.
-        layers: the adapters by place.
-
-    Raises:
-        ValueError: PEFT has no form of it; the layer is named.
-        FileExistsError: something is at ``folder``.
-        OSError: the folder cannot be written.
+    """Write an adapter, by place, as PEFT does; a ValueError names a layer that PEFT has no form of.
 
     Warns:
         UserWarning: the dropout is not written, since PEFT has one value for all layers, and none for parameters.
@@ -63,26 +52,18 @@ class _Writing:
     def __init__(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         self._model, self._adapters = model, adapters
         self._paths = module_paths(model)
-        self._places = {
+        places = {
             place_name(paths[0], name): (paths[0], name)
             for module, paths in self._paths.items()
             for name in dense_parameters(module)
         }
-        modules, parameters = self._targets()
-        self._layers = Layers(model, modules, parameters)
-        self._modules, self._parameters = modules, parameters
+        targets = [places[place] for place in adapters]
+        self._modules = [path for path, name in targets if name == "weight"]
+        self._parameters = [f"{path}.{name}".lstrip(".") for path, name in targets if name != "weight"]
+        self._layers = Layers(model, self._modules, self._parameters)
         missing = set(adapters) - {slot.place for slot in self._layers.slots}
         assert not missing, missing
         self._saved, self._biases = self._trained()
-
-    def _targets(self) -> tuple[list[str], list[str]]:
-        """Return the paths of modules and names of parameters by which PEFT adapts the same."""
-        modules, parameters = [], []
-        for place in self._adapters:
-            path, name = self._places[place]
-            modules += [path] if name == "weight" else []
-            parameters += [] if name == "weight" else [f"{path}.{name}".lstrip(".")]
-        return modules, parameters
 
     def _trained(self) -> tuple[list[str], list[tuple[str, Tensor]]]:
         """Return the paths of modules that train, and the keys of biases that do."""
@@ -138,7 +119,8 @@ class _Writing:
         alphas = {name: _alpha(one, stabilized) for name, one in techniques.items()}
         ranks = {name: one.rank for name, one in techniques.items()}
         rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
-        biases = "none" if not self._biases else "all" if self._outside() else "lora_only"
+        outside = any(".base_layer." not in key for key, _ in self._biases)
+        biases = "none" if not self._biases else "all" if outside else "lora_only"
         transposed = any(is_conv1d(slot.module) for slot in self._layers.slots)
         if transposed and self._parameters:
             raise ValueError(
@@ -164,9 +146,6 @@ class _Writing:
             "fan_in_fan_out": transposed,
             "init_lora_weights": True,
         }
-
-    def _outside(self) -> bool:
-        return any(".base_layer." not in key for key, _ in self._biases)
 
     def _target_modules(self) -> list[str] | str:
         """Return full paths; as a regular expression where PEFT would take one for the end of another path."""

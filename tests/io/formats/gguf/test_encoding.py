@@ -1,6 +1,7 @@
 """Blocks of GGUF: written from codes and scales of lowmem, and read back by the reader of GGUF."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowmem
-from lowmem.io.formats.gguf.blocks import BLOCKS, EIGHT_BIT, KINDS
+from lowmem.io.formats.gguf.blocks import BLOCKS, EIGHT_BIT, KINDS, SUPERBLOCKS
 from lowmem.io.formats.gguf.encoding import (
     eight_bit_rows,
     in_blocks,
@@ -17,10 +18,12 @@ from lowmem.io.formats.gguf.encoding import (
     nearest,
     nearest_format,
     rows_of,
+    superblock_rows,
 )
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
+from tests import strategies
 
 
 def random_weight(format, size, blocks, seed, encoding="float32"):
@@ -167,3 +170,62 @@ def test_the_errors_on_the_page_are_those_of_normal_weights():
     stored = lowmem.quantize(weight, "nf4")
     added = (nearest(stored, "iq4_nl").dequantize() - stored.dequantize()).norm() / stored.dequantize().norm()
     assert f"({float(added):.3f} for nf4)" in page
+
+
+ENCODINGS = {"uint4": "float32_offsets", "iq4_nl": "float32"}
+
+
+def read(format, raw):
+    """Return the weight of raw blocks, uint8 (rows, blocks, bytes)."""
+    block = BLOCKS[SUPERBLOCKS[format]]
+    scales = block.scales(raw).flatten(1)
+    parts = scales if block.offsets is None else torch.cat([scales, block.offsets(raw).flatten(1)], dim=-1)
+    packed = block.packed(raw).flatten(1)
+    shape = torch.Size((len(raw), 2 * packed.shape[1]))
+    return QuantizedTensor(packed, parts, shape, format, 32, ENCODINGS[format], "imported")
+
+
+def random_blocks(format, rows, blocks, seed, least=-30):
+    """Return random bytes, whose float16 numbers are finite, of either sign, some zero or subnormal."""
+    generator = torch.Generator().manual_seed(seed)
+    raw = torch.randint(
+        0, 256, (rows, blocks, BLOCKS[SUPERBLOCKS[format]].nbytes), generator=generator, dtype=torch.uint8
+    )
+    for at in (0, 2) if format == "uint4" else (0,):
+        sizes = torch.exp2(torch.randint(least, 8, (rows, blocks, 1), generator=generator).float())
+        d = (torch.randn(rows, blocks, 1, generator=generator) * sizes).half()
+        raw[..., at : at + 2] = d.view(torch.uint8)
+    return raw
+
+
+@given(st.sampled_from([*SUPERBLOCKS]), strategies.few_rows, st.integers(1, 3), st.integers(0, 2**31))
+def test_superblocks_keep_codes_scales_and_offsets(format, rows, blocks, seed):
+    weight = read(format, random_blocks(format, rows, blocks, seed))
+    written = superblock_rows(weight)
+    found = read(format, written.view(rows, blocks, -1))
+    assert torch.equal(found.packed, weight.packed)
+    assert torch.equal(found.scales, weight.scales)
+
+
+def test_the_largest_factor_gives_the_bytes_of_llama_cpp():
+    """Its quantizers give the largest scale of a superblock the factor 63, or -32."""
+    for format in SUPERBLOCKS:
+        raw = random_blocks(format, 4, 2, 0, least=-4)
+        if format == "uint4":
+            raw[..., 4], raw[..., 8] = raw[..., 4] | 63, raw[..., 8] | 63
+        else:
+            raw[..., 4], raw[..., 2] = raw[..., 4] & 0xF0, raw[..., 2] & 0xFC  # 0 - 32
+        assert torch.equal(superblock_rows(read(format, raw)), raw.flatten(1))
+
+
+def test_other_scales_are_no_superblocks():
+    for format in SUPERBLOCKS:
+        weight = read(format, random_blocks(format, 2, 2, 0))
+        for column in (0, -1):
+            changed = weight.scales.clone()
+            changed[1, column] *= 1 + 2**-20
+            assert superblock_rows(replace(weight, scales=changed)) is None
+    for format, columns, fits in (("iq4_nl", 128, False), ("q4_0", 256, False), ("uint4", 256, True)):
+        packed, scales = torch.zeros(2, columns // 2).byte(), torch.ones(2, columns // 32)
+        weight = QuantizedTensor(packed, scales, torch.Size((2, columns)), format, 32, "float32", "imported")
+        assert (superblock_rows(weight) is not None) == fits

