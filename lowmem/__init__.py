@@ -6,9 +6,8 @@ from lowmem.tools import startup
 startup.guard_imports()  # before torch is imported
 
 from lowmem.bignet import BigNet
-from lowmem.distributed.gather import gather
 from lowmem.distributed.need import bytes_per_rank
-from lowmem.distributed.shard import shard
+from lowmem.distributed.shard import gather, shard
 from lowmem.errors import FileError
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune

@@ -314,7 +314,8 @@ def changed_tensors(content: bytes, random: Random) -> bytes:
         case _:
             tensors[name][2] = random.choice((random.randbytes(len(raw)), *(one * len(raw) for one in FILLERS)))
     placed, end, parts = {} if metadata is None else {"__metadata__": metadata}, 0, []
-    for key in sorted(tensors, key=lambda key: (-DTYPES.get(tensors[key][0], 1), key)):  # as lowmem lays them out
+    power = {key: len(own) & -len(own) for key, (_, _, own) in tensors.items()}
+    for key in sorted(tensors, key=lambda key: (-power[key], key)):  # as lowmem lays them out
         kind, sizes, own = tensors[key]
         placed[key] = {"dtype": kind, "shape": sizes, "data_offsets": [end, end + len(own)]}
         end += len(own)

@@ -1,4 +1,4 @@
-"""What QLoRA takes in each of several processes, from the sizes of a model."""
+"""Predicts the peak memory of QLoRA in each of several processes from the sizes of a model."""
 
 from __future__ import annotations
 
@@ -19,36 +19,34 @@ def bytes_per_rank(
     bits: float = 4.5,
     rest_bits: float | None = None,
 ) -> int:
-    """Return the peak bytes of a step in each of the processes that share a model (``shard``) and train adapters.
+    """Return the peak bytes of a QLoRA step in each of the R processes that ``shard`` a model.
 
-    With ``w = bits / 8`` and ``v = rest_bits / 8``, N parameters, of which E are outside of the L blocks, and A
-    numbers in adapters::
+    With ``w = bits / 8``, ``v = rest_bits / 8``, N parameters (E of them outside of the L blocks), A numbers in
+    adapters, and a block of ``B = (w (N - E) + 4 A) / L`` bytes::
 
-        (w (N - E) + v E + 16 A) / R              weights; A, its gradient and AdamW's moments in float32
-        + activations                             if R = 1; otherwise what is whole for a while, with activations:
-        + v E + max(activations + B, in_blocks + 3 B + 8 A / L)       B = (w (N - E) + 4 A) / L, a block
+        (w (N - E) + v E + 16 A) / R              weights; adapters, their gradients and AdamW's moments in float32
+        + activations                             if R = 1; else the activations, and the weights gathered meanwhile:
+        + v E + max(activations + B, in_blocks + 3 B + 8 A / L)
 
-    What is whole: the weights outside of blocks, and of blocks the last one while the output layer computes; later
-    the one that computes, the next one, and the buffer that it comes in, with the gradients of a block's adapters,
-    once as they are made and once as they are sent.
+    Gathered are the weights outside of blocks; the last block while the output layer computes; later the block that
+    computes, the next block and its receive buffer, and the gradients of a block's adapters, before and while sent.
 
     Args:
         parameters: of the dense model.
-        adapters: numbers in all adapters, which lie in the blocks.
-        blocks: how many there are, of one size.
+        adapters: numbers in all adapters, which are in the blocks.
+        blocks: their number; all have one size.
         rest: parameters outside of the blocks: embeddings and output layers.
-        ranks: how many processes; 1: one that does not share.
-        activations: bytes that a step takes beside weights, gradients and optimizer, for the batch of one process:
+        ranks: number of processes; with 1 nothing is sharded.
+        activations: bytes of a step beside weights, gradients and optimizer, for the batch of one process:
             ``lowmem.measure.backward_bytes`` less the gradients, or ``lowmem.plan``.
-        in_blocks: the same of the model without its output layer and loss: without logits, and the layer's weight,
-            which is dequantized for more than 8 rows where it is in 8 bits. None: ``activations``, and the result is
-            the most that it can be.
-        bits: of a stored weight: 4.5 for nf4 in blocks of 64 with float32 scales, 16 for ``Half``.
-        rest_bits: of one outside of the blocks; None: 8.125 where ``bits`` is below 8, since ``FourBit`` keeps
+        in_blocks: the same without output layer and loss, thus without logits and without the output layer's weight,
+            which is dequantized for more than 8 rows if it is in 8 bits. None: ``activations``, for an upper bound.
+        bits: per weight in blocks: 4.5 for nf4 in blocks of 64 with float32 scales, 16 for ``Half``.
+        rest_bits: per weight outside of blocks; None: 8.125 if ``bits`` is below 8, since ``FourBit`` stores
             embeddings and output layers in 8 bits, else ``bits``.
 
     Raises:
-        ValueError: a number that cannot be.
+        ValueError: a negative number, or a part that is larger than the whole.
     """
     outside = rest_bits if rest_bits is not None else 8.125 if bits < 8 else bits
     given = {"parameters": parameters, "blocks": blocks, "ranks": ranks, "bits": bits, "rest_bits": outside}

@@ -13,10 +13,9 @@ from typing import Any, cast
 import torch
 from torch import distributed, nn
 
-from lowmem.distributed.gather import gather
-from lowmem.distributed.shard import shard
+from lowmem.distributed.shard import gather, shard
 from lowmem.finetuning.ranks import Ranks
-from lowmem.io.wrappers import unwrap
+from lowmem.io.checkpoint import unwrap
 
 __all__ = ["TIMEOUT", "Replicated", "Sharded", "is_told_by_first", "joined", "started_rank"]
 

@@ -1,4 +1,4 @@
-"""Shares a model's weights among processes, by FSDP2: each has its rows of every weight, and a step gathers blocks.
+"""Shards a model's weights among processes, by FSDP2: each has its rows of every weight, and a step gathers blocks.
 
 Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, arXiv 2304.11277. The second version,
 ``torch.distributed.fsdp.fully_shard``, keeps parameters apart, so that packed codes stay uint8: no cast touches them.
@@ -6,8 +6,10 @@ Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, a
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,13 +21,15 @@ from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import trim_heap
 from lowmem.transforms.refusals import refuse_model
-from lowmem.transforms.registry import layer_name
+from lowmem.transforms.registry import check_module, layer_name
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-__all__ = ["blocks_of", "check_group", "refuse_engines", "shard"]
+__all__ = ["blocks_of", "gather", "shard"]
+
+_FSDP = "torch.distributed.fsdp"
 
 
 def shard(
@@ -63,9 +67,9 @@ def shard(
             or train in several dtypes in one block, or 16-bit weights that ``mp_policy`` would cast. The model is
             left as it was.
     """
-    refuse_engines("shard", model)
+    _refuse_engines(model)
     refuse_model("shard", model)
-    check_group("shard")
+    _check_group("shard")
     from torch.distributed.fsdp import fully_shard
 
     mesh = _checked_mesh(mesh) if mesh is not None else _all_processes(model)
@@ -75,20 +79,59 @@ def shard(
     options: dict[str, Any] = {"mesh": mesh} | ({"ignored_params": scalars} if scalars else {})
     if mp_policy is not None:
         options["mp_policy"] = mp_policy
-    for module in model.modules():
-        if isinstance(module, StoredModule):
-            for name in module.forms:
-                module.stored_tensor(name)  # which notices a cast of a module that shares the weight
-    for module in model.modules():
-        if isinstance(module, StoredModule):
-            module._kept.clear()  # it would keep the whole weight
+    stored = [module for module in model.modules() if isinstance(module, StoredModule)]
+    for module in stored:
+        for name in module.forms:
+            module.stored_tensor(name)  # which notices a cast of a module that shares the weight
+    for module in stored:
+        module._kept.clear()  # it would keep the whole weight
     for unit in units:
         fully_shard(unit, **options)
     trim_heap(model)
     return model
 
 
-def check_group(name: str) -> None:
+def gather(model: nn.Module) -> nn.Module | None:
+    """Return a whole copy of a sharded model in rank 0, on the CPU, and None elsewhere; all processes must call it.
+
+    Packed bytes are those that the model had before ``shard``. The sharded model stays as it is::
+
+        whole = lowmem.gather(model)
+        if whole is not None:
+            lowmem.save_adapter(whole, "adapter.safetensors")
+
+    Args:
+        model: that ``shard``, or FSDP2's ``fully_shard``, has cut; not inside a step, between forward and backward.
+
+    Raises:
+        TypeError: the model is not a module.
+        RuntimeError: no process group is initialized.
+        ValueError: the model is not sharded.
+    """
+    check_module(model)
+    _check_group("gather")
+    for module in model.modules():
+        if _is_engine(module):
+            module.reshard()  # type: ignore[operator]  # the root keeps its weights whole after a forward
+    sharded = sharded_types()
+    if not any(isinstance(one, sharded) for one in model.parameters()):
+        raise ValueError(f"{type(model).__name__} is not sharded: each process has all of it, so take it as it is")
+    main = distributed.get_rank() == 0
+    known: dict[int, Any] = {}
+    for parameter in model.parameters():
+        one: Any = parameter
+        whole: Any = one.detach()
+        whole = whole.full_tensor() if isinstance(one, sharded) else whole.clone()
+        if main:
+            known[id(one)] = nn.Parameter(whole.cpu(), requires_grad=one.requires_grad)
+    if not main:
+        return None
+    with _without_engine(model):
+        copied = copy.deepcopy(model, known)
+    return copied.cpu()
+
+
+def _check_group(name: str) -> None:
     """Raise a RuntimeError unless this process has joined others; ``name`` is the function that needs it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
@@ -97,30 +140,25 @@ def check_group(name: str) -> None:
         )
 
 
-def refuse_engines(name: str, model: nn.Module) -> None:
-    """Refuse a model that another engine has, by name.
-
-    Raises:
-        ValueError: DistributedDataParallel, FSDP1 or DeepSpeed has it, or it is sharded already.
-    """
-    sharded = sharded_types()
-    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
-        for kind in type(module).__mro__:
-            if kind.__name__ in _ENGINES:
-                raise ValueError(f"{layer_name(path)} is a {kind.__name__}{_ENGINES[kind.__name__]}: {name} is FSDP2")
-    for path, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
-        if isinstance(parameter, sharded):
-            raise ValueError(
-                f"{layer_name(path)} is sharded already (a DTensor): call {name} once, with a whole model"
-            )
-
-
 _ENGINES = {
     "FullyShardedDataParallel": " (FSDP1), which joins parameters into one of one dtype, and packed codes have their "
     "own: make the model without it",
     "DeepSpeedEngine": ", whose ZeRO-3 knows no packed codes: make the model without DeepSpeed",
     "DistributedDataParallel": ", which keeps the whole model in each process: give the model inside (model.module)",
 }
+
+
+def _refuse_engines(model: nn.Module) -> None:
+    """Raise a ValueError for a model that another engine has, or that is sharded already."""
+    sharded = sharded_types()
+    for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
+        for kind in type(module).__mro__:
+            if kind.__name__ in _ENGINES:
+                raise ValueError(f"{layer_name(path)} is a {kind.__name__}{_ENGINES[kind.__name__]}: shard is FSDP2")
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, sharded):
+                place = layer_name(f"{path}.{name}".lstrip("."))
+                raise ValueError(f"{place} is sharded already (a DTensor): call shard once, with a whole model")
 
 
 def blocks_of(model: nn.Module) -> list[nn.Module]:
@@ -215,3 +253,40 @@ def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) 
                 f"{layer_name(paths[unit])} trains parameters in {dtypes}, and FSDP2 joins the gradients of a block: "
                 "let them train in one dtype"
             )
+
+
+def _is_engine(module: nn.Module) -> bool:
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
+
+
+@contextmanager
+def _without_engine(model: nn.Module) -> Iterator[None]:
+    """Take FSDP2's classes, states and hooks, which cannot be copied, off a model for the time of the context."""
+    before = [(module, module.__class__, module.__dict__) for module in model.modules()]
+    try:
+        for module, kind, own in before:
+            if _is_engine(module):
+                module.__class__ = kind.__mro__[2]  # [FSDPBlock, FSDPModule, Block, ...]
+            object.__setattr__(
+                module, "__dict__", {name: _kept(name, value) for name, value in own.items() if _is_own(name)}
+            )
+        yield
+    finally:
+        for module, kind, own in before:
+            object.__setattr__(module, "__dict__", own)
+            module.__class__ = kind
+
+
+def _is_own(name: str) -> bool:
+    return not name.startswith(("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params"))
+
+
+def _kept(name: str, value: Any) -> Any:
+    """Return a dictionary of hooks without the engine's, or any other attribute as it is."""
+    if not name.endswith("_hooks") or not isinstance(value, dict):
+        return value
+    copied = copy.copy(value)
+    for key, hook in value.items():
+        if str(getattr(hook, "__module__", "")).startswith(_FSDP):
+            del copied[key]
+    return copied

@@ -27,7 +27,7 @@ from lowmem.finetuning.state import (
     trained,
 )
 from lowmem.finetuning.text import IGNORED
-from lowmem.io.wrappers import unwrap
+from lowmem.io.checkpoint import unwrap
 from lowmem.resident import trim_heap
 
 __all__ = ["Outcome", "Step", "finetune"]

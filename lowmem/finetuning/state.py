@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from lowmem.errors import FileError, quoted, refusal, show
 from lowmem.io.atomic import write_errors
+from lowmem.io.checkpoint import unwrap
 from lowmem.io.container import read, write_tensors
-from lowmem.io.wrappers import unwrap
 
 __all__ = [
     "Saved",

@@ -13,23 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import printable, quoted, refusal, show
+from lowmem.errors import printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import starts_with
-from lowmem.io.checkpoint import as_in_file, how_stored
-from lowmem.io.container import read, write_tensors
+from lowmem.io.checkpoint import how_stored, unwrap
+from lowmem.io.container import bytes_of, read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_peft
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
-from lowmem.io.wrappers import unwrap
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.fold import without_adapters
-from lowmem.nn.stored_module import StoredModule, file_names
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
@@ -146,7 +145,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
     path = Path(path)
-    content = (_of_folder if path.is_dir() else _of_file)(path, model, places)
+    if path.is_dir():
+        content = read_peft(path, model)
+        _refuse_layers("load_adapter", places, model, content.techniques)
+    else:
+        content = _of_file(path, model, places)
     try:
         name = content.name if name is None else name
         check_name(name)
@@ -185,23 +188,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | Non
     return model
 
 
-def _of_folder(path: Path, model: nn.Module, places: Mapping[str, tuple[nn.Module, str]]) -> AdapterContent:
-    found = read_peft(path, model)
-    _refuse_layers("load_adapter", places, model, found.techniques)
-    return found
-
-
 def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, str]]) -> AdapterContent:
     _refuse_foreign(path)
     file = read(path)
-    try:
+    with refusing(path, "load the adapter"):
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name, base, records = _parsed(file.metadata)
         _refuse_layers("load_adapter", places, model, records)
         _check_fits(model, places, records, file.tensors, base)
-    except (ValueError, TypeError) as reason:
-        raise refusal(path, str(reason), "load the adapter") from reason
     tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
     half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
     records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
@@ -233,33 +228,23 @@ def fingerprint(model: nn.Module, paths: list[str]) -> str:
     for path in sorted(paths):
         module, parameter = places.get(path) or (by_path[path], "weight")
         base = without_adapters(module) if isinstance(module, AdaptedModule) else module
-        stored = how_stored(base) if isinstance(base, StoredModule) else {}
-        record = stored.get(parameter, {})
+        record = how_stored(base).get(parameter, {}) if isinstance(base, StoredModule) else {}
         record.pop("method", None)  # it does not change how bytes are decoded
         sha256.update(repr((path, sorted(record.items()))).encode())
         for name, value in sorted(_state_of(base, parameter).items()):
-            content = value.detach().cpu().contiguous()
-            sha256.update(repr((name, str(content.dtype), tuple(content.shape))).encode())
-            sha256.update(content.flatten().view(torch.uint8).numpy().data)
+            sha256.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
+            sha256.update(bytes_of(value))
     return sha256.hexdigest()
 
 
 def _state_of(base: nn.Module, parameter: str) -> dict[str, Tensor]:
-    """Return a layer's tensors by their names in files: of a linear layer all, of others those of the parameter."""
-    parts = file_names(base) if isinstance(base, StoredModule) else {}
-    if not isinstance(base, nn.Linear) and parameter in parameters_to_adapt(base):
-        own = (
-            [f"{parameter}_{part}" for part in base.forms[parameter].parts] if isinstance(base, StoredModule) else []
-        )
-        if own:
-            return {parts[name]: as_in_file(base, name) for name in own}  # type: ignore[arg-type]
-        return {parameter: parameter_of(base, parameter)}
-    recorded = format_keys(base)
-    return {
-        parts.get(name, name): as_in_file(base, name) if name in parts else value  # type: ignore[arg-type]
-        for name, value in base.state_dict().items()
-        if name not in recorded
-    }
+    """Return the part of a layer's state that the parameter's adapter depends on: all of it for a linear layer."""
+    if isinstance(base, nn.Linear) or parameter not in parameters_to_adapt(base):
+        recorded = format_keys(base)
+        return {name: value for name, value in base.state_dict().items() if name not in recorded}
+    if isinstance(base, StoredModule) and parameter in base.forms:
+        return {name: getattr(base, name) for name in (f"{parameter}_{part}" for part in base.forms[parameter].parts)}
+    return {parameter: parameter_of(base, parameter)}
 
 
 def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
@@ -290,11 +275,8 @@ def _check_fits(
     expected: set[str] = set()
     for place, technique in records.items():
         why = adapter_skip_reason(model, places, place)
-        if place not in places and why == f"the model has no layer {show(place)}":
-            raise ValueError(f"it adapts {layer_name(place)}, which the model has not: it is of another architecture")
         if why is not None:
-            kind = type(model.get_submodule(place)).__name__
-            raise ValueError(f"it adapts {layer_name(place)}, which is a {kind} here: {why}")
+            raise ValueError(f"it adapts {layer_name(place)}, and {why}: it is of another architecture")
         module, parameter = places[place]
         check_adapter(_key(place, ""), technique, module, tensors, parameter)
         expected |= {_key(place, "lora_a"), _key(place, "lora_b")}

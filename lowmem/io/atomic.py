@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import mmap
 import os
 import re
 import secrets
@@ -11,10 +10,11 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
+from typing import TypeVar
 
 from safetensors import SafetensorError
 
@@ -31,7 +31,6 @@ __all__ = [
     "atomic_folder",
     "check_free",
     "check_writable",
-    "map_file",
     "open_regular",
     "owned",
     "read_errors",
@@ -42,6 +41,8 @@ __all__ = [
     "write_atomically",
     "write_errors",
 ]
+
+_T = TypeVar("_T")
 
 PARTIAL = ".lowmem-*.partial"
 """Glob pattern of the names of files and folders that are being written."""
@@ -68,19 +69,27 @@ def check_free(path: Path) -> None:
 def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRandom]:
     """Open a new file for writing and reading that is renamed to ``path`` when the block ends.
 
-    Until then it has the name of a partial file in the same directory. An error or interruption removes it and leaves
-    the old file as it was. What killed processes have left in the directory is removed, where files can be locked. A
-    replaced file keeps its permissions; a new file gets those of the umask. Errors that the block raises are passed
-    on unchanged; wrap its writes in ``write_errors``.
+    Until then it is a partial file in the same directory; an error or interruption removes it and leaves the old file
+    as it was. What killed processes have left in the directory is removed, where files can be locked. A replaced file
+    keeps its permissions; a new file gets those of the umask. Errors of the block are passed on unchanged: wrap its
+    writes in ``write_errors``.
 
     Raises:
         FileExistsError: ``overwrite`` is False and ``path`` exists, or was created meanwhile.
         OSError: the file cannot be written.
     """
     path = _target(path) if overwrite else path
-    _remove_leftovers(path.parent)
     mode = _mode(path) if overwrite else None
-    with _partial_file(path, 0o666 if mode is None else 0o600) as (file, partial):  # private until it is complete
+
+    def make(partial: Path, stack: ExitStack) -> tuple[BufferedRandom, int]:
+        private = 0o666 if mode is None else 0o600  # until it is complete
+        with write_errors(path):
+            # not tempfile, which ignores the umask
+            file = open(partial, "x+b", opener=lambda name, flags: os.open(name, flags, private))  # noqa: SIM115
+        stack.callback(_close, file)
+        return file, file.fileno()
+
+    with _partial(path.parent, path.name, make) as (file, partial):
         yield file
         with write_errors(path):
             file.flush()
@@ -96,13 +105,11 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
 
 @contextmanager
 def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
-    """Make a folder beside ``target``, where nothing is yet, for the block; it is then renamed. An error removes it.
-
-    Errors of writing in it name ``target``.
+    """Make a folder that is renamed to ``target``, where nothing is yet, when the block ends. An error removes it.
 
     Args:
-        target: the name it gets.
-        within: make it in this folder of the same file system instead.
+        target: its final path, which errors of writing in it name.
+        within: the folder of the same file system to make it in; None: the parent of ``target``.
 
     Raises:
         FileExistsError: ``target`` exists, or was created meanwhile.
@@ -121,7 +128,7 @@ def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
-    """Make a folder in ``within``, with the name of what is being written, for the block; then it is removed.
+    """Make a partial folder in ``within`` for the block; then it is removed.
 
     What killed processes have left in ``within`` is removed, where folders can be locked.
 
@@ -132,24 +139,19 @@ def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
     Raises:
         OSError: it cannot be made, or written.
     """
-    _remove_leftovers(within)
-    for name_hash in (_name_hash(within), _name_hash(within), ""):  # as in _partial_file
-        partial = within / PARTIAL.replace("*", name_hash + secrets.token_hex(8))
-        lock = None
+
+    def make(partial: Path, stack: ExitStack) -> tuple[None, int | None]:
+        with write_errors(target or within):
+            partial.mkdir()
         try:
-            with write_errors(target or within):
-                partial.mkdir()
-            lock = _lock_folder(partial) if name_hash else None
-            if lock is not None or not name_hash:
-                with _naming(target or within, partial):
-                    yield partial
-                return
-        finally:
-            try:
-                shutil.rmtree(partial, ignore_errors=True)
-            finally:
-                if lock is not None:
-                    os.close(lock)
+            descriptor = os.open(partial, os.O_RDONLY)
+        except OSError:  # Windows opens no folders
+            return None, None
+        stack.callback(os.close, descriptor)
+        return None, descriptor
+
+    with _partial(within, within.name, make) as (_, partial), _naming(target or within, partial):
+        yield partial
 
 
 @contextmanager
@@ -170,9 +172,9 @@ def _naming(target: Path, partial: Path) -> Iterator[None]:
 
 @contextmanager
 def owned(path: Path) -> Iterator[None]:
-    """Own ``path`` for the block, by a locked file beside it that names this process; nobody else can meanwhile.
+    """Own ``path`` for the block, by a locked file beside it that names this process; no other process can own it.
 
-    A killed process owns nothing; what one has left beside ``path`` is removed. Where files cannot be locked, a name
+    A killed process owns nothing; what one has left beside ``path`` is removed. Where files cannot be locked, a path
     has any number of owners.
 
     Raises:
@@ -184,7 +186,7 @@ def owned(path: Path) -> Iterator[None]:
         return
     place = _target(path)
     _remove_leftovers(place.parent)
-    name = place.parent / PARTIAL.replace("*", f"{_name_hash(place)}{0:016}")
+    name = place.parent / PARTIAL.replace("*", f"{_name_hash(place.name)}{0:016}")
     descriptor = _own(name, path)
     try:
         with write_errors(path):
@@ -267,78 +269,63 @@ def read_into(path: Path, file: BufferedReader, start: int, out: memoryview, par
         raise refusal(path, f"it was cut after it was opened{part}; get it again")
 
 
-def map_file(path: Path, file: BufferedReader, size: int) -> mmap.mmap:
-    """Map the first ``size`` bytes of a file into memory, copy-on-write.
-
-    Raises:
-        FileError: the file is shorter.
-        OSError: the file cannot be mapped.
-    """
-    try:
-        with read_errors(path):
-            return mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    except ValueError:
-        raise refusal(path, "it was cut while it was read; get it again") from None
-
-
-# A partial file or folder is locked while it is written, and its name holds a hash of a name: of the target, or of
-# the folder that a folder is made in. One without a lock was left by a killed process, and is removed. What cannot
-# be locked (folders on NFS) has a name without a hash, so that it is never removed as a leftover. Locks are visible
-# to all containers of one machine and to all clients of an NFS server, unless it is mounted with local locks.
-
-
 _LEFTOVER = re.compile(re.escape(PARTIAL).replace(r"\*", "[0-9a-f]{16}-[0-9a-f]{16}"))
 
 
-def _name_hash(path: Path) -> str:
-    return hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16] + "-"
+def _name_hash(name: str) -> str:
+    return hashlib.sha256(os.fsencode(name)).hexdigest()[:16] + "-"
 
 
 @contextmanager
-def _partial_file(path: Path, mode: int) -> Iterator[tuple[BufferedRandom, Path]]:
-    """Create a file beside ``path``, locked if possible; at the end it is removed unless it was renamed."""
-    # The second try is for when another process removed the first file as a leftover, before it was locked.
-    for name_hash in (_name_hash(path), _name_hash(path), ""):
-        partial = path.with_name(PARTIAL.replace("*", name_hash + secrets.token_hex(8)))
-        try:
-            with write_errors(path):
-                # not tempfile, which ignores the umask
-                file = open(partial, "x+b", opener=lambda name, flags: os.open(name, flags, mode))  # noqa: SIM115
-            try:
-                if not name_hash or _lock(file.fileno()):
-                    yield file, partial
-                    return
-            finally:
-                with suppress(OSError):  # close flushes again what could not be written
-                    file.close()
-        finally:
-            with suppress(OSError):  # it has been renamed
-                partial.unlink()
+def _partial(
+    folder: Path, name: str, make: Callable[[Path, ExitStack], tuple[_T, int | None]]
+) -> Iterator[tuple[_T, Path]]:
+    """Make a file or folder in ``folder`` and lock it; at the end it is removed unless it was renamed.
+
+    A partial without a lock was left by a killed process, and is removed. A partial that cannot be locked (folders on
+    NFS) has a name without a hash, so that it is never taken for a leftover. Locks are visible to all containers of a
+    machine and to all clients of an NFS server, unless it is mounted with local locks.
+
+    Args:
+        folder: to make it in; what killed processes have left there is removed.
+        name: is hashed into the name.
+        make: makes it at a path, opens it until the stack is closed, and returns it with its descriptor, if any.
+    """
+    _remove_leftovers(folder)
+    # The second try is for when another process removed the first one as a leftover, before it was locked.
+    for name_hash in (_name_hash(name), _name_hash(name), ""):
+        partial = folder / PARTIAL.replace("*", name_hash + secrets.token_hex(8))
+        with ExitStack() as stack:
+            stack.callback(_remove, partial)
+            made, descriptor = make(partial, stack)
+            if not name_hash or _lock(descriptor, partial):
+                yield made, partial
+                return
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock a file until it is closed or the process ends; return whether that worked and the file still exists."""
-    if fcntl is None:
+def _close(file: BufferedRandom) -> None:
+    with suppress(OSError):  # closing flushes again what could not be written
+        file.close()
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or folder, as far as possible; a renamed one is not there."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
+
+
+def _lock(descriptor: int | None, path: Path) -> bool:
+    """Lock a file or folder until it is closed or the process ends; return whether ``path`` is then locked."""
+    if fcntl is None or descriptor is None:
         return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:  # the file system has no locks
         return False
-    return os.fstat(descriptor).st_nlink > 0
-
-
-def _lock_folder(path: Path) -> int | None:
-    """Open and lock a new folder; return None if it cannot be locked, or if another process has removed it."""
-    if fcntl is None:
-        return None
-    try:
-        descriptor = os.open(path, os.O_RDONLY)
-    except OSError:
-        return None
-    if _lock(descriptor) and path.is_dir():
-        return descriptor
-    os.close(descriptor)
-    return None
+    return path.exists()
 
 
 def _own(name: Path, path: Path) -> int:
@@ -377,10 +364,8 @@ def _remove_leftovers(folder: Path) -> None:
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
                     mode = os.fstat(descriptor).st_mode
-                    if stat.S_ISDIR(mode):
-                        shutil.rmtree(folder / name)
-                    elif stat.S_ISREG(mode):
-                        os.unlink(folder / name)
+                    if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
+                        _remove(folder / name)
                 finally:
                     os.close(descriptor)
 

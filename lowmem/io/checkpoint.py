@@ -15,24 +15,29 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import refusal, show
-from lowmem.io.container import write_tensors
-from lowmem.io.metadata import adapters_record, form_record, technique_record
+from lowmem.io.container import TensorFile, write_tensors
+from lowmem.io.metadata import adapters_record, form_record
 from lowmem.io.shards import read_model
-from lowmem.io.skeleton import assign, build
-from lowmem.io.wrappers import unwrap
+from lowmem.io.skeleton import assign, convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.coded_module import format_keys
-from lowmem.nn.forms import CodedForm
-from lowmem.nn.stored_module import StoredModule, file_names
-from lowmem.nn.techniques import Half
+from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
 from lowmem.transforms.commit import one_at_a_time
+from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
 
-__all__ = ["as_in_file", "how_stored", "load", "names_in_files", "save"]
+__all__ = ["how_stored", "load", "save", "unwrap"]
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DistributedDataParallel or DataParallel, whose paths lack ``module.``; or the model."""
+    while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
+        model = model.module
+    return model
 
 
 @one_at_a_time
@@ -60,7 +65,6 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     refuse_sharded("save", model)
     _refuse_lazy(model)
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
-    names = names_in_files(model)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -68,10 +72,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"state {show(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
         if id(value) not in seen:
             seen.add(id(value))
-            module, part = names.get(name, (None, ""))
-            tensors[name if module is None else _in_file(name, module, part)] = (
-                value if module is None else as_in_file(module, part)
-            )
+            tensors[name] = value
     stored: dict[str, Any] = {}
     known: dict[int, Any] = {}  # id of a stored weight -> its record; layers that share it need none of their own
     adapters: dict[str, Any] = {}
@@ -124,14 +125,23 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
         raise TypeError(f"factory={type(factory).__name__} must be a callable that makes the model")
     file = read_model(path)
     try:
-        model = build(factory, file.metadata, file.tensors)
-        assign(model, file.tensors)
+        model = _built(factory, file)
     except (ValueError, LookupError, AttributeError, OverflowError) as reason:
         text = (
             str(reason) if isinstance(reason, ValueError) else f"its record of the layers is not lowmem's ({reason})"
         )
         raise refusal(path, text, "load") from reason
     trim_heap(model)
+    return model
+
+
+def _built(factory: Callable[[], nn.Module], file: TensorFile) -> nn.Module:
+    model = make_on_meta(factory)
+    try:
+        convert_skeleton(model, file.metadata, file.tensors)
+    except TypeError as reason:
+        raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
+    assign(model, file.tensors)
     return model
 
 
@@ -145,32 +155,7 @@ def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
     for name, form in module.forms.items():
         weight = module.stored_weight(name)
         if isinstance(weight, QuantizedTensor):
-            assert isinstance(form, CodedForm)
             weight.check_layout()
+        if name != "bias":
             records[name] = form_record(form)
-        elif name != "bias":
-            records[name] = technique_record(Half(weight.dtype))
     return records
-
-
-def names_in_files(model: nn.Module) -> dict[str, tuple[StoredModule, str]]:
-    """Return the module and the part's name for each key of the model's state that is a stored part."""
-    found: dict[str, tuple[StoredModule, str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StoredModule):
-            found |= {f"{path}.{name}".lstrip("."): (module, name) for name in module.part_names}
-    return found
-
-
-def _in_file(name: str, module: StoredModule, part: str) -> str:
-    return name.removesuffix(part) + file_names(module)[part]
-
-
-def as_in_file(module: StoredModule, part: str) -> Tensor:
-    """Return a part as files hold it: scales in their own dtype."""
-    value: Tensor = getattr(module, part)
-    name, _, kind = part.rpartition("_")
-    if kind != "scales":
-        return value
-    weight: Any = module.stored_weight(name)
-    return weight.scales  # type: ignore[no-any-return]

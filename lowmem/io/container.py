@@ -15,10 +15,9 @@ import hashlib
 import json
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from io import BufferedIOBase, BufferedRandom, BufferedReader
+from io import BufferedIOBase, BufferedRandom
 from pathlib import Path
 from typing import Any
 
@@ -27,22 +26,10 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import FileError, refusal, show
-from lowmem.io.atomic import atomic_file, check_writable, map_file, open_regular, read_errors, read_into, write_errors
-from lowmem.io.safetensors import Header, Placed, TensorSpec, encode, parse, parse_json, place, read_header
+from lowmem.io.atomic import atomic_file, check_writable, open_regular, read_errors, write_errors
+from lowmem.io.safetensors import Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
-__all__ = [
-    "FORMAT_VERSION",
-    "Checkpoint",
-    "FileError",
-    "TensorFile",
-    "TensorSpec",
-    "bytes_of",
-    "open_checkpoint",
-    "read",
-    "write",
-    "write_plain",
-    "write_tensors",
-]
+__all__ = ["FORMAT_VERSION", "TensorFile", "bytes_of", "read", "write", "write_plain", "write_tensors"]
 
 FORMAT_VERSION = 1
 
@@ -100,9 +87,9 @@ def write(
     """
     path = Path(path)
     check_writable(path)
-    header = _header(specs, metadata)
+    metadata = _encoded(metadata)
     with atomic_file(path) as file:
-        _write(path, file, header, tensors)
+        _write(path, file, specs, metadata, tensors)
         with write_errors(path):
             digest = _digest(file)
             file.seek(DIGEST.start)
@@ -113,17 +100,23 @@ def write(
 def write_plain(path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write a file as any program reads it, as ``write`` does, but without lowmem's digest and metadata."""
     with atomic_file(path) as file:
-        _write(path, file, Header({"format": "pt"}, place(specs)), tensors)
+        _write(path, file, specs, {"format": "pt"}, tensors)
 
 
-def _write(path: Path, file: BufferedRandom, header: Header, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    start, missing = encode(header), dict(header.tensors)
+def _write(
+    path: Path,
+    file: BufferedRandom,
+    specs: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str],
+    tensors: Iterable[tuple[str, Tensor]],
+) -> None:
+    start, missing = encode(metadata, specs), place(specs)
     with write_errors(path):
         file.write(start)
     for name, tensor in tensors:
         placed = missing.pop(name, None)
         if placed is None:
-            why = "came twice" if name in header.tensors else "is not in the specs"
+            why = "came twice" if name in specs else "is not in the specs"
             raise ValueError(f"tensor {show(name)} {why}")
         if (spec := _spec(name, tensor)) != placed.spec:
             raise ValueError(f"tensor {show(name)} is {spec}, and the specs say {placed.spec}")
@@ -150,7 +143,7 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
     with open_regular(path) as file, read_errors(path):
         text = read_header(path, file)
         start = 8 + len(text)
-        size = file.seek(0, os.SEEK_END)
+        size = os.fstat(file.fileno()).st_size
         if not text.startswith(MAGIC):
             raise _foreign(path, text, size - start)
         digest = _digest(file)
@@ -158,74 +151,23 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
             raise refusal(path, "it is damaged: its content does not match its digest; get it again")
         metadata = _metadata(path, text)
         try:
-            header = parse(text, size - start)
-            expected = encode(_header({name: placed.spec for name, placed in header.tensors.items()}, metadata))
+            _, tensors = parse(text, size - start)
+            expected = encode(_encoded(metadata), {name: placed.spec for name, placed in tensors.items()})
         except ValueError as reason:
             raise refusal(path, f"its header is not valid: {reason}; get it again from who wrote it") from None
         if text[: DIGEST.start - 8] + b"0" * 64 + text[DIGEST.stop - 8 :] != expected[8:]:
             raise refusal(path, "it is not laid out as lowmem does it; write it again with lowmem")
-        content = map_file(path, file, size)
+        try:
+            content = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
+        except ValueError:
+            raise refusal(path, "it was cut while it was read; get it again") from None
     return TensorFile(
-        {name: _view(content, start, placed) for name, placed in header.tensors.items()}, metadata, digest.decode()
+        {name: _view(content, start, placed) for name, placed in tensors.items()}, metadata, digest.decode()
     )
 
 
-class Checkpoint:
-    """An open safetensors file of any program, whose tensors are read one at a time.
-
-    Attributes:
-        specs: the dtype and shape of each tensor, in the order of the file.
-        metadata: the header's ``__metadata__``.
-    """
-
-    def __init__(self, path: Path, file: BufferedReader) -> None:
-        with read_errors(path):
-            text = read_header(path, file)
-            size = file.seek(0, os.SEEK_END)
-        self._path, self._file, self._start = path, file, 8 + len(text)
-        try:
-            header = parse(text, size - self._start)
-        except ValueError as reason:
-            raise refusal(path, f"it is no valid safetensors file: {reason}; get it again") from None
-        self._tensors = dict(sorted(header.tensors.items(), key=lambda item: item[1].begin))
-        self.specs = {name: placed.spec for name, placed in self._tensors.items()}
-        self.metadata = header.metadata
-
-    def read_tensor(self, name: str) -> Tensor:
-        """Read a tensor into newly allocated memory.
-
-        Raises:
-            KeyError: the file has no such tensor.
-            FileError: the file was truncated after it was opened.
-            OSError: the file cannot be read.
-        """
-        placed = self._tensors[name]
-        content = torch.empty(placed.spec.nbytes, dtype=torch.uint8)
-        where = self._start + placed.begin
-        read_into(self._path, self._file, where, content.numpy().data, f", in tensor {show(name)}")
-        return content.view(placed.spec.dtype).view(placed.spec.shape)
-
-
-@contextmanager
-def open_checkpoint(path: str | os.PathLike[str]) -> Iterator[Checkpoint]:
-    """Open a safetensors file of any program. The header is checked; a digest is not.
-
-    Example::
-
-        with open_checkpoint("model.safetensors") as checkpoint:
-            for name in checkpoint.specs:
-                weight = checkpoint.read_tensor(name)
-
-    Raises:
-        FileError: it is no valid safetensors file.
-        OSError: it cannot be read.
-    """
-    path = Path(path)
-    with open_regular(path) as file:
-        yield Checkpoint(path, file)
-
-
-def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, Any]) -> Header:
+def _encoded(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """Return the ``__metadata__`` of a file of lowmem's, with zeros for the digest."""
     if "version" in metadata:
         raise ValueError("metadata has a 'version', which the container sets; choose another name")
     content = {**metadata, "version": FORMAT_VERSION}
@@ -236,7 +178,7 @@ def _header(specs: Mapping[str, TensorSpec], metadata: Mapping[str, Any]) -> Hea
         raise ValueError(f"metadata={show(metadata)} cannot be stored as JSON: {reason}") from reason
     if not same:
         raise ValueError(f"metadata={show(metadata)} changes in JSON; use lists for tuples, and text for all names")
-    return Header({"sha256": "0" * 64, "lowmem": text}, place(specs))
+    return {"sha256": "0" * 64, "lowmem": text}
 
 
 def _spec(name: str, tensor: Tensor) -> TensorSpec:
@@ -265,10 +207,10 @@ def _view(content: mmap.mmap, start: int, placed: Placed) -> Tensor:
 
 def _foreign(path: Path, text: bytes, data_size: int) -> FileError:
     try:
-        header = parse(text, data_size)
+        metadata, _ = parse(text, data_size)
     except ValueError as reason:
         return refusal(path, f"it is damaged or no safetensors file: {reason}; get it again")
-    if "lowmem" in header.metadata:
+    if "lowmem" in metadata:
         return refusal(path, "it is damaged, or written by another program: its digest is misplaced; get it again")
     return refusal(path, "it is a safetensors file that lowmem did not write; convert it with lowmem quantize")
 

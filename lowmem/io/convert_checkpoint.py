@@ -7,19 +7,19 @@ The result equals, byte for byte, the file that ``save`` writes for the same mod
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import printable, show
-from lowmem.io.container import TensorSpec
-from lowmem.io.metadata import form_record, layer_of
-from lowmem.io.shards import check_target, write_model
+from lowmem.io.metadata import layer_of
+from lowmem.io.safetensors import TensorSpec
+from lowmem.io.shards import PlannedWeight, check_target, write_model
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
@@ -88,36 +88,36 @@ def convert_checkpoint(
     with Source(source) as opened:
         wanted = _wanted(opened.specs, list(include), list(exclude))
         chosen = _chosen(opened, wanted, technique, progress)
-        plan = {
-            name: _outputs(name, spec, chosen[name].technique if name in wanted else None)
+        errors: dict[str, float] = {}
+        weights = {
+            name: _converted(opened, name, chosen[name].technique, errors)
+            if name in wanted
+            else PlannedWeight(name, spec.shape, spec.dtype, partial(opened.read_tensor, name))
             for name, spec in opened.specs.items()
         }
         taken: dict[str, str] = {}
-        for name, outs in plan.items():
-            for out in outs:
+        for name, weight in weights.items():
+            for out in weight.specs():
                 if taken.setdefault(out, name) != name:
                     both = f"both {printable(taken[out], 80)} and {printable(name, 80)} would be {printable(out, 80)}"
                     raise ValueError(f"{both}; copy one as it is with --exclude")
         rows: dict[str, Row] = {}
 
-        def layers(names: list[str]) -> dict[str, Any]:
-            return {layer_of(name): _record(chosen[name].technique) for name in names if name in wanted}
+        def written(weight: PlannedWeight, after: int) -> None:
+            name = weight.name
+            spec = opened.specs[name]
+            how = (str(weight.form), chosen[name].why) if name in wanted else ()
+            rows[name] = Row(name, spec.shape, name in wanted, spec.nbytes, after, errors.get(name), *how)
+            progress(name, spec.nbytes)
 
-        def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-            return _converted(opened, names, chosen, rows, progress)
-
-        write_model(target, plan, shard_bytes, opened.paths, layers, tensors)
+        write_model(target, weights, shard_bytes, opened.paths, written)
     return [rows[name] for name in sorted(rows)]
 
 
 def _chosen(
     opened: Source, wanted: set[str], technique: FourBit | EightBit | Budget, progress: Callable[[str, int], None]
 ) -> dict[str, Chosen]:
-    """Return how each tensor is stored.
-
-    Raises:
-        ValueError: a budget with inputs, or out of reach; or a weight that cannot be stored.
-    """
+    """Return how each tensor is stored."""
     if not isinstance(technique, Budget):
         return dict.fromkeys(wanted, Chosen(technique, ""))
     if technique.inputs is not None:
@@ -134,12 +134,6 @@ def _chosen(
         progress(name, tensor.nbytes)
         del tensor
     return dict(zip(units, choose(list(units.values()), technique), strict=True))
-
-
-def _record(technique: FourBit | EightBit) -> dict[str, Any]:
-    """Return the metadata of a technique, with the format's defaults filled in."""
-    skeleton = technique.skeleton(torch.empty(1, 8, device="meta"))
-    return form_record(CodedForm.of(skeleton))
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
@@ -166,46 +160,20 @@ def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]
     return wanted
 
 
-def _outputs(name: str, spec: TensorSpec, technique: FourBit | EightBit | None) -> dict[str, TensorSpec]:
-    """Return the specs of the tensors that replace one of the source."""
-    if technique is None:
-        return {name: spec}
-    skeleton = technique.skeleton(_rows(torch.empty(spec.shape, device="meta")))
-    prefix = name.removesuffix("weight")
-    return {prefix + part: TensorSpec.of(getattr(skeleton, part)) for part in ("packed", "scales")}
+def _converted(opened: Source, name: str, technique: FourBit | EightBit, errors: dict[str, float]) -> PlannedWeight:
+    """Plan to store a tensor by ``technique``; its error is noted when it is written."""
+    skeleton = technique.skeleton(_rows(torch.empty(opened.specs[name].shape, device="meta")))
 
+    def read() -> QuantizedTensor:
+        weight = _rows(opened.read_tensor(name))
+        try:
+            stored = technique.store(weight)
+        except (ValueError, TypeError) as reason:
+            raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
+        errors[name] = relative_error(weight, stored)
+        return stored
 
-def _converted(
-    opened: Source,
-    names: list[str],
-    chosen: dict[str, Chosen],
-    rows: dict[str, Row],
-    progress: Callable[[str, int], None],
-) -> Iterator[tuple[str, Tensor]]:
-    for name in names:
-        tensor: Any = opened.read_tensor(name)
-        shape, before = tuple(tensor.shape), tensor.nbytes
-        if name in chosen:
-            try:
-                stored = chosen[name].technique.store(_rows(tensor))
-            except (ValueError, TypeError) as reason:
-                raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
-            error = relative_error(_rows(tensor), stored)
-            how = str(CodedForm.of(stored))
-            rows[name] = Row(name, shape, True, before, stored.nbytes, error, how, chosen[name].why)
-            del tensor
-            yield from _parts(name, stored)
-        else:
-            rows[name] = Row(name, shape, False, before, before, None)
-            yield name, tensor
-            del tensor
-        progress(name, before)
-
-
-def _parts(name: str, stored: QuantizedTensor) -> Iterator[tuple[str, Tensor]]:
-    prefix = name.removesuffix("weight")
-    yield prefix + "packed", stored.packed
-    yield prefix + "scales", stored.scales
+    return PlannedWeight(name, tuple(skeleton.shape), CodedForm.of(skeleton), read)
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import FileError, refusal
-from lowmem.io.container import TensorSpec
+from lowmem.errors import refusal, refusing
 from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
-from lowmem.io.metadata import form_record, layer_of
-from lowmem.io.shards import check_target, write_model
-from lowmem.nn.forms import CodedForm
+from lowmem.io.formats.stored_model import swapped
+from lowmem.io.shards import PlannedWeight, check_target, write_model
 from lowmem.nn.techniques import EightBit, FourBit
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.backend import Weight
 
 __all__ = ["ImportedRow", "import_checkpoint"]
 
@@ -40,52 +37,6 @@ class ImportedRow:
     error: float | None
     """``rms(stored - weight) / rms(weight)`` of what was quantized, the largest of several that became one weight;
     None: no value changed, unless ``dtype`` rounded it."""
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """What becomes of one tensor."""
-
-    tensor: ForeignTensor
-    kept: CodedForm | torch.dtype
-    read: Callable[[], Tensor | QuantizedTensor]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        shape = self.tensor.shape
-        return (*shape[:-2], shape[-1], shape[-2]) if self.tensor.transposed else shape
-
-    @property
-    def record(self) -> dict[str, Any] | None:
-        return None if isinstance(self.kept, torch.dtype) else form_record(self.kept)
-
-    @property
-    def path(self) -> str:
-        """The key of the record: the layer's path, or the parameter's full name."""
-        return layer_of(self.tensor.name)
-
-    def parts(self) -> dict[str, str]:
-        """Return the name in the file of each stored part, or of the dense tensor ("")."""
-        name = self.tensor.name
-        if isinstance(self.kept, torch.dtype):
-            return {"": name}
-        prefix = name.removesuffix("weight") if name.rpartition(".")[2] == "weight" else f"{name}_"
-        return {part: prefix + part for part in self.kept.parts}
-
-    def specs(self) -> dict[str, TensorSpec]:
-        """Return the specs of what is written for it."""
-        if isinstance(self.kept, torch.dtype):
-            return {self.tensor.name: TensorSpec(self.kept, self.shape)}
-        form = self.kept
-        shape = self.tensor.shape if form.transposed else self.shape
-        empty = QuantizedTensor.empty(
-            torch.Size(shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
-        )
-        order = torch.empty(shape[-1:], dtype=torch.int32, device="meta")
-        return {
-            name: TensorSpec.of(order if part == "order" else getattr(empty, part))
-            for part, name in self.parts().items()
-        }
 
 
 def import_checkpoint(
@@ -124,76 +75,39 @@ def import_checkpoint(
     check_target(target)
     requantizing = Requantizing(requantize, list(include), technique)
     with open_foreign(source) as file:
-        plans = _plans(source, file, requantizing, dtype)
+        weights = _plan(source, file, requantizing, dtype)
         rows: dict[str, ImportedRow] = {}
 
-        def layers(names: list[str]) -> dict[str, Any]:
-            return {plans[name].path: record for name in names if (record := plans[name].record) is not None}
+        def written(weight: PlannedWeight, after: int) -> None:
+            tensor, kept = file.tensors[weight.name], str(weight.form).removeprefix("torch.")
+            shape = swapped(weight.shape) if tensor.transposed else weight.shape
+            error = requantizing.errors.get(tensor.name)
+            rows[tensor.name] = ImportedRow(tensor.name, shape, tensor.kind, kept, tensor.nbytes, after, error)
+            progress(tensor.name, tensor.nbytes)
 
-        def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-            return _tensors(source, [plans[name] for name in names], requantizing.errors, rows, progress)
-
-        specs = {name: plan.specs() for name, plan in plans.items()}
-        write_model(target, specs, shard_bytes, file.paths, layers, tensors)
+        write_model(target, weights, shard_bytes, file.paths, written)
     return [rows[name] for name in sorted(rows)]
 
 
-def _plans(
+def _plan(
     source: Path, file: ForeignFile, requantizing: Requantizing, dtype: torch.dtype | None
-) -> dict[str, _Plan]:
+) -> dict[str, PlannedWeight]:
     requantizing.check(file.tensors)
-    plans: dict[str, _Plan] = {}
-    refused: list[ForeignTensor] = []
-    for name, found in file.tensors.items():
-        tensor = requantizing.of(found)
-        if tensor.refusal is not None:
-            refused.append(tensor)
-            continue
-        kept = tensor.kept()
-        if isinstance(kept, torch.dtype) and kept.is_floating_point and dtype is not None:
-            plans[name] = _Plan(tensor, dtype, _rounded(tensor, dtype))
-        else:
-            plans[name] = _Plan(tensor, kept, tensor.read)
+    tensors = [requantizing.of(found) for found in file.tensors.values()]
+    refused = [tensor for tensor in tensors if tensor.refusal is not None]
     if refused:
         raise refusal(source, why_refused(refused), "import")
-    return plans
+    return {tensor.name: _planned(source, tensor, dtype) for tensor in tensors}
 
 
-def _rounded(tensor: ForeignTensor, dtype: torch.dtype) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        weight = tensor.read()
-        assert isinstance(weight, Tensor)
-        return weight.to(dtype)
+def _planned(source: Path, tensor: ForeignTensor, dtype: torch.dtype | None) -> PlannedWeight:
+    form = tensor.kept()
+    if isinstance(form, torch.dtype) and form.is_floating_point and dtype is not None:
+        form = dtype
 
-    return read
+    def read() -> Weight:
+        with refusing(source, "import"):  # it cannot be quantized
+            weight = tensor.read()
+        return weight.to(form) if isinstance(weight, Tensor) and isinstance(form, torch.dtype) else weight
 
-
-def _tensors(
-    source: Path,
-    plans: list[_Plan],
-    errors: Mapping[str, float],
-    rows: dict[str, ImportedRow],
-    progress: Callable[[str, int], None],
-) -> Iterator[tuple[str, Tensor]]:
-    for plan in plans:
-        name = plan.tensor.name
-        try:
-            stored = plan.read()
-        except FileError:
-            raise
-        except ValueError as reason:  # it cannot be quantized: it names the tensor
-            raise refusal(source, str(reason), "import") from None
-        after = stored.nbytes
-        for part, out in plan.parts().items():
-            if part == "order":
-                assert plan.tensor.order is not None
-                order = plan.tensor.order()
-                after += order.nbytes
-                yield out, order
-            else:
-                yield out, stored if isinstance(stored, Tensor) else getattr(stored, part)
-        del stored
-        kept = str(plan.kept).removeprefix("torch.")
-        before = plan.tensor.nbytes
-        rows[name] = ImportedRow(name, plan.shape, plan.tensor.kind, kept, before, after, errors.get(name))
-        progress(name, before)
+    return PlannedWeight(tensor.name, tensor.shape, form, read, tensor.order)

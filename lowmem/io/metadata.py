@@ -1,8 +1,8 @@
-"""Serializes techniques and adapters to a file's metadata, and parses them."""
+"""Serializes forms of weights and adapters to a file's metadata, and parses them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.forms import CodedForm
+from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA, blockwise
 from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS, OFFSETS
@@ -26,13 +26,12 @@ __all__ = [
     "check_config",
     "check_keys",
     "check_object",
-    "flags_of",
+    "form_of",
     "form_record",
     "layer_of",
     "lora_of",
     "record_errors",
     "technique_of",
-    "technique_record",
 ]
 
 FLAGS = ("transposed", "gathered")
@@ -46,28 +45,32 @@ _ADAPTER = ("rank", "alpha", "dropout")
 _COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
 
 
-def technique_record(
-    technique: Half | EightBit | FourBit, method: str = "absmax", flags: Iterable[str] = ()
-) -> dict[str, Any]:
-    """Return the metadata record of how a weight is stored; ``flags`` are those of its ``CodedForm``."""
-    if isinstance(technique, Half):
-        return {"technique": "Half", "dtype": str(technique.dtype).removeprefix("torch.")}
-    compute = None if technique.compute_dtype is None else str(technique.compute_dtype).removeprefix("torch.")
-    return {
-        "technique": type(technique).__name__,
-        "format": technique.format,
-        "block_size": technique.block_size,
-        "scales": technique.scales,
-        "method": method,
-        **({} if compute is None else {"compute_dtype": compute}),
-        **dict.fromkeys(flags, True),
-    }
+def technique_of(form: Form) -> Half | EightBit | FourBit:
+    """Return the technique that stores a weight in a form.
+
+    Raises:
+        ValueError: no technique has such a form.
+    """
+    if isinstance(form, HalfForm):
+        return Half(form.dtype)
+    return blockwise(form.format, form.block_size, form.scale_encoding, form.compute_dtype)
 
 
-def form_record(form: CodedForm) -> dict[str, Any]:
+def form_record(form: Form) -> dict[str, Any]:
     """Return the metadata record of a weight that is stored in a form."""
-    technique = blockwise(form.format, form.block_size, form.scale_encoding, form.compute_dtype)
-    return technique_record(technique, form.method, form.flags)
+    kind = type(technique_of(form)).__name__
+    if isinstance(form, HalfForm):
+        return {"technique": kind, "dtype": str(form)}
+    compute = {} if form.compute_dtype is None else {"compute_dtype": str(form.compute_dtype).removeprefix("torch.")}
+    return {
+        "technique": kind,
+        "format": form.format,
+        "block_size": form.block_size,
+        "scales": form.scale_encoding,
+        "method": form.method,
+        **compute,
+        **dict.fromkeys(form.flags, True),
+    }
 
 
 def layer_of(name: str) -> str:
@@ -75,8 +78,8 @@ def layer_of(name: str) -> str:
     return name.removesuffix("weight").rstrip(".") if name.rpartition(".")[2] == "weight" else name
 
 
-def technique_of(record: object) -> tuple[Half | EightBit | FourBit, str | None]:
-    """Parse a record of ``technique_record``: the technique, and the method of a 4- or 8-bit one (else None).
+def form_of(record: object) -> Form:
+    """Parse a record of ``form_record``.
 
     Raises:
         ValueError: an invalid record; the message is short, whatever the record holds.
@@ -84,7 +87,7 @@ def technique_of(record: object) -> tuple[Half | EightBit | FourBit, str | None]
     kind = check_object(record).get("technique")
     if kind == "Half":
         fields = check_keys(record, ("technique", "dtype"))
-        return Half(_STORED[_choice(fields, "dtype", _STORED)]), None
+        return HalfForm(_STORED[_choice(fields, "dtype", _STORED)])
     if kind not in ("FourBit", "EightBit"):
         raise ValueError(f"technique={show(kind)} is unknown")
     required = ("technique", "format", "block_size", "scales", "method")
@@ -97,15 +100,12 @@ def technique_of(record: object) -> tuple[Half | EightBit | FourBit, str | None]
         _choice(fields, name, known)
     _check_type(fields, "block_size", int, "an integer")
     for name in FLAGS:
-        if fields.get(name, True) is not True:  # absent where it does not hold, so that bytes are unique
-            raise ValueError(f"{name}={show(fields[name])} must be true, or absent")
+        _check_flag(fields, name)
     compute = _COMPUTED[_choice(fields, "compute_dtype", _COMPUTED)] if "compute_dtype" in fields else None
-    return blockwise(fields["format"], fields["block_size"], fields["scales"], compute), fields["method"]
-
-
-def flags_of(record: Mapping[str, Any]) -> frozenset[str]:
-    """Return which of ``FLAGS`` a record has that ``technique_of`` takes."""
-    return frozenset(FLAGS) & record.keys()
+    flags = ("transposed" in fields, "gathered" in fields)
+    form = CodedForm(fields["format"], fields["block_size"], fields["scales"], fields["method"], *flags, compute)
+    technique_of(form)  # checks the values
+    return form
 
 
 def adapter_record(adapter: Adapter) -> dict[str, Any]:
@@ -121,7 +121,9 @@ def lora_of(record: object) -> LoRA:
     Raises:
         ValueError: an invalid record; the message is short, whatever the record holds.
     """
-    return _lora(check_keys(record, _ADAPTER, ("rank_stabilized",)))
+    fields = check_keys(record, _ADAPTER, ("rank_stabilized",))
+    _check_flag(fields, "rank_stabilized")
+    return LoRA(**fields)
 
 
 def adapters_record(layer: AdaptedModule) -> dict[str, list[dict[str, Any]]]:
@@ -144,12 +146,13 @@ def adapters_of(record: object) -> dict[str, tuple[LoRA, bool]]:
         raise ValueError(f"they are {show(record)}, and must be a list of at least one")
     found: dict[str, tuple[LoRA, bool]] = {}
     for part in record:
-        fields = check_keys(part, (*_ADAPTER, "name", "active"), ("rank_stabilized",))
+        fields = dict(check_keys(part, (*_ADAPTER, "name", "active"), ("rank_stabilized",)))
         _check_type(fields, "name", str, "a string")
         _check_type(fields, "active", bool, "true or false")
         if fields["name"] in found:
             raise ValueError(f"adapter {show(fields['name'])} is there twice")
-        found[fields["name"]] = _lora(fields), fields["active"]
+        name, active = fields.pop("name"), fields.pop("active")
+        found[name] = lora_of(fields), active
     return found
 
 
@@ -216,20 +219,14 @@ def record_errors(what: str) -> Iterator[None]:
         raise ValueError(f"{what} is not lowmem's: {reason}; {remedy}") from reason
 
 
-def _lora(fields: dict[str, Any]) -> LoRA:
-    _check_type(fields, "rank", int, "a positive integer")
-    for name in ("alpha", "dropout"):
-        if type(fields[name]) not in (int, float) and not (name == "alpha" and fields[name] is None):
-            raise ValueError(f"{name}={show(fields[name])} must be a number")
-    stabilized = fields.get("rank_stabilized", False)
-    if "rank_stabilized" in fields and stabilized is not True:  # absent where it is not, so that bytes are unique
-        raise ValueError(f"rank_stabilized={show(stabilized)} must be true, or absent")
-    return LoRA(fields["rank"], fields["alpha"], fields["dropout"], stabilized)
-
-
 def _check_type(fields: dict[str, Any], name: str, kind: type, expected: str) -> None:
     if type(fields[name]) is not kind:  # not isinstance: True is an int
         raise ValueError(f"{name}={show(fields[name])} must be {expected}")
+
+
+def _check_flag(fields: dict[str, Any], name: str) -> None:
+    if fields.get(name, True) is not True:  # absent where it does not hold, so that bytes are unique
+        raise ValueError(f"{name}={show(fields[name])} must be true, or absent")
 
 
 def _choice(fields: dict[str, Any], name: str, known: Collection[str]) -> str:

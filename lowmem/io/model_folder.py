@@ -21,7 +21,6 @@ __all__ = [
     "check_regular",
     "copy_others",
     "quantization_of",
-    "read_config",
     "read_model_config",
     "read_object",
     "refuse_layers",
@@ -52,28 +51,19 @@ _COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)
 """Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
 
 
-def read_config(
+def read_object(
     path: Path, limit: int = MAX_CONFIG, kind: str = "config", parse: Callable[[bytes], Any] = parse_json
-) -> Any:
-    """Return what a file of JSON holds, such as a model's config.json.
+) -> dict[str, Any]:
+    """Return the object in a JSON file, such as a model's config.json.
 
     Raises:
-        FileError, OSError: the file is too large or damaged, or cannot be read.
+        FileError, OSError: the file takes more than ``limit`` bytes, is damaged or no object, or cannot be read.
     """
     text = read_at_most(path, limit, kind)
     try:
-        return parse(text)
+        content = parse(text)
     except (ValueError, RecursionError) as reason:
         raise refusal(path, f"it is damaged: {reason}; get it again") from None
-
-
-def read_object(path: Path, *how: Any) -> dict[str, Any]:
-    """Return what a file of JSON holds, as ``read_config``, which has to be an object.
-
-    Raises:
-        FileError, OSError: as ``read_config``, or it is none.
-    """
-    content = read_config(path, *how)
     if not isinstance(content, dict):
         raise refusal(path, f"it is {show(content)}, and must be an object; get it again")
     return content
@@ -83,38 +73,22 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
 
     Raises:
-        FileError, OSError: as ``read_config``, or it is no config of a model.
+        FileError, OSError: as ``read_object``, or ``quantization_config`` is no object.
     """
-    config = read_config(path)
-    if not isinstance(config, dict):
-        raise refusal(path, f"it is {show(config)}, and no config of a model; get it again")
-    _quantization_in(config, path)
+    config = read_object(path)
+    found = config.get("quantization_config")
+    if found is not None and not isinstance(found, dict):
+        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
     return config
 
 
 def quantization_of(path: Path) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a model's config.json, or nothing.
-
-    Raises:
-        FileError, OSError: the file is damaged, or cannot be read.
-    """
-    content = read_config(path)
-    return _quantization_in(content, path) if isinstance(content, dict) else {}
-
-
-def _quantization_in(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    found = config.get("quantization_config")
-    if found is not None and not isinstance(found, dict):
-        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
-    return found or {}
+    """Return the ``quantization_config`` of a model's config.json, or an empty one; see ``read_model_config``."""
+    return read_model_config(path).get("quantization_config") or {}
 
 
 def check_regular(folder: Path) -> None:
-    """Raise an OSError that names a file of a config or tokenizer that is none: reading a pipe would never end.
-
-    Raises:
-        OSError: one is a folder, a device, a pipe or a link to nothing, or cannot be read.
-    """
+    """Raise an OSError that names a config or tokenizer file that is not regular: reading a pipe would never end."""
     with read_errors(folder):
         names = sorted(os.listdir(folder))
     for name in names:
@@ -131,14 +105,10 @@ def check_layers(file: Path, config: Any, tensors: int) -> None:
 
 
 def refuse_layers(config: Any, tensors: int | None = None) -> None:
-    """Raise if a config asks for more layers or experts than there are, which are made one by one without values.
+    """Raise a ValueError if a config, or a config in it, asks for more layers or experts than any model has.
 
-    Args:
-        config: of a model; the configs in it are checked, too.
-        tensors: of the model's folder, which has no more layers; None: not known.
-
-    Raises:
-        ValueError: more layers than tensors, or more layers or experts than any model has.
+    Empty layers are made one by one. ``tensors`` is the number of tensors in the model's folder, which no model has
+    more layers than; None: unknown.
     """
     for name, value in config.items() if isinstance(config, dict) else ():
         if tensors is not None and name in _LAYERS and isinstance(value, int) and value > tensors:
@@ -152,42 +122,32 @@ def refuse_layers(config: Any, tensors: int | None = None) -> None:
 
 
 def weights_in(folder: Path, action: str = "read") -> Path:
-    """Return the only file of a folder's weights, or the index of several.
-
-    Args:
-        folder: as ``save_pretrained`` writes it.
-        action: what errors say cannot be done.
+    """Return the only file of a folder's weights, or the index of several; errors say that ``action`` is impossible.
 
     Raises:
         FileError: it has neither; or both, of which transformers reads the file, and other programs the index.
         OSError: the index cannot be read.
     """
     whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}{INDEX}"
-    if not os.path.lexists(index):
-        if not os.path.lexists(whole):
-            why = f"it has no {whole.name} and no {index.name}"
-            others = sorted(folder.glob("*.safetensors"))
-            if len(others) == 1:
-                why += f"; name its file {show(others[0].name)}, or rename it to the first"
-                raise refusal(folder, why, action)
-            why += ": lowmem reads safetensors only, and executed nothing"
-            raise refusal(folder, f"{why}; name a folder of such a model", action)
+    if os.path.lexists(index):
+        if os.path.lexists(whole) and whole.name not in read_index(index).values():
+            why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
+            raise refusal(folder, why, action)
+        return index
+    if os.path.lexists(whole):
         return whole
-    if os.path.lexists(whole) and whole.name not in read_index(index).values():
-        why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
-        raise refusal(folder, why, action)
-    return index
+    others = sorted(folder.glob("*.safetensors"))
+    remedy = ": lowmem reads safetensors only, and executed nothing; name a folder of such a model"
+    if len(others) == 1:
+        remedy = f"; name its file {show(others[0].name)}, or rename it to the first"
+    raise refusal(folder, f"it has no {whole.name} and no {index.name}{remedy}", action)
 
 
 def replace_files(written: Path, target: Path) -> None:
-    """Move the files of a complete folder into one that exists, whose other weights of the same name are removed.
+    """Move the files of ``written`` into ``target`` on the same file system, and remove its weights of the same name.
 
-    An interruption leaves the old weights, the new ones, or an error of whoever reads the folder: a new index comes
-    when its shards are there, and an old one goes before they do.
-
-    Args:
-        written: as ``save_pretrained`` writes it.
-        target: on the same file system.
+    After an interruption the target has the old weights or the new weights, or reading it is an error: a new index is
+    moved after its shards, and an old index is removed before its shards.
 
     Raises:
         OSError: a file cannot be moved or removed.
@@ -206,26 +166,26 @@ def replace_files(written: Path, target: Path) -> None:
 
 
 def _model_of(name: str) -> str | None:
-    """Return what a file of weights or an index is called, without number and ending; None: another file."""
+    """Return the name of a file of weights or an index without number and ending; None for other files."""
     file, index = _FILE.fullmatch(name), _INDEX.fullmatch(name)
     return file[1] if file else f"{index[1]}{index[2] or ''}" if index else None
 
 
 def copy_others(folder: Path, target: Path, out: Path, leave: Collection[str]) -> None:
-    """Copy the files of a folder that are no weights, as those of its tokenizer, with those of folders in it.
+    """Copy a folder's files that are no weights, such as those of its tokenizer, with those of its inner folders.
 
-    Hidden folders are left, and those that hold weights: they are other models, such as checkpoints of a training.
-    Links are followed to files of the folder, and in the hub's cache to files of the same repository: a copy of what
-    a link names elsewhere might be published.
+    Hidden folders are left out, and folders with weights, which are other models, such as checkpoints of a training.
+    Links are followed only to files of the folder, or of the same repository in the hub's cache: other files might be
+    private.
 
     Args:
-        folder: from where.
+        folder: to copy from.
         target: an existing folder.
-        out: what errors call the target.
-        leave: names of files that are not copied; in inner folders they are.
+        out: the path of the target in errors.
+        leave: names of files that are not copied from the outermost folder.
 
     Raises:
-        FileError: a link to a file elsewhere; or more files, bytes or folders in each other than any model has.
+        FileError: a link to a file elsewhere; or more files, bytes or nested folders than any model has.
         OSError: a file cannot be read or written.
     """
     root = folder.resolve()

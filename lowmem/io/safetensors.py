@@ -22,14 +22,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lowmem.errors import FileError, printable, refusal, show
+from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import open_regular, read_errors
 
 __all__ = [
     "DTYPES",
     "MAX_HEADER",
-    "FileError",
-    "Header",
     "Placed",
     "TensorSpec",
     "encode",
@@ -38,8 +36,6 @@ __all__ = [
     "place",
     "read_at_most",
     "read_header",
-    "refusal",
-    "show",
 ]
 
 MAX_HEADER = 16 * 2**20
@@ -119,35 +115,28 @@ class Placed:
     begin: int
 
 
-@dataclass(frozen=True)
-class Header:
-    """The content of a header."""
-
-    metadata: dict[str, str]
-    tensors: dict[str, Placed]
-
-
 def place(specs: Mapping[str, TensorSpec]) -> dict[str, Placed]:
     """Return each tensor's offset, in the order of the file.
 
-    Sorted by descending item size, then by name, so that each tensor is aligned without gaps.
+    Sorted by the largest power of two that divides the bytes of a tensor, largest first, then by name. Each tensor is
+    then aligned without gaps, also the bytes of scales, which are read as floats.
     """
     placed = {}
     begin = 0
-    for name in sorted(specs, key=lambda name: (-specs[name].dtype.itemsize, name)):
+    for name in sorted(specs, key=lambda name: (-(specs[name].nbytes & -specs[name].nbytes), name)):
         placed[name] = Placed(specs[name], begin)
         begin += specs[name].nbytes
     return placed
 
 
-def encode(header: Header) -> bytes:
+def encode(metadata: Mapping[str, str], specs: Mapping[str, TensorSpec]) -> bytes:
     """Return the length and header of a file, padded so that the tensors begin at a multiple of ``ALIGNMENT``.
 
     Raises:
         ValueError: a name is reserved or cannot be stored, or there are too many tensors.
     """
-    content: dict[str, object] = {"__metadata__": header.metadata}
-    for name, placed in header.tensors.items():
+    content: dict[str, object] = {"__metadata__": metadata}
+    for name, placed in place(specs).items():
         if not isinstance(name, str) or name == "__metadata__":
             raise ValueError(f"a tensor cannot be called {show(name)} in a safetensors file; rename it")
         content[name] = {
@@ -208,8 +197,8 @@ def read_at_most(path: Path, limit: int, kind: str) -> bytes:
         return file.read(size)
 
 
-def parse(text: bytes, data_size: int) -> Header:
-    """Parse a header, and check that its tensors fill the ``data_size`` bytes after it exactly.
+def parse(text: bytes, data_size: int) -> tuple[dict[str, str], dict[str, Placed]]:
+    """Parse a header: the metadata and the tensors, which must fill the ``data_size`` bytes after it exactly.
 
     Raises:
         ValueError: the header is invalid; the message is short, whatever the header holds.
@@ -230,7 +219,7 @@ def parse(text: bytes, data_size: int) -> Header:
         end += placed.spec.nbytes
     if end != data_size:
         raise ValueError(f"the tensors take {end} bytes, and {data_size} are there")
-    return Header(metadata, tensors)
+    return metadata, tensors
 
 
 def parse_json(text: bytes | str) -> Any:

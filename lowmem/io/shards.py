@@ -8,27 +8,34 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.io.container import FORMAT_VERSION, TensorFile, TensorSpec, read, write
-from lowmem.io.safetensors import parse_json, read_at_most
+from lowmem.io.container import FORMAT_VERSION, TensorFile, read, write
+from lowmem.io.metadata import form_record, layer_of
+from lowmem.io.safetensors import TensorSpec, parse_json, read_at_most
+from lowmem.nn.forms import CodedForm
+from lowmem.quant.backend import Weight
+from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
     "INDEX",
+    "PlannedWeight",
     "check_target",
     "divide",
+    "encode_index",
     "index_of",
     "parse_index",
     "read_index",
     "read_model",
     "shard_name",
-    "write_index",
     "write_model",
 ]
 
@@ -58,28 +65,78 @@ def check_target(target: Path) -> None:
     check_writable(target)
 
 
+@dataclass(frozen=True)
+class PlannedWeight:
+    """A weight of a model that is written to files.
+
+    Args:
+        name: in the model's state, such as ``layers.0.weight``.
+        shape: of what ``read`` returns.
+        form: how the file stores it: in 4 or 8 bits, or dense in a dtype.
+        read: returns the weight in this form; called once, when the weight is written.
+        order: returns the column of the weight for each stored column, int32, if ``form.gathered``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    form: CodedForm | torch.dtype
+    read: Callable[[], Weight]
+    order: Callable[[], Tensor] | None = None
+
+    def specs(self) -> dict[str, TensorSpec]:
+        """Return the dtype and shape of each of its tensors, by the names in the model's state."""
+        form = self.form
+        if isinstance(form, torch.dtype):
+            return {self.name: TensorSpec(form, self.shape)}
+        empty = QuantizedTensor.empty(
+            torch.Size(self.shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
+        )
+        order = torch.empty(self.shape[-1:], dtype=torch.int32, device="meta")
+        return {name: TensorSpec.of(tensor) for name, tensor in self._tensors(empty, order).items()}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return its tensors, by the names in the model's state."""
+        return self._tensors(self.read(), None if self.order is None else self.order())
+
+    def _tensors(self, weight: Weight, order: Tensor | None) -> dict[str, Tensor]:
+        if isinstance(weight, Tensor):
+            return {self.name: weight}
+        assert isinstance(self.form, CodedForm)
+        packed, scales = CodedForm.split(weight)
+        parts: dict[str, Any] = {"packed": packed, "scales": scales, "order": order}
+        return {f"{self.name}_{part}": parts[part] for part in self.form.parts}
+
+
 def write_model(
     target: Path,
-    plan: Mapping[str, Mapping[str, TensorSpec]],
+    weights: Mapping[str, PlannedWeight],
     shard_bytes: int | None,
     sources: Collection[Path],
-    layers: Callable[[list[str]], dict[str, Any]],
-    tensors: Callable[[list[str]], Iterable[tuple[str, Tensor]]],
+    written: Callable[[PlannedWeight, int], None],
 ) -> None:
-    """Write a model of lowmem's to a file, or to shards and then their index.
+    """Write a model of lowmem's to a file, or to shards and then their index. One weight at a time is in memory.
 
     Args:
         target: the file; shards are named after it.
-        plan: the specs of the tensors that are written for each weight.
+        weights: by name.
         shard_bytes: the most bytes of tensors per file; None: one file.
         sources: files that are not overwritten.
-        layers: names of weights -> the records of their layers.
-        tensors: names of weights -> their tensors, one at a time.
+        written: called with each weight that was written, and the bytes that it takes.
 
     Raises:
         ValueError: a weight larger than ``shard_bytes``, or a target that is a source. Nothing was written.
         OSError: a file cannot be written.
     """
+
+    def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in names:
+            parts = weights[name].tensors()
+            nbytes = sum(part.nbytes for part in parts.values())
+            while parts:
+                yield parts.popitem()
+            written(weights[name], nbytes)
+
+    plan = {name: weight.specs() for name, weight in weights.items()}
     shards = divide(plan, shard_bytes)
     outputs = [target]
     if shard_bytes is not None:
@@ -87,13 +144,15 @@ def write_model(
     for path in (*outputs, index_of(target)):
         if path.resolve() in sources:
             raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
-    written: dict[str, tuple[str, dict[str, int]]] = {}
+    index: dict[str, tuple[str, dict[str, int]]] = {}
     for path, names in zip(outputs, shards, strict=True):
         specs = {out: spec for name in names for out, spec in plan[name].items()}
-        digest = write(path, specs, {"kind": "model", "layers": layers(names)}, tensors(names))
-        written[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
+        forms = {layer_of(name): weights[name].form for name in names}
+        layers = {place: form_record(form) for place, form in forms.items() if isinstance(form, CodedForm)}
+        digest = write(path, specs, {"kind": "model", "layers": layers}, tensors(names))
+        index[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
     if shard_bytes is not None:
-        write_index(index_of(target), written)
+        write_atomically(index_of(target), encode_index(index))
 
 
 def divide(plan: Mapping[str, Mapping[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
@@ -116,11 +175,6 @@ def divide(plan: Mapping[str, Mapping[str, TensorSpec]], shard_bytes: int | None
         shards[-1].append(name)
         room -= size
     return shards
-
-
-def write_index(path: Path, shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> None:
-    """Write an index of ``shards``: file name -> (digest, bytes of each tensor by name)."""
-    write_atomically(path, _encode(shards))
 
 
 def read_index(path: Path) -> dict[str, str]:
@@ -160,7 +214,7 @@ def read_model(path: str | os.PathLike[str]) -> TensorFile:
         shards[name] = part.sha256, {key: tensor.nbytes for key, tensor in part.tensors.items()}
         tensors |= part.tensors
         layers |= part.metadata["layers"]
-    if text != _encode(shards):
+    if text != encode_index(shards):
         raise refusal(path, "it does not describe the files that it names; get it and them again from one source")
     return TensorFile(tensors, {"kind": "model", "layers": layers}, "")
 
@@ -203,7 +257,8 @@ def _checked(path: Path, file: TensorFile) -> TensorFile:
     return file
 
 
-def _encode(shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:
+def encode_index(shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:
+    """Return the text of an index of ``shards``: file name -> (digest, bytes of each tensor by name)."""
     sizes = [size for _, tensors in shards.values() for size in tensors.values()]
     content = {
         "metadata": {

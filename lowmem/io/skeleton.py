@@ -1,8 +1,8 @@
-"""Builds a model on the meta device with the layers that a file records, and assigns the file's tensors to it."""
+"""Converts an empty model to the layers and adapters that a file records, and assigns the file's tensors to it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,136 +12,124 @@ from torch.nn.modules.module import _EXTRA_STATE_KEY_SUFFIX
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import printable, show
-from lowmem.io.metadata import adapters_of, check_object, flags_of, record_errors, technique_of
+from lowmem.io.metadata import adapters_of, check_object, form_of, record_errors, technique_of
 from lowmem.nn.adapted_module import AdaptedModule, table_of
 from lowmem.nn.adapter import layout_of
 from lowmem.nn.coded_module import format_keys
+from lowmem.nn.forms import CodedForm, Form
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.linear import Linear4Bit, gathered_copy
-from lowmem.nn.stored_module import StoredModule, as_part, file_names
-from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
+from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.techniques import LoRA
 from lowmem.transforms.adapters import add_placed
 from lowmem.transforms.commit import commit
-from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import places_of
 from lowmem.transforms.registry import layer_name, module_paths, skip_reason
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import keep_shared_biases, weight_key
 
-__all__ = ["adapter_skip_reason", "assign", "build", "check_adapter", "convert_skeleton"]
-
-
-def build(factory: Callable[[], nn.Module], metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> nn.Module:
-    """Return a meta-device skeleton of the model: dense parameters and converted layers, all without values.
-
-    The global random state does not change.
-
-    Args:
-        factory: makes the dense model.
-        metadata: of the file.
-        tensors: of the file, for the shapes and dtypes of its adapters.
-
-    Raises:
-        TypeError, ValueError: a factory that ``make_on_meta`` rejects, or layers in the file that the model has not.
-    """
-    model = make_on_meta(factory)
-    try:
-        convert_skeleton(model, metadata, tensors)
-    except TypeError as reason:
-        raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
-    return model
+__all__ = ["adapter_skip_reason", "assign", "check_adapter", "convert_skeleton"]
 
 
 def convert_skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-    """Replace layers by meta-device skeletons of the converted ones that the file records, and add adapters.
+    """Replace layers of a model on the meta device by empty ones as the file records them, and add adapters.
 
     Args:
         model: dense, on the meta device.
         metadata: with ``layers`` and maybe ``adapters``.
-        tensors: of the file, for the shapes and dtypes of its adapters.
+        tensors: of the file; they give the shapes and dtypes of its adapters.
 
     Raises:
-        ValueError: layers in the file that the model has not.
+        ValueError: the records are invalid, or do not fit the model.
     """
     _convert_layers(model, metadata["layers"])
     _add_adapters(model, metadata.get("adapters", {}), tensors)
 
 
 def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> None:
-    owners: dict[Any, list[tuple[nn.Module, str]]] = {}
-    for owner in model.modules():
-        for name, parameter in owner._parameters.items():
-            if parameter is not None and not is_lazy(parameter):
-                owners.setdefault(weight_key(parameter), []).append((owner, name))
     by_path = {path: module for module, paths in module_paths(model).items() for path in paths}
-    found: dict[tuple[nn.Module, str], tuple[str, Half | EightBit | FourBit, str | None, frozenset[str]]] = {}
-    for path, record in records.items():
-        module, name = _parameter_at(by_path, path)
-        with record_errors(f"its record of {layer_name(path)}"):
-            technique, method = technique_of(record)
-        flags = flags_of(cast("dict[str, Any]", record))
-        first, *same = found.setdefault((module, name), (path, technique, method, flags))
-        if same != [technique, method, flags]:
-            raise ValueError(
-                f"it stores {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
-            )
-    for (module, name), record in list(found.items()):
-        parameter = module._parameters.get(name)
-        for tied in [] if parameter is None or is_lazy(parameter) else owners[weight_key(parameter)]:
-            found.setdefault(tied, record)  # a file records only the first of the layers that share a weight
+    found = _forms_by_parameter(model, by_path, records)
+    layers: dict[nn.Module, list[str]] = {}
     unfit: list[str] = []
-    stored: dict[Any, tuple[str, tuple[Half | EightBit | FourBit, frozenset[str]], Any]] = {}
-    layers: dict[nn.Module, tuple[Half | EightBit | FourBit, list[str]]] = {}
-    for (module, name), (path, technique, *_) in found.items():
-        parameter = module._parameters.get(name)
-        if parameter is None or is_lazy(parameter) or parameter.dim() < 2 or isinstance(module, StoredModule):
-            why = skip_reason(type(technique), module) or f"it has no parameter {show(name)} of its own to store"
+    for (module, name), (path, form) in found.items():
+        kind = type(technique_of(form))
+        parameter = _dense(module, name)
+        if parameter is None or parameter.dim() < 2 or isinstance(module, StoredModule):
+            why = skip_reason(kind, module) or f"it has no parameter {show(name)} of its own to store"
             path = next(path for path, other in by_path.items() if other is module)
-            unfit.append(
-                f"{layer_name(path)} is stored by {type(technique).__name__}, and the model has a "
-                f"{type(module).__name__} there: {why}"
-            )
+            there = f"the model has a {type(module).__name__} there: {why}"
+            unfit.append(f"{layer_name(path)} is stored by {kind.__name__}, and {there}")
             continue
-        how, names = layers.setdefault(module, (technique, []))
+        names = layers.setdefault(module, [])
         names.append(name)
-        if type(how) is not type(technique):
-            raise ValueError(
-                f"it stores {layer_name(path)} by {type(technique).__name__}, and the rest of it otherwise"
-            )
-        layers[module] = technique, names
+        if type(technique_of(found[module, names[0]][1])) is not kind:
+            raise ValueError(f"it stores {layer_name(path)} by {kind.__name__}, and the rest of it otherwise")
     if unfit:
         raise ValueError(f"{_listed(unfit, '; ')}; leave them out when the file is made (skip= or --exclude)")
     replacements: dict[nn.Module, nn.Module] = {}
-    for module, (technique, names) in layers.items():
+    stored: dict[Any, tuple[str, Form, Any]] = {}  # by the key of a weight
+    for module, names in layers.items():
 
         def store(tensor: Tensor, name: str, module: nn.Module = module) -> Any:
-            path, how, method, flags = found.get((module, name)) or (*found[module, "weight"][:3], frozenset())
-            how = replace(how, compute_dtype=None) if isinstance(how, FourBit | EightBit) else how
-            skeleton: Any = how.skeleton(tensor, name)
-            skeleton = skeleton if method is None else replace(skeleton, method=method)
-            as_told = how, flags
-            first, before, skeleton = stored.setdefault(weight_key(tensor), (path, as_told, skeleton))
-            if before != as_told:
+            path, form = found.get((module, name)) or found[module, "weight"]  # the bias of a 16-bit weight
+            if isinstance(form, CodedForm):  # each layer has its own compute_dtype
+                form = replace(form, compute_dtype=None)
+            first, known, skeleton = stored.setdefault(weight_key(tensor), (path, form, _empty(form, tensor, name)))
+            if known != form:
                 raise ValueError(
                     f"it stores {layer_name(first)} and {layer_name(path)} differently, which share a {name} here"
                 )
             return skeleton
 
-        path = found[module, names[0]][0]
-        transposed = [name for name in names if "transposed" in found[module, name][3]]
-        made = store_parameters(module, technique, path, names, store, transposed)
-        gathered = [name for name in names if "gathered" in found[module, name][3]]
-        replacements[module] = _gathered(made, path) if gathered else made
+        path, forms = found[module, names[0]][0], {name: found[module, name][1] for name in names}
+        transposed = [name for name in names if forms[name].transposed]
+        made = store_parameters(module, technique_of(forms[names[-1]]), path, names, store, transposed)
+        replacements[module] = _gathered(made, path) if any(form.gathered for form in forms.values()) else made
     keep_shared_biases(model, replacements)
     commit(model, replacements)
 
 
-def _gathered(layer: StoredModule, path: str) -> StoredModule:
-    """Return a layer whose columns are in an order that the file has.
+def _forms_by_parameter(
+    model: nn.Module, by_path: Mapping[str, nn.Module], records: Mapping[str, object]
+) -> dict[tuple[nn.Module, str], tuple[str, Form]]:
+    """Return the recorded path and form of each stored parameter, also of those that are tied to one."""
+    owners: dict[Any, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for name in module._parameters:
+            parameter = _dense(module, name)
+            if parameter is not None:
+                owners.setdefault(weight_key(parameter), []).append((module, name))
+    found: dict[tuple[nn.Module, str], tuple[str, Form]] = {}
+    for path, record in records.items():
+        place = _parameter_at(by_path, path)
+        with record_errors(f"its record of {layer_name(path)}"):
+            form = form_of(record)
+        first, known = found.setdefault(place, (path, form))
+        if known != form:
+            raise ValueError(
+                f"it stores {layer_name(first)} and {layer_name(path)} differently, which are one layer here"
+            )
+    for place, recorded in list(found.items()):
+        parameter = _dense(*place)
+        for tied in [] if parameter is None else owners[weight_key(parameter)]:
+            found.setdefault(tied, recorded)  # a file records only the first of the layers that share a weight
+    return found
 
-    Raises:
-        ValueError: it is no linear layer.
-    """
+
+def _dense(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a parameter that has a shape, or None."""
+    parameter = module._parameters.get(name)
+    return None if parameter is None or is_lazy(parameter) else parameter
+
+
+def _empty(form: Form, tensor: Tensor, name: str) -> Any:
+    """Return a stored weight of a form, without values."""
+    skeleton: Any = technique_of(form).skeleton(tensor, name)
+    return replace(skeleton, method=form.method) if isinstance(form, CodedForm) else skeleton
+
+
+def _gathered(layer: StoredModule, path: str) -> StoredModule:
+    """Return a linear layer whose columns are in an order that the file has."""
     if type(layer) is not Linear4Bit or layer.forms["weight"].transposed:
         raise ValueError(
             f"its record of {layer_name(path)} says that columns are gathered, which linear layers alone can: the "
@@ -178,36 +166,32 @@ def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tenso
             raise ValueError(
                 f"it adapts {layer_name(first)} and {layer_name(place)} differently, which are one layer here"
             )
-    wanted: dict[nn.Module, dict[str, dict[str, tuple[LoRA, bool]]]] = {}  # by layer, by adapter, by parameter
-    prefixes: dict[tuple[nn.Module, str, str], str] = {}
-    of_tables: dict[tuple[int | None, str, LoRA], str] = {}
-    for (module, parameter), (place, adapters) in found.items():
-        for name, (technique, _) in adapters.items() if table_of(module) is not None else ():
-            prefix = _prefix(place, parameter, name)
-            if f"{prefix}lora_a" in tensors:
-                of_tables.setdefault((table_of(module), name, technique), prefix)
-    for (module, parameter), (place, adapters) in found.items():
-        for name, (technique, active) in adapters.items():
-            prefix = _prefix(place, parameter, name)
-            if f"{prefix}lora_a" not in tensors:  # a file holds the adapter of a shared table once
-                prefix = of_tables.get((table_of(module), name, technique), prefix)
-            prefixes[module, parameter, name] = prefix
-            check_adapter(prefix, technique, module, tensors, parameter)
-            wanted.setdefault(module, {}).setdefault(name, {})[parameter] = technique, active
+    parts = [
+        (module, parameter, name, technique, active, _prefix(place, parameter, name))
+        for (module, parameter), (place, adapters) in found.items()
+        for name, (technique, active) in adapters.items()
+    ]
+    of_tables: dict[tuple[int, str, LoRA], str] = {}  # a file holds the adapter of a shared table once
+    for module, _, name, technique, _, prefix in parts:
+        if (table := table_of(module)) is not None and f"{prefix}lora_a" in tensors:
+            of_tables.setdefault((table, name, technique), prefix)
+    dtypes: dict[tuple[nn.Module, str, str], torch.dtype] = {}
+    placed: dict[str, dict[nn.Module, dict[str, LoRA]]] = {}
+    in_use: dict[nn.Module, dict[str, None]] = {}
+    for module, parameter, name, technique, active, prefix in parts:
+        if f"{prefix}lora_a" not in tensors and (table := table_of(module)) is not None:
+            prefix = of_tables.get((table, name, technique), prefix)
+        check_adapter(prefix, technique, module, tensors, parameter)
+        dtypes[module, parameter, name] = tensors[f"{prefix}lora_a"].dtype
+        placed.setdefault(name, {}).setdefault(module, {})[parameter] = technique
+        in_use.setdefault(module, {}).update({name: None} if active else {})
     paths = {module: path for path, module in model.named_modules()}
-    for name in dict.fromkeys(name for of_layer in wanted.values() for name in of_layer):
-        placed = {
-            module: {parameter: technique for parameter, (technique, _) in of_layer[name].items()}
-            for module, of_layer in wanted.items()
-            if name in of_layer
-        }
-        add_placed(model, name, placed, paths)
-    for module, of_layer in wanted.items():
-        bank = cast(AdaptedModule, module).adapters
-        bank.active = tuple(n for n, parts in of_layer.items() if any(active for _, active in parts.values()))
-        for name in bank.names:
-            for parameter, adapter in bank.parts(name).items():
-                adapter.to(tensors[f"{prefixes[module, parameter, name]}lora_a"].dtype)  # it may have been cast
+    for name, techniques in placed.items():
+        add_placed(model, name, techniques, paths)
+    for module, names in in_use.items():
+        cast(AdaptedModule, module).adapters.active = tuple(names)
+    for (module, parameter, name), dtype in dtypes.items():
+        cast(AdaptedModule, module).adapters.parts(name)[parameter].to(dtype)  # it may have been cast
 
 
 def _prefix(place: str, parameter: str, name: str) -> str:
@@ -229,14 +213,8 @@ def check_adapter(
 ) -> None:
     """Raise a ValueError unless ``tensors`` holds an adapter of the rank of ``technique`` for a layer's parameter.
 
-    It is called before an adapter is allocated, since a damaged file may claim any rank.
-
-    Args:
-        prefix: of the names of the adapter's tensors.
-        technique: with the rank.
-        layer: dense, or the converted layer.
-        tensors: of the file, by name.
-        parameter: which the adapter changes.
+    Call it before the adapter is allocated, since a damaged file may claim any rank. The names of the adapter's
+    tensors begin with ``prefix``.
     """
     for part, shape in layout_of(layer, parameter).shapes(technique.rank).items():
         given = tensors.get(prefix + part)
@@ -259,7 +237,6 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     own: dict[int, Tensor] = {}
     extra_states: list[str] = []
     recorded = format_keys(model)  # skipped: the skeletons have the formats that the file records
-    tensors = _by_state_names(model, tensors)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -282,9 +259,10 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         )
     for path, module in model.named_modules():
         for own_name in module.forms if isinstance(module, StoredModule) else ():
-            order = tensors.get(f"{path}.{own_name}_order".lstrip("."))
+            place = f"{path}.{own_name}_order".lstrip(".")
+            order = tensors.get(place)
             if order is not None and order.dtype is torch.int32:
-                check_order(order, f"{path}.order".lstrip("."))
+                check_order(order, place)
     found: dict[int, Tensor] = {}
     for key, group in names.items():
         first, *others = [name for name in group if name in tensors]
@@ -315,16 +293,6 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     tensors_of[name] = found[id(value)]  # type: ignore[assignment]
     for name in extra_states:
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensors[name])
-
-
-def _by_state_names(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a file's tensors by the names of the model's state; scales become their bytes."""
-    names: dict[str, str] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, StoredModule):
-            prefix = f"{path}." if path else ""
-            names |= {prefix + old: prefix + name for name, old in file_names(module).items()}
-    return {names.get(name, name): as_part(tensor, names.get(name, "")) for name, tensor in tensors.items()}
 
 
 def _named(what: str, names: list[str]) -> str:

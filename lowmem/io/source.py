@@ -1,21 +1,73 @@
-"""A dense or quantized checkpoint of another program: one safetensors file, or the shards of an index."""
+"""Safetensors files of any program, read one tensor at a time: a single file, or the shards of an index."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
-from lowmem.io.container import Checkpoint, TensorSpec, open_checkpoint
+from lowmem.io.atomic import open_regular, read_errors, read_into
+from lowmem.io.safetensors import TensorSpec, parse, read_header
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["Source"]
+__all__ = ["Checkpoint", "Source"]
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
+
+
+class Checkpoint:
+    """A safetensors file of any program. Use it in a ``with`` statement. The header is checked; a digest is not.
+
+    Attributes:
+        path: of the file.
+        specs: the dtype and shape of each tensor, in the order of the file.
+        metadata: the header's ``__metadata__``.
+
+    Raises:
+        FileError: it is no valid safetensors file.
+        OSError: it cannot be read.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        with ExitStack() as stack:
+            self._file = stack.enter_context(open_regular(self.path))
+            with read_errors(self.path):
+                text = read_header(self.path, self._file)
+            self._start = 8 + len(text)
+            try:
+                self.metadata, tensors = parse(text, os.fstat(self._file.fileno()).st_size - self._start)
+            except ValueError as reason:
+                raise refusal(self.path, f"it is no valid safetensors file: {reason}; get it again") from None
+            self._tensors = dict(sorted(tensors.items(), key=lambda item: item[1].begin))
+            self.specs = {name: placed.spec for name, placed in self._tensors.items()}
+            stack.pop_all()
+
+    def __enter__(self) -> Checkpoint:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read_tensor(self, name: str) -> Tensor:
+        """Read a tensor into newly allocated memory.
+
+        Raises:
+            KeyError: the file has no such tensor.
+            FileError: the file was truncated after it was opened.
+            OSError: the file cannot be read.
+        """
+        placed = self._tensors[name]
+        content = torch.empty(placed.spec.nbytes, dtype=torch.uint8)
+        where = self._start + placed.begin
+        read_into(self.path, self._file, where, content.numpy().data, f", in tensor {show(name)}")
+        return content.view(placed.spec.dtype).view(placed.spec.shape)
 
 
 class Source:
@@ -31,24 +83,21 @@ class Source:
     """
 
     def __init__(self, path: Path) -> None:
-        self._stack = ExitStack()
         self._files: dict[str, Checkpoint] = {}
         self.specs: dict[str, TensorSpec] = {}
         self.paths: set[Path] = set()
-        try:
-            if not path.name.endswith(INDEX):
-                self._add(path, None)
-                return
-            names: dict[str, set[str]] = {}  # by file
-            for name, file in read_index(path).items():
-                names.setdefault(file, set()).add(name)
-            _check_listed(path, names)
-            self.paths.add(path.resolve())  # once it has been read: a link to itself is a RuntimeError here
-            for file in sorted(names):
-                self._add(path.with_name(file), names[file])
-        except BaseException:
-            self._stack.close()
-            raise
+        with ExitStack() as stack:
+            if path.name.endswith(INDEX):
+                names: dict[str, set[str]] = {}  # by file
+                for name, file in read_index(path).items():
+                    names.setdefault(file, set()).add(name)
+                _check_listed(path, names)
+                self.paths.add(path.resolve())  # once it has been read: a link to itself is a RuntimeError here
+                for file in sorted(names):
+                    self._add(stack.enter_context(Checkpoint(path.with_name(file))), names[file])
+            else:
+                self._add(stack.enter_context(Checkpoint(path)), None)
+            self._stack = stack.pop_all()
 
     def __enter__(self) -> Source:
         return self
@@ -60,8 +109,8 @@ class Source:
         """Read one tensor into newly allocated memory."""
         return self._files[name].read_tensor(name)
 
-    def _add(self, path: Path, names: set[str] | None) -> None:
-        file = self._stack.enter_context(open_checkpoint(path))
+    def _add(self, file: Checkpoint, names: set[str] | None) -> None:
+        path = file.path
         if "lowmem" in file.metadata:
             raise refusal(path, "lowmem wrote it already; convert the checkpoint that it was made from")
         if not file.specs:

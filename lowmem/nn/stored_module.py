@@ -26,7 +26,7 @@ from lowmem.nn.module_copy import BASES, become, restored_copy, stored_copy
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded, recorded_values
 
-__all__ = ["StoredModule", "as_part", "dense_bytes", "file_names", "is_exported", "named_part"]
+__all__ = ["StoredModule", "dense_bytes", "is_exported", "named_part"]
 
 _M = TypeVar("_M", bound="StoredModule")
 
@@ -432,16 +432,6 @@ def _refuse_in_dense(module: nn.Module, name: str, parameter: nn.Parameter | Non
 register_module_parameter_registration_hook(_refuse_in_dense)
 
 
-def file_names(module: StoredModule) -> dict[str, str]:
-    """Return the names that a module's parts have in files (``docs/format.md``)."""
-    names = {}
-    for name, (form, *_) in module._forms.items():
-        for part in form.parts:
-            short = name if part == "rounded" else part if name == "weight" else f"{name}_{part}"
-            names[f"{name}_{part}"] = short
-    return names
-
-
 def dense_bytes(module: StoredModule) -> dict[str, int]:
     """Return, by part, the bytes of the dense weight that it replaces: all for a parameter's first part, else 0."""
     sizes: dict[str, int] = {}
@@ -449,11 +439,6 @@ def dense_bytes(module: StoredModule) -> dict[str, int]:
         sizes |= {f"{name}_{part}": 0 for part in form.parts}
         sizes[f"{name}_{form.parts[0]}"] = module.stored_size(name) * dtype.itemsize
     return sizes
-
-
-def as_part(tensor: Tensor, name: str) -> Tensor:
-    """Return a tensor of a file as the part ``name``: scales are viewed as their bytes."""
-    return tensor.view(torch.uint8) if name.endswith("_scales") and tensor.dtype != torch.uint8 else tensor
 
 
 BASES[16] = StoredModule

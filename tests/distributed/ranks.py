@@ -1,12 +1,9 @@
 """Real processes on loopback: each joins a gloo group, and runs one function."""
 
-import contextlib
 import multiprocessing
 import os
-import queue
 import sys
-import time
-import traceback
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import pytest
 import torch
@@ -33,56 +30,25 @@ def starter():
 
 def run_ranks(function, world, folder, *arguments):
     """Call ``function(rank, world, *arguments)`` in processes, and return what each has returned."""
-    context = starter()
-    found, results = context.Queue(), {}
     store = os.path.join(folder, f"store{world}{function.__name__}")
-    given = [(found, function, rank, world, store, arguments) for rank in range(world)]
-    processes = [context.Process(target=_rank, args=one, daemon=True) for one in given]
-    for process in processes:
-        process.start()
-    try:
-        for _ in processes:
-            rank, result, error = _next_answer(found, processes, results)
-            if error:
-                raise AssertionError(f"rank {rank} of {world}:\n{error}")
-            results[rank] = result
-    finally:
-        for process in processes:
-            process.join(0 if len(results) < world else 30)
-            process.terminate()
-    return [results[rank] for rank in range(world)]
+    with ProcessPoolExecutor(world, starter()) as pool:
+        started = [pool.submit(_rank, function, rank, world, store, arguments) for rank in range(world)]
+        try:
+            for one in as_completed(started, timeout=1800):
+                one.result()
+        except BaseException:
+            for process in multiprocessing.active_children():  # the others wait for the one that failed
+                process.kill()
+            raise
+        return [one.result() for one in started]
 
 
-def _next_answer(found, processes, results):
-    """Return what the next process puts; raise where one has ended without an answer, or after half an hour."""
-    until, ended = time.monotonic() + 1800, []
-    while True:
-        with contextlib.suppress(queue.Empty):
-            return found.get(timeout=1)
-        if ended:  # before the last look: what it had put would have come
-            raise AssertionError("\n".join(ended))
-        if time.monotonic() > until:
-            raise AssertionError(f"of {len(processes)} processes, {len(results)} have answered in half an hour")
-        ended = [
-            f"rank {rank} of {len(processes)} has ended without an answer: exit code {process.exitcode}"
-            for rank, process in enumerate(processes)
-            if process.exitcode is not None and rank not in results
-        ]
-
-
-def _rank(found, function, rank, world, store, arguments):
+def _rank(function, rank, world, store, arguments):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, world), rank=rank, world_size=world)
-    try:
-        result, error = function(rank, world, *arguments), None
-    except BaseException:  # noqa: BLE001 - the parent raises it
-        result, error = None, traceback.format_exc()
-    found.put((rank, result, error))
-    found.close()
-    found.join_thread()
-    if error is None:
-        dist.destroy_process_group()
-    os._exit(0)  # without waiting for threads of gloo, whose peers have failed
+    result = function(rank, world, *arguments)
+    dist.destroy_process_group()
+    return result
 
 
 class Block(nn.Module):
@@ -141,9 +107,7 @@ def train(model, optimizer, epochs, rank=0, world=1):
         for ids, targets in zip(*(one.split(4) for one in examples()), strict=True):
             total = targets.ne(-100).sum()
             own, labels = (one.tensor_split(world)[rank] for one in (ids, targets))
-            if not len(
-                own
-            ):  # of three examples, one of four ranks gets none, and joins the others with one that is not counted
+            if not len(own):  # of three examples, one of four ranks gets none, and joins with one that does not count
                 own, labels = ids[:1], torch.full_like(targets[:1], -100)
             logits = model(own).flatten(0, 1)
             loss = nn.functional.cross_entropy(logits, labels.flatten(), ignore_index=-100, reduction="sum") / total

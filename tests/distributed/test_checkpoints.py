@@ -107,10 +107,8 @@ def check_two(rank, world, folder):
 def check_four(rank, world, folder):
     own = Checkpoints(folder / "random", {}).newest().group("random")["cpu"]
     assert torch.equal(own, torch.Generator().manual_seed(rank if rank < 2 else 0).get_state())
-    found = {"shard": plain(run(folder, Sharded(), Checkpoints(folder / "s4", {"a": 1})))}
-    found["replicate"] = plain(run(folder, Replicated(), Checkpoints(folder / "r4", {"a": 1})))
-    found["of one"] = plain(run(folder, Sharded(), Checkpoints(folder / "one4", {"a": 1})))
-    return found
+    runs = {"s4": Sharded, "r4": Replicated, "one4": Sharded}
+    return {name: plain(run(folder, how(), Checkpoints(folder / name, {"a": 1}))) for name, how in runs.items()}
 
 
 @pytest.mark.distributed
@@ -238,7 +236,3 @@ def test_a_full_disk_is_an_error_that_names_the_state_and_leaves_the_one_before(
     assert kept.startswith("the last good state, after step 1, is kept in ")
     assert "; a later one: cannot write '" in kept
     assert Checkpoints(tmp_path / "s", {}).newest().step == 1
-
-
-def test_it_joins_nobody_without_processes():
-    assert not dist.is_initialized()

@@ -271,12 +271,14 @@ def test_four_processes_of_which_one_has_no_example_of_a_batch(tmp_path):
     assert all(used == pytest.approx(expected, rel=ROOM) for _, used in found)
 
 
-@pytest.mark.distributed
-def test_a_process_alone_is_told_how_to_start():
-    with pytest.raises(RuntimeError, match="shard: this process knows of no others: start the program with torchrun"):
-        lowmem.shard(make())
+@pytest.mark.parametrize("call", [lowmem.shard, lowmem.gather])
+def test_a_process_alone_is_told_how_to_start(call):
+    with pytest.raises(
+        RuntimeError, match=f"{call.__name__}: this process knows of no others: start the program with"
+    ):
+        call(make())
     with pytest.raises(TypeError, match="model must be a torch.nn.Module, found str"):
-        lowmem.shard("model")
+        call("model")
 
 
 def test_deepspeed_is_refused_by_name():

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack, contextmanager
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -20,7 +21,6 @@ from lowmem.io.atomic import (
     atomic_folder,
     check_free,
     check_writable,
-    map_file,
     open_regular,
     owned,
     read_into,
@@ -32,35 +32,27 @@ from lowmem.io.atomic import (
 from tests.selection import rows_in_one_case
 
 
-def test_it_writes_and_overwrites_and_leaves_nothing_else(tmp_path):
+def test_a_file_or_the_target_of_a_link_is_written_and_nothing_else_is_left(tmp_path):
     path = tmp_path / "file"
-    for content in (b"one", b"two"):
-        write_atomically(path, content)
+    (tmp_path / "link").symlink_to("file")
+    for name, content in (("file", b"one"), ("file", b"two"), ("link", b"three")):
+        write_atomically(tmp_path / name, content)
         assert path.read_bytes() == content
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_link_stays_and_its_target_is_written(tmp_path):
-    (tmp_path / "link").symlink_to("target")
-    write_atomically(tmp_path / "link", b"content")
     assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "target").read_bytes() == b"content"
+    assert set(tmp_path.iterdir()) == {path, tmp_path / "link"}
 
 
-@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no named pipes")
-def test_a_pipe_is_refused(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(OSError, match="it is a device or a pipe"):
-        check_writable(tmp_path / "pipe")
-
-
-def test_permissions_follow_the_umask(tmp_path):
-    before = os.umask(0o027)
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_permissions_follow_the_umask_and_a_private_file_is_private_while_it_is_written(tmp_path, umask, mode):
+    (tmp_path / "private").touch(0o600)
+    before = os.umask(umask)
     try:
         write_atomically(tmp_path / "file", b"")
+        with atomic_file(tmp_path / "private") as file:
+            assert os.fstat(file.fileno()).st_mode & 0o077 == 0
     finally:
         os.umask(before)
-    assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+    assert (tmp_path / "file").stat().st_mode & 0o777 == mode
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o640, 0o664, 0o444])
@@ -72,18 +64,6 @@ def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path, mode):
     write_atomically(tmp_path / "link", b"after")
     assert path.read_bytes() == b"after"
     assert path.stat().st_mode & 0o7777 == mode
-
-
-def test_a_private_file_is_private_while_it_is_written(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    path.chmod(0o600)
-    before = os.umask(0o022)
-    try:
-        with atomic_file(path) as file:
-            assert os.fstat(file.fileno()).st_mode & 0o077 == 0
-    finally:
-        os.umask(before)
 
 
 @pytest.mark.parametrize("overwrite", [True, False])
@@ -101,14 +81,17 @@ def test_an_interruption_leaves_what_was_there(tmp_path, monkeypatch, overwrite,
     assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
 
 
-def test_without_overwrite_nothing_is_lost(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"before")
-    with pytest.raises(FileExistsError, match="exists; remove it"):
-        write_atomically(path, b"after", overwrite=False)
-    with pytest.raises(FileExistsError, match="exists; remove it"):
-        check_free(path)
-    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"before"]
+def test_what_exists_is_not_overwritten_unless_asked(tmp_path):
+    (tmp_path / "file").write_bytes(b"before")
+    (tmp_path / "link").symlink_to(tmp_path / "nothing")
+    for name in ("file", "link"):
+        with pytest.raises(FileExistsError, match="exists; remove it"):
+            write_atomically(tmp_path / name, b"after", overwrite=False)
+        with pytest.raises(FileExistsError, match="exists; remove it"):
+            check_free(tmp_path / name)
+    check_free(tmp_path / "free")
+    assert (tmp_path / "file").read_bytes() == b"before"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "link"]
 
 
 def test_what_cannot_be_written_is_named(tmp_path):
@@ -116,9 +99,17 @@ def test_what_cannot_be_written_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(IsADirectoryError, match="is a directory; name a file in it"):
         check_writable(tmp_path)
+    with pytest.raises(OSError, match="it is a device or a pipe"):
+        check_writable(Path(os.devnull))
     for function in (check_writable, lambda path: write_atomically(path, b"")):
         with pytest.raises(OSError, match=r"cannot write '.*missing/file': No such file or directory; choose"):
             function(tmp_path / "missing" / "file")
+    says = "^cannot write 'full': No space left on device; make room on its disk, or choose another one$"
+    with pytest.raises(WriteError, match=says), write_errors("full"):
+        raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match="Is a directory|cannot write"), atomic_file(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
 
 
 @rows_in_one_case("path", [Path("x" * 500), Path("x" * 500, "file"), Path(*["x" * 200] * 30)])
@@ -163,15 +154,6 @@ def test_what_the_block_raises_is_passed_on(tmp_path, failure):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_cannot_be_written_at_the_end_is_an_error_too(tmp_path):
-    says = "^cannot write 'full': No space left on device; make room on its disk, or choose another one$"
-    with pytest.raises(WriteError, match=says), write_errors("full"):
-        raise OSError(28, "No space left on device")
-    with pytest.raises(OSError, match="Is a directory|cannot write"), atomic_file(tmp_path):
-        pass
-    assert list(tmp_path.iterdir()) == []
-
-
 PACKAGE = str(Path(atomic.__file__).parents[1])
 KILLED = """
 import os, signal, sys, types
@@ -187,37 +169,47 @@ with atomic_file(Path(sys.argv[2])) as file:
     file.flush()
     os.kill(os.getpid(), signal.SIGKILL)
 """
-KILLED_FOLDER = KILLED.replace("atomic_file(Path(sys.argv[2])) as file", "FOLDER as partial").replace(
-    """file.write(b"half")
-    file.flush()""",
-    """(partial / "within").mkdir()
-    (partial / "within" / "file").write_bytes(b"half")""",
-)
+FILE = "atomic_file(Path(sys.argv[2])) as file"
+WRITERS = {
+    "file": FILE,
+    "new file": FILE.replace("))", "), overwrite=False)"),
+    "folder": "atomic_folder(Path(sys.argv[2])) as partial",
+    "scratch": "scratch_folder(Path(sys.argv[2]).parent) as partial",
+    "folder within": "atomic_folder(Path(sys.argv[2], 'out'), Path(sys.argv[2]).parent) as partial",
+}
 
 
-def kill_a_save(path, script=KILLED):
+def kill_a_save(path, writer=FILE):
     """Return the partial file or folder that a killed process leaves of ``path``."""
+    script = KILLED.replace(FILE, writer)
+    if "partial" in writer:
+        script = script.replace("file.write", "(partial / 'within').write_bytes").replace("    file.flush()\n", "")
     before = set(path.parent.iterdir())
     killed = subprocess.run([sys.executable, "-c", script, PACKAGE, path], check=False)
     assert killed.returncode == -signal.SIGKILL
     (partial,) = set(path.parent.iterdir()) - before - {path}
-    assert (partial / "within" / "file" if partial.is_dir() else partial).read_bytes() == b"half"
+    assert (partial / "within" if partial.is_dir() else partial).read_bytes() == b"half"
     return partial
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing is removed where files cannot be locked")
-@pytest.mark.parametrize("overwrite", [True, False])
-def test_what_killed_saves_left_is_removed_by_the_next_into_the_same_folder(tmp_path, overwrite):
-    path = tmp_path / "file"
-    own = [tmp_path / name for name in (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", "file.partial")]
+@pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
+def test_what_a_killed_process_left_is_removed_by_the_next_write_into_the_same_folder(tmp_path, writer):
+    left = kill_a_save(tmp_path / "file", writer)
+    names = (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", "file.partial", f"{left.name}.bak")
+    own = {tmp_path / name for name in names}
     for mine in own:
-        mine.write_bytes(b"mine")
-    left = {kill_a_save(path), kill_a_save(tmp_path / "other")}
-    (tmp_path / f"{next(iter(left)).name}.bak").write_bytes(b"mine")
-    left |= set(leftovers(tmp_path))
-    kept = set(tmp_path.iterdir()) - left
-    write_atomically(path, b"after", overwrite=overwrite)
-    assert set(tmp_path.iterdir()) == kept | {path}
+        mine.mkdir() if left.is_dir() else mine.write_bytes(b"mine")
+    link = tmp_path / f"{left.name[:-24]}{0:016}.partial"
+    link.symlink_to(tmp_path / names[0])
+    leftovers(tmp_path)
+    if left.is_dir():
+        with scratch_folder(tmp_path) as outer, atomic_folder(tmp_path / "new"):
+            assert outer.is_dir()  # another that is being written stays
+            assert not left.exists()
+    else:
+        write_atomically(tmp_path / "new", b"")
+    assert set(tmp_path.iterdir()) == {*own, link, tmp_path / "new"}
 
 
 def leftovers(folder):
@@ -251,29 +243,38 @@ def test_a_file_that_is_being_written_is_left_alone(tmp_path):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_a_file_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
-    path, rename = tmp_path / "file", os.replace
-    during = []
+def write_file(path):
+    write_atomically(path, b"content")
+
+
+def write_folder(path):
+    with atomic_folder(path) as partial:
+        (partial / "a").write_text("a")
+
+
+@pytest.mark.parametrize(("write", "call"), [(write_file, "replace"), (write_folder, "rename")])
+def test_what_is_written_is_locked_until_it_has_its_name(tmp_path, monkeypatch, write, call):
+    rename, during = getattr(os, call), []
 
     def interrupted(partial, target):
         if not during:
             during.append(target)
-            write_atomically(path, b"meanwhile")
+            write(tmp_path / "meanwhile")
         rename(partial, target)
 
-    monkeypatch.setattr(os, "replace", interrupted)
-    write_atomically(path, b"content")
-    assert during == [path]
-    assert path.read_bytes() == b"content"
-    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr(os, call, interrupted)
+    write(tmp_path / "new")
+    assert during == [tmp_path / "new"]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["meanwhile", "new"]
 
 
+@pytest.mark.parametrize("write", [write_file, write_folder])
 @pytest.mark.parametrize("times", [1, 2])
-def test_a_file_that_another_process_took_for_a_leftover_before_it_was_locked_is_made_again(
-    tmp_path, monkeypatch, times
+def test_what_another_process_took_for_a_leftover_before_it_was_locked_is_made_again(
+    tmp_path, monkeypatch, write, times
 ):
     fcntl = pytest.importorskip("fcntl")
-    path, flock, seen = tmp_path / "file", fcntl.flock, []
+    flock, seen = fcntl.flock, []
 
     def late(file, operation):
         if operation & fcntl.LOCK_EX and len(seen) < times:
@@ -283,10 +284,9 @@ def test_a_file_that_another_process_took_for_a_leftover_before_it_was_locked_is
         flock(file, operation)
 
     monkeypatch.setattr(fcntl, "flock", late)
-    write_atomically(path, b"content")
+    write(tmp_path / "new")
     assert len(seen) == times
-    assert path.read_bytes() == b"content"
-    assert list(tmp_path.iterdir()) == [path]
+    assert list(tmp_path.iterdir()) == [tmp_path / "new"]
 
 
 def test_many_savers_of_one_name_all_succeed(tmp_path):
@@ -323,40 +323,6 @@ def test_only_files_and_folders_of_such_names_are_removed(tmp_path):
     assert (tmp_path / "mine").is_dir()
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP])
-def test_where_files_cannot_be_locked_nothing_is_removed(tmp_path, monkeypatch, number):
-    fcntl = pytest.importorskip("fcntl")
-    path = tmp_path / "file"
-    left = kill_a_save(path)
-
-    def fail(*_):
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(fcntl, "flock", fail)
-    with atomic_file(path) as file:
-        file.write(b"content")
-        (unlocked,) = set(tmp_path.iterdir()) - {left}
-        monkeypatch.undo()
-        write_atomically(path, b"another")  # which cannot know that it is in use, but by its name
-        assert unlocked.exists()
-        assert not left.exists()
-        monkeypatch.setattr(fcntl, "flock", fail)
-    assert path.read_bytes() == b"content"
-    left = kill_a_save(path)
-    write_atomically(path, b"last")
-    assert set(tmp_path.iterdir()) == {path, left}
-
-
-def test_a_system_without_locks_writes_and_removes_nothing(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    left = kill_a_save(path)
-    monkeypatch.setattr(atomic, "fcntl", None)
-    for content in (b"one", b"two"):
-        write_atomically(path, content)
-        assert path.read_bytes() == content
-    assert set(tmp_path.iterdir()) == {path, left}
-
-
 def test_only_a_regular_file_is_opened(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"cannot read '.*missing': No such file or directory; name a file that can"):
         open_regular(tmp_path / "missing")
@@ -391,18 +357,6 @@ def test_only_a_regular_file_is_opened(tmp_path, monkeypatch):
         assert file.read() == b"content"
 
 
-def test_a_file_is_mapped_as_long_as_it_was_or_not_at_all(tmp_path):
-    path = tmp_path / "file"
-    path.write_bytes(b"content")
-    with open_regular(path) as file:
-        mapped = map_file(path, file, 7)
-        mapped[:1] = b"C"
-        assert mapped[:] == b"Content"
-        os.truncate(path, 6)
-        with pytest.raises(FileError, match=r"cannot read '.*file': it was cut while it was read; get it again"):
-            map_file(path, file, 7)
-
-
 def test_bytes_are_read_whole_and_the_start_of_a_file_tells_its_kind(tmp_path):
     path, out = tmp_path / "file", memoryview(bytearray(4))
     path.write_bytes(b"content")
@@ -413,14 +367,6 @@ def test_bytes_are_read_whole_and_the_start_of_a_file_tells_its_kind(tmp_path):
         assert out == b"tent"
         with pytest.raises(FileError, match=r"'.*file': it was cut after it was opened, in tensor 'a'; get it again"):
             read_into(path, file, 4, out, ", in tensor 'a'")
-
-
-def test_a_dangling_link_is_no_free_name(tmp_path):
-    link = tmp_path / "link"
-    link.symlink_to(tmp_path / "nothing")
-    with pytest.raises(FileExistsError, match="exists; remove it"):
-        check_free(link)
-    check_free(tmp_path / "free")
 
 
 def test_a_folder_appears_when_it_is_complete_or_not_at_all(tmp_path):
@@ -506,77 +452,45 @@ def test_a_scratch_folder_is_gone_after_the_block(tmp_path):
         pass
 
 
-FOLDERS = {
-    "atomic": "atomic_folder(Path(sys.argv[2]))",
-    "scratch": "scratch_folder(Path(sys.argv[2]).parent)",
-    "within": "atomic_folder(Path(sys.argv[2], 'out'), Path(sys.argv[2]).parent)",
-}
-
-
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="nothing is removed where folders cannot be locked")
-@pytest.mark.parametrize("call", FOLDERS.values(), ids=FOLDERS)
-def test_what_a_killed_process_left_is_removed_by_the_next_folder_in_the_same_parent(tmp_path, call):
-    left = kill_a_save(tmp_path / "folder", KILLED_FOLDER.replace("FOLDER", call))
-    own = [
-        tmp_path / name for name in (".lowmem-mine.partial", ".lowmem-0123456789abcdef.partial", f"{left.name}.bak")
-    ]
-    for mine in own:
-        mine.mkdir()
-    (tmp_path / f"{left.name[:-24]}{0:016}.partial").symlink_to(own[0])
-    kept = set(tmp_path.iterdir()) - {left}
-    leftovers(tmp_path)
-    with scratch_folder(tmp_path) as outer, atomic_folder(tmp_path / "new"):
-        assert outer.is_dir()  # another that is being written stays
-        assert not left.exists()
-    assert set(tmp_path.iterdir()) == kept | {tmp_path / "new"}
-
-
-def test_a_folder_is_locked_until_it_has_its_name(tmp_path, monkeypatch):
-    rename = os.rename
-
-    def interrupted(partial, target):
-        with scratch_folder(tmp_path):
-            pass
-        rename(partial, target)
-
-    monkeypatch.setattr(os, "rename", interrupted)
-    with atomic_folder(tmp_path / "folder") as partial:
-        (partial / "a").write_text("a")
-    assert (tmp_path / "folder" / "a").read_text() == "a"
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_a_folder_that_another_process_took_for_a_leftover_is_made_again(tmp_path, monkeypatch, times):
-    fcntl = pytest.importorskip("fcntl")
-    flock, seen = fcntl.flock, []
-
-    def late(file, operation):
-        if operation & fcntl.LOCK_EX and len(seen) < times:
-            seen.append(None)
-            with scratch_folder(tmp_path):
-                pass
-        flock(file, operation)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with atomic_folder(tmp_path / "folder") as partial:
-        (partial / "a").write_text("a")
-    assert [one.name for one in tmp_path.iterdir()] == ["folder"]
-
-
-def test_where_folders_cannot_be_locked_none_is_removed(tmp_path, monkeypatch):
+@pytest.fixture(params=["no locks here", errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
+def without_locks(request, monkeypatch):
+    """Return the context of a system or a file system without locks."""
     fcntl = pytest.importorskip("fcntl")
 
     def fail(*_):
-        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        raise OSError(request.param, os.strerror(request.param))
 
-    for name, value in ((fcntl, "flock"), fail), ((atomic, "fcntl"), None):
+    @contextmanager
+    def context():
         with monkeypatch.context() as patch:
-            patch.setattr(*name, value)
-            with scratch_folder(tmp_path) as unlocked:
-                patch.undo()
-                with scratch_folder(tmp_path):
-                    assert unlocked.is_dir()
-        assert [*tmp_path.iterdir()] == []
+            patch.setattr(*((atomic, "fcntl", None) if isinstance(request.param, str) else (fcntl, "flock", fail)))
+            yield
+
+    return context
+
+
+def test_where_nothing_can_be_locked_nothing_is_removed_and_a_name_has_many_owners(tmp_path, without_locks):
+    left = kill_a_save(tmp_path / "file")
+    with without_locks():
+        for write in (write_file, write_folder):
+            write(tmp_path / write.__name__)
+        with owned(tmp_path / "out"), owned(tmp_path / "out"):
+            pass
+    assert set(tmp_path.iterdir()) == {left, tmp_path / "write_file", tmp_path / "write_folder"}
+
+
+def test_what_cannot_be_locked_is_not_taken_for_a_leftover_by_a_process_that_locks(tmp_path, without_locks):
+    with ExitStack() as stack:
+        with without_locks():
+            file = stack.enter_context(atomic_file(tmp_path / "file"))
+            folder = stack.enter_context(scratch_folder(tmp_path))
+        before = set(tmp_path.iterdir())
+        assert len(before) == 2
+        write_file(tmp_path / "other")
+        assert set(tmp_path.iterdir()) == before | {tmp_path / "other"}
+        assert folder.is_dir()
+        file.write(b"content")
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["file", "other"]
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no locks of files")
@@ -618,26 +532,8 @@ def test_a_name_has_one_owner_who_is_named_and_a_dead_one_does_not_count(tmp_pat
     with owned(path), pytest.raises(BlockingIOError, match=f"by process {os.getpid()} of "), owned(path):
         raise AssertionError
     assert sorted(one.name for one in tmp_path.iterdir()) == ["link", "out"]
-
-
-@pytest.mark.parametrize("how", ["none", "unsupported", "missing"])
-def test_where_nothing_can_be_locked_or_written_an_owner_is(tmp_path, monkeypatch, how):
-    fcntl = pytest.importorskip("fcntl")
-
-    def fail(*_):
-        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
-
-    if how == "missing":
-        with (
-            pytest.raises(OSError, match=r"cannot write '.*/out': No such file or directory; "),
-            owned(tmp_path / "missing" / "out"),
-        ):
-            raise AssertionError
-        return
-    monkeypatch.setattr(*((atomic, "fcntl", None) if how == "none" else (fcntl, "flock", fail)))
-    with owned(tmp_path / "out"), owned(tmp_path / "out"):
-        pass
-    assert [*tmp_path.iterdir()] == []
+    with pytest.raises(OSError, match=r"cannot write '.*/out': No such file"), owned(tmp_path / "missing" / "out"):
+        raise AssertionError
 
 
 def test_an_owner_whose_file_was_removed_before_it_was_locked_makes_it_again(tmp_path, monkeypatch):

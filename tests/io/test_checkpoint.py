@@ -4,7 +4,6 @@ import copy
 import os
 import subprocess
 import sys
-from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, load, measure, save
+from lowmem import FourBit, Half, LoRA, convert, load, measure, save
 from lowmem.errors import FileError
 from lowmem.io.container import read, write_tensors
 from lowmem.nn.adapter import Adapter
@@ -54,7 +53,7 @@ def test_identical_models_give_identical_bytes_and_saving_over_the_mapped_file_w
 
 def test_ties_and_shared_modules_are_stored_once_and_stay(tmp_path):
     save(small("nf4"), tmp_path / "m")
-    assert not {"head.packed", "again.packed"} & set(read(tmp_path / "m").tensors)
+    assert not {"head.weight_packed", "again.weight_packed"} & set(read(tmp_path / "m").tensors)
     loaded = load(tmp_path / "m", Small)
     assert loaded.head.packed is loaded.embedding.packed
     assert loaded.again is loaded.layers[0]
@@ -168,29 +167,8 @@ def test_extra_tensors_and_tensors_of_another_format_are_named(tmp_path):
         load(tmp_path / "more", Small)
     layers = {path: {**record, "block_size": 8} for path, record in file.metadata["layers"].items()}
     write_tensors(tmp_path / "other", file.tensors, {**file.metadata, "layers": layers})
-    with pytest.raises(FileError, match=r"scales is torch.uint8 .* in it"):
+    with pytest.raises(FileError, match=r"weight_scales is torch.uint8 .* in it"):
         load(tmp_path / "other", Small)
-
-
-@pytest.mark.parametrize(
-    ("metadata", "message"),
-    [
-        ({"kind": "model"}, "something else"),
-        ({"kind": "model", "layers": []}, "something else"),
-        ({"kind": "model", "layers": {"conv": 3}}, "not lowmem's"),
-        ({"kind": "model", "layers": {"conv": {"technique": "Magic"}}}, "Magic' is unknown"),
-        ({"kind": "model", "layers": {"conv": {"technique": "Half", "dtype": "int8"}}}, "not lowmem's"),
-        ({"kind": "model", "layers": {}, "adapters": {"conv": []}}, "adapters of conv is not lowmem's"),
-        ({"kind": "model", "layers": {}, "adapters": {"none": []}}, "adapters for none: the model has no layer"),
-        ({"kind": "model", "layers": {}, "adapters": {"layers.0": []}}, "not lowmem's"),
-        ({"kind": "adapter", "layers": {}}, "load it with load_adapter"),
-        ({}, "something else"),
-    ],
-)
-def test_a_record_that_is_not_lowmem_s_is_refused(metadata, message, tmp_path):
-    write_tensors(tmp_path / "m", Small().state_dict() | {"head.weight": torch.ones(1)}, metadata)
-    with pytest.raises(FileError, match=message):
-        load(tmp_path / "m", Small)
 
 
 def rewritten(path, change):
@@ -223,6 +201,10 @@ def lora(metadata):
             r"lacks layers.0.adapters.\\x1b\[2J.weight.lora_a$",
         ),
         (lambda m: lora(m)[0].update(name="keys"), "lacks layers.0.adapters.keys.weight.lora_a$"),
+        (
+            lambda m: lora(m).extend({**lora(m)[0], "name": f"a{n}"} for n in range(30_000)),
+            "it lacks layers.0.adapters.a0.weight.lora_a$",
+        ),
         (lambda m: m["adapters"].update({"again": []}), "adapters of again is not lowmem's: they are "),
         (lambda m: m["adapters"].update({"again": [{**lora(m)[0], "alpha": 1}]}), "adapts again and layers.0 diff"),
         (lambda m: m.update(adapters=[]), "record of the adapters is not lowmem's: it is "),
@@ -238,6 +220,14 @@ def lora(metadata):
         (lambda m: m["layers"].update(head={**m["layers"]["embedding"], "block_size": 8}), "share a weight here"),
         (lambda m: m["layers"].update(head={"technique": "Half", "dtype": "float16"}), "share a weight here"),
         (lambda m: m.update(more=1), "metadata has 'more', which is unknown; upgrade lowmem"),
+        (lambda m: m.clear(), "something else"),
+        (lambda m: m.update(layers=[]), "something else"),
+        (lambda m: m.update(kind="adapter"), "load it with load_adapter"),
+        (
+            lambda m: m["layers"].update(conv={"technique": "Magic"}),
+            "of conv is not lowmem's: .*'Magic' is unknown",
+        ),
+        (lambda m: m["adapters"].update(none=[]), "adapters for none: the model has no layer"),
     ],
 )
 def test_a_record_that_says_something_else_is_refused_at_once(change, message, tmp_path):
@@ -251,14 +241,6 @@ def test_a_record_that_says_something_else_is_refused_at_once(change, message, t
     assert not made  # before anything is allocated
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 400
-
-
-def test_thousands_of_adapters_without_tensors_are_refused_before_one_is_made(tmp_path, monkeypatch):
-    save(small("qlora"), tmp_path / "m")
-    rewritten(tmp_path / "m", lambda m: lora(m).extend({**lora(m)[0], "name": f"a{n}"} for n in range(30_000)))
-    monkeypatch.delattr(Adapter, "__init__")
-    with pytest.raises(FileError, match="it lacks layers.0.adapters.a0.weight.lora_a$"):
-        load(tmp_path / "m", Small)
 
 
 def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
@@ -323,32 +305,6 @@ def test_a_record_with_anything_anywhere_is_refused_in_a_line_or_is_one(tmp_path
         assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
 
 
-@given(st.data())
-def test_a_mutated_file_is_refused_and_named(tmp_path_factory, data):
-    directory = tmp_path_factory.mktemp("mutated")
-    save(convert(nn.Sequential(nn.Linear(8, 8)), FourBit(block_size=8)), directory / "m")
-    content = bytearray((directory / "m").read_bytes())
-    kind = data.draw(st.sampled_from(["flip", "cut", "append", "insert"]))
-    place = data.draw(st.integers(0, len(content) - 1))
-    if kind == "flip":
-        content[place] ^= 1 << data.draw(st.integers(0, 7))
-    elif kind == "cut":
-        del content[place:]
-    elif kind == "append":
-        content += data.draw(st.binary(min_size=1, max_size=70))
-    else:
-        content[place:place] = data.draw(st.binary(min_size=1, max_size=9))
-    (directory / "bad").write_bytes(content)
-    with pytest.raises(FileError, match="bad"):
-        load(directory / "bad", lambda: nn.Sequential(nn.Linear(8, 8)))
-
-
-def test_a_pickle_by_any_name_is_not_executed(tmp_path):
-    torch.save({"a": torch.ones(2)}, tmp_path / "m.safetensors")
-    with pytest.raises(FileError, match="executed nothing"):
-        load(tmp_path / "m.safetensors", Small)
-
-
 def test_bad_arguments_are_named(tmp_path):
     for factory in (3, small("dense")):  # a module is callable, too
         with pytest.raises(TypeError, match=f"factory={type(factory).__name__} must be a callable"):
@@ -371,17 +327,6 @@ def test_bad_arguments_are_named(tmp_path):
 
     with pytest.raises(ValueError, match="is a dict, no tensor"):
         save(Extra(2, 2), tmp_path / "m")
-
-
-def test_methods_of_quantizing_come_back(tmp_path):
-    layer = convert(nn.Linear(16, 8), FourBit())
-    calibrated = Linear4Bit(replace(layer.quantized, method="calibrated"), layer.bias)
-    save(calibrated, tmp_path / "m")
-    assert load(tmp_path / "m", lambda: nn.Linear(16, 8)).quantized.method == "calibrated"
-
-
-def test_the_docstring_warns_of_changing_a_file_that_is_in_use():
-    assert "SIGBUS" in load.__doc__
 
 
 PEAK = """
@@ -410,13 +355,6 @@ def test_loading_takes_the_4_bit_size_and_at_most_64_mib(tmp_path):
         [sys.executable, "-c", PEAK, str(tmp_path / "m")], capture_output=True, text=True, check=True, env=ONE_THREAD
     )
     assert size < int(shown.stdout) < size + 64 * 2**20 or int(shown.stdout) <= size
-
-
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_what_has_no_shape_yet_is_not_saved(tmp_path):
-    with pytest.raises(ValueError, match="^0 is lazy and has no shape yet: call the model once before save"):
-        save(nn.Sequential(nn.LazyLinear(8)), tmp_path / "file")
-    assert not (tmp_path / "file").exists()
 
 
 def test_stored_tensors_that_do_not_fit_their_layer_are_not_saved(tmp_path):

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed.checkpoint
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -153,7 +152,6 @@ def gpt_oss(folder: Path) -> Path:
     return folder / "in.safetensors"
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
 def test_transposed_experts_are_kept_and_the_file_says_so(tmp_path):
     source, target = gpt_oss(tmp_path), tmp_path / "a.safetensors"
     rows = import_checkpoint(source, target)
@@ -174,8 +172,6 @@ def test_transposed_experts_are_kept_and_the_file_says_so(tmp_path):
     for e in range(2):
         assert_product(out[e], x, expected[e].T, experts.bias[e], more=OF_4_BITS)
     assert not experts.dequantized_by
-    for product, dense in zip(torch.bmm(x.expand(2, 3, 64), weight), expected, strict=True):
-        assert_product(product, x, dense.T, more=OF_4_BITS)
     save(model, tmp_path / "again.safetensors")
     assert (tmp_path / "again.safetensors").read_bytes() == target.read_bytes()
     for one in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
@@ -187,12 +183,6 @@ def test_transposed_experts_are_kept_and_the_file_says_so(tmp_path):
         straight.experts.down_proj.copy_(expected)
     with pytest.raises(RuntimeError, match="transposed"):
         other.load_state_dict(convert(straight, FourBit("fp4", 32, "float16")).state_dict())
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    torch.distributed.checkpoint.save(state, checkpoint_id=tmp_path / "distributed", no_dist=True)
-    empty = {name: torch.zeros_like(value) for name, value in state.items()}
-    torch.distributed.checkpoint.load(empty, checkpoint_id=tmp_path / "distributed", no_dist=True)
-    other.load_state_dict(empty)
-    assert torch.equal(other.experts.down_proj.dequantize(), expected)
     adapted = convert(load(target, Mixture), LoRA(2))
     nn.init.normal_(adapted.experts.adapters.default.down_proj.lora_b)
     wanted = adapted.experts(x.detach())
@@ -213,12 +203,3 @@ def test_a_record_that_says_transposed_of_a_linear_layer_is_refused(tmp_path):
 
     with pytest.raises(FileError, match="Linear cannot hold a weight that is stored transposed"):
         load(target, Wrong)
-
-
-def test_the_target_is_neither_the_source_nor_an_index(tmp_path):
-    source = tmp_path / "in.safetensors"
-    source.write_bytes(Path(SAMPLES / "bitsandbytes-nf4.safetensors").read_bytes())
-    with pytest.raises(ValueError, match="belongs to the source"):
-        import_checkpoint(source, source)
-    with pytest.raises(ValueError, match="what an index is called"):
-        import_checkpoint(source, tmp_path / "a.index.json")

@@ -6,19 +6,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem import FourBit, Half, LoRA, add_adapter, convert, merge_adapter
+from lowmem import Half, LoRA, add_adapter, convert, merge_adapter
 from lowmem.io.metadata import (
     FLAGS,
     adapter_record,
     adapters_of,
     adapters_record,
-    flags_of,
+    form_of,
+    form_record,
     layer_of,
     lora_of,
     technique_of,
-    technique_record,
 )
 from lowmem.nn.adapter import Adapter
+from lowmem.nn.forms import CodedForm, HalfForm
 from lowmem.nn.techniques import blockwise
 from tests import strategies
 
@@ -31,17 +32,18 @@ from tests import strategies
     st.sampled_from(["absmax", "search", "calibrated"]),
 )
 def test_a_record_of_codes_comes_back(format, block_size, scales, dtype, method):
-    technique = blockwise(format, block_size, scales, dtype)
     for flags in ((), *((flag,) for flag in FLAGS)):
-        record = technique_record(technique, method, flags)
-        assert technique_of(record) == (technique, method)
-        assert flags_of(record) == {*flags}
-        assert record.keys() & FLAGS == {*flags}  # older readers refuse the keys
+        form = CodedForm(format, block_size, scales, method, compute_dtype=dtype, **dict.fromkeys(flags, True))
+        record = form_record(form)
+        assert form_of(record) == form
+        assert technique_of(form) == blockwise(format, block_size, scales, dtype)
+        assert record.keys() & FLAGS == {*flags}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_record_comes_back(dtype):
-    assert technique_of(technique_record(Half(dtype))) == (Half(dtype), None)
+    assert form_of(form_record(HalfForm(dtype))) == HalfForm(dtype)
+    assert technique_of(HalfForm(dtype)) == Half(dtype)
 
 
 @given(st.integers(1, 9), st.none() | st.floats(0.5, 64), st.floats(0, 0.9), st.booleans())
@@ -63,8 +65,8 @@ def test_only_a_rank_stabilized_adapter_s_record_has_a_key_that_older_readers_re
     assert records == [{"rank": 2, "alpha": None, "dropout": 0.0}, {**records[0], "rank_stabilized": True}]
 
 
-HALF = technique_record(Half())
-FOUR = technique_record(FourBit("nf4", 64, "double", torch.int8), "search")
+HALF = form_record(HalfForm(torch.float16))
+FOUR = form_record(CodedForm("nf4", 64, "double", "search", compute_dtype=torch.int8))
 ADAPTER = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
 NAMED = {**ADAPTER, "name": "a", "active": True}
 
@@ -106,7 +108,7 @@ LAYER_MISTAKES = [
 def test_what_is_no_record_of_a_layer_is_refused():
     for record, reason in LAYER_MISTAKES:
         with pytest.raises(ValueError, match=reason) as caught:
-            technique_of(record)
+            form_of(record)
         assert len(str(caught.value)) < 300
 
 

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 
 from lowmem import FourBit, load
 from lowmem.errors import FileError
-from lowmem.io.container import TensorSpec, read, write_tensors
+from lowmem.io.container import read, write_tensors
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.shards import divide, index_of, parse_index, read_index, read_model, shard_name, write_index
+from lowmem.io.safetensors import TensorSpec
+from lowmem.io.shards import divide, encode_index, parse_index, read_index, read_model
 from tests.models import INDICES, Small
 
 
@@ -25,11 +26,6 @@ def sharded(tmp_path):
     save_file(state, tmp_path / "dense.safetensors")
     convert_checkpoint(tmp_path / "dense.safetensors", tmp_path / "m.safetensors", FourBit(), shard_bytes=2000)
     return tmp_path / "m.safetensors.index.json"
-
-
-def test_names_of_shards_and_their_index(tmp_path):
-    assert shard_name(tmp_path / "a.safetensors", 2, 11) == tmp_path / "a-00002-of-00011.safetensors"
-    assert index_of(tmp_path / "a.safetensors") == tmp_path / "a.safetensors.index.json"
 
 
 def test_an_index_is_one_that_other_libraries_read(sharded):
@@ -60,7 +56,7 @@ def test_a_missing_damaged_or_exchanged_shard_is_named(sharded):
 def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("index")
     write_tensors(directory / "a", {"x": torch.ones(2)}, {"kind": "model", "layers": {}})
-    write_index(directory / "i.index.json", {"a": (read(directory / "a").sha256, {"x": 8})})
+    (directory / "i.index.json").write_bytes(encode_index({"a": (read(directory / "a").sha256, {"x": 8})}))
     assert read_model(directory / "i.index.json").tensors["x"].sum() == 2
     text = bytearray((directory / "i.index.json").read_bytes())
     text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -125,7 +121,7 @@ def test_files_of_one_index_have_nothing_in_common(more, tmp_path):
         tensors = metadata.pop("tensors")
         digest = write_tensors(tmp_path / name, tensors, {"kind": "model", **metadata})
         shards[name] = digest, {key: tensor.nbytes for key, tensor in tensors.items()}
-    write_index(tmp_path / "i.index.json", shards)
+    (tmp_path / "i.index.json").write_bytes(encode_index(shards))
     with pytest.raises(FileError, match="two of them have '(w|x)'|with adapters, and no part|'b', which is unknown"):
         read_model(tmp_path / "i.index.json")
 

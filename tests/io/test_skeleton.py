@@ -1,6 +1,5 @@
 """Whatever the factory does, a loaded model is whole, or an error says what stands in the way."""
 
-import json
 import threading
 
 import pytest
@@ -10,7 +9,6 @@ from torch.nn.utils import parametrizations
 
 import lowmem
 from lowmem import FileError, FourBit, Half, LoRA, convert, load, save
-from lowmem.__main__ import main
 from lowmem.io.container import read, write_tensors
 
 
@@ -183,21 +181,6 @@ def test_an_encoder_whose_layers_are_copies_comes_back(kind, techniques, tmp_pat
     with torch.no_grad():
         comes_back(model, ENCODERS[kind], tmp_path / "m", x)
     assert all(torch.equal(*pair) for pair in zip(OUTER.parameters(), given, strict=True))
-
-
-def test_the_commands_take_a_bare_encoder(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    (tmp_path / "bare_encoder.py").write_text(
-        "from torch import nn\n"
-        "def make():\n"
-        "    return nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 2)\n"
-    )
-    shape = ["--input-shape", "5,16", "--json"]
-    assert main(["stats", "bare_encoder:make", "bare_encoder:make@qlora_nf4", *shape]) == 0
-    capsys.readouterr()
-    assert main(["compare", "bare_encoder:make", "bare_encoder:make@low_precision", *shape]) == 0
-    assert 0 < json.loads(capsys.readouterr().out)[0]["relative_error"] < 0.5
 
 
 class Attentive(nn.Module):

@@ -1,15 +1,42 @@
 """A source is a file or the shards of an index, with names that a model can have."""
 
+import os
+
 import pytest
 import safetensors.torch
 import torch
 
 from lowmem import FourBit
 from lowmem.errors import FileError
-from lowmem.io.container import TensorSpec
 from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.io.formats.recognize import open_foreign
-from lowmem.io.source import Source
+from lowmem.io.safetensors import TensorSpec
+from lowmem.io.source import Checkpoint, Source
+
+STATE = {"codes": torch.arange(7, dtype=torch.uint8), "bias": torch.tensor([0.25, -1.0]), "empty": torch.zeros(3, 0)}
+
+
+def test_a_checkpoint_of_any_origin_is_read_a_tensor_at_a_time(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(STATE, path, {"format": "pt"})
+    with Checkpoint(path) as checkpoint:
+        assert checkpoint.metadata == {"format": "pt"}
+        assert checkpoint.specs == {name: TensorSpec.of(tensor) for name, tensor in STATE.items()}
+        assert all(torch.equal(checkpoint.read_tensor(name), STATE[name]) for name in reversed(checkpoint.specs))
+        with pytest.raises(KeyError):
+            checkpoint.read_tensor("missing")
+
+
+def test_a_checkpoint_that_is_cut_while_it_is_open_is_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    safetensors.torch.save_file({"a": torch.ones(10**5)}, path)
+    with Checkpoint(path) as checkpoint:
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(FileError, match="cannot read .*: it was cut after it was opened, in tensor 'a'; get it"):
+            checkpoint.read_tensor("a")
+    reason = "no valid safetensors file: the tensors take .* get it again"
+    with pytest.raises(FileError, match=reason), Checkpoint(path):
+        pass
 
 
 def test_a_source_knows_its_tensors_and_files(tmp_path):

@@ -38,9 +38,9 @@ from lowmem.integrations.transformers.ordering import put_dense_first
 from lowmem.integrations.transformers.saving import SavedModel, config_of, folder_names, saved_class
 from lowmem.integrations.transformers.shapes import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
 from lowmem.integrations.transformers.storing import Measuring, Storing
-from lowmem.io.container import open_checkpoint
 from lowmem.io.model_folder import refuse_layers
 from lowmem.io.skeleton import convert_skeleton
+from lowmem.io.source import Checkpoint
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.gathered_weight import check_order
@@ -487,7 +487,7 @@ def _records(model: Any, config: LowmemConfig, files: list[str]) -> tuple[dict[s
         )
     tensors: dict[str, Tensor] = {}
     for file in files if adapters else ():
-        with open_checkpoint(file) as checkpoint:
+        with Checkpoint(file) as checkpoint:
             for name, spec in checkpoint.specs.items():
                 tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     tensors |= {

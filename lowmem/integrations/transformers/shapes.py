@@ -15,7 +15,8 @@ from torch import Tensor
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
 from lowmem.errors import printable, show
-from lowmem.io.container import TensorSpec, open_checkpoint
+from lowmem.io.safetensors import TensorSpec
+from lowmem.io.source import Checkpoint
 
 __all__ = ["Names", "refuse_retyped", "refuse_unfitting", "shapes_and_bytes", "specs_of"]
 
@@ -55,7 +56,7 @@ def specs_of(files: Sequence[str]) -> dict[str, TensorSpec]:
     """
     specs: dict[str, TensorSpec] = {}
     for file in files:
-        with open_checkpoint(file) as checkpoint:
+        with Checkpoint(file) as checkpoint:
             specs |= checkpoint.specs
     return specs
 

@@ -14,12 +14,13 @@ from torch import Tensor
 
 from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import atomic_folder, check_free, write_errors
-from lowmem.io.container import TensorSpec, write_plain
+from lowmem.io.container import write_plain
 from lowmem.io.formats.architecture import Architecture, architecture_of
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored, swapped
 from lowmem.io.metadata import layer_of
 from lowmem.io.model_folder import CONFIG, WEIGHTS, copy_others
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import INDEX, divide, shard_name
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import get_format

@@ -14,21 +14,18 @@ from torch import Tensor
 
 from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import starts_with
-from lowmem.io.container import TensorSpec
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.metadata import check_config, check_object, technique_of
+from lowmem.io.metadata import check_config, form_of
 from lowmem.io.model_folder import CONFIG, check_layers, read_model_config, weights_in
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import read_model
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.techniques import Blockwise
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["StoredModel", "StoredWeight", "open_stored", "swapped"]
-
-_FLAGS = ("transposed", "gathered")
 
 
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -169,13 +166,12 @@ def _weights(
     tied = []
     for place, record in records.items():
         try:
-            flags = {name for name in _FLAGS if isinstance(record, dict) and record.get(name) is True}
-            technique, method = technique_of({k: v for k, v in check_object(record).items() if k not in flags})
+            form = form_of(record)
         except ValueError as reason:
             raise refusal(path, f"the record of {show(place)} is not lowmem's: {reason}; upgrade lowmem") from None
-        if not isinstance(technique, Blockwise):
+        if not isinstance(form, CodedForm):
             continue
-        form = CodedForm(str(technique.format), technique.block_size or 0, str(technique.scales), str(method))
+        flags, form = form.flags, replace(form, transposed=False, gathered=False, compute_dtype=None)
         name, parts = _parts(place, specs)
         if name in left and specs[name].dtype == torch.uint8:  # of a folder: the format's name, which the record has
             left.discard(name)
@@ -194,7 +190,7 @@ def _weights(
             weights[name] = replace(weights[name], shape=swapped(weight.shape), transposed=True)
     for name in left:
         own = name.removesuffix("_rounded")
-        if name.endswith(("weight_packed", "weight_scales", ".packed", ".scales")):
+        if name.endswith(("weight_packed", "weight_scales")):
             raise refusal(path, f"nothing says how its tensor {show(name)} is stored; get it again")
         if own in weights:
             raise refusal(path, f"it has {show(own)} twice; get it again")
@@ -214,20 +210,16 @@ def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:
-    """Return the name of the weight of a record, and those of its codes and scales: files and folders differ in them.
+    """Return the name of the weight of a record, and those of its codes and scales.
 
     A record of ``a.b`` is of the weight of that module, or of its parameter ``b``.
     """
-    dot = f"{place}." if place else ""
-    for name, prefix in (
-        (f"{dot}weight", f"{dot}weight_"),
-        (f"{dot}weight", dot),
-        (place, f"{place}_"),
-    ):
-        packed, scales = f"{prefix}packed", f"{prefix}scales"
+    weight = f"{place}.weight".lstrip(".")
+    for name in (weight, place):
+        packed, scales = f"{name}_packed", f"{name}_scales"
         if packed in specs and scales in specs:
             return name, (packed, scales)
-    return f"{dot}weight", None
+    return weight, None
 
 
 def _fourbit(
@@ -243,10 +235,8 @@ def _fourbit(
     empty = QuantizedTensor.empty(
         torch.Size(shape or (1,)), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
     )
-    wanted, dtype = empty.scales.shape, empty.scales.dtype
-    as_bytes = torch.Size((*wanted[:-1], wanted[-1] * dtype.itemsize))
-    found = torch.Size(scales.shape)
-    if packed.dtype is not torch.uint8 or (found, scales.dtype) not in ((wanted, dtype), (as_bytes, torch.uint8)):
+    wanted = TensorSpec.of(empty.scales.view(torch.uint8)) if shape else None
+    if packed.dtype is not torch.uint8 or scales != wanted:
         why = f"{show(parts[0])} {packed.shape} and {show(parts[1])} {scales.shape} are no weight in {form}"
         raise refusal(path, f"{why}; get it again")
 

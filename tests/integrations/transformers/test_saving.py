@@ -28,7 +28,8 @@ from lowmem import EightBit, FourBit, Half, LoRA
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import METHOD, LowmemConfig, adopt
 from lowmem.integrations.transformers.folder import check
-from lowmem.io.metadata import technique_record
+from lowmem.io.metadata import form_record
+from lowmem.nn.forms import CodedForm
 from tests.integrations.transformers.folders import CONFIGS, IDS, assert_same, load, write
 
 
@@ -62,7 +63,7 @@ def test_a_model_without_a_folder_and_parts_of_it(tmp_path):
     model.save_pretrained(tmp_path)
     (record,) = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
     names = record.pop("names")
-    assert record == technique_record(FourBit("nf4", 64, "double"))
+    assert record == form_record(CodedForm("nf4", 64, "double", "absmax"))
     assert "model.layers.1.mlp.experts.gate_up_proj" in names
     assert all(name.startswith("model.layers.1.") for name in names)
     assert "model.layers.1.mlp.experts.gate_up_proj_packed" in load_file(tmp_path / "model.safetensors")

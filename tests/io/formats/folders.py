@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lowmem
-from lowmem.io.metadata import technique_record
-from lowmem.nn.techniques import blockwise
+from lowmem.io.metadata import form_record, layer_of
+from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 
 Weights = dict[str, "Tensor | QuantizedTensor"]
@@ -85,8 +85,7 @@ def write_folder(folder: Path, weights: Weights, config: Mapping[str, Any] = CON
         parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
         module = name.removesuffix(".weight")
         parts[f"{module}._extra_state"] = torch.tensor(list(b"how it is stored"), dtype=torch.uint8)
-        form = blockwise(weight.format, weight.block_size, weight.scale_encoding)
-        layers.append({**technique_record(form, weight.method), "names": [module]})
+        layers.append({**form_record(CodedForm.of(weight)), "names": [module]})
     method = "lowmem: import lowmem.integrations.transformers"
     record = {"quantization_config": {"quant_method": method, "version": 1, "layers": layers}} if layers else {}
     (folder / "config.json").write_text(json.dumps({**config, **record}))
@@ -111,10 +110,8 @@ def write_file(path: Path, weights: Weights) -> Path:
     layers = {}
     for name, weight in weights.items():
         if isinstance(weight, QuantizedTensor):
-            module = name.removesuffix("weight")
-            parts |= {f"{module}packed": weight.packed, f"{module}scales": weight.scales}
-            form = blockwise(weight.format, weight.block_size, weight.scale_encoding)
-            layers[module.rstrip(".")] = technique_record(form, weight.method)
+            parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
+            layers[layer_of(name)] = form_record(CodedForm.of(weight))
         else:
             parts[name] = weight
     write_tensors(path, parts, {"kind": "model", "layers": layers})

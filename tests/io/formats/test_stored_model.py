@@ -62,7 +62,7 @@ def write_flagged(path, weight, flags, orders):
     """Write a file of one weight in nf4, whose record has flags."""
     record = {"technique": "FourBit", "format": "nf4", "block_size": 64, "scales": "double", "method": "absmax"}
     layers = {"a": {**record, **dict.fromkeys(flags, True)}}
-    parts = {"a.packed": weight.packed, "a.scales": weight.scales, **orders}
+    parts = {"a.weight_packed": weight.packed, "a.weight_scales": weight.scales, **orders}
     write_tensors(path, parts, {"kind": "model", "layers": layers})
     return path
 
@@ -74,7 +74,7 @@ def test_columns_in_another_order_and_swapped_dimensions_are_put_back(tmp_path):
         (["gathered"], (2, 8, 64)),
         (["gathered", "transposed"], None),
     ):
-        orders = {"a.order": order} if "gathered" in flags else {}
+        orders = {"a.weight_order": order} if "gathered" in flags else {}
         with open_stored(write_flagged(tmp_path / "a.safetensors", weight, flags, orders)) as model:
             found = model.weights["a.weight"]
             assert shape in (None, found.shape)
@@ -136,8 +136,10 @@ def test_an_order_that_leaves_columns_out_is_refused_when_it_is_read(tmp_path):
         order = torch.arange(64).int()
         order[5] = wrong
         with (
-            open_stored(write_flagged(tmp_path / "a.safetensors", weight, ["gathered"], {"a.order": order})) as model,
-            pytest.raises(FileError, match=r"a.order' does not name each of 64 columns once; get it again"),
+            open_stored(
+                write_flagged(tmp_path / "a.safetensors", weight, ["gathered"], {"a.weight_order": order})
+            ) as model,
+            pytest.raises(FileError, match=r"a.weight_order' does not name each of 64 columns once; get it again"),
         ):
             model.weights["a.weight"].plain()
 

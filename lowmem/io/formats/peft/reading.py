@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from lowmem.errors import printable, refusal, refusing, show
 from lowmem.io.atomic import read_errors
-from lowmem.io.container import TensorSpec, open_checkpoint
 from lowmem.io.formats.peft.config import MERGE, Matcher, PeftConfig
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
-from lowmem.io.model_folder import read_config
+from lowmem.io.model_folder import read_object
+from lowmem.io.safetensors import TensorSpec
+from lowmem.io.source import Checkpoint
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.stored_module import StoredModule
@@ -73,10 +74,10 @@ def read_peft(folder: Path, model: nn.Module) -> AdapterContent:
         UserWarning: the config names another base than the model comes from.
     """
     _check_kind(folder)
-    content = read_config(folder / CONFIG)
+    content = read_object(folder / CONFIG)
     with refusing(folder / CONFIG, _TASK):
         config = PeftConfig.parsed(content)
-    with open_checkpoint(folder / WEIGHTS) as file, refusing(folder, _TASK):
+    with Checkpoint(folder / WEIGHTS) as file, refusing(folder, _TASK):
         found = _Reading(model, config, dict(file.specs), file.read_tensor).content()
     _warn_of_other_base(model, config)
     return found
@@ -301,5 +302,5 @@ def _warn_of_other_base(model: nn.Module, config: PeftConfig) -> None:
         warnings.warn(
             f"the adapter says that it was trained on {show(config.base)}, and the model comes from {show(own)}: "
             "nothing but shapes can be checked",
-            stacklevel=7,  # the caller of the function that both decorators wrap
+            stacklevel=6,  # the caller of the function that both decorators wrap
         )

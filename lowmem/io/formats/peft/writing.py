@@ -19,10 +19,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.io.atomic import atomic_folder, write_atomically
-from lowmem.io.container import TensorSpec, write_plain
+from lowmem.io.container import write_plain
 from lowmem.io.formats.peft.config import ends_of
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
 from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
+from lowmem.io.safetensors import TensorSpec
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter, is_conv1d
 from lowmem.nn.techniques import LoRA

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, LoRA, load_adapter, save_adapter
-from lowmem.io.wrappers import unwrap
+from lowmem.io.checkpoint import unwrap
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo")
 
