@@ -21,7 +21,7 @@ from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from lowmem.distributed.processes import TIMEOUT, joined
-from lowmem.errors import FileError, quoted, refusal
+from lowmem.errors import quoted, refusal
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
@@ -222,16 +222,11 @@ class _Training:
 
     def _load(self, technique: Storing) -> nn.Module:
         from lowmem.integrations.transformers.config import LowmemConfig
-        from lowmem.integrations.transformers.config_facts import check_shapes, held_back
+        from lowmem.integrations.transformers.config_facts import held_back
         from lowmem.integrations.transformers.folder import load_folder
 
-        try:
-            with held_back():
-                model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
-        except FileError as error:
-            if "ignore_mismatched_sizes" in str(error):  # transformers has logged which, and names none in its error
-                check_shapes(self._job.folder)
-            raise
+        with held_back():
+            model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
         model = model.to(self._job.device)
         if self._calling is None:
             try:

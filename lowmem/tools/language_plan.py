@@ -42,7 +42,8 @@ def plan_steps(folder: Path, storing: Technique | None, rank: int, memory: str, 
         FileError: the folder has a tensor in another shape than its config.json says.
         ValueError: the model cannot be planned or run.
     """
-    from lowmem.integrations.transformers.config_facts import check_shapes, factory_of, sizes_of
+    from lowmem.integrations.transformers.config_facts import factory_of, sizes_of
+    from lowmem.integrations.transformers.folder import check_shapes
 
     check_shapes(folder)
     techniques = (*([] if storing is None else [storing]), LoRA(rank))

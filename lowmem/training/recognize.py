@@ -8,6 +8,7 @@ the input of its last layer) and the gradients equal those of the fused form, wi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,18 +18,8 @@ from torch import Tensor, nn
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.module_copy import copied_module
-from lowmem.training.fused import (
-    Act,
-    FusedModule,
-    GatedMLP,
-    How,
-    LayerNorm,
-    RMSNorm,
-    activated,
-    activations,
-    gated_product,
-    rms_norm,
-)
+from lowmem.training.fused import Act, FusedModule, GatedMLP, How, LayerNorm, RMSNorm, activations
+from lowmem.training.fused_functions import activated, gated_product, rms_norm
 
 __all__ = ["recognize"]
 
@@ -114,10 +105,12 @@ def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: 
     of_factor = (grad.double() * exact * inverse).abs().sum(0)
     sizes = exact.abs() * inverse * factor, of_x, of_factor
     pairs = zip((got, *found), (expected, *wanted), sizes, strict=True)
-    off = [((one.double() - other.double()).abs(), size) for one, other, size in pairs]
-    if not all(bool((difference <= unit * size + 1e-30).all()) for difference, size in off):
-        return None
-    return float(off[0][0].detach().sum())
+    return float((got.double() - expected.double()).abs().sum()) if _are_near(pairs, unit) else None
+
+
+def _are_near(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], unit: float) -> bool:
+    """Whether pairs of tensors differ by at most ``unit`` times a size, elementwise."""
+    return all(bool(((a.double() - b.double()).abs() <= unit * size + 1e-30).all()) for a, b, size in pairs)
 
 
 def _is_function(module: nn.Module) -> bool:
@@ -153,10 +146,8 @@ def _as_activation(module: nn.Module) -> Act | None:
         for name in names:
             got = activated(x, name)
             (found,) = torch.autograd.grad(got, x, grad)
-            # Up to eight roundings, of numbers not much larger than 1 + |x|.
-            bound = 8 * torch.finfo(dtype).eps * size
-            near = ((got.double() - expected.double()).abs() <= bound).all()
-            if near and ((found.double() - wanted.double()).abs() <= bound * grad.double().abs()).all():
+            pairs = (got, expected, size), (found, wanted, size * grad.double().abs())
+            if _are_near(pairs, 8 * torch.finfo(dtype).eps):  # eight roundings, of numbers near 1 + |x| at most
                 matching.append(name)
         names = matching
     return Act(names[0]) if names else None
@@ -224,9 +215,8 @@ def _probed(
     """Run a module with probes in place of its layers.
 
     Returns:
-        The probes that read the module's input, by name; the name of the last layer; and that layer's input. A
-        reason, if the module does not return the last layer's output; None if its layers are connected in another
-        way.
+        The probes that read the module's input, by name; the last layer's name; and its input. A reason, if the
+        module does not return the output of the last layer; None if its layers are connected in another way.
     """
     reason = None
     copied = copied_module(module, type(module)).train()
@@ -269,12 +259,7 @@ def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch
     gate, up = first[how.gate].out, None if how.up is None else first[how.up].out
     sources = [one for one in (gate, up) if one is not None]
     got = gated_product(gate, up, how.activation, how.gate_first)
-    if (
-        type(hidden) is not Tensor
-        or hidden.dtype is not dtype
-        or hidden.shape != got.shape
-        or not hidden.requires_grad
-    ):
+    if type(hidden) is not Tensor or (hidden.dtype, hidden.shape) != (dtype, got.shape) or not hidden.requires_grad:
         return False
     grad = torch.randn(got.shape).to(dtype)
     wanted = torch.autograd.grad(hidden, sources, grad, retain_graph=True, allow_unused=True)
@@ -289,5 +274,4 @@ def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch
     bounds = [bound] + [(bound * grad.double().abs())] * 2
     if up is None:
         found, wanted = found[0].chunk(2, -1), wanted[0].chunk(2, -1)
-    pairs = zip((got, *found), (hidden, *wanted), bounds, strict=True)
-    return all(bool(((one.double() - other.double()).abs() <= unit * size).all()) for one, other, size in pairs)
+    return _are_near(zip((got, *found), (hidden, *wanted), bounds, strict=True), unit)

@@ -24,7 +24,7 @@ from lowmem import (
 from lowmem.measure import PeakMemory
 from lowmem.training import activations
 from lowmem.training.logits import LazyLogits
-from tests.training.test_fused import MLP, Block, Norm
+from tests.training.blocks import MLP, Block, Norm
 
 VOCABULARY, WIDTH = 512, 32
 

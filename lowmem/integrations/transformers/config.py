@@ -121,8 +121,6 @@ def _misplaced(name: str, value: object) -> str:
 def _record(technique: Any) -> Any:
     """Return the JSON of a technique: its name, and the fields that are not None."""
     fields = {name: value for name, value in vars(technique).items() if value is not None}
-    if fields.get("embeddings") == "4bit":
-        del fields["embeddings"]  # as configs have it that were written before there were others
     for name, value in fields.items():
         if isinstance(value, torch.dtype):
             fields[name] = str(value).removeprefix("torch.")
@@ -132,12 +130,7 @@ def _record(technique: Any) -> Any:
 
 
 def _parsed(record: object) -> Half | EightBit | FourBit | Budget:
-    """Return the technique of its JSON.
-
-    Raises:
-        TypeError: it is something else than JSON of a technique.
-        ValueError: its fields are no technique's.
-    """
+    """Return the technique of its JSON; others are a TypeError or a ValueError."""
     kinds: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
     if not isinstance(record, Mapping):
         raise TypeError(
@@ -149,8 +142,6 @@ def _parsed(record: object) -> Half | EightBit | FourBit | Budget:
         raise ValueError(f"technique={show(record.get('technique'))} is none of {', '.join(kinds)}")
     fields = check_keys(dict(record), ("technique",), kind.__dataclass_fields__)
     values = {name: value for name, value in fields.items() if name != "technique"}
-    if fields["technique"] == "FourBit":
-        values = {"format": "nf4", "embeddings": "4bit", **values}  # what absent ones meant before there were others
     for name in ("dtype", "compute_dtype"):
         if name in values:
             values[name] = getattr(torch, str(values[name]), values[name])

@@ -28,7 +28,7 @@ __all__ = ["Measuring", "Storing"]
 
 @dataclass
 class _Shared:
-    """A parameter: its places are modules that store it, each with its name there, and ``names`` all of its names."""
+    """A parameter: all of its names, and its places, the modules that store it, each with its name in the module."""
 
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
@@ -86,22 +86,18 @@ class Storing:
                         shared.places.append((module, name))
 
     def wants(self, name: str) -> bool:
-        """Whether the parameter called ``name`` is to be stored, be it at another place that is tied to it."""
+        """Whether the parameter called ``name``, or one that is tied to it, is to be stored."""
         return name in self._shared and bool(self._shared[name].places)
 
     def stays_tied(self, target: str, source: str) -> bool:
-        """Whether both ends of a tie are stored, or none: ``Half`` stores the bias of a layer, and no other one."""
+        """Whether two tied parameters are both stored or both dense."""
         return (target in self._places) == (source in self._places)
 
     def take(self, name: str, value: Tensor, missing: set[str] | None) -> bool:
-        """Store a parameter that was read; return whether that is all there is to do.
+        """Store a parameter that was read, and remove its name from ``missing``, those that were not read yet.
 
-        It is not where the parameter has another shape than the model's, or stays dense under this name.
-
-        Args:
-            name: of the parameter, with the path of its module.
-            value: dense.
-            missing: the names that were not read yet; this one is removed.
+        Returns:
+            Whether that is all there is to do: not where its shape is not the model's, or it stays dense, too.
         """
         self._missing = missing
         shared = self._shared[name]
@@ -111,8 +107,8 @@ class Storing:
             return False
         try:
             stored = None if self._error else self._stored(module, own, value)
-        except (TypeError, ValueError) as reason:  # transformers would bury it in a report: ``finish`` raises it
-            self._error = type(reason)(f"{layer_name(self._paths[module])}: {reason}; or leave it out with skip=")
+        except (TypeError, ValueError) as reason:
+            self._note_error(module, reason)
         if self._error is not None:
             if missing is not None:
                 missing.difference_update(shared.names)
@@ -130,6 +126,10 @@ class Storing:
         if missing is not None:
             missing.difference_update(set(shared.names) - stays)  # transformers ties those that stay
         return name in self._places
+
+    def _note_error(self, module: nn.Module, reason: Exception) -> None:
+        """Note why a weight cannot be stored, for ``finish``: transformers would bury the error in a report."""
+        self._error = type(reason)(f"{layer_name(self._paths[module])}: {reason}; or leave it out with skip=")
 
     def finish(self) -> None:
         """Store what was read beside a weight of another name; leave dense what was not read at all.
@@ -160,7 +160,7 @@ class Storing:
         return technique.store(value.reshape(self._skeletons[module].stored_weight(name).shape), name)
 
     def _technique_of(self, module: nn.Module) -> Half | EightBit | FourBit:
-        """Return how a module is stored: of a budget, what its skeleton has got."""
+        """Return how a module is stored: for a ``Budget``, what the budget assigned to the module."""
         technique: Half | EightBit | FourBit | Budget = self._techniques[module]
         if not isinstance(technique, Budget):
             return technique
@@ -196,18 +196,14 @@ class Storing:
 
 
 class Measuring(Storing):
-    """Measures what each choice of a budget loses of the weights that are read, and keeps none of them.
-
-    Attributes:
-        losses: of each weight, by its name.
-    """
+    """Measures what each choice of a budget loses of the weights that are read, by name; nothing is stored."""
 
     def __init__(self, model: nn.Module, budget: Budget, skip: Iterable[str]) -> None:
         super().__init__(model, budget.choices[0], skip)
         self.losses: dict[str, tuple[float, ...]] = {}
 
     def wants(self, name: str) -> bool:
-        """Whether a tensor is one of the model's: none becomes a part of it."""
+        """Whether the model has a parameter of this name."""
         return name in self._shared
 
     def take(self, name: str, value: Tensor, missing: set[str] | None) -> bool:
@@ -219,18 +215,13 @@ class Measuring(Storing):
                 try:
                     lost = losses_of(value.reshape(self._skeletons[module].stored_weight(own).shape))
                 except (TypeError, ValueError) as reason:
-                    at = layer_name(self._paths[module])
-                    self._error = type(reason)(f"{at}: {reason}; or leave it out with skip=")
+                    self._note_error(module, reason)
                 else:
                     self.losses |= {place_name(self._paths[one], part): lost for one, part in shared.places}
         return True
 
     def finish(self) -> None:
-        """Raise what went wrong with a weight.
-
-        Raises:
-            TypeError, ValueError: one cannot be stored; its path is named.
-        """
+        """Raise what went wrong with a weight."""
         if self._error is not None:
             raise self._error
 
