@@ -89,11 +89,8 @@ class Codes(NamedTuple):
 def compress(numbers: Tensor, room: Room | None = None) -> Codes:
     """Return the 8-bit codes of a flat floating point tensor: ``|x - codes * scale| <= scale / 2``, up to rounding.
 
-    A block that contains NaN or infinity decodes to NaN, so that the failure stays visible.
-
-    Args:
-        numbers: floating point (length,).
-        room: allocates codes and scales of CPU tensors; None: torch does.
+    A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. ``room`` allocates codes
+    and scales of CPU tensors; None: torch does.
     """
     into = None
     if room is not None and numbers.is_cpu:

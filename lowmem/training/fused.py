@@ -9,9 +9,9 @@ stored weights work as before. ``lowmem.training.recognize`` finds the modules.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, TypeAlias, cast
 
 import torch
@@ -27,7 +27,7 @@ from lowmem.nn.linear import Linear4Bit
 from lowmem.nn.module_copy import copied_module
 from lowmem.nn.recomputed import can_recompute, recomputed_input, saves_in_any_dtype
 from lowmem.training.fused_functions import activated, gated_product, layer_norm, recompute_of_product, rms_norm
-from lowmem.training.prepared_module import PreparedModule
+from lowmem.training.prepared_module import PreparedModule, prepared_class
 
 __all__ = [
     "Act",
@@ -107,20 +107,28 @@ class FusedModule(PreparedModule):
         """What was done to the module, for reports."""
         return str(self.fused_as)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the fused form in training, where it takes the argument; else the module's own forward."""
+        x: Any = args[0] if len(args) == 1 and not kwargs else None
+        run = _RUNS[type(self.fused_as)] if x is not None and self.training and _is_eager(x) else None
+        found = None if run is None else run(self, x, self.fused_as)
+        return super().forward(*args, **kwargs) if found is None else found
+
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module, and fuse the copy."""
         if issubclass(self.plain_class, PreparedModule):  # the class of "lean" is a subclass of the fused one
             return super().__reduce_ex__(protocol)
         plain = copied_module(self, self.plain_class)
-        own = {name: value for name, value in vars(self).items() if name not in self.prepared_attributes}
-        plain.__dict__.update(own)  # with its hooks
+        plain.__dict__.update(vars(self))  # with its hooks
+        for name in self.prepared_attributes:
+            plain.__dict__.pop(name)
         return fuse, (plain, self.fused_as)
 
 
 def fuse(module: nn.Module, how: How) -> nn.Module:
     """Fuse a module that computes ``how``, in place; it stays an instance of its class. Returns the module."""
     module.__dict__.update(fused_as=how, fused_with=_functions_of(module, how))
-    module.__class__ = cast(Any, _fused_class(cast(Any, type(module)), cast(Any, type(how))))
+    module.__class__ = prepared_class(FusedModule, cast(Any, type(module)))
     return module
 
 
@@ -129,23 +137,6 @@ def _functions_of(module: nn.Module, how: How) -> list[Any]:
     if not isinstance(how, GatedMLP):
         return []
     return [*map(type, activations(module, how)), *(one for one in module.__dict__.values() if callable(one))]
-
-
-@cache
-def _fused_class(kind: Any, how: Any) -> type[FusedModule]:
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        x = args[0] if len(args) == 1 and not kwargs else None
-        if x is None or not self.training or not _is_eager(x):
-            return kind.forward(self, *args, **kwargs)
-        found = run(self, x, self.fused_as)
-        return kind.forward(self, *args, **kwargs) if found is None else found
-
-    runs = {RMSNorm: _run_norm, GatedMLP: _run_mlp, Act: _run_activation, LayerNorm: _run_layer_norm}
-    run: Any = runs[how]
-    names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    made: type[FusedModule] = type(kind.__name__, (FusedModule, kind), names)
-    made.__qualname__ = kind.__qualname__
-    return made
 
 
 def _is_eager(x: Any) -> bool:
@@ -209,9 +200,11 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
     again = again and not any(is_observed(one) for layer in layers for one in layer.modules())
     hidden: Tensor = checkpoint(product, x, use_reentrant=False) if again else product(x)
     recompute = recompute_of_product(hidden)
-    # A selective checkpoint recomputes this anyway, and would take our saved-tensor hooks for the user's.
-    saves = recompute is None or not can_recompute() or keeps_results()
-    with nullcontext() if saves else recomputed_input(hidden, recompute):
+    context: AbstractContextManager[None] = nullcontext()
+    # A selective checkpoint recomputes the product anyway, and would take our saved-tensor hooks for the user's.
+    if recompute is not None and can_recompute() and not keeps_results():
+        context = recomputed_input(hidden, recompute)
+    with context:
         out: Tensor = down(hidden)
     return out.to(x.dtype) if narrow else out
 
@@ -235,3 +228,12 @@ def _is_narrow(layer: nn.Module) -> bool:
 def activations(module: nn.Module, how: GatedMLP) -> list[nn.Module]:
     """Return the children of a gated MLP other than its linear layers, which the fused forward does not call."""
     return [child for name, child in module.named_children() if name not in (how.gate, how.up, how.down)]
+
+
+_RUNS: dict[type, Callable[[Any, Tensor, Any], Tensor | None]] = {
+    RMSNorm: _run_norm,
+    GatedMLP: _run_mlp,
+    Act: _run_activation,
+    LayerNorm: _run_layer_norm,
+}
+"""For each way to compute: the fused forward, which returns None where the module's own forward must run."""

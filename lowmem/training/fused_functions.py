@@ -43,14 +43,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_
 
     Args:
         x: floating point (..., n).
-        weight: floating point (n,).
-        eps: added to the mean.
-        offset: added to the weight, in float32 (float64 for a float64 x).
+        weight: floating point (n,); the offset is added in float32 (float64 for a float64 x).
         rounds_first: whether the quotient is rounded to x's dtype before the multiplication; the result then has the
-            wider dtype of x and the weight.
-
-    Returns:
-        (..., n), in the dtype of x, or in the wider one.
+            wider dtype of x and the weight, else that of x.
     """
     out: Tensor = _Norm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-untyped-call, unused-ignore]
     return _noted(out)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional
 from lowmem.nn.frozen_linear import is_cast, is_plain_call
 from lowmem.nn.read_only import METADATA, writes_in_place
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
-from lowmem.training.prepared_module import PreparedModule
+from lowmem.training.prepared_module import PreparedModule, prepared_class
 
 __all__ = ["LazyLogits", "LazyOutput", "delay_logits"]
 
@@ -199,22 +198,13 @@ def _versions(layer: Any, hidden: Tensor) -> tuple[Any, ...]:
 
 
 def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None = None) -> None:
-    """Let an output layer return ``LazyLogits`` in training.
+    """Let an output layer, an nn.Linear or a stored one, return ``LazyLogits`` in training.
 
-    Args:
-        layer: computes ``x @ weight.T + bias``: nn.Linear, or that layer stored in 16 or 4 bits.
-        chunk: rows of logits that exist at once in the loss.
-        dtype: the loss multiplies in it if the hidden states are float32 and autocast is off; None: the default of
-            ``linear_cross_entropy``.
+    In the loss, ``chunk`` rows of logits exist at once. The loss multiplies in ``dtype`` if the hidden states are
+    float32 and autocast is off; None: in the default of ``linear_cross_entropy``.
     """
     layer.__dict__.update(logits_chunk=chunk, logits_dtype=dtype)
-    layer.__class__ = _delayed(cast(Any, type(layer)))
-
-
-@cache
-def _delayed(kind: type[Any]) -> type[LazyOutput]:
-    made: type[LazyOutput] = type(f"Lazy{kind.__name__}", (LazyOutput, kind), {"plain_class": kind})
-    return made
+    layer.__class__ = prepared_class(LazyOutput, cast(Any, type(layer)))
 
 
 _TAKE_NAMES = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.flatten}

@@ -21,7 +21,13 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.training.activations import compressed_activations
 from lowmem.training.fused import GatedMLP, How, activations, fuse
 from lowmem.training.logits import delay_logits
-from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module, trained_parameters
+from lowmem.training.prepared_module import (
+    PreparedModule,
+    check_prepared,
+    prepared_class,
+    release_module,
+    trained_parameters,
+)
 from lowmem.training.recognize import recognize
 from lowmem.transforms.registry import check_module, layer_name, module_paths
 from lowmem.transforms.roles import output_layers
@@ -180,8 +186,7 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
     # A signature instead of ``__wrapped__``: accelerate unwraps that, and would call the forward without compression.
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
-    names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    made: type[_Compressing] = type(kind.__name__, (_Compressing, kind), names)
+    made: type[_Compressing] = prepared_class(_Compressing, cast(Any, kind), forward=forward)
     return made
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar, cast
 
 from torch import nn
 
-__all__ = ["PreparedModule", "check_prepared", "release_module", "trained_parameters"]
+__all__ = ["PreparedModule", "check_prepared", "prepared_class", "release_module", "trained_parameters"]
 
 
 class PreparedModule(nn.Module):
@@ -22,6 +23,13 @@ class PreparedModule(nn.Module):
     prepared_attributes: ClassVar[tuple[str, ...]] = ()
     training_note: Any
     prepared_for_training = True
+
+
+@cache
+def prepared_class(base: Any, kind: Any, **body: Any) -> Any:
+    """Return a subclass of ``base`` and of a module's class, under the name of the module's class."""
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (base, kind), {"plain_class": kind, **names, **body})
 
 
 def check_prepared(module: nn.Module) -> None:

@@ -105,7 +105,7 @@ def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: 
     of_factor = (grad.double() * exact * inverse).abs().sum(0)
     sizes = exact.abs() * inverse * factor, of_x, of_factor
     pairs = zip((got, *found), (expected, *wanted), sizes, strict=True)
-    return float((got.double() - expected.double()).abs().sum()) if _are_near(pairs, unit) else None
+    return float((got - expected).detach().abs().sum(dtype=torch.float64)) if _are_near(pairs, unit) else None
 
 
 def _are_near(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], unit: float) -> bool:

@@ -122,12 +122,7 @@ def _stored(names: Collection[str]) -> list[str]:
 
 
 class Names:
-    """The parameters of a model, and which of them a tensor of a folder becomes in transformers.
-
-    Args:
-        model: on the meta device.
-        conversions: how transformers renames and converts a folder's tensors.
-    """
+    """The parameters of a model, and which of them a tensor of a folder becomes by transformers' conversions."""
 
     def __init__(self, model: Any, conversions: Sequence[Any]) -> None:
         self._prefix = model.base_model_prefix
@@ -168,7 +163,7 @@ def refuse_retyped(
         model: on the meta device.
         specs: of the folder's tensors.
         parts: the dtypes of the parts, by their names in the model.
-        conversions: as in ``Names``.
+        conversions: of transformers.
     """
     names = Names(model, conversions)
     for name, spec in specs.items():
@@ -194,8 +189,8 @@ def refuse_unfitting(
     Args:
         model: on the meta device.
         shapes: of the folder's tensors, by its names; None: not known.
-        nbytes: what they take.
-        conversions: as in ``Names``.
+        nbytes: of all tensors.
+        conversions: of transformers.
     """
     names = Names(model, conversions)
     filled: set[int] = set()

@@ -38,68 +38,43 @@ Interval: TypeAlias = tuple[float, float] | None
 
 @dataclass(frozen=True)
 class Layer:
-    """What a model loses if one layer of it is another model's.
-
-    Args:
-        path: of the layer.
-        loss: what ``Score.divergence`` is then, or 1 minus ``Likeness.cosine``.
-    """
+    """What a model loses if one layer of it is another model's."""
 
     path: str
-    loss: float
+    loss: float  # ``Score.divergence``, or 1 minus ``Likeness.cosine``
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a language model makes of a text.
+    """How well a language model predicts a text."""
 
-    Args:
-        model: the name of its folder.
-        tokens: how many were predicted.
-        perplexity: ``exp`` of the mean negative log-likelihood of a token.
-        divergence: the mean Kullback-Leibler divergence of its predictions from the first model's, in nats a token.
-        tokens_per_second: of its forward passes, which took turns with those of the first model.
-        ratio: its perplexity over the first model's.
-        agreement: the share of tokens at which both find the same token the likeliest.
-        divergence_interval, ratio_interval, agreement_interval: of these.
-        layers: each stored layer alone in the first model, the one that loses most first; empty if not asked for.
-    """
-
-    model: str
-    tokens: int
-    perplexity: float
-    divergence: float
-    tokens_per_second: float
-    ratio: float = 1.0
-    agreement: float = 1.0
+    model: str  # the name of the folder
+    tokens: int  # predicted
+    perplexity: float  # ``exp`` of the mean negative log-likelihood of a token
+    divergence: float  # the mean Kullback-Leibler divergence from the first model's predictions, in nats a token
+    tokens_per_second: float  # of forward passes, which took turns with those of the first model
+    ratio: float = 1.0  # of the perplexity to the first model's
+    agreement: float = 1.0  # the share of tokens at which both models find the same token the likeliest
     divergence_interval: Interval = None
     ratio_interval: Interval = None
     agreement_interval: Interval = None
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[Layer, ...] = ()  # each stored layer alone in the first model, the largest loss first
 
 
 @dataclass(frozen=True)
 class Likeness:
     """How alike an encoder's embeddings of paragraphs are to the first model's.
 
-    Args:
-        model: the name of its folder.
-        paragraphs: how many there are.
-        cosine: the mean of the cosines of both models' embeddings: the mean of a paragraph's last hidden states, over
-            its tokens, without padding.
-        lowest: the least of the cosines.
-        tokens_per_second: as in ``Score``.
-        cosine_interval: of the mean.
-        layers: as in ``Score``.
+    An embedding is the mean of the last hidden states of a paragraph's tokens, without padding.
     """
 
-    model: str
+    model: str  # the name of the folder
     paragraphs: int
-    cosine: float
-    lowest: float
-    tokens_per_second: float
+    cosine: float  # the mean of the cosines of both models' embeddings
+    lowest: float  # cosine
+    tokens_per_second: float  # as in ``Score``
     cosine_interval: Interval = None
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[Layer, ...] = ()  # as in ``Score``
 
 
 def compare_text(
@@ -111,24 +86,23 @@ def compare_text(
 ) -> list[Any]:
     """Compare the models of folders on a text with the first one, whose tokenizer divides it.
 
-    Language models read it in windows that do not overlap; encoders, models that return hidden states and no logits,
-    a paragraph at a time, which an empty line ends, cut to as many tokens as they take. Two models are in memory at
-    a time.
+    Language models read windows of the text that do not overlap. Encoders (models that return hidden states and no
+    logits) read paragraphs, which an empty line ends, cut to the model's positions. Two models are in memory.
 
     Args:
         folders: of models.
-        text: to be read.
-        layers: whether to also run the first model once for each layer that another stores, with the other's layer in
-            its place and all else as it was.
-        progress: called with how many runs with another's layer are done, and how many there are.
+        text: the text.
+        layers: whether to also run the first model once for each layer that another model stores, with that layer in
+            the place of its own.
+        progress: called with the number of runs for ``layers`` that are done, and of all.
 
     Returns:
-        For each folder a ``Score``, or of encoders a ``Likeness``.
+        For each folder a ``Score``, or a ``Likeness`` of encoders.
 
     Raises:
-        FileError: a folder that cannot be loaded, has no tokenizer, or whose model predicts or embeds nothing, or not
-            the first's tokens.
-        ValueError: a text of less than two tokens; no paragraph.
+        FileError: a folder cannot be loaded or has no tokenizer, or its model predicts other tokens than the first
+            model's, or nothing.
+        ValueError: a text of less than two tokens, or without a paragraph.
     """
     base, *others = folders
     tokenizer = read_tokenizer(base)
@@ -146,7 +120,7 @@ def compare_text(
         runs, done = len(parts) * len(places), 0
         own: Any = kind(base, len(places))
         its: Any = kind(folder, len(places))
-        own.run(first, parts[0]), its.run(other, parts[0])  # what is made once does not count
+        own.run(first, parts[0]), its.run(other, parts[0])  # first calls allocate, and are not timed
         for part in parts:
             before = own.add(first, part, None)
             its.add(other, part, before)
@@ -177,7 +151,7 @@ def _places(first: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn
 
 @contextmanager
 def _replaced(here: nn.Module, there: nn.Module) -> Iterator[None]:
-    """Let a module compute what another one does in the block."""
+    """Call another module's forward in place of a module's in the block."""
     overrides = Overrides()
     before = overrides.set(here, there.forward)
     try:
@@ -187,14 +161,14 @@ def _replaced(here: nn.Module, there: nn.Module) -> Iterator[None]:
 
 
 class _Comparison:
-    """What a model of a folder makes of the parts of a text."""
+    """Runs the model of a folder on the parts of a text, and sums how its results differ from the first model's."""
 
     def __init__(self, folder: Path, layers: int) -> None:
         self._folder, self._layers = folder, [0.0] * layers
         self._seen, self._seconds = 0, 0.0
 
     def run(self, model: Any, part: Any, base: Tensor | None = None) -> Tensor:
-        """Return what a model makes of a part, which has to be comparable with ``base``."""
+        """Return a model's result on a part, of the shape of ``base``."""
         raise NotImplementedError
 
     def _timed(self, model: Any, part: Any, base: Tensor | None, tokens: int) -> Tensor:
@@ -213,7 +187,7 @@ class _Comparison:
 
 
 class _Predictions(_Comparison):
-    """Sums over windows of what a language model predicts: one number a window each."""
+    """Losses and divergences of a language model's predictions: one number for each window."""
 
     def __init__(self, folder: Path, layers: int) -> None:
         super().__init__(folder, layers)
@@ -238,7 +212,7 @@ class _Predictions(_Comparison):
         return logits[0].cpu().float().log_softmax(-1)
 
     def add(self, model: Any, window: Tensor, base: Tensor | None) -> Tensor:
-        """Add what a model predicts of a window; return it."""
+        """Add a model's predictions of a window; return them."""
         logs = self._timed(model, window, base, len(window))
         self.tokens.append(len(window) - 1)
         self.losses.append(-float(logs[:-1].gather(1, window[1:, None]).double().sum()))
@@ -304,7 +278,7 @@ class _Embeddings(_Comparison):
         return nn.functional.normalize((states.double() * mask).sum(1) / mask.sum(1), dim=-1).cpu()
 
     def add(self, model: Any, batch: dict[str, Tensor], base: Tensor | None) -> Tensor:
-        """Add what a model embeds paragraphs as; return it."""
+        """Add a model's embeddings of paragraphs; return them."""
         found = self._timed(model, batch, base, int(batch["attention_mask"].sum()))
         self._cosines.append(((found if base is None else base) * found).sum(-1).clamp(max=1))
         return found
@@ -348,7 +322,7 @@ def _ordered(places: Iterable[str], losses: Sequence[float]) -> tuple[Layer, ...
 
 
 def _predicts(model: Any, tokens: Tensor) -> bool:
-    """Whether a model is to be judged by its logits: all but those that return hidden states alone."""
+    """Whether a model is compared by its logits: all but models that return hidden states alone."""
     if not len(tokens):
         return True
     with torch.no_grad():
@@ -364,16 +338,14 @@ def _tokens(folder: Path, tokenizer: Any, text: str) -> Tensor:
 def interval(
     sums: Tensor, counts: Tensor, of: Callable[[Tensor], Tensor] = lambda mean: mean
 ) -> tuple[float, float] | None:
-    """Return the 95% interval of a mean, as the percentile bootstrap over parts gives it; None of a single part.
+    """Return the 95% interval of ``of(sum(sums) / sum(counts))``, by the bootstrap over parts; None for one part.
 
-    Parts (windows, paragraphs) are drawn as often as there are, with replacement, and ``sum(sums) / sum(counts)`` is
-    computed of those drawn (Efron, Bootstrap methods: another look at the jackknife, 1979). Of fewer than ten parts
-    the interval is too narrow. The seed is fixed: the same sums give the same interval.
+    As many parts (windows, paragraphs) as there are are drawn, with replacement (Efron, Bootstrap methods: another
+    look at the jackknife, 1979). For fewer than ten parts the interval is too narrow. The seed is fixed.
 
     Args:
-        sums: (parts,) of a quantity.
-        counts: (parts,) of what it is summed over.
-        of: a monotone function of the mean, such as ``torch.exp``.
+        sums, counts: (parts,).
+        of: a monotone function, such as ``torch.exp``.
     """
     parts = len(sums)
     if parts < 2:

@@ -30,8 +30,8 @@ _KINDS = (Half, EightBit, FourBit, Budget)
 class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How to store a model while ``from_pretrained`` loads it, or how a saved one is stored.
 
-    What is stored equals what ``lowmem.convert(model, technique, skip=skip)`` makes of the same model, to the bit.
-    What the folder has no values for, such as a new head, stays dense.
+    Stored weights equal those of ``lowmem.convert(model, technique, skip=skip)``, to the bit. Parameters that the
+    folder lacks, such as a new head, stay dense.
 
     Args:
         technique: ``Half``, ``EightBit``, ``FourBit``, or ``Budget`` without inputs, for which all weights are read
@@ -99,7 +99,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _listed(value: Any) -> Any:
-    """Return a list of what an iterable has, or of a text, and any other value as it is."""
+    """Return the list of an iterable's items, or of a single text; any other value as it is."""
     if isinstance(value, str):
         return [value]
     return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value

@@ -1,4 +1,4 @@
-"""What is known of the model of a folder before its weights are read: whether it can be fine-tuned, and its sizes."""
+"""Facts about the model of a folder, from its config.json: whether it can be fine-tuned, and its sizes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["Sizes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stor
 
 
 def stored_by(folder: Path) -> str | None:
-    """Return what has stored the weights of a folder that has no adapter: "lowmem" or a program; None: nothing."""
+    """Return which program stored the weights of a folder without an adapter, such as "lowmem"; None: dense."""
     stored = check(folder, "fine-tune")[0].get("quantization_config")
     if not isinstance(stored, dict):
         return None
@@ -35,7 +35,7 @@ def stored_by(folder: Path) -> str | None:
 
 @contextmanager
 def held_back(shown: bool = True) -> Iterator[None]:
-    """Show what transformers logs in the block after it, if ``shown`` and unless it ends with an error."""
+    """Delay the log of transformers until the block ends; drop the log after an error, or unless ``shown``."""
     logger = logging.getLogger("transformers")
     handlers, held = logger.handlers, MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
     logger.handlers = [held]

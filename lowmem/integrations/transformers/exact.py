@@ -151,7 +151,7 @@ class _ExactQuantizer(LowmemQuantizer):
         self._exact: Any = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse a disk, as while dense weights are stored."""
+        """Raise a ValueError where weights would be offloaded to disk."""
         self.refuse_disk(device_map)
 
     def _process_model_before_weight_loading(
@@ -193,7 +193,7 @@ class _Exact:
         self._place(asked.file, model)
 
     def add_formats(self, model: nn.Module) -> None:
-        """Add to the state what modules of the converted model hold of their formats."""
+        """Add the formats that modules of the converted model hold to the state."""
         for name in format_keys(model):
             module: Any = model.get_submodule(name.rpartition(".")[0])
             self.state[name] = _Lazy(torch.uint8, module.get_extra_state)
@@ -248,7 +248,7 @@ class _Exact:
             self.state |= {f"{prefix}_{part}": of_parts.lazy(part) for part in form.parts}
         if refused:
             raise refusal(self._source, why_refused(refused), "load")
-        if not self.layers and (coded or file.kind != "gguf"):  # which is read as it is, dense ones, too
+        if not self.layers and (coded or file.kind != "gguf"):  # a dense GGUF file is read, too
             raise refusal(
                 self._source,
                 "it has no 4-bit weights of the model, whose codes could be kept: load it by from_pretrained, and "
@@ -303,7 +303,7 @@ _READING = threading.RLock()
 
 
 def _with_suffix(converter: WeightConverter, suffix: str) -> WeightConverter:
-    """Return a conversion that does with parts of weights what another does with the weights."""
+    """Return a conversion that merges parts of weights as another one merges the weights."""
     sources, targets = (
         [pattern + suffix for pattern in patterns]
         for patterns in (converter._original_source_patterns, converter._original_target_patterns)
@@ -333,7 +333,7 @@ class _Lazy:
 
 
 class _Weight:
-    """A weight that is read once: the first part that is asked for reads it, and each part is given away once."""
+    """A weight whose first part reads it; each part is returned once."""
 
     def __init__(self, tensor: ForeignTensor) -> None:
         self._tensor = tensor

@@ -88,18 +88,17 @@ def load_folder(
     dtype: torch.dtype | Literal["auto"] = "auto",
     requantizing: Requantizing | None = None,
 ) -> nn.Module:
-    """Return the model of a folder, in the class that its config names, in evaluation mode. No code of it is run.
+    """Return the model of a folder, in the class that its config names, in evaluation mode, running no code of it.
 
     Args:
-        folder: as ``save_pretrained`` writes it; dense, stored by lowmem, or quantized by another program, whose
-            codes are kept.
-        config: how to store it while it is loaded; None: as it is.
-        dtype: of what is dense, and of what the rest computes in; "auto": as the folder has it.
+        folder: dense, stored by lowmem, or quantized by another program, whose codes are kept.
+        config: how to store a dense model while it is loaded; None: as it is.
+        dtype: of dense parameters, and of the computation; "auto": as the folder has it.
         requantizing: what is quantized of a folder that is not lowmem's; None: nothing.
 
     Raises:
-        FileError: as ``check``; or a class that transformers does not have, a model that it cannot load, or one that
-            has tensors that the folder lacks; when it is to be stored, one that lacks some of the folder's.
+        FileError: as ``check``; or transformers does not have the class or cannot load the model; or the folder lacks
+            tensors of the model, or has others that would be lost.
     """
     found, _ = check(folder)
     names = found.get("architectures") or ["AutoModel"]
@@ -153,13 +152,14 @@ def check_shapes(folder: Path, kind: Any = transformers.AutoModelForCausalLM) ->
         specs = source.specs
     try:
         refuse_unread(folder, specs)
+        for name, spec in sorted(specs.items()):
+            wanted = needed.get(name, spec.shape)
+            if wanted != spec.shape:
+                why = f"its tensor {show(name)} has the shape {spec.shape}, and by its config.json {wanted}"
+                raise ValueError(f"{why}: get both again")
         refuse_unfitting(model, *shapes_and_bytes(specs), get_model_conversion_mapping(model))
     except ValueError as reason:
         raise refusal(folder, str(reason), "load") from None
-    for name, spec in sorted(specs.items()):
-        if needed.get(name, spec.shape) != spec.shape:
-            why = f"its tensor {show(name)} has the shape {spec.shape}, and by its config.json {needed[name]}"
-            raise refusal(folder, f"{why}: get both again", "load")
 
 
 def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> None:
@@ -173,12 +173,11 @@ def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> 
 
 
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
-    """Return the causal language model of a GGUF file, its 4-bit codes as they are, in ``dtype`` and evaluation mode.
+    """Return the causal language model of a GGUF file, its 4-bit codes as they are, in evaluation mode.
 
     Args:
         file: GGUF.
-        dtype: of what is dense, and of what the rest computes in.
-        requantizing: what of its weights is quantized; None: nothing.
+        dtype, requantizing: as for ``load_folder``.
 
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
@@ -207,21 +206,19 @@ def import_folder(
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
     Args:
-        source: a folder whose weights another program quantized, whose other files are copied; or a GGUF file, whose
-            metadata become config and tokenizer, where transformers can read one from it.
-        target: where nothing is yet.
-        requantize, include, technique: what is quantized, and how, as in ``import_checkpoint``; names are the file's.
-        shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
-        dtype: to which what is dense is rounded; None: as the folder has it, or float32 of a GGUF file.
+        source: a folder whose weights another program quantized; or a GGUF file, whose metadata become the config and,
+            if transformers can read it, the tokenizer.
+        target, shard_bytes: as for ``quantize_folder``.
+        requantize, include, technique: as for ``import_checkpoint``; names are the file's.
+        dtype: of dense parameters; None: as the folder has them, or float32 of a GGUF file.
 
     Returns:
         A row for each parameter, sorted by name; tied ones have one.
 
     Raises:
         ValueError: a pattern that matches no tensor.
-        FileError: as ``load_folder`` and ``load_gguf``; or a weight cannot be kept exactly, without ``requantize``.
-        FileExistsError: something is at ``target``.
-        OSError: a file cannot be read or written.
+        FileError, FileExistsError, OSError: as ``quantize_folder``; or a weight cannot be kept exactly, without
+            ``requantize``.
     """
     check_free(target)
     asked = Requantizing(requantize, list(include), technique)
@@ -295,8 +292,7 @@ def quantize_folder(
     Args:
         source: a dense folder.
         target: where nothing is yet.
-        technique: how to store the weights.
-        skip: glob patterns of paths of modules to leave dense.
+        technique, skip: as for ``LowmemConfig``.
         shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
 
     Returns:

@@ -143,7 +143,7 @@ def _rope(
 
 
 def _difference(header: GGUFHeader, factors: Tensor | None, config: dict[str, Any]) -> str | None:
-    """Return in what a file and a config differ, of what is computed; or None."""
+    """Return the first difference of a file and a config that changes what the model computes; or None."""
     metadata, arch = header.metadata, header.metadata.get("general.architecture")
     rope = config.get("rope_parameters") or {}
     if arch not in _CLASSES:
@@ -178,7 +178,7 @@ def _difference(header: GGUFHeader, factors: Tensor | None, config: dict[str, An
 
 
 def _factors(file: Path, opened: BufferedReader, header: GGUFHeader) -> Tensor | None:
-    """Return by what the frequencies of a file's rotary embedding are divided: float32 (n,); None: it has none."""
+    """Return the divisors of the frequencies of a file's rotary embedding: float32 (n,); None: it has none."""
     tensor = header.tensors.get(_FACTORS)
     if tensor is None:
         return None

@@ -1,4 +1,4 @@
-"""Refuses what PEFT cannot do with stored modules, or leaves out of them in silence.
+"""Raises errors for what PEFT cannot do with stored modules, or would leave out in silence.
 
 PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports
 each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns. PEFT has

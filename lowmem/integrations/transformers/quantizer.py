@@ -1,4 +1,4 @@
-"""The quantizer that transformers calls while it loads a model: one that is to be stored, or was saved as stored."""
+"""The quantizer that transformers calls while it loads a model: a dense one to store, or a stored one."""
 
 from __future__ import annotations
 
@@ -57,8 +57,7 @@ from lowmem.transforms.roles import kept_in_float32
 
 __all__ = ["LowmemQuantizer", "adopt"]
 
-# Asked by the functions with which transformers initializes what a folder lacks; stored weights are never that, and
-# those with adapters are computed.
+# transformers initializes parameters without this mark, which a folder lacks. Stored weights are never initialized.
 StoredTensor._is_hf_initialized = True  # type: ignore[attr-defined]
 AdaptedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
 
@@ -70,7 +69,7 @@ class _Store(ConversionOps):  # type: ignore[misc]
         self._storing, self._files = storing, files
 
     def convert(self, input_dict: dict[str, Any], missing_keys: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Return what is not to be stored; weights that are have become a part of their modules."""
+        """Store weights in their modules; return the tensors that stay dense."""
         left = {}
         while input_dict:
             name, value = input_dict.popitem()
@@ -183,7 +182,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        """Prepare a model on the meta device; what transformers keeps in float32 is so here, as in a dense model."""
+        """Prepare a model on the meta device, with the parameters in float32 that dense models have in float32."""
         kept = set()
         for module, name in kept_in_float32(model, dtype):
             parameter = module._parameters[name]
@@ -264,7 +263,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if not self.pre_quantized:
             assert isinstance(config.technique, (Half, EightBit, FourBit, Budget))
-            if isinstance(config.technique, Budget):  # what it gives each layer is known once all weights were read
+            if isinstance(config.technique, Budget):  # which is divided once all weights were read
                 storing: Storing = Measuring(model, config.technique, config.skip)
             else:
                 storing = Storing(model, config.technique, config.skip)
@@ -278,7 +277,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @staticmethod
     def tie(model: Any) -> dict[str, str]:
-        """Tie the parameters of a model that transformers has made without: target -> source."""
+        """Tie the parameters of a model on the meta device; return the ties, target -> source."""
         tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
         for target, source in tied.items():
             path, _, name = target.rpartition(".")
@@ -286,7 +285,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return tied
 
     def expect_parts(self, model: Any, tied: Mapping[str, str]) -> None:
-        """Note which tensors are to be loaded, once the model's modules are those that store weights."""
+        """Note the tensors to load, once the model's modules store weights."""
         ties: dict[str, str] = {}
         for target, source in tied.items():
             ties |= ties_of_parts(model, target, source)
@@ -316,9 +315,9 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """Make a model dense in one dtype: that of the model, or another, which may be its name.
+        """Make a model dense in a dtype, or its name; None: the model's.
 
-        What transformers keeps in float32 beside that dtype is float32, as where a dense model is loaded.
+        Parameters that transformers keeps in float32 are float32, as in a dense model.
 
         Raises:
             TypeError: ``dtype`` names no floating-point dtype of torch.
@@ -333,9 +332,10 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def adopt(model: nn.Module) -> None:
-    """Let models of transformers know what lowmem has stored in them, or that all of it is dense again.
+    """Let models of transformers know what lowmem has stored in them, or that all weights are dense again.
 
-    ``save_pretrained`` writes it, ``dequantize`` and ``Trainer`` find a quantizer, and a dense parameter comes first.
+    ``save_pretrained`` writes stored weights, ``dequantize`` and ``Trainer`` find a quantizer, and a dense parameter
+    comes first.
     ``lowmem.convert`` and ``lowmem.restore`` call this for the model that they are given. Where that was a part of a
     model, such as a list of layers, call it for the whole. Models that transformers is loading are left alone.
     """

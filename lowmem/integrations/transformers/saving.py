@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes of a converted model: its state, and how it is stored, in config.json.
+"""``save_pretrained`` of a converted model: its state, and how its weights are stored, in config.json.
 
 A folder has a tensor under each name that a dense model of its config has, so that transformers without lowmem does
 not take random numbers for what it does not find: what is rounded lies under its own name and can be read, and the
@@ -148,7 +148,8 @@ def saved_class(kind: Any) -> Any:
 def _made(make: Any, arguments: tuple[Any, ...]) -> Any:
     """Return an empty model of a generated class, for pickle and deepcopy."""
     model = make(*arguments)
-    model.__class__ = saved_class(type(model))
+    kind: Any = type(model)
+    model.__class__ = saved_class(kind)
     return model
 
 
@@ -169,7 +170,7 @@ def folder_names(model: nn.Module) -> dict[str, str]:
 
 
 def _renamed(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state by the names of a folder. What is offloaded keeps its names, by which transformers reads it."""
+    """Return a state by the names of a folder; offloaded tensors keep theirs, by which transformers reads them."""
     names = folder_names(model)
     return {name if value.device.type == "meta" else names.get(name, name): value for name, value in state.items()}
 

@@ -1,4 +1,4 @@
-"""The folder of a converted model, as an empty model of its config takes it: records, names and parts of weights."""
+"""Loading the folder of a converted model into an empty model: records, names and parts of stored weights."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class _Align(ConversionOps):  # type: ignore[misc]
 
 
 class _FolderNames(WeightRenaming):  # type: ignore[misc]
-    """Gives tensors of a folder, of which names may lack the base model's prefix, the names in the model's state."""
+    """Renames a folder's tensors, whose names may lack the base model's prefix, to those in the model's state."""
 
     __slots__ = ("names", "prefix")
 

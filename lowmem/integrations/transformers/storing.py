@@ -32,7 +32,7 @@ class _Shared:
 
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
-    weight: Any = None  # what it is stored as, once it was read
+    weight: Any = None  # the stored form, once the parameter was read
 
 
 class Storing:
@@ -97,7 +97,7 @@ class Storing:
         """Store a parameter that was read, and remove its name from ``missing``, those that were not read yet.
 
         Returns:
-            Whether that is all there is to do: not where its shape is not the model's, or it stays dense, too.
+            Whether transformers must not set the parameter, as it does in another shape, or where one stays dense.
         """
         self._missing = missing
         shared = self._shared[name]
@@ -132,7 +132,7 @@ class Storing:
         self._error = type(reason)(f"{layer_name(self._paths[module])}: {reason}; or leave it out with skip=")
 
     def finish(self) -> None:
-        """Store what was read beside a weight of another name; leave dense what was not read at all.
+        """Store tied weights that were read under another name; weights that were not read stay dense.
 
         Raises:
             TypeError, ValueError: a weight could not be stored; its path is named.
@@ -227,20 +227,20 @@ class Measuring(Storing):
 
 
 def _shapes_of(technique: Any) -> Callable[[Tensor, str], Any]:
-    """Return what stores a weight without values; which of several formats is chosen does not change its shapes."""
+    """Return the function that stores a weight without values; shapes are the same for each of several formats."""
     if isinstance(technique, FourBit) and not isinstance(technique.format, str):
         technique = replace(technique, format=technique.format[0])
     return technique.skeleton  # type: ignore[no-any-return]
 
 
 def _computed(model: Any) -> Callable[[str], bool]:
-    """Return whether a parameter is one that the model computes: it is in no folder, and is no new one either."""
+    """Return a function: whether the model computes a parameter, which is then in no folder, and not new either."""
     patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def _given(weights: dict[str, Any]) -> Callable[[Tensor, str], Any]:
-    """Return what takes the place of ``technique.store``: stored weights, in the shape that is asked for."""
+    """Return a function in place of ``technique.store``: it returns weights that are stored already, in any shape."""
 
     def store(tensor: Tensor, name: str) -> Any:
         weight = weights[name]

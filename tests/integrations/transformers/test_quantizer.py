@@ -35,13 +35,12 @@ def test_free_pages_are_returned_after_loading(small, tmp_path, monkeypatch):
     assert trims == [0, 0]
 
 
-def test_weights_on_disk_are_refused_while_they_are_stored(tmp_path):
+def test_weights_on_disk_and_a_config_without_a_technique_are_refused_for_a_dense_folder(tmp_path):
+    folder, disk = write(tmp_path), {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(ValueError, match="load and save the model without it first"):
-        load(
-            write(tmp_path),
-            quantization_config=LowmemConfig(FourBit()),
-            device_map={"model": "cpu", "lm_head": "disk"},
-        )
+        load(folder, quantization_config=LowmemConfig(FourBit()), device_map=disk)
+    with pytest.raises(ValueError, match="has no technique, and the folder is dense"):
+        load(folder, quantization_config=LowmemConfig(layers=[{"names": []}]))
 
 
 @pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning", "default::UserWarning")
@@ -132,11 +131,6 @@ def test_it_generates(small):
     expected = dense.generate(IDS, max_new_tokens=6, do_sample=False)
     for more in ({}, {"cache_implementation": "static"}):
         assert torch.equal(model.generate(IDS, max_new_tokens=6, do_sample=False, **more), expected)
-
-
-def test_a_technique_is_needed_for_a_dense_folder(tmp_path):
-    with pytest.raises(ValueError, match="has no technique, and the folder is dense"):
-        load(write(tmp_path), quantization_config=LowmemConfig(layers=[{"names": []}]))
 
 
 def test_half_precision_keeps_its_own_dtype(tmp_path):
