@@ -206,8 +206,8 @@ def import_folder(
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
     Args:
-        source: a folder whose weights another program quantized; or a GGUF file, whose metadata become the config and,
-            if transformers can read it, the tokenizer.
+        source: a folder whose weights another program quantized; or a GGUF file, whose metadata become the config
+            and, if transformers can read it, the tokenizer.
         target, shard_bytes: as for ``quantize_folder``.
         requantize, include, technique: as for ``import_checkpoint``; names are the file's.
         dtype: of dense parameters; None: as the folder has them, or float32 of a GGUF file.

@@ -49,7 +49,7 @@ INT4 = torch.tensor(list(b"int4, block_size=64, scales=double"), dtype=torch.uin
         (
             "weight_scales",
             lambda one: one.view(torch.float8_e4m3fn),
-            "scales is torch.float8_e4m3fn .* uint8: get",
+            "scales is torch.float8_e4m3fn .* torch.uint8: get",
         ),
         ("_extra_state", lambda _: INT4, "int4"),
     ],
