@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from lowmem.errors import show
+from lowmem.integrations.transformers.checking import specs_of
 from lowmem.integrations.transformers.config import LowmemConfig
 from lowmem.integrations.transformers.saving import folder_names
-from lowmem.io.container import open_checkpoint
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.stored_module import StoredModule
 
@@ -48,10 +48,13 @@ class _FolderNames(WeightRenaming):  # type: ignore[misc]
 
     def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
         """Return the name in the model."""
-        for name in (source_key, source_key.removeprefix(self.prefix), self.prefix + source_key):
-            if name in self.names:
-                return self.names[name], None
-        return source_key, None
+        found = (self.names[name] for name in _variants(source_key, self.prefix) if name in self.names)
+        return next(found, source_key), None
+
+
+def _variants(name: str, prefix: str) -> tuple[str, str, str]:
+    """Return a name as it is, without, and with the base model's prefix: a folder or a model may lack the head."""
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def ties_of_parts(model: Any, target: str, source: str) -> dict[str, str]:
@@ -82,8 +85,8 @@ def records_of(model: Any, config: LowmemConfig, files: list[str]) -> tuple[dict
     prefix = f"{model.base_model_prefix}."
 
     def own(name: str) -> str | None:
-        """Return the name in this model: a folder may hold it with a head, and the model be the part below it."""
-        for path in (name, name.removeprefix(prefix), prefix + name):
+        """Return the name that a module or parameter has in this model; None: the model does not have it."""
+        for path in _variants(name, prefix):
             parent, _, parameter = path.rpartition(".")
             if path in found or (parent in found and parameter in found[parent]._parameters):
                 return path
@@ -101,23 +104,11 @@ def records_of(model: Any, config: LowmemConfig, files: list[str]) -> tuple[dict
             f"quantization_config names no module that {type(model).__name__} has: load the class that was saved"
         )
     tensors: dict[str, Tensor] = {}
-    for file in files if adapters else ():
-        with open_checkpoint(file) as checkpoint:
-            for name, spec in checkpoint.specs.items():
-                tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    tensors |= {
-        place: one for name, one in tensors.items() if (place := _own_tensor(name, prefix, found)) is not None
-    }
+    for name, spec in specs_of(files if adapters else []).items():
+        place, adapter, rest = name.partition(".adapters.")
+        full = f"{own(place)}{adapter}{rest}" if adapter and own(place) is not None else name
+        tensors[full] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     return {"layers": layers, "adapters": adapters}, tensors
-
-
-def _own_tensor(name: str, prefix: str, found: Container[str]) -> str | None:
-    """Return the name of an adapter's tensor in a model that has another prefix."""
-    place, adapters, rest = name.partition(".adapters.")
-    for path in (place.removeprefix(prefix), prefix + place):
-        if adapters and path in found:
-            return path + adapters + rest
-    return None
 
 
 def check_complete(model: nn.Module) -> None:

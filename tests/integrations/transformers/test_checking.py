@@ -111,7 +111,7 @@ def test_layers_without_end_are_refused_at_once(folders):
             load(folder, **asked)
 
 
-def test_counts_of_any_name_are_refused_before_a_model_is_made_of_them(tmp_path):
+def test_counts_of_any_name_are_refused_before_a_model_is_made_of_them_and_sizes_are_not(tmp_path):
     """A Qwen's config itself lists the kind of each layer: the commands read config.json before transformers does."""
     folder = write(tmp_path / "dense", "llama")
     config = json.loads((folder / "config.json").read_text())
@@ -129,17 +129,14 @@ def test_counts_of_any_name_are_refused_before_a_model_is_made_of_them(tmp_path)
         with pytest.raises(FileError, match=f"{name}=.*get it again"):
             load_folder(folder, LowmemConfig(FourBit("nf4")))
     refuse_layers({"max_window_layers": 4096})
-
-
-def test_sizes_named_after_layers_are_no_counts_of_them():
-    """A Gemma 3n has 262,144 of them."""
-    sizes = {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 8192}
+    refuse_layers(
+        {"layer_rope_theta": 10_000, "ffn_dim_per_layer": [8192, 16_384], "layer_list_out_channels": [5000]}
+    )
+    sizes = {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 8192}  # of a Gemma 3n
     for name in ("gemma3n", "gemma4"):
         config = AutoConfig.for_model(name).to_dict()
         config["text_config"] |= sizes
         refuse_layers(config)
-    others = {"layer_rope_theta": 10_000, "ffn_dim_per_layer": [8192, 16_384], "layer_list_out_channels": [5000]}
-    refuse_layers(others)
 
 
 def test_adapted_weights_and_experts_are_told(tmp_path):
