@@ -79,20 +79,15 @@ def _as_norm(module: nn.Module, parts: tuple[str, str]) -> RMSNorm | str:
 def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: torch.dtype) -> float | None:
     """Return the sum of the output's differences to the fused form; None if one exceeds the bound on rounding."""
     columns = getattr(module, how.weight).shape[0]
-    kind = type(module)
-    copied = copied_module(module, kind).train()
+    copied = copied_module(module, type(module)).train()
     values = torch.randn(columns).to(of_weight)
     weight = nn.Parameter(values)
     copied.__dict__["_parameters"] = {how.weight: weight}
     x = (torch.randn(_ROWS, columns) * torch.tensor(_SIZES).unsqueeze(1)).to(dtype).requires_grad_()
     got = rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
     grad = torch.randn(_ROWS, columns).to(got.dtype)
-    try:
-        expected = kind.forward(copied, x)
-        wanted = torch.autograd.grad(expected, [x, weight], grad)
-    except Exception:  # noqa: BLE001 - a module that fails on this input is no norm
-        return None
-    if type(expected) is not Tensor or expected.dtype is not got.dtype or expected.shape != x.shape:
+    expected = _computed(copied, [x, weight], grad, got)
+    if expected is None:
         return None
     found = torch.autograd.grad(got, [x, weight], grad)
     dtype = dtype if dtype is of_weight else torch.bfloat16  # the wider of the roundings
@@ -104,8 +99,19 @@ def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: 
     of_x = scaled + exact.abs() * inverse**2 * (scaled * exact.abs()).mean(-1, keepdim=True)
     of_factor = (grad.double() * exact * inverse).abs().sum(0)
     sizes = exact.abs() * inverse * factor, of_x, of_factor
-    pairs = zip((got, *found), (expected, *wanted), sizes, strict=True)
-    return float((got - expected).detach().abs().sum(dtype=torch.float64)) if _are_near(pairs, unit) else None
+    if not _are_near(zip((got, *found), expected, sizes, strict=True), unit):
+        return None
+    return float((got.detach().double() - expected[0].detach().double()).abs().sum())
+
+
+def _computed(module: nn.Module, sources: list[Tensor], grad: Tensor, like: Tensor) -> tuple[Tensor, ...] | None:
+    """Return a module's output and the gradients of sources; None if it fails, or its output is not like ``like``."""
+    try:
+        out = type(module).forward(module, sources[0])
+        found = torch.autograd.grad(out, sources, grad)
+    except Exception:  # noqa: BLE001 - a module that fails on this input computes something else
+        return None
+    return (out, *found) if type(out) is Tensor and (out.dtype, out.shape) == (like.dtype, like.shape) else None
 
 
 def _are_near(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], unit: float) -> bool:
@@ -134,13 +140,10 @@ def _as_activation(module: nn.Module) -> Act | None:
         x[2:].abs_()  # exp of a large negative number's magnitude may overflow in the module, where act(x) is zero
         x = x.to(dtype).requires_grad_()
         grad = torch.randn(_ROWS, 64).to(dtype)
-        try:
-            expected = type(module).forward(copied_module(module, type(module)).train(), x)
-            (wanted,) = torch.autograd.grad(expected, x, grad)
-        except Exception:  # noqa: BLE001 - a module that fails on this input is no activation
+        computed = _computed(copied_module(module, type(module)).train(), [x], grad, x)
+        if computed is None:
             return None
-        if type(expected) is not Tensor or expected.dtype is not dtype or expected.shape != x.shape:
-            return None
+        expected, wanted = computed
         size = (1 + x.detach().double().abs()) ** (1 if dtype is torch.float32 else 2)
         matching = []
         for name in names:
