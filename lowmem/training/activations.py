@@ -48,8 +48,8 @@ _PART = 8  # a new piece has 1/8 of the bytes of all pieces so far
 class Room:
     """An arena for tensors that live from forward to backward: views of few large pieces, freed with their last view.
 
-    Tensors of about a megabyte, allocated one by one between temporaries of the same size, fragment the heap: the
-    resident peak of a step of 2048 tokens is then 23% higher.
+    Tensors of about a megabyte, allocated one by one between temporaries of the same size, fragment the heap: in
+    "lean", the resident peak of 8 layers of SmolLM2's sizes on 2048 tokens is then 234 MiB in place of 190.
     """
 
     def __init__(self) -> None:

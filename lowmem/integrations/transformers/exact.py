@@ -30,7 +30,7 @@ from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.io.formats.foreign_tensor import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
-from lowmem.io.metadata import form_record
+from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
@@ -242,7 +242,7 @@ class _Exact:
                     f"{printable(first, 80)} is stored in {before}, and {printable(tensor.name, 80)} in {form}, "
                     f"which are one weight in {type(model).__name__}: {_DENSE}"
                 )
-            self.layers[name.removesuffix(".weight")] = form_record(form)
+            self.layers[layer_of(name)] = form_record(form)
             of_parts = _Weight(tensor)
             prefix = name if converter is None else tensor.name
             self.state |= {f"{prefix}_{part}": of_parts.lazy(part) for part in form.parts}
