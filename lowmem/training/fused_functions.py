@@ -267,8 +267,7 @@ class _Activated(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (x,) = _end(ctx)
         if _by_torch(ctx.activation, x, grad):
-            of_torch = _OF_TORCH[ctx.activation][1]
-            return _in_parts(lambda x, grad: of_torch(grad, x.to(ctx.dtype)), ctx.dtype, ctx.dtype, x, grad), None
+            return _OF_TORCH[ctx.activation][1](grad, x.to(ctx.dtype)), None
         if is_batch(grad):
             return rowwise.gated_grads(grad, x, None, ACTIVATIONS[ctx.activation])[0].to(ctx.dtype), None
         of_x = torch.empty_like(x, dtype=ctx.dtype)
@@ -279,7 +278,7 @@ class _Activated(torch.autograd.Function):
 def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Tensor:
     """Return an activation of x in ``dtype``; ``own`` is x's dtype before it was narrowed."""
     if _by_torch(activation, x):
-        return _in_parts(lambda x: _OF_TORCH[activation][0](x.to(own)), own, dtype, x)
+        return _OF_TORCH[activation][0](x.to(own)).to(dtype)
     return rowwise.gated(x, None, ACTIVATIONS[activation], dtype)
 
 
@@ -287,16 +286,6 @@ def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
     """Whether to call torch's function for an activation: the backend has none, or vmap asks."""
     ours = backend_of(x).serves_rows(x) and (grad is None or not is_batch(grad))
     return activation in _OF_TORCH and not ours
-
-
-def _in_parts(function: Callable[..., Tensor], own: torch.dtype, dtype: torch.dtype, *of: Tensor) -> Tensor:
-    """Apply an elementwise function that returns ``own``, and convert to ``dtype``, chunk by chunk to save memory."""
-    if of[0].dtype is own is dtype or any(map(is_batch, of)):
-        return function(*of).to(dtype)
-    out = torch.empty_like(of[0], dtype=dtype)
-    for into, *parts in zip(*(one.reshape(-1).split(_CHUNK) for one in (out, *of)), strict=True):
-        into.copy_(function(*parts))
-    return out
 
 
 def activated(x: Tensor, activation: str) -> Tensor:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.module_copy import copied_module
-from lowmem.training.fused import Act, FusedModule, GatedMLP, How, LayerNorm, RMSNorm, activations
+from lowmem.training.fused import Act, GatedMLP, How, LayerNorm, RMSNorm, activations
 from lowmem.training.fused_functions import activated, gated_product, rms_norm
 
 __all__ = ["recognize"]
@@ -32,8 +32,6 @@ _DTYPES = torch.float32, torch.bfloat16
 
 def recognize(module: nn.Module) -> How | str | None:
     """Return how a module can be fused; if it only looks as if it could, the reason; None for any other module."""
-    if isinstance(module, FusedModule):
-        return module.fused_as
     if type(module) is nn.LayerNorm:
         return LayerNorm() if "forward" not in vars(module) else None
     norm, layers, activation = _norm_parts(module), _mlp_layers(module), _is_function(module)
