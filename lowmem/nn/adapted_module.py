@@ -8,6 +8,7 @@ convolutions. The adapters are in the child ``adapters``. Classes of ``FORWARDS`
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, NoReturn, cast
@@ -122,9 +123,15 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
 adapted_class: Callable[[Any, tuple[str, ...]], type[AdaptedModule]] = cache(_adapted_class)
 
 
+_ENGINE = "torch.distributed.fsdp"
+
+
 def _adapted_property(name: str) -> property:
     def get(module: nn.Module) -> Any:
         bank = module.__dict__["_modules"].get("adapters")
+        own = module._parameters.get(name)
+        if isinstance(own, sharded_types()) and sys._getframe(1).f_globals["__name__"].startswith(_ENGINE):
+            return own  # FSDP2 looks for the shard that it has set
         return parameter_of(module, name) if bank is None else bank.weight(module, name)
 
     leave_to_eager(get)  # a graph of its own, after a graph break, could not return the weight

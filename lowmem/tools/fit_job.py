@@ -147,13 +147,14 @@ def job_of(
             raise ValueError(f"{option_of(name)} needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     rank = LoRA(arguments.rank or RANK).rank
-    from lowmem.integrations.transformers.config_facts import check_shapes, held_back, sizes_of
-    from lowmem.integrations.transformers.tokenizing import load_tokenizer
+    from lowmem.integrations.transformers.config_facts import held_back, sizes_of
+    from lowmem.integrations.transformers.folder import check_shapes
+    from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer
 
     with held_back(shown=False):  # what it says comes again when the model is loaded
         vocabulary, width, positions, _ = sizes_of(folder)
         try:
-            tokenizer = load_tokenizer(folder, vocabulary)
+            tokenizer = TextTokenizer(read_tokenizer(folder, vocabulary))
         except FileError:
             if dense:
                 check_shapes(folder)  # where config.json and weights differ, the tokenizer may be right

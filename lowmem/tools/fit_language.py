@@ -21,7 +21,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lowmem.distributed.processes import TIMEOUT, joined
-from lowmem.errors import FileError, quoted, refusal
+from lowmem.errors import quoted, refusal
 from lowmem.finetuning.calling import Calling, calling_of, logits_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
@@ -185,7 +185,8 @@ def _plan_steps(folder: Path, storing: Technique | None, rank: int, memory: str,
     Plans run on fake tensors, and what ``prepare_training`` keeps depends on values. So models with the same layers,
     but few of them, take two steps on random weights; each other layer is taken to need what one more layer needs.
     """
-    from lowmem.integrations.transformers.config_facts import check_shapes, factory_of, sizes_of
+    from lowmem.integrations.transformers.config_facts import factory_of, sizes_of
+    from lowmem.integrations.transformers.folder import check_shapes
 
     check_shapes(folder)
     techniques = (*([] if storing is None else [storing]), LoRA(rank))
@@ -259,16 +260,11 @@ class _Training:
 
     def _load(self, technique: Storing) -> nn.Module:
         from lowmem.integrations.transformers.config import LowmemConfig
-        from lowmem.integrations.transformers.config_facts import check_shapes, held_back
+        from lowmem.integrations.transformers.config_facts import held_back
         from lowmem.integrations.transformers.folder import load_folder
 
-        try:
-            with held_back():
-                model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
-        except FileError as error:
-            if "ignore_mismatched_sizes" in str(error):  # transformers has logged which, and names none in its error
-                check_shapes(self._job.folder)
-            raise
+        with held_back():
+            model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
         model = model.to(self._job.device)
         if self._calling is None:
             try:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import torch
@@ -21,7 +20,7 @@ from torch.nn import functional
 from lowmem.nn.frozen_linear import is_cast, is_plain_call
 from lowmem.nn.read_only import METADATA, writes_in_place
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
-from lowmem.training.prepared_module import PreparedModule
+from lowmem.training.prepared_module import PreparedModule, prepared_class
 
 __all__ = ["LazyLogits", "LazyOutput", "delay_logits"]
 
@@ -31,30 +30,17 @@ _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 
 @dataclass(frozen=True)
 class _Product:
-    """Logits ``scale * layer(hidden) + offset``.
+    """Logits ``scale * layer(hidden) + offset``."""
 
-    Attributes:
-        layer: the output layer, with ``weight`` (vocabulary, width) and ``bias``.
-        hidden: floating point (..., width).
-        dtype: the layer computes in it.
-        autocast: whether autocast to that dtype was enabled.
-        versions: identity and version of the layer's weight and bias when it was called, and the version of
-            ``hidden``.
-        chunk: rows of logits that exist at once.
-        loss_dtype: the loss multiplies in it.
-        scale: a factor.
-        offset: (vocabulary,), frozen, or None.
-    """
-
-    layer: Any
-    hidden: Tensor
-    dtype: torch.dtype
-    autocast: bool
-    versions: tuple[Any, ...]
-    chunk: int
-    loss_dtype: torch.dtype
+    layer: Any  # the output layer, with ``weight`` (vocabulary, width) and ``bias``
+    hidden: Tensor  # floating point (..., width)
+    dtype: torch.dtype  # in which the layer computes
+    autocast: bool  # whether autocast to ``dtype`` was enabled
+    versions: tuple[Any, ...]  # ``_versions`` when the layer was called
+    chunk: int  # rows of logits that exist at once in the loss
+    loss_dtype: torch.dtype  # in which the loss multiplies
     scale: float = 1.0
-    offset: Tensor | None = None
+    offset: Tensor | None = None  # (vocabulary,), frozen
 
     def check(self) -> None:
         """Raise a RuntimeError if hidden, weight or bias was modified or replaced since the layer was called."""
@@ -68,21 +54,13 @@ class _Product:
             )
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> _Product:
-        """Return the product with ``move(hidden)`` as hidden states.
-
-        Raises:
-            RuntimeError: as ``check``.
-        """
+        """Return the product with ``move(hidden)`` as hidden states."""
         self.check()
         hidden = move(self.hidden)
         return replace(self, hidden=hidden, versions=_versions(self.layer, hidden))
 
     def logits(self) -> Tensor:
-        """Compute all logits, differentiable.
-
-        Raises:
-            RuntimeError: as ``check``.
-        """
+        """Compute all logits, differentiable."""
         self.check()
         with torch.autocast(self.hidden.device.type, self.dtype, enabled=self.autocast):
             out: Tensor = self.layer.dense_forward(self.hidden)
@@ -90,11 +68,7 @@ class _Product:
         return out if self.offset is None else out + self.offset
 
     def cross_entropy(self, labels: Tensor, **options: Any) -> Tensor:
-        """Return ``linear_cross_entropy`` of these rows, which never holds all logits.
-
-        Raises:
-            RuntimeError: as ``check``.
-        """
+        """Return ``linear_cross_entropy`` of these rows, which never holds all logits."""
         self.check()
         hidden, bias = self.hidden, self.layer.bias
         if self.scale != 1:
@@ -107,11 +81,7 @@ class _Product:
 
 
 class LazyLogits(Tensor):
-    """Logits of an output layer, (..., vocabulary), without values; each function that needs values computes them.
-
-    Attributes:
-        product: the layer and its input.
-    """
+    """Logits of an output layer, (..., vocabulary), without values; each function that needs values computes them."""
 
     product: _Product
 
@@ -134,11 +104,7 @@ class LazyLogits(Tensor):
         return out
 
     def values(self) -> Tensor:
-        """Compute the logits, differentiable.
-
-        Raises:
-            RuntimeError: hidden, weight or bias was modified or replaced since the layer was called.
-        """
+        """Compute the logits, differentiable."""
         return self.product.logits().to(self.dtype)
 
     @classmethod
@@ -218,37 +184,27 @@ class LazyOutput(PreparedModule):
 
 
 def _can_wait(layer: nn.Module, input: Tensor) -> bool:
-    """Whether logits may be computed later: a plain floating point input, and no compiler, tracer or transform.
-
-    Not of a layer that is an FSDP2 unit of its own: FSDP2 frees its gathered weight after the call.
-    """
+    """Whether logits may be computed later: a plain floating point input, and no compiler, tracer or transform."""
     if not is_plain_call() or type(input) not in (Tensor, nn.Parameter) or input.is_nested or input.is_meta:
         return False
-    return input.is_floating_point() and not any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)
+    is_unit = any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)  # FSDP2 frees the gathered weight
+    return input.is_floating_point() and not is_unit
 
 
 def _versions(layer: Any, hidden: Tensor) -> tuple[Any, ...]:
+    """Return identity and version of a layer's weight and bias, and the version of its input."""
     counted = [one for one in (layer.weight, layer.bias) if type(one) is nn.Parameter]
     return *((id(one), one._version) for one in counted), 0 if hidden.is_inference() else hidden._version
 
 
 def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None = None) -> None:
-    """Let an output layer return ``LazyLogits`` in training.
+    """Let an output layer, an nn.Linear or a stored one, return ``LazyLogits`` in training.
 
-    Args:
-        layer: computes ``x @ weight.T + bias``: nn.Linear, or that layer stored in 16 or 4 bits.
-        chunk: rows of logits that exist at once in the loss.
-        dtype: the loss multiplies in it if the hidden states are float32 and autocast is off; None: the default of
-            ``linear_cross_entropy``.
+    In the loss, ``chunk`` rows of logits exist at once. The loss multiplies in ``dtype`` if the hidden states are
+    float32 and autocast is off; None: in the default of ``linear_cross_entropy``.
     """
     layer.__dict__.update(logits_chunk=chunk, logits_dtype=dtype)
-    layer.__class__ = _delayed(cast(Any, type(layer)))
-
-
-@cache
-def _delayed(kind: type[Any]) -> type[LazyOutput]:
-    made: type[LazyOutput] = type(f"Lazy{kind.__name__}", (LazyOutput, kind), {"plain_class": kind})
-    return made
+    layer.__class__ = prepared_class(LazyOutput, cast(Any, type(layer)))
 
 
 _TAKE_NAMES = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.flatten}

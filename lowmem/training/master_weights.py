@@ -10,6 +10,7 @@ Recommender Systems' Training On CPU Cluster Architectures, arXiv 2005.04680, fo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from lowmem.nn.sharded import sharded_types
 from lowmem.training.step_in_backward import Freed
 
-__all__ = ["REST", "MasterWeights", "join", "master_weights", "split"]
+__all__ = ["REST", "MasterWeights", "join", "keep_dtypes", "loaded_states", "master_weights", "split"]
 
 REST = "master_rest"
 """The key of ``rest`` in an optimizer's state."""
@@ -119,14 +120,24 @@ class MasterWeights:
 
     def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
         """Replace the loaded tensors by uncast copies: torch casts the states of bfloat16 parameters to bfloat16."""
-        given = [number for group in self._loading["param_groups"] for number in group["params"]]
-        own = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        for number, parameter in zip(given, own, strict=True):
+        for parameter, state in loaded_states(optimizer, self._loading):
             if _has_master(parameter):
-                for name, value in self._loading["state"].get(number, {}).items():
-                    if isinstance(value, Tensor):
-                        optimizer.state[parameter][name] = value.to(parameter.device, copy=True)
+                keep_dtypes(optimizer, parameter, state)
         self._loading = {}
+
+
+def loaded_states(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Any]]:
+    """Return each parameter of an optimizer, and what a state_dict has for it, or {}; torch checks their numbers."""
+    given = (number for group in state_dict["param_groups"] for number in group["params"])
+    own = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [(parameter, state_dict["state"].get(number, {})) for number, parameter in zip(given, own, strict=False)]
+
+
+def keep_dtypes(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    """Replace the tensors in a loaded parameter's state by copies in their own dtypes, not the parameter's."""
+    copies = {name: one.to(parameter.device, copy=True) for name, one in state.items() if isinstance(one, Tensor)}
+    if copies:
+        optimizer.state[parameter].update(copies)
 
 
 def _has_master(parameter: Tensor) -> bool:

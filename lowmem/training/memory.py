@@ -22,6 +22,7 @@ from lowmem import measure
 from lowmem.errors import show
 from lowmem.nn.adapter import Adapter
 from lowmem.training.optimizer import AdamW8bit
+from lowmem.training.prepared_module import trained_parameters
 from lowmem.transforms.plan import OPTIMIZERS
 from lowmem.transforms.registry import check_module
 
@@ -129,12 +130,7 @@ def training_memory(
         raise ValueError(f"optimizer={optimizer!r} is unknown: choose from {', '.join(TRAINERS)}, or give a callable")
     if not isinstance(optimizer, str) and not callable(optimizer):
         raise TypeError(f"optimizer={show(optimizer)} must be a name, or a callable that makes an optimizer")
-    trained: list[Tensor] = [one for one in model.parameters() if one.requires_grad]
-    if not trained:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
-            "requires_grad_(True) lets parameters train"
-        )
+    trained: list[Tensor] = [*trained_parameters(model)]
     weights, adapters = _resident(model)
     given = sum(one.nbytes for one in dict.fromkeys(measure.tensors_in([inputs, named])))
     # In a caller's inference mode, the optimizer's state would be inference tensors, which the second step rejects.
@@ -215,25 +211,17 @@ def _storages(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 @dataclass(eq=False)
 class _Block:
-    """A storage that a step has allocated.
+    """A storage that a step has allocated."""
 
-    Attributes:
-        made_in: the class of the layer in whose forward it was made, or "loss"; "" outside of any frame.
-        kept: whether it was still alive when that forward returned.
-        name: "gradients" or "optimizer"; "" for others.
-    """
-
-    made_in: str
-    kept: bool = False
-    name: str = ""
+    made_in: str  # the class of the layer in whose forward it was made, or "loss"; "" outside of any frame
+    kept: bool = False  # whether it was still alive when that forward returned
+    name: str = ""  # "gradients" or "optimizer"; "" for others
 
 
 class StepMemory(measure.PeakMemory):
     """A ``PeakMemory`` that also knows what the storages at the peak were for. May be entered several times.
 
-    Attributes:
-        phase: the step's phase, set by the caller.
-        peak_phase: the value of ``phase`` at the peak.
+    The caller sets ``phase``; ``peak_phase`` is its value at the peak.
     """
 
     def __init__(self) -> None:

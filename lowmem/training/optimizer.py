@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.nn.sharded import sharded_types
-from lowmem.training.master_weights import REST
+from lowmem.training.master_weights import REST, keep_dtypes, loaded_states
 
 __all__ = ["AdamW8bit"]
 
@@ -86,10 +86,8 @@ class AdamW8bit(torch.optim.Optimizer):
             RuntimeError: a gradient is sparse or complex, or a parameter is sharded along another dimension than the
                 first.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:
@@ -136,15 +134,12 @@ class AdamW8bit(torch.optim.Optimizer):
         Raises:
             ValueError: the state is of other parameters or of another optimizer; nothing was changed.
         """
-        given = [number for group in state_dict["param_groups"] for number in group["params"]]
-        own = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, parameter in zip(given, own, strict=False):  # torch rejects a different number of parameters
-            _check_state(state_dict["state"].get(number), parameter, number)
+        loaded = loaded_states(self, state_dict)
+        for number, (parameter, state) in enumerate(loaded):
+            _check_state(state, parameter, number)
         super().load_state_dict(state_dict)
-        for number, parameter in zip(given, own, strict=True):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.to(parameter.device, copy=True)
+        for parameter, state in loaded:
+            keep_dtypes(self, parameter, state)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -177,11 +172,7 @@ def _zeros(parameter: Tensor, device: torch.device | str | None = None) -> dict[
 
 
 def _zero(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor, device: torch.device | str | None) -> Tensor:
-    """Return zeros, sharded as the parameter is unless ``device`` is given.
-
-    Raises:
-        RuntimeError: the parameter is sharded along another dimension than the first.
-    """
+    """Return zeros, sharded as the parameter is unless ``device`` is given."""
     if not _row(parameter) or device is not None:
         return torch.zeros(shape, dtype=dtype, device=device or parameter.device)
     from torch.distributed.tensor import Replicate, Shard, zeros
@@ -196,7 +187,7 @@ def _zero(shape: tuple[int, ...], dtype: torch.dtype, parameter: Tensor, device:
     return made
 
 
-def _check_state(state: Mapping[str, Any] | None, parameter: Tensor, number: int) -> None:
+def _check_state(state: Mapping[str, Any], parameter: Tensor, number: int) -> None:
     """Raise a ValueError if a loaded state does not have the names and shapes that this parameter's state has."""
     if not state:
         return
@@ -246,12 +237,9 @@ def _blocks(part: slice, row: int) -> slice:
 
 
 def quantize_moment(moment: Tensor, positive: bool = False, block: int = BLOCK) -> tuple[Tensor, Tensor]:
-    """Return the codes, uint8 (blocks, block): bits of e4m3 floats, and the scales, float32 (blocks, 1).
+    """Return the codes of a moment, float32 (n,): bits of e4m3 floats, uint8 (blocks, block), and float32 scales.
 
-    Args:
-        moment: float32 (n,).
-        positive: whether the smallest code is that of the smallest positive level, not zero.
-        block: elements that share a scale.
+    With ``positive``, the smallest code is that of the smallest positive level, not zero.
     """
     padded = functional.pad(moment, (0, -len(moment) % block)).view(-1, block)
     scales = padded.abs().amax(1, keepdim=True).div_(_LARGEST)

@@ -21,7 +21,13 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.training.activations import compressed_activations
 from lowmem.training.fused import GatedMLP, How, activations, fuse
 from lowmem.training.logits import delay_logits
-from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
+from lowmem.training.prepared_module import (
+    PreparedModule,
+    check_prepared,
+    prepared_class,
+    release_module,
+    trained_parameters,
+)
 from lowmem.training.recognize import recognize
 from lowmem.transforms.registry import check_module, layer_name, module_paths
 from lowmem.transforms.roles import output_layers
@@ -75,9 +81,12 @@ def prepare_training(
     patterns = list(output) if isinstance(output, Iterable) and not isinstance(output, str) else [output]
     if not all(isinstance(one, str) for one in patterns):
         raise TypeError(f"output={output!r} must be glob patterns of paths, such as output='head'")
-    _check_trains(model)
-    _check_forward(model)
-    before = {one: (type(one), _given(one)) for one in model.modules() if isinstance(one, PreparedModule)}
+    _check(model)
+    before = {
+        one: (type(one), {name: value for name, value in vars(one).items() if name in one.prepared_attributes})
+        for one in model.modules()
+        if isinstance(one, PreparedModule)
+    }
     release_training(model)
     try:
         layers = _named_layers(model, patterns) if patterns else _outputs(model)
@@ -96,11 +105,6 @@ def prepare_training(
             one.__class__ = cast(Any, kind)
         raise
     return model
-
-
-def _given(module: PreparedModule) -> dict[str, Any]:
-    """Return the attributes that preparing has set in a module."""
-    return {name: module.__dict__[name] for name in module.prepared_attributes if name in module.__dict__}
 
 
 def _fusable(model: nn.Module, lean: bool) -> dict[nn.Module, How]:
@@ -151,10 +155,11 @@ def training_report(model: nn.Module) -> dict[str, str]:
 
 def _logits_dtype(model: nn.Module) -> torch.dtype | None:
     """Return bfloat16 if a stored layer computes in it and its device is fast at it; else None."""
-    stored = [(one, name) for one in model.modules() if isinstance(one, StoredModule) for name in one.forms]
     asked = any(
-        module.forms[name].compute_dtype is torch.bfloat16 and kernels.fast_bfloat16(next(module.parameters()))
-        for module, name in stored
+        form.compute_dtype is torch.bfloat16 and kernels.fast_bfloat16(next(module.parameters()))
+        for module in model.modules()
+        if isinstance(module, StoredModule)
+        for form in module.forms.values()
     )
     return torch.bfloat16 if asked else None
 
@@ -181,8 +186,7 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
     # A signature instead of ``__wrapped__``: accelerate unwraps that, and would call the forward without compression.
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
-    names = {"plain_class": kind, "forward": forward, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    made: type[_Compressing] = type(kind.__name__, (_Compressing, kind), names)
+    made: type[_Compressing] = prepared_class(_Compressing, cast(Any, kind), forward=forward)
     return made
 
 
@@ -233,21 +237,9 @@ def _named_layers(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
     return found
 
 
-def _check_forward(model: nn.Module) -> None:
-    if "forward" in vars(model):
-        raise ValueError(
-            f"{type(model).__name__} has a forward of its own, which another library has put into it: prepare the "
-            "model before, as before accelerate.prepare"
-        )
-
-
-def _check_trains(model: nn.Module) -> None:
-    trained = [one for one in model.parameters() if one.requires_grad]
-    if not trained:
-        raise ValueError(
-            f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
-            "requires_grad_(True) lets parameters train"
-        )
+def _check(model: nn.Module) -> None:
+    """Raise a ValueError for a model that cannot be trained, or prepared any more."""
+    trained_parameters(model)
     for path, one in model.named_parameters():
         if is_lazy(one):
             raise ValueError(
@@ -258,4 +250,9 @@ def _check_trains(model: nn.Module) -> None:
         raise ValueError(
             f"{type(model).__name__} was made inside torch.inference_mode(), whose tensors cannot train: make it "
             "outside"
+        )
+    if "forward" in vars(model):
+        raise ValueError(
+            f"{type(model).__name__} has a forward of its own, which another library has put into it: prepare the "
+            "model before, as before accelerate.prepare"
         )

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar, cast
 
 from torch import nn
 
-__all__ = ["PreparedModule", "check_prepared", "release_module"]
+__all__ = ["PreparedModule", "check_prepared", "prepared_class", "release_module", "trained_parameters"]
 
 
 class PreparedModule(nn.Module):
-    """Base of the generated classes; each sets its own ``plain_class``.
+    """Base of the generated classes.
 
     Attributes:
-        plain_class: the module's class before.
+        plain_class: the module's class before; each generated class sets its own.
         prepared_attributes: names of the instance attributes that belong to the generated class.
         training_note: what was done to the module, for reports.
     """
@@ -24,12 +25,15 @@ class PreparedModule(nn.Module):
     prepared_for_training = True
 
 
-def check_prepared(module: nn.Module) -> None:
-    """Raise unless ``release_module`` can restore a module's class.
+@cache
+def prepared_class(base: Any, kind: Any, **body: Any) -> Any:
+    """Return a subclass of ``base`` and of a module's class, under the name of the module's class."""
+    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (base, kind), {"plain_class": kind, **names, **body})
 
-    Raises:
-        RuntimeError: the class of a prepared module was changed since, as by a parametrization or FSDP.
-    """
+
+def check_prepared(module: nn.Module) -> None:
+    """Raise a RuntimeError if the class of a prepared module was changed since, as by a parametrization or FSDP."""
     if isinstance(module, PreparedModule) and "plain_class" not in vars(type(module)):
         raise RuntimeError(
             f"{type(module).__name__} was made of the prepared module since, as a parametrization does: undo that "
@@ -38,13 +42,20 @@ def check_prepared(module: nn.Module) -> None:
 
 
 def release_module(module: nn.Module) -> None:
-    """Restore the class that a module had before it was prepared; one that is not prepared stays as it is.
-
-    Raises:
-        RuntimeError: as ``check_prepared``.
-    """
+    """Restore the class that a module had before it was prepared; one that is not prepared stays as it is."""
     check_prepared(module)
     while isinstance(module, PreparedModule):
         for name in module.prepared_attributes:
             module.__dict__.pop(name, None)
         module.__class__ = cast(Any, module.plain_class)
+
+
+def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters that require a gradient; none is a ValueError."""
+    trained = [one for one in model.parameters() if one.requires_grad]
+    if not trained:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "
+            "requires_grad_(True) lets parameters train"
+        )
+    return trained

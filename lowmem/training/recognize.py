@@ -8,6 +8,7 @@ the input of its last layer) and the gradients equal those of the fused form, wi
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -17,18 +18,8 @@ from torch import Tensor, nn
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.frozen_linear import is_observed
 from lowmem.nn.module_copy import copied_module
-from lowmem.training.fused import (
-    Act,
-    FusedModule,
-    GatedMLP,
-    How,
-    LayerNorm,
-    RMSNorm,
-    activated,
-    activations,
-    gated_product,
-    rms_norm,
-)
+from lowmem.training.fused import Act, GatedMLP, How, LayerNorm, RMSNorm, activations
+from lowmem.training.fused_functions import activated, gated_product, rms_norm
 
 __all__ = ["recognize"]
 
@@ -41,8 +32,6 @@ _DTYPES = torch.float32, torch.bfloat16
 
 def recognize(module: nn.Module) -> How | str | None:
     """Return how a module can be fused; if it only looks as if it could, the reason; None for any other module."""
-    if isinstance(module, FusedModule):
-        return module.fused_as
     if type(module) is nn.LayerNorm:
         return LayerNorm() if "forward" not in vars(module) else None
     norm, layers, activation = _norm_parts(module), _mlp_layers(module), _is_function(module)
@@ -88,20 +77,15 @@ def _as_norm(module: nn.Module, parts: tuple[str, str]) -> RMSNorm | str:
 def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: torch.dtype) -> float | None:
     """Return the sum of the output's differences to the fused form; None if one exceeds the bound on rounding."""
     columns = getattr(module, how.weight).shape[0]
-    kind = type(module)
-    copied = copied_module(module, kind).train()
+    copied = copied_module(module, type(module)).train()
     values = torch.randn(columns).to(of_weight)
     weight = nn.Parameter(values)
     copied.__dict__["_parameters"] = {how.weight: weight}
     x = (torch.randn(_ROWS, columns) * torch.tensor(_SIZES).unsqueeze(1)).to(dtype).requires_grad_()
     got = rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
     grad = torch.randn(_ROWS, columns).to(got.dtype)
-    try:
-        expected = kind.forward(copied, x)
-        wanted = torch.autograd.grad(expected, [x, weight], grad)
-    except Exception:  # noqa: BLE001 - a module that fails on this input is no norm
-        return None
-    if type(expected) is not Tensor or expected.dtype is not got.dtype or expected.shape != x.shape:
+    expected = _computed(copied, [x, weight], grad, got)
+    if expected is None:
         return None
     found = torch.autograd.grad(got, [x, weight], grad)
     dtype = dtype if dtype is of_weight else torch.bfloat16  # the wider of the roundings
@@ -113,11 +97,24 @@ def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: 
     of_x = scaled + exact.abs() * inverse**2 * (scaled * exact.abs()).mean(-1, keepdim=True)
     of_factor = (grad.double() * exact * inverse).abs().sum(0)
     sizes = exact.abs() * inverse * factor, of_x, of_factor
-    pairs = zip((got, *found), (expected, *wanted), sizes, strict=True)
-    off = [((one.double() - other.double()).abs(), size) for one, other, size in pairs]
-    if not all(bool((difference <= unit * size + 1e-30).all()) for difference, size in off):
+    if not _are_near(zip((got, *found), expected, sizes, strict=True), unit):
         return None
-    return float(off[0][0].detach().sum())
+    return float((got.detach().double() - expected[0].detach().double()).abs().sum())
+
+
+def _computed(module: nn.Module, sources: list[Tensor], grad: Tensor, like: Tensor) -> tuple[Tensor, ...] | None:
+    """Return a module's output and the gradients of sources; None if it fails, or its output is not like ``like``."""
+    try:
+        out = type(module).forward(module, sources[0])
+        found = torch.autograd.grad(out, sources, grad)
+    except Exception:  # noqa: BLE001 - a module that fails on this input computes something else
+        return None
+    return (out, *found) if type(out) is Tensor and (out.dtype, out.shape) == (like.dtype, like.shape) else None
+
+
+def _are_near(pairs: Iterable[tuple[Tensor, Tensor, Tensor]], unit: float) -> bool:
+    """Whether pairs of tensors differ by at most ``unit`` times a size, elementwise."""
+    return all(bool(((a.double() - b.double()).abs() <= unit * size + 1e-30).all()) for a, b, size in pairs)
 
 
 def _is_function(module: nn.Module) -> bool:
@@ -141,22 +138,17 @@ def _as_activation(module: nn.Module) -> Act | None:
         x[2:].abs_()  # exp of a large negative number's magnitude may overflow in the module, where act(x) is zero
         x = x.to(dtype).requires_grad_()
         grad = torch.randn(_ROWS, 64).to(dtype)
-        try:
-            expected = type(module).forward(copied_module(module, type(module)).train(), x)
-            (wanted,) = torch.autograd.grad(expected, x, grad)
-        except Exception:  # noqa: BLE001 - a module that fails on this input is no activation
+        computed = _computed(copied_module(module, type(module)).train(), [x], grad, x)
+        if computed is None:
             return None
-        if type(expected) is not Tensor or expected.dtype is not dtype or expected.shape != x.shape:
-            return None
+        expected, wanted = computed
         size = (1 + x.detach().double().abs()) ** (1 if dtype is torch.float32 else 2)
         matching = []
         for name in names:
             got = activated(x, name)
             (found,) = torch.autograd.grad(got, x, grad)
-            # Up to eight roundings, of numbers not much larger than 1 + |x|.
-            bound = 8 * torch.finfo(dtype).eps * size
-            near = ((got.double() - expected.double()).abs() <= bound).all()
-            if near and ((found.double() - wanted.double()).abs() <= bound * grad.double().abs()).all():
+            pairs = (got, expected, size), (found, wanted, size * grad.double().abs())
+            if _are_near(pairs, 8 * torch.finfo(dtype).eps):  # eight roundings, of numbers near 1 + |x| at most
                 matching.append(name)
         names = matching
     return Act(names[0]) if names else None
@@ -224,9 +216,8 @@ def _probed(
     """Run a module with probes in place of its layers.
 
     Returns:
-        The probes that read the module's input, by name; the name of the last layer; and that layer's input. A
-        reason, if the module does not return the last layer's output; None if its layers are connected in another
-        way.
+        The probes that read the module's input, by name; the last layer's name; and its input. A reason, if the
+        module does not return the output of the last layer; None if its layers are connected in another way.
     """
     reason = None
     copied = copied_module(module, type(module)).train()
@@ -269,12 +260,7 @@ def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch
     gate, up = first[how.gate].out, None if how.up is None else first[how.up].out
     sources = [one for one in (gate, up) if one is not None]
     got = gated_product(gate, up, how.activation, how.gate_first)
-    if (
-        type(hidden) is not Tensor
-        or hidden.dtype is not dtype
-        or hidden.shape != got.shape
-        or not hidden.requires_grad
-    ):
+    if type(hidden) is not Tensor or (hidden.dtype, hidden.shape) != (dtype, got.shape) or not hidden.requires_grad:
         return False
     grad = torch.randn(got.shape).to(dtype)
     wanted = torch.autograd.grad(hidden, sources, grad, retain_graph=True, allow_unused=True)
@@ -289,5 +275,4 @@ def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch
     bounds = [bound] + [(bound * grad.double().abs())] * 2
     if up is None:
         found, wanted = found[0].chunk(2, -1), wanted[0].chunk(2, -1)
-    pairs = zip((got, *found), (hidden, *wanted), bounds, strict=True)
-    return all(bool(((one.double() - other.double()).abs() <= unit * size).all()) for one, other, size in pairs)
+    return _are_near(zip((got, *found), (hidden, *wanted), bounds, strict=True), unit)

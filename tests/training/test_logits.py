@@ -96,15 +96,20 @@ def test_losses_and_gradients_stay(loss, technique, monkeypatch):
         assert parameter.grad is None or close(parameter.grad, gradients[name]), name
 
 
-def test_whoever_reads_them_gets_the_logits():
+def test_functions_that_need_values_get_the_logits_and_attributes_compute_none(monkeypatch):
     torch.manual_seed(0)
     model = Language()
     ids = torch.randint(0, VOCABULARY, (2, 5))
     wanted = model(ids)
     delay_logits(model.head)
     logits = model(ids)
-    assert (logits.dtype, logits.device, logits.dim(), len(logits)) == (wanted.dtype, wanted.device, 3, 2)
-    assert "LazyLogits(shape=(2, 5, 40)" in repr(logits)
+    with monkeypatch.context() as patch:
+        patch.setattr(LazyLogits, "values", lambda _: pytest.fail("all logits were computed"))
+        assert (logits.dtype, logits.device, logits.dim(), len(logits)) == (wanted.dtype, wanted.device, 3, 2)
+        assert (logits.is_leaf, logits.nbytes, logits.is_contiguous()) == (False, 2 * 5 * VOCABULARY * 4, True)
+        assert logits.requires_grad
+        assert logits.grad_fn is not None
+        assert "LazyLogits(shape=(2, 5, 40)" in repr(logits)
     reads = {
         "detach": lambda x: x.detach(),
         "item": lambda x: x[0, 0, 3].reshape(1),
@@ -135,16 +140,6 @@ def test_whoever_reads_them_gets_the_logits():
     logits.sum().backward()
 
 
-def test_what_needs_no_values_computes_none(monkeypatch):
-    model = Language()
-    delay_logits(model.head)
-    logits = model(torch.randint(0, VOCABULARY, (2, 5)))
-    monkeypatch.setattr(LazyLogits, "values", lambda _: pytest.fail("all logits were computed"))
-    assert logits.requires_grad
-    assert logits.grad_fn is not None
-    assert (logits.is_leaf, logits.nbytes, logits.is_contiguous()) == (False, 2 * 5 * VOCABULARY * 4, True)
-
-
 def test_evaluation_compiled_and_traced_calls_return_plain_logits():
     model = Language()
     ids = torch.randint(0, VOCABULARY, (2, 5))
@@ -159,18 +154,20 @@ def test_evaluation_compiled_and_traced_calls_return_plain_logits():
     assert type(compiled(ids)) is torch.Tensor
 
 
-def test_under_autocast_they_are_of_its_dtype():
+def test_logits_of_autocast_have_its_dtype_and_are_read_outside_of_it():
     torch.manual_seed(0)
     model = Language()
     ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = shifted_loss(model(ids), labels)
+        plain = model(ids)
+        wanted = shifted_loss(plain, labels)
         delay_logits(model.head)
         logits = model(ids)
         assert logits.dtype == torch.bfloat16
         loss = shifted_loss(logits, labels)
     assert loss.dtype == torch.float32
     assert close(loss, wanted)
+    assert torch.equal(logits + 0, plain)
 
 
 def test_it_is_undone_and_copies_are_independent():
@@ -247,17 +244,6 @@ def test_writes_and_stale_reads_are_refused():
         for one in read.values():
             with pytest.raises(RuntimeError, match=f"{name} was written to since"):
                 one(stale)
-
-
-def test_logits_of_autocast_are_read_outside_of_it():
-    torch.manual_seed(0)
-    model = Language()
-    ids = torch.randint(0, VOCABULARY, (2, 5))
-    with torch.autocast("cpu", torch.bfloat16):
-        wanted = model.head(model.mix(model.embedding(ids)))
-        delay_logits(model.head)
-        logits = model.head(model.mix(model.embedding(ids)))
-    assert torch.equal(logits + 0, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64], ids=str)

@@ -5,7 +5,6 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-import lowmem
 from lowmem import FourBit, Half, StoredTensor, convert, linear_cross_entropy
 from lowmem.measure import PeakMemory
 from lowmem.training.loss import loss_dtype
@@ -216,10 +215,6 @@ def test_wrong_arguments_are_named(change, message):
     given = {"hidden": hidden, "weight": weight, "labels": labels} | change
     with pytest.raises((ValueError, TypeError), match=message):
         linear_cross_entropy(**given)
-
-
-def test_it_is_public():
-    assert lowmem.linear_cross_entropy is linear_cross_entropy
 
 
 def test_it_multiplies_in_bfloat16_if_a_factor_is_or_autocast_says_so():

@@ -146,9 +146,6 @@ def test_what_is_computed_again_is_smaller_and_has_the_names_of_its_layers():
     assert {"TransformerEncoderLayer", "MultiheadAttention"} <= plain.activations.keys()
     assert sum(again.activations.values()) < sum(plain.activations.values())
     assert "TransformerEncoderLayer" in again.activations
-
-
-def test_names_of_layers_are_those_of_the_class_as_it_is_trained():
     model = prepare_training(convert(Language(), *QLORA), "lean")
     found = training_memory(model, *(one.repeat(4, 4) for one in IDS), optimizer="sgd")
     assert found.activations.keys() <= {type(one).__name__ for one in model.modules()} | {"loss"}
@@ -200,6 +197,11 @@ def fails(x):
     raise LookupError("not today")
 
 
+class Detached(nn.Linear):
+    def forward(self, x):
+        return super().forward(x).detach()
+
+
 @pytest.mark.parametrize(
     ("model", "options", "error", "text"),
     [
@@ -212,6 +214,7 @@ def fails(x):
         (nn.Linear(4, 4), {"loss": lambda y: y.detach()}, TypeError, "loss= must return a tensor of one element"),
         (nn.Linear(4, 4), {"loss": fails}, LookupError, "not today"),
         (nn.Linear(5, 4), {}, RuntimeError, "shapes"),
+        (Detached(4, 4), {}, ValueError, "Detached returns no tensor with a gradient"),
     ],
 )
 def test_bad_input_leaves_everything_as_it_was(model, options, error, text):
@@ -224,15 +227,6 @@ def test_bad_input_leaves_everything_as_it_was(model, options, error, text):
     if isinstance(model, nn.Module):
         assert not model.training
         assert all(one.grad is None for one in model.parameters())
-
-
-def test_outputs_without_a_gradient_train_nothing():
-    class Detached(nn.Linear):
-        def forward(self, x):
-            return super().forward(x).detach()
-
-    with pytest.raises(ValueError, match="Detached returns no tensor with a gradient"):
-        training_memory(Detached(4, 4), torch.zeros(2, 4))
 
 
 def test_what_a_layer_frees_before_it_returns_is_scratch():

@@ -23,8 +23,7 @@ from lowmem import (
 )
 from lowmem.measure import PeakMemory
 from lowmem.training import activations
-from lowmem.training.logits import LazyLogits
-from tests.training.test_fused import MLP, Block, Norm
+from tests.training.blocks import MLP, Block, Norm
 
 VOCABULARY, WIDTH = 512, 32
 
@@ -166,14 +165,7 @@ def test_norms_and_gated_mlps_are_fused(memory):
     assert all(torch.equal(a, b) for a, b in zip((found[0], *found[1]), (before[0], *before[1]), strict=True))
 
 
-def test_an_output_layer_can_be_named():
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 600))
-    prepare_training(model, output="1")
-    assert isinstance(model(torch.randn(4, 8)), LazyLogits)
-    assert type(release_training(model)(torch.randn(4, 8))) is torch.Tensor
-
-
-def test_evaluation_and_copies():
+def test_in_evaluation_and_compiled_a_prepared_model_returns_plain_logits():
     model = prepare_training(make(), "lean")
     ids, _ = batch()
     with torch.no_grad():
@@ -195,48 +187,36 @@ def test_evaluation_and_copies():
         (make, {"output": "embedding"}, "embedding: Embedding is no plain linear layer"),
         (lambda: make().requires_grad_(False), {}, "no parameter that trains"),
         (lambda: {}, {}, "found dict"),
+        (torch.inference_mode()(make), {}, "inference_mode"),
+        (lambda: nn.ModuleDict({"a": nn.LazyLinear(8)}), {}, "^a is lazy and has no shape yet: call the model once"),
+        (lambda: with_own_forward(make()), {"memory": "lean"}, "forward of its own.*prepare the model before"),
     ],
     ids=lambda value: next(iter(value), "") if isinstance(value, dict) else "",
 )
-def test_wrong_arguments_are_named(make_model, options, message):
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_models_and_arguments_that_cannot_be_prepared_are_named(make_model, options, message):
     model = make_model()
     with pytest.raises((ValueError, TypeError), match=message):
         prepare_training(model, **options)
-    assert not isinstance(model, nn.Module) or training_report(model) == {}
-
-
-def test_a_refused_call_leaves_what_was_prepared():
-    model = prepare_training(make(), "lean", chunk=7)
-    before = training_report(model)
-    with pytest.raises(ValueError, match="matches no linear layer"):
-        prepare_training(model, output="nothing")
-    assert training_report(model) == before != {}
-
-
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_modes_change_nothing(mode):
-    model = Gated()
-    with mode():
-        found = training_report(prepare_training(model))
-    assert found == training_report(prepare_training(Gated()))
-    assert sum("fused" in line for line in found.values()) == 4
-
-
-def test_inference_tensors_are_refused():
-    with torch.inference_mode():
-        model = nn.Linear(4, 4)
-    with pytest.raises(ValueError, match="inference_mode"):
-        prepare_training(model)
+    if isinstance(model, nn.Module):
+        assert training_report(model) == {}
     for function in (release_training, training_report):
         with pytest.raises(TypeError, match="found int"):
             function(3)
 
 
-@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-def test_lazy_layers_are_refused():
-    model = nn.ModuleDict({"a": nn.LazyLinear(8), "b": nn.Linear(8, 8)})
-    with pytest.raises(ValueError, match="^a is lazy and has no shape yet: call the model once before prepare_train"):
-        prepare_training(model)
+def with_own_forward(model):
+    model.forward = model.forward
+    return model
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_model_is_prepared_alike_in_modes_without_gradients(mode):
+    model = Gated()
+    with mode():
+        found = training_report(prepare_training(model))
+    assert found == training_report(prepare_training(Gated()))
+    assert sum("fused" in line for line in found.values()) == 4
 
 
 def test_a_part_that_was_prepared_is_released_with_the_whole():
@@ -246,13 +226,6 @@ def test_a_part_that_was_prepared_is_released_with_the_whole():
     release_training(whole)
     assert training_report(whole) == {}
     assert type(inner) is Language
-
-
-def test_a_forward_of_another_library_is_refused():
-    model = make()
-    model.forward = model.forward
-    with pytest.raises(ValueError, match="forward of its own.*prepare the model before"):
-        prepare_training(model, "lean")
 
 
 def test_a_forward_that_a_library_holds_compresses_until_it_is_released(monkeypatch):
@@ -270,15 +243,6 @@ def test_a_forward_that_a_library_holds_compresses_until_it_is_released(monkeypa
     ran.clear()
     assert torch.equal(step(model)[0], step(make())[0])
     assert not ran
-
-
-def test_a_parametrized_output_layer_is_not_released():
-    model = prepare_training(make(), "lean")
-    nn.utils.parametrize.register_parametrization(model.head, "weight", nn.Identity())
-    before = {one: type(one) for one in model.modules()}
-    with pytest.raises(RuntimeError, match="was made of the prepared module since"):
-        release_training(model)
-    assert {one: type(one) for one in model.modules()} == before  # nothing is half released
 
 
 @pytest.mark.parametrize("memory", ["fast", "lean"])
@@ -340,23 +304,20 @@ class Odd(Language):
         return self.head
 
 
-def test_an_error_of_the_model_s_own_leaves_what_was_prepared():
-    model = prepare_training(Odd(), "lean", chunk=7)
-    before = training_report(model)
-    model.fails = True
-    with pytest.raises(TypeError, match="no head"):
-        prepare_training(model)
-    model.fails = False
-    assert training_report(model) == before != {}
-
-
-def test_a_refused_call_leaves_parts_that_were_prepared():
+def test_a_call_that_fails_leaves_what_was_prepared():
+    """Whether an argument is refused, or the model itself raises an error."""
     whole = nn.ModuleDict({"part": prepare_training(make(), "lean", chunk=7), "other": nn.Linear(8, 8)})
     before = training_report(whole)
     with pytest.raises(ValueError, match="matches no linear layer"):
         prepare_training(whole, output="nothing")
     assert training_report(whole) == before != {}
     assert step(whole["part"])
+    model = prepare_training(Odd(), "lean", chunk=7)
+    before, model.fails = training_report(model), True
+    with pytest.raises(TypeError, match="no head"):
+        prepare_training(model)
+    model.fails = False
+    assert training_report(model) == before != {}
 
 
 def test_attributes_of_a_model_have_any_name():

@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lowmem import LoRA, convert, prepare_training, release_training
+from lowmem.training.logits import LazyLogits
 from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
 
 
@@ -24,6 +25,7 @@ def test_all_classes_that_a_module_was_given_are_undone():
 
 def test_a_class_that_was_changed_since_is_an_error():
     model = prepare_training(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 40)), LoRA(2), skip="1"), output="1")
+    assert isinstance(model(torch.ones(1, 8)), LazyLogits)
     parametrize.register_parametrization(model[1], "weight", nn.Identity())
     kinds = [type(one) for one in model.modules()]
     for call in (check_prepared, release_module):

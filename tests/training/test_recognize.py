@@ -9,7 +9,7 @@ from lowmem import FourBit, LoRA, convert
 from lowmem.training.fused import Act, GatedMLP, LayerNorm, RMSNorm
 from lowmem.training.recognize import recognize
 from tests.rounding import default_dtype
-from tests.training.test_fused import MLP, Norm
+from tests.training.blocks import MLP, Norm
 
 
 class Gemma(Norm):

@@ -24,7 +24,7 @@ from lowmem import (
     training_report,
 )
 from lowmem.kernels.torch_versions import TORCH
-from tests.training.test_fused import WIDTH, Block
+from tests.training.blocks import WIDTH, Block
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),

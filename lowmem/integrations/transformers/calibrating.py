@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import refusal
 from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of
-from lowmem.integrations.transformers.folder import check_dense, load_folder, rows_of, write_model
+from lowmem.integrations.transformers.folder import check_dense, load_folder, write_model
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
 from lowmem.io.atomic import check_free
 from lowmem.io.convert_checkpoint import Row
@@ -41,28 +41,21 @@ def calibrate_folder(
     resume: Path | None = None,
     progress: Callable[[int, int, float], object] | None = None,
 ) -> list[Row]:
-    """Write a folder with the weights of another one calibrated, and its other files as they are; both load alike.
+    """Write a folder with the weights of another one calibrated, as ``quantize_folder``.
 
     The dense model is in memory, in the dtype of the folder.
 
     Args:
         source: a dense folder, with the model's tokenizer.
-        target: where nothing is yet.
+        target, skip, shard_bytes: as for ``quantize_folder``.
         technique: how to store the weights; a ``Budget`` is divided by what its layers get, too.
         text: a file of text in UTF-8; None: the model, a causal language model, generates it, with seed 0 at a
             temperature of 1.
-        skip: glob patterns of paths of modules to leave dense.
-        shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
-        diagonal, resume, progress: as ``lowmem.calibrate``.
-
-    Returns:
-        A row for each parameter, sorted by name; tied ones have one.
+        diagonal, resume, progress: as for ``lowmem.calibrate``.
 
     Raises:
-        FileError: as ``load_folder``; the folder is quantized already, of an encoder and a decoder, its tokenizer is
-            missing or of another vocabulary, or the text has too few tokens.
-        FileExistsError: something is at ``target``.
-        OSError: a file cannot be read or written.
+        FileError, FileExistsError, OSError: as ``quantize_folder``; or the folder is of an encoder and a decoder, its
+            tokenizer is missing or of another vocabulary, or the text has too few tokens.
         ValueError: as ``lowmem.calibrate``.
     """
     check_free(target)
@@ -84,8 +77,7 @@ def calibrate_folder(
         progress=progress,
         tokenizer=tokenizer,
     )
-    write_model(model, source, target, shard_bytes)
-    return sorted(rows_of(model), key=lambda row: row.name)
+    return write_model(model, source, target, shard_bytes)
 
 
 def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[dict[str, Tensor]]:

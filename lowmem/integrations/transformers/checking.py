@@ -1,31 +1,47 @@
-"""Refuses folders that contradict themselves: an index and its shards, or weights and what config.json says of them.
+"""Refuses folders that contradict themselves: an index, its shards, the tensors in them, and config.json.
 
-transformers reads all files that an index names, wherever they lie, and takes for a tensor whichever has it; what it
-does not find it fills with random numbers.
+transformers reads all files that an index names, wherever they lie. It fills what a folder lacks, or has in another
+shape, with random numbers, and takes a config without sizes for one of the class's default sizes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
-from lowmem.errors import refusal, show
+import torch
+from torch import Tensor
+from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.io.formats.recognize import is_coded
 from lowmem.io.model_folder import WEIGHTS, quantization_of
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import INDEX, read_index
-from lowmem.io.source import Source
+from lowmem.io.source import Checkpoint, Source
 
-__all__ = ["check_index", "refuse_coded", "refuse_pickles", "refuse_unread", "refuse_untold"]
+__all__ = [
+    "Names",
+    "check_index",
+    "refuse_coded",
+    "refuse_pickles",
+    "refuse_retyped",
+    "refuse_unfitting",
+    "refuse_unread",
+    "refuse_untold",
+    "shapes_and_bytes",
+    "specs_of",
+]
+
+_SLACK = 2**24  # bytes of new parameters that any folder may lack
+_COMPUTED = 2**28  # bytes of buffers that any model may compute: masks and positions of its longest input
 
 
 def check_index(files: Sequence[str]) -> None:
-    """Raise if the index beside a model's files names other tensors than they have, or files elsewhere.
-
-    Raises:
-        FileError: it does; or it is damaged.
-        OSError: it cannot be read.
-    """
+    """Raise a FileError if an index is damaged, or names other tensors than its files have, or files elsewhere."""
     for folder in sorted({Path(file).parent for file in files}):
         index = folder / f"{WEIGHTS}{INDEX}"
         if not index.exists():
@@ -36,11 +52,7 @@ def check_index(files: Sequence[str]) -> None:
 
 
 def refuse_pickles(files: Sequence[str]) -> None:
-    """Raise if a model's files are others than safetensors: transformers would read them by pickle.
-
-    Raises:
-        FileError: one is; it is named.
-    """
+    """Raise a FileError for a file that transformers would read by pickle."""
     for file in files:
         if not file.endswith(".safetensors"):
             why = "lowmem reads safetensors only, and executed nothing; load the model without quantization_config=, "
@@ -48,15 +60,12 @@ def refuse_pickles(files: Sequence[str]) -> None:
 
 
 def refuse_untold(names: Collection[str], config: LowmemConfig, prefix: str) -> None:
-    """Raise if a folder's weights are stored, and its config does not say how.
+    """Raise a ValueError for a stored weight that no record in ``config.layers`` names.
 
     Args:
         names: of the folder's tensors.
         config: as config.json has it.
         prefix: of the base model, which the names in config.json or those of the tensors may lack.
-
-    Raises:
-        ValueError: a weight of which no record of ``layers`` has the name.
     """
     told = {str(name).removeprefix(f"{prefix}.") for record in config.layers for name in record.get("names", ())}
     for name in _stored(names):
@@ -69,15 +78,7 @@ def refuse_untold(names: Collection[str], config: LowmemConfig, prefix: str) -> 
 
 
 def refuse_coded(folder: Path, names: Collection[str]) -> None:
-    """Raise where weights of a folder would be quantized that another program has quantized.
-
-    Args:
-        folder: in which they lie.
-        names: of its tensors.
-
-    Raises:
-        ValueError: they would; how to keep them is said.
-    """
+    """Raise a ValueError if another program has quantized a folder, whose tensors have these names."""
     method = _method_of(folder)
     if method is not None or any(is_coded(name) for name in names):
         program = "another program" if method is None else show(method)
@@ -95,15 +96,7 @@ def _method_of(folder: Path) -> str | None:
 
 
 def refuse_unread(folder: Path, names: Collection[str]) -> None:
-    """Raise where a folder's weights are lowmem's, and are about to be read as dense ones: all would be random.
-
-    Args:
-        folder: in which they lie.
-        names: of its tensors.
-
-    Raises:
-        ValueError: they are; what the folder's config.json says was left out, or it says nothing.
-    """
+    """Raise a ValueError if lowmem stored a folder's weights: read as dense ones, all would be random."""
     method = _method_of(folder)
     what = f"the weights of {show(str(folder))} are stored by lowmem"
     if method == METHOD:
@@ -118,7 +111,7 @@ def refuse_unread(folder: Path, names: Collection[str]) -> None:
         )
 
 
-def _stored(names: Collection[str]) -> Iterable[str]:
+def _stored(names: Collection[str]) -> list[str]:
     """Return the names of the weights of which a folder has the parts that lowmem stores."""
     found = set(names)
     fourbit = (name.removesuffix("_packed") for name in sorted(found) if name.endswith("_packed"))
@@ -126,3 +119,103 @@ def _stored(names: Collection[str]) -> Iterable[str]:
         *(name for name in fourbit if f"{name}_scales" in found),
         *(name.removesuffix("_rounded") for name in sorted(found) if name.endswith("weight_rounded")),
     ]
+
+
+class Names:
+    """The parameters of a model, and which of them a tensor of a folder becomes by transformers' conversions."""
+
+    def __init__(self, model: Any, conversions: Sequence[Any]) -> None:
+        self._prefix = model.base_model_prefix
+        self.parameters: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        conversions = deepcopy(list(conversions))  # which note that they were used
+        self._renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+        self._converters = [one for one in conversions if isinstance(one, WeightConverter)]
+        self._by_pattern = {pattern: one for one in self._converters for pattern in one.source_patterns}
+
+    def of(self, name: str) -> tuple[str, WeightConverter | None]:
+        """Return the parameter that a tensor becomes, or a part of it, and what converts it."""
+        found, pattern = rename_source_key(name, self._renamings, self._converters, self._prefix, self.parameters)
+        if found not in self.parameters and name in self.parameters:
+            return name, None
+        return found, None if pattern is None else self._by_pattern[pattern]
+
+
+def specs_of(files: Sequence[str]) -> dict[str, TensorSpec]:
+    """Return the dtypes and shapes of the tensors of safetensors files."""
+    specs: dict[str, TensorSpec] = {}
+    for file in files:
+        with Checkpoint(file) as checkpoint:
+            specs |= checkpoint.specs
+    return specs
+
+
+def shapes_and_bytes(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Return the shapes of a folder's tensors and their bytes, as ``refuse_unfitting`` takes both."""
+    return {name: spec.shape for name, spec in specs.items()}, sum(spec.nbytes for spec in specs.values())
+
+
+def refuse_retyped(
+    model: Any, specs: Mapping[str, TensorSpec], parts: Mapping[str, torch.dtype], conversions: Sequence[Any]
+) -> None:
+    """Raise a ValueError for a part of a stored weight with another dtype in a folder: its bits mean something else.
+
+    Args:
+        model: on the meta device.
+        specs: of the folder's tensors.
+        parts: the dtypes of the parts, by their names in the model.
+        conversions: of transformers.
+    """
+    names = Names(model, conversions)
+    for name, spec in specs.items():
+        own = names.of(name)[0]
+        if own.endswith("_extra_state") and spec.dtype != torch.uint8:
+            raise ValueError(
+                f"config.json says that {printable(name, 80)} is stored, and the folder has it dense: remove "
+                "quantization_config from config.json, or get it again from one source"
+            )
+        wanted = parts.get(own, spec.dtype)
+        if wanted != spec.dtype:
+            raise ValueError(
+                f"{printable(name, 80)} is {spec.dtype} in the folder, and its config.json says {wanted}: get it "
+                "again from one source"
+            )
+
+
+def refuse_unfitting(
+    model: Any, shapes: Mapping[str, tuple[int, ...] | None], nbytes: int, conversions: Sequence[Any]
+) -> None:
+    """Raise a ValueError if a model would get more new parameters, or buffers, than a folder has.
+
+    Args:
+        model: on the meta device.
+        shapes: of the folder's tensors, by its names; None: not known.
+        nbytes: of all tensors.
+        conversions: of transformers.
+    """
+    names = Names(model, conversions)
+    filled: set[int] = set()
+    other: list[str] = []
+    for name, shape in shapes.items():
+        found, converter = names.of(name)
+        parameter = names.parameters.get(found)
+        if parameter is None:
+            continue
+        if shape is None or converter is not None or tuple(parameter.shape) == shape:
+            filled.add(id(parameter))
+        else:
+            other.append(f"{printable(name, 80)} is {show(shape)}, and the model's {tuple(parameter.shape)}")
+    lacking = {name: one for name, one in names.parameters.items() if id(one) not in filled}
+    new = sum({id(one): one.numel() * one.itemsize for one in lacking.values()}.values())
+    if new > nbytes + _SLACK:
+        first = other[0] if other else f"it lacks {next(iter(lacking))}"
+        raise ValueError(
+            f"config.json describes a {type(model).__name__} of which {new} bytes are not in the folder, whose "
+            f"tensors take {nbytes}: {first}; its sizes are another model's, or missing: get config.json again"
+        )
+    buffers = {name: one.numel() * one.itemsize for name, one in model.named_buffers() if one.is_meta}
+    if sum(buffers.values()) > nbytes + _COMPUTED:
+        largest = max(buffers, key=buffers.__getitem__)
+        raise ValueError(
+            f"config.json describes a {type(model).__name__} that computes {sum(buffers.values())} bytes of buffers, "
+            f"as {printable(largest, 80)}, for {nbytes} bytes of tensors: get config.json again"
+        )

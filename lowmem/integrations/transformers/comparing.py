@@ -16,16 +16,21 @@ from torch import Tensor, nn
 from lowmem.errors import refusal
 from lowmem.integrations.transformers.config_facts import refuse_pairs
 from lowmem.integrations.transformers.folder import load_folder
-from lowmem.integrations.transformers.intervals import interval
-from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, tokenizer_errors, tokenizer_in
+from lowmem.integrations.transformers.tokenizing import (
+    padded_batches,
+    paragraphs_of,
+    read_tokenizer,
+    tokenizer_errors,
+)
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.calibration.replay import Overrides
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["Layer", "Likeness", "Score", "compare_text"]
+__all__ = ["Layer", "Likeness", "Score", "compare_text", "interval"]
 
 WINDOW = 512  # tokens that a model sees at a time, if it takes as many
 AT_ONCE = 8  # paragraphs that an encoder sees at a time
+RESAMPLES = 2000  # another seed moves the ends of an interval by some hundredths of its width
 
 Interval: TypeAlias = tuple[float, float] | None
 """The ends of a 95% interval, by the bootstrap over the parts of the text; None: the text has one part."""
@@ -33,68 +38,43 @@ Interval: TypeAlias = tuple[float, float] | None
 
 @dataclass(frozen=True)
 class Layer:
-    """What a model loses if one layer of it is another model's.
-
-    Args:
-        path: of the layer.
-        loss: what ``Score.divergence`` is then, or 1 minus ``Likeness.cosine``.
-    """
+    """What a model loses if one layer of it is another model's."""
 
     path: str
-    loss: float
+    loss: float  # ``Score.divergence``, or 1 minus ``Likeness.cosine``
 
 
 @dataclass(frozen=True)
 class Score:
-    """What a language model makes of a text.
+    """How well a language model predicts a text."""
 
-    Args:
-        model: the name of its folder.
-        tokens: how many were predicted.
-        perplexity: ``exp`` of the mean negative log-likelihood of a token.
-        divergence: the mean Kullback-Leibler divergence of its predictions from the first model's, in nats a token.
-        tokens_per_second: of its forward passes, which took turns with those of the first model.
-        ratio: its perplexity over the first model's.
-        agreement: the share of tokens at which both find the same token the likeliest.
-        divergence_interval, ratio_interval, agreement_interval: of these.
-        layers: each stored layer alone in the first model, the one that loses most first; empty if not asked for.
-    """
-
-    model: str
-    tokens: int
-    perplexity: float
-    divergence: float
-    tokens_per_second: float
-    ratio: float = 1.0
-    agreement: float = 1.0
+    model: str  # the name of the folder
+    tokens: int  # predicted
+    perplexity: float  # ``exp`` of the mean negative log-likelihood of a token
+    divergence: float  # the mean Kullback-Leibler divergence from the first model's predictions, in nats a token
+    tokens_per_second: float  # of forward passes, which took turns with those of the first model
+    ratio: float = 1.0  # of the perplexity to the first model's
+    agreement: float = 1.0  # the share of tokens at which both models find the same token the likeliest
     divergence_interval: Interval = None
     ratio_interval: Interval = None
     agreement_interval: Interval = None
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[Layer, ...] = ()  # each stored layer alone in the first model, the largest loss first
 
 
 @dataclass(frozen=True)
 class Likeness:
     """How alike an encoder's embeddings of paragraphs are to the first model's.
 
-    Args:
-        model: the name of its folder.
-        paragraphs: how many there are.
-        cosine: the mean of the cosines of both models' embeddings: the mean of a paragraph's last hidden states, over
-            its tokens, without padding.
-        lowest: the least of the cosines.
-        tokens_per_second: as in ``Score``.
-        cosine_interval: of the mean.
-        layers: as in ``Score``.
+    An embedding is the mean of the last hidden states of a paragraph's tokens, without padding.
     """
 
-    model: str
+    model: str  # the name of the folder
     paragraphs: int
-    cosine: float
-    lowest: float
-    tokens_per_second: float
+    cosine: float  # the mean of the cosines of both models' embeddings
+    lowest: float  # cosine
+    tokens_per_second: float  # as in ``Score``
     cosine_interval: Interval = None
-    layers: tuple[Layer, ...] = ()
+    layers: tuple[Layer, ...] = ()  # as in ``Score``
 
 
 def compare_text(
@@ -106,27 +86,26 @@ def compare_text(
 ) -> list[Any]:
     """Compare the models of folders on a text with the first one, whose tokenizer divides it.
 
-    Language models read it in windows that do not overlap; encoders, models that return hidden states and no logits,
-    a paragraph at a time, which an empty line ends, cut to as many tokens as they take. Two models are in memory at
-    a time.
+    Language models read windows of the text that do not overlap. Encoders (models that return hidden states and no
+    logits) read paragraphs, which an empty line ends, cut to the model's positions. Two models are in memory.
 
     Args:
         folders: of models.
-        text: to be read.
-        layers: whether to also run the first model once for each layer that another stores, with the other's layer in
-            its place and all else as it was.
-        progress: called with how many runs with another's layer are done, and how many there are.
+        text: the text.
+        layers: whether to also run the first model once for each layer that another model stores, with that layer in
+            the place of its own.
+        progress: called with the number of runs for ``layers`` that are done, and of all.
 
     Returns:
-        For each folder a ``Score``, or of encoders a ``Likeness``.
+        For each folder a ``Score``, or a ``Likeness`` of encoders.
 
     Raises:
-        FileError: a folder that cannot be loaded, has no tokenizer, or whose model predicts or embeds nothing, or not
-            the first's tokens.
-        ValueError: a text of less than two tokens; no paragraph.
+        FileError: a folder cannot be loaded or has no tokenizer, or its model predicts other tokens than the first
+            model's, or nothing.
+        ValueError: a text of less than two tokens, or without a paragraph.
     """
     base, *others = folders
-    tokenizer = tokenizer_in(base)
+    tokenizer = read_tokenizer(base)
     first: Any = load_folder(base)
     refuse_pairs(base, first, "compare")
     length = min(WINDOW, getattr(first.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
@@ -141,7 +120,7 @@ def compare_text(
         runs, done = len(parts) * len(places), 0
         own: Any = kind(base, len(places))
         its: Any = kind(folder, len(places))
-        own.run(first, parts[0]), its.run(other, parts[0])  # what is made once does not count
+        own.run(first, parts[0]), its.run(other, parts[0])  # first calls allocate, and are not timed
         for part in parts:
             before = own.add(first, part, None)
             its.add(other, part, before)
@@ -172,7 +151,7 @@ def _places(first: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn
 
 @contextmanager
 def _replaced(here: nn.Module, there: nn.Module) -> Iterator[None]:
-    """Let a module compute what another one does in the block."""
+    """Call another module's forward in place of a module's in the block."""
     overrides = Overrides()
     before = overrides.set(here, there.forward)
     try:
@@ -181,50 +160,65 @@ def _replaced(here: nn.Module, there: nn.Module) -> Iterator[None]:
         overrides.give_back(here, before)
 
 
-class _Predictions:
-    """Sums over windows of what a language model predicts: one number a window each."""
+class _Comparison:
+    """Runs the model of a folder on the parts of a text, and sums how its results differ from the first model's."""
 
     def __init__(self, folder: Path, layers: int) -> None:
-        self._folder = folder
-        self.tokens, self.losses, self.divergences, self.agreed = (list[float]() for _ in range(4))
-        self._layers = [0.0] * layers
+        self._folder, self._layers = folder, [0.0] * layers
         self._seen, self._seconds = 0, 0.0
+
+    def run(self, model: Any, part: Any, base: Tensor | None = None) -> Tensor:
+        """Return a model's result on a part, of the shape of ``base``."""
+        raise NotImplementedError
+
+    def _timed(self, model: Any, part: Any, base: Tensor | None, tokens: int) -> Tensor:
+        start = time.perf_counter()
+        found = self.run(model, part, base)
+        self._seconds += time.perf_counter() - start
+        self._seen += tokens
+        return found
+
+    def _refusal(self, why: str) -> Exception:
+        return refusal(self._folder, why, "compare")
+
+    @property
+    def _speed(self) -> float:
+        return self._seen / max(self._seconds, 1e-9)
+
+
+class _Predictions(_Comparison):
+    """Losses and divergences of a language model's predictions: one number for each window."""
+
+    def __init__(self, folder: Path, layers: int) -> None:
+        super().__init__(folder, layers)
+        self.tokens, self.losses, self.divergences, self.agreed = (list[float]() for _ in range(4))
 
     @staticmethod
     def parts(tokenizer: Any, tokens: Tensor, text: str, length: int) -> list[Tensor]:
-        """Return the windows.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """Return the windows, or raise a ValueError if there is none."""
         windows = [window for window in tokens.split(length) if len(window) > 1]
         if not windows:
             raise ValueError(f"the text has {len(tokens)} tokens, of which none can be predicted: take a longer one")
         return windows
 
-    def run(self, model: Any, window: Tensor, shape: Any = None) -> Tensor:
+    def run(self, model: Any, part: Tensor, base: Tensor | None = None) -> Tensor:
         """Return the log-probabilities of a model's predictions: (tokens, vocabulary)."""
         with torch.no_grad():
-            logits = getattr(model(window[None].to(model.device)), "logits", None)
-        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != len(window):
-            why = f"a {type(model).__name__} predicts no tokens; name a causal language model"
-            raise refusal(self._folder, why, "compare")
-        if shape is not None and logits[0].shape != shape:
-            why = f"it predicts {logits.shape[-1]} tokens, and the first model {shape[-1]}"
-            raise refusal(self._folder, why, "compare")
+            logits = getattr(model(part[None].to(model.device)), "logits", None)
+        if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[1] != len(part):
+            raise self._refusal(f"a {type(model).__name__} predicts no tokens; name a causal language model")
+        if base is not None and logits[0].shape != base.shape:
+            raise self._refusal(f"it predicts {logits.shape[-1]} tokens, and the first model {base.shape[-1]}")
         return logits[0].cpu().float().log_softmax(-1)
 
     def add(self, model: Any, window: Tensor, base: Tensor | None) -> Tensor:
-        """Add what a model predicts of a window; return it."""
-        start = time.perf_counter()
-        logs = self.run(model, window, None if base is None else base.shape)
-        self._seconds += time.perf_counter() - start
-        self._seen += len(window)
+        """Add a model's predictions of a window; return them."""
+        logs = self._timed(model, window, base, len(window))
         self.tokens.append(len(window) - 1)
         self.losses.append(-float(logs[:-1].gather(1, window[1:, None]).double().sum()))
         self.divergences.append(0.0 if base is None else _divergence(base, logs))
-        same = base is None or (base[:-1].argmax(-1) == logs[:-1].argmax(-1)).sum()
-        self.agreed.append(float(same) if base is not None else len(window) - 1.0)
+        same = None if base is None else (base[:-1].argmax(-1) == logs[:-1].argmax(-1)).sum()
+        self.agreed.append(len(window) - 1.0 if same is None else float(same))
         return logs
 
     def add_layer(self, number: int, model: Any, window: Tensor, base: Tensor) -> None:
@@ -233,10 +227,9 @@ class _Predictions:
 
     def score(self, first: _Predictions, places: Iterable[str]) -> Score:
         """Return the means."""
-        counts = torch.tensor(self.tokens, dtype=torch.float64)
-        losses, before, divergences, agreed = (
+        counts, losses, before, divergences, agreed = (
             torch.tensor(one, dtype=torch.float64)
-            for one in (self.losses, first.losses, self.divergences, self.agreed)
+            for one in (self.tokens, self.losses, first.losses, self.divergences, self.agreed)
         )
         total = float(counts.sum())
         compared = self is not first
@@ -245,7 +238,7 @@ class _Predictions:
             tokens=int(total),
             perplexity=_exp(float(losses.sum()) / total),
             divergence=_not_below_0(float(divergences.sum()) / total),
-            tokens_per_second=self._seen / max(self._seconds, 1e-9),
+            tokens_per_second=self._speed,
             ratio=_exp(float((losses - before).sum()) / total),
             agreement=float(agreed.sum()) / total,
             divergence_interval=interval(divergences, counts) if compared else None,
@@ -255,47 +248,38 @@ class _Predictions:
         )
 
 
-class _Embeddings:
+class _Embeddings(_Comparison):
     """Cosines of an encoder's embeddings of paragraphs with the first one's."""
 
     def __init__(self, folder: Path, layers: int) -> None:
-        self._folder = folder
+        super().__init__(folder, layers)
         self._cosines: list[Tensor] = []
-        self._layers = [0.0] * layers
-        self._seen, self._seconds = 0, 0.0
 
     @staticmethod
     def parts(tokenizer: Any, tokens: Tensor, text: str, length: int) -> list[dict[str, Tensor]]:
-        """Return batches of paragraphs, as many tokens long as the longest.
-
-        Raises:
-            ValueError: there is no paragraph.
-        """
+        """Return batches of paragraphs, or raise a ValueError if there is no paragraph."""
         paragraphs = paragraphs_of(text)
         if not paragraphs:
             raise ValueError("the text has no paragraph: take a longer one")
         return padded_batches(tokenizer, paragraphs, length, AT_ONCE)
 
-    def run(self, model: Any, batch: dict[str, Tensor], shape: Any = None) -> Tensor:
+    def run(self, model: Any, part: dict[str, Tensor], base: Tensor | None = None) -> Tensor:
         """Return the embeddings of paragraphs, of length 1: (paragraphs, width)."""
-        given = {name: one.to(model.device) for name, one in batch.items()}
+        given = {name: one.to(model.device) for name, one in part.items()}
         with torch.no_grad():
             states = getattr(model(**given), "last_hidden_state", None)
-        if not isinstance(states, Tensor) or states.shape[:2] != batch["attention_mask"].shape:
-            why = f"a {type(model).__name__} returns no logits and no hidden states of its tokens"
-            raise refusal(self._folder, why, "compare")
-        if shape is not None and states.shape[-1] != shape[-1]:
-            why = f"its embeddings have {states.shape[-1]} numbers, and the first model's {shape[-1]}"
-            raise refusal(self._folder, why, "compare")
+        if not isinstance(states, Tensor) or states.shape[:2] != part["attention_mask"].shape:
+            raise self._refusal(f"a {type(model).__name__} returns no logits and no hidden states of its tokens")
+        if base is not None and states.shape[-1] != base.shape[-1]:
+            raise self._refusal(
+                f"its embeddings have {states.shape[-1]} numbers, and the first model's {base.shape[-1]}"
+            )
         mask = given["attention_mask"].unsqueeze(-1).double()  # (paragraphs, tokens, 1)
         return nn.functional.normalize((states.double() * mask).sum(1) / mask.sum(1), dim=-1).cpu()
 
     def add(self, model: Any, batch: dict[str, Tensor], base: Tensor | None) -> Tensor:
-        """Add what a model embeds paragraphs as; return it."""
-        start = time.perf_counter()
-        found = self.run(model, batch, None if base is None else base.shape)
-        self._seconds += time.perf_counter() - start
-        self._seen += int(batch["attention_mask"].sum())
+        """Add a model's embeddings of paragraphs; return them."""
+        found = self._timed(model, batch, base, int(batch["attention_mask"].sum()))
         self._cosines.append(((found if base is None else base) * found).sum(-1).clamp(max=1))
         return found
 
@@ -311,7 +295,7 @@ class _Embeddings:
             paragraphs=len(cosines),
             cosine=float(cosines.mean()),
             lowest=float(cosines.min()),
-            tokens_per_second=self._seen / max(self._seconds, 1e-9),
+            tokens_per_second=self._speed,
             cosine_interval=interval(cosines, torch.ones_like(cosines)) if self is not first else None,
             layers=_ordered(places, [one / len(cosines) for one in self._layers]),
         )
@@ -324,7 +308,7 @@ def _divergence(base: Tensor, logs: Tensor) -> float:
 
 
 def _not_below_0(loss: float) -> float:
-    """Return a loss, 0 where rounding has taken it below; NaN stays, which ``max`` would make 0."""
+    """Return a loss, 0 where rounding has taken the loss below; NaN stays, which ``max`` would make 0."""
     return 0.0 if loss < 0 else loss
 
 
@@ -338,7 +322,7 @@ def _ordered(places: Iterable[str], losses: Sequence[float]) -> tuple[Layer, ...
 
 
 def _predicts(model: Any, tokens: Tensor) -> bool:
-    """Whether a model is to be judged by its logits: all but those that return hidden states alone."""
+    """Whether a model is compared by its logits: all but models that return hidden states alone."""
     if not len(tokens):
         return True
     with torch.no_grad():
@@ -349,3 +333,24 @@ def _predicts(model: Any, tokens: Tensor) -> bool:
 def _tokens(folder: Path, tokenizer: Any, text: str) -> Tensor:
     with tokenizer_errors(folder):
         return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+
+
+def interval(
+    sums: Tensor, counts: Tensor, of: Callable[[Tensor], Tensor] = lambda mean: mean
+) -> tuple[float, float] | None:
+    """Return the 95% interval of ``of(sum(sums) / sum(counts))``, by the bootstrap over parts; None for one part.
+
+    As many parts (windows, paragraphs) as there are are drawn, with replacement (Efron, Bootstrap methods: another
+    look at the jackknife, 1979). For fewer than ten parts the interval is too narrow. The seed is fixed.
+
+    Args:
+        sums, counts: (parts,).
+        of: a monotone function, such as ``torch.exp``.
+    """
+    parts = len(sums)
+    if parts < 2:
+        return None
+    drawn = torch.randint(parts, (RESAMPLES, parts), generator=torch.Generator().manual_seed(0))
+    means = of(sums.double()[drawn].sum(1) / counts.double()[drawn].sum(1))
+    low, high = means.sort().values[[int(0.025 * RESAMPLES), int(0.975 * RESAMPLES)]].tolist()
+    return low, high

@@ -31,8 +31,8 @@ _KINDS = (Half, EightBit, FourBit, Budget)
 class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How to store a model while ``from_pretrained`` loads it, or how a saved one is stored.
 
-    What is stored equals what ``lowmem.convert(model, technique, skip=skip)`` makes of the same model, to the bit.
-    What the folder has no values for, such as a new head, stays dense.
+    Stored weights equal those of ``lowmem.convert(model, technique, skip=skip)``, to the bit. Parameters that the
+    folder lacks, such as a new head, stay dense.
 
     Args:
         technique: ``Half``, ``EightBit``, ``FourBit``, or ``Budget`` without inputs, for which all weights are read
@@ -100,7 +100,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
 
 
 def _listed(value: Any) -> Any:
-    """Return a list of what an iterable has, or of a text, and any other value as it is."""
+    """Return the list of an iterable's items, or of a single text; any other value as it is."""
     if isinstance(value, str):
         return [value]
     return list(value) if isinstance(value, Iterable) and not isinstance(value, Mapping) else value
@@ -122,8 +122,6 @@ def _misplaced(name: str, value: object) -> str:
 def _record(technique: Any) -> Any:
     """Return the JSON of a technique: its name, and the fields that are not None."""
     fields = {name: value for name, value in vars(technique).items() if value is not None}
-    if fields.get("embeddings") == "4bit":
-        del fields["embeddings"]  # as configs have it that were written before there were others
     for name, value in fields.items():
         if isinstance(value, torch.dtype):
             fields[name] = str(value).removeprefix("torch.")
@@ -133,12 +131,7 @@ def _record(technique: Any) -> Any:
 
 
 def _parsed(record: object) -> Half | EightBit | FourBit | Budget:
-    """Return the technique of its JSON.
-
-    Raises:
-        TypeError: it is something else than JSON of a technique.
-        ValueError: its fields are no technique's.
-    """
+    """Return the technique of its JSON; others are a TypeError or a ValueError."""
     kinds: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
     if not isinstance(record, Mapping):
         raise TypeError(
@@ -150,8 +143,6 @@ def _parsed(record: object) -> Half | EightBit | FourBit | Budget:
         raise ValueError(f"technique={show(record.get('technique'))} is none of {', '.join(kinds)}")
     fields = check_keys(dict(record), ("technique",), kind.__dataclass_fields__)
     values = {name: value for name, value in fields.items() if name != "technique"}
-    if fields["technique"] == "FourBit":
-        values = {"format": "nf4", "embeddings": "4bit", **values}  # what absent ones meant before there were others
     for name in ("dtype", "compute_dtype"):
         if name in values:
             values[name] = getattr(torch, str(values[name]), values[name])

@@ -1,4 +1,4 @@
-"""What is known of the model of a folder before its weights are read: whether it can be fine-tuned, and its sizes."""
+"""Facts about the model of a folder, from its config.json: whether it can be fine-tuned, and its sizes."""
 
 from __future__ import annotations
 
@@ -12,24 +12,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.folder import check, load_errors
-from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
-from lowmem.io.model_folder import weights_in
-from lowmem.io.source import Source
 
-__all__ = ["Sizes", "check_shapes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stored_by"]
+__all__ = ["Sizes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stored_by"]
 
 
 def stored_by(folder: Path) -> str | None:
-    """Return what has stored the weights of a folder: "lowmem", or another program; None: they are dense.
-
-    Raises:
-        FileError: the folder has an adapter already, is an adapter's, or is no model's.
-    """
+    """Return which program stored the weights of a folder without an adapter, such as "lowmem"; None: dense."""
     stored = check(folder, "fine-tune")[0].get("quantization_config")
     if not isinstance(stored, dict):
         return None
@@ -43,11 +35,7 @@ def stored_by(folder: Path) -> str | None:
 
 @contextmanager
 def held_back(shown: bool = True) -> Iterator[None]:
-    """Show what transformers logs in the block after it, or not at all if it ends with an error.
-
-    Args:
-        shown: whether it is shown after a block that ends without one.
-    """
+    """Delay the log of transformers until the block ends; drop the log after an error, or unless ``shown``."""
     logger = logging.getLogger("transformers")
     handlers, held = logger.handlers, MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
     logger.handlers = [held]
@@ -59,52 +47,17 @@ def held_back(shown: bool = True) -> Iterator[None]:
         logger.handle(record)
 
 
-def check_shapes(folder: Path) -> None:
-    """Raise a FileError that names a tensor, unless a dense folder has the tensors that its config.json says.
-
-    The model is made on the meta device: a config may describe one of any size.
-    """
-    with torch.device("meta"):
-        model = factory_of(folder)()
-    needed = {name: tuple(one.shape) for name, one in model.state_dict().items()}
-    with Source(weights_in(folder)) as source:
-        for name, spec in sorted(source.specs.items()):
-            if needed.get(name, spec.shape) != spec.shape:
-                raise refusal(
-                    folder,
-                    f"its tensor {show(name)} has the shape {spec.shape}, and by its config.json {needed[name]}: get "
-                    "both again",
-                    "load",
-                )
-        shapes, nbytes = shapes_and_bytes(source.specs)
-    try:
-        refuse_unfitting(model, shapes, nbytes, get_model_conversion_mapping(model))
-    except ValueError as reason:
-        raise refusal(folder, str(reason), "load") from None
-
-
 class Sizes(NamedTuple):
-    """Sizes of a language model.
+    """Sizes of a language model."""
 
-    Attributes:
-        vocabulary: how many tokens it knows.
-        width: of its hidden states.
-        positions: how many it has; None: any number.
-        layers: how many it has.
-    """
-
-    vocabulary: int
-    width: int
-    positions: int | None
+    vocabulary: int  # tokens
+    width: int  # of the hidden states
+    positions: int | None  # None: any number
     layers: int
 
 
 def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
-    """Return the sizes of a folder's model, for a task that errors name.
-
-    Raises:
-        FileError: its config.json does not say them, or is of no model that transformers has.
-    """
+    """Return the sizes of a folder's model; a FileError names the task if config.json does not say the sizes."""
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
         vocabulary, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
@@ -126,10 +79,10 @@ def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
 
 
 def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:
-    """Return what makes the dense model of a folder with new values, in the dtype that its config has, or float32.
+    """Return what makes the dense model of a folder with new values, in the dtype of its config, or float32.
 
     Args:
-        folder: whose config.json is read.
+        folder: the folder; its config.json alone is read.
         layers: how many of its layers the model has; None: all.
     """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)

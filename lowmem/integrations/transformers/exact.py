@@ -23,14 +23,14 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import printable, refusal
+from lowmem.integrations.transformers.checking import Names, refuse_unfitting
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
-from lowmem.integrations.transformers.shapes import Names, refuse_unfitting
 from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
-from lowmem.io.metadata import form_record
+from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
@@ -106,11 +106,7 @@ def from_exact(
 
 
 def _config_of(path: Path, file: ForeignFile, options: dict[str, Any]) -> Any:
-    """Return the config of a model that another program quantized.
-
-    Raises:
-        FileError, OSError: it is damaged, cannot be read, or has more layers than the model has tensors.
-    """
+    """Return the config of a model that another program quantized."""
     if file.kind == "gguf":
         made = config_of(path)
         if made is not None:
@@ -129,12 +125,7 @@ _METHOD = f"{METHOD}; exact"
 
 
 class _ExactConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``from_exact`` tells the quantizer. It is no part of the loaded model's config.
-
-    Attributes:
-        state: what there is to load, by name, once the model is there to which it belongs: an object for each tensor,
-            of which ``[...]`` reads it.
-    """
+    """What ``from_exact`` tells the quantizer, which fills ``state``. It is no part of the loaded model's config."""
 
     def __init__(self, source: Path, file: ForeignFile, requantizing: Requantizing) -> None:
         self.quant_method = _METHOD
@@ -160,7 +151,7 @@ class _ExactQuantizer(LowmemQuantizer):
         self._exact: Any = None
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse a disk, as while dense weights are stored."""
+        """Raise a ValueError where weights would be offloaded to disk."""
         self.refuse_disk(device_map)
 
     def _process_model_before_weight_loading(
@@ -172,15 +163,10 @@ class _ExactQuantizer(LowmemQuantizer):
         convert_skeleton(model, {"layers": exact.layers}, {})
         exact.add_formats(model)
         self.expect_parts(model, tied)
-        self.quantization_config.state.update(exact.state)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Return the model's conversions, and those that merge parts of weights as they merge weights.
-
-        Raises:
-            ValueError: the tensors are those of another model.
-        """
+        """Return the model's conversions, and those that merge parts of weights as they merge weights."""
         exact, self._exact = self._exact, None
         if exact is None:
             return weight_conversions
@@ -190,31 +176,24 @@ class _ExactQuantizer(LowmemQuantizer):
 
 
 class _Exact:
-    """The weights of a file or folder of another program, for one model.
-
-    Args:
-        asked: what is loaded.
-        model: dense, on the meta device, with its ties.
+    """The weights of another program's file or folder, for a dense model on the meta device, with its ties.
 
     Attributes:
         layers: records of how weights are stored, by the model's paths, as the metadata of lowmem's files has them.
-        state: as that of ``_ExactConfig``.
+        state: that of ``_ExactConfig``: an object for each tensor, of which ``[...]`` reads it, by name.
         nbytes: what the file's tensors take.
-
-    Raises:
-        FileError, ValueError: as ``from_exact``.
     """
 
     def __init__(self, asked: _ExactConfig, model: Any) -> None:
         self._source, self._requantizing = asked.source, asked.requantizing
         self.layers: dict[str, dict[str, Any]] = {}
-        self.state: dict[str, _Lazy] = {}
+        self.state = asked.state
         self.nbytes = sum(tensor.nbytes for tensor in asked.file.tensors.values())
         self._merging: list[WeightConverter] = []
         self._place(asked.file, model)
 
     def add_formats(self, model: nn.Module) -> None:
-        """Add to the state what modules of the converted model hold of their formats."""
+        """Add the formats that modules of the converted model hold to the state."""
         for name in format_keys(model):
             module: Any = model.get_submodule(name.rpartition(".")[0])
             self.state[name] = _Lazy(torch.uint8, module.get_extra_state)
@@ -246,9 +225,7 @@ class _Exact:
                 continue
             coded = True
             if name not in names.parameters:
-                self.state[tensor.name] = _Lazy(
-                    torch.uint8, tensor.read
-                )  # transformers reports it, and does not read it
+                self.state[tensor.name] = _Lazy(torch.uint8, tensor.read)  # which transformers reports, and leaves
                 continue
             parameter, module = names.parameters[name], model.get_submodule(name.rpartition(".")[0])
             # Other programs pack a Conv1D as a linear layer, and leave a dense one as it is.
@@ -265,15 +242,13 @@ class _Exact:
                     f"{printable(first, 80)} is stored in {before}, and {printable(tensor.name, 80)} in {form}, "
                     f"which are one weight in {type(model).__name__}: {_DENSE}"
                 )
-            self.layers[name.removesuffix("weight").rstrip(".") if name.endswith(".weight") else name] = form_record(
-                form
-            )
+            self.layers[layer_of(name)] = form_record(form)
             of_parts = _Weight(tensor)
             prefix = name if converter is None else tensor.name
             self.state |= {f"{prefix}_{part}": of_parts.lazy(part) for part in form.parts}
         if refused:
             raise refusal(self._source, why_refused(refused), "load")
-        if not self.layers and (coded or file.kind != "gguf"):  # which is read as it is, dense ones, too
+        if not self.layers and (coded or file.kind != "gguf"):  # a dense GGUF file is read, too
             raise refusal(
                 self._source,
                 "it has no 4-bit weights of the model, whose codes could be kept: load it by from_pretrained, and "
@@ -292,11 +267,7 @@ class _Exact:
     def _merge(
         self, tensor: ForeignTensor, name: str, converter: WeightConverter, form: CodedForm, parameter: Tensor
     ) -> None:
-        """Note a conversion that makes one weight of several; those of rows merge codes and scales alike.
-
-        Raises:
-            ValueError: it does something else.
-        """
+        """Note a conversion that stacks or joins rows, whose codes and scales merge alike; raise for another one."""
         last = parameter.dim() - 1
         merges = all(
             op.dim == 0 if type(op) is MergeModulelist else type(op) is Concatenate and op.dim not in (-1, last)
@@ -323,10 +294,7 @@ _CONFIG = "get both from one source, or give config="
 
 @contextmanager
 def _plainly() -> Iterator[None]:
-    """Read one tensor at a time, to the CPU, whatever the default device is.
-
-    transformers builds models on the meta device, and asks for tensors from several threads.
-    """
+    """Read one tensor at a time, to the CPU: transformers asks on the meta device, and from several threads."""
     with _READING, torch.device("cpu"):
         yield
 
@@ -335,7 +303,7 @@ _READING = threading.RLock()
 
 
 def _with_suffix(converter: WeightConverter, suffix: str) -> WeightConverter:
-    """Return a conversion that does with parts of weights what another does with the weights."""
+    """Return a conversion that merges parts of weights as another one merges the weights."""
     sources, targets = (
         [pattern + suffix for pattern in patterns]
         for patterns in (converter._original_source_patterns, converter._original_target_patterns)
@@ -365,7 +333,7 @@ class _Lazy:
 
 
 class _Weight:
-    """A weight that is read once: the first part that is asked for reads it, and each part is given away once."""
+    """A weight whose first part reads it; each part is returned once."""
 
     def __init__(self, tensor: ForeignTensor) -> None:
         self._tensor = tensor

@@ -16,10 +16,9 @@ from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from lowmem.errors import FileError, describe, refusal, show, unbuilt
-from lowmem.integrations.transformers.checking import refuse_unread
+from lowmem.integrations.transformers.checking import refuse_unfitting, refuse_unread, shapes_and_bytes
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import from_exact
-from lowmem.integrations.transformers.shapes import refuse_unfitting, shapes_and_bytes
 from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row
@@ -34,12 +33,12 @@ from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 __all__ = [
     "check",
     "check_dense",
+    "check_shapes",
     "import_folder",
     "load_errors",
     "load_folder",
     "load_gguf",
     "quantize_folder",
-    "rows_of",
     "write_model",
 ]
 
@@ -55,12 +54,11 @@ def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
 
     Args:
         folder: of a model.
-        action: what errors say cannot be done with one that transformers reads otherwise: it has an adapter, or other
-            weights.
+        action: what errors say cannot be done.
 
     Raises:
-        FileError: it has no config.json or no safetensors files, or they and their index differ; or it has other
-            weights, which transformers would read instead or as well.
+        FileError: it has no config.json or no safetensors files, or they and their index differ; or it has an adapter
+            or other weights, which transformers would read instead or as well.
         OSError: a file cannot be read.
     """
     check_regular(folder)
@@ -90,18 +88,17 @@ def load_folder(
     dtype: torch.dtype | Literal["auto"] = "auto",
     requantizing: Requantizing | None = None,
 ) -> nn.Module:
-    """Return the model of a folder, in the class that its config names, in evaluation mode. No code of it is run.
+    """Return the model of a folder, in the class that its config names, in evaluation mode, running no code of it.
 
     Args:
-        folder: as ``save_pretrained`` writes it; dense, stored by lowmem, or quantized by another program, whose
-            codes are kept.
-        config: how to store it while it is loaded; None: as it is.
-        dtype: of what is dense, and of what the rest computes in; "auto": as the folder has it.
+        folder: dense, stored by lowmem, or quantized by another program, whose codes are kept.
+        config: how to store a dense model while it is loaded; None: as it is.
+        dtype: of dense parameters, and of the computation; "auto": as the folder has it.
         requantizing: what is quantized of a folder that is not lowmem's; None: nothing.
 
     Raises:
-        FileError: as ``check``; or a class that transformers does not have, a model that it cannot load, or one that
-            has tensors that the folder lacks; when it is to be stored, one that lacks some of the folder's.
+        FileError: as ``check``; or transformers does not have the class or cannot load the model; or the folder lacks
+            tensors of the model, or has others that would be lost.
     """
     found, _ = check(folder)
     names = found.get("architectures") or ["AutoModel"]
@@ -122,10 +119,10 @@ def load_folder(
         if is_exact:
             model, info = from_exact(folder, kind, requantizing=requantizing, **options)
         else:
+            if method is None:
+                check_shapes(folder, kind)
             if config is not None:
                 options["quantization_config"] = config
-            elif method is None:
-                _check_dense(folder, kind)
             model, info = kind.from_pretrained(folder, local_files_only=True, **options)
     _refuse_factors(folder / "config.json", found, model)
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
@@ -134,28 +131,39 @@ def load_folder(
     return model
 
 
-def _check_dense(folder: Path, kind: Any) -> None:
+def check_shapes(folder: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:
     """Compare the tensors of a dense folder with an empty model of its config, before transformers makes a full one.
 
+    Args:
+        folder: as ``save_pretrained`` writes it.
+        kind: the model's class, or one of the Auto classes.
+
     Raises:
-        ValueError: they are of another model, or stored by lowmem.
+        FileError: the tensors are of another model, or stored by lowmem.
     """
-    is_auto = not issubclass(kind, transformers.PreTrainedModel)
-    described: Any = transformers.AutoConfig if is_auto else kind.config_class
-    config = described.from_pretrained(folder, local_files_only=True)
-    with torch.device("meta"):
-        model = kind.from_config(config) if is_auto else kind(config)
+    with load_errors(folder):
+        is_auto = not issubclass(kind, transformers.PreTrainedModel)
+        described: Any = transformers.AutoConfig if is_auto else kind.config_class
+        config = described.from_pretrained(folder, local_files_only=True)
+        with torch.device("meta"):
+            model = kind.from_config(config) if is_auto else kind(config)
+    needed = {name: tuple(one.shape) for name, one in model.state_dict().items()}
     with Source(weights_in(folder)) as source:
-        refuse_unread(folder, source.specs)
-        refuse_unfitting(model, *shapes_and_bytes(source.specs), get_model_conversion_mapping(model))
+        specs = source.specs
+    try:
+        refuse_unread(folder, specs)
+        for name, spec in sorted(specs.items()):
+            wanted = needed.get(name, spec.shape)
+            if wanted != spec.shape:
+                why = f"its tensor {show(name)} has the shape {spec.shape}, and by its config.json {wanted}"
+                raise ValueError(f"{why}: get both again")
+        refuse_unfitting(model, *shapes_and_bytes(specs), get_model_conversion_mapping(model))
+    except ValueError as reason:
+        raise refusal(folder, str(reason), "load") from None
 
 
 def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> None:
-    """Raise if a config has more or fewer factors of a longrope embedding than the model has frequencies.
-
-    Raises:
-        FileError: it has; transformers takes them, and fails at the first text that needs them.
-    """
+    """Raise a FileError unless a longrope embedding has a factor for each frequency: a long text would fail later."""
     lengths = {len(one) for name, one in model.named_buffers() if name.endswith("inv_freq") and one.ndim == 1}
     for name, value in _values(config):
         wrong = isinstance(value, list) and len(value) not in lengths
@@ -165,12 +173,11 @@ def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> 
 
 
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
-    """Return the causal language model of a GGUF file, its 4-bit codes as they are, in ``dtype`` and evaluation mode.
+    """Return the causal language model of a GGUF file, its 4-bit codes as they are, in evaluation mode.
 
     Args:
         file: GGUF.
-        dtype: of what is dense, and of what the rest computes in.
-        requantizing: what of its weights is quantized; None: nothing.
+        dtype, requantizing: as for ``load_folder``.
 
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
@@ -199,21 +206,19 @@ def import_folder(
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
     Args:
-        source: a folder whose weights another program quantized, whose other files are copied; or a GGUF file, whose
-            metadata become config and tokenizer, where transformers can read one from it.
-        target: where nothing is yet.
-        requantize, include, technique: what is quantized, and how, as in ``import_checkpoint``; names are the file's.
-        shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
-        dtype: to which what is dense is rounded; None: as the folder has it, or float32 of a GGUF file.
+        source: a folder whose weights another program quantized; or a GGUF file, whose metadata become the config
+            and, if transformers can read it, the tokenizer.
+        target, shard_bytes: as for ``quantize_folder``.
+        requantize, include, technique: as for ``import_checkpoint``; names are the file's.
+        dtype: of dense parameters; None: as the folder has them, or float32 of a GGUF file.
 
     Returns:
         A row for each parameter, sorted by name; tied ones have one.
 
     Raises:
         ValueError: a pattern that matches no tensor.
-        FileError: as ``load_folder`` and ``load_gguf``; or a weight cannot be kept exactly, without ``requantize``.
-        FileExistsError: something is at ``target``.
-        OSError: a file cannot be read or written.
+        FileError, FileExistsError, OSError: as ``quantize_folder``; or a weight cannot be kept exactly, without
+            ``requantize``.
     """
     check_free(target)
     asked = Requantizing(requantize, list(include), technique)
@@ -227,12 +232,12 @@ def import_folder(
     if source.is_dir():
         check(source)
         model = load_folder(source, dtype=dtype or "auto", requantizing=asked)
-        write_model(model, source, target, shard_bytes)
+        rows = write_model(model, source, target, shard_bytes)
     else:
         model = load_gguf(source, dtype or torch.float32, asked)
-        write_model(model, None, target, shard_bytes, _tokenizer_in(source))
+        rows = write_model(model, None, target, shard_bytes, _tokenizer_in(source))
     found = []
-    for row in sorted(rows_of(model), key=lambda row: row.name):
+    for row in rows:
         path, _, name = row.name.rpartition(".")
         module: Any = model.get_submodule(path)
         kept = module.forms[name] if row.converted else module._parameters[name].dtype
@@ -282,13 +287,12 @@ def quantize_folder(
 ) -> list[Row]:
     """Write a folder with the weights of another one stored, and its other files as they are; both load alike.
 
-    A tensor at a time is dense in memory. The folder is written beside its place and renamed when it is complete.
+    One tensor at a time is dense in memory.
 
     Args:
         source: a dense folder.
         target: where nothing is yet.
-        technique: how to store the weights.
-        skip: glob patterns of paths of modules to leave dense.
+        technique, skip: as for ``LowmemConfig``.
         shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
 
     Returns:
@@ -301,17 +305,11 @@ def quantize_folder(
     """
     check_free(target)
     check_dense(source)
-    model = load_folder(source, LowmemConfig(technique, skip=skip))
-    write_model(model, source, target, shard_bytes)
-    return sorted(rows_of(model), key=lambda row: row.name)
+    return write_model(load_folder(source, LowmemConfig(technique, skip=skip)), source, target, shard_bytes)
 
 
 def check_dense(folder: Path) -> None:
-    """Raise as ``check``, and for a folder whose weights are quantized.
-
-    Raises:
-        FileError: they are; or as ``check``.
-    """
+    """Raise a FileError as ``check``, and for a folder whose weights are quantized."""
     config, _ = check(folder)
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
@@ -321,8 +319,8 @@ def check_dense(folder: Path) -> None:
 
 def write_model(
     model: Any, source: Path | None, target: Path, shard_bytes: int | None, tokenizer: Any = None
-) -> None:
-    """Write a model's folder, with the other files of ``source``, and a tokenizer."""
+) -> list[Row]:
+    """Write a model's folder, with the other files of ``source`` and a tokenizer; return a row for each parameter."""
     with atomic_folder(target) as partial:
         if source is not None:
             copy_others(source, partial, target, WRITTEN)
@@ -330,11 +328,12 @@ def write_model(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             model.save_pretrained(partial, **({} if shard_bytes is None else {"max_shard_size": shard_bytes}))
+    return sorted(_rows_of(model), key=lambda row: row.name)
 
 
 @contextmanager
 def load_errors(path: Path, remedy: str = "") -> Iterator[None]:
-    """Turn an error of transformers, whose libraries have no common class of them, into one that names the file."""
+    """Turn an error of transformers, whose libraries have no common class of errors, into one that names the file."""
     try:
         with _without_bars():
             yield
@@ -377,7 +376,7 @@ def _without_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def rows_of(model: nn.Module) -> Iterator[Row]:
+def _rows_of(model: nn.Module) -> Iterator[Row]:
     """Yield a row for each distinct parameter of a model, stored or dense."""
     seen: set[int] = set()
     for path, module in model.named_modules():

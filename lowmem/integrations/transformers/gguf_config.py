@@ -57,8 +57,7 @@ def config_of(file: Path) -> dict[str, Any] | None:
     """Return what config.json holds of a file's model; None: of an architecture that only transformers describes.
 
     Raises:
-        FileError: the file is damaged, or lacks what the config needs, or has what transformers does not compute.
-        OSError: it cannot be read.
+        FileError: the file is damaged, lacks what the config needs, or has what transformers does not compute.
     """
     with open_regular(file) as opened:
         header = read_header(file, opened)
@@ -69,16 +68,7 @@ def config_of(file: Path) -> dict[str, Any] | None:
 
 
 def check_config(file: Path, config: Any) -> None:
-    """Raise if a config of transformers says otherwise than a file what its model computes.
-
-    Args:
-        file: GGUF.
-        config: of the model into which it is loaded.
-
-    Raises:
-        FileError: it does, as transformers' own reader may have made it of the file.
-        OSError: the file cannot be read.
-    """
+    """Raise a FileError if the config of transformers and the GGUF file describe different models."""
     with open_regular(file) as opened:
         header = read_header(file, opened)
         factors = _factors(file, opened, header)
@@ -95,11 +85,7 @@ _REMEDY = "`lowmem quantize FILE OUT.safetensors` needs no config"
 
 
 def _config(header: GGUFHeader, factors: Tensor | None) -> dict[str, Any] | None:
-    """Return the config of a header.
-
-    Raises:
-        ValueError: a key that is missing or wrong, or what transformers does not compute.
-    """
+    """Return the config of a header; raise a ValueError for one that transformers does not compute."""
     metadata, arch = header.metadata, header.metadata.get("general.architecture")
     if arch not in _CLASSES:
         return None
@@ -129,11 +115,7 @@ def _config(header: GGUFHeader, factors: Tensor | None) -> dict[str, Any] | None
 def _rope(
     metadata: Mapping[str, Any], arch: str, factors: Tensor | None, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the parameters of the rotary embedding.
-
-    Raises:
-        ValueError: it is scaled in a way that transformers, or this file, has no parameters of.
-    """
+    """Return the parameters of the rotary embedding."""
     prefix = f"{arch}.rope."
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": _number(metadata, f"{prefix}freq_base", 10000.0)}
     kind = metadata.get(f"{prefix}scaling.type", "none")
@@ -161,11 +143,7 @@ def _rope(
 
 
 def _difference(header: GGUFHeader, factors: Tensor | None, config: dict[str, Any]) -> str | None:
-    """Return what a config says otherwise than a file, of what is computed; or None.
-
-    Raises:
-        ValueError: a config that GGUF has no fields for.
-    """
+    """Return the first difference of a file and a config that changes what the model computes; or None."""
     metadata, arch = header.metadata, header.metadata.get("general.architecture")
     rope = config.get("rope_parameters") or {}
     if arch not in _CLASSES:
@@ -200,12 +178,7 @@ def _difference(header: GGUFHeader, factors: Tensor | None, config: dict[str, An
 
 
 def _factors(file: Path, opened: BufferedReader, header: GGUFHeader) -> Tensor | None:
-    """Return by what the frequencies of a file's rotary embedding are divided: float32 (n,); None: it has none.
-
-    Raises:
-        FileError: they are no vector of float32, or the file is cut.
-        OSError: it cannot be read.
-    """
+    """Return the divisors of the frequencies of a file's rotary embedding: float32 (n,); None: it has none."""
     tensor = header.tensors.get(_FACTORS)
     if tensor is None:
         return None

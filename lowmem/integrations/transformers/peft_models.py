@@ -1,4 +1,4 @@
-"""Refuses what PEFT cannot do with stored modules, or leaves out of them in silence.
+"""Raises errors for what PEFT cannot do with stored modules, or would leave out in silence.
 
 PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports
 each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns. PEFT has
@@ -30,11 +30,7 @@ def install() -> None:
 
 
 def refuse_passed_over(model: nn.Module, configs: Mapping[str, Any]) -> None:
-    """Raise if ``target_parameters`` of a config of PEFT names a stored parameter, which PEFT leaves out.
-
-    Raises:
-        ValueError: it does; the parameter is named.
-    """
+    """Raise a ValueError if ``target_parameters`` of PEFT names a stored parameter, which PEFT leaves out."""
     targets = sorted(
         {name for config in configs.values() for name in getattr(config, "target_parameters", None) or ()}
     )
@@ -50,11 +46,7 @@ def refuse_passed_over(model: nn.Module, configs: Mapping[str, Any]) -> None:
 
 
 def _check(parent: nn.Module, name: str, child: Any) -> None:
-    """Check a module that becomes a part of one of PEFT's.
-
-    Raises:
-        ValueError: PEFT cannot do what it was asked for.
-    """
+    """Check a module that becomes a part of one of PEFT's."""
     if name not in ("model", "base_model", "original_module") or child is None or not is_of_peft(parent):
         return
     if name == "model":  # of what injects adapters, whose config is not known yet

@@ -1,10 +1,10 @@
-"""The quantizer that transformers calls while it loads a model: one that is to be stored, or was saved as stored."""
+"""The quantizer that transformers calls while it loads a model: a dense one to store, or a stored one."""
 
 from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Container, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from copy import copy, deepcopy
 from pathlib import Path
@@ -12,14 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import (
-    ConversionOps,
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-)
+from transformers.core_model_loading import ConversionOps, convert_and_load_state_dict_in_model
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
@@ -30,20 +25,27 @@ from lowmem.integrations.transformers.checking import (
     check_index,
     refuse_coded,
     refuse_pickles,
+    refuse_retyped,
+    refuse_unfitting,
     refuse_unread,
     refuse_untold,
+    shapes_and_bytes,
+    specs_of,
 )
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.ordering import put_dense_first
-from lowmem.integrations.transformers.saving import SavedModel, config_of, folder_names, saved_class
-from lowmem.integrations.transformers.shapes import refuse_retyped, refuse_unfitting, shapes_and_bytes, specs_of
+from lowmem.integrations.transformers.saving import SavedModel, config_of, put_dense_first, saved_class
+from lowmem.integrations.transformers.stored_folder import (
+    check_complete,
+    conversions_of,
+    dtypes_of_parts,
+    records_of,
+    ties_of_parts,
+)
 from lowmem.integrations.transformers.storing import Measuring, Storing
 from lowmem.io.model_folder import refuse_layers
 from lowmem.io.skeleton import convert_skeleton
-from lowmem.io.source import Checkpoint
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
-from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
@@ -55,8 +57,7 @@ from lowmem.transforms.roles import kept_in_float32
 
 __all__ = ["LowmemQuantizer", "adopt"]
 
-# Asked by the functions with which transformers initializes what a folder lacks; stored weights are never that, and
-# those with adapters are computed.
+# transformers initializes parameters without this mark, which a folder lacks. Stored weights are never initialized.
 StoredTensor._is_hf_initialized = True  # type: ignore[attr-defined]
 AdaptedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
 
@@ -68,7 +69,7 @@ class _Store(ConversionOps):  # type: ignore[misc]
         self._storing, self._files = storing, files
 
     def convert(self, input_dict: dict[str, Any], missing_keys: Any = None, **kwargs: Any) -> dict[str, Any]:
-        """Return what is not to be stored; weights that are have become a part of their modules."""
+        """Store weights in their modules; return the tensors that stay dense."""
         left = {}
         while input_dict:
             name, value = input_dict.popitem()
@@ -80,41 +81,6 @@ class _Store(ConversionOps):  # type: ignore[misc]
         return left
 
 
-class _Align(ConversionOps):  # type: ignore[misc]
-    """Copies scales whose bytes lie in a mapped file where their dtype cannot: they are read as floats."""
-
-    def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
-        """Return the only tensor, by its full name."""
-        ((_, value),) = input_dict.items()
-        tensor: Tensor = value[0] if isinstance(value, list) else value
-        return {full_layer_name: tensor.clone() if tensor.data_ptr() % _WIDEST else tensor}
-
-
-_WIDEST = 4  # bytes of the widest scale
-
-
-class _FolderNames(WeightRenaming):  # type: ignore[misc]
-    """Gives tensors of a folder the names that they have in the state of the model.
-
-    Args:
-        names: in the model's state, by those in the folder.
-        prefix: of the base model, which one of the two may lack.
-    """
-
-    __slots__ = ("names", "prefix")
-
-    def __init__(self, names: Mapping[str, str], prefix: str) -> None:
-        super().__init__("^$", "")
-        self.names, self.prefix = names, f"{prefix}."
-
-    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
-        """Return the name in the model."""
-        for name in (source_key, source_key.removeprefix(self.prefix), self.prefix + source_key):
-            if name in self.names:
-                return self.names[name], None
-        return source_key, None
-
-
 @register_quantizer(METHOD)
 class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     """Stores weights while they are read, or takes them as ``save_pretrained`` has written them.
@@ -124,8 +90,6 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     """
 
     quantization_config: LowmemConfig
-    measures: bool = False
-    """Whether weights are being read to measure what a budget loses of them, and then once more."""
 
     def __init__(self, quantization_config: LowmemConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -188,18 +152,14 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Refuse what cannot be loaded.
-
-        Raises:
-            ValueError: the config is of a model that was saved, and the folder's is dense; or weights would be
-                offloaded to disk before they are stored.
-        """
-        if not self.pre_quantized and self.quantization_config.technique is None:
+        """Raise a ValueError for a dense folder without a technique, and for weights offloaded to disk."""
+        if self.pre_quantized:
+            return
+        if self.quantization_config.technique is None:
             raise ValueError(
                 "quantization_config has no technique, and the folder is dense: LowmemConfig(FourBit('nf4'))"
             )
-        if not self.pre_quantized:
-            self.refuse_disk(device_map)
+        self.refuse_disk(device_map)
 
     @staticmethod
     def refuse_disk(device_map: Any) -> None:
@@ -211,11 +171,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Return the model's config, before any module of the model is made.
-
-        Raises:
-            ValueError: it asks for more layers or experts than any model has.
-        """
+        """Return the model's config, unless it asks for more layers or experts than any model has."""
         refuse_layers(config.to_dict())
         return config
 
@@ -226,7 +182,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
-        """Prepare a model on the meta device; what transformers keeps in float32 is so here, as in a dense model."""
+        """Prepare a model on the meta device, with the parameters in float32 that dense models have in float32."""
         kept = set()
         for module, name in kept_in_float32(model, dtype):
             parameter = module._parameters[name]
@@ -242,12 +198,8 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
-        """Whether a parameter is to be stored while it is read.
-
-        transformers would cast it to the dtype of the model before. One that a model makes in a dtype of its own is
-        stored after it was read.
-        """
-        own = param_name in self._own_dtypes and not self.measures
+        """Whether a parameter is stored while it is read; one that a model makes in its own dtype is stored later."""
+        own = param_name in self._own_dtypes and not isinstance(self._storing, Measuring)
         return self._storing is not None and not own and self._storing.wants(param_name)
 
     def get_quantize_ops(self) -> _Store:
@@ -259,15 +211,9 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         """Return how names of the folder become those of the model: a saved model has its own.
 
         The model is empty and the folder's files are known: they are checked, and a budget is divided.
-
-        Raises:
-            FileError, OSError, ValueError: files that are not those of the model, or not what their folder says.
-            TypeError: a weight that cannot be stored.
         """
         if self.pre_quantized:
-            names = {name: own for own, name in folder_names(model).items()}
-            renaming = _FolderNames(names, model.base_model_prefix)
-            weight_conversions = [renaming, WeightConverter(["_scales"], ["_scales"], [_Align()])]
+            weight_conversions = conversions_of(model)
         if self._files:
             self._check(model, weight_conversions)
         if isinstance(self._storing, Measuring):
@@ -287,11 +233,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             refuse_retyped(model, specs, self.parts, conversions)
 
     def _divide(self, model: Any, conversions: list[Any]) -> None:
-        """Read all weights to measure them, and divide the budget among the layers.
-
-        Raises:
-            TypeError, ValueError: a weight that cannot be stored, or a budget that is out of reach.
-        """
+        """Read all weights to measure them, and divide the budget among the layers."""
         measuring, asked = self._storing, self.quantization_config
         assert isinstance(measuring, Measuring)
         assert isinstance(asked.technique, Budget)
@@ -300,7 +242,6 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 "a Budget reads the weights of a folder twice, and a state dict has none: load the model, and "
                 "lowmem.convert(model, Budget(...))"
             )
-        self.measures = True
         with ExitStack() as stack:
             files = [stack.enter_context(safe_open(file, "pt")) for file in self._files]
             state = {name: file.get_slice(name) for file in files for name in file.keys()}  # noqa: SIM118
@@ -311,7 +252,6 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 weight_mapping=deepcopy(conversions),  # which note their use
             )
             convert_and_load_state_dict_in_model(model, state, once)
-        self.measures = False
         measuring.finish()
         self._storing = Storing(model, asked.technique, asked.skip, measuring.losses)
 
@@ -323,7 +263,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if not self.pre_quantized:
             assert isinstance(config.technique, (Half, EightBit, FourBit, Budget))
-            if isinstance(config.technique, Budget):  # what it gives each layer is known once all weights were read
+            if isinstance(config.technique, Budget):  # which is divided once all weights were read
                 storing: Storing = Measuring(model, config.technique, config.skip)
             else:
                 storing = Storing(model, config.technique, config.skip)
@@ -331,13 +271,13 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model
-        convert_skeleton(model, *_records(model, config, self._files))
+        convert_skeleton(model, *records_of(model, config, self._files))
         self.expect_parts(model, tied)
         return model
 
     @staticmethod
     def tie(model: Any) -> dict[str, str]:
-        """Tie the parameters of a model that transformers has made without: target -> source."""
+        """Tie the parameters of a model on the meta device; return the ties, target -> source."""
         tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
         for target, source in tied.items():
             path, _, name = target.rpartition(".")
@@ -345,12 +285,12 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return tied
 
     def expect_parts(self, model: Any, tied: Mapping[str, str]) -> None:
-        """Note which tensors are to be loaded, once the model's modules are those that store weights."""
+        """Note the tensors to load, once the model's modules store weights."""
         ties: dict[str, str] = {}
         for target, source in tied.items():
-            ties |= _ties_of_parts(model, target, source)
+            ties |= ties_of_parts(model, target, source)
         self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
-        self.parts = _parts(model)
+        self.parts = dtypes_of_parts(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._storing is not None:
@@ -359,7 +299,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             if self._storing.warning is not None:
                 warnings.warn(self._storing.warning, UserWarning, stacklevel=2)
         else:
-            _check_complete(model)
+            check_complete(model)
         self._storing, self.parts, self._files, self._own_dtypes = None, {}, [], {}
         if self._ties is not None:
             model.all_tied_weights_keys, self._ties = self._ties, None
@@ -375,9 +315,9 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
-        """Make a model dense in one dtype: that of the model, or another, which may be its name.
+        """Make a model dense in a dtype, or its name; None: the model's.
 
-        What transformers keeps in float32 beside that dtype is float32, as where a dense model is loaded.
+        Parameters that transformers keeps in float32 are float32, as in a dense model.
 
         Raises:
             TypeError: ``dtype`` names no floating-point dtype of torch.
@@ -392,9 +332,10 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
 
 def adopt(model: nn.Module) -> None:
-    """Let models of transformers know what lowmem has stored in them, or that all of it is dense again.
+    """Let models of transformers know what lowmem has stored in them, or that all weights are dense again.
 
-    ``save_pretrained`` writes it, ``dequantize`` and ``Trainer`` find a quantizer, and a dense parameter comes first.
+    ``save_pretrained`` writes stored weights, ``dequantize`` and ``Trainer`` find a quantizer, and a dense parameter
+    comes first.
     ``lowmem.convert`` and ``lowmem.restore`` call this for the model that they are given. Where that was a part of a
     model, such as a list of layers, call it for the whole. Models that transformers is loading are left alone.
     """
@@ -420,7 +361,7 @@ def adopt(model: nn.Module) -> None:
         if isinstance(quantizer, LowmemQuantizer):
             quantizer.attach(module)
             module.hf_quantizer = quantizer
-            if module.base_model is not module:  # a base model shares its config with a model around it
+            if module.base_model is not module:  # the model around a base model shares its config, and says so, too
                 _own_config(module)
             module.config.quantization_config = quantizer.quantization_config = config
 
@@ -433,95 +374,3 @@ def _own_config(model: Any) -> None:
         for module in model.modules():
             if vars(module).get("config") is shared:
                 module.config = own
-
-
-def _ties_of_parts(model: Any, target: str, source: str) -> dict[str, str]:
-    """Return the ties of what two tied parameters consist of; none where only one of them is stored."""
-    parts = []
-    for name in (target, source):
-        path, _, own = name.rpartition(".")
-        module = model.get_submodule(path)
-        form = module.forms.get(own) if isinstance(module, StoredModule) else None
-        parts.append([name] if form is None else [f"{name}_{part}" for part in form.parts])
-    stored = [names != [name] for names, name in zip(parts, (target, source), strict=True)]
-    return dict(zip(*parts, strict=True)) if stored[0] == stored[1] else {}
-
-
-def _parts(model: nn.Module) -> dict[str, torch.dtype]:
-    """Return the names of all parameters that hold a part of a stored one, and their dtypes."""
-    return {
-        f"{path}.{name}".lstrip("."): getattr(module, name).dtype
-        for path, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, StoredModule)
-        for name in module.part_names
-    }
-
-
-def _records(model: Any, config: LowmemConfig, files: list[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return a folder's metadata as lowmem's files have it, and its tensors without values, by the model's paths.
-
-    Raises:
-        ValueError: records that are not lowmem's, or of none of the model's modules.
-    """
-    found = dict(model.named_modules(remove_duplicate=False))
-    prefix = f"{model.base_model_prefix}."
-
-    def own(name: str) -> str | None:
-        """Return the name in this model: a folder may hold it with a head, and the model be the part below it."""
-        for path in (name, name.removeprefix(prefix), prefix + name):
-            parent, _, parameter = path.rpartition(".")
-            if path in found or (parent in found and parameter in found[parent]._parameters):
-                return path
-        return None
-
-    layers: dict[str, Any] = {}
-    for record in config.layers:
-        if not isinstance(record.get("names"), list):
-            raise ValueError(f"quantization_config: layers has {show(record)}, without the names of its weights")
-        how = {key: value for key, value in record.items() if key != "names"}
-        layers |= {place: how for name in record["names"] if (place := own(str(name))) is not None}
-    adapters = {place: record for name, record in config.adapters.items() if (place := own(name)) is not None}
-    if (config.layers and not layers) or (config.adapters and not adapters):
-        raise ValueError(
-            f"quantization_config names no module that {type(model).__name__} has: load the class that was saved"
-        )
-    tensors: dict[str, Tensor] = {}
-    for file in files if adapters else ():
-        with Checkpoint(file) as checkpoint:
-            for name, spec in checkpoint.specs.items():
-                tensors[name] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
-    tensors |= {
-        place: one for name, one in tensors.items() if (place := _own_tensor(name, prefix, found)) is not None
-    }
-    return {"layers": layers, "adapters": adapters}, tensors
-
-
-def _own_tensor(name: str, prefix: str, found: Container[str]) -> str | None:
-    """Return the name of an adapter's tensor in a model that has another prefix."""
-    place, adapters, rest = name.partition(".adapters.")
-    for path in (place.removeprefix(prefix), prefix + place):
-        if adapters and path in found:
-            return path + adapters + rest
-    return None
-
-
-def _check_complete(model: nn.Module) -> None:
-    """Raise if a part of a stored weight was not in the folder.
-
-    Raises:
-        ValueError: one was not; it is named.
-    """
-    on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
-    for path, module in model.named_modules():
-        if isinstance(module, StoredModule):
-            for name in module.part_names:
-                part: Any = getattr(module, name)
-                if part.is_meta and on_disk:
-                    continue
-                if part.is_meta or not getattr(part, "_is_hf_initialized", False):
-                    raise ValueError(
-                        f"the folder lacks {f'{path}.{name}'.lstrip('.')}, which its quantization_config names: get "
-                        "it again from one source"
-                    )
-                if name.endswith("_order"):
-                    check_order(part, f"{path}.{name}".lstrip("."))

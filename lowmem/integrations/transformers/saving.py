@@ -1,4 +1,4 @@
-"""What ``save_pretrained`` writes of a converted model: its state, and how it is stored, in config.json.
+"""``save_pretrained`` of a converted model: its state, and how its weights are stored, in config.json.
 
 A folder has a tensor under each name that a dense model of its config has, so that transformers without lowmem does
 not take random numbers for what it does not find: what is rounded lies under its own name and can be read, and the
@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
+from inspect import unwrap
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
@@ -29,7 +31,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
 
-__all__ = ["SavedModel", "config_of", "folder_names", "presented_dtype", "saved_class"]
+__all__ = ["SavedModel", "config_of", "folder_names", "put_dense_first", "saved_class"]
 
 
 def config_of(model: nn.Module) -> LowmemConfig | None:
@@ -77,11 +79,7 @@ class SavedModel:
         *args: Any,
         **kwargs: Any,
     ) -> None:
-        """Write a folder as transformers does, which is complete or not there, and says how weights are stored.
-
-        Raises:
-            OSError: the folder cannot be written; it is named.
-        """
+        """Write a folder as transformers does, which is complete or not there, and says how weights are stored."""
         # these need the folder itself: its name and files are sent, or several processes write a part each
         shared = push_to_hub or kwargs.get("distributed_checkpoint") or not is_main_process
         with _described(self) as ours:
@@ -105,11 +103,26 @@ class SavedModel:
     @property
     def dtype(self: Any) -> torch.dtype:
         """The dtype as which the first floating-point parameter presents itself."""
-        return presented_dtype(self) or super().dtype  # type: ignore[misc]
+        return _presented_dtype(self) or super().dtype  # type: ignore[misc]
 
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Return the number of parameters, of stored ones that of the weights."""
-        return _count(self, only_trainable, exclude_embeddings)
+        """Return the number of distinct parameters, of stored ones that of the weights and not of their parts."""
+        total, seen = 0, set()
+        for module in self.modules():
+            stored = module.forms if isinstance(module, StoredModule) else {}
+            parts = module.part_names if isinstance(module, StoredModule) else ()
+            left_out = ("weight",) if exclude_embeddings and isinstance(module, nn.Embedding) else ()
+            counted: list[tuple[str, Any, int]] = [
+                (name, module._parameters[f"{name}_{form.parts[0]}"], module.stored_tensor(name).numel())
+                for name, form in stored.items()
+            ]
+            own = module._parameters.items()
+            counted += [(name, one, one.numel()) for name, one in own if one is not None and name not in parts]
+            for name, one, numbers in counted:
+                if id(one) not in seen and name not in left_out and (one.requires_grad or not only_trainable):
+                    total += numbers
+                seen.add(id(one))
+        return total
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind: Any = type(self)
@@ -122,7 +135,7 @@ class SavedModel:
 def saved_class(kind: Any) -> Any:
     """Return the subclass of a model's class whose ``save_pretrained`` knows lowmem, under the same name.
 
-    Transformers compares names of classes, so that a model stays what it was; ``type(model) is kind`` does not hold.
+    transformers compares names of classes, so the model stays what it was; ``type(model) is kind`` does not hold.
     """
     if issubclass(kind, SavedModel):
         return kind
@@ -157,18 +170,14 @@ def folder_names(model: nn.Module) -> dict[str, str]:
 
 
 def _renamed(model: nn.Module, state: dict[str, Any]) -> dict[str, Any]:
-    """Return a state by the names of a folder. What is offloaded keeps its names, by which transformers reads it."""
+    """Return a state by the names of a folder; offloaded tensors keep theirs, by which transformers reads them."""
     names = folder_names(model)
     return {name if value.device.type == "meta" else names.get(name, name): value for name, value in state.items()}
 
 
 @contextmanager
 def _whole(target: Path) -> Iterator[Path]:
-    """Yield where to write a folder: beside ``target``, renamed after the block; or in it, and moved file by file.
-
-    Raises:
-        OSError: the folder cannot be written.
-    """
+    """Yield where to write a folder: beside ``target``, renamed after the block; or in it, and moved file by file."""
     several = torch.distributed.is_available() and torch.distributed.is_initialized()  # of which each may make it
     with write_errors(target):
         (target if several else target.parent).mkdir(parents=True, exist_ok=True)
@@ -181,7 +190,7 @@ def _whole(target: Path) -> Iterator[Path]:
         replace_files(partial, target)
 
 
-def presented_dtype(model: nn.Module) -> torch.dtype | None:
+def _presented_dtype(model: nn.Module) -> torch.dtype | None:
     """Return the dtype as which a model's first floating-point parameter presents itself, stored or dense."""
     for module in model.modules():
         if isinstance(module, StoredModule):
@@ -193,31 +202,11 @@ def presented_dtype(model: nn.Module) -> torch.dtype | None:
     return None
 
 
-def _count(model: nn.Module, only_trainable: bool, exclude_embeddings: bool) -> int:
-    """Return the numbers of the distinct parameters, of stored ones those of the weights and not of their parts."""
-    total, seen = 0, set()
-    for module in model.modules():
-        stored = module.forms if isinstance(module, StoredModule) else {}
-        parts = module.part_names if isinstance(module, StoredModule) else ()
-        left_out = ("weight",) if exclude_embeddings and isinstance(module, nn.Embedding) else ()
-        counted: list[tuple[str, Any, int]] = [
-            (name, module._parameters[f"{name}_{form.parts[0]}"], module.stored_tensor(name).numel())  # type: ignore[operator]
-            for name, form in stored.items()
-        ]
-        own = module._parameters.items()
-        counted += [(name, one, one.numel()) for name, one in own if one is not None and name not in parts]
-        for name, parameter, numbers in counted:
-            if id(parameter) not in seen and name not in left_out and (parameter.requires_grad or not only_trainable):
-                total += numbers
-            seen.add(id(parameter))
-    return total
-
-
 @contextmanager
 def _described(model: Any) -> Iterator[bool]:
-    """Describe a converted model in its config for the block, without a quantizer, which would ignore a given state.
+    """Describe a converted model in its config for the block, and yield whether lowmem has converted the model.
 
-    Yields whether lowmem has converted it.
+    The model has no quantizer in the block: transformers would ignore a given state.
     """
     config, found = model.config, config_of(model)
     before = getattr(config, "quantization_config", None)  # a dict in a config that was read without its model
@@ -235,3 +224,46 @@ def _described(model: Any) -> Iterator[bool]:
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
+
+
+def put_dense_first(model: nn.Module) -> None:
+    """Order the children of modules, so that the first parameter of each model of transformers has the model's dtype.
+
+    sentence-transformers reads ``next(model.parameters()).dtype``, which of a stored parameter is the dtype of codes.
+    Names stay. So does the order where no dense parameter has the model's dtype, or where code depends on the order.
+    """
+    if isinstance(model, PreTrainedModel):
+        dtype = _presented_dtype(model)
+        first = next(model.parameters(), None)
+        if dtype is not None and first is not None and first.dtype is not dtype:
+            _put_first(model, dtype)
+        return
+    for child in model.children():
+        put_dense_first(child)
+
+
+def _put_first(module: nn.Module, dtype: torch.dtype) -> bool:
+    """Let the first parameter of a module have a dtype, if it has a dense one; return whether it does now."""
+    own = next((one for one in module._parameters.values() if one is not None), None)
+    if own is not None:
+        return own.dtype is dtype
+    children: dict[str, Any] = module._modules
+    filled = {name: one for name, one in children.items() if one is not None and any(True for _ in one.parameters())}
+    if _order_is_read(module):
+        return bool(filled) and _put_first(next(iter(filled.values())), dtype)
+    # Norms and others with parameters of their own, before modules whose children would be moved, too.
+    for name in sorted(filled, key=lambda name: not any(True for _ in filled[name].parameters(recurse=False))):
+        if _put_first(filled[name], dtype):
+            if name != next(iter(filled)):
+                rest = {other: child for other, child in children.items() if other != name}
+                module._modules = {name: children[name], **rest}
+            return True
+    return False
+
+
+def _order_is_read(module: nn.Module) -> bool:
+    """Whether a module is a container, or its ``forward`` calls its children in their order."""
+    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
+        return True
+    code = getattr(unwrap(type(module).forward), "__code__", None)
+    return code is None or not {"children", "named_children", "modules", "_modules"}.isdisjoint(code.co_names)

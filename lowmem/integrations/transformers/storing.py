@@ -28,11 +28,11 @@ __all__ = ["Measuring", "Storing"]
 
 @dataclass
 class _Shared:
-    """A parameter: its places are modules that store it, each with its name there, and ``names`` all of its names."""
+    """A parameter: all of its names, and its places, the modules that store it, each with its name in the module."""
 
     names: list[str] = field(default_factory=list)
     places: list[tuple[nn.Module, str]] = field(default_factory=list)
-    weight: Any = None  # what it is stored as, once it was read
+    weight: Any = None  # the stored form, once the parameter was read
 
 
 class Storing:
@@ -86,22 +86,18 @@ class Storing:
                         shared.places.append((module, name))
 
     def wants(self, name: str) -> bool:
-        """Whether the parameter called ``name`` is to be stored, be it at another place that is tied to it."""
+        """Whether the parameter called ``name``, or one that is tied to it, is to be stored."""
         return name in self._shared and bool(self._shared[name].places)
 
     def stays_tied(self, target: str, source: str) -> bool:
-        """Whether both ends of a tie are stored, or none: ``Half`` stores the bias of a layer, and no other one."""
+        """Whether two tied parameters are both stored or both dense."""
         return (target in self._places) == (source in self._places)
 
     def take(self, name: str, value: Tensor, missing: set[str] | None) -> bool:
-        """Store a parameter that was read; return whether that is all there is to do.
+        """Store a parameter that was read, and remove its name from ``missing``, those that were not read yet.
 
-        It is not where the parameter has another shape than the model's, or stays dense under this name.
-
-        Args:
-            name: of the parameter, with the path of its module.
-            value: dense.
-            missing: the names that were not read yet; this one is removed.
+        Returns:
+            Whether transformers must not set the parameter, as it does in another shape, or where one stays dense.
         """
         self._missing = missing
         shared = self._shared[name]
@@ -111,8 +107,8 @@ class Storing:
             return False
         try:
             stored = None if self._error else self._stored(module, own, value)
-        except (TypeError, ValueError) as reason:  # transformers would bury it in a report: ``finish`` raises it
-            self._error = type(reason)(f"{layer_name(self._paths[module])}: {reason}; or leave it out with skip=")
+        except (TypeError, ValueError) as reason:
+            self._note_error(module, reason)
         if self._error is not None:
             if missing is not None:
                 missing.difference_update(shared.names)
@@ -131,8 +127,12 @@ class Storing:
             missing.difference_update(set(shared.names) - stays)  # transformers ties those that stay
         return name in self._places
 
+    def _note_error(self, module: nn.Module, reason: Exception) -> None:
+        """Note why a weight cannot be stored, for ``finish``: transformers would bury the error in a report."""
+        self._error = type(reason)(f"{layer_name(self._paths[module])}: {reason}; or leave it out with skip=")
+
     def finish(self) -> None:
-        """Store what was read beside a weight of another name; leave dense what was not read at all.
+        """Store tied weights that were read under another name; weights that were not read stay dense.
 
         Raises:
             TypeError, ValueError: a weight could not be stored; its path is named.
@@ -160,7 +160,7 @@ class Storing:
         return technique.store(value.reshape(self._skeletons[module].stored_weight(name).shape), name)
 
     def _technique_of(self, module: nn.Module) -> Half | EightBit | FourBit:
-        """Return how a module is stored: of a budget, what its skeleton has got."""
+        """Return how a module is stored: for a ``Budget``, what the budget assigned to the module."""
         technique: Half | EightBit | FourBit | Budget = self._techniques[module]
         if not isinstance(technique, Budget):
             return technique
@@ -196,18 +196,14 @@ class Storing:
 
 
 class Measuring(Storing):
-    """Measures what each choice of a budget loses of the weights that are read, and keeps none of them.
-
-    Attributes:
-        losses: of each weight, by its name.
-    """
+    """Measures what each choice of a budget loses of the weights that are read, by name; nothing is stored."""
 
     def __init__(self, model: nn.Module, budget: Budget, skip: Iterable[str]) -> None:
         super().__init__(model, budget.choices[0], skip)
         self.losses: dict[str, tuple[float, ...]] = {}
 
     def wants(self, name: str) -> bool:
-        """Whether a tensor is one of the model's: none becomes a part of it."""
+        """Whether the model has a parameter of this name."""
         return name in self._shared
 
     def take(self, name: str, value: Tensor, missing: set[str] | None) -> bool:
@@ -219,37 +215,32 @@ class Measuring(Storing):
                 try:
                     lost = losses_of(value.reshape(self._skeletons[module].stored_weight(own).shape))
                 except (TypeError, ValueError) as reason:
-                    at = layer_name(self._paths[module])
-                    self._error = type(reason)(f"{at}: {reason}; or leave it out with skip=")
+                    self._note_error(module, reason)
                 else:
                     self.losses |= {place_name(self._paths[one], part): lost for one, part in shared.places}
         return True
 
     def finish(self) -> None:
-        """Raise what went wrong with a weight.
-
-        Raises:
-            TypeError, ValueError: one cannot be stored; its path is named.
-        """
+        """Raise what went wrong with a weight."""
         if self._error is not None:
             raise self._error
 
 
 def _shapes_of(technique: Any) -> Callable[[Tensor, str], Any]:
-    """Return what stores a weight without values; which of several formats is chosen does not change its shapes."""
+    """Return the function that stores a weight without values; shapes are the same for each of several formats."""
     if isinstance(technique, FourBit) and not isinstance(technique.format, str):
         technique = replace(technique, format=technique.format[0])
     return technique.skeleton  # type: ignore[no-any-return]
 
 
 def _computed(model: Any) -> Callable[[str], bool]:
-    """Return whether a parameter is one that the model computes: it is in no folder, and is no new one either."""
+    """Return a function: whether the model computes a parameter, which is then in no folder, and not new either."""
     patterns = [*(model._keys_to_ignore_on_load_missing or ()), *(model._keys_to_ignore_on_save or ())]
     return lambda name: any(re.search(pattern, name) for pattern in patterns)
 
 
 def _given(weights: dict[str, Any]) -> Callable[[Tensor, str], Any]:
-    """Return what takes the place of ``technique.store``: stored weights, in the shape that is asked for."""
+    """Return a function in place of ``technique.store``: it returns weights that are stored already, in any shape."""
 
     def store(tensor: Tensor, name: str) -> Any:
         weight = weights[name]

@@ -23,12 +23,10 @@ from lowmem.transforms.calibration.generated import LEAST_SHARE
 
 __all__ = [
     "TextTokenizer",
-    "load_tokenizer",
     "padded_batches",
     "paragraphs_of",
     "read_tokenizer",
     "tokenizer_errors",
-    "tokenizer_in",
     "tokenizer_of",
 ]
 
@@ -102,43 +100,27 @@ class TextTokenizer:
         return made
 
 
-def load_tokenizer(folder: Path, vocabulary: int) -> TextTokenizer:
-    """Return the tokenizer of a folder for fine-tuning: see ``read_tokenizer``."""
-    return TextTokenizer(read_tokenizer(folder, vocabulary))
-
-
-def read_tokenizer(folder: Path, vocabulary: int) -> Any:
-    """Return the tokenizer of a folder.
+def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
+    """Return the tokenizer of a folder; no code of it is run.
 
     Args:
-        folder: as ``save_pretrained`` writes it; no code of it is run.
-        vocabulary: how many tokens its model knows.
+        folder: as ``save_pretrained`` writes it.
+        vocabulary: how many tokens its model knows; None: any number.
 
     Raises:
         FileError: it has no tokenizer that transformers can load, or one of another vocabulary.
-    """
-    tokenizer = tokenizer_in(folder)
-    size = len(tokenizer)
-    if not LEAST_SHARE * vocabulary <= size <= vocabulary:
-        raise refusal(
-            folder,
-            f"its tokenizer has {show(size)} tokens, and its model {show(vocabulary)}: they are not of one "
-            "vocabulary; get the files of the tokenizer again",
-        )
-    return tokenizer
-
-
-def tokenizer_in(folder: Path) -> Any:
-    """Return the tokenizer of a folder, of any vocabulary.
-
-    Raises:
-        FileError: it has none that transformers can load.
         OSError: a file of it is no regular file, or cannot be read.
     """
     check_regular(folder)
     with tokenizer_errors(folder):
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        len(tokenizer)
+        size = len(tokenizer)
+    if vocabulary is not None and not LEAST_SHARE * vocabulary <= size <= vocabulary:
+        raise refusal(
+            folder,
+            f"its tokenizer has {show(size)} tokens, and its model {show(vocabulary)}: they are not of one "
+            "vocabulary; get the files of the tokenizer again",
+        )
     return tokenizer
 
 
@@ -161,11 +143,7 @@ def paragraphs_of(text: str) -> list[str]:
 def padded_batches(tokenizer: Any, paragraphs: Sequence[str], length: int, count: int) -> list[dict[str, Tensor]]:
     """Return batches of at most ``count`` paragraphs, the shortest first so that little is padded, with their masks.
 
-    Args:
-        tokenizer: as ``AutoTokenizer.from_pretrained`` returns it; one without a token to pad with gets one.
-        paragraphs: any texts.
-        length: the most tokens of each; it is cut there.
-        count: of a batch.
+    Paragraphs are cut to ``length`` tokens. A tokenizer without a token to pad with gets one.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -178,13 +156,7 @@ def tokenizer_of(file: Path) -> Any:
     """Return the tokenizer of a GGUF file, which cuts texts as llama.cpp does.
 
     transformers makes one of the tokens and merges, and leaves out what the metadata say of spaces before words, and
-    the expressions of some names in ``tokenizer.ggml.pre``.
-
-    Raises:
-        Exception: transformers, or a library of it, can read none from it.
-
-    Warns:
-        UserWarning: the file names an expression that is not known: texts are cut as transformers does it.
+    the expressions of some names in ``tokenizer.ggml.pre``. An expression that is not known is a UserWarning.
     """
     made: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
     with open_regular(file) as opened:

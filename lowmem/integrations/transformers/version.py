@@ -16,11 +16,7 @@ _INSTALL = install_command("transformers")
 
 
 def check() -> None:
-    """Raise unless transformers is installed, and new enough.
-
-    Raises:
-        ImportError: it is not; the remedy is named.
-    """
+    """Raise an ImportError unless transformers is installed, and new enough."""
     oldest = ".".join(map(str, OLDEST))
     try:
         found = version("transformers")

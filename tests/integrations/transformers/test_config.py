@@ -24,14 +24,6 @@ TECHNIQUES = [
 ]
 
 
-def test_a_config_of_a_version_without_8_bit_embeddings_means_what_it_meant():
-    """It had no field for them, and left out the format where it was the default."""
-    for record in ({"technique": "FourBit", "format": "nf4", "offsets": False}, {"technique": "FourBit"}):
-        assert LowmemConfig(record).technique == FourBit("nf4", embeddings="4bit")
-    assert "embeddings" not in LowmemConfig(FourBit("nf4", embeddings="4bit")).to_dict()["technique"]
-    assert LowmemConfig(FourBit("nf4")).to_dict()["technique"]["embeddings"] == "8bit"
-
-
 def test_json_holds_it():
     for technique in TECHNIQUES:
         config = LowmemConfig(technique, skip=["lm_head", "*.o_proj"], train_dense=True)

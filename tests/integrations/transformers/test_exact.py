@@ -109,10 +109,12 @@ def test_a_model_in_half_precision_presents_its_own_dtype_and_keeps_the_values(t
     assert torch.equal(layer.weight.dequantize(torch.float32), stored.float())
 
 
-def test_a_model_without_the_head_leaves_its_weights(tmp_path):
-    folder = write_foreign(tmp_path, "awq")
-    model = from_exact(folder, AutoModel)
+def test_the_class_may_be_named_and_one_without_the_head_leaves_its_weights(tmp_path):
+    model = from_exact(write_foreign(tmp_path, "awq"), AutoModel)
     assert sorted(values(model)) == sorted(values(AutoModel.from_pretrained(tmp_path / "dense")))
+    model = from_exact(write_foreign(tmp_path / "gpt2", "gptq", "gpt2"), GPT2LMHeadModel)
+    assert model.transformer.h[0].attn.c_attn.forms["weight"].transposed
+    assert model.lm_head.weight is model.transformer.wte.weight
 
 
 def test_adapters_train_on_what_was_kept(tmp_path):
@@ -237,31 +239,16 @@ def test_experts_that_differ_in_form_are_refused(tmp_path):
         from_exact(folder)
 
 
-def test_the_class_may_be_named(tmp_path):
-    folder = write_foreign(tmp_path, "gptq", "gpt2")
-    model = from_exact(folder, GPT2LMHeadModel)
-    assert model.transformer.h[0].attn.c_attn.forms["weight"].transposed
-    assert model.lm_head.weight is model.transformer.wte.weight
-
-
-def test_a_folder_that_another_program_quantized_is_not_quantized_again(tmp_path):
-    with pytest.raises(ValueError, match="is quantized with AwqConfig but you are passing a LowmemConfig"):
-        load(write_foreign(tmp_path, "awq"), quantization_config=LowmemConfig(FourBit("nf4")))
-
-
-def test_a_gguf_file_is_not_quantized_again(tmp_path):
+def test_nothing_is_quantized_twice(tmp_path):
+    """Neither what another program has quantized, nor a GGUF file, nor what lowmem has stored."""
     pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+    asked = {"quantization_config": LowmemConfig(FourBit("nf4"))}
+    with pytest.raises(ValueError, match="is quantized with AwqConfig but you are passing a LowmemConfig"):
+        load(write_foreign(tmp_path, "awq"), **asked)
+    dense = load(tmp_path / "dense")
     with pytest.raises(ValueError, match="cannot combine Quantization and loading a model from a GGUF file"):
-        load(
-            folders.write(tmp_path),
-            gguf_file="a.gguf",
-            config=load(tmp_path).config,
-            quantization_config=LowmemConfig(FourBit()),
-        )
-
-
-def test_a_folder_that_lowmem_wrote_is_refused(tmp_path):
-    lowmem.convert(load(folders.write(tmp_path / "dense")), FourBit("nf4")).save_pretrained(tmp_path / "a")
+        load(tmp_path / "dense", gguf_file="a.gguf", config=dense.config, **asked)
+    lowmem.convert(dense, FourBit("nf4")).save_pretrained(tmp_path / "a")
     with pytest.raises(lowmem.FileError, match="from_pretrained"):
         from_exact(tmp_path / "a")
 

@@ -8,8 +8,8 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 
 from lowmem import FourBit
 from lowmem.integrations.transformers import LowmemConfig
-from lowmem.integrations.transformers.config_facts import check_shapes, sizes_of
-from lowmem.integrations.transformers.folder import check, load_folder
+from lowmem.integrations.transformers.config_facts import sizes_of
+from lowmem.integrations.transformers.folder import check, check_shapes, load_folder
 from lowmem.integrations.transformers.gguf_config import config_of
 from lowmem.integrations.transformers.tokenizing import read_tokenizer
 from tests import fuzzing

@@ -12,7 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem import FileError
 from lowmem.integrations.transformers import TextTokenizer
-from lowmem.integrations.transformers.tokenizing import load_tokenizer, read_tokenizer, tokenizer_of
+from lowmem.integrations.transformers.tokenizing import read_tokenizer, tokenizer_of
 from lowmem.io.formats.gguf.container import Placed, encode_field, write_file
 from tests.integrations.transformers.tokens import VOCABULARY, write_tokenizer
 
@@ -80,13 +80,13 @@ def test_tokens_are_the_tokenizer_s(tokenizer):
 def test_a_tokenizer_of_another_vocabulary_is_refused(tmp_path):
     write_tokenizer(tmp_path)
     for vocabulary in (VOCABULARY, VOCABULARY + 60):
-        assert load_tokenizer(tmp_path, vocabulary).end == 1
+        assert read_tokenizer(tmp_path, vocabulary).eos_token_id == 1
     for vocabulary in (VOCABULARY - 1, 4 * VOCABULARY):
         with pytest.raises(FileError, match=f"tokenizer has {VOCABULARY} tokens, and its model {vocabulary}"):
-            load_tokenizer(tmp_path, vocabulary)
+            read_tokenizer(tmp_path, vocabulary)
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileError, match="it has no tokenizer that transformers can load"):
-        load_tokenizer(tmp_path / "empty", VOCABULARY)
+        read_tokenizer(tmp_path / "empty", VOCABULARY)
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")

@@ -154,11 +154,7 @@ def test_a_stored_model_without_an_adapter_is_not_trained_unless_it_is_asked_for
     assert not torch.equal(model.model.norm.weight, before)
     trainer(load(tmp_path / "run" / "checkpoint-1"), tmp_path / "run")  # which the folder remembers
     trainer(lowmem.restore(stored(folder)), tmp_path / "run")
-
-
-def test_a_config_asks_for_training_without_an_adapter(folder, tmp_path):
-    config = LowmemConfig(FourBit("nf4"), train_dense=True)
-    trainer(load(folder, quantization_config=config), tmp_path / "run")
+    trainer(load(folder, quantization_config=LowmemConfig(FourBit("nf4"), train_dense=True)), tmp_path / "run")
 
 
 def test_a_pipeline_generates(folder, tmp_path):

@@ -1,0 +1,334 @@
+"""Autograd functions of fused modules: RMS and layer norms, activations and gated activations.
+
+They save only their inputs for backward, and the layers that read the result of a norm or an activation recompute
+it instead of saving it (``note_recompute``).
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.nn import functional
+
+from lowmem.kernels import rowwise
+from lowmem.kernels.memory import is_batch
+from lowmem.kernels.rowwise import ACTIVATIONS
+from lowmem.kernels.torch_versions import TORCH
+from lowmem.nn.adapter_autograd import is_narrow
+from lowmem.nn.recomputed import Recompute, differentiable_once, in_checkpoint, note_recompute
+from lowmem.quant.backend import backend_of
+
+__all__ = ["activated", "gated_product", "layer_norm", "recompute_of_product", "rms_norm"]
+
+
+_OF_TORCH: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
+    "SiLU": (functional.silu, torch.ops.aten.silu_backward),
+    "GELU (tanh)": (
+        partial(functional.gelu, approximate="tanh"),
+        partial(torch.ops.aten.gelu_backward, approximate="tanh"),
+    ),
+    "GELU": (functional.gelu, torch.ops.aten.gelu_backward),
+}
+"""For each activation that torch has a function for: that function, and the one that computes its gradient."""
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, rounds_first: bool = False) -> Tensor:
+    """Return ``x / sqrt(mean(x^2) + eps) * (offset + weight)``; only x and the weight are saved for backward.
+
+    Args:
+        x: floating point (..., n).
+        weight: floating point (n,); the offset is added in float32 (float64 for a float64 x).
+        rounds_first: whether the quotient is rounded to x's dtype before the multiplication; the result then has the
+            wider dtype of x and the weight, else that of x.
+    """
+    out: Tensor = _Norm.apply(x, weight, eps, offset, rounds_first)  # type: ignore[no-untyped-call, unused-ignore]
+    return _noted(out)
+
+
+def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float) -> Tensor:
+    """Return ``torch.nn.functional.layer_norm``, whose readers can recompute the result."""
+    out: Tensor = _LayerNorm.apply(x, weight, bias, shape, eps)  # type: ignore[no-untyped-call, unused-ignore]
+    return _noted(out)
+
+
+class _Reader:
+    """Identifies a reader of a result whose backward has not run yet; ``recompute`` itself would be a cycle."""
+
+    edge: GradientEdge | None = None  # owns the graph that made the result, where its node in Python does not
+
+
+def _noted(out: Tensor) -> Tensor:
+    """Let the layers that read a function's result recompute it in backward, once for all of them.
+
+    The note on the result's storage holds the autograd node weakly, since a detached copy of the result may outlive
+    the graph; only readers hold the node. Without the node, a reader saves the result itself.
+    """
+    if out.grad_fn is None:
+        return out
+    held, result = weakref.ref(cast(Any, out.grad_fn)), weakref.ref(out)
+
+    def read() -> Recompute | None:
+        made: Any = held()
+        if made is None or made.done:
+            return None
+
+        reader = _Reader()
+        if TORCH < (2, 13):  # where the graph alone owns a node in Python, whose saved tensors are freed with it
+            known = result()
+            if known is None:
+                return None
+            reader.edge = get_gradient_edge(known)
+
+        def recompute(dtype: torch.dtype | None) -> Tensor:
+            made.waiting.discard(reader)
+            wanted = dtype or made.dtype
+            if made.left is not None:
+                return cast(Tensor, made.left.to(wanted))
+            if made.again is None or made.again.dtype is not wanted:
+                made.again = made.compute(*_saved(made), wanted)
+            return cast(Tensor, made.again)
+
+        made.waiting.add(reader)
+        return recompute
+
+    note_recompute(out, read)
+    return out
+
+
+def _begin(ctx: Any, dtype: torch.dtype, compute: Callable[..., Tensor]) -> None:
+    """Initialize the state by which readers recompute a result, of this dtype, which ``compute`` makes in a dtype."""
+    ctx.dtype, ctx.compute = dtype, compute
+    ctx.kept = None  # the saved tensors, once they are unpacked
+    ctx.again = None  # the recomputed result, from the first reader's backward until this function's own
+    ctx.waiting = weakref.WeakSet()  # readers whose backward has not run yet
+    ctx.left = None  # the result for readers whose backward runs after this function's own, as of a detached copy
+    ctx.done = False  # whether this function's backward has run: later readers save the result themselves
+
+
+def _end(ctx: Any) -> Any:
+    """Return the saved tensors for the function's own backward, and release all that late readers do not need."""
+    saved = _saved(ctx)
+    if ctx.waiting and ctx.left is None:
+        ctx.left = ctx.compute(*saved, ctx.dtype)
+    ctx.kept, ctx.again, ctx.done = None, None, True
+    return saved
+
+
+def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a backward: it runs without grad, and differentiating its gradients again is an error."""
+
+    @wraps(backward)
+    def run(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            found = backward(ctx, grad)
+        return tuple(one if one is None else differentiable_once(one) for one in found)
+
+    return run
+
+
+def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
+    dtype = torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
+    if dtype is x.dtype:
+        return rowwise.norm(x, _factor(x, weight, offset), eps, rounds_first)
+    ones = torch.ones_like(weight, dtype=torch.float32)
+    return (rowwise.norm(x, ones, eps) * _factor(x, weight, offset)).to(dtype)
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.how = eps, offset, rounds_first
+        out = _normed(x, weight, *ctx.how)
+        _begin(ctx, out.dtype, lambda x, weight, dtype: _normed(x, weight, eps, offset, rounds_first).to(dtype))
+        return out
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), (eps, offset, _) = _end(ctx), ctx.how
+        of_x = of_weight = None
+        if ctx.needs_input_grad[0]:
+            of_x = rowwise.norm_grad(grad, x, _factor(x, weight, offset), eps)
+        if ctx.needs_input_grad[1]:
+            of_weight = rowwise.factor_grad(grad, x, eps).to(weight.dtype)
+        return of_x, of_weight, None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, shape: tuple[int, ...], eps: float
+    ) -> Tensor:
+        out, mean, inverse = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, inverse, weight, bias)
+        ctx.shape = shape
+
+        def compute(x: Tensor, mean: Tensor, inverse: Tensor, weight: Any, bias: Any, dtype: torch.dtype) -> Tensor:
+            return torch.native_layer_norm(x, shape, weight, bias, eps)[0].to(dtype)
+
+        _begin(ctx, out.dtype, compute)
+        return out
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, inverse, weight, bias = _end(ctx)
+        asked = list(ctx.needs_input_grad[:3])
+        found = torch.ops.aten.native_layer_norm_backward(grad, x, ctx.shape, mean, inverse, weight, bias, asked)
+        return *found, None, None
+
+
+def _factor(x: Tensor, weight: Tensor, offset: float) -> Tensor:
+    wide = weight.detach().to(torch.float64 if x.dtype is torch.float64 else torch.float32)
+    return wide + offset if offset else wide
+
+
+def gated_product(gate: Tensor, up: Tensor | None, activation: str, gate_first: bool = True) -> Tensor:
+    """Return ``act(gate) * up``; gate and up are saved for backward, in bfloat16 where that is lossless.
+
+    torch computes it for tensors that are not plain, or differ in dtype or shape.
+
+    Args:
+        gate: floating point (..., n); without ``up``, (..., 2n): gate and up, concatenated.
+        up: (..., n), or None.
+        activation: a key of ``ACTIVATIONS``.
+        gate_first: whether the gate is the first half.
+    """
+    plain = all(type(one) is Tensor for one in (gate, up) if one is not None)
+    if not plain or (up is not None and (gate.dtype is not up.dtype or gate.shape != up.shape)):
+        dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
+        both = _halves(gate.to(dtype), None if up is None else up.to(dtype), gate_first)
+        return rowwise.gated_in_torch(*both, ACTIVATIONS[activation], dtype)
+    out: Tensor = _Gated.apply(gate, up, activation, gate_first)  # type: ignore[no-untyped-call, unused-ignore]
+    return out
+
+
+def recompute_of_product(product: Tensor) -> Recompute | None:
+    """Return how to recompute what ``gated_product`` returned; None if torch computed it, or gradients are off."""
+    node: Any = product.grad_fn
+    own: Any = _Gated._backward_cls
+    if type(node) is not own:
+        return None
+
+    def recompute(dtype: torch.dtype | None) -> Tensor:
+        gate, up = _saved(node)
+        return rowwise.gated(*_halves(gate, up, node.gate_first), node.activation, dtype or node.dtype)
+
+    return recompute
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor | None, activation: str, gate_first: bool) -> Tensor:
+        ctx.activation, ctx.dtype, ctx.gate_first = ACTIVATIONS[activation], gate.dtype, gate_first
+        ctx.kept = None
+        kept = [one if one is None else _narrowed(one) for one in (gate, up)]
+        if up is not None and len({one.dtype for one in kept if one is not None}) > 1:
+            kept = [gate, up]
+        ctx.save_for_backward(*kept)
+        return rowwise.gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, gate.dtype)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        gate, up = _saved(ctx)
+        ctx.kept = None
+        if is_batch(grad):
+            found = rowwise.gated_grads(grad, *_halves(gate, up, ctx.gate_first), ctx.activation)
+            of_gate, of_up = (cast(Tensor, one).to(ctx.dtype) for one in found)
+            if up is not None:
+                return of_gate, of_up, None, None
+            return torch.cat((of_gate, of_up) if ctx.gate_first else (of_up, of_gate), -1), None, None, None
+        into = [None if one is None else torch.empty_like(one, dtype=ctx.dtype) for one in (gate, up)]
+        both = _halves(into[0], into[1], ctx.gate_first)
+        rowwise.gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, both)
+        return into[0], into[1], None, None
+
+
+class _Activated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, activation: str) -> Tensor:
+        ctx.activation, own = activation, x.dtype
+        _begin(ctx, own, lambda kept, dtype: _act(kept, activation, own, dtype))
+        # A checkpoint that recomputes its region may get another input then, of which _narrowed may decide otherwise.
+        kept = x if in_checkpoint() else _narrowed(x)
+        ctx.save_for_backward(kept)
+        return _act(x if _by_torch(activation, x) else kept, activation, own, own)
+
+    @staticmethod
+    @_once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (x,) = _end(ctx)
+        if _by_torch(ctx.activation, x, grad):
+            return _OF_TORCH[ctx.activation][1](grad, x.to(ctx.dtype)), None
+        if is_batch(grad):
+            return rowwise.gated_grads(grad, x, None, ACTIVATIONS[ctx.activation])[0].to(ctx.dtype), None
+        of_x = torch.empty_like(x, dtype=ctx.dtype)
+        rowwise.gated_grad(grad, x, None, ACTIVATIONS[ctx.activation], (of_x, None))
+        return of_x, None
+
+
+def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Tensor:
+    """Return an activation of x in ``dtype``; ``own`` is x's dtype before it was narrowed."""
+    if _by_torch(activation, x):
+        return _OF_TORCH[activation][0](x.to(own)).to(dtype)
+    return rowwise.gated(x, None, ACTIVATIONS[activation], dtype)
+
+
+def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
+    """Whether to call torch's function for an activation: the backend has none, or vmap asks."""
+    ours = backend_of(x).serves_rows(x) and (grad is None or not is_batch(grad))
+    return activation in _OF_TORCH and not ours
+
+
+def activated(x: Tensor, activation: str) -> Tensor:
+    """Return one of ``ACTIVATIONS`` of x; only x is saved for backward, and readers can recompute the result."""
+    out: Tensor = _Activated.apply(x, activation)  # type: ignore[no-untyped-call, unused-ignore]
+    return _noted(out)
+
+
+def _saved(ctx: Any) -> Any:
+    """Return the saved tensors, unpacked only once: a checkpoint frees a tensor when it is first unpacked."""
+    if ctx.kept is None:
+        ctx.kept = ctx.saved_tensors
+    return ctx.kept
+
+
+def _halves(gate: Any, up: Any, gate_first: bool) -> tuple[Tensor, Tensor]:
+    if up is not None:
+        return gate, up
+    first, second = gate.chunk(2, -1)
+    return (first, second) if gate_first else (second, first)
+
+
+_CHUNK = 2**18
+"""Elements that are processed at a time, so that temporaries stay in the processor's cache."""
+
+
+def _narrowed(x: Tensor) -> Tensor:
+    """Return a float32 tensor as bfloat16 if that is lossless, as for the result of a product in bfloat16; else x.
+
+    All elements are compared, unless the product marked its result (``is_narrow``): a sample would miss single
+    columns. The comparison stops at the first chunk that differs, so float32 products lose little time. The first row
+    is compared even in marked results, since writes through ``.data`` do not clear the mark.
+    """
+    if x.dtype is not torch.float32 or not x.numel():
+        return x
+    first = x.detach()[(0,) * (x.dim() - 1)]
+    if not torch.equal(first.bfloat16().float(), first):
+        return x
+    if is_narrow(x):
+        return x.detach().bfloat16()
+    rows, few = x.detach().reshape(-1, x.shape[-1]), max(1, _CHUNK // x.shape[-1])
+    narrow = torch.empty(x.shape, dtype=torch.bfloat16, device=x.device)
+    for part, into in zip(rows.split(few), narrow.view(-1, x.shape[-1]).split(few), strict=True):
+        if not torch.equal(into.copy_(part).float(), part):
+            return x
+    return narrow
