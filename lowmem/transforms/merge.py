@@ -26,8 +26,7 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.calibration.batches import check_batch, run_batch
-from lowmem.transforms.calibration.replay import evaluation_mode
+from lowmem.transforms.calibration.runs import check_batch, evaluation_mode, hooked, run_batch
 from lowmem.transforms.commit import one_at_a_time, replace_modules
 from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.placement import place_name
@@ -346,13 +345,8 @@ def _output_errors(
         found = torch.stack([t.double().sub(wide).square().sum() for t in pair] + [wide.square().sum()])
         sums[layer] = sums.get(layer, 0) + found
 
-    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in folded]
-    try:
-        with evaluation_mode(model):
-            exact = _floating(_called(model, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), hooked(folded, see):
+        exact = _floating(_called(model, inputs))
     totals = {layer: found.tolist() for layer, found in sums.items()}
     of_layers = {
         layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()

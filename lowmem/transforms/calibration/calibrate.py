@@ -8,20 +8,18 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from lowmem.errors import show
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, FourBit
-from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.assign import divided, techniques_by_layer
@@ -29,10 +27,10 @@ from lowmem.transforms.budget import Chosen
 from lowmem.transforms.calibration.blocks import NO_BATCHES, Unit, find_blocks, units_of
 from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
 from lowmem.transforms.calibration.generated import generated_batches
-from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq
+from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq, quantize_weighted
 from lowmem.transforms.calibration.moments import Inputs, Moments, Regroup, counted_rows
-from lowmem.transforms.calibration.replay import Overrides, Replay, Stale, evaluation_mode
-from lowmem.transforms.calibration.replay_check import Entries, way_to_replay
+from lowmem.transforms.calibration.replay import Replay, Stale, noted_inputs, way_to_replay
+from lowmem.transforms.calibration.runs import computing, evaluation_mode, run_batch
 from lowmem.transforms.commit import commit
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Step, layer_name, parameters_to_store
@@ -134,8 +132,12 @@ def calibrate(
             fewer rows than columns; blocks that read more than what those before them return.
     """
     _check_arguments(batches, technique, damping)
-    if diagonal:
-        _refuse_more({"blocks": blocks, "offload": offload, "resume": resume})
+    for name, value in {"blocks": blocks, "offload": offload, "resume": resume}.items():
+        if diagonal and value is not None:
+            raise ValueError(
+                f"{name}={show(value)} does not apply with diagonal=True, which runs the model once and keeps "
+                "nothing of it: use only one of them"
+            )
     found = select_to_convert(model, (technique,), where, skip)
     candidates = {layer: path for layer, (path, _) in found.items()}
     refuse_layers("calibrate", candidates)
@@ -150,10 +152,9 @@ def calibrate(
             run.weigh_columns()
         else:
             if resume is not None:
-                settings = (
-                    f"{damping} {blocks} {sorted((candidates[layer], str(own)) for layer, own in steps.items())}"
-                )
-                run.finished = FinishedUnits(Path(resume), digest_of(model, batches, settings))
+                stored = sorted((candidates[layer], str(own)) for layer, own in steps.items())
+                digest = digest_of(model, batches, f"{damping} {blocks} {stored}")
+                run.finished = FinishedUnits(Path(resume), digest)
             folder = None if offload is None else Path(offload)
             units = run.find_units(lists, folder, asked=blocks is not None)
             run.calibrate(units, lists, folder)
@@ -199,26 +200,10 @@ def _steps(
         steps: dict[nn.Module, tuple[Step, ...]] = {layer: (one.technique,) for layer, one in chosen.items()}
     else:
         steps = techniques_by_layer(model, (technique,), found, where)
-    return {layer: tuple(_searching(step) for step in own) for layer, own in steps.items()}, chosen
-
-
-def _searching(step: Step) -> Step:
-    """Return a step that searches for the scales of 4 bits, unless it says that it does not."""
-    return replace(step, search=step.search is not False) if isinstance(step, FourBit) else step
-
-
-def _refuse_more(given: Mapping[str, object]) -> None:
-    """Refuse what says how blocks are done, where there are none.
-
-    Raises:
-        ValueError: an argument is not None; it is named.
-    """
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}={show(value)} does not apply with diagonal=True, which runs the model once and keeps "
-                "nothing of it: use only one of them"
-            )
+    for layer, (first, *rest) in steps.items():
+        if isinstance(first, FourBit):
+            steps[layer] = (replace(first, search=first.search is not False), *rest)
+    return steps, chosen
 
 
 @dataclass
@@ -240,7 +225,7 @@ class _Run:
     batches: Iterable[Any]
     candidates: dict[nn.Module, str]
     damping: float
-    overrides: Overrides
+    overrides: ExitStack
     progress: Callable[[int, int, float], object] | None
     steps: Mapping[nn.Module, tuple[Step, ...]]
     linear: list[nn.Module] = field(init=False)
@@ -274,7 +259,7 @@ class _Run:
         """Make what a layer becomes, and let it compute in the layer's place."""
         made: Any = rebuild(layer, self.steps[layer], self.candidates[layer], {}, store_by)
         self.replacements[layer] = made
-        self.overrides.set(layer, made.forward)
+        self.overrides.enter_context(computing(layer, made.forward))
         return made
 
     def replace_others(self) -> None:
@@ -320,20 +305,18 @@ class _Run:
     def find_units(self, lists: list[list[nn.Module]], offload: Path | None, *, asked: bool) -> list[Unit]:
         """Return the units, as ``units_of``, and find out by the first batch what has to be kept of those done."""
         inside = {layer for blocks in lists for block in blocks for layer in block.modules()}
-        entries = Entries([*chain(*lists), *(layer for layer in self.linear if layer not in inside)])
-        with entries.noted() if lists else nullcontext():
+        noted = [*chain(*lists), *(layer for layer in self.linear if layer not in inside)] if lists else []
+        with noted_inputs(noted) as entries:
             units = units_of(self.model, self.batches, self.linear, lists, self.centred, asked=asked)
         if any(unit.block is not None for unit in units):
             first = next(iter(self.batches))
-            self.keep_all, self.why_not = way_to_replay(
-                self.model, first, self.overrides, lists, units, entries, offload
-            )
+            self.keep_all, self.why_not = way_to_replay(self.model, first, lists, units, entries, offload)
         return units
 
     def calibrate(self, units: list[Unit], lists: list[list[nn.Module]], offload: Path | None) -> None:
         """Quantize the layers of all units, in their order."""
         for keep_all in (True,) if self.keep_all else (False, True):
-            with Replay(self.model, self.overrides, lists, offload, keep_all) as replay:
+            with Replay(self.model, lists, offload, keep_all) as replay:
                 try:
                     self._calibrate(units, replay)
                 except Stale:  # what is done is kept, and runs again
@@ -372,12 +355,9 @@ class _Run:
             if hessian is None:
                 self._replace_constant(group, own)
                 continue
-            for alike in self._alike(group):
-                parts = _Parts(alike, partial(quantize_gptq, hessian=hessian))
-                for layer in alike:
-                    self.replace(layer, parts.by(layer))
-                    self._correct_bias(layer, own)
-                del parts
+            for layer in group:
+                self.replace(layer, _storing(partial(quantize_gptq, hessian=hessian)))
+                self._correct_bias(layer, own)
             if own.rows < columns:
                 self.few |= dict.fromkeys(group, (own.rows, columns))
             del hessian  # before the next one is computed
@@ -385,13 +365,6 @@ class _Run:
             if layer not in self.replacements:
                 self.uncalibrated.setdefault(layer, _NO_INPUT)
                 self.replace(layer, self.store.by)
-
-    def _alike(self, group: list[nn.Module]) -> Iterable[list[nn.Module]]:
-        """Return the layers of a group by how they are stored, which differs where a budget is divided."""
-        alike: dict[tuple[Step, ...], list[nn.Module]] = {}
-        for layer in group:
-            alike.setdefault(self.steps[layer], []).append(layer)
-        return alike.values()
 
     def _moments(self, unit: Unit, replay: Replay) -> tuple[dict[nn.Module, Moments], list[list[nn.Module]]]:
         """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do."""
@@ -411,11 +384,7 @@ class _Run:
             return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
 
     def _checked(self, layer: nn.Module, second: Tensor) -> Tensor:
-        """Return moments that are finite.
-
-        Raises:
-            ValueError: they are not.
-        """
+        """Return moments; raise a ValueError unless they are finite."""
         if second.isfinite().all():
             return second
         raise ValueError(
@@ -444,10 +413,10 @@ class _Run:
         """Quantize all layers with scales searched for by the mean square of each column of their inputs."""
         inputs = Inputs(self.linear, self.centred, set(self.linear), diagonal=True)
         runs = 0
-        with inputs.taken(), Replay(self.model, self.overrides, [], None, keep_all=True) as replay:
+        with inputs.taken():
             for number, batch in enumerate(self.batches):
                 inputs.start_batch(counted_rows(batch, number))
-                replay.run(number, batch)
+                run_batch(self.model, batch)
                 runs += 1
         if not runs:
             raise ValueError(NO_BATCHES)
@@ -458,7 +427,7 @@ class _Run:
                 self._replace_constant([layer], own)
                 continue
             weights = importance.add(self.damping * mean)
-            self.replace(layer, _Parts([layer], partial(_weighted, importance=weights)).by(layer))
+            self.replace(layer, _storing(partial(quantize_weighted, importance=weights)))
             self._correct_bias(layer, own)
         if self.progress is not None:
             self.progress(1, 1, 0.0)
@@ -496,7 +465,7 @@ class _Run:
             else:
                 packed, scales = (tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales"))
                 weight = QuantizedTensor(packed, scales, one.weight.shape, *record["how"])
-                made = self.replace(layer, _given(weight))
+                made = self.replace(layer, _storing(lambda *_, weight=weight: weight))
             if layer in self.centred:
                 bias = tensors[f"{place}.bias"].to(one.bias.device)
                 made._parameters["bias"] = nn.Parameter(bias, requires_grad=one.bias.requires_grad)
@@ -505,47 +474,8 @@ class _Run:
         return True
 
 
-def _given(weight: QuantizedTensor) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
-    """Return a replacement for ``Store.by`` that stores a weight as it was stored before."""
-    return lambda technique: lambda *_: weight
-
-
-class _Parts:
-    """Weights that are quantized in one go, since they have one Hessian and rows do not depend on each other."""
-
-    def __init__(self, layers: list[Any], quantized: Callable[[Tensor, FourBit], QuantizedTensor]) -> None:
-        self._layers, self._quantized = layers, quantized
-        self._made: dict[nn.Module, QuantizedTensor] | None = None
-
-    def by(self, layer: nn.Module) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
-        """Return a replacement for ``Store.by`` that stores the weight of a layer."""
-        return lambda technique: lambda weight, name: self._stored(layer, technique, weight)
-
-    def _stored(self, layer: nn.Module, technique: Any, weight: Tensor) -> QuantizedTensor:
-        if not isinstance(technique, FourBit):
-            stored: QuantizedTensor = technique.store(weight)
-            return stored
-        alike = isinstance(technique.format, str) and len({one.weight.dtype for one in self._layers}) == 1
-        if not alike or len(self._layers) == 1 or not all(one.weight.isfinite().all() for one in self._layers):
-            return self._quantized(weight, technique)
-        if self._made is None:
-            whole = self._quantized(torch.cat([one.weight.detach() for one in self._layers]), technique)
-            parts = [whole.packed, whole.scales]
-            sizes = [len(one.weight) for one in self._layers]
-            split = zip(self._layers, *(part.split(sizes) for part in parts), strict=True)
-            self._made = {
-                one: replace(whole, packed=packed.clone(), scales=scales.clone(), shape=one.weight.shape)
-                for one, packed, scales in split
-            }
-        return self._made[layer]
-
-
-def _weighted(weight: Tensor, technique: FourBit, importance: Tensor) -> QuantizedTensor:
-    return quantize(
-        weight,
-        technique.format,
-        block_size=technique.block_size,
-        scales=technique.scales,
-        search=technique.search,
-        importance=importance,
-    )
+def _storing(
+    quantized: Callable[[Tensor, FourBit], QuantizedTensor],
+) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
+    """Return a replacement for ``Store.by`` that quantizes by a function of a weight and a technique."""
+    return lambda technique: lambda weight, name: quantized(weight, technique)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import describe, show
-from lowmem.transforms.calibration.replay import evaluation_mode
+from lowmem.transforms.calibration.runs import evaluation_mode
 
 __all__ = ["LEAST_SHARE", "generated_batches"]
 

@@ -110,7 +110,7 @@ def test_layers_with_one_input_are_one_unit_unless_their_moments_differ():
         def forward(self, x):
             return self.a(x) + self.first(x) + self.b(x)
 
-    assert units(Three()) == [(None, ["first"]), (None, ["a", "b"])]
+    assert units(Three()) == [(None, ["a", "b"]), (None, ["first"])]
 
 
 def test_blocks_that_are_called_again_are_done_layer_by_layer_or_refused():

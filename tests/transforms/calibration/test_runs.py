@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.transforms.calibration.batches import run_batch
+from lowmem.transforms.calibration.runs import run_batch
 
 
 class Sum(nn.Module):
