@@ -20,8 +20,7 @@ from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.fold import without_adapters
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules
-from lowmem.transforms.libraries import tell_integrations
+from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import (
     place_adapters,

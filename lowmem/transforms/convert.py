@@ -17,10 +17,9 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.assign import divided, techniques_by_layer
-from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of
+from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of, warning_of_dense
 from lowmem.transforms.budget import Chosen
 from lowmem.transforms.commit import commit
-from lowmem.transforms.dense_report import warning_of_dense
 from lowmem.transforms.placement import unnamed_places, warning_of_ties, warning_of_unnamed
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Technique, module_paths

@@ -27,11 +27,11 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.calibration.runs import check_batch, evaluation_mode, hooked, run_batch
-from lowmem.transforms.commit import one_at_a_time, replace_modules
-from lowmem.transforms.libraries import tell_integrations
+from lowmem.transforms.commit import one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.summary import aligned
 
 __all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
 
@@ -105,11 +105,7 @@ class MergeReport(tuple[MergedLayer, ...]):
         return rows
 
     def __str__(self) -> str:
-        table = [self.columns, *self.cells]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        )
+        return "\n".join(aligned([self.columns, *self.cells], right=()))
 
 
 @overload

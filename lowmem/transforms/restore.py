@@ -13,8 +13,7 @@ from lowmem.nn.forms import freeze
 from lowmem.nn.module_copy import become, restored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.commit import one_at_a_time
-from lowmem.transforms.libraries import tell_integrations
+from lowmem.transforms.commit import one_at_a_time, tell_integrations
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.select import select_modules

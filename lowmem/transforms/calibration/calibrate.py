@@ -41,7 +41,6 @@ from lowmem.transforms.ties import weight_key
 __all__ = ["calibrate"]
 
 _DEFAULT = FourBit()
-_NO_INPUT = "no batch reached it"
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
 _NAMED = 3  # layers that a warning names of those with one reason
 
@@ -158,7 +157,7 @@ def calibrate(
             folder = None if offload is None else Path(offload)
             units = run.find_units(lists, folder, asked=blocks is not None)
             run.calibrate(units, lists, folder)
-        run.replace_unreached()
+        run.replace_unreached(run.linear)
     for layer, one in chosen.items():
         cast(StoredModule, run.replacements[layer]).chosen_because = one.why
     for text in run.warnings():
@@ -262,22 +261,24 @@ class _Run:
         self.overrides.enter_context(computing(layer, made.forward))
         return made
 
+    def replace_by_weight(self, layer: nn.Module, why: str = "") -> Any:
+        """Quantize a layer by its weight alone; a warning says why, if there is a reason."""
+        if why:
+            self.uncalibrated[layer] = why
+        return self.replace(layer, self.store.by)
+
     def replace_others(self) -> None:
         """Quantize by their weights alone what is not calibrated."""
-        for layer in self.candidates:
-            if layer in self.linear:
-                continue
-            self.replace(layer, self.store.by)
-            told = type(layer) is nn.Linear or isinstance(layer, _BY_WEIGHTS)
-            if not told and isinstance(self.steps[layer][0], FourBit):
-                self.uncalibrated[layer] = f"of type {type(layer).__name__}, not nn.Linear itself"
+        for layer in [one for one in self.candidates if one not in self.linear]:
+            expected = type(layer) is nn.Linear or isinstance(layer, _BY_WEIGHTS)
+            told = not expected and isinstance(self.steps[layer][0], FourBit)
+            self.replace_by_weight(layer, f"of type {type(layer).__name__}, not nn.Linear itself" if told else "")
 
-    def replace_unreached(self) -> None:
+    def replace_unreached(self, layers: Iterable[nn.Module]) -> None:
         """Quantize by their weights alone the layers that no batch has reached."""
-        for layer in self.linear:
+        for layer in layers:
             if layer not in self.replacements:
-                self.uncalibrated[layer] = _NO_INPUT
-                self.replace(layer, self.store.by)
+                self.replace_by_weight(layer, "no batch reached it")
 
     def warnings(self) -> Iterator[str]:
         """Yield what to warn of."""
@@ -346,25 +347,20 @@ class _Run:
         moments, groups = self._moments(unit, replay)
         if replay.has_dropped and not all(own.is_finite() for own in moments.values()):
             raise Stale  # before a layer is replaced: all of the unit are done again
+        self._refuse_not_finite(moments)
         for group in groups:
             own = moments.pop(group[0])
-            second = self._checked(group[0], own.second())
-            columns = len(second)
-            hessian = prepare_hessian(second, self.damping * max(1.0, columns / max(1, own.rows)))
-            del second
+            hessian = prepare_hessian(own.second(), self.damping * max(1.0, own.columns / max(1, own.rows)))
             if hessian is None:
                 self._replace_constant(group, own)
                 continue
             for layer in group:
                 self.replace(layer, _storing(partial(quantize_gptq, hessian=hessian)))
                 self._correct_bias(layer, own)
-            if own.rows < columns:
-                self.few |= dict.fromkeys(group, (own.rows, columns))
+            if own.rows < own.columns:
+                self.few |= dict.fromkeys(group, (own.rows, own.columns))
             del hessian  # before the next one is computed
-        for layer in unit.layers:
-            if layer not in self.replacements:
-                self.uncalibrated.setdefault(layer, _NO_INPUT)
-                self.replace(layer, self.store.by)
+        self.replace_unreached(unit.layers)
 
     def _moments(self, unit: Unit, replay: Replay) -> tuple[dict[nn.Module, Moments], list[list[nn.Module]]]:
         """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do."""
@@ -383,21 +379,19 @@ class _Run:
                 continue
             return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
 
-    def _checked(self, layer: nn.Module, second: Tensor) -> Tensor:
-        """Return moments; raise a ValueError unless they are finite."""
-        if second.isfinite().all():
-            return second
-        raise ValueError(
-            f"{self.path(layer)}: its inputs hold NaN or infinite values, or too large ones to square: look for a "
-            "broken batch or weight before it, or leave the layer out with skip="
-        )
+    def _refuse_not_finite(self, moments: Mapping[nn.Module, Moments]) -> None:
+        for layer, own in moments.items():
+            if not own.is_finite():
+                raise ValueError(
+                    f"{self.path(layer)}: its inputs hold NaN or infinite values, or too large ones to square: look "
+                    "for a broken batch or weight before it, or leave the layer out with skip="
+                )
 
     def _replace_constant(self, group: list[nn.Module], own: Moments) -> None:
         """Quantize by their weights alone layers whose inputs tell nothing of the weights; biases make up for it."""
         for layer in group:
             constant = layer in self.centred and bool(own.mean.any())
-            self.uncalibrated[layer] = "its inputs are all alike" if constant else "its inputs are all zero"
-            self.replace(layer, self.store.by)
+            self.replace_by_weight(layer, "its inputs are all alike" if constant else "its inputs are all zero")
             self._correct_bias(layer, own)
 
     def _correct_bias(self, layer: Any, own: Moments) -> None:
@@ -420,8 +414,9 @@ class _Run:
                 runs += 1
         if not runs:
             raise ValueError(NO_BATCHES)
+        self._refuse_not_finite(inputs.moments)
         for layer, own in inputs.moments.items():
-            importance = self._checked(layer, own.second())
+            importance = own.second()
             mean = float(importance.mean())
             if mean <= 0:
                 self._replace_constant([layer], own)
@@ -460,8 +455,7 @@ class _Run:
         for place, (layer, record) in enumerate(zip(unit.layers, records, strict=True)):
             one: Any = layer
             if "why" in record:
-                self.uncalibrated[layer] = record["why"]
-                made = self.replace(layer, self.store.by)
+                made = self.replace_by_weight(layer, record["why"])
             else:
                 packed, scales = (tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales"))
                 weight = QuantizedTensor(packed, scales, one.weight.shape, *record["how"])

@@ -29,10 +29,11 @@ class Moments:
 
     Attributes:
         rows: how many there were.
+        columns: of a row.
     """
 
     def __init__(self, columns: int, *, centred: bool, diagonal: bool, device: torch.device) -> None:
-        self.rows = 0
+        self.rows, self.columns = 0, columns
         self._centred, self._diagonal = centred, diagonal
         self._shift = torch.zeros(columns, dtype=torch.float32, device=device)
         self._sum = torch.zeros(columns, dtype=torch.float32, device=device)
