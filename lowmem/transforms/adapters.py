@@ -22,14 +22,7 @@ from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
-from lowmem.transforms.placement import (
-    place_adapters,
-    place_name,
-    takes_adapter,
-    unnamed_places,
-    warning_of_ties,
-    warning_of_unnamed,
-)
+from lowmem.transforms.placement import place_adapters, place_name, takes_adapter, warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.select import no_match_message, select_modules
@@ -99,10 +92,10 @@ def add_adapter(
         raise ValueError(no_match_message(LoRA, model, selected, where is not None))
     placed = place_adapters(model, technique, layers, where)
     refuse_layers("add_adapter", {layer: selected[layer] for layer in placed})
-    unnamed, ties = unnamed_places(model, placed, where), warning_of_ties(model, placed)
+    told = warnings_of_adapters(model, placed, where)
     add_placed(model, name, placed, selected)
-    for told in filter(None, (ties, warning_of_unnamed(model, name, unnamed))):
-        warnings.warn(told, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
+    for text in told:
+        warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
     return model
 
 
@@ -234,8 +227,7 @@ def deactivate(model: nn.Module, *names: str) -> None:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter, or it is merged.
     """
-    layers = _layers_with(model, names)
-    _check_not_merged(layers, names or adapter_names(model))
+    layers = _layers_with(model, names, not_merged=names or adapter_names(model))
     for layer in layers:
         layer.adapters.active = tuple(name for name in layer.adapters.active if names and name not in names)
 
@@ -252,8 +244,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter, or it is merged.
     """
-    layers = _layers_with(model, [name])
-    _check_not_merged(layers, [name])
+    layers = _layers_with(model, [name], not_merged=[name])
     replace_modules(model, {layer: without_adapters(layer) for layer in layers if layer.adapters.names == (name,)})
     for layer in adapted_layers(model):
         if name in layer.adapters.names:
@@ -283,8 +274,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     refuse_peft(model, adapted_layers(model), merges=True)
     layers = _layers_with(model, [name])
     refuse_layers("merge_adapter", layers)
-    merged = _merged(layers)
-    if merged:
+    if (merged := _merged(layers)) is not None:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
     copies = fold(model, {layer: (name,) for layer in layers if name in layer.adapters.names})
     warn_of_requantizing(copies, layers)
@@ -309,12 +299,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise unless ``name`` is a valid name of an adapter.
-
-    Raises:
-        TypeError: not a string.
-        ValueError: empty, with a dot, or an attribute of AdapterBank.
-    """
+    """Raise a TypeError or ValueError unless ``name`` is a valid name of an adapter."""
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} must be a string")
     if not name or "." in name or hasattr(AdapterBank(), name):
@@ -324,8 +309,14 @@ def check_name(name: str) -> None:
         )
 
 
-def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[AdaptedModule, str]:
-    """Return every adapted layer with its first path; raise a ValueError unless the model has all these adapters."""
+def _layers_with(
+    model: nn.Module, names: Iterable[str], not_merged: Collection[str] = ()
+) -> dict[AdaptedModule, str]:
+    """Return every adapted layer with its first path.
+
+    Raises:
+        ValueError: the model lacks one of the adapters ``names``, or one of ``not_merged`` is merged.
+    """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")
@@ -333,14 +324,10 @@ def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[AdaptedModule, 
     for name in names:
         if name not in known:
             raise ValueError(f"adapter={name!r} is unknown: {type(model).__name__} has {', '.join(known)}")
+    if (merged := _merged(layers)) in not_merged:
+        raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")
     return layers
 
 
 def _merged(layers: Iterable[AdaptedModule]) -> str | None:
     return next((layer.adapters.merged for layer in layers if layer.adapters.merged is not None), None)
-
-
-def _check_not_merged(layers: Iterable[AdaptedModule], names: Collection[str]) -> None:
-    merged = _merged(layers)
-    if merged is not None and merged in names:
-        raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")
