@@ -103,16 +103,9 @@ def add_adapter(
 def add_placed(
     model: nn.Module, name: str, placed: Mapping[nn.Module, Mapping[str, LoRA]], paths: Mapping[nn.Module, str]
 ) -> None:
-    """Add a new, active adapter to layers, each with the technique for the parameters that it changes.
+    """Add a new, active adapter ``name`` to layers, with the techniques of the parameters that it changes in each.
 
-    Args:
-        model: has the layers.
-        name: of the adapter.
-        placed: the techniques by layer and parameter.
-        paths: of the layers.
-
-    Raises:
-        ValueError: as ``add_adapter``.
+    ``paths`` are those of the layers; raises as ``add_adapter``.
     """
     made: dict[nn.Module, nn.Module] = {}
     added: dict[AdaptedModule, dict[str, Adapter]] = {}

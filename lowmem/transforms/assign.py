@@ -31,9 +31,6 @@ def techniques_by_layer(
 
     Embeddings and output layers get what ``FourBit.embeddings`` says in place of a ``FourBit``, and modules whose
     weights transformers keeps in float32 no narrower ``compute_dtype``.
-
-    Raises:
-        ValueError: as ``place_adapters``.
     """
     chosen: dict[nn.Module, tuple[Step, ...]] = dict.fromkeys(layers, techniques)
     first, *rest = techniques
@@ -123,11 +120,7 @@ def divided(
 
 
 def _as_stored(module: nn.Module, path: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return parameters of a module in the shapes in which a block-wise technique stores them.
-
-    Raises:
-        TypeError, ValueError: as ``store_parameters``.
-    """
+    """Return parameters of a module in the shapes in which a block-wise technique stores them."""
     found: dict[str, Tensor] = {}
 
     def note(tensor: Tensor, name: str) -> Any:

@@ -107,11 +107,7 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
 
 
 def tell_integrations(model: nn.Module) -> None:
-    """Tell the integrations of the libraries that made a model, or parts of it, that its layers have changed.
-
-    Warns:
-        UserWarning: the library is too old for its integration, so that it cannot save what is converted.
-    """
+    """Tell the integrations of the libraries that made a model, or parts of it, that its layers have changed."""
     libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
     for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():
         try:

@@ -213,11 +213,7 @@ def merge(
 
 
 def adapted_layers(model: nn.Module) -> dict[AdaptedModule, str]:
-    """Return every layer with adapters, with its first path.
-
-    Raises:
-        TypeError: the model is not a module.
-    """
+    """Return every layer with adapters, with its first path."""
     return {module: paths[0] for module, paths in module_paths(model).items() if isinstance(module, AdaptedModule)}
 
 
@@ -229,11 +225,7 @@ def _names(layer: AdaptedModule, parameter: str) -> tuple[str, ...]:
 def fold(
     model: nn.Module, names: Mapping[AdaptedModule, Sequence[str]], to: torch.dtype | None = None
 ) -> dict[AdaptedModule, Folded]:
-    """Return, for each layer, a copy of it with the adapters ``names[layer]`` merged.
-
-    Raises:
-        ValueError: an adapted weight cannot be stored; its path is named.
-    """
+    """Return a copy of each layer with the adapters ``names[layer]`` merged; an error names the path of the layer."""
     paths = adapted_layers(model)
     folded: dict[AdaptedModule, Folded] = {}
     tables: dict[Any, nn.Module] = {}
@@ -254,12 +246,9 @@ def fold(
 
 
 def _refuse_untying(model: nn.Module, folded: Mapping[Any, Folded], to: torch.dtype | None) -> None:
-    """Refuse to merge into one of several modules that share a weight, or differently into them.
+    """Raise a ValueError if modules share a weight whose merged values would differ.
 
     ``merge_adapter`` need not: the bases, which the state holds, stay tied.
-
-    Raises:
-        ValueError: the merged weights differ; two of their modules are named.
     """
     seen: dict[int, tuple[str, Any]] = {}
     for layer, paths in module_paths(model).items():
@@ -353,12 +342,7 @@ def _output_errors(
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:
-    """Return a model's outputs.
-
-    Raises:
-        TypeError: the inputs are no batch.
-        ValueError: the model cannot be called with them.
-    """
+    """Return a model's outputs; raise a TypeError for inputs that are no batch, a ValueError if the model fails."""
     check_batch(inputs)
     try:
         return run_batch(model, inputs)

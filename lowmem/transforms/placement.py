@@ -111,12 +111,9 @@ def warnings_of_adapters(
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
     where: Callable[[str, nn.Module], bool] | None,
 ) -> list[str]:
-    """Return what to warn of when layers get adapters: weights that others without one share, and unnamed layers.
+    """Return what to warn of before layers get adapters: weights that others share, and layers that nobody named.
 
-    Args:
-        model: before the adapters are added.
-        placed: the techniques by layer and parameter.
-        where: selected the layers.
+    ``placed`` has the techniques by layer and parameter; ``where`` selected the layers.
     """
     return [*_warning_of_ties(model, placed), *_warning_of_unnamed(model, placed, where)]
 

@@ -263,11 +263,7 @@ def skeleton_of(
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
 ) -> Skeleton:
-    """Make and convert a model on the meta device.
-
-    Raises:
-        TypeError, ValueError: as ``plan``.
-    """
+    """Make and convert a model on the meta device; raises as ``plan``."""
     if not callable(make):
         raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
     if techniques:
@@ -397,11 +393,7 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def fake_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the named inputs in a batch, with fake tensors in place of its tensors.
-
-    Raises:
-        TypeError: it holds no tensor.
-    """
+    """Return the positional and the named inputs in a batch, with fake tensors in place of its tensors."""
     if not any(True for _ in measure.tensors_in(batch)):
         raise TypeError(f"batch={show(batch)} must be a tensor, or a tuple or mapping that holds the model's inputs")
     named = dict(batch) if isinstance(batch, Mapping) else {}
@@ -428,12 +420,7 @@ def _proposals(training: str | None) -> list[tuple[Technique, ...]]:
 
 
 def bytes_of(size: str | int) -> int:
-    """Return a number of bytes, given as it is or as text with a unit, such as "24GiB".
-
-    Raises:
-        ValueError: another text, or less than 1 byte.
-        TypeError: another type.
-    """
+    """Return a number of bytes, given as it is or as text with a unit, such as "24GiB"."""
     if isinstance(size, bool) or not isinstance(size, str | int):
         raise TypeError(f"{show(size)} must be a number of bytes, or a size such as 2GB or 500MiB")
     number = size if isinstance(size, int) else 0

@@ -272,11 +272,7 @@ def check_module(model: object) -> None:
 
 
 def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every module with all of its paths, in the order of ``named_modules``, without adapters.
-
-    Raises:
-        TypeError: the model is not a module.
-    """
+    """Return every module with all of its paths, in the order of ``named_modules``, without adapters."""
     check_module(model)
     found: dict[nn.Module, list[str]] = {}
     inside = None  # the prefix of the paths inside the last adapters

@@ -88,11 +88,7 @@ def restore(
 
 
 def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a floating-point dtype that is given as itself or by its name.
-
-    Raises:
-        TypeError: it is another value.
-    """
+    """Return a floating-point dtype that is given as itself or by its name; anything else is a TypeError."""
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise TypeError(f"dtype={dtype!r} must be a floating-point dtype of torch or its name, as 'bfloat16' is")
@@ -100,11 +96,7 @@ def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) -> None:
-    """Refuse to make dense what a module that is left shares, which would untie them.
-
-    Raises:
-        ValueError: there is such a module; both are named.
-    """
+    """Raise a ValueError if a module that is left shares what is to become dense, which would untie them."""
     owners = parameter_owners(model)
     for module, path in found.items():
         for owner, other in (one for part in module.part_names for one in owners[id(getattr(module, part))]):
@@ -120,8 +112,7 @@ def _cast_dense(
 ) -> dict[nn.Module, dict[str, Any]]:
     """Return the dense parameters and saved buffers of modules in another dtype; shared ones stay shared.
 
-    Raises:
-        ValueError: a module that keeps its dtype shares one, or the dtype cannot hold it; both are named.
+    A tensor that a module outside shares, or that the dtype cannot hold, is a ValueError.
     """
     taken = dict(selected)
     for module, path in list(taken.items()):

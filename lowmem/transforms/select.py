@@ -35,12 +35,7 @@ __all__ = ["no_match_message", "select_modules", "select_to_convert"]
 def select_modules(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
 ) -> dict[nn.Module, str]:
-    """Return the modules that ``where`` and ``skip`` select, each with its first path.
-
-    Raises:
-        TypeError: the model is not a module, ``where`` is not callable, or a pattern is not a string.
-        ValueError: a pattern matches nothing.
-    """
+    """Return the modules that ``where`` and ``skip`` select, each with its first path; bad ones are errors."""
     found = module_paths(model)
     if where is not None and not callable(where):
         raise TypeError(f"where={show(where)} must be callable with a path and what is there, or None")
@@ -160,11 +155,8 @@ def no_match_message(
 ) -> str:
     """Return the error text for a model without layers to convert: what was looked for, and what was found.
 
-    Args:
-        technique: Half, EightBit, FourBit or LoRA.
-        model: any module.
-        selected: the modules that were looked at; the first of a known kind is named, and why it is left.
-        chosen: whether ``where=`` has selected them.
+    The first of the ``selected`` modules that is of a known kind is named, and why it is left. ``chosen`` tells that
+    ``where=`` selected them.
     """
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))

@@ -101,7 +101,7 @@ def rebuild(
 def add_first_adapter(
     layer: Any, techniques: Mapping[str, LoRA], path: str, dense: Mapping[str, Any], name: str = "default"
 ) -> nn.Module:
-    """Return a copy of a layer with an adapter.
+    """Return a copy of a layer with an adapter ``name``, with the techniques of the parameters that it changes.
 
     Args:
         layer: without adapters.
@@ -109,9 +109,6 @@ def add_first_adapter(
         path: of the layer, for errors.
         dense: the parameters that 4-bit ones were quantized from, for ``init="loftq"``.
         name: of the adapter.
-
-    Raises:
-        ValueError: ``init="loftq"`` without a 4-bit base or its dense weight, or a layer that has ``adapters``.
     """
     try:
         parts = {one: Adapter(layer, own, dense.get(one), one) for one, own in techniques.items()}

@@ -21,12 +21,9 @@ __all__ = ["NO_BATCHES", "Unit", "find_blocks", "units_of"]
 
 @dataclass
 class Unit:
-    """Layers that are quantized together: those of a block, or some outside of blocks that get one input.
+    """Layers that are quantized together: those of a block, or some outside of blocks (None) that get one input.
 
-    Args:
-        layers: linear layers.
-        block: that holds them; None: they lie outside of blocks.
-        calls: of the first layer, in one run of the model; 0: unknown.
+    ``calls`` counts the calls of the first layer in one run of the model; 0: unknown.
     """
 
     layers: list[nn.Module] = field(default_factory=list)
@@ -189,16 +186,7 @@ def _group_by_input(
 ) -> tuple[list[list[nn.Module]], Counter[nn.Module], set[nn.Module]]:
     """Return groups of layers that get the same inputs, in call order; their most calls in one run; and all called.
 
-    Args:
-        model: in evaluation mode.
-        batches: its inputs.
-        layers: to group.
-        centred: those that get into no group with others.
-        order: gets each layer when it is first called.
-
-    Raises:
-        TypeError: a batch of a wrong kind.
-        ValueError: no batches.
+    Layers in ``centred`` share no group with others. ``order`` gets each layer when it is first called.
     """
     total, most, now = (Counter[nn.Module]() for _ in range(3))
     first: dict[nn.Module, set[nn.Module]] = {}  # for each layer, the first layers that got its inputs

@@ -342,7 +342,6 @@ class _Run:
 
         Raises:
             Stale: the model may have read what was not kept; no layer was quantized.
-            ValueError: inputs that are not finite.
         """
         moments, groups = self._moments(unit, replay)
         if replay.has_dropped and not all(own.is_finite() for own in moments.values()):

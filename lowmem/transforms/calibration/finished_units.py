@@ -72,11 +72,7 @@ class FinishedUnits:
         self._folder, self._digest = folder, digest
 
     def save(self, number: int, tensors: dict[str, Tensor], record: Any) -> None:
-        """Write the file of a unit, with a record that JSON can hold.
-
-        Raises:
-            OSError: it cannot be written; the error names the folder and the remedy.
-        """
+        """Write the file of a unit, with a record that JSON can hold; an OSError names the folder and the remedy."""
         from safetensors.torch import save
 
         path = self._path(number)

@@ -84,11 +84,7 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
 
 
 def _check(model: nn.Module, tokenizer: Any) -> None:
-    """Raise unless a model predicts tokens of a tokenizer from those before them alone.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise a ValueError unless a model predicts tokens of a tokenizer from those before them alone."""
     can: Any = getattr(model, "can_generate", None)
     if callable(can) and not can():
         raise ValueError(_cannot(model, "its class has no generate()"))

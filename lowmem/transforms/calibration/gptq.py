@@ -234,12 +234,9 @@ class _Fit:
 
 
 def _nearest_stored(before: Tensor, scales: Tensor, encoding: ScaleEncoding) -> Tensor:
-    """Store scales (rows, blocks) as the nearest that can be stored, where ``encode`` takes the next towards zero.
+    """Store float32 scales (rows, blocks) as the nearest that can be stored; ``encode`` takes the next towards zero.
 
-    Args:
-        before: scales as stored, of which offsets are kept.
-        scales: float32.
-        encoding: how to store them.
+    Offsets are those of ``before``, scales as stored.
     """
     offsets = encoding.decode_offsets(before) if encoding.offsets else None
 

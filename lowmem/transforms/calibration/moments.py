@@ -82,7 +82,7 @@ def counted_rows(batch: Any, number: int) -> Tensor | None:
     """Return which tokens of a batch count, bool (batch, tokens), by its ``attention_mask``; None: all.
 
     Raises:
-        ValueError: none does.
+        ValueError: no token counts.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -159,11 +159,7 @@ class Inputs:
         self._left = self._stop_after or 0
 
     def groups(self) -> list[list[nn.Module]]:
-        """Return the layers that were called, by their input.
-
-        Raises:
-            Regroup: layers of a group were not called equally often.
-        """
+        """Return the layers that were called, by their input; raise ``Regroup`` if these were not called equally often."""
         found: dict[nn.Module, list[nn.Module]] = {}
         for layer, leader in self._leader.items():
             if self._calls[layer] != self._calls[leader]:

@@ -17,11 +17,7 @@ class Stop(BaseException):
 
 
 def run_batch(model: nn.Module, batch: Any) -> Any:
-    """Call a model with a batch, and return its output.
-
-    Raises:
-        TypeError: a batch of another type than ``check_batch`` takes.
-    """
+    """Call a model with a batch, as ``check_batch`` takes it, and return its output."""
     check_batch(batch)
     if isinstance(batch, Tensor):
         return model(batch)
