@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
 from lowmem import (
     Embedding8Bit,
@@ -74,14 +73,6 @@ def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source(tec
     wide, magnitudes = (x, x) if kind is nn.Embedding else (x.double(), x.double().abs())
     terms = 0 if kind is nn.Embedding else dense.weight[0].numel() + 1 + OF_4_BITS
     assert_sum(layer(x), exact(wide), sizes(magnitudes), terms)
-
-
-@pytest.mark.parametrize("technique", [Half(), FourBit()])
-def test_a_pruned_bias_is_computed_as_before(technique):
-    layer = prune.l1_unstructured(nn.Linear(8, 8), "bias", 0.5)
-    x, bias = torch.randn(2, 8), layer.bias.detach().clone()
-    made = convert(layer, technique)
-    torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight.dequantize(), bias))
 
 
 @rows_in_one_case(

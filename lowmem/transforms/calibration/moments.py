@@ -159,7 +159,7 @@ class Inputs:
         self._left = self._stop_after or 0
 
     def groups(self) -> list[list[nn.Module]]:
-        """Return the layers that were called, by their input; raise ``Regroup`` if these were not called equally often."""
+        """Return the layers that were called, by their input; raise ``Regroup`` if some had fewer calls."""
         found: dict[nn.Module, list[nn.Module]] = {}
         for layer, leader in self._leader.items():
             if self._calls[layer] != self._calls[leader]:

@@ -5,7 +5,6 @@ import gc
 import re
 import types
 import weakref
-from collections import UserDict
 from itertools import count
 
 import pytest
@@ -21,7 +20,6 @@ from lowmem import (
     Half,
     Linear4Bit,
     Linear8Bit,
-    LoRA,
     calibrate,
     convert,
     quantize,
@@ -162,22 +160,6 @@ def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch
     assert len(alive) == 3 * 5
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda x: x,
-        lambda x: (x,),
-        lambda x: [x],
-        lambda x: {"x": x, "scale": 1.0},
-        lambda x: UserDict(x=x),
-    ],
-)
-def test_a_batch_is_a_tensor_arguments_or_keywords(net, samples, wrap):
-    expected = calibrate(copy.deepcopy(net), samples, **SKIP).state_dict()
-    made = calibrate(net, [wrap(x) for x in samples], **SKIP).state_dict()
-    assert all(torch.equal(made[key], expected[key]) for key in expected)
-
-
 def test_a_loader_gives_batches(net, samples):
     loader = torch.utils.data.DataLoader(torch.cat(samples), batch_size=4)
     expected = calibrate(copy.deepcopy(net), samples, **SKIP).state_dict()
@@ -189,38 +171,14 @@ def test_modes_come_back_and_so_does_the_fused_path(net, samples):
     net.train()
     net.norm.eval()
     fused = torch.backends.mha.get_fastpath_enabled()
-    calibrate(net, samples, **SKIP)
+    torch.backends.mha.set_fastpath_enabled(not fused)
+    try:
+        calibrate(net, samples, **SKIP)
+        assert torch.backends.mha.get_fastpath_enabled() != fused
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
     assert net.training and net.q.training and net.drop.training and not net.norm.training  # noqa: PT018
     assert torch.is_grad_enabled()
-    assert torch.backends.mha.get_fastpath_enabled() == fused
-
-
-@rows_in_one_case("fails", [False, True])
-@rows_in_one_case("enabled", [False, True])
-def test_the_fused_path_is_off_meanwhile_and_what_it_was_afterwards_also_after_an_error(enabled, fails):
-    seen = []
-
-    class Sees(nn.Identity):
-        def forward(self, x):
-            seen.append(torch.backends.mha.get_fastpath_enabled())
-            if fails:
-                raise LookupError("the model's own")
-            return super().forward(x)
-
-    model = nn.Sequential(nn.Linear(16, 16), Sees())
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(enabled)
-    try:
-        if fails:
-            with pytest.raises(LookupError, match="the model's own"):
-                calibrate(model, [torch.randn(16, 16)], FourBit(block_size=8))
-        else:
-            calibrate(model, [torch.randn(16, 16)], FourBit(block_size=8))
-        assert torch.backends.mha.get_fastpath_enabled() == enabled
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-    assert seen
-    assert not any(seen)
 
 
 @pytest.mark.filterwarnings("ignore:layers were quantized by their weights alone")
@@ -365,15 +323,6 @@ def test_layers_of_other_types_are_named_by_type_a_few_of_each():
     assert model[5].quantized.method == "calibrated"
 
 
-def test_hooks_move_and_adapters_can_follow(net, samples):
-    seen = []
-    net.q.register_forward_hook(lambda *_: seen.append(1))
-    convert(calibrate(net, samples, **SKIP), LoRA(2), skip=["unused"])
-    seen.clear()
-    net(samples[0])
-    assert seen == [1]
-
-
 @pytest.mark.parametrize(
     ("batches", "error", "message"),
     [
@@ -437,19 +386,15 @@ def test_a_warning_that_is_an_error_leaves_the_model_as_it_was(net, samples):
     assert_stays(net, UserWarning, "no batch reached it", lambda: calibrate(net, samples))
 
 
-def test_a_model_that_was_converted_is_refused(net, samples):
-    convert(net, FourBit())
-    with pytest.raises(ValueError, match="has FourBit already"):
-        calibrate(net, samples)
-
-
 def assert_stays(net, error, message, run):
     net.train()
     net.q.forward = types.MethodType(nn.Linear.forward, net.q)  # a user's own
     before = {path: (module, module.training, dict(vars(module))) for path, module in net.named_modules()}
     hooks = [len(module._forward_pre_hooks) for module in net.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
     with pytest.raises(error, match=message):
         run()
+    assert torch.backends.mha.get_fastpath_enabled() == fused
     for path, module in net.named_modules():
         known, training, attributes = before[path]
         assert module is known
@@ -555,19 +500,6 @@ class Writing(Decoder):
         return state["x"]
 
 
-class InPlace(Writing):
-    """Its blocks return nothing: each adds to its input in place."""
-
-    class Block(Layer):
-        def forward(self, x, mask):
-            x += super().forward(x, mask) - x
-
-    def through(self, x, mask):
-        for layer in self.layers:
-            layer(x, mask=mask)
-        return x
-
-
 class Sharing(Writing):
     """Its last blocks read keys that the first one wrote beside what it returned, as in Gemma 3n and Gemma 4."""
 
@@ -582,28 +514,6 @@ class Sharing(Writing):
         for number, layer in enumerate(self.layers):
             x = layer(x, mask=mask, shared=shared, last=number > 0)
         return x
-
-
-class Stages(Decoder):
-    """Its first block is of another width than the others, as in Segformer."""
-
-    def __init__(self, depth=3):
-        super().__init__(depth, 32)
-        self.project, self.wider = nn.Linear(32, 16), nn.Linear(16, 32)
-        self.layers[0] = Layer(16)
-
-    def through(self, x, mask):
-        x = self.wider(self.layers[0](x, mask=mask))
-        for layer in self.layers[1:]:
-            x = layer(x, mask=mask)
-        return x
-
-
-class Noisy(Decoder):
-    """No two runs of it are alike."""
-
-    def through(self, x, mask):
-        return super().through(x + torch.rand_like(x) / 100, mask)
 
 
 @pytest.fixture
@@ -632,7 +542,7 @@ def test_each_block_runs_twice_for_a_batch_whatever_the_depth(depth, texts):
 
 
 @pytest.mark.filterwarnings("ignore:blocks read more than what those before them return")
-@pytest.mark.parametrize("kind", [Decoder, Skipping, Crossing, Writing, InPlace, Sharing, Stages])
+@pytest.mark.parametrize("kind", [Decoder, Skipping, Crossing, Writing, Sharing])
 def test_each_block_is_quantized_by_what_it_gets_in_the_quantized_model(kind, texts):
     """Moments come from a run of the block's dense layers on inputs of the blocks before, which are quantized."""
     model, seen = made(kind), {}
@@ -669,7 +579,6 @@ def test_a_model_that_reads_earlier_outputs_takes_one_more_run_and_no_more(texts
     ("kind", "why"),
     [
         (Writing, "layers.1 gets other inputs where blocks before it are not run"),
-        (InPlace, "layers.1 gets other inputs where blocks before it are not run"),
         (Sharing, "no attribute 'keys'"),
     ],
 )
@@ -686,12 +595,6 @@ def test_blocks_that_hand_on_more_than_they_return_are_run_behind_those_before_t
     calls = [layer.calls for layer in model.layers]
     assert calls == sorted(calls, reverse=True)
     assert calls[0] <= 4 + (4 + 2) * len(texts)  # a run for each block, and for each layer outside
-
-
-def test_a_model_of_which_no_two_runs_are_alike_is_done_block_by_block(texts):
-    model = made(Noisy, 4)
-    calibrate(model, texts)
-    assert max(layer.calls for layer in model.layers) <= 4 + 2 * len(texts)
 
 
 class Reading(Decoder):
@@ -921,18 +824,6 @@ def test_fewer_rows_than_columns_are_told_and_damped(net):
     hessian = gptq.prepare_hessian(centred.T @ centred / 9, 0.01 * 48 / 9)
     wanted = gptq.quantize_gptq(expected.q.weight, FourBit(search=True), hessian)
     assert (wanted.dequantize() - net.q.quantized.dequantize()).norm() < 0.02 * wanted.dequantize().norm()
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"blocks": "nowhere"}, ValueError, "blocks='nowhere' matches no module"),
-        ({"blocks": 3}, TypeError, "must be glob patterns"),
-        ({"blocks": "twice"}, ValueError, "twice is called 2 times in one run"),
-    ],
-)
-def test_blocks_that_are_none_are_refused_and_the_model_stays(net, samples, options, error, message):
-    assert_stays(net, error, message, lambda: calibrate(net, samples, **options, **SKIP))
 
 
 @rows_in_one_case(
