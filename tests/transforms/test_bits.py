@@ -7,7 +7,6 @@ import warnings
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 from lowmem import FORMATS, BigNet, FourBit, Half, LoRA, convert, measure
 from lowmem.nn.stored_module import StoredModule
@@ -15,7 +14,7 @@ from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.transforms.bits import SMALLEST, check_at_most, text_of
 from tests.selection import rows_in_one_case
-from tests.transforms.models import Cosine, Table
+from tests.transforms.models import Table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
 
@@ -110,14 +109,6 @@ def test_the_text_of_techniques_makes_them_again():
     assert text_of(()) == "dense"
 
 
-def test_a_base_that_has_an_adapter_already_is_told_of_as_dense():
-    model = nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Linear(64, 64)})
-    convert(model, LoRA(2), skip="b")
-    with pytest.warns(UserWarning, match="Linear.weight: it has an adapter: convert the base first") as caught:
-        convert(model, FourBit())
-    assert len(caught) == 1
-
-
 def test_a_large_dense_share_is_told_once_with_its_reasons():
     told = "Table.positions: FourBit has no form of it; parameters= names what to store"
     share = "^67% of the bytes of Table are weights that stay dense: 65%"
@@ -170,18 +161,3 @@ def test_what_was_stored_before_counts_as_in_the_dense_model(technique):
             )
         told.append(str(seen[0].message))
     assert told == told[:1] * 3
-
-
-@rows_in_one_case(
-    ("layer", "remedy"),
-    [
-        (prune.l1_unstructured(nn.Linear(64, 64), "weight", 0.5), "torch.nn.utils.prune.remove"),
-        (parametrizations.spectral_norm(nn.Linear(32, 64)), "remove_parametrizations"),
-        (nn.Embedding(24, 64, max_norm=1.0), "max_norm = None"),
-        (nn.LayerNorm((64, 64)), "parameters="),
-        (Cosine(64, 64), "parameters="),
-    ],
-)
-def test_each_reason_that_is_told_has_its_remedy(layer, remedy):
-    with pytest.warns(UserWarning, match=f"are weights that stay dense.*{remedy}"):
-        convert(nn.Sequential(layer, nn.Linear(8, 8)), FourBit())

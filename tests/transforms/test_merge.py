@@ -484,17 +484,3 @@ def test_outputs_of_attention_and_embeddings_merged_to_a_dtype_are_compared(base
                     parameter.normal_(0, 0.1)
         _, report = merge(model, torch.bfloat16, inputs=torch.randint(0, 11, (2, 5)), report=True)
         assert report.output_after < min(0.05, report.output_before)
-
-
-def test_a_scripted_submodule_stays_as_it_is():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.jit.script(torch.nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match="parameters= chose no further parameter"):
-        convert(model, Half(), parameters=lambda path, _: path == "1.weight")
-    with pytest.warns(UserWarning, match="50% .*: torch.jit.script or trace compiled it for dense weights: convert"):
-        convert(model, Half(), LoRA(2))
-    x = torch.randn(2, 8)
-    expected = model(x)
-    torch.testing.assert_close(merge(model)(x), expected)
-    for technique in (FourBit(), LoRA(2)):
-        with pytest.raises(ValueError, match="model itself is a RecursiveScriptModule: torch.jit.script or trace"):
-            convert(torch.jit.script(torch.nn.Linear(8, 8)), technique)
