@@ -64,8 +64,7 @@ def add_adapter(
         name: of the adapter: not empty, without dots, and no attribute of what holds it.
         technique: rank, alpha, dropout and scaling. Further calls may add the same name to other layers with other
             values.
-        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths to leave as they are.
+        where, skip: as in ``convert``.
 
     Returns:
         The model, changed in place.

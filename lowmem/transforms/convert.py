@@ -25,7 +25,7 @@ from lowmem.transforms.placement import warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Technique, module_paths
 from lowmem.transforms.select import select_to_convert
-from lowmem.transforms.store import Store, rebuild
+from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
 
 __all__ = ["convert", "rebuild_all"]
@@ -93,7 +93,7 @@ def convert(
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
 
     def without_values(*others: Technique) -> dict[nn.Module, nn.Module]:
-        return rebuild_all(model, others, where, skip, parameters, Store(empty=True).by)
+        return rebuild_all(model, others, where, skip, parameters, storing_once(empty=True))
 
     if at_most is not None:
         check_at_most(at_most)
@@ -102,7 +102,7 @@ def convert(
             # else sizes depend on values
             sized = without_values(*storing) if storing else {}
             refuse_more_bits(model, sized, at_most, without_values)  # before the weights are quantized
-    replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
+    replacements = rebuild_all(model, techniques, where, skip, parameters, storing_once())
     if at_most is not None:
         refuse_more_bits(model, replacements, at_most, without_values)
     placed = {
@@ -133,7 +133,7 @@ def rebuild_all(
 
     Args:
         model, techniques, where, skip, parameters: as in ``convert``.
-        store_by: returns, for a technique, the function that stores a weight: ``Store.by``.
+        store_by: returns, for a technique, the function that stores a weight: ``storing_once``.
         losses: returns what each choice of a ``Budget`` loses of a weight, by its name; None of one that is not
             known. None: they are measured.
 

@@ -41,7 +41,7 @@ from lowmem.transforms.commit import commit
 from lowmem.transforms.convert import convert, rebuild_all
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import Technique, stored_by
-from lowmem.transforms.store import Store
+from lowmem.transforms.store import storing_once
 from lowmem.transforms.summary import aligned
 
 __all__ = [
@@ -198,8 +198,7 @@ def plan(
             a tuple of positional arguments, or a mapping of named ones.
         training: "adamw", "sgd" (without momentum), or None for inference.
         loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
-        where: as in ``convert``.
-        skip: as in ``convert``.
+        where, skip: as in ``convert``.
         at_most: bytes, or text such as "24GiB", that the total may take. In place of ``techniques``: of a list, from
             the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training), the first that fits is taken.
 
@@ -286,7 +285,7 @@ def skeleton_of(
     replaced = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) in kept)
     storing = 0
     if techniques:
-        replacements = rebuild_all(model, techniques, where, skip, None, Store(empty=True).by)
+        replacements = rebuild_all(model, techniques, where, skip, None, storing_once(empty=True))
         storing = _STORING if any(isinstance(one, StoredModule) for one in replacements.values()) else 0
         commit(model, replacements)
     after = dict.fromkeys([*model.parameters(), *model.buffers()])

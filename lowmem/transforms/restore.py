@@ -38,8 +38,7 @@ def restore(
 
     Args:
         model: any module; the root itself can be the layer.
-        where: called with (path, module); a module is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths to leave as they are.
+        where, skip: as in ``convert``.
         dtype: of what is restored, and of all other floating-point parameters and saved buffers of the modules that
             ``where`` and ``skip`` select, such as norms; not of adapters. A name, as "bfloat16", is taken, too. None:
             restored weights have the dtype as which they present themselves, which casts of the model follow, and the

@@ -123,7 +123,7 @@ def test_parameters_names_what_the_registry_does_not_know(technique):
         convert(Table(), technique, parameters=lambda path, _: path == "head.weight")
 
 
-def test_what_lora_cannot_use_is_refused():
+def test_parameters_is_refused_for_lora_alone():
     model = nn.Sequential(nn.Linear(8, 8))
     with pytest.raises(ValueError, match="parameters=.*LoRA alone"):
         convert(model, LoRA(2), parameters=lambda path, _: True)

@@ -221,7 +221,7 @@ def test_layers_of_one_role_are_one_row_with_the_same_totals():
     assert found.grouped_cells[-1] == found.cells[-1]
 
 
-def test_what_shares_tensors_or_stands_twice_stays_a_row_of_its_own():
+def test_modules_that_share_tensors_or_occur_twice_keep_their_own_row():
     layers = [nn.Linear(8, 8) for _ in range(3)]
     layers[2].weight = layers[0].weight
     model = nn.ModuleList([*layers, layers[1]])

@@ -33,16 +33,15 @@ from lowmem.transforms.calibration.replay import Replay, Stale, noted_inputs, wa
 from lowmem.transforms.calibration.runs import computing, evaluation_mode, run_batch
 from lowmem.transforms.commit import commit
 from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Step, layer_name, parameters_to_store
+from lowmem.transforms.registry import Step, layer_name, layer_names, parameters_to_store
 from lowmem.transforms.select import select_to_convert
-from lowmem.transforms.store import Store, rebuild
+from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import weight_key
 
 __all__ = ["calibrate"]
 
 _DEFAULT = FourBit()
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
-_NAMED = 3  # layers that a warning names of those with one reason
 
 
 @returns_free_pages
@@ -93,8 +92,7 @@ def calibrate(
         technique: how to store; of several formats each layer gets the one with the least weighted error. A
             ``Budget`` is divided first, as ``convert`` does, by its ``inputs``, or else by these batches: the dense
             model runs forward and backward on each once. Layers that get 8 bits keep the nearest codes.
-        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths to leave as they are.
+        where, skip: as in ``convert``.
         damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
             Of fewer rows than columns it is as many times larger.
         blocks: glob patterns of the blocks' paths, as "encoder.layer.*"; () for none; None: as above.
@@ -235,7 +233,7 @@ class _Run:
     finished: FinishedUnits | None = None
     keep_all: bool | None = False
     why_not: str = ""
-    store: Store = field(default_factory=Store)
+    store_by: Callable[[Any], Callable[[Tensor, str], Any]] = field(default_factory=storing_once)
 
     def __post_init__(self) -> None:
         layers: list[Any] = list(self.candidates)
@@ -265,7 +263,7 @@ class _Run:
         """Quantize a layer by its weight alone; a warning says why, if there is a reason."""
         if why:
             self.uncalibrated[layer] = why
-        return self.replace(layer, self.store.by)
+        return self.replace(layer, self.store_by)
 
     def replace_others(self) -> None:
         """Quantize by their weights alone what is not calibrated."""
@@ -284,13 +282,10 @@ class _Run:
         """Yield what to warn of."""
         alike: dict[str, list[str]] = {}
         for layer, why in self.uncalibrated.items():
-            alike.setdefault(why, []).append(self.path(layer))
+            alike.setdefault(why, []).append(self.candidates[layer])
         if alike:
-            texts = []
-            for why, paths in alike.items():
-                more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-                texts.append(f"{', '.join(paths[:_NAMED])}{more}: {why}")
-            yield f"layers were quantized by their weights alone ({'; '.join(texts)})"
+            texts = "; ".join(f"{layer_names(paths)}: {why}" for why, paths in alike.items())
+            yield f"layers were quantized by their weights alone ({texts})"
         if self.why_not:
             yield (
                 f"blocks read more than what those before them return ({self.why_not}): all before a block were run "
@@ -470,5 +465,5 @@ class _Run:
 def _storing(
     quantized: Callable[[Tensor, FourBit], QuantizedTensor],
 ) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
-    """Return a replacement for ``Store.by`` that quantizes by a function of a weight and a technique."""
+    """Return a replacement for ``storing_once`` that quantizes by a function of a weight and a technique."""
     return lambda technique: lambda weight, name: quantized(weight, technique)

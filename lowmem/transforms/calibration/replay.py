@@ -41,6 +41,9 @@ class Replay(ExitStack):
         lists: the blocks, by the list that holds them, each in the order of their calls.
         offload: a folder for what is kept; None: memory.
         keep_all: whether the outputs of all blocks are kept, and not only the last of each list.
+
+    Attributes:
+        has_dropped: whether a model that computes NaN may have read an output that is no longer kept.
     """
 
     def __init__(
@@ -51,7 +54,7 @@ class Replay(ExitStack):
         self._list = {block: number for number, blocks in enumerate(lists) for block in blocks}
         self._last: dict[int, nn.Module] = {}  # the last block of each list that is done
         self._kept: dict[nn.Module, dict[int, Any]] = {}
-        self._dropped = False
+        self.has_dropped = False
         self._run = 0  # the number of the batch
         self._stale: dict[int, Any] = {}  # of this run, by list: an output that is NaN throughout
         self._folder: Path | None = None
@@ -92,23 +95,18 @@ class Replay(ExitStack):
         before = self._last.get(self._list[block])
 
         def keep(output: Any) -> None:
-            if self._dropped and _holds_nan(output):
+            if self.has_dropped and _holds_nan(output):
                 raise Stale
             kept[self._run] = _Output(output, self._folder)
             if before is not None and not self._keep_all:
                 self._kept[before].pop(self._run, None)
-                self._dropped = True
+                self.has_dropped = True
 
         with self.ending_at(block, keep):
             for number, batch in enumerate(batches):
                 self.run(number, batch)
         self._last[self._list[block]] = block
         self.enter_context(computing(block, lambda *args, **kwargs: self._output(block)))
-
-    @property
-    def has_dropped(self) -> bool:
-        """Whether a model that computes NaN may have read an output that is no longer kept."""
-        return self._dropped
 
     def _output(self, block: nn.Module) -> Any:
         if self._run in self._kept[block]:

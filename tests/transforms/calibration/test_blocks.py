@@ -63,7 +63,7 @@ def test_blocks_by_name_are_the_outermost():
         ([None], TypeError, "must be glob patterns"),
     ],
 )
-def test_patterns_that_are_none_are_refused(blocks, error, message):
+def test_invalid_patterns_are_refused(blocks, error, message):
     with pytest.raises(error, match=message):
         found(Two(), blocks)
 
@@ -135,7 +135,7 @@ def test_a_layer_of_several_blocks_or_called_outside_is_no_blocks():
     assert not model.blocks[0]._forward_hooks
 
 
-def test_what_the_first_batch_does_not_reach_follows():
+def test_layers_that_the_first_batch_does_not_reach_come_last():
     class Maybe(Runs):
         def forward(self, x):
             return super().forward(x) if len(x) > 2 else self.blocks[1](x)

@@ -196,7 +196,7 @@ class SaysNo(Decoder):
         ),
     ],
 )
-def test_what_generates_no_text_is_refused_and_stays(kind, options, error, message):
+def test_a_model_that_generates_no_text_is_refused_and_stays(kind, options, error, message):
     model = made(kind).train()
     with pytest.raises(error, match=message):
         calibrate(model, "self", **{"tokenizer": Tokenizer()} | options)

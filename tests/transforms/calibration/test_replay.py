@@ -96,7 +96,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_is_kept_no_longer_is_missed():
+def test_a_model_that_reads_a_dropped_output_is_noticed():
     with pytest.raises(Stale):
         inputs_of(Skips(), keep_all=False)
 
@@ -243,7 +243,7 @@ def test_a_models_error_says_why(batch):
     assert why.startswith("AssertionError: nothing was left")
 
 
-def test_of_a_model_whose_runs_are_not_alike_nothing_is_known(batch):
+def test_a_model_whose_runs_differ_passes(batch):
     assert way(Leaves(lambda x, state: state["kept"].add_(torch.rand_like(x))), batch) == (False, "")
 
 
