@@ -92,16 +92,20 @@ class MergeReport(tuple[MergedLayer, ...]):
     @property
     def cells(self) -> list[list[str]]:
         """The texts of each row, and the whole model's if there are any; control characters in names are escaped."""
+
+        def shown(error: float | None) -> str:
+            return "" if error is None else f"{error:.4g}"
+
         rows = [
             [
                 layer_name(row.path),
                 printable(", ".join(row.adapters), 2000),
-                *map(_shown, (row.before, row.after, row.output_before, row.output_after)),
+                *map(shown, (row.before, row.after, row.output_before, row.output_after)),
             ]
             for row in self
         ]
         if self.output_after is not None:
-            rows.append(["whole model", "", "", "", _shown(self.output_before), _shown(self.output_after)])
+            rows.append(["whole model", "", "", "", shown(self.output_before), shown(self.output_after)])
         return rows
 
     def __str__(self) -> str:
@@ -188,7 +192,12 @@ def merge(
     _refuse_untying(model, folded, dtype)
     outputs, of_model = ({}, None) if inputs is None else _output_errors(model, folded, inputs, dtype)
     found = MergeReport(
-        MergedLayer(place_name(path, name), _names(layer, name), *errors, *outputs.get(layer, ()))
+        MergedLayer(
+            place_name(path, name),
+            tuple(one for one in layer.adapters.in_use if name in layer.adapters.parts(one)),
+            *errors,
+            *outputs.get(layer, ()),
+        )
         for layer, path in layers.items()
         for name, errors in folded[layer].errors.items()
     )
@@ -215,11 +224,6 @@ def merge(
 def adapted_layers(model: nn.Module) -> dict[AdaptedModule, str]:
     """Return every layer with adapters, with its first path."""
     return {module: paths[0] for module, paths in module_paths(model).items() if isinstance(module, AdaptedModule)}
-
-
-def _names(layer: AdaptedModule, parameter: str) -> tuple[str, ...]:
-    bank = layer.adapters
-    return tuple(name for name in bank.in_use if parameter in bank.parts(name))
 
 
 def fold(
@@ -421,10 +425,6 @@ def _difference(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float | N
         sum(float(one.square().sum()) for one in ones) for ones in ([a - b for a, b in wide], [b for _, b in wide])
     )
     return _relative(lost, size)
-
-
-def _shown(error: float | None) -> str:
-    return "" if error is None else f"{error:.4g}"
 
 
 def _output(module: Any, args: Any, kwargs: Any = None) -> Tensor:

@@ -124,7 +124,8 @@ def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterat
     Embeddings so shared are refused; of output layers, which LoRA leaves out, ``where`` has named those that get one.
     """
     paths, left = module_paths(model), output_layers(model)
-    linear = {one: layer_weights(one) for one in paths if isinstance(one, nn.Linear) and one not in left}
+    taken = [one for one in paths if isinstance(one, nn.Linear) and one not in left]
+    linear: dict[nn.Module, set[int]] = {one: layer_weights(one) for one in taken}
     for layer in adapted:
         without = [one for one in linear if one not in adapted and linear[one] & linear.get(layer, set())]
         if without:

@@ -68,14 +68,13 @@ def calibrate(
     ``|X W^T - X W_q^T|^2`` for the inputs X of each layer, instead of the error of each weight. Where a layer has a
     bias of its own, the bias takes over the mean of the error, and the covariance of the inputs counts alone.
 
-    The model is done block by block, in the order of its calls. A block's layers are quantized on the inputs that
-    the quantized blocks before it compute, and the block is run once more for the next one: two runs of each block
-    in all, and one of the model over the first batch. Peak memory is what the blocks before return for all batches
-    (the hidden states; those of other lists of blocks, too, as an encoder's), and the second moments of one block's
-    inputs: float32 (in, in) for each input, with a few copies of the largest. Blocks are the children of the
-    outermost nn.ModuleList or nn.Sequential that hold linear layers, if they are of one type. Layers outside of
-    blocks, and all of a model without blocks or with blocks that are called several times, are done input by input:
-    a run of what lies before them for each.
+    The model is done block by block, in the order of its calls, on the inputs that the quantized blocks before
+    compute: two runs of each block in all, and one of the model over the first batch. Peak memory is what the blocks
+    before return for all batches (the hidden states; those of other lists of blocks, too, as an encoder's), and the
+    second moments of one block's inputs: float32 (in, in) for each input, with a few copies of the largest. Blocks
+    are the children of the outermost nn.ModuleList or nn.Sequential that hold linear layers, if they are of one type.
+    Layers outside of blocks, and all of a model without blocks or with blocks that are called several times, are done
+    input by input: a run of what lies before them for each.
 
     The model runs in evaluation mode without gradients. In batches with an ``attention_mask`` (batch, tokens) the
     rows of tokens count where it is not 0, elsewhere all do. Embeddings, output layers in 8 bits, convolutions and
@@ -96,29 +95,28 @@ def calibrate(
         damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
             Of fewer rows than columns it is as many times larger.
         blocks: glob patterns of the blocks' paths, as "encoder.layer.*"; () for none; None: as above.
-        diagonal: take the mean square of each column alone, from one run of the model as it is: the squared error
-            of each weight counts by it in the search of scales. Faster, in the memory of a row for each layer, and
-            not as good. It takes no ``blocks``, ``offload`` or ``resume``, and calls ``progress`` once.
+        diagonal: weigh each column in the search of scales by its mean square alone, from one run of the model as it
+            is. Faster, in the memory of a row for each layer, and not as good. It takes no ``blocks``, ``offload`` or
+            ``resume``, and calls ``progress`` once.
         offload: a folder to hold hidden states, instead of memory; empty again afterwards. A process that is killed
             leaves a folder ``hidden-states-...`` in it, which nothing reads: remove it.
         resume: a folder to hold the layers of each block that is done. A call with the same arguments after the
             process was ended takes them from there, and returns the same, byte for byte.
         progress: called after each block with how many are done, how many there are, and the seconds left.
-        tokenizer: of the model, as transformers has it; for "self", which draws its tokens.
-        seed: of what "self" draws.
-        temperature: of what "self" draws; 1: as the model predicts.
+        tokenizer, seed, temperature: of what "self" draws: the model's tokenizer, as transformers has it; with a
+            temperature of 1, tokens are drawn as the model predicts.
 
     Returns:
-        The model, changed in place; or the new layer, when the root itself was the layer. Calibrated layers have
-        ``quantized.method == "calibrated"``, with ``diagonal`` "search".
+        The model, changed in place. Calibrated layers have ``quantized.method == "calibrated"``, with ``diagonal``
+        "search".
 
     Raises:
         TypeError: batches that can be iterated only once, a batch of another type, a technique but FourBit and
             Budget, or "self" without a tokenizer.
         ValueError: no batches, a batch of padding alone, inputs of a layer that are NaN or infinite (it is named), a
-            bad damping, ``blocks`` that match nothing or cannot be run one by one, ``blocks``, ``offload`` or
-            ``resume`` with ``diagonal``, "self" with a model that does not
-            generate or a tokenizer of another vocabulary, or what ``convert`` rejects.
+            bad damping, ``blocks`` that match nothing or cannot be run one by one, options that ``diagonal`` does not
+            take, "self" with a model that does not generate or a tokenizer of another vocabulary, or what ``convert``
+            rejects.
         FileError: a file in ``resume`` is damaged, or of another model, other batches or settings.
         OSError: ``offload`` or ``resume`` cannot be written.
 
