@@ -386,18 +386,6 @@ def test_loading_values_that_cannot_be_merged_ends_the_merge():
     assert model[0].adapters.merged_copy is None
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_casting_a_merged_model_casts_both_and_unmerging_gives_the_cast_base(dtype):
-    model = make_adapted("a", base="dense").to(dtype)
-    expected = output(model)
-    other = make_adapted("a", base="dense")
-    merge_adapter(other, "a")
-    other.to(dtype)
-    assert output(other).dtype == dtype
-    unmerge_adapter(other)
-    assert torch.equal(output(other), expected)
-
-
 def test_merge_folds_the_active_adapters_and_drops_the_others():
     model = make_adapted("a", "b", "c", base="dense")
     deactivate(model, "b")
