@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer
+from torch.nn.parameter import UninitializedBuffer, is_lazy
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves, tree_map_only
 
@@ -30,6 +30,7 @@ __all__ = [
     "difference",
     "forward_bytes",
     "losses_of",
+    "nbytes",
     "peak_bytes",
     "storages_of",
     "tensors_in",
@@ -100,7 +101,12 @@ def weight_count(model: nn.Module) -> int:
 
 def theoretical_bytes(model: nn.Module) -> int:
     """Sum numel * itemsize over the distinct parameters and buffers."""
-    return sum(t.numel() * t.element_size() for t in _tensors(model))
+    return nbytes(_tensors(model))
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Sum numel * itemsize over tensors; those without a shape yet, of lazy modules, count as 0."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not is_lazy(tensor))
 
 
 def actual_bytes(model: nn.Module) -> int:

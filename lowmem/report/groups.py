@@ -14,8 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from lowmem import measure
 from lowmem.errors import printable
-from lowmem.transforms.paths import group_name, role_of
-from lowmem.transforms.summary import LayerSummary, summary
+from lowmem.transforms.summary import LayerSummary, group_name, role_of, summary
 
 __all__ = ["Group", "group_layers"]
 

@@ -25,6 +25,7 @@ from lowmem.training.optimizer import AdamW8bit
 from lowmem.training.prepared_module import trained_parameters
 from lowmem.transforms.plan import OPTIMIZERS
 from lowmem.transforms.registry import check_module
+from lowmem.transforms.summary import aligned
 
 __all__ = ["TRAINERS", "TrainingMemory", "training_memory"]
 
@@ -85,8 +86,7 @@ class TrainingMemory:
     def __str__(self) -> str:
         rows = [*self.parts.items(), (f"peak, in {self.moment}", self.total_bytes)]
         table = [("Memory", "MiB"), *((name, f"{size / _MIB:.2f}") for name, size in rows)]
-        left, right = (max(len(row[column]) for row in table) for column in (0, 1))
-        return "\n".join(f"{name.ljust(left)}  {size.rjust(right)}" for name, size in table)
+        return "\n".join(aligned(table, right=(1,)))
 
     def as_json(self) -> dict[str, Any]:
         """Return all fields, ``step_bytes`` and ``total_bytes``, as integers and strings that JSON can hold."""

@@ -20,17 +20,9 @@ from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.fold import without_adapters
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules
-from lowmem.transforms.libraries import tell_integrations
+from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
-from lowmem.transforms.placement import (
-    place_adapters,
-    place_name,
-    takes_adapter,
-    unnamed_places,
-    warning_of_ties,
-    warning_of_unnamed,
-)
+from lowmem.transforms.placement import place_adapters, place_name, takes_adapter, warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.select import no_match_message, select_modules
@@ -72,8 +64,7 @@ def add_adapter(
         name: of the adapter: not empty, without dots, and no attribute of what holds it.
         technique: rank, alpha, dropout and scaling. Further calls may add the same name to other layers with other
             values.
-        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths to leave as they are.
+        where, skip: as in ``convert``.
 
     Returns:
         The model, changed in place.
@@ -100,10 +91,10 @@ def add_adapter(
         raise ValueError(no_match_message(LoRA, model, selected, where is not None))
     placed = place_adapters(model, technique, layers, where)
     refuse_layers("add_adapter", {layer: selected[layer] for layer in placed})
-    unnamed, ties = unnamed_places(model, placed, where), warning_of_ties(model, placed)
+    told = warnings_of_adapters(model, placed, where)
     add_placed(model, name, placed, selected)
-    for told in filter(None, (ties, warning_of_unnamed(model, name, unnamed))):
-        warnings.warn(told, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
+    for text in told:
+        warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
     return model
 
 
@@ -111,16 +102,9 @@ def add_adapter(
 def add_placed(
     model: nn.Module, name: str, placed: Mapping[nn.Module, Mapping[str, LoRA]], paths: Mapping[nn.Module, str]
 ) -> None:
-    """Add a new, active adapter to layers, each with the technique for the parameters that it changes.
+    """Add a new, active adapter ``name`` to layers, with the techniques of the parameters that it changes in each.
 
-    Args:
-        model: has the layers.
-        name: of the adapter.
-        placed: the techniques by layer and parameter.
-        paths: of the layers.
-
-    Raises:
-        ValueError: as ``add_adapter``.
+    ``paths`` are those of the layers; raises as ``add_adapter``.
     """
     made: dict[nn.Module, nn.Module] = {}
     added: dict[AdaptedModule, dict[str, Adapter]] = {}
@@ -235,8 +219,7 @@ def deactivate(model: nn.Module, *names: str) -> None:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter, or it is merged.
     """
-    layers = _layers_with(model, names)
-    _check_not_merged(layers, names or adapter_names(model))
+    layers = _layers_with(model, names, not_merged=names or adapter_names(model))
     for layer in layers:
         layer.adapters.active = tuple(name for name in layer.adapters.active if names and name not in names)
 
@@ -253,8 +236,7 @@ def delete_adapter(model: nn.Module, name: str) -> nn.Module:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter, or it is merged.
     """
-    layers = _layers_with(model, [name])
-    _check_not_merged(layers, [name])
+    layers = _layers_with(model, [name], not_merged=[name])
     replace_modules(model, {layer: without_adapters(layer) for layer in layers if layer.adapters.names == (name,)})
     for layer in adapted_layers(model):
         if name in layer.adapters.names:
@@ -284,8 +266,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     refuse_peft(model, adapted_layers(model), merges=True)
     layers = _layers_with(model, [name])
     refuse_layers("merge_adapter", layers)
-    merged = _merged(layers)
-    if merged:
+    if (merged := _merged(layers)) is not None:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
     copies = fold(model, {layer: (name,) for layer in layers if name in layer.adapters.names})
     warn_of_requantizing(copies, layers)
@@ -310,12 +291,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise unless ``name`` is a valid name of an adapter.
-
-    Raises:
-        TypeError: not a string.
-        ValueError: empty, with a dot, or an attribute of AdapterBank.
-    """
+    """Raise a TypeError or ValueError unless ``name`` is a valid name of an adapter."""
     if not isinstance(name, str):
         raise TypeError(f"name={name!r} must be a string")
     if not name or "." in name or hasattr(AdapterBank(), name):
@@ -325,8 +301,14 @@ def check_name(name: str) -> None:
         )
 
 
-def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[AdaptedModule, str]:
-    """Return every adapted layer with its first path; raise a ValueError unless the model has all these adapters."""
+def _layers_with(
+    model: nn.Module, names: Iterable[str], not_merged: Collection[str] = ()
+) -> dict[AdaptedModule, str]:
+    """Return every adapted layer with its first path.
+
+    Raises:
+        ValueError: the model lacks one of the adapters ``names``, or one of ``not_merged`` is merged.
+    """
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")
@@ -334,14 +316,10 @@ def _layers_with(model: nn.Module, names: Iterable[str]) -> dict[AdaptedModule, 
     for name in names:
         if name not in known:
             raise ValueError(f"adapter={name!r} is unknown: {type(model).__name__} has {', '.join(known)}")
+    if (merged := _merged(layers)) in not_merged:
+        raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")
     return layers
 
 
 def _merged(layers: Iterable[AdaptedModule]) -> str | None:
     return next((layer.adapters.merged for layer in layers if layer.adapters.merged is not None), None)
-
-
-def _check_not_merged(layers: Iterable[AdaptedModule], names: Collection[str]) -> None:
-    merged = _merged(layers)
-    if merged is not None and merged in names:
-        raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")

@@ -13,7 +13,7 @@ from lowmem.nn.techniques import CHOICES, Budget, FourBit, LoRA, of_embeddings
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
 from lowmem.transforms.calibration.sensitivity import importance_of
 from lowmem.transforms.placement import place_adapters, place_name, takes_adapter
-from lowmem.transforms.registry import Step, Technique, layer_name
+from lowmem.transforms.registry import Step, Technique, layer_name, layer_names
 from lowmem.transforms.roles import embeddings_and_outputs, kept_in_float32
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import weight_key
@@ -31,9 +31,6 @@ def techniques_by_layer(
 
     Embeddings and output layers get what ``FourBit.embeddings`` says in place of a ``FourBit``, and modules whose
     weights transformers keeps in float32 no narrower ``compute_dtype``.
-
-    Raises:
-        ValueError: as ``place_adapters``.
     """
     chosen: dict[nn.Module, tuple[Step, ...]] = dict.fromkeys(layers, techniques)
     first, *rest = techniques
@@ -89,12 +86,9 @@ def divided(
     if budget.inputs is not None and losses is None:
         sized = {name: (one, tensor.shape[-1]) for own in weights for name, one, tensor in own.values()}
         important = importance_of(model, budget.inputs, sized)
-        unseen = [layer_name(name) for name in sized if name not in important]
-        if unseen:
-            weights_text = f"{len(unseen)} weight{'s' * (len(unseen) > 1)} ({', '.join(unseen[:3])})"
-            warnings.warn(
-                f"no batch of inputs= reached {weights_text}: these get the least bits", UserWarning, stacklevel=5
-            )
+        if unseen := [name for name in sized if name not in important]:
+            text = f"no batch of inputs= reached {layer_names(unseen)}, which get the least bits"
+            warnings.warn(text, UserWarning, stacklevel=5)
 
     def measured(name: str, tensor: Tensor) -> Sequence[float] | None:
         if losses is not None:
@@ -123,11 +117,7 @@ def divided(
 
 
 def _as_stored(module: nn.Module, path: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """Return parameters of a module in the shapes in which a block-wise technique stores them.
-
-    Raises:
-        TypeError, ValueError: as ``store_parameters``.
-    """
+    """Return parameters of a module in the shapes in which a block-wise technique stores them."""
     found: dict[str, Tensor] = {}
 
     def note(tensor: Tensor, name: str) -> Any:

@@ -179,11 +179,7 @@ def _gain(unit: Unit, before: int, after: int) -> float:
 
 
 def choose(units: Sequence[Unit], budget: Budget) -> list[Chosen]:
-    """Return what each unit gets of a budget.
-
-    Raises:
-        ValueError: as ``allocate``.
-    """
+    """Return what each unit gets of a budget; raises as ``allocate``."""
     chosen = allocate(units, budget.bits)
     total = sum(unit.losses[_hull(unit)[0]] for unit in units)
     return [

@@ -1,11 +1,15 @@
-"""Puts replacements into a model, all or none, from one thread at a time."""
+"""Puts replacements into a model, all or none, from one thread at a time, and tells its library's integration."""
 
 from __future__ import annotations
 
 import os
+import sys
 import threading
+import warnings
 from collections.abc import Callable, Mapping
 from functools import wraps
+from importlib import import_module
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
@@ -13,10 +17,20 @@ from torch import nn
 from lowmem.nn.adapted_module import AdaptedModule, become_adapted, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.libraries import tell_integrations
 from lowmem.transforms.registry import module_paths
 
-__all__ = ["commit", "freeze_all_but_adapters", "one_at_a_time", "replace_modules"]
+__all__ = [
+    "INTEGRATIONS",
+    "commit",
+    "freeze_all_but_adapters",
+    "one_at_a_time",
+    "replace_modules",
+    "tell_integrations",
+]
+
+INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
+"""Library that saves models in a way of its own -> the module that makes it save converted ones. Without that, what
+``save_pretrained`` wrote could not be loaded again. Its ``adopt(model)`` is called with each changed model."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -90,3 +104,20 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
     for parameter in model.parameters():
         if parameter not in adapters:
             parameter.requires_grad = False  # lazy ones, too, on which no method can be called
+
+
+def tell_integrations(model: nn.Module) -> None:
+    """Tell the integrations of the libraries that made a model, or parts of it, that its layers have changed."""
+    libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
+    for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():
+        try:
+            integration = import_module(INTEGRATIONS[library])
+        except ImportError as reason:
+            warnings.warn(
+                f"{type(model).__name__}.save_pretrained would write what nothing can load: {reason}. lowmem.save "
+                "and lowmem.load need no integration",
+                UserWarning,
+                stacklevel=4,
+            )
+        else:
+            integration.adopt(model)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -17,15 +18,14 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.assign import divided, techniques_by_layer
-from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of
+from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of, warning_of_dense
 from lowmem.transforms.budget import Chosen
 from lowmem.transforms.commit import commit
-from lowmem.transforms.dense_report import warning_of_dense
-from lowmem.transforms.placement import unnamed_places, warning_of_ties, warning_of_unnamed
+from lowmem.transforms.placement import warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Technique, module_paths
 from lowmem.transforms.select import select_to_convert
-from lowmem.transforms.store import Store, rebuild
+from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
 
 __all__ = ["convert", "rebuild_all"]
@@ -90,10 +90,10 @@ def convert(
             numbers.
     """
     _check_arguments(techniques)
-    where = _asked_once(where) if callable(where) else where
+    where = cache(where) if callable(where) else where  # it may be slow, or ask a person
 
     def without_values(*others: Technique) -> dict[nn.Module, nn.Module]:
-        return rebuild_all(model, others, where, skip, parameters, Store(empty=True).by)
+        return rebuild_all(model, others, where, skip, parameters, storing_once(empty=True))
 
     if at_most is not None:
         check_at_most(at_most)
@@ -102,31 +102,22 @@ def convert(
             # else sizes depend on values
             sized = without_values(*storing) if storing else {}
             refuse_more_bits(model, sized, at_most, without_values)  # before the weights are quantized
-    replacements = rebuild_all(model, techniques, where, skip, parameters, Store().by)
+    replacements = rebuild_all(model, techniques, where, skip, parameters, storing_once())
     if at_most is not None:
         refuse_more_bits(model, replacements, at_most, without_values)
+    placed = {
+        layer: {name: part.technique for name, part in new.adapters.parts("default").items()}
+        for layer, new in replacements.items()
+        if isinstance(new, AdaptedModule)
+    }
     paths = module_paths(model)
-    adapted = {layer: paths[layer][0] for layer, new in replacements.items() if isinstance(new, AdaptedModule)}
-    refuse_layers("convert", adapted)
-    told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip), warning_of_ties(model, adapted)]
-    unnamed = unnamed_places(model, adapted, where)
+    refuse_layers("convert", {layer: paths[layer][0] for layer in placed})
+    told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip)]
+    told += warnings_of_adapters(model, placed, where)
     commit(model, replacements)
-    told.append(warning_of_unnamed(model, "default", unnamed))
     for text in filter(None, told):
         warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
     return model
-
-
-def _asked_once(where: Callable[[str, nn.Module], bool]) -> Callable[[str, nn.Module], bool]:
-    """Return a predicate that calls ``where`` once for each path: it may be slow, or ask a person."""
-    known: dict[tuple[str, nn.Module], bool] = {}
-
-    def asked(path: str, module: nn.Module) -> bool:
-        if (path, module) not in known:
-            known[path, module] = where(path, module)
-        return known[path, module]
-
-    return asked
 
 
 def rebuild_all(
@@ -141,10 +132,8 @@ def rebuild_all(
     """Select, assign and store: return what each module becomes that ``convert`` takes; the model does not change.
 
     Args:
-        model: any module.
-        techniques: as ``convert`` takes them.
-        where, skip, parameters: as in ``convert``.
-        store_by: returns, for a technique, the function that stores a weight: ``Store.by``.
+        model, techniques, where, skip, parameters: as in ``convert``.
+        store_by: returns, for a technique, the function that stores a weight: ``storing_once``.
         losses: returns what each choice of a ``Budget`` loses of a weight, by its name; None of one that is not
             known. None: they are measured.
 

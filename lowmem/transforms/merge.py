@@ -26,13 +26,12 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.calibration.batches import check_batch, run_batch
-from lowmem.transforms.calibration.replay import evaluation_mode
-from lowmem.transforms.commit import one_at_a_time, replace_modules
-from lowmem.transforms.libraries import tell_integrations
+from lowmem.transforms.calibration.runs import check_batch, evaluation_mode, hooked, run_batch
+from lowmem.transforms.commit import one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.summary import aligned
 
 __all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
 
@@ -93,24 +92,24 @@ class MergeReport(tuple[MergedLayer, ...]):
     @property
     def cells(self) -> list[list[str]]:
         """The texts of each row, and the whole model's if there are any; control characters in names are escaped."""
+
+        def shown(error: float | None) -> str:
+            return "" if error is None else f"{error:.4g}"
+
         rows = [
             [
                 layer_name(row.path),
                 printable(", ".join(row.adapters), 2000),
-                *map(_shown, (row.before, row.after, row.output_before, row.output_after)),
+                *map(shown, (row.before, row.after, row.output_before, row.output_after)),
             ]
             for row in self
         ]
         if self.output_after is not None:
-            rows.append(["whole model", "", "", "", _shown(self.output_before), _shown(self.output_after)])
+            rows.append(["whole model", "", "", "", shown(self.output_before), shown(self.output_after)])
         return rows
 
     def __str__(self) -> str:
-        table = [self.columns, *self.cells]
-        widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table
-        )
+        return "\n".join(aligned([self.columns, *self.cells], right=()))
 
 
 @overload
@@ -193,7 +192,12 @@ def merge(
     _refuse_untying(model, folded, dtype)
     outputs, of_model = ({}, None) if inputs is None else _output_errors(model, folded, inputs, dtype)
     found = MergeReport(
-        MergedLayer(place_name(path, name), _names(layer, name), *errors, *outputs.get(layer, ()))
+        MergedLayer(
+            place_name(path, name),
+            tuple(one for one in layer.adapters.in_use if name in layer.adapters.parts(one)),
+            *errors,
+            *outputs.get(layer, ()),
+        )
         for layer, path in layers.items()
         for name, errors in folded[layer].errors.items()
     )
@@ -218,27 +222,14 @@ def merge(
 
 
 def adapted_layers(model: nn.Module) -> dict[AdaptedModule, str]:
-    """Return every layer with adapters, with its first path.
-
-    Raises:
-        TypeError: the model is not a module.
-    """
+    """Return every layer with adapters, with its first path."""
     return {module: paths[0] for module, paths in module_paths(model).items() if isinstance(module, AdaptedModule)}
-
-
-def _names(layer: AdaptedModule, parameter: str) -> tuple[str, ...]:
-    bank = layer.adapters
-    return tuple(name for name in bank.in_use if parameter in bank.parts(name))
 
 
 def fold(
     model: nn.Module, names: Mapping[AdaptedModule, Sequence[str]], to: torch.dtype | None = None
 ) -> dict[AdaptedModule, Folded]:
-    """Return, for each layer, a copy of it with the adapters ``names[layer]`` merged.
-
-    Raises:
-        ValueError: an adapted weight cannot be stored; its path is named.
-    """
+    """Return a copy of each layer with the adapters ``names[layer]`` merged; an error names the path of the layer."""
     paths = adapted_layers(model)
     folded: dict[AdaptedModule, Folded] = {}
     tables: dict[Any, nn.Module] = {}
@@ -259,12 +250,9 @@ def fold(
 
 
 def _refuse_untying(model: nn.Module, folded: Mapping[Any, Folded], to: torch.dtype | None) -> None:
-    """Refuse to merge into one of several modules that share a weight, or differently into them.
+    """Raise a ValueError if modules share a weight whose merged values would differ.
 
     ``merge_adapter`` need not: the bases, which the state holds, stay tied.
-
-    Raises:
-        ValueError: the merged weights differ; two of their modules are named.
     """
     seen: dict[int, tuple[str, Any]] = {}
     for layer, paths in module_paths(model).items():
@@ -346,13 +334,8 @@ def _output_errors(
         found = torch.stack([t.double().sub(wide).square().sum() for t in pair] + [wide.square().sum()])
         sums[layer] = sums.get(layer, 0) + found
 
-    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in folded]
-    try:
-        with evaluation_mode(model):
-            exact = _floating(_called(model, inputs))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with evaluation_mode(model), hooked(folded, see):
+        exact = _floating(_called(model, inputs))
     totals = {layer: found.tolist() for layer, found in sums.items()}
     of_layers = {
         layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()
@@ -363,12 +346,7 @@ def _output_errors(
 
 
 def _called(model: nn.Module, inputs: Any) -> Any:
-    """Return a model's outputs.
-
-    Raises:
-        TypeError: the inputs are no batch.
-        ValueError: the model cannot be called with them.
-    """
+    """Return a model's outputs; raise a TypeError for inputs that are no batch, a ValueError if the model fails."""
     check_batch(inputs)
     try:
         return run_batch(model, inputs)
@@ -447,10 +425,6 @@ def _difference(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float | N
         sum(float(one.square().sum()) for one in ones) for ones in ([a - b for a, b in wide], [b for _, b in wide])
     )
     return _relative(lost, size)
-
-
-def _shown(error: float | None) -> str:
-    return "" if error is None else f"{error:.4g}"
 
 
 def _output(module: Any, args: Any, kwargs: Any = None) -> Tensor:

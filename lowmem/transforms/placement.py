@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter import layout_of
 from lowmem.nn.techniques import LoRA
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
@@ -17,9 +18,7 @@ __all__ = [
     "place_name",
     "places_of",
     "takes_adapter",
-    "unnamed_places",
-    "warning_of_ties",
-    "warning_of_unnamed",
+    "warnings_of_adapters",
 ]
 
 
@@ -107,79 +106,73 @@ def takes_adapter(module: nn.Module, chosen: bool = False) -> bool:
     return skip_reason(LoRA, module, chosen) is None
 
 
-def unnamed_places(
-    model: nn.Module, layers: Iterable[nn.Module], where: Callable[[str, nn.Module], bool] | None
-) -> dict[str, str]:
-    """Return the places that get adapters because ``where`` has only left out others, each with its layer's type.
+def warnings_of_adapters(
+    model: nn.Module,
+    placed: Mapping[nn.Module, Mapping[str, LoRA]],
+    where: Callable[[str, nn.Module], bool] | None,
+) -> list[str]:
+    """Return what to warn of before layers get adapters: weights that others share, and layers that nobody named.
 
-    These are of layers that LoRA leaves out without ``where``, beside some that it takes. A ``where`` names a layer
-    if it is true of the layer and not of the module around it; one that is true of every module names all.
+    ``placed`` has the techniques by layer and parameter; ``where`` selected the layers.
     """
-    layers = list(layers)
-    if where is None:
-        return {}
-    left = {**routers(model), **output_layers(model)}
-    more = [layer for layer in layers if layer in left or not takes_adapter(layer)]
-    paths, modules = module_paths(model), dict(model.named_modules(remove_duplicate=False))
-    found = {
-        place_name(paths[layer][0], name): type(layer).__name__
-        for layer in more
-        if all(path and where(path.rpartition(".")[0], modules[path.rpartition(".")[0]]) for path in paths[layer])
-        for name in parameters_to_adapt(layer)
-    }
-    if not found or len(more) == len(layers):
-        return {}
-    return {} if all(where(path, module) for module in paths for path in paths[module]) else found
+    return [*_warning_of_ties(model, placed), *_warning_of_unnamed(model, placed, where)]
 
 
-def warning_of_unnamed(model: nn.Module, name: str, places: Mapping[str, str]) -> str | None:
-    """Return what to warn of: the adapters of ``unnamed_places``, once they are there; None for no places.
+def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterator[str]:
+    """Warn of the first linear layer whose weight another without an adapter has: adapters act in their layer alone.
 
-    Args:
-        model: with the adapter.
-        name: of the adapter.
-        places: the result of ``unnamed_places``.
+    Embeddings so shared are refused; of output layers, which LoRA leaves out, ``where`` has named those that get one.
     """
-    if not places:
-        return None
-    sizes = {
-        place_name(paths[0], parameter): sum(one.numel() for one in part.parameters())
-        for module, paths in module_paths(model).items()
-        if isinstance(module, AdaptedModule)
-        for parameter, part in module.adapters.parts(name).items()
-    }
-    largest = sorted(places, key=lambda place: -sizes[place])
-    told = ", ".join(f"{layer_name(place)} ({places[place]})" for place in largest[:3])
-    more = f" and {len(places) - 3} more" if len(places) > 3 else ""
-    share = sum(sizes[place] for place in places) / sum(sizes.values())
-    return (
-        f"where= gave adapters to layers that LoRA leaves out by default, {share:.0%} of the adapter's numbers: "
-        f"{told}{more}. skip= keeps the default and leaves more out; a where= that is true of such a layer, not of "
-        "the module around it takes it without this warning"
-    )
-
-
-def warning_of_ties(model: nn.Module, layers: Iterable[nn.Module]) -> str | None:
-    """Return what to warn of: layers that get an adapter beside others, without one, that share their weight.
-
-    An adapter acts in its own layer alone. Embeddings so shared are refused; of output layers, which LoRA leaves out,
-    ``where`` has named those that get one.
-
-    Args:
-        model: before the adapter is added.
-        layers: that get it.
-    """
-    adapted, paths = list(layers), module_paths(model)
-    left = output_layers(model)
-    linear: dict[nn.Module, set[int]] = {
-        layer: layer_weights(layer) for layer in paths if isinstance(layer, nn.Linear) and layer not in left
-    }
+    paths, left = module_paths(model), output_layers(model)
+    taken = [one for one in paths if isinstance(one, nn.Linear) and one not in left]
+    linear: dict[nn.Module, set[int]] = {one: layer_weights(one) for one in taken}
     for layer in adapted:
         without = [one for one in linear if one not in adapted and linear[one] & linear.get(layer, set())]
         if without:
-            names = ", ".join(layer_name(paths[one][0]) for one in without)
-            return (
-                f"{layer_name(paths[layer][0])} shares its weight with {names}, which get no adapter: the one of "
-                f"{layer_name(paths[layer][0])} acts in that layer alone. Select all of them to adapt each"
+            name, others = layer_name(paths[layer][0]), ", ".join(layer_name(paths[one][0]) for one in without)
+            yield (
+                f"{name} shares its weight with {others}, which get no adapter: the one of {name} acts in that layer "
+                "alone. Select all of them to adapt each"
             )
-    return None
+            return
+
+
+def _warning_of_unnamed(
+    model: nn.Module,
+    placed: Mapping[nn.Module, Mapping[str, LoRA]],
+    where: Callable[[str, nn.Module], bool] | None,
+) -> Iterator[str]:
+    """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others.
+
+    A ``where`` names a layer if it is true of the layer and not of the module around it; one that is true of every
+    module names all.
+    """
+    if where is None:
+        return
+    left = {**routers(model), **output_layers(model)}
+    more = [layer for layer in placed if layer in left or not takes_adapter(layer)]
+    paths, modules = module_paths(model), dict(model.named_modules(remove_duplicate=False))
+
+    def is_unnamed(path: str) -> bool:
+        around = path.rpartition(".")[0]
+        return bool(path) and where(around, modules[around])
+
+    unnamed = [layer for layer in more if all(map(is_unnamed, paths[layer]))]
+    if not unnamed or len(more) == len(placed) or all(where(p, one) for one, own in paths.items() for p in own):
+        return
+    sizes = {
+        (layer, name): sum(map(math.prod, layout_of(layer, name).shapes(technique.rank).values()))
+        for layer, own in placed.items()
+        for name, technique in own.items()
+    }
+    largest = sorted((key for key in sizes if key[0] in unnamed), key=lambda key: -sizes[key])
+    told = [
+        f"{layer_name(place_name(paths[layer][0], name))} ({type(layer).__name__})" for layer, name in largest[:3]
+    ]
+    more_text = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
+    share = sum(sizes[key] for key in largest) / sum(sizes.values())
+    yield (
+        f"where= gave adapters to layers that LoRA leaves out by default, {share:.0%} of the adapter's numbers: "
+        f"{', '.join(told)}{more_text}. skip= keeps the default and leaves more out; a where= that is true of such a "
+        "layer, not of the module around it takes it without this warning"
+    )

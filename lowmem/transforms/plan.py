@@ -41,7 +41,8 @@ from lowmem.transforms.commit import commit
 from lowmem.transforms.convert import convert, rebuild_all
 from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import Technique, stored_by
-from lowmem.transforms.store import Store
+from lowmem.transforms.store import storing_once
+from lowmem.transforms.summary import aligned
 
 __all__ = [
     "OPTIMIZERS",
@@ -151,10 +152,7 @@ class Plan:
         return [[name, f"{size / unit:.2f}"] for name, size in self.rows]
 
     def __str__(self) -> str:
-        table = [self.columns, *self.cells]
-        left, right = (max(len(row[column]) for row in table) for column in (0, 1))
-        lines = [f"{name.ljust(left)}  {size.rjust(right)}" for name, size in table]
-        return "\n".join([text_of(self.techniques), *lines])
+        return "\n".join([text_of(self.techniques), *aligned([self.columns, *self.cells], right=(1,))])
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures as integers, and the techniques as text: what JSON can hold."""
@@ -200,8 +198,7 @@ def plan(
             a tuple of positional arguments, or a mapping of named ones.
         training: "adamw", "sgd" (without momentum), or None for inference.
         loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
-        where: as in ``convert``.
-        skip: as in ``convert``.
+        where, skip: as in ``convert``.
         at_most: bytes, or text such as "24GiB", that the total may take. In place of ``techniques``: of a list, from
             the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training), the first that fits is taken.
 
@@ -220,14 +217,15 @@ def plan(
         raise ValueError(f"at_most={at_most!r} proposes techniques: leave out {text_of(techniques)}")
     limit = bytes_of(at_most)
     runs: dict[tuple[type, ...], dict[str, int]] = {}  # block size and scales have no influence on them
-    tight: list[tuple[Skeleton, dict[str, int]]] = []  # what does not fit, with its stored bytes
+    plans: list[Plan] = []
+    tight: list[tuple[int, Skeleton]] = []  # what does not fit by its stored bytes alone
     refused = None
 
-    def planned(found: Skeleton, stored: Mapping[str, int]) -> Plan:
+    def planned(found: Skeleton) -> Plan:
         kinds = tuple(map(type, found.techniques))
         if kinds not in runs:
             runs[kinds] = _run(found.model, batch, training, loss)
-        return _combined(found, training, runs[kinds], stored)
+        return _planned(found, training, runs[kinds])
 
     for tried in _proposals(training):
         try:
@@ -237,17 +235,19 @@ def plan(
                 raise
             refused = reason  # the model has no layers for it
             continue
-        stored = _stored(found.model)
-        if sum(stored.values()) <= limit:
-            proposed = planned(found, stored)
-            if proposed.total_bytes <= limit:
-                return proposed
-        tight.append((found, stored))
-    tight.sort(key=lambda one: sum(one[1].values()))
-    least = planned(*tight[0])
-    for found, stored in tight[1:]:
-        if sum(stored.values()) < least.total_bytes:  # else it need not be run, which takes longest
-            least = min(least, planned(found, stored), key=lambda one: one.total_bytes)
+        stored = measure.theoretical_bytes(found.model)
+        if stored > limit:
+            tight.append((stored, found))
+            continue
+        plans.append(planned(found))
+        if plans[-1].total_bytes <= limit:
+            return plans[-1]
+    for stored, found in sorted(tight, key=lambda one: one[0]):
+        if not plans or stored < min(
+            one.total_bytes for one in plans
+        ):  # else it need not be run, which takes longest
+            plans.append(planned(found))
+    least = min(plans, key=lambda one: one.total_bytes)
     unit, size = _unit(least.total_bytes)
     remedy = "take a smaller batch, or a smaller model" if refused is None else refused
     raise ValueError(
@@ -262,11 +262,7 @@ def skeleton_of(
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
 ) -> Skeleton:
-    """Make and convert a model on the meta device.
-
-    Raises:
-        TypeError, ValueError: as ``plan``.
-    """
+    """Make and convert a model on the meta device; raises as ``plan``."""
     if not callable(make):
         raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
     if techniques:
@@ -289,17 +285,17 @@ def skeleton_of(
     replaced = sum(buffer.nbytes for buffer in model.buffers() if id(buffer) in kept)
     storing = 0
     if techniques:
-        replacements = rebuild_all(model, techniques, where, skip, None, Store(empty=True).by)
+        replacements = rebuild_all(model, techniques, where, skip, None, storing_once(empty=True))
         storing = _STORING if any(isinstance(one, StoredModule) for one in replacements.values()) else 0
         commit(model, replacements)
     after = dict.fromkeys([*model.parameters(), *model.buffers()])
-    before = _bytes(dense)
+    before = measure.nbytes(dense)
     return Skeleton(
         model=model,
         techniques=techniques,
         dense=before,
-        load=_bytes(after) + replaced + largest,
-        conversion=before + _bytes(tensor for tensor in after if tensor not in dense) + storing,
+        load=measure.nbytes(after) + replaced + largest,
+        conversion=before + measure.nbytes(tensor for tensor in after if tensor not in dense) + storing,
     )
 
 
@@ -307,16 +303,15 @@ def plan_of(
     skeleton: Skeleton, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None = None
 ) -> Plan:
     """Return the plan of a model on the meta device; its tensors are replaced by fake ones."""
-    stored = _stored(skeleton.model)
-    return _combined(skeleton, training, _run(skeleton.model, batch, training, loss), stored)
+    return _planned(skeleton, training, _run(skeleton.model, batch, training, loss))
 
 
-def _combined(skeleton: Skeleton, training: str | None, run: Mapping[str, Any], stored: Mapping[str, int]) -> Plan:
+def _planned(skeleton: Skeleton, training: str | None, run: Mapping[str, Any]) -> Plan:
     forms = [form for m in skeleton.model.modules() if isinstance(m, StoredModule) for form in m.forms.values()]
     offsets = any(isinstance(form, CodedForm) and get_encoding(form.scale_encoding).offsets for form in forms)
     scratch = OFFSETS_SCRATCH if offsets else _SCRATCH if forms else 0
     own = {f.name: getattr(skeleton, f.name) for f in fields(skeleton) if f.name != "model"}
-    return Plan(training=training, stored=stored, scratch=scratch, **own, **run)
+    return Plan(training=training, stored=_stored(skeleton.model), scratch=scratch, **own, **run)
 
 
 def _stored(model: nn.Module) -> dict[str, int]:
@@ -339,7 +334,7 @@ def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any
     """Run the model, and the optimizer, on fake tensors, and return the figures of ``Plan`` that this gives."""
     with on_fake_tensors(model):
         inputs, named = fake_inputs(batch)
-        given = _bytes(dict.fromkeys(measure.tensors_in([inputs, named])))
+        given = measure.nbytes(dict.fromkeys(measure.tensors_in([inputs, named])))
         forward = measure.forward_bytes(model, *inputs, **named)
         if training is None:
             return dict(zip(_RUN, (given, forward, 0, 0, 0, 0), strict=True))
@@ -354,12 +349,12 @@ def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any
             hook.remove()
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-        gradients, state, memory = _bytes(trained), 0, measure.PeakMemory()
+        gradients, state, memory = measure.nbytes(trained), 0, measure.PeakMemory()
         if trained:
             optimizer = OPTIMIZERS[training](list(trained))
             with memory:
                 optimizer.step()
-            state = _bytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
+            state = measure.nbytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
         figures = (given, forward, gradients, state, backward, gradients + memory.peak)
         return dict(zip(_RUN, figures, strict=True))
 
@@ -397,11 +392,7 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
 
 
 def fake_inputs(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the positional and the named inputs in a batch, with fake tensors in place of its tensors.
-
-    Raises:
-        TypeError: it holds no tensor.
-    """
+    """Return the positional and the named inputs in a batch, with fake tensors in place of its tensors."""
     if not any(True for _ in measure.tensors_in(batch)):
         raise TypeError(f"batch={show(batch)} must be a tensor, or a tuple or mapping that holds the model's inputs")
     named = dict(batch) if isinstance(batch, Mapping) else {}
@@ -428,12 +419,7 @@ def _proposals(training: str | None) -> list[tuple[Technique, ...]]:
 
 
 def bytes_of(size: str | int) -> int:
-    """Return a number of bytes, given as it is or as text with a unit, such as "24GiB".
-
-    Raises:
-        ValueError: another text, or less than 1 byte.
-        TypeError: another type.
-    """
+    """Return a number of bytes, given as it is or as text with a unit, such as "24GiB"."""
     if isinstance(size, bool) or not isinstance(size, str | int):
         raise TypeError(f"{show(size)} must be a number of bytes, or a size such as 2GB or 500MiB")
     number = size if isinstance(size, int) else 0
@@ -447,7 +433,3 @@ def bytes_of(size: str | int) -> int:
 
 def _unit(size: int) -> tuple[str, int]:
     return ("GiB", 2**30) if size >= 2**30 else ("MiB", 2**20)
-
-
-def _bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(tensor.nbytes for tensor in tensors)

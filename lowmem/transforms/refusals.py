@@ -71,7 +71,8 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
             place = layer_name(f"{path}.{own}".lstrip("."))
             if is_lazy(parameter):
                 raise ValueError(
-                    f"{layer_name(path)} is lazy and has no shape yet: call the model once before {name}"
+                    f"{layer_name(path)} is lazy and has no shape yet: call the model once before {name}, or "
+                    "use skip="
                 )
             if isinstance(parameter, sharded):
                 raise ValueError(f"{place} is sharded (a DTensor): call {name} before fully_shard")

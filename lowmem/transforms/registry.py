@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -34,6 +34,7 @@ __all__ = [
     "expert_count",
     "how_computed",
     "layer_name",
+    "layer_names",
     "made_by",
     "module_paths",
     "parameters_to_adapt",
@@ -272,11 +273,7 @@ def check_module(model: object) -> None:
 
 
 def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
-    """Return every module with all of its paths, in the order of ``named_modules``, without adapters.
-
-    Raises:
-        TypeError: the model is not a module.
-    """
+    """Return every module with all of its paths, in the order of ``named_modules``, without adapters."""
     check_module(model)
     found: dict[nn.Module, list[str]] = {}
     inside = None  # the prefix of the paths inside the last adapters
@@ -361,6 +358,12 @@ def parameters_to_adapt(module: nn.Module) -> tuple[str, ...]:
 def supported_types(technique: type[Technique]) -> str:
     """Return the names of what a technique converts."""
     return ", ".join(one.kind for one in ENTRIES if technique is not LoRA or not isinstance(one.no_adapter, str))
+
+
+def layer_names(paths: Sequence[str]) -> str:
+    """Return the names of the first three modules at ``paths`` for messages, and how many more there are."""
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(map(layer_name, paths[:3])) + more
 
 
 def layer_name(path: str) -> str:

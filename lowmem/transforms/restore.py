@@ -13,8 +13,7 @@ from lowmem.nn.forms import freeze
 from lowmem.nn.module_copy import become, restored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.commit import one_at_a_time
-from lowmem.transforms.libraries import tell_integrations
+from lowmem.transforms.commit import one_at_a_time, tell_integrations
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.select import select_modules
@@ -39,8 +38,7 @@ def restore(
 
     Args:
         model: any module; the root itself can be the layer.
-        where: called with (path, module); a module is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths to leave as they are.
+        where, skip: as in ``convert``.
         dtype: of what is restored, and of all other floating-point parameters and saved buffers of the modules that
             ``where`` and ``skip`` select, such as norms; not of adapters. A name, as "bfloat16", is taken, too. None:
             restored weights have the dtype as which they present themselves, which casts of the model follow, and the
@@ -89,11 +87,7 @@ def restore(
 
 
 def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """Return a floating-point dtype that is given as itself or by its name.
-
-    Raises:
-        TypeError: it is another value.
-    """
+    """Return a floating-point dtype that is given as itself or by its name; anything else is a TypeError."""
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not (isinstance(named, torch.dtype) and named.is_floating_point):
         raise TypeError(f"dtype={dtype!r} must be a floating-point dtype of torch or its name, as 'bfloat16' is")
@@ -101,11 +95,7 @@ def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 
 def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) -> None:
-    """Refuse to make dense what a module that is left shares, which would untie them.
-
-    Raises:
-        ValueError: there is such a module; both are named.
-    """
+    """Raise a ValueError if a module that is left shares what is to become dense, which would untie them."""
     owners = parameter_owners(model)
     for module, path in found.items():
         for owner, other in (one for part in module.part_names for one in owners[id(getattr(module, part))]):
@@ -121,8 +111,7 @@ def _cast_dense(
 ) -> dict[nn.Module, dict[str, Any]]:
     """Return the dense parameters and saved buffers of modules in another dtype; shared ones stay shared.
 
-    Raises:
-        ValueError: a module that keeps its dtype shares one, or the dtype cannot hold it; both are named.
+    A tensor that a module outside shares, or that the dtype cannot hold, is a ValueError.
     """
     taken = dict(selected)
     for module, path in list(taken.items()):

@@ -56,13 +56,7 @@ def embeddings_and_outputs(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _sharing(found: Mapping[nn.Module, list[str]], known: Collection[nn.Module], reason: str) -> dict[nn.Module, str]:
-    """Return the other modules that share a weight with a known one, each with the reason.
-
-    Args:
-        found: all modules, with their paths.
-        known: some of them.
-        reason: ``{}`` stands for the path.
-    """
+    """Return the other modules that share a weight with a known one, each with the reason; ``{}`` is a path."""
     named = {key: layer_name(found[one][0]) for one in found if one in known for key in layer_weights(one)}
     others = [module for module in found if module not in known]
     return {one: reason.format(named[key]) for one in others for key in layer_weights(one) if key in named}

@@ -13,7 +13,6 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.sharded import sharded_types
 from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name, takes_adapter
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_prepared
@@ -35,12 +34,7 @@ __all__ = ["no_match_message", "select_modules", "select_to_convert"]
 def select_modules(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
 ) -> dict[nn.Module, str]:
-    """Return the modules that ``where`` and ``skip`` select, each with its first path.
-
-    Raises:
-        TypeError: the model is not a module, ``where`` is not callable, or a pattern is not a string.
-        ValueError: a pattern matches nothing.
-    """
+    """Return the modules that ``where`` and ``skip`` select, each with its first path; bad ones are errors."""
     found = module_paths(model)
     if where is not None and not callable(where):
         raise TypeError(f"where={show(where)} must be callable with a path and what is there, or None")
@@ -99,13 +93,14 @@ def select_to_convert(
             found[module] = path, names
     if first is LoRA:  # LoRA keeps the weight, and with it all ties
         found = {m: (path, []) for m, path in selected.items() if takes_adapter(m, where is not None)}
-        refuse_layers("convert", {module: path for module, (path, _) in found.items()}, empty=True)
     else:
         if parameters is not None and not any(set(n) - set(parameters_to_store(m)) for m, (_, n) in found.items()):
             raise ValueError(
                 "parameters= chose no further parameter of two or more dimensions: check what it returns"
             )
         drop_partial_ties(model, found)
+    refuse_layers("convert", {module: path for module, (path, _) in found.items()}, empty=True)
+    if first is not LoRA:
         _check_parameters(model, found)
     refuse_peft(model, found, freezes=any(isinstance(t, LoRA) for t in techniques))
     if not found:
@@ -128,19 +123,13 @@ def _more_parameters(module: nn.Module, path: str, parameters: Callable[[str, Te
 
 
 def _check_parameters(model: nn.Module, found: dict[nn.Module, tuple[str, list[str]]]) -> None:
-    """Raise for parameters that cannot be stored on their own: shards, and views of others, stored or not."""
+    """Raise for parameters that cannot be stored on their own: sparse ones, and views of others, stored or not."""
     seen: dict[int, list[tuple[str, Hashable, range]]] = {}
     known: set[int] = set()
     for module, (path, names) in found.items():
         for name in names:
             parameter: Any = module._parameters[name]
             place = layer_name(place_name(path, name))
-            if is_lazy(parameter):
-                raise ValueError(
-                    f"{place} is lazy and has no shape yet: call the model once before convert, or use skip="
-                )
-            if isinstance(parameter, sharded_types()):
-                raise ValueError(f"{place} is sharded (a DTensor): convert the model before fully_shard")
             if parameter.layout is not torch.strided:
                 raise ValueError(f"{place} has layout={parameter.layout}: make it dense (to_dense()), or use skip=")
             known.add(id(parameter))
@@ -155,22 +144,19 @@ def _check_parameters(model: nn.Module, found: dict[nn.Module, tuple[str, list[s
 def no_match_message(
     technique: type[Technique],
     model: nn.Module,
-    selected: Mapping[nn.Module, str] | None = None,
-    chosen: bool = False,
+    selected: Mapping[nn.Module, str],
+    chosen: bool,
 ) -> str:
     """Return the error text for a model without layers to convert: what was looked for, and what was found.
 
-    Args:
-        technique: Half, EightBit, FourBit or LoRA.
-        model: any module.
-        selected: the modules that were looked at; the first of a known kind is named, and why it is left.
-        chosen: whether ``where=`` has selected them.
+    The first of the ``selected`` modules that is of a known kind is named, and why it is left. ``chosen`` tells that
+    ``where=`` selected them.
     """
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
     known = {
         path: one
-        for one, path in (selected or {}).items()
+        for one, path in selected.items()
         if entry_of(one) is not None or isinstance(one, AdaptedModule | torch.jit.ScriptModule)
     }
     whys = {path: (one, skip_reason(technique, one, chosen)) for path, one in known.items()}

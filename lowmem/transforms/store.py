@@ -26,32 +26,29 @@ from lowmem.transforms.registry import (
 )
 from lowmem.transforms.ties import weight_key
 
-__all__ = ["Store", "add_first_adapter", "rebuild", "store_parameters"]
+__all__ = ["add_first_adapter", "rebuild", "store_parameters", "storing_once"]
 
 
-class Store:
-    """Stores each weight once per technique, so that layers with a shared weight share the stored one.
+def storing_once(empty: bool = False) -> Callable[[Any], Callable[[Tensor, str], Any]]:
+    """Return a function from a technique to its ``store``, cached: layers with a shared weight share the stored one.
 
-    Args:
-        empty: store on the meta device, without values.
+    ``empty`` stores on the meta device, without values.
     """
+    known: dict[Any, tuple[Tensor, Any]] = {}
 
-    def __init__(self, empty: bool = False) -> None:
-        self._empty = empty
-        self._known: dict[Any, tuple[Tensor, Any]] = {}
-
-    def by(self, technique: Any) -> Callable[[Tensor, str], Any]:
-        """Return ``technique.store``, or ``technique.skeleton`` if empty, with a cache."""
-        make = technique.skeleton if self._empty else technique.store
+    def by(technique: Any) -> Callable[[Tensor, str], Any]:
+        make = technique.skeleton if empty else technique.store
         how = replace(technique, compute_dtype=None) if isinstance(technique, FourBit | EightBit) else technique
 
         def store(tensor: Tensor, name: str) -> Any:
             key = how, weight_key(tensor)
-            if key not in self._known:
-                self._known[key] = tensor, make(tensor, name)  # keeps tensor alive: key has its address
-            return self._known[key][1]
+            if key not in known:
+                known[key] = tensor, make(tensor, name)  # keeps tensor alive: key has its address
+            return known[key][1]
 
         return store
+
+    return by
 
 
 def rebuild(
@@ -69,7 +66,7 @@ def rebuild(
         techniques: applied left to right.
         path: of the module, for errors.
         unused: for each kind of technique, why it has converted no module so far; None once it has. It is updated.
-        store_by: returns, for a technique, the function that stores the weight: ``Store.by``.
+        store_by: returns, for a technique, the function that stores the weight: ``storing_once``.
         names: the parameters to store; None: ``parameters_to_store(module)``.
 
     Raises:
@@ -101,7 +98,7 @@ def rebuild(
 def add_first_adapter(
     layer: Any, techniques: Mapping[str, LoRA], path: str, dense: Mapping[str, Any], name: str = "default"
 ) -> nn.Module:
-    """Return a copy of a layer with an adapter.
+    """Return a copy of a layer with an adapter ``name``, with the techniques of the parameters that it changes.
 
     Args:
         layer: without adapters.
@@ -109,9 +106,6 @@ def add_first_adapter(
         path: of the layer, for errors.
         dense: the parameters that 4-bit ones were quantized from, for ``init="loftq"``.
         name: of the adapter.
-
-    Raises:
-        ValueError: ``init="loftq"`` without a 4-bit base or its dense weight, or a layer that has ``adapters``.
     """
     try:
         parts = {one: Adapter(layer, own, dense.get(one), one) for one, own in techniques.items()}

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowmem import measure
 from lowmem.errors import printable
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.coded_module import CodedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
-from lowmem.transforms.paths import group_name, role_of
 from lowmem.transforms.placement import takes_adapter
 from lowmem.transforms.registry import (
     Technique,
@@ -28,8 +29,10 @@ from lowmem.transforms.registry import (
 from lowmem.transforms.roles import embeddings_and_outputs, output_layers, routers
 from lowmem.transforms.ties import drop_partial_ties, parameter_owners
 
-__all__ = ["LayerSummary", "Summary", "summary"]
+__all__ = ["LayerSummary", "Summary", "aligned", "group_name", "indices", "role_of", "summary"]
 
+_INDEX = re.compile(r"[0-9]{1,9}")
+_LISTED = 3  # non-consecutive indices are listed up to this many; beyond, only the first and the last are
 _NOT_CHOSEN = "not chosen: where=, skip= or never converted"
 
 
@@ -111,17 +114,8 @@ class Summary(tuple[LayerSummary, ...]):
         members: dict[object, list[LayerSummary]] = {}
         for row in self:
             alone = row.path if row.also or row.shared_with is not None else ""
-            treated = (
-                row.type,
-                row.converted,
-                row.stored,
-                row.adapters,
-                row.reason,
-                row.weights,
-                row.bytes,
-                row.computed,
-            )
-            members.setdefault((alone, role_of(row.path), treated), []).append(row)
+            alike = replace(row, path="", bits_per_weight=0.0, weight_error=None, chosen_because="")
+            members.setdefault((alone, role_of(row.path), alike), []).append(row)
         return Summary(map(_as_one, members.values()))
 
     @property
@@ -154,15 +148,19 @@ class Summary(tuple[LayerSummary, ...]):
 
     def aligned(self, cells: list[list[str]]) -> str:
         """Return ``cells`` or ``grouped_cells`` as aligned columns below their titles."""
-        table = [self.columns, *cells]
-        widths = [max(len(line[number]) for line in table) for number in range(len(self.columns))]
-        return "\n".join(
-            "  ".join(
-                cell.rjust(width) if number in self.FIGURES else cell.ljust(width)
-                for number, (cell, width) in enumerate(zip(line, widths, strict=True))
-            ).rstrip()
-            for line in table
-        )
+        return "\n".join(aligned([self.columns, *cells], self.FIGURES))
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Container[int]) -> list[str]:
+    """Return the lines of a table whose columns have one width each; those in ``right`` are right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
 
 
 def summary(model: nn.Module) -> Summary:
@@ -203,8 +201,8 @@ def summary(model: nn.Module) -> Summary:
                 reason=reasons.get(module),
                 shared_with=next((seen[tensor] for tensor in tensors if tensor in seen), None),
                 weights=sum(count for tensor, count in weights.items() if tensor not in seen),
-                bytes=_bytes(new),
-                bits_per_weight=_bits(_bytes(tensors), sum(weights.values())),
+                bytes=measure.nbytes(new),
+                bits_per_weight=_bits(measure.nbytes(tensors), sum(weights.values())),
                 weight_error=getattr(module, "weight_error", None) if converted else None,
                 chosen_because=getattr(module, "chosen_because", "") if converted else "",
                 computed="; ".join(filter(None, (how_computed(module), getattr(module, "training_note", "")))),
@@ -218,16 +216,38 @@ def _as_one(rows: list[LayerSummary]) -> LayerSummary:
     first, found = rows[0], Summary(rows)
     if len(rows) == 1:
         return first
-    name = group_name([row.path for row in rows])
-    whys = dict.fromkeys(row.chosen_because for row in rows)
+    whys = {row.chosen_because for row in rows}
     return replace(
         first,
-        path=name,
+        path=group_name([row.path for row in rows]),
         weights=found.weights,
         bytes=found.bytes,
         weight_error=found.weight_error,
         chosen_because=first.chosen_because if len(whys) == 1 else f"{len(rows)} layers, each for its own gain",
     )
+
+
+def role_of(path: str) -> tuple[str | None, ...]:
+    """Return the parts of a path with None in place of indices: equal for layers of one role."""
+    return tuple(None if _INDEX.fullmatch(part) else part for part in path.split("."))
+
+
+def group_name(paths: Sequence[str]) -> str:
+    """Return one name for paths of one role, which lists their indices."""
+    parts = []
+    for column in zip(*(path.split(".") for path in paths), strict=True):
+        numbers = [int(part) for part in column if _INDEX.fullmatch(part)]
+        parts.append(indices(numbers) if len(numbers) == len(column) else column[0])
+    return layer_name(".".join(parts))
+
+
+def indices(found: Iterable[int]) -> str:
+    """Format indices: ``0-29``, ``0,2,5``, or ``0...58`` for many that are not consecutive."""
+    listed = sorted(set(found))
+    first, last = listed[0], listed[-1]
+    if len(listed) > 2 and last - first == len(listed) - 1:
+        return f"{first}-{last}"
+    return ",".join(map(str, listed)) if len(listed) <= _LISTED else f"{first}...{last}"
 
 
 def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:
@@ -336,10 +356,6 @@ def _stored_text(row: LayerSummary) -> str:
 def _numbers(row: LayerSummary | Summary) -> list[str]:
     error = "" if row.weight_error is None else f"{row.weight_error:.3g}"
     return [f"{row.weights:,}", f"{row.bytes / 2**20:.2f}", f"{row.bits_per_weight:.2f}", error]
-
-
-def _bytes(tensors: Iterable[Tensor] | Mapping[Tensor, object]) -> int:
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if not is_lazy(tensor))
 
 
 def _bits(stored: int, weights: int) -> float:

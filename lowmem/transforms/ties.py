@@ -30,11 +30,9 @@ def parameter_owners(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]
 
 
 def drop_partial_ties(model: nn.Module, found: dict[nn.Module, tuple[str, list[str]]]) -> None:
-    """Drop modules from ``found`` whose stored parameters are dense elsewhere in the model; repeat until stable.
+    """Drop modules whose stored parameters are dense elsewhere in the model; repeat until stable.
 
-    Args:
-        model: any module.
-        found: modules, with their paths and the names of the parameters to store.
+    ``found`` has modules, with their paths and the names of the parameters to store.
     """
     owners = parameter_owners(model)  # lacks modules that another thread has just replaced, which commit rejects
     while True:
@@ -49,10 +47,10 @@ def drop_partial_ties(model: nn.Module, found: dict[nn.Module, tuple[str, list[s
 def refuse_overlap(
     seen: dict[int, list[tuple[str, Hashable, range]]], place: str, key: Hashable, parameter: Tensor
 ) -> None:
-    """Add the bytes of a parameter to those ``seen`` of each storage; raise if another one, not of its key, has some.
+    """Add the bytes of a parameter to those ``seen`` of each storage.
 
     Raises:
-        ValueError: both are named.
+        ValueError: another parameter, not of its ``key``, has some of these bytes; both are named.
     """
     last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
     at = parameter.storage_offset() * parameter.element_size()

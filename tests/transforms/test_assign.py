@@ -51,26 +51,6 @@ def test_four_bit_keeps_embeddings_and_output_layers_in_8_bits(kind, tmp_path):
     ]
 
 
-def test_what_shares_a_weight_with_an_embedding_is_stored_as_it_is():
-    class Shares(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.tokens, self.other = nn.Embedding(50, 16), nn.Conv1d(4, 4, 3)
-            self.more, self.last = nn.Bilinear(4, 4, 2), nn.Linear(16, 16)
-            self.table = nn.EmbeddingBag(50, 16)
-            self.table.weight = self.tokens.weight
-
-    model = convert(Shares(), FourBit("nf4"))
-    assert {row.path: row.stored.split(",")[0] for row in summary(model) if not row.path.endswith("bias")} == {
-        "tokens": "int8",
-        "table": "int8",
-        "other": "nf4",
-        "more": "nf4",
-        "last": "nf4",
-    }
-    assert model.table.weight is model.tokens.weight
-
-
 @rows_in_one_case(
     ("dtype", "kept"),
     [(torch.float16, {"body.q", "lm_head"}), (torch.bfloat16, {"lm_head"}), (torch.int8, set()), (None, set())],

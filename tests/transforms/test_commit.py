@@ -3,7 +3,9 @@
 import copy
 import os
 import signal
+import sys
 import threading
+from types import MappingProxyType, ModuleType
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, Half, Linear4Bit, LoRA, LoRALinear, add_adapter, convert
+from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms import commit as commit_module
 from lowmem.transforms import store as store_module
 from lowmem.transforms.commit import commit
@@ -18,23 +21,6 @@ from tests.transforms.models import Odd
 from tests.transforms.test_adapters import make_adapted
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # which has its own test
-
-
-def test_hooks_stay_fire_once_and_can_be_removed():
-    calls = []
-    model = nn.Sequential(nn.Linear(8, 8))
-    handles = [
-        model[0].register_forward_pre_hook(lambda module, args: calls.append("pre")),
-        model[0].register_forward_hook(lambda module, args, out: calls.append(type(module).__name__)),
-        model[0].register_full_backward_hook(lambda module, grad_in, grad_out: calls.append("backward")),
-    ]
-    convert(model, LoRA(2))
-    model(torch.ones(1, 8, requires_grad=True)).sum().backward()
-    assert calls == ["pre", "Linear", "backward"]
-    for handle in handles:
-        handle.remove()
-    model(torch.ones(1, 8))
-    assert len(calls) == 3
 
 
 def test_a_layer_that_left_the_model_is_not_replaced():
@@ -95,3 +81,33 @@ def test_a_child_that_was_forked_while_another_thread_changed_a_model_can_read_o
     done.set()
     thread.join()
     assert status == 0
+
+
+@pytest.fixture
+def of_some_library(monkeypatch):
+    """Return a model that holds a module of a library called ``some_library``."""
+    kind = type("Layer", (nn.Linear,), {"__module__": "some_library.layers"})
+    monkeypatch.setattr(
+        commit_module, "INTEGRATIONS", MappingProxyType({"some_library": "some_integration", "absent": "nothing"})
+    )
+    monkeypatch.setitem(sys.modules, "some_library", ModuleType("some_library"))
+    return nn.Sequential(kind(8, 8), nn.Linear(8, 8))
+
+
+def test_the_integration_of_a_model_s_library_is_given_the_converted_model(of_some_library, monkeypatch):
+    adopted, integration = [], ModuleType("some_integration")
+    integration.adopt = lambda made: adopted.append((made, type(made[0])))
+    monkeypatch.setitem(sys.modules, "some_integration", integration)
+    convert(of_some_library, FourBit(block_size=8))
+    assert [(made is of_some_library, issubclass(kind, StoredModule)) for made, kind in adopted] == [(True, True)]
+    convert(nn.Linear(8, 8), FourBit(block_size=8))
+    assert len(adopted) == 1
+
+
+def test_an_integration_that_cannot_be_imported_is_named_and_the_model_converted(of_some_library, monkeypatch):
+    monkeypatch.setitem(sys.modules, "some_integration", None)
+    with pytest.warns(
+        UserWarning, match="Sequential.save_pretrained would write what nothing can load: .*lowmem.save"
+    ):
+        convert(of_some_library, FourBit(block_size=8))
+    assert isinstance(of_some_library[0], StoredModule)

@@ -19,12 +19,10 @@ from lowmem import (
     convert,
     deactivate,
     load,
-    load_adapter,
     merge,
     merge_adapter,
     quantize,
     save,
-    save_adapter,
 )
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import without_adapters
@@ -32,7 +30,7 @@ from lowmem.quant.quantize import relative_error
 from tests import strategies
 from tests.models import out_of_file
 from tests.rounding import assert_sum, stored_weight
-from tests.selection import covering, rows_in_one_case
+from tests.selection import rows_in_one_case
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
@@ -381,61 +379,6 @@ def test_a_bias_that_the_dtype_cannot_hold_is_named():
     assert isinstance(model[0], LoRALinear)
 
 
-@rows_in_one_case("base", ["dense", "bfloat16", "4-bit"])
-def test_a_fresh_adapter_folds_to_nothing_whatever_the_model_was_cast_to(base):
-    linear = torch.nn.Linear(8, 8)
-    torch.nn.init.normal_(linear.weight, std=1e-9)
-    layer = convert(linear, *strategies.BASES[base], LoRA(2))
-    stored = copy.deepcopy(without_adapters(layer).state_dict())
-    adapter = layer.adapters.default.weight
-    adapter.lora_a.data, adapter.lora_b.data = adapter.lora_a.data.half(), adapter.lora_b.data.half()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        merged = merge(layer).state_dict()
-    assert all(torch.equal(merged[name], stored[name]) for name in stored)
-
-
-@covering(format=["nf4", "bof4s", "fp4", "int4"], scales=["float16", "float32", "double"], search=[False, True])
-def test_merging_a_fresh_adapter_into_4_bits_changes_no_byte_and_refuses_no_other(format, scales, search, tmp_path):
-    """Also in rows with an outlier, whose other blocks lie far below one step of ``double`` scales."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(64, 8), torch.nn.Linear(8, 8))
-    with torch.no_grad():
-        model[0].weight[:4, 5] = 1e4
-    convert(model, FourBit(format, 16, scales, search=search), LoRA(2))
-    save_adapter(model, tmp_path / "other.safetensors")
-    stored = [copy.deepcopy(without_adapters(layer).state_dict()) for layer in model]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        merge(model)
-    for layer, before in zip(model, stored, strict=True):
-        assert all(torch.equal(value, before[name]) for name, value in layer.state_dict().items())
-    load_adapter(model, tmp_path / "other.safetensors")
-
-
-def test_merge_leaves_the_rest_of_the_model_and_the_modes_alone():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)).eval()
-    norm = model[1]
-    convert(model, LoRA(2))
-    merge(model)
-    assert model[1] is norm
-    assert not model[0].training
-    assert not model[0].weight.requires_grad
-    assert not any(isinstance(m, LoRALinear) for m in model.modules())
-
-
-@every_base
-def test_merging_twice_is_refused(base):
-    model = torch.nn.Sequential(strategies.make_adapted(torch.nn.Linear(8, 8), base))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        merge(model)
-    state = copy.deepcopy(model.state_dict())
-    with pytest.raises(ValueError, match="no adapter to merge.*merged already"):
-        merge(model)
-    assert all(torch.equal(model.state_dict()[name], state[name]) for name in state)
-
-
 @rows_in_one_case(
     ("base", "value", "message"),
     [
@@ -455,11 +398,6 @@ def test_an_adapter_that_cannot_be_folded_leaves_the_model_as_it_was(base, value
     with pytest.raises(ValueError, match=message):
         merge(model)
     assert list(model) == layers
-
-
-def test_merge_takes_modules_only():
-    with pytest.raises(TypeError, match="must be a torch.nn.Module, found dict"):
-        merge({})
 
 
 class Tied(torch.nn.Module):
@@ -546,17 +484,3 @@ def test_outputs_of_attention_and_embeddings_merged_to_a_dtype_are_compared(base
                     parameter.normal_(0, 0.1)
         _, report = merge(model, torch.bfloat16, inputs=torch.randint(0, 11, (2, 5)), report=True)
         assert report.output_after < min(0.05, report.output_before)
-
-
-def test_a_scripted_submodule_stays_as_it_is():
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.jit.script(torch.nn.Linear(8, 8)))
-    with pytest.raises(ValueError, match="parameters= chose no further parameter"):
-        convert(model, Half(), parameters=lambda path, _: path == "1.weight")
-    with pytest.warns(UserWarning, match="50% .*: torch.jit.script or trace compiled it for dense weights: convert"):
-        convert(model, Half(), LoRA(2))
-    x = torch.randn(2, 8)
-    expected = model(x)
-    torch.testing.assert_close(merge(model)(x), expected)
-    for technique in (FourBit(), LoRA(2)):
-        with pytest.raises(ValueError, match="model itself is a RecursiveScriptModule: torch.jit.script or trace"):
-            convert(torch.jit.script(torch.nn.Linear(8, 8)), technique)

@@ -52,7 +52,7 @@ EXISTING = nn.Linear(4, 4)
         (lambda: nn.Linear(4, int(nn.Linear(4, 4).weight.sum())), ValueError, "needs the values of its parameters"),
     ],
 )
-def test_what_no_factory_may_do_is_one_clear_error(factory, error, text):
+def test_invalid_factories_are_one_clear_error(factory, error, text):
     with pytest.raises(error, match=text):
         make_on_meta(factory)
     assert not EXISTING.weight.is_meta

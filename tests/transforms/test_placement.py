@@ -9,7 +9,6 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, merge, summary
 from lowmem.nn.fold import without_adapters
-from lowmem.transforms.placement import place_adapters
 from tests.test_any_model import Experts
 
 STORED = {"dense": (), "half": (Half(),), "4-bit": (FourBit(),)}
@@ -156,12 +155,6 @@ def test_a_pattern_of_an_output_layer_matches_where_where_selects_it():
     assert convert(Tied(), technique, where=lambda *_: True).head.rank == 1
 
 
-def test_a_technique_after_lora_is_still_refused():
-    for order in (LoRA(2), Half()), (LoRA(2), FourBit()):
-        with pytest.raises(ValueError, match="cannot follow the techniques before it"):
-            convert(Tied(), *order)
-
-
 def test_where_lora_takes_nothing_after_another_technique_the_reason_is_told():
     for layer, why in (
         (nn.Conv1d(4, 4, 3), "LoRA leaves convolutions out: where= takes them"),
@@ -169,12 +162,6 @@ def test_where_lora_takes_nothing_after_another_technique_the_reason_is_told():
     ):
         with pytest.raises(ValueError, match=f"LoRA cannot follow the techniques before it.*{why}"):
             convert(nn.Sequential(layer), FourBit(), LoRA(2))
-
-
-def test_each_layer_has_the_technique_of_its_patterns():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    placed = place_adapters(model, LoRA(2, ranks={"1": 3}), model, None)
-    assert placed == {model[0]: {"weight": LoRA(2)}, model[1]: {"weight": LoRA(3)}}
 
 
 class Router(nn.Module):

@@ -143,17 +143,6 @@ def test_the_total_of_training_is_the_peak_of_a_step_with_state_within_five_perc
     assert found.training_bytes - found.scratch - counts <= real <= found.training_bytes <= 1.05 * real
 
 
-@pytest.mark.parametrize("technique", ["nf4", "half"])
-def test_the_total_of_inference_is_the_peak_of_a_forward_within_ten_percent(technique):
-    batch = torch.ones(512, 1024)
-    found = plan(BigNet, *TECHNIQUES[technique], batch=batch, training=None)
-    model = converted(BigNet, technique)
-    real = measure.theoretical_bytes(model) + batch.nbytes + measure.forward_bytes(model, batch)
-    assert real <= found.inference_bytes <= 1.1 * real
-    assert found.training_bytes == 0
-    assert found.total_bytes == found.inference_bytes
-
-
 @pytest.mark.processes
 @rows_in_one_case("technique", ["half", "nf4", "bof4s", "lora", "qlora"])
 @rows_in_one_case("name", ["BigNet", "large table"])
@@ -191,20 +180,8 @@ import torch
 from torch import nn
 from lowmem import BigNet, FourBit, LoRA, plan
 
-class Block(nn.Module):
-    def __init__(self, width=16384, hidden=74_000):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.up, self.down = nn.Linear(width, hidden, bias=False), nn.Linear(hidden, width, bias=False)
-        self.q, self.k, self.v, self.o = (nn.Linear(width, width, bias=False) for _ in range(4))
-
-    def forward(self, x):
-        y = self.norm(x)
-        x = x + self.o(nn.functional.scaled_dot_product_attention(self.q(y), self.k(y), self.v(y)))
-        return x + self.down(nn.functional.silu(self.up(self.norm(x))))
-
 def make():
-    return nn.Sequential(nn.Embedding(64_000, 16384), *(Block() for _ in range(20)))
+    return nn.Sequential(nn.Embedding(64_000, 16384), *(nn.Linear(16384, 16384, bias=False) for _ in range(260)))
 
 def peak():
     if sys.platform == "linux":  # where a process inherits ru_maxrss from its parent
@@ -457,12 +434,12 @@ def test_a_scripted_submodule_is_planned_as_its_source():
         *(("2kib", 2048), ("3MiB", 3 * MIB), ("24GiB", 24 * 2**30)),
     ],
 )
-def test_sizes(size, expected):
+def test_sizes_as_text_are_parsed(size, expected):
     assert bytes_of(size) == expected
 
 
 @rows_in_one_case("size", ["", "GB", "1XB", "-1GB", "0", "1e3", "9" * 30])
-def test_what_is_no_size(size):
+def test_invalid_sizes_are_refused(size):
     with pytest.raises(ValueError, match="must be a size"):
         bytes_of(size)
 

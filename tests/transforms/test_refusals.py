@@ -1,6 +1,5 @@
 """Every call that changes a model refuses the same faults: one clear error each, and the model stays as it was."""
 
-import re
 import sys
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, add_adapter, calibrate, convert
+from lowmem import FourBit, Half, LoRA, convert
 from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.refusals import refuse_layers, refuse_model
 from tests.selection import rows_in_one_case
@@ -63,16 +62,20 @@ class FullyShardedDataParallel(DistributedDataParallel):
     pass
 
 
-class OfPeft(nn.Module):
+class PeftLinear(nn.Module):
+    """As PEFT's LoRA layer is built; its class says that it is PEFT's."""
+
     def __init__(self, base):
         super().__init__()
         self.base_layer = base
+        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
+        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
 
     def forward(self, x):
-        return self.base_layer(x)
+        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
 
 
-OfPeft.__module__ = "peft.tuners.lora.layer"
+PeftLinear.__module__ = "peft.tuners.lora.layer"
 
 
 class Shard(torch.Tensor):
@@ -98,7 +101,7 @@ def sharded(model):
 
 
 def inside_peft(model):
-    model.b = OfPeft(model.b)
+    model.b = PeftLinear(model.b)
     return model
 
 
@@ -128,7 +131,7 @@ FAULTS = {
     "PEFT": (
         inside_peft,
         ValueError,
-        "b is inside b, a OfPeft of PEFT|b.base_layer is inside b|b, which",
+        "b is inside b, a PeftLinear of PEFT|b.base_layer is inside b|b, which",
         ["restore"],
     ),
     "prepared": (prepared, RuntimeError, r"b\S* is prepared for training: call lowmem.release", []),
@@ -147,8 +150,7 @@ def state_of(model):
 @pytest.fixture
 def dtensor(monkeypatch):
     """Let this process believe that it has shards: a real one needs a group of processes."""
-    for module in ("refusals", "select"):
-        monkeypatch.setattr(f"lowmem.transforms.{module}.sharded_types", lambda: (Shard,))
+    monkeypatch.setattr("lowmem.transforms.refusals.sharded_types", lambda: (Shard,))
 
 
 @pytest.mark.usefixtures("dtensor")
@@ -210,14 +212,14 @@ def test_what_is_prepared_elsewhere_or_lazy_elsewhere_does_not_hinder(file):
 def test_merging_what_is_peft_s_says_so():
     for merge in (lowmem.merge, lambda model: lowmem.merge_adapter(model, "default")):
         with pytest.raises(
-            ValueError, match=r"holds b, a OfPeft of PEFT, whose adapters are not .*: call merge_and_unl"
+            ValueError, match=r"holds b, a PeftLinear of PEFT, whose adapters are not .*: call merge_and_unl"
         ):
             merge(inside_peft(Net()))
         with pytest.raises(ValueError, match="Net has no adapter"):
             merge(Net())
 
 
-def test_the_checks_alone(monkeypatch):
+def test_a_valid_model_passes_and_a_layer_on_meta_does_not(monkeypatch):
     assert all(kind.__name__ == "DTensor" for kind in sharded_types())
     with monkeypatch.context() as patch:  # no module may be imported yet
         patch.delitem(sys.modules, "torch.distributed.tensor", raising=False)
@@ -228,92 +230,50 @@ def test_the_checks_alone(monkeypatch):
         refuse_layers("f", {nn.Linear(2, 2, device="meta"): ""})
 
 
-class PeftLinear(nn.Module):
-    """As PEFT's LoRA layer is built; its class says that it is PEFT's."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base_layer = base
-        self.lora_A = nn.ModuleDict({"default": nn.Linear(base.in_features, 2, bias=False)})
-        self.lora_B = nn.ModuleDict({"default": nn.Linear(2, base.out_features, bias=False)})
-
-    def forward(self, x):
-        return self.base_layer(x) + self.lora_B["default"](self.lora_A["default"](x))
-
-
-PeftLinear.__module__ = "peft.tuners.lora.layer"
-
-
-CHANGES = {
-    "FourBit": lambda model, **options: convert(model, FourBit(), **options),
-    "Half": lambda model, **options: convert(model, Half(), **options),
-    "LoRA": lambda model, **options: convert(model, LoRA(2), **options),
-    "QLoRA": lambda model, **options: convert(model, FourBit(), LoRA(2), **options),
-    "add_adapter": lambda model, **options: add_adapter(model, "mine", LoRA(2), **options),
-    "calibrate": lambda model, **options: calibrate(model, [torch.randn(9, 8)], **options),
-}
-
-
 class UsersPeftLinear(PeftLinear):
     """A user's own kind of it."""
 
 
+ADAPTS = ("convert with LoRA", "add_adapter")  # after which only the adapters of lowmem train
+
+
+@pytest.mark.filterwarnings("ignore:layers were quantized by their weights alone", "ignore:fewer rows than columns")
 @rows_in_one_case("kind", [PeftLinear, UsersPeftLinear])
-@rows_in_one_case("change", CHANGES)
-def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, change):
-    model = nn.Sequential(nn.Linear(8, 8), kind(nn.Linear(8, 8)))
+@rows_in_one_case("call", ["convert to 4 bits", "convert to 16 bits", "calibrate", *ADAPTS])
+def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, call):
+    change = CALLS[call][1]
+    model = nn.Sequential(nn.Linear(16, 16), kind(nn.Linear(16, 16)))
     model[1].base_layer.requires_grad_(False)
-    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
+    before = state_of(model)
     message = r"1.base_layer is inside 1, a \w+ of PEFT.*before get_peft_model, or call merge_and_unload"
     with pytest.raises(ValueError, match=message):
-        CHANGES[change](model)
-    assert [*model.modules()] == modules
-    assert [p.requires_grad for p in model.parameters()] == trains
-    if change in ("LoRA", "QLoRA", "add_adapter"):  # after which only the adapters of lowmem train
+        change(model, None)
+    assert state_of(model) == before
+    inner = state_of(model[1])
+    if call in ADAPTS:
         with pytest.raises(ValueError, match=r"the model holds 1, a \w+ of PEFT.*before get_peft_model"):
-            CHANGES[change](model, skip="1.*")
-        assert [*model.modules()] == modules
+            change(model, None, skip="1.*")
+        assert state_of(model) == before
     else:
-        CHANGES[change](model, skip="1.*")
-        assert [*model[1].modules()] == modules[-len([*model[1].modules()]) :]
-    assert [p.requires_grad for p in model[1].parameters()] == trains[2:]
+        change(model, None, skip="1.*")
+    assert state_of(model[1]) == inner
 
 
-class PeftModel(nn.Module):
-    """As PEFT wraps a model: its layers are PEFT's, others stay as they were."""
-
-    def __init__(self):
-        super().__init__()
-        self.base_model = nn.Sequential(PeftLinear(nn.Linear(8, 8)), nn.ReLU(), nn.Linear(8, 8))
-
-
-PeftModel.__module__ = "peft.peft_model"
-
-
-@rows_in_one_case("wrapped", [False, True])
-@rows_in_one_case(
-    ("options", "found"),
-    [
-        ({}, "base_model.0.base_layer is inside"),
-        ({"skip": "*.base_model.0.*"}, "base_model.2 is inside"),
-        ({"where": lambda path, _: path.endswith("2")}, "base_model.2 is inside"),
-        ({"where": lambda *_: False}, None),
-    ],
-)
-@rows_in_one_case("change", CHANGES)
-def test_a_model_that_peft_has_wrapped_is_refused_whatever_is_selected(change, options, found, wrapped):
-    model = nn.ModuleDict({"module": PeftModel()}) if wrapped else PeftModel()  # as in DistributedDataParallel
-    if not wrapped and "skip" in options:
-        options = {"skip": "base_model.0.*"}
-    modules, trains = [*model.modules()], [p.requires_grad for p in model.parameters()]
-    place = "module" if wrapped else "the model itself"
-    start = f"{found} {place}," if found else "the model holds module," if wrapped else "the model is"
-    prefix = "module." if wrapped and found else ""
-    message = rf"^{re.escape(prefix + start)} a PeftModel of PEFT.* before get_peft_model, or call merge_and_unload"
-    with pytest.raises(ValueError, match=message):
-        CHANGES[change](model, **options)
-    assert [*model.modules()] == modules
-    assert [p.requires_grad for p in model.parameters()] == trains
+def test_a_model_that_peft_has_wrapped_is_refused_whatever_is_selected():
+    kind = type("PeftModel", (nn.Sequential,), {"__module__": "peft.peft_model"})
+    for call in ("convert to 4 bits", "calibrate", *ADAPTS):
+        model = kind(PeftLinear(nn.Linear(16, 16)), nn.ReLU(), nn.Linear(16, 16))
+        before = state_of(model)
+        for options, found in (
+            ({}, "0.base_layer is inside the model itself, a PeftModel of PEFT"),
+            ({"skip": "0.*"}, "2 is inside the model itself, a PeftModel of PEFT"),
+            ({"where": lambda *_: False}, "the model is a PeftModel of PEFT"),
+        ):
+            with pytest.raises(ValueError, match=f"^{found}.* before get_peft_model, or call merge_and_unload"):
+                CALLS[call][1](model, None, **options)
+        with pytest.raises(ValueError, match="^the model holds module, a PeftModel of PEFT"):
+            CALLS[call][1](nn.ModuleDict({"module": model}), None, where=lambda *_: False)
+        assert state_of(model) == before
 
 
 def test_what_is_converted_first_can_go_into_peft_s_layers():

@@ -216,6 +216,15 @@ def test_what_is_left_alone_has_a_reason(technique, module, reason):
     assert reason is None or reason in found
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_a_scripted_module_is_left_alone():
+    module = torch.jit.script(nn.Linear(4, 4))
+    for technique in (FourBit, LoRA):
+        assert skip_reason(technique, module).startswith(
+            "torch.jit.script or trace compiled it for dense weights: con"
+        )
+
+
 @rows_in_one_case("made", [*FAST, type(convert(nn.Linear(2, 2), LoRA(1)))])
 def test_what_replaces_a_layer_is_called_as_it_is(made):
     """Models call layers by keyword, too."""

@@ -1,87 +1,25 @@
 """What a stored copy of a module holds, and computes."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torch.nn.utils import prune
 
 from lowmem import (
     Embedding8Bit,
     FourBit,
     Half,
-    HalfLinear,
-    Linear4Bit,
     LoRA,
     LoRALinear,
     adapter_layers,
     convert,
-    measure,
     summary,
 )
-from lowmem.nn.adapted_forward import LINEAR
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.registry import made_by
-from tests.rounding import OF_4_BITS, assert_sum, unit
 from tests.selection import rows_in_one_case
-from tests.transforms.models import Odd, dense_twin
+from tests.transforms.models import Odd
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # which has its own test
-
-
-INPUTS = {
-    nn.Linear: (lambda: nn.Linear(16, 8), lambda: torch.randn(3, 16)),
-    nn.Embedding: (lambda: nn.Embedding(16, 8), lambda: torch.arange(3)),
-    nn.Conv1d: (lambda: nn.Conv1d(4, 8, 3), lambda: torch.randn(3, 4, 9)),
-    nn.Conv2d: (lambda: nn.Conv2d(4, 8, 3), lambda: torch.randn(3, 4, 9, 9)),
-}
-
-SOURCES = {HalfLinear: (nn.Linear, (Half(),)), Linear4Bit: (nn.Linear, (FourBit(),))}
-
-MADE = {
-    **{(Half, kind): Half for kind in INPUTS},
-    **{(FourBit, kind): FourBit for kind in INPUTS},
-    **{(LoRA, kind): LoRA for kind in LINEAR if kind in (*INPUTS, *SOURCES)},  # not those that only files make
-}
-
-
-@rows_in_one_case(("technique", "source"), MADE)
-def test_every_entry_of_the_registry_builds_a_layer_that_replaces_its_source(technique, source):
-    kind, before = SOURCES.get(source, (source, ()))
-    make, make_input = INPUTS[kind]
-    dense, x = make(), make_input()
-    made = FourBit(embeddings="4bit") if technique is FourBit else technique()
-    layer = convert(copy.deepcopy(dense), *before, made)
-    assert made_by(layer) is technique
-    assert isinstance(layer, kind)
-    assert measure.weight_count(layer) == measure.weight_count(dense)
-    # What it stores is the dense layer's, but for the rounding that its technique promises.
-    twin = dense_twin(nn.ModuleList([dense]), nn.ModuleList([layer]))[0]
-    if hasattr(layer, "quantized"):
-        allowed = layer.quantized.error_bound().view_as(dense.weight)
-    else:
-        stored = getattr(layer, "weight_rounded", dense.weight).dtype
-        allowed = unit(stored) * dense.weight.abs() + torch.finfo(stored).smallest_normal
-    assert ((twin.weight - dense.weight).abs() <= allowed).all()
-    # What it computes is the sum of that in float32: rows of an embedding as they are, else of one weight for each
-    # input of an output, and the bias.
-    exact, sizes = twin.double(), copy.deepcopy(twin).double()
-    with torch.no_grad():
-        for parameter in sizes.parameters():
-            parameter.abs_()
-    wide, magnitudes = (x, x) if kind is nn.Embedding else (x.double(), x.double().abs())
-    terms = 0 if kind is nn.Embedding else dense.weight[0].numel() + 1 + OF_4_BITS
-    assert_sum(layer(x), exact(wide), sizes(magnitudes), terms)
-
-
-@pytest.mark.parametrize("technique", [Half(), FourBit()])
-def test_a_pruned_bias_is_computed_as_before(technique):
-    layer = prune.l1_unstructured(nn.Linear(8, 8), "bias", 0.5)
-    x, bias = torch.randn(2, 8), layer.bias.detach().clone()
-    made = convert(layer, technique)
-    torch.testing.assert_close(made(x), nn.functional.linear(x, made.weight.dequantize(), bias))
 
 
 @rows_in_one_case(

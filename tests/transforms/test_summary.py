@@ -5,17 +5,12 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.nn.utils import parametrizations, prune
 
 from lowmem import FourBit, Half, LoRA, add_adapter, convert, measure, merge_adapter, summary
+from lowmem.transforms.summary import group_name, indices, role_of
 from tests.selection import rows_in_one_case
 
 NOT_CHOSEN = "not chosen: where=, skip= or never converted"
-
-
-class Subclass(nn.Linear):
-    def forward(self, x):
-        return x @ (self.weight / self.weight.norm()).T
 
 
 class Tied(nn.Module):
@@ -83,14 +78,6 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     ("module", "reason"),
     [
         (nn.LayerNorm(8), "LayerNorm: vectors (biases, norms) stay dense"),
-        (nn.LayerNorm((8, 8)), "LayerNorm: FourBit has no form of it; parameters= names what to store"),
-        (
-            Subclass(8, 8),
-            "Subclass: a subclass of Linear that computes something else: where= or parameters= takes it",
-        ),
-        (nn.Embedding(8, 8, max_norm=1.0), "Embedding: max_norm rescales its rows in place"),
-        (parametrizations.weight_norm(nn.Linear(8, 8)), "its weight or bias is computed by a parametrization"),
-        (prune.l1_unstructured(nn.Linear(8, 8), "weight", 0.5), "its weight is no parameter of its own"),
         (nn.Linear(8, 8), NOT_CHOSEN),
     ],
 )
@@ -111,15 +98,6 @@ def test_the_reasons_are_those_of_the_techniques_that_were_applied():
     adapted = convert(copy.deepcopy(model), LoRA(2))
     assert by_path(adapted)["2"].reason == "Embedding: LoRA leaves embeddings out: where= takes them"
     assert by_path(convert(adapted, Half()))["1"].reason == "LayerNorm: vectors (biases, norms) stay dense"
-
-
-def test_the_projections_of_attention_get_adapters_whatever_their_type():
-    model = nn.ModuleList([nn.MultiheadAttention(8, 2), nn.MultiheadAttention(8, 2)])
-    model[1].out_proj = nn.Linear(8, 8)
-    rows = by_path(convert(model, LoRA(2)))
-    assert [(path, row.adapters) for path, row in rows.items()] == [
-        (path, (("default", 2),)) for path in ("0", "0.out_proj", "1", "1.out_proj")
-    ]
 
 
 def test_parameters_that_a_container_holds_have_a_row():
@@ -200,47 +178,22 @@ def test_it_says_how_a_weight_is_computed():
         def forward(self, x):
             return (x.mean() * self.table).sum() + (self.conv.weight.squeeze(1)[:, :1] * x).sum() + self.conv(x).sum()
 
-    model = nn.ModuleDict(
-        {
-            "linear": nn.Linear(8, 8),
-            "norm": nn.LayerNorm(8),
-            "bilinear": nn.Bilinear(8, 8, 4),
-            "lstm": nn.LSTM(8, 8),
-            "gru": nn.GRU(8, 8),
-            "normed": parametrizations.weight_norm(nn.Linear(8, 8)),
-            "scales": Scales(),
-            "adapted": nn.Linear(8, 8),
-        }
-    )
+    model = nn.ModuleDict({"linear": nn.Linear(8, 8), "norm": nn.LayerNorm(8), "scales": Scales()})
     convert(model, FourBit(), parameters=lambda path, _: path == "scales.table")
-    convert(model, LoRA(2), where=lambda path, _: path == "adapted")
     found = {path: row.computed for path, row in by_path(model).items()}
-    norm = "normed.parametrizations.weight"
-    assert found == {
-        "linear": "as stored",
-        "norm": "",
-        "bilinear": "as stored",
-        "lstm": "dequantized, a layer at a time",
-        "gru": "as stored",
-        "normed": "",
-        norm: "dequantized in chunks, to a dense weight at each call",
-        "scales": "as its module reads it",
-        "scales.conv": "as stored",
-        "adapted": "as stored",
-    }
+    expected = {"linear": "as stored", "norm": "", "scales": "as its module reads it", "scales.conv": "as stored"}
+    assert found == expected
     header, *lines = str(summary(model)).splitlines()
     column = header.index("Computed")
-    assert [line[column:].startswith(found[path]) for path, line in zip(found, lines[:-1], strict=True)]
-    # What a call dequantized is known after it.
+    assert all(line[column:].startswith(found[path]) for path, line in zip(found, lines[:-1], strict=True))
+    # The operators that dequantize are known after a call.
     x = torch.randn(2, 8, 8)
     model["scales"](x)
-    model["normed"](x[0])
-    model["lstm"](x)
     model["linear"](x)
     after = {path: row.computed for path, row in by_path(model).items()}
     assert after.pop("scales") == "dequantized by mul"
     assert after.pop("scales.conv").startswith("dequantized by s")  # squeeze or slice, as this torch has it
-    assert all(after[path] == found[path] for path in after)
+    assert after == {"linear": "as stored", "norm": ""}
     assert "dequantized by mul" in str(summary(model).grouped())
 
 
@@ -268,7 +221,7 @@ def test_layers_of_one_role_are_one_row_with_the_same_totals():
     assert found.grouped_cells[-1] == found.cells[-1]
 
 
-def test_what_shares_tensors_or_stands_twice_stays_a_row_of_its_own():
+def test_modules_that_share_tensors_or_occur_twice_keep_their_own_row():
     layers = [nn.Linear(8, 8) for _ in range(3)]
     layers[2].weight = layers[0].weight
     model = nn.ModuleList([*layers, layers[1]])
@@ -281,14 +234,38 @@ def test_names_are_shown_without_control_characters_and_kept_as_they_are_in_the_
     model = nn.ModuleDict({"a\x1b[31m": layer, "b\n\u202e": layer})
     row = summary(model)[0]
     assert (row.path, row.also, row.type) == ("a\x1b[31m", ("b\n\u202e",), "L\x1b]0;title\a")
+    add_adapter(model, "x\x1b[31m", LoRA(1))
     text = str(summary(model))
     assert all(line.isprintable() for line in text.split("\n"))
+    assert r"+ x\x1b[31m (rank 1)" in text
     for name in (r"a\x1b[31m", r"`b\n\u202e`", r"L\x1b]0;title\x07"):
         assert name in text
     assert len({len(row) for row in summary(model).cells}) == 1
 
 
-def test_adapters_names_are_shown_without_control_characters():
-    model = convert(nn.Sequential(nn.Linear(4, 4)), Half())
-    add_adapter(model, "x\x1b[31m", LoRA(1))
-    assert r"+ x\x1b[31m (rank 1)" in str(summary(model))
+def test_layers_of_one_role_differ_by_indices_alone():
+    assert role_of("layers.0.up") == role_of("layers.12.up") == ("layers", None, "up")
+    assert role_of("layers.0.up") != role_of("layers.0.down")
+    assert role_of("layers.0") != role_of("layers.0.0")
+    assert role_of("block1.up") != role_of("block2.up")  # a name with a digit is no index
+
+
+def test_one_name_stands_for_all_paths():
+    assert group_name([f"layers.{n}.mlp.up" for n in range(30)]) == "layers.0-29.mlp.up"
+    assert group_name(["blocks.0.heads.1", "blocks.0.heads.2", "blocks.1.heads.1"]) == "blocks.0,1.heads.1,2"
+    assert group_name(["head"]) == "head"
+
+
+@rows_in_one_case(
+    ("found", "text"),
+    [
+        ([3], "3"),
+        ([0, 1], "0,1"),
+        ([0, 1, 2], "0-2"),
+        (range(30), "0-29"),
+        ([0, 2, 5], "0,2,5"),
+        ([0, 2, 4, 7], "0...7"),
+    ],
+)
+def test_indices_are_written_short(found, text):
+    assert indices(found) == text

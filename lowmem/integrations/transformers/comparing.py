@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -23,7 +22,7 @@ from lowmem.integrations.transformers.tokenizing import (
     tokenizer_errors,
 )
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.calibration.replay import Overrides
+from lowmem.transforms.calibration.runs import computing
 from lowmem.transforms.registry import layer_name, module_paths
 
 __all__ = ["Layer", "Likeness", "Score", "compare_text", "interval"]
@@ -125,7 +124,7 @@ def compare_text(
             before = own.add(first, part, None)
             its.add(other, part, before)
             for number, (here, there) in enumerate(places.values()):
-                with _replaced(here, there):
+                with computing(here, there.forward):
                     its.add_layer(number, first, part, before)
                 done += 1
                 progress(done, runs)
@@ -147,17 +146,6 @@ def _places(first: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn
         and any(isinstance(one, StoredModule) for one in (module, found[paths[0]]))
         and type(module).forward is not nn.Module.forward
     }
-
-
-@contextmanager
-def _replaced(here: nn.Module, there: nn.Module) -> Iterator[None]:
-    """Call another module's forward in place of a module's in the block."""
-    overrides = Overrides()
-    before = overrides.set(here, there.forward)
-    try:
-        yield
-    finally:
-        overrides.give_back(here, before)
 
 
 class _Comparison:

@@ -16,9 +16,9 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.assign import techniques_by_layer
+from lowmem.transforms.bits import warning_of_dense
 from lowmem.transforms.budget import losses_of
 from lowmem.transforms.convert import rebuild_all
-from lowmem.transforms.dense_report import warning_of_dense
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.store import store_parameters

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem.errors import show
-from lowmem.transforms.calibration.batches import run_batch
+from lowmem.transforms.calibration.moments import FirstReaders
+from lowmem.transforms.calibration.runs import hooked, run_batch
 from lowmem.transforms.registry import layer_name
 
 __all__ = ["NO_BATCHES", "Unit", "find_blocks", "units_of"]
@@ -20,12 +21,9 @@ __all__ = ["NO_BATCHES", "Unit", "find_blocks", "units_of"]
 
 @dataclass
 class Unit:
-    """Layers that are quantized together: those of a block, or some outside of blocks that get one input.
+    """Layers that are quantized together: those of a block, or some outside of blocks (None) that get one input.
 
-    Args:
-        layers: linear layers.
-        block: that holds them; None: they lie outside of blocks.
-        calls: of the first layer, in one run of the model; 0: unknown.
+    ``calls`` counts the calls of the first layer in one run of the model; 0: unknown.
     """
 
     layers: list[nn.Module] = field(default_factory=list)
@@ -100,7 +98,7 @@ def units_of(
         batches: its inputs.
         layers: those to calibrate.
         lists: the blocks.
-        centred: layers whose inputs are taken less their mean: they share moments with none of the others.
+        centred: layers whose inputs are taken less their mean, and share moments among themselves alone.
         asked: whether the user has named the blocks: then those that cannot be done one by one are an error.
 
     Returns:
@@ -120,14 +118,8 @@ def units_of(
             return units
         if asked:
             raise ValueError(f"{reason}: name other blocks, or blocks=() to calibrate layer by layer")
-    groups, calls, _ = _group_by_input(model, batches, layers)
-    return [unit for group in groups for unit in _outside(group, centred, calls)]
-
-
-def _outside(group: list[nn.Module], centred: Collection[nn.Module], calls: Counter[nn.Module]) -> list[Unit]:
-    """Return units of layers that get one input."""
-    parts = [[layer for layer in group if (layer in centred) == wanted] for wanted in (True, False)]
-    return [Unit(part, None, calls[part[0]]) for part in parts if part]
+    groups, calls, _ = _group_by_input(model, batches, layers, centred)
+    return [Unit(group, None, calls[group[0]]) for group in groups]
 
 
 NO_BATCHES = "batches is empty: pass one batch at least, or use convert, which needs none"
@@ -152,7 +144,7 @@ def _units_by_blocks(
     order: dict[nn.Module, None] = {}
     outside: list[nn.Module] = []
 
-    def enter(block: nn.Module, _: Any) -> None:
+    def enter(block: nn.Module, *_: Any) -> None:
         called[block] += 1
         now.append(block)
         order.setdefault(block)
@@ -164,14 +156,12 @@ def _units_by_blocks(
         if owner[layer] not in now:
             outside.append(layer)
 
-    with ExitStack() as stack:
-        for block in dict.fromkeys(owner.values()):
-            stack.callback(block.register_forward_pre_hook(enter).remove)
+    free = [layer for layer in layers if layer not in owner]
+    inner = dict.fromkeys(owner.values())
+    with ExitStack() as stack, hooked(inner, enter), hooked(owner, see):
+        for block in inner:
             stack.callback(block.register_forward_hook(leave).remove)
-        for layer in owner:
-            stack.callback(layer.register_forward_pre_hook(see).remove)
-        free = [layer for layer in layers if layer not in owner]
-        groups, calls, seen = _group_by_input(model, [batch], free, order)
+        groups, calls, seen = _group_by_input(model, [batch], free, centred, order)
     if outside:
         return [], f"{layer_name(paths[outside[0]])} is called outside of its block, too"
     often = next((block for block, count in called.items() if count > 1), None)
@@ -183,7 +173,7 @@ def _units_by_blocks(
         if module in called:
             units.append(Unit([layer for layer, block in owner.items() if block is module], module))
         elif module in of_leader:
-            units += _outside(of_leader[module], centred, calls)
+            units.append(Unit(of_leader[module], None, calls[module]))
     return [*units, *(Unit([layer]) for layer in free if layer not in seen)], None
 
 
@@ -191,47 +181,30 @@ def _group_by_input(
     model: nn.Module,
     batches: Iterable[Any],
     layers: Iterable[nn.Module],
+    centred: Collection[nn.Module],
     order: dict[nn.Module, None] | None = None,
 ) -> tuple[list[list[nn.Module]], Counter[nn.Module], set[nn.Module]]:
     """Return groups of layers that get the same inputs, in call order; their most calls in one run; and all called.
 
-    Args:
-        model: in evaluation mode.
-        batches: its inputs.
-        layers: to group.
-        order: gets each layer when it is first called.
-
-    Raises:
-        TypeError: a batch of a wrong kind.
-        ValueError: no batches.
+    Layers in ``centred`` share no group with others. ``order`` gets each layer when it is first called.
     """
     total, most, now = (Counter[nn.Module]() for _ in range(3))
     first: dict[nn.Module, set[nn.Module]] = {}  # for each layer, the first layers that got its inputs
-    last: tuple[Tensor, int, nn.Module] | None = None  # the last input, its version, and the first layer that got it
+    readers, runs = FirstReaders(), 0
 
-    def see(layer: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        nonlocal last
-        x = args[0] if args else kwargs["input"]
-        version = -1 if x.is_inference() else x._version
-        if last is None or version < 0 or last[0] is not x or last[1] != version:
-            last = x, version, layer
-        first.setdefault(layer, set()).add(last[2])
+    def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
+        first.setdefault(layer, set()).add(readers.of(layer, args, kwargs, layer in centred)[1])
         now[layer] += 1
         if order is not None:
             order.setdefault(layer)
 
-    handles = [layer.register_forward_pre_hook(see, with_kwargs=True) for layer in layers]
-    try:
-        runs = 0
+    with hooked(layers, see):
         for batch in batches:
             run_batch(model, batch)
             total += now
             most |= now  # element-wise maximum
             now.clear()
-            last, runs = None, runs + 1
-    finally:
-        for handle in handles:
-            handle.remove()
+            readers, runs = FirstReaders(), runs + 1
     if not runs:
         raise ValueError(NO_BATCHES)
     groups: dict[nn.Module, list[nn.Module]] = {}

@@ -8,20 +8,18 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, cast
 
-import torch
 from torch import Tensor, nn
 
 from lowmem.errors import show
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, FourBit
-from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.assign import divided, techniques_by_layer
@@ -29,23 +27,21 @@ from lowmem.transforms.budget import Chosen
 from lowmem.transforms.calibration.blocks import NO_BATCHES, Unit, find_blocks, units_of
 from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
 from lowmem.transforms.calibration.generated import generated_batches
-from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq
+from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq, quantize_weighted
 from lowmem.transforms.calibration.moments import Inputs, Moments, Regroup, counted_rows
-from lowmem.transforms.calibration.replay import Overrides, Replay, Stale, evaluation_mode
-from lowmem.transforms.calibration.replay_check import Entries, way_to_replay
+from lowmem.transforms.calibration.replay import Replay, Stale, noted_inputs, way_to_replay
+from lowmem.transforms.calibration.runs import computing, evaluation_mode, run_batch
 from lowmem.transforms.commit import commit
 from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Step, layer_name, parameters_to_store
+from lowmem.transforms.registry import Step, layer_name, layer_names, parameters_to_store
 from lowmem.transforms.select import select_to_convert
-from lowmem.transforms.store import Store, rebuild
+from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import weight_key
 
 __all__ = ["calibrate"]
 
 _DEFAULT = FourBit()
-_NO_INPUT = "no batch reached it"
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
-_NAMED = 3  # layers that a warning names of those with one reason
 
 
 @returns_free_pages
@@ -72,14 +68,13 @@ def calibrate(
     ``|X W^T - X W_q^T|^2`` for the inputs X of each layer, instead of the error of each weight. Where a layer has a
     bias of its own, the bias takes over the mean of the error, and the covariance of the inputs counts alone.
 
-    The model is done block by block, in the order of its calls. A block's layers are quantized on the inputs that
-    the quantized blocks before it compute, and the block is run once more for the next one: two runs of each block
-    in all, and one of the model over the first batch. Peak memory is what the blocks before return for all batches
-    (the hidden states; those of other lists of blocks, too, as an encoder's), and the second moments of one block's
-    inputs: float32 (in, in) for each input, with a few copies of the largest. Blocks are the children of the
-    outermost nn.ModuleList or nn.Sequential that hold linear layers, if they are of one type. Layers outside of
-    blocks, and all of a model without blocks or with blocks that are called several times, are done input by input:
-    a run of what lies before them for each.
+    The model is done block by block, in the order of its calls, on the inputs that the quantized blocks before
+    compute: two runs of each block in all, and one of the model over the first batch. Peak memory is what the blocks
+    before return for all batches (the hidden states; those of other lists of blocks, too, as an encoder's), and the
+    second moments of one block's inputs: float32 (in, in) for each input, with a few copies of the largest. Blocks
+    are the children of the outermost nn.ModuleList or nn.Sequential that hold linear layers, if they are of one type.
+    Layers outside of blocks, and all of a model without blocks or with blocks that are called several times, are done
+    input by input: a run of what lies before them for each.
 
     The model runs in evaluation mode without gradients. In batches with an ``attention_mask`` (batch, tokens) the
     rows of tokens count where it is not 0, elsewhere all do. Embeddings, output layers in 8 bits, convolutions and
@@ -96,34 +91,32 @@ def calibrate(
         technique: how to store; of several formats each layer gets the one with the least weighted error. A
             ``Budget`` is divided first, as ``convert`` does, by its ``inputs``, or else by these batches: the dense
             model runs forward and backward on each once. Layers that get 8 bits keep the nearest codes.
-        where: called with (path, module); a layer is taken only where it returns True, for all its paths.
-        skip: glob patterns of paths to leave as they are.
+        where, skip: as in ``convert``.
         damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
             Of fewer rows than columns it is as many times larger.
         blocks: glob patterns of the blocks' paths, as "encoder.layer.*"; () for none; None: as above.
-        diagonal: take the mean square of each column alone, from one run of the model as it is: the squared error
-            of each weight counts by it in the search of scales. Faster, in the memory of a row for each layer, and
-            not as good. It takes no ``blocks``, ``offload`` or ``resume``, and calls ``progress`` once.
+        diagonal: weigh each column in the search of scales by its mean square alone, from one run of the model as it
+            is. Faster, in the memory of a row for each layer, and not as good. It takes no ``blocks``, ``offload`` or
+            ``resume``, and calls ``progress`` once.
         offload: a folder to hold hidden states, instead of memory; empty again afterwards. A process that is killed
             leaves a folder ``hidden-states-...`` in it, which nothing reads: remove it.
         resume: a folder to hold the layers of each block that is done. A call with the same arguments after the
             process was ended takes them from there, and returns the same, byte for byte.
         progress: called after each block with how many are done, how many there are, and the seconds left.
-        tokenizer: of the model, as transformers has it; for "self", which draws its tokens.
-        seed: of what "self" draws.
-        temperature: of what "self" draws; 1: as the model predicts.
+        tokenizer, seed, temperature: of what "self" draws: the model's tokenizer, as transformers has it; with a
+            temperature of 1, tokens are drawn as the model predicts.
 
     Returns:
-        The model, changed in place; or the new layer, when the root itself was the layer. Calibrated layers have
-        ``quantized.method == "calibrated"``, with ``diagonal`` "search".
+        The model, changed in place. Calibrated layers have ``quantized.method == "calibrated"``, with ``diagonal``
+        "search".
 
     Raises:
         TypeError: batches that can be iterated only once, a batch of another type, a technique but FourBit and
             Budget, or "self" without a tokenizer.
         ValueError: no batches, a batch of padding alone, inputs of a layer that are NaN or infinite (it is named), a
-            bad damping, ``blocks`` that match nothing or cannot be run one by one, ``blocks``, ``offload`` or
-            ``resume`` with ``diagonal``, "self" with a model that does not
-            generate or a tokenizer of another vocabulary, or what ``convert`` rejects.
+            bad damping, ``blocks`` that match nothing or cannot be run one by one, options that ``diagonal`` does not
+            take, "self" with a model that does not generate or a tokenizer of another vocabulary, or what ``convert``
+            rejects.
         FileError: a file in ``resume`` is damaged, or of another model, other batches or settings.
         OSError: ``offload`` or ``resume`` cannot be written.
 
@@ -134,8 +127,12 @@ def calibrate(
             fewer rows than columns; blocks that read more than what those before them return.
     """
     _check_arguments(batches, technique, damping)
-    if diagonal:
-        _refuse_more({"blocks": blocks, "offload": offload, "resume": resume})
+    for name, value in {"blocks": blocks, "offload": offload, "resume": resume}.items():
+        if diagonal and value is not None:
+            raise ValueError(
+                f"{name}={show(value)} does not apply with diagonal=True, which runs the model once and keeps "
+                "nothing of it: use only one of them"
+            )
     found = select_to_convert(model, (technique,), where, skip)
     candidates = {layer: path for layer, (path, _) in found.items()}
     refuse_layers("calibrate", candidates)
@@ -150,14 +147,13 @@ def calibrate(
             run.weigh_columns()
         else:
             if resume is not None:
-                settings = (
-                    f"{damping} {blocks} {sorted((candidates[layer], str(own)) for layer, own in steps.items())}"
-                )
-                run.finished = FinishedUnits(Path(resume), digest_of(model, batches, settings))
+                stored = sorted((candidates[layer], str(own)) for layer, own in steps.items())
+                digest = digest_of(model, batches, f"{damping} {blocks} {stored}")
+                run.finished = FinishedUnits(Path(resume), digest)
             folder = None if offload is None else Path(offload)
             units = run.find_units(lists, folder, asked=blocks is not None)
             run.calibrate(units, lists, folder)
-        run.replace_unreached()
+        run.replace_unreached(run.linear)
     for layer, one in chosen.items():
         cast(StoredModule, run.replacements[layer]).chosen_because = one.why
     for text in run.warnings():
@@ -199,26 +195,10 @@ def _steps(
         steps: dict[nn.Module, tuple[Step, ...]] = {layer: (one.technique,) for layer, one in chosen.items()}
     else:
         steps = techniques_by_layer(model, (technique,), found, where)
-    return {layer: tuple(_searching(step) for step in own) for layer, own in steps.items()}, chosen
-
-
-def _searching(step: Step) -> Step:
-    """Return a step that searches for the scales of 4 bits, unless it says that it does not."""
-    return replace(step, search=step.search is not False) if isinstance(step, FourBit) else step
-
-
-def _refuse_more(given: Mapping[str, object]) -> None:
-    """Refuse what says how blocks are done, where there are none.
-
-    Raises:
-        ValueError: an argument is not None; it is named.
-    """
-    for name, value in given.items():
-        if value is not None:
-            raise ValueError(
-                f"{name}={show(value)} does not apply with diagonal=True, which runs the model once and keeps "
-                "nothing of it: use only one of them"
-            )
+    for layer, (first, *rest) in steps.items():
+        if isinstance(first, FourBit):
+            steps[layer] = (replace(first, search=first.search is not False), *rest)
+    return steps, chosen
 
 
 @dataclass
@@ -240,7 +220,7 @@ class _Run:
     batches: Iterable[Any]
     candidates: dict[nn.Module, str]
     damping: float
-    overrides: Overrides
+    overrides: ExitStack
     progress: Callable[[int, int, float], object] | None
     steps: Mapping[nn.Module, tuple[Step, ...]]
     linear: list[nn.Module] = field(init=False)
@@ -251,7 +231,7 @@ class _Run:
     finished: FinishedUnits | None = None
     keep_all: bool | None = False
     why_not: str = ""
-    store: Store = field(default_factory=Store)
+    store_by: Callable[[Any], Callable[[Tensor, str], Any]] = field(default_factory=storing_once)
 
     def __post_init__(self) -> None:
         layers: list[Any] = list(self.candidates)
@@ -274,37 +254,36 @@ class _Run:
         """Make what a layer becomes, and let it compute in the layer's place."""
         made: Any = rebuild(layer, self.steps[layer], self.candidates[layer], {}, store_by)
         self.replacements[layer] = made
-        self.overrides.set(layer, made.forward)
+        self.overrides.enter_context(computing(layer, made.forward))
         return made
+
+    def replace_by_weight(self, layer: nn.Module, why: str = "") -> Any:
+        """Quantize a layer by its weight alone; a warning says why, if there is a reason."""
+        if why:
+            self.uncalibrated[layer] = why
+        return self.replace(layer, self.store_by)
 
     def replace_others(self) -> None:
         """Quantize by their weights alone what is not calibrated."""
-        for layer in self.candidates:
-            if layer in self.linear:
-                continue
-            self.replace(layer, self.store.by)
-            told = type(layer) is nn.Linear or isinstance(layer, _BY_WEIGHTS)
-            if not told and isinstance(self.steps[layer][0], FourBit):
-                self.uncalibrated[layer] = f"of type {type(layer).__name__}, not nn.Linear itself"
+        for layer in [one for one in self.candidates if one not in self.linear]:
+            expected = type(layer) is nn.Linear or isinstance(layer, _BY_WEIGHTS)
+            told = not expected and isinstance(self.steps[layer][0], FourBit)
+            self.replace_by_weight(layer, f"of type {type(layer).__name__}, not nn.Linear itself" if told else "")
 
-    def replace_unreached(self) -> None:
+    def replace_unreached(self, layers: Iterable[nn.Module]) -> None:
         """Quantize by their weights alone the layers that no batch has reached."""
-        for layer in self.linear:
+        for layer in layers:
             if layer not in self.replacements:
-                self.uncalibrated[layer] = _NO_INPUT
-                self.replace(layer, self.store.by)
+                self.replace_by_weight(layer, "no batch reached it")
 
     def warnings(self) -> Iterator[str]:
         """Yield what to warn of."""
         alike: dict[str, list[str]] = {}
         for layer, why in self.uncalibrated.items():
-            alike.setdefault(why, []).append(self.path(layer))
+            alike.setdefault(why, []).append(self.candidates[layer])
         if alike:
-            texts = []
-            for why, paths in alike.items():
-                more = f" and {len(paths) - _NAMED} more" if len(paths) > _NAMED else ""
-                texts.append(f"{', '.join(paths[:_NAMED])}{more}: {why}")
-            yield f"layers were quantized by their weights alone ({'; '.join(texts)})"
+            texts = "; ".join(f"{layer_names(paths)}: {why}" for why, paths in alike.items())
+            yield f"layers were quantized by their weights alone ({texts})"
         if self.why_not:
             yield (
                 f"blocks read more than what those before them return ({self.why_not}): all before a block were run "
@@ -320,20 +299,18 @@ class _Run:
     def find_units(self, lists: list[list[nn.Module]], offload: Path | None, *, asked: bool) -> list[Unit]:
         """Return the units, as ``units_of``, and find out by the first batch what has to be kept of those done."""
         inside = {layer for blocks in lists for block in blocks for layer in block.modules()}
-        entries = Entries([*chain(*lists), *(layer for layer in self.linear if layer not in inside)])
-        with entries.noted() if lists else nullcontext():
+        noted = [*chain(*lists), *(layer for layer in self.linear if layer not in inside)] if lists else []
+        with noted_inputs(noted) as entries:
             units = units_of(self.model, self.batches, self.linear, lists, self.centred, asked=asked)
         if any(unit.block is not None for unit in units):
             first = next(iter(self.batches))
-            self.keep_all, self.why_not = way_to_replay(
-                self.model, first, self.overrides, lists, units, entries, offload
-            )
+            self.keep_all, self.why_not = way_to_replay(self.model, first, lists, units, entries, offload)
         return units
 
     def calibrate(self, units: list[Unit], lists: list[list[nn.Module]], offload: Path | None) -> None:
         """Quantize the layers of all units, in their order."""
         for keep_all in (True,) if self.keep_all else (False, True):
-            with Replay(self.model, self.overrides, lists, offload, keep_all) as replay:
+            with Replay(self.model, lists, offload, keep_all) as replay:
                 try:
                     self._calibrate(units, replay)
                 except Stale:  # what is done is kept, and runs again
@@ -358,40 +335,24 @@ class _Run:
 
         Raises:
             Stale: the model may have read what was not kept; no layer was quantized.
-            ValueError: inputs that are not finite.
         """
         moments, groups = self._moments(unit, replay)
         if replay.has_dropped and not all(own.is_finite() for own in moments.values()):
             raise Stale  # before a layer is replaced: all of the unit are done again
+        self._refuse_not_finite(moments)
         for group in groups:
             own = moments.pop(group[0])
-            second = self._checked(group[0], own.second())
-            columns = len(second)
-            hessian = prepare_hessian(second, self.damping * max(1.0, columns / max(1, own.rows)))
-            del second
+            hessian = prepare_hessian(own.second(), self.damping * max(1.0, own.columns / max(1, own.rows)))
             if hessian is None:
                 self._replace_constant(group, own)
                 continue
-            for alike in self._alike(group):
-                parts = _Parts(alike, partial(quantize_gptq, hessian=hessian))
-                for layer in alike:
-                    self.replace(layer, parts.by(layer))
-                    self._correct_bias(layer, own)
-                del parts
-            if own.rows < columns:
-                self.few |= dict.fromkeys(group, (own.rows, columns))
+            for layer in group:
+                self.replace(layer, _storing(partial(quantize_gptq, hessian=hessian)))
+                self._correct_bias(layer, own)
+            if own.rows < own.columns:
+                self.few |= dict.fromkeys(group, (own.rows, own.columns))
             del hessian  # before the next one is computed
-        for layer in unit.layers:
-            if layer not in self.replacements:
-                self.uncalibrated.setdefault(layer, _NO_INPUT)
-                self.replace(layer, self.store.by)
-
-    def _alike(self, group: list[nn.Module]) -> Iterable[list[nn.Module]]:
-        """Return the layers of a group by how they are stored, which differs where a budget is divided."""
-        alike: dict[tuple[Step, ...], list[nn.Module]] = {}
-        for layer in group:
-            alike.setdefault(self.steps[layer], []).append(layer)
-        return alike.values()
+        self.replace_unreached(unit.layers)
 
     def _moments(self, unit: Unit, replay: Replay) -> tuple[dict[nn.Module, Moments], list[list[nn.Module]]]:
         """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do."""
@@ -410,25 +371,19 @@ class _Run:
                 continue
             return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
 
-    def _checked(self, layer: nn.Module, second: Tensor) -> Tensor:
-        """Return moments that are finite.
-
-        Raises:
-            ValueError: they are not.
-        """
-        if second.isfinite().all():
-            return second
-        raise ValueError(
-            f"{self.path(layer)}: its inputs hold NaN or infinite values, or too large ones to square: look for a "
-            "broken batch or weight before it, or leave the layer out with skip="
-        )
+    def _refuse_not_finite(self, moments: Mapping[nn.Module, Moments]) -> None:
+        for layer, own in moments.items():
+            if not own.is_finite():
+                raise ValueError(
+                    f"{self.path(layer)}: its inputs hold NaN or infinite values, or too large ones to square: look "
+                    "for a broken batch or weight before it, or leave the layer out with skip="
+                )
 
     def _replace_constant(self, group: list[nn.Module], own: Moments) -> None:
         """Quantize by their weights alone layers whose inputs tell nothing of the weights; biases make up for it."""
         for layer in group:
             constant = layer in self.centred and bool(own.mean.any())
-            self.uncalibrated[layer] = "its inputs are all alike" if constant else "its inputs are all zero"
-            self.replace(layer, self.store.by)
+            self.replace_by_weight(layer, "its inputs are all alike" if constant else "its inputs are all zero")
             self._correct_bias(layer, own)
 
     def _correct_bias(self, layer: Any, own: Moments) -> None:
@@ -444,21 +399,22 @@ class _Run:
         """Quantize all layers with scales searched for by the mean square of each column of their inputs."""
         inputs = Inputs(self.linear, self.centred, set(self.linear), diagonal=True)
         runs = 0
-        with inputs.taken(), Replay(self.model, self.overrides, [], None, keep_all=True) as replay:
+        with inputs.taken():
             for number, batch in enumerate(self.batches):
                 inputs.start_batch(counted_rows(batch, number))
-                replay.run(number, batch)
+                run_batch(self.model, batch)
                 runs += 1
         if not runs:
             raise ValueError(NO_BATCHES)
+        self._refuse_not_finite(inputs.moments)
         for layer, own in inputs.moments.items():
-            importance = self._checked(layer, own.second())
+            importance = own.second()
             mean = float(importance.mean())
             if mean <= 0:
                 self._replace_constant([layer], own)
                 continue
             weights = importance.add(self.damping * mean)
-            self.replace(layer, _Parts([layer], partial(_weighted, importance=weights)).by(layer))
+            self.replace(layer, _storing(partial(quantize_weighted, importance=weights)))
             self._correct_bias(layer, own)
         if self.progress is not None:
             self.progress(1, 1, 0.0)
@@ -491,12 +447,11 @@ class _Run:
         for place, (layer, record) in enumerate(zip(unit.layers, records, strict=True)):
             one: Any = layer
             if "why" in record:
-                self.uncalibrated[layer] = record["why"]
-                made = self.replace(layer, self.store.by)
+                made = self.replace_by_weight(layer, record["why"])
             else:
                 packed, scales = (tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales"))
                 weight = QuantizedTensor(packed, scales, one.weight.shape, *record["how"])
-                made = self.replace(layer, _given(weight))
+                made = self.replace(layer, _storing(lambda *_, weight=weight: weight))
             if layer in self.centred:
                 bias = tensors[f"{place}.bias"].to(one.bias.device)
                 made._parameters["bias"] = nn.Parameter(bias, requires_grad=one.bias.requires_grad)
@@ -505,47 +460,8 @@ class _Run:
         return True
 
 
-def _given(weight: QuantizedTensor) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
-    """Return a replacement for ``Store.by`` that stores a weight as it was stored before."""
-    return lambda technique: lambda *_: weight
-
-
-class _Parts:
-    """Weights that are quantized in one go, since they have one Hessian and rows do not depend on each other."""
-
-    def __init__(self, layers: list[Any], quantized: Callable[[Tensor, FourBit], QuantizedTensor]) -> None:
-        self._layers, self._quantized = layers, quantized
-        self._made: dict[nn.Module, QuantizedTensor] | None = None
-
-    def by(self, layer: nn.Module) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
-        """Return a replacement for ``Store.by`` that stores the weight of a layer."""
-        return lambda technique: lambda weight, name: self._stored(layer, technique, weight)
-
-    def _stored(self, layer: nn.Module, technique: Any, weight: Tensor) -> QuantizedTensor:
-        if not isinstance(technique, FourBit):
-            stored: QuantizedTensor = technique.store(weight)
-            return stored
-        alike = isinstance(technique.format, str) and len({one.weight.dtype for one in self._layers}) == 1
-        if not alike or len(self._layers) == 1 or not all(one.weight.isfinite().all() for one in self._layers):
-            return self._quantized(weight, technique)
-        if self._made is None:
-            whole = self._quantized(torch.cat([one.weight.detach() for one in self._layers]), technique)
-            parts = [whole.packed, whole.scales]
-            sizes = [len(one.weight) for one in self._layers]
-            split = zip(self._layers, *(part.split(sizes) for part in parts), strict=True)
-            self._made = {
-                one: replace(whole, packed=packed.clone(), scales=scales.clone(), shape=one.weight.shape)
-                for one, packed, scales in split
-            }
-        return self._made[layer]
-
-
-def _weighted(weight: Tensor, technique: FourBit, importance: Tensor) -> QuantizedTensor:
-    return quantize(
-        weight,
-        technique.format,
-        block_size=technique.block_size,
-        scales=technique.scales,
-        search=technique.search,
-        importance=importance,
-    )
+def _storing(
+    quantized: Callable[[Tensor, FourBit], QuantizedTensor],
+) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
+    """Return a replacement for ``storing_once`` that quantizes by a function of a weight and a technique."""
+    return lambda technique: lambda weight, name: quantized(weight, technique)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +22,30 @@ __all__ = ["FinishedUnits", "digest_of"]
 
 def digest_of(model: nn.Module, batches: Iterable[Any], settings: str) -> str:
     """Return what names a calibration: a digest of the model's numbers, its inputs and how it is done."""
-    found = hashlib.blake2b(f"{__version__} {settings}".encode(), digest_size=16)
-    for name, tensor in _numbers(model):
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(_bytes(tensor))
+    found = _digest(f"{__version__} {settings}", chain(model.named_parameters(), model.named_buffers()))
     for batch in batches:
         leaves, structure = pytree.tree_flatten(dict(batch) if hasattr(batch, "keys") else batch)
         found.update(repr(structure).encode())
         for leaf in leaves:
             found.update(_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
-    return found.hexdigest()
-
-
-def _numbers(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters()
-    yield from model.named_buffers()
+    return str(found.hexdigest())
 
 
 def _bytes(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
-def _content_of(number: int, tensors: Mapping[str, Tensor], record: str) -> str:
-    """Return a digest of what the file of a unit holds."""
-    found = hashlib.blake2b(f"{number} {record}".encode(), digest_size=16)
-    for name, tensor in sorted(tensors.items()):
+def _digest(text: str, tensors: Iterable[tuple[str, Tensor]]) -> Any:
+    found = hashlib.blake2b(text.encode(), digest_size=16)
+    for name, tensor in tensors:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(_bytes(tensor))
-    return found.hexdigest()
+    return found
+
+
+def _content_of(number: int, tensors: Mapping[str, Tensor], record: str) -> str:
+    """Return a digest of what the file of a unit holds."""
+    return str(_digest(f"{number} {record}", sorted(tensors.items())).hexdigest())
 
 
 class FinishedUnits:
@@ -72,11 +69,7 @@ class FinishedUnits:
         self._folder, self._digest = folder, digest
 
     def save(self, number: int, tensors: dict[str, Tensor], record: Any) -> None:
-        """Write the file of a unit, with a record that JSON can hold.
-
-        Raises:
-            OSError: it cannot be written; the error names the folder and the remedy.
-        """
+        """Write the file of a unit, with a record that JSON can hold; an OSError names the folder and the remedy."""
         from safetensors.torch import save
 
         path = self._path(number)

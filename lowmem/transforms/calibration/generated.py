@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import describe, show
-from lowmem.transforms.calibration.replay import evaluation_mode
+from lowmem.transforms.calibration.runs import evaluation_mode
 
 __all__ = ["LEAST_SHARE", "generated_batches"]
 
@@ -84,11 +84,7 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
 
 
 def _check(model: nn.Module, tokenizer: Any) -> None:
-    """Raise unless a model predicts tokens of a tokenizer from those before them alone.
-
-    Raises:
-        ValueError: it does not.
-    """
+    """Raise a ValueError unless a model predicts tokens of a tokenizer from those before them alone."""
     can: Any = getattr(model, "can_generate", None)
     if callable(can) and not can():
         raise ValueError(_cannot(model, "its class has no generate()"))

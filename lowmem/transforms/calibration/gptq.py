@@ -26,7 +26,7 @@ from lowmem.quant.quantize import quantize
 from lowmem.quant.scales import ScaleEncoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Hessian", "prepare_hessian", "quantize_gptq"]
+__all__ = ["Hessian", "prepare_hessian", "quantize_gptq", "quantize_weighted"]
 
 _ROUNDS = 1  # how often scales and then codes are fitted again: a second time lowers the error by 1 to 2%
 
@@ -90,14 +90,7 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> Quant
     Raises:
         TypeError, ValueError: weights that ``quantize`` rejects.
     """
-    found = quantize(
-        weight,
-        technique.format,
-        block_size=technique.block_size,
-        scales=technique.scales,
-        search=technique.search,
-        importance=hessian.importance,
-    )
+    found = quantize_weighted(weight, technique, hessian.importance)
     fit = _Fit(weight, found, hessian)
     fit.round_columns()
     fit.improve_codes()
@@ -115,6 +108,18 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: Hessian) -> Quant
         packed=pack(rows.contiguous(), found.block_size),
         scales=best.stored.contiguous(),
         method="calibrated",
+    )
+
+
+def quantize_weighted(weight: Tensor, technique: FourBit, importance: Tensor) -> QuantizedTensor:
+    """Quantize a weight as a technique says, with a factor of each column's squared error: ``importance`` (in,)."""
+    return quantize(
+        weight,
+        technique.format,
+        block_size=technique.block_size,
+        scales=technique.scales,
+        search=technique.search,
+        importance=importance,
     )
 
 
@@ -229,12 +234,9 @@ class _Fit:
 
 
 def _nearest_stored(before: Tensor, scales: Tensor, encoding: ScaleEncoding) -> Tensor:
-    """Store scales (rows, blocks) as the nearest that can be stored, where ``encode`` takes the next towards zero.
+    """Store float32 scales (rows, blocks) as the nearest that can be stored; ``encode`` takes the next towards zero.
 
-    Args:
-        before: scales as stored, of which offsets are kept.
-        scales: float32.
-        encoding: how to store them.
+    Offsets are those of ``before``, scales as stored.
     """
     offsets = encoding.decode_offsets(before) if encoding.offsets else None
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lowmem.transforms.calibration.replay import Stop
+from lowmem.transforms.calibration.runs import Stop, hooked
 
-__all__ = ["Inputs", "Moments", "Regroup", "counted_rows"]
+__all__ = ["FirstReaders", "Inputs", "Moments", "Regroup", "counted_rows"]
 
 _PANEL = 256  # columns that are multiplied at a time with themselves and those behind them
 
@@ -29,10 +29,11 @@ class Moments:
 
     Attributes:
         rows: how many there were.
+        columns: of a row.
     """
 
     def __init__(self, columns: int, *, centred: bool, diagonal: bool, device: torch.device) -> None:
-        self.rows = 0
+        self.rows, self.columns = 0, columns
         self._centred, self._diagonal = centred, diagonal
         self._shift = torch.zeros(columns, dtype=torch.float32, device=device)
         self._sum = torch.zeros(columns, dtype=torch.float32, device=device)
@@ -81,7 +82,7 @@ def counted_rows(batch: Any, number: int) -> Tensor | None:
     """Return which tokens of a batch count, bool (batch, tokens), by its ``attention_mask``; None: all.
 
     Raises:
-        ValueError: none does.
+        ValueError: no token counts.
     """
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if not isinstance(mask, Tensor) or mask.dim() != 2:
@@ -99,6 +100,22 @@ class Regroup(BaseException):
     """Layers that had one input at first have different ones: their moments are to be taken anew."""
 
 
+class FirstReaders:
+    """The first layer, of each kind, that got the current input: the same tensor, not written to since."""
+
+    def __init__(self) -> None:
+        self._input: tuple[Tensor, int] | None = None
+        self._first: dict[Hashable, nn.Module] = {}
+
+    def of(self, layer: nn.Module, args: Any, kwargs: Any, kind: Hashable) -> tuple[Tensor, nn.Module]:
+        """Return the input that a layer gets, and the first layer of its kind that got this input."""
+        x: Tensor = args[0] if args else kwargs["input"]
+        version = -1 if x.is_inference() else x._version
+        if self._input is None or self._input[0] is not x or not self._input[1] == version >= 0:
+            self._input, self._first = (x, version), {}
+        return x, self._first.setdefault(kind, layer)
+
+
 class Inputs:
     """The moments of the inputs of some layers, taken while the model runs; layers with one input share theirs.
 
@@ -111,7 +128,6 @@ class Inputs:
 
     Attributes:
         moments: by the first layer that got the input.
-        batch_mask: which tokens of the running batch count.
     """
 
     def __init__(
@@ -127,33 +143,23 @@ class Inputs:
         self._stop_after = stop_after
         self._leader: dict[nn.Module, nn.Module] = {}
         self._calls: Counter[nn.Module] = Counter()
-        self._left = 0
-        self._last: tuple[Tensor, int, nn.Module] | None = None
         self.moments: dict[nn.Module, Moments] = {}
-        self.batch_mask: Tensor | None = None
+        self.start_batch(None)
 
     @contextmanager
     def taken(self) -> Iterator[None]:
         """Take the inputs of all calls in the block."""
-        handles = [layer.register_forward_pre_hook(self._take, with_kwargs=True) for layer in self._layers]
-        try:
+        with hooked(self._layers, self._take):
             yield
-        finally:
-            self._last = None
-            for handle in handles:
-                handle.remove()
+        self.start_batch(None)
 
     def start_batch(self, mask: Tensor | None) -> None:
         """Begin a batch, of which the tokens in ``mask`` count."""
-        self.batch_mask, self._last = mask, None
+        self._mask, self._readers = mask, FirstReaders()
         self._left = self._stop_after or 0
 
     def groups(self) -> list[list[nn.Module]]:
-        """Return the layers that were called, by their input.
-
-        Raises:
-            Regroup: layers of a group were not called equally often.
-        """
+        """Return the layers that were called, by their input; raise ``Regroup`` if some had fewer calls."""
         found: dict[nn.Module, list[nn.Module]] = {}
         for layer, leader in self._leader.items():
             if self._calls[layer] != self._calls[leader]:
@@ -162,27 +168,19 @@ class Inputs:
             found.setdefault(leader, []).append(layer)
         return list(found.values())
 
-    def _take(self, layer: Any, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        x = args[0] if args else kwargs["input"]
-        version = -1 if x.is_inference() else x._version
-        leader = layer
-        if self._last is not None and layer not in self._alone:
-            last, its_version, first = self._last
-            same = last is x and its_version == version >= 0
-            if same and (layer in self._centred) == (first in self._centred):
-                leader = first
+    def _take(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+        kind = layer if layer in self._alone else layer in self._centred
+        x, leader = self._readers.of(layer, args, kwargs, kind)
         if self._leader.setdefault(layer, leader) is not leader:
             self._alone.add(layer)
             raise Regroup
         self._calls[layer] += 1
         if leader is layer:
-            if layer not in self._alone:
-                self._last = x, version, layer
             columns = int(x.shape[-1])
             if layer not in self.moments:
-                options = {"centred": layer in self._centred, "diagonal": self._diagonal}
-                self.moments[layer] = Moments(columns, device=x.device, **options)
-            self.moments[layer].add(_counted(x, columns, self.batch_mask))
+                centred = layer in self._centred
+                self.moments[layer] = Moments(columns, centred=centred, diagonal=self._diagonal, device=x.device)
+            self.moments[layer].add(_counted(x, columns, self._mask))
         if self._stop_after and layer is self._layers[0]:
             self._left -= 1
             if not self._left:

@@ -1,14 +1,15 @@
 """Runs a model up to one of its blocks, where the blocks before it return what they returned the last time.
 
-What lies between blocks (embeddings, masks, rotations) is computed by the model itself at each run, so that nothing
-is assumed about how it calls its blocks. Only the last output of each list of blocks is kept; the others return NaN
-instead, which shows where a model reads one after all: then all outputs are kept.
+What lies between blocks (embeddings, masks, rotations) is computed by the model itself at each run. Only the last
+output of each list of blocks is kept; the others return NaN instead, which shows where a model reads one after all:
+then all outputs are kept. A block may also read more than blocks return (a dictionary or tensor that they write to, a
+cache): ``way_to_replay`` compares what blocks get with and without the replay.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -17,112 +18,53 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lowmem.errors import unwritable
-from lowmem.transforms.calibration.batches import run_batch
+from lowmem.errors import describe, unwritable
+from lowmem.transforms.calibration.blocks import Unit
+from lowmem.transforms.calibration.runs import Stop, computing, hooked, run_batch
+from lowmem.transforms.registry import layer_name
 
-__all__ = ["Overrides", "Replay", "Stale", "Stop", "evaluation_mode"]
+__all__ = ["Replay", "Stale", "noted_inputs", "way_to_replay"]
 
-
-class Stop(BaseException):
-    """Ends a run of the model once what it was for is known; no Exception, which a model might catch."""
+_SAMPLED = 512  # numbers of each tensor that are compared, evenly spread
+_SHARE = 0.01  # of these, which may differ: a model may add up in another order at each run
 
 
 class Stale(BaseException):
     """A model has read an output of a block that was no longer kept."""
 
 
-class Overrides:
-    """Forwards of modules that stand in for their own for a while."""
-
-    def __init__(self) -> None:
-        self._own: dict[nn.Module, Any] = {}
-
-    def set(self, module: nn.Module, forward: Callable[..., Any]) -> Any:
-        """Let a module call ``forward``; return what it had as an attribute, or None."""
-        before = vars(module).get("forward")
-        self._own.setdefault(module, before)
-        vars(module)["forward"] = forward
-        return before
-
-    def give_back(self, module: nn.Module, before: Any) -> None:
-        """Let a module call what ``set`` returned."""
-        if before is None:
-            del vars(module)["forward"]
-        else:
-            vars(module)["forward"] = before
-
-    def undo(self) -> None:
-        """Give all modules their own forwards back, a user's included."""
-        for module, before in self._own.items():
-            vars(module).pop("forward", None)
-            if before is not None:
-                vars(module)["forward"] = before
-
-
-@contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[Overrides]:
-    """Put the model in evaluation mode without gradients, yield what overrides forwards; undo all afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    overrides = Overrides()
-    fused = torch.backends.mha.get_fastpath_enabled()
-    try:
-        model.eval()
-        torch.backends.mha.set_fastpath_enabled(False)  # which bypasses the linear layers of encoder layers
-        with torch.no_grad():
-            yield overrides
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
-        overrides.undo()
-        for module, training in modes.items():
-            module.training = training
-
-
-class Replay:
-    """A model of which some blocks are done: they return their outputs without computing them.
-
-    Use it in a ``with`` statement, which ends the life of what is kept on disk.
+class Replay(ExitStack):
+    """A model of which some blocks are done: inside a ``with`` statement they return their outputs of the last run.
 
     Args:
         model: in ``evaluation_mode``.
-        overrides: as that yields.
         lists: the blocks, by the list that holds them, each in the order of their calls.
         offload: a folder for what is kept; None: memory.
         keep_all: whether the outputs of all blocks are kept, and not only the last of each list.
+
+    Attributes:
+        has_dropped: whether a model that computes NaN may have read an output that is no longer kept.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        overrides: Overrides,
-        lists: Iterable[list[nn.Module]],
-        offload: Path | None,
-        keep_all: bool,
+        self, model: nn.Module, lists: Iterable[list[nn.Module]], offload: Path | None, keep_all: bool
     ) -> None:
-        self._model, self._overrides, self._keep_all = model, overrides, keep_all
+        super().__init__()
+        self._model, self._keep_all = model, keep_all
         self._list = {block: number for number, blocks in enumerate(lists) for block in blocks}
         self._last: dict[int, nn.Module] = {}  # the last block of each list that is done
-        self._done: dict[nn.Module, Any] = {}  # and the forward that it had as an attribute
         self._kept: dict[nn.Module, dict[int, Any]] = {}
-        self._dropped = False
+        self.has_dropped = False
         self._run = 0  # the number of the batch
         self._stale: dict[int, Any] = {}  # of this run, by list: an output that is NaN throughout
-        self._offload, self._stack = offload, ExitStack()
         self._folder: Path | None = None
-
-    def __enter__(self) -> Replay:
-        if self._offload is not None:
-            if self._offload.is_file():
-                raise NotADirectoryError(f"offload={str(self._offload)!r} is a file: name a folder")
-            self._offload.mkdir(parents=True, exist_ok=True)
-            made = tempfile.TemporaryDirectory(prefix="hidden-states-", dir=self._offload)
-            self._folder = Path(self._stack.enter_context(made))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for block, before in self._done.items():
-            self._overrides.give_back(block, before)
-        self._kept.clear()
-        self._stack.close()
+        if offload is not None:
+            if offload.is_file():
+                raise NotADirectoryError(f"offload={str(offload)!r} is a file: name a folder")
+            offload.mkdir(parents=True, exist_ok=True)
+            made = tempfile.TemporaryDirectory(prefix="hidden-states-", dir=offload)
+            self._folder = Path(self.enter_context(made))
+        self.callback(self._kept.clear)
 
     def run(self, number: int, batch: Any) -> None:
         """Run a batch, until a hook raises ``Stop``."""
@@ -133,46 +75,38 @@ class Replay:
 
     @contextmanager
     def ending_at(self, block: nn.Module, keep: Callable[[Any], None] = lambda output: None) -> Iterator[None]:
-        """End runs in the block when this block has computed its output, and give that to ``keep``."""
+        """End runs inside the ``with`` when this block has computed its output, and give that to ``keep``."""
         own = block.forward
 
         def forward(*args: Any, **kwargs: Any) -> Any:
             keep(own(*args, **kwargs))
             raise Stop
 
-        before = self._overrides.set(block, forward)
-        try:
+        with computing(block, forward):
             yield
-        finally:
-            self._overrides.give_back(block, before)
 
     def finish(self, block: nn.Module, batches: Iterable[Any]) -> None:
         """Compute a block's outputs and keep them: from now on it returns them.
 
         Raises:
-            Stale: it has read what was not kept.
+            Stale: the block has read an output that was not kept.
         """
         kept = self._kept[block] = {}
         before = self._last.get(self._list[block])
 
         def keep(output: Any) -> None:
-            if self._dropped and _holds_nan(output):
+            if self.has_dropped and _holds_nan(output):
                 raise Stale
             kept[self._run] = _Output(output, self._folder)
             if before is not None and not self._keep_all:
                 self._kept[before].pop(self._run, None)
-                self._dropped = True
+                self.has_dropped = True
 
         with self.ending_at(block, keep):
             for number, batch in enumerate(batches):
                 self.run(number, batch)
         self._last[self._list[block]] = block
-        self._done[block] = self._overrides.set(block, lambda *args, **kwargs: self._output(block))
-
-    @property
-    def has_dropped(self) -> bool:
-        """Whether a model that computes NaN may have read an output that is no longer kept."""
-        return self._dropped
+        self.enter_context(computing(block, lambda *args, **kwargs: self._output(block)))
 
     def _output(self, block: nn.Module) -> Any:
         if self._run in self._kept[block]:
@@ -194,10 +128,9 @@ class _Output:
     """What a block returned for a batch: tensors in any structure, in memory or in a file."""
 
     def __init__(self, output: Any, folder: Path | None) -> None:
-        leaves, self._structure = pytree.tree_flatten(output)
-        self._leaves: list[Any] = leaves
+        self._leaves, self._structure = pytree.tree_flatten(output)
         self._path: Path | None = None
-        tensors = {str(number): leaf for number, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        tensors = {str(number): leaf for number, leaf in enumerate(self._leaves) if isinstance(leaf, Tensor)}
         self._devices = {name: tensor.device for name, tensor in tensors.items()}
         if folder is not None and tensors:
             from safetensors import SafetensorError
@@ -208,10 +141,10 @@ class _Output:
                 save_file({name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}, self._path)
             except (OSError, SafetensorError) as reason:
                 raise unwritable(folder.parent, reason) from reason
-            self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
 
     def copy(self) -> Any:
-        """Return it anew: a model may write to what its blocks return."""
+        """Return the output anew: a model may write to what its blocks return."""
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in self._leaves]
         if self._path is not None:
             from safetensors.torch import load_file
@@ -232,3 +165,114 @@ def _nan(leaf: Any) -> Any:
 def _holds_nan(output: Any) -> bool:
     leaves = pytree.tree_leaves(output)
     return any(bool(x.isnan().any()) for x in leaves if isinstance(x, Tensor) and x.is_floating_point())
+
+
+@contextmanager
+def noted_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
+    """Yield what modules get when they are first called inside the block: some numbers of each tensor."""
+    seen: dict[nn.Module, list[Tensor]] = {}
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        if module not in seen:
+            seen[module] = [_sampled(one) for one in _tensors(args, kwargs)]
+
+    with hooked(modules, note):
+        yield seen
+
+
+def way_to_replay(
+    model: nn.Module,
+    batch: Any,
+    lists: Iterable[list[nn.Module]],
+    units: Sequence[Unit],
+    entries: dict[nn.Module, list[Tensor]],
+    offload: Path | None,
+) -> tuple[bool | None, str]:
+    """Return whether ``Replay`` has to keep the outputs of all blocks; None, and why, if that is not enough.
+
+    Each block is run once, and none of its layers changes. A model of which no two runs are alike passes.
+
+    Args:
+        model: in ``evaluation_mode``.
+        batch: an input of it.
+        lists: its blocks.
+        units: in the order of their calls.
+        entries: the ``noted_inputs`` of the model's own run on the batch.
+        offload: a folder for what blocks return; None: memory.
+    """
+    why = ""
+    for keep_all in (False, True):
+        with Replay(model, lists, offload, keep_all) as replay:
+            try:
+                why = _difference(model, batch, replay, units, entries)
+            except Stale:
+                continue
+            except Exception as error:  # noqa: BLE001 - the model's own: it misses what a block would have left
+                why = describe(error)
+            if not why:
+                return keep_all, ""
+    with noted_inputs(entries) as again:
+        run_batch(model, batch)
+    return (False, "") if any(_differ(entries[one], found) for one, found in again.items()) else (None, why)
+
+
+def _difference(
+    model: nn.Module, batch: Any, replay: Replay, units: Sequence[Unit], entries: dict[nn.Module, list[Tensor]]
+) -> str:
+    """Return which unit gets other inputs in a replay; "" if none does.
+
+    Raises:
+        Stale: a unit gets NaN in their place, since the model reads what is not kept.
+    """
+    paths = {module: path for path, module in model.named_modules()}
+    for unit in units:
+        first = unit.layers[0] if unit.block is None else unit.block
+        if first not in entries:
+            continue
+        with noted_inputs([first]) as found:
+            if unit.block is None:
+                with hooked([first], _stop):
+                    replay.run(0, batch)
+            else:
+                replay.finish(unit.block, [batch])
+        got = found.get(first, [])
+        if not _differ(entries[first], got):
+            continue
+        if replay.has_dropped and any(bool(one.isnan().any()) for one in got):
+            raise Stale
+        return f"{layer_name(paths[first])} gets other inputs where blocks before it are not run"
+    return ""
+
+
+def _stop(*_: Any) -> None:
+    raise Stop
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """Return the tensors in arguments, and in tuples, lists and dictionaries of them; caches are left out."""
+
+    def is_leaf(value: Any) -> bool:
+        return not isinstance(value, tuple | list | dict)
+
+    return [leaf for leaf in pytree.tree_leaves((args, kwargs), is_leaf=is_leaf) if isinstance(leaf, Tensor)]
+
+
+def _sampled(tensor: Tensor) -> Tensor:
+    """Return some numbers of a tensor, evenly spread, as float64 on the CPU."""
+    flat = tensor.detach().reshape(-1)
+    numbers = torch.arange(min(_SAMPLED, len(flat)), device=flat.device)
+    return flat[numbers * len(flat) // max(1, len(numbers))].to("cpu", torch.float64)
+
+
+def _differ(expected: Sequence[Tensor], found: Sequence[Tensor]) -> bool:
+    """Whether more numbers differ than rounding explains."""
+    if [one.shape for one in expected] != [one.shape for one in found]:
+        return True
+    return any(_changed(*both) > _SHARE * both[0].numel() for both in zip(expected, found, strict=True))
+
+
+def _changed(expected: Tensor, found: Tensor) -> int:
+    typical = expected.abs().nanmedian() if expected.numel() else expected.sum()
+    same = (found - expected).abs() <= 1e-4 * (expected.abs() + typical)
+    same |= (found == expected) | (found.isnan() & expected.isnan())
+    return int(same.numel() - same.sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.transforms.budget import Importance
-from lowmem.transforms.calibration.batches import run_batch
-from lowmem.transforms.calibration.replay import Stop, evaluation_mode
+from lowmem.transforms.calibration.runs import Stop, evaluation_mode, hooked, run_batch
 from lowmem.transforms.registry import layer_name
 
 __all__ = ["importance_of"]
@@ -57,23 +56,20 @@ def importance_of(
 
     generator = torch.Generator().manual_seed(0)
     size, runs = 0.0, 0
-    with _gradients_of(model, [one for one, _ in weights.values()]):
-        hooks = [one.register_post_accumulate_grad_hook(partial(add, name)) for name, (one, _) in weights.items()]
-        try:
-            for batch in batches:
-                output = run_batch(model, batch)
-                projected, squared = _projection(output, batch, generator)
-                if projected is None:
-                    raise ValueError(
-                        f"the output of {type(model).__name__} does not depend on its weights by gradients: "
-                        "convert(model, Budget(bits)) divides a budget without samples"
-                    )
-                projected.backward()
-                size, runs = size + squared, runs + 1
-                del output, projected
-        finally:
-            for hook in hooks:
-                hook.remove()
+    with _gradients_of(model, [one for one, _ in weights.values()]), ExitStack() as stack:
+        for name, (one, _) in weights.items():
+            stack.callback(one.register_post_accumulate_grad_hook(partial(add, name)).remove)
+        for batch in batches:
+            output = run_batch(model, batch)
+            projected, squared = _projection(output, batch, generator)
+            if projected is None:
+                raise ValueError(
+                    f"the output of {type(model).__name__} does not depend on its weights by gradients: "
+                    "convert(model, Budget(bits)) divides a budget without samples"
+                )
+            projected.backward()
+            size, runs = size + squared, runs + 1
+            del output, projected
     if not runs:
         raise ValueError("inputs is empty: pass one batch at least, or leave it out")
     found = {}
@@ -98,25 +94,21 @@ def importance_of(
 def _first_that_gets_none(model: nn.Module, batches: Iterable[Any], weights: Iterable[nn.Parameter]) -> str | None:
     """Return the path of the first module with one of the weights whose inputs are no finite numbers."""
     ids, broken = set(map(id, weights)), list[str]()
-
-    def see(path: str, module: nn.Module, args: Any, kwargs: Any) -> None:
-        first = next(measure.tensors_in((args, kwargs)), None)  # masks behind it may well be infinite
-        if first is not None and not first.isfinite().all():
-            broken.append(path)
-            raise Stop
-
-    hooks = [
-        module.register_forward_pre_hook(partial(see, path), with_kwargs=True)
+    paths = {
+        module: path
         for path, module in model.named_modules()
         if any(id(one) in ids for one in module._parameters.values())
-    ]
-    try:
-        with evaluation_mode(model), suppress(Stop):
-            for batch in batches:
-                run_batch(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    }
+
+    def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+        first = next(measure.tensors_in((args, kwargs)), None)  # masks behind it may well be infinite
+        if first is not None and not first.isfinite().all():
+            broken.append(paths[module])
+            raise Stop
+
+    with evaluation_mode(model), suppress(Stop), hooked(paths, see):
+        for batch in batches:
+            run_batch(model, batch)
     return broken[0] if broken else None
 
 

@@ -63,7 +63,7 @@ def test_blocks_by_name_are_the_outermost():
         ([None], TypeError, "must be glob patterns"),
     ],
 )
-def test_patterns_that_are_none_are_refused(blocks, error, message):
+def test_invalid_patterns_are_refused(blocks, error, message):
     with pytest.raises(error, match=message):
         found(Two(), blocks)
 
@@ -110,7 +110,7 @@ def test_layers_with_one_input_are_one_unit_unless_their_moments_differ():
         def forward(self, x):
             return self.a(x) + self.first(x) + self.b(x)
 
-    assert units(Three()) == [(None, ["first"]), (None, ["a", "b"])]
+    assert units(Three()) == [(None, ["a", "b"]), (None, ["first"])]
 
 
 def test_blocks_that_are_called_again_are_done_layer_by_layer_or_refused():
@@ -135,7 +135,7 @@ def test_a_layer_of_several_blocks_or_called_outside_is_no_blocks():
     assert not model.blocks[0]._forward_hooks
 
 
-def test_what_the_first_batch_does_not_reach_follows():
+def test_layers_that_the_first_batch_does_not_reach_come_last():
     class Maybe(Runs):
         def forward(self, x):
             return super().forward(x) if len(x) > 2 else self.blocks[1](x)

@@ -160,57 +160,45 @@ class Short(Decoder):
         return super().through(x, mask)
 
 
+class Encoder(Decoder):
+    def forward(self, tokens):
+        return super().forward(tokens).mean(1)
+
+
+class SaysNo(Decoder):
+    def can_generate(self):
+        return False
+
+
 @pytest.mark.parametrize(
     ("kind", "options", "error", "message"),
     [
-        (Decoder, {}, TypeError, "tokenizer=None must be the model's"),
+        (Decoder, {"tokenizer": None}, TypeError, "tokenizer=None must be the model's"),
         (Decoder, {"tokenizer": 3}, TypeError, "tokenizer=3 must be the model's"),
         (Decoder, {"tokenizer": Tokenizer(41)}, ValueError, "has 41 tokens, and Decoder predicts 40"),
         (Decoder, {"tokenizer": Tokenizer(19)}, ValueError, "has 19 tokens, and Decoder predicts 40"),
-        (Decoder, {"tokenizer": Tokenizer(), "seed": 1.5}, TypeError, "seed=1.5 must be an integer"),
+        (Decoder, {"seed": 1.5}, TypeError, "seed=1.5 must be an integer"),
+        (Decoder, {"seed": 2**70}, ValueError, "seed=1180591620717411303424 must be below"),
+        (Decoder, {"temperature": 0}, ValueError, "temperature=0 must be finite and above 0"),
+        (Decoder, {"temperature": "1"}, TypeError, "temperature='1' must be a number"),
+        (Decoder, {"temperature": float("inf")}, ValueError, "temperature=inf must be finite"),
+        (Short, {}, ValueError, "Short fails at a text of 6 tokens .IndexError: too long.: pass"),
+        (Looks, {}, ValueError, "Looks generates no text .* depends on the tokens to come"),
+        (Broken, {}, ValueError, "Broken generates no text .* is NaN"),
+        (BreaksLater, {}, ValueError, "BreaksLater generates no text .* is NaN"),
+        (Encoder, {}, ValueError, "Encoder generates no text .* returns no logits"),
+        (SaysNo, {}, ValueError, r"SaysNo generates no text \(its class has no generate"),
         (
-            Decoder,
-            {"tokenizer": Tokenizer(), "temperature": 0},
+            lambda: nn.Linear(4, 4),
+            {},
             ValueError,
-            "temperature=0 must be finite and above 0",
+            r"Linear generates no text \(called with tokens, it fails: ",
         ),
-        (Decoder, {"tokenizer": Tokenizer(), "temperature": "1"}, TypeError, "temperature='1' must be a number"),
-        (
-            Decoder,
-            {"tokenizer": Tokenizer(), "temperature": float("inf")},
-            ValueError,
-            "temperature=inf must be finite",
-        ),
-        (Decoder, {"tokenizer": Tokenizer(), "seed": 2**70}, ValueError, "seed=1180591620717411303424 must be below"),
-        (
-            Short,
-            {"tokenizer": Tokenizer()},
-            ValueError,
-            "Short fails at a text of 6 tokens .IndexError: too long.: pass",
-        ),
-        (Looks, {"tokenizer": Tokenizer()}, ValueError, "Looks generates no text .* depends on the tokens to come"),
-        (Broken, {"tokenizer": Tokenizer()}, ValueError, "Broken generates no text .* is NaN"),
-        (BreaksLater, {"tokenizer": Tokenizer()}, ValueError, "BreaksLater generates no text .* is NaN"),
     ],
 )
-def test_what_generates_no_text_is_refused_and_stays(kind, options, error, message):
+def test_a_model_that_generates_no_text_is_refused_and_stays(kind, options, error, message):
     model = made(kind).train()
     with pytest.raises(error, match=message):
-        calibrate(model, "self", **options)
+        calibrate(model, "self", **{"tokenizer": Tokenizer()} | options)
     assert model.training
     assert_same_bytes(model, made(kind))
-
-
-def test_a_model_without_logits_or_that_says_so_is_refused():
-    class Encoder(Decoder):
-        def forward(self, tokens):
-            return super().forward(tokens).mean(1)
-
-    with pytest.raises(ValueError, match="Encoder generates no text .* returns no logits"):
-        calibrate(made(Encoder), "self", tokenizer=Tokenizer())
-    with pytest.raises(ValueError, match=r"Linear generates no text \(called with tokens, it fails: RuntimeError"):
-        calibrate(nn.Linear(4, 4), "self", tokenizer=Tokenizer())
-    model = made(Decoder)
-    model.can_generate = lambda: False
-    with pytest.raises(ValueError, match=r"Decoder generates no text \(its class has no generate"):
-        calibrate(model, "self", tokenizer=Tokenizer())

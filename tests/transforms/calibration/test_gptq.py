@@ -209,11 +209,6 @@ def test_the_best_format_is_that_with_the_least_weighted_error():
     assert found.format == "int4"
 
 
-def test_weights_that_quantize_refuses_are_refused():
-    with pytest.raises(ValueError, match="NaN"):
-        quantize_gptq(torch.full((2, 8), torch.nan), FourBit(), hessian_of(correlated(20, 8)))
-
-
 @pytest.mark.parametrize("columns", [129, 300])
 def test_columns_make_up_for_each_other_across_the_panels_that_are_rounded_together(columns, monkeypatch):
     """Panels are for speed alone: the output loses what it would lose with a single one, but for roundings."""

@@ -87,6 +87,14 @@ def test_layers_with_one_input_share_moments_unless_one_is_centred():
     assert not a._forward_pre_hooks
 
 
+def test_an_input_that_was_written_to_is_another_one_also_by_keyword():
+    a, b = (nn.Linear(4, 4) for _ in range(2))
+    x = torch.randn(9, 4)
+    inputs = taken(None, [a, b], lambda: (a(input=x), b(x.mul_(2))))
+    assert inputs.groups() == [[a], [b]]
+    assert torch.equal(inputs.moments[b].mean, 2 * inputs.moments[a].mean)
+
+
 def test_layers_that_part_are_taken_alone():
     a, b = (nn.Linear(4, 4) for _ in range(2))
     x, y = torch.randn(9, 4), torch.randn(9, 4)

@@ -1,11 +1,13 @@
-"""Blocks that are done return what they returned, copied; what is kept no longer shows as NaN where it is read."""
+"""Blocks that are done return what they returned; a model that reads more than they return is told apart."""
 
 import pytest
 import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from lowmem.transforms.calibration.replay import Replay, Stale, evaluation_mode
+from lowmem.transforms.calibration.blocks import units_of
+from lowmem.transforms.calibration.replay import Replay, Stale, noted_inputs, way_to_replay
+from lowmem.transforms.calibration.runs import evaluation_mode
 
 
 class Adds(nn.Module):
@@ -49,10 +51,7 @@ BATCHES = [torch.full((2, 3), float(number)) for number in range(3)]
 def inputs_of(model, keep_all, offload=None):
     """Return what each block gets once those before it are done, and how often each was called."""
     seen = []
-    with (
-        evaluation_mode(model) as overrides,
-        Replay(model, overrides, [list(model.blocks)], offload, keep_all) as replay,
-    ):
+    with evaluation_mode(model), Replay(model, [list(model.blocks)], offload, keep_all) as replay:
         for block in model.blocks:
             handle = block.register_forward_pre_hook(lambda _, args: seen.append(args[0].clone()))
             replay.finish(block, BATCHES)
@@ -97,7 +96,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_is_kept_no_longer_is_missed():
+def test_a_model_that_reads_a_dropped_output_is_noticed():
     with pytest.raises(Stale):
         inputs_of(Skips(), keep_all=False)
 
@@ -109,7 +108,7 @@ def test_a_users_own_forward_comes_back():
         return Adds.forward(model.blocks[0], *args)
 
     model.blocks[0].forward = own
-    with evaluation_mode(model) as overrides, Replay(model, overrides, [list(model.blocks)], None, False) as replay:
+    with evaluation_mode(model), Replay(model, [list(model.blocks)], None, False) as replay:
         replay.finish(model.blocks[0], BATCHES)
         assert model.blocks[0].forward is not own
         with replay.ending_at(model.blocks[1]):
@@ -120,7 +119,7 @@ def test_a_users_own_forward_comes_back():
 
 def test_batches_that_change_are_refused():
     model = Chain()
-    with evaluation_mode(model) as overrides, Replay(model, overrides, [list(model.blocks)], None, False) as replay:
+    with evaluation_mode(model), Replay(model, [list(model.blocks)], None, False) as replay:
         replay.finish(model.blocks[0], BATCHES[:2])
         with pytest.raises(ValueError, match="batch 3 of batches is another one than before"):
             replay.finish(model.blocks[1], BATCHES)
@@ -128,13 +127,127 @@ def test_batches_that_change_are_refused():
 
 def test_a_file_that_is_gone_is_an_error_and_ends_as_any(tmp_path):
     model = Chain()
-    with (
-        evaluation_mode(model) as overrides,
-        Replay(model, overrides, [list(model.blocks)], tmp_path, False) as replay,
-    ):
+    with evaluation_mode(model), Replay(model, [list(model.blocks)], tmp_path, False) as replay:
         replay.finish(model.blocks[0], BATCHES)
         for file in tmp_path.glob("*/*"):
             file.unlink()
         with pytest.raises(FileNotFoundError):
             replay.finish(model.blocks[1], BATCHES)
     assert not any("forward" in vars(block) for block in model.blocks)
+
+
+class Leaving(nn.Module):
+    """Returns an output, and leaves beside it what a test says."""
+
+    def __init__(self, leave):
+        super().__init__()
+        self.layer, self.leave = nn.Linear(8, 8), leave
+
+    def forward(self, x, state):
+        self.leave(x, state)
+        return x + self.layer(x)
+
+
+class Leaves(nn.Module):
+    def __init__(self, leave, between=lambda x, outputs: x):
+        super().__init__()
+        self.blocks = nn.ModuleList(Leaving(leave) for _ in range(3))
+        self.between, self.head = between, nn.Linear(8, 2)
+
+    def forward(self, x):
+        state, outputs = {"kept": torch.zeros(4, 8), "empty": torch.zeros(0, 8), "cache": Cache()}, []
+        for block in self.blocks:
+            x = self.between(block(x, state), outputs)
+            outputs.append(x)
+        return self.head(x + state["kept"].to(x.dtype))
+
+
+class Cache:
+    """What a model passes on without looking into it."""
+
+    def __init__(self):
+        self.found = []
+
+
+def way(model, batch, offload=None):
+    blocks = list(model.blocks)
+    with evaluation_mode(model):
+        with noted_inputs([*blocks, model.head]) as entries:
+            units = units_of(model, [batch], [*(one.layer for one in blocks), model.head], [blocks], (), asked=False)
+        return way_to_replay(model, batch, [blocks], units, entries, offload)
+
+
+def nothing(x, state):
+    pass
+
+
+def add(x, state):
+    state["kept"] += x.mean()
+
+
+def replace(x, state):
+    state["kept"] = x
+
+
+def cache(x, state):
+    state["cache"].found.append(x)
+
+
+def grow(x, state):
+    state[len(state)] = x
+
+
+def change_one_row(x, state):
+    state["kept"][0] = x[0]
+
+
+@pytest.fixture
+def batch():
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("leave", [nothing, cache])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_hand_on_what_they_return_can_be_replayed(leave, dtype, batch, tmp_path):
+    assert way(Leaves(leave).to(dtype), batch.to(dtype)) == (False, "")
+    assert way(Leaves(leave).to(dtype), batch.to(dtype), tmp_path) == (False, "")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("leave", [add, replace, grow, change_one_row])
+def test_what_a_block_leaves_in_its_arguments_is_seen_at_the_next_one(leave, batch):
+    assert way(Leaves(leave), batch) == (None, "blocks.1 gets other inputs where blocks before it are not run")
+
+
+def test_what_the_last_block_leaves_is_seen_at_the_layer_that_reads_it(batch):
+    model = Leaves(nothing)
+    model.blocks[2].leave = replace
+    assert way(model, batch) == (None, "head gets other inputs where blocks before it are not run")
+
+
+def test_a_model_that_reads_earlier_outputs_needs_all_of_them(batch):
+    def between(x, outputs):
+        return x + outputs[0] if len(outputs) > 1 else x
+
+    assert way(Leaves(nothing, between), batch) == (True, "")
+
+
+def test_a_models_error_says_why(batch):
+    def read(x, state):
+        cache(x, state)
+        if x is not batch:
+            assert len(state["cache"].found) > 1, "nothing was left"
+
+    keep_all, why = way(Leaves(read), batch)
+    assert keep_all is None
+    assert why.startswith("AssertionError: nothing was left")
+
+
+def test_a_model_whose_runs_differ_passes(batch):
+    assert way(Leaves(lambda x, state: state["kept"].add_(torch.rand_like(x))), batch) == (False, "")
+
+
+def test_padding_that_is_nan_is_what_it_was(batch):
+    batch[2] = torch.nan
+    assert way(Leaves(nothing), batch)[0] is not None
+    assert way(Leaves(add), batch)[0] is None

@@ -75,7 +75,7 @@ def test_a_weight_that_has_no_part_in_the_output_is_left_out_and_errors_say_why(
     assert all(one.requires_grad and one.grad is None for one in model.parameters())
 
 
-def test_the_layer_that_gets_what_is_no_number_is_named():
+def test_the_layer_with_nan_inputs_is_named():
     """Not the first of the model, of which the gradients are none either."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.Linear(4, 2))

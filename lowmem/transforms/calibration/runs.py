@@ -1,0 +1,72 @@
+"""Runs of a model over sample inputs: batches, the model's mode meanwhile, hooks and replaced forwards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["Stop", "check_batch", "computing", "evaluation_mode", "hooked", "run_batch"]
+
+
+class Stop(BaseException):
+    """Ends a run of the model once its result is known; no Exception, which a model might catch."""
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Call a model with a batch, as ``check_batch`` takes it, and return its output."""
+    check_batch(batch)
+    if isinstance(batch, Tensor):
+        return model(batch)
+    return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+
+def check_batch(batch: Any) -> None:
+    """Raise a TypeError unless a batch is a Tensor, a tuple or list of arguments, or a mapping of named ones."""
+    if not isinstance(batch, Tensor | Mapping | tuple | list):
+        raise TypeError(
+            f"a batch is a {type(batch).__name__}; it must be a Tensor, a tuple or list of the model's arguments, or "
+            "a mapping of its keyword arguments"
+        )
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[ExitStack]:
+    """Put the model in evaluation mode without gradients; yield a stack of contexts that ends with the block."""
+    modes = {module: module.training for module in model.modules()}
+    fused = torch.backends.mha.get_fastpath_enabled()
+    try:
+        model.eval()
+        torch.backends.mha.set_fastpath_enabled(False)  # which bypasses the linear layers of encoder layers
+        with torch.no_grad(), ExitStack() as stack:
+            yield stack
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, training in modes.items():
+            module.training = training
+
+
+@contextmanager
+def computing(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let a module call ``forward`` inside the block; then it has its own again, or that of a user."""
+    own = vars(module)
+    before = own.get("forward")
+    own["forward"] = forward
+    try:
+        yield
+    finally:
+        own.pop("forward", None)
+        if before is not None:
+            own["forward"] = before
+
+
+@contextmanager
+def hooked(modules: Iterable[nn.Module], hook: Callable[..., Any]) -> Iterator[None]:
+    """Call ``hook(module, args, kwargs)`` before each call of one of the modules inside the block."""
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        yield
