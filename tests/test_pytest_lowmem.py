@@ -342,27 +342,61 @@ def test_the_directory_of_the_baselines_can_be_set(project, run):
     assert baseline(project, "gates/memory")["figures"]
 
 
-def test_a_stored_gate_that_is_gone_is_told_and_dropped_on_update(project, run):
-    run("--lowmem-baseline=store")
-    project.makepyfile(test_model=TESTS.replace(NAME, "test_renamed"))
-    code, output = run()
-    assert code == 1
-    assert f"holds test_model.py::{NAME}, which no test measures: remove it, or run with" in output
-    code, output = run("test_model.py::test_renamed")  # not all of the file was asked for
-    assert "which no test measures" not in output
-    assert run("--lowmem-baseline=update")[0] == 0
-    assert baseline(project)["figures"].keys() == {"test_model.py::test_renamed"}
+def test_a_stored_gate_that_vanished_fails_until_it_is_removed_or_brought_back(project, run):
     two = TESTS + "    memory_gate(my_model(9), example_input, name='wide')\n"
-    project.makepyfile(test_model=two)
-    run("--lowmem-baseline=update")
-    names = {f"test_model.py::{NAME}", wide := f"test_model.py::{NAME} | wide"}
-    assert baseline(project)["figures"].keys() == names
+    renamed = "def test_other(memory_gate):\n    memory_gate(my_model(), example_input)\n"
+    project.makepyfile(test_model=two + renamed, test_more=TESTS)
+    assert run("--lowmem-baseline=store")[0] == 0
+    name, wide = f"test_model.py::{NAME}", f"test_model.py::{NAME} | wide"
+
+    project.makepyfile(test_model=TESTS.partition("def")[0] + renamed)
+    code, output = run("--lowmem-json=out.json")
+    assert code == 1
+    assert "2 passed" in output
+    for vanished in (name, wide):
+        assert f"holds {vanished}, which no test measures: bring its test back, or remove its figures" in output
+    verdict = read_verdict(project.path / "out.json")
+    assert not verdict.passed
+    assert [row.name for row in verdict.rows if row.verdict == "missing"] == [name, wide]
+    assert run("-k", "other")[0] == 1  # which leaves no test out that measures them
+    for part in (["test_model.py::test_other"], ["test_more.py"], ["-p", "no:randomly", "test_more.py"]):
+        code, output = run(*part)
+        assert (code, "which no test measures" in output) == (0, False)
+    assert run("--lowmem-baseline=store")[0] == 1
+    project.makepyfile(test_model=two + renamed)
+    assert run()[0] == 0
+
     project.makepyfile(
         test_model=two.replace("    memory_gate(my_model(9)", "    assert False\n    memory_gate(my_model(9)")
     )
-    assert "which no test measures" not in run()[1]  # a test that stops before its second gate may have it still
+    assert f"holds {wide}" not in run()[1]  # a test that stops before its second gate may have it still
     project.makepyfile(test_model=TESTS)
     assert f"holds {wide}, which no test measures" in run()[1]
+    assert run("--lowmem-baseline=update")[0] == 0
+    assert baseline(project)["figures"].keys() == {name, f"test_more.py::{NAME}"}
+
+
+def test_a_gate_that_the_run_leaves_out_or_skips_has_not_vanished(project, run):
+    module = "import pytest\npytest.importorskip('no_such_module')\n"
+    project.makepyfile(test_model=TESTS, test_more=TESTS, test_last=TESTS)
+    assert run("--lowmem-baseline=store")[0] == 0
+    for part in (
+        *(["-k", "more"], ["-m", "not slow", "test_more.py"], [f"--deselect=test_last.py::{NAME}"]),
+        *(["test_more.py"], ["--ignore=test_last.py"], [f"test_model.py::{NAME}"]),
+    ):
+        code, output = run(*part)
+        assert (code, "which no test measures" in output) == (0, False), part
+    skipped = TESTS.replace("def", "import pytest\n@pytest.mark.skip\ndef")
+    project.makepyfile(test_more=module + TESTS, test_last=skipped)
+    assert run()[0] == 0
+    (project.path / "test_last.py").unlink()
+    assert run("test_model.py")[0] == 0
+    code, output = run()
+    assert code == 1
+    assert f"holds test_last.py::{NAME}, which no test measures" in output
+    assert f"test_more.py::{NAME}, which" not in output
+    project.makepyfile(test_more="")  # collected, and empty
+    assert f"holds test_more.py::{NAME}, which no test measures" in run()[1]
 
 
 def test_the_figures_that_the_last_gate_leaves_are_named(project, run):

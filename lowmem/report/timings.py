@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import printable, refusal, show
-from lowmem.testing.json_files import read_json
 from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
+from lowmem.testing.verdicts import read_json
 
 __all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]
 

@@ -134,41 +134,46 @@ def test_what_two_workers_measure_is_stored_in_one_file(gates):
 
 
 @pytest.mark.parametrize(
-    ("stored_name", "collected", "files", "passed", "stale"),
+    ("stored_name", "collected", "complete", "passed", "gone"),
     [
         ("test_a.py::test_gone", {TEST}, {"test_a.py"}, {TEST}, True),
         ("test_a.py::test_gone", {TEST}, set(), {TEST}, False),  # a part of the file was asked for
         ("test_a.py::test_skipped", {TEST, "test_a.py::test_skipped"}, {"test_a.py"}, {TEST}, False),
         ("test_a.py::test_gone | b", {TEST, "test_a.py::test_gone"}, set(), {"test_a.py::test_gone"}, True),
         ("test_a.py::test_failed | b", {"test_a.py::test_failed"}, set(), {TEST}, False),
-        ("test_removed.py::test", {TEST}, set(), {TEST}, True),
         (TEST, {TEST}, {"test_a.py"}, {TEST}, False),
     ],
 )
-def test_a_stored_gate_that_nothing_measures_is_told_and_removed_on_request(
-    gates, stored_name, collected, files, passed, stale
+def test_a_stored_gate_that_no_test_measures_fails_the_session_until_it_is_removed(
+    gates, stored_name, collected, complete, passed, gone
 ):
     for mode in ("compare", "store", "update"):
         session = gates(mode)
         write_figures(KEY.path(session.directory), KEY, {TEST: FIGURES, stored_name: FIGURES})
         session.judge(TEST, TEST, KEY, FIGURES)
-        session.note_stale(collected, files, passed)
-        assert bool(session.stale_lines()) == stale
-        assert all(stored_name in line for line in session.stale_lines())
-        assert bool(finish(session)) == (stale and mode == "update")
-        assert (stored_name in stored(session)) != (stale and mode == "update")
+        session.note_vanished(collected, complete.__contains__, passed)
+        removed = gone and mode == "update"
+        assert bool(finish(session)) == removed
+        assert (stored_name in stored(session)) != removed
+        assert bool(session.missing()) == (gone and not removed)
+        for row in session.missing():
+            assert (row.name, row.verdict) == (stored_name, "missing")
+            assert row.says.endswith(
+                "bring its test back, or remove its figures: delete them there, or run with --lowmem-baseline=update"
+            )
+        assert session.verdict(True).passed != bool(session.missing())
 
 
-def test_what_another_worker_measured_is_not_stale(gates):
+def test_what_another_worker_measured_has_not_vanished(gates):
     write_figures(KEY.path(gates().directory), KEY, {TEST: FIGURES, "test_a.py::test_b": FIGURES})
     controller = gates("update")
     for name in (TEST, "test_a.py::test_b"):
         worker = gates("update")
         worker.judge(name, name, KEY, FIGURES)
-        worker.note_stale({TEST}, {"test_a.py"}, {name})
+        worker.note_vanished({TEST}, {"test_a.py"}.__contains__, {name})
         controller.merge(json.loads(json.dumps(worker.dump())))
     assert controller.write() == []
-    assert controller.stale_lines() == []
+    assert controller.missing() == []
     assert stored(controller).keys() == {TEST, "test_a.py::test_b"}
 
 
@@ -191,7 +196,7 @@ def test_a_baseline_is_read_for_the_first_gate_alone_even_if_it_is_damaged(gates
         with pytest.raises(FileError, match="restore it from version control"):
             session.judge(TEST, TEST, KEY, FIGURES)
         path.unlink(missing_ok=True)
-    session.note_stale({TEST}, {"test_a.py"}, {TEST})
+    session.note_vanished({TEST}, {"test_a.py"}.__contains__, {TEST})
 
 
 def test_a_baseline_that_is_damaged_meanwhile_is_not_overwritten(gates):
