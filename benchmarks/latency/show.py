@@ -92,10 +92,7 @@ def _summary_of_same(verdict: Verdict) -> list[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-    interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-    verdict = row.verdict.upper() if row.verdict in FAILS else row.verdict
-    return row.name, ratio, interval, verdict, row.says
+    return row.name, *row.ratio_cells, row.verdict.upper() if row.verdict in FAILS else row.verdict, row.says
 
 
 def _markdown_table(rows: list[Row]) -> list[str]:

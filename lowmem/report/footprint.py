@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from lowmem import measure
 from lowmem.nn.adapter import Adapter
@@ -92,8 +91,9 @@ def _kind(module: nn.Module, tensor: Tensor) -> str:
 def step_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the peak bytes of the first training step with AdamW beyond model and input, optimizer state included.
 
-    The loss is the sum of the outputs. The learning rate is 0, so that no parameter changes; buffers may change, and
-    the model is left in training mode. Without trainable parameters, this is the peak of the forward.
+    The loss is that of ``lowmem.measure.backward_bytes``. The learning rate is 0, so that no parameter changes;
+    buffers may change, and the model is left in training mode. Without trainable parameters, this is the peak of the
+    forward.
 
     Raises:
         TypeError: the model returns no tensor.
@@ -105,12 +105,7 @@ def step_bytes(model: nn.Module, x: Tensor) -> int:
 
     def step() -> None:
         optimizer.zero_grad()
-        outputs = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
-        if not outputs:
-            raise TypeError(f"{type(model).__name__} returns no tensor, so there is nothing to take a gradient of")
-        losses = [(out.abs() if out.is_complex() else out).sum() for out in outputs if out.requires_grad]
-        del outputs
-        if losses:
+        if losses := measure.losses_of(model, model(x), None):
             torch.autograd.backward(losses)
         optimizer.step()
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from lowmem.testing.call import check_model, model_errors
 from lowmem.testing.disturbance import LONG, Watch
-from lowmem.testing.ratios import Ratio, ratio_of_times, seconds_per_call, take_turns
+from lowmem.testing.ratios import Ratio, ratio_of_times, take_turns
 
 __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
@@ -176,16 +176,15 @@ def _turn(
     with model_errors(name):
         run()
 
-    def calls_of_burst() -> None:
-        for _ in range(calls):
-            run()
-        if torch.cuda.is_initialized():  # CUDA kernels may still run after the call
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.synchronize(device)
-
     def burst() -> float:
         with model_errors(name):
-            return seconds_per_call(calls_of_burst, timer=timer)
+            start = timer()
+            for _ in range(calls):
+                run()
+            if torch.cuda.is_initialized():  # CUDA kernels may still run after the call
+                for device in range(torch.cuda.device_count()):
+                    torch.cuda.synchronize(device)
+            return timer() - start
 
     calls = 1
     # Disturbances only add time, so the shortest of several bursts is the best estimate.

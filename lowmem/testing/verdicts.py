@@ -70,6 +70,12 @@ class Row:
     verdict: str = "same"
     says: str = ""
 
+    @property
+    def ratio_cells(self) -> tuple[str, str]:
+        """The text of the ratio and of its interval; "" where there is none."""
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
+        return ratio, "" if self.low is None or self.high is None else f"{self.low:.3f} to {self.high:.3f}"
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -260,8 +260,8 @@ def write(
     verdicts: Sequence[Verdict],
 ) -> None:
     """Write the page; on an error an existing file is unchanged."""
-    from lowmem.report.distortion import distortions
     from lowmem.report.page import Report, render
+    from lowmem.report.quality import distortions
 
     report = Report(
         title=title,
