@@ -78,7 +78,6 @@ def standalone(drawing: charts.Drawing, colours: Any) -> str:
 
 
 def main() -> None:
-    """Write all pictures."""
     torch.set_num_threads(THREADS)
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():

@@ -22,16 +22,9 @@ from pathlib import Path
 from lowmem.errors import show
 from lowmem.kernels.cpu import compiler
 
-PACKAGED = (
-    "lowmem",
-    "pytest_lowmem.py",
-    "setup.py",
-    "pyproject.toml",
-    "MANIFEST.in",
-    "README.md",
-    "LICENSE",
-)  # what a wheel is made of
-COMPILED = ("lowmem/kernels/csrc", "setup.py")  # what its kernel is made of
+# What a wheel is made of, and its kernel.
+PACKAGED = ("lowmem", "pytest_lowmem.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+COMPILED = ("lowmem/kernels/csrc", "setup.py")
 VISIBLE = ("torch", "numpy", "safetensors", "rich")  # the core dependencies, installed once for both sides
 KERNEL = "lowmem/kernels/_native"
 # In a hook these name the repository of the hook, and win over -C.
@@ -165,21 +158,8 @@ def install(wheel: Path, commit: Commit, directory: Path) -> Environment:
     """
     python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     _run([sys.executable, "-m", "venv", "--without-pip", str(directory)], f"no environment for {commit}")
-    _run(
-        [
-            sys.executable,
-            "-m",
-            "pip",
-            "--python",
-            str(python),
-            "install",
-            "-q",
-            "--no-deps",
-            "--no-index",
-            str(wheel),
-        ],
-        f"the wheel of {commit} cannot be installed",
-    )
+    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
+    _run([*pip, str(wheel)], f"the wheel of {commit} cannot be installed")
     where = _run([str(python), "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], "no environment")
     Path(where.strip(), "dependencies.pth").write_text("".join(f"{place}\n" for place in dependencies()))
     with zipfile.ZipFile(wheel) as archive:
@@ -211,12 +191,8 @@ def dependencies() -> list[str]:
 def _key(root: Path, commit: Commit, paths: tuple[str, ...]) -> str:
     """Return what a build depends on, as text: its sources, the interpreter and the compiler."""
     sources = _git(root, "ls-tree", "-r", commit.sha, "--", *paths)
-    beside = [
-        sys.version,
-        sys.platform,
-        _compiler(),
-        *(os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDFLAGS")),
-    ]
+    variables = (os.environ.get(name, "") for name in ("CC", "CFLAGS", "LDFLAGS"))
+    beside = [sys.version, sys.platform, _compiler(), *variables]
     return hashlib.sha256(sources + "\0".join(beside).encode()).hexdigest()[:24]
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.rounds import worker_environment
 from lowmem.kernels.cpu import compiler
-from lowmem.testing.verdicts import Row
+from lowmem.testing.verdicts import Row, verdict_of
 
 LIMIT = 0.02  # more instructions than this fail
 FIGURE = "instructions"
@@ -30,10 +30,10 @@ def compare(base: Environment, head: Environment, harness: Path, scratch: Path) 
         GateError: a side ends under callgrind.
     """
     scratch.mkdir()
-    if why := unavailable(scratch):
-        return [Row("all", FIGURE, verdict="skipped", says=why)], [f"Instructions were not counted: {why}."]
+    why = unavailable(scratch)
     if not (base.has_kernel and head.has_kernel):
-        why = "neither side has a compiled kernel"
+        why = why or "neither side has a compiled kernel"
+    if why:
         return [Row("all", FIGURE, verdict="skipped", says=why)], [f"Instructions were not counted: {why}."]
     shutil.copy(Path(__file__).with_name("counted.py"), harness / "benchmarks" / "latency" / "counted.py")
     with ThreadPoolExecutor(2) as pool:
@@ -112,8 +112,7 @@ def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> lis
             verdict, says = ("new", "base cannot run it") if before is None else ("missing", "head cannot run it")
             rows.append(Row(name, FIGURE, before, after, verdict=verdict, says=says))
             continue
-        ratio = after / before
-        verdict = "grew" if ratio > 1 + LIMIT else "shrank" if ratio < 1 / (1 + LIMIT) else "same"
+        verdict = verdict_of(before, after, LIMIT * before)
         says = "" if verdict == "same" else f"{before:,} to {after:,} instructions"
-        rows.append(Row(name, FIGURE, before, after, ratio, verdict=verdict, says=says))
+        rows.append(Row(name, FIGURE, before, after, after / before, verdict=verdict, says=says))
     return rows

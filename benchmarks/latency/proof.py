@@ -216,20 +216,10 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
     variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
     variables.pop("GITHUB_STEP_SUMMARY", None)
     python = sys.executable
-    latency = [
-        python,
-        "-m",
-        "benchmarks.latency",
-        "--base",
-        "proof-base",
-        "--cache",
-        str(cache),
-        "--output",
-        str(out),
-    ]
+    latency = [python, "-m", "benchmarks.latency", "--base", "proof-base", "--cache", str(cache)]
     memory = [python, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
     commands = {
-        "latency": [*latency, "--workloads", workloads],
+        "latency": [*latency, "--output", str(out), "--workloads", workloads],
         "memory": [*memory, f"--lowmem-json={out / 'memory.json'}"],
         "resident": [python, "-m", "benchmarks.resident", "--json", str(out / "resident.json")],
         "guide": [python, "-m", "benchmarks.latency.guide", str(out / "guide.json")],
@@ -295,7 +285,6 @@ def write_results(path: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def outcome(run: dict[str, Any]) -> str:
-    """Return what came of a run, in a line."""
     by = ", ".join(f"{gate} ({len(rows)})" for gate, rows in run["alarms"].items())
     undecided = "; ".join(said for rows in run.get("undecided", {}).values() for said in rows)
     return f"{f'alarm: {by}' if by else undecided or 'no alarm'}, {run['seconds']} s"

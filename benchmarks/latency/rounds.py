@@ -68,7 +68,6 @@ class Worker:
         )
 
     def hello(self) -> dict[str, Any]:
-        """Return what the process is."""
         said = self._read("start")
         own = self.environment.python.parent.parent
         if not Path(said["lowmem"]).is_relative_to(own):
@@ -76,7 +75,6 @@ class Worker:
         return said
 
     def send(self, **request: Any) -> None:
-        """Let the process begin with a request."""
         assert self._process.stdin is not None
         self._request = " ".join(map(str, request.values()))
         self._sent = time.perf_counter(), seconds_waited(self._process.pid)
@@ -84,7 +82,6 @@ class Worker:
             print(json.dumps(request), file=self._process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
-        """Return the answer to what was sent."""
         answer = self._read(self._request)
         sent, before = self._sent
         seconds, after = time.perf_counter() - sent, seconds_waited(self._process.pid)
@@ -92,7 +89,6 @@ class Worker:
         return answer | {"disturbed": disturbs(waited, seconds)}
 
     def close(self) -> None:
-        """End the process and wait for it."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

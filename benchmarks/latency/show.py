@@ -27,7 +27,6 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 
 
 def headline(verdict: Verdict) -> str:
-    """Return the verdict in a line."""
     counts = {word: sum(row.verdict == word for row in verdict.rows) for word in ORDER}
     said = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing was compared"
     if verdict.rows and all(row.verdict == "skipped" for row in verdict.rows):
