@@ -334,8 +334,9 @@ class Session:
             terminalreporter.section("memory gates, in bytes")
             for line in memory.table():
                 write(line)
+            fails = "FAILED " if memory.missing() else ""
             for line in memory.vanished_lines().values():
-                write(line, red=memory.mode != "update")
+                write(f"{fails}{line}", red=bool(fails))
             if memory.pending and not self.written:
                 write("nothing is stored: the session was interrupted, or a gate could not judge", red=True)
         if memory is None and self.config.getoption("lowmem_baseline") == "update":

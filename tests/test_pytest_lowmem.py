@@ -302,7 +302,8 @@ def test_a_stored_gate_that_vanished_fails_until_it_is_removed_or_brought_back(p
     assert code == 1
     assert "2 passed" in output
     for vanished in (name, wide):
-        assert f"holds {vanished}, which no test measures: bring its test back, or remove its figures" in output
+        said = f"holds {vanished}, which no test measures: bring its test back, or remove its figures"
+        assert re.search(f"^FAILED memory_baselines/.*{re.escape(said)}", output, re.MULTILINE)
     verdict = read_verdict(project.path / "out.json")
     assert not verdict.passed
     assert [row.name for row in verdict.rows if row.verdict == "missing"] == [name, wide]

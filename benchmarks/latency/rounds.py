@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.verdict import Times
@@ -27,31 +27,15 @@ SIDES = ("base", "head", "again")
 PASSED_ON = ("PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LD_LIBRARY_PATH", "LOWMEM_KERNEL")
 
 
-class Side(Protocol):
-    """One process of a round, or what a test puts in its place."""
-
-    def hello(self) -> dict[str, Any]:
-        """Return what the process is: its workloads with their clocks, and its backend."""
-
-    def send(self, **request: Any) -> None:
-        """Let it begin with a request."""
-
-    def answer(self) -> dict[str, Any]:
-        """Return ``{"seconds": ...}`` or ``{"error": ...}``, the answer to what was sent.
-
-        ``"disturbed"`` says whether other work kept threads of the process from a core meanwhile.
-        """
-
-    def close(self) -> None:
-        """End it."""
-
-
-Start = Callable[[int], Sequence[Side]]
-"""Starts a round's processes of base, head, and base again; the round's number seeds their hashes."""
+Start = Callable[[int], Sequence[Any]]
+"""Starts a round's workers of base, head, and base again; the round's number seeds their hashes."""
 
 
 class Worker:
-    """A worker process of one side."""
+    """A worker process of one side. It is sent a request, and answers with seconds or an error.
+
+    ``"disturbed"`` of an answer says whether other work kept threads of the process from a core meanwhile.
+    """
 
     def __init__(self, environment: Environment, harness: Path, directory: Path, seed: int) -> None:
         self.environment = environment
@@ -131,8 +115,8 @@ def copy_harness(root: Path, directory: Path) -> None:
 def starter(base: Environment, head: Environment, harness: Path, scratch: Path) -> Start:
     """Return what starts the processes of a round, each in an empty directory of its own."""
 
-    def start(number: int) -> list[Side]:
-        workers: list[Side] = []
+    def start(number: int) -> list[Worker]:
+        workers: list[Worker] = []
         for side, environment in zip(SIDES, (base, head, base), strict=True):
             directory = scratch / f"round-{number:03}" / side.ljust(5, "_")
             workers.append(Worker(environment, harness, directory, number))
@@ -217,7 +201,7 @@ def _complaint(name: str, answers: list[dict[str, Any]]) -> str | None:
 
 
 def _in_turns(
-    name: str, sides: Sequence[Side], seconds: float, turns: int, number: int, again: Sequence[float]
+    name: str, sides: Sequence[Any], seconds: float, turns: int, number: int, again: Sequence[float]
 ) -> tuple[list[float], bool]:
     """Return seconds per call of base, head and base, and whether a turn was disturbed.
 
@@ -227,7 +211,7 @@ def _in_turns(
     spoiled: list[str] = []
     calls = max(1, min(MOST_CALLS, round(TURN / max(seconds, 1e-9))))
 
-    def turn(side: Side) -> Callable[[], float]:
+    def turn(side: Any) -> Callable[[], float]:
         def run() -> float:
             for pause, many in ((0.0, calls), *((pause, min(calls, 2)) for pause in again)):
                 time.sleep(pause)

@@ -111,9 +111,9 @@ def percent(value: float) -> str:
     return f"{value:.{min(digits, 6)}%}"
 
 
-def log_scale(low: float, high: float, **base: int) -> Any:
+def log_scale(low: float, high: float, base: Any = alt.Undefined) -> Any:
     """Return a logarithmic scale from ``low`` to ``high``; Vega would widen it to round numbers."""
-    return alt.Scale(type="log", **base, domain=[low, high], nice=False)
+    return alt.Scale(type="log", base=base, domain=[low, high], nice=False)
 
 
 def unit_of(count: float) -> tuple[int, str]:

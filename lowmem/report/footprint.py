@@ -67,22 +67,21 @@ def stored_by_kind(model: nn.Module) -> dict[str, int]:
     kinds = dict.fromkeys(KINDS, 0)
     seen: set[Tensor] = set()
     for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor not in seen and not is_lazy(tensor):
-                kinds[_kind(module, tensor)] += tensor.numel() * tensor.element_size()
+                kinds[_kind(module, name, tensor)] += tensor.numel() * tensor.element_size()
             seen.add(tensor)
     return kinds
 
 
-def _kind(module: nn.Module, tensor: Tensor) -> str:
+def _kind(module: nn.Module, name: str, tensor: Tensor) -> str:
     if isinstance(module, Adapter):
         return "LoRA adapters"
-    if isinstance(module, StoredModule):
-        part = next((name for name in module.part_names if getattr(module, name) is tensor), "")
-        if part.endswith(("_packed", "_scales")):
-            if part.endswith("_scales"):
-                return "scales"
-            return f"{module.forms[part.removesuffix('_packed')].bits}-bit codes"
+    if isinstance(module, StoredModule) and name in module.part_names:
+        if name.endswith("_scales"):
+            return "scales"
+        if name.endswith("_packed"):
+            return f"{module.forms[name.removesuffix('_packed')].bits}-bit codes"
     if tensor.dim() <= 1:
         return "biases, norms"
     return _BY_DTYPE.get(tensor.dtype, "other")

@@ -14,6 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from lowmem.measure import unchanged
 from lowmem.testing.call import check_model, model_errors
 from lowmem.testing.disturbance import LONG, Watch
 from lowmem.testing.ratios import Ratio, ratio_of_times, take_turns
@@ -152,18 +153,13 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
         yield lambda: call(*inputs, **named)
         return
     check_model(call, inputs, named)
-    modes = {module: module.training for module in call.modules()}
 
     def run() -> object:
         with torch.no_grad():
             return call(*inputs, **named)
 
-    call.eval()
-    try:
+    with unchanged(call, training=False):
         yield run
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _turn(

@@ -207,7 +207,8 @@ def _verdict(content: Any) -> Verdict:
 
 def _row(number: int, row: Any) -> Row:
     _check(f"row {number}", row, _ROW)
-    return Row(**{key: _text(row[key]) if isinstance(row[key], str) else row[key] for key in _ROW})
+    known: dict[str, Any] = {key: row[key] for key in _ROW}
+    return Row(**known | {key: _text(value) for key, value in known.items() if isinstance(value, str)})
 
 
 def _text(value: object) -> str:

@@ -725,6 +725,11 @@ def in_git(directory, *arguments):
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def commit(root, message):
+    in_git(root, "add", "-A")
+    in_git(root, "commit", "-qm", message)
+
+
 @pytest.fixture
 def repository(tmp_path):
     """A repository of two commits, the first of them tagged ``old``."""
@@ -733,8 +738,7 @@ def repository(tmp_path):
     in_git(root, "init", "-q")
     for content in ("one", "two"):
         (root / "setup.py").write_text(content)
-        in_git(root, "add", "-A")
-        in_git(root, "commit", "-qm", content)
+        commit(root, content)
     in_git(root, "tag", "old", "HEAD~1")
     return root
 
@@ -742,8 +746,7 @@ def repository(tmp_path):
 def test_the_base_is_the_merge_base_with_the_reference(repository):
     in_git(repository, "checkout", "-qb", "side", "old")
     (repository / "other").write_text("")
-    in_git(repository, "add", "-A")
-    in_git(repository, "commit", "-qm", "side")
+    commit(repository, "side")
     base, head, dirty = builds.resolve(repository, "m")
     assert base.sha == in_git(repository, "rev-parse", "old")
     assert head.sha == in_git(repository, "rev-parse", "HEAD")
@@ -760,19 +763,13 @@ def test_a_reference_that_is_no_commit_is_refused(repository, reference):
     assert str(refused.value) == f"--base {named} is no commit of this repository: fetch it, or name another"
 
 
-def test_a_directory_that_is_no_repository_is_refused(tmp_path):
+def test_what_git_cannot_give_is_refused(repository, tmp_path, monkeypatch):
     with pytest.raises(GateError, match="is no git repository with a commit: git rev-parse: .*git"):
         builds.resolve(tmp_path, "main")
-
-
-def test_a_reference_without_a_common_ancestor_is_refused(repository):
     in_git(repository, "checkout", "-q", "--orphan", "alone")
     in_git(repository, "commit", "-qm", "alone")
     with pytest.raises(GateError, match="no common ancestor"):
         builds.resolve(repository, "m")
-
-
-def test_without_git_there_is_an_error(repository, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(GateError, match="git is not installed"):
         builds.resolve(repository, "m")
@@ -783,8 +780,7 @@ def test_a_commit_is_exported_as_it_was_committed(repository, tmp_path):
     builds.export(repository, builds.resolve(repository, "old")[0], tmp_path / "tree")
     assert (tmp_path / "tree" / "setup.py").read_text() == "one"
     (repository / "link").symlink_to("/outside")
-    in_git(repository, "add", "-A")
-    in_git(repository, "commit", "-qm", "link")
+    commit(repository, "link")
     if hasattr(tarfile, "data_filter"):
         with pytest.raises(GateError, match=r"\(HEAD\) cannot be exported: .*link"):
             builds.export(repository, builds.resolve(repository, "old")[1], tmp_path / "of the link")
@@ -840,8 +836,7 @@ def test_a_wheel_is_taken_from_the_cache_until_something_in_it_changes(repositor
     cached.write_text("")
     assert builds.build_wheel(repository, head, tmp_path, tmp_path / "scratch") == cached
     (repository / "notes").write_text("no part of a wheel")
-    in_git(repository, "add", "-A")
-    in_git(repository, "commit", "-qm", "notes")
+    commit(repository, "notes")
     _, head, _ = builds.resolve(repository, "old")
     assert builds.build_wheel(repository, head, tmp_path, tmp_path / "scratch") == cached
     (repository / "setup.py").write_text("three")
@@ -1163,19 +1158,21 @@ def test_what_keeps_a_core_busy_ends_with_a_proof_that_is_killed():
         raise AssertionError(f"process {number} goes on") from late
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"runs": [1]}', '{"runs": [{"case": "a"}]}'])
-def test_damaged_results_are_refused_and_kept(text, tmp_path, capsys):
-    results = tmp_path / "proof.json"
+@rows_in_one_case("text", ["", "[]", "{}", '{"runs": [1]}', '{"runs": [{"case": "a"}]}'])
+def test_damaged_results_and_a_page_without_a_place_for_the_table_are_refused_and_kept(text, tmp_path, capsys):
+    results, page = tmp_path / "proof.json", tmp_path / "page.md"
     results.write_text(text)
+    page.write_text("nothing")
     assert proof.main(["--results", str(results), "--table"]) == 2
     assert "holds no results of a proof" in capsys.readouterr().err
-    assert results.read_text() == text
+    assert proof.main(["--table", "--results", str(tmp_path / "none.json"), "--page", str(page)]) == 2
+    assert "has no marks" in capsys.readouterr().err
+    assert (results.read_text(), page.read_text()) == (text, "nothing")
 
 
 def test_the_geometric_mean_of_two_times_of_base_is_what_head_is_compared_with():
     found = Times("cpu", [1.0, 1.0], [2.0, 2.0], [4.0, 4.0])
-    assert found.of_base() == [2.0, 2.0]
-    assert found.ratio().value == 1.0
+    assert (found.of_base(), found.ratio().value) == ([2.0, 2.0], 1.0)
     assert math.isclose(found.floor(), 4.0)
 
 
@@ -1196,11 +1193,3 @@ def test_the_page_shows_a_proof_that_holds():
         assert int(runs) >= case.runs
         assert int(alarms) == (int(runs) - int(undecided) if case.alarm else 0)
         assert wanted == f"{(case.decided or case.runs) if case.alarm else 0} of {case.runs}"
-
-
-def test_a_page_without_a_place_for_the_table_is_refused(tmp_path, capsys):
-    page = tmp_path / "page.md"
-    page.write_text("nothing")
-    assert proof.main(["--table", "--results", str(tmp_path / "none.json"), "--page", str(page)]) == 2
-    assert "has no marks" in capsys.readouterr().err
-    assert page.read_text() == "nothing"

@@ -188,35 +188,30 @@ def test_ticks_are_powers_within_an_axis(base, low, high, found):
     assert charts.powers(base, low, high) == pytest.approx(found)
 
 
-@rows_in_one_case(
-    ("count", "text"),
-    [
-        (0, "0 bytes"),
-        (1023, "1,023 bytes"),
-        (1024, "1.00 KiB"),
-        (2**20, "1.00 MiB"),
-        (9_888_000, "9.43 MiB"),
-        (2**30, "1.00 GiB"),
-        (2**31, "2.00 GiB"),
-        (-2048, "-2.00 KiB"),
-    ],
-)
-def test_bytes_are_readable(count, text):
-    assert readable_bytes(count) == text
+BYTES = {
+    0: "0 bytes",
+    1023: "1,023 bytes",
+    1024: "1.00 KiB",
+    9_888_000: "9.43 MiB",
+    2**30: "1.00 GiB",
+    -2048: "-2.00 KiB",
+}
+SHARES = {
+    0: "0.0%",
+    0.0367: "3.7%",
+    8.1e-5: "0.0081%",
+    1.24e-7: "0.000012%",
+    1e-9: "0.000000%",
+    1: "100%",
+}
 
 
 @rows_in_one_case(
-    ("value", "text"),
+    ("form", "value", "text"),
     [
-        (0, "0.0%"),
-        (0.0367, "3.7%"),
-        (0.17, "17%"),
-        (8.1e-5, "0.0081%"),
-        (1.24e-7, "0.000012%"),
-        (1.4e-9, "0.000000%"),
-        (1, "100%"),
-        (12.34, "1234%"),
+        *((readable_bytes, value, text) for value, text in BYTES.items()),
+        *((percent, value, text) for value, text in SHARES.items()),
     ],
 )
-def test_shares_have_two_digits(value, text):
-    assert percent(value) == text
+def test_bytes_and_shares_are_readable(form, value, text):
+    assert form(value) == text
