@@ -7,6 +7,7 @@ whose import loads torch, and imports the package only when a gate is used.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,8 +40,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         choices=MODES,
         default="compare",
         help="What memory_gate does with the exact bytes of a model. compare: fail when a figure is not the stored "
-        "one, or none is stored (default). store: store the figures of gates that have none, and compare the others. "
-        "update: store all, and drop those of tests that are gone.",
+        "one, or none is stored, or no test measures a stored one any more (default). store: store the figures of "
+        "gates that have none, and compare the others. update: store all, and drop those of tests that are gone.",
     )
     group.addoption(
         "--lowmem-json",
@@ -220,6 +221,7 @@ class Session:
         self.verdict: Verdict | None = None  # of the memory gates, once the session has ended
         self._memory: MemoryGates | None = None
         self._collected: set[str] = set()
+        self._files: set[str] = set()
         self._passed: set[str] = set()
 
     @property
@@ -261,6 +263,11 @@ class Session:
         """Record all collected tests, selected or not."""
         self._collected.add(_node_id(item))
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Record the files whose tests were collected; a file that is skipped or broken may have others."""
+        if report.passed and "::" not in report.nodeid:
+            self._files.add(report.nodeid)
+
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_call(self, item: pytest.Item) -> Generator[None, object, object]:
         """Record the tests that ran to their end."""
@@ -280,9 +287,7 @@ class Session:
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write the baselines; a worker sends its results to the controller instead."""
         if self._memory is not None:
-            partial = any("::" in argument for argument in self.config.args) or self.config.getoption("lf", False)
-            files = set() if partial else {test.partition("::")[0] for test in self._collected}
-            self._memory.note_stale(self._collected, files, self._passed)
+            self._memory.note_vanished(self._collected, self._is_complete, self._passed)
         output: dict[str, str] | None = getattr(self.config, "workeroutput", None)
         if output is not None:
             memory = None if self._memory is None else self._memory.dump()
@@ -295,10 +300,21 @@ class Session:
                 self.written = self._memory.write()
             except (OSError, ValueError) as error:
                 self.errors.append(str(error))
+            if self._memory.missing() and exitstatus == pytest.ExitCode.OK:
+                session.exitstatus = exitstatus = pytest.ExitCode.TESTS_FAILED
             self._write_verdict(exitstatus == pytest.ExitCode.OK)
         undecided = any(verdict == "undecided" for *_, verdict in self.latency)
         if self.errors or (undecided and self.fails_undecided):
             session.exitstatus = CANNOT_JUDGE
+
+    def _is_complete(self, file: str) -> bool:
+        """Whether all tests of a file were collected, or the file is gone from what was asked for."""
+        path, directory = self.config.rootpath / file, self.config.invocation_params.dir
+        asked = [argument.partition("::") for argument in self.config.args]
+        if not path.exists():
+            return any(path.is_relative_to(os.path.abspath(directory / name)) for name, *_ in asked)
+        is_part = any(separator for _, separator, _ in asked) or self.config.getoption("lf", False)
+        return file in self._files and not is_part
 
     def _write_verdict(self, passed: bool) -> None:
         """Keep the verdict of the memory gates, and write it where ``--lowmem-json`` asks for it."""
@@ -320,8 +336,9 @@ class Session:
             terminalreporter.section("memory gates, in bytes")
             for line in memory.table():
                 write(line)
-            for line in memory.stale_lines():
-                write(line, yellow=True)
+            fails = "FAILED " if memory.missing() else ""
+            for line in memory.vanished_lines().values():
+                write(f"{fails}{line}", red=bool(fails))
             if memory.pending and not self.written:
                 write("nothing is stored: the session was interrupted, or a gate could not judge", red=True)
         if memory is None and self.config.getoption("lowmem_baseline") == "update":

@@ -35,7 +35,6 @@ ROUNDS = 4
 
 
 def inference(variant: str, batch: int) -> Call:
-    """Return a call of BigNet's forward."""
     model, x = lowmem.build(variant).eval(), inference_input(batch)
 
     def call() -> object:
@@ -122,7 +121,6 @@ def means(calls: dict[str, Call], count: int, seconds: float, rounds: int) -> di
 
 
 def table(found: dict[str, dict[str, tuple[float, float]]]) -> str:
-    """Return the page's table."""
     lines = ["| Workload | Model | Quiet, ms | Busy, ms | Slowdown |", "| :-- | :-- | --: | --: | --: |"]
     for workload, models in found.items():
         for name, (quiet, busy) in models.items():
@@ -131,7 +129,6 @@ def table(found: dict[str, dict[str, tuple[float, float]]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure, and print or write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=WORKLOADS, action="append", help="workloads; all by default")
     parser.add_argument(

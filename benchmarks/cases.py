@@ -58,7 +58,6 @@ class Training:
         self.optimizer = optimizer([p for p in self.model.parameters() if p.requires_grad], lr=1e-4)
 
     def step(self) -> torch.Tensor:
-        """Take one step and return its loss."""
         self.optimizer.zero_grad()
         loss = nn.functional.cross_entropy(self.model(self.x), self.labels)
         loss.backward()

@@ -134,7 +134,6 @@ def _in_process(folder: Path, small: Path, technique: str, dtype: str) -> Loaded
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure all cases, each in a fresh process; return 1 if one took too much."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "--measure", nargs=4, metavar=("TECHNIQUE", "DTYPE", "FOLDER", "SMALL"), help=argparse.SUPPRESS

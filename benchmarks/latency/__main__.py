@@ -31,7 +31,6 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the gate and return its exit code."""
     options, output, everything = parse(arguments)
     began = time.monotonic()
 
@@ -65,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> tuple[gate.Options, Path | None, bool]:
-    """Return what the command line asks for."""
     parser = _Parser(prog="python -m benchmarks.latency", description=__doc__, allow_abbrev=False)
     parser.add_argument("--base", required=True, metavar="REF", help="compare HEAD with its merge base with REF")
     parser.add_argument(
@@ -97,11 +95,7 @@ def percent(text: str) -> float:
 
 
 def check_writable(directory: Path) -> None:
-    """Refuse a directory in which no verdict could be written, before minutes are spent.
-
-    Raises:
-        GateError: with the reason.
-    """
+    """Refuse a directory in which no verdict could be written, before minutes are spent."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name in GATES:
@@ -111,7 +105,6 @@ def check_writable(directory: Path) -> None:
 
 
 def one_line(message: str) -> str:
-    """Return an error as one line, cut where it is long."""
     return errors.one_line(f"latency gate: {message}") + "\n"
 
 

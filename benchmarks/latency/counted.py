@@ -14,12 +14,10 @@ import torch
 from torch import nn
 
 import lowmem
+from benchmarks.latency.workloads import Call, small_layer
 
 WARM, CALLS = 40, 20  # Python specializes what has run some dozen times
 ROWS, COLUMNS = 128, 512  # of a layer whose product counts
-SMALL = 16  # of one whose Python counts
-
-Call = Callable[[], object]
 
 
 def product(technique: object, batch: int, gradient: bool = False) -> Call:
@@ -38,26 +36,12 @@ def product(technique: object, batch: int, gradient: bool = False) -> Call:
     return run
 
 
-def small_layer(techniques: tuple[object, ...]) -> Call:
-    """Return the call of a small layer at batch 1."""
-    torch.manual_seed(0)
-    layer, x = lowmem.convert(nn.Linear(SMALL, SMALL).eval(), *techniques), torch.randn(1, SMALL)
-
-    def run() -> object:
-        with torch.no_grad():
-            return layer(x)
-
-    return run
-
-
 def quantizing(form: str) -> Call:
-    """Return the quantizing of a matrix."""
     weight = torch.randn(16, COLUMNS, generator=torch.Generator().manual_seed(0))
     return lambda: lowmem.quantize(weight, form)
 
 
 def counted() -> dict[str, Callable[[], Call]]:
-    """Return what is counted, by name: what sets it up."""
     found: dict[str, Callable[[], Call]] = {
         f"layer's Python, {variant}": lambda techniques=techniques: small_layer(techniques)
         for variant, techniques in lowmem.VARIANTS.items()
@@ -74,7 +58,6 @@ def counted() -> dict[str, Callable[[], Call]]:
 
 
 def main() -> None:
-    """Run each workload warm, and let callgrind count it."""
     marks = ctypes.CDLL(sys.argv[1])
     torch.set_num_threads(1)
     gc.disable()  # a collection would fall into one workload or another

@@ -32,18 +32,15 @@ class Slower(nn.Module):
         self.more = lowmem.convert(nn.Linear(WIDTH, round(MORE * 2 * WIDTH)), lowmem.FourBit())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the model's output."""
         self.more(x)
         return self.model(x)
 
 
 def my_model() -> nn.Module:
-    """Return the guide's model."""
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
 
 
 def measure(slower: bool) -> Speedup:
-    """Return what the gate measures."""
     example_input = torch.ones(1, WIDTH)
     candidate = lowmem.convert(my_model(), lowmem.FourBit())
     if slower:

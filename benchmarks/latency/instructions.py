@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.rounds import worker_environment
 from lowmem.kernels.cpu import compiler
-from lowmem.testing.verdicts import Row
+from lowmem.testing.verdicts import Row, verdict_of
 
 LIMIT = 0.02  # more instructions than this fail
 FIGURE = "instructions"
@@ -24,16 +24,12 @@ PATIENCE = 1800  # seconds; on two idle cores it takes about one minute
 
 
 def compare(base: Environment, head: Environment, harness: Path, scratch: Path) -> tuple[list[Row], list[str]]:
-    """Count both sides at once, and return a row for each workload; or one that says why nothing was counted.
-
-    Raises:
-        GateError: a side ends under callgrind.
-    """
+    """Count both sides at once, and return a row for each workload; or one that says why nothing was counted."""
     scratch.mkdir()
-    if why := unavailable(scratch):
-        return [Row("all", FIGURE, verdict="skipped", says=why)], [f"Instructions were not counted: {why}."]
+    why = unavailable(scratch)
     if not (base.has_kernel and head.has_kernel):
-        why = "neither side has a compiled kernel"
+        why = why or "neither side has a compiled kernel"
+    if why:
         return [Row("all", FIGURE, verdict="skipped", says=why)], [f"Instructions were not counted: {why}."]
     shutil.copy(Path(__file__).with_name("counted.py"), harness / "benchmarks" / "latency" / "counted.py")
     with ThreadPoolExecutor(2) as pool:
@@ -57,11 +53,7 @@ def unavailable(scratch: Path) -> str | None:
 
 
 def count(environment: Environment, side: str, harness: Path, scratch: Path) -> dict[str, int | None]:
-    """Return the instructions of each workload on one side; None for one that it cannot run.
-
-    Raises:
-        GateError: the process ends early.
-    """
+    """Return the instructions of each workload on one side; None for one that it cannot run."""
     directory = scratch / side
     directory.mkdir()
     out = directory / "callgrind.out"
@@ -94,11 +86,7 @@ def read_counts(directory: Path) -> dict[str, int]:
 
 
 def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> list[Row]:
-    """Return a row for each workload: beyond ``LIMIT`` in either direction it is no longer the same.
-
-    Raises:
-        GateError: nothing was counted, or a workload on neither side.
-    """
+    """Return a row for each workload: beyond ``LIMIT`` in either direction it is no longer the same."""
     if not any(base.values()) and not any(head.values()):
         raise GateError("callgrind counted nothing: see what valgrind --tool=callgrind python -c 'import torch' says")
     rows = []
@@ -112,8 +100,7 @@ def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> lis
             verdict, says = ("new", "base cannot run it") if before is None else ("missing", "head cannot run it")
             rows.append(Row(name, FIGURE, before, after, verdict=verdict, says=says))
             continue
-        ratio = after / before
-        verdict = "grew" if ratio > 1 + LIMIT else "shrank" if ratio < 1 / (1 + LIMIT) else "same"
+        verdict = verdict_of(before, after, LIMIT * before)
         says = "" if verdict == "same" else f"{before:,} to {after:,} instructions"
-        rows.append(Row(name, FIGURE, before, after, ratio, verdict=verdict, says=says))
+        rows.append(Row(name, FIGURE, before, after, after / before, verdict=verdict, says=says))
     return rows

@@ -37,7 +37,6 @@ class Against:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add ``--against``."""
     parser.getgroup("latency gate", "the latency gate of this repository (docs/benchmarking.md)").addoption(
         "--against",
         metavar="REF",

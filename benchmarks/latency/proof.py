@@ -176,11 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def planted(case: Case) -> Iterator[Path]:
-    """Yield a clone of the repository at HEAD, with the case's fault committed on top.
-
-    Raises:
-        GateError: the text that the fault replaces is not there once.
-    """
+    """Yield a clone of the repository at HEAD, with the case's fault committed on top."""
     with tempfile.TemporaryDirectory(prefix="lowmem-proof-", ignore_cleanup_errors=True) as made:
         clone = Path(made) / "clone"
         head = git(ROOT, "rev-parse", "HEAD")
@@ -207,29 +203,16 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
     """Run the case's gates once, and return which rows of which raised an alarm.
 
     ``already_busy``: other work keeps a core busy, whatever the case.
-
-    Raises:
-        GateError: a gate ended without a verdict.
     """
     out = clone.parent / "verdicts"
     out.mkdir(exist_ok=True)
     variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
     variables.pop("GITHUB_STEP_SUMMARY", None)
     python = sys.executable
-    latency = [
-        python,
-        "-m",
-        "benchmarks.latency",
-        "--base",
-        "proof-base",
-        "--cache",
-        str(cache),
-        "--output",
-        str(out),
-    ]
+    latency = [python, "-m", "benchmarks.latency", "--base", "proof-base", "--cache", str(cache)]
     memory = [python, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
     commands = {
-        "latency": [*latency, "--workloads", workloads],
+        "latency": [*latency, "--output", str(out), "--workloads", workloads],
         "memory": [*memory, f"--lowmem-json={out / 'memory.json'}"],
         "resident": [python, "-m", "benchmarks.resident", "--json", str(out / "resident.json")],
         "guide": [python, "-m", "benchmarks.latency.guide", str(out / "guide.json")],
@@ -271,11 +254,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a results file.
-
-    Raises:
-        GateError: it is damaged.
-    """
+    """Return the runs of a results file."""
     if not path.exists():
         return []
     try:
@@ -295,7 +274,6 @@ def write_results(path: Path, runs: list[dict[str, Any]]) -> None:
 
 
 def outcome(run: dict[str, Any]) -> str:
-    """Return what came of a run, in a line."""
     by = ", ".join(f"{gate} ({len(rows)})" for gate, rows in run["alarms"].items())
     undecided = "; ".join(said for rows in run.get("undecided", {}).values() for said in rows)
     return f"{f'alarm: {by}' if by else undecided or 'no alarm'}, {run['seconds']} s"
@@ -335,11 +313,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def update_page(page: Path, runs: list[dict[str, Any]]) -> None:
-    """Put the table between the marks of a page.
-
-    Raises:
-        GateError: the page or its marks are not there.
-    """
+    """Put the table between the marks of a page."""
     try:
         text = page.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.verdict import Times
@@ -27,31 +27,15 @@ SIDES = ("base", "head", "again")
 PASSED_ON = ("PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LD_LIBRARY_PATH", "LOWMEM_KERNEL")
 
 
-class Side(Protocol):
-    """One process of a round, or what a test puts in its place."""
-
-    def hello(self) -> dict[str, Any]:
-        """Return what the process is: its workloads with their clocks, and its backend."""
-
-    def send(self, **request: Any) -> None:
-        """Let it begin with a request."""
-
-    def answer(self) -> dict[str, Any]:
-        """Return ``{"seconds": ...}`` or ``{"error": ...}``, the answer to what was sent.
-
-        ``"disturbed"`` says whether other work kept threads of the process from a core meanwhile.
-        """
-
-    def close(self) -> None:
-        """End it."""
-
-
-Start = Callable[[int], Sequence[Side]]
-"""Starts a round's processes of base, head, and base again; the round's number seeds their hashes."""
+Start = Callable[[int], Sequence[Any]]
+"""Starts a round's workers of base, head, and base again; the round's number seeds their hashes."""
 
 
 class Worker:
-    """A worker process of one side."""
+    """A worker process of one side. It is sent a request, and answers with seconds or an error.
+
+    ``"disturbed"`` of an answer says whether other work kept threads of the process from a core meanwhile.
+    """
 
     def __init__(self, environment: Environment, harness: Path, directory: Path, seed: int) -> None:
         self.environment = environment
@@ -68,7 +52,6 @@ class Worker:
         )
 
     def hello(self) -> dict[str, Any]:
-        """Return what the process is."""
         said = self._read("start")
         own = self.environment.python.parent.parent
         if not Path(said["lowmem"]).is_relative_to(own):
@@ -76,7 +59,6 @@ class Worker:
         return said
 
     def send(self, **request: Any) -> None:
-        """Let the process begin with a request."""
         assert self._process.stdin is not None
         self._request = " ".join(map(str, request.values()))
         self._sent = time.perf_counter(), seconds_waited(self._process.pid)
@@ -84,7 +66,6 @@ class Worker:
             print(json.dumps(request), file=self._process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
-        """Return the answer to what was sent."""
         answer = self._read(self._request)
         sent, before = self._sent
         seconds, after = time.perf_counter() - sent, seconds_waited(self._process.pid)
@@ -92,7 +73,6 @@ class Worker:
         return answer | {"disturbed": disturbs(waited, seconds)}
 
     def close(self) -> None:
-        """End the process and wait for it."""
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):
@@ -135,8 +115,8 @@ def copy_harness(root: Path, directory: Path) -> None:
 def starter(base: Environment, head: Environment, harness: Path, scratch: Path) -> Start:
     """Return what starts the processes of a round, each in an empty directory of its own."""
 
-    def start(number: int) -> list[Side]:
-        workers: list[Side] = []
+    def start(number: int) -> list[Worker]:
+        workers: list[Worker] = []
         for side, environment in zip(SIDES, (base, head, base), strict=True):
             directory = scratch / f"round-{number:03}" / side.ljust(5, "_")
             workers.append(Worker(environment, harness, directory, number))
@@ -168,9 +148,6 @@ def measure(
 
     Returns:
         The times of each workload, and of those that a side cannot run, which side and why: ``"base: ..."``.
-
-    Raises:
-        GateError: a worker that ends, or a workload that neither side can run.
     """
     found: dict[str, Times] = {}
     broken: dict[str, str] = {}
@@ -221,7 +198,7 @@ def _complaint(name: str, answers: list[dict[str, Any]]) -> str | None:
 
 
 def _in_turns(
-    name: str, sides: Sequence[Side], seconds: float, turns: int, number: int, again: Sequence[float]
+    name: str, sides: Sequence[Any], seconds: float, turns: int, number: int, again: Sequence[float]
 ) -> tuple[list[float], bool]:
     """Return seconds per call of base, head and base, and whether a turn was disturbed.
 
@@ -231,7 +208,7 @@ def _in_turns(
     spoiled: list[str] = []
     calls = max(1, min(MOST_CALLS, round(TURN / max(seconds, 1e-9))))
 
-    def turn(side: Side) -> Callable[[], float]:
+    def turn(side: Any) -> Callable[[], float]:
         def run() -> float:
             for pause, many in ((0.0, calls), *((pause, min(calls, 2)) for pause in again)):
                 time.sleep(pause)

@@ -27,7 +27,6 @@ def in_order(rows: Sequence[Row]) -> list[Row]:
 
 
 def headline(verdict: Verdict) -> str:
-    """Return the verdict in a line."""
     counts = {word: sum(row.verdict == word for row in verdict.rows) for word in ORDER}
     said = ", ".join(f"{count} {word}" for word, count in counts.items() if count) or "nothing was compared"
     if verdict.rows and all(row.verdict == "skipped" for row in verdict.rows):
@@ -67,11 +66,7 @@ def markdown(verdict: Verdict) -> str:
 
 
 def write(verdicts: list[Verdict], output: Path | None) -> None:
-    """Write each verdict as JSON into a directory, and all as Markdown to the summary of an Actions job.
-
-    Raises:
-        GateError: a file cannot be written.
-    """
+    """Write each verdict as JSON into a directory, and all as Markdown to the summary of an Actions job."""
     try:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
@@ -92,10 +87,7 @@ def _summary_of_same(verdict: Verdict) -> list[str]:
 
 
 def _cells(row: Row) -> tuple[str, ...]:
-    ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-    interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-    verdict = row.verdict.upper() if row.verdict in FAILS else row.verdict
-    return row.name, ratio, interval, verdict, row.says
+    return row.name, *row.ratio_cells, row.verdict.upper() if row.verdict in FAILS else row.verdict, row.says
 
 
 def _markdown_table(rows: list[Row]) -> list[str]:

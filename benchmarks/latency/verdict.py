@@ -43,14 +43,12 @@ class Times:
     undisturbed: list[bool] = field(default_factory=list)
 
     def clean(self) -> Times:
-        """Return the times of the undisturbed rounds."""
         if all(self.undisturbed):
             return self
         base, head, again = (list(compress(own, self.undisturbed)) for own in (self.base, self.head, self.again))
         return Times(self.clock, base, head, again)
 
     def disturbed(self) -> int:
-        """Return the number of disturbed rounds."""
         return self.undisturbed.count(False)
 
     def ratio(self) -> Ratio:
@@ -58,7 +56,6 @@ class Times:
         return ratio_of_times(self.head, self.of_base())
 
     def estimate(self) -> float:
-        """Return the ratio alone."""
         logs = [math.log(head / base) for head, base in zip(self.head, self.of_base(), strict=True)]
         return math.exp(hodges_lehmann(logs))
 
@@ -137,7 +134,6 @@ def _of_second_look(looked: float, second: Times, threshold: float, p_value: flo
 
 
 def _center(seconds: list[float]) -> float:
-    """Return the geometric mean of times."""
     return math.exp(math.fsum(map(math.log, seconds)) / len(seconds))
 
 

@@ -44,7 +44,6 @@ class Workload:
 
 
 def inference(variant: str, batch: int) -> Call:
-    """Return the forward of a variant."""
     model, x = _model(variant), inference_input(batch)
 
     def run() -> torch.Tensor:
@@ -75,18 +74,15 @@ def training_step(variant: str) -> Call:
 
 
 def quantize(form: str) -> Call:
-    """Return the quantizing of a matrix."""
     return partial(lowmem.quantize, weight_to_quantize(), form)
 
 
 def save() -> Call:
-    """Return the saving of a converted model."""
     directory, model = _saved()
     return partial(lowmem.save, model, directory / "again")
 
 
 def load() -> Call:
-    """Return the loading of it."""
     directory, _ = _saved()
     return partial(lowmem.load, directory / "converted", dense_model)
 

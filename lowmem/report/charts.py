@@ -7,7 +7,8 @@ numbers in place of tooltips.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from io import StringIO
 from typing import Any, NamedTuple
@@ -17,35 +18,9 @@ import altair as alt
 from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.theme import series
 from lowmem.report.timings import Timing, is_peers
+from lowmem.training.memory import TrainingMemory
 
-__all__ = [
-    "ALONE",
-    "BESIDE_NAMES",
-    "FONT",
-    "INK",
-    "PAGE",
-    "ROW",
-    "SHAPES",
-    "WIDE",
-    "Drawing",
-    "by_name",
-    "data",
-    "draw",
-    "few_ticks",
-    "legend",
-    "memory_chart",
-    "name_axis",
-    "names_axis",
-    "percent",
-    "powers",
-    "readable_bytes",
-    "room_for_text",
-    "shapes",
-    "speed_chart",
-    "texts",
-    "unit_of",
-    "unlabelled",
-]
+__all__ = ["Drawing", "draw", "memory_chart", "percent", "readable_bytes", "speed_chart", "step_chart"]
 
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 
@@ -57,6 +32,11 @@ _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 ROW = 26  # height of a row, in pixels
 WIDE = 560  # width of a chart's only panel on a desk, in pixels
 ALONE, BESIDE_NAMES = 250, 190  # of a panel on a phone, without and with names beside it
+_LAYERS = ("orange", "purple", "sky")
+_OTHERS = "activations: other layers"
+PARTS = {"weights": "grey", "adapters": "blue", "inputs": "navy", "gradients": "green", "optimizer": "olive"}
+"""The colours of the parts that every training step has, in the order of the bars; activations and scratch follow."""
+
 _CHARACTER = 6.8  # width of a character at font size 11 in a wide font, in pixels
 
 
@@ -69,11 +49,7 @@ class Drawing(NamedTuple):
 
 
 def draw(chart: Callable[[bool], Any]) -> Drawing:
-    """Draw the wide and the narrow layout of a chart.
-
-    Args:
-        chart: returns the Altair chart; its argument says whether it is narrow.
-    """
+    """Draw the wide and the narrow layout of a chart, which ``chart`` returns for each."""
     wide, narrow = (_configured(chart(is_narrow)) for is_narrow in (False, True))
     return Drawing(_svg(wide), _svg(narrow), wide.to_dict())
 
@@ -131,6 +107,11 @@ def percent(value: float) -> str:
     return f"{value:.{min(digits, 6)}%}"
 
 
+def log_scale(low: float, high: float, base: Any = alt.Undefined) -> Any:
+    """Return a logarithmic scale from ``low`` to ``high``; Vega would widen it to round numbers."""
+    return alt.Scale(type="log", base=base, domain=[low, high], nice=False)
+
+
 def unit_of(count: float) -> tuple[int, str]:
     """Return the size in bytes and the name of the largest unit that is not above ``count``."""
     return next(((size, unit) for size, unit in _UNITS if abs(count) >= size), _UNITS[-1])
@@ -172,39 +153,84 @@ def memory_chart(footprints: Sequence[Footprint], narrow: bool) -> Any:
     """Draw bars of each variant's stored bytes by kind, and of the peaks of its forward and training step."""
     names = [footprint.name for footprint in footprints]
     kinds = [kind for kind in KINDS if any(footprint.kinds[kind] for footprint in footprints)]
-    size, unit = unit_of(max(footprint.stored_bytes for footprint in footprints))
-    stored = [
-        {"name": f.name, "kind": kind, "order": KINDS.index(kind), "size": f.kinds[kind] / size}
-        for f in footprints
-        for kind in kinds
-        if f.kinds[kind]
-    ]
-    totals = [
-        {"name": f.name, "size": f.stored_bytes / size, "text": readable_bytes(f.stored_bytes)} for f in footprints
-    ]
-    width = BESIDE_NAMES if narrow else 400
-    x = alt.X("size:Q", title=unit, scale=room_for_text(totals, width), axis=few_ticks(narrow))
-    bars = (
-        alt.Chart(data(stored))
-        .mark_bar(stroke=PAGE, strokeWidth=0.5)
-        .encode(
-            y=names_axis(names),
-            x=x,
-            color=alt.Color(
-                "kind:N",
-                scale=alt.Scale(domain=kinds, range=[f"var(--{_KIND_COLOURS[kind]})" for kind in kinds]),
-                legend=alt.Legend(columns=2 if narrow else len(kinds), title=None),
-            ),
-            order="order:Q",
-        )
-    )
-    panels = [alt.layer(bars, texts(totals, names)).properties(width=width, height=alt.Step(ROW), title="Stored")]
+    colours = {kind: _KIND_COLOURS[kind] for kind in kinds}
+    orders = {kind: KINDS.index(kind) for kind in kinds}
+    legend = alt.Legend(columns=2 if narrow else len(kinds), title=None)
+    bars = {footprint.name: footprint.kinds for footprint in footprints}
+    stored = _stacked_bars("kind", bars, colours, orders, BESIDE_NAMES if narrow else 400, narrow, legend)
+    panels = [stored.properties(title="Stored")]
     for title, colour, peaks in (
         ("Forward peak", "sky", [f.forward_bytes for f in footprints]),
         ("Training step peak", "purple", [f.step_bytes for f in footprints]),
     ):
         panels.append(_peak_panel(title, f"var(--{colour})", names, peaks, narrow))
     return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
+
+
+def step_chart(found: Mapping[str, TrainingMemory], narrow: bool) -> Any:
+    """Draw a stacked bar for each model: of activations the three kinds of layers that have most, and the others."""
+    colours = _step_colours(found.values())
+    bars = {name: dict.fromkeys(colours, 0) for name in found}
+    for name, one in found.items():
+        for part, size in one.parts.items():
+            if size:
+                bars[name][part if part in colours else _OTHERS] += size
+    orders = {part: order for order, part in enumerate(colours)}
+    legend = alt.Legend(columns=1 if narrow else 4, title=None, labelLimit=0)
+    return _stacked_bars("part", bars, colours, orders, BESIDE_NAMES if narrow else WIDE, narrow, legend)
+
+
+def _step_colours(steps: Iterable[TrainingMemory]) -> dict[str, str]:
+    """Return the colours of the parts that a chart of steps has."""
+    steps, sizes = list(steps), Counter[str]()
+    for one in steps:
+        sizes.update(one.activations)
+    largest = sorted(sizes, key=lambda kind: (-sizes[kind], kind))[: len(_LAYERS)]
+    colours = {part: colour for part, colour in PARTS.items() if any(one.parts[part] for one in steps)}
+    colours |= {f"activations: {kind}": colour for kind, colour in zip(largest, _LAYERS, strict=False)}
+    if len(sizes) > len(largest):
+        colours[_OTHERS] = "brown"
+    return colours | {"scratch": "rose"}
+
+
+def _stacked_bars(
+    field: str,
+    bars: Mapping[str, Mapping[str, int]],
+    colours: Mapping[str, str],
+    orders: Mapping[str, int],
+    width: int,
+    narrow: bool,
+    legend: Any,
+) -> Any:
+    """Draw a bar for each name, of the bytes of its parts, with the text of their sum.
+
+    The parts stand in ``field`` of the data, have colours of the theme, and are stacked by ``orders``.
+    """
+    names = list(bars)
+    sums = {name: sum(parts.values()) for name, parts in bars.items()}
+    size, unit = unit_of(max(sums.values()))
+    rows = [
+        {"name": name, field: part, "order": orders[part], "size": parts[part] / size}
+        for name, parts in bars.items()
+        for part in colours
+        if parts[part]
+    ]
+    totals = [{"name": name, "size": sums[name] / size, "text": readable_bytes(sums[name])} for name in names]
+    drawn = (
+        alt.Chart(data(rows))
+        .mark_bar(stroke=PAGE, strokeWidth=0.5)
+        .encode(
+            y=names_axis(names),
+            x=alt.X("size:Q", title=unit, scale=_room_for_text(totals, width), axis=_few_ticks(narrow)),
+            color=alt.Color(
+                f"{field}:N",
+                scale=alt.Scale(domain=list(colours), range=[f"var(--{colour})" for colour in colours.values()]),
+                legend=legend,
+            ),
+            order="order:Q",
+        )
+    )
+    return alt.layer(drawn, _texts(totals, names)).properties(width=width, height=alt.Step(ROW))
 
 
 def _peak_panel(title: str, colour: str, names: Sequence[str], peaks: Sequence[int], narrow: bool) -> Any:
@@ -214,25 +240,25 @@ def _peak_panel(title: str, colour: str, names: Sequence[str], peaks: Sequence[i
         for name, peak in zip(names, peaks, strict=True)
     ]
     width = BESIDE_NAMES if narrow else 165
-    x = alt.X("size:Q", title=unit, scale=room_for_text(rows, width), axis=few_ticks(True))
+    x = alt.X("size:Q", title=unit, scale=_room_for_text(rows, width), axis=_few_ticks(True))
     bars = alt.Chart(data(rows)).mark_bar(color=colour).encode(y=names_axis(names, shown=narrow), x=x)
-    return alt.layer(bars, texts(rows, names, shown=narrow)).properties(
+    return alt.layer(bars, _texts(rows, names, shown=narrow)).properties(
         width=width, height=alt.Step(ROW), title=title
     )
 
 
-def room_for_text(rows: Sequence[dict[str, Any]], width: int) -> Any:
+def _room_for_text(rows: Sequence[dict[str, Any]], width: int) -> Any:
     """Return a scale that leaves 62 pixels right of the longest bar, for its label."""
     largest = max(row["size"] for row in rows) or 1.0
     return alt.Scale(domain=[0, largest * width / (width - 62)], nice=False)
 
 
-def few_ticks(few: bool) -> Any:
+def _few_ticks(few: bool) -> Any:
     """Return the axis of a panel of bars."""
     return alt.Axis(tickCount=3 if few else 6, format=",~r")
 
 
-def texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool = True) -> Any:
+def _texts(rows: Sequence[dict[str, Any]], names: Sequence[str], *, shown: bool = True) -> Any:
     """Return the labels ``text`` of rows, right of their bars."""
     return (
         alt.Chart(data(rows))
@@ -256,16 +282,16 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
             x=alt.X(
                 "batch:Q",
                 title="batch",
-                scale=alt.Scale(type="log", base=2, domain=_around(batches), nice=False),
+                scale=log_scale(batches[0] / 1.15, batches[-1] * 1.15, base=2),
                 axis=alt.Axis(values=batches, grid=False, format="d"),
             ),
             y=alt.Y(
                 "speed:Q",
                 title=None if charts and not narrow else "times as fast",
-                scale=alt.Scale(type="log", base=2, domain=[lowest, highest], nice=False),
+                scale=log_scale(lowest, highest, base=2),
                 axis=alt.Axis(values=powers(2, lowest, highest), format="~g"),
             ),
-            color=by_name(names, narrow),
+            color=colours_of(names, narrow),
         )
         reference = "lowmem's nf4" if is_peers(panel) else "dense"
         dense = alt.Chart(data([{"batch": batches[0], "speed": 1.0, "text": reference}]))
@@ -275,16 +301,12 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
                 x=alt.value(4), y="speed:Q", text="text:N"
             ),
             base.mark_line(strokeWidth=1.8),
-            base.mark_point(filled=True, size=55, opacity=1).encode(shape=shapes(names, narrow)),
+            base.mark_point(filled=True, size=55, opacity=1).encode(shape=shapes_of(names, narrow)),
         ]
         if any(t.low is not None for t in timings if t.panel == panel):
             layers.insert(2, base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(y="low:Q", y2="high:Q"))
         charts.append(alt.layer(*layers).properties(width=width, height=230, title=panel))
     return alt.vconcat(*charts) if narrow else alt.hconcat(*charts)
-
-
-def _around(batches: Sequence[int]) -> list[float]:
-    return [batches[0] / 1.15, batches[-1] * 1.15]
 
 
 def powers(base: int, low: float, high: float) -> list[float]:
@@ -293,17 +315,17 @@ def powers(base: int, low: float, high: float) -> list[float]:
     return [float(base) ** power for power in range(math.ceil(log(low)), math.floor(log(high)) + 1)]
 
 
-def by_name(names: Sequence[str], narrow: bool) -> Any:
-    """Return the colour encoding of the series ``names``."""
-    return alt.Color("name:N", scale=alt.Scale(domain=list(names), range=series(len(names))), legend=legend(narrow))
+def colours_of(names: Sequence[str], narrow: bool, field: str = "name", colours: Sequence[str] = ()) -> Any:
+    """Return the colour encoding of series, by their names in ``field``; by default in the theme's colours."""
+    scale = alt.Scale(domain=list(names), range=list(colours) or series(len(names)))
+    return alt.Color(f"{field}:N", scale=scale, legend=_legend(narrow))
 
 
-def shapes(names: Sequence[str], narrow: bool) -> Any:
-    """Return the shape encoding of the series ``names``."""
+def shapes_of(names: Sequence[str], narrow: bool, field: str = "name") -> Any:
+    """Return the shape encoding of series."""
     given = [SHAPES[number % len(SHAPES)] for number in range(len(names))]
-    return alt.Shape("name:N", scale=alt.Scale(domain=list(names), range=given), legend=legend(narrow))
+    return alt.Shape(f"{field}:N", scale=alt.Scale(domain=list(names), range=given), legend=_legend(narrow))
 
 
-def legend(narrow: bool) -> Any:
-    """Return the legend of the series."""
+def _legend(narrow: bool) -> Any:
     return alt.Legend(columns=2 if narrow else 6, title=None)

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
 from lowmem.report.charts import Drawing
-from lowmem.report.distortion import Distortion
 from lowmem.report.footprint import Footprint
 from lowmem.report.groups import Group
-from lowmem.report.quality import Quality
+from lowmem.report.quality import Distortion, Quality
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Verdict
 from lowmem.training.memory import TrainingMemory
 
-__all__ = ["Figure", "Report", "Section", "Table", "Tile", "figure_text"]
+__all__ = ["Figure", "Report", "Section", "Table", "Tile"]
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,4 @@ class Tile:
 
     term: str
     value: str
-    says: str = field(default="")
-
-
-def figure_text(value: float | None) -> str:
-    """Format a number of a gate for a table: integers in full, others with four digits, None as ""."""
-    if value is None:
-        return ""
-    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
+    says: str

@@ -9,27 +9,10 @@ from typing import Any
 
 import altair as alt
 
-from lowmem.report.charts import (
-    ALONE,
-    BESIDE_NAMES,
-    INK,
-    ROW,
-    SHAPES,
-    WIDE,
-    by_name,
-    data,
-    legend,
-    name_axis,
-    names_axis,
-    percent,
-    powers,
-    shapes,
-    unit_of,
-    unlabelled,
-)
-from lowmem.report.distortion import Distortion, least_error
+from lowmem.report import charts
+from lowmem.report.charts import ALONE, BESIDE_NAMES, INK, ROW, WIDE, colours_of, data, log_scale, shapes_of
 from lowmem.report.groups import Group
-from lowmem.report.quality import SERIES, Quality
+from lowmem.report.quality import SERIES, Distortion, Quality, least_error
 from lowmem.report.theme import series
 from lowmem.testing.verdicts import Row
 
@@ -56,7 +39,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
             for point in points
             if point.scales == scales
         ]
-        base = alt.Chart(data(rows)).encode(x=x, y=y, color=by_name(formats, narrow))
+        base = alt.Chart(data(rows)).encode(x=x, y=y, color=colours_of(formats, narrow))
         theory = alt.Chart(data(theory_rows)).encode(x=x, y=y)
         label = alt.Chart(
             data([{"bits": first, "error": lowest, "text": ["least possible error:", "2 to the power -bits"]}])
@@ -68,7 +51,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
                 x="bits:Q", y="error:Q", text="text:N"
             ),
             base.mark_line(strokeWidth=1.6),
-            base.mark_point(filled=True, size=50, opacity=1).encode(shape=shapes(formats, narrow)),
+            base.mark_point(filled=True, size=50, opacity=1).encode(shape=shapes_of(formats, narrow)),
         ]
         panels.append(
             alt.layer(*layers).properties(width=ALONE, height=230 if narrow else 300, title=f"{scales} scales")
@@ -84,10 +67,10 @@ def quality_chart(found: Sequence[Quality], narrow: bool) -> Any:
     errors, bits = [one.error for one in drawn], [one.bits for one in drawn]
     x = _bits(min(4.0, *bits), max(bits))
     y = _errors("relative error of the output", min(errors) / 1.2, max(errors) * 1.2)
-    base = alt.Chart(data(rows)).encode(x=x, y=y, color=by_name(names, narrow))
+    base = alt.Chart(data(rows)).encode(x=x, y=y, color=colours_of(names, narrow))
     return alt.layer(
         base.mark_line(strokeWidth=1.6),
-        base.mark_point(filled=True, size=60, opacity=1).encode(shape=shapes(names, narrow)),
+        base.mark_point(filled=True, size=60, opacity=1).encode(shape=shapes_of(names, narrow)),
     ).properties(width=ALONE if narrow else WIDE, height=230 if narrow else 300)
 
 
@@ -99,23 +82,23 @@ def _bits(first: float, last: float) -> Any:
 
 def _errors(title: str | None, lowest: float, highest: float) -> Any:
     """Return the logarithmic axis of relative errors."""
-    scale = alt.Scale(type="log", domain=[lowest, highest], nice=False)
+    scale = log_scale(lowest, highest)
     return alt.Y("error:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6, format="~%"))
 
 
 def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
     """Draw the error of each variant's output, relative to the dense model's, as dots on a logarithmic axis."""
     drawn = {name: error for name, error in errors.items() if 0 < error < math.inf}
-    rows = [{"name": name, "error": error, "text": percent(error)} for name, error in drawn.items()]
+    rows = [{"name": name, "error": error, "text": charts.percent(error)} for name, error in drawn.items()]
     names = list(errors)
     lowest, highest = min(drawn.values()) / 1.5, max(drawn.values()) * 7  # a tick at least, and room for the text
     x = alt.X(
         "error:Q",
         title="relative error of the output",
-        scale=alt.Scale(type="log", domain=[lowest, highest], nice=False),
-        axis=alt.Axis(values=powers(10, lowest, highest), format="~%"),
+        scale=log_scale(lowest, highest),
+        axis=alt.Axis(values=charts.powers(10, lowest, highest), format="~%"),
     )
-    base = alt.Chart(data(rows)).encode(y=names_axis(names), x=x)
+    base = alt.Chart(data(rows)).encode(y=charts.names_axis(names), x=x)
     return alt.layer(
         base.mark_point(filled=True, size=80, opacity=1, color="var(--blue)"),
         base.mark_text(align="left", dx=9, color=INK).encode(text="text:N"),
@@ -128,7 +111,7 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
     labels = _labels((group.name for group in drawn), narrow)
     names = list(labels)
     largest = max(max(group.dense_bytes, *group.bytes.values()) for group in drawn)
-    size, unit = unit_of(largest)
+    size, unit = charts.unit_of(largest)
     cost = [
         {"name": _marked(group.name), "variant": variant, "value": count / size}
         for group in drawn
@@ -142,25 +125,23 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
         if error and variant in variants
     ]
     expression = _looked_up(labels)
-    axis = name_axis(labels.values(), grid=True, labels=expression)
+    axis = charts.name_axis(labels.values(), grid=True, labels=expression)
     domain = ["dense", *variants]
     colours = ["var(--grey)", *series(len(variants))]
     width = BESIDE_NAMES if narrow else 290
 
     def panel(rows: list[dict[str, Any]], title: str, x: Any, shown: bool) -> Any:
-        y = alt.Y("name:N", sort=names, scale=alt.Scale(domain=names), axis=axis if shown else unlabelled(grid=True))
+        y = alt.Y(
+            "name:N", sort=names, scale=alt.Scale(domain=names), axis=axis if shown else charts.unlabelled(grid=True)
+        )
         return (
             alt.Chart(data(rows))
             .mark_point(filled=True, size=70, opacity=1)
             .encode(
                 x=x,
                 y=y,
-                color=alt.Color("variant:N", scale=alt.Scale(domain=domain, range=colours), legend=legend(narrow)),
-                shape=alt.Shape(
-                    "variant:N",
-                    scale=alt.Scale(domain=domain, range=[SHAPES[n % len(SHAPES)] for n in range(len(domain))]),
-                    legend=legend(narrow),
-                ),
+                color=colours_of(domain, narrow, "variant", colours),
+                shape=shapes_of(domain, narrow, "variant"),
             )
             .properties(width=width, height=alt.Step(ROW), title=title)
         )
@@ -177,7 +158,7 @@ def _decades(rows: Sequence[dict[str, Any]], title: str, format: str) -> Any:
     values = [row["value"] for row in rows]
     first, last = math.floor(math.log10(min(values) / 1.2)), math.ceil(math.log10(max(values) * 1.2))
     ticks = [float(f"1e{power}") for power in range(first, last + 1)]
-    scale = alt.Scale(type="log", domain=[ticks[0], ticks[-1]], nice=False)
+    scale = log_scale(ticks[0], ticks[-1])
     return alt.X("value:Q", title=title, scale=scale, axis=alt.Axis(values=ticks, format=format))
 
 
@@ -220,31 +201,20 @@ def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     ends = [end for row in drawn_rows for end in (row["ratio"], row["low"], row["high"])]
     colours = {"slower": "bad", "grew": "bad", "missing": "bad", "faster": "good", "shrank": "good"}
     verdicts = list(dict.fromkeys(row.verdict for row in drawn))
-    axis = name_axis(labels.values(), labels=_looked_up(labels))
+    axis = charts.name_axis(labels.values(), labels=_looked_up(labels))
     x = alt.X(
         "ratio:Q",
         title="head / base, logarithmic",
-        scale=alt.Scale(type="log", domain=[min(*ends, 0.95) / 1.01, max(*ends, 1.05) * 1.01], nice=False),
+        scale=log_scale(min(*ends, 0.95) / 1.01, max(*ends, 1.05) * 1.01),
         axis=alt.Axis(tickCount=5, format="~g"),
     )
     base = alt.Chart(data(drawn_rows)).encode(
         y=alt.Y("name:N", sort=names, axis=axis),
-        color=alt.Color(
-            "verdict:N",
-            scale=alt.Scale(domain=verdicts, range=[f"var(--{colours.get(v, 'grey')})" for v in verdicts]),
-            legend=alt.Legend(columns=3, title=None),
-        ),
+        color=colours_of(verdicts, narrow, "verdict", [f"var(--{colours.get(v, 'grey')})" for v in verdicts]),
     )
     one = alt.Chart(data([{"ratio": 1.0}])).mark_rule(color=INK, strokeDash=[5, 3])
     return alt.layer(
         one.encode(x=x),
         base.mark_rule(strokeWidth=2).encode(x="low:Q", x2="high:Q"),
-        base.mark_point(filled=True, size=70, opacity=1).encode(
-            x=x,
-            shape=alt.Shape(
-                "verdict:N",
-                scale=alt.Scale(domain=verdicts, range=list(SHAPES[: len(verdicts)])),
-                legend=alt.Legend(columns=3, title=None),
-            ),
-        ),
+        base.mark_point(filled=True, size=70, opacity=1).encode(x=x, shape=shapes_of(verdicts, narrow, "verdict")),
     ).properties(width=BESIDE_NAMES if narrow else WIDE, height=alt.Step(ROW))

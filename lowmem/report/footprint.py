@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._pytree import tree_leaves
 
 from lowmem import measure
 from lowmem.nn.adapter import Adapter
@@ -58,32 +57,28 @@ class Footprint:
 
 
 def stored_by_kind(model: nn.Module) -> dict[str, int]:
-    """Sum numel * itemsize over the distinct parameters and buffers, by kind.
+    """Sum numel * itemsize over the distinct parameters and buffers, by kind; a kind without bytes has 0.
 
-    Vectors and scalars count as biases and norms, also running statistics. Shared tensors are counted once.
-
-    Returns:
-        Bytes of every kind of ``KINDS``.
+    Vectors and scalars count as biases and norms, also running statistics.
     """
     kinds = dict.fromkeys(KINDS, 0)
     seen: set[Tensor] = set()
     for module in model.modules():
-        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor not in seen and not is_lazy(tensor):
-                kinds[_kind(module, tensor)] += tensor.numel() * tensor.element_size()
+                kinds[_kind(module, name, tensor)] += tensor.numel() * tensor.element_size()
             seen.add(tensor)
     return kinds
 
 
-def _kind(module: nn.Module, tensor: Tensor) -> str:
+def _kind(module: nn.Module, name: str, tensor: Tensor) -> str:
     if isinstance(module, Adapter):
         return "LoRA adapters"
-    if isinstance(module, StoredModule):
-        part = next((name for name in module.part_names if getattr(module, name) is tensor), "")
-        if part.endswith(("_packed", "_scales")):
-            if part.endswith("_scales"):
-                return "scales"
-            return f"{module.forms[part.removesuffix('_packed')].bits}-bit codes"
+    if isinstance(module, StoredModule) and name in module.part_names:
+        if name.endswith("_scales"):
+            return "scales"
+        if name.endswith("_packed"):
+            return f"{module.forms[name.removesuffix('_packed')].bits}-bit codes"
     if tensor.dim() <= 1:
         return "biases, norms"
     return _BY_DTYPE.get(tensor.dtype, "other")
@@ -92,11 +87,9 @@ def _kind(module: nn.Module, tensor: Tensor) -> str:
 def step_bytes(model: nn.Module, x: Tensor) -> int:
     """Return the peak bytes of the first training step with AdamW beyond model and input, optimizer state included.
 
-    The loss is the sum of the outputs. The learning rate is 0, so that no parameter changes; buffers may change, and
-    the model is left in training mode. Without trainable parameters, this is the peak of the forward.
-
-    Raises:
-        TypeError: the model returns no tensor.
+    The loss is that of ``lowmem.measure.backward_bytes``. The learning rate is 0, so that no parameter changes;
+    buffers may change, and the model is left in training mode. Without trainable parameters, this is the peak of the
+    forward.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
@@ -105,12 +98,7 @@ def step_bytes(model: nn.Module, x: Tensor) -> int:
 
     def step() -> None:
         optimizer.zero_grad()
-        outputs = [leaf for leaf in tree_leaves(model(x)) if isinstance(leaf, Tensor)]
-        if not outputs:
-            raise TypeError(f"{type(model).__name__} returns no tensor, so there is nothing to take a gradient of")
-        losses = [(out.abs() if out.is_complex() else out).sum() for out in outputs if out.requires_grad]
-        del outputs
-        if losses:
+        if losses := measure.losses_of(model, model(x), None):
             torch.autograd.backward(losses)
         optimizer.step()
 

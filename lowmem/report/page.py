@@ -1,27 +1,30 @@
-"""Renders a report as one self-contained HTML file. Jinja escapes all text, also names from files and models."""
+"""Renders a report as one self-contained HTML file, and the picture of a step. Jinja escapes all text."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from lowmem.report import charts, dots, step
+from lowmem.report import charts, dots
 from lowmem.report.charts import draw, readable_bytes
-from lowmem.report.content import Figure, Report, Section, Table, Tile, figure_text
-from lowmem.report.distortion import least_error
+from lowmem.report.content import Figure, Report, Section, Table, Tile
 from lowmem.report.footprint import KINDS
-from lowmem.report.theme import DARK, LIGHT, css
+from lowmem.report.quality import least_error
+from lowmem.report.theme import DARK, LIGHT, coloured, css
 from lowmem.report.timings import Timing, is_peers
+from lowmem.testing.latency import CONFIDENCE
 from lowmem.testing.verdicts import OUTCOMES, Row, Verdict
+from lowmem.training.memory import TrainingMemory
 from lowmem.version import __version__
 
-__all__ = ["Report", "page", "render"]
+__all__ = ["Report", "picture", "render"]
 
 
 def render(report: Report) -> str:
@@ -34,10 +37,10 @@ def render(report: Report) -> str:
         _gates(report),
         _machine(report),
     ]
-    return page(report.title, report.lead, sections, _tiles(report))
+    return _page(report.title, report.lead, sections, _tiles(report))
 
 
-def page(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[Tile] = ()) -> str:
+def _page(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[Tile] = ()) -> str:
     """Return a page of sections as HTML, with headline numbers at its top."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -53,16 +56,29 @@ def page(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[Til
     )
 
 
+def picture(title: str, found: Mapping[str, TrainingMemory], ending: str) -> bytes:
+    """Return the chart of where the memory of training steps goes, by the names of the models, as a file.
+
+    Its ending is ".svg", in the colours of the viewer's theme; ".png", light; or ".html", a page with exact figures.
+    """
+    if ending in (".html", ".htm"):
+        section = Section("step", "Memory of a step", figures=[_step_figure(found)])
+        return _page(title, "Where its memory goes.", [section]).encode()
+    opening, end, rest = draw(partial(charts.step_chart, found)).wide.partition(">")
+    if ending == ".png":
+        svg = f'{opening}{end}<rect width="100%" height="100%" fill="var(--page)"/>{rest}'
+        return bytes(vl_convert.svg_to_png(coloured(svg, LIGHT), scale=2))
+    themes = f":root{{{css(LIGHT)}}}@media(prefers-color-scheme:dark){{:root{{{css(DARK)}}}}}"
+    background = '<rect width="100%" height="100%" fill="var(--page)"/>'
+    return f"{opening}{end}<style>{themes}</style>{background}{rest}".encode()
+
+
 def _tiles(report: Report) -> list[Tile]:
     dense, *others = report.footprints
     smallest = min(others, key=lambda f: f.stored_bytes)
-    tiles = [
-        Tile(
-            "Smallest",
-            readable_bytes(smallest.stored_bytes),
-            f"{smallest.name}: {_times(dense.stored_bytes, smallest.stored_bytes)} smaller than {dense.name}",
-        )
-    ]
+    times = f"{dense.stored_bytes / smallest.stored_bytes:.1f} times" if smallest.stored_bytes else "infinitely"
+    size = readable_bytes(smallest.stored_bytes)
+    tiles = [Tile("Smallest", size, f"{smallest.name}: {times} smaller than {dense.name}")]
     timed = [t for t in report.timings if not is_peers(t.panel) and t.name != dense.name]
     if timed:
         batch = min(t.batch for t in timed)
@@ -72,13 +88,8 @@ def _tiles(report: Report) -> list[Tile]:
     lossy = {name: error for name, error in report.losses.items() if 0 < error < math.inf}
     if lossy:
         closest, farthest = min(lossy, key=lossy.__getitem__), max(lossy, key=lossy.__getitem__)
-        tiles.append(
-            Tile(
-                "Error of the output",
-                f"{charts.percent(lossy[closest])} to {charts.percent(lossy[farthest])}",
-                f"{closest} loses least, {farthest} most",
-            )
-        )
+        errors = f"{charts.percent(lossy[closest])} to {charts.percent(lossy[farthest])}"
+        tiles.append(Tile("Error of the output", errors, f"{closest} loses least, {farthest} most"))
     if not report.verdicts:
         tiles.append(Tile("Gates", "no verdict", "none was given to this report"))
     else:
@@ -91,24 +102,33 @@ def _tiles(report: Report) -> list[Tile]:
 
 def _memory(report: Report) -> Section:
     kinds = [kind for kind in KINDS if any(f.kinds[kind] for f in report.footprints)]
-    rows = [
-        [
-            f.name,
-            *(f"{f.kinds[kind]:,}" for kind in kinds),
-            f"{f.stored_bytes:,}",
-            f"{f.forward_bytes:,}",
-            f"{f.step_bytes:,}",
-        ]
-        for f in report.footprints
-    ]
+    rows = []
+    for f in report.footprints:
+        sizes = [*(f.kinds[kind] for kind in kinds), f.stored_bytes, f.forward_bytes, f.step_bytes]
+        rows.append([f.name, *(f"{size:,}" for size in sizes)])
     figure = Figure(
-        draw(lambda narrow: charts.memory_chart(report.footprints, narrow)),
+        draw(partial(charts.memory_chart, report.footprints)),
         "What each variant stores, by kind, and what a forward and the first training step with AdamW take beyond "
         "model and input at their peak. Each panel has a scale of its own.",
         Table("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
     )
-    steps = [replace(step.figure(report.steps), title="Of a training step with AdamW")] if report.steps else []
+    steps = [replace(_step_figure(report.steps), title="Of a training step with AdamW")] if report.steps else []
     return Section("memory", "Memory", texts=report.left_out, figures=[figure, *steps])
+
+
+def _step_figure(found: Mapping[str, TrainingMemory]) -> Figure:
+    parts = list(dict.fromkeys(part for one in found.values() for part in one.parts))
+    parts.sort(key=lambda part: (part == "scratch", part.startswith("activations")))
+    rows = [
+        [name, *(f"{one.parts.get(part, 0):,}" for part in parts), f"{one.total_bytes:,}", one.moment]
+        for name, one in found.items()
+    ]
+    return Figure(
+        draw(partial(charts.step_chart, found)),
+        "What lives at the peak of a training step, by what it is for. Activations are named after the layer whose "
+        "forward made them; scratch are temporaries, and gradients of activations.",
+        Table("Memory of a step in bytes", ["Model", *parts, "peak", "in"], rows, text=(0, len(parts) + 2)),
+    )
 
 
 def _layers(report: Report) -> Section:
@@ -118,42 +138,20 @@ def _layers(report: Report) -> Section:
     ]
     rows = []
     for group in report.groups:
-        shape = "\u00a0x\u00a0".join(map(str, group.shape))
-        sizes = [f"{group.bytes[name]:,}" for name in names]
+        counts = [group.layers, group.weights, group.dense_bytes, *(group.bytes[name] for name in names)]
         errors = ["" if (error := group.errors[name]) is None else charts.percent(error) for name in storing]
-        rows.append(
-            [
-                group.name,
-                group.type,
-                shape,
-                f"{group.layers:,}",
-                f"{group.weights:,}",
-                f"{group.dense_bytes:,}",
-                *sizes,
-                *errors,
-            ]
-        )
-    columns = [
-        "Layers",
-        "Type",
-        "Shape",
-        "Count",
-        "Weights",
-        "dense bytes",
-        *(f"{name} bytes" for name in names),
-        *(f"{name} error" for name in storing),
-    ]
+        shape = "\u00a0x\u00a0".join(map(str, group.shape))
+        rows.append([group.name, group.type, shape, *(f"{count:,}" for count in counts), *errors])
+    sizes = [f"{name} bytes" for name in ("dense", *names)]
+    columns = ["Layers", "Type", "Shape", "Count", "Weights", *sizes, *(f"{name} error" for name in storing)]
     left_out = len(report.groups) - dots.MOST_GROUPS
     figure = Figure(
-        draw(lambda narrow: dots.group_chart(report.groups, storing, narrow)),
+        draw(partial(dots.group_chart, report.groups, storing)),
         "Layers whose paths differ by an index alone are one row. First the bytes of all of them, then the root mean "
         "square of what storing their weights loses, relative to the weights. LoRA adds its adapters to the same "
         "base; the table has them."
-        + (
-            f" The {dots.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
-            if left_out > 0
-            else ""
-        ),
+        + f" The {dots.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
+        * (left_out > 0),
         Table("What each group of layers costs and loses", columns, rows, text=(0, 1, 2)),
     )
     return Section("layers", "Layers", figures=[figure])
@@ -175,20 +173,16 @@ def _latency(report: Report) -> Section:
             "dashed line a variant is faster. Both axes are logarithmic."
         )
         if any(t.low is not None for t in drawn):
-            caption += " Bars are 95% intervals."
+            caption += f" Bars are {CONFIDENCE:.0%} intervals."
         figures.append(
             Figure(
-                draw(_speeds(drawn)),
+                draw(partial(charts.speed_chart, drawn)),
                 caption,
                 _speed_table("Times as fast" + (", other libraries" if peers else ""), timings),
                 title="Other libraries" if peers else "",
             )
         )
     return Section("latency", "Latency", texts=[report.timed], figures=figures)
-
-
-def _speeds(timings: Sequence[Timing]) -> Callable[[bool], Any]:
-    return lambda narrow: charts.speed_chart(timings, narrow)
 
 
 def _speed_table(caption: str, timings: Sequence[Timing]) -> Table:
@@ -207,7 +201,7 @@ def _error(report: Report) -> Section:
         drawable = any(0 < error < math.inf for error in report.losses.values())
         figures.append(
             Figure(
-                draw(lambda narrow: dots.loss_chart(report.losses, narrow)) if drawable else None,
+                draw(partial(dots.loss_chart, report.losses)) if drawable else None,
                 "The norm of the difference between a variant's output and the dense model's, relative to the "
                 "latter's norm, for one random input. A fresh adapter changes nothing, so that LoRA loses what its "
                 "base does.",
@@ -223,7 +217,7 @@ def _error(report: Report) -> Section:
         drawable = any(0 < one.error < math.inf for one in report.qualities)
         figures.append(
             Figure(
-                draw(lambda narrow: dots.quality_chart(report.qualities, narrow)) if drawable else None,
+                draw(partial(dots.quality_chart, report.qualities)) if drawable else None,
                 "The error of the output, as above, against the bits that a weight takes: nf4 and bof4s in blocks of "
                 "128 weights (left) to 16 (right), 8 bits for all layers, and budgets, which choose for each layer "
                 "among bof4s in blocks of 64, 32 and 16 and 8 bits by the relative errors of the weights.",
@@ -251,7 +245,7 @@ def _error(report: Report) -> Section:
     ]
     figures.append(
         Figure(
-            draw(lambda narrow: dots.distortion_chart(report.distortions, narrow)),
+            draw(partial(dots.distortion_chart, report.distortions)),
             "What each format loses of normally distributed weights, by the way its scales are stored. Along a line "
             "blocks shrink from 128 weights (left) to 16 (right), and scales take more bits. The dashed line is the "
             "rate-distortion limit of a normal source, D(R) = 2^(-2R): nothing that stores R bits a weight has a "
@@ -282,7 +276,7 @@ def _gate(verdict: Verdict) -> Figure:
     with_ratio = [row for row in verdict.rows if row.ratio is not None]
     machine = "; ".join(f"{key} {value}" for key, value in verdict.machine.items())
     return Figure(
-        draw(lambda narrow: dots.ratio_chart(with_ratio, narrow)) if with_ratio else None,
+        draw(partial(dots.ratio_chart, with_ratio)) if with_ratio else None,
         ("Head over base, with its interval: right of the dashed line the head takes more. " if with_ratio else "")
         + (f"Measured on {machine}." if machine else ""),
         Table(
@@ -296,21 +290,17 @@ def _gate(verdict: Verdict) -> Figure:
 
 
 def _gate_cells(row: Row) -> list[str]:
-    in_bytes = row.figure.endswith("bytes")
-    change = "" if row.base is None or row.head is None else f"{row.head - row.base:+,.{0 if in_bytes else 4}f}"
-    interval = "" if row.low is None or row.high is None else f"{row.low:.3f} to {row.high:.3f}"
-    ratio = "" if row.ratio is None else f"{row.ratio:.3f}"
-    return [
-        row.name,
-        row.figure,
-        row.verdict,
-        figure_text(row.base),
-        figure_text(row.head),
-        change,
-        ratio,
-        interval,
-        row.says,
-    ]
+    digits = 0 if row.figure.endswith("bytes") else 4
+    change = "" if row.base is None or row.head is None else f"{row.head - row.base:+,.{digits}f}"
+    figures = [_number(row.base), _number(row.head), change, *row.ratio_cells]
+    return [row.name, row.figure, row.verdict, *figures, row.says]
+
+
+def _number(value: float | None) -> str:
+    """Format a figure of a gate: integers in full, others with four digits, None as ""."""
+    if value is None:
+        return ""
+    return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
 def _machine(report: Report) -> Section:
@@ -322,7 +312,3 @@ def _machine(report: Report) -> Section:
 
 def _facts(caption: str, facts: Mapping[str, str]) -> Table:
     return Table(caption, ["", ""], [[name.replace("_", " "), value] for name, value in facts.items()], text=(0, 1))
-
-
-def _times(larger: float, smaller: float) -> str:
-    return f"{larger / smaller:.1f} times" if smaller else "infinitely"

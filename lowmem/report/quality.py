@@ -1,4 +1,12 @@
-"""How far a model's output is off with each choice of bits: one for all layers, and budgets that choose for each."""
+"""What storing weights in few bits loses: of a model's output with each choice of bits, and of normal weights.
+
+A memoryless Gaussian source of variance 1 cannot be stored in R bits per sample with a mean squared error below
+
+    D(R) = 2 ** (-2 R)
+
+(Cover and Thomas, Elements of Information Theory, 2nd ed., theorem 10.3.2). The relative root mean square error is
+therefore at least 2 ** -R.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +19,22 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from lowmem.measure import difference
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import CHOICES, Budget, EightBit, FourBit
+from lowmem.quant.formats import FORMATS
+from lowmem.quant.quantize import quantize, relative_error
+from lowmem.quant.scales import ENCODINGS
 from lowmem.transforms.convert import convert
 
-__all__ = ["SERIES", "Quality", "qualities", "stored_bits"]
+__all__ = ["BLOCKS", "SERIES", "Distortion", "Quality", "distortions", "least_error", "qualities", "stored_bits"]
 
 SERIES = ("nf4", "bof4s", "8 bits", "a budget")
 """What a chart draws as one: ``nf4`` and ``bof4s`` by the size of their blocks."""
 
 BLOCKS = (128, 64, 32, 16)
+"""Block sizes to compare; smaller blocks take more bits for scales and have a smaller error."""
+
 SHARES = (0.02, 0.05, 0.1, 0.25, 0.5)
 """Budgets that are measured, as shares of the way from the fewest bits of a budget to 8."""
 
@@ -70,10 +84,9 @@ def qualities(
     def measured(series: str, name: str, technique: FourBit | EightBit | Budget) -> None:
         model = convert(make(), technique)
         output = _vector(run(model))
-        lost, size = float((output - expected).norm()), float(expected.norm())
-        both = size * float(output.norm())
+        both = float(expected.norm()) * float(output.norm())
         cosine = float(output @ expected) / both if both else math.nan
-        found.append(Quality(series, name, stored_bits(model), lost / size if size else lost, cosine))
+        found.append(Quality(series, name, stored_bits(model), difference(expected, output).relative, cosine))
         done()
 
     for series, techniques in UNIFORM.items():
@@ -102,3 +115,35 @@ def _vector(outputs: Sequence[Tensor]) -> Tensor:
     """Return all numbers of an output as one vector, float64."""
     real = [torch.view_as_real(one) if one.is_complex() else one for one in outputs]
     return torch.cat([one.double().flatten().cpu() for one in real])
+
+
+@dataclass(frozen=True)
+class Distortion:
+    """Bits per weight and relative root mean square error of a normal matrix in one format."""
+
+    format: str
+    scales: str
+    block_size: int
+    bits_per_weight: float
+    error: float
+
+
+def distortions(shape: tuple[int, int] = (32, 4096)) -> list[Distortion]:
+    """Quantize one normal matrix in every format, scale encoding and block size of ``BLOCKS``.
+
+    In long rows, the scale per row of ``double`` hardly counts.
+    """
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    points = []
+    for name in FORMATS:
+        for scales in ENCODINGS:
+            for block_size in reversed(BLOCKS):
+                stored = quantize(weight, name, block_size=block_size, scales=scales)
+                error = relative_error(weight, stored)
+                points.append(Distortion(name, scales, block_size, stored.bits_per_weight, error))
+    return points
+
+
+def least_error(bits: float) -> float:
+    """Return ``2 ** -bits``, the least relative error of normal weights at this many bits per weight."""
+    return float(2.0**-bits)

@@ -12,51 +12,27 @@ from types import MappingProxyType
 
 __all__ = ["DARK", "LIGHT", "SERIES", "coloured", "css", "series"]
 
-LIGHT = MappingProxyType(
-    {
-        "page": "#ffffff",
-        "panel": "#f5f7fa",
-        "ink": "#1a2230",
-        "quiet": "#525d6c",
-        "line": "#d9dfe6",
-        "link": "#0b5cad",
-        "good": "#0a6b45",
-        "bad": "#b3261e",
-        "blue": "#0072b2",
-        "green": "#00855c",
-        "orange": "#c65a00",
-        "purple": "#a34a86",
-        "sky": "#2b8fc4",
-        "olive": "#8a7400",
-        "grey": "#6c7685",
-        "brown": "#8c4a2f",
-        "navy": "#26337a",
-        "rose": "#d6336c",
-    }
-)
-
-DARK = MappingProxyType(
-    {
-        "page": "#11151b",
-        "panel": "#1a2029",
-        "ink": "#e7ebf1",
-        "quiet": "#a7b1bf",
-        "line": "#313a46",
-        "link": "#79b8ff",
-        "good": "#4fd1a0",
-        "bad": "#ff8a80",
-        "blue": "#3f97dd",
-        "green": "#1fb588",
-        "orange": "#f0994a",
-        "purple": "#dc8cbf",
-        "sky": "#86cdf5",
-        "olive": "#e0cc52",
-        "grey": "#8f9aaa",
-        "brown": "#c98a6e",
-        "navy": "#aab6ff",
-        "rose": "#ff7f9f",
-    }
-)
+_COLOURS = {  # in light, and in dark
+    "page": ("#ffffff", "#11151b"),
+    "panel": ("#f5f7fa", "#1a2029"),
+    "ink": ("#1a2230", "#e7ebf1"),
+    "quiet": ("#525d6c", "#a7b1bf"),
+    "line": ("#d9dfe6", "#313a46"),
+    "link": ("#0b5cad", "#79b8ff"),
+    "good": ("#0a6b45", "#4fd1a0"),
+    "bad": ("#b3261e", "#ff8a80"),
+    "blue": ("#0072b2", "#3f97dd"),
+    "green": ("#00855c", "#1fb588"),
+    "orange": ("#c65a00", "#f0994a"),
+    "purple": ("#a34a86", "#dc8cbf"),
+    "sky": ("#2b8fc4", "#86cdf5"),
+    "olive": ("#8a7400", "#e0cc52"),
+    "grey": ("#6c7685", "#8f9aaa"),
+    "brown": ("#8c4a2f", "#c98a6e"),
+    "navy": ("#26337a", "#aab6ff"),
+    "rose": ("#d6336c", "#ff7f9f"),
+}
+LIGHT, DARK = (MappingProxyType({name: both[at] for name, both in _COLOURS.items()}) for at in (0, 1))
 
 SERIES = ("blue", "green", "orange", "purple", "olive", "sky", "brown", "grey")
 """The colours of series, in the order of use; further series repeat them."""

@@ -6,18 +6,16 @@ Both times of a ratio are from the same run, since bare times would compare mach
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter as clock
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowmem.errors import printable, refusal, show
-from lowmem.testing.json_files import read_json
-from lowmem.testing.ratios import ratio_of_times, seconds_per_call, take_turns
+from lowmem.testing.latency import measure_speedup
+from lowmem.testing.verdicts import read_json
 
 __all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]
 
@@ -29,8 +27,6 @@ _INFERENCE = re.compile(r"test_inference(\w*)\[(\w+)-batch([1-9][0-9]{0,8})\]")
 _PEER = re.compile(r"test_peer\[(\w+)-(\w+)-batch([1-9][0-9]{0,8})\]")
 _KNOWN = re.compile(r"test_(inference\w*|peer)\[")
 
-_LEAST_ROUNDS, _MOST_ROUNDS = 5, 60
-
 
 @dataclass(frozen=True)
 class Timing:
@@ -41,7 +37,7 @@ class Timing:
         name: of the variant, or of the other library.
         batch: the batch size.
         speed: time of the panel's reference divided by that of the model.
-        low: the lower end of its 95% interval if it was timed in turns; None for a benchmark run.
+        low: the lower end of its 99% interval if it was timed in turns; None for a benchmark run.
         high: the upper end.
     """
 
@@ -59,12 +55,7 @@ def is_peers(panel: str) -> bool:
 
 
 def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
-    """Read a run that pytest-benchmark stored: its timings and machine.
-
-    Raises:
-        FileError: the file is damaged, or no run.
-        OSError: the file cannot be read.
-    """
+    """Read a run that pytest-benchmark stored: its timings and machine; a FileError names one that is damaged."""
     run = read_json(path)
     try:
         if not (
@@ -82,8 +73,7 @@ def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
 def from_benchmarks(benchmarks: Iterable[Any]) -> list[Timing]:
     """Return the timings of the inference benchmarks in the records of pytest-benchmark, stored or from its hooks.
 
-    Raises:
-        ValueError: an invalid record.
+    An invalid record is a ValueError.
     """
     timings = []
     for number, bench in enumerate(benchmarks):
@@ -121,27 +111,9 @@ def _seconds(value: Any, number: int) -> float:
 
 
 def time_in_turns(name: str, dense: nn.Module, other: nn.Module, x: Tensor, *, seconds: float = 0.5) -> Timing:
-    """Time forwards of two models in turns, for about ``seconds``.
+    """Time forwards of two models on x (batch, ...) in turns: the speed of ``measure_speedup``, with its interval.
 
-    The speed is the Hodges-Lehmann estimate of dense time / other time, with its 95% interval
-    (``lowmem.testing.ratios``); other load on the machine slows both alike.
-
-    Args:
-        name: of the other model.
-        dense: the reference; both models are in eval mode.
-        other: the model.
-        x: (batch, ...), the input of both.
-        seconds: in all; at least 5 rounds are timed, even if they take longer.
+    At least 8 rounds are timed, even if they take longer than ``seconds``.
     """
-
-    def call(model: nn.Module) -> Callable[[], float]:
-        return lambda: seconds_per_call(lambda: model(x), timer=lambda: clock())
-
-    sides = [call(dense), call(other)]
-    with torch.no_grad():
-        for side in sides:  # warm-up: the first call allocates and selects kernels
-            side()
-        round_seconds = 2 * sum(side() for side in sides)
-        rounds = round(min(max(seconds / max(round_seconds, 1e-9), _LEAST_ROUNDS), _MOST_ROUNDS))
-        ratio = ratio_of_times(*take_turns(sides, rounds))
+    ratio = measure_speedup(other, dense, x, seconds=seconds).ratio
     return Timing(DENSE, name, len(x), ratio.value, ratio.low, ratio.high)

@@ -20,9 +20,9 @@ import torch
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import write_atomically
 from lowmem.io.safetensors import read_at_most
+from lowmem.testing.verdicts import Row, verdict_of
 
 __all__ = [
-    "Change",
     "Figures",
     "Key",
     "check_figures",
@@ -44,12 +44,9 @@ Figures = dict[str, int]
 
 @dataclass(frozen=True)
 class Key:
-    """The conditions under which figures were measured; each file has those of one key.
+    """What figures depend on: the backend, torch's version as major.minor, and the number of torch's threads.
 
-    Attributes:
-        backend: the active kernel backend, or the device type if it is not the CPU.
-        torch: its version, as major.minor.
-        threads: number of torch's threads; each allocates its own scratch.
+    The backend is the active kernel, or the device type if it is not the CPU. Each file has the figures of one key.
     """
 
     backend: str
@@ -74,53 +71,29 @@ class Key:
         return f"backend={self.backend}, torch={self.torch}, threads={self.threads}"
 
 
-@dataclass(frozen=True)
-class Change:
-    """A figure that differs from the baseline.
-
-    Attributes:
-        name: of the measurement.
-        figure: its name, such as ``stored_bytes``.
-        before: bytes in the baseline; None where it has none.
-        after: bytes now; None where it was not measured.
-    """
-
-    name: str
-    figure: str
-    before: int | None
-    after: int | None
-
-    @property
-    def verdict(self) -> str:
-        """One of "new", "missing", "grew" and "shrank"."""
-        if self.before is None:
-            return "new"
-        if self.after is None:
-            return "missing"
-        return "grew" if self.after > self.before else "shrank"
-
-    @property
-    def cells(self) -> tuple[str, str, str, str]:
-        """The text of figure, before, after and difference."""
-        before, after = count_text(self.before), count_text(self.after)
-        return self.figure, before, after, f"{(self.after or 0) - (self.before or 0):+,}"
-
-
-def count_text(size: int | None) -> str:
+def count_text(size: float | None) -> str:
     """Return the text of a number of bytes; "-" where there is none."""
     return "-" if size is None else f"{size:,}"
 
 
-def compare(name: str, stored: Figures, now: Figures) -> list[Change]:
-    """Return the figures of a measurement that differ, in the order of ``now``."""
-    figures = dict.fromkeys([*now, *stored])
-    changes = (Change(name, figure, stored.get(figure), now.get(figure)) for figure in figures)
-    return [change for change in changes if change.before != change.after]
+def compare(name: str, stored: Mapping[str, int], now: Mapping[str, int]) -> list[Row]:
+    """Return a row for each figure of a measurement, in the order of ``now``."""
+    rows = []
+    for figure in dict.fromkeys([*now, *stored]):
+        before, after = stored.get(figure), now.get(figure)
+        verdict = verdict_of(before, after)
+        says = f"{name}: {figure} is {count_text(after)}, and the baseline has {count_text(before)}: {verdict}"
+        rows.append(Row(name, figure, before, after, verdict=verdict, says=says))
+    return rows
 
 
-def difference_table(changes: Iterable[Change]) -> list[str]:
-    """Return the lines of a table of changes, in bytes: figure, before, after, difference."""
-    return layout([("bytes", "before", "after", "difference"), *(change.cells for change in changes)], left=(0,))
+def difference_table(rows: Iterable[Row]) -> list[str]:
+    """Return the lines of a table of figures in bytes: name, before, after, difference."""
+    cells = [
+        (row.figure, count_text(row.base), count_text(row.head), f"{(row.head or 0) - (row.base or 0):+,}")
+        for row in rows
+    ]
+    return layout([("bytes", "before", "after", "difference"), *cells], left=(0,))
 
 
 def layout(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
@@ -136,12 +109,7 @@ def layout(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
 
 
 def read_figures(path: Path, key: Key) -> dict[str, Figures]:
-    """Read the figures of each measurement from the file of a key.
-
-    Raises:
-        FileError: the file is damaged, too large, or has another key.
-        OSError: the file does not exist or cannot be read.
-    """
+    """Read the figures of each measurement from the file of a key; a FileError names what is damaged."""
     content = read_at_most(path, MOST_BYTES, "baseline")
     try:
         figures: dict[str, Figures] = parse_document(content, key)["figures"]
@@ -156,32 +124,21 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
 
 
 def parse_document(content: str | bytes, key: Key, more: Collection[str] = ()) -> dict[str, Any]:
-    """Parse a baseline.
+    """Parse a baseline of this run's key, with further members besides the key's and ``figures``.
 
-    Args:
-        content: of the file.
-        key: of this run.
-        more: names of further members, besides the key's and ``figures``.
-
-    Raises:
-        ValueError: the content is damaged, or has another key; the message is one line without the file's name.
+    The message of a ValueError is one line without the file's name.
     """
     try:
         document = json.loads(content, object_pairs_hook=_without_duplicates)
-    except RecursionError as error:
-        raise ValueError("it is damaged (nested too deeply)") from error
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise ValueError(f"it is damaged ({error})") from error
     names = ("backend", "torch", "threads", *more, "figures")
     if not isinstance(document, dict) or document.keys() != set(names):
         raise ValueError(f"it must hold {', '.join(names[:-1])} and figures, and nothing else")
-    for name in ("backend", "torch"):
-        if not isinstance(document[name], str):
-            raise ValueError(f"{name}={show(document[name])} must be a string")
-    if type(document["threads"]) is not int:
-        raise ValueError(f"threads={show(document['threads'])} must be an integer")
-    if not isinstance(document["figures"], dict):
-        raise ValueError(f"figures={show(document['figures'])} must be an object")
+    kinds = {str: "a string", int: "an integer", dict: "an object"}
+    for name, kind in (("backend", str), ("torch", str), ("threads", int), ("figures", dict)):
+        if type(document[name]) is not kind:
+            raise ValueError(f"{name}={show(document[name])} must be {kinds[kind]}")
     found = Key(*(document[name] for name in names[:3]))
     if found != key:
         raise ValueError(f"its figures are of {found}, and this run is {key}")
@@ -198,17 +155,7 @@ def check_figures(name: str, figures: Any) -> None:
 
 
 def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float]], **more: Any) -> None:
-    """Write a baseline atomically, and create its directory. Figures are sorted by name, for small diffs.
-
-    Args:
-        path: of the file.
-        key: of the figures.
-        figures: by the name of the measurement.
-        **more: further members of the file.
-
-    Raises:
-        OSError: the file cannot be written; an existing file is unchanged.
-    """
+    """Write a baseline with further members atomically, and create its directory. Names are sorted."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection
 from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,9 @@ _SEPARATOR = " | "
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict of one gate.
+    """The verdict of one gate: "same", "changed", "unknown", "stored" or "updated".
 
-    Attributes:
-        name: of the gate: the node id of its test, followed by the gate's ``name=``, if any.
-        file: path of the baseline, for messages.
-        figures: as measured.
-        verdict: "same", "changed", "unknown", "stored" or "updated".
-        stored: what the baseline holds; None where it has no figures of the gate.
+    ``name`` is the node id of its test, and the gate's ``name=``, if any; ``stored`` are the figures of the baseline.
     """
 
     name: str
@@ -59,29 +54,18 @@ class MemoryGates:
     mode: str = "compare"
     rows: dict[str, Judged] = field(default_factory=dict)  # by name; a rerun of a test replaces its rows
     pending: dict[Key, dict[str, Figures]] = field(default_factory=dict)  # figures to store, by key
-    stale: set[tuple[Key, str]] = field(default_factory=set)  # (key, name) of stored gates without a test
+    vanished: set[tuple[Key, str]] = field(default_factory=set)  # (key, name) of stored gates without a test
     _stored: dict[Key, dict[str, Figures] | Exception | None] = field(default_factory=dict)  # None: no file
 
     def judge(self, name: str, test: str, key: Key, figures: Figures) -> str | None:
-        """Compare the figures of a gate with the stored ones, or mark them to be stored.
+        """Compare figures with the stored ones, or mark them to be stored; return why the gate fails, or None.
 
-        Args:
-            name: of the gate.
-            test: the node id of its test, for the command that stores the figures.
-            key: of the figures.
-            figures: as measured.
-
-        Returns:
-            Why the gate fails, or None.
-
-        Raises:
-            FileError: the baseline is damaged, or has another key.
-            OSError: the baseline cannot be read.
+        The node id of its test is for the command that stores the figures. A baseline that is damaged is an error.
         """
         path = key.path(self.directory)
         known = self._read(key)
         stored = (known or {}).get(name)
-        changes = [] if stored is None else compare(name, stored, figures)
+        changes = [row for row in compare(name, stored or {}, figures) if row.verdict != "same"]
         verdict = "unknown" if stored is None else "changed" if changes else "same"
         if (verdict, self.mode) in (("unknown", "store"), ("unknown", "update"), ("changed", "update")):
             self.pending.setdefault(key, {})[name] = figures
@@ -89,20 +73,17 @@ class MemoryGates:
         elif name in self.pending.get(key, {}):
             del self.pending[key][name]  # a rerun of the test measured the stored figures
         self.rows[name] = Judged(name, self._shown(path), figures, verdict, stored)
+        if verdict not in ("unknown", "changed"):
+            return None
         if verdict == "unknown":
-            return self._unknown(name, test, key, known is not None, figures)
-        if verdict == "changed":
-            lines = [
-                f"the memory of {name} is not what {self._shown(path)} holds",
-                "",
-                *difference_table(changes),
-                "",
-            ]
+            first, said = self._why_unknown(name, key, known), ["Store them, and commit the file:"]
+        else:
+            first = f"the memory of {name} is not what {self._shown(path)} holds"
+            said = ["If that is meant, store the new figures, and say why in the commit's message:"]
             if figures.get("trainable_bytes") == 0:
-                lines += ["Nothing in the model trains: its step is a forward alone.", ""]
-            lines += ["If that is meant, store the new figures, and say why in the commit's message:"]
-            return "\n".join([*lines, f"    {_command('update', test)}"])
-        return None
+                said = ["Nothing in the model trains: its step is a forward alone.", "", *said]
+        command = f"    pytest --lowmem-baseline={'store' if verdict == 'unknown' else 'update'} {shlex.quote(test)}"
+        return "\n".join([first, "", *difference_table(changes), "", *said, command])
 
     def _read(self, key: Key) -> dict[str, Figures] | None:
         """Return the stored figures of a key, or None without a file, which is read for the first gate alone."""
@@ -117,43 +98,37 @@ class MemoryGates:
             raise known
         return known
 
-    def _unknown(self, name: str, test: str, key: Key, has_file: bool, figures: Figures) -> str:
+    def _why_unknown(self, name: str, key: Key, known: dict[str, Figures] | None) -> str:
         path = self._shown(key.path(self.directory))
-        where = f"backend {key.backend} and torch {key.torch}"
-        if has_file:
-            lines = [f"{path} holds no figures of {name}: it is new, or was renamed"]
-        elif others := sorted(file.stem for file in self.directory.glob("*-torch*.json")):
-            lines = [f"no figures are stored for {where}: there is no {path}, only {', '.join(others)}"]
-        else:
-            lines = [f"no figures are stored for {where}: there is no {path}"]
-        lines += ["", *difference_table(compare(name, {}, figures)), "", "Store them, and commit the file:"]
-        return "\n".join([*lines, f"    {_command('store', test)}"])
+        if known is not None:
+            return f"{path} holds no figures of {name}: it is new, or was renamed"
+        others = sorted(file.stem for file in self.directory.glob("*-torch*.json"))
+        only = f", only {', '.join(others)}" if others else ""
+        return f"no figures are stored for backend {key.backend} and torch {key.torch}: there is no {path}{only}"
 
-    def note_stale(self, collected: Collection[str], files: Collection[str], passed: Collection[str]) -> None:
-        """Add to ``stale`` the stored gates that no test has any more.
+    def note_vanished(
+        self, collected: Collection[str], is_complete: Callable[[str], bool], passed: Collection[str]
+    ) -> None:
+        """Add to ``vanished`` the stored gates that no test has any more.
 
         Args:
-            collected: node ids of the tests of this session.
-            files: test files that were collected completely.
+            collected: node ids of the tests of this session, selected or not.
+            is_complete: whether all tests of a file, by its name, are among them.
             passed: node ids of the tests that ran to their end, and so called all of their gates.
         """
         for key, stored in self._stored.items():
             for name in (stored.keys() if isinstance(stored, dict) else set()) - self.rows.keys():
-                file = name.partition("::")[0]
                 test = next((test for test in collected if belongs_to(name, test)), None)
-                gone = file in files or not (self.root / file).exists()
-                if test in passed or (test is None and gone):
-                    self.stale.add((key, name))
+                if test in passed or (test is None and is_complete(name.partition("::")[0])):
+                    self.vanished.add((key, name))
 
     def write(self) -> list[str]:
-        """Write pending figures, without stale ones in mode "update", and return the written files.
+        """Write pending figures, without vanished gates in mode "update", and return the written files.
 
-        Raises:
-            FileError: a file is damaged; it is unchanged.
-            OSError: a file cannot be read or written; it is unchanged.
+        A file that is damaged, or cannot be written, is unchanged.
         """
-        self.stale = {(key, name) for key, name in self.stale if name not in self.rows}
-        removed = self.stale if self.mode == "update" else set()
+        self.vanished = {(key, name) for key, name in self.vanished if name not in self.rows}
+        removed = self.vanished if self.mode == "update" else set()
         written = []
         for key in dict.fromkeys([*(key for key, own in self.pending.items() if own), *(key for key, _ in removed)]):
             path = key.path(self.directory)
@@ -167,7 +142,7 @@ class MemoryGates:
         return {
             "rows": [asdict(row) for row in self.rows.values()],
             "pending": [[astuple(key), figures] for key, figures in self.pending.items()],
-            "stale": [[astuple(key), name] for key, name in self.stale],
+            "vanished": [[astuple(key), name] for key, name in self.vanished],
         }
 
     def merge(self, dumped: dict[str, Any]) -> None:
@@ -175,7 +150,7 @@ class MemoryGates:
         self.rows |= {row["name"]: Judged(**row) for row in dumped["rows"]}
         for key, figures in dumped["pending"]:
             self.pending.setdefault(Key(*key), {}).update(figures)
-        self.stale |= {(Key(*key), name) for key, name in dumped["stale"]}
+        self.vanished |= {(Key(*key), name) for key, name in dumped["vanished"]}
 
     def table(self) -> list[str]:
         """Return the lines of a table of the verdicts, with stored, forward, step and peak bytes."""
@@ -188,22 +163,28 @@ class MemoryGates:
         return layout([("verdict", *figures, "gate"), *rows], left=(0, len(figures) + 1))
 
     def verdict(self, passed: bool) -> Verdict:
-        """Return the session's verdict, with a row for each figure, for ``lowmem report``.
-
-        Args:
-            passed: whether all tests of the session passed.
-        """
-        rows = [row for gate in sorted(self.rows.values(), key=lambda gate: gate.name) for row in _rows(gate)]
+        """Return the verdict of a session whose tests passed or not, with a row for each figure."""
+        rows = self.missing()
+        for gate in self.rows.values():
+            stored = gate.figures if gate.verdict in ("stored", "updated") else gate.stored or {}
+            rows += compare(gate.name, stored, gate.figures)
         files = ", ".join(sorted({gate.file for gate in self.rows.values()}))
-        return Verdict("memory", passed, files, "this run", {}, rows, self.stale_lines())
+        passed = passed and not self.missing()
+        return Verdict("memory", passed, files, "this run", {}, sorted(rows, key=lambda row: row.name))
 
-    def stale_lines(self) -> list[str]:
-        """Return a line for each stored gate without a test."""
-        remedy = "removed" if self.mode == "update" else "remove it, or run with --lowmem-baseline=update"
-        return [
-            f"{self._shown(key.path(self.directory))} holds {name}, which no test measures: {remedy}"
-            for key, name in sorted(self.stale, key=lambda entry: entry[1])
-        ]
+    def missing(self) -> list[Row]:
+        """Return a row for each stored gate without a test, which fails the session; none if these are removed."""
+        lines = () if self.mode == "update" else self.vanished_lines().items()
+        return [Row(name, "", verdict="missing", says=line) for name, line in lines]
+
+    def vanished_lines(self) -> dict[str, str]:
+        """Return a line for each stored gate without a test, by its name."""
+        remedy = "bring its test back, or remove its figures: delete them there, or run with --lowmem-baseline=update"
+        return {
+            name: f"{self._shown(key.path(self.directory))} holds {name}, which no test measures: "
+            f"{'removed' if self.mode == 'update' else remedy}"
+            for key, name in sorted(self.vanished, key=lambda entry: entry[1])
+        }
 
     def _shown(self, path: Path) -> str:
         return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
@@ -217,17 +198,3 @@ def entry_name(test: str, name: str) -> str:
 def belongs_to(entry: str, test: str) -> bool:
     """Whether a stored name belongs to a test."""
     return entry == test or entry.startswith(test + _SEPARATOR)
-
-
-def _rows(gate: Judged) -> Iterator[Row]:
-    """Yield a row for each figure of a gate."""
-    stored = gate.figures if gate.verdict in ("stored", "updated") else gate.stored or {}
-    changed = {change.figure: change.verdict for change in compare(gate.name, stored, gate.figures)}
-    for figure in dict.fromkeys([*gate.figures, *stored]):
-        before, after, verdict = stored.get(figure), gate.figures.get(figure), changed.get(figure, "same")
-        says = f"{gate.name}: {figure} is {count_text(after)}, and the baseline has {count_text(before)}: {verdict}"
-        yield Row(gate.name, figure, before, after, verdict=verdict, says=says)
-
-
-def _command(mode: str, test: str) -> str:
-    return f"pytest --lowmem-baseline={mode} {shlex.quote(test)}"

@@ -14,9 +14,10 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from lowmem.measure import unchanged
 from lowmem.testing.call import check_model, model_errors
 from lowmem.testing.disturbance import LONG, Watch
-from lowmem.testing.ratios import Ratio, ratio_of_times, seconds_per_call, take_turns
+from lowmem.testing.ratios import Ratio, ratio_of_times, take_turns
 
 __all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
 
@@ -152,18 +153,13 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
         yield lambda: call(*inputs, **named)
         return
     check_model(call, inputs, named)
-    modes = {module: module.training for module in call.modules()}
 
     def run() -> object:
         with torch.no_grad():
             return call(*inputs, **named)
 
-    call.eval()
-    try:
+    with unchanged(call, training=False):
         yield run
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _turn(
@@ -176,16 +172,15 @@ def _turn(
     with model_errors(name):
         run()
 
-    def calls_of_burst() -> None:
-        for _ in range(calls):
-            run()
-        if torch.cuda.is_initialized():  # CUDA kernels may still run after the call
-            for device in range(torch.cuda.device_count()):
-                torch.cuda.synchronize(device)
-
     def burst() -> float:
         with model_errors(name):
-            return seconds_per_call(calls_of_burst, timer=timer)
+            start = timer()
+            for _ in range(calls):
+                run()
+            if torch.cuda.is_initialized():  # CUDA kernels may still run after the call
+                for device in range(torch.cuda.device_count()):
+                    torch.cuda.synchronize(device)
+            return timer() - start
 
     calls = 1
     # Disturbances only add time, so the shortest of several bursts is the best estimate.

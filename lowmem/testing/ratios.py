@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from statistics import median
-from time import perf_counter
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Ratio", "hodges_lehmann", "ratio_of_times", "seconds_per_call", "take_turns"]
+__all__ = ["Ratio", "hodges_lehmann", "ratio_of_times", "take_turns"]
 
 RESAMPLES = 2000  # of the bootstrap: another seed moves the ends of a 95% interval by a few hundredths of its width
 BATCH_VALUES = 4_000_000  # most Walsh averages that exist at once: 32 MB
@@ -140,25 +138,6 @@ def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[f
         for own, first, second in zip(times, forwards, backwards, strict=True):
             own.append((first + second) / 2)
     return times
-
-
-def seconds_per_call(
-    run: Callable[[], object], *, calls: int = 1, bursts: int = 1, timer: Callable[[], float] = perf_counter
-) -> float:
-    """Return the median, over bursts of ``calls`` calls, of the seconds per call.
-
-    Raises:
-        ValueError: no calls, or no bursts.
-    """
-    if calls < 1 or bursts < 1:
-        raise ValueError(f"calls={calls} and bursts={bursts} must be at least 1")
-    seconds = []
-    for _ in range(bursts):
-        start = timer()
-        for _ in range(calls):
-            run()
-        seconds.append((timer() - start) / calls)
-    return median(seconds)
 
 
 def _times(seconds: Sequence[float]) -> npt.NDArray[np.float64]:

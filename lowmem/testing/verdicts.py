@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import write_atomically
-from lowmem.testing.json_files import read_json
+from lowmem.io.safetensors import parse_json, read_at_most
 
-__all__ = ["FAILING", "OUTCOMES", "VERDICTS", "Row", "Verdict", "read_verdict", "write_verdict"]
+__all__ = [
+    "FAILING",
+    "OUTCOMES",
+    "VERDICTS",
+    "Row",
+    "Verdict",
+    "read_json",
+    "read_verdict",
+    "verdict_of",
+    "write_verdict",
+]
 
 VERDICTS = ("same", "slower", "faster", "grew", "shrank", "new", "missing", "skipped", "undecided")
 
@@ -30,6 +40,7 @@ FAILING: Mapping[str, frozenset[str]] = {
 
 _UNMOVED = ("same", "skipped")
 
+MOST_BYTES = 2**28  # of a file that is read; a benchmark run with every single time has about 10 MiB
 MOST_TEXT = 2000  # characters of a name or note; the middle of a longer one is left out
 
 
@@ -58,6 +69,12 @@ class Row:
     high: float | None = None
     verdict: str = "same"
     says: str = ""
+
+    @property
+    def ratio_cells(self) -> tuple[str, str]:
+        """The text of the ratio and of its interval; "" where there is none."""
+        ratio = "" if self.ratio is None else f"{self.ratio:.3f}"
+        return ratio, "" if self.low is None or self.high is None else f"{self.low:.3f} to {self.high:.3f}"
 
 
 @dataclass(frozen=True)
@@ -110,23 +127,31 @@ class Verdict:
         return [row for row in self.rows if row.verdict not in _UNMOVED]
 
 
-def write_verdict(path: Path, verdict: Verdict) -> None:
-    """Write a verdict atomically.
+def verdict_of(base: float | None, head: float | None, tolerance: float = 0) -> str:
+    """Return "new", "missing", "grew", "shrank", or "same" for figures that differ by ``tolerance`` or less."""
+    if base is None or head is None:
+        return "new" if base is None else "missing"
+    return "same" if abs(head - base) <= tolerance else "grew" if head > base else "shrank"
 
-    Raises:
-        OSError: the file cannot be written; an existing file is unchanged.
-    """
+
+def write_verdict(path: Path, verdict: Verdict) -> None:
+    """Write a verdict atomically."""
     write_atomically(path, (json.dumps(asdict(verdict), indent=1) + "\n").encode())
 
 
+def read_json(path: Path) -> Any:
+    """Read a JSON file that a report is made from; a FileError names one that is damaged or too large."""
+    text = read_at_most(path, MOST_BYTES, "run and no verdict")
+    try:
+        return parse_json(text)
+    except ValueError as reason:
+        raise refusal(path, f"{reason}; write it again with the gate or the benchmarks") from None
+
+
 def read_verdict(path: Path) -> Verdict:
-    r"""Read the verdict of a gate. Unknown members are ignored, since a newer gate may write more.
+    """Read the verdict of a gate. Unknown members are ignored, since a newer gate may write more.
 
-    Control and other invisible characters of names and notes are escaped, as ``\x1b``.
-
-    Raises:
-        FileError: the file is damaged, too large, or not a verdict.
-        OSError: the file cannot be read.
+    Invisible characters of names and notes are escaped. A FileError names a file that is no verdict.
     """
     content = read_json(path)
     try:
@@ -135,17 +160,27 @@ def read_verdict(path: Path) -> Verdict:
         raise refusal(path, f"it is no verdict of a gate: {reason}; write it again with the gate") from None
 
 
+_GATE: Mapping[str, Callable[[Any], bool]] = {
+    "gate": lambda value: value in list(FAILING),
+    "passed": lambda value: isinstance(value, bool),
+    "base": lambda value: isinstance(value, str),
+    "head": lambda value: isinstance(value, str),
+    "machine": lambda value: isinstance(value, dict),
+    "rows": lambda value: isinstance(value, list),
+}
+_ROW: Mapping[str, Callable[[Any], bool]] = {
+    **dict.fromkeys(("name", "figure", "says"), lambda value: isinstance(value, str)),
+    **dict.fromkeys(("base", "head"), lambda value: value is None or _is_number(value)),
+    **dict.fromkeys(("ratio", "low", "high"), lambda value: value is None or (_is_number(value) and value > 0)),
+    "verdict": lambda value: value in VERDICTS,
+}
+
+
 def _verdict(content: Any) -> Verdict:
-    if not isinstance(content, dict):
-        raise ValueError(f"it is {show(content)}")
-    _check(content, "gate", lambda value: value in list(FAILING))
-    _check(content, "passed", lambda value: isinstance(value, bool))
-    _check(content, "base", lambda value: isinstance(value, str))
-    _check(content, "head", lambda value: isinstance(value, str))
-    _check(content, "machine", lambda value: isinstance(value, dict))
-    _check(content, "rows", lambda value: isinstance(value, list))
-    if not isinstance(content.get("notes", []), list):
-        raise ValueError(f"notes is {show(content['notes'])}")
+    _check("it", content, _GATE)
+    notes = content.get("notes", [])
+    if not isinstance(notes, list):
+        raise ValueError(f"notes is {show(notes)}")
     return Verdict(
         content["gate"],
         content["passed"],
@@ -153,25 +188,14 @@ def _verdict(content: Any) -> Verdict:
         _text(content["head"]),
         {_text(key): _text(value) for key, value in content["machine"].items()},
         tuple(_row(number, row) for number, row in enumerate(content["rows"])),
-        tuple(map(_text, content.get("notes", ()))),
+        tuple(map(_text, notes)),
     )
 
 
 def _row(number: int, row: Any) -> Row:
-    if not isinstance(row, dict):
-        raise ValueError(f"row {number} is {show(row)}")
-    try:
-        for key in ("name", "figure", "says"):
-            _check(row, key, lambda value: isinstance(value, str))
-        for key in ("base", "head"):
-            _check(row, key, lambda value: value is None or _is_number(value))
-        for key in ("ratio", "low", "high"):
-            _check(row, key, lambda value: value is None or (_is_number(value) and value > 0))
-        _check(row, "verdict", lambda value: value in VERDICTS)
-    except ValueError as reason:
-        raise ValueError(f"row {number}: {reason}") from None
-    texts = {key: _text(row[key]) for key in ("name", "figure", "says")}
-    return Row(**{key: row[key] for key in Row.__dataclass_fields__} | texts)
+    _check(f"row {number}", row, _ROW)
+    known: dict[str, Any] = {key: row[key] for key in _ROW}
+    return Row(**known | {key: _text(value) for key, value in known.items() if isinstance(value, str)})
 
 
 def _text(value: object) -> str:
@@ -179,11 +203,16 @@ def _text(value: object) -> str:
     return printable(str(value), MOST_TEXT)
 
 
-def _check(content: dict[str, Any], key: str, accepted: Any) -> None:
-    if key not in content:
-        raise ValueError(f"{key} is missing")
-    if not accepted(content[key]):
-        raise ValueError(f"{key} is {show(content[key])}")
+def _check(name: str, content: Any, accepted: Mapping[str, Callable[[Any], bool]]) -> None:
+    """Raise a ValueError unless ``content`` has these members with values that are accepted."""
+    if not isinstance(content, dict):
+        raise ValueError(f"{name} is {show(content)}")
+    where = "" if name == "it" else f"{name}: "
+    for key, accepts in accepted.items():
+        if key not in content:
+            raise ValueError(f"{where}{key} is missing")
+        if not accepts(content[key]):
+            raise ValueError(f"{where}{key} is {show(content[key])}")
 
 
 def _is_number(value: object) -> bool:

@@ -230,8 +230,8 @@ def write(target: Path, measured: Measured, **given: Any) -> None:
         measured: what was measured of the variants.
         given: the other arguments of ``lowmem.report.page.Report``: title, lead, timings and their source, verdicts.
     """
-    from lowmem.report.distortion import distortions
     from lowmem.report.page import Report, render
+    from lowmem.report.quality import distortions
 
     report = Report(
         footprints=measured.footprints,

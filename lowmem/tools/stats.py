@@ -286,7 +286,7 @@ def _measured_step(arguments: argparse.Namespace, name: str, x: Tensor) -> Train
 
 
 def _draw(arguments: argparse.Namespace, found: Mapping[str, TrainingMemory]) -> None:
-    from lowmem.report.picture import picture
+    from lowmem.report.page import picture
 
     title = f"A training step with {arguments.training}" + f", {arguments.memory}" * (arguments.memory is not None)
     names = {shown(name): one for name, one in found.items()}

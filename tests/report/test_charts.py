@@ -8,17 +8,18 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.pages import HOSTILE, report
+from tests.pages import HOSTILE, STEPS, report
 from tests.report.specs import DESK, PHONE, assert_readable
 from tests.selection import rows_in_one_case
 
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
 
-from lowmem.report import charts, dots, step
+from lowmem.report import charts, dots
 from lowmem.report.charts import draw, percent, readable_bytes
 from lowmem.report.footprint import KINDS
 from lowmem.report.theme import LIGHT
+from lowmem.training.memory import TrainingMemory
 from lowmem.variants import VARIANTS
 
 
@@ -42,23 +43,16 @@ def every_chart(found):
         "groups": lambda narrow: dots.group_chart(found.groups, list(found.losses), narrow),
         "ratios": lambda narrow: dots.ratio_chart(found.verdicts[0].rows, narrow),
         "quality": lambda narrow: dots.quality_chart(found.qualities, narrow),
-        "step": lambda narrow: step.chart(found.steps, narrow),
+        "step": lambda narrow: charts.step_chart(found.steps, narrow),
     }
 
 
-def values(spec):
-    """Return all rows of data of a specification."""
-    return [row for rows in spec["datasets"].values() for row in rows] if "datasets" in spec else list(inline(spec))
-
-
-def inline(spec):
+def rows_in(spec):
+    """Yield all rows of data of a specification."""
     if isinstance(spec, dict):
-        yield from spec.get("values", []) if isinstance(spec.get("values"), list) else []
-        for value in spec.values():
-            yield from inline(value)
-    elif isinstance(spec, list):
-        for value in spec:
-            yield from inline(value)
+        yield from spec["values"] if isinstance(spec.get("values"), list) else []
+    for value in spec.values() if isinstance(spec, dict) else spec if isinstance(spec, list) else ():
+        yield from rows_in(value)
 
 
 def spec_of(chart, narrow=False):
@@ -95,7 +89,7 @@ def test_names_of_any_origin_are_text(name):
 
 def test_memory_has_every_byte_of_every_variant():
     found = report().footprints
-    rows = values(spec_of("memory"))
+    rows = [row for row in rows_in(spec_of("memory")) if isinstance(row, dict)]
     for footprint in found:
         stacked = sum(row["size"] for row in rows if row.get("name") == footprint.name and row.get("kind") in KINDS)
         assert stacked * 2**20 == pytest.approx(footprint.stored_bytes)
@@ -114,7 +108,26 @@ def test_memory_has_every_byte_of_every_variant():
             domain = panel["layer"][0]["encoding"]["x"]["scale"]["domain"]
             largest = max(row["size"] for row in panel["layer"][1]["data"]["values"])
             assert domain == [0, pytest.approx(largest * panel["width"] / (panel["width"] - 62))]  # room for a label
-    assert charts.room_for_text([{"size": 0.0}], 124).domain == [0, 2.0]
+    assert charts._room_for_text([{"size": 0.0}], 124).domain == [0, 2.0]
+
+
+@rows_in_one_case("narrow", [False, True])
+def test_the_segments_of_a_step_sum_to_its_peak_and_empty_ones_are_left_out(narrow):
+    spec = charts.step_chart(STEPS, narrow).to_dict()
+    rows = spec["layer"][0]["data"]["values"]
+    for name, one in STEPS.items():
+        assert sum(row["size"] for row in rows if row["name"] == name) * 2**20 == pytest.approx(
+            one.total_bytes, abs=1e-6
+        )
+    parts = [row["part"] for row in rows if row["name"] == "qlora"]
+    kinds = [f"activations: {kind}" for kind in ("Kind0", "Kind1", "Kind2", "other layers")]
+    assert parts == ["weights", "adapters", "inputs", "optimizer", *kinds, "scratch"]
+    assert [row["order"] for row in rows if row["name"] == "qlora"] == sorted(r["order"] for r in rows[-9:])
+    scale = spec["layer"][0]["encoding"]["color"]["scale"]
+    assert scale["domain"] == [*charts.PARTS, *kinds, "scratch"]
+    assert len(set(scale["range"])) == len(scale["domain"])
+    spec = charts.step_chart({"one": TrainingMemory("sgd", "forward", 5, 0, 0, 0, 0, {}, 0)}, False).to_dict()
+    assert [row["part"] for row in spec["layer"][0]["data"]["values"]] == ["weights"]
 
 
 def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_axes():
@@ -123,7 +136,7 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
     for panel in spec["hconcat"]:
         dense, *_ = panel["layer"]
         assert dense["mark"]["type"] == "rule"
-        assert [row["speed"] for row in inline(dense)] or 1.0 in [row.get("speed") for row in values(spec)]
+        assert [row["speed"] for row in rows_in(dense)] == [1.0]
         scales = [layer["encoding"][axis]["scale"]["type"] for layer in panel["layer"][-2:] for axis in "xy"]
         assert set(scales) == {"log"}
         x, y = (panel["layer"][-1]["encoding"][axis] for axis in "xy")
@@ -175,35 +188,30 @@ def test_ticks_are_powers_within_an_axis(base, low, high, found):
     assert charts.powers(base, low, high) == pytest.approx(found)
 
 
-@rows_in_one_case(
-    ("count", "text"),
-    [
-        (0, "0 bytes"),
-        (1023, "1,023 bytes"),
-        (1024, "1.00 KiB"),
-        (2**20, "1.00 MiB"),
-        (9_888_000, "9.43 MiB"),
-        (2**30, "1.00 GiB"),
-        (2**31, "2.00 GiB"),
-        (-2048, "-2.00 KiB"),
-    ],
-)
-def test_bytes_are_readable(count, text):
-    assert readable_bytes(count) == text
+BYTES = {
+    0: "0 bytes",
+    1023: "1,023 bytes",
+    1024: "1.00 KiB",
+    9_888_000: "9.43 MiB",
+    2**30: "1.00 GiB",
+    -2048: "-2.00 KiB",
+}
+SHARES = {
+    0: "0.0%",
+    0.0367: "3.7%",
+    8.1e-5: "0.0081%",
+    1.24e-7: "0.000012%",
+    1e-9: "0.000000%",
+    1: "100%",
+}
 
 
 @rows_in_one_case(
-    ("value", "text"),
+    ("form", "value", "text"),
     [
-        (0, "0.0%"),
-        (0.0367, "3.7%"),
-        (0.17, "17%"),
-        (8.1e-5, "0.0081%"),
-        (1.24e-7, "0.000012%"),
-        (1.4e-9, "0.000000%"),
-        (1, "100%"),
-        (12.34, "1234%"),
+        *((readable_bytes, value, text) for value, text in BYTES.items()),
+        *((percent, value, text) for value, text in SHARES.items()),
     ],
 )
-def test_shares_have_two_digits(value, text):
-    assert percent(value) == text
+def test_bytes_and_shares_are_readable(form, value, text):
+    assert form(value) == text

@@ -4,16 +4,18 @@ import math
 import re
 from dataclasses import replace
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 
-from tests.pages import HOSTILE, report
+from tests.pages import HOSTILE, STEPS, report
 
 pytest.importorskip("altair", reason="the page needs the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the page needs the extra: pip install '.[report]'")
 
-from lowmem.report.charts import Drawing
-from lowmem.report.page import render
+from lowmem.report.charts import PARTS, Drawing
+from lowmem.report.page import _step_figure, picture, render
+from lowmem.report.theme import DARK, LIGHT
 from lowmem.testing.verdicts import Row, Verdict
 
 
@@ -44,8 +46,7 @@ def html():
 def undrawn(monkeypatch):
     """Leave an empty picture in the place of each chart, which takes long to draw."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    for module in ("page", "step"):
-        monkeypatch.setattr(f"lowmem.report.{module}.draw", lambda chart: Drawing(empty, empty, {}))
+    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
 
 
 @pytest.mark.thorough
@@ -68,13 +69,7 @@ def test_it_loads_and_runs_nothing(html):
 def test_a_screen_reader_finds_its_way(html):
     outline = Outline(html)
     assert outline.all("html")[0]["lang"] == "en"
-    assert (
-        len(outline.all("main"))
-        == len(outline.all("header"))
-        == len(outline.all("nav"))
-        == len(outline.all("h1"))
-        == 1
-    )
+    assert all(len(outline.all(tag)) == 1 for tag in ("main", "header", "nav", "h1"))
     ids = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
     targets = {link["href"][1:] for link in outline.all("a")}
     assert targets <= set(ids)
@@ -91,19 +86,8 @@ def test_a_screen_reader_finds_its_way(html):
 
 def test_every_figure_stands_in_a_table(html):
     text = Outline(html).text
-    for figure in (
-        "4,194,304",
-        "20,480",
-        "8.00 (7.00 to 9.00)",
-        "9.0%",
-        "0.037",
-        "6.000",
-        "245,760",
-        "0.990000",
-        "1,003",
-        "1.200",
-        "AMD EPYC",
-    ):
+    figures = ["4,194,304", "20,480", "9.0%", "0.037", "6.000", "245,760", "0.990000", "1,003", "1.200"]
+    for figure in (*figures, "8.00 (7.00 to 9.00)", "AMD EPYC"):
         assert figure in text, figure
 
 
@@ -116,18 +100,14 @@ def test_what_moved_and_the_verdicts_are_said(html):
     assert "+0.0002" in text  # by which the head is above the base
 
 
-@pytest.mark.thorough(keep=1)
-@pytest.mark.parametrize(
-    ("term", "value", "says"),
-    [
+def test_tiles_say_what_is_smallest_fastest_and_loses_most(html):
+    for term, value, says in (
         ("Smallest", "1.00 MiB", "small: 4.0 times smaller than dense"),
         ("Fastest", "8.0x dense", "small at batch 1, float32"),
         ("Error of the output", "0.0080% to 3.7%", "lora loses least, small most"),
         ("Gates", "failed", "failed: latency"),
-    ],
-)
-def test_tiles_say_what_is_smallest_fastest_and_loses_most(html, term, value, says):
-    assert f"<dt>{term}</dt><dd>{value}</dd><dd>{says}</dd>" in html
+    ):
+        assert f"<dt>{term}</dt><dd>{value}</dd><dd>{says}</dd>" in html
 
 
 def test_text_of_any_origin_is_escaped():
@@ -164,7 +144,34 @@ def test_an_undecided_gate_is_shown_as_such(undrawn):
     assert "other work disturbed 9 of 9 fresh rounds" in text
 
 
-def test_a_gate_without_rows_is_shown(undrawn):
-    found = report()
-    html = render(replace(found, verdicts=[replace(found.verdicts[0], rows=())]))
-    assert "0 figures compared, none moved." in Outline(html).text
+def test_figures_of_gates_are_in_full_or_have_four_digits(undrawn):
+    rows = [Row("w", "x", base, head) for base, head in ((1048576, 0.00123456), (2.0, None))]
+    html = render(report(verdicts=[Verdict.of_rows("latency", "main", "HEAD", {}, rows)]))
+    cells = re.findall(r'class="number">([^<]*)</td>', html[html.index("All figures of the latency gate") :])
+    assert [cells[at : at + 2] for at in (0, 5)] == [["1,048,576", "0.001235"], ["2", ""]]
+    assert "0 figures compared, none moved." in render(report(verdicts=[replace(report().verdicts[0], rows=())]))
+
+
+def test_the_table_of_a_step_has_each_kind_of_layers(undrawn):
+    table = _step_figure(STEPS).table
+    activations = [f"activations: Kind{n}" for n in range(5)]
+    assert table.columns == ["Model", *PARTS, *activations, "scratch", "peak", "in"]
+    for row, one in zip(table.rows, STEPS.values(), strict=True):
+        numbers = [int(cell.replace(",", "")) for cell in row[1:-1]]
+        assert sum(numbers[:-1]) == numbers[-1] == one.total_bytes
+        assert row[-1] == one.moment
+
+
+def test_the_picture_of_a_step_is_written_as_each_kind_of_file():
+    svg = picture("Step", STEPS, ".svg").decode()
+    tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
+    assert tags >= {"svg", "style", "path"}
+    assert "prefers-color-scheme:dark" in svg
+    assert all(f"--{name}: {theme[name]};" in svg for theme in (LIGHT, DARK) for name in PARTS.values())
+    assert "<script" not in svg
+    assert picture("Step", STEPS, ".png").startswith(b"\x89PNG")
+    page = picture("A <step>", STEPS, ".html").decode()
+    assert "<script" not in page
+    assert "A &lt;step&gt;" in page
+    assert f"{STEPS['qlora'].total_bytes:,}" in page
+    assert re.search(r"<th[^>]*>activations: Kind4</th>", page)

@@ -1,4 +1,4 @@
-"""Each choice of bits is measured as it is: bits of all that is stored, and what the output of the model loses."""
+"""What few bits lose: of a model's output with each choice of bits, and of normal weights in each format."""
 
 import itertools
 
@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import BigNet, EightBit, FourBit, convert
-from lowmem.report.quality import BLOCKS, SERIES, Quality, qualities, stored_bits
+from lowmem import FORMATS, BigNet, EightBit, FourBit, convert
+from lowmem.quant.quantize import quantize, relative_error
+from lowmem.quant.scales import ENCODINGS
+from lowmem.report.quality import BLOCKS, SERIES, distortions, least_error, qualities, stored_bits
 
 
 def make():
@@ -63,11 +65,19 @@ def test_bits_are_those_of_codes_and_scales_and_ties_count_once():
     assert 8 < stored_bits(convert(BigNet(), EightBit())) < 8.2
 
 
-def test_the_chart_and_its_table_show_all_that_can_be_drawn():
-    pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
-    from lowmem.report.dots import quality_chart
-
-    found = [Quality(series, series, 4.0 + at, 0.1 / (1 + at), 0.9) for at, series in enumerate(SERIES)]
-    spec = quality_chart([*found, Quality("nf4", "no error", 5.0, 0.0, 1.0)], False).to_dict()
-    points = spec["layer"][1]["data"]["values"] if "data" in spec["layer"][1] else spec["data"]["values"]
-    assert [(row["name"], row["bits"]) for row in points] == [(one.series, one.bits) for one in found]
+def test_all_formats_scales_and_blocks_are_there_and_none_beats_the_limit():
+    assert [least_error(bits) for bits in (0, 1, 4)] == [1, 0.5, 0.0625]
+    points = distortions((16, 1024))
+    wanted = {(format, scales, block) for format in FORMATS for scales in ENCODINGS for block in BLOCKS}
+    assert {(p.format, p.scales, p.block_size) for p in points} == wanted
+    assert len(points) == len(wanted)
+    for point in points:
+        assert point.bits_per_weight > 4
+        assert least_error(point.bits_per_weight) < point.error < 0.2
+    assert points == distortions((16, 1024))  # the same in every run
+    weight = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))
+    for scales, bits in (("float16", 4.25), ("float32", 4.5)):
+        stored = quantize(weight, "fp4", block_size=64, scales=scales)
+        (point,) = (p for p in points if (p.format, p.scales, p.block_size) == ("fp4", scales, 64))
+        assert point.bits_per_weight == stored.bits_per_weight == bits
+        assert point.error == relative_error(weight, stored)

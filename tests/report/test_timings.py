@@ -1,6 +1,5 @@
 """Times of a benchmark run, and those that are measured in turns, as ratios to the dense model."""
 
-import copy
 import json
 from pathlib import Path
 
@@ -10,6 +9,8 @@ from torch import nn
 
 from lowmem.errors import FileError
 from lowmem.report.timings import DENSE, Timing, from_benchmarks, read_run, time_in_turns
+from lowmem.testing.latency import Speedup
+from lowmem.testing.ratios import Ratio
 from tests.selection import rows_in_one_case
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "baselines" / "0001_baseline.json"
@@ -24,8 +25,10 @@ def bench(name, seconds=1.0, reference=2.0, file="test_inference"):
 
 
 def test_a_ratio_is_how_many_times_as_fast():
-    (found,) = from_benchmarks([bench("test_inference[qlora-batch8]", 1.0, 2.5)])
-    assert found == Timing("float32", "qlora", 8, 2.5)
+    stored = bench("test_inference[qlora-batch8]", 1.0, 2.5)
+    live = {key: value for key, value in stored.items() if key != "stats"} | stored["stats"]  # within a session
+    assert from_benchmarks([stored]) == from_benchmarks([live]) == [Timing("float32", "qlora", 8, 2.5)]
+    assert from_benchmarks([stored | {"extra_info": {}}]) == []  # without a reference
 
 
 def test_precisions_and_peers_have_panels_of_their_own():
@@ -43,16 +46,6 @@ def test_precisions_and_peers_have_panels_of_their_own():
         ("8-bit integers", "low_precision", 1),
         ("peers, bfloat16", "torchao", 512),
     ]
-
-
-def test_benchmarks_without_a_reference_are_left_out():
-    assert from_benchmarks([bench("test_inference[qlora-batch8]") | {"extra_info": {}}]) == []
-
-
-def test_live_benchmarks_have_their_times_beside_their_names():
-    live = bench("test_inference[lora-batch1]")
-    live |= live.pop("stats")
-    assert from_benchmarks([live]) == [Timing("float32", "lora", 1, 2.0)]
 
 
 def test_the_stored_run_is_read():
@@ -101,35 +94,15 @@ def test_a_missing_run_is_an_error(tmp_path):
         read_run(tmp_path)
 
 
-def test_both_models_run_in_turns_and_are_left_as_they_were():
-    calls = []
-    dense, other = nn.Linear(4, 4), nn.Linear(4, 4)
-    for name, model in (("dense", dense), ("other", other)):
-        model.register_forward_hook(lambda *_, name=name: calls.append((name, torch.is_grad_enabled())))
-    before = copy.deepcopy(dense.state_dict())
-
-    found = time_in_turns("other", dense, other, torch.ones(3, 4), seconds=0)
-
+def test_the_speed_is_that_of_the_gate_of_latency_with_its_interval(monkeypatch):
+    dense, other, x = nn.Linear(4, 4), nn.Linear(4, 4), torch.ones(3, 4)
+    found = time_in_turns("other", dense, other, x, seconds=0.01)
     assert (found.panel, found.name, found.batch) == (DENSE, "other", 3)
     assert 0 < found.low <= found.speed <= found.high
-    names = [name for name, _ in calls]
-    assert names[:4] == ["dense", "other", "dense", "other"]  # to warm up, and to see how long a round is
-    assert names[4:] == ["dense", "other", "other", "dense"] * 5
-    assert not any(gradients for _, gradients in calls)
-    assert all(torch.equal(before[name], value) for name, value in dense.state_dict().items())
 
+    def measured(candidate, reference, *inputs, seconds):
+        assert (candidate, reference, inputs, seconds) == (other, dense, (x,), 60)
+        return Speedup(Ratio(2.0, 1.5, 2.5, 0.1, 8), 1.0)
 
-def test_the_speed_is_how_many_times_as_long_the_dense_model_takes(monkeypatch):
-    """Under a clock by which a dense call takes 2 s, and one of the other 1 s."""
-    now = [0.0]
-
-    def after(seconds):
-        return lambda *_: now.__setitem__(0, now[0] + seconds)
-
-    dense, other = nn.Identity(), nn.Identity()
-    dense.register_forward_hook(after(2.0))
-    other.register_forward_hook(after(1.0))
-    monkeypatch.setattr("lowmem.report.timings.clock", lambda: now[0])
-    found = time_in_turns("other", dense, other, torch.ones(1, 4), seconds=60)
-    assert [found.speed, found.low, found.high] == pytest.approx([2, 2, 2])
-    assert now[0] == 2 * 3 + 10 * 6  # two calls of each, and ten rounds of 6 s
+    monkeypatch.setattr("lowmem.report.timings.measure_speedup", measured)
+    assert time_in_turns("other", dense, other, x, seconds=60) == Timing(DENSE, "other", 3, 2.0, 1.5, 2.5)

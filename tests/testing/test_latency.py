@@ -49,7 +49,7 @@ def a_quiet_machine(monkeypatch):
     monkeypatch.setattr(latency, "Watch", lambda: Clock().watch())
 
 
-@rows_in_one_case(("at_least", "verdict"), [(1.0, "faster"), (1.9, "faster"), (2.1, "slower"), (3.0, "slower")])
+@rows_in_one_case(("at_least", "verdict"), [(1.9, "faster"), (2.1, "slower")])
 @rows_in_one_case("scale", [1e-6, 1e-3, 1.0])
 def test_half_the_seconds_are_twice_as_fast(at_least, verdict, scale):
     clock = Clock()
@@ -57,13 +57,6 @@ def test_half_the_seconds_are_twice_as_fast(at_least, verdict, scale):
     assert found.ratio.value == pytest.approx(2)
     assert found.verdict == verdict
     assert found.ratio.pairs == (8 if scale == 1 else FIRST_ROUNDS)
-
-
-def test_a_reference_that_is_faster_gives_a_ratio_below_one():
-    clock = Clock()
-    found = measure_speedup(clock.call(2e-3), clock.call(1e-3), at_least=0.4, timer=clock)
-    assert found.ratio.value == pytest.approx(0.5)
-    assert found.verdict == "faster"
 
 
 def test_noise_is_measured_for_longer_before_a_verdict():
@@ -181,20 +174,16 @@ class Seen(nn.Module):
         return out
 
 
-def test_a_module_runs_in_eval_mode_without_gradients_and_gets_its_mode_back():
+def test_a_module_runs_in_eval_mode_without_gradients_and_gets_its_mode_back_and_other_callables_run_as_they_are():
     clock = Clock()
     model, calls = Seen(clock), clock.call(1e-2)
     model.layer.eval()
     measure_speedup(model, calls, torch.ones(2, 4), more=1, at_least=0.5, timer=clock)
     assert model.seen == {(False, False)}
     assert (model.training, model.layer.training) == (True, False)
-
-
-def test_another_callable_keeps_its_gradients():
-    clock = Clock()
-    model = Seen(clock)
-    measure_speedup(lambda x, more: model(x, more=more), clock.call(1e-2), torch.ones(2, 4), more=1, timer=clock)
-    assert model.seen == {(True, True)}
+    model.seen.clear()
+    measure_speedup(lambda x, more: model(x, more=more), calls, torch.ones(2, 4), more=1, timer=clock)
+    assert model.seen == {(True, True)}  # another callable keeps its gradients
 
 
 @rows_in_one_case("name", ["at_least", "seconds"])

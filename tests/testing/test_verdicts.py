@@ -2,44 +2,20 @@
 
 import copy
 import json
+from dataclasses import asdict
 
 import pytest
 
 from lowmem.errors import FileError
-from lowmem.testing.verdicts import FAILING, Row, Verdict, read_verdict, write_verdict
+from lowmem.testing import verdicts
+from lowmem.testing.verdicts import FAILING, Row, Verdict, read_json, read_verdict, verdict_of, write_verdict
 from tests.selection import rows_in_one_case
 
-VERDICT = {
-    "gate": "latency",
-    "passed": False,
-    "base": "origin/main",
-    "head": "HEAD",
-    "machine": {"cpu": "x86_64", "threads": 2},
-    "rows": [
-        {
-            "name": "forward[qlora-batch1]",
-            "figure": "ratio",
-            "base": 0.001,
-            "head": 0.0012,
-            "ratio": 1.2,
-            "low": 1.17,
-            "high": 1.24,
-            "verdict": "slower",
-            "says": "20% slower",
-        },
-        {
-            "name": "load",
-            "figure": "ratio",
-            "base": None,
-            "head": None,
-            "ratio": None,
-            "low": None,
-            "high": None,
-            "verdict": "skipped",
-            "says": "",
-        },
-    ],
-}
+ROWS = (
+    Row("forward[qlora-batch1]", "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", "20% slower"),
+    Row("load", "ratio", verdict="skipped"),
+)
+VERDICT = asdict(Verdict("latency", False, "origin/main", "HEAD", {"cpu": "x86_64", "threads": 2}, ROWS))
 
 
 def read(tmp_path, content):
@@ -49,6 +25,7 @@ def read(tmp_path, content):
 
 def changed(*path, to):
     verdict = copy.deepcopy(VERDICT)
+    verdict["rows"] = [dict(row) for row in verdict["rows"]]
     at = verdict
     for key in path[:-1]:
         at = at[key]
@@ -60,9 +37,7 @@ def test_a_verdict_is_read(tmp_path):
     verdict = read(tmp_path, VERDICT)
     assert (verdict.gate, verdict.passed, verdict.base, verdict.head) == ("latency", False, "origin/main", "HEAD")
     assert verdict.machine == {"cpu": "x86_64", "threads": "2"}
-    assert verdict.rows[0] == Row(
-        "forward[qlora-batch1]", "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", "20% slower"
-    )
+    assert verdict.rows == ROWS
     assert [row.name for row in verdict.moved] == ["forward[qlora-batch1]"]
 
 
@@ -102,7 +77,7 @@ def test_what_a_newer_gate_adds_is_passed_over(tmp_path):
     [
         ("", "the JSON is broken"),
         ('{"gate": NaN}', "NaN"),
-        ([], "it is no verdict of a gate"),
+        ([], "it is no verdict of a gate: it is []"),
         ({"machine_info": {}, "benchmarks": []}, "it is no verdict of a gate: gate is missing"),
         (changed("gate", to="weather"), "gate is 'weather'"),
         (changed("passed", to=1), "passed is 1"),
@@ -126,7 +101,41 @@ def test_anything_else_is_one_clear_error(tmp_path, content, why):
 
 
 def test_a_row_without_a_figure_is_refused(tmp_path):
-    verdict = copy.deepcopy(VERDICT)
+    verdict = changed("rows", 0, "name", to="x")
     del verdict["rows"][0]["ratio"]
     with pytest.raises(FileError, match="row 0: ratio is missing"):
         read(tmp_path, verdict)
+
+
+@rows_in_one_case(
+    ("base", "head", "tolerance", "verdict"),
+    [
+        (None, 0, 0, "new"),
+        (0, None, 9, "missing"),
+        (10, 11, 0, "grew"),
+        (10, 11, 1, "same"),
+        (10, 8.9, 1, "shrank"),
+    ],
+)
+def test_figures_may_differ_by_the_tolerance(base, head, tolerance, verdict):
+    assert verdict_of(base, head, tolerance) == verdict
+
+
+DAMAGED = {"empty": b"", "cut": b'{"a": 1', "not text": b"\xff\xfe", "nested too deeply": b"[" * 100_000}
+
+
+@rows_in_one_case("content", DAMAGED.values())
+def test_json_that_is_damaged_is_refused_with_the_remedy(tmp_path, content):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(FileError, match=r"a\.json.*write it again with the gate or the benchmarks") as found:
+        read_json(tmp_path / "a.json")
+    assert "\n" not in str(found.value)
+
+
+def test_json_that_is_too_large_is_not_read_and_a_missing_file_is_an_os_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(verdicts, "MOST_BYTES", 2**20)
+    (tmp_path / "a.json").write_bytes(b"[" + b" " * 2**20 + b"]")
+    with pytest.raises(FileError, match="it takes more than 1048576 bytes, which no run and no verdict does"):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(OSError, match="none"):
+        read_json(tmp_path / "none.json")

@@ -85,9 +85,8 @@ nothing = lambda: nn.ReLU()
 def quick(monkeypatch, user_module):
     """Leave out what takes long and has tests of its own: drawing, and the errors of normal weights."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    for module in ("page", "step"):
-        monkeypatch.setattr(f"lowmem.report.{module}.draw", lambda chart: Drawing(empty, empty, {}))
-    monkeypatch.setattr("lowmem.report.distortion.distortions", lambda: made_up().distortions)
+    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
+    monkeypatch.setattr("lowmem.report.quality.distortions", lambda: made_up().distortions)
     user_module("report_models", MODELS)
 
 
