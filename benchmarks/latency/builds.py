@@ -20,7 +20,7 @@ from io import BytesIO
 from pathlib import Path
 
 from lowmem.errors import show
-from lowmem.kernels.cpu import compiler
+from lowmem.kernels.native import compiler
 
 PACKAGED = (
     "lowmem",

@@ -14,15 +14,10 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import int8
-from lowmem.kernels.codes import code_in_torch as encode_8bit
-from lowmem.kernels.codes import decode_in_torch as decode_8bit
-from lowmem.kernels.columns import round_in_torch as round_columns
-from lowmem.kernels.entropy import entropies_in_torch as entropies
+from lowmem.kernels.codes import decode_8bit, encode_8bit
+from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
-from lowmem.kernels.rowwise import gated_grad_in_torch as gated_grad
-from lowmem.kernels.rowwise import gated_in_torch as gated
-from lowmem.kernels.rowwise import norm_grad_in_torch as norm_grad
-from lowmem.kernels.rowwise import norm_in_torch as norm
+from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block, pack

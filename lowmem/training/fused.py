@@ -249,9 +249,9 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
     if dtype is x.dtype:
-        return rowwise.norm(x, _factor(x, weight, offset), eps, rounds_first)
+        return backend_of(x).norm(x, _factor(x, weight, offset), eps, rounds_first)
     ones = torch.ones_like(weight, dtype=torch.float32)
-    return (rowwise.norm(x, ones, eps) * _factor(x, weight, offset)).to(dtype)
+    return (backend_of(x).norm(x, ones, eps, False) * _factor(x, weight, offset)).to(dtype)
 
 
 class _Norm(torch.autograd.Function):
@@ -269,7 +269,7 @@ class _Norm(torch.autograd.Function):
         (x, weight), (eps, offset, _) = _end(ctx), ctx.how
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = rowwise.norm_grad(grad, x, _factor(x, weight, offset), eps)
+            of_x = backend_of(x).norm_grad(grad, x, _factor(x, weight, offset), eps)
         if ctx.needs_input_grad[1]:
             of_weight = rowwise.factor_grad(grad, x, eps).to(weight.dtype)
         return of_x, of_weight, None, None, None
@@ -331,7 +331,7 @@ class _Gated(torch.autograd.Function):
         if up is not None and len({one.dtype for one in kept if one is not None}) > 1:
             kept = [gate, up]
         ctx.save_for_backward(*kept)
-        return rowwise.gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, dtype)
+        return backend_of(gate).gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, dtype)
 
     @staticmethod
     @_once
@@ -346,7 +346,7 @@ class _Gated(torch.autograd.Function):
             return torch.cat((of_gate, of_up) if ctx.gate_first else (of_up, of_gate), -1), None, None, None, None
         into = [None if one is None else torch.empty_like(one, dtype=ctx.dtype) for one in (gate, up)]
         halves = _halves(into[0], into[1], ctx.gate_first)
-        rowwise.gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, halves)
+        backend_of(grad).gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, halves)
         return into[0], into[1], None, None, None
 
 
@@ -370,7 +370,7 @@ class _Activated(torch.autograd.Function):
         if is_batch(grad):
             return rowwise.gated_grads(grad, x, None, ACTIVATIONS[ctx.activation])[0].to(ctx.dtype), None
         of_x = torch.empty_like(x, dtype=ctx.dtype)
-        rowwise.gated_grad(grad, x, None, ACTIVATIONS[ctx.activation], (of_x, None))
+        backend_of(x).gated_grad(grad, x, None, ACTIVATIONS[ctx.activation], (of_x, None))
         return of_x, None
 
 
@@ -378,7 +378,7 @@ def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Te
     """Return an activation of x in ``dtype``; ``own`` is x's dtype before it was narrowed."""
     if _by_torch(activation, x):
         return _in_parts(lambda x: _OF_TORCH[activation][0](x.to(own)), own, dtype, x)
-    return rowwise.gated(x, None, ACTIVATIONS[activation], dtype)
+    return backend_of(x).gated(x, None, ACTIVATIONS[activation], dtype)
 
 
 def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
@@ -570,7 +570,7 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
             dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
             wide = None if up is None else up.to(dtype)
             halves = _halves(gate.to(dtype), wide, how.gate_first)
-            return rowwise.gated_in_torch(*halves, ACTIVATIONS[how.activation], dtype)
+            return rowwise.gated(*halves, ACTIVATIONS[how.activation], dtype)
         return gated_product(gate, up, how.activation, how.gate_first)
 
     # Only directly under the hooks of "lean": a checkpoint recomputes the layers anyway.
@@ -585,7 +585,8 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
 
     def recompute(dtype: torch.dtype | None) -> Tensor:
         gate, up = _saved(node)
-        return rowwise.gated(*_halves(gate, up, how.gate_first), node.activation, dtype or node.dtype)
+        halves = _halves(gate, up, how.gate_first)
+        return backend_of(gate).gated(*halves, node.activation, dtype or node.dtype)
 
     with recomputed_input(hidden, recompute):
         return _in_dtype_of(x, down(hidden), narrow)

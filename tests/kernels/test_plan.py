@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import FourBit, Half, convert, kernels, quantize
-from lowmem.kernels.cpu import Kernel, load
+from lowmem.kernels.cpu import Kernel
+from lowmem.kernels.native import load
 from tests import plan, strategies
 from tests.compiled import ISAS, compiled_bfloat16, needs_kernel
 from tests.selection import in_one_case, rows_in_one_case

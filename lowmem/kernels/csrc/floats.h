@@ -27,6 +27,9 @@ static const struct kernel kernels[] = {
 #define FLOAT_ISA(isa_name)                                                                                           \
     {                                                                                                                 \
         .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body,   \
-        .widen = wide_body, .quantize = quantize, .norm = norm_body, .gated = gated_body, .entropy = entropy_body,    \
-        .encode8 = encode8_body, .decode8 = decode8_body, .round_columns = round_columns_body                         \
+        .widen = wide_body, .quantize = quantize,                                                                     \
+        .rows = {                                                                                                     \
+            [NORM] = norm_body, [GATED] = gated_body, [ENTROPY] = entropy_body, [ENCODE8] = encode8_body,             \
+            [DECODE8] = decode8_body, [ROUND_COLUMNS] = round_columns_body,                                           \
+        },                                                                                                            \
     }

@@ -2,7 +2,7 @@
  * writes its columns. Columns lie across the lanes. GRAD_ROWS rows are dequantized into a tile, as pairs of them in bfloat16; a
  * small batch (`few`) is multiplied with 16-bit weights that are widened in registers. */
 #pragma once
-#include "few.h"
+#include "reading.h"
 
 #define GRAD_INPUTS 6 /* batch rows that are multiplied at a time */
 #define GRAD_FEWER 16 /* most batch rows summed in chains of GRAD_ROWS / 2 in float32: torch's are short, too */
@@ -145,13 +145,12 @@ INLINE void unpack(const struct job *job, int64_t g, const float *sums, const in
             for (int64_t i = 0; i < n; i += LANES)
                 store_some(out, type, g * GROUP + i, n - i, v_load(sums + i));
         } else {
-            for (int64_t i = 0; i < LANES * 4 && from + i < w->row_bytes; i++) {
-                const int64_t start = (from + i) / half * 2 * half, j = (from + i) % half;
-                const int64_t left = smaller(w->columns - start, 2 * half), lower = (left + 1) / 2;
+            for (int64_t i = 0, low, high; i < LANES * 4 && from + i < w->row_bytes; i++) {
                 const float *of = sums + i % 4 * 2 * LANES + i / 4;
-                write_as(out, type, start + j, of[0]);
-                if (lower + j < left)
-                    write_as(out, type, start + lower + j, of[LANES]);
+                columns_of(from + i, w->columns, half, &low, &high);
+                write_as(out, type, low, of[0]);
+                if (high >= 0)
+                    write_as(out, type, high, of[LANES]);
             }
         }
 }

@@ -41,7 +41,7 @@
  * or of grad; a "row" alone is a row of the weight. */
 #define MAX_LANES 16              /* float32 lanes of the widest ISA */
 #define MAX_GROUP (MAX_LANES * 8) /* codes in a group of MAX_LANES words */
-#define FEW 4                     /* most batch rows for which columns lie across the lanes (linear.h) */
+#define FEW 4                     /* most batch rows for which columns lie across the lanes (few.h) */
 #define FEW_MORE 8                /* the same in bfloat16, in 8-bit integers and with 8- and 16-bit weights */
 #define SHARE_ROWS 8              /* granularity in rows of a thread's share there */
 #define UPDATE_ROWS 16            /* rows after which a low-rank update is added there */
@@ -147,8 +147,8 @@ struct quantizing {
     float largest;           /* largest magnitude of a scale */
     int zero;                /* code of the zero weight; it also pads odd rows */
     int has_sign;            /* whether scales are signed */
-    uint8_t *packed, *scales, *scratch;
-    int64_t own, scale_bytes; /* bytes: of a thread's scratch, of a row's scales */
+    uint8_t *scratch;
+    int64_t own; /* bytes of a thread's scratch */
     int failed; /* set by any thread, never cleared */
 };
 
@@ -314,6 +314,15 @@ static inline void write_as(void *p, int type, int64_t i, float value)
         ((float *)p)[i] = value;
     else
         ((uint16_t *)p)[i] = type == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
+}
+
+/* The columns of the low and the high nibble of a byte of a row of `columns` columns in blocks of 2 * half; *high is -1 for the
+ * code that pads an odd row. A row's last block may be short: its halves are shorter, too. */
+static inline void columns_of(int64_t byte, int64_t columns, int64_t half, int64_t *low, int64_t *high)
+{
+    const int64_t start = byte / half * 2 * half, left = smaller(columns - start, 2 * half), lower = (left + 1) / 2;
+    *low = start + byte % half;
+    *high = byte % half + lower < left ? *low + lower : -1;
 }
 
 /* The columns that packing groups g0 to g1 (of `group` columns each) has to visit: whole blocks, starting at a multiple of two

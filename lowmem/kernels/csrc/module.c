@@ -239,13 +239,12 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
         .weight = &w, .isa = base_of(all_isas[n[ISA]]), .x = ADDRESS(n[X]), .boundaries = ADDRESS(n[BOUNDARIES]),
         .candidates = ADDRESS(n[CANDIDATES]), .importance = ADDRESS(n[IMPORTANCE]), .tried = n[TRIED],
         .largest = float_of((uint32_t)n[LARGEST]), .zero = (int)n[ZERO], .has_sign = (int)n[SIGN],
-        .packed = (uint8_t *)w.packed, .scales = (uint8_t *)w.scales, .scratch = ADDRESS(n[SCRATCH]),
-        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES), .scale_bytes = scale_bytes(&w),
+        .scratch = ADDRESS(n[SCRATCH]), .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
     };
     struct job job = {
         .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])), .quantizing = &q,
     };
-    if (!q.x || !q.packed || !q.scales || !q.scratch)
+    if (!q.x || !w.packed || !w.scales || !q.scratch)
         return no_memory();
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, quantize_body, 1, NULL, 0);
@@ -324,12 +323,7 @@ static PyMethodDef methods[] = {
     {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},
     FAST(quantize),
     FAST(update),
-    {"norm", norm, METH_VARARGS, NULL},
-    {"gated", gated, METH_VARARGS, NULL},
-    {"entropy", entropy, METH_VARARGS, NULL},
-    {"encode8", encode8, METH_VARARGS, NULL},
-    {"decode8", decode8, METH_VARARGS, NULL},
-    {"round_columns", round_columns, METH_VARARGS, NULL},
+    {"rowwise", rowwise, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

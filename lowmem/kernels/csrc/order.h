@@ -23,13 +23,11 @@ static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
     if (!order)
         return NULL;
     int32_t *place = order->tables, *block = place + columns, *first_block = block + stride / 8;
-    for (int64_t start = 0; start < columns; start += size) {
-        const int64_t left = smaller(columns - start, size), low = (left + 1) / 2;
-        for (int64_t j = 0; j < low; j++) {
-            place[start + j] = place_of(start / 2 + j, 0, lanes);
-            if (low + j < left)
-                place[start + low + j] = place_of(start / 2 + j, 1, lanes);
-        }
+    for (int64_t byte = 0, low, high; byte < row_bytes; byte++) {
+        columns_of(byte, columns, half, &low, &high);
+        place[low] = place_of(byte, 0, lanes);
+        if (high >= 0)
+            place[high] = place_of(byte, 1, lanes);
     }
     for (int64_t g = 0; g < groups; g++) {
         const int64_t byte = smaller(g * lanes * 4, row_bytes - 1), last = smaller((g + 1) * lanes * 4, row_bytes) - 1;

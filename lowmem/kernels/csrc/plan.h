@@ -3,7 +3,7 @@
  * kernels of the ISA that it extends; they come after its own.
  *
  * What holds for every kernel is decided beside the tables: the pieces of a batch, the parts of wide rows and the threads
- * (layout.h); that offsets are multiplied apart, and that torch rounds inputs to 8 bits where no kernel takes them
+ * (product.h); that offsets are multiplied apart, and that torch rounds inputs to 8 bits where no kernel takes them
  * (lowmem/kernels/cpu.py). */
 #pragma once
 #include "kernel.h"
@@ -59,6 +59,8 @@ struct kernel {
     {"torch_others", LINEAR, WEIGHTS8, ANY_TYPE, FEW_MORE + 1, ANY_ROWS},     \
     {"grad_torch_others", INPUT_GRAD, ODD | WEIGHTS8, ANY_TYPE, 1, ANY_ROWS}
 
+enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ROW_FUNCTIONS };
+
 struct isa {
     const char *name;
     int lanes;
@@ -67,7 +69,7 @@ struct isa {
     /* Functions other than products; NULL if the ISA extends another, since those of base_of are used. */
     body dequantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
     int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
-    body norm, gated, entropy, encode8, decode8, round_columns; /* row-wise functions: see row_calls.h */
+    body rows[ROW_FUNCTIONS]; /* row-wise functions: see row_calls.h */
 };
 
 extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;

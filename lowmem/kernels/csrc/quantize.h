@@ -168,11 +168,10 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
     const B boundaries = boundaries_load(q->boundaries);
     float *scales = (float *)own;
     uint8_t *codes = own + round_up(w->blocks, MAX_LANES) * (int64_t)sizeof(float);
-    const int is_double = w->encoding >= SCALES_DOUBLE;
-    const int has_zero = w->levels[q->zero] == 0.0f;
+    const int is_double = w->encoding >= SCALES_DOUBLE, has_zero = w->levels[q->zero] == 0.0f;
     for (int64_t r = from; r < to; r++) {
         const float *x = q->x + r * w->columns;
-        uint8_t *packed = q->packed + r * w->row_bytes, *stored = q->scales + r * q->scale_bytes;
+        uint8_t *packed = (uint8_t *)w->packed + r * w->row_bytes, *stored = (uint8_t *)w->scales + r * scale_bytes(w);
         for (int64_t b = 0; b < w->blocks; b++) {
             const int64_t n = smaller(size, w->columns - b * size);
             const uint32_t largest = largest_bits(x + b * size, n);

@@ -1,7 +1,7 @@
 /* A low-rank update in float32: out = base + scaling * (x @ A.T) @ B.T. Two products: narrow = scaling * (x @ A.T), then out =
  * base + narrow @ B.T. */
 #pragma once
-#include "few.h"
+#include "reading.h"
 
 /* out[j * LANES + i] = row i of a matrix (R, columns) times row j of x (M, columns), as partial sums in the lanes,
  * for the first `whole` columns, a multiple of LANES. */

@@ -1,7 +1,7 @@
 /* Weights in 8 bits. Each byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer /
  * 127 * scale. Codes are in the order of the columns. */
 #pragma once
-#include "few.h"
+#include "reading.h"
 
 /* The integers of LANES codes. Code 0, which no quantizer writes, is read as code 1. */
 INLINE V weights8_load(const uint8_t *p)
