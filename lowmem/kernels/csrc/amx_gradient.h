@@ -10,9 +10,8 @@
 _Static_assert(TILED_GRAD_OWN == GRADIENT_STRIPS * STRIP + TILED_GRAD_ROWS * LANES + TILED_INPUTS * TILED_GRAD_ROWS,
                "dequantized rows, scales, and inputs that are padded");
 
-/* Dequantize rows r and r + 1 of group g, all strips of 32 columns: two tiles each, STRIP floats apart. r1 ends the rows; if
- * r + 1 is not before it, the second row is zeros. `out` is the pair's line in the first tile. `scales` are those of both rows,
- * a vector each. */
+/* Dequantize rows r and r + 1 (zeros from r1 on) of group g, all strips of 32 columns: two tiles each, STRIP floats apart. `out` is
+ * the pair's line in the first tile. `scales` are those of both rows, a vector each. */
 INLINE void dequantize_eights(const struct weight *w, int64_t r, int64_t r1, int64_t g, const float *scales, float *out)
 {
     const int64_t from = g * LANES * 4, left = w->row_bytes - from;
@@ -81,8 +80,7 @@ static void put_gradient(const struct job *job, int64_t g, const float *sums)
     }
 }
 
-/* The tiles of grad for up to 32 batch rows from m on and rows r0 to r1: in place, or, if they are not whole tiles,
- * copied to `padded` and padded with zeros. */
+/* The tiles of grad for up to 32 batch rows from m on and rows r0 to r1: in place, or, if not whole, copied to `padded`. */
 static struct tiles as_it_lies(const struct job *job, int64_t m, int64_t r0, int64_t r1, uint16_t *padded)
 {
     const int64_t stride = job->weight->rows, inputs = smaller(job->m1 - job->m0 - m, 2 * TILED_INPUTS), rows = r1 - r0;

@@ -1,5 +1,4 @@
-/* The ISA avx2: vector operations (rows.h) of AVX2 with FMA and F16C. The sixteen levels are two registers; bit 3 of a code
- * selects one. */
+/* The ISA avx2, with FMA and F16C. The sixteen levels are two registers; bit 3 of a code selects one. */
 #include "kernel.h"
 #if defined(__x86_64__)
 TARGET(AVX2)

@@ -1,5 +1,4 @@
-/* x @ W.T for a small batch. Columns lie across the lanes, codes are decoded in registers, and each row of W is read once for
- * all batch rows. many.h serves larger batches. */
+/* x @ W.T for a small batch. Columns lie across the lanes, and each row of W is read once for all batch rows. */
 #pragma once
 #include "pairs.h"
 #include "update.h"
@@ -25,8 +24,7 @@ INLINE void place_input(const struct job *job, int64_t m, float *out, int64_t st
     }
 }
 
-/* out[j * LANES + i] = row r + i times batch row j, as partial sums in the lanes. Codes are decoded in registers. A
- * block's products are summed before they are multiplied with its scale. */
+/* out[j * LANES + i] = row r + i times batch row j, as partial sums in the lanes, each block's times its scale. */
 INLINE void few(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;
@@ -139,14 +137,32 @@ static void few_sixteen_body(struct job *job, int64_t part, int64_t parts, int64
     few_rows(job, part, parts, job->weight->encoding == BFLOAT16 ? rows_bfloat : rows_half);
 }
 
-/* Dequantize a part of the rows, for struct isa. */
+/* out = levels[code] * scale for rows r to `to` of W and blocks g0 to g1, in the order of the columns. */
+INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, const int bits, const int type)
+{
+    const struct weight *w = job->weight;
+    const int64_t size = 2 * w->half;
+    float scales[TILE_SCALES] = {0};
+    const T table = table_load(bits == 4 ? w->levels : scales); /* not used for 8 bits */
+    for (; r < to; r++)
+        for (int64_t b = job->g0; b < job->g1; b++) {
+            const int64_t at = (b - job->g0) % (TILE_COLUMNS / 8), left = w->columns - b * size;
+            const int64_t out = r * job->out_step + (b - job->g0) * size;
+            if (at == 0)
+                row_scales(w, r, b, smaller(job->g1 - b, TILE_COLUMNS / 8), scales);
+            if (bits == 4)
+                dequantize_block(w, w->packed + r * w->row_bytes + b * w->half, left, scales[at], table, job->out, out, type);
+            else
+                dequantize_block8(w->packed + r * w->row_bytes + b * size, smaller(size, left), scales[at], job->out, out, type);
+        }
+}
+
 static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    float scales[TILE_SCALES];
     int64_t r, to;
     share(job->weight->rows, 1, parts, part, &r, &to);
     if (job->weight->levels)
-        OF_TYPE(job->out_type, dequantize_rows, job, r, to, scales);
+        OF_TYPE(job->out_type, dequantize_rows, job, r, to, 4);
     else
-        OF_TYPE(job->out_type, dequantize_weights8, job, r, to, scales);
+        OF_TYPE(job->out_type, dequantize_rows, job, r, to, 8);
 }

@@ -20,8 +20,7 @@ static void pack_bf16(const struct job *job, int64_t m)
     const int64_t half = w->half, step = (job->m1 - job->m0) * 32; /* numbers from a nibble to the next */
     const uint16_t *x = (const uint16_t *)job->x + m * w->columns;
     uint16_t *out = (uint16_t *)job->packed + (m - job->m0) * 32;
-    /* For small blocks, indices into two vectors of eight 64-bit words, four columns each: those of first halves of blocks, and
-     * those of second halves. */
+    /* For small blocks, indices of 64-bit words of two vectors: those of first halves of blocks, and those of second halves. */
     uint64_t fours[2][8];
     for (int64_t n = 0, run = smaller(half / 4, 4); n < 8; n++) {
         fours[0][n] = (uint64_t)(n / run * 2 * run + n % run);

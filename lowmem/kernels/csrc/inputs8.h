@@ -4,13 +4,12 @@
  *
  *   sum of level[c] * x = step * unit * (sum of steps[c] * v - 128 * sum of v),        x ~ unit * v
  *
- * A small batch is multiplied in registers, as in few.h. A packed group of a batch row consists of 64 bytes for
- * the columns of low nibbles and 64 for those of high nibbles; -128 * sum of v, per lane; and step * unit.
+ * A small batch is multiplied in registers, as in few.h. A packed group of a batch row: 64 bytes for the columns of low nibbles,
+ * 64 for those of high nibbles; -128 * sum of v, per lane; and step * unit.
  *
- * In a larger batch, LANES rows of x form a panel and lie across the lanes: four columns of a row of W are multiplied
- * with all of them at once, and the sum of a block starts with the term of the zero point. A packed group of a panel
- * consists of four columns of each batch row, first those of the low nibbles of each of LANES words, then those of
- * the high nibbles; the terms of the zero point for each block; and the units. */
+ * In a larger batch, LANES rows of x form a panel and lie across the lanes, and the sum of a block starts with the term of the
+ * zero point. A packed group of a panel: four columns of each batch row, first those of the low nibbles of each of LANES words,
+ * then those of the high nibbles; the terms of the zero point for each block; and the units. */
 #pragma once
 #include "few.h"
 
@@ -31,8 +30,7 @@ _Static_assert(INPUTS8_UNITS + LANES <= INPUTS8_GROUP * LANES, "a panel has room
 
 INLINE W steps_load(const struct weight *w) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)); }
 
-/* sum + bytes * numbers. In assembly, since in long loops GCC copies each sum around the intrinsic, which takes half
- * of the time. */
+/* sum + bytes * numbers. In assembly: in long loops GCC copies each sum around the intrinsic, which takes half of the time. */
 INLINE W add_bytes(W sum, W bytes, W numbers)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(numbers));
@@ -61,8 +59,7 @@ INLINE void few_inputs8(const struct job *job, int64_t r, const int R, const int
         W lows[4], highs[4];
         read_group(&at, w, r, g, R);
         EACH_ROW look_up_steps(table, at.words[i], lows + i, highs + i);
-        /* Products of different rows alternate: chains of dependent products, one after the other, would fill the
-         * queues of operations that wait for operands. */
+        /* Products of different rows alternate: chains of dependent products would fill the queues of waiting operations. */
         EACH_INPUT {
             const float *of = x + j * GROUP;
             const W low = _mm512_loadu_si512(of), high = _mm512_loadu_si512(of + LANES);
@@ -85,8 +82,8 @@ INLINE W four_at(W four)
     return _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(16)), _mm512_or_si512(_mm512_slli_epi32(in_quarter, 2), quarter));
 }
 
-/* Convert the GROUP numbers x to the bytes, sums and unit of a group. Quads of four columns alternate: `run` of them belong to
- * low nibbles, the next `run` to high ones. Returns 0 if a number is too large or not finite, or if all are too small. */
+/* Convert the GROUP numbers x to the bytes, sums and unit of a group. `run` quads of four columns belong to low nibbles, the next
+ * `run` to high ones. Returns 0 if a number is too large or not finite, or if all are too small. */
 INLINE int to_inputs8_group(const struct weight *w, const V *x, const int run, float *group)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -175,8 +172,7 @@ static void pack_panels_inputs8(struct job *job, int64_t part, int64_t parts, in
         }
 }
 
-/* sums (P panels, R rows, LANES) += a group of R dequantized rows times P panels. Bytes of rows are broadcast by loads, and
- * numbers of x are loads, too: several panels share the former, several rows the latter. */
+/* sums (P panels, R rows, LANES) += a group of R dequantized rows times P panels. Rows and panels share what is loaded. */
 INLINE void multiply_inputs8(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
                                  float *sums)
 {
@@ -213,8 +209,7 @@ INLINE void multiply_inputs8(const float *x, const uint8_t *tile, const float *s
     }
 }
 
-/* The steps of the codes of a group, tile (INPUTS8_ROWS, GROUP), and the scales of its blocks, (INPUTS8_ROWS, LANES). Refuses the job
- * if a float32 scale is too large. */
+/* The steps of the codes of a group, (INPUTS8_ROWS, GROUP), and its scales, (INPUTS8_ROWS, LANES). Refuses too large scales. */
 INLINE void steps_inputs8(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
 {
     const struct weight *w = job->weight;

@@ -27,8 +27,7 @@ INLINE void row_units(const struct weight *w, int64_t r, const int R, V *out)
         EACH_ROW out[i] = v_set1(row_scale(w, r + i) / row_steps(w));
 }
 
-/* The codes to prefetch while group g of R rows is multiplied: of rows 8 * R further. Rows are contiguous, so that the lines of
- * all R rows together are fetched in order, R lines of LANES * 4 bytes per group. */
+/* The codes to prefetch while group g of R rows is multiplied: of rows 8 * R further, whose lines are fetched in order. */
 INLINE const uint8_t *codes_soon(const struct weight *w, int64_t r, int64_t g, const int R)
 {
     return w->packed + (r + 8 * R) * w->row_bytes + g * LANES * 4 * R;
@@ -58,8 +57,7 @@ INLINE void few_scales(const struct weight *w, int64_t r, int64_t first, const i
 #undef READ
 }
 
-/* Load a group of words of R rows, `left` bytes of which exist. A short group is copied first, so that both cases share one
- * load: with two paths the compiler keeps the words on the stack. */
+/* Load a group of words, of which `left` bytes exist: a copy of a short group, since two loads would need the stack. */
 INLINE void few_words(const uint8_t *p, int64_t row_bytes, int64_t left, const int R, W *words)
 {
     uint8_t rest[4][LANES * 4]; /* padded with zeros */
@@ -105,8 +103,7 @@ INLINE void read_group(struct reading *at, const struct weight *w, int64_t r, in
 /* Multiplies rows r to `to` with the packed batch rows. */
 typedef void rows_with(const struct job *, int64_t r, int64_t to);
 
-/* Define name_M(): rows r to `to` times M batch rows, LANES rows at a time. Each M has a function, which has the registers for
- * itself, and `name` is the table of them. */
+/* Define name_M(), rows r to `to` times M batch rows, each with all registers for itself, and the table `name` of them. */
 #define ROWS_WITH(M, name, rows, product, ...)                            \
     OWN_FUNCTION name##_##M(const struct job *job, int64_t r, int64_t to) \
     {                                                                     \

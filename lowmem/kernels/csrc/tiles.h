@@ -1,7 +1,6 @@
 /* The tile registers of AMX (Intel's Software Developer's Manual, volume 1, chapter 18): 16 lines of 64 bytes. tdpbf16ps
- * multiplies a tile of 16 lines of 32 bfloat16 columns with a tile of 16 pairs of columns, each with 16 lines side by side, and
- * adds the 16 x 16 products to a third tile, in float32. Here four registers hold sums, of two tiles of x or grad with two
- * tiles of the weight. */
+ * multiplies 16 lines of 32 bfloat16 columns with 16 pairs of columns, each with 16 lines side by side, and adds 16 x 16
+ * products to a third tile. */
 #pragma once
 #include "reading.h"
 
@@ -16,8 +15,7 @@ _Static_assert(TILED_ROWS == MANY_ROWS && TILED_ROWS == 32, "two tiles, and as m
 /* GCC 12 does not know that tile instructions read and write memory. */
 #define TILES_BARRIER __asm__ volatile("" ::: "memory")
 
-/* Configure all eight registers as whole tiles; lines that a product does not need are computed and ignored. Each begin_tiles
- * needs an end_tiles, since other code configures other shapes. */
+/* Configure all eight registers as whole tiles. Each begin_tiles needs an end_tiles: other code configures other shapes. */
 static void begin_tiles(void)
 {
     struct {
@@ -40,9 +38,8 @@ struct tiles {
     int64_t line;         /* bytes from a line to the next */
 };
 
-/* sums += two tiles of the weight (registers 4, 5) times one or two (`both`) tiles of x or grad (6, 7), for `count` tiles of
- * columns. The sums of the second tile are `second` floats further. `transposed`: the lines of the sums are those of x or grad,
- * not those of the weight. `first`: sums start at zero, and memory is not read. */
+/* sums += two tiles of the weight times one or two (`both`) of x or grad, for `count` tiles of columns. The second sums are `second`
+ * floats further. `transposed`: the lines of the sums are those of x or grad. `first`: sums start at zero. */
 INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const int transposed, const int both, int first,
                            float *sums, int64_t second)
 {
