@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from lowmem import FourBit, Half, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import parts_of, stored
-from tests.operators import assert_operator
 from tests.selection import rows_in_one_case
 
 # dynamo makes an instance of every function of one's own
@@ -86,20 +85,6 @@ def test_an_exported_inference_program_has_the_gradients_of_a_training_one(techn
     found = torch.autograd.grad(program(x).square().sum(), [x, *own])
     torch.testing.assert_close(found[0], expected[0])
     assert sorted(float(g.norm()) for g in found) == pytest.approx(sorted(float(g.norm()) for g in expected))
-
-
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
-def test_the_operator_that_graphs_hold_is_what_torch_expects_of_one(transposed):
-    weight = quantize(torch.randn(6, 40), block_size=8)
-    packed, scales, text = parts_of(weight)
-    text = f"{text} {torch.float32} {transposed}"
-    x = torch.randn(3, 6 if transposed else 40, requires_grad=True)
-    added = () if transposed else (torch.randn(6), torch.randn(2, 40), torch.randn(6, 2), 1.0)
-    operator = torch.ops.lowmem.product_4bit.default
-    for some in (added, added[:1]):
-        assert_operator(operator, (x, packed, scales, text, *some))
-        expected = ops.product(x, weight, torch.float32, transposed, *some)
-        assert torch.equal(operator(x, packed, scales, text, *some), expected)
 
 
 @pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))

@@ -43,30 +43,30 @@ every_order = pytest.mark.parametrize("transposed", [False, True], ids=["forward
 @pytest.mark.thorough(keep=1)
 @kinds
 @every_order
-@rows_in_one_case("dtype", [torch.float32, torch.bfloat16])
+@rows_in_one_case("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
-    weight = make_weight(kind)
-    x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
-    if kind == "half":
-        assert_operator(torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed))
-    else:
-        packed, scales, text = parts_of(weight)
-        assert_operator(torch.ops.lowmem.product_4bit.default, (x, packed, scales, f"{text} {dtype} {transposed}"))
-
-
-@rows_in_one_case("transposed", [False, True])
-def test_the_operator_of_8_bit_integers_gives_the_input_s_dtype(transposed):
-    weight = make_weight("4-bit")
-    packed, scales, text = parts_of(weight)
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
-        given = x, packed, scales, f"{text} torch.int8 {transposed}"
-        assert_operator(torch.ops.lowmem.product_4bit.default, given)
-        out = ops.product(x, weight, torch.int8, transposed)
-        (got,) = torch.autograd.grad(out.sum(), x)
-        (exact,) = torch.autograd.grad(ops.product(x, weight, dtype, transposed).sum(), x)
-        assert out.dtype == dtype
-        assert torch.equal(got, exact)
+    """With a bias and an adapter, too; the gradient of a product in 8-bit integers is that of the input's dtype."""
+    if kind == "half" and dtype is torch.int8:
+        return
+    weight, own = make_weight(kind), torch.float32 if dtype is torch.int8 else dtype
+    x = torch.randn(3, 6 if transposed else 40, dtype=own, requires_grad=True)
+    added = [torch.randn(shape, dtype=own) for shape in ((6,), (2, 40), (6, 2))]
+    for some in [()] if transposed else [(), added[:1], (*added, 0.5)]:
+        if kind == "half":
+            operator, given = torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed, *some)
+        else:
+            packed, scales, text = parts_of(weight)
+            operator, given = (
+                torch.ops.lowmem.product_4bit.default,
+                (x, packed, scales, f"{text} {dtype} {transposed}"),
+            )
+            given = *given, *some
+        assert_operator(operator, given)
+        out = operator(*given)
+        assert out.dtype == own
+        assert torch.equal(out, ops.product(x, weight, dtype, transposed, *some))
+        got, exact = (torch.autograd.grad(ops.product(x, weight, one, transposed).sum(), x) for one in (dtype, own))
+        assert torch.equal(*got, *exact)
 
 
 @rows_in_one_case("kind", ["half", "4-bit"])
