@@ -22,12 +22,10 @@ __all__ = ["CpuRows"]
 _LEVELS = 16  # of csrc/columns.h
 _TERMS = 7  # of struct gated in csrc/row_calls.h
 
-# enum row_function of csrc/plan.h, and the layout of the function's struct in csrc/row_calls.h
-_NORM = 0, Struct("@iqqfiPPPP")
-_GATED = 1, Struct("@iiqqqq7fPPPPP")
-_ENTROPY = 2, Struct("@iiqqfPPP")
-_ENCODE8, _DECODE8 = (3, Struct("@iqqPPPP")), (4, Struct("@iqqPPPP"))
-_ROUND_COLUMNS = 5, Struct("@qqiPPPPPPPP")
+# enum row_function of csrc/plan.h, and the layouts of the structs in csrc/row_calls.h
+_NORM, _GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS = range(6)
+_NORM_CALL, _GATED_CALL = Struct("@iqqfiPPPP"), Struct("@iiqqqq7fPPPPP")
+_ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 
 
 class CpuRows:
@@ -36,9 +34,8 @@ class CpuRows:
     native: ModuleType
     _isa: int
 
-    def _run(self, function: tuple[int, Struct], numbers: int, *fields: float) -> None:
-        number, struct = function
-        self.native.rowwise(self._isa, number, torch.get_num_threads(), numbers, struct.pack(*fields))
+    def _run(self, function: int, numbers: int, call: bytes) -> None:
+        self.native.rowwise(self._isa, function, torch.get_num_threads(), numbers, call)
 
     def serves_rows(self, x: Tensor) -> bool:
         """Whether C computes norms and activations of such tensors: float32 and bfloat16."""
@@ -60,8 +57,10 @@ class CpuRows:
 
     def _norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool, grad: Tensor | None) -> Tensor:
         out, width = torch.empty_like(x), x.shape[-1]
-        addresses = x.data_ptr(), _address(grad), factor.data_ptr(), out.data_ptr()
-        self._run(_NORM, x.numel(), TYPES[x.dtype], x.numel() // width, width, eps, rounds_first, *addresses)
+        rows, of_grad = x.numel() // width, 0 if grad is None else grad.data_ptr()
+        addresses = x.data_ptr(), of_grad, factor.data_ptr(), out.data_ptr()
+        call = _NORM_CALL.pack(TYPES[x.dtype], rows, width, eps, rounds_first, *addresses)
+        self.native.rowwise(self._isa, _NORM, torch.get_num_threads(), rows * width, call)
         return out
 
     def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
@@ -97,7 +96,7 @@ class CpuRows:
     ) -> None:
         width, terms = a.shape[-1], (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
         types, sizes = (TYPES[a.dtype], TYPES[into[0].dtype]), (a.numel() // width, width, step, out_step)
-        self._run(_GATED, a.numel(), *types, *sizes, *terms, *map(_address, (a, b, grad, *into)))
+        self._run(_GATED, a.numel(), _GATED_CALL.pack(*types, *sizes, *terms, *map(_address, (a, b, grad, *into))))
 
     def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
         """Return the cross entropies of rows; ``logits`` become their gradient."""
@@ -106,7 +105,8 @@ class CpuRows:
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         targets = targets.contiguous()
         addresses = logits.data_ptr(), targets.data_ptr(), losses.data_ptr()
-        self._run(_ENTROPY, logits.numel(), TYPES[logits.dtype], gradient, *logits.shape, smoothing, *addresses)
+        call = _ENTROPY_CALL.pack(TYPES[logits.dtype], gradient, *logits.shape, smoothing, *addresses)
+        self._run(_ENTROPY, logits.numel(), call)
         return losses
 
     def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[int, int]:
@@ -115,7 +115,8 @@ class CpuRows:
             return reference.encode_8bit(numbers, into)
         counts = torch.zeros(3, dtype=torch.int64, device=numbers.device)  # of scales that are not finite, too
         addresses = (one.data_ptr() for one in (numbers, *into, counts))
-        self._run(_ENCODE8, len(numbers), TYPES[numbers.dtype], len(into[0]), len(numbers), *addresses)
+        call = _SAVED8_CALL.pack(TYPES[numbers.dtype], len(into[0]), len(numbers), *addresses)
+        self._run(_ENCODE8, len(numbers), call)
         before, after, _ = counts.tolist()
         return before, after
 
@@ -125,7 +126,7 @@ class CpuRows:
         if not _is_memory(out):
             return reference.decode_8bit(codes, scales, dtype)
         addresses = out.data_ptr(), codes.data_ptr(), scales.data_ptr(), 0
-        self._run(_DECODE8, out.numel(), TYPES[dtype], len(codes), out.numel(), *addresses)
+        self._run(_DECODE8, out.numel(), _SAVED8_CALL.pack(TYPES[dtype], len(codes), out.numel(), *addresses))
         return out
 
     def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
@@ -139,7 +140,7 @@ class CpuRows:
         given = pivots.contiguous(), matrix.contiguous(), scales, found
         written = values.data_ptr(), approximate.data_ptr()
         addresses = *written, *tables, *(one.data_ptr() for one in given)
-        return self._run(_ROUND_COLUMNS, values.numel(), *values.shape, descends, *addresses)
+        return self._run(_ROUND_COLUMNS, values.numel(), _ROUNDING_CALL.pack(*values.shape, descends, *addresses))
 
     def _takes(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether all are plain CPU tensors of one shape and dtype, float32 or bfloat16, with numbers in them."""

@@ -141,20 +141,22 @@ static void few_sixteen_body(struct job *job, int64_t part, int64_t parts, int64
 INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, const int bits, const int type)
 {
     const struct weight *w = job->weight;
-    const int64_t size = 2 * w->half;
-    float scales[TILE_SCALES] = {0};
-    const T table = table_load(bits == 4 ? w->levels : scales); /* not used for 8 bits */
-    for (; r < to; r++)
-        for (int64_t b = job->g0; b < job->g1; b++) {
+    const int64_t size = 2 * w->half, bytes = bits == 4 ? w->half : size;
+    float scales[TILE_SCALES];
+    const T table = table_load(bits == 4 ? w->levels : memset(scales, 0, sizeof scales)); /* not used for 8 bits */
+    for (; r < to; r++) {
+        const uint8_t *p = w->packed + r * w->row_bytes + job->g0 * bytes;
+        int64_t out = r * job->out_step;
+        for (int64_t b = job->g0; b < job->g1; b++, p += bytes, out += size) {
             const int64_t at = (b - job->g0) % (TILE_COLUMNS / 8), left = w->columns - b * size;
-            const int64_t out = r * job->out_step + (b - job->g0) * size;
             if (at == 0)
                 row_scales(w, r, b, smaller(job->g1 - b, TILE_COLUMNS / 8), scales);
             if (bits == 4)
-                dequantize_block(w, w->packed + r * w->row_bytes + b * w->half, left, scales[at], table, job->out, out, type);
+                dequantize_block(w, p, left, scales[at], table, job->out, out, type);
             else
-                dequantize_block8(w->packed + r * w->row_bytes + b * size, smaller(size, left), scales[at], job->out, out, type);
+                dequantize_block8(p, smaller(size, left), scales[at], job->out, out, type);
         }
+    }
 }
 
 static void dequantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)

@@ -96,10 +96,9 @@ enum type { FLOAT32, BFLOAT16, FLOAT16 };
 /* How scales are stored. SCALES_DOUBLE: a byte of steps per block, times a float16 per row; SCALES_SIGNED: with a sign bit. */
 enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, SCALES_SIGNED };
 
-/* The order in which shifts decode the codes of a row: in a group of `lanes` 32-bit words, nibble 0 of each word, then nibble 1,
- * and so on. x is permuted into it, the codes are not. Low nibbles of a block's bytes hold its first half, high ones its second
- * half. Column c is lane place[c] % lanes of vector place[c] / lanes; word i of group g belongs to block first_block[g] +
- * block[g * lanes + i], where blocks are whole words. */
+/* The order in which shifts decode the codes of a row, into which x is permuted: in a group of `lanes` 32-bit words, nibble 0 of each
+ * word, then nibble 1, and so on. Low nibbles hold the first half of a block, high ones the second. Column c is lane place[c] % lanes
+ * of vector place[c] / lanes; word i of group g belongs to block first_block[g] + block[g * lanes + i], of whole words. */
 struct order {
     int64_t lanes, groups;
     const int32_t *place, *block, *first_block;

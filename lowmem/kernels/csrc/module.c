@@ -1,6 +1,5 @@
-/* The Python module. Products, dequantize and update check the memory of tensors here; quantize and row-wise functions take
- * addresses that Python has checked. One binary works with every PyTorch: it uses none of its headers, and the threads of the
- * OpenMP library that torch has loaded. */
+/* The Python module. Products, dequantize and update check the memory of tensors here; other functions take addresses that Python
+ * has checked. One binary works with every PyTorch: it uses none of its headers, and the threads that torch has loaded. */
 #include <dlfcn.h>
 
 #include "product.h"

@@ -1,7 +1,6 @@
-/* The plan: which kernel computes a product. Each instruction set (ISA) has a table with a row for each of its kernels, and
- * `plan` returns the first row that accepts a product. The kernels of the ISA that it extends come after its own. For every
- * kernel alike, product.h decides on pieces, parts and threads, and lowmem/kernels/cpu.py on offsets and on inputs that torch
- * rounds to 8 bits. */
+/* The plan: which kernel computes a product. Each instruction set (ISA) has a table with a row for each of its kernels, and `plan`
+ * returns the first row that accepts a product; the kernels of the ISA that it extends come after its own. For all alike, product.h
+ * decides on pieces, parts and threads, and lowmem/kernels/cpu.py on offsets and on inputs that torch rounds to 8 bits. */
 #pragma once
 #include "kernel.h"
 

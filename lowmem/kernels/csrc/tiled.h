@@ -35,8 +35,8 @@ INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
         v_store(tile + k * MANY_ROWS, bf16 ? pairs(value[2 * k], value[2 * k + 1]) : value[k]);
 }
 
-/* sums (M, MANY_ROWS) += n words of a tile times M batch rows. Meanwhile the next tile is dequantized up to vector `until`, on
- * idle ports, and `fetch` (or NULL) is prefetched. A chain of sums has `chain` words: a longer one would lose precision. */
+/* sums (M, MANY_ROWS) += n words of a tile times M batch rows, in chains of `chain` words. Meanwhile the next tile is dequantized up
+ * to vector `until`, on idle ports, and `fetch` (or NULL) is prefetched. */
 INLINE void multiply(const float *tile, int n, const float *x, const int M, float *sums, struct dequantizing *next,
                             int until, const uint8_t *fetch, int chain, const int bf16)
 {
