@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from lowmem.kernels.cpu import Kernel, load
+from lowmem.kernels.cpu import Kernel
+from lowmem.kernels.native import load
 from lowmem.quant.quantize import quantize
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"

@@ -1,18 +1,10 @@
 """What a build is made of, and how its wheel is tagged, with the C kernel and where its C cannot be compiled."""
 
-import os
 import re
-import shutil
-import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-
-import lowmem
-from lowmem.kernels import cpu
-from tests.selection import rows_in_one_case
 
 run_setup = pytest.importorskip("setuptools").distutils.core.run_setup
 ROOT = Path(__file__).parents[1]
@@ -53,19 +45,6 @@ def test_where_the_kernel_cannot_be_compiled_a_wheel_serves_any_python_of_that_p
     assert tag_of(built) == ("py3", "none", re.sub(r"\W", "_", platform))
 
 
-@pytest.mark.skipif(sys.platform == "win32" or not shutil.which(cpu.compiler()[0]), reason="no C compiler")
-def test_each_header_compiles_by_itself():
-    """All of them in one call, each as a file of its own."""
-    folder = Path(sysconfig.get_paths()["include"])
-    if not (folder / "Python.h").exists():
-        pytest.skip("this Python has no headers")
-    headers = sorted(cpu.SOURCES.glob("*.h"))
-    assert headers
-    command = [*cpu.compiler(), "-std=gnu11", "-w", "-fsyntax-only", f"-I{folder}", "-x", "c", *map(str, headers)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_a_kernel_that_does_not_compile_fails_a_release_and_no_install(monkeypatch):
     monkeypatch.setattr(sysconfig, "get_platform", lambda: "linux-x86_64")
     monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 0}.get)
@@ -86,43 +65,3 @@ def test_the_source_distribution_holds_what_its_tests_need(monkeypatch):
         assert files, folder
         needed |= files
     assert needed - held == set()
-
-
-@rows_in_one_case(
-    ("platform", "remedy"),
-    [("linux", "needs a C compiler"), ("darwin", "needs a C compiler"), ("win32", "lowmem has none on Windows")],
-)
-def test_who_has_no_compiled_kernel_reads_why(platform, remedy):
-    assert remedy in cpu.without_kernel("No module named lowmem.kernels._native", platform)
-
-
-@pytest.fixture(scope="module")
-def source_tree(tmp_path_factory):
-    """Return a folder that holds the package as a clone does, without a compiled kernel."""
-    folder = tmp_path_factory.mktemp("clone")
-    left_out = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
-    shutil.copytree(Path(lowmem.__file__).parent, folder / "lowmem", ignore=left_out)
-    (folder / "lowmem" / "kernels" / "csrc").mkdir(exist_ok=True)  # a wheel has none
-    return folder
-
-
-def what_python_says(folder, compiler):
-    script = "import lowmem; from lowmem.kernels import cpu; cpu.load(); print(lowmem.backend())"
-    variables = {**os.environ, "PYTHONPATH": str(folder), "CC": compiler, "LOWMEM_KERNEL": ""}
-    command = [sys.executable, "-c", script]
-    run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=True)
-    assert run.stdout.startswith("reference: ")
-    return run.stderr
-
-
-@pytest.mark.processes
-def test_a_source_tree_whose_kernel_was_not_compiled_warns_once(source_tree):
-    said = what_python_says(source_tree, compiler=sys.executable)  # any program will do: it is not run
-    assert said.count("compile it with: pip install -e .") == 1
-
-
-@pytest.mark.processes
-def test_without_a_compiler_or_sources_there_is_nothing_to_warn_of(source_tree, tmp_path):
-    assert what_python_says(source_tree, compiler="no-such-compiler") == ""
-    assert not cpu.is_forgotten("linux", csrc=tmp_path / "csrc")
-    assert not cpu.is_forgotten("win32")

@@ -20,7 +20,7 @@ from io import BytesIO
 from pathlib import Path
 
 from lowmem.errors import show
-from lowmem.kernels.cpu import compiler
+from lowmem.kernels.native import compiler
 
 # What a wheel is made of, and its kernel.
 PACKAGED = ("lowmem", "pytest_lowmem.py", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")

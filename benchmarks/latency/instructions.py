@@ -15,7 +15,7 @@ from pathlib import Path
 
 from benchmarks.latency.builds import Environment, GateError
 from benchmarks.latency.rounds import worker_environment
-from lowmem.kernels.cpu import compiler
+from lowmem.kernels.native import compiler
 from lowmem.testing.verdicts import Row, verdict_of
 
 LIMIT = 0.02  # more instructions than this fail

@@ -78,7 +78,7 @@ CASES = (
     Case("base against base, beside a busy core", runs=10, alarm=False, busy=1),
     Case(
         "10% in a kernel",
-        file="lowmem/kernels/csrc/linear.h",
+        file="lowmem/kernels/csrc/few.h",
         found=FEW_ROWS,
         # A tenth of the rows is multiplied twice.
         planted=FEW_ROWS + FEW_ROWS.replace("r, end", "r, r + (end - r) / 10"),

@@ -1,18 +1,10 @@
 """Products with stored weights, computed by the backend of a tensor's device; and the selection of the CPU's.
 
-A weight is a float16 or bfloat16 tensor (out, in), or a ``QuantizedTensor`` in 4 or 8 bits:
-
-    linear(x, weight, dtype, bias, (A, B, s))  (batch, in) -> (batch, out)  x @ W.T + bias + s (x @ A.T) @ B.T
-    input_grad(grad, weight, dtype)   (batch, out) -> (batch, in)   grad @ W
-    add_low_rank(base, x, a, b, s)    (batch, out) -> (batch, out)  base + s (x @ A.T) @ B.T
-    add_product(out, x, weight, transposed)   out += x @ W.T, or x @ W: sums are rounded once, in the dtype of x
-
-computed and returned in ``dtype`` (torch.int8: returned in the dtype of x, see ``lowmem.kernels.int8``). The same
-backend quantizes and dequantizes rows for ``lowmem.quant``; its protocol is ``lowmem.quant.backend.Backend``.
-``reference`` is plain torch, serves every device type that ``register`` gave no other backend, and defines the
-results. ``cpu`` binds the compiled kernel: the CPU's backend is the best ISA that the processor has, or the one that
-the environment variable ``LOWMEM_KERNEL`` names: reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or
-avx512amx.
+A weight is a float16 or bfloat16 tensor (out, in), or a ``QuantizedTensor`` in 4 or 8 bits. The protocol of a backend
+is ``lowmem.quant.backend.Backend``. ``reference`` is plain torch, serves every device type that ``register`` gave no
+other backend, and defines the results. ``cpu`` binds the compiled kernel: the CPU's backend is the best ISA that the
+processor has, or the one that the environment variable ``LOWMEM_KERNEL`` names: reference, portable, neon, avx2,
+avx512, avx512vnni, avx512bf16 or avx512amx.
 """
 
 from __future__ import annotations
@@ -113,8 +105,7 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
     """
     form = getattr(getattr(weight, "weight", weight), "form", None)  # of a stored tensor, or a module's
     own = getattr(weight, "compute_dtype", getattr(form, "compute_dtype", None))  # a layer's may have been set
-    dtype = dtype or own or torch.float32
-    stored: object = weight
+    dtype, stored = dtype or own or torch.float32, weight
     if isinstance(weight, nn.Module):
         found = getattr(weight, "stored_weight", None)
         stored = found() if callable(found) else getattr(weight, "weight", None)
@@ -163,11 +154,7 @@ def _backends() -> tuple[dict[str, tuple[Backend, str]], list[str]]:
 
 
 def _select(name: str | None) -> tuple[Backend, str]:
-    """Return the backend called ``name``, or the best one for None, and the reason for ``backend()``.
-
-    Raises:
-        ValueError: no such backend runs here.
-    """
+    """Return the backend called ``name``, or the best one for None, and the reason for ``backend()``."""
     found, missing = _backends()
     because = f"{VARIABLE} or a test asks for it" if name else "the best that there is here"
     name = name or list(found)[-1]

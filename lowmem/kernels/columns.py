@@ -1,4 +1,4 @@
-"""Columns of a weight, each rounded to codes for what the ones before it left; and the definition.
+"""Columns of a weight, each rounded to codes for what the ones before it left; a method of ``Backend``.
 
 With the changes d of the columns before, a number of column i is rounded from
 
@@ -13,10 +13,10 @@ from __future__ import annotations
 
 import torch
 
-from lowmem.quant.backend import Columns, backend_of
+from lowmem.quant.backend import Columns
 from lowmem.quant.formats import Format
 
-__all__ = ["PANEL", "round_columns", "round_in_torch"]
+__all__ = ["PANEL", "round_columns"]
 
 PANEL = 64
 """Columns of a call, at most: ``MOST_COLUMNS`` of csrc/columns.h, and what stays in a processor's cache."""
@@ -24,11 +24,6 @@ PANEL = 64
 
 def round_columns(form: Format, columns: Columns, descends: bool) -> None:
     """Round columns one after the other; ``descends`` says whether it is a step of coordinate descent."""
-    backend_of(columns.values).round_columns(form, columns, descends)
-
-
-def round_in_torch(form: Format, columns: Columns, descends: bool) -> None:
-    """Compute ``round_columns``, by definition."""
     values, scales, pivots, matrix, approximate, codes = columns
     levels, boundaries = (
         torch.tensor(numbers, dtype=torch.float32, device=values.device) for numbers in (form.levels, form.boundaries)

@@ -5,16 +5,15 @@ What C does not take (other dtypes and layouts, wrapped and traced tensors) goes
 
 from __future__ import annotations
 
+from struct import Struct
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from lowmem.kernels.codes import code_in_torch, decode_in_torch
-from lowmem.kernels.columns import PANEL, round_in_torch
-from lowmem.kernels.entropy import entropies_in_torch
+from lowmem.kernels import reference
+from lowmem.kernels.columns import PANEL
 from lowmem.kernels.memory import TYPES, floats, is_batch, is_float, is_real, is_traced
-from lowmem.kernels.rowwise import gated_grad_in_torch, gated_in_torch, norm_grad_in_torch, norm_in_torch
 from lowmem.quant.backend import Activation, Columns
 from lowmem.quant.formats import Format
 
@@ -23,12 +22,20 @@ __all__ = ["CpuRows"]
 _LEVELS = 16  # of csrc/columns.h
 _TERMS = 7  # of struct gated in csrc/row_calls.h
 
+# enum row_function of csrc/plan.h, and the layouts of the structs in csrc/row_calls.h
+_NORM, _GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS = range(6)
+_NORM_CALL, _GATED_CALL = Struct("@iqqfiPPPP"), Struct("@iiqqqq7fPPPPP")
+_ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
+
 
 class CpuRows:
     """The row-wise part of the backend in C for one ISA, which ``lowmem.kernels.cpu.Kernel`` completes."""
 
     native: ModuleType
     _isa: int
+
+    def _run(self, function: int, numbers: int, call: bytes) -> None:
+        self.native.rowwise(self._isa, function, torch.get_num_threads(), numbers, call)
 
     def serves_rows(self, x: Tensor) -> bool:
         """Whether C computes norms and activations of such tensors: float32 and bfloat16."""
@@ -37,28 +44,30 @@ class CpuRows:
     def norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
         """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows."""
         if not (self._takes(x) and is_float(factor) and _is_dense(x)):
-            return norm_in_torch(x, factor, eps, rounds_first)
+            return reference.norm(x, factor, eps, rounds_first)
         return self._norm(x, factor, eps, rounds_first, None)
 
     def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
         """Return the gradient of x for ``norm``."""
+        grad = grad.to(x.dtype)
         if not (self._takes(x, grad) and is_float(factor) and _is_dense(x)):
-            return norm_grad_in_torch(grad, x, factor, eps)
+            return reference.norm_grad(grad, x, factor, eps)
         grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
         return self._norm(x, factor, eps, False, grad)
 
     def _norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool, grad: Tensor | None) -> Tensor:
-        out, columns = torch.empty_like(x), x.shape[-1]
-        of_x = TYPES[x.dtype], x.numel() // columns, columns
-        addresses = x.data_ptr(), factor.data_ptr(), _address(grad), out.data_ptr()
-        self.native.norm(self._isa, torch.get_num_threads(), *of_x, eps, rounds_first, *addresses)
+        out, width = torch.empty_like(x), x.shape[-1]
+        rows, of_grad = x.numel() // width, 0 if grad is None else grad.data_ptr()
+        addresses = x.data_ptr(), of_grad, factor.data_ptr(), out.data_ptr()
+        call = _NORM_CALL.pack(TYPES[x.dtype], rows, width, eps, rounds_first, *addresses)
+        self.native.rowwise(self._isa, _NORM, torch.get_num_threads(), rows * width, call)
         return out
 
     def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
         """Return ``act(a) b`` in ``dtype``, contiguous."""
         step = _step(a, b)
         if step is None or not _widens(a.dtype, dtype) or not self._takes(a, b):
-            return gated_in_torch(a, b, activation, dtype)
+            return reference.gated(a, b, activation, dtype)
         out = torch.empty(a.shape, dtype=dtype, device=a.device)
         self._gated(a, b, None, activation, step, (out, None), a.shape[-1])
         return out
@@ -67,15 +76,13 @@ class CpuRows:
         self, grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
     ) -> None:
         """Write the gradients of a and b for ``gated``."""
+        grad = grad.to(into[0].dtype).contiguous()
         step, out_step = _step(a, b), _step(*into)
-        if (
-            step is None
-            or out_step is None
-            or not (is_real(grad) and _widens(a.dtype, grad.dtype) and self._takes(a, b))
-        ):
-            return gated_grad_in_torch(grad, a, b, activation, into)
-        self._gated(a, b, grad, activation, step, into, out_step)
-        return None
+        plain = is_real(grad) and _widens(a.dtype, grad.dtype) and self._takes(a, b)
+        if step is None or out_step is None or not plain:
+            reference.gated_grad(grad, a, b, activation, into)
+        else:
+            self._gated(a, b, grad, activation, step, into, out_step)
 
     def _gated(
         self,
@@ -87,66 +94,53 @@ class CpuRows:
         into: tuple[Tensor, Tensor | None],
         out_step: int,
     ) -> None:
-        columns, terms = a.shape[-1], (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
-        types, sizes = (TYPES[a.dtype], TYPES[into[0].dtype]), (a.numel() // columns, columns, step, out_step)
-        addresses = map(_address, (a, b, grad, *into))
-        self.native.gated(self._isa, torch.get_num_threads(), *types, *sizes, terms, *addresses)
+        width, terms = a.shape[-1], (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
+        types, sizes = (TYPES[a.dtype], TYPES[into[0].dtype]), (a.numel() // width, width, step, out_step)
+        self._run(_GATED, a.numel(), _GATED_CALL.pack(*types, *sizes, *terms, *map(_address, (a, b, grad, *into))))
 
     def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
         """Return the cross entropies of rows; ``logits`` become their gradient."""
         if not (_is_memory(logits) and is_real(targets)):
-            return entropies_in_torch(logits, targets, smoothing, gradient)
+            return reference.entropies(logits, targets, smoothing, gradient)
         losses = logits.new_empty(len(logits), dtype=torch.float32)
         targets = targets.contiguous()
         addresses = logits.data_ptr(), targets.data_ptr(), losses.data_ptr()
-        of_logits = TYPES[logits.dtype], gradient, *logits.shape
-        self.native.entropy(self._isa, torch.get_num_threads(), *of_logits, smoothing, *addresses)
+        call = _ENTROPY_CALL.pack(TYPES[logits.dtype], gradient, *logits.shape, smoothing, *addresses)
+        self._run(_ENTROPY, logits.numel(), call)
         return losses
 
-    def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return 8-bit codes, scales, and how many numbers and codes are not zero."""
+    def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[int, int]:
+        """Write 8-bit codes and scales; return how many numbers and codes are not zero."""
         if not _is_memory(numbers):
-            return code_in_torch(numbers, into)
+            return reference.encode_8bit(numbers, into)
         counts = torch.zeros(3, dtype=torch.int64, device=numbers.device)  # of scales that are not finite, too
-        of_numbers = TYPES[numbers.dtype], len(into[0]), len(numbers)
         addresses = (one.data_ptr() for one in (numbers, *into, counts))
-        self.native.encode8(self._isa, torch.get_num_threads(), *of_numbers, *addresses)
+        call = _SAVED8_CALL.pack(TYPES[numbers.dtype], len(into[0]), len(numbers), *addresses)
+        self._run(_ENCODE8, len(numbers), call)
         before, after, _ = counts.tolist()
-        return *into, (before, after)
+        return before, after
 
     def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``codes * scales`` in ``dtype``."""
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
         if not _is_memory(out):
-            return decode_in_torch(codes, scales, dtype)
-        addresses = out.data_ptr(), codes.data_ptr(), scales.data_ptr()
-        self.native.decode8(self._isa, torch.get_num_threads(), TYPES[dtype], len(codes), *addresses)
+            return reference.decode_8bit(codes, scales, dtype)
+        addresses = out.data_ptr(), codes.data_ptr(), scales.data_ptr(), 0
+        self._run(_DECODE8, out.numel(), _SAVED8_CALL.pack(TYPES[dtype], len(codes), out.numel(), *addresses))
         return out
 
     def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
         """Round columns of a weight one after the other."""
-        values, scales, pivots, matrix, approximate, codes = columns
+        values, scales, pivots, matrix, approximate, found = columns
         fits = len(form.levels) == _LEVELS and len(values) <= PANEL and not is_traced() and values.numel() > 0
-        fits = fits and is_real(codes) and codes.is_contiguous() and all(map(is_float, (values, scales, approximate)))
+        fits = fits and is_real(found) and found.is_contiguous() and all(map(is_float, (values, scales, approximate)))
         if not fits:
-            return round_in_torch(form, columns, descends)
-        levels, boundaries = floats(form.levels), floats(form.boundaries)
-        pivots, matrix = pivots.contiguous(), matrix.contiguous()
-        self.native.round_columns(
-            self._isa,
-            torch.get_num_threads(),
-            *values.shape,
-            descends,
-            values.data_ptr(),
-            approximate.data_ptr(),
-            levels.buffer_info()[0],
-            boundaries.buffer_info()[0],
-            pivots.data_ptr(),
-            matrix.data_ptr(),
-            scales.data_ptr(),
-            codes.data_ptr(),
-        )
-        return None
+            return reference.round_columns(form, columns, descends)
+        tables = (floats(numbers).buffer_info()[0] for numbers in (form.levels, form.boundaries))
+        given = pivots.contiguous(), matrix.contiguous(), scales, found
+        written = values.data_ptr(), approximate.data_ptr()
+        addresses = *written, *tables, *(one.data_ptr() for one in given)
+        return self._run(_ROUND_COLUMNS, values.numel(), _ROUNDING_CALL.pack(*values.shape, descends, *addresses))
 
     def _takes(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether all are plain CPU tensors of one shape and dtype, float32 or bfloat16, with numbers in them."""

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.kernels import int8
+from lowmem.kernels.frozen_operator import parsed
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block
 from lowmem.quant.scales import get_encoding
@@ -37,16 +38,9 @@ def decomposes(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Ten
     return register
 
 
-def dequantized(
-    packed: Tensor,
-    scales: Tensor,
-    format: str,
-    block_size: int,
-    scale_encoding: str,
-    columns: int,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Return a matrix (rows, columns) of codes in ``dtype``."""
+def dequantized(packed: Tensor, scales: Tensor, text: str, dtype: torch.dtype) -> Tensor:
+    """Return the matrix (rows, columns) of ``parts_of`` a weight in ``dtype``."""
+    columns, (format, block_size, scale_encoding), _ = parsed(text)
     form = get_format(format)
     if form.bits == 8:  # a table of 256 numbers would be as many nodes of a graph
         values = ((packed.float() - 128) / 127).clamp_min(-1)
@@ -112,16 +106,7 @@ def _float(stored: Tensor, size: int) -> Tensor:
 
 
 def product_4bit(
-    x: Tensor,
-    packed: Tensor,
-    scales: Tensor,
-    format: str,
-    block_size: int,
-    scale_encoding: str,
-    columns: int,
-    dtype: torch.dtype,
-    transposed: bool,
-    *added: Any,
+    x: Tensor, packed: Tensor, scales: Tensor, text: str, dtype: torch.dtype, transposed: bool, *added: Any
 ) -> Tensor:
     """Return the product with a 4-bit weight.
 
@@ -133,16 +118,11 @@ def product_4bit(
             "lowmem has no plain operators for compute_dtype=torch.int8, as torch.onnx.export needs: convert the "
             "model with compute_dtype=None"
         )
-    weight = dequantized(
-        packed, scales, format, block_size, scale_encoding, columns, int8.float_dtype(dtype, x.dtype)
-    )
+    weight = dequantized(packed, scales, text, int8.float_dtype(dtype, x.dtype))
     return product(x, weight, transposed, *(added or (None,)))
 
 
-def _table(values: Sequence[float], device: torch.device) -> Tensor:
-    """Return a vector; of ``torch.tensor`` a graph would hold writes in place."""
-    return torch.stack([torch.full((), value, dtype=torch.float32, device=device) for value in values])
-
-
 def _looked_up(values: Sequence[float], indices: Tensor) -> Tensor:
-    return _table(values, indices.device).index_select(0, indices.flatten().int()).view(indices.shape)
+    """Return ``values[indices]``. The table is stacked: of ``torch.tensor`` a graph would hold writes in place."""
+    table = torch.stack([torch.full((), one, dtype=torch.float32, device=indices.device) for one in values])
+    return table.index_select(0, indices.flatten().int()).view(indices.shape)

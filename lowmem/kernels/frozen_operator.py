@@ -1,8 +1,8 @@
 """Operators on an input and a frozen weight, each declared once for eager calls, derivatives and recorded graphs.
 
 Compiled, exported and traced graphs hold them as ``torch.ops.lowmem.<name>``, which is opaque to these. Torch's
-dispatcher calls the kernel that ``serve`` registered for the device, and thereby the device's backend. Such an
-operator takes tensors, numbers and text: the fields of a 4-bit weight stand for it.
+dispatcher calls the kernel that ``serve`` registered for the device, and thereby the device's backend. An operator
+takes tensors, numbers and text: codes, scales and a text stand for a 4-bit weight (``parts_of``).
 """
 
 from __future__ import annotations
@@ -25,13 +25,12 @@ from lowmem.quant.tensor import QuantizedTensor
 __all__ = [
     "FrozenOperator",
     "StoredParts",
-    "fields",
     "parsed",
+    "parts_of",
     "refuse_training",
     "serve",
     "stands_for_plain_call",
     "stored",
-    "stored_as",
 ]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
@@ -73,9 +72,8 @@ class FrozenOperator:
         differentiable: Callable[..., Tensor] | None = None,
         rows_alike: bool = True,
     ) -> None:
-        self.compute, self.fake, self.derivatives = compute, fake, derivatives
-        self.rows_alike = rows_alike
-        self.record = record
+        self.compute, self.fake, self.record = compute, fake, record
+        self.derivatives, self.rows_alike = derivatives, rows_alike
         self.differentiable = differentiable or self.node
 
     def __call__(self, *arguments: Any) -> Tensor:
@@ -90,21 +88,18 @@ class FrozenOperator:
     def declare(self, schema: str, arguments: Callable[..., tuple[Any, ...]]) -> None:
         """Declare ``torch.ops.lowmem.<name>``, for every device type that is or will be served.
 
-        Args:
-            schema: its name, arguments and result.
-            arguments: maps its arguments to those of ``compute`` behind the backend.
+        ``arguments`` maps the schema's arguments to those of ``compute`` behind the backend.
         """
         _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
         name = schema.partition("(")[0]
         operator = getattr(torch.ops.lowmem, name).default
 
         def register(device_type: str) -> None:
-            key = "default" if device_type == ANY else device_type
+            def kernel(*given: Any) -> Tensor:
+                return self.compute(backend_for(device_type), *arguments(*given))
+
             torch.library.impl(
-                f"lowmem::{name}",
-                key,
-                lambda *given: self.compute(backend_for(device_type), *arguments(*given)),
-                lib=_LIBRARY,
+                f"lowmem::{name}", "default" if device_type == ANY else device_type, kernel, lib=_LIBRARY
             )
 
         def compute_or_differentiate(*given: Any) -> Tensor:
@@ -148,12 +143,12 @@ def _needs_gradient(arguments: Sequence[Any]) -> bool:
     return torch.is_grad_enabled() and any(isinstance(one, Tensor) and one.requires_grad for one in arguments)
 
 
-def fields(weight: QuantizedTensor | StoredParts) -> tuple[Any, ...]:
-    """Return the fields of a 4-bit weight that an operator takes, of which ``stored`` makes it again."""
+def parts_of(weight: QuantizedTensor | StoredParts) -> tuple[Tensor, Tensor, str]:
+    """Return the codes, the scales and the text of a 4-bit matrix, of which ``stored`` makes it again."""
     if isinstance(weight, StoredParts):
-        format, block_size, scale_encoding, _ = weight.text.split()
-        return weight.packed, weight.scales, format, int(block_size), scale_encoding
-    return weight.packed, weight.scales, weight.format, weight.block_size, weight.scale_encoding
+        return weight.packed, weight.scales, weight.text
+    text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[-1]}"
+    return weight.packed, weight.scales, text
 
 
 def refuse_training(weight: Tensor) -> None:
@@ -201,45 +196,35 @@ class StoredParts:
             )
 
 
-@lru_cache(maxsize=64)
-def _scale_dtype(format: str, _: int, scale_encoding: str, *__: Any) -> torch.dtype:
-    return get_encoding(scale_encoding, get_format(format).signed).dtype
+@lru_cache(maxsize=1024)
+def parsed(text: str) -> tuple[int, tuple[str, int, str], torch.dtype]:
+    """Return what the text of a weight says: its columns; format, block size and encoding; and the scales' dtype."""
+    format, block_size, scale_encoding, columns = text.split()
+    dtype = get_encoding(scale_encoding, get_format(format).signed).dtype
+    return int(columns), (format, int(block_size), scale_encoding), dtype
 
 
-def stored(packed: Tensor, scales: Tensor, *described: Any) -> QuantizedTensor:
-    """Return the matrix (rows, columns) of a weight's fields and its columns, with what was cached for it before.
+def stored(packed: Tensor, scales: Tensor, text: str) -> QuantizedTensor:
+    """Return the matrix (rows, columns) of ``parts_of`` a weight, with what was cached for it before.
 
     The scales may be given as their bytes.
     """
-    if scales.dtype is torch.uint8:
-        dtype = _scale_dtype(*described)
-        scales = scales if dtype is torch.uint8 else scales.view(dtype)
+    columns, described, dtype = parsed(text)
+    if scales.dtype is not dtype and scales.dtype is torch.uint8:
+        scales = scales.view(dtype)
     if type(packed) is not nn.Parameter and type(packed) is not Tensor:  # fake tensors have no address
-        return QuantizedTensor(packed, scales, torch.Size((packed.shape[0], described[-1])), *described[:-1])
+        return QuantizedTensor(packed, scales, torch.Size((packed.shape[0], columns)), *described)
     weight = object.__new__(QuantizedTensor)  # its __init__ takes as long as the rest of a small operator
-    weight.__dict__.update(_state_of(packed.data_ptr(), packed.shape, *described), packed=packed, scales=scales)
+    weight.__dict__.update(_state_of(packed.data_ptr(), packed.shape, text), packed=packed, scales=scales)
     return weight
 
 
-def stored_as(packed: Tensor, scales: Tensor, text: str) -> tuple[QuantizedTensor, torch.dtype, bool]:
-    """Parse the text that graphs carry: return the weight, its compute dtype, and whether it is transposed."""
-    described, dtype, transposed = parsed(text)
-    return stored(packed, scales, *described), dtype, transposed
-
-
-@lru_cache(maxsize=1024)
-def parsed(text: str) -> tuple[tuple[Any, ...], torch.dtype, bool]:
-    """Return what a text says: the fields of a weight but its tensors, the dtype, and whether it is transposed."""
-    format, block_size, scale_encoding, columns, dtype, transposed = text.split()
-    described = format, int(block_size), scale_encoding, int(columns)
-    return described, getattr(torch, dtype.removeprefix("torch.")), transposed == "True"
-
-
 @lru_cache(maxsize=4096)  # of a few hundred bytes each
-def _state_of(address: int, packed: torch.Size, *described: Any) -> dict[str, Any]:
+def _state_of(address: int, packed: torch.Size, text: str) -> dict[str, Any]:
     """Return a weight's state with the cache for what is stored at an address; backends check what they cached."""
-    nothing, shape = torch.empty(0), torch.Size((packed[0], described[-1]))
-    return dict(QuantizedTensor(nothing, nothing, shape, *described[:-1]).__dict__)
+    columns, described, _ = parsed(text)
+    nothing = torch.empty(0)
+    return dict(QuantizedTensor(nothing, nothing, torch.Size((packed[0], columns)), *described).__dict__)
 
 
 class _Node(torch.autograd.Function):
@@ -266,8 +251,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *scales = ctx.saved_tensors
         if scales:
-            _, _, *described = fields(ctx.weight)
-            weight = stored(weight, scales[0], *described, ctx.weight.shape[-1])
+            weight = stored(weight, *scales, parts_of(ctx.weight)[2])
         return None, ctx.f.node(grad, weight, *ctx.of_gradient).to(ctx.dtype), None, *ctx.unused
 
     @staticmethod
@@ -282,12 +266,9 @@ class _Node(torch.autograd.Function):
 def _over_examples(
     call: Callable[..., Tensor], rows_alike: bool, info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
 ) -> tuple[Tensor, int]:
-    """Return what vmap makes of ``call(x, *rest)``, and the dimension of the examples: one call, where that gives it.
+    """Return what vmap makes of ``call(x, *rest)``, and the dimension of the examples: of one call where that does.
 
-    Args:
-        rows_alike: of the operator that is called.
-        info: of vmap; ``batch_size`` is the number of examples.
-        in_dims: of each argument the dimension of the examples, or None.
+    ``in_dims`` are the dimensions of the examples in x and each of ``rest``, or None.
     """
     several = [dim is not None for dim, one in zip(in_dims[1:], rest, strict=True) if isinstance(one, Tensor)]
     if in_dims[0] is None or any(several) or not rows_alike:  # such as weights or biases of several models

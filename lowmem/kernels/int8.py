@@ -32,11 +32,7 @@ def round_inputs(x: Tensor, block_size: int) -> Tensor:
     """Return float32 ``scale * round(x / scale)``, where scale is 1/127 of the largest magnitude of its columns.
 
     The error is at most half a scale; a scale is at least 2^-100 / 127. Columns that hold a NaN, or a value that is
-    infinite in float32, become NaN.
-
-    Args:
-        x: floating point (batch, n).
-        block_size: of the weight that x is multiplied with.
+    infinite in float32, become NaN. ``block_size`` is that of the weight that x (batch, n) is multiplied with.
     """
     batch, columns = x.shape
     size = min(block_size if COLUMNS % block_size else COLUMNS, max(1, columns))
@@ -49,24 +45,16 @@ def round_inputs(x: Tensor, block_size: int) -> Tensor:
 
 
 def float_dtype(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
-    """Return the dtype of a product's result and of its gradients, which pass straight through the rounding.
-
-    Args:
-        dtype: the compute dtype.
-        given: the dtype of the input, which is returned for torch.int8.
-    """
+    """Return the dtype of a product's result and of its gradients: the compute dtype, or, for int8, the input's."""
     return given if dtype is torch.int8 else dtype
 
 
 @lru_cache(maxsize=64)
 def rounded_levels(levels: tuple[float, ...]) -> tuple[int, tuple[float, ...]]:
-    """Return the largest level in steps, at most 127, and the levels rounded to multiples of that step.
+    """Return the largest of 16 levels in steps, at most 127, and the levels rounded to multiples of that step.
 
     The levels of int4 and fp4 are exact multiples, of 1/15 and 1/12. Those of other formats are rounded, by at most
     1/254 of the largest level.
-
-    Args:
-        levels: the 16 levels of a format.
     """
     largest = max(map(abs, levels))
     for points in range(1, LARGEST):

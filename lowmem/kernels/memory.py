@@ -20,11 +20,9 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 _KEYS = torch._C._TorchDispatchModeKey
 _RECORDERS = (_KEYS.FAKE, _KEYS.PROXY, _KEYS.FUNCTIONAL)
 _CHECKPOINTS = "_CachingTorchDispatchMode", "_CachedTorchDispatchMode"  # of torch.utils.checkpoint
-_is_compiling, _tracing, _modes = (  # called for every product: globals are faster than attribute lookups
-    torch.compiler.is_compiling,
-    torch._C._get_tracing_state,
-    torch._C._len_torch_dispatch_stack,
-)
+# Called for every product: globals are faster than attribute lookups.
+_is_compiling, _tracing = torch.compiler.is_compiling, torch._C._get_tracing_state
+_modes = torch._C._len_torch_dispatch_stack
 
 
 @lru_cache(maxsize=64)
@@ -36,12 +34,8 @@ def floats(values: tuple[float, ...]) -> array[float]:
 def is_real(tensor: Tensor) -> bool:
     """Whether a tensor is on the CPU and its memory holds its values: no subclass, lazy negation or zero tensor."""
     kind = type(tensor)
-    return (
-        (kind is Tensor or kind is Parameter)
-        and tensor.is_cpu
-        and not tensor.is_neg()
-        and not tensor._is_zerotensor()
-    )
+    plain = (kind is Tensor or kind is Parameter) and tensor.is_cpu
+    return plain and not tensor.is_neg() and not tensor._is_zerotensor()
 
 
 def is_float(tensor: Tensor) -> bool:

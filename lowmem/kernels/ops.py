@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from lowmem.kernels import decompositions, reference
 from lowmem.kernels.decompositions import decomposes
-from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, parsed, stored, stored_as
+from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stored
 from lowmem.kernels.int8 import float_dtype
 from lowmem.quant.backend import Backend, Weight
 from lowmem.quant.tensor import QuantizedTensor
@@ -36,11 +37,7 @@ def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
     if not isinstance(weight, (QuantizedTensor, StoredParts)):  # a tuple: torch 2.9's compiler takes no union
         return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
-    if isinstance(weight, StoredParts):
-        packed, scales, text = weight.packed, weight.scales, weight.text
-    else:
-        packed, scales, *described = fields(weight)
-        text = f"{' '.join(map(str, described))} {weight.shape[1]}"
+    packed, scales, text = parts_of(weight)
     dtype, transposed, *added = rest
     return cast(Tensor, torch.ops.lowmem.product_4bit(x, packed, scales, f"{text} {dtype} {transposed}", *added))
 
@@ -69,16 +66,28 @@ product = FrozenOperator(_compute, _fake, _record, _derivatives, _differentiable
 all but W; or ``x @ W`` when transposed. The arguments from ``bias`` on may be left out."""
 
 
-_FIELDS = "Tensor packed, Tensor scales, str format, int block_size, str scale_encoding, int columns"
 _ADDED = "Tensor? bias=None, Tensor? a=None, Tensor? b=None, float? scaling=None"
 product.declare(
     f"product_16bit(Tensor x, Tensor weight, ScalarType dtype, bool transposed, {_ADDED}) -> Tensor",
     lambda *given: given,
 )
-# One text for six numbers and names: torch.compile guards, and the dispatcher converts, each argument apart.
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> tuple[str, torch.dtype, bool]:
+    """Return the text of a weight, the dtype, and whether the product is transposed."""
+    described, dtype, transposed = text.rsplit(maxsplit=2)
+    return described, getattr(torch, dtype.removeprefix("torch.")), transposed == "True"
+
+
+def _arguments(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> tuple[Any, ...]:
+    described, dtype, transposed = _parsed(text)
+    return x, stored(packed, scales, described), dtype, transposed, *added
+
+
+# One text for all numbers and names: torch.compile guards, and the dispatcher converts, each argument apart.
 product.declare(
-    f"product_4bit(Tensor x, Tensor packed, Tensor scales, str described, {_ADDED}) -> Tensor",
-    lambda x, packed, scales, text, *added: (x, *stored_as(packed, scales, text), *added),
+    f"product_4bit(Tensor x, Tensor packed, Tensor scales, str described, {_ADDED}) -> Tensor", _arguments
 )
 
 
@@ -89,20 +98,20 @@ def _written_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bo
 
 @decomposes("product_4bit")
 def _written_4bit(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> Tensor:
-    described, dtype, transposed = parsed(text)
-    return decompositions.product_4bit(x, packed, scales, *described, dtype, transposed, *added)
+    return decompositions.product_4bit(x, packed, scales, *_parsed(text), *added)
 
 
 def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -> Tensor:
     """Return a 4-bit weight (rows, columns), dequantized to ``dtype``, by its operator."""
-    return cast(Tensor, torch.ops.lowmem.dequantize_rows(*fields(weight), weight.shape[-1], dtype))
+    return cast(Tensor, torch.ops.lowmem.dequantize_rows(*parts_of(weight), dtype))
 
 
+_STORED = "Tensor packed, Tensor scales, str described"
 FrozenOperator(
     lambda backend, weight, dtype: backend.dequantize(weight, slice(None), dtype),
     lambda weight, dtype: weight.packed.new_empty(weight.shape, dtype=dtype),
     dequantize_rows,
-).declare(f"dequantize_rows({_FIELDS}, ScalarType dtype) -> Tensor", lambda *given: (stored(*given[:6]), given[6]))
+).declare(f"dequantize_rows({_STORED}, ScalarType dtype) -> Tensor", lambda *given: (stored(*given[:3]), given[3]))
 
 decomposes("dequantize_rows")(decompositions.dequantized)
 
@@ -147,7 +156,7 @@ def _record_grouped(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tens
     if not isinstance(weight, (QuantizedTensor, StoredParts)):
         return cast(Tensor, torch.ops.lowmem.grouped_product_16bit(x, weight, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
-    return cast(Tensor, torch.ops.lowmem.grouped_product_4bit(x, *fields(weight), weight.shape[1], *rest))
+    return cast(Tensor, torch.ops.lowmem.grouped_product_4bit(x, *parts_of(weight), *rest))
 
 
 grouped_product = FrozenOperator(
@@ -163,6 +172,6 @@ of x by matrix e of a stack W (count * out, in): by its transpose, as ``product`
 _GROUPS = "ScalarType dtype, bool transposed, int count, Tensor offsets"
 grouped_product.declare(f"grouped_product_16bit(Tensor x, Tensor weight, {_GROUPS}) -> Tensor", lambda *given: given)
 grouped_product.declare(
-    f"grouped_product_4bit(Tensor x, {_FIELDS}, {_GROUPS}) -> Tensor",
-    lambda x, *given: (x, stored(*given[:6]), *given[6:]),
+    f"grouped_product_4bit(Tensor x, {_STORED}, {_GROUPS}) -> Tensor",
+    lambda x, *given: (x, stored(*given[:3]), *given[3:]),
 )

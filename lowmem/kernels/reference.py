@@ -1,8 +1,7 @@
 """The backend in plain torch, on any device: dequantizes a chunk of rows, multiplies, frees it, and goes on.
 
-Products, their gradients and gathers never wait for the device: they read no value of a tensor.
-
-It is readable rather than fast. Every other backend is tested against it.
+Every other backend is tested against it. Products, their gradients and gathers never wait for the device: they read
+no value of a tensor.
 """
 
 from __future__ import annotations
@@ -14,15 +13,10 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import int8
-from lowmem.kernels.codes import code_in_torch as encode_8bit
-from lowmem.kernels.codes import decode_in_torch as decode_8bit
-from lowmem.kernels.columns import round_in_torch as round_columns
-from lowmem.kernels.entropy import entropies_in_torch as entropies
+from lowmem.kernels.codes import decode_8bit, encode_8bit
+from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
-from lowmem.kernels.rowwise import gated_grad_in_torch as gated_grad
-from lowmem.kernels.rowwise import gated_in_torch as gated
-from lowmem.kernels.rowwise import norm_grad_in_torch as norm_grad
-from lowmem.kernels.rowwise import norm_in_torch as norm
+from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block, pack
@@ -145,11 +139,7 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
 def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
     """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``.
 
-    Args:
-        base: (batch, out).
-        x: (batch, in), in the dtype of A and B.
-        a, b: (rank, in) and (out, rank).
-        scaling: of the low-rank product.
+    A (rank, in) and B (out, rank) have the dtype of x.
     """
     narrow = x @ a.t()  # (batch, rank)
     if base.dtype == b.dtype:
@@ -160,10 +150,7 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
 def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
     """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place: sums in float32 or wider, rounded once.
 
-    Args:
-        out: (batch, out), or (batch, in) if transposed; in the dtype of x.
-        x: (batch, in), or (batch, out) if transposed; floating point.
-        weight: (out, in).
+    ``out`` and x are floating point, of one dtype.
     """
     if transposed:
         wide = torch.promote_types(out.dtype, torch.float32)
@@ -220,8 +207,7 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
 
 
 def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
-    broken = int((~rows.isfinite()).sum())
-    if broken:
+    if broken := int((~rows.isfinite()).sum()):
         return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
     return (
         f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "

@@ -1,9 +1,11 @@
-"""RMS norms and gated activations, forward and backward, by the backend of a tensor; and their definitions.
+"""RMS norms, gated activations and cross entropies of rows: the definitions of these methods of ``Backend``.
 
-    norm(x)      x / sqrt(mean(x^2) + eps) * factor                  of rows
+    norm(x)      x / sqrt(mean(x^2) + eps) * factor
     gated(a, b)  act(a) b,  act(a) = a sigmoid(z(a)),  z odd
+    entropies    -(1 - e) log p[target] - e mean(log p),  with the gradient  p - (1 - e) onehot - e / vocabulary
 
-Everything is computed in float32 (float64 where an argument is) and rounded once.
+for p the softmax of a row of logits and e the label smoothing. Everything is computed in float32 (float64 where an
+argument is) and rounded once.
 
 Zhang and Sennrich, Root Mean Square Layer Normalization, arXiv 1910.07467; Shazeer, GLU Variants Improve Transformer,
 arXiv 2002.05202; Hendrycks and Gimpel, Gaussian Error Linear Units, arXiv 1606.08415, whose tanh is a sigmoid here,
@@ -18,20 +20,17 @@ import math
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import Activation, backend_of
+from lowmem.quant.backend import Activation
 
 __all__ = [
     "ACTIVATIONS",
+    "entropies",
     "factor_grad",
     "gated",
     "gated_grad",
-    "gated_grad_in_torch",
     "gated_grads",
-    "gated_in_torch",
     "norm",
     "norm_grad",
-    "norm_grad_in_torch",
-    "norm_in_torch",
 ]
 
 ACTIVATIONS = {
@@ -44,8 +43,10 @@ ACTIVATIONS = {
     ),
 }
 
+_ROWS = 16  # rows whose probabilities are computed at a time: few enough to stay in a processor's cache
 
-def norm(x: Tensor, factor: Tensor, eps: float, rounds_first: bool = False) -> Tensor:
+
+def norm(x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * factor``: (..., n), in the dtype and layout of x.
 
     Args:
@@ -54,11 +55,6 @@ def norm(x: Tensor, factor: Tensor, eps: float, rounds_first: bool = False) -> T
         eps: added to the mean.
         rounds_first: whether the quotient is rounded to x's dtype before it is multiplied.
     """
-    return backend_of(x).norm(x, factor, eps, rounds_first)
-
-
-def norm_in_torch(x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
-    """Compute ``norm``, by definition."""
     quotient = _normalized(x, eps)
     if rounds_first:
         quotient = quotient.to(x.dtype).to(quotient.dtype)
@@ -66,15 +62,13 @@ def norm_in_torch(x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> 
 
 
 def norm_grad(grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """Return the gradient of x, in its dtype: ``r g f - x r^3 / n sum(g f x)``, ``r = 1 / sqrt(mean(x^2) + eps)``."""
-    return backend_of(x).norm_grad(grad.to(x.dtype), x, factor, eps)
+    """Return the gradient of x, in its dtype: ``r g f - x r^3 / n sum(g f x)``, ``r = 1 / sqrt(mean(x^2) + eps)``.
 
-
-def norm_grad_in_torch(grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
-    """Compute ``norm_grad``, by definition."""
+    ``grad`` is rounded to x's dtype first.
+    """
     wide = _wide(x)
     inverse = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
-    scaled = grad.to(wide.dtype) * factor
+    scaled = grad.to(x.dtype).to(wide.dtype) * factor
     dot = (scaled * wide).mean(-1, keepdim=True) * inverse * inverse
     return scaled.sub_(wide * dot).mul_(inverse).to(x.dtype)
 
@@ -84,12 +78,12 @@ def factor_grad(grad: Tensor, x: Tensor, eps: float, rows: int = 256) -> Tensor:
     columns = x.shape[-1]
     total = _wide(x).new_zeros(columns)
     for g, part in zip(grad.reshape(-1, columns).split(rows), x.reshape(-1, columns).split(rows), strict=True):
-        total = total + (_normalized(part, eps) * g).sum(0)  # which may stand for several
+        total = total + (_normalized(part, eps) * g).sum(0)  # not in place: vmap may batch it
     return total
 
 
-def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype | None = None) -> Tensor:
-    """Return ``act(a) b``: (..., n), contiguous, in ``dtype``, or in that of a and b.
+def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
+    """Return ``act(a) b``: (..., n), contiguous, in ``dtype``; differentiable, and of any class of tensors.
 
     Args:
         a: floating point (..., n).
@@ -97,11 +91,6 @@ def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtyp
         activation: act.
         dtype: of the result.
     """
-    return backend_of(a).gated(a, b, activation, dtype or a.dtype)
-
-
-def gated_in_torch(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
-    """Compute ``gated``, by definition: differentiable, and of any class of tensors."""
     wide = _wide(a)
     out = wide * _factor(wide, activation)[0]
     return (out if b is None else out * b).to(dtype)
@@ -113,36 +102,48 @@ def gated_grad(
     """Write the gradients of a and b.
 
     Args:
-        grad: floating point (..., n).
+        grad: floating point (..., n); rounded to the dtype of ``into`` first.
         a: and b: as for ``gated``.
         activation: act.
         into: two tensors (..., n) of one dtype, for the gradients of a and of b; None for that of no b.
     """
-    backend_of(a).gated_grad(grad.to(into[0].dtype).contiguous(), a, b, activation, into)
-
-
-def gated_grad_in_torch(
-    grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
-) -> None:
-    """Compute ``gated_grad``, by definition."""
     of_a, of_b = into
-    act, slope = _act_and_slope(_wide(a), activation)
-    of_a.copy_(grad * slope if b is None else grad * slope * b)
+    found = gated_grads(grad.to(of_a.dtype), a, b, activation)
+    of_a.copy_(found[0])
     if of_b is not None:
-        of_b.copy_(grad * act)
+        of_b.copy_(found[1])
 
 
 def gated_grads(grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation) -> tuple[Tensor, Tensor | None]:
-    """Return what ``gated_grad`` writes, in float32 or wider, for a gradient that stands for several."""
-    act, slope = _act_and_slope(_wide(a), activation)
-    return (grad * slope, None) if b is None else (grad * slope * b, grad * act)
-
-
-def _act_and_slope(wide: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
-    """Return an activation and its derivative."""
+    """Return the gradients of a and b in float32 or wider; ``grad`` may be a batch of gradients (vmap)."""
+    wide = _wide(a)
     factor, its_slope = _factor(wide, activation)
     slope = factor + wide.clamp(-88, 88) * its_slope
-    return wide * factor, slope
+    return (grad * slope, None) if b is None else (grad * slope * b, grad * (wide * factor))
+
+
+def entropies(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
+    """Return the losses of rows, (rows,), in float32 or wider; the logits are lost.
+
+    Args:
+        logits: floating point (rows, vocabulary), contiguous; replaced by the gradient of each row's loss.
+        targets: int64 (rows,), each from 0 to vocabulary - 1, which is not checked.
+        smoothing: how much of each target is spread over the vocabulary, in [0, 1].
+        gradient: whether to compute the gradient.
+    """
+    losses = logits.new_empty(len(logits), dtype=torch.promote_types(logits.dtype, torch.float32))
+    spread = smoothing / logits.shape[1]
+    parts = zip(logits.split(_ROWS), targets.unsqueeze(1).split(_ROWS), losses.split(_ROWS), strict=True)
+    for part, target, loss in parts:
+        logs = torch.log_softmax(part, 1, dtype=losses.dtype)  # (rows, vocabulary)
+        torch.mul(logs.gather(1, target).squeeze(1), smoothing - 1, out=loss)
+        if smoothing:
+            loss -= spread * logs.sum(1)
+        if gradient:
+            errors = logs.exp_()
+            errors.scatter_add_(1, target, errors.new_full(target.shape, smoothing - 1))
+            part.copy_(errors.sub_(spread) if smoothing else errors)
+    return losses
 
 
 def _normalized(x: Tensor, eps: float) -> Tensor:

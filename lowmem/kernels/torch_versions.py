@@ -57,8 +57,7 @@ def constant_in_graphs(function: _F) -> _F:
 def ask_classes_in_graphs() -> bool:
     """Let Dynamo ask the class of a tensor where eager torch does, and it would not: of writes, and of ``abs``.
 
-    Its list of the functions for which it asks lacks ``torch.relu_`` and its like: a graph would lose the write
-    without a word. To be called in a graph that is being recorded, where Dynamo has been imported.
+    Without that a graph would lose the write of ``torch.relu_``. To be called in a graph that is being recorded.
     """
     import torch._dynamo.variables as variables
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lowmem import kernels
 from lowmem.kernels import ops
-from lowmem.kernels.frozen_operator import fields, stored
+from lowmem.kernels.frozen_operator import parts_of, stored
 from lowmem.kernels.memory import is_batch, is_traced, keeps_results
 from lowmem.nn.adapter import Adapter, Update, drops_nothing
 from lowmem.nn.forms import HalfForm
@@ -234,8 +234,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         adapted = differentiable_once(ctx.again(grad.dtype))
     weight = frozen
     if scales:
-        _, _, *described = fields(ctx.weight)
-        weight = stored(frozen, scales[0], *described, ctx.weight.shape[-1])
+        weight = stored(frozen, *scales, parts_of(ctx.weight)[2])
     g, rows = _rows(grad, b.shape[0]), _rows(adapted.to(grad.dtype), a.shape[1])
     factor, twice = (b * ctx.scaling).to(g.dtype), torch.is_grad_enabled()
     if twice:

@@ -14,8 +14,7 @@ from lowmem.nn.gathered_weight import GatheredTensor
 from lowmem.nn.module_copy import copied_module, restored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.quant.quantize import relative_error, requantize
-from lowmem.quant.rounding import round_to
+from lowmem.quant.quantize import relative_error, requantize, round_to
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = ["Folded", "fold_module", "remerge", "without_adapters"]

@@ -20,7 +20,7 @@ from torch.nn import grad as gradients
 
 from lowmem.kernels import Weight
 from lowmem.kernels.decompositions import decomposes, dequantized
-from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, fields, stands_for_plain_call, stored
+from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stands_for_plain_call, stored
 from lowmem.kernels.memory import is_traced
 from lowmem.nn.frozen_linear import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
@@ -242,10 +242,10 @@ def _fake(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, siz
 def _record(
     x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
 ) -> Tensor:
-    given: tuple[Any, ...] = (weight, None, "", 0, "")
+    given: tuple[Any, ...] = (weight, None, "")
     if isinstance(weight, (QuantizedTensor, StoredParts)):
         weight.check_layout()  # here, since the operator is not told the number of rows
-        given = fields(weight)
+        given = parts_of(weight)
     sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]
     sizes += [number for of_dims in geometry.arguments for number in of_dims]
     return cast(Tensor, torch.ops.lowmem.convolve(x, *given, sizes, dtype, size))
@@ -257,11 +257,10 @@ def _derivatives(
     return (geometry, dtype, size), (geometry, dtype, x.shape[2:] if size is None else None)
 
 
-def _arguments(x: Tensor, weight: Tensor, scales: Tensor | None, *rest: Any) -> tuple[Any, ...]:
-    *described, sizes, dtype, size = rest
-    geometry = _geometry(sizes)
-    given = weight if scales is None else stored(weight, scales, *described, geometry.columns)
-    return x, given, geometry, dtype, size
+def _arguments(
+    x: Tensor, weight: Tensor, scales: Tensor | None, text: str, sizes: Sequence[int], *rest: Any
+) -> tuple[Any, ...]:
+    return x, weight if scales is None else stored(weight, scales, text), _geometry(sizes), *rest
 
 
 def _geometry(sizes: Sequence[int]) -> Geometry:
@@ -273,8 +272,8 @@ def _geometry(sizes: Sequence[int]) -> Geometry:
 
 _OPERATOR = FrozenOperator(lambda _, *given: _compute(*given), _fake, _record, _derivatives)
 _OPERATOR.declare(
-    "convolve(Tensor x, Tensor stored, Tensor? scales, str format, int block_size, str scale_encoding, int[] sizes, "
-    "ScalarType dtype, SymInt[]? size) -> Tensor",
+    "convolve(Tensor x, Tensor stored, Tensor? scales, str described, int[] sizes, ScalarType dtype, SymInt[]? size) "
+    "-> Tensor",
     _arguments,
 )
 
@@ -284,18 +283,13 @@ def _written_out(
     x: Tensor,
     weight: Tensor,
     scales: Tensor | None,
-    format: str,
-    block_size: int,
-    scale_encoding: str,
+    text: str,
     sizes: Sequence[int],
     dtype: torch.dtype,
     size: Sequence[int] | None,
 ) -> Tensor:
     geometry = _geometry(sizes)
-    if scales is None:
-        kernel = weight.to(dtype)
-    else:
-        kernel = dequantized(weight, scales, format, block_size, scale_encoding, geometry.columns, dtype)
+    kernel = weight.to(dtype) if scales is None else dequantized(weight, scales, text, dtype)
     kernel = kernel.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
     more = [0] * len(geometry.kernel)
     if size is not None:

@@ -19,8 +19,7 @@ from lowmem.nn.stored_tensor import (
     is_recorded,
     refuse_gradient,
 )
-from lowmem.quant.quantize import quantize
-from lowmem.quant.rounding import round_to
+from lowmem.quant.quantize import quantize, round_to
 
 __all__ = ["store_again"]
 

@@ -15,8 +15,7 @@ from lowmem.errors import show
 from lowmem.nn.forms import freeze
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, get_format
 from lowmem.quant.packing import check_block_size
-from lowmem.quant.quantize import method_of, quantize
-from lowmem.quant.rounding import round_to
+from lowmem.quant.quantize import method_of, quantize, round_to
 from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 

@@ -1,7 +1,6 @@
 """The protocol of backends, which compute with stored weights, and the backend of each device type.
 
-``lowmem.kernels`` registers them. The protocol is defined here because ``lowmem.quant``, which must not import
-``lowmem.kernels``, quantizes and dequantizes through a backend.
+``lowmem.kernels`` registers backends; ``lowmem.quant``, which must not import it, quantizes through them.
 """
 
 from __future__ import annotations
@@ -67,12 +66,10 @@ class Backend(Protocol):
     @property
     def name(self) -> str:
         """What ``lowmem.backend()`` says."""
-        ...
 
     @property
     def fast_bfloat16(self) -> bool:
         """Whether products in bfloat16 are faster than in float32, so that ``add_product`` in it pays off."""
-        ...
 
     def linear(
         self,
@@ -82,73 +79,54 @@ class Backend(Protocol):
         bias: Tensor | None = None,
         low_rank: LowRank | None = None,
     ) -> Tensor:
-        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype``.
-
-        With torch.int8, 8-bit integers are multiplied (``lowmem.kernels.int8``), and the result has the dtype of x.
-        """
-        ...
+        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out)."""
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
-        """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point."""
-        ...
+        """Return ``grad @ W``: (batch, out) -> (batch, in)."""
 
     def add_low_rank(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), in the dtype of ``base``."""
-        ...
+        """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out)."""
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
-        """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; sums are rounded once."""
-        ...
+        """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place."""
 
     def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
         """Return what computes the products of an input of ``rows`` rows, and why: a line for each product."""
-        ...
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return rows of a quantized matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
-        ...
+        """Return rows of a quantized matrix (out, in)."""
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``, by its method."""
-        ...
+        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``."""
 
     def serves_rows(self, x: Tensor) -> bool:
         """Whether ``norm``, ``gated`` and their gradients of tensors as x are faster here than torch's functions."""
-        ...
 
     def norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
-        """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows (``lowmem.kernels.rowwise``)."""
-        ...
+        """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows."""
 
     def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
         """Return the gradient of x for ``norm``."""
-        ...
 
     def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
         """Return ``act(a) b`` in ``dtype``."""
-        ...
 
     def gated_grad(
         self, grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
     ) -> None:
         """Write the gradients of a and b for ``gated``."""
-        ...
 
     def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
-        """Return the cross entropies of rows; ``logits`` become their gradient (``lowmem.kernels.entropy``)."""
-        ...
+        """Return the cross entropies of rows; ``logits`` become their gradient."""
 
-    def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Return 8-bit codes, scales, and how many numbers and codes are not zero (``lowmem.kernels.codes``)."""
-        ...
+    def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[int, int]:
+        """Write 8-bit codes and scales; return how many numbers and codes are not zero."""
 
     def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``codes * scales`` in ``dtype``."""
-        ...
 
     def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
-        """Round columns of a weight one after the other (``lowmem.kernels.columns``)."""
-        ...
+        """Round columns of a weight one after the other."""
 
 
 ANY = "any"

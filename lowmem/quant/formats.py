@@ -19,7 +19,7 @@ __all__ = ["EIGHT_BIT", "FORMATS", "IMPORTED", "Format", "get_format"]
 
 @dataclass(frozen=True)
 class Format:
-    """Sorted levels in [-1, 1], 16 or 256, and the block size and scales that suit them best.
+    """Sorted levels in [-1, 1], and the block size and scales that suit them best.
 
     Args:
         name: the key in ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
@@ -79,9 +79,13 @@ class Format:
         return bisect_left(self.boundaries, 0.0)
 
 
+def _by_name(*formats: Format) -> MappingProxyType[str, Format]:
+    return MappingProxyType({one.name: one for one in formats})
+
+
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of a float with 2 exponent bits and 1 mantissa bit
 
-_FORMATS = (
+FORMATS = _by_name(
     Format(
         name="int4",
         levels=tuple((2 * code - 15) / 15 for code in range(16)),
@@ -149,51 +153,44 @@ _FORMATS = (
     ),
 )
 
-FORMATS = MappingProxyType({f.name: f for f in _FORMATS})
-
 # Divided by powers of two, so that the quotients are exact, and so is the scale times the same power: both products
 # are rounded alike. Signed and searched, since one end is shorter.
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _BNB_FP4 = (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
-IMPORTED = MappingProxyType(
-    {
-        f.name: f
-        for f in (
-            Format(
-                name="q4_0",
-                levels=tuple((code - 8) / 8 for code in range(16)),
-                block_size=32,
-                scales="float16",
-                source="signed 4-bit integers: Q4_0 of ggml, symmetric GPTQ, AWQ and compressed-tensors",
-                signed=True,
-                search=True,
-            ),
-            Format(
-                name="iq4_nl",
-                levels=tuple(value / 128 for value in _IQ4_NL),
-                block_size=32,
-                scales="float16",
-                source="IQ4_NL and IQ4_XS of ggml",
-                signed=True,
-                search=True,
-            ),
-            Format(
-                name="uint4",
-                levels=tuple(code / 16 for code in range(16)),
-                block_size=32,
-                scales="float16_offsets",
-                source="4-bit integers with offsets: Q4_1 and Q4_K of ggml, asymmetric GPTQ and AWQ",
-            ),
-            Format(
-                name="bnb_fp4",
-                levels=tuple(-m / 12 + 0.0 for m in reversed(_BNB_FP4)) + tuple(m / 12 for m in _BNB_FP4),
-                block_size=64,
-                scales="float32",
-                source="fp4 of bitsandbytes",
-            ),
-        )
-    }
+IMPORTED = _by_name(
+    Format(
+        name="q4_0",
+        levels=tuple((code - 8) / 8 for code in range(16)),
+        block_size=32,
+        scales="float16",
+        source="signed 4-bit integers: Q4_0 of ggml, symmetric GPTQ, AWQ and compressed-tensors",
+        signed=True,
+        search=True,
+    ),
+    Format(
+        name="iq4_nl",
+        levels=tuple(value / 128 for value in _IQ4_NL),
+        block_size=32,
+        scales="float16",
+        source="IQ4_NL and IQ4_XS of ggml",
+        signed=True,
+        search=True,
+    ),
+    Format(
+        name="uint4",
+        levels=tuple(code / 16 for code in range(16)),
+        block_size=32,
+        scales="float16_offsets",
+        source="4-bit integers with offsets: Q4_1 and Q4_K of ggml, asymmetric GPTQ and AWQ",
+    ),
+    Format(
+        name="bnb_fp4",
+        levels=tuple(-m / 12 + 0.0 for m in reversed(_BNB_FP4)) + tuple(m / 12 for m in _BNB_FP4),
+        block_size=64,
+        scales="float32",
+        source="fp4 of bitsandbytes",
+    ),
 )
 """Formats of other programs' files: the levels as those programs define them, whatever suits quantizing best."""
 
@@ -202,16 +199,14 @@ DEFAULT, DEFAULT_BLOCK_SIZE = "bof4s", 32
 """What 4 bits are where no format is named: of the choices that need no data and cost no speed, the one that loses
 least (``benchmarks.quality``). A format that is named has its own block size."""
 
-EIGHT_BIT = MappingProxyType(
-    {
-        "int8": Format(
-            name="int8",
-            levels=(-1.0, *((code - 128) / 127 for code in range(1, 256))),
-            block_size=64,
-            scales="double",
-            source="integers from -127 to 127, plus 128: absmax quantization, arXiv 2208.07339, section 2",
-        )
-    }
+EIGHT_BIT = _by_name(
+    Format(
+        name="int8",
+        levels=(-1.0, *((code - 128) / 127 for code in range(1, 256))),
+        block_size=64,
+        scales="double",
+        source="integers from -127 to 127, plus 128: absmax quantization, arXiv 2208.07339, section 2",
+    )
 )
 """Formats whose codes have 8 bits: a byte each. Code 0 is never chosen; it means -127, as code 1 does."""
 
@@ -224,7 +219,7 @@ def get_format(name: str) -> Format:
     """
     known = (FORMATS, IMPORTED, EIGHT_BIT)
     try:
-        return next(formats for formats in known if name in formats)[name]
+        return next(formats[name] for formats in known if name in formats)
     except (StopIteration, TypeError):
         names = [one for formats in known for one in formats]
         raise ValueError(f"format={name!r} is unknown: choose from {', '.join(names)}") from None

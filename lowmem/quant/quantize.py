@@ -1,4 +1,4 @@
-"""Quantizes a tensor block by block, and measures the error."""
+"""Quantizes a tensor block by block, or rounds it to 16 bits, and measures the error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lowmem.quant.formats import Format, get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["check_weight", "method_of", "quantize", "relative_error", "requantize"]
+__all__ = ["check_weight", "method_of", "quantize", "relative_error", "requantize", "round_to"]
 
 BYTES_PER_WEIGHT = 16  # peak scratch of plain torch; twice as much with a search
 
@@ -89,14 +89,10 @@ def method_of(form: Format, search: bool | None) -> str:
 
 
 def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
-    """Quantize a changed weight as ``quantized`` was; rows whose values have not changed keep their bytes.
+    """Quantize a changed weight, of the same shape, as ``quantized`` was; rows with the same values keep their bytes.
 
-    Without that, a search would find other scales for values that an earlier search has rounded. For a calibrated
-    weight the scales are searched for, since the layer's inputs are not known here.
-
-    Args:
-        quantized: of the weight before the change.
-        weight: floating point, of the same shape.
+    A search would find other scales for values that an earlier search has rounded. Of a calibrated weight, whose
+    inputs are not known here, scales are searched for.
     """
     again = quantize(
         weight,
@@ -132,15 +128,13 @@ def _checked_importance(importance: Tensor, weight: Tensor) -> Tensor:
 def relative_error(weight: Tensor, stored: Tensor | QuantizedTensor) -> float:
     """Return ``rms(weight - stored) / rms(weight)``, rounded to 4 digits; 0 if the weight is empty or all zero.
 
-    Args:
-        weight: floating point, of any shape.
-        stored: the weight as stored, with as many values in the same order.
+    ``stored`` has as many values as the weight, in the same order.
     """
     if not weight.numel():
         return 0.0
     rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), where n is that of stored
     lost = _squared_error(rows, stored, None)
-    size = sum(float(_copied(rows[chunk]).square_().sum()) for chunk in row_chunks(*rows.shape, device=rows.device))
+    size = sum(float(rows[chunk].double().square().sum()) for chunk in row_chunks(*rows.shape, device=rows.device))
     return float(f"{math.sqrt(lost / size) if size else 0.0:.4g}")
 
 
@@ -152,25 +146,15 @@ def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance:
         if isinstance(matrix, QuantizedTensor):
             values = backend_of(rows).dequantize(matrix, chunk, torch.float32)
         else:
-            values = matrix[chunk].double()
+            values = matrix[chunk]
         # In double: squares of float32 numbers may overflow or underflow float32.
-        error = _copied(rows[chunk]).sub_(values).square_()
+        error = rows[chunk].to(torch.float64, copy=True).sub_(values).square_()
         total += float((error if importance is None else error.mul_(importance)).sum())
     return total
 
 
-def _copied(values: Tensor) -> Tensor:
-    """Return values in float64 that can be written: ``double()`` of float64 is the tensor itself."""
-    return values.to(torch.float64, copy=True)
-
-
 def check_weight(weight: Tensor) -> None:
-    """Raise unless ``weight`` is a dense floating-point tensor with values and a last dimension.
-
-    Raises:
-        TypeError: not a tensor, or an integer, complex, sparse or otherwise quantized one.
-        ValueError: on the meta device, or zero-dimensional.
-    """
+    """Raise a TypeError or ValueError unless ``weight`` is a dense floating-point tensor with values and rows."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, found {type(weight).__name__}")
     if not weight.is_floating_point():
@@ -186,3 +170,32 @@ def check_weight(weight: Tensor) -> None:
         raise ValueError("weight is on the meta device and has no values; load its values first")
     if weight.dim() == 0:
         raise ValueError("weight.shape=() has no last dimension to divide into blocks; reshape it to (1,)")
+
+
+def round_to(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """Return a contiguous copy in ``dtype``.
+
+    Raises:
+        TypeError, ValueError: see ``check_weight``; values that are not finite, or beyond the range of ``dtype``.
+    """
+    check_weight(tensor)
+    broken = _count_not_finite(tensor)
+    if broken:
+        raise ValueError(f"{name} holds {broken} values that are NaN or infinite; repair them first")
+    rounded = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+    if _count_not_finite(rounded):
+        largest = float(tensor.detach().double().abs().max())
+        raise ValueError(
+            f"{name} holds the magnitude {largest:.6g}, above {torch.finfo(dtype).max:.6g}, the most that "
+            f"{dtype} can hold; use Half(torch.bfloat16), or leave the layer out with skip="
+        )
+    return rounded
+
+
+def _count_not_finite(tensor: Tensor) -> int:
+    """Return how many values are NaN or infinite, with scratch of a few rows: torch's own would copy the tensor."""
+    rows, count = tensor.detach(), 0
+    for chunk in row_chunks(len(rows), rows[0].numel() if len(rows) else 0):
+        part = rows[chunk] if tensor.itemsize > 1 else rows[chunk].float()  # float8 has no isfinite
+        count += int((~part.isfinite()).sum())
+    return count

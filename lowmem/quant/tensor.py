@@ -20,18 +20,13 @@ from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
 from lowmem.quant.search import CANDIDATES, spread
 
-__all__ = [
-    "SCRATCH_BYTES",
-    "QuantizedTensor",
-    "row_chunks",
-]
+__all__ = ["SCRATCH_BYTES", "QuantizedTensor", "row_chunks"]
 
 SCRATCH_BYTES = 2**20
 """Limit of the scratch memory for dequantizing a chunk of rows on the CPU, whose cache holds it."""
 
 DEVICE_SCRATCH_BYTES = 144 * 2**20
-"""The same on any other device: 32 MiB of float32 values, their codes and indices. Smaller chunks would take as long,
-since each starts some ten kernels."""
+"""The same on any other device: each chunk starts some ten kernels, and so has 32 MiB of float32 values."""
 
 BYTES_PER_WEIGHT = 18
 """Peak scratch of ``QuantizedTensor.restore``: an unpacked code (1 byte, 2 in a row of one weight), its index (4),
@@ -41,13 +36,7 @@ the value (4), and the scale (at most 8, where the last block is short)."""
 def row_chunks(
     rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT, *, device: torch.device | None = None
 ) -> Iterator[slice]:
-    """Yield slices of ``rows``, at least one row each, whose scratch fits into the limit of a device.
-
-    Args:
-        rows, columns: of a matrix.
-        bytes_per_weight: of scratch.
-        device: where the scratch is; None: the CPU.
-    """
+    """Yield slices of at least one row each, whose scratch fits into the limit of a device (None: the CPU)."""
     limit = SCRATCH_BYTES if device is None or device.type == "cpu" else DEVICE_SCRATCH_BYTES
     step = max(1, limit // (bytes_per_weight * max(1, columns)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
@@ -92,18 +81,11 @@ class QuantizedTensor:
 
     @classmethod
     def empty(
-        cls,
-        shape: torch.Size,
-        format: str,
-        block_size: int,
-        scale_encoding: str,
-        method: str,
-        *,
-        device: torch.device | str,
+        cls, shape: torch.Size, format: str, block_size: int, scales: str, method: str, *, device: torch.device | str
     ) -> QuantizedTensor:
         """Return a tensor of ``shape`` with uninitialized codes and scales, as ``torch.empty`` does."""
         nothing = torch.empty(0, device=device)
-        shaped = cls(nothing, nothing, shape, format, block_size, scale_encoding, method)
+        shaped = cls(nothing, nothing, shape, format, block_size, scales, method)
         packed, byte, scales, dtype = shaped.stored_layout
         return replace(
             shaped,
@@ -164,11 +146,10 @@ class QuantizedTensor:
         return self.dequantize_rows(slice(None), dtype).view(self.shape)
 
     def dequantize_rows(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Dequantize ``rows`` of the tensor seen as (rows, n), as ``dequantize`` does.
+        """Dequantize ``rows`` of the tensor seen as (rows, n), as ``dequantize`` does and with its errors.
 
         Raises:
-            RuntimeError: stored tensors of another layout, see ``check_layout``.
-            ValueError: rows that do not follow each other, or a dtype that is not floating point.
+            ValueError: rows that do not follow each other.
         """
         if rows.step not in (None, 1):
             raise ValueError(f"rows={rows} must follow each other: leave the step out, and index the result")
@@ -180,12 +161,7 @@ class QuantizedTensor:
     def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
         """Dequantize ``rows`` of the tensor seen as (rows, n), to float32, in plain torch: the definition.
 
-        Args:
-            rows: which rows.
-            levels: as many numbers as the format has, to use in place of these.
-
-        Raises:
-            RuntimeError: stored tensors of another layout, see ``check_layout``.
+        ``levels`` are as many numbers as the format has, to use in place of these.
         """
         self.check_layout()
         columns = self.shape[-1]
@@ -224,11 +200,7 @@ class QuantizedTensor:
         return replace(self, scales=self.scales[..., :blocks], scale_encoding=encoding)
 
     def as_matrix(self) -> QuantizedTensor:
-        """Return a view of the tensor as (rows, n).
-
-        Raises:
-            RuntimeError: stored tensors of another layout, see ``check_layout``.
-        """
+        """Return a view of the tensor as (rows, n)."""
         self.check_layout()
         packed, scales = (t.reshape(-1, t.shape[-1]) for t in (self.packed, self.scales))
         return replace(self, packed=packed, scales=scales, shape=torch.Size((packed.shape[0], self.shape[-1])))
@@ -249,14 +221,13 @@ class QuantizedTensor:
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
-            ValueError: the tensor was calibrated (``calibrate``), which minimizes the error of the layer's output and
-                does not bound that of a weight; or another program quantized it.
+            ValueError: the tensor was calibrated, or another program quantized it: no single weight has a bound.
         """
         self.check_layout()
         part = METHODS[self.method]
         if not part:
-            why = "it moves them to keep the layer's output"
-            why = why if self.method == "calibrated" else "another program chose scales and codes"
+            moves = "it moves them to keep the layer's output"
+            why = moves if self.method == "calibrated" else "another program chose scales and codes"
             raise ValueError(
                 f"method={self.method!r} has no bound for single weights: {why}; compare outputs instead"
             )

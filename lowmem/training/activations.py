@@ -21,9 +21,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from lowmem.kernels.codes import BLOCK, code, decode
+from lowmem.kernels.codes import BLOCK, empty_codes
 from lowmem.nn.frozen_linear import is_cast
 from lowmem.nn.recomputed import Again, Kept, compute_again, noted
+from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes
 from lowmem.transforms.registry import check_module
 
@@ -83,7 +84,7 @@ class Codes(NamedTuple):
 
     def values(self) -> Tensor:
         """Decode: (length,), in the original dtype."""
-        return decode(self.codes, self.scales, self.dtype).view(-1)[: self.length]
+        return backend_of(self.codes).decode_8bit(self.codes, self.scales, self.dtype).view(-1)[: self.length]
 
 
 def compress(numbers: Tensor, room: Room | None = None) -> Codes:
@@ -92,14 +93,15 @@ def compress(numbers: Tensor, room: Room | None = None) -> Codes:
     A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. ``room`` allocates codes
     and scales of CPU tensors; None: torch does.
     """
-    into = None
     if room is not None and numbers.is_cpu:
         blocks = -(-numbers.numel() // BLOCK)
-        codes, scales = room.take(blocks * (BLOCK + 4)).split((blocks * BLOCK, blocks * 4))
-        into = codes.view(-1, BLOCK), scales.view(torch.float32).unsqueeze(1)
-    coded, scales, (before, after) = code(numbers, into)
+        flat, of_scales = room.take(blocks * (BLOCK + 4)).split((blocks * BLOCK, blocks * 4))
+        codes, scales = flat.view(-1, BLOCK), of_scales.view(torch.float32).unsqueeze(1)
+    else:
+        codes, scales = empty_codes(numbers)
+    before, after = backend_of(numbers).encode_8bit(numbers, (codes, scales))
     lost = 1 - after / max(1, before) if bool(scales.isfinite().all()) else 1.0
-    return Codes(coded, scales, numbers.dtype, numbers.numel(), lost)
+    return Codes(codes, scales, numbers.dtype, numbers.numel(), lost)
 
 
 @dataclass(eq=False)

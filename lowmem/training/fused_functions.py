@@ -135,9 +135,9 @@ def _once(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _normed(x: Tensor, weight: Tensor, eps: float, offset: float, rounds_first: bool) -> Tensor:
     dtype = torch.promote_types(x.dtype, weight.dtype) if rounds_first else x.dtype
     if dtype is x.dtype:
-        return rowwise.norm(x, _factor(x, weight, offset), eps, rounds_first)
+        return backend_of(x).norm(x, _factor(x, weight, offset), eps, rounds_first)
     ones = torch.ones_like(weight, dtype=torch.float32)
-    return (rowwise.norm(x, ones, eps) * _factor(x, weight, offset)).to(dtype)
+    return (backend_of(x).norm(x, ones, eps, False) * _factor(x, weight, offset)).to(dtype)
 
 
 class _Norm(torch.autograd.Function):
@@ -155,7 +155,7 @@ class _Norm(torch.autograd.Function):
         (x, weight), (eps, offset, _) = _end(ctx), ctx.how
         of_x = of_weight = None
         if ctx.needs_input_grad[0]:
-            of_x = rowwise.norm_grad(grad, x, _factor(x, weight, offset), eps)
+            of_x = backend_of(x).norm_grad(grad, x, _factor(x, weight, offset), eps)
         if ctx.needs_input_grad[1]:
             of_weight = rowwise.factor_grad(grad, x, eps).to(weight.dtype)
         return of_x, of_weight, None, None, None
@@ -205,7 +205,7 @@ def gated_product(gate: Tensor, up: Tensor | None, activation: str, gate_first: 
     if not plain or (up is not None and (gate.dtype is not up.dtype or gate.shape != up.shape)):
         dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
         both = _halves(gate.to(dtype), None if up is None else up.to(dtype), gate_first)
-        return rowwise.gated_in_torch(*both, ACTIVATIONS[activation], dtype)
+        return rowwise.gated(*both, ACTIVATIONS[activation], dtype)
     out: Tensor = _Gated.apply(gate, up, activation, gate_first)  # type: ignore[no-untyped-call, unused-ignore]
     return out
 
@@ -219,7 +219,7 @@ def recompute_of_product(product: Tensor) -> Recompute | None:
 
     def recompute(dtype: torch.dtype | None) -> Tensor:
         gate, up = _saved(node)
-        return rowwise.gated(*_halves(gate, up, node.gate_first), node.activation, dtype or node.dtype)
+        return backend_of(gate).gated(*_halves(gate, up, node.gate_first), node.activation, dtype or node.dtype)
 
     return recompute
 
@@ -233,7 +233,7 @@ class _Gated(torch.autograd.Function):
         if up is not None and len({one.dtype for one in kept if one is not None}) > 1:
             kept = [gate, up]
         ctx.save_for_backward(*kept)
-        return rowwise.gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, gate.dtype)
+        return backend_of(gate).gated(*_halves(kept[0], kept[1], gate_first), ctx.activation, gate.dtype)
 
     @staticmethod
     @_once
@@ -248,7 +248,7 @@ class _Gated(torch.autograd.Function):
             return torch.cat((of_gate, of_up) if ctx.gate_first else (of_up, of_gate), -1), None, None, None
         into = [None if one is None else torch.empty_like(one, dtype=ctx.dtype) for one in (gate, up)]
         both = _halves(into[0], into[1], ctx.gate_first)
-        rowwise.gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, both)
+        backend_of(grad).gated_grad(grad, *_halves(gate, up, ctx.gate_first), ctx.activation, both)
         return into[0], into[1], None, None
 
 
@@ -271,7 +271,7 @@ class _Activated(torch.autograd.Function):
         if is_batch(grad):
             return rowwise.gated_grads(grad, x, None, ACTIVATIONS[ctx.activation])[0].to(ctx.dtype), None
         of_x = torch.empty_like(x, dtype=ctx.dtype)
-        rowwise.gated_grad(grad, x, None, ACTIVATIONS[ctx.activation], (of_x, None))
+        backend_of(x).gated_grad(grad, x, None, ACTIVATIONS[ctx.activation], (of_x, None))
         return of_x, None
 
 
@@ -279,7 +279,7 @@ def _act(x: Tensor, activation: str, own: torch.dtype, dtype: torch.dtype) -> Te
     """Return an activation of x in ``dtype``; ``own`` is x's dtype before it was narrowed."""
     if _by_torch(activation, x):
         return _OF_TORCH[activation][0](x.to(own)).to(dtype)
-    return rowwise.gated(x, None, ACTIVATIONS[activation], dtype)
+    return backend_of(x).gated(x, None, ACTIVATIONS[activation], dtype)
 
 
 def _by_torch(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:

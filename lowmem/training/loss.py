@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from lowmem import kernels
-from lowmem.kernels.entropy import entropies
 from lowmem.nn.frozen_linear import is_cast
 from lowmem.nn.recomputed import saves_in_any_dtype
 from lowmem.nn.stored_tensor import StoredTensor
+from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes
 
 __all__ = ["linear_cross_entropy", "loss_dtype"]
@@ -110,7 +110,7 @@ class _Chunked(torch.autograd.Function):
                 at, target = counted[start : start + chunk], targets[start : start + chunk]
                 x = (rows[start : start + chunk] if len(counted) == len(rows) else rows[at]).to(dtype)
                 logits = factor.logits(x, offset)  # (chunk, vocabulary)
-                loss += entropies(logits, target, smoothing, gradient=any(wanted[:3])).sum()
+                loss += backend_of(logits).entropies(logits, target, smoothing, any(wanted[:3])).sum()
                 if row_grad is not None:
                     row_grad[at] = factor.times(logits).to(rows.dtype)
                 if weight_grad is not None:

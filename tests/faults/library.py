@@ -78,7 +78,7 @@ def kernels(tree: Path) -> list[str]:
     Raises:
         BuildError: its library cannot be loaded.
     """
-    script = "from lowmem.kernels.cpu import load; print(*(name for name, runs in load()[0].isas() if runs))"
+    script = "from lowmem.kernels.native import load; print(*(name for name, runs in load()[0].isas() if runs))"
     done = subprocess.run([sys.executable, "-c", script], cwd=tree, capture_output=True, text=True)
     if done.returncode:
         raise BuildError(f"the compiled kernel cannot be loaded: {done.stderr.strip()[-300:]}")

@@ -3,7 +3,9 @@
 import torch
 
 from lowmem import kernels
-from lowmem.kernels.codes import BLOCK, code, code_in_torch, decode, decode_in_torch
+from lowmem.kernels import codes as definitions
+from lowmem.kernels.codes import BLOCK, empty_codes
+from lowmem.quant.backend import backend_of
 from tests.rounding import default_dtype
 from tests.selection import in_one_case, rows_in_one_case
 
@@ -23,23 +25,28 @@ def numbers(length, kind, dtype):
     return x.to(dtype)
 
 
+def coded(x, backend=definitions):
+    into = empty_codes(x)
+    return *into, backend.encode_8bit(x, into)
+
+
 @in_one_case(
     2,
     isa=kernels.available(),
     dtype=DTYPES,
-    length=[1, BLOCK - 1, BLOCK, BLOCK + 1, 1000, 70_000],
+    length=[1, BLOCK - 1, BLOCK, BLOCK + 1, 1000, 300_000],
     kind=["normal", "halves", "tiny", "zeros"],
 )
 def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, length, kind):
     x = numbers(length, kind, dtype)
-    wanted, scales, counts = code_in_torch(x)
+    wanted, scales, counts = coded(x)
     with kernels.using(isa):
-        got, found, counted = code(x)
-        back = decode(got, found, dtype)
+        got, found, counted = coded(x, backend_of(x))
+        back = backend_of(x).decode_8bit(got, found, dtype)
     assert torch.equal(got, wanted)
     assert torch.equal(found, scales)
     assert counted == counts == (int(x.count_nonzero()), int(wanted.count_nonzero()))
-    assert torch.equal(back, decode_in_torch(wanted, scales, dtype))
+    assert torch.equal(back, definitions.decode_8bit(wanted, scales, dtype))
     assert back.dtype is dtype
     assert not got.view(-1)[length:].any()
 
@@ -50,35 +57,37 @@ def test_a_block_that_is_not_finite_has_the_scale_nan_and_no_other_has(bad):
     x[BLOCK + 6] = bad
     for name in kernels.available():
         with kernels.using(name):
-            codes, scales, _ = code(x)
-            back = decode(codes, scales, x.dtype)
+            codes, scales, _ = coded(x, backend_of(x))
+            back = backend_of(x).decode_8bit(codes, scales, x.dtype)
         assert scales.isnan().view(-1).tolist() == [False, True, False, False]
         assert back[1].isnan().all()
 
 
-def test_what_c_does_not_take_is_computed_in_torch():
+def test_numbers_that_c_does_not_take_are_coded_in_torch():
     x = torch.randn(130, dtype=torch.float64)
-    codes, scales, _ = code(x)
-    assert (decode(codes, scales, torch.float64).view(-1)[:130] - x).abs().max() <= float(scales.max()) * 0.51
-    every_second = torch.randn(260)[::2]
-    assert torch.equal(code(every_second)[0], code(every_second.contiguous())[0])
-    assert code(torch.empty(0))[0].shape == (0, BLOCK)
-    x = torch.randn(130)
+    codes, scales, _ = coded(x, backend_of(x))
+    back = backend_of(x).decode_8bit(codes, scales, torch.float64).view(-1)[:130]
+    assert (back - x).abs().max() <= float(scales.max()) * 0.51
+    assert coded(torch.empty(0), backend_of(x))[0].shape == (0, BLOCK)
+    every_second, x = torch.randn(260)[::2], torch.randn(130)
     negated = torch._neg_view(x)  # whose memory holds the numbers with the other sign
-    for got, wanted in zip(code(negated), code(-x), strict=True):
-        assert torch.equal(got, wanted) if isinstance(got, torch.Tensor) else got == wanted
+    for given, same in ((every_second, every_second.contiguous()), (negated, -x)):
+        (codes, scales, counts), wanted = coded(given, backend_of(x)), coded(same)
+        assert torch.equal(codes, wanted[0])
+        assert torch.equal(scales, wanted[1])
+        assert counts == wanted[2]
 
 
 @rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype):
     """Scratch is float32, whatever torch makes by default."""
     for x in (numbers(1000, "normal", torch.float64), numbers(1000, "normal", torch.bfloat16)):
-        wanted, scales, counts = code_in_torch(x)
-        values = decode_in_torch(wanted, scales, x.dtype)
+        wanted, scales, counts = coded(x)
+        values = definitions.decode_8bit(wanted, scales, x.dtype)
         with default_dtype(dtype):
-            for found in (code_in_torch(x), code(x)):
-                assert torch.equal(found[0], wanted)
-                assert torch.equal(found[1], scales)
-                assert found[2] == counts
-            assert torch.equal(decode_in_torch(wanted, scales, x.dtype), values)
-            assert torch.equal(decode(wanted, scales, x.dtype), values)
+            for backend in (definitions, backend_of(x)):
+                codes, found, counted = coded(x, backend)
+                assert torch.equal(codes, wanted)
+                assert torch.equal(found, scales)
+                assert counted == counts
+                assert torch.equal(backend.decode_8bit(wanted, scales, x.dtype), values)

@@ -3,8 +3,8 @@
 import torch
 
 from lowmem import kernels
-from lowmem.kernels.columns import PANEL, round_columns
-from lowmem.quant.backend import Columns
+from lowmem.kernels.columns import PANEL
+from lowmem.quant.backend import Columns, backend_for
 from lowmem.quant.formats import FORMATS, get_format
 from tests.rounding import gamma, unit
 from tests.selection import in_one_case
@@ -35,7 +35,7 @@ def test_each_number_gets_the_code_next_to_what_the_columns_before_have_left(bac
     pivots, before = matrix.diagonal() + 0.3, torch.randn(columns, out)
     changes, near, codes = values.clone(), before.clone(), torch.full((columns, out), 255, dtype=torch.uint8)
     with kernels.using(backend):
-        round_columns(form, Columns(changes, scales, pivots, matrix, near, codes), descends)
+        backend_for().round_columns(form, Columns(changes, scales, pivots, matrix, near, codes), descends)
 
     levels = torch.tensor(form.levels)
     assert torch.equal(near, levels[codes.int()] * scales)
@@ -60,7 +60,8 @@ def test_more_columns_than_c_takes_are_rounded_in_torch():
     form = get_format("nf4")
     values, scales, matrix = problem(PANEL + 1, 5, signed=False)
     near, codes = torch.empty_like(values), torch.empty(values.shape, dtype=torch.uint8)
-    round_columns(form, Columns(values.clone(), scales, matrix.diagonal(), matrix, near, codes), descends=False)
+    columns = Columns(values.clone(), scales, matrix.diagonal(), matrix, near, codes)
+    backend_for().round_columns(form, columns, descends=False)
     levels = torch.tensor(form.levels)
     assert torch.equal(near, levels[codes.int()] * scales)
     assert torch.equal((values[0] - near[0]).abs(), (values[0] - levels[:, None] * scales[0]).abs().amin(0))

@@ -7,20 +7,22 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from lowmem import kernels
-from lowmem.kernels.rowwise import ACTIVATIONS, factor_grad, gated, gated_grad, gated_in_torch, norm, norm_grad
+from lowmem.kernels import cpu_rows, reference
+from lowmem.kernels.rowwise import ACTIVATIONS, factor_grad
 from lowmem.quant.backend import backend_for
 from tests.compiled import ISAS
 from tests.kernels.test_rowwise import check_gated, check_norm, numbers
 
 
 def test_other_dtypes_and_empty_batches_and_which_arguments_c_takes():
+    backend, silu = backend_for(), ACTIVATIONS["SiLU"]
     for dtype in (torch.float64, torch.float16):
         x, factor = numbers((3, 20), 0, dtype), torch.ones(20, dtype=torch.promote_types(dtype, torch.float32))
-        assert norm(x, factor, 1e-6).dtype is norm_grad(x, x, factor, 1e-6).dtype is dtype
-        assert gated(x, x, ACTIVATIONS["SiLU"]).dtype is dtype
+        assert backend.norm(x, factor, 1e-6, False).dtype is backend.norm_grad(x, x, factor, 1e-6).dtype is dtype
+        assert backend.gated(x, x, silu, dtype).dtype is dtype
     for empty in (torch.empty(0, 20), torch.empty(3, 0)):
-        assert norm(empty, torch.ones(empty.shape[-1]), 1e-6).shape == empty.shape
-        assert gated(empty, empty, ACTIVATIONS["SiLU"]).shape == empty.shape
+        assert backend.norm(empty, torch.ones(empty.shape[-1]), 1e-6, False).shape == empty.shape
+        assert backend.gated(empty, empty, silu, empty.dtype).shape == empty.shape
     grad, x = numbers((7, 20), 0, torch.float32), numbers((7, 20), 1, torch.float32)
     torch.testing.assert_close(factor_grad(grad, x, 1e-6, rows=3), factor_grad(grad, x, 1e-6))
     for isa in sorted({*ISAS[:1], *ISAS[-1:]}):
@@ -29,19 +31,21 @@ def test_other_dtypes_and_empty_batches_and_which_arguments_c_takes():
                 check_what_c_takes(dtype, patch)
 
 
+# Of a function's number in C: its name, its struct, and the field with the address of a gradient.
+FUNCTIONS = {0: ("norm", cpu_rows._NORM_CALL, 6), 1: ("gated", cpu_rows._GATED_CALL, 15)}
+
+
 def check_what_c_takes(dtype, patch):
     """Plain tensors of one dtype and shape in rows that fill memory, or are evenly spaced; torch does the rest."""
     kernel, called = backend_for(), []
     native = kernel.native
-    watched = SimpleNamespace(**vars(native))
-    patch.setattr(kernel, "native", watched)
-    for name, at in (("norm", 9), ("gated", 11)):  # where the address of a gradient is
 
-        def run(*given, name=name, at=at):
-            called.append(name + "_grad" * bool(given[at]))
-            getattr(native, name)(*given)
+    def rowwise(isa, number, threads, count, call):
+        name, struct, at = FUNCTIONS[number]
+        called.append(name + "_grad" * bool(struct.unpack(call)[at]))
+        native.rowwise(isa, number, threads, count, call)
 
-        setattr(watched, name, run)
+    patch.setattr(kernel, "native", SimpleNamespace(**{**vars(native), "rowwise": rowwise}))
 
     def operations(check, *given):
         called.clear()
@@ -85,7 +89,7 @@ def check_what_c_takes(dtype, patch):
         assert operations(check_gated, one, two, g, silu) == set()
     # Gradients go where they are to: evenly spaced, or by torch.
     whole = torch.empty_like(a), torch.empty_like(a)
-    gated_grad(grad, a, b, silu, whole)
+    kernel.gated_grad(grad, a, b, silu, whole)
     spaced = torch.full((2, 5, 40), torch.nan, dtype=dtype)
     for into, by_c in (
         (spaced.flatten(0, 1)[:6].unflatten(0, (2, 3)).chunk(2, -1), True),
@@ -93,12 +97,13 @@ def check_what_c_takes(dtype, patch):
         ((spaced[:, :3, :20], torch.empty_like(b)), False),
         ((torch.empty_like(a), spaced[:, :3, 20:]), False),
     ):
-        assert operations(gated_grad, grad, a, b, silu, into) == ({"gated_grad"} if by_c else set())
+        assert operations(kernel.gated_grad, grad, a, b, silu, into) == ({"gated_grad"} if by_c else set())
         torch.testing.assert_close(into, whole)
     # Nothing is hidden from what records operations, or gives numbers for several.
-    x, expected = numbers((2, 3, 20), 6, dtype), norm(b, factor, 1e-6)
+    x, expected = numbers((2, 3, 20), 6, dtype), kernel.norm(b, factor, 1e-6, False)
     called.clear()
-    torch.testing.assert_close(torch.func.vmap(lambda one: norm(one, factor, 1e-6))(b), expected)
-    torch.testing.assert_close(make_fx(lambda one: norm(one, factor, 1e-6))(x)(b), expected)
-    torch.testing.assert_close(gated(a, b[:1], silu), gated_in_torch(a, b[:1], silu, dtype))
+    normed = lambda one: kernel.norm(one, factor, 1e-6, False)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(normed)(b), expected)
+    torch.testing.assert_close(make_fx(normed)(x)(b), expected)
+    torch.testing.assert_close(kernel.gated(a, b[:1], silu, dtype), reference.gated(a, b[:1], silu, dtype))
     assert not called

@@ -10,7 +10,7 @@ from torch import nn
 
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, quantize, restore
 from lowmem.kernels import decompositions
-from lowmem.kernels.frozen_operator import fields
+from lowmem.kernels.frozen_operator import parts_of
 from lowmem.quant.scales import ENCODINGS
 from tests import strategies
 from tests.rounding import gamma
@@ -26,10 +26,10 @@ def test_a_weight_is_decoded_to_the_same_bits():
         dense = dense.clamp(-1.9, 1.9) * 2.0**exponents
         dense[5] = 0
         weight = quantize(dense, format, block_size=16, scales=encoding)
-        packed, scales, *described = fields(weight)
+        packed, scales, text = parts_of(weight)
         for given in (scales, scales.view(torch.uint8)):
             for dtype in (torch.float32, torch.bfloat16):
-                got = decompositions.dequantized(packed, given, *described, columns, dtype)
+                got = decompositions.dequantized(packed, given, text, dtype)
                 assert torch.equal(got, weight.dequantize(dtype)), (format, encoding, columns)
 
 

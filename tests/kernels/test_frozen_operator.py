@@ -13,8 +13,7 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 
 from lowmem import FourBit, Half, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels import ops
-from lowmem.kernels.frozen_operator import fields, stored
-from tests.operators import assert_operator
+from lowmem.kernels.frozen_operator import parts_of, stored
 from tests.selection import rows_in_one_case
 
 # dynamo makes an instance of every function of one's own
@@ -88,20 +87,6 @@ def test_an_exported_inference_program_has_the_gradients_of_a_training_one(techn
     assert sorted(float(g.norm()) for g in found) == pytest.approx(sorted(float(g.norm()) for g in expected))
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["forward", "gradient"])
-def test_the_operator_that_graphs_hold_is_what_torch_expects_of_one(transposed):
-    weight = quantize(torch.randn(6, 40), block_size=8)
-    packed, scales, *described = fields(weight)
-    text = " ".join(map(str, (*described, 40, torch.float32, transposed)))
-    x = torch.randn(3, 6 if transposed else 40, requires_grad=True)
-    added = () if transposed else (torch.randn(6), torch.randn(2, 40), torch.randn(6, 2), 1.0)
-    operator = torch.ops.lowmem.product_4bit.default
-    for some in (added, added[:1]):
-        assert_operator(operator, (x, packed, scales, text, *some))
-        expected = ops.product(x, weight, torch.float32, transposed, *some)
-        assert torch.equal(operator(x, packed, scales, text, *some), expected)
-
-
 @pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
 def test_weights_that_take_the_same_memory_in_turn_are_told_apart(kernel):
     """The cache of an address outlives its weight: another one there, in another format too, gets its own results."""
@@ -110,15 +95,16 @@ def test_weights_that_take_the_same_memory_in_turn_are_told_apart(kernel):
     with kernels.using(kernel):
         for form in ("nf4", "fp4", "nf4"):
             weight = quantize(torch.randn(64, 64), form, block_size=64, scales="double")
-            for place, tensor in zip(memory, fields(weight)[:2], strict=True):
+            *parts, described = parts_of(weight)
+            for place, tensor in zip(memory, parts, strict=True):
                 place.copy_(tensor)
-            again = stored(*memory, *fields(weight)[2:], 64)
+            again = stored(*memory, described)
             assert torch.equal(again.dequantize(), weight.dequantize())
             dtype = torch.float32
             assert torch.equal(kernels.linear(x, again, dtype), kernels.linear(x, weight, dtype))
-            moved = stored(memory[0], memory[1].clone(), *fields(weight)[2:], 64)
+            moved = stored(memory[0], memory[1].clone(), described)
             assert torch.equal(kernels.linear(x, moved, dtype), kernels.linear(x, weight, dtype))
-            plain, text = torch.ops.lowmem.product_4bit.default, f"{form} 64 double 64 {dtype} False"
+            plain, text = torch.ops.lowmem.product_4bit.default, f"{described} {dtype} False"
             for scales in (memory[1], memory[1].clone(), memory[1]):  # the handle that is kept is one of them's
                 for _ in range(2):
                     assert torch.equal(plain(x, memory[0], scales, text), kernels.linear(x, weight, dtype))
@@ -128,8 +114,8 @@ def test_weights_that_take_the_same_memory_in_turn_are_told_apart(kernel):
 
 def test_an_operator_takes_no_handle_that_another_kernel_has_made():
     weight, x = quantize(torch.randn(48, 64), "nf4"), torch.randn(2, 64)
-    packed, scales, *described = fields(weight)
-    text = f"{' '.join(map(str, described))} 64 torch.float32 False"
+    packed, scales, text = parts_of(weight)
+    text += " torch.float32 False"
     for name in 2 * kernels.available():
         with kernels.using(name):
             expected = kernels.linear(x, weight, torch.float32)
@@ -154,8 +140,8 @@ class Functions(BaseTorchFunctionMode):
 
 def test_whatever_watches_a_call_of_an_operator_sees_it():
     weight, x, bias = quantize(torch.randn(48, 32), "nf4"), torch.randn(3, 32), torch.randn(48)
-    packed, scales, *described = fields(weight)
-    text = f"{' '.join(map(str, described))} 32 torch.float32 False"
+    packed, scales, text = parts_of(weight)
+    text += " torch.float32 False"
     plain = torch.ops.lowmem.product_4bit.default
     expected = kernels.linear(x, weight, torch.float32, bias)
 
@@ -195,8 +181,8 @@ def test_whatever_watches_a_call_of_an_operator_sees_it():
 
 def test_vmap_of_an_operator_is_one_call_where_all_examples_meet_the_same_weight(monkeypatch):
     weight, x, bias = quantize(torch.randn(6, 40)), torch.randn(4, 3, 40).double(), torch.randn(4, 6).double()
-    packed, scales, *described = fields(weight)
-    text = f"{' '.join(map(str, described))} 40 torch.float64 False"
+    packed, scales, text = parts_of(weight)
+    text += " torch.float64 False"
     plain, called, compute = torch.ops.lowmem.product_4bit.default, [], ops.product.compute
     monkeypatch.setattr(ops.product, "compute", lambda *given: called.append(1) or compute(*given))
     vmap = torch.func.vmap
@@ -215,19 +201,16 @@ def test_vmap_of_an_operator_is_one_call_where_all_examples_meet_the_same_weight
     (got,) = torch.autograd.grad(vmap(call)(x, bias).square().sum(), x)
     (exact,) = torch.autograd.grad((x @ weight.dequantize().double().t() + bias[:, None]).square().sum(), x)
     torch.testing.assert_close(got, exact)
-    groups = lambda x: grouped(x, fields(weight), torch.tensor([1, 3]))  # noqa: E731  # each row meets another matrix
-    torch.testing.assert_close(vmap(groups)(x), torch.stack([groups(one) for one in x]))
-
-
-def grouped(x, described, offsets):
-    return torch.ops.lowmem.grouped_product_4bit(x, *described, 40, torch.float64, False, 2, offsets)
+    group = torch.ops.lowmem.grouped_product_4bit
+    groups = lambda x: group(x, *parts_of(weight), torch.float64, False, 2, torch.tensor([1, 3]))  # noqa: E731
+    torch.testing.assert_close(vmap(groups)(x), torch.stack([groups(one) for one in x]))  # rows meet other matrices
 
 
 def test_the_cache_keeps_no_tensor_alive():
     weight = quantize(torch.randn(8, 64))
-    again = stored(*fields(weight), 64)
+    again = stored(*parts_of(weight))
     kernels.linear(torch.randn(1, 64), again, torch.float32)
-    assert stored(*fields(weight), 64).cache is again.cache
+    assert stored(*parts_of(weight)).cache is again.cache
     held = [weakref.ref(weight.packed), weakref.ref(weight.scales)]
     del weight, again
     gc.collect()

@@ -168,22 +168,6 @@ def test_weights_of_every_size(isa, batch):
 
 @kernel
 @compiled_int8
-@in_one_case(form=["int4", "fp4", "nf4"])
-def test_numbers_beside_a_large_neighbour_and_sums_that_cancel(isa, form):
-    """What the definition rounds to zero is zero, and what it keeps counts, whatever lies beside it."""
-    for block_size, tiny, batch in product((8, 64, 1024), (0.49 / 127, 0.51 / 127, 1.49 / 127), (1, 2, 9, 40)):
-        weight = torch.ones(3, 1024)
-        weight[1, ::2] *= -1
-        weight[2, :block_size] = 0
-        q = quantize(weight, form, block_size=block_size, scales="float16")
-        x = torch.full((batch, 1024), tiny)
-        x[:, ::128] = 1.0
-        with kernels.using(isa):
-            assert_int8(kernels.linear(x, q, torch.int8), x, q)
-
-
-@kernel
-@compiled_int8
 def test_threads_change_no_bit(isa):
     q = quantize(strategies.make_weight("normal", (300, 1000), 0, 0))
     with kernels.using(isa):

@@ -13,7 +13,7 @@ from lowmem import FourBit, LoRA, convert, kernels, quantize
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.kernels.int8 import round_inputs, rounded_levels
 from lowmem.quant.formats import FORMATS, IMPORTED, get_format
-from lowmem.quant.scales import OFFSETS, get_encoding
+from lowmem.quant.scales import OFFSETS
 from lowmem.quant.search import block_sums, fitting_offsets, fitting_scales
 from tests import strategies
 from tests.compiled import ISAS, needs_kernel
@@ -57,16 +57,6 @@ def test_offsets_and_scales_bring_both_ends_of_a_block_to_the_end_levels():
         scales = fitting_scales(rows - offsets, form, 8)
         ends = torch.tensor([form.levels[0], form.levels[-1]]) * scales[0] + offsets[0]
         torch.testing.assert_close(ends, torch.tensor([-2.0, 7.0]), rtol=0, atol=1e-5)
-
-
-def test_float16_offsets_are_rounded_down():
-    ends = torch.tensor([0.0, 2.0**-26, -(2.0**-26)])
-    values = torch.cat([torch.randn(1000) * 10.0 ** torch.randint(-8, 4, (1000,)), ends])
-    encoding = get_encoding("float16_offsets")
-    rounded = encoding.round_offsets(values)
-    assert (rounded <= values).all()
-    assert ((values - rounded) <= values.abs() * 2.0**-10 + 2.0**-24).all()
-    assert torch.equal(rounded, rounded.half().float())
 
 
 @given(

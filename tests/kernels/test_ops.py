@@ -15,6 +15,7 @@ from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
+from lowmem.kernels.frozen_operator import parts_of
 from lowmem.nn.fold import without_adapters
 from tests import strategies
 from tests.operators import assert_operator
@@ -42,29 +43,30 @@ every_order = pytest.mark.parametrize("transposed", [False, True], ids=["forward
 @pytest.mark.thorough(keep=1)
 @kinds
 @every_order
-@rows_in_one_case("dtype", [torch.float32, torch.bfloat16])
+@rows_in_one_case("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
-    weight = make_weight(kind)
-    x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
-    if kind == "half":
-        assert_operator(torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed))
-    else:
-        text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[1]} {dtype} {transposed}"
-        assert_operator(torch.ops.lowmem.product_4bit.default, (x, weight.packed, weight.scales, text))
-
-
-@rows_in_one_case("transposed", [False, True])
-def test_the_operator_of_8_bit_integers_gives_the_input_s_dtype(transposed):
-    weight = make_weight("4-bit")
-    text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[1]} torch.int8 {transposed}"
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.randn(3, 6 if transposed else 40, dtype=dtype, requires_grad=True)
-        assert_operator(torch.ops.lowmem.product_4bit.default, (x, weight.packed, weight.scales, text))
-        out = ops.product(x, weight, torch.int8, transposed)
-        (got,) = torch.autograd.grad(out.sum(), x)
-        (exact,) = torch.autograd.grad(ops.product(x, weight, dtype, transposed).sum(), x)
-        assert out.dtype == dtype
-        assert torch.equal(got, exact)
+    """With a bias and an adapter, too; the gradient of a product in 8-bit integers is that of the input's dtype."""
+    if kind == "half" and dtype is torch.int8:
+        return
+    weight, own = make_weight(kind), torch.float32 if dtype is torch.int8 else dtype
+    x = torch.randn(3, 6 if transposed else 40, dtype=own, requires_grad=True)
+    added = [torch.randn(shape, dtype=own) for shape in ((6,), (2, 40), (6, 2))]
+    for some in [()] if transposed else [(), added[:1], (*added, 0.5)]:
+        if kind == "half":
+            operator, given = torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed, *some)
+        else:
+            packed, scales, text = parts_of(weight)
+            operator, given = (
+                torch.ops.lowmem.product_4bit.default,
+                (x, packed, scales, f"{text} {dtype} {transposed}"),
+            )
+            given = *given, *some
+        assert_operator(operator, given)
+        out = operator(*given)
+        assert out.dtype == own
+        assert torch.equal(out, ops.product(x, weight, dtype, transposed, *some))
+        got, exact = (torch.autograd.grad(ops.product(x, weight, one, transposed).sum(), x) for one in (dtype, own))
+        assert torch.equal(*got, *exact)
 
 
 @rows_in_one_case("kind", ["half", "4-bit"])
@@ -85,9 +87,7 @@ def test_grouped_products_are_one_for_each_group_of_rows_however_they_are_called
     if kind == "half":
         assert_operator(torch.ops.lowmem.grouped_product_16bit.default, (x, weight, *rest))
     else:
-        described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
-        arguments = (x, weight.packed, weight.scales, *described, *rest)
-        assert_operator(torch.ops.lowmem.grouped_product_4bit.default, arguments)
+        assert_operator(torch.ops.lowmem.grouped_product_4bit.default, (x, *parts_of(weight), *rest))
     graph = trace(of_x, x.detach(), check=False)
     assert f"lowmem::grouped_product_{'16bit' if kind == 'half' else '4bit'}" in str(graph.graph)
     torch.testing.assert_close(graph(x.detach()), expected.detach())
@@ -330,10 +330,8 @@ def test_a_traced_file_runs_where_lowmem_is_imported(tmp_path):
 
 def test_the_operator_of_rows_is_what_torch_expects_of_one():
     weight = make_weight("4-bit")
-    described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
     for dtype in (torch.float32, torch.bfloat16):
-        arguments = (weight.packed, weight.scales, *described, dtype)
-        assert_operator(torch.ops.lowmem.dequantize_rows.default, arguments)
+        assert_operator(torch.ops.lowmem.dequantize_rows.default, (*parts_of(weight), dtype))
         assert torch.equal(ops.dequantize_rows(weight, dtype), weight.dequantize(dtype))
 
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import FourBit, Half, convert, kernels, quantize
-from lowmem.kernels.cpu import Kernel, load
+from lowmem.kernels.cpu import Kernel
+from lowmem.kernels.native import load
 from tests import plan, strategies
 from tests.compiled import ISAS, compiled_bfloat16, needs_kernel
 from tests.selection import in_one_case, rows_in_one_case
@@ -146,14 +147,10 @@ def test_explain_takes_layers(name, technique):
     assert text.startswith("linear")
 
 
-def test_explain_takes_a_weight_that_others_read_in_its_compute_dtype():
-    module = convert(torch.nn.LSTM(64, 64), FourBit(compute_dtype=torch.bfloat16))
-    weight = module.weight_hh_l0
+def test_explain_takes_the_dtype_in_which_a_weight_or_a_changed_layer_computes():
+    weight = convert(torch.nn.LSTM(64, 64), FourBit(compute_dtype=torch.bfloat16)).weight_hh_l0
     assert kernels.explain(weight, 80) == kernels.explain(weight.stored, 80, torch.bfloat16)
     assert kernels.explain(weight, 80, torch.float32) == kernels.explain(weight.stored, 80, torch.float32)
-
-
-def test_explain_takes_the_dtype_to_which_a_layer_s_was_set():
     layer = convert(torch.nn.Linear(64, 64), FourBit(compute_dtype=torch.bfloat16))
     layer.compute_dtype = None
     assert kernels.explain(layer, 80) == kernels.explain(layer.weight.stored, 80, torch.float32)

@@ -6,11 +6,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowmem import FourBit, convert, kernels, measure, quantize
+from lowmem import FourBit, convert, kernels, quantize
 from lowmem.quant.tensor import _table
 from tests import strategies
-from tests.compiled import dequantized, on_threads
-from tests.rounding import OF_4_BITS, assert_product
+from tests.compiled import dequantized
+from tests.rounding import assert_product
 from tests.selection import rows_in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -80,27 +80,6 @@ def test_weights_with_offsets_use_all_levels_of_their_range_which_scales_must_ho
     says = "the magnitude 128000, above 65504, the most that scales='float16_offsets' can hold"
     with pytest.raises(ValueError, match=says):
         quantize(weight, "uint4", block_size=16)
-
-
-@rows_in_one_case("batch", [1, 512])
-@rows_in_one_case("kind", ["half", "4-bit"])
-def test_no_product_takes_more_than_a_mebibyte_of_scratch(kind, batch):
-    dense = strategies.make_weight("normal", (2048, 1024), 0, 0)
-    weight = dense.half() if kind == "half" else quantize(dense)
-    x, grad = torch.randn(batch, 1024), torch.randn(batch, 2048)
-    for product, argument, out in ((kernels.linear, x, 2048), (kernels.input_grad, grad, 1024)):
-        peak = measure.peak_bytes(lambda p=product, a=argument: p(a, weight, torch.float32))
-        assert peak <= 2**20 + batch * out * 4
-
-
-def test_thread_counts_give_the_same_result():
-    weight = quantize(strategies.make_weight("normal", (300, 500), 0, 0))
-    x = torch.randn(7, 500)
-    dense = weight.dequantize()
-    for count in (1, 2):
-        with on_threads(count):
-            assert torch.equal(weight.dequantize(), dense)
-            assert_product(kernels.linear(x, weight, torch.float32), x, dense, more=OF_4_BITS)
 
 
 class Products(TorchDispatchMode):

@@ -1,17 +1,22 @@
-"""RMS norms and gated activations: the plain definitions against float64, and the compiled kernel against them."""
+"""Norms, gated activations and cross entropies of rows: plain torch and the compiled kernel against float64."""
+
+import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.nn import functional
 
 from lowmem import kernels
-from lowmem.kernels.rowwise import ACTIVATIONS, factor_grad, gated, gated_grad, norm, norm_grad
+from lowmem.kernels.rowwise import ACTIVATIONS, factor_grad
+from lowmem.quant.backend import backend_for, backend_of
 from tests import strategies
-from tests.compiled import ISAS, at, on_threads
-from tests.rounding import gamma, unit
+from tests.compiled import ISAS, compiled, on_threads
+from tests.rounding import default_dtype, gamma, unit
+from tests.selection import in_one_case, rows_in_one_case
 
-everywhere = at(["portable", "neon", "avx2", "avx512"])
+everywhere = pytest.mark.parametrize("isa", ["reference", *compiled.args[1]])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
 EXP = 40  # roundings of a sigmoid and what is multiplied with it in float32; torch's own are no more
 
@@ -36,17 +41,17 @@ def check_norm(x, factor, grad, eps):
     n, wide, f = x.shape[-1], x.double().requires_grad_(), factor.double().requires_grad_()
     inverse = torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
     exact = wide * inverse * f
-    near(norm(x, factor, eps), exact.detach(), exact.detach().abs(), n + 6, x.dtype)
+    near(backend_of(x).norm(x, factor, eps, False), exact.detach(), exact.detach().abs(), n + 6, x.dtype)
     of_x, of_factor = torch.autograd.grad(exact, [wide, f], grad.double())
     scaled, inverse = (grad.double() * factor).abs(), inverse.detach()
     dot = (scaled * x.double().abs()).mean(-1, keepdim=True)
     sizes = scaled * inverse + x.double().abs() * dot * inverse**3
-    got = norm_grad(grad, x, factor, eps)
+    got = backend_of(x).norm_grad(grad, x, factor, eps)
     near(got, of_x, sizes, 3 * n + 16, x.dtype)
     rows = x.numel() // n
     terms = (grad.double() * x.double() * inverse).abs().reshape(-1, n).sum(0)
     near(factor_grad(grad, x, eps), of_factor, terms, rows + n + 8, torch.float32)
-    early = norm(x, factor, eps, rounds_first=True)
+    early = backend_of(x).norm(x, factor, eps, True)
     rounded = ((x.double() * inverse).to(x.dtype).double() * factor).to(x.dtype)
     assert ((early.double() - rounded.double()).abs() <= 2.1 * unit(x.dtype) * early.double().abs() * (n + 2)).all()
     if x.dtype is torch.bfloat16:  # nearly always the same numbers
@@ -65,13 +70,13 @@ def check_gated(a, b, grad, activation):
     # What the polynomial of an error function is off by: test_the_polynomial_is_near_the_normal_distribution.
     off = (1 + x.detach().abs()) * POLYNOMIAL if activation.of_erf else torch.zeros(1)
     more, of_slope = off * b.double().abs(), SLOPE * activation.of_erf * (grad.double() * b.double()).abs()
-    near(gated(a, b, activation, dtype), exact.detach(), exact.detach().abs() * grows, EXP, dtype, more)
+    near(backend_of(a).gated(a, b, activation, dtype), exact.detach(), exact.detach().abs() * grows, EXP, dtype, more)
     of_a, of_b = torch.autograd.grad(exact, wide, grad.double())
     sigmoid, act = sigmoid.detach(), (x * sigmoid).detach()
     grown = sum((2 * i + 1) * abs(term) * powers[i] for i, term in enumerate(activation.terms))
     slope = grown.clamp_max(1e6) * sigmoid * (1 - sigmoid if activation.of_erf else 1) + sigmoid
     into = torch.empty(a.shape, dtype=dtype), torch.empty(a.shape, dtype=dtype)
-    gated_grad(grad, a, b, activation, into)
+    backend_of(a).gated_grad(grad, a, b, activation, into)
     near(into[0], of_a, (grad.double() * b.double()).abs() * slope * grows, 2 * EXP, dtype, of_slope)
     near(into[1], of_b, (grad.double() * act).abs() * grows, EXP, dtype, off * grad.double().abs())
 
@@ -94,20 +99,15 @@ def test_the_polynomial_is_near_the_normal_distribution():
 SIZES = st.one_of(st.integers(1, 40), st.sampled_from([64, 100, 576, 1536]))
 
 
-@given(st.integers(1, 5), SIZES, DTYPES, st.sampled_from([1e-3, 1.0, 30.0]), strategies.seeds)
-def test_the_definitions_equal_float64(rows, columns, dtype, scale, seed):
-    with kernels.using("reference"):
-        _check(rows, columns, dtype, scale, seed)
-
-
 @everywhere
 @given(st.integers(1, 5), SIZES, DTYPES, st.sampled_from([1e-3, 1.0, 30.0]), strategies.seeds)
-def test_the_kernel_equals_float64(isa, rows, columns, dtype, scale, seed):
+def test_norms_and_activations_equal_float64(isa, rows, columns, dtype, scale, seed):
     with kernels.using(isa), on_threads(1 + seed % 3):
-        _check(rows, columns, dtype, scale, seed)
+        check_rows(rows, columns, dtype, scale, seed)
 
 
-def _check(rows, columns, dtype, scale, seed):
+def check_rows(rows, columns, dtype, scale, seed):
+    backend = backend_for()
     a, b, grad = (numbers((2, rows, columns), seed + i, dtype, scale) for i in range(3))
     factor = numbers(columns, seed + 3, torch.float32)
     for x, g in ((a, grad), (a.transpose(0, 1), grad.transpose(0, 1).contiguous()), (a.mT, grad.mT)):
@@ -120,25 +120,26 @@ def _check(rows, columns, dtype, scale, seed):
         if dtype is torch.bfloat16:  # with gradients in float32
             check_gated(a, b, grad.float(), activation)
         one, alone, same = torch.ones_like(a), torch.empty_like(a), (torch.empty_like(a), torch.empty_like(a))
-        gated_grad(grad, a, None, activation, (alone, None))
-        gated_grad(grad, a, one, activation, same)
+        backend.gated_grad(grad, a, None, activation, (alone, None))
+        backend.gated_grad(grad, a, one, activation, same)
         assert torch.equal(alone, same[0])
-        assert torch.equal(gated(a, None, activation), gated(a, one, activation))
+        assert torch.equal(backend.gated(a, None, activation, dtype), backend.gated(a, one, activation, dtype))
     halves = torch.full_like(both, torch.nan)
-    gated_grad(grad, a, b, activation, halves.chunk(2, -1))
+    backend.gated_grad(grad, a, b, activation, halves.chunk(2, -1))
     whole = torch.empty_like(a), torch.empty_like(a)
-    gated_grad(grad, a, b, activation, whole)
+    backend.gated_grad(grad, a, b, activation, whole)
     assert torch.equal(halves, torch.cat(whole, -1))
 
 
 @pytest.mark.parametrize("name", ["reference", *ISAS])
-def test_extreme_numbers(name):
-    """Large arguments saturate, a NaN stays where it is, and no other number becomes one."""
+def test_extreme_numbers_saturate_and_a_nan_stays_where_it_is(name):
     x = torch.tensor([[0.0, -0.0, 90.0, -90.0, 1e18, -1e18, 1e-40, 3e38, -3e20, torch.nan] * 5])
     with kernels.using(name):
+        backend = backend_for()
         for activation in ACTIVATIONS.values():
-            out, into = gated(x, torch.ones_like(x), activation), (torch.empty_like(x), torch.empty_like(x))
-            gated_grad(torch.ones_like(x), x, torch.ones_like(x), activation, into)
+            into = torch.empty_like(x), torch.empty_like(x)
+            out = backend.gated(x, torch.ones_like(x), activation, x.dtype)
+            backend.gated_grad(torch.ones_like(x), x, torch.ones_like(x), activation, into)
             for one in (out, *into):
                 assert torch.equal(one.isnan(), x.isnan())
             positive = x >= 80
@@ -146,8 +147,95 @@ def test_extreme_numbers(name):
             assert (into[0][positive] == 1).all()
             assert (out[(x <= -80) & (x > -1e3)].abs() <= 1e-30).all()
             assert (into[0][x <= -80].abs() <= 1e-20).all()
-        zeros = norm(torch.zeros(2, 40), torch.ones(40), 1e-6)
+        zeros = backend.norm(torch.zeros(2, 40), torch.ones(40), 1e-6, False)
         assert torch.equal(zeros, torch.zeros(2, 40))
         broken = torch.ones(2, 40)
         broken[1, 3] = torch.nan
-        assert torch.equal(norm(broken, torch.ones(40), 1e-6).isnan().any(1), torch.tensor([False, True]))
+        normed = backend.norm(broken, torch.ones(40), 1e-6, False)
+        assert torch.equal(normed.isnan().any(1), torch.tensor([False, True]))
+
+
+def exact_entropies(logits, targets, smoothing):
+    wide = logits.detach().clone().double().requires_grad_()
+    losses = functional.cross_entropy(wide, targets, reduction="none", label_smoothing=smoothing)
+    return losses.detach(), torch.autograd.grad(losses.sum(), wide)[0]
+
+
+def assert_entropies(found, got, logits, targets, smoothing):
+    """Hold losses and gradients of rows to those in float64.
+
+    A sum of n exponentials, of 6 roundings each, is off by a factor (n + 8) u; the logarithm adds that and u.
+    """
+    columns = logits.shape[1]
+    losses, gradient = exact_entropies(logits, targets, smoothing)
+    roundoff = 2.0**-24 if found.dtype is torch.float32 else 2.0**-52  # twice float64's: the exact ones are off, too
+    relative = (columns + 16) * roundoff + 90 * roundoff  # 90: an exponent of up to 87 is rounded before it is raised
+    below = logits.double().amax(1, keepdim=True) - logits.double()
+    most = max(below.flatten().tolist(), default=0) + math.log(columns)
+    assert ((found.double() - losses).abs() <= relative * (2 + most)).all()
+    rounding = torch.finfo(logits.dtype).eps / 2 * gradient.abs() + torch.finfo(logits.dtype).smallest_normal
+    assert ((got.double() - gradient).abs() <= relative + rounding).all()
+
+
+@in_one_case(
+    2,
+    isa=kernels.available(),
+    dtype=[torch.float32, torch.bfloat16, torch.float16],
+    columns=[1, 7, 16, 50, 1000],
+    smoothing=[0.0, 0.1],
+    spread=[0.0, 1.0, 30.0],
+)
+def test_entropies_and_their_gradients_are_near_those_in_float64(isa, dtype, columns, smoothing, spread):
+    torch.manual_seed(0)
+    logits = (torch.randn(19, columns) * spread + 5).to(dtype)
+    targets = torch.randint(columns, (19,))
+    with kernels.using(isa):
+        got = logits.clone()
+        found = backend_of(logits).entropies(got, targets, smoothing, True)
+        untouched = logits.clone()
+        assert torch.equal(backend_of(logits).entropies(untouched, targets, smoothing, False), found)
+    assert torch.equal(untouched, logits)
+    assert found.dtype is torch.float32
+    assert_entropies(found, got, logits, targets, smoothing)
+
+
+def test_entropies_of_logits_that_are_not_finite_or_far_apart():
+    infinite, nan = math.inf, math.nan
+    rows = torch.zeros(5, 40)
+    rows[0, 3:] = -infinite  # a vocabulary that is padded
+    rows[1, 5] = nan
+    rows[2, :] = -infinite
+    rows[3, 4] = infinite
+    rows[4] = torch.linspace(-300, 300, 40)
+    targets = torch.tensor([1, 1, 1, 1, 38])
+    wanted = functional.cross_entropy(rows, targets, reduction="none")
+    for name in kernels.available():
+        with kernels.using(name):
+            got = rows.clone()
+            losses = backend_for().entropies(got, targets, 0.0, True)
+        torch.testing.assert_close(losses, wanted, equal_nan=True)
+        assert not got[0, 3:].any()
+        torch.testing.assert_close(got[0, :3], torch.tensor([1 / 3, -2 / 3, 1 / 3]))
+        assert got[1:4].isnan().any(1).all()
+        assert got[4].isfinite().all()
+
+
+def test_entropies_that_c_does_not_take_are_computed_in_torch():
+    torch.manual_seed(0)
+    targets = torch.randint(12, (6,))
+    of_others = torch.randn(6, 12).double(), torch.randn(12, 6).t(), torch.randn(0, 12), torch.randn(6, 24)[:, ::2]
+    for logits in of_others:
+        few = targets[: len(logits)]
+        got = logits.clone(memory_format=torch.preserve_format)
+        losses = backend_of(logits).entropies(got, few, 0.2, True)
+        assert losses.dtype is logits.dtype
+        assert_entropies(losses, got, logits, few, 0.2)
+
+
+@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_dtype_changes_no_entropy(dtype):
+    """C writes a float32 number for each row, whatever torch makes by default."""
+    logits, targets = torch.randn(3000, 7), torch.arange(3000) % 7
+    expected = backend_of(logits).entropies(logits.clone(), targets, 0.1, True)
+    with default_dtype(dtype):
+        assert torch.equal(backend_of(logits).entropies(logits, targets, 0.1, True), expected)

@@ -3,14 +3,11 @@
 import os
 
 import pytest
-import torch
 
-from lowmem import kernels
 from lowmem.kernels import cpu
 from lowmem.kernels.threads import usable_cpus
 from lowmem.testing.memory import THREADS
-from tests.compiled import needs_kernel, on_threads, stored
-from tests.strategies import make_weight
+from tests.compiled import needs_kernel
 
 MILLISECOND = 1_000_000
 V1 = {"quota": 300_000, "period": 100_000}
@@ -127,19 +124,3 @@ def test_failures_in_a_row_pause_twice_as_long_each_time_up_to_a_limit(learned):
 def test_a_process_that_was_stopped_pauses_for_a_moment_only(learned):
     learned(2, 10**13, 0, 0, 0)
     assert learned(2, 0, 0, 0, 20 * MILLISECOND) == 2
-
-
-@needs_kernel
-@pytest.mark.parametrize("rows", [1, 6, 40])
-def test_fewer_threads_change_no_bit(rows):
-    q, _ = stored("nf4", make_weight("normal", (301, 520), 0, 0), block_size=64)
-    x, grad = torch.randn(rows, 520), torch.randn(rows, 301)
-    native, now = cpu.load()[0], 2**62  # no clock comes so far
-    with on_threads(7):
-        expected = kernels.linear(x, q, torch.float32), kernels.input_grad(grad, q, torch.float32)
-        native.limit_threads(7, True)
-        for threads in (7, 2):  # halved to 3, then to 1
-            native.learned(threads, MILLISECOND, 0, now - 10 * MILLISECOND, 0)
-            got = kernels.linear(x, q, torch.float32), kernels.input_grad(grad, q, torch.float32)
-            assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
-        native.learned(0, 0, 0, 0, 0)

@@ -11,9 +11,6 @@ from torch import nn
 import lowmem
 from lowmem import kernels
 from lowmem.kernels import frozen_operator, reference, rowwise
-from lowmem.kernels.codes import code, decode
-from lowmem.kernels.columns import round_columns
-from lowmem.kernels.entropy import entropies
 from lowmem.quant import backend
 from lowmem.quant.backend import Backend, Columns, backend_for, backend_of
 from tests.selection import rows_in_one_case
@@ -57,13 +54,17 @@ def test_all_that_is_computed_for_a_device_is_asked_of_its_backend(recording):
     kernels.add_low_rank(grad, x, torch.randn(2, 32), torch.randn(4, 2), 0.5)
     kernels.add_product(grad, x, weight, False)
     kernels.explain(weight, 1)
-    backend_of(x).serves_rows(x)
-    rowwise.norm_grad(x, rowwise.norm(x, factor, 1e-6), factor, 1e-6)
-    rowwise.gated_grad(x, x, x, silu, (torch.empty_like(x), rowwise.gated(x, x, silu)))
-    entropies(x, torch.zeros(2, dtype=torch.int64), 0.0, True)
-    decode(*code(torch.randn(64))[:2], torch.float32)
-    columns = Columns(x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte())
-    round_columns(form, columns, False)
+    own = backend_of(x)
+    own.serves_rows(x)
+    own.norm_grad(x, own.norm(x, factor, 1e-6, False), factor, 1e-6)
+    own.gated_grad(x, x, x, silu, (torch.empty_like(x), own.gated(x, x, silu, x.dtype)))
+    own.entropies(x, torch.zeros(2, dtype=torch.int64), 0.0, True)
+    codes = torch.empty(2, 32, dtype=torch.int8), torch.empty(2, 1)
+    own.encode_8bit(torch.randn(64), codes)
+    own.decode_8bit(*codes, torch.float32)
+    own.round_columns(
+        form, Columns(x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte()), False
+    )
     assert recording.asked == METHODS
     assert kernels.fast_bfloat16(x) is False
 

@@ -16,12 +16,6 @@ every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
 
 @every_format
-def test_levels_are_sixteen_and_ascending(form):
-    assert len(form.levels) == 16
-    assert list(form.levels) == sorted(form.levels)
-
-
-@every_format
 def test_defaults_are_valid_and_the_key_is_the_name(form):
     check_block_size(form.block_size)
     assert form.scales in ENCODINGS

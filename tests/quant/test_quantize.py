@@ -1,4 +1,4 @@
-"""Quantizing chooses, weighs and measures; what is stored is tested with blockwise."""
+"""Quantizing again, measuring the error, and rounding to 16 bits; test_tensor.py has what is stored."""
 
 from dataclasses import replace
 
@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import Half, quantize
-from lowmem.quant.quantize import relative_error, requantize
+from lowmem.quant.quantize import relative_error, requantize, round_to
 from tests import strategies
 from tests.compiled import assert_same_bytes
 from tests.selection import rows_in_one_case
@@ -102,3 +102,31 @@ def test_a_nested_tensor_is_named_with_its_remedy(layout):
             refusing(nested)
     with pytest.raises(TypeError, match="importance is a nested tensor"):
         quantize(torch.randn(3, 8), search=True, importance=nested)
+
+
+SIXTEEN = [torch.float16, torch.bfloat16]
+
+
+@given(st.sampled_from(SIXTEEN), st.lists(st.floats(-6e4, 6e4), min_size=1, max_size=20))
+def test_it_is_the_nearest_value_of_the_dtype_in_memory_of_its_own(dtype, values):
+    weight = torch.tensor([values], dtype=torch.float32)
+    rounded = round_to(weight, dtype, "weight")
+    assert torch.equal(rounded, weight.to(dtype))
+    assert rounded.is_contiguous()
+    again = round_to(rounded, dtype, "weight")
+    assert torch.equal(again, rounded)
+    assert again.data_ptr() != rounded.data_ptr()
+
+
+@rows_in_one_case("dtype", SIXTEEN)
+@rows_in_one_case("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(dtype, value):
+    with pytest.raises(ValueError, match="gate holds 1 values that are NaN or infinite; repair them first"):
+        round_to(torch.tensor([[value, 1.0]]), dtype, "gate")
+
+
+def test_a_magnitude_that_float16_does_not_hold_is_named_with_the_remedy():
+    weight = torch.tensor([[65536.0]])
+    with pytest.raises(ValueError, match=r"up holds the magnitude 65536, above 65504.*Half\(torch.bfloat16\)"):
+        round_to(weight, torch.float16, "up")
+    assert round_to(weight, torch.bfloat16, "up") == 65536

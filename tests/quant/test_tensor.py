@@ -85,6 +85,7 @@ def test_the_bound_is_tight_in_the_widest_gap(format, scales, magnitude, block_s
         ("float32", 1.0, 2.0**-149),  # subnormal scales become zero
         ("float16", 1.0, 2.0**-26),  # as do those below the smallest subnormal float16
         ("float16", 1.0, 2.0**-24),
+        ("float16", 1.0, 5 * 2.0**-24),
         ("double", 1.0, 2.0**-7),  # one step of the row's scale
         ("double", 1000.0, 4.0),
         ("double", 0.0, 2.0**-26),  # a row scale of zero
@@ -111,18 +112,6 @@ def test_the_bound_is_tight_where_a_stored_scale_falls_short(format, scales, row
     error = (weight.double() - q.dequantize().double()).abs()
     assert float((error / q.error_bound().double())[:, 8:].max()) >= 0.99
     assert_within_bound(weight, q)
-
-
-@every_format
-def test_the_bound_is_tight_where_a_float16_scale_falls_short(format):
-    """A block just below the next subnormal float16 loses almost a whole step of it."""
-    for steps in (0, 1, 2, 5):
-        weight = torch.nextafter(torch.full((8,), (steps + 1) * 2.0**-24), torch.zeros(8))
-        weight[1:] *= -1  # at the lower end, which may be nearer
-        q = quantize(weight, format, block_size=8, scales="float16", search=False)
-        error = (weight.double() - q.dequantize().double()).abs()
-        assert float((error / q.error_bound().double()).max()) >= 0.99
-        assert_within_bound(weight, q)
 
 
 @given(
@@ -203,16 +192,6 @@ def test_views_and_thread_counts_give_the_same_bytes(weight, format, block_size,
     for same in (plain, other):
         assert torch.equal(same.packed, q.packed)
         assert torch.equal(same.scales.view(torch.uint8), q.scales.view(torch.uint8))
-
-
-def test_large_weights_give_the_same_bytes_for_one_and_two_threads():
-    weight = strategies.make_weight("normal", (300, 1000), 0, 0)
-    results = []
-    for count in (1, 2):
-        with on_threads(count):
-            q = quantize(weight)
-            results.append((q.packed, q.scales, q.dequantize()))
-    assert all(torch.equal(one, two) for one, two in zip(*results, strict=True))
 
 
 @every_format
@@ -365,15 +344,6 @@ def test_quantizing_and_dequantizing_stay_within_the_scratch(sizes, scales):
     q = quantize(weight, block_size=block_size, scales=scales)
     assert peak <= q.nbytes + 2 * SCRATCH_BYTES
     assert measure.peak_bytes(q.dequantize) <= weight.nbytes + SCRATCH_BYTES
-
-
-def test_a_row_with_an_outlier_is_stable_too():
-    weight = strategies.make_weight("normal", (64, 1024), 0, 0)
-    weight[:, 5] *= 100
-    q = quantize(weight)
-    again = quantize(q.dequantize())
-    assert torch.equal(again.packed, q.packed)
-    assert torch.equal(again.scales, q.scales)
 
 
 def test_dequantizing_to_integers_or_every_other_row_is_refused():

@@ -1,6 +1,5 @@
-/* x @ W.T by AMX, in bfloat16. The lines of tiles are rows of W, dequantized in the order of their codes, so that
- * only x (once per call) and the results are transposed. In grad @ W (amx_gradient.h) the lines are rows of grad,
- * used in place, and pairs of rows of W are interleaved as they are dequantized. */
+/* x @ W.T by AMX, in bfloat16. The lines of tiles are rows of W, dequantized in the order of their codes: only x and the
+ * results are transposed. */
 
 #pragma once
 #include "amx_rows.h"

@@ -1,10 +1,8 @@
-/* Packs rows of x for amx.h, in the order in which codes are dequantized into lines: pairs of columns, each with sixteen batch
- * rows. */
+/* Packs rows of x for amx.h, in the order of the codes in their lines: pairs of columns, each with sixteen batch rows. */
 #pragma once
 #include "tiles.h"
 
-/* How codes are dequantized into lines of 32 columns. Which columns these are does not matter, as long as x is packed in the
- * same order. */
+/* How codes are dequantized into lines of 32 columns; x is packed in the same order. */
 enum lines {
     EIGHTS,  /* blocks of 16 and 32: a line is nibbles 0 to 3 of the eight 16-bit words of 16 bytes */
     FOURS    /* blocks of 64 and 128, at most two in a group: a line is nibble k of all 32 16-bit words */

@@ -1,7 +1,6 @@
-/* Dequantizes rows of W for amx.h into lines of 32 columns, in the order of the codes.
- *
- * The 16 levels times a block's scale form a table of bfloat16 numbers, in which codes are looked up. The permute
- * selects one of 32 numbers, so a line can have columns of two blocks: the bit above the code selects a table. */
+/* Dequantizes rows of W for amx.h into lines of 32 columns, in the order of the codes. The 16 levels times a block's scale form
+ * a table of bfloat16 numbers. The permute selects one of 32 numbers, so a line can have columns of two blocks: the bit above
+ * the code selects a table. */
 #pragma once
 #include "amx_pack.h"
 
@@ -35,16 +34,14 @@ INLINE W two_tables(V levels, const float *one, const float *two)
     return (W)_mm512_cvtne2ps_pbh(v_mul(levels, v_set1(*two)), v_mul(levels, v_set1(*one)));
 }
 
-/* out = the low nibble of each 16-bit word (`nibble` is its mask), looked up in one of two tables; a set bit in
- * `second` selects the second one. */
+/* out = the low nibble of each 16-bit word, looked up in one of two tables; a set bit in `second` selects the second one. */
 INLINE void look_up(W words, W nibble, W second, W tables, float *out)
 {
     const W index = _mm512_ternarylogic_epi32(words, nibble, second, 0xea); /* a & b | c */
     v_store(out, v_of_words(_mm512_permutexvar_epi16(index, tables)));
 }
 
-/* Dequantize group g of four rows, of which at least the first exists; others repeat the last. out: a vector per row, and lines
- * two tiles apart. `scales` (4, LANES) start at block first_block[g]. */
+/* Dequantize group g of four rows (the last row instead of missing ones): out has a vector per row, lines two tiles apart. */
 INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const enum lines lines, const float *scales, float *out)
 {
     const int64_t left = w->row_bytes - g * LANES * 4, last = w->rows - 1 - r;
@@ -84,8 +81,7 @@ INLINE void dequantize_four(const struct weight *w, int64_t r, int64_t g, const 
     }
 }
 
-/* Dequantize TILED_ROWS rows of groups g to g1: out (groups, lines, 2 tiles). `scales` are those from block *from on, or not
- * yet read (-1). */
+/* Dequantize TILED_ROWS rows of groups g to g1: out (groups, lines, 2 tiles). `scales` start at block *from, if not -1. */
 static void dequantize_tiles(const struct job *job, int64_t r, int64_t g, int64_t g1, float *scales, int64_t *from, float *out)
 {
     const struct weight *w = job->weight;

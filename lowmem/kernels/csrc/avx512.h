@@ -105,8 +105,7 @@ static inline void v_to_half(uint16_t *p, V a)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
 
-/* Broadcast 32 bits: four bytes or two bfloat16 numbers. With the integer instruction: the floating-point one slows vdpbf16ps
- * down by a quarter on Zen 4. */
+/* Broadcast 32 bits with the integer instruction: the floating-point one slows vdpbf16ps down by a quarter on Zen 4. */
 static inline W word_of(const void *p)
 {
     int32_t word;

@@ -19,8 +19,7 @@ static const struct kernel kernels[] = {
     {NULL},
 };
 
-/* Small batches in bfloat16 are multiplied in float32, so this does not extend avx512bf16: processors with AMX take two cycles
- * for a vdpbf16ps, as long as for four FMA. */
+/* This does not extend avx512bf16: with AMX, processors take two cycles for a vdpbf16ps, as long as for four FMA. */
 const struct isa isa_avx512amx = {.name = "avx512amx", .lanes = LANES, .extends = &isa_avx512vnni, .kernels = kernels};
 END_TARGET
 #endif

@@ -1,5 +1,4 @@
-/* Columns of a weight, rounded one after the other; each is first corrected for the errors of those before it.
- * lowmem/kernels/columns.py has the definition. */
+/* Columns of a weight, rounded one after the other for the errors of those before it (lowmem/kernels/columns.py). */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"

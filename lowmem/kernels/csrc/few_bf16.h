@@ -1,7 +1,6 @@
 /* x @ W.T for a small batch in bfloat16. */
 #pragma once
-#include "bfloat16.h"
-#include "linear.h"
+#include "few.h"
 
 /* Split 64 columns, those of a group's low or of its high nibbles: columns of even bytes to out, of odd bytes to out + step. */
 INLINE void put_nibbles(W front, W back, uint16_t *out, int64_t step)
@@ -21,8 +20,7 @@ static void pack_bf16(const struct job *job, int64_t m)
     const int64_t half = w->half, step = (job->m1 - job->m0) * 32; /* numbers from a nibble to the next */
     const uint16_t *x = (const uint16_t *)job->x + m * w->columns;
     uint16_t *out = (uint16_t *)job->packed + (m - job->m0) * 32;
-    /* For small blocks, indices into two vectors of eight 64-bit words, four columns each: those of first halves of blocks, and
-     * those of second halves. */
+    /* For small blocks, indices of 64-bit words of two vectors: those of first halves of blocks, and those of second halves. */
     uint64_t fours[2][8];
     for (int64_t n = 0, run = smaller(half / 4, 4); n < 8; n++) {
         fours[0][n] = (uint64_t)(n / run * 2 * run + n % run);
@@ -47,13 +45,12 @@ static void pack_bf16(const struct job *job, int64_t m)
         } else {
             for (int k = 0; k < 4; k++)
                 memset(out + k * step, 0, 64);
-            for (int64_t i = 0; i < LANES * 4 && byte + i < w->row_bytes; i++) {
-                const int64_t start = (byte + i) / half * 2 * half, j = (byte + i) % half;
-                const int64_t left = smaller(w->columns - start, 2 * half), lower = (left + 1) / 2;
+            for (int64_t i = 0, low, high; i < LANES * 4 && byte + i < w->row_bytes; i++) {
                 uint16_t *to = out + i % 2 * 2 * step + i / 2;
-                to[0] = x[start + j];
-                if (lower + j < left)
-                    to[step] = x[start + lower + j];
+                columns_of(byte + i, w->columns, half, &low, &high);
+                to[0] = x[low];
+                if (high >= 0)
+                    to[step] = x[high];
             }
         }
     }
@@ -103,8 +100,4 @@ static void pack_few_bf16(struct job *job, int64_t part, int64_t parts, int64_t 
         pack_bf16(job, m);
 }
 
-static void few_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    static rows_with *const rows[] = {NAMED_MORE(rows_bf16)};
-    few_rows(job, part, parts, rows);
-}
+static void few_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { few_rows(job, part, parts, rows_bf16); }

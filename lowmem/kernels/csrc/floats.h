@@ -1,5 +1,4 @@
-/* The kernels of an ISA whose products are all in float32, and its struct isa. The file that includes this has included
- * the ISA's vector operations. */
+/* The kernels of an ISA whose products are all in float32, and its struct isa; its vector operations are included before. */
 #pragma once
 #include "body.h"
 #include "columns.h"
@@ -24,9 +23,9 @@ static const struct kernel kernels[] = {
     {NULL},
 };
 
-#define FLOAT_ISA(isa_name)                                                                                           \
-    {                                                                                                                 \
-        .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body,   \
-        .widen = wide_body, .quantize = quantize, .norm = norm_body, .gated = gated_body, .entropy = entropy_body,    \
-        .encode8 = encode8_body, .decode8 = decode8_body, .round_columns = round_columns_body                         \
+#define FLOAT_ISA(isa_name)                                                                                         \
+    {                                                                                                               \
+        .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body, \
+        .widen = wide_body, .quantize = quantize_body,                                                              \
+        .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body},              \
     }

@@ -6,9 +6,8 @@
 /* Most words whose products are added in one chain; in longer chains too much rounding error accumulates. */
 #define FUSED_CHAIN 8
 
-/* sums (M, LANES) += a group of words of LANES rows times M batch rows. The products of a block, or of `chain` words if these
- * are fewer, are summed before they are multiplied with the scale. `words` and `scales` are transposed; `scales` begins with
- * the block of the first word, which started `ahead` words before the group. */
+/* sums (M, LANES) += a group of words of LANES rows times M batch rows. Products of a block, or of `chain` words, are summed before
+ * they are scaled. `scales` begin with the block of the first word, which started `ahead` words before the group. */
 INLINE void fused(const struct weight *w, const float *words, const float *scales, int64_t ahead, const float *x,
                          const int M, float *sums, const uint8_t *fetch, int64_t chain, const int bf16)
 {

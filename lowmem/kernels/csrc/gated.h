@@ -1,11 +1,9 @@
-/* Gated activations of rows and their gradients, computed in float32 and rounded once; lowmem/kernels/rowwise.py has the
- * definition. */
+/* Gated activations of rows and their gradients, in float32, rounded once (lowmem/kernels/rowwise.py). */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"
 
-/* out = act(a) b, where act(a) = a sigmoid(z) and z = terms[0] a + terms[1] a^3 + ...; b is 1 if it is NULL. With
- * `gradient`: out[0] and out[1] = the gradients of a and b. */
+/* out = act(a) b (see row_calls.h); b is 1 if it is NULL. With `gradient`: out[0] and out[1] = the gradients of a and b. */
 INLINE void gated_row(const struct gated *call, int64_t row, const int gradient, const int type, const int wide)
 {
     const V one = v_set1(1.0f);

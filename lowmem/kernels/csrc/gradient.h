@@ -1,13 +1,11 @@
-/* grad @ W. A thread takes groups of columns and, for each of them, goes through all rows of W in order, so that it alone
- * writes its columns. Columns lie across the lanes. GRAD_ROWS rows are dequantized into a tile, as pairs of them in bfloat16; a
- * small batch (`few`) is multiplied with 16-bit weights that are widened in registers. */
+/* grad @ W. Columns lie across the lanes. A thread takes groups of columns, for each of which it goes through all rows of W in order.
+ * GRAD_ROWS rows are dequantized into a tile, as pairs in bfloat16; a small batch (`few`) meets 16-bit weights in registers. */
 #pragma once
-#include "few.h"
+#include "reading.h"
 
 #define GRAD_INPUTS 6 /* batch rows that are multiplied at a time */
 #define GRAD_FEWER 16 /* most batch rows summed in chains of GRAD_ROWS / 2 in float32: torch's are short, too */
-/* 16-bit weights are prefetched to L1 GRAD_SOON rows ahead, and to L2 GRAD_FAR. Rows are often a power of two bytes
- * apart and then map to few sets of L1, which cannot hold many of them. */
+/* How many rows ahead 16-bit weights are prefetched to L1 (where rows may share few sets) and to L2. */
 #define GRAD_SOON 8
 #define GRAD_FAR 64
 
@@ -36,8 +34,7 @@ INLINE void accumulate(const float *grad, int64_t grad_stride, const int M, cons
     }
 }
 
-/* out = group g of rows `row` and, if `both`, row + 1, dequantized and interleaved: GROUP pairs. Without `both` the second is
- * zeros. */
+/* out = group g of rows `row` and row + 1 (zeros without `both`), dequantized and interleaved: GROUP pairs. */
 INLINE void decode_pair(const struct weight *w, int64_t row, int both, int64_t g, int64_t t0, T table,
                                const float *scales, float *out)
 {
@@ -53,8 +50,7 @@ INLINE void decode_pair(const struct weight *w, int64_t row, int both, int64_t g
     }
 }
 
-/* tile = group g of rows r0 to r1, dequantized; returns its rows, or pairs of rows. `scales` (rows, TILE_SCALES) are those from
- * group t0 on. */
+/* tile = group g of rows r0 to r1, dequantized; returns its rows, or pairs of rows. `scales` are those from group t0 on. */
 INLINE int64_t decode_tile(const struct weight *w, int64_t r0, int64_t r1, int64_t t0, int64_t g, const float *scales, float *tile,
                        const int bf16)
 {
@@ -145,13 +141,12 @@ INLINE void unpack(const struct job *job, int64_t g, const float *sums, const in
             for (int64_t i = 0; i < n; i += LANES)
                 store_some(out, type, g * GROUP + i, n - i, v_load(sums + i));
         } else {
-            for (int64_t i = 0; i < LANES * 4 && from + i < w->row_bytes; i++) {
-                const int64_t start = (from + i) / half * 2 * half, j = (from + i) % half;
-                const int64_t left = smaller(w->columns - start, 2 * half), lower = (left + 1) / 2;
+            for (int64_t i = 0, low, high; i < LANES * 4 && from + i < w->row_bytes; i++) {
                 const float *of = sums + i % 4 * 2 * LANES + i / 4;
-                write_as(out, type, start + j, of[0]);
-                if (lower + j < left)
-                    write_as(out, type, start + lower + j, of[LANES]);
+                columns_of(from + i, w->columns, half, &low, &high);
+                write_as(out, type, low, of[0]);
+                if (high >= 0)
+                    write_as(out, type, high, of[LANES]);
             }
         }
 }
@@ -167,8 +162,7 @@ INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_
     share(w->stride / GROUP, MAX_GROUP / GROUP, parts, part, &g0, &g1);
     for (int64_t t0 = g0, t1; t0 < g1; t0 = t1) {
         t1 = smaller(t0 + columns / GROUP, g1);
-        /* A thread has room for the sums of `columns` columns. If all threads together have room for all columns, each column
-         * has its own place. */
+        /* Each thread has room for the sums of `columns` columns; if that is room for all columns, each has its own place. */
         float *sums = job->packed + (job->threads * columns < w->stride ? thread * columns / GROUP : t0) * batch;
         memset(sums, 0, (size_t)((t1 - t0) * batch) * sizeof(float));
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {

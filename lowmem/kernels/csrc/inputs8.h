@@ -4,18 +4,14 @@
  *
  *   sum of level[c] * x = step * unit * (sum of steps[c] * v - 128 * sum of v),        x ~ unit * v
  *
- * A small batch is multiplied in registers, as in linear.h. A packed group of a batch row consists of 64 bytes for
- * the columns of low nibbles and 64 for those of high nibbles; -128 * sum of v, per lane; and step * unit.
+ * A small batch is multiplied in registers, as in few.h. A packed group of a batch row: 64 bytes for the columns of low nibbles,
+ * 64 for those of high nibbles; -128 * sum of v, per lane; and step * unit.
  *
- * In a larger batch, LANES rows of x form a panel and lie across the lanes: four columns of a row of W are multiplied
- * with all of them at once, and the sum of a block starts with the term of the zero point. A packed group of a panel
- * consists of four columns of each batch row, first those of the low nibbles of each of LANES words, then those of
- * the high nibbles; the terms of the zero point for each block; and the units. */
+ * In a larger batch, LANES rows of x form a panel and lie across the lanes, and the sum of a block starts with the term of the
+ * zero point. A packed group of a panel: four columns of each batch row, first those of the low nibbles of each of LANES words,
+ * then those of the high nibbles; the terms of the zero point for each block; and the units. */
 #pragma once
-#ifndef LANES
-#include "avx512.h"
-#endif
-#include "linear.h"
+#include "few.h"
 
 /* Offsets in floats of the 32-bit sums and of the units in a packed group: of a batch row, and of a panel. */
 #define FEW_INPUTS8_SUMS (2 * LANES)
@@ -32,12 +28,21 @@
 _Static_assert(LANES == PANEL && MOST * INPUTS8_ROWS <= SUMS_AT, "what is turned has room before the sums");
 _Static_assert(INPUTS8_UNITS + LANES <= INPUTS8_GROUP * LANES, "a panel has room for its groups");
 
-/* sum + bytes * numbers. In assembly, since in long loops GCC copies each sum around the intrinsic, which takes half
- * of the time. */
+INLINE W steps_load(const struct weight *w) { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)); }
+
+/* sum + bytes * numbers. In assembly: in long loops GCC copies each sum around the intrinsic, which takes half of the time. */
 INLINE W add_bytes(W sum, W bytes, W numbers)
 {
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(bytes), "v"(numbers));
     return sum;
+}
+
+/* The steps of the low and the high nibbles of words. */
+INLINE void look_up_steps(W table, W words, W *low, W *high)
+{
+    const W nibble = _mm512_set1_epi8(15);
+    *low = _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble));
+    *high = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble));
 }
 
 /* As few, in 8-bit integers. */
@@ -45,7 +50,7 @@ INLINE void few_inputs8(const struct job *job, int64_t r, const int R, const int
 {
     const struct weight *w = job->weight;
     const float *x = job->packed;
-    const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
+    const W table = steps_load(w);
     struct reading at;
     V acc[FEW_SUMS];
     begin_reading(&at, w, r, job->g0, R);
@@ -53,12 +58,8 @@ INLINE void few_inputs8(const struct job *job, int64_t r, const int R, const int
     for (int64_t g = job->g0; g < job->g1; g++, x += M * GROUP) {
         W lows[4], highs[4];
         read_group(&at, w, r, g, R);
-        EACH_ROW {
-            lows[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(at.words[i], nibble));
-            highs[i] = _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(at.words[i], 4), nibble));
-        }
-        /* Products of different rows alternate: chains of dependent products, one after the other, would fill the
-         * queues of operations that wait for operands. */
+        EACH_ROW look_up_steps(table, at.words[i], lows + i, highs + i);
+        /* Products of different rows alternate: chains of dependent products would fill the queues of waiting operations. */
         EACH_INPUT {
             const float *of = x + j * GROUP;
             const W low = _mm512_loadu_si512(of), high = _mm512_loadu_si512(of + LANES);
@@ -81,8 +82,8 @@ INLINE W four_at(W four)
     return _mm512_or_si512(_mm512_and_si512(four, _mm512_set1_epi32(16)), _mm512_or_si512(_mm512_slli_epi32(in_quarter, 2), quarter));
 }
 
-/* Convert the GROUP numbers x to the bytes, sums and unit of a group. Quads of four columns alternate: `run` of them belong to
- * low nibbles, the next `run` to high ones. Returns 0 if a number is too large or not finite, or if all are too small. */
+/* Convert the GROUP numbers x to the bytes, sums and unit of a group. `run` quads of four columns belong to low nibbles, the next
+ * `run` to high ones. Returns 0 if a number is too large or not finite, or if all are too small. */
 INLINE int to_inputs8_group(const struct weight *w, const V *x, const int run, float *group)
 {
     const W magnitude = _mm512_set1_epi32(0x7fffffff);
@@ -171,8 +172,7 @@ static void pack_panels_inputs8(struct job *job, int64_t part, int64_t parts, in
         }
 }
 
-/* sums (P panels, R rows, LANES) += a group of R dequantized rows times P panels. Bytes of rows are broadcast by loads, and
- * numbers of x are loads, too: several panels share the former, several rows the latter. */
+/* sums (P panels, R rows, LANES) += a group of R dequantized rows times P panels. Rows and panels share what is loaded. */
 INLINE void multiply_inputs8(const float *x, const uint8_t *tile, const float *scales, const int words, const int R, const int P,
                                  float *sums)
 {
@@ -209,21 +209,21 @@ INLINE void multiply_inputs8(const float *x, const uint8_t *tile, const float *s
     }
 }
 
-/* The steps of the codes of a group, tile (INPUTS8_ROWS, GROUP), and the scales of its blocks, (INPUTS8_ROWS, LANES). Refuses the job
- * if a float32 scale is too large. */
+/* The steps of the codes of a group, (INPUTS8_ROWS, GROUP), and its scales, (INPUTS8_ROWS, LANES). Refuses too large scales. */
 INLINE void steps_inputs8(const struct job *job, int64_t r, int64_t g, const float *units, uint8_t *tile, float *scales)
 {
     const struct weight *w = job->weight;
-    const W table = _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->steps)), nibble = _mm512_set1_epi8(15);
+    const W table = steps_load(w);
     const int64_t first = g * LANES * 4 / w->half;
     for (int64_t i = 0; i < INPUTS8_ROWS; i++) {
         const int64_t row = smaller(r + i, w->rows - 1);
-        const W words = words_of_group(w, row, g);
         const V unit = v_set1(units[i]);
         V stored;
+        W low, high;
         prefetch(w->packed + (r + INPUTS8_ROWS + i) * w->row_bytes + g * LANES * 4);
-        _mm512_storeu_si512(tile + i * GROUP, _mm512_shuffle_epi8(table, _mm512_and_si512(words, nibble)));
-        _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)));
+        look_up_steps(table, words_of_group(w, row, g), &low, &high);
+        _mm512_storeu_si512(tile + i * GROUP, low);
+        _mm512_storeu_si512(tile + i * GROUP + GROUP / 2, high);
         few_scales(w, row, first, 1, &unit, &stored);
         if (w->encoding == SCALES_FLOAT32 && _mm512_cmp_ps_mask(_mm512_abs_ps(stored), v_set1(INPUTS8_LARGEST), _CMP_NLE_UQ))
             refuse(job);
@@ -283,7 +283,6 @@ ROWS_WITH_MORE(rows_inputs8, FEW_ROWS, few_inputs8)
 
 static void few_inputs8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
-    static rows_with *const rows[] = {NAMED_MORE(rows_inputs8)};
     if (!is_refused(job))
-        few_rows(job, part, parts, rows);
+        few_rows(job, part, parts, rows_inputs8);
 }

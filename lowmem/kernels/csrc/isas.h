@@ -35,8 +35,7 @@ static int has_f16c(void)
     return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
 }
 
-/* Whether the processor has AMX for bfloat16, and Linux permits it to this process: a process must request the large tile
- * registers. */
+/* Whether the processor has AMX for bfloat16, and Linux permits its large registers, which a process must request. */
 static int may_use_amx(void)
 {
 #if HAS_AMX
@@ -50,8 +49,7 @@ static int may_use_amx(void)
 }
 #endif
 
-/* isas() -> [(name, whether this processor runs it), ...] for all ISAs that were compiled, the slowest first. Functions below
- * take an index into this list. */
+/* isas() -> [(name, whether this processor runs it), ...], the slowest first. Other functions take an index into this list. */
 static PyObject *isas(PyObject *self, PyObject *unused)
 {
     PyObject *found = PyList_New(0);

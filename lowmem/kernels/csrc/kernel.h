@@ -1,5 +1,4 @@
-/* What the kernels and their Python binding share: sizes of scratch, the structs that describe a weight and a call, and
- * conversions between float32, float16 and bfloat16. */
+/* What kernels and their binding share: sizes of scratch, the structs of a weight and a call, and conversions of floats. */
 #pragma once
 #pragma GCC diagnostic ignored "-Wunused-parameter" /* bodies and methods have one signature each, whatever they need */
 
@@ -37,11 +36,10 @@
 #include <stdint.h>
 #include <string.h>
 
-/* Sizes. They are the same for every ISA, so that a product takes the same memory on every processor. A "batch row" is a row of x
- * or of grad; a "row" alone is a row of the weight. */
+/* Sizes, which are the same for every ISA. A "batch row" is a row of x or of grad; a "row" alone is a row of the weight. */
 #define MAX_LANES 16              /* float32 lanes of the widest ISA */
 #define MAX_GROUP (MAX_LANES * 8) /* codes in a group of MAX_LANES words */
-#define FEW 4                     /* most batch rows for which columns lie across the lanes (linear.h) */
+#define FEW 4                     /* most batch rows for which columns lie across the lanes (few.h) */
 #define FEW_MORE 8                /* the same in bfloat16, in 8-bit integers and with 8- and 16-bit weights */
 #define SHARE_ROWS 8              /* granularity in rows of a thread's share there */
 #define UPDATE_ROWS 16            /* rows after which a low-rank update is added there */
@@ -95,13 +93,12 @@
 /* Types of x, grad, the output and 16-bit weights. */
 enum type { FLOAT32, BFLOAT16, FLOAT16 };
 
-/* How scales are stored. SCALES_DOUBLE: a byte of 0 to 255 steps per block, times a float16 per row (double quantization).
- * SCALES_SIGNED: the same with a sign bit and 7 bits. */
+/* How scales are stored. SCALES_DOUBLE: a byte of steps per block, times a float16 per row; SCALES_SIGNED: with a sign bit. */
 enum encoding { SCALES_FLOAT32, SCALES_FLOAT16, SCALES_DOUBLE, SCALES_SIGNED };
 
-/* The order in which the codes of a row are decoded, for one number of columns, block size and lane count (order.h). Column c
- * is lane place[c] % lanes of vector place[c] / lanes. Word i of group g belongs to block
- * first_block[g] + block[g * lanes + i], where blocks are whole words. */
+/* The order in which shifts decode the codes of a row, into which x is permuted: in a group of `lanes` 32-bit words, nibble 0 of each
+ * word, then nibble 1, and so on. Low nibbles hold the first half of a block, high ones the second. Column c is lane place[c] % lanes
+ * of vector place[c] / lanes; word i of group g belongs to block first_block[g] + block[g * lanes + i], of whole words. */
 struct order {
     int64_t lanes, groups;
     const int32_t *place, *block, *first_block;
@@ -125,8 +122,7 @@ struct weight {
     uint8_t steps[16];
 };
 
-/* A low-rank update, out = base + scaling * (x @ A.T) @ B.T: A (rank, columns), B (rows, rank), x (batch, columns), base and
- * out (batch, rows), which may be the same memory. */
+/* A low-rank update, out = base + scaling * (x @ A.T) @ B.T; base and out may be the same memory. */
 struct update {
     const float *x, *a, *b, *base;
     float *narrow, *out; /* narrow: scratch (batch, rank) for scaling * (x @ A.T) */
@@ -137,7 +133,6 @@ struct update {
 /* A call of quantize: float32 rows, what they are quantized to, and how the scale of a block is chosen. */
 struct quantizing {
     const struct weight *weight; /* describes the result: levels, encoding, sizes */
-    const struct isa *isa;
     const float *x;          /* (rows, columns) */
     const float *boundaries; /* 15, between adjacent levels */
     /* Scales to try, as factors of the block's weight of largest magnitude. With none of them, that magnitude is the scale. */
@@ -147,26 +142,24 @@ struct quantizing {
     float largest;           /* largest magnitude of a scale */
     int zero;                /* code of the zero weight; it also pads odd rows */
     int has_sign;            /* whether scales are signed */
-    uint8_t *packed, *scales, *scratch;
-    int64_t own, scale_bytes; /* bytes: of a thread's scratch, of a row's scales */
+    uint8_t *scratch;
+    int64_t own; /* bytes of a thread's scratch */
     int failed; /* set by any thread, never cleared */
 };
 
 /* One call. All threads read it; none writes to it while they run. */
 struct job {
-    const void *call; /* of a row-wise function: one of the structs of row_calls.h */
+    void *call; /* of quantize or a row-wise function: struct quantizing, or one of row_calls.h */
     const struct weight *weight;
     const void *x; /* linear: (batch, columns); input_grad: (batch, rows) */
     const void *bias;
     void *out;
     int64_t out_step; /* elements from an output row to the next (linear, dequantize) */
-    /* float32 (batch, rows of the weight): the sums over the parts of the columns that were multiplied so far, where x is
-     * packed in parts. It is `out` itself where that is float32. */
+    /* The float32 sums (batch, rows) over the parts of the columns so far, if x is packed in parts; or `out`. */
     float *partial;
     int type, out_type, bias_type; /* enum type of x, out and bias */
     const struct kernel *kernel;
-    /* Set by a kernel that cannot represent what it reads (8-bit integers): the output is then invalid, and the caller
-     * discards it. */
+    /* Set by a kernel of 8-bit integers that cannot represent what it reads: the caller discards the output. */
     int *refused;
     int64_t batch, threads;
     /* x packed in the order of the codes or in AMX tiles; for input_grad the sums, in the order of the codes. */
@@ -178,7 +171,6 @@ struct job {
     int64_t piece; /* batch rows that are packed at a time */
     /* What is multiplied now, as half-open ranges: batch rows m0 to m1 (a piece), groups of columns g0 to g1, rows r0 to r1. */
     int64_t m0, m1, g0, g1, r0, r1;
-    struct quantizing *quantizing;
     const struct update *update; /* or NULL */
 };
 
@@ -192,19 +184,14 @@ typedef void (*body)(struct job *, int64_t part, int64_t parts, int64_t thread);
 /* Columns that packing has visited, over all calls: a test checks that their number grows linearly with the columns of x. */
 extern int64_t visited_columns;
 
-#if defined(__GNUC__)
 #define prefetch(p) __builtin_prefetch(p)
 #define prefetch_far(p) __builtin_prefetch(p, 0, 2) /* to L2 */
-#else
-#define prefetch(p) ((void)0)
-#define prefetch_far(p) ((void)0)
-#endif
 
 static inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
-/* Columns of grad @ W whose sums are kept at a time with AMX: TILED_GRAD_COLUMNS or a group per thread, whichever is more,
- * evened out over the passes so that every thread has work in each, and rounded up to whole groups. */
+/* Columns of grad @ W whose sums are kept at a time with AMX: TILED_GRAD_COLUMNS or a group per thread, whichever is more, evened
+ * out over the passes and rounded up to whole groups. */
 static inline int64_t tiled_grad_columns(const struct weight *w, int64_t threads)
 {
     const int64_t most = threads * MAX_GROUP > TILED_GRAD_COLUMNS ? threads * MAX_GROUP : TILED_GRAD_COLUMNS;
@@ -263,8 +250,7 @@ static inline int64_t scale_bytes(const struct weight *w)
     return (w->blocks + w->behind) * (w->encoding >= SCALES_DOUBLE ? 1 : w->encoding == SCALES_FLOAT16 ? 2 : 4);
 }
 
-/* Double quantization: scale = steps * row scale / row_steps. row_scale_at returns where the row's float16 is stored,
- * row_steps the largest number of steps. */
+/* Double quantization: scale = steps * row scale / row_steps. row_scale_at: where the row scale, a float16, is. */
 static inline const uint8_t *row_scale_at(const struct weight *w, int64_t row)
 {
     return w->scales + row * scale_bytes(w) + w->blocks;
@@ -314,6 +300,15 @@ static inline void write_as(void *p, int type, int64_t i, float value)
         ((float *)p)[i] = value;
     else
         ((uint16_t *)p)[i] = type == BFLOAT16 ? float_to_bfloat(value) : float_to_half(value);
+}
+
+/* The columns of the low and the high nibble of a byte of a row of `columns` columns in blocks of 2 * half; *high is -1 for the
+ * code that pads an odd row. A row's last block may be short: its halves are shorter, too. */
+static inline void columns_of(int64_t byte, int64_t columns, int64_t half, int64_t *low, int64_t *high)
+{
+    const int64_t start = byte / half * 2 * half, left = smaller(columns - start, 2 * half), lower = (left + 1) / 2;
+    *low = start + byte % half;
+    *high = byte % half + lower < left ? *low + lower : -1;
 }
 
 /* The columns that packing groups g0 to g1 (of `group` columns each) has to visit: whole blocks, starting at a multiple of two

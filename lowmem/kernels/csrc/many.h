@@ -1,16 +1,13 @@
-/* x @ W.T for larger batches. Rows of W lie across the lanes: LANES of them are decoded at a time, and each number of x is
- * multiplied with all of them at once. So there are no horizontal sums, and results are laid out as the output is.
- *
- * A unit is what is multiplied at a time: a column in float32, or a pair of columns in bfloat16. pack.h packs x. fused.h
- * multiplies decoded codes in registers; tiled.h dequantizes rows into a tile that is multiplied with the whole batch. */
+/* x @ W.T for larger batches. Rows of W lie across the lanes: LANES of them are decoded at a time and multiplied with each number of
+ * x, without horizontal sums. A unit is what is multiplied at a time: a column in float32, a pair of columns in bfloat16. pack.h
+ * packs x; fused.h multiplies decoded codes in registers; tiled.h dequantizes rows into a tile for the whole batch. */
 #pragma once
 #include "pairs.h"
 
 #define UNITS(bf16) ((bf16) ? 4 : 8) /* units in a word */
 #define MANY_ROWS (LANES * MANY_VECTORS) /* rows of a tile */
 _Static_assert(MANY_VECTORS <= MAX_VECTORS && MANY_INPUTS <= 16, "scratch and passes have room for them");
-/* Most batch rows that are summed in chains of FEWER_CHAIN words, in fused.h and tiled.h: torch (MKL) sums small batches
- * in short chains, too. */
+/* Most batch rows summed in chains of FEWER_CHAIN words, in fused.h and tiled.h: those of torch (MKL) are short, too. */
 #define FEWER 12
 #define FEWER_CHAIN 2
 #define EACH_LANE _Pragma("GCC unroll 16") for (int i = 0; i < LANES; i++)
@@ -80,8 +77,7 @@ INLINE void turn(const float *sums, const int rows, float *out)
     }
 }
 
-/* The bias of `rows` rows from r on, as float32: in place, or copied to `widened`, which the caller has set to zero. It is
- * added with the first groups of columns; afterwards, and without a bias, the result is zeros. */
+/* The bias of `rows` rows from r on, in place or copied to `widened`; zeros where it is none, or was added before. */
 INLINE const float *bias_of(const struct job *job, int64_t r, int64_t rows, float *widened)
 {
     if (!job->bias || job->g0)
@@ -92,8 +88,8 @@ INLINE const float *bias_of(const struct job *job, int64_t r, int64_t rows, floa
     return widened;
 }
 
-/* Write sums (batch, vectors * LANES) of `rows` rows from r on to out (batch, rows of W, rows `step` apart). Adds the bias with
- * the first groups of columns, the partial sums of the groups before with later ones. */
+/* Write sums (batch, vectors * LANES) of `rows` rows from r on to out, whose rows are `step` apart: with the bias, or, for
+ * later groups of columns, with the partial sums of those before. */
 INLINE void put_rows_as(const struct job *job, int64_t r, int64_t rows, const int vectors, const float *sums, void *out,
                                int64_t step, const int type)
 {

@@ -1,16 +1,9 @@
-/* The Python module. Products, dequantize and update take tensors, whose memory is checked here; quantize and row-wise
- * functions take addresses and sizes, which Python has checked. One binary works with every PyTorch (it uses none of its headers). Threads are those of the OpenMP library that torch
- * has loaded, since a second pool would compete with it for the cores. */
-#if defined(_WIN32)
-#define dlopen_loaded(path) NULL
-#define dlsym(handle, name) NULL
-#else
+/* The Python module. Products, dequantize and update check the memory of tensors here; other functions take addresses that Python
+ * has checked. One binary works with every PyTorch: it uses none of its headers, and the threads that torch has loaded. */
 #include <dlfcn.h>
-#define dlopen_loaded(path) dlopen(path, RTLD_LAZY | RTLD_NOLOAD)
-#endif
 
 #include "product.h"
-#include "row_module.h"
+#include "row_calls.h"
 
 /* Read a low-rank update of a product with x. Returns as read_tensor, and 0 if shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
@@ -90,33 +83,29 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
     Py_RETURN_NONE;
 }
 
-/* linear(isa, handle or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling) ->
- * x @ W.T + bias + scaling * (x @ A.T) @ B.T; None if C does not take the arguments, False if the plan leaves the product to
- * torch */
+/* linear(isa, handle or None, packed or 16-bit weight, scales or None, x, bias or None, threads, A or None, B, scaling) -> see
+ * product */
 static PyObject *linear(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, A, B, SCALING, ARGUMENTS };
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR, args[BIAS], args[THREADS], args + A);
 }
 
-/* linear_inputs8(isa, handle with 8-bit levels, packed, scales, x, bias or None, threads) -> x @ W.T + bias; None if C does not
- * take the arguments or 8-bit integers cannot represent them */
+/* linear_inputs8(isa, handle with 8-bit levels, packed, scales, x, bias or None, threads) -> see product */
 static PyObject *linear_inputs8(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { BIAS = X + 1, THREADS, ARGUMENTS };
     return has_count(given, ARGUMENTS) ? NULL : product(args, LINEAR_INPUTS8, args[BIAS], args[THREADS], NULL);
 }
 
-/* input_grad(isa, handle or None, packed or 16-bit weight, scales or None, grad, threads) -> grad @ W; None if C does not take
- * the arguments, False if the plan leaves the product to torch */
+/* input_grad(isa, handle or None, packed or 16-bit weight, scales or None, grad, threads) -> see product */
 static PyObject *input_grad(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { THREADS = X + 1, ARGUMENTS };
     return has_count(given, ARGUMENTS) ? NULL : product(args, INPUT_GRAD, Py_None, args[THREADS], NULL);
 }
 
-/* dequantize(isa, handle, packed, scales, first row, first column, out, threads) -> out, filled; None if C does not take the
- * arguments. The columns of out are whole blocks, except at the end of the rows. */
+/* dequantize(isa, handle, packed, scales, first row, first column, out, threads) -> out, or None. Columns are whole blocks. */
 static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ROW = SCALES + 1, COLUMN, OUT, THREADS, ARGUMENTS };
@@ -148,9 +137,8 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     return args[OUT];
 }
 
-/* plan(isa, block size or 0, enum type of a 16-bit weight or CODES8, batch rows, enum type of x, enum operation) ->
- * [(ISA, kernel, its least batch rows, its most, why it refuses or None), ...]: the kernels in the order in which
- * they were tried, the last of which accepts; empty if none does */
+/* plan(isa, block size or 0, enum type of a 16-bit weight or CODES8, batch rows, enum type of x, enum operation) -> [(ISA,
+ * kernel, least batch rows, most, why it refuses or None), ...] in the order of asking; empty if none accepts */
 static PyObject *plan_of(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ISA_AT, BLOCK, WEIGHT, ROWS, TYPE, OPERATION, ARGUMENTS };
@@ -213,16 +201,6 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return made;
 }
 
-/* Quantize a part of the rows. */
-static void quantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
-{
-    struct quantizing *q = job->quantizing;
-    int64_t from, to;
-    share(q->weight->rows, 1, parts, part, &from, &to);
-    if (!q->isa->quantize(q, from, to, q->scratch + thread * q->own))
-        q->failed = 1;
-}
-
 /* quantize(isa, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of candidates,
  * importance, bits of the largest magnitude, zero code, whether scales are signed, scratch, threads) -> whether the scales can
  * hold every weight. Tensors are addresses; importance may be 0. */
@@ -236,21 +214,44 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     const struct weight w = weight_of(ADDRESS(n[PACKED]), ADDRESS(n[SCALES]), ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK],
                                       n[ROWS], n[COLUMNS]);
     struct quantizing q = {
-        .weight = &w, .isa = base_of(all_isas[n[ISA]]), .x = ADDRESS(n[X]), .boundaries = ADDRESS(n[BOUNDARIES]),
+        .weight = &w, .x = ADDRESS(n[X]), .boundaries = ADDRESS(n[BOUNDARIES]),
         .candidates = ADDRESS(n[CANDIDATES]), .importance = ADDRESS(n[IMPORTANCE]), .tried = n[TRIED],
         .largest = float_of((uint32_t)n[LARGEST]), .zero = (int)n[ZERO], .has_sign = (int)n[SIGN],
-        .packed = (uint8_t *)w.packed, .scales = (uint8_t *)w.scales, .scratch = ADDRESS(n[SCRATCH]),
-        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES), .scale_bytes = scale_bytes(&w),
+        .scratch = ADDRESS(n[SCRATCH]), .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
     };
     struct job job = {
-        .weight = &w, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])), .quantizing = &q,
+        .call = &q, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])),
     };
-    if (!q.x || !q.packed || !q.scales || !q.scratch)
+    if (!q.x || !w.packed || !w.scales || !q.scratch)
         return no_memory();
     Py_BEGIN_ALLOW_THREADS
-    parallel(&job, quantize_body, 1, NULL, 0);
+    parallel(&job, base_of(all_isas[n[ISA]])->quantize, 1, NULL, 0);
     Py_END_ALLOW_THREADS
     return PyBool_FromLong(!q.failed);
+}
+
+/* rowwise(isa, enum row_function, threads, numbers, call) runs a function in parts. numbers: how many it computes; fewer threads
+ * run a small call. call: the bytes of the function's struct of row_calls.h. */
+static PyObject *rowwise(PyObject *self, PyObject *args)
+{
+    static const size_t sizes[ROW_FUNCTIONS] = {
+        [NORM] = sizeof(struct norm), [GATED] = sizeof(struct gated), [ENTROPY] = sizeof(struct entropy),
+        [ENCODE8] = sizeof(struct saved8), [DECODE8] = sizeof(struct saved8), [ROUND_COLUMNS] = sizeof(struct rounding),
+    };
+    int isa, function;
+    long long threads;
+    double numbers;
+    struct job job = {.call = NULL};
+    Py_ssize_t size;
+    if (!PyArg_ParseTuple(args, "iiLdy#", &isa, &function, &threads, &numbers, (const char **)&job.call, &size))
+        return NULL;
+    if ((size_t)size != sizes[function])
+        return PyErr_Format(PyExc_ValueError, "a call has %zd bytes, and its struct %zu", size, sizes[function]);
+    job.threads = threads_for(threads, numbers);
+    Py_BEGIN_ALLOW_THREADS
+    parallel(&job, base_of(all_isas[isa])->rows[function], PARTS, NULL, 0);
+    Py_END_ALLOW_THREADS
+    Py_RETURN_NONE;
 }
 
 /* share_threads(path) -> whether threads are now those of the OpenMP library at `path`, if it is loaded already */
@@ -259,7 +260,7 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
     PyObject *bytes = PyUnicode_EncodeFSDefault(path);
     if (!bytes)
         return NULL;
-    void *library = dlopen_loaded(PyBytes_AsString(bytes));
+    void *library = dlopen(PyBytes_AsString(bytes), RTLD_LAZY | RTLD_NOLOAD);
     Py_DECREF(bytes);
     if (!library)
         Py_RETURN_FALSE;
@@ -272,8 +273,7 @@ static PyObject *share_threads(PyObject *self, PyObject *path)
     Py_RETURN_TRUE;
 }
 
-/* limit_threads(most, fewer) -> the most threads of a call before: from now on it uses at most `most`, and fewer beside other
- * processes if `fewer` is not 0 */
+/* limit_threads(most, fewer) -> the most threads of a call before. fewer: whether calls use fewer beside other processes */
 static PyObject *limit_threads(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     long long n[2];
@@ -285,8 +285,7 @@ static PyObject *limit_threads(PyObject *self, PyObject *const *args, Py_ssize_t
     return PyLong_FromLongLong(before);
 }
 
-/* learned(threads, took, alone, end, time) -> the threads of a region that begins at `time`, after one of `threads` threads that
- * took `took` nanoseconds until `end`; threads = 0 forgets what was learned. For tests */
+/* learned(threads, took, alone, end, time) -> threads_at(time) after learn(...), or after forgetting (0 threads). For tests */
 static PyObject *learned(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { OF, TOOK, ALONE, END, TIME, ARGUMENTS };
@@ -324,12 +323,7 @@ static PyMethodDef methods[] = {
     {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},
     FAST(quantize),
     FAST(update),
-    {"norm", norm, METH_VARARGS, NULL},
-    {"gated", gated, METH_VARARGS, NULL},
-    {"entropy", entropy, METH_VARARGS, NULL},
-    {"encode8", encode8, METH_VARARGS, NULL},
-    {"decode8", decode8, METH_VARARGS, NULL},
-    {"round_columns", round_columns, METH_VARARGS, NULL},
+    {"rowwise", rowwise, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
 

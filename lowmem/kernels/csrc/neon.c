@@ -1,5 +1,4 @@
-/* The ISA neon: vector operations (rows.h) of 64-bit ARM, four lanes. The sixteen levels are four registers, and a byte-table
- * lookup finds their bytes. */
+/* The ISA neon, 64-bit ARM, four lanes. The sixteen levels are four registers, and a byte-table lookup finds their bytes. */
 #include "kernel.h"
 #if HAS_NEON
 #include <arm_neon.h>

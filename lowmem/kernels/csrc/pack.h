@@ -1,10 +1,8 @@
-/* Packs rows of x for many.h, in the order of the words of a row of codes. A word holds eight codes; the columns of the low
- * nibbles of its bytes come first, then those of the high ones:
+/* Packs rows of x for many.h, in the order of the words of a row of codes, or, with 16-bit weights, of the columns:
  *
  *   column of byte b, low nibble: 8 * word + b        high nibble: 8 * word + 4 + b
  *
- * So four columns at a time keep their order. With 16-bit weights all columns do. A part of PART columns of one batch row is
- * contiguous, as float32 or bfloat16, followed by the same part of the next batch row: (parts, batch, PART). */
+ * A part of PART columns of one batch row is contiguous, as float32 or bfloat16, and the parts are (parts, batch, PART). */
 #pragma once
 #include "many.h"
 
@@ -29,8 +27,7 @@ INLINE void interleave(const char *x, char *out, const int half, const int bytes
         }
 }
 
-/* Pack batch row m in the order of the words: as float32, or unchanged where products are in bfloat16. `scratch` holds a part
- * as float32. */
+/* Pack batch row m in the order of the words: as float32, or unchanged for bfloat16. `scratch` holds a part as float32. */
 INLINE void pack_input(const struct job *job, int64_t m, float *scratch, const int bf16, const int type)
 {
     const struct weight *w = job->weight;

@@ -1,10 +1,6 @@
-/* The plan: which kernel computes a product. Each instruction set (ISA) has a table with a row for each of its kernels, and
- * `plan` returns the first row that accepts a product. The rows of one table accept different products. An ISA inherits the
- * kernels of the ISA that it extends; they come after its own.
- *
- * What holds for every kernel is decided beside the tables: the pieces of a batch, the parts of wide rows and the threads
- * (layout.h); that offsets are multiplied apart, and that torch rounds inputs to 8 bits where no kernel takes them
- * (lowmem/kernels/cpu.py). */
+/* The plan: which kernel computes a product. Each instruction set (ISA) has a table with a row for each of its kernels, and `plan`
+ * returns the first row that accepts a product; the kernels of the ISA that it extends come after its own. For all alike, product.h
+ * decides on pieces, parts and threads, and lowmem/kernels/cpu.py on offsets and on inputs that torch rounds to 8 bits. */
 #pragma once
 #include "kernel.h"
 
@@ -36,12 +32,10 @@ struct kernel {
     int weights;         /* accepted kinds of weights */
     int types;           /* accepted types of x or grad, as bits 1 << enum type */
     int64_t least, most; /* accepted range of batch rows */
-    /* Whether the kernel is for a small batch: it computes row by row (and adds a low-rank update on the way), or, in grad @ W,
-     * widens 16-bit weights in registers. */
+    /* For a small batch: row by row, with a low-rank update; or, in grad @ W, with 16-bit weights in registers. */
     int few;
     int amx;
-    /* Scratch. number: bytes of a number of packed x. own: floats of each thread. own_of_input: more of them for each packed
-     * batch row. whole: batch rows are packed in multiples of it. */
+    /* Scratch: bytes of a packed number; floats of a thread, and for each packed batch row, of which it takes multiples. */
     int64_t number, own, own_of_input, whole;
     body pack, multiply; /* pack: NULL in grad @ W, which packs nothing. multiply: NULL for BY_TORCH */
 };
@@ -59,15 +53,16 @@ struct kernel {
     {"torch_others", LINEAR, WEIGHTS8, ANY_TYPE, FEW_MORE + 1, ANY_ROWS},     \
     {"grad_torch_others", INPUT_GRAD, ODD | WEIGHTS8, ANY_TYPE, 1, ANY_ROWS}
 
+enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ROW_FUNCTIONS };
+
 struct isa {
     const char *name;
     int lanes;
     const struct isa *extends; /* or NULL */
     const struct kernel *kernels;
     /* Functions other than products; NULL if the ISA extends another, since those of base_of are used. */
-    body dequantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
-    int (*quantize)(const struct quantizing *, int64_t from, int64_t to, uint8_t *own);
-    body norm, gated, entropy, encode8, decode8, round_columns; /* row-wise functions: see row_calls.h */
+    body dequantize, quantize, narrow, widen; /* dequantize rows; narrow and widen: the two products of a low-rank update (update.h) */
+    body rows[ROW_FUNCTIONS]; /* row-wise functions: see row_calls.h */
 };
 
 extern const struct isa isa_portable, isa_neon, isa_avx2, isa_avx512, isa_avx512vnni, isa_avx512bf16, isa_avx512amx;

@@ -1,10 +1,59 @@
-/* The driver of products: runs the kernel that the plan selected, with its scratch, piece by piece. */
+/* The driver of products: lays out the scratch of the kernel that the plan selected, and runs it piece by piece. */
 #pragma once
-#include "layout.h"
+#include "threads.h"
 #include "weights.h"
 
-/* Run the kernel for the current piece of the batch and groups of columns (m0 to m1, g0 to g1). Small batches are
- * packed by one thread, while others compute the narrow product of a low-rank update. */
+/* How many batch rows are packed at a time: multiples of `whole`. A batch row takes `packed` bytes of the packed input, at most
+ * most_bytes in all, and `own` bytes of the threads' scratch; `others` bytes of scratch are taken anyway. */
+static int64_t piece_of(int64_t batch, int64_t most_bytes, int64_t packed, int64_t own, int64_t others, int64_t whole)
+{
+    const int64_t least = whole > 1 ? LEAST_BYTES / 2 : LEAST_BYTES;
+    const int64_t room = SCRATCH_BYTES - others < least ? least : SCRATCH_BYTES - others;
+    const int64_t most = smaller(smaller(most_bytes / packed, room / (packed + own)), MOST);
+    const int64_t fits = most > whole ? most / whole * whole : whole, pieces = (batch + fits - 1) / fits;
+    return pieces ? round_up((batch + pieces - 1) / pieces, whole) : 0;
+}
+
+/* Whether x is packed in parts of its columns whose sums have to be kept in float32 (run_in_parts): the output has 16 bits. */
+static int needs_parts(const struct kernel *k, const struct job *job)
+{
+    return k->operation != INPUT_GRAD && job->out_type != FLOAT32 && job->weight->columns > wide_of(job->batch);
+}
+
+/* The layout of scratch, in floats. First `shared` for all threads: copies of the packed input, packed_step apart (0: one), or
+ * the sums of grad @ W. Then `own` for each of `threads`. `piece` batch rows are packed at a time. */
+struct layout {
+    int64_t threads, piece, packed_step, shared, own;
+};
+
+/* Most copies of the packed input. With more threads, packing it in each of them would take too long. */
+#define MOST_COPIES 4
+
+/* The layout for a product, beside scratch of `beside` bytes that is taken already. */
+static struct layout layout_of(const struct kernel *k, const struct weight *w, int64_t batch, long long threads, int64_t beside)
+{
+    const int gradient = k->operation == INPUT_GRAD;
+    const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
+    /* Bytes of a packed batch row, or, in grad @ W, of the sums of a batch row. */
+    const int64_t bytes = !gradient ? smaller(round_up(w->stride, CHUNK), wide_of(batch)) * k->number
+                          : k->amx  ? tiled_grad_columns(w, all) * 4
+                                    : smaller(all * grad_columns(w, all), w->stride) * 4;
+    const int64_t copies = gradient || all > MOST_COPIES ? 1 : all;
+    const int64_t of_input = 4 * all * k->own_of_input, others = 4 * all * k->own + beside;
+    const int own_copies = copies > 1 && copies * bytes * round_up(batch, k->whole) <= PACKED_BYTES &&
+                           piece_of(batch, PACKED_BYTES, copies * bytes, of_input, others, k->whole) >= batch;
+    const int64_t piece = piece_of(batch, PACKED_BYTES, (own_copies ? copies : 1) * bytes, of_input, others, k->whole);
+    const int64_t packed = piece * bytes / 4;
+    return (struct layout){
+        .threads = all,
+        .piece = piece,
+        .packed_step = own_copies ? packed : 0,
+        .shared = own_copies ? copies * packed : packed,
+        .own = k->own + k->own_of_input * piece,
+    };
+}
+
+/* Run the kernel for the current piece and groups. One thread packs a small batch; others multiply by A meanwhile. */
 static void run_piece(struct job *job)
 {
     const struct kernel *k = job->kernel;
@@ -19,8 +68,7 @@ static void run_piece(struct job *job)
 /* The two products of a low-rank update, each in parts. */
 static void run_update(const struct isa *isa, struct job *job) { parallel(job, base_of(isa)->narrow, 1, base_of(isa)->widen, 1); }
 
-/* Run kernel k on a job, beside `beside` bytes of scratch that are taken already. Returns 1 when it is done, 0 when the kernel
- * refuses what it reads, and -1 with a Python error when scratch cannot be allocated. `like` is a tensor (see take_scratch). */
+/* Run a kernel, beside `beside` bytes of scratch. Returns 1, 0 if it refuses what it reads, -1 with a Python error. */
 static int run_kernel(const struct isa *isa, const struct kernel *k, struct job *job, struct update *update, long long threads,
                       PyObject *like, int64_t beside)
 {
@@ -57,8 +105,8 @@ static int run_kernel(const struct isa *isa, const struct kernel *k, struct job 
     return !refused;
 }
 
-/* The same if x has to be packed in parts of its columns and the output has 16 bits. Partial sums are kept in
- * float32, for some batch rows and rows of the weight at a time, so that each result is rounded only once. */
+/* The same if x has to be packed in parts of its columns and the output has 16 bits: sums are kept in float32, for some batch
+ * rows and rows of the weight at a time, so that each result is rounded once. */
 static int run_in_parts(const struct isa *isa, const struct kernel *k, const struct job *job, long long threads, PyObject *like)
 {
     const struct weight *w = job->weight;

@@ -1,5 +1,4 @@
-/* Quantizes rows of float32: chooses the scale of each block and finds the codes. The result is bit for bit that of
- * lowmem/quant/tensor.py and lowmem/quant/search.py. These round products before adding them, hence no v_fma. */
+/* Quantizes rows, bit for bit as lowmem/quant/search.py does: products are rounded before they are added, hence no v_fma. */
 #pragma once
 #include "rows.h"
 
@@ -28,8 +27,7 @@ INLINE int is_negative(const float *x, int64_t n, uint32_t largest)
 /* The divisor for the weights of a block. A scale of zero becomes infinity, so that all weights get the zero code. */
 INLINE float divisor_of(float scale) { return scale == 0.0f ? float_of(0x7f800000) : scale; }
 
-/* out[0] = the squared errors of LANES weights with a scale, weighted by importance if `weighted`; with `both`, out[1] = those
- * with the negative scale. */
+/* out[0] = the squared errors of LANES weights with a scale, times importance if `weighted`; with `both`, out[1] of -scale. */
 INLINE void squares(V x, V importance, V scale, V divisor, B boundaries, T levels, const int both, const int weighted,
                            V *out)
 {
@@ -42,8 +40,7 @@ INLINE void squares(V x, V importance, V scale, V divisor, B boundaries, T level
     }
 }
 
-/* out[0] = the squared error of a block with a scale; with `both`, out[1] = that with the negative scale. The order of
- * additions does not depend on LANES. */
+/* The same for a block, summed. The order of additions does not depend on LANES. */
 INLINE void errors(const float *x, const float *importance, int64_t n, float scale, B boundaries, T levels,
                           const int both, const int weighted, float *out)
 {
@@ -74,8 +71,7 @@ INLINE void errors(const float *x, const float *importance, int64_t n, float sca
     }
 }
 
-/* The candidate scale with the least error, the first of equal ones; NaN never counts as less. `top` is the block's
- * weight of largest magnitude. */
+/* The candidate with the least error, the first of equal ones (NaN is never less). `top`: the weight of largest magnitude. */
 INLINE float best(const struct quantizing *q, const float *x, const float *importance, int64_t n, float top,
                          const int both, const int weighted)
 {
@@ -103,9 +99,9 @@ static float searched(const struct quantizing *q, const float *x, int64_t column
     return importance ? best(q, x, importance, n, top, 0, 1) : best(q, x, NULL, n, top, 0, 0);
 }
 
-/* Double quantization of n scales: a byte of steps per scale, then the float16 row scale in two bytes; scales[b]
- * becomes the stored scale. A scale below one step is stored as one positive step: then no code of its block is at an
- * end of the format, so its sign could not be recovered anyway. */
+/* Double quantization of n scales: a byte of steps per scale, then the float16 row scale; scales[b] becomes the stored scale. A
+ * scale below one step is stored as one positive step: no code of its block is then at an end level, and its sign is lost
+ * anyway. */
 INLINE void encode_double(float *scales, int64_t n, const int has_sign, uint8_t *out)
 {
     const float most = has_sign ? 127.0f : 255.0f, raise = has_sign ? (float)(127 * (1 + 0x1p-20)) : (float)(255 * (1 + 0x1p-20));
@@ -159,8 +155,7 @@ INLINE int all_equal(const uint8_t *codes, int64_t n, uint8_t code)
     return 1;
 }
 
-/* Quantize rows `from` to `to`; `own` is scratch for the scales of a row and the codes of a block. Returns 0 if a weight is not
- * finite or its magnitude is above the largest; what was written is then invalid. */
+/* Quantize rows `from` to `to`. Returns 0 if a weight is not finite or its magnitude is above the largest. */
 static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_t *own)
 {
     const struct weight *w = q->weight;
@@ -168,11 +163,10 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
     const B boundaries = boundaries_load(q->boundaries);
     float *scales = (float *)own;
     uint8_t *codes = own + round_up(w->blocks, MAX_LANES) * (int64_t)sizeof(float);
-    const int is_double = w->encoding >= SCALES_DOUBLE;
-    const int has_zero = w->levels[q->zero] == 0.0f;
+    const int is_double = w->encoding >= SCALES_DOUBLE, has_zero = w->levels[q->zero] == 0.0f;
     for (int64_t r = from; r < to; r++) {
         const float *x = q->x + r * w->columns;
-        uint8_t *packed = q->packed + r * w->row_bytes, *stored = q->scales + r * q->scale_bytes;
+        uint8_t *packed = (uint8_t *)w->packed + r * w->row_bytes, *stored = (uint8_t *)w->scales + r * scale_bytes(w);
         for (int64_t b = 0; b < w->blocks; b++) {
             const int64_t n = smaller(size, w->columns - b * size);
             const uint32_t largest = largest_bits(x + b * size, n);
@@ -199,4 +193,13 @@ static int quantize(const struct quantizing *q, int64_t from, int64_t to, uint8_
         }
     }
     return 1;
+}
+
+static void quantize_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    struct quantizing *q = job->call;
+    int64_t from, to;
+    share(q->weight->rows, 1, parts, part, &from, &to);
+    if (!quantize(q, from, to, q->scratch + thread * q->own))
+        q->failed = 1;
 }

@@ -1,5 +1,5 @@
-/* The arguments of row-wise functions, which Python has checked. Pointers are to contiguous numbers unless a step is given: the
- * elements from a row to the next. */
+/* The arguments of row-wise functions, which lowmem/kernels/cpu_rows.py has checked and packs. Pointers are to contiguous numbers
+ * unless a step is given: the elements from a row to the next. */
 #pragma once
 #include <stdint.h>
 

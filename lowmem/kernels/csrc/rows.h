@@ -15,17 +15,9 @@
  *   codes_store(p, words)    LANES words, each below 256, stored as bytes
  *   v_keep(a)                keeps a in a register; otherwise the compiler may load or compute it again for each use
  *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32; one_half(bits)  a float16 as float32
- *   v_to_half(p, a)          LANES float32, rounded to float16 and stored
- *
- * A 32-bit word of a row holds eight codes. The low nibble of a byte is a weight of the block's first half, the high
- * nibble the weight half a block later. The codes of a row are not reordered. Instead, once per call, x is permuted
- * into the order in which shifts decode the codes: within a group of LANES words, nibble 0 of every word, then nibble
- * 1 of every word, and so on (order.h). */
+ *   v_to_half(p, a)          LANES float32, rounded to float16 and stored */
 #pragma once
 #include "plan.h"
-#ifndef LANES /* where a header is read on its own */
-#include "portable.h"
-#endif
 
 #define INLINE static inline __attribute__((always_inline))
 typedef uint32_t I __attribute__((vector_size(4 * LANES))); /* the bits of V */
@@ -34,8 +26,7 @@ typedef uint16_t H __attribute__((vector_size(2 * LANES)));
 #define GROUP (LANES * 8) /* weights in a group of LANES words */
 #define EACH_VECTOR(most) _Pragma("GCC unroll 16") for (int n = 0; n < most; n++)
 
-/* Run call(M) for batch rows m to m + M, with M a constant of at most `most`; the batch is divided into passes of about one
- * size. */
+/* Run call(M) for batch rows m to m + M, a constant of at most `most`; passes are of about one size. */
 #define CASE_OF(most, n, call) \
     case n: if ((most) >= n) call(((most) >= n ? n : 1)); break;
 #define IN_PASSES(batch, most, call)                                             \
@@ -80,8 +71,7 @@ static inline W words_load(const uint8_t *p, int64_t left)
 /* Lanes of a where `is` is all ones, of b where it is zero. */
 INLINE V v_where(I is, V a, V b) { return (V)(((I)a & is) | ((I)b & ~is)); }
 
-/* LANES float32, rounded to bfloat16 as float_to_bfloat does, and stored. In integer arithmetic: vcvtneps2bf16 flushes subnormal
- * numbers to zero. */
+/* Store LANES float32 as bfloat16, rounded in integer arithmetic: vcvtneps2bf16 flushes subnormal numbers to zero. */
 INLINE void v_to_bfloat(uint16_t *p, V a)
 {
     const I bits = (I)a, rounded = (I)v_where((I)(a == a), (V)(bits + 0x7fff + (bits >> 16 & 1)), v_set1(NAN));
@@ -96,8 +86,7 @@ INLINE V v_steps(const uint8_t *p, int encoding)
     return __builtin_convertvector((N)(encoding == SCALES_SIGNED ? ((steps & 127) ^ signs) - signs : steps), V);
 }
 
-/* LANES scales of a row whose scales start at p, from scale `from` on, with zeros after the first n. For double
- * quantization they are steps. */
+/* LANES scales of a row from scale `from` on (steps in double quantization), with zeros after the first n. */
 INLINE V v_scales(const uint8_t *p, int64_t from, int64_t n, int encoding)
 {
     const int size = encoding == SCALES_FLOAT32 ? 4 : encoding == SCALES_FLOAT16 ? 2 : 1;
@@ -130,8 +119,7 @@ INLINE void store_as(void *out, const int type, int64_t i, V a)
         v_to_half((uint16_t *)out + i, a);
 }
 
-/* Load or store the first n numbers of a vector, from element i of p on; loads pad with zeros. Partial vectors, at
- * the end of a row, have functions that are not inlined, so that loops stay small. */
+/* The first n numbers of a vector, from element i of p on; loads pad with zeros. Not inlined, so that loops stay small. */
 static __attribute__((noinline)) V load_rest(const void *p, int type, int64_t i, int64_t n)
 {
     float some[LANES] = {0};
@@ -208,8 +196,7 @@ INLINE void widen(const struct weight *w, int64_t row, int64_t from, int64_t flo
         out[c] = 0.0f;
 }
 
-/* Dequantize a group of a row, in the order of the words; `scales` starts at the first block of group g0. Prefetches the group
- * GRAD_ROWS rows below. */
+/* Dequantize a group of a row in the order of the words, and prefetch another. `scales` start at group g0. */
 INLINE void decode_group(const struct weight *w, int64_t row, int64_t g, int64_t g0, T table, const float *scales,
                                 float *out)
 {
@@ -221,41 +208,28 @@ INLINE void decode_group(const struct weight *w, int64_t row, int64_t g, int64_t
         v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
 }
 
-/* out = levels[code] * scale for rows r to `to` of W and blocks g0 to g1, in the order of the columns. `scales` is scratch of
- * TILE_COLUMNS / 8 floats. */
-INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
+/* Dequantize a block of 4-bit codes, of which `left` columns are left in the row, to out from element i on. */
+INLINE void dequantize_block(const struct weight *w, const uint8_t *p, int64_t left, float one, T table, void *out, int64_t i,
+                             const int type)
 {
-    const struct weight *w = job->weight;
-    const T table = table_load(w->levels);
-    const int64_t size = 2 * w->half;
-    for (; r < to; r++) {
-        const uint8_t *p = w->packed + r * w->row_bytes + job->g0 * w->half;
-        int64_t out = r * job->out_step;
-        for (int64_t b = job->g0; b < job->g1; b++, p += w->half, out += size) {
-            const int64_t at = (b - job->g0) % (TILE_COLUMNS / 8);
-            if (at == 0)
-                row_scales(w, r, b, smaller(job->g1 - b, TILE_COLUMNS / 8), scales);
-            const int64_t left = w->columns - b * size, half = left < size ? (left + 1) / 2 : w->half;
-            const float one = scales[at];
-            const V scale = v_set1(one);
-            int64_t j = 0;
+    const int64_t size = 2 * w->half, half = left < size ? (left + 1) / 2 : w->half;
+    const V scale = v_set1(one);
+    int64_t j = 0;
 #ifdef OWN_BLOCKS
-            if (left >= size && half == LANES / 2) { /* the block is one vector */
-                store_as(job->out, type, out, v_mul(v_lookup(table, block_load(p), 0), scale));
-                j = half;
-            }
+    if (left >= size && half == LANES / 2) { /* the block is one vector */
+        store_as(out, type, i, v_mul(v_lookup(table, block_load(p), 0), scale));
+        j = half;
+    }
 #endif
-            if (left >= size)
-                for (; j + LANES <= half; j += LANES) {
-                    const W words = bytes_load(p + j);
-                    store_as(job->out, type, out + j, v_mul(v_lookup(table, words, 0), scale));
-                    store_as(job->out, type, out + half + j, v_mul(v_lookup(table, words, 1), scale));
-                }
-            for (; j < half; j++) {
-                write_as(job->out, type, out + j, w->levels[p[j] & 15] * one);
-                if (half + j < left) /* skips the code that pads an odd row */
-                    write_as(job->out, type, out + half + j, w->levels[p[j] >> 4] * one);
-            }
+    if (left >= size)
+        for (; j + LANES <= half; j += LANES) {
+            const W words = bytes_load(p + j);
+            store_as(out, type, i + j, v_mul(v_lookup(table, words, 0), scale));
+            store_as(out, type, i + half + j, v_mul(v_lookup(table, words, 1), scale));
         }
+    for (; j < half; j++) {
+        write_as(out, type, i + j, w->levels[p[j] & 15] * one);
+        if (half + j < left) /* skips the code that pads an odd row */
+            write_as(out, type, i + half + j, w->levels[p[j] >> 4] * one);
     }
 }

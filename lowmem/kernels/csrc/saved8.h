@@ -1,5 +1,4 @@
-/* Saved activations in 8 bits: codes in blocks of 32 with one scale each, and back; lowmem/kernels/codes.py has the
- * definition. */
+/* Saved activations in 8 bits: codes in blocks of 32 with one scale each, and back (lowmem/kernels/codes.py). */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"

@@ -1,5 +1,5 @@
-/* Arguments from Python: numbers and tensors. Tensors come by DLPack (dlpack.h, version 1), which is a stable interface and
- * needs none of torch's headers: through torch's table of C functions where it has one, else through a capsule. */
+/* Arguments from Python: numbers and tensors, which come by DLPack (dlpack.h, version 1), a stable interface: through torch's
+ * table of C functions where it has one (from torch 2.10 on), else through a capsule. */
 #pragma once
 #define PY_SSIZE_T_CLEAN
 #define Py_LIMITED_API 0x030B0000 /* one binary works with every Python from 3.11 on */
@@ -7,8 +7,7 @@
 
 #include "kernel.h"
 
-/* has_count returns 1 and sets a TypeError if the number of arguments is wrong. read_numbers returns 0, or -1 with a Python
- * error. */
+/* has_count returns 1 with a TypeError for a wrong number of arguments; read_numbers -1 with a Python error, or 0. */
 static int has_count(Py_ssize_t given, Py_ssize_t expected)
 {
     if (given != expected)
@@ -70,16 +69,14 @@ struct dl_table {
 
 enum { DL_CPU = 1, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 
-/* The arguments of use_torch: the types of plain tensors, torch's table of C functions or NULL, and its function that
- * makes a DLPack capsule; and the names of tensor methods. */
+/* The arguments of use_torch, and the names of tensor methods. */
 static struct {
     PyTypeObject *tensor, *parameter;
     const struct dl_table *table;
     PyObject *to_capsule, *new_empty, *untyped_storage, *is_neg, *is_zero;
 } torch;
 
-/* The storages that a call reads, with references to them. While the GIL is released, another thread may assign to a tensor's
- * .data, which frees the tensor's old storage unless something else refers to it. */
+/* The storages that a call reads: another thread may assign .data meanwhile, which would free them. */
 struct held {
     PyObject *storages[8];
     int count;
@@ -137,8 +134,8 @@ static int read_dl(const struct dl_tensor *from, struct tensor *t)
     return t->type >= 0 || (from->dtype.code == DL_UINT && bits == 8);
 }
 
-/* Read a plain, contiguous CPU tensor of one or two dimensions and of a type that C takes, and hold its storage (held may be
- * NULL for a tensor that nobody else refers to). Returns 1, or 0 if it is not such a tensor. */
+/* Read a plain, contiguous CPU tensor of one or two dimensions and of a type that C takes, and hold its storage (unless held is
+ * NULL: nobody else has the tensor). Returns 0 for other tensors. */
 static int read_memory(PyObject *object, struct tensor *t, struct held *held)
 {
     PyTypeObject *type = Py_TYPE(object);
@@ -171,8 +168,7 @@ static int read_memory(PyObject *object, struct tensor *t, struct held *held)
     return is;
 }
 
-/* As read_memory, but also returns 0 for a tensor whose memory is not its value (negated lazily, or a zero tensor),
- * and -1 with a Python error for one without memory. */
+/* The same; 0, too, for a tensor whose memory is not its value (negated lazily, zero), -1 with an error without memory. */
 static int read_tensor(PyObject *object, struct tensor *t, struct held *held)
 {
     if (!read_memory(object, t, held))
@@ -248,8 +244,7 @@ static void free_scratch(struct scratch *s)
     Py_XDECREF(s->object);
 }
 
-/* use_torch(Tensor, Parameter, torch's table of C functions or None, its function that makes a capsule) -> whether the table is
- * used */
+/* use_torch(Tensor, Parameter, torch's table of C functions or None, its maker of capsules) -> whether it takes the table */
 static PyObject *use_torch(PyObject *self, PyObject *args)
 {
     PyObject *tensor, *parameter, *table, *to_capsule;

@@ -1,16 +1,9 @@
-/* Runs jobs on the threads of the OpenMP library that torch has loaded (share_threads of module.c). A call is one
- * parallel region; within it, a thread that finishes a part takes the next one.
- *
- * A region ends when its last thread has ended. Beside other processes that compute, a thread waits milliseconds for a core, for
- * work of microseconds. So each region's time is compared with what its parts would take one after another. When recent
- * regions took longer than that, the next ones get half of the threads, in the end the caller alone, for a while: twice as long
- * as the last time if all threads fail again soon. Trying them costs little then, and a machine that became quiet is noticed. */
+/* Runs jobs on the threads of the OpenMP library that torch has loaded (share_threads of module.c). A call is one parallel
+ * region, of which a thread that finishes a part takes the next one. Beside other processes a thread may wait milliseconds for a
+ * core, for work of microseconds. So when recent regions took longer than their parts do one after another, the next ones get
+ * half of the threads, in the end the caller alone, for a while: twice as long as the last time if all threads fail again soon. */
 #pragma once
-#if defined(_WIN32)
-#define sched_yield() ((void)0)
-#else
 #include <sched.h>
-#endif
 #include <time.h>
 
 #include "kernel.h"
@@ -77,8 +70,7 @@ static void note(struct region *region, int phase, int64_t *time)
         set(region->longest[phase], took);
 }
 
-/* Estimate the nanoseconds that `parts` parts of a phase take one after another, from the times of `measured` parts. The longest
- * is left out: its thread may have lost the core meanwhile. */
+/* Estimate the nanoseconds that parts take in turn, from measured ones but the longest, which may have lost its core. */
 static int64_t one_after_another(const struct region *region, int phase, int64_t parts, int64_t measured)
 {
     if (measured < 2)
@@ -127,8 +119,8 @@ static int64_t threads_at(int64_t time, int64_t most)
     return time < get(crowd.until) && !crowd.ignored ? smaller(most, get(crowd.threads)) : most;
 }
 
-/* Learn from a region that took `took` nanoseconds until `end`, and whose parts take `alone` one after another. A quarter more is
- * no loss: beside other processes, one thread would not always have a core, either. */
+/* Learn from a region that took `took` nanoseconds until `end`, and whose parts take `alone` in turn. A quarter more is no
+ * loss: one thread would not always have a core, either. */
 static void learn(int64_t threads, int64_t took, int64_t alone, int64_t end)
 {
     const int64_t balance = get(crowd.balance) + smaller(took - alone - alone / 4, MOST_LOSS);
@@ -143,9 +135,8 @@ static void learn(int64_t threads, int64_t took, int64_t alone, int64_t end)
 }
 
 /* Run `first`, then `then` (or NULL), in parts: first_parts and then_parts are parts per thread, and 0 means one part in all.
- * A thread that finishes a part takes the next one; no part of `then` begins before all of `first` are done. Where threads
- * pack their own copies of x (packed_step), each of them runs part 0 of `first` for itself, and first_parts are counted beyond
- * that one. */
+ * No part of `then` begins before all of `first` are done. Where threads pack their own copies of x (packed_step), each runs
+ * part 0 of `first` for itself, and first_parts are counted beyond that one. */
 static void parallel(struct job *job, body first, int64_t first_parts, body then, int64_t then_parts)
 {
     const int64_t most = run_parallel ? smaller(job->threads, cpus) : 1, began = most > 1 ? now() : 0;
@@ -165,8 +156,7 @@ static void parallel(struct job *job, body first, int64_t first_parts, body then
     learn(threads, end - began, alone, end);
 }
 
-/* Call run for each piece of the batch and, within it, each run of at most `wide` groups of columns; stop when the job is
- * refused. */
+/* Call run for each piece of the batch and, within it, for at most `wide` groups of columns, until the job is refused. */
 static void in_pieces(struct job *job, int64_t groups, int64_t wide, void (*run)(struct job *))
 {
     for (job->m0 = 0; job->m0 < job->batch && !is_refused(job); job->m0 = job->m1) {

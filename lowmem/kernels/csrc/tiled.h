@@ -1,15 +1,12 @@
-/* Large batches (many.h): rows are dequantized into a tile that stays in L1 and is multiplied with all batch rows. While one
- * tile is multiplied, the next one is dequantized into the other.
- *
- * A tile holds a part of the columns of MANY_ROWS rows, unit by unit: (units, MANY_ROWS). */
+/* Large batches (many.h): rows are dequantized into a tile (units, MANY_ROWS) that stays in L1 and is multiplied with all batch
+ * rows. Meanwhile the next tile is dequantized. */
 #pragma once
 #include "pack.h"
 
 #define FETCH_PARTS 2 /* codes are prefetched this many parts before they are dequantized */
 #define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* sums in registers */
 
-/* Words of MANY_ROWS rows that are being dequantized into a tile, a vector of words at a time. The MANY_VECTORS vectors of a
- * word follow each other. */
+/* Words of MANY_ROWS rows that are being dequantized into a tile: MANY_VECTORS vectors of each word in turn. */
 struct dequantizing {
     const struct weight *w;
     /* Transposed words, and the scales from the block of the next word on. */
@@ -38,10 +35,8 @@ INLINE void dequantize_next(struct dequantizing *to, T table, const int bf16)
         v_store(tile + k * MANY_ROWS, bf16 ? pairs(value[2 * k], value[2 * k + 1]) : value[k]);
 }
 
-/* sums (M, MANY_ROWS) += n words of a tile times M batch rows. Meanwhile the next tile is dequantized up to vector `until`: the
- * ports that look up and store are idle while those of products are busy. `fetch` is what to prefetch, or NULL; it is spread
- * over the words, since many prefetches at once would wait for each other. A chain of sums has `chain` words: a longer one would
- * lose precision. */
+/* sums (M, MANY_ROWS) += n words of a tile times M batch rows, in chains of `chain` words. Meanwhile the next tile is dequantized up
+ * to vector `until`, on idle ports, and `fetch` (or NULL) is prefetched. */
 INLINE void multiply(const float *tile, int n, const float *x, const int M, float *sums, struct dequantizing *next,
                             int until, const uint8_t *fetch, int chain, const int bf16)
 {
@@ -79,7 +74,7 @@ INLINE void multiply(const float *tile, int n, const float *x, const int M, floa
 }
 
 /* Widen and transpose LANES columns from c on of LANES rows of 16-bit floats: tile[i * step + lane] = column c + i of row r +
- * lane. Columns past the row's end are zeros; rows past the last repeat it. */
+ * lane. Columns past the end are zeros; rows past the last repeat it. */
 INLINE void widen_across(const struct weight *w, int64_t r, int64_t c, const int step, float *tile, const int type)
 {
     const int64_t stride = w->columns, last = w->rows - 1, left = w->columns - c;
@@ -95,8 +90,7 @@ INLINE void widen_across(const struct weight *w, int64_t r, int64_t c, const int
     EACH_LANE v_store(tile + i * step, v[i]);
 }
 
-/* Begin to dequantize MANY_ROWS rows into a tile, from column `start` on; `to` says what is left to do (nothing for 16-bit
- * floats). `own` holds the scales of the chunk, *first is their first block. */
+/* Begin to dequantize MANY_ROWS rows into a tile, from column `start` on. `own` holds the scales from block *first on. */
 INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t columns, float *own, float *tile,
                               int64_t *first, struct dequantizing *to, const int bf16)
 {

@@ -1,13 +1,8 @@
 /* The tile registers of AMX (Intel's Software Developer's Manual, volume 1, chapter 18): 16 lines of 64 bytes. tdpbf16ps
- * multiplies a tile of 16 lines of 32 bfloat16 columns with a tile of 16 pairs of columns, each with 16 lines side by side, and
- * adds the 16 x 16 products to a third tile, in float32. Here four registers hold sums, of two tiles of x or grad with two
- * tiles of the weight. */
+ * multiplies 16 lines of 32 bfloat16 columns with 16 pairs of columns, each with 16 lines side by side, and adds 16 x 16
+ * products to a third tile. */
 #pragma once
-#ifndef LANES
-#define ISA_BFLOAT16
-#include "avx512.h"
-#endif
-#include "few.h"
+#include "reading.h"
 
 /* TILE_FLOATS: floats of a tile. LINE: bfloat16 columns of a line. */
 #define TILE_FLOATS (16 * LANES)
@@ -20,8 +15,7 @@ _Static_assert(TILED_ROWS == MANY_ROWS && TILED_ROWS == 32, "two tiles, and as m
 /* GCC 12 does not know that tile instructions read and write memory. */
 #define TILES_BARRIER __asm__ volatile("" ::: "memory")
 
-/* Configure all eight registers as whole tiles; lines that a product does not need are computed and ignored. Each begin_tiles
- * needs an end_tiles, since other code configures other shapes. */
+/* Configure all eight registers as whole tiles. Each begin_tiles needs an end_tiles: other code configures other shapes. */
 static void begin_tiles(void)
 {
     struct {
@@ -44,58 +38,22 @@ struct tiles {
     int64_t line;         /* bytes from a line to the next */
 };
 
-/* Registers 0 to 3 += the products of `count` tiles of columns. Registers 4 and 5 are two tiles of the weight, 6 and 7 one or
- * two (`both`) of x or grad. `transposed`: the lines of the sums are those of x or grad, not those of the weight. */
-INLINE void add_products(const float *w, const float *x, struct tiles at_w, struct tiles at_x, int64_t count, const int transposed,
-                         const int both)
+/* sums += two tiles of the weight times one or two (`both`) of x or grad, for `count` tiles of columns. The second sums are `second`
+ * floats further. `transposed`: the lines of the sums are those of x or grad. `first`: sums start at zero. */
+INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const int transposed, const int both, int first,
+                           float *sums, int64_t second)
 {
 #define ADD_PRODUCT(sum, w, x)           \
     if (transposed)                      \
         _tile_dpbf16ps(sum, x, w);       \
     else                                 \
         _tile_dpbf16ps(sum, w, x);
-    for (; count; count--, w += at_w.next, x += at_x.next) {
-        _tile_loadd(4, w, at_w.line);
-        _tile_loadd(6, x, at_x.line);
-        _tile_loadd(5, w + at_w.second, at_w.line);
-        ADD_PRODUCT(0, 4, 6)
-        ADD_PRODUCT(1, 5, 6)
-        if (both) {
-            _tile_loadd(7, x + at_x.second, at_x.line);
-            ADD_PRODUCT(2, 4, 7)
-            ADD_PRODUCT(3, 5, 7)
-        }
-    }
-#undef ADD_PRODUCT
-}
-
-/* Store the sums of 16 batch rows at `sums` and those of 16 more (`both`) `second` floats further. */
-INLINE void store_sums(float *sums, int64_t second, const int both)
-{
-    _tile_stored(0, sums, 64);
-    _tile_stored(1, sums + TILE_FLOATS, 64);
-    if (both) {
-        _tile_stored(2, sums + second, 64);
-        _tile_stored(3, sums + second + TILE_FLOATS, 64);
-    }
-}
-
-INLINE void zero_sums(void)
-{
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-}
-
-/* sums += two tiles of the weight times one or two (`both`) tiles of x or grad, for `count` tiles of columns. The sums of the
- * second tile are `second` floats further. `first`: sums start at zero, and memory is not read. */
-INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const int transposed, const int both, int first,
-                           float *sums, int64_t second)
-{
     TILES_BARRIER;
     if (first) {
-        zero_sums();
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
     } else {
         _tile_loadd(0, sums, 64);
         _tile_loadd(1, sums + TILE_FLOATS, 64);
@@ -104,7 +62,24 @@ INLINE void multiply_tiles(struct tiles w, struct tiles x, int64_t count, const 
             _tile_loadd(3, sums + second + TILE_FLOATS, 64);
         }
     }
-    add_products(w.at, x.at, w, x, count, transposed, both);
-    store_sums(sums, second, both);
+    for (; count; count--, w.at += w.next, x.at += x.next) {
+        _tile_loadd(4, w.at, w.line);
+        _tile_loadd(6, x.at, x.line);
+        _tile_loadd(5, w.at + w.second, w.line);
+        ADD_PRODUCT(0, 4, 6)
+        ADD_PRODUCT(1, 5, 6)
+        if (both) {
+            _tile_loadd(7, x.at + x.second, x.line);
+            ADD_PRODUCT(2, 4, 7)
+            ADD_PRODUCT(3, 5, 7)
+        }
+    }
+    _tile_stored(0, sums, 64);
+    _tile_stored(1, sums + TILE_FLOATS, 64);
+    if (both) {
+        _tile_stored(2, sums + second, 64);
+        _tile_stored(3, sums + second + TILE_FLOATS, 64);
+    }
     TILES_BARRIER;
+#undef ADD_PRODUCT
 }

@@ -1,10 +1,8 @@
-/* A low-rank update in float32: out = base + scaling * (x @ A.T) @ B.T. Two products: narrow = scaling * (x @ A.T), then out =
- * base + narrow @ B.T. */
+/* A low-rank update in float32: narrow = scaling * (x @ A.T), then out = base + narrow @ B.T. */
 #pragma once
-#include "few.h"
+#include "reading.h"
 
-/* out[j * LANES + i] = row i of a matrix (R, columns) times row j of x (M, columns), as partial sums in the lanes,
- * for the first `whole` columns, a multiple of LANES. */
+/* out[j * LANES + i] = row i of a matrix (R, columns) times row j of x, as partial sums in the lanes, for `whole` columns. */
 INLINE void dots(const float *matrix, int64_t columns, int64_t whole, const int R, const float *x, const int M, V *out)
 {
     V acc[FEW_SUMS];

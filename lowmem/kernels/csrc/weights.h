@@ -1,12 +1,50 @@
-/* Weights from Python. A weight of codes has a C handle, which is made once and valid while its tensors keep their
- * address, shape and dtype; each call checks that. */
+/* Weights from Python. A C handle is valid while its tensors keep their address, shape and dtype; each call checks that. */
 #pragma once
+#include <stdlib.h>
+
 #include "isas.h"
-#include "order.h"
 #include "tensor.h"
 
-/* The handle of a weight of codes, which Python holds as a capsule. It owns its levels and a reference to its order; the addresses
- * of codes and scales are only compared, never read. */
+/* The place (vector * lanes + lane) of the low or high nibble of a byte of a row. */
+static int32_t place_of(int64_t byte, int high, int64_t lanes)
+{
+    const int64_t word = byte / 4, nibble = 2 * (byte % 4) + high;
+    return (int32_t)(word / lanes * lanes * 8 + nibble * lanes + word % lanes);
+}
+
+/* The order for rows of `columns` columns in blocks of `size`, or NULL without memory. The caller frees it. */
+static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
+{
+    const int64_t stride = round_up(columns + columns % 2, MAX_GROUP), groups = stride / (lanes * 8), half = size / 2;
+    const int64_t row_bytes = (columns + 1) / 2;
+    struct order *order = malloc(sizeof *order + (size_t)(columns + stride / 8 + groups) * sizeof(int32_t));
+    if (!order)
+        return NULL;
+    int32_t *place = order->tables, *block = place + columns, *first_block = block + stride / 8;
+    for (int64_t byte = 0, low, high; byte < row_bytes; byte++) {
+        columns_of(byte, columns, half, &low, &high);
+        place[low] = place_of(byte, 0, lanes);
+        if (high >= 0)
+            place[high] = place_of(byte, 1, lanes);
+    }
+    for (int64_t g = 0; g < groups; g++) {
+        const int64_t byte = smaller(g * lanes * 4, row_bytes - 1), last = smaller((g + 1) * lanes * 4, row_bytes) - 1;
+        first_block[g] = (int32_t)(byte / half);
+        /* One vector holds the scales of several groups, so that a kernel reads them once. */
+        if (g && last / half - first_block[g - 1] < lanes)
+            first_block[g] = first_block[g - 1];
+        for (int64_t word = g * lanes; word < (g + 1) * lanes; word++)
+            block[word] = word * 4 < row_bytes ? (int32_t)(word * 4 / half) - first_block[g] : 0;
+    }
+    order->lanes = lanes;
+    order->groups = groups;
+    order->place = place;
+    order->block = block;
+    order->first_block = first_block;
+    return order;
+}
+
+/* The handle of a weight of codes, a capsule in Python, which owns levels and a reference to the order, but no codes. */
 struct prepared {
     struct weight weight;
     float levels[16];
@@ -74,9 +112,9 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
            has_shape(scales, w->rows, w->blocks + w->behind);
 }
 
-/* prepare(order, isa, packed, scales, levels or 0 for 8-bit codes, encoding, block_size, rows, columns, int8 points
- * or 0, offsets) -> capsule, or None if C cannot read the tensors. points: the largest level in steps, for products
- * in 8-bit integers. offsets: whether a row's scales are followed by an offset for each block; C skips them. */
+/* prepare(order, isa, packed, scales, levels or 0 for 8-bit codes, encoding, block_size, rows, columns, int8 points or 0,
+ * offsets) -> capsule, or None if C cannot read the tensors. points: the largest level in steps. offsets: whether they follow a
+ * row's scales. */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, OFFSETS, ARGUMENTS };
@@ -120,9 +158,8 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     return capsule;
 }
 
-/* Read a weight: codes of 4 or 8 bits by their handle, or, if `prepared` is None, a matrix of 16-bit floats. Returns
- * 1 if `w` describes it and its storages are held, 0 if C cannot read it or the handle is no longer valid, -1 with a
- * Python error. */
+/* Read a weight: codes by their handle, or, if `prepared` is None, a matrix of 16-bit floats. Returns 1 with its storages held,
+ * 0 if C cannot read it or the handle is no longer valid, -1 with a Python error. */
 static int read_weight(const struct isa *isa, PyObject *prepared, PyObject *packed, PyObject *scales, struct weight *w,
                        struct held *held)
 {

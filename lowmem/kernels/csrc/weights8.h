@@ -1,7 +1,6 @@
-/* Weights in 8 bits. Each byte of a row is a code: an integer from -127 to 127, plus 128. A weight is the integer /
- * 127 * scale. Codes are in the order of the columns. */
+/* Weights in 8 bits: integer / 127 * scale. A byte is a code, the integer plus 128, in the order of the columns. */
 #pragma once
-#include "few.h"
+#include "reading.h"
 
 /* The integers of LANES codes. Code 0, which no quantizer writes, is read as code 1. */
 INLINE V weights8_load(const uint8_t *p)
@@ -28,8 +27,7 @@ INLINE void weights8_scales(const struct weight *w, int64_t r, int64_t first, co
     EACH_ROW row_scales(w, r + i, first, smaller(LANES, w->blocks - first), out[i]);
 }
 
-/* As `few`, for blocks of whole vectors. The products of a block, or of FEW_CHAIN vectors of it, are summed before they are
- * multiplied with its scale. */
+/* As `few`, for blocks of whole vectors. A block, or FEW_CHAIN vectors of it, is summed before it is scaled. */
 INLINE void few_weights8(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;
@@ -64,20 +62,10 @@ INLINE void few_weights8(const struct job *job, int64_t r, const int R, const in
     EACH_ROW EACH_INPUT out[j * LANES + i] = v_mul(acc[AT], v_set1(1.0f / 127.0f));
 }
 
-/* As `dequantize_rows`. */
-INLINE void dequantize_weights8(const struct job *job, int64_t r, int64_t to, float *scales, const int type)
+/* As `dequantize_block`, for n columns. */
+INLINE void dequantize_block8(const uint8_t *p, int64_t n, float one, void *out, int64_t i, const int type)
 {
-    const struct weight *w = job->weight;
-    const int64_t size = 2 * w->half;
-    for (; r < to; r++)
-        for (int64_t b = job->g0; b < job->g1; b++) {
-            const int64_t at = (b - job->g0) % (TILE_COLUMNS / 8);
-            if (at == 0)
-                row_scales(w, r, b, smaller(job->g1 - b, TILE_COLUMNS / 8), scales);
-            const int64_t n = smaller(size, w->columns - b * size), out = r * job->out_step + (b - job->g0) * size;
-            const uint8_t *p = w->packed + r * w->row_bytes + b * size;
-            const V scale = v_set1(scales[at]);
-            for (int64_t j = 0; j < n; j += LANES)
-                store_some(job->out, type, out + j, n - j, v_mul(v_div(weights8_some(p + j, n - j), v_set1(127.0f)), scale));
-        }
+    const V scale = v_set1(one);
+    for (int64_t j = 0; j < n; j += LANES)
+        store_some(out, type, i + j, n - j, v_mul(v_div(weights8_some(p + j, n - j), v_set1(127.0f)), scale));
 }

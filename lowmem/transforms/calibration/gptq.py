@@ -17,9 +17,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowmem.kernels.columns import PANEL, round_columns
+from lowmem.kernels.columns import PANEL
 from lowmem.nn.techniques import FourBit
-from lowmem.quant.backend import Columns
+from lowmem.quant.backend import Columns, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from lowmem.quant.quantize import quantize
@@ -176,7 +176,7 @@ class _Fit:
             if not descends:
                 values -= offsets
         columns = Columns(values, self.scales[blocks], pivots, matrix, approximate, self.codes[panel])
-        round_columns(self.form, columns, descends)
+        backend_of(values).round_columns(self.form, columns, descends)
         if offsets is not None:
             approximate += offsets
         return values

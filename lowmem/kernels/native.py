@@ -1,0 +1,65 @@
+"""Loads the compiled CPU kernel (``csrc/``), or says why there is none."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+import sysconfig
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from lowmem.kernels.threads import usable_cpus
+
+__all__ = ["compiler", "load"]
+
+SOURCES = Path(__file__).with_name("csrc")  # missing in wheels
+
+
+@lru_cache(maxsize=1)
+def load() -> tuple[ModuleType | None, str]:
+    """Return the compiled module and how it computes; or None and why it cannot be imported."""
+    try:
+        import lowmem.kernels._native as _native
+    except ImportError as reason:
+        if is_forgotten(sys.platform):
+            warnings.warn(
+                "lowmem runs from its source tree, which has no compiled kernel: plain torch serves, up to 30 times "
+                "slower; compile it with: pip install -e .",
+                stacklevel=2,
+            )
+        return None, without_kernel(reason, sys.platform)
+    table = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
+    _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack)
+    package = Path(torch.__file__).parent
+    bundled = [*(package / "lib").glob("lib*omp*"), *(package.parent / "torch.libs").glob("lib*omp*")]
+    libraries = [*sorted(map(str, bundled)), "libgomp.so.1", "libomp.so", "libiomp5.so"]
+    _native.limit_threads(usable_cpus(), True)
+    if any(_native.share_threads(path) for path in libraries):
+        return _native, "compiled C on torch's threads"
+    return _native, "compiled C on one thread, since torch's OpenMP library was not found"
+
+
+def is_forgotten(platform: str, csrc: Path = SOURCES) -> bool:
+    """Whether this is a source tree whose kernel could be compiled: C sources and a compiler are there."""
+    if platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED") or not csrc.is_dir():
+        return False  # setup.py skips the kernel there, or this is no source tree
+    return shutil.which(compiler()[0]) is not None
+
+
+def compiler() -> list[str]:
+    """Return the command of the C compiler that an installation from source runs."""
+    return shlex.split(os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc")
+
+
+def without_kernel(reason: object, platform: str) -> str:
+    """Return why there is no compiled kernel, with the remedy on ``platform`` (as ``sys.platform`` names it)."""
+    remedy = "lowmem has none on Windows" if platform == "win32" else "installing from source needs a C compiler"
+    return f"the compiled kernel cannot be imported ({reason}); {remedy}"

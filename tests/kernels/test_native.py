@@ -1,0 +1,53 @@
+"""How the compiled kernel is loaded, and what who has none reads."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lowmem
+from lowmem.kernels import native
+from tests.selection import rows_in_one_case
+
+
+@rows_in_one_case(
+    ("platform", "remedy"),
+    [("linux", "needs a C compiler"), ("darwin", "needs a C compiler"), ("win32", "lowmem has none on Windows")],
+)
+def test_who_has_no_compiled_kernel_reads_why(platform, remedy):
+    assert remedy in native.without_kernel("No module named lowmem.kernels._native", platform)
+
+
+@pytest.fixture(scope="module")
+def source_tree(tmp_path_factory):
+    """Return a folder that holds the package as a clone does, without a compiled kernel."""
+    folder = tmp_path_factory.mktemp("clone")
+    left_out = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(Path(lowmem.__file__).parent, folder / "lowmem", ignore=left_out)
+    (folder / "lowmem" / "kernels" / "csrc").mkdir(exist_ok=True)  # a wheel has none
+    return folder
+
+
+def what_python_says(folder, compiler):
+    script = "import lowmem; from lowmem.kernels import native; native.load(); print(lowmem.backend())"
+    variables = {**os.environ, "PYTHONPATH": str(folder), "CC": compiler, "LOWMEM_KERNEL": ""}
+    command = [sys.executable, "-c", script]
+    run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=True)
+    assert run.stdout.startswith("reference: ")
+    return run.stderr
+
+
+@pytest.mark.processes
+def test_a_source_tree_whose_kernel_was_not_compiled_warns_once(source_tree):
+    said = what_python_says(source_tree, compiler=sys.executable)  # any program will do: it is not run
+    assert said.count("compile it with: pip install -e .") == 1
+
+
+@pytest.mark.processes
+def test_without_a_compiler_or_sources_there_is_nothing_to_warn_of(source_tree, tmp_path):
+    assert what_python_says(source_tree, compiler="no-such-compiler") == ""
+    assert not native.is_forgotten("linux", csrc=tmp_path / "csrc")
+    assert not native.is_forgotten("win32")
