@@ -8,15 +8,16 @@ tensors of the file, after all of them were checked. Nothing is copied.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import refusal, show
-from lowmem.io.container import TensorFile, write_tensors
+from lowmem.io.container import TensorFile, spec_of, write
 from lowmem.io.metadata import adapters_record, form_record
+from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
@@ -30,7 +31,7 @@ from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
 
-__all__ = ["how_stored", "load", "save", "unwrap"]
+__all__ = ["content_of", "how_stored", "load", "save", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -58,7 +59,14 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: a state that is no tensor, a tensor that is lazy or without values, or a model that is sharded.
         OSError: the file cannot be written; an existing file is unchanged.
     """
-    model = unwrap(model)
+    write(path, *content_of(unwrap(model)))
+
+
+Content: TypeAlias = tuple[dict[str, TensorSpec], dict[str, Any], Iterable[tuple[str, Tensor]]]
+
+
+def content_of(model: nn.Module) -> Content:
+    """Return what ``save`` writes, as arguments of ``write``, without a copy; raises as ``save`` does."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
     layers = {module: paths[0] for module, paths in module_paths(model).items() if made_by(module) is not None}
@@ -85,8 +93,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
                     stored[place if name == "weight" else f"{place}.{name}".lstrip(".")] = record
         if isinstance(layer, AdaptedModule):
             adapters |= {place_name(place, name): record for name, record in adapters_record(layer).items()}
-    metadata = {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}
-    write_tensors(path, tensors, metadata)
+    specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
+    return specs, {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}, tensors.items()
 
 
 def _refuse_lazy(model: nn.Module) -> None:

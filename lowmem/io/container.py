@@ -29,7 +29,7 @@ from lowmem.errors import FileError, refusal, show
 from lowmem.io.atomic import atomic_file, check_writable, open_regular, read_errors, write_errors
 from lowmem.io.safetensors import Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
-__all__ = ["FORMAT_VERSION", "TensorFile", "bytes_of", "read", "write", "write_plain", "write_tensors"]
+__all__ = ["FORMAT_VERSION", "TensorFile", "bytes_of", "read", "spec_of", "write", "write_plain", "write_tensors"]
 
 FORMAT_VERSION = 1
 
@@ -60,7 +60,7 @@ def write_tensors(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], m
 
         write_tensors("model.safetensors", model.state_dict(), {"format": "nf4"})
     """
-    specs = {name: _spec(name, tensor) for name, tensor in tensors.items()}
+    specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
     return write(path, specs, metadata, tensors.items())
 
 
@@ -118,7 +118,7 @@ def _write(
         if placed is None:
             why = "came twice" if name in specs else "is not in the specs"
             raise ValueError(f"tensor {show(name)} {why}")
-        if (spec := _spec(name, tensor)) != placed.spec:
+        if (spec := spec_of(name, tensor)) != placed.spec:
             raise ValueError(f"tensor {show(name)} is {spec}, and the specs say {placed.spec}")
         content = bytes_of(tensor)
         with write_errors(path):
@@ -181,7 +181,8 @@ def _encoded(metadata: Mapping[str, Any]) -> dict[str, str]:
     return {"sha256": "0" * 64, "lowmem": text}
 
 
-def _spec(name: str, tensor: Tensor) -> TensorSpec:
+def spec_of(name: str, tensor: Tensor) -> TensorSpec:
+    """Return the dtype and shape of a tensor to write; raise a ValueError unless a file can hold the tensor."""
     if not isinstance(tensor, Tensor) or is_lazy(tensor) or tensor.layout != torch.strided or tensor.is_meta:
         raise ValueError(f"tensor {show(name)} is no dense tensor with values; convert it or leave it out")
     try:

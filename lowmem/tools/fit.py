@@ -64,7 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=file_path,
         metavar="OUT",
         help="for a folder: write a folder with the adapter in PEFT's format, and training.json with the base and "
-        "all settings; for a classifier: write the trained model as one safetensors file",
+        "all settings; for a classifier: write the trained model, as lowmem.load reads it, and its head beside it as "
+        "OUT.head.safetensors",
     )
     parser.add_argument(
         "--device",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -20,6 +21,8 @@ from lowmem import measure
 from lowmem.finetuning.settings import LARGEST_LR
 from lowmem.finetuning.state import forked_random
 from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.io.checkpoint import content_of
+from lowmem.io.container import write
 from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_data import Split, load_data
 from lowmem.tools.models import make_model, plan_model, recipe_of, tensor_of, user_code
@@ -27,7 +30,7 @@ from lowmem.tools.output import mib, print_json, print_plan, print_saved, progre
 from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
 from lowmem.version import __version__
 
-__all__ = ["DEFAULTS", "Classifier", "Result", "fit", "plan_fit", "run"]
+__all__ = ["DEFAULTS", "Classifier", "Result", "fit", "head_of", "plan_fit", "run"]
 
 DEFAULTS = {"data": "synthetic", "epochs": 10, "batch_size": 64, "lr": 1e-3}
 
@@ -64,6 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     device = device_of(arguments.device)
     if arguments.save is not None and not arguments.dry_run:
         check_writable(arguments.save)  # before the training, not after it
+        check_writable(head_of(arguments.save))
     data = load_data(arguments.data, arguments.seed)
     name = arguments.model
     if ":" not in name:  # BigNet takes (examples, features)
@@ -86,7 +90,8 @@ def run(arguments: argparse.Namespace) -> int:
         model = Classifier(body, features, data.classes)
         model.head.to(device)
     if arguments.save is not None:
-        _check_state(name, model)
+        with user_code(f"model={name!r} has a state that cannot be saved; leave out --save"):
+            content_of(body)  # before the training, not after it
     with forked_random(device):
         torch.manual_seed(arguments.seed)  # for dropout
         result = fit(
@@ -102,10 +107,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.save is not None:
         options = ("model", "data", "epochs", "batch_size", "lr", "rank", "seed", "device")
         origin = {"version": __version__, **{option: getattr(arguments, option) for option in options}}
+        with user_code(f"model={name!r} has a state that can no longer be saved; leave out --save"):
+            content = content_of(model.body)
         # A single entry: safetensors writes several in an order that differs from run to run.
-        with user_code(f"model={name!r} has a state that can no longer be listed; leave out --save"):
-            content = safetensors.torch.save(_tensors(model), {"lowmem": json.dumps(origin)})
-        write_atomically(arguments.save, content)
+        head = safetensors.torch.save(dict(model.head.state_dict()), {"lowmem": json.dumps(origin)})
+        write_atomically(head_of(arguments.save), head)
+        write(arguments.save, *content)
         print_saved(arguments.save)
     if arguments.json:
         print_json(asdict(result))
@@ -143,14 +150,9 @@ def _features(name: str, body: nn.Module, x: Tensor) -> int:
     return output[0].numel()
 
 
-def _check_state(name: str, model: nn.Module) -> None:
-    """Raise a ValueError, before the training, if safetensors cannot store the state."""
-    with user_code(f"model={name!r} has a state that cannot be listed; leave out --save"):
-        state = model.state_dict()
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"model={name!r} has a state that is not all tensors; safetensors cannot --save it")
-    with user_code(f"model={name!r} has a state that safetensors cannot --save"):
-        safetensors.torch.save({key: tensor.new_empty(0).cpu() for key, tensor in state.items()})
+def head_of(path: Path) -> Path:
+    """Return the file of the head that belongs to the file of a model."""
+    return path.with_name(f"{path.stem}.head{path.suffix}")
 
 
 def fit(
@@ -241,14 +243,3 @@ def _finite(model: nn.Module) -> set[str]:
         for name, value in state
         if (value.is_floating_point() or value.is_complex()) and bool(value.isfinite().all())
     }
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return the state as contiguous tensors without shared memory, which safetensors rejects."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        shared = tensor.untyped_storage()._cdata in seen
-        seen.add(tensor.untyped_storage()._cdata)
-        tensors[name] = tensor.contiguous().clone() if shared else tensor.contiguous()
-    return tensors
