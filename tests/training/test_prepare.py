@@ -165,9 +165,13 @@ def test_norms_and_gated_mlps_are_fused(memory):
     assert all(torch.equal(a, b) for a, b in zip((found[0], *found[1]), (before[0], *before[1]), strict=True))
 
 
-def test_in_evaluation_and_compiled_a_prepared_model_returns_plain_logits():
-    model = prepare_training(make(), "lean")
-    ids, _ = batch()
+def test_evaluation_compilers_and_transforms_get_the_plain_model():
+    model, (ids, labels) = make(), batch()
+    parameters = {name: one.detach() for name, one in model.named_parameters()}
+    gradient = torch.func.grad(lambda one: torch.func.functional_call(model, one, (ids, labels)))
+    expected = gradient(parameters)
+    prepare_training(model, "lean")
+    assert all(torch.equal(one, expected[name]) for name, one in gradient(parameters).items())
     with torch.no_grad():
         assert type(model(ids)) is torch.Tensor
     copied = copy.deepcopy(model)
@@ -345,16 +349,6 @@ def test_a_copy_of_a_fused_module_in_lean_is_in_lean():
     copied = copy.deepcopy(model)
     assert training_report(copied) == training_report(model) == {"": "what autograd saves is kept in 8 bits"}
     assert type(release_training(copied)) is type(release_training(model)) is MLP
-
-
-def test_transforms_of_functions_get_the_plain_model_in_lean():
-    model, (ids, labels) = make(), batch()
-    parameters = {name: one.detach() for name, one in model.named_parameters()}
-    gradient = torch.func.grad(lambda one: torch.func.functional_call(model, one, (ids, labels)))
-    expected = gradient(parameters)
-    prepare_training(model, "lean")
-    for name, one in gradient(parameters).items():
-        assert torch.equal(one, expected[name])
 
 
 def test_an_output_layer_whose_forward_was_replaced_is_left():
