@@ -77,10 +77,7 @@ def test_what_does_not_fit_is_refused_with_the_tensor(tmp_path):
         "in bytes": {**parts, STATE: torch.zeros(5, dtype=torch.int32)},
         "'nf3'": {name.replace("__nf4", "__nf3"): value for name, value in parts.items()},
         "256 of": {**parts, "layer.weight.nested_quant_map": torch.zeros(3)},
-        "tensor 'layer.weight': it holds .* NaN": {
-            **parts,
-            "layer.weight.nested_absmax": torch.full((1,), torch.nan),
-        },
+        "'layer.weight': it holds .* NaN": {**parts, "layer.weight.nested_absmax": torch.full((1,), torch.nan)},
     }
     for message, changed in cases.items():
         with pytest.raises(FileError, match=message), opened(tmp_path, changed) as file:

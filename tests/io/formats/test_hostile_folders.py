@@ -232,6 +232,7 @@ def test_what_a_config_says_truly_or_not_at_all_is_read(tmp_path):
             ),
             ("compressed-tensors-int4", {"config_groups": {"a": {"weights": {"actorder": "static"}}}}),
             ("compressed-tensors-int4", {"config_groups": {"b": {"weights": {"num_bits": 8}}, **groups}}),
+            ("compressed-tensors-int4", {"config_groups": {"b": {"weights": {"group_size": 64}}, **groups}}),
             ("awq", {"backend": "autoawq"}),
         )
     ):

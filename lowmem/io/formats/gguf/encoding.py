@@ -121,7 +121,7 @@ def rows_of(blocks: QuantizedTensor) -> Tensor:
 
 
 def superblock_rows(weight: QuantizedTensor) -> Tensor | None:
-    """Return a weight's bytes in the superblocks of its format: uint8 (rows, bytes); None: they do not hold it."""
+    """Return the bytes of a weight, of which ``inexact`` returns None, in superblocks; None: they do not hold it."""
     if weight.format not in SUPERBLOCKS or weight.shape[-1] % (SIZE * _BLOCKS) or weight.block_size % SIZE:
         return None
     matrix = _spread(weight).as_matrix()
@@ -129,7 +129,7 @@ def superblock_rows(weight: QuantizedTensor) -> Tensor | None:
     packed = matrix.packed.view(len(scales), _BLOCKS, SIZE // 2)
     raw = None
     if weight.format == "iq4_nl":
-        if not offsets and (found := _factored(scales / 128, _XS_FACTORS)) is not None:
+        if (found := _factored(scales / 128, _XS_FACTORS)) is not None:
             raw = _iq4_xs(*found, packed)
     elif (first := _factored(scales / 16, _K_FACTORS)) is not None:
         minima = -offsets[0] if offsets else torch.zeros_like(scales)

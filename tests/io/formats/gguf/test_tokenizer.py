@@ -88,6 +88,9 @@ def test_ends_come_from_the_config_where_the_tokenizer_names_none(tmp_path):
     found = fields_of(tmp_path, bytes_bpe(), None, {"eos_token_id": [4, 5], "bos_token_id": None, "pad_token_id": 99})
     assert found["tokenizer.ggml.eos_token_id"] == 4
     assert not {"tokenizer.ggml.bos_token_id", "tokenizer.ggml.padding_token_id"} & found.keys()
+    twice = {"type": "TemplateProcessing", "single": [{"Sequence": {"id": "A"}}] * 2}
+    with pytest.raises(FileError, match="its post_processor adds"):  # and no token that has no name
+        fields_of(tmp_path, bytes_bpe(post_processor=twice))
     (tmp_path / "chat_template.jinja").write_text("{{ y }}")
     assert fields_of(tmp_path, bytes_bpe())["tokenizer.chat_template"] == "{{ y }}"
     templates = [3, {"name": "tool_use", "template": "a"}, {"name": "default", "template": "b"}]
