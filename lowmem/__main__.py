@@ -60,10 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         line, code = error_line(command, error), 3 if is_fault(error) else 2
         trace = format_exc() if "--debug" in given else ""
         return code if is_told_by_first(line) else write_error(trace + line, program, code)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if started_rank() > 0:  # torchrun interrupts the others when one has failed
             return 2
-        return write_error(f"{command}: interrupted; what was not finished is not there: run it again", program)
+        told = str(interrupt) or "interrupted; what was not finished is not there: run it again"
+        return write_error(f"{command}: {told}", program)
 
 
 @contextmanager
@@ -115,6 +116,7 @@ def _run(argv: Sequence[str], program: bool) -> int:
         sys.stdout.flush()  # raises if --help is written to a closed pipe
     run = import_module(f"lowmem.tools.{arguments.command}").run
     try:
+        arguments.command_line = list(argv)
         with stdout_for_json(getattr(arguments, "json", False), program):
             code: int = run(arguments)
             sys.stdout.flush()

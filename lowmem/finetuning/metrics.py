@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import hashlib
 import io
 import json
 import math
 import re
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -18,7 +21,7 @@ from lowmem.errors import refusal, show
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors, write_atomically, write_errors
 from lowmem.version import install_command
 
-__all__ = ["Metrics", "check_metrics", "check_plot", "peak_memory", "plot_losses"]
+__all__ = ["LOGS", "Metrics", "Writer", "check_log", "check_metrics", "check_plot", "peak_memory", "plot_losses"]
 
 _LINE = re.compile(rb'\{"step": \d.*\n?|' + b"|".join(re.escape(b'{"step": '[:end]) for end in range(1, 10)))
 """Matches the first line of a metrics file, which a full disk or a kill may have truncated anywhere."""
@@ -64,6 +67,117 @@ class Metrics:
         """Close the file."""
         with suppress(OSError):  # close flushes again what could not be written
             self._file.close()
+
+
+class Writer(Protocol):
+    """Takes the metrics of each step."""
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write the metrics of a step."""
+
+    def close(self) -> None:
+        """End the log."""
+
+
+class _CSV:
+    """Writes a table, metrics.csv; arguments as of ``LOGS``."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
+        self._path = folder / "metrics.csv"
+        kept = ""
+        if step is not None and self._path.exists():
+            with open_regular(self._path) as file, read_errors(self._path):
+                header, *lines = file.read().decode().splitlines(keepends=True) or [""]
+            kept = header + "".join(
+                line for line in lines if (found := line.partition(",")[0]).isdigit() and int(found) <= step
+            )
+        self._has_header = bool(kept)
+        write_atomically(self._path, kept.encode())
+        with write_errors(self._path):
+            self._file = open(self._path, "a", newline="")  # noqa: SIM115
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a row."""
+        writer = csv.DictWriter(self._file, list(record), lineterminator="\n")
+        with write_errors(self._path):
+            if not self._has_header:
+                writer.writeheader()
+                self._has_header = True
+            writer.writerow(record)
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class _TensorBoard:
+    """Writes events of TensorBoard, by torch's own writer; arguments as of ``LOGS``."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
+        with _needs("tensorboard"):
+            from torch.utils.tensorboard import SummaryWriter
+        self._writer: Any = SummaryWriter(folder, purge_step=None if step is None else step + 1)
+        self._writer.add_text("settings", json.dumps(settings, indent=2))
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Write a scalar for each number."""
+        for name, value in record.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, record["step"])
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._writer.close()
+
+
+class _WandB:
+    """Writes a run of Weights & Biases, which WANDB_MODE=offline keeps on this machine; arguments as of ``LOGS``."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
+        with _needs("wandb"):
+            import wandb
+        folder.mkdir(parents=True, exist_ok=True)
+        name = hashlib.sha256(f"{folder.resolve()} {json.dumps(settings)}".encode()).hexdigest()[:16]
+        self._run: Any = wandb.init(
+            project="lowmem", name=folder.stem, dir=folder, id=name, resume="allow", config=dict(settings)
+        )
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """Log the numbers of a step."""
+        self._run.log({name: value for name, value in record.items() if value is not None}, step=record["step"])
+
+    def close(self) -> None:
+        """End the run."""
+        self._run.finish()
+
+
+LOGS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Writer]] = {
+    "csv": _CSV,
+    "tensorboard": _TensorBoard,
+    "wandb": _WandB,
+}
+"""What makes the writers of ``--log``, by the tool's name, of the folder to write into, the settings of the run, and the
+number of steps after which the run resumes, whose later lines are dropped (None: a new run)."""
+
+
+@contextmanager
+def _needs(package: str) -> Iterator[None]:
+    """Turn a failed import in the block into an error that says how to install a package."""
+    try:
+        yield
+    except ImportError as reason:
+        raise ImportError(f"--log {package} needs the package {package}: {install_command('log')}") from reason
+
+
+def check_log(name: str, folder: Path, resume: bool) -> None:
+    """Raise, before anything is trained, if the package of a log is missing, or its folder exists in a new run."""
+    with _needs(name):
+        if name != "csv":
+            import_module(name)
+    if not resume:
+        check_free(folder)
 
 
 def check_metrics(path: Path, resume: bool) -> None:

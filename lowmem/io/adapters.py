@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import bytes_of, read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_peft
+from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_config, read_peft
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
@@ -37,12 +38,17 @@ from lowmem.transforms.placement import place_name, places_of
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt
 
-__all__ = ["fingerprint", "load_adapter", "save_adapter"]
+__all__ = ["AdapterFacts", "adapter_facts", "fingerprint", "load_adapter", "save_adapter"]
 
 
 @one_at_a_time
 def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], name: str | None = None, *, format: str = "lowmem"
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    name: str | None = None,
+    *,
+    format: str = "lowmem",
+    base_name: str | None = None,
 ) -> None:
     """Save one adapter of a model, without its base. The write is atomic.
 
@@ -55,11 +61,13 @@ def save_adapter(
             beside the adapter are saved with it, as ``modules_to_save`` and biases. "gguf": a file for llama.cpp, of
             linear layers and the input embedding of the llama family in transformers; scalings that it has no form of
             are folded into B, and parameters of the base that train are refused.
+        base_name: for ``format="peft"``: where ``AutoPeftModel`` finds the base, a path or a name on the Hub; None:
+            the base's name on the Hub, if it has one, since a path means nothing on another machine.
 
     Raises:
         TypeError: the model is not a module.
         ValueError: no such adapter, ``name=None`` with several, an unknown format, or one that has no form of the
-            adapter; the layer is named. Or the model is sharded.
+            adapter; the layer is named. Or the model is sharded, or ``base_name`` is given for another format.
         FileExistsError: something is at ``path``, for ``format="peft"`` and "gguf".
         OSError: the file cannot be written; an existing file is unchanged.
 
@@ -68,6 +76,8 @@ def save_adapter(
     """
     if format not in FORMATS:
         raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}")
+    if base_name is not None and format != "peft":
+        raise ValueError(f"base_name={base_name!r} is for format='peft': files of format={format!r} name no base")
     model = unwrap(model)
     refuse_sharded("save_adapter", model)
     if name is None:
@@ -77,10 +87,10 @@ def save_adapter(
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
     _refuse_layers("save_adapter", places_of(model), model, layers)
-    FORMATS[format](Path(path), model, name, layers)
+    FORMATS[format](Path(path), model, name, layers, base_name)
 
 
-def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
+def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter], _: str | None) -> None:
     """Write lowmem's own file."""
     tensors = {_key(place, part): value for place, a in layers.items() for part, value in _values(a).items()}
     metadata = {
@@ -92,12 +102,31 @@ def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter
     write_tensors(path, tensors, metadata)
 
 
-FORMATS: dict[str, Callable[[Path, nn.Module, str, Mapping[str, Adapter]], None]] = {
+FORMATS: dict[str, Callable[[Path, nn.Module, str, Mapping[str, Adapter], str | None], None]] = {
     "lowmem": _write,
-    "peft": lambda path, model, name, layers: write_peft(path, model, layers),
-    "gguf": write_gguf_adapter,
+    "peft": lambda path, model, name, layers, base: write_peft(path, model, layers, base),
+    "gguf": lambda path, model, name, layers, base: write_gguf_adapter(path, model, name, layers),
 }
 """What writes an adapter, by the name of the format."""
+
+
+class AdapterFacts(NamedTuple):
+    """What an adapter's file or folder says of itself."""
+
+    rank: int  # of most layers
+    base: str | None  # where the base is, or its name on the Hub; None: not said
+
+
+def adapter_facts(path: Path) -> AdapterFacts:
+    """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
+    if path.is_dir():
+        config = read_config(path)
+        return AdapterFacts(config.technique.rank, config.base)
+    _refuse_foreign(path)
+    metadata = read(path).metadata
+    with refusing(path, "load the adapter"):
+        records = _parsed(metadata)[2]
+    return AdapterFacts(Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
 
 
 @returns_free_pages

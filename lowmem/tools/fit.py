@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from contextlib import nullcontext
 
+from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.settings import DECAYS
 from lowmem.io.atomic import owned
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
@@ -48,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lr",
         type=positive_float,
-        help="learning rate of AdamW (default: 0.0002 for a folder, 0.001 for a classifier)",
+        help="learning rate of AdamW (default: 0.001 for a classifier; for a folder by the rank, 0.0002 for 16)",
     )
     parser.add_argument(
         "--rank", type=positive_int, metavar="N", help="LoRA rank (default: 16 for a folder, or the variant's)"
@@ -91,6 +92,27 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
         choices=[*FORMATS, *EIGHT_BIT, "bfloat16", "float16", "dense"],
         help=f"format of the base while the adapter trains (default {DEFAULT} in blocks of "
         f"{DEFAULT_BLOCK_SIZE}; a quantized folder keeps its format)",
+    )
+    group.add_argument("--alpha", type=positive_float, metavar="X", help="LoRA's alpha (default: the rank)")
+    group.add_argument("--dropout", type=number, metavar="X", help="dropout of the adapter's input (default 0)")
+    group.add_argument(
+        "--target",
+        nargs="+",
+        metavar="NAME",
+        help="adapt only layers of these names, such as q_proj v_proj, or paths or glob patterns of paths (default: "
+        "all linear layers)",
+    )
+    group.add_argument(
+        "--from",
+        dest="start",
+        type=file_path,
+        metavar="ADAPTER",
+        help="continue from the values of an adapter, a folder or a file, in a run of its own",
+    )
+    group.add_argument(
+        "--base-name",
+        metavar="NAME",
+        help="name of the base in the adapter's config, such as a name on the Hub (default: the folder's path)",
     )
     group.add_argument(
         "--memory",
@@ -146,6 +168,9 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
         help="with torchrun: how long a process waits for the others; must exceed loading and saving (default 600)",
     )
     group.add_argument("--metrics", type=file_path, metavar="FILE.jsonl", help="write a JSON line for each step")
+    group.add_argument(
+        "--log", choices=list(LOGS), help="write the metrics of each step into OUT.log, in this tool's form"
+    )
     group.add_argument("--plot", type=file_path, metavar="FILE.png", help="plot the losses (needs matplotlib)")
 
 

@@ -17,11 +17,13 @@ import torch
 from lowmem.distributed.checkpoints import Checkpoints
 from lowmem.errors import FileError, quoted
 from lowmem.finetuning.loop import Outcome
-from lowmem.finetuning.metrics import check_metrics, check_plot
+from lowmem.finetuning.metrics import check_log, check_metrics, check_plot
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import States, changes
 from lowmem.finetuning.text import Texts, read_examples
+from lowmem.io.adapters import adapter_facts
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors
+from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
 from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA, blockwise
@@ -29,7 +31,7 @@ from lowmem.tools.arguments import option_of
 from lowmem.tools.output import finite, shown
 from lowmem.version import __version__
 
-__all__ = ["RECORD", "Job", "Storing", "check_outputs", "job_of", "states_folder"]
+__all__ = ["RECORD", "Job", "Storing", "check_outputs", "job_of", "log_of", "states_folder"]
 
 LENGTH = 512
 RANK = 16
@@ -54,7 +56,11 @@ class Job:
     dense: bool  # whether the folder is
     skip_dense: bool
     vocabulary: int
-    rank: int
+    adapter: LoRA  # of a new adapter
+    targets: tuple[str, ...]  # names of the layers to adapt; none: all linear layers
+    start: Path | None  # an adapter to continue from; None: a new one
+    base_name: str  # of the base in the adapter's config
+    tokenizer: Any
     memory: str
     length: int
     settings: FineTuning
@@ -72,7 +78,11 @@ class Job:
             "base": self.base,
             "format": _name_of(self.technique),
             "embeddings": getattr(self.technique, "embeddings", None),  # None, too, of runs before there was a choice
-            "rank": self.rank,
+            "rank": self.adapter.rank,
+            "alpha": self.adapter.alpha,
+            "dropout": self.adapter.dropout,
+            "targets": list(self.targets),
+            "from": None if self.start is None else _digest_of_adapter(self.start),
             "memory": self.memory,
             "length": self.length,
             "data": self.texts.digest,
@@ -124,6 +134,12 @@ class Job:
         }
 
 
+def log_of(job: Job) -> Path:
+    """Return the folder of the log of a run."""
+    assert job.save is not None
+    return Path(f"{job.save}.log")
+
+
 def states_folder(out: Path) -> Path:
     """Return the folder of the states of a run that writes ``out``."""
     return Path(f"{out}.training")
@@ -133,11 +149,12 @@ def job_of(
     arguments: argparse.Namespace, folder: Path, processes: int | None, device: torch.device, timeout: timedelta
 ) -> Job:
     """Check the arguments, and read the texts; no weights are read but for the digest of their files."""
-    settings = _settings(arguments)
     if arguments.data is None:
         raise ValueError(f"--data must name a FILE.txt or FILE.jsonl to train model={str(folder)!r} on")
     if arguments.resume and arguments.save is None:
         raise ValueError("--resume continues from the state beside OUT: name OUT with --save")
+    if arguments.log is not None and arguments.save is None:
+        raise ValueError(f"--log={arguments.log} writes a folder beside OUT: name OUT with --save")
     share = arguments.eval_share
     if share is not None and share >= 1:
         raise ValueError(f"--eval-share={share:g} must be below 1")
@@ -146,7 +163,8 @@ def job_of(
         if getattr(arguments, name) not in (None, False) and not evaluates:
             raise ValueError(f"{option_of(name)} needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
-    rank = LoRA(arguments.rank or RANK).rank
+    adapter = _adapter(arguments)
+    settings = _settings(arguments, adapter.rank)
     from lowmem.integrations.transformers.config_facts import held_back, sizes_of
     from lowmem.integrations.transformers.folder import check_shapes
     from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer
@@ -159,9 +177,9 @@ def job_of(
             if dense:
                 check_shapes(folder)  # where config.json and weights differ, the tokenizer may be right
             raise
-    if rank > width:
+    if adapter.rank > width:
         raise ValueError(
-            f"--rank={rank} is more than the {width} columns of the model's hidden states, so an adapter "
+            f"--rank={adapter.rank} is more than the {width} columns of the model's hidden states, so an adapter "
             "would not be smaller than its weight: lower it"
         )
     length = arguments.length or min(LENGTH, positions or LENGTH)
@@ -184,7 +202,11 @@ def job_of(
         dense,
         arguments.skip_dense,
         vocabulary,
-        rank,
+        adapter,
+        tuple(arguments.target or ()),
+        arguments.start,
+        arguments.base_name or str(folder.resolve()),
+        tokenizer,
         arguments.memory or "fast",
         length,
         settings,
@@ -198,12 +220,42 @@ def job_of(
     )
 
 
-def _settings(arguments: argparse.Namespace) -> FineTuning:
+def _settings(arguments: argparse.Namespace, rank: int) -> FineTuning:
     given: dict[str, Any] = {own.name: getattr(arguments, own.name, None) for own in fields(FineTuning)}
     given = {name: value for name, value in given.items() if value is not None}
+    given.setdefault("lr", default_lr(rank))
     if given.get("clip") == 0:
         given["clip"] = None
     return FineTuning(**given)
+
+
+def default_lr(rank: int) -> float:
+    """Return the learning rate for a rank where none is given: 2e-4 for 16, less for more, by the square root."""
+    return float(f"{2e-4 * (RANK / rank) ** 0.5:.2g}")
+
+
+def _adapter(arguments: argparse.Namespace) -> LoRA:
+    """Return the adapter to train: a new one, or one of the rank of ``--from``."""
+    if arguments.start is None:
+        dropout = arguments.dropout or 0.0
+        if dropout >= 1:
+            raise ValueError(f"--dropout={dropout:g} must be below 1")
+        return LoRA(arguments.rank or RANK, arguments.alpha, dropout)
+    for name in ("rank", "alpha", "dropout", "target"):
+        if getattr(arguments, name) is not None:
+            raise ValueError(f"{option_of(name)} is that of the adapter that --from names: leave it out")
+    if arguments.dry_run:
+        raise ValueError("--dry-run plans a new adapter: give --rank in place of --from")
+    return LoRA(adapter_facts(arguments.start).rank)
+
+
+def _digest_of_adapter(path: Path) -> str:
+    """Return the SHA-256 of the files of an adapter."""
+    sha256 = hashlib.sha256()
+    for file in [path] if path.is_file() else [path / CONFIG, path / WEIGHTS]:
+        with open_regular(file) as opened, read_errors(file):
+            hashlib.file_digest(opened, lambda: sha256)
+    return sha256.hexdigest()
 
 
 def _technique(folder: Path, name: str | None, bits: float | None = None) -> tuple[Storing, bool]:
@@ -248,6 +300,8 @@ def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
         check_free(job.save)
         check_writable(job.save)
     _check_apart(arguments, job)
+    if arguments.log is not None:
+        check_log(arguments.log, log_of(job), arguments.resume)
     if arguments.metrics is not None:
         check_metrics(arguments.metrics, arguments.resume)
     if arguments.plot is not None:
@@ -259,6 +313,8 @@ def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
     states = None if job.save is None else states_folder(job.save)
     places = {"--metrics": arguments.metrics, "--plot": arguments.plot, "--save": job.save}
     places["the folder of states of --save"] = states
+    if arguments.log is not None:
+        places["the folder of --log"] = log_of(job)
     if states is not None and os.path.lexists(states) and not states.is_dir():
         raise FileExistsError(f"{quoted(states)} exists, where states go; remove it or choose another name")
     found = [(option, Path(os.path.abspath(path))) for option, path in places.items() if path is not None]

@@ -7,12 +7,12 @@ import gc
 import json
 import math
 import os
-import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import asdict, replace
 from datetime import timedelta
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +21,21 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from lowmem.distributed.processes import TIMEOUT, joined
-from lowmem.errors import quoted, refusal
+from lowmem.errors import printable, quoted, refusal, refusing
 from lowmem.finetuning.calling import Calling, calling_of, logits_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
-from lowmem.finetuning.metrics import Metrics, peak_memory, plot_losses
+from lowmem.finetuning.metrics import LOGS, Metrics, Writer, peak_memory, plot_losses
 from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
-from lowmem.io.adapters import save_adapter
-from lowmem.io.atomic import atomic_folder, owned, write_atomically, write_errors
+from lowmem.io.adapters import load_adapter
+from lowmem.io.atomic import owned
 from lowmem.nn.techniques import Blockwise, Budget, Half, LoRA
 from lowmem.tools.arguments import device_of
-from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, states_folder
+from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, log_of, states_folder
+from lowmem.tools.fit_result import command_of, next_commands, save
 from lowmem.tools.models import plan_model
 from lowmem.tools.output import finite, mib, print_json, print_plan, print_saved, progress, shown
 from lowmem.training.memory import training_memory
@@ -42,7 +43,7 @@ from lowmem.training.prepare import prepare_training, release_training
 from lowmem.transforms.adapters import add_adapter
 from lowmem.transforms.convert import convert
 from lowmem.transforms.plan import Plan, plan
-from lowmem.transforms.registry import Technique
+from lowmem.transforms.registry import Technique, parameters_to_adapt
 
 __all__ = ["run"]
 
@@ -121,22 +122,26 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
         print(f"lowmem fit: {change}", file=sys.stderr)
     out = sys.stderr if arguments.json else sys.stdout
     report = _Report(out, job.device)
-    metrics = None
+    writers: list[Writer] = []
     try:
         facts = {} if states is None else states.facts
         found = _Training(job, ranks, facts, lambda line: print(line, file=out, flush=True))
+        step = saved.step if saved else 0 if arguments.resume else None
         if arguments.metrics is not None and ranks.rank == 0:
-            metrics = Metrics(arguments.metrics, saved.step if saved else 0 if arguments.resume else None)
+            writers.append(Metrics(arguments.metrics, step))
+        if arguments.log is not None and ranks.rank == 0:
+            writers.append(LOGS[arguments.log](log_of(job), job.origin(), step))
         columns = MofNCompleteColumn, "steps {task.fields[figures]}", TimeRemainingColumn
         with progress(job.folder.name, *columns, figures="") as update:
-            outcome = found.train(states, lambda step: report(step, update, metrics))
+            outcome = found.train(states, lambda step: report(step, update, writers))
     except KeyboardInterrupt:
-        if states is not None:
-            print(f"lowmem fit: {states.kept()}; --resume continues from it", file=sys.stderr)
-        raise
+        if states is None:
+            raise
+        command = f"{command_of(arguments)} --resume"
+        raise KeyboardInterrupt(f"interrupted; {states.kept()}: continue with `{command}`") from None
     finally:
-        if metrics is not None:
-            metrics.close()
+        for writer in writers:
+            writer.close()
     document = job.document(outcome, found.perplexities)
     if arguments.plot is not None and ranks.rank == 0:  # first: a run whose folder is complete is not done again
         before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
@@ -144,14 +149,13 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
     if job.save is not None:
         if found.model is not None:
             assert states is not None
-            _save(job.save, states.folder, found.model, document)
+            save(job, states.folder, found.model, document, command_of(arguments, short=True))
         if states is not None:
             states.remove()
     if ranks.rank > 0:
         return 0
-    _print_result(
-        arguments, document | {"losses": outcome.losses, "evaluations": outcome.evaluations} | report.figures()
-    )
+    figures = {"losses": outcome.losses, "evaluations": outcome.evaluations} | report.figures()
+    _print_result(arguments, document | figures, [] if job.save is None else next_commands(job))
     return 0
 
 
@@ -163,7 +167,7 @@ def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
             "was made from"
         )
     storing = job.technique if isinstance(job.technique, Half | Blockwise | Budget) else None
-    given = job.folder, storing, job.rank, job.memory, job.settings.batch_size, job.length
+    given = job.folder, storing, job.adapter.rank, job.memory, job.settings.batch_size, job.length
     from lowmem.integrations.transformers.config_facts import held_back
 
     with held_back():
@@ -235,7 +239,7 @@ class _Training:
         facts["perplexity"] = dict(self.perplexities)
         with forked_random(job.device):
             torch.manual_seed(job.settings.seed)
-            self.model: nn.Module | None = add_adapter(model, "default", LoRA(job.rank))
+            self.model: nn.Module | None = _adapted(job, model)
         self._rows = self._rows_of(job.texts)
         if not self._rows.calling.isolates and len(job.texts.examples) > 1:
             tell("examples are not packed: in this model, those in one row would see each other")
@@ -286,13 +290,33 @@ class _Training:
         self._tell(f"perplexity of the held-out text, {name}: {found:.4f}")
 
 
+def _adapted(job: Job, model: nn.Module) -> nn.Module:
+    """Return the model with the adapter to train."""
+    if job.start is not None:
+        with refusing(job.start, "continue from"):
+            return load_adapter(model, job.start, "default").train()
+    if not job.targets:
+        return add_adapter(model, "default", job.adapter)
+    paths = [path for path, module in model.named_modules() if parameters_to_adapt(module)]
+    for name in job.targets:
+        if not any(_is_named(path, [name]) for path in paths):
+            known = ", ".join(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+            raise ValueError(f"--target={name!r} names no layer that can be adapted: there are {printable(known)}")
+    return add_adapter(model, "default", job.adapter, where=lambda path, _: _is_named(path, job.targets))
+
+
+def _is_named(path: str, names: Iterable[str]) -> bool:
+    """Whether one of the names is the path of a layer, its end, or a pattern of either."""
+    return any(fnmatchcase(path, name) or fnmatchcase(path, f"*.{name}") for name in names)
+
+
 class _Report:
     """Shows steps as they are done: a bar on a terminal, some lines, and a line of JSON for each."""
 
     def __init__(self, out: Any, device: torch.device) -> None:
         self._out, self._device, self._seconds, self._tokens, self._steps = out, device, 0.0, 0, 0
 
-    def __call__(self, step: Step, update: Callable[..., None], metrics: Metrics | None) -> None:
+    def __call__(self, step: Step, update: Callable[..., None], writers: Sequence[Writer]) -> None:
         """Show a step."""
         self._seconds, self._tokens = self._seconds + step.seconds, self._tokens + step.tokens
         self._steps += 1
@@ -301,10 +325,10 @@ class _Report:
         speed = self._tokens / max(self._seconds, 1e-9)
         figures = f"{speed:.0f} tokens/s" + ("" if memory is None else f"  {memory / 2**20:.0f} MiB")
         update(completed=step.number, total=step.steps, figures=f"{step.loss:.4f}  {figures}")
-        if metrics is not None:
-            line = {**asdict(step), "perplexity": None if step.perplexity is None else finite(step.perplexity)}
-            line = {"step": line.pop("number"), **line}
-            metrics.write(line | {"tokens_per_second": speed, "peak_bytes": memory, "seconds_left": left})
+        line = {**asdict(step), "perplexity": None if step.perplexity is None else finite(step.perplexity)}
+        line = {"step": line.pop("number"), **line}
+        for writer in writers:
+            writer.write(line | {"tokens_per_second": speed, "peak_bytes": memory, "seconds_left": left})
         every = max(1, step.steps // 10)
         if step.number % every == 0 or step.number == step.steps or step.perplexity is not None:
             held_out = "" if step.perplexity is None else f"  held-out perplexity {step.perplexity:.4f}"
@@ -322,25 +346,11 @@ class _Report:
         }
 
 
-def _save(out: Path, states: Path, model: nn.Module, document: dict[str, Any]) -> None:
-    """Write the adapter's folder atomically: within the folder of states, which takes what a kill leaves."""
-    with write_errors(states):
-        states.mkdir(exist_ok=True)
-    try:
-        with atomic_folder(out, states) as partial:
-            save_adapter(model, partial / "adapter", format="peft")
-            for file in sorted((partial / "adapter").iterdir()):
-                shutil.move(file, partial / file.name)
-            (partial / "adapter").rmdir()
-            write_atomically(partial / RECORD, (json.dumps(document, indent=2) + "\n").encode())
-    finally:
-        with suppress(OSError):  # it has states
-            states.rmdir()
-
-
-def _print_result(arguments: argparse.Namespace, document: dict[str, Any]) -> None:
+def _print_result(arguments: argparse.Namespace, document: dict[str, Any], commands: Sequence[str]) -> None:
     if arguments.save is not None:
         print_saved(arguments.save)
+        for command in commands:
+            print(f"next: {command}", file=sys.stderr)
     if arguments.json:
         print_json(document | {"evaluations": [[step, finite(value)] for step, value in document["evaluations"]]})
         return

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TextStreamer
 
-from lowmem.errors import describe, printable, refusal, show
+from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.folder import load_folder, load_gguf
 from lowmem.integrations.transformers.tokenizing import TextTokenizer, tokenizer_errors, tokenizer_in, tokenizer_of
-from lowmem.io.adapters import load_adapter
-from lowmem.io.atomic import open_regular, read_errors, starts_with
+from lowmem.io.adapters import adapter_facts, load_adapter
+from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.formats.peft.reading import CONFIG
 from lowmem.transforms.adapters import activate, adapter_names, deactivate
@@ -50,23 +49,14 @@ def base_of_adapter(folder: Path) -> Path:
         FileError: it names none, or one that is not on this machine.
         OSError: its config cannot be read.
     """
-    file = folder / CONFIG
-    with open_regular(file) as opened, read_errors(file):
-        content = opened.read()
-    try:
-        name = json.loads(content).get("base_model_name_or_path")
-    except (ValueError, AttributeError, RecursionError) as reason:
-        raise refusal(file, describe(reason), "read") from reason
-    if not isinstance(name, str) or not name:
-        raise refusal(
-            file, f"base_model_name_or_path={show(name)} names no base: name it with --base", "find the base of"
-        )
-    for base in (Path(name), folder / name):
-        if base.exists():
-            return base
-    raise refusal(
-        file, f"base_model_name_or_path={show(name)} is no folder here: name it with --base", "find the base of"
-    )
+    name = adapter_facts(folder).base
+    if name is not None:
+        found = next((base for base in (Path(name), folder / name) if base.exists()), None)
+        if found is not None:
+            return found
+    what = "is no folder or file here" if name else "names no base"
+    why = f"base_model_name_or_path={show(name)} of its {CONFIG} {what}: name the base with --base"
+    raise refusal(folder, why, "find the base of")
 
 
 def open_language_model(path: Path, base: Path | None = None, adapter: str | None = None) -> tuple[Any, Any]:

@@ -29,7 +29,7 @@ from lowmem.nn.techniques import LoRA
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["CONFIG", "PICKLES", "WEIGHTS", "AdapterContent", "read_peft"]
+__all__ = ["CONFIG", "PICKLES", "WEIGHTS", "AdapterContent", "read_config", "read_peft"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
@@ -73,14 +73,19 @@ def read_peft(folder: Path, model: nn.Module) -> AdapterContent:
     Warns:
         UserWarning: the config names another base than the model comes from.
     """
-    _check_kind(folder)
-    content = read_object(folder / CONFIG)
-    with refusing(folder / CONFIG, _TASK):
-        config = PeftConfig.parsed(content)
+    config = read_config(folder)
     with Checkpoint(folder / WEIGHTS) as file, refusing(folder, _TASK):
         found = _Reading(model, config, dict(file.specs), file.read_tensor).content()
     _warn_of_other_base(model, config)
     return found
+
+
+def read_config(folder: Path) -> PeftConfig:
+    """Return what the config of a folder says; a FileError if it is no folder of PEFT, or damaged."""
+    _check_kind(folder)
+    content = read_object(folder / CONFIG)
+    with refusing(folder / CONFIG, _TASK):
+        return PeftConfig.parsed(content)
 
 
 def _check_kind(folder: Path) -> None:

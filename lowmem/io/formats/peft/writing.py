@@ -33,15 +33,18 @@ from lowmem.transforms.registry import layer_name, module_paths
 __all__ = ["write_peft"]
 
 
-def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter]) -> None:
+def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter], base_name: str | None = None) -> None:
     """Write an adapter, by place, as PEFT does; a ValueError names a layer that PEFT has no form of.
+
+    ``base_name`` is that of the base in the config; None: its name on the Hub, if it has one.
 
     Warns:
         UserWarning: the dropout is not written, since PEFT has one value for all layers, and none for parameters.
     """
     writing = _Writing(model, layers)
     tensors = writing.tensors()
-    text = json.dumps(writing.config(), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    config = writing.config() | {"base_model_name_or_path": base_name or _public_name(model)}
+    text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as partial:
         specs = {key: TensorSpec.of(tensor) for key, tensor in tensors.items()}
         write_plain(partial / WEIGHTS, specs, tensors.items())
@@ -130,7 +133,6 @@ class _Writing:
         return {
             "peft_type": "LORA",
             "task_type": _task_of(self._model),
-            "base_model_name_or_path": _public_name(self._model),
             "revision": None,
             "inference_mode": True,
             "r": rank,
