@@ -104,7 +104,7 @@ def test_bad_folders_are_one_line(source, tmp_path, capsys):
     for changed, says in [
         (config | {"architectures": ["os"]}, "architectures names 'os', which transformers"),
         (config | {"quantization_config": {"quant_method": "gptq"}}, "it is quantized by 'gptq' already"),
-        ([1], "no config of a model"),
+        ([1], "must be an object"),
         (
             config | {"architectures": ["My"], "auto_map": {"AutoModel": "my.My"}},
             "it is code of the folder: from_pretrained runs it, with trust_remote_code=True",
