@@ -158,8 +158,8 @@ LOGS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Writer]] = {
     "tensorboard": _TensorBoard,
     "wandb": _WandB,
 }
-"""What makes the writers of ``--log``, by the tool's name, of the folder to write into, the settings of the run, and the
-number of steps after which the run resumes, whose later lines are dropped (None: a new run)."""
+"""What makes the writers of ``--log``, by the tool's name, of the folder to write into, the settings of the run, and
+the steps after which the run resumes, whose later lines are dropped (None: a new run)."""
 
 
 @contextmanager

@@ -206,7 +206,7 @@ def job_of(
         tuple(arguments.target or ()),
         arguments.start,
         arguments.base_name or str(folder.resolve()),
-        tokenizer,
+        tokenizer.tokenizer,
         arguments.memory or "fast",
         length,
         settings,

@@ -11,8 +11,7 @@ import torch
 
 from lowmem.errors import describe
 from lowmem.finetuning.metrics import peak_memory
-from lowmem.tools.device import device_of
-from lowmem.tools.models import MIB, check_links, file_path, number, positive_int, seed
+from lowmem.tools.arguments import device_of, file_path, number, positive_int, seed
 
 __all__ = ["add_arguments", "run"]
 
@@ -65,7 +64,6 @@ def _share(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    check_links(arguments.model)
     device = device_of(arguments.device)
     if arguments.prompt is None and not arguments.chat and sys.stdin.isatty():
         raise ValueError("there is no prompt: give --prompt TEXT or --chat, or write it to standard input")
@@ -150,6 +148,6 @@ class _Generator:
     def tell(self) -> None:
         """Print how fast it was, and what the process took."""
         peak = peak_memory(self._model.device)
-        memory = "" if peak is None else f"; peak memory {peak / MIB:.0f} MiB"
+        memory = "" if peak is None else f"; peak memory {peak / 2**20:.0f} MiB"
         speed = self._count / max(self._seconds, 1e-9)
         print(f"{self._count} tokens in {self._seconds:.1f} s: {speed:.1f} tokens a second{memory}", file=sys.stderr)

@@ -8,7 +8,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from lowmem.errors import refusal
-from lowmem.tools.models import check_links, file_path
+from lowmem.tools.arguments import file_path
 
 __all__ = ["add_arguments", "run"]
 
@@ -27,7 +27,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command, until the server is stopped."""
     folder: Path = arguments.folder
-    check_links(folder)
     from transformers.utils.import_utils import is_serve_available
 
     from lowmem.integrations.transformers.folder import check

@@ -195,7 +195,12 @@ def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, m
         patch.setattr(fit_language, "finetune", interrupted)
         assert main(["fit", "llama", *argv]) == 2
     told = capsys.readouterr().err
-    assert "the last good state, after step 1, is kept in 'out.training'; --resume continues" in told
+    command = f"lowmem fit llama {' '.join(argv)} --resume"
+    told = told.splitlines()[-1]
+    assert told == (
+        "lowmem fit: interrupted; the last good state, after step 1, is kept in 'out.training': continue with "
+        f"`{command}`"
+    )
     for done in (False, True):  # by a state, and by the adapter
         where = "cannot go on from 'out" + ("': " if done else ".training/state-0.safetensors': ")
         told = refused("fit", "another", *argv, "--resume")

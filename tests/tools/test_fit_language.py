@@ -1,5 +1,6 @@
 """`lowmem fit` on folders: text in, an adapter out that lowmem and PEFT load; resumed, it is the same to the byte."""
 
+import csv
 import json
 import os
 import re
@@ -16,13 +17,15 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning import loop
+from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.ranks import Ranks as Process
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.text import Example
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.io.atomic import owned
 from lowmem.measure import PeakMemory
-from lowmem.tools import fit_language
+from lowmem.tools import fit_language, fit_result
+from lowmem.tools.fit_job import default_lr
 from lowmem.tools.fit_language import FEW
 from tests.fuzzing import bounded
 from tests.integrations.transformers.folders import SIZES, load, write
@@ -68,11 +71,9 @@ def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
     dense, stored, adapted = (found["perplexity"][name] for name in ("dense", "stored", "adapted"))
     assert adapted < 0.8 * min(dense, stored)
     assert found["losses"][-1] < found["losses"][0]
-    assert sorted(one.name for one in Path("out").iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "training.json",
-    ]
+    own = ["README.md", "adapter_config.json", "adapter_model.safetensors", "training.json"]
+    of_tokenizer = ["chat_template.jinja", "tokenizer.json", "tokenizer_config.json"]
+    assert sorted(one.name for one in Path("out").iterdir()) == sorted(own + of_tokenizer)
     record = json.loads(Path("out", "training.json").read_text())
     assert (record["base"], record["run"]["format"], record["run"]["rank"]) == ("llama", "bof4s", 4)
     lines = [json.loads(line) for line in Path("m.jsonl").read_text().splitlines()]
@@ -89,6 +90,130 @@ def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
     theirs = peft.PeftModel.from_pretrained(load("llama", quantization_config=LowmemConfig(lowmem.FourBit())), "out")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("base", ["dense", "stored"])
+def test_the_folder_opens_with_one_line_in_peft_and_transformers(base, place, capsys):
+    peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+    folder = "llama"
+    if base == "stored":
+        folder = "small"
+        assert main(["quantize", "llama", "small"]) == 0
+    options = [] if base == "stored" else ["--format", "dense"]
+    argv = ["fit", folder, "--data", "text.txt", "--length", "48", "--steps", "3", "--lr", "0.01", "--save", "out"]
+    assert main([*argv, *options]) == 0
+    told = capsys.readouterr().err
+    assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        place / folder
+    )
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        expected = lowmem.load_adapter(load(folder), "out")(ids).logits
+        for kind in (AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
+            torch.testing.assert_close(kind.from_pretrained("out")(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    commands = re.findall(r"^next: lowmem (.*)$", told, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["generate", "merge", "export"]
+    assert commands[0] == "generate out --chat"
+
+
+def test_the_model_card_names_no_path_of_this_machine(place, capsys):
+    data = place / "data.jsonl"
+    fit(capsys, "--steps", "2", "--eval-share", "0.2", "--save", place / "out", "--resume", data=str(data))
+    card = Path("out", "README.md").read_text()
+    assert str(place) not in card
+    assert "base_model: llama\n" in card
+    command = (
+        "lowmem fit llama --data data.jsonl --length 48 --rank 4 --lr 0.01 --steps 2 --eval-share 0.2 --save out"
+    )
+    assert f"```\n{command}\n```" in card
+    assert re.search(r"\| Perplexity of the held-out text, adapted \| \d+\.\d{4} \|", card)
+
+
+def test_the_base_has_the_name_that_is_given(place, capsys):
+    fit(capsys, "--steps", "1", "--save", "out", "--base-name", "me/llama")
+    assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == "me/llama"
+
+
+def test_alpha_dropout_and_targets_are_those_of_the_adapter(place, capsys, refused):
+    fit(
+        capsys,
+        "--steps",
+        "1",
+        "--save",
+        "out",
+        "--alpha",
+        "7",
+        "--dropout",
+        "0.25",
+        "--target",
+        "q_proj",
+        "*.1.mlp.up_proj",
+    )
+    config = json.loads(Path("out", "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 7, 0.25)
+    paths = [f"model.layers.{n}.self_attn.q_proj" for n in (0, 1)]
+    assert sorted(lowmem.adapter_layers(lowmem.load_adapter(load("llama"), "out"), "default")) == sorted(
+        [*paths, "model.layers.1.mlp.up_proj"]
+    )
+    told = refused("fit", "llama", "--data", "text.txt", "--target", "w_proj")
+    assert "--target='w_proj' names no layer that can be adapted: there are embed_tokens, q_proj" in told
+    assert "--dropout=1 must be below 1" in refused("fit", "llama", "--data", "text.txt", "--dropout", "1")
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_run_continues_from_an_adapter(kind, place, capsys, refused):
+    before, _ = fit(capsys, "--steps", "20", "--eval-data", "text.txt", "--save", "out")
+    start = "out"
+    if kind == "file":
+        base = load("llama", quantization_config=LowmemConfig(lowmem.FourBit()))
+        lowmem.save_adapter(lowmem.load_adapter(base, "out"), "adapter.safetensors")
+        start = "adapter.safetensors"
+    argv = ["--data", "data.jsonl", "--length", "48", "--from", start]
+    assert main(["fit", "llama", *argv, "--steps", "5", "--eval-data", "text.txt", "--lr", "1e-9", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["run"]["rank"] == 4
+    assert found["perplexity"]["adapted"] == pytest.approx(before["perplexity"]["adapted"], rel=1e-4)
+    told = refused("fit", "llama", *argv, "--rank", "8")
+    assert "--rank is that of the adapter that --from names: leave it out" in told
+    assert "give --rank in place of --from" in refused("fit", "llama", *argv, "--dry-run")
+
+
+def test_the_default_learning_rate_falls_with_the_rank():
+    assert [default_lr(rank) for rank in (1, 4, 16, 64, 256)] == [8e-4, 4e-4, 2e-4, 1e-4, 5e-5]
+
+
+@pytest.mark.parametrize("log", list(LOGS))
+def test_each_step_is_logged_once_also_by_a_run_that_goes_on(log, place, capsys, monkeypatch, refused):
+    if log != "csv":
+        pytest.importorskip(log, reason=f"{log} is not installed: tox -e transformers")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    options = ["--steps", "4", "--save-every", "2", "--save", "out", "--log", log]
+    with monkeypatch.context() as patch:
+        step = loop._Run._step
+        patch.setattr(loop._Run, "_step", lambda self, number: step(self, number) if number < 4 else 1 / 0)
+        assert (
+            main(["fit", "llama", "--data", "data.jsonl", "--length", "48", "--rank", "4", "--lr", "0.01", *options])
+            == 3
+        )
+    found, _ = fit(capsys, *options, "--resume")
+    assert steps_of(log, Path("out.log")) == list(range(1, 5))
+    Path("new.log").mkdir()
+    told = refused("fit", "llama", "--data", "data.jsonl", "--length", "48", "--save", "new", "--log", log)
+    assert "'new.log' exists" in told
+    assert f"--log={log} writes a folder beside OUT" in refused("fit", "llama", "--data", "data.jsonl", "--log", log)
+
+
+def steps_of(log: str, folder: Path) -> list[int]:
+    """Return the steps whose loss a log holds."""
+    if log == "csv":
+        return [int(row["step"]) for row in csv.DictReader((folder / "metrics.csv").open()) if float(row["loss"])]
+    if log == "tensorboard":
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        return [event.step for event in EventAccumulator(str(folder)).Reload().Scalars("loss")]
+    return list(range(1, 5)) if len(list(folder.glob("wandb/offline-run-*"))) == 2 else []
 
 
 class Killed(BaseException):
@@ -135,7 +260,7 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
     options = ["--steps", "2", "--save", "out"]
     with monkeypatch.context() as patch:
         patch.setattr("shutil.rmtree", lambda *args, **named: None)
-        patch.setattr(fit_language, "write_atomically", lambda *args: (_ for _ in ()).throw(Killed))
+        patch.setattr(fit_result, "write_atomically", lambda *args: (_ for _ in ()).throw(Killed))
         with pytest.raises(Killed):
             fit(capsys, *options)
     assert not Path("out").exists()

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.folder import load_folder, load_gguf
-from lowmem.integrations.transformers.tokenizing import TextTokenizer, tokenizer_errors, tokenizer_in, tokenizer_of
+from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer, tokenizer_errors, tokenizer_of
 from lowmem.io.adapters import adapter_facts, load_adapter
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
@@ -82,7 +82,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
         model, tokenizer = open_language_model(base_of_adapter(path) if base is None else base)
         model = load_adapter(model, path).eval()
         if is_alone and any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-            tokenizer = tokenizer_in(path)
+            tokenizer = read_tokenizer(path)
     elif base is not None:
         raise ValueError(
             f"--base={str(base)!r} applies to adapters alone, and {str(path)!r} is a model: leave it out"
@@ -92,7 +92,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
         with tokenizer_errors(path):
             tokenizer = tokenizer_of(path)
     else:
-        model, tokenizer = load_folder(path), tokenizer_in(path)
+        model, tokenizer = load_folder(path), read_tokenizer(path)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ValueError(f"model={str(path)!r} is a {type(model).__name__}, which generates no text")
     _choose(model, path, adapter)

@@ -43,12 +43,12 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        self.tokenizer = tokenizer
         self.end: int | None = tokenizer.eos_token_id
 
     def encode(self, text: str, special: bool) -> Sequence[int]:
         """Return the tokens of a text; with what the tokenizer puts before each text, if ``special``."""
-        tokens: Sequence[int] = self._tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        tokens: Sequence[int] = self.tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return tokens
 
     def chat(self, messages: Sequence[Mapping[str, Any]]) -> Sequence[tuple[str, bool]]:
@@ -89,10 +89,10 @@ class TextTokenizer:
         return start, stop
 
     def _text(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
-        if not getattr(self._tokenizer, "chat_template", None):
+        if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template for messages: give prompt and completion, or text")
         try:
-            made: str = self._tokenizer.apply_chat_template(
+            made: str = self.tokenizer.apply_chat_template(
                 [dict(one) for one in messages], tokenize=False, add_generation_prompt=prompt
             )
         except Exception as reason:  # templates are programs, which raise anything
