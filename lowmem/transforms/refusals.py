@@ -70,10 +70,8 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
         for own, parameter in layer.named_parameters(recurse=isinstance(layer, AdaptedModule)):
             place = layer_name(f"{path}.{own}".lstrip("."))
             if is_lazy(parameter):
-                raise ValueError(
-                    f"{layer_name(path)} is lazy and has no shape yet: call the model once before {name}, or "
-                    "use skip="
-                )
+                text = f"{layer_name(path)} is lazy and has no shape yet: call the model once before {name}"
+                raise ValueError(f"{text}, or use skip=" if name == "convert" else text)
             if isinstance(parameter, sharded):
                 raise ValueError(f"{place} is sharded (a DTensor): call {name} before fully_shard")
             if parameter.is_meta and not empty:

@@ -120,7 +120,7 @@ def check_sharded(rank, folder):
 
     dense = shard(Net())
     before = {name: type(module) for name, module in dense.named_modules()}
-    with pytest.raises(ValueError, match="is sharded .*: convert the model before fully_shard"):
+    with pytest.raises(ValueError, match="is sharded .*: call convert before fully_shard"):
         convert(dense, FourBit())
     assert {name: type(module) for name, module in dense.named_modules()} == before
 

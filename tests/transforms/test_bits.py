@@ -12,7 +12,7 @@ from lowmem import FORMATS, BigNet, FourBit, Half, LoRA, convert, measure
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS, OFFSETS
-from lowmem.transforms.bits import SMALLEST, check_at_most, text_of
+from lowmem.transforms.bits import SMALLEST, bits_per_weight, check_at_most, text_of
 from tests.selection import rows_in_one_case
 from tests.transforms.models import Table
 
@@ -99,6 +99,11 @@ def test_the_least_is_that_of_what_where_skip_and_parameters_select():
     assert bits_of(model, FourBit(block_size=4096, scales="float16")) == 4.25
     with pytest.raises(ValueError, match=r"dense: bias \(0\.00 MiB\); allow more bits$"):  # no technique stores it
         convert(nn.Linear(64, 64), FourBit(), at_most=4.1)
+
+
+def test_adapters_do_not_count():
+    stored, adapted = (convert(nn.Linear(64, 64), FourBit("nf4"), *more) for more in ((), (LoRA(4),)))
+    assert bits_per_weight(adapted, {}) == bits_per_weight(stored, {})
 
 
 def test_the_text_of_techniques_makes_them_again():

@@ -115,16 +115,19 @@ def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch
     assert len(alive) == 3 * 5
 
 
-def test_modes_come_back_and_so_does_the_fused_path(net, samples):
+@pytest.mark.parametrize("enabled", [False, True])
+def test_modes_come_back_and_so_does_the_fused_path_which_is_off_meanwhile(net, samples, enabled):
     net.train()
     net.norm.eval()
-    fused = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(not fused)
+    before, seen = torch.backends.mha.get_fastpath_enabled(), []
+    net.register_forward_pre_hook(lambda *_: seen.append(torch.backends.mha.get_fastpath_enabled()))
+    torch.backends.mha.set_fastpath_enabled(enabled)
     try:
         calibrate(net, samples, **SKIP)
-        assert torch.backends.mha.get_fastpath_enabled() != fused
+        assert torch.backends.mha.get_fastpath_enabled() == enabled
     finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+        torch.backends.mha.set_fastpath_enabled(before)
+    assert set(seen) == {False}
     assert net.training and net.q.training and net.drop.training and not net.norm.training  # noqa: PT018
     assert torch.is_grad_enabled()
 
