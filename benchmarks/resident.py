@@ -182,9 +182,6 @@ def map_libraries() -> None:
     """Make every page of the libraries' files resident.
 
     Code that runs for the first time would otherwise count, by as many pages as the system happens to map at once.
-
-    Raises:
-        OSError: Linux before 5.14, which has no ``MADV_POPULATE_READ``.
     """
     populate_read = 22
     libc = ctypes.CDLL(None, use_errno=True)
@@ -321,11 +318,7 @@ def unsupported() -> str | None:
 
 
 def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Measure each variant in so many fresh processes.
-
-    Raises:
-        MeasurementError: a process failed.
-    """
+    """Measure each variant in so many fresh processes."""
     measured: dict[str, list[dict[str, float]]] = {}
     for variant in variants:
         try:
@@ -352,11 +345,7 @@ def _in_process(name: str, folder: Path) -> dict[str, float]:
 
 
 def measure_ways(folder: Path) -> dict[str, float]:
-    """Return the resident MiB of a fresh process for each of ``WAYS``, with the C library's own settings.
-
-    Raises:
-        MeasurementError: a process failed.
-    """
+    """Return the resident MiB of a fresh process for each of ``WAYS``, with the C library's own settings."""
     write_layers(folder)
     return {way: _in_process(way, folder)["kept"] for way in WAYS}
 
@@ -380,11 +369,7 @@ def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
 
 
 def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
-    """Derive the tolerance from repeated runs: twice the largest distance to a median, and the lag of the counters.
-
-    Raises:
-        MeasurementError: it would let a megabyte pass.
-    """
+    """Derive the tolerance of repeated runs: twice the largest distance to a median, and the lag of the counters."""
     figures = medians(measured)
     spread = max(
         abs(run[name] - figures[variant][name]) for variant, runs in measured.items() for run in runs for name in run
@@ -433,13 +418,7 @@ def baseline_path(key: Key) -> Path:
 
 
 def read_baseline(path: Path, key: Key) -> Baseline:
-    """Read a baseline.
-
-    Raises:
-        FileNotFoundError: there is none.
-        OSError: it cannot be read.
-        ValueError: it is damaged, or of another key or thread count; the message is one line.
-    """
+    """Read a baseline."""
     document = parse_document(path.read_bytes(), key, more=("runs", "spread_mib", "tolerance_mib"))
     figures, tolerance = document["figures"], document["tolerance_mib"]
     for variant, values in figures.items():

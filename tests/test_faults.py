@@ -14,11 +14,8 @@ PORTABLE = "lowmem/kernels/csrc/portable.h"
 FAULT = Fault("a", PORTABLE, "nothing", "LANES 4", "LANES 8", ("tests/test_main.py",), "portable")
 
 
-def test_no_fault_is_stale():
+def test_there_are_forty_faults_and_none_is_stale():
     assert errors_of(FAULTS, SOURCE) == []
-
-
-def test_there_are_forty_faults():
     assert len(FAULTS) >= 40
 
 
@@ -38,13 +35,10 @@ def test_what_is_wrong_with_a_fault_is_said(changes, error):
     (found,) = errors_of([replace(FAULT, **changes)], SOURCE)
     assert error in found
     assert len(found) < 300
-
-
-def test_two_faults_of_one_name_are_said():
     assert errors_of([FAULT, FAULT], SOURCE) == ["a is there 2 times"]
 
 
-@pytest.mark.parametrize("text", ["", "fault = 3", "[[fault]]\nid = 'a'", "[[fault]]\nid = 'a'\nwhat = 1", "[["])
+@rows_in_one_case("text", ["", "fault = 3", "[[fault]]\nid = 'a'", "[[fault]]\nid = 'a'\nwhat = 1", "[["])
 def test_a_damaged_list_is_an_error_that_names_it(tmp_path, text):
     path = tmp_path / "some.toml"
     path.write_text(text)
@@ -52,12 +46,9 @@ def test_a_damaged_list_is_an_error_that_names_it(tmp_path, text):
         read_faults(path)
 
 
-def test_the_command_lists_the_faults(capsys):
+def test_the_command_lists_the_faults_and_refuses_others(capsys):
     assert command.main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(FAULTS)
-
-
-def test_a_fault_that_is_not_there_is_one_line_and_exit_2(capsys):
     assert command.main(["--only", "gone"]) == 2
     assert capsys.readouterr() == ("", "faults: --only gone: there is no such fault; --list shows all\n")
 
@@ -99,7 +90,7 @@ def test_faults_that_are_all_killed_end_with_0(capsys):
     assert lines[-1] == "Every fault that was tried is caught."
 
 
-@pytest.mark.parametrize("verdict", ["passed", "unusable"])
+@rows_in_one_case("verdict", ["passed", "unusable"])
 def test_a_fault_that_survives_ends_with_1_and_is_named(verdict, capsys):
     assert command._try_all(Pool(a=verdict), [FAULT, OTHER]) == 1
     out = capsys.readouterr().out

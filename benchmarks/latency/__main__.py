@@ -95,11 +95,7 @@ def percent(text: str) -> float:
 
 
 def check_writable(directory: Path) -> None:
-    """Refuse a directory in which no verdict could be written, before minutes are spent.
-
-    Raises:
-        GateError: with the reason.
-    """
+    """Refuse a directory in which no verdict could be written, before minutes are spent."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name in GATES:

@@ -56,11 +56,7 @@ class Environment:
 
 
 def git(root: Path, *arguments: str) -> str:
-    """Return what git prints in a repository.
-
-    Raises:
-        GateError: git refuses, or is not installed.
-    """
+    """Return what git prints in a repository."""
     return _git(root, *arguments).decode(errors="replace").strip()
 
 
@@ -78,11 +74,7 @@ def _git(root: Path, *arguments: str) -> bytes:
 
 
 def resolve(root: Path, reference: str) -> tuple[Commit, Commit, bool]:
-    """Return the merge base of a reference with HEAD, HEAD, and whether the working tree differs from it.
-
-    Raises:
-        GateError: no repository, no such commit, or no common ancestor.
-    """
+    """Return the merge base of a reference with HEAD, HEAD, and whether the working tree differs from it."""
     try:
         head = git(root, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
     except GateError as error:
@@ -107,9 +99,6 @@ def build_wheel(root: Path, commit: Commit, cache: Path, scratch: Path) -> Path:
     """Return a commit's wheel, from the cache where its sources were built before.
 
     A kernel whose sources were compiled before is not compiled again: setuptools finds it up to date.
-
-    Raises:
-        GateError: it does not build; the log stays in the cache.
     """
     target = cache / "wheels" / _key(root, commit, PACKAGED)
     if built := sorted(target.glob("*.whl")):
@@ -137,11 +126,7 @@ def build_wheel(root: Path, commit: Commit, cache: Path, scratch: Path) -> Path:
 
 
 def export(root: Path, commit: Commit, directory: Path) -> None:
-    """Write the files of a commit into a directory.
-
-    Raises:
-        GateError: a file of it would lie, or point, outside the directory.
-    """
+    """Write the files of a commit into a directory."""
     with tarfile.open(fileobj=BytesIO(_git(root, "archive", "--format=tar", commit.sha))) as archive:
         # Its own repository's files: what git archived. The filter is there from 3.12 on, and in late 3.11.
         try:
@@ -151,11 +136,7 @@ def export(root: Path, commit: Commit, directory: Path) -> None:
 
 
 def install(wheel: Path, commit: Commit, directory: Path) -> Environment:
-    """Make an environment that has a wheel, and sees the dependencies of the interpreter that runs this.
-
-    Raises:
-        GateError: it cannot be made.
-    """
+    """Make an environment that has a wheel, and sees the dependencies of the interpreter that runs this."""
     python = directory / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     _run([sys.executable, "-m", "venv", "--without-pip", str(directory)], f"no environment for {commit}")
     pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-deps", "--no-index"]
@@ -168,11 +149,7 @@ def install(wheel: Path, commit: Commit, directory: Path) -> Environment:
 
 
 def backend(environment: Environment) -> str:
-    """Return the kernel that an environment's lowmem chooses on this machine.
-
-    Raises:
-        GateError: its lowmem cannot be imported.
-    """
+    """Return the kernel that an environment's lowmem chooses on this machine."""
     command = [str(environment.python), "-I", "-c", "import lowmem; print(lowmem.backend())"]
     return _run(command, f"lowmem of {environment.commit} cannot be imported").strip()
 

@@ -48,11 +48,7 @@ class Options:
 
 
 def run(options: Options, progress: Callable[[str], None], root: Path = ROOT) -> list[Verdict]:
-    """Build base and head, compare them, and return a verdict of each gate.
-
-    Raises:
-        GateError: bad input, or something that keeps the gate from a verdict.
-    """
+    """Build base and head, compare them, and return a verdict of each gate."""
     base, head, dirty = builds.resolve(root, options.base)
     notes = ["The working tree differs from HEAD: what is not committed is not measured."] if dirty else []
     if base.sha == head.sha:
@@ -89,11 +85,7 @@ def run(options: Options, progress: Callable[[str], None], root: Path = ROOT) ->
 
 
 def check_kernels(base: Environment, head: Environment) -> None:
-    """Refuse to compare a compiled kernel with plain torch, which serves where C did not compile.
-
-    Raises:
-        GateError: one side has a kernel.
-    """
+    """Refuse to compare a compiled kernel with plain torch, which serves where C did not compile."""
     if base.has_kernel != head.has_kernel:
         without = head.commit if base.has_kernel else base.commit
         raise GateError(
@@ -102,11 +94,7 @@ def check_kernels(base: Environment, head: Environment) -> None:
 
 
 def compare(start: Start, options: Options, progress: Callable[[str], None]) -> list[Row]:
-    """Time all workloads, those that look different or were disturbed again in fresh processes, and judge.
-
-    Raises:
-        GateError: no workload has a name that is asked for, or a worker fails.
-    """
+    """Time all workloads, those that look different or were disturbed again in fresh processes, and judge."""
 
     def told(what: str) -> None:
         progress(f"timing, {what} of {FIRST_ROUNDS + AGAIN_ROUNDS} at most")

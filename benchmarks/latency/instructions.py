@@ -24,11 +24,7 @@ PATIENCE = 1800  # seconds; on two idle cores it takes about one minute
 
 
 def compare(base: Environment, head: Environment, harness: Path, scratch: Path) -> tuple[list[Row], list[str]]:
-    """Count both sides at once, and return a row for each workload; or one that says why nothing was counted.
-
-    Raises:
-        GateError: a side ends under callgrind.
-    """
+    """Count both sides at once, and return a row for each workload; or one that says why nothing was counted."""
     scratch.mkdir()
     why = unavailable(scratch)
     if not (base.has_kernel and head.has_kernel):
@@ -57,11 +53,7 @@ def unavailable(scratch: Path) -> str | None:
 
 
 def count(environment: Environment, side: str, harness: Path, scratch: Path) -> dict[str, int | None]:
-    """Return the instructions of each workload on one side; None for one that it cannot run.
-
-    Raises:
-        GateError: the process ends early.
-    """
+    """Return the instructions of each workload on one side; None for one that it cannot run."""
     directory = scratch / side
     directory.mkdir()
     out = directory / "callgrind.out"
@@ -94,11 +86,7 @@ def read_counts(directory: Path) -> dict[str, int]:
 
 
 def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> list[Row]:
-    """Return a row for each workload: beyond ``LIMIT`` in either direction it is no longer the same.
-
-    Raises:
-        GateError: nothing was counted, or a workload on neither side.
-    """
+    """Return a row for each workload: beyond ``LIMIT`` in either direction it is no longer the same."""
     if not any(base.values()) and not any(head.values()):
         raise GateError("callgrind counted nothing: see what valgrind --tool=callgrind python -c 'import torch' says")
     rows = []

@@ -176,11 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def planted(case: Case) -> Iterator[Path]:
-    """Yield a clone of the repository at HEAD, with the case's fault committed on top.
-
-    Raises:
-        GateError: the text that the fault replaces is not there once.
-    """
+    """Yield a clone of the repository at HEAD, with the case's fault committed on top."""
     with tempfile.TemporaryDirectory(prefix="lowmem-proof-", ignore_cleanup_errors=True) as made:
         clone = Path(made) / "clone"
         head = git(ROOT, "rev-parse", "HEAD")
@@ -207,9 +203,6 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
     """Run the case's gates once, and return which rows of which raised an alarm.
 
     ``already_busy``: other work keeps a core busy, whatever the case.
-
-    Raises:
-        GateError: a gate ended without a verdict.
     """
     out = clone.parent / "verdicts"
     out.mkdir(exist_ok=True)
@@ -261,11 +254,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
 
 
 def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a results file.
-
-    Raises:
-        GateError: it is damaged.
-    """
+    """Return the runs of a results file."""
     if not path.exists():
         return []
     try:
@@ -324,11 +313,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def update_page(page: Path, runs: list[dict[str, Any]]) -> None:
-    """Put the table between the marks of a page.
-
-    Raises:
-        GateError: the page or its marks are not there.
-    """
+    """Put the table between the marks of a page."""
     try:
         text = page.read_text(encoding="utf8")
     except (OSError, UnicodeDecodeError) as error:

@@ -148,9 +148,6 @@ def measure(
 
     Returns:
         The times of each workload, and of those that a side cannot run, which side and why: ``"base: ..."``.
-
-    Raises:
-        GateError: a worker that ends, or a workload that neither side can run.
     """
     found: dict[str, Times] = {}
     broken: dict[str, str] = {}

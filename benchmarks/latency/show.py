@@ -66,11 +66,7 @@ def markdown(verdict: Verdict) -> str:
 
 
 def write(verdicts: list[Verdict], output: Path | None) -> None:
-    """Write each verdict as JSON into a directory, and all as Markdown to the summary of an Actions job.
-
-    Raises:
-        GateError: a file cannot be written.
-    """
+    """Write each verdict as JSON into a directory, and all as Markdown to the summary of an Actions job."""
     try:
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)

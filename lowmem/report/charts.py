@@ -49,11 +49,7 @@ class Drawing(NamedTuple):
 
 
 def draw(chart: Callable[[bool], Any]) -> Drawing:
-    """Draw the wide and the narrow layout of a chart.
-
-    Args:
-        chart: returns the Altair chart; its argument says whether it is narrow.
-    """
+    """Draw the wide and the narrow layout of a chart, which ``chart`` returns for each."""
     wide, narrow = (_configured(chart(is_narrow)) for is_narrow in (False, True))
     return Drawing(_svg(wide), _svg(narrow), wide.to_dict())
 
@@ -208,14 +204,7 @@ def _stacked_bars(
 ) -> Any:
     """Draw a bar for each name, of the bytes of its parts, with the text of their sum.
 
-    Args:
-        field: the name of the parts in the chart's data.
-        bars: bytes by the names of bars, then by part.
-        colours: of the parts, by the names of the theme.
-        orders: of the parts within a bar.
-        width: of the panel, in pixels.
-        narrow: whether the chart is for a phone.
-        legend: of the parts.
+    The parts stand in ``field`` of the data, have colours of the theme, and are stacked by ``orders``.
     """
     names = list(bars)
     sums = {name: sum(parts.values()) for name, parts in bars.items()}

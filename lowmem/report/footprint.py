@@ -57,12 +57,9 @@ class Footprint:
 
 
 def stored_by_kind(model: nn.Module) -> dict[str, int]:
-    """Sum numel * itemsize over the distinct parameters and buffers, by kind.
+    """Sum numel * itemsize over the distinct parameters and buffers, by kind; a kind without bytes has 0.
 
-    Vectors and scalars count as biases and norms, also running statistics. Shared tensors are counted once.
-
-    Returns:
-        Bytes of every kind of ``KINDS``.
+    Vectors and scalars count as biases and norms, also running statistics.
     """
     kinds = dict.fromkeys(KINDS, 0)
     seen: set[Tensor] = set()
@@ -93,9 +90,6 @@ def step_bytes(model: nn.Module, x: Tensor) -> int:
     The loss is that of ``lowmem.measure.backward_bytes``. The learning rate is 0, so that no parameter changes;
     buffers may change, and the model is left in training mode. Without trainable parameters, this is the peak of the
     forward.
-
-    Raises:
-        TypeError: the model returns no tensor.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:

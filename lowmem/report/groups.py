@@ -66,13 +66,9 @@ class Stored:
 
 
 def group_layers(dense: nn.Module, variants: Mapping[str, nn.Module | Stored]) -> list[Group]:
-    """Group the layers of a model, in the order of its modules.
+    """Group the layers of a model, in the order of its modules, with the figures of its variants by name.
 
     Buffers of modules without parameters come last, as ``buffers``, so that bytes add up to those of the model.
-
-    Args:
-        dense: the dense model.
-        variants: its variants, or their figures, by name.
     """
     stored = {name: made if isinstance(made, Stored) else Stored.of(made) for name, made in variants.items()}
     members: dict[tuple[object, ...], list[LayerSummary]] = {}

@@ -57,12 +57,9 @@ def _page(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[Ti
 
 
 def picture(title: str, found: Mapping[str, TrainingMemory], ending: str) -> bytes:
-    """Return the chart of where the memory of training steps goes, as a file.
+    """Return the chart of where the memory of training steps goes, by the names of the models, as a file.
 
-    Args:
-        title: of a page.
-        found: what was measured, by the names of the models.
-        ending: ".svg", in the colours of the viewer's theme; ".png", light; or ".html", a page with exact figures.
+    Its ending is ".svg", in the colours of the viewer's theme; ".png", light; or ".html", a page with exact figures.
     """
     if ending in (".html", ".htm"):
         section = Section("step", "Memory of a step", figures=[_step_figure(found)])

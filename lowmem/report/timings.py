@@ -55,12 +55,7 @@ def is_peers(panel: str) -> bool:
 
 
 def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
-    """Read a run that pytest-benchmark stored: its timings and machine.
-
-    Raises:
-        FileError: the file is damaged, or no run.
-        OSError: the file cannot be read.
-    """
+    """Read a run that pytest-benchmark stored: its timings and machine; a FileError names one that is damaged."""
     run = read_json(path)
     try:
         if not (
@@ -78,8 +73,7 @@ def read_run(path: Path) -> tuple[list[Timing], dict[str, str]]:
 def from_benchmarks(benchmarks: Iterable[Any]) -> list[Timing]:
     """Return the timings of the inference benchmarks in the records of pytest-benchmark, stored or from its hooks.
 
-    Raises:
-        ValueError: an invalid record.
+    An invalid record is a ValueError.
     """
     timings = []
     for number, bench in enumerate(benchmarks):
@@ -117,16 +111,9 @@ def _seconds(value: Any, number: int) -> float:
 
 
 def time_in_turns(name: str, dense: nn.Module, other: nn.Module, x: Tensor, *, seconds: float = 0.5) -> Timing:
-    """Time forwards of two models in turns.
+    """Time forwards of two models on x (batch, ...) in turns: the speed of ``measure_speedup``, with its interval.
 
-    The speed is that of ``lowmem.testing.latency.measure_speedup``, with its interval.
-
-    Args:
-        name: of the other model.
-        dense: the reference.
-        other: the model.
-        x: (batch, ...), the input of both.
-        seconds: the time limit; at least 8 rounds are timed, even if they take longer.
+    At least 8 rounds are timed, even if they take longer than ``seconds``.
     """
     ratio = measure_speedup(other, dense, x, seconds=seconds).ratio
     return Timing(DENSE, name, len(x), ratio.value, ratio.low, ratio.high)

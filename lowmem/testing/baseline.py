@@ -44,12 +44,9 @@ Figures = dict[str, int]
 
 @dataclass(frozen=True)
 class Key:
-    """The conditions under which figures were measured; each file has those of one key.
+    """What figures depend on: the backend, torch's version as major.minor, and the number of torch's threads.
 
-    Attributes:
-        backend: the active kernel backend, or the device type if it is not the CPU.
-        torch: its version, as major.minor.
-        threads: number of torch's threads; each allocates its own scratch.
+    The backend is the active kernel, or the device type if it is not the CPU. Each file has the figures of one key.
     """
 
     backend: str
@@ -112,12 +109,7 @@ def layout(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
 
 
 def read_figures(path: Path, key: Key) -> dict[str, Figures]:
-    """Read the figures of each measurement from the file of a key.
-
-    Raises:
-        FileError: the file is damaged, too large, or has another key.
-        OSError: the file does not exist or cannot be read.
-    """
+    """Read the figures of each measurement from the file of a key; a FileError names what is damaged."""
     content = read_at_most(path, MOST_BYTES, "baseline")
     try:
         figures: dict[str, Figures] = parse_document(content, key)["figures"]
@@ -132,15 +124,9 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
 
 
 def parse_document(content: str | bytes, key: Key, more: Collection[str] = ()) -> dict[str, Any]:
-    """Parse a baseline.
+    """Parse a baseline of this run's key, with further members besides the key's and ``figures``.
 
-    Args:
-        content: of the file.
-        key: of this run.
-        more: names of further members, besides the key's and ``figures``.
-
-    Raises:
-        ValueError: the content is damaged, or has another key; the message is one line without the file's name.
+    The message of a ValueError is one line without the file's name.
     """
     try:
         document = json.loads(content, object_pairs_hook=_without_duplicates)
@@ -169,17 +155,7 @@ def check_figures(name: str, figures: Any) -> None:
 
 
 def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float]], **more: Any) -> None:
-    """Write a baseline atomically, and create its directory. Figures are sorted by name, for small diffs.
-
-    Args:
-        path: of the file.
-        key: of the figures.
-        figures: by the name of the measurement.
-        **more: further members of the file.
-
-    Raises:
-        OSError: the file cannot be written; an existing file is unchanged.
-    """
+    """Write a baseline with further members atomically, and create its directory. Names are sorted."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -25,11 +25,7 @@ class ModelError(RuntimeError):
 
 
 def check_model(model: object, *inputs: Any) -> nn.Module:
-    """Return ``model`` if it can be measured.
-
-    Raises:
-        ModelError: it is not a module, or a parameter, buffer or input is on the meta device.
-    """
+    """Return ``model``; raise a ModelError if it is no module, or it or an input is on the meta device."""
     if not isinstance(model, nn.Module):
         raise ModelError(one_line(f"the model must be a torch.nn.Module, found {_kind(model)}"))
     named = [*model.named_parameters(), *model.named_buffers()]

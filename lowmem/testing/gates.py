@@ -27,14 +27,9 @@ _SEPARATOR = " | "
 
 @dataclass(frozen=True)
 class Judged:
-    """The verdict of one gate.
+    """The verdict of one gate: "same", "changed", "unknown", "stored" or "updated".
 
-    Attributes:
-        name: of the gate: the node id of its test, followed by the gate's ``name=``, if any.
-        file: path of the baseline, for messages.
-        figures: as measured.
-        verdict: "same", "changed", "unknown", "stored" or "updated".
-        stored: what the baseline holds; None where it has no figures of the gate.
+    ``name`` is the node id of its test, and the gate's ``name=``, if any; ``stored`` are the figures of the baseline.
     """
 
     name: str
@@ -63,23 +58,12 @@ class MemoryGates:
     _stored: dict[Key, dict[str, Figures] | Exception | None] = field(default_factory=dict)  # None: no file
 
     def judge(self, name: str, test: str, key: Key, figures: Figures) -> str | None:
-        """Compare the figures of a gate with the stored ones, or mark them to be stored.
+        """Compare figures with the stored ones, or mark them to be stored; return why the gate fails, or None.
 
-        Args:
-            name: of the gate.
-            test: the node id of its test, for the command that stores the figures.
-            key: of the figures.
-            figures: as measured.
-
-        Returns:
-            Why the gate fails, or None.
-
-        Raises:
-            FileError: the baseline is damaged, or has another key.
-            OSError: the baseline cannot be read.
+        The node id of its test is for the command that stores the figures. A baseline that is damaged is an error.
         """
         path = key.path(self.directory)
-        known = self._read(key)
+        known = self.read(key)
         stored = (known or {}).get(name)
         changes = [row for row in compare(name, stored or {}, figures) if row.verdict != "same"]
         verdict = "unknown" if stored is None else "changed" if changes else "same"
@@ -101,7 +85,7 @@ class MemoryGates:
         command = f"    pytest --lowmem-baseline={'store' if verdict == 'unknown' else 'update'} {shlex.quote(test)}"
         return "\n".join([first, "", *difference_table(changes), "", *said, command])
 
-    def _read(self, key: Key) -> dict[str, Figures] | None:
+    def read(self, key: Key) -> dict[str, Figures] | None:
         """Return the stored figures of a key, or None without a file, which is read for the first gate alone."""
         if key not in self._stored:
             path = key.path(self.directory)
@@ -141,9 +125,7 @@ class MemoryGates:
     def write(self) -> list[str]:
         """Write pending figures, without vanished gates in mode "update", and return the written files.
 
-        Raises:
-            FileError: a file is damaged; it is unchanged.
-            OSError: a file cannot be read or written; it is unchanged.
+        A file that is damaged, or cannot be written, is unchanged.
         """
         self.vanished = {(key, name) for key, name in self.vanished if name not in self.rows}
         removed = self.vanished if self.mode == "update" else set()
@@ -181,11 +163,7 @@ class MemoryGates:
         return layout([("verdict", *figures, "gate"), *rows], left=(0, len(figures) + 1))
 
     def verdict(self, passed: bool) -> Verdict:
-        """Return the session's verdict, with a row for each figure, for ``lowmem report``.
-
-        Args:
-            passed: whether all tests of the session passed.
-        """
+        """Return the verdict of a session whose tests passed or not, with a row for each figure."""
         rows = self.missing()
         for gate in self.rows.values():
             stored = gate.figures if gate.verdict in ("stored", "updated") else gate.stored or {}

@@ -135,21 +135,12 @@ def verdict_of(base: float | None, head: float | None, tolerance: float = 0) -> 
 
 
 def write_verdict(path: Path, verdict: Verdict) -> None:
-    """Write a verdict atomically.
-
-    Raises:
-        OSError: the file cannot be written; an existing file is unchanged.
-    """
+    """Write a verdict atomically."""
     write_atomically(path, (json.dumps(asdict(verdict), indent=1) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file that a report is made from.
-
-    Raises:
-        FileError: the file is damaged, or too large.
-        OSError: the file cannot be read.
-    """
+    """Read a JSON file that a report is made from; a FileError names one that is damaged or too large."""
     text = read_at_most(path, MOST_BYTES, "run and no verdict")
     try:
         return parse_json(text)
@@ -158,13 +149,9 @@ def read_json(path: Path) -> Any:
 
 
 def read_verdict(path: Path) -> Verdict:
-    r"""Read the verdict of a gate. Unknown members are ignored, since a newer gate may write more.
+    """Read the verdict of a gate. Unknown members are ignored, since a newer gate may write more.
 
-    Control and other invisible characters of names and notes are escaped, as ``\x1b``.
-
-    Raises:
-        FileError: the file is damaged, too large, or not a verdict.
-        OSError: the file cannot be read.
+    Invisible characters of names and notes are escaped. A FileError names a file that is no verdict.
     """
     content = read_json(path)
     try:

@@ -66,32 +66,22 @@ def test_buffers_outside_of_layers_are_a_group_of_their_own():
 def test_the_error_of_a_group_is_that_of_its_weights_taken_as_one():
     dense = model()
     small = lowmem.convert(model(), lowmem.FourBit("int4", block_size=16))
-    (up, *_, head) = group_layers(dense, {"int4": small})
+    (up, _, norm, head) = group_layers(dense, {"int4": small})
     lost = size = 0.0
     for layer, stored in zip(list(dense)[:4], list(small)[:4], strict=True):
         lost += float((layer.up.weight.detach() - stored.up.quantized.dequantize()).double().square().sum())
         size += float(layer.up.weight.detach().double().square().sum())
     assert up.errors["int4"] == pytest.approx(math.sqrt(lost / size), rel=1e-3)
     assert head.errors["int4"] == pytest.approx(small[4].weight_error, rel=1e-9)
+    assert norm.errors == {"int4": None}  # it stays dense
+    assert norm.bytes == {"int4": norm.dense_bytes}
 
 
-def test_what_stays_dense_loses_nothing():
-    dense, small = model(), lowmem.convert(model(), lowmem.FourBit("nf4", block_size=32))
-    norm = group_layers(dense, {"nf4": small})[2]
-    assert norm.errors == {"nf4": None}
-    assert norm.bytes == {"nf4": norm.dense_bytes}
-
-
-def test_layers_of_one_path_and_several_shapes_have_names_of_their_own():
+def test_layers_of_one_path_and_several_shapes_have_names_of_their_own_that_say_the_shape_where_they_would_be_equal():
     groups = group_layers(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 8)), {})
     assert [g.name for g in groups] == ["0,2", "1,3"]
     mixed = nn.ModuleList([nn.Linear(8, 4 if n in (0, 1, 3, 6, 9) else 5) for n in (*range(9), 9)])
-    names = [g.name for g in group_layers(mixed, {})]
-    assert names == ["0...9", "2...8"]
-    assert len(set(names)) == 2
-
-
-def test_names_that_would_be_equal_say_the_shape():
+    assert [g.name for g in group_layers(mixed, {})] == ["0...9", "2...8"]
     crossed = nn.ModuleList(
         [nn.ModuleList([nn.Linear(8, 1 + (row + column) % 2) for column in range(2)]) for row in range(2)]
     )

@@ -148,8 +148,5 @@ def test_where_waits_are_not_counted_involuntary_switches_are(monkeypatch):
     assert seconds_waited(1) is None
     monkeypatch.setattr(disturbance.sys, "platform", "win32")
     assert seconds_waited() is None
-
-
-def test_where_the_system_does_not_count_the_work_of_cores_there_is_none(monkeypatch):
     monkeypatch.setattr(disturbance.Path, "is_file", lambda path: False)
     assert seconds_of_cores() is None
