@@ -348,13 +348,17 @@ def test_a_gate_that_the_run_leaves_out_or_skips_has_not_vanished(project, run):
     assert f"holds test_more.py::{NAME}, which no test measures" in run()[1]
 
 
-def test_the_figures_that_the_last_gate_leaves_are_named(project, run):
+def test_the_figures_that_the_last_gate_leaves_fail_and_are_named(project, run):
     run("--lowmem-baseline=store")
     (stored,) = (project.path / "memory_baselines").iterdir()
     said = f"no gate was measured: memory_baselines/{stored.name} stays; remove it where no test uses memory_gate"
     project.makepyfile(test_model="def test_nothing():\n    pass\n")
     assert said in run("--lowmem-baseline=update")[1]
-    assert said not in run()[1]
+    code, output = run()
+    assert code == 1
+    assert f"FAILED memory_baselines/{stored.name} holds test_model.py::{NAME}, which no test measures" in output
+    (project.path / "test_more.py").write_text("def test_nothing():\n    pass\n")
+    assert run("test_more.py")[0] == run("--collect-only")[0] == 0
     assert stored.exists()
     stored.unlink()
     assert "no gate was measured" not in run("--lowmem-baseline=update")[1]

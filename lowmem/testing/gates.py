@@ -63,7 +63,7 @@ class MemoryGates:
         The node id of its test is for the command that stores the figures. A baseline that is damaged is an error.
         """
         path = key.path(self.directory)
-        known = self._read(key)
+        known = self.read(key)
         stored = (known or {}).get(name)
         changes = [row for row in compare(name, stored or {}, figures) if row.verdict != "same"]
         verdict = "unknown" if stored is None else "changed" if changes else "same"
@@ -85,7 +85,7 @@ class MemoryGates:
         command = f"    pytest --lowmem-baseline={'store' if verdict == 'unknown' else 'update'} {shlex.quote(test)}"
         return "\n".join([first, "", *difference_table(changes), "", *said, command])
 
-    def _read(self, key: Key) -> dict[str, Figures] | None:
+    def read(self, key: Key) -> dict[str, Figures] | None:
         """Return the stored figures of a key, or None without a file, which is read for the first gate alone."""
         if key not in self._stored:
             path = key.path(self.directory)
