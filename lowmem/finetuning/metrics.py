@@ -92,6 +92,8 @@ class _CSV:
                 line for line in lines if (found := line.partition(",")[0]).isdigit() and int(found) <= step
             )
         self._has_header = bool(kept)
+        with write_errors(folder):
+            folder.mkdir(exist_ok=True)
         write_atomically(self._path, kept.encode())
         with write_errors(self._path):
             self._file = open(self._path, "a", newline="")  # noqa: SIM115
