@@ -1,4 +1,4 @@
-"""``lowmem merge``: merges an adapter into the model file that it was trained on, and says what that loses."""
+"""``lowmem merge``: merges an adapter into the model that it was trained on, and says what that loses."""
 
 from __future__ import annotations
 
@@ -9,30 +9,37 @@ from typing import Any
 
 from lowmem.errors import one_line
 from lowmem.io.adapters import load_adapter
-from lowmem.io.atomic import owned
+from lowmem.io.atomic import check_free, owned, starts_with
 from lowmem.io.checkpoint import load, save
+from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.tools.arguments import DTYPES, file_path, number
 from lowmem.tools.models import batch_of, model_factory, user_code
 from lowmem.tools.output import print_json, print_saved, print_table
 from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
+from lowmem.transforms.restore import restore
 
 __all__ = ["add_arguments", "run"]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("base", type=file_path, metavar="BASE", help="a model file of lowmem.save")
-    parser.add_argument("adapter", type=file_path, metavar="ADAPTER", help="a file of save_adapter, or a PEFT folder")
-    parser.add_argument("out", type=file_path, metavar="OUT", help="the model file to write")
     parser.add_argument(
-        "--model", required=True, metavar="MODULE:FACTORY", help="a callable that makes the dense model of BASE"
+        "base",
+        type=file_path,
+        metavar="BASE",
+        help="a folder of transformers, a GGUF file, or a model file of lowmem.save",
+    )
+    parser.add_argument("adapter", type=file_path, metavar="ADAPTER", help="a file of save_adapter, or a PEFT folder")
+    parser.add_argument("out", type=file_path, metavar="OUT", help="the folder to write, or the model file")
+    parser.add_argument(
+        "--model", metavar="MODULE:FACTORY", help="for a model file: a callable that makes the dense model of BASE"
     )
     parser.add_argument(
         "--to",
         choices=list(DTYPES),
-        help="make adapted layers dense in this dtype; the factory that loads OUT must make them in it (default: "
-        "keep the format of BASE)",
+        help="of a folder: make the model dense in this dtype, so that transformers alone opens OUT; of a file: make "
+        "adapted layers dense, and the factory that loads OUT must make them so (default: the format of BASE)",
     )
     parser.add_argument(
         "--at-most",
@@ -51,20 +58,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    if ":" not in arguments.model:
-        raise ValueError(f"--model={arguments.model!r} must be module:factory, as my_models:make")
     for name, source in (("BASE", arguments.base), ("ADAPTER", arguments.adapter)):
         if source.exists() and arguments.out.exists() and source.samefile(arguments.out):
             raise ValueError(f"OUT={str(arguments.out)!r} is {name}, which would be lost: name another file")
     inputs = None if arguments.inputs is None else batch_of(arguments.inputs)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]
     run_it = nullcontext() if inputs is None else user_code(f"inputs={arguments.inputs!r}: calling the model failed")
+    of_folder = arguments.base.is_dir() or starts_with(arguments.base, MAGIC)
+    _check_model(arguments, of_folder)
     with owned(arguments.out):
-        model = load_adapter(load(arguments.base, model_factory(arguments.model)), arguments.adapter)
+        if of_folder:
+            model, tokenizer = _open_folder(arguments)
+        else:
+            model = load_adapter(load(arguments.base, model_factory(arguments.model)), arguments.adapter)
         with run_it:
             model, report = merge(model, to, inputs=inputs, report=True)
         why = _above(report, arguments.at_most)
-        if why is None:
+        if why is None and of_folder:
+            _write_folder(arguments, model, tokenizer)
+        elif why is None:
             save(model, arguments.out)
     if arguments.json:
         print_json(_document(report))
@@ -77,6 +89,44 @@ def run(arguments: argparse.Namespace) -> int:
         return 1
     print_saved(arguments.out)
     return 0
+
+
+def _check_model(arguments: argparse.Namespace, of_folder: bool) -> None:
+    """Raise unless --model is given for a file of lowmem, and for nothing else."""
+    if of_folder and arguments.model is not None:
+        raise ValueError(
+            f"--model={arguments.model!r} is for a model file: BASE says what its model is, leave it out"
+        )
+    if not of_folder and arguments.model is None:
+        raise ValueError(
+            f"BASE={str(arguments.base)!r} is a model file: name what makes its model, --model module:factory"
+        )
+    if not of_folder and ":" not in arguments.model:
+        raise ValueError(f"--model={arguments.model!r} must be module:factory, as my_models:make")
+
+
+def _open_folder(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """Return the model of a folder or GGUF file with its adapter, and the tokenizer of a GGUF file."""
+    from lowmem.integrations.transformers.config_facts import held_back
+    from lowmem.integrations.transformers.folder import load_folder, load_gguf
+    from lowmem.integrations.transformers.tokenizing import tokenizer_errors, tokenizer_of
+
+    check_free(arguments.out)
+    with held_back():
+        if arguments.base.is_dir():
+            return load_adapter(load_folder(arguments.base), arguments.adapter), None
+        with tokenizer_errors(arguments.base):
+            tokenizer = tokenizer_of(arguments.base)
+        return load_adapter(load_gguf(arguments.base), arguments.adapter), tokenizer
+
+
+def _write_folder(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+    """Write a merged model's folder, with the other files of a base that is a folder."""
+    from lowmem.integrations.transformers.folder import write_model
+
+    if arguments.to is not None:
+        model = restore(model, dtype=DTYPES[arguments.to])
+    write_model(model, arguments.base if tokenizer is None else None, arguments.out, None, tokenizer)
 
 
 def _above(report: MergeReport, at_most: float | None) -> str | None:

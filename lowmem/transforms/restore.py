@@ -45,7 +45,7 @@ def restore(
             rest stays as it is.
 
     Returns:
-        The model, changed in place.
+        The model, changed in place; one that stores nothing is only cast to ``dtype``.
 
     Raises:
         TypeError: the model is not a module, or ``dtype`` is not floating point.
@@ -60,7 +60,7 @@ def restore(
     refuse_prepared("restore", {module: path for path, module in model.named_modules()})
     selected = select_modules(model, where, skip)
     found = {module: path for module, path in selected.items() if isinstance(module, StoredModule)}
-    if not found:
+    if not found and any(isinstance(module, StoredModule) for module in model.modules()):
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
     refuse_layers("restore", found)
     _refuse_partial_ties(model, found)

@@ -235,10 +235,13 @@ def test_restore_gives_back_the_dense_model(technique):
     assert [type(one) for one in model.modules()] == [type(one) for one in dense.modules()]
     torch.testing.assert_close(model.float()(x), expected)
     assert model.state_dict().keys() == dense.state_dict().keys()
+    assert restore(model, dtype=torch.float64) is model
+    assert {one.dtype for one in model.parameters()} == {torch.float64}
+    convert(model.float(), technique)
     with pytest.raises(ValueError, match="no module of Sequential that where= and skip= leave has stored parameters"):
-        restore(model)
+        restore(model, where=lambda path, _: path == "")
     with pytest.raises(TypeError, match=r"dtype=torch.int8 must be a floating-point dtype"):
-        restore(convert(model, technique), dtype=torch.int8)
+        restore(model, dtype=torch.int8)
 
 
 @techniques

@@ -203,3 +203,41 @@ def test_a_folder_of_peft_is_merged_as_the_file_is(files, refused):
     ):
         assert why in refused("merge", "base.safetensors", adapter, "three.safetensors", *options)
     assert not (files / "three.safetensors").exists()
+
+
+@pytest.mark.parametrize("base", ["dense", "stored", "model.gguf"])
+def test_a_folder_and_its_adapter_need_no_factory(base, tmp_path, capsys, refused):
+    """In its own format, or dense for transformers alone, with the tokenizer beside."""
+    pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+    from lowmem.integrations.transformers.generating import open_language_model
+    from tests.integrations.transformers.folders import IDS, load, write
+    from tests.integrations.transformers.tokens import write_tokenizer
+
+    write_tokenizer(write(tmp_path / "dense", "llama"))
+    assert main(["quantize", "dense", "stored"]) == 0
+    if base == "model.gguf":
+        assert main(["export", "stored", base, "--requantize"]) == 0
+    model, _ = open_language_model(Path(base))
+    lowmem.add_adapter(model, "default", LoRA(4))
+    for name, value in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(value, std=0.1)
+    lowmem.save_adapter(model, "adapter", format="peft")
+    expected = model(IDS).logits
+    capsys.readouterr()
+    assert main(["merge", base, "adapter", "merged", "--to", "float32"]) == 0
+    merged = load("merged")
+    assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    assert "quantization_config" not in json.loads(Path("merged", "config.json").read_text())
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-3, atol=1e-3)
+    assert Path("merged", "tokenizer.json").is_file()
+    assert main(["merge", base, "adapter", "same"]) == 0
+    same = load("same")
+    assert type(same.model.layers[0].mlp.up_proj.weight) is (nn.Parameter if base == "dense" else lowmem.StoredTensor)
+    assert (same(IDS).logits - expected).norm() < 0.5 * expected.norm()
+    assert "'same' exists" in refused("merge", base, "adapter", "same")
+    assert "leave it out" in refused("merge", base, "adapter", "new", "--model", "merge_models:make")
+
+
+def test_a_model_file_needs_the_factory_of_its_model(refused):
+    assert "name what makes its model, --model module:factory" in refused(*BASIC[:4])
