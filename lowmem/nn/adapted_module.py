@@ -15,7 +15,7 @@ from typing import Any, ClassVar, NoReturn, cast
 from torch import nn
 
 from lowmem.kernels.torch_versions import leave_to_eager
-from lowmem.nn import adapted_products, adapted_views  # noqa: F401 - register what adapted weights do
+from lowmem.nn import adapted_views, attention  # noqa: F401 - register what adapted weights do
 from lowmem.nn.adapted_forward import FORWARDS, LINEAR
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank, parameter_of

@@ -20,7 +20,7 @@ from lowmem.nn.stored_tensor import FUNCTIONS, OPERATORS, StoredTensor, dequanti
 __all__ = ["GatheredTensor", "check_order"]
 
 _ALIKE = {"detach", "alias", "lift_fresh", "clone", "_to_copy"}  # operators that keep the order of columns
-_READING = {Tensor.__getitem__, functional.multi_head_attention_forward, functional.bilinear, torch.einsum}
+_READING = {Tensor.__getitem__, functional.bilinear, torch.einsum}
 
 
 def check_order(order: Tensor, name: str) -> None:

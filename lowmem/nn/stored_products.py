@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import string
-import types
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,12 +17,13 @@ from torch.nn import functional
 
 from lowmem import kernels
 from lowmem.kernels import ops
+from lowmem.kernels.grouped import grouped_product
 from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
 from lowmem.nn.frozen_linear import autocast, frozen_linear
 from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded, refuse_gradient
 from lowmem.quant.backend import backend_of
 
-__all__ = ["einsum", "open_attention"]
+__all__ = ["einsum"]
 
 aten = torch.ops.aten
 
@@ -110,7 +110,7 @@ def _bmm(a: Any, b: Any) -> Any:
         matrix = weight.like([part[0] for part in weight.parts])
         out = _product(x.reshape(count * rows, x.shape[2]), matrix, transposed).view(count, rows, -1)
         return out if weight is b else out.transpose(1, 2)
-    offsets = torch.arange(1, count + 1, device=x.device, dtype=torch.int32) * rows
+    offsets = torch.arange(1, count + 1, dtype=torch.int32, device="cpu") * rows  # where reading them is free
     out = _grouped(x.reshape(count * rows, x.shape[2]), weight, offsets, transposed).view(count, rows, -1)
     return out if weight is b else out.transpose(1, 2)
 
@@ -136,9 +136,7 @@ def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool)
     recorded = is_recorded(x, offsets, *weight.parts)
     matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
     arguments = (x, matrix, weight.form.product_dtype(x), transposed, count, offsets)
-    out = (
-        ops.grouped_product.record(*arguments) if recorded else ops.grouped_product.compute(backend_of(x), *arguments)
-    )
+    out = grouped_product.record(*arguments) if recorded else grouped_product.compute(backend_of(x), *arguments)
     return out.to(x.dtype)
 
 
@@ -269,28 +267,6 @@ def _linear_function(input: Any, weight: Any, bias: Any = None) -> Any:
     x = autocast(input)
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
     return frozen_linear(x, stored, weight.form.product_dtype(x), bias)
-
-
-def open_attention(**replaced: Any) -> Any:
-    """Return a copy of torch's ``multi_head_attention_forward`` that can be called inside ``__torch_function__``.
-
-    The original first checks whether an argument is of a tensor subclass, and then calls ``__torch_function__``
-    again. The copy skips this check, so that the functions that it calls are intercepted, not the function itself.
-
-    Args:
-        **replaced: functions to call in place of those of ``torch.nn.functional``, by their names.
-    """
-    function = functional.multi_head_attention_forward
-    known = {**vars(functional), "has_torch_function": lambda _: False, **replaced}
-    return types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)
-
-
-_OPEN_ATTENTION = open_attention()
-
-
-@implements(functional.multi_head_attention_forward)
-def _attention(*args: Any, **kwargs: Any) -> Any:
-    return _OPEN_ATTENTION(*args, **kwargs)
 
 
 @implements(functional.bilinear)
