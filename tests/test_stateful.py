@@ -238,9 +238,9 @@ class Lifecycle(RuleBasedStateMachine):
             if isinstance(module, HalfLinear):
                 assert not any(p.requires_grad for p in module.parameters(recurse=False))
             if isinstance(module, CodedLinear):
-                assert not module.packed.requires_grad
-                assert not module.scales.requires_grad
-                assert (module.packed.dtype, module.packed.is_contiguous()) == (torch.uint8, True)
+                assert not module.quantized.packed.requires_grad
+                assert not module.quantized.scales.requires_grad
+                assert (module.quantized.packed.dtype, module.quantized.packed.is_contiguous()) == (torch.uint8, True)
         if self.layers(LoRALinear):
             trains = {name.rpartition(".")[2] for name, p in self.model.named_parameters() if p.requires_grad}
             assert trains == {"lora_a", "lora_b"}

@@ -98,11 +98,7 @@ def _attention(
 
 
 def _mask(name: str, mask: Any, dtype: torch.dtype, *shapes: tuple[int, ...]) -> Any:
-    """Return a mask as numbers to add to scores.
-
-    Raises:
-        RuntimeError: it has another shape, or integers.
-    """
+    """Return a mask as numbers to add to scores."""
     if mask is None:
         return None
     if tuple(mask.shape) not in shapes or not (mask.dtype is torch.bool or mask.is_floating_point()):

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lowmem.nn.calls import autocast, recorded_call
 from lowmem.nn.coded_module import CodedModule, weight_compute_dtype
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
-from lowmem.nn.frozen_linear import autocast, recorded_call
 from lowmem.nn.module_copy import LAYERS
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor

@@ -12,13 +12,8 @@ from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.nn.calls import exports_to_onnx, is_plain_call, recorded_call, refuse_nested
 from lowmem.nn.coded_module import CodedModule
-from lowmem.nn.frozen_linear import (
-    exports_to_onnx,
-    is_plain_call,
-    recorded_call,
-    refuse_nested,
-)
 from lowmem.nn.module_copy import LAYERS, stored_property
 from lowmem.nn.stored_module import StoredModule, is_exported
 from lowmem.quant.tensor import row_chunks
@@ -45,13 +40,7 @@ class _Embedding(StoredModule, nn.Embedding):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...).
-
-        Raises:
-            IndexError, RuntimeError: indices out of range, or of another dtype, as in nn.Embedding.
-            RuntimeError: ``max_norm`` was set since, which rescales rows in place.
-            TypeError: a nested tensor (but 16-bit tables accept the jagged layout).
-        """
+        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...)."""
         if isinstance(input, Proxy):
             return recorded_call(self, input)
         if self.max_norm is not None:

@@ -14,9 +14,10 @@ from torch.fx import Proxy
 
 from lowmem import kernels
 from lowmem.kernels.frozen_operator import refuse_training
+from lowmem.nn.calls import autocast, is_plain_call, recorded_call
 from lowmem.nn.coded_module import CodedModule, kept_weight, weight_compute_dtype
 from lowmem.nn.forms import CodedForm, freeze
-from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call, recorded_call
+from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.module_copy import LAYERS, copied_module, stored_property
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
@@ -101,9 +102,6 @@ def gathered_copy(layer: Linear4Bit, order: Tensor) -> GatheredLinear4Bit:
     Args:
         layer: stores ``W[:, order]``.
         order: int32 (in_features,).
-
-    Raises:
-        ValueError: the order has another dtype or length.
     """
     columns = layer.in_features
     if order.shape != (columns,) or order.dtype.is_floating_point or order.dtype.itemsize != 4:

@@ -250,11 +250,7 @@ def exported_view(recorded: Tensor, refusal: str) -> Tensor:
 
 
 def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Refuse calls that write to a read-only view.
-
-    Raises:
-        RuntimeError: the function would write to one; the remedy is named.
-    """
+    """Refuse calls that write to a read-only view."""
     targets = [kwargs.get("out")]
     if writes_in_place(function) or kwargs.get("inplace") is True:
         targets.append(args[0] if args else next(iter(kwargs.values()), None))

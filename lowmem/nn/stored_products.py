@@ -18,8 +18,9 @@ from torch.nn import functional
 from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.kernels.grouped import grouped_product
-from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
-from lowmem.nn.frozen_linear import autocast, frozen_linear
+from lowmem.nn.calls import autocast
+from lowmem.nn.frozen_conv import Geometry, convolution
+from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded, refuse_gradient
 from lowmem.quant.backend import backend_of
 
@@ -213,11 +214,8 @@ def _convolution(
     geometry = _geometry(weight, stride, padding, dilation, groups)
     stored = weight.recorded if is_recorded(x, *weight.parts) else weight.stored
     dtype = weight.form.product_dtype(x)
-    if transposed:
-        size = geometry.transposed_size(x.shape[2:], output_padding)
-        out = convolution_adjoint(x, stored, geometry, dtype, size)
-    else:
-        out = convolution(x, stored, geometry, dtype)
+    size = geometry.transposed_size(x.shape[2:], output_padding) if transposed else None
+    out = convolution(x, stored, geometry, dtype, size)
     if bias is None:
         return out
     dense = bias.dequantize() if isinstance(bias, StoredTensor) else bias
@@ -238,10 +236,8 @@ def _convolution_backward(
     stored = weight.recorded if is_recorded(grad, *weight.parts) else weight.stored
     dtype = weight.form.product_dtype(grad)
     of_input = of_bias = None
-    if mask[0] and transposed:
-        of_input = convolution(grad, stored, geometry, dtype)
-    elif mask[0]:
-        of_input = convolution_adjoint(grad, stored, geometry, dtype, x.shape[2:])
+    if mask[0]:
+        of_input = convolution(grad, stored, geometry, dtype, None if transposed else x.shape[2:])
     if len(mask) > 2 and mask[2]:
         of_bias = grad.sum([0, *range(2, grad.dim())])
     return (of_input, None, of_bias)[: len(mask)]

@@ -311,7 +311,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         bits = self.bits
-        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
+        if not (_is_number(bits) and 0 < bits < math.inf):
             raise ValueError(f"bits={show(bits)} must be a number of bits a weight, as 4.4")
         if isinstance(self.inputs, Tensor | Mapping | str) or not isinstance(self.inputs, Iterable | None):
             raise TypeError(
@@ -414,11 +414,7 @@ class LoRA:
 
 
 def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
-    """Return patterns and values as a tuple of pairs.
-
-    Raises:
-        ValueError: they are not pairs of a text and a value.
-    """
+    """Return patterns and values as a tuple of pairs."""
     try:
         pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
     except (TypeError, ValueError):

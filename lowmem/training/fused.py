@@ -28,7 +28,7 @@ from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapter_autograd import is_narrow, narrow_results
-from lowmem.nn.frozen_linear import is_observed
+from lowmem.nn.calls import is_observed
 from lowmem.nn.linear import Linear4Bit
 from lowmem.nn.module_copy import copied_module
 from lowmem.nn.recomputed import (

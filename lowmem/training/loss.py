@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem import kernels
 from lowmem.kernels.entropy import entropies
-from lowmem.nn.frozen_linear import is_cast
+from lowmem.nn.calls import is_cast
 from lowmem.nn.recomputed import saves_in_any_dtype
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.resident import return_holes

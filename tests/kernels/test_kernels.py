@@ -337,7 +337,7 @@ def bytes_of(scales):
 
 def with_stored(layer, wrong, how):
     """Return what calls a layer with other codes and scales."""
-    packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
+    packed, scales = wrong(layer.quantized.packed.detach(), layer.quantized.scales.detach())
     scales = bytes_of(scales)
     if how == "data":
         layer.weight_packed.data, layer.weight_scales.data = packed, scales
@@ -379,7 +379,7 @@ def test_adapters_over_stored_tensors_of_another_layout_and_loading_them_are_err
             continue
         model = nn.Sequential(convert(nn.Linear(40, 6), FourBit("nf4", 8, "float16"), LoRA(2)))
         state, (layer,) = model.state_dict(), model
-        packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
+        packed, scales = wrong(layer.quantized.packed.detach(), layer.quantized.scales.detach())
         scales = bytes_of(scales)
         state = {**state, "0.weight_packed": packed, "0.weight_scales": scales}
         with kernels.using(kernel):

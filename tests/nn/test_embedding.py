@@ -147,14 +147,6 @@ def test_a_skeleton_of_a_layer_takes_a_state(technique):
     assert torch.equal(skeleton(torch.arange(6)), layer(torch.arange(6)))
 
 
-def test_a_state_of_another_format_is_refused():
-    layer = convert(nn.Embedding(6, 32), FourBit("nf4", 16, "float16", embeddings="4bit"))
-    with pytest.raises(RuntimeError, match="stores nf4, block_size=16, scales=float16; the state holds int4"):
-        layer.load_state_dict(
-            convert(nn.Embedding(6, 32), FourBit("int4", 16, "float16", embeddings="4bit")).state_dict()
-        )
-
-
 @techniques
 def test_torch_func_maps_over_indices(technique):
     if isinstance(technique, FourBit):
