@@ -1,4 +1,4 @@
-"""torch's multi-head attention with adapted weights: the projections call ``adapted_products.linear``.
+"""torch's multi-head attention with stored and adapted weights.
 
 torch's own function would ask ``__torch_function__`` again, so it cannot be called from there.
 """
@@ -14,10 +14,12 @@ from torch.nn import functional
 
 from lowmem.nn.adapted_products import linear
 from lowmem.nn.low_rank_sum import implements_adapted, is_adapted
+from lowmem.nn.stored_tensor import implements
 
 __all__: list[str] = []
 
 
+@implements(functional.multi_head_attention_forward)
 @implements_adapted(functional.multi_head_attention_forward)
 def _attention(
     query: Tensor,

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from tests.nn.adapted_cases import make, total
-from tests.nn.stored_cases import Case
+from tests.nn.stored_cases import Case, store
 
 WIDTH, HEADS, ROWS, COLUMNS, BATCH = 8, 2, 5, 6, 3
 CAUSAL = torch.full((ROWS, ROWS), float("-inf")).triu(1)
@@ -80,6 +80,21 @@ def test_it_gives_what_torch_gives_with_the_dense_sum(options, form):
     grads = (torch.autograd.grad(out[0].square().sum(), leaves) for out in (got, exact))
     for one, other in zip(*grads, strict=True):
         torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-3, atol=1e-3 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("options", [OPTIONS["plain"], OPTIONS["a padded batch, without weights"]], ids=str)
+def test_stored_projections_are_multiplied_without_their_values(options):
+    torch.manual_seed(0)
+    options = dict(options)
+    weights = store(torch.randn(3 * WIDTH, WIDTH), "nf4"), store(torch.randn(WIDTH, WIDTH), "bfloat16")
+    x = torch.randn(ROWS, BATCH, WIDTH)
+    keys = torch.randn(count, BATCH, WIDTH) if (count := options.pop("keys", None)) else x
+    got, exact = (
+        attend(projection, x, keys, (out, None), options)
+        for projection, out in (weights, [one.dequantize() for one in weights])
+    )
+    torch.testing.assert_close(got, exact, rtol=1e-4, atol=1e-5)
+    assert not weights[0].dequantized_by | weights[1].dequantized_by
 
 
 def test_dropout_is_of_the_chances_and_in_training_only():
