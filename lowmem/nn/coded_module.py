@@ -79,6 +79,16 @@ class CodedModule(StoredModule):
         return StoredParts(packed, scales, self._forms["weight"].text)
 
     @property
+    def packed(self) -> nn.Parameter:
+        """The codes of the weight."""
+        return self.weight_packed  # type: ignore[return-value]
+
+    @property
+    def scales(self) -> Tensor:
+        """The scales of the weight, a view of ``weight_scales`` in their dtype."""
+        return self.quantized.scales
+
+    @property
     def _weight_form(self) -> CodedForm:
         form = self._forms["weight"].form if "weight" in self._forms else None
         if not isinstance(form, CodedForm):
