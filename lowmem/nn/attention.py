@@ -5,6 +5,7 @@ torch's own function would ask ``__torch_function__`` again, so it cannot be cal
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -57,7 +58,7 @@ def _attention(
         query, key, value = (one.unsqueeze(1) for one in (query, key, value))
         key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     rows, batch, width = query.shape
-    shape, columns = (batch, num_heads, -1, width // num_heads), key.shape[0]
+    columns = key.shape[0]
     is_causal = is_causal and key_padding_mask is None
     mask = None
     if not is_causal or need_weights:
@@ -67,25 +68,27 @@ def _attention(
     padding = _mask("key_padding_mask", key_padding_mask, query.dtype, (batch, columns))
     if padding is not None:
         mask = padding.view(batch, 1, 1, columns) if mask is None else mask + padding.view(batch, 1, 1, columns)
+    sizes = [3 * width] if query is key is value else [width, 2 * width] if key is value else [width] * 3
     if use_separate_proj_weight:
-        weights = [q_proj_weight, k_proj_weight, v_proj_weight]
-    elif query is key is value:
+        sizes, weights = [width] * 3, [q_proj_weight, k_proj_weight, v_proj_weight]
+    elif len(sizes) == 1:
         weights = [in_proj_weight]
-    else:
-        weights = [_rows(in_proj_weight, slice(start, start + width)) for start in range(0, 3 * width, width)]
-    biases = [None] * len(weights) if in_proj_bias is None else in_proj_bias.chunk(len(weights))
+    else:  # the rows of the queries, and those of the keys and values
+        starts = itertools.accumulate(sizes[:-1], initial=0)
+        weights = [_rows(in_proj_weight, slice(at, at + size)) for at, size in zip(starts, sizes, strict=True)]
+    biases = [None] * len(sizes) if in_proj_bias is None else in_proj_bias.split(sizes)
     parts = [_apply(x, one, bias) for x, one, bias in zip((query, key, value), weights, biases, strict=False)]
-    q, k, v = parts if len(parts) == 3 else parts[0].chunk(3, -1)  # (rows, batch, width)
+    q, k, v = (one for part in parts for one in part.chunk(part.shape[-1] // width, -1))  # (rows, batch, width)
     if bias_k is not None:
         k, v = torch.cat([k, bias_k.expand(1, batch, -1)]), torch.cat([v, bias_v.expand(1, batch, -1)])
     if add_zero_attn:
         k, v = (functional.pad(one, (0, 0, 0, 0, 0, 1)) for one in (k, v))
     if mask is not None and k.shape[0] > columns:
         mask = functional.pad(mask, (0, k.shape[0] - columns))
-    q, k, v = (one.transpose(0, 1).unflatten(-1, shape[1::2]).transpose(1, 2) for one in (q, k, v))
+    q, k, v = (one.reshape(one.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3) for one in (q, k, v))
     dropout_p, chances = dropout_p if training else 0.0, None
     if need_weights:
-        scores = (q * math.sqrt(1.0 / shape[-1])) @ k.mT
+        scores = (q * math.sqrt(num_heads / width)) @ k.mT
         chances = functional.softmax(scores if mask is None else scores + mask, -1)  # (batch, heads, rows, columns)
         chances = functional.dropout(chances, dropout_p) if dropout_p else chances
         out = chances @ v
