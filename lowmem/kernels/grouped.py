@@ -97,7 +97,8 @@ def _selected(weight: Weight, count: int, number: Tensor) -> Weight:
     """Return the matrix of a stack whose number is in a tensor (1,), which is not read."""
 
     def part(stack: Tensor) -> Tensor:
-        return stack.detach().unflatten(0, (count, -1)).index_select(0, number)[0]
+        stacked: Tensor = stack.detach().unflatten(0, (count, -1))  # type: ignore[no-untyped-call, unused-ignore]
+        return stacked.index_select(0, number)[0]
 
     if not isinstance(weight, QuantizedTensor):
         return part(weight)

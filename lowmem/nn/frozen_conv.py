@@ -141,8 +141,10 @@ def convolution(
 
     If ``size`` is given, return its adjoint: (batch, out_channels, *out size) -> (batch, in_channels, *size).
     """
-    call = _record if is_traced() or isinstance(weight, StoredParts) else _compute
-    return call(x, weight, geometry, dtype, None if size is None else list(size))
+    size = None if size is None else list(size)
+    if is_traced() or isinstance(weight, StoredParts):
+        return _record(x, weight, geometry, dtype, size)
+    return _compute(x, weight, geometry, dtype, size)
 
 
 def _check_input(x: Tensor, geometry: Geometry) -> None:

@@ -119,7 +119,7 @@ def _split_rows(weight: StoredTensor, dim: int, function: Callable[[Tensor, int]
 
 @implements("split.Tensor", "split_with_sizes")
 def _split(weight: StoredTensor, sizes: int | Sequence[int], dim: int = 0) -> Any:
-    return _split_rows(weight, dim, lambda part, leading: part.split(sizes, leading))  # type: ignore[arg-type]
+    return _split_rows(weight, dim, lambda part, leading: part.split(sizes, leading))
 
 
 @implements("unbind.int")
