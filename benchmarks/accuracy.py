@@ -7,9 +7,10 @@ Higham's (see ``tests.rounding``): in float32 it shows an output that is wrong b
 import torch
 from torch import Tensor, nn
 
-from lowmem import Linear4Bit, LoRALinear
+from lowmem import LoRALinear
 from lowmem.kernels import int8
 from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.coded_module import CodedModule
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from tests.rounding import gamma, unit
@@ -31,7 +32,7 @@ def assert_layers_exact(model: nn.Module, x: Tensor) -> None:
         handle.remove()
     assert len(calls) == len(layers) > 0
     for layer, given, out in calls:
-        weight = layer.quantized if isinstance(layer, Linear4Bit) else parameter_of(layer, "weight").detach()
+        weight = layer.quantized if isinstance(layer, CodedModule) else parameter_of(layer, "weight").detach()
         if getattr(layer, "compute_dtype", None) is torch.int8:
             factor, weights = int8.round_inputs(given, weight.block_size), [rounded_levels(weight)]
         else:

@@ -75,7 +75,9 @@ def is_linear(path: str, module: nn.Module) -> bool:
 
 def bits(model: nn.Module) -> float:
     """Return the stored bits for each weight of the converted linear layers."""
-    stored: list[QuantizedTensor] = [m.quantized for m in model.modules() if isinstance(m, lowmem.Linear4Bit)]
+    stored: list[QuantizedTensor] = [
+        m.quantized for m in model.modules() if isinstance(m, (lowmem.Linear4Bit, lowmem.Linear8Bit))
+    ]
     return sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored)
 
 

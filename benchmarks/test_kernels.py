@@ -78,7 +78,7 @@ def time_in_bfloat16(timed, variant, batch, compute_dtype):
     """Time BigNet in bfloat16 with products in a dtype (None: bfloat16, too), beside torch's own."""
     compressed, plain = lowmem.build(variant).eval().bfloat16(), lowmem.build("bignet").eval().bfloat16()
     for layer in compressed.modules():
-        if isinstance(layer, lowmem.Linear4Bit):
+        if isinstance(layer, (lowmem.Linear4Bit, lowmem.Linear8Bit)):
             layer.compute_dtype = compute_dtype
     x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).bfloat16()
 

@@ -22,6 +22,7 @@ from hypothesis.stateful import (
 from torch import nn
 
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, LoRALinear, convert, merge
+from lowmem.nn.linear import CodedLinear
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, gamma, stored_weight, unit
 from tests.selection import rows_in_one_case
@@ -57,7 +58,7 @@ def stored_bits(model):
     """Return every stored tensor of the converted layers, as bytes."""
     bits = {}
     for path, module in model.named_modules():
-        if isinstance(module, (HalfLinear, Linear4Bit)):
+        if isinstance(module, (HalfLinear, CodedLinear)):
             for name in module.part_names:
                 bits[f"{path}.{name}"] = getattr(module, name).detach().contiguous().view(torch.uint8).clone()
     return bits
@@ -78,7 +79,7 @@ def adapted_weight(layer):
 def assert_holds(layer, exact, magnitudes, terms):
     """Hold a layer's weight to an exact one: a sum in float32, rounded once as the layer stores it."""
     added = gamma(terms) * magnitudes
-    if isinstance(layer, Linear4Bit):
+    if isinstance(layer, CodedLinear):
         rounding = layer.quantized.error_bound().double()
     else:
         stored = getattr(layer, "weight_rounded", layer.weight).dtype
@@ -155,7 +156,7 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: self.layers(LoRALinear))
     @rule()
     def merge_adapters(self):
-        quantized = any(isinstance(m, Linear4Bit) for m in self.layers(LoRALinear))
+        quantized = any(isinstance(m, CodedLinear) for m in self.layers(LoRALinear))
         paths = {path: module for path, module in self.model.named_modules() if isinstance(module, LoRALinear)}
         expected = {path: adapted_weight(layer) for path, layer in paths.items()}
         kinds = {path: layer._plain_class for path, layer in paths.items()}
@@ -236,10 +237,10 @@ class Lifecycle(RuleBasedStateMachine):
         for module in self.model.modules():
             if isinstance(module, HalfLinear):
                 assert not any(p.requires_grad for p in module.parameters(recurse=False))
-            if isinstance(module, Linear4Bit):
-                assert not module.packed.requires_grad
-                assert not module.scales.requires_grad
-                assert (module.packed.dtype, module.packed.is_contiguous()) == (torch.uint8, True)
+            if isinstance(module, CodedLinear):
+                assert not module.quantized.packed.requires_grad
+                assert not module.quantized.scales.requires_grad
+                assert (module.quantized.packed.dtype, module.quantized.packed.is_contiguous()) == (torch.uint8, True)
         if self.layers(LoRALinear):
             trains = {name.rpartition(".")[2] for name, p in self.model.named_parameters() if p.requires_grad}
             assert trains == {"lora_a", "lora_b"}

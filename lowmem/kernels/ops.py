@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any, cast
 
@@ -17,7 +15,7 @@ from lowmem.kernels.int8 import float_dtype
 from lowmem.quant.backend import Backend, Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["dequantize_rows", "grouped_product", "product"]
+__all__ = ["FIELDS", "dequantize_rows", "product"]
 
 
 def _compute(
@@ -106,72 +104,11 @@ def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -
     return cast(Tensor, torch.ops.lowmem.dequantize_rows(*parts_of(weight), dtype))
 
 
-_STORED = "Tensor packed, Tensor scales, str described"
+FIELDS = "Tensor packed, Tensor scales, str described"
 FrozenOperator(
     lambda backend, weight, dtype: backend.dequantize(weight, slice(None), dtype),
     lambda weight, dtype: weight.packed.new_empty(weight.shape, dtype=dtype),
     dequantize_rows,
-).declare(f"dequantize_rows({_STORED}, ScalarType dtype) -> Tensor", lambda *given: (stored(*given[:3]), given[3]))
+).declare(f"dequantize_rows({FIELDS}, ScalarType dtype) -> Tensor", lambda *given: (stored(*given[:3]), given[3]))
 
 decomposes("dequantize_rows")(decompositions.dequantized)
-
-
-def _compute_grouped(
-    backend: Backend, x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, count: int, offsets: Tensor
-) -> Tensor:
-    out = _fake_grouped(x, weight, dtype, transposed, count, offsets)
-    multiply, start = (backend.input_grad if transposed else backend.linear), 0
-    matrices = _matrices(weight, count)
-    for number, end in enumerate(offsets.tolist()):
-        if end > start:
-            out[start:end] = multiply(x[start:end], matrices(number), dtype)
-        start = max(start, end)
-    out[start:].zero_()
-    return out
-
-
-def _fake_grouped(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, count: int, _: Tensor) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1] if transposed else weight.shape[0] // count, dtype=dtype)
-
-
-def _matrices(weight: Weight, count: int) -> Callable[[int], Weight]:
-    """Return a function from the number of a matrix to that matrix of a stack; 4-bit ones keep what is cached."""
-    rows = weight.shape[0] // count
-    if not isinstance(weight, QuantizedTensor):
-        return lambda number: weight[number * rows : (number + 1) * rows]
-    packed, scales, key = weight.packed, weight.scales, ("stack", count, weight.packed.data_ptr())
-    kept: dict[int, QuantizedTensor] = weight.cache.setdefault(str(key), {})
-
-    def matrix(number: int) -> QuantizedTensor:
-        if number not in kept:
-            part = slice(number * rows, (number + 1) * rows)
-            shape = torch.Size((rows, weight.shape[1]))
-            kept[number] = replace(weight, packed=packed.detach()[part], scales=scales.detach()[part], shape=shape)
-        return kept[number]
-
-    return matrix
-
-
-def _record_grouped(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
-    if not isinstance(weight, (QuantizedTensor, StoredParts)):
-        return cast(Tensor, torch.ops.lowmem.grouped_product_16bit(x, weight, *rest))
-    weight.check_layout()  # here: the operator gets no row count to check against
-    return cast(Tensor, torch.ops.lowmem.grouped_product_4bit(x, *parts_of(weight), *rest))
-
-
-grouped_product = FrozenOperator(
-    _compute_grouped,
-    _fake_grouped,
-    _record_grouped,
-    lambda x, dtype, transposed, *rest: ((dtype, transposed, *rest), (dtype, not transposed, *rest)),
-    rows_alike=False,
-)
-"""``grouped_product(x, W, dtype, transposed, count, offsets)`` multiplies rows ``offsets[e - 1]`` to ``offsets[e]``
-of x by matrix e of a stack W (count * out, in): by its transpose, as ``product`` does, or by itself if transposed."""
-
-_GROUPS = "ScalarType dtype, bool transposed, int count, Tensor offsets"
-grouped_product.declare(f"grouped_product_16bit(Tensor x, Tensor weight, {_GROUPS}) -> Tensor", lambda *given: given)
-grouped_product.declare(
-    f"grouped_product_4bit(Tensor x, {_STORED}, {_GROUPS}) -> Tensor",
-    lambda x, *given: (x, stored(*given[:3]), *given[3:]),
-)

@@ -9,7 +9,6 @@ import torch
 
 __all__ = [
     "TORCH",
-    "ask_classes_in_graphs",
     "constant_in_graphs",
     "exports_without_dynamo",
     "is_exporting",
@@ -51,23 +50,3 @@ def constant_in_graphs(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-@constant_in_graphs
-def ask_classes_in_graphs() -> bool:
-    """Let Dynamo ask the class of a tensor where eager torch does, and it would not: of writes, and of ``abs``.
-
-    Without that a graph would lose the write of ``torch.relu_``. To be called in a graph that is being recorded.
-    """
-    import torch._dynamo.variables as variables
-
-    asked: set[Any] = getattr(variables.torch, "get_overridable_functions", set)()
-    asked.update(one for name in dir(torch) if _is_write(name) and callable(one := getattr(torch, name)))
-    kind: Any = variables.torch_function.TensorWithTFOverrideVariable
-    if hasattr(kind, "nb_absolute_impl"):
-        kind.nb_absolute_impl = lambda self, tx: self.call_method(tx, "__abs__", [], {})
-    return True
-
-
-def _is_write(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")

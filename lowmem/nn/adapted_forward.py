@@ -17,9 +17,9 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn.adapter import Adapter, drops_nothing
 from lowmem.nn.adapter_autograd import product_of, trained_matrices
+from lowmem.nn.calls import autocast, autocast_enabled, is_plain_call, recorded_call
 from lowmem.nn.coded_module import kept_weight
 from lowmem.nn.conv import Conv4Bit, HalfConv
-from lowmem.nn.frozen_linear import autocast, autocast_enabled, is_plain_call, recorded_call
 from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.nn.low_rank_sum import LowRankSum
 
@@ -47,7 +47,11 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
         adapter = None if parts is None else parts._modules.get("weight")
         fused = _fused_forward(base, kind, adapter, input)
         if fused is None and (layer.training or torch.is_grad_enabled()):
-            fused = adapted_product(base, kind, adapter, input)
+            # Without gradients, too: a checkpoint first runs its region so, and must get the same numbers.
+            matrices = trained_matrices(adapter, input)
+            if matrices is not None:
+                x = autocast(input)
+                fused = product_of(input, x, adapter, matrices, _frozen_weight(base, kind, x), False)
         if fused is not None:
             return fused
     out: Tensor = _dense_linear(base, input) if kind is nn.Linear else kind.forward(base, input)
@@ -68,14 +72,7 @@ def _dense_linear(layer: nn.Module, input: Tensor) -> Tensor:
 
 
 def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
-    """Return the output of a layer and its adapter from one fused kernel; None if they must be computed separately.
-
-    Args:
-        base: the layer, whose adapters are ignored.
-        kind: its class without adapters.
-        adapter: of its weight.
-        x: the input.
-    """
+    """Return the output of a layer and its adapter from one call of the kernel; None if it cannot take both."""
     if kind is Linear4Bit or kind is Linear8Bit:
         if base._forms["weight"].form.compute_dtype not in _IN_FLOAT32:  # faster than the property
             return None
@@ -111,27 +108,6 @@ def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -
     return ops.product(x, weight, torch.float32, False, bases[key], a, b, adapter.scaling)
 
 
-def adapted_product(base: nn.Module, kind: Any, adapter: nn.Module | None, input: Tensor) -> Tensor | None:
-    """Return the output of a frozen linear layer with an adapter in training: (..., out).
-
-    It also serves calls without gradients, since a checkpoint first runs its region so and must get the same numbers.
-
-    Args:
-        base: the layer, whose adapters are ignored.
-        kind: its class without adapters: nn.Linear, HalfLinear, Linear4Bit or Linear8Bit; None for all others.
-        adapter: of its weight.
-        input: float32 or bfloat16 (..., in).
-
-    Returns:
-        As ``read_product``.
-    """
-    matrices = trained_matrices(adapter, input)
-    if matrices is None:
-        return None
-    x = autocast(input)
-    return product_of(input, x, adapter, matrices, _frozen_weight(base, kind, x), False)
-
-
 def _frozen_weight(base: Any, kind: Any, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
     """Return weight and bias of a layer if it multiplies ``x`` in bfloat16 and neither trains; else None."""
     held = base._parameters
@@ -163,7 +139,11 @@ def convolution_forward(layer: Any, input: Tensor) -> Tensor:
         out: Tensor = plain.dense_class.forward(layer, input)
         return out
     out, weight = plain.forward(layer, input), layer.weight
-    return layer._conv_forward(input, weight.added_to(out), None) if isinstance(weight, LowRankSum) else out
+    return (
+        layer._conv_forward(input, weight.remade(weight.base, weight.updates, known=out), None)
+        if isinstance(weight, LowRankSum)
+        else out
+    )
 
 
 LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, Linear8Bit, GatheredLinear4Bit)

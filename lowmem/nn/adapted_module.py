@@ -16,7 +16,7 @@ from typing import Any, ClassVar, NoReturn, cast
 from torch import nn
 
 from lowmem.kernels.torch_versions import leave_to_eager
-from lowmem.nn import adapted_products, adapted_views  # noqa: F401 - register what adapted weights do
+from lowmem.nn import attention  # noqa: F401 - register what adapted weights do
 from lowmem.nn.adapted_forward import FORWARDS, LINEAR
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank, parameter_of
@@ -55,11 +55,7 @@ class AdaptedModule(nn.Module):
         return adapted_class(plain, cls._adapted_names)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse torch.jit.script, which calls this before it compiles a module's code.
-
-        Raises:
-            RuntimeError: always; the remedy is named.
-        """
+        """Refuse torch.jit.script, which calls this before it compiles a module's code."""
         raise RuntimeError(
             f"torch.jit.script cannot compile a {type(self).__name__} with adapters: take torch.jit.trace, "
             "torch.compile or torch.export, or merge the adapters to a dtype before: "
@@ -165,9 +161,6 @@ def adapted_copy(module: nn.Module, names: Iterable[str], name: str, parts: Mapp
         names: of the parameters that can have adapters.
         name: of the adapters.
         parts: the adapters, by the parameter that each changes.
-
-    Raises:
-        ValueError: the module has an attribute ``adapters`` of its own.
     """
     if hasattr(module, "adapters"):
         raise ValueError(

@@ -14,17 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowmem.kernels.grouped import grouped_matmul
 from lowmem.nn.adapter import add_low_rank
 from lowmem.nn.adapter_autograd import read_product
-from lowmem.nn.grouped import grouped_matmul
 from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, implements_adapted, is_adapted
-from lowmem.nn.stored_products import einsum, open_attention
+from lowmem.nn.stored_products import einsum
 
-__all__: list[str] = []
+__all__ = ["linear"]
 
 
 @implements_adapted(functional.linear)
-def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """Return the product with W, plus the low-rank one: (..., in) -> (..., out)."""
     if not is_adapted(weight) or is_adapted(input) or weight.is_kernel or len(weight.base.shape) != 2:
         return NotImplemented
     if (fused := _fused(weight, "linear", input, bias)) is not None:
@@ -275,45 +276,3 @@ def _convolve(dims: int) -> None:
 
 for _dims in (1, 2, 3):
     _convolve(_dims)
-
-
-# Attention. Inside a ``__torch_function__``, Dynamo does not call that of other arguments: so these call _linear.
-
-
-def _apply(x: Tensor, weight: Any, bias: Any = None) -> Any:
-    out = _linear(x, weight, bias)
-    return functional.linear(x, weight, bias) if out is NotImplemented else out
-
-
-def _apply_packed(q: Tensor, k: Tensor, v: Tensor, weight: Any, bias: Any = None) -> Any:
-    size = q.size(-1)
-    if q is k is v:
-        return [part.contiguous() for part in _apply(q, weight, bias).chunk(3, -1)]
-    outs = []
-    for number, x in enumerate((q, k, v)):
-        rows = slice(number * size, number * size + size)
-        matrix = weight.indexed((rows,)) if is_adapted(weight) else weight[rows]
-        outs.append(_apply(x, matrix, None if bias is None else bias[rows]))
-    return outs
-
-
-def _apply_each(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    of_q: Any,
-    of_k: Any,
-    of_v: Any,
-    b_q: Any = None,
-    b_k: Any = None,
-    b_v: Any = None,
-) -> Any:
-    return _apply(q, of_q, b_q), _apply(k, of_k, b_k), _apply(v, of_v, b_v)
-
-
-_ATTENTION = open_attention(linear=_apply, _in_projection_packed=_apply_packed, _in_projection=_apply_each)
-
-
-@implements_adapted(functional.multi_head_attention_forward)
-def _attention(*args: Any, **kwargs: Any) -> Any:
-    return _ATTENTION(*args, **kwargs)

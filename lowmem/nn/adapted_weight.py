@@ -16,10 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from lowmem.kernels.torch_versions import ask_classes_in_graphs
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, REFUSAL, LowRankSum, on_values
-from lowmem.nn.read_only import read_only
+from lowmem.nn.read_only import Unasked, read_only
 
 __all__ = ["AdaptedWeight", "adapted_weight"]
 
@@ -83,24 +82,9 @@ class AdaptedWeight(LowRankSum, Tensor):
 
 
 class _Traced(LowRankSum, nn.Parameter):
-    """A weight with adapters in a graph that Dynamo records.
-
-    Dynamo can construct a tensor subclass only from another tensor. That is a meta tensor here, so that a function
-    for which Dynamo skips ``__torch_function__`` fails instead of computing with wrong values.
-    """
+    """A weight with adapters in a graph that Dynamo records, which constructs subclasses only of another tensor."""
 
     __new__ = Tensor.__new__  # type: ignore[assignment]  # the only one that Dynamo can trace
-
-    @property
-    def base(self) -> Any:
-        """Raise the error for an element of an iteration, which Dynamo makes without setting ``base``.
-
-        Raises:
-            RuntimeError: always.
-        """
-        raise RuntimeError(
-            "torch.compile iterates over a weight with adapters without asking it: write weight.unbind() instead"
-        )
 
     def remade(
         self, base: Any, updates: Sequence[Update], layout: Layout | None = None, known: Tensor | None = None
@@ -137,8 +121,7 @@ _register_methods()
 
 
 def _traced(base: Any, updates: tuple[Update, ...], layout: Layout, known: Tensor | None) -> _Traced:
-    ask_classes_in_graphs()
-    made: Any = _Traced(torch.empty(base.shape, dtype=base.dtype, device="meta"))
+    made: Any = _Traced(Unasked(torch.empty(base.shape, dtype=base.dtype, device="meta"), REFUSAL))
     made.base, made.updates, made.holds, made.known = base, updates, layout, known  # Dynamo cannot trace an __init__
     return made  # type: ignore[no-any-return]
 

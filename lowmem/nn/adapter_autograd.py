@@ -25,8 +25,8 @@ from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import parts_of, stored
 from lowmem.kernels.memory import is_batch, is_traced, keeps_results
 from lowmem.nn.adapter import Adapter, Update, drops_nothing
+from lowmem.nn.calls import autocast, is_plain_call
 from lowmem.nn.forms import HalfForm
-from lowmem.nn.frozen_linear import autocast, is_plain_call
 from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, saves_in_any_dtype
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.tensor import QuantizedTensor

@@ -89,21 +89,6 @@ class CodedModule(StoredModule):
         return self.quantized.scales
 
     @property
-    def format(self) -> str:
-        """The format of the weight, a key of ``FORMATS`` or ``IMPORTED``."""
-        return self._weight_form.format
-
-    @property
-    def block_size(self) -> int:
-        """Weights per scale."""
-        return self._weight_form.block_size
-
-    @property
-    def scale_encoding(self) -> str:
-        """The encoding of the scales, a key of ``ENCODINGS``."""
-        return self._weight_form.scale_encoding
-
-    @property
     def _weight_form(self) -> CodedForm:
         form = self._forms["weight"].form if "weight" in self._forms else None
         if not isinstance(form, CodedForm):
@@ -116,11 +101,7 @@ class CodedModule(StoredModule):
         return {"formats": text, "own": super().get_extra_state()} if _has_extra_state(self) else text
 
     def set_extra_state(self, state: Any) -> None:
-        """Check the formats, and set the class's own state.
-
-        Raises:
-            ValueError: the state has other formats.
-        """
+        """Check the formats, and set the class's own state."""
         found = _formats_of(state.get("formats") if isinstance(state, dict) else state, self.formats)
         if found != self.formats:
             raise ValueError(f"the layer stores {self.formats}; the state holds {show(found)}")

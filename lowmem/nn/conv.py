@@ -13,13 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from lowmem.nn.calls import autocast, recorded_call
 from lowmem.nn.coded_module import CodedModule, weight_compute_dtype
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
-from lowmem.nn.frozen_linear import autocast, recorded_call
-from lowmem.nn.module_copy import LAYERS, stored_copy
+from lowmem.nn.module_copy import LAYERS
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore, half_weights
 
 __all__ = ["Conv4Bit", "HalfConv", "geometry_of"]
 
@@ -69,16 +68,6 @@ class HalfConv(_Conv):
     It computes in ``torch.promote_types(x.dtype, D)``, where D is the stored dtype: in float32 for a float32 input.
     """
 
-    @classmethod
-    def from_layer(cls, layer: nn.Conv1d | nn.Conv2d, technique: Half, store: HalfStore | None = None) -> HalfConv:
-        """Build it from a dense layer, whose tensors ``store`` rounds; None: ``technique.store``.
-
-        Raises:
-            TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
-                dtype.
-        """
-        return cast(HalfConv, stored_copy(layer, half_weights(layer, store or technique.store)))
-
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""
         if isinstance(input, Proxy):
@@ -94,18 +83,6 @@ class Conv4Bit(CodedModule, _Conv):
     """An nn.Conv1d or nn.Conv2d whose weight is stored in 4 or 8 bits and frozen; the bias is unchanged."""
 
     compute_dtype = weight_compute_dtype
-
-    @classmethod
-    def from_layer(
-        cls, layer: nn.Conv1d | nn.Conv2d, technique: FourBit, store: FourBitStore | None = None
-    ) -> Conv4Bit:
-        """Build it from a dense layer, whose weight ``store`` quantizes; None: ``technique.store``.
-
-        Raises:
-            TypeError, ValueError: weights that ``quantize`` rejects.
-        """
-        weight = (store or technique.store)(layer.weight.flatten(1), "weight")
-        return cast(Conv4Bit, stored_copy(layer, {"weight": weight}, computed_in=technique.compute_dtype))
 
     def forward(self, input: Tensor) -> Tensor:
         """Convolve: ([batch,] in_channels, *size) -> ([batch,] out_channels, *out size), in the input's dtype."""

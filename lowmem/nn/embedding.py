@@ -12,19 +12,13 @@ from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import StoredParts
+from lowmem.nn.calls import exports_to_onnx, is_plain_call, recorded_call, refuse_nested
 from lowmem.nn.coded_module import CodedModule
-from lowmem.nn.frozen_linear import (
-    exports_to_onnx,
-    is_plain_call,
-    recorded_call,
-    refuse_nested,
-)
-from lowmem.nn.module_copy import LAYERS, stored_copy, stored_property
+from lowmem.nn.module_copy import LAYERS, stored_property
 from lowmem.nn.stored_module import StoredModule, is_exported
-from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore
-from lowmem.quant.tensor import QuantizedTensor, row_chunks
+from lowmem.quant.tensor import row_chunks
 
-__all__ = ["Embedding4Bit", "Embedding8Bit", "HalfEmbedding"]
+__all__ = ["CodedEmbedding", "Embedding4Bit", "Embedding8Bit", "HalfEmbedding"]
 
 _BYTES = 24  # scratch per element of a chunk: for dequantizing, the gathered bytes, and the value before the copy
 
@@ -36,11 +30,6 @@ class _Embedding(StoredModule, nn.Embedding):
     stored_names = ("weight",)
     weight = stored_property("weight")
 
-    def _describe(self, shape: torch.Size, padding_idx: int | None) -> None:
-        self.num_embeddings, self.embedding_dim = shape
-        self.padding_idx, self.max_norm, self.norm_type = padding_idx, None, 2.0
-        self.scale_grad_by_freq = self.sparse = False
-
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the returned rows; casts of the model change it."""
@@ -51,13 +40,7 @@ class _Embedding(StoredModule, nn.Embedding):
         raise NotImplementedError
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...).
-
-        Raises:
-            IndexError, RuntimeError: indices out of range, or of another dtype, as in nn.Embedding.
-            RuntimeError: ``max_norm`` was set since, which rescales rows in place.
-            TypeError: a nested tensor (but 16-bit tables accept the jagged layout).
-        """
+        """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...)."""
         if isinstance(input, Proxy):
             return recorded_call(self, input)
         if self.max_norm is not None:
@@ -87,61 +70,16 @@ class HalfEmbedding(_Embedding):
     """An nn.Embedding whose table is stored in 16 bits and frozen.
 
     It returns rows in ``dtype``; casts of the model (``model.half()``, ``model.to(dtype)``) change it.
-
-    Args:
-        weight: float16 or bfloat16 (num_embeddings, embedding_dim).
-        dtype: of the returned rows.
-        padding_idx: as in nn.Embedding; without effect, since no row trains.
+    ``padding_idx`` has no effect, since no row trains.
     """
-
-    def __init__(self, weight: Tensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None) -> None:
-        StoredModule.__init__(self)
-        self._describe(weight.shape, padding_idx)
-        self.store("weight", weight, (self.embedding_dim,), dtype)
-
-    @classmethod
-    def from_layer(cls, layer: nn.Embedding, technique: Half, store: HalfStore | None = None) -> HalfEmbedding:
-        """Build it from a dense layer, whose table ``store`` rounds; None: ``technique.store``.
-
-        Raises:
-            TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
-                dtype.
-        """
-        weight = (store or technique.store)(layer.weight, "weight")
-        return cast(HalfEmbedding, stored_copy(layer, {"weight": weight}))
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), cast to ``dtype``."""
         return embedding(indices, cast(Tensor, self.weight_rounded)).to(self.dtype)
 
 
-class Embedding4Bit(CodedModule, _Embedding):
-    """An nn.Embedding whose table is stored in 4 bits and frozen.
-
-    It returns rows in ``dtype``; casts of the model (``model.half()``, ``model.to(dtype)``) change it.
-
-    Args:
-        weight: quantized (num_embeddings, embedding_dim).
-        dtype: of the returned rows, which are dequantized in float32 and rounded once.
-        padding_idx: as in nn.Embedding; without effect, since no row trains.
-    """
-
-    def __init__(
-        self, weight: QuantizedTensor, dtype: torch.dtype = torch.float32, padding_idx: int | None = None
-    ) -> None:
-        StoredModule.__init__(self)
-        self._describe(weight.shape, padding_idx)
-        self.store("weight", weight, (self.embedding_dim,), dtype)
-
-    @classmethod
-    def from_layer(cls, layer: nn.Embedding, technique: FourBit, store: FourBitStore | None = None) -> Embedding4Bit:
-        """Build it from a dense layer, whose table ``store`` quantizes; None: ``technique.store``.
-
-        Raises:
-            TypeError, ValueError: weights that ``quantize`` rejects.
-        """
-        weight = (store or technique.store)(layer.weight, "weight")
-        return cast(Embedding4Bit, stored_copy(layer, {"weight": weight}, computed_in=technique.compute_dtype))
+class CodedEmbedding(CodedModule, _Embedding):
+    """An nn.Embedding whose table is stored in codes and frozen."""
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), dequantized to ``dtype``."""
@@ -168,8 +106,16 @@ class Embedding4Bit(CodedModule, _Embedding):
         return gathered.restore(slice(None)).to(self.dtype).view(shape)
 
 
-class Embedding8Bit(Embedding4Bit):
-    """An nn.Embedding whose table is stored in 8 bits and frozen. Arguments are those of ``Embedding4Bit``."""
+class Embedding4Bit(CodedEmbedding):
+    """An nn.Embedding whose table is stored in 4 bits and frozen.
+
+    It returns rows in ``dtype``, dequantized in float32 and rounded once; casts of the model (``model.half()``,
+    ``model.to(dtype)``) change it. ``padding_idx`` has no effect, since no row trains.
+    """
+
+
+class Embedding8Bit(CodedEmbedding):
+    """An nn.Embedding whose table is stored in 8 bits and frozen; otherwise as ``Embedding4Bit``."""
 
     stored_bits = 8
 

@@ -22,10 +22,10 @@ from lowmem.kernels import Weight
 from lowmem.kernels.decompositions import decomposes, dequantized
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stands_for_plain_call, stored
 from lowmem.kernels.memory import is_traced
-from lowmem.nn.frozen_linear import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
+from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["Geometry", "convolution", "convolution_adjoint", "frozen_conv"]
+__all__ = ["Geometry", "convolution", "frozen_conv"]
 
 
 @dataclass(frozen=True)
@@ -106,10 +106,6 @@ def frozen_conv(
         geometry: of the convolution.
         dtype: to compute in, floating point.
         bias: floating point (out_channels,), or None.
-
-    Raises:
-        RuntimeError: a wrong shape or dtype, as in nn.Conv2d.
-        TypeError: a nested tensor.
     """
     dims, tracing = len(geometry.kernel), is_jit_tracing()  # a trace must not branch on sizes
     if not tracing:
@@ -134,20 +130,21 @@ def frozen_conv(
     return out if x.dim() == dims + 2 else out.squeeze(0)
 
 
-def convolution(x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype) -> Tensor:
-    """Return the convolution of (batch, in_channels, *size), below autograd: (batch, out_channels, *out size)."""
-    if is_traced() or isinstance(weight, StoredParts):
-        return _record(x, weight, geometry, dtype, None)
-    return _compute(x, weight, geometry, dtype, None)
-
-
-def convolution_adjoint(
-    x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]
+def convolution(
+    x: Tensor,
+    weight: Weight | StoredParts,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    size: Sequence[int] | None = None,
 ) -> Tensor:
-    """Return the adjoint of ``convolution``: (batch, out_channels, *out size) -> (batch, in_channels, *size)."""
+    """Return the convolution of (batch, in_channels, *size), below autograd: (batch, out_channels, *out size).
+
+    If ``size`` is given, return its adjoint: (batch, out_channels, *out size) -> (batch, in_channels, *size).
+    """
+    size = None if size is None else list(size)
     if is_traced() or isinstance(weight, StoredParts):
-        return _record(x, weight, geometry, dtype, list(size))
-    return _compute(x, weight, geometry, dtype, list(size))
+        return _record(x, weight, geometry, dtype, size)
+    return _compute(x, weight, geometry, dtype, size)
 
 
 def _check_input(x: Tensor, geometry: Geometry) -> None:

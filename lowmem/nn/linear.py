@@ -14,20 +14,20 @@ from torch.fx import Proxy
 
 from lowmem import kernels
 from lowmem.kernels.frozen_operator import refuse_training
+from lowmem.nn.calls import autocast, is_plain_call, recorded_call
 from lowmem.nn.coded_module import CodedModule, kept_weight, weight_compute_dtype
 from lowmem.nn.forms import CodedForm, freeze
-from lowmem.nn.frozen_linear import autocast, frozen_linear, is_plain_call, recorded_call
-from lowmem.nn.module_copy import LAYERS, copied_module, stored_copy, stored_property
+from lowmem.nn.frozen_linear import frozen_linear
+from lowmem.nn.module_copy import LAYERS, copied_module, stored_property
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.nn.techniques import FourBit, FourBitStore, Half, HalfStore, half_weights
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["GatheredLinear4Bit", "HalfLinear", "Linear4Bit", "Linear8Bit", "gathered_copy"]
+__all__ = ["CodedLinear", "GatheredLinear4Bit", "HalfLinear", "Linear4Bit", "Linear8Bit", "gathered_copy"]
 
 
-class Linear4Bit(CodedModule, nn.Linear):
-    """``y = x W^T + b`` with W stored in 4 bits and frozen; the bias is unchanged.
+class CodedLinear(CodedModule, nn.Linear):
+    """``y = x W^T + b`` with W stored in codes and frozen; the bias is unchanged.
 
     Args:
         weight: quantized (out_features, in_features).
@@ -55,16 +55,6 @@ class Linear4Bit(CodedModule, nn.Linear):
         self.compute_dtype = compute_dtype
         self.register_parameter("bias", bias)
 
-    @classmethod
-    def from_layer(cls, layer: nn.Linear, technique: FourBit, store: FourBitStore | None = None) -> Linear4Bit:
-        """Build it from a dense layer, whose weight ``store`` quantizes; None: ``technique.store``.
-
-        Raises:
-            TypeError, ValueError: weights that ``quantize`` rejects.
-        """
-        weight = (store or technique.store)(layer.weight, "weight")
-        return cast(Linear4Bit, stored_copy(layer, {"weight": weight}, computed_in=technique.compute_dtype))
-
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""
         if isinstance(input, Proxy):
@@ -81,8 +71,12 @@ class Linear4Bit(CodedModule, nn.Linear):
         return frozen_linear(x, self.quantized, dtype, bias)
 
 
-class Linear8Bit(Linear4Bit):
-    """``y = x W^T + b`` with W stored in 8 bits and frozen. Arguments are those of ``Linear4Bit``."""
+class Linear4Bit(CodedLinear):
+    """``y = x W^T + b`` with W stored in 4 bits and frozen; the bias is unchanged."""
+
+
+class Linear8Bit(CodedLinear):
+    """``y = x W^T + b`` with W stored in 8 bits and frozen; the bias is unchanged."""
 
     stored_bits = 8
 
@@ -108,9 +102,6 @@ def gathered_copy(layer: Linear4Bit, order: Tensor) -> GatheredLinear4Bit:
     Args:
         layer: stores ``W[:, order]``.
         order: int32 (in_features,).
-
-    Raises:
-        ValueError: the order has another dtype or length.
     """
     columns = layer.in_features
     if order.shape != (columns,) or order.dtype.is_floating_point or order.dtype.itemsize != 4:
@@ -131,36 +122,12 @@ class HalfLinear(StoredModule, nn.Linear):
     """``y = x W^T + b`` with W and b stored in 16 bits and frozen.
 
     The product is computed in ``torch.promote_types(x.dtype, D)``, where D is the stored dtype.
-
-    Args:
-        weight: float16 or bfloat16 (out_features, in_features).
-        bias: (out_features,) in the dtype of the weight, or None.
-        dtype: of the ``weight`` and ``bias`` attributes.
     """
 
     dense_class = nn.Linear
     stored_names = ("weight", "bias")
     weight = stored_property("weight")
     bias = stored_property("bias")
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> None:
-        StoredModule.__init__(self)
-        self.out_features, self.in_features = weight.shape
-        self.store("weight", weight, (self.in_features,), dtype)
-        if bias is None:
-            self._parameters["bias"] = None
-        else:
-            self.store("bias", bias, (self.out_features,), dtype)
-
-    @classmethod
-    def from_layer(cls, layer: nn.Linear, technique: Half, store: HalfStore | None = None) -> HalfLinear:
-        """Build it from a dense layer, whose tensors ``store`` rounds; None: ``technique.store``.
-
-        Raises:
-            TypeError, ValueError: weights that are not floating point, have no values, or exceed the range of the
-                dtype.
-        """
-        return cast(HalfLinear, stored_copy(layer, half_weights(layer, store or technique.store)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., out_features) in the input's dtype, for input (..., in_features)."""

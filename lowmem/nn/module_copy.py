@@ -149,11 +149,7 @@ def stored_copy(
 
 
 def _refuse_collisions(module: nn.Module, made: type[StoredModule], forms: Mapping[str, Any]) -> None:
-    """Refuse a module with attributes that the stored module's class, or its parts, would hide.
-
-    Raises:
-        ValueError: there are such attributes; they are named.
-    """
+    """Refuse a module with attributes that the stored module's class, or its parts, would hide."""
     own = {*vars(module), *module._parameters, *module._buffers, *module._modules}
     parts = {f"{name}_{part}" for name, (form, _) in forms.items() for part in form.parts}
     added = {
@@ -183,11 +179,10 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
     if names:
         made = stored_class(module.dense_class, names, min(one.form.bits for one in left.values()))
     copied = copied_module(module, _with_adapters_of(module, made))
+    owners = {f"{one}_{part}": one for one in values for part in module._forms[one].form.parts}
     parameters: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
-        owner = next(
-            (one for one in values if name in [f"{one}_{part}" for part in module._forms[one].form.parts]), None
-        )
+        owner = owners.get(name)
         if owner is None:
             parameters[name] = parameter
         elif owner not in parameters:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import constant_in_graphs, exports_without_dynamo
+from lowmem.kernels.torch_versions import constant_in_graphs, exports_without_dynamo, leave_to_eager
 
 __all__ = [
     "METADATA",
@@ -28,6 +28,7 @@ __all__ = [
     "ExportedView",
     "ReadOnlyView",
     "RecordedView",
+    "Unasked",
     "changes_itself_alone",
     "exported_view",
     "makes_view",
@@ -147,7 +148,12 @@ def _marked(one: Any, refusal: str, source: Tensor | None) -> Any:
         return one
     if not torch.compiler.is_compiling() and not one.requires_grad:  # else Dynamo would trace from the view's base
         return _leaf(one, refusal)
-    made: Any = one.as_subclass(ReadOnlyView)
+    under: Any = one
+    if torch.compiler.is_compiling():  # Dynamo does not ask the class of a view about torch.relu_ and its like
+        under = (
+            one.unsqueeze(0).unbind()[0] if one.requires_grad else Unasked(one, refusal)
+        )  # autograd guards unbound
+    made: Any = under.as_subclass(ReadOnlyView)
     made.refusal, made.recorded = refusal, one
     return made
 
@@ -155,7 +161,8 @@ def _marked(one: Any, refusal: str, source: Tensor | None) -> Any:
 def _leaf(one: Tensor, refusal: str) -> ReadOnlyView:
     """Return a read-only tensor with the memory of ``one`` that is no view for autograd: it has no base."""
     made = Tensor._make_subclass(ReadOnlyView, one)
-    made.refusal, made.recorded = refusal, one.detach()
+    with torch._C.DisableTorchFunctionSubclass():  # Dynamo reads the base of a view, which may be a ReadOnlyView
+        made.refusal, made.recorded = refusal, one.as_subclass(Tensor).detach()
     return made
 
 
@@ -243,11 +250,7 @@ def exported_view(recorded: Tensor, refusal: str) -> Tensor:
 
 
 def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Refuse calls that write to a read-only view.
-
-    Raises:
-        RuntimeError: the function would write to one; the remedy is named.
-    """
+    """Refuse calls that write to a read-only view."""
     targets = [kwargs.get("out")]
     if writes_in_place(function) or kwargs.get("inplace") is True:
         targets.append(args[0] if args else next(iter(kwargs.values()), None))
@@ -313,12 +316,12 @@ class RecordedView(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], str]:
         return ["dense"], self.refusal
 
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], refusal: str, size: Any, stride: Any) -> Tensor:
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], refusal: str, size: Any, stride: Any) -> Tensor:
         dense = inner["dense"]
         if type(dense) is Tensor and not is_traced():  # a result of the compiled graph
             return _marked(dense, refusal, None)  # type: ignore[no-any-return]
-        return RecordedView(dense, refusal)
+        return cls(dense, refusal)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"RecordedView(shape={tuple(self.shape)}, dtype={self.dtype}, of {self.refusal})"
@@ -344,3 +347,23 @@ class RecordedView(Tensor):
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         result = operator(*args, **kwargs)
         return recorded_view(result, views[0].refusal) if makes_view(operator) else result
+
+
+class Unasked(RecordedView):
+    """The tensor under a subclass in a graph: it refuses operators for which Dynamo does not ask the subclass."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        name = operator.overloadpacket.__name__
+        (own, *_) = (one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Unasked))
+        if name == "alias" and not is_traced():  # by as_subclass, of a result of the graph
+            return _leaf(own.dense, own.refusal)
+        if any(True for _ in written_to(operator, args, kwargs or {})):
+            raise RuntimeError(f"{name} would write to {own.refusal}")
+        name = "unbind" if name == "select" else name  # Dynamo selects the elements of an iteration
+        raise RuntimeError(f"torch.compile reads a weight without asking its class: write weight.{name}() instead")
+
+
+leave_to_eager(Unasked.__torch_dispatch__.__func__)  # type: ignore[attr-defined]

@@ -157,11 +157,7 @@ class Kept(NamedTuple):
     version: int
 
     def unchanged(self) -> Tensor:
-        """Return the tensor.
-
-        Raises:
-            RuntimeError: it has been modified in place since.
-        """
+        """Return the tensor."""
         if self.tensor._version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an inplace operation: "

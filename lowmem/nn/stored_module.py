@@ -205,11 +205,7 @@ class StoredModule(nn.Module):
             )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter, as torch does.
-
-        Raises:
-            RuntimeError: a tensor parallel plan would shard the module's parameters.
-        """
+        """Register a parameter, as torch does."""
         if isinstance(param, sharded_types()):
             raise RuntimeError(
                 f"{type(self).__name__}.{name} cannot be cut by a plan of tensor parallelism (ColwiseParallel, "
@@ -222,11 +218,7 @@ class StoredModule(nn.Module):
         return ", ".join(f"{name} in {one.form}" for name, one in self._forms.items())
 
     def requires_grad_(self: _M, requires_grad: bool = True) -> _M:
-        """Freeze all parameters.
-
-        Raises:
-            RuntimeError: ``requires_grad`` is true, but stored parameters cannot train; the remedy is named.
-        """
+        """Freeze all parameters."""
         if requires_grad:
             raise RuntimeError(
                 f"{type(self).__name__} stores {self._stored_text()}, which is frozen: train an adapter "
@@ -236,11 +228,7 @@ class StoredModule(nn.Module):
         return super().requires_grad_(False)
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Refuse torch.jit.script, which calls this before it reads a module's code.
-
-        Raises:
-            RuntimeError: always; the remedy is named.
-        """
+        """Refuse torch.jit.script, which calls this before it reads a module's code."""
         raise RuntimeError(
             f"torch.jit.script cannot compile a {type(self).__name__} that stores {self._stored_text()}: take "
             "torch.jit.trace, torch.compile or torch.export, or make the model dense before, lowmem.restore(model)"
@@ -339,11 +327,7 @@ def named_part(module: nn.Module, parameters: Mapping[str, Any], name: str) -> T
 
 
 def _made(one: Described, sources: tuple[Tensor, ...]) -> StoredTensor:
-    """Return a stored tensor over a module's parameters.
-
-    Raises:
-        RuntimeError: their shapes do not fit the parameter's shape.
-    """
+    """Return a stored tensor over a module's parameters."""
     parts, rows = sources, one.rows
     if isinstance(one.form, HalfForm):
         if tuple(sources[0].shape) != (*rows, *one.tail) and not is_recorded(*sources):
@@ -371,11 +355,7 @@ def _multiplied_in(tensor: StoredTensor, dtype: torch.dtype | None) -> StoredTen
 
 
 def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
-    """Refuse weights that are stacked for torch.func.vmap.
-
-    Raises:
-        RuntimeError: one is; the remedy is named.
-    """
+    """Refuse weights that are stacked for torch.func.vmap."""
     if not is_compiling() and any(torch._C._functorch.is_batchedtensor(source) for source in sources):
         raise RuntimeError(
             "torch.func.vmap cannot compute with a stack of stored weights: call one model after the other, or make "
@@ -384,11 +364,7 @@ def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
 
 
 def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
-    """Set a parameter to a stored tensor of another module; both modules then share its parts.
-
-    Raises:
-        RuntimeError: the tensor is a transposed view.
-    """
+    """Set a parameter to a stored tensor of another module; both modules then share its parts."""
     if tensor.swapped != tensor.form.transposed:
         raise RuntimeError(
             f"{name} = weight.T: a transposed stored weight cannot be shared: give weight.dequantize()"
@@ -417,11 +393,7 @@ def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None
 
 
 def _refuse_in_dense(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Refuse to register a stored tensor as a parameter of a dense module.
-
-    Raises:
-        RuntimeError: ``parameter`` is a stored tensor; the remedy is named.
-    """
+    """Refuse to register a stored tensor as a parameter of a dense module."""
     if isinstance(parameter, StoredTensor):
         raise RuntimeError(
             f"{type(module).__name__}.{name} cannot hold a weight that is stored in {parameter.form}: convert both "

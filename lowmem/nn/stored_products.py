@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import string
-import types
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -18,12 +17,14 @@ from torch.nn import functional
 
 from lowmem import kernels
 from lowmem.kernels import ops
-from lowmem.nn.frozen_conv import Geometry, convolution, convolution_adjoint
-from lowmem.nn.frozen_linear import autocast, frozen_linear
+from lowmem.kernels.grouped import grouped_product
+from lowmem.nn.calls import autocast
+from lowmem.nn.frozen_conv import Geometry, convolution
+from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded, refuse_gradient
 from lowmem.quant.backend import backend_of
 
-__all__ = ["einsum", "open_attention"]
+__all__ = ["einsum"]
 
 aten = torch.ops.aten
 
@@ -110,7 +111,7 @@ def _bmm(a: Any, b: Any) -> Any:
         matrix = weight.like([part[0] for part in weight.parts])
         out = _product(x.reshape(count * rows, x.shape[2]), matrix, transposed).view(count, rows, -1)
         return out if weight is b else out.transpose(1, 2)
-    offsets = torch.arange(1, count + 1, device=x.device, dtype=torch.int32) * rows
+    offsets = torch.arange(1, count + 1, dtype=torch.int32, device="cpu") * rows  # where reading them is free
     out = _grouped(x.reshape(count * rows, x.shape[2]), weight, offsets, transposed).view(count, rows, -1)
     return out if weight is b else out.transpose(1, 2)
 
@@ -136,9 +137,7 @@ def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool)
     recorded = is_recorded(x, offsets, *weight.parts)
     matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
     arguments = (x, matrix, weight.form.product_dtype(x), transposed, count, offsets)
-    out = (
-        ops.grouped_product.record(*arguments) if recorded else ops.grouped_product.compute(backend_of(x), *arguments)
-    )
+    out = grouped_product.record(*arguments) if recorded else grouped_product.compute(backend_of(x), *arguments)
     return out.to(x.dtype)
 
 
@@ -215,11 +214,8 @@ def _convolution(
     geometry = _geometry(weight, stride, padding, dilation, groups)
     stored = weight.recorded if is_recorded(x, *weight.parts) else weight.stored
     dtype = weight.form.product_dtype(x)
-    if transposed:
-        size = geometry.transposed_size(x.shape[2:], output_padding)
-        out = convolution_adjoint(x, stored, geometry, dtype, size)
-    else:
-        out = convolution(x, stored, geometry, dtype)
+    size = geometry.transposed_size(x.shape[2:], output_padding) if transposed else None
+    out = convolution(x, stored, geometry, dtype, size)
     if bias is None:
         return out
     dense = bias.dequantize() if isinstance(bias, StoredTensor) else bias
@@ -240,10 +236,8 @@ def _convolution_backward(
     stored = weight.recorded if is_recorded(grad, *weight.parts) else weight.stored
     dtype = weight.form.product_dtype(grad)
     of_input = of_bias = None
-    if mask[0] and transposed:
-        of_input = convolution(grad, stored, geometry, dtype)
-    elif mask[0]:
-        of_input = convolution_adjoint(grad, stored, geometry, dtype, x.shape[2:])
+    if mask[0]:
+        of_input = convolution(grad, stored, geometry, dtype, None if transposed else x.shape[2:])
     if len(mask) > 2 and mask[2]:
         of_bias = grad.sum([0, *range(2, grad.dim())])
     return (of_input, None, of_bias)[: len(mask)]
@@ -269,28 +263,6 @@ def _linear_function(input: Any, weight: Any, bias: Any = None) -> Any:
     x = autocast(input)
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
     return frozen_linear(x, stored, weight.form.product_dtype(x), bias)
-
-
-def open_attention(**replaced: Any) -> Any:
-    """Return a copy of torch's ``multi_head_attention_forward`` that can be called inside ``__torch_function__``.
-
-    The original first checks whether an argument is of a tensor subclass, and then calls ``__torch_function__``
-    again. The copy skips this check, so that the functions that it calls are intercepted, not the function itself.
-
-    Args:
-        **replaced: functions to call in place of those of ``torch.nn.functional``, by their names.
-    """
-    function = functional.multi_head_attention_forward
-    known = {**vars(functional), "has_torch_function": lambda _: False, **replaced}
-    return types.FunctionType(function.__code__, known, function.__name__, function.__defaults__)
-
-
-_OPEN_ATTENTION = open_attention()
-
-
-@implements(functional.multi_head_attention_forward)
-def _attention(*args: Any, **kwargs: Any) -> Any:
-    return _OPEN_ATTENTION(*args, **kwargs)
 
 
 @implements(functional.bilinear)

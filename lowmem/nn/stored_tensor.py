@@ -14,7 +14,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,8 @@ class StoredTensor(Tensor):
     form: Form
     tail: tuple[int, ...]
     swapped: bool
+    functions: ClassVar[dict[Any, Callable[..., Any]]] = FUNCTIONS
+    operators: ClassVar[dict[Any, Callable[..., Any]]] = OPERATORS
 
     @staticmethod
     def __new__(
@@ -197,11 +199,7 @@ class StoredTensor(Tensor):
         return found
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the values as a dense tensor, rounded once to ``dtype`` (None: the dtype of this tensor).
-
-        Raises:
-            ValueError: a dtype that is not floating point.
-        """
+        """Return the values as a dense tensor, rounded once to ``dtype`` (None: the dtype of this tensor)."""
         dtype = dtype or self.dtype
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
@@ -240,7 +238,7 @@ class StoredTensor(Tensor):
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        own = FUNCTIONS.get(function)
+        own = cls.functions.get(function)
         if own is not None:
             result = own(*args, **(kwargs or {}))
             if result is not NotImplemented:
@@ -257,7 +255,7 @@ class StoredTensor(Tensor):
         cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
-        own = OPERATORS.get(operator)
+        own = cls.operators.get(operator)
         if own is not None:
             result = own(*args, **kwargs)
             if result is not NotImplemented:
@@ -315,11 +313,7 @@ if hasattr(torch.serialization, "add_safe_globals"):  # so that torch.load(weigh
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """Call an operator with dequantized values of stored tensors, and add its name to their ``dequantized_by``.
-
-    Raises:
-        RuntimeError: it would write to a stored tensor, or need the gradient of one; the remedy is named.
-    """
+    """Call an operator with dequantized values of stored tensors, and add its name to their ``dequantized_by``."""
     for one in written_to(operator, args, kwargs):
         if isinstance(one, StoredTensor):
             raise RuntimeError(f"{operator} would write to a weight that is stored in {one.form}: {REMEDY}")

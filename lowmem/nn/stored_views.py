@@ -116,13 +116,8 @@ def _split_rows(weight: StoredTensor, dim: int, function: Callable[[Tensor, int]
     return [weight.like(parts) for parts in zip(*every, strict=True)]
 
 
-@implements("split.Tensor")
-def _split(weight: StoredTensor, size: int, dim: int = 0) -> Any:
-    return _split_rows(weight, dim, lambda part, leading: part.split(size, leading))
-
-
-@implements("split_with_sizes")
-def _split_with_sizes(weight: StoredTensor, sizes: Sequence[int], dim: int = 0) -> Any:
+@implements("split.Tensor", "split_with_sizes")
+def _split(weight: StoredTensor, sizes: int | Sequence[int], dim: int = 0) -> Any:
     return _split_rows(weight, dim, lambda part, leading: part.split(sizes, leading))
 
 
@@ -325,12 +320,7 @@ def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
 
 @implements(Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(weight: Any, value: Tensor) -> Any:
-    """Replace a weight's values; dense values are first quantized or rounded to its form.
-
-    Raises:
-        RuntimeError: the weight is a transposed view, or the value has another form or rows of another shape.
-        TypeError, ValueError: values that ``store_again`` rejects.
-    """
+    """Replace a weight's values; dense values are first quantized or rounded to its form."""
     if not isinstance(weight, StoredTensor):
         return NotImplemented
     if weight.swapped:

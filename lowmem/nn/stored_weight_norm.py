@@ -6,7 +6,7 @@ The result is dense, since g trains: while a layer is called, there is one dense
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -23,11 +23,7 @@ def _weight_norm(v: Any, g: Any, dim: int = 0) -> Any:
     """Return w, and the norms of v over all dimensions but ``dim`` in the shape of g."""
     if not _is_rows(v) or isinstance(g, StoredTensor):
         return NotImplemented
-    if dim == 0:
-        squares = torch.cat([_summed(rows.square(), dim) for _, rows in _chunks(v)])
-    else:
-        squares = sum((_summed(rows.square(), dim) for _, rows in _chunks(v)), torch.zeros(()))
-    norms = squares.sqrt().view(g.shape)
+    norms = _summed(v, dim, lambda _, rows: rows.square()).sqrt().view(g.shape)
     ratio, out = g / norms, torch.empty(v.shape, dtype=v.dtype, device=v.device)
     for part, rows in _chunks(v):
         torch.mul(rows, ratio[part] if dim == 0 else ratio, out=out[part])
@@ -39,11 +35,7 @@ def _weight_norm_backward(grad: Any, v: Any, g: Any, norms: Any, dim: int) -> An
     """Return the gradient of g; v is frozen."""
     if not _is_rows(v) or isinstance(g, StoredTensor):
         return NotImplemented
-    if dim == 0:
-        products = torch.cat([_summed(grad[part] * rows, dim) for part, rows in _chunks(v)])
-    else:
-        products = sum((_summed(grad[part] * rows, dim) for part, rows in _chunks(v)), torch.zeros(()))
-    return None, products.view(g.shape) / norms
+    return None, _summed(v, dim, lambda part, rows: grad[part] * rows).view(g.shape) / norms
 
 
 def _is_rows(v: Any) -> bool:
@@ -55,5 +47,8 @@ def _chunks(v: StoredTensor) -> Iterator[tuple[slice, Tensor]]:
         yield part, v.like([one[part] for one in v.parts]).dequantize()
 
 
-def _summed(values: Tensor, dim: int) -> Tensor:
-    return values.sum([other for other in range(values.dim()) if other != dim % values.dim()])
+def _summed(v: StoredTensor, dim: int, values: Callable[[slice, Tensor], Tensor]) -> Tensor:
+    """Return the sums of values, made of each chunk of v, over all dimensions but ``dim``."""
+    others = [other for other in range(v.dim()) if other != dim % v.dim()]
+    sums = [values(part, rows).sum(others) for part, rows in _chunks(v)]
+    return torch.cat(sums) if dim == 0 else torch.stack(sums).sum(0)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, ClassVar, TypeAlias, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,13 +26,10 @@ __all__ = [
     "Budget",
     "EightBit",
     "FourBit",
-    "FourBitStore",
     "Half",
-    "HalfStore",
     "LoRA",
     "blockwise",
     "check_compute_dtype",
-    "half_weights",
     "of_embeddings",
 ]
 
@@ -55,10 +52,6 @@ def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-HalfStore: TypeAlias = Callable[[Tensor, str], nn.Parameter]
-"""Rounds a tensor; the second argument names it in errors. ``Half.store``, or a replacement for it."""
 
 
 @dataclass(frozen=True)
@@ -91,12 +84,6 @@ class Half:
     def skeleton(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
         """Return what ``store`` would return, on the meta device."""
         return freeze(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
-
-
-def half_weights(layer: nn.Module, store: HalfStore) -> dict[str, Tensor]:
-    """Return a layer's weight and bias, rounded."""
-    found = {name: layer._parameters.get(name) for name in ("weight", "bias")}
-    return {name: store(tensor, name) for name, tensor in found.items() if tensor is not None}
 
 
 class Blockwise:
@@ -152,10 +139,6 @@ class Blockwise:
         return _freeze(
             QuantizedTensor.empty(weight.shape, form.name, size, self.scales or form.scales, method, device="meta")
         )
-
-
-FourBitStore: TypeAlias = Callable[[Tensor, str], QuantizedTensor]
-"""Quantizes a weight; the second argument names it in errors. ``FourBit.store``, or a replacement for it."""
 
 
 @dataclass(frozen=True)
@@ -327,7 +310,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         bits = self.bits
-        if isinstance(bits, bool) or not isinstance(bits, int | float) or not 0 < bits < math.inf:
+        if not (_is_number(bits) and 0 < bits < math.inf):
             raise ValueError(f"bits={show(bits)} must be a number of bits a weight, as 4.4")
         if isinstance(self.inputs, Tensor | Mapping | str) or not isinstance(self.inputs, Iterable | None):
             raise TypeError(
@@ -430,11 +413,7 @@ class LoRA:
 
 
 def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
-    """Return patterns and values as a tuple of pairs.
-
-    Raises:
-        ValueError: they are not pairs of a text and a value.
-    """
+    """Return patterns and values as a tuple of pairs."""
     try:
         pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
     except (TypeError, ValueError):

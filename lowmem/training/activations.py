@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from lowmem.kernels.codes import BLOCK, empty_codes
-from lowmem.nn.frozen_linear import is_cast
+from lowmem.nn.calls import is_cast
 from lowmem.nn.recomputed import Again, Kept, compute_again, noted
 from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes

@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from lowmem.kernels.memory import keeps_results
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapter_autograd import narrow_results
-from lowmem.nn.frozen_linear import is_observed
+from lowmem.nn.calls import is_observed
 from lowmem.nn.linear import Linear4Bit
 from lowmem.nn.module_copy import copied_module
 from lowmem.nn.recomputed import can_recompute, recomputed_input, saves_in_any_dtype

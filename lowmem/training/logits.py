@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowmem.nn.frozen_linear import is_cast, is_plain_call
+from lowmem.nn.calls import is_cast, is_plain_call
 from lowmem.nn.read_only import METADATA, writes_in_place
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule, prepared_class

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lowmem import kernels
-from lowmem.nn.frozen_linear import is_cast
+from lowmem.nn.calls import is_cast
 from lowmem.nn.recomputed import saves_in_any_dtype
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.backend import backend_of

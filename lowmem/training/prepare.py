@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from lowmem import kernels
 from lowmem.nn.adapted_forward import LINEAR
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.frozen_linear import is_plain_call
+from lowmem.nn.calls import is_plain_call
 from lowmem.nn.stored_module import StoredModule
 from lowmem.training.activations import compressed_activations
 from lowmem.training.fused import GatedMLP, How, activations, fuse

@@ -31,7 +31,7 @@ from lowmem.errors import show
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.embedding import Embedding4Bit, HalfEmbedding
+from lowmem.nn.embedding import CodedEmbedding, HalfEmbedding
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
@@ -374,7 +374,7 @@ def on_fake_tensors(model: nn.Module) -> Iterator[None]:
                 for name, tensor in list(tensors.items()):
                     if isinstance(tensor, Tensor):
                         tensors[name] = known.setdefault(id(tensor), (tensor, _fake(tensor)))[1]
-            if isinstance(module, HalfEmbedding | Embedding4Bit) and not isinstance(module, AdaptedModule):
+            if isinstance(module, HalfEmbedding | CodedEmbedding) and not isinstance(module, AdaptedModule):
                 # else it would dequantize all rows at once
                 module.forward = partial(_rows, module)  # type: ignore[method-assign]
         try:
@@ -406,7 +406,7 @@ def _fake(tensor: Tensor) -> Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
-def _rows(layer: HalfEmbedding | Embedding4Bit, indices: Tensor) -> Tensor:
+def _rows(layer: HalfEmbedding | CodedEmbedding, indices: Tensor) -> Tensor:
     return torch.empty(*indices.shape, layer.embedding_dim, dtype=layer.dtype)
 
 

@@ -145,29 +145,29 @@ def store_parameters(
     try:
         if known is not None and transposed:
             raise ValueError(f"a {type(module).__name__} cannot hold a weight that is stored transposed")
-        if known is not None and wanted == ["weight"]:
-            made = known.from_layer(module, technique, named_store)
-        else:
-            weights = {}
-            for name in wanted:
-                parameter = module._parameters[name]
-                assert parameter is not None
-                lead = leading_dims(module, parameter)
-                if name in transposed:
-                    if parameter.dim() != lead + 1 or parameter.dim() < 2:
-                        raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be stored transposed")
-                    weights[name] = named_store(parameter.mT, name)
-                    continue
-                inside = isinstance(technique, Blockwise) and parameter.dim() > lead + 1
-                weights[name] = named_store(parameter.flatten(lead) if inside else parameter, name)
-            dtype = technique.compute_dtype if isinstance(technique, Blockwise) else None
-            made = stored_copy(module, weights, transposed=transposed, computed_in=dtype)
+        stored = list(wanted)
+        if known is not None and wanted == ["weight"] and isinstance(technique, Half):
+            stored += ["bias"] * (module._parameters.get("bias") is not None)
+        weights = {}
+        for name in stored:
+            parameter = module._parameters[name]
+            assert parameter is not None
+            lead = leading_dims(module, parameter)
+            if name in transposed:
+                if parameter.dim() != lead + 1 or parameter.dim() < 2:
+                    raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be stored transposed")
+                weights[name] = named_store(parameter.mT, name)
+                continue
+            inside = isinstance(technique, Blockwise) and parameter.dim() > lead + 1
+            weights[name] = named_store(parameter.flatten(lead) if inside else parameter, name)
+        dtype = technique.compute_dtype if isinstance(technique, Blockwise) else None
+        made = stored_copy(module, weights, transposed=transposed, computed_in=dtype)
     except (TypeError, ValueError) as reason:
         raise type(reason)(f"{layer_name(place[0])}: {reason}") from reason
     if errors:
         total = sum(size for _, size in errors)
         made.weight_error = (sum(error for error, _ in errors) / total) ** 0.5 if total else 0.0
-    return made  # type: ignore[no-any-return]
+    return made
 
 
 def _without_values(stored: Tensor | QuantizedTensor) -> bool:

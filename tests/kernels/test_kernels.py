@@ -259,7 +259,7 @@ LAYER_LAYOUT = r"packed.shape=.* do not hold a weight of shape \(6, 40\) in nf4"
 
 def with_stored(layer, wrong, how):
     """Return what calls a layer with other codes and scales."""
-    packed, scales = wrong(layer.packed.detach(), layer.scales.detach())
+    packed, scales = wrong(layer.quantized.packed.detach(), layer.quantized.scales.detach())
     if scales.dtype == torch.float16 and scales.dim() == 2:
         scales = scales.contiguous().view(torch.uint8)  # as layers store them
     if how == "data":

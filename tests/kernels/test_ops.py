@@ -69,32 +69,6 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
         assert torch.equal(*got, *exact)
 
 
-@rows_in_one_case("kind", ["half", "4-bit"])
-@rows_in_one_case("transposed", [False, True])
-def test_grouped_products_are_one_for_each_group_of_rows_however_they_are_called(kind, transposed):
-    """Eager, by their operators, in a graph, and for several examples, of which each row meets its own matrix."""
-    weight, offsets = make_weight(kind), torch.tensor([2, 2, 3])  # of three matrices (2, 40)
-    dense = weight.dequantize(torch.float64) if kind == "4-bit" else weight.double()
-
-    def of_x(x):
-        return ops.grouped_product(x, weight, torch.float64, transposed, 3, offsets)
-
-    x = torch.randn(4, 2 if transposed else 40, dtype=torch.float64, requires_grad=True)
-    one, _, other = (part if transposed else part.t() for part in dense.split(2))
-    expected = torch.cat([x[:2] @ one, x[2:3] @ other, torch.zeros(1, one.shape[1])])  # the last row is of no group
-    torch.testing.assert_close(of_x(x), expected)
-    rest = torch.float64, transposed, 3, offsets
-    if kind == "half":
-        assert_operator(torch.ops.lowmem.grouped_product_16bit.default, (x, weight, *rest))
-    else:
-        assert_operator(torch.ops.lowmem.grouped_product_4bit.default, (x, *parts_of(weight), *rest))
-    graph = trace(of_x, x.detach(), check=False)
-    assert f"lowmem::grouped_product_{'16bit' if kind == 'half' else '4bit'}" in str(graph.graph)
-    torch.testing.assert_close(graph(x.detach()), expected.detach())
-    several = torch.stack([x, 2 * x])
-    torch.testing.assert_close(torch.func.vmap(of_x)(several), torch.stack([expected, 2 * expected]))
-
-
 @kinds
 @every_order
 def test_an_operator_and_its_gradient_equal_the_plain_products(kind, transposed):

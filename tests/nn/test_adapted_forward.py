@@ -270,37 +270,6 @@ def test_an_empty_layer_gets_no_adapter_and_computes_beside_one_that_has(shape):
         assert model[1](torch.randn(2, shape[0])).shape == (2, shape[1])
 
 
-BASES = {"dense": (), "half": (Half(torch.bfloat16),), "4-bit": (FourBit("nf4", 16),)}
-
-
-@rows_in_one_case("base", BASES)
-def test_the_weight_of_an_adapted_layer_can_be_read_and_is_the_adapted_one(base):
-    """Some models multiply with a layer's weight and never call the layer."""
-    torch.manual_seed(0)
-    layer = convert(torch.nn.Linear(32, 8), *BASES[base], LoRA(2, alpha=4))
-    with torch.no_grad():
-        layer.lora_b.normal_()
-    x = torch.randn(3, 32)
-    weight = layer.weight
-    assert (weight.shape, weight.dtype, weight.device.type) == ((8, 32), torch.float32, "cpu")
-    assert isinstance(weight, torch.nn.Parameter)
-    assert not weight.requires_grad
-    outputs = {
-        "called": layer(x),
-        "linear": torch.nn.functional.linear(x, weight, layer.bias),
-        "product": x @ weight.T + layer.bias,
-    }
-    gradients = {}
-    for name, out in outputs.items():
-        layer.zero_grad()
-        out.square().sum().backward()
-        gradients[name] = layer.lora_a.grad.clone(), layer.lora_b.grad.clone()
-        torch.testing.assert_close(out, outputs["called"], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(gradients[name], gradients["called"], rtol=1e-3, atol=1e-3)
-    layer.adapters.active = ()
-    assert layer.weight is parameter_of(layer, "weight")
-
-
 def test_weight_and_bias_can_be_set_unless_an_adapter_is_merged():
     layer = convert(nn.Linear(8, 6), LoRA(2))
     weight, bias = nn.Parameter(torch.randn(6, 8)), nn.Parameter(torch.randn(6))

@@ -1,12 +1,20 @@
 """A weight whose columns lie in another order answers as the dense weight does; only products gather."""
 
+import copy
+import pickle
+import shutil
+
 import pytest
 import torch
+import torch.distributed.checkpoint
+from torch import nn
 from torch.nn import functional
 
 import lowmem
+from lowmem import LoRA
+from lowmem.errors import FileError
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
-from lowmem.nn.linear import gathered_copy
+from lowmem.nn.linear import GatheredLinear4Bit, gathered_copy
 from lowmem.quant.quantize import quantize
 from tests.rounding import OF_4_BITS, gamma
 
@@ -52,7 +60,7 @@ def test_a_product_keeps_nothing_dequantized_and_has_the_gradient_of_the_dense_o
     with torch.autograd.graph.saved_tensors_hooks(lambda one: sizes.append(one.numel()) or one, lambda one: one):
         sizes: list[int] = []
         functional.linear(x, made.weight).square().sum().backward()
-    assert max(sizes) <= max(4 * 32, made.packed.numel())
+    assert max(sizes) <= max(4 * 32, made.quantized.packed.numel())
     wanted = x.detach().requires_grad_()
     (wanted @ dense.T).square().sum().backward()
     torch.testing.assert_close(x.grad, wanted.grad)
@@ -65,6 +73,8 @@ def test_writes_are_refused():
         lambda: weight.__setitem__(0, 1.0),
         lambda: weight.requires_grad_(),
         lambda: weight.zero_(),
+        lambda: weight.view(-1).zero_(),
+        lambda: weight[:, 0].zero_(),
     ):
         with pytest.raises(RuntimeError, match="stored in nf4, block_size=8, scales=double, gathered"):
             write()
@@ -76,3 +86,98 @@ def test_an_order_names_each_column_once():
     for wrong in (torch.zeros(4, dtype=torch.int32), torch.tensor([0, 1, 4], dtype=torch.int32)):
         with pytest.raises(ValueError, match="each of . columns once"):
             check_order(wrong, "order")
+
+
+X = torch.randn(5, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model():
+    return nn.Sequential(layer()[0])
+
+
+def dense_output(model, x=X):
+    own = model[0]
+    return x @ layer()[1].T + own.bias
+
+
+def test_it_computes_as_its_dense_weight_eager_compiled_and_exported(model):
+    for x in (X, X[0], X[None, :0], X.view(1, 5, 32)):
+        torch.testing.assert_close(model(x), dense_output(model, x))
+    with torch.no_grad():
+        backend = "inductor" if shutil.which("c++") else "aot_eager"  # inductor needs a C++ compiler
+        torch.testing.assert_close(torch.compile(model, fullgraph=True, backend=backend)(X), model(X))
+        exported = torch.export.export(model, (X,)).module()
+        torch.testing.assert_close(exported(X), model(X))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(X).dtype == torch.bfloat16
+
+
+def test_it_survives_every_way_a_model_travels(model, tmp_path):
+    expected = model(X)
+    path = tmp_path / "a.safetensors"
+    lowmem.save(model, path)
+    loaded = lowmem.load(path, lambda: nn.Sequential(nn.Linear(32, 8)))
+    lowmem.save(loaded, tmp_path / "b.safetensors")
+    assert path.read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight_order.copy_(ORDER.flip(0))
+    other.load_state_dict(model.state_dict())
+    for one in (loaded, other, pickle.loads(pickle.dumps(model)), copy.deepcopy(model), model.to(torch.float32)):
+        assert type(one[0]) is GatheredLinear4Bit
+        assert torch.equal(one(X), expected)
+    assert model.half()[0].weight_order.dtype == torch.int32
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
+def test_a_distributed_checkpoint_holds_the_order(model, tmp_path):
+    checkpoint = torch.distributed.checkpoint
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
+    other = copy.deepcopy(model)
+    empty = {name: torch.zeros_like(value) for name, value in state.items()}
+    checkpoint.load(empty, checkpoint_id=tmp_path, no_dist=True)
+    other.load_state_dict(empty)
+    assert torch.equal(other(X), model(X))
+
+
+def test_an_order_that_is_no_permutation_is_refused(model, tmp_path):
+    state = model.state_dict()
+    state["0.weight_order"] = torch.zeros_like(ORDER)
+    with pytest.raises(RuntimeError, match="0.weight_order does not name each of 32 columns once"):
+        model.load_state_dict(state)
+    with torch.no_grad():
+        model[0].weight_order.zero_()
+    lowmem.save(model, tmp_path / "a.safetensors")
+    with pytest.raises(FileError, match="columns once"):
+        lowmem.load(tmp_path / "a.safetensors", lambda: nn.Sequential(nn.Linear(32, 8)))
+    for wrong in (ORDER[:4], ORDER.long(), ORDER.float()):
+        with pytest.raises(ValueError, match="must be int32"):
+            gathered_copy(layer()[0], wrong)
+
+
+def test_codes_in_the_order_of_columns_do_not_load_into_it(model):
+    plain = nn.Sequential(lowmem.Linear4Bit(model[0].quantized, None))
+    with pytest.raises(RuntimeError, match="gathered"):
+        nn.Sequential(layer(bias=False)[0]).load_state_dict(plain.state_dict(), strict=False)
+
+
+def test_it_takes_adapters_and_merges_them_and_becomes_dense_again(model):
+    expected = dense_output(model)
+    adapted = lowmem.convert(copy.deepcopy(model), LoRA(2))
+    torch.testing.assert_close(adapted(X), expected)
+    nn.init.normal_(adapted[0].lora_b)
+    expected = expected + X @ (adapted[0].lora_b @ adapted[0].lora_a).T * adapted[0].scaling
+    torch.testing.assert_close(adapted(X), expected)
+    to_dense, report = lowmem.merge(copy.deepcopy(adapted), to=torch.float32, report=True)
+    assert type(to_dense[0]) is nn.Linear
+    assert report[0].after < 1e-6
+    torch.testing.assert_close(to_dense(X), expected)
+    same, report = lowmem.merge(adapted, report=True)
+    assert type(same[0]) is GatheredLinear4Bit
+    assert float((same(X) - expected).detach().norm() / expected.detach().norm()) < 2 * report[0].after < 0.5
+    restored = lowmem.restore(model)
+    assert type(restored[0]) is nn.Linear
+    assert [*restored.state_dict()] == ["0.weight", "0.bias"]
+    assert torch.equal(restored[0].weight, layer()[1])

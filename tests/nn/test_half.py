@@ -1,7 +1,6 @@
 """HalfLinear loses what rounding to 16 bits loses, and nothing more."""
 
 import copy
-import pickle
 
 import pytest
 import torch
@@ -85,34 +84,6 @@ def test_autocast_gives_its_dtype_as_for_a_dense_layer():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert layer(torch.randn(2, 16)).dtype == torch.bfloat16
         assert layer(torch.randn(2, 16, dtype=torch.float64)).dtype == torch.float64
-
-
-@rows_in_one_case("cast", ["float", "double", "half", "bfloat16"])
-def test_casting_the_model_never_changes_a_stored_bit(cast):
-    layer = convert(torch.nn.Linear(16, 8), Half())
-    before = copy.deepcopy(layer.state_dict())
-    getattr(layer, cast)()
-    after = layer.state_dict()
-    assert all(torch.equal(after[name], before[name]) and after[name].dtype == torch.float16 for name in before)
-
-
-def test_it_moves_copies_and_pickles_like_a_layer():
-    layer = convert(torch.nn.Linear(16, 8), Half())
-    x = torch.randn(3, 16)
-    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(other(x), layer(x))
-    assert layer.to("meta").weight.is_meta
-    assert "in_features=16, out_features=8, bias=True, stored in float16" in repr(layer)
-
-
-def test_state_dict_round_trips_strictly():
-    one, two = (convert(torch.nn.Linear(16, 8), Half()) for _ in range(2))
-    two.load_state_dict(one.state_dict(), strict=True)
-    assert torch.equal(two.weight, one.weight)
-    with pytest.raises(RuntimeError, match="Missing key"):
-        two.load_state_dict({"weight_rounded": one.weight_rounded}, strict=True)
-    with pytest.raises(RuntimeError, match="weight is dense in the state, and stored in float16 here"):
-        two.load_state_dict(torch.nn.Linear(16, 8).state_dict())
 
 
 @rows_in_one_case(

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, add_adapter, convert, merge
-from lowmem.nn.loftq import truncated_svd
+from lowmem.nn.adapter import truncated_svd
 from tests.rounding import gamma
 from tests.selection import rows_in_one_case
 
@@ -57,8 +57,8 @@ def test_base_and_adapter_of_rank_16_are_nearer_to_the_weight_than_the_base(form
     weight = layer.weight.detach().clone()
     plain = convert(copy.deepcopy(layer), FourBit(format))
     layer = convert(layer, FourBit(format), LoRA(16, 8.0, init="loftq", rank_stabilized=stabilized))
-    assert torch.equal(layer.packed, plain.packed)  # the bytes of FourBit alone
-    assert torch.equal(layer.scales, plain.scales)
+    assert torch.equal(layer.quantized.packed, plain.quantized.packed)  # the bytes of FourBit alone
+    assert torch.equal(layer.quantized.scales, plain.quantized.scales)
     error = weight.double() - layer.quantized.dequantize().double()
     singular = torch.linalg.svdvals(error)
     left = squares(error - layer.adapters.default.weight.delta().double())

@@ -39,12 +39,12 @@ def test_the_class_is_generated_once():
 class Named(nn.Linear):
     def __init__(self):
         super().__init__(16, 8)
-        self.block_size = 7
+        self.formats = 7
 
 
-@rows_in_one_case("name", ["block_size", "weight_packed", "store"])
+@rows_in_one_case("name", ["formats", "weight_packed", "store"])
 def test_attributes_that_would_be_hidden_are_refused_by_name(name):
-    layer = Named() if name == "block_size" else nn.Linear(16, 8)
+    layer = Named() if name == "formats" else nn.Linear(16, 8)
     if name == "weight_packed":
         layer.register_buffer(name, torch.ones(3))
     if name == "store":

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowmem import FourBit, Half, convert, kernels
-from lowmem.kernels import ops
+from lowmem.kernels.grouped import grouped_product
 from lowmem.quant.backend import backend_of
 from tests.nn.stored_cases import OFFSETS, store
 from tests.selection import rows_in_one_case
@@ -145,18 +145,18 @@ def test_a_grouped_product_has_the_gradient_of_its_input(form, transposed):
     weight = store(torch.randn(3, 6, 8), form).double()
     x = torch.randn(5, 6 if transposed else 8, dtype=torch.float64, requires_grad=True)
     arguments = weight.matrix, torch.float64, transposed, 3, OFFSETS
-    assert torch.autograd.gradcheck(lambda x: ops.grouped_product(x, *arguments), x)
+    assert torch.autograd.gradcheck(lambda x: grouped_product(x, *arguments), x)
 
 
 def test_the_matrices_of_a_stack_are_kept_and_follow_its_storage():
     weight, x = store(torch.randn(3, 6, 8), "nf4", scales="double").matrix, torch.randn(5, 8)
     arguments = torch.float32, False, 3, torch.tensor([2, 3, 5])
-    before = ops.grouped_product.compute(backend_of(x), x, weight, *arguments)
-    assert torch.equal(ops.grouped_product.compute(backend_of(x), x, weight, *arguments), before)
+    before = grouped_product.compute(backend_of(x), x, weight, *arguments)
+    assert torch.equal(grouped_product.compute(backend_of(x), x, weight, *arguments), before)
     other = store(torch.randn(3, 6, 8), "nf4", scales="double").matrix
-    expected = ops.grouped_product.compute(backend_of(x), x, other, *arguments)
+    expected = grouped_product.compute(backend_of(x), x, other, *arguments)
     weight.packed.data, weight.scales.data = other.packed.clone(), other.scales.clone()
-    assert torch.equal(ops.grouped_product.compute(backend_of(x), x, weight, *arguments), expected)
+    assert torch.equal(grouped_product.compute(backend_of(x), x, weight, *arguments), expected)
 
 
 @forms

@@ -148,7 +148,7 @@ def test_a_cast_changes_no_stored_bit_and_what_is_computed_in(module, technique)
     wide = model(x.double())
     assert wide.dtype == torch.float64
     torch.testing.assert_close(wide.float(), expected, rtol=1e-4, atol=1e-5)
-    model.bfloat16()
+    model.type(torch.bfloat16)  # which casts integers, too
     assert model(x.bfloat16()).dtype == torch.bfloat16
     assert all(
         getattr(one, name).dtype == torch.bfloat16
@@ -160,6 +160,19 @@ def test_a_cast_changes_no_stored_bit_and_what_is_computed_in(module, technique)
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items() if name.endswith(stored))
     assert model.to("meta").to_empty(device="cpu")
+
+
+@techniques
+def test_a_layer_moves_says_how_it_is_stored_and_takes_no_dense_state(technique):
+    layer = convert(nn.Linear(16, 8), technique)
+    form = "nf4, block_size=64, scales=double" if isinstance(technique, FourBit) else "bfloat16"
+    assert f"in_features=16, out_features=8, bias=True, stored in {form}" in repr(layer)
+    with pytest.raises(
+        RuntimeError, match=f"weight is dense in the state, and stored in {form}.*load it before convert"
+    ):
+        layer.load_state_dict(nn.Linear(16, 8).state_dict())
+    assert layer.to("meta").weight.is_meta
+    assert layer(torch.empty(2, 16, device="meta")).shape == (2, 8)
 
 
 @modules

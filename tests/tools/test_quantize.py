@@ -43,7 +43,8 @@ def test_quantize_prints_a_table_and_writes_a_file_that_loads(checkpoint, capsys
     assert "converted 1 of 6 tensors: 0.02 MiB became 0.01 MiB" in shown.out
     assert f"saved {out}" in shown.err
     model = lowmem.load(out, make)
-    assert (model[0].format, model[0].block_size, model[0].scale_encoding) == ("bof4s", 16, "float16")
+    form = model[0].forms["weight"]
+    assert (form.format, form.block_size, form.scale_encoding) == ("bof4s", 16, "float16")
     assert type(model[2]) is nn.Linear
 
 
@@ -54,7 +55,7 @@ def test_without_a_format_it_stores_as_four_bit_does(checkpoint):
     expected.load_state_dict(safetensors.torch.load_file(checkpoint))
     lowmem.save(lowmem.convert(expected, lowmem.FourBit()), checkpoint.with_name("memory"))
     assert out.read_bytes() == checkpoint.with_name("memory").read_bytes()
-    assert lowmem.load(out, make)[0].block_size == 32
+    assert lowmem.load(out, make)[0].forms["weight"].block_size == 32
 
 
 def test_bits_are_divided_and_the_table_says_why(checkpoint, capsys):

@@ -1,0 +1,126 @@
+"""Questions about a call of a layer: what records, differentiates, casts or observes it."""
+
+from __future__ import annotations
+
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.fx import Proxy
+from torch.nn.modules import module as torch_module
+
+from lowmem.kernels import Weight
+
+__all__ = [
+    "autocast",
+    "autocast_enabled",
+    "exports_to_onnx",
+    "is_cast",
+    "is_jit_tracing",
+    "is_observed",
+    "is_plain_call",
+    "recorded_call",
+    "refuse_nested",
+]
+
+
+def exports_to_onnx(weight: Weight) -> TypeGuard[Tensor]:
+    """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit tensor."""
+    if not torch.onnx.is_in_onnx_export():
+        return False
+    if not isinstance(weight, Tensor):
+        raise RuntimeError(
+            "torch.onnx.export(..., dynamo=False) cannot write layers in 4 or 8 bits: use dynamo=True, or make them "
+            "dense first, lowmem.restore(model)"
+        )
+    return True
+
+
+def refuse_nested(x: Tensor, name: str = "input") -> None:
+    """Raise a TypeError for a nested tensor, whose rows have no common length."""
+    if x.is_nested:
+        raise TypeError(
+            f"{name} is a nested tensor (layout={x.layout}): pad it with torch.nested.to_padded_tensor({name}, 0.0), "
+            f"or take each of {name}.unbind()"
+        )
+
+
+def recorded_call(module: nn.Module, input: Proxy) -> Any:
+    """Record a call of a module in a graph of torch.fx, in which torch's own layers are leaves, too."""
+    tracer: Any = input.tracer
+    if tracer.root is module:
+        raise RuntimeError(
+            f"torch.fx.symbolic_trace cannot look into a {type(module).__name__}, whose weight is no plain tensor: "
+            "trace a module that holds it, or make it dense before, lowmem.restore(model) or lowmem.merge(model)"
+        )
+    return tracer.create_proxy("call_module", tracer.path_of_module(module), (input,), {})
+
+
+_PLAIN = (Tensor, nn.Parameter)
+(
+    _is_compiling,
+    _transforms,
+    _grad_enabled,
+    autocast_enabled,
+    _autocast_anywhere,
+    _is_tracing,
+) = (  # called often: globals are faster
+    torch.compiler.is_compiling,
+    torch._C._are_functorch_transforms_active,
+    torch.is_grad_enabled,
+    torch.is_autocast_enabled,
+    torch._C._is_any_autocast_enabled,
+    torch._C._is_tracing,
+)
+
+
+def is_jit_tracing() -> bool:
+    """Whether torch.jit.trace records a call."""
+    return not _is_compiling() and _is_tracing()  # Dynamo cannot trace the second call
+
+
+def is_plain_call(*tensors: Tensor | None) -> bool:
+    """Whether nothing differentiates, transforms or traces a call, so that autograd can be bypassed."""
+    if _is_compiling() or _transforms() or _is_tracing() or forward_ad._current_level >= 0:
+        return False
+    grad_enabled = _grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or (grad_enabled and tensor.requires_grad)):
+            return False
+    return True
+
+
+_GLOBAL_HOOKS = (
+    torch_module._global_forward_hooks,
+    torch_module._global_forward_pre_hooks,
+    torch_module._global_backward_hooks,
+    torch_module._global_backward_pre_hooks,
+)
+
+
+def is_observed(module: nn.Module) -> bool:
+    """Whether a call of the module runs hooks, a replaced ``forward`` or compiled code: it must not be bypassed."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or own.get("_compiled_call_impl")
+        or any(_GLOBAL_HOOKS)
+    )
+
+
+def autocast(x: Tensor) -> Tensor:
+    """Return ``x`` in the dtype to which autocast, if enabled, casts the input of a linear layer."""
+    if not _autocast_anywhere() or not is_cast(x):  # the first check is 0.1 microseconds faster
+        return x
+    return x.to(torch.get_autocast_dtype(x.device.type))
+
+
+def is_cast(x: Tensor) -> bool:
+    """Whether autocast would cast ``x`` as the input of a linear layer."""
+    device = "cpu" if x.is_cpu else x.device.type
+    return device != "meta" and autocast_enabled(device) and x.dtype != torch.float64  # there is no autocast for meta
