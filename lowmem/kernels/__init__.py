@@ -105,7 +105,8 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
     """
     form = getattr(getattr(weight, "weight", weight), "form", None)  # of a stored tensor, or a module's
     own = getattr(weight, "compute_dtype", getattr(form, "compute_dtype", None))  # a layer's may have been set
-    dtype, stored = dtype or own or torch.float32, weight
+    dtype = dtype or own or torch.float32
+    stored: object = weight
     if isinstance(weight, nn.Module):
         found = getattr(weight, "stored_weight", None)
         stored = found() if callable(found) else getattr(weight, "weight", None)

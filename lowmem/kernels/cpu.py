@@ -120,12 +120,12 @@ class Kernel(CpuRows):
 
     def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
         """Convert arguments to a form that C takes, or fall back to plain torch."""
-        offsets = isinstance(weight, QuantizedTensor) and weight.has_offsets
-        if dtype is torch.int8 and not offsets:
+        with_offsets = weight if isinstance(weight, QuantizedTensor) and weight.has_offsets else None
+        if dtype is torch.int8 and with_offsets is None:
             return self._linear_inputs8(x, weight, bias)
         takes = (dtype in TYPES or dtype is torch.int8) and is_real(x) and x.is_floating_point() and x.dim() == 2
-        if takes and offsets:
-            out = self._linear_with_offsets(x, weight, dtype, bias)
+        if takes and with_offsets is not None:
+            out = self._linear_with_offsets(x, with_offsets, dtype, bias)
             return reference.linear(x, weight, dtype, bias) if out is None else out
         if takes:
             x = x.to(dtype).contiguous()
@@ -147,10 +147,11 @@ class Kernel(CpuRows):
     ) -> Tensor | None:
         """Multiply in C, or by torch where the plan says so; None: C cannot read the weight.
 
-        In 8-bit integers, to which torch rounds a float32 x where C does not.
+        In float32 with 8-bit integers, to which torch rounds x where C does not.
         """
         threads = torch.get_num_threads()
         if in_int8:
+            x = x.float()
             rounded = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
             if rounded is not None:
                 return rounded
@@ -177,7 +178,7 @@ class Kernel(CpuRows):
                 out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
                 if out is None:
                     multiply = partial(self._product, given=given, weight=weight, bias=bias, in_int8=True)
-                    out = _in_chunks(x, nbytes, _ROUNDED_BYTES, x.dtype, lambda few, by=multiply: by(few.float()))
+                    out = _in_chunks(x, nbytes, _ROUNDED_BYTES, x.dtype, multiply)
                 if out is not None:
                     return out
         return reference.linear(x, weight, torch.int8, bias)
@@ -285,7 +286,8 @@ class Kernel(CpuRows):
         for chunk in chunks:
             shape = (rows, chunk.stop - chunk.start) if transposed else (chunk.stop - chunk.start, columns)
             part = scratch[: shape[0] * shape[1]].view(shape)
-            self._dequantize(given, *((0, chunk.start) if transposed else (chunk.start, 0)), part)
+            row, column = (0, chunk.start) if transposed else (chunk.start, 0)
+            self._dequantize(given, row, column, part)
             factor = part if transposed else part.t()
             if onto is not None:
                 out[:, chunk].addmm_(x, factor)
@@ -479,12 +481,13 @@ def _in_chunks(
         The results in ``dtype``; None where the function returns None.
     """
     step, out = max(1, limit // max(1, nbytes)), None
+    if len(x) <= step:
+        made = function(x)
+        return None if made is None else made.to(dtype)
     for start in range(0, len(x), step):
         made = function(x[start : start + step])
         if made is None:
             return None
-        if len(x) <= step:
-            return made.to(dtype)
         if out is None:
             out = made.new_empty(len(x), made.shape[1], dtype=dtype)
         out[start : start + step] = made

@@ -251,7 +251,7 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *scales = ctx.saved_tensors
         if scales:
-            weight = stored(weight, *scales, parts_of(ctx.weight)[2])
+            weight = stored(weight, scales[0], parts_of(ctx.weight)[2])
         return None, ctx.f.node(grad, weight, *ctx.of_gradient).to(ctx.dtype), None, *ctx.unused
 
     @staticmethod

@@ -110,7 +110,7 @@ def gated_grad(
     of_a, of_b = into
     found = gated_grads(grad.to(of_a.dtype), a, b, activation)
     of_a.copy_(found[0])
-    if of_b is not None:
+    if of_b is not None and found[1] is not None:
         of_b.copy_(found[1])
 
 

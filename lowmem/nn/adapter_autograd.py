@@ -234,7 +234,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         adapted = differentiable_once(ctx.again(grad.dtype))
     weight = frozen
     if scales:
-        weight = stored(frozen, *scales, parts_of(ctx.weight)[2])
+        weight = stored(frozen, scales[0], parts_of(ctx.weight)[2])
     g, rows = _rows(grad, b.shape[0]), _rows(adapted.to(grad.dtype), a.shape[1])
     factor, twice = (b * ctx.scaling).to(g.dtype), torch.is_grad_enabled()
     if twice:

@@ -58,11 +58,6 @@ class Geometry:
         )
 
     @property
-    def columns(self) -> int:
-        """The number of weights of an output channel."""
-        return self.in_channels // self.groups * prod(self.kernel)
-
-    @property
     def arguments(self) -> tuple[Any, ...]:
         """The positional arguments of torch's convolutions between ``bias`` and ``groups``."""
         return self.stride, self.padding, self.dilation

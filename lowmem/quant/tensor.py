@@ -86,11 +86,11 @@ class QuantizedTensor:
         """Return a tensor of ``shape`` with uninitialized codes and scales, as ``torch.empty`` does."""
         nothing = torch.empty(0, device=device)
         shaped = cls(nothing, nothing, shape, format, block_size, scales, method)
-        packed, byte, scales, dtype = shaped.stored_layout
+        packed, byte, of_scales, dtype = shaped.stored_layout
         return replace(
             shaped,
             packed=torch.empty(packed, dtype=byte, device=device),
-            scales=torch.empty(scales, dtype=dtype, device=device),
+            scales=torch.empty(of_scales, dtype=dtype, device=device),
         )
 
     @property

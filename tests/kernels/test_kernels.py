@@ -356,51 +356,49 @@ def multiply(kernel, operation, x, weight, dtype, *bias):
     if not by_torch or isinstance(weight, QuantizedTensor):
         getattr(kernels, operation)(x if by_torch else at_the_edge(x), weight, dtype, *bias)
 
+def stored(weight, form="nf4", **options):
+    q = quantize(weight, form, **options)
+    return replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
+
+def both(kernel, x, grad, weight, *bias):
+    multiply(kernel, "linear", x, weight, x.dtype, *bias)
+    multiply(kernel, "input_grad", grad, weight, x.dtype)
+
 def run_everything(kernel):
     for columns in (1, 7, 31, 33, 100, 127, 129, 1023, 1025, 8200):
         for scales in ("float16", "float32", "double"):
             for block in (8, 10, 16, 64):
-                weight = at_the_edge(torch.randn(5, columns))
-                q = quantize(weight, block_size=block, scales=scales)
-                q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
+                weight, how = at_the_edge(torch.randn(5, columns)), {"block_size": block, "scales": scales}
+                q, signed, eight = (stored(weight, form, **how) for form in ("nf4", "bof4s", "int8"))
                 kernel.quantize_rows(weight, q, slice(None), None)
-                signed = quantize(weight, "bof4s", block_size=block, scales=scales)
-                signed = replace(signed, packed=at_the_edge(signed.packed), scales=at_the_edge(signed.scales))
                 for importance in (None, at_the_edge(torch.rand(columns))):
                     kernel.quantize_rows(weight, replace(q, method="search"), slice(None), importance)
                     kernel.quantize_rows(weight, signed, slice(None), importance)
                 kernel.dequantize(signed, slice(0, 5), torch.float32)
-                multiply(kernel, "linear", torch.randn(2, columns), signed, torch.float32)
-                multiply(kernel, "input_grad", torch.randn(2, 5), signed, torch.float32)
-                eight = quantize(weight, "int8", block_size=block, scales=scales)
-                eight = replace(eight, packed=at_the_edge(eight.packed), scales=at_the_edge(eight.scales))
+                both(kernel, torch.randn(2, columns), torch.randn(2, 5), signed)
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     kernel.dequantize(eight, slice(0, 5), dtype)
                     multiply(kernel, "linear", torch.randn(3, columns).to(dtype), eight, dtype)
                     kernel.dequantize(q, slice(0, 5), dtype)
                     for batch in (1, 5, 13):
                         x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 5).to(dtype)
-                        multiply(kernel, "linear", x, q, dtype, at_the_edge(torch.randn(5)))
+                        both(kernel, x, grad, q, at_the_edge(torch.randn(5)))
                         kernels.linear(at_the_edge(x), q, torch.int8)  # torch multiplies a rounded copy, if at all
-                        multiply(kernel, "input_grad", grad, q, dtype)
-        for stored in (torch.float16, torch.bfloat16):
-            half = at_the_edge(torch.randn(5, columns).to(stored))
+        for dtype in (torch.float16, torch.bfloat16):
+            half = at_the_edge(torch.randn(5, columns).to(dtype))
             for batch in (1, 5, 13):
                 kernels.linear(at_the_edge(torch.randn(batch, columns)), half, torch.float32)
                 kernels.input_grad(at_the_edge(torch.randn(batch, 5)), half, torch.float32)
             for rows in (5, 32):  # whole tiles are read where they lie
                 dense = torch.randn(rows, columns)
-                q = quantize(dense, block_size=16)
-                q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
-                for weight in (q, at_the_edge(dense.to(stored))):
+                for weight in (stored(dense, block_size=16), at_the_edge(dense.to(dtype))):
                     for batch in (16, 37):
                         x, grad = torch.randn(batch, columns).bfloat16(), torch.randn(batch, rows).bfloat16()
-                        multiply(kernel, "linear", x, weight, torch.bfloat16)
-                        multiply(kernel, "input_grad", grad, weight, torch.bfloat16)
+                        both(kernel, x, grad, weight)
         for rank in (1, 3, 16):
             shapes = (2, 5), (2, columns), (rank, columns), (5, rank)
-            kernels.add_low_rank(*(at_the_edge(torch.randn(shape)) for shape in shapes), 0.5)
-            x, a, b = (at_the_edge(torch.randn(shape)) for shape in shapes[1:])
+            base, x, a, b = (at_the_edge(torch.randn(shape)) for shape in shapes)
+            kernels.add_low_rank(base, x, a, b, 0.5)
             kernels.linear(x, half, torch.float32, None, (a, b, 0.5))
 
 for isa in sys.argv[1:]:

@@ -8,9 +8,9 @@ from lowmem.kernels import cpu
 from lowmem.kernels.threads import usable_cpus
 from lowmem.testing.memory import THREADS
 from tests.compiled import needs_kernel
+from tests.selection import rows_in_one_case
 
 MILLISECOND = 1_000_000
-V1 = {"quota": 300_000, "period": 100_000}
 LONGEST = 250 * MILLISECOND  # pause
 
 
@@ -22,7 +22,7 @@ def system(root, groups, files):
     return root
 
 
-@pytest.mark.parametrize(
+@rows_in_one_case(
     ("groups", "files", "cpus"),
     [
         ("0::/\n", {}, 64),
@@ -38,20 +38,11 @@ def system(root, groups, files):
         ),
         ("1:cpu:/\n", {"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 64),
     ],
-    ids=[
-        "no quota",
-        "of a group above",
-        "of the root",
-        "half a CPU",
-        "a tenth",
-        "outside",
-        "version 1",
-        "version 1, none",
-    ],
 )
-def test_usable_cpus_are_within_the_quotas_of_all_groups(tmp_path, monkeypatch, groups, files, cpus):
+def test_usable_cpus_are_within_the_quotas_of_all_groups(tmp_path_factory, monkeypatch, groups, files, cpus):
+    """None, those of groups above and of the root, parts of a CPU, a group elsewhere, and both versions."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    assert usable_cpus(system(tmp_path, groups, files)) == cpus
+    assert usable_cpus(system(tmp_path_factory.mktemp("root"), groups, files)) == cpus
 
 
 def test_usable_cpus_are_within_the_affinity(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ def test_defaults_are_valid_and_the_key_is_the_name(form):
     check_block_size(form.block_size)
     assert form.scales in ENCODINGS
     assert FORMATS[form.name] is form
+    assert form.levels[form.zero_code] == (-1 / 15 if form.name == "int4" else 0)
 
 
 @every_format
@@ -57,11 +58,6 @@ def test_the_numbers_of_each_format():
     for name, (block_size, scales) in defaults.items():
         assert (get_format(name).block_size, get_format(name).scales) == (block_size, scales)
         assert get_format(name).signed == get_format(name).search == (name in ("bof4s", "q4_0", "iq4_nl"))
-
-
-@rows_in_one_case(("name", "level"), [("nf4", 0.0), ("fp4", 0.0), ("bof4s", 0.0), ("int4", -1 / 15)])
-def test_zero_code_is_the_level_that_zero_gets(name, level):
-    assert FORMATS[name].levels[FORMATS[name].zero_code] == level
 
 
 def test_bof4s_is_what_normal_weights_ask_for():

@@ -196,20 +196,13 @@ def test_views_and_thread_counts_give_the_same_bytes(weight, format, block_size,
 
 @every_format
 @every_encoding
-def test_an_all_zero_block_dequantizes_to_zeros(format, scales):
+def test_blocks_of_zeros_and_zeros_where_the_format_has_one_stay_exact(format, scales):
     weight = torch.zeros(2, 40)
-    weight[:, 16:32] = 1.5
-    q = quantize(weight, format, block_size=16, scales=scales)
-    assert torch.equal(q.dequantize()[:, :16], torch.zeros(2, 16))
-    assert torch.equal(q.dequantize()[:, 32:], torch.zeros(2, 8))
-
-
-@rows_in_one_case("format", ["nf4", "fp4", "bof4s"])
-@every_encoding
-def test_zeros_stay_exact_zeros_where_the_format_has_one(format, scales):
-    weight = torch.tensor([0.0, 1.0, -0.0, -2.0, 0.0, 3.0])
-    restored = quantize(weight, format, scales=scales).dequantize()
-    assert (restored[weight == 0] == 0).all()
+    weight[:, 16:32] = torch.tensor([0.0, 1.0, -0.0, -2.0, 0.0, 3.0, 1e-6, 0.0]).repeat(2)
+    restored = quantize(weight, format, block_size=16, scales=scales).dequantize()
+    assert not restored[:, :16].any()
+    assert not restored[:, 32:].any()
+    assert format == "int4" or not restored[weight == 0].any()
 
 
 @given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
@@ -417,13 +410,3 @@ def test_plain_torch_dequantizes_the_rows_that_are_asked_for(rows):
     q = quantize(strategies.make_weight("normal", (1300, 64), 0, 0), "int4")
     expected = q.restore(slice(None))[rows]
     assert torch.equal(reference.dequantize(q, rows, torch.float32), expected)
-
-
-@rows_in_one_case("kernel", ["reference", kernels.available()[-1]])
-@rows_in_one_case("format", ["nf4", "fp4", "bof4s"])
-def test_a_block_of_zero_codes_has_a_scale_of_zero(kernel, format):
-    """A block that is small beside an outlier has one step as its scale, and no weight that a level is near to."""
-    weight = torch.tensor([[1.0] * 8 + [1e-6] * 8])
-    with kernels.using(kernel):
-        q = quantize(weight, format, block_size=8, scales="double", search=False)
-    assert q.scales[0, :2].tolist() == [127 if format == "bof4s" else 255, 0]
