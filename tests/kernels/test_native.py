@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -51,3 +52,16 @@ def test_without_a_compiler_or_sources_there_is_nothing_to_warn_of(source_tree, 
     assert what_python_says(source_tree, compiler="no-such-compiler") == ""
     assert not native.is_forgotten("linux", csrc=tmp_path / "csrc")
     assert not native.is_forgotten("win32")
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not shutil.which(native.compiler()[0]), reason="no C compiler")
+def test_each_header_compiles_by_itself():
+    """All of them in one call, each as a file of its own."""
+    folder = Path(sysconfig.get_paths()["include"])
+    if not (folder / "Python.h").exists():
+        pytest.skip("this Python has no headers")
+    headers = sorted(native.SOURCES.glob("*.h"))
+    assert headers
+    command = [*native.compiler(), "-std=gnu11", "-w", "-fsyntax-only", f"-I{folder}", "-x", "c", *map(str, headers)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

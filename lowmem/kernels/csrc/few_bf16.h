@@ -1,5 +1,7 @@
 /* x @ W.T for a small batch in bfloat16. */
 #pragma once
+#define ISA_BFLOAT16
+#include "avx512.h"
 #include "few.h"
 
 /* Split 64 columns, those of a group's low or of its high nibbles: columns of even bytes to out, of odd bytes to out + step. */

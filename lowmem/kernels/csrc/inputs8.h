@@ -11,6 +11,7 @@
  * zero point. A packed group of a panel: four columns of each batch row, first those of the low nibbles of each of LANES words,
  * then those of the high nibbles; the terms of the zero point for each block; and the units. */
 #pragma once
+#include "avx512.h"
 #include "few.h"
 
 /* Offsets in floats of the 32-bit sums and of the units in a packed group: of a batch row, and of a panel. */

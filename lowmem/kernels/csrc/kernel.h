@@ -7,16 +7,13 @@
 #endif
 /* Whether the compiler supports AMX, and the system is one on which the binding can request it (isas.h). */
 #if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define HAS_AMX 1
-#else
-#define HAS_AMX 0
+#define HAS_AMX 1 /* else #if reads 0 */
 #endif
 #if defined(__aarch64__) && defined(__ARM_NEON)
 #define HAS_NEON 1
 #else
 #define HAS_NEON 0
 #endif
-
 /* TARGET(features) compiles what follows for a processor that has them, up to END_TARGET. */
 #define TEXT_OF(...) #__VA_ARGS__
 #define TEXT(...) TEXT_OF(__VA_ARGS__)
@@ -31,7 +28,6 @@
 #endif
 #define AVX2 avx2,fma,f16c
 #define AVX512 AVX2,avx512f,avx512bw,avx512vl,avx512dq
-
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

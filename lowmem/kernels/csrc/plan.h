@@ -4,11 +4,7 @@
 #pragma once
 #include "kernel.h"
 
-enum operation {
-    LINEAR,      /* x @ W.T */
-    LINEAR_INPUTS8, /* x @ W.T in 8-bit integers */
-    INPUT_GRAD   /* grad @ W */
-};
+enum operation { LINEAR, LINEAR_INPUTS8, INPUT_GRAD }; /* x @ W.T, the same in 8-bit integers, and grad @ W */
 
 /* Kinds of weights, as bits. A word is 32 bits, or eight codes; a group is MAX_GROUP codes. */
 enum kind {

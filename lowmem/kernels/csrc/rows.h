@@ -18,6 +18,9 @@
  *   v_to_half(p, a)          LANES float32, rounded to float16 and stored */
 #pragma once
 #include "plan.h"
+#ifndef LANES /* where a header is read on its own */
+#include "portable.h"
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
 typedef uint32_t I __attribute__((vector_size(4 * LANES))); /* the bits of V */

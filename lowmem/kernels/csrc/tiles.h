@@ -2,6 +2,8 @@
  * multiplies 16 lines of 32 bfloat16 columns with 16 pairs of columns, each with 16 lines side by side, and adds 16 x 16
  * products to a third tile. */
 #pragma once
+#define ISA_BFLOAT16
+#include "avx512.h"
 #include "reading.h"
 
 /* TILE_FLOATS: floats of a tile. LINE: bfloat16 columns of a line. */
