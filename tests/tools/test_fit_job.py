@@ -20,8 +20,6 @@ from tests.finetuning.test_state import craft_states
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
-__all__ = ["place"]  # the fixture
-
 BERT = {
     "hidden_size": 32,
     "num_hidden_layers": 1,
