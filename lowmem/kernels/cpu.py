@@ -145,10 +145,8 @@ class Kernel(CpuRows):
         bias: Tensor | None = None,
         in_int8: bool = False,
     ) -> Tensor | None:
-        """Multiply in C, or by torch where the plan says so; None: C cannot read the weight.
-
-        In float32 with 8-bit integers, to which torch rounds x where C does not.
-        """
+        """Multiply in C, or by torch where the plan says so; None: C cannot read the weight. With ``in_int8`` in
+        float32, of x rounded to 8 bits by C or else by torch."""
         threads = torch.get_num_threads()
         if in_int8:
             x = x.float()
@@ -186,10 +184,8 @@ class Kernel(CpuRows):
     def _linear_with_offsets(
         self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, bias: Tensor | None
     ) -> Tensor | None:
-        """Multiply by the weight without offsets, and add offsets @ (sums of x over blocks).
-
-        In float32, since the two may be larger than their sum, and in chunks of the batch.
-        """
+        """Add offsets @ (sums of x over blocks) to the product without offsets, in chunks of the batch; in float32,
+        since the two may be larger than their sum."""
         in_int8, size = dtype is torch.int8, weight.block_size
         nbytes = 6 * sum(weight.shape) + in_int8 * int8.BYTES_PER_NUMBER * weight.shape[1]
         nbytes += 8 * -(-weight.shape[1] // size)
@@ -267,9 +263,7 @@ class Kernel(CpuRows):
         onto: Tensor | None = None,
     ) -> Tensor:
         """Dequantize a chunk of a weight at a time, and multiply it by torch; add the product to ``onto``, if given.
-
-        Chunks of rows, or, if transposed, of columns: sums over chunks of rows would have to be kept in float32.
-        """
+        Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
         if x.dtype is torch.float16:  # the weight would be rounded to it
             return self._by_torch(x.float(), given, weight, transposed, bias).to(x.dtype)
         x = rows_apart(x)
@@ -367,10 +361,8 @@ class Kernel(CpuRows):
         return None if kept is None else (kept.handle, weight.packed, weight.scales)
 
     def _handles(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
-        """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one.
-
-        The new handle is of a snapshot, to which no other thread can assign data: C always takes it.
-        """
+        """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one. The new
+        handle is of a snapshot, to which no other thread can assign data."""
         given = self._given(weight, use)
         if given is not None:
             yield given
@@ -475,11 +467,8 @@ def rows_apart(x: Tensor) -> Tensor:
 def _in_chunks(
     x: Tensor, nbytes: int, limit: int, dtype: torch.dtype, function: Callable[[Tensor], Tensor | None]
 ) -> Tensor | None:
-    """Apply a function to chunks of the batch whose scratch, ``nbytes`` a row, stays below ``limit``.
-
-    Returns:
-        The results in ``dtype``; None where the function returns None.
-    """
+    """Apply a function to chunks of the batch whose scratch, ``nbytes`` a row, stays below ``limit``; the result is
+    in ``dtype``, or None where the function returns None."""
     step, out = max(1, limit // max(1, nbytes)), None
     if len(x) <= step:
         made = function(x)

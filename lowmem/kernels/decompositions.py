@@ -84,10 +84,8 @@ def _decoded(scales: Tensor, scale_encoding: str, signed: bool) -> Tensor:
 
 
 def _float(stored: Tensor, size: int) -> Tensor:
-    """Return the floating-point numbers (rows, n) of which ``stored`` (rows, n * size) has the bytes, by arithmetic.
-
-    Every step is exact in float32, and none is subnormal unless the number is.
-    """
+    """Return the numbers (rows, n) of the bytes ``stored`` (rows, n * size), by arithmetic that is exact in
+    float32."""
     bits, bias = (10, 15) if size == 2 else (23, 127)  # of the mantissa, and of the exponent
     *low, second, first = stored.unflatten(-1, (-1, size)).float().unbind(-1)  # (rows, n) each
     negative = first >= 128

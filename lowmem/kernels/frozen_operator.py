@@ -31,6 +31,7 @@ __all__ = [
     "serve",
     "stands_for_plain_call",
     "stored",
+    "text_of",
 ]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
@@ -147,8 +148,12 @@ def parts_of(weight: QuantizedTensor | StoredParts) -> tuple[Tensor, Tensor, str
     """Return the codes, the scales and the text of a 4-bit matrix, of which ``stored`` makes it again."""
     if isinstance(weight, StoredParts):
         return weight.packed, weight.scales, weight.text
-    text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[-1]}"
-    return weight.packed, weight.scales, text
+    return weight.packed, weight.scales, text_of(weight, weight.shape[-1])
+
+
+def text_of(form: Any, columns: int) -> str:
+    """Return the text of a matrix whose format, block size and scale encoding are attributes of ``form``."""
+    return f"{form.format} {form.block_size} {form.scale_encoding} {columns}"
 
 
 def refuse_training(weight: Tensor) -> None:
@@ -266,10 +271,8 @@ class _Node(torch.autograd.Function):
 def _over_examples(
     call: Callable[..., Tensor], rows_alike: bool, info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
 ) -> tuple[Tensor, int]:
-    """Return what vmap makes of ``call(x, *rest)``, and the dimension of the examples: of one call where that does.
-
-    ``in_dims`` are the dimensions of the examples in x and each of ``rest``, or None.
-    """
+    """Return what vmap makes of ``call(x, *rest)`` with the examples in dimensions ``in_dims``, and where they are in
+    it."""
     several = [dim is not None for dim, one in zip(in_dims[1:], rest, strict=True) if isinstance(one, Tensor)]
     if in_dims[0] is None or any(several) or not rows_alike:  # such as weights or biases of several models
         outs = []

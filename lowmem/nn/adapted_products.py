@@ -64,10 +64,8 @@ def _register_products() -> None:
 
 
 def _named_product(function: Any, names: Sequence[str], first: Any, *rest: Any, **named: Any) -> Any:
-    """Compute a function of ``_register_products``, whose arguments ``names`` may be given by keyword.
-
-    With one name it is a product, first @ given; with two, ``first`` is added to the product of the two.
-    """
+    """Compute a function whose arguments ``names`` may be given by keyword: a product with one name, with two the sum
+    of ``first`` and the product of the two."""
     given = [*rest, *[named[name] for name in names[len(rest) :]]]
     options = {name: value for name, value in named.items() if name not in names}
     if len(names) == 1:

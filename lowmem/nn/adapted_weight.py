@@ -23,17 +23,16 @@ from lowmem.nn.read_only import Unasked, read_only
 __all__ = ["AdaptedWeight", "adapted_weight"]
 
 
-def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout, known: Tensor | None = None) -> Any:
+def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout) -> Any:
     """Return a weight with adapters.
 
     Args:
         base: the weight without adapters: a Tensor or StoredTensor.
         updates: of the adapters, in the order in which they are added.
         layout: how the parameter holds the matrices that adapters change.
-        known: the result of the next product with the base, if it is known already.
     """
     make: Any = _traced if torch.compiler.is_dynamo_compiling() else AdaptedWeight
-    return make(base, tuple(updates), layout, known)
+    return make(base, tuple(updates), layout, None)
 
 
 class AdaptedWeight(LowRankSum, Tensor):

@@ -189,10 +189,8 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _AdaptedProduct(torch.autograd.Function):
     """``x W^T + bias + s (d A^T) B^T``: (..., in) -> (rows, out); d is ``dropped``, x after dropout, or x itself.
-
-    ``weight`` is W, or W^T if ``transposed``. ``kept`` is d in any dtype, to be saved for backward; it is not saved
-    if ``again`` is given, which recomputes d.
-    """
+    ``weight`` is W, or W^T if ``transposed``; ``kept`` is d to be saved, unless ``again`` is given, which recomputes
+    d."""
 
     @staticmethod
     def forward(

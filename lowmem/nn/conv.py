@@ -48,11 +48,7 @@ def _each(sizes: int | Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Conv(StoredModule):
-    """Base of the stored convolutions.
-
-    Attributes:
-        geometry: channels, kernel, stride, padding, dilation and groups.
-    """
+    """Base of the stored convolutions."""
 
     geometry: Geometry
 

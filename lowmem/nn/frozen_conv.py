@@ -178,10 +178,8 @@ def _convolve(
 
 
 def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
-    """Return (batch, in_channels, *size) in grad's dtype, for grad (batch, out_channels, *out size).
-
-    Chunks are summed in float32 or wider, as a half-precision convolution sums internally.
-    """
+    """Return (batch, in_channels, *size) for grad (batch, out_channels, *out size); chunks are summed in float32 or
+    wider."""
     adjoint = _ADJOINTS[len(geometry.kernel)]
     chunks = _chunks(weight, geometry, dtype, grad.device)
     shape = (grad.shape[0], geometry.in_channels, *size)

@@ -28,6 +28,7 @@ __all__ = [
     "stored_class",
     "stored_copy",
     "stored_property",
+    "subclass_of",
 ]
 
 LAYERS: dict[tuple[type[nn.Module], int], type[StoredModule]] = {}
@@ -35,6 +36,12 @@ LAYERS: dict[tuple[type[nn.Module], int], type[StoredModule]] = {}
 
 BASES: dict[int, type[StoredModule]] = {}
 """Bits -> the base of all other generated classes."""
+
+
+def subclass_of(kind: Any, base: Any, **body: Any) -> Any:
+    """Return a subclass of ``base`` and of a module's class ``kind``, under the name of ``kind``."""
+    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (base, kind), own | body)
 
 
 def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredModule]:
@@ -49,14 +56,12 @@ def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredM
         "dense_class": dense,
         "stored_names": names,
         "stored_bits": bits,
-        "__module__": dense.__module__,
-        "__qualname__": dense.__qualname__,
-        "__doc__": dense.__doc__,
         "__reduce_ex__": lambda module, _: (_empty, (dense, names, bits), module.__getstate__()),
     }
     if issubclass(dense, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
-    return type(dense.__name__, (base, dense), body)
+    made: type[StoredModule] = subclass_of(dense, base, **body)
+    return made
 
 
 stored_class: Callable[[Any, tuple[str, ...], int], type[StoredModule]] = cache(_stored_class)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels import Weight, ops
-from lowmem.kernels.frozen_operator import StoredParts, refuse_training
+from lowmem.kernels.frozen_operator import StoredParts, refuse_training, text_of
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager
 from lowmem.nn.forms import CodedForm, Form, HalfForm
@@ -172,7 +172,7 @@ class StoredTensor(Tensor):
             return self.matrix  # type: ignore[return-value]
         ends = parts[0], parts[-1]
         packed, scales = (part if part.dim() == 2 else part.reshape(-1, part.shape[-1]) for part in ends)
-        return StoredParts(packed, scales, form.text(self.columns))
+        return StoredParts(packed, scales, text_of(form, self.columns))
 
     def like(
         self,

@@ -202,10 +202,8 @@ def _stacked_bars(
     narrow: bool,
     legend: Any,
 ) -> Any:
-    """Draw a bar for each name, of the bytes of its parts, with the text of their sum.
-
-    The parts stand in ``field`` of the data, have colours of the theme, and are stacked by ``orders``.
-    """
+    """Draw a bar for each name, of the bytes of its parts (``field`` of the data, stacked by ``orders``), with their
+    sum."""
     names = list(bars)
     sums = {name: sum(parts.values()) for name, parts in bars.items()}
     size, unit = unit_of(max(sums.values()))

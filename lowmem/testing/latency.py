@@ -121,13 +121,8 @@ def measure_speedup(
 
 
 def _judge(turns: npt.NDArray[np.float64], at_least: float, watch: Watch) -> tuple[Speedup, int]:
-    """Return the speedup, and how many pairs of times it rests on: beside other work, the undisturbed ones.
-
-    Args:
-        turns: (2, rounds, 2) seconds of candidate and reference, each twice a round.
-        at_least: the required ratio.
-        watch: knows which rounds were disturbed.
-    """
+    """Return the speedup of ``turns``, seconds (2, rounds, 2) of candidate and reference, and how many pairs it rests
+    on: beside other work, the undisturbed ones."""
 
     def speedup(turns: npt.NDArray[np.float64], disturbance: str = "") -> Speedup:
         mine, theirs = turns.mean(axis=2)  # (rounds,) each
@@ -165,10 +160,7 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
 def _turn(
     run: Callable[[], object], timer: Callable[[], float], watch: Watch, turns: list[float], name: str
 ) -> Callable[[], float]:
-    """Warm up a call, and return a function that times it: seconds per call, in bursts of ``BURST`` or more.
-
-    The function adds the seconds to ``turns``, too.
-    """
+    """Warm up a call; return a function that times it in bursts, and adds the seconds a call to ``turns``."""
     with model_errors(name):
         run()
 

@@ -198,11 +198,9 @@ def _is_of_python(kind: type) -> bool:
 
 @contextmanager
 def _fixed_conditions() -> Iterator[str]:
-    """Fix all that figures depend on besides the model; yield the name of the active backend.
-
-    The backend is the portable kernel, which allocates the same on every processor, unless an environment variable
-    names another. The garbage collector is disabled, since it would free reference cycles at arbitrary times.
-    """
+    """Fix all that figures depend on besides the model, and yield the name of the backend: the portable kernel, which
+    allocates the same everywhere, or what a variable names. Garbage would be collected at arbitrary times: it is
+    not."""
     threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
     collects = gc.isenabled()
     named = bool(environ.get(kernels.VARIABLE)) or "portable" not in kernels.available()

@@ -178,10 +178,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tokens(arguments: argparse.Namespace, x: Tensor, model: Any) -> Tensor:
-    """Return an input for a folder's language model, unless the arguments describe another than BigNet's.
-
-    It has ``TOKENS`` tokens, or as many as the model has positions.
-    """
+    """Return an input for a folder's language model, unless the arguments describe another than BigNet's."""
     if (arguments.input_shape, arguments.input_dtype) != ((1024,), "float32"):
         return x
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

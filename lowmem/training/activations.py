@@ -173,12 +173,9 @@ class _Compressor:
         return _Packed(codes, tensor.shape, tensor.stride(), int(tensor.storage_offset()), self.held)
 
     def _of_storage(self, tensor: Tensor, storage: Any, keep: bool) -> Codes | None:
-        """Return the codes of a whole storage, shared by all of its views while it does not change; None: keep it.
-
-        The allocator reuses addresses, and storages can be written to, so a cached entry is valid only for the
-        storage object and version that it was made from. If one function needs the storage uncompressed, it stays so
-        for later functions.
-        """
+        """Return the codes of a whole storage, shared by its views while it does not change; None: keep it, as for
+        all functions once one needs it uncompressed. Addresses are reused: an entry is of one storage object and
+        version."""
         key = storage._cdata, tensor.dtype
         seen = self.seen.get(key)
         known = seen is not None and seen.storage() is storage and seen.version == tensor._version

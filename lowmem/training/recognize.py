@@ -155,10 +155,8 @@ def _as_activation(module: nn.Module) -> Act | None:
 
 
 def _mlp_layers(module: nn.Module) -> list[str] | None:
-    """Return the names of a module's linear layers if their shapes fit a gated MLP and it has no other parameters.
-
-    The shapes, (in, out) in any order, are (n, m), (n, m), (m, n) or (n, 2m), (m, n); else None.
-    """
+    """Return a module's linear layers if their shapes (in, out) are (n, m), (n, m), (m, n) or (n, 2m), (m, n), in any
+    order, and it has no other parameters; else None."""
     layers = {name: child for name, child in module._modules.items() if child is not None and _shape(child)}
     others = [child for name, child in module._modules.items() if child is not None and name not in layers]
     if module._parameters or any(next(child.parameters(), None) is not None for child in others):
@@ -213,12 +211,9 @@ class _Probe(nn.Module):
 def _probed(
     module: nn.Module, layers: list[str], dtype: torch.dtype
 ) -> tuple[dict[str, _Probe], str, Tensor] | str | None:
-    """Run a module with probes in place of its layers.
-
-    Returns:
-        The probes that read the module's input, by name; the last layer's name; and its input. A reason, if the
-        module does not return the output of the last layer; None if its layers are connected in another way.
-    """
+    """Run a module with probes in place of its layers; return those that read its input, the last layer and its
+    input. A reason: the module does not return the last layer's output; None: its layers are connected in another
+    way."""
     reason = None
     copied = copied_module(module, type(module)).train()
     probes = {name: _Probe(module._modules[name], dtype) for name in layers}

@@ -304,11 +304,8 @@ def check_name(name: str) -> None:
 def _layers_with(
     model: nn.Module, names: Iterable[str], not_merged: Collection[str] = ()
 ) -> dict[AdaptedModule, str]:
-    """Return every adapted layer with its first path.
-
-    Raises:
-        ValueError: the model lacks one of the adapters ``names``, or one of ``not_merged`` is merged.
-    """
+    """Return every adapted layer with its first path; a ValueError if an adapter is missing, or one is merged that
+    may not."""
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")

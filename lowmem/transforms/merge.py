@@ -250,10 +250,7 @@ def fold(
 
 
 def _refuse_untying(model: nn.Module, folded: Mapping[Any, Folded], to: torch.dtype | None) -> None:
-    """Raise a ValueError if modules share a weight whose merged values would differ.
-
-    ``merge_adapter`` need not: the bases, which the state holds, stay tied.
-    """
+    """Raise a ValueError if modules share a weight whose merged values would differ."""
     seen: dict[int, tuple[str, Any]] = {}
     for layer, paths in module_paths(model).items():
         for name in (*layer._parameters.keys(), *(layer.forms if isinstance(layer, StoredModule) else ())):

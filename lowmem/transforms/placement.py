@@ -119,10 +119,8 @@ def warnings_of_adapters(
 
 
 def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterator[str]:
-    """Warn of the first linear layer whose weight another without an adapter has: adapters act in their layer alone.
-
-    Embeddings so shared are refused; of output layers, which LoRA leaves out, ``where`` has named those that get one.
-    """
+    """Warn of the first linear layer whose weight another without an adapter has: adapters act in their layer
+    alone."""
     paths, left = module_paths(model), output_layers(model)
     taken = [one for one in paths if isinstance(one, nn.Linear) and one not in left]
     linear: dict[nn.Module, set[int]] = {one: layer_weights(one) for one in taken}
@@ -142,11 +140,8 @@ def _warning_of_unnamed(
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
     where: Callable[[str, nn.Module], bool] | None,
 ) -> Iterator[str]:
-    """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others.
-
-    A ``where`` names a layer if it is true of the layer and not of the module around it; one that is true of every
-    module names all.
-    """
+    """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others: a
+    ``where`` names a layer if it is true of the layer and not of the module around it."""
     if where is None:
         return
     left = {**routers(model), **output_layers(model)}

@@ -210,10 +210,8 @@ def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:
-    """Return the name of the weight of a record, and those of its codes and scales.
-
-    A record of ``a.b`` is of the weight of that module, or of its parameter ``b``.
-    """
+    """Return the names of a record's weight, and of its codes and scales; ``a.b`` is a module, or a parameter
+    ``b``."""
     weight = f"{place}.weight".lstrip(".")
     for name in (weight, place):
         packed, scales = f"{name}_packed", f"{name}_scales"

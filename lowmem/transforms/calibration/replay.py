@@ -219,11 +219,8 @@ def way_to_replay(
 def _difference(
     model: nn.Module, batch: Any, replay: Replay, units: Sequence[Unit], entries: dict[nn.Module, list[Tensor]]
 ) -> str:
-    """Return which unit gets other inputs in a replay; "" if none does.
-
-    Raises:
-        Stale: a unit gets NaN in their place, since the model reads what is not kept.
-    """
+    """Return which unit gets other inputs in a replay, "" if none does; Stale if a unit gets NaN in place of its
+    inputs."""
     paths = {module: path for path, module in model.named_modules()}
     for unit in units:
         first = unit.layers[0] if unit.block is None else unit.block
