@@ -1,7 +1,5 @@
-"""The states of a run in several processes: files of whole values, as one process writes them and any number reads.
-
-The first process writes them in the background, while training goes on.
-"""
+"""The states of a run in several processes: files of whole values, as one process writes them and any number
+reads."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Shards a model's weights among processes, by FSDP2: each has its rows of every weight, and a step gathers blocks.
-
-Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, arXiv 2304.11277. The second version,
-``torch.distributed.fsdp.fully_shard``, keeps parameters apart, so that packed codes stay uint8: no cast touches them.
-"""
+"""Shards a model's weights among processes, by FSDP2 (Zhao et al., PyTorch FSDP, arXiv 2304.11277): each has its rows
+of every weight, and a step gathers blocks. Packed codes stay uint8: no cast touches them."""
 
 from __future__ import annotations
 

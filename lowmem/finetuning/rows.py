@@ -1,7 +1,4 @@
-"""Rows of tokens, and which of them a step trains on.
-
-Short examples are packed into one row if the model does not let them attend to each other.
-"""
+"""Rows of tokens, and which of them a step trains on."""
 
 from __future__ import annotations
 

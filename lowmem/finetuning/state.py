@@ -1,8 +1,5 @@
-"""The saved state of a training run, from which a run that was killed at any moment can resume.
-
-Two files are written alternately. Each is written to a temporary file and renamed, and has a digest: if the newer one
-is damaged, the older one is read.
-"""
+"""The saved state of a training run, from which a run that was killed at any moment can resume: two files with
+digests, written alternately; if the newer one is damaged, the older one is read."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""Saves converted models, and loads them without ever holding the dense weights.
-
-A file holds each distinct tensor once, and records how each converted layer is stored (``docs/format.md``). To load,
-a skeleton of the converted model is built on the meta device, and its parameters are replaced by the memory-mapped
-tensors of the file, after all of them were checked. Nothing is copied.
-"""
+"""Saves converted models, and loads them without ever holding the dense weights: the parameters of a skeleton on the
+meta device are replaced by the memory-mapped tensors of the file (``docs/format.md``)."""
 
 from __future__ import annotations
 

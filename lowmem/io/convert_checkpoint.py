@@ -1,8 +1,5 @@
-"""Converts a checkpoint on disk, one tensor at a time.
-
-The result equals, byte for byte, the file that ``save`` writes for the same model converted in memory with
-``embeddings="4bit"``: a file's bytes depend only on its tensors, and codes and scales only on the weights.
-"""
+"""Converts a checkpoint on disk, one tensor at a time, to the file that ``save`` writes for the same model converted
+in memory with ``embeddings="4bit"``, byte for byte."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Sharded models: several files, and the index that lists them, ``model.safetensors.index.json``.
-
-lowmem's index holds the digest of each file, and has only one encoding. A shard of another run, or any changed byte,
-is therefore detected.
-"""
+"""Sharded models: several files, and the index that lists them, ``model.safetensors.index.json``. lowmem's holds the
+digest of each file, so that a shard of another run is detected."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""The backend in C (``csrc/``) for one ISA: products with stored weights, and the quantizing of rows.
-
-What C does not take falls back to ``reference``: other devices and dtypes, wrapped and traced tensors.
-"""
+"""The backend in C (``csrc/``) for one ISA: products with stored weights, and the quantizing of rows. What C does not
+take falls back to ``reference``: other devices and dtypes, wrapped and traced tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Row-wise functions in C: norms, activations, cross entropies, 8-bit codes and the rounding of columns.
-
-What C does not take (other dtypes and layouts, wrapped and traced tensors) goes to the definition in plain torch.
-"""
+"""Row-wise functions in C: norms, activations, cross entropies, 8-bit codes and the rounding of columns. What C does
+not take falls back to ``reference``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""The operators, written out in plain ones: for exporters, whose targets have no lowmem (``torch.onnx.export``).
-
-They use what every target has: no view of bytes as other numbers. ``torch.compile`` and ``torch.export`` leave the
-operators whole.
-"""
+"""The operators, written out in plain ones, without a view of bytes as other numbers: for exporters, whose targets
+have no lowmem (``torch.onnx.export``)."""
 
 from __future__ import annotations
 

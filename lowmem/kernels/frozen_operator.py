@@ -1,9 +1,5 @@
-"""Operators on an input and a frozen weight, each declared once for eager calls, derivatives and recorded graphs.
-
-Compiled, exported and traced graphs hold them as ``torch.ops.lowmem.<name>``, which is opaque to these. Torch's
-dispatcher calls the kernel that ``serve`` registered for the device, and thereby the device's backend. An operator
-takes tensors, numbers and text: codes, scales and a text stand for a 4-bit weight (``parts_of``).
-"""
+"""Operators on an input and a frozen weight, each declared once for eager calls, derivatives and recorded graphs,
+which hold them as ``torch.ops.lowmem.<name>``. Codes, scales and a text stand for a 4-bit weight."""
 
 from __future__ import annotations
 

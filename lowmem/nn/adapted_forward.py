@@ -1,8 +1,5 @@
-"""Forwards with adapters that do not read the weight as a tensor: of linear layers and stored convolutions.
-
-QLoRA (arXiv 2305.14314) is ``linear_forward`` over a 4-bit layer. All other modules with adapters keep their forward,
-which reads an ``AdaptedWeight``.
-"""
+"""Forwards with adapters that do not read the weight as a tensor: of linear layers and stored convolutions. QLoRA
+(arXiv 2305.14314) is ``linear_forward`` over a 4-bit layer."""
 
 from __future__ import annotations
 

@@ -1,10 +1,5 @@
-"""Modules with adapters on parameters: generated subclasses of the modules' own classes.
-
-While an adapter is active, ``module.weight`` is an ``AdaptedWeight``. The module stays the same object and an
-instance of its class, with its attributes, methods, hooks and children. So this works for modules that are called,
-and for those whose parameters other code reads: linear layers, attention, experts, GPT-2's ``Conv1D``, embeddings,
-convolutions. The adapters are in the child ``adapters``. Classes of ``FORWARDS`` have a faster forward.
-"""
+"""Modules with adapters on parameters: generated subclasses of the modules' own classes. While an adapter is active,
+``module.weight`` is an ``AdaptedWeight``; the adapters are in the child ``adapters``."""
 
 from __future__ import annotations
 

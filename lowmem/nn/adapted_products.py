@@ -1,7 +1,5 @@
-"""Products, gathers and convolutions with a weight that has adapters, without making ``W + s B A``.
-
-Each computes with W as before, and adds the product of its input with the adapters' two thin matrices.
-"""
+"""Products, gathers and convolutions with a weight that has adapters: those with W, plus the product of the input
+with the adapters' two thin matrices."""
 
 from __future__ import annotations
 

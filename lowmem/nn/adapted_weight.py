@@ -1,10 +1,5 @@
 """A tensor subclass for a weight with adapters, ``W + sum s B A``, with which torch functions compute as two
-products.
-
-Products, gathers and convolutions compute with W as before and add the low-rank product of their input, so the sum is
-never made. Views of whole matrices are adapted weights again. Every other function gets the sum as a dense tensor,
-differentiable in A and B.
-"""
+products."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""``Adapter``: the pair of thin matrices with which LoRA adapts one parameter of a layer.
-
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
-"""
+"""``Adapter``: the pair of thin matrices with which LoRA adapts one parameter of a layer (Hu et al., arXiv
+2106.09685, section 4.1)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""1-d and 2-d convolutions with weights in 4, 8 or 16 bits: the bases of their generated classes.
-
-In a small layer, the forward of a base is faster than torch's own with the stored tensor: it computes the geometry
-once.
-"""
+"""1-d and 2-d convolutions with weights in 4, 8 or 16 bits: the bases of their generated classes, which compute the
+geometry once."""
 
 from __future__ import annotations
 

@@ -1,10 +1,5 @@
-"""Convolution with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight.
-
-The weight is a matrix (out_channels, in_channels / groups * prod(kernel)). Forward and backward dequantize it in
-chunks of output channels of at most 1 MiB (144 MiB on other devices than the CPU); a weight that fits into one chunk
-needs a single convolution. Otherwise the output of each convolution, before it is copied to the result, also takes at
-most that much, or one example.
-"""
+"""Convolution with a frozen weight, a matrix (out_channels, in_channels / groups * prod(kernel)): only the input gets
+a gradient. Chunks of at most 1 MiB of output channels (144 MiB on other devices) are dequantized."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Linear layers with weights in 4, 8 or 16 bits.
-
-A product is computed for one chunk of the weight's rows at a time.
-"""
+"""Linear layers with weights in 4, 8 or 16 bits. A product is computed for one chunk of the weight's rows at a
+time."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
 """The base class of adapted weights, ``W + sum s B A``, and the table of torch functions that are implemented for
-them.
-
-Views are in this file, and products in ``lowmem.nn.adapted_products`` and ``lowmem.nn.attention``. All others
-get the sum as a dense tensor, differentiable in A and B.
-"""
+them, with the views. All others get the sum as a dense tensor, differentiable in A and B."""
 
 from __future__ import annotations
 

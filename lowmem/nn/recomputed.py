@@ -1,10 +1,5 @@
-"""Inputs of layers that are recomputed in backward instead of saved.
-
-If a layer's input is a cheap function of tensors that are saved anyway, such as ``act(a) * b``, it need not be saved.
-The layer is called in the context ``recomputed_input``: if anything saves the input there, a recipe for recomputing
-it is saved instead (Chen et al., arXiv 1604.06174, applied to one tensor). If several layers read the tensor, such as
-the output of a norm, its storage carries the recipe (``note_recompute``).
-"""
+"""Inputs of layers that are recomputed in backward instead of saved, where they are a cheap function of tensors that
+are saved anyway, such as ``act(a) * b`` (Chen et al., arXiv 1604.06174, applied to one tensor)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,5 @@
-"""Modules whose parameters are stored: generated subclasses of the modules' own classes.
-
-A parameter ``weight`` that is stored in 4 or 8 bits becomes two frozen parameters, ``weight_packed`` and
-``weight_scales`` (the bytes of the scales); in 16 bits it becomes ``weight_rounded``. ``module.weight`` is a property
-that returns a ``StoredTensor`` over them. The module stays an instance of its class, with its attributes, methods and
-hooks, so code that inspects it still works.
-"""
+"""Modules whose parameters are stored: generated subclasses of the modules' own classes. Parameters hold the parts,
+such as ``weight_packed``, and ``module.weight`` is a property that returns a ``StoredTensor``."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Products, gathers and convolutions with stored weights, which are not dequantized whole.
-
-Operators run below autograd, which saves the stored weight itself; their gradients are computed by operators of this
-file, too. Weights are frozen: no operator returns the gradient of one. Functions are intercepted above autograd.
-"""
+"""Products, gathers and convolutions with stored weights, which are not dequantized whole: operators, which run below
+autograd, with their gradients, and functions, which are intercepted above it."""
 
 from __future__ import annotations
 

@@ -1,12 +1,5 @@
-"""A weight that is stored in 4, 8 or 16 bits, and behaves like the dense tensor that it replaced.
-
-``StoredTensor`` is a wrapper subclass with the dense weight's shape, dtype and device. Its values lie in other
-tensors, its parts: codes of 4 or 8 bits and the bytes of their scales, or a 16-bit copy. Operators are intercepted
-below
-autograd: products run on the stored weight, and the graph saves only that. Views of whole rows stay stored; any other
-operator gets dequantized values. ``lowmem.nn.stored_products`` and ``lowmem.nn.stored_views``
-list the operators that need not dequantize.
-"""
+"""``StoredTensor``, a wrapper subclass that behaves like the dense weight it replaced. Its values lie in its parts:
+codes of 4 or 8 bits and the bytes of their scales, or a 16-bit copy."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""The protocol of backends, which compute with stored weights, and the backend of each device type.
-
-``lowmem.kernels`` registers backends; ``lowmem.quant``, which must not import it, quantizes through them.
-"""
+"""The protocol of backends, which compute with stored weights, and the backend of each device type, which
+``lowmem.kernels`` registers."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""The quantized tensor: ``w ~ levels[code] * scale``, one scale for each block of a row.
-
-Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1, and
-QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and never cross a row.
-"""
+"""The quantized tensor: ``w ~ levels[code] * scale``, one scale for each block of a row (Dettmers et al., arXiv
+2110.02861, section 2.1, and QLoRA, arXiv 2305.14314, section 2)."""
 
 from __future__ import annotations
 

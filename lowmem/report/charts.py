@@ -1,8 +1,5 @@
-"""Charts of memory and speed, drawn by Altair in a wide and a narrow layout, in the theme's CSS variables.
-
-They are static SVG, so that the page runs no script and prints as it is shown. A table below each chart holds its
-numbers in place of tooltips.
-"""
+"""Charts of memory and speed, drawn by Altair in a wide and a narrow layout as static SVG, in the theme's CSS
+variables."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Speeds relative to the dense model, from a benchmark run or measured here in turns.
-
-Both times of a ratio are from the same run, since bare times would compare machines.
-"""
+"""Speeds relative to the dense model, both times of a ratio from the same run: from a benchmark run, or measured here
+in turns."""
 
 from __future__ import annotations
 

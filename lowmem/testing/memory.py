@@ -1,11 +1,5 @@
-"""Exact memory figures of a model: stored bytes by category, and the peaks of a forward and a training step.
-
-    stored = sum of the bytes of the distinct storages of parameters, buffers and plain attributes
-    forward, step = peak bytes beyond model and input (``lowmem.measure``)
-
-All are measured after one warm-up, with fixed threads, kernel, seed and garbage collection, so that they do not
-depend on the machine or on earlier tests.
-"""
+"""Exact memory figures of a model, after one warm-up and under fixed conditions: the bytes of distinct storages by
+category, and the peaks of a forward and a training step beyond model and input."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Compares two durations by the ratio of times measured in turns, with an interval and a p-value.
-
-Durations differ between machines, and on one machine from minute to minute. Two durations measured in turns share the
-state of the machine, which cancels in their ratio.
-"""
+"""Compares two durations by the ratio of times measured in turns, in which the state of the machine cancels, with an
+interval and a p-value."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""``lowmem compare``: compares the outputs of models with those of a base, on one input or a text.
-
-Outputs that are not finite fail the comparison, whatever the tolerance.
-"""
+"""``lowmem compare``: compares the outputs of models with those of a base, on one input or a text."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Models by name, and calls of users' code.
-
-A model is named ``VARIANT``, ``module:factory`` (any callable that returns an nn.Module),
-``module:factory@VARIANT`` (the techniques of a variant on that model), or by a folder of Hugging Face transformers.
-"""
+"""Models by name (``VARIANT``, ``module:factory``, ``module:factory@VARIANT``, or a folder of Hugging Face
+transformers), and calls of users' code."""
 
 from __future__ import annotations
 

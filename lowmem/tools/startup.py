@@ -1,8 +1,5 @@
-"""How the ``lowmem`` command ends: with one line for an import that fails, and silently for a closed pipe.
-
-``python -m lowmem`` and the installed script import the whole package before ``main`` can catch an exception. A
-process that only imports the library gets no hook.
-"""
+"""How the ``lowmem`` command ends where ``main`` cannot catch an exception: with one line for an import that fails,
+and silently for a closed pipe."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""``lowmem stats``: parameters, stored bytes, peak memory of a forward and a backward; a user's model by layers.
-
-With ``--plan`` or ``--at-most``: the memory that techniques would take, without the weights. With ``--training``:
-where the memory of a training step goes.
-"""
+"""``lowmem stats``: parameters, stored bytes and peak memory of models; a user's model by layers; with ``--plan`` or
+``--at-most`` what techniques would take; with ``--training`` the parts of a step."""
 
 from __future__ import annotations
 

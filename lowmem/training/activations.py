@@ -1,10 +1,5 @@
-"""Activation compression: tensors that autograd saves for backward are kept as 8-bit codes in blocks.
-
-Most of a training step's memory is what the forward saves. ``compressed_activations`` replaces each large floating
-point tensor by signed 8-bit codes with one scale for every 32 numbers, and decodes it when backward unpacks it (Chen
-et al., ActNN, arXiv 2104.14129, and Dettmers et al., 8-bit Optimizers, arXiv 2110.02861, section 2, for blocks). It
-uses ``torch.autograd.graph.saved_tensors_hooks``, so models need no changes.
-"""
+"""Activation compression: tensors that autograd saves for backward are kept as 8-bit codes in blocks of 32 (Chen et
+al., ActNN, arXiv 2104.14129; Dettmers et al., arXiv 2110.02861, section 2, for blocks)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Selective activation checkpointing: keeps the results of matrix products and recomputes the rest, which is cheap.
-
-Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, arXiv 2205.05198, section 5. It is
-a policy for torch's ``create_selective_checkpoint_contexts``.
-"""
+"""Selective activation checkpointing: keeps the results of matrix products and recomputes the rest, which is cheap
+(Korthikanti et al., arXiv 2205.05198, section 5)."""
 
 from __future__ import annotations
 

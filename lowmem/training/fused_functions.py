@@ -1,8 +1,5 @@
-"""Autograd functions of fused modules: RMS and layer norms, activations and gated activations.
-
-They save only their inputs for backward, and the layers that read the result of a norm or an activation recompute
-it instead of saving it (``note_recompute``).
-"""
+"""Autograd functions of fused modules. They save only their inputs for backward, and layers that read the result of a
+norm or an activation recompute it instead of saving it (``note_recompute``)."""
 
 from __future__ import annotations
 

@@ -1,10 +1,5 @@
-"""Lazy logits: they are computed only when a function reads their values, which the cross entropy does not need.
-
-In training, a language model's output layer returns ``LazyLogits``. Operations between the layer and
-``torch.nn.functional.cross_entropy`` (``float()``, views, a shift by one position, a factor) are applied to the
-hidden states instead, and ``cross_entropy`` itself becomes ``linear_cross_entropy``. Every other function gets the
-computed logits. So the model's code, its loss, labels and reduction need no change.
-"""
+"""Lazy logits: in training an output layer returns ``LazyLogits``. Views, casts and factors before ``cross_entropy``
+are applied to the hidden states, and ``cross_entropy`` becomes ``linear_cross_entropy``."""
 
 from __future__ import annotations
 

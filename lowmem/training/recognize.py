@@ -1,9 +1,5 @@
-"""Recognizes RMS norms, gated MLPs and activations by what they compute, not by the names of their classes.
-
-A module with the right parameters and children is run on random numbers, in float32 and in bfloat16: a norm with a
-random weight, an MLP with probes for layers that return random numbers. It is recognized if its output (of an MLP,
-the input of its last layer) and the gradients equal those of the fused form, within a bound on rounding errors.
-"""
+"""Recognizes RMS norms, gated MLPs and activations by what they compute: on random numbers, in float32 and bfloat16,
+outputs and gradients must equal those of the fused form within a bound on rounding errors."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""Several named adapters on one base: add, activate, deactivate, delete, merge and unmerge them.
-
-A name stands for one adapter of the whole model, which may cover only some layers. Every function checks the whole
-model before it changes anything. The functions are thread-safe: one runs at a time. A forward that runs meanwhile may
-see some layers before the change and others after it.
-"""
+"""Several named adapters on one base: add, activate, deactivate, delete, merge and unmerge them. A function checks
+the whole model before it changes anything, and one function runs at a time."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""Converts any model: select modules, assign techniques, store copies, then commit these to the model.
-
-The model does not change before the commit, so an error leaves it as it was.
-"""
+"""Converts any model: select modules, assign techniques, store copies, then commit these to the model, all or
+none."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Plans the memory of a model before it is converted: from shapes and dtypes alone, without its weights.
-
-The model is made and converted on the meta device, so that stored bytes are exact. Its forward and backward, and the
-step of a real optimizer, run on fake tensors, whose storages ``lowmem.measure`` counts as it counts real ones.
-"""
+"""Plans the memory of a model before it is converted, without its weights: stored bytes of empty layers, and forward,
+backward and an optimizer's step on fake tensors."""
 
 from __future__ import annotations
 

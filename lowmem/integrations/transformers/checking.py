@@ -1,8 +1,5 @@
-"""Refuses folders that contradict themselves: an index, its shards, the tensors in them, and config.json.
-
-transformers reads all files that an index names, wherever they lie. It fills what a folder lacks, or has in another
-shape, with random numbers, and takes a config without sizes for one of the class's default sizes.
-"""
+"""Refuses folders whose index, shards, tensors and config.json contradict each other: transformers fills what a
+folder lacks, or has in another shape, with random numbers."""
 
 from __future__ import annotations
 

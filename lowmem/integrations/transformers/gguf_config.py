@@ -1,8 +1,5 @@
-"""The config.json of a GGUF file's model, from its metadata: the inverse of ``lowmem.io.formats.gguf.fields``.
-
-transformers makes a config of such a file, too, and leaves out what changes the values of its rotary embedding, the
-length of heads in some architectures, and biases; models then compute something else in silence.
-"""
+"""The config.json of a GGUF file's model: the inverse of ``lowmem.io.formats.gguf.fields``. transformers' own leaves
+out what changes the rotary embedding, the length of heads, and biases."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""Raises errors for what PEFT cannot do with stored modules, or would leave out in silence.
-
-PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports
-each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns. PEFT has
-replaced layers by then: the first module that tells of its config comes after them.
-"""
+"""Raises errors for what PEFT cannot do with stored modules, or would leave out in silence: it finds parameters by
+``named_parameters``, where a stored one has the names of its codes and scales."""
 
 from __future__ import annotations
 

@@ -1,9 +1,5 @@
-"""``save_pretrained`` of a converted model: its state, and how its weights are stored, in config.json.
-
-A folder has a tensor under each name that a dense model of its config has, so that transformers without lowmem does
-not take random numbers for what it does not find: what is rounded lies under its own name and can be read, and the
-format of codes lies under the name of the weight, in a shape that no weight has.
-"""
+"""``save_pretrained`` of a converted model: its state, and how its weights are stored, in config.json. A folder has a
+tensor under each name of the dense model, so that transformers without lowmem fills in no random numbers."""
 
 from __future__ import annotations
 

@@ -1,10 +1,5 @@
-"""Runs a model up to one of its blocks, where the blocks before it return what they returned the last time.
-
-What lies between blocks (embeddings, masks, rotations) is computed by the model itself at each run. Only the last
-output of each list of blocks is kept; the others return NaN instead, which shows where a model reads one after all:
-then all outputs are kept. A block may also read more than blocks return (a dictionary or tensor that they write to, a
-cache): ``way_to_replay`` compares what blocks get with and without the replay.
-"""
+"""Runs a model up to one of its blocks, where the blocks before it return what they returned the last time, or NaN
+where that is not kept, which shows where a model reads it after all."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The container of GGUF (``docs/gguf.md`` of ggml), versions 2 and 3, little-endian: fields, places, and tensors.
-
-A header is read once, in small pieces. A file is written in one pass; its bytes depend on fields and tensors alone.
-"""
+"""The container of GGUF (``docs/gguf.md`` of ggml), versions 2 and 3, little-endian: fields, places, and tensors."""
 
 from __future__ import annotations
 

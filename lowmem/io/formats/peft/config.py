@@ -1,8 +1,5 @@
-"""PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas.
-
-Layers are found as PEFT finds them. What changes the result of an adapter and has no form here (DoRA, biases of B,
-trainable tokens, ...) is refused by name, and so is every key that is unknown and not empty.
-"""
+"""PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas. What has no form here
+(DoRA, biases of B, ...) and unknown keys are refused by name."""
 
 from __future__ import annotations
 

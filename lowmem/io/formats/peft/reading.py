@@ -1,8 +1,5 @@
-"""Reads folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``, never pickles.
-
-A config and a model lead to names of tensors, and a file must have these and no others: PEFT itself leaves out in
-silence what it does not find.
-"""
+"""Reads folders of PEFT. A config and a model lead to names of tensors, and a file must have these and no others:
+PEFT itself leaves out in silence what it does not find."""
 
 from __future__ import annotations
 

@@ -1,8 +1,5 @@
-"""Writes folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-Layers are named by full paths, since PEFT loads a part of the file in silence where ends of paths are ambiguous. What
-trains of the base beside the adapter is written, too: biases, and other modules whole (``modules_to_save``).
-"""
+"""Writes folders of PEFT. Layers are named by full paths, since PEFT loads a part of the file in silence where ends
+of paths are ambiguous."""
 
 from __future__ import annotations
 
