@@ -158,16 +158,13 @@ def format_keys(model: nn.Module) -> set[str]:
     }
 
 
-def _compute_dtype(module: CodedModule) -> torch.dtype | None:
-    return module._weight_form.compute_dtype
-
-
 def _set_compute_dtype(module: CodedModule, dtype: torch.dtype | None) -> None:
     one = module._forms["weight"]
     module._forms["weight"] = one._replace(form=replace(module._weight_form, compute_dtype=dtype))
     module._kept.pop("weight", None)
 
 
-weight_compute_dtype = property(_compute_dtype, _set_compute_dtype, doc="The ``compute_dtype`` of the weight's form.")
+weight_compute_dtype = property(lambda module: module._weight_form.compute_dtype, _set_compute_dtype)
+"""The ``compute_dtype`` of the weight's form."""
 
 BASES[4] = BASES[8] = CodedModule

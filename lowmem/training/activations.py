@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowmem.kernels.codes import BLOCK, empty_codes
 from lowmem.nn.calls import is_cast
 from lowmem.nn.recomputed import Again, Kept, compute_again, noted
+from lowmem.nn.sharded import is_fsdp_unit
 from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes
 from lowmem.transforms.registry import check_module
@@ -302,7 +303,7 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
         raise RuntimeError("compressed_activations inside a compiled function: enter it around the compiled call")
     compressor = _Compressor(exact := _storages(model))
     # FSDP2 gathers a module's parameters before its forward, into new storages.
-    sharded = [one for one in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(one).__mro__)]
+    sharded = filter(is_fsdp_unit, model.modules())
     hooks = [one.register_forward_pre_hook(lambda module, _: exact.update(_storages(module))) for one in sharded]
     try:
         with saved_tensors_hooks(compressor.pack, compressor.unpack), _ByFunction(compressor):

@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from lowmem.nn.calls import is_cast, is_plain_call
 from lowmem.nn.read_only import METADATA, writes_in_place
+from lowmem.nn.sharded import is_fsdp_unit
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule, prepared_class
 
@@ -182,8 +183,7 @@ def _can_wait(layer: nn.Module, input: Tensor) -> bool:
     """Whether logits may be computed later: a plain floating point input, and no compiler, tracer or transform."""
     if not is_plain_call() or type(input) not in (Tensor, nn.Parameter) or input.is_nested or input.is_meta:
         return False
-    is_unit = any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)  # FSDP2 frees the gathered weight
-    return input.is_floating_point() and not is_unit
+    return input.is_floating_point() and not is_fsdp_unit(layer)  # FSDP2 frees the gathered weight
 
 
 def _versions(layer: Any, hidden: Tensor) -> tuple[Any, ...]:

@@ -132,10 +132,6 @@ def _computes_subclass(module: nn.Module) -> str:
     return "as stored" if dense.forward is nn.Linear.forward or computes_linear(module) else _AS_READ
 
 
-def _named(prefix: str, module: nn.Module) -> list[str]:
-    return [name for name in module._parameters if name.startswith(prefix)]
-
-
 _AS_READ = "as its module reads it"
 _REMOVE = ": torch.nn.utils.parametrize.remove_parametrizations makes it a parameter"
 _RNN = (nn.RNNBase, nn.RNNCellBase)
@@ -165,7 +161,7 @@ ENTRIES = (
     Entry(
         "LSTM, GRU and RNN",
         _is(*_RNN),
-        lambda module: _named("weight_", module),
+        lambda module: [name for name in module._parameters if name.startswith("weight_")],
         computes=_computes_rnn,
         no_adapter="LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
     ),

@@ -108,7 +108,8 @@ def compare_text(
     first: Any = load_folder(base)
     refuse_pairs(base, first, "compare")
     length = min(WINDOW, getattr(first.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
-    tokens = _tokens(base, tokenizer, text)
+    with tokenizer_errors(base):
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
     kind: Any = _Predictions if _predicts(first, tokens[:length]) else _Embeddings
     parts = kind.parts(tokenizer, tokens, text, length)
     scores: list[Any] = []
@@ -316,11 +317,6 @@ def _predicts(model: Any, tokens: Tensor) -> bool:
     with torch.no_grad():
         output = model(tokens[None].to(model.device))
     return getattr(output, "logits", None) is not None or getattr(output, "last_hidden_state", None) is None
-
-
-def _tokens(folder: Path, tokenizer: Any, text: str) -> Tensor:
-    with tokenizer_errors(folder):
-        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def interval(
