@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.errors import printable, show
+from lowmem.errors import printable
 from lowmem.io.metadata import layer_of
 from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import PlannedWeight, check_target, write_model
-from lowmem.io.source import Source
+from lowmem.io.source import Source, check_patterns
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
 from lowmem.quant.quantize import relative_error
@@ -134,11 +134,7 @@ def _chosen(
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in specs):
-            raise ValueError(
-                f"pattern {pattern!r} matches no tensor; check it, the first is {show(next(iter(specs)))}"
-            )
+    check_patterns((*include, *exclude), specs)
     wanted = {
         name
         for name, spec in specs.items()

@@ -16,6 +16,7 @@ from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.formats.stored_model import swapped
 from lowmem.io.shards import PlannedWeight, check_target, write_model
+from lowmem.io.source import check_patterns
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 
@@ -92,7 +93,7 @@ def import_checkpoint(
 def _plan(
     source: Path, file: ForeignFile, requantizing: Requantizing, dtype: torch.dtype | None
 ) -> dict[str, PlannedWeight]:
-    requantizing.check(file.tensors)
+    check_patterns(requantizing.include, file.tensors)
     tensors = [requantizing.of(found) for found in file.tensors.values()]
     refused = [tensor for tensor in tensors if tensor.refusal is not None]
     if refused:

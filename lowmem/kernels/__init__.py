@@ -32,7 +32,7 @@ __all__ = [
     "using",
 ]
 
-VARIABLE = "LOWMEM_KERNEL"
+VARIABLE = "LOWMEM_KERNEL"  # reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx
 PROVIDERS = (reference, cpu)
 """Modules with a function ``backends()``. It returns the CPU's backends that can run here, the slowest first, and how
 they compute; or none, and the reason."""

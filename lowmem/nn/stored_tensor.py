@@ -301,8 +301,7 @@ def _rebuild(
     return made
 
 
-if hasattr(torch.serialization, "add_safe_globals"):  # so that torch.load(weights_only=True) can read one
-    torch.serialization.add_safe_globals([_rebuild, CodedForm, HalfForm])
+torch.serialization.add_safe_globals([_rebuild, CodedForm, HalfForm])  # for torch.load(weights_only=True)
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
