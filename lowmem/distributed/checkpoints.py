@@ -1,5 +1,4 @@
-"""The states of a run in several processes: files of whole values, as one process writes them and any number
-reads."""
+"""The states of a run in several processes: files of whole values, which any number of processes reads."""
 
 from __future__ import annotations
 

@@ -206,8 +206,7 @@ class _Run:
         return step % every == 0 or (step < every and step & (step - 1) == 0)
 
     def _keep(self, step: int, random: dict[str, Tensor], good: bool) -> OSError | None:
-        """Save the state after ``step`` steps if it or the loss of its rows is finite; return the error if that
-        fails."""
+        """Save the state after ``step`` steps if it, or its last loss, is finite; return the error if that fails."""
         if self._states is None or step == self._start or not (good or math.isfinite(self._loss_again(step - 1))):
             return None
         try:

@@ -81,8 +81,7 @@ def _decoded(scales: Tensor, scale_encoding: str, signed: bool) -> Tensor:
 
 
 def _float(stored: Tensor, size: int) -> Tensor:
-    """Return the numbers (rows, n) of the bytes ``stored`` (rows, n * size), by arithmetic that is exact in
-    float32."""
+    """Return the numbers (rows, n) of bytes (rows, n * size), by arithmetic that is exact in float32."""
     bits, bias = (10, 15) if size == 2 else (23, 127)  # of the mantissa, and of the exponent
     *low, second, first = stored.unflatten(-1, (-1, size)).float().unbind(-1)  # (rows, n) each
     negative = first >= 128

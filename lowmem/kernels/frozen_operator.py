@@ -267,8 +267,7 @@ class _Node(torch.autograd.Function):
 def _over_examples(
     call: Callable[..., Tensor], rows_alike: bool, info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
 ) -> tuple[Tensor, int]:
-    """Return what vmap makes of ``call(x, *rest)`` with the examples in dimensions ``in_dims``, and where they are in
-    it."""
+    """Return what vmap makes of ``call(x, *rest)``, examples in ``in_dims``, and the dimension of the examples."""
     several = [dim is not None for dim, one in zip(in_dims[1:], rest, strict=True) if isinstance(one, Tensor)]
     if in_dims[0] is None or any(several) or not rows_alike:  # such as weights or biases of several models
         outs = []

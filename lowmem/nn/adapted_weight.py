@@ -1,5 +1,4 @@
-"""A tensor subclass for a weight with adapters, ``W + sum s B A``, with which torch functions compute as two
-products."""
+"""A tensor subclass for a weight with adapters, ``W + sum s B A``: torch functions compute as two products."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""torch's multi-head attention with stored and adapted weights; its own function would ask ``__torch_function__``
-again."""
+"""torch's multi-head attention with stored and adapted weights, which torch's own function cannot take."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""1-d and 2-d convolutions with weights in 4, 8 or 16 bits: the bases of their generated classes, which compute the
-geometry once."""
+"""Convolutions with weights in 4, 8 or 16 bits: bases of generated classes that compute the geometry once."""
 
 from __future__ import annotations
 

@@ -173,8 +173,7 @@ def _convolve(
 
 
 def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
-    """Return (batch, in_channels, *size) for grad (batch, out_channels, *out size); chunks are summed in float32 or
-    wider."""
+    """Return (batch, in_channels, *size) for grad (batch, out_channels, *out size), summed in float32 or wider."""
     adjoint = _ADJOINTS[len(geometry.kernel)]
     chunks = _chunks(weight, geometry, dtype, grad.device)
     shape = (grad.shape[0], geometry.in_channels, *size)

@@ -1,5 +1,4 @@
-"""Linear layers with weights in 4, 8 or 16 bits. A product is computed for one chunk of the weight's rows at a
-time."""
+"""Linear layers with weights in 4, 8 or 16 bits; a product is computed for a chunk of rows at a time."""
 
 from __future__ import annotations
 

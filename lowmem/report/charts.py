@@ -1,5 +1,4 @@
-"""Charts of memory and speed, drawn by Altair in a wide and a narrow layout as static SVG, in the theme's CSS
-variables."""
+"""Charts of memory and speed, drawn by Altair wide and narrow as static SVG, in the theme's CSS variables."""
 
 from __future__ import annotations
 
@@ -199,8 +198,7 @@ def _stacked_bars(
     narrow: bool,
     legend: Any,
 ) -> Any:
-    """Draw a bar for each name, of the bytes of its parts (``field`` of the data, stacked by ``orders``), with their
-    sum."""
+    """Draw a bar for each name, of its parts (``field`` of the data, stacked by ``orders``), with their sum."""
     names = list(bars)
     sums = {name: sum(parts.values()) for name, parts in bars.items()}
     size, unit = unit_of(max(sums.values()))

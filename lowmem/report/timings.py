@@ -1,5 +1,4 @@
-"""Speeds relative to the dense model, both times of a ratio from the same run: from a benchmark run, or measured here
-in turns."""
+"""Speeds relative to the dense model, both times of a ratio from one run: a benchmark's, or one made here."""
 
 from __future__ import annotations
 

@@ -300,8 +300,7 @@ def check_name(name: str) -> None:
 def _layers_with(
     model: nn.Module, names: Iterable[str], not_merged: Collection[str] = ()
 ) -> dict[AdaptedModule, str]:
-    """Return every adapted layer with its first path; a ValueError if an adapter is missing, or one is merged that
-    may not."""
+    """Return every adapted layer with its first path; a missing adapter, or a merged one, is a ValueError."""
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")

@@ -1,5 +1,4 @@
-"""Converts any model: select modules, assign techniques, store copies, then commit these to the model, all or
-none."""
+"""Converts any model: select modules, assign techniques, store copies, then commit all of them or none."""
 
 from __future__ import annotations
 

@@ -119,8 +119,7 @@ def warnings_of_adapters(
 
 
 def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterator[str]:
-    """Warn of the first linear layer whose weight another without an adapter has: adapters act in their layer
-    alone."""
+    """Warn of the first linear layer whose weight another has without an adapter: adapters act in their layer."""
     paths, left = module_paths(model), output_layers(model)
     taken = [one for one in paths if isinstance(one, nn.Linear) and one not in left]
     linear: dict[nn.Module, set[int]] = {one: layer_weights(one) for one in taken}

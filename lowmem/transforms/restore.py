@@ -109,8 +109,7 @@ def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) ->
 def _cast_dense(
     model: nn.Module, selected: Mapping[nn.Module, str], dtype: torch.dtype
 ) -> dict[nn.Module, dict[str, Any]]:
-    """Return the dense parameters and saved buffers of modules in another dtype; a ValueError if one cannot have
-    it."""
+    """Return the dense parameters and saved buffers of modules in another dtype; a ValueError if that cannot be."""
     taken = dict(selected)
     for module, path in list(taken.items()):
         if isinstance(module, nn.MultiheadAttention):  # which reads these parameters itself

@@ -210,8 +210,7 @@ def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:
-    """Return the names of a record's weight, and of its codes and scales; ``a.b`` is a module, or a parameter
-    ``b``."""
+    """Return the names of the weight of a record at a module or parameter, and of its codes and scales."""
     weight = f"{place}.weight".lstrip(".")
     for name in (weight, place):
         packed, scales = f"{name}_packed", f"{name}_scales"

@@ -331,8 +331,7 @@ class _Run:
                 self.progress(number + 1, len(units), left)
 
     def _quantize(self, unit: Unit, replay: Replay) -> None:
-        """Take the moments of a unit's inputs, and quantize its layers by them; Stale if what was not kept may be
-        read."""
+        """Quantize a unit's layers by the moments of its inputs; Stale if what was not kept may be read."""
         moments, groups = self._moments(unit, replay)
         if replay.has_dropped and not all(own.is_finite() for own in moments.values()):
             raise Stale  # before a layer is replaced: all of the unit are done again

@@ -214,8 +214,7 @@ def way_to_replay(
 def _difference(
     model: nn.Module, batch: Any, replay: Replay, units: Sequence[Unit], entries: dict[nn.Module, list[Tensor]]
 ) -> str:
-    """Return which unit gets other inputs in a replay, "" if none does; Stale if a unit gets NaN in place of its
-    inputs."""
+    """Return which unit gets other inputs in a replay, "" if none does; Stale if a unit gets NaN instead."""
     paths = {module: path for path, module in model.named_modules()}
     for unit in units:
         first = unit.layers[0] if unit.block is None else unit.block
