@@ -14,8 +14,6 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["drop_pages", "return_holes", "returns_free_pages", "trim_heap"]
-
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _LARGE = 2**22  # bytes: smaller allocations are not worth the time of malloc_trim

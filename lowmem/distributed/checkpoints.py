@@ -13,8 +13,6 @@ from torch import Tensor, distributed, nn
 
 from lowmem.finetuning.state import Saved, States, trained
 
-__all__ = ["Checkpoints"]
-
 
 class Checkpoints(States):
     """The states of a run in a folder that all processes see. All of them call each method but ``wait`` and ``kept``.

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from lowmem.errors import describe
 
-__all__ = ["Calling", "balance_of", "calling_of", "evaluating", "logits_of"]
-
 _LENGTHS = (7, 6)
 """Tokens of the two texts that are tried: few, so that both lie in one block of blockwise attention; odd in all."""
 

@@ -30,8 +30,6 @@ from lowmem.finetuning.text import IGNORED
 from lowmem.io.checkpoint import unwrap
 from lowmem.resident import trim_heap
 
-__all__ = ["Outcome", "Step", "finetune"]
-
 
 @dataclass(frozen=True)
 class Step:

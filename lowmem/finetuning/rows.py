@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.text import IGNORED, Example
 
-__all__ = ["Batch", "Order", "Rows", "pack", "part"]
-
 _MIX = 0x9E3779B97F4A7C15  # odd, so that the epochs of one seed have different seeds
 
 

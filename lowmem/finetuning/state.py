@@ -20,18 +20,6 @@ from lowmem.io.atomic import write_errors
 from lowmem.io.checkpoint import unwrap
 from lowmem.io.container import read, write_tensors
 
-__all__ = [
-    "Saved",
-    "States",
-    "capture",
-    "changes",
-    "forked_random",
-    "put_back",
-    "random_states",
-    "set_random_states",
-    "trained",
-]
-
 KIND = "training"
 FILES = ("state-0.safetensors", "state-1.safetensors")
 

@@ -17,8 +17,6 @@ from torch import Tensor
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors
 
-__all__ = ["IGNORED", "Example", "Texts", "Tokenizer", "read_examples", "read_text"]
-
 IGNORED = -100
 """Target of a token whose successor is not to be predicted: ``ignore_index`` of torch's cross entropy."""
 

@@ -27,8 +27,6 @@ from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
 
-__all__ = ["content_of", "how_stored", "load", "save", "unwrap"]
-
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel or DataParallel, whose paths lack ``module.``; or the model."""

@@ -21,8 +21,6 @@ from lowmem.errors import FileError, refusal, show
 from lowmem.io.atomic import atomic_file, check_writable, open_regular, read_errors, write_errors
 from lowmem.io.safetensors import Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
-__all__ = ["FORMAT_VERSION", "TensorFile", "bytes_of", "read", "spec_of", "write", "write_plain", "write_tensors"]
-
 FORMAT_VERSION = 1
 
 MAGIC = b'{"__metadata__":{"sha256":"'

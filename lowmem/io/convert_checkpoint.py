@@ -24,8 +24,6 @@ from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of
 
-__all__ = ["Row", "convert_checkpoint"]
-
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
 

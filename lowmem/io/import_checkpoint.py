@@ -20,8 +20,6 @@ from lowmem.io.source import check_patterns
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 
-__all__ = ["ImportedRow", "import_checkpoint"]
-
 
 @dataclass(frozen=True)
 class ImportedRow:

@@ -22,20 +22,6 @@ from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "INDEX",
-    "PlannedWeight",
-    "check_target",
-    "divide",
-    "encode_index",
-    "index_of",
-    "parse_index",
-    "read_index",
-    "read_model",
-    "shard_name",
-    "write_model",
-]
-
 INDEX = ".index.json"
 MAX_INDEX = 2**26  # largest index that is read, in bytes
 

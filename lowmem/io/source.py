@@ -17,8 +17,6 @@ from lowmem.io.atomic import open_regular, read_errors, read_into
 from lowmem.io.safetensors import TensorSpec, parse, read_header
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = ["Checkpoint", "Source", "check_patterns"]
-
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 

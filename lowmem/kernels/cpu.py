@@ -22,8 +22,6 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Kernel", "backends"]
-
 # (name, signed) of a scale encoding -> enum encoding of csrc/kernel.h
 _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, ("double", True): 3}
 

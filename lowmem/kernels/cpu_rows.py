@@ -15,8 +15,6 @@ from lowmem.kernels.memory import TYPES, floats, is_batch, is_float, is_real, is
 from lowmem.quant.backend import Activation, Columns
 from lowmem.quant.formats import Format
 
-__all__ = ["CpuRows"]
-
 _LEVELS = 16  # of csrc/columns.h
 _TERMS = 7  # of struct gated in csrc/row_calls.h
 

@@ -17,8 +17,6 @@ from lowmem.quant.packing import by_block
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.search import spread
 
-__all__ = ["decomposes", "dequantized", "product", "product_4bit"]
-
 
 def decomposes(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as what ``torch.ops.lowmem.<name>`` does, with its arguments."""

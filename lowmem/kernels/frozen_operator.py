@@ -18,18 +18,6 @@ from lowmem.quant.packing import code_bytes
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "FrozenOperator",
-    "StoredParts",
-    "parsed",
-    "parts_of",
-    "refuse_training",
-    "serve",
-    "stands_for_plain_call",
-    "stored",
-    "text_of",
-]
-
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
 

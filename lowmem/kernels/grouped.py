@@ -21,8 +21,6 @@ from lowmem.kernels.ops import FIELDS
 from lowmem.quant.backend import Backend, Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Blocks", "grouped_matmul", "grouped_product"]
-
 
 def _reads(offsets: Tensor) -> bool:
     return offsets.is_cpu

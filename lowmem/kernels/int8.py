@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BYTES_PER_NUMBER", "COLUMNS", "LARGEST", "float_dtype", "round_inputs", "rounded_levels"]
-
 COLUMNS = 128
 """Columns per activation scale; ``block_size`` where it does not divide 128."""
 

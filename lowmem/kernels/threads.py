@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["usable_cpus"]
-
 
 def usable_cpus(root: Path = Path("/")) -> int:
     """Return the number of CPUs that this process may use, at least 1.

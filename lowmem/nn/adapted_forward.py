@@ -20,8 +20,6 @@ from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.nn.low_rank_sum import LowRankSum
 
-__all__ = ["FORWARDS", "LINEAR"]
-
 _IN_FLOAT32 = (None, torch.float32)
 
 

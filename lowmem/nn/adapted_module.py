@@ -19,16 +19,6 @@ from lowmem.nn.module_copy import LAYERS, become, copied_module, stored_class, s
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
 
-__all__ = [
-    "AdaptedModule",
-    "LoRALinear",
-    "adapted_copy",
-    "become_adapted",
-    "share_table",
-    "share_tied_adapters",
-    "table_of",
-]
-
 
 class AdaptedModule(nn.Module):
     """Base of all modules with adapters on parameters.

@@ -18,8 +18,6 @@ from lowmem.nn.adapter_autograd import read_product
 from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, implements_adapted, is_adapted
 from lowmem.nn.stored_products import einsum
 
-__all__ = ["linear"]
-
 
 @implements_adapted(functional.linear)
 def linear(input: Any, weight: Any, bias: Any = None) -> Any:

@@ -14,8 +14,6 @@ from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, REFUSAL, LowRankSum, on_values
 from lowmem.nn.read_only import Unasked, read_only
 
-__all__ = ["AdaptedWeight", "adapted_weight"]
-
 
 def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout) -> Any:
     """Return a weight with adapters.

@@ -18,8 +18,6 @@ from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
 
-__all__ = ["Adapter", "Layout", "Update", "add_low_rank", "is_conv1d", "layout_of", "truncated_svd"]
-
 _OVERSAMPLING = 16  # columns of the basis beyond the rank
 _STEPS = 8  # of subspace iteration; the singular values of a 4-bit error lie close together, so it needs several
 

@@ -31,8 +31,6 @@ from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, s
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["converted", "is_narrow", "narrow_results", "product_of", "read_product", "trained_matrices"]
-
 LEAST_ROWS = 64
 """Fewest rows for which dequantizing the weight to bfloat16 costs less than a separate low-rank product."""
 

@@ -18,8 +18,6 @@ from lowmem.nn.module_copy import BASES
 from lowmem.nn.stored_module import StoredModule, named_part
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["CodedModule", "format_keys", "kept_weight", "weight_compute_dtype"]
-
 is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # called often: globals are faster
 
 

@@ -16,8 +16,6 @@ from lowmem.nn.module_copy import LAYERS
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 
-__all__ = ["Conv4Bit", "HalfConv", "geometry_of"]
-
 
 def geometry_of(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
     """Return the geometry of a dense layer: channels and kernel from its weight, the rest from its attributes."""

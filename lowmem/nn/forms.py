@@ -16,8 +16,6 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["CodedForm", "Described", "Form", "HalfForm", "described", "freeze", "parts_of"]
-
 
 @dataclass(frozen=True)
 class CodedForm:

@@ -20,8 +20,6 @@ from lowmem.kernels.memory import is_traced
 from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["Geometry", "convolution", "frozen_conv"]
-
 
 @dataclass(frozen=True)
 class Geometry:

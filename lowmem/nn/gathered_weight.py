@@ -14,8 +14,6 @@ from lowmem.nn.calls import autocast
 from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.stored_tensor import FUNCTIONS, OPERATORS, StoredTensor
 
-__all__ = ["GatheredTensor", "check_order"]
-
 
 def check_order(order: Tensor, name: str) -> None:
     """Check that an order that was read from a file or state is a permutation; one on the meta device passes."""

@@ -20,8 +20,6 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["CodedLinear", "GatheredLinear4Bit", "HalfLinear", "Linear4Bit", "Linear8Bit", "gathered_copy"]
-
 
 class CodedLinear(CodedModule, nn.Linear):
     """``y = x W^T + b`` with W stored in codes and frozen; the bias is unchanged.

@@ -16,8 +16,6 @@ from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.read_only import METADATA, name_of, read_only, writes_in_place
 from lowmem.nn.stored_tensor import StoredTensor
 
-__all__ = ["ADAPTED_FUNCTIONS", "REFUSAL", "LowRankSum", "implements_adapted", "is_adapted", "on_values"]
-
 REFUSAL = (
     "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "
     "lowmem.merge(model)"

@@ -17,20 +17,6 @@ from lowmem.nn.forms import Described, HalfForm, described, freeze, parts_of
 if TYPE_CHECKING:
     from lowmem.nn.stored_module import StoredModule
 
-__all__ = [
-    "BASES",
-    "HOOKS",
-    "LAYERS",
-    "become",
-    "copied_module",
-    "leading_dims",
-    "restored_copy",
-    "stored_class",
-    "stored_copy",
-    "stored_property",
-    "subclass_of",
-]
-
 LAYERS: dict[tuple[type[nn.Module], int], type[StoredModule]] = {}
 """(class of a dense layer, bits) -> a class with a faster forward, or the base of generated classes that has it."""
 

@@ -14,20 +14,6 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-__all__ = [
-    "Again",
-    "Kept",
-    "can_recompute",
-    "compute_again",
-    "differentiable_once",
-    "in_checkpoint",
-    "note_recompute",
-    "noted",
-    "recompute_of",
-    "recomputed_input",
-    "saves_in_any_dtype",
-]
-
 _autograd: Any = torch._C._autograd
 _outer_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_default_hooks
 

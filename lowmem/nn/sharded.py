@@ -6,8 +6,6 @@ import sys
 
 from torch import nn
 
-__all__ = ["is_fsdp_unit", "sharded_types"]
-
 
 def sharded_types() -> tuple[type, ...]:
     """Return the classes of sharded parameters; () if their module was not imported."""

@@ -21,8 +21,6 @@ from lowmem.nn.module_copy import BASES, become, restored_copy, stored_copy
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded, recorded_values
 
-__all__ = ["StoredModule", "dense_bytes", "is_exported", "named_part"]
-
 _M = TypeVar("_M", bound="StoredModule")
 
 is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # called often: globals are faster

@@ -21,8 +21,6 @@ from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded, refuse_gradient
 from lowmem.quant.backend import backend_of
 
-__all__ = ["einsum"]
-
 aten = torch.ops.aten
 
 

@@ -21,19 +21,6 @@ from lowmem.nn.read_only import VIEWS, exported_view, makes_view, read_only, rec
 from lowmem.nn.sharded import sharded_types
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "FUNCTIONS",
-    "OPERATORS",
-    "REMEDY",
-    "StoredTensor",
-    "dequantized_call",
-    "implements",
-    "is_recorded",
-    "recorded_values",
-    "refuse_gradient",
-    "refuse_parts",
-]
-
 REMEDY = (
     "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model); if the "
     "model's own code writes, convert it with skip= for this layer"

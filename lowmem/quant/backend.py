@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from lowmem.quant.formats import Format
     from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["ANY", "Activation", "Backend", "Columns", "LowRank", "Weight", "backend_for", "backend_of", "set_backend"]
-
 Weight: TypeAlias = "Tensor | QuantizedTensor"
 """A stored weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape."""
 

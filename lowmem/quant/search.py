@@ -13,19 +13,6 @@ from torch import Tensor
 from lowmem.quant.formats import Format
 from lowmem.quant.packing import by_block
 
-__all__ = [
-    "CANDIDATES",
-    "LANES",
-    "block_errors",
-    "block_sums",
-    "fitting_offsets",
-    "fitting_scales",
-    "largest_weights",
-    "nearest_codes",
-    "searched_scales",
-    "spread",
-]
-
 CANDIDATES = tuple(n / 16 for n in (16, 15, 17, 14, 18, 13, 19, 12, 20))
 """Scales that are tried, as multiples of the block's largest magnitude; with both signs if the format is signed."""
 

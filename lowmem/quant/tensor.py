@@ -17,8 +17,6 @@ from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
 from lowmem.quant.search import CANDIDATES, spread
 
-__all__ = ["SCRATCH_BYTES", "QuantizedTensor", "row_chunks"]
-
 SCRATCH_BYTES = 2**20
 """Limit of the scratch memory for dequantizing a chunk of rows on the CPU, whose cache holds it."""
 

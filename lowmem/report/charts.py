@@ -16,8 +16,6 @@ from lowmem.report.theme import series
 from lowmem.report.timings import Timing, is_peers
 from lowmem.training.memory import TrainingMemory
 
-__all__ = ["Drawing", "draw", "memory_chart", "percent", "readable_bytes", "speed_chart", "step_chart"]
-
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 
 INK, QUIET, LINE, PAGE = "var(--ink)", "var(--quiet)", "var(--line)", "var(--page)"

@@ -6,8 +6,6 @@ from __future__ import annotations
 import re
 from types import MappingProxyType
 
-__all__ = ["DARK", "LIGHT", "SERIES", "coloured", "css", "series"]
-
 _COLOURS = {  # in light, and in dark
     "page": ("#ffffff", "#11151b"),
     "panel": ("#f5f7fa", "#1a2029"),

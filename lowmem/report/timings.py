@@ -14,8 +14,6 @@ from lowmem.errors import printable, refusal, show
 from lowmem.testing.latency import measure_speedup
 from lowmem.testing.verdicts import read_json
 
-__all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]
-
 DENSE = "float32"
 """The panel of float32 inputs, compared with the dense float32 model."""
 

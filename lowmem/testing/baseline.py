@@ -23,18 +23,6 @@ from lowmem.io.safetensors import read_at_most
 from lowmem.testing.verdicts import Row, verdict_of
 from lowmem.transforms.summary import aligned
 
-__all__ = [
-    "Figures",
-    "Key",
-    "check_figures",
-    "compare",
-    "count_text",
-    "difference_table",
-    "parse_document",
-    "read_figures",
-    "write_figures",
-]
-
 MOST_BYTES = 2**24
 """Largest baseline that is read, in bytes; a gate takes about 200."""
 

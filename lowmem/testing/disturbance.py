@@ -11,8 +11,6 @@ from pathlib import Path
 from statistics import median
 from typing import TypeVar
 
-__all__ = ["Watch", "disturbs", "seconds_of_cores", "seconds_waited"]
-
 WAITED = 0.02  # of the seconds of a burst: the work of an idle system keeps threads from a core for less
 SWITCH = 0.001  # seconds that an involuntary switch counts for
 OTHERS = 0.05  # of the time of all cores: an idle system takes less

@@ -20,8 +20,6 @@ from lowmem.testing.baseline import (
 from lowmem.testing.verdicts import Row, Verdict
 from lowmem.transforms.summary import aligned
 
-__all__ = ["Judged", "MemoryGates", "belongs_to", "entry_name"]
-
 _SEPARATOR = " | "
 
 

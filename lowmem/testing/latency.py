@@ -19,8 +19,6 @@ from lowmem.testing.call import check_model, model_errors
 from lowmem.testing.disturbance import LONG, Watch
 from lowmem.testing.ratios import Ratio, ratio_of_times, take_turns
 
-__all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
-
 CONFIDENCE = 0.99  # of the interval; high, since it is checked several times, and each check may err
 BURST = 0.001  # least seconds of a burst: above the timer's resolution, below what another process gets at once
 BURSTS = 3  # bursts of a turn, whose median counts; calls longer than ``LONG`` have one burst

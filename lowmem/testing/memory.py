@@ -29,8 +29,6 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.testing.baseline import Figures, Key, check_figures
 from lowmem.testing.call import check_model, model_errors
 
-__all__ = ["THREADS", "counted_figures", "memory_figures", "stored_figures"]
-
 THREADS = 2  # fixed, since the kernel's scratch grows with them
 
 _CONTAINERS = (list, tuple, set, frozenset, deque)

@@ -12,8 +12,6 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-__all__ = ["Ratio", "hodges_lehmann", "ratio_of_times", "take_turns"]
-
 RESAMPLES = 2000  # of the bootstrap: another seed moves the ends of a 95% interval by a few hundredths of its width
 BATCH_VALUES = 4_000_000  # most Walsh averages that exist at once: 32 MB
 EXACT_PAIRS = 50  # the p-value is exact up to this many pairs

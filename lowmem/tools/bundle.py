@@ -17,8 +17,6 @@ from zipfile import ZipFile, ZipInfo
 from lowmem.io.atomic import PARTIAL, check_free, write_atomically
 from lowmem.tools.output import shown
 
-__all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_files", "run", "runnable"]
-
 MANIFEST = "MANIFEST.sha256"
 COMMENT = b"made by lowmem bundle"  # the comment of each bundle, by which later bundles leave it out
 

@@ -21,8 +21,6 @@ from lowmem.tools.models import folder_of, make_model, tensor_of
 from lowmem.tools.output import finite, print_json, print_table, progress, shown
 from lowmem.variants import VARIANTS
 
-__all__ = ["add_arguments", "run"]
-
 LISTED = 20
 """Layers that a table lists; JSON has all of them."""
 

@@ -20,18 +20,6 @@ from lowmem.transforms.plan import Plan
 from lowmem.transforms.registry import Technique
 from lowmem.variants import VARIANTS, build, techniques_of
 
-__all__ = [
-    "batch_of",
-    "folder_of",
-    "make_model",
-    "model_factory",
-    "plan_model",
-    "recipe_of",
-    "run_model",
-    "tensor_of",
-    "user_code",
-]
-
 Result = TypeVar("Result")
 
 

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from lowmem.report.timings import Timing
     from lowmem.testing.verdicts import Verdict
 
-__all__ = ["Measured", "add_arguments", "check_extra", "check_target", "machine", "measure_variants", "run", "write"]
-
 BIGNET = "bignet"
 DENSE = "dense"  # the name of a user's model without techniques
 ENDINGS = (".html", ".htm")

@@ -8,8 +8,6 @@ import signal
 import sys
 from types import TracebackType
 
-__all__ = ["CLOSED_PIPE", "discard_output", "end_closed_pipe", "guard_imports", "is_command", "write_error"]
-
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what shells report for a process that SIGPIPE ended
 
 # Exceptions of broken installations during imports; any other is a fault of lowmem.

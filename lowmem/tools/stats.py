@@ -35,8 +35,6 @@ from lowmem.transforms.summary import Summary, summary
 from lowmem.variants import VARIANTS
 from lowmem.version import install_command
 
-__all__ = ["Stats", "add_arguments", "run", "stats_of"]
-
 _ENDINGS = (".svg", ".png", ".html", ".htm")
 TOKENS = 128  # that a folder's model is measured with
 

@@ -24,8 +24,6 @@ from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes
 from lowmem.transforms.registry import check_module
 
-__all__ = ["Codes", "Room", "compress", "compressed_activations"]
-
 _LEAST = 2**12
 """Tensors with fewer elements are not compressed: it would save less than it costs."""
 

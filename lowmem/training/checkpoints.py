@@ -7,8 +7,6 @@ from typing import Any
 
 from torch.utils import checkpoint
 
-__all__ = ["keep_products"]
-
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
 """``aten`` operators that multiply matrices; names of attention operators begin with ``_scaled_dot_product``."""
 

@@ -23,17 +23,6 @@ from lowmem.nn.recomputed import can_recompute, recomputed_input, saves_in_any_d
 from lowmem.training.fused_functions import activated, gated_product, layer_norm, recompute_of_product, rms_norm
 from lowmem.training.prepared_module import PreparedModule, prepared_class
 
-__all__ = [
-    "Act",
-    "FusedModule",
-    "GatedMLP",
-    "How",
-    "LayerNorm",
-    "RMSNorm",
-    "activations",
-    "fuse",
-]
-
 
 @dataclass(frozen=True)
 class RMSNorm:

@@ -21,9 +21,6 @@ from lowmem.nn.adapter_autograd import is_narrow
 from lowmem.nn.recomputed import Recompute, differentiable_once, in_checkpoint, note_recompute
 from lowmem.quant.backend import backend_of
 
-__all__ = ["activated", "gated_product", "layer_norm", "recompute_of_product", "rms_norm"]
-
-
 _OF_TORCH: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "SiLU": (functional.silu, torch.ops.aten.silu_backward),
     "GELU (tanh)": (

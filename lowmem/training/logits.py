@@ -18,8 +18,6 @@ from lowmem.nn.sharded import is_fsdp_unit
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule, prepared_class
 
-__all__ = ["LazyLogits", "LazyOutput", "delay_logits"]
-
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 

@@ -17,8 +17,6 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes
 
-__all__ = ["linear_cross_entropy", "loss_dtype"]
-
 
 def linear_cross_entropy(
     hidden: Tensor,

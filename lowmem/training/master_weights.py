@@ -19,8 +19,6 @@ from torch import Tensor
 from lowmem.nn.sharded import sharded_types
 from lowmem.training.step_in_backward import Freed
 
-__all__ = ["REST", "MasterWeights", "join", "keep_dtypes", "loaded_states", "master_weights", "split"]
-
 REST = "master_rest"
 """The key of ``rest`` in an optimizer's state."""
 

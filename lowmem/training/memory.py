@@ -22,8 +22,6 @@ from lowmem.transforms.plan import OPTIMIZERS
 from lowmem.transforms.registry import check_module
 from lowmem.transforms.summary import aligned
 
-__all__ = ["TRAINERS", "TrainingMemory", "training_memory"]
-
 TRAINERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {**OPTIMIZERS, "adamw8bit": AdamW8bit}
 )

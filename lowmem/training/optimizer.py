@@ -13,8 +13,6 @@ from torch.nn import functional
 from lowmem.nn.sharded import sharded_types
 from lowmem.training.master_weights import REST, keep_dtypes, loaded_states
 
-__all__ = ["AdamW8bit"]
-
 BLOCK = 256
 """Elements of a moment that share a scale."""
 

@@ -9,8 +9,6 @@ from torch import nn
 
 from lowmem.nn.module_copy import subclass_of
 
-__all__ = ["PreparedModule", "check_prepared", "prepared_class", "release_module", "trained_parameters"]
-
 
 class PreparedModule(nn.Module):
     """Base of the generated classes.

@@ -17,8 +17,6 @@ from lowmem.nn.module_copy import copied_module
 from lowmem.training.fused import Act, GatedMLP, How, LayerNorm, RMSNorm, activations
 from lowmem.training.fused_functions import activated, gated_product, rms_norm
 
-__all__ = ["recognize"]
-
 _ROWS = 4
 _SIZES = 1.0, 1e-4, 30.0, 1e3
 """Factor of each row of random numbers: modules may clamp large ones, or treat small ones specially (epsilon)."""

@@ -10,8 +10,6 @@ from torch import Tensor, distributed
 
 from lowmem.nn.read_only import METADATA
 
-__all__ = ["Freed", "StepInBackward", "step_in_backward"]
-
 
 class Freed(Tensor):
     """Placeholder, without memory, for a freed gradient: reading it is an error, not a norm of zero."""

@@ -24,21 +24,6 @@ from lowmem.transforms.registry import layer_name
 from lowmem.transforms.select import no_match_message, select_modules
 from lowmem.transforms.store import add_first_adapter
 
-__all__ = [
-    "activate",
-    "active_adapters",
-    "adapter_layers",
-    "adapter_names",
-    "adapter_parameter_groups",
-    "add_adapter",
-    "add_placed",
-    "check_name",
-    "deactivate",
-    "delete_adapter",
-    "merge_adapter",
-    "unmerge_adapter",
-]
-
 
 @one_at_a_time
 def add_adapter(

@@ -25,8 +25,6 @@ from lowmem.transforms.select import select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
 
-__all__ = ["convert", "rebuild_all"]
-
 
 @returns_free_pages
 def convert(

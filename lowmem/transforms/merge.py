@@ -28,8 +28,6 @@ from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.summary import aligned
 
-__all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
-
 _SAME: Literal["same format"] = "same format"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -20,8 +20,6 @@ from lowmem.nn.fold import Folded, without_adapters
 from lowmem.nn.module_copy import copied_module
 from lowmem.transforms.calibration.runs import check_batch, evaluation_mode, hooked, run_batch
 
-__all__ = ["output_errors"]
-
 
 def output_errors(
     model: nn.Module, folded: Mapping[AdaptedModule, Folded], inputs: Any, to: torch.dtype | None

@@ -17,8 +17,6 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["make_on_meta"]
-
 
 def make_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
     """Return the model that ``factory`` makes, with its parameters on the meta device and its buffers as they are.

@@ -13,14 +13,6 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
 
-__all__ = [
-    "place_adapters",
-    "place_name",
-    "places_of",
-    "takes_adapter",
-    "warnings_of_adapters",
-]
-
 
 def place_name(path: str, parameter: str) -> str:
     """Return the name of an adapter's place: its layer's path, and the parameter's name unless it is ``weight``."""

@@ -41,18 +41,6 @@ from lowmem.transforms.registry import Technique, stored_by
 from lowmem.transforms.store import storing_once
 from lowmem.transforms.summary import aligned
 
-__all__ = [
-    "OPTIMIZERS",
-    "Plan",
-    "Skeleton",
-    "bytes_of",
-    "fake_inputs",
-    "on_fake_tensors",
-    "plan",
-    "plan_of",
-    "skeleton_of",
-]
-
 OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
 )

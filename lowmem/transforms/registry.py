@@ -23,27 +23,6 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 
-__all__ = [
-    "ENTRIES",
-    "Entry",
-    "Step",
-    "Technique",
-    "check_module",
-    "computes_linear",
-    "entry_of",
-    "expert_count",
-    "how_computed",
-    "layer_name",
-    "layer_names",
-    "made_by",
-    "module_paths",
-    "parameters_to_adapt",
-    "parameters_to_store",
-    "skip_reason",
-    "stored_by",
-    "supported_types",
-]
-
 Technique: TypeAlias = Half | EightBit | FourBit | Budget | LoRA
 Step: TypeAlias = Half | EightBit | FourBit | Budget | LoRA | dict[str, LoRA]
 """A technique for one module: ``LoRA`` as the technique of each parameter that it adapts."""

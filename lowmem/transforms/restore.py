@@ -19,8 +19,6 @@ from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.select import select_modules
 from lowmem.transforms.ties import parameter_owners
 
-__all__ = ["floating_dtype", "restore"]
-
 
 @returns_free_pages
 @one_at_a_time

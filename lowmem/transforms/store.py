@@ -26,8 +26,6 @@ from lowmem.transforms.registry import (
 )
 from lowmem.transforms.ties import weight_key
 
-__all__ = ["add_first_adapter", "rebuild", "store_parameters", "storing_once"]
-
 
 def storing_once(empty: bool = False) -> Callable[[Any], Callable[[Tensor, str], Any]]:
     """Return a function from a technique to its ``store``, cached: layers with a shared weight share the stored one.

@@ -20,19 +20,6 @@ from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import INDEX, read_index
 from lowmem.io.source import Checkpoint, Source
 
-__all__ = [
-    "Names",
-    "check_index",
-    "refuse_coded",
-    "refuse_pickles",
-    "refuse_retyped",
-    "refuse_unfitting",
-    "refuse_unread",
-    "refuse_untold",
-    "shapes_and_bytes",
-    "specs_of",
-]
-
 _SLACK = 2**24  # bytes of new parameters that any folder may lack
 _COMPUTED = 2**28  # bytes of buffers that any model may compute: masks and positions of its longest input
 

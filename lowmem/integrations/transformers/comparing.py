@@ -25,8 +25,6 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.calibration.runs import computing
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["Layer", "Likeness", "Score", "compare_text", "interval"]
-
 WINDOW = 512  # tokens that a model sees at a time, if it takes as many
 AT_ONCE = 8  # paragraphs that an encoder sees at a time
 RESAMPLES = 2000  # another seed moves the ends of an interval by some hundredths of its width

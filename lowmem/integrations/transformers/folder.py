@@ -30,18 +30,6 @@ from lowmem.io.source import Source, check_patterns
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 
-__all__ = [
-    "check",
-    "check_dense",
-    "check_shapes",
-    "import_folder",
-    "load_errors",
-    "load_folder",
-    "load_gguf",
-    "quantize_folder",
-    "write_model",
-]
-
 WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
 _ADAPTER = "adapter_config.json"  # of PEFT: transformers would load the adapter with the model beside it

@@ -18,8 +18,6 @@ from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.formats.gguf.container import GGUFHeader, read_header
 from lowmem.io.formats.gguf.fields import count_in, model_fields, number_in, rope_factors
 
-__all__ = ["check_config", "config_of"]
-
 _CLASSES = {
     "llama": "LlamaForCausalLM",
     "qwen2": "Qwen2ForCausalLM",

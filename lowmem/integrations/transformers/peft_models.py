@@ -14,8 +14,6 @@ from transformers import PreTrainedModel
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.refusals import is_of_peft
 
-__all__ = ["install", "refuse_passed_over"]
-
 _FOUND_BY_NAME = "embeddings.word_embeddings"  # an embedding that prompt learning finds there may be stored
 
 

@@ -28,8 +28,6 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
 
-__all__ = ["SavedModel", "config_of", "folder_names", "put_dense_first", "saved_class"]
-
 
 def config_of(model: nn.Module) -> LowmemConfig | None:
     """Return how a model is stored, and which adapters it has; None where nothing is stored or adapted.

@@ -15,8 +15,6 @@ from lowmem.io.model_folder import CONFIG
 from lowmem.transforms.roles import float32_patterns
 from lowmem.version import install_command
 
-__all__ = ["Architecture", "architecture_of"]
-
 
 @dataclass(frozen=True)
 class Architecture:

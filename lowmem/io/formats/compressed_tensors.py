@@ -40,8 +40,6 @@ from lowmem.io.source import Source
 from lowmem.nn.techniques import FourBit
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FORMAT", "PACKING", "pack", "pack_again"]
-
 _EIGHT_BITS = "it has 8 bits a weight, and 4 are kept: take the dense model, or one in 4 bits"
 _FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 _OTHERS = ("weight_shape", "weight_zero_point", "weight_g_idx", "weight_global_scale")

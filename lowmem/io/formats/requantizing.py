@@ -16,8 +16,6 @@ from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 from lowmem.quant.quantize import relative_error
 
-__all__ = ["Requantizing", "why_refused"]
-
 
 @dataclass
 class Requantizing:

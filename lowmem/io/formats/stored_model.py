@@ -25,8 +25,6 @@ from lowmem.nn.gathered_weight import check_order
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["StoredModel", "StoredWeight", "open_stored", "swapped"]
-
 
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the transpose, of a stack of matrices."""

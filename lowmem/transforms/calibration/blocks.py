@@ -16,8 +16,6 @@ from lowmem.transforms.calibration.moments import FirstReaders
 from lowmem.transforms.calibration.runs import hooked, run_batch
 from lowmem.transforms.registry import layer_name
 
-__all__ = ["NO_BATCHES", "Unit", "find_blocks", "units_of"]
-
 
 @dataclass
 class Unit:

@@ -38,8 +38,6 @@ from lowmem.transforms.select import select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import weight_key
 
-__all__ = ["calibrate"]
-
 _DEFAULT = FourBit()
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
 

@@ -26,8 +26,6 @@ from lowmem.quant.quantize import quantize
 from lowmem.quant.scales import ScaleEncoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Hessian", "prepare_hessian", "quantize_gptq", "quantize_weighted"]
-
 _ROUNDS = 1  # how often scales and then codes are fitted again: a second time lowers the error by 1 to 2%
 
 

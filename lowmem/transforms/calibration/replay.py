@@ -18,8 +18,6 @@ from lowmem.transforms.calibration.blocks import Unit
 from lowmem.transforms.calibration.runs import Stop, computing, hooked, run_batch
 from lowmem.transforms.registry import layer_name
 
-__all__ = ["Replay", "Stale", "noted_inputs", "way_to_replay"]
-
 _SAMPLED = 512  # numbers of each tensor that are compared, evenly spread
 _SHARE = 0.01  # of these, which may differ: a model may add up in another order at each run
 

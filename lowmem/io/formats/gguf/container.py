@@ -17,17 +17,6 @@ from lowmem.errors import refusal, show
 from lowmem.io.atomic import atomic_file, check_writable, read_errors, write_errors
 from lowmem.io.formats.gguf.blocks import BLOCKS
 
-__all__ = [
-    "ALIGNMENT",
-    "MAGIC",
-    "Field",
-    "GGUFHeader",
-    "Placed",
-    "encode_field",
-    "read_header",
-    "write_file",
-]
-
 MAGIC = b"GGUF"
 VERSION = 3  # that is written
 ALIGNMENT = 32  # bytes, of each tensor, where no field says another

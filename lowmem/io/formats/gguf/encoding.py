@@ -24,18 +24,6 @@ from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "dense_rows",
-    "eight_bit_rows",
-    "exact_rows",
-    "in_blocks",
-    "inexact",
-    "nearest",
-    "nearest_format",
-    "rows_of",
-    "superblock_rows",
-]
-
 _NIBBLES = tuple(E2M1_CODES.index(code) for code in range(16))
 """The bits of an E2M1 number for each code of ``fp4``. ggml reads -0 as 0."""
 

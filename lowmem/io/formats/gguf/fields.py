@@ -18,17 +18,6 @@ from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_into
 from lowmem.io.formats.gguf.container import Field, GGUFHeader, read_header
 
-__all__ = [
-    "ARCHITECTURES",
-    "Existing",
-    "architecture_of",
-    "count_in",
-    "model_fields",
-    "number_in",
-    "read_existing",
-    "rope_factors",
-]
-
 ARCHITECTURES = MappingProxyType(
     {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "smollm3": "smollm3"}
 )

@@ -14,8 +14,6 @@ from lowmem.errors import show
 from lowmem.io.formats.peft.patterns import MAX_LENGTH, Budget, Pattern
 from lowmem.nn.techniques import LoRA
 
-__all__ = ["MERGE", "Matcher", "PeftConfig", "ends_of"]
-
 MERGE = "merge it in PEFT, merge_and_unload(), and convert the model that this returns"
 
 # Keys that do not change what a trained adapter computes.

@@ -13,8 +13,6 @@ from typing import Any
 
 from lowmem.errors import show
 
-__all__ = ["MAX_LENGTH", "Budget", "Pattern"]
-
 MAX_LENGTH = 2000  # characters of a pattern
 MAX_STATES = 4000
 MAX_REPEAT = 1000

@@ -26,8 +26,6 @@ from lowmem.nn.techniques import LoRA
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["CONFIG", "PICKLES", "WEIGHTS", "AdapterContent", "read_config", "read_peft"]
-
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
 

@@ -27,8 +27,6 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["write_peft"]
-
 
 def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter], base_name: str | None = None) -> None:
     """Write an adapter, by place, as PEFT does; a ValueError names a layer that PEFT has no form of.
