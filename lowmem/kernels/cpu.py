@@ -121,7 +121,7 @@ class Kernel(CpuRows):
             return self._linear_inputs8(x, weight, bias)
         takes = (dtype in TYPES or dtype is torch.int8) and is_real(x) and x.is_floating_point() and x.dim() == 2
         if takes and with_offsets is not None:
-            out = self._linear_with_offsets(x, with_offsets, dtype, bias)
+            out = self._with_offsets(x, with_offsets, dtype, False, bias)
             return reference.linear(x, weight, dtype, bias) if out is None else out
         if takes:
             x = x.to(dtype).contiguous()
@@ -177,24 +177,31 @@ class Kernel(CpuRows):
                     return out
         return reference.linear(x, weight, torch.int8, bias)
 
-    def _linear_with_offsets(
-        self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, bias: Tensor | None
+    def _with_offsets(
+        self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, transposed: bool, bias: Tensor | None = None
     ) -> Tensor | None:
-        """Add offsets @ (sums of x over blocks) to the product without offsets, in chunks of the batch; in float32,
-        since the two may be larger than their sum."""
-        in_int8, size = dtype is torch.int8, weight.block_size
-        nbytes = 6 * sum(weight.shape) + in_int8 * int8.BYTES_PER_NUMBER * weight.shape[1]
-        nbytes += 8 * -(-weight.shape[1] // size)
+        """Multiply by the weight without offsets, and add the product with the offsets, in chunks of the batch; in
+        float32, since the two may be larger than their sum."""
+        in_int8, size, (rows, columns) = dtype is torch.int8, weight.block_size, weight.shape
+        blocks = -(-columns // size)
+        nbytes = 4 * (rows + 3 * columns) if transposed else 6 * (rows + columns) + 8 * blocks
+        nbytes += in_int8 * int8.BYTES_PER_NUMBER * columns
 
         def multiply(few: Tensor) -> Tensor | None:
             wide = (few if in_int8 else few.to(dtype)).float().contiguous()
             for given in self._handles(weight, _BASE_IN_INT8 if in_int8 else _BASE):
-                product = self._product(wide, given, weight, in_int8=in_int8)
-                if product is not None:
-                    sums = block_sums(wide, size)
+                product = self._product(wide, given, weight, transposed, in_int8=in_int8)
+                if product is None:
+                    continue
+                if transposed:
+                    added = wide.new_zeros(wide.shape[0], blocks)
                     for chunk, offsets in _offsets_of(weight):
-                        product[:, chunk].addmm_(sums, offsets.t())
-                    return product if bias is None else product.add_(bias)
+                        added.addmm_(wide[:, chunk], offsets)
+                    return product.add_(spread(added, size, columns))
+                sums = block_sums(wide, size)
+                for chunk, offsets in _offsets_of(weight):
+                    product[:, chunk].addmm_(sums, offsets.t())
+                return product if bias is None else product.add_(bias)
             return None
 
         return _in_chunks(x, nbytes, OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK, x.dtype if in_int8 else dtype, multiply)
@@ -210,7 +217,7 @@ class Kernel(CpuRows):
                 return out
         if dtype in TYPES and is_real(grad):
             if isinstance(weight, QuantizedTensor) and weight.has_offsets:
-                made = self._input_grad_with_offsets(grad, weight, dtype)
+                made = self._with_offsets(grad, weight, dtype, True)
                 return reference.input_grad(grad, weight, dtype) if made is None else made
             ready = grad.to(dtype).contiguous()
             for given in self._handles(weight):
@@ -218,24 +225,6 @@ class Kernel(CpuRows):
                 if made is not None:
                     return made
         return reference.input_grad(grad, weight, dtype)
-
-    def _input_grad_with_offsets(self, grad: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
-        """Multiply by the weight without offsets in float32, and add grad @ offsets to each column of a block."""
-        size, (rows, columns) = weight.block_size, weight.shape
-
-        def multiply(few: Tensor) -> Tensor | None:
-            wide = few.to(dtype).float().contiguous()
-            for given in self._handles(weight, _BASE):
-                product = self._product(wide, given, weight, transposed=True)
-                if product is not None:
-                    added = wide.new_zeros(wide.shape[0], -(-columns // size))
-                    for chunk, offsets in _offsets_of(weight):
-                        added.addmm_(wide[:, chunk], offsets)
-                    return product.add_(spread(added, size, columns))
-            return None
-
-        nbytes = 4 * (rows + 3 * columns)
-        return _in_chunks(grad, nbytes, OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK, dtype, multiply)
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; torch multiplies."""

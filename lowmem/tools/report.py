@@ -228,7 +228,8 @@ def write(target: Path, measured: Measured, **given: Any) -> None:
         measured: what was measured of the variants.
         given: the other arguments of ``lowmem.report.page.Report``: title, lead, timings and their source, verdicts.
     """
-    from lowmem.report.page import Report, render
+    from lowmem.report.content import Report
+    from lowmem.report.page import render
     from lowmem.report.quality import distortions
 
     report = Report(
