@@ -294,15 +294,6 @@ def test_layers_with_stored_tensors_of_another_layout_name_what_is_found_and_nee
                 call(x)
 
 
-@bound
-@both_kinds
-def test_freed_storage_is_an_error(isa, weight):
-    w = both(weight)
-    (w if weight == "half" else w.packed).untyped_storage().resize_(0)
-    with kernels.using(isa), pytest.raises((RuntimeError, ValueError)):
-        kernels.linear(torch.randn(1, 40), w, torch.float32)
-
-
 FORKED = """
 import os, sys, torch
 from lowmem import kernels, quantize

@@ -38,12 +38,6 @@ def test_stored_weights_are_the_rounded_ones_frozen_and_copied(linear, dtype):
     assert not any(p.requires_grad for p in layer.parameters())
 
 
-@given(strategies.linears(torch.float64, strategies.GRADCHECKED), half_dtypes)
-def test_input_gradient_passes_gradcheck_in_float64(linear, dtype):
-    layer = convert(linear, Half(dtype))
-    assert torch.autograd.gradcheck(layer, strategies.make_input((2,), layer.in_features, 0, torch.float64))
-
-
 @pytest.mark.parametrize("seed", [0, 1])
 def test_bignet_stays_within_what_the_rounding_allows(seed):
     x = torch.randn(32, 1024, generator=torch.Generator().manual_seed(seed))
@@ -102,12 +96,6 @@ def test_values_that_cannot_be_stored_are_named(name, value, message):
     with pytest.raises(ValueError, match=message.replace("0.weight", f"0: {name}")):
         convert(model, Half())
     assert type(model[0]) is torch.nn.Linear
-
-
-def test_bfloat16_holds_what_float16_cannot():
-    linear = torch.nn.Linear(4, 4)
-    torch.nn.init.constant_(linear.weight, 1e5)
-    assert convert(linear, Half(torch.bfloat16))(torch.ones(1, 4)).isfinite().all()
 
 
 def test_bignet_halves():
