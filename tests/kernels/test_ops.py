@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
+from itertools import product
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lowmem.kernels.frozen_operator import parts_of
 from lowmem.nn.fold import without_adapters
 from tests import strategies
 from tests.operators import assert_operator
+from tests.rounding import stored_weight
 from tests.selection import rows_in_one_case
 
 
@@ -157,6 +159,16 @@ def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform)
         torch.testing.assert_close(compiled(x), function(x))
 
 
+def test_autocast_and_compile_together():
+    model = build("4-bit").eval()
+    x = torch.randn(3, 16)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        got, expected = compiled(x), model(x)
+    assert got.dtype == expected.dtype
+    torch.testing.assert_close(got, expected, atol=2e-2, rtol=2e-2)
+
+
 TRACED = {
     "nf4": (FourBit("nf4", 16),),
     "bof4s": (FourBit("bof4s", 16, "float16"),),
@@ -234,6 +246,23 @@ def test_a_traced_model_gives_the_same_for_other_sizes_and_when_it_is_saved(tech
         x = indices(*shape)
         for one in (traced_model, loaded):
             assert_gives_the_same(one, model, x, in_8_bits=technique == "8-bit products")
+
+
+@traced
+def test_a_traced_linear_layer_takes_every_shape_and_keeps_the_input_s_dtype(technique):
+    for dtype, shape in product((torch.float32, torch.bfloat16), ((24,), (2, 24), (2, 3, 24), (0, 24))):
+        torch.manual_seed(0)
+        layer = convert(nn.Linear(24, 8), *TRACED[technique]).to(dtype)  # a fresh adapter, if any, adds nothing
+        x = torch.randn(shape).to(dtype)
+        with torch.no_grad():
+            got, expected = trace(layer, x, check=False)(x), layer(x)
+        assert (got.shape, got.dtype) == (expected.shape, expected.dtype)
+        # A traced product is rounded before the bias is added: one rounding more of product, bias and sum.
+        # What both take from their factors is the same.
+        weight, bias = stored_weight(layer), layer.bias.double()
+        magnitudes = x.double().abs() @ weight.abs().t() + bias.abs()
+        unit = torch.finfo(torch.bfloat16 if technique == "in bfloat16" else dtype).eps
+        assert ((got.double() - expected.double()).abs() <= 2 * unit * magnitudes).all()
 
 
 @rows_in_one_case("technique", ["nf4", "half", "qlora"])

@@ -56,23 +56,18 @@ def check_products(isa, w, dense, batch, dtype, with_bias, seed):
 
 
 @compiled_bfloat16
-@given(*given_stored, batches, dtypes, st.booleans(), strategies.seeds)
-def test_products_lose_no_more_than_their_roundings(isa, weight, form, size, scales, batch, dtype, biased, seed):
-    q = quantize(weight, form, block_size=size, scales=scales)
-    check_products(isa, q, q.dequantize(), batch, dtype, biased, seed)
-
-
-@compiled_bfloat16
 @given(
-    strategies.weights(min_dims=2, max_dims=2, max_columns=300),
-    st.sampled_from([torch.float16, torch.bfloat16]),
+    given_stored[0],
+    st.one_of(strategies.formats, st.sampled_from(["half", "bfloat16"])),
+    *given_stored[2:],
     batches,
     dtypes,
+    st.booleans(),
     strategies.seeds,
 )
-def test_products_with_16bit_weights_lose_no_more_than_their_roundings(isa, weight, stored, batch, dtype, seed):
-    w = weight.to(stored).contiguous()
-    check_products(isa, w, w.float(), batch, dtype, False, seed)
+def test_products_lose_no_more_than_their_roundings(isa, weight, kind, size, scales, batch, dtype, biased, seed):
+    w, dense = stored(kind, weight.contiguous(), block_size=size, scales=scales)
+    check_products(isa, w, dense, batch, dtype, biased, seed)
 
 
 @compiled_bfloat16
@@ -143,33 +138,6 @@ def test_batches_and_weights_around_whole_tiles_parts_and_pieces(isa, block_size
 
 
 @compiled_bfloat16
-@in_one_case(
-    1, blocks=[(None, 330), (None, 333), (16, 330), (64, 333), (128, 2000), (24, 330)], bad=[torch.inf, torch.nan]
-)
-def test_what_is_not_finite_stays_in_its_row(isa, blocks, bad):
-    """What fills tiles up and is not used touches nothing, in torch's tiles too: a bad input, a bad row of W."""
-    block_size, columns = blocks
-    dense = strategies.make_weight("normal", (45, columns), 0, 0)
-    w = quantize(dense, block_size=block_size, scales="float32") if block_size else dense.bfloat16()
-    for batch in (2, 5, 21, 40, 520):
-        x, grad = torch.randn(batch, columns).bfloat16(), torch.randn(batch, 45).bfloat16()
-        x[1], grad[1] = bad, bad
-        with kernels.using(isa):
-            products = kernels.linear(x, w, torch.bfloat16), kernels.input_grad(grad, w, torch.bfloat16)
-            for got in products:
-                finite = got.isfinite().all(1)
-                assert not finite[1]
-                assert finite[0]
-                assert finite[2:].all()
-            for row in (7, 44):
-                broken = replace(w, scales=w.scales.clone()) if block_size else w.clone()
-                (broken.scales if block_size else broken)[row] = bad
-                finite = kernels.linear(x, broken, torch.bfloat16).isfinite()[0]
-                assert not finite[row]
-                assert finite.sum() == 44
-
-
-@compiled_bfloat16
 def test_a_result_that_is_subnormal_is_one_in_every_row(isa):
     q, bias = quantize(torch.randn(45, 64)), torch.full((45,), 1e-39)
     with kernels.using(isa):
@@ -195,6 +163,21 @@ def test_wide_rows_are_packed_in_parts(isa, columns, dtype, kind):
 
 
 @compiled_bfloat16
+@in_one_case(1, dtype=[torch.bfloat16, torch.float16], kind=["half", "int4"])
+def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
+    """Some inputs at a time: at most 128."""
+    w, dequantized = stored(kind, strategies.make_weight("normal", (600, 8200), 0, 0))
+    bias = torch.randn(600)
+    for batch in (7, 130):
+        x = torch.randn(batch, 8200).to(dtype)
+        with kernels.using(isa):
+            got, added = kernels.linear(x, w, dtype), kernels.linear(x, w, dtype, bias)
+        assert_close_in(dtype, got, x, dequantized)
+        unit = torch.finfo(dtype).eps / 2
+        assert ((added.float() - got.float() - bias).abs() <= unit * (added.abs() + got.abs() + 1e-3)).all()
+
+
+@compiled_bfloat16
 @in_one_case(columns=[40, 1024])
 def test_batches_of_several_pieces(isa, columns):
     q = quantize(strategies.make_weight("normal", (10, columns), 0, 0))
@@ -207,22 +190,6 @@ def test_batches_of_several_pieces(isa, columns):
                 assert_exact(kernels.input_grad(grad, w, torch.float32), grad, dense.t())
             low = grad.bfloat16()
             assert_close_in(torch.bfloat16, kernels.input_grad(low, q, torch.bfloat16), low, q.dequantize().t())
-
-
-@compiled
-@in_one_case(case=[("half", None), ("bfloat16", None), ("int4", 96), ("int4", 128), ("nf4", 512), ("nf4", 104)])
-def test_sums_of_one_sign_and_of_roundings_that_go_one_way_keep_their_bound(isa, case):
-    """Of numbers so alike that no rounding makes up for another, and of any positive ones."""
-    kind, block_size = case
-    for size, (least, spread) in product((256, 4096), ((0.9, 0.0), (0.9, 0.05), (0.1, 1.0))):
-        dense = least + spread * torch.rand(64, size, generator=torch.Generator().manual_seed(0))
-        w, numbers = stored(kind, dense, block_size=block_size)
-        tall, of_tall = stored(kind, dense.t().contiguous(), block_size=8)
-        for batch in (1, 4, 5, 8, 12, 16, 24, 40, 100):
-            for x in (*(torch.full((batch, size), value) for value in (0.37, 0.61, 1.0)), torch.rand(batch, size)):
-                with kernels.using(isa):
-                    assert_exact(kernels.linear(x, w, torch.float32), x, numbers)
-                    assert_exact(kernels.input_grad(x, tall, torch.float32), x, of_tall.t())
 
 
 def longest_chain(kind: str, batch: int) -> int:
@@ -303,9 +270,10 @@ def test_magnitudes_of_inputs_columns_and_rows_that_lie_apart(
 
 @compiled_bfloat16
 @in_one_case(kind=[*KINDS, "fp4"])
-def test_inputs_of_every_magnitude(isa, kind):
+def test_inputs_and_weights_of_every_magnitude(isa, kind):
     """All of them, one of them, and a single number of one; an input of zeros, and zeros beside others."""
-    w, numbers = stored(kind, torch.randn(70, 300, generator=torch.Generator().manual_seed(0)) * 0.01)
+    dense = torch.randn(70, 300, generator=torch.Generator().manual_seed(0))
+    w, numbers = stored(kind, dense * 0.01)
     for exponent in (-149, -126, -100, -61, -60, -59, 0, 59, 60, 61, 100, 120):
         every = torch.linspace(-1, 1, 120 * 300).reshape(120, 300) * 2.0**exponent
         every[:, :128] = 0
@@ -318,24 +286,13 @@ def test_inputs_of_every_magnitude(isa, kind):
             with kernels.using(isa):
                 assert_product(kernels.linear(few, w, dtype), dtype, few, numbers)
                 assert_product(kernels.input_grad(grad, w, dtype), dtype, grad, numbers.t())
-
-
-@compiled
-@in_one_case(kind=["int4", "nf4", "bfloat16"])
-def test_weights_of_every_magnitude(isa, kind):
-    """The whole weight, a row, and a block; a row of zeros."""
     options = {} if kind == "bfloat16" else {"block_size": 16, "scales": "float32"}
-    for exponent in (-120, -90, -41, -40, -33, -31, 0, 30, 59, 61, 90, 110):
-        whole = torch.randn(70, 300, generator=torch.Generator().manual_seed(0)) * 2.0**exponent
-        row, block = torch.randn(2, 70, 300)
-        row[3], block[3, 16:32] = whole[3], whole[3, 16:32]
-        row[4] = 0
-        for dense, batch in product((whole, row, block), (1, 4, 100)):
-            w, numbers = stored(kind, dense, **options)
-            x, grad = torch.randn(batch, 300), torch.randn(batch, 70)
-            with kernels.using(isa):
-                assert_exact(kernels.linear(x, w, torch.float32), x, numbers)
-                assert_exact(kernels.input_grad(grad, w, torch.float32), grad, numbers.t())
+    for exponent, batch in product((-120, -41, 61, 110) if kind != "half" else (), (1, 4, 100)):
+        large, numbers = stored(kind, dense * 2.0**exponent, **options)
+        x, grad = torch.randn(batch, 300), torch.randn(batch, 70)
+        with kernels.using(isa):
+            assert_exact(kernels.linear(x, large, torch.float32), x, numbers)
+            assert_exact(kernels.input_grad(grad, large, torch.float32), grad, numbers.t())
 
 
 def assert_as_in_float64(got, dtype, x, dense, of_weight=False) -> None:
@@ -357,9 +314,9 @@ def assert_as_in_float64(got, dtype, x, dense, of_weight=False) -> None:
 def test_what_is_not_finite_shows_as_in_float32(isa, kind):
     """A number of an input, of a gradient, or of the weight, each of which may be infinite or no number."""
     coded = kind not in ("half", "bfloat16")
-    options = {"block_size": 16, "scales": "float32"} if coded else {}
+    options = {"block_size": 16 if kind == "int4" else 64, "scales": "float32"} if coded else {}
     w, numbers = stored(kind, strategies.make_weight("normal", (70, 330), 0, 0) + 3, **options)  # none is zero
-    for value, column, batch in product((torch.inf, -torch.inf, torch.nan), (0, 45, 69), (2, 4, 100)):
+    for value, column, batch in product((torch.inf, -torch.inf, torch.nan), (0, 45, 69), (2, 5, 21, 520)):
         broken = replace(w, scales=w.scales.clone()) if coded else w.clone()
         (broken.scales if coded else broken)[column, 2] = value
         of_broken = broken.dequantize() if coded else broken.float()

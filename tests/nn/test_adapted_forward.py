@@ -190,6 +190,15 @@ def test_the_update_of_an_output_in_half_precision_is_that_of_the_equation(dtype
     assert (update.abs() > 1).any()
 
 
+def test_dropout_acts_on_the_update_in_training_only():
+    layer = convert(torch.nn.Linear(64, 8), LoRA(4, dropout=0.5))
+    torch.nn.init.ones_(layer.lora_b)
+    x = torch.randn(5, 64)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))
+
+
 def test_autocast_and_half_inputs_keep_the_base_s_dtype():
     layer = strategies.make_adapted(torch.nn.Linear(16, 8), "4-bit")
     assert layer(torch.randn(2, 16).bfloat16()).dtype == torch.bfloat16

@@ -73,12 +73,6 @@ def test_outputs_and_gradients_are_those_of_the_restored_weight(drawn, technique
 
 
 @kinds
-def test_half_freezes_the_bias_and_four_bits_leave_it_trainable(technique):
-    layer = convert(nn.Conv1d(4, 4, 3), technique)
-    assert layer.bias.requires_grad == isinstance(layer, Conv4Bit)
-
-
-@kinds
 @pytest.mark.parametrize("groups", [1, 4])
 def test_both_orders_and_both_modes_pass_gradcheck(technique, groups):
     layer = convert(nn.Conv1d(4, 4, 3, 2, 1, groups=groups, dtype=torch.float64), technique)
@@ -178,3 +172,9 @@ def test_a_wrong_input_raises_what_the_dense_layer_raises(technique, x, message)
         dense(x)
     with pytest.raises(RuntimeError, match=message):
         convert(dense, technique)(x)
+
+
+def test_padding_same_of_an_even_kernel_puts_the_odd_zero_behind():
+    dense = nn.Conv2d(3, 5, (2, 4), padding="same", dilation=(3, 1))
+    layer, x = convert(copy.deepcopy(dense), Half()), torch.randn(2, 3, 9, 11)
+    assert_convolved(layer(x), dense_twin(layer, dense), x)
