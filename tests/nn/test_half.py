@@ -15,18 +15,6 @@ from tests.selection import rows_in_one_case
 half_dtypes = st.sampled_from([torch.float16, torch.bfloat16])
 
 
-@given(strategies.linears(), half_dtypes, strategies.leading_shapes, strategies.seeds)
-def test_it_equals_a_dense_layer_with_the_rounded_weights(linear, dtype, leading, seed):
-    layer = convert(linear, Half(dtype))
-    x = strategies.make_input(leading, layer.in_features, seed)
-    out = layer(x)
-    assert out.dtype == x.dtype
-    assert_product(out, x, layer.weight, layer.bias)
-    grad = strategies.make_input(leading, layer.out_features, seed + 1).detach()
-    out.backward(grad)
-    assert_product(x.grad, grad, layer.weight.t())
-
-
 @given(strategies.linears(), half_dtypes)
 def test_stored_weights_are_the_rounded_ones_frozen_and_copied(linear, dtype):
     original = copy.deepcopy(linear)
