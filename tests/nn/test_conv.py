@@ -174,6 +174,19 @@ def test_a_wrong_input_raises_what_the_dense_layer_raises(technique, x, message)
         convert(dense, technique)(x)
 
 
+@pytest.mark.compile(keep=1)
+@kinds
+@pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
+def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):
+    layer = convert(nn.Conv2d(channels, channels, 3, 2, 1), technique)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for batch, size in ((2, 5), (3, 7)):
+        x = torch.randn(batch, channels, size, size, requires_grad=True)
+        torch.testing.assert_close(compiled(x), layer(x))
+        got, expected = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, layer))
+        torch.testing.assert_close(got, expected)
+
+
 def test_padding_same_of_an_even_kernel_puts_the_odd_zero_behind():
     dense = nn.Conv2d(3, 5, (2, 4), padding="same", dilation=(3, 1))
     layer, x = convert(copy.deepcopy(dense), Half()), torch.randn(2, 3, 9, 11)

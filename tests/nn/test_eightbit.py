@@ -1,13 +1,14 @@
 """Weights in 8 bits: layers that answer as those in 4 bits do, in files and with adapters, within half a step."""
 
 import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
 import lowmem
-from lowmem import EightBit, LoRA, convert, merge, restore, summary
+from lowmem import EightBit, FourBit, LoRA, convert, load, merge, restore, save, summary
 from lowmem.nn.conv import Conv4Bit
 from lowmem.nn.embedding import Embedding8Bit
 from lowmem.nn.linear import Linear8Bit
@@ -105,6 +106,28 @@ def test_code_0_means_what_code_1_does():
             assert torch.equal(stored.dequantize(), ones.dequantize())
             x = torch.randn(2, 40)
             assert torch.equal(*(lowmem.kernels.linear(x, one, torch.float32) for one in (stored, ones)))
+
+
+def test_files_states_and_pickles_keep_it_to_the_bit(tmp_path):
+    for techniques in ((EightBit(),), (EightBit(32, "float16"), LoRA(4))):
+        model = made(*techniques)
+        save(model, tmp_path / "model.safetensors")
+        loaded = load(tmp_path / "model.safetensors", Mixed)
+        other = made(*techniques, seed=1)
+        other.load_state_dict(model.state_dict())
+        for again in (loaded, other, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+            kinds = [[type(one).__name__ for one in each.modules()] for each in (again, model)]
+            assert kinds[0] == kinds[1]
+            assert torch.equal(again(INDICES), model(INDICES))
+
+
+def test_codes_of_another_format_are_refused():
+    four, eight = made(FourBit("nf4", 64, "double")), made(EightBit())
+    for one, other in ((four, eight), (eight, four)):
+        with pytest.raises(RuntimeError, match=r"int8|nf4|shape"):
+            one.load_state_dict(other.state_dict())
+    with pytest.raises(ValueError, match="stored in int8"):
+        convert(eight, FourBit())
 
 
 def test_adapters_train_and_merge_into_8_bits():

@@ -130,3 +130,12 @@ def test_torch_func_maps_over_indices(technique):
     layer = convert(nn.Embedding(6, 40), technique)
     indices = torch.arange(6).view(2, 3)
     assert torch.equal(torch.func.vmap(layer)(indices), layer(indices))
+
+
+@techniques
+def test_it_compiles_whole_for_any_number_of_indices(technique):
+    layer = convert(nn.Embedding(60, 40), technique)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for shape in ((2, 3), (5, 7)):
+        indices = torch.randint(60, shape)
+        assert torch.equal(compiled(indices), layer(indices))
