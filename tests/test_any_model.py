@@ -5,17 +5,15 @@
 
 import copy
 import pickle
-from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
-from torch.utils.checkpoint import checkpoint
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, LoRALinear, convert, restore
+from lowmem import FourBit, Half, convert, restore
 from lowmem.nn.stored_module import StoredModule
 from tests.selection import covering
 
@@ -187,11 +185,6 @@ def make_input(name):
     return MODELS[name][1]()
 
 
-def autocasts_lstm():
-    """Whether torch computes a dense LSTM under autocast to bfloat16: oneDNN's code for it needs AVX-512."""
-    return not torch.backends.mkldnn.is_available() or torch.ops.mkldnn._is_mkldnn_bf16_supported()
-
-
 def wide(x):
     return x.double() if x.is_floating_point() else x
 
@@ -212,6 +205,9 @@ def test_it_stores_all_matrices_and_computes_what_these_give(name, kind):
         torch.testing.assert_close(model.double()(wide(x)), twin.double()(wide(x)), rtol=1e-9, atol=1e-9)
     relative = lowmem.measure.difference(dense(x).detach(), model.float()(x).detach()).relative
     assert 0 < relative < (0.6 if kind == "nf4" else 0.03)
+    if name != "LSTM":  # torch's own needs a processor with AVX-512 for it
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            assert model(x).isfinite().all()
 
 
 @models
@@ -233,75 +229,6 @@ def test_weights_are_multiplied_in_the_compute_dtype_whoever_reads_them(name, tm
         for module in integers.modules():  # which linear layers alone can
             forms = getattr(module, "forms", {})
             assert all(form.product_dtype(torch.ones(1)) is torch.float32 for form in forms.values())
-
-
-@stored_models
-def test_copies_files_and_casts_keep_it(name, kind, tmp_path):
-    x = make_input(name)
-    model = convert(make(name), TECHNIQUES[kind])
-    expected = model(x)
-    other = convert(make(name), TECHNIQUES[kind])
-    other.load_state_dict(copy.deepcopy(model.state_dict()), strict=True)
-    lowmem.save(model, tmp_path / "model.safetensors")
-    loaded = lowmem.load(tmp_path / "model.safetensors", lambda: make(name))
-    twins = [other, loaded, copy.deepcopy(model)]
-    if name not in ("generator",):  # torch refuses to pickle what is parametrized
-        twins.append(pickle.loads(pickle.dumps(model)))
-    for twin in twins:
-        assert torch.equal(twin(x), expected)
-        assert {n: (p.shape, p.dtype) for n, p in twin.named_parameters()} == {
-            n: (p.shape, p.dtype) for n, p in model.named_parameters()
-        }
-    half = copy.deepcopy(model).bfloat16()
-    out = half(x.bfloat16() if x.is_floating_point() else x)
-    assert out.dtype == torch.bfloat16
-    # Of a mixture another expert may be chosen.
-    assert lowmem.measure.difference(expected, out.float()).relative < (0.5 if name.startswith("mix") else 0.1)
-    if name == "LSTM" and not autocasts_lstm():
-        pytest.skip("torch's LSTM under autocast to bfloat16 needs a processor with AVX-512")
-    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
-        assert model(x).isfinite().all()
-
-
-@stored_models
-def test_adapters_train_travel_and_merge(name, kind, tmp_path):
-    x, dense = make_input(name), make(name)
-    model = convert(make(name), TECHNIQUES[kind], LoRA(2))
-    with torch.no_grad():
-        for layer in lowmem.adapter_layers(model, "default").values():
-            layer.lora_b.normal_(0, 0.1)
-    twin = restore(convert(dense, TECHNIQUES[kind]))
-    parameters = dict(twin.named_parameters())
-    for path, adapter in lowmem.adapter_layers(model, "default").items():
-        with torch.no_grad():
-            parameters[path if path in parameters else f"{path}.weight"].add_(adapter.delta())
-    torch.testing.assert_close(model(x), twin(x), rtol=1e-3, atol=1e-4)
-    model(x).square().sum().backward()
-    for path, adapter in lowmem.adapter_layers(model, "default").items():
-        for part in (adapter.lora_a, adapter.lora_b):
-            assert part.grad is not None, f"{path}: without effect"
-            assert part.grad.isfinite().all()
-            assert part.grad.any()
-    lowmem.save_adapter(model, tmp_path / "adapter.safetensors")
-    loaded = lowmem.load_adapter(convert(make(name), TECHNIQUES[kind]), tmp_path / "adapter.safetensors")
-    assert torch.equal(loaded(x), model(x))
-    quantizes = kind == "nf4"
-    with pytest.warns(UserWarning, match="merge quantized") if quantizes else nullcontext():
-        merged = lowmem.merge(model)
-    assert not any(isinstance(module, LoRALinear) for module in merged.modules())
-    assert lowmem.measure.difference(loaded(x).detach(), merged(x).detach()).relative < (0.5 if quantizes else 0.03)
-
-
-@stored_models
-def test_checkpointed_activations_give_the_same_gradients(name, kind):
-    model, x = convert(make(name), TECHNIQUES[kind], LoRA(2)), make_input(name)
-    kept = []
-    for run in (model, lambda x: checkpoint(model, x, use_reentrant=False)):
-        model.zero_grad()
-        run(x).square().sum().backward()
-        kept.append({n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None})
-    assert kept[0].keys() == kept[1].keys()
-    assert all(torch.equal(kept[0][n], kept[1][n]) for n in kept[0])
 
 
 @pytest.mark.compile(keep=3)

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from itertools import product
 
 import pytest
 import torch
@@ -44,8 +45,10 @@ def test_threads_change_no_bit_of_anything(isa):
     grad = strategies.make_weight("normal", (100, 301), 0, 2)
     a, b = strategies.make_weight("normal", (130, 520), 0, 3), strategies.make_weight("normal", (301, 130), 0, 4)
     large = strategies.make_weight("normal", (301, 900), 0, 5)
+    wide, wide_x = strategies.make_weight("normal", (77, 8190), 0, 6), torch.randn(30, 8190)
+    wide_weights, wide_grad = (quantize(wide), wide.half()), torch.randn(30, 77)
     results = []
-    for count in (1, 2, 3, 7):
+    for count in (1, 2, 3, 7, 16, 64):
         with on_threads(count), kernels.using(isa):
             made = [quantize(large, scales="double").packed, quantize(large).dequantize()]
             made += [quantize(large, "bof4s", search=True).scales]
@@ -53,27 +56,12 @@ def test_threads_change_no_bit_of_anything(isa):
                 for dtype in (torch.float32, torch.bfloat16, torch.float16):
                     made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
                     made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
+            made += [kernels.linear(x[:n], q, torch.int8) for n in (2, 9, 70)]
+            for w, n, dtype in product(wide_weights, (3, 8, 25, 30), (torch.float32, torch.bfloat16, torch.float16)):
+                made.append(kernels.linear(wide_x[:n].to(dtype), w, dtype))
+                made.append(kernels.input_grad(wide_grad[:n].to(dtype), w, dtype))
             made.append(kernels.add_low_rank(grad[:3].contiguous(), x[:3].contiguous(), a, b, 0.5))
             made += [kernels.linear(x[:n].contiguous(), q, torch.float32, None, (a, b, 0.5)) for n in (3, 12)]
-            results.append(made)
-    assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
-
-
-@compiled_bfloat16
-@in_one_case(kind=["half", "int4"])
-def test_small_pieces_of_a_batch_change_no_bit(isa, kind):
-    """With many threads less is packed at a time, and what is packed may be so little that alone it would be few."""
-    q, _ = stored(kind, strategies.make_weight("normal", (77, 8190), 0, 0), block_size=64)
-    x, grad = torch.randn(30, 8190), torch.randn(30, 77)
-    results = []
-    for threads in (1, 16, 64):
-        with on_threads(threads):
-            with kernels.using(isa):
-                made = []
-                for batch in (3, 5, 7, 8, 9, 13, 25, 30):
-                    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-                        made.append(kernels.linear(x[:batch].to(dtype), q, dtype))
-                        made.append(kernels.input_grad(grad[:batch].to(dtype), q, dtype))
             results.append(made)
     assert all(torch.equal(one, other) for made in results for one, other in zip(made, results[0], strict=True))
 
@@ -111,12 +99,12 @@ def test_products_are_computed_in_the_dtype_that_is_asked_for_whatever_the_input
     x, grad = torch.randn(20, 64).to(given), torch.randn(20, 12).to(given)
     with kernels.using(isa):
         factors = (kernels.linear, x, dense.double().t()), (kernels.input_grad, grad, dense.double())
-        for product, rows, factor in factors:
-            got = product(rows, w, dtype)
+        for multiply, rows, factor in factors:
+            got = multiply(rows, w, dtype)
             off = (got.double() - rows.double() @ factor).abs()
             assert (off <= 0.03 * rows.double().abs() @ factor.abs()).all()  # of three roundings to bfloat16
             assert got.dtype is dtype
-            assert torch.equal(got, product(rows.to(dtype), w, dtype))
+            assert torch.equal(got, multiply(rows.to(dtype), w, dtype))
 
 
 # To make them takes longest.
@@ -150,7 +138,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
             forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
             backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
             plan = backend.backend_for().plan
-            takes = [plan(w, batch, dtype, product)[-1][1] for product in ("linear", "input_grad")]
+            takes = [plan(w, batch, dtype, name)[-1][1] for name in ("linear", "input_grad")]
         chunk = 768 * dtype.itemsize  # of each column, or each row in the gradient
         assert forward <= (chunk * columns if takes[0] == "torch" else 2**20) + batch * rows * dtype.itemsize
         assert backward <= (chunk * rows if takes[1] == "grad_torch" else 2**20) + batch * columns * dtype.itemsize
@@ -273,15 +261,16 @@ def test_what_c_cannot_read_never_reaches_it(isa):
             assert linear(weight=bad) is None
         for bad in (torch.zeros(4), torch.zeros(5, 1), torch.zeros(10)[::2], torch.zeros(5).double(), lazy[0, :5]):
             assert linear(bias=bad) is None
-        freed = torch.randn(3, 8)
-        freed.untyped_storage().resize_(0)
-        try:
-            refused = linear(x=freed) is None
-        except ValueError as error:
-            refused = "no memory" in str(error)
-        else:
-            assert OLD_CAPSULES
-        assert refused
+        for given in ({"x": torch.randn(3, 8)}, {"weight": torch.randn(5, 8).half()}):
+            for freed in given.values():
+                freed.untyped_storage().resize_(0)
+            try:
+                refused = linear(**given) is None
+            except ValueError as error:
+                refused = "no memory" in str(error)
+            else:
+                assert OLD_CAPSULES
+            assert refused
 
     everywhere()
     with read_by_capsules():

@@ -9,12 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import FORMATS, FourBit, LoRA, convert, kernels, load, measure, quantize, save
+from lowmem import FORMATS, FourBit, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels import int8
-from lowmem.nn.conv import Conv4Bit
 from lowmem.nn.fold import without_adapters
 from tests import strategies
-from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored_in_4_bits, on_threads
+from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored_in_4_bits
 from tests.rounding import OF_4_BITS, assert_product
 from tests.selection import in_one_case, rows_in_one_case
 
@@ -167,20 +166,6 @@ def test_weights_of_every_size(isa, batch):
 
 
 @kernel
-@compiled_int8
-def test_threads_change_no_bit(isa):
-    q = quantize(strategies.make_weight("normal", (300, 1000), 0, 0))
-    with kernels.using(isa):
-        for batch in (2, 9, 70):
-            x = torch.randn(batch, 1000)
-            products = []
-            for count in (1, 2, 3, 5):
-                with on_threads(count):
-                    products.append(kernels.linear(x, q, torch.int8))
-            assert all(torch.equal(products[0], other) for other in products)
-
-
-@kernel
 @pytest.mark.parametrize("isa", [isa for isa in ("avx512bf16", "avx512amx") if isa in ISAS])
 def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
     """Which is why tests do not run there again; see ``tests.compiled.compiled_int8``."""
@@ -274,18 +259,3 @@ def test_an_adapter_trains_on_it():
         torch.testing.assert_close(layer(x), layer.adapters.default.weight(without_adapters(layer)(x), x))
     layer(x).sum().backward()
     assert all(p.grad is not None for p in layer.adapters.parameters())
-
-
-def test_a_checkpoint_keeps_it(tmp_path):
-    kept = model(compute_dtype=torch.int8)
-    save(kept, tmp_path / "m")
-    loaded = load(tmp_path / "m", plain)
-    assert loaded[0].compute_dtype is torch.int8
-    x = torch.randn(3, 256)
-    assert torch.equal(loaded(x), kept(x))
-
-
-def test_convolutions_compute_in_the_input_s_dtype():
-    layer = convert(torch.nn.Conv2d(4, 8, 3), FourBit(compute_dtype=torch.int8))
-    assert isinstance(layer, Conv4Bit)
-    assert layer(torch.randn(1, 4, 8, 8)).dtype == torch.float32

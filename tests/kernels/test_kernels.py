@@ -26,7 +26,6 @@ from tests.compiled import (
     compiled_bfloat16,
     dequantized,
     needs_kernel,
-    on_threads,
 )
 from tests.rounding import assert_sum
 from tests.selection import in_one_case
@@ -146,20 +145,18 @@ def test_16bit_weights_of_every_value_are_read_as_torch_reads_them(isa, dtype):
 
 
 @compiled
-def test_threads_and_strides_change_nothing(isa):
-    q = quantize(strategies.make_weight("normal", (301, 520), 0, 0))
-    half = strategies.make_weight("normal", (301, 520), 0, 0).half()
-    results = []
-    for count in (1, 2, 3, 7):
-        with on_threads(count), kernels.using(isa):
-            for batch in (1, 3, 9):
-                wide = strategies.make_weight("normal", (batch, 1040), 0, 1)
-                for x in (wide[:, ::2], wide[:, ::2].contiguous(), wide[:, ::2].t().contiguous().t()):
-                    products = [kernels.linear(x, w, torch.float32) for w in (q, half)]
-                    results.append((batch, *products, kernels.input_grad(products[0][:2], q, torch.float32)))
-    for batch in (1, 3, 9):
-        same = [result[1:] for result in results if result[0] == batch]
-        assert all(torch.equal(one, other) for row in same for one, other in zip(row, same[0], strict=True))
+def test_strides_change_nothing(isa):
+    dense = strategies.make_weight("normal", (301, 520), 0, 0)
+    for w, batch in product((quantize(dense), dense.half()), (1, 3, 9)):
+        wide = strategies.make_weight("normal", (batch, 1040), 0, 1)[:, ::2]
+        grad = torch.randn(batch, 602)[:, ::2]
+        with kernels.using(isa):
+            for x, g in ((wide, grad), (wide.t().contiguous().t(), grad.t().contiguous().t())):
+                assert torch.equal(
+                    kernels.linear(x, w, torch.float32), kernels.linear(wide.contiguous(), w, torch.float32)
+                )
+                got = kernels.input_grad(g, w, torch.float32)
+                assert torch.equal(got, kernels.input_grad(grad.contiguous(), w, torch.float32))
 
 
 @bound
@@ -292,15 +289,6 @@ def test_layers_with_stored_tensors_of_another_layout_name_what_is_found_and_nee
             call = with_stored(layer, wrong, how)
             with pytest.raises(RuntimeError, match=LAYER_LAYOUT):
                 call(x)
-
-
-@bound
-@both_kinds
-def test_freed_storage_is_an_error(isa, weight):
-    w = both(weight)
-    (w if weight == "half" else w.packed).untyped_storage().resize_(0)
-    with kernels.using(isa), pytest.raises((RuntimeError, ValueError)):
-        kernels.linear(torch.randn(1, 40), w, torch.float32)
 
 
 FORKED = """

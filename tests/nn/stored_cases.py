@@ -77,6 +77,10 @@ CASES = {
     "einsum over rows": Case(lambda x, w: torch.einsum("bi,oi->bo", x, w), (16, 32), (2, 32), 32),
     "einsum over columns": Case(lambda x, w: torch.einsum("ibh,hnd->ibnd", x, w), (16, 3, 8), (2, 4, 16), 16),
     "einsum over both": Case(lambda x, w: torch.einsum("ibnd,hnd->ibh", x, w), (16, 3, 8), (2, 4, 3, 8), 24 + 3),
+    "einsum over two letters of rows": Case(
+        lambda x, w: torch.einsum("bhnd,hnid->bi", x, w), (4, 3, 5, 8), (2, 4, 3, 8), 96
+    ),
+    "einsum over no letter of rows": Case(lambda x, w: torch.einsum("bi,hnid->hnbd", x, w), (4, 3, 5, 8), (2, 5), 5),
     "einsum with dots": Case(lambda x, w: torch.einsum("...i,oi->...o", x, w), (16, 32), (2, 3, 32), 32),
     "einsum of W.T": Case(lambda x, w: torch.einsum("bi,io->bo", x, w.t()), (16, 32), (2, 32), 32),
     "einsum, weight first": Case(lambda x, w: torch.einsum("oi,bi->ob", w, x), (16, 32), (2, 32), 32),

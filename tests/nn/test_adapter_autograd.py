@@ -101,14 +101,15 @@ def hold_step(x, out, grad, w, lora_a, lora_b, s, offset):
     assert lora_a.grad.dtype is lora_b.grad.dtype is torch.float32
 
 
-@covering(
-    2,
-    base=list(BASES),
-    bias=[False, True],
-    leading=[(64,), (3, 30)],
-    wide=["float32", "autocast", "bfloat16"],
-    kernel=["best", "reference"],
-)
+CASES = {
+    "base": list(BASES),
+    "leading": [(64,), (3, 30)],
+    "wide": ["float32", "autocast", "bfloat16"],
+    "kernel": ["best", "reference"],
+}
+
+
+@covering(2, bias=[False, True], **CASES)
 def test_output_and_gradients_are_as_exact_as_their_roundings_allow(base, bias, leading, wide, kernel):
     """Count the roundings to bfloat16 of a term: of x, A, x A, s B, the thin product, and the sum; and likewise."""
     if base in ("half", "dense") and wide == "float32":
@@ -167,14 +168,7 @@ def read(base, transposed):
     return model, part
 
 
-@covering(
-    2,
-    base=list(BASES),
-    transposed=[False, True],
-    leading=[(64,), (3, 30)],
-    wide=["float32", "autocast", "bfloat16"],
-    kernel=["best", "reference"],
-)
+@covering(2, transposed=[False, True], **CASES)
 def test_a_weight_that_is_read_is_multiplied_with_its_adapter_as_exactly(base, transposed, leading, wide, kernel):
     """The roundings are those of a layer."""
     if base in ("half", "dense"):

@@ -8,9 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure, quantize
+from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure
 from lowmem.nn.techniques import blockwise
-from lowmem.transforms.store import store_parameters
 from tests import strategies
 from tests.rounding import assert_sum
 
@@ -71,26 +70,6 @@ def test_outputs_and_gradients_are_those_of_the_restored_weight(drawn, technique
     if layer.bias is not None and layer.bias.requires_grad:
         channels = weights.double().transpose(0, -len(size) - 1).flatten(1)  # (out_channels, positions)
         assert_sum(layer.bias.grad, twin.bias.grad, channels.abs().sum(1), channels.shape[1])
-
-
-@given(strategies.convolutions(), strategies.formats, strategies.small_blocks, strategies.encodings)
-def test_it_stores_what_quantize_gives_within_its_bound_and_keeps_the_bias(drawn, format, block, scales):
-    dense, _ = drawn
-    layer = convert(copy.deepcopy(dense), blockwise(format, block, scales))
-    rows = dense.weight.detach().flatten(1)
-    q = quantize(rows, format, block_size=block, scales=scales)
-    assert torch.equal(layer.quantized.packed, q.packed)
-    assert torch.equal(layer.quantized.scales, q.scales)
-    assert ((rows - layer.quantized.dequantize()).abs() <= q.error_bound()).all()
-    assert (layer.bias is None) == (dense.bias is None)
-    assert all(name == "bias" for name, p in layer.named_parameters() if p.requires_grad)
-    assert layer.weight_count == measure.weight_count(dense)
-
-
-@kinds
-def test_half_freezes_the_bias_and_four_bits_leave_it_trainable(technique):
-    layer = convert(nn.Conv1d(4, 4, 3), technique)
-    assert layer.bias.requires_grad == isinstance(layer, Conv4Bit)
 
 
 @kinds
@@ -159,16 +138,6 @@ def test_the_output_has_the_input_s_dtype(technique, dtype, channels):
     assert torch.autograd.grad(out.sum(), x)[0].dtype == dtype
 
 
-def test_compute_dtype_decides_the_product():
-    dense = nn.Conv1d(8, 8, 3)
-    layer = convert(copy.deepcopy(dense), FourBit(compute_dtype=torch.bfloat16))
-    x = torch.randn(2, 8, 9)
-    assert layer(x).dtype == torch.float32
-    assert_convolved(layer(x), dense_twin(layer, dense), x, rounded=[torch.bfloat16] * 5)  # the input is, too
-    with pytest.raises(AssertionError, match="beyond the bound"):
-        assert_convolved(layer(x), dense_twin(layer, dense), x)  # it was not computed in float32
-
-
 @kinds
 def test_autocast_gives_its_dtype_as_for_a_dense_layer(technique):
     layer = convert(nn.Conv2d(4, 4, 3), technique)
@@ -205,19 +174,6 @@ def test_a_wrong_input_raises_what_the_dense_layer_raises(technique, x, message)
         convert(dense, technique)(x)
 
 
-@kinds
-def test_a_skeleton_of_a_layer_takes_a_state(technique):
-    dense = nn.Conv1d(4, 6, 3)
-    layer = convert(copy.deepcopy(dense), technique)
-    dense.weight = nn.Parameter(dense.weight.to("meta"))
-    if isinstance(layer, HalfConv):
-        dense.to("meta")
-    skeleton = store_parameters(dense, technique, "", ["weight"], technique.skeleton)
-    skeleton.load_state_dict(layer.state_dict(), strict=True, assign=True)
-    x = torch.randn(2, 4, 5)
-    assert torch.equal(skeleton(x), layer(x))
-
-
 @pytest.mark.compile(keep=1)
 @kinds
 @pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
@@ -231,14 +187,7 @@ def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):
         torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("technique", [Half(torch.float16), FourBit(block_size=8)])
-def test_padding_same_of_an_even_kernel_puts_the_odd_zero_behind(technique):
-    """As nn.Conv2d does, which this is held against with the stored weight."""
+def test_padding_same_of_an_even_kernel_puts_the_odd_zero_behind():
     dense = nn.Conv2d(3, 5, (2, 4), padding="same", dilation=(3, 1))
-    layer = convert(nn.Sequential(copy.deepcopy(dense)), technique)[0]
-    x = torch.randn(2, 3, 9, 11)
-    stored = layer.quantized.dequantize() if isinstance(technique, FourBit) else layer.weight.float()
-    with torch.no_grad():
-        dense.weight.copy_(stored.view_as(dense.weight))
-        dense.bias.copy_(layer.bias.float())
-        torch.testing.assert_close(layer(x), dense(x), rtol=1e-4, atol=1e-5)
+    layer, x = convert(copy.deepcopy(dense), Half()), torch.randn(2, 3, 9, 11)
+    assert_convolved(layer(x), dense_twin(layer, dense), x)

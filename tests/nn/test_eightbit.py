@@ -57,19 +57,6 @@ def test_every_layer_is_stored_in_8_bits_and_computes_with_what_it_stores():
     torch.testing.assert_close(out.double(), twin(INDICES), rtol=1e-4, atol=1e-5)
 
 
-def test_a_weight_is_off_by_half_a_step_of_its_block_and_what_the_scale_has_lost():
-    torch.manual_seed(1)
-    layer = nn.Linear(200, 30)
-    weight = layer.weight.detach().clone()
-    for scales in ("float32", "float16", "double"):
-        stored = convert(copy.deepcopy(layer), EightBit(64, scales)).weight.dequantize()
-        steps = nn.functional.pad(weight, (0, 56)).view(30, 4, 64).abs().amax(-1) / 127
-        lost = {"float32": 2.0**-20, "float16": 2.0**-10, "double": 2.0**-7}[scales]  # of the largest weight
-        bound = (steps * (0.5 + 127 * lost)).repeat_interleave(64, -1)[:, :200]
-        assert ((stored - weight).abs() <= bound).all()
-        assert (stored - weight).abs().max() > 0.3 * steps.max()  # not stored more finely than that
-
-
 def test_bits_are_eight_and_those_of_the_scales():
     assert len({EightBit(), EightBit(), EightBit(32)}) == 2  # a technique is a value, which a set holds
     weight = EightBit().store(torch.randn(16, 256))

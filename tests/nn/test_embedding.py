@@ -1,7 +1,6 @@
 """An embedding in 16 or 4 bits returns the rows of the restored table, bit for bit, and restores no others."""
 
 import copy
-import pickle
 from dataclasses import replace
 
 import pytest
@@ -13,7 +12,6 @@ from torch import nn
 from lowmem import FourBit, Half, HalfEmbedding, convert, kernels, measure
 from lowmem.nn.embedding import CodedEmbedding
 from lowmem.nn.techniques import blockwise
-from lowmem.transforms.store import store_parameters
 from tests import strategies
 
 techniques = pytest.mark.parametrize("technique", [Half(), FourBit("nf4", embeddings="4bit")], ids=["half", "4-bit"])
@@ -121,30 +119,6 @@ def test_restoring_takes_a_chunk_at_a_time_and_never_the_table(technique, kernel
         assert measure.peak_bytes(lambda: layer(torch.arange(3))) <= 2**18
         assert measure.peak_bytes(lambda: layer(indices)) <= 4 * indices.numel() * 256 + 2**20
         assert torch.equal(layer(indices), restored(layer)[indices])
-
-
-@techniques
-def test_it_copies_pickles_moves_and_loads_like_a_layer(technique):
-    layer, other = (convert(nn.Embedding(6, 40), technique) for _ in range(2))
-    indices = torch.tensor([[5, 0], [2, 2]])
-    expected = layer(indices)
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert torch.equal(twin(indices), expected)
-    other.load_state_dict(layer.state_dict(), strict=True)
-    assert torch.equal(other(indices), expected)
-    with pytest.raises(RuntimeError, match="Missing key|is dense in the state"):
-        other.load_state_dict(nn.Embedding(6, 41).state_dict() if isinstance(layer, CodedEmbedding) else {})
-    away = layer.to("meta")(indices.to("meta"))
-    assert (away.shape, away.dtype, away.is_meta) == (expected.shape, expected.dtype, True)
-
-
-@techniques
-def test_a_skeleton_of_a_layer_takes_a_state(technique):
-    dense = nn.Embedding(6, 40, dtype=torch.bfloat16)
-    skeleton = store_parameters(dense.to("meta"), technique, "", ["weight"], technique.skeleton)
-    layer = convert(nn.Embedding(6, 40, dtype=torch.bfloat16), technique)
-    skeleton.load_state_dict(layer.state_dict(), strict=True, assign=True)
-    assert torch.equal(skeleton(torch.arange(6)), layer(torch.arange(6)))
 
 
 @techniques

@@ -27,26 +27,6 @@ def exact(weight, x):
 
 
 @kinds
-def test_the_graph_saves_stored_bytes_only(kind):
-    weight = make_weight(kind)
-    saved = []
-    x = torch.randn(2, 4, 9, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        frozen_conv(x, weight, GEOMETRY, torch.float32, torch.ones(6, requires_grad=True)).sum()
-    stored = [weight] if kind == "half" else [weight.packed, weight.scales]
-    assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in stored]
-
-
-@kinds
-def test_a_weight_changed_before_backward_is_an_error(kind):
-    weight = make_weight(kind)
-    out = frozen_conv(torch.randn(2, 4, 9, requires_grad=True), weight, GEOMETRY, torch.float32)
-    (weight if kind == "half" else weight.packed).zero_()
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
-@kinds
 def test_torch_func_transforms_compose(kind):
     weight = make_weight(kind)
     x = torch.randn(3, 4, 9, dtype=torch.float64)
@@ -85,20 +65,3 @@ def test_a_compiled_training_step_has_the_gradients_of_input_and_bias(kind):
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     got, expected = (torch.autograd.grad(f(x, bias), (x, bias)) for f in (compiled, step))
     torch.testing.assert_close(got, expected)
-
-
-TRANSFORMS = {
-    "forward mode": lambda conv: lambda x: torch.func.jvp(conv, (x,), (x,))[1],
-    "gradient": lambda conv: torch.func.grad(lambda x: conv(x).square().sum()),
-}
-
-
-@pytest.mark.compile(keep=1)
-@kinds
-@pytest.mark.parametrize("transform", TRANSFORMS)
-def test_a_compiled_transform_is_right(kind, transform):
-    weight = make_weight(kind)
-    x = strategies.make_input((2, 4), 9, 0, torch.float64).detach()
-    derivative = TRANSFORMS[transform]
-    got = torch.compile(derivative(lambda x: frozen_conv(x, weight, GEOMETRY, torch.float64)), backend="aot_eager")(x)
-    torch.testing.assert_close(got, derivative(lambda x: exact(weight, x))(x))

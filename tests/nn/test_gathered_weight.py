@@ -130,18 +130,6 @@ def test_it_survives_every_way_a_model_travels(model, tmp_path):
     assert model.half()[0].weight_order.dtype == torch.int32
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is (disabled|unavailable)")
-def test_a_distributed_checkpoint_holds_the_order(model, tmp_path):
-    checkpoint = torch.distributed.checkpoint
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    checkpoint.save(state, checkpoint_id=tmp_path, no_dist=True)
-    other = copy.deepcopy(model)
-    empty = {name: torch.zeros_like(value) for name, value in state.items()}
-    checkpoint.load(empty, checkpoint_id=tmp_path, no_dist=True)
-    other.load_state_dict(empty)
-    assert torch.equal(other(X), model(X))
-
-
 def test_an_order_that_is_no_permutation_is_refused(model, tmp_path):
     state = model.state_dict()
     state["0.weight_order"] = torch.zeros_like(ORDER)

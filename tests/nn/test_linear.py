@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import Conv4Bit, FourBit, convert, measure, quantize
+from lowmem import Conv4Bit, FourBit, Half, convert, measure, quantize
 from lowmem.nn.techniques import blockwise
 from tests import strategies
-from tests.rounding import OF_4_BITS, assert_product, assert_sum
+from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
 from tests.selection import rows_in_one_case
 
 
@@ -19,38 +19,38 @@ def techniques(draw):
     return blockwise(draw(strategies.formats), draw(strategies.small_blocks), draw(strategies.encodings))
 
 
-@given(strategies.linears(), techniques(), strategies.leading_shapes, strategies.seeds)
-def test_outputs_and_gradients_equal_those_of_the_dequantized_weight(linear, technique, leading, seed):
+@given(
+    strategies.linears(),
+    st.one_of(techniques(), st.builds(Half, st.sampled_from([torch.float16, torch.bfloat16]))),
+    strategies.leading_shapes,
+    strategies.seeds,
+)
+def test_outputs_and_gradients_equal_those_of_the_stored_weight(linear, technique, leading, seed):
     layer = convert(linear, technique)
-    weight = layer.quantized.dequantize()
+    weight, more = stored_weight(layer), 0 if isinstance(technique, Half) else OF_4_BITS
     x = strategies.make_input(leading, layer.in_features, seed)
     out = layer(x)
-    assert_product(out, x, weight, layer.bias, more=OF_4_BITS)
+    assert out.dtype == x.dtype
+    assert_product(out, x, weight, layer.bias, more=more)
     grad = strategies.make_input(leading, layer.out_features, seed + 1).detach()
     out.backward(grad)
-    assert_product(x.grad, grad, weight.t(), more=OF_4_BITS)
-    if layer.bias is not None:
+    assert_product(x.grad, grad, weight.t(), more=more)
+    if layer.bias is not None and layer.bias.requires_grad:
         rows = grad.reshape(-1, layer.out_features).double()
         assert_sum(layer.bias.grad, rows.sum(0), rows.abs().sum(0), len(rows))
 
 
-@given(strategies.linears(torch.float64, strategies.GRADCHECKED), techniques())
-def test_input_and_bias_gradients_pass_gradcheck_in_float64(linear, technique):
-    layer = convert(linear, technique)
-    x = strategies.make_input((2,), layer.in_features, 0, torch.float64)
-    parameters = [layer.bias] if layer.bias is not None else []
-    assert torch.autograd.gradcheck(lambda x, *_: layer(x), (x, *parameters))
-
-
-@given(strategies.linears(), techniques())
-def test_it_stores_what_quantize_gives_and_keeps_the_bias(linear, technique):
-    bias = linear.bias
-    q = quantize(linear.weight, technique.format, block_size=technique.block_size, scales=technique.scales)
-    layer = convert(linear, technique)
+@given(st.one_of(strategies.linears(), strategies.convolutions().map(lambda drawn: drawn[0])), techniques())
+def test_linear_layers_and_convolutions_store_what_quantize_gives_and_keep_the_bias(dense, technique):
+    bias, rows, count = dense.bias, dense.weight.flatten(1), measure.weight_count(dense)
+    q = quantize(rows, technique.format, block_size=technique.block_size, scales=technique.scales)
+    layer = convert(dense, technique)
     assert torch.equal(layer.quantized.packed, q.packed)
     assert torch.equal(layer.quantized.scales, q.scales)
     assert layer.bias is bias
-    assert [name for name, p in layer.named_parameters() if p.requires_grad] == (["bias"] if bias is not None else [])
+    assert layer.weight_count == count
+    trains = [name for name, p in layer.named_parameters() if p.requires_grad]
+    assert trains == (["bias"] if bias is not None and bias.requires_grad else [])
     assert torch.equal(layer.quantized.dequantize(), q.dequantize())
     assert layer.quantized.packed is layer.weight_packed
 

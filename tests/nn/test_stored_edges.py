@@ -11,8 +11,7 @@ from torch.nn import functional as F
 from lowmem import FourBit, Half, convert, kernels
 from lowmem.kernels.grouped import grouped_product
 from lowmem.quant.backend import backend_of
-from tests.nn.stored_cases import OFFSETS, store
-from tests.selection import rows_in_one_case
+from tests.nn.stored_cases import store
 
 forms = pytest.mark.parametrize("form", ["bof4s", "bfloat16"])
 
@@ -26,55 +25,6 @@ def test_copies_keep_what_is_transposed_and_that_it_is_a_parameter(form):
     own = convert(nn.Linear(40, 24), FourBit() if form == "bof4s" else Half(torch.bfloat16)).weight
     for twin in (copy.deepcopy(own), pickle.loads(pickle.dumps(own))):
         assert isinstance(twin, nn.Parameter)
-
-
-@forms
-@rows_in_one_case(
-    "view",
-    [
-        lambda w: w[::2],
-        lambda w: w[:, ::5],
-        lambda w: w.unbind(1)[4],
-        lambda w: w.split(8, 1)[2],
-        lambda w: w.split([4, 20], 1)[1],
-        lambda w: w.split([1, 2])[1],
-        lambda w: w.select(1, 7),
-        lambda w: w[:, -3],
-    ],
-)
-def test_views_of_every_dimension_that_counts_rows_have_the_same_values(form, view):
-    weight = store(torch.randn(3, 24, 40), form)
-    made, expected = view(weight), view(weight.dequantize())
-    assert made.shape == expected.shape
-    assert torch.equal(made.dequantize(), expected)
-
-
-@forms
-@rows_in_one_case(
-    "view",
-    [
-        lambda w: w.mT.reshape(-1),
-        lambda w: w.mT.flatten(),
-        lambda w: w.mT.contiguous().view(5, -1),
-        lambda w: w.mT.clone(memory_format=torch.contiguous_format).view(w.shape[0], 2, -1),
-        lambda w: w.mT.reshape(-1, w.shape[-2]),
-        lambda w: w.mT.contiguous().view_as(w),
-    ],
-)
-def test_a_transposed_weight_takes_other_shapes(form, view):
-    for shape in ((24, 40), (3, 24, 40)):
-        weight = store(torch.randn(shape), form)
-        assert torch.equal(view(weight), view(weight.dequantize()))
-
-
-@forms
-@rows_in_one_case(
-    "view", [lambda w: w[2], lambda w: w[1:7], lambda w: w.unbind()[3], lambda w: w.split(8)[1], lambda w: w[[3, 1]]]
-)
-def test_rows_of_a_transposed_weight_are_its_columns(form, view):
-    weight = store(torch.randn(24, 40), form)
-    made = view(weight.T)
-    assert torch.equal(made, view(weight.dequantize().T))
 
 
 @pytest.mark.parametrize("kernel", ["reference", kernels.available()[-1]])
@@ -114,38 +64,6 @@ def test_the_same_codes_in_two_formats_are_two_weights():
         store(torch.randn(24, 40), "fp4", scales="float32").form, weight.parts, weight.tail, weight.dtype
     )
     assert not torch.equal(weight, twin)
-
-
-@forms
-@pytest.mark.parametrize(
-    ("equation", "size"), [("bhnd,hnid->bi", (2, 4, 3, 8)), ("bi,hnid->hnbd", (2, 5))], ids=["both", "neither"]
-)
-def test_an_einsum_loops_over_two_letters_that_count_rows(form, equation, size):
-    weight, x = store(torch.randn(4, 3, 5, 8), form), torch.randn(size, dtype=torch.float64)
-    expected = torch.einsum(equation, x, weight.dequantize(torch.float64))
-    torch.testing.assert_close(torch.einsum(equation, x, weight), expected)
-
-
-@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
-def test_a_state_with_one_part_of_another_shape_changes_nothing(technique):
-    layer, other = convert(nn.Linear(16, 8), technique), convert(nn.Linear(16, 8), technique)
-    state = {name: value.clone() for name, value in other.state_dict().items()}
-    last = [name for name in state if name.endswith(("scales", "bias_rounded"))][-1]
-    state[last] = torch.cat([state[last], state[last]])
-    x = torch.randn(2, 16)
-    before = layer(x)
-    with pytest.raises(RuntimeError, match="has shape"):
-        layer.load_state_dict(state)
-    assert torch.equal(layer(x), before)
-
-
-@rows_in_one_case("form", ["nf4", "bfloat16"])
-@rows_in_one_case("transposed", [False, True])
-def test_a_grouped_product_has_the_gradient_of_its_input(form, transposed):
-    weight = store(torch.randn(3, 6, 8), form).double()
-    x = torch.randn(5, 6 if transposed else 8, dtype=torch.float64, requires_grad=True)
-    arguments = weight.matrix, torch.float64, transposed, 3, OFFSETS
-    assert torch.autograd.gradcheck(lambda x: grouped_product(x, *arguments), x)
 
 
 def test_the_matrices_of_a_stack_are_kept_and_follow_its_storage():

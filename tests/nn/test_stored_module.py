@@ -474,13 +474,8 @@ def test_a_module_that_stores_its_weight_does_not_train_it(technique):
     assert not any(one.requires_grad for one in layer.parameters())
 
 
-def test_a_weight_in_16_bits_that_is_asked_to_train_says_that_it_cannot():
-    """``requires_grad_`` of a whole model asks no layer; codes, which are integers, refuse it at once."""
+def test_a_whole_model_that_is_asked_to_train_asks_no_layer_but_codes_refuse_it():
     model = convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)), Half()).requires_grad_(True)
-    with pytest.raises(RuntimeError, match=r"in torch.float16 requires a gradient.*frozen.*lowmem.restore\(model\)"):
-        model(torch.randn(2, 8))
-    with torch.no_grad():
-        model(torch.randn(2, 8))
     for data in (model[0].bias.data, model[0].bias.detach()):  # of which nobody asks a gradient
         assert torch.equal(nn.functional.pad(data, (0, 1))[:-1], model[0].bias.dequantize())
     with pytest.raises(RuntimeError, match="floating point"):

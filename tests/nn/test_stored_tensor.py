@@ -75,15 +75,33 @@ def test_views_of_rows_share_the_stored_bytes(form, view):
     assert [part.untyped_storage().data_ptr() for part in made.parts] == own
 
 
+OF_ANY_KIND = {
+    (3, 24, 40): (
+        *(lambda w: w[..., 4:9], lambda w: w.permute(2, 0, 1), lambda w: w[0, 1, 2], lambda w: w.float() + 1),
+        *(lambda w: w[::2], lambda w: w[:, ::5], lambda w: w.unbind(1)[4], lambda w: w.split(8, 1)[2]),
+        *(lambda w: w.split([4, 20], 1)[1], lambda w: w.split([1, 2])[1], lambda w: w.select(1, 7)),
+        *(lambda w: w[:, -3], lambda w: w.mT.reshape(-1), lambda w: w.mT.contiguous().view(5, -1)),
+        *(lambda w: w.mT.reshape(-1, 24), lambda w: w.mT.contiguous().view_as(w)),
+        lambda w: w.mT.clone(memory_format=torch.contiguous_format).view(3, 2, -1),
+    ),
+    (24, 40): (
+        *(lambda w: w.T[2], lambda w: w.T[1:7], lambda w: w.T.unbind()[3], lambda w: w.T.split(8)[1]),
+        *(lambda w: w.T[[3, 1]], lambda w: w.T.reshape(-1), lambda w: w.T.contiguous().view(5, -1)),
+    ),
+}
+"""Views and copies, by the shape of the weight: of rows, of whatever is no whole rows, and of a transposed weight."""
+DENSE = OF_ANY_KIND[3, 24, 40][:4]
+
+
 @forms
-@rows_in_one_case(
-    "view", [lambda w: w[..., 4:9], lambda w: w.permute(2, 0, 1), lambda w: w[0, 1, 2], lambda w: w.float() + 1]
-)
-def test_whatever_is_no_whole_rows_is_dense(form, view):
-    weight = store(torch.randn(3, 24, 40), form)
-    made = view(weight)
-    assert not isinstance(made, StoredTensor)
-    assert torch.equal(made, view(weight.dequantize()))
+def test_every_view_has_the_values_of_the_dense_one(form):
+    for shape, views in OF_ANY_KIND.items():
+        weight = store(torch.randn(shape), form)
+        for view in views:
+            made, expected = view(weight), view(weight.dequantize())
+            assert made.shape == expected.shape
+            assert torch.equal(made, expected)
+            assert view not in DENSE or not isinstance(made, StoredTensor)
 
 
 @forms

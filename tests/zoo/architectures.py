@@ -91,88 +91,78 @@ def module(name: str, build: Callable[[], nn.Module], inputs: Callable[[], Input
     return Architecture(name, partial(seeded, name, build), inputs, **more)
 
 
+SIZES = {
+    1: "n_shared_experts num_sparse_encoder_layers num_sparse_decoder_layers moe_num_shared_experts topk_group",
+    2: "num_hidden_layers n_layer n_layers num_layers encoder_layers decoder_layers num_decoder_layers "
+    "encoder_num_hidden_layers decoder_num_hidden_layers num_key_value_heads num_experts_per_tok moe_k n_group "
+    "linear_num_key_heads num_self_attends_per_block encoder_sparse_step decoder_sparse_step",
+    4: "num_attention_heads n_head n_heads num_heads encoder_attention_heads decoder_attention_heads "
+    "encoder_num_attention_heads decoder_num_attention_heads encoder_num_key_value_heads decoder_num_key_value_heads "
+    "num_self_attention_heads num_cross_attention_heads linear_num_value_heads mamba_n_heads n_mamba_heads "
+    "num_experts num_local_experts n_routed_experts moe_num_experts rotary_dim sliding_window attention_window_size "
+    "local_attention mamba_chunk_size num_detection_tokens cls_token_id",
+    8: "d_kv head_dim qk_nope_head_dim qk_rope_head_dim v_head_dim linear_key_head_dim linear_value_head_dim "
+    "query_pre_attn_scalar mamba_d_state mamba_dt_rank adapter_rank num_latents position_buckets expert_capacity "
+    "attention_chunk_size patch_size num_conv_pos_embeddings encoder_max_relative_position num_filters",
+    32: "hidden_size d_model n_embd dim d_latents embedding_size word_embed_proj_dim attention_hidden_size lru_width "
+    "q_lora_rank kv_lora_rank moe_intermediate_size shared_expert_intermediate_size qk_channels v_channels "
+    "image_size decoder_hidden_size projection_dim max_source_positions flow_size upsample_initial_channel "
+    "duration_predictor_filter_channels block_multiple_of",
+    64: "max_position_embeddings n_positions max_seq_len context_length max_target_positions intermediate_size_mlp "
+    "max_encoder_position_embeddings max_decoder_position_embeddings max_speech_positions max_text_positions "
+    "codebook_size",
+    96: "intermediate_size ffn_dim hidden_dim d_ff d_inner encoder_ffn_dim decoder_ffn_dim",
+    VOCABULARY: "vocab_size decoder_vocab_size",
+}
+"""The fields of configurations that have a small value in every model that does not give another one."""
+
+SMALL = {field: size for size, fields in SIZES.items() for field in fields.split()}
+SMALL |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def small(config: type) -> dict[str, Any]:
+    """Return the small values of the fields that a class of configurations has."""
+    known = vars(config())
+    return {field: value for field, value in SMALL.items() if field in known}
+
+
+def part(kind: str, **more: Any) -> dict[str, Any]:
+    """Return the configuration of a part of a model, by its ``model_type``."""
+    return {"model_type": kind} | small(transformers.CONFIG_MAPPING[kind]) | more
+
+
 def pretrained(
     name: str,
     kind: str,
-    *configs: dict[str, Any],
     inputs: Callable[[], Inputs],
     generates: bool = False,
     lacks: tuple[str, ...] = (),
-    **more: Any,
+    **config: Any,
 ) -> Architecture:
     """Return an architecture of transformers.
 
     Args:
         kind: the name of the model's class.
-        configs: arguments of its configuration, from left to right, then ``more``.
+        config: fields of its configuration; those that ``SIZES`` names are small unless they are given here.
     """
 
     def build() -> nn.Module:
         cls = getattr(transformers, kind)
-        merged: dict[str, Any] = {}
-        for config in (*configs, more):
-            merged |= config
-        return cls(cls.config_class(**merged))
+        return cls(cls.config_class(**small(cls.config_class) | config))
 
     return Architecture(name, partial(seeded, name, build), inputs, generates, lacks)
 
 
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-BODY = {"hidden_size": 32, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
-TEXT = SPECIAL | BODY | {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
-LLAMA = TEXT | {"num_key_value_heads": 2, "head_dim": 8}
-EXPERTS = {"moe_intermediate_size": 32, "num_experts_per_tok": 2}
-GPT = SPECIAL | {"vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
-BART = SPECIAL | {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 96,
-    "decoder_ffn_dim": 96,
-    "max_position_embeddings": 64,
-    "decoder_start_token_id": 2,
-}
-T5 = SPECIAL | {
-    "vocab_size": VOCABULARY,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 96,
-    "num_layers": 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-}
-LATENT = {  # attention through projections of low rank
-    "q_lora_rank": 32,
-    "kv_lora_rank": 32,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "num_key_value_heads": 4,
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 4,
-    "n_shared_experts": 1,
-    "n_group": 2,
-    "topk_group": 1,
-    "norm_topk_prob": True,
-}
-VISION = BODY | {"image_size": 32, "patch_size": 8}
 PYRAMID = {"depths": [1, 1], "hidden_sizes": [32, 64]}
-SPEECH = BODY | {
-    "vocab_size": 32,
+BACKBONE = {"model_type": "resnet", "embedding_size": 32, "layer_type": "basic", "out_features": ["stage2"]} | PYRAMID
+DETECTION = {"use_timm_backbone": False, "backbone_config": BACKBONE, "num_queries": 5}
+SPEECH = {
     "conv_dim": (32, 32),
     "conv_stride": (4, 4),
     "conv_kernel": (8, 4),
-    "num_conv_pos_embeddings": 8,
     "num_conv_pos_embedding_groups": 2,
     "num_feat_extract_layers": 2,
 }
-
-BACKBONE = {"model_type": "resnet", "embedding_size": 32, "layer_type": "basic", "out_features": ["stage2"]} | PYRAMID
-DETECTION = {"use_timm_backbone": False, "backbone_config": BACKBONE, "num_queries": 5}
-PAIR = {"text_config": TEXT, "vision_config": VISION}
 IMAGE_TOKEN = 3
 
 
@@ -188,226 +178,132 @@ def image_in_text() -> Inputs:
     return inputs
 
 
+def speech(*shape: int, **more: Tensor) -> Callable[[], Inputs]:
+    return lambda: {"input_values": draw(*shape), **more}
+
+
 causal = partial(pretrained, inputs=text, generates=True)
 masked = partial(pretrained, inputs=text)
 translation = partial(pretrained, inputs=texts, generates=True)
 vision = partial(pretrained, inputs=image)
+captions = partial(pretrained, inputs=image_in_text, generates=True, image_token_index=IMAGE_TOKEN)
+LATENT = {"num_key_value_heads": 4, "first_k_dense_replace": 1, "norm_topk_prob": True}  # low-rank attention
 
 TRANSFORMERS = (
     # Decoders.
-    causal("gpt2", "GPT2LMHeadModel", GPT),
-    causal(
-        "gpt_neo", "GPTNeoForCausalLM", TEXT, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
-    ),
-    causal("gpt_neox", "GPTNeoXForCausalLM", TEXT),
-    causal("gptj", "GPTJForCausalLM", GPT, rotary_dim=4),
-    causal("codegen", "CodeGenForCausalLM", GPT, rotary_dim=4),
-    causal("gpt_bigcode", "GPTBigCodeForCausalLM", GPT),
-    causal("falcon", "FalconForCausalLM", TEXT),
-    causal("opt", "OPTForCausalLM", TEXT, ffn_dim=96, word_embed_proj_dim=32),
-    causal("bloom", "BloomForCausalLM", TEXT, n_layer=2, n_head=4),
-    causal("mpt", "MptForCausalLM", TEXT, d_model=32, n_heads=4, n_layers=2, max_seq_len=64),
-    causal("llama", "LlamaForCausalLM", LLAMA),
-    causal("mistral", "MistralForCausalLM", LLAMA, sliding_window=4),
-    causal("qwen2", "Qwen2ForCausalLM", LLAMA),
-    causal("qwen3", "Qwen3ForCausalLM", LLAMA),
-    causal("gemma", "GemmaForCausalLM", LLAMA),
-    causal("gemma2", "Gemma2ForCausalLM", LLAMA, query_pre_attn_scalar=8, sliding_window=4),
-    causal("gemma3", "Gemma3ForCausalLM", LLAMA, query_pre_attn_scalar=8, sliding_window=4),
-    causal("phi", "PhiForCausalLM", TEXT),
-    causal("phi3", "Phi3ForCausalLM", TEXT),
-    causal("stablelm", "StableLmForCausalLM", TEXT, num_key_value_heads=4),
-    causal("olmo", "OlmoForCausalLM", TEXT),
-    causal("olmo2", "Olmo2ForCausalLM", TEXT),
-    causal("cohere", "CohereForCausalLM", LLAMA),
-    causal("starcoder2", "Starcoder2ForCausalLM", LLAMA),
-    causal("granite", "GraniteForCausalLM", LLAMA),
-    causal("smollm3", "SmolLM3ForCausalLM", LLAMA),
-    causal("xlnet", "XLNetLMHeadModel", SPECIAL, vocab_size=VOCABULARY, d_model=32, n_layer=2, n_head=4, d_inner=96),
+    causal("gpt2", "GPT2LMHeadModel"),
+    causal("gpt_neo", "GPTNeoForCausalLM", attention_types=[[["global", "local"], 1]]),
+    causal("gpt_neox", "GPTNeoXForCausalLM"),
+    causal("gptj", "GPTJForCausalLM"),
+    causal("codegen", "CodeGenForCausalLM"),
+    causal("gpt_bigcode", "GPTBigCodeForCausalLM"),
+    causal("falcon", "FalconForCausalLM"),
+    causal("opt", "OPTForCausalLM"),
+    causal("bloom", "BloomForCausalLM"),
+    causal("mpt", "MptForCausalLM"),
+    causal("llama", "LlamaForCausalLM"),
+    causal("mistral", "MistralForCausalLM"),
+    causal("qwen2", "Qwen2ForCausalLM"),
+    causal("qwen3", "Qwen3ForCausalLM"),
+    causal("gemma", "GemmaForCausalLM"),
+    causal("gemma2", "Gemma2ForCausalLM"),
+    causal("gemma3", "Gemma3ForCausalLM"),
+    causal("phi", "PhiForCausalLM"),
+    causal("phi3", "Phi3ForCausalLM"),
+    causal("stablelm", "StableLmForCausalLM"),
+    causal("olmo", "OlmoForCausalLM"),
+    causal("olmo2", "Olmo2ForCausalLM"),
+    causal("cohere", "CohereForCausalLM"),
+    causal("starcoder2", "Starcoder2ForCausalLM"),
+    causal("granite", "GraniteForCausalLM"),
+    causal("smollm3", "SmolLM3ForCausalLM"),
+    causal("xlnet", "XLNetLMHeadModel"),
     # Recurrent ones, and those that mix recurrence with attention.
     # RWKV would otherwise divide its own weights in inference, and write its cache in place, which stops backward.
-    causal(
-        "rwkv", "RwkvForCausalLM", TEXT, attention_hidden_size=32, context_length=64, rescale_every=0, use_cache=False
-    ),
-    causal("mamba", "MambaForCausalLM", TEXT, state_size=8),
-    causal("mamba2", "Mamba2ForCausalLM", TEXT, state_size=8, num_heads=4, head_dim=16, n_groups=2, chunk_size=4),
-    causal("falcon_mamba", "FalconMambaForCausalLM", TEXT, state_size=8),
+    causal("rwkv", "RwkvForCausalLM", rescale_every=0, use_cache=False),
+    causal("mamba", "MambaForCausalLM", state_size=8),
+    causal("mamba2", "Mamba2ForCausalLM", state_size=8, head_dim=16, n_groups=2, chunk_size=4),
+    causal("falcon_mamba", "FalconMambaForCausalLM", state_size=8),
     causal(
         "jamba",
         "JambaForCausalLM",
-        LLAMA,
         attn_layer_period=2,
         attn_layer_offset=1,
         expert_layer_period=2,
         expert_layer_offset=1,
-        num_experts=4,
-        mamba_d_state=8,
-        mamba_dt_rank=8,
     ),
-    causal(
-        "bamba",
-        "BambaForCausalLM",
-        LLAMA,
-        attn_layer_indices=[1],
-        mamba_n_heads=4,
-        mamba_d_head=16,
-        mamba_n_groups=2,
-        mamba_d_state=8,
-        mamba_chunk_size=4,
-    ),
-    causal(
-        "recurrent_gemma",
-        "RecurrentGemmaForCausalLM",
-        LLAMA,
-        lru_width=32,
-        attention_window_size=4,
-        num_hidden_layers=3,
-    ),
-    causal(
-        "qwen3_next",
-        "Qwen3NextForCausalLM",
-        LLAMA,
-        EXPERTS,
-        num_experts=4,
-        shared_expert_intermediate_size=32,
-        layer_types=["linear_attention", "full_attention"],
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        linear_key_head_dim=8,
-        linear_value_head_dim=8,
-    ),
-    causal("lfm2", "Lfm2ForCausalLM", LLAMA, layer_types=["conv", "full_attention"], block_multiple_of=32),
+    causal("bamba", "BambaForCausalLM", attn_layer_indices=[1], mamba_d_head=16, mamba_n_groups=2),
+    causal("recurrent_gemma", "RecurrentGemmaForCausalLM", num_hidden_layers=3),
+    causal("qwen3_next", "Qwen3NextForCausalLM", layer_types=["linear_attention", "full_attention"]),
+    causal("lfm2", "Lfm2ForCausalLM", layer_types=["conv", "full_attention"]),
     causal(
         "zamba2",
         "Zamba2ForCausalLM",
-        LLAMA,
         layers_block_type=["linear_attention", "hybrid"],
-        mamba_d_state=8,
         mamba_ngroups=2,
-        n_mamba_heads=4,
         chunk_size=4,
         use_mamba_kernels=False,
-        adapter_rank=8,
+        attention_hidden_size=64,
     ),
     # Mixtures of experts.
-    causal("mixtral", "MixtralForCausalLM", LLAMA, num_local_experts=4),
-    causal("olmoe", "OlmoeForCausalLM", LLAMA, num_experts=4, num_experts_per_tok=2),
-    causal("qwen2_moe", "Qwen2MoeForCausalLM", LLAMA, EXPERTS, num_experts=4, shared_expert_intermediate_size=32),
-    causal("qwen3_moe", "Qwen3MoeForCausalLM", LLAMA, EXPERTS, num_experts=4),
-    causal("granitemoe", "GraniteMoeForCausalLM", LLAMA, num_local_experts=4),
-    causal("phimoe", "PhimoeForCausalLM", LLAMA, num_local_experts=4),
-    causal("gpt_oss", "GptOssForCausalLM", LLAMA, num_local_experts=4, num_experts_per_tok=2, sliding_window=4),
-    causal("deepseek_v2", "DeepseekV2ForCausalLM", TEXT, EXPERTS, LATENT),
-    causal("deepseek_v3", "DeepseekV3ForCausalLM", TEXT, EXPERTS, LATENT),
-    causal("glm4_moe", "Glm4MoeForCausalLM", LLAMA, EXPERTS, n_routed_experts=4, n_shared_experts=1),
-    causal(
-        "ernie_moe",
-        "Ernie4_5_MoeForCausalLM",
-        LLAMA,
-        EXPERTS,
-        moe_num_experts=4,
-        moe_k=2,
-        moe_num_shared_experts=1,
-        moe_layer_start_index=1,
-    ),
-    causal(
-        "llama4",
-        "Llama4ForCausalLM",
-        LLAMA,
-        intermediate_size_mlp=64,
-        num_local_experts=4,
-        interleave_moe_layer_step=2,
-        no_rope_layers=[1, 0],
-        attention_chunk_size=8,
-    ),
+    causal("mixtral", "MixtralForCausalLM"),
+    causal("olmoe", "OlmoeForCausalLM"),
+    causal("qwen2_moe", "Qwen2MoeForCausalLM"),
+    causal("qwen3_moe", "Qwen3MoeForCausalLM"),
+    causal("granitemoe", "GraniteMoeForCausalLM"),
+    causal("phimoe", "PhimoeForCausalLM"),
+    causal("gpt_oss", "GptOssForCausalLM"),
+    causal("deepseek_v2", "DeepseekV2ForCausalLM", **LATENT),
+    causal("deepseek_v3", "DeepseekV3ForCausalLM", **LATENT),
+    causal("glm4_moe", "Glm4MoeForCausalLM"),
+    causal("ernie_moe", "Ernie4_5_MoeForCausalLM", moe_layer_start_index=1),
+    causal("llama4", "Llama4ForCausalLM", interleave_moe_layer_step=2, no_rope_layers=[1, 0]),
     # Encoders.
-    masked("bert", "BertForMaskedLM", TEXT),
-    masked("roberta", "RobertaForMaskedLM", TEXT, type_vocab_size=1),
-    masked("distilbert", "DistilBertForMaskedLM", TEXT, dim=32, hidden_dim=96, n_layers=2, n_heads=4),
-    masked("albert", "AlbertForMaskedLM", TEXT, embedding_size=32),
-    masked("electra", "ElectraForPreTraining", TEXT, embedding_size=32),
-    masked("mpnet", "MPNetForMaskedLM", TEXT),
-    masked("modernbert", "ModernBertForMaskedLM", TEXT, cls_token_id=3, sep_token_id=4, local_attention=4),
-    masked(
-        "deberta_v2",
-        "DebertaV2ForMaskedLM",
-        TEXT,
-        relative_attention=True,
-        pos_att_type=["p2c", "c2p"],
-        position_buckets=8,
-    ),
-    masked("longformer", "LongformerForMaskedLM", TEXT, attention_window=[4, 4]),
+    masked("bert", "BertForMaskedLM"),
+    masked("roberta", "RobertaForMaskedLM", type_vocab_size=1),
+    masked("distilbert", "DistilBertForMaskedLM"),
+    masked("albert", "AlbertForMaskedLM"),
+    masked("electra", "ElectraForPreTraining"),
+    masked("mpnet", "MPNetForMaskedLM"),
+    masked("modernbert", "ModernBertForMaskedLM", sep_token_id=4),
+    masked("deberta_v2", "DebertaV2ForMaskedLM", relative_attention=True, pos_att_type=["p2c", "c2p"]),
+    masked("longformer", "LongformerForMaskedLM", attention_window=[4, 4]),
     pretrained(
         "perceiver",
         "PerceiverForMaskedLM",
         inputs=lambda: {"inputs": tokens(length=16)},
-        vocab_size=VOCABULARY,
-        num_latents=8,
-        d_latents=32,
-        d_model=32,
-        num_self_attends_per_block=2,
-        num_self_attention_heads=4,
-        num_cross_attention_heads=4,
-        qk_channels=32,
-        v_channels=32,
         max_position_embeddings=16,
     ),
-    masked("esm", "EsmForMaskedLM", TEXT, position_embedding_type="rotary", mask_token_id=5),
-    masked("fnet", "FNetForMaskedLM", TEXT, lacks=("bfloat16",)),
+    masked("esm", "EsmForMaskedLM", position_embedding_type="rotary", mask_token_id=5),
+    masked("fnet", "FNetForMaskedLM", lacks=("bfloat16",)),
     # Encoders with decoders.
-    translation("t5", "T5ForConditionalGeneration", T5),
-    translation("mt5", "MT5ForConditionalGeneration", T5),
-    translation(
-        "switch",
-        "SwitchTransformersForConditionalGeneration",
-        T5,
-        num_decoder_layers=2,
-        num_sparse_encoder_layers=1,
-        num_sparse_decoder_layers=1,
-        num_experts=4,
-        expert_capacity=32,
-    ),
-    translation(
-        "nllb_moe",
-        "NllbMoeForConditionalGeneration",
-        BART,
-        num_experts=4,
-        expert_capacity=8,
-        encoder_sparse_step=2,
-        decoder_sparse_step=2,
-    ),
-    translation("bart", "BartForConditionalGeneration", BART),
-    translation("mbart", "MBartForConditionalGeneration", BART),
-    translation("pegasus", "PegasusForConditionalGeneration", BART),
-    translation("marian", "MarianMTModel", BART, decoder_vocab_size=VOCABULARY),
-    translation(
-        "led",
-        "LEDForConditionalGeneration",
-        BART,
-        attention_window=[4, 4],
-        max_encoder_position_embeddings=64,
-        max_decoder_position_embeddings=64,
-    ),
+    translation("t5", "T5ForConditionalGeneration", decoder_start_token_id=0),
+    translation("mt5", "MT5ForConditionalGeneration", decoder_start_token_id=0),
+    translation("switch", "SwitchTransformersForConditionalGeneration", decoder_start_token_id=0, expert_capacity=32),
+    translation("nllb_moe", "NllbMoeForConditionalGeneration"),
+    translation("bart", "BartForConditionalGeneration"),
+    translation("mbart", "MBartForConditionalGeneration", decoder_start_token_id=2),
+    translation("pegasus", "PegasusForConditionalGeneration"),
+    translation("marian", "MarianMTModel", decoder_start_token_id=2),
+    translation("led", "LEDForConditionalGeneration", attention_window=[4, 4]),
     # Images.
-    vision("vit", "ViTForImageClassification", VISION),
-    vision("dinov2", "Dinov2Model", VISION),
-    vision("beit", "BeitForImageClassification", VISION, use_relative_position_bias=True),
+    vision("vit", "ViTForImageClassification"),
+    vision("dinov2", "Dinov2Model"),
+    vision("beit", "BeitForImageClassification", use_relative_position_bias=True),
     vision(
         "swin",
         "SwinForImageClassification",
-        image_size=32,
         patch_size=4,
         embed_dim=32,
         depths=[1, 1],
         num_heads=[2, 4],
         window_size=4,
     ),
-    vision("convnext", "ConvNextForImageClassification", PYRAMID, num_stages=2),
-    vision("convnextv2", "ConvNextV2ForImageClassification", PYRAMID, num_stages=2),
+    vision("convnext", "ConvNextForImageClassification", **PYRAMID, num_stages=2, patch_size=4),
+    vision("convnextv2", "ConvNextV2ForImageClassification", **PYRAMID, num_stages=2, patch_size=4),
     vision(
         "efficientnet",
         "EfficientNetForImageClassification",
-        image_size=32,
         width_coefficient=1.0,
         depth_coefficient=1.0,
         kernel_sizes=[3, 5],
@@ -421,137 +317,116 @@ TRANSFORMERS = (
     vision(
         "mobilevit",
         "MobileViTForImageClassification",
-        image_size=32,
         patch_size=2,
         hidden_sizes=[32, 32, 32],
         neck_hidden_sizes=[16, 16, 24, 24, 32, 32, 64],
-        num_attention_heads=4,
         expand_ratio=2.0,
     ),
     vision(
         "segformer",
         "SegformerForSemanticSegmentation",
-        PYRAMID,
+        **PYRAMID,
         num_encoder_blocks=2,
         num_attention_heads=[2, 4],
         sr_ratios=[2, 1],
         patch_sizes=[7, 3],
         strides=[4, 2],
         mlp_ratios=[2, 2],
-        decoder_hidden_size=32,
     ),
-    vision("detr", "DetrForObjectDetection", BART, DETECTION),
-    vision("conditional_detr", "ConditionalDetrForObjectDetection", BART, DETECTION),
-    vision("yolos", "YolosForObjectDetection", VISION, image_size=[32, 32], num_detection_tokens=4),
+    vision("detr", "DetrForObjectDetection", **DETECTION),
+    vision("conditional_detr", "ConditionalDetrForObjectDetection", **DETECTION),
+    vision("yolos", "YolosForObjectDetection", image_size=[32, 32]),
     pretrained(
         "sam",
         "SamModel",
         inputs=lambda: image() | {"input_points": draw(2, 1, 2, 2).abs() * 16},
-        vision_config=VISION
-        | {"output_channels": 32, "num_pos_feats": 16, "window_size": 2, "global_attn_indexes": [1]},
+        vision_config=part(
+            "sam_vision_model", output_channels=32, num_pos_feats=16, window_size=2, global_attn_indexes=[1]
+        ),
         prompt_encoder_config={"hidden_size": 32, "image_size": 32, "patch_size": 8, "mask_input_channels": 16},
         mask_decoder_config={"hidden_size": 32, "mlp_dim": 96, "num_attention_heads": 4, "iou_head_hidden_dim": 32},
     ),
     # Images with text.
-    pretrained("clip", "CLIPModel", PAIR, inputs=text_with_image, projection_dim=32),
-    pretrained("siglip", "SiglipModel", PAIR, inputs=text_with_image),
+    pretrained(
+        "clip",
+        "CLIPModel",
+        inputs=text_with_image,
+        text_config=part("clip_text_model"),
+        vision_config=part("clip_vision_model"),
+    ),
+    pretrained(
+        "siglip",
+        "SiglipModel",
+        inputs=text_with_image,
+        text_config=part("siglip_text_model"),
+        vision_config=part("siglip_vision_model"),
+    ),
     pretrained(
         "blip",
         "BlipForImageTextRetrieval",
-        PAIR,
         inputs=text_with_image,
-        projection_dim=32,
+        text_config=part("blip_text_model"),
+        vision_config=part("blip_vision_model"),
         lacks=("checkpointing",),
     ),
-    pretrained(
+    captions(
         "llava",
         "LlavaForConditionalGeneration",
-        inputs=image_in_text,
-        text_config=LLAMA | {"model_type": "llama"},
-        vision_config=VISION | {"model_type": "clip_vision_model"},
-        image_token_index=IMAGE_TOKEN,
-        generates=True,
+        text_config=part("llama"),
+        vision_config=part("clip_vision_model"),
     ),
-    pretrained(
+    captions(
         "blip2",
         "Blip2ForConditionalGeneration",
-        inputs=image_in_text,
-        text_config=TEXT | {"model_type": "opt", "ffn_dim": 96, "word_embed_proj_dim": 32},
-        vision_config=VISION,
-        qformer_config=TEXT | {"encoder_hidden_size": 32},
+        text_config=part("opt"),
+        vision_config=part("blip_2_vision_model"),
+        qformer_config=part("blip_2_qformer", encoder_hidden_size=32),
         num_query_tokens=16,
-        image_token_index=IMAGE_TOKEN,
-        generates=True,
     ),
-    pretrained(
+    captions(
         "gemma3_vision",
         "Gemma3ForConditionalGeneration",
         inputs=lambda: image_in_text() | {"token_type_ids": image_in_text()["input_ids"].eq(IMAGE_TOKEN).long()},
-        text_config=LLAMA | {"query_pre_attn_scalar": 8, "sliding_window": 4},
-        vision_config=VISION,
+        text_config=part("gemma3_text"),
+        vision_config=part("siglip_vision_model"),
         mm_tokens_per_image=16,
-        image_token_index=IMAGE_TOKEN,
-        generates=True,
     ),
     # Speech.
     pretrained(
         "whisper",
         "WhisperForConditionalGeneration",
-        BART,
         inputs=lambda: {"input_features": draw(2, 16, 64), "decoder_input_ids": tokens(length=5)},
         num_mel_bins=16,
-        max_source_positions=32,
-        max_target_positions=64,
         begin_suppress_tokens=None,
+        decoder_start_token_id=2,
         generates=True,
     ),
-    pretrained(
-        "wav2vec2", "Wav2Vec2ForCTC", SPEECH, inputs=lambda: {"input_values": draw(2, 400)}, lacks=("pickle",)
-    ),
+    pretrained("wav2vec2", "Wav2Vec2ForCTC", speech(2, 400), lacks=("pickle",), **SPEECH),
     pretrained(
         "moonshine",
         "MoonshineForConditionalGeneration",
-        SPECIAL,
-        inputs=lambda: {"input_values": draw(2, 2000), "decoder_input_ids": tokens(length=5)},
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=96,
-        max_position_embeddings=64,
-        **{
-            f"{part}_{what}": count
-            for part in ("encoder", "decoder")
-            for what, count in {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4}.items()
-        },
+        speech(2, 2000, decoder_input_ids=tokens(length=5)),
         generates=True,
     ),
     pretrained(
         "speecht5",
         "SpeechT5ForSpeechToText",
-        {name: value for name, value in SPEECH.items() if name not in BODY and name != "vocab_size"},
-        {name: value for name, value in BART.items() if name not in ("d_model", "max_position_embeddings")},
-        inputs=lambda: {"input_values": draw(2, 400), "decoder_input_ids": tokens(length=5)},
-        hidden_size=32,
-        max_speech_positions=64,
-        max_text_positions=64,
-        encoder_max_relative_position=8,
+        speech(2, 400, decoder_input_ids=tokens(length=5)),
+        decoder_start_token_id=2,
         generates=True,
         lacks=("pickle",),
+        **SPEECH,
     ),
-    pretrained("hubert", "HubertForCTC", SPEECH, inputs=lambda: {"input_values": draw(2, 400)}, lacks=("pickle",)),
+    pretrained("hubert", "HubertForCTC", speech(2, 400), lacks=("pickle",), **SPEECH),
     pretrained(
         "vits",
         "VitsModel",
-        TEXT,
         inputs=text,
-        ffn_dim=96,
-        flow_size=32,
         spectrogram_bins=33,
-        upsample_initial_channel=32,
         upsample_rates=[4, 4],
         upsample_kernel_sizes=[8, 8],
         resblock_kernel_sizes=[3],
         resblock_dilation_sizes=[[1, 3]],
-        duration_predictor_filter_channels=32,
         prior_encoder_num_flows=2,
         prior_encoder_num_wavenet_layers=2,
         posterior_encoder_num_wavenet_layers=2,
@@ -562,11 +437,8 @@ TRANSFORMERS = (
     pretrained(
         "encodec",
         "EncodecModel",
-        inputs=lambda: {"input_values": draw(2, 1, 320)},
-        num_filters=8,
-        hidden_size=32,
+        speech(2, 1, 320),
         upsampling_ratios=[4, 4],
-        codebook_size=64,
         target_bandwidths=[24.0],
         lacks=("pickle", "linear"),
     ),

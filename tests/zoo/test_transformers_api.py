@@ -10,12 +10,12 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e 
 
 import lowmem
 from lowmem import FourBit, Half, StoredTensor
-from tests.zoo.architectures import ARCHITECTURES, LLAMA, VOCABULARY, pretrained, text
+from tests.zoo.architectures import ARCHITECTURES, VOCABULARY, pretrained, text
 from tests.zoo.stored import dequantized
 from tests.zoo.test_zoo import assert_close, call, generate, reference
 
-TIED = pretrained("llama_tied", "LlamaForCausalLM", LLAMA, inputs=text, generates=True, tie_word_embeddings=True)
-UNTIED = pretrained("llama_untied", "LlamaForCausalLM", LLAMA, inputs=text, generates=True)
+TIED = pretrained("llama_tied", "LlamaForCausalLM", text, generates=True, tie_word_embeddings=True)
+UNTIED = pretrained("llama_untied", "LlamaForCausalLM", text, generates=True)
 MODELS = {"tied": TIED, "untied": UNTIED, **{name: ARCHITECTURES[name] for name in ("gpt2", "t5", "bert", "mixtral")}}
 TECHNIQUES = {"nf4": FourBit("nf4", search=True), "bfloat16": Half(torch.bfloat16)}
 
