@@ -29,31 +29,12 @@ from lowmem.nn.fold import without_adapters
 from lowmem.quant.quantize import relative_error
 from tests import strategies
 from tests.models import out_of_file
-from tests.rounding import assert_sum, stored_weight
+from tests.rounding import stored_weight
 from tests.selection import rows_in_one_case
+from tests.transforms.models import Tied
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
-
-
-@given(strategies.linears(), ranks, strategies.seeds)
-def test_merge_into_a_dense_base_equals_the_adapted_model(linear, rank, seed):
-    layer = strategies.make_adapted(linear, "dense", rank, seed=seed)
-    x = strategies.make_input((3,), layer.in_features, seed)
-    expected = layer(x)
-    adapter = layer.adapters.default.weight
-    exact = (
-        parameter_of(layer, "weight").double() + adapter.scaling * adapter.lora_b.double() @ adapter.lora_a.double()
-    )
-    magnitudes = parameter_of(layer, "weight").double().abs()
-    magnitudes += abs(adapter.scaling) * adapter.lora_b.double().abs() @ adapter.lora_a.double().abs()
-    merged = merge(layer)
-    assert type(merged) is torch.nn.Linear
-    assert_sum(merged.weight, exact, magnitudes, rank + 2)  # the sum over the rank, its scaling, the base added
-    bias = 0 if layer.bias is None else layer.bias.double()
-    terms = layer.in_features + rank + 4  # those sums, one after the other, and the bias
-    for got in (expected, merged(x)):
-        assert_sum(got, x.double() @ exact.t() + bias, x.double().abs() @ magnitudes.t() + abs(bias), terms)
 
 
 @pytest.mark.parametrize("base", ["half", "bfloat16"])
@@ -124,15 +105,6 @@ def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
     assert model[0](torch.ones(2, 24, dtype=dtype)).dtype == dtype
 
 
-@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_dense_layer_keeps_its_dtype_though_the_sum_is_wider(dtype):
-    layer = strategies.make_adapted(torch.nn.Linear(8, 8, dtype=dtype), "dense")
-    expected = (parameter_of(layer, "weight") + layer.adapters.default.weight.delta()).to(dtype)
-    merged = merge(layer)
-    assert merged.weight.dtype == merged.bias.dtype == dtype
-    assert torch.equal(merged.weight, expected)
-
-
 def error_of(got, exact):
     return float((got.double() - exact).norm() / exact.norm())
 
@@ -173,99 +145,65 @@ def test_the_report_says_what_the_adapters_change_and_what_storing_the_sum_loses
 
 
 class Branches(torch.nn.Module):
-    """A layer that is called twice, one by keyword, and one that is never called."""
+    """Layers that are called twice, called by keyword, read or never used; it returns a mapping."""
 
     def __init__(self):
         super().__init__()
-        self.twice, self.keyword, self.never = (torch.nn.Linear(16, 16) for _ in range(3))
+        self.twice, self.keyword, self.read, self.never = (torch.nn.Linear(16, 16) for _ in range(4))
 
     def forward(self, x, scale):
         self.seen = [x, self.twice(x)]
         self.seen.append(self.twice(self.seen[1]))
-        return self.keyword(input=self.seen[2] * scale)
+        y = self.keyword(input=self.seen[2] * scale)
+        return {"index": x.argmax(-1), "last": y.tanh() @ self.read.weight.T, "first": x[:, 0]}
+
+
+def outputs(model, *inputs):
+    with torch.no_grad():
+        found = model(*inputs)
+    return torch.cat([found["last"], found["first"][:, None]], 1).double()
 
 
 @every_base
 @pytest.mark.parametrize("to", ["same format", torch.bfloat16])
-def test_with_inputs_the_report_says_the_errors_of_the_outputs(base, to):
+def test_with_inputs_the_report_says_the_errors_of_each_layer_s_and_of_the_whole_model_s_outputs(base, to):
     torch.manual_seed(0)
     model = convert(Branches(), *strategies.BASES[base], LoRA(2, dropout=0.5)).train()
-    for layer in (model.twice, model.keyword, model.never):
+    for layer in (model.twice, model.keyword, model.read, model.never):
         torch.nn.init.normal_(layer.lora_b)
-    plain = copy.deepcopy(model).eval()
-    x = torch.randn(5, 16)
-    with torch.no_grad():
-        y = plain(x, 2.0)
-        given = {"twice": torch.cat(plain.seen[:2]), "keyword": plain.seen[2] * 2}
+    plain, without, x = copy.deepcopy(model).eval(), copy.deepcopy(model).eval(), torch.randn(5, 16)
+    deactivate(without)
+    exact = outputs(plain, x, 2.0)
+    given = {"twice": torch.cat(plain.seen[:2]), "keyword": plain.seen[2] * 2}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
     for inputs in ((x, 2.0), {"x": x, "scale": 2.0}):
         one, report = merge(copy.deepcopy(model), to, inputs=inputs, report=True)
         assert one.training
         for row in report[:2]:
             layer = getattr(plain, row.path)
             with torch.no_grad():
-                exact, before = layer(given[row.path]).double(), without_adapters(layer)(given[row.path])
-                after = getattr(one, row.path)(given[row.path].to(y.dtype if to == "same format" else to))
-            assert row.output_before == pytest.approx(error_of(before, exact), rel=1e-4)
-            assert row.output_after == pytest.approx(error_of(after, exact), rel=1e-4, abs=1e-6)
+                wanted, before = layer(given[row.path]).double(), without_adapters(layer)(given[row.path])
+                after = getattr(one, row.path)(given[row.path].to(x.dtype if to == "same format" else to))
+            assert row.output_before == pytest.approx(error_of(before, wanted), rel=1e-4)
+            assert row.output_after == pytest.approx(error_of(after, wanted), rel=1e-4, abs=1e-6)
             assert row.largest == max(row.after, row.output_after)
-        assert report[2].output_after is report[2].output_before is None
+        assert all(row.output_after is row.output_before is None for row in report[2:])
         assert not any(vars(module)["_forward_pre_hooks"] for module in one.modules())
-
-
-class Reads(torch.nn.Module):
-    """It calls one layer, reads the weight of another, and returns what Hugging Face's models do: a mapping."""
-
-    def __init__(self):
-        super().__init__()
-        self.called, self.read = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16, bias=False)
-
-    def forward(self, x):
-        return {"index": x.argmax(-1), "last": self.called(x).tanh() @ self.read.weight.T, "first": x[:, 0]}
-
-
-@every_base
-@pytest.mark.parametrize("to", ["same format", torch.bfloat16])
-def test_with_inputs_the_report_says_the_error_of_the_whole_model_s_outputs(base, to):
-    torch.manual_seed(0)
-    model = convert(Reads(), *strategies.BASES[base], LoRA(2, dropout=0.5)).train()
-    for layer in (model.called, model.read):
-        torch.nn.init.normal_(layer.lora_b)
-    x = torch.randn(5, 16)
-
-    def outputs(one):
-        with torch.no_grad():
-            found = one.eval()(x)
-        return torch.cat([found["last"], found["first"][:, None]], 1).double()
-
-    exact = outputs(copy.deepcopy(model))
-    without = copy.deepcopy(model)
-    deactivate(without)
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    merged, report = merge(copy.deepcopy(model), to, inputs=x, report=True)
-    again = copy.deepcopy(model)
-    merge_options = {"inputs": x, "report": True}
     if to == "same format":
-        assert report.output_after == pytest.approx(error_of(outputs(merged), exact), rel=1e-4, abs=1e-7)
+        assert report.output_after == pytest.approx(error_of(outputs(one.eval(), x, 2.0), exact), rel=1e-4, abs=1e-7)
     else:  # layers compute in bfloat16, the rest as before
         assert 0 < report.output_after < 2**-6
-    assert report.output_before == pytest.approx(error_of(outputs(without), exact), rel=1e-4)
-    assert report.cells[-1] == [
-        "whole model",
-        "",
-        "",
-        "",
-        f"{report.output_before:.4g}",
-        f"{report.output_after:.4g}",
-    ]
+    assert report.output_before == pytest.approx(error_of(outputs(without, x, 2.0), exact), rel=1e-4)
+    ends = [f"{report.output_before:.4g}", f"{report.output_after:.4g}"]
+    assert report.cells[-1] == ["whole model", "", "", "", *ends]
     assert "whole model" in str(report)
-    if report.output_after > 1e-6:  # the layers' errors aside, the model's is above the limit
-        limit = max(row.largest for row in report)
-        if report.output_after > limit:
-            with pytest.raises(ValueError, match="relative error of .* of the whole model's outputs, above at_most="):
-                merge(again, to, at_most=limit, **merge_options)
-        merge(again, to, at_most=max(limit, report.output_after), **merge_options)
+    limit, options = max(row.largest for row in report), {"inputs": inputs, "report": True}
+    if report.output_after > limit:
+        with pytest.raises(ValueError, match="relative error of .* of the whole model's outputs, above at_most="):
+            merge(copy.deepcopy(model), to, at_most=limit, **options)
+    merge(copy.deepcopy(model), to, at_most=max(limit, report.output_after), **options)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert model.called.adapters.active == ("default",)
+    assert model.twice.adapters.active == ("default",)
 
 
 def test_a_model_whose_outputs_change_their_shapes_has_no_error_of_them():
@@ -395,33 +333,25 @@ def test_an_adapter_that_cannot_be_folded_leaves_the_model_as_it_was(base, value
         model[1].lora_a.fill_(1)
         model[1].lora_b[0] = value
     layers = list(model)
-    with pytest.raises(ValueError, match=message):
-        merge(model)
-    assert list(model) == layers
-
-
-class Tied(torch.nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.e, self.h = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16, bias=False)
-        self.h.weight = self.e.weight
-
-    def forward(self, x):
-        return self.h(self.e(x))
+    for fold in (merge, lambda model: merge_adapter(model, "default")):
+        with pytest.raises(ValueError, match=message):
+            fold(model)
+        assert list(model) == layers
+        assert model[0].adapters.merged is None
 
 
 @pytest.mark.parametrize("base", sorted(strategies.BASES))
 @pytest.mark.parametrize("to", ["same format", torch.bfloat16])
 def test_merging_that_would_untie_is_refused_and_the_model_stays(base, to, tmp_path):
     x = torch.arange(16)
-    for paths in (("e", "h"), ("e",), ("h",)):
+    for paths in (("tokens", "head"), ("tokens",), ("head",)):
         model = convert(Tied(), *strategies.BASES[base], LoRA(2), where=lambda p, _: True)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if "lora" in name and name[0] in paths:
+                if "lora" in name and name.startswith(paths):
                     parameter.normal_()
         before, children = model(x), list(model.children())
-        with pytest.raises(ValueError, match="^h shares its weight with e, .*keep the adapter apart, or untie"):
+        with pytest.raises(ValueError, match="^head shares its weight with tokens, .*keep the adapter apart"):
             merge(model, to)
         assert list(model.children()) == children
         assert torch.equal(model(x), before)
@@ -435,8 +365,8 @@ def test_merging_that_would_untie_is_refused_and_the_model_stays(base, to, tmp_p
 @every_base
 def test_merging_fresh_adapters_leaves_a_tie(base, tmp_path):
     x = torch.arange(16)
-    model = merge(convert(Tied(), *strategies.BASES[base], LoRA(2), where=lambda p, _: True))
-    assert model.h.weight is model.e.weight
+    model = merge(convert(Tied(), *strategies.BASES[base], LoRA(2), where=lambda *_: True))
+    assert model.head.weight is model.tokens.weight
     save(model, tmp_path / "model.safetensors")
     assert torch.equal(out_of_file(load(tmp_path / "model.safetensors", Tied))(x), model(x))
     # One table of two embeddings is merged into one, and another with the same values, or no active adapter, is not.

@@ -155,15 +155,6 @@ def test_a_pattern_of_an_output_layer_matches_where_where_selects_it():
     assert convert(Tied(), technique, where=lambda *_: True).head.rank == 1
 
 
-def test_where_lora_takes_nothing_after_another_technique_the_reason_is_told():
-    for layer, why in (
-        (nn.Conv1d(4, 4, 3), "LoRA leaves convolutions out: where= takes them"),
-        (nn.LSTM(4, 4), "LoRA has no form of it: recurrent kernels"),
-    ):
-        with pytest.raises(ValueError, match=f"LoRA cannot follow the techniques before it.*{why}"):
-            convert(nn.Sequential(layer), FourBit(), LoRA(2))
-
-
 class Router(nn.Module):
     """A mixture: a linear layer chooses of experts, which are stacks, or a list of modules."""
 

@@ -2,6 +2,8 @@
 
 import os
 
+import pytest
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
@@ -12,3 +14,15 @@ except ImportError:  # the tests are skipped, and say why
     pass
 else:
     transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Return a folder of stored weights, beside the dense one."""
+    from lowmem import FourBit
+    from lowmem.integrations.transformers import LowmemConfig
+    from tests.integrations.transformers.folders import load, write
+
+    model = load(write(tmp_path / "dense"), quantization_config=LowmemConfig(FourBit("nf4")))
+    model.save_pretrained(tmp_path / "small")
+    return tmp_path / "small"

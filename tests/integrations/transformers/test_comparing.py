@@ -15,7 +15,7 @@ from lowmem.__main__ import main
 from lowmem.integrations.transformers import comparing
 from lowmem.integrations.transformers.comparing import compare_text, interval
 from lowmem.integrations.transformers.folder import quantize_folder
-from tests.integrations.transformers.folders import SIZES, load, write
+from tests.integrations.transformers.folders import SIZES, change_config, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
 TEXT = "Weights are levels times scales, and each error is bounded. " * 3
@@ -175,8 +175,7 @@ def test_what_cannot_be_compared_is_one_line(folders, tmp_path, capsys):
     write_tokenizer(tmp_path / "t5")
     for names in ((tmp_path / "t5", folders[0]), (folders[0], tmp_path / "t5")):
         assert "a T5ForConditionalGeneration is an encoder and a decoder" in refused(*names)
-    config = json.loads((folders[1] / "config.json").read_text())
-    (folders[1] / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaModel"]}))
+    change_config(folders[1], architectures=["LlamaModel"])
     assert "a LlamaModel predicts no tokens" in refused(*folders)
     assert "its embeddings" not in refused(folders[1], folders[0])
 

@@ -14,7 +14,7 @@ import lowmem
 from lowmem import FileError, FourBit, Half
 from lowmem.__main__ import main
 from lowmem.integrations.transformers.folder import load_folder, quantize_folder
-from tests.integrations.transformers.folders import CONFIGS, IDS, assert_same, load, write
+from tests.integrations.transformers.folders import CONFIGS, IDS, assert_same, change_config, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
 
@@ -100,7 +100,7 @@ def test_bad_folders_are_one_line(source, tmp_path, capsys):
     assert "are there" in refused(capsys, "quantize", source, out)
     shard.write_bytes(content)
 
-    config = json.loads((source / "config.json").read_text())
+    config = change_config(source)
     for changed, says in [
         (config | {"architectures": ["os"]}, "architectures names 'os', which transformers"),
         (config | {"quantization_config": {"quant_method": "gptq"}}, "it is quantized by 'gptq' already"),
@@ -163,7 +163,6 @@ def test_a_stored_folder_is_not_stored_twice(source, tmp_path):
 
 def test_a_config_of_wrong_values_is_an_error_of_the_folder(tmp_path):
     folder = write(tmp_path / "in")
-    config = json.loads((folder / "config.json").read_text())
     longrope = {"rope_type": "longrope", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
     longrope |= {"short_factor": [1.0] * 8, "long_factor": [1.0]}
     for wrong, told in (
@@ -176,10 +175,11 @@ def test_a_config_of_wrong_values_is_an_error_of_the_folder(tmp_path):
         ({"dtype": "float99"}, r"config\.json': transformers cannot build .*float99"),
         ({"rope_parameters": longrope}, r"rope_parameters\.long_factor=\[1.0\] has 1 factors, and the model 8 freq"),
     ):
-        (folder / "config.json").write_text(json.dumps(config | wrong))
+        before = change_config(folder, **wrong)
         with pytest.raises(FileError, match=f"^cannot load .*{told}"):
             quantize_folder(folder, tmp_path / "out", FourBit("nf4"))
         assert not (tmp_path / "out").exists()
+        change_config(folder, **{**dict.fromkeys(wrong), **before})
 
 
 def test_ties_of_a_stored_folder_survive_restore(tmp_path):
@@ -204,14 +204,13 @@ def test_an_index_beside_a_whole_model_is_refused(source, tmp_path):
 
 def test_other_weights_that_transformers_would_read_are_refused(source, tmp_path):
     """Another file that config.json names, a pickle too; parts that processes wrote; an adapter beside the model."""
-    out, config = tmp_path / "out", json.loads((source / "config.json").read_text())
+    out = tmp_path / "out"
     (source / "adapter_model.bin").write_bytes(b"never read")
     for name in ("adapter_model.bin", "other.safetensors"):
-        (source / "config.json").write_text(json.dumps({**config, "transformers_weights": name}))
+        change_config(source, transformers_weights=name)
         with pytest.raises(FileError, match=f"transformers would read '{name}': remove what is not the model"):
             quantize_folder(source, out, FourBit("nf4"))
-    named = {**config, "transformers_weights": "model.safetensors.index.json"}
-    (source / "config.json").write_text(json.dumps(named))
+    change_config(source, transformers_weights="model.safetensors.index.json")
     assert_same(load_folder(source), load(source))
     save_file({"a": torch.zeros(1)}, source / "shard-00000-model-00001-of-00001.safetensors")
     with pytest.raises(FileError, match="transformers would read 'shard-00000-model-00001-of-00001.safetensors'"):

@@ -18,14 +18,6 @@ from lowmem.integrations.transformers import LowmemConfig
 from tests.integrations.transformers.folders import IDS, assert_same, load, write
 
 
-@pytest.fixture
-def small(tmp_path):
-    """Return a folder of stored weights."""
-    model = load(write(tmp_path / "dense"), quantization_config=LowmemConfig(FourBit("nf4")))
-    model.save_pretrained(tmp_path / "small")
-    return tmp_path / "small"
-
-
 def test_free_pages_are_returned_after_loading(small, tmp_path, monkeypatch):
     trims = []
     monkeypatch.setattr(resident, "_malloc_trim", lambda: trims.append)

@@ -185,12 +185,6 @@ def test_biases_make_up_for_the_whole_error_of_inputs_that_are_all_alike(tmp_pat
         assert ((model(x) - expected).abs() <= 1e-5 * (1 + sizes)).all()
 
 
-@pytest.mark.parametrize("given", [{"blocks": "layers.*"}, {"offload": "hidden"}, {"resume": "done"}])
-def test_options_of_blocks_are_refused_with_diagonal(net, samples, given):
-    message = f"{next(iter(given))}=.* does not apply with diagonal=True"
-    assert_stays(net, ValueError, message, lambda: calibrate(net, samples, diagonal=True, **given))
-
-
 @rows_in_one_case("diagonal", [False, True])
 @rows_in_one_case("value", [torch.nan, torch.inf, 1e30])
 def test_nan_and_infinite_inputs_are_an_error_and_the_model_stays(net, samples, value, diagonal):
@@ -199,14 +193,11 @@ def test_nan_and_infinite_inputs_are_an_error_and_the_model_stays(net, samples, 
     assert_stays(net, ValueError, "^q: its inputs hold NaN or inf", lambda: calibrate(net, broken, diagonal=diagonal))
 
 
-def test_the_root_itself_can_be_the_layer():
-    assert calibrate(nn.Linear(16, 4), [torch.randn(19, 16)]).quantized.method == "calibrated"
-
-
 def test_without_the_search_scales_are_the_largest_magnitudes():
     layer = nn.Linear(16, 4)
     expected = quantize(layer.weight, "nf4")
     calibrated = calibrate(layer, [torch.randn(19, 16)], FourBit("nf4", search=False))
+    assert calibrated.quantized.method == "calibrated"
     assert torch.equal(calibrated.scales, expected.scales)
 
 
@@ -300,6 +291,10 @@ def test_invalid_batches_are_refused_and_the_model_stays(net, batches, error, me
         (FourBit, {}, TypeError, "technique=.* must be a FourBit or a Budget"),
         (Budget(4), SKIP, ValueError, r"Budget\(bits=4\) is out of reach"),
         (Budget(4.5, inputs=[]), SKIP, ValueError, "inputs is empty"),
+        *(
+            (FourBit(), {"diagonal": True, name: "x*"}, ValueError, f"{name}=.* does not apply with diagonal=True")
+            for name in ("blocks", "offload", "resume")
+        ),
         (FourBit(), {"damping": 0}, ValueError, "damping=0 must be a number above 0"),
         (FourBit(), {"damping": float("nan")}, ValueError, "damping=nan must be"),
         (FourBit(), {"damping": True}, ValueError, "damping=True must be"),
