@@ -29,9 +29,10 @@ from lowmem.nn.fold import without_adapters
 from lowmem.quant.quantize import relative_error
 from tests import strategies
 from tests.models import out_of_file
+from tests.refusing import refused
 from tests.rounding import stored_weight
 from tests.selection import rows_in_one_case
-from tests.transforms.models import Tied
+from tests.test_any_model import Tied
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
@@ -234,15 +235,11 @@ def test_a_merge_beyond_at_most_is_refused_with_the_worst_layer_and_the_model_st
     torch.nn.init.normal_(model[1].lora_b, std=1e-3)
     _, report = merge(copy.deepcopy(model), report=True)
     assert [row.after > 0 for row in report] == [False, True]
-    modules, state = [*model.modules()], {name: value.clone() for name, value in model.state_dict().items()}
     x = torch.randn(3, 64)
     for limit, inputs in ((report[1].after * 0.99, None), (0, None), (0, x)):
-        with pytest.raises(
-            ValueError, match=r"^1: merging gives a relative error of [\d.]+, above at_most=[\d.e-]+; merge"
-        ):
+        says = r"^1: merging gives a relative error of [\d.]+, above at_most=[\d.e-]+; merge"
+        with refused(model, ValueError, says):
             merge(model, at_most=limit, inputs=inputs)
-        assert [*model.modules()] == modules
-        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     merge(model, torch.float32, at_most=1e-7)
     assert type(model[1]) is torch.nn.Linear
 
@@ -300,12 +297,8 @@ def test_an_adapter_that_was_merged_reversibly_is_reported_against_its_own_base(
 )
 def test_bad_arguments_are_named_and_the_model_stays(options, kind, message):
     model = torch.nn.Sequential(strategies.make_adapted(torch.nn.Linear(8, 8), "dense")).train()
-    modules = [*model.modules()]
-    with pytest.raises(kind, match=message):
+    with refused(model, kind, message):
         merge(model, **options)
-    assert [*model.modules()] == modules
-    assert model.training
-    assert not model[0]._forward_pre_hooks
 
 
 def test_a_bias_that_the_dtype_cannot_hold_is_named():
@@ -332,11 +325,9 @@ def test_an_adapter_that_cannot_be_folded_leaves_the_model_as_it_was(base, value
     with torch.no_grad():
         model[1].lora_a.fill_(1)
         model[1].lora_b[0] = value
-    layers = list(model)
     for fold in (merge, lambda model: merge_adapter(model, "default")):
-        with pytest.raises(ValueError, match=message):
+        with refused(model, ValueError, message):
             fold(model)
-        assert list(model) == layers
         assert model[0].adapters.merged is None
 
 
@@ -350,11 +341,9 @@ def test_merging_that_would_untie_is_refused_and_the_model_stays(base, to, tmp_p
             for name, parameter in model.named_parameters():
                 if "lora" in name and name.startswith(paths):
                     parameter.normal_()
-        before, children = model(x), list(model.children())
-        with pytest.raises(ValueError, match="^head shares its weight with tokens, .*keep the adapter apart"):
+        before = model(x)
+        with refused(model, ValueError, "^head shares its weight with tokens, .*keep the adapter apart"):
             merge(model, to)
-        assert list(model.children()) == children
-        assert torch.equal(model(x), before)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             merge_adapter(model, "default")  # whose bases stay tied

@@ -318,12 +318,6 @@ def test_at_most_proposes_the_first_that_fits(training):
     assert found.techniques[0] == least
 
 
-def test_at_most_takes_a_size_as_text():
-    batch = torch.ones(8, 1024)
-    assert plan(BigNet, batch=batch, at_most="1GiB").techniques == ()
-    assert plan(BigNet, batch=batch, at_most="50MiB", training=None).techniques == (Half(torch.bfloat16),)
-
-
 def test_at_most_passes_over_techniques_that_the_model_has_no_layers_for():
     def make():
         return nn.Sequential(nn.Conv1d(64, 64, 3), nn.ReLU())
@@ -333,14 +327,14 @@ def test_at_most_passes_over_techniques_that_the_model_has_no_layers_for():
     assert plan(make, batch=x, at_most=total).techniques == ()
     with pytest.raises(ValueError, match=rf"\({total:,} bytes\), with dense; 0: LoRA cannot follow"):
         plan(make, batch=x, at_most=total - 1)
-
-
-def test_the_least_is_the_least_total_and_not_the_least_stored():
-    """A small model's products with stored weights take more scratch than its dense weights."""
-    x = torch.ones(1, 64)
-    total = plan(lambda: nn.Linear(64, 64), batch=x, training=None).total_bytes
+    batch = torch.ones(8, 1024)
+    assert plan(BigNet, batch=batch, at_most="1GiB").techniques == ()
+    assert plan(BigNet, batch=batch, at_most="50MiB", training=None).techniques == (Half(torch.bfloat16),)
+    # The least is the least total: a small model's products with stored weights take more scratch than dense ones.
+    small = {"batch": torch.ones(1, 64), "training": None}
+    total = plan(lambda: nn.Linear(64, 64), **small).total_bytes
     with pytest.raises(ValueError, match=rf"\({total:,} bytes\), with dense; take a smaller batch"):
-        plan(lambda: nn.Linear(64, 64), batch=x, training=None, at_most=100)
+        plan(lambda: nn.Linear(64, 64), **small, at_most=100)
 
 
 def test_models_that_cannot_be_the_least_are_not_run(monkeypatch):

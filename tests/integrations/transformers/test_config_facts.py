@@ -3,8 +3,6 @@
 import pytest
 import torch
 
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
 import lowmem
 from lowmem import FileError
 from lowmem.finetuning.ranks import Ranks

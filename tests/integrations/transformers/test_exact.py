@@ -5,11 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from lowmem.nn.adapter_bank import parameter_of
-
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPT2LMHeadModel, GptOssConfig
 
@@ -19,6 +14,7 @@ from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.folder import import_folder
 from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.shards import read_model
+from lowmem.nn.adapter_bank import parameter_of
 from tests.integrations.transformers import folders
 from tests.integrations.transformers.folders import IDS, assert_same, change_config, change_weights, load
 from tests.integrations.transformers.foreign import METHODS, values, write_foreign

@@ -5,9 +5,6 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
-
 import lowmem
 from lowmem import FourBit, Half
 from lowmem.integrations.transformers import LowmemConfig

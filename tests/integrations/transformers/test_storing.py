@@ -4,9 +4,6 @@ import copy
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations
