@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, overload
@@ -406,7 +406,7 @@ def _outputs_with(
     dtypes: Mapping[AdaptedModule, torch.dtype | None],
 ) -> list[Tensor]:
     """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
-    with ExitStack() as stack, evaluation_mode(model):
+    with evaluation_mode(model) as stack:
         for layer, other in others.items():
             stack.enter_context(_computing_with(layer, other, dtypes.get(layer)))
         return _floating(run_batch(model, inputs))

@@ -179,7 +179,7 @@ def test_with_inputs_the_report_says_the_errors_of_each_layer_s_and_of_the_whole
     state = {name: value.clone() for name, value in model.state_dict().items()}
     for inputs in ((x, 2.0), {"x": x, "scale": 2.0}):
         one, report = merge(copy.deepcopy(model), to, inputs=inputs, report=True)
-        assert one.training
+        assert all(module.training for module in one.modules())
         for row in report[:2]:
             layer = getattr(plain, row.path)
             with torch.no_grad():
