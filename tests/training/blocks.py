@@ -18,10 +18,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.rand(width) + 0.5)
         self.variance_epsilon = 1e-5
 
-    def forward(self, x):
+    def normed(self, x, epsilon):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+
+    def forward(self, x):
+        return self.weight * self.normed(x, self.variance_epsilon).to(x.dtype)
 
 
 class MLP(nn.Module):
