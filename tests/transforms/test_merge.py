@@ -14,7 +14,6 @@ from lowmem import (
     HalfLinear,
     Linear4Bit,
     LoRA,
-    LoRALinear,
     add_adapter,
     convert,
     deactivate,
@@ -137,12 +136,8 @@ def test_the_report_says_what_the_adapters_change_and_what_storing_the_sum_loses
         )
         assert row.output_before is row.output_after is None
     assert report.worst.after == max(row.after for row in report)
-    assert str(report).splitlines()[1].split() == [
-        "a",
-        "default",
-        f"{report[0].before:.4g}",
-        f"{report[0].after:.4g}",
-    ]
+    wanted = ["a", "default", f"{report[0].before:.4g}", f"{report[0].after:.4g}"]
+    assert str(report).splitlines()[1].split() == wanted
 
 
 class Branches(torch.nn.Module):
@@ -258,14 +253,9 @@ def test_outputs_beyond_at_most_are_refused_too(part):
     assert report[0].output_after > limit
     assert (report[0].output_after == float("inf")) == (part == 1)  # the exact output is zero
     merge(copy.deepcopy(layer), at_most=limit)
-    with pytest.raises(ValueError, match="the model itself: merging gives a relative error of"):
-        merge(layer, at_most=limit, inputs=x[None])
-
-
-def test_outputs_that_are_not_numbers_are_refused():
-    layer = strategies.make_adapted(torch.nn.Linear(4, 4), "dense")
-    with pytest.raises(ValueError, match="gives a relative error of inf, above at_most=1"):
-        merge(layer, at_most=1, inputs=torch.full((1, 4), float("inf")))
+    for inputs in (x[None], torch.full((1, 32), float("inf"))):  # outputs that are no numbers, too
+        with refused(layer, ValueError, "the model itself: merging gives a relative error of"):
+            merge(layer, at_most=limit, inputs=inputs)
 
 
 def test_an_adapter_that_was_merged_reversibly_is_reported_against_its_own_base():
@@ -305,9 +295,8 @@ def test_a_bias_that_the_dtype_cannot_hold_is_named():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8))
     torch.nn.init.constant_(model[0].bias, 1e6)
     convert(model, FourBit(), LoRA(2))
-    with pytest.raises(ValueError, match="0: the adapted bias holds the magnitude 1e"):
+    with refused(model, ValueError, "0: the adapted bias holds the magnitude 1e"):
         merge(model, torch.float16)
-    assert isinstance(model[0], LoRALinear)
 
 
 @rows_in_one_case(

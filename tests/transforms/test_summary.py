@@ -204,13 +204,8 @@ def test_layers_of_one_role_are_one_row_with_the_same_totals():
     model["blocks"][3]["up"] = nn.Linear(64, 256)  # of another size
     found = summary(convert(model, FourBit(), where=lambda path, module: path != "blocks.2.down"))
     grouped = found.grouped()
-    assert [row.path for row in grouped] == [
-        "blocks.0-2.up",
-        "blocks.0,1,3.down",
-        "blocks.2.down",
-        "blocks.3.up",
-        "head",
-    ]
+    paths = ["blocks.0-2.up", "blocks.0,1,3.down", "blocks.2.down", "blocks.3.up", "head"]
+    assert [row.path for row in grouped] == paths
     up = [row for row in found if row.path in ("blocks.0.up", "blocks.1.up", "blocks.2.up")]
     assert grouped[0].weights == sum(row.weights for row in up)
     assert grouped[0].bytes == sum(row.bytes for row in up)
