@@ -10,7 +10,7 @@ from tests.faults.planted import LIST, Fault, errors_of, read_faults
 from tests.selection import rows_in_one_case
 
 FAULTS = read_faults(LIST)
-PORTABLE = "lowmem/kernels/csrc/portable.c"
+PORTABLE = "lowmem/kernels/csrc/portable.h"
 FAULT = Fault("a", PORTABLE, "nothing", "LANES 4", "LANES 8", ("tests/test_main.py",), "portable")
 
 
