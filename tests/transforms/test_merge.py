@@ -105,6 +105,15 @@ def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
     assert model[0](torch.ones(2, 24, dtype=dtype)).dtype == dtype
 
 
+@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_dense_layer_keeps_its_dtype_though_the_sum_is_wider(dtype):
+    layer = strategies.make_adapted(torch.nn.Linear(8, 8, dtype=dtype), "dense")
+    expected = (parameter_of(layer, "weight") + layer.adapters.default.weight.delta()).to(dtype)
+    merged = merge(layer)
+    assert merged.weight.dtype == merged.bias.dtype == dtype
+    assert torch.equal(merged.weight, expected)
+
+
 def error_of(got, exact):
     return float((got.double() - exact).norm() / exact.norm())
 

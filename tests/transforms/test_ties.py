@@ -35,6 +35,15 @@ def test_tied_weights_stay_tied(techniques):
     assert tensors_of(twin.tokens)[0] is tensors_of(twin.head)[0]
 
 
+@rows_in_one_case("techniques", EVERY)
+@rows_in_one_case("skip", ["tokens", "head"])
+def test_tied_weights_are_left_alone_together(techniques, skip):
+    model = convert(Tied(), *techniques, skip=skip)
+    assert (type(model.tokens), type(model.head)) == (nn.Embedding, nn.Linear)
+    assert model.tokens.weight is model.head.weight
+    assert type(model.mix) is not nn.Linear
+
+
 def test_an_adapter_over_a_tied_layer_leaves_the_tie():
     model = convert(Tied(), LoRA(2), where=lambda path, _: path == "head")
     assert parameter_of(model.head, "weight") is model.tokens.weight
