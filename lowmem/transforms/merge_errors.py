@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -111,7 +111,7 @@ def _outputs_with(
     dtypes: Mapping[AdaptedModule, torch.dtype | None],
 ) -> list[Tensor]:
     """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
-    with ExitStack() as stack, evaluation_mode(model):
+    with evaluation_mode(model) as stack:
         for layer, other in others.items():
             stack.enter_context(_computing_with(layer, other, dtypes.get(layer)))
         return _floating(run_batch(model, inputs))

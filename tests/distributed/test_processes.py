@@ -45,22 +45,13 @@ def rank(monkeypatch):
     return rank
 
 
-def test_flags_need_torchrun_and_torchrun_needs_flags(monkeypatch):
-    with joined(None) as ranks:
-        assert type(ranks) is Ranks
-    for how in ("shard", "replicate"):
-        with pytest.raises(ValueError, match=f"--{how} needs several processes: start it with torchrun"), joined(how):
-            pass
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with (
-        pytest.raises(ValueError, match="torchrun has started 2 processes, .*: add --shard or --replicate"),
-        joined(None),
-    ):
-        pass
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    with joined(None) as ranks:
-        assert type(ranks) is Ranks
+def test_one_process_needs_no_flag_and_several_need_one(monkeypatch):
+    """What the command says without them is tests/integrations/transformers/test_many_processes.py's."""
+    for _ in range(2):
+        with joined(None) as ranks:
+            assert type(ranks) is Ranks
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", "1")
 
 
 def test_an_error_of_all_processes_is_told_by_the_first(rank, monkeypatch, capsys):

@@ -2,6 +2,7 @@
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from lowmem import convert
 from lowmem.training.fused import GatedMLP, RMSNorm, fuse
@@ -17,10 +18,12 @@ class Norm(nn.Module):
         self.weight = nn.Parameter(torch.rand(width) + 0.5)
         self.variance_epsilon = 1e-5
 
-    def forward(self, x):
+    def normed(self, x, epsilon):
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return self.weight * wide.to(x.dtype)
+        return wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+
+    def forward(self, x):
+        return self.weight * self.normed(x, self.variance_epsilon).to(x.dtype)
 
 
 class MLP(nn.Module):
@@ -50,6 +53,26 @@ class Block(nn.Module):
 
     def forward(self, x):
         return x + self.mlp(self.norm(x))
+
+
+class Language(nn.Module):
+    """An embedding, layers whose outputs are added up, and an output layer that is tied to the embedding."""
+
+    def __init__(self, vocabulary=512, width=WIDTH, layers=()):
+        super().__init__()
+        self.embedding, self.layers = nn.Embedding(vocabulary, width), nn.ModuleList(layers)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def hidden(self, ids):
+        x = self.embedding(ids)
+        for layer in self.layers:
+            x = x + functional.gelu(layer(x)) if isinstance(layer, nn.Linear) else layer(x)
+        return x
+
+    def forward(self, ids, labels=None):
+        logits = self.head(self.hidden(ids))
+        return logits if labels is None else functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
 NORM = RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=True, mixes=True)

@@ -89,9 +89,6 @@ def test_checkpoints_give_the_same_bits(joined):
     found = gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False))
     for got, one in zip(found, expected, strict=True):
         assert torch.equal(got, one)
-    checkpoint(model, x, use_reentrant=True).float().sin().sum().backward()
-    found = [p.grad for p in (x, *model.parameters()) if p.requires_grad]
-    assert_near(found, expected[1:], 1e-5)  # its first pass is without gradients, where layers add adapters otherwise
     inner = lambda x: x + checkpoint(model.mlp, model.norm(x), use_reentrant=False)  # noqa: E731
     for got, one in zip(
         gradients(model, x, lambda x: checkpoint(inner, x, use_reentrant=False)), expected, strict=True

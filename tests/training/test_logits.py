@@ -10,22 +10,14 @@ from torch.nn import functional
 from lowmem import FourBit, Half, convert
 from lowmem.training.logits import LazyLogits, LazyOutput, delay_logits
 from lowmem.training.prepared_module import release_module
+from tests.training.blocks import Language
 
 VOCABULARY = 40
 
 
-class Language(nn.Module):
-    """Tied ends, and the loss as Hugging Face's models compute it."""
-
-    def __init__(self):
-        super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, 16)
-        self.mix = nn.Linear(16, 16)
-        self.head = nn.Linear(16, VOCABULARY, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids):
-        return self.head(torch.tanh(self.mix(self.embedding(ids))))
+def language():
+    """Return a model of tied ends, of which a function computes the loss."""
+    return Language(VOCABULARY, 16, [nn.Linear(16, 16)])
 
 
 def shifted_loss(logits, labels):
@@ -74,9 +66,9 @@ LAZY = [shifted_loss, cut_loss, scaled_loss, biased_loss, masked_loss]
 @pytest.mark.parametrize("technique", [None, FourBit(), Half()], ids=["dense", "4-bit", "half"])
 def test_losses_and_gradients_stay(loss, technique, monkeypatch):
     torch.manual_seed(0)
-    model = Language()
+    model = language()
     if technique is not None:
-        convert(model, technique, skip="mix")
+        convert(model, technique, skip="layers.0")
     ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
     wanted = loss(model(ids), labels)
     wanted.backward()
@@ -98,7 +90,7 @@ def test_losses_and_gradients_stay(loss, technique, monkeypatch):
 
 def test_functions_that_need_values_get_the_logits_and_attributes_compute_none(monkeypatch):
     torch.manual_seed(0)
-    model = Language()
+    model = language()
     ids = torch.randint(0, VOCABULARY, (2, 5))
     wanted = model(ids)
     delay_logits(model.head)
@@ -141,7 +133,7 @@ def test_functions_that_need_values_get_the_logits_and_attributes_compute_none(m
 
 
 def test_evaluation_compiled_and_traced_calls_return_plain_logits():
-    model = Language()
+    model = language()
     ids = torch.randint(0, VOCABULARY, (2, 5))
     delay_logits(model.head)
     with torch.no_grad():
@@ -156,7 +148,7 @@ def test_evaluation_compiled_and_traced_calls_return_plain_logits():
 
 def test_logits_of_autocast_have_its_dtype_and_are_read_outside_of_it():
     torch.manual_seed(0)
-    model = Language()
+    model = language()
     ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
     with torch.autocast("cpu", torch.bfloat16):
         plain = model(ids)
@@ -171,7 +163,7 @@ def test_logits_of_autocast_have_its_dtype_and_are_read_outside_of_it():
 
 
 def test_it_is_undone_and_copies_are_independent():
-    model = Language()
+    model = language()
     before = type(model.head), set(model.head.__dict__)
     delay_logits(model.head, chunk=8)
     copied = copy.deepcopy(model)
@@ -203,7 +195,7 @@ class Mean(torch.autograd.Function):
 
 def test_functions_that_python_does_not_see_get_a_gradient():
     torch.manual_seed(0)
-    model = Language()
+    model = language()
     ids = torch.randint(0, VOCABULARY, (2, 5))
     model(ids).sum().backward()
     wanted = {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -214,7 +206,7 @@ def test_functions_that_python_does_not_see_get_a_gradient():
 
 
 def test_writes_and_stale_reads_are_refused():
-    model = Language()
+    model = language()
     delay_logits(model.head)
     ids = torch.randint(0, VOCABULARY, (2, 5))
     logits = model(ids)
@@ -248,7 +240,7 @@ def test_writes_and_stale_reads_are_refused():
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.float64], ids=str)
 def test_numbers_of_any_dtype_are_added(dtype):
-    model = Language()
+    model = language()
     ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
     added = (torch.arange(VOCABULARY) % 3).to(dtype)
     wanted = functional.cross_entropy((model(ids) + added).flatten(0, 1), labels.flatten())
@@ -259,7 +251,7 @@ def test_numbers_of_any_dtype_are_added(dtype):
 
 
 def test_what_was_added_may_be_written_to():
-    model = Language()
+    model = language()
     delay_logits(model.head)
     ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
     added = torch.linspace(0, 5, VOCABULARY)
@@ -272,7 +264,7 @@ def test_what_was_added_may_be_written_to():
 @pytest.mark.parametrize("kind", [nn.Parameter, torch.clone], ids=["parameters", "tensors"])
 def test_logits_of_other_parameters_are_not_made_of_the_layer_s_own(kind):
     """As those of a functional call, or of a layer whose weight was replaced since."""
-    model = Language()
+    model = language()
     delay_logits(model.head)
     ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
     other = {name: kind(one.detach() * 2) for name, one in model.named_parameters()}
@@ -301,7 +293,7 @@ class Loss(nn.Module):
 
 def test_transforms_and_tensors_without_values_get_the_logits():
     torch.manual_seed(0)
-    model = Language()
+    model = language()
     ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
     parameters = {name: one.detach() for name, one in model.named_parameters()}
 
@@ -310,7 +302,7 @@ def test_transforms_and_tensors_without_values_get_the_logits():
         return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
 
     calls = {
-        "grad": lambda: torch.func.grad(loss)(parameters, ids, labels)["mix.weight"],
+        "grad": lambda: torch.func.grad(loss)(parameters, ids, labels)["layers.0.weight"],
         "rows": lambda: torch.func.vmap(lambda *row: loss(parameters, *(one[None] for one in row)))(ids, labels),
         "forward": lambda: torch.func.jvp(lambda one: loss(one, ids, labels), (parameters,), (parameters,))[1],
     }

@@ -8,6 +8,7 @@ from torch.nn.utils import parametrize
 from lowmem import LoRA, convert, prepare_training, release_training
 from lowmem.training.logits import LazyLogits
 from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
+from tests.refusing import refused
 
 
 def test_all_classes_that_a_module_was_given_are_undone():
@@ -27,13 +28,11 @@ def test_a_class_that_was_changed_since_is_an_error():
     model = prepare_training(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 40)), LoRA(2), skip="1"), output="1")
     assert isinstance(model(torch.ones(1, 8)), LazyLogits)
     parametrize.register_parametrization(model[1], "weight", nn.Identity())
-    kinds = [type(one) for one in model.modules()]
     for call in (check_prepared, release_module):
-        with pytest.raises(RuntimeError, match="was made of the prepared module since, as a parametrization does"):
+        with refused(model, RuntimeError, "was made of the prepared module since, as a parametrization does"):
             call(model[1])
-    with pytest.raises(RuntimeError, match="undo that first"):
+    with refused(model, RuntimeError, "undo that first"):
         release_training(model)
-    assert [type(one) for one in model.modules()] == kinds
     parametrize.remove_parametrizations(model[1], "weight")
     release_training(model)
     assert type(model[1]) is nn.Linear

@@ -14,16 +14,12 @@ from tests.training.blocks import MLP, Norm
 
 class Gemma(Norm):
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (wide * (1 + self.weight.float())).type_as(x)
+        return (self.normed(x, self.variance_epsilon) * (1 + self.weight.float())).type_as(x)
 
 
 class Olmo(Norm):
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
-        return (self.weight * wide).to(x.dtype)
+        return (self.weight * self.normed(x, self.variance_epsilon)).to(x.dtype)
 
 
 class Centred(Norm):
@@ -35,8 +31,7 @@ class Sums(Norm):
     """The epsilon counts for more."""
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return self.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 0.01)).to(x.dtype)
+        return self.weight * self.normed(x, 0.01).to(x.dtype)
 
 
 class Beside(Norm):
@@ -62,8 +57,7 @@ class T5(Norm):
     """The result has the dtype of the weight, if that has 16 bits."""
 
     def forward(self, x):
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        wide = self.normed(x, self.variance_epsilon)
         return self.weight * (wide.to(self.weight.dtype) if self.weight.dtype is torch.bfloat16 else wide)
 
 

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn import functional
 from torch.nn.parallel import DistributedDataParallel
 
 from lowmem import (
@@ -24,7 +23,7 @@ from lowmem import (
     training_report,
 )
 from lowmem.kernels.torch_versions import TORCH
-from tests.training.blocks import WIDTH, Block
+from tests.training.blocks import Block, Language
 
 pytestmark = [
     pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo"),
@@ -34,30 +33,15 @@ pytestmark = [
 WORLD, VOCABULARY = 2, 512
 
 
-class Language(nn.Module):
-    """Two blocks, the first one's dense layers frozen, between tied ends that train, as norms do."""
-
-    def __init__(self, own_loss=False):
-        super().__init__()
-        self.embedding, self.own_loss = nn.Embedding(VOCABULARY, WIDTH), own_loss
-        self.layers = nn.ModuleList(Block() for _ in range(2))
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        self.head.weight = self.embedding.weight
+class OwnLoss(Language):
+    """Its loss never has all logits."""
 
     def forward(self, ids, labels):
-        x = self.embedding(ids)
-        for layer in self.layers:
-            x = layer(x)
-        if self.own_loss:
-            return linear_cross_entropy(x, self.head.weight, labels, chunk=32)
-        return functional.cross_entropy(self.head(x).flatten(0, 1), labels.flatten())
+        return linear_cross_entropy(self.hidden(ids), self.head.weight, labels, chunk=32)
 
 
-class Compressed(Language):
+class Compressed(OwnLoss):
     """The parts of "lean" by hand."""
-
-    def __init__(self):
-        super().__init__(own_loss=True)
 
     def forward(self, ids, labels):
         with compressed_activations(self):
@@ -65,8 +49,13 @@ class Compressed(Language):
 
 
 def make(memory=None, kind=Language):
+    """Return two blocks, the first one's dense layers frozen, between tied ends that train, as norms do."""
     torch.manual_seed(0)
-    model = convert(kind(), FourBit("nf4"), where=lambda path, _: path.startswith("layers.1.mlp"))
+    model = convert(
+        kind(layers=[Block() for _ in range(2)]),
+        FourBit("nf4"),
+        where=lambda path, _: path.startswith("layers.1.mlp"),
+    )
     convert(model, LoRA(4), where=lambda path, _: ".mlp." in path)
     for name, parameter in model.named_parameters():
         if name.endswith("lora_b"):

@@ -42,16 +42,6 @@ def kinds(model):
     return {path: type(module) for path, module in model.named_modules() if hasattr(module, "in_features")}
 
 
-class Tied(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.tokens, self.mix, self.head = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 50, bias=False)
-        self.head.weight = self.tokens.weight
-
-    def forward(self, indices):
-        return self.head(self.mix(self.tokens(indices)))
-
-
 class SharedBias(nn.Module):
     """A bias of two linear layers, and one that a norm has, too."""
 

@@ -27,6 +27,7 @@ from lowmem.transforms.adapters import (
     unmerge_adapter,
 )
 from tests import strategies
+from tests.refusing import refused
 from tests.rounding import OF_4_BITS, assert_sum, stored_weight
 from tests.selection import rows_in_one_case
 
@@ -260,11 +261,8 @@ def test_a_pattern_that_matches_no_adapted_layer_is_an_error(patterns):
         (make_model(base="dense"), lambda model, technique: convert(model, FourBit(), technique)),
         (make_adapted("a"), lambda model, technique: add_adapter(model, "b", technique)),
     ):
-        modules, state = [*model.modules()], bits(model)
-        with pytest.raises(ValueError, match=f"{name}: pattern '{pattern}' matches no layer of Sequential"):
+        with refused(model, ValueError, f"{name}: pattern '{pattern}' matches no layer of Sequential"):
             change(model, LoRA(2, **{name: given}))
-        assert [*model.modules()] == modules
-        assert_same_state(model, state)
 
 
 def test_b_learns_ratio_times_faster_and_all_that_trains_is_in_a_group():
@@ -410,10 +408,8 @@ def test_merge_with_an_active_adapter_in_some_layers_leaves_the_other_bases_bit_
 def test_merge_without_an_active_adapter_is_refused():
     model = make_adapted("a")
     deactivate(model)
-    modules = list(model.modules())
-    with pytest.raises(ValueError, match="no adapter of Sequential is active: activate one, or delete them"):
+    with refused(model, ValueError, "no adapter of Sequential is active: activate one, or delete them"):
         merge(model)
-    assert list(model.modules()) == modules
 
 
 def test_hooks_stay_when_adapters_come_and_go():
@@ -465,31 +461,20 @@ def test_a_compiled_model_follows_every_switch(request):
         torch.testing.assert_close(output(compiled), output(model))
 
 
-@rows_in_one_case("name", ["", "a.b", ".", "active", "merged", "names", "parts", "remove", "training", "_modules"])
-def test_a_name_that_cannot_be_one_is_refused_and_nothing_changes(name):
-    model = make_model()
-    modules, flags = list(model.modules()), [p.requires_grad for p in model.parameters()]
-    with pytest.raises(ValueError, match=f"name='{name}' must not be empty, hold a dot, or be an attribute"):
-        add_adapter(model, name, LoRA(2))
-    assert list(model.modules()) == modules
-    assert [p.requires_grad for p in model.parameters()] == flags
-
-
 def test_wrong_arguments_of_adding_are_named_and_nothing_changes():
     model = convert(make_model(), LoRA(2), skip="0")
-    modules, state = list(model.modules()), bits(model)
+    names = ("", "a.b", ".", "active", "merged", "names", "parts", "remove", "training", "_modules")
+    taken = "must not be empty, hold a dot, or be an attribute"
     for arguments, options, error, message in (
+        *(((name, LoRA(2)), {}, ValueError, f"name='{name}' {taken}") for name in names),
         ((3, LoRA()), {}, TypeError, "name=3 must be a string"),
         (("a", Half()), {}, TypeError, r"technique=Half\(.*must be an instance of LoRA"),
         (("default", LoRA()), {}, ValueError, "2 has an adapter 'default' already: choose another name"),
-        (("a", LoRA()), {"skip": "typo"}, ValueError, "skip='typo' matches no module"),
         (("a", LoRA()), {"where": lambda *_: False}, ValueError, "nothing to convert: LoRA looks for"),
     ):
-        with pytest.raises(error, match=message):
+        with refused(model, error, message):
             add_adapter(model, *arguments, **options)
-        assert list(model.modules()) == modules
-        assert_same_state(model, state)
-    with pytest.raises(ValueError, match="it has LoRA already; add another with add_adapter"):
+    with refused(model, ValueError, "it has LoRA already; add another with add_adapter"):
         convert(model, LoRA(2))
 
 
@@ -500,9 +485,10 @@ WITH_A_NAME = [activate, deactivate, delete_adapter, merge_adapter, adapter_laye
 def test_an_unknown_name_lists_those_that_there_are(function):
     model = make_adapted("a", "b")
     for name in ("c", None):
-        with pytest.raises(ValueError, match=f"adapter={name!r} is unknown: Sequential has a, b"):
+        with refused(model, ValueError, f"adapter={name!r} is unknown: Sequential has a, b"):
             function(model, name)
-    assert active_adapters(model) == ["a", "b"]
+    with refused(model, ValueError, "no adapter of Sequential is merged: call merge_adapter"):
+        unmerge_adapter(model)
 
 
 @rows_in_one_case("function", [*WITH_A_NAME, lambda model, _: unmerge_adapter(model)])
@@ -512,21 +498,6 @@ def test_a_model_without_adapters_says_how_to_get_one(function):
     with pytest.raises(TypeError, match="must be a torch.nn.Module, found dict"):
         function({}, "a")
     assert adapter_names(make_model()) == active_adapters(make_model()) == []
-
-
-def test_unmerging_what_is_not_merged_is_refused():
-    with pytest.raises(ValueError, match="no adapter of Sequential is merged: call merge_adapter"):
-        unmerge_adapter(make_adapted("a"))
-
-
-def test_an_adapter_that_cannot_be_merged_leaves_every_layer_as_it_was():
-    model = make_adapted("a", base="half")
-    with torch.no_grad():
-        model[3].lora_b.fill_(float("inf"))
-    modules = list(model.modules())
-    with pytest.raises(ValueError, match="3: the adapted weight holds .* NaN or infinite; scale the adapter down"):
-        merge_adapter(model, "a")
-    assert list(model.modules()) == modules
 
 
 @pytest.mark.parametrize("change", ["add", "add to adapted", "delete", "load"])

@@ -16,6 +16,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import CHOICES
 from lowmem.transforms.budget import Importance, Unit, allocate, choose, losses_of, size_of, together
 from lowmem.transforms.registry import stored_by
+from tests.refusing import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
 
@@ -211,8 +212,7 @@ def test_adapters_come_on_top():
 
 def test_what_is_out_of_reach_or_does_not_compose_leaves_the_model_as_it_was():
     model = Tied()
-    before = model.state_dict(keep_vars=True)
-    refused = [
+    cases = [
         (
             (Budget(4.05),),
             r"Budget\(bits=4.05\) is out of reach: these weights take 4\.\d+ bits at least, in blocks of "
@@ -225,20 +225,16 @@ def test_what_is_out_of_reach_or_does_not_compose_leaves_the_model_as_it_was():
         ((Budget(4.5), Budget(4.6)), "Budget was given 2 times"),
         ((Budget(4.5, inputs=[]),), "inputs is empty"),
     ]
-    for techniques, message in refused:
-        with pytest.raises(ValueError, match=message):
+    for techniques, message in cases:
+        with refused(model, ValueError, message):
             convert(model, *techniques)
-    with pytest.raises(ValueError, match="bits a weight are out of reach"):
+    with refused(model, ValueError, "bits a weight are out of reach"):
         convert(model, Budget(8.5), at_most=5)
-    with pytest.raises(TypeError, match="a batch is a str"):
+    with refused(model, TypeError, "a batch is a str"):
         convert(model, Budget(4.5, inputs=["words"]))
     with torch.no_grad():
         model.up.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="^up: weight holds"):
+    with refused(model, ValueError, "^up: weight holds"):
         convert(model, Budget(4.5))
-    after = model.state_dict(keep_vars=True)
-    assert all(one is other for one, other in zip(before.values(), after.values(), strict=True))
-    assert all(one.grad is None and one.requires_grad for one in model.parameters())
-    assert model.training
-    assert not any(isinstance(one, StoredModule) for one in model.modules())
+    assert all(one.grad is None for one in model.parameters())
     assert convert(nn.Linear(64, 64).bfloat16(), Budget(16)).quantized.format == "int8"

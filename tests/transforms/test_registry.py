@@ -21,11 +21,7 @@ from lowmem.transforms.registry import (
 from lowmem.transforms.select import select_modules
 from lowmem.transforms.ties import parameter_owners
 from tests.selection import in_one_case, rows_in_one_case
-
-
-class Subclass(nn.Linear):
-    pass
-
+from tests.transforms.models import Cosine, Subclass
 
 KINDS = {
     "Linear": lambda: nn.Linear(40, 6),
@@ -54,13 +50,6 @@ class Transposed(nn.Linear):
 
     def forward(self, x):
         return x @ self.weight.T + self.bias
-
-
-class Cosine(nn.Linear):
-    """A subclass that reads its weight in more than products."""
-
-    def forward(self, x):
-        return x @ (self.weight / self.weight.norm(dim=1, keepdim=True)).T
 
 
 class Scaled(nn.Linear):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, Half, LoRA, add_adapter, convert, measure, merge_adapter, summary
-from lowmem.transforms.summary import group_name, indices, role_of
+from lowmem.transforms.summary import group_name, role_of
 from tests.selection import rows_in_one_case
 
 NOT_CHOSEN = "not chosen: where=, skip= or never converted"
@@ -204,13 +204,8 @@ def test_layers_of_one_role_are_one_row_with_the_same_totals():
     model["blocks"][3]["up"] = nn.Linear(64, 256)  # of another size
     found = summary(convert(model, FourBit(), where=lambda path, module: path != "blocks.2.down"))
     grouped = found.grouped()
-    assert [row.path for row in grouped] == [
-        "blocks.0-2.up",
-        "blocks.0,1,3.down",
-        "blocks.2.down",
-        "blocks.3.up",
-        "head",
-    ]
+    paths = ["blocks.0-2.up", "blocks.0,1,3.down", "blocks.2.down", "blocks.3.up", "head"]
+    assert [row.path for row in grouped] == paths
     up = [row for row in found if row.path in ("blocks.0.up", "blocks.1.up", "blocks.2.up")]
     assert grouped[0].weights == sum(row.weights for row in up)
     assert grouped[0].bytes == sum(row.bytes for row in up)
@@ -243,29 +238,19 @@ def test_names_are_shown_without_control_characters_and_kept_as_they_are_in_the_
     assert len({len(row) for row in summary(model).cells}) == 1
 
 
-def test_layers_of_one_role_differ_by_indices_alone():
-    assert role_of("layers.0.up") == role_of("layers.12.up") == ("layers", None, "up")
-    assert role_of("layers.0.up") != role_of("layers.0.down")
-    assert role_of("layers.0") != role_of("layers.0.0")
-    assert role_of("block1.up") != role_of("block2.up")  # a name with a digit is no index
-
-
-def test_one_name_stands_for_all_paths():
-    assert group_name([f"layers.{n}.mlp.up" for n in range(30)]) == "layers.0-29.mlp.up"
-    assert group_name(["blocks.0.heads.1", "blocks.0.heads.2", "blocks.1.heads.1"]) == "blocks.0,1.heads.1,2"
-    assert group_name(["head"]) == "head"
-
-
 @rows_in_one_case(
-    ("found", "text"),
+    ("paths", "name"),
     [
-        ([3], "3"),
-        ([0, 1], "0,1"),
-        ([0, 1, 2], "0-2"),
-        (range(30), "0-29"),
-        ([0, 2, 5], "0,2,5"),
-        ([0, 2, 4, 7], "0...7"),
+        (["head"], "head"),
+        (["blocks.0.heads.1", "blocks.0.heads.2", "blocks.1.heads.1"], "blocks.0,1.heads.1,2"),
+        *(
+            ([f"layers.{number}.up" for number in numbers], f"layers.{text}.up")
+            for numbers, text in (([3], "3"), (range(30), "0-29"), ([0, 2, 5], "0,2,5"), ([0, 2, 4, 7], "0...7"))
+        ),
     ],
 )
-def test_indices_are_written_short(found, text):
-    assert indices(found) == text
+def test_layers_of_one_role_differ_by_indices_alone_and_have_one_name(paths, name):
+    assert {role_of(path) for path in paths} == {role_of(paths[0])}
+    assert group_name(list(paths)) == name
+    assert role_of("layers.0") != role_of("layers.0.0")
+    assert role_of("block1.up") != role_of("block2.up")  # a name with a digit is no index

@@ -1,9 +1,11 @@
 """Tiny models of transformers in folders, and what must be equal of two of them."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
@@ -31,6 +33,30 @@ def write(folder: Path, kind: str = "tied llama", dtype: torch.dtype = torch.flo
 
 def load(folder: Path, *, as_class=AutoModelForCausalLM, **more):
     return as_class.from_pretrained(folder, **more)
+
+
+def change_config(folder: Path, **changes) -> dict:
+    """Change keys of config.json, where None removes one; return what it was."""
+    file = folder / "config.json"
+    before = json.loads(file.read_text())
+    file.write_text(json.dumps({key: value for key, value in {**before, **changes}.items() if value is not None}))
+    return before
+
+
+def change_weights(folder: Path, changes: dict[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
+    """Change tensors of a folder of one file, where None removes one; return what they were."""
+    file = folder / "model.safetensors"
+    before = load_file(file)
+    changed = {name: value for name, value in {**before, **changes}.items() if value is not None}
+    save_file(changed, file, {"format": "pt"})
+    return before
+
+
+def spoil(folder: Path, name: str) -> None:
+    """Make a number of a weight a NaN."""
+    weight = load_file(folder / "model.safetensors")[name]
+    weight[0, 0] = torch.nan
+    change_weights(folder, {name: weight})
 
 
 def assert_same(a: nn.Module, b: nn.Module) -> None:

@@ -1,6 +1,6 @@
 """Tiny models in folders as other programs quantize them, beside dense ones of the same values."""
 
-import json
+import shutil
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowmem
-from tests.integrations.transformers.folders import CONFIGS, write
+from tests.integrations.transformers.folders import CONFIGS, change_config, write
 from tests.io.formats import test_awq, test_gptq
 from tests.io.formats.written import words
 
@@ -80,8 +80,8 @@ def write_foreign(folder: Path, method: str, kind: str = "llama", dtype: torch.d
     save_file(state, dense / "model.safetensors", {"format": "pt"})
     quantized.mkdir()
     save_file(parts, quantized / "model.safetensors", {"format": "pt"})
-    config = json.loads((dense / "config.json").read_text())
-    (quantized / "config.json").write_text(json.dumps({**config, "quantization_config": settings}))
+    shutil.copy(dense / "config.json", quantized)
+    change_config(quantized, quantization_config=settings)
     return quantized
 
 

@@ -4,9 +4,6 @@ import json
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
 from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lowmem import EightBit, FourBit, Half, LoRA

@@ -1,11 +1,7 @@
 """What is known of a folder before its weights are read."""
 
-import json
-
 import pytest
 import torch
-
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
 import lowmem
 from lowmem import FileError
@@ -13,7 +9,7 @@ from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.text import Example
 from lowmem.integrations.transformers.config_facts import factory_of, sizes_of, stored_by
-from tests.integrations.transformers.folders import load, write
+from tests.integrations.transformers.folders import change_config, load, write
 
 
 def test_sizes_and_who_stored_it(tmp_path):
@@ -30,10 +26,9 @@ def test_sizes_and_who_stored_it(tmp_path):
     lowmem.save_adapter(model, tmp_path / "adapter", format="peft")
     with pytest.raises(FileError, match="it has an adapter \\(adapter_config.json\\)"):
         stored_by(tmp_path / "adapter")
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "gptq"}}))
+    change_config(folder, quantization_config={"quant_method": "gptq"})
     assert stored_by(folder) == "gptq"
-    config.write_text("{}")
+    (folder / "config.json").write_text("{}")
     with pytest.raises(FileError, match=r"its config.json is of no language model"):
         sizes_of(folder)
 
@@ -45,10 +40,7 @@ def test_the_dense_model_is_made_of_the_config(tmp_path):
     assert {one.dtype for one in made.parameters()} == {torch.bfloat16}
     assert next(made.parameters()).is_meta
     assert [len(one.model.layers) for one in (made, shorter)] == [2, 1]
-    config = folder / "config.json"
-    found = json.loads(config.read_text())
-    del found["dtype"]
-    config.write_text(json.dumps(found))
+    change_config(folder, dtype=None)
     assert {one.dtype for one in factory_of(folder, 1)().parameters()} == {torch.float32}
 
 
@@ -66,7 +58,6 @@ class Noting(Ranks):
 @pytest.mark.parametrize("memory", ["plain", "fast", "lean"])
 def test_a_mixture_trains_with_the_loss_of_transformers_its_router_s_included(memory, tmp_path):
     folder = write(tmp_path / "mixtral", "mixtral")
-    config = folder / "config.json"
     asked = {"output_router_logits": True, "router_aux_loss_coef": 0.5}
     examples = [
         Example.of([3 + (n * 7 + row) % 200 for n in range(length)], [True] * length)
@@ -74,7 +65,7 @@ def test_a_mixture_trains_with_the_loss_of_transformers_its_router_s_included(me
     ]
     found = {}
     for name, more in (("without", {}), ("with", asked)):
-        config.write_text(json.dumps(json.loads(config.read_text()) | more))
+        change_config(folder, **more)
         model = lowmem.add_adapter(load(folder), "default", lowmem.LoRA(2))
         with torch.no_grad():
             for adapter in lowmem.adapter_layers(model, "default").values():

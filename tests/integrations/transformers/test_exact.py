@@ -5,11 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-
-from lowmem.nn.adapter_bank import parameter_of
-
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, GPT2LMHeadModel, GptOssConfig
 
@@ -19,8 +14,9 @@ from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.folder import import_folder
 from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.shards import read_model
+from lowmem.nn.adapter_bank import parameter_of
 from tests.integrations.transformers import folders
-from tests.integrations.transformers.folders import IDS, assert_same, load
+from tests.integrations.transformers.folders import IDS, assert_same, change_config, change_weights, load
 from tests.integrations.transformers.foreign import METHODS, values, write_foreign
 
 
@@ -80,8 +76,7 @@ def write_gpt_oss(folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
         expected[name] = rows.mT.contiguous()
         state |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
     save_file(state, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "mxfp4"}}))
+    change_config(folder, quantization_config={"quant_method": "mxfp4"})
     return folder, expected
 
 
@@ -167,9 +162,7 @@ def test_what_cannot_be_exact_is_refused_with_how_to_go_on(tmp_path):
 def test_codes_of_which_config_json_says_nothing_are_not_left_for_random_numbers(tmp_path, method):
     """Of these weights a model would find none in the folder, and quantize new ones."""
     folder = write_foreign(tmp_path, method)
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
+    change_config(folder, quantization_config=None)
     with pytest.raises(ValueError, match=r"would be quantized a second time: .*from_exact\(folder\) keeps"):
         load(folder, quantization_config=LowmemConfig(FourBit("nf4")))
 
@@ -210,8 +203,7 @@ def test_what_is_refused_is_quantized_again_when_asked(tmp_path):
     """Zero points times float32 scales; experts become one stack, of which the largest error is told."""
     folder, out = write_foreign(tmp_path, "awq", "mixtral"), tmp_path / "out"
     state = load_file(folder / "model.safetensors")
-    wide = {name: value.float() if name.endswith(".scales") else value for name, value in state.items()}
-    save_file(wide, folder / "model.safetensors", {"format": "pt"})
+    change_weights(folder, {name: value.float() for name, value in state.items() if name.endswith(".scales")})
     with pytest.raises(lowmem.FileError, match="more bits than float32; and .* more; .*IN OUT --requantize"):
         import_folder(folder, out)
     assert not out.exists()
@@ -229,7 +221,7 @@ def test_experts_that_differ_in_form_are_refused(tmp_path):
     folder = write_foreign(tmp_path, "awq", "mixtral")
     state = load_file(folder / "model.safetensors")
     key = next(name for name in state if "experts.1" in name and name.endswith(".qzeros"))
-    save_file(state | {key: torch.full_like(state[key], -2004318072)}, folder / "model.safetensors", {"format": "pt"})
+    change_weights(folder, {key: torch.full_like(state[key], -2004318072)})
     with pytest.raises(ValueError, match="is stored in uint4.* in q4_0, .*are one weight in MixtralForCausalLM"):
         from_exact(folder)
     folder = write_foreign(tmp_path / "by activations", "gptq desc_act", "mixtral")  # each expert has its own order
@@ -266,8 +258,7 @@ def test_what_lies_beside_the_weights_is_the_model_s(tmp_path):
     """The generation config, the name, and a dtype that the config does not say."""
     folder = write_foreign(tmp_path, "gptq")
     (folder / "generation_config.json").write_text(json.dumps({"max_new_tokens": 7}))
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "dtype": None}))
+    change_config(folder, dtype=None)
     model, info = from_exact(folder, output_loading_info=True)
     assert model.generation_config.max_new_tokens == 7
     assert model.name_or_path == model.config.name_or_path == str(folder)

@@ -4,8 +4,6 @@ import shutil
 
 import pytest
 
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
 from lowmem import FourBit
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.integrations.transformers.config_facts import sizes_of

@@ -7,23 +7,12 @@ import weakref
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
 
 import lowmem
 from lowmem import FourBit, Half, resident
 from lowmem.integrations.transformers import LowmemConfig
 from tests.integrations.transformers.folders import IDS, assert_same, load, write
-
-
-@pytest.fixture
-def small(tmp_path):
-    """Return a folder of stored weights."""
-    model = load(write(tmp_path / "dense"), quantization_config=LowmemConfig(FourBit("nf4")))
-    model.save_pretrained(tmp_path / "small")
-    return tmp_path / "small"
 
 
 def test_free_pages_are_returned_after_loading(small, tmp_path, monkeypatch):

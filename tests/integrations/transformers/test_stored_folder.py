@@ -1,39 +1,14 @@
 """A folder of stored weights is read as it was written; parts and records that do not fit are refused."""
 
 import copy
-import json
 
 import pytest
 import torch
 
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
-from safetensors.torch import load_file, save_file
-
 import lowmem
 from lowmem import FourBit, Half
 from lowmem.integrations.transformers import LowmemConfig
-from tests.integrations.transformers.folders import IDS, assert_same, load, write
-
-
-@pytest.fixture
-def small(tmp_path):
-    """Return a folder of stored weights."""
-    model = load(write(tmp_path / "dense"), quantization_config=LowmemConfig(FourBit("nf4")))
-    model.save_pretrained(tmp_path / "small")
-    return tmp_path / "small"
-
-
-def change(folder, **weights):
-    """Change tensors of a folder; None removes one."""
-    state = load_file(folder / "model.safetensors")
-    state |= {name: value for name, value in weights.items() if value is not None}
-    save_file(
-        {n: v for n, v in state.items() if weights.get(n, v) is not None},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-
+from tests.integrations.transformers.folders import IDS, assert_same, change_config, change_weights, load, write
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -57,7 +32,7 @@ INT4 = torch.tensor(list(b"int4, block_size=64, scales=double"), dtype=torch.uin
 )
 def test_a_part_that_does_not_fit_is_refused(small, part, made, says):
     """A byte may be a number of another kind, and codes of another format have the same shape."""
-    change(small, **{f"{NAME}.{part}": made(load(small).state_dict()[f"{NAME}.{part}"])})
+    change_weights(small, {f"{NAME}.{part}": made(load(small).state_dict()[f"{NAME}.{part}"])})
     with pytest.raises((ValueError, RuntimeError), match=says):
         load(small)
 
@@ -67,15 +42,13 @@ def test_16_bits_of_another_dtype_are_refused(tmp_path):
     half = load(tmp_path / "dense", quantization_config=LowmemConfig(Half(torch.bfloat16)))
     half.save_pretrained(tmp_path / "half")
     rounded = half.state_dict()[f"{NAME}.weight_rounded"]
-    change(tmp_path / "half", **{f"{NAME}.weight_rounded": rounded.view(torch.float16)})
+    change_weights(tmp_path / "half", {f"{NAME}.weight_rounded": rounded.view(torch.float16)})
     with pytest.raises(ValueError, match=rf"{NAME}.weight_rounded is torch.float16 .* says torch.bfloat16: get it"):
         load(tmp_path / "half")
 
 
 def test_a_config_that_is_wrong_is_refused(small):
-    file = small / "config.json"
-    config = json.loads(file.read_text())
-
+    config = change_config(small)
     for edit, says in (
         (
             lambda c: c.update(layers=[{**c["layers"][0], "names": ["nowhere"]}]),
@@ -87,7 +60,7 @@ def test_a_config_that_is_wrong_is_refused(small):
     ):
         changed = copy.deepcopy(config)
         edit(changed["quantization_config"])
-        file.write_text(json.dumps(changed))
+        change_config(small, **changed)
         with pytest.raises(ValueError, match=says):
             load(small)
 
@@ -96,7 +69,7 @@ def test_scales_that_lie_at_odd_addresses_are_read(tmp_path):
     """transformers maps files, in which bytes lie anywhere; float32 scales need addresses that 4 divides."""
     model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4", 32, "float32"))
     model.save_pretrained(tmp_path / "small")
-    change(tmp_path / "small", **{f"{'a' * pad}": torch.zeros(1, dtype=torch.uint8) for pad in (1,)})
+    change_weights(tmp_path / "small", {"a": torch.zeros(1, dtype=torch.uint8)})
     again = load(tmp_path / "small")
     assert_same(again, model)
     assert torch.equal(again(IDS).logits, model(IDS).logits)

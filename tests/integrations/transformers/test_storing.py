@@ -4,10 +4,7 @@ import copy
 
 import pytest
 import torch
-
-pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import (
@@ -29,7 +26,16 @@ from lowmem import Budget, EightBit, FourBit, Half, LoRA, summary
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.registry import ENTRIES, parameters_to_store
-from tests.integrations.transformers.folders import CONFIGS, IDS, SIZES, assert_same, load, write
+from tests.integrations.transformers.folders import (
+    CONFIGS,
+    IDS,
+    SIZES,
+    assert_same,
+    change_weights,
+    load,
+    spoil,
+    write,
+)
 from tests.transforms.test_registry import KINDS, called
 
 
@@ -178,14 +184,11 @@ def test_weights_that_transformers_keeps_in_float32_are_computed_in_it(tmp_path,
 
 def test_both_ends_of_a_tie_in_the_folder(tmp_path):
     """Files of other programs may hold both: they are one where they are equal, and two where they differ."""
-    file = write(tmp_path) / "model.safetensors"
-    weights = load_file(file)
-    config = LowmemConfig(FourBit("nf4"))
-    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, file, {"format": "pt"})
-    assert_same(load(tmp_path, quantization_config=config), lowmem.convert(load(tmp_path), FourBit("nf4")))
-    head = weights["model.embed_tokens.weight"].flip(0)
-    save_file(weights | {"lm_head.weight": head.contiguous()}, file, {"format": "pt"})
-    assert_same(load(tmp_path, quantization_config=config), lowmem.convert(load(tmp_path), FourBit("nf4")))
+    embedding = load_file(write(tmp_path) / "model.safetensors")["model.embed_tokens.weight"]
+    for head in (embedding.clone(), embedding.flip(0).contiguous()):
+        change_weights(tmp_path, {"lm_head.weight": head})
+        read = load(tmp_path, quantization_config=LowmemConfig(FourBit("nf4")))
+        assert_same(read, lowmem.convert(load(tmp_path), FourBit("nf4")))
 
 
 def test_a_bias_that_another_module_holds_stays_dense(tmp_path):
@@ -239,18 +242,14 @@ def test_a_budget_is_divided_among_what_the_folder_has(tmp_path):
         type(load(folder)).from_pretrained(None, **given)
     with pytest.raises(ValueError, match=r"Budget\(bits=4.1\) is out of reach: these weights take 4\.\d+ bits"):
         load(folder, quantization_config=LowmemConfig(Budget(4.1)))
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.1.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    spoil(folder, "model.layers.1.mlp.up_proj.weight")
     with pytest.raises(ValueError, match=r"^model.layers.1.mlp.up_proj: weight holds .*; or leave it out with skip="):
         load(folder, quantization_config=LowmemConfig(Budget(4.9)))
 
 
 def test_weights_of_another_shape_are_refused(tmp_path):
     folder = write(tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"] = torch.zeros(96, 32)
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    change_weights(folder, {"model.layers.0.mlp.up_proj.weight": torch.zeros(96, 32)})
     with pytest.raises(RuntimeError, match="mismatched"):
         load(folder, quantization_config=LowmemConfig(FourBit()))
     read = load(folder, quantization_config=LowmemConfig(FourBit()), ignore_mismatched_sizes=True)
@@ -260,9 +259,7 @@ def test_weights_of_another_shape_are_refused(tmp_path):
 
 def test_what_cannot_be_stored_is_named(tmp_path):
     folder = write(tmp_path)
-    weights = load_file(folder / "model.safetensors")
-    weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    spoil(folder, "model.layers.0.mlp.up_proj.weight")
     for technique in (FourBit(), Half()):
         with pytest.raises(ValueError, match=r"^model.layers.0.mlp.up_proj: .*; or leave it out with skip=$"):
             load(folder, quantization_config=LowmemConfig(technique))
