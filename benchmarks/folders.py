@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 import lowmem
-from benchmarks.resident import ROOT, _record, environment, map_libraries, steady
+from benchmarks.resident import _record, environment, map_libraries, printed_json, steady
 from lowmem import FourBit, Half, measure
 from lowmem.nn.stored_module import StoredModule
 
@@ -128,9 +127,8 @@ def load(folder: Path, technique: str, dtype: str) -> Loaded:
 
 
 def _in_process(folder: Path, small: Path, technique: str, dtype: str) -> Loaded:
-    command = [sys.executable, "-m", "benchmarks.folders", "--measure", technique, dtype, str(folder), str(small)]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
-    return Loaded(**json.loads(run.stdout.splitlines()[-1]))
+    arguments = ("--measure", technique, dtype, str(folder), str(small))
+    return Loaded(**printed_json("folders", *arguments, env=environment()))
 
 
 def main(arguments: list[str] | None = None) -> int:

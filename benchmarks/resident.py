@@ -330,6 +330,13 @@ def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[s
     return measured
 
 
+def printed_json(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
+    """Run a module of the benchmarks in a fresh process, and return the JSON of the last line that it prints."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
+
+
 def _in_process(name: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.resident", "--measure", name, str(folder)]
     own = {key: value for key, value in environment().items() if name not in WAYS or not key.startswith("MALLOC_")}

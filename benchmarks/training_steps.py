@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from rich.table import Table
 from torch import nn
 
 import lowmem
-from benchmarks.resident import ROOT, _mib, _status, reset_high_water
+from benchmarks.resident import _mib, _status, printed_json, reset_high_water
 from benchmarks.trained import manual, smollm2
 from lowmem.nn.adapter_autograd import LEAST_ROWS
 
@@ -251,10 +250,8 @@ def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterato
     """Measure each way in a fresh process, so many times in turns."""
     for _ in range(number):
         for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.training_steps", "--steps", str(steps)]
-            command += ["--folder", str(folder), "--measure", str(WORKLOADS.index(workload)), way]
-            run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            yield way, Step(**json.loads(run.stdout.splitlines()[-1]))
+            what = ("--steps", str(steps), "--folder", str(folder), "--measure", str(WORKLOADS.index(workload)), way)
+            yield way, Step(**printed_json("training_steps", *what))
 
 
 def compare(workload: Workload, found: dict[str, list[Step]]) -> list[dict[str, Any]]:

@@ -49,30 +49,18 @@ BAD_USAGE = [
     ["unknown"],
     ["stats", "--unknown"],
     ["stats", "--\x1b[31m"],
-    ["stats", "q4"],
     ["stats", "\x1b[31m\u202e\n"],
     ["stats", "x" * 10_000],
-    *(["stats", name] for name in ("", "lowmem:BigNet@", ":", ":BigNet")),
     ["stats", "--json", "--markdown"],
-    *(["stats", "bignet", "--batch", text] for text in ("0", "two", "9999999999999", "9" * 19, "9" * 5000)),
-    *(
-        ["stats", "bignet", "--input-shape", text]
-        for text in ("3,-1", "9" * 14, f"1024,{'9' * 20},3", "9," * 999 + "9")
-    ),
-    *(["stats", "bignet", "--seed", text] for text in ("-1", "9" * 20)),
-    *(["compare", "--tolerance", text] for text in ("-1", "x", "nan")),
+    *(["stats", "bignet", "--batch", text] for text in ("two", "9999999999999")),
+    *(["stats", "bignet", "--input-shape", text] for text in ("3,-1", "9" * 14, "9," * 999 + "9")),
+    ["compare", "--tolerance", "nan"],
     ["compare", "bignet"],
-    ["compare", "bignet", ""],
     ["fit"],
-    *(["fit", name] for name in ("", "q4")),
-    *(["fit", "lora", "--rank", text] for text in ("0", "1.5", "999999999999", "9" * 5000)),
+    *(["fit", "lora", "--rank", text] for text in ("0", "999999999999")),
     ["fit", "low_precision", "--rank", "4"],
-    *(["fit", "lora", "--epochs", text] for text in ("0", "9" * 20)),
-    ["fit", "lora", "--lr", "nan"],
     *(["fit", "lora", "--data", text] for text in ("", "\0.npz", "mnist", "missing.npz")),
     *(["fit", "lora", "--save", text] for text in ("", "\0")),
-    ["quantize", "a", "b", "--block-size", "9" * 20],
-    ["bundle", "missing", "name"],
 ]
 
 
@@ -388,10 +376,3 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert handlers == [signal.SIG_IGN, signal.default_int_handler]
-
-
-def test_python_m_lowmem_is_the_same():
-    process = start("stats", "q4", stdout=subprocess.PIPE)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (2, "")
-    assert err.startswith("lowmem stats: variant='q4' is unknown: choose from bignet")

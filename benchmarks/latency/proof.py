@@ -136,11 +136,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cache", type=Path, default=ROOT / ".tox" / "gate-cache", metavar="DIR")
     parser.add_argument("--workloads", default="*", metavar="PATTERN", help="time these alone, for a quick look")
-    parser.add_argument(
-        "--already-busy",
-        action="store_true",
-        help="other work keeps a core busy: no process is started, and cases that need quiet are left out",
-    )
     parser.add_argument("--table", action="store_true", help="run nothing: print what was found")
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="put the table into this page: docs/benchmarking.md"
@@ -157,12 +152,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.results.parent.mkdir(parents=True, exist_ok=True)
             check_writable(given.results)  # before a run of minutes
         for case in () if given.table else chosen:
-            if given.already_busy and not (case.busy or case.alarm):
-                continue  # these need a machine that does nothing else
             runs = case.runs if given.runs is None else min(given.runs, case.runs)
             while sum(run["case"] == case.name for run in found) < runs:
                 with planted(case) as clone:
-                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads, given.already_busy))
+                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads))
                 write_results(given.results, found)
                 print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr)
         if given.page:
@@ -199,11 +192,8 @@ def planted(case: Case) -> Iterator[Path]:
         yield clone
 
 
-def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy: bool) -> dict[str, Any]:
-    """Run the case's gates once, and return which rows of which raised an alarm.
-
-    ``already_busy``: other work keeps a core busy, whatever the case.
-    """
+def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, Any]:
+    """Run the case's gates once, and return which rows of which raised an alarm."""
     out = clone.parent / "verdicts"
     out.mkdir(exist_ok=True)
     variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
@@ -230,7 +220,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
             raise GateError(f"{case.name}: the {gate} gate ended with {done.returncode}: {said[-1]}")
 
     # Those of memory beside each other, as where a merge is gated: they judge bytes.
-    with busy_cores(0 if already_busy else case.busy), ThreadPoolExecutor() as pool:
+    with busy_cores(case.busy), ThreadPoolExecutor() as pool:
         list(pool.map(run, case.gates))
     alarms: dict[str, list[str]] = {}
     undecided: dict[str, list[str]] = {}
@@ -248,7 +238,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
         "seconds": round(time.monotonic() - began),
         "machine": machine(),
         "workloads": workloads,
-        "beside": "other work" if already_busy else ("nothing", "a loop", "two loops")[case.busy],
+        "beside": ("nothing", "a loop", "two loops")[case.busy],
         "commit": git(ROOT, "rev-parse", "HEAD"),
     }
 

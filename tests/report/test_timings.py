@@ -65,8 +65,6 @@ def test_texts_of_the_machine_are_cleaned_for_what_draws_them(tmp_path):
     ("content", "why"),
     [
         ("", "the JSON is broken"),
-        ("{", "the JSON is broken"),
-        ("[" * 100_000, "nested too deeply"),
         ("[]", "it is no run of pytest-benchmark"),
         ('{"benchmarks": 3, "machine_info": {}}', "it is no run of pytest-benchmark"),
         ('{"benchmarks": [], "machine_info": []}', "it is no run of pytest-benchmark"),

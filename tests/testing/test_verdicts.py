@@ -121,17 +121,6 @@ def test_figures_may_differ_by_the_tolerance(base, head, tolerance, verdict):
     assert verdict_of(base, head, tolerance) == verdict
 
 
-DAMAGED = {"empty": b"", "cut": b'{"a": 1', "not text": b"\xff\xfe", "nested too deeply": b"[" * 100_000}
-
-
-@rows_in_one_case("content", DAMAGED.values())
-def test_json_that_is_damaged_is_refused_with_the_remedy(tmp_path, content):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(FileError, match=r"a\.json.*write it again with the gate or the benchmarks") as found:
-        read_json(tmp_path / "a.json")
-    assert "\n" not in str(found.value)
-
-
 def test_json_that_is_too_large_is_not_read_and_a_missing_file_is_an_os_error(tmp_path, monkeypatch):
     monkeypatch.setattr(verdicts, "MOST_BYTES", 2**20)
     (tmp_path / "a.json").write_bytes(b"[" + b" " * 2**20 + b"]")
