@@ -95,12 +95,9 @@ def make_exact(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def load(folder: Path, technique: str, dtype: str) -> Loaded:
-    """Load a folder in this process, which ``make`` and ``load`` of a small one have warmed.
+    """Load a folder in this process, which ``load`` of a small one has warmed.
 
-    Args:
-        folder: of the model; of "exact" one of ``make_exact``.
-        technique: one of ``TECHNIQUES``, or "exact: " and one of ``EXACT``.
-        dtype: of the model.
+    The technique is one of ``TECHNIQUES``, or "exact: " and one of ``EXACT``.
     """
     from transformers import AutoModelForCausalLM
 

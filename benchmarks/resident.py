@@ -85,11 +85,6 @@ def measure(path: Path, factory: Callable[[], nn.Module], width: int = 1024) -> 
     """Measure a saved model in this process, which ``warm`` has prepared: MiB of each of ``FIGURES``.
 
     The peak is what was resident at most beyond what was before, and kept what still is afterwards.
-
-    Args:
-        path: of the file.
-        factory: makes the model that ``lowmem.load`` loads it into.
-        width: of the model's inputs and outputs.
     """
     figures: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
@@ -112,13 +107,7 @@ def measure(path: Path, factory: Callable[[], nn.Module], width: int = 1024) -> 
 
 
 def warm(folder: Path, convert: Callable[[Callable[[], nn.Module]], nn.Module], width: int = 1024) -> None:
-    """Let this process import and allocate once what is not the measured model's.
-
-    Args:
-        folder: for a small file.
-        convert: makes a variant of a factory's model.
-        width: of the measured model's inputs.
-    """
+    """Let this process import and allocate once what is not the measured model's."""
     dense = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, width))
     for batch in BATCHES.values():
         _run_once(dense, batch, width)
@@ -285,18 +274,11 @@ class MeasurementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What was stored: the figures, and how far off one may be.
+    """What was stored: the figures, and how far off one may be, in MiB."""
 
-    Attributes:
-        figures: MiB, the medians of ``runs``.
-        runs: of each variant.
-        spread: MiB by which the run that was furthest off differed from its median.
-        tolerance: MiB that a later figure may differ.
-    """
-
-    figures: Figures
-    runs: int
-    spread: float
+    figures: Figures  # medians
+    runs: int  # of each variant
+    spread: float  # by which the run that was furthest off differed from its median
     tolerance: float
 
 
@@ -391,13 +373,7 @@ def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
 
 
 def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[Row]:
-    """Compare this run with the baseline, in both directions.
-
-    Args:
-        baseline: what was stored.
-        now: the medians of this run.
-        variants: those that were asked for.
-    """
+    """Compare the medians of this run with the baseline, in both directions."""
     rows = []
     for variant in variants:
         before, after = baseline.figures.get(variant), now.get(variant)

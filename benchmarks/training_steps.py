@@ -44,19 +44,14 @@ BLOCK_LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 class Workload:
     """A model, what of it gets adapters, and the ways in which it is trained.
 
-    Attributes:
-        name: of the model.
-        adapted: the last names of the layers with adapters.
-        half: whether the base is bfloat16 and not nf4.
-        checkpoint: whether blocks are computed again in backward.
-        goals: by way, what its time, its step's MiB and its whole process may be, as shares of the peer's.
+    Goals are, by way, what its time, its step's MiB and its whole process may be, as shares of the peer's.
     """
 
     name: str
-    adapted: str
+    adapted: str  # the last names of the layers with adapters
     goals: dict[str, tuple[float | None, float | None, float | None]]
-    half: bool = False
-    checkpoint: bool = False
+    half: bool = False  # whether the base is bfloat16 and not nf4
+    checkpoint: bool = False  # whether blocks are computed again in backward
 
     @property
     def title(self) -> str:

@@ -85,13 +85,7 @@ def looks_different(times: Times, threshold: float) -> bool:
 
 
 def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -> list[Row]:
-    """Return a row for each workload.
-
-    Args:
-        first: what all workloads took.
-        second: what those took that needed a second look, in fresh processes.
-        threshold: 0.05 lets a workload be 5% slower.
-    """
+    """Return a row for each workload; ``second`` is what those took that needed a second look."""
     p_values = dict.fromkeys(first, 1.0)
     for name, times in second.items():
         if len((clean := times.clean()).head) >= FEWEST_AGAIN:

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import tempfile
+import weakref
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -339,6 +340,21 @@ def test_tensors_may_come_in_any_order(order):
     with a_file() as path:
         write(path, specs_of(SMALL), {"format": "nf4", "block_size": 64}, ((name, SMALL[name]) for name in order))
         assert path.read_bytes() == FILE
+
+
+def test_no_tensor_is_held_when_the_next_is_asked_for(tmp_path):
+    gone = []
+
+    def make():
+        for name in SMALL:
+            tensor = SMALL[name].clone()
+            gone.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            assert gone[-1]() is None
+
+    write(tmp_path / "file", specs_of(SMALL), {}, make())
+    assert len(gone) == len(SMALL)
 
 
 @pytest.mark.parametrize(
