@@ -18,7 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-__all__ = ["drop_pages", "return_holes", "returns_free_pages", "trim_heap"]
+__all__ = ["drop_pages", "resident_bytes", "return_holes", "returns_free_pages", "trim_heap"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -59,25 +59,35 @@ def trim_heap(*models: nn.Module) -> None:
         trim(0)
 
 
+def resident_bytes() -> int | None:
+    """Return the resident memory of this process; None where the system does not tell, as on macOS and Windows."""
+    if not sys.platform.startswith("linux"):
+        return None
+    with open("/proc/self/statm", "rb") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
 class Heap:
     """Decides whether free heap pages are returned before an allocation: not where they are reused soon.
 
     Args:
         trim: returns free pages; None: ``malloc_trim`` of the C library, if it has one.
-        resident: returns the process's resident bytes; None: the bytes that /proc tells.
+        resident: returns the process's resident bytes.
     """
 
-    def __init__(self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int] | None = None) -> None:
-        self._trim, self._resident = trim, resident or _resident
+    def __init__(
+        self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int | None] = resident_bytes
+    ) -> None:
+        self._trim, self._resident = trim, resident
         self._highest = 0  # highest resident bytes so far after trimming, plus the allocation that followed
 
     def return_holes(self, length: int) -> None:
         """Trim the heap if an allocation of ``length`` bytes is large and would raise the highest resident memory."""
         trim = self._trim or _malloc_trim()
-        if length < _LARGE or trim is None or self._resident() + length <= self._highest:
+        if length < _LARGE or trim is None or (self._resident() or 0) + length <= self._highest:
             return
         trim(0)
-        self._highest = max(self._highest, self._resident() + length)
+        self._highest = max(self._highest, (self._resident() or 0) + length)
 
 
 def drop_pages(files: Iterable[str | os.PathLike[str]]) -> None:
@@ -113,11 +123,6 @@ def _drop_parameters(parameters: Iterable[Tensor]) -> None:
 def _device(text: bytes) -> int:
     major, minor = (int(part, 16) for part in text.split(b":"))
     return os.makedev(major, minor)
-
-
-def _resident() -> int:
-    with open("/proc/self/statm", "rb") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @cache

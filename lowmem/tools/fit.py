@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from contextlib import nullcontext
+from pathlib import Path
 
 from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.settings import DECAYS
-from lowmem.io.atomic import owned
+from lowmem.io.atomic import owned, starts_with
+from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
@@ -30,8 +33,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model",
         metavar="MODEL",
-        help="the Hugging Face FOLDER of a causal language model; or a classifier: VARIANT, module:factory, or "
-        "module:factory@VARIANT",
+        help="the Hugging Face FOLDER or the GGUF file of a causal language model; or a classifier: VARIANT, "
+        "module:factory, or module:factory@VARIANT",
     )
     parser.add_argument(
         "--data",
@@ -179,6 +182,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.dry_run and arguments.device != "cpu":
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
     folder = folder_of(arguments.model)
+    if folder is None and os.path.isfile(arguments.model) and starts_with(Path(arguments.model), MAGIC):
+        folder = Path(arguments.model)
     if folder is not None:
         return fit_language.run(arguments, folder)
     if ":" not in arguments.model and arguments.model not in VARIANTS:

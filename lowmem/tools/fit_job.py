@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from datetime import timedelta
 from pathlib import Path
@@ -82,7 +83,7 @@ class Job:
             "alpha": self.adapter.alpha,
             "dropout": self.adapter.dropout,
             "targets": list(self.targets),
-            "from": None if self.start is None else _digest_of_adapter(self.start),
+            "from": None if self.start is None else _digest_of(_files_of(self.start)),
             "memory": self.memory,
             "length": self.length,
             "data": self.texts.digest,
@@ -249,13 +250,8 @@ def _adapter(arguments: argparse.Namespace) -> LoRA:
     return LoRA(adapter_facts(arguments.start).rank)
 
 
-def _digest_of_adapter(path: Path) -> str:
-    """Return the SHA-256 of the files of an adapter."""
-    sha256 = hashlib.sha256()
-    for file in [path] if path.is_file() else [path / CONFIG, path / WEIGHTS]:
-        with open_regular(file) as opened, read_errors(file):
-            hashlib.file_digest(opened, lambda: sha256)
-    return sha256.hexdigest()
+def _files_of(adapter: Path) -> list[Path]:
+    return [adapter] if adapter.is_file() else [adapter / CONFIG, adapter / WEIGHTS]
 
 
 def _technique(folder: Path, name: str | None, bits: float | None = None) -> tuple[Storing, bool]:
@@ -285,12 +281,18 @@ def _name_of(technique: Storing) -> str:
 
 def _digest(folder: Path) -> str:
     """Return the SHA-256 of the files that a base is made of."""
+    if folder.is_file():
+        return _digest_of([folder])
     weights = weights_in(folder)
     names = sorted({*read_index(weights).values()}) if weights.name.endswith(INDEX) else [weights.name]
+    return _digest_of([folder / name for name in ("config.json", *names)])
+
+
+def _digest_of(files: Iterable[Path]) -> str:
     sha256 = hashlib.sha256()
-    for name in ("config.json", *names):
-        with open_regular(folder / name) as file, read_errors(folder / name):
-            hashlib.file_digest(file, lambda: sha256)
+    for file in files:
+        with open_regular(file) as opened, read_errors(file):
+            hashlib.file_digest(opened, lambda: sha256)
     return sha256.hexdigest()
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from datetime import timedelta
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
-from torch import Tensor, nn
+from torch import nn
 
 from lowmem.distributed.processes import TIMEOUT, joined
 from lowmem.errors import printable, quoted, refusal, refusing
-from lowmem.finetuning.calling import Calling, calling_of, logits_of
+from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
 from lowmem.finetuning.metrics import LOGS, Metrics, Writer, peak_memory, plot_losses
@@ -32,23 +32,16 @@ from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import load_adapter
 from lowmem.io.atomic import owned
-from lowmem.nn.techniques import Blockwise, Budget, Half, LoRA
 from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, log_of, states_folder
+from lowmem.tools.fit_plan import dry_run
 from lowmem.tools.fit_result import command_of, next_commands, save
-from lowmem.tools.models import plan_model
-from lowmem.tools.output import finite, mib, print_json, print_plan, print_saved, progress, shown
-from lowmem.training.memory import training_memory
+from lowmem.tools.output import finite, mib, print_json, print_saved, progress, shown
 from lowmem.training.prepare import prepare_training, release_training
 from lowmem.transforms.adapters import add_adapter
-from lowmem.transforms.convert import convert
-from lowmem.transforms.plan import Plan, plan
-from lowmem.transforms.registry import Technique, parameters_to_adapt
+from lowmem.transforms.registry import parameters_to_adapt
 
 __all__ = ["run"]
-
-FEW = (2, 3)
-"""Layers of the models that ``--dry-run`` measures: the first and the last one may need less than those between."""
 
 _LONGEST = 10**8
 """Seconds, three years: PyTorch's times overflow with much more."""
@@ -66,7 +59,7 @@ def run(arguments: argparse.Namespace, folder: Path) -> int:
     if arguments.dry_run:
         if how is not None:
             raise ValueError(f"--dry-run plans one process: leave --{how} out, and see docs/guides/many-machines.md")
-        return _dry_run(arguments, job_of(arguments, folder, None, device, timeout))
+        return dry_run(arguments, job_of(arguments, folder, None, device, timeout))
     with joined(how, device, timeout) as ranks, _silent(ranks.rank > 0), _owned(arguments.save, ranks):
         processes = None if how is None else ranks.world
         return _run(arguments, job_of(arguments, folder, processes, device, timeout), ranks)
@@ -159,64 +152,6 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
     return 0
 
 
-def _dry_run(arguments: argparse.Namespace, job: Job) -> int:
-    """Print the memory that a run takes."""
-    if not job.dense:
-        raise ValueError(
-            f"--dry-run plans dense folders, and model={str(job.folder)!r} is stored already: name the one that it "
-            "was made from"
-        )
-    storing = job.technique if isinstance(job.technique, Half | Blockwise | Budget) else None
-    given = job.folder, storing, job.adapter.rank, job.memory, job.settings.batch_size, job.length
-    from lowmem.integrations.transformers.config_facts import held_back
-
-    with held_back():
-        found = plan_model(str(job.folder), lambda: _plan_steps(*given))
-    if arguments.json:
-        print_json({"model": str(job.folder), "memory": job.memory} | found.as_json())
-        return 0
-    print_plan(str(job.folder), found)
-    print(
-        f"\nforward and backward, with --memory {job.memory}, of {job.settings.batch_size} rows of {job.length} "
-        f"tokens: measured on at most {max(FEW)} of its layers"
-    )
-    return 0
-
-
-def _plan_steps(folder: Path, storing: Technique | None, rank: int, memory: str, rows: int, length: int) -> Plan:
-    """Return what fine-tuning a folder's dense model takes, with the peak of its steps in the plan's ``backward``.
-
-    Plans run on fake tensors, and what ``prepare_training`` keeps depends on values. So models with the same layers,
-    but few of them, take two steps on random weights; each other layer is taken to need what one more layer needs.
-    """
-    from lowmem.integrations.transformers.config_facts import factory_of, sizes_of
-    from lowmem.integrations.transformers.folder import check_shapes
-
-    check_shapes(folder)
-    techniques = (*([] if storing is None else [storing]), LoRA(rank))
-    targets = torch.zeros(rows * length, dtype=torch.int64)
-    batch: dict[str, Any] = {"input_ids": targets.view(rows, length), "use_cache": False}
-
-    def loss(output: Any) -> Tensor:
-        logits = logits_of(output)
-        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device), reduction="sum")
-
-    def step(layers: int) -> int:
-        """Return the peak of a step of a model of so many layers, beyond model and inputs."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            model = convert(factory_of(folder, layers)(), *techniques)
-            if memory != "plain":
-                prepare_training(model, memory)
-            return training_memory(model, loss=loss, **batch).step_bytes
-
-    found, layers = plan(factory_of(folder), *techniques, batch=batch, loss=loss), sizes_of(folder).layers
-    if layers <= max(FEW):
-        return replace(found, backward=step(layers) - found.optimizer)
-    fewer, more = map(step, FEW)
-    return replace(found, backward=more + (layers - FEW[1]) * (more - fewer) - found.optimizer)
-
-
 class _Training:
     """A base with an adapter, its rows, and what it predicts before it trains.
 
@@ -265,10 +200,13 @@ class _Training:
     def _load(self, technique: Storing) -> nn.Module:
         from lowmem.integrations.transformers.config import LowmemConfig
         from lowmem.integrations.transformers.config_facts import held_back
-        from lowmem.integrations.transformers.folder import load_folder
+        from lowmem.integrations.transformers.folder import load_folder, load_gguf
 
         with held_back():
-            model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
+            if self._job.folder.is_file():
+                model = load_gguf(self._job.folder)
+            else:
+                model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
         model = model.to(self._job.device)
         if self._calling is None:
             try:

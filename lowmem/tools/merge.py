@@ -109,14 +109,13 @@ def _open_folder(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model of a folder or GGUF file with its adapter, and the tokenizer of a GGUF file."""
     from lowmem.integrations.transformers.config_facts import held_back
     from lowmem.integrations.transformers.folder import load_folder, load_gguf
-    from lowmem.integrations.transformers.tokenizing import tokenizer_errors, tokenizer_of
+    from lowmem.integrations.transformers.tokenizing import read_tokenizer
 
     check_free(arguments.out)
     with held_back():
         if arguments.base.is_dir():
             return load_adapter(load_folder(arguments.base), arguments.adapter), None
-        with tokenizer_errors(arguments.base):
-            tokenizer = tokenizer_of(arguments.base)
+        tokenizer = read_tokenizer(arguments.base)
         return load_adapter(load_gguf(arguments.base), arguments.adapter), tokenizer
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from lowmem.io.atomic import owned
 from lowmem.measure import PeakMemory
 from lowmem.tools import fit_language, fit_result
 from lowmem.tools.fit_job import default_lr
-from lowmem.tools.fit_language import FEW
+from lowmem.tools.fit_plan import FEW
 from tests.fuzzing import bounded
 from tests.integrations.transformers.folders import SIZES, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
@@ -426,5 +427,31 @@ def test_a_dry_run_names_its_counts_and_writes_nothing(folder, capsys):
     before = sorted(folder.parent.rglob("*"))
     told = planned(folder, capsys, "--save", str(folder.parent / "out"))
     assert "total for training" in told
-    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 of its layers" in told
+    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 layers" in told
     assert sorted(folder.parent.rglob("*")) == before
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["dense", "stored", "gguf"])
+def test_a_dry_run_says_what_the_process_takes(kind, tmp_path):
+    """Within 10% of what the run itself then reports, for a base of each kind that is larger than the imports."""
+    folder, file = tmp_path / "llama", tmp_path / "text.txt"
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | sizes)).save_pretrained(folder)
+    write_tokenizer(folder)
+    file.write_text("some words " * 999)
+    base = str(folder)
+    if kind != "dense":
+        assert main(["quantize", base, str(tmp_path / "stored")]) == 0
+        base = str(tmp_path / "stored")
+    if kind == "gguf":
+        assert main(["export", base, str(tmp_path / "model.gguf"), "--requantize"]) == 0
+        base = str(tmp_path / "model.gguf")
+    argv = [sys.executable, "-m", "lowmem", "fit", base, "--data", str(file), "--length", "256", "--json"]
+    argv += ["--eval-share", "0.2", "--steps", "2"]
+    planned, ran = (
+        json.loads(subprocess.run([*argv, *more], capture_output=True, text=True, check=True).stdout)
+        for more in (["--dry-run"], [])
+    )
+    assert planned["process_bytes"] == pytest.approx(ran["peak_bytes"], rel=0.1)

@@ -15,13 +15,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
+from lowmem.integrations.transformers.exact import config_of_gguf
 from lowmem.integrations.transformers.folder import check, load_errors
 
 __all__ = ["Sizes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stored_by"]
 
 
 def stored_by(folder: Path) -> str | None:
-    """Return which program stored the weights of a folder without an adapter, such as "lowmem"; None: dense."""
+    """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None: dense."""
+    if folder.is_file():
+        return "gguf"
     stored = check(folder, "fine-tune")[0].get("quantization_config")
     if not isinstance(stored, dict):
         return None
@@ -47,6 +50,12 @@ def held_back(shown: bool = True) -> Iterator[None]:
         logger.handle(record)
 
 
+def _config_of(path: Path) -> Any:
+    if path.is_file():
+        return config_of_gguf(path)
+    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+
+
 class Sizes(NamedTuple):
     """Sizes of a language model."""
 
@@ -57,12 +66,12 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
-    """Return the sizes of a folder's model; a FileError names the task if config.json does not say the sizes."""
+    """Return the sizes of the model of a folder or GGUF file; a FileError names the task if they are not said."""
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).get_text_config()
+        config = _config_of(folder).get_text_config()
         vocabulary, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     except Exception as reason:  # of the libraries that check a config, which have no common class
-        raise refusal(folder, f"its config.json is of no language model: {describe(reason)}", task) from reason
+        raise refusal(folder, f"its config is of no language model: {describe(reason)}", task) from reason
     positions = getattr(config, "max_position_embeddings", None)
     return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
 
@@ -82,10 +91,10 @@ def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Modul
     """Return what makes the dense model of a folder with new values, in the dtype of its config, or float32.
 
     Args:
-        folder: the folder; its config.json alone is read.
+        folder: the folder, whose config.json alone is read, or a GGUF file.
         layers: how many of its layers the model has; None: all.
     """
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    config = _config_of(folder)
     text = config.get_text_config()
     if layers is not None:
         for name, value in list(vars(text).items()):

@@ -38,7 +38,7 @@ from lowmem.nn.coded_module import format_keys
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["from_exact"]
+__all__ = ["config_of_gguf", "from_exact"]
 
 _KINDS = {
     torch.float64: "F64",
@@ -105,13 +105,18 @@ def from_exact(
     return found
 
 
+def config_of_gguf(path: Path, **options: Any) -> Any:
+    """Return the config of a GGUF file's model in transformers; ``options`` are those of ``from_pretrained``."""
+    made = config_of(path)
+    if made is not None:
+        return AutoConfig.for_model(**made)
+    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
+
+
 def _config_of(path: Path, file: ForeignFile, options: dict[str, Any]) -> Any:
     """Return the config of a model that another program quantized."""
     if file.kind == "gguf":
-        made = config_of(path)
-        if made is not None:
-            return AutoConfig.for_model(**made)
-        return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **_code(options))
+        return config_of_gguf(path, **_code(options))
     folder = path if path.is_dir() else path.parent
     check_layers(folder / "config.json", read_model_config(folder / "config.json"), len(file.tensors))
     return AutoConfig.from_pretrained(folder, local_files_only=True, **_code(options))

@@ -10,7 +10,7 @@ from transformers import TextStreamer
 
 from lowmem.errors import printable, refusal, show
 from lowmem.integrations.transformers.folder import load_folder, load_gguf
-from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer, tokenizer_errors, tokenizer_of
+from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer
 from lowmem.io.adapters import adapter_facts, load_adapter
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
@@ -87,12 +87,8 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
         raise ValueError(
             f"--base={str(base)!r} applies to adapters alone, and {str(path)!r} is a model: leave it out"
         )
-    elif is_gguf:
-        model = load_gguf(path)
-        with tokenizer_errors(path):
-            tokenizer = tokenizer_of(path)
     else:
-        model, tokenizer = load_folder(path), read_tokenizer(path)
+        model, tokenizer = load_gguf(path) if is_gguf else load_folder(path), read_tokenizer(path)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ValueError(f"model={str(path)!r} is a {type(model).__name__}, which generates no text")
     _choose(model, path, adapter)

@@ -101,19 +101,22 @@ class TextTokenizer:
 
 
 def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
-    """Return the tokenizer of a folder; no code of it is run.
+    """Return the tokenizer of a folder or a GGUF file; no code of it is run.
 
     Args:
-        folder: as ``save_pretrained`` writes it.
+        folder: as ``save_pretrained`` writes it, or the file.
         vocabulary: how many tokens its model knows; None: any number.
 
     Raises:
         FileError: it has no tokenizer that transformers can load, or one of another vocabulary.
         OSError: a file of it is no regular file, or cannot be read.
     """
-    check_regular(folder)
+    if folder.is_dir():
+        check_regular(folder)
     with tokenizer_errors(folder):
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer: Any = (
+            tokenizer_of(folder) if folder.is_file() else AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        )
         size = len(tokenizer)
     if vocabulary is not None and not LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise refusal(

@@ -1,0 +1,151 @@
+"""``lowmem fit --dry-run`` of folders and GGUF files: the memory that a run takes, without training."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.finetuning.calling import logits_of
+from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.metadata import form_of
+from lowmem.io.model_folder import quantization_of, weights_in
+from lowmem.io.source import Source
+from lowmem.nn.forms import CodedForm, Form, HalfForm
+from lowmem.nn.techniques import Blockwise, Budget, Half, blockwise
+from lowmem.quant.tensor import QuantizedTensor
+from lowmem.resident import resident_bytes
+from lowmem.tools.fit_job import Job
+from lowmem.tools.models import plan_model
+from lowmem.tools.output import mib, print_json, print_plan
+from lowmem.training.memory import training_memory
+from lowmem.training.prepare import prepare_training
+from lowmem.transforms.convert import convert
+from lowmem.transforms.plan import Plan, plan
+from lowmem.transforms.registry import Technique
+
+__all__ = ["FEW", "dry_run"]
+
+FEW = (2, 3)
+"""Layers of the models that are measured: the first and the last one may need less than those between."""
+
+LOADING = 8 * 2**20
+"""Bytes that loading takes beside the stored model and the largest tensor: see docs/guides/hugging-face.md."""
+
+
+def dry_run(arguments: argparse.Namespace, job: Job) -> int:
+    """Print the memory that a run takes: of the model, and of the process with its imports and the tokenizer."""
+    from lowmem.integrations.transformers.config_facts import factory_of, held_back
+
+    with held_back():
+        with torch.device("meta"):
+            factory_of(job.folder, 1)()  # imports the code of the model's class
+        before = resident_bytes()
+        storing, exact, largest = _stored(job)
+        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing))
+    if exact is not None:
+        adapters = {name: size for name, size in found.stored.items() if name == "adapters"}
+        found = replace(found, stored={"as it is": exact} | adapters)
+    process = None if before is None else before + _peak(job, found, largest)
+    if arguments.json:
+        print_json({"model": str(job.folder), "memory": job.memory, "process_bytes": process} | found.as_json())
+        return 0
+    print_plan(str(job.folder), found)
+    rows = f"{job.settings.batch_size} rows of {job.length} tokens"
+    print(
+        f"\nforward and backward, with --memory {job.memory}, of {rows}: measured on at most {max(FEW)} of its layers"
+    )
+    if before is not None and process is not None:
+        print(f"the process: {mib(process)} MiB at its peak, {mib(before)} of which are imports and the tokenizer")
+    return 0
+
+
+def _peak(job: Job, found: Plan, largest: int) -> int:
+    """Return the peak of loading, evaluating and training, beyond what the process takes before."""
+    peaks = [found.stored_bytes + largest + LOADING, found.training_bytes]
+    if job.dense and job.technique is not None and job.held_out is not None and not job.skip_dense:
+        peaks.append(found.dense + found.forward)
+    return max(peaks)
+
+
+def _stored(job: Job) -> tuple[Technique | None, int | None, int]:
+    """Return how the base is stored, the bytes of one that is stored already, and those of its largest dense tensor.
+
+    Of a base with several forms the technique is that of the most weights: its steps are measured with this one.
+    """
+    if job.dense:
+        with Source(weights_in(job.folder)) as source:
+            largest = max(spec.nbytes for spec in source.specs.values())
+        known = isinstance(job.technique, Half | Blockwise | Budget)
+        return job.technique if known else None, None, largest
+    forms: Counter[Form] = Counter()
+    total = 0
+    config = {} if job.folder.is_file() else quantization_of(job.folder / "config.json")
+    if str(config.get("quant_method")).startswith("lowmem"):
+        for record in config.get("layers", ()):
+            form = form_of({key: value for key, value in record.items() if key != "names"})
+            forms[form] += len(record["names"])
+        with Source(weights_in(job.folder)) as source:
+            total = sum(spec.nbytes for spec in source.specs.values())
+    else:
+        with open_foreign(job.folder) as file:
+            for tensor in file.tensors.values():
+                kept = tensor.kept()
+                total += _bytes_of(kept, tensor.shape)
+                if isinstance(kept, CodedForm):
+                    forms[kept] += 1
+    return _technique_of(forms.most_common(1)[0][0]) if forms else None, total, 0
+
+
+def _bytes_of(kept: Any, shape: tuple[int, ...]) -> int:
+    if isinstance(kept, torch.dtype):
+        return int(torch.Size(shape).numel()) * kept.itemsize
+    given = kept.format, kept.block_size, kept.scale_encoding, kept.method
+    return QuantizedTensor.empty(torch.Size(shape), *given, device="meta").nbytes
+
+
+def _technique_of(form: Form) -> Technique:
+    if isinstance(form, HalfForm):
+        return Half(form.dtype)
+    return blockwise(form.format, form.block_size, form.scale_encoding, form.compute_dtype, search=False)
+
+
+def _plan_steps(job: Job, storing: Technique | None) -> Plan:
+    """Return what fine-tuning a folder's model takes, with the peak of its steps in the plan's ``backward``.
+
+    Plans run on fake tensors, and what ``prepare_training`` keeps depends on values. So models with the same layers,
+    but few of them, take two steps on random weights; each other layer is taken to need what one more layer needs.
+    """
+    from lowmem.integrations.transformers.config_facts import factory_of, sizes_of
+    from lowmem.integrations.transformers.folder import check_shapes
+
+    if job.dense:
+        check_shapes(job.folder)
+    techniques = (*([] if storing is None else [storing]), job.adapter)
+    rows, length = job.settings.batch_size, job.length
+    targets = torch.zeros(rows * length, dtype=torch.int64)
+    batch: dict[str, Any] = {"input_ids": targets.view(rows, length), "use_cache": False}
+
+    def loss(output: Any) -> Tensor:
+        logits = logits_of(output)
+        return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device), reduction="sum")
+
+    def step(layers: int) -> int:
+        """Return the peak of a step of a model of so many layers, beyond model and inputs."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = convert(factory_of(job.folder, layers)(), *techniques)
+            if job.memory != "plain":
+                prepare_training(model, job.memory)
+            return training_memory(model, loss=loss, **batch).step_bytes
+
+    found = plan(factory_of(job.folder), *techniques, batch=batch, loss=loss)
+    layers = sizes_of(job.folder).layers
+    if layers <= max(FEW):
+        return replace(found, backward=step(layers) - found.optimizer)
+    fewer, more = map(step, FEW)
+    return replace(found, backward=more + (layers - FEW[1]) * (more - fewer) - found.optimizer)
