@@ -17,6 +17,7 @@ from torch import nn
 import lowmem
 from lowmem.testing.memory import memory_figures
 from lowmem.testing.verdicts import read_verdict
+from lowmem.version import install_command
 from tests.selection import covering
 
 pytest_plugins = ["pytester"]
@@ -430,7 +431,7 @@ def test_without_scipy_the_memory_gate_works_and_the_latency_gate_says_what_to_i
     monkeypatch.setitem(sys.modules, "scipy", None)
     code, output = run("--lowmem-baseline=store")
     assert code == 2
-    assert "latency_gate needs scipy: pip install 'lowmem[testing]'" in output
+    assert f"latency_gate needs scipy: {install_command('testing')}" in output
     assert "1 failed, 1 passed" in output
 
 

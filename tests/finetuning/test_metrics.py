@@ -1,6 +1,7 @@
 """The metrics have one line for each step, also after a kill; the plot is drawn where matplotlib is."""
 
 import json
+import re
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import torch
 
 from lowmem.errors import FileError
 from lowmem.finetuning.metrics import Metrics, check_metrics, check_plot, peak_memory, plot_losses
+from lowmem.version import install_command
 
 
 def steps(path):
@@ -85,6 +87,6 @@ def test_a_plot_of_another_suffix_or_without_matplotlib_is_refused(tmp_path, mon
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"plot needs matplotlib: pip install 'lowmem\[plot\]'"):
+    with pytest.raises(ImportError, match=re.escape(f"plot needs matplotlib: {install_command('plot')}")):
         check_plot(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

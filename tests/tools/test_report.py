@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowmem.__main__ import main
+from lowmem.version import install_command
 from tests.pages import report as made_up
 from tests.testing.test_verdicts import VERDICT
 
@@ -249,7 +250,7 @@ def test_without_the_extra_it_says_what_to_install(package, monkeypatch, refused
         return imported(name)
 
     monkeypatch.setattr(command, "import_module", without)
-    assert "pip install 'lowmem[report]'" in refused("report", "out.html")
+    assert install_command("report") in refused("report", "out.html")
     assert not Path("out.html").exists()
 
 

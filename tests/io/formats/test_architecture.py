@@ -1,6 +1,7 @@
 """The model of a folder, as transformers makes it: what is linear, what stays dense, and what is refused."""
 
 import json
+import re
 import sys
 
 import pytest
@@ -8,11 +9,12 @@ import torch
 
 from lowmem.errors import FileError
 from lowmem.io.formats.architecture import architecture_of
+from lowmem.version import install_command
 
 
 def test_without_transformers_one_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(ImportError, match=r"pip install 'lowmem\[transformers\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("transformers"))):
         architecture_of(tmp_path, {"architectures": ["LlamaForCausalLM"]})
 
 
