@@ -6,14 +6,7 @@ that C takes with ``malloc``. The kernel's high-water mark of a process (``VmHWM
     python -m benchmarks.resident            fails where a figure is further from the baseline than its tolerance
     python -m benchmarks.resident --store    stores the baseline, with the tolerance that repeated runs give
 
-Each variant has a fresh process. It warms what is not measured first: libraries (imports, threads, torch's products)
-with the real shapes, in plain torch; lowmem's own code with a small model. What lowmem keeps or takes for the real
-shapes is therefore in the figures, be it in Python or in C. Noise is removed where it arises: libraries are
-mapped whole, one arena, freed pages returned at once, no huge pages, fixed hashes and threads, one processor, no
-garbage collection within a measurement.
-
-One case has no baseline: a process that loads a dense model and converts it keeps what one keeps that loads the
-converted model, within 10 MiB. It runs with the C library's own settings.
+docs/memory-gate.md says what is measured, and how noise is kept out.
 """
 
 from __future__ import annotations
