@@ -42,6 +42,7 @@ LEFT_OUT = ("lowmem/version.py", "benchmarks/cases.py")  # a constant; models an
 TESTS = {
     "benchmarks/latency": ("benchmarks/test_latency",),
     "benchmarks/report.py": ("tools/test_report",),
+    "benchmarks/trained.py": ("test_readme",),
     "lowmem/__main__.py": ("test_main",),
     "lowmem/quant/scales.py": ("quant/test_scales", "quant/test_tensor"),
     "lowmem/quant/search.py": ("quant/test_search", "quant/test_tensor"),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.kernels import grouped
+from lowmem.kernels.frozen_operator import parts_of
 from lowmem.kernels.grouped import Blocks, grouped_matmul, grouped_product
 from tests.kernels.test_ops import make_weight, trace
 from tests.operators import assert_operator
@@ -75,9 +76,7 @@ def test_grouped_products_are_one_for_each_group_of_rows_however_they_are_called
     if kind == "half":
         assert_operator(torch.ops.lowmem.grouped_product_16bit.default, (x, weight, *rest))
     else:
-        described = weight.format, weight.block_size, weight.scale_encoding, weight.shape[1]
-        arguments = (x, weight.packed, weight.scales, *described, *rest)
-        assert_operator(torch.ops.lowmem.grouped_product_4bit.default, arguments)
+        assert_operator(torch.ops.lowmem.grouped_product_4bit.default, (x, *parts_of(weight), *rest))
     graph = trace(of_x, x.detach(), check=False)
     assert f"lowmem::grouped_product_{'16bit' if kind == 'half' else '4bit'}" in str(graph.graph)
     torch.testing.assert_close(graph(x.detach()), expected.detach())

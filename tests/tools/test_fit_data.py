@@ -1,6 +1,7 @@
 """Data is split by the seed alone, and wrong arrays are named."""
 
 import os
+import re
 import sys
 from zipfile import ZIP_DEFLATED, ZipFile
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from lowmem.tools.fit_data import load_data
+from lowmem.version import install_command
 from tests.fuzzing import bounded
 from tests.selection import rows_in_one_case
 
@@ -44,7 +46,7 @@ def test_digits_are_the_real_pictures_resized():
 
 def test_digits_without_scikit_learn_name_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pip install 'lowmem\[digits\]'"):
+    with pytest.raises(ImportError, match=re.escape(install_command("digits"))):
         load_data("digits", 0)
 
 

@@ -4,7 +4,6 @@ import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,47 +12,17 @@ import torch
 
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
-from transformers import AutoModelForCausalLM, LlamaConfig
 
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning import loop
 from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.ranks import Ranks as Process
-from lowmem.finetuning.rows import Rows
-from lowmem.finetuning.text import Example
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.io.atomic import owned
-from lowmem.measure import PeakMemory
 from lowmem.tools import fit_language, fit_result
 from lowmem.tools.fit_job import default_lr
-from lowmem.tools.fit_plan import FEW
-from tests.fuzzing import bounded
-from tests.integrations.transformers.folders import SIZES, load, write
-from tests.integrations.transformers.tokens import write_tokenizer
-
-CHAT = (
-    "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
-    "{% if add_generation_prompt %}<assistant>{% endif %}"
-)
-LINES = [{"text": f"item {n} costs {n * 7 % 10}"} for n in range(20)]
-LINES += [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(20)]
-LINES += [
-    {"messages": [{"role": "user", "content": f"after {n}?"}, {"role": "assistant", "content": f"{n + 1}"}]}
-    for n in range(20)
-]
-
-
-@pytest.fixture
-def place(tmp_path, monkeypatch):
-    """A folder of a tiny llama with a tokenizer, and a file of examples."""
-    monkeypatch.chdir(tmp_path)
-    write_tokenizer(write(Path("llama")))
-    config = Path("llama", "tokenizer_config.json")
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": CHAT}))
-    Path("data.jsonl").write_text("\n".join(map(json.dumps, LINES)))
-    Path("text.txt").write_text(" ".join(line["text"] for line in LINES[:20]))
-    return tmp_path
+from tests.integrations.transformers.folders import load
 
 
 def fit(capsys, *options, data="data.jsonl"):
@@ -91,49 +60,6 @@ def test_an_adapter_that_lowmem_and_peft_load(data, place, capsys):
     theirs = peft.PeftModel.from_pretrained(load("llama", quantization_config=LowmemConfig(lowmem.FourBit())), "out")
     with torch.no_grad():
         torch.testing.assert_close(model(ids).logits, theirs(ids).logits, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("base", ["dense", "stored"])
-def test_the_folder_opens_with_one_line_in_peft_and_transformers(base, place, capsys):
-    peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
-    folder = "llama"
-    if base == "stored":
-        folder = "small"
-        assert main(["quantize", "llama", "small"]) == 0
-    options = [] if base == "stored" else ["--format", "dense"]
-    argv = ["fit", folder, "--data", "text.txt", "--length", "48", "--steps", "3", "--lr", "0.01", "--save", "out"]
-    assert main([*argv, *options]) == 0
-    told = capsys.readouterr().err
-    assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == str(
-        place / folder
-    )
-    ids = torch.arange(10, 30)[None]
-    with torch.no_grad():
-        expected = lowmem.load_adapter(load(folder), "out")(ids).logits
-        for kind in (AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
-            torch.testing.assert_close(kind.from_pretrained("out")(ids).logits, expected, rtol=1e-4, atol=1e-4)
-    commands = re.findall(r"^next: lowmem (.*)$", told, flags=re.MULTILINE)
-    assert [command.split()[0] for command in commands] == ["generate", "merge", "export"]
-    assert commands[0] == "generate out --chat"
-
-
-def test_the_model_card_names_no_path_of_this_machine(place, capsys):
-    data = place / "data.jsonl"
-    fit(capsys, "--steps", "2", "--eval-share", "0.2", "--save", str(place / "out"), "--resume", data=str(data))
-    card = Path("out", "README.md").read_text()
-    assert str(place) not in card
-    assert "base_model: llama\n" in card
-    command = (
-        "lowmem fit llama --data data.jsonl --length 48 --rank 4 --lr 0.01 --steps 2 --eval-share 0.2 --save out"
-    )
-    assert f"```\n{command}\n```" in card
-    assert re.search(r"\| Perplexity of the held-out text, adapted \| \d+\.\d{4} \|", card)
-
-
-def test_the_base_has_the_name_that_is_given(place, capsys):
-    fit(capsys, "--steps", "1", "--save", "out", "--base-name", "me/llama")
-    assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == "me/llama"
 
 
 def test_alpha_dropout_and_targets_are_those_of_the_adapter(place, capsys, refused):
@@ -367,91 +293,3 @@ def test_a_full_disk_leaves_no_adapter_and_a_whole_state(place, capsys):
     assert main(["fit", *argv, "--resume"]) == 0
     assert Path("out", "adapter_model.safetensors").exists()
     assert list(place.glob(".lowmem-*")) == []
-
-
-LAYERS = max(FEW) + 2
-LENGTH, ROWS = 48, 3
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """A llama of more layers than are measured."""
-    torch.manual_seed(0)
-    place = tmp_path / "llama"
-    config = LlamaConfig(**SIZES | {"num_hidden_layers": LAYERS})
-    AutoModelForCausalLM.from_config(config).save_pretrained(place)
-    write_tokenizer(place)
-    (place.parent / "text.txt").write_text("some words " * 99)
-    return place
-
-
-def planned(folder, capsys, *options):
-    argv = ["fit", str(folder), "--data", str(folder.parent / "text.txt"), "--length", str(LENGTH), "--dry-run"]
-    assert main([*argv, "--batch-size", str(ROWS), "--rank", "4", *options]) == 0
-    return capsys.readouterr().out
-
-
-@pytest.mark.thorough
-def test_a_dry_run_is_within_two_percent_of_the_run(folder, capsys):
-    peaks = []
-    for memory in ("plain", "fast", "lean"):
-        found = json.loads(planned(folder, capsys, "--memory", memory, "--json"))
-        base = load(folder, quantization_config=LowmemConfig(lowmem.FourBit()))
-        model = lowmem.add_adapter(base, "default", lowmem.LoRA(4))
-        assert found["stored_bytes"] == lowmem.measure.theoretical_bytes(model)
-        if memory != "plain":
-            lowmem.prepare_training(model, memory)
-        examples = [Example.of([3 + n % 99 for n in range(LENGTH)], [True] * LENGTH) for _ in range(ROWS)]
-        rows, peak = Rows.of(model, examples, LENGTH, 258), PeakMemory()
-        with peak:
-            lowmem.finetune(model, rows, lowmem.FineTuning(steps=2, batch_size=ROWS))
-        expected = found["stored_bytes"] + peak.peak
-        assert found["training_bytes"] - found["scratch"] == pytest.approx(expected, rel=0.02), memory
-        peaks.append(peak.peak)
-    assert peaks == sorted(peaks, reverse=True)
-
-
-def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_is_made(folder, refused):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    argv = ["fit", folder, "--data", folder.parent / "text.txt", "--length", LENGTH, "--dry-run"]
-    for changes in ({"hidden_size": 2**20}, {"intermediate_size": 2**24}, {"vocab_size": 2**30}):
-        path.write_text(json.dumps(config | changes))
-        with bounded():
-            assert "by its config.json" in refused(*argv)
-
-
-def test_a_dry_run_names_its_counts_and_writes_nothing(folder, capsys):
-    config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
-    before = sorted(folder.parent.rglob("*"))
-    told = planned(folder, capsys, "--save", str(folder.parent / "out"))
-    assert "total for training" in told
-    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 layers" in told
-    assert sorted(folder.parent.rglob("*")) == before
-
-
-@pytest.mark.processes
-@pytest.mark.parametrize("kind", ["dense", "stored", "gguf"])
-def test_a_dry_run_says_what_the_process_takes(kind, tmp_path):
-    """Within 10% of what the run itself then reports, for a base of each kind that is larger than the imports."""
-    folder, file = tmp_path / "llama", tmp_path / "text.txt"
-    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "max_position_embeddings": 512}
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | sizes)).save_pretrained(folder)
-    write_tokenizer(folder)
-    file.write_text("some words " * 999)
-    base = str(folder)
-    if kind != "dense":
-        assert main(["quantize", base, str(tmp_path / "stored")]) == 0
-        base = str(tmp_path / "stored")
-    if kind == "gguf":
-        assert main(["export", base, str(tmp_path / "model.gguf"), "--requantize"]) == 0
-        base = str(tmp_path / "model.gguf")
-    argv = [sys.executable, "-m", "lowmem", "fit", base, "--data", str(file), "--length", "256", "--json"]
-    argv += ["--eval-share", "0.2", "--steps", "2"]
-    planned, ran = (
-        json.loads(subprocess.run([*argv, *more], capture_output=True, text=True, check=True).stdout)
-        for more in (["--dry-run"], [])
-    )
-    assert planned["process_bytes"] == pytest.approx(ran["peak_bytes"], rel=0.1)

@@ -131,7 +131,7 @@ FAULTS = {
     "PEFT": (
         inside_peft,
         ValueError,
-        "b is inside b, a PeftLinear of PEFT|b.base_layer is inside b|b, which",
+        "b is inside b, a PeftLinear of PEFT|b.base_layer is inside b|b, which|adapts b, and LoRA has no form",
         ["restore"],
     ),
     "prepared": (prepared, RuntimeError, r"b\S* is prepared for training: call lowmem.release", []),

@@ -14,7 +14,7 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e 
 
 from lowmem import FourBit, LoRA, convert, prepare_training, release_training, restore, training_report
 from lowmem.kernels import rowwise
-from lowmem.training import activations, fused
+from lowmem.training import activations, fused_functions
 from lowmem.training.logits import LazyLogits
 from tests.rounding import unit
 from tests.zoo.architectures import ARCHITECTURES
@@ -170,12 +170,12 @@ def test_a_wrong_gradient_is_told_from_rounding(name, monkeypatch):
     norm_grad, gated_grad, wrong = rowwise.norm_grad, rowwise.gated_grad, 1 + 1e-6
     monkeypatch.setattr(rowwise, "norm_grad", lambda grad, *given: norm_grad(grad * wrong, *given))
     monkeypatch.setattr(rowwise, "gated_grad", lambda grad, *given: gated_grad(grad * wrong, *given))
-    for activation, (function, of_torch) in fused._OF_TORCH.items():  # torch's own, in float64
+    for activation, (function, of_torch) in fused_functions._OF_TORCH.items():  # torch's own, in float64
 
         def wrong_grad(grad, x, of_torch=of_torch):
             return of_torch(grad * wrong, x)
 
-        monkeypatch.setitem(fused._OF_TORCH, activation, (function, wrong_grad))
+        monkeypatch.setitem(fused_functions._OF_TORCH, activation, (function, wrong_grad))
     with pytest.raises(AssertionError):
         assert_within(exact_step(wide, inputs), exact, (SAME, SAME))
     if name != "mobilevit":  # where float32 alone moves the gradient by a percent: float64 tells

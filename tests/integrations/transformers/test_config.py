@@ -11,6 +11,7 @@ from transformers.quantizers.auto import AutoQuantizationConfig
 
 from lowmem import EightBit, FourBit, Half, LoRA
 from lowmem.integrations.transformers import METHOD, LowmemConfig
+from lowmem.version import install_command
 from tests.integrations.transformers.folders import load, write
 
 TECHNIQUES = [
@@ -33,7 +34,7 @@ def test_json_holds_it():
         assert again.to_dict() == config.to_dict()
     saved = LowmemConfig(layers=[{"technique": "Half", "dtype": "float16", "names": ["a"]}], adapters={"a": []})
     assert LowmemConfig.from_dict(saved.to_dict()).to_dict() == saved.to_dict()
-    assert "pip install 'lowmem[transformers]'" in saved.to_dict()["notice"]
+    assert install_command("transformers") in saved.to_dict()["notice"]
 
 
 @pytest.mark.parametrize(

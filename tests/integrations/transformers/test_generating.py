@@ -26,16 +26,23 @@ def test_all_tokens_that_end_an_answer_end_it(tmp_path):
     assert end_tokens(model, tokenizer, chat=True) == [0, 1, 7, 8]
 
 
-@pytest.mark.parametrize("name", [None, "org/model", 3])
+def write_config(folder, base):
+    """Write the files of an adapter, of which the config is read."""
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 4, "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    (folder / "adapter_model.safetensors").touch()
+
+
+@pytest.mark.parametrize("name", [None, "org/model"])
 def test_an_adapter_without_a_base_here_is_refused(tmp_path, name):
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": name}))
+    write_config(tmp_path, name)
     assert is_adapter(tmp_path)
-    with pytest.raises(FileError, match="name it with --base"):
+    with pytest.raises(FileError, match="name the base with --base"):
         base_of_adapter(tmp_path)
 
 
 def test_a_base_is_found_from_the_adapters_own_folder(tmp_path):
     for folder in ("base", "adapter"):
         (tmp_path / folder).mkdir()
-    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "../base"}')
+    write_config(tmp_path / "adapter", "../base")
     assert base_of_adapter(tmp_path / "adapter").samefile(tmp_path / "base")

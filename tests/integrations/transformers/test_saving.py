@@ -43,6 +43,7 @@ from lowmem.integrations.transformers import METHOD, LowmemConfig, adopt
 from lowmem.integrations.transformers.folder import check
 from lowmem.io.metadata import form_record
 from lowmem.nn.forms import CodedForm
+from lowmem.version import install_command
 from tests.integrations.transformers.folders import CONFIGS, IDS, SIZES, assert_same, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
@@ -312,7 +313,7 @@ def test_push_to_hub_sends_a_folder_that_loads_from_the_cache_of_the_hub(tmp_pat
 def test_without_lowmem_the_folder_says_what_is_missing(tmp_path, monkeypatch, caplog):
     lowmem.convert(load(write(tmp_path / "dense")), FourBit()).save_pretrained(tmp_path / "small")
     found = json.loads((tmp_path / "small" / "config.json").read_text())["quantization_config"]
-    assert "pip install 'lowmem[transformers]'" in found["notice"]
+    assert install_command("transformers") in found["notice"]
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, METHOD)  # as where lowmem is not imported
     messages = []
     monkeypatch.setattr("transformers.quantizers.auto.logger.warning", messages.append)

@@ -1,0 +1,110 @@
+"""`lowmem fit --dry-run` says what a run of a folder takes, of the model and of the process."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+import lowmem
+from lowmem.__main__ import main
+from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.text import Example
+from lowmem.integrations.transformers import LowmemConfig
+from lowmem.measure import PeakMemory
+from lowmem.tools.fit_plan import FEW
+from tests.fuzzing import bounded
+from tests.integrations.transformers.folders import SIZES, load
+from tests.integrations.transformers.tokens import write_tokenizer
+
+LAYERS = max(FEW) + 2
+LENGTH, ROWS = 48, 3
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A llama of more layers than are measured."""
+    torch.manual_seed(0)
+    place = tmp_path / "llama"
+    config = LlamaConfig(**SIZES | {"num_hidden_layers": LAYERS})
+    AutoModelForCausalLM.from_config(config).save_pretrained(place)
+    write_tokenizer(place)
+    (place.parent / "text.txt").write_text("some words " * 99)
+    return place
+
+
+def planned(folder, capsys, *options):
+    argv = ["fit", str(folder), "--data", str(folder.parent / "text.txt"), "--length", str(LENGTH), "--dry-run"]
+    assert main([*argv, "--batch-size", str(ROWS), "--rank", "4", *options]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.mark.thorough
+def test_a_dry_run_is_within_two_percent_of_the_run(folder, capsys):
+    peaks = []
+    for memory in ("plain", "fast", "lean"):
+        found = json.loads(planned(folder, capsys, "--memory", memory, "--json"))
+        base = load(folder, quantization_config=LowmemConfig(lowmem.FourBit()))
+        model = lowmem.add_adapter(base, "default", lowmem.LoRA(4))
+        assert found["stored_bytes"] == lowmem.measure.theoretical_bytes(model)
+        if memory != "plain":
+            lowmem.prepare_training(model, memory)
+        examples = [Example.of([3 + n % 99 for n in range(LENGTH)], [True] * LENGTH) for _ in range(ROWS)]
+        rows, peak = Rows.of(model, examples, LENGTH, 258), PeakMemory()
+        with peak:
+            lowmem.finetune(model, rows, lowmem.FineTuning(steps=2, batch_size=ROWS))
+        expected = found["stored_bytes"] + peak.peak
+        assert found["training_bytes"] - found["scratch"] == pytest.approx(expected, rel=0.02), memory
+        peaks.append(peak.peak)
+    assert peaks == sorted(peaks, reverse=True)
+
+
+def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_is_made(folder, refused):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    argv = ["fit", folder, "--data", folder.parent / "text.txt", "--length", LENGTH, "--dry-run"]
+    for changes in ({"hidden_size": 2**20}, {"intermediate_size": 2**24}, {"vocab_size": 2**30}):
+        path.write_text(json.dumps(config | changes))
+        with bounded():
+            assert "by its config.json" in refused(*argv)
+
+
+def test_a_dry_run_names_its_counts_and_writes_nothing(folder, capsys):
+    config = folder / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"num_hidden_layers": 1}))
+    before = sorted(folder.parent.rglob("*"))
+    told = planned(folder, capsys, "--save", str(folder.parent / "out"))
+    assert "total for training" in told
+    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 layers" in told
+    assert sorted(folder.parent.rglob("*")) == before
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("kind", ["dense", "stored", "gguf"])
+def test_a_dry_run_says_what_the_process_takes(kind, tmp_path):
+    """Within 10% of what the run itself then reports, for a base of each kind that is larger than the imports."""
+    folder, file = tmp_path / "llama", tmp_path / "text.txt"
+    sizes = {"hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8, "max_position_embeddings": 512}
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(LlamaConfig(**SIZES | sizes)).save_pretrained(folder)
+    write_tokenizer(folder)
+    file.write_text("some words " * 999)
+    base = str(folder)
+    if kind != "dense":
+        assert main(["quantize", base, str(tmp_path / "stored")]) == 0
+        base = str(tmp_path / "stored")
+    if kind == "gguf":
+        assert main(["export", base, str(tmp_path / "model.gguf"), "--requantize"]) == 0
+        base = str(tmp_path / "model.gguf")
+    argv = [sys.executable, "-m", "lowmem", "fit", base, "--data", str(file), "--length", "256", "--json"]
+    argv += ["--eval-share", "0.2", "--steps", "2"]
+    planned, ran = (
+        json.loads(subprocess.run([*argv, *more], capture_output=True, text=True, check=True).stdout)
+        for more in (["--dry-run"], [])
+    )
+    assert planned["process_bytes"] == pytest.approx(ran["peak_bytes"], rel=0.1)

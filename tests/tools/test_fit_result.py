@@ -1,0 +1,60 @@
+"""The folder that `lowmem fit` writes opens with one line, and says how it was made and what comes next."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
+
+from transformers import AutoModelForCausalLM
+
+import lowmem
+from lowmem.__main__ import main
+from tests.integrations.transformers.folders import load
+from tests.tools.test_fit_language import fit
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("base", ["dense", "stored"])
+def test_the_folder_opens_with_one_line_in_peft_and_transformers(base, place, capsys):
+    peft = pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+    folder = "llama"
+    if base == "stored":
+        folder = "small"
+        assert main(["quantize", "llama", "small"]) == 0
+    options = [] if base == "stored" else ["--format", "dense"]
+    argv = ["fit", folder, "--data", "text.txt", "--length", "48", "--steps", "3", "--lr", "0.01", "--save", "out"]
+    assert main([*argv, *options]) == 0
+    told = capsys.readouterr().err
+    assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        place / folder
+    )
+    ids = torch.arange(10, 30)[None]
+    with torch.no_grad():
+        expected = lowmem.load_adapter(load(folder), "out")(ids).logits
+        for kind in (AutoModelForCausalLM, peft.AutoPeftModelForCausalLM):
+            torch.testing.assert_close(kind.from_pretrained("out")(ids).logits, expected, rtol=1e-4, atol=1e-4)
+    commands = re.findall(r"^next: lowmem (.*)$", told, flags=re.MULTILINE)
+    assert [command.split()[0] for command in commands] == ["generate", "merge", "export"]
+    assert commands[0] == "generate out --chat"
+
+
+def test_the_model_card_names_no_path_of_this_machine(place, capsys):
+    data = place / "data.jsonl"
+    fit(capsys, "--steps", "2", "--eval-share", "0.2", "--save", str(place / "out"), "--resume", data=str(data))
+    card = Path("out", "README.md").read_text()
+    assert str(place) not in card
+    assert "base_model: llama\n" in card
+    command = (
+        "lowmem fit llama --data data.jsonl --length 48 --rank 4 --lr 0.01 --steps 2 --eval-share 0.2 --save out"
+    )
+    assert f"```\n{command}\n```" in card
+    assert re.search(r"\| Perplexity of the held-out text, adapted \| \d+\.\d{4} \|", card)
+
+
+def test_the_base_has_the_name_that_is_given(place, capsys):
+    fit(capsys, "--steps", "1", "--save", "out", "--base-name", "me/llama")
+    assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == "me/llama"
