@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import lowmem
-from lowmem.testing.baseline import layout
 from lowmem.testing.memory import THREADS
+from lowmem.transforms.summary import aligned
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -87,7 +87,7 @@ class Ratios:
             stored = f"{self.stored[name]:.2f}" if name in self.stored else "-"
             rows.append((name.partition("::test_")[2], f"{1e3 * seconds:.2f}", f"{ratio:.2f}", stored))
         terminalreporter.section("latency, as a ratio to the reference in the same run")
-        for line in layout(rows, left=(0,)):
+        for line in aligned(rows, right=(1, 2, 3)):
             terminalreporter.write_line(line)
 
 

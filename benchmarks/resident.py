@@ -35,9 +35,10 @@ import lowmem
 from lowmem import kernels
 from lowmem.errors import describe, one_line, reason, show
 from lowmem.io.atomic import check_writable
-from lowmem.testing.baseline import Key, layout, parse_document, write_figures
+from lowmem.testing.baseline import Key, parse_document, write_figures
 from lowmem.testing.memory import THREADS
 from lowmem.testing.verdicts import FAILING, Row, Verdict, verdict_of, write_verdict
+from lowmem.transforms.summary import aligned
 
 ROOT = Path(__file__).parents[1]
 RUNS = 3  # fresh processes of a variant, whose median counts; and so many more before one fails
@@ -395,7 +396,7 @@ def baseline_path(key: Key) -> Path:
 
 def read_baseline(path: Path, key: Key) -> Baseline:
     """Read a baseline."""
-    document = parse_document(path.read_bytes(), key, more=("runs", "spread_mib", "tolerance_mib"))
+    document = parse_document(path.read_bytes(), key, "runs", "spread_mib", "tolerance_mib")
     figures, tolerance = document["figures"], document["tolerance_mib"]
     for variant, values in figures.items():
         if not isinstance(values, dict) or sorted(values) != sorted(FIGURES):
@@ -522,7 +523,7 @@ def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row]) 
 
 def table(figures: Figures) -> list[str]:
     rows = [(variant, *(f"{values[name]:.2f}" for name in FIGURES)) for variant, values in figures.items()]
-    return layout([("resident, MiB", *FIGURES), *rows], left=(0,))
+    return aligned([("resident, MiB", *FIGURES), *rows], right=range(1, len(FIGURES) + 1))
 
 
 if __name__ == "__main__":

@@ -24,8 +24,6 @@ from lowmem.version import __version__
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-__all__ = ["main"]
-
 
 class _Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and which raises errors of writing its output."""

@@ -6,8 +6,6 @@ from typing import cast
 
 from torch import Tensor, nn
 
-__all__ = ["BigNet"]
-
 CHANNELS = 1024
 BLOCKS = 6
 

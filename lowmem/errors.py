@@ -9,24 +9,6 @@ import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = [
-    "LIMIT",
-    "FileError",
-    "WriteError",
-    "describe",
-    "error_line",
-    "is_fault",
-    "one_line",
-    "printable",
-    "quoted",
-    "reason",
-    "refusal",
-    "refusing",
-    "show",
-    "unbuilt",
-    "unwritable",
-]
-
 LIMIT = 298  # characters of an error line, without its line end
 
 _OUT_OF_MEMORY = "out of memory"

@@ -1,9 +1,5 @@
-"""Keeps what a process holds resident close to what it uses. Nothing happens where the system has no such call.
-
-glibc keeps freed tensors of up to 32 MiB for later allocations, unless they lie at the end of the heap. Their pages
-count as resident until ``malloc_trim`` returns them, and reusing a returned page costs a page fault. Pages of a
-mapped file that were read count, too, as long as any tensor is a view of the mapping.
-"""
+"""Keeps what a process holds resident close to what it uses: returns freed pages that glibc keeps, and drops read
+pages of mapped files. Nothing happens where the system has no such call."""
 
 from __future__ import annotations
 
@@ -17,8 +13,6 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-
-__all__ = ["drop_pages", "resident_bytes", "return_holes", "returns_free_pages", "trim_heap"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

@@ -14,8 +14,6 @@ from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.convert import convert
 from lowmem.transforms.registry import Technique
 
-__all__ = ["VARIANTS", "build", "techniques_of"]
-
 _INT4 = FourBit("int4", block_size=16, scales="float16")
 
 VARIANTS: MappingProxyType[str, tuple[Technique, ...]] = MappingProxyType(

@@ -1,7 +1,5 @@
 """The version, and how lowmem is installed: in a file of its own, which the build reads without importing torch."""
 
-__all__ = ["IS_PUBLISHED", "__version__", "install_command"]
-
 __version__ = "0.1.0"
 
 IS_PUBLISHED = False

@@ -29,7 +29,6 @@ OPTIONS = ["-p", "no:randomly", "-p", "no:cacheprovider", *([] if INSTALLED else
 MODEL = """
 import torch
 from torch import nn
-from lowmem.version import install_command
 
 def my_model(width=8):
     return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, 4))

@@ -1,7 +1,4 @@
-"""The states of a run in several processes: files of whole values, as one process writes them and any number reads.
-
-The first process writes them in the background, while training goes on.
-"""
+"""The states of a run in several processes: files of whole values, which any number of processes reads."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ import torch
 from torch import Tensor, distributed, nn
 
 from lowmem.finetuning.state import Saved, States, trained
-
-__all__ = ["Checkpoints"]
 
 
 class Checkpoints(States):

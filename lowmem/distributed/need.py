@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from lowmem.errors import show
 
-__all__ = ["bytes_per_rank"]
-
 
 def bytes_per_rank(
     parameters: int,

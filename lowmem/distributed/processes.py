@@ -17,8 +17,6 @@ from lowmem.distributed.shard import gather, shard
 from lowmem.finetuning.ranks import Ranks
 from lowmem.io.checkpoint import unwrap
 
-__all__ = ["TIMEOUT", "Replicated", "Sharded", "is_told_by_first", "joined", "started_rank"]
-
 TIMEOUT = timedelta(minutes=10)
 """How long a process waits for the others in one exchange: a rank may save, or read weights, meanwhile."""
 

@@ -1,8 +1,5 @@
-"""Shards a model's weights among processes, by FSDP2: each has its rows of every weight, and a step gathers blocks.
-
-Zhao et al., PyTorch FSDP: Experiences on Scaling Fully Sharded Data Parallel, arXiv 2304.11277. The second version,
-``torch.distributed.fsdp.fully_shard``, keeps parameters apart, so that packed codes stay uint8: no cast touches them.
-"""
+"""Shards a model's weights among processes, by FSDP2 (Zhao et al., PyTorch FSDP, arXiv 2304.11277): each has its rows
+of every weight, and a step gathers blocks. Packed codes stay uint8: no cast touches them."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from torch import distributed, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.kernels.torch_versions import TORCH
-from lowmem.nn.sharded import sharded_types
+from lowmem.nn.sharded import is_fsdp_unit, sharded_types
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import trim_heap
 from lowmem.transforms.refusals import refuse_model
@@ -27,9 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
-__all__ = ["blocks_of", "gather", "shard"]
-
 _FSDP = "torch.distributed.fsdp"
+_OF_FSDP = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")  # its attributes
 
 
 def shard(
@@ -111,7 +107,7 @@ def gather(model: nn.Module) -> nn.Module | None:
     check_module(model)
     _check_group("gather")
     for module in model.modules():
-        if _is_engine(module):
+        if is_fsdp_unit(module):
             module.reshard()  # type: ignore[operator]  # the root keeps its weights whole after a forward
     sharded = sharded_types()
     if not any(isinstance(one, sharded) for one in model.parameters()):
@@ -255,30 +251,24 @@ def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) 
             )
 
 
-def _is_engine(module: nn.Module) -> bool:
-    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
-
-
 @contextmanager
 def _without_engine(model: nn.Module) -> Iterator[None]:
     """Take FSDP2's classes, states and hooks, which cannot be copied, off a model for the time of the context."""
     before = [(module, module.__class__, module.__dict__) for module in model.modules()]
     try:
         for module, kind, own in before:
-            if _is_engine(module):
+            if is_fsdp_unit(module):
                 module.__class__ = kind.__mro__[2]  # [FSDPBlock, FSDPModule, Block, ...]
             object.__setattr__(
-                module, "__dict__", {name: _kept(name, value) for name, value in own.items() if _is_own(name)}
+                module,
+                "__dict__",
+                {name: _kept(name, value) for name, value in own.items() if not name.startswith(_OF_FSDP)},
             )
         yield
     finally:
         for module, kind, own in before:
             object.__setattr__(module, "__dict__", own)
             module.__class__ = kind
-
-
-def _is_own(name: str) -> bool:
-    return not name.startswith(("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params"))
 
 
 def _kept(name: str, value: Any) -> Any:

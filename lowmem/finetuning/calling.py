@@ -1,8 +1,5 @@
-"""How a language model is called in training: found out from its signature, and by trying it on random tokens.
-
-The trial shows whether the model is causal, and whether examples that are packed into one row can attend to each
-other. Neither follows from the names of classes.
-"""
+"""How a language model is called in training, whether it is causal, and whether examples in one row can attend to
+each other: found out from its signature, and by trying it on random tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import describe
-
-__all__ = ["Calling", "balance_of", "calling_of", "evaluating", "logits_of"]
 
 _LENGTHS = (7, 6)
 """Tokens of the two texts that are tried: few, so that both lie in one block of blockwise attention; odd in all."""

@@ -12,8 +12,6 @@ from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.text import IGNORED
 
-__all__ = ["perplexity"]
-
 _CHUNK = 128
 """Tokens whose log-probabilities exist at once."""
 

@@ -30,8 +30,6 @@ from lowmem.finetuning.text import IGNORED
 from lowmem.io.checkpoint import unwrap
 from lowmem.resident import trim_heap
 
-__all__ = ["Outcome", "Step", "finetune"]
-
 
 @dataclass(frozen=True)
 class Step:
@@ -206,10 +204,7 @@ class _Run:
         return step % every == 0 or (step < every and step & (step - 1) == 0)
 
     def _keep(self, step: int, random: dict[str, Tensor], good: bool) -> OSError | None:
-        """Save the state after ``step`` steps, of which the next one failed; return the error if that fails.
-
-        Its weights are good if the failed step's loss is finite (``good``), or the loss of the rows before is.
-        """
+        """Save the state after ``step`` steps if it, or its last loss, is finite; return the error if that fails."""
         if self._states is None or step == self._start or not (good or math.isfinite(self._loss_again(step - 1))):
             return None
         try:

@@ -21,8 +21,6 @@ from lowmem.errors import refusal, show
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors, write_atomically, write_errors
 from lowmem.version import install_command
 
-__all__ = ["LOGS", "Metrics", "Writer", "check_log", "check_metrics", "check_plot", "peak_memory", "plot_losses"]
-
 _LINE = re.compile(rb'\{"step": \d.*\n?|' + b"|".join(re.escape(b'{"step": '[:end]) for end in range(1, 10)))
 """Matches the first line of a metrics file, which a full disk or a kill may have truncated anywhere."""
 

@@ -9,8 +9,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Ranks"]
-
 
 class Ranks:
     """One process that trains by itself. Subclasses are one of several processes that train together.

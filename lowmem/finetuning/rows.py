@@ -1,7 +1,4 @@
-"""Rows of tokens, and which of them a step trains on.
-
-Short examples are packed into one row if the model does not let them attend to each other.
-"""
+"""Rows of tokens, and which of them a step trains on."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ from torch import Tensor, nn
 
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.text import IGNORED, Example
-
-__all__ = ["Batch", "Order", "Rows", "pack", "part"]
 
 _MIX = 0x9E3779B97F4A7C15  # odd, so that the epochs of one seed have different seeds
 

@@ -10,8 +10,6 @@ import torch
 
 from lowmem.errors import show
 
-__all__ = ["DECAYS", "LARGEST_LR", "FineTuning"]
-
 DECAYS: dict[str, Callable[[float], float]] = {
     "none": lambda done: 1.0,
     "linear": lambda done: 1 - done,

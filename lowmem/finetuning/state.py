@@ -1,8 +1,5 @@
-"""The saved state of a training run, from which a run that was killed at any moment can resume.
-
-Two files are written alternately. Each is written to a temporary file and renamed, and has a digest: if the newer one
-is damaged, the older one is read.
-"""
+"""The saved state of a training run, from which a run that was killed at any moment can resume: two files with
+digests, written alternately; if the newer one is damaged, the older one is read."""
 
 from __future__ import annotations
 
@@ -22,18 +19,6 @@ from lowmem.errors import FileError, quoted, refusal, show
 from lowmem.io.atomic import write_errors
 from lowmem.io.checkpoint import unwrap
 from lowmem.io.container import read, write_tensors
-
-__all__ = [
-    "Saved",
-    "States",
-    "capture",
-    "changes",
-    "forked_random",
-    "put_back",
-    "random_states",
-    "set_random_states",
-    "trained",
-]
 
 KIND = "training"
 FILES = ("state-0.safetensors", "state-1.safetensors")

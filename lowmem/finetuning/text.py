@@ -1,9 +1,5 @@
-"""Reads text files for fine-tuning into token sequences, and marks the tokens that the model learns to predict.
-
-A ``.txt`` file is one text, cut into windows. Each line of a ``.jsonl`` file is a JSON object with ``text``, with
-``prompt`` and ``completion``, or with ``messages``. Of the latter two, only the tokens of completions and of the
-assistant's messages count.
-"""
+"""Reads text files for fine-tuning into token sequences, and marks the tokens that the model learns to predict: those
+of completions and of the assistant's messages, and all of plain text."""
 
 from __future__ import annotations
 
@@ -20,8 +16,6 @@ from torch import Tensor
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors
-
-__all__ = ["IGNORED", "Example", "Texts", "Tokenizer", "read_examples", "read_text"]
 
 IGNORED = -100
 """Target of a token whose successor is not to be predicted: ``ignore_index`` of torch's cross entropy."""

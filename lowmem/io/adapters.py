@@ -38,8 +38,6 @@ from lowmem.transforms.placement import place_name, places_of
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt
 
-__all__ = ["AdapterFacts", "adapter_facts", "fingerprint", "load_adapter", "save_adapter"]
-
 
 @one_at_a_time
 def save_adapter(

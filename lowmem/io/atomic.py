@@ -25,23 +25,6 @@ try:
 except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
-__all__ = [
-    "PARTIAL",
-    "atomic_file",
-    "atomic_folder",
-    "check_free",
-    "check_writable",
-    "open_regular",
-    "owned",
-    "read_errors",
-    "read_into",
-    "scratch_folder",
-    "starts_with",
-    "sync",
-    "write_atomically",
-    "write_errors",
-]
-
 _T = TypeVar("_T")
 
 PARTIAL = ".lowmem-*.partial"

@@ -1,9 +1,5 @@
-"""Saves converted models, and loads them without ever holding the dense weights.
-
-A file holds each distinct tensor once, and records how each converted layer is stored (``docs/format.md``). To load,
-a skeleton of the converted model is built on the meta device, and its parameters are replaced by the memory-mapped
-tensors of the file, after all of them were checked. Nothing is copied.
-"""
+"""Saves converted models, and loads them without ever holding the dense weights: the parameters of a skeleton on the
+meta device are replaced by the memory-mapped tensors of the file (``docs/format.md``)."""
 
 from __future__ import annotations
 
@@ -30,8 +26,6 @@ from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
-
-__all__ = ["content_of", "how_stored", "load", "save", "unwrap"]
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -1,13 +1,5 @@
-"""lowmem's files: safetensors files with a digest.
-
-The header begins with the digest of the file and with lowmem's metadata::
-
-    {"__metadata__":{"sha256":"<64 hexadecimal digits>","lowmem":"{...,\\"version\\":1}"},...}
-
-The digest is the SHA-256 of the whole file with its own 64 digits replaced by zeros. A file's bytes depend only on
-the names and values of its tensors and on its metadata, and ``read`` rejects any other encoding of the same content.
-Nothing in a file is ever executed.
-"""
+"""lowmem's files: safetensors files with a SHA-256 of the whole file (``docs/format.md``), whose bytes depend only on
+the names and values of tensors and on metadata. Nothing in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -28,8 +20,6 @@ from torch.nn.parameter import is_lazy
 from lowmem.errors import FileError, refusal, show
 from lowmem.io.atomic import atomic_file, check_writable, open_regular, read_errors, write_errors
 from lowmem.io.safetensors import Placed, TensorSpec, encode, parse, parse_json, place, read_header
-
-__all__ = ["FORMAT_VERSION", "TensorFile", "bytes_of", "read", "spec_of", "write", "write_plain", "write_tensors"]
 
 FORMAT_VERSION = 1
 

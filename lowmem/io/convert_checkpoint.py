@@ -1,8 +1,5 @@
-"""Converts a checkpoint on disk, one tensor at a time.
-
-The result equals, byte for byte, the file that ``save`` writes for the same model converted in memory with
-``embeddings="4bit"``: a file's bytes depend only on its tensors, and codes and scales only on the weights.
-"""
+"""Converts a checkpoint on disk, one tensor at a time, to the file that ``save`` writes for the same model converted
+in memory with ``embeddings="4bit"``, byte for byte."""
 
 from __future__ import annotations
 
@@ -16,18 +13,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.errors import printable, show
+from lowmem.errors import printable
 from lowmem.io.metadata import layer_of
 from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import PlannedWeight, check_target, write_model
-from lowmem.io.source import Source
+from lowmem.io.source import Source, check_patterns
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
 from lowmem.quant.quantize import relative_error
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of
-
-__all__ = ["Row", "convert_checkpoint"]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
@@ -137,11 +132,7 @@ def _chosen(
 
 
 def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
-    for pattern in (*include, *exclude):
-        if not any(fnmatchcase(name, pattern) for name in specs):
-            raise ValueError(
-                f"pattern {pattern!r} matches no tensor; check it, the first is {show(next(iter(specs)))}"
-            )
+    check_patterns((*include, *exclude), specs)
     wanted = {
         name
         for name, spec in specs.items()

@@ -16,10 +16,9 @@ from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.formats.stored_model import swapped
 from lowmem.io.shards import PlannedWeight, check_target, write_model
+from lowmem.io.source import check_patterns
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
-
-__all__ = ["ImportedRow", "import_checkpoint"]
 
 
 @dataclass(frozen=True)
@@ -92,7 +91,7 @@ def import_checkpoint(
 def _plan(
     source: Path, file: ForeignFile, requantizing: Requantizing, dtype: torch.dtype | None
 ) -> dict[str, PlannedWeight]:
-    requantizing.check(file.tensors)
+    check_patterns(requantizing.include, file.tensors)
     tensors = [requantizing.of(found) for found in file.tensors.values()]
     refused = [tensor for tensor in tensors if tensor.refusal is not None]
     if refused:

@@ -17,23 +17,6 @@ from lowmem.quant.formats import EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.quant.tensor import METHODS
 
-__all__ = [
-    "CONFIG_VERSION",
-    "FLAGS",
-    "adapter_record",
-    "adapters_of",
-    "adapters_record",
-    "check_config",
-    "check_keys",
-    "check_object",
-    "form_of",
-    "form_record",
-    "layer_of",
-    "lora_of",
-    "record_errors",
-    "technique_of",
-]
-
 FLAGS = ("transposed", "gathered")
 """What a record says of a 4-bit weight where it holds, and else not: older readers refuse the keys."""
 

@@ -14,20 +14,6 @@ from lowmem.io.atomic import open_regular, read_errors, sync, write_errors
 from lowmem.io.safetensors import parse_json, read_at_most
 from lowmem.io.shards import INDEX, read_index
 
-__all__ = [
-    "CONFIG",
-    "WEIGHTS",
-    "check_layers",
-    "check_regular",
-    "copy_others",
-    "quantization_of",
-    "read_model_config",
-    "read_object",
-    "refuse_layers",
-    "replace_files",
-    "weights_in",
-]
-
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_CONFIG = 2**24  # bytes
 

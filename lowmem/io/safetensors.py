@@ -25,19 +25,6 @@ from torch import Tensor
 from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import open_regular, read_errors
 
-__all__ = [
-    "DTYPES",
-    "MAX_HEADER",
-    "Placed",
-    "TensorSpec",
-    "encode",
-    "parse",
-    "parse_json",
-    "place",
-    "read_at_most",
-    "read_header",
-]
-
 MAX_HEADER = 16 * 2**20
 """Largest header that is read, in bytes; a header has about 100 per tensor."""
 

@@ -1,8 +1,5 @@
-"""Sharded models: several files, and the index that lists them, ``model.safetensors.index.json``.
-
-lowmem's index holds the digest of each file, and has only one encoding. A shard of another run, or any changed byte,
-is therefore detected.
-"""
+"""Sharded models: several files, and the index that lists them, ``model.safetensors.index.json``. lowmem's holds the
+digest of each file, so that a shard of another run is detected."""
 
 from __future__ import annotations
 
@@ -24,20 +21,6 @@ from lowmem.io.safetensors import TensorSpec, parse_json, read_at_most
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = [
-    "INDEX",
-    "PlannedWeight",
-    "check_target",
-    "divide",
-    "encode_index",
-    "index_of",
-    "parse_index",
-    "read_index",
-    "read_model",
-    "shard_name",
-    "write_model",
-]
 
 INDEX = ".index.json"
 MAX_INDEX = 2**26  # largest index that is read, in bytes

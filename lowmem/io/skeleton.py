@@ -28,8 +28,6 @@ from lowmem.transforms.registry import layer_name, module_paths, skip_reason
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import keep_shared_biases, weight_key
 
-__all__ = ["adapter_skip_reason", "assign", "check_adapter", "convert_skeleton"]
-
 
 def convert_skeleton(model: nn.Module, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Replace layers of a model on the meta device by empty ones as the file records them, and add adapters.

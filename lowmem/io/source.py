@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from contextlib import ExitStack
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import torch
@@ -15,8 +16,6 @@ from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors, read_into
 from lowmem.io.safetensors import TensorSpec, parse, read_header
 from lowmem.io.shards import INDEX, read_index
-
-__all__ = ["Checkpoint", "Source"]
 
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
@@ -137,3 +136,10 @@ def _check_listed(path: Path, files: Iterable[str]) -> None:
         if len(numbers) != int(count):
             shards = f"{show(name)} of {int(count)} shards"
             raise refusal(path, f"it lists {len(numbers)} files of {shards}; get it again")
+
+
+def check_patterns(patterns: Iterable[str], names: Collection[str]) -> None:
+    """Raise a ValueError unless each glob pattern matches the name of a tensor."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"pattern {pattern!r} matches no tensor; check it, the first is {show(min(names))}")

@@ -1,11 +1,5 @@
-"""Products with stored weights, computed by the backend of a tensor's device; and the selection of the CPU's.
-
-A weight is a float16 or bfloat16 tensor (out, in), or a ``QuantizedTensor`` in 4 or 8 bits. The protocol of a backend
-is ``lowmem.quant.backend.Backend``. ``reference`` is plain torch, serves every device type that ``register`` gave no
-other backend, and defines the results. ``cpu`` binds the compiled kernel: the CPU's backend is the best ISA that the
-processor has, or the one that the environment variable ``LOWMEM_KERNEL`` names: reference, portable, neon, avx2,
-avx512, avx512vnni, avx512bf16 or avx512amx.
-"""
+"""Products with stored weights, computed by the backend of a tensor's device; and the selection of the CPU's: the
+best ISA of the compiled kernel, or what the environment variable ``LOWMEM_KERNEL`` names."""
 
 from __future__ import annotations
 
@@ -38,7 +32,7 @@ __all__ = [
     "using",
 ]
 
-VARIABLE = "LOWMEM_KERNEL"
+VARIABLE = "LOWMEM_KERNEL"  # reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx
 PROVIDERS = (reference, cpu)
 """Modules with a function ``backends()``. It returns the CPU's backends that can run here, the slowest first, and how
 they compute; or none, and the reason."""

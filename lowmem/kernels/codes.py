@@ -12,8 +12,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["BLOCK", "decode_8bit", "empty_codes", "encode_8bit"]
-
 BLOCK = 32
 
 _ROWS = 2**13  # blocks that are computed at a time, so that temporaries stay in a processor's cache

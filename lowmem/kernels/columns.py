@@ -16,8 +16,6 @@ import torch
 from lowmem.quant.backend import Columns
 from lowmem.quant.formats import Format
 
-__all__ = ["PANEL", "round_columns"]
-
 PANEL = 64
 """Columns of a call, at most: ``MOST_COLUMNS`` of csrc/columns.h, and what stays in a processor's cache."""
 

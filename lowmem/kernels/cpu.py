@@ -1,7 +1,5 @@
-"""The backend in C (``csrc/``) for one ISA: products with stored weights, and the quantizing of rows.
-
-What C does not take falls back to ``reference``: other devices and dtypes, wrapped and traced tensors.
-"""
+"""The backend in C (``csrc/``) for one ISA: products with stored weights, and the quantizing of rows. What C does not
+take falls back to ``reference``: other devices and dtypes, wrapped and traced tensors."""
 
 from __future__ import annotations
 
@@ -19,12 +17,11 @@ from lowmem.kernels import int8, reference
 from lowmem.kernels.cpu_rows import CpuRows
 from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.native import load
+from lowmem.kernels.plan import CpuPlan
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
 from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = ["Kernel", "backends"]
 
 # (name, signed) of a scale encoding -> enum encoding of csrc/kernel.h
 _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, ("double", True): 3}
@@ -51,11 +48,6 @@ _TORCH_CHUNK = 512
 
 _TILE = 32  # columns in bfloat16 of a tile of AMX
 
-_OPERATIONS = {"linear": 0, "linear_inputs8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
-
-Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
-"""A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
-
 
 @lru_cache(maxsize=1)
 def backends() -> tuple[list[Backend], str]:
@@ -72,7 +64,7 @@ class Prepared:
     handle: object
 
 
-class Kernel(CpuRows):
+class Kernel(CpuRows, CpuPlan):
     """The backend in C for one ISA.
 
     Args:
@@ -125,7 +117,7 @@ class Kernel(CpuRows):
             return self._linear_inputs8(x, weight, bias)
         takes = (dtype in TYPES or dtype is torch.int8) and is_real(x) and x.is_floating_point() and x.dim() == 2
         if takes and with_offsets is not None:
-            out = self._linear_with_offsets(x, with_offsets, dtype, bias)
+            out = self._with_offsets(x, with_offsets, dtype, False, bias)
             return reference.linear(x, weight, dtype, bias) if out is None else out
         if takes:
             x = x.to(dtype).contiguous()
@@ -145,10 +137,8 @@ class Kernel(CpuRows):
         bias: Tensor | None = None,
         in_int8: bool = False,
     ) -> Tensor | None:
-        """Multiply in C, or by torch where the plan says so; None: C cannot read the weight.
-
-        In float32 with 8-bit integers, to which torch rounds x where C does not.
-        """
+        """Multiply in C, or by torch where the plan says so; None: C cannot read the weight. With ``in_int8`` in
+        float32, of x rounded to 8 bits by C or else by torch."""
         threads = torch.get_num_threads()
         if in_int8:
             x = x.float()
@@ -183,26 +173,31 @@ class Kernel(CpuRows):
                     return out
         return reference.linear(x, weight, torch.int8, bias)
 
-    def _linear_with_offsets(
-        self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, bias: Tensor | None
+    def _with_offsets(
+        self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, transposed: bool, bias: Tensor | None = None
     ) -> Tensor | None:
-        """Multiply by the weight without offsets, and add offsets @ (sums of x over blocks).
-
-        In float32, since the two may be larger than their sum, and in chunks of the batch.
-        """
-        in_int8, size = dtype is torch.int8, weight.block_size
-        nbytes = 6 * sum(weight.shape) + in_int8 * int8.BYTES_PER_NUMBER * weight.shape[1]
-        nbytes += 8 * -(-weight.shape[1] // size)
+        """Multiply by the weight without offsets, and add the product with the offsets, in chunks of the batch; in
+        float32, since the two may be larger than their sum."""
+        in_int8, size, (rows, columns) = dtype is torch.int8, weight.block_size, weight.shape
+        blocks = -(-columns // size)
+        nbytes = 4 * (rows + 3 * columns) if transposed else 6 * (rows + columns) + 8 * blocks
+        nbytes += in_int8 * int8.BYTES_PER_NUMBER * columns
 
         def multiply(few: Tensor) -> Tensor | None:
             wide = (few if in_int8 else few.to(dtype)).float().contiguous()
             for given in self._handles(weight, _BASE_IN_INT8 if in_int8 else _BASE):
-                product = self._product(wide, given, weight, in_int8=in_int8)
-                if product is not None:
-                    sums = block_sums(wide, size)
+                product = self._product(wide, given, weight, transposed, in_int8=in_int8)
+                if product is None:
+                    continue
+                if transposed:
+                    added = wide.new_zeros(wide.shape[0], blocks)
                     for chunk, offsets in _offsets_of(weight):
-                        product[:, chunk].addmm_(sums, offsets.t())
-                    return product if bias is None else product.add_(bias)
+                        added.addmm_(wide[:, chunk], offsets)
+                    return product.add_(spread(added, size, columns))
+                sums = block_sums(wide, size)
+                for chunk, offsets in _offsets_of(weight):
+                    product[:, chunk].addmm_(sums, offsets.t())
+                return product if bias is None else product.add_(bias)
             return None
 
         return _in_chunks(x, nbytes, OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK, x.dtype if in_int8 else dtype, multiply)
@@ -218,7 +213,7 @@ class Kernel(CpuRows):
                 return out
         if dtype in TYPES and is_real(grad):
             if isinstance(weight, QuantizedTensor) and weight.has_offsets:
-                made = self._input_grad_with_offsets(grad, weight, dtype)
+                made = self._with_offsets(grad, weight, dtype, True)
                 return reference.input_grad(grad, weight, dtype) if made is None else made
             ready = grad.to(dtype).contiguous()
             for given in self._handles(weight):
@@ -226,24 +221,6 @@ class Kernel(CpuRows):
                 if made is not None:
                     return made
         return reference.input_grad(grad, weight, dtype)
-
-    def _input_grad_with_offsets(self, grad: Tensor, weight: QuantizedTensor, dtype: torch.dtype) -> Tensor | None:
-        """Multiply by the weight without offsets in float32, and add grad @ offsets to each column of a block."""
-        size, (rows, columns) = weight.block_size, weight.shape
-
-        def multiply(few: Tensor) -> Tensor | None:
-            wide = few.to(dtype).float().contiguous()
-            for given in self._handles(weight, _BASE):
-                product = self._product(wide, given, weight, transposed=True)
-                if product is not None:
-                    added = wide.new_zeros(wide.shape[0], -(-columns // size))
-                    for chunk, offsets in _offsets_of(weight):
-                        added.addmm_(wide[:, chunk], offsets)
-                    return product.add_(spread(added, size, columns))
-            return None
-
-        nbytes = 4 * (rows + 3 * columns)
-        return _in_chunks(grad, nbytes, OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK, dtype, multiply)
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; torch multiplies."""
@@ -267,9 +244,7 @@ class Kernel(CpuRows):
         onto: Tensor | None = None,
     ) -> Tensor:
         """Dequantize a chunk of a weight at a time, and multiply it by torch; add the product to ``onto``, if given.
-
-        Chunks of rows, or, if transposed, of columns: sums over chunks of rows would have to be kept in float32.
-        """
+        Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
         if x.dtype is torch.float16:  # the weight would be rounded to it
             return self._by_torch(x.float(), given, weight, transposed, bias).to(x.dtype)
         x = rows_apart(x)
@@ -367,10 +342,8 @@ class Kernel(CpuRows):
         return None if kept is None else (kept.handle, weight.packed, weight.scales)
 
     def _handles(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
-        """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one.
-
-        The new handle is of a snapshot, to which no other thread can assign data: C always takes it.
-        """
+        """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one. The new
+        handle is of a snapshot, to which no other thread can assign data."""
         given = self._given(weight, use)
         if given is not None:
             yield given
@@ -380,46 +353,6 @@ class Kernel(CpuRows):
             if kept is not None:
                 weight.cache[use] = kept
                 yield kept.handle, now.packed, now.scales
-
-    def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
-        """Return which kernel computes each product of an input of ``rows`` rows, and why those before it do not."""
-        if isinstance(weight, QuantizedTensor) and weight.has_offsets:
-            without, in_int8 = replace(weight, scale_encoding="float32"), dtype is torch.int8
-            how = "8-bit integers" if in_int8 else "float32"
-            added = f"offsets: added in plain torch, to products in {how} without them:"
-            return "\n".join([added, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])
-        if dtype is not torch.int8:
-            lines = [self._explained(weight, rows, dtype, operation) for operation in ("linear", "input_grad")]
-        elif self.plan(weight, rows, dtype, "linear_inputs8"):
-            lines = [self._explained(weight, rows, dtype, "linear_inputs8")]
-        else:
-            rounded = (
-                f"linear_inputs8: no kernel of {self.name} takes this; torch rounds the input to 8 bits, and then"
-            )
-            lines = [rounded, self._explained(weight, rows, torch.float32, "linear")]
-        return "\n".join(lines)
-
-    def _explained(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> str:
-        *refused, (isa, name, least, most, _) = self.plan(weight, rows, dtype, operation)
-        lines = [f"{operation}: {name} of {isa}, which takes {_range(least, most)}"]
-        for other, kernel, least, most, why in refused:
-            takes = _range(least, most) if why == "rows" else f"other {why}s"
-            if why != "operation":
-                lines.append(f"  not {kernel} of {other}, which takes {takes}")
-        return "\n".join(lines)
-
-    def plan(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> list[Asked]:
-        """Return the kernels that are asked to compute a product, the last of which does; none: plain torch serves.
-
-        ``operation`` is linear, linear_inputs8 or input_grad, computed in ``dtype`` for an input of ``rows`` rows.
-        """
-        if isinstance(weight, QuantizedTensor):
-            size, stored = weight.block_size, get_format(weight.format).bits
-        else:
-            size, stored = 0, TYPES[weight.dtype]
-        given = TYPES[torch.float32 if dtype is torch.int8 else dtype]
-        asked: list[Asked] = self.native.plan(self._isa, size, stored, rows, given, _OPERATIONS[operation])
-        return asked
 
     def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
         """Make and cache the C handle of a weight for one use, or return None where C cannot read the weight."""
@@ -454,12 +387,6 @@ class Kernel(CpuRows):
         return kept
 
 
-def _range(least: int, most: int) -> str:
-    if most < 2**62:
-        return f"{least} to {most} rows"
-    return f"{least} rows and more" if least > 1 else "any number of rows"
-
-
 def rows_apart(x: Tensor) -> Tensor:
     """Return an input for torch's products, with zeros behind its rows where one of them begins with NaN or infinity.
 
@@ -475,11 +402,8 @@ def rows_apart(x: Tensor) -> Tensor:
 def _in_chunks(
     x: Tensor, nbytes: int, limit: int, dtype: torch.dtype, function: Callable[[Tensor], Tensor | None]
 ) -> Tensor | None:
-    """Apply a function to chunks of the batch whose scratch, ``nbytes`` a row, stays below ``limit``.
-
-    Returns:
-        The results in ``dtype``; None where the function returns None.
-    """
+    """Apply a function to chunks of the batch whose scratch, ``nbytes`` a row, stays below ``limit``; the result is
+    in ``dtype``, or None where the function returns None."""
     step, out = max(1, limit // max(1, nbytes)), None
     if len(x) <= step:
         made = function(x)

@@ -1,7 +1,5 @@
-"""Row-wise functions in C: norms, activations, cross entropies, 8-bit codes and the rounding of columns.
-
-What C does not take (other dtypes and layouts, wrapped and traced tensors) goes to the definition in plain torch.
-"""
+"""Row-wise functions in C: norms, activations, cross entropies, 8-bit codes and the rounding of columns. What C does
+not take falls back to ``reference``."""
 
 from __future__ import annotations
 
@@ -16,8 +14,6 @@ from lowmem.kernels.columns import PANEL
 from lowmem.kernels.memory import TYPES, floats, is_batch, is_float, is_real, is_traced
 from lowmem.quant.backend import Activation, Columns
 from lowmem.quant.formats import Format
-
-__all__ = ["CpuRows"]
 
 _LEVELS = 16  # of csrc/columns.h
 _TERMS = 7  # of struct gated in csrc/row_calls.h

@@ -1,8 +1,5 @@
-"""The operators, written out in plain ones: for exporters, whose targets have no lowmem (``torch.onnx.export``).
-
-They use what every target has: no view of bytes as other numbers. ``torch.compile`` and ``torch.export`` leave the
-operators whole.
-"""
+"""The operators, written out in plain ones, without a view of bytes as other numbers: for exporters, whose targets
+have no lowmem (``torch.onnx.export``)."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.search import spread
-
-__all__ = ["decomposes", "dequantized", "product", "product_4bit"]
 
 
 def decomposes(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
@@ -84,10 +79,7 @@ def _decoded(scales: Tensor, scale_encoding: str, signed: bool) -> Tensor:
 
 
 def _float(stored: Tensor, size: int) -> Tensor:
-    """Return the floating-point numbers (rows, n) of which ``stored`` (rows, n * size) has the bytes, by arithmetic.
-
-    Every step is exact in float32, and none is subnormal unless the number is.
-    """
+    """Return the numbers (rows, n) of bytes (rows, n * size), by arithmetic that is exact in float32."""
     bits, bias = (10, 15) if size == 2 else (23, 127)  # of the mantissa, and of the exponent
     *low, second, first = stored.unflatten(-1, (-1, size)).float().unbind(-1)  # (rows, n) each
     negative = first >= 128

@@ -1,9 +1,5 @@
-"""Operators on an input and a frozen weight, each declared once for eager calls, derivatives and recorded graphs.
-
-Compiled, exported and traced graphs hold them as ``torch.ops.lowmem.<name>``, which is opaque to these. Torch's
-dispatcher calls the kernel that ``serve`` registered for the device, and thereby the device's backend. An operator
-takes tensors, numbers and text: codes, scales and a text stand for a 4-bit weight (``parts_of``).
-"""
+"""Operators on an input and a frozen weight, each declared once for eager calls, derivatives and recorded graphs,
+which hold them as ``torch.ops.lowmem.<name>``. Codes, scales and a text stand for a 4-bit weight."""
 
 from __future__ import annotations
 
@@ -21,17 +17,6 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.packing import code_bytes
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = [
-    "FrozenOperator",
-    "StoredParts",
-    "parsed",
-    "parts_of",
-    "refuse_training",
-    "serve",
-    "stands_for_plain_call",
-    "stored",
-]
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")
@@ -147,8 +132,12 @@ def parts_of(weight: QuantizedTensor | StoredParts) -> tuple[Tensor, Tensor, str
     """Return the codes, the scales and the text of a 4-bit matrix, of which ``stored`` makes it again."""
     if isinstance(weight, StoredParts):
         return weight.packed, weight.scales, weight.text
-    text = f"{weight.format} {weight.block_size} {weight.scale_encoding} {weight.shape[-1]}"
-    return weight.packed, weight.scales, text
+    return weight.packed, weight.scales, text_of(weight, weight.shape[-1])
+
+
+def text_of(form: Any, columns: int) -> str:
+    """Return the text of a matrix whose format, block size and scale encoding are attributes of ``form``."""
+    return f"{form.format} {form.block_size} {form.scale_encoding} {columns}"
 
 
 def refuse_training(weight: Tensor) -> None:
@@ -266,10 +255,7 @@ class _Node(torch.autograd.Function):
 def _over_examples(
     call: Callable[..., Tensor], rows_alike: bool, info: Any, in_dims: Sequence[Any], x: Tensor, *rest: Any
 ) -> tuple[Tensor, int]:
-    """Return what vmap makes of ``call(x, *rest)``, and the dimension of the examples: of one call where that does.
-
-    ``in_dims`` are the dimensions of the examples in x and each of ``rest``, or None.
-    """
+    """Return what vmap makes of ``call(x, *rest)``, examples in ``in_dims``, and the dimension of the examples."""
     several = [dim is not None for dim, one in zip(in_dims[1:], rest, strict=True) if isinstance(one, Tensor)]
     if in_dims[0] is None or any(several) or not rows_alike:  # such as weights or biases of several models
         outs = []

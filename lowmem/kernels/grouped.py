@@ -21,8 +21,6 @@ from lowmem.kernels.ops import FIELDS
 from lowmem.quant.backend import Backend, Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Blocks", "grouped_matmul", "grouped_product"]
-
 
 def _reads(offsets: Tensor) -> bool:
     return offsets.is_cpu
@@ -191,10 +189,6 @@ def _outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     x, matrices, offsets = ctx.saved_tensors
     of_x = grouped_matmul(grad, matrices.transpose(1, 2), offsets) if ctx.needs_input_grad[0] else None
@@ -212,4 +206,9 @@ torch.library.register_fake(
     lambda x, grad, offsets: x.new_empty(offsets.shape[0], x.shape[1], grad.shape[1]),
     lib=_LIBRARY,
 )
-torch.library.register_autograd("lowmem::grouped_matmul", _backward, setup_context=_keep, lib=_LIBRARY)
+torch.library.register_autograd(
+    "lowmem::grouped_matmul",
+    _backward,
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+    lib=_LIBRARY,
+)

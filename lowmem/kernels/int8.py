@@ -1,8 +1,5 @@
-"""Products in 8-bit integers: defines how inputs and levels are rounded. Kernels are tested against it.
-
-Inputs are rounded with absmax scales as in LLM.int8(), arXiv 2208.07339, section 2.1, but with a scale for every
-``COLUMNS`` columns. Weights stay in 4 bits.
-"""
+"""Products in 8-bit integers: how inputs and levels are rounded. Scales are those of LLM.int8(), arXiv 2208.07339,
+section 2.1, but one for every ``COLUMNS`` columns; weights stay in 4 bits."""
 
 from __future__ import annotations
 
@@ -11,8 +8,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 from torch.nn import functional
-
-__all__ = ["BYTES_PER_NUMBER", "COLUMNS", "LARGEST", "float_dtype", "round_inputs", "rounded_levels"]
 
 COLUMNS = 128
 """Columns per activation scale; ``block_size`` where it does not divide 128."""

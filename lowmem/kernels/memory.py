@@ -11,8 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-__all__ = ["TYPES", "floats", "is_batch", "is_float", "is_real", "is_traced", "is_vector", "keeps_results", "unseen"]
-
 # enum type of csrc/kernel.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 

@@ -18,8 +18,6 @@ from torch.nn import Parameter
 
 from lowmem.kernels.threads import usable_cpus
 
-__all__ = ["compiler", "load"]
-
 SOURCES = Path(__file__).with_name("csrc")  # missing in wheels
 
 

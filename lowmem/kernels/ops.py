@@ -15,8 +15,6 @@ from lowmem.kernels.int8 import float_dtype
 from lowmem.quant.backend import Backend, Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["FIELDS", "dequantize_rows", "product"]
-
 
 def _compute(
     backend: Backend, x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *added: Any

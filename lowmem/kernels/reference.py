@@ -1,8 +1,5 @@
-"""The backend in plain torch, on any device: dequantizes a chunk of rows, multiplies, frees it, and goes on.
-
-Every other backend is tested against it. Products, their gradients and gathers never wait for the device: they read
-no value of a tensor.
-"""
+"""The backend in plain torch, on any device, against which all others are tested. It dequantizes a chunk of rows at a
+time, and reads no value of a tensor, so that it never waits for a device."""
 
 from __future__ import annotations
 

@@ -22,17 +22,6 @@ from torch import Tensor
 
 from lowmem.quant.backend import Activation
 
-__all__ = [
-    "ACTIVATIONS",
-    "entropies",
-    "factor_grad",
-    "gated",
-    "gated_grad",
-    "gated_grads",
-    "norm",
-    "norm_grad",
-]
-
 ACTIVATIONS = {
     "SiLU": Activation((1.0,)),
     "GELU (tanh)": Activation((math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))),

@@ -7,8 +7,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["usable_cpus"]
-
 
 def usable_cpus(root: Path = Path("/")) -> int:
     """Return the number of CPUs that this process may use, at least 1.
@@ -22,10 +20,8 @@ def usable_cpus(root: Path = Path("/")) -> int:
 
 
 def _quotas(root: Path) -> Iterator[float]:
-    """Yield the quotas, in CPUs, of this process's control groups and of all groups above them.
-
-    Source: Linux's Documentation/admin-guide/cgroup-v2.rst ("cpu.max"), and scheduler/sched-bwc.rst for version 1.
-    """
+    """Yield the quotas, in CPUs, of this process's control groups and of all groups above them (Linux's
+    cgroup-v2.rst, "cpu.max"; sched-bwc.rst for version 1)."""
     try:
         groups = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:  # not Linux

@@ -7,14 +7,6 @@ from typing import Any, TypeVar
 
 import torch
 
-__all__ = [
-    "TORCH",
-    "constant_in_graphs",
-    "exports_without_dynamo",
-    "is_exporting",
-    "leave_to_eager",
-]
-
 TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
 """The version of torch, as (major, minor)."""
 

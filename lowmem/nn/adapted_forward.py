@@ -1,8 +1,5 @@
-"""Forwards with adapters that do not read the weight as a tensor: of linear layers and stored convolutions.
-
-QLoRA (arXiv 2305.14314) is ``linear_forward`` over a 4-bit layer. All other modules with adapters keep their forward,
-which reads an ``AdaptedWeight``.
-"""
+"""Forwards with adapters that do not read the weight as a tensor: of linear layers and stored convolutions. QLoRA
+(arXiv 2305.14314) is ``linear_forward`` over a 4-bit layer."""
 
 from __future__ import annotations
 
@@ -22,8 +19,6 @@ from lowmem.nn.coded_module import kept_weight
 from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.nn.low_rank_sum import LowRankSum
-
-__all__ = ["FORWARDS", "LINEAR"]
 
 _IN_FLOAT32 = (None, torch.float32)
 

@@ -1,14 +1,8 @@
-"""Modules with adapters on parameters: generated subclasses of the modules' own classes.
-
-While an adapter is active, ``module.weight`` is an ``AdaptedWeight``. The module stays the same object and an
-instance of its class, with its attributes, methods, hooks and children. So this works for modules that are called,
-and for those whose parameters other code reads: linear layers, attention, experts, GPT-2's ``Conv1D``, embeddings,
-convolutions. The adapters are in the child ``adapters``. Classes of ``FORWARDS`` have a faster forward.
-"""
+"""Modules with adapters on parameters: generated subclasses of the modules' own classes. While an adapter is active,
+``module.weight`` is an ``AdaptedWeight``; the adapters are in the child ``adapters``."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, NoReturn, cast
@@ -21,19 +15,9 @@ from lowmem.nn.adapted_forward import FORWARDS, LINEAR
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank, parameter_of
 from lowmem.nn.fold import remerge
-from lowmem.nn.module_copy import LAYERS, become, copied_module, stored_class
+from lowmem.nn.module_copy import LAYERS, become, copied_module, stored_class, subclass_of
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
-
-__all__ = [
-    "AdaptedModule",
-    "LoRALinear",
-    "adapted_copy",
-    "become_adapted",
-    "share_table",
-    "share_tied_adapters",
-    "table_of",
-]
 
 
 class AdaptedModule(nn.Module):
@@ -67,6 +51,8 @@ class AdaptedModule(nn.Module):
             bank = self.__dict__["_modules"].get("adapters")
             sharded = sharded_types()  # FSDP2 sets shards, and what it gathers from them: the same values
             shared = isinstance(value, sharded) or isinstance(self._parameters.get(name), sharded)
+            if isinstance(value, sharded):
+                self.__dict__["_set_shards"] = frozenset((*self.__dict__.get("_set_shards", ()), name))
             if bank is not None and bank.merged is not None and not shared:  # its copy would keep the old values
                 raise ValueError(
                     f"{name} cannot be set while adapter {bank.merged!r} is merged: call unmerge_adapter(model) first"
@@ -101,9 +87,6 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
     body |= {
         "_plain_class": plain,
         "_adapted_names": names,
-        "__module__": plain.__module__,
-        "__qualname__": plain.__qualname__,
-        "__doc__": plain.__doc__,
         "__reduce_ex__": _reduce,
     }
     if plain in LAYERS.values():  # its forward reads the parts; the dense class's forward reads the weight property
@@ -113,21 +96,19 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
     forward = FORWARDS.get(plain, FORWARDS.get(base))
     if forward is not None:
         body["forward"] = forward
-    return type(plain.__name__, (LoRALinear if plain in LINEAR else AdaptedModule, plain), body)
+    made: type[AdaptedModule] = subclass_of(plain, LoRALinear if plain in LINEAR else AdaptedModule, **body)
+    return made
 
 
 adapted_class: Callable[[Any, tuple[str, ...]], type[AdaptedModule]] = cache(_adapted_class)
-
-
-_ENGINE = "torch.distributed.fsdp"
 
 
 def _adapted_property(name: str) -> property:
     def get(module: nn.Module) -> Any:
         bank = module.__dict__["_modules"].get("adapters")
         own = module._parameters.get(name)
-        if isinstance(own, sharded_types()) and sys._getframe(1).f_globals["__name__"].startswith(_ENGINE):
-            return own  # FSDP2 looks for the shard that it has set
+        if isinstance(own, sharded_types()) and name in module.__dict__.get("_set_shards", ()):
+            return own  # to FSDP2, which sets shards and reads them; it sets the whole weight before a forward
         return parameter_of(module, name) if bank is None else bank.weight(module, name)
 
     leave_to_eager(get)  # a graph of its own, after a graph break, could not return the weight

@@ -1,7 +1,5 @@
-"""Products, gathers and convolutions with a weight that has adapters, without making ``W + s B A``.
-
-Each computes with W as before, and adds the product of its input with the adapters' two thin matrices.
-"""
+"""Products, gathers and convolutions with a weight that has adapters: those with W, plus the product of the input
+with the adapters' two thin matrices."""
 
 from __future__ import annotations
 
@@ -19,8 +17,6 @@ from lowmem.nn.adapter import add_low_rank
 from lowmem.nn.adapter_autograd import read_product
 from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, implements_adapted, is_adapted
 from lowmem.nn.stored_products import einsum
-
-__all__ = ["linear"]
 
 
 @implements_adapted(functional.linear)
@@ -64,10 +60,8 @@ def _register_products() -> None:
 
 
 def _named_product(function: Any, names: Sequence[str], first: Any, *rest: Any, **named: Any) -> Any:
-    """Compute a function of ``_register_products``, whose arguments ``names`` may be given by keyword.
-
-    With one name it is a product, first @ given; with two, ``first`` is added to the product of the two.
-    """
+    """Compute a function whose arguments ``names`` may be given by keyword: a product with one name, with two the sum
+    of ``first`` and the product of the two."""
     given = [*rest, *[named[name] for name in names[len(rest) :]]]
     options = {name: value for name, value in named.items() if name not in names}
     if len(names) == 1:

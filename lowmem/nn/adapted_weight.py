@@ -1,10 +1,4 @@
-"""A tensor subclass for a weight with adapters, ``W + sum s B A``, with which torch functions compute as two
-products.
-
-Products, gathers and convolutions compute with W as before and add the low-rank product of their input, so the sum is
-never made. Views of whole matrices are adapted weights again. Every other function gets the sum as a dense tensor,
-differentiable in A and B.
-"""
+"""A tensor subclass for a weight with adapters, ``W + sum s B A``: torch functions compute as two products."""
 
 from __future__ import annotations
 
@@ -20,20 +14,17 @@ from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, REFUSAL, LowRankSum, on_values
 from lowmem.nn.read_only import Unasked, read_only
 
-__all__ = ["AdaptedWeight", "adapted_weight"]
 
-
-def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout, known: Tensor | None = None) -> Any:
+def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout) -> Any:
     """Return a weight with adapters.
 
     Args:
         base: the weight without adapters: a Tensor or StoredTensor.
         updates: of the adapters, in the order in which they are added.
         layout: how the parameter holds the matrices that adapters change.
-        known: the result of the next product with the base, if it is known already.
     """
     make: Any = _traced if torch.compiler.is_dynamo_compiling() else AdaptedWeight
-    return make(base, tuple(updates), layout, known)
+    return make(base, tuple(updates), layout, None)
 
 
 class AdaptedWeight(LowRankSum, Tensor):

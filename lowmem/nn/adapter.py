@@ -1,7 +1,5 @@
-"""``Adapter``: the pair of thin matrices with which LoRA adapts one parameter of a layer.
-
-Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, arXiv 2106.09685, section 4.1.
-"""
+"""``Adapter``: the pair of thin matrices with which LoRA adapts one parameter of a layer (Hu et al., arXiv
+2106.09685, section 4.1)."""
 
 from __future__ import annotations
 
@@ -19,8 +17,6 @@ from lowmem.nn.calls import autocast_enabled, is_plain_call, refuse_nested
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
-
-__all__ = ["Adapter", "Layout", "Update", "add_low_rank", "is_conv1d", "layout_of", "truncated_svd"]
 
 _OVERSAMPLING = 16  # columns of the basis beyond the rank
 _STEPS = 8  # of subspace iteration; the singular values of a 4-bit error lie close together, so it needs several

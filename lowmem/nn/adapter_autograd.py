@@ -31,8 +31,6 @@ from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, s
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["converted", "is_narrow", "narrow_results", "product_of", "read_product", "trained_matrices"]
-
 LEAST_ROWS = 64
 """Fewest rows for which dequantizing the weight to bfloat16 costs less than a separate low-rank product."""
 
@@ -189,10 +187,8 @@ def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 class _AdaptedProduct(torch.autograd.Function):
     """``x W^T + bias + s (d A^T) B^T``: (..., in) -> (rows, out); d is ``dropped``, x after dropout, or x itself.
-
-    ``weight`` is W, or W^T if ``transposed``. ``kept`` is d in any dtype, to be saved for backward; it is not saved
-    if ``again`` is given, which recomputes d.
-    """
+    ``weight`` is W, or W^T if ``transposed``; ``kept`` is d to be saved, unless ``again`` is given, which recomputes
+    d."""
 
     @staticmethod
     def forward(

@@ -11,8 +11,6 @@ from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
 
-__all__ = ["AdapterBank", "parameter_of"]
-
 
 class AdapterBank(nn.Module):
     """The adapters of a module, by name and then by the parameter that they change.

@@ -1,7 +1,4 @@
-"""torch's multi-head attention with stored and adapted weights.
-
-torch's own function would ask ``__torch_function__`` again, so it cannot be called from there.
-"""
+"""torch's multi-head attention with stored and adapted weights, which torch's own function cannot take."""
 
 from __future__ import annotations
 

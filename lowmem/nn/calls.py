@@ -12,18 +12,6 @@ from torch.nn.modules import module as torch_module
 
 from lowmem.kernels import Weight
 
-__all__ = [
-    "autocast",
-    "autocast_enabled",
-    "exports_to_onnx",
-    "is_cast",
-    "is_jit_tracing",
-    "is_observed",
-    "is_plain_call",
-    "recorded_call",
-    "refuse_nested",
-]
-
 
 def exports_to_onnx(weight: Weight) -> TypeGuard[Tensor]:
     """Whether torch's TorchScript-based ONNX exporter is tracing this call; ``weight`` is then a 16-bit tensor."""

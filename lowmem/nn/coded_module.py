@@ -18,8 +18,6 @@ from lowmem.nn.module_copy import BASES
 from lowmem.nn.stored_module import StoredModule, named_part
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["CodedModule", "format_keys", "kept_weight", "weight_compute_dtype"]
-
 is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing  # called often: globals are faster
 
 
@@ -158,16 +156,13 @@ def format_keys(model: nn.Module) -> set[str]:
     }
 
 
-def _compute_dtype(module: CodedModule) -> torch.dtype | None:
-    return module._weight_form.compute_dtype
-
-
 def _set_compute_dtype(module: CodedModule, dtype: torch.dtype | None) -> None:
     one = module._forms["weight"]
     module._forms["weight"] = one._replace(form=replace(module._weight_form, compute_dtype=dtype))
     module._kept.pop("weight", None)
 
 
-weight_compute_dtype = property(_compute_dtype, _set_compute_dtype, doc="The ``compute_dtype`` of the weight's form.")
+weight_compute_dtype = property(lambda module: module._weight_form.compute_dtype, _set_compute_dtype)
+"""The ``compute_dtype`` of the weight's form."""
 
 BASES[4] = BASES[8] = CodedModule

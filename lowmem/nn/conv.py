@@ -1,8 +1,4 @@
-"""1-d and 2-d convolutions with weights in 4, 8 or 16 bits: the bases of their generated classes.
-
-In a small layer, the forward of a base is faster than torch's own with the stored tensor: it computes the geometry
-once.
-"""
+"""Convolutions with weights in 4, 8 or 16 bits: bases of generated classes that compute the geometry once."""
 
 from __future__ import annotations
 
@@ -19,8 +15,6 @@ from lowmem.nn.frozen_conv import Geometry, frozen_conv
 from lowmem.nn.module_copy import LAYERS
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
-
-__all__ = ["Conv4Bit", "HalfConv", "geometry_of"]
 
 
 def geometry_of(layer: nn.Conv1d | nn.Conv2d) -> Geometry:
@@ -48,11 +42,7 @@ def _each(sizes: int | Sequence[int], kernel: Sequence[int]) -> tuple[int, ...]:
 
 
 class _Conv(StoredModule):
-    """Base of the stored convolutions.
-
-    Attributes:
-        geometry: channels, kernel, stride, padding, dilation and groups.
-    """
+    """Base of the stored convolutions."""
 
     geometry: Geometry
 

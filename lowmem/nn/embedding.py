@@ -18,8 +18,6 @@ from lowmem.nn.module_copy import LAYERS, stored_property
 from lowmem.nn.stored_module import StoredModule, is_exported
 from lowmem.quant.tensor import row_chunks
 
-__all__ = ["CodedEmbedding", "Embedding4Bit", "Embedding8Bit", "HalfEmbedding"]
-
 _BYTES = 24  # scratch per element of a chunk: for dequantizing, the gathered bytes, and the value before the copy
 
 

@@ -17,8 +17,6 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.quantize import relative_error, requantize, round_to
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Folded", "fold_module", "remerge", "without_adapters"]
-
 
 class Folded(NamedTuple):
     """A module with adapters merged into its weights, and the errors of these weights.

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels import Weight
+from lowmem.kernels.frozen_operator import text_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = ["CodedForm", "Described", "Form", "HalfForm", "described", "freeze", "parts_of"]
 
 
 @dataclass(frozen=True)
@@ -77,10 +76,6 @@ class CodedForm:
     def scale_dtype(self) -> torch.dtype:
         """The dtype of the scales, whose bytes are stored."""
         return get_encoding(self.scale_encoding, get_format(self.format).signed).dtype
-
-    def text(self, columns: int) -> str:
-        """Return the form of a matrix with ``columns`` columns as the text that ``StoredParts`` takes."""
-        return f"{self.format} {self.block_size} {self.scale_encoding} {columns}"
 
     @classmethod
     def of(cls, weight: QuantizedTensor) -> CodedForm:
@@ -156,7 +151,7 @@ class Described(NamedTuple):
     @classmethod
     def of(cls, form: Form, rows: tuple[int, ...], tail: tuple[int, ...], dtype: torch.dtype) -> Described:
         """Describe a parameter."""
-        return cls(form, rows, tail, dtype, form.text(math.prod(tail)) if isinstance(form, CodedForm) else "")
+        return cls(form, rows, tail, dtype, text_of(form, math.prod(tail)) if isinstance(form, CodedForm) else "")
 
 
 def freeze(tensor: Tensor) -> nn.Parameter:

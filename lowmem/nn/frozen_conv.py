@@ -1,10 +1,5 @@
-"""Convolution with a frozen weight: only the input gets a gradient, and autograd saves only the stored weight.
-
-The weight is a matrix (out_channels, in_channels / groups * prod(kernel)). Forward and backward dequantize it in
-chunks of output channels of at most 1 MiB (144 MiB on other devices than the CPU); a weight that fits into one chunk
-needs a single convolution. Otherwise the output of each convolution, before it is copied to the result, also takes at
-most that much, or one example.
-"""
+"""Convolution with a frozen weight, a matrix (out_channels, in_channels / groups * prod(kernel)): only the input gets
+a gradient. Chunks of at most 1 MiB of output channels (144 MiB on other devices) are dequantized."""
 
 from __future__ import annotations
 
@@ -24,8 +19,6 @@ from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of
 from lowmem.kernels.memory import is_traced
 from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
-
-__all__ = ["Geometry", "convolution", "frozen_conv"]
 
 
 @dataclass(frozen=True)
@@ -178,10 +171,7 @@ def _convolve(
 
 
 def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
-    """Return (batch, in_channels, *size) in grad's dtype, for grad (batch, out_channels, *out size).
-
-    Chunks are summed in float32 or wider, as a half-precision convolution sums internally.
-    """
+    """Return (batch, in_channels, *size) for grad (batch, out_channels, *out size), summed in float32 or wider."""
     adjoint = _ADJOINTS[len(geometry.kernel)]
     chunks = _chunks(weight, geometry, dtype, grad.device)
     shape = (grad.shape[0], geometry.in_channels, *size)

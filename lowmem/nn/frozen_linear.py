@@ -9,8 +9,6 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 
-__all__ = ["frozen_linear"]
-
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
     """Return ``x @ W.T + bias``, computed in ``dtype``, without a gradient for W: (..., in) -> (..., out).

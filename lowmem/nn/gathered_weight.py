@@ -1,9 +1,5 @@
-"""A stored matrix whose columns are stored in another order, as in GPTQ files with activation order (desc_act).
-
-Blocks are consecutive stored columns, but GPTQ's groups may consist of columns that are not consecutive. So the parts
-hold ``W[:, order]``, in which each group is. A product gathers the columns of its input once,
-``x[..., order] @ W[:, order].T``; any other operator gets dequantized values in the order of W.
-"""
+"""A stored matrix ``W[:, order]``, as in GPTQ files whose groups of columns lie apart (desc_act). A product gathers
+the columns of its input once; any other operator gets values in the order of W."""
 
 from __future__ import annotations
 
@@ -17,8 +13,6 @@ from lowmem.nn import stored_products, stored_views  # noqa: F401 - register wha
 from lowmem.nn.calls import autocast
 from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.stored_tensor import FUNCTIONS, OPERATORS, StoredTensor
-
-__all__ = ["GatheredTensor", "check_order"]
 
 
 def check_order(order: Tensor, name: str) -> None:

@@ -1,7 +1,4 @@
-"""Linear layers with weights in 4, 8 or 16 bits.
-
-A product is computed for one chunk of the weight's rows at a time.
-"""
+"""Linear layers with weights in 4, 8 or 16 bits; a product is computed for a chunk of rows at a time."""
 
 from __future__ import annotations
 
@@ -22,8 +19,6 @@ from lowmem.nn.module_copy import LAYERS, copied_module, stored_property
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = ["CodedLinear", "GatheredLinear4Bit", "HalfLinear", "Linear4Bit", "Linear8Bit", "gathered_copy"]
 
 
 class CodedLinear(CodedModule, nn.Linear):

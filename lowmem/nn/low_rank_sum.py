@@ -1,9 +1,5 @@
 """The base class of adapted weights, ``W + sum s B A``, and the table of torch functions that are implemented for
-them.
-
-Views are in this file, and products in ``lowmem.nn.adapted_products`` and ``lowmem.nn.attention``. All others
-get the sum as a dense tensor, differentiable in A and B.
-"""
+them, with the views. All others get the sum as a dense tensor, differentiable in A and B."""
 
 from __future__ import annotations
 
@@ -19,8 +15,6 @@ from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.read_only import METADATA, name_of, read_only, writes_in_place
 from lowmem.nn.stored_tensor import StoredTensor
-
-__all__ = ["ADAPTED_FUNCTIONS", "REFUSAL", "LowRankSum", "implements_adapted", "is_adapted", "on_values"]
 
 REFUSAL = (
     "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "

@@ -17,24 +17,17 @@ from lowmem.nn.forms import Described, HalfForm, described, freeze, parts_of
 if TYPE_CHECKING:
     from lowmem.nn.stored_module import StoredModule
 
-__all__ = [
-    "BASES",
-    "HOOKS",
-    "LAYERS",
-    "become",
-    "copied_module",
-    "leading_dims",
-    "restored_copy",
-    "stored_class",
-    "stored_copy",
-    "stored_property",
-]
-
 LAYERS: dict[tuple[type[nn.Module], int], type[StoredModule]] = {}
 """(class of a dense layer, bits) -> a class with a faster forward, or the base of generated classes that has it."""
 
 BASES: dict[int, type[StoredModule]] = {}
 """Bits -> the base of all other generated classes."""
+
+
+def subclass_of(kind: Any, base: Any, **body: Any) -> Any:
+    """Return a subclass of ``base`` and of a module's class ``kind``, under the name of ``kind``."""
+    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(kind.__name__, (base, kind), own | body)
 
 
 def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredModule]:
@@ -49,14 +42,12 @@ def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredM
         "dense_class": dense,
         "stored_names": names,
         "stored_bits": bits,
-        "__module__": dense.__module__,
-        "__qualname__": dense.__qualname__,
-        "__doc__": dense.__doc__,
         "__reduce_ex__": lambda module, _: (_empty, (dense, names, bits), module.__getstate__()),
     }
     if issubclass(dense, nn.RNNBase):
         body["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
-    return type(dense.__name__, (base, dense), body)
+    made: type[StoredModule] = subclass_of(dense, base, **body)
+    return made
 
 
 stored_class: Callable[[Any, tuple[str, ...], int], type[StoredModule]] = cache(_stored_class)

@@ -22,23 +22,6 @@ from torch import Tensor
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import constant_in_graphs, exports_without_dynamo, leave_to_eager
 
-__all__ = [
-    "METADATA",
-    "VIEWS",
-    "ExportedView",
-    "ReadOnlyView",
-    "RecordedView",
-    "Unasked",
-    "changes_itself_alone",
-    "exported_view",
-    "makes_view",
-    "name_of",
-    "read_only",
-    "recorded_view",
-    "writes_in_place",
-    "written_to",
-]
-
 _WRITES = (
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
     "__imatmul__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",

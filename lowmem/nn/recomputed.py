@@ -1,10 +1,5 @@
-"""Inputs of layers that are recomputed in backward instead of saved.
-
-If a layer's input is a cheap function of tensors that are saved anyway, such as ``act(a) * b``, it need not be saved.
-The layer is called in the context ``recomputed_input``: if anything saves the input there, a recipe for recomputing
-it is saved instead (Chen et al., arXiv 1604.06174, applied to one tensor). If several layers read the tensor, such as
-the output of a norm, its storage carries the recipe (``note_recompute``).
-"""
+"""Inputs of layers that are recomputed in backward instead of saved, where they are a cheap function of tensors that
+are saved anyway, such as ``act(a) * b`` (Chen et al., arXiv 1604.06174, applied to one tensor)."""
 
 from __future__ import annotations
 
@@ -18,20 +13,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
-
-__all__ = [
-    "Again",
-    "Kept",
-    "can_recompute",
-    "compute_again",
-    "differentiable_once",
-    "in_checkpoint",
-    "note_recompute",
-    "noted",
-    "recompute_of",
-    "recomputed_input",
-    "saves_in_any_dtype",
-]
 
 _autograd: Any = torch._C._autograd
 _outer_hooks: Callable[[bool], Any] = _autograd._top_saved_tensors_default_hooks
@@ -115,9 +96,9 @@ def noted(tensor: Tensor, pack: Any) -> Again | None:
     )
 
 
-def compute_again(again: Again, dtype: torch.dtype | None = None) -> Tensor:
-    """Return the saved tensor, in a dtype or in its own."""
-    return again.recompute(dtype).as_strided(again.shape, again.stride, again.offset)
+def compute_again(again: Again) -> Tensor:
+    """Return the saved tensor in its own dtype."""
+    return again.recompute(None).as_strided(again.shape, again.stride, again.offset)
 
 
 def differentiable_once(x: Tensor) -> Tensor:

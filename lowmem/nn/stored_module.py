@@ -1,10 +1,5 @@
-"""Modules whose parameters are stored: generated subclasses of the modules' own classes.
-
-A parameter ``weight`` that is stored in 4 or 8 bits becomes two frozen parameters, ``weight_packed`` and
-``weight_scales`` (the bytes of the scales); in 16 bits it becomes ``weight_rounded``. ``module.weight`` is a property
-that returns a ``StoredTensor`` over them. The module stays an instance of its class, with its attributes, methods and
-hooks, so code that inspects it still works.
-"""
+"""Modules whose parameters are stored: generated subclasses of the modules' own classes. Parameters hold the parts,
+such as ``weight_packed``, and ``module.weight`` is a property that returns a ``StoredTensor``."""
 
 from __future__ import annotations
 
@@ -25,8 +20,6 @@ from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.nn.module_copy import BASES, become, restored_copy, stored_copy
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded, recorded_values
-
-__all__ = ["StoredModule", "dense_bytes", "is_exported", "named_part"]
 
 _M = TypeVar("_M", bound="StoredModule")
 

@@ -1,8 +1,5 @@
-"""Products, gathers and convolutions with stored weights, which are not dequantized whole.
-
-Operators run below autograd, which saves the stored weight itself; their gradients are computed by operators of this
-file, too. Weights are frozen: no operator returns the gradient of one. Functions are intercepted above autograd.
-"""
+"""Products, gathers and convolutions with stored weights, which are not dequantized whole: operators, which run below
+autograd, with their gradients, and functions, which are intercepted above it."""
 
 from __future__ import annotations
 
@@ -23,8 +20,6 @@ from lowmem.nn.frozen_conv import Geometry, convolution
 from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded, refuse_gradient
 from lowmem.quant.backend import backend_of
-
-__all__ = ["einsum"]
 
 aten = torch.ops.aten
 

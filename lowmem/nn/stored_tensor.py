@@ -1,12 +1,5 @@
-"""A weight that is stored in 4, 8 or 16 bits, and behaves like the dense tensor that it replaced.
-
-``StoredTensor`` is a wrapper subclass with the dense weight's shape, dtype and device. Its values lie in other
-tensors, its parts: codes of 4 or 8 bits and the bytes of their scales, or a 16-bit copy. Operators are intercepted
-below
-autograd: products run on the stored weight, and the graph saves only that. Views of whole rows stay stored; any other
-operator gets dequantized values. ``lowmem.nn.stored_products`` and ``lowmem.nn.stored_views``
-list the operators that need not dequantize.
-"""
+"""``StoredTensor``, a wrapper subclass that behaves like the dense weight it replaced. Its values lie in its parts:
+codes of 4 or 8 bits and the bytes of their scales, or a 16-bit copy."""
 
 from __future__ import annotations
 
@@ -20,26 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels import Weight, ops
-from lowmem.kernels.frozen_operator import StoredParts, refuse_training
+from lowmem.kernels.frozen_operator import StoredParts, refuse_training, text_of
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager
 from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.read_only import VIEWS, exported_view, makes_view, read_only, recorded_view, written_to
 from lowmem.nn.sharded import sharded_types
 from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = [
-    "FUNCTIONS",
-    "OPERATORS",
-    "REMEDY",
-    "StoredTensor",
-    "dequantized_call",
-    "implements",
-    "is_recorded",
-    "recorded_values",
-    "refuse_gradient",
-    "refuse_parts",
-]
 
 REMEDY = (
     "write to a copy, weight.dequantize(), or make the layer dense again first: lowmem.restore(model); if the "
@@ -172,7 +152,7 @@ class StoredTensor(Tensor):
             return self.matrix  # type: ignore[return-value]
         ends = parts[0], parts[-1]
         packed, scales = (part if part.dim() == 2 else part.reshape(-1, part.shape[-1]) for part in ends)
-        return StoredParts(packed, scales, form.text(self.columns))
+        return StoredParts(packed, scales, text_of(form, self.columns))
 
     def like(
         self,
@@ -308,8 +288,7 @@ def _rebuild(
     return made
 
 
-if hasattr(torch.serialization, "add_safe_globals"):  # so that torch.load(weights_only=True) can read one
-    torch.serialization.add_safe_globals([_rebuild, CodedForm, HalfForm])
+torch.serialization.add_safe_globals([_rebuild, CodedForm, HalfForm])  # for torch.load(weights_only=True)
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

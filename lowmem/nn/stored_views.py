@@ -21,8 +21,6 @@ from lowmem.nn.stored_tensor import (
 )
 from lowmem.quant.quantize import quantize, round_to
 
-__all__ = ["store_again"]
-
 aten = torch.ops.aten
 
 

@@ -1,7 +1,5 @@
-"""Weight normalization with a stored direction v: ``w = g v / ||v||``. v is dequantized in chunks of at most 1 MiB.
-
-The result is dense, since g trains: while a layer is called, there is one dense weight, but not a second one.
-"""
+"""Weight normalization with a stored direction v: ``w = g v / ||v||``. v is dequantized in chunks of at most 1 MiB,
+so that a call makes no second dense weight."""
 
 from __future__ import annotations
 

@@ -19,20 +19,6 @@ from lowmem.quant.quantize import method_of, quantize, round_to
 from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "CHOICES",
-    "NORMAL_ERRORS",
-    "Blockwise",
-    "Budget",
-    "EightBit",
-    "FourBit",
-    "Half",
-    "LoRA",
-    "blockwise",
-    "check_compute_dtype",
-    "of_embeddings",
-]
-
 
 def check_compute_dtype(dtype: torch.dtype | None) -> None:
     """Check a ``compute_dtype``.

@@ -1,7 +1,5 @@
-"""The protocol of backends, which compute with stored weights, and the backend of each device type.
-
-``lowmem.kernels`` registers backends; ``lowmem.quant``, which must not import it, quantizes through them.
-"""
+"""The protocol of backends, which compute with stored weights, and the backend of each device type, which
+``lowmem.kernels`` registers."""
 
 from __future__ import annotations
 
@@ -13,8 +11,6 @@ from torch import Tensor
 if TYPE_CHECKING:
     from lowmem.quant.formats import Format
     from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = ["ANY", "Activation", "Backend", "Columns", "LowRank", "Weight", "backend_for", "backend_of", "set_backend"]
 
 Weight: TypeAlias = "Tensor | QuantizedTensor"
 """A stored weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape."""

@@ -16,8 +16,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["MAX_BLOCK_SIZE", "by_block", "check_block_size", "code_bytes", "pack", "unpack"]
-
 MAX_BLOCK_SIZE = 4096  # weights
 
 

@@ -14,8 +14,6 @@ from lowmem.quant.formats import Format, get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["check_weight", "method_of", "quantize", "relative_error", "requantize", "round_to"]
-
 BYTES_PER_WEIGHT = 16  # peak scratch of plain torch; twice as much with a search
 
 

@@ -16,8 +16,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-__all__ = ["ENCODINGS", "OFFSETS", "ScaleEncoding", "get_encoding"]
-
 
 @dataclass(frozen=True)
 class ScaleEncoding:

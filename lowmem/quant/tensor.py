@@ -1,8 +1,5 @@
-"""The quantized tensor: ``w ~ levels[code] * scale``, one scale for each block of a row.
-
-Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861, section 2.1, and
-QLoRA, arXiv 2305.14314, section 2. Blocks run along the last dimension and never cross a row.
-"""
+"""The quantized tensor: ``w ~ levels[code] * scale``, one scale for each block of a row (Dettmers et al., arXiv
+2110.02861, section 2.1, and QLoRA, arXiv 2305.14314, section 2)."""
 
 from __future__ import annotations
 
@@ -19,8 +16,6 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
 from lowmem.quant.search import CANDIDATES, spread
-
-__all__ = ["SCRATCH_BYTES", "QuantizedTensor", "row_chunks"]
 
 SCRATCH_BYTES = 2**20
 """Limit of the scratch memory for dequantizing a chunk of rows on the CPU, whose cache holds it."""

@@ -1,8 +1,4 @@
-"""Charts of memory and speed, drawn by Altair in a wide and a narrow layout, in the theme's CSS variables.
-
-They are static SVG, so that the page runs no script and prints as it is shown. A table below each chart holds its
-numbers in place of tooltips.
-"""
+"""Charts of memory and speed, drawn by Altair wide and narrow as static SVG, in the theme's CSS variables."""
 
 from __future__ import annotations
 
@@ -19,8 +15,6 @@ from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.theme import series
 from lowmem.report.timings import Timing, is_peers
 from lowmem.training.memory import TrainingMemory
-
-__all__ = ["Drawing", "draw", "memory_chart", "percent", "readable_bytes", "speed_chart", "step_chart"]
 
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
 
@@ -202,10 +196,7 @@ def _stacked_bars(
     narrow: bool,
     legend: Any,
 ) -> Any:
-    """Draw a bar for each name, of the bytes of its parts, with the text of their sum.
-
-    The parts stand in ``field`` of the data, have colours of the theme, and are stacked by ``orders``.
-    """
+    """Draw a bar for each name, of its parts (``field`` of the data, stacked by ``orders``), with their sum."""
     names = list(bars)
     sums = {name: sum(parts.values()) for name, parts in bars.items()}
     size, unit = unit_of(max(sums.values()))

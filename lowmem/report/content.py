@@ -15,8 +15,6 @@ from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Verdict
 from lowmem.training.memory import TrainingMemory
 
-__all__ = ["Figure", "Report", "Section", "Table", "Tile"]
-
 
 @dataclass(frozen=True)
 class Report:

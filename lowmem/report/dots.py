@@ -16,8 +16,6 @@ from lowmem.report.quality import SERIES, Distortion, Quality, least_error
 from lowmem.report.theme import series
 from lowmem.testing.verdicts import Row
 
-__all__ = ["MOST_GROUPS", "distortion_chart", "group_chart", "loss_chart", "quality_chart", "ratio_chart"]
-
 MOST_GROUPS = 24
 """The number of groups of layers that are drawn, the largest first; the table has all of them."""
 

@@ -13,8 +13,6 @@ from lowmem import measure
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
 
-__all__ = ["KINDS", "Footprint", "footprint", "step_bytes", "stored_by_kind"]
-
 KINDS = (
     "float32 weights",
     "16-bit weights",

@@ -16,8 +16,6 @@ from lowmem import measure
 from lowmem.errors import printable
 from lowmem.transforms.summary import LayerSummary, group_name, role_of, summary
 
-__all__ = ["Group", "group_layers"]
-
 
 @dataclass(frozen=True)
 class Group:

@@ -24,8 +24,6 @@ from lowmem.testing.verdicts import OUTCOMES, Row, Verdict
 from lowmem.training.memory import TrainingMemory
 from lowmem.version import __version__
 
-__all__ = ["Report", "picture", "render"]
-
 
 def render(report: Report) -> str:
     """Return the page as HTML; the same report gives the same bytes."""

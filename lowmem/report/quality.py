@@ -27,8 +27,6 @@ from lowmem.quant.quantize import quantize, relative_error
 from lowmem.quant.scales import ENCODINGS
 from lowmem.transforms.convert import convert
 
-__all__ = ["BLOCKS", "SERIES", "Distortion", "Quality", "distortions", "least_error", "qualities", "stored_bits"]
-
 SERIES = ("nf4", "bof4s", "8 bits", "a budget")
 """What a chart draws as one: ``nf4`` and ``bof4s`` by the size of their blocks."""
 

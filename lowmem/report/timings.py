@@ -1,7 +1,4 @@
-"""Speeds relative to the dense model, from a benchmark run or measured here in turns.
-
-Both times of a ratio are from the same run, since bare times would compare machines.
-"""
+"""Speeds relative to the dense model, both times of a ratio from one run: a benchmark's, or one made here."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ from torch import Tensor, nn
 from lowmem.errors import printable, refusal, show
 from lowmem.testing.latency import measure_speedup
 from lowmem.testing.verdicts import read_json
-
-__all__ = ["DENSE", "Timing", "from_benchmarks", "is_peers", "read_run", "time_in_turns"]
 
 DENSE = "float32"
 """The panel of float32 inputs, compared with the dense float32 model."""

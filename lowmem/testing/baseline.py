@@ -10,7 +10,7 @@ counts are never compared, since these allocate differently.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,7 @@ from lowmem.errors import refusal, show
 from lowmem.io.atomic import write_atomically
 from lowmem.io.safetensors import read_at_most
 from lowmem.testing.verdicts import Row, verdict_of
-
-__all__ = [
-    "Figures",
-    "Key",
-    "check_figures",
-    "compare",
-    "count_text",
-    "difference_table",
-    "layout",
-    "parse_document",
-    "read_figures",
-    "write_figures",
-]
+from lowmem.transforms.summary import aligned
 
 MOST_BYTES = 2**24
 """Largest baseline that is read, in bytes; a gate takes about 200."""
@@ -93,19 +81,7 @@ def difference_table(rows: Iterable[Row]) -> list[str]:
         (row.figure, count_text(row.base), count_text(row.head), f"{(row.head or 0) - (row.base or 0):+,}")
         for row in rows
     ]
-    return layout([("bytes", "before", "after", "difference"), *cells], left=(0,))
-
-
-def layout(rows: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
-    """Return the lines of a table: the columns in ``left`` are left-aligned, others right-aligned."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.ljust(width) if number in left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    return aligned([("bytes", "before", "after", "difference"), *cells], right=(1, 2, 3))
 
 
 def read_figures(path: Path, key: Key) -> dict[str, Figures]:
@@ -123,7 +99,7 @@ def read_figures(path: Path, key: Key) -> dict[str, Figures]:
     return figures
 
 
-def parse_document(content: str | bytes, key: Key, more: Collection[str] = ()) -> dict[str, Any]:
+def parse_document(content: str | bytes, key: Key, *more: str) -> dict[str, Any]:
     """Parse a baseline of this run's key, with further members besides the key's and ``figures``.
 
     The message of a ValueError is one line without the file's name.

@@ -15,8 +15,6 @@ from torch.nn.parameter import is_lazy
 from lowmem.errors import describe, one_line
 from lowmem.measure import tensors_in
 
-__all__ = ["ModelError", "check_model", "model_errors"]
-
 _LIBRARIES = (Path(torch.__file__).parent, Path(__file__).parents[1])
 
 

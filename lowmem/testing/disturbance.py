@@ -1,9 +1,5 @@
-"""Notices other work on the machine while something is timed, by what the operating system counts.
-
-Another process slows a call that takes two cores more than one that takes one, again and again: the times agree on a
-ratio that is wrong, and their spread does not show it. The threads that it keeps from a core wait, and Linux counts
-for how long. Elsewhere the involuntary switches of the process are counted (macOS), or nothing (Windows).
-"""
+"""Notices other work on the machine while something is timed: how long Linux let threads wait for a core, or the
+involuntary switches of the process (macOS), or nothing (Windows)."""
 
 from __future__ import annotations
 
@@ -14,8 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import TypeVar
-
-__all__ = ["Watch", "disturbs", "seconds_of_cores", "seconds_waited"]
 
 WAITED = 0.02  # of the seconds of a burst: the work of an idle system keeps threads from a core for less
 SWITCH = 0.001  # seconds that an involuntary switch counts for

@@ -14,13 +14,11 @@ from lowmem.testing.baseline import (
     compare,
     count_text,
     difference_table,
-    layout,
     read_figures,
     write_figures,
 )
 from lowmem.testing.verdicts import Row, Verdict
-
-__all__ = ["Judged", "MemoryGates", "belongs_to", "entry_name"]
+from lowmem.transforms.summary import aligned
 
 _SEPARATOR = " | "
 
@@ -160,7 +158,7 @@ class MemoryGates:
             (row.verdict, *(count_text(row.figures.get(f"{name}_bytes")) for name in figures), row.name)
             for row in sorted(self.rows.values(), key=lambda row: row.name)
         ]
-        return layout([("verdict", *figures, "gate"), *rows], left=(0, len(figures) + 1))
+        return aligned([("verdict", *figures, "gate"), *rows], right=range(1, len(figures) + 1))
 
     def verdict(self, passed: bool) -> Verdict:
         """Return the verdict of a session whose tests passed or not, with a row for each figure."""

@@ -19,8 +19,6 @@ from lowmem.testing.call import check_model, model_errors
 from lowmem.testing.disturbance import LONG, Watch
 from lowmem.testing.ratios import Ratio, ratio_of_times, take_turns
 
-__all__ = ["CONFIDENCE", "Speedup", "measure_speedup"]
-
 CONFIDENCE = 0.99  # of the interval; high, since it is checked several times, and each check may err
 BURST = 0.001  # least seconds of a burst: above the timer's resolution, below what another process gets at once
 BURSTS = 3  # bursts of a turn, whose median counts; calls longer than ``LONG`` have one burst
@@ -121,13 +119,8 @@ def measure_speedup(
 
 
 def _judge(turns: npt.NDArray[np.float64], at_least: float, watch: Watch) -> tuple[Speedup, int]:
-    """Return the speedup, and how many pairs of times it rests on: beside other work, the undisturbed ones.
-
-    Args:
-        turns: (2, rounds, 2) seconds of candidate and reference, each twice a round.
-        at_least: the required ratio.
-        watch: knows which rounds were disturbed.
-    """
+    """Return the speedup of ``turns``, seconds (2, rounds, 2) of candidate and reference, and how many pairs it rests
+    on: beside other work, the undisturbed ones."""
 
     def speedup(turns: npt.NDArray[np.float64], disturbance: str = "") -> Speedup:
         mine, theirs = turns.mean(axis=2)  # (rounds,) each
@@ -165,10 +158,7 @@ def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Cal
 def _turn(
     run: Callable[[], object], timer: Callable[[], float], watch: Watch, turns: list[float], name: str
 ) -> Callable[[], float]:
-    """Warm up a call, and return a function that times it: seconds per call, in bursts of ``BURST`` or more.
-
-    The function adds the seconds to ``turns``, too.
-    """
+    """Warm up a call; return a function that times it in bursts, and adds the seconds a call to ``turns``."""
     with model_errors(name):
         run()
 

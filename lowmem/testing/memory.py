@@ -1,11 +1,5 @@
-"""Exact memory figures of a model: stored bytes by category, and the peaks of a forward and a training step.
-
-    stored = sum of the bytes of the distinct storages of parameters, buffers and plain attributes
-    forward, step = peak bytes beyond model and input (``lowmem.measure``)
-
-All are measured after one warm-up, with fixed threads, kernel, seed and garbage collection, so that they do not
-depend on the machine or on earlier tests.
-"""
+"""Exact memory figures of a model, after one warm-up and under fixed conditions: the bytes of distinct storages by
+category, and the peaks of a forward and a training step beyond model and input."""
 
 from __future__ import annotations
 
@@ -34,8 +28,6 @@ from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
 from lowmem.testing.baseline import Figures, Key, check_figures
 from lowmem.testing.call import check_model, model_errors
-
-__all__ = ["THREADS", "counted_figures", "memory_figures", "stored_figures"]
 
 THREADS = 2  # fixed, since the kernel's scratch grows with them
 
@@ -198,11 +190,9 @@ def _is_of_python(kind: type) -> bool:
 
 @contextmanager
 def _fixed_conditions() -> Iterator[str]:
-    """Fix all that figures depend on besides the model; yield the name of the active backend.
-
-    The backend is the portable kernel, which allocates the same on every processor, unless an environment variable
-    names another. The garbage collector is disabled, since it would free reference cycles at arbitrary times.
-    """
+    """Fix all that figures depend on besides the model, and yield the name of the backend: the portable kernel, which
+    allocates the same everywhere, or what a variable names. Garbage would be collected at arbitrary times: it is
+    not."""
     threads, states = torch.get_num_threads(), (random.getstate(), np.random.get_state())
     collects = gc.isenabled()
     named = bool(environ.get(kernels.VARIABLE)) or "portable" not in kernels.available()

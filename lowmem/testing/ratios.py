@@ -1,8 +1,5 @@
-"""Compares two durations by the ratio of times measured in turns, with an interval and a p-value.
-
-Durations differ between machines, and on one machine from minute to minute. Two durations measured in turns share the
-state of the machine, which cancels in their ratio.
-"""
+"""Compares two durations by the ratio of times measured in turns, in which the state of the machine cancels, with an
+interval and a p-value."""
 
 from __future__ import annotations
 
@@ -14,8 +11,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from scipy import stats
-
-__all__ = ["Ratio", "hodges_lehmann", "ratio_of_times", "take_turns"]
 
 RESAMPLES = 2000  # of the bootstrap: another seed moves the ends of a 95% interval by a few hundredths of its width
 BATCH_VALUES = 4_000_000  # most Walsh averages that exist at once: 32 MB

@@ -12,18 +12,6 @@ from lowmem.errors import printable, refusal, show
 from lowmem.io.atomic import write_atomically
 from lowmem.io.safetensors import parse_json, read_at_most
 
-__all__ = [
-    "FAILING",
-    "OUTCOMES",
-    "VERDICTS",
-    "Row",
-    "Verdict",
-    "read_json",
-    "read_verdict",
-    "verdict_of",
-    "write_verdict",
-]
-
 VERDICTS = ("same", "slower", "faster", "grew", "shrank", "new", "missing", "skipped", "undecided")
 
 OUTCOMES = ("failed", "undecided", "passed")  # of gates, the worst first

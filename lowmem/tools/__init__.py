@@ -1,7 +1,5 @@
-"""The commands: one file each, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
-
-A file ``COMMAND_part.py`` is a part of one command. ``arguments``, ``models``, ``output`` and ``startup`` serve all.
-"""
+"""The commands: one file each, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``. A file
+``COMMAND_part.py`` is a part of one command."""
 
 from types import MappingProxyType
 

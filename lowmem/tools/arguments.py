@@ -17,24 +17,6 @@ from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.transforms.plan import bytes_of
 from lowmem.transforms.registry import Technique
 
-__all__ = [
-    "DEVICES",
-    "DTYPES",
-    "add_input_arguments",
-    "add_output_arguments",
-    "device_of",
-    "file_path",
-    "make_input",
-    "number",
-    "option_of",
-    "positive_float",
-    "positive_int",
-    "seed",
-    "shape",
-    "size",
-    "techniques",
-]
-
 DEVICES = ("cpu", "cuda")
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 

@@ -1,9 +1,5 @@
-"""``lowmem bundle``: packs a directory into one runnable, verifiable and reproducible zip.
-
-Its bytes depend only on the names and contents of the files: these are sorted by name, have the same date and mode,
-and are not compressed, since the output of deflate depends on the version of zlib. All files are read before anything
-is written, so that the manifest describes exactly the content of the zip.
-"""
+"""``lowmem bundle``: packs a directory into one runnable, verifiable and reproducible zip, whose bytes depend only on
+the names and contents of the files: sorted, of one date and mode, and not compressed."""
 
 from __future__ import annotations
 
@@ -20,8 +16,6 @@ from zipfile import ZipFile, ZipInfo
 
 from lowmem.io.atomic import PARTIAL, check_free, write_atomically
 from lowmem.tools.output import shown
-
-__all__ = ["COMMENT", "LEFT_OUT", "MANIFEST", "add_arguments", "archive", "read_files", "run", "runnable"]
 
 MANIFEST = "MANIFEST.sha256"
 COMMENT = b"made by lowmem bundle"  # the comment of each bundle, by which later bundles leave it out

@@ -1,7 +1,4 @@
-"""``lowmem compare``: compares the outputs of models with those of a base, on one input or a text.
-
-Outputs that are not finite fail the comparison, whatever the tolerance.
-"""
+"""``lowmem compare``: compares the outputs of models with those of a base, on one input or a text."""
 
 from __future__ import annotations
 
@@ -23,8 +20,6 @@ from lowmem.tools.arguments import add_input_arguments, add_output_arguments, fi
 from lowmem.tools.models import folder_of, make_model, tensor_of
 from lowmem.tools.output import finite, print_json, print_table, progress, shown
 from lowmem.variants import VARIANTS
-
-__all__ = ["add_arguments", "run"]
 
 LISTED = 20
 """Layers that a table lists; JSON has all of them."""

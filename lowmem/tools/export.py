@@ -23,8 +23,6 @@ from lowmem.tools.output import (
     warnings_as_notes,
 )
 
-__all__ = ["add_arguments", "run"]
-
 SHORT = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 

@@ -63,11 +63,11 @@ def load_data(name: str, seed: int) -> Split:
     return Split(x[train], y[train], x[test], y[test], int(y.max()) + 1)
 
 
-def _synthetic(generator: torch.Generator, examples: int = 1000, classes: int = 10) -> tuple[Tensor, Tensor]:
-    """Return inputs (examples, 1024) that are normal around a random center for each class, and their classes."""
-    centers = torch.randn(classes, CHANNELS, generator=generator) * 0.2
-    y = torch.randint(classes, (examples,), generator=generator)
-    return centers[y] + torch.randn(examples, CHANNELS, generator=generator), y
+def _synthetic(generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Return inputs (1000, 1024) that are normal around a random center for each of 10 classes, and their classes."""
+    centers = torch.randn(10, CHANNELS, generator=generator) * 0.2
+    y = torch.randint(10, (1000,), generator=generator)
+    return centers[y] + torch.randn(len(y), CHANNELS, generator=generator), y
 
 
 def _digits() -> tuple[Tensor, Tensor]:

@@ -16,8 +16,6 @@ from lowmem.kernels.threads import usable_cpus
 from lowmem.tools.output import print_json, shown
 from lowmem.version import __version__
 
-__all__ = ["add_arguments", "facts", "run", "text_of"]
-
 CPUINFO = Path("/proc/cpuinfo")
 
 

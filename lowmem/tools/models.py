@@ -1,8 +1,5 @@
-"""Models by name, and calls of users' code.
-
-A model is named ``VARIANT``, ``module:factory`` (any callable that returns an nn.Module),
-``module:factory@VARIANT`` (the techniques of a variant on that model), or by a folder of Hugging Face transformers.
-"""
+"""Models by name (``VARIANT``, ``module:factory``, ``module:factory@VARIANT``, or a folder of Hugging Face
+transformers), and calls of users' code."""
 
 from __future__ import annotations
 
@@ -22,18 +19,6 @@ from lowmem.tools.output import is_pipe_closed, preserve_streams
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.registry import Technique
 from lowmem.variants import VARIANTS, build, techniques_of
-
-__all__ = [
-    "batch_of",
-    "folder_of",
-    "make_model",
-    "model_factory",
-    "plan_model",
-    "recipe_of",
-    "run_model",
-    "tensor_of",
-    "user_code",
-]
 
 Result = TypeVar("Result")
 

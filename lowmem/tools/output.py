@@ -28,26 +28,6 @@ from lowmem.transforms.bits import text_of
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.summary import Summary
 
-__all__ = [
-    "Terminal",
-    "columns_of_progress",
-    "finite",
-    "is_pipe_closed",
-    "mib",
-    "preserve_streams",
-    "print_json",
-    "print_plan",
-    "print_saved",
-    "print_summary",
-    "print_table",
-    "progress",
-    "shape_text",
-    "shown",
-    "shrinkage",
-    "stdout_for_json",
-    "warnings_as_notes",
-]
-
 LEAST = 12  # least width of a wrapped column of text, in characters
 ROOMY = 60  # least width of a terminal for a progress bar, in characters
 

@@ -31,8 +31,6 @@ from lowmem.tools.output import (
     warnings_as_notes,
 )
 
-__all__ = ["OPTIONS", "REFUSALS", "add_arguments", "run"]
-
 _TECHNIQUE = ("format", "block_size", "scales", "search")
 _CALIBRATION = ("calibrate", "diagonal", "resume")
 OPTIONS = (

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
     from lowmem.report.timings import Timing
     from lowmem.testing.verdicts import Verdict
 
-__all__ = ["Measured", "add_arguments", "check_extra", "check_target", "machine", "measure_variants", "run", "write"]
-
 BIGNET = "bignet"
 DENSE = "dense"  # the name of a user's model without techniques
 ENDINGS = (".html", ".htm")
@@ -230,7 +228,8 @@ def write(target: Path, measured: Measured, **given: Any) -> None:
         measured: what was measured of the variants.
         given: the other arguments of ``lowmem.report.page.Report``: title, lead, timings and their source, verdicts.
     """
-    from lowmem.report.page import Report, render
+    from lowmem.report.content import Report
+    from lowmem.report.page import render
     from lowmem.report.quality import distortions
 
     report = Report(

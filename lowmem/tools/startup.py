@@ -1,8 +1,5 @@
-"""How the ``lowmem`` command ends: with one line for an import that fails, and silently for a closed pipe.
-
-``python -m lowmem`` and the installed script import the whole package before ``main`` can catch an exception. A
-process that only imports the library gets no hook.
-"""
+"""How the ``lowmem`` command ends where ``main`` cannot catch an exception: with one line for an import that fails,
+and silently for a closed pipe."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ import os
 import signal
 import sys
 from types import TracebackType
-
-__all__ = ["CLOSED_PIPE", "discard_output", "end_closed_pipe", "guard_imports", "is_command", "write_error"]
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what shells report for a process that SIGPIPE ended
 

@@ -1,8 +1,5 @@
-"""``lowmem stats``: parameters, stored bytes, peak memory of a forward and a backward; a user's model by layers.
-
-With ``--plan`` or ``--at-most``: the memory that techniques would take, without the weights. With ``--training``:
-where the memory of a training step goes.
-"""
+"""``lowmem stats``: parameters, stored bytes and peak memory of models; a user's model by layers; with ``--plan`` or
+``--at-most`` what techniques would take; with ``--training`` the parts of a step."""
 
 from __future__ import annotations
 
@@ -37,8 +34,6 @@ from lowmem.transforms.plan import OPTIMIZERS, Plan, plan
 from lowmem.transforms.summary import Summary, summary
 from lowmem.variants import VARIANTS
 from lowmem.version import install_command
-
-__all__ = ["Stats", "add_arguments", "run", "stats_of"]
 
 _ENDINGS = (".svg", ".png", ".html", ".htm")
 TOKENS = 128  # that a folder's model is measured with
@@ -178,10 +173,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _tokens(arguments: argparse.Namespace, x: Tensor, model: Any) -> Tensor:
-    """Return an input for a folder's language model, unless the arguments describe another than BigNet's.
-
-    It has ``TOKENS`` tokens, or as many as the model has positions.
-    """
+    """Return an input for a folder's language model, unless the arguments describe another than BigNet's."""
     if (arguments.input_shape, arguments.input_dtype) != ((1024,), "float32"):
         return x
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)

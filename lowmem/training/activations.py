@@ -1,10 +1,5 @@
-"""Activation compression: tensors that autograd saves for backward are kept as 8-bit codes in blocks.
-
-Most of a training step's memory is what the forward saves. ``compressed_activations`` replaces each large floating
-point tensor by signed 8-bit codes with one scale for every 32 numbers, and decodes it when backward unpacks it (Chen
-et al., ActNN, arXiv 2104.14129, and Dettmers et al., 8-bit Optimizers, arXiv 2110.02861, section 2, for blocks). It
-uses ``torch.autograd.graph.saved_tensors_hooks``, so models need no changes.
-"""
+"""Activation compression: tensors that autograd saves for backward are kept as 8-bit codes in blocks of 32 (Chen et
+al., ActNN, arXiv 2104.14129; Dettmers et al., arXiv 2110.02861, section 2, for blocks)."""
 
 from __future__ import annotations
 
@@ -24,11 +19,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowmem.kernels.codes import BLOCK, empty_codes
 from lowmem.nn.calls import is_cast
 from lowmem.nn.recomputed import Again, Kept, compute_again, noted
+from lowmem.nn.sharded import is_fsdp_unit
 from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes
 from lowmem.transforms.registry import check_module
-
-__all__ = ["Codes", "Room", "compress", "compressed_activations"]
 
 _LEAST = 2**12
 """Tensors with fewer elements are not compressed: it would save less than it costs."""
@@ -173,12 +167,9 @@ class _Compressor:
         return _Packed(codes, tensor.shape, tensor.stride(), int(tensor.storage_offset()), self.held)
 
     def _of_storage(self, tensor: Tensor, storage: Any, keep: bool) -> Codes | None:
-        """Return the codes of a whole storage, shared by all of its views while it does not change; None: keep it.
-
-        The allocator reuses addresses, and storages can be written to, so a cached entry is valid only for the
-        storage object and version that it was made from. If one function needs the storage uncompressed, it stays so
-        for later functions.
-        """
+        """Return the codes of a whole storage, shared by its views while it does not change; None: keep it, as for
+        all functions once one needs it uncompressed. Addresses are reused: an entry is of one storage object and
+        version."""
         key = storage._cdata, tensor.dtype
         seen = self.seen.get(key)
         known = seen is not None and seen.storage() is storage and seen.version == tensor._version
@@ -310,7 +301,7 @@ def compressed_activations(model: nn.Module) -> Iterator[None]:
         raise RuntimeError("compressed_activations inside a compiled function: enter it around the compiled call")
     compressor = _Compressor(exact := _storages(model))
     # FSDP2 gathers a module's parameters before its forward, into new storages.
-    sharded = [one for one in model.modules() if any(kind.__name__ == "FSDPModule" for kind in type(one).__mro__)]
+    sharded = filter(is_fsdp_unit, model.modules())
     hooks = [one.register_forward_pre_hook(lambda module, _: exact.update(_storages(module))) for one in sharded]
     try:
         with saved_tensors_hooks(compressor.pack, compressor.unpack), _ByFunction(compressor):

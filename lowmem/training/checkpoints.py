@@ -1,16 +1,11 @@
-"""Selective activation checkpointing: keeps the results of matrix products and recomputes the rest, which is cheap.
-
-Korthikanti et al., Reducing Activation Recomputation in Large Transformer Models, arXiv 2205.05198, section 5. It is
-a policy for torch's ``create_selective_checkpoint_contexts``.
-"""
+"""Selective activation checkpointing: keeps the results of matrix products and recomputes the rest, which is cheap
+(Korthikanti et al., arXiv 2205.05198, section 5)."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch.utils import checkpoint
-
-__all__ = ["keep_products"]
 
 _PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "linear", "convolution")
 """``aten`` operators that multiply matrices; names of attention operators begin with ``_scaled_dot_product``."""

@@ -1,11 +1,5 @@
-"""Fused norms, gated MLPs and activations, which save only their inputs for backward.
-
-A fused norm saves x, where a module written in torch functions saves three or four tensors of that size. A fused
-gated MLP saves the outputs of its gate and up projections and recomputes ``act(gate) * up``, where the unfused one
-also saves the activation and the product (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.2). A module is fused
-by giving it a generated subclass of its class. The layers inside are still called as modules, so adapters, hooks and
-stored weights work as before. ``lowmem.training.recognize`` finds the modules.
-"""
+"""Fused norms, gated MLPs and activations, which save only their inputs for backward (Hsu et al., Liger Kernel, arXiv
+2410.10989, section 3.2). Layers inside are called as modules: adapters and hooks work as before."""
 
 from __future__ import annotations
 
@@ -28,17 +22,6 @@ from lowmem.nn.module_copy import copied_module
 from lowmem.nn.recomputed import can_recompute, recomputed_input, saves_in_any_dtype
 from lowmem.training.fused_functions import activated, gated_product, layer_norm, recompute_of_product, rms_norm
 from lowmem.training.prepared_module import PreparedModule, prepared_class
-
-__all__ = [
-    "Act",
-    "FusedModule",
-    "GatedMLP",
-    "How",
-    "LayerNorm",
-    "RMSNorm",
-    "activations",
-    "fuse",
-]
 
 
 @dataclass(frozen=True)

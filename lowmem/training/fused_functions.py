@@ -1,8 +1,5 @@
-"""Autograd functions of fused modules: RMS and layer norms, activations and gated activations.
-
-They save only their inputs for backward, and the layers that read the result of a norm or an activation recompute
-it instead of saving it (``note_recompute``).
-"""
+"""Autograd functions of fused modules. They save only their inputs for backward, and layers that read the result of a
+norm or an activation recompute it instead of saving it (``note_recompute``)."""
 
 from __future__ import annotations
 
@@ -23,9 +20,6 @@ from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapter_autograd import is_narrow
 from lowmem.nn.recomputed import Recompute, differentiable_once, in_checkpoint, note_recompute
 from lowmem.quant.backend import backend_of
-
-__all__ = ["activated", "gated_product", "layer_norm", "recompute_of_product", "rms_norm"]
-
 
 _OF_TORCH: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
     "SiLU": (functional.silu, torch.ops.aten.silu_backward),
@@ -64,11 +58,9 @@ class _Reader:
 
 
 def _noted(out: Tensor) -> Tensor:
-    """Let the layers that read a function's result recompute it in backward, once for all of them.
-
-    The note on the result's storage holds the autograd node weakly, since a detached copy of the result may outlive
-    the graph; only readers hold the node. Without the node, a reader saves the result itself.
-    """
+    """Let the layers that read a function's result recompute it in backward, once for all of them. The note holds the
+    autograd node weakly, since a detached copy of the result may outlive the graph; without it a reader saves the
+    result."""
     if out.grad_fn is None:
         return out
     held, result = weakref.ref(cast(Any, out.grad_fn)), weakref.ref(out)
@@ -313,12 +305,8 @@ _CHUNK = 2**18
 
 
 def _narrowed(x: Tensor) -> Tensor:
-    """Return a float32 tensor as bfloat16 if that is lossless, as for the result of a product in bfloat16; else x.
-
-    All elements are compared, unless the product marked its result (``is_narrow``): a sample would miss single
-    columns. The comparison stops at the first chunk that differs, so float32 products lose little time. The first row
-    is compared even in marked results, since writes through ``.data`` do not clear the mark.
-    """
+    """Return a float32 tensor as bfloat16 if that is lossless, else x. All elements are compared, unless the product
+    marked its result (``is_narrow``); then the first row, since writes through ``.data`` keep the mark."""
     if x.dtype is not torch.float32 or not x.numel():
         return x
     first = x.detach()[(0,) * (x.dim() - 1)]

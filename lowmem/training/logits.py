@@ -1,10 +1,5 @@
-"""Lazy logits: they are computed only when a function reads their values, which the cross entropy does not need.
-
-In training, a language model's output layer returns ``LazyLogits``. Operations between the layer and
-``torch.nn.functional.cross_entropy`` (``float()``, views, a shift by one position, a factor) are applied to the
-hidden states instead, and ``cross_entropy`` itself becomes ``linear_cross_entropy``. Every other function gets the
-computed logits. So the model's code, its loss, labels and reduction need no change.
-"""
+"""Lazy logits: in training an output layer returns ``LazyLogits``. Views, casts and factors before ``cross_entropy``
+are applied to the hidden states, and ``cross_entropy`` becomes ``linear_cross_entropy``."""
 
 from __future__ import annotations
 
@@ -19,10 +14,9 @@ from torch.nn import functional
 
 from lowmem.nn.calls import is_cast, is_plain_call
 from lowmem.nn.read_only import METADATA, writes_in_place
+from lowmem.nn.sharded import is_fsdp_unit
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule, prepared_class
-
-__all__ = ["LazyLogits", "LazyOutput", "delay_logits"]
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
@@ -187,8 +181,7 @@ def _can_wait(layer: nn.Module, input: Tensor) -> bool:
     """Whether logits may be computed later: a plain floating point input, and no compiler, tracer or transform."""
     if not is_plain_call() or type(input) not in (Tensor, nn.Parameter) or input.is_nested or input.is_meta:
         return False
-    is_unit = any(kind.__name__ == "FSDPModule" for kind in type(layer).__mro__)  # FSDP2 frees the gathered weight
-    return input.is_floating_point() and not is_unit
+    return input.is_floating_point() and not is_fsdp_unit(layer)  # FSDP2 frees the gathered weight
 
 
 def _versions(layer: Any, hidden: Tensor) -> tuple[Any, ...]:

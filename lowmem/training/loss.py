@@ -1,10 +1,5 @@
-"""The cross entropy of an output layer, in chunks of rows: the logits of all rows never exist at once.
-
-The logits (rows, vocabulary) and their gradient are the largest tensors of a language model's training step. Rows are
-independent, so forward computes the loss and the gradients of one chunk in one pass, and then frees its logits;
-backward only scales these gradients (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.3,
-FusedLinearCrossEntropy; here also for stored weights, and rows with an ignored label are not computed).
-"""
+"""The cross entropy of an output layer, in chunks of rows: forward computes the loss and the gradients of one chunk
+in one pass, and frees its logits (Hsu et al., Liger Kernel, arXiv 2410.10989, section 3.3)."""
 
 from __future__ import annotations
 
@@ -21,8 +16,6 @@ from lowmem.nn.recomputed import saves_in_any_dtype
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.backend import backend_of
 from lowmem.resident import return_holes
-
-__all__ = ["linear_cross_entropy", "loss_dtype"]
 
 
 def linear_cross_entropy(

@@ -19,8 +19,6 @@ from torch import Tensor
 from lowmem.nn.sharded import sharded_types
 from lowmem.training.step_in_backward import Freed
 
-__all__ = ["REST", "MasterWeights", "join", "keep_dtypes", "loaded_states", "master_weights", "split"]
-
 REST = "master_rest"
 """The key of ``rest`` in an optimizer's state."""
 
@@ -53,7 +51,8 @@ class MasterWeights:
         self._loading: dict[str, Any] = {}
         for parameter in filter(_has_master, list(optimizer.state)):  # Adagrad makes its state before the first step
             state = optimizer.state[parameter]
-            state.update({name: one.float() for name, one in state.items() if _is_narrow(one)})
+            tensors = {name: one for name, one in state.items() if isinstance(one, Tensor)}
+            state.update({name: one.float() for name, one in tensors.items() if one.dtype is torch.bfloat16})
         self._handles: list[Any] = [
             optimizer.register_step_pre_hook(self._widen),
             optimizer.register_step_post_hook(self._narrow),
@@ -142,10 +141,6 @@ def keep_dtypes(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapp
 
 def _has_master(parameter: Tensor) -> bool:
     return parameter.dtype is torch.bfloat16 and parameter.requires_grad
-
-
-def _is_narrow(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.dtype is torch.bfloat16
 
 
 def _has_gradient(parameter: Tensor) -> bool:

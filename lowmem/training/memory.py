@@ -1,10 +1,5 @@
-"""Breaks the peak memory of a training step down into weights, gradients, activations and so on, to the byte.
-
-Every storage that a step allocates is tracked, as ``lowmem.measure`` does, together with the layer whose forward
-allocated it. Its purpose is known only later: a gradient when backward ends, an activation when it outlives the
-forward of its layer. So allocations are logged, and those that were alive at the peak are classified afterwards.
-torch's ``torch.distributed._tools.mem_tracker`` distinguishes neither layer classes nor adapters, and is private.
-"""
+"""Breaks the peak memory of a training step down to the byte. Allocations are logged with the layer whose forward
+made them, and classified afterwards: what outlives the forward of its layer is an activation."""
 
 from __future__ import annotations
 
@@ -26,8 +21,6 @@ from lowmem.training.prepared_module import trained_parameters
 from lowmem.transforms.plan import OPTIMIZERS
 from lowmem.transforms.registry import check_module
 from lowmem.transforms.summary import aligned
-
-__all__ = ["TRAINERS", "TrainingMemory", "training_memory"]
 
 TRAINERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {**OPTIMIZERS, "adamw8bit": AdamW8bit}

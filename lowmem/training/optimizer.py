@@ -1,9 +1,5 @@
-"""AdamW with both moments in 8 bits: an optimizer state of 2.03 bytes per trained parameter instead of 8.
-
-Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861: each block has its own scale, and the
-levels are dense near zero. Here the levels are those of the 8-bit float e4m3, to which torch casts in one pass, and
-the square root of the second moment is stored, whose exponents span half the range.
-"""
+"""AdamW with both moments in 8 bits, 2.03 bytes per trained parameter instead of 8 (Dettmers et al., arXiv
+2110.02861): levels of e4m3, and the root of the second moment, whose exponents span half the range."""
 
 from __future__ import annotations
 
@@ -16,8 +12,6 @@ from torch.nn import functional
 
 from lowmem.nn.sharded import sharded_types
 from lowmem.training.master_weights import REST, keep_dtypes, loaded_states
-
-__all__ = ["AdamW8bit"]
 
 BLOCK = 256
 """Elements of a moment that share a scale."""

@@ -32,8 +32,6 @@ from lowmem.training.recognize import recognize
 from lowmem.transforms.registry import check_module, layer_name, module_paths
 from lowmem.transforms.roles import output_layers
 
-__all__ = ["prepare_training", "release_training", "training_report"]
-
 _MODES = "fast", "lean"
 
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, cast
 
 from torch import nn
 
-__all__ = ["PreparedModule", "check_prepared", "prepared_class", "release_module", "trained_parameters"]
+from lowmem.nn.module_copy import subclass_of
 
 
 class PreparedModule(nn.Module):
@@ -27,9 +27,8 @@ class PreparedModule(nn.Module):
 
 @cache
 def prepared_class(base: Any, kind: Any, **body: Any) -> Any:
-    """Return a subclass of ``base`` and of a module's class, under the name of the module's class."""
-    names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (base, kind), {"plain_class": kind, **names, **body})
+    """Return a subclass of ``base`` and of a module's class, cached."""
+    return subclass_of(kind, base, plain_class=kind, **body)
 
 
 def check_prepared(module: nn.Module) -> None:

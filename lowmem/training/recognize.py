@@ -1,9 +1,5 @@
-"""Recognizes RMS norms, gated MLPs and activations by what they compute, not by the names of their classes.
-
-A module with the right parameters and children is run on random numbers, in float32 and in bfloat16: a norm with a
-random weight, an MLP with probes for layers that return random numbers. It is recognized if its output (of an MLP,
-the input of its last layer) and the gradients equal those of the fused form, within a bound on rounding errors.
-"""
+"""Recognizes RMS norms, gated MLPs and activations by what they compute: on random numbers, in float32 and bfloat16,
+outputs and gradients must equal those of the fused form within a bound on rounding errors."""
 
 from __future__ import annotations
 
@@ -20,8 +16,6 @@ from lowmem.nn.calls import is_observed
 from lowmem.nn.module_copy import copied_module
 from lowmem.training.fused import Act, GatedMLP, How, LayerNorm, RMSNorm, activations
 from lowmem.training.fused_functions import activated, gated_product, rms_norm
-
-__all__ = ["recognize"]
 
 _ROWS = 4
 _SIZES = 1.0, 1e-4, 30.0, 1e3
@@ -155,10 +149,8 @@ def _as_activation(module: nn.Module) -> Act | None:
 
 
 def _mlp_layers(module: nn.Module) -> list[str] | None:
-    """Return the names of a module's linear layers if their shapes fit a gated MLP and it has no other parameters.
-
-    The shapes, (in, out) in any order, are (n, m), (n, m), (m, n) or (n, 2m), (m, n); else None.
-    """
+    """Return a module's linear layers if their shapes (in, out) are (n, m), (n, m), (m, n) or (n, 2m), (m, n), in any
+    order, and it has no other parameters; else None."""
     layers = {name: child for name, child in module._modules.items() if child is not None and _shape(child)}
     others = [child for name, child in module._modules.items() if child is not None and name not in layers]
     if module._parameters or any(next(child.parameters(), None) is not None for child in others):
@@ -213,12 +205,9 @@ class _Probe(nn.Module):
 def _probed(
     module: nn.Module, layers: list[str], dtype: torch.dtype
 ) -> tuple[dict[str, _Probe], str, Tensor] | str | None:
-    """Run a module with probes in place of its layers.
-
-    Returns:
-        The probes that read the module's input, by name; the last layer's name; and its input. A reason, if the
-        module does not return the output of the last layer; None if its layers are connected in another way.
-    """
+    """Run a module with probes in place of its layers; return those that read its input, the last layer and its
+    input. A reason: the module does not return the last layer's output; None: its layers are connected in another
+    way."""
     reason = None
     copied = copied_module(module, type(module)).train()
     probes = {name: _Probe(module._modules[name], dtype) for name in layers}

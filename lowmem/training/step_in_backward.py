@@ -1,8 +1,5 @@
-"""Optimizer steps inside backward: each gradient is freed as soon as its parameter is updated.
-
-Lv et al., Full Parameter Fine-tuning for Large Language Models with Limited Resources, arXiv 2306.09782; here for any
-optimizer that updates parameters independently of each other.
-"""
+"""Optimizer steps inside backward: each gradient is freed as soon as its parameter is updated (Lv et al., arXiv
+2306.09782; here for any optimizer that updates parameters independently of each other)."""
 
 from __future__ import annotations
 
@@ -12,8 +9,6 @@ import torch
 from torch import Tensor, distributed
 
 from lowmem.nn.read_only import METADATA
-
-__all__ = ["Freed", "StepInBackward", "step_in_backward"]
 
 
 class Freed(Tensor):

@@ -1,9 +1,5 @@
-"""Several named adapters on one base: add, activate, deactivate, delete, merge and unmerge them.
-
-A name stands for one adapter of the whole model, which may cover only some layers. Every function checks the whole
-model before it changes anything. The functions are thread-safe: one runs at a time. A forward that runs meanwhile may
-see some layers before the change and others after it.
-"""
+"""Several named adapters on one base: add, activate, deactivate, delete, merge and unmerge them. A function checks
+the whole model before it changes anything, and one function runs at a time."""
 
 from __future__ import annotations
 
@@ -27,21 +23,6 @@ from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.select import no_match_message, select_modules
 from lowmem.transforms.store import add_first_adapter
-
-__all__ = [
-    "activate",
-    "active_adapters",
-    "adapter_layers",
-    "adapter_names",
-    "adapter_parameter_groups",
-    "add_adapter",
-    "add_placed",
-    "check_name",
-    "deactivate",
-    "delete_adapter",
-    "merge_adapter",
-    "unmerge_adapter",
-]
 
 
 @one_at_a_time
@@ -304,11 +285,7 @@ def check_name(name: str) -> None:
 def _layers_with(
     model: nn.Module, names: Iterable[str], not_merged: Collection[str] = ()
 ) -> dict[AdaptedModule, str]:
-    """Return every adapted layer with its first path.
-
-    Raises:
-        ValueError: the model lacks one of the adapters ``names``, or one of ``not_merged`` is merged.
-    """
+    """Return every adapted layer with its first path; a missing adapter, or a merged one, is a ValueError."""
     layers = adapted_layers(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")

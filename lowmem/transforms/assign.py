@@ -18,8 +18,6 @@ from lowmem.transforms.roles import embeddings_and_outputs, kept_in_float32
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import weight_key
 
-__all__ = ["divided", "techniques_by_layer"]
-
 
 def techniques_by_layer(
     model: nn.Module,

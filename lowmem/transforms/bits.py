@@ -21,8 +21,6 @@ from lowmem.quant.scales import ENCODINGS
 from lowmem.transforms.registry import Technique, module_paths, parameters_to_store, skip_reason
 from lowmem.transforms.select import select_modules
 
-__all__ = ["SMALLEST", "bits_per_weight", "check_at_most", "refuse_more_bits", "text_of", "warning_of_dense"]
-
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
 _FEW = 2**16  # bytes: where no more stay dense, convert warns if matrices alone are more than that share
 

@@ -14,8 +14,6 @@ from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, Budget, EightBit, FourB
 from lowmem.quant.backend import backend_of
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
-__all__ = ["Chosen", "Importance", "Unit", "allocate", "choose", "losses_of", "size_of", "together", "unit_of"]
-
 
 @dataclass(frozen=True)
 class Importance:

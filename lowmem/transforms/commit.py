@@ -19,15 +19,6 @@ from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.registry import module_paths
 
-__all__ = [
-    "INTEGRATIONS",
-    "commit",
-    "freeze_all_but_adapters",
-    "one_at_a_time",
-    "replace_modules",
-    "tell_integrations",
-]
-
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
 """Library that saves models in a way of its own -> the module that makes it save converted ones. Without that, what
 ``save_pretrained`` wrote could not be loaded again. Its ``adopt(model)`` is called with each changed model."""

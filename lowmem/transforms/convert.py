@@ -1,7 +1,4 @@
-"""Converts any model: select modules, assign techniques, store copies, then commit these to the model.
-
-The model does not change before the commit, so an error leaves it as it was.
-"""
+"""Converts any model: select modules, assign techniques, store copies, then commit all of them or none."""
 
 from __future__ import annotations
 
@@ -27,8 +24,6 @@ from lowmem.transforms.registry import Technique, module_paths
 from lowmem.transforms.select import select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
-
-__all__ = ["convert", "rebuild_all"]
 
 
 @returns_free_pages

@@ -4,36 +4,29 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, overload
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
-from lowmem import measure
-from lowmem.errors import describe, printable
-from lowmem.nn.adapted_module import AdaptedModule, become_adapted, share_table, table_of
+from lowmem.errors import printable
+from lowmem.nn.adapted_module import AdaptedModule, share_table, table_of
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import Folded, fold_module, without_adapters
 from lowmem.nn.forms import CodedForm
-from lowmem.nn.module_copy import copied_module
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.calibration.runs import check_batch, evaluation_mode, hooked, run_batch
 from lowmem.transforms.commit import one_at_a_time, replace_modules, tell_integrations
+from lowmem.transforms.merge_errors import output_errors
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.summary import aligned
-
-__all__ = ["MergeReport", "MergedLayer", "adapted_layers", "fold", "merge", "warn_of_requantizing"]
 
 _SAME: Literal["same format"] = "same format"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -190,7 +183,7 @@ def merge(
     dtype = None if isinstance(to, str) else to
     folded = fold(model, {layer: layer.adapters.in_use for layer in layers}, dtype)
     _refuse_untying(model, folded, dtype)
-    outputs, of_model = ({}, None) if inputs is None else _output_errors(model, folded, inputs, dtype)
+    outputs, of_model = ({}, None) if inputs is None else output_errors(model, folded, inputs, dtype)
     found = MergeReport(
         MergedLayer(
             place_name(path, name),
@@ -250,10 +243,7 @@ def fold(
 
 
 def _refuse_untying(model: nn.Module, folded: Mapping[Any, Folded], to: torch.dtype | None) -> None:
-    """Raise a ValueError if modules share a weight whose merged values would differ.
-
-    ``merge_adapter`` need not: the bases, which the state holds, stay tied.
-    """
+    """Raise a ValueError if modules share a weight whose merged values would differ."""
     seen: dict[int, tuple[str, Any]] = {}
     for layer, paths in module_paths(model).items():
         for name in (*layer._parameters.keys(), *(layer.forms if isinstance(layer, StoredModule) else ())):
@@ -312,143 +302,3 @@ def _check_arguments(to: object, at_most: object, inputs: object, report: bool) 
         raise ValueError(f"at_most={at_most!r} must be a number of at least 0, or None")
     if inputs is not None and not report and at_most is None:
         raise ValueError("inputs= measure errors for report=True or at_most=: pass one of these, or no inputs")
-
-
-def _output_errors(
-    model: nn.Module, folded: Mapping[AdaptedModule, Folded], inputs: Any, to: torch.dtype | None
-) -> tuple[dict[nn.Module, tuple[float, float]], tuple[float, float] | None]:
-    """Return the relative errors, before and after, of the outputs of each layer that inputs reach, and the model."""
-    copies = {layer: done.layer for layer, done in folded.items()}
-    copies |= {layer: _widened(layer, one) for layer, one in copies.items() if to and _reads(layer)}
-    bases = {layer: without_adapters(layer) for layer in folded}
-    dtypes: dict[AdaptedModule, torch.dtype | None] = {layer: None if _reads(layer) else to for layer in folded}
-    sums: dict[nn.Module, Tensor] = {}  # squares: of the base's error, of the copy's, and of the exact output
-
-    def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
-        assert isinstance(layer, AdaptedModule)
-        base, merged, to = bases[layer], copies[layer], dtypes[layer]
-        with _unmerged(layer):
-            exact = _output(layer, args, kwargs)
-        wide = exact.double()
-        pair = _output(base, args, kwargs), _output(merged, *_cast((args, kwargs), to))
-        found = torch.stack([t.double().sub(wide).square().sum() for t in pair] + [wide.square().sum()])
-        sums[layer] = sums.get(layer, 0) + found
-
-    with evaluation_mode(model), hooked(folded, see):
-        exact = _floating(_called(model, inputs))
-    totals = {layer: found.tolist() for layer, found in sums.items()}
-    of_layers = {
-        layer: (_relative(base, size), _relative(copy, size)) for layer, (base, copy, size) in totals.items()
-    }
-    before = _difference(_outputs_with(bases, model, inputs, {}), exact)
-    after = _difference(_outputs_with(copies, model, inputs, dtypes), exact)
-    return of_layers, None if before is None or after is None else (before, after)
-
-
-def _called(model: nn.Module, inputs: Any) -> Any:
-    """Return a model's outputs; raise a TypeError for inputs that are no batch, a ValueError if the model fails."""
-    check_batch(inputs)
-    try:
-        return run_batch(model, inputs)
-    except Exception as reason:  # whatever a model raises for inputs that it does not take
-        raise ValueError(
-            f"inputs= cannot be given to {type(model).__name__}: {describe(reason)}; pass one batch as the model "
-            "takes it, of the shapes, dtypes and device that it expects"
-        ) from reason
-
-
-def _reads(layer: nn.Module) -> bool:
-    """Whether a dtype cannot be that of the inputs: attention reads the weight, or the inputs are integers."""
-    kinds = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Embedding, nn.EmbeddingBag)
-    return isinstance(layer, kinds)
-
-
-def _widened(layer: AdaptedModule, merged: nn.Module) -> nn.Module:
-    """Return a copy of a merged module that presents its rounded values in the dtype that the layer presents."""
-    read = parameter_of(layer, layer._adapted_names[0]).dtype
-    copied = copied_module(merged, type(merged))
-    copied.__dict__["_parameters"] = {
-        name: one if one is None else nn.Parameter(one.detach().to(read), requires_grad=False)
-        for name, one in merged._parameters.items()
-    }
-    return copied
-
-
-def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype | None, *args: Any, **kwargs: Any) -> Any:
-    """Call a forward that takes one dtype with inputs of another, in which the result is; None: as it is."""
-    if dtype is None:
-        return forward(*args, **kwargs)
-    before = [one.dtype for one in measure.tensors_in((args, kwargs)) if one.is_floating_point()]
-    args, kwargs = _cast((args, kwargs), dtype)
-    return _cast(forward(*args, **kwargs), before[0] if before else None)
-
-
-@contextmanager
-def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Let an adapted layer compute with the parameters of another module, inside the block."""
-    kind, own, children = type(layer), layer.__dict__, dict(layer._modules)
-    become_adapted(layer, other if dtype is None else _widened(layer, other))  # models may read the weight, too
-    if dtype is not None:
-        layer.__dict__["forward"] = partial(_in_dtype, other.forward, dtype)
-    try:
-        yield
-    finally:
-        layer.__class__ = kind
-        object.__setattr__(layer, "__dict__", own)
-        own["_modules"].clear()
-        own["_modules"].update(children)
-
-
-def _outputs_with(
-    others: Mapping[AdaptedModule, nn.Module],
-    model: nn.Module,
-    inputs: Any,
-    dtypes: Mapping[AdaptedModule, torch.dtype | None],
-) -> list[Tensor]:
-    """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
-    with ExitStack() as stack, evaluation_mode(model):
-        for layer, other in others.items():
-            stack.enter_context(_computing_with(layer, other, dtypes.get(layer)))
-        return _floating(run_batch(model, inputs))
-
-
-def _floating(outputs: Any) -> list[Tensor]:
-    return [one.detach().clone() for one in measure.tensors_in(outputs) if one.is_floating_point()]
-
-
-def _difference(outputs: Sequence[Tensor], exact: Sequence[Tensor]) -> float | None:
-    """Return the relative error of all tensors together; None if they have other shapes, or there are none."""
-    if not exact or [one.shape for one in outputs] != [one.shape for one in exact]:
-        return None
-    wide = [(a.double(), b.double()) for a, b in zip(outputs, exact, strict=True)]
-    lost, size = (
-        sum(float(one.square().sum()) for one in ones) for ones in ([a - b for a, b in wide], [b for _, b in wide])
-    )
-    return _relative(lost, size)
-
-
-def _output(module: Any, args: Any, kwargs: Any = None) -> Tensor:
-    """Return the first tensor of a module's output; its forward is called, which runs no hooks."""
-    leaves = tree_leaves(module.forward(*args, **(kwargs or {})))
-    return next(leaf for leaf in leaves if isinstance(leaf, Tensor))
-
-
-def _cast(values: Any, to: torch.dtype | None) -> Any:
-    """Return nested values with all floating-point tensors in a dtype; None: as they are."""
-    return values if to is None else tree_map_only(Tensor, lambda t: t.to(to) if t.is_floating_point() else t, values)
-
-
-@contextmanager
-def _unmerged(layer: AdaptedModule) -> Iterator[None]:
-    """Let all adapters in use be applied to the base as it is, inside the block."""
-    bank = layer.adapters
-    before = bank.active, bank.merged_copy
-    try:
-        bank.active, bank.merged_copy = bank.in_use, None
-        yield
-    finally:
-        bank.active, bank.merged_copy = before
-
-
-def _relative(lost: float, size: float) -> float:
-    return math.sqrt(lost / size) if size else math.inf if lost else 0.0

@@ -17,8 +17,6 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
-__all__ = ["make_on_meta"]
-
 
 def make_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
     """Return the model that ``factory`` makes, with its parameters on the meta device and its buffers as they are.
@@ -53,11 +51,8 @@ def make_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
 
 @contextmanager
 def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
-    """Move each parameter to the meta device when it is registered; shared parameters stay shared.
-
-    Modules in which this thread registers a parameter or module are added to ``made``. These are not all new ones:
-    copies (the layers of an nn.TransformerEncoder) register nothing. Other threads' modules are ignored.
-    """
+    """Move each parameter that this thread registers to the meta device, and add its module to ``made``: shared ones
+    stay shared. Copies of modules (of an nn.TransformerEncoder) register nothing."""
     known: Any = WeakTensorKeyDictionary()
     thread = threading.get_ident()
 

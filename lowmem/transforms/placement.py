@@ -13,14 +13,6 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
 
-__all__ = [
-    "place_adapters",
-    "place_name",
-    "places_of",
-    "takes_adapter",
-    "warnings_of_adapters",
-]
-
 
 def place_name(path: str, parameter: str) -> str:
     """Return the name of an adapter's place: its layer's path, and the parameter's name unless it is ``weight``."""
@@ -119,10 +111,7 @@ def warnings_of_adapters(
 
 
 def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterator[str]:
-    """Warn of the first linear layer whose weight another without an adapter has: adapters act in their layer alone.
-
-    Embeddings so shared are refused; of output layers, which LoRA leaves out, ``where`` has named those that get one.
-    """
+    """Warn of the first linear layer whose weight another has without an adapter: adapters act in their layer."""
     paths, left = module_paths(model), output_layers(model)
     taken = [one for one in paths if isinstance(one, nn.Linear) and one not in left]
     linear: dict[nn.Module, set[int]] = {one: layer_weights(one) for one in taken}
@@ -142,11 +131,8 @@ def _warning_of_unnamed(
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
     where: Callable[[str, nn.Module], bool] | None,
 ) -> Iterator[str]:
-    """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others.
-
-    A ``where`` names a layer if it is true of the layer and not of the module around it; one that is true of every
-    module names all.
-    """
+    """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others: a
+    ``where`` names a layer if it is true of the layer and not of the module around it."""
     if where is None:
         return
     left = {**routers(model), **output_layers(model)}

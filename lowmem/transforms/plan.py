@@ -1,8 +1,5 @@
-"""Plans the memory of a model before it is converted: from shapes and dtypes alone, without its weights.
-
-The model is made and converted on the meta device, so that stored bytes are exact. Its forward and backward, and the
-step of a real optimizer, run on fake tensors, whose storages ``lowmem.measure`` counts as it counts real ones.
-"""
+"""Plans the memory of a model before it is converted, without its weights: stored bytes of empty layers, and forward,
+backward and an optimizer's step on fake tensors."""
 
 from __future__ import annotations
 
@@ -43,18 +40,6 @@ from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.registry import Technique, stored_by
 from lowmem.transforms.store import storing_once
 from lowmem.transforms.summary import aligned
-
-__all__ = [
-    "OPTIMIZERS",
-    "Plan",
-    "Skeleton",
-    "bytes_of",
-    "fake_inputs",
-    "on_fake_tensors",
-    "plan",
-    "plan_of",
-    "skeleton_of",
-]
 
 OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}

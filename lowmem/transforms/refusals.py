@@ -12,8 +12,6 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.registry import check_module, layer_name
 
-__all__ = ["is_of_peft", "refuse_layers", "refuse_model", "refuse_peft", "refuse_prepared", "refuse_sharded"]
-
 
 def refuse_model(name: str, model: nn.Module) -> None:
     """Raise for a model, or a mode, in which nothing can be changed; ``name`` is the function that would do it.

@@ -23,27 +23,6 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 
-__all__ = [
-    "ENTRIES",
-    "Entry",
-    "Step",
-    "Technique",
-    "check_module",
-    "computes_linear",
-    "entry_of",
-    "expert_count",
-    "how_computed",
-    "layer_name",
-    "layer_names",
-    "made_by",
-    "module_paths",
-    "parameters_to_adapt",
-    "parameters_to_store",
-    "skip_reason",
-    "stored_by",
-    "supported_types",
-]
-
 Technique: TypeAlias = Half | EightBit | FourBit | Budget | LoRA
 Step: TypeAlias = Half | EightBit | FourBit | Budget | LoRA | dict[str, LoRA]
 """A technique for one module: ``LoRA`` as the technique of each parameter that it adapts."""
@@ -132,10 +111,6 @@ def _computes_subclass(module: nn.Module) -> str:
     return "as stored" if dense.forward is nn.Linear.forward or computes_linear(module) else _AS_READ
 
 
-def _named(prefix: str, module: nn.Module) -> list[str]:
-    return [name for name in module._parameters if name.startswith(prefix)]
-
-
 _AS_READ = "as its module reads it"
 _REMOVE = ": torch.nn.utils.parametrize.remove_parametrizations makes it a parameter"
 _RNN = (nn.RNNBase, nn.RNNCellBase)
@@ -165,7 +140,7 @@ ENTRIES = (
     Entry(
         "LSTM, GRU and RNN",
         _is(*_RNN),
-        lambda module: _named("weight_", module),
+        lambda module: [name for name in module._parameters if name.startswith("weight_")],
         computes=_computes_rnn,
         no_adapter="LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
     ),

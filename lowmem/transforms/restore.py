@@ -19,8 +19,6 @@ from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.select import select_modules
 from lowmem.transforms.ties import parameter_owners
 
-__all__ = ["floating_dtype", "restore"]
-
 
 @returns_free_pages
 @one_at_a_time
@@ -109,10 +107,7 @@ def _refuse_partial_ties(model: nn.Module, found: Mapping[StoredModule, str]) ->
 def _cast_dense(
     model: nn.Module, selected: Mapping[nn.Module, str], dtype: torch.dtype
 ) -> dict[nn.Module, dict[str, Any]]:
-    """Return the dense parameters and saved buffers of modules in another dtype; shared ones stay shared.
-
-    A tensor that a module outside shares, or that the dtype cannot hold, is a ValueError.
-    """
+    """Return the dense parameters and saved buffers of modules in another dtype; a ValueError if that cannot be."""
     taken = dict(selected)
     for module, path in list(taken.items()):
         if isinstance(module, nn.MultiheadAttention):  # which reads these parameters itself

@@ -10,15 +10,6 @@ from torch import nn
 
 from lowmem.transforms.registry import expert_count, layer_name, module_paths
 
-__all__ = [
-    "embeddings_and_outputs",
-    "float32_patterns",
-    "kept_in_float32",
-    "layer_weights",
-    "output_layers",
-    "routers",
-]
-
 
 def output_layers(model: nn.Module) -> dict[nn.Module, str]:
     """Return the layers that compute a language model's logits, each with the reason why it counts as one.

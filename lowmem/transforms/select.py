@@ -28,8 +28,6 @@ from lowmem.transforms.registry import (
 )
 from lowmem.transforms.ties import drop_partial_ties, refuse_overlap, weight_key
 
-__all__ = ["no_match_message", "select_modules", "select_to_convert"]
-
 
 def select_modules(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]

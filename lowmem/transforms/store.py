@@ -26,8 +26,6 @@ from lowmem.transforms.registry import (
 )
 from lowmem.transforms.ties import weight_key
 
-__all__ = ["add_first_adapter", "rebuild", "store_parameters", "storing_once"]
-
 
 def storing_once(empty: bool = False) -> Callable[[Any], Callable[[Tensor, str], Any]]:
     """Return a function from a technique to its ``store``, cached: layers with a shared weight share the stored one.
@@ -135,7 +133,8 @@ def store_parameters(
     def named_store(tensor: Tensor, name: str) -> Any:
         place[:] = [path if name in ("weight", "bias") else f"{path}.{name}".lstrip(".")]
         stored = store(tensor, name)
-        if name != "bias" and not tensor.is_meta and not _without_values(stored):
+        values = stored.packed if isinstance(stored, QuantizedTensor) else stored
+        if name != "bias" and not tensor.is_meta and not values.is_meta:
             size = float(tensor.detach().double().pow(2).sum()) if len(wanted) > 1 else 1.0
             errors.append((relative_error(tensor, stored) ** 2 * size, size))
         return stored
@@ -168,7 +167,3 @@ def store_parameters(
         total = sum(size for _, size in errors)
         made.weight_error = (sum(error for error, _ in errors) / total) ** 0.5 if total else 0.0
     return made
-
-
-def _without_values(stored: Tensor | QuantizedTensor) -> bool:
-    return (stored.packed if isinstance(stored, QuantizedTensor) else stored).is_meta

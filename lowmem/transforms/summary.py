@@ -29,8 +29,6 @@ from lowmem.transforms.registry import (
 from lowmem.transforms.roles import embeddings_and_outputs, output_layers, routers
 from lowmem.transforms.ties import drop_partial_ties, parameter_owners
 
-__all__ = ["LayerSummary", "Summary", "aligned", "group_name", "indices", "role_of", "summary"]
-
 _INDEX = re.compile(r"[0-9]{1,9}")
 _LISTED = 3  # non-consecutive indices are listed up to this many; beyond, only the first and the last are
 _NOT_CHOSEN = "not chosen: where=, skip= or never converted"

@@ -11,8 +11,6 @@ from torch import Tensor, nn
 from lowmem.nn.module_copy import become, restored_copy
 from lowmem.nn.stored_module import StoredModule
 
-__all__ = ["drop_partial_ties", "keep_shared_biases", "parameter_owners", "refuse_overlap", "weight_key"]
-
 
 def weight_key(weight: Tensor) -> Hashable:
     """Return a key that is equal for tensors that view the same memory with the same shape and strides."""

@@ -19,9 +19,6 @@ from lowmem.tools import fit_language
 from tests.finetuning.test_state import craft_states
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
-from tests.tools.test_fit_language import place
-
-__all__ = ["place"]  # the fixture
 
 BERT = {
     "hidden_size": 32,

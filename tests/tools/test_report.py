@@ -28,7 +28,6 @@ ROOT = Path(__file__).parents[2]
 MODELS = """
 import torch
 from torch import nn
-from lowmem.version import install_command
 
 class Block(nn.Module):
     def __init__(self):

@@ -18,8 +18,6 @@ from lowmem.io.convert_checkpoint import Row
 from lowmem.nn.techniques import Budget, FourBit
 from lowmem.transforms.calibration.calibrate import calibrate
 
-__all__ = ["SELF", "batches_of", "calibrate_folder"]
-
 SELF = "self"
 """In place of a text: the model generates it."""
 

@@ -1,8 +1,5 @@
-"""Refuses folders that contradict themselves: an index, its shards, the tensors in them, and config.json.
-
-transformers reads all files that an index names, wherever they lie. It fills what a folder lacks, or has in another
-shape, with random numbers, and takes a config without sizes for one of the class's default sizes.
-"""
+"""Refuses folders whose index, shards, tensors and config.json contradict each other: transformers fills what a
+folder lacks, or has in another shape, with random numbers."""
 
 from __future__ import annotations
 
@@ -22,19 +19,6 @@ from lowmem.io.model_folder import WEIGHTS, quantization_of
 from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import INDEX, read_index
 from lowmem.io.source import Checkpoint, Source
-
-__all__ = [
-    "Names",
-    "check_index",
-    "refuse_coded",
-    "refuse_pickles",
-    "refuse_retyped",
-    "refuse_unfitting",
-    "refuse_unread",
-    "refuse_untold",
-    "shapes_and_bytes",
-    "specs_of",
-]
 
 _SLACK = 2**24  # bytes of new parameters that any folder may lack
 _COMPUTED = 2**28  # bytes of buffers that any model may compute: masks and positions of its longest input

@@ -25,8 +25,6 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.calibration.runs import computing
 from lowmem.transforms.registry import layer_name, module_paths
 
-__all__ = ["Layer", "Likeness", "Score", "compare_text", "interval"]
-
 WINDOW = 512  # tokens that a model sees at a time, if it takes as many
 AT_ONCE = 8  # paragraphs that an encoder sees at a time
 RESAMPLES = 2000  # another seed moves the ends of an interval by some hundredths of its width
@@ -108,7 +106,8 @@ def compare_text(
     first: Any = load_folder(base)
     refuse_pairs(base, first, "compare")
     length = min(WINDOW, getattr(first.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
-    tokens = _tokens(base, tokenizer, text)
+    with tokenizer_errors(base):
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
     kind: Any = _Predictions if _predicts(first, tokens[:length]) else _Embeddings
     parts = kind.parts(tokenizer, tokens, text, length)
     scores: list[Any] = []
@@ -316,11 +315,6 @@ def _predicts(model: Any, tokens: Tensor) -> bool:
     with torch.no_grad():
         output = model(tokens[None].to(model.device))
     return getattr(output, "logits", None) is not None or getattr(output, "last_hidden_state", None) is None
-
-
-def _tokens(folder: Path, tokenizer: Any, text: str) -> Tensor:
-    with tokenizer_errors(folder):
-        return torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
 
 
 def interval(

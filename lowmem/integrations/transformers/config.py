@@ -14,8 +14,6 @@ from lowmem.io.metadata import CONFIG_VERSION, check_config, check_keys, check_o
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.version import install_command
 
-__all__ = ["METHOD", "LowmemConfig"]
-
 METHOD = "lowmem: import lowmem.integrations.transformers"
 """The quantization method. transformers quotes it where it is unknown, so that it says what is missing."""
 

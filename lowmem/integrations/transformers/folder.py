@@ -26,21 +26,9 @@ from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.formats.requantizing import Requantizing
 from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
-from lowmem.io.source import Source
+from lowmem.io.source import Source, check_patterns
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
-
-__all__ = [
-    "check",
-    "check_dense",
-    "check_shapes",
-    "import_folder",
-    "load_errors",
-    "load_folder",
-    "load_gguf",
-    "quantize_folder",
-    "write_model",
-]
 
 WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
@@ -223,7 +211,7 @@ def import_folder(
     check_free(target)
     asked = Requantizing(requantize, list(include), technique)
     with open_foreign(source) as file:
-        asked.check(file.tensors)
+        check_patterns(asked.include, file.tensors)
         sources = {name: (tensor.kind, tensor.nbytes) for name, tensor in file.tensors.items()}
         kind = file.kind
     if not source.is_dir() and kind != "gguf":

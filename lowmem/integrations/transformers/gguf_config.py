@@ -1,13 +1,11 @@
-"""The config.json of a GGUF file's model, from its metadata: the inverse of ``lowmem.io.formats.gguf.fields``.
-
-transformers makes a config of such a file, too, and leaves out what changes the values of its rotary embedding, the
-length of heads in some architectures, and biases; models then compute something else in silence.
-"""
+"""The config.json of a GGUF file's model: the inverse of ``lowmem.io.formats.gguf.fields``. transformers' own leaves
+out what changes the rotary embedding, the length of heads, and biases."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -18,9 +16,7 @@ from torch import Tensor
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors
 from lowmem.io.formats.gguf.container import GGUFHeader, read_header
-from lowmem.io.formats.gguf.fields import model_fields, rope_factors
-
-__all__ = ["check_config", "config_of"]
+from lowmem.io.formats.gguf.fields import count_in, model_fields, number_in, rope_factors
 
 _CLASSES = {
     "llama": "LlamaForCausalLM",
@@ -80,6 +76,8 @@ def check_config(file: Path, config: Any) -> None:
         remedy = "`lowmem quantize FILE FOLDER` writes a right config, or give config="
         raise refusal(file, f"{differs}; {remedy}", "load")
 
+
+_count, _number = partial(count_in, remedy=""), partial(number_in, remedy="")  # errors get the remedy of the file
 
 _REMEDY = "`lowmem quantize FILE OUT.safetensors` needs no config"
 
@@ -198,20 +196,6 @@ def _close(a: Tensor, b: Tensor) -> bool:
 
 def _same(a: Any, b: Any) -> bool:
     return math.isclose(a, b, rel_tol=_CLOSE) if isinstance(a, float) and isinstance(b, float) else a == b
-
-
-def _count(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    value = metadata.get(key, default)
-    if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(f"{key}={show(value)} must be a positive integer")
-    return value
-
-
-def _number(metadata: Mapping[str, Any], key: str, default: float | None = None) -> float:
-    value = metadata.get(key, default)
-    if not isinstance(value, float) or not 0 < value < math.inf:
-        raise ValueError(f"{key}={show(value)} must be a positive number")
-    return value
 
 
 def _token(metadata: Mapping[str, Any], key: str) -> int | None:

@@ -1,9 +1,5 @@
-"""Raises errors for what PEFT cannot do with stored modules, or would leave out in silence.
-
-PEFT finds parameters by ``named_parameters``, where a stored one has the names of its codes and scales. torch reports
-each module that PEFT puts into another one, so that the model is checked before ``get_peft_model`` returns. PEFT has
-replaced layers by then: the first module that tells of its config comes after them.
-"""
+"""Raises errors for what PEFT cannot do with stored modules, or would leave out in silence: it finds parameters by
+``named_parameters``, where a stored one has the names of its codes and scales."""
 
 from __future__ import annotations
 
@@ -17,8 +13,6 @@ from transformers import PreTrainedModel
 
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.refusals import is_of_peft
-
-__all__ = ["install", "refuse_passed_over"]
 
 _FOUND_BY_NAME = "embeddings.word_embeddings"  # an embedding that prompt learning finds there may be stored
 

@@ -55,8 +55,6 @@ from lowmem.transforms.refusals import is_of_peft
 from lowmem.transforms.restore import floating_dtype, restore
 from lowmem.transforms.roles import kept_in_float32
 
-__all__ = ["LowmemQuantizer", "adopt"]
-
 # transformers initializes parameters without this mark, which a folder lacks. Stored weights are never initialized.
 StoredTensor._is_hf_initialized = True  # type: ignore[attr-defined]
 AdaptedWeight._is_hf_initialized = True  # type: ignore[attr-defined]

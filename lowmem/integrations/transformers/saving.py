@@ -1,9 +1,5 @@
-"""``save_pretrained`` of a converted model: its state, and how its weights are stored, in config.json.
-
-A folder has a tensor under each name that a dense model of its config has, so that transformers without lowmem does
-not take random numbers for what it does not find: what is rounded lies under its own name and can be read, and the
-format of codes lies under the name of the weight, in a shape that no weight has.
-"""
+"""``save_pretrained`` of a converted model: its state, and how its weights are stored, in config.json. A folder has a
+tensor under each name of the dense model, so that transformers without lowmem fills in no random numbers."""
 
 from __future__ import annotations
 
@@ -27,11 +23,10 @@ from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.coded_module import format_keys
+from lowmem.nn.module_copy import subclass_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
-
-__all__ = ["SavedModel", "config_of", "folder_names", "put_dense_first", "saved_class"]
 
 
 def config_of(model: nn.Module) -> LowmemConfig | None:
@@ -139,10 +134,7 @@ def saved_class(kind: Any) -> Any:
     """
     if issubclass(kind, SavedModel):
         return kind
-    names = {"own_class": kind, "__module__": kind.__module__, "__doc__": kind.__doc__}
-    made = type(kind.__name__, (SavedModel, kind), names)
-    made.__qualname__ = kind.__qualname__
-    return made
+    return subclass_of(kind, SavedModel, own_class=kind)
 
 
 def _made(make: Any, arguments: tuple[Any, ...]) -> Any:
@@ -204,10 +196,8 @@ def _presented_dtype(model: nn.Module) -> torch.dtype | None:
 
 @contextmanager
 def _described(model: Any) -> Iterator[bool]:
-    """Describe a converted model in its config for the block, and yield whether lowmem has converted the model.
-
-    The model has no quantizer in the block: transformers would ignore a given state.
-    """
+    """Describe a converted model in its config for the block; yield whether it is one. transformers would ignore a
+    given state of a model with a quantizer: the model has none in the block."""
     config, found = model.config, config_of(model)
     before = getattr(config, "quantization_config", None)  # a dict in a config that was read without its model
     ours = isinstance(before, LowmemConfig) or (isinstance(before, dict) and before.get("quant_method") == METHOD)

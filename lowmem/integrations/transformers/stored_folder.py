@@ -16,8 +16,6 @@ from lowmem.integrations.transformers.saving import folder_names
 from lowmem.nn.gathered_weight import check_order
 from lowmem.nn.stored_module import StoredModule
 
-__all__ = ["check_complete", "conversions_of", "dtypes_of_parts", "records_of", "ties_of_parts"]
-
 _WIDEST = 4  # bytes of the widest scale
 
 

@@ -23,8 +23,6 @@ from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.store import store_parameters
 
-__all__ = ["Measuring", "Storing"]
-
 
 @dataclass
 class _Shared:

@@ -7,8 +7,6 @@ from importlib.metadata import PackageNotFoundError, version
 
 from lowmem.version import install_command
 
-__all__ = ["OLDEST", "check"]
-
 OLDEST = (5, 24)
 """The oldest version of transformers whose loading calls a quantizer as this one needs it."""
 

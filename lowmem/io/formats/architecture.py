@@ -15,8 +15,6 @@ from lowmem.io.model_folder import CONFIG
 from lowmem.transforms.roles import float32_patterns
 from lowmem.version import install_command
 
-__all__ = ["Architecture", "architecture_of"]
-
 
 @dataclass(frozen=True)
 class Architecture:
@@ -99,10 +97,8 @@ def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
 
 
 def _refusal(model: Any, layers: Iterable[str]) -> str | None:
-    """Return why a model without the weights of some layers could not be loaded; the model is spent.
-
-    transformers lets each module initialize what was missing, and many read the weights of their children for that.
-    """
+    """Return why a model without the weights of some layers could not be loaded (as where a module initializes what
+    is missing from its children's weights); the model is spent."""
     for path in layers:
         del model.get_submodule(path)._parameters["weight"]
     try:

@@ -18,8 +18,6 @@ from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, one_of
 from lowmem.io.formats.integers import IntegerLayer, check_group_size, packed_layers
 from lowmem.io.source import Source
 
-__all__ = ["FORMAT"]
-
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 

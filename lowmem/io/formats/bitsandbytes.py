@@ -34,8 +34,6 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack as pack_codes
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["BLOCKS", "FORMAT", "PACKING", "pack", "pack_again"]
-
 _STATE = ".quant_state.bitsandbytes__"
 _FORMATS = {"nf4": "nf4", "fp4": "bnb_fp4"}
 MAX_STATE = 2**16  # bytes of JSON

@@ -13,21 +13,6 @@ from torch import Tensor
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "as_bytes",
-    "codes_of",
-    "encoding_of",
-    "fitting_blocks",
-    "nibbles",
-    "offsets_of",
-    "quantized",
-    "remapped",
-    "scales_of",
-    "uniform_block",
-    "unpacked",
-    "words",
-]
-
 
 def quantized(
     packed: Tensor,

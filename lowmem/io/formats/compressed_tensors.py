@@ -15,7 +15,7 @@ times scales, and as MXFP4 where they are those of "fp4" and all scales are 6 ti
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -39,8 +39,6 @@ from lowmem.io.formats.quantized_folder import Packed, Packing, write_folder
 from lowmem.io.source import Source
 from lowmem.nn.techniques import FourBit
 from lowmem.quant.tensor import QuantizedTensor
-
-__all__ = ["FORMAT", "PACKING", "pack", "pack_again"]
 
 _EIGHT_BITS = "it has 8 bits a weight, and 4 are kept: take the dense model, or one in 4 bits"
 _FLOATS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -311,12 +309,14 @@ def _packed_mxfp4(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
     return Packed("MXFP4", parts, ("mxfp4-pack-quantized", BLOCK, True))
 
 
-def _warning(schemes: Iterable[Any]) -> str | None:
-    return None if all(symmetric for _, _, symmetric in schemes) else NO_ZEROS
-
-
 PACKING = Packing(
-    "compressed-tensors", pack, pack_again, written_config, conv1d=False, keeps_weight=False, warning=_warning
+    "compressed-tensors",
+    pack,
+    pack_again,
+    written_config,
+    conv1d=False,
+    keeps_weight=False,
+    warning=lambda schemes: None if all(symmetric for _, _, symmetric in schemes) else NO_ZEROS,
 )
 
 FORMAT = Foreign(

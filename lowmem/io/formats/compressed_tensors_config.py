@@ -10,8 +10,6 @@ import torch
 from lowmem.errors import show
 from lowmem.io.formats.foreign import contradiction, one_of
 
-__all__ = ["FP8", "INT8", "SETTINGS", "check_config", "check_scheme", "written_config"]
-
 INT8, FP8 = "compressed-tensors int8", "FP8"
 _KINDS = {
     "pack-quantized": ("compressed-tensors", INT8),

@@ -13,8 +13,6 @@ from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.foreign import Target
 from lowmem.io.formats.registry import FOREIGN
 
-__all__ = ["export", "target_of", "targets"]
-
 
 def targets() -> dict[str, Target]:
     """Return how each format is written, by the name that ``--format`` takes."""

@@ -15,8 +15,6 @@ from lowmem.quant.tensor import QuantizedTensor, row_chunks
 if TYPE_CHECKING:
     from lowmem.io.formats.stored_model import StoredWeight
 
-__all__ = ["Exported", "total_error"]
-
 
 @dataclass(frozen=True)
 class Exported:

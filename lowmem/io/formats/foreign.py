@@ -19,8 +19,6 @@ from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Finder", "Foreign", "ForeignTensor", "Kept", "Parts", "Target", "contradiction", "one_of"]
-
 Kept: TypeAlias = "CodedForm | torch.dtype"
 """How a weight is kept: in 4 bits, with its codes, or dense in a dtype."""
 

@@ -22,8 +22,6 @@ from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, one_of
 from lowmem.io.formats.integers import IntegerLayer, check_group_size, packed_layers
 from lowmem.io.source import Source
 
-__all__ = ["FORMAT"]
-
 
 def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
     """Yield the weight of each layer of GPTQ, and the names of its tensors."""

@@ -17,8 +17,6 @@ from lowmem.io.source import Source
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["IntegerLayer", "check_group_size", "packed_layers"]
-
 
 @dataclass(frozen=True)
 class IntegerLayer:

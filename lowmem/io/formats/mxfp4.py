@@ -21,8 +21,6 @@ from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["BLOCK", "E2M1_CODES", "FORMAT", "exponents_of", "nearest", "power_scales", "weight_of"]
-
 BLOCK = 32
 E2M1_CODES = (8, 9, 10, 11, 12, 13, 14, 15, 7, 6, 5, 4, 3, 2, 1, 0)
 """The code of lowmem's ``fp4`` for each bit pattern of an E2M1 number; -0 keeps its sign."""

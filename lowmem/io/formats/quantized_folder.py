@@ -26,8 +26,6 @@ from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["SHARD_BYTES", "Packed", "Packing", "write_folder"]
-
 SHARD_BYTES = 5 * 10**9
 """The most bytes of tensors in a file, unless one weight has more."""
 

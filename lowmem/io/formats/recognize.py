@@ -20,8 +20,6 @@ from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_object
 from lowmem.io.shards import INDEX, read_index
 from lowmem.io.source import Source
 
-__all__ = ["ForeignFile", "is_coded", "open_foreign"]
-
 _OWN = "quantize_config.json"  # of AutoGPTQ
 
 

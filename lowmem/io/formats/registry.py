@@ -8,8 +8,6 @@ from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.formats.gguf.reading import read_gguf
 from lowmem.io.formats.gguf.writing import write_gguf
 
-__all__ = ["FOREIGN"]
-
 _GGUF = Foreign("gguf", magic=MAGIC, open=read_gguf, target=Target(write_gguf, ".gguf", ("like", "dtype")))
 
 FOREIGN: dict[str, Foreign] = {

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import printable, show
+from lowmem.errors import printable
 from lowmem.io.formats.foreign import ForeignTensor, Kept
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 from lowmem.quant.quantize import relative_error
-
-__all__ = ["Requantizing", "why_refused"]
 
 
 @dataclass
@@ -38,14 +36,6 @@ class Requantizing:
     technique: FourBit | EightBit | None = None
     errors: dict[str, float] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
-
-    def check(self, names: Iterable[str]) -> None:
-        """Raise a ValueError unless each pattern matches a name of the file."""
-        names = list(names)
-        for pattern in self.include:
-            if not any(fnmatchcase(name, pattern) for name in names):
-                first = show(min(names))
-                raise ValueError(f"pattern {pattern!r} matches no tensor; check it, the first is {first}")
 
     def of(self, tensor: ForeignTensor) -> ForeignTensor:
         """Return a weight that is quantized when it is read, if it is to be; else the same one."""

@@ -25,8 +25,6 @@ from lowmem.nn.gathered_weight import check_order
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["StoredModel", "StoredWeight", "open_stored", "swapped"]
-
 
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the transpose, of a stack of matrices."""
@@ -210,10 +208,7 @@ def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
 
 
 def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:
-    """Return the name of the weight of a record, and those of its codes and scales.
-
-    A record of ``a.b`` is of the weight of that module, or of its parameter ``b``.
-    """
+    """Return the names of the weight of a record at a module or parameter, and of its codes and scales."""
     weight = f"{place}.weight".lstrip(".")
     for name in (weight, place):
         packed, scales = f"{name}_packed", f"{name}_scales"

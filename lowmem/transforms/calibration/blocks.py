@@ -16,8 +16,6 @@ from lowmem.transforms.calibration.moments import FirstReaders
 from lowmem.transforms.calibration.runs import hooked, run_batch
 from lowmem.transforms.registry import layer_name
 
-__all__ = ["NO_BATCHES", "Unit", "find_blocks", "units_of"]
-
 
 @dataclass
 class Unit:
@@ -184,10 +182,7 @@ def _group_by_input(
     centred: Collection[nn.Module],
     order: dict[nn.Module, None] | None = None,
 ) -> tuple[list[list[nn.Module]], Counter[nn.Module], set[nn.Module]]:
-    """Return groups of layers that get the same inputs, in call order; their most calls in one run; and all called.
-
-    Layers in ``centred`` share no group with others. ``order`` gets each layer when it is first called.
-    """
+    """Return groups of layers with the same inputs, in call order; their most calls in a run; and all called."""
     total, most, now = (Counter[nn.Module]() for _ in range(3))
     first: dict[nn.Module, set[nn.Module]] = {}  # for each layer, the first layers that got its inputs
     readers, runs = FirstReaders(), 0

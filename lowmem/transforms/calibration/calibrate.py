@@ -38,8 +38,6 @@ from lowmem.transforms.select import select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import weight_key
 
-__all__ = ["calibrate"]
-
 _DEFAULT = FourBit()
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
 
@@ -331,11 +329,7 @@ class _Run:
                 self.progress(number + 1, len(units), left)
 
     def _quantize(self, unit: Unit, replay: Replay) -> None:
-        """Take the moments of a unit's inputs, and quantize its layers by them.
-
-        Raises:
-            Stale: the model may have read what was not kept; no layer was quantized.
-        """
+        """Quantize a unit's layers by the moments of its inputs; Stale if what was not kept may be read."""
         moments, groups = self._moments(unit, replay)
         if replay.has_dropped and not all(own.is_finite() for own in moments.values()):
             raise Stale  # before a layer is replaced: all of the unit are done again

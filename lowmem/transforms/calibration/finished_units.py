@@ -17,8 +17,6 @@ from torch.utils import _pytree as pytree
 from lowmem.errors import describe, refusal, unwritable
 from lowmem.version import __version__
 
-__all__ = ["FinishedUnits", "digest_of"]
-
 
 def digest_of(model: nn.Module, batches: Iterable[Any], settings: str) -> str:
     """Return what names a calibration: a digest of the model's numbers, its inputs and how it is done."""

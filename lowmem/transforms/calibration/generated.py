@@ -12,8 +12,6 @@ from torch import Tensor, nn
 from lowmem.errors import describe, show
 from lowmem.transforms.calibration.runs import evaluation_mode
 
-__all__ = ["LEAST_SHARE", "generated_batches"]
-
 SEQUENCES = 32
 TOKENS = 128
 """Of a sequence, if the model takes as many: 4096 tokens in all."""

@@ -26,8 +26,6 @@ from lowmem.quant.quantize import quantize
 from lowmem.quant.scales import ScaleEncoding
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["Hessian", "prepare_hessian", "quantize_gptq", "quantize_weighted"]
-
 _ROUNDS = 1  # how often scales and then codes are fitted again: a second time lowers the error by 1 to 2%
 
 
@@ -141,10 +139,7 @@ class _State(NamedTuple):
 
 
 class _Fit:
-    """Codes and scales of one weight while they are chosen.
-
-    Matrices are (in, out), with columns of the weight in the Hessian's order, so that each column is contiguous.
-    """
+    """Codes and scales of one weight while they are chosen: matrices (in, out), columns in the Hessian's order."""
 
     def __init__(self, weight: Tensor, found: QuantizedTensor, hessian: Hessian) -> None:
         self.form = get_format(found.format)
@@ -234,10 +229,7 @@ class _Fit:
 
 
 def _nearest_stored(before: Tensor, scales: Tensor, encoding: ScaleEncoding) -> Tensor:
-    """Store float32 scales (rows, blocks) as the nearest that can be stored; ``encode`` takes the next towards zero.
-
-    Offsets are those of ``before``, scales as stored.
-    """
+    """Store float32 scales (rows, blocks), with the offsets of ``before``, as the nearest that can be stored."""
     offsets = encoding.decode_offsets(before) if encoding.offsets else None
 
     def encode(values: Tensor) -> Tensor:

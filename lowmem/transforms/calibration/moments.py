@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from lowmem.transforms.calibration.runs import Stop, hooked
 
-__all__ = ["FirstReaders", "Inputs", "Moments", "Regroup", "counted_rows"]
-
 _PANEL = 256  # columns that are multiplied at a time with themselves and those behind them
 
 

@@ -1,10 +1,5 @@
-"""Runs a model up to one of its blocks, where the blocks before it return what they returned the last time.
-
-What lies between blocks (embeddings, masks, rotations) is computed by the model itself at each run. Only the last
-output of each list of blocks is kept; the others return NaN instead, which shows where a model reads one after all:
-then all outputs are kept. A block may also read more than blocks return (a dictionary or tensor that they write to, a
-cache): ``way_to_replay`` compares what blocks get with and without the replay.
-"""
+"""Runs a model up to one of its blocks, where the blocks before it return what they returned the last time, or NaN
+where that is not kept, which shows where a model reads it after all."""
 
 from __future__ import annotations
 
@@ -22,8 +17,6 @@ from lowmem.errors import describe, unwritable
 from lowmem.transforms.calibration.blocks import Unit
 from lowmem.transforms.calibration.runs import Stop, computing, hooked, run_batch
 from lowmem.transforms.registry import layer_name
-
-__all__ = ["Replay", "Stale", "noted_inputs", "way_to_replay"]
 
 _SAMPLED = 512  # numbers of each tensor that are compared, evenly spread
 _SHARE = 0.01  # of these, which may differ: a model may add up in another order at each run
@@ -219,11 +212,7 @@ def way_to_replay(
 def _difference(
     model: nn.Module, batch: Any, replay: Replay, units: Sequence[Unit], entries: dict[nn.Module, list[Tensor]]
 ) -> str:
-    """Return which unit gets other inputs in a replay; "" if none does.
-
-    Raises:
-        Stale: a unit gets NaN in their place, since the model reads what is not kept.
-    """
+    """Return which unit gets other inputs in a replay, "" if none does; Stale if a unit gets NaN instead."""
     paths = {module: path for path, module in model.named_modules()}
     for unit in units:
         first = unit.layers[0] if unit.block is None else unit.block

@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Stop", "check_batch", "computing", "evaluation_mode", "hooked", "run_batch"]
-
 
 class Stop(BaseException):
     """Ends a run of the model once its result is known; no Exception, which a model might catch."""

@@ -16,8 +16,6 @@ from lowmem.transforms.budget import Importance
 from lowmem.transforms.calibration.runs import Stop, evaluation_mode, hooked, run_batch
 from lowmem.transforms.registry import layer_name
 
-__all__ = ["importance_of"]
-
 
 def importance_of(
     model: nn.Module, batches: Iterable[Any], weights: Mapping[str, tuple[nn.Parameter, int]]

@@ -23,8 +23,6 @@ from lowmem.transforms.placement import places_of
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.roles import output_layers
 
-__all__ = ["write_gguf_adapter"]
-
 F32 = 0  # the type of GGUF
 
 

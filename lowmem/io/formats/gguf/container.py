@@ -1,7 +1,4 @@
-"""The container of GGUF (``docs/gguf.md`` of ggml), versions 2 and 3, little-endian: fields, places, and tensors.
-
-A header is read once, in small pieces. A file is written in one pass; its bytes depend on fields and tensors alone.
-"""
+"""The container of GGUF (``docs/gguf.md`` of ggml), versions 2 and 3, little-endian: fields, places, and tensors."""
 
 from __future__ import annotations
 
@@ -19,17 +16,6 @@ from torch import Tensor
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import atomic_file, check_writable, read_errors, write_errors
 from lowmem.io.formats.gguf.blocks import BLOCKS
-
-__all__ = [
-    "ALIGNMENT",
-    "MAGIC",
-    "Field",
-    "GGUFHeader",
-    "Placed",
-    "encode_field",
-    "read_header",
-    "write_file",
-]
 
 MAGIC = b"GGUF"
 VERSION = 3  # that is written

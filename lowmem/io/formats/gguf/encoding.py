@@ -24,18 +24,6 @@ from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = [
-    "dense_rows",
-    "eight_bit_rows",
-    "exact_rows",
-    "in_blocks",
-    "inexact",
-    "nearest",
-    "nearest_format",
-    "rows_of",
-    "superblock_rows",
-]
-
 _NIBBLES = tuple(E2M1_CODES.index(code) for code in range(16))
 """The bits of an E2M1 number for each code of ``fp4``. ggml reads -0 as 0."""
 
@@ -174,15 +162,8 @@ def _scales_and_offsets(weight: QuantizedTensor, size: int) -> list[Tensor]:
 
 
 def _factored(products: Tensor, factors: Iterable[int]) -> tuple[Tensor, Tensor] | None:
-    """Return a float16 number and the whole factors of each row, of which ``products`` are the exact products.
-
-    Args:
-        products: float32 (n, 8).
-        factors: those that the largest product of a row may have, by preference; 0 is that of a product that is 0.
-
-    Returns:
-        float16 (n, 1) and int32 (n, 8); None: some row has none.
-    """
+    """Return a float16 number (n, 1) and whole factors int32 (n, 8) whose products are exactly ``products`` (n, 8).
+    The largest product of a row has the first of ``factors`` that fits; None where some row has none."""
     factors = tuple(factors)
     least, most = min(0, *factors), max(factors)
     numbers = torch.zeros(len(products), 1, dtype=torch.float16)

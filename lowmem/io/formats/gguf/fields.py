@@ -18,8 +18,6 @@ from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_into
 from lowmem.io.formats.gguf.container import Field, GGUFHeader, read_header
 
-__all__ = ["ARCHITECTURES", "Existing", "architecture_of", "model_fields", "read_existing", "rope_factors"]
-
 ARCHITECTURES = MappingProxyType(
     {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "phi3": "phi3", "smollm3": "smollm3"}
 )
@@ -70,55 +68,57 @@ def model_fields(config: Mapping[str, Any]) -> dict[str, Field]:
         )
     if config.get("hidden_act", "silu") != "silu":
         raise ValueError(f"hidden_act={show(config['hidden_act'])}: llama.cpp computes silu in a {arch}")
-    layers = _count(config, "num_hidden_layers")
+    layers = count_in(config, "num_hidden_layers")
     rotated = config.get("no_rope_layers")
     known = [int((layer + 1) % 4 != 0) for layer in range(min(layers, 10**4))]
     if arch == "smollm3" and rotated not in (None, known):
         raise ValueError(f"no_rope_layers={show(rotated)}: llama.cpp leaves out each fourth layer of a {arch}")
-    heads, hidden = _count(config, "num_attention_heads"), _count(config, "hidden_size")
-    head = _count(config, "head_dim", hidden // heads)
+    heads, hidden = count_in(config, "num_attention_heads"), count_in(config, "hidden_size")
+    head = count_in(config, "head_dim", hidden // heads)
     fields: dict[str, Field] = {
         "block_count": layers,
         "context_length": _context(config),
         "embedding_length": hidden,
-        "feed_forward_length": _count(config, "intermediate_size"),
+        "feed_forward_length": count_in(config, "intermediate_size"),
         "attention.head_count": heads,
-        "attention.head_count_kv": _count(config, "num_key_value_heads", heads),
+        "attention.head_count_kv": count_in(config, "num_key_value_heads", heads),
         "attention.key_length": head,
         "attention.value_length": head,
-        "attention.layer_norm_rms_epsilon": _number(config, "rms_norm_eps"),
-        "vocab_size": _count(config, "vocab_size"),
+        "attention.layer_norm_rms_epsilon": number_in(config, "rms_norm_eps"),
+        "vocab_size": count_in(config, "vocab_size"),
         **_rope(config, head),
     }
     return {f"{arch}.{key}": value for key, value in fields.items()}
 
 
-_REPAIR = "repair config.json"
+_REPAIR = "; repair config.json"
 
 
-def _count(config: Mapping[str, Any], name: str, default: int | None = None, remedy: str = _REPAIR) -> int:
+def count_in(config: Mapping[str, Any], name: str, default: int | None = None, remedy: str = _REPAIR) -> int:
+    """Return a positive integer of 31 bits; a ValueError for anything else. A default is taken for None, too."""
     value = config.get(name)
     value = default if value is None else value
     if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(f"{name}={show(value)} must be a positive integer; {remedy}")
+        raise ValueError(f"{name}={show(value)} must be a positive integer{remedy}")
     return value
 
 
-def _number(config: Mapping[str, Any], name: str, default: float | None = None, remedy: str = _REPAIR) -> float:
+def number_in(config: Mapping[str, Any], name: str, default: float | None = None, remedy: str = _REPAIR) -> float:
+    """Return a positive number below 2**64; a ValueError for anything else. A default is taken for None, too."""
     value = config.get(name)
     value = default if value is None else value
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < 2**64:
-        raise ValueError(f"{name}={show(value)} must be a positive number; {remedy}")
+        raise ValueError(f"{name}={show(value)} must be a positive number{remedy}")
     return float(value)
 
 
 def _context(config: Mapping[str, Any]) -> int:
     """Return the most tokens that llama.cpp computes right: it has no sliding window in these architectures."""
-    length = _count(config, "max_position_embeddings")
+    length = count_in(config, "max_position_embeddings")
     window = config.get("sliding_window")
     if window is None or config.get("use_sliding_window") is False:
         return length
-    return min(length, _count(config, "sliding_window"))
+    return min(length, count_in(config, "sliding_window"))
 
 
 def _rope_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -136,13 +136,13 @@ def _rope(config: Mapping[str, Any], head: int) -> dict[str, Field]:
     if part not in (None, 1):
         raise ValueError(f"partial_rotary_factor={show(part)} is not what llama.cpp computes in this architecture")
     fields: dict[str, Field] = {
-        "rope.freq_base": _number(rope, "rope_theta", 10000.0),
+        "rope.freq_base": number_in(rope, "rope_theta", 10000.0),
         "rope.dimension_count": head,
     }
     if kind in ("default", "llama3"):  # llama3: ``rope_factors``
         return fields
     if kind == "linear":
-        return {**fields, "rope.scaling.type": "linear", "rope.scaling.factor": _number(rope, "factor")}
+        return {**fields, "rope.scaling.type": "linear", "rope.scaling.factor": number_in(rope, "factor")}
     if kind == "yarn":
         known = ("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings")
         other = sorted(name for name, value in rope.items() if name not in known and value is not None)
@@ -150,8 +150,8 @@ def _rope(config: Mapping[str, Any], head: int) -> dict[str, Field]:
             raise ValueError(
                 f"{other[0]}={show(rope[other[0]])} of a yarn embedding is not written; name --like GGUF"
             )
-        length = _count(rope, "original_max_position_embeddings", _count(config, "max_position_embeddings"))
-        fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": _number(rope, "factor")}
+        length = count_in(rope, "original_max_position_embeddings", count_in(config, "max_position_embeddings"))
+        fields |= {"rope.scaling.type": "yarn", "rope.scaling.factor": number_in(rope, "factor")}
         return {**fields, "rope.scaling.original_context_length": length}
     raise ValueError(f"rope_type={show(kind)} is none of default, linear, llama3, yarn, which llama.cpp computes")
 
@@ -161,12 +161,12 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     rope = _rope_of(config)
     if rope.get("rope_type", rope.get("type")) != "llama3":
         return None
-    head = _count(config, "head_dim", _count(config, "hidden_size") // _count(config, "num_attention_heads"))
+    head = count_in(config, "head_dim", count_in(config, "hidden_size") // count_in(config, "num_attention_heads"))
     if head > MAX_HEAD:  # before a number for each pair of them is made
         raise ValueError(f"head_dim={head} is longer than any head: {MAX_HEAD} is the most; repair config.json")
-    base, factor = _number(rope, "rope_theta", 10000.0), _number(rope, "factor")
-    low, high = _number(rope, "low_freq_factor"), _number(rope, "high_freq_factor")
-    context = _count(rope, "original_max_position_embeddings")
+    base, factor = number_in(rope, "rope_theta", 10000.0), number_in(rope, "factor")
+    low, high = number_in(rope, "low_freq_factor"), number_in(rope, "high_freq_factor")
+    context = count_in(rope, "original_max_position_embeddings")
     if not low < high:
         raise ValueError(f"low_freq_factor={low} must be less than high_freq_factor={high}; repair config.json")
     waves = 2 * math.pi * base ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
@@ -247,9 +247,9 @@ def _check_numbers(path: Path, metadata: Mapping[str, Any]) -> None:
     with refusing(path, "copy from"):
         for name in own:
             if name in _COUNTS:
-                _count(metadata, arch + name, remedy="name another file")
+                count_in(metadata, arch + name, remedy="; name another file")
             elif name in _NUMBERS:
-                _number(metadata, arch + name, remedy="name another file")
+                number_in(metadata, arch + name, remedy="; name another file")
     head = own.get("attention.key_length", own.get("embedding_length", 0) // own.get("attention.head_count", 1))
     rotated = own.get("rope.dimension_count", 0)
     if rotated > head or rotated % 2:

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from lowmem.errors import show
 
-__all__ = ["FAMILIES", "Family", "Names", "names_of"]
-
 
 @dataclass(frozen=True)
 class Family:

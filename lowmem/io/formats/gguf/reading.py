@@ -21,8 +21,6 @@ from lowmem.io.formats.gguf.names import Names, names_of
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 
-__all__ = ["read_gguf"]
-
 CHUNK_BYTES = 2**20  # of a file, that are decoded at a time
 
 

@@ -21,8 +21,6 @@ from lowmem.io.formats.gguf.container import Field
 from lowmem.io.model_folder import read_object
 from lowmem.io.safetensors import read_at_most
 
-__all__ = ["PRE_TOKENIZERS", "tokenizer_fields"]
-
 MAX_BYTES = 2**28  # of a tokenizer's file; one of 260,000 tokens takes 30 MB
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of tokens

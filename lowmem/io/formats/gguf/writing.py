@@ -35,8 +35,6 @@ from lowmem.io.formats.gguf.tokenizer import tokenizer_fields
 from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["NO_TOKENIZER", "write_gguf"]
-
 NO_TOKENIZER = (
     "no tokenizer is written, since the source has none: llama.cpp takes token ids alone; --like copies one"
 )

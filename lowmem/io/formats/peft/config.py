@@ -1,8 +1,5 @@
-"""PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas.
-
-Layers are found as PEFT finds them. What changes the result of an adapter and has no form here (DoRA, biases of B,
-trainable tokens, ...) is refused by name, and so is every key that is unknown and not empty.
-"""
+"""PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas. What has no form here
+(DoRA, biases of B, ...) and unknown keys are refused by name."""
 
 from __future__ import annotations
 
@@ -16,8 +13,6 @@ from typing import Any
 from lowmem.errors import show
 from lowmem.io.formats.peft.patterns import MAX_LENGTH, Budget, Pattern
 from lowmem.nn.techniques import LoRA
-
-__all__ = ["MERGE", "Matcher", "PeftConfig", "ends_of"]
 
 MERGE = "merge it in PEFT, merge_and_unload(), and convert the model that this returns"
 

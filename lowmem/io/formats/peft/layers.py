@@ -27,8 +27,6 @@ from lowmem.transforms.registry import (
     skip_reason,
 )
 
-__all__ = ["PREFIX", "Layers", "Slot", "dense_parameters"]
-
 PREFIX = "base_model.model."
 _PARTS = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight"}
 _OF_EMBEDDING = {"lora_a": "lora_embedding_A", "lora_b": "lora_embedding_B"}

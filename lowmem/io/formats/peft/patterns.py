@@ -1,8 +1,5 @@
-"""Matches regular expressions of files in bounded time, where Python's own matcher may take exponential time.
-
-Python's parser reads a pattern, and a nondeterministic automaton matches it. All of its states are followed at once:
-the time is the length of the text times the number of states (Thompson, Regular Expression Search Algorithm, 1968).
-"""
+"""Matches regular expressions of files in bounded time: a nondeterministic automaton, all of whose states are
+followed at once (Thompson, Regular Expression Search Algorithm, 1968)."""
 
 from __future__ import annotations
 
@@ -15,8 +12,6 @@ from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from lowmem.errors import show
-
-__all__ = ["MAX_LENGTH", "Budget", "Pattern"]
 
 MAX_LENGTH = 2000  # characters of a pattern
 MAX_STATES = 4000

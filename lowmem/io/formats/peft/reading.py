@@ -1,8 +1,5 @@
-"""Reads folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``, never pickles.
-
-A config and a model lead to names of tensors, and a file must have these and no others: PEFT itself leaves out in
-silence what it does not find.
-"""
+"""Reads folders of PEFT. A config and a model lead to names of tensors, and a file must have these and no others:
+PEFT itself leaves out in silence what it does not find."""
 
 from __future__ import annotations
 
@@ -28,8 +25,6 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
 from lowmem.quant.quantize import relative_error
 from lowmem.transforms.registry import layer_name, module_paths
-
-__all__ = ["CONFIG", "PICKLES", "WEIGHTS", "AdapterContent", "read_config", "read_peft"]
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")

@@ -1,8 +1,5 @@
-"""Writes folders of PEFT: ``adapter_config.json`` and ``adapter_model.safetensors``.
-
-Layers are named by full paths, since PEFT loads a part of the file in silence where ends of paths are ambiguous. What
-trains of the base beside the adapter is written, too: biases, and other modules whole (``modules_to_save``).
-"""
+"""Writes folders of PEFT. Layers are named by full paths, since PEFT loads a part of the file in silence where ends
+of paths are ambiguous."""
 
 from __future__ import annotations
 
@@ -29,8 +26,6 @@ from lowmem.nn.adapter import Adapter, is_conv1d
 from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name, module_paths
-
-__all__ = ["write_peft"]
 
 
 def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter], base_name: str | None = None) -> None:

@@ -1,0 +1,73 @@
+"""Which kernel in C computes a product, as ``csrc/plan.h`` says, and why those before it do not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import ModuleType
+from typing import TypeAlias
+
+import torch
+
+from lowmem.kernels.memory import TYPES
+from lowmem.quant.backend import Weight
+from lowmem.quant.formats import get_format
+from lowmem.quant.tensor import QuantizedTensor
+
+_OPERATIONS = {"linear": 0, "linear_inputs8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
+
+Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
+"""A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
+
+
+class CpuPlan:
+    """The part of the backend in C for one ISA that says what it runs; ``lowmem.kernels.cpu.Kernel`` completes it."""
+
+    native: ModuleType
+    name: str
+    _isa: int
+
+    def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
+        """Return which kernel computes each product of an input of ``rows`` rows, and why those before it do not."""
+        if isinstance(weight, QuantizedTensor) and weight.has_offsets:
+            without, in_int8 = replace(weight, scale_encoding="float32"), dtype is torch.int8
+            how = "8-bit integers" if in_int8 else "float32"
+            added = f"offsets: added in plain torch, to products in {how} without them:"
+            return "\n".join([added, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])
+        if dtype is not torch.int8:
+            lines = [self._explained(weight, rows, dtype, operation) for operation in ("linear", "input_grad")]
+        elif self.plan(weight, rows, dtype, "linear_inputs8"):
+            lines = [self._explained(weight, rows, dtype, "linear_inputs8")]
+        else:
+            rounded = (
+                f"linear_inputs8: no kernel of {self.name} takes this; torch rounds the input to 8 bits, and then"
+            )
+            lines = [rounded, self._explained(weight, rows, torch.float32, "linear")]
+        return "\n".join(lines)
+
+    def _explained(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> str:
+        *refused, (isa, name, least, most, _) = self.plan(weight, rows, dtype, operation)
+        lines = [f"{operation}: {name} of {isa}, which takes {_range(least, most)}"]
+        for other, kernel, least, most, why in refused:
+            takes = _range(least, most) if why == "rows" else f"other {why}s"
+            if why != "operation":
+                lines.append(f"  not {kernel} of {other}, which takes {takes}")
+        return "\n".join(lines)
+
+    def plan(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> list[Asked]:
+        """Return the kernels that are asked to compute a product, the last of which does; none: plain torch serves.
+
+        ``operation`` is linear, linear_inputs8 or input_grad, computed in ``dtype`` for an input of ``rows`` rows.
+        """
+        if isinstance(weight, QuantizedTensor):
+            size, stored = weight.block_size, get_format(weight.format).bits
+        else:
+            size, stored = 0, TYPES[weight.dtype]
+        given = TYPES[torch.float32 if dtype is torch.int8 else dtype]
+        asked: list[Asked] = self.native.plan(self._isa, size, stored, rows, given, _OPERATIONS[operation])
+        return asked
+
+
+def _range(least: int, most: int) -> str:
+    if most < 2**62:
+        return f"{least} to {most} rows"
+    return f"{least} rows and more" if least > 1 else "any number of rows"
