@@ -7,7 +7,7 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-pytest_plugins = ["benchmarks.latency.plugin", "benchmarks.report"]  # --against, --report
+pytest_plugins = ["benchmarks.report"]  # --report
 if all(point.value != "pytest_lowmem" for point in entry_points(group="pytest11")):
     pytest_plugins.append("pytest_lowmem")  # where lowmem is not installed, as in tox -e asan
 

@@ -33,12 +33,7 @@ def dense_model() -> nn.Sequential:
 class Training:
     """A variant of BigNet under a classifier, so that each has something to train, and its optimizer.
 
-    Args:
-        variant: of BigNet.
-        memory: of ``prepare_training``, or None.
-        optimizer: its class.
-        batch: inputs of a step.
-        body: the variant, where it has been built already.
+    ``memory`` is that of ``prepare_training``; ``body`` is the variant, where it has been built already.
     """
 
     def __init__(

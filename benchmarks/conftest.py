@@ -92,19 +92,13 @@ class Ratios:
 
 
 def pytest_configure(config):
-    """Declare the marker of benchmarks that run where they are asked for, and show ratios."""
     config.pluginmanager.register(Ratios(), "benchmark-ratios")
-    config.addinivalue_line("markers", "every_shape: a shape of many; runs where -m selects it.")
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out what runs only where ``-m`` selects it; without times, what measures no memory."""
-    left_out = [item for item in items if item.get_closest_marker("every_shape")]
-    if "every_shape" in config.option.markexpr:
-        left_out = []
+    """Leave out, without times, what measures no memory."""
     if config.option.benchmark_disable:
         here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
-        left_out += [item for item in here if item not in left_out and "memory_gate" not in item.fixturenames]
-    if left_out:
+        left_out = [item for item in here if "memory_gate" not in item.fixturenames]
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

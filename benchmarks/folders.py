@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 
 import lowmem
-from benchmarks.resident import ROOT, _record, environment, map_libraries, steady
+from benchmarks.resident import _record, environment, map_libraries, printed_json, steady
 from lowmem import FourBit, Half, measure
 from lowmem.nn.stored_module import StoredModule
 
@@ -96,12 +95,9 @@ def make_exact(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def load(folder: Path, technique: str, dtype: str) -> Loaded:
-    """Load a folder in this process, which ``make`` and ``load`` of a small one have warmed.
+    """Load a folder in this process, which ``load`` of a small one has warmed.
 
-    Args:
-        folder: of the model; of "exact" one of ``make_exact``.
-        technique: one of ``TECHNIQUES``, or "exact: " and one of ``EXACT``.
-        dtype: of the model.
+    The technique is one of ``TECHNIQUES``, or "exact: " and one of ``EXACT``.
     """
     from transformers import AutoModelForCausalLM
 
@@ -128,9 +124,8 @@ def load(folder: Path, technique: str, dtype: str) -> Loaded:
 
 
 def _in_process(folder: Path, small: Path, technique: str, dtype: str) -> Loaded:
-    command = [sys.executable, "-m", "benchmarks.folders", "--measure", technique, dtype, str(folder), str(small)]
-    run = subprocess.run(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, text=True, check=True)
-    return Loaded(**json.loads(run.stdout.splitlines()[-1]))
+    arguments = ("--measure", technique, dtype, str(folder), str(small))
+    return Loaded(**printed_json("folders", *arguments, env=environment()))
 
 
 def main(arguments: list[str] | None = None) -> int:

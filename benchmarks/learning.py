@@ -39,19 +39,12 @@ Batch = tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Way:
-    """How a model is trained.
+    """How a model is trained."""
 
-    Attributes:
-        memory: of ``prepare_training``, or None.
-        optimizer: its class.
-        dtype: of the adapters; those of 16 bits have float32 master weights.
-        seed: of adapters and of the order of batches.
-    """
-
-    memory: str | None = None
+    memory: str | None = None  # of prepare_training
     optimizer: Any = torch.optim.AdamW
-    dtype: torch.dtype | None = None
-    seed: int = 0
+    dtype: torch.dtype | None = None  # of the adapters; those of 16 bits have float32 master weights
+    seed: int = 0  # of adapters and of the order of batches
 
 
 WAYS = {
@@ -67,20 +60,12 @@ WAYS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What is learned.
+    """What is learned."""
 
-    Attributes:
-        model: makes the dense model.
-        adapted: the last names of the layers in 4 bits with adapters.
-        batches: of which the first judge and the others train.
-        judge: returns the loss of a batch, and the share of it that is right, or None.
-        lr: the learning rate.
-    """
-
-    model: Callable[[], nn.Module]
-    adapted: str
-    batches: list[Batch]
-    judge: Callable[[Any, Batch], tuple[Tensor, float | None]]
+    model: Callable[[], nn.Module]  # makes the dense model
+    adapted: str  # the last names of the layers in 4 bits with adapters
+    batches: list[Batch]  # of which the first judge and the others train
+    judge: Callable[[Any, Batch], tuple[Tensor, float | None]]  # the loss of a batch, and the share that is right
     lr: float
 
 

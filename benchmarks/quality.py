@@ -52,15 +52,10 @@ COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed
 
 @dataclass(frozen=True)
 class Lost:
-    """What a converted language model loses.
+    """What a converted language model loses."""
 
-    Attributes:
-        divergence: mean KL(dense || converted) of the next token, in nats.
-        perplexity: of the converted model, relative to the dense one's.
-    """
-
-    divergence: float
-    perplexity: float
+    divergence: float  # mean KL(dense || converted) of the next token, in nats
+    perplexity: float  # relative to the dense model's
 
 
 def judging(count: int = JUDGES) -> list[str]:

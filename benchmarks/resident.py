@@ -6,14 +6,7 @@ that C takes with ``malloc``. The kernel's high-water mark of a process (``VmHWM
     python -m benchmarks.resident            fails where a figure is further from the baseline than its tolerance
     python -m benchmarks.resident --store    stores the baseline, with the tolerance that repeated runs give
 
-Each variant has a fresh process. It warms what is not measured first: libraries (imports, threads, torch's products)
-with the real shapes, in plain torch; lowmem's own code with a small model. What lowmem keeps or takes for the real
-shapes is therefore in the figures, be it in Python or in C. Noise is removed where it arises: libraries are
-mapped whole, one arena, freed pages returned at once, no huge pages, fixed hashes and threads, one processor, no
-garbage collection within a measurement.
-
-One case has no baseline: a process that loads a dense model and converts it keeps what one keeps that loads the
-converted model, within 10 MiB. It runs with the C library's own settings.
+docs/memory-gate.md says what is measured, and how noise is kept out.
 """
 
 from __future__ import annotations
@@ -86,11 +79,6 @@ def measure(path: Path, factory: Callable[[], nn.Module], width: int = 1024) -> 
     """Measure a saved model in this process, which ``warm`` has prepared: MiB of each of ``FIGURES``.
 
     The peak is what was resident at most beyond what was before, and kept what still is afterwards.
-
-    Args:
-        path: of the file.
-        factory: makes the model that ``lowmem.load`` loads it into.
-        width: of the model's inputs and outputs.
     """
     figures: dict[str, float] = {}
     generator = torch.Generator().manual_seed(0)
@@ -113,13 +101,7 @@ def measure(path: Path, factory: Callable[[], nn.Module], width: int = 1024) -> 
 
 
 def warm(folder: Path, convert: Callable[[Callable[[], nn.Module]], nn.Module], width: int = 1024) -> None:
-    """Let this process import and allocate once what is not the measured model's.
-
-    Args:
-        folder: for a small file.
-        convert: makes a variant of a factory's model.
-        width: of the measured model's inputs.
-    """
+    """Let this process import and allocate once what is not the measured model's."""
     dense = nn.Sequential(nn.Linear(width, width), nn.LayerNorm(width), nn.Linear(width, width))
     for batch in BATCHES.values():
         _run_once(dense, batch, width)
@@ -286,18 +268,11 @@ class MeasurementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Baseline:
-    """What was stored: the figures, and how far off one may be.
+    """What was stored: the figures, and how far off one may be, in MiB."""
 
-    Attributes:
-        figures: MiB, the medians of ``runs``.
-        runs: of each variant.
-        spread: MiB by which the run that was furthest off differed from its median.
-        tolerance: MiB that a later figure may differ.
-    """
-
-    figures: Figures
-    runs: int
-    spread: float
+    figures: Figures  # medians
+    runs: int  # of each variant
+    spread: float  # by which the run that was furthest off differed from its median
     tolerance: float
 
 
@@ -329,6 +304,13 @@ def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[s
         measured[variant] = [_in_process(variant, folder) for _ in range(runs)]
         (folder / variant).unlink()
     return measured
+
+
+def printed_json(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
+    """Run a module of the benchmarks in a fresh process, and return the JSON of the last line that it prints."""
+    command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
+    run = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(run.stdout.splitlines()[-1])
 
 
 def _in_process(name: str, folder: Path) -> dict[str, float]:
@@ -385,13 +367,7 @@ def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
 
 
 def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[Row]:
-    """Compare this run with the baseline, in both directions.
-
-    Args:
-        baseline: what was stored.
-        now: the medians of this run.
-        variants: those that were asked for.
-    """
+    """Compare the medians of this run with the baseline, in both directions."""
     rows = []
     for variant in variants:
         before, after = baseline.figures.get(variant), now.get(variant)

@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,7 +30,7 @@ from rich.table import Table
 from torch import nn
 
 import lowmem
-from benchmarks.resident import ROOT, _mib, _status, reset_high_water
+from benchmarks.resident import _mib, _status, printed_json, reset_high_water
 from benchmarks.trained import manual, smollm2
 from lowmem.nn.adapter_autograd import LEAST_ROWS
 
@@ -45,19 +44,14 @@ BLOCK_LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 class Workload:
     """A model, what of it gets adapters, and the ways in which it is trained.
 
-    Attributes:
-        name: of the model.
-        adapted: the last names of the layers with adapters.
-        half: whether the base is bfloat16 and not nf4.
-        checkpoint: whether blocks are computed again in backward.
-        goals: by way, what its time, its step's MiB and its whole process may be, as shares of the peer's.
+    Goals are, by way, what its time, its step's MiB and its whole process may be, as shares of the peer's.
     """
 
     name: str
-    adapted: str
+    adapted: str  # the last names of the layers with adapters
     goals: dict[str, tuple[float | None, float | None, float | None]]
-    half: bool = False
-    checkpoint: bool = False
+    half: bool = False  # whether the base is bfloat16 and not nf4
+    checkpoint: bool = False  # whether blocks are computed again in backward
 
     @property
     def title(self) -> str:
@@ -251,10 +245,8 @@ def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterato
     """Measure each way in a fresh process, so many times in turns."""
     for _ in range(number):
         for way in WAYS:
-            command = [sys.executable, "-m", "benchmarks.training_steps", "--steps", str(steps)]
-            command += ["--folder", str(folder), "--measure", str(WORKLOADS.index(workload)), way]
-            run = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
-            yield way, Step(**json.loads(run.stdout.splitlines()[-1]))
+            what = ("--steps", str(steps), "--folder", str(folder), "--measure", str(WORKLOADS.index(workload)), way)
+            yield way, Step(**printed_json("training_steps", *what))
 
 
 def compare(workload: Workload, found: dict[str, list[Step]]) -> list[dict[str, Any]]:

@@ -70,11 +70,6 @@ def test_the_picture_shows_the_imports():
     assert picture == drawn(reduced(folder_imports())), "draw it again: python -m tests.imports"
 
 
-def test_a_reduced_graph_keeps_what_no_longer_path_implies():
-    graph = {"a": {"b", "c", "d"}, "b": {"c"}, "c": set(), "d": {"c"}, "e": {"a", "c"}}
-    assert reduced(graph) == {"a": {"b", "d"}, "b": {"c"}, "c": set(), "d": {"c"}, "e": {"a"}}
-
-
 def test_every_file_and_folder_that_the_page_names_exists():
     text = re.sub(r"```.*?```", "", PAGE.read_text(encoding="utf8"), flags=re.DOTALL)
     named = re.findall(r"`([\w.]+/[\w./]*)`", text)

@@ -54,12 +54,7 @@ def test_the_command_lists_the_faults_and_refuses_others(capsys):
 
 
 class Pool:
-    """A pool whose workers run nothing: what each run gives is known before.
-
-    Args:
-        clean: how the tests of FAULT end without a fault, where they do not pass.
-        planted: how they end with a fault, where they do not fail.
-    """
+    """A pool whose workers run nothing: how FAULT's tests end without a fault, and those of faults with them."""
 
     def __init__(self, clean="passed", **planted):
         self.clean, self.planted = clean, planted

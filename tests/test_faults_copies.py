@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from tests.faults.copies import QUIET, SOURCE, Copy, _outcome
+from tests.faults.copies import SOURCE, Copy, _outcome
 from tests.selection import rows_in_one_case
 
 FORKS = pytest.mark.skipif(not hasattr(os, "fork"), reason="faults are tried in forks, which this system has not")
@@ -116,9 +116,3 @@ def test_compiled_code_is_that_of_the_file_before_while_and_after_it_is_changed(
     with copy.changed("a.py", "VALUE = 2\n"):
         assert value() == "2"
     assert value() == "1"
-
-
-def test_what_the_tests_start_finds_the_profile_of_these_runs():
-    environment = {**os.environ, **QUIET}
-    done = subprocess.run([sys.executable, "-c", "import conftest"], cwd=SOURCE, env=environment, check=False)
-    assert done.returncode == 0

@@ -17,7 +17,7 @@ from lowmem.finetuning.text import read_examples
 from lowmem.io.adapters import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.formats.gguf.fields import read_existing
+from lowmem.io.formats.gguf.fields import model_fields, read_existing
 from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.report.timings import read_run
@@ -28,37 +28,19 @@ from lowmem.transforms.calibration.finished_units import FinishedUnits
 from tests import fuzzing
 from tests.fuzzing import Reader
 from tests.io.formats import peft_model
+from tests.io.formats.folders import CONFIG
 from tests.io.formats.test_hostile_folders import CONFIGS, parts_of
 from tests.io.formats.test_hostile_folders import write as write_shards
-from tests.io.formats.written import LLAMA, gguf, read_all
+from tests.io.formats.written import gguf, read_all
 
 SAMPLES = Path(__file__).parent / "io/formats/samples"
 SAMPLED = sorted(file.name for file in SAMPLES.iterdir() if file.suffix in (".safetensors", ".gguf"))
 KEY = Key("portable", "2.13", 2)
 FIELDS = {
-    **LLAMA,
-    "llama.block_count": 1,
-    "llama.context_length": 64,
-    "llama.embedding_length": 32,
-    "llama.feed_forward_length": 32,
-    "llama.attention.key_length": 16,
-    "llama.attention.value_length": 16,
-    "llama.rope.dimension_count": 16,
-    "llama.attention.layer_norm_rms_epsilon": 1e-5,
-    "llama.vocab_size": 32,
+    "general.architecture": "llama",
+    **model_fields(CONFIG),
     "general.alignment": b"\4\0\0\0\x20\0\0\0",
     "tokenizer.ggml.tokens": ["a", "b"],
-}
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 32,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "max_position_embeddings": 64,
-    "rms_norm_eps": 1e-5,
-    "vocab_size": 32,
 }
 
 

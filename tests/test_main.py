@@ -49,43 +49,25 @@ BAD_USAGE = [
     ["unknown"],
     ["stats", "--unknown"],
     ["stats", "--\x1b[31m"],
-    ["stats", "q4"],
     ["stats", "\x1b[31m\u202e\n"],
     ["stats", "x" * 10_000],
-    *(["stats", name] for name in ("", "lowmem:BigNet@", ":", ":BigNet")),
     ["stats", "--json", "--markdown"],
-    *(["stats", "bignet", "--batch", text] for text in ("0", "two", "9999999999999", "9" * 19, "9" * 5000)),
-    *(
-        ["stats", "bignet", "--input-shape", text]
-        for text in ("3,-1", "9" * 14, f"1024,{'9' * 20},3", "9," * 999 + "9")
-    ),
-    *(["stats", "bignet", "--seed", text] for text in ("-1", "9" * 20)),
-    *(["compare", "--tolerance", text] for text in ("-1", "x", "nan")),
+    *(["stats", "bignet", "--batch", text] for text in ("two", "9999999999999")),
+    *(["stats", "bignet", "--input-shape", text] for text in ("3,-1", "9" * 14, "9," * 999 + "9")),
+    ["compare", "--tolerance", "nan"],
     ["compare", "bignet"],
-    ["compare", "bignet", ""],
     ["fit"],
-    *(["fit", name] for name in ("", "q4")),
-    *(["fit", "lora", "--rank", text] for text in ("0", "1.5", "999999999999", "9" * 5000)),
+    *(["fit", "lora", "--rank", text] for text in ("0", "999999999999")),
     ["fit", "low_precision", "--rank", "4"],
-    *(["fit", "lora", "--epochs", text] for text in ("0", "9" * 20)),
-    ["fit", "lora", "--lr", "nan"],
     *(["fit", "lora", "--data", text] for text in ("", "\0.npz", "mnist", "missing.npz")),
     *(["fit", "lora", "--save", text] for text in ("", "\0")),
-    ["quantize", "a", "b", "--block-size", "9" * 20],
-    ["bundle", "missing", "name"],
 ]
 
 
-def test_bad_usage_is_one_line_and_exit_code_2(capsys):
+def test_bad_usage_is_one_line_and_exit_code_2(refused):
     for argv in BAD_USAGE:
-        assert run(*argv) == 2
-        shown = capsys.readouterr()
-        assert shown.out == ""
-        assert shown.err.count("\n") == 1
-        assert shown.err.startswith("lowmem")
-        assert len(shown.err) < 300
-        assert shown.err[:-1].isprintable()
-        assert not any(word in shown.err for word in (".cpp", ".h:", "c10::", "Exception raised"))
+        told = refused(*argv)
+        assert not any(word in told for word in (".cpp", ".h:", "c10::", "Exception raised"))
 
 
 def failing(monkeypatch, error):
@@ -190,9 +172,8 @@ class StateExits(Model):
 
 
 @pytest.fixture
-def user_module(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "main_models.py").write_text(USER_MODEL)
+def user_models(user_module):
+    user_module("main_models", USER_MODEL)
 
 
 @pytest.mark.processes
@@ -205,7 +186,7 @@ def user_module(tmp_path, monkeypatch):
     ],
     ids=lambda argv: argv[0],
 )
-@pytest.mark.usefixtures("user_module")
+@pytest.mark.usefixtures("user_models")
 def test_with_json_all_that_a_model_prints_goes_to_stderr(argv):
     Path("main_models.py").write_text(f"import atexit\natexit.register(print, 'at the end')\n{USER_MODEL}")
     process = start(*argv, "--json", stdout=subprocess.PIPE)
@@ -223,10 +204,8 @@ def test_with_json_all_that_a_model_prints_goes_to_stderr(argv):
         ("StateExits", ["stats"]),
     ],
 )
-@pytest.mark.usefixtures("user_module")
-def test_a_model_that_calls_sys_exit_is_bad_input(name, argv, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    monkeypatch.delitem(sys.modules, "main_models", raising=False)
+@pytest.mark.usefixtures("user_models")
+def test_a_model_that_calls_sys_exit_is_bad_input(name, argv, capsys):
     assert run(*argv, f"main_models:{name}") == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -255,7 +234,7 @@ def test_a_closed_pipe_ends_it_as_it_ends_other_programs(argv):
     argv=[("stats",), ("stats", "--json"), ("compare", "bignet"), ("fit", "--epochs", "1")],
     place=["forward", "module", "factory"],
 )
-@pytest.mark.usefixtures("user_module")
+@pytest.mark.usefixtures("user_models")
 def test_a_closed_pipe_that_the_user_s_model_writes_to_ends_it_likewise(argv, place):
     prints = dict.fromkeys(("module", "factory", "forward"), "pass") | {place: "print('x' * 100, flush=True)"}
     Path("main_prints.py").write_text(
@@ -272,7 +251,7 @@ def test_a_closed_pipe_that_the_user_s_model_writes_to_ends_it_likewise(argv, pl
 
 @pytest.mark.processes
 @posix
-@pytest.mark.usefixtures("user_module")
+@pytest.mark.usefixtures("user_models")
 def test_a_pipe_of_the_model_s_own_that_is_closed_is_bad_input():
     Path("main_own.py").write_text(
         "import os\ndef make():\n    reader, writer = os.pipe()\n    os.close(reader)\n    os.write(writer, b'x')\n"
@@ -327,7 +306,7 @@ CLOSES = [
     does=CLOSES,
     argv=[("stats",), ("stats", "--json"), ("compare", "main_closes:make"), ("fit", "--epochs", "1")],
 )
-@pytest.mark.usefixtures("user_module")
+@pytest.mark.usefixtures("user_models")
 def test_results_are_printed_whatever_a_factory_does_to_stdout(does, argv):
     text = f"import io, sys\nfrom torch import nn\ndef make():\n    {does}\n    return nn.Linear(1024, 4)\n"
     Path("main_closes.py").write_text(text)
@@ -388,10 +367,3 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
     finally:
         signal.signal(signal.SIGHUP, before)
     assert handlers == [signal.SIG_IGN, signal.default_int_handler]
-
-
-def test_python_m_lowmem_is_the_same():
-    process = start("stats", "q4", stdout=subprocess.PIPE)
-    out, err = process.communicate(timeout=300)
-    assert (process.returncode, out) == (2, "")
-    assert err.startswith("lowmem stats: variant='q4' is unknown: choose from bignet")

@@ -63,12 +63,6 @@ def test_a_sample_is_the_beginning_of_a_larger_one_and_a_seed_draws_another(tree
     assert draw(tree, 3, seed=1) != few
 
 
-def test_code_in_front_changes_no_mutant_of_what_follows(tree):
-    before = {(mutant.line, mutant.mutant) for mutant in draw(tree)}
-    (tree / "lowmem" / "area.py").write_text("import math\n\n" + CODE)
-    assert {(mutant.line, mutant.mutant) for mutant in draw(tree)} == before
-
-
 def test_a_module_without_tests_is_an_error_that_names_it(tree):
     (tree / "tests" / "test_area.py").unlink()
     with pytest.raises(ValueError, match=r"^lowmem/area.py has no tests: there is no tests/test_area.py"):
@@ -88,12 +82,7 @@ def test_every_module_that_is_drawn_from_has_tests():
 
 
 class Pool:
-    """A pool whose workers run nothing: what each run gives is known before.
-
-    Args:
-        clean: how the first tests end without a mutant; the others pass.
-        lives: the numbers of mutants that no test kills.
-    """
+    """A pool whose workers run nothing: how the first tests end without a mutant, and which mutants live."""
 
     def __init__(self, clean="passed", lives=()):
         self.clean, self.lives = clean, lives
@@ -135,11 +124,3 @@ def test_tests_that_fail_without_a_mutant_are_named_and_their_mutants_not_tried(
         out = capsys.readouterr().out
         assert "FAILED    without a change: tests/test_area.py failed: tests/test_area.py::test_it\n" in out
         assert out.count("\nkilled ") == tried
-
-
-def test_a_module_that_is_not_drawn_from_is_one_line_and_exit_2(capsys):
-    assert mutants.main(["lowmem/gone.py"]) == 2
-    out, err = capsys.readouterr()
-    assert out == ""
-    assert err.startswith("mutants: lowmem/gone.py is none of the modules")
-    assert err.count("\n") == 1

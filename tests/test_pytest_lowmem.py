@@ -365,13 +365,6 @@ def test_the_figures_that_the_last_gate_leaves_fail_and_are_named(project, run):
     assert "no gate was measured" not in run("--lowmem-baseline=update")[1]
 
 
-def test_help_explains_options_and_fixtures(run):
-    said = run("--help")[1] + run("--fixtures")[1]
-    options = "--lowmem-baseline={compare,store,update}", "lowmem_baselines"
-    for text in (*options, "memory_gate(model, *inputs", "latency_gate"):
-        assert text in said
-
-
 LATENCY = """
 import pytest
 from lowmem.testing import latency

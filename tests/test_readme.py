@@ -231,7 +231,3 @@ def test_every_link_leads_to_a_page_and_heading_that_exist(name):
         page = (ROOT / name).parent / path if path else ROOT / name
         assert page.exists(), target
         assert not anchor or anchor in anchors(page.read_text(encoding="utf8")), target
-
-
-def test_the_anchors_are_those_of_headings_alone():
-    assert anchors("# A `b`, c: d-e\n```\n# no\n```\n## F") == {"a-b-c-d-e", "f"}

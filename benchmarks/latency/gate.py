@@ -30,20 +30,12 @@ AGAIN_TURNS = 3
 
 @dataclass(frozen=True)
 class Options:
-    """What a run of the gate is asked for.
+    """What a run of the gate is asked for."""
 
-    Attributes:
-        base: a reference; its merge base with HEAD is the base.
-        threshold: 0.05 lets a workload be 5% slower.
-        cache: where wheels are kept.
-        workloads: a shell pattern of names.
-        gates: ``latency``, ``instructions``, or both.
-    """
-
-    base: str
-    threshold: float
-    cache: Path
-    workloads: str = "*"
+    base: str  # a reference; its merge base with HEAD is the base
+    threshold: float  # 0.05 lets a workload be 5% slower
+    cache: Path  # of wheels
+    workloads: str = "*"  # a shell pattern of names
     gates: tuple[str, ...] = ("latency", "instructions")
 
 

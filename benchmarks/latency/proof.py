@@ -42,30 +42,17 @@ BEGIN, END = "<!-- gate-proof -->\n", "<!-- end -->\n"
 
 @dataclass(frozen=True)
 class Case:
-    """What is run, how often, and what has to come of it.
-
-    Attributes:
-        name: what the table calls it.
-        runs: how many.
-        alarm: whether a gate has to fail, or none may.
-        file: where a fault is planted; empty: base against base.
-        found: the text that the fault replaces; it occurs once.
-        planted: the fault.
-        gates: which are run: ``latency`` (with instructions), ``memory``, ``resident``, or the gate of
-            the guide, ``guide``, also with a ``slower`` candidate.
-        busy: how many other processes keep a core busy each.
-        decided: at least so many runs must pass or fail, and not be undecided; None: all runs.
-    """
+    """What is run, how often, and what has to come of it."""
 
     name: str
     runs: int = 5
-    alarm: bool = True
-    file: str = ""
-    found: str = ""
+    alarm: bool = True  # whether a gate has to fail, or none may
+    file: str = ""  # where a fault is planted; empty: base against base
+    found: str = ""  # the text that the fault replaces; it occurs once
     planted: str = ""
-    gates: tuple[str, ...] = ("latency",)
-    busy: int = 0
-    decided: int | None = None
+    gates: tuple[str, ...] = ("latency",)  # which are run: the keys of run_case's commands
+    busy: int = 0  # how many other processes keep a core busy each
+    decided: int | None = None  # so many runs at least must pass or fail, and not be undecided; None: all
 
 
 OF_MEMORY = ("memory", "resident")  # without a baseline of this kernel they fail
@@ -136,11 +123,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--cache", type=Path, default=ROOT / ".tox" / "gate-cache", metavar="DIR")
     parser.add_argument("--workloads", default="*", metavar="PATTERN", help="time these alone, for a quick look")
-    parser.add_argument(
-        "--already-busy",
-        action="store_true",
-        help="other work keeps a core busy: no process is started, and cases that need quiet are left out",
-    )
     parser.add_argument("--table", action="store_true", help="run nothing: print what was found")
     parser.add_argument(
         "--page", type=Path, metavar="FILE", help="put the table into this page: docs/benchmarking.md"
@@ -157,12 +139,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             given.results.parent.mkdir(parents=True, exist_ok=True)
             check_writable(given.results)  # before a run of minutes
         for case in () if given.table else chosen:
-            if given.already_busy and not (case.busy or case.alarm):
-                continue  # these need a machine that does nothing else
             runs = case.runs if given.runs is None else min(given.runs, case.runs)
             while sum(run["case"] == case.name for run in found) < runs:
                 with planted(case) as clone:
-                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads, given.already_busy))
+                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads))
                 write_results(given.results, found)
                 print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr)
         if given.page:
@@ -199,11 +179,8 @@ def planted(case: Case) -> Iterator[Path]:
         yield clone
 
 
-def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy: bool) -> dict[str, Any]:
-    """Run the case's gates once, and return which rows of which raised an alarm.
-
-    ``already_busy``: other work keeps a core busy, whatever the case.
-    """
+def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, Any]:
+    """Run the case's gates once, and return which rows of which raised an alarm."""
     out = clone.parent / "verdicts"
     out.mkdir(exist_ok=True)
     variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
@@ -230,7 +207,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
             raise GateError(f"{case.name}: the {gate} gate ended with {done.returncode}: {said[-1]}")
 
     # Those of memory beside each other, as where a merge is gated: they judge bytes.
-    with busy_cores(0 if already_busy else case.busy), ThreadPoolExecutor() as pool:
+    with busy_cores(case.busy), ThreadPoolExecutor() as pool:
         list(pool.map(run, case.gates))
     alarms: dict[str, list[str]] = {}
     undecided: dict[str, list[str]] = {}
@@ -248,7 +225,7 @@ def run_case(case: Case, clone: Path, cache: Path, workloads: str, already_busy:
         "seconds": round(time.monotonic() - began),
         "machine": machine(),
         "workloads": workloads,
-        "beside": "other work" if already_busy else ("nothing", "a loop", "two loops")[case.busy],
+        "beside": ("nothing", "a loop", "two loops")[case.busy],
         "commit": git(ROOT, "rev-parse", "HEAD"),
     }
 
@@ -258,11 +235,8 @@ def read_results(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        runs = json.loads(path.read_text(encoding="utf8"))["runs"]
-        for run in runs if isinstance(runs, list) else [{}]:
-            if not (isinstance(run["case"], str) and isinstance(run["alarms"], dict) and type(run["seconds"]) is int):
-                raise ValueError(f"case, alarms or seconds of {run!r:.80}")
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))["runs"]
+    except (ValueError, KeyError, TypeError) as error:
         raise GateError(f"{path} holds no results of a proof ({error!r}): remove it, or name another") from error
     return runs
 

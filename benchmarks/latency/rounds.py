@@ -135,16 +135,10 @@ def measure(
     settled: Callable[[Times], bool] = lambda _: False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Times], dict[str, str]]:
-    """Run rounds.
+    """Run rounds, in which a workload takes part until its times are settled.
 
-    Args:
-        start: starts the processes of a round.
-        numbers: of the rounds.
-        only: whether a workload is measured.
-        turns: how often base, head and base go there and back in a round; workloads of long calls go once.
-        long_every: workloads of long calls take part in each so many rounds.
-        settled: whether the times so far suffice: the workload takes part in no further round.
-        progress: is told what begins.
+    Base, head and base go there and back so many ``turns`` in a round. Workloads of long calls go once, in each
+    ``long_every``-th round.
 
     Returns:
         The times of each workload, and of those that a side cannot run, which side and why: ``"base: ..."``.

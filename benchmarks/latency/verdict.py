@@ -1,13 +1,4 @@
-"""From times to verdicts: pure functions of numbers.
-
-A workload is slower when, measured in fresh processes after it first looked so, all of this holds:
-
-- the Hodges-Lehmann estimate of head against base is beyond the threshold;
-- it is beyond the noise floor: how far base lies from base, measured by the same rounds in the same job;
-- Wilcoxon's signed-rank test says so, after Holm's correction over all workloads (Holm 1979).
-
-Times by the clock on the wall count only in rounds in which no thread waited for a core
-(``lowmem.testing.disturbance``). Where too few rounds are left, or they prove nothing, the workload is undecided.
+"""From times to verdicts: pure functions of numbers. docs/benchmarking.md says what makes a workload slower.
 
 The unit of all statistics is a round, which starts processes of its own: layout, allocator and hash seed stay the
 same as long as a process lives, so that calls of one process are no independent witnesses.
@@ -85,13 +76,7 @@ def looks_different(times: Times, threshold: float) -> bool:
 
 
 def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -> list[Row]:
-    """Return a row for each workload.
-
-    Args:
-        first: what all workloads took.
-        second: what those took that needed a second look, in fresh processes.
-        threshold: 0.05 lets a workload be 5% slower.
-    """
+    """Return a row for each workload; ``second`` is what those took that needed a second look."""
     p_values = dict.fromkeys(first, 1.0)
     for name, times in second.items():
         if len((clean := times.clean()).head) >= FEWEST_AGAIN:

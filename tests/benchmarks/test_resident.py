@@ -156,12 +156,6 @@ def test_a_figure_may_differ_by_the_tolerance_in_both_directions(value, verdict)
     assert (row.base, row.head) == (10.0, value)
 
 
-def test_a_variant_that_only_one_side_has_is_new_or_missing():
-    baseline = Baseline({"old": dict.fromkeys(FIGURES, 1.0)}, 5, 0.1, 0.5)
-    rows = compare(baseline, moved(), ["old", "lora"])
-    assert [(row.name, row.verdict) for row in rows] == [("old", "missing"), ("lora", "new")]
-
-
 def runs(*values):
     return [dict.fromkeys(FIGURES, 1.0) | {"load_peak": value} for value in values]
 
@@ -203,13 +197,9 @@ def test_the_median_counts_and_not_the_run_that_was_disturbed():
     [
         ({"torch": "2.4"}, "its figures are of backend=avx2, torch=2.4"),
         ({"figures": {"lora": 1}}, "it is damaged .lora: the figures"),
-        ({"figures": {"lora": {"load_peak": 1.0}}}, "it is damaged .lora: the figures"),
-        ({"figures": {"lora": dict.fromkeys(FIGURES, "1")}}, "lora: load_peak='1' must be a number"),
         ({"figures": {"lora": dict.fromkeys(FIGURES, float("nan"))}}, "load_peak=nan must be a number"),
-        ({"tolerance_mib": None}, "tolerance_mib=None must be a number"),
         ({"tolerance_mib": 10**400}, "tolerance_mib=1000.* must be a number"),
         ({"runs": "5"}, "runs='5' must be a number"),
-        ({"spread_mib": float("inf")}, "spread_mib=inf must be a number"),
         ({"tolerance_mib": 0.0}, "tolerance_mib=0.0 must be above 0"),
         ({"tolerance_mib": 1.0}, "tolerance_mib=1.0 must be above 0 and at most 0.7"),
     ],
@@ -370,19 +360,6 @@ def test_a_system_that_cannot_map_libraries_or_reset_the_mark_or_has_many_proces
     monkeypatch.setattr(resident.os, "cpu_count", lambda: 2)
     monkeypatch.setattr(resident, "reset_high_water", Path("/no such file").read_text)
     assert "No such file" in resident.unsupported()
-
-
-def test_the_verdict_is_written_as_json(gate):
-    path = gate.path.parent / "new" / "out.json"
-    figures = moved(step_peak=12.0)
-    assert gate("--json", str(path), measured=[figures, figures])[0] == 1
-    document = json.loads(path.read_text())
-    assert (document["gate"], document["passed"]) == ("resident", False)
-    assert document["base"] == f"benchmarks/memory/resident-{KEY.name}.json"
-    assert {row["verdict"] for row in document["rows"] if row["figure"] == "step_peak"} == {"grew"}
-    assert {row["verdict"] for row in document["rows"] if row["figure"] != "step_peak"} == {"same"}
-    assert gate("--json", str(path), measured=[moved()])[0] == 0
-    assert json.loads(path.read_text())["passed"] is True
 
 
 def test_a_verdict_that_cannot_be_written_or_would_replace_a_baseline_is_one_line(gate, tmp_path):

@@ -29,12 +29,7 @@ def refuse(command: str, reason: str) -> int:
 def clean_outcomes(
     runs: Iterable[tuple[Tests, Outcome]], fine: Container[str]
 ) -> tuple[dict[Tests, Outcome], list[Tests]]:
-    """Return how tests end without a change, and those that fail, which could not tell a change: print each of these.
-
-    Args:
-        runs: tests, and how they ended.
-        fine: the verdicts that are no failure.
-    """
+    """Return how tests end without a change, and those that fail, which could not tell a change: print these."""
     ended, broken = {}, []
     for tests, outcome in runs:
         ended[tests] = outcome
@@ -46,12 +41,7 @@ def clean_outcomes(
 
 
 def refuse_broken(broken: Sequence[object], left: int) -> None:
-    """Raise a ValueError where tests fail without a change.
-
-    Args:
-        broken: those tests.
-        left: how many changes were not tried, since they need them.
-    """
+    """Raise a ValueError where tests fail without a change, which so many changes need that were not tried."""
     if broken:
         count = f"{len(broken)} sets of tests fail, and {left} were not tried"
         raise ValueError(f"without a change {count}: first {broken[0]}")

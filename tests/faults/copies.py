@@ -62,28 +62,18 @@ OPTIONS = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run of tests ended.
+    """How a run of tests ended."""
 
-    Attributes:
-        verdict: "passed", "failed", "crashed" or "timed out"; "unusable" where pytest ran no test at all.
-        seconds: that it took.
-        first: the first test that failed, or how the run ended.
-        output: of pytest.
-    """
-
-    verdict: str
+    verdict: str  # "passed", "failed", "crashed", "timed out", or "unusable" where pytest ran no test at all
     seconds: float
-    first: str
+    first: str  # the first test that failed, or how the run ended
     output: str = field(repr=False)
 
 
 class Copy:
-    """A copy of a tree.
+    """A copy of a tree in an empty folder.
 
-    Args:
-        root: an empty folder, which the copy is made in.
-        source: the tree that is copied.
-        objects: of its C files, which the library is linked of where one of them is changed, or the tree has none.
+    Its library is linked of ``objects`` where a C file is changed, or the tree has none.
     """
 
     def __init__(self, root: Path, source: Path, objects: Path | None) -> None:
@@ -179,12 +169,9 @@ def _write(path: Path, content: bytes) -> None:
 
 
 def _wait(process: int, deadline: float, mask: Iterable[int]) -> int | None:
-    """Return the status that a child ended with; None where it had to be killed at the deadline.
+    """Return the status that a child, which leads a session, ended with; None where it was killed at the deadline.
 
-    Args:
-        process: the child, which leads a session of its own.
-        deadline: of the monotonic clock.
-        mask: the signals that are blocked while it waits.
+    The signals of ``mask`` are blocked while it waits.
     """
     ended = 0
     try:

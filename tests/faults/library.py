@@ -19,11 +19,7 @@ class BuildError(Exception):
 
 
 def compile_all(tree: Path, objects: Path) -> None:
-    """Compile every C file of a tree into ``objects``, but what is there already and newer than all sources.
-
-    Raises:
-        BuildError: a file does not compile.
-    """
+    """Compile every C file of a tree into ``objects``, but what is there already and newer than all sources."""
     objects.mkdir(parents=True, exist_ok=True)
     newest = max(path.stat().st_mtime for path in (tree / CSRC).iterdir())
     for unit in sorted((tree / CSRC).glob("*.c")):
@@ -40,17 +36,9 @@ def compile_unit(unit: Path, made: Path) -> None:
 
 
 def rebuild(tree: Path, objects: Path, file: str, kernel: str, scratch: Path) -> None:
-    """Link a tree's library anew, with what the binding and one kernel make of a changed file.
+    """Link a tree's library anew, with what the binding and the kernel that serves make of a changed file.
 
-    Args:
-        tree: whose library it is.
-        objects: of the unchanged files.
-        file: the name of the changed one.
-        kernel: the one that serves; the others keep what they had.
-        scratch: a folder for the new objects.
-
-    Raises:
-        BuildError: it does not compile, or neither includes the file.
+    ``objects`` holds those of the unchanged files, and ``scratch`` gets the new ones.
     """
     scratch.mkdir(exist_ok=True)
     made = {path.name: path for path in sorted(objects.glob("*.o"))}
@@ -73,11 +61,7 @@ def link(tree: Path, objects: Sequence[Path]) -> None:
 
 
 def kernels(tree: Path) -> list[str]:
-    """Return the compiled kernels of a tree that this processor can run.
-
-    Raises:
-        BuildError: its library cannot be loaded.
-    """
+    """Return the compiled kernels of a tree that this processor can run."""
     script = "from lowmem.kernels.native import load; print(*(name for name, runs in load()[0].isas() if runs))"
     done = subprocess.run([sys.executable, "-c", script], cwd=tree, capture_output=True, text=True)
     if done.returncode:

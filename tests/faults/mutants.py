@@ -69,23 +69,14 @@ SELECT = "not mebibyte and not larger_layer and not 256_kib"
 
 @dataclass(frozen=True)
 class Mutant:
-    """One change of one place in a file.
-
-    Attributes:
-        file: the module.
-        number: of the changed line.
-        line: the lines that change, without their indent.
-        mutant: what they become.
-        text: of the changed file.
-        tests: the files of tests that must kill it.
-    """
+    """One change of one place in a file."""
 
     file: str
-    number: int
-    line: str
-    mutant: str
-    text: str
-    tests: tuple[str, ...]
+    number: int  # of the changed line
+    line: str  # the lines that change, without their indent
+    mutant: str  # what they become
+    text: str  # of the changed file
+    tests: tuple[str, ...]  # the files of tests that must kill it
 
     def __str__(self) -> str:
         return f"{self.file}:{self.number}: {self.line!r} -> {self.mutant!r}"
@@ -103,11 +94,7 @@ def modules(root: Path = SOURCE) -> list[str]:
 
 
 def mirror_tests(file: str, root: Path = SOURCE) -> tuple[str, ...]:
-    """Return the files of the tests that must kill a module's mutants.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Return the files of the tests that must kill a module's mutants."""
     name = PurePosixPath(file)
     folder = str(name.parent).removeprefix("lowmem").strip("/.")
     mirror = f"{folder}/test_{name.stem}".strip("/")

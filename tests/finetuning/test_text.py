@@ -84,7 +84,6 @@ def test_a_tokenizer_that_ends_texts_itself_ends_no_prompt(tmp_path):
     ("line", "why"),
     [
         ("{", "is no JSON object"),
-        ("[" * 100_000, "is no JSON object"),
         ([1], "is no JSON object"),
         ('{"text": "a\\ud800"}', "it has half of a surrogate pair"),
         ({"prompt": "a", "txt": "b"}, "it has keys 'prompt', 'txt'; give it text"),
@@ -94,7 +93,6 @@ def test_a_tokenizer_that_ends_texts_itself_ends_no_prompt(tmp_path):
         ({"prompt": "a", "completion": ""}, "completion='' must be"),
         ({"messages": []}, "messages=[] must be a list of messages"),
         ({"messages": [{"content": "a"}]}, "is no message: it needs role and content"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}]}, "is no message"),
         ({"messages": [{"role": "user", "content": "a"}]}, "nothing to learn"),
     ],
 )

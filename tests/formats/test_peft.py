@@ -109,15 +109,6 @@ def test_peft_computes_the_same_and_its_own_folder_comes_back(tmp_path, name, st
         assert adapter.scaling == same[place].scaling
 
 
-def test_outputs_are_within_1e_6_in_float32(tmp_path):
-    for name in MODELS:
-        base = made(name).float()
-        model = randomize(convert(copy.deepcopy(base), LoRA(2, **RANKED[name]), where=everything), std=0.1)
-        save_adapter(model, tmp_path / name, format="peft")
-        theirs = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / name)
-        assert_near(outputs(theirs), outputs(model), 1e-6)
-
-
 CONFIGS = {  # how PEFT may name the layers of each model
     "parts": [
         {"target_modules": ["fc", "embed", "conv"], "exclude_modules": ["inner.fc"], "lora_alpha": 3.5},

@@ -29,7 +29,6 @@ from lowmem.io.atomic import (
     write_atomically,
     write_errors,
 )
-from tests.selection import rows_in_one_case
 
 
 def test_a_file_or_the_target_of_a_link_is_written_and_nothing_else_is_left(tmp_path):
@@ -110,19 +109,6 @@ def test_what_cannot_be_written_is_named(tmp_path):
     with pytest.raises(OSError, match="Is a directory|cannot write"), atomic_file(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
-
-
-@rows_in_one_case("path", [Path("x" * 500), Path("x" * 500, "file"), Path(*["x" * 200] * 30)])
-def test_a_path_that_is_too_long_is_shortened_in_the_error(path):
-    for function in (check_writable, lambda path: write_atomically(path, b""), check_readable):
-        with pytest.raises(OSError, match=r"^cannot (read|write) '.*xxx\.\.\.xxx.*': File name too long; ") as caught:
-            function(path)
-        assert len(str(caught.value)) < 500
-
-
-def check_readable(path):
-    with open_regular(path):
-        pass
 
 
 def test_a_new_file_can_be_read_back_and_changed_before_it_gets_its_name(tmp_path):

@@ -7,8 +7,6 @@ import sys
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 import lowmem
@@ -190,12 +188,7 @@ def lora(metadata):
             lambda m: lora(m)[0].update(rank=10**18),
             r"layers.0.adapters.default.weight.lora_a is .*\(3, 24\).* at rank 10{18}$",
         ),
-        (lambda m: lora(m)[0].update(rank=2**63), "at rank 9223372036854775808$"),
         (lambda m: lora(m)[0].update(rank=-1), "adapters of layers.0 is not lowmem's: rank=-1 must be a positive"),
-        (lambda m: lora(m)[0].update(rank=None), "rank=None must be a positive integer; upgrade lowmem, or get"),
-        (lambda m: lora(m)[0].update(active=1), "active=1 must be true or false"),
-        (lambda m: lora(m)[0].update(more=1), "'more' is unknown; upgrade lowmem"),
-        (lambda m: lora(m).append(lora(m)[0]), "adapter 'default' is there twice"),
         (
             lambda m: lora(m).append({**lora(m)[0], "name": "\x1b[2J"}),
             r"lacks layers.0.adapters.\\x1b\[2J.weight.lora_a$",
@@ -209,8 +202,6 @@ def lora(metadata):
         (lambda m: m["adapters"].update({"again": [{**lora(m)[0], "alpha": 1}]}), "adapts again and layers.0 diff"),
         (lambda m: m.update(adapters=[]), "record of the adapters is not lowmem's: it is "),
         (lambda m: m["layers"]["conv"].update(block_size=None), "record of conv is not lowmem's: block_size=None"),
-        (lambda m: m["layers"]["conv"].update(bits=4), "'bits' is unknown"),
-        (lambda m: m["layers"].update(conv=[[]]), "record of conv is not lowmem's: it is "),
         (lambda m: m["layers"].update({"\x1b]0;x\x07": m["layers"]["conv"]}), r"has a layer '\\x1b\]0;x\\x07' that"),
         (lambda m: m["layers"].update({"x\n" * 10**5: m["layers"]["conv"]}), r"has a layer 'x\\nx\\nx.* that"),
         (
@@ -223,10 +214,6 @@ def lora(metadata):
         (lambda m: m.clear(), "something else"),
         (lambda m: m.update(layers=[]), "something else"),
         (lambda m: m.update(kind="adapter"), "load it with load_adapter"),
-        (
-            lambda m: m["layers"].update(conv={"technique": "Magic"}),
-            "of conv is not lowmem's: .*'Magic' is unknown",
-        ),
         (lambda m: m["adapters"].update(none=[]), "adapters for none: the model has no layer"),
     ],
 )
@@ -260,49 +247,6 @@ def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
     write_tensors(tmp_path / "m", tensors, metadata)
     with pytest.raises(FileError, match=r"lora_a and .*lora_a differ in it, and are one tensor"):
         load(tmp_path / "m", Small)
-
-
-JSON_VALUES = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.sampled_from([0, -1, 1, 2, 3, 8, 24, 64, 2**31, 2**63 - 1, 2**63, 10**18, 0.5, 1e308, 5e-324])
-    | st.sampled_from(["", "Half", "FourBit", "nf4", "float16", "layers.0", "default", "a.b", "[red]", "\x1b[2J\n"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["rank", "name", "x"]), inner),
-)
-
-
-@given(st.data())
-def test_a_record_with_anything_anywhere_is_refused_in_a_line_or_is_one(tmp_path_factory, data):
-    directory = tmp_path_factory.mktemp("records")
-    model = data.draw(st.sampled_from(["nf4", "half", "lora", "qlora"]))
-    save(small(model), directory / "m")
-
-    def change(metadata):
-        for _ in range(data.draw(st.integers(1, 3))):
-            holder = metadata
-            while True:
-                keys = list(holder) if isinstance(holder, dict) else range(len(holder))
-                key = data.draw(st.sampled_from(keys)) if keys else "x"
-                child = holder[key] if keys else None
-                if not isinstance(child, dict | list) or data.draw(st.integers(0, 4)) == 0:
-                    break
-                holder = child
-            value = data.draw(JSON_VALUES)
-            if isinstance(holder, list):
-                holder[:] = [value] if not holder else [*holder[:key], value, *holder[key + 1 :]]
-            elif data.draw(st.booleans()):
-                holder[key] = value
-            else:
-                holder[data.draw(st.sampled_from(["x", "name", "compute_dtype", ""]))] = value
-
-    rewritten(directory / "m", change)
-    try:
-        loaded = load(directory / "m", Small)
-    except FileError as error:
-        assert str(error).isprintable()  # noqa: PT017  either is fine
-        assert len(str(error)) < 700  # noqa: PT017
-    else:
-        assert not any(t.is_meta for t in (*loaded.parameters(), *loaded.buffers()))
 
 
 def test_bad_arguments_are_named(tmp_path):

@@ -189,15 +189,6 @@ def test_a_file_in_which_any_bit_changed_or_that_was_cut_anywhere_is_refused():
                 read(path)
 
 
-@given(st.integers(0, len(FILE)), st.binary(min_size=1, max_size=9), st.booleans())
-def test_a_file_with_other_bytes_is_refused(place, more, insert):
-    content = FILE[:place] + more + FILE[place if insert else place + len(more) :]
-    if content != FILE:
-        refused(content)
-    if place >= DIGEST.stop:  # as if someone meant it
-        accepted_as_canonical(sealed(content))
-
-
 def accepted_as_canonical(content):
     """Check that a file with a valid digest is refused, or is exactly what lowmem writes for what it holds."""
     with a_file(content) as path:
@@ -268,11 +259,7 @@ def changed_header(old, new):
 
 @rows_in_one_case(("content", "reason"), [
         (changed_header(b"[0,8]", b"[0,9]"), "'layer.bias' has 9 bytes, and its shape takes 8; get it again"),
-        (changed_header(b"[8,16]", b"[0,8]"), "there is an overlap"),
-        (changed_header(b"[20,27]", b"[21,28]"), "there is a gap"),
-        (changed_header(b'"U8"', b'"U9"'), "dtype 'U9', which is none of"),
         (changed_header(b'"step"', b'"codes"'), "the JSON has a name twice|metadata is not lowmem's"),
-        (changed_header(b'"shape":[7]', b'"shape":[-7]'), "must be at most 64 sizes that are 0 or more"),
         (changed_header(b'"shape":[7]', b'"shape": [7]'), "not laid out as lowmem does it"),
         (sealed(FILE + b"\0"), "the tensors take 27 bytes, and 28 are there"),
         (changed_header(b'version\\":1', b'version\\":2'), r"newer lowmem \(format version 2; this one reads 1\)"),
@@ -306,8 +293,6 @@ PLAIN = safetensors.torch.save({"a": torch.ones(3)}, {"format": "pt"})
         (b"", "it is empty; get it again"),
         ((len(FILE) - 7).to_bytes(8, "little") + FILE[8:], "its header takes .* bytes, and it ends after .*; get it"),
         (b"\0", "it is no safetensors file, or is damaged; name a safetensors file"),
-        (b"\0" * 100, "it is no safetensors file, or is damaged; name a safetensors file"),
-        (b"The quick brown fox jumps over the lazy dog", "it is no safetensors file, or is damaged"),
         (b"{" * 100, "it is no safetensors file, or is damaged"),
         (b"\x08" + b"\0" * 7 + b"{" * 8, "it is damaged or no safetensors file: the JSON is broken"),
         (b"\x40\x42\x0f" + b"\0" * 5 + b'{"a":' * 200000, "nested too deeply"),

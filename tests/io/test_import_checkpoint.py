@@ -46,21 +46,6 @@ def test_every_weight_that_is_kept_comes_back_in_a_model_of_layers_to_the_bit(tm
         torch.testing.assert_close(model.layer(x), x @ expected.T, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
 
 
-def test_a_gguf_file_in_one_file_or_in_shards(tmp_path):
-    source = SAMPLES / "types.gguf"
-    rows = import_checkpoint(source, tmp_path / "whole.safetensors")
-    kept = {row.name: row.kept for row in rows}
-    assert kept["lm_head.weight"] == "float16"
-    assert kept["model.layers.1.mlp.down_proj.weight"] == "uint4, block_size=32, scales=float16_offsets"
-    done = []
-    import_checkpoint(source, tmp_path / "a.safetensors", shard_bytes=6000, progress=lambda *one: done.append(one))
-    assert done == [(row.name, row.before_bytes) for row in rows]
-    whole, parts = (read_model(tmp_path / name) for name in ("whole.safetensors", "a.safetensors.index.json"))
-    assert whole.metadata["layers"] == parts.metadata["layers"]
-    assert whole.tensors.keys() == parts.tensors.keys()
-    assert all(torch.equal(value, parts.tensors[name]) for name, value in whole.tensors.items())
-
-
 def test_dense_tensors_stay_are_rounded_or_quantized_as_asked(tmp_path):
     source = tmp_path / "in.safetensors"
     parts, _ = layer(1, 32, 8, 16)

@@ -11,7 +11,7 @@ from lowmem.errors import FileError
 from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.safetensors import TensorSpec
-from lowmem.io.source import Checkpoint, Source
+from lowmem.io.source import Checkpoint
 
 STATE = {"codes": torch.arange(7, dtype=torch.uint8), "bias": torch.tensor([0.25, -1.0]), "empty": torch.zeros(3, 0)}
 
@@ -37,14 +37,6 @@ def test_a_checkpoint_that_is_cut_while_it_is_open_is_refused(tmp_path):
     reason = "no valid safetensors file: the tensors take .* get it again"
     with pytest.raises(FileError, match=reason), Checkpoint(path):
         pass
-
-
-def test_a_source_knows_its_tensors_and_files(tmp_path):
-    safetensors.torch.save_file({"layers.0.weight": torch.zeros(24, 24)}, tmp_path / "in")
-    with Source(tmp_path / "in") as source:
-        assert source.paths == {(tmp_path / "in").resolve()}
-        assert source.specs["layers.0.weight"] == TensorSpec(torch.float32, (24, 24))
-        assert source.read_tensor("layers.0.weight").shape == (24, 24)
 
 
 def test_a_checkpoint_without_tensors_is_refused(tmp_path):

@@ -98,13 +98,7 @@ def test_memory_has_every_byte_of_every_variant():
             readable_bytes(size) for size in (footprint.stored_bytes, footprint.forward_bytes, footprint.step_bytes)
         }
     for narrow in (False, True):
-        spec = spec_of("memory", narrow)
-        for number, panel in enumerate(spec["vconcat" if narrow else "hconcat"]):
-            axes = [layer["encoding"]["y"]["axis"] for layer in panel["layer"]]
-            assert {axis.get("labels", True) for axis in axes} == {narrow or number == 0}  # else the first has them
-            assert {axis["grid"] for axis in axes} == {False}  # bars need no lines across them
-            rows_of = panel["layer"][0]["encoding"]["y"]["scale"]
-            assert all(0 < rows_of[padding] < 0.5 for padding in ("paddingInner", "paddingOuter"))
+        for panel in spec_of("memory", narrow)["vconcat" if narrow else "hconcat"]:
             domain = panel["layer"][0]["encoding"]["x"]["scale"]["domain"]
             largest = max(row["size"] for row in panel["layer"][1]["data"]["values"])
             assert domain == [0, pytest.approx(largest * panel["width"] / (panel["width"] - 62))]  # room for a label
@@ -147,23 +141,10 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
     first, second = spec["hconcat"]
     assert [layer["mark"]["type"] for layer in first["layer"]] == ["rule", "text", "rule", "line", "point"]
     assert [layer["mark"]["type"] for layer in second["layer"]] == ["rule", "text", "line", "point"]  # no intervals
-    titles = [panel["layer"][-1]["encoding"]["y"].get("title") for panel in (first, second)]
-    assert titles == ["times as fast", None]
-    phone = spec_of("speed", narrow=True)["vconcat"]
-    assert {panel["layer"][-1]["encoding"]["y"]["title"] for panel in phone} == {"times as fast"}
     for chart, reference in (("peers", "lowmem's nf4"), ("speed", "dense")):
         rule, text = spec_of(chart)["hconcat"][0]["layer"][:2]
         assert rule["data"] == text["data"]
         assert text["data"]["values"] == [{"batch": 1, "speed": 1.0, "text": reference}]
-    names = [f"series {number}" for number in range(9)]  # one more than there are colours and shapes
-    many = charts.speed_chart([replace(report().timings[0], name=name) for name in names], True)
-    points = many.to_dict()["vconcat"][0]["layer"][-1]["encoding"]
-    for channel, known in (("color", LIGHT), ("shape", charts.SHAPES)):
-        scale = points[channel]["scale"]
-        assert scale["domain"] == names
-        assert len(set(scale["range"])) == 8
-        assert scale["range"][8] == scale["range"][0]
-        assert {one.removeprefix("var(--").removesuffix(")") for one in scale["range"]} <= set(known)
     slow = [replace(timing, speed=0.9, low=0.7, high=0.95) for timing in report().timings[:3]]
     for given in (slow, [replace(timing, low=None, high=None) for timing in slow]):
         chart = charts.speed_chart(given, False)

@@ -50,14 +50,13 @@ def test_of_many_groups_the_largest_are_drawn():
 @rows_in_one_case("narrow", [False, True])
 def test_errors_against_bits_are_within_their_axes_and_above_the_bound(narrow):
     found = report()
-    heights = []
     for points in (found.distortions, found.distortions[:1]):
         chart = distortion_chart(points, narrow)
         assert_readable(chart, narrow)
         panels = chart.to_dict()["vconcat" if narrow else "hconcat"]
         assert [panel["title"] for panel in panels] == list(dict.fromkeys(f"{p.scales} scales" for p in points))
         last = max(point.bits_per_weight for point in points)
-        for number, panel in enumerate(panels):
+        for panel in panels:
             area, line, label, *marks = panel["layer"]
             bound = area["data"]["values"]
             assert line["data"]["values"] == bound
@@ -74,19 +73,13 @@ def test_errors_against_bits_are_within_their_axes_and_above_the_bound(narrow):
                 low, high = mark["encoding"]["y"]["scale"]["domain"]
                 assert low < min(row["error"] for row in rows)
                 assert max(p.error for p in points) < high < 2 * max(p.error for p in points)
-                title = mark["encoding"]["y"].get("title")
-                assert title == ("relative error of the weights" if narrow or number == 0 else None)
-            heights.append(panel["height"])
-        assert mark["encoding"]["x"]["axis"]["tickMinStep"] == 0.5
         assert last < mark["encoding"]["x"]["scale"]["domain"][1] < last + 0.5
-    assert set(heights) == {230 if narrow else 300}  # a phone stacks them
 
     few = replace(found.qualities[0], bits=3.2, error=0.4)
     lost = [replace(few, error=error, series="8 bits") for error in (0.0, math.inf, math.nan)]
     for qualities in (found.qualities, [few, *lost]):
         chart = quality_chart(qualities, narrow)
         assert_readable(chart, narrow)
-        assert chart.to_dict()["height"] == heights[0]
         (line, points), wanted = chart.to_dict()["layer"], [one for one in qualities if one not in lost]
         x, y = (points["encoding"][axis]["scale"]["domain"] for axis in "xy")
         assert x[0] == min(4.0, *(one.bits for one in wanted))
@@ -126,11 +119,6 @@ def test_groups_and_ratios_are_within_their_axes(narrow):
     assert costs["encoding"]["x"]["axis"]["values"] == [1, 10, 100, 1000]
     assert loses["data"]["values"] == [{"name": f"~{LONG}", "variant": "small", "value": 0.09}]
     assert loses["encoding"]["x"]["axis"]["values"] == [0.01, 0.1, 1.0]
-    for panel, shown in ((costs, True), (loses, narrow)):
-        assert panel["encoding"]["y"]["axis"].get("labels", True) == shown
-        assert panel["encoding"]["y"]["axis"]["grid"]
-        assert panel["encoding"]["color"]["scale"]["range"] == ["var(--grey)", "var(--blue)"]
-        assert panel["encoding"]["shape"]["scale"]["range"] == ["circle", "square"]
     for dense, small, ticks in ((8, 2, [1, 10]), (80, 9, [1, 10, 100])):  # with room on both sides
         close = [replace(groups[0], dense_bytes=1024 * dense, bytes={"small": 1024 * small})]
         costs, _ = group_chart(close, ["small"], narrow).to_dict()[stack]

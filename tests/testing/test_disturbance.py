@@ -18,6 +18,12 @@ class Machine:
         self.now = self.waited = self.own = 0.0
         self.others, self.stolen, self.slept = others, stolen, []
 
+    def work(self, seconds, waits=0.0):
+        """Let this process take a core for some seconds, while its threads wait for a share of them."""
+        self.now += seconds
+        self.own += seconds
+        self.waited += waits * seconds
+
     def watch(self, **changes):
         def cores():
             return self.own + (self.others + self.stolen) * self.now, self.stolen * self.now, 2
@@ -30,9 +36,7 @@ class Machine:
         shares = iter(waits)
 
         def run():
-            self.now += seconds
-            self.own += seconds
-            self.waited += next(shares) * seconds
+            self.work(seconds, next(shares))
             taken.append(seconds * (1 + len(taken) / 8))
             return taken[-1]
 

@@ -107,16 +107,6 @@ def test_a_key_without_a_file_fails_and_names_the_keys_that_have_one_until_it_ge
         OTHER.path(session.directory).unlink()
 
 
-def test_what_two_workers_measure_is_stored_in_one_file(gates):
-    controller = gates("store")
-    for number in range(2):
-        worker = gates("store")
-        worker.judge(f"test_b.py::test[{number}]", "test_b.py::test", KEY, moved(step=number))
-        controller.merge(json.loads(json.dumps(worker.dump())))
-    controller.write()
-    assert stored(controller).keys() == {TEST, "test_b.py::test[0]", "test_b.py::test[1]"}
-
-
 @pytest.mark.parametrize(
     ("stored_name", "collected", "complete", "passed", "gone"),
     [

@@ -10,37 +10,21 @@ from torch import nn
 
 from lowmem.testing import latency
 from lowmem.testing.call import ModelError
-from lowmem.testing.disturbance import Watch
 from lowmem.testing.latency import FEWEST_ROUNDS, FIRST_ROUNDS, MOST_ROUNDS, Speedup, measure_speedup
 from lowmem.testing.ratios import Ratio
 from tests.selection import rows_in_one_case
+from tests.testing.test_disturbance import Machine
 
 
-class Clock:
-    """A clock that moves during calls only, on two cores; other work takes ``others`` of them."""
-
-    def __init__(self, others=0.0):
-        self.now, self.others, self.waited = 0.0, others, 0.0
+class Clock(Machine):
+    """A clock that moves during calls only."""
 
     def __call__(self):
         return self.now
 
     def call(self, seconds, noise=0.0, seed=0):
         draw = np.random.default_rng(seed)
-
-        def run(*inputs, **named):
-            self.now += seconds * math.exp(noise * draw.standard_normal())
-
-        return run
-
-    def watch(self):
-        return Watch(
-            waited=lambda: self.waited,
-            cores=lambda: ((1 + self.others) * self.now, 0.0, 2),
-            own=lambda: self.now,
-            timer=self,
-            sleep=lambda seconds: None,
-        )
+        return lambda *inputs, **named: self.work(seconds * math.exp(noise * draw.standard_normal()))
 
 
 @pytest.fixture(autouse=True)
@@ -86,8 +70,7 @@ class Load:
             slowdown, waits = self.slowdowns[self.calls // 24 % len(self.slowdowns)]
             self.calls += 1
             taken = seconds * (slowdown if longer else 1)
-            self.clock.now += taken
-            self.clock.waited += taken * waits
+            self.clock.work(taken, waits)
 
         return run
 
@@ -168,7 +151,7 @@ class Seen(nn.Module):
         self.layer, self.clock, self.seen = nn.Linear(4, 4), clock, set()
 
     def forward(self, x, *, more):
-        self.clock.now += 1e-2
+        self.clock.work(1e-2)
         out = self.layer(x) + more
         self.seen.add((self.training, out.requires_grad))
         return out

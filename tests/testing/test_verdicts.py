@@ -82,14 +82,10 @@ def test_what_a_newer_gate_adds_is_passed_over(tmp_path):
         (changed("gate", to="weather"), "gate is 'weather'"),
         (changed("passed", to=1), "passed is 1"),
         (changed("base", to=None), "base is None"),
-        (changed("machine", to=[]), "machine is []"),
-        (changed("rows", to={}), "rows is {}"),
         (changed("rows", 0, to=7), "row 0 is 7"),
         (changed("rows", 1, "verdict", to="worse"), "row 1: verdict is 'worse'"),
-        (changed("rows", 1, "ratio", to="1"), "row 1: ratio is '1'"),
         (changed("rows", 1, "ratio", to=True), "row 1: ratio is True"),
         (changed("rows", 0, "ratio", to=-1), "row 0: ratio is -1"),
-        (changed("rows", 0, "low", to=0), "row 0: low is 0"),
         (changed("rows", 0, "name", to=["x"]), "row 0: name is"),
     ],
 )
@@ -119,17 +115,6 @@ def test_a_row_without_a_figure_is_refused(tmp_path):
 )
 def test_figures_may_differ_by_the_tolerance(base, head, tolerance, verdict):
     assert verdict_of(base, head, tolerance) == verdict
-
-
-DAMAGED = {"empty": b"", "cut": b'{"a": 1', "not text": b"\xff\xfe", "nested too deeply": b"[" * 100_000}
-
-
-@rows_in_one_case("content", DAMAGED.values())
-def test_json_that_is_damaged_is_refused_with_the_remedy(tmp_path, content):
-    (tmp_path / "a.json").write_bytes(content)
-    with pytest.raises(FileError, match=r"a\.json.*write it again with the gate or the benchmarks") as found:
-        read_json(tmp_path / "a.json")
-    assert "\n" not in str(found.value)
 
 
 def test_json_that_is_too_large_is_not_read_and_a_missing_file_is_an_os_error(tmp_path, monkeypatch):

@@ -276,32 +276,6 @@ def test_the_bundle_of_lowmem_imports_itself_and_not_the_installed_one(lowmem_zi
     assert info["location"] == str(lowmem_zip / "lowmem")
 
 
-@pytest.mark.processes
-def test_the_bundle_of_lowmem_measures_a_model(lowmem_zip):
-    done = run_zip(lowmem_zip, "stats", "bignet", "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert json.loads(done.stdout)[0]["total_params"] == 18_903_040
-
-
-@pytest.mark.processes
-def test_errors_from_inside_a_bundle_read_as_those_of_the_command(lowmem_zip):
-    done = run_zip(lowmem_zip, "stats", "nosuch")
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("lowmem stats: ")
-    assert done.stderr.count("\n") == 1
-
-
-@pytest.mark.skipif(not shutil.which("sha256sum"), reason="needs sha256sum")
-def test_sha256sum_verifies_what_was_unzipped_and_notices_a_change(lowmem_zip, here):
-    shutil.unpack_archive(lowmem_zip, here)
-    check = ["sha256sum", "--check", "--strict", "--quiet", MANIFEST]
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    Path("lowmem/version.py").write_text("altered")
-    done = subprocess.run(check, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (1, "lowmem/version.py: FAILED\n")
-
-
 def test_one_line_on_stderr_says_what_was_written(project, capsys):
     bundled(project)
     payload = Path("out.zip").read_bytes()
@@ -401,13 +375,6 @@ def test_files_with_the_usual_names_of_secrets_are_left_out_unread(project, monk
     assert not {Path(name).name for name in SECRETS} & set(read)
 
 
-def test_no_memory_is_one_line(project, refused, monkeypatch):
-    for error in (MemoryError(), OSError(12, "Cannot allocate memory")):
-        with monkeypatch.context() as patch:
-            patch.setattr(Path, "read_bytes", lambda path, error=error: (_ for _ in ()).throw(error))
-            assert "memory" in refused(project)
-
-
 @pytest.mark.parametrize(("name", "method"), [("README.md", "read_bytes"), ("toy", "iterdir"), (".", "iterdir")])
 def test_an_unreadable_file_or_folder_is_refused(project, refused, monkeypatch, name, method):
     secret = project / name
@@ -439,19 +406,10 @@ def test_an_existing_destination_is_refused(project, refused, make):
         assert "'out.zip' exists; remove it or choose another name" in refused(directory)
 
 
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("nowhere/out", "cannot write 'nowhere/out.zip': No such file"),
-        ("file/out", "cannot write 'file/out.zip': Not a directory"),
-        ("x" * 300, "xxx.zip': File name too long"),
-        ("loop/out", "cannot write 'loop/out.zip'"),
-    ],
-)
-def test_an_unwritable_destination_is_refused(project, refused, name, reason):
-    Path("file").touch()
+def test_an_unwritable_destination_is_refused(project, refused):
     Path("loop").symlink_to("loop")
-    assert reason in refused(project, name)
+    for name in ("nowhere/out", "loop/out"):
+        assert f"cannot write '{name}.zip': " in refused(project, name)
 
 
 @pytest.mark.parametrize("appears_at", ["fsync", "link", None])

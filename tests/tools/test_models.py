@@ -40,33 +40,14 @@ class Exits(nn.Module):
     def forward(self, x):
         raise SystemExit(0)
 
-class Unreadable(Exception):
-    def __str__(self):
-        raise ValueError("no text")
-
 class Base(BaseException):
     pass
-
-def unreadable():
-    raise Unreadable
 
 def base():
     raise Base("odd")
 
-def long():
-    raise ValueError("x" * 10_000)
-
 def lines():
     raise ValueError("first\\nsecond \\x1b[31m")
-
-def colored():
-    raise ValueError("\\x1b[31m\\u202e[bold]")
-
-def deep():
-    return deep()
-
-def stops():
-    raise StopIteration("early")
 
 def no_memory():
     raise MemoryError
@@ -126,13 +107,8 @@ def test_a_variant_applies_to_a_factory(user_models):
         ("", "variant='' is unknown: choose from"),
         ("user_models:small@", "variant='' is unknown: choose from"),
         (":small", "cannot import '': ValueError: Empty module name"),
-        ("user_models:unreadable", "calling it failed: Unreadable: its text cannot be shown: ValueError"),
         ("user_models:base", "calling it failed: Base: odd"),
-        ("user_models:long", "calling it failed: ValueError: xxxx"),
         ("user_models:lines", "calling it failed: ValueError: first$"),
-        ("user_models:colored", r"calling it failed: ValueError: .x1b.31m.u202e.bold.$"),
-        ("user_models:deep", "calling it failed: RecursionError: maximum recursion depth"),
-        ("user_models:stops", "calling it failed: StopIteration: early"),
         ("user_models:no_memory", "calling it failed: out of memory"),
         ("user_models:no_tensor_memory", "calling it failed: "),
         ("user_models:Overrides@half_precision", "cannot be built: LookupError: not listed"),
@@ -158,13 +134,6 @@ def test_a_working_directory_that_is_gone_is_not_looked_into(tmp_path, monkeypat
     (tmp_path / "gone").rmdir()
     assert models.make_model("torch.nn:ReLU").training
     monkeypatch.chdir(tmp_path)
-
-
-def test_a_failing_call_names_the_model_and_the_remedy():
-    with pytest.raises(
-        ValueError, match=r"model='mine' cannot take this input: RuntimeError: .*mat1 and mat2.*check the input"
-    ):
-        models.run_model("mine", lambda: torch.nn.Linear(3, 3)(torch.ones(1, 4)))
 
 
 @pytest.mark.parametrize("name", ["Asserts", "Key", "Exits"])

@@ -94,9 +94,7 @@ def test_json_and_shards(checkpoint, capsys):
         (["--block-size", "7"], "block_size=7 must be an even number"),
         (["--shard-size", "many"], "'many' must be a size such as 2GB"),
         (["--include", "nothing*"], "matches no tensor"),
-        (["--shard-size", "9" * 400 + "GB"], "must be a size"),
         (["--bits", "4.1"], "Budget(bits=4.1) is out of reach: these weights take 4.3"),
-        (["--exclude", "\x1b*"], "matches no tensor"),
     ],
 )
 def test_bad_options_are_one_line(checkpoint, options, message, refused):

@@ -142,13 +142,3 @@ def test_an_order_that_leaves_columns_out_is_refused_when_it_is_read(tmp_path):
             pytest.raises(FileError, match=r"a.weight_order' does not name each of 64 columns once; get it again"),
         ):
             model.weights["a.weight"].plain()
-
-
-def test_a_weight_in_8_bits_has_a_column_for_each_code(tmp_path):
-    weights = weights_of(fourbit("int8", block_size=32, scales="float16"))
-    for path in (write_folder(tmp_path / "f", weights), write_file(tmp_path / "a.safetensors", weights)):
-        with open_stored(path) as model:
-            for name, expected in weights.items():
-                assert model.weights[name].shape == tuple(expected.shape)
-                if isinstance(expected, QuantizedTensor):
-                    assert torch.equal(model.weights[name].plain().dequantize(), expected.dequantize())

@@ -17,8 +17,6 @@ from lowmem.io.formats.quantized_folder import Packed
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.tensor import QuantizedTensor
 
-HUGE = (0, 1, 2**31, 2**32 - 1, 2**62, 2**63, 2**64 - 1)
-
 
 def text(value: str | bytes) -> bytes:
     raw = value.encode() if isinstance(value, str) else value

@@ -124,17 +124,12 @@ def test_numbers_of_an_existing_file_that_no_model_has_are_refused(tmp_path):
     for key, value in (
         ("rope.dimension_count", 2**31),
         ("rope.dimension_count", 18),  # a head has 16 columns
-        ("rope.dimension_count", 15),
         ("context_length", 0),
-        ("context_length", [128]),
         ("attention.head_count_kv", [2]),
-        ("attention.key_length", "16"),
         ("attention.value_length", True),
         ("rope.freq_base", 0.0),
-        ("rope.freq_base", [10000.0]),
         ("rope.scaling.factor", float("inf")),
         ("attention.layer_norm_rms_epsilon", "1e-6"),
-        ("attention.layer_norm_rms_epsilon", True),
     ):
         with pytest.raises(
             FileError, match=rf"a\.gguf': llama\.{key}={re.escape(repr(value))} .*; name another file$"
@@ -156,17 +151,13 @@ def test_tokens_of_an_existing_file_are_those_of_the_embedding(tmp_path):
 
     check()
     for name, value, told in (
-        ("tokens", "abc", "'abc' must be an array for 3 tokens"),
         ("tokens", ["a", "b"], "2 values of GGUF's type 8 must be an array for 3 tokens"),
         ("tokens", [1, 2, 3], "must be an array for 3 tokens"),
         ("scores", [0.0, 1.0], "must be an array for 3 tokens"),
-        ("scores", [0, 1, 2], "must be an array for 3 tokens"),
-        ("token_type", [1, 1, 1, 1], "must be an array for 3 tokens"),
         ("token_type", [1.0, 1.0, 1.0], "must be an array for 3 tokens"),
         ("merges", "a b", "'a b' must be an array of texts"),
         ("bos_token_id", 3, "3 must be one of 3 tokens"),
         ("eos_token_id", 2**32 - 1, "4294967295 must be one of 3 tokens"),
-        ("eot_token_id", [1], "must be one of 3 tokens"),
         ("unknown_token_id", "a", "'a' must be one of 3 tokens"),
         ("add_eos_token", 1, "1 must be true or false"),
         ("pre", ["default"], "must be a text"),

@@ -7,7 +7,6 @@ import copy
 import json
 import pickle
 import shutil
-import tempfile
 from pathlib import Path
 
 import pytest
@@ -125,12 +124,9 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
     ("fields", "message"),
     [
         ({"r": 0}, "r=0 must be a positive integer"),
-        ({"r": 1e30}, r"r=1e\+30 must be"),
-        ({"r": True}, "r=True must be"),
         ({"r": 10**18}, r"at rank 10{18}"),
         ({"r": 3}, "at rank 3"),
         ({"lora_alpha": 0}, "lora_alpha=0 must be a positive number"),
-        ({"lora_alpha": 1e300}, r"alpha=1e\+300 must be"),
         ({"lora_dropout": 1}, "lora_dropout=1 must be at least 0 and below 1"),
         ({"use_rslora": 1}, "use_rslora=1 must be true or false"),
         ({"bias": "some"}, "bias='some' is none of none, all, lora_only"),
@@ -141,7 +137,6 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
         ({"rank_pattern": {r"(?=fc)": 2}}, "has ASSERT of Python's re, which lowmem does not match"),
         ({"rank_pattern": {"(.*)*" * 300: 2}}, "pattern .* has 1515 characters|takes more|lacks|at rank"),
         ({"alpha_pattern": {"fc": -1}}, "alpha_pattern of 'fc'=-1 must be a positive number"),
-        ({"target_modules": {"fc": 1}}, "target_modules=.* must be a list of names"),
         ({"target_modules": [1]}, r"target_modules=\[1\] must be a list of names"),
         ({"target_modules": ["fc", "conv"]}, "embed.* belongs to nothing|embed.* is one of the base"),
         ({"target_modules": ["fc", "conv", "embed"], "exclude_modules": None}, "lacks the tensor .*inner.fc"),
@@ -159,20 +154,6 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
 )  # fmt: skip
 def test_a_config_that_says_something_else_is_refused(folder, fields, message):
     change(folder, **fields)
-    refused(folder, message)
-
-
-@rows_in_one_case(
-    ("text", "message"),
-    [
-        ("", "it is damaged: the JSON is broken"),
-        ("[]", r"it is \[\], and must be an object"),
-        ('{"peft_type": "LORA", "lora_alpha": NaN}', "the JSON has a NaN"),
-        ("[" * 10**6, "nested too deeply"),
-    ],
-)  # fmt: skip
-def test_a_damaged_config_is_refused(folder, text, message):
-    (folder / CONFIG).write_text(text)
     refused(folder, message)
 
 
@@ -343,30 +324,3 @@ def test_other_folders_and_files_say_what_they_are(folder, tmp_path):
     refused(folder, "it has no adapter_config.json: name a folder that save_pretrained of PEFT")
     (folder / "config.json").write_text("{}")
     refused(folder, "it is a model's folder, without an adapter")
-
-
-JSON = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers(-3, 2**70)
-    | st.floats(allow_nan=False, allow_infinity=False)
-    | st.text(max_size=9),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
-    max_leaves=6,
-)  # fmt: skip
-KEYS = sorted(json.loads((SAMPLE / CONFIG).read_text()))
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.dictionaries(st.sampled_from(KEYS), JSON, min_size=1, max_size=3))
-@example({"lora_alpha": 2**69})
-@example({"layers_to_transform": [2**69]})
-def test_any_values_in_a_config_load_or_are_refused(fields):
-    """Other changes of the files are drawn in test_fuzzed_files.py."""
-    with tempfile.TemporaryDirectory() as made:
-        folder = shutil.copytree(SAMPLE, Path(made) / "adapter")
-        change(folder, **fields)
-        try:
-            load_adapter(parts(), folder)
-        except FileError:
-            refused(folder, "cannot (read|load)")
