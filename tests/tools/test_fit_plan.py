@@ -80,7 +80,7 @@ def test_a_dry_run_names_its_counts_and_writes_nothing(folder, capsys):
     before = sorted(folder.parent.rglob("*"))
     told = planned(folder, capsys, "--save", str(folder.parent / "out"))
     assert "total for training" in told
-    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 layers" in told
+    assert f"with --memory fast, of 3 rows of {LENGTH} tokens: measured on at most 3 of its layers" in told
     assert sorted(folder.parent.rglob("*")) == before
 
 
