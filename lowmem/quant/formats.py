@@ -1,4 +1,4 @@
-"""The formats, as frozen data: no code branches on a format's name.
+"""The formats, as frozen data: storing and multiplying never branch on a format's name.
 
 A format is sixteen levels in [-1, 1], or 256 of them. A weight is ``levels[code] * scale``, with a scale per block.
 To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands pick it up from there. ``IMPORTED`` has
