@@ -96,9 +96,9 @@ def noted(tensor: Tensor, pack: Any) -> Again | None:
     )
 
 
-def compute_again(again: Again) -> Tensor:
-    """Return the saved tensor in its own dtype."""
-    return again.recompute(None).as_strided(again.shape, again.stride, again.offset)
+def compute_again(again: Again, dtype: torch.dtype | None = None) -> Tensor:
+    """Return the saved tensor, in a dtype or in its own."""
+    return again.recompute(dtype).as_strided(again.shape, again.stride, again.offset)
 
 
 def differentiable_once(x: Tensor) -> Tensor:

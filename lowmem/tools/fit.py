@@ -107,7 +107,6 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--from",
-        dest="start",
         type=file_path,
         metavar="ADAPTER",
         help="continue from the values of an adapter, a folder or a file, in a run of its own",

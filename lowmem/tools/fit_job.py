@@ -205,7 +205,7 @@ def job_of(
         vocabulary,
         adapter,
         tuple(arguments.target or ()),
-        arguments.start,
+        getattr(arguments, "from"),
         arguments.base_name or str(folder.resolve()),
         tokenizer.tokenizer,
         arguments.memory or "fast",
@@ -237,7 +237,8 @@ def default_lr(rank: int) -> float:
 
 def _adapter(arguments: argparse.Namespace) -> LoRA:
     """Return the adapter to train: a new one, or one of the rank of ``--from``."""
-    if arguments.start is None:
+    start = getattr(arguments, "from")  # a word of Python's own
+    if start is None:
         dropout = arguments.dropout or 0.0
         if dropout >= 1:
             raise ValueError(f"--dropout={dropout:g} must be below 1")
@@ -247,7 +248,7 @@ def _adapter(arguments: argparse.Namespace) -> LoRA:
             raise ValueError(f"{option_of(name)} is that of the adapter that --from names: leave it out")
     if arguments.dry_run:
         raise ValueError("--dry-run plans a new adapter: give --rank in place of --from")
-    return LoRA(adapter_facts(arguments.start).rank)
+    return LoRA(adapter_facts(start).rank)
 
 
 def _files_of(adapter: Path) -> list[Path]:

@@ -124,9 +124,9 @@ def test_a_config_that_is_damaged_is_one_line_without_transformers_own(place, ca
             {"hidden_size": 32},
             "'model.embed_tokens.weight' has the shape (258, 64), and by its config.json (258, 32)",
         ),
-        ({"hidden_size": "64"}, "its config.json is of no language model: StrictDataclass"),
-        ({"num_attention_heads": 5}, "its config.json is of no language model: StrictDataclass"),
-        ({"model_type": "nosuch"}, "its config.json is of no language model: ValueError"),
+        ({"hidden_size": "64"}, "its config is of no language model: StrictDataclass"),
+        ({"num_attention_heads": 5}, "its config is of no language model: StrictDataclass"),
+        ({"model_type": "nosuch"}, "its config is of no language model: ValueError"),
         (
             {"rope_parameters": {"rope_type": "nosuch"}},
             "cannot load 'llama': config.json has rope_parameters.rope_type='nosuch', which transformers",

@@ -13,7 +13,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e zoo")
 
 from lowmem import FourBit, LoRA, convert, prepare_training, release_training, restore, training_report
-from lowmem.kernels import rowwise
+from lowmem.quant.backend import backend_of
 from lowmem.training import activations, fused_functions
 from lowmem.training.logits import LazyLogits
 from tests.rounding import unit
@@ -167,9 +167,10 @@ def test_a_wrong_gradient_is_told_from_rounding(name, monkeypatch):
         prepare_training(one)
     assert_within(exact_step(wide, inputs), exact, (SAME, SAME))
     assert_within(step(model, inputs), exact, bounds)
-    norm_grad, gated_grad, wrong = rowwise.norm_grad, rowwise.gated_grad, 1 + 1e-6
-    monkeypatch.setattr(rowwise, "norm_grad", lambda grad, *given: norm_grad(grad * wrong, *given))
-    monkeypatch.setattr(rowwise, "gated_grad", lambda grad, *given: gated_grad(grad * wrong, *given))
+    backend, wrong = backend_of(torch.zeros(1)), 1 + 1e-6
+    norm_grad, gated_grad = backend.norm_grad, backend.gated_grad
+    monkeypatch.setattr(backend, "norm_grad", lambda grad, *given: norm_grad(grad * wrong, *given))
+    monkeypatch.setattr(backend, "gated_grad", lambda grad, *given: gated_grad(grad * wrong, *given))
     for activation, (function, of_torch) in fused_functions._OF_TORCH.items():  # torch's own, in float64
 
         def wrong_grad(grad, x, of_torch=of_torch):

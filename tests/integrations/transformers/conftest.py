@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from tests.tools.conftest import refused, results  # noqa: F401 - fixtures of commands
+from tests.conftest import refused, results  # noqa: F401 - fixtures of commands
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

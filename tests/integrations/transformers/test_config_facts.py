@@ -29,7 +29,7 @@ def test_sizes_and_who_stored_it(tmp_path):
     change_config(folder, quantization_config={"quant_method": "gptq"})
     assert stored_by(folder) == "gptq"
     (folder / "config.json").write_text("{}")
-    with pytest.raises(FileError, match=r"its config.json is of no language model"):
+    with pytest.raises(FileError, match=r"its config is of no language model"):
         sizes_of(folder)
 
 
