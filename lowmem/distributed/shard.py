@@ -7,7 +7,7 @@ import copy
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import distributed, nn
@@ -20,6 +20,8 @@ from lowmem.resident import trim_heap
 from lowmem.transforms.refusals import refuse_model
 from lowmem.transforms.registry import check_module, layer_name
 
+M = TypeVar("M", bound=nn.Module)
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -28,9 +30,7 @@ _FSDP = "torch.distributed.fsdp"
 _OF_FSDP = ("__composable_api_state_key", "_is_fsdp_managed_module", "_fsdp_use_orig_params")  # its attributes
 
 
-def shard(
-    model: nn.Module, mesh: DeviceMesh | None = None, *, mp_policy: MixedPrecisionPolicy | None = None
-) -> nn.Module:
+def shard(model: M, mesh: DeviceMesh | None = None, *, mp_policy: MixedPrecisionPolicy | None = None) -> M:
     """Let each process keep its part of a model's weights, gradients and optimizer state, in FSDP2::
 
         torch.distributed.init_process_group()  # torchrun has started this process
@@ -69,7 +69,7 @@ def shard(
     from torch.distributed.fsdp import fully_shard
 
     mesh = _checked_mesh(mesh) if mesh is not None else _all_processes(model)
-    units = [*blocks_of(model), model]
+    units: list[nn.Module] = [*blocks_of(model), model]
     _check_parameters(model, units, mp_policy)
     scalars = {one for one in model.parameters() if one.dim() == 0}  # frozen ones, which FSDP2 does not take
     options: dict[str, Any] = {"mesh": mesh} | ({"ignored_params": scalars} if scalars else {})
@@ -87,7 +87,7 @@ def shard(
     return model
 
 
-def gather(model: nn.Module) -> nn.Module | None:
+def gather(model: M) -> M | None:
     """Return a whole copy of a sharded model in rank 0, on the CPU, and None elsewhere; all processes must call it.
 
     Packed bytes are those that the model had before ``shard``. The sharded model stays as it is::

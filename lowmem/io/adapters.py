@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.placement import place_name, places_of
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @one_at_a_time
@@ -129,7 +131,7 @@ def adapter_facts(path: Path) -> AdapterFacts:
 
 @returns_free_pages
 @one_at_a_time
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str | None = None) -> nn.Module:
+def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None) -> M:
     """Load an adapter: of lowmem, onto the base that it was trained on, or a folder of PEFT.
 
     If the model has an adapter of that name with the same layers, ranks, alphas, dropouts and scalings, its values

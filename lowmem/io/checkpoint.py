@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
@@ -26,6 +26,8 @@ from lowmem.transforms.meta import make_on_meta
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -99,7 +101,7 @@ def _refuse_lazy(model: nn.Module) -> None:
             raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before save")
 
 
-def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.Module:
+def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
     """Build a model with the tensors of a file that ``save`` or ``lowmem quantize`` wrote.
 
     The tensors are views of the memory-mapped file: pages are read on first use, and changes stay in this process.
@@ -137,7 +139,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], nn.Module]) -> nn.M
     return model
 
 
-def _built(factory: Callable[[], nn.Module], file: TensorFile) -> nn.Module:
+def _built(factory: Callable[[], M], file: TensorFile) -> M:
     model = make_on_meta(factory)
     try:
         convert_skeleton(model, file.metadata, file.tensors)

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -32,12 +32,12 @@ from lowmem.training.recognize import recognize
 from lowmem.transforms.registry import check_module, layer_name, module_paths
 from lowmem.transforms.roles import output_layers
 
+M = TypeVar("M", bound=nn.Module)
+
 _MODES = "fast", "lean"
 
 
-def prepare_training(
-    model: nn.Module, memory: str = "fast", *, output: str | Iterable[str] = (), chunk: int = 256
-) -> nn.Module:
+def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[str] = (), chunk: int = 256) -> M:
     """Make the training steps of a model take less memory; the model is used as before.
 
     - "fast" and "lean": ``torch.nn.functional.cross_entropy`` of the output layers' logits computes these in chunks
@@ -113,7 +113,7 @@ def _fusable(model: nn.Module, lean: bool) -> dict[nn.Module, How]:
     return {one: how for one, how in (found | mlps).items() if one not in inner}
 
 
-def release_training(model: nn.Module) -> nn.Module:
+def release_training(model: M) -> M:
     """Undo ``prepare_training``; a model that is not prepared stays as it is.
 
     Raises:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -24,16 +24,18 @@ from lowmem.transforms.registry import layer_name
 from lowmem.transforms.select import no_match_message, select_modules
 from lowmem.transforms.store import add_first_adapter
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @one_at_a_time
 def add_adapter(
-    model: nn.Module,
+    model: M,
     name: str,
     technique: LoRA,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
-) -> nn.Module:
+) -> M:
     """Add a new, active adapter to every layer that LoRA supports and that ``where`` and ``skip`` select.
 
     Layers stay the same objects, as by ``convert``. The new adapter trains, other adapters do not change (active or
@@ -207,7 +209,7 @@ def deactivate(model: nn.Module, *names: str) -> None:
 
 @returns_free_pages
 @one_at_a_time
-def delete_adapter(model: nn.Module, name: str) -> nn.Module:
+def delete_adapter(model: M, name: str) -> M:
     """Delete an adapter. A layer without further adapters gets its own class back.
 
     Returns:

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -25,16 +25,18 @@ from lowmem.transforms.select import select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @returns_free_pages
 def convert(
-    model: nn.Module,
+    model: M,
     *techniques: Technique,
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
     parameters: Callable[[str, Tensor], bool] | None = None,
     at_most: float | None = None,
-) -> nn.Module:
+) -> M:
     """Apply techniques, left to right, to every module that the first one supports.
 
     ``Half`` and ``FourBit`` store the weights of linear and convolutional layers, embeddings, attention,

@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.summary import aligned
+
+M = TypeVar("M", bound=nn.Module)
 
 _SAME: Literal["same format"] = "same format"
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -107,36 +109,36 @@ class MergeReport(tuple[MergedLayer, ...]):
 
 @overload
 def merge(
-    model: nn.Module,
+    model: M,
     to: torch.dtype | Literal["same format"] = ...,
     *,
     at_most: float | None = ...,
     inputs: Any = ...,
     report: Literal[False] = ...,
-) -> nn.Module: ...
+) -> M: ...
 
 
 @overload
 def merge(
-    model: nn.Module,
+    model: M,
     to: torch.dtype | Literal["same format"] = ...,
     *,
     at_most: float | None = ...,
     inputs: Any = ...,
     report: Literal[True],
-) -> tuple[nn.Module, MergeReport]: ...
+) -> tuple[M, MergeReport]: ...
 
 
 @returns_free_pages
 @one_at_a_time
 def merge(
-    model: nn.Module,
+    model: M,
     to: torch.dtype | Literal["same format"] = _SAME,
     *,
     at_most: float | None = None,
     inputs: Any = None,
     report: bool = False,
-) -> nn.Module | tuple[nn.Module, MergeReport]:
+) -> M | tuple[M, MergeReport]:
     """Merge the active adapters into their bases permanently: ``W + s B A``, with the scaling s of each.
 
     Inactive adapters are dropped, so the output does not change. A half-precision weight is rounded once more. A

@@ -6,7 +6,7 @@ import copy
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -17,8 +17,10 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+M = TypeVar("M", bound=nn.Module)
 
-def make_on_meta(factory: Callable[[], nn.Module]) -> nn.Module:
+
+def make_on_meta(factory: Callable[[], M]) -> M:
     """Return the model that ``factory`` makes, with its parameters on the meta device and its buffers as they are.
 
     Each parameter is moved when its module registers it, so that one of them has memory at a time. The global random

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +19,18 @@ from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.select import select_modules
 from lowmem.transforms.ties import parameter_owners
 
+M = TypeVar("M", bound=nn.Module)
+
 
 @returns_free_pages
 @one_at_a_time
 def restore(
-    model: nn.Module,
+    model: M,
     *,
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
     dtype: torch.dtype | str | None = None,
-) -> nn.Module:
+) -> M:
     """Make stored parameters dense again: modules get their own class back, and values as ``dequantize`` gives them.
 
     Dense parameters do not require gradients; shared ones stay shared. Adapters are kept: their bases become dense.

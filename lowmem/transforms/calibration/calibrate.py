@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -38,13 +38,15 @@ from lowmem.transforms.select import select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import weight_key
 
+M = TypeVar("M", bound=nn.Module)
+
 _DEFAULT = FourBit()
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
 
 
 @returns_free_pages
 def calibrate(
-    model: nn.Module,
+    model: M,
     batches: Iterable[Any] | Literal["self"],
     technique: FourBit | Budget = _DEFAULT,
     *,
@@ -59,7 +61,7 @@ def calibrate(
     tokenizer: Any = None,
     seed: int = 0,
     temperature: float = 1.0,
-) -> nn.Module:
+) -> M:
     """Convert a model to 4 bits as ``convert`` does, with linear layers calibrated on sample inputs.
 
     GPTQ, arXiv 2210.17323, then coordinate descent and scales that are fitted again: minimizes
