@@ -168,6 +168,11 @@ class FourBit(Blockwise):
             if self.block_size is None:
                 object.__setattr__(self, "block_size", DEFAULT_BLOCK_SIZE)
         if not isinstance(self.format, str):
+            if not isinstance(self.format, Iterable):
+                raise ValueError(
+                    f"format={self.format!r} must be the name of a format, as 'nf4', or several names; dtypes of "
+                    "products are compute_dtype=, and EightBit() stores 8 bits"
+                )
             object.__setattr__(self, "format", tuple(self.format))  # a list would not be hashable
         if not self.format:
             raise ValueError(f"format={self.format!r} names no format: name one, or several to choose from")

@@ -248,6 +248,11 @@ def skeleton_of(
     skip: str | Iterable[str] = (),
 ) -> Skeleton:
     """Make and convert a model on the meta device; raises as ``plan``."""
+    if isinstance(make, nn.Module):
+        raise TypeError(
+            f"make is a {type(make).__name__}, a model with weights: pass what makes it, as its class or a function, "
+            "whose weights are never allocated"
+        )
     if not callable(make):
         raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
     if techniques:

@@ -109,6 +109,7 @@ def test_without_a_format_it_is_bof4s_in_blocks_of_32():
         ({"compute_dtype": torch.int16}, "compute_dtype=torch.int16 must be"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16' must be"),
         ({"embeddings": "8"}, "embeddings='8' must be '8bit' or '4bit'"),
+        ({"format": torch.int8}, r"format=torch.int8 must be the name of a format, as 'nf4'"),
     ],
 )
 def test_bad_options_of_four_bit_are_named(options, message):

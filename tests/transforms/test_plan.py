@@ -433,3 +433,8 @@ def test_selections_patterns_and_loftq_are_planned_as_they_are_converted():
         plan(make, FourBit(), LoRA(2, ranks={"7": 3}), batch=x)
     with pytest.raises(ValueError, match="loftq"):
         plan(make, LoRA(2, init="loftq"), batch=x)
+
+
+def test_a_model_in_place_of_what_makes_it_is_refused():
+    with pytest.raises(TypeError, match="make is a Linear, a model with weights: pass what makes it"):
+        plan(nn.Linear(8, 8), batch=torch.ones(1, 8))
