@@ -47,7 +47,7 @@ def test_the_base_and_the_adapter_in_llama_cpp_and_in_peft(tmp_path, monkeypatch
         with llama_cpp(tmp_path / f"{name}.gguf") as loaded:
             assert loaded.tokens("weights are levels") == tokens
             found[name] = loaded.logits(tokens)
-            loaded.adapt(tmp_path / "tuned.gguf")
+            loaded.adapt(tmp_path / "adapter.gguf")
             found[f"{name} tuned"] = loaded.logits(tokens)
     assert distance(found["dense"], base) < 1e-5
     assert distance(found["dense tuned"], tuned) < 1e-5

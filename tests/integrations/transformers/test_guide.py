@@ -2,11 +2,14 @@
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: tox -e transformers")
+
+import torch
 
 from lowmem.__main__ import main
 from tests.integrations.transformers.folders import write
@@ -52,3 +55,24 @@ def test_the_guide_to_fine_tuning(tmp_path, monkeypatch, capsys):
     exec(compile(program, "fine-tuning.md", "exec"), space)
     assert space["outcome"].losses[-1] < space["outcome"].losses[0]
     assert (tmp_path / "from-program" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.filterwarnings("ignore")  # of other packages, as in a user's process
+def test_the_guides_run_in_their_order_in_one_folder(tmp_path, monkeypatch, capsys):
+    """On one model in bfloat16, without names that collide: fine-tuning, then the use of what was trained."""
+    pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
+    write_tokenizer(write(tmp_path / "llama", "llama", torch.bfloat16))
+    lines = [{"prompt": f"{n} and {n} is ", "completion": f"{2 * n}"} for n in range(40)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    (tmp_path / "texts.txt").write_text("\n".join(f"line {n} of the text" for n in range(8)))
+    (tmp_path / "held-out.txt").write_text("some other words " * 9)
+    monkeypatch.chdir(tmp_path)
+    for page in ("hugging-face", "fine-tuning", "use-what-you-trained"):
+        text = (GUIDES / f"{page}.md").read_text(encoding="utf8")
+        for kind, block in re.findall(r"```(python|bash)\n(.*?)```", text, flags=re.DOTALL):
+            if kind == "python":
+                exec(compile(block, page, "exec"), {"__name__": "guide"})
+                continue
+            for command in block.splitlines():
+                assert main(shlex.split(command)[1:]) == 0, command
+    assert (tmp_path / "merged.gguf").is_file()
