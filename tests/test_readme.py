@@ -28,7 +28,7 @@ GATES = ROOT / "docs" / "guides" / "gate-your-own-model.md"  # the files of a pr
 FOLDERS = (
     ROOT / "docs" / "guides" / "hugging-face.md"
 )  # needs transformers: tests/integrations/transformers/test_guide.py
-FINE_TUNING = ROOT / "docs" / "guides" / "fine-tuning.md"  # as well
+FINE_TUNING = ROOT / "docs" / "guides" / "fine-tuning.md", "use-what-you-trained.md"  # as well
 LLAMA_CPP = ROOT / "docs" / "guides" / "llama-cpp.md"  # needs transformers: tests/formats/test_llama_cpp_guide.py
 OTHERS = ROOT / "docs" / "guides" / "other-programs.md"  # needs other programs' packages: tests/formats/test_guide.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
