@@ -28,7 +28,8 @@ GATES = ROOT / "docs" / "guides" / "gate-your-own-model.md"  # the files of a pr
 FOLDERS = (
     ROOT / "docs" / "guides" / "hugging-face.md"
 )  # needs transformers: tests/integrations/transformers/test_guide.py
-FINE_TUNING = ROOT / "docs" / "guides" / "fine-tuning.md", "use-what-you-trained.md"  # as well
+FINE_TUNING = ROOT / "docs" / "guides" / "fine-tuning.md"  # as well
+USING = ROOT / "docs" / "guides" / "use-what-you-trained.md"  # as well
 LLAMA_CPP = ROOT / "docs" / "guides" / "llama-cpp.md"  # needs transformers: tests/formats/test_llama_cpp_guide.py
 OTHERS = ROOT / "docs" / "guides" / "other-programs.md"  # needs other programs' packages: tests/formats/test_guide.py
 PAGES = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -36,7 +37,7 @@ TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf8") for 
 BLOCKS = [
     (name, language, code)
     for name, text in TEXTS.items()
-    if ROOT / name not in (GATES, FOLDERS, FINE_TUNING, LLAMA_CPP, OTHERS)
+    if ROOT / name not in (GATES, FOLDERS, FINE_TUNING, USING, LLAMA_CPP, OTHERS)
     for language, code in re.findall(r"^```(\w+)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 ]
 PYTHON = [
