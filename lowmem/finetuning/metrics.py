@@ -78,7 +78,7 @@ class Writer(Protocol):
 
 
 class _CSV:
-    """Writes a table, metrics.csv; arguments as of ``LOGS``."""
+    """Writes a table, metrics.csv; ``LOGS`` describes the arguments."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
         self._path = folder / "metrics.csv"
@@ -86,10 +86,10 @@ class _CSV:
         if step is not None and self._path.exists():
             with open_regular(self._path) as file, read_errors(self._path):
                 header, *lines = file.read().decode().splitlines(keepends=True) or [""]
-            kept = header + "".join(
-                line for line in lines if (found := line.partition(",")[0]).isdigit() and int(found) <= step
-            )
-        self._has_header = bool(kept)
+            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
+            numbers = [line.partition(",")[0] for line in whole]
+            done = [line for line, at in zip(whole, numbers, strict=True) if at.isdigit() and int(at) <= step]
+            kept = header + "".join(done) if header.endswith("\n") else ""
         with write_errors(folder):
             folder.mkdir(exist_ok=True)
         write_atomically(self._path, kept.encode())
@@ -100,9 +100,8 @@ class _CSV:
         """Write a row."""
         writer = csv.DictWriter(self._file, list(record), lineterminator="\n")
         with write_errors(self._path):
-            if not self._has_header:
+            if not self._file.tell():
                 writer.writeheader()
-                self._has_header = True
             writer.writerow(record)
             self._file.flush()
 
@@ -112,7 +111,7 @@ class _CSV:
 
 
 class _TensorBoard:
-    """Writes events of TensorBoard, by torch's own writer; arguments as of ``LOGS``."""
+    """Writes events of TensorBoard with torch's own writer; ``LOGS`` describes the arguments."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
         with _needs("tensorboard"):
@@ -133,7 +132,7 @@ class _TensorBoard:
 
 
 class _WandB:
-    """Writes a run of Weights & Biases, which WANDB_MODE=offline keeps on this machine; arguments as of ``LOGS``."""
+    """Writes a run of Weights & Biases; WANDB_MODE=offline keeps the run here. ``LOGS`` describes the arguments."""
 
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
         with _needs("wandb"):
@@ -158,8 +157,8 @@ LOGS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Writer]] = {
     "tensorboard": _TensorBoard,
     "wandb": _WandB,
 }
-"""What makes the writers of ``--log``, by the tool's name, of the folder to write into, the settings of the run, and
-the steps after which the run resumes, whose later lines are dropped (None: a new run)."""
+"""The writers of ``--log`` by the tool's name. Each takes the folder to write into, the settings of the run, and the
+number of steps after which the run resumes, or None for a new run. Lines of later steps are dropped."""
 
 
 @contextmanager

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lowmem.errors import FileError
-from lowmem.finetuning.metrics import Metrics, check_metrics, check_plot, peak_memory, plot_losses
+from lowmem.finetuning.metrics import LOGS, Metrics, check_metrics, check_plot, peak_memory, plot_losses
 from lowmem.version import install_command
 
 
@@ -90,3 +90,14 @@ def test_a_plot_of_another_suffix_or_without_matplotlib_is_refused(tmp_path, mon
     with pytest.raises(ImportError, match=re.escape(f"plot needs matplotlib: {install_command('plot')}")):
         check_plot(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("content", "kept"), [("step,loss\n1,0.5\n2,0.2", [1]), ("step,lo", []), ("", [])])
+def test_a_table_that_a_kill_has_cut_goes_on_with_whole_rows(content, kept, tmp_path):
+    (tmp_path / "metrics.csv").write_text(content)
+    log = LOGS["csv"](tmp_path, {}, 2)
+    for step in (2, 3):
+        log.write({"step": step, "loss": 0.25})
+    log.close()
+    rows = [f"{step},0.5" for step in kept] + ["2,0.25", "3,0.25"]
+    assert (tmp_path / "metrics.csv").read_text().splitlines() == ["step,loss", *rows]
