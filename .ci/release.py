@@ -28,7 +28,7 @@ def documents(root: Path) -> list[Path]:
 
 
 def section(root: Path, tag: str) -> tuple[str, str] | None:
-    """Return the date and the text of a version's changes; None: the change log has none."""
+    """Return the date and the text of a version's changes, or None if the change log has no such version."""
     text = (root / "CHANGELOG.md").read_text(encoding="utf8")
     found = re.search(rf"^## \[{re.escape(tag.removeprefix('v'))}\] - (\S+)\n(.*?)(?=^## |\Z)", text, re.M | re.S)
     return None if found is None else (found[1], found[2].strip())

@@ -64,7 +64,7 @@ class Task:
 
     model: Callable[[], nn.Module]  # makes the dense model
     adapted: str  # the last names of the layers in 4 bits with adapters
-    batches: list[Batch]  # of which the first judge and the others train
+    batches: list[Batch]  # the first ones judge, the others train
     judge: Callable[[Any, Batch], tuple[Tensor, float | None]]  # the loss of a batch, and the share that is right
     lr: float
 

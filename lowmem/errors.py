@@ -45,7 +45,7 @@ class WriteError(OSError):
     Attributes:
         path: of the file or folder.
         said: by the system, on why.
-        number: the system's number of the error; None: it is unknown.
+        number: the system's error number, or None if it is unknown.
     """
 
     path: str

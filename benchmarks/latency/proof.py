@@ -52,7 +52,7 @@ class Case:
     planted: str = ""
     gates: tuple[str, ...] = ("latency",)  # which are run: the keys of run_case's commands
     busy: int = 0  # how many other processes keep a core busy each
-    decided: int | None = None  # so many runs at least must pass or fail, and not be undecided; None: all
+    decided: int | None = None  # the fewest runs that must pass or fail; None: no run may be undecided
 
 
 OF_MEMORY = ("memory", "resident")  # without a baseline of this kernel they fail
@@ -180,7 +180,7 @@ def planted(case: Case) -> Iterator[Path]:
 
 
 def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, Any]:
-    """Run the case's gates once, and return which rows of which raised an alarm."""
+    """Run the case's gates once, and return the rows that raised an alarm, by gate."""
     out = clone.parent / "verdicts"
     out.mkdir(exist_ok=True)
     variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}

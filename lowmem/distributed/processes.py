@@ -40,7 +40,7 @@ class _Processes(Ranks):
 
 
 class Sharded(_Processes):
-    """Processes of which each has a part of the model (FSDP2), whose gradients are added where they are kept."""
+    """Each process has a part of the model (FSDP2), and adds the gradients of that part."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Share a model's weights."""
@@ -57,7 +57,7 @@ class Sharded(_Processes):
 
 
 class Replicated(_Processes):
-    """Processes of which each has the whole model (DistributedDataParallel)."""
+    """Each process has the whole model (DistributedDataParallel)."""
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """Let the gradients of a model be averaged."""

@@ -146,7 +146,7 @@ class Order:
 
     @property
     def steps(self) -> int:
-        """The number of steps, of which the last one may have fewer rows."""
+        """The number of steps. The last step may have fewer rows."""
         return -(-self.total // self.per_step)
 
     def indices(self, step: int) -> list[int]:

@@ -14,8 +14,6 @@ from lowmem.nn.adapted_products import linear
 from lowmem.nn.low_rank_sum import implements_adapted, is_adapted
 from lowmem.nn.stored_tensor import implements
 
-__all__: list[str] = []
-
 
 @implements(functional.multi_head_attention_forward)
 @implements_adapted(functional.multi_head_attention_forward)

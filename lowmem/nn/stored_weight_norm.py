@@ -13,8 +13,6 @@ from torch import Tensor
 from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded
 from lowmem.quant.tensor import row_chunks
 
-__all__: list[str] = []
-
 
 @implements("_weight_norm_interface")
 def _weight_norm(v: Any, g: Any, dim: int = 0) -> Any:

@@ -14,8 +14,6 @@ from itertools import pairwise
 from math import inf
 from types import MappingProxyType
 
-__all__ = ["EIGHT_BIT", "FORMATS", "IMPORTED", "Format", "get_format"]
-
 
 @dataclass(frozen=True)
 class Format:

@@ -25,8 +25,6 @@ from lowmem.tools.arguments import (
 from lowmem.tools.models import folder_of
 from lowmem.variants import VARIANTS
 
-__all__ = ["add_arguments", "add_folder_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -30,8 +30,6 @@ from lowmem.tools.output import mib, print_json, print_plan, print_saved, progre
 from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
 from lowmem.version import __version__
 
-__all__ = ["DEFAULTS", "Classifier", "Result", "fit", "head_of", "plan_fit", "run"]
-
 DEFAULTS = {"data": "synthetic", "epochs": 10, "batch_size": 64, "lr": 1e-3}
 
 

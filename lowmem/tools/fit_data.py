@@ -17,8 +17,6 @@ from lowmem.errors import describe, printable
 from lowmem.io.atomic import open_regular
 from lowmem.version import install_command
 
-__all__ = ["Split", "load_data"]
-
 TEST_SHARE = 0.2
 _DEFLATE = 1032  # largest compression ratio of deflate
 NPY = b"\x93NUMPY"  # first bytes of an .npy file

@@ -32,8 +32,6 @@ from lowmem.tools.arguments import option_of
 from lowmem.tools.output import finite, shown
 from lowmem.version import __version__
 
-__all__ = ["RECORD", "Job", "Storing", "check_outputs", "job_of", "log_of", "states_folder"]
-
 LENGTH = 512
 RANK = 16
 RECORD = "training.json"

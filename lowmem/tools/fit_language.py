@@ -41,8 +41,6 @@ from lowmem.training.prepare import prepare_training, release_training
 from lowmem.transforms.adapters import add_adapter
 from lowmem.transforms.registry import parameters_to_adapt
 
-__all__ = ["run"]
-
 _LONGEST = 10**8
 """Seconds, three years: PyTorch's times overflow with much more."""
 
@@ -200,13 +198,10 @@ class _Training:
     def _load(self, technique: Storing) -> nn.Module:
         from lowmem.integrations.transformers.config import LowmemConfig
         from lowmem.integrations.transformers.config_facts import held_back
-        from lowmem.integrations.transformers.folder import load_folder, load_gguf
+        from lowmem.integrations.transformers.folder import load_model
 
         with held_back():
-            if self._job.folder.is_file():
-                model = load_gguf(self._job.folder)
-            else:
-                model = load_folder(self._job.folder, None if technique is None else LowmemConfig(technique))
+            model = load_model(self._job.folder, None if technique is None else LowmemConfig(technique))
         model = model.to(self._job.device)
         if self._calling is None:
             try:

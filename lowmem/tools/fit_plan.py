@@ -14,10 +14,10 @@ from lowmem.finetuning.calling import logits_of
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.metadata import form_of
 from lowmem.io.model_folder import quantization_of, weights_in
+from lowmem.io.shards import PlannedWeight
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm, Form, HalfForm
-from lowmem.nn.techniques import Blockwise, Budget, Half, blockwise
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.nn.techniques import Half, blockwise
 from lowmem.resident import resident_bytes
 from lowmem.tools.fit_job import Job
 from lowmem.tools.models import plan_model
@@ -28,13 +28,11 @@ from lowmem.transforms.convert import convert
 from lowmem.transforms.plan import Plan, plan
 from lowmem.transforms.registry import Technique
 
-__all__ = ["FEW", "dry_run"]
-
 FEW = (2, 3)
 """Layers of the models that are measured: the first and the last one may need less than those between."""
 
 HOLES = 0.1
-"""Of the bytes of a step, what lies beside them in the allocator's pages; measured on a llama of 8 layers."""
+"""The allocator holds this share more than the tensors of a step; measured on a llama of 8 layers."""
 
 LOADING = 8 * 2**20
 """Bytes that loading takes beside the stored model and the largest tensor: see docs/guides/hugging-face.md."""
@@ -69,7 +67,7 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
 
 
 def _import_optimizer() -> None:
-    """Take a step, whose first one imports much of torch."""
+    """Let torch import what the first step of an optimizer needs: a run has these modules in memory, too."""
     one = nn.Parameter(torch.zeros(1))
     one.grad = torch.zeros(1)
     torch.optim.AdamW([one]).step()
@@ -85,20 +83,20 @@ def _peak(job: Job, found: Plan, largest: int) -> int:
 
 
 def _stored(job: Job) -> tuple[Technique | None, int | None, int]:
-    """Return how the base is stored, the bytes of one that is stored already, and those of its largest dense tensor.
+    """Return how the base is stored, the bytes of a stored base, and the bytes of a dense base's largest tensor.
 
-    Of a base with several forms the technique is that of the most weights: its steps are measured with this one.
+    If a stored base has several forms, steps are measured with the form of the most weights.
     """
     if job.dense:
         with Source(weights_in(job.folder)) as source:
             largest = max(spec.nbytes for spec in source.specs.values())
-        known = isinstance(job.technique, Half | Blockwise | Budget)
-        return job.technique if known else None, None, largest
+        return job.technique, None, largest
+    from lowmem.integrations.transformers.config_facts import stored_by
+
     forms: Counter[Form] = Counter()
     total = 0
-    config = {} if job.folder.is_file() else quantization_of(job.folder / "config.json")
-    if str(config.get("quant_method")).startswith("lowmem"):
-        for record in config.get("layers", ()):
+    if stored_by(job.folder) == "lowmem":
+        for record in quantization_of(job.folder / "config.json").get("layers", ()):
             form = form_of({key: value for key, value in record.items() if key != "names"})
             forms[form] += len(record["names"])
         with Source(weights_in(job.folder)) as source:
@@ -107,17 +105,11 @@ def _stored(job: Job) -> tuple[Technique | None, int | None, int]:
         with open_foreign(job.folder) as file:
             for tensor in file.tensors.values():
                 kept = tensor.kept()
-                total += _bytes_of(kept, tensor.shape)
+                weight = PlannedWeight(tensor.name, tensor.shape, kept, tensor.read)
+                total += sum(spec.nbytes for spec in weight.specs().values())
                 if isinstance(kept, CodedForm):
                     forms[kept] += 1
     return _technique_of(forms.most_common(1)[0][0]) if forms else None, total, 0
-
-
-def _bytes_of(kept: Any, shape: tuple[int, ...]) -> int:
-    if isinstance(kept, torch.dtype):
-        return int(torch.Size(shape).numel()) * kept.itemsize
-    given = kept.format, kept.block_size, kept.scale_encoding, kept.method
-    return QuantizedTensor.empty(torch.Size(shape), *given, device="meta").nbytes
 
 
 def _technique_of(form: Form) -> Technique:

@@ -17,8 +17,6 @@ from lowmem.io.adapters import save_adapter
 from lowmem.io.atomic import atomic_folder, write_atomically, write_errors
 from lowmem.tools.fit_job import RECORD, Job
 
-__all__ = ["command_of", "next_commands", "save"]
-
 _OF_THIS_RUN = ("--resume", "--json", "--debug")
 
 

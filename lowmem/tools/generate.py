@@ -9,11 +9,8 @@ from typing import Any
 
 import torch
 
-from lowmem.errors import describe
 from lowmem.finetuning.metrics import peak_memory
-from lowmem.tools.arguments import device_of, file_path, number, positive_int, seed
-
-__all__ = ["add_arguments", "run"]
+from lowmem.tools.arguments import DEVICES, device_of, file_path, number, positive_int, seed
 
 INTERRUPTED = 130  # 128 + SIGINT: what shells report
 
@@ -52,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--top-p", type=_share, metavar="P", help="sample of the likeliest tokens with this probability"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default 0)")
-    parser.add_argument("--device", default="cpu", metavar="DEVICE", help="cpu or cuda (default cpu)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the model runs (default cpu)")
 
 
 def _share(text: str) -> float:
@@ -75,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
         ends = end_tokens(model, tokenizer, arguments.chat)
     generator = _Generator(model.to(device), tokenizer, ends, arguments)
     torch.manual_seed(arguments.seed)
+    code = 0
     try:
         if arguments.chat:
             _chat(generator)
@@ -83,10 +81,9 @@ def run(arguments: argparse.Namespace) -> int:
             generator.answer(tokenizer(prompt, return_tensors="pt"))
     except KeyboardInterrupt:
         print(flush=True)
-        generator.tell()
-        return INTERRUPTED
+        code = INTERRUPTED
     generator.tell()
-    return 0
+    return code
 
 
 def _chat(generator: _Generator) -> None:
@@ -119,13 +116,10 @@ class _Generator:
 
     def reply(self, messages: list[dict[str, str]]) -> str:
         """Write the answer to the messages of a chat, and return it."""
-        try:
-            inputs = self._tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as reason:  # templates are programs, which raise anything
-            raise ValueError(f"the tokenizer's chat template refuses the messages: {describe(reason)}") from reason
-        return self.answer(inputs)
+        from lowmem.integrations.transformers.tokenizing import TextTokenizer
+
+        text = TextTokenizer(self._tokenizer).text_of(messages, prompt=True)
+        return self.answer(self._tokenizer(text, add_special_tokens=False, return_tensors="pt"))
 
     def answer(self, inputs: Any) -> str:
         """Write the text that follows the inputs, and return it."""

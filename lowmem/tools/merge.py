@@ -19,8 +19,6 @@ from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.restore import restore
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
@@ -108,15 +106,13 @@ def _check_model(arguments: argparse.Namespace, of_folder: bool) -> None:
 def _open_folder(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model of a folder or GGUF file with its adapter, and the tokenizer of a GGUF file."""
     from lowmem.integrations.transformers.config_facts import held_back
-    from lowmem.integrations.transformers.folder import load_folder, load_gguf
+    from lowmem.integrations.transformers.folder import load_model
     from lowmem.integrations.transformers.tokenizing import read_tokenizer
 
     check_free(arguments.out)
     with held_back():
-        if arguments.base.is_dir():
-            return load_adapter(load_folder(arguments.base), arguments.adapter), None
-        tokenizer = read_tokenizer(arguments.base)
-        return load_adapter(load_gguf(arguments.base), arguments.adapter), tokenizer
+        tokenizer = None if arguments.base.is_dir() else read_tokenizer(arguments.base)
+        return load_adapter(load_model(arguments.base), arguments.adapter), tokenizer
 
 
 def _write_folder(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:

@@ -15,8 +15,6 @@ from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.tools.arguments import DTYPES
 from lowmem.tools.output import mib, print_json, print_saved, print_table, progress, shape_text, shown, shrinkage
 
-__all__ = ["add_arguments", "is_foreign", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments that are for other programs' files alone."""

@@ -10,8 +10,6 @@ from pathlib import Path
 from lowmem.errors import refusal
 from lowmem.tools.arguments import file_path
 
-__all__ = ["add_arguments", "run"]
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""

@@ -18,11 +18,9 @@ from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.exact import config_of_gguf
 from lowmem.integrations.transformers.folder import check, load_errors
 
-__all__ = ["Sizes", "factory_of", "held_back", "refuse_pairs", "sizes_of", "stored_by"]
-
 
 def stored_by(folder: Path) -> str | None:
-    """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None: dense."""
+    """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None if it is dense."""
     if folder.is_file():
         return "gguf"
     stored = check(folder, "fine-tune")[0].get("quantization_config")

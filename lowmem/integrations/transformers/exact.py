@@ -38,8 +38,6 @@ from lowmem.nn.coded_module import format_keys
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 
-__all__ = ["config_of_gguf", "from_exact"]
-
 _KINDS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -69,7 +67,7 @@ def from_exact(
         config: of the model; None: that of the folder, or of a GGUF file's metadata.
         dtype: of what is dense, and of what the rest computes in; "auto": that of the config, or of the first dense
             weight, or float32.
-        requantizing: quantizes weights again; None: no weight is.
+        requantizing: which weights are quantized again; None: none.
         **options: for ``from_pretrained``, such as ``device_map``.
 
     Raises:
@@ -185,7 +183,7 @@ class _Exact:
 
     Attributes:
         layers: records of how weights are stored, by the model's paths, as the metadata of lowmem's files has them.
-        state: that of ``_ExactConfig``: an object for each tensor, of which ``[...]`` reads it, by name.
+        state: as in ``_ExactConfig``: by name, an object that reads the tensor when it is indexed with ``[...]``.
         nbytes: what the file's tensors take.
     """
 

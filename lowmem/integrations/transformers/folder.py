@@ -80,7 +80,7 @@ def load_folder(
 
     Args:
         folder: dense, stored by lowmem, or quantized by another program, whose codes are kept.
-        config: how to store a dense model while it is loaded; None: as it is.
+        config: how to store a dense model while it is loaded; None: the model stays dense.
         dtype: of dense parameters, and of the computation; "auto": as the folder has it.
         requantizing: what is quantized of a folder that is not lowmem's; None: nothing.
 
@@ -160,6 +160,11 @@ def _refuse_factors(file: Path, config: Mapping[str, Any], model: nn.Module) -> 
             raise refusal(file, f"{why}; get it again", "load")
 
 
+def load_model(path: Path, config: LowmemConfig | None = None) -> nn.Module:
+    """Return the model of a folder, as ``load_folder`` does with ``config``, or of a GGUF file."""
+    return load_gguf(path) if path.is_file() else load_folder(path, config)
+
+
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
     """Return the causal language model of a GGUF file, its 4-bit codes as they are, in evaluation mode.
 
@@ -198,7 +203,7 @@ def import_folder(
             and, if transformers can read it, the tokenizer.
         target, shard_bytes: as for ``quantize_folder``.
         requantize, include, technique: as for ``import_checkpoint``; names are the file's.
-        dtype: of dense parameters; None: as the folder has them, or float32 of a GGUF file.
+        dtype: of dense parameters; None: the dtypes of the folder, or float32 for a GGUF file.
 
     Returns:
         A row for each parameter, sorted by name; tied ones have one.

@@ -9,15 +9,13 @@ from typing import Any
 from transformers import TextStreamer
 
 from lowmem.errors import printable, refusal, show
-from lowmem.integrations.transformers.folder import load_folder, load_gguf
+from lowmem.integrations.transformers.folder import load_model
 from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer
 from lowmem.io.adapters import adapter_facts, load_adapter
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.formats.peft.reading import CONFIG
 from lowmem.transforms.adapters import activate, adapter_names, deactivate
-
-__all__ = ["CountingStreamer", "base_of_adapter", "end_tokens", "is_adapter", "open_language_model"]
 
 
 class CountingStreamer(TextStreamer):  # type: ignore[misc]
@@ -65,8 +63,8 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
     Args:
         path: a folder of ``save_pretrained``, dense or stored by lowmem or another program; a GGUF file; or an
             adapter: a folder of PEFT, or a file of ``save_adapter``.
-        base: of an adapter, as ``path``; None: what its folder names.
-        adapter: the name of the one to use, where the model has several.
+        base: the base of an adapter, of the same kinds as ``path``; None: the one that the adapter's config names.
+        adapter: the name of the adapter to use, if the model has several.
 
     Raises:
         FileError: as ``load_folder``, ``load_gguf`` and ``load_adapter``; or the adapter's base is not here.
@@ -75,8 +73,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
     """
     model: Any
     is_alone = path.is_dir() and is_adapter(path)
-    is_gguf = path.is_file() and starts_with(path, MAGIC)
-    if is_alone or (path.is_file() and not is_gguf):
+    if is_alone or (path.is_file() and not starts_with(path, MAGIC)):
         if base is None and not is_alone:
             raise ValueError(f"adapter={str(path)!r} does not name its base: name the base with --base")
         model, tokenizer = open_language_model(base_of_adapter(path) if base is None else base)
@@ -88,7 +85,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
             f"--base={str(base)!r} applies to adapters alone, and {str(path)!r} is a model: leave it out"
         )
     else:
-        model, tokenizer = load_gguf(path) if is_gguf else load_folder(path), read_tokenizer(path)
+        model, tokenizer = load_model(path), read_tokenizer(path)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ValueError(f"model={str(path)!r} is a {type(model).__name__}, which generates no text")
     _choose(model, path, adapter)

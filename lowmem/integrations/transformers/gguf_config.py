@@ -176,7 +176,7 @@ def _difference(header: GGUFHeader, factors: Tensor | None, config: dict[str, An
 
 
 def _factors(file: Path, opened: BufferedReader, header: GGUFHeader) -> Tensor | None:
-    """Return the divisors of the frequencies of a file's rotary embedding: float32 (n,); None: it has none."""
+    """Return the divisors of the frequencies of a file's rotary embedding, float32 (n,), or None."""
     tensor = header.tensors.get(_FACTORS)
     if tensor is None:
         return None

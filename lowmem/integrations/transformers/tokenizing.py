@@ -21,15 +21,6 @@ from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
 from lowmem.io.model_folder import check_regular
 from lowmem.transforms.calibration.generated import LEAST_SHARE
 
-__all__ = [
-    "TextTokenizer",
-    "padded_batches",
-    "paragraphs_of",
-    "read_tokenizer",
-    "tokenizer_errors",
-    "tokenizer_of",
-]
-
 _SPACE = "\u2581"  # what SentencePiece writes for it
 _ALIASES = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
 """Other names in llama.cpp for the expressions of ``PRE_TOKENIZERS``."""
@@ -59,7 +50,7 @@ class TextTokenizer:
         Raises:
             ValueError: there is no template, it refuses the messages, or a message cannot be found in what it makes.
         """
-        text = self._text(messages)
+        text = self.text_of(messages)
         pieces: list[tuple[str, bool]] = []
         done = 0
         for number, message in enumerate(messages):
@@ -72,10 +63,10 @@ class TextTokenizer:
     def _place(self, text: str, until: Sequence[Mapping[str, Any]], number: int, done: int) -> tuple[int, int]:
         """Return where the last message of ``until`` begins and ends in the text of all."""
         content = until[-1]["content"].strip()
-        before, prompt = (self._text(until[:-1], prompt=one) if number else "" for one in (False, True))
+        before, prompt = (self.text_of(until[:-1], prompt=one) if number else "" for one in (False, True))
         has_prompt = prompt != before and text.startswith(prompt)
         start = len(prompt) if has_prompt else text.find(content, max(done, len(before)))
-        whole = self._text(until)
+        whole = self.text_of(until)
         if text.startswith(whole):
             stop = len(whole)
         else:  # a template may write an answer otherwise when another message follows
@@ -88,7 +79,12 @@ class TextTokenizer:
             )
         return start, stop
 
-    def _text(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+    def text_of(self, messages: Sequence[Mapping[str, Any]], prompt: bool = False) -> str:
+        """Return what the tokenizer's chat template makes of messages; ``prompt``: with the start of an answer.
+
+        Raises:
+            ValueError: there is no template, or it refuses the messages.
+        """
         if not getattr(self.tokenizer, "chat_template", None):
             raise ValueError("the tokenizer has no chat template for messages: give prompt and completion, or text")
         try:

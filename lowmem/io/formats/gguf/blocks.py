@@ -12,8 +12,6 @@ from torch import Tensor
 from lowmem.io.formats.codes import remapped
 from lowmem.io.formats.mxfp4 import E2M1_CODES, power_scales
 
-__all__ = ["BLOCKS", "DENSE", "EIGHT_BIT", "KINDS", "SIZE", "SUPERBLOCKS", "BlockType"]
-
 
 @dataclass(frozen=True)
 class BlockType:
