@@ -16,7 +16,7 @@ import torch
 from lowmem.errors import one_line, reason
 from lowmem.report.timings import Timing, from_benchmarks
 from lowmem.testing.memory import THREADS
-from lowmem.testing.verdicts import Verdict
+from lowmem.testing.verdicts import Verdict, read_verdict
 from lowmem.tools import report
 
 FAILURES = (ValueError, TypeError, OSError, ImportError, RuntimeError, MemoryError)
@@ -30,7 +30,7 @@ class ReportPlugin:
         self.verdicts = [config.invocation_params.dir / path for path in config.getoption("report_verdict")]
         report.check_extra("--report")
         report.check_target(self.target)
-        self.read = report.read_verdicts(self.verdicts)
+        self.read = [read_verdict(path) for path in self.verdicts]
         self.timings: list[Timing] = []
         self.says = ""
 

@@ -414,8 +414,7 @@ def read_baseline(path: Path, key: Key) -> Baseline:
 
 
 def _check_number(name: str, value: object) -> None:
-    """Raise a ValueError unless a value is a number that a float holds: an integer of 400 digits is none."""
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
+    if type(value) not in (int, float):
         raise ValueError(f"it is damaged ({name}={show(value)} must be a number)")
 
 

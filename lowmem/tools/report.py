@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -29,7 +28,6 @@ from lowmem.version import install_command
 
 if TYPE_CHECKING:
     from lowmem.report.page import Report
-    from lowmem.testing.verdicts import Verdict
 
 BIGNET = "bignet"
 DENSE = "dense"  # the name of a user's model without techniques
@@ -74,7 +72,9 @@ def run(arguments: argparse.Namespace) -> int:
     check_extra("lowmem report")
     check_target(arguments.target)
     _check_model(arguments)
-    verdicts = read_verdicts(arguments.verdicts)
+    from lowmem.testing.verdicts import read_verdict
+
+    verdicts = [read_verdict(path) for path in arguments.verdicts]
     own = arguments.model != BIGNET
     if arguments.timed_run is None:
         timings, timing_machine = None, dict[str, str]()
@@ -87,11 +87,12 @@ def run(arguments: argparse.Namespace) -> int:
 
         timings, timing_machine = read_run(arguments.timed_run)
         timed = of_a_run(f"the run {printable(arguments.timed_run.name)}")
+    batches = [make_input(argparse.Namespace(**vars(arguments) | {"batch": n})) for n in sorted({*arguments.batches})]
     measured = measure_variants(
         arguments.model,
         make_input(arguments),
         seed=arguments.seed,
-        timed=[] if timings is not None else [_input_of(arguments, batch) for batch in sorted({*arguments.batches})],
+        timed=[] if timings is not None else batches,
         grouped=own,
     )
     write(
@@ -128,13 +129,6 @@ def check_target(path: Path) -> None:
             f"out={str(path)!r} must end with .html: name the page to write, after the model if there is one"
         )
     check_writable(path)
-
-
-def read_verdicts(paths: Sequence[Path]) -> list[Verdict]:
-    """Read the verdicts of gates."""
-    from lowmem.testing.verdicts import read_verdict
-
-    return [read_verdict(path) for path in paths]
 
 
 def measure_variants(
@@ -235,12 +229,6 @@ def _check_model(arguments: argparse.Namespace) -> None:
 def of_a_run(name: str) -> str:
     """Return a sentence on the source of timings from a benchmark run."""
     return f"Of {name}: the smallest time of each, beside the dense model's in the same run."
-
-
-def _input_of(arguments: argparse.Namespace, batch: int) -> Tensor:
-    sized = copy.copy(arguments)
-    sized.batch = batch
-    return make_input(sized)
 
 
 def _lead(arguments: argparse.Namespace, measured: Report, own: bool) -> str:

@@ -194,10 +194,9 @@ def test_the_median_counts_and_not_the_run_that_was_disturbed():
 @rows_in_one_case(
     ("change", "said"),
     [
-        ({"torch": "2.4"}, "its figures are of backend=avx2, torch=2.4"),
+        ({"torch": "2.4"}, "its figures are of backend='avx2', torch='2.4'"),
         ({"figures": {"lora": 1}}, "it is damaged .lora: the figures"),
-        ({"figures": {"lora": dict.fromkeys(FIGURES, float("nan"))}}, "load_peak=nan must be a number"),
-        ({"tolerance_mib": 10**400}, "tolerance_mib=1000.* must be a number"),
+        ({"figures": {"lora": dict.fromkeys(FIGURES, True)}}, "load_peak=True must be a number"),
         ({"runs": "5"}, "runs='5' must be a number"),
         ({"tolerance_mib": 0.0}, "tolerance_mib=0.0 must be above 0"),
         ({"tolerance_mib": 1.0}, "tolerance_mib=1.0 must be above 0 and at most 0.7"),
