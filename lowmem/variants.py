@@ -11,7 +11,7 @@ from torch import nn
 
 from lowmem.bignet import BigNet
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
-from lowmem.quant.formats import FORMATS
+from lowmem.quant.formats import get_format
 from lowmem.transforms.convert import convert
 from lowmem.transforms.registry import Technique
 
@@ -43,7 +43,7 @@ def meaning(name: str) -> str:
             continue
         words.append(f"{technique.bits}-bit weights")
         if isinstance(technique, FourBit):
-            size = technique.block_size or FORMATS[technique.format].block_size
+            size = technique.block_size or get_format(str(technique.format)).block_size
             words[-1] += f" ({technique.format} in blocks of {size})"
     return ", ".join(words) or "dense, as the model is made"
 

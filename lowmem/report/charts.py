@@ -163,7 +163,7 @@ def front_chart(footprints: Sequence[Footprint]) -> Any:
 
 
 def _step_peaks(footprints: Iterable[Footprint]) -> dict[str, int | None]:
-    return {f.name: f.step and f.step.step_bytes for f in footprints}
+    return {f.name: f.step.step_bytes if f.step else None for f in footprints}
 
 
 def _stored_panel(footprints: Sequence[Footprint], width: int, few_ticks: bool, columns: int) -> Any:
@@ -310,13 +310,19 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
             dense.mark_text(align="left", baseline="top", dy=4, color=INK, fontSize=11).encode(
                 x=alt.value(4), y="speed:Q", text="text:N"
             ),
-            base.mark_line(strokeWidth=1.8),
-            base.mark_point(filled=True, size=55, opacity=1).encode(shape=shapes_of(names, narrow)),
+            *lines(base, names, narrow),
         ]
         if any(t.low is not None for t in timings if t.panel == panel):
             layers.insert(2, base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(y="low:Q", y2="high:Q"))
         charts.append(alt.layer(*layers).properties(width=width, height=230, title=panel))
     return alt.vconcat(*charts) if narrow else alt.hconcat(*charts)
+
+
+def lines(base: Any, names: Sequence[str], narrow: bool) -> list[Any]:
+    """Return the layers of lines with a point at each value, one for each of ``names``, of a chart with axes."""
+    base = base.encode(color=colours_of(names, narrow))
+    points = base.mark_point(filled=True, size=55, opacity=1).encode(shape=shapes_of(names, narrow))
+    return [base.mark_line(strokeWidth=1.8), points]
 
 
 def powers(base: int, low: float, high: float) -> list[float]:

@@ -37,7 +37,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
             for point in points
             if point.scales == scales
         ]
-        base = alt.Chart(data(rows)).encode(x=x, y=y, color=colours_of(formats, narrow))
+        base = alt.Chart(data(rows)).encode(x=x, y=y)
         theory = alt.Chart(data(theory_rows)).encode(x=x, y=y)
         label = alt.Chart(
             data([{"bits": first, "error": lowest, "text": ["least possible error:", "2 to the power -bits"]}])
@@ -48,8 +48,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
             label.mark_text(align="left", baseline="bottom", dx=7, dy=-22, color=INK, lineHeight=14).encode(
                 x="bits:Q", y="error:Q", text="text:N"
             ),
-            base.mark_line(strokeWidth=1.6),
-            base.mark_point(filled=True, size=50, opacity=1).encode(shape=shapes_of(formats, narrow)),
+            *charts.lines(base, formats, narrow),
         ]
         panels.append(
             alt.layer(*layers).properties(width=ALONE, height=230 if narrow else 300, title=f"{scales} scales")
@@ -65,11 +64,9 @@ def quality_chart(found: Sequence[Quality], narrow: bool) -> Any:
     errors, bits = [one.error for one in drawn], [one.bits for one in drawn]
     x = _bits(min(4.0, *bits), max(bits))
     y = _errors("relative error of the output", min(errors) / 1.2, max(errors) * 1.2)
-    base = alt.Chart(data(rows)).encode(x=x, y=y, color=colours_of(names, narrow))
-    return alt.layer(
-        base.mark_line(strokeWidth=1.6),
-        base.mark_point(filled=True, size=60, opacity=1).encode(shape=shapes_of(names, narrow)),
-    ).properties(width=ALONE if narrow else WIDE, height=230 if narrow else 300)
+    base = alt.Chart(data(rows)).encode(x=x, y=y)
+    chart = alt.layer(*charts.lines(base, names, narrow))
+    return chart.properties(width=ALONE if narrow else WIDE, height=230 if narrow else 300)
 
 
 def _bits(first: float, last: float) -> Any:

@@ -68,7 +68,9 @@ def test_a_picture_is_current(name, specification):
         now = specification(name)
     for theme in pictures.THEMES:
         # The stored run is the same everywhere; only its logarithms are computed.
-        assert_same(json.loads(json.dumps(now, sort_keys=True)), stored(name, theme), rel=1e-12 if name == "speed" else 0.02)
+        assert_same(
+            json.loads(json.dumps(now, sort_keys=True)), stored(name, theme), rel=1e-12 if name == "speed" else 0.02
+        )
 
 
 def test_a_figure_that_moved_is_seen():

@@ -332,7 +332,7 @@ def test_without_a_baseline_it_fails_and_names_the_versions_that_have_one_and_th
 def test_a_damaged_baseline_is_one_line(gate, text):
     gate.path.write_text(text)
     line = one_error(*gate())
-    assert f"resident-{KEY.name}.json is no baseline of this run: it " in line
+    assert f"resident-{KEY.name}.json is no baseline of this run: " in line
     assert line.endswith("; store one: python -m benchmarks.resident --store")
     assert gate.path.read_text() == text
 
