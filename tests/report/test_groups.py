@@ -86,10 +86,3 @@ def test_layers_of_one_path_and_several_shapes_have_names_of_their_own_that_say_
         [nn.ModuleList([nn.Linear(8, 1 + (row + column) % 2) for column in range(2)]) for row in range(2)]
     )
     assert [g.name for g in group_layers(crossed, {})] == ["0,1.0,1 (1 x 8)", "0,1.0,1 (2 x 8)"]
-
-
-def test_tied_layers_count_where_they_stand_first():
-    tied = nn.ModuleDict({"tokens": nn.Embedding(100, 8), "head": nn.Linear(8, 100, bias=False)})
-    tied["head"].weight = tied["tokens"].weight
-    tokens, head = group_layers(tied, {})
-    assert (tokens.dense_bytes, head.dense_bytes) == (3200, 0)

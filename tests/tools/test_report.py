@@ -175,18 +175,6 @@ def test_variants_that_cannot_be_made_are_left_out_with_the_reason(name, shape, 
     assert html.count("qlora_nf4") == 1  # in the reason
 
 
-def test_a_variant_of_bignet_that_cannot_be_made_is_an_error(monkeypatch):
-    def make(name, **options):
-        if name == "half_precision":
-            raise ValueError("refused")
-        return made(name, **options)
-
-    made = command.make_model
-    monkeypatch.setattr(command, "make_model", make)
-    with pytest.raises(ValueError, match="refused"):
-        command.measure_variants("bignet", torch.ones(1, 1024))
-
-
 def test_a_model_whose_output_has_no_gradient_has_no_training_step():
     assert main(["report", "report_models:chooses", "out.html", "--input-shape", "32", "--batches", "1"]) == 0
     html = Path("out.html").read_text()
