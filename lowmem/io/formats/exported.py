@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lowmem.io.shards import StoredWeight
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
-
-if TYPE_CHECKING:
-    from lowmem.io.formats.stored_model import StoredWeight
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowmem.errors import show
 from lowmem.io.formats.codes import fitting_blocks, quantized
 from lowmem.io.formats.foreign import ForeignTensor, Parts
-from lowmem.io.safetensors import TensorSpec
-from lowmem.io.source import Source
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -107,25 +103,3 @@ class IntegerLayer:
 
 def _is_sorted(order: Tensor) -> bool:
     return bool((order.diff() > 0).all())
-
-
-def packed_layers(source: Source) -> Iterator[tuple[str, TensorSpec, TensorSpec]]:
-    """Yield the path of each layer of GPTQ or AWQ, and the specs of its matrices ``qweight`` and ``scales``."""
-    for name, words in source.specs.items():
-        layer, _, part = name.rpartition(".")
-        scales = source.specs.get(f"{layer}.scales".lstrip("."))
-        if part == "qweight" and scales is not None and len(words.shape) == len(scales.shape) == 2:
-            yield layer, words, scales
-
-
-def check_group_size(config: Mapping[str, Any], layer: str, columns: int, groups: int, is_even: bool) -> None:
-    """Raise a ValueError unless the ``group_size`` of a config is a layer's; ``is_even``: all groups are whole."""
-    size = config.get("group_size")
-    if size is None or (size == -1 and groups == 1):
-        return
-    fits = type(size) is int and size > 0 and -(-columns // size) == groups
-    if not fits or (is_even and columns % min(size, columns)):
-        raise ValueError(
-            f"its config.json says group_size={show(size)}, and {show(layer)} has {groups} groups of {columns} inputs"
-            "; get both again from one source"
-        )

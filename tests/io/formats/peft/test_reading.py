@@ -134,7 +134,7 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
         ({"rank_pattern": []}, r"rank_pattern=\[\] must be an object"),
         ({"rank_pattern": {"fc": 2.0}}, "rank_pattern of 'fc'=2.0 must be"),
         ({"rank_pattern": {"(": 2}}, r"pattern .* is none: missing"),
-        ({"rank_pattern": {r"(?=fc)": 2}}, "has ASSERT of Python's re, which lowmem does not match"),
+        ({"rank_pattern": {r"(?=fc)": 2}}, r"has \(\?= of Python's re, which lowmem does not match"),
         ({"rank_pattern": {"(.*)*" * 300: 2}}, "pattern .* has 1515 characters|takes more|lacks|at rank"),
         ({"alpha_pattern": {"fc": -1}}, "alpha_pattern of 'fc'=-1 must be a positive number"),
         ({"target_modules": [1]}, r"target_modules=\[1\] must be a list of names"),
