@@ -18,7 +18,7 @@ MERGE = "merge it in PEFT, merge_and_unload(), and convert the model that this r
 
 # Keys that do not change what a trained adapter computes.
 _WITHOUT_EFFECT = {
-    "peft_type", "auto_mapping", "base_model_name_or_path", "parent_library", "revision", "task_type",
+    "r", "lora_alpha", "peft_type", "auto_mapping", "parent_library", "revision", "task_type",
     "inference_mode", "peft_version", "runtime_config", "megatron_core", "fan_in_fan_out", "init_lora_weights",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
@@ -33,6 +33,38 @@ _REFUSED = {
     "trainable_token_indices": "it trains single tokens (trainable_token_indices)",
     "layer_replication": "it repeats layers of the base (layer_replication)",
     "ensure_weight_tying": "it ties adapters to each other (ensure_weight_tying)",
+}
+
+_BIASES = ("none", "all", "lora_only")
+_ALL = "all-linear"  # which PEFT replaces by names before it saves
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+
+
+def _is_targets(value: Any) -> bool:
+    return _is_names(value) or (isinstance(value, str) and value != "")
+
+
+def _is_numbers(value: Any) -> bool:
+    return all(type(one) is int for one in (value if isinstance(value, list) else [value]))
+
+
+# By key: what stands for None, whether another value fits, and what it must be.
+_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "base_model_name_or_path": ("", lambda one: isinstance(one, str), "must be a string"),
+    "lora_dropout": (0, lambda one: type(one) in (int, float) and 0 <= one < 1, "must be at least 0 and below 1"),
+    "use_rslora": (False, lambda one: isinstance(one, bool), "must be true or false"),
+    "bias": ("none", lambda one: one in _BIASES, f"is none of {', '.join(_BIASES)}"),
+    "rank_pattern": ({}, lambda one: isinstance(one, dict), "must be an object"),
+    "alpha_pattern": ({}, lambda one: isinstance(one, dict), "must be an object"),
+    "target_modules": (None, _is_targets, "must be a list of names"),
+    "target_parameters": ([], _is_names, "must be a list of names"),
+    "exclude_modules": ([], _is_targets, "must be a list of names"),
+    "layers_to_transform": ([], _is_numbers, "must be numbers of layers"),
+    "layers_pattern": ([], lambda one: one == "" or _is_targets(one), "must be a list of names"),
+    "modules_to_save": ([], _is_names, "must be a list of names"),
 }
 
 _LITERAL = re.compile(r"\^?((?:[\w-]|\\.)+)")
@@ -85,33 +117,34 @@ class PeftConfig:
                 f"init_lora_weights={show(init)} has changed the base's weights, too; convert the adapter in PEFT, "
                 "save_pretrained(path_initial_model_for_weight_conversion=...), or merge it there"
             )
-        fields = _Fields(content)
-        found = cls(
-            technique=LoRA(
-                rank=fields.rank("r", content.get("r", 8)),
-                alpha=fields.alpha("lora_alpha", content.get("lora_alpha", 8)),
-                dropout=fields.dropout(),
-                rank_stabilized=fields.flag("use_rslora"),
-            ),
-            ranks=fields.patterns("rank_pattern", fields.rank),
-            alphas=fields.patterns("alpha_pattern", fields.alpha),
-            target_modules=fields.names_or_pattern("target_modules"),
-            target_parameters=frozenset(fields.names("target_parameters")),
-            excluded=fields.names_or_pattern("exclude_modules") or frozenset(),
-            layers=fields.numbers("layers_to_transform"),
-            layers_pattern=fields.names("layers_pattern", single=True),
-            modules_to_save=fields.names("modules_to_save"),
-            biases=fields.biases(),
-            base=fields.text("base_model_name_or_path"),
-        )
+        given: dict[str, Any] = {}
+        for key, (default, fits, what) in _FIELDS.items():
+            value = content.get(key)
+            given[key] = default if value is None else _checked(key, value, fits(value), what)
         for key, value in content.items():
-            if value and key not in fields.read:
+            if value and key not in _FIELDS and key not in _WITHOUT_EFFECT:
                 name = key if key.isidentifier() and len(key) < 60 else show(key)
                 raise ValueError(
                     f"{name}={show(value)} is something that lowmem does not know, and may change what the adapter "
                     f"computes; upgrade lowmem, or {MERGE}"
                 )
-        return found
+        rank, alpha = _rank("r", content.get("r", 8)), _alpha("lora_alpha", content.get("lora_alpha", 8))
+        targets, excluded, numbers, prefixes = (
+            given[key] for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+        )
+        return cls(
+            technique=LoRA(rank, alpha, float(given["lora_dropout"]), given["use_rslora"]),
+            ranks={one: _rank(f"rank_pattern of {show(one)}", of) for one, of in given["rank_pattern"].items()},
+            alphas={one: _alpha(f"alpha_pattern of {show(one)}", of) for one, of in given["alpha_pattern"].items()},
+            target_modules=frozenset(targets) if isinstance(targets, list) else None if targets == _ALL else targets,
+            target_parameters=frozenset(given["target_parameters"]),
+            excluded=frozenset(excluded) if isinstance(excluded, list) else excluded,
+            layers=None if numbers == [] else frozenset(numbers if isinstance(numbers, list) else [numbers]),
+            layers_pattern=(prefixes,) if prefixes and isinstance(prefixes, str) else tuple(prefixes),
+            modules_to_save=tuple(given["modules_to_save"]),
+            biases=given["bias"] != "none",
+            base=given["base_model_name_or_path"] or None,
+        )
 
 
 class Matcher:
@@ -215,65 +248,13 @@ def _is_named(given: Any, path: str) -> bool:
     return given is not None and any(end in given for end in ends_of(path))
 
 
-class _Fields:
-    """Reads the values of a config, each with the type that it must have, and notes which were read."""
+def _rank(what: str, value: Any) -> Any:
+    return _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self._content, self.read = content, {*_WITHOUT_EFFECT, "r", "lora_alpha"}
 
-    def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
-        """Return a value, or the default for None."""
-        self.read.add(key)
-        value = self._content.get(key)
-        value = default if value is None else value
-        return _checked(key, value, fits(value), what)
-
-    def rank(self, what: str, value: Any) -> Any:
-        return _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
-
-    def alpha(self, what: str, value: Any) -> Any:
-        fits = type(value) in (int, float) and 0 < value < math.inf
-        return _checked(what, value, fits, "must be a positive number")
-
-    def dropout(self) -> float:
-        fits = lambda value: type(value) in (int, float) and 0 <= value < 1  # noqa: E731
-        return float(self._get("lora_dropout", 0.0, fits, "must be at least 0 and below 1"))
-
-    def flag(self, key: str) -> bool:
-        return bool(self._get(key, False, lambda value: isinstance(value, bool), "must be true or false"))
-
-    def biases(self) -> bool:
-        known = ("none", "all", "lora_only")
-        return bool(self._get("bias", "none", known.__contains__, f"is none of {', '.join(known)}") != "none")
-
-    def text(self, key: str) -> str | None:
-        return self._get(key, "", lambda value: isinstance(value, str), "must be a string") or None
-
-    def patterns(self, key: str, read: Callable[[str, Any], Any]) -> dict[str, Any]:
-        value = self._get(key, {}, lambda value: isinstance(value, dict), "must be an object")
-        return {pattern: read(f"{key} of {show(pattern)}", one) for pattern, one in value.items()}
-
-    def names(self, key: str, single: bool = False) -> tuple[str, ...]:
-        """Return a list of names; ``single``: or the only one."""
-        own = self._content.get(key)
-        if single and isinstance(own, str):
-            self.read.add(key)
-            return (own,) if own else ()
-        fits = lambda value: isinstance(value, list) and all(isinstance(one, str) and one for one in value)  # noqa: E731
-        return tuple(self._get(key, [], fits, "must be a list of names"))
-
-    def names_or_pattern(self, key: str) -> frozenset[str] | str | None:
-        value = self._content.get(key)
-        if value is None or (isinstance(value, str) and value):
-            self.read.add(key)
-            return None if value == "all-linear" else value  # which PEFT replaces by names before it saves
-        return frozenset(self.names(key))
-
-    def numbers(self, key: str) -> frozenset[int] | None:
-        own = self._content.get(key)
-        numbers = own if isinstance(own, list) else [] if own is None else [own]
-        fits = all(type(one) is int for one in numbers)
-        return frozenset(numbers) if self._get(key, [], lambda _: fits, "must be numbers of layers") != [] else None
+def _alpha(what: str, value: Any) -> Any:
+    fits = type(value) in (int, float) and 0 < value < math.inf
+    return _checked(what, value, fits, "must be a positive number")
 
 
 def _checked(key: str, value: Any, fits: bool, what: str) -> Any:
