@@ -50,7 +50,7 @@ def check_target(target: Path) -> None:
 
 def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the transpose, of a stack of matrices."""
-    return (*shape[:-2], shape[-1], shape[-2])
+    return (*shape[:-2], *reversed(shape[-2:]))
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,6 @@ from lowmem.io.shards import StoredWeight, read_model, swapped
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.gathered_weight import check_order
-from lowmem.quant.formats import get_format
-from lowmem.quant.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
@@ -118,14 +116,15 @@ def _weights(
             raise refusal(path, f"the record of {show(place)} is not lowmem's: {reason}; upgrade lowmem") from None
         if not isinstance(form, CodedForm):
             continue
-        form = replace(form, compute_dtype=None)
-        name, parts = _parts(place, specs)
+        form, weight = replace(form, compute_dtype=None), f"{place}.weight".lstrip(".")
+        stored = next((one for one in (weight, place) if {f"{one}_packed", f"{one}_scales"} <= specs.keys()), None)
+        name = stored or weight
         if name in left and specs[name].dtype == torch.uint8:  # of a folder: the format's name, which the record has
             left.discard(name)
-        if parts is None:
+        if stored is None:
             tied.append(name)
             continue
-        weights[name] = _coded(path, name, form, parts, specs, read)
+        weights[name] = _coded(path, name, form, specs, read)
         left -= {f"{name}_{part}" for part in form.parts}
     for name in left:
         own = name.removesuffix("_rounded")
@@ -148,44 +147,22 @@ def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
     return order
 
 
-def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:
-    """Return the names of the weight of a record at a module or parameter, and of its codes and scales."""
-    weight = f"{place}.weight".lstrip(".")
-    for name in (weight, place):
-        packed, scales = f"{name}_packed", f"{name}_scales"
-        if packed in specs and scales in specs:
-            return name, (packed, scales)
-    return weight, None
-
-
 def _coded(
-    path: Path,
-    name: str,
-    form: CodedForm,
-    parts: tuple[str, str],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Tensor],
+    path: Path, name: str, form: CodedForm, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]
 ) -> StoredWeight:
-    packed, scales = (specs[part] for part in parts)
-    shape = (*packed.shape[:-1], packed.shape[-1] * 8 // get_format(form.format).bits) if packed.shape else ()
-    empty = QuantizedTensor.empty(
-        torch.Size(shape or (1,)), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
-    )
-    wanted = TensorSpec.of(empty.scales.view(torch.uint8)) if shape else None
-    if packed.dtype is not torch.uint8 or scales != wanted:
-        why = f"{show(parts[0])} {packed.shape} and {show(parts[1])} {scales.shape} are no weight in {form}"
-        raise refusal(path, f"{why}; get it again")
-
-    order = None
-    if form.gathered:
-        if specs.get(f"{name}_order") != TensorSpec(torch.int32, shape[-1:]):
-            raise refusal(path, f"{show(name)} has no {show(f'{name}_order')} of its columns; get it again")
-        order = partial(_order, path, f"{name}_order", read)
-    return StoredWeight(
+    packed, scales = f"{name}_packed", f"{name}_scales"
+    *lead, columns = specs[packed].shape or (0,)
+    columns = columns * 8 // form.bits
+    weight = StoredWeight(
         name,
-        swapped(shape) if form.transposed else shape,
+        swapped((*lead, columns)) if form.transposed else (*lead, columns),
         form,
-        packed.nbytes + scales.nbytes,
-        lambda: form.join([read(part) for part in parts], shape[-1]),
-        order,
+        specs[packed].nbytes + specs[scales].nbytes,
+        lambda: form.join([read(packed), read(scales)], columns),
+        partial(_order, path, f"{name}_order", read) if form.gathered else None,
     )
+    for part, spec in weight.specs().items():
+        if specs.get(part) != spec:
+            why = f"{show(part)} is {specs.get(part)}, and no weight in {form} has such a part: {spec} is needed"
+            raise refusal(path, f"{why}; get it again")
+    return weight

@@ -173,7 +173,7 @@ class _Writing:
         why = "none where parameters are adapted" if self._parameters else "one for all layers"
         warnings.warn(
             f"PEFT has {why}: lora_dropout={written:g} is written, not {', '.join(f'{one:g}' for one in found)}",
-            stacklevel=7,  # the caller of the function that one_at_a_time wraps
+            stacklevel=6,  # the caller of the function that one_at_a_time wraps
         )
         return written
 
