@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -197,8 +197,7 @@ class _ByPattern:
     """Values by a regular expression, of which the first one counts that matches a place, or its end."""
 
     def __init__(self, values: Mapping[str, Any], budget: Budget) -> None:
-        self._literal: dict[str, tuple[int, Any]] = {}
-        self._whole: dict[str, tuple[int, Any]] = {}
+        self._literal: dict[tuple[bool, str], tuple[float, Any]] = {}  # by whether it is a whole place, and the text
         self._patterns: list[tuple[int, Pattern, Any]] = []
         for number, (text, value) in enumerate(values.items()):
             literal = _LITERAL.fullmatch(text)
@@ -206,17 +205,17 @@ class _ByPattern:
             if plain is None or re.search(r"\\[0-9A-Za-z]", text):
                 self._patterns.append((number, Pattern(rf"(.*\.)?({text})$", budget), value))
             else:  # most are: files name hundreds of layers, and no automaton is needed
-                (self._whole if text.startswith("^") else self._literal).setdefault(plain, (number, value))
+                self._literal.setdefault((text.startswith("^"), plain), (number, value))
 
     def of(self, place: str, default: Any) -> Any:
         """Return the value of a place."""
-        found = [self._whole[place]] if place in self._whole else []
-        found += [self._literal[end] for end in ends_of(place) if end in self._literal]
-        first = min((number for number, _ in found), default=math.inf)
+        keys = [(True, place), *((False, end) for end in ends_of(place))]
+        found = (self._literal[key] for key in keys if key in self._literal)
+        first, literal = min(found, default=(math.inf, default), key=lambda one: one[0])
         for number, pattern, value in self._patterns:
             if number < first and pattern.matches(place):
                 return value
-        return next((value for number, value in found if number == first), default)
+        return literal
 
 
 def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
@@ -233,13 +232,10 @@ def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[st
         raise
 
 
-def ends_of(path: str) -> Iterator[str]:
-    """Yield a path and what is left of it behind each dot."""
-    while True:
-        yield path
-        _, dot, path = path.partition(".")
-        if not dot:
-            return
+def ends_of(path: str) -> list[str]:
+    """Return a path and what is left of it behind each dot."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _is_named(given: Any, path: str) -> bool:

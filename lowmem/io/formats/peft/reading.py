@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -213,7 +213,14 @@ class _Reading:
     def _biases(self, layers: Layers) -> list[tuple[str, Tensor]]:
         """Return the keys of biases of the base, and the parameters that they replace."""
         found: list[tuple[str, Tensor]] = []
-        for path, name, own in self._all_biases() if self._config.biases else ():
+        places = [
+            (path, name, module._parameters.get(name))
+            for module, paths in self._paths.items()
+            for name in dense_parameters(module)
+            if "bias" in name and self._config.biases
+            for path in paths
+        ]
+        for path, name, own in places:
             key = f"{layers.inner_key(path)}.{name}"
             if key not in self._left:
                 continue
@@ -225,12 +232,6 @@ class _Reading:
             self._take(key, tuple(own.shape))
             found.append((key, own))
         return found
-
-    def _all_biases(self) -> Iterator[tuple[str, str, Tensor | None]]:
-        for module, paths in self._paths.items():
-            for name in dense_parameters(module):
-                if "bias" in name:
-                    yield from ((path, name, module._parameters.get(name)) for path in paths)
 
     def _values(self, found: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Return the values that replace those of the base; tensors that are one here must be equal."""

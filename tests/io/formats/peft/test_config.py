@@ -61,7 +61,7 @@ def test_what_is_saved_and_adapted_by_name():
         "experts.up", "a.experts.up",
     ]  # fmt: skip
     assert found.technique("fc") == LoRA(8, 8, 0.1, rank_stabilized=True)
-    assert list(ends_of("a.b.c")) == ["a.b.c", "b.c", "c"]
+    assert ends_of("a.b.c") == ["a.b.c", "b.c", "c"]
     for digits, taken in ((9, True), (10, False), (9999, False)):  # the number of a layer has at most nine digits
         number = "1" * digits
         for pattern in ([], ["layers"]):
