@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.io.formats.codes import unpacked
+from lowmem.io.formats.codes import IntegerLayer, unpacked
 from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, one_of
-from lowmem.io.formats.integers import IntegerLayer
 from lowmem.io.source import Source
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
