@@ -248,18 +248,12 @@ def parse_index(path: Path, text: bytes) -> dict[str, str]:
     if not isinstance(entries, dict):
         raise refusal(path, f"it is no index of a sharded checkpoint: weight_map={show(entries)}; get it again")
     for name, file in entries.items():
-        if not _is_name(file):
+        # Names of up to 255 bytes are the limit of common file systems.
+        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {*"/\\\0"} or len(file.encode()) > 255:
             raise refusal(path, f"it puts tensor {show(name)} in {show(file)}, which is no file beside it; repair it")
     if not entries:
         raise refusal(path, "it names no tensors; get it again")
     return entries
-
-
-def _is_name(file: object) -> bool:
-    """Whether ``file`` is the name of a file in the same directory."""
-    if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
-        return False
-    return len(file.encode()) <= 255  # the limit of common file systems
 
 
 def _checked(path: Path, file: TensorFile) -> TensorFile:

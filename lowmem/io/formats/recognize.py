@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -109,7 +109,11 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                     claimed |= names
                     tensors[tensor.name] = tensor
                     kinds.setdefault(format.name, set()).add(tensor.kind)
-            _check_method(kinds, settings)
+            method, known = settings.get("quant_method"), {format.method for format in FOREIGN.values()} - {None}
+            for name, weights in kinds.items():
+                if isinstance(method, str) and method in known - {FOREIGN[name].method}:
+                    raise contradiction("quant_method", method, f"its tensors are those of {name}")
+                FOREIGN[name].check_config(settings, weights)
         for name, spec in source.specs.items():
             if name in claimed:
                 continue
@@ -128,16 +132,6 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
 def is_coded(name: str) -> bool:
     """Whether a tensor of this name is a part of a weight of another program, and means nothing alone."""
     return any(name.rpartition(".")[2] in format.coded_names for format in FOREIGN.values())
-
-
-def _check_method(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless a ``quantization_config`` can be that of tensors; ``kinds`` are by format."""
-    method = config.get("quant_method")
-    known = {format.method for format in FOREIGN.values()} - {None}
-    for name, weights in kinds.items():
-        if isinstance(method, str) and method in known - {FOREIGN[name].method}:
-            raise contradiction("quant_method", method, f"its tensors are those of {name}")
-        FOREIGN[name].check_config(config, weights)
 
 
 def _settings(config: Path) -> dict[str, Any]:

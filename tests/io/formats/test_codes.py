@@ -18,8 +18,6 @@ from lowmem.io.formats.codes import (
     remapped,
     scales_of,
     uniform_block,
-    unpacked,
-    words,
 )
 from lowmem.io.formats.foreign import Parts
 from lowmem.quant.formats import get_format
@@ -59,13 +57,6 @@ def test_nibbles_of_bytes_are_read_low_first():
     pairs = torch.tensor([[0x0201], [0x0403]], dtype=torch.int16)
     for given_as in (pairs, pairs.as_strided((2, 1), (1, 7))):  # the stride of a dimension of 1 may be any
         assert as_bytes(given_as).tolist() == [[1, 2], [3, 4]]
-
-
-def test_eight_codes_share_a_word():
-    codes = torch.randint(0, 16, (3, 11), dtype=torch.uint8)
-    assert words(codes).shape == (3, 2)
-    assert torch.equal(unpacked(words(codes), 11), codes)
-    assert words(torch.tensor([[1, 2, 0, 0, 0, 0, 0, 0]], dtype=torch.uint8)).item() == 0x21
 
 
 @given(strategies.weights(views=False), strategies.formats, strategies.small_blocks, strategies.encodings)

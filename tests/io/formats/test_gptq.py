@@ -111,13 +111,6 @@ def test_what_is_no_16_levels_times_scales_of_blocks_is_refused_and_its_values_a
                 tensor.read()
 
 
-def test_a_group_longer_than_a_block_repeats_its_scale(tmp_path):
-    parts, weight = layer(4, 8208, 8, 8208)
-    with stored(tmp_path, parts, {"bits": 4, "group_size": -1}, path="") as tensor:
-        assert tensor.read().block_size == 2736
-        assert torch.equal(tensor.read().dequantize(), weight)
-
-
 def test_layers_of_other_bits_and_parts_that_do_not_fit_are_refused(tmp_path):
     parts, _ = layer(5, 32, 8, 16)
     with stored(tmp_path, parts, {"bits": 8}) as tensor:
