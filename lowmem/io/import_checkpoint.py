@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import printable, refusal, refusing
+from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.shards import StoredWeight, check_target, write_model
@@ -21,23 +22,6 @@ from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 from lowmem.quant.quantize import relative_error
-
-
-@dataclass(frozen=True)
-class ImportedRow:
-    """The result for one tensor of the source."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    """How the source stores it."""
-    kept: str
-    """How the target does."""
-    before_bytes: int
-    after_bytes: int
-    error: float | None
-    """``rms(stored - weight) / rms(weight)`` of what was quantized, the largest of several that became one weight;
-    None: no value changed, unless ``dtype`` rounded it."""
 
 
 def import_checkpoint(
@@ -50,7 +34,7 @@ def import_checkpoint(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
-) -> list[ImportedRow]:
+) -> list[ForeignRow]:
     """Write another program's weights as a file of lowmem's, whose dequantized values are the same bits in float32.
 
     Args:
@@ -64,7 +48,7 @@ def import_checkpoint(
         progress: called with the name of each finished tensor and its bytes in the source.
 
     Returns:
-        A row for each tensor, sorted by name.
+        A row for each tensor, sorted by name. Its error does not count what ``dtype`` rounds.
 
     Raises:
         ValueError: a weight that cannot be kept exactly, without ``requantize``; or what ``convert_checkpoint``
@@ -82,12 +66,12 @@ def import_checkpoint(
         if refused:
             raise refusal(source, why_refused(refused), "import")
         weights = {tensor.name: _planned(source, tensor, dtype) for tensor in tensors}
-        rows: dict[str, ImportedRow] = {}
+        rows: dict[str, ForeignRow] = {}
 
         def written(weight: StoredWeight, after: int) -> None:
             name, kind, before = weight.name, file.tensors[weight.name].kind, weight.nbytes
             error = requantizing.errors.get(name)
-            rows[name] = ImportedRow(name, weight.shape, kind, weight.kept, before, after, error)
+            rows[name] = ForeignRow(name, weight.shape, kind, weight.kept, before, after, error)
             progress(name, before)
 
         write_model(target, weights, shard_bytes, file.paths, written)
