@@ -122,7 +122,7 @@ def adapter_facts(path: Path) -> AdapterFacts:
     """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
     if path.is_dir():
         config = read_config(path)
-        return AdapterFacts(config.technique.rank, config.base)
+        return AdapterFacts(config.default.rank, config.base)
     _refuse_foreign(path)
     metadata = read(path).metadata
     with refusing(path, "load the adapter"):

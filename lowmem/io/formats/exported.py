@@ -27,8 +27,8 @@ class ForeignRow:
     before_bytes: int
     after_bytes: int
     error: float | None
-    """``rms(target - source) / rms(source)``, of the values in float32; None: no value changed. Of several weights that
-    became one, the largest."""
+    """``rms(target - source) / rms(source)``, of the values in float32; None: no value changed. The largest one of
+    several weights that became one."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import show
@@ -36,7 +35,6 @@ _REFUSED = {
 }
 
 _BIASES = ("none", "all", "lora_only")
-_ALL = "all-linear"  # which PEFT replaces by names before it saves
 
 
 def _is_names(value: Any) -> bool:
@@ -70,40 +68,21 @@ _FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
 _LITERAL = re.compile(r"\^?((?:[\w-]|\\.)+)")
 
 
-@dataclass(frozen=True)
 class PeftConfig:
-    """What a config says.
+    """What a config says: the layers that it means, and their ranks and alphas.
 
     Attributes:
-        technique: without patterns.
-        ranks, alphas: the values of ``rank_pattern`` and ``alpha_pattern``.
-        target_modules: ends of paths, a regular expression, or None for the modules that the tensors name.
+        default: the technique of layers that no pattern names.
         target_parameters: ends of names.
-        excluded: ends of paths, or a regular expression.
-        layers: the numbers of the layers that are adapted, or None for all.
-        layers_pattern: what stands before the number of a layer.
-        modules_to_save: how paths end of modules that are stored whole.
         biases: whether biases of the base are stored, too.
         base: the name of the base, or None.
+
+    Raises:
+        ValueError: it is no config of LoRA, or has something without a form here; or matching takes too long, of
+            methods, too.
     """
 
-    technique: LoRA
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    target_modules: frozenset[str] | str | None
-    target_parameters: frozenset[str]
-    excluded: frozenset[str] | str
-    layers: frozenset[int] | None
-    layers_pattern: tuple[str, ...]
-    modules_to_save: tuple[str, ...]
-    biases: bool
-    base: str | None
-
-    @classmethod
-    def parsed(cls, content: object) -> PeftConfig:
-        """Return what a file holds; a ValueError if it is no config of LoRA, or has something without a form here."""
-        if not isinstance(content, dict):
-            raise ValueError(f"it is {show(content)}, and must be an object")
+    def __init__(self, content: Mapping[str, Any]) -> None:
         kind = content.get("peft_type")
         if kind != "LORA":
             what = "names no peft_type" if kind is None else f"is of the type {show(kind)}"
@@ -129,34 +108,24 @@ class PeftConfig:
                     f"computes; upgrade lowmem, or {MERGE}"
                 )
         rank, alpha = _rank("r", content.get("r", 8)), _alpha("lora_alpha", content.get("lora_alpha", 8))
-        targets, excluded, numbers, prefixes = (
-            given[key] for key in ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
-        )
-        return cls(
-            technique=LoRA(rank, alpha, float(given["lora_dropout"]), given["use_rslora"]),
-            ranks={one: _rank(f"rank_pattern of {show(one)}", of) for one, of in given["rank_pattern"].items()},
-            alphas={one: _alpha(f"alpha_pattern of {show(one)}", of) for one, of in given["alpha_pattern"].items()},
-            target_modules=frozenset(targets) if isinstance(targets, list) else None if targets == _ALL else targets,
-            target_parameters=frozenset(given["target_parameters"]),
-            excluded=frozenset(excluded) if isinstance(excluded, list) else excluded,
-            layers=None if numbers == [] else frozenset(numbers if isinstance(numbers, list) else [numbers]),
-            layers_pattern=(prefixes,) if prefixes and isinstance(prefixes, str) else tuple(prefixes),
-            modules_to_save=tuple(given["modules_to_save"]),
-            biases=given["bias"] != "none",
-            base=given["base_model_name_or_path"] or None,
-        )
-
-
-class Matcher:
-    """Finds the layers that a config means, and their ranks and alphas; a ValueError if matching takes too long."""
-
-    def __init__(self, config: PeftConfig) -> None:
-        self._config, budget = config, Budget()
-        self._targets = _targets(config.target_modules, budget)
-        self._excluded = Pattern(config.excluded, budget) if isinstance(config.excluded, str) else config.excluded
+        ranks = {one: _rank(f"rank_pattern of {show(one)}", of) for one, of in given["rank_pattern"].items()}
+        alphas = {one: _alpha(f"alpha_pattern of {show(one)}", of) for one, of in given["alpha_pattern"].items()}
+        numbers, prefixes = given["layers_to_transform"], given["layers_pattern"]
+        budget = Budget()
+        self.default = LoRA(rank, alpha, float(given["lora_dropout"]), given["use_rslora"])
+        self.target_parameters = frozenset(given["target_parameters"])
+        self.biases = given["bias"] != "none"
+        self.base = given["base_model_name_or_path"] or None
+        self._targets = _targets(given["target_modules"], budget)
+        excluded = given["exclude_modules"]
+        self._excluded = Pattern(excluded, budget) if isinstance(excluded, str) else frozenset(excluded)
+        self._layers = None if numbers == [] else frozenset(numbers if isinstance(numbers, list) else [numbers])
+        names = [prefixes] if prefixes and isinstance(prefixes, str) else [*prefixes]
+        self._numbered = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        self._saved_ends = tuple(given["modules_to_save"])
         # As check_target_module_exists of PEFT has it: nothing inside of what is stored whole is adapted.
-        self._saved = [Pattern(rf"(^|.*\.){one}($|\..*)", budget) for one in config.modules_to_save]
-        self._ranks, self._alphas = (_ByPattern(found, budget) for found in (config.ranks, config.alphas))
+        self._saved = [Pattern(rf"(^|.*\.){one}($|\..*)", budget) for one in self._saved_ends]
+        self._ranks, self._alphas = (_ByPattern(found, budget) for found in (ranks, alphas))
 
     @property
     def names_modules(self) -> bool:
@@ -165,7 +134,7 @@ class Matcher:
 
     def takes(self, path: str) -> bool:
         """Whether the module at a path is adapted."""
-        named, layers = self._targets, self._config.layers
+        named, layers = self._targets, self._layers
         if not _is_named(named, path) or _is_named(self._excluded, path):
             return False
         if any(one.matches(path) for one in self._saved):
@@ -174,22 +143,20 @@ class Matcher:
 
     def takes_parameter(self, name: str) -> bool:
         """Whether a parameter is adapted by its full name."""
-        return _is_named(self._config.target_parameters, name)
+        return _is_named(self.target_parameters, name)
 
     def saves(self, path: str) -> bool:
         """Whether the module at a path is stored whole."""
-        return path.endswith(self._config.modules_to_save)
+        return path.endswith(self._saved_ends)
 
     def technique(self, place: str) -> LoRA:
         """Return the rank and alpha of a module's path, or a parameter's full name."""
-        own = self._config.technique
+        own = self.default
         rank, alpha = self._ranks.of(place, own.rank), self._alphas.of(place, own.alpha)
         return LoRA(rank, alpha, own.dropout, own.rank_stabilized)
 
     def _layer(self, path: str) -> int | None:
-        names = self._config.layers_pattern
-        patterns = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((found for one in patterns if (found := re.match(one, path))), None)
+        found = next((found for one in self._numbered if (found := re.match(one, path))), None)
         return None if found is None or len(found[1]) > 9 else int(found[1])
 
 
@@ -218,10 +185,12 @@ class _ByPattern:
         return literal
 
 
-def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
-    """Return what finds the modules; None for a pattern that an automaton cannot hold, as one that looks ahead."""
-    if not isinstance(given, str):
-        return given
+def _targets(given: list[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
+    """Return what finds the modules; None: the tensors name them, as for a pattern that no automaton can hold."""
+    if given is None or given == "all-linear":  # which PEFT replaces by names before it saves
+        return None
+    if isinstance(given, list):
+        return frozenset(given)
     try:
         return Pattern(given, budget)
     except ValueError:
