@@ -29,7 +29,7 @@ from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.io.formats.foreign import ForeignTensor
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
-from lowmem.io.import_checkpoint import Requantizing, why_refused
+from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
 from lowmem.io.skeleton import convert_skeleton

@@ -24,7 +24,7 @@ from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row
 from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.recognize import open_foreign
-from lowmem.io.import_checkpoint import Requantizing
+from lowmem.io.formats.requantizing import Requantizing
 from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
 from lowmem.io.source import Source, check_patterns
 from lowmem.nn.stored_module import StoredModule

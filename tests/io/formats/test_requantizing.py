@@ -1,0 +1,78 @@
+"""Which weights of another program are quantized while they are read, and what is said of it."""
+
+import pytest
+import torch
+
+from lowmem import EightBit, FourBit
+from lowmem.io.formats.codes import quantized
+from lowmem.io.formats.foreign import ForeignTensor
+from lowmem.io.formats.requantizing import Requantizing, why_refused
+from lowmem.io.source import check_patterns
+from lowmem.nn.forms import CodedForm
+from lowmem.quant.quantize import relative_error
+
+WEIGHT = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
+
+
+def dense(name, weight=WEIGHT):
+    return ForeignTensor(name, tuple(weight.shape), "Q8_0", weight.nbytes, lambda: weight)
+
+
+def coded(name):
+    weight = quantized(torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 2), (4, 64), "q4_0", 32)
+    return ForeignTensor(name, (4, 64), "Q4_0", 1, lambda: weight)
+
+
+def test_by_default_every_weight_is_as_it_was():
+    for tensor in (dense("a"), coded("b"), ForeignTensor.refused("c", (4, 64), "GPTQ", 1, "why", lambda: WEIGHT)):
+        assert Requantizing().of(tensor) is tensor
+        assert Requantizing(include=["*"]).of(tensor) is tensor
+
+
+def test_dense_matrices_that_a_pattern_names_are_quantized_and_nothing_else():
+    asked = Requantizing(include=["a*"], technique=EightBit())
+    made = asked.of(dense("a"))
+    assert made.kept() == CodedForm.of(EightBit().store(WEIGHT))
+    assert asked.errors == {}  # it was not read yet
+    stored, wanted = made.read(), EightBit().store(WEIGHT)
+    assert torch.equal(stored.packed, wanted.packed)
+    assert torch.equal(stored.scales, wanted.scales)
+    assert asked.error("a") == relative_error(WEIGHT, wanted) > 0
+    for other in (dense("b"), dense("a", WEIGHT[0])):
+        assert asked.of(other) is other
+    assert asked.of(dense("a", torch.arange(8).view(2, 4))).kept() is torch.int64
+    kept = asked.of(coded("a"))
+    assert (type(kept.kept()), kept.read().format) == (CodedForm, "q4_0")
+    assert asked.error("b") is None
+
+
+def test_what_is_refused_is_quantized_where_its_values_are_known():
+    known = ForeignTensor.refused("a", (4, 64), "GPTQ", 1, "why", lambda: WEIGHT)
+    unknown = ForeignTensor.refused("b", (4, 64), "IQ2_S", 1, "why")
+    asked = Requantizing(FourBit("nf4"))
+    assert "--requantize" in why_refused([known])
+    assert "b, IQ2_S: why" in why_refused([known, unknown])
+    assert "--requantize" not in why_refused([known, unknown])  # which would not do it
+    assert "and 2 more" in why_refused([known] * 5)
+    assert asked.of(unknown) is unknown
+    made = asked.of(known)
+    assert made.refusal is None
+    assert torch.equal(made.read().packed, FourBit("nf4").store(WEIGHT).packed)
+    assert 0.05 < asked.error("a") < 0.15
+
+
+def test_the_error_of_a_weight_is_the_largest_of_its_parts():
+    asked = Requantizing(include=["*"], technique=FourBit("nf4"), names={"a": "both", "b": "both"})
+    for part in (dense("a"), dense("b", WEIGHT.square())):
+        asked.of(part).read()
+    assert asked.error("both") == max(asked.errors.values()) > min(asked.errors.values())
+    assert asked.error("a") is None
+
+
+def test_bad_input_is_one_error_that_names_it():
+    asked = Requantizing(include=["a", "x*"], technique=FourBit())
+    with pytest.raises(ValueError, match=r"pattern 'x\*' matches no tensor; check it, the first is 'a'"):
+        check_patterns(asked.include, {"b": 1, "a": 2})
+    check_patterns(asked.include, ["a", "xy"])
+    with pytest.raises(ValueError, match="^a: .*NaN"):
+        asked.of(dense("a", torch.full((2, 8), torch.nan))).read()
