@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     if ":" not in name:  # BigNet takes (examples, features)
         data = Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, data.classes)
     if arguments.dry_run:
-        found = plan_model(name, lambda: plan_fit(name, data, rank=arguments.rank, batch_size=arguments.batch_size))
+        planned = lambda: plan_fit(name, data, rank=arguments.rank, batch_size=arguments.batch_size)  # noqa: E731
+        found = plan_model(name, planned, given=True)
         if arguments.json:
             print_json({"variant": name} | found.as_json())
         else:
@@ -139,7 +140,7 @@ def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Pl
 
 def _features(name: str, body: nn.Module, x: Tensor) -> int:
     """Return the number of values in a model's output for one example."""
-    output = tensor_of(name, "fit", lambda: body.eval()(x))
+    output = tensor_of(name, "fit", lambda: body.eval()(x), given=True)
     if output.dim() < 2 or len(output) != len(x) or output.numel() == 0 or output.is_complex():
         raise ValueError(
             f"model={name!r} returns {output.dtype} of shape {tuple(output.shape)} for {len(x)} examples; "

@@ -49,6 +49,22 @@ def techniques_by_layer(
     return chosen
 
 
+def assign(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    found: Mapping[nn.Module, tuple[str, list[str]]],
+    where: Callable[[str, nn.Module], bool] | None,
+    losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
+) -> tuple[dict[nn.Module, tuple[Step, ...]], dict[nn.Module, Chosen]]:
+    """Return the techniques of each layer, with a ``Budget`` divided, and what each layer got of the budget."""
+    chosen = techniques_by_layer(model, techniques, found, where)
+    first, got = techniques[0], dict[nn.Module, Chosen]()
+    if isinstance(first, Budget):
+        got = divided(model, first, found, losses)
+        chosen = {module: (got[module].technique, *steps[1:]) for module, steps in chosen.items()}
+    return chosen, got
+
+
 def divided(
     model: nn.Module,
     budget: Budget,
@@ -86,7 +102,7 @@ def divided(
         important = importance_of(model, budget.inputs, sized)
         if unseen := [name for name in sized if name not in important]:
             text = f"no batch of inputs= reached {layer_names(unseen)}, which get the least bits"
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=6)
 
     def measured(name: str, tensor: Tensor) -> Sequence[float] | None:
         if losses is not None:

@@ -14,14 +14,13 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.assign import divided, techniques_by_layer
+from lowmem.transforms.assign import assign
 from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of, warning_of_dense
-from lowmem.transforms.budget import Chosen
 from lowmem.transforms.commit import commit
 from lowmem.transforms.placement import warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Technique, module_paths
-from lowmem.transforms.select import select_to_convert
+from lowmem.transforms.registry import Technique, check_module, module_paths
+from lowmem.transforms.select import note_left, select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
 
@@ -86,6 +85,7 @@ def convert(
             ``LoRA`` leaves out without it, beside others: these layers are named, and their share of the adapter's
             numbers.
     """
+    check_module(model)
     _check_arguments(techniques)
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
 
@@ -112,6 +112,7 @@ def convert(
     told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip)]
     told += warnings_of_adapters(model, placed, where)
     commit(model, replacements)
+    note_left(model, where, skip, type(techniques[0]))
     for text in filter(None, told):
         warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
     return model
@@ -138,11 +139,7 @@ def rebuild_all(
         TypeError, ValueError: as ``convert``.
     """
     found = select_to_convert(model, techniques, where, skip, parameters)
-    chosen = techniques_by_layer(model, techniques, found, where)
-    first, got = techniques[0], dict[nn.Module, Chosen]()
-    if isinstance(first, Budget):
-        got = divided(model, first, found, losses)
-        chosen = {module: (got[module].technique, *steps[1:]) for module, steps in chosen.items()}
+    chosen, got = assign(model, techniques, found, where, losses)
     unused: dict[type[Technique], str | None] = {}
     replacements = {
         module: rebuild(module, chosen[module], path, unused, store_by, names)

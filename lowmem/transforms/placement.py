@@ -13,6 +13,8 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
 
+_TOLD_SHARE = 0.1  # of an adapter's numbers; convert warns if layers whose rank is too large have more
+
 
 def place_name(path: str, parameter: str) -> str:
     """Return the name of an adapter's place: its layer's path, and the parameter's name unless it is ``weight``."""
@@ -103,11 +105,12 @@ def warnings_of_adapters(
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
     where: Callable[[str, nn.Module], bool] | None,
 ) -> list[str]:
-    """Return what to warn of before layers get adapters: weights that others share, and layers that nobody named.
+    """Return what to warn of before layers get adapters: shared weights, layers that nobody named, too large ranks.
 
     ``placed`` has the techniques by layer and parameter; ``where`` selected the layers.
     """
-    return [*_warning_of_ties(model, placed), *_warning_of_unnamed(model, placed, where)]
+    unnamed = _warning_of_unnamed(model, placed, where)
+    return [*_warning_of_ties(model, placed), *unnamed, *_warning_of_ranks(module_paths(model), placed)]
 
 
 def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterator[str]:
@@ -146,11 +149,7 @@ def _warning_of_unnamed(
     unnamed = [layer for layer in more if all(map(is_unnamed, paths[layer]))]
     if not unnamed or len(more) == len(placed) or all(where(p, one) for one, own in paths.items() for p in own):
         return
-    sizes = {
-        (layer, name): sum(map(math.prod, layout_of(layer, name).shapes(technique.rank).values()))
-        for layer, own in placed.items()
-        for name, technique in own.items()
-    }
+    sizes = {key: sum(map(math.prod, shapes)) for key, shapes in _shapes(placed).items()}
     largest = sorted((key for key in sizes if key[0] in unnamed), key=lambda key: -sizes[key])
     told = [
         f"{layer_name(place_name(paths[layer][0], name))} ({type(layer).__name__})" for layer, name in largest[:3]
@@ -161,4 +160,32 @@ def _warning_of_unnamed(
         f"where= gave adapters to layers that LoRA leaves out by default, {share:.0%} of the adapter's numbers: "
         f"{', '.join(told)}{more_text}. skip= keeps the default and leaves more out; a where= that is true of such a "
         "layer, not of the module around it takes it without this warning"
+    )
+
+
+def _shapes(placed: Mapping[nn.Module, Mapping[str, LoRA]]) -> dict[tuple[nn.Module, str], list[tuple[int, ...]]]:
+    """Return the shapes of A (..., rank, in) and B (..., out, rank) by layer and parameter."""
+    return {
+        (layer, name): list(layout_of(layer, name).shapes(technique.rank).values())
+        for layer, own in placed.items()
+        for name, technique in own.items()
+    }
+
+
+def _warning_of_ranks(
+    paths: Mapping[nn.Module, list[str]], placed: Mapping[nn.Module, Mapping[str, LoRA]]
+) -> Iterator[str]:
+    """Warn of ranks above both what a weight's change can have, where that is more than a tenth of the numbers."""
+    shapes = _shapes(placed)
+    sizes = {key: sum(map(math.prod, pair)) for key, pair in shapes.items()}
+    useless = [key for key, (a, b) in shapes.items() if a[-2] > min(a[-1], b[-2])]
+    if sum(sizes[key] for key in useless) <= _TOLD_SHARE * sum(sizes.values()):
+        return
+    layer, name = largest = max(useless, key=lambda key: sizes[key])
+    (*_, rank, inputs), (*_, outputs, _) = shapes[largest]
+    place, least = layer_name(place_name(paths[layer][0], name)), min(inputs, outputs)
+    more = f", and so have {len(useless) - 1} more" if len(useless) > 1 else ""
+    yield (
+        f"{place} has a weight of {outputs} x {inputs}, whose change has a rank of {least} at most, and an adapter "
+        f"of rank {rank}{more}: lower rank=, or that of these layers alone, as ranks={{{place!r}: {least}}}"
     )

@@ -256,9 +256,9 @@ def skeleton_of(
     if not callable(make):
         raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
     if techniques:
-        # The patterns of a LoRA are those of the model's paths, which the trial's one layer does not have.
-        # Nor can its one short row be stored in every budget of bits.
-        tried = [replace(t, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
+        # The trial's one layer has no paths that a LoRA's patterns match, and is too small for its rank.
+        # Nor can its short rows be stored in every budget of bits.
+        tried = [replace(t, rank=1, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
         tried = [t.choices[0] if isinstance(t, Budget) else t for t in tried]
         with torch.random.fork_rng(devices=[]):
             convert(nn.Linear(8, 8), *tried)  # raises where the techniques alone are wrong

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -196,6 +196,23 @@ class _Probe(StoredTensor):
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
         _Probe.dequantized = True
         return super().dequantize(dtype)
+
+
+_DENSE_BECAUSE = "_dense_because"  # the attribute that holds it: copies of a module keep it, and files do not
+
+
+def note_dense(whys: Mapping[nn.Module, str | None]) -> None:
+    """Record why modules with parameters of their own stay dense, for ``dense_because``; None forgets it."""
+    for module, why in whys.items():
+        vars(module).pop(_DENSE_BECAUSE, None)
+        if why is not None and module._parameters:
+            vars(module)[_DENSE_BECAUSE] = why
+
+
+def dense_because(module: nn.Module) -> str | None:
+    """Return why a call left a module dense, or made it dense; None if no call did."""
+    found: str | None = vars(module).get(_DENSE_BECAUSE)
+    return found
 
 
 def made_by(module: nn.Module) -> type[Technique] | None:

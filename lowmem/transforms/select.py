@@ -13,6 +13,7 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name, takes_adapter
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_prepared
@@ -22,6 +23,7 @@ from lowmem.transforms.registry import (
     layer_name,
     made_by,
     module_paths,
+    note_dense,
     parameters_to_store,
     skip_reason,
     supported_types,
@@ -33,6 +35,25 @@ def select_modules(
     model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
 ) -> dict[nn.Module, str]:
     """Return the modules that ``where`` and ``skip`` select, each with its first path; bad ones are errors."""
+    left = _left_by(model, where, skip)
+    return {module: paths[0] for module, paths in module_paths(model).items() if left[module] is None}
+
+
+def note_left(
+    model: nn.Module,
+    where: Callable[[str, nn.Module], bool] | None,
+    skip: str | Iterable[str],
+    technique: type[Technique],
+) -> None:
+    """Record which modules ``where`` and ``skip`` left dense; LoRA's choice counts where no weight is stored."""
+    if technique is not LoRA or not any(isinstance(module, StoredModule) for module in model.modules()):
+        note_dense(_left_by(model, where, skip))
+
+
+def _left_by(
+    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
+) -> dict[nn.Module, str | None]:
+    """Return which argument leaves each module out; None where both select it."""
     found = module_paths(model)
     if where is not None and not callable(where):
         raise TypeError(f"where={show(where)} must be callable with a path and what is there, or None")
@@ -42,12 +63,15 @@ def select_modules(
     for pattern in skip:
         if not any(fnmatchcase(path, pattern) for paths in found.values() for path in paths):
             raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
-    return {
-        module: paths[0]
-        for module, paths in found.items()
-        if not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
-        and (where is None or all(where(path, module) for path in paths))
-    }
+    left: dict[nn.Module, str | None] = {}
+    for module, paths in found.items():
+        pattern = next((one for one in skip if any(fnmatchcase(path, one) for path in paths)), None)
+        if pattern is not None:
+            left[module] = f"skip={pattern!r} leaves it out"
+        else:
+            taken = where is None or all(where(path, module) for path in paths)
+            left[module] = None if taken else "where= leaves it out"
+    return left
 
 
 def select_to_convert(

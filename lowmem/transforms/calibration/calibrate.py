@@ -8,9 +8,9 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -22,19 +22,19 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, FourBit
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.assign import divided, techniques_by_layer
+from lowmem.transforms.assign import assign
 from lowmem.transforms.budget import Chosen
 from lowmem.transforms.calibration.blocks import NO_BATCHES, Unit, find_blocks, units_of
 from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
 from lowmem.transforms.calibration.generated import generated_batches
 from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq, quantize_weighted
-from lowmem.transforms.calibration.moments import Inputs, Moments, Regroup, counted_rows
+from lowmem.transforms.calibration.moments import Inputs, Moments, counted_rows
 from lowmem.transforms.calibration.replay import Replay, Stale, noted_inputs, way_to_replay
-from lowmem.transforms.calibration.runs import computing, evaluation_mode, run_batch
+from lowmem.transforms.calibration.runs import check_batches, computing, evaluation_mode, run_batch
 from lowmem.transforms.commit import commit
 from lowmem.transforms.refusals import refuse_layers
 from lowmem.transforms.registry import Step, layer_name, layer_names, parameters_to_store
-from lowmem.transforms.select import select_to_convert
+from lowmem.transforms.select import note_left, select_to_convert
 from lowmem.transforms.store import rebuild, storing_once
 from lowmem.transforms.ties import weight_key
 
@@ -70,17 +70,16 @@ def calibrate(
 
     The model is done block by block, in the order of its calls, on the inputs that the quantized blocks before
     compute: two runs of each block in all, and one of the model over the first batch. Peak memory is what the blocks
-    before return for all batches (the hidden states; those of other lists of blocks, too, as an encoder's), and the
-    second moments of one block's inputs: float32 (in, in) for each input, with a few copies of the largest. Blocks
-    are the children of the outermost nn.ModuleList or nn.Sequential that hold linear layers, if they are of one type.
-    Layers outside of blocks, and all of a model without blocks or with blocks that are called several times, are done
-    input by input: a run of what lies before them for each.
+    before return for all batches (the hidden states), and the second moments of one block's inputs: float32 (in, in)
+    for each input, with a few copies of the largest. Blocks are the children of the outermost nn.ModuleList or
+    nn.Sequential that hold linear layers, if they are of one type. Layers outside of blocks, and models whose blocks
+    are called several times, are done input by input: a run of what lies before them for each.
 
     The model runs in evaluation mode without gradients. In batches with an ``attention_mask`` (batch, tokens) the
-    rows of tokens count where it is not 0, elsewhere all do. Embeddings, output layers in 8 bits, convolutions and
-    linear layers with a shared weight are quantized by their weights alone, and so are, with a warning, layers that
-    no batch reaches, and those of other types: subclasses of nn.Linear, transformers' Conv1D, attention of torch,
-    recurrent layers, experts. Scales are searched for, unless ``search=False``.
+    rows of tokens count where it is not 0. Embeddings, output layers in 8 bits, convolutions and linear layers with a
+    shared weight are quantized by their weights alone, and so are, with a warning, layers that no batch reaches, and
+    those of other types: subclasses of nn.Linear, transformers' Conv1D, attention of torch, recurrent layers,
+    experts. Scales are searched for, unless ``search=False``.
 
     Args:
         model: any module; the root itself can be the layer.
@@ -89,8 +88,8 @@ def calibrate(
             "self": 4096 tokens, 32 texts of 128, which a causal language model generates itself (LLM-QAT, arXiv
             2305.17888), fewer where it takes fewer positions.
         technique: how to store; of several formats each layer gets the one with the least weighted error. A
-            ``Budget`` is divided first, as ``convert`` does, by its ``inputs``, or else by these batches: the dense
-            model runs forward and backward on each once. Layers that get 8 bits keep the nearest codes.
+            ``Budget`` is divided first, by its ``inputs``, or else by these batches: the dense model runs forward and
+            backward on each once. Layers that get 8 bits keep the nearest codes.
         where, skip: as in ``convert``.
         damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
             Of fewer rows than columns it is as many times larger.
@@ -111,16 +110,14 @@ def calibrate(
         "search".
 
     Raises:
-        TypeError: batches that can be iterated only once, a batch of another type, a technique but FourBit and
-            Budget, or "self" without a tokenizer.
+        TypeError: batches that can be iterated only once, a batch or technique of another type, or "self" without a
+            tokenizer.
         ValueError: no batches, a batch of padding alone, inputs of a layer that are NaN or infinite (it is named), a
             bad damping, ``blocks`` that match nothing or cannot be run one by one, options that ``diagonal`` does not
             take, "self" with a model that does not generate or a tokenizer of another vocabulary, or what ``convert``
-            rejects.
+            rejects. After any error, also one of the model's own, the model is unchanged.
         FileError: a file in ``resume`` is damaged, or of another model, other batches or settings.
         OSError: ``offload`` or ``resume`` cannot be written.
-
-        After any error, also one of the model's own, the model is unchanged.
 
     Warns:
         UserWarning: layers of other types, that no batch reached, whose inputs were all zero or all alike, or had
@@ -133,6 +130,7 @@ def calibrate(
                 f"{name}={show(value)} does not apply with diagonal=True, which runs the model once and keeps "
                 "nothing of it: use only one of them"
             )
+    where = cache(where) if callable(where) else where  # it may be slow, or ask a person
     found = select_to_convert(model, (technique,), where, skip)
     candidates = {layer: path for layer, (path, _) in found.items()}
     refuse_layers("calibrate", candidates)
@@ -159,6 +157,7 @@ def calibrate(
     for text in run.warnings():
         warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
     commit(model, run.replacements)
+    note_left(model, where, skip, FourBit)
     return model
 
 
@@ -167,14 +166,8 @@ def _check_arguments(batches: object, technique: object, damping: object) -> Non
         raise TypeError(f"technique={technique!r} must be a FourBit or a Budget; convert applies the others")
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
         raise ValueError(f"damping={damping!r} must be a number above 0; 0.01 suits most models")
-    if isinstance(batches, str) and batches == "self":
-        return
-    if isinstance(batches, Iterator):
-        raise TypeError(
-            f"batches is a {type(batches).__name__}, which can be read only once; pass a list of it: list(batches)"
-        )
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise TypeError(f"batches is a {type(batches).__name__}; pass a list of batches, if only of one: [batch]")
+    if not (isinstance(batches, str) and batches == "self"):
+        check_batches(batches)
 
 
 def _steps(
@@ -185,16 +178,11 @@ def _steps(
     batches: Iterable[Any],
 ) -> tuple[dict[nn.Module, tuple[Step, ...]], dict[nn.Module, Chosen]]:
     """Return how each layer is stored, with a search of scales, and what it got of a budget."""
-    chosen: dict[nn.Module, Chosen] = {}
-    if isinstance(technique, Budget):
-        if technique.inputs is None:
-            if not any(True for _ in batches):
-                raise ValueError(NO_BATCHES)
-            technique = replace(technique, inputs=batches)
-        chosen = divided(model, technique, found)
-        steps: dict[nn.Module, tuple[Step, ...]] = {layer: (one.technique,) for layer, one in chosen.items()}
-    else:
-        steps = techniques_by_layer(model, (technique,), found, where)
+    if isinstance(technique, Budget) and technique.inputs is None:
+        if not any(True for _ in batches):
+            raise ValueError(NO_BATCHES)
+        technique = replace(technique, inputs=batches)
+    steps, chosen = assign(model, (technique,), found, where)
     for layer, (first, *rest) in steps.items():
         if isinstance(first, FourBit):
             steps[layer] = (replace(first, search=first.search is not False), *rest)
@@ -203,18 +191,7 @@ def _steps(
 
 @dataclass
 class _Run:
-    """What a calibration has made so far, while the model is as it was.
-
-    Attributes:
-        steps: how each layer is stored: embeddings and output layers in 8 bits, if the technique says so.
-        linear: the layers to calibrate, which are stored in 4 bits.
-        centred: those of them with a bias of their own, which can make up for the mean of the error.
-        replacements: what layers become.
-        uncalibrated: layers that were quantized by their weights alone, and why.
-        few: layers with fewer rows than columns, with both numbers.
-        finished: files of units that are done; None: nothing is written.
-        keep_all: whether the outputs of all blocks that are done are kept; None: of none, and ``why_not``.
-    """
+    """What a calibration has made so far, while the model is as it was."""
 
     model: nn.Module
     batches: Iterable[Any]
@@ -222,33 +199,29 @@ class _Run:
     damping: float
     overrides: ExitStack
     progress: Callable[[int, int, float], object] | None
-    steps: Mapping[nn.Module, tuple[Step, ...]]
-    linear: list[nn.Module] = field(init=False)
-    centred: set[nn.Module] = field(init=False)
+    steps: Mapping[nn.Module, tuple[Step, ...]]  # how each layer is stored
     replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
-    uncalibrated: dict[nn.Module, str] = field(default_factory=dict)
-    few: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)
-    finished: FinishedUnits | None = None
-    keep_all: bool | None = False
+    uncalibrated: dict[nn.Module, str] = field(default_factory=dict)  # quantized by their weights alone, and why
+    few: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # fewer rows than columns: both numbers
+    finished: FinishedUnits | None = None  # None: nothing is written
+    keep_all: bool | None = False  # the outputs of all blocks that are done; None: of no block, and why_not
     why_not: str = ""
     store_by: Callable[[Any], Callable[[Tensor, str], Any]] = field(default_factory=storing_once)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def linear(self) -> list[nn.Module]:
+        """The layers to calibrate, which are stored in 4 bits."""
         layers: list[Any] = list(self.candidates)
         held = Counter(weight_key(layer._parameters[name]) for layer in layers for name in parameters_to_store(layer))
-        self.linear = [
-            layer
-            for layer in layers
-            if type(layer) is nn.Linear
-            and held[weight_key(layer.weight)] == 1
-            and isinstance(self.steps[layer][0], FourBit)
-        ]
-        biases = Counter(id(module._parameters.get("bias")) for module in self.model.modules())
-        self.centred = {one for one in self.linear if one.bias is not None and biases[id(one.bias)] == 1}
+        plain = [one for one in layers if type(one) is nn.Linear and held[weight_key(one.weight)] == 1]
+        return [layer for layer in plain if isinstance(self.steps[layer][0], FourBit)]
 
-    def path(self, layer: nn.Module) -> str:
-        """Return what messages call a layer."""
-        return layer_name(self.candidates[layer])
+    @cached_property
+    def centred(self) -> set[nn.Module]:
+        """Those of ``linear`` with a bias of their own, which can make up for the mean of the error."""
+        biases = Counter(id(module._parameters.get("bias")) for module in self.model.modules())
+        own = {layer: layer._parameters["bias"] for layer in self.linear}
+        return {layer for layer, bias in own.items() if bias is not None and biases[id(bias)] == 1}
 
     def replace(self, layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> Any:
         """Make what a layer becomes, and let it compute in the layer's place."""
@@ -292,8 +265,9 @@ class _Run:
         if self.few:
             layer, (rows, columns) = max(self.few.items(), key=lambda one: one[1][1] / one[1][0])
             yield (
-                f"fewer rows than columns reached {len(self.few)} layers, least of all {self.path(layer)} "
-                f"({rows} rows, {columns} columns), which are damped the more: pass more samples"
+                f"fewer rows than columns reached {len(self.few)} layers, least of all "
+                f"{layer_name(self.candidates[layer])} ({rows} rows, {columns} columns), which are damped the more: "
+                "pass more samples"
             )
 
     def find_units(self, lists: list[list[nn.Module]], offload: Path | None, *, asked: bool) -> list[Unit]:
@@ -310,11 +284,8 @@ class _Run:
     def calibrate(self, units: list[Unit], lists: list[list[nn.Module]], offload: Path | None) -> None:
         """Quantize the layers of all units, in their order."""
         for keep_all in (True,) if self.keep_all else (False, True):
-            with Replay(self.model, lists, offload, keep_all) as replay:
-                try:
-                    self._calibrate(units, replay)
-                except Stale:  # what is done is kept, and runs again
-                    continue
+            with Replay(self.model, lists, offload, keep_all) as replay, suppress(Stale):  # what is done runs again
+                self._calibrate(units, replay)
                 return
 
     def _calibrate(self, units: list[Unit], replay: Replay) -> None:
@@ -332,7 +303,7 @@ class _Run:
 
     def _quantize(self, unit: Unit, replay: Replay) -> None:
         """Quantize a unit's layers by the moments of its inputs; Stale if what was not kept may be read."""
-        moments, groups = self._moments(unit, replay)
+        moments, groups = replay.moments(unit, self.batches, self.centred)
         if replay.has_dropped and not all(own.is_finite() for own in moments.values()):
             raise Stale  # before a layer is replaced: all of the unit are done again
         self._refuse_not_finite(moments)
@@ -350,29 +321,12 @@ class _Run:
             del hessian  # before the next one is computed
         self.replace_unreached(unit.layers)
 
-    def _moments(self, unit: Unit, replay: Replay) -> tuple[dict[nn.Module, Moments], list[list[nn.Module]]]:
-        """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do."""
-        alone: set[nn.Module] = set()
-        layers = unit.layers if unit.block is not None else unit.layers[:1]
-        while True:
-            inputs = Inputs(layers, self.centred, alone, stop_after=unit.calls if unit.block is None else None)
-            ending = nullcontext() if unit.block is None else replay.ending_at(unit.block)
-            try:
-                with inputs.taken(), ending:
-                    for number, batch in enumerate(self.batches):
-                        inputs.start_batch(counted_rows(batch, number))
-                        replay.run(number, batch)
-                groups = inputs.groups()
-            except Regroup:
-                continue
-            return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
-
     def _refuse_not_finite(self, moments: Mapping[nn.Module, Moments]) -> None:
         for layer, own in moments.items():
             if not own.is_finite():
                 raise ValueError(
-                    f"{self.path(layer)}: its inputs hold NaN or infinite values, or too large ones to square: look "
-                    "for a broken batch or weight before it, or leave the layer out with skip="
+                    f"{layer_name(self.candidates[layer])}: its inputs hold NaN or infinite values, or too large "
+                    "ones to square: look for a broken batch or weight before it, or leave it out with skip="
                 )
 
     def _replace_constant(self, group: list[nn.Module], own: Moments) -> None:
@@ -420,40 +374,32 @@ class _Run:
         if self.finished is None:
             return
         tensors: dict[str, Tensor] = {}
-        records: list[dict[str, Any]] = []
+        records: list[Any] = []
         for place, layer in enumerate(unit.layers):
             made: Any = self.replacements[layer]
-            if layer in self.centred:
-                tensors[f"{place}.bias"] = made.bias
-            if layer in self.uncalibrated:
-                records.append({"why": self.uncalibrated[layer]})
-                continue
             weight: QuantizedTensor = made.quantized
             tensors |= {f"{place}.packed": weight.packed, f"{place}.scales": weight.scales}
+            tensors |= {f"{place}.bias": made.bias} if layer in self.centred else {}
             how = [weight.format, weight.block_size, weight.scale_encoding, weight.method]
-            records.append({"how": how, "few": self.few.get(layer)})
+            records.append([self.uncalibrated.get(layer), self.few.get(layer), *how])
         self.finished.save(number, tensors, records)
 
     def _load(self, number: int, unit: Unit) -> bool:
         """Take the layers of a unit from its file; return whether there is one."""
-        found = None if self.finished is None else self.finished.load(number)
-        if found is None:
-            return False
-        tensors, records = found
-        for place, (layer, record) in enumerate(zip(unit.layers, records, strict=True)):
+        tensors, records = (self.finished and self.finished.load(number)) or ({}, [])
+        for place, (layer, (why, few, *how)) in enumerate(zip(unit.layers, records, strict=False)):
             one: Any = layer
-            if "why" in record:
-                made = self.replace_by_weight(layer, record["why"])
-            else:
-                packed, scales = (tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales"))
-                weight = QuantizedTensor(packed, scales, one.weight.shape, *record["how"])
-                made = self.replace(layer, _storing(lambda *_, weight=weight: weight))
+            parts = [tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales")]
+            weight = QuantizedTensor(*parts, one.weight.shape, *how)
+            made = self.replace(layer, _storing(lambda *_, weight=weight: weight))
             if layer in self.centred:
                 bias = tensors[f"{place}.bias"].to(one.bias.device)
                 made._parameters["bias"] = nn.Parameter(bias, requires_grad=one.bias.requires_grad)
-            if record.get("few") is not None:
-                self.few[layer] = tuple(record["few"])
-        return True
+            if why is not None:
+                self.uncalibrated[layer] = why
+            if few is not None:
+                self.few[layer] = tuple(few)
+        return bool(records)
 
 
 def _storing(
