@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 LIMIT = 298  # characters of an error line, without its line end
 
@@ -103,6 +106,23 @@ _REPR.maxtuple = _REPR.maxlist = 8
 def show(value: object) -> str:
     """Return a short repr of any value, for errors."""
     return printable(_REPR.repr(value))
+
+
+def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return a path that a caller gave as an argument; a TypeError names the argument."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}={show(value)} must be the path of a file or folder")
+    return Path(value)
+
+
+def check_function(name: str, value: Any, needs: str, *arguments: object) -> None:
+    """Raise a TypeError unless a value can be called with ``arguments``; ``needs`` says what it must be."""
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name}={show(value)} must be {needs}") from error
+    except ValueError:  # a builtin whose signature is unknown
+        return
 
 
 def one_line(text: str, taken: int = 0) -> str:

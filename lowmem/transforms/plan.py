@@ -24,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from lowmem import measure
-from lowmem.errors import show
+from lowmem.errors import check_function, show
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
@@ -36,7 +36,7 @@ from lowmem.quant.scales import get_encoding
 from lowmem.transforms.bits import SMALLEST, text_of
 from lowmem.transforms.commit import commit
 from lowmem.transforms.convert import convert, rebuild_all
-from lowmem.transforms.meta import make_on_meta
+from lowmem.transforms.meta import check_factory, make_on_meta
 from lowmem.transforms.registry import Technique, stored_by
 from lowmem.transforms.store import storing_once
 from lowmem.transforms.summary import aligned
@@ -194,8 +194,8 @@ def plan(
     """
     if training is not None and training not in OPTIMIZERS:
         raise ValueError(f"training={training!r} is unknown: choose from None, {', '.join(OPTIMIZERS)}")
-    if loss is not None and not callable(loss):
-        raise TypeError(f"loss={show(loss)} must be a function of the model's output, or None")
+    if loss is not None:
+        check_function("loss", loss, "a function of the model's output, or None", None)
     if at_most is None:
         return plan_of(skeleton_of(make, techniques, where, skip), batch, training, loss)
     if techniques:
@@ -248,13 +248,7 @@ def skeleton_of(
     skip: str | Iterable[str] = (),
 ) -> Skeleton:
     """Make and convert a model on the meta device; raises as ``plan``."""
-    if isinstance(make, nn.Module):
-        raise TypeError(
-            f"make is a {type(make).__name__}, a model with weights: pass what makes it, as its class or a function, "
-            "whose weights are never allocated"
-        )
-    if not callable(make):
-        raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
+    check_factory("make", make)
     if techniques:
         # The trial's one layer has no paths that a LoRA's patterns match, and is too small for its rank.
         # Nor can its short rows be stored in every budget of bits.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowmem.errors import show
+from lowmem.errors import check_function, show
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
@@ -55,8 +55,8 @@ def _left_by(
 ) -> dict[nn.Module, str | None]:
     """Return which argument leaves each module out; None where both select it."""
     found = module_paths(model)
-    if where is not None and not callable(where):
-        raise TypeError(f"where={show(where)} must be callable with a path and what is there, or None")
+    if where is not None:
+        check_function("where", where, "callable with a path and a module, or None", "", model)
     skip = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
     if not all(isinstance(pattern, str) for pattern in skip):
         raise TypeError(f"skip={show(skip)} must be glob patterns of paths")
@@ -92,8 +92,8 @@ def select_to_convert(
     first = type(techniques[0])
     refuse_model("convert", model)
     refuse_prepared("convert", {module: path for path, module in model.named_modules()})
-    if parameters is not None and not callable(parameters):
-        raise TypeError(f"parameters={show(parameters)} must be callable with a path and what is there, or None")
+    if parameters is not None:
+        check_function("parameters", parameters, "callable with a path and a parameter, or None", "", None)
     if first is LoRA and parameters is not None:
         raise ValueError(
             "parameters= names what FourBit, EightBit or Half store besides; LoRA alone stores nothing: leave it out"

@@ -99,6 +99,9 @@ def test_wrong_arguments_are_named():
         convert(nn.Linear(2, 2), Half)
     with pytest.raises(ValueError, match="LoRA was given 2 times"):
         convert(nn.Linear(2, 2), LoRA(1), LoRA(2))
+    for given in ([FourBit()], [FourBit(), nn.Linear(2, 2)]):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, found FourBit"):
+            convert(*given)
 
 
 def test_at_most_counts_all_weights_of_a_module_that_was_converted_before():

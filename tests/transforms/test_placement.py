@@ -1,6 +1,8 @@
 """Which layers get an adapter, and of which rank; the output layer of a language model gets none."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -248,6 +250,41 @@ def test_a_where_that_only_leaves_out_says_which_other_layers_it_has_adapted(sto
             assert "skip= keeps the default" in text
     default = set(adapter_layers(convert(Whole(), LoRA(2)), "default"))
     assert set(adapter_layers(convert(Whole(), LoRA(2), skip="moe.mix"), "default")) == default - {"moe.mix"}
+
+
+@pytest.mark.parametrize(
+    ("technique", "where", "told"),
+    [
+        (
+            LoRA(1000),
+            None,
+            "^body.q has a weight of 16 x 16, whose change has a rank of 16 at most, and an adapter of",
+        ),
+        (LoRA(17), None, "of rank 17, and so have 1 more: lower rank=, or that of .* alone, as ranks={'body.q': 16}"),
+        (LoRA(16), None, None),
+        (LoRA(2, ranks={"*.q": 17}), None, "^body.q .* of rank 17: lower rank="),
+        (LoRA(16), "body.tokens", None),
+        (LoRA(17), "body.tokens", "^body.tokens has a weight of 16 x 50"),
+        (LoRA(32), "conv", None),
+        (LoRA(33), "conv", "^conv has a weight of 64 x 32"),
+        (LoRA(16), "experts", None),
+        (LoRA(17), "experts", "^experts.up has a weight of 48 x 16"),
+    ],
+)
+def test_a_rank_that_no_change_of_a_weight_can_have_is_told_once(technique, where, told):
+    for adapt in (convert, lambda model, one, **given: add_adapter(model, "mine", one, **given)):
+        model = Tied()
+        model.conv, model.experts = nn.Conv1d(16, 64, 2), Experts()
+        options = {"skip": ["conv", "experts"]} if where is None else {"where": lambda path, _: path == where}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapt(model, technique, **options)
+        assert [one.filename for one in caught] == [__file__] * (told is not None)
+        assert all(re.search(told, str(one.message)) for one in caught)
+
+
+def test_a_small_head_with_a_rank_above_its_own_is_not_told_of():
+    convert(nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)), nn.Linear(64, 1)), LoRA(4))
 
 
 class Stack(nn.Module):

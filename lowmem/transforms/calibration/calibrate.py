@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
-from lowmem.errors import show
+from lowmem.errors import as_path, check_function, show
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, FourBit
 from lowmem.quant.tensor import QuantizedTensor
@@ -123,7 +123,7 @@ def calibrate(
         UserWarning: layers of other types, that no batch reached, whose inputs were all zero or all alike, or had
             fewer rows than columns; blocks that read more than what those before them return.
     """
-    _check_arguments(batches, technique, damping)
+    _check_arguments(batches, technique, damping, progress)
     for name, value in {"blocks": blocks, "offload": offload, "resume": resume}.items():
         if diagonal and value is not None:
             raise ValueError(
@@ -147,8 +147,8 @@ def calibrate(
             if resume is not None:
                 stored = sorted((candidates[layer], str(own)) for layer, own in steps.items())
                 digest = digest_of(model, batches, f"{damping} {blocks} {stored}")
-                run.finished = FinishedUnits(Path(resume), digest)
-            folder = None if offload is None else Path(offload)
+                run.finished = FinishedUnits(as_path("resume", resume), digest)
+            folder = None if offload is None else as_path("offload", offload)
             units = run.find_units(lists, folder, asked=blocks is not None)
             run.calibrate(units, lists, folder)
         run.replace_unreached(run.linear)
@@ -161,11 +161,13 @@ def calibrate(
     return model
 
 
-def _check_arguments(batches: object, technique: object, damping: object) -> None:
+def _check_arguments(batches: object, technique: object, damping: object, progress: object) -> None:
     if type(technique) not in (FourBit, Budget):
         raise TypeError(f"technique={technique!r} must be a FourBit or a Budget; convert applies the others")
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
         raise ValueError(f"damping={damping!r} must be a number above 0; 0.01 suits most models")
+    if progress is not None:
+        check_function("progress", progress, "callable with two counts and seconds, or None", 1, 1, 0.0)
     if not (isinstance(batches, str) and batches == "self"):
         check_batches(batches)
 
