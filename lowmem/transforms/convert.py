@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -19,9 +19,9 @@ from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of, war
 from lowmem.transforms.commit import commit
 from lowmem.transforms.placement import warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Technique, check_module, module_paths
+from lowmem.transforms.registry import Technique, Where, check_module, module_paths
 from lowmem.transforms.select import note_left, select_to_convert
-from lowmem.transforms.store import rebuild, storing_once
+from lowmem.transforms.store import StoreBy, rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
 
 M = TypeVar("M", bound=nn.Module)
@@ -121,22 +121,16 @@ def convert(
 def rebuild_all(
     model: nn.Module,
     techniques: tuple[Technique, ...],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
     skip: str | Iterable[str],
     parameters: Callable[[str, Tensor], bool] | None,
-    store_by: Callable[[Any], Callable[[Tensor, str], Any]],
+    store_by: StoreBy,
     losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
 ) -> dict[nn.Module, nn.Module]:
-    """Select, assign and store: return what each module becomes that ``convert`` takes; the model does not change.
+    """Select, assign and store: return what each module becomes that ``convert`` takes; raises as ``convert``.
 
-    Args:
-        model, techniques, where, skip, parameters: as in ``convert``.
-        store_by: returns, for a technique, the function that stores a weight: ``storing_once``.
-        losses: returns what each choice of a ``Budget`` loses of a weight, by its name; None of one that is not
-            known. None: they are measured.
-
-    Raises:
-        TypeError, ValueError: as ``convert``.
+    ``losses`` returns what each choice of a ``Budget`` loses of a weight, by its name, or None of one that is not
+    known; without ``losses`` they are measured.
     """
     found = select_to_convert(model, techniques, where, skip, parameters)
     chosen, got = assign(model, techniques, found, where, losses)

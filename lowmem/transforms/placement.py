@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from lowmem.nn.adapter import layout_of
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, skip_reason
+from lowmem.transforms.registry import Where, layer_name, module_paths, parameters_to_adapt, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
 
 _TOLD_SHARE = 0.1  # of an adapter's numbers; convert warns if layers whose rank is too large have more
@@ -35,19 +35,13 @@ def place_adapters(
     model: nn.Module,
     technique: LoRA,
     layers: Iterable[nn.Module],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
 ) -> dict[nn.Module, dict[str, LoRA]]:
     """Return the layers that get adapters, each with the technique for its parameters, of their own rank and alpha.
 
-    Args:
-        model: has the layers.
-        technique: with patterns, of paths, and of paths with the name of a parameter.
-        layers: that LoRA supports, and ``where`` selects.
-        where: None leaves output layers and routers out.
-
-    Raises:
-        ValueError: all are left out, a pattern of ``ranks`` or ``alphas`` matches none of the rest, or an embedding
-            is taken without those that share its weight.
+    ``layers`` are those that LoRA supports, and ``where`` selects; without ``where`` output layers and routers are
+    left out. A ValueError says that none is left, that a pattern of ``ranks`` or ``alphas`` matches none of them, or
+    that an embedding is taken without those that share its weight.
     """
     layers, paths = list(layers), module_paths(model)
     left = {**routers(model), **output_layers(model)} if where is None else {}
@@ -103,12 +97,9 @@ def takes_adapter(module: nn.Module, chosen: bool = False) -> bool:
 def warnings_of_adapters(
     model: nn.Module,
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
 ) -> list[str]:
-    """Return what to warn of before layers get adapters: shared weights, layers that nobody named, too large ranks.
-
-    ``placed`` has the techniques by layer and parameter; ``where`` selected the layers.
-    """
+    """Return what to warn of before layers get adapters: shared weights, layers that nobody named, large ranks."""
     unnamed = _warning_of_unnamed(model, placed, where)
     return [*_warning_of_ties(model, placed), *unnamed, *_warning_of_ranks(module_paths(model), placed)]
 
@@ -132,7 +123,7 @@ def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterat
 def _warning_of_unnamed(
     model: nn.Module,
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
 ) -> Iterator[str]:
     """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others: a
     ``where`` names a layer if it is true of the layer and not of the module around it."""

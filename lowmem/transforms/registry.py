@@ -24,6 +24,8 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 
 Technique: TypeAlias = Half | EightBit | FourBit | Budget | LoRA
+Where: TypeAlias = Callable[[str, nn.Module], bool] | None
+"""Selects modules by path; None: all."""
 Step: TypeAlias = Half | EightBit | FourBit | Budget | LoRA | dict[str, LoRA]
 """A technique for one module: ``LoRA`` as the technique of each parameter that it adapts."""
 
@@ -282,10 +284,7 @@ def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
 def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = False) -> str | None:
     """Return why a technique does not convert a module; None where it does.
 
-    Args:
-        technique: Half, EightBit, FourBit, Budget or LoRA.
-        module: any module.
-        chosen: whether the user has named it: then it may be a subclass that computes something else.
+    ``chosen`` tells that the user has named the module, which may then be a subclass that computes something else.
     """
     if is_parametrized(module):  # before the type: parametrizing a module changes its class to a subclass
         return f"its weight or bias is computed by a parametrization{_REMOVE}"

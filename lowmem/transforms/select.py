@@ -19,6 +19,7 @@ from lowmem.transforms.placement import place_name, takes_adapter
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_prepared
 from lowmem.transforms.registry import (
     Technique,
+    Where,
     entry_of,
     layer_name,
     made_by,
@@ -31,28 +32,19 @@ from lowmem.transforms.registry import (
 from lowmem.transforms.ties import drop_partial_ties, refuse_overlap, weight_key
 
 
-def select_modules(
-    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
-) -> dict[nn.Module, str]:
+def select_modules(model: nn.Module, where: Where, skip: str | Iterable[str]) -> dict[nn.Module, str]:
     """Return the modules that ``where`` and ``skip`` select, each with its first path; bad ones are errors."""
     left = _left_by(model, where, skip)
     return {module: paths[0] for module, paths in module_paths(model).items() if left[module] is None}
 
 
-def note_left(
-    model: nn.Module,
-    where: Callable[[str, nn.Module], bool] | None,
-    skip: str | Iterable[str],
-    technique: type[Technique],
-) -> None:
+def note_left(model: nn.Module, where: Where, skip: str | Iterable[str], technique: type[Technique]) -> None:
     """Record which modules ``where`` and ``skip`` left dense; LoRA's choice counts where no weight is stored."""
     if technique is not LoRA or not any(isinstance(module, StoredModule) for module in model.modules()):
         note_dense(_left_by(model, where, skip))
 
 
-def _left_by(
-    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
-) -> dict[nn.Module, str | None]:
+def _left_by(model: nn.Module, where: Where, skip: str | Iterable[str]) -> dict[nn.Module, str | None]:
     """Return which argument leaves each module out; None where both select it."""
     found = module_paths(model)
     if where is not None:
@@ -65,9 +57,9 @@ def _left_by(
             raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
     left: dict[nn.Module, str | None] = {}
     for module, paths in found.items():
-        pattern = next((one for one in skip if any(fnmatchcase(path, one) for path in paths)), None)
-        if pattern is not None:
-            left[module] = f"skip={pattern!r} leaves it out"
+        matched = next((one for one in skip if any(fnmatchcase(path, one) for path in paths)), None)
+        if matched is not None:
+            left[module] = f"skip={matched!r} leaves it out"
         else:
             taken = where is None or all(where(path, module) for path in paths)
             left[module] = None if taken else "where= leaves it out"
@@ -77,17 +69,13 @@ def _left_by(
 def select_to_convert(
     model: nn.Module,
     techniques: tuple[Technique, ...],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
     skip: str | Iterable[str],
     parameters: Callable[[str, Tensor], bool] | None = None,
 ) -> dict[nn.Module, tuple[str, list[str]]]:
     """Return the modules that the first technique converts, each with its first path and the parameters to store.
 
-    Raises:
-        TypeError: the model is not a module, or a pattern is not a string.
-        RuntimeError: inference mode is active.
-        ValueError: nothing to convert, a pattern that matches nothing, a layer that has one of the techniques
-            already, or is inside a PEFT layer.
+    Raises as ``convert`` for models and arguments that it rejects.
     """
     first = type(techniques[0])
     refuse_model("convert", model)
@@ -169,11 +157,8 @@ def no_match_message(
     selected: Mapping[nn.Module, str],
     chosen: bool,
 ) -> str:
-    """Return the error text for a model without layers to convert: what was looked for, and what was found.
-
-    The first of the ``selected`` modules that is of a known kind is named, and why it is left. ``chosen`` tells that
-    ``where=`` selected them.
-    """
+    """Return the error text for a model without layers to convert: what was looked for, what was found, and why the
+    first of the ``selected`` modules of a known kind is left; ``chosen`` tells that ``where=`` selected them."""
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
     known = {

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property, partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -24,7 +23,7 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.assign import assign
 from lowmem.transforms.budget import Chosen
-from lowmem.transforms.calibration.blocks import NO_BATCHES, Unit, find_blocks, units_of
+from lowmem.transforms.calibration.blocks import Unit, find_blocks, units_of
 from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
 from lowmem.transforms.calibration.generated import generated_batches
 from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq, quantize_weighted
@@ -33,9 +32,9 @@ from lowmem.transforms.calibration.replay import Replay, Stale, noted_inputs, wa
 from lowmem.transforms.calibration.runs import check_batches, computing, evaluation_mode, run_batch
 from lowmem.transforms.commit import commit
 from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Step, layer_name, layer_names, parameters_to_store
+from lowmem.transforms.registry import Step, Where, layer_name, layer_names, parameters_to_store
 from lowmem.transforms.select import note_left, select_to_convert
-from lowmem.transforms.store import rebuild, storing_once
+from lowmem.transforms.store import StoreBy, rebuild, storing_once
 from lowmem.transforms.ties import weight_key
 
 M = TypeVar("M", bound=nn.Module)
@@ -106,8 +105,8 @@ def calibrate(
             temperature of 1, tokens are drawn as the model predicts.
 
     Returns:
-        The model, changed in place. Calibrated layers have ``quantized.method == "calibrated"``, with ``diagonal``
-        "search".
+        The model, changed in place. Calibrated layers have the ``quantized.method`` "calibrated", or "search" with
+        ``diagonal``.
 
     Raises:
         TypeError: batches that can be iterated only once, a batch or technique of another type, or "self" without a
@@ -136,6 +135,8 @@ def calibrate(
     refuse_layers("calibrate", candidates)
     if isinstance(batches, str):
         batches = generated_batches(model, tokenizer, seed, temperature)
+    if not any(True for _ in batches):
+        raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
     steps, chosen = _steps(model, technique, found, where, batches)
     with evaluation_mode(model) as overrides:
         run = _Run(model, batches, candidates, damping, overrides, progress, steps)
@@ -176,13 +177,11 @@ def _steps(
     model: nn.Module,
     technique: FourBit | Budget,
     found: Mapping[nn.Module, tuple[str, list[str]]],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
     batches: Iterable[Any],
 ) -> tuple[dict[nn.Module, tuple[Step, ...]], dict[nn.Module, Chosen]]:
     """Return how each layer is stored, with a search of scales, and what it got of a budget."""
     if isinstance(technique, Budget) and technique.inputs is None:
-        if not any(True for _ in batches):
-            raise ValueError(NO_BATCHES)
         technique = replace(technique, inputs=batches)
     steps, chosen = assign(model, (technique,), found, where)
     for layer, (first, *rest) in steps.items():
@@ -208,7 +207,7 @@ class _Run:
     finished: FinishedUnits | None = None  # None: nothing is written
     keep_all: bool | None = False  # the outputs of all blocks that are done; None: of no block, and why_not
     why_not: str = ""
-    store_by: Callable[[Any], Callable[[Tensor, str], Any]] = field(default_factory=storing_once)
+    store_by: StoreBy = field(default_factory=storing_once)
 
     @cached_property
     def linear(self) -> list[nn.Module]:
@@ -225,7 +224,7 @@ class _Run:
         own = {layer: layer._parameters["bias"] for layer in self.linear}
         return {layer for layer, bias in own.items() if bias is not None and biases[id(bias)] == 1}
 
-    def replace(self, layer: nn.Module, store_by: Callable[[Any], Callable[[Tensor, str], Any]]) -> Any:
+    def replace(self, layer: nn.Module, store_by: StoreBy) -> Any:
         """Make what a layer becomes, and let it compute in the layer's place."""
         made: Any = rebuild(layer, self.steps[layer], self.candidates[layer], {}, store_by)
         self.replacements[layer] = made
@@ -274,8 +273,9 @@ class _Run:
 
     def find_units(self, lists: list[list[nn.Module]], offload: Path | None, *, asked: bool) -> list[Unit]:
         """Return the units, as ``units_of``, and find out by the first batch what has to be kept of those done."""
-        inside = {layer for blocks in lists for block in blocks for layer in block.modules()}
-        noted = [*chain(*lists), *(layer for layer in self.linear if layer not in inside)] if lists else []
+        blocks = [block for own in lists for block in own]
+        inside = {layer for block in blocks for layer in block.modules()}
+        noted = [*blocks, *(layer for layer in self.linear if layer not in inside)] if lists else []
         with noted_inputs(noted) as entries:
             units = units_of(self.model, self.batches, self.linear, lists, self.centred, asked=asked)
         if any(unit.block is not None for unit in units):
@@ -312,15 +312,11 @@ class _Run:
         for group in groups:
             own = moments.pop(group[0])
             hessian = prepare_hessian(own.second(), self.damping * max(1.0, own.columns / max(1, own.rows)))
-            if hessian is None:
-                self._replace_constant(group, own)
-                continue
-            for layer in group:
-                self.replace(layer, _storing(partial(quantize_gptq, hessian=hessian)))
-                self._correct_bias(layer, own)
-            if own.rows < own.columns:
+            found = None if hessian is None else _storing(partial(quantize_gptq, hessian=hessian))
+            self._replace_group(group, own, found)
+            if found is not None and own.rows < own.columns:
                 self.few |= dict.fromkeys(group, (own.rows, own.columns))
-            del hessian  # before the next one is computed
+            del hessian, found  # before the next one is computed
         self.replace_unreached(unit.layers)
 
     def _refuse_not_finite(self, moments: Mapping[nn.Module, Moments]) -> None:
@@ -331,52 +327,43 @@ class _Run:
                     "ones to square: look for a broken batch or weight before it, or leave it out with skip="
                 )
 
-    def _replace_constant(self, group: list[nn.Module], own: Moments) -> None:
-        """Quantize by their weights alone layers whose inputs tell nothing of the weights; biases make up for it."""
-        for layer in group:
-            constant = layer in self.centred and bool(own.mean.any())
-            self.replace_by_weight(layer, "its inputs are all alike" if constant else "its inputs are all zero")
-            self._correct_bias(layer, own)
+    def _replace_group(self, group: list[Any], own: Moments, store_by: StoreBy | None) -> None:
+        """Quantize layers with one input; None: by their weights alone, as their input tells nothing of the weights.
 
-    def _correct_bias(self, layer: Any, own: Moments) -> None:
-        """Let the bias of a layer take over the mean of the error: ``(W - W_q) E[x]``."""
-        if layer not in self.centred:
-            return
-        made: Any = self.replacements[layer]
-        mean = (layer.weight.float() - made.quantized.dequantize()) @ own.mean
-        bias = (layer.bias.float() + mean).to(layer.bias.dtype)
-        made._parameters["bias"] = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+        The bias of a layer takes over the mean of the error: ``(W - W_q) E[x]``.
+        """
+        for layer in group:
+            if store_by is None:
+                constant = layer in self.centred and bool(own.mean.any())
+                made = self.replace_by_weight(layer, f"its inputs are all {'alike' if constant else 'zero'}")
+            else:
+                made = self.replace(layer, store_by)
+            if layer in self.centred:
+                mean = (layer.weight.float() - made.quantized.dequantize()) @ own.mean
+                self._set_bias(layer, (layer.bias.float() + mean).to(layer.bias.dtype))
+
+    def _set_bias(self, layer: Any, bias: Tensor) -> None:
+        self.replacements[layer]._parameters["bias"] = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
 
     def weigh_columns(self) -> None:
         """Quantize all layers with scales searched for by the mean square of each column of their inputs."""
         inputs = Inputs(self.linear, self.centred, set(self.linear), diagonal=True)
-        runs = 0
         with inputs.taken():
             for number, batch in enumerate(self.batches):
                 inputs.start_batch(counted_rows(batch, number))
                 run_batch(self.model, batch)
-                runs += 1
-        if not runs:
-            raise ValueError(NO_BATCHES)
         self._refuse_not_finite(inputs.moments)
         for layer, own in inputs.moments.items():
             importance = own.second()
             mean = float(importance.mean())
-            if mean <= 0:
-                self._replace_constant([layer], own)
-                continue
-            weights = importance.add(self.damping * mean)
-            self.replace(layer, _storing(partial(quantize_weighted, importance=weights)))
-            self._correct_bias(layer, own)
+            found = _storing(partial(quantize_weighted, importance=importance.add(self.damping * mean)))
+            self._replace_group([layer], own, found if mean > 0 else None)
         if self.progress is not None:
             self.progress(1, 1, 0.0)
 
     def _save(self, number: int, unit: Unit) -> None:
         """Write the file of a unit."""
-        if self.finished is None:
-            return
-        tensors: dict[str, Tensor] = {}
-        records: list[Any] = []
+        tensors, records = dict[str, Tensor](), list[Any]()
         for place, layer in enumerate(unit.layers):
             made: Any = self.replacements[layer]
             weight: QuantizedTensor = made.quantized
@@ -384,28 +371,24 @@ class _Run:
             tensors |= {f"{place}.bias": made.bias} if layer in self.centred else {}
             how = [weight.format, weight.block_size, weight.scale_encoding, weight.method]
             records.append([self.uncalibrated.get(layer), self.few.get(layer), *how])
-        self.finished.save(number, tensors, records)
+        if self.finished is not None:
+            self.finished.save(number, tensors, records)
 
     def _load(self, number: int, unit: Unit) -> bool:
         """Take the layers of a unit from its file; return whether there is one."""
         tensors, records = (self.finished and self.finished.load(number)) or ({}, [])
-        for place, (layer, (why, few, *how)) in enumerate(zip(unit.layers, records, strict=False)):
-            one: Any = layer
-            parts = [tensors[f"{place}.{part}"].to(one.weight.device) for part in ("packed", "scales")]
-            weight = QuantizedTensor(*parts, one.weight.shape, *how)
-            made = self.replace(layer, _storing(lambda *_, weight=weight: weight))
+        layers: list[Any] = unit.layers
+        for place, (layer, (why, few, *how)) in enumerate(zip(layers, records, strict=False)):
+            packed, scales = (tensors[f"{place}.{part}"].to(layer.weight.device) for part in ("packed", "scales"))
+            weight = QuantizedTensor(packed, scales, layer.weight.shape, *how)
+            self.replace(layer, _storing(lambda *_, weight=weight: weight))
             if layer in self.centred:
-                bias = tensors[f"{place}.bias"].to(one.bias.device)
-                made._parameters["bias"] = nn.Parameter(bias, requires_grad=one.bias.requires_grad)
-            if why is not None:
-                self.uncalibrated[layer] = why
-            if few is not None:
-                self.few[layer] = tuple(few)
+                self._set_bias(layer, tensors[f"{place}.bias"].to(layer.bias.device))
+            self.uncalibrated |= {} if why is None else {layer: why}
+            self.few |= {} if few is None else {layer: tuple(few)}
         return bool(records)
 
 
-def _storing(
-    quantized: Callable[[Tensor, FourBit], QuantizedTensor],
-) -> Callable[[Any], Callable[[Tensor, str], QuantizedTensor]]:
+def _storing(quantized: Callable[[Tensor, FourBit], QuantizedTensor]) -> StoreBy:
     """Return a replacement for ``storing_once`` that quantizes by a function of a weight and a technique."""
     return lambda technique: lambda weight, name: quantized(weight, technique)

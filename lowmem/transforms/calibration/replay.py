@@ -206,15 +206,8 @@ def way_to_replay(
 ) -> tuple[bool | None, str]:
     """Return whether ``Replay`` has to keep the outputs of all blocks; None, and why, if that is not enough.
 
-    Each block is run once, and none of its layers changes. A model of which no two runs are alike passes.
-
-    Args:
-        model: in ``evaluation_mode``.
-        batch: an input of it.
-        lists: its blocks.
-        units: in the order of their calls.
-        entries: the ``noted_inputs`` of the model's own run on the batch.
-        offload: a folder for what blocks return; None: memory.
+    Each block is run once, and none of its layers changes. A model of which no two runs are alike passes. ``entries``
+    are the ``noted_inputs`` of the model's own run on the batch.
     """
     why = ""
     for keep_all in (False, True):
