@@ -27,7 +27,7 @@ from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_data import Split, load_data
 from lowmem.tools.models import make_model, plan_model, recipe_of, tensor_of, user_code
 from lowmem.tools.output import mib, print_json, print_plan, print_saved, progress
-from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
+from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, run_figures, skeleton_of
 from lowmem.version import __version__
 
 DEFAULTS = {"data": "synthetic", "epochs": 10, "batch_size": 64, "lr": 1e-3}
@@ -135,7 +135,8 @@ def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Pl
     whole = replace(
         body, model=model, dense=body.dense + head, load=body.load + head, conversion=body.conversion + head
     )
-    return plan_of(whole, x, "adamw", lambda logits: nn.functional.cross_entropy(logits, y))
+    loss = lambda logits: nn.functional.cross_entropy(logits, y)  # noqa: E731
+    return plan_of(whole, "adamw", run_figures(whole.model, x, "adamw", loss))
 
 
 def _features(name: str, body: nn.Module, x: Tensor) -> int:
