@@ -61,8 +61,8 @@ def add_adapter(
             or a model that is wrapped for several processes. The model is left as it was.
 
     Warns:
-        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them, and of linear
-            layers that share the weight of one that gets an adapter, and get none.
+        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them, of ranks that are
+            too large, and of linear layers that share the weight of one that gets an adapter, and get none.
     """
     check_name(name)
     if not isinstance(technique, LoRA):

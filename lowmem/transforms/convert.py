@@ -80,10 +80,12 @@ def convert(
     Warns:
         UserWarning: more than a tenth of the model's bytes stayed dense, and neither ``where`` nor ``skip`` left
             them out; the three largest reasons are named with their remedies. Biases, norms and floating-point
-            buffers count; where all that is dense is 64 KiB or less, it warns if matrices alone are a tenth. Or a
-            ``where`` that only leaves something out, as ``path != "lm_head"`` does, gave adapters to layers that
-            ``LoRA`` leaves out without it, beside others: these layers are named, and their share of the adapter's
-            numbers.
+            buffers count; where all that is dense is 64 KiB or less, it warns if matrices alone are a tenth.
+        UserWarning: a ``where`` that only leaves something out, as ``path != "lm_head"`` does, gave adapters to
+            layers that ``LoRA`` leaves out without it, beside others: these layers are named, and their share of the
+            adapter's numbers.
+        UserWarning: more than a fifth of the adapter's numbers are of ranks above the smaller dimension of a weight,
+            the most that its change can have; the layer with most of them is named.
     """
     check_module(model)
     _check_arguments(techniques)

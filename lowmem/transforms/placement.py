@@ -13,7 +13,7 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.registry import Where, layer_name, module_paths, parameters_to_adapt, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
 
-_TOLD_SHARE = 0.1  # of an adapter's numbers; convert warns if layers whose rank is too large have more
+_TOLD_SHARE = 0.2  # of an adapter's numbers; convert warns if more are of ranks that no weight can use
 
 
 def place_name(path: str, parameter: str) -> str:
@@ -166,17 +166,21 @@ def _shapes(placed: Mapping[nn.Module, Mapping[str, LoRA]]) -> dict[tuple[nn.Mod
 def _warning_of_ranks(
     paths: Mapping[nn.Module, list[str]], placed: Mapping[nn.Module, Mapping[str, LoRA]]
 ) -> Iterator[str]:
-    """Warn of ranks above both what a weight's change can have, where that is more than a tenth of the numbers."""
-    shapes = _shapes(placed)
-    sizes = {key: sum(map(math.prod, pair)) for key, pair in shapes.items()}
-    useless = [key for key, (a, b) in shapes.items() if a[-2] > min(a[-1], b[-2])]
-    if sum(sizes[key] for key in useless) <= _TOLD_SHARE * sum(sizes.values()):
+    """Warn of ranks above the smaller dimension of a weight, the most that its change can have."""
+    shapes, useless, total = _shapes(placed), dict[tuple[nn.Module, str], int](), 0
+    for key, (a, b) in shapes.items():
+        size, rank, least = math.prod(a) + math.prod(b), a[-2], min(a[-1], b[-2])
+        total += size
+        if rank > least:
+            useless[key] = size // rank * (rank - least)
+    if sum(useless.values()) <= _TOLD_SHARE * total:
         return
-    layer, name = largest = max(useless, key=lambda key: sizes[key])
+    layer, name = largest = max(useless, key=lambda key: useless[key])
     (*_, rank, inputs), (*_, outputs, _) = shapes[largest]
-    place, least = layer_name(place_name(paths[layer][0], name)), min(inputs, outputs)
-    more = f", and so have {len(useless) - 1} more" if len(useless) > 1 else ""
+    place, least = place_name(paths[layer][0], name), min(inputs, outputs)
+    more = f", and so do {len(useless) - 1} more" if len(useless) > 1 else ""
     yield (
-        f"{place} has a weight of {outputs} x {inputs}, whose change has a rank of {least} at most, and an adapter "
-        f"of rank {rank}{more}: lower rank=, or that of these layers alone, as ranks={{{place!r}: {least}}}"
+        f"{sum(useless.values()) / total:.0%} of the adapter's numbers add nothing: {layer_name(place)} "
+        f"({outputs} x {inputs}) can use a rank of {least} at most, and gets {rank}{more}; lower rank=, or that of "
+        f"these layers alone, as ranks={{{place!r}: {least}}}"
     )

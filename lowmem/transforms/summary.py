@@ -170,7 +170,9 @@ def summary(model: nn.Module) -> Summary:
     one row with its base and adapters. A weight that several layers share is counted only in the first of their rows,
     so that rows add up.
 
-    Reasons are those of the techniques that some layer was converted by; of ``FourBit`` if there are none.
+    Reasons are those of the techniques that some layer was converted by; of ``FourBit`` if there are none. Of a layer
+    that such a technique takes, they say which call left it dense (``where=``, ``skip=``, ``restore``), that the file
+    has it dense, or that no call took it in.
 
     Raises:
         TypeError: the model is not a module.

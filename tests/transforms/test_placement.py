@@ -258,17 +258,17 @@ def test_a_where_that_only_leaves_out_says_which_other_layers_it_has_adapted(sto
         (
             LoRA(1000),
             None,
-            "^body.q has a weight of 16 x 16, whose change has a rank of 16 at most, and an adapter of",
+            "^98% .*: body.q .16 x 16. can use a rank of 16 at most, and gets 1000, and so do 1 ",
         ),
-        (LoRA(17), None, "of rank 17, and so have 1 more: lower rank=, or that of .* alone, as ranks={'body.q': 16}"),
-        (LoRA(16), None, None),
-        (LoRA(2, ranks={"*.q": 17}), None, "^body.q .* of rank 17: lower rank="),
+        (LoRA(21), None, "lower rank=, or that of these layers alone, as ranks={'body.q': 16}"),
+        (LoRA(20), None, None),
+        (LoRA(2, ranks={"*.q": 21}), None, r"^22% .*body.q \(16 x 16\) can use a rank of 16 at most, and gets 21;"),
         (LoRA(16), "body.tokens", None),
-        (LoRA(17), "body.tokens", "^body.tokens has a weight of 16 x 50"),
+        (LoRA(21), "body.tokens", "body.tokens .16 x 50. can use a rank of 16"),
         (LoRA(32), "conv", None),
-        (LoRA(33), "conv", "^conv has a weight of 64 x 32"),
+        (LoRA(41), "conv", "conv .64 x 32. can use a rank of 32"),
         (LoRA(16), "experts", None),
-        (LoRA(17), "experts", "^experts.up has a weight of 48 x 16"),
+        (LoRA(21), "experts", "experts.up .48 x 16. can use a rank of 16"),
     ],
 )
 def test_a_rank_that_no_change_of_a_weight_can_have_is_told_once(technique, where, told):
@@ -283,8 +283,11 @@ def test_a_rank_that_no_change_of_a_weight_can_have_is_told_once(technique, wher
         assert all(re.search(told, str(one.message)) for one in caught)
 
 
-def test_a_small_head_with_a_rank_above_its_own_is_not_told_of():
-    convert(nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)), nn.Linear(64, 1)), LoRA(4))
+def test_the_root_s_rank_is_named_by_its_own_pattern_and_that_of_a_small_head_is_left():
+    with pytest.warns(UserWarning, match=r"the model itself \(64 x 64\) can use .* as ranks=\{'': 64\}"):
+        convert(nn.Linear(64, 64), LoRA(1000))
+    convert(nn.Linear(64, 64), LoRA(1000, ranks={"": 64}))
+    convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)), LoRA(8))
 
 
 class Stack(nn.Module):
