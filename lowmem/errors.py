@@ -135,7 +135,7 @@ def reason(error: BaseException) -> str:
     if _is_memory(error):
         return f"{describe(error)}; free memory, or take a smaller model, batch, shape or file"
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
-    return _without_cpp(_text(error)) if expected else describe(error)
+    return _without_cpp(message_of(error)) if expected else describe(error)
 
 
 def is_fault(error: BaseException) -> bool:
@@ -152,7 +152,7 @@ def error_line(command: str, error: BaseException) -> str:
 
 def describe(error: BaseException) -> str:
     """Return the type and the first line of any exception, and what it announces, in at most 120 characters."""
-    text = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _without_cpp(_text(error)).strip()
+    text = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _without_cpp(message_of(error)).strip()
     if text == _OUT_OF_MEMORY:
         return text
     first, *others = text.splitlines() or [""]
@@ -175,7 +175,8 @@ def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | RuntimeError) and _OUT_OF_MEMORY in describe(error).lower()
 
 
-def _text(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """Return the text of any exception, also of one whose ``__str__`` fails."""
     try:
         return str(error)
     except (Exception, SystemExit) as failure:  # noqa: BLE001  a user's exception may have a broken __str__

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
-from lowmem.errors import describe
+from lowmem.errors import describe, message_of
 from lowmem.tools.output import is_pipe_closed, preserve_streams
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.registry import Technique
@@ -138,7 +138,7 @@ _REMEDIES = {
 def _remedy(given: bool, reason: BaseException) -> str:
     """Return what to do about an error of a model with the user's own input, or one that ``make_input`` made."""
     known = {} if given else _REMEDIES
-    found = (told for pattern, told in known.items() if re.search(pattern, str(reason)))
+    found = (told for pattern, told in known.items() if re.search(pattern, message_of(reason)))
     return f"; {next(found, _CHECK)}"
 
 
