@@ -27,13 +27,6 @@ def test_every_exact_linear_is_converted_wherever_it_stands(techniques, layer):
     assert model(torch.ones(2, 8)).shape == expected.shape
 
 
-def test_layers_left_out_can_be_converted_later():
-    model = convert(Odd(), FourBit(), skip="dict.*")
-    convert(model, Half(), where=lambda path, _: path.startswith("dict"))
-    assert type(model.dict["head"]) is HalfLinear
-    assert type(model.shared) is nn.Linear  # it stands in dict too: skipped once, not chosen by its first path
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_kept(training):
     model = convert(Odd().train(training), FourBit(), LoRA(2, dropout=0.1))
