@@ -178,9 +178,9 @@ def _warning_of_ranks(
     layer, name = largest = max(useless, key=lambda key: useless[key])
     (*_, rank, inputs), (*_, outputs, _) = shapes[largest]
     place, least = place_name(paths[layer][0], name), min(inputs, outputs)
-    more = f", and so do {len(useless) - 1} more" if len(useless) > 1 else ""
+    more = f", one of {len(useless)} such layers," if len(useless) > 1 else ""
     yield (
         f"{sum(useless.values()) / total:.0%} of the adapter's numbers add nothing: {layer_name(place)} "
-        f"({outputs} x {inputs}) can use a rank of {least} at most, and gets {rank}{more}; lower rank=, or that of "
-        f"these layers alone, as ranks={{{place!r}: {least}}}"
+        f"({outputs} x {inputs}){more} can use a rank of {least} at most, and gets {rank}; lower rank=, or that of "
+        f"such layers alone, as ranks={{{place!r}: {least}}}"
     )

@@ -258,9 +258,9 @@ def test_a_where_that_only_leaves_out_says_which_other_layers_it_has_adapted(sto
         (
             LoRA(1000),
             None,
-            "^98% .*: body.q .16 x 16. can use a rank of 16 at most, and gets 1000, and so do 1 ",
+            "^98% .*: body.q .16 x 16., one of 2 such layers, can use a rank of 16 at most, and gets 1",
         ),
-        (LoRA(21), None, "lower rank=, or that of these layers alone, as ranks={'body.q': 16}"),
+        (LoRA(21), None, "lower rank=, or that of such layers alone, as ranks={'body.q': 16}"),
         (LoRA(20), None, None),
         (LoRA(2, ranks={"*.q": 21}), None, r"^22% .*body.q \(16 x 16\) can use a rank of 16 at most, and gets 21;"),
         (LoRA(16), "body.tokens", None),
