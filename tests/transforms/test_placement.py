@@ -268,7 +268,7 @@ def test_a_where_that_only_leaves_out_says_which_other_layers_it_has_adapted(sto
         (LoRA(32), "conv", None),
         (LoRA(41), "conv", "conv .64 x 32. can use a rank of 32"),
         (LoRA(16), "experts", None),
-        (LoRA(21), "experts", "experts.up .48 x 16. can use a rank of 16"),
+        (LoRA(21), "experts", "experts.up .48 x 16., one of 2 such layers, can use a rank of 16"),
     ],
 )
 def test_a_rank_that_no_change_of_a_weight_can_have_is_told_once(technique, where, told):
