@@ -78,7 +78,7 @@ class Outcome:
     right: float | None
 
 
-def digits() -> Task:
+def digits(_: Path | None) -> Task:
     from lowmem.tools.fit_classifier import Classifier
     from lowmem.tools.fit_data import load_data
 
@@ -117,7 +117,7 @@ def text(folder: Path | None) -> Task:
     return Task(make, BLOCK_LAYERS, [(one,) for one in rows.split(1)], judge, 2e-4)
 
 
-def sentences() -> Task:
+def sentences(_: Path | None) -> Task:
     """Return the task of halves of paragraphs, 16 in a batch."""
     import transformers
 
@@ -147,6 +147,9 @@ def sentences() -> Task:
         return transformers.AutoModel.from_pretrained(folder, local_files_only=True)
 
     return Task(make, "query key value dense", batches, judge, 2e-4)
+
+
+TASKS = {"digits": digits, "text": text, "sentences": sentences}
 
 
 def learn(task: Task, way: Way, steps: int) -> Outcome:
@@ -180,22 +183,18 @@ def learn(task: Task, way: Way, steps: int) -> Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    makers = {"digits": lambda given: digits(), "text": lambda given: text(given.folder)}
-    makers["sentences"] = lambda given: sentences()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(makers), choices=list(makers), help="default: all")
+    parser.add_argument("--only", nargs="*", default=list(TASKS), choices=list(TASKS), help="default: all")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="default: all")
     parser.add_argument("--steps", type=int, default=200, help="steps of each way (default: 200)")
     parser.add_argument("--seed", type=int, default=0, help="added to each way's (default: 0)")
     parser.add_argument("--folder", type=Path, help="where SmolLM2 lies, or is written; default: a temporary one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     given = parser.parse_args(arguments)
-    table = Table(title=f"After {given.steps} steps")
-    for name in ("task", "way", "training loss", "held-out loss", "right"):
-        table.add_column(name, justify="left" if name in ("task", "way") else "right")
+    table = Table("task", "way", "training loss", "held-out loss", "right", title=f"After {given.steps} steps")
     rows = []
     for name in given.only:
-        task = makers[name](given)
+        task = TASKS[name](given.folder)
         for way in given.ways:
             got = learn(task, replace(WAYS[way], seed=WAYS[way].seed + given.seed), given.steps)
             right = "" if got.right is None else f"{got.right:.1%}"

@@ -17,11 +17,10 @@ import argparse
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from time import process_time
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +49,7 @@ LAYERS = 6  # that are timed
 COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed", "Use it when"]
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(NamedTuple):
     """What a converted language model loses."""
 
     divergence: float  # mean KL(dense || converted) of the next token, in nats
@@ -79,12 +77,6 @@ def bits(model: nn.Module) -> float:
 # The encoder
 
 
-def encoder() -> tuple[nn.Module, Any]:
-    from transformers import AutoModel, AutoTokenizer
-
-    return AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
-
-
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> Tensor:
     """Return the mean of each text's tokens, of length 1: (texts, width), the shortest text first."""
@@ -100,7 +92,9 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> T
 
 
 def cosines(choices: Mapping[str, Technique]) -> dict[str, float]:
-    model, tokenizer = encoder()
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
     texts = judging()
     dense, found = embed(model, tokenizer, texts), {}
     for name, technique in choices.items():
@@ -201,18 +195,11 @@ def main() -> None:
     converted = {name: lowmem.convert(copy.deepcopy(dense), one, where=is_linear) for name, one in choices.items()}
     lost = losses(dense, converted, rows_of_tokens(tokenizer, options.rows))
     fast = speeds(choices)
-    rows = [
-        [
-            f"`{name}`",
-            f"{bits(converted[name]):.2f}",
-            f"{found[name]:.3f}",
-            f"{lost[name].divergence:.3f}",
-            f"{lost[name].perplexity:.2f}",
-            f"{fast[name]:.1f}",
-            when,
-        ]
-        for name, (_, when) in CHOICES.items()
-    ]
+    rows = []
+    for name, (_, when) in CHOICES.items():
+        figures = [bits(converted[name]), found[name], *lost[name], fast[name]]
+        shown = [f"{figure:.{digits}f}" for figure, digits in zip(figures, (2, 3, 3, 2, 1), strict=True)]
+        rows.append([f"`{name}`", *shown, when])
     print("\n".join(table(rows)))
 
 

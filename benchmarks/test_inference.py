@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.accuracy import assert_layers_exact
-from benchmarks.cases import BATCHES, inference_input
+from benchmarks.cases import BATCHES, assert_near_dense, inference_input
 from lowmem import VARIANTS
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
@@ -22,6 +21,4 @@ def test_inference(benchmark, memory_gate, timed, model, variant, batch):
         output = timed(lambda: compressed(x), reference=lambda: float32(x))
 
     assert output.dtype == torch.float32
-    assert output.shape == x.shape
-    assert output.isfinite().all()
-    assert_layers_exact(compressed, x)
+    assert_near_dense(compressed, x, output)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import lowmem
+from benchmarks.cases import BATCHES, inference_input
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
@@ -43,7 +44,7 @@ PEERS = {"bitsandbytes": bitsandbytes_nf4, "torchao": torchao_int8}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("batch", [1, 8, 32, 128, 512], ids="batch{}".format)
+@pytest.mark.parametrize("batch", BATCHES, ids="batch{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", PEERS)
 def test_peer(benchmark, timed, peer, dtype, batch):
@@ -54,7 +55,7 @@ def test_peer(benchmark, timed, peer, dtype, batch):
     plain = lowmem.BigNet().eval()
     ours = lowmem.convert(copy.deepcopy(plain), NF4).to(dtype).eval()
     theirs = PEERS[peer](copy.deepcopy(plain), dtype).to(dtype).eval()  # bitsandbytes has a kernel for inference only
-    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    x = inference_input(batch).to(dtype)
 
     with torch.no_grad():
         output = timed(lambda: theirs(x), reference=lambda: ours(x))

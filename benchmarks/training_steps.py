@@ -19,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +42,10 @@ BLOCK_LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, what of it gets adapters, and the ways in which it is trained.
-
-    Goals are, by way, what its time, its step's MiB and its whole process may be, as shares of the peer's.
-    """
+    """A model, what of it gets adapters, and the ways in which it is trained besides the peer's."""
 
     name: str
     adapted: str  # the last names of the layers with adapters
-    goals: dict[str, tuple[float | None, float | None, float | None]]
     half: bool = False  # whether the base is bfloat16 and not nf4
     checkpoint: bool = False  # whether blocks are computed again in backward
 
@@ -58,16 +54,15 @@ class Workload:
         return self.name + ", bfloat16" * self.half + ", checkpointing" * self.checkpoint
 
 
-OTHER = {"fast": (0.9, 0.7, None)}
 WORKLOADS = (
-    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.65, 0.45, None), "lean": (0.9, 0.1, 0.38)}),
-    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.7, 0.3, None), "lean": (0.7, 0.3, None)}, checkpoint=True),
-    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.8, 0.5, None)}, half=True),
-    Workload("minilm", "query key value dense", OTHER),
-    Workload("gpt2", "c_attn c_fc c_proj", OTHER),
-    Workload("vit", "q_proj k_proj v_proj o_proj fc1 fc2", OTHER),
-    Workload("bignet16", "layers.0 layers.2 layers.4", {"own": (0.58, 0.65, None)}),
-    Workload("bignet128", "layers.0 layers.2 layers.4", {"own": (0.8, 0.65, None)}),
+    Workload("smollm2", BLOCK_LAYERS),
+    Workload("smollm2", BLOCK_LAYERS, checkpoint=True),
+    Workload("smollm2", BLOCK_LAYERS, half=True),
+    Workload("minilm", "query key value dense"),
+    Workload("gpt2", "c_attn c_fc c_proj"),
+    Workload("vit", "q_proj k_proj v_proj o_proj fc1 fc2"),
+    Workload("bignet16", "layers.0 layers.2 layers.4"),
+    Workload("bignet128", "layers.0 layers.2 layers.4"),
 )
 WAYS = ("peer", "own", "fast", "lean")  # PEFT and bitsandbytes; converted; and prepare_training with each memory=
 
@@ -250,44 +245,19 @@ def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterato
 
 
 def compare(workload: Workload, found: dict[str, list[Step]]) -> list[dict[str, Any]]:
-    """Return a row for each way: medians, their shares of the peer's neighbouring runs, the goals and whether met."""
-
-    def middle(value: Callable[[Step, Step], float], way: str) -> float:
-        return statistics.median(value(one, peer) for one, peer in zip(found[way], found["peer"], strict=True))
-
-    def of_way(name: str, way: str) -> float:
-        return statistics.median(getattr(one, name) for one in found[way])
-
+    """Return a row for each way: medians, and their shares of the peer's neighbouring runs."""
     rows = []
-    for way in WAYS:
-        shares = (
-            middle(lambda one, peer: one.milliseconds / peer.milliseconds, way),
-            middle(lambda one, peer: one.step / peer.step, way),
-            middle(lambda one, peer: (one.resident + one.step) / (peer.resident + peer.step), way),
-        )
-        goals = workload.goals.get(way, (None, None, None))
-        median = {name: of_way(name, way) for name in asdict(found[way][0])}
-        met = all(share <= goal for share, goal in zip(shares, goals, strict=True) if goal is not None)
-        rows.append({"workload": workload.title, "way": way, **median, "shares": shares, "goals": goals, "met": met})
+    for way, steps in found.items():
+        pairs = list(zip(steps, found["peer"], strict=True))
+        shares = {
+            "time": [one.milliseconds / peer.milliseconds for one, peer in pairs],
+            "step's": [one.step / peer.step for one, peer in pairs],
+            "process": [(one.resident + one.step) / (peer.resident + peer.step) for one, peer in pairs],
+        }
+        median = {name: statistics.median(getattr(one, name) for one in steps) for name in asdict(steps[0])}
+        own = {f"{name} share": statistics.median(values) for name, values in shares.items()}
+        rows.append({"workload": workload.title, "way": way, **median, **own})
     return rows
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Shares are of the peer's, a goal behind the stroke; MiB: resident + the step's")
-    for name in ("model", "way", "ms", "time", "MiB", "step", "process", "held-out loss", "goals"):
-        table.add_column(name, justify="left" if name in ("model", "way", "goals") else "right")
-    for row in rows:
-        shares = [
-            f"{share:.2f}" + (f" / {goal}" if goal is not None else "")
-            for share, goal in zip(row["shares"], row["goals"], strict=True)
-        ]
-        goals = {True: "met", False: "not met"}[row["met"]] if any(row["goals"]) else ""
-        mib = f"{row['resident']:.0f} + {row['step']:.0f}"
-        loss = f"{row['loss']:.4f}"
-        table.add_row(
-            row["workload"], row["way"], f"{row['milliseconds']:.0f}", shares[0], mib, *shares[1:], loss, goals
-        )
-    Console(width=140).print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -320,7 +290,10 @@ def main(arguments: list[str] | None = None) -> int:
             for way, step in rounds(workload, given.rounds, given.steps, folder):
                 found[way].append(step)
             rows += compare(workload, found)
-    show(rows)
+    table = Table(*rows[0], title="Milliseconds, MiB, the held-out loss, and shares of the peer's")
+    for row in rows:
+        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    Console(width=140).print(table)
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")
     return 0

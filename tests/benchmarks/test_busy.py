@@ -31,21 +31,11 @@ def test_means_are_of_all_calls_and_neighbours_end(started, monkeypatch):
     assert all(process.returncode is not None for process in started)
 
 
-def test_calls_are_counted_until_the_time_is_over():
+def test_calls_are_counted_until_the_time_is_over_and_the_table_tells_the_slowdown(started, monkeypatch, capsys):
     calls, seconds = busy.measure(lambda: None, 0.001)
     assert calls >= 1
     assert seconds >= 0.001
-
-
-def test_the_table_tells_the_slowdown(started, monkeypatch, capsys):
     monkeypatch.setattr(busy, "WORKLOADS", {"sums": {"dense": lambda: lambda: sum(range(99))}})
     monkeypatch.setattr(busy, "means", lambda calls, *given: dict.fromkeys(calls, (0.001, 0.0025)))
     assert busy.main(["--seconds", "0.001"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "| sums | dense | 1.00 | 2.50 | 2.5 |"
-
-
-def test_wrong_arguments_are_refused(capsys):
-    with pytest.raises(SystemExit) as error:
-        busy.main(["--only", "everything"])
-    assert error.value.code == 2
-    assert "BigNet, batch 1" in capsys.readouterr().err

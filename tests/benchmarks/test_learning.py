@@ -45,7 +45,7 @@ def test_ways_learn_the_same_from_the_same_batches():
 
 
 def test_a_table_and_json(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(learning, "digits", lambda: make_task([]))
+    monkeypatch.setitem(learning.TASKS, "digits", lambda folder: make_task([]))
     arguments = ["--only", "digits", "--steps", "2", "--ways", "plain", "lean", "--json", str(tmp_path / "out.json")]
     assert learning.main(arguments) == 0
     rows = json.loads((tmp_path / "out.json").read_text())
@@ -55,7 +55,7 @@ def test_a_table_and_json(monkeypatch, tmp_path, capsys):
 
 def test_digits_are_judged_by_others():
     pytest.importorskip("sklearn", reason="digits are scikit-learn's")
-    task = learning.digits()
+    task = learning.digits(None)
     sizes = [len(labels) for _, labels in task.batches]
     assert (sum(sizes[:HELD]), sum(sizes)) == (359, 1797)
     loss, right = task.judge(task.model(), task.batches[HELD])
