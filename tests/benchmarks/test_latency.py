@@ -1,4 +1,4 @@
-"""The latency gate: verdicts from times, rounds with fakes in the place of processes, builds, the command, the proof."""
+"""The latency gate: verdicts from times, rounds with fakes for processes, builds, the command, and the proof."""
 
 import io
 import json
