@@ -2,9 +2,9 @@
 
     python -m benchmarks.folders    makes models of 709 MiB in a temporary folder, and loads them in fresh processes
 
-"exact" loads one that another program's file or folder has in 4 bits, whose codes are kept. It fails where the
-high-water mark (``VmHWM``) passes the stored model, the largest tensor in float32 (with its copy, where ``dtype=``
-casts it), and ``CONSTANT``: no more than one dense tensor is ever there.
+"exact" loads a file or folder of another program, whose 4-bit codes are kept. It fails where the high-water mark
+(``VmHWM``) passes the stored model, the largest tensor in float32 (with its copy, where ``dtype=`` casts it), and
+``CONSTANT``: no more than one dense tensor is ever there.
 """
 
 from __future__ import annotations
@@ -63,12 +63,11 @@ def make_exact(folder: Path, sizes: dict[str, int]) -> None:
         max_position_embeddings=128,
         tie_word_embeddings=True,
     )
-    for kind, format in EXACT.items():
+    for kind, form in EXACT.items():
         torch.manual_seed(0)
         stored = folder / f"{kind}-stored"
-        lowmem.convert(LlamaForCausalLM(config), FourBit(format, 32, "float16", embeddings="4bit")).save_pretrained(
-            stored
-        )
+        model = lowmem.convert(LlamaForCausalLM(config), FourBit(form, 32, "float16", embeddings="4bit"))
+        model.save_pretrained(stored)
         (folder / kind).mkdir()
         out = folder / kind / "model.gguf" if kind == "gguf" else folder / kind / "folder"
         with warnings.catch_warnings():
@@ -95,12 +94,8 @@ def load(folder: Path, technique: str, dtype: str) -> dict[str, float]:
     else:
         options |= {"quantization_config": LowmemConfig(TECHNIQUES[technique]), "local_files_only": True}
         model = _record(figures, "load", lambda: AutoModelForCausalLM.from_pretrained(folder, **options))
-    stored = [
-        module.stored_size(name)
-        for module in model.modules()
-        if isinstance(module, StoredModule)
-        for name in module.forms
-    ]
+    modules = [module for module in model.modules() if isinstance(module, StoredModule)]
+    stored = [module.stored_size(name) for module in modules for name in module.forms]
     largest = max(*stored, model.get_input_embeddings().weight.numel())
     size = 4 if dtype == "float32" else 4 + getattr(torch, dtype).itemsize  # the folder's, and that of a cast copy
     kept = measure.actual_bytes(model)
@@ -109,11 +104,8 @@ def load(folder: Path, technique: str, dtype: str) -> dict[str, float]:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--measure", nargs=4, metavar=("TECHNIQUE", "DTYPE", "FOLDER", "SMALL"), help=argparse.SUPPRESS
-    )
-    given = parser.parse_args(arguments).measure
-    if given:
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    if given := parser.parse_args(arguments).measure:
         technique, dtype, folder, small = given
         steady()
         load(Path(small), technique, dtype)

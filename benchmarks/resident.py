@@ -71,9 +71,6 @@ class Layers(nn.Sequential):
         super().__init__(*(nn.Linear(*((512, 1536), (1536, 512))[number % 2]) for number in range(48)))
 
 
-# The process that measures
-
-
 def measure(path: Path, factory: Callable[[], nn.Module], width: int = 1024) -> dict[str, float]:
     """Measure a saved model in this process, which ``warm`` has prepared: MiB of each of ``FIGURES``.
 
@@ -249,9 +246,6 @@ def write_layers(folder: Path) -> None:
     lowmem.save(_converted(lambda: model), folder / "stored")
 
 
-# The process that compares
-
-
 @dataclass(frozen=True)
 class Baseline:
     """What was stored: the figures, and how far off one may be, in MiB."""
@@ -334,18 +328,11 @@ def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
 
 def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[Row]:
     """Compare the medians of this run with the baseline, in both directions."""
-    nothing: Mapping[str, float] = {}
-    return [
-        _row(
-            variant,
-            name,
-            baseline.figures.get(variant, nothing).get(name),
-            now.get(variant, nothing).get(name),
-            baseline.tolerance,
-        )
-        for variant in variants
-        for name in FIGURES
-    ]
+    rows = []
+    for variant in variants:
+        before, after = baseline.figures.get(variant, {}), now.get(variant, {})
+        rows += [_row(variant, name, before.get(name), after.get(name), baseline.tolerance) for name in FIGURES]
+    return rows
 
 
 def _row(variant: str, figure: str, base: float | None, head: float | None, tolerance: float) -> Row:
@@ -360,7 +347,6 @@ def current_key() -> Key:
 
 
 def baseline_path(key: Key) -> Path:
-    """Return where the baseline of a key lies, beside the one of exact bytes."""
     return ROOT / "benchmarks" / "memory" / f"resident-{key.name}.json"
 
 
@@ -378,7 +364,6 @@ def read_baseline(path: Path, key: Key) -> Baseline:
 
 
 def write_baseline(path: Path, key: Key, baseline: Baseline) -> None:
-    """Write a baseline, whole or not at all."""
     measured = {"runs": baseline.runs, "spread_mib": baseline.spread, "tolerance_mib": baseline.tolerance}
     write_figures(path, key, baseline.figures, **measured)
 

