@@ -70,6 +70,7 @@ def measure_planted(folder):
     kinds = {
         "Sound": planted(),
         "again": planted(),
+        "AttributeOfNew": planted(lambda model: setattr(model, "kept", bytearray(b"1" * MEGABYTE))),
         "UntouchedOfNew": planted(lambda model: setattr(model, "kept", bytes(MEGABYTE))),
         "AttributeOfForward": planted(forward=keep_once),
         "NumpyInForward": planted(forward=lambda model, out: out + float(np.ones(MEGABYTE, dtype=np.uint8)[0])),
@@ -104,7 +105,8 @@ def test_a_megabyte_that_no_tensor_shows_fails_and_what_is_the_same_passes(tmp_p
         "AttributeOfForward": {"forward_peak", "forward_kept"},
         "NumpyInForward": {"forward_peak"},
         "UntouchedInForward": {"forward_peak"},
-        "UntouchedOfNew": {"load_peak", "load_kept"},
+        "AttributeOfNew": {"load_peak", "load_kept"},
+        "UntouchedOfNew": {"load_kept"},
         "ScratchInForward": {"forward_peak"},
         "KeptByTraining": {"step_peak", "step_kept"},
     }.items():
