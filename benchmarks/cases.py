@@ -4,6 +4,7 @@ It imports neither pytest nor scipy: the gate's workers have only what the libra
 """
 
 import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ import lowmem
 BATCHES = (1, 8, 32, 128, 512)  # inputs of an inference
 STEP_BATCH, CLASSES = 16, 10  # of a training step
 FILE_LAYERS = 16  # of 4 MiB in float32: what is saved and loaded
+
+
+@cache
+def built_variant(variant: str) -> nn.Module:
+    """Return a variant, built once; what changes a model takes a copy."""
+    return lowmem.build(variant).eval()
 
 
 def inference_input(batch: int) -> torch.Tensor:

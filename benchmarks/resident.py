@@ -299,7 +299,6 @@ def measure_ways(folder: Path) -> dict[str, float]:
 
 
 def compare_ways(kept: Mapping[str, float]) -> list[Row]:
-    """Compare a process that has converted a model with one that has loaded it."""
     base = kept[LOADED]
     return [_row(way, "kept", base, size, WAYS_LIMIT) for way, size in kept.items() if way != LOADED]
 
@@ -312,7 +311,7 @@ def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
 
 
 def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
-    """Derive the tolerance of repeated runs: twice the largest distance to a median, and the lag of the counters."""
+    """Derive the tolerance: twice the largest distance to a median, and the lag of the counters."""
     figures = medians(measured)
     spread = max(
         abs(run[name] - figures[variant][name]) for variant, runs in measured.items() for run in runs for name in run

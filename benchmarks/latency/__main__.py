@@ -73,8 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def percent(text: str) -> float:
-    """Return 0.05 for ``5`` and for ``5%``."""
-    value = float(text.removesuffix("%"))
+    value = float(text.removesuffix("%"))  # 5 and 5% are 0.05
     if not 0 < value <= 1000:
         raise argparse.ArgumentTypeError(f"{text!r} must be a percentage above 0 and up to 1000, as 5 is")
     return value / 100

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 import lowmem
-from benchmarks.cases import BATCHES, Training, dense_model, inference_input, weight_to_quantize
+from benchmarks.cases import BATCHES, Training, built_variant, dense_model, inference_input, weight_to_quantize
 
 Call = Callable[[], object]
 
@@ -39,7 +39,7 @@ class Workload:
 
 
 def inference(variant: str, batch: int) -> Call:
-    return _forward(_model(variant), inference_input(batch))
+    return _forward(built_variant(variant), inference_input(batch))
 
 
 def small_layer(techniques: tuple[object, ...]) -> Call:
@@ -68,7 +68,7 @@ def product(technique: object, batch: int, gradient: bool = False) -> Call:
 
 def training_step(variant: str) -> Call:
     """Return a training step, after one that made the optimizer's state."""
-    training = Training(variant, body=copy.deepcopy(_model(variant)))  # to build it again takes longer
+    training = Training(variant, body=copy.deepcopy(built_variant(variant)))  # to build it again takes longer
     training.step()
     return training.step
 
@@ -123,11 +123,6 @@ def counted() -> dict[str, Callable[[], Call]]:
     for form in lowmem.FORMATS:
         found[f"portable kernel, quantize {form}"] = partial(quantize, form, rows=8)
     return found
-
-
-@cache
-def _model(variant: str) -> nn.Module:
-    return lowmem.build(variant).eval()
 
 
 @cache
