@@ -19,7 +19,7 @@ from tests.io.formats.gguf.test_tokenizer import bytes_bpe
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written")
 
-FORMATS = {"q4_0": {}, "iq4_nl": {}, "uint4": {"scales": "float16_offsets"}}
+FORMATS = {"q4_0": {}, "iq4_nl": {}, "uint4": {"scales": "float16_offsets"}, "q8_0": {}}
 
 
 def header_of(path):
