@@ -52,6 +52,14 @@ def test_the_rows_add_up_to_what_the_model_stores_and_stands_for(make, technique
     assert all((row.reason is None) == (row.converted and row.path not in wider) for row in layers)
 
 
+def test_embeddings_in_the_8_bits_of_another_program_are_no_choice_of_fourbit():
+    model = convert(Tied(), EightBit(format="q8_0"), where=lambda path, _: path in ("tokens", "head"))
+    convert(model, FourBit(), where=lambda path, _: path not in ("tokens", "head"))
+    (row,) = [row for row in summary(model) if row.path == "tokens"]
+    assert row.stored.startswith("q8_0")
+    assert row.reason is None
+
+
 def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4))
     dense = copy.deepcopy(model)
