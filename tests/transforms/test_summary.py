@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, Half, LoRA, add_adapter, convert, measure, merge_adapter, summary
+from lowmem import EightBit, FourBit, Half, LoRA, add_adapter, convert, measure, merge_adapter, summary
 from lowmem.transforms.summary import group_name, role_of
 from tests.selection import rows_in_one_case
 
