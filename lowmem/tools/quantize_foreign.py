@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.io.atomic import owned
+from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.recognize import open_foreign
-from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
+from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.model_folder import CONFIG, quantization_of
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.tools.arguments import DTYPES
@@ -91,6 +92,6 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     return 0
 
 
-def _cells(row: ImportedRow) -> list[str]:
+def _cells(row: ForeignRow) -> list[str]:
     error = "kept" if row.error is None else f"{row.error:.4f}"
     return [row.name, shape_text(row.shape), row.kind, row.kept, mib(row.after_bytes), error]

@@ -12,7 +12,6 @@ import torch
 from lowmem.errors import printable
 from lowmem.io.formats.foreign import ForeignTensor, Kept
 from lowmem.io.formats.requantizing import Requantizing
-from lowmem.io.shards import PlannedWeight
 from lowmem.nn.techniques import EightBit, FourBit
 
 
@@ -55,7 +54,7 @@ def growth(
 
 def kept_bytes(tensor: ForeignTensor, kept: Kept) -> int:
     """Return the bytes that a tensor takes as it is kept."""
-    return sum(spec.nbytes for spec in PlannedWeight(tensor.name, tensor.shape, kept, tensor.read).specs().values())
+    return sum(spec.nbytes for spec in replace(tensor, form=lambda: kept).stored().specs().values())
 
 
 def with_dtype(kept: Kept, dtype: torch.dtype | None) -> Kept:
