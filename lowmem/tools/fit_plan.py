@@ -49,7 +49,7 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
         _import_optimizer()
         before = resident_bytes()
         storing, exact, largest = _stored(job)
-        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing))
+        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing), given=True)
     job.tell()
     if exact is not None:
         adapters = {name: size for name, size in found.stored.items() if name == "adapters"}
