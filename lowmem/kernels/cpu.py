@@ -363,7 +363,7 @@ class Kernel(CpuRows, CpuPlan):
         if not columns or weight.has_offsets != (use in (_BASE, _BASE_IN_INT8)):
             return None
         form = get_format(weight.format)
-        points, levels = 0, form.levels
+        points, levels = 0 if form.bits == 4 else form.divisor, form.levels
         if use in (_IN_INT8, _BASE_IN_INT8):
             if form.bits == 8:
                 return None
@@ -373,7 +373,7 @@ class Kernel(CpuRows, CpuPlan):
             self._isa,
             packed,
             scales,
-            floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C knows those of 8 bits
+            floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C computes those of 8 bits
             _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,

@@ -204,31 +204,32 @@ class EightBit(Blockwise):
     2208.07339, section 2, in blocks as in arXiv 2110.02861.
 
     Args:
-        block_size: weights per scale, even, 8 to 4096; None: 64.
-        scales: "float32", "float16" or "double" (8 bits per scale, and a float16 for each row); None: "double".
+        block_size: weights per scale, even, 8 to 4096; None: the format's, 64 or 32.
+        scales: "float32", "float16" or "double" (8 bits per scale, and a float16 for each row); None: the format's,
+            "double" or "float16".
         compute_dtype: as in ``FourBit``.
+        format: "int8"; or "q8_0", which has the blocks and values of GGUF's Q8_0, so that ``lowmem.export`` writes
+            these with the same codes.
 
     Raises:
-        ValueError: unknown scales, a bad block size, or a ``compute_dtype`` that ``FourBit`` rejects.
+        ValueError: an unknown format or scales, a bad block size, or a ``compute_dtype`` that ``FourBit`` rejects.
     """
 
     bits: ClassVar[int] = 8
     block_size: int | None = None
     scales: str | None = None
     compute_dtype: torch.dtype | None = None
+    format: str = "int8"
 
     def __post_init__(self) -> None:
+        if get_format(self.format).bits != self.bits:
+            raise ValueError(f"format={self.format!r} has codes of 4 bits: FourBit() stores those")
         if self.block_size is not None:
             check_block_size(self.block_size)
         if self.scales is not None and self.scales not in tuple(ENCODINGS):
             why = "has offsets" if self.scales in tuple(OFFSETS) else "is unknown"
             raise ValueError(f"scales={self.scales!r} {why}: choose from {', '.join(ENCODINGS)}")
         check_compute_dtype(self.compute_dtype)
-
-    @property
-    def format(self) -> str:
-        """The key of the only format."""
-        return "int8"
 
 
 def of_embeddings(technique: FourBit) -> EightBit | FourBit:
@@ -253,7 +254,7 @@ def blockwise(
         ValueError: what ``FourBit`` or ``EightBit`` rejects, or an unknown format.
     """
     if format is not None and get_format(format).bits == 8:
-        return EightBit(block_size, scales, compute_dtype)
+        return EightBit(block_size, scales, compute_dtype, format)
     return FourBit(cast(str, format), block_size, scales, compute_dtype, search, embeddings=embeddings)
 
 

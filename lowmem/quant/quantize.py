@@ -90,14 +90,16 @@ def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
     """Quantize a changed weight, of the same shape, as ``quantized`` was; rows with the same values keep their bytes.
 
     A search would find other scales for values that an earlier search has rounded. Of a calibrated weight, whose
-    inputs are not known here, scales are searched for.
+    inputs are not known here, scales are searched for, as are those of another program's 4-bit weight. In 8 bits a
+    search takes ten times as long, and lowers the error by a tenth.
     """
+    bits, method = get_format(quantized.format).bits, quantized.method
     again = quantize(
         weight,
         quantized.format,
         block_size=quantized.block_size,
         scales=quantized.scale_encoding,
-        search=quantized.method != "absmax",
+        search=method == "search" or (method != "absmax" and bits == 4),
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)

@@ -70,6 +70,12 @@ class Job:
     processes: int | None  # that train together; None: this one alone
     device: torch.device
     timeout: timedelta
+    notes: tuple[str, ...]  # on the texts, to be printed behind what is said of the model
+
+    def tell(self) -> None:
+        """Print the notes to stderr."""
+        for note in self.notes:
+            print(f"lowmem fit: {note}", file=sys.stderr)
 
     def origin(self) -> dict[str, Any]:
         """Return what decides the result, as JSON."""
@@ -185,12 +191,8 @@ def job_of(
     if positions is not None and length > positions:
         raise ValueError(f"--length={length} is more than the {positions} positions that the model has: lower it")
     texts = read_examples(arguments.data, tokenizer, length)
-    for what, count in (
-        ("cut to --length", texts.cut),
-        ("left out, since nothing that counts is left", texts.dropped),
-    ):
-        if count:
-            print(f"lowmem fit: {count} examples of {shown(str(arguments.data))} are {what}", file=sys.stderr)
+    lost = (("cut to --length", texts.cut), ("left out, since nothing that counts is left", texts.dropped))
+    notes = (f"{count} examples of {shown(str(arguments.data))} are {what}" for what, count in lost if count)
     held_out = None if arguments.eval_data is None else read_examples(arguments.eval_data, tokenizer, length)
     if share is not None:
         texts, held_out = texts.split(share, arguments.seed)
@@ -216,6 +218,7 @@ def job_of(
         processes,
         device,
         timeout,
+        tuple(notes),
     )
 
 

@@ -14,7 +14,7 @@ from lowmem.io.checkpoint import load, save
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.tools.arguments import DTYPES, file_path, number
 from lowmem.tools.models import batch_of, model_factory, user_code
-from lowmem.tools.output import print_json, print_saved, print_table
+from lowmem.tools.output import print_json, print_saved, print_table, warnings_as_notes
 from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.restore import restore
@@ -110,7 +110,7 @@ def _open_folder(arguments: argparse.Namespace) -> tuple[Any, Any]:
     from lowmem.integrations.transformers.tokenizing import read_tokenizer
 
     check_free(arguments.out)
-    with held_back():
+    with held_back(), warnings_as_notes():
         tokenizer = None if arguments.base.is_dir() else read_tokenizer(arguments.base)
         return load_adapter(load_model(arguments.base), arguments.adapter), tokenizer
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, message_of
-from lowmem.tools.output import is_pipe_closed, preserve_streams
+from lowmem.tools.output import is_pipe_closed, preserve_streams, warnings_as_notes
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.registry import Technique
 from lowmem.variants import VARIANTS, build, techniques_of
@@ -31,7 +31,8 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
     if folder is not None:
         from lowmem.integrations.transformers.folder import load_folder
 
-        return load_folder(folder)
+        with warnings_as_notes():
+            return load_folder(folder)
     variant, factory = _parts(name)
     try:
         return build(variant, factory, seed=seed, rank=rank)

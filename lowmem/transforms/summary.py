@@ -297,10 +297,12 @@ def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _in_8_bits(model: nn.Module) -> dict[nn.Module, str]:
-    """Return what is in 8 bits as ``FourBit`` leaves it, and why; none where a ``Budget`` or ``EightBit`` chose."""
+    """Return what is in 8 bits as ``FourBit`` leaves it, and why; none where a ``Budget``, ``EightBit`` or another
+    program chose."""
     wider = embeddings_and_outputs(model)
     found = [module for module in module_paths(model) if stored_by(module) is EightBit]
-    if any(getattr(base, "chosen_because", "") for base in found) or not set(found) <= wider.keys():
+    chosen = any(getattr(base, "chosen_because", "") or not _stored(base).startswith("int8") for base in found)
+    if chosen or not set(found) <= wider.keys():
         return {}
     return {
         module: f"8 bits, since {why}: FourBit(embeddings='4bit') stores it in 4"

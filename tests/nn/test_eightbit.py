@@ -12,8 +12,9 @@ from lowmem import EightBit, FourBit, LoRA, convert, load, merge, restore, save,
 from lowmem.nn.conv import Conv4Bit
 from lowmem.nn.embedding import Embedding8Bit
 from lowmem.nn.linear import Linear8Bit
+from lowmem.quant.formats import EIGHT_BIT
 from lowmem.report.footprint import stored_by_kind
-from tests.rounding import assert_sum
+from tests.rounding import assert_product, assert_sum
 
 
 class Mixed(nn.Module):
@@ -67,10 +68,11 @@ def test_bits_are_eight_and_those_of_the_scales():
     assert rows["up"].bits_per_weight < 10
 
 
-def test_forward_and_gradient_are_the_products_with_the_stored_weight():
+@pytest.mark.parametrize("format", EIGHT_BIT)
+def test_forward_and_gradient_are_the_products_with_the_stored_weight(format):
     torch.manual_seed(2)
     for columns, block, batch in ((70, 64, 1), (300, 16, 3), (129, 24, 2), (256, 128, 20)):
-        layer = convert(nn.Linear(columns, 33), EightBit(block))
+        layer = convert(nn.Linear(columns, 33), EightBit(block, format=format))
         weight = layer.quantized.restore(slice(None)).double()  # by plain torch
         x = torch.randn(batch, columns, requires_grad=True)
         out = layer(x)
@@ -95,21 +97,22 @@ def test_products_in_8_bits_are_those_of_rounded_inputs_with_the_integers_that_a
             assert_sum(layer(x), left @ right.t(), left.abs() @ right.abs().t(), 300 + 5)
 
 
-def test_code_0_means_what_code_1_does():
-    """No quantizer writes it; a file may hold it."""
-    stored = EightBit(16).store(torch.randn(3, 40))
-    stored.packed.data[:, ::5] = 0
-    ones = copy.deepcopy(stored)
-    ones.packed.data[ones.packed == 0] = 1
+@pytest.mark.parametrize("format", EIGHT_BIT)
+def test_every_code_has_its_level_also_code_0(format):
+    """No quantizer of lowmem writes it; a file may hold it."""
+    stored = EightBit(16, "float32", format=format).store(torch.randn(8, 64))
+    stored.packed.data[:] = torch.arange(512).view(8, 64) % 256
+    levels = (torch.arange(512).view(8, 64) % 256 - 128) / (127 if format == "int8" else 1)
+    expected = levels * stored.scales.repeat_interleave(16, -1)
+    x = torch.randn(2, 64)
     for kernel in lowmem.kernels.available():
         with lowmem.kernels.using(kernel):
-            assert torch.equal(stored.dequantize(), ones.dequantize())
-            x = torch.randn(2, 40)
-            assert torch.equal(*(lowmem.kernels.linear(x, one, torch.float32) for one in (stored, ones)))
+            assert torch.equal(stored.dequantize(), expected)
+            assert_product(lowmem.kernels.linear(x, stored, torch.float32), x, expected, more=5)
 
 
 def test_files_states_and_pickles_keep_it_to_the_bit(tmp_path):
-    for techniques in ((EightBit(),), (EightBit(32, "float16"), LoRA(4))):
+    for techniques in ((EightBit(),), (EightBit(32, "float16"), LoRA(4)), (EightBit(format="q8_0"),)):
         model = made(*techniques)
         save(model, tmp_path / "model.safetensors")
         loaded = load(tmp_path / "model.safetensors", Mixed)
@@ -123,7 +126,8 @@ def test_files_states_and_pickles_keep_it_to_the_bit(tmp_path):
 
 def test_codes_of_another_format_are_refused():
     four, eight = made(FourBit("nf4", 64, "double")), made(EightBit())
-    for one, other in ((four, eight), (eight, four)):
+    integers = made(EightBit(64, "double", format="q8_0"))
+    for one, other in ((four, eight), (eight, four), (integers, eight)):
         with pytest.raises(RuntimeError, match=r"int8|nf4|shape"):
             one.load_state_dict(other.state_dict())
     with pytest.raises(ValueError, match="stored in int8"):
@@ -131,7 +135,7 @@ def test_codes_of_another_format_are_refused():
 
 
 def test_adapters_train_and_merge_into_8_bits():
-    model = made(EightBit(), LoRA(4))
+    model = made(EightBit(format="q8_0"), LoRA(4))
     model(INDICES).square().mean().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad and "lora" in name)
     before = model(INDICES).detach()

@@ -122,12 +122,15 @@ def test_bad_options_of_four_bit_are_named(options, message):
 
 def test_the_technique_of_a_format_is_the_one_of_its_bits():
     assert blockwise("int8", 32, "float16") == EightBit(32, "float16")
+    assert blockwise("q8_0") == EightBit(format="q8_0") != EightBit()
     assert blockwise("nf4", 32, search=True) == FourBit("nf4", 32, search=True)
     assert isinstance(convert(nn.Conv2d(3, 4, 3), EightBit()), Conv4Bit)
     for wrong, message in (
         (lambda: FourBit("int8"), "format='int8' has codes of 8 bits: EightBit"),
         (lambda: FourBit(("nf4", "int8")), "format='int8' has codes of 8 bits"),
         (lambda: EightBit(7), "block_size=7"),
+        (lambda: EightBit(format="nf4"), "format='nf4' has codes of 4 bits: FourBit"),
+        (lambda: EightBit(format="int9"), "format='int9' is unknown"),
         (lambda: EightBit(torch.float8_e4m3fn), "block_size=torch.float8_e4m3fn must be an integer"),
         (lambda: EightBit(scales=["double"]), r"scales=\['double'\] is unknown"),
         (lambda: EightBit(scales="half"), "scales='half' is unknown: choose from float32, float16, double$"),

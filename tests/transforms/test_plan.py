@@ -28,6 +28,7 @@ TECHNIQUES = {
     "bof4s": (FourBit("bof4s", 128, "float32"),),
     "offsets": (FourBit("int4", 32, offsets=True),),
     "int8": (FourBit(block_size=32, compute_dtype=torch.int8),),
+    "q8_0": (EightBit(format="q8_0"),),
     "lora": (LoRA(2),),
     "half lora": (Half(), LoRA(3)),
     "qlora": (FourBit(block_size=32), LoRA(3, alpha=6, dropout=0.1)),

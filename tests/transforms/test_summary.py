@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowmem import (
+    EightBit,
     FourBit,
     Half,
     LoRA,
@@ -63,6 +64,14 @@ def test_the_rows_add_up_to_what_the_model_stores_and_stands_for(make, technique
     wider = {row.path for row in layers if row.stored.startswith("int8")}  # what FourBit keeps in 8 bits
     assert wider == ({"tokens", "head"} if make is Tied and FourBit() in techniques else set())
     assert all((row.reason is None) == (row.converted and row.path not in wider) for row in layers)
+
+
+def test_embeddings_in_the_8_bits_of_another_program_are_no_choice_of_fourbit():
+    model = convert(Tied(), EightBit(format="q8_0"), where=lambda path, _: path in ("tokens", "head"))
+    convert(model, FourBit(), where=lambda path, _: path not in ("tokens", "head"))
+    (row,) = [row for row in summary(model) if row.path == "tokens"]
+    assert row.stored.startswith("q8_0")
+    assert row.reason is None
 
 
 def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():

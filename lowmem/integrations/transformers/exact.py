@@ -7,6 +7,7 @@ store the file's weights, and the file's tensors get the names of their parts. E
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,7 +28,8 @@ from lowmem.integrations.transformers.checking import Names, refuse_unfitting
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
-from lowmem.io.formats.foreign import ForeignTensor
+from lowmem.io.formats.foreign import ForeignTensor, Kept
+from lowmem.io.formats.growth import GrowthWarning, growth
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record, layer_of
@@ -74,6 +76,9 @@ def from_exact(
         FileError: files that lowmem does not read, without 4-bit weights, or with some that cannot be kept exactly;
             a GGUF file whose fields contradict the model's config.
         ValueError: a weight of another shape than the model's, or a ``device_map`` with a disk.
+
+    Warns:
+        GrowthWarning: the model takes more bytes than the source's weights, which names the option that avoids that.
     """
     path = Path(source)
     if (path / "config.json").is_file() and quantization_of(path / "config.json").get("quant_method") == METHOD:
@@ -100,6 +105,10 @@ def from_exact(
         )
         model = found[0] if isinstance(found, tuple) else found
         model.name_or_path = model.config.name_or_path = str(source)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    grown = growth(path, asked.weights, size, model.dtype)
+    if grown is not None:
+        warnings.warn(grown, GrowthWarning, stacklevel=2)
     return found
 
 
@@ -128,12 +137,14 @@ _METHOD = f"{METHOD}; exact"
 
 
 class _ExactConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``from_exact`` tells the quantizer, which fills ``state``. It is no part of the loaded model's config."""
+    """What ``from_exact`` tells the quantizer, which fills ``state``, and ``weights`` with how each tensor of the
+    file is kept. It is no part of the loaded model's config."""
 
     def __init__(self, source: Path, file: ForeignFile, requantizing: Requantizing) -> None:
         self.quant_method = _METHOD
         self.source, self.file, self.requantizing = source, file, requantizing
         self.state: dict[str, _Lazy] = {}
+        self.weights: list[tuple[ForeignTensor, Kept]] = []
 
     def __deepcopy__(self, memo: Any) -> _ExactConfig:
         return self  # transformers copies configs, and open files cannot be copied
@@ -190,7 +201,7 @@ class _Exact:
     def __init__(self, asked: _ExactConfig, model: Any) -> None:
         self._source, self._requantizing = asked.source, asked.requantizing
         self.layers: dict[str, dict[str, Any]] = {}
-        self.state = asked.state
+        self.state, self._weights = asked.state, asked.weights
         self.nbytes = sum(tensor.nbytes for tensor in asked.file.tensors.values())
         self._merging: list[WeightConverter] = []
         self._place(asked.file, model)
@@ -221,6 +232,7 @@ class _Exact:
                     refused.append(tensor)
                 continue
             kept = tensor.kept()
+            self._weights.append((tensor, kept))
             if not isinstance(kept, CodedForm):
                 if converter is None and name in names.parameters:
                     self._check_shape(tensor, tuple(names.parameters[name].shape))
