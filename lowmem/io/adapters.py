@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -20,7 +20,15 @@ from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import bytes_of, read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_config, read_peft
+from lowmem.io.formats.peft.reading import (
+    CONFIG,
+    PICKLES,
+    WEIGHTS,
+    AdapterContent,
+    adapters_in,
+    read_config,
+    read_peft,
+)
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
@@ -113,6 +121,7 @@ FORMATS: dict[str, Callable[[Path, nn.Module, str, Mapping[str, Adapter], str | 
 class AdapterFacts(NamedTuple):
     """What an adapter's file or folder says of itself."""
 
+    name: str
     rank: int  # of most layers
     base: str | None  # where the base is, or its name on the Hub; None: not said
 
@@ -121,12 +130,44 @@ def adapter_facts(path: Path) -> AdapterFacts:
     """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
     if path.is_dir():
         config = read_config(path)
-        return AdapterFacts(config.technique.rank, config.base)
+        return AdapterFacts("default", config.technique.rank, config.base)
     _refuse_foreign(path)
     metadata = read(path).metadata
     with refusing(path, "load the adapter"):
-        records = _parsed(metadata)[2]
-    return AdapterFacts(Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
+        name, _, records = _parsed(metadata)
+    return AdapterFacts(name, Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
+
+
+def find_adapter(path: Path, name: str | None) -> tuple[Path, str | None]:
+    """Return the file or folder of an adapter, and its name in a folder of several; None: what it says itself.
+
+    Args:
+        path: a file of ``save_adapter``, or a folder of PEFT with one or several adapters.
+        name: of the adapter; None: the only one.
+
+    Raises:
+        ValueError: ``path`` has no adapter of that name, or several and ``name`` is None.
+        FileError, OSError: as ``load_adapter``, for a file.
+    """
+    if not path.is_dir():
+        return path, name and choose_adapter(path, [adapter_facts(path).name], name)
+    found = adapters_in(path)
+    chosen = choose_adapter(path, found, name)
+    return (path, None) if chosen is None else (found[chosen], chosen)
+
+
+def choose_adapter(path: Path, names: Collection[str], name: str | None) -> str | None:
+    """Return the adapter of a file or folder to use; None: it has none, and no name is given.
+
+    Raises:
+        ValueError: as ``find_adapter``.
+    """
+    listed = printable(", ".join(names)) or "none"
+    if name is not None and name not in names:
+        raise ValueError(f"--adapter={name!r} is no adapter of {str(path)!r}, which has {listed}")
+    if name is None and len(names) > 1:
+        raise ValueError(f"{str(path)!r} has several adapters: choose one of {listed} with --adapter")
+    return name or next(iter(names), None)
 
 
 @returns_free_pages

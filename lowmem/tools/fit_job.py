@@ -71,6 +71,11 @@ class Job:
     device: torch.device
     timeout: timedelta
 
+    @property
+    def has_public_base(self) -> bool:
+        """Whether the adapter names its base as the Hub does, and not by its path here."""
+        return self.base_name != str(self.folder.resolve())
+
     def origin(self) -> dict[str, Any]:
         """Return what decides the result, as JSON."""
         return {

@@ -56,5 +56,8 @@ def test_the_model_card_names_no_path_of_this_machine(place, capsys):
 
 
 def test_the_base_has_the_name_that_is_given(place, capsys):
-    fit(capsys, "--steps", "1", "--save", "out", "--base-name", "me/llama")
+    argv = ["fit", "llama", "--data", "data.jsonl", "--length", "48", "--steps", "1", "--save", "out"]
+    assert main([*argv, "--base-name", "me/llama"]) == 0
     assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == "me/llama"
+    assert "base_model: me/llama\n" in Path("out", "README.md").read_text()
+    assert "\nnext: lowmem generate out --base llama --chat\n" in capsys.readouterr().err
