@@ -62,7 +62,8 @@ class Run(NamedTuple):
     """What a block defined, and what it printed."""
 
     space: dict[str, Any]
-    text: str
+    out: str
+    err: str
 
 
 def blocks(page: str) -> list[Block]:
@@ -118,7 +119,7 @@ def test_the_guides_run_in_their_order_in_one_folder(tmp_path, monkeypatch, caps
             if lacking := block.lacks():
                 skipped.append(f"{page}:{block.line} needs {', '.join(lacking)}")
             else:
-                runs.append(Run(block.run(), "".join(capsys.readouterr())))
+                runs.append(Run(block.run(), *capsys.readouterr()))
         if len(skipped) == before and (check := CHECKS.get(Path(page).stem)):
             check(runs)
     if skipped:
@@ -126,15 +127,15 @@ def test_the_guides_run_in_their_order_in_one_folder(tmp_path, monkeypatch, caps
 
 
 def of_hugging_face(runs):
-    program, text = runs[0]
-    assert "The weather" in text.splitlines()[-1]
+    program = runs[0].space
+    assert "The weather" in runs[0].out.splitlines()[-1]
     assert program["trainer"].state.global_step == 20
     assert any("train_loss" in line for line in program["trainer"].state.log_history)
     assert Path("runs", "checkpoint-10").is_dir()
 
 
 def of_fine_tuning(runs):
-    assert "tuned is complete already" in runs[1].text
+    assert "tuned is complete already" in runs[1].err
     outcome = runs[2].space["outcome"]
     assert outcome.losses[-1] < outcome.losses[0]
 
@@ -197,7 +198,7 @@ def of_other_programs(runs):
 
     short, _, program = runs
     assert "stored in q4_0" in repr(short.space["model"])
-    generated, difference, sizes = program.text.strip().rsplit("\n", 2)
+    generated, difference, sizes = program.out.strip().rsplit("\n", 2)
     assert "The capital of France is Paris" in generated
     assert float(difference.rpartition(" ")[2]) < 1e-5
     assert int(sizes.split()[0]) < 0.4 * int(sizes.split()[-1])

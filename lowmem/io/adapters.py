@@ -63,14 +63,14 @@ def save_adapter(
     Args:
         model: has the adapter; one that DistributedDataParallel wraps counts as the model inside.
         path: of the file; an existing one is replaced. For ``format="peft"`` and "gguf" nothing may be there yet.
-        name: of the adapter; None: the only one.
+        name: of the adapter; None takes the only one.
         format: "lowmem": a safetensors file, which ``load_adapter`` loads onto the same base only. "peft": a folder
             that ``PeftModel.from_pretrained`` loads, and ``load_adapter``, too; parameters of the base that train
             beside the adapter are saved with it, as ``modules_to_save`` and biases. "gguf": a file for llama.cpp, of
             linear layers and the input embedding of the llama family in transformers; scalings that it has no form of
             are folded into B, and parameters of the base that train are refused.
-        base_name: for ``format="peft"``: where ``AutoPeftModel`` finds the base, a path or a name on the Hub; None:
-            the base's name on the Hub, if it has one, since a path means nothing on another machine.
+        base_name: for ``format="peft"``: where ``AutoPeftModel`` finds the base, a path or a name on the Hub.
+            None takes the base's name on the Hub, if it has one, since a path means nothing on another machine.
 
     Raises:
         TypeError: the model is not a module.
@@ -139,11 +139,11 @@ def adapter_facts(path: Path) -> AdapterFacts:
 
 
 def find_adapter(path: Path, name: str | None) -> tuple[Path, str | None]:
-    """Return the file or folder of an adapter, and its name in a folder of several; None: what it says itself.
+    """Return the file or folder of an adapter, and its name, or None if the file or folder tells the name.
 
     Args:
         path: a file of ``save_adapter``, or a folder of PEFT with one or several adapters.
-        name: of the adapter; None: the only one.
+        name: of the adapter; None takes the only one.
 
     Raises:
         ValueError: ``path`` has no adapter of that name, or several and ``name`` is None.
@@ -157,7 +157,7 @@ def find_adapter(path: Path, name: str | None) -> tuple[Path, str | None]:
 
 
 def choose_adapter(path: Path, names: Collection[str], name: str | None) -> str | None:
-    """Return the adapter of a file or folder to use; None: it has none, and no name is given.
+    """Return the adapter of a file or folder to use, or None if it has none and no name is given.
 
     Raises:
         ValueError: as ``find_adapter``.
@@ -184,7 +184,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         model: the base, with or without adapters. One that DistributedDataParallel wraps counts as the model
             inside; wrap it after an adapter was added, not before.
         path: of a file that ``save_adapter`` wrote, or a folder that PEFT wrote.
-        name: of the adapter in the model; None: the name in the file, of a folder "default".
+        name: of the adapter in the model; None takes the name in the file, and "default" for a folder.
 
     Returns:
         The model, changed in place.

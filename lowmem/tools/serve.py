@@ -29,8 +29,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from lowmem.integrations.transformers.folder import check
 
-    if folder.is_dir():
-        refuse_adapters(folder, "serve")
+    refuse_adapters(folder, "serve")
     check(folder, "serve")
     if not is_serve_available():
         raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import refusal
-from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of
+from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of, window_of
 from lowmem.integrations.transformers.folder import check_dense, load_folder, write_model
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
 from lowmem.io.atomic import check_free
@@ -88,7 +88,7 @@ def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | li
         text: any.
     """
     own: Any = model
-    length = min(WINDOW, getattr(own.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    length = window_of(own, WINDOW)
     if own.can_generate():
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
         windows = [window for window in tokens.split(length) if len(window) == length]

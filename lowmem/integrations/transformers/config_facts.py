@@ -74,6 +74,12 @@ def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
     return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
 
 
+def window_of(model: Any, most: int) -> int:
+    """Return how many tokens a model of transformers sees at a time: ``most``, or as many as it has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(most, positions) if isinstance(positions, int) and positions > 0 else most
+
+
 def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
     """Raise a FileError if a model is an encoder and a decoder, which a text alone does not feed."""
     own: Any = model

@@ -32,20 +32,12 @@ from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
+from lowmem.io.safetensors import CODES
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
-
-_KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-}  # as safetensors calls them
 
 
 def from_exact(
@@ -328,7 +320,7 @@ class _Lazy:
 
     def get_dtype(self) -> str:
         """Return the dtype by the name that safetensors gives it."""
-        return _KINDS.get(self.dtype, "I64")
+        return CODES[self.dtype]
 
     def is_floating_point(self) -> bool:
         """Whether the values are floating-point numbers."""

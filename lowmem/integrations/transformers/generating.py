@@ -14,7 +14,7 @@ from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_toke
 from lowmem.io.adapters import adapter_facts, choose_adapter, find_adapter, load_adapter
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, adapters_in
+from lowmem.io.formats.peft.reading import CONFIG, adapters_alone
 from lowmem.transforms.adapters import activate, adapter_names, deactivate
 
 
@@ -33,11 +33,6 @@ class CountingStreamer(TextStreamer):  # type: ignore[misc]
         """Take the prompt, at first, or the next tokens."""
         self.count += 0 if self.next_tokens_are_prompt else value.numel()
         super().put(value)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds adapters of PEFT, and no model of its own."""
-    return path.is_dir() and not (path / "config.json").exists() and bool(adapters_in(path))
 
 
 def base_of_adapter(folder: Path) -> Path:
@@ -72,7 +67,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
             not, or several without a choice.
     """
     model: Any
-    is_alone = is_adapter(path)
+    is_alone = bool(adapters_alone(path))
     if is_alone or (path.is_file() and not starts_with(path, MAGIC)):
         if base is None and not is_alone:
             raise ValueError(f"adapter={str(path)!r} does not name its base: name the base with --base")

@@ -8,7 +8,7 @@ from safetensors.torch import save_file
 
 from lowmem import quantize
 from lowmem.io.formats.foreign import ForeignTensor, Parts, one_of
-from lowmem.io.formats.registry import FOREIGN
+from lowmem.io.formats.programs import FOREIGN
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm
 

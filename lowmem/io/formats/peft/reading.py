@@ -97,10 +97,14 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     return final or found
 
 
+def adapters_alone(path: Path) -> dict[str, Path]:
+    """Return the adapters of a folder of PEFT that holds no model of its own; none for other folders and files."""
+    return adapters_in(path) if path.is_dir() and not (path / "config.json").exists() else {}
+
+
 def refuse_adapters(folder: Path, action: str) -> None:
     """Raise a FileError for a folder that holds adapters, and no model of its own."""
-    names = {} if (folder / "config.json").exists() else adapters_in(folder)
-    if names:
+    if names := adapters_alone(folder):
         which = " --adapter NAME" if len(names) > 1 else ""
         why = f"it has no model, but adapters: {printable(', '.join(names))}"
         raise refusal(folder, f"{why}; lowmem merge BASE {folder} OUT{which} writes a model to {action}", action)
