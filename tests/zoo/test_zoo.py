@@ -33,23 +33,12 @@ from tests.zoo.stored import dequantized, numbers
 CLOSE = 1e-4
 # What a second rounding of an adapted weight adds, by its norm: a normal weight in nf4 0.09, bfloat16 less than 2^-8.
 ROUNDED_AGAIN = {FourBit: 0.15, Half: 2**-8}
-TECHNIQUES = {"nf4": FourBit("nf4"), "bfloat16": Half(torch.bfloat16)}
 ADAPTER = LoRA(4, alpha=8)
 
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def architecture(request):
     return request.param
-
-
-@pytest.fixture(params=TECHNIQUES.values(), ids=TECHNIQUES.keys())
-def technique(request):
-    return request.param
-
-
-@pytest.fixture
-def converted(architecture, technique):
-    return lowmem.convert(architecture.make(), technique)
 
 
 @pytest.fixture

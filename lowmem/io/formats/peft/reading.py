@@ -90,10 +90,9 @@ def adapters_in(folder: Path) -> dict[str, Path]:
     The adapter of the folder itself is "default". Checkpoints of a training run count if there is no other adapter.
     """
     with read_errors(folder):
-        inside = sorted(folder.iterdir())
-    found = {"default": folder} if (folder / CONFIG).is_file() else {}
-    found |= {one.name: one for one in inside if (one / CONFIG).is_file()}
-    final = {name: one for name, one in found.items() if one == folder or not (one / _CHECKPOINT).exists()}
+        found = {"default": folder} if (folder / CONFIG).is_file() else {}
+        found |= {one.name: one for one in sorted(folder.iterdir()) if (one / CONFIG).is_file()}
+        final = {name: one for name, one in found.items() if one == folder or not (one / _CHECKPOINT).exists()}
     return final or found
 
 
