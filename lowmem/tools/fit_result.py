@@ -68,7 +68,7 @@ def save(job: Job, states: Path, model: nn.Module, document: dict[str, Any], com
 def _card(job: Job, document: dict[str, Any], command: str) -> str:
     """Return the model card: the same for the same run, resumed or not."""
     assert job.save is not None
-    base, run = job.base_name if job.has_public_base else job.folder.resolve().name, document["run"]
+    base, run = job.public_base, document["run"]
     figures = {
         "Steps": document["steps"],
         "Last loss": f"{document['last_loss']:.4f}",
