@@ -87,8 +87,6 @@ def compare_text(
     logits) read paragraphs, which an empty line ends, cut to the model's positions. Two models are in memory.
 
     Args:
-        folders: of models.
-        text: the text.
         layers: whether to also run the first model once for each layer that another model stores, with that layer in
             the place of its own.
         progress: called with the number of runs for ``layers`` that are done, and of all.

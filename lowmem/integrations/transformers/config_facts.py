@@ -86,11 +86,9 @@ def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
 
 
 def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:
-    """Return what makes the dense model of a folder with new values, in the dtype of its config, or float32.
+    """Return what makes the dense model of a folder or GGUF file with new values, in its config's dtype or float32.
 
-    Args:
-        folder: the folder, whose config.json alone is read, or a GGUF file.
-        layers: how many of its layers the model has; None: all.
+    Of the folder config.json alone is read. The model has the first ``layers`` of its layers; None keeps all.
     """
     config = config_at(folder, trust_remote_code=False)
     text = config.get_text_config()
