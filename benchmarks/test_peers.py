@@ -1,4 +1,4 @@
-"""BigNet in the 4- and 8-bit layers of other libraries, beside ours in the same run: ``pip install .[peers]``.
+"""BigNet in the 4- and 8-bit layers of other libraries, beside ours in the same run: ``pip install '.[peers]'``.
 
 What is not installed is skipped.
 """
@@ -48,7 +48,7 @@ PEERS = {"bitsandbytes": bitsandbytes_nf4, "torchao": torchao_int8}
 @pytest.mark.parametrize("peer", PEERS)
 def test_peer(benchmark, timed, peer, dtype, batch):
     """The ratio is to nf4 with products in bfloat16, of the same input: above 1, the peer is slower."""
-    pytest.importorskip(peer, reason=f"{peer} is not installed: pip install .[peers]")
+    pytest.importorskip(peer, reason=f"{peer} is not installed: pip install '.[peers]'")
     benchmark.group = f"peers, {dtype}, batch {batch:3}"
     torch.manual_seed(0)
     plain = lowmem.BigNet().eval()

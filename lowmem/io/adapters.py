@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import printable, quoted, refusal, refusing, show
+from lowmem.errors import as_path, printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import bytes_of, read, write_tensors
@@ -99,12 +99,13 @@ def save_adapter(
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
     _refuse_layers("save_adapter", places_of(model), model, layers)
+    path = as_path("path", path)
     if format == "peft":
-        write_peft(Path(path), model, layers, base_name)
+        write_peft(path, model, layers, base_name)
     elif format == "gguf":
-        write_gguf_adapter(Path(path), model, name, layers)
+        write_gguf_adapter(path, model, name, layers)
     else:
-        _write(Path(path), model, name, layers)
+        _write(path, model, name, layers)
 
 
 def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
@@ -215,7 +216,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         return model
     refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_dir():
         content = read_peft(path, model)
         _refuse_layers("load_adapter", places, model, content.techniques)

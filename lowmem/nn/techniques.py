@@ -149,8 +149,8 @@ class FourBit(Blockwise):
             are stored by ``EightBit()``; "4bit": like all other layers.
 
     Raises:
-        ValueError: an unknown format or scales, a bad block size, another ``embeddings``, or a ``compute_dtype`` that
-            is neither floating point with at least 16 bits nor torch.int8.
+        ValueError: an unknown format or scales, a bad block size, ``search``, ``offsets`` or ``embeddings`` of
+            another kind, or a ``compute_dtype`` that is neither floating point with at least 16 bits nor torch.int8.
     """
 
     bits: ClassVar[int] = 4
@@ -181,7 +181,10 @@ class FourBit(Blockwise):
                 raise ValueError(f"format={name!r} has codes of 8 bits: EightBit() stores those")
         if self.block_size is not None:
             check_block_size(self.block_size)
-        if self.offsets and self.scales not in OFFSETS:
+        if not isinstance(self.offsets, bool) or not isinstance(self.search, bool | None):
+            name = "search" if isinstance(self.offsets, bool) else "offsets"
+            raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.offsets and self.scales not in tuple(OFFSETS):
             if self.scales not in (None, "float16", "float32"):
                 raise ValueError(f"scales={self.scales!r} has no offsets: choose from {', '.join(OFFSETS)}")
             object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
@@ -217,8 +220,8 @@ class EightBit(Blockwise):
     def __post_init__(self) -> None:
         if self.block_size is not None:
             check_block_size(self.block_size)
-        if self.scales is not None and self.scales not in ENCODINGS:
-            why = "has offsets" if self.scales in OFFSETS else "is unknown"
+        if self.scales is not None and self.scales not in tuple(ENCODINGS):
+            why = "has offsets" if self.scales in tuple(OFFSETS) else "is unknown"
             raise ValueError(f"scales={self.scales!r} {why}: choose from {', '.join(ENCODINGS)}")
         check_compute_dtype(self.compute_dtype)
 

@@ -47,7 +47,7 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
         _import_optimizer()
         before = resident_bytes()
         storing, exact, largest = _stored(job)
-        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing))
+        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing), given=True)
     if exact is not None:
         adapters = {name: size for name, size in found.stored.items() if name == "adapters"}
         found = replace(found, stored={"as it is": exact} | adapters)

@@ -84,7 +84,8 @@ def test_a_and_b_have_the_same_size_and_train():
 def test_a_rank_above_the_layer_s_sizes_takes_the_whole_error_and_the_rest_can_train(shape):
     layer = nn.Linear(*shape)
     weight = layer.weight.detach().double()
-    layer = convert(layer, FourBit(), LoRA(9, init="loftq"))
+    with pytest.warns(UserWarning, match=r"56% .*can use a rank of 4 at most, and gets 9;"):
+        layer = convert(layer, FourBit(), LoRA(9, init="loftq"))
     error = weight - layer.quantized.dequantize().double()
     assert squares(error - layer.adapters.default.weight.delta().double()) < 1e-9 * squares(error)
     assert not layer.lora_b[:, 4:].any()

@@ -33,7 +33,7 @@ from tests.zoo.stored import dequantized, numbers
 CLOSE = 1e-4
 # What a second rounding of an adapted weight adds, by its norm: a normal weight in nf4 0.09, bfloat16 less than 2^-8.
 ROUNDED_AGAIN = {FourBit: 0.15, Half: 2**-8}
-ADAPTER = LoRA(4, alpha=8)
+ADAPTER = LoRA(2, alpha=4)
 
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())

@@ -21,6 +21,7 @@ from lowmem.transforms.budget import losses_of
 from lowmem.transforms.convert import rebuild_all
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name
+from lowmem.transforms.select import note_left
 from lowmem.transforms.store import store_parameters
 
 
@@ -50,6 +51,7 @@ class Storing:
         known = None if losses is None else lambda name, _: losses.get(name)
         made: dict[Any, Any] = rebuild_all(model, (technique,), None, skip, None, _shapes_of, known)
         self.warning = warning_of_dense(model, made, type(technique), None, skip)
+        note_left(model, None, skip, type(technique))
         self._skeletons: dict[nn.Module, StoredModule] = made
         self._techniques: dict[nn.Module, Any] = {
             module: own for module, (own,) in techniques_by_layer(model, (technique,), made, None).items()
