@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from lowmem.kernels import int8, reference
 from lowmem.kernels.cpu_rows import CpuRows
+from lowmem.kernels.kernel_choice import CpuPlan
 from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.native import load
-from lowmem.kernels.plan import CpuPlan
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread

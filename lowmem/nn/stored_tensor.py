@@ -179,7 +179,7 @@ class StoredTensor(Tensor):
         return found
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the values as a dense tensor, rounded once to ``dtype`` (None: the dtype of this tensor)."""
+        """Return the values as a dense tensor, rounded once to ``dtype``; None takes the dtype of this tensor."""
         dtype = dtype or self.dtype
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")

@@ -34,12 +34,12 @@ def quantize(
     Args:
         weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
         format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken.
-        block_size: weights per scale, even, 8 to 4096; None: the format's default.
-        scales: "float32", "float16" or "double"; None: the format's default.
+        block_size: weights per scale, even, 8 to 4096; None takes the format's default.
+        scales: "float32", "float16" or "double"; None takes the format's default.
         search: whether to search for the scale of each block with the least squared error, instead of taking its
-            largest magnitude; None: the format's default.
+            largest magnitude; None does as the format's default.
         importance: floating point (n,), at least 0: factor of each column's squared error in the search and in the
-            choice of the format; None: 1.
+            choice of the format; None weighs all columns alike.
 
     Returns:
         The quantized tensor, of the same shape. Its bytes depend on the values alone: not on strides, threads or

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem import measure
 from lowmem.errors import one_line
-from lowmem.finetuning.text import read_text
+from lowmem.io.atomic import read_text
 from lowmem.tools.arguments import add_input_arguments, add_output_arguments, file_path, make_input, number
 from lowmem.tools.models import folder_of, make_model, tensor_of
 from lowmem.tools.output import finite, print_json, print_table, progress, shown, warnings_as_notes

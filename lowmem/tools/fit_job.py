@@ -77,6 +77,16 @@ class Job:
         for note in self.notes:
             print(f"lowmem fit: {note}", file=sys.stderr)
 
+    @property
+    def has_public_base(self) -> bool:
+        """Whether the adapter names its base as the Hub does, and not by its path here."""
+        return self.base_name != str(self.folder.resolve())
+
+    @property
+    def public_base(self) -> str:
+        """The base's name for files that may be shared: as the Hub has it, or without the folders of this machine."""
+        return self.base_name if self.has_public_base else self.folder.resolve().name
+
     def origin(self) -> dict[str, Any]:
         """Return what decides the result, as JSON."""
         return {
@@ -128,8 +138,8 @@ class Job:
         """Return how the adapter was trained, as JSON: the same for the same run, resumed or not."""
         return {
             "lowmem": __version__,
-            "base": str(self.folder),
-            "data": str(self.data),
+            "base": self.public_base,
+            "data": self.data.name,
             "run": self.origin(),
             "steps": len(outcome.losses),
             "adapter_after": outcome.step,

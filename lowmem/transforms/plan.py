@@ -57,7 +57,7 @@ class Plan:
 
     Attributes:
         techniques: in their order.
-        training: the optimizer; None: inference only.
+        training: the optimizer; None if inference alone was planned.
         dense: parameters and buffers of the model before it is converted.
         stored: those of the converted model, by technique: "dense", "Half", "FourBit", "EightBit", "adapters". Exact.
         inputs: the batch.
@@ -182,7 +182,7 @@ def plan(
         batch: inputs of the model, of which only shapes and dtypes matter (they may be on the meta device): a tensor,
             a tuple of positional arguments, or a mapping of named ones.
         training: "adamw", "sgd" (without momentum), or None for inference.
-        loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
+        loss: returns a scalar for the model's output; None takes the output's ``loss``, or the sum of its tensors.
         where, skip: as in ``convert``.
         at_most: bytes, or text such as "24GiB", that the total may take, in place of ``techniques``: the first that
             fits is taken, from the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training).

@@ -40,9 +40,9 @@ def restore(
         model: any module; the root itself can be the layer.
         where, skip: as in ``convert``.
         dtype: of what is restored, and of all other floating-point parameters and saved buffers of the modules that
-            ``where`` and ``skip`` select, such as norms; not of adapters. A name, as "bfloat16", is taken, too. None:
-            restored weights have the dtype as which they present themselves, which casts of the model follow, and the
-            rest stays as it is.
+            ``where`` and ``skip`` select, such as norms; not of adapters. A name, as "bfloat16", is taken, too. With
+            None, restored weights have the dtype as which they present themselves, which casts of the model follow,
+            and the rest stays as it is.
 
     Returns:
         The model, changed in place; one that stores nothing is only cast to ``dtype``.

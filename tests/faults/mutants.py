@@ -45,7 +45,7 @@ TESTS = {
     "lowmem/io/formats/gguf/blocks.py": ("io/formats/gguf/test_blocks", "io/formats/test_recognize"),
     "lowmem/io/metadata.py": ("io/test_metadata", "io/test_checkpoint"),
     "lowmem/io/skeleton.py": ("io/test_skeleton", "io/test_checkpoint"),
-    "lowmem/kernels/cpu.py": ("kernels/test_cpu", "kernels/test_int8", "kernels/test_plan"),
+    "lowmem/kernels/cpu.py": ("kernels/test_cpu", "kernels/test_int8", "kernels/test_kernel_choice"),
     "lowmem/kernels/memory.py": ("kernels/test_memory", "kernels/test_kernels"),
     "lowmem/kernels/reference.py": ("kernels/test_reference", "nn/test_adapted_forward", "kernels/test_int8"),
 }

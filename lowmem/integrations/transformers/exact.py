@@ -34,20 +34,12 @@ from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
+from lowmem.io.safetensors import CODES
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
-
-_KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-}  # as safetensors calls them
 
 
 def from_exact(
@@ -86,7 +78,7 @@ def from_exact(
     with _plainly():
         opened = open_foreign(path)
     with opened as file:
-        own = _config_of(path, file, options) if config is None else deepcopy(config)
+        own = _config_of(path, file, **_code(options)) if config is None else deepcopy(config)
         for one in (own, own.get_text_config(decoder=True)):
             vars(one).pop("quantization_config", None)  # of the other program
         if dtype in (None, "auto"):
@@ -112,21 +104,22 @@ def from_exact(
     return found
 
 
-def config_of_gguf(path: Path, **options: Any) -> Any:
-    """Return the config of a GGUF file's model in transformers; ``options`` are those of ``from_pretrained``."""
-    made = config_of(path)
-    if made is not None:
-        return AutoConfig.for_model(**made)
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
+def config_at(path: Path, **options: Any) -> Any:
+    """Return the config in transformers of the model of a folder or GGUF file, by options of ``from_pretrained``."""
+    if path.is_file():
+        made = config_of(path)
+        if made is not None:
+            return AutoConfig.for_model(**made)
+        path, options = path.parent, {**options, "gguf_file": path.name}
+    return AutoConfig.from_pretrained(path, local_files_only=True, **options)
 
 
-def _config_of(path: Path, file: ForeignFile, options: dict[str, Any]) -> Any:
+def _config_of(path: Path, file: ForeignFile, **options: Any) -> Any:
     """Return the config of a model that another program quantized."""
-    if file.kind == "gguf":
-        return config_of_gguf(path, **_code(options))
-    folder = path if path.is_dir() else path.parent
-    check_layers(folder / "config.json", read_model_config(folder / "config.json"), len(file.tensors))
-    return AutoConfig.from_pretrained(folder, local_files_only=True, **_code(options))
+    if file.kind != "gguf":
+        path = path if path.is_dir() else path.parent
+        check_layers(path / "config.json", read_model_config(path / "config.json"), len(file.tensors))
+    return config_at(path, **options)
 
 
 def _code(options: dict[str, Any]) -> dict[str, Any]:
@@ -340,7 +333,7 @@ class _Lazy:
 
     def get_dtype(self) -> str:
         """Return the dtype by the name that safetensors gives it."""
-        return _KINDS.get(self.dtype, "I64")
+        return CODES[self.dtype]
 
     def is_floating_point(self) -> bool:
         """Whether the values are floating-point numbers."""

@@ -35,19 +35,10 @@ class _Shared:
 
 
 class Storing:
-    """Stores weights one at a time: what ``convert`` would store of the model, if it were loaded.
+    """Stores weights one at a time: what ``convert`` would store of the model, if it were loaded, with its errors.
 
-    Args:
-        model: dense, on the meta device, with its ties.
-        technique: ``Half``, ``EightBit``, ``FourBit`` or ``Budget``.
-        skip: glob patterns of paths to leave dense.
-        losses: of a budget: what each choice loses of a weight, by its name, as ``Measuring`` has found.
-
-    Attributes:
-        warning: what ``convert`` would warn of, or None.
-
-    Raises:
-        ValueError: as ``convert``: nothing to store, or a pattern that matches nothing.
+    The model is dense, on the meta device, with its ties. A budget needs the ``losses`` that ``Measuring`` has found:
+    what each choice loses of a weight, by its name. ``warning`` is what ``convert`` would warn of, or None.
     """
 
     def __init__(

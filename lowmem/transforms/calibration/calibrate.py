@@ -92,7 +92,8 @@ def calibrate(
         where, skip: as in ``convert``.
         damping: above 0, added to the Hessian's diagonal, as a fraction of its mean; more trusts the inputs less.
             Of fewer rows than columns it is as many times larger.
-        blocks: glob patterns of the blocks' paths, as "encoder.layer.*"; () for none; None: as above.
+        blocks: glob patterns of the blocks' paths, as "encoder.layer.*"; () for none; None finds them as
+            described above.
         diagonal: weigh each column in the search of scales by its mean square alone, from one run of the model as it
             is. Faster, in the memory of a row for each layer, and not as good. It takes no ``blocks``, ``offload`` or
             ``resume``, and calls ``progress`` once.
