@@ -180,7 +180,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not is_adapted(weight) or weight.is_kernel or len(weight.base.shape) != 2:
+    if not is_adapted(weight) or weight.is_kernel or len(weight.base.shape) != 2 or max_norm is not None:
         return NotImplemented
     rest = padding_idx, max_norm, norm_type, scale_grad_by_freq
     out = functional.embedding(input, weight.base, *rest, sparse)
@@ -203,7 +203,7 @@ def _embedding_bag(
     *rest: Any,
     **named: Any,
 ) -> Any:
-    if not is_adapted(weight) or mode == "max":
+    if not is_adapted(weight) or mode == "max" or max_norm is not None:
         return NotImplemented
 
     def bag(table: Any, sparse: bool) -> Tensor:

@@ -13,7 +13,7 @@ from torch._ops import OpOverload
 
 from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.read_only import METADATA, name_of, read_only, writes_in_place
+from lowmem.nn.read_only import METADATA, name_of, read_only, written_by
 from lowmem.nn.stored_tensor import StoredTensor
 
 REFUSAL = (
@@ -177,10 +177,7 @@ def _keeps_matrices(index: Any) -> bool:
 
 def on_values(function: Any, args: Any, kwargs: Any) -> Any:
     """Call a function with the dense sums of adapted weights; views of them are read-only."""
-    target = args[0] if args else next(iter(kwargs.values()), None)
-    several = target if isinstance(target, (list, tuple)) else [target]  # torch._foreach_add_ takes a list
-    writes = writes_in_place(function) or kwargs.get("inplace") is True
-    if (writes and any(map(is_adapted, several))) or is_adapted(kwargs.get("out")):
+    if any(map(is_adapted, written_by(function, args, kwargs))):
         raise RuntimeError(f"{name_of(function)} would write to {REFUSAL}")
     known: list[tuple[Any, Tensor]] = []
 

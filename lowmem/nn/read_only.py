@@ -13,7 +13,7 @@ torch.jit.trace record.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ _WRITES = (
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
     "__imatmul__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 )  # fmt: skip
+
+_LOOKUPS = "embedding", "embedding_bag"  # which write to the table if ``max_norm`` is given
 
 _OF_ITSELF = frozenset((
     "requires_grad_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "detach_", "rename_",
@@ -51,6 +53,16 @@ def changes_itself_alone(function: Any) -> bool:
 def name_of(function: Any) -> str:
     """Return the name of a torch function or operator, without that of its overload."""
     return str(getattr(function, "__name__", "")).partition(".")[0]
+
+
+def written_by(function: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments that a torch function writes to."""
+    targets = [kwargs.get("out")]
+    if writes_in_place(function) or kwargs.get("inplace") is True:
+        targets.append(args[0] if args else next(iter(kwargs.values()), None))
+    if name_of(function) in _LOOKUPS and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+        targets.append(args[1] if len(args) > 1 else kwargs.get("weight"))  # its rows are rescaled
+    return [one for target in targets for one in (target if isinstance(target, (list, tuple)) else [target])]
 
 
 METADATA = {
@@ -177,7 +189,9 @@ class ReadOnlyView(Tensor):
             if not torch.compiler.is_compiling() and writes_in_place(function):  # the shape or requires_grad changed
                 args[0].__dict__.pop("recorded", None)
             return _leaf(result, args[0].refusal) if function == _BASE and result is not None else result
-        _refuse_writes(function, args, kwargs)
+        for one in written_by(function, args, kwargs):
+            if isinstance(one, ReadOnlyView):
+                raise RuntimeError(f"{name_of(function)} would write to a view of {one.refusal}")
         views: list[tuple[str, Tensor]] = []
 
         def plain(one: Any) -> Any:
@@ -230,17 +244,6 @@ def exported_view(recorded: Tensor, refusal: str) -> Tensor:
     if mode is not None and proxy_tensor.has_proxy_slot(recorded, mode.tracer):  # tensor.data has no slot
         proxy_tensor.set_proxy_slot(made, mode.tracer, proxy_tensor.get_proxy_slot(recorded, mode.tracer))
     return made
-
-
-def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Refuse calls that write to a read-only view."""
-    targets = [kwargs.get("out")]
-    if writes_in_place(function) or kwargs.get("inplace") is True:
-        targets.append(args[0] if args else next(iter(kwargs.values()), None))
-    for target in targets:
-        for one in target if isinstance(target, (list, tuple)) else [target]:
-            if isinstance(one, ReadOnlyView):
-                raise RuntimeError(f"{name_of(function)} would write to a view of {one.refusal}")
 
 
 def makes_view(operator: Any) -> bool:
