@@ -48,17 +48,6 @@ def test_no_restored_weight_outlives_its_chunk_forward_or_backward(batch):
     assert measure.peak_bytes(lambda: layer(x).sum().backward()) <= 2**20 + activations
 
 
-def test_empty_layers_and_batches_work():
-    layer = convert(torch.nn.Linear(16, 8), FourBit())
-    assert layer(torch.empty(0, 16)).shape == (0, 8)
-    assert layer(torch.empty(2, 0, 16)).shape == (2, 0, 8)
-    with pytest.warns(UserWarning, match="zero-element"):  # from nn.Linear itself
-        linear = torch.nn.Linear(8, 0)  # which has nothing to store
-    model = convert(torch.nn.Sequential(torch.nn.Linear(16, 8), linear), FourBit())
-    assert model[1] is linear
-    assert model(torch.randn(3, 16)).shape == (3, 0)
-
-
 @given(
     st.one_of(strategies.linears(), strategies.convolutions().map(lambda drawn: drawn[0])),
     techniques(),

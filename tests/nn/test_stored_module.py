@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import re
 
@@ -153,13 +154,14 @@ def test_codes_of_another_format_are_refused_with_and_without_metadata(kind):
     for technique, form in (
         (FourBit("fp4", scales="double", embeddings="4bit"), "fp4"),
         (FourBit("nf4", 32, "double", embeddings="4bit"), "nf4, block_size=32"),
+        (FourBit("nf4", 64, "float32", embeddings="4bit"), "nf4, block_size=64, scales=float32"),
         (EightBit(), "int8"),
     ):
         other = convert(KINDS[kind][0]().eval(), technique)
         before = other(x)
-        for state in (model.state_dict(), dict(model.state_dict())):
+        for state, assign in itertools.product((model.state_dict(), dict(model.state_dict())), (False, True)):
             with pytest.raises(RuntimeError, match=f"stores .*{form}.*the state holds .*nf4, block_size=64"):
-                other.load_state_dict(state)
+                other.load_state_dict(state, assign=assign)
         assert torch.equal(other(x), before)
 
 
@@ -239,6 +241,14 @@ def test_ties_stay_ties_and_can_be_tied_again(technique):
     twin[1].weight = model[0].weight
     assert twin[1].weight is model[0].weight is not twin[0].weight
     assert {id(p) for p in twin[1].parameters()} == {id(p) for p in model[0].parameters()}
+    read = model[0].weight  # noqa: F841 - one of the two is kept
+    model[1].to(BF16)  # a cast of one is seen by both
+    twin = copy.deepcopy(model)
+    for one in (model, twin, pickle.loads(pickle.dumps(model))):
+        assert one[0].weight is one[1].weight
+        assert one[0].weight.dtype == one[0](torch.tensor([1])).dtype == BF16
+    assert model[0].float().weight is model[1].weight
+    assert (model[1].weight.dtype, twin[1].weight.dtype) == (torch.float32, BF16)
 
 
 @techniques
@@ -391,24 +401,6 @@ def test_codes_without_their_scales_or_of_other_rows_are_not_taken():
                 torch.func.functional_call(layer, {**dict(layer.named_parameters()), name: part}, inputs)
 
 
-@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
-def test_a_cast_of_one_of_two_tied_modules_is_seen_by_both(technique):
-    model = nn.ModuleList([nn.Embedding(8, 4), nn.Linear(4, 8)])
-    model[1].weight = model[0].weight
-    convert(model, technique)
-    read = model[0].weight  # noqa: F841 - one of the two is kept
-    model[1].to(torch.bfloat16)
-    twin = copy.deepcopy(model)
-    for one in (model, twin, pickle.loads(pickle.dumps(model))):
-        assert one[0].weight is one[1].weight
-        assert one[0].weight.dtype == torch.bfloat16
-        assert one[0](torch.tensor([1])).dtype == torch.bfloat16
-    model[0].float()
-    assert model[1].weight is model[0].weight
-    assert model[1].weight.dtype == torch.float32
-    assert twin[1].weight.dtype == torch.bfloat16
-
-
 def test_models_that_are_stacked_compute_as_one_after_the_other_or_say_that_they_cannot():
     def make(technique):
         return convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)), technique)
@@ -476,8 +468,9 @@ def test_torch_s_script_is_told_what_does_the_same(technique):
             torch.jit.script(model)
 
 
-@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
-def test_a_module_that_stores_its_weight_does_not_train_it(technique):
+@techniques
+def test_a_module_that_is_asked_to_train_what_it_stores_refuses(technique):
+    """A whole model asks no layer, and codes refuse it; see the next test for 16 bits."""
     layer = convert(nn.Linear(8, 8), technique)
     before = [one.requires_grad for one in layer.parameters()]
     with pytest.raises(
@@ -487,14 +480,14 @@ def test_a_module_that_stores_its_weight_does_not_train_it(technique):
     assert [one.requires_grad for one in layer.parameters()] == before
     assert layer.requires_grad_(False) is layer
     assert not any(one.requires_grad for one in layer.parameters())
-
-
-def test_a_whole_model_that_is_asked_to_train_asks_no_layer_but_codes_refuse_it():
-    model = convert(nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8)), Half()).requires_grad_(True)
-    for data in (model[0].bias.data, model[0].bias.detach()):  # of which nobody asks a gradient
-        assert torch.equal(nn.functional.pad(data, (0, 1))[:-1], model[0].bias.dequantize())
-    with pytest.raises(RuntimeError, match="floating point"):
-        convert(nn.Sequential(nn.Linear(8, 8)), FourBit()).requires_grad_(True)
+    model = nn.Sequential(layer, nn.LayerNorm(8))
+    if isinstance(technique, FourBit):
+        with pytest.raises(RuntimeError, match="floating point"):
+            model.requires_grad_(True)
+        return
+    model.requires_grad_(True)
+    for data in (layer.bias.data, layer.bias.detach()):  # of which nobody asks a gradient
+        assert torch.equal(nn.functional.pad(data, (0, 1))[:-1], layer.bias.dequantize())
 
 
 def test_a_weight_that_is_stored_again_is_multiplied_in_the_same_dtype():

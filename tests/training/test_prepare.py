@@ -142,21 +142,6 @@ def test_norms_and_gated_mlps_are_fused(memory):
     assert all(torch.equal(a, b) for a, b in zip((found[0], *found[1]), (before[0], *before[1]), strict=True))
 
 
-def test_evaluation_compilers_and_transforms_get_the_plain_model():
-    model, (ids, labels) = make(), batch()
-    parameters = {name: one.detach() for name, one in model.named_parameters()}
-    gradient = torch.func.grad(lambda one: torch.func.functional_call(model, one, (ids, labels)))
-    expected = gradient(parameters)
-    prepare_training(model, "lean")
-    assert all(torch.equal(one, expected[name]) for name, one in gradient(parameters).items())
-    with torch.no_grad():
-        assert type(model(ids)) is torch.Tensor
-    copied = copy.deepcopy(model)
-    assert torch.equal(copied.eval()(ids), make().eval()(ids))
-    compiled = torch.compile(copied.train(), backend="eager", fullgraph=True)
-    assert type(compiled(ids)) is torch.Tensor
-
-
 @pytest.mark.parametrize(
     ("make_model", "options", "message"),
     [
@@ -277,13 +262,6 @@ def test_a_call_that_fails_leaves_what_was_prepared():
     model.fails = True
     with refused(model, TypeError, "no head"):
         prepare_training(model)
-
-
-def test_a_copy_of_a_fused_module_in_lean_is_in_lean():
-    model = prepare_training(MLP(), "lean")
-    copied = copy.deepcopy(model)
-    assert training_report(copied) == training_report(model) == {"": "what autograd saves is kept in 8 bits"}
-    assert type(release_training(copied)) is type(release_training(model)) is MLP
 
 
 def test_an_output_layer_whose_forward_was_replaced_is_left():
