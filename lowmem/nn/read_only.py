@@ -13,8 +13,8 @@ torch.jit.trace record.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,6 +34,19 @@ _OF_ITSELF = frozenset((
     "share_memory_", "retain_grad", "backward", "register_hook", "register_post_accumulate_grad_hook",
 ))  # fmt: skip
 """Methods that change attributes of the tensor object, but no values: they are called on the view itself."""
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def registers_in(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[_F], _F]:
+    """Return a decorator that registers an implementation for functions of torch in a table."""
+
+    def register(function: _F) -> _F:
+        table.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
 
 
 @constant_in_graphs
@@ -210,21 +223,36 @@ class ReadOnlyView(Tensor):
         return read_only(result, views[0][0], function, args, views[0][1]) if views else result
 
 
-class ExportedView(ReadOnlyView):
-    """A weight, or a view of one, in a program that torch.export records. Functions get ``recorded`` in its place.
+class RecordedValues(Tensor):
+    """A tensor without memory that stands for values that a graph records.
 
     Args:
-        recorded: the values: a fake tensor.
+        recorded: the values, with the same shape, strides, dtype and device.
         refusal: end of the error message for writes.
     """
 
+    recorded: Tensor
+    refusal: str
+
     @staticmethod
-    def __new__(cls, recorded: Tensor, refusal: str) -> ExportedView:
+    def __new__(cls, recorded: Tensor, refusal: str) -> Any:
         """Make a tensor without memory."""
-        return _without_values(cls, recorded)  # type: ignore[no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            recorded.shape,
+            strides=recorded.stride(),
+            storage_offset=recorded.storage_offset(),
+            dtype=recorded.dtype,
+            device=recorded.device,
+            requires_grad=False,
+        )
 
     def __init__(self, recorded: Tensor, refusal: str) -> None:
         self.recorded, self.refusal = recorded, refusal
+
+
+class ExportedView(RecordedValues, ReadOnlyView):
+    """A weight, or a view of one, in a program that torch.export records: functions get ``recorded``."""
 
     def plain(self) -> Tensor:
         """Return the values: the fake tensor that is recorded."""
@@ -260,19 +288,6 @@ def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         yield from given if isinstance(given, (list, tuple)) else [given]
 
 
-def _without_values(kind: Any, like: Tensor) -> Any:
-    """Return a tensor of class ``kind`` without memory, with the shape, strides, dtype and device of ``like``."""
-    return torch.Tensor._make_wrapper_subclass(
-        kind,
-        like.shape,
-        strides=like.stride(),
-        storage_offset=like.storage_offset(),
-        dtype=like.dtype,
-        device=like.device,
-        requires_grad=False,
-    )
-
-
 def recorded_view(result: Any, refusal: str) -> Any:
     """Wrap the results of an operator that returns views, while a graph is recorded, in ``RecordedView``."""
     if isinstance(result, (list, tuple)):
@@ -280,31 +295,15 @@ def recorded_view(result: Any, refusal: str) -> Any:
     return RecordedView(result, refusal)
 
 
-class RecordedView(Tensor):
-    """A read-only view of a stored weight in a graph that is being recorded: it checks operators, not functions.
-
-    Args:
-        dense: the values: a plain tensor, which is recorded.
-        refusal: end of the error message for writes.
-    """
-
-    dense: Tensor
-    refusal: str
-
-    @staticmethod
-    def __new__(cls, dense: Tensor, refusal: str) -> RecordedView:
-        """Make a tensor without memory."""
-        return _without_values(cls, dense)  # type: ignore[no-any-return]
-
-    def __init__(self, dense: Tensor, refusal: str) -> None:
-        self.dense, self.refusal = dense, refusal
+class RecordedView(RecordedValues):
+    """A read-only view of a stored weight in a graph that is being recorded: it checks operators, not functions."""
 
     def __tensor_flatten__(self) -> tuple[list[str], str]:
-        return ["dense"], self.refusal
+        return ["recorded"], self.refusal
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], refusal: str, size: Any, stride: Any) -> Tensor:
-        dense = inner["dense"]
+        dense = inner["recorded"]
         if type(dense) is Tensor and not is_traced():  # a result of the compiled graph
             return _marked(dense, refusal, None)  # type: ignore[no-any-return]
         return cls(dense, refusal)
@@ -328,7 +327,7 @@ class RecordedView(Tensor):
             if not isinstance(one, RecordedView):
                 return one
             views.append(one)
-            return one.dense
+            return one.recorded
 
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         result = operator(*args, **kwargs)
@@ -345,7 +344,7 @@ class Unasked(RecordedView):
         name = operator.overloadpacket.__name__
         (own, *_) = (one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Unasked))
         if name == "alias" and not is_traced():  # by as_subclass, of a result of the graph
-            return _leaf(own.dense, own.refusal)
+            return _leaf(own.recorded, own.refusal)
         if any(True for _ in written_to(operator, args, kwargs or {})):
             raise RuntimeError(f"{name} would write to {own.refusal}")
         name = "unbind" if name == "select" else name  # Dynamo selects the elements of an iteration

@@ -244,7 +244,8 @@ def test_adapters_come_merge_and_go_and_leave_every_bit(name, base):
             lowmem.merge_adapter(model, "a")
     else:
         lowmem.merge_adapter(model, "a")
-        assert (model(x) - both).norm() < (1e-4 if base == "dense" else 0.05) * both.norm()
+    lost = {"dense": 1e-4, "bfloat16": 0.05}.get(base, 0.5)  # by storing the sum
+    assert (model(x) - both).norm() < lost * both.norm()
     assert set(model.state_dict()) == {*state, *(k for k in model.state_dict() if ".adapters." in k)}
     merged = model(x)
     model.load_state_dict(copy.deepcopy(model.state_dict()))
