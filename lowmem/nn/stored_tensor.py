@@ -290,9 +290,8 @@ def _rebuild(
     return made
 
 
-torch.serialization.add_safe_globals(
-    [_rebuild, StoredTensor, CodedForm, HalfForm]
-)  # for torch.load(weights_only=True)
+# For torch.load(weights_only=True).
+torch.serialization.add_safe_globals([_rebuild, StoredTensor, CodedForm, HalfForm])
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
