@@ -14,7 +14,6 @@ from lowmem.finetuning.calling import logits_of
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.metadata import form_of
 from lowmem.io.model_folder import quantization_of, weights_in
-from lowmem.io.shards import PlannedWeight
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.techniques import Half, blockwise
@@ -104,11 +103,10 @@ def _stored(job: Job) -> tuple[Technique | None, int | None, int]:
     else:
         with open_foreign(job.folder) as file:
             for tensor in file.tensors.values():
-                kept = tensor.kept()
-                weight = PlannedWeight(tensor.name, tensor.shape, kept, tensor.read)
+                weight = tensor.stored()
                 total += sum(spec.nbytes for spec in weight.specs().values())
-                if isinstance(kept, CodedForm):
-                    forms[kept] += 1
+                if isinstance(weight.form, CodedForm):
+                    forms[weight.form] += 1
     return _technique_of(forms.most_common(1)[0][0]) if forms else None, total, 0
 
 
