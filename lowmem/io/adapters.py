@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,13 +14,21 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import printable, quoted, refusal, refusing, show
+from lowmem.errors import as_path, printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import bytes_of, read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_config, read_peft
+from lowmem.io.formats.peft.reading import (
+    CONFIG,
+    PICKLES,
+    WEIGHTS,
+    AdapterContent,
+    adapters_in,
+    read_config,
+    read_peft,
+)
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
@@ -59,14 +67,14 @@ def save_adapter(
     Args:
         model: has the adapter; one that DistributedDataParallel wraps counts as the model inside.
         path: of the file; an existing one is replaced. For ``format="peft"`` and "gguf" nothing may be there yet.
-        name: of the adapter; None: the only one.
+        name: of the adapter; None takes the only one.
         format: "lowmem": a safetensors file, which ``load_adapter`` loads onto the same base only. "peft": a folder
             that ``PeftModel.from_pretrained`` loads, and ``load_adapter``, too; parameters of the base that train
             beside the adapter are saved with it, as ``modules_to_save`` and biases. "gguf": a file for llama.cpp, of
             linear layers and the input embedding of the llama family in transformers; scalings that it has no form of
             are folded into B, and parameters of the base that train are refused.
-        base_name: for ``format="peft"``: where ``AutoPeftModel`` finds the base, a path or a name on the Hub; None:
-            the base's name on the Hub, if it has one, since a path means nothing on another machine.
+        base_name: for ``format="peft"``: where ``AutoPeftModel`` finds the base, a path or a name on the Hub.
+            None takes the base's name on the Hub, if it has one, since a path means nothing on another machine.
 
     Raises:
         TypeError: the model is not a module.
@@ -91,12 +99,13 @@ def save_adapter(
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
     _refuse_layers("save_adapter", places_of(model), model, layers)
+    path = as_path("path", path)
     if format == "peft":
-        write_peft(Path(path), model, layers, base_name)
+        write_peft(path, model, layers, base_name)
     elif format == "gguf":
-        write_gguf_adapter(Path(path), model, name, layers)
+        write_gguf_adapter(path, model, name, layers)
     else:
-        _write(Path(path), model, name, layers)
+        _write(path, model, name, layers)
 
 
 def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
@@ -114,6 +123,7 @@ def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter
 class AdapterFacts(NamedTuple):
     """What an adapter's file or folder says of itself."""
 
+    name: str
     rank: int  # of most layers
     base: str | None  # where the base is, or its name on the Hub; None: not said
 
@@ -122,12 +132,44 @@ def adapter_facts(path: Path) -> AdapterFacts:
     """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
     if path.is_dir():
         config = read_config(path)
-        return AdapterFacts(config.default.rank, config.base)
+        return AdapterFacts("default", config.default.rank, config.base)
     _refuse_foreign(path)
     metadata = read(path).metadata
     with refusing(path, "load the adapter"):
-        records = _parsed(metadata)[2]
-    return AdapterFacts(Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
+        name, _, records = _parsed(metadata)
+    return AdapterFacts(name, Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
+
+
+def find_adapter(path: Path, name: str | None) -> tuple[Path, str | None]:
+    """Return the file or folder of an adapter, and its name, or None if the file or folder tells the name.
+
+    Args:
+        path: a file of ``save_adapter``, or a folder of PEFT with one or several adapters.
+        name: of the adapter; None takes the only one.
+
+    Raises:
+        ValueError: ``path`` has no adapter of that name, or several and ``name`` is None.
+        FileError, OSError: as ``load_adapter``, for a file.
+    """
+    if not path.is_dir():
+        return path, name and choose_adapter(path, [adapter_facts(path).name], name)
+    found = adapters_in(path)
+    chosen = choose_adapter(path, found, name)
+    return (path, None) if chosen is None else (found[chosen], chosen)
+
+
+def choose_adapter(path: Path, names: Collection[str], name: str | None) -> str | None:
+    """Return the adapter of a file or folder to use, or None if it has none and no name is given.
+
+    Raises:
+        ValueError: as ``find_adapter``.
+    """
+    listed = printable(", ".join(names)) or "none"
+    if name is not None and name not in names:
+        raise ValueError(f"--adapter={name!r} is no adapter of {str(path)!r}, which has {listed}")
+    if name is None and len(names) > 1:
+        raise ValueError(f"{str(path)!r} has several adapters: choose one of {listed} with --adapter")
+    return name or next(iter(names), None)
 
 
 @returns_free_pages
@@ -144,7 +186,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         model: the base, with or without adapters. One that DistributedDataParallel wraps counts as the model
             inside; wrap it after an adapter was added, not before.
         path: of a file that ``save_adapter`` wrote, or a folder that PEFT wrote.
-        name: of the adapter in the model; None: the name in the file, of a folder "default".
+        name: of the adapter in the model; None takes the name in the file, and "default" for a folder.
 
     Returns:
         The model, changed in place.
@@ -174,7 +216,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         return model
     refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_dir():
         content = read_peft(path, model)
         _refuse_layers("load_adapter", places, model, content.techniques)

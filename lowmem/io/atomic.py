@@ -231,6 +231,21 @@ def open_regular(path: Path) -> BufferedReader:
     return open(descriptor, "rb")
 
 
+def read_text(path: Path) -> tuple[str, str]:
+    """Return the text of a file in UTF-8, and its SHA-256 in hex.
+
+    Raises:
+        FileError: the file is not UTF-8.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file, read_errors(path):
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as reason:
+        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
+
+
 def starts_with(path: Path, magic: bytes) -> bool:
     """Whether the first bytes of a file are ``magic``.
 

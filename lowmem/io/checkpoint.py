@@ -22,7 +22,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
 from lowmem.transforms.commit import one_at_a_time
-from lowmem.transforms.meta import make_on_meta
+from lowmem.transforms.meta import check_factory, make_on_meta
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
@@ -120,8 +120,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
             layers, names, shapes or dtypes that differ are named.
         OSError: the file cannot be read.
     """
-    if not callable(factory) or isinstance(factory, nn.Module):  # a module is callable, with its inputs
-        raise TypeError(f"factory={type(factory).__name__} must be a callable that makes the model")
+    check_factory("factory", factory)
     file = read_model(path)
     try:
         model = make_on_meta(factory)

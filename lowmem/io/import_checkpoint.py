@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import Tensor
 from lowmem.errors import refusal, refusing
 from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.foreign import ForeignTensor
+from lowmem.io.formats.growth import GrowthWarning, growth, kept_bytes, with_dtype
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.shards import StoredWeight, check_target, write_model
@@ -52,12 +54,19 @@ def import_checkpoint(
             raises. No file has changed, except for shards that were completed.
         FileError: the source is damaged, or of a kind that lowmem does not read.
         OSError: a file cannot be read or written.
+
+    Warns:
+        GrowthWarning: the weights take more bytes than the source's, which names the option that avoids that.
     """
     source, target = Path(source), Path(target)
     check_target(target)
     requantizing = Requantizing(requantize, list(include), technique)
     with open_foreign(source) as file:
         weights = _plan(source, file, requantizing, dtype)
+        kept = [(file.tensors[name], weight.form) for name, weight in weights.items()]
+        grown = growth(source, kept, sum(kept_bytes(*pair) for pair in kept))
+        if grown is not None:
+            warnings.warn(grown, GrowthWarning, stacklevel=2)
         rows: dict[str, ForeignRow] = {}
 
         def written(weight: StoredWeight, after: int) -> None:
@@ -83,9 +92,7 @@ def _plan(
 
 def _planned(source: Path, tensor: ForeignTensor, dtype: torch.dtype | None) -> StoredWeight:
     stored = tensor.stored()
-    form = stored.form
-    if isinstance(form, torch.dtype) and form.is_floating_point and dtype is not None:
-        form = dtype
+    form = with_dtype(stored.form, dtype)
 
     def read() -> Weight:
         with refusing(source, "import"):  # it cannot be quantized

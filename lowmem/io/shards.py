@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal, show
+from lowmem.errors import as_path, refusal, show
 from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.io.container import FORMAT_VERSION, TensorFile, read, write
 from lowmem.io.metadata import form_record, layer_of
@@ -211,7 +211,7 @@ def read_model(path: str | os.PathLike[str]) -> TensorFile:
         FileError: a file is damaged, missing, of another run or version, or no model.
         OSError: a file cannot be read.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.name.endswith(INDEX):
         return _checked(path, read(path))
     text = read_at_most(path, MAX_INDEX, "index")

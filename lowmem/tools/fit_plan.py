@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.finetuning.calling import logits_of
+from lowmem.io.formats.growth import GrowthWarning, growth, kept_bytes, with_dtype
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.metadata import form_of
 from lowmem.io.model_folder import quantization_of, weights_in
@@ -20,7 +22,7 @@ from lowmem.nn.techniques import Half, blockwise
 from lowmem.resident import resident_bytes
 from lowmem.tools.fit_job import Job
 from lowmem.tools.models import plan_model
-from lowmem.tools.output import mib, print_json, print_plan
+from lowmem.tools.output import mib, print_json, print_plan, warnings_as_notes
 from lowmem.training.memory import training_memory
 from lowmem.training.prepare import prepare_training
 from lowmem.transforms.convert import convert
@@ -41,13 +43,14 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
     """Print the memory that a run takes: of the model, and of the process with its imports and the tokenizer."""
     from lowmem.integrations.transformers.config_facts import factory_of, held_back
 
-    with held_back():
+    with held_back(), warnings_as_notes():
         with torch.device("meta"):
             factory_of(job.folder, 1)()  # imports the code of the model's class
         _import_optimizer()
         before = resident_bytes()
         storing, exact, largest = _stored(job)
-        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing))
+        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing), given=True)
+    job.tell()
     if exact is not None:
         adapters = {name: size for name, size in found.stored.items() if name == "adapters"}
         found = replace(found, stored={"as it is": exact} | adapters)
@@ -102,11 +105,14 @@ def _stored(job: Job) -> tuple[Technique | None, int | None, int]:
             total = sum(spec.nbytes for spec in source.specs.values())
     else:
         with open_foreign(job.folder) as file:
-            for tensor in file.tensors.values():
-                weight = tensor.stored()
-                total += sum(spec.nbytes for spec in weight.specs().values())
-                if isinstance(weight.form, CodedForm):
-                    forms[weight.form] += 1
+            kept = [(tensor, tensor.kept()) for tensor in file.tensors.values()]
+            dtype = torch.float32 if file.kind == "gguf" else None  # as ``load_gguf`` makes the model
+            made = [(tensor, with_dtype(form, dtype)) for tensor, form in kept]
+            total = sum(kept_bytes(*pair) for pair in made)
+            forms.update(form for _, form in made if isinstance(form, CodedForm))
+            grown = growth(job.folder, kept, total, dtype)
+        if grown is not None:
+            warnings.warn(grown, GrowthWarning, stacklevel=2)
     return _technique_of(forms.most_common(1)[0][0]) if forms else None, total, 0
 
 

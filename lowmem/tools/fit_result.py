@@ -40,6 +40,8 @@ def next_commands(job: Job) -> list[str]:
     base, out = str(job.folder), str(job.save)
     how = ["--chat"] if getattr(job.tokenizer, "chat_template", None) else ["--prompt", "TEXT"]
     merged = f"{out.rstrip(os.sep)}-merged"
+    if job.has_public_base:  # where the adapter's config does not find it
+        how = ["--base", base, *how]
     commands = [["generate", out, *how], ["merge", base, out, merged, "--to", "bfloat16"]]
     return [shlex.join(["lowmem", *command]) for command in [*commands, ["export", merged, f"{merged}.gguf"]]]
 
@@ -66,7 +68,7 @@ def save(job: Job, states: Path, model: nn.Module, document: dict[str, Any], com
 def _card(job: Job, document: dict[str, Any], command: str) -> str:
     """Return the model card: the same for the same run, resumed or not."""
     assert job.save is not None
-    base, run = Path(job.base_name).name, document["run"]
+    base, run = job.public_base, document["run"]
     figures = {
         "Steps": document["steps"],
         "Last loss": f"{document['last_loss']:.4f}",

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_extra("lowmem report")
     check_target(arguments.target)
     _check_model(arguments)
+    from lowmem.report.page import render
     from lowmem.testing.verdicts import read_verdict
 
     verdicts = [read_verdict(path) for path in arguments.verdicts]
@@ -86,7 +87,8 @@ def run(arguments: argparse.Namespace) -> int:
         from lowmem.report.timings import read_run
 
         timings, timing_machine = read_run(arguments.timed_run)
-        timed = of_a_run(f"the run {printable(arguments.timed_run.name)}")
+        name = printable(arguments.timed_run.name)
+        timed = f"Of the run {name}: the smallest time of each, beside the dense model's in the same run."
     batches = [make_input(argparse.Namespace(**vars(arguments) | {"batch": n})) for n in sorted({*arguments.batches})]
     measured = measure_variants(
         arguments.model,
@@ -95,18 +97,16 @@ def run(arguments: argparse.Namespace) -> int:
         timed=[] if timings is not None else batches,
         grouped=own,
     )
-    write(
-        arguments.target,
-        replace(
-            measured,
-            title=printable(arguments.model) if own else "BigNet in every variant",
-            lead=_lead(arguments, measured, own),
-            timings=measured.timings if timings is None else timings,
-            timed=timed,
-            timing_machine=timing_machine,
-            verdicts=verdicts,
-        ),
+    page = replace(
+        measured,
+        title=printable(arguments.model) if own else "BigNet in every variant",
+        lead=_lead(arguments, measured, own),
+        timings=measured.timings if timings is None else timings,
+        timed=timed,
+        timing_machine=timing_machine,
+        verdicts=verdicts,
     )
+    write_atomically(arguments.target, render(page).encode())
     print_saved(arguments.target)
     return 0
 
@@ -202,13 +202,6 @@ def measure_variants(
     )
 
 
-def write(target: Path, report: Report) -> None:
-    """Write the page; on an error an existing file is unchanged."""
-    from lowmem.report.page import render
-
-    write_atomically(target, render(report).encode())
-
-
 def machine() -> dict[str, str]:
     """Return the facts of ``lowmem info`` as text, without the location of the package."""
     found = {name: value for name, value in info.facts().items() if name != "location"}
@@ -224,11 +217,6 @@ def _check_model(arguments: argparse.Namespace) -> None:
         raise ValueError(f"model={model!r} must be module:factory: the report shows every variant of it")
     if model != BIGNET and arguments.timed_run is not None:
         raise ValueError("--run holds times of BigNet, not of your model: leave it out to time your model")
-
-
-def of_a_run(name: str) -> str:
-    """Return a sentence on the source of timings from a benchmark run."""
-    return f"Of {name}: the smallest time of each, beside the dense model's in the same run."
 
 
 def _lead(arguments: argparse.Namespace, measured: Report, own: bool) -> str:

@@ -176,9 +176,9 @@ def _tokens(arguments: argparse.Namespace, x: Tensor, model: Any) -> Tensor:
     """Return an input for a folder's language model, unless the arguments describe another than BigNet's."""
     if (arguments.input_shape, arguments.input_dtype) != ((1024,), "float32"):
         return x
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(TOKENS, positions) if isinstance(positions, int) and positions > 0 else TOKENS
-    return torch.zeros(arguments.batch, length, dtype=torch.int64)
+    from lowmem.integrations.transformers.config_facts import window_of
+
+    return torch.zeros(arguments.batch, window_of(model, TOKENS), dtype=torch.int64)
 
 
 def _decoded(model: Any, tokens: Tensor) -> dict[str, Tensor]:

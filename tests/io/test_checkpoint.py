@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, convert, load, measure, save
+from lowmem import FourBit, Half, LoRA, convert, load, measure, save, save_adapter
 from lowmem.errors import FileError
 from lowmem.io.container import read, write_tensors
 from lowmem.nn.adapter import Adapter
@@ -206,9 +206,16 @@ def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
 
 
 def test_bad_arguments_are_named(tmp_path):
-    for factory in (3, small("dense")):  # a module is callable, too
-        with pytest.raises(TypeError, match=f"factory={type(factory).__name__} must be a callable"):
+    for factory, told in (
+        (3, "factory=3 must be a callable without arguments"),
+        (lambda size: None, "factory=.* must be a callable without arguments"),
+        (small("dense"), "factory is a .*, a model with weights: pass what makes it"),
+    ):
+        with pytest.raises(TypeError, match=told):
             load(tmp_path / "none", factory)
+    for call in (lambda: load(3, list), lambda: save(small("dense"), 3), lambda: save_adapter(small("lora"), 3)):
+        with pytest.raises(TypeError, match="^path=3 must be the path of a file"):
+            call()
     save(small("dense"), tmp_path / "m")
     with pytest.raises(TypeError, match="factory returned a list"):
         load(tmp_path / "m", list)

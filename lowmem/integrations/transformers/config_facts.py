@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
-from lowmem.integrations.transformers.exact import config_of_gguf
+from lowmem.integrations.transformers.exact import config_at
 from lowmem.integrations.transformers.folder import check, load_errors
 
 
@@ -48,12 +48,6 @@ def held_back(shown: bool = True) -> Iterator[None]:
         logger.handle(record)
 
 
-def _config_of(path: Path) -> Any:
-    if path.is_file():
-        return config_of_gguf(path)
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
 class Sizes(NamedTuple):
     """Sizes of a language model."""
 
@@ -66,12 +60,18 @@ class Sizes(NamedTuple):
 def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
     """Return the sizes of the model of a folder or GGUF file; a FileError names the task if they are not said."""
     try:
-        config = _config_of(folder).get_text_config()
+        config = config_at(folder, trust_remote_code=False).get_text_config()
         vocabulary, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     except Exception as reason:  # of the libraries that check a config, which have no common class
         raise refusal(folder, f"its config is of no language model: {describe(reason)}", task) from reason
     positions = getattr(config, "max_position_embeddings", None)
     return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
+
+
+def window_of(model: Any, most: int) -> int:
+    """Return how many tokens a model of transformers sees at a time: ``most``, or as many as it has positions."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return min(most, positions) if isinstance(positions, int) and positions > 0 else most
 
 
 def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
@@ -86,13 +86,11 @@ def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
 
 
 def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:
-    """Return what makes the dense model of a folder with new values, in the dtype of its config, or float32.
+    """Return what makes the dense model of a folder or GGUF file with new values, in its config's dtype or float32.
 
-    Args:
-        folder: the folder, whose config.json alone is read, or a GGUF file.
-        layers: how many of its layers the model has; None: all.
+    Of the folder config.json alone is read. The model has the first ``layers`` of its layers; None keeps all.
     """
-    config = _config_of(folder)
+    config = config_at(folder, trust_remote_code=False)
     text = config.get_text_config()
     if layers is not None:
         for name, value in list(vars(text).items()):

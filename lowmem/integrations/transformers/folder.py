@@ -40,10 +40,6 @@ _OTHER = "transformers_weights"  # of a config: the file of the weights
 def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
     """Return the config of a folder, and the bytes of its tensors; headers and index of its files are checked.
 
-    Args:
-        folder: of a model.
-        action: what errors say cannot be done.
-
     Raises:
         FileError: it has no config.json or no safetensors files, or they and their index differ; or it has an adapter
             or other weights, which transformers would read instead or as well.
@@ -122,10 +118,6 @@ def load_folder(
 def check_shapes(folder: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:
     """Compare the tensors of a dense folder with an empty model of its config, before transformers makes a full one.
 
-    Args:
-        folder: as ``save_pretrained`` writes it.
-        kind: the model's class, or one of the Auto classes.
-
     Raises:
         FileError: the tensors are of another model, or stored by lowmem.
     """
@@ -168,9 +160,7 @@ def load_model(path: Path, config: LowmemConfig | None = None) -> nn.Module:
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
     """Return the causal language model of a GGUF file, its 4-bit codes as they are, in evaluation mode.
 
-    Args:
-        file: GGUF.
-        dtype, requantizing: as for ``load_folder``.
+    ``dtype`` and ``requantizing`` are those of ``load_folder``.
 
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers

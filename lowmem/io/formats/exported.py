@@ -57,7 +57,7 @@ class Exported(ForeignRow):
             weight: in the source.
             target, kind, after_bytes: as the fields.
             before: the values of the source.
-            after: the values of the target, in the shape of ``before``; None: they are the same.
+            after: the values of the target, in the shape of ``before``; None if they are the same.
             measured: whether to compare the values at all; else they are the same.
         """
         lost, square = squares(before, after) if measured else (0.0, 0.0)

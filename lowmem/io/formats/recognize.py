@@ -15,7 +15,7 @@ import torch
 from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_errors, starts_with
 from lowmem.io.formats.foreign import ForeignTensor, contradiction
-from lowmem.io.formats.registry import FOREIGN
+from lowmem.io.formats.programs import FOREIGN
 from lowmem.io.model_folder import CONFIG, WEIGHTS, check_alone, quantization_of, read_object, weights_in
 from lowmem.io.shards import INDEX
 from lowmem.io.source import Source

@@ -15,6 +15,7 @@ from torch import Tensor
 from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
+from lowmem.io.formats.peft.reading import refuse_adapters
 from lowmem.io.metadata import check_config, form_of
 from lowmem.io.model_folder import CONFIG, check_layers, read_model_config, weights_in
 from lowmem.io.safetensors import TensorSpec
@@ -65,6 +66,7 @@ def open_stored(path: Path) -> Iterator[StoredModel]:
 @contextmanager
 def _folder(path: Path) -> Iterator[StoredModel]:
     if not (path / CONFIG).is_file():
+        refuse_adapters(path, "export")
         raise refusal(
             path, f"it has no {CONFIG}: name a folder that lowmem quantize or save_pretrained wrote", "export"
         )

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowmem
-from tests.integrations.transformers.folders import CONFIGS, change_config, write
+from tests.integrations.transformers.folders import change_config, write
 from tests.io.formats import test_gptq
 from tests.io.formats.written import words
 
@@ -97,6 +97,3 @@ def values(model: torch.nn.Module) -> dict[str, Tensor]:
                 dense = value.dequantize(torch.float32) if isinstance(value, lowmem.StoredTensor) else value.float()
                 found[f"{path}.{name}".lstrip(".")] = dense
     return found
-
-
-__all__ = ["CONFIGS", "METHODS", "is_layer", "values", "write_foreign"]

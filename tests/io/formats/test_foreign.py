@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowmem.io.formats.foreign import ForeignTensor, Parts, one_of
-from lowmem.io.formats.registry import FOREIGN
+from lowmem.io.formats.programs import FOREIGN
 from lowmem.io.source import Source
 
 

@@ -28,6 +28,7 @@ from lowmem.transforms.registry import layer_name, module_paths
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
+_CHECKPOINT = "trainer_state.json"  # in each checkpoint of transformers' Trainer
 
 _TASK = "load the adapter"
 _Read = Callable[[str], Tensor]
@@ -83,6 +84,31 @@ def read_config(folder: Path) -> PeftConfig:
         return PeftConfig(content)
 
 
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Return the folders of the adapters that ``PeftModel.save_pretrained`` wrote into a folder, by their names.
+
+    The adapter of the folder itself is "default". Checkpoints of a training run count if there is no other adapter.
+    """
+    with read_errors(folder):
+        found = {"default": folder} if (folder / CONFIG).is_file() else {}
+        found |= {one.name: one for one in sorted(folder.iterdir()) if (one / CONFIG).is_file()}
+        final = {name: one for name, one in found.items() if one == folder or not (one / _CHECKPOINT).exists()}
+    return final or found
+
+
+def adapters_alone(path: Path) -> dict[str, Path]:
+    """Return the adapters of a folder of PEFT that holds no model of its own; none for other folders and files."""
+    return adapters_in(path) if path.is_dir() and not (path / "config.json").exists() else {}
+
+
+def refuse_adapters(folder: Path, action: str) -> None:
+    """Raise a FileError for a folder that holds adapters, and no model of its own."""
+    if names := adapters_alone(folder):
+        which = " --adapter NAME" if len(names) > 1 else ""
+        why = f"it has no model, but adapters: {printable(', '.join(names))}"
+        raise refusal(folder, f"{why}; lowmem merge BASE {folder} OUT{which} writes a model to {action}", action)
+
+
 def _check_kind(folder: Path) -> None:
     """Raise a FileError that says what a folder is, unless it is one of PEFT."""
     with read_errors(folder):
@@ -92,8 +118,8 @@ def _check_kind(folder: Path) -> None:
         why = f"it has no {CONFIG}: name a folder that save_pretrained of PEFT, or lowmem, wrote"
         if "config.json" in names:
             why = "it is a model's folder, without an adapter: name the adapter's"
-        elif inner := sorted(name for name in names if (folder / name / CONFIG).is_file()):
-            why = f"its adapters lie in folders: name one, as {show(str(folder / inner[0]))}"
+        elif inner := adapters_in(folder):
+            why = f"its adapters lie in folders: name one, as {show(str(next(iter(inner.values()))))}"
     elif WEIGHTS not in names:
         why = f"it has no {WEIGHTS}; get it again"
         if pickles := sorted(names.intersection(PICKLES)):

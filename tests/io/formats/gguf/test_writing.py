@@ -20,7 +20,7 @@ from tests.io.formats.written import header_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written")
 
-FORMATS = {"q4_0": {}, "iq4_nl": {}, "uint4": {"scales": "float16_offsets"}}
+FORMATS = {"q4_0": {}, "iq4_nl": {}, "uint4": {"scales": "float16_offsets"}, "q8_0": {}}
 
 
 def check_same(path, weights):
