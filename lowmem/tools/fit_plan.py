@@ -105,7 +105,8 @@ def stored_as(base: Path) -> tuple[Technique | None, tuple[str, ...], int]:
             coded |= set(record["names"])
         with Source(weights_in(base)) as source:
             names = set(source.specs)
-            total = sum(spec.nbytes for spec in source.specs.values())
+            # Beside the codes of a weight, the weight's own name holds its format.
+            total = sum(spec.nbytes for name, spec in source.specs.items() if f"{name}_packed" not in names)
     else:
         with open_foreign(base) as file:
             names = set(file.tensors)
