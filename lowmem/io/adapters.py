@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -39,6 +39,10 @@ from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft,
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt
 
 M = TypeVar("M", bound=nn.Module)
+
+FORMATS = ("lowmem", "peft", "gguf")
+"""In which an adapter is written."""
+_PARTS = ("lora_a", "lora_b")
 
 
 @one_at_a_time
@@ -87,12 +91,17 @@ def save_adapter(
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
     _refuse_layers("save_adapter", places_of(model), model, layers)
-    FORMATS[format](Path(path), model, name, layers, base_name)
+    if format == "peft":
+        write_peft(Path(path), model, layers, base_name)
+    elif format == "gguf":
+        write_gguf_adapter(Path(path), model, name, layers)
+    else:
+        _write(Path(path), model, name, layers)
 
 
-def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter], _: str | None) -> None:
+def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
     """Write lowmem's own file."""
-    tensors = {_key(place, part): value for place, a in layers.items() for part, value in _values(a).items()}
+    tensors = {_key(place, part): getattr(adapter, part) for place, adapter in layers.items() for part in _PARTS}
     metadata = {
         "kind": "adapter",
         "name": name,
@@ -100,14 +109,6 @@ def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter
         "layers": {path: adapter_record(adapter) for path, adapter in layers.items()},
     }
     write_tensors(path, tensors, metadata)
-
-
-FORMATS: dict[str, Callable[[Path, nn.Module, str, Mapping[str, Adapter], str | None], None]] = {
-    "lowmem": _write,
-    "peft": lambda path, model, name, layers, base: write_peft(path, model, layers, base),
-    "gguf": lambda path, model, name, layers, base: write_gguf_adapter(path, model, name, layers),
-}
-"""What writes an adapter, by the name of the format."""
 
 
 class AdapterFacts(NamedTuple):
@@ -121,7 +122,7 @@ def adapter_facts(path: Path) -> AdapterFacts:
     """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
     if path.is_dir():
         config = read_config(path)
-        return AdapterFacts(config.technique.rank, config.base)
+        return AdapterFacts(config.default.rank, config.base)
     _refuse_foreign(path)
     metadata = read(path).metadata
     with refusing(path, "load the adapter"):
@@ -208,8 +209,8 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         add_placed(model, name, placed, {module: paths[0] for module, paths in found.items()})
     with torch.no_grad():
         for at, adapter in adapter_layers(model, name).items():
-            for part, value in _values(adapter).items():
-                value.copy_(content.tensors[own[at]][part])
+            for part, value in content.tensors[own[at]].items():
+                getattr(adapter, part).copy_(value)
         for old, new in content.base_values:
             old.copy_(new)
     for trained in content.trained:
@@ -225,8 +226,21 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name, base, records = _parsed(file.metadata)
         _refuse_layers("load_adapter", places, model, records)
-        _check_fits(model, places, records, file.tensors, base)
-    tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
+        for place, technique in records.items():
+            why = adapter_skip_reason(model, places, place)
+            if why is not None:
+                raise ValueError(f"it adapts {layer_name(place)}, and {why}: it is of another architecture")
+            module, parameter = places[place]
+            check_adapter(_key(place, ""), technique, module, file.tensors, parameter)
+        surplus = file.tensors.keys() - {_key(place, part) for place in records for part in _PARTS}
+        if surplus:
+            raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(surplus))}")
+        if fingerprint(model, list(records)) != base:
+            raise ValueError(
+                "it was trained on another base: the weights, or how they are stored, differ in the layers that it "
+                "adapts; load it onto the base that it was saved from"
+            )
+    tensors = {place: {part: file.tensors[_key(place, part)] for part in _PARTS} for place in records}
     half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
     records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
     return AdapterContent(records, tensors, name=name)
@@ -294,33 +308,5 @@ def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
     return fields["name"], fields["base"], records
 
 
-def _check_fits(
-    model: nn.Module,
-    places: dict[str, tuple[nn.Module, str]],
-    records: dict[str, LoRA],
-    tensors: dict[str, Tensor],
-    base: str,
-) -> None:
-    expected: set[str] = set()
-    for place, technique in records.items():
-        why = adapter_skip_reason(model, places, place)
-        if why is not None:
-            raise ValueError(f"it adapts {layer_name(place)}, and {why}: it is of another architecture")
-        module, parameter = places[place]
-        check_adapter(_key(place, ""), technique, module, tensors, parameter)
-        expected |= {_key(place, "lora_a"), _key(place, "lora_b")}
-    if expected != tensors.keys():
-        raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(tensors.keys() - expected))}")
-    if fingerprint(model, list(records)) != base:
-        raise ValueError(
-            "it was trained on another base: the weights, or how they are stored, differ in the layers that it "
-            "adapts; load it onto the base that it was saved from"
-        )
-
-
 def _key(path: str, part: str) -> str:
     return f"{path}.{part}" if path else part
-
-
-def _values(adapter: Any) -> dict[str, Tensor]:
-    return {"lora_a": adapter.lora_a, "lora_b": adapter.lora_b}

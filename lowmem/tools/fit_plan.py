@@ -16,7 +16,6 @@ from lowmem.finetuning.calling import logits_of
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.metadata import form_of
 from lowmem.io.model_folder import quantization_of, weights_in
-from lowmem.io.shards import PlannedWeight
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.techniques import Half, blockwise
@@ -111,11 +110,10 @@ def stored_as(base: Path) -> tuple[Technique | None, tuple[str, ...], int]:
         with open_foreign(base) as file:
             names = set(file.tensors)
             for tensor in file.tensors.values():
-                kept = tensor.kept()
-                weight = PlannedWeight(tensor.name, tensor.shape, kept, tensor.read)
+                weight = tensor.stored()
                 total += sum(spec.nbytes for spec in weight.specs().values())
-                if isinstance(kept, CodedForm):
-                    forms[kept] += 1
+                if isinstance(weight.form, CodedForm):
+                    forms[weight.form] += 1
                     coded.add(tensor.name.removesuffix(".weight"))
     with torch.device("meta"):
         outer = {

@@ -8,8 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.io.atomic import owned
+from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.recognize import open_foreign
-from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
+from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.model_folder import CONFIG, quantization_of
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.tools.arguments import DTYPES
@@ -82,7 +83,7 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     return 0
 
 
-def _note_growth(rows: list[ImportedRow], is_rounded: bool) -> None:
+def _note_growth(rows: list[ForeignRow], is_rounded: bool) -> None:
     """Note which weights take more bytes than in the file, because they became dense, and the options that help."""
     grown = [row for row in rows if row.kept in DTYPES and row.after_bytes > row.before_bytes and len(row.shape) > 1]
     if not grown:
@@ -95,6 +96,6 @@ def _note_growth(rows: list[ImportedRow], is_rounded: bool) -> None:
     print(f"note: {which}, are dense now and take {after} MiB, not {before}: {how}", file=sys.stderr)
 
 
-def _cells(row: ImportedRow) -> list[str]:
+def _cells(row: ForeignRow) -> list[str]:
     error = "kept" if row.error is None else f"{row.error:.4f}"
     return [row.name, shape_text(row.shape), row.kind, row.kept, mib(row.after_bytes), error]

@@ -52,10 +52,6 @@ TESTS = {
     "lowmem/nn/adapted_forward.py": ("nn/test_adapted_forward", "transforms/test_adapters"),
     "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_select", "transforms/test_store"),
     "lowmem/io/safetensors.py": ("io/test_safetensors", "io/test_container"),
-    "lowmem/io/formats/compressed_tensors.py": (
-        "io/formats/test_compressed_tensors",
-        "io/formats/test_compressed_tensors_writing",
-    ),
     "lowmem/io/formats/gguf/blocks.py": ("io/formats/gguf/test_blocks", "io/formats/test_recognize"),
     "lowmem/io/metadata.py": ("io/test_metadata", "io/test_checkpoint"),
     "lowmem/io/skeleton.py": ("io/test_skeleton", "io/test_checkpoint"),

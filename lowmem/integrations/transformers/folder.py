@@ -22,10 +22,10 @@ from lowmem.integrations.transformers.exact import from_exact
 from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row
+from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.peft.reading import CONFIG as ADAPTER_CONFIG
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.formats.requantizing import Requantizing
-from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
 from lowmem.io.source import Source, check_patterns
 from lowmem.nn.stored_module import StoredModule
@@ -201,7 +201,7 @@ def import_folder(
     technique: FourBit | EightBit | None = None,
     shard_bytes: int | None = None,
     dtype: torch.dtype | None = None,
-) -> list[ImportedRow]:
+) -> list[ForeignRow]:
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
     Args:
@@ -243,7 +243,7 @@ def import_folder(
         before = sources.get(row.name, (kind, row.after_bytes))  # transformers merges experts
         text = str(kept).removeprefix("torch.")
         error = asked.error(row.name)
-        found.append(ImportedRow(row.name, row.shape, before[0], text, before[1], row.after_bytes, error))
+        found.append(ForeignRow(row.name, row.shape, before[0], text, before[1], row.after_bytes, error))
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lowmem
 from tests.integrations.transformers.folders import CONFIGS, change_config, write
-from tests.io.formats import test_awq, test_gptq
+from tests.io.formats import test_gptq
 from tests.io.formats.written import words
 
 GROUP = 32
@@ -28,7 +28,7 @@ def gptq_by_activations(seed: int, rows: int, columns: int) -> Made:
 
 def awq(seed: int, rows: int, columns: int) -> Made:
     zeros = torch.randint(0, 16, (columns // GROUP, rows), generator=torch.Generator().manual_seed(seed))
-    parts, weight = test_awq.layer(seed, columns, rows, GROUP, zeros)
+    parts, weight = test_gptq.awq_layer(seed, columns, rows, GROUP, zeros)
     return {name.removeprefix("q."): value for name, value in parts.items()}, weight
 
 

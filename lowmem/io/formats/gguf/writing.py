@@ -32,7 +32,8 @@ from lowmem.io.formats.gguf.encoding import (
 from lowmem.io.formats.gguf.fields import Existing, architecture_of, model_fields, read_existing, rope_factors
 from lowmem.io.formats.gguf.names import Names, names_of
 from lowmem.io.formats.gguf.tokenizer import tokenizer_fields
-from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored
+from lowmem.io.formats.stored_model import StoredModel, open_stored
+from lowmem.io.shards import StoredWeight
 from lowmem.quant.tensor import QuantizedTensor
 
 NO_TOKENIZER = (

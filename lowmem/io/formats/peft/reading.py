@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import printable, refusal, refusing, show
 from lowmem.io.atomic import read_errors
-from lowmem.io.formats.peft.config import MERGE, Matcher, PeftConfig
+from lowmem.io.formats.peft.config import MERGE, PeftConfig
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
 from lowmem.io.model_folder import read_object
 from lowmem.io.safetensors import TensorSpec
@@ -80,7 +80,7 @@ def read_config(folder: Path) -> PeftConfig:
     _check_kind(folder)
     content = read_object(folder / CONFIG)
     with refusing(folder / CONFIG, _TASK):
-        return PeftConfig.parsed(content)
+        return PeftConfig(content)
 
 
 def _check_kind(folder: Path) -> None:
@@ -110,7 +110,6 @@ class _Reading:
 
     def __init__(self, model: nn.Module, config: PeftConfig, specs: dict[str, TensorSpec], read: _Read) -> None:
         self._model, self._config, self._specs, self._read = model, config, specs, read
-        self._matcher = Matcher(config)
         self._paths = module_paths(model)
         self._left = dict.fromkeys(specs)
         for name in specs:
@@ -126,7 +125,7 @@ class _Reading:
             raise ValueError("its config names no layer of the model: it is of another architecture")
         techniques: dict[str, LoRA] = {}
         for slot in layers.slots:
-            technique = techniques[slot.place] = self._matcher.technique(slot.pattern_name)
+            technique = techniques[slot.place] = self._config.technique(slot.pattern_name)
             for part, shape in slot.shapes(technique.rank).items():
                 self._take(slot.keys[part], shape, at=f" at rank {technique.rank}")
         if len(techniques) < len(layers.slots):
@@ -147,12 +146,12 @@ class _Reading:
         return AdapterContent(techniques, tensors, values)
 
     def _modules(self) -> list[str]:
-        if not self._matcher.names_modules:
+        if not self._config.names_modules:
             ends = (".lora_A.weight", ".lora_embedding_A")
             found = {name.removesuffix(end) for name in self._specs for end in ends if name.endswith(end)}
             paths = set(map(_plain_name, found))
             return sorted(paths - {name.rpartition(".")[0] for name in self._parameters()})
-        return [path for paths in self._paths.values() for path in paths if path and self._matcher.takes(path)]
+        return [path for paths in self._paths.values() for path in paths if path and self._config.takes(path)]
 
     def _parameters(self) -> list[str]:
         if not self._config.target_parameters:
@@ -162,7 +161,7 @@ class _Reading:
             for module, paths in self._paths.items()
             for parameter in dense_parameters(module)
             for path in paths
-            if path and self._matcher.takes_parameter(name := f"{path}.{parameter}")
+            if path and self._config.takes_parameter(name := f"{path}.{parameter}")
         ]
 
     def _left_over(self, key: str) -> str:
@@ -195,7 +194,7 @@ class _Reading:
         found = []
         outer = None  # the start of the paths inside the last of them
         for module, (path, *_) in self._paths.items():
-            if not path or not self._matcher.saves(path) or (outer is not None and path.startswith(outer)):
+            if not path or not self._config.saves(path) or (outer is not None and path.startswith(outer)):
                 continue
             outer = f"{path}."
             for inner, part in module.named_modules(prefix=path):
@@ -213,7 +212,14 @@ class _Reading:
     def _biases(self, layers: Layers) -> list[tuple[str, Tensor]]:
         """Return the keys of biases of the base, and the parameters that they replace."""
         found: list[tuple[str, Tensor]] = []
-        for path, name, own in self._all_biases() if self._config.biases else ():
+        places = [
+            (path, name, module._parameters.get(name))
+            for module, paths in self._paths.items()
+            for name in dense_parameters(module)
+            if "bias" in name and self._config.biases
+            for path in paths
+        ]
+        for path, name, own in places:
             key = f"{layers.inner_key(path)}.{name}"
             if key not in self._left:
                 continue
@@ -225,12 +231,6 @@ class _Reading:
             self._take(key, tuple(own.shape))
             found.append((key, own))
         return found
-
-    def _all_biases(self) -> Iterator[tuple[str, str, Tensor | None]]:
-        for module, paths in self._paths.items():
-            for name in dense_parameters(module):
-                if "bias" in name:
-                    yield from ((path, name, module._parameters.get(name)) for path in paths)
 
     def _values(self, found: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Return the values that replace those of the base; tensors that are one here must be equal."""
