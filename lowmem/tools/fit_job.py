@@ -28,12 +28,11 @@ from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
 from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA, blockwise
-from lowmem.tools.arguments import option_of
+from lowmem.tools.arguments import RANK, option_of
 from lowmem.tools.output import finite, shown
 from lowmem.version import __version__
 
 LENGTH = 512
-RANK = 16
 RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 

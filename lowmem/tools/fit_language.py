@@ -20,7 +20,7 @@ import torch
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from torch import nn
 
-from lowmem.distributed.processes import TIMEOUT, joined
+from lowmem.distributed.processes import TIMEOUT, joined, start_words
 from lowmem.errors import printable, quoted, refusal, refusing
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.evaluation import perplexity
@@ -125,24 +125,23 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
         columns = MofNCompleteColumn, "steps {task.fields[figures]}", TimeRemainingColumn
         with progress(job.folder.name, *columns, figures="") as update:
             outcome = found.train(states, lambda step: report(step, update, writers))
+        document = job.document(outcome, found.perplexities)
+        if arguments.plot is not None and ranks.rank == 0:  # first: a run whose folder is complete is not done again
+            before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
+            plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
+        if states is not None:
+            if found.model is not None:
+                save(job, states.folder, found.model, document, command_of(arguments, short=True))
+            states.remove()
     except KeyboardInterrupt:
         if states is None:
             raise
+        where = " on each machine" if "--nnodes" in start_words() else ""
         command = f"{command_of(arguments)} --resume"
-        raise KeyboardInterrupt(f"interrupted; {states.kept()}: continue with `{command}`") from None
+        raise KeyboardInterrupt(f"interrupted; {states.kept()}: continue{where} with `{command}`") from None
     finally:
         for writer in writers:
             writer.close()
-    document = job.document(outcome, found.perplexities)
-    if arguments.plot is not None and ranks.rank == 0:  # first: a run whose folder is complete is not done again
-        before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
-        plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
-    if job.save is not None:
-        if found.model is not None:
-            assert states is not None
-            save(job, states.folder, found.model, document, command_of(arguments, short=True))
-        if states is not None:
-            states.remove()
     if ranks.rank > 0:
         return 0
     figures = {"losses": outcome.losses, "evaluations": outcome.evaluations} | report.figures()

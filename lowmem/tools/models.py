@@ -17,6 +17,8 @@ from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
 from lowmem.errors import describe, message_of
+from lowmem.io.atomic import starts_with
+from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.tools.output import is_pipe_closed, preserve_streams, warnings_as_notes
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.registry import Technique
@@ -47,6 +49,12 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
 def folder_of(name: str) -> Path | None:
     """Return the folder that a model's name is; None for names of another kind."""
     return Path(name) if name and ":" not in name and name not in VARIANTS and os.path.isdir(name) else None
+
+
+def base_of(name: str) -> Path | None:
+    """Return the folder or the GGUF file that a model's name is; None for names of another kind."""
+    folder = folder_of(name)
+    return Path(name) if folder is None and os.path.isfile(name) and starts_with(Path(name), MAGIC) else folder
 
 
 def recipe_of(name: str, rank: int | None = None) -> tuple[Callable[[], nn.Module], tuple[Technique, ...]]:

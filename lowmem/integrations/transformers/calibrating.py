@@ -85,7 +85,7 @@ def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | li
     them, padded and masked.
     """
     own: Any = model
-    length = window_of(own, WINDOW)
+    length = window_of(own.config, WINDOW)
     if own.can_generate():
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
         windows = [window for window in tokens.split(length) if len(window) == length]

@@ -103,7 +103,7 @@ def compare_text(
     tokenizer = read_tokenizer(base)
     first: Any = load_folder(base)
     refuse_pairs(base, first, "compare")
-    length = window_of(first, WINDOW)
+    length = window_of(first.config, WINDOW)
     with tokenizer_errors(base):
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
     kind: Any = _Predictions if _predicts(first, tokens[:length]) else _Embeddings

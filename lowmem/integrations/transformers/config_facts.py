@@ -16,21 +16,22 @@ from transformers import AutoModelForCausalLM
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.exact import config_at
-from lowmem.integrations.transformers.folder import check, load_errors
+from lowmem.integrations.transformers.folder import check, class_of, load_errors
+from lowmem.io.model_folder import read_model_config
 
 
-def stored_by(folder: Path) -> str | None:
+def stored_by(folder: Path, task: str = "fine-tune") -> str | None:
     """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None if it is dense."""
     if folder.is_file():
         return "gguf"
-    stored = check(folder, "fine-tune")[0].get("quantization_config")
+    stored = check(folder, task)[0].get("quantization_config")
     if not isinstance(stored, dict):
         return None
     if stored.get("quant_method") != METHOD:
         return str(stored.get("quant_method"))
     if stored.get("adapters"):
         name = show(min(stored["adapters"]))
-        raise refusal(folder, f"its model has an adapter already, as of {name}: name the base alone", "fine-tune")
+        raise refusal(folder, f"its model has an adapter already, as of {name}: name the base alone", task)
     return "lowmem"
 
 
@@ -68,9 +69,9 @@ def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
     return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
 
 
-def window_of(model: Any, most: int) -> int:
-    """Return how many tokens a model of transformers sees at a time: ``most``, or as many as it has positions."""
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+def window_of(config: Any, most: int) -> int:
+    """Return how many tokens a config's model sees at a time: ``most``, or as many as it has positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(most, positions) if isinstance(positions, int) and positions > 0 else most
 
 
@@ -85,10 +86,18 @@ def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
         raise refusal(folder, why, task)
 
 
-def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:
-    """Return what makes the dense model of a folder or GGUF file with new values, in its config's dtype or float32.
+def class_at(path: Path) -> Any:
+    """Return the class of the model of a folder or GGUF file."""
+    return AutoModelForCausalLM if path.is_file() else class_of(path, read_model_config(path / "config.json"))
 
-    Of the folder config.json alone is read. The model has the first ``layers`` of its layers; None keeps all.
+
+def factory_of(folder: Path, layers: int | None = None, kind: Any = AutoModelForCausalLM) -> Callable[[], nn.Module]:
+    """Return what makes the dense model of a folder with new values, in the dtype of its config, or float32.
+
+    Args:
+        folder: the folder, whose config.json alone is read, or a GGUF file.
+        layers: how many of its layers the model has; None: all.
+        kind: the model's class, or an Auto class.
     """
     config = config_at(folder, trust_remote_code=False)
     text = config.get_text_config()
@@ -100,8 +109,14 @@ def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Modul
     dtype = text.dtype or torch.float32
 
     def make() -> nn.Module:
-        with load_errors(folder):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with load_errors(folder):
+                is_auto = hasattr(kind, "from_config")
+                model: nn.Module = kind.from_config(config, dtype=dtype) if is_auto else kind(config)
+        finally:
+            torch.set_default_dtype(before)
         return model
 
     return make

@@ -23,6 +23,7 @@ from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row
 from lowmem.io.formats.exported import ForeignRow
+from lowmem.io.formats.peft.reading import CONFIG as ADAPTER_CONFIG
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.formats.requantizing import Requantizing
 from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
@@ -32,7 +33,6 @@ from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 
 WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
-_ADAPTER = "adapter_config.json"  # of PEFT: transformers would load the adapter with the model beside it
 _PART = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # of a checkpoint of many processes
 _OTHER = "transformers_weights"  # of a config: the file of the weights
 
@@ -47,9 +47,9 @@ def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
     """
     check_regular(folder)
     file = folder / "config.json"
-    if (folder / _ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would load the adapter of PEFT with the model beside it
         raise refusal(
-            folder, f"it has an adapter ({_ADAPTER}): merge it into its base, or name the base alone", action
+            folder, f"it has an adapter ({ADAPTER_CONFIG}): merge it into its base, or name the base alone", action
         )
     if not file.exists():
         raise refusal(folder, "it has no config.json: name a folder that save_pretrained of transformers wrote")
@@ -85,16 +85,8 @@ def load_folder(
             tensors of the model, or has others that would be lost.
     """
     found, _ = check(folder)
-    names = found.get("architectures") or ["AutoModel"]
-    if not (isinstance(names, list) and isinstance(names[0], str)):
-        raise refusal(folder, f"architectures={show(names)} must be a list of names of classes; repair config.json")
-    name = names[0]
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
-        why = f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
-        if "auto_map" in found:
-            why += "; it is code of the folder: from_pretrained runs it, with trust_remote_code=True"
-        raise refusal(folder, why)
+    kind = class_of(folder, found)
+    name = kind.__name__
     method = (found.get("quantization_config") or {}).get("quant_method")
     is_exact = requantizing is not None or (config is None and method not in (None, METHOD))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -113,6 +105,20 @@ def load_folder(
     if config is not None or is_exact:  # what is left out would be lost
         _refuse_differing(folder, name, "has, and the model has not,", info["unexpected_keys"], _LEAVE_OUT)
     return model
+
+
+def class_of(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that a folder's config names; a FileError says why there is none."""
+    names = config.get("architectures") or ["AutoModel"]
+    if not (isinstance(names, list) and isinstance(names[0], str)):
+        raise refusal(folder, f"architectures={show(names)} must be a list of names of classes; repair config.json")
+    kind = getattr(transformers, names[0], None)
+    if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
+        why = f"architectures names {show(names[0])}, which transformers {transformers.__version__} has not"
+        if "auto_map" in config:
+            why += "; it is code of the folder: from_pretrained runs it, with trust_remote_code=True"
+        raise refusal(folder, why)
+    return kind
 
 
 def check_shapes(folder: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:

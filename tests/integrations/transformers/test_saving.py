@@ -201,6 +201,24 @@ def test_a_folder_that_exists_has_the_model_that_was_saved_last(tmp_path):
     assert {file.name for file in small.iterdir()} == left
 
 
+def test_the_config_of_an_older_adapter_goes_when_the_model_is_there(tmp_path, monkeypatch):
+    """transformers would load the adapter and its base in place of the model."""
+    model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
+    out = tmp_path / "out"
+    adapted = lowmem.add_adapter(copy.deepcopy(model), "default", LoRA(2))
+    lowmem.save_adapter(adapted, out, format="peft", base_name=str(tmp_path / "dense"))
+    (out / "training.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="cannot write"):
+            model.save_pretrained(out)
+    kept = ["adapter_config.json", "adapter_model.safetensors", "training.json"]
+    assert sorted(one.name for one in out.iterdir()) == kept
+    model.save_pretrained(out)
+    assert_same(load(out), model)
+    assert [(out / name).exists() for name in kept] == [False, True, True]
+
+
 def test_a_new_model_of_a_stored_one_s_config_is_refused_until_the_config_says_that_it_is_dense(tmp_path):
     """transformers writes what the config, as read from the folder, says of weights that the model does not have."""
     model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
