@@ -1,0 +1,50 @@
+"""Attention of transformers' models: few queries by lowmem's kernel, which reads keys and values in 8 bits; prompts by
+torch's own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from lowmem.integrations.transformers.cache import EightBitStates
+from lowmem.quant.backend import HeadStates, backend_of
+
+NAME = "lowmem"
+MOST = 8  # queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
+
+_OTHERS = "position_bias", "s_aux", "output_attentions"  # arguments that change the result
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the outputs (batch, queries, heads, width) of attention, as functions of ``AttentionInterface`` do."""
+    records = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    prompt = query.shape[2] > MOST or (attention_mask is None and query.shape[2] > 1)
+    others = dropout or records or any(kwargs.get(name) is not None for name in _OTHERS)
+    if others or (prompt and softcap is None) or torch.compiler.is_compiling():
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, **kwargs
+        )
+    if prompt and attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+        attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    states = [one.states if isinstance(one, EightBitStates) else HeadStates(one) for one in (key, value)]
+    return backend_of(query).attention(query, *states, attention_mask, scaling, softcap), None
+
+
+AttentionInterface.register(NAME, attend)
+AttentionMaskInterface.register(NAME, sdpa_mask)
