@@ -14,7 +14,9 @@ from transformers.masking_utils import sdpa_mask
 from lowmem.integrations.transformers.cache import EightBitStates
 from lowmem.quant.backend import HeadStates, backend_of
 
-NAME = "lowmem"
+ATTENTION = "lowmem"
+"""What ``model.set_attn_implementation`` takes to let this module's attention serve a model."""
+
 MOST = 8  # queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
 
 _OTHERS = "position_bias", "s_aux", "output_attentions"  # arguments that change the result
@@ -46,5 +48,5 @@ def attend(
     return backend_of(query).attention(query, *states, attention_mask, scaling, softcap), None
 
 
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionInterface.register(ATTENTION, attend)
+AttentionMaskInterface.register(ATTENTION, sdpa_mask)

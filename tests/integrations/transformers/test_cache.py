@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig, MistralConfig
 
-from lowmem.integrations.transformers.attending import NAME
+from lowmem.integrations.transformers.attending import ATTENTION
 from lowmem.integrations.transformers.cache import EightBitStates, KeyValueCache
 
 SIZES = dict(
@@ -64,13 +64,13 @@ def generated(model, cache, **options):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_tokens_are_those_of_transformers_own_cache(name, options):
     expected = generated(model_of(name, "eager"), DynamicCache(config=CONFIGS[name]), **OPTIONS[options])
-    got = generated(model_of(name, NAME), KeyValueCache(CONFIGS[name]), **OPTIONS[options])
+    got = generated(model_of(name, ATTENTION), KeyValueCache(CONFIGS[name]), **OPTIONS[options])
     assert torch.equal(got, expected)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_in_8_bits_are_near_those_of_full_precision(name):
-    model = model_of(name, NAME)
+    model = model_of(name, ATTENTION)
     ids = torch.randint(1, 60, (2, 30), generator=torch.Generator().manual_seed(1))
     exact, rounded = KeyValueCache(model), KeyValueCache(model, bits=8)
     with torch.no_grad():
@@ -84,7 +84,7 @@ def test_logits_in_8_bits_are_near_those_of_full_precision(name):
 def test_any_attention_reads_a_cache_in_8_bits():
     ids = torch.randint(1, 60, (2, 12), generator=torch.Generator().manual_seed(1))
     logits = []
-    for attention in (NAME, "sdpa", "eager"):
+    for attention in (ATTENTION, "sdpa", "eager"):
         model = model_of("llama", attention)
         cache = KeyValueCache(model, bits=8)
         with torch.no_grad():
