@@ -7,9 +7,8 @@ from pathlib import Path
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.database import DirectoryBasedExampleDatabase
 
-pytest_plugins = ["benchmarks.report"]  # --report
 if all(point.value != "pytest_lowmem" for point in entry_points(group="pytest11")):
-    pytest_plugins.append("pytest_lowmem")  # where lowmem is not installed, as in tox -e asan
+    pytest_plugins = ["pytest_lowmem"]  # where lowmem is not installed, as in tox -e asan
 
 _COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow]}
 settings.register_profile("default", max_examples=15, **_COMMON)

@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 VERSION = Path("lowmem/version.py")
 DOCUMENTS = ("README.md", "docs/*.md", "docs/guides/*.md", "examples/*.py")
-COMMAND = re.compile(r"(pip install (?:-\S+ )*'?)(?:\.|lowmem)(?=\[|'|\s|$)", flags=re.MULTILINE)
+COMMAND = re.compile(r"(pip install\s+(?:-\S+ )*'?)(?:\.|lowmem)(?=\[|'|\s|$)", flags=re.MULTILINE)
 
 
 def is_published(root: Path) -> bool:
@@ -73,6 +73,9 @@ def main(arguments: list[str], root: Path = ROOT) -> int:
             return 0
         case ["publish"]:
             publish(root)
+            return 0
+        case ["-h" | "--help"]:
+            print(__doc__)
             return 0
     print(__doc__, file=sys.stderr)
     return 2

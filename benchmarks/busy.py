@@ -3,15 +3,13 @@
     python -m benchmarks.busy                               all workloads, two minutes each way on two cores
     python -m benchmarks.busy --only 'BigNet, batch 1'      one of them
 
-A neighbour is a process that computes without a pause; there is one for each core, unless ``--neighbours`` says
-otherwise. The rounds are taken in turns, quiet then busy, dense then stored, and the mean of all calls counts: what a
-neighbour takes comes in a few calls that are very long, which a median would not see. Nothing else may run.
+The rounds are taken in turns, quiet then busy, dense then stored, and the mean of all calls counts: what a neighbour
+takes comes in a few calls that are very long, which a median would not see. Nothing else may run.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import subprocess
 import sys
@@ -24,24 +22,13 @@ from typing import Any
 import torch
 
 import lowmem
-from benchmarks.cases import Training, inference_input
+from benchmarks.cases import Training
+from benchmarks.latency.workloads import Call, inference
 from lowmem import BigNet
 from lowmem.kernels.threads import usable_cpus
 
-Call = Callable[[], object]
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"  # ends with a parent that is killed
 SETTLED = 0.3  # seconds of calls that are not measured: the neighbours have begun by then, or ended
-ROUNDS = 4
-
-
-def inference(variant: str, batch: int) -> Call:
-    model, x = lowmem.build(variant).eval(), inference_input(batch)
-
-    def call() -> object:
-        with torch.inference_mode():
-            return model(x)
-
-    return call
 
 
 def generation(technique: lowmem.FourBit | None) -> Call:
@@ -104,7 +91,7 @@ def measure(call: Call, seconds: float) -> tuple[int, float]:
     return calls, taken
 
 
-def means(calls: dict[str, Call], count: int, seconds: float, rounds: int) -> dict[str, tuple[float, float]]:
+def means(calls: dict[str, Call], count: int, seconds=1.0, rounds: int = 4) -> dict[str, tuple[float, float]]:
     """Return the mean seconds of each call, quiet and beside ``count`` neighbours."""
     sums = {(name, busy): [0, 0.0] for name in calls for busy in (False, True)}
     for call in calls.values():
@@ -120,34 +107,19 @@ def means(calls: dict[str, Call], count: int, seconds: float, rounds: int) -> di
     return {name: (mean[name, False], mean[name, True]) for name in calls}
 
 
-def table(found: dict[str, dict[str, tuple[float, float]]]) -> str:
-    lines = ["| Workload | Model | Quiet, ms | Busy, ms | Slowdown |", "| :-- | :-- | --: | --: | --: |"]
-    for workload, models in found.items():
-        for name, (quiet, busy) in models.items():
-            lines.append(f"| {workload} | {name} | {1e3 * quiet:.2f} | {1e3 * busy:.2f} | {busy / quiet:.1f} |")
-    return "\n".join(lines)
-
-
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=WORKLOADS, action="append", help="workloads; all by default")
-    parser.add_argument(
-        "--neighbours", type=int, default=usable_cpus(), help="processes that compute; one a core by default"
-    )
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of turns")
     given = parser.parse_args(arguments)
-    found = {}
+    print("| Workload | Model | Quiet, ms | Busy, ms | Slowdown |\n| :-- | :-- | --: | --: | --: |")
     for name in given.only or WORKLOADS:
         if name.startswith("Llama") and find_spec("transformers") is None:
             print(f"{name}: skipped, since transformers is not installed", file=sys.stderr)
             continue
         calls = {model: make() for model, make in WORKLOADS[name].items()}
-        found[name] = means(calls, given.neighbours, given.seconds, given.rounds)
-        del calls
-        gc.collect()
-        print(table({name: found[name]}), file=sys.stderr)
-    print(table(found))
+        found = means(calls, usable_cpus())
+        for model, (quiet, busy) in found.items():
+            print(f"| {name} | {model} | {1e3 * quiet:.2f} | {1e3 * busy:.2f} | {busy / quiet:.1f} |", flush=True)
     return 0
 
 

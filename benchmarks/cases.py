@@ -3,6 +3,8 @@
 It imports neither pytest nor scipy: the gate's workers have only what the library needs.
 """
 
+import copy
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,19 +17,32 @@ STEP_BATCH, CLASSES = 16, 10  # of a training step
 FILE_LAYERS = 16  # of 4 MiB in float32: what is saved and loaded
 
 
+@cache
+def built_variant(variant: str) -> nn.Module:
+    """Return a variant, built once; what changes a model takes a copy."""
+    return lowmem.build(variant).eval()
+
+
 def inference_input(batch: int) -> torch.Tensor:
     """Return inputs of BigNet: (batch, 1024)."""
     return torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch))
 
 
-def weight_to_quantize() -> torch.Tensor:
-    """Return a matrix of normal weights: (4096, 1024)."""
-    return torch.randn(4096, 1024, generator=torch.Generator().manual_seed(0))
+def weight_to_quantize(rows: int = 4096) -> torch.Tensor:
+    """Return a matrix of normal weights: (rows, 1024)."""
+    return torch.randn(rows, 1024, generator=torch.Generator().manual_seed(0))
 
 
 def dense_model() -> nn.Sequential:
     """Return the layers that are saved and loaded, in float32."""
     return nn.Sequential(*[nn.Linear(1024, 1024, bias=False) for _ in range(FILE_LAYERS)])
+
+
+def assert_near_dense(model: nn.Module, x: torch.Tensor, output: torch.Tensor, tolerance: float = 1e-5) -> None:
+    """Hold an output to that of the dense model of the stored weights; tests/kernels has the bounds of products."""
+    with torch.no_grad():
+        expected = lowmem.restore(copy.deepcopy(model))(x)
+    assert lowmem.measure.difference(expected, output).relative <= tolerance
 
 
 class Training:

@@ -1,8 +1,7 @@
-"""What the benchmarks share: the models, and how latency is recorded and shown."""
+"""How the benchmarks record and show latency."""
 
 import platform
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from time import perf_counter
 
@@ -21,12 +20,6 @@ def threads():
     torch.set_num_threads(THREADS)
     yield
     torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="session")
-def model():
-    """Return a variant for inference, built once; who changes a model builds another."""
-    return cache(lambda variant: lowmem.build(variant).eval())
 
 
 @pytest.fixture

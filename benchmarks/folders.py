@@ -2,9 +2,9 @@
 
     python -m benchmarks.folders    makes models of 709 MiB in a temporary folder, and loads them in fresh processes
 
-"exact" loads one that another program's file or folder has in 4 bits, whose codes are kept. It fails where the
-high-water mark (``VmHWM``) passes the stored model, the largest tensor in float32 (with its copy, where ``dtype=``
-casts it), and ``CONSTANT``: no more than one dense tensor is ever there.
+"exact" loads a file or folder of another program, whose 4-bit codes are kept. It fails where the high-water mark
+(``VmHWM``) passes the stored model, the largest tensor in float32 (with its copy, where ``dtype=`` casts it), and
+``CONSTANT``: no more than one dense tensor is ever there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import shutil
 import sys
 import tempfile
 import warnings
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +37,6 @@ SIZES = {"n_embd": 1024, "n_layer": 12, "vocab_size": 32768}
 SMALL = {"n_embd": 64, "n_layer": 1, "vocab_size": 128}
 EXACT = {"gguf": "q4_0", "bitsandbytes": "nf4", "compressed-tensors": "q4_0"}
 """What "exact" loads, and lowmem's format of which it is made."""
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """What loading a folder took, in MiB."""
-
-    technique: str
-    dtype: str
-    peak: float
-    stored: float
-    largest: float
-
-    @property
-    def beyond(self) -> float:
-        """The peak less the stored model and the largest tensor."""
-        return self.peak - self.stored - self.largest
 
 
 def make(folder: Path, sizes: dict[str, int]) -> None:
@@ -80,12 +63,11 @@ def make_exact(folder: Path, sizes: dict[str, int]) -> None:
         max_position_embeddings=128,
         tie_word_embeddings=True,
     )
-    for kind, format in EXACT.items():
+    for kind, form in EXACT.items():
         torch.manual_seed(0)
         stored = folder / f"{kind}-stored"
-        lowmem.convert(LlamaForCausalLM(config), FourBit(format, 32, "float16", embeddings="4bit")).save_pretrained(
-            stored
-        )
+        model = lowmem.convert(LlamaForCausalLM(config), FourBit(form, 32, "float16", embeddings="4bit"))
+        model.save_pretrained(stored)
         (folder / kind).mkdir()
         out = folder / kind / "model.gguf" if kind == "gguf" else folder / kind / "folder"
         with warnings.catch_warnings():
@@ -94,8 +76,8 @@ def make_exact(folder: Path, sizes: dict[str, int]) -> None:
         shutil.rmtree(stored)
 
 
-def load(folder: Path, technique: str, dtype: str) -> Loaded:
-    """Load a folder in this process, which ``load`` of a small one has warmed.
+def load(folder: Path, technique: str, dtype: str) -> dict[str, float]:
+    """Load a folder in this process, which ``load`` of a small one has warmed; return what loading took, in MiB.
 
     The technique is one of ``TECHNIQUES``, or "exact: " and one of ``EXACT``.
     """
@@ -112,34 +94,23 @@ def load(folder: Path, technique: str, dtype: str) -> Loaded:
     else:
         options |= {"quantization_config": LowmemConfig(TECHNIQUES[technique]), "local_files_only": True}
         model = _record(figures, "load", lambda: AutoModelForCausalLM.from_pretrained(folder, **options))
-    stored = [
-        module.stored_size(name)
-        for module in model.modules()
-        if isinstance(module, StoredModule)
-        for name in module.forms
-    ]
+    modules = [module for module in model.modules() if isinstance(module, StoredModule)]
+    stored = [module.stored_size(name) for module in modules for name in module.forms]
     largest = max(*stored, model.get_input_embeddings().weight.numel())
     size = 4 if dtype == "float32" else 4 + getattr(torch, dtype).itemsize  # the folder's, and that of a cast copy
-    return Loaded(technique, dtype, figures["load_peak"], measure.actual_bytes(model) / 2**20, largest * size / 2**20)
-
-
-def _in_process(folder: Path, small: Path, technique: str, dtype: str) -> Loaded:
-    arguments = ("--measure", technique, dtype, str(folder), str(small))
-    return Loaded(**printed_json("folders", *arguments, env=environment()))
+    kept = measure.actual_bytes(model)
+    return {"peak": figures["load_peak"], "stored": kept / 2**20, "largest": largest * size / 2**20}
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "--measure", nargs=4, metavar=("TECHNIQUE", "DTYPE", "FOLDER", "SMALL"), help=argparse.SUPPRESS
-    )
-    given = parser.parse_args(arguments).measure
-    if given:
+    parser.add_argument("--measure", nargs=4, help=argparse.SUPPRESS)
+    if given := parser.parse_args(arguments).measure:
         technique, dtype, folder, small = given
         steady()
         load(Path(small), technique, dtype)
         map_libraries()
-        print(json.dumps(asdict(load(Path(folder), technique, dtype))))
+        print(json.dumps(load(Path(folder), technique, dtype)))
         return 0
     failed = 0
     with tempfile.TemporaryDirectory() as name:
@@ -152,13 +123,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{size / 2**20:.0f} MiB of float32 weights")
         exact = [(f"exact: {kind}", dtype) for kind in EXACT for dtype in EXACT_DTYPES]
         for case in (*CASES, *exact):
-            found = _in_process(folder, small, *case)
-            failed |= found.beyond > CONSTANT
-            print(
-                f"{found.technique:<26} loaded as {found.dtype:<9} peak {found.peak:7.1f} MiB = "
-                f"stored {found.stored:6.1f} "
-                f"+ largest tensor {found.largest:6.1f} + {found.beyond:5.1f} (at most {CONSTANT})"
-            )
+            figures = printed_json("folders", "--measure", *case, str(folder), str(small), env=environment())
+            beyond = figures["peak"] - figures["stored"] - figures["largest"]
+            failed |= beyond > CONSTANT
+            shown = ", ".join(f"{name} {size:.1f}" for name, size in figures.items())
+            print(f"{case[0]} loaded as {case[1]}, MiB: {shown}, beyond {beyond:.1f} (at most {CONSTANT})")
     return failed
 
 

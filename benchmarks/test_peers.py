@@ -1,16 +1,16 @@
-"""BigNet in the 4- and 8-bit layers of other libraries, beside ours in the same run: ``pip install .[peers]``.
+"""BigNet in the 4- and 8-bit layers of other libraries, beside ours in the same run: ``pip install '.[peers]'``.
 
 What is not installed is skipped.
 """
 
 import copy
-import importlib
 
 import pytest
 import torch
 from torch import nn
 
 import lowmem
+from benchmarks.cases import BATCHES, inference_input
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3)
 
@@ -20,7 +20,8 @@ NF4 = lowmem.FourBit("nf4", compute_dtype=torch.bfloat16)
 
 def bitsandbytes_nf4(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     """Replace each linear layer by bitsandbytes' 4-bit one, block 64."""
-    bnb = importlib.import_module("bitsandbytes")
+    import bitsandbytes as bnb
+
     for path, layer in list(model.named_modules()):
         if isinstance(layer, nn.Linear):
             how = {"quant_type": "nf4", "compress_statistics": False}
@@ -32,8 +33,8 @@ def bitsandbytes_nf4(model: nn.Module, dtype: torch.dtype) -> nn.Module:
 
 
 def torchao_int8(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    importlib.import_module("torchao")
-    quantization = importlib.import_module("torchao.quantization")
+    from torchao import quantization
+
     model = model.to(dtype)
     quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
     return model
@@ -43,18 +44,18 @@ PEERS = {"bitsandbytes": bitsandbytes_nf4, "torchao": torchao_int8}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("batch", [1, 8, 32, 128, 512], ids="batch{}".format)
+@pytest.mark.parametrize("batch", BATCHES, ids="batch{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", PEERS)
 def test_peer(benchmark, timed, peer, dtype, batch):
     """The ratio is to nf4 with products in bfloat16, of the same input: above 1, the peer is slower."""
-    pytest.importorskip(peer, reason=f"{peer} is not installed: pip install .[peers]")
+    pytest.importorskip(peer, reason=f"{peer} is not installed: pip install '.[peers]'")
     benchmark.group = f"peers, {dtype}, batch {batch:3}"
     torch.manual_seed(0)
     plain = lowmem.BigNet().eval()
     ours = lowmem.convert(copy.deepcopy(plain), NF4).to(dtype).eval()
     theirs = PEERS[peer](copy.deepcopy(plain), dtype).to(dtype).eval()  # bitsandbytes has a kernel for inference only
-    x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(batch)).to(dtype)
+    x = inference_input(batch).to(dtype)
 
     with torch.no_grad():
         output = timed(lambda: theirs(x), reference=lambda: ours(x))

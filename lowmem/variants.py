@@ -57,7 +57,7 @@ def build(
         name: a key of ``VARIANTS``.
         factory: makes the float32 model.
         seed: of torch's generator while the model is built; the global generator's state is restored.
-        rank: LoRA rank; None: the variant's own.
+        rank: LoRA rank; None takes the variant's own.
 
     Returns:
         The model, in the training or evaluation mode of ``factory``.

@@ -32,23 +32,8 @@ LARGE = (2**28, 2**62) if FULL else (2**28,)
 MEMORY = 2**28  # bytes that a case may add to the process: files have a few KiB
 SECONDS = 20  # of processor time that a case may take: one takes milliseconds
 
-EXTREMES = (
-    0,
-    -1,
-    1,
-    3,
-    2**20,
-    2**28,
-    2**31 - 1,
-    2**31,
-    2**32 - 1,
-    2**53,
-    2**62,
-    2**63 - 1,
-    2**63,
-    2**64 - 1,
-    10**400,
-)
+POWERS = (*(2**power for power in (20, 28, 31, 53, 62, 63, 64)), *(2**power - 1 for power in (31, 32, 63)))
+EXTREMES = (0, -1, 1, 3, *POWERS, 10**400)
 VALUES = (
     *EXTREMES,
     *(None, True, False, 0.5, -1.5, 1e308, "", "x", "a\x1b\u2028b", [], {}, [[1, 2]], [0.5], {"a": 1}),

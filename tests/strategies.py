@@ -190,7 +190,8 @@ def make_adapted(
     seed: int = 0,
     technique: LoRA | None = None,
 ) -> LoRALinear:
-    """Return a linear layer of ``BASES`` with an adapter whose lora_b is no longer zero."""
+    """Return a linear layer of ``BASES`` with an adapter, of at most the weight's rank, whose lora_b is not zero."""
+    rank = min(rank, *linear.weight.shape)
     layer = convert(linear, *BASES[base], LoRA(rank, alpha) if technique is None else technique)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -243,7 +243,13 @@ def test_it_compiles_whole(name, kind, request):
     torch.compiler.reset()
     model, x = convert(make(name), TECHNIQUES[kind]), make_input(name)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    for given in (x, x[:, :4].repeat(2, 1, *[1] * (x.dim() - 2))):  # for any batch, with its gradient
+        given = given.clone().requires_grad_(given.is_floating_point())
+        got, expected = compiled(given), model(given)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+        if given.requires_grad:
+            of_x = [torch.autograd.grad(out.square().sum(), given)[0] for out in (got, expected)]
+            torch.testing.assert_close(*of_x, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.compile(keep=3)

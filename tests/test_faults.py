@@ -1,126 +1,165 @@
-"""The list of planted faults in C is not stale, and the script that tries them tells killed from survived."""
+"""The list of planted faults in C is not stale, and changes are tried in copies that tell killed from survived."""
 
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
 from tests.faults import __main__ as command
-from tests.faults.copies import SOURCE, Outcome
-from tests.faults.planted import LIST, Fault, errors_of, read_faults
+from tests.faults import copies
+from tests.faults.copies import Change, Copy, Outcome, outcome, try_all
 from tests.selection import rows_in_one_case
 
-FAULTS = read_faults(LIST)
-PORTABLE = "lowmem/kernels/csrc/portable.h"
-FAULT = Fault("a", PORTABLE, "nothing", "LANES 4", "LANES 8", ("tests/test_main.py",), "portable")
+ENTRY = """
+[[fault]]
+id = "a"
+file = "lowmem/kernels/csrc/portable.h"
+breaks = "nothing"
+find = "LANES 4"
+replace = "LANES 8"
+tests = ["tests/test_main.py"]
+kernel = "portable"
+"""
 
 
 def test_there_are_forty_faults_and_none_is_stale():
-    assert errors_of(FAULTS, SOURCE) == []
-    assert len(FAULTS) >= 40
+    assert len(command.read_faults()) >= 40
 
 
 @rows_in_one_case(
-    ("changes", "error"),
+    ("old", "new", "error"),
     [
-        ({"find": " "}, "stands"),
-        ({"find": "what is nowhere"}, "stands 0 times"),
-        ({"file": "lowmem/gone.c"}, "there is no lowmem/gone.c"),
-        ({"replace": "LANES 4"}, "changes nothing"),
-        ({"tests": ("tests/test_gone.py::test_a",)}, "there is no tests/test_gone.py::test_a"),
-        ({"tests": ()}, "names no tests"),
+        ('"LANES 4"', '" "', "stands"),
+        ('"LANES 4"', '"what is nowhere"', "stands 0 times"),
+        ("portable.h", "gone.h", "No such file"),
+        ("LANES 8", "LANES 4", "must once, and be replaced"),
+        ("test_main.py", "test_gone.py::test_a", "there is no tests/test_gone.py::test_a"),
+        ('["tests/test_main.py"]', "[]", "there is no test"),
+        ('find = "LANES 4"\n', "", "find"),
     ],
 )
-def test_what_is_wrong_with_a_fault_is_said(changes, error):
-    assert errors_of([FAULT], SOURCE) == []
-    (found,) = errors_of([replace(FAULT, **changes)], SOURCE)
-    assert error in found
-    assert len(found) < 300
-    assert errors_of([FAULT, FAULT], SOURCE) == ["a is there 2 times"]
+def test_what_is_wrong_with_a_fault_is_said(old, new, error, tmp_path):
+    path = tmp_path / "c.toml"
+    path.write_text(ENTRY)
+    assert list(command.read_faults(path)) == ["a"]
+    path.write_text(ENTRY.replace(old, new))
+    with pytest.raises((ValueError, KeyError, OSError), match=error):
+        command.read_faults(path)
+    path.write_text(ENTRY * 2)
+    with pytest.raises(ValueError, match="a is there twice"):
+        command.read_faults(path)
 
 
-@rows_in_one_case("text", ["", "fault = 3", "[[fault]]\nid = 'a'", "[[fault]]\nid = 'a'\nwhat = 1", "[["])
-def test_a_damaged_list_is_an_error_that_names_it(tmp_path, text):
-    path = tmp_path / "some.toml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=r"^some.toml is no list of faults: "):
-        read_faults(path)
-
-
-def test_the_command_lists_the_faults_and_refuses_others(capsys):
+def test_the_command_lists_faults_skips_those_of_a_kernel_that_the_processor_lacks_and_ends_with_1_where_one_survives(
+    capsys, monkeypatch
+):
+    faults = command.read_faults()
     assert command.main(["--list"]) == 0
-    assert len(capsys.readouterr().out.splitlines()) == len(FAULTS)
-    assert command.main(["--only", "gone"]) == 2
-    assert capsys.readouterr() == ("", "faults: --only gone: there is no such fault; --list shows all\n")
+    assert len(capsys.readouterr().out.splitlines()) == len(faults)
+    monkeypatch.setattr(command, "kernels", lambda: ["portable"])
+    other = next(name for name, fault in faults.items() if fault.kernel != "portable")
+    tried = [faults["c-bfloat16-nan"]]
+    for survive, code in ((False, 0), (True, 1)):
+        monkeypatch.setattr(command, "try_changes", lambda given, *_, lives=survive, **__: given * lives)
+        assert command.main(["--only", "c-bfloat16-nan", other]) == code
+        monkeypatch.setattr(command, "try_changes", lambda given, *_, **__: [] if given == tried else given)
+        assert command.main(["--only", "c-bfloat16-nan", other]) == 0
+        assert f"skipped: this processor has no {faults[other].kernel}: {other}" in capsys.readouterr().out
 
 
-class Pool:
-    """A pool whose workers run nothing: how FAULT's tests end without a fault, and those of faults with them."""
+# How changes are tried
 
-    def __init__(self, clean="passed", **planted):
-        self.clean, self.planted = clean, planted
-
-    def apply(self, function):
-        assert function is command._kernels
-        return ["portable"]
-
-    def imap(self, function, given):
-        if function is command._run_clean:
-            verdicts = (self.clean if one.tests == FAULT.tests else "passed" for one in given)
-            return [Outcome(verdict, 1.0, "tests/test_main.py::test_it", "\n".join("abc")) for verdict in verdicts]
-        assert function is command._run_planted
-        return [(fault, Outcome(self.planted.get(fault.id, "failed"), 1.0, "", "")) for fault, _ in given]
+CHANGE = Change("a", "a.py", "", ("tests/test_main.py",))
+OTHER = Change("b", "b.py", "", ("tests/test_other.py",))
 
 
-OTHER = replace(FAULT, id="c")
+def run_nothing(clean="passed", **changed):
+    """Return what runs nothing: CHANGE's tests end without a change as ``clean`` says, and others as told."""
+
+    def outcome_of(change):
+        if change.file:
+            return Outcome(changed.get(change.name, "failed"), 1.0, "", "")
+        verdict = clean if change.tests == CHANGE.tests else "passed"
+        return Outcome(verdict, 1.0, "tests/test_main.py::test_it", "\n".join("abc"))
+
+    return lambda given: [outcome_of(change) for change, _ in given]
 
 
-def test_faults_that_are_all_killed_end_with_0(capsys):
-    assert command._try_all(Pool(c="timed out"), [FAULT, OTHER]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[1:3]] == [["killed", "a"], ["killed", "c"]]
-    assert [line.split() for line in lines[4:6]] == [
-        ["faults", "killed", "survived", "skipped"],
-        ["2", "2", "0", "0"],
-    ]
-    assert lines[-1] == "Every fault that was tried is caught."
-
-
-@rows_in_one_case("verdict", ["passed", "unusable"])
-def test_a_fault_that_survives_ends_with_1_and_is_named(verdict, capsys):
-    assert command._try_all(Pool(a=verdict), [FAULT, OTHER]) == 1
+@rows_in_one_case("verdict", ["passed", "unusable", "failed", "crashed", "timed out"])
+def test_a_change_survives_where_its_tests_notice_nothing(verdict, capsys):
+    lives = verdict in ("passed", "unusable")
+    assert try_all(run_nothing(a=verdict), [CHANGE, OTHER]) == [CHANGE] * lives
     out = capsys.readouterr().out
-    assert f"SURVIVED a: nothing ({PORTABLE}); none of tests/test_main.py fails" in out
-    assert "caught" not in out
+    assert ("SURVIVED a; none of tests/test_main.py fails" in out) == lives
+    assert f"{2 - lives} of 2 killed" in out
 
 
 @rows_in_one_case("verdict", ["failed", "crashed", "timed out"])
-def test_tests_that_fail_without_a_fault_are_shown_and_their_faults_not_tried(verdict, capsys):
-    other = replace(FAULT, id="b", tests=("tests/test_other.py",))
-    error = r"^without a change 1 sets of tests fail, and 1 were not tried: first tests/test_main.py -k ''$"
-    for faults, killed in (([FAULT], []), ([FAULT, other], [["killed", "b"]])):
-        with pytest.raises(ValueError, match=error):
-            command._try_all(Pool(clean=verdict), faults)
+def test_tests_that_fail_without_a_change_are_shown_and_their_changes_not_tried(verdict, capsys):
+    for changes, killed in (([CHANGE], 0), ([CHANGE, OTHER], 1)):
+        with pytest.raises(ValueError, match="^without a change 1 sets of tests fail, and 1 changes were not tried$"):
+            try_all(run_nothing(clean=verdict), changes)
         out = capsys.readouterr().out
         where = "tests/test_main.py::test_it"
         assert f"\nFAILED    without a change: tests/test_main.py -k '' {verdict}: {where}\na\nb\nc\n" in out
-        assert [line.split()[:2] for line in out.splitlines() if line.startswith("killed")] == killed
+        assert out.count("\nkilled") == killed
+    with pytest.raises(ValueError, match="^a: select='' leaves no test of tests/test_main.py"):
+        try_all(run_nothing(clean="unusable"), [CHANGE])
 
 
-def test_a_selection_that_leaves_no_test_is_an_error_that_names_the_fault():
-    with pytest.raises(ValueError, match="^a: select='none' leaves no test of tests/test_main.py"):
-        command._try_all(Pool(clean="unusable"), [replace(FAULT, select="none")])
+REPORT = "...F\nFAILED tests/test_a.py::test_b[1] - assert 0\nERROR tests/test_c.py\n1 failed\n"
 
 
-def test_a_fault_of_a_kernel_that_the_processor_lacks_is_skipped(capsys):
-    lacking = replace(OTHER, kernel="neon")
-    assert command._try_all(Pool(), [FAULT, lacking]) == 0
-    assert "this processor has no neon" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="^no fault can be tried on this processor"):
-        command._try_all(Pool(), [lacking])
+@rows_in_one_case(
+    ("code", "verdict", "first"),
+    [
+        (0, "passed", "tests/test_a.py::test_b[1]"),
+        *((code, "failed", "tests/test_a.py::test_b[1]") for code in (1, 2, 3, 4)),
+        *((code, "unusable", "tests/test_a.py::test_b[1]") for code in (5, 77)),  # 5: no test is left
+        (-signal.SIGTERM, "crashed", "SIGTERM"),
+        (None, "timed out", "after 7 s"),
+    ],
+)
+def test_an_outcome_says_how_the_process_ended(code, verdict, first):
+    assert outcome(code, 7.2, REPORT) == Outcome(verdict, 7.2, first, REPORT)
+    for output, last in (("", "no output"), ("one\n5 passed\n\n", "5 passed")):
+        assert outcome(1, 1.0, output).first == last
 
 
-@rows_in_one_case("text", ["0", "-1", "1.5", "many", ""])
-def test_a_number_of_jobs_is_a_whole_number_above_0(text, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        command.main([f"--jobs={text}"])
-    assert f"{text!r} must be a whole number above 0" in capsys.readouterr().err
+@pytest.mark.processes
+def test_changes_are_tried_in_copies(tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    (source / "tests").mkdir(parents=True)
+    (source / "a.py").write_text("VALUE = 1\n")
+    (source / "tests" / "test_a.py").write_text("import a\n\ndef test_a():\n    assert a.VALUE < 3\n")
+    monkeypatch.setattr(copies, "SOURCE", source)
+    changes = [Change(f"is {n}", "a.py", f"VALUE = {n}\n", ("tests/test_a.py",)) for n in (2, 3)]
+    assert copies.try_changes(changes, jobs=2) == changes[:1]
+    assert (source / "a.py").read_text() == "VALUE = 1\n"
+    (tmp_path / "copy").mkdir()
+    assert Copy(tmp_path / "copy", source).run(changes[0], seconds=0.01).verdict == "timed out"
+
+
+@pytest.mark.processes
+def test_compiled_code_is_that_of_the_file_before_while_and_after_it_is_changed(tmp_path):
+    """Python takes compiled code for that of a file of the same size and second."""
+    source, root = tmp_path / "source", tmp_path / "copy"
+    source.mkdir()
+    root.mkdir()
+    (source / "a.py").write_text("VALUE = 1\n")
+    copy = Copy(root, source)
+    file = copy.root / "a.py"
+
+    def value():
+        os.utime(file, (0, 0))
+        code = (
+            "import sys; sys.dont_write_bytecode = False; sys.path.insert(0, sys.argv[1]); import a; print(a.VALUE)"
+        )
+        return subprocess.check_output([sys.executable, "-c", code, str(copy.root)], text=True).strip()
+
+    assert value() == "1"
+    with copy.changed("a.py", "VALUE = 2\n"):
+        assert value() == "2"
+    assert value() == "1"

@@ -14,7 +14,7 @@ SPEC = importlib.util.spec_from_file_location("release", ROOT / ".ci/release.py"
 release = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(release)
 
-INSTALLS = re.compile(r"pip install (?:-\S+ )*'?(\.|lowmem)(?=\[|'|\s|$)", flags=re.MULTILINE)
+INSTALLS = re.compile(r"pip install\s+(?:-\S+ )*'?(\.|lowmem)(?=\[|'|\s|$)", flags=re.MULTILINE)
 TAG = f"v{__version__}"
 
 
@@ -47,6 +47,8 @@ def test_one_command_turns_all_of_them_into_the_published_name(tree):
     release.publish(tree)
     assert named(tree) == {"lowmem"}
     assert release.is_published(tree)
+    # However a command is broken into lines or quoted, no extra of a checkout is left.
+    assert not [path for path in release.documents(tree) if ".[" in path.read_text(encoding="utf8")]
 
 
 def test_a_tag_is_released_when_version_date_and_names_are_right(tree, capsys):

@@ -1,11 +1,6 @@
 """The proof of the gates: ``tox -e gate-proof``. Base against base raises no alarm, and each planted fault does.
 
-    python -m benchmarks.latency.proof                          all of it: hours on two cores
-    python -m benchmarks.latency.proof --case "extra copy" --runs 1
-    python -m benchmarks.latency.proof --table --page docs/benchmarking.md      only show what was found so far
-
-Each run is added to a JSON file, and what is there is not run again: the proof can be stopped and taken up. Faults
-are planted in a clone: the repository and its working tree are left alone.
+Each run is a line that is added to a file, and what is there is not run again: the proof can be stopped and taken up.
 """
 
 from __future__ import annotations
@@ -20,24 +15,29 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markdown import Markdown
+from torch import nn
 
+import lowmem
 from benchmarks.busy import busy_cores
-from benchmarks.latency.builds import GateError, git
-from benchmarks.latency.gate import ROOT, machine
+from benchmarks.latency.builds import CACHE, KERNEL, ROOT, GateError, check_out, git, machine
 from lowmem.errors import one_line
-from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.testing.latency import measure_speedup
 from lowmem.testing.verdicts import FAILING
 
-RESULTS = ROOT / ".tox" / "gate-proof.json"
+RESULTS = ROOT / ".tox" / "gate-proof.jsonl"
 BEGIN, END = "<!-- gate-proof -->\n", "<!-- end -->\n"
+WIDTH = 2048  # of the model of docs/guides/gate-your-own-model.md
+MORE = 0.3  # of the rows of both layers, in the slower candidate
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Case:
     file: str = ""  # where a fault is planted; empty: base against base
     found: str = ""  # the text that the fault replaces; it occurs once
     planted: str = ""
-    gates: tuple[str, ...] = ("latency",)  # which are run: the keys of run_case's commands
+    gates: tuple[str, ...] = ("latency",)  # which are run: the keys of run_case's commands, or "guide" and "slower"
     busy: int = 0  # how many other processes keep a core busy each
-    decided: int | None = None  # the fewest runs that must pass or fail; None: no run may be undecided
+    undecided: int = 0  # how many runs may be
 
 
 OF_MEMORY = ("memory", "resident")  # without a baseline of this kernel they fail
@@ -107,47 +107,38 @@ CASES = (
     Case("the baselines' own commit", alarm=False, gates=OF_MEMORY),
     Case("the baselines' own commit, beside a busy core", alarm=False, gates=OF_MEMORY, busy=1),
     Case("the guide's gate", runs=20, alarm=False, gates=("guide",)),
-    Case("the guide's gate, beside two busy cores", runs=20, alarm=False, gates=("guide",), busy=2, decided=10),
+    Case("the guide's gate, beside two busy cores", runs=20, alarm=False, gates=("guide",), busy=2, undecided=10),
     Case("30% in the guide's candidate", runs=20, gates=("slower",)),
-    Case("30% in the guide's candidate, beside two busy cores", runs=20, gates=("slower",), busy=2, decided=10),
+    Case("30% in the guide's candidate, beside two busy cores", runs=20, gates=("slower",), busy=2, undecided=10),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is left of the proof, print its table, and return 0 where all of it holds."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency.proof", description=__doc__.splitlines()[0])
-    parser.add_argument("--case", action="append", metavar="TEXT", help="run the cases whose names contain this")
-    parser.add_argument("--runs", type=int, metavar="N", help="run no more than N of each case")
-    parser.add_argument(
-        "--results", type=Path, default=RESULTS, metavar="FILE", help="what was found (.tox/gate-proof.json)"
-    )
-    parser.add_argument("--cache", type=Path, default=ROOT / ".tox" / "gate-cache", metavar="DIR")
-    parser.add_argument("--workloads", default="*", metavar="PATTERN", help="time these alone, for a quick look")
+    parser.add_argument("--case", default="", metavar="TEXT", help="run the cases whose names contain this")
+    parser.add_argument("--runs", type=int, default=20, metavar="N", help="run no more than N of each case")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="what was found")
     parser.add_argument("--table", action="store_true", help="run nothing: print what was found")
-    parser.add_argument(
-        "--page", type=Path, metavar="FILE", help="put the table into this page: docs/benchmarking.md"
-    )
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the table into docs/benchmarking.md, say")
     given = parser.parse_args(arguments)
-    chosen = [case for case in CASES if not given.case or any(text in case.name for text in given.case)]
+    chosen = [case for case in CASES if given.case in case.name]
     if not chosen:
         parser.error(f"--case {given.case}: choose from {'; '.join(case.name for case in CASES)}")
-    if given.workloads != "*" and given.results == RESULTS:
-        parser.error("--workloads is a quick look, and no proof: name another file with --results")
     try:
-        found = read_results(given.results)
-        if not given.table:
-            given.results.parent.mkdir(parents=True, exist_ok=True)
-            check_writable(given.results)  # before a run of minutes
-        for case in () if given.table else chosen:
-            runs = case.runs if given.runs is None else min(given.runs, case.runs)
-            while sum(run["case"] == case.name for run in found) < runs:
-                with planted(case) as clone:
-                    found.append(run_case(case, clone, given.cache.resolve(), given.workloads))
-                write_results(given.results, found)
-                print(f"{case.name}: {outcome(found[-1])}", file=sys.stderr)
+        given.results.parent.mkdir(parents=True, exist_ok=True)
+        with given.results.open("a+", encoding="utf8") as results:
+            results.seek(0)
+            found = [json.loads(line) for line in results]
+            for case in () if given.table else chosen:
+                for _ in range(len(runs_of(case, found)), min(given.runs, case.runs)):
+                    with planted(case) as clone:
+                        found.append(run_case(case, clone))
+                    print(json.dumps(found[-1]), file=results, flush=True)
+                    print(f"{case.name}: {found[-1]}", file=sys.stderr)
         if given.page:
             update_page(given.page, found)
-    except (GateError, OSError) as error:
+    except (GateError, OSError, ValueError) as error:
         print(one_line(f"gate proof: {error}"), file=sys.stderr)
         return 2
     Console().print(Markdown(table(found)))
@@ -159,111 +150,99 @@ def planted(case: Case) -> Iterator[Path]:
     """Yield a clone of the repository at HEAD, with the case's fault committed on top."""
     with tempfile.TemporaryDirectory(prefix="lowmem-proof-", ignore_cleanup_errors=True) as made:
         clone = Path(made) / "clone"
-        head = git(ROOT, "rev-parse", "HEAD")
-        git(ROOT, "clone", "--quiet", "--shared", "--no-checkout", str(ROOT), str(clone))
-        git(clone, "checkout", "--quiet", "--detach", head)
-        git(clone, "update-ref", "refs/heads/proof-base", head)
+        check_out(ROOT, "HEAD", clone)
+        git(clone, "update-ref", "refs/heads/proof-base", "HEAD")
         if case.file:
             path = clone / case.file
             text = path.read_text(encoding="utf8")
             if text.count(case.found) != 1:
-                raise GateError(
-                    f"{case.name}: {case.file} holds {text.count(case.found)} times {case.found!r}, not once"
-                )
+                raise GateError(f"{case.name}: {case.file} must hold {case.found!r} once")
             path.write_text(text.replace(case.found, case.planted), encoding="utf8")
             who = ("-c", "user.name=proof", "-c", "user.email=proof@localhost", "-c", "commit.gpgsign=false")
             git(clone, *who, "commit", "--quiet", "--no-verify", "--all", "--message", case.name)
-        for kernel in (ROOT / "lowmem" / "kernels").glob("_native*"):  # for the gates that run in place
-            if kernel.suffix in (".so", ".pyd"):
-                shutil.copy(kernel, clone / "lowmem" / "kernels")
+        if (ROOT / KERNEL).exists():  # for the gates that run in place
+            shutil.copy(ROOT / KERNEL, clone / KERNEL)
         yield clone
 
 
-def run_case(case: Case, clone: Path, cache: Path, workloads: str) -> dict[str, Any]:
-    """Run the case's gates once, and return the rows that raised an alarm, by gate."""
-    out = clone.parent / "verdicts"
-    out.mkdir(exist_ok=True)
-    variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0"}
-    variables.pop("GITHUB_STEP_SUMMARY", None)
-    python = sys.executable
-    latency = [python, "-m", "benchmarks.latency", "--base", "proof-base", "--cache", str(cache)]
-    memory = [python, "-m", "pytest", "benchmarks", "-q", "--benchmark-disable"]
+def run_case(case: Case, clone: Path) -> dict[str, Any]:
+    """Run the case's gates once, and return the rows that raised an alarm or are undecided, by gate."""
+    out = clone.parent
     commands = {
-        "latency": [*latency, "--output", str(out), "--workloads", workloads],
-        "memory": [*memory, f"--lowmem-json={out / 'memory.json'}"],
-        "resident": [python, "-m", "benchmarks.resident", "--json", str(out / "resident.json")],
-        "guide": [python, "-m", "benchmarks.latency.guide", str(out / "guide.json")],
-        "slower": [python, "-m", "benchmarks.latency.guide", str(out / "slower.json"), "--slower"],
+        "latency": ["benchmarks.latency", "--base", "proof-base", "--cache", str(CACHE), "--output", str(out)],
+        "memory": ["pytest", "benchmarks", "-q", "--benchmark-disable", f"--lowmem-json={out / 'memory.json'}"],
+        "resident": ["benchmarks.resident", "--json", str(out / "resident.json")],
     }
-    began = time.monotonic()
+    variables = os.environ | {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "GITHUB_STEP_SUMMARY": ""}
 
     def run(gate: str) -> None:
-        # Users run their gate by default settings.
-        env = dict(os.environ) if gate in ("guide", "slower") else variables
-        done = subprocess.run(commands[gate], cwd=clone, env=env, capture_output=True, text=True, check=False)
-        undecided = done.returncode == 2 and (out / f"{gate}.json").exists()
-        if done.returncode not in (0, 1) and not undecided:
+        command = [sys.executable, "-m", *commands[gate]]
+        done = subprocess.run(command, cwd=clone, env=variables, capture_output=True, text=True, check=False)
+        if done.returncode not in (0, 1) and not (out / f"{gate}.json").exists():
             said = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["it said nothing"]
             raise GateError(f"{case.name}: the {gate} gate ended with {done.returncode}: {said[-1]}")
 
-    # Those of memory beside each other, as where a merge is gated: they judge bytes.
-    with busy_cores(case.busy), ThreadPoolExecutor() as pool:
-        list(pool.map(run, case.gates))
+    began = time.monotonic()
     alarms: dict[str, list[str]] = {}
     undecided: dict[str, list[str]] = {}
+    with busy_cores(case.busy):
+        if case.gates[0] in ("guide", "slower"):
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+                verdict, says = pool.submit(guide, case.gates[0] == "slower").result()
+            if verdict != "faster":
+                (alarms if verdict == "slower" else undecided)["latency"] = [says]
+        else:  # those of memory beside each other, as where a merge is gated: they judge bytes
+            with ThreadPoolExecutor() as pool:
+                list(pool.map(run, case.gates))
     for path in sorted(out.glob("*.json")):
         verdict = json.loads(path.read_text(encoding="utf8"))
-        if not verdict["passed"]:
-            failed = [row for row in verdict["rows"] if row["verdict"] in FAILING[verdict["gate"]]]
-            unsure = [row for row in verdict["rows"] if row["verdict"] == "undecided" and not failed]
-            found = undecided if unsure else alarms
-            found[verdict["gate"]] = [f"{row['name']} {row['figure']}: {row['says']}" for row in failed or unsure]
-    return {
-        "case": case.name,
-        "alarms": alarms,
-        "undecided": undecided,
-        "seconds": round(time.monotonic() - began),
-        "machine": machine(),
-        "workloads": workloads,
-        "beside": ("nothing", "a loop", "two loops")[case.busy],
-        "commit": git(ROOT, "rev-parse", "HEAD"),
-    }
+        for words, group in ((FAILING[verdict["gate"]], alarms), (("undecided",), undecided)):
+            rows = [row for row in verdict["rows"] if row["verdict"] in words]
+            if rows:
+                group[verdict["gate"]] = [f"{row['name']} {row['figure']}: {row['says']}" for row in rows]
+    seconds = round(time.monotonic() - began)
+    figures = {"alarms": alarms, "undecided": undecided, "seconds": seconds, "machine": machine()}
+    return {"case": case.name, **figures, "busy": case.busy, "commit": git(ROOT, "rev-parse", "HEAD")}
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a results file."""
-    if not path.exists():
-        return []
-    try:
-        runs: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf8"))["runs"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise GateError(f"{path} holds no results of a proof ({error!r}): remove it, or name another") from error
-    return runs
+class Slower(nn.Module):
+    """A model whose call also computes ``MORE`` of its rows in another layer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.more = model, lowmem.convert(nn.Linear(WIDTH, round(MORE * 2 * WIDTH)), lowmem.FourBit())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.more(x)
+        return self.model(x)
 
 
-def write_results(path: Path, runs: list[dict[str, Any]]) -> None:
-    """Write the results, whole or not at all: a run is a line."""
-    lines = ",\n".join(json.dumps(run) for run in runs)
-    write_atomically(path, f'{{"runs": [\n{lines}\n]}}\n'.encode())
+def guide(slower: bool) -> tuple[str, str]:
+    """Run the gate of docs/guides/gate-your-own-model.md by default settings; return its verdict and what it says.
+
+    Either 4-bit must be 1.5 times as fast as dense, or the slower 4-bit model is compared with the 4-bit one.
+    """
+
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+
+    candidate, reference, at_least = lowmem.convert(model(), lowmem.FourBit()), model(), 1.5
+    if slower:
+        candidate, reference, at_least = Slower(candidate), lowmem.convert(reference, lowmem.FourBit()), 0.95
+    found = measure_speedup(candidate, reference, torch.ones(1, WIDTH), at_least=at_least)
+    return found.verdict, f"the candidate is {found}"
 
 
-def outcome(run: dict[str, Any]) -> str:
-    by = ", ".join(f"{gate} ({len(rows)})" for gate, rows in run["alarms"].items())
-    undecided = "; ".join(said for rows in run.get("undecided", {}).values() for said in rows)
-    return f"{f'alarm: {by}' if by else undecided or 'no alarm'}, {run['seconds']} s"
+def runs_of(case: Case, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [run for run in runs if run["case"] == case.name]
 
 
-def holds(case: Case, runs: list[dict[str, Any]], most: int | None = None) -> bool:
+def holds(case: Case, runs: list[dict[str, Any]], most: int = 20) -> bool:
     """Whether as many runs as the proof asks for, or ``most``, came out right, and none wrong."""
-    own = [run for run in runs if run["case"] == case.name]
-    decided = [run for run in own if not _undecided(run)]
-    wanted = case.runs if most is None else min(most, case.runs)
-    enough = len(own) >= wanted and len(decided) >= min(wanted, case.runs if case.decided is None else case.decided)
+    own, wanted = runs_of(case, runs), min(most, case.runs)
+    decided = [run for run in own if run["alarms"] or not run["undecided"]]
+    enough = len(own) >= wanted and len(decided) >= min(wanted, case.runs - case.undecided)
     return enough and all(bool(run["alarms"]) is case.alarm for run in decided)
-
-
-def _undecided(run: dict[str, Any]) -> bool:
-    return bool(run.get("undecided")) and not run["alarms"]
 
 
 def table(runs: list[dict[str, Any]]) -> str:
@@ -273,25 +252,21 @@ def table(runs: list[dict[str, Any]]) -> str:
         "| :-- | --: | --: | --: | --: | :-- | --: |",
     ]
     for case in CASES:
-        own = [run for run in runs if run["case"] == case.name]
-        alarms = [run for run in own if run["alarms"]]
-        by = Counter(gate for run in alarms for gate in run["alarms"])
-        least = case.runs if case.decided is None else case.decided
-        wanted = f"{least if case.alarm else 0} of {case.runs}"
-        undecided = sum(map(_undecided, own))
+        own = runs_of(case, runs)
+        by = Counter(gate for run in own for gate in run["alarms"])
+        wanted = f"{(case.runs - case.undecided) * case.alarm} of {case.runs}"
         seconds = sorted(run["seconds"] for run in own)
         took = f"{seconds[0]} to {seconds[-1]}" if seconds else ""
         gates = ", ".join(f"{gate} in {count}" for gate, count in sorted(by.items()))
-        lines.append(f"| {case.name} | {len(own)} | {len(alarms)} | {wanted} | {undecided} | {gates} | {took} |")
+        undecided = sum(bool(run["undecided"] and not run["alarms"]) for run in own)
+        cells = (len(own), sum(bool(run["alarms"]) for run in own), wanted, undecided, gates, took)
+        lines.append(f"| {case.name} | {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
 def update_page(page: Path, runs: list[dict[str, Any]]) -> None:
     """Put the table between the marks of a page."""
-    try:
-        text = page.read_text(encoding="utf8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise GateError(f"--page {page} cannot be read: {error}") from error
+    text = page.read_text(encoding="utf8")
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 import subprocess
-import threading
+import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
-from benchmarks.latency.builds import Environment, GateError
+from benchmarks.latency.builds import GateError, Side
 from benchmarks.latency.verdict import Times
 from lowmem.testing.disturbance import PAUSES, disturbs, seconds_waited
 from lowmem.testing.ratios import take_turns
@@ -21,11 +20,7 @@ from lowmem.testing.ratios import take_turns
 TURN = 0.02  # seconds that a turn takes, or one call
 MOST_CALLS = 10_000  # in a turn
 LONG = 0.1  # seconds: a call of which there are fewer
-PATIENCE = 600.0  # seconds until a worker that does not answer is ended
 SIDES = ("base", "head", "again")
-
-PASSED_ON = ("PATH", "HOME", "TMPDIR", "TEMP", "TMP", "SYSTEMROOT", "LD_LIBRARY_PATH", "LOWMEM_KERNEL")
-
 
 Start = Callable[[int], Sequence[Any]]
 """Starts a round's workers of base, head, and base again; the round's number seeds their hashes."""
@@ -37,90 +32,53 @@ class Worker:
     ``"disturbed"`` of an answer says whether other work kept threads of the process from a core meanwhile.
     """
 
-    def __init__(self, environment: Environment, harness: Path, directory: Path, seed: int) -> None:
-        self.environment = environment
-        directory.mkdir(parents=True, exist_ok=True)
-        self._errors = (directory / "errors.txt").open("wb")
+    def __init__(self, side: Side, harness: Path, directory: Path, seed: int) -> None:
+        self._commit, self._request = side.commit, "start"
+        directory.mkdir(parents=True)
+        self._errors = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - close() closes it
         self._process = subprocess.Popen(
-            [environment.python, "-m", "benchmarks.latency.worker"],
+            [sys.executable, "-m", "benchmarks.latency.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             cwd=directory,
-            env=worker_environment(harness, seed),
+            env=side.variables(harness, seed),
             text=True,
         )
-
-    def hello(self) -> dict[str, Any]:
-        said = self._read("start")
-        own = self.environment.python.parent.parent
-        if not Path(said["lowmem"]).is_relative_to(own):
-            raise GateError(f"{self.environment.commit} imports lowmem from {said['lowmem']}, not from {own}")
-        return said
+        self._sent = 0.0, seconds_waited(self._process.pid)
 
     def send(self, **request: Any) -> None:
-        assert self._process.stdin is not None
         self._request = " ".join(map(str, request.values()))
         self._sent = time.perf_counter(), seconds_waited(self._process.pid)
         with suppress(BrokenPipeError):  # the process has ended: answer() says why
             print(json.dumps(request), file=self._process.stdin, flush=True)
 
     def answer(self) -> dict[str, Any]:
-        answer = self._read(self._request)
+        line = self._process.stdout.readline()
+        if not line.endswith("\n"):
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines() or ["it wrote nothing"]
+            code = self._process.wait()
+            raise GateError(f"a worker of {self._commit} ended ({code}) at {self._request}: {said[-1]}")
         sent, before = self._sent
         seconds, after = time.perf_counter() - sent, seconds_waited(self._process.pid)
         waited = None if before is None or after is None else after - before
-        return answer | {"disturbed": disturbs(waited, seconds)}
+        return json.loads(line) | {"disturbed": disturbs(waited, seconds)}
 
     def close(self) -> None:
         self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None:
-                with suppress(BrokenPipeError):
-                    stream.close()
+        with suppress(BrokenPipeError):
+            self._process.communicate()
         self._errors.close()
 
-    def _read(self, request: str) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        timer = threading.Timer(PATIENCE, self._process.kill)
-        timer.start()
-        try:
-            line = self._process.stdout.readline()
-        finally:
-            timer.cancel()
-        if not line.endswith("\n"):
-            code = self._process.wait()
-            said = Path(self._errors.name).read_text(errors="replace").strip().splitlines() or ["it wrote nothing"]
-            raise GateError(f"a worker of {self.environment.commit} ended ({code}) at {request}: {said[-1]}")
-        return json.loads(line)
 
-
-def worker_environment(harness: Path, seed: int) -> dict[str, str]:
-    """Return the environment variables of a worker: the same for all sides of a round."""
-    kept = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    # The processes that wait for their turn must not spin.
-    quiet = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "KMP_BLOCKTIME": "0"}
-    return {**kept, **quiet, "PYTHONPATH": str(harness), "PYTHONHASHSEED": str(seed), "PYTHONDONTWRITEBYTECODE": "1"}
-
-
-def copy_harness(root: Path, directory: Path) -> None:
-    """Copy what workers import of ``benchmarks``: beside the repository's ``lowmem`` they would import that."""
-    package = directory / "benchmarks"
-    (package / "latency").mkdir(parents=True)
-    for name in ("__init__.py", "cases.py", "latency/__init__.py", "latency/workloads.py", "latency/worker.py"):
-        shutil.copy(root / "benchmarks" / name, package / name)
-
-
-def starter(base: Environment, head: Environment, harness: Path, scratch: Path) -> Start:
+def starter(base: Side, head: Side, harness: Path, scratch: Path) -> Start:
     """Return what starts the processes of a round, each in an empty directory of its own."""
 
     def start(number: int) -> list[Worker]:
-        workers: list[Worker] = []
-        for side, environment in zip(SIDES, (base, head, base), strict=True):
-            directory = scratch / f"round-{number:03}" / side.ljust(5, "_")
-            workers.append(Worker(environment, harness, directory, number))
-        return workers
+        sides = zip(SIDES, (base, head, base), strict=True)
+        places = [(side, scratch / f"round-{number:03}" / name.ljust(5, "_")) for name, side in sides]
+        return [Worker(side, harness, directory, number) for side, directory in places]
 
     return start
 
@@ -133,7 +91,6 @@ def measure(
     turns: int = 1,
     long_every: int = 1,
     settled: Callable[[Times], bool] = lambda _: False,
-    progress: Callable[[str], None] = lambda _: None,
 ) -> tuple[dict[str, Times], dict[str, str]]:
     """Run rounds, in which a workload takes part until its times are settled.
 
@@ -149,18 +106,15 @@ def measure(
     for number in numbers:
         if found and all(settled(times) for times in found.values()):
             break
-        progress(f"round {number}")
+        print(f"round {number}", file=sys.stderr)
         with ExitStack() as stack:
-            sides = []
-            for side in start(number):
+            sides = start(number)
+            for side in sides:
                 stack.callback(side.close)
-                sides.append(side)
-            base, head, _ = (side.hello()["workloads"] for side in sides)
-            clocks = head | {name: clock for name, clock in base.items() if name not in head}  # these are missing
-            for name in filter(only, clocks):
-                if name in broken or (name in long and number % long_every):
-                    continue
-                if name in found and settled(found[name]):
+            base, head, _ = (side.answer()["workloads"] for side in sides)
+            for name, clock in (base | head).items():
+                rests = name in long and number % long_every
+                if not only(name) or name in broken or rests or (name in found and settled(found[name])):
                     continue
                 for side in sides:
                     side.send(set_up=name)
@@ -169,15 +123,16 @@ def measure(
                     broken[name] = said
                     found.pop(name, None)
                     continue
-                if ready[0]["seconds"] > LONG:
+                seconds = ready[0]["seconds"]
+                if seconds > LONG:
                     long.add(name)
-                times = found.setdefault(name, Times(clocks[name]))
-                again = () if name in long or times.clock == "cpu" else PAUSES
-                seconds, disturbed = _in_turns(
-                    name, sides, ready[0]["seconds"], 1 if name in long else turns, number, again
-                )
-                times.undisturbed.append(times.clock == "cpu" or not disturbed)
-                for own, value in zip((times.base, times.head, times.again), seconds, strict=True):
+                pauses = () if name in long or clock == "cpu" else PAUSES
+                taken, disturbed = _in_turns(name, sides, seconds, 1 if name in long else turns, number, pauses)
+                times = found.setdefault(name, Times(clock))
+                if disturbed and clock == "wall":
+                    times.disturbed += 1
+                    continue
+                for own, value in zip((times.base, times.head, times.again), taken, strict=True):
                     own.append(value)
     return found, broken
 
@@ -192,34 +147,31 @@ def _complaint(name: str, answers: list[dict[str, Any]]) -> str | None:
 
 
 def _in_turns(
-    name: str, sides: Sequence[Any], seconds: float, turns: int, number: int, again: Sequence[float]
+    name: str, sides: Sequence[Any], seconds: float, turns: int, number: int, pauses: Sequence[float]
 ) -> tuple[list[float], bool]:
     """Return seconds per call of base, head and base, and whether a turn was disturbed.
 
-    Who begins changes from round to round. A turn that other work disturbs is repeated after each of the pauses
-    ``again``, with fewer calls: a process that has slept, and works briefly, is often not interrupted.
+    The side that begins changes from round to round. A turn that other work disturbs is repeated after each of the
+    pauses, with fewer calls: a process that has slept, and works briefly, is often not interrupted.
     """
-    spoiled: list[str] = []
+    spoiled = False
     calls = max(1, min(MOST_CALLS, round(TURN / max(seconds, 1e-9))))
 
-    def turn(side: Any) -> Callable[[], float]:
-        def run() -> float:
-            for pause, many in ((0.0, calls), *((pause, min(calls, 2)) for pause in again)):
-                time.sleep(pause)
-                side.send(time=name, calls=many)
-                answer = side.answer()
-                if "error" in answer:
-                    raise GateError(f"the workload {name!r} ran once and then failed: {answer['error']}")
-                if not answer.get("disturbed"):
-                    break
-            else:
-                spoiled.append(name)
-            return answer["seconds"]
-
-        return run
+    def turn(side: Any) -> float:
+        nonlocal spoiled
+        for pause, many in ((0.0, calls), *((pause, min(calls, 2)) for pause in pauses)):
+            time.sleep(pause)
+            side.send(time=name, calls=many)
+            answer = side.answer()
+            if "error" in answer:
+                raise GateError(f"the workload {name!r} ran once and then failed: {answer['error']}")
+            if not answer["disturbed"]:
+                return answer["seconds"]
+        spoiled = True
+        return answer["seconds"]
 
     first = number % len(sides)
     order = [*range(first, len(sides)), *range(first)]
-    taken = take_turns([turn(sides[at]) for at in order], turns)
+    taken = take_turns([lambda side=sides[at]: turn(side) for at in order], turns)
     by_side = dict(zip(order, taken, strict=True))
-    return [sum(by_side[at]) / turns for at in range(len(sides))], bool(spoiled)
+    return [sum(by_side[at]) / turns for at in range(len(sides))], spoiled

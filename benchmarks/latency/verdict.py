@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from itertools import compress
-
-from statsmodels.stats.multitest import multipletests
 
 from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times
 from lowmem.testing.verdicts import Row
@@ -22,41 +19,29 @@ ALPHA = 0.01  # of a false alarm anywhere in one run, before threshold and floor
 
 @dataclass
 class Times:
-    """Seconds per call of one workload, one entry a round: base, head, and base again in another process.
+    """Seconds per call of one workload in the rounds that no other work disturbed: base, head, and base again.
 
-    ``undisturbed`` says of each round whether no other work disturbed it.
+    ``disturbed`` counts the other rounds.
     """
 
     clock: str
     base: list[float] = field(default_factory=list)
     head: list[float] = field(default_factory=list)
-    again: list[float] = field(default_factory=list)
-    undisturbed: list[bool] = field(default_factory=list)
+    again: list[float] = field(default_factory=list)  # of base, in another process
+    disturbed: int = 0
 
-    def clean(self) -> Times:
-        if all(self.undisturbed):
-            return self
-        base, head, again = (list(compress(own, self.undisturbed)) for own in (self.base, self.head, self.again))
-        return Times(self.clock, base, head, again)
-
-    def disturbed(self) -> int:
-        return self.undisturbed.count(False)
+    @property
+    def of_base(self) -> list[float]:
+        """The geometric mean of base's two times in each round."""
+        return [math.sqrt(one * other) for one, other in zip(self.base, self.again, strict=True)]
 
     def ratio(self) -> Ratio:
         """Estimate head against base, which ran twice as often."""
-        return ratio_of_times(self.head, self.of_base())
+        return ratio_of_times(self.head, self.of_base)
 
     def estimate(self) -> float:
-        logs = [math.log(head / base) for head, base in zip(self.head, self.of_base(), strict=True)]
+        logs = [math.log(head / base) for head, base in zip(self.head, self.of_base, strict=True)]
         return math.exp(hodges_lehmann(logs))
-
-    def inverse(self) -> Ratio:
-        """Estimate base against head, whose p-value is that of an improvement."""
-        return ratio_of_times(self.of_base(), self.head)
-
-    def of_base(self) -> list[float]:
-        """Return the geometric mean of base's two times in each round."""
-        return [math.sqrt(one * other) for one, other in zip(self.base, self.again, strict=True)]
 
     def floor(self) -> float:
         """Return the noise floor: the ratio that base against base may have, by the far end of its interval."""
@@ -66,8 +51,8 @@ class Times:
 
 def needs_second_look(times: Times, threshold: float) -> bool:
     """Whether a workload has to be measured again: it looks different, or other work disturbed too many rounds."""
-    clean = times.clean()
-    return len(clean.head) < FEWEST_FIRST * len(times.head) or looks_different(clean, threshold)
+    undisturbed = len(times.head)
+    return undisturbed < FEWEST_FIRST * (undisturbed + times.disturbed) or looks_different(times, threshold)
 
 
 def looks_different(times: Times, threshold: float) -> bool:
@@ -75,43 +60,45 @@ def looks_different(times: Times, threshold: float) -> bool:
     return abs(math.log(times.estimate())) > math.log1p(threshold)
 
 
+def settled(times: Times, threshold: float) -> bool:
+    """Whether a second look needs no further round: head is within the threshold, or every round is disturbed."""
+    if len(times.head) < FEWEST_AGAIN:
+        return not times.head and times.disturbed >= FEWEST_AGAIN
+    return not looks_different(times, threshold)
+
+
 def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -> list[Row]:
     """Return a row for each workload; ``second`` is what those took that needed a second look."""
-    p_values = dict.fromkeys(first, 1.0)
-    for name, times in second.items():
-        if len((clean := times.clean()).head) >= FEWEST_AGAIN:
-            ratio = clean.ratio()
-            p_values[name] = ratio.p_value if ratio.value > 1 else clean.inverse().p_value
-    corrected = multipletests(list(p_values.values()), method="holm")[1] if p_values else []
-    adjusted = dict(zip(p_values, map(float, corrected), strict=True))
-    return [_row(name, times, second.get(name), threshold, adjusted[name]) for name, times in first.items()]
+    rows = []
+    for name, looked in first.items():
+        times = second.get(name, looked)
+        verdict, says = ("same", "") if name not in second else _second_look(looked, times, threshold, len(first))
+        row = Row(name, f"{times.clock} seconds", verdict=verdict, says=says)
+        if len(times.head) >= 2:
+            ratio, base, head = times.ratio(), _center(times.of_base), _center(times.head)
+            row = Row(name, row.figure, base, head, ratio.value, ratio.low, ratio.high, verdict, says)
+        rows.append(row)
+    return rows
 
 
-def _row(name: str, first: Times, second: Times | None, threshold: float, p_value: float) -> Row:
-    times = second or first
-    if len(times.clean().head) >= 2:
-        times = times.clean()
-    ratio = times.ratio()
-    verdict, says = ("same", "") if second is None else _of_second_look(first.estimate(), second, threshold, p_value)
-    base, head = _center(times.of_base()), _center(times.head)
-    return Row(name, f"{times.clock} seconds", base, head, ratio.value, ratio.low, ratio.high, verdict, says)
-
-
-def _of_second_look(looked: float, second: Times, threshold: float, p_value: float) -> tuple[str, str]:
+def _second_look(first: Times, second: Times, threshold: float, workloads: int) -> tuple[str, str]:
     """Return the verdict on what was measured again, and what it rests on."""
-    disturbed, second = second.disturbed(), second.clean()
-    beside = f"other work disturbed {disturbed} of {disturbed + len(second.head)} fresh rounds"
+    beside = f"other work disturbed {second.disturbed} of {second.disturbed + len(second.head)} fresh rounds"
     if len(second.head) < FEWEST_AGAIN:
         return "undecided", f"{beside}: measure on a quieter machine"
+    looked = f"{_percent(first.estimate())} at first, " if first.head else ""
     found, floor = second.estimate(), second.floor()
+    again = f"{looked}{_percent(found)} in {len(second.head)} fresh rounds"
     change = max(found, 1 / found)
-    again = f"{_percent(looked)} at first, {_percent(found)} in {len(second.head)} fresh rounds"
     if change <= 1 + threshold:
         return "same", f"{again}: within the threshold"
-    unproven = "undecided" if disturbed else "same"
-    again = f"{again}, and {beside}" if disturbed else again
+    unproven = "undecided" if second.disturbed else "same"
+    again = f"{again}, and {beside}" if second.disturbed else again
     if change <= floor:
         return unproven, f"{again}: no more than base differs from base ({_percent(floor)})"
+    slower, faster = (second.head, second.of_base) if found > 1 else (second.of_base, second.head)
+    # Bonferroni's correction: any of the workloads may be a false alarm.
+    p_value = min(1.0, workloads * ratio_of_times(slower, faster).p_value)
     if p_value >= ALPHA:
         return unproven, f"{again}: the rounds do not agree (corrected p = {p_value:.2g})"
     word = "slower" if found > 1 else "faster"

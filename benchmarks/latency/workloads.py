@@ -19,33 +19,37 @@ import torch
 from torch import nn
 
 import lowmem
-from benchmarks.cases import BATCHES, Training, dense_model, inference_input, weight_to_quantize
+from benchmarks.cases import BATCHES, Training, built_variant, dense_model, inference_input, weight_to_quantize
 
 Call = Callable[[], object]
 
 CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 BATCHES_ON_ALL_CORES = (1, 128)
 SMALL = 16  # columns and rows of a layer in which the call counts, not the product
+ROWS, COLUMNS = 128, 512  # of a layer whose product is counted in instructions
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is timed.
+    """What is timed."""
 
-    Attributes:
-        set_up: prepares it, and returns the call that is timed.
-        threads: that torch may use.
-        clock: ``cpu`` seconds of this process, or ``wall`` seconds.
-    """
-
-    set_up: Callable[[], Call]
-    threads: int = 1
-    clock: str = "cpu"
+    set_up: Callable[[], Call]  # returns the call that is timed
+    threads: int = 1  # that torch may use
+    clock: str = "cpu"  # seconds of this process, or "wall" seconds
 
 
 def inference(variant: str, batch: int) -> Call:
-    model, x = _model(variant), inference_input(batch)
+    return _forward(built_variant(variant), inference_input(batch))
 
+
+def small_layer(techniques: tuple[object, ...]) -> Call:
+    """Return the call of one small layer at batch 1: mostly Python."""
+    torch.manual_seed(0)
+    layer = lowmem.convert(nn.Linear(SMALL, SMALL).eval(), *techniques)
+    return _forward(layer, torch.randn(1, SMALL))
+
+
+def _forward(model: nn.Module, x: torch.Tensor) -> Call:
     def run() -> torch.Tensor:
         with torch.no_grad():
             return model(x)
@@ -53,28 +57,24 @@ def inference(variant: str, batch: int) -> Call:
     return run
 
 
-def small_layer(techniques: tuple[object, ...]) -> Call:
-    """Return the call of one small layer at batch 1: mostly Python."""
+def product(technique: object, batch: int, gradient: bool = False) -> Call:
+    """Return the product of a layer with a batch, or that and the gradient of its input."""
     torch.manual_seed(0)
-    layer = lowmem.convert(nn.Linear(SMALL, SMALL).eval(), *techniques)
-    x = torch.randn(1, SMALL)
-
-    def run() -> torch.Tensor:
-        with torch.no_grad():
-            return layer(x)
-
-    return run
+    layer = lowmem.convert(nn.Linear(COLUMNS, ROWS).eval(), technique)
+    x = torch.randn(batch, COLUMNS, requires_grad=gradient)
+    out = torch.ones(batch, ROWS)
+    return (lambda: torch.autograd.grad(layer(x), x, out)) if gradient else _forward(layer, x)
 
 
 def training_step(variant: str) -> Call:
     """Return a training step, after one that made the optimizer's state."""
-    training = Training(variant, body=copy.deepcopy(_model(variant)))  # to build it again takes longer
+    training = Training(variant, body=copy.deepcopy(built_variant(variant)))  # to build it again takes longer
     training.step()
     return training.step
 
 
-def quantize(form: str) -> Call:
-    return partial(lowmem.quantize, weight_to_quantize(), form)
+def quantize(form: str, rows: int = 4096) -> Call:
+    return partial(lowmem.quantize, weight_to_quantize(rows), form)
 
 
 def save() -> Call:
@@ -108,9 +108,21 @@ def workloads() -> dict[str, Workload]:
     return found
 
 
-@cache
-def _model(variant: str) -> nn.Module:
-    return lowmem.build(variant).eval()
+def counted() -> dict[str, Callable[[], Call]]:
+    """Return what sets up the workloads whose instructions are counted, by name."""
+    found: dict[str, Callable[[], Call]] = {
+        f"layer's Python, {variant}": partial(small_layer, techniques)
+        for variant, techniques in lowmem.VARIANTS.items()
+        if techniques
+    }
+    techniques = {"nf4": lowmem.FourBit("nf4"), "int4": lowmem.FourBit("int4", block_size=16), "half": lowmem.Half()}
+    for name, technique in techniques.items():
+        for batch in (1, 8, 32):
+            found[f"portable kernel, {name} batch {batch}"] = partial(product, technique, batch)
+        found[f"portable kernel, {name} gradient"] = partial(product, technique, 8, True)
+    for form in lowmem.FORMATS:
+        found[f"portable kernel, quantize {form}"] = partial(quantize, form, rows=8)
+    return found
 
 
 @cache

@@ -38,9 +38,9 @@ def bytes_per_rank(
         activations: bytes of a step beside weights, gradients and optimizer, for the batch of one process:
             ``lowmem.measure.backward_bytes`` less the gradients, or ``lowmem.plan``.
         in_blocks: the same without output layer and loss, thus without logits and without the output layer's weight,
-            which is dequantized for more than 8 rows if it is in 8 bits. None: ``activations``, for an upper bound.
+            which is dequantized for more than 8 rows if it is in 8 bits. None takes ``activations``: an upper bound.
         bits: per weight in blocks: 4.5 for nf4 in blocks of 64 with float32 scales, 16 for ``Half``.
-        rest_bits: per weight outside of blocks; None: 8.125 if ``bits`` is below 8, since ``FourBit`` stores
+        rest_bits: per weight outside of blocks; None takes 8.125 if ``bits`` is below 8, since ``FourBit`` stores
             embeddings and output layers in 8 bits, else ``bits``.
 
     Raises:

@@ -117,6 +117,24 @@ def started_rank() -> int:
     return int(os.environ["RANK"]) if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else 0
 
 
+def start_words() -> list[str]:
+    """Return the words that start this command again: "lowmem", or those of torchrun and lowmem for all processes.
+
+    They follow from the variables that torchrun documents for the processes that it starts. With several machines
+    (``--nnodes``), the words start the processes of one of them, and meet at the default port of rank 0's machine.
+    """
+    if "LOCAL_WORLD_SIZE" not in os.environ:
+        return ["lowmem"]
+    here, world = (int(os.environ[name]) for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"))
+    words = ["torchrun", "--nproc-per-node", str(here)]
+    if (restarts := os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) != "0":
+        words += ["--max-restarts", restarts]
+    if world > here:
+        words += ["--nnodes", str(-(-world // here)), "--rdzv-backend", "c10d", "--rdzv-endpoint"]
+        words += [f"{os.environ['MASTER_ADDR']}:29400", "--rdzv-id", os.environ["TORCHELASTIC_RUN_ID"]]
+    return [*words, "-m", "lowmem"]
+
+
 def is_told_by_first(line: str) -> bool:
     """Whether rank 0 ends with the same error, so that this process need not tell it; rank 0 lets the others know."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["WORLD_SIZE"] == "1":

@@ -49,7 +49,7 @@ def shard(model: M, mesh: DeviceMesh | None = None, *, mp_policy: MixedPrecision
 
     Args:
         model: with values, on one device.
-        mesh: of one dimension, or of two, which replicate and shard; None: all processes, on the model's device.
+        mesh: of one dimension, or of two, which replicate and shard; None takes all processes, on the model's device.
         mp_policy: FSDP2's mixed precision. It casts dense floating parameters, and adapters, when they are gathered.
 
     Returns:

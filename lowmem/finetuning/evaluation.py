@@ -24,7 +24,7 @@ def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> floa
     Args:
         model: is evaluated in eval mode; the modes of its modules are restored.
         rows: held-out text.
-        ranks: the processes that train together; None: this one alone.
+        ranks: the processes that train together; None if this process evaluates alone.
     """
     ranks = ranks or Ranks()
     device = next(model.parameters()).device

@@ -43,7 +43,7 @@ class Step:
         lr: learning rate.
         tokens: tokens that the models of all processes got, without padding.
         seconds: time of gradient and update, without evaluating and saving the state.
-        perplexity: of the held-out text after the step; None: not evaluated.
+        perplexity: of the held-out text after the step; None if it was not evaluated.
     """
 
     number: int
@@ -100,7 +100,7 @@ def finetune(
         settings: steps, batches, rates.
         held_out: rows to evaluate on, every ``eval_every`` steps and at the end.
         states: where states are saved; if there is one, the run resumes from it.
-        ranks: the processes that train together; None: this one alone.
+        ranks: the processes that train together; None if this process trains alone.
         watch: is called after each step.
 
     Returns:

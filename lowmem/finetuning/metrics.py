@@ -21,10 +21,6 @@ from lowmem.errors import refusal, show
 from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors, write_atomically, write_errors
 from lowmem.version import install_command
 
-_LINE = re.compile(rb'\{"step": \d.*\n?|' + b"|".join(re.escape(b'{"step": '[:end]) for end in range(1, 10)))
-"""Matches the first line of a metrics file, which a full disk or a kill may have truncated anywhere."""
-
-
 _UNDATED: dict[str, dict[str, Any]] = {
     ".png": {"Software": None},
     ".svg": {"Date": None},
@@ -34,7 +30,7 @@ _UNDATED: dict[str, dict[str, Any]] = {
 
 
 class Metrics:
-    """Writes metrics to a file.
+    """Writes a line of JSON for each step to a file.
 
     Args:
         path: of the file.
@@ -46,25 +42,51 @@ class Metrics:
         OSError: the file cannot be read or written.
     """
 
+    _start, _first = b'{"step": ', re.compile(rb'\{"step": \d.*\n?')  # a kill may cut the first line anywhere
+
     def __init__(self, path: Path, step: int | None = None) -> None:
         self._path = path
-        kept = b"" if step is None or not path.exists() else _lines_until(path, step)
         if step is None:
             check_free(path)
-        write_atomically(path, kept)
+        write_atomically(path, b"" if step is None or not path.exists() else self.lines_until(path, step))
         with write_errors(path):
             self._file = open(path, "ab")  # noqa: SIM115
+
+    @classmethod
+    def lines_until(cls, path: Path, step: int) -> bytes:
+        """Return the complete lines of a file up to a step; raise a FileError if the file is of another kind."""
+        with open_regular(path) as file, read_errors(path):
+            lines = file.read().splitlines(keepends=True)
+        if lines and not (cls._first.fullmatch(lines[0]) or cls._start.startswith(lines[0])):
+            raise refusal(path, "it has no metrics of a run to go on with; choose another name", "write")
+        kept = b""
+        for line in lines:
+            try:
+                number = cls._step_of(line)
+            except (ValueError, TypeError, KeyError):  # truncated by a kill
+                break
+            if type(number) is not int or number > step or not line.endswith(b"\n"):
+                break
+            kept += line
+        return kept
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one line, and flush it."""
         with write_errors(self._path):
-            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.write(self._line_of(record))
             self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
         with suppress(OSError):  # close flushes again what could not be written
             self._file.close()
+
+    @staticmethod
+    def _step_of(line: bytes) -> Any:
+        return json.loads(line)["step"]
+
+    def _line_of(self, record: Mapping[str, Any]) -> bytes:
+        return json.dumps(record).encode() + b"\n"
 
 
 class Writer(Protocol):
@@ -77,37 +99,27 @@ class Writer(Protocol):
         """End the log."""
 
 
-class _CSV:
+class _CSV(Metrics):
     """Writes a table, metrics.csv; ``LOGS`` describes the arguments."""
 
+    _start, _first = b"step,", re.compile(rb"step,.*\n?")
+
     def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
-        self._path = folder / "metrics.csv"
-        kept = ""
-        if step is not None and self._path.exists():
-            with open_regular(self._path) as file, read_errors(self._path):
-                header, *lines = file.read().decode().splitlines(keepends=True) or [""]
-            whole = [line for line in lines if line.endswith("\n")]  # a kill may have cut the last one
-            numbers = [line.partition(",")[0] for line in whole]
-            done = [line for line, at in zip(whole, numbers, strict=True) if at.isdigit() and int(at) <= step]
-            kept = header + "".join(done) if header.endswith("\n") else ""
         with write_errors(folder):
             folder.mkdir(exist_ok=True)
-        write_atomically(self._path, kept.encode())
-        with write_errors(self._path):
-            self._file = open(self._path, "a", newline="")  # noqa: SIM115
+        super().__init__(folder / "metrics.csv", step)
 
-    def write(self, record: Mapping[str, Any]) -> None:
-        """Write a row."""
-        writer = csv.DictWriter(self._file, list(record), lineterminator="\n")
-        with write_errors(self._path):
-            if not self._file.tell():
-                writer.writeheader()
-            writer.writerow(record)
-            self._file.flush()
+    @staticmethod
+    def _step_of(line: bytes) -> int:
+        return 0 if line.startswith(_CSV._start) else int(line.partition(b",")[0])
 
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+    def _line_of(self, record: Mapping[str, Any]) -> bytes:
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(record), lineterminator="\n")
+        if not self._file.tell():
+            writer.writeheader()
+        writer.writerow(record)
+        return text.getvalue().encode()
 
 
 class _TensorBoard:
@@ -184,26 +196,8 @@ def check_metrics(path: Path, resume: bool) -> None:
     if not resume:
         check_free(path)
     elif path.exists():
-        _lines_until(path, 0)
+        Metrics.lines_until(path, 0)
     check_writable(path)
-
-
-def _lines_until(path: Path, step: int) -> bytes:
-    """Return the complete lines of a metrics file up to a step; raise a FileError if it is of another kind."""
-    with open_regular(path) as file, read_errors(path):
-        lines = file.read().splitlines(keepends=True)
-    if lines and not _LINE.fullmatch(lines[0]):
-        raise refusal(path, "it has no metrics of a run to go on with; choose another name", "write")
-    kept = b""
-    for line in lines:
-        try:
-            number = json.loads(line)["step"]
-        except (ValueError, TypeError, KeyError):  # truncated by a kill
-            break
-        if type(number) is not int or number > step or not line.endswith(b"\n"):
-            break
-        kept += line
-    return kept
 
 
 def peak_memory(device: torch.device) -> int | None:

@@ -29,20 +29,20 @@ class FineTuning:
     """Settings of ``finetune``.
 
     Args:
-        steps: number of updates; None: as many as ``epochs`` need.
-        epochs: passes over the rows; None: one, unless ``steps`` is given.
+        steps: number of updates; None makes as many as ``epochs`` need.
+        epochs: passes over the rows; None makes one, unless ``steps`` is given.
         batch_size: rows that each process computes at a time.
         accumulate: batches per step and process. The gradient is that of one batch of all their rows, in which each
             token that counts has the same weight.
         lr: peak learning rate of AdamW.
         warmup: steps over which the learning rate rises.
         decay: of the learning rate after the warm-up: "cosine", "linear", or "none".
-        clip: gradients are scaled down to at most this norm; None: no clipping.
+        clip: gradients are scaled down to at most this norm; None leaves them as they are.
         weight_decay: AdamW's decoupled weight decay.
         seed: of the order of rows, and of dropout.
-        eval_every: steps between evaluations; None: evaluate only at the end.
+        eval_every: steps between evaluations; None evaluates only at the end.
         patience: stop after this many evaluations that are not better than the best one, and keep the best weights;
-            None: never.
+            None never stops early.
         save_every: steps between saved states.
 
     Raises:

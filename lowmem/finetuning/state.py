@@ -64,7 +64,7 @@ class States:
         self._last: tuple[int, str] | None = None  # the step of the newest state, and its file
 
     def newest(self, model: nn.Module | None = None) -> Saved | None:
-        """Return the newest undamaged state; None: no state. ``model`` is not used: the parameters are whole.
+        """Return the newest undamaged state, or None. ``model`` is not used: the parameters are whole.
 
         Raises:
             FileError: all states are damaged, the newest is of another run: the first difference is named; or the

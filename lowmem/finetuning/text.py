@@ -3,7 +3,6 @@ of completions and of the assistant's messages, and all of plain text."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors
+from lowmem.io.atomic import read_text
 
 IGNORED = -100
 """Target of a token whose successor is not to be predicted: ``ignore_index`` of torch's cross entropy."""
@@ -147,21 +146,6 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: in
         why = "one token, which follows nothing" if not cut else f"no token that counts among its first {length}"
         raise refusal(path, f"of all of its texts the model sees {why}; take longer texts, or a larger length")
     return Texts(examples, digest, in_order, cut, dropped)
-
-
-def read_text(path: Path) -> tuple[str, str]:
-    """Return the text of a file in UTF-8, and its SHA-256 in hex.
-
-    Raises:
-        FileError: the file is not UTF-8.
-        OSError: it cannot be read.
-    """
-    with open_regular(path) as file, read_errors(path):
-        content = file.read()
-    try:
-        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
-    except UnicodeDecodeError as reason:
-        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
 
 
 def _lines(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator[tuple[list[Example], int]]:

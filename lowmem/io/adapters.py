@@ -6,7 +6,7 @@ import hashlib
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -14,13 +14,21 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import printable, quoted, refusal, refusing, show
+from lowmem.errors import as_path, printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import bytes_of, read, write_tensors
 from lowmem.io.formats.gguf.adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG, PICKLES, WEIGHTS, AdapterContent, read_config, read_peft
+from lowmem.io.formats.peft.reading import (
+    CONFIG,
+    PICKLES,
+    WEIGHTS,
+    AdapterContent,
+    adapters_in,
+    read_config,
+    read_peft,
+)
 from lowmem.io.formats.peft.writing import write_peft
 from lowmem.io.metadata import adapter_record, check_keys, check_object, lora_of, record_errors
 from lowmem.io.skeleton import adapter_skip_reason, check_adapter
@@ -40,6 +48,10 @@ from lowmem.transforms.registry import layer_name, module_paths, parameters_to_a
 
 M = TypeVar("M", bound=nn.Module)
 
+FORMATS = ("lowmem", "peft", "gguf")
+"""In which an adapter is written."""
+_PARTS = ("lora_a", "lora_b")
+
 
 @one_at_a_time
 def save_adapter(
@@ -55,14 +67,14 @@ def save_adapter(
     Args:
         model: has the adapter; one that DistributedDataParallel wraps counts as the model inside.
         path: of the file; an existing one is replaced. For ``format="peft"`` and "gguf" nothing may be there yet.
-        name: of the adapter; None: the only one.
+        name: of the adapter; None takes the only one.
         format: "lowmem": a safetensors file, which ``load_adapter`` loads onto the same base only. "peft": a folder
             that ``PeftModel.from_pretrained`` loads, and ``load_adapter``, too; parameters of the base that train
             beside the adapter are saved with it, as ``modules_to_save`` and biases. "gguf": a file for llama.cpp, of
             linear layers and the input embedding of the llama family in transformers; scalings that it has no form of
             are folded into B, and parameters of the base that train are refused.
-        base_name: for ``format="peft"``: where ``AutoPeftModel`` finds the base, a path or a name on the Hub; None:
-            the base's name on the Hub, if it has one, since a path means nothing on another machine.
+        base_name: for ``format="peft"``: where ``AutoPeftModel`` finds the base, a path or a name on the Hub.
+            None takes the base's name on the Hub, if it has one, since a path means nothing on another machine.
 
     Raises:
         TypeError: the model is not a module.
@@ -87,12 +99,18 @@ def save_adapter(
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
     _refuse_layers("save_adapter", places_of(model), model, layers)
-    FORMATS[format](Path(path), model, name, layers, base_name)
+    path = as_path("path", path)
+    if format == "peft":
+        write_peft(path, model, layers, base_name)
+    elif format == "gguf":
+        write_gguf_adapter(path, model, name, layers)
+    else:
+        _write(path, model, name, layers)
 
 
-def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter], _: str | None) -> None:
+def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
     """Write lowmem's own file."""
-    tensors = {_key(place, part): value for place, a in layers.items() for part, value in _values(a).items()}
+    tensors = {_key(place, part): getattr(adapter, part) for place, adapter in layers.items() for part in _PARTS}
     metadata = {
         "kind": "adapter",
         "name": name,
@@ -102,17 +120,10 @@ def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter
     write_tensors(path, tensors, metadata)
 
 
-FORMATS: dict[str, Callable[[Path, nn.Module, str, Mapping[str, Adapter], str | None], None]] = {
-    "lowmem": _write,
-    "peft": lambda path, model, name, layers, base: write_peft(path, model, layers, base),
-    "gguf": lambda path, model, name, layers, base: write_gguf_adapter(path, model, name, layers),
-}
-"""What writes an adapter, by the name of the format."""
-
-
 class AdapterFacts(NamedTuple):
     """What an adapter's file or folder says of itself."""
 
+    name: str
     rank: int  # of most layers
     base: str | None  # where the base is, or its name on the Hub; None: not said
 
@@ -121,12 +132,44 @@ def adapter_facts(path: Path) -> AdapterFacts:
     """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
     if path.is_dir():
         config = read_config(path)
-        return AdapterFacts(config.technique.rank, config.base)
+        return AdapterFacts("default", config.default.rank, config.base)
     _refuse_foreign(path)
     metadata = read(path).metadata
     with refusing(path, "load the adapter"):
-        records = _parsed(metadata)[2]
-    return AdapterFacts(Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
+        name, _, records = _parsed(metadata)
+    return AdapterFacts(name, Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
+
+
+def find_adapter(path: Path, name: str | None) -> tuple[Path, str | None]:
+    """Return the file or folder of an adapter, and its name, or None if the file or folder tells the name.
+
+    Args:
+        path: a file of ``save_adapter``, or a folder of PEFT with one or several adapters.
+        name: of the adapter; None takes the only one.
+
+    Raises:
+        ValueError: ``path`` has no adapter of that name, or several and ``name`` is None.
+        FileError, OSError: as ``load_adapter``, for a file.
+    """
+    if not path.is_dir():
+        return path, name and choose_adapter(path, [adapter_facts(path).name], name)
+    found = adapters_in(path)
+    chosen = choose_adapter(path, found, name)
+    return (path, None) if chosen is None else (found[chosen], chosen)
+
+
+def choose_adapter(path: Path, names: Collection[str], name: str | None) -> str | None:
+    """Return the adapter of a file or folder to use, or None if it has none and no name is given.
+
+    Raises:
+        ValueError: as ``find_adapter``.
+    """
+    listed = printable(", ".join(names)) or "none"
+    if name is not None and name not in names:
+        raise ValueError(f"--adapter={name!r} is no adapter of {str(path)!r}, which has {listed}")
+    if name is None and len(names) > 1:
+        raise ValueError(f"{str(path)!r} has several adapters: choose one of {listed} with --adapter")
+    return name or next(iter(names), None)
 
 
 @returns_free_pages
@@ -143,7 +186,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         model: the base, with or without adapters. One that DistributedDataParallel wraps counts as the model
             inside; wrap it after an adapter was added, not before.
         path: of a file that ``save_adapter`` wrote, or a folder that PEFT wrote.
-        name: of the adapter in the model; None: the name in the file, of a folder "default".
+        name: of the adapter in the model; None takes the name in the file, and "default" for a folder.
 
     Returns:
         The model, changed in place.
@@ -173,7 +216,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         return model
     refuse_model("load_adapter", model)
     found, places = module_paths(model), places_of(model)
-    path = Path(path)
+    path = as_path("path", path)
     if path.is_dir():
         content = read_peft(path, model)
         _refuse_layers("load_adapter", places, model, content.techniques)
@@ -208,8 +251,8 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         add_placed(model, name, placed, {module: paths[0] for module, paths in found.items()})
     with torch.no_grad():
         for at, adapter in adapter_layers(model, name).items():
-            for part, value in _values(adapter).items():
-                value.copy_(content.tensors[own[at]][part])
+            for part, value in content.tensors[own[at]].items():
+                getattr(adapter, part).copy_(value)
         for old, new in content.base_values:
             old.copy_(new)
     for trained in content.trained:
@@ -225,8 +268,21 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name, base, records = _parsed(file.metadata)
         _refuse_layers("load_adapter", places, model, records)
-        _check_fits(model, places, records, file.tensors, base)
-    tensors = {place: {part: file.tensors[_key(place, part)] for part in ("lora_a", "lora_b")} for place in records}
+        for place, technique in records.items():
+            why = adapter_skip_reason(model, places, place)
+            if why is not None:
+                raise ValueError(f"it adapts {layer_name(place)}, and {why}: it is of another architecture")
+            module, parameter = places[place]
+            check_adapter(_key(place, ""), technique, module, file.tensors, parameter)
+        surplus = file.tensors.keys() - {_key(place, part) for place in records for part in _PARTS}
+        if surplus:
+            raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(surplus))}")
+        if fingerprint(model, list(records)) != base:
+            raise ValueError(
+                "it was trained on another base: the weights, or how they are stored, differ in the layers that it "
+                "adapts; load it onto the base that it was saved from"
+            )
+    tensors = {place: {part: file.tensors[_key(place, part)] for part in _PARTS} for place in records}
     half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
     records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
     return AdapterContent(records, tensors, name=name)
@@ -294,33 +350,5 @@ def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
     return fields["name"], fields["base"], records
 
 
-def _check_fits(
-    model: nn.Module,
-    places: dict[str, tuple[nn.Module, str]],
-    records: dict[str, LoRA],
-    tensors: dict[str, Tensor],
-    base: str,
-) -> None:
-    expected: set[str] = set()
-    for place, technique in records.items():
-        why = adapter_skip_reason(model, places, place)
-        if why is not None:
-            raise ValueError(f"it adapts {layer_name(place)}, and {why}: it is of another architecture")
-        module, parameter = places[place]
-        check_adapter(_key(place, ""), technique, module, tensors, parameter)
-        expected |= {_key(place, "lora_a"), _key(place, "lora_b")}
-    if expected != tensors.keys():
-        raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(tensors.keys() - expected))}")
-    if fingerprint(model, list(records)) != base:
-        raise ValueError(
-            "it was trained on another base: the weights, or how they are stored, differ in the layers that it "
-            "adapts; load it onto the base that it was saved from"
-        )
-
-
 def _key(path: str, part: str) -> str:
     return f"{path}.{part}" if path else part
-
-
-def _values(adapter: Any) -> dict[str, Tensor]:
-    return {"lora_a": adapter.lora_a, "lora_b": adapter.lora_b}

@@ -82,7 +82,14 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
             os.fsync(file.fileno())
             if fcntl is None:  # Windows cannot rename open files; elsewhere the lock is held until after the rename
                 file.close()
-            _rename(partial, path, overwrite)
+            if overwrite:
+                os.replace(partial, path)
+            else:
+                try:
+                    os.link(partial, path)  # never overwrites, unlike rename
+                except OSError:  # path exists, or the file system has no hard links
+                    check_free(path)
+                    os.rename(partial, path)
     sync(path.parent)
 
 
@@ -123,8 +130,10 @@ def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
         OSError: it cannot be made, or written.
     """
 
+    named = target or within
+
     def make(partial: Path, stack: ExitStack) -> tuple[None, int | None]:
-        with write_errors(target or within):
+        with write_errors(named):
             partial.mkdir()
         try:
             descriptor = os.open(partial, os.O_RDONLY)
@@ -133,24 +142,18 @@ def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
         stack.callback(os.close, descriptor)
         return None, descriptor
 
-    with _partial(within, within.name, make) as (_, partial), _naming(target or within, partial):
-        yield partial
-
-
-@contextmanager
-def _naming(target: Path, partial: Path) -> Iterator[None]:
-    """Turn an error of writing in a partial folder into one that names what it is to become; others pass."""
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except (OSError, SafetensorError) as reason:
-        said = not isinstance(reason, OSError) or isinstance(reason, WriteError) or reason.strerror
-        named = reason.path if isinstance(reason, WriteError) else getattr(reason, "filename", None)
-        elsewhere = isinstance(named, str | bytes) and partial.name not in Path(os.fsdecode(named)).parts
-        if not said or elsewhere:  # a descriptor has no path
+    with _partial(within, within.name, make) as (_, partial):
+        try:
+            yield partial
+        except FileExistsError:
             raise
-        raise unwritable(target, reason) from reason
+        except (OSError, SafetensorError) as reason:  # of writing in it, unless it says another path
+            said = not isinstance(reason, OSError) or isinstance(reason, WriteError) or reason.strerror
+            path = reason.path if isinstance(reason, WriteError) else getattr(reason, "filename", None)
+            elsewhere = isinstance(path, str | bytes) and partial.name not in Path(os.fsdecode(path)).parts
+            if not said or elsewhere:  # a descriptor has no path
+                raise
+            raise unwritable(named, reason) from reason
 
 
 @contextmanager
@@ -226,6 +229,21 @@ def open_regular(path: Path) -> BufferedReader:
         os.close(descriptor)
         raise OSError(f"cannot read {quoted(path)}: it is a directory, a device or a pipe; name a regular file")
     return open(descriptor, "rb")
+
+
+def read_text(path: Path) -> tuple[str, str]:
+    """Return the text of a file in UTF-8, and its SHA-256 in hex.
+
+    Raises:
+        FileError: the file is not UTF-8.
+        OSError: it cannot be read.
+    """
+    with open_regular(path) as file, read_errors(path):
+        content = file.read()
+    try:
+        return content.decode("utf-8-sig"), hashlib.sha256(content).hexdigest()
+    except UnicodeDecodeError as reason:
+        raise refusal(path, f"it is no UTF-8 text, from byte {reason.start}; name a text file") from None
 
 
 def starts_with(path: Path, magic: bytes) -> bool:
@@ -360,17 +378,6 @@ def _mode(path: Path) -> int | None:
             return path.stat().st_mode
         except FileNotFoundError:
             return None
-
-
-def _rename(partial: Path, path: Path, overwrite: bool) -> None:
-    if overwrite:
-        os.replace(partial, path)
-        return
-    try:
-        os.link(partial, path)  # never overwrites, unlike rename
-    except OSError:  # path exists, or the file system has no hard links
-        check_free(path)
-        os.rename(partial, path)
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.errors import refusal, show
-from lowmem.io.container import TensorFile, spec_of, write
+from lowmem.io.container import spec_of, write
 from lowmem.io.metadata import adapters_record, form_record
 from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import read_model
@@ -22,7 +22,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
 from lowmem.transforms.commit import one_at_a_time
-from lowmem.transforms.meta import make_on_meta
+from lowmem.transforms.meta import check_factory, make_on_meta
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded
 from lowmem.transforms.registry import layer_name, made_by, module_paths
@@ -67,7 +67,10 @@ def content_of(model: nn.Module) -> Content:
     seen: set[int] = set()
     layers = {module: paths[0] for module, paths in module_paths(model).items() if made_by(module) is not None}
     refuse_sharded("save", model)
-    _refuse_lazy(model)
+    for name, one in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(one):
+            path = name.rpartition(".")[0]
+            raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before save")
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
@@ -91,14 +94,6 @@ def content_of(model: nn.Module) -> Content:
             adapters |= {place_name(place, name): record for name, record in adapters_record(layer).items()}
     specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
     return specs, {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}, tensors.items()
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    """Raise a ValueError for a tensor that has no shape yet."""
-    for name, one in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(one):
-            path = name.rpartition(".")[0]
-            raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before save")
 
 
 def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
@@ -125,27 +120,18 @@ def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
             layers, names, shapes or dtypes that differ are named.
         OSError: the file cannot be read.
     """
-    if not callable(factory) or isinstance(factory, nn.Module):  # a module is callable, with its inputs
-        raise TypeError(f"factory={type(factory).__name__} must be a callable that makes the model")
+    check_factory("factory", factory)
     file = read_model(path)
     try:
-        model = _built(factory, file)
-    except (ValueError, LookupError, AttributeError, OverflowError) as reason:
-        text = (
-            str(reason) if isinstance(reason, ValueError) else f"its record of the layers is not lowmem's ({reason})"
-        )
-        raise refusal(path, text, "load") from reason
+        model = make_on_meta(factory)
+        try:
+            convert_skeleton(model, file.metadata, file.tensors)
+        except (TypeError, LookupError, AttributeError, OverflowError) as reason:
+            raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
+        assign(model, file.tensors)
+    except ValueError as reason:
+        raise refusal(path, str(reason), "load") from reason
     trim_heap(model)
-    return model
-
-
-def _built(factory: Callable[[], M], file: TensorFile) -> M:
-    model = make_on_meta(factory)
-    try:
-        convert_skeleton(model, file.metadata, file.tensors)
-    except TypeError as reason:
-        raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
-    assign(model, file.tensors)
     return model
 
 

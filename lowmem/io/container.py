@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from lowmem.errors import FileError, refusal, show
+from lowmem.errors import FileError, as_path, refusal, show
 from lowmem.io.atomic import atomic_file, check_writable, open_regular, read_errors, write_errors
 from lowmem.io.safetensors import Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
@@ -75,7 +75,7 @@ def write(
         ValueError: a tensor is missing, comes twice or differs from its spec, or something cannot be stored.
         OSError: the file cannot be written.
     """
-    path = Path(path)
+    path = as_path("path", path)
     check_writable(path)
     metadata = _encoded(metadata)
     with atomic_file(path) as file:
@@ -129,7 +129,7 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
         FileError: the file is damaged, or written by a newer lowmem or by another program.
         OSError: the file cannot be read.
     """
-    path = Path(path)
+    path = as_path("path", path)
     with open_regular(path) as file, read_errors(path):
         text = read_header(path, file)
         start = 8 + len(text)

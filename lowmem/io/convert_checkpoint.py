@@ -16,7 +16,7 @@ from torch import Tensor
 from lowmem.errors import printable
 from lowmem.io.metadata import layer_of
 from lowmem.io.safetensors import TensorSpec
-from lowmem.io.shards import PlannedWeight, check_target, write_model
+from lowmem.io.shards import StoredWeight, check_target, write_model
 from lowmem.io.source import Source, check_patterns
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
@@ -87,7 +87,7 @@ def convert_checkpoint(
         weights = {
             name: _converted(opened, name, chosen[name].technique, errors)
             if name in wanted
-            else PlannedWeight(name, spec.shape, spec.dtype, partial(opened.read_tensor, name))
+            else StoredWeight(name, spec.shape, spec.dtype, spec.nbytes, partial(opened.read_tensor, name))
             for name, spec in opened.specs.items()
         }
         taken: dict[str, str] = {}
@@ -98,12 +98,11 @@ def convert_checkpoint(
                     raise ValueError(f"{both}; copy one as it is with --exclude")
         rows: dict[str, Row] = {}
 
-        def written(weight: PlannedWeight, after: int) -> None:
-            name = weight.name
-            spec = opened.specs[name]
-            how = (str(weight.form), chosen[name].why) if name in wanted else ()
-            rows[name] = Row(name, spec.shape, name in wanted, spec.nbytes, after, errors.get(name), *how)
-            progress(name, spec.nbytes)
+        def written(weight: StoredWeight, after: int) -> None:
+            name, before = weight.name, weight.nbytes
+            how = (weight.kept, chosen[name].why) if name in wanted else ()
+            rows[name] = Row(name, opened.specs[name].shape, name in wanted, before, after, errors.get(name), *how)
+            progress(name, before)
 
         write_model(target, weights, shard_bytes, opened.paths, written)
     return [rows[name] for name in sorted(rows)]
@@ -151,7 +150,7 @@ def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]
     return wanted
 
 
-def _converted(opened: Source, name: str, technique: FourBit | EightBit, errors: dict[str, float]) -> PlannedWeight:
+def _converted(opened: Source, name: str, technique: FourBit | EightBit, errors: dict[str, float]) -> StoredWeight:
     """Plan to store a tensor by ``technique``; its error is noted when it is written."""
     skeleton = technique.skeleton(_rows(torch.empty(opened.specs[name].shape, device="meta")))
 
@@ -164,7 +163,7 @@ def _converted(opened: Source, name: str, technique: FourBit | EightBit, errors:
         errors[name] = relative_error(weight, stored)
         return stored
 
-    return PlannedWeight(name, tuple(skeleton.shape), CodedForm.of(skeleton), read)
+    return StoredWeight(name, tuple(skeleton.shape), CodedForm.of(skeleton), opened.specs[name].nbytes, read)
 
 
 def _rows(weight: Tensor) -> Tensor:

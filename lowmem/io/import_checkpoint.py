@@ -3,39 +3,24 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowmem.errors import refusal, refusing
+from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.foreign import ForeignTensor
+from lowmem.io.formats.growth import GrowthWarning, growth, kept_bytes, with_dtype
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
-from lowmem.io.formats.stored_model import swapped
-from lowmem.io.shards import PlannedWeight, check_target, write_model
+from lowmem.io.shards import StoredWeight, check_target, write_model
 from lowmem.io.source import check_patterns
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
-
-
-@dataclass(frozen=True)
-class ImportedRow:
-    """The result for one tensor of the source."""
-
-    name: str
-    shape: tuple[int, ...]
-    kind: str
-    """How the source stores it."""
-    kept: str
-    """How the target does."""
-    before_bytes: int
-    after_bytes: int
-    error: float | None
-    """``rms(stored - weight) / rms(weight)`` of what was quantized, the largest of several that became one weight;
-    None: no value changed, unless ``dtype`` rounded it."""
 
 
 def import_checkpoint(
@@ -48,7 +33,7 @@ def import_checkpoint(
     dtype: torch.dtype | None = None,
     shard_bytes: int | None = None,
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
-) -> list[ImportedRow]:
+) -> list[ForeignRow]:
     """Write another program's weights as a file of lowmem's, whose dequantized values are the same bits in float32.
 
     Args:
@@ -62,27 +47,33 @@ def import_checkpoint(
         progress: called with the name of each finished tensor and its bytes in the source.
 
     Returns:
-        A row for each tensor, sorted by name.
+        A row for each tensor, sorted by name. Its error does not count what ``dtype`` rounds.
 
     Raises:
         ValueError: a weight that cannot be kept exactly, without ``requantize``; or what ``convert_checkpoint``
             raises. No file has changed, except for shards that were completed.
         FileError: the source is damaged, or of a kind that lowmem does not read.
         OSError: a file cannot be read or written.
+
+    Warns:
+        GrowthWarning: the weights take more bytes than the source's, which names the option that avoids that.
     """
     source, target = Path(source), Path(target)
     check_target(target)
     requantizing = Requantizing(requantize, list(include), technique)
     with open_foreign(source) as file:
         weights = _plan(source, file, requantizing, dtype)
-        rows: dict[str, ImportedRow] = {}
+        kept = [(file.tensors[name], weight.form) for name, weight in weights.items()]
+        grown = growth(source, kept, sum(kept_bytes(*pair) for pair in kept))
+        if grown is not None:
+            warnings.warn(grown, GrowthWarning, stacklevel=2)
+        rows: dict[str, ForeignRow] = {}
 
-        def written(weight: PlannedWeight, after: int) -> None:
-            tensor, kept = file.tensors[weight.name], str(weight.form).removeprefix("torch.")
-            shape = swapped(weight.shape) if tensor.transposed else weight.shape
-            error = requantizing.errors.get(tensor.name)
-            rows[tensor.name] = ImportedRow(tensor.name, shape, tensor.kind, kept, tensor.nbytes, after, error)
-            progress(tensor.name, tensor.nbytes)
+        def written(weight: StoredWeight, after: int) -> None:
+            name, kind, before = weight.name, file.tensors[weight.name].kind, weight.nbytes
+            error = requantizing.errors.get(name)
+            rows[name] = ForeignRow(name, weight.shape, kind, weight.kept, before, after, error)
+            progress(name, before)
 
         write_model(target, weights, shard_bytes, file.paths, written)
     return [rows[name] for name in sorted(rows)]
@@ -90,7 +81,7 @@ def import_checkpoint(
 
 def _plan(
     source: Path, file: ForeignFile, requantizing: Requantizing, dtype: torch.dtype | None
-) -> dict[str, PlannedWeight]:
+) -> dict[str, StoredWeight]:
     check_patterns(requantizing.include, file.tensors)
     tensors = [requantizing.of(found) for found in file.tensors.values()]
     refused = [tensor for tensor in tensors if tensor.refusal is not None]
@@ -99,14 +90,13 @@ def _plan(
     return {tensor.name: _planned(source, tensor, dtype) for tensor in tensors}
 
 
-def _planned(source: Path, tensor: ForeignTensor, dtype: torch.dtype | None) -> PlannedWeight:
-    form = tensor.kept()
-    if isinstance(form, torch.dtype) and form.is_floating_point and dtype is not None:
-        form = dtype
+def _planned(source: Path, tensor: ForeignTensor, dtype: torch.dtype | None) -> StoredWeight:
+    stored = tensor.stored()
+    form = with_dtype(stored.form, dtype)
 
     def read() -> Weight:
         with refusing(source, "import"):  # it cannot be quantized
             weight = tensor.read()
         return weight.to(form) if isinstance(weight, Tensor) and isinstance(form, torch.dtype) else weight
 
-    return PlannedWeight(tensor.name, tensor.shape, form, read, tensor.order)
+    return replace(stored, form=form, read=read)

@@ -116,9 +116,7 @@ def weights_in(folder: Path, action: str = "read") -> Path:
     """
     whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}{INDEX}"
     if os.path.lexists(index):
-        if os.path.lexists(whole) and whole.name not in read_index(index).values():
-            why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
-            raise refusal(folder, why, action)
+        check_alone(index, action)
         return index
     if os.path.lexists(whole):
         return whole
@@ -127,6 +125,14 @@ def weights_in(folder: Path, action: str = "read") -> Path:
     if len(others) == 1:
         remedy = f"; name its file {show(others[0].name)}, or rename it to the first"
     raise refusal(folder, f"it has no {whole.name} and no {index.name}{remedy}", action)
+
+
+def check_alone(index: Path, action: str = "read") -> None:
+    """Raise a FileError if a file of the whole model, which transformers would read, is beside an index."""
+    whole = index.with_name(index.name.removesuffix(INDEX))
+    if whole != index and os.path.lexists(whole) and whole.name not in read_index(index).values():
+        why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
+        raise refusal(index.parent, why, action)
 
 
 def replace_files(written: Path, target: Path) -> None:

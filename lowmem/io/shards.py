@@ -1,5 +1,5 @@
-"""Sharded models: several files, and the index that lists them, ``model.safetensors.index.json``. lowmem's holds the
-digest of each file, so that a shard of another run is detected."""
+"""The weights of a model in one file, or in shards and the index that lists them, ``model.safetensors.index.json``.
+lowmem's index holds the digest of each file, so that a shard of another run is detected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import refusal, show
+from lowmem.errors import as_path, refusal, show
 from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.io.container import FORMAT_VERSION, TensorFile, read, write
 from lowmem.io.metadata import form_record, layer_of
@@ -48,37 +48,71 @@ def check_target(target: Path) -> None:
     check_writable(target)
 
 
+def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape of the transpose, of a stack of matrices."""
+    return (*shape[:-2], *reversed(shape[-2:]))
+
+
 @dataclass(frozen=True)
-class PlannedWeight:
-    """A weight of a model that is written to files.
+class StoredWeight:
+    """A weight, whose values are read when they are asked for.
 
     Args:
-        name: in the model's state, such as ``layers.0.weight``.
-        shape: of what ``read`` returns.
-        form: how the file stores it: in 4 or 8 bits, or dense in a dtype.
-        read: returns the weight in this form; called once, when the weight is written.
-        order: returns the column of the weight for each stored column, int32, if ``form.gathered``.
+        name: as the dense model's state has it, such as ``model.layers.0.mlp.up_proj.weight``.
+        shape: of the weight. In 4 bits a folder's last dimension is even: an odd one is not told from the next.
+        form: how the weight is stored: in 4 or 8 bits, or dense in a dtype.
+        nbytes: what the weight takes in the source.
+        read: returns the weight, in newly allocated memory or as a view of the mapped file; with its last two
+            dimensions swapped if ``transposed``.
+        order: returns the column of the weight for each column that ``read`` returns, int32; None: they are the same.
     """
 
     name: str
     shape: tuple[int, ...]
     form: CodedForm | torch.dtype
+    nbytes: int
     read: Callable[[], Weight]
     order: Callable[[], Tensor] | None = None
 
+    @property
+    def transposed(self) -> bool:
+        """Whether the last two dimensions of what ``read`` returns are swapped."""
+        return isinstance(self.form, CodedForm) and self.form.transposed
+
+    @property
+    def kept(self) -> str:
+        """How it is stored, as text."""
+        return str(self.form).removeprefix("torch.")
+
+    def plain(self, weight: Weight | None = None, dtype: torch.dtype | None = None) -> Weight:
+        """Return the weight in its own shape and order of columns.
+
+        Args:
+            weight: what ``read`` returned; None: it is read.
+            dtype: of the values; None: float32 where ``read`` has other columns, else as it is stored.
+        """
+        weight = self.read() if weight is None else weight
+        if not self.transposed and self.order is None and dtype is None:
+            return weight
+        dtype = dtype or torch.float32
+        values = weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
+        if self.order is not None:
+            values = torch.empty_like(values).index_copy_(-1, self.order().long(), values)
+        return values.transpose(-1, -2).contiguous() if self.transposed else values
+
     def specs(self) -> dict[str, TensorSpec]:
-        """Return the dtype and shape of each of its tensors, by the names in the model's state."""
-        form = self.form
+        """Return the dtype and shape of each of its tensors in a file of lowmem's, by name."""
+        form, shape = self.form, swapped(self.shape) if self.transposed else self.shape
         if isinstance(form, torch.dtype):
-            return {self.name: TensorSpec(form, self.shape)}
+            return {self.name: TensorSpec(form, shape)}
         empty = QuantizedTensor.empty(
-            torch.Size(self.shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
+            torch.Size(shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
         )
-        order = torch.empty(self.shape[-1:], dtype=torch.int32, device="meta")
+        order = torch.empty(shape[-1:], dtype=torch.int32, device="meta")
         return {name: TensorSpec.of(tensor) for name, tensor in self._tensors(empty, order).items()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return its tensors, by the names in the model's state."""
+        """Return its tensors in a file of lowmem's, by name."""
         return self._tensors(self.read(), None if self.order is None else self.order())
 
     def _tensors(self, weight: Weight, order: Tensor | None) -> dict[str, Tensor]:
@@ -92,10 +126,10 @@ class PlannedWeight:
 
 def write_model(
     target: Path,
-    weights: Mapping[str, PlannedWeight],
+    weights: Mapping[str, StoredWeight],
     shard_bytes: int | None,
     sources: Collection[Path],
-    written: Callable[[PlannedWeight, int], None],
+    written: Callable[[StoredWeight, int], None],
 ) -> None:
     """Write a model of lowmem's to a file, or to shards and then their index. One weight at a time is in memory.
 
@@ -177,7 +211,7 @@ def read_model(path: str | os.PathLike[str]) -> TensorFile:
         FileError: a file is damaged, missing, of another run or version, or no model.
         OSError: a file cannot be read.
     """
-    path = Path(path)
+    path = as_path("path", path)
     if not path.name.endswith(INDEX):
         return _checked(path, read(path))
     text = read_at_most(path, MAX_INDEX, "index")
@@ -214,18 +248,12 @@ def parse_index(path: Path, text: bytes) -> dict[str, str]:
     if not isinstance(entries, dict):
         raise refusal(path, f"it is no index of a sharded checkpoint: weight_map={show(entries)}; get it again")
     for name, file in entries.items():
-        if not _is_name(file):
+        # Names of up to 255 bytes are the limit of common file systems.
+        if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {*"/\\\0"} or len(file.encode()) > 255:
             raise refusal(path, f"it puts tensor {show(name)} in {show(file)}, which is no file beside it; repair it")
     if not entries:
         raise refusal(path, "it names no tensors; get it again")
     return entries
-
-
-def _is_name(file: object) -> bool:
-    """Whether ``file`` is the name of a file in the same directory."""
-    if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {"/", "\\", "\0"}:
-        return False
-    return len(file.encode()) <= 255  # the limit of common file systems
 
 
 def _checked(path: Path, file: TensorFile) -> TensorFile:

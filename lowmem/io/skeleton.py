@@ -24,7 +24,7 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.adapters import add_placed
 from lowmem.transforms.commit import commit
 from lowmem.transforms.placement import places_of
-from lowmem.transforms.registry import layer_name, module_paths, skip_reason
+from lowmem.transforms.registry import layer_name, module_paths, note_dense, skip_reason
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import keep_shared_biases, weight_key
 
@@ -85,6 +85,7 @@ def _convert_layers(model: nn.Module, records: Mapping[str, object]) -> None:
         replacements[module] = _gathered(made, path) if any(form.gathered for form in forms.values()) else made
     keep_shared_biases(model, replacements)
     commit(model, replacements)
+    note_dense({module: "dense in the file" for module in module_paths(model) if module not in replacements})
 
 
 def _forms_by_parameter(

@@ -15,9 +15,9 @@ from torch.nn import functional
 
 from lowmem.kernels import int8, reference
 from lowmem.kernels.cpu_rows import CpuRows
+from lowmem.kernels.kernel_choice import CpuPlan
 from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.native import load
-from lowmem.kernels.plan import CpuPlan
 from lowmem.quant.backend import Backend, LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
@@ -363,7 +363,7 @@ class Kernel(CpuRows, CpuPlan):
         if not columns or weight.has_offsets != (use in (_BASE, _BASE_IN_INT8)):
             return None
         form = get_format(weight.format)
-        points, levels = 0, form.levels
+        points, levels = 0 if form.bits == 4 else form.divisor, form.levels
         if use in (_IN_INT8, _BASE_IN_INT8):
             if form.bits == 8:
                 return None
@@ -373,7 +373,7 @@ class Kernel(CpuRows, CpuPlan):
             self._isa,
             packed,
             scales,
-            floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C knows those of 8 bits
+            floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C computes those of 8 bits
             _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,

@@ -38,7 +38,7 @@ def dequantized(packed: Tensor, scales: Tensor, text: str, dtype: torch.dtype) -
     columns, (format, block_size, scale_encoding), _ = parsed(text)
     form = get_format(format)
     if form.bits == 8:  # a table of 256 numbers would be as many nodes of a graph
-        values = ((packed.float() - 128) / 127).clamp_min(-1)
+        values = (packed.float() - 128) / form.divisor
     else:
         values = _looked_up(form.levels, by_block(packed.float(), block_size // 2, _split)[:, :columns])
     return (values * spread(_decoded(scales, scale_encoding, form.signed), block_size, columns)).to(dtype)

@@ -94,7 +94,8 @@ def linear(
     if dtype is torch.int8:
         if not isinstance(weight, QuantizedTensor):
             raise TypeError(f"dtype={dtype} is for weights of 4 bits, not for {weight.dtype}: give a float dtype")
-        dtype, levels = torch.float32, int8.rounded_levels(get_format(weight.format).levels)[1]
+        form = get_format(weight.format)
+        dtype, levels = torch.float32, form.levels if form.bits == 8 else int8.rounded_levels(form.levels)[1]
         factor = int8.round_inputs(x, weight.block_size)
     else:
         factor = x.to(dtype)
@@ -181,9 +182,11 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     """
     form, encoding, size = get_format(into.format), into.encoding, into.block_size
     scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
+    if form.bits == 8:  # twice: dequantized weights then give the same float32 scale again
+        scales = scales / form.top * form.top / form.top
     largest = float(scales.abs().max())
     if not largest <= encoding.largest:  # also when it is NaN
-        raise ValueError(_range_message(rows, largest, encoding))
+        raise ValueError(_range_message(rows, largest, encoding, form.top))
     if encoding.offsets:
         offsets = encoding.round_offsets(fitting_offsets(rows, form, size))  # (rows, blocks)
         rows = rows - spread(offsets, size, rows.shape[1])
@@ -191,7 +194,7 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
         if not float(scales.max()) <= encoding.largest:
             raise ValueError(_range_message(rows, float(scales.max()), encoding))
     if into.method == "search":
-        top = scales if encoding.offsets else None
+        top = None if form.signed and not encoding.offsets else scales
         scales = searched_scales(rows, form, size, encoding.largest, importance, top)
     stored = encoding.encode(scales)
     if encoding.offsets:
@@ -206,11 +209,11 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     into.scales[chunk] = stored
 
 
-def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding) -> str:
+def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding, top: float = 1.0) -> str:
     if broken := int((~rows.isfinite()).sum()):
         return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
     return (
-        f"weight holds the magnitude {largest:.6g}, above {encoding.largest:.6g}, the most that "
+        f"weight holds the magnitude {largest * top:.6g}, above {encoding.largest * top:.6g}, the most that "
         f"scales={encoding.name!r} can hold; use scales='float32'"
     )
 

@@ -180,7 +180,7 @@ def _embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    if not is_adapted(weight) or weight.is_kernel or len(weight.base.shape) != 2:
+    if not is_adapted(weight) or weight.is_kernel or len(weight.base.shape) != 2 or max_norm is not None:
         return NotImplemented
     rest = padding_idx, max_norm, norm_type, scale_grad_by_freq
     out = functional.embedding(input, weight.base, *rest, sparse)
@@ -203,7 +203,7 @@ def _embedding_bag(
     *rest: Any,
     **named: Any,
 ) -> Any:
-    if not is_adapted(weight) or mode == "max":
+    if not is_adapted(weight) or mode == "max" or max_norm is not None:
         return NotImplemented
 
     def bag(table: Any, sparse: bool) -> Tensor:
@@ -217,56 +217,32 @@ def _embedding_bag(
     return out
 
 
-def _convolve(dims: int) -> None:
-    """Register the convolutions with ``dims`` dimensions: A convolves to ``rank`` channels, and B is a 1x1 kernel."""
-    conv: Any = getattr(functional, f"conv{dims}d")
-    transposed: Any = getattr(functional, f"conv_transpose{dims}d")
-    ones = (1,) * dims
+def _convolve(
+    function: Any, expand: Any, kind: str, input: Any, weight: Any, bias: Any = None, *rest: Any, **named: Any
+) -> Any:
+    """Convolve with a kernel of layout ``kind``: A convolves to ``rank`` channels, and B is a 1x1 kernel."""
+    if not is_adapted(weight) or weight.holds.kind != kind:
+        return NotImplemented
 
-    def of_kernel(
-        input: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
-    ) -> Any:
-        if not is_adapted(weight) or weight.holds.kind != "kernel":
-            return NotImplemented
-        out = weight.of_rows(input, conv, bias, stride, padding, dilation, groups)
-        for one in weight.updates:
-            a = one.right.view(-1, *weight.holds.shape[1:])  # (rank, in / groups, *kernel)
+    def convolved(x: Tensor, kernel: Any, bias: Any = None) -> Any:
+        return function(x, kernel, bias, *rest, **named)
+
+    out = weight.of_rows(input, convolved, bias)
+    first, second, *kernel = weight.holds.shape
+    groups = rest[3] if len(rest) > 3 else named.get("groups", 1)  # the fourth, plain and transposed
+    ones = (1,) * len(kernel)
+    for one in weight.updates:
+        if kind == "kernel":
+            a, b = one.right.view(-1, second, *kernel), one.left  # (rank, in / groups, *kernel)
             a = a if groups == 1 else a.repeat(groups, *ones, 1)
-            narrow = conv(one.dropped(input), a, None, stride, padding, dilation, groups)
-            b = one.left.view(*one.left.shape, *ones)
-            out = out + conv(narrow * one.scaling, b, groups=groups).to(out.dtype)
-        return out
-
-    def of_transposed(
-        input: Any,
-        weight: Any,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        output_padding: Any = 0,
-        groups: int = 1,
-        dilation: Any = 1,
-    ) -> Any:
-        if not is_adapted(weight) or weight.holds.kind != "transposed kernel":
-            return NotImplemented
-        rest = stride, padding, output_padding, groups, dilation
-        out = weight.of_rows(input, transposed, bias, *rest)
-        inputs, _, *kernel = weight.holds.shape
-        for one in weight.updates:
-            a = one.right.view(-1, inputs, *kernel).movedim(0, 1)  # (in, rank, *kernel)
-            narrow = transposed(one.dropped(input), a, None, *rest)
-            b = one.left.repeat(groups, 1).view(-1, one.left.shape[1], *ones)
-            out = out + conv(narrow * one.scaling, b, groups=groups).to(out.dtype)
-        return out
-
-    ADAPTED_FUNCTIONS[conv], ADAPTED_FUNCTIONS[transposed] = of_kernel, of_transposed
+        else:
+            a, b = one.right.view(-1, first, *kernel).movedim(0, 1), one.left.repeat(groups, 1)  # (in, rank, *kernel)
+        narrow = convolved(one.dropped(input), a) * one.scaling
+        out = out + expand(narrow, b.view(*b.shape, *ones), groups=groups).to(out.dtype)
+    return out
 
 
 for _dims in (1, 2, 3):
-    _convolve(_dims)
+    _conv, _transposed = getattr(functional, f"conv{_dims}d"), getattr(functional, f"conv_transpose{_dims}d")
+    ADAPTED_FUNCTIONS[_conv] = partial(_convolve, _conv, _conv, "kernel")
+    ADAPTED_FUNCTIONS[_transposed] = partial(_convolve, _transposed, _conv, "transposed kernel")

@@ -41,6 +41,8 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
     return frozen_linear(x, weight.stored, x.dtype, bias)
 
 
+torch.serialization.add_safe_globals([GatheredTensor])  # for torch.load(weights_only=True)
+
 # Writes are errors, as for any stored weight; of what reads it, only these know of the order.
 _READING = (Tensor.__getitem__, functional.bilinear, torch.einsum)
 _ALIKE = ("detach", "alias", "lift_fresh", "clone", "_to_copy")

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch._ops import OpOverload
 
 from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.read_only import METADATA, name_of, read_only, writes_in_place
+from lowmem.nn.read_only import METADATA, name_of, read_only, registers_in, written_by
 from lowmem.nn.stored_tensor import StoredTensor
 
 REFUSAL = (
@@ -26,20 +27,12 @@ REFUSAL = (
 ADAPTED_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """Torch function -> its implementation, called with the same arguments; NotImplemented: use the dense sum."""
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _FIRST = ("input", "tensor")  # names of first arguments, which callers may pass by keyword
 _ELLIPSIS = type(...)
 _PYTHON = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
 
 
-def implements_adapted(*functions: Any) -> Callable[[_F], _F]:
-    """Register an implementation for functions of torch."""
-
-    def register(function: _F) -> _F:
-        ADAPTED_FUNCTIONS.update(dict.fromkeys(functions, function))
-        return function
-
-    return register
+implements_adapted = partial(registers_in, ADAPTED_FUNCTIONS)
 
 
 class LowRankSum:
@@ -177,10 +170,7 @@ def _keeps_matrices(index: Any) -> bool:
 
 def on_values(function: Any, args: Any, kwargs: Any) -> Any:
     """Call a function with the dense sums of adapted weights; views of them are read-only."""
-    target = args[0] if args else next(iter(kwargs.values()), None)
-    several = target if isinstance(target, (list, tuple)) else [target]  # torch._foreach_add_ takes a list
-    writes = writes_in_place(function) or kwargs.get("inplace") is True
-    if (writes and any(map(is_adapted, several))) or is_adapted(kwargs.get("out")):
+    if any(map(is_adapted, written_by(function, args, kwargs))):
         raise RuntimeError(f"{name_of(function)} would write to {REFUSAL}")
     known: list[tuple[Any, Tensor]] = []
 

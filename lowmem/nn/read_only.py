@@ -14,7 +14,7 @@ torch.jit.trace record.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,11 +27,26 @@ _WRITES = (
     "__imatmul__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 )  # fmt: skip
 
+_LOOKUPS = "embedding", "embedding_bag"  # which write to the table if ``max_norm`` is given
+
 _OF_ITSELF = frozenset((
     "requires_grad_", "squeeze_", "unsqueeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "detach_", "rename_",
     "share_memory_", "retain_grad", "backward", "register_hook", "register_post_accumulate_grad_hook",
 ))  # fmt: skip
 """Methods that change attributes of the tensor object, but no values: they are called on the view itself."""
+
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def registers_in(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[_F], _F]:
+    """Return a decorator that registers an implementation for functions of torch in a table."""
+
+    def register(function: _F) -> _F:
+        table.update(dict.fromkeys(functions, function))
+        return function
+
+    return register
 
 
 @constant_in_graphs
@@ -51,6 +66,16 @@ def changes_itself_alone(function: Any) -> bool:
 def name_of(function: Any) -> str:
     """Return the name of a torch function or operator, without that of its overload."""
     return str(getattr(function, "__name__", "")).partition(".")[0]
+
+
+def written_by(function: Any, args: Any, kwargs: Any) -> list[Any]:
+    """Return the arguments that a torch function writes to."""
+    targets = [kwargs.get("out")]
+    if writes_in_place(function) or kwargs.get("inplace") is True:
+        targets.append(args[0] if args else next(iter(kwargs.values()), None))
+    if name_of(function) in _LOOKUPS and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+        targets.append(args[1] if len(args) > 1 else kwargs.get("weight"))  # its rows are rescaled
+    return [one for target in targets for one in (target if isinstance(target, (list, tuple)) else [target])]
 
 
 METADATA = {
@@ -177,7 +202,9 @@ class ReadOnlyView(Tensor):
             if not torch.compiler.is_compiling() and writes_in_place(function):  # the shape or requires_grad changed
                 args[0].__dict__.pop("recorded", None)
             return _leaf(result, args[0].refusal) if function == _BASE and result is not None else result
-        _refuse_writes(function, args, kwargs)
+        for one in written_by(function, args, kwargs):
+            if isinstance(one, ReadOnlyView):
+                raise RuntimeError(f"{name_of(function)} would write to a view of {one.refusal}")
         views: list[tuple[str, Tensor]] = []
 
         def plain(one: Any) -> Any:
@@ -196,21 +223,36 @@ class ReadOnlyView(Tensor):
         return read_only(result, views[0][0], function, args, views[0][1]) if views else result
 
 
-class ExportedView(ReadOnlyView):
-    """A weight, or a view of one, in a program that torch.export records. Functions get ``recorded`` in its place.
+class RecordedValues(Tensor):
+    """A tensor without memory that stands for values that a graph records.
 
     Args:
-        recorded: the values: a fake tensor.
+        recorded: the values, with the same shape, strides, dtype and device.
         refusal: end of the error message for writes.
     """
 
+    recorded: Tensor
+    refusal: str
+
     @staticmethod
-    def __new__(cls, recorded: Tensor, refusal: str) -> ExportedView:
+    def __new__(cls, recorded: Tensor, refusal: str) -> Any:
         """Make a tensor without memory."""
-        return _without_values(cls, recorded)  # type: ignore[no-any-return]
+        return torch.Tensor._make_wrapper_subclass(
+            cls,
+            recorded.shape,
+            strides=recorded.stride(),
+            storage_offset=recorded.storage_offset(),
+            dtype=recorded.dtype,
+            device=recorded.device,
+            requires_grad=False,
+        )
 
     def __init__(self, recorded: Tensor, refusal: str) -> None:
         self.recorded, self.refusal = recorded, refusal
+
+
+class ExportedView(RecordedValues, ReadOnlyView):
+    """A weight, or a view of one, in a program that torch.export records: functions get ``recorded``."""
 
     def plain(self) -> Tensor:
         """Return the values: the fake tensor that is recorded."""
@@ -232,17 +274,6 @@ def exported_view(recorded: Tensor, refusal: str) -> Tensor:
     return made
 
 
-def _refuse_writes(function: Callable[..., Any], args: Any, kwargs: Any) -> None:
-    """Refuse calls that write to a read-only view."""
-    targets = [kwargs.get("out")]
-    if writes_in_place(function) or kwargs.get("inplace") is True:
-        targets.append(args[0] if args else next(iter(kwargs.values()), None))
-    for target in targets:
-        for one in target if isinstance(target, (list, tuple)) else [target]:
-            if isinstance(one, ReadOnlyView):
-                raise RuntimeError(f"{name_of(function)} would write to a view of {one.refusal}")
-
-
 def makes_view(operator: Any) -> bool:
     """Whether an operator returns a view of an argument, without writing to it."""
     return any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.returns)
@@ -257,19 +288,6 @@ def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         yield from given if isinstance(given, (list, tuple)) else [given]
 
 
-def _without_values(kind: Any, like: Tensor) -> Any:
-    """Return a tensor of class ``kind`` without memory, with the shape, strides, dtype and device of ``like``."""
-    return torch.Tensor._make_wrapper_subclass(
-        kind,
-        like.shape,
-        strides=like.stride(),
-        storage_offset=like.storage_offset(),
-        dtype=like.dtype,
-        device=like.device,
-        requires_grad=False,
-    )
-
-
 def recorded_view(result: Any, refusal: str) -> Any:
     """Wrap the results of an operator that returns views, while a graph is recorded, in ``RecordedView``."""
     if isinstance(result, (list, tuple)):
@@ -277,31 +295,15 @@ def recorded_view(result: Any, refusal: str) -> Any:
     return RecordedView(result, refusal)
 
 
-class RecordedView(Tensor):
-    """A read-only view of a stored weight in a graph that is being recorded: it checks operators, not functions.
-
-    Args:
-        dense: the values: a plain tensor, which is recorded.
-        refusal: end of the error message for writes.
-    """
-
-    dense: Tensor
-    refusal: str
-
-    @staticmethod
-    def __new__(cls, dense: Tensor, refusal: str) -> RecordedView:
-        """Make a tensor without memory."""
-        return _without_values(cls, dense)  # type: ignore[no-any-return]
-
-    def __init__(self, dense: Tensor, refusal: str) -> None:
-        self.dense, self.refusal = dense, refusal
+class RecordedView(RecordedValues):
+    """A read-only view of a stored weight in a graph that is being recorded: it checks operators, not functions."""
 
     def __tensor_flatten__(self) -> tuple[list[str], str]:
-        return ["dense"], self.refusal
+        return ["recorded"], self.refusal
 
     @classmethod
     def __tensor_unflatten__(cls, inner: dict[str, Tensor], refusal: str, size: Any, stride: Any) -> Tensor:
-        dense = inner["dense"]
+        dense = inner["recorded"]
         if type(dense) is Tensor and not is_traced():  # a result of the compiled graph
             return _marked(dense, refusal, None)  # type: ignore[no-any-return]
         return cls(dense, refusal)
@@ -325,7 +327,7 @@ class RecordedView(Tensor):
             if not isinstance(one, RecordedView):
                 return one
             views.append(one)
-            return one.dense
+            return one.recorded
 
         args, kwargs = torch.utils._pytree.tree_map(plain, (args, kwargs))
         result = operator(*args, **kwargs)
@@ -342,7 +344,7 @@ class Unasked(RecordedView):
         name = operator.overloadpacket.__name__
         (own, *_) = (one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Unasked))
         if name == "alias" and not is_traced():  # by as_subclass, of a result of the graph
-            return _leaf(own.dense, own.refusal)
+            return _leaf(own.recorded, own.refusal)
         if any(True for _ in written_to(operator, args, kwargs or {})):
             raise RuntimeError(f"{name} would write to {own.refusal}")
         name = "unbind" if name == "select" else name  # Dynamo selects the elements of an iteration

@@ -179,7 +179,7 @@ class StoredTensor(Tensor):
         return found
 
     def dequantize(self, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the values as a dense tensor, rounded once to ``dtype`` (None: the dtype of this tensor)."""
+        """Return the values as a dense tensor, rounded once to ``dtype``; None takes the dtype of this tensor."""
         dtype = dtype or self.dtype
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
@@ -195,10 +195,10 @@ class StoredTensor(Tensor):
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         return list(self.form.parts), (self.form, self.tail, self.dtype, self.swapped)
 
-    @staticmethod
-    def __tensor_unflatten__(inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> StoredTensor:
+    @classmethod
+    def __tensor_unflatten__(cls, inner: dict[str, Tensor], meta: Any, size: Any, stride: Any) -> StoredTensor:
         form, tail, dtype, swapped = meta
-        return StoredTensor(form, [inner[name] for name in form.parts], tail, dtype, swapped)
+        return cls(form, [inner[name] for name in form.parts], tail, dtype, swapped)
 
     def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
         return f"StoredTensor({self.form}, shape={tuple(self.shape)}, dtype={self.dtype}, device={self.device})"
@@ -214,7 +214,8 @@ class StoredTensor(Tensor):
         return found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return _rebuild, (self.form, self.parts, self.tail, self.dtype, self.swapped, "_is_param" in self.__dict__)
+        given = self.form, self.parts, self.tail, self.dtype, self.swapped
+        return _rebuild, (type(self), *given, "_is_param" in self.__dict__)
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -280,15 +281,17 @@ def refuse_gradient(weight: StoredTensor) -> None:
 
 
 def _rebuild(
-    form: Form, parts: Sequence[Tensor], tail: tuple[int, ...], dtype: torch.dtype, swapped: bool, is_param: bool
+    kind: type[StoredTensor], form: Form, parts: Sequence[Tensor], tail: tuple[int, ...], *rest: Any
 ) -> StoredTensor:
-    made = StoredTensor(form, parts, tail, dtype, swapped)
+    *given, is_param = rest
+    made = kind(form, parts, tail, *given)
     if is_param:
         made._is_param = True
     return made
 
 
-torch.serialization.add_safe_globals([_rebuild, CodedForm, HalfForm])  # for torch.load(weights_only=True)
+# For torch.load(weights_only=True).
+torch.serialization.add_safe_globals([_rebuild, StoredTensor, CodedForm, HalfForm])
 
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -278,16 +278,7 @@ def _getitem(weight: Any, index: Any) -> Any:
     return kept[1][index]
 
 
-@implements(Tensor.__setitem__)
-def _setitem(tensor: Any, index: Any, value: Any) -> Any:
-    if not isinstance(tensor, StoredTensor):
-        return NotImplemented
-    raise RuntimeError(
-        f"weight[{index!r:.40}] = ... would write to a weight that is stored in {tensor.form}: {REMEDY}"
-    )
-
-
-@implements(Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.fill_diagonal_)
+@implements(Tensor.__setitem__, Tensor.apply_, Tensor.map_, Tensor.map2_, Tensor.fill_diagonal_)
 def _write_in_place(weight: Any, *_: Any) -> Any:
     if not isinstance(weight, StoredTensor):
         return NotImplemented

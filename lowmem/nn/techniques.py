@@ -135,22 +135,22 @@ class FourBit(Blockwise):
 
     Args:
         format: a key of ``FORMATS``; or several, of which each weight gets the one with the smallest squared error.
-            None: "bof4s", in blocks of 32 unless ``block_size`` is given.
-        block_size: weights per scale, even, 8 to 4096; None: the format's default.
-        scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None: the format's default.
+            None takes "bof4s", in blocks of 32 unless ``block_size`` is given.
+        block_size: weights per scale, even, 8 to 4096; None takes the format's default.
+        scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None takes the format's.
         compute_dtype: dtype of products, in stored layers and in modules that read stored weights (``Conv1D``,
-            experts, torch's attention); None: the dtype of the input. With torch.int8, linear layers round inputs,
-            to 8 bits, and levels to multiples of one step (``lowmem.kernels.int8``), and multiply integers; gradients
+            experts, torch's attention); None takes the input's. With torch.int8, linear layers round inputs, to 8
+            bits, and levels to multiples of one step (``lowmem.kernels.int8``), and multiply integers; gradients
             and other modules use the dtype of the input.
-        search: whether to search for the scales with the smallest squared error; None: the format's default.
+        search: whether to search for the scales with the smallest squared error; None does as the format's default.
         offsets: whether each block has an offset, too, the middle of its weights: scales become "float16_offsets" or
             "float32_offsets". Products then also need the sums of the input over blocks, in float32.
         embeddings: "8bit": embeddings, the output layer of a language model, and layers that share a weight with them
             are stored by ``EightBit()``; "4bit": like all other layers.
 
     Raises:
-        ValueError: an unknown format or scales, a bad block size, another ``embeddings``, or a ``compute_dtype`` that
-            is neither floating point with at least 16 bits nor torch.int8.
+        ValueError: an unknown format or scales, a bad block size, ``search``, ``offsets`` or ``embeddings`` of
+            another kind, or a ``compute_dtype`` that is neither floating point with at least 16 bits nor torch.int8.
     """
 
     bits: ClassVar[int] = 4
@@ -181,7 +181,10 @@ class FourBit(Blockwise):
                 raise ValueError(f"format={name!r} has codes of 8 bits: EightBit() stores those")
         if self.block_size is not None:
             check_block_size(self.block_size)
-        if self.offsets and self.scales not in OFFSETS:
+        if not isinstance(self.offsets, bool) or not isinstance(self.search, bool | None):
+            name = "search" if isinstance(self.offsets, bool) else "offsets"
+            raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+        if self.offsets and self.scales not in tuple(OFFSETS):
             if self.scales not in (None, "float16", "float32"):
                 raise ValueError(f"scales={self.scales!r} has no offsets: choose from {', '.join(OFFSETS)}")
             object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
@@ -201,31 +204,32 @@ class EightBit(Blockwise):
     2208.07339, section 2, in blocks as in arXiv 2110.02861.
 
     Args:
-        block_size: weights per scale, even, 8 to 4096; None: 64.
-        scales: "float32", "float16" or "double" (8 bits per scale, and a float16 for each row); None: "double".
+        block_size: weights per scale, even, 8 to 4096; None takes the format's, 64 or 32.
+        scales: "float32", "float16" or "double" (8 bits per scale, and a float16 for each row); None takes the
+            format's, "double" or "float16".
         compute_dtype: as in ``FourBit``.
+        format: "int8"; or "q8_0", which has the blocks and values of GGUF's Q8_0, so that ``lowmem.export`` writes
+            these with the same codes.
 
     Raises:
-        ValueError: unknown scales, a bad block size, or a ``compute_dtype`` that ``FourBit`` rejects.
+        ValueError: an unknown format or scales, a bad block size, or a ``compute_dtype`` that ``FourBit`` rejects.
     """
 
     bits: ClassVar[int] = 8
     block_size: int | None = None
     scales: str | None = None
     compute_dtype: torch.dtype | None = None
+    format: str = "int8"
 
     def __post_init__(self) -> None:
+        if get_format(self.format).bits != self.bits:
+            raise ValueError(f"format={self.format!r} has codes of 4 bits: FourBit() stores those")
         if self.block_size is not None:
             check_block_size(self.block_size)
-        if self.scales is not None and self.scales not in ENCODINGS:
-            why = "has offsets" if self.scales in OFFSETS else "is unknown"
+        if self.scales is not None and self.scales not in tuple(ENCODINGS):
+            why = "has offsets" if self.scales in tuple(OFFSETS) else "is unknown"
             raise ValueError(f"scales={self.scales!r} {why}: choose from {', '.join(ENCODINGS)}")
         check_compute_dtype(self.compute_dtype)
-
-    @property
-    def format(self) -> str:
-        """The key of the only format."""
-        return "int8"
 
 
 def of_embeddings(technique: FourBit) -> EightBit | FourBit:
@@ -250,7 +254,7 @@ def blockwise(
         ValueError: what ``FourBit`` or ``EightBit`` rejects, or an unknown format.
     """
     if format is not None and get_format(format).bits == 8:
-        return EightBit(block_size, scales, compute_dtype)
+        return EightBit(block_size, scales, compute_dtype, format)
     return FourBit(cast(str, format), block_size, scales, compute_dtype, search, embeddings=embeddings)
 
 
@@ -331,7 +335,7 @@ class LoRA:
 
     Args:
         rank: of ``B A``, at least 1.
-        alpha: the numerator of the scaling s; None: each layer's rank.
+        alpha: the numerator of the scaling s; None takes each layer's rank.
         dropout: probability of dropout on the input of the low-rank product, in [0, 1). There is none for embeddings,
             or where a weight's values are read.
         rank_stabilized: whether to scale by ``alpha / sqrt(rank)``, which keeps the size of gradients at high ranks
@@ -349,7 +353,7 @@ class LoRA:
             taken: the base has the same bytes as without adapters, is the same for every adapter, and stays tied.
             Merging a new adapter of this kind changes bytes.
         dtype: of A and B: ``torch.bfloat16`` halves their memory and that of their gradients; train them with
-            ``lowmem.master_weights(optimizer)``. None: float64 if the base is float64, else float32.
+            ``lowmem.master_weights(optimizer)``. None takes float64 if the base is float64, else float32.
 
     Raises:
         ValueError: a rank that is not a positive integer, an alpha that is not a positive number that

@@ -1,9 +1,9 @@
 """The formats, as frozen data: storing and multiplying never branch on a format's name.
 
-A format is sixteen levels in [-1, 1], or 256 of them. A weight is ``levels[code] * scale``, with a scale per block.
-To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands pick it up from there. ``IMPORTED`` has
-the levels of other programs' files, whose codes lowmem keeps exactly: they store, multiply and are quantized into as
-the others, which lose less.
+A format is sixteen levels in [-1, 1], or 256 evenly spaced ones. A weight is ``levels[code] * scale``, with a scale
+per block. To add a format, add one entry to ``FORMATS``: tests, benchmarks and commands pick it up from there.
+``IMPORTED`` has the levels of other programs' files, whose codes lowmem keeps exactly: they store, multiply and are
+quantized into as the others, which lose less.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Format:
-    """Sorted levels in [-1, 1], and the block size and scales that suit them best.
+    """Sorted levels, and the block size and scales that suit them best.
 
     Args:
         name: the key in ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
-        levels: 16 or 256 numbers, ascending; a value may occur twice (the two zeros of a floating-point format).
+        levels: 16 numbers in [-1, 1], ascending, of which two may be equal (the zeros of a floating-point format); or
+            of 8 bits ``(code - 128) / divisor``.
         block_size: default number of weights that share a scale.
         scales: default encoding of the scales, a key of ``lowmem.quant.scales.ENCODINGS``.
         source: where the levels come from.
@@ -41,7 +42,7 @@ class Format:
     def __post_init__(self) -> None:
         if len(self.levels) not in (16, 256) or list(self.levels) != sorted(self.levels):
             raise ValueError(f"format {self.name!r}: levels={self.levels} must be 16 or 256 ascending numbers")
-        if self.levels[0] < -1 or self.levels[-1] > 1:
+        if self.bits == 4 and (self.levels[0] < -1 or self.levels[-1] > 1):
             raise ValueError(f"format {self.name!r}: levels={self.levels} must lie in [-1, 1]")
 
     @property
@@ -53,13 +54,25 @@ class Format:
     def boundaries(self) -> tuple[float, ...]:
         """The 15 or 255 thresholds: a value's nearest code is the number of thresholds below it.
 
-        Of two equal levels only the upper code is ever chosen, so +0 and -0 get the same code in ``fp4``.
+        Of two equal levels only the upper code is ever chosen, so +0 and -0 get the same code in ``fp4``. The code 0
+        of 8 bits is never chosen, so that codes are symmetric.
         """
         boundaries: list[float] = []
         for low, high in pairwise(self.levels):
             below = boundaries[-1] if boundaries else -inf
-            boundaries.append(below if low == high else (low + high) / 2)
+            skipped = low == high or (self.bits == 8 and not boundaries)
+            boundaries.append(below if skipped else (low + high) / 2)
         return tuple(boundaries)
+
+    @property
+    def top(self) -> float:
+        """What a block's largest weight is divided by for its scale, if that is not searched for."""
+        return 1.0 if self.bits == 4 else self.levels[-1]
+
+    @property
+    def divisor(self) -> int:
+        """Of 8 bits: a level is ``(code - 128) / divisor``."""
+        return round(127 / self.top)
 
     @property
     def half_gap(self) -> float:
@@ -200,13 +213,21 @@ least (``benchmarks.quality``). A format that is named has its own block size.""
 EIGHT_BIT = _by_name(
     Format(
         name="int8",
-        levels=(-1.0, *((code - 128) / 127 for code in range(1, 256))),
+        levels=tuple((code - 128) / 127 for code in range(256)),
         block_size=64,
         scales="double",
         source="integers from -127 to 127, plus 128: absmax quantization, arXiv 2208.07339, section 2",
-    )
+    ),
+    Format(
+        name="q8_0",
+        levels=tuple(code - 128.0 for code in range(256)),
+        block_size=32,
+        scales="float16",
+        source="Q8_0 of ggml, integers from -128 to 127, plus 128, and its scale as it is: this is the largest "
+        "magnitude divided by 127",
+    ),
 )
-"""Formats whose codes have 8 bits: a byte each. Code 0 is never chosen; it means -127, as code 1 does."""
+"""Formats whose codes have 8 bits: a byte each. Code 0 is in other programs' files alone."""
 
 
 def get_format(name: str) -> Format:

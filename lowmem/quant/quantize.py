@@ -34,12 +34,12 @@ def quantize(
     Args:
         weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
         format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken.
-        block_size: weights per scale, even, 8 to 4096; None: the format's default.
-        scales: "float32", "float16" or "double"; None: the format's default.
+        block_size: weights per scale, even, 8 to 4096; None takes the format's default.
+        scales: "float32", "float16" or "double"; None takes the format's default.
         search: whether to search for the scale of each block with the least squared error, instead of taking its
-            largest magnitude; None: the format's default.
+            largest magnitude; None does as the format's default.
         importance: floating point (n,), at least 0: factor of each column's squared error in the search and in the
-            choice of the format; None: 1.
+            choice of the format; None weighs all columns alike.
 
     Returns:
         The quantized tensor, of the same shape. Its bytes depend on the values alone: not on strides, threads or
@@ -90,14 +90,16 @@ def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
     """Quantize a changed weight, of the same shape, as ``quantized`` was; rows with the same values keep their bytes.
 
     A search would find other scales for values that an earlier search has rounded. Of a calibrated weight, whose
-    inputs are not known here, scales are searched for.
+    inputs are not known here, scales are searched for, as are those of another program's 4-bit weight. In 8 bits a
+    search takes ten times as long, and lowers the error by a tenth.
     """
+    bits, method = get_format(quantized.format).bits, quantized.method
     again = quantize(
         weight,
         quantized.format,
         block_size=quantized.block_size,
         scales=quantized.scale_encoding,
-        search=quantized.method != "absmax",
+        search=method == "search" or (method != "absmax" and bits == 4),
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)

@@ -212,28 +212,28 @@ class QuantizedTensor:
         A weight between the end levels (times the scale) is off by at most half the widest gap between levels, times
         the scale. A weight beyond them is clipped, and is off by at most what the block's largest weight is off by:
         ``METHODS`` bounds that weight relative to the scale, and the encoding's shortfall is added. Float rounding
-        adds four units in the last place of the scale, and of the offset.
+        adds four units in the last place of the largest value, and of the offset.
 
         Raises:
             RuntimeError: stored tensors of another layout, see ``check_layout``.
             ValueError: the tensor was calibrated, or another program quantized it: no single weight has a bound.
         """
         self.check_layout()
-        part = METHODS[self.method]
+        form, part = get_format(self.format), METHODS[self.method]
         if not part:
             moves = "it moves them to keep the layer's output"
             why = moves if self.method == "calibrated" else "another program chose scales and codes"
             raise ValueError(
                 f"method={self.method!r} has no bound for single weights: {why}; compare outputs instead"
             )
-        form = get_format(self.format)
+        reach = form.top / part  # a block's largest weight is at most this times the scale, before that is encoded
         stored = self.scales.reshape(-1, self.scales.shape[-1])
         scale, shortfall = self.encoding.decode(stored).abs(), self.encoding.shortfall(stored)  # (rows, blocks)
-        # Not (scale + shortfall) / part - scale * end: the sum would round the shortfall of tiny scales away.
+        # Not (scale + shortfall) * reach - scale * end: the sum would round the shortfall of tiny scales away.
         # With offsets both ends of a block fall on end levels.
-        beyond = shortfall / part + scale * (1 / part - (1.0 if self.has_offsets else form.end))
+        beyond = shortfall * reach + scale * (reach - (1.0 if self.has_offsets else form.end))
         bound = torch.maximum(scale * form.half_gap, beyond)
-        rounding = scale * 2**-22 + 2**-148  # the second term: products that are subnormal in float32
+        rounding = scale * (form.top * 2**-22) + 2**-148  # the second term: products that are subnormal in float32
         if self.has_offsets:
             rounding = rounding + (scale + shortfall + self.encoding.decode_offsets(stored).abs()) * 2**-22
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)

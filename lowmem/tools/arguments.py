@@ -18,6 +18,7 @@ from lowmem.transforms.plan import bytes_of
 from lowmem.transforms.registry import Technique
 
 DEVICES = ("cpu", "cuda")
+RANK = 16  # of adapters of language models, unless another is given
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from lowmem import measure
 from lowmem.errors import one_line
-from lowmem.finetuning.text import read_text
+from lowmem.io.atomic import read_text
 from lowmem.tools.arguments import add_input_arguments, add_output_arguments, file_path, make_input, number
 from lowmem.tools.models import folder_of, make_model, tensor_of
-from lowmem.tools.output import finite, print_json, print_table, progress, shown
+from lowmem.tools.output import finite, print_json, print_table, progress, shown, warnings_as_notes
 from lowmem.variants import VARIANTS
 
 LISTED = 20
@@ -133,7 +133,7 @@ def _compare_text(arguments: argparse.Namespace) -> int:
     text, _ = read_text(arguments.text)
     from lowmem.integrations.transformers.comparing import compare_text
 
-    with progress("layers", TimeRemainingColumn, visible=arguments.layers) as update:
+    with warnings_as_notes(), progress("layers", TimeRemainingColumn, visible=arguments.layers) as update:
         scores: list[Any] = compare_text(
             [folder for _, folder in folders if folder is not None],
             text,

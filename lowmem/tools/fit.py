@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from contextlib import nullcontext
-from pathlib import Path
 
 from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.settings import DECAYS
-from lowmem.io.atomic import owned, starts_with
-from lowmem.io.formats.gguf.container import MAGIC
+from lowmem.io.atomic import owned
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
@@ -22,7 +19,7 @@ from lowmem.tools.arguments import (
     positive_int,
     seed,
 )
-from lowmem.tools.models import folder_of
+from lowmem.tools.models import base_of
 from lowmem.variants import VARIANTS
 
 
@@ -178,11 +175,9 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.dry_run and arguments.device != "cpu":
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
-    folder = folder_of(arguments.model)
-    if folder is None and os.path.isfile(arguments.model) and starts_with(Path(arguments.model), MAGIC):
-        folder = Path(arguments.model)
-    if folder is not None:
-        return fit_language.run(arguments, folder)
+    base = base_of(arguments.model)
+    if base is not None:
+        return fit_language.run(arguments, base)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
         raise ValueError(
             f"model={arguments.model!r} is neither an existing folder nor a variant ({', '.join(VARIANTS)}): name a "

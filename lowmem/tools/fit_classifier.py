@@ -27,7 +27,7 @@ from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_data import Split, load_data
 from lowmem.tools.models import make_model, plan_model, recipe_of, tensor_of, user_code
 from lowmem.tools.output import mib, print_json, print_plan, print_saved, progress
-from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, skeleton_of
+from lowmem.transforms.plan import Plan, fake_inputs, on_fake_tensors, plan_of, run_figures, skeleton_of
 from lowmem.version import __version__
 
 DEFAULTS = {"data": "synthetic", "epochs": 10, "batch_size": 64, "lr": 1e-3}
@@ -71,7 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     if ":" not in name:  # BigNet takes (examples, features)
         data = Split(data.train_x.flatten(1), data.train_y, data.test_x.flatten(1), data.test_y, data.classes)
     if arguments.dry_run:
-        found = plan_model(name, lambda: plan_fit(name, data, rank=arguments.rank, batch_size=arguments.batch_size))
+        planned = lambda: plan_fit(name, data, rank=arguments.rank, batch_size=arguments.batch_size)  # noqa: E731
+        found = plan_model(name, planned, given=True)
         if arguments.json:
             print_json({"variant": name} | found.as_json())
         else:
@@ -134,12 +135,13 @@ def plan_fit(name: str, data: Split, *, rank: int | None, batch_size: int) -> Pl
     whole = replace(
         body, model=model, dense=body.dense + head, load=body.load + head, conversion=body.conversion + head
     )
-    return plan_of(whole, x, "adamw", lambda logits: nn.functional.cross_entropy(logits, y))
+    loss = lambda logits: nn.functional.cross_entropy(logits, y)  # noqa: E731
+    return plan_of(whole, "adamw", run_figures(whole.model, x, "adamw", loss))
 
 
 def _features(name: str, body: nn.Module, x: Tensor) -> int:
     """Return the number of values in a model's output for one example."""
-    output = tensor_of(name, "fit", lambda: body.eval()(x))
+    output = tensor_of(name, "fit", lambda: body.eval()(x), given=True)
     if output.dim() < 2 or len(output) != len(x) or output.numel() == 0 or output.is_complex():
         raise ValueError(
             f"model={name!r} returns {output.dtype} of shape {tuple(output.shape)} for {len(x)} examples; "

@@ -28,12 +28,11 @@ from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
 from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA, blockwise
-from lowmem.tools.arguments import option_of
+from lowmem.tools.arguments import RANK, option_of
 from lowmem.tools.output import finite, shown
 from lowmem.version import __version__
 
 LENGTH = 512
-RANK = 16
 RECORD = "training.json"
 """The file beside an adapter that says how it was trained."""
 
@@ -70,6 +69,22 @@ class Job:
     processes: int | None  # that train together; None: this one alone
     device: torch.device
     timeout: timedelta
+    notes: tuple[str, ...]  # on the texts, to be printed behind what is said of the model
+
+    def tell(self) -> None:
+        """Print the notes to stderr."""
+        for note in self.notes:
+            print(f"lowmem fit: {note}", file=sys.stderr)
+
+    @property
+    def has_public_base(self) -> bool:
+        """Whether the adapter names its base as the Hub does, and not by its path here."""
+        return self.base_name != str(self.folder.resolve())
+
+    @property
+    def public_base(self) -> str:
+        """The base's name for files that may be shared: as the Hub has it, or without the folders of this machine."""
+        return self.base_name if self.has_public_base else self.folder.resolve().name
 
     def origin(self) -> dict[str, Any]:
         """Return what decides the result, as JSON."""
@@ -122,8 +137,8 @@ class Job:
         """Return how the adapter was trained, as JSON: the same for the same run, resumed or not."""
         return {
             "lowmem": __version__,
-            "base": str(self.folder),
-            "data": str(self.data),
+            "base": self.public_base,
+            "data": self.data.name,
             "run": self.origin(),
             "steps": len(outcome.losses),
             "adapter_after": outcome.step,
@@ -185,12 +200,8 @@ def job_of(
     if positions is not None and length > positions:
         raise ValueError(f"--length={length} is more than the {positions} positions that the model has: lower it")
     texts = read_examples(arguments.data, tokenizer, length)
-    for what, count in (
-        ("cut to --length", texts.cut),
-        ("left out, since nothing that counts is left", texts.dropped),
-    ):
-        if count:
-            print(f"lowmem fit: {count} examples of {shown(str(arguments.data))} are {what}", file=sys.stderr)
+    lost = (("cut to --length", texts.cut), ("left out, since nothing that counts is left", texts.dropped))
+    notes = (f"{count} examples of {shown(str(arguments.data))} are {what}" for what, count in lost if count)
     held_out = None if arguments.eval_data is None else read_examples(arguments.eval_data, tokenizer, length)
     if share is not None:
         texts, held_out = texts.split(share, arguments.seed)
@@ -216,6 +227,7 @@ def job_of(
         processes,
         device,
         timeout,
+        tuple(notes),
     )
 
 

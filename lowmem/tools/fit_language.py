@@ -20,7 +20,7 @@ import torch
 from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from torch import nn
 
-from lowmem.distributed.processes import TIMEOUT, joined
+from lowmem.distributed.processes import TIMEOUT, joined, start_words
 from lowmem.errors import printable, quoted, refusal, refusing
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.evaluation import perplexity
@@ -36,7 +36,7 @@ from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, log_of, states_folder
 from lowmem.tools.fit_plan import dry_run
 from lowmem.tools.fit_result import command_of, next_commands, save
-from lowmem.tools.output import finite, mib, print_json, print_saved, progress, shown
+from lowmem.tools.output import finite, mib, print_json, print_saved, progress, shown, warnings_as_notes
 from lowmem.training.prepare import prepare_training, release_training
 from lowmem.transforms.adapters import add_adapter
 from lowmem.transforms.registry import parameters_to_adapt
@@ -109,14 +109,14 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
             f"{str(states.folder)!r} has the state of an unfinished run: continue with --resume, or "
             "remove it to start again"
         )
-    for change in [] if states is None else states.changed:
-        print(f"lowmem fit: {change}", file=sys.stderr)
     out = sys.stderr if arguments.json else sys.stdout
     report = _Report(out, job.device)
     writers: list[Writer] = []
     try:
         facts = {} if states is None else states.facts
         found = _Training(job, ranks, facts, lambda line: print(line, file=out, flush=True))
+        for change in [] if states is None else states.changed:
+            print(f"lowmem fit: {change}", file=sys.stderr)
         step = saved.step if saved else 0 if arguments.resume else None
         if arguments.metrics is not None and ranks.rank == 0:
             writers.append(Metrics(arguments.metrics, step))
@@ -125,24 +125,23 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
         columns = MofNCompleteColumn, "steps {task.fields[figures]}", TimeRemainingColumn
         with progress(job.folder.name, *columns, figures="") as update:
             outcome = found.train(states, lambda step: report(step, update, writers))
+        document = job.document(outcome, found.perplexities)
+        if arguments.plot is not None and ranks.rank == 0:  # first: a run whose folder is complete is not done again
+            before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
+            plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
+        if states is not None:
+            if found.model is not None:
+                save(job, states.folder, found.model, document, command_of(arguments, short=True))
+            states.remove()
     except KeyboardInterrupt:
         if states is None:
             raise
+        where = " on each machine" if "--nnodes" in start_words() else ""
         command = f"{command_of(arguments)} --resume"
-        raise KeyboardInterrupt(f"interrupted; {states.kept()}: continue with `{command}`") from None
+        raise KeyboardInterrupt(f"interrupted; {states.kept()}: continue{where} with `{command}`") from None
     finally:
         for writer in writers:
             writer.close()
-    document = job.document(outcome, found.perplexities)
-    if arguments.plot is not None and ranks.rank == 0:  # first: a run whose folder is complete is not done again
-        before = {name: value for name, value in found.perplexities.items() if name != "adapted"}
-        plot_losses(arguments.plot, outcome.losses, outcome.evaluations, before)
-    if job.save is not None:
-        if found.model is not None:
-            assert states is not None
-            save(job, states.folder, found.model, document, command_of(arguments, short=True))
-        if states is not None:
-            states.remove()
     if ranks.rank > 0:
         return 0
     figures = {"losses": outcome.losses, "evaluations": outcome.evaluations} | report.figures()
@@ -167,6 +166,7 @@ class _Training:
             self._evaluate("dense", self._load(None))
             gc.collect()
         model = self._load(job.technique)
+        job.tell()
         if job.held_out is not None and not known:
             self._evaluate("dense" if job.dense and job.technique is None else "stored", model)
         facts["perplexity"] = dict(self.perplexities)
@@ -200,7 +200,7 @@ class _Training:
         from lowmem.integrations.transformers.config_facts import held_back
         from lowmem.integrations.transformers.folder import load_model
 
-        with held_back():
+        with held_back(), warnings_as_notes():
             model = load_model(self._job.folder, None if technique is None else LowmemConfig(technique))
         model = model.to(self._job.device)
         if self._calling is None:

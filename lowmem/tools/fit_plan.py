@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import re
+import warnings
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lowmem.finetuning.calling import logits_of
+from lowmem.io.formats.growth import GrowthWarning, growth, kept_bytes, with_dtype
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.metadata import form_of
 from lowmem.io.model_folder import quantization_of, weights_in
-from lowmem.io.shards import PlannedWeight
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.techniques import Half, blockwise
 from lowmem.resident import resident_bytes
 from lowmem.tools.fit_job import Job
 from lowmem.tools.models import plan_model
-from lowmem.tools.output import mib, print_json, print_plan
+from lowmem.tools.output import mib, print_json, print_plan, warnings_as_notes
 from lowmem.training.memory import training_memory
 from lowmem.training.prepare import prepare_training
 from lowmem.transforms.convert import convert
@@ -31,8 +34,8 @@ from lowmem.transforms.registry import Technique
 FEW = (2, 3)
 """Layers of the models that are measured: the first and the last one may need less than those between."""
 
-HOLES = 0.1
-"""The allocator holds this share more than the tensors of a step; measured on a llama of 8 layers."""
+HOLES = 0.3
+"""The allocator holds this share more than the tensors of a step; measured on a llama of 8 layers and SmolLM2."""
 
 LOADING = 8 * 2**20
 """Bytes that loading takes beside the stored model and the largest tensor: see docs/guides/hugging-face.md."""
@@ -42,16 +45,20 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
     """Print the memory that a run takes: of the model, and of the process with its imports and the tokenizer."""
     from lowmem.integrations.transformers.config_facts import factory_of, held_back
 
-    with held_back():
+    with held_back(), warnings_as_notes():
         with torch.device("meta"):
             factory_of(job.folder, 1)()  # imports the code of the model's class
         _import_optimizer()
         before = resident_bytes()
-        storing, exact, largest = _stored(job)
-        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing))
-    if exact is not None:
-        adapters = {name: size for name, size in found.stored.items() if name == "adapters"}
-        found = replace(found, stored={"as it is": exact} | adapters)
+        storing, dense, exact = (job.technique, (), 0) if job.dense else stored_as(job.folder)
+        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing, dense), given=True)
+    job.tell()
+    largest = 0
+    if job.dense:
+        with Source(weights_in(job.folder)) as source:
+            largest = max(spec.nbytes for spec in source.specs.values())
+    else:
+        found = with_stored(found, exact)
     process = None if before is None else before + _peak(job, found, largest)
     if arguments.json:
         print_json({"model": str(job.folder), "memory": job.memory, "process_bytes": process} | found.as_json())
@@ -82,34 +89,52 @@ def _peak(job: Job, found: Plan, largest: int) -> int:
     return max(peaks)
 
 
-def _stored(job: Job) -> tuple[Technique | None, int | None, int]:
-    """Return how the base is stored, the bytes of a stored base, and the bytes of a dense base's largest tensor.
+def stored_as(base: Path) -> tuple[Technique | None, tuple[str, ...], int]:
+    """Return how a folder or GGUF file stores its model.
 
-    If a stored base has several forms, steps are measured with the form of the most weights.
+    Returns:
+        The technique of most stored weights; the paths of modules outside of the blocks that are dense, such as the
+        embedding, since the form of an output layer decides what a step holds; and the bytes of all weights.
     """
-    if job.dense:
-        with Source(weights_in(job.folder)) as source:
-            largest = max(spec.nbytes for spec in source.specs.values())
-        return job.technique, None, largest
-    from lowmem.integrations.transformers.config_facts import stored_by
+    from lowmem.integrations.transformers.config_facts import class_at, factory_of, stored_by
 
     forms: Counter[Form] = Counter()
-    total = 0
-    if stored_by(job.folder) == "lowmem":
-        for record in quantization_of(job.folder / "config.json").get("layers", ()):
+    total, coded = 0, set[str]()
+    if stored_by(base) == "lowmem":
+        for record in quantization_of(base / "config.json").get("layers", ()):
             form = form_of({key: value for key, value in record.items() if key != "names"})
             forms[form] += len(record["names"])
-        with Source(weights_in(job.folder)) as source:
-            total = sum(spec.nbytes for spec in source.specs.values())
+            coded |= set(record["names"])
+        with Source(weights_in(base)) as source:
+            names = set(source.specs)
+            # Beside the codes of a weight, the weight's own name holds its format.
+            total = sum(spec.nbytes for name, spec in source.specs.items() if f"{name}_packed" not in names)
     else:
-        with open_foreign(job.folder) as file:
-            for tensor in file.tensors.values():
-                kept = tensor.kept()
-                weight = PlannedWeight(tensor.name, tensor.shape, kept, tensor.read)
-                total += sum(spec.nbytes for spec in weight.specs().values())
-                if isinstance(kept, CodedForm):
-                    forms[kept] += 1
-    return _technique_of(forms.most_common(1)[0][0]) if forms else None, total, 0
+        with open_foreign(base) as file:
+            names = set(file.tensors)
+            kept = [(tensor, tensor.kept()) for tensor in file.tensors.values()]
+            dtype = torch.float32 if file.kind == "gguf" else None  # as ``load_gguf`` makes the model
+            made = [(tensor, with_dtype(form, dtype)) for tensor, form in kept]
+            total = sum(kept_bytes(*pair) for pair in made)
+            for tensor, form in made:
+                if isinstance(form, CodedForm):
+                    forms[form] += 1
+                    coded.add(tensor.name.removesuffix(".weight"))
+            grown = growth(base, kept, total, dtype)
+        if grown is not None:
+            warnings.warn(grown, GrowthWarning, stacklevel=2)
+    with torch.device("meta"):
+        outer = {
+            path for path, _ in factory_of(base, kind=class_at(base))().named_modules() if not re.search(r"\d", path)
+        }
+    dense = outer & {name.removesuffix(".weight") for name in names} - coded
+    return _technique_of(forms.most_common(1)[0][0]) if forms else None, tuple(sorted(dense)), total
+
+
+def with_stored(found: Plan, stored: int) -> Plan:
+    """Return a plan in which the base takes ``stored`` bytes as it is, beside its adapters."""
+    adapters = {name: size for name, size in found.stored.items() if name == "adapters"}
+    return replace(found, stored={"as it is": stored} | adapters)
 
 
 def _technique_of(form: Form) -> Technique:
@@ -118,7 +143,7 @@ def _technique_of(form: Form) -> Technique:
     return blockwise(form.format, form.block_size, form.scale_encoding, form.compute_dtype, search=False)
 
 
-def _plan_steps(job: Job, storing: Technique | None) -> Plan:
+def _plan_steps(job: Job, storing: Technique | None, skip: tuple[str, ...]) -> Plan:
     """Return what fine-tuning a folder's model takes, with the peak of its steps in the plan's ``backward``.
 
     Plans run on fake tensors, and what ``prepare_training`` keeps depends on values. So models with the same layers,
@@ -142,12 +167,12 @@ def _plan_steps(job: Job, storing: Technique | None) -> Plan:
         """Return the peak of a step of a model of so many layers, beyond model and inputs."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = convert(factory_of(job.folder, layers)(), *techniques)
+            model = convert(factory_of(job.folder, layers)(), *techniques, skip=skip)
             if job.memory != "plain":
                 prepare_training(model, job.memory)
             return training_memory(model, loss=loss, **batch).step_bytes
 
-    found = plan(factory_of(job.folder), *techniques, batch=batch, loss=loss)
+    found = plan(factory_of(job.folder), *techniques, batch=batch, loss=loss, skip=skip)
     layers = sizes_of(job.folder).layers
     if layers <= max(FEW):
         return replace(found, backward=step(layers) - found.optimizer)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from lowmem.distributed.processes import start_words
 from lowmem.io.adapters import save_adapter
 from lowmem.io.atomic import atomic_folder, write_atomically, write_errors
 from lowmem.tools.fit_job import RECORD, Job
@@ -23,10 +24,10 @@ _OF_THIS_RUN = ("--resume", "--json", "--debug")
 def command_of(arguments: argparse.Namespace, short: bool = False) -> str:
     """Return the command of a run as a shell takes it, without options that do not change its result.
 
-    ``short``: paths are their last components, since those of this machine mean nothing elsewhere.
+    ``short``: of one process, and with the last components of paths, since this machine's mean nothing elsewhere.
     """
     words = [word for word in arguments.command_line if word not in _OF_THIS_RUN]
-    return shlex.join(["lowmem", *(map(_last_component, words) if short else words)])
+    return shlex.join(["lowmem", *map(_last_component, words)] if short else [*start_words(), *words])
 
 
 def _last_component(word: str) -> str:
@@ -40,6 +41,8 @@ def next_commands(job: Job) -> list[str]:
     base, out = str(job.folder), str(job.save)
     how = ["--chat"] if getattr(job.tokenizer, "chat_template", None) else ["--prompt", "TEXT"]
     merged = f"{out.rstrip(os.sep)}-merged"
+    if job.has_public_base:  # where the adapter's config does not find it
+        how = ["--base", base, *how]
     commands = [["generate", out, *how], ["merge", base, out, merged, "--to", "bfloat16"]]
     return [shlex.join(["lowmem", *command]) for command in [*commands, ["export", merged, f"{merged}.gguf"]]]
 
@@ -66,7 +69,7 @@ def save(job: Job, states: Path, model: nn.Module, document: dict[str, Any], com
 def _card(job: Job, document: dict[str, Any], command: str) -> str:
     """Return the model card: the same for the same run, resumed or not."""
     assert job.save is not None
-    base, run = Path(job.base_name).name, document["run"]
+    base, run = job.public_base, document["run"]
     figures = {
         "Steps": document["steps"],
         "Last loss": f"{document['last_loss']:.4f}",

@@ -11,6 +11,7 @@ import torch
 
 from lowmem.finetuning.metrics import peak_memory
 from lowmem.tools.arguments import DEVICES, device_of, file_path, number, positive_int, seed
+from lowmem.tools.output import warnings_as_notes
 
 INTERRUPTED = 130  # 128 + SIGINT: what shells report
 
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     from lowmem.integrations.transformers.config_facts import held_back
     from lowmem.integrations.transformers.generating import end_tokens, open_language_model
 
-    with held_back():
+    with held_back(), warnings_as_notes():
         model, tokenizer = open_language_model(arguments.model, arguments.base, arguments.adapter)
         ends = end_tokens(model, tokenizer, arguments.chat)
     generator = _Generator(model.to(device), tokenizer, ends, arguments)

@@ -8,13 +8,13 @@ from contextlib import nullcontext
 from typing import Any
 
 from lowmem.errors import one_line
-from lowmem.io.adapters import load_adapter
+from lowmem.io.adapters import find_adapter, load_adapter
 from lowmem.io.atomic import check_free, owned, starts_with
 from lowmem.io.checkpoint import load, save
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.tools.arguments import DTYPES, file_path, number
 from lowmem.tools.models import batch_of, model_factory, user_code
-from lowmem.tools.output import print_json, print_saved, print_table
+from lowmem.tools.output import print_json, print_saved, print_table, warnings_as_notes
 from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.restore import restore
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("adapter", type=file_path, metavar="ADAPTER", help="a file of save_adapter, or a PEFT folder")
     parser.add_argument("out", type=file_path, metavar="OUT", help="the folder to write, or the model file")
+    parser.add_argument("--adapter", dest="name", metavar="NAME", help="the adapter to merge, of a folder of several")
     parser.add_argument(
         "--model", metavar="MODULE:FACTORY", help="for a model file: a callable that makes the dense model of BASE"
     )
@@ -64,11 +65,13 @@ def run(arguments: argparse.Namespace) -> int:
     run_it = nullcontext() if inputs is None else user_code(f"inputs={arguments.inputs!r}: calling the model failed")
     of_folder = arguments.base.is_dir() or starts_with(arguments.base, MAGIC)
     _check_model(arguments, of_folder)
+    adapter = find_adapter(arguments.adapter, arguments.name)
     with owned(arguments.out):
         if of_folder:
             model, tokenizer = _open_folder(arguments)
         else:
-            model = load_adapter(load(arguments.base, model_factory(arguments.model)), arguments.adapter)
+            model = load(arguments.base, model_factory(arguments.model))
+        model = load_adapter(model, *adapter)
         with run_it:
             model, report = merge(model, to, inputs=inputs, report=True)
         why = _above(report, arguments.at_most)
@@ -104,15 +107,15 @@ def _check_model(arguments: argparse.Namespace, of_folder: bool) -> None:
 
 
 def _open_folder(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """Return the model of a folder or GGUF file with its adapter, and the tokenizer of a GGUF file."""
+    """Return the model of a folder or GGUF file, and the tokenizer of a GGUF file."""
     from lowmem.integrations.transformers.config_facts import held_back
     from lowmem.integrations.transformers.folder import load_model
     from lowmem.integrations.transformers.tokenizing import read_tokenizer
 
     check_free(arguments.out)
-    with held_back():
+    with held_back(), warnings_as_notes():
         tokenizer = None if arguments.base.is_dir() else read_tokenizer(arguments.base)
-        return load_adapter(load_model(arguments.base), arguments.adapter), tokenizer
+        return load_model(arguments.base), tokenizer
 
 
 def _write_folder(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:

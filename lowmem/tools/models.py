@@ -4,9 +4,11 @@ transformers), and calls of users' code."""
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,8 +16,10 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
-from lowmem.errors import describe
-from lowmem.tools.output import is_pipe_closed, preserve_streams
+from lowmem.errors import describe, message_of
+from lowmem.io.atomic import starts_with
+from lowmem.io.formats.gguf.container import MAGIC
+from lowmem.tools.output import is_pipe_closed, preserve_streams, warnings_as_notes
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.registry import Technique
 from lowmem.variants import VARIANTS, build, techniques_of
@@ -29,7 +33,8 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
     if folder is not None:
         from lowmem.integrations.transformers.folder import load_folder
 
-        return load_folder(folder)
+        with warnings_as_notes():
+            return load_folder(folder)
     variant, factory = _parts(name)
     try:
         return build(variant, factory, seed=seed, rank=rank)
@@ -44,6 +49,12 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
 def folder_of(name: str) -> Path | None:
     """Return the folder that a model's name is; None for names of another kind."""
     return Path(name) if name and ":" not in name and name not in VARIANTS and os.path.isdir(name) else None
+
+
+def base_of(name: str) -> Path | None:
+    """Return the folder or the GGUF file that a model's name is; None for names of another kind."""
+    folder = folder_of(name)
+    return Path(name) if folder is None and os.path.isfile(name) and starts_with(Path(name), MAGIC) else folder
 
 
 def recipe_of(name: str, rank: int | None = None) -> tuple[Callable[[], nn.Module], tuple[Technique, ...]]:
@@ -109,8 +120,8 @@ def _callable(target: str, option: str) -> Callable[[], Any]:
 
 
 @contextmanager
-def user_code(failure: str, remedy: str = "") -> Iterator[None]:
-    """Turn any exception of the block, SystemExit too, into a ValueError with the text ``failure``.
+def user_code(failure: str, remedy: Callable[[BaseException], str] = lambda reason: "") -> Iterator[None]:
+    """Turn any exception of the block, SystemExit too, into a ValueError with the text ``failure`` and a remedy.
 
     KeyboardInterrupt and a BrokenPipeError from printing pass. The block may close or replace stdout and stderr.
     """
@@ -121,27 +132,46 @@ def user_code(failure: str, remedy: str = "") -> Iterator[None]:
         is_printing = isinstance(reason, BrokenPipeError) and is_pipe_closed()
         if isinstance(reason, KeyboardInterrupt) or is_printing:
             raise
-        raise ValueError(f"{failure}: {describe(reason)}{remedy}") from reason
+        raise ValueError(f"{failure}: {describe(reason)}{remedy(reason)}") from reason
 
 
-def run_model(name: str, run: Callable[[], Result]) -> Result:
-    """Return ``run()``, a call of the user's model; any failure becomes a ValueError about the input."""
-    with user_code(f"model={name!r} cannot take this input", "; check the input's shape and dtype"):
+_CHECK = "check the input's shape and dtype"
+# What errors say of calls with other inputs than the model takes -> what to do, in commands that make the input.
+_REMEDIES = {
+    r"'indices'|for index\b|index tensor|used as indices": "it takes ids: --input-dtype int64 --input-shape N",
+    r"index out of range": "it takes fewer ids, or a smaller input: --input-shape N",
+    r"positional argument": "commands call it with one tensor, its first argument: make a module that passes it on",
+}
+
+
+def _remedy(given: bool, reason: BaseException) -> str:
+    """Return what to do about an error of a model with the user's own input, or one that ``make_input`` made."""
+    known = {} if given else _REMEDIES
+    found = (told for pattern, told in known.items() if re.search(pattern, message_of(reason)))
+    return f"; {next(found, _CHECK)}"
+
+
+def run_model(name: str, run: Callable[[], Result], *, given: bool = False) -> Result:
+    """Return ``run()``, a call of the user's model; any failure becomes a ValueError about the input.
+
+    ``given`` tells that the input is the user's own, which no options describe.
+    """
+    with user_code(f"model={name!r} cannot take this input", partial(_remedy, given)):
         return run()
 
 
-def tensor_of(name: str, command: str, run: Callable[[], Any]) -> Tensor:
-    """Return ``run()``, a call of the user's model, which must return a tensor for the command."""
-    output = run_model(name, run)
+def tensor_of(name: str, command: str, run: Callable[[], Any], *, given: bool = False) -> Tensor:
+    """Return ``run()``, a call of the user's model, which must return a tensor for the command; as ``run_model``."""
+    output = run_model(name, run, given=given)
     if not isinstance(output, Tensor):
         found = type(output).__name__
         raise ValueError(f"model={name!r} returns a {found}; {command} takes models that return a tensor")
     return output
 
 
-def plan_model(name: str, run: Callable[[], Plan]) -> Plan:
+def plan_model(name: str, run: Callable[[], Plan], *, given: bool = False) -> Plan:
     """Return ``run()``, which plans the user's model; its own errors pass, any other becomes a ValueError."""
-    with user_code(f"model={name!r} cannot be planned", "; check the input's shape and dtype"):
+    with user_code(f"model={name!r} cannot be planned", partial(_remedy, given)):
         try:
             return run()
         except ValueError as reason:

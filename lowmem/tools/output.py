@@ -24,6 +24,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lowmem.errors import printable
+from lowmem.io.formats.growth import GrowthWarning
 from lowmem.transforms.bits import text_of
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.summary import Summary
@@ -51,11 +52,12 @@ def shown(text: str) -> str:
 
 @contextmanager
 def warnings_as_notes() -> Iterator[None]:
-    """Print the block's warnings to stderr behind it, a line each, unless it ends in an error."""
+    """Print the block's warnings to stderr behind it, a line each, unless it ends in an error. A model that became
+    larger than its file is told of first."""
     with warnings.catch_warnings(record=True) as notes:
         warnings.simplefilter("always", UserWarning)
         yield
-    for note in notes:
+    for note in sorted(notes, key=lambda note: not issubclass(note.category, GrowthWarning)):
         print(f"note: {shown(str(note.message))}", file=sys.stderr)
 
 

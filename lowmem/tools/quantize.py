@@ -82,8 +82,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--format",
         choices=[*FORMATS, *IMPORTED, *EIGHT_BIT],
-        help=f"default {DEFAULT} in blocks of {DEFAULT_BLOCK_SIZE}; lowmem export writes q4_0, iq4_nl and uint4 to "
-        "GGUF with the same codes",
+        help=f"default {DEFAULT} in blocks of {DEFAULT_BLOCK_SIZE}; lowmem export writes q4_0, iq4_nl, uint4 and "
+        "q8_0 to GGUF with the same codes",
     )
     parser.add_argument(
         "--bits",
@@ -110,8 +110,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--include",
         action="append",
         metavar="GLOB",
-        help="convert only tensors with such names; of another program's file, the dense tensors with such names; "
-        "may be repeated",
+        help="convert only tensors with such names; of another program's file, the dense tensors with such names, "
+        "and those of 8 bits if the format has 4; may be repeated",
     )
     parser.add_argument(
         "--exclude",

@@ -8,12 +8,23 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.io.atomic import owned
+from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.recognize import open_foreign
-from lowmem.io.import_checkpoint import ImportedRow, import_checkpoint
+from lowmem.io.import_checkpoint import import_checkpoint
 from lowmem.io.model_folder import CONFIG, quantization_of
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.tools.arguments import DTYPES
-from lowmem.tools.output import mib, print_json, print_saved, print_table, progress, shape_text, shown, shrinkage
+from lowmem.tools.output import (
+    mib,
+    print_json,
+    print_saved,
+    print_table,
+    progress,
+    shape_text,
+    shown,
+    shrinkage,
+    warnings_as_notes,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +63,7 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
         "dtype": None if arguments.dtype is None else DTYPES[arguments.dtype],
         "shard_bytes": arguments.shard_size,
     }
-    with owned(arguments.target):
+    with owned(arguments.target), warnings_as_notes():
         if arguments.target.suffix == ".safetensors":  # a file of lowmem's, with the names of the source
             with progress("import", total=total) as update:
                 rows = import_checkpoint(
@@ -75,26 +86,12 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     if changed:
         worst = max(changed, key=lambda row: row.error or 0.0)
         print(f"quantized {len(changed)}, with an error of up to {worst.error:.4f} (rms, {shown(worst.name)})")
-    _note_growth(rows, arguments.dtype is not None)
     if left_out:
         print(f"left out {len(left_out)} that the model computes: {shown(', '.join(left_out[:3]))}", file=sys.stderr)
     print_saved(arguments.target)
     return 0
 
 
-def _note_growth(rows: list[ImportedRow], is_rounded: bool) -> None:
-    """Note which weights take more bytes than in the file, because they became dense, and the options that help."""
-    grown = [row for row in rows if row.kept in DTYPES and row.after_bytes > row.before_bytes and len(row.shape) > 1]
-    if not grown:
-        return
-    kinds = ", ".join(dict.fromkeys(row.kind for row in grown))
-    before, after = (mib(sum(getattr(row, part) for row in grown)) for part in ("before_bytes", "after_bytes"))
-    how = "" if is_rounded else "--dtype bfloat16 rounds them, "
-    how += f"--include {shown(grown[0].name)} --format int8 stores this one in 8 bits"
-    which = f"{len(grown)} of them, in {kinds}"
-    print(f"note: {which}, are dense now and take {after} MiB, not {before}: {how}", file=sys.stderr)
-
-
-def _cells(row: ImportedRow) -> list[str]:
+def _cells(row: ForeignRow) -> list[str]:
     error = "kept" if row.error is None else f"{row.error:.4f}"
     return [row.name, shape_text(row.shape), row.kind, row.kept, mib(row.after_bytes), error]

@@ -7,7 +7,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from lowmem.errors import refusal
+from lowmem.io.formats.peft.reading import refuse_adapters
 from lowmem.tools.arguments import file_path
 
 
@@ -28,11 +28,8 @@ def run(arguments: argparse.Namespace) -> int:
     from transformers.utils.import_utils import is_serve_available
 
     from lowmem.integrations.transformers.folder import check
-    from lowmem.integrations.transformers.generating import is_adapter
 
-    if is_adapter(folder):
-        why = f"it is an adapter: merge it, lowmem merge BASE {folder} OUT, and serve OUT"
-        raise refusal(folder, why, "serve")
+    refuse_adapters(folder, "serve")
     check(folder, "serve")
     if not is_serve_available():
         raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")

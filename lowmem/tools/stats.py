@@ -5,16 +5,18 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.nn.techniques import LoRA
+from lowmem.nn.techniques import FourBit, LoRA
 from lowmem.tools.arguments import (
+    RANK,
     add_input_arguments,
     add_output_arguments,
     file_path,
@@ -23,7 +25,7 @@ from lowmem.tools.arguments import (
     size,
     techniques,
 )
-from lowmem.tools.models import folder_of, make_model, plan_model, recipe_of, run_model, user_code
+from lowmem.tools.models import base_of, folder_of, make_model, plan_model, recipe_of, run_model, user_code
 from lowmem.tools.output import mib, print_json, print_plan, print_summary, print_table, shown
 from lowmem.tools.report import check_extra
 from lowmem.training.memory import TRAINERS, TrainingMemory, training_memory
@@ -31,6 +33,7 @@ from lowmem.training.prepare import prepare_training
 from lowmem.transforms.adapters import adapter_names
 from lowmem.transforms.convert import convert
 from lowmem.transforms.plan import OPTIMIZERS, Plan, plan
+from lowmem.transforms.registry import Technique
 from lowmem.transforms.summary import Summary, summary
 from lowmem.variants import VARIANTS
 from lowmem.version import install_command
@@ -82,20 +85,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         metavar="MODEL",
         help="VARIANT, module:factory, module:factory@VARIANT, or a Hugging Face folder (default: every variant of "
-        "BigNet); a folder gets 128 tokens, or as many as it has positions, unless you describe an input",
+        "BigNet); a folder gets 128 tokens, or as many as it has positions, or --input-shape N",
     )
     add_input_arguments(parser)
+    parser.set_defaults(input_shape=None, input_dtype=None)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
         "--all", action="store_true", help="list every layer of a module:factory instead of groups of similar layers"
     )
     kind.add_argument(
         "--plan",
+        nargs="?",
+        const=(),
         type=techniques,
         metavar="TECHNIQUES",
         help="predict the memory with these techniques, without the weights; joined by commas: "
         "FourBit[:format[:block_size[:scales]]], EightBit[:block_size[:scales]], Budget:bits, Half[:dtype], "
-        "LoRA[:rank]",
+        f"LoRA[:rank] (default FourBit,LoRA:{RANK}; FourBit with --training none); also of a GGUF file; weights that "
+        "are stored stay as they are",
     )
     kind.add_argument(
         "--at-most", type=size, metavar="SIZE", help="propose techniques that fit into this memory, such as 24GiB"
@@ -129,19 +136,18 @@ def run(arguments: argparse.Namespace) -> int:
     planned = arguments.plan is not None or arguments.at_most is not None
     measures_step = not planned and arguments.training not in (None, "none")
     _check_step(arguments, measures_step)
-    x = make_input(arguments)
     if planned:
-        return _print_plans(arguments, x)
+        return _print_plans(arguments)
     if measures_step:
-        return _print_steps(arguments, x)
+        return _print_steps(arguments)
     rows: list[Stats] = []
     layers: dict[str, Summary] = {}  # of the user's models
     for name in arguments.models or VARIANTS:
         model = make_model(name, seed=arguments.seed)
-        folder = folder_of(name) is not None
-        given = _tokens(arguments, x, model) if folder else x
-        rows.append(stats_of(name, model, given, **(_decoded(model, given) if folder else {})))
-        if ":" in name or folder:
+        config = _config_of(name, model)
+        x = _input(arguments, config)
+        rows.append(stats_of(name, model, x, **_decoded(config, x)))
+        if ":" in name or config is not None:
             with user_code(f"model={name!r} cannot be listed by layers"):
                 layers[name] = summary(model)
     if arguments.json:
@@ -172,53 +178,104 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(arguments: argparse.Namespace, x: Tensor, model: Any) -> Tensor:
-    """Return an input for a folder's language model, unless the arguments describe another than BigNet's."""
-    if (arguments.input_shape, arguments.input_dtype) != ((1024,), "float32"):
-        return x
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    length = min(TOKENS, positions) if isinstance(positions, int) and positions > 0 else TOKENS
-    return torch.zeros(arguments.batch, length, dtype=torch.int64)
+def _config_of(name: str, model: Any) -> Any:
+    """Return the config of a folder's model; None for models of another kind."""
+    return None if folder_of(name) is None else model.config
 
 
-def _decoded(model: Any, tokens: Tensor) -> dict[str, Tensor]:
+def _input(arguments: argparse.Namespace, config: Any = None) -> Tensor:
+    """Return the input that the arguments describe: by default BigNet's, or tokens for a folder's config."""
+    tokens = config is not None and arguments.input_dtype is None and len(arguments.input_shape or (1,)) == 1
+    length = TOKENS
+    if tokens:
+        from lowmem.integrations.transformers.config_facts import window_of
+
+        length = window_of(config, TOKENS)
+    described = copy(arguments)
+    described.input_shape = arguments.input_shape or (length if tokens else 1024,)
+    described.input_dtype = arguments.input_dtype or ("int64" if tokens else "float32")
+    return make_input(described)
+
+
+def _decoded(config: Any, x: Tensor) -> dict[str, Tensor]:
     """Return the decoder's input of an encoder-decoder model: the tokens of the encoder."""
-    both = model.config.is_encoder_decoder and not tokens.is_floating_point()
-    return {"decoder_input_ids": tokens} if both else {}
+    both = config is not None and config.is_encoder_decoder and not x.is_floating_point()
+    return {"decoder_input_ids": x} if both else {}
 
 
-def _print_plans(arguments: argparse.Namespace, x: Tensor) -> int:
+def _labels(config: Any, kind: str, x: Tensor) -> dict[str, Tensor]:
+    """Return the labels of a folder's language model, whose class is called ``kind``: its input."""
+    is_language_model = config is not None and kind.endswith(("ForCausalLM", "LMHeadModel"))
+    return {"labels": x} if is_language_model and not x.is_floating_point() else {}
+
+
+def _print_plans(arguments: argparse.Namespace) -> int:
     training = None if arguments.training == "none" else arguments.training or "adamw"
     if training is not None and training not in OPTIMIZERS:
         raise ValueError(
             f"--training {training} is measured, not planned: leave out --plan and --at-most, or choose from none, "
             f"{', '.join(OPTIMIZERS)}"
         )
-    plans: dict[str, Plan] = {}
+    plans: dict[str, tuple[Plan, Tensor]] = {}
     for name in arguments.models or ["bignet"]:
-        if folder_of(name) is not None:
-            raise ValueError(
-                f"model={name!r} is a folder, and --plan needs a module:factory: lowmem fit FOLDER --data TEXT "
-                "--dry-run plans folders"
-            )
-        factory, own = recipe_of(name)
-        if own:
-            raise ValueError(
-                f"model={name!r} has techniques of its own: name the model without them, and the techniques in --plan"
-            )
-        plans[name] = plan_model(
-            name,
-            lambda make=factory: plan(  # type: ignore[misc]
-                make, *(arguments.plan or ()), batch=x, training=training, at_most=arguments.at_most
-            ),
-        )
+        base = base_of(name)
+        plans[name] = _plan(arguments, name, training) if base is None else _plan_base(arguments, base, training)
     if arguments.json:
-        print_json([{"model": name} | found.as_json() for name, found in plans.items()])
+        rows = [(name, list(x.shape), found.as_json()) for name, (found, x) in plans.items()]
+        print_json([{"model": name, "input_shape": shape} | found for name, shape, found in rows])
         return 0
-    for number, (name, found) in enumerate(plans.items()):
+    for number, (name, (found, x)) in enumerate(plans.items()):
         print("\n" * (number > 0), end="")
         print_plan(name, found, markdown=arguments.markdown)
+        if base_of(name) is not None:
+            what = " x ".join(map(str, x.shape)) + (" numbers" if x.is_floating_point() else " tokens")
+            print(f"\nof an input of {what}: --batch and --input-shape change them")
     return 0
+
+
+def _asked(arguments: argparse.Namespace, training: str | None, stored: bool) -> tuple[Technique, ...]:
+    """Return the techniques to plan: those of ``--plan``, or its default, of which a stored base takes adapters."""
+    if arguments.plan or arguments.plan is None:
+        return arguments.plan or ()
+    return (*([] if stored else [FourBit()]), *([LoRA(RANK)] if training else []))
+
+
+def _plan(arguments: argparse.Namespace, name: str, training: str | None) -> tuple[Plan, Tensor]:
+    """Return the plan of a model and its input."""
+    make, own = recipe_of(name)
+    if own:
+        raise ValueError(
+            f"model={name!r} has techniques of its own: name the model without them, and the techniques in --plan"
+        )
+    x, given = _input(arguments), _asked(arguments, training, False)
+    return plan_model(name, lambda: plan(make, *given, batch=x, training=training, at_most=arguments.at_most)), x
+
+
+def _plan_base(arguments: argparse.Namespace, base: Path, training: str | None) -> tuple[Plan, Tensor]:
+    """Return the plan of the model of a folder or GGUF file, and its input; of weights, only headers are read."""
+    from lowmem.integrations.transformers.config_facts import class_at, config_at, factory_of, held_back, stored_by
+    from lowmem.tools.fit_plan import stored_as, with_stored
+
+    with held_back():
+        stored = stored_by(base, "plan") is not None
+        given = _asked(arguments, training, stored)
+        if stored and (arguments.at_most or not all(isinstance(one, LoRA) for one in given)):
+            raise ValueError(
+                f"model={str(base)!r} is stored already: leave out --at-most, and name LoRA alone in --plan"
+            )
+        technique, dense, nbytes = stored_as(base) if stored else (None, (), 0)
+        kind, config = class_at(base), config_at(base)
+        x = _input(arguments, config)
+        labels = _labels(config, kind.__name__, x)
+        named = {"input_ids": x, **_decoded(config, x), **labels, **({"use_cache": False} if labels else {})}
+        batch = x if x.is_floating_point() else named
+        given = given if technique is None else (technique, *given)
+        make = factory_of(base, kind=kind)
+        found = plan_model(
+            str(base),
+            lambda: plan(make, *given, batch=batch, training=training, at_most=arguments.at_most, skip=dense),
+        )
+    return with_stored(found, nbytes) if stored else found, x
 
 
 def _check_step(arguments: argparse.Namespace, measured: bool) -> None:
@@ -242,9 +299,9 @@ def _check_step(arguments: argparse.Namespace, measured: bool) -> None:
     check_writable(path)
 
 
-def _print_steps(arguments: argparse.Namespace, x: Tensor) -> int:
+def _print_steps(arguments: argparse.Namespace) -> int:
     """Measure a training step of each model, and print and draw where its memory goes."""
-    found = {name: _measured_step(arguments, name, x) for name in arguments.models or VARIANTS}
+    found = {name: _measured_step(arguments, name) for name in arguments.models or VARIANTS}
     if arguments.plot is not None:
         _draw(arguments, found)
     if arguments.json:
@@ -259,11 +316,11 @@ def _print_steps(arguments: argparse.Namespace, x: Tensor) -> int:
     return 0
 
 
-def _measured_step(arguments: argparse.Namespace, name: str, x: Tensor) -> TrainingMemory:
-    folder = folder_of(name) is not None
-    own = not folder and any(isinstance(one, LoRA) for one in recipe_of(name)[1])  # adapters
+def _measured_step(arguments: argparse.Namespace, name: str) -> TrainingMemory:
+    own = folder_of(name) is None and any(isinstance(one, LoRA) for one in recipe_of(name)[1])  # adapters
     model = make_model(name, seed=arguments.seed, rank=arguments.rank if own else None)
-    x = _tokens(arguments, x, model) if folder else x
+    config = _config_of(name, model)
+    x = _input(arguments, config)
     with user_code(f"model={name!r} cannot be trained"):
         if arguments.rank is not None and not own and not adapter_names(model):
             model = convert(model, LoRA(arguments.rank))
@@ -272,8 +329,7 @@ def _measured_step(arguments: argparse.Namespace, name: str, x: Tensor) -> Train
             prepare_training(model, arguments.memory)
     if not trains:
         raise ValueError(f"model={name!r} has no parameter that trains; --rank N adds adapters that do")
-    is_language_model = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    labels: dict[str, Any] = {"labels": x} if folder and is_language_model and not x.is_floating_point() else {}
+    labels: dict[str, Any] = _labels(config, type(model).__name__, x)
     return run_model(name, lambda: training_memory(model, x, optimizer=arguments.training, **labels))
 
 

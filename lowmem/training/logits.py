@@ -6,20 +6,21 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar, cast
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from lowmem.nn.calls import is_cast, is_plain_call
-from lowmem.nn.read_only import METADATA, writes_in_place
+from lowmem.nn.read_only import METADATA, name_of, registers_in, written_by
 from lowmem.nn.sharded import is_fsdp_unit
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule, prepared_class
 
-_F = TypeVar("_F", bound=Callable[..., Any])
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+_delays = partial(registers_in, _FUNCTIONS)
 
 
 @dataclass(frozen=True)
@@ -206,22 +207,13 @@ _TAKE_NAMES = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.fl
 
 def _refuse_writes(function: Any, args: Any, kwargs: Any) -> None:
     """Raise a RuntimeError if ``function`` would change lazy logits, or register a hook on their gradient."""
-    name = getattr(function, "__name__", "")
-    writes = writes_in_place(function) or name in ("register_hook", "retain_grad")
-    target = args[0] if args else None
-    if (writes and isinstance(target, LazyLogits)) or isinstance(kwargs.get("out"), LazyLogits):
+    name = name_of(function)
+    hooks = args[:1] if name in ("register_hook", "retain_grad") else ()
+    if any(isinstance(one, LazyLogits) for one in (*hooks, *written_by(function, args, kwargs))):
         raise RuntimeError(
             f"{name} would change logits of a prepared model, which are not computed: change a copy, as logits + 0, "
             "or call lowmem.release_training(model)"
         )
-
-
-def _delays(*functions: Any) -> Callable[[_F], _F]:
-    def register(function: _F) -> _F:
-        _FUNCTIONS.update(dict.fromkeys(functions, function))
-        return function
-
-    return register
 
 
 @_delays(functional.cross_entropy)

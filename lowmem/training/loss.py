@@ -44,7 +44,7 @@ def linear_cross_entropy(
         chunk: rows whose logits exist at once, at least 1.
         label_smoothing: how much of each target is spread over the vocabulary, in [0, 1].
         reduction: "mean" over the labels that count (NaN if none does), or "sum".
-        dtype: of the products; sums, softmax and loss are in float32 or wider. None: autocast's dtype if it is
+        dtype: of the products; sums, softmax and loss are in float32 or wider. None takes autocast's dtype if it is
             enabled; hidden's if the weight is stored as codes; else bfloat16 if one of hidden and weight is bfloat16
             and the other bfloat16 or float32; else ``torch.promote_types`` of the two.
 

@@ -107,7 +107,7 @@ def training_memory(
     Args:
         model: has parameters that train; convert and prepare it (``prepare_training``) before, as for training.
         *inputs: positional arguments of the model: tensors, or structures that contain them.
-        loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
+        loss: returns a scalar for the model's output; None takes the output's ``loss``, or the sum of its tensors.
         optimizer: "adamw", "adamw8bit" or "sgd" (without momentum), or a callable that makes one for a list of
             parameters, such as ``functools.partial(torch.optim.SGD, momentum=0.9)``.
         **named: keyword arguments of the model.

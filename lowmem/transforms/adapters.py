@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
+from functools import cache
 from typing import Any, TypeVar
 
 from torch import nn
@@ -21,7 +22,7 @@ from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
 from lowmem.transforms.placement import place_adapters, place_name, takes_adapter, warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
 from lowmem.transforms.registry import layer_name
-from lowmem.transforms.select import no_match_message, select_modules
+from lowmem.transforms.select import no_match_message, note_left, select_modules
 from lowmem.transforms.store import add_first_adapter
 
 M = TypeVar("M", bound=nn.Module)
@@ -60,13 +61,14 @@ def add_adapter(
             or a model that is wrapped for several processes. The model is left as it was.
 
     Warns:
-        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them, and of linear
-            layers that share the weight of one that gets an adapter, and get none.
+        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them, of ranks that are
+            too large, and of linear layers that share the weight of one that gets an adapter, and get none.
     """
     check_name(name)
     if not isinstance(technique, LoRA):
         raise TypeError(f"technique={technique!r} must be an instance of LoRA")
     refuse_model("add_adapter", model)
+    where = cache(where) if callable(where) else where  # it may be slow, or ask a person
     selected = select_modules(model, where, skip)
     layers = [m for m in selected if takes_adapter(m, where is not None)]
     refuse_peft(model, layers, freezes=True)
@@ -76,6 +78,7 @@ def add_adapter(
     refuse_layers("add_adapter", {layer: selected[layer] for layer in placed})
     told = warnings_of_adapters(model, placed, where)
     add_placed(model, name, placed, selected)
+    note_left(model, where, skip, LoRA)
     for text in told:
         warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the function that one_at_a_time wraps
     return model

@@ -13,7 +13,7 @@ from lowmem.nn.techniques import CHOICES, Budget, FourBit, LoRA, of_embeddings
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
 from lowmem.transforms.calibration.sensitivity import importance_of
 from lowmem.transforms.placement import place_adapters, place_name, takes_adapter
-from lowmem.transforms.registry import Step, Technique, layer_name, layer_names
+from lowmem.transforms.registry import Step, Technique, Where, layer_name, layer_names
 from lowmem.transforms.roles import embeddings_and_outputs, kept_in_float32
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import weight_key
@@ -23,7 +23,7 @@ def techniques_by_layer(
     model: nn.Module,
     techniques: tuple[Technique, ...],
     layers: Iterable[nn.Module],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
 ) -> dict[nn.Module, tuple[Step, ...]]:
     """Return the techniques of each layer that ``convert`` takes, with LoRA as ``place_adapters`` places it.
 
@@ -49,6 +49,22 @@ def techniques_by_layer(
     return chosen
 
 
+def assign(
+    model: nn.Module,
+    techniques: tuple[Technique, ...],
+    found: Mapping[nn.Module, tuple[str, list[str]]],
+    where: Where,
+    losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
+) -> tuple[dict[nn.Module, tuple[Step, ...]], dict[nn.Module, Chosen]]:
+    """Return the techniques of each layer, with a ``Budget`` divided, and what each layer got of the budget."""
+    chosen = techniques_by_layer(model, techniques, found, where)
+    first, got = techniques[0], dict[nn.Module, Chosen]()
+    if isinstance(first, Budget):
+        got = divided(model, first, found, losses)
+        chosen = {module: (got[module].technique, *steps[1:]) for module, steps in chosen.items()}
+    return chosen, got
+
+
 def divided(
     model: nn.Module,
     budget: Budget,
@@ -57,15 +73,7 @@ def divided(
 ) -> dict[nn.Module, Chosen]:
     """Return what each module gets of a budget; weights of unknown losses, which stay dense, have no part in it.
 
-    Args:
-        model: any module.
-        budget: to divide.
-        found: modules, with their paths and the names of the parameters to store.
-        losses: as in ``rebuild_all``.
-
-    Raises:
-        TypeError, ValueError: a weight that cannot be stored, inputs that the model does not take, or a budget out
-            of reach.
+    ``found`` has the paths of modules and the names of the parameters to store; ``losses`` are as in ``rebuild_all``.
     """
     stored: dict[nn.Module, dict[Hashable, tuple[str, nn.Parameter, Tensor]]] = {}
     for module, (path, names) in found.items():
@@ -86,7 +94,7 @@ def divided(
         important = importance_of(model, budget.inputs, sized)
         if unseen := [name for name in sized if name not in important]:
             text = f"no batch of inputs= reached {layer_names(unseen)}, which get the least bits"
-            warnings.warn(text, UserWarning, stacklevel=5)
+            warnings.warn(text, UserWarning, stacklevel=6)
 
     def measured(name: str, tensor: Tensor) -> Sequence[float] | None:
         if losses is not None:

@@ -18,7 +18,7 @@ from lowmem.nn.stored_module import StoredModule, dense_bytes
 from lowmem.nn.techniques import FourBit, Half, LoRA
 from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS
-from lowmem.transforms.registry import Technique, module_paths, parameters_to_store, skip_reason
+from lowmem.transforms.registry import Technique, Where, module_paths, parameters_to_store, skip_reason
 from lowmem.transforms.select import select_modules
 
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
@@ -48,16 +48,10 @@ def bits_per_weight(model: nn.Module, replacements: Replacements) -> float:
 def refuse_more_bits(
     model: nn.Module, replacements: Replacements, at_most: float, rebuilt: Callable[[Technique], Replacements]
 ) -> None:
-    """Raise if a converted model would take more than ``at_most`` bits a weight.
+    """Raise a ValueError if a model would take more than ``at_most`` bits a weight after ``replacements``.
 
-    Args:
-        model: before it is converted.
-        replacements: what its modules become.
-        at_most: bits.
-        rebuilt: returns what modules would become with another technique, without values.
-
-    Raises:
-        ValueError: it would; the least that is possible is named, and the largest weights that stay dense.
+    The error names the largest weights that stay dense, and the least that is possible: ``rebuilt`` returns what
+    modules would become with another technique, without values.
     """
     bits = bits_per_weight(model, replacements)
     if bits <= at_most:
@@ -105,7 +99,7 @@ def warning_of_dense(
     model: nn.Module,
     replacements: Replacements,
     technique: type[Technique],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
     skip: str | Iterable[str],
 ) -> str | None:
     """Return the warning if more than a tenth of the bytes stay dense unasked; None otherwise, and for ``LoRA``.

@@ -56,14 +56,9 @@ class Chosen:
 
 
 def losses_of(weight: Tensor, importance: Importance | None = None) -> tuple[float, ...]:
-    """Return what each of ``CHOICES`` loses of a weight; without values, what it loses of normal weights.
+    """Return what each of ``CHOICES`` loses of a weight (..., columns); without values, of normal weights.
 
-    Args:
-        weight: floating point (..., columns).
-        importance: of squared errors; None: 1 over the mean of the squared weights.
-
-    Raises:
-        TypeError, ValueError: a weight that ``quantize`` rejects.
+    Without the ``importance`` of squared errors, it is 1 over the mean of the squared weights.
     """
     if weight.is_meta:
         return tuple(weight.numel() * error**2 for error in NORMAL_ERRORS)
@@ -121,10 +116,7 @@ def allocate(units: Sequence[Unit], bits: float) -> list[int]:
     """Return for each unit the index of its choice, such that all take at most ``bits`` a weight.
 
     Steps are taken by what they gain for each byte; one that does not fit ends those of its unit. More bits never
-    give a larger sum of losses.
-
-    Raises:
-        ValueError: fewer bits than the least that is possible, or more than the dense weights take; both are named.
+    give a larger sum of losses. Bits that are out of reach are a ValueError, which names what is possible.
     """
     weights = max(1, sum(unit.weights for unit in units))
     least, dense = sum(min(unit.bytes) for unit in units), sum(unit.dense for unit in units)

@@ -6,7 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
@@ -14,15 +14,14 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.resident import returns_free_pages
-from lowmem.transforms.assign import divided, techniques_by_layer
+from lowmem.transforms.assign import assign
 from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of, warning_of_dense
-from lowmem.transforms.budget import Chosen
 from lowmem.transforms.commit import commit
 from lowmem.transforms.placement import warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Technique, module_paths
-from lowmem.transforms.select import select_to_convert
-from lowmem.transforms.store import rebuild, storing_once
+from lowmem.transforms.registry import Technique, Where, check_module, module_paths
+from lowmem.transforms.select import note_left, select_to_convert
+from lowmem.transforms.store import StoreBy, rebuild, storing_once
 from lowmem.transforms.ties import keep_shared_biases
 
 M = TypeVar("M", bound=nn.Module)
@@ -81,11 +80,14 @@ def convert(
     Warns:
         UserWarning: more than a tenth of the model's bytes stayed dense, and neither ``where`` nor ``skip`` left
             them out; the three largest reasons are named with their remedies. Biases, norms and floating-point
-            buffers count; where all that is dense is 64 KiB or less, it warns if matrices alone are a tenth. Or a
-            ``where`` that only leaves something out, as ``path != "lm_head"`` does, gave adapters to layers that
-            ``LoRA`` leaves out without it, beside others: these layers are named, and their share of the adapter's
-            numbers.
+            buffers count; where all that is dense is 64 KiB or less, it warns if matrices alone are a tenth.
+        UserWarning: a ``where`` that only leaves something out, as ``path != "lm_head"`` does, gave adapters to
+            layers that ``LoRA`` leaves out without it, beside others: these layers are named, and their share of the
+            adapter's numbers.
+        UserWarning: more than a fifth of the adapter's numbers are of ranks above the smaller dimension of a weight,
+            the most that its change can have; the layer with most of them is named.
     """
+    check_module(model)
     _check_arguments(techniques)
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
 
@@ -112,6 +114,7 @@ def convert(
     told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip)]
     told += warnings_of_adapters(model, placed, where)
     commit(model, replacements)
+    note_left(model, where, skip, type(techniques[0]))
     for text in filter(None, told):
         warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
     return model
@@ -120,29 +123,19 @@ def convert(
 def rebuild_all(
     model: nn.Module,
     techniques: tuple[Technique, ...],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
     skip: str | Iterable[str],
     parameters: Callable[[str, Tensor], bool] | None,
-    store_by: Callable[[Any], Callable[[Tensor, str], Any]],
+    store_by: StoreBy,
     losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
 ) -> dict[nn.Module, nn.Module]:
-    """Select, assign and store: return what each module becomes that ``convert`` takes; the model does not change.
+    """Select, assign and store: return what each module becomes that ``convert`` takes; raises as ``convert``.
 
-    Args:
-        model, techniques, where, skip, parameters: as in ``convert``.
-        store_by: returns, for a technique, the function that stores a weight: ``storing_once``.
-        losses: returns what each choice of a ``Budget`` loses of a weight, by its name; None of one that is not
-            known. None: they are measured.
-
-    Raises:
-        TypeError, ValueError: as ``convert``.
+    ``losses`` returns what each choice of a ``Budget`` loses of a weight, by its name, or None of one that is not
+    known; without ``losses`` they are measured.
     """
     found = select_to_convert(model, techniques, where, skip, parameters)
-    chosen = techniques_by_layer(model, techniques, found, where)
-    first, got = techniques[0], dict[nn.Module, Chosen]()
-    if isinstance(first, Budget):
-        got = divided(model, first, found, losses)
-        chosen = {module: (got[module].technique, *steps[1:]) for module, steps in chosen.items()}
+    chosen, got = assign(model, techniques, found, where, losses)
     unused: dict[type[Technique], str | None] = {}
     replacements = {
         module: rebuild(module, chosen[module], path, unused, store_by, names)

@@ -152,7 +152,7 @@ def merge(
             parameters of each adapted module become dense and of that dtype, biases included; it takes inputs of that
             dtype.
         at_most: the largest relative error after the merge that is accepted, of any weight and, with ``inputs``, of
-            any layer's outputs and the model's; None: any.
+            any layer's outputs and the model's; None accepts any.
         inputs: one batch for the model (a Tensor, a tuple or list of positional arguments, or a mapping of keyword
             arguments), with which errors of the layers' outputs and the model's are measured, in evaluation mode: the
             model runs three times.

@@ -17,7 +17,19 @@ from torch.nn.modules.module import (
 from torch.nn.parameter import is_lazy
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowmem.errors import check_function
+
 M = TypeVar("M", bound=nn.Module)
+
+
+def check_factory(name: str, factory: Any) -> None:
+    """Raise a TypeError unless a factory can be called without arguments, and is no model itself."""
+    if isinstance(factory, nn.Module):  # a module is callable, with its inputs
+        raise TypeError(
+            f"{name} is a {type(factory).__name__}, a model with weights: pass what makes it, as its class or a "
+            "function, whose weights are never allocated"
+        )
+    check_function(name, factory, "a callable without arguments that makes the model")
 
 
 def make_on_meta(factory: Callable[[], M]) -> M:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 
 from torch import nn
 
 from lowmem.nn.adapter import layout_of
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt, skip_reason
+from lowmem.transforms.registry import Where, layer_name, module_paths, parameters_to_adapt, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
+
+_TOLD_SHARE = 0.2  # of an adapter's numbers; convert warns if more are of ranks that no weight can use
 
 
 def place_name(path: str, parameter: str) -> str:
@@ -33,19 +35,13 @@ def place_adapters(
     model: nn.Module,
     technique: LoRA,
     layers: Iterable[nn.Module],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
 ) -> dict[nn.Module, dict[str, LoRA]]:
     """Return the layers that get adapters, each with the technique for its parameters, of their own rank and alpha.
 
-    Args:
-        model: has the layers.
-        technique: with patterns, of paths, and of paths with the name of a parameter.
-        layers: that LoRA supports, and ``where`` selects.
-        where: None leaves output layers and routers out.
-
-    Raises:
-        ValueError: all are left out, a pattern of ``ranks`` or ``alphas`` matches none of the rest, or an embedding
-            is taken without those that share its weight.
+    ``layers`` are those that LoRA supports, and ``where`` selects; without ``where`` output layers and routers are
+    left out. A ValueError says that none is left, that a pattern of ``ranks`` or ``alphas`` matches none of them, or
+    that an embedding is taken without those that share its weight.
     """
     layers, paths = list(layers), module_paths(model)
     left = {**routers(model), **output_layers(model)} if where is None else {}
@@ -101,13 +97,11 @@ def takes_adapter(module: nn.Module, chosen: bool = False) -> bool:
 def warnings_of_adapters(
     model: nn.Module,
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
 ) -> list[str]:
-    """Return what to warn of before layers get adapters: weights that others share, and layers that nobody named.
-
-    ``placed`` has the techniques by layer and parameter; ``where`` selected the layers.
-    """
-    return [*_warning_of_ties(model, placed), *_warning_of_unnamed(model, placed, where)]
+    """Return what to warn of before layers get adapters: shared weights, layers that nobody named, large ranks."""
+    unnamed = _warning_of_unnamed(model, placed, where)
+    return [*_warning_of_ties(model, placed), *unnamed, *_warning_of_ranks(module_paths(model), placed)]
 
 
 def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterator[str]:
@@ -129,7 +123,7 @@ def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterat
 def _warning_of_unnamed(
     model: nn.Module,
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
 ) -> Iterator[str]:
     """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others: a
     ``where`` names a layer if it is true of the layer and not of the module around it."""
@@ -146,11 +140,7 @@ def _warning_of_unnamed(
     unnamed = [layer for layer in more if all(map(is_unnamed, paths[layer]))]
     if not unnamed or len(more) == len(placed) or all(where(p, one) for one, own in paths.items() for p in own):
         return
-    sizes = {
-        (layer, name): sum(map(math.prod, layout_of(layer, name).shapes(technique.rank).values()))
-        for layer, own in placed.items()
-        for name, technique in own.items()
-    }
+    sizes = {key: sum(map(math.prod, shapes)) for key, shapes in _shapes(placed).items()}
     largest = sorted((key for key in sizes if key[0] in unnamed), key=lambda key: -sizes[key])
     told = [
         f"{layer_name(place_name(paths[layer][0], name))} ({type(layer).__name__})" for layer, name in largest[:3]
@@ -161,4 +151,36 @@ def _warning_of_unnamed(
         f"where= gave adapters to layers that LoRA leaves out by default, {share:.0%} of the adapter's numbers: "
         f"{', '.join(told)}{more_text}. skip= keeps the default and leaves more out; a where= that is true of such a "
         "layer, not of the module around it takes it without this warning"
+    )
+
+
+def _shapes(placed: Mapping[nn.Module, Mapping[str, LoRA]]) -> dict[tuple[nn.Module, str], list[tuple[int, ...]]]:
+    """Return the shapes of A (..., rank, in) and B (..., out, rank) by layer and parameter."""
+    return {
+        (layer, name): list(layout_of(layer, name).shapes(technique.rank).values())
+        for layer, own in placed.items()
+        for name, technique in own.items()
+    }
+
+
+def _warning_of_ranks(
+    paths: Mapping[nn.Module, list[str]], placed: Mapping[nn.Module, Mapping[str, LoRA]]
+) -> Iterator[str]:
+    """Warn of ranks above the smaller dimension of a weight, the most that its change can have."""
+    shapes, useless, total = _shapes(placed), dict[tuple[nn.Module, str], int](), 0
+    for key, (a, b) in shapes.items():
+        size, rank, least = math.prod(a) + math.prod(b), a[-2], min(a[-1], b[-2])
+        total += size
+        if rank > least:
+            useless[key] = size // rank * (rank - least)
+    if sum(useless.values()) <= _TOLD_SHARE * total:
+        return
+    layer, name = largest = max(useless, key=lambda key: useless[key])
+    (*_, rank, inputs), (*_, outputs, _) = shapes[largest]
+    place, least = place_name(paths[layer][0], name), min(inputs, outputs)
+    more = f", one of {len(useless)} such layers," if len(useless) > 1 else ""
+    yield (
+        f"{sum(useless.values()) / total:.0%} of the adapter's numbers add nothing: {layer_name(place)} "
+        f"({outputs} x {inputs}){more} can use a rank of {least} at most, and gets {rank}; lower rank=, or that of "
+        f"such layers alone, as ranks={{{place!r}: {least}}}"
     )

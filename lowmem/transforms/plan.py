@@ -4,6 +4,7 @@ backward and an optimizer's step on fake tensors."""
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,7 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from lowmem import measure
-from lowmem.errors import show
+from lowmem.errors import check_function, show
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
@@ -36,8 +37,8 @@ from lowmem.quant.scales import get_encoding
 from lowmem.transforms.bits import SMALLEST, text_of
 from lowmem.transforms.commit import commit
 from lowmem.transforms.convert import convert, rebuild_all
-from lowmem.transforms.meta import make_on_meta
-from lowmem.transforms.registry import Technique, stored_by
+from lowmem.transforms.meta import check_factory, make_on_meta
+from lowmem.transforms.registry import Technique, Where, stored_by
 from lowmem.transforms.store import storing_once
 from lowmem.transforms.summary import aligned
 
@@ -46,7 +47,6 @@ OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer
 )
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
-_RUN = ("inputs", "forward", "gradients", "optimizer", "backward", "update")  # what running a model gives
 _SCRATCH = 2**20  # bytes that a product with a stored weight takes at most, beside its output
 _STORING = 2**21  # bytes for a chunk of rows that is quantized, and one whose error is measured
 
@@ -56,8 +56,8 @@ class Plan:
     """The bytes that a model takes. ``print`` shows a table.
 
     Attributes:
-        techniques: in the order in which they are applied.
-        training: the optimizer; None: inference only, and no figure of training.
+        techniques: in their order.
+        training: the optimizer; None if inference alone was planned.
         dense: parameters and buffers of the model before it is converted.
         stored: those of the converted model, by technique: "dense", "Half", "FourBit", "EightBit", "adapters". Exact.
         inputs: the batch.
@@ -171,8 +171,8 @@ def plan(
 
     Stored bytes, gradients and optimizer state are exact. Peaks are those of ``lowmem.measure`` on a CPU: outputs of
     operations count, workspaces inside one (an LSTM's backward) do not, and the output is not held in the backward.
-    What products with stored weights take beside is not predicted for each: ``scratch`` is the most, but that many
-    rows of bfloat16 take some hundred rows of a weight in bfloat16.
+    ``scratch`` is the most that a product with a stored weight takes; many rows of bfloat16 take some hundred rows of
+    a weight in bfloat16 instead.
 
     Args:
         make: makes the dense model. It is called with the meta device as torch's default; if it needs values of its
@@ -182,10 +182,10 @@ def plan(
         batch: inputs of the model, of which only shapes and dtypes matter (they may be on the meta device): a tensor,
             a tuple of positional arguments, or a mapping of named ones.
         training: "adamw", "sgd" (without momentum), or None for inference.
-        loss: returns a scalar for the model's output; None: the output's ``loss``, or the sum of its tensors.
+        loss: returns a scalar for the model's output; None takes the output's ``loss``, or the sum of its tensors.
         where, skip: as in ``convert``.
-        at_most: bytes, or text such as "24GiB", that the total may take. In place of ``techniques``: of a list, from
-            the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training), the first that fits is taken.
+        at_most: bytes, or text such as "24GiB", that the total may take, in place of ``techniques``: the first that
+            fits is taken, from the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training).
 
     Raises:
         TypeError: a technique, model or batch of another type.
@@ -194,10 +194,11 @@ def plan(
     """
     if training is not None and training not in OPTIMIZERS:
         raise ValueError(f"training={training!r} is unknown: choose from None, {', '.join(OPTIMIZERS)}")
-    if loss is not None and not callable(loss):
-        raise TypeError(f"loss={show(loss)} must be a function of the model's output, or None")
+    if loss is not None:
+        check_function("loss", loss, "a function of the model's output, or None", None)
     if at_most is None:
-        return plan_of(skeleton_of(make, techniques, where, skip), batch, training, loss)
+        given = skeleton_of(make, techniques, where, skip)
+        return plan_of(given, training, run_figures(given.model, batch, training, loss))
     if techniques:
         raise ValueError(f"at_most={at_most!r} proposes techniques: leave out {text_of(techniques)}")
     limit = bytes_of(at_most)
@@ -209,8 +210,8 @@ def plan(
     def planned(found: Skeleton) -> Plan:
         kinds = tuple(map(type, found.techniques))
         if kinds not in runs:
-            runs[kinds] = _run(found.model, batch, training, loss)
-        return _planned(found, training, runs[kinds])
+            runs[kinds] = run_figures(found.model, batch, training, loss)
+        return plan_of(found, training, runs[kinds])
 
     for tried in _proposals(training):
         try:
@@ -228,9 +229,7 @@ def plan(
         if plans[-1].total_bytes <= limit:
             return plans[-1]
     for stored, found in sorted(tight, key=lambda one: one[0]):
-        if not plans or stored < min(
-            one.total_bytes for one in plans
-        ):  # else it need not be run, which takes longest
+        if all(stored < one.total_bytes for one in plans):  # else it need not be run, which takes longest
             plans.append(planned(found))
     least = min(plans, key=lambda one: one.total_bytes)
     unit, size = _unit(least.total_bytes)
@@ -244,21 +243,15 @@ def plan(
 def skeleton_of(
     make: Callable[[], nn.Module],
     techniques: tuple[Technique, ...],
-    where: Callable[[str, nn.Module], bool] | None = None,
+    where: Where = None,
     skip: str | Iterable[str] = (),
 ) -> Skeleton:
     """Make and convert a model on the meta device; raises as ``plan``."""
-    if isinstance(make, nn.Module):
-        raise TypeError(
-            f"make is a {type(make).__name__}, a model with weights: pass what makes it, as its class or a function, "
-            "whose weights are never allocated"
-        )
-    if not callable(make):
-        raise TypeError(f"make={type(make).__name__} must be a callable that makes the model")
+    check_factory("make", make)
     if techniques:
-        # The patterns of a LoRA are those of the model's paths, which the trial's one layer does not have.
-        # Nor can its one short row be stored in every budget of bits.
-        tried = [replace(t, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
+        # The trial's one layer has no paths that a LoRA's patterns match, and is too small for its rank.
+        # Nor can its short rows be stored in every budget of bits.
+        tried = [replace(t, rank=1, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
         tried = [t.choices[0] if isinstance(t, Budget) else t for t in tried]
         with torch.random.fork_rng(devices=[]):
             convert(nn.Linear(8, 8), *tried)  # raises where the techniques alone are wrong
@@ -289,14 +282,8 @@ def skeleton_of(
     )
 
 
-def plan_of(
-    skeleton: Skeleton, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None = None
-) -> Plan:
-    """Return the plan of a model on the meta device; its tensors are replaced by fake ones."""
-    return _planned(skeleton, training, _run(skeleton.model, batch, training, loss))
-
-
-def _planned(skeleton: Skeleton, training: str | None, run: Mapping[str, Any]) -> Plan:
+def plan_of(skeleton: Skeleton, training: str | None, run: Mapping[str, Any]) -> Plan:
+    """Return the plan of a model on the meta device, with the figures that ``run_figures`` gave."""
     forms = [form for m in skeleton.model.modules() if isinstance(m, StoredModule) for form in m.forms.values()]
     offsets = any(isinstance(form, CodedForm) and get_encoding(form.scale_encoding).offsets for form in forms)
     scratch = OFFSETS_SCRATCH if offsets else _SCRATCH if forms else 0
@@ -313,21 +300,23 @@ def _stored(model: nn.Module) -> dict[str, int]:
         elif isinstance(module, StoredModule):
             by = cast(type, stored_by(module)).__name__
             kinds |= dict.fromkeys((getattr(module, name) for name in module.part_names), by)
-    found = {"dense": 0}
+    found = Counter({"dense": 0})
     for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
-        kind = kinds.get(tensor, "dense")
-        found[kind] = found.get(kind, 0) + tensor.nbytes
-    return found
+        found[kinds.get(tensor, "dense")] += tensor.nbytes
+    return dict(found)
 
 
-def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None) -> dict[str, int]:
-    """Run the model, and the optimizer, on fake tensors, and return the figures of ``Plan`` that this gives."""
+def run_figures(
+    model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None
+) -> dict[str, int]:
+    """Run the model, and the optimizer, on fake tensors, which stay in it; return the ``Plan`` figures of the run."""
     with on_fake_tensors(model):
         inputs, named = fake_inputs(batch)
         given = measure.nbytes(dict.fromkeys(measure.tensors_in([inputs, named])))
-        forward = measure.forward_bytes(model, *inputs, **named)
+        found = dict.fromkeys(("inputs", "forward", "gradients", "optimizer", "backward", "update"), 0)
+        found |= {"inputs": given, "forward": measure.forward_bytes(model, *inputs, **named)}
         if training is None:
-            return dict(zip(_RUN, (given, forward, 0, 0, 0, 0), strict=True))
+            return found
         trained: dict[Tensor, None] = {}  # in whose backward a gradient arrives
         hooks = [
             p.register_post_accumulate_grad_hook(lambda p: trained.setdefault(p))
@@ -345,8 +334,8 @@ def _run(model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any
             with memory:
                 optimizer.step()
             state = measure.nbytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
-        figures = (given, forward, gradients, state, backward, gradients + memory.peak)
-        return dict(zip(_RUN, figures, strict=True))
+        found |= {"gradients": gradients, "optimizer": state}
+        return found | {"backward": backward, "update": gradients + memory.peak}
 
 
 @contextmanager

@@ -14,14 +14,8 @@ from lowmem.transforms.registry import check_module, layer_name
 
 
 def refuse_model(name: str, model: nn.Module) -> None:
-    """Raise for a model, or a mode, in which nothing can be changed; ``name`` is the function that would do it.
-
-    Raises:
-        TypeError: the model is not a module.
-        RuntimeError: inference mode is active, or was when a parameter was made.
-        ValueError: a wrapper for several processes knows the model's parameters, which would change, or DeepSpeed's
-            ZeRO-3 has partitioned them.
-    """
+    """Raise for a model, or a mode, in which the function called ``name`` can change nothing: no module, inference
+    mode, a wrapper for several processes, which knows the parameters, or DeepSpeed's ZeRO-3."""
     check_module(model)
     if is_inference_mode_enabled():
         raise RuntimeError(
@@ -51,16 +45,9 @@ _WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel")  # by name: 
 
 
 def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) -> None:
-    """Raise for layers whose own parameters, or adapters, cannot be changed.
+    """Raise for layers, with their paths, whose own parameters, or adapters, the function ``name`` cannot change.
 
-    Args:
-        name: of the function that would do it.
-        layers: with their paths.
-        empty: whether parameters may be on the meta device, as those of a plan.
-
-    Raises:
-        RuntimeError: a layer is prepared for training.
-        ValueError: a parameter is lazy, sharded, or on the meta device.
+    They are lazy, sharded, prepared for training, or on the meta device, which is right if ``empty``, as for a plan.
     """
     sharded = sharded_types()
     refuse_prepared(name, layers)
@@ -94,16 +81,10 @@ def is_of_peft(module: nn.Module) -> bool:
 def refuse_peft(
     model: nn.Module, layers: Collection[nn.Module], *, freezes: bool = False, merges: bool = False
 ) -> None:
-    """Raise if adapters of PEFT would be frozen, or no longer fit: those around layers to change, or all of them.
+    """Raise a ValueError if adapters of PEFT would no longer fit: those around ``layers``, which will change.
 
-    Args:
-        model: any module.
-        layers: the layers to change; without any, a model that holds PEFT's is refused, since PEFT is why.
-        freezes: whether the rest of the model will be frozen.
-        merges: whether adapters are merged into the layers.
-
-    Raises:
-        ValueError: there are such layers; the first is named.
+    All of them would be frozen if that ``freezes`` the rest. Without ``layers``, PEFT is why there are none.
+    ``merges`` tells that adapters will be merged into the layers.
     """
     for path, module in model.named_modules():
         if is_of_peft(module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
 
@@ -24,6 +24,8 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 
 Technique: TypeAlias = Half | EightBit | FourBit | Budget | LoRA
+Where: TypeAlias = Callable[[str, nn.Module], bool] | None
+"""Selects modules by path; None: all."""
 Step: TypeAlias = Half | EightBit | FourBit | Budget | LoRA | dict[str, LoRA]
 """A technique for one module: ``LoRA`` as the technique of each parameter that it adapts."""
 
@@ -198,6 +200,23 @@ class _Probe(StoredTensor):
         return super().dequantize(dtype)
 
 
+_DENSE_BECAUSE = "_dense_because"  # the attribute that holds it: copies of a module keep it, and files do not
+
+
+def note_dense(whys: Mapping[nn.Module, str | None]) -> None:
+    """Record why modules with parameters of their own stay dense, for ``dense_because``; None forgets it."""
+    for module, why in whys.items():
+        vars(module).pop(_DENSE_BECAUSE, None)
+        if why is not None and module._parameters:
+            vars(module)[_DENSE_BECAUSE] = why
+
+
+def dense_because(module: nn.Module) -> str | None:
+    """Return why a call left a module dense, or made it dense; None if no call did."""
+    found: str | None = vars(module).get(_DENSE_BECAUSE)
+    return found
+
+
 def made_by(module: nn.Module) -> type[Technique] | None:
     """Return the technique that converted a module; None for a dense one."""
     if isinstance(module, AdaptedModule):
@@ -265,10 +284,7 @@ def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
 def skip_reason(technique: type[Technique], module: nn.Module, chosen: bool = False) -> str | None:
     """Return why a technique does not convert a module; None where it does.
 
-    Args:
-        technique: Half, EightBit, FourBit, Budget or LoRA.
-        module: any module.
-        chosen: whether the user has named it: then it may be a subclass that computes something else.
+    ``chosen`` tells that the user has named the module, which may then be a subclass that computes something else.
     """
     if is_parametrized(module):  # before the type: parametrizing a module changes its class to a subclass
         return f"its weight or bias is computed by a parametrization{_REMOVE}"

@@ -15,7 +15,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import one_at_a_time, tell_integrations
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_prepared
-from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.registry import layer_name, module_paths, note_dense
 from lowmem.transforms.select import select_modules
 from lowmem.transforms.ties import parameter_owners
 
@@ -40,9 +40,9 @@ def restore(
         model: any module; the root itself can be the layer.
         where, skip: as in ``convert``.
         dtype: of what is restored, and of all other floating-point parameters and saved buffers of the modules that
-            ``where`` and ``skip`` select, such as norms; not of adapters. A name, as "bfloat16", is taken, too. None:
-            restored weights have the dtype as which they present themselves, which casts of the model follow, and the
-            rest stays as it is.
+            ``where`` and ``skip`` select, such as norms; not of adapters. A name, as "bfloat16", is taken, too. With
+            None, restored weights have the dtype as which they present themselves, which casts of the model follow,
+            and the rest stays as it is.
 
     Returns:
         The model, changed in place; one that stores nothing is only cast to ``dtype``.
@@ -82,6 +82,7 @@ def restore(
             (layer._parameters if name in layer._parameters else layer._buffers)[name] = tensor
         if isinstance(layer, nn.RNNBase):
             layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
+    note_dense(dict.fromkeys(found, "lowmem.restore made it dense"))
     tell_integrations(model)
     return model
 

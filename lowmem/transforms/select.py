@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowmem.errors import show
+from lowmem.errors import check_function, show
 from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name, takes_adapter
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_prepared
 from lowmem.transforms.registry import (
     Technique,
+    Where,
     entry_of,
     layer_name,
     made_by,
     module_paths,
+    note_dense,
     parameters_to_store,
     skip_reason,
     supported_types,
@@ -29,47 +32,56 @@ from lowmem.transforms.registry import (
 from lowmem.transforms.ties import drop_partial_ties, refuse_overlap, weight_key
 
 
-def select_modules(
-    model: nn.Module, where: Callable[[str, nn.Module], bool] | None, skip: str | Iterable[str]
-) -> dict[nn.Module, str]:
+def select_modules(model: nn.Module, where: Where, skip: str | Iterable[str]) -> dict[nn.Module, str]:
     """Return the modules that ``where`` and ``skip`` select, each with its first path; bad ones are errors."""
+    left = _left_by(model, where, skip)
+    return {module: paths[0] for module, paths in module_paths(model).items() if left[module] is None}
+
+
+def note_left(model: nn.Module, where: Where, skip: str | Iterable[str], technique: type[Technique]) -> None:
+    """Record which modules ``where`` and ``skip`` left dense; LoRA's choice counts where no weight is stored."""
+    if technique is not LoRA or not any(isinstance(module, StoredModule) for module in model.modules()):
+        note_dense(_left_by(model, where, skip))
+
+
+def _left_by(model: nn.Module, where: Where, skip: str | Iterable[str]) -> dict[nn.Module, str | None]:
+    """Return which argument leaves each module out; None where both select it."""
     found = module_paths(model)
-    if where is not None and not callable(where):
-        raise TypeError(f"where={show(where)} must be callable with a path and what is there, or None")
+    if where is not None:
+        check_function("where", where, "callable with a path and a module, or None", "", model)
     skip = (skip,) if isinstance(skip, str) or not isinstance(skip, Iterable) else tuple(skip)
     if not all(isinstance(pattern, str) for pattern in skip):
         raise TypeError(f"skip={show(skip)} must be glob patterns of paths")
     for pattern in skip:
         if not any(fnmatchcase(path, pattern) for paths in found.values() for path in paths):
             raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
-    return {
-        module: paths[0]
-        for module, paths in found.items()
-        if not any(fnmatchcase(path, pattern) for path in paths for pattern in skip)
-        and (where is None or all(where(path, module) for path in paths))
-    }
+    left: dict[nn.Module, str | None] = {}
+    for module, paths in found.items():
+        matched = next((one for one in skip if any(fnmatchcase(path, one) for path in paths)), None)
+        if matched is not None:
+            left[module] = f"skip={matched!r} leaves it out"
+        else:
+            taken = where is None or all(where(path, module) for path in paths)
+            left[module] = None if taken else "where= leaves it out"
+    return left
 
 
 def select_to_convert(
     model: nn.Module,
     techniques: tuple[Technique, ...],
-    where: Callable[[str, nn.Module], bool] | None,
+    where: Where,
     skip: str | Iterable[str],
     parameters: Callable[[str, Tensor], bool] | None = None,
 ) -> dict[nn.Module, tuple[str, list[str]]]:
     """Return the modules that the first technique converts, each with its first path and the parameters to store.
 
-    Raises:
-        TypeError: the model is not a module, or a pattern is not a string.
-        RuntimeError: inference mode is active.
-        ValueError: nothing to convert, a pattern that matches nothing, a layer that has one of the techniques
-            already, or is inside a PEFT layer.
+    Raises as ``convert`` for models and arguments that it rejects.
     """
     first = type(techniques[0])
     refuse_model("convert", model)
     refuse_prepared("convert", {module: path for path, module in model.named_modules()})
-    if parameters is not None and not callable(parameters):
-        raise TypeError(f"parameters={show(parameters)} must be callable with a path and what is there, or None")
+    if parameters is not None:
+        check_function("parameters", parameters, "callable with a path and a parameter, or None", "", None)
     if first is LoRA and parameters is not None:
         raise ValueError(
             "parameters= names what FourBit, EightBit or Half store besides; LoRA alone stores nothing: leave it out"
@@ -145,11 +157,8 @@ def no_match_message(
     selected: Mapping[nn.Module, str],
     chosen: bool,
 ) -> str:
-    """Return the error text for a model without layers to convert: what was looked for, and what was found.
-
-    The first of the ``selected`` modules that is of a known kind is named, and why it is left. ``chosen`` tells that
-    ``where=`` selected them.
-    """
+    """Return the error text for a model without layers to convert: what was looked for, what was found, and why the
+    first of the ``selected`` modules of a known kind is left; ``chosen`` tells that ``where=`` selected them."""
     found = Counter(type(module).__name__ for module in module_paths(model) if not list(module.children()))
     listed = ", ".join(f"{name} x{count}" for name, count in sorted(found.items()))
     known = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
@@ -26,8 +26,11 @@ from lowmem.transforms.registry import (
 )
 from lowmem.transforms.ties import weight_key
 
+StoreBy: TypeAlias = Callable[[Any], Callable[[Tensor, str], Any]]
+"""Returns, for a technique, the function that stores a weight by its name."""
 
-def storing_once(empty: bool = False) -> Callable[[Any], Callable[[Tensor, str], Any]]:
+
+def storing_once(empty: bool = False) -> StoreBy:
     """Return a function from a technique to its ``store``, cached: layers with a shared weight share the stored one.
 
     ``empty`` stores on the meta device, without values.
@@ -54,21 +57,15 @@ def rebuild(
     techniques: tuple[Step, ...],
     path: str,
     unused: dict[type[Technique], str | None],
-    store_by: Callable[[Any], Callable[[Tensor, str], Any]],
+    store_by: StoreBy,
     names: Iterable[str] | None = None,
 ) -> nn.Module:
-    """Return what a module becomes by all techniques that support it; ``commit`` puts it in the module's place.
+    """Return what a module becomes by all techniques that support it; errors name its path.
 
     Args:
         module: dense, or with stored parameters if the techniques are adapters.
-        techniques: applied left to right.
-        path: of the module, for errors.
         unused: for each kind of technique, why it has converted no module so far; None once it has. It is updated.
-        store_by: returns, for a technique, the function that stores the weight: ``storing_once``.
         names: the parameters to store; None: ``parameters_to_store(module)``.
-
-    Raises:
-        TypeError, ValueError: a weight that cannot be stored.
     """
     layer: Any = module
     for technique in techniques:
@@ -96,14 +93,9 @@ def rebuild(
 def add_first_adapter(
     layer: Any, techniques: Mapping[str, LoRA], path: str, dense: Mapping[str, Any], name: str = "default"
 ) -> nn.Module:
-    """Return a copy of a layer with an adapter ``name``, with the techniques of the parameters that it changes.
+    """Return a copy of a layer with an adapter, with the techniques of the parameters that it changes.
 
-    Args:
-        layer: without adapters.
-        techniques: of the adapter, by the parameters that it changes.
-        path: of the layer, for errors.
-        dense: the parameters that 4-bit ones were quantized from, for ``init="loftq"``.
-        name: of the adapter.
+    ``dense`` has the parameters that 4-bit ones were quantized from, for ``init="loftq"``; errors name ``path``.
     """
     try:
         parts = {one: Adapter(layer, own, dense.get(one), one) for one, own in techniques.items()}
@@ -120,12 +112,9 @@ def store_parameters(
     store: Callable[[Tensor, str], Any],
     transposed: Container[str] = (),
 ) -> StoredModule:
-    """Return a copy of a dense module in which parameters are stored by ``store``; the module does not change.
+    """Return a copy of a dense module in which parameters are stored by ``store``; errors name the weight's path.
 
     Those in ``transposed`` are given to ``store`` with their last two dimensions swapped, and stored so.
-
-    Raises:
-        TypeError, ValueError: a weight that cannot be stored; its path is named.
     """
     place = [path]
     errors: list[tuple[float, float]] = []  # the squared error of each weight, and its squared size

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Collection, Container, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.placement import takes_adapter
 from lowmem.transforms.registry import (
     Technique,
+    dense_because,
     how_computed,
     layer_name,
     made_by,
@@ -27,11 +28,10 @@ from lowmem.transforms.registry import (
     stored_by,
 )
 from lowmem.transforms.roles import embeddings_and_outputs, output_layers, routers
-from lowmem.transforms.ties import drop_partial_ties, parameter_owners
+from lowmem.transforms.ties import parameter_owners
 
 _INDEX = re.compile(r"[0-9]{1,9}")
 _LISTED = 3  # non-consecutive indices are listed up to this many; beyond, only the first and the last are
-_NOT_CHOSEN = "not chosen: where=, skip= or never converted"
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,9 @@ def summary(model: nn.Module) -> Summary:
     one row with its base and adapters. A weight that several layers share is counted only in the first of their rows,
     so that rows add up.
 
-    Reasons are those of the techniques that some layer was converted by; of ``FourBit`` if there are none.
+    Reasons are those of the techniques that some layer was converted by; of ``FourBit`` if there are none. Of a layer
+    that such a technique takes, they say which call left it dense (``where=``, ``skip=``, ``restore``), that the file
+    has it dense, or that no call took it in.
 
     Raises:
         TypeError: the model is not a module.
@@ -248,9 +250,10 @@ def indices(found: Iterable[int]) -> str:
     return ",".join(map(str, listed)) if len(listed) <= _LISTED else f"{first}...{last}"
 
 
-def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, str]:
+def _reasons(model: nn.Module, found: Collection[nn.Module]) -> dict[nn.Module, str]:
     """Return why each dense module was not converted, as far as the model shows."""
-    techniques = _techniques(model)
+    techniques, nothing = _techniques(model), not any(map(made_by, found))
+    unasked = "never converted" if nothing else "never converted: convert was called on other layers"
     wider = _in_8_bits(model) if FourBit in techniques else {}
     left: dict[nn.Module, str] = {}
     taken: dict[nn.Module, str] = {}
@@ -260,7 +263,7 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
             continue
         whys = [skip_reason(technique, module) for technique in techniques]
         if None in whys:
-            taken[module] = _NOT_CHOSEN
+            taken[module] = dense_because(module) or unasked
         else:
             left[module] = f"{type(module).__name__}: {whys[0]}"
     if techniques == [LoRA]:  # LoRA keeps the weight, and with it all ties
@@ -268,21 +271,16 @@ def _reasons(model: nn.Module, found: Iterable[nn.Module]) -> dict[nn.Module, st
     left |= {module: why for module, why in bare.items() if made_by(module) is not None}
     left |= {module: "; ".join(filter(None, (why, left.get(module)))) for module, why in wider.items()}
     owners = parameter_owners(model)
-    kept = {module: ("", parameters_to_store(module)) for module in taken}
-    drop_partial_ties(model, kept)
-    for module in taken:
+    for module in (one for one in taken if dense_because(one) is None):
         tied = [
-            (other, layer_name(path))
+            (other in taken, layer_name(path))  # a module that convert cannot take is named first
             for name in parameters_to_store(module)
             for other, path in owners[id(module._parameters[name])]
             if other is not module
         ]
-        if module not in kept and tied:
-            # Prefer a module that convert cannot take to one that was dropped for the same tie.
-            never = [path for other, path in tied if other not in taken]
-            taken[module] = f"its weight is tied to `{(never or [tied[0][1]])[0]}`, which is left"
-        elif tied:
-            taken[module] = f"{_NOT_CHOSEN}; its weight is tied to `{tied[0][1]}`, which is left"
+        could, other = min(tied, key=lambda one: one[0], default=(True, ""))
+        if tied and not (could and nothing):
+            taken[module] = f"its weight is tied to `{other}`, which is left"
     return left | taken
 
 
@@ -299,10 +297,12 @@ def _without_adapter(model: nn.Module) -> dict[nn.Module, str]:
 
 
 def _in_8_bits(model: nn.Module) -> dict[nn.Module, str]:
-    """Return what is in 8 bits as ``FourBit`` leaves it, and why; none where a ``Budget`` or ``EightBit`` chose."""
+    """Return what is in 8 bits as ``FourBit`` leaves it, and why; none where a ``Budget``, ``EightBit`` or another
+    program chose."""
     wider = embeddings_and_outputs(model)
     found = [module for module in module_paths(model) if stored_by(module) is EightBit]
-    if any(getattr(base, "chosen_because", "") for base in found) or not set(found) <= wider.keys():
+    chosen = any(getattr(base, "chosen_because", "") or not _stored(base).startswith("int8") for base in found)
+    if chosen or not set(found) <= wider.keys():
         return {}
     return {
         module: f"8 bits, since {why}: FourBit(embeddings='4bit') stores it in 4"

@@ -47,14 +47,6 @@ def test_the_table_has_the_choices_and_their_bits():
         assert eval(name, vars(quality)) == technique
 
 
-def test_the_paragraphs_that_judge_are_spread_over_the_manual():
-    found = quality.judging()
-    assert len(found) == quality.JUDGES
-    assert len(set(found)) > 0.95 * quality.JUDGES  # the manual says some things twice
-    assert min(map(len, found)) >= 200
-    assert quality.paragraphs().index(found[-1]) > 0.8 * len(quality.paragraphs())
-
-
 def test_losses_are_the_divergence_and_the_perplexity_of_the_next_token():
     dense = Language()
     other = convert(copy.deepcopy(dense), FourBit("int4"))

@@ -22,7 +22,8 @@ pytestmark = needs_ranks
 
 @pytest.fixture(autouse=True)
 def no_torchrun(monkeypatch):
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
+    names = "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+    for name in (*names, "TORCHELASTIC_RESTART_COUNT", "TORCHELASTIC_USE_AGENT_STORE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -80,6 +81,20 @@ def test_an_error_of_all_processes_is_told_by_the_first(rank, monkeypatch, capsy
     assert "--rank: 'x' must be a positive integer" in told
     rank(1, restart=2)
     assert line_of("fit", "lora", "--rank", "x") == ""
+
+
+def test_the_words_that_start_processes_again_follow_from_what_torchrun_documents(monkeypatch):
+    assert processes.start_words() == ["lowmem"]
+    named = {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "TORCHELASTIC_MAX_RESTARTS": "0"}
+    for name, value in (named | {"MASTER_ADDR": "first.example", "TORCHELASTIC_RUN_ID": "run1"}).items():
+        monkeypatch.setenv(name, value)
+    assert processes.start_words() == ["torchrun", "--nproc-per-node", "4", "-m", "lowmem"]
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert " ".join(processes.start_words()) == (
+        "torchrun --nproc-per-node 4 --max-restarts 3 --nnodes 2 --rdzv-backend c10d --rdzv-endpoint "
+        "first.example:29400 --rdzv-id run1 -m lowmem"
+    )
 
 
 def test_processes_that_torchrun_interrupts_after_an_error_of_another_are_silent(rank, monkeypatch, capsys):

@@ -19,6 +19,7 @@ pytestmark = needs_ranks
 
 TECHNIQUES = {
     "qlora": (lowmem.FourBit("nf4", 16), lowmem.LoRA(4)),
+    "q8_0": (lowmem.EightBit(16, format="q8_0"), lowmem.LoRA(4)),
     "half": (lowmem.Half(torch.float16), lowmem.LoRA(4)),
     "double, int4": (lowmem.FourBit(("nf4", "int4"), 16, scales="double"), lowmem.LoRA(4)),
     "dense": (),
@@ -87,7 +88,7 @@ def check_bytes(how):
 
 def check_two(rank, world, folder, expected):
     curves = {}
-    for how in ("qlora", "half"):
+    for how in ("qlora", "q8_0", "half"):
         check_bytes(how)
     for how, memory, order in RUNS:
         curves[how, memory] = check_curve(rank, world, how, memory, order)

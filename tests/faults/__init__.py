@@ -1,1 +1,0 @@
-"""Does the suite see? Planted faults (``tox -e faults``) and a sample of mutants (``tox -e mutants``)."""

@@ -1,63 +1,60 @@
-"""A copy of the tree in which one file at a time is changed, and the tests that run in it.
+"""Changes of the tree, one at a time in a copy of it, and the tests that must fail with each.
 
 The working tree is never touched: a run that is killed leaves nothing behind but a temporary folder.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
+import sysconfig
+import tempfile
 import time
-import traceback
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
-from typing import NoReturn
-
-from tests.faults import library
+from queue import SimpleQueue
 
 SOURCE = Path(__file__).parents[2]
 LEFT_OUT = shutil.ignore_patterns(
     ".git", ".tox", ".venv", ".hypothesis", ".*_cache", "build", "dist", "__pycache__", "*.egg-info", "*.so"
 )
+CSRC = Path("lowmem/kernels/csrc")
+LIBRARY = Path("lowmem/kernels/_native.abi3.so")
+FLAGS = ("-std=gnu11", "-ffp-contract=off", "-O0", "-g0", "-w", "-fPIC")
 
 LIVES = ("passed", "unusable")  # verdicts of tests that noticed nothing: they passed, or none ran
+LEAST_SECONDS = 120  # that tests with a change may take, or SLOWER times what they take without
+SLOWER = 10
+LINES = 30  # of the output of tests that fail without a change
 
 # Threads that wait for work must not keep a core busy: another copy's tests need it.
 QUIET = {"OMP_WAIT_POLICY": "passive", "GOMP_SPINCOUNT": "0", "HYPOTHESIS_PROFILE": "faults"}
+OPTIONS = ("-x", "-q", "-rfE", "--no-header", "--tb=short", "--assert=plain", "-pno:cacheprovider")
 
 
-def import_once() -> None:
-    """Import what is slow to import and no part of the tree, for all forks of this process."""
-    import hypothesis  # noqa: F401
-    import pytest_benchmark.plugin  # noqa: F401
-    import torch  # noqa: F401
+@dataclass(frozen=True)
+class Change:
+    """One change of one file, and the tests of which at least one must fail with it."""
 
+    name: str
+    file: str
+    text: str = field(repr=False)  # of the changed file
+    tests: tuple[str, ...]
+    select: str = ""  # what pytest -k takes
+    kernel: str = ""  # that serves, and is compiled where a C file is changed; empty: the machine's own
 
-def exit_on_sigterm() -> None:
-    """Let SIGTERM, by which a pool ends its workers, end this process as sys.exit does: its fork ends with it."""
-
-    def leave(number: int, _: object) -> NoReturn:
-        signal.signal(number, signal.SIG_IGN)  # nothing interrupts the end of the fork
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGTERM, leave)
-
-
-# Of pytest. Assertions stay as they are: plugins that are imported already cannot be rewritten, and none is shown.
-OPTIONS = (
-    "-x",
-    "-q",
-    "-rfE",
-    "--no-header",
-    "--tb=short",
-    "--assert=plain",
-    "-pno:cacheprovider",
-)
+    @property
+    def parts(self) -> list[Change]:
+        """What its tests are without the change, a part for each file of tests, which other changes may share."""
+        return [replace(self, name=test, file="", text="", tests=(test,)) for test in self.tests]
 
 
 @dataclass(frozen=True)
@@ -71,94 +68,55 @@ class Outcome:
 
 
 class Copy:
-    """A copy of a tree in an empty folder.
+    """A copy of a tree in an empty folder; with ``objects``, its library is linked of these, without optimization."""
 
-    Its library is linked of ``objects`` where a C file is changed, or the tree has none.
-    """
-
-    def __init__(self, root: Path, source: Path, objects: Path | None) -> None:
+    def __init__(self, root: Path, source: Path, objects: Path | None = None) -> None:
         self.source, self.root, self._objects = source, root / "tree", objects
-        self._binary = self.root / library.LIBRARY
         shutil.copytree(source, self.root, ignore=LEFT_OUT)
-        if (source / library.LIBRARY).exists():
-            shutil.copy2(source / library.LIBRARY, self._binary)
-        elif objects is not None:
-            library.link(self.root, sorted(objects.glob("*.o")))
-
-    @contextmanager
-    def unoptimized(self) -> Iterator[None]:
-        """Let the library be that of the objects inside the block, as it is while a C file is changed."""
-        with self._kept_library():
-            if self._objects is not None:
-                library.link(self.root, sorted(self._objects.glob("*.o")))
-            yield
+        if objects is not None:
+            link(self.root, sorted(objects.glob("*.o")))
+        elif (source / LIBRARY).exists():
+            shutil.copy2(source / LIBRARY, self.root / LIBRARY)
 
     @contextmanager
     def changed(self, file: str, text: str, kernel: str = "") -> Iterator[None]:
-        """Let a file hold another text inside the block; of a C file, compile what the binding and a kernel use.
-
-        Raises:
-            BuildError: it does not compile.
-        """
+        """Let a file hold another text inside the block; of a C file, compile what the binding and a kernel use."""
         path = self.root / file
         original = path.read_bytes()
+        compiled = self._objects is not None and path.parent == self.root / CSRC
         _write(path, text.encode())
         try:
-            with self._kept_library():
-                if self._objects is not None and path.parent == self.root / library.CSRC:
-                    library.rebuild(self.root, self._objects, path.name, kernel, self.root.parent / "changed")
-                yield
-        finally:
-            _write(path, original)
-
-    @contextmanager
-    def _kept_library(self) -> Iterator[None]:
-        kept = self.root.parent / "kept.so"
-        if self._binary.exists():
-            shutil.copy2(self._binary, kept)
-        try:
+            if compiled:
+                self._rebuild(path.name, kernel)
             yield
         finally:
-            if kept.exists():
-                kept.replace(self._binary)
+            _write(path, original)
+            if compiled:
+                link(self.root, sorted(self._objects.glob("*.o")))
 
-    def run(
-        self, tests: Sequence[str], select: str = "", environment: Mapping[str, str] = QUIET, seconds: float = 600
-    ) -> Outcome:
-        """Run tests in a fork of this process, which has imported torch, and stop at the first that fails."""
+    def _rebuild(self, file: str, kernel: str) -> None:
+        assert self._objects is not None
+        made = {path.name: path for path in self._objects.glob("*.o")}
+        units = [self.root / CSRC / f"{name}.c" for name in dict.fromkeys(("module", kernel))]
+        changed = [unit for unit in units if any(Path(word).name == file for word in gcc("-MM", str(unit)).split())]
+        if not changed:
+            raise ValueError(f"neither module.c nor {kernel}.c includes {file}")
+        for unit in changed:
+            made[f"{unit.stem}.o"] = compile_unit(unit, self.root.parent)
+        link(self.root, list(made.values()))
+
+    def run(self, change: Change, seconds: float = 1800) -> Outcome:
+        """Run a change's tests, and stop at the first that fails."""
         temporary = f"--basetemp={self.root.parent / 'tests'}"  # runs beside it clear the folders that all share
-        arguments = [*OPTIONS, temporary, *(["-k", select] if select else []), *tests]
-        log = self.root.parent / "log"
-        start = time.monotonic()
-        kept = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # until _wait can end the fork
-        process = os.fork()
-        if not process:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            signal.pthread_sigmask(signal.SIG_SETMASK, kept)
-            self._run_pytest(arguments, environment, log)  # never returns
-        status = _wait(process, start + seconds, kept)
-        return _outcome(status, time.monotonic() - start, log.read_text(encoding="utf8", errors="replace"))
-
-    def _run_pytest(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path) -> None:
-        code = 3  # pytest's own for an internal error
-        try:
-            os.setsid()  # so that a run that takes too long ends with all that it started
-            output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(output, 1)
-            os.dup2(output, 2)
-            os.chdir(self.root)
-            for name in [name for name in sys.modules if name.split(".")[0] in ("tests", "benchmarks", "lowmem")]:
-                del sys.modules[name]  # of the tree that this was started from
-            sys.path[:] = [str(self.root), *(p for p in sys.path if p and Path(p).resolve() != self.source.resolve())]
-            os.environ.update(environment, PYTHONPATH=str(self.root))  # for what the tests start
-            import pytest
-
-            code = int(pytest.main(list(arguments)))
-        except BaseException:  # noqa: BLE001 - the fork must not return into the code that made it
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            os._exit(code)
+        select = ["-k", change.select] if change.select else []
+        command = [sys.executable, "-m", "pytest", *OPTIONS, temporary, *select, *change.tests]
+        own = QUIET | {"PYTHONPATH": str(self.root)} | ({"LOWMEM_KERNEL": change.kernel} if change.kernel else {})
+        log, start, code = self.root.parent / "log", time.monotonic(), None
+        with log.open("wb") as out, suppress(subprocess.TimeoutExpired):
+            code = subprocess.run(
+                command, cwd=self.root, env=os.environ | own, stdout=out, stderr=out, timeout=seconds, check=False
+            ).returncode
+        return outcome(code, time.monotonic() - start, log.read_text(encoding="utf8", errors="replace"))
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -168,35 +126,108 @@ def _write(path: Path, content: bytes) -> None:
         stale.unlink()
 
 
-def _wait(process: int, deadline: float, mask: Iterable[int]) -> int | None:
-    """Return the status that a child, which leads a session, ended with; None where it was killed at the deadline.
-
-    The signals of ``mask`` are blocked while it waits.
-    """
-    ended = 0
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        while time.monotonic() < deadline:
-            ended, status = os.waitpid(process, os.WNOHANG)
-            if ended:
-                return status
-            time.sleep(0.02)
-        return None
-    finally:
-        if not ended:  # also where the wait was interrupted
-            with suppress(ProcessLookupError):  # of one that leads no session yet, and has started nothing
-                os.killpg(process, signal.SIGKILL)
-            os.kill(process, signal.SIGKILL)
-            os.waitpid(process, 0)
-
-
-def _outcome(status: int | None, seconds: float, output: str) -> Outcome:
-    if status is None:
+def outcome(code: int | None, seconds: float, output: str) -> Outcome:
+    """Return how a process ended with an exit code; None where it took too long."""
+    if code is None:
         return Outcome("timed out", seconds, f"after {seconds:.0f} s", output)
-    if os.WIFSIGNALED(status):
-        return Outcome("crashed", seconds, signal.Signals(os.WTERMSIG(status)).name, output)
-    code = os.WEXITSTATUS(status)
+    if code < 0:
+        return Outcome("crashed", seconds, signal.Signals(-code).name, output)
     found = re.search(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
     first = found[1] if found else (output.strip().splitlines() or ["no output"])[-1]
-    verdict = {0: "passed", 1: "failed", 2: "failed", 3: "failed", 4: "failed"}.get(code, "unusable")
+    verdict = "passed" if code == 0 else "failed" if code in (1, 2, 3, 4) else "unusable"
     return Outcome(verdict, seconds, first, output)
+
+
+# The compiler
+
+
+def compile_unit(unit: Path, folder: Path) -> Path:
+    made = folder / f"{unit.stem}.o"
+    gcc("-c", str(unit), "-o", str(made))  # without optimization
+    return made
+
+
+def link(tree: Path, objects: Sequence[Path]) -> None:
+    options = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
+    (tree / LIBRARY).unlink(missing_ok=True)  # a process that has mapped it keeps what it has
+    gcc("-shared", *options, *map(str, objects), "-o", str(tree / LIBRARY))
+
+
+def gcc(*arguments: str) -> str:
+    compiler = (sysconfig.get_config_var("CC") or "cc").split()
+    command = [*compiler, *FLAGS, "-I", sysconfig.get_paths()["include"], *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise ValueError(done.stderr.strip() or f"{compiler[0]} ended with {done.returncode}")
+    return done.stdout
+
+
+# All changes
+
+
+def parser(command: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(f"python -m tests.{command}", description=description.split("\n")[0])
+    parser.add_argument("--list", action="store_true", help="list the changes, and try none")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="try N at a time, each in a copy (1)")
+    return parser
+
+
+def try_changes(changes: Sequence[Change], jobs: int, unoptimized: bool = False) -> list[Change]:
+    """Try each change with its tests, which must pass without it; return those that survived.
+
+    Raises:
+        ValueError: tests fail without a change, or a selection leaves none; the other changes were tried.
+    """
+    with tempfile.TemporaryDirectory(prefix="lowmem-faults-") as folder, ThreadPool(jobs) as pool:
+        objects = Path(folder, "objects") if unoptimized else None
+        if objects is not None:
+            objects.mkdir()
+            for unit in sorted((SOURCE / CSRC).glob("*.c")):
+                compile_unit(unit, objects)
+        free: SimpleQueue[Copy] = SimpleQueue()
+        for _ in range(jobs):
+            free.put(Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects))
+
+        def run(change: Change, seconds: float) -> Outcome:
+            copy = free.get()
+            try:
+                if not change.file:
+                    return copy.run(change)
+                with copy.changed(change.file, change.text, change.kernel):
+                    return copy.run(change, seconds)
+            finally:
+                free.put(copy)
+
+        return try_all(lambda given: pool.imap(lambda one: run(*one), given), changes)
+
+
+def try_all(
+    run: Callable[[list[tuple[Change, float]]], Iterable[Outcome]], changes: Sequence[Change]
+) -> list[Change]:
+    """Do what ``try_changes`` does; ``run`` returns how tests with changes end, which may take so many seconds."""
+    parts = list(dict.fromkeys(part for change in changes for part in change.parts))
+    print(f"{len(changes)} changes; first their {len(parts)} sets of tests without a change", flush=True)
+    clean = dict(zip(parts, run([(part, 1800.0) for part in parts]), strict=True))
+    broken = {part: found for part, found in clean.items() if found.verdict not in LIVES}
+    for part, found in broken.items():  # which could not tell a change
+        print(f"FAILED    without a change: {part.name} -k {part.select!r} {found.verdict}: {found.first}")
+        print(*found.output.splitlines()[-LINES:], sep="\n", flush=True)
+    given = []
+    for change in (one for one in changes if broken.keys().isdisjoint(one.parts)):
+        own = [clean[part] for part in change.parts]
+        if all(found.verdict == "unusable" for found in own):  # of several files, -k may leave nothing of one
+            raise ValueError(f"{change.name}: select={change.select!r} leaves no test of {', '.join(change.tests)}")
+        given.append((change, max(LEAST_SECONDS, SLOWER * sum(found.seconds for found in own))))
+    survived = []
+    for (change, _), found in zip(given, run(given), strict=True):
+        lives = found.verdict in LIVES
+        survived += [change] * lives
+        word = "SURVIVED" if lives else "killed"
+        print(f"{word:9}{found.seconds:6.1f} s  {change.name}  {found.first}", flush=True)
+    print(f"\n{len(given) - len(survived)} of {len(given)} killed")
+    for change in survived:
+        print(f"SURVIVED {change.name}; none of {', '.join(change.tests)} fails")
+    if broken:
+        untried = f"{len(broken)} sets of tests fail, and {len(changes) - len(given)} changes were not tried"
+        raise ValueError(f"without a change {untried}")
+    return survived

@@ -7,17 +7,12 @@ Mutants run in copies of the tree, with the mirror tests of their module: ``pyth
 
 from __future__ import annotations
 
-import argparse
 import ast
 import hashlib
-import multiprocessing
-import multiprocessing.pool
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from difflib import ndiff
 from pathlib import Path, PurePosixPath
@@ -26,60 +21,37 @@ from cosmic_ray.ast import ast_nodes, get_ast
 from cosmic_ray.mutating import mutate_code
 from cosmic_ray.plugins import get_operator, operator_names
 
-from tests.faults.command import clean_outcomes, natural, refuse, refuse_broken
-from tests.faults.copies import LIVES, SOURCE, Copy, Outcome, exit_on_sigterm, import_once
-from tests.faults.library import LIBRARY, BuildError, compile_all
+from tests.faults.copies import SOURCE, Change, parser, try_changes
 
 LEAST_SHARE = 0.9  # some mutants are equal code, which no test can kill
-LEAST_SECONDS = 60  # that a run with a mutant may take, or SLOWER times what it takes without
-SLOWER = 5
 
-# Beside every __init__.py and conftest.py, which import others' names.
 GATES = ("benchmarks", "benchmarks/latency")
-LEFT_OUT = ("lowmem/version.py", "benchmarks/cases.py")  # a constant; models and inputs that others measure
+# A constant; models and inputs that others measure; and what tox -e transformers runs.
+LEFT_OUT = ("lowmem/version.py", "benchmarks/cases.py", "benchmarks/folders.py")
 
 # The tests of a module, or of all of a folder, beyond or other than its mirror test, the quickest first.
 TESTS = {
     "benchmarks/latency": ("benchmarks/test_latency",),
-    "benchmarks/report.py": ("tools/test_report",),
     "benchmarks/trained.py": ("test_readme",),
     "lowmem/__main__.py": ("test_main",),
     "lowmem/quant/scales.py": ("quant/test_scales", "quant/test_tensor"),
     "lowmem/quant/search.py": ("quant/test_search", "quant/test_tensor"),
     "lowmem/quant/quantize.py": ("quant/test_quantize", "quant/test_tensor"),
-    "lowmem/nn/frozen_linear.py": ("nn/test_frozen_linear", "nn/test_half", "nn/test_fourbit", "kernels/test_ops"),
+    "lowmem/nn/frozen_linear.py": ("nn/test_frozen_linear", "nn/test_stored_module", "kernels/test_ops"),
     "lowmem/nn/frozen_conv.py": ("nn/test_frozen_conv", "nn/test_conv"),
+    "lowmem/nn/conv.py": ("nn/test_conv", "nn/test_stored_module"),
+    "lowmem/nn/embedding.py": ("nn/test_embedding", "nn/test_stored_module"),
     "lowmem/nn/adapted_forward.py": ("nn/test_adapted_forward", "transforms/test_adapters"),
     "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_select", "transforms/test_store"),
     "lowmem/io/safetensors.py": ("io/test_safetensors", "io/test_container"),
-    "lowmem/io/formats/compressed_tensors.py": (
-        "io/formats/test_compressed_tensors",
-        "io/formats/test_compressed_tensors_writing",
-    ),
     "lowmem/io/formats/gguf/blocks.py": ("io/formats/gguf/test_blocks", "io/formats/test_recognize"),
     "lowmem/io/metadata.py": ("io/test_metadata", "io/test_checkpoint"),
     "lowmem/io/skeleton.py": ("io/test_skeleton", "io/test_checkpoint"),
-    "lowmem/kernels/cpu.py": ("kernels/test_cpu", "kernels/test_int8", "kernels/test_plan"),
+    "lowmem/kernels/cpu.py": ("kernels/test_cpu", "kernels/test_int8", "kernels/test_kernel_choice"),
     "lowmem/kernels/memory.py": ("kernels/test_memory", "kernels/test_kernels"),
     "lowmem/kernels/reference.py": ("kernels/test_reference", "nn/test_adapted_forward", "kernels/test_int8"),
 }
-# Tests that run for long, and are of the C code, are left out.
-SELECT = "not mebibyte and not larger_layer and not 256_kib"
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """One change of one place in a file."""
-
-    file: str
-    number: int  # of the changed line
-    line: str  # the lines that change, without their indent
-    mutant: str  # what they become
-    text: str  # of the changed file
-    tests: tuple[str, ...]  # the files of tests that must kill it
-
-    def __str__(self) -> str:
-        return f"{self.file}:{self.number}: {self.line!r} -> {self.mutant!r}"
+SELECT = "not mebibyte and not larger_layer and not 256_kib"  # these run for long, and are of the C code
 
 
 def modules(root: Path = SOURCE) -> list[str]:
@@ -105,7 +77,7 @@ def mirror_tests(file: str, root: Path = SOURCE) -> tuple[str, ...]:
     return found
 
 
-def sample(size: int, seed: int, files: Sequence[str], root: Path = SOURCE) -> list[Mutant]:
+def sample(size: int, seed: int, files: Sequence[str], root: Path = SOURCE) -> list[Change]:
     """Return so many mutants of these files, the first of the ranking."""
     ranked: list[tuple[bytes, str, str, int, tuple[str, int]]] = []
     for file in files:
@@ -116,13 +88,14 @@ def sample(size: int, seed: int, files: Sequence[str], root: Path = SOURCE) -> l
             seen[text] += 1
             digest = hashlib.sha256(repr((seed, file, text, seen[text])).encode()).digest()
             ranked.append((digest, file, code, begin[0], sorted(ways)[digest[-1] % len(ways)]))
-    mutants: list[Mutant] = []
+    mutants: list[Change] = []
     for _, file, code, number, (operator, occurrence) in sorted(ranked):
         if len(mutants) == size:
             break
         text = mutate_code(code, get_operator(operator)(), occurrence)
         if text is not None and _is_other_code(code, text):
-            mutants.append(Mutant(file, number, *_changed(code, text), text, mirror_tests(file, root)))
+            shown = f"{file}:{number}: {_changed(code, text)}"
+            mutants.append(Change(shown, file, text, mirror_tests(file, root), SELECT))
     return mutants
 
 
@@ -163,111 +136,50 @@ def _is_other_code(before: str, after: str) -> bool:
         return False
 
 
-def _changed(before: str, after: str) -> tuple[str, str]:
-    """Return the lines in which two texts differ, of each of the two."""
+def _changed(before: str, after: str) -> str:
     changes = [line for line in ndiff(before.splitlines(), after.splitlines()) if line[0] in "-+"]
     old, new = (" ".join(line[2:].strip() for line in changes if line[0] == sign) for sign in "-+")
-    return old, new
-
-
-_copy: Copy  # of a worker process
+    return f"{old!r} -> {new!r}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 where enough were killed, 1 where not, 2 for bad input."""
-    options = _parser().parse_args(arguments)
-    try:
-        files = modules()
-        if unknown := set(options.files) - set(files):
-            raise ValueError(f"{min(unknown)} is none of the modules that mutants are drawn from, as {files[0]} is")
-        mutants = sample(options.sample, options.seed, options.files or files)
-    except (OSError, ValueError) as reason:
-        return refuse("mutants", str(reason))
-    if options.list:
-        print(*mutants, sep="\n")
+    files = modules()
+    options = parser("faults.mutants", __doc__ or "")
+    options.add_argument("files", nargs="*", metavar="FILE", help="draw from these modules alone")
+    options.add_argument("--sample", type=int, default=300, metavar="N", help="how many (300)")
+    today = int(datetime.now(UTC).strftime("%Y%m%d"))
+    options.add_argument("--seed", type=int, default=today, metavar="N", help="of the sample (the date)")
+    given = options.parse_args(arguments)
+    if unknown := set(given.files) - set(files):
+        options.error(f"{min(unknown)} is none of the modules that mutants are drawn from, as {files[0]} is")
+    mutants = sample(given.sample, given.seed, given.files or files)
+    if given.list:
+        print(*(mutant.name for mutant in mutants), sep="\n")
         return 0
-    if not hasattr(os, "fork"):
-        return refuse("mutants", "mutants are tried in forks, which this system has not: run them on Linux or macOS")
-    print(f"seed {options.seed}", flush=True)
+    print(f"seed {given.seed}", flush=True)
     summary = os.environ.pop("GITHUB_STEP_SUMMARY", "")  # which tests of other gates would write to
-    import_once()
-    with tempfile.TemporaryDirectory(prefix="lowmem-mutants-") as folder:
-        objects = None if (SOURCE / LIBRARY).exists() else Path(folder, "objects")
-        try:
-            if objects is not None:
-                compile_all(SOURCE, objects)
-            # Tests run in forks of the workers, which have no thread that could hold a lock.
-            with multiprocessing.get_context("fork").Pool(options.jobs, _start_worker, (folder, objects)) as pool:
-                return _try_all(pool, mutants, options.seed, summary)
-        except (OSError, ValueError, BuildError) as reason:
-            return refuse("mutants", str(reason))
-
-
-def _try_all(pool: multiprocessing.pool.Pool, mutants: Sequence[Mutant], seed: int, summary: str) -> int:
-    tests = list(dict.fromkeys(test for mutant in mutants for test in mutant.tests))
-    print(f"{len(mutants)} mutants; first the {len(tests)} files of tests without one", flush=True)
-    clean, broken = clean_outcomes(zip(tests, pool.imap(_run_clean, tests), strict=True), ("passed",))
-    tried = [mutant for mutant in mutants if set(broken).isdisjoint(mutant.tests)]
-    survived: list[Mutant] = []
-    given = [(m, max(LEAST_SECONDS, SLOWER * sum(clean[test].seconds for test in m.tests))) for m in tried]
-    for mutant, outcome in pool.imap(_run_mutant, given):
-        if outcome.verdict in LIVES:
-            survived.append(mutant)
-            print(f"SURVIVED  {outcome.seconds:6.1f} s  {mutant}", flush=True)
-        else:
-            print(f"killed    {outcome.seconds:6.1f} s  {mutant}  {outcome.first}", flush=True)
-    report = markdown(tried, survived, seed)
+    try:
+        survived = try_changes(mutants, given.jobs)
+    except ValueError as reason:
+        print(f"mutants: {reason}", file=sys.stderr)
+        return 2
+    report = markdown(mutants, survived, given.seed)
     print(report)
     if summary:
         with Path(summary).open("a", encoding="utf8") as out:
             out.write(report)
-    refuse_broken(broken, len(mutants) - len(tried))
-    return 1 if len(tried) - len(survived) < LEAST_SHARE * len(tried) else 0
+    return int(len(mutants) - len(survived) < LEAST_SHARE * len(mutants))
 
 
-def markdown(mutants: Sequence[Mutant], survived: Sequence[Mutant], seed: int) -> str:
+def markdown(mutants: Sequence[Change], survived: Sequence[Change], seed: int) -> str:
     """Return the score of a sample, the modules in which mutants survive, and these mutants."""
     tried, lived = (Counter(mutant.file for mutant in group) for group in (mutants, survived))
     killed = len(mutants) - len(survived)
-    lines = [f"## Mutants, seed {seed}", ""]
-    lines += [
-        f"{killed} of {len(mutants)} killed ({killed / max(len(mutants), 1):.1%}; at least {LEAST_SHARE:.0%})",
-        "",
-    ]
+    lines = [f"## Mutants, seed {seed}", "", f"{killed} of {len(mutants)} killed; at least {LEAST_SHARE:.0%}", ""]
     lines += ["| module | mutants | killed |", "| :-- | --: | --: |"]
     lines += [f"| `{file}` | {tried[file]} | {tried[file] - lived[file]} |" for file in sorted(lived)]
-    lines += ["", *(f"- `{mutant}`" for mutant in survived), ""]
-    return "\n".join(lines)
-
-
-def _today() -> int:
-    return int(datetime.now(UTC).strftime("%Y%m%d"))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m tests.faults.mutants", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("files", nargs="*", metavar="FILE", help="draw from these modules alone")
-    parser.add_argument("--sample", type=natural, default=300, metavar="N", help="how many (300)")
-    parser.add_argument("--seed", type=int, default=_today(), metavar="N", help="of the sample (the date)")
-    parser.add_argument("--list", action="store_true", help="list the mutants, and try none")
-    parser.add_argument("--jobs", type=natural, default=1, metavar="N", help="try N at a time, each in a copy (1)")
-    return parser
-
-
-def _start_worker(folder: str, objects: Path | None) -> None:
-    global _copy
-    exit_on_sigterm()
-    _copy = Copy(Path(tempfile.mkdtemp(dir=folder)), SOURCE, objects)
-
-
-def _run_clean(test: str) -> Outcome:
-    return _copy.run([test], SELECT, seconds=1800)
-
-
-def _run_mutant(given: tuple[Mutant, float]) -> tuple[Mutant, Outcome]:
-    mutant, seconds = given
-    with _copy.changed(mutant.file, mutant.text):
-        return mutant, _copy.run(mutant.tests, SELECT, seconds=seconds)
+    return "\n".join([*lines, "", *(f"- `{mutant.name}`" for mutant in survived), ""])
 
 
 if __name__ == "__main__":

@@ -51,6 +51,9 @@ def test_a_file_that_is_there_is_refused_before(tmp_path):
     for ours in ("", '{"st', '{"step": 1, "loss": 2.0}\n'):
         path.write_text(ours)
         check_metrics(path, resume=True)
+    (tmp_path / "metrics.csv").write_text("step of mine,loss\n")
+    with pytest.raises(FileError, match=r"metrics.csv': it has no metrics of a run"):
+        LOGS["csv"](tmp_path, {}, 0)
     with pytest.raises(OSError, match="cannot write"):
         check_metrics(tmp_path / "missing" / "a", resume=True)
 

@@ -13,11 +13,12 @@ pytest.importorskip("peft", reason="peft is not installed: tox -e formats")
 pytest.importorskip("transformers", reason="transformers is not installed: tox -e formats")
 
 import peft
-import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaConfig, MixtralConfig
 
 from lowmem import FourBit, LoRA, adapter_layers, convert, delete_adapter, load_adapter, restore, save_adapter
 from lowmem.errors import FileError
+from lowmem.io.formats.peft.reading import adapters_in
 from tests.io.formats.peft_model import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -27,28 +28,14 @@ TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 TOKENS = torch.arange(14).view(2, 7) * 3 % 20
 
 
-def llama(**changes):
-    config = transformers.LlamaConfig(**TINY, tie_word_embeddings=False, **changes)
-    return transformers.LlamaForCausalLM(config)
-
-
-def mixtral():
-    config = transformers.MixtralConfig(**TINY, num_local_experts=3, num_experts_per_tok=2)
-    config._experts_implementation = "eager"  # which knows float64
-    return transformers.MixtralForCausalLM(config)
-
-
-def gpt_oss():
-    config = transformers.GptOssConfig(**TINY, num_local_experts=3, num_experts_per_tok=2, head_dim=8)
-    config._experts_implementation = "eager"
-    return transformers.GptOssForCausalLM(config)
-
-
-def gpt2():
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4))
-
-
-MODELS = {"parts": parts, "llama": llama, "mixtral": mixtral, "gpt_oss": gpt_oss, "gpt2": gpt2}
+EXPERTS = {"num_local_experts": 3, "num_experts_per_tok": 2}
+MODELS = {
+    "parts": parts,
+    "llama": LlamaConfig(**TINY, tie_word_embeddings=False),
+    "mixtral": MixtralConfig(**TINY, **EXPERTS),
+    "gpt_oss": GptOssConfig(**TINY, **EXPERTS, head_dim=8),
+    "gpt2": GPT2Config(vocab_size=48, n_embd=32, n_layer=2, n_head=4),
+}
 RANKED = {
     "parts": {"alphas": {"*fc": 3}, "ranks": {"inner.*": 4}},
     "llama": {"alphas": {"*.q_proj": 3.5, "*.1.mlp.*": 7}, "ranks": {"*.k_proj": 5}},
@@ -60,7 +47,10 @@ RANKED = {
 
 def made(name, seed=0):
     torch.manual_seed(seed)
-    return MODELS[name]().eval().double()
+    if name == "parts":
+        return parts().eval().double()
+    MODELS[name]._experts_implementation = "eager"  # which knows float64
+    return AutoModelForCausalLM.from_config(MODELS[name]).eval().double()
 
 
 def randomize(model, std=0.2):
@@ -162,6 +152,13 @@ def test_what_peft_writes_computes_the_same_here_and_back(tmp_path, name):
         assert torch.equal(outputs(load_adapter(copy.deepcopy(base), tmp_path / f"{number}-ours")), outputs(model))
 
 
+def test_the_adapters_of_one_folder_are_found(tmp_path):
+    model = get_peft_model(made("llama"), LoraConfig(target_modules=["q_proj"]))
+    model.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
+    model.save_pretrained(tmp_path)
+    assert adapters_in(tmp_path) == {"default": tmp_path, "other": tmp_path / "other"}
+
+
 REFUSED = {
     "DoRA": {"use_dora": True},
     "lora_bias": {"lora_bias": True},
@@ -193,7 +190,7 @@ def test_other_kinds_of_adapters_are_refused_by_name(tmp_path, kind):
 
 def test_an_adapter_trained_on_four_bits_is_loaded_in_peft_on_the_dequantized_base(tmp_path):
     torch.manual_seed(0)
-    model = convert(llama(), FourBit("nf4"), LoRA(4, 8, ranks={"*.mlp.*": 2}))
+    model = convert(made("llama").float().train(), FourBit("nf4"), LoRA(4, 8, ranks={"*.mlp.*": 2}))
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=0.01)
     losses = []
     for _ in range(40):

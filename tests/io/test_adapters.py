@@ -11,6 +11,7 @@ from lowmem import FourBit, Linear4Bit, LoRA, convert, load_adapter, save_adapte
 from lowmem.errors import FileError
 from lowmem.io.adapters import fingerprint
 from lowmem.io.container import read, write_tensors
+from tests import refusing
 from tests.models import INDICES, TECHNIQUES, out_of_file, small
 from tests.selection import rows_in_one_case
 
@@ -85,15 +86,11 @@ def test_several_adapters_are_saved_and_loaded_by_name(tmp_path):
 
 
 def refused(model, path, message, **options):
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(FileError, match=message) as caught:
+    with refusing.refused(model, FileError, message) as caught:
         load_adapter(model, path, **options)
     assert str(path) in str(caught.value)
     assert str(caught.value).isprintable()
     assert len(str(caught.value)) < 600 + len(str(path))
-    after = model.state_dict()
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 def test_what_it_does_not_fit_is_left_as_it_was(tmp_path):

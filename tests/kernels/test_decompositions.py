@@ -11,6 +11,7 @@ from torch import nn
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, quantize, restore
 from lowmem.kernels import decompositions
 from lowmem.kernels.frozen_operator import parts_of
+from lowmem.quant.formats import EIGHT_BIT
 from lowmem.quant.scales import ENCODINGS
 from tests import strategies
 from tests.rounding import gamma
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::F
 
 def test_a_weight_is_decoded_to_the_same_bits():
     """Scales of every magnitude, of both signs, zero and with short last blocks; given as they are and as bytes."""
-    for format, encoding, columns in itertools.product([*FORMATS, "int8"], ENCODINGS, (1, 24, 40)):
+    for format, encoding, columns in itertools.product([*FORMATS, *EIGHT_BIT], ENCODINGS, (1, 24, 40)):
         dense = strategies.make_weight("normal", (6, columns), 0, 0)
         exponents = torch.tensor([-20, -7, 0, 3, 14, 0])[:, None]
         dense = dense.clamp(-1.9, 1.9) * 2.0**exponents

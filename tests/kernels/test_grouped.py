@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowmem import quantize
 from lowmem.kernels import grouped
 from lowmem.kernels.frozen_operator import parts_of
 from lowmem.kernels.grouped import Blocks, grouped_matmul, grouped_product
+from lowmem.quant.backend import backend_of
 from tests.kernels.test_ops import make_weight, trace
 from tests.operators import assert_operator
 from tests.selection import rows_in_one_case
@@ -82,3 +84,12 @@ def test_grouped_products_are_one_for_each_group_of_rows_however_they_are_called
     torch.testing.assert_close(graph(x.detach()), expected.detach())
     several = torch.stack([x, 2 * x])
     torch.testing.assert_close(torch.func.vmap(of_x)(several), torch.stack([expected, 2 * expected]))
+
+
+def test_the_matrices_of_a_stack_are_kept_and_follow_its_storage():
+    weight, other = (quantize(torch.randn(18, 8), "nf4", block_size=16) for _ in range(2))
+    x, offsets = torch.randn(5, 8), torch.tensor([2, 3, 5])
+    multiply = lambda w: grouped_product.compute(backend_of(x), x, w, torch.float32, False, 3, offsets)  # noqa: E731
+    assert torch.equal(multiply(weight), multiply(weight))
+    weight.packed.data, weight.scales.data = other.packed.clone(), other.scales.clone()
+    assert torch.equal(multiply(weight), multiply(other))

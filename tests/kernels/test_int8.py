@@ -9,11 +9,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import FORMATS, FourBit, LoRA, convert, kernels, measure, quantize
+from lowmem import FORMATS, EightBit, FourBit, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels import int8
 from lowmem.nn.fold import without_adapters
 from tests import strategies
-from tests.compiled import EDGES, ISAS, compiled_int8, exact_product, given_stored_in_4_bits
+from tests.compiled import EDGES, compiled_int8, exact_product, given_stored_in_4_bits
 from tests.rounding import OF_4_BITS, assert_product
 from tests.selection import in_one_case, rows_in_one_case
 
@@ -165,19 +165,6 @@ def test_weights_of_every_size(isa, batch):
             assert_int8(kernels.linear(x, q, torch.int8), x, q)
 
 
-@kernel
-@pytest.mark.parametrize("isa", [isa for isa in ("avx512bf16", "avx512amx") if isa in ISAS])
-def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
-    """Which is why tests do not run there again; see ``tests.compiled.compiled_int8``."""
-    q = quantize(strategies.make_weight("normal", (70, 330), 0, 0), "nf4")
-    for batch, dtype in product(EDGES, (torch.float32, torch.bfloat16, torch.float16)):
-        x, made = torch.randn(batch, 330).to(dtype), []
-        for name in (isa, "avx512vnni"):
-            with kernels.using(name):
-                made.append(kernels.linear(x, q, torch.int8))
-        assert torch.equal(*made)
-
-
 @pytest.mark.thorough
 @compiled_int8
 @in_one_case(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
@@ -259,3 +246,12 @@ def test_an_adapter_trains_on_it():
         torch.testing.assert_close(layer(x), layer.adapters.default.weight(without_adapters(layer)(x), x))
     layer(x).sum().backward()
     assert all(p.grad is not None for p in layer.adapters.parameters())
+
+
+def test_weights_in_8_bits_are_multiplied_as_they_are_with_rounded_inputs():
+    """In plain torch: C has no product of 8 times 8 bits, and every backend says the same."""
+    layer, x = convert(torch.nn.Linear(300, 33), EightBit(compute_dtype=torch.int8)), torch.randn(5, 300)
+    rounded, weight = int8.round_inputs(x, 64), layer.quantized.restore(slice(None))
+    for name in kernels.available():
+        with kernels.using(name):
+            assert_product(layer(x), rounded, weight, layer.bias, more=4)

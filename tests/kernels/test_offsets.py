@@ -1,7 +1,5 @@
 """Weights with offsets: w = levels[code] * scale + offset, from quantizing to products, layers and files."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, LoRA, convert, kernels, quantize
+from lowmem import FourBit, kernels, quantize
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
 from lowmem.kernels.int8 import round_inputs, rounded_levels
 from lowmem.quant.formats import FORMATS, IMPORTED, get_format
@@ -168,53 +166,7 @@ def test_the_technique_names_its_encoding_and_scales_that_cannot_have_offsets_ar
         FourBit("nf4", scales="double", offsets=True)
 
 
-class Model(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embed, self.conv = nn.Embedding(20, 32), nn.Conv1d(32, 16, 3)
-        self.linear, self.head = nn.Linear(16, 24), nn.Linear(24, 8)
-
-    def forward(self, tokens):
-        hidden = self.conv(self.embed(tokens).transpose(1, 2)).transpose(1, 2)
-        return self.head(torch.relu(self.linear(hidden)))
-
-
 OFFSET = FourBit("int4", block_size=8, offsets=True, embeddings="4bit")
-
-
-def test_layers_of_all_kinds_compute_with_offsets_and_files_hold_them(tmp_path):
-    tokens = torch.randint(0, 20, (3, 9))
-    dense = Model().eval()
-    model = convert(copy.deepcopy(dense), OFFSET)
-    assert all(module.quantized.has_offsets for module in (model.embed, model.conv, model.linear, model.head))
-    restored = lowmem.restore(copy.deepcopy(model))
-    expected = restored(tokens)
-    torch.testing.assert_close(model(tokens), expected, rtol=1e-4, atol=1e-4)
-    lowmem.save(model, tmp_path / "a.safetensors")
-    loaded = lowmem.load(tmp_path / "a.safetensors", Model).eval()
-    assert torch.equal(loaded(tokens), model(tokens))
-
-
-def test_training_an_adapter_on_a_base_with_offsets_and_merging_it():
-    tokens = torch.randint(0, 20, (3, 9))
-    model = convert(Model(), OFFSET, LoRA(4))
-    dense = lowmem.restore(copy.deepcopy(model))
-    for one in (model, dense):
-        one(tokens).square().sum().backward()
-    expected = dict(dense.named_parameters())
-    for name, value in model.named_parameters():
-        if "lora" in name:
-            torch.testing.assert_close(value.grad, expected[name].grad, rtol=1e-3, atol=1e-4)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            if name.endswith("lora_b"):
-                value.normal_(std=0.05)
-        expected = model.eval()(tokens)
-    with pytest.warns(UserWarning, match="quantized 2 adapted weights to 4 bits again"):
-        merged = lowmem.merge(copy.deepcopy(model))
-    assert merged.head.quantized.has_offsets
-    with torch.no_grad():
-        assert float((merged(tokens) - expected).norm() / expected.norm()) < 0.2
 
 
 def test_calibrating_and_gptq_take_offsets_into_account():

@@ -69,35 +69,11 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
         assert torch.equal(*got, *exact)
 
 
-@kinds
-@every_order
-def test_an_operator_and_its_gradient_equal_the_plain_products(kind, transposed):
-    weight = make_weight(kind)
-    dense = weight.dequantize(torch.float64) if kind == "4-bit" else weight.double()
-    dense = dense.t() if transposed else dense
-    x = torch.randn(3, dense.shape[1], dtype=torch.float64, requires_grad=True)
-    product = lambda x: ops.product(x, weight, torch.float64, transposed)  # noqa: E731
-    torch.testing.assert_close(product(x), x @ dense.t())
-    assert torch.autograd.gradcheck(product, x)
-    assert torch.autograd.gradgradcheck(product, x)
-
-
 def build(kind: str) -> torch.nn.Module:
     compute = torch.int8 if kind == "8-bit products" else None
     technique = Half() if kind == "half" else FourBit(block_size=8, compute_dtype=compute)
     plain = torch.nn.Sequential(torch.nn.Linear(16, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8))
     return convert(plain, technique, LoRA(2))
-
-
-@models
-def test_a_compiled_training_step_is_one_graph_with_the_same_gradient(kind):
-    model = build(kind)
-    torch.nn.init.ones_(model[0].lora_b)
-    x = torch.randn(3, 16)
-    expected = torch.autograd.grad(model(x).sum(), model[0].lora_a)[0]
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), model(x))
-    torch.testing.assert_close(torch.autograd.grad(compiled(x).sum(), model[0].lora_a)[0], expected)
 
 
 @models

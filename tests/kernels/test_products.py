@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from lowmem import kernels, measure, quantize
 from lowmem.kernels import cpu
+from lowmem.quant.formats import EIGHT_BIT
 from tests import strategies
 from tests.compiled import (
     EDGES,
@@ -359,7 +360,13 @@ def test_an_input_s_result_is_its_own(isa, kind):
 def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
     """Which is why tests do not run there again; see ``tests.compiled.compiled``."""
     dense = strategies.make_weight("normal", (70, 330), 0, 0)
-    made = []
+    made, of_integers = [], quantize(dense, "nf4")
+    for name in (isa, "avx512vnni"):
+        with kernels.using(name):
+            inputs = [torch.randn(n, 330, generator=torch.Generator().manual_seed(n)) for n in EDGES]
+            made.append([kernels.linear(x, of_integers, torch.int8) for x in inputs])
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+    made.clear()
     for name in (isa, "avx512"):
         with kernels.using(name):
             q = quantize(dense, "nf4", search=True)
@@ -396,3 +403,26 @@ def test_batches_where_torch_takes_over(isa, kind, least):
         with kernels.using(isa):
             assert_product(kernels.linear(x, w, torch.bfloat16), torch.bfloat16, x, dense)
             assert_product(kernels.input_grad(grad, w, torch.bfloat16), torch.bfloat16, grad, dense.t())
+
+
+@compiled
+@in_one_case(name=list(EIGHT_BIT))
+def test_products_with_8_bit_weights_lose_no_more_than_their_roundings(isa, name):
+    """The scale of a block is multiplied with the sum of its products, and with 1/127 for int8."""
+    generator = torch.Generator().manual_seed(2)
+    for columns, block, batch in ((70, 64, 1), (300, 16, 3), (129, 24, 2), (256, 128, 20)):
+        q = quantize(torch.randn(33, columns, generator=generator), name, block_size=block)
+        check_products(isa, q, q.restore(slice(None)), batch, torch.float32, True, columns)
+
+
+@compiled
+@in_one_case(name=list(EIGHT_BIT))
+def test_every_8_bit_code_has_its_level(isa, name):
+    """No quantizer of lowmem writes code 0; a file may hold it."""
+    stored = quantize(torch.randn(8, 64), name, block_size=16, scales="float32")
+    codes = torch.arange(512).view(8, 64) % 256
+    stored.packed[:] = codes
+    expected = (codes - 128) / (127 if name == "int8" else 1) * stored.scales.repeat_interleave(16, -1)
+    with kernels.using(isa):
+        assert torch.equal(stored.dequantize(), expected)
+        check_products(isa, stored, expected, 2, torch.float32, False, 64)

@@ -1,7 +1,5 @@
 """LoRA trains two thin matrices beside a frozen base."""
 
-import copy
-
 import pytest
 import torch
 from hypothesis import given
@@ -14,31 +12,23 @@ from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import without_adapters
 from tests import strategies
-from tests.selection import rows_in_one_case
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 ranks = st.integers(1, 9)
 
 
 @every_base
-@given(strategies.linears(), ranks, strategies.leading_shapes, strategies.seeds)
-def test_a_fresh_adapter_changes_nothing_bit_for_bit(base, linear, rank, leading, seed):
-    x = strategies.make_input(leading, linear.in_features, seed)
-    plain = (
-        convert(copy.deepcopy(linear), *strategies.BASES[base]) if strategies.BASES[base] else copy.deepcopy(linear)
-    )
-    layer = convert(linear, *strategies.BASES[base], LoRA(rank))
-    assert torch.equal(layer(x), plain(x))
-
-
-@every_base
-@given(strategies.linears(), ranks, st.floats(0.1, 10), strategies.leading_shapes, strategies.seeds)
-def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, leading, seed):
-    layer = strategies.make_adapted(linear, base, rank, alpha, seed).double()
+@given(strategies.linears(), ranks, st.floats(0.1, 10), st.booleans(), strategies.leading_shapes, strategies.seeds)
+def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, stabilized, leading, seed):
+    rank = min(rank, *linear.weight.shape)
+    technique = LoRA(rank, alpha, rank_stabilized=stabilized)
+    layer = strategies.make_adapted(linear, base, seed=seed, technique=technique).double()
     x = strategies.make_input(leading, layer.in_features, seed, torch.float64)
     a, b = (p.detach().clone().requires_grad_() for p in (layer.lora_a, layer.lora_b))
     twin = x.detach().clone().requires_grad_()
-    expected = without_adapters(layer)(twin) + alpha / rank * (twin @ a.t()) @ b.t()
+    scaling = alpha / (rank**0.5 if stabilized else rank)
+    assert f"rank={rank}, scaling={scaling:g}" in repr(layer)
+    expected = without_adapters(layer)(twin) + scaling * (twin @ a.t()) @ b.t()
     out = layer(x)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
@@ -46,14 +36,7 @@ def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, lea
     (expected * weights).sum().backward()
     for got, wanted in ((x.grad, twin.grad), (layer.lora_a.grad, a.grad), (layer.lora_b.grad, b.grad)):
         torch.testing.assert_close(got, wanted)
-
-
-@every_base
-def test_only_the_adapters_train(base):
-    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8), torch.nn.Linear(8, 4))
-    model = convert(model, *strategies.BASES[base], LoRA(2), where=lambda path, _: path == "0")
-    trains = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert trains == ["0.adapters.default.weight.lora_a", "0.adapters.default.weight.lora_b"]
+    assert not any(p.grad is not None for name, p in layer.named_parameters() if "lora" not in name)
 
 
 def one_adapter(base=None, **options):
@@ -171,13 +154,6 @@ def test_an_input_that_one_call_cannot_take_is_taken_in_two(updates):
             layer(bad)
 
 
-def test_gradients_flow_where_one_call_would_cut_them(updates):
-    layer, x = one_adapter(), torch.randn(2, 24, requires_grad=True)
-    layer(x).sum().backward()
-    assert all(tensor.grad is not None for tensor in (x, layer.lora_a, layer.lora_b))
-    assert True not in updates
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_update_of_an_output_in_half_precision_is_that_of_the_equation(dtype):
     layer = convert(torch.nn.Linear(16, 8), Half(dtype), LoRA(2, alpha=6))
@@ -188,39 +164,6 @@ def test_the_update_of_an_output_in_half_precision_is_that_of_the_equation(dtype
     # The base, the update and their sum are rounded to the dtype: each is off by half an eps of what is below 16.
     assert ((layer(x).double() - expected).abs() <= 3 * 16 * torch.finfo(dtype).eps).all()
     assert (update.abs() > 1).any()
-
-
-def test_dropout_acts_on_the_update_in_training_only():
-    layer = convert(torch.nn.Linear(64, 8), LoRA(4, dropout=0.5))
-    torch.nn.init.ones_(layer.lora_b)
-    x = torch.randn(5, 64)
-    assert not torch.equal(layer(x), layer(x))
-    layer.eval()
-    assert torch.equal(layer(x), layer(x))
-
-
-def test_autocast_and_half_inputs_keep_the_base_s_dtype():
-    layer = strategies.make_adapted(torch.nn.Linear(16, 8), "4-bit")
-    assert layer(torch.randn(2, 16).bfloat16()).dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert layer(torch.randn(2, 16)).dtype == torch.bfloat16
-
-
-def test_repr_names_rank_and_scaling():
-    assert "rank=4, scaling=2" in repr(convert(torch.nn.Linear(4, 4), LoRA(4, alpha=8)))
-
-
-@rows_in_one_case("alpha", [None, 6.0])
-@rows_in_one_case("rank", [1, 4, 9])
-def test_rank_stabilized_adapters_scale_by_the_root_of_the_rank(rank, alpha):
-    layer = strategies.make_adapted(nn.Linear(16, 8), "dense", technique=LoRA(rank, alpha, rank_stabilized=True))
-    x = strategies.make_input((3,), 16, 0, torch.float64)
-    layer = layer.double()
-    scaling = (rank if alpha is None else alpha) / rank**0.5
-    torch.testing.assert_close(
-        layer(x), without_adapters(layer)(x) + scaling * x @ layer.lora_a.t() @ layer.lora_b.t()
-    )
-    torch.testing.assert_close(layer.adapters.default.weight.delta(), scaling * layer.lora_b @ layer.lora_a)
 
 
 def test_the_largest_alpha_gives_finite_updates():
@@ -244,16 +187,6 @@ def test_layers_whose_parameters_something_replaced_still_work():
     half.weight_rounded = weight
     torch.testing.assert_close(layer(x), expected[0])
     torch.testing.assert_close(half(x), expected[1])
-
-
-@pytest.mark.parametrize("shape", [(0, 3), (3, 0)])
-def test_an_empty_layer_gets_no_adapter_and_computes_beside_one_that_has(shape):
-    with pytest.warns(UserWarning, match="zero-element"):
-        layers = torch.nn.ModuleList([torch.nn.Linear(4, 4), torch.nn.Linear(*shape)])
-    model = convert(layers, LoRA(1)).eval()
-    assert [isinstance(layer, lowmem.LoRALinear) for layer in model] == [True, False]
-    with torch.no_grad():
-        assert model[1](torch.randn(2, shape[0])).shape == (2, shape[1])
 
 
 def test_weight_and_bias_can_be_set_unless_an_adapter_is_merged():

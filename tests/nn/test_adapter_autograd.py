@@ -109,17 +109,6 @@ CASES = {
 }
 
 
-@covering(2, bias=[False, True], **CASES)
-def test_output_and_gradients_are_as_exact_as_their_roundings_allow(base, bias, leading, wide, kernel):
-    """Count the roundings to bfloat16 of a term: of x, A, x A, s B, the thin product, and the sum; and likewise."""
-    if base in ("half", "dense") and wide == "float32":
-        wide = "autocast"
-    layer = adapted(base, bias)
-    x, out, grad = taken_step(layer, leading, wide, kernel)
-    bias = layer.bias.detach().double() if bias else None
-    hold_step(x, out, grad, stored_weight(layer), layer.lora_a, layer.lora_b, layer.scaling, bias)
-
-
 def test_a_fresh_adapter_changes_nothing_in_evaluation_and_the_order_of_sums_in_training():
     """Both are the base's product; bfloat16 rounds a term 3 times at most: its factors, if any, and the sum."""
     for base in ("nf4", "half"):
@@ -168,17 +157,24 @@ def read(base, transposed):
     return model, part
 
 
-@covering(2, transposed=[False, True], **CASES)
-def test_a_weight_that_is_read_is_multiplied_with_its_adapter_as_exactly(base, transposed, leading, wide, kernel):
-    """The roundings are those of a layer."""
-    if base in ("half", "dense"):
-        wide = "bfloat16"
-    model, part = read(base, transposed)
+@covering(2, how=["layer", "layer without a bias", "read", "read, transposed"], **CASES)
+def test_output_and_gradients_are_as_exact_as_their_roundings_allow(how, base, leading, wide, kernel):
+    """Count the roundings to bfloat16 of a term: of x, A, x A, s B, the thin product, and the sum; and likewise."""
+    of_16_bits = base in ("half", "dense")
+    if how.startswith("read"):
+        model, part = read(base, how == "read, transposed")
+        wide = "bfloat16" if of_16_bits else wide
+        dense = lowmem.delete_adapter(copy.deepcopy(model), "default")
+        dense = (dense if base == "dense" else restore(dense))[0]
+        w, bias = dense.weight.detach().double(), dense.bias
+        w = w.t() if how == "read, transposed" else w
+    else:
+        model = part = adapted(base, bias=how == "layer")
+        wide = "autocast" if of_16_bits and wide == "float32" else wide
+        w, bias = stored_weight(model), model.bias
     x, out, grad = taken_step(model, leading, wide, kernel)
-    dense = lowmem.delete_adapter(copy.deepcopy(model), "default")
-    dense = (dense if base == "dense" else restore(dense))[0]
-    w, bias = dense.weight.detach().double(), dense.bias.detach().double()
-    hold_step(x, out, grad, w.t() if transposed else w, part.lora_a, part.lora_b, part.scaling, bias)
+    bias = None if bias is None else bias.detach().double()
+    hold_step(x, out, grad, w, part.lora_a, part.lora_b, part.scaling, bias)
 
 
 def test_the_table_of_an_embedding_is_no_linear_layer_s_weight():

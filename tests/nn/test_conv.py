@@ -139,55 +139,10 @@ def test_the_output_has_the_input_s_dtype(technique, dtype, channels):
 
 
 @kinds
-def test_autocast_gives_its_dtype_as_for_a_dense_layer(technique):
-    layer = convert(nn.Conv2d(4, 4, 3), technique)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert layer(torch.randn(1, 4, 5, 5)).dtype == nn.Conv2d(4, 4, 3)(torch.randn(1, 4, 5, 5)).dtype
-
-
-@kinds
 def test_attributes_and_weights_that_were_changed_later_count(technique):
     dense = nn.Conv2d(4, 4, 3)
     dense.stride, dense.padding, dense.dilation = (2, 2), 2, (2, 2)
     dense.weight = nn.Parameter(dense.weight[:, :1].detach().clone())  # made to take one channel
     layer = convert(copy.deepcopy(dense), technique)
     x = torch.randn(2, 1, 9, 9)
-    assert_convolved(layer(x), dense_twin(layer, dense), x)
-
-
-@kinds
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (torch.randn(2, 3, 8, 8), "must be .*with in_channels=4"),
-        (torch.randn(4, 8), r"must be \(batch, in_channels, height, width\)"),
-        (torch.randn(1, 1, 4, 8, 8), "must be .*in_channels=4"),
-        (torch.randn(1, 4, 2, 8), r"smaller than the kernel \(3, 3\)"),
-        (torch.ones(1, 4, 8, 8, dtype=torch.int64), "torch.int64 must be a floating-point"),
-    ],
-)
-def test_a_wrong_input_raises_what_the_dense_layer_raises(technique, x, message):
-    dense = nn.Conv2d(4, 4, 3)
-    with pytest.raises(RuntimeError):
-        dense(x)
-    with pytest.raises(RuntimeError, match=message):
-        convert(dense, technique)(x)
-
-
-@pytest.mark.compile(keep=1)
-@kinds
-@pytest.mark.parametrize("channels", [8, 520], ids=["whole", "in chunks"])
-def test_it_compiles_whole_with_its_gradient_for_any_batch(technique, channels):
-    layer = convert(nn.Conv2d(channels, channels, 3, 2, 1), technique)
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
-    for batch, size in ((2, 5), (3, 7)):
-        x = torch.randn(batch, channels, size, size, requires_grad=True)
-        torch.testing.assert_close(compiled(x), layer(x))
-        got, expected = (torch.autograd.grad(f(x).square().sum(), x)[0] for f in (compiled, layer))
-        torch.testing.assert_close(got, expected)
-
-
-def test_padding_same_of_an_even_kernel_puts_the_odd_zero_behind():
-    dense = nn.Conv2d(3, 5, (2, 4), padding="same", dilation=(3, 1))
-    layer, x = convert(copy.deepcopy(dense), Half()), torch.randn(2, 3, 9, 11)
     assert_convolved(layer(x), dense_twin(layer, dense), x)

@@ -55,13 +55,3 @@ def test_the_operator_is_what_torch_expects_of_one(kind, size):
     stored = parts_of(weight) if kind == "4-bit" else (weight, None, "")
     arguments = (x, *stored, [4, 6, 2, 3, 2, 1, 1], torch.float32, size)
     assert_operator(torch.ops.lowmem.convolve.default, arguments)
-
-
-@kinds
-def test_a_compiled_training_step_has_the_gradients_of_input_and_bias(kind):
-    weight, bias = make_weight(kind), torch.ones(6, requires_grad=True)
-    x = torch.randn(2, 4, 9, requires_grad=True)
-    step = lambda x, bias: frozen_conv(x, weight, GEOMETRY, torch.float32, bias).square().sum()  # noqa: E731
-    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
-    got, expected = (torch.autograd.grad(f(x, bias), (x, bias)) for f in (compiled, step))
-    torch.testing.assert_close(got, expected)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import Conv4Bit, FourBit, Half, convert, measure, quantize
+from lowmem import FourBit, Half, convert, kernels, measure, quantize
 from lowmem.nn.techniques import blockwise
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
@@ -40,9 +40,25 @@ def test_outputs_and_gradients_equal_those_of_the_stored_weight(linear, techniqu
         assert_sum(layer.bias.grad, rows.sum(0), rows.abs().sum(0), len(rows))
 
 
-@given(st.one_of(strategies.linears(), strategies.convolutions().map(lambda drawn: drawn[0])), techniques())
-def test_linear_layers_and_convolutions_store_what_quantize_gives_and_keep_the_bias(dense, technique):
+@pytest.mark.parametrize("batch", [1, 64])
+def test_no_restored_weight_outlives_its_chunk_forward_or_backward(batch):
+    layer = convert(torch.nn.Linear(1024, 4096, bias=False), FourBit())
+    x = torch.randn(batch, 1024, requires_grad=True)
+    activations = 4 * batch * (1024 + 2 * 4096)
+    assert measure.peak_bytes(lambda: layer(x).sum().backward()) <= 2**20 + activations
+
+
+@given(
+    st.one_of(strategies.linears(), strategies.convolutions().map(lambda drawn: drawn[0])),
+    techniques(),
+    st.sampled_from([torch.float16, torch.bfloat16]),
+)
+def test_layers_store_what_quantize_gives_or_rounds_and_are_frozen(dense, technique, half):
     bias, rows, count = dense.bias, dense.weight.flatten(1), measure.weight_count(dense)
+    rounded = convert(copy.deepcopy(dense), Half(half))
+    for name, one in dense.named_parameters():
+        assert torch.equal(getattr(rounded, f"{name}_rounded"), one.to(half))
+    assert not any(p.requires_grad for p in rounded.parameters())
     q = quantize(rows, technique.format, block_size=technique.block_size, scales=technique.scales)
     layer = convert(dense, technique)
     assert torch.equal(layer.quantized.packed, q.packed)
@@ -55,62 +71,48 @@ def test_linear_layers_and_convolutions_store_what_quantize_gives_and_keep_the_b
     assert layer.quantized.packed is layer.weight_packed
 
 
-def test_a_frozen_bias_stays_frozen():
-    linear = torch.nn.Linear(16, 8).requires_grad_(False)
-    assert not convert(linear, FourBit()).bias.requires_grad
+F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
-@rows_in_one_case("compute", [None, torch.bfloat16, torch.float64])
-@rows_in_one_case("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_output_has_the_input_s_dtype_and_compute_dtype_decides_the_product(dtype, compute):
-    layer = convert(torch.nn.Linear(64, 32), FourBit("int4", compute_dtype=compute))
-    x = torch.randn(3, 64).to(dtype)
-    wide = compute or dtype
+@rows_in_one_case(
+    ("technique", "dtype", "wide"),
+    [
+        *(
+            (FourBit("int4", compute_dtype=one), x, one or x)
+            for one in (None, BF16, F64)
+            for x in (F32, BF16, F16, F64)
+        ),
+        *((Half(F16), *dtypes) for dtypes in ((F32, F32), (F16, F16), (BF16, F32))),
+        *((Half(BF16), *dtypes) for dtypes in ((F16, F32), (F64, F64))),
+    ],
+)
+def test_output_has_the_input_s_dtype_and_the_technique_decides_that_of_the_product(technique, dtype, wide):
+    layer, x = convert(torch.nn.Linear(64, 32), technique), torch.randn(3, 64).to(dtype)
     out = layer(x)
     assert out.dtype == dtype
     # The weight, the input, the product, and its sum with the bias may each be rounded to what it is computed in; the
     # output and the bias to the input's dtype.
-    rounded = [] if dtype == wide == torch.float64 else [wide, wide, wide, wide, dtype, dtype]
-    sums = torch.float64 if wide == torch.float64 else torch.float32
-    assert_product(out, x, layer.quantized.dequantize(), layer.bias, sums, rounded, OF_4_BITS)
+    rounded = [] if dtype == wide == F64 else [wide, wide, wide, wide, dtype, dtype]
+    sums = F64 if wide == F64 else F32
+    assert_product(out, x, stored_weight(layer), layer.bias, sums, rounded, OF_4_BITS)
 
 
-@rows_in_one_case(
-    ("compute", "rounds"),
-    [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False), (torch.float64, False), (None, False)],
-)
-@rows_in_one_case("layer", [torch.nn.Linear(64, 32), torch.nn.Conv1d(64, 32, 1)])
-def test_the_compute_dtype_rounds_the_input_before_the_product(layer, compute, rounds):
+@rows_in_one_case(("compute", "rounds"), [(F16, True), (BF16, True), (F32, False), (F64, False), (None, False)])
+def test_the_compute_dtype_rounds_the_input_before_the_product(compute, rounds):
     """1 + 2^-12 is 1 in 16 bits, and not in float32; 1e6 is infinite in float16 alone."""
-    layer = convert(copy.deepcopy(layer), FourBit("int4", compute_dtype=compute))
-    ones = torch.ones(64, 4) if isinstance(layer, Conv4Bit) else torch.ones(4, 64)
-    assert torch.equal(layer(ones * (1 + 2**-12)), layer(ones)) == rounds
-    assert bool(layer(ones * 1e6).isfinite().all()) == (compute is not torch.float16)
+    for dense, ones in (
+        (torch.nn.Linear(64, 32), torch.ones(4, 64)),
+        (torch.nn.Conv1d(64, 32, 1), torch.ones(64, 4)),
+    ):
+        layer = convert(dense, FourBit("int4", compute_dtype=compute))
+        assert torch.equal(layer(ones * (1 + 2**-12)), layer(ones)) == rounds
+        assert bool(layer(ones * 1e6).isfinite().all()) == (compute is not F16)
 
 
-def test_autocast_gives_its_dtype_as_for_a_dense_layer():
-    layer = convert(torch.nn.Linear(16, 8), FourBit())
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = layer(torch.randn(2, 16, requires_grad=True))
-        assert out.dtype == torch.nn.Linear(16, 8)(torch.randn(2, 16)).dtype == torch.bfloat16
-    out.sum().backward()
-    assert layer.bias.grad.dtype == torch.float32
-
-
-@pytest.mark.parametrize("batch", [1, 64])
-def test_no_restored_weight_outlives_its_chunk_forward_or_backward(batch):
-    layer = convert(torch.nn.Linear(1024, 4096, bias=False), FourBit())
-    x = torch.randn(batch, 1024, requires_grad=True)
-    activations = 4 * batch * (1024 + 2 * 4096)
-    assert measure.peak_bytes(lambda: layer(x).sum().backward()) <= 2**20 + activations
-
-
-def test_empty_layers_and_batches_work():
-    layer = convert(torch.nn.Linear(16, 8), FourBit())
-    assert layer(torch.empty(0, 16)).shape == (0, 8)
-    assert layer(torch.empty(2, 0, 16)).shape == (2, 0, 8)
-    with pytest.warns(UserWarning, match="zero-element"):  # from nn.Linear itself
-        linear = torch.nn.Linear(8, 0)  # which has nothing to store
-    model = convert(torch.nn.Sequential(torch.nn.Linear(16, 8), linear), FourBit())
-    assert model[1] is linear
-    assert model(torch.randn(3, 16)).shape == (3, 0)
+def test_a_float16_input_is_multiplied_with_bfloat16_weights_that_float16_does_not_hold():
+    layer, x = convert(torch.nn.Linear(8, 3, bias=False), Half(BF16)), torch.full((2, 8), 2.0**-10, dtype=F16)
+    layer.weight_rounded.fill_(2.0**20)
+    for name in ("reference", kernels.available()[-1]):
+        with kernels.using(name):
+            for out in (layer(x), torch.nn.functional.linear(x, layer.weight), x @ layer.weight.half().t()):
+                assert torch.equal(out, torch.full((2, 3), 2.0**13, dtype=F16))

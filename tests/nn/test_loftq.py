@@ -84,16 +84,14 @@ def test_a_and_b_have_the_same_size_and_train():
 def test_a_rank_above_the_layer_s_sizes_takes_the_whole_error_and_the_rest_can_train(shape):
     layer = nn.Linear(*shape)
     weight = layer.weight.detach().double()
-    layer = convert(layer, FourBit(), LoRA(9, init="loftq"))
+    with pytest.warns(UserWarning, match=r"56% .*can use a rank of 4 at most, and gets 9;"):
+        layer = convert(layer, FourBit(), LoRA(9, init="loftq"))
     error = weight - layer.quantized.dequantize().double()
     assert squares(error - layer.adapters.default.weight.delta().double()) < 1e-9 * squares(error)
     assert not layer.lora_b[:, 4:].any()
     assert layer.lora_a[4:].any(1).all()
-
-
-def test_a_weight_that_4_bits_hold_leaves_a_fresh_adapter_of_zeros():
-    layer = nn.Linear(32, 16)
-    nn.init.zeros_(layer.weight)
+    layer = nn.Linear(*shape)
+    nn.init.zeros_(layer.weight)  # 4 bits hold it: the adapter is a fresh one
     layer = convert(layer, FourBit(), LoRA(2, init="loftq"))
     assert not layer.lora_b.any()
     assert layer.lora_a.any(1).all()
@@ -114,17 +112,6 @@ def test_without_the_dense_weight_of_a_4_bit_base_it_is_refused(change):
     with pytest.raises(ValueError, match=r"init='loftq' .* needs both: apply it in the call that quantizes, convert"):
         change(model)
     assert not any(isinstance(module, lowmem.LoRALinear) for module in model.modules())
-
-
-def test_a_saved_one_loads_onto_what_fourbit_alone_makes(tmp_path):
-    torch.manual_seed(0)
-    dense = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 8))
-    model = convert(copy.deepcopy(dense), FourBit(), LoRA(2, init="loftq"))
-    lowmem.save_adapter(model, tmp_path / "a")
-    plain = convert(copy.deepcopy(dense), FourBit())
-    x = torch.randn(3, 64)
-    assert torch.equal(lowmem.load_adapter(plain, tmp_path / "a")(x), model(x))
-    lowmem.load_adapter(model, tmp_path / "a")  # onto itself: how it began does not matter
 
 
 def test_merging_a_fresh_one_changes_the_base_and_says_so():

@@ -7,10 +7,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lowmem import FourBit, convert
 from lowmem.nn.adapted_weight import AdaptedWeight, adapted_weight
 from lowmem.nn.adapter import Layout, Update
+from lowmem.nn.linear import gathered_copy
 from lowmem.nn.low_rank_sum import LowRankSum, is_adapted
 from lowmem.nn.read_only import METADATA
+from lowmem.nn.stored_tensor import StoredTensor
 from tests.nn.adapted_cases import FORMS, RANK, SCALING, make, total
 from tests.nn.stored_cases import CASES, INDICES, Case, store
 from tests.rounding import OF_4_BITS, assert_sum
@@ -134,23 +137,39 @@ VIEWS = {
     "a lookup in a row": lambda w: F.conv1d(torch.ones(1, 32, 5), w.unsqueeze(-1)),
     "a copy": lambda w: copy.deepcopy(w) * 1,
     "a pickle": lambda w: pickle.loads(pickle.dumps(w)) * 1,
+    "every other column of some rows": lambda w: w[2:5, ::2],
+    "joined": lambda w: torch.cat([w, w]),
+    "flat": lambda w: w.reshape(-1),
+    "a linear layer": lambda w: F.linear(torch.ones(2, 32), w),
+    "a product": lambda w: torch.ones(2, 32) @ w.T,
+    "an einsum": lambda w: torch.einsum("...i,oi->...o", torch.ones(2, 3, 32), w),
+    "an embedding": lambda w: F.embedding(torch.tensor([1, 5]), w),
 }
 
 
-@rows_in_one_case("form", FORMS)
-def test_views_and_everything_else_are_those_of_the_sum(form):
+def values_of(weight):
+    dense = weight.values() if isinstance(weight, LowRankSum) else weight
+    return (dense.dequantize() if isinstance(dense, StoredTensor) else dense).detach()
+
+
+@rows_in_one_case("form", [*FORMS, "stored", "gathered"])
+def test_views_and_everything_else_are_those_of_the_values(form):
     torch.manual_seed(0)
     case = Case(lambda x, w: x, (48, 32), (5, 32), 32)
-    weight, *_ = make("linear", case, form)
-    exact = weight.values().detach()
+    if form == "gathered":
+        weight = gathered_copy(convert(nn.Linear(32, 48), FourBit("nf4", 8)), torch.randperm(32).int()).weight
+    else:
+        weight = store(torch.randn(48, 32), "nf4") if form == "stored" else make("linear", case, form)[0]
+    exact = values_of(weight)
     for name, view in VIEWS.items():
-        found, wanted = view(weight), view(exact)
-        found = (found.values() if isinstance(found, LowRankSum) else found).detach()
+        found, wanted = values_of(view(weight)), view(exact)
         assert found.shape == wanted.shape, name
         assert found.dtype == wanted.dtype, name
         # The sums of rank 2 are taken in another order: a few units in the last place of numbers up to 10.
         if found.dtype.is_floating_point:
             assert float((found - wanted).abs().max()) <= 64 * 2.0**-23 * float(wanted.abs().max()), name
+    if form not in FORMS:
+        return
     stack = Case(lambda x, w: x, (3, 48, 32), (5, 32), 32)
     weights, *_ = make("stack", stack, form)
     for number, matrix in enumerate(weights):

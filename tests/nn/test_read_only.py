@@ -11,10 +11,29 @@ from torch.nn import functional as F
 
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.kernels.torch_versions import TORCH
+from lowmem.nn.linear import gathered_copy
 from lowmem.nn.read_only import METADATA, ReadOnlyView, name_of, writes_in_place
 from tests.kernels.test_ops import needs_compiler
 
 WRITES = {
+    "zero_": lambda w: w.zero_(),
+    "*=": lambda w: w.__imul__(2),
+    "div_": lambda w: w.div_(2**0.5),
+    "copy_": lambda w: w.copy_(torch.ones(24, 16)),
+    "normal_": lambda w: nn.init.normal_(w),
+    "orthogonal_": lambda w: nn.init.orthogonal_(w),
+    "a row": lambda w: w[3].zero_(),
+    "rows": lambda w: w[3:5].fill_(1),
+    "setitem": lambda w: w.__setitem__(0, 1.0),
+    "of its data": lambda w: w.data.normal_(),
+    "all of it, as out": lambda w: torch.add(torch.ones(24, 16), 1, out=w),
+    "clamp_": lambda w: w.clamp_(-1, 1),
+    "renorm_": lambda w: w.renorm_(2, 0, 1.0),
+    "max_norm": lambda w: F.embedding(torch.tensor([1]), w, max_norm=1.0),
+    "max_norm of a bag": lambda w: F.embedding_bag(torch.tensor([[1]]), w, max_norm=1.0, mode="sum"),
+    "apply_": lambda w: w.apply_(lambda value: value),
+    "fill_diagonal_": lambda w: w.fill_diagonal_(1.0),
+    "an optimizer": lambda w: torch._foreach_add_([torch.ones(3), w], 1.0),
     "a flat view": lambda w: w.view(-1).zero_(),
     "a column": lambda w: w[:, 0].zero_(),
     "a column of it detached": lambda w: w.detach()[:, 0].zero_(),
@@ -83,9 +102,11 @@ def weight_of(technique):
     return convert(nn.Sequential(nn.Linear(16, 24)), *technique)[0].weight
 
 
-@techniques
-def test_writes_to_views_are_refused_and_those_to_fresh_results_are_not(technique):
-    weight = weight_of(technique)
+@pytest.mark.parametrize("technique", [*TECHNIQUES.values(), "gathered"], ids=[*TECHNIQUES, "gathered"])
+def test_writes_are_refused_and_those_to_fresh_results_are_not(technique):
+    layer = convert(nn.Linear(16, 24), *(TECHNIQUES["nf4"] if technique == "gathered" else technique))
+    layer = gathered_copy(layer, torch.randperm(16).int()) if technique == "gathered" else layer
+    weight, before = layer.weight, copy.deepcopy(layer.state_dict())
     refusal = (
         r"would write to a (view of a )?weight (that is stored in|with adapters).*lowmem.(restore|merge)\(model\)"
     )
@@ -94,6 +115,7 @@ def test_writes_to_views_are_refused_and_those_to_fresh_results_are_not(techniqu
             with mode(), pytest.raises(RuntimeError) as raised:
                 write(weight)
             assert raised.match(refusal), name
+    assert all(torch.equal(one, before[name]) for name, one in layer.state_dict().items())
     for name, write in FRESH.items():
         with torch.no_grad():
             assert type(write(weight)) is Tensor, name

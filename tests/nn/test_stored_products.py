@@ -99,6 +99,9 @@ def test_a_graph_keeps_nothing_dense_for_backward(form, request):
         expected, expected_of_x, _ = run(case.function, x, weight)
         torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(of_x, expected_of_x, rtol=1e-4, atol=1e-4)
+    weight, x = store(torch.randn(24, 24), form), torch.randn(3, 24)
+    compiled = torch.compile(lambda x, w: x @ w, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, weight.T), x @ weight.T, rtol=1e-4, atol=1e-5)
 
 
 @rows_in_one_case("technique", [FourBit("nf4", 16), Half(torch.bfloat16)])

@@ -142,6 +142,8 @@ def test_copies_have_bytes_of_their_own(form):
         assert not {p.data_ptr() for p in twin.parts} & {p.data_ptr() for p in weight.parts}
     pair = copy.deepcopy([weight, weight])
     assert pair[0] is pair[1]
+    for twin in (copy.deepcopy(weight.T), pickle.loads(pickle.dumps(weight.T)), weight.T.clone()):
+        assert torch.equal(twin.dequantize(), weight.dequantize().T)
 
 
 @forms
@@ -155,11 +157,13 @@ def test_tensors_like_it_are_dense(form):
 
 
 def test_it_is_equal_to_what_has_the_same_values():
-    weight = store(torch.randn(24, 40), "nf4")
+    weight = store(torch.randn(24, 40), "nf4", scales="float32")
     assert torch.equal(weight, weight.dequantize())
     assert torch.equal(weight.dequantize(), weight)
     assert not torch.equal(weight, store(torch.randn(24, 40), "nf4"))
-    assert not torch.equal(weight, store(torch.randn(24, 40), "fp4"))
+    other = store(torch.randn(24, 40), "fp4", scales="float32")
+    assert not torch.equal(weight, other)
+    assert not torch.equal(weight, type(weight)(other.form, weight.parts, weight.tail, weight.dtype))
 
 
 @forms

@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import asdict
+from functools import partial
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from lowmem import (
     convert,
     quantize,
 )
-from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, blockwise, check_compute_dtype
+from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, blockwise
 from lowmem.quant.quantize import relative_error
 from tests import strategies
 from tests.selection import rows_in_one_case
@@ -53,8 +54,6 @@ def test_what_is_no_budget_is_refused():
     for wrong in (torch.ones(2), {"x": torch.ones(2)}, "text", 3):
         with pytest.raises(TypeError, match=r"inputs is a .*; pass a list of batches, if only of one: \[batch\]"):
             Budget(4.4, inputs=wrong)
-    with pytest.raises(ValueError, match="compute_dtype"):
-        Budget(4.4, compute_dtype=torch.int32)
 
 
 @given(strategies.weights(), strategies.formats, strategies.small_blocks, strategies.encodings)
@@ -67,20 +66,6 @@ def test_the_skeleton_has_the_layout_of_what_is_stored(weight, format, block_siz
     assert skeleton.method == stored.method
     assert not stored.packed.requires_grad
     assert not stored.scales.requires_grad
-
-
-def test_a_compute_dtype_is_floating_point_or_int8():
-    for dtype in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
-        check_compute_dtype(dtype)
-    for dtype in (torch.int32, torch.complex64, torch.float8_e4m3fn, "float32"):
-        with pytest.raises(ValueError, match=r"compute_dtype=.* must be a floating-point"):
-            check_compute_dtype(dtype)
-
-
-@rows_in_one_case("dtype", [torch.float32, torch.int8, "float16", None])
-def test_another_dtype_than_16_bits_is_refused(dtype):
-    with pytest.raises(ValueError, match=r"must be torch.float16 or torch.bfloat16"):
-        Half(dtype)
 
 
 def test_without_a_format_it_is_bof4s_in_blocks_of_32():
@@ -98,40 +83,53 @@ def test_without_a_format_it_is_bof4s_in_blocks_of_32():
     assert weight.bits_per_weight == 4 + 8 / 32 + 16 / 2048
 
 
-@rows_in_one_case(
-    ("options", "message"),
-    [
-        ({"format": "int3"}, "format='int3' is unknown: choose from int4, nf4, fp4"),
-        ({"block_size": 0}, "block_size=0 must be"),
-        ({"block_size": -16}, "block_size=-16 must be"),
-        ({"block_size": 16.0}, "block_size=16.0 must be an integer"),
-        ({"scales": "e4m3"}, "scales='e4m3' is unknown: choose from float32, float16, double"),
-        ({"compute_dtype": torch.int16}, "compute_dtype=torch.int16 must be"),
-        ({"compute_dtype": "bfloat16"}, "compute_dtype='bfloat16' must be"),
-        ({"embeddings": "8"}, "embeddings='8' must be '8bit' or '4bit'"),
-        ({"format": torch.int8}, r"format=torch.int8 must be the name of a format, as 'nf4'"),
-    ],
-)
-def test_bad_options_of_four_bit_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        FourBit(**options)
-
-
 def test_the_technique_of_a_format_is_the_one_of_its_bits():
     assert blockwise("int8", 32, "float16") == EightBit(32, "float16")
+    assert blockwise("q8_0") == EightBit(format="q8_0") != EightBit()
     assert blockwise("nf4", 32, search=True) == FourBit("nf4", 32, search=True)
     assert isinstance(convert(nn.Conv2d(3, 4, 3), EightBit()), Conv4Bit)
-    for wrong, message in (
-        (lambda: FourBit("int8"), "format='int8' has codes of 8 bits: EightBit"),
-        (lambda: FourBit(("nf4", "int8")), "format='int8' has codes of 8 bits"),
-        (lambda: EightBit(7), "block_size=7"),
-        (lambda: EightBit(scales="half"), "scales='half' is unknown: choose from float32, float16, double$"),
-        (lambda: EightBit(scales="float16_offsets"), "scales='float16_offsets' has offsets"),
-        (lambda: EightBit(compute_dtype=torch.int32), "compute_dtype=torch.int32"),
-        (lambda: blockwise("int9"), "format='int9' is unknown"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            wrong()
+
+
+@rows_in_one_case(
+    ("make", "options", "message"),
+    [
+        *(
+            (Half, {"dtype": one}, "must be torch.float16 or torch")
+            for one in (torch.float32, torch.int8, "float16", None)
+        ),
+        (FourBit, {"format": "int3"}, "format='int3' is unknown: choose from int4, nf4, fp4"),
+        (FourBit, {"format": "int8"}, "format='int8' has codes of 8 bits: EightBit"),
+        (FourBit, {"format": ("nf4", "int8")}, "format='int8' has codes of 8 bits"),
+        (FourBit, {"format": torch.int8}, r"format=torch.int8 must be the name of a format, as 'nf4'"),
+        (FourBit, {"embeddings": "8"}, "embeddings='8' must be '8bit' or '4bit'"),
+        (FourBit, {"search": "yes"}, "search='yes' must be True or False"),
+        (FourBit, {"offsets": 1}, "offsets=1 must be True or False"),
+        (EightBit, {"format": "nf4"}, "format='nf4' has codes of 4 bits: FourBit"),
+        (EightBit, {"format": "int9"}, "format='int9' is unknown"),
+        (EightBit, {"block_size": torch.float8_e4m3fn}, "block_size=torch.float8_e4m3fn must be an integer"),
+        (EightBit, {"scales": "float16_offsets"}, "scales='float16_offsets' has offsets"),
+        (blockwise, {"format": "int9"}, "format='int9' is unknown"),
+        *(
+            (kind, options, message)
+            for kind in (FourBit, EightBit)
+            for options, message in (
+                ({"block_size": 0}, "block_size=0 must be"),
+                ({"block_size": -16}, "block_size=-16 must be"),
+                ({"block_size": 16.0}, "block_size=16.0 must be an integer"),
+                ({"scales": "e4m3"}, "scales='e4m3' is unknown: choose from float32, float16, double"),
+                ({"scales": ["double"]}, r"scales=\['double'\] is unknown"),
+            )
+        ),
+        *(
+            (kind, {"compute_dtype": dtype}, "compute_dtype=.* must be a floating-point")
+            for kind in (FourBit, EightBit, partial(Budget, 4.4))
+            for dtype in (torch.int16, torch.int32, torch.complex64, torch.float8_e4m3fn, "bfloat16")
+        ),
+    ],
+)
+def test_bad_options_are_named(make, options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)
 
 
 def test_the_first_pattern_that_matches_a_path_gives_rank_and_alpha():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lowmem import FORMATS, quantize
-from lowmem.quant.formats import IMPORTED, Format, get_format
+from lowmem.quant.formats import EIGHT_BIT, IMPORTED, Format, get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.search import nearest_codes, searched_scales
@@ -54,7 +54,9 @@ def test_the_numbers_of_each_format():
     assert [6 * level for level in FORMATS["fp4"].levels[8:]] == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     defaults = {"int4": (16, "float16"), "nf4": (64, "double"), "fp4": (32, "float16"), "bof4s": (64, "double")}
     defaults |= {"q4_0": (32, "float16"), "iq4_nl": (32, "float16"), "uint4": (32, "float16_offsets")}
-    defaults |= {"bnb_fp4": (64, "float32"), "int8": (64, "double")}
+    defaults |= {"bnb_fp4": (64, "float32"), "int8": (64, "double"), "q8_0": (32, "float16")}
+    assert get_format("int8").levels == tuple((code - 128) / 127 for code in range(256))
+    assert get_format("q8_0").levels == tuple(range(-128, 128))
     for name, (block_size, scales) in defaults.items():
         assert (get_format(name).block_size, get_format(name).scales) == (block_size, scales)
         assert get_format(name).signed == get_format(name).search == (name in ("bof4s", "q4_0", "iq4_nl"))
@@ -118,10 +120,10 @@ def test_imported_formats_have_the_levels_of_their_programs_and_are_quantized_in
         get_format("q4_1")
 
 
-def test_of_equal_levels_the_upper_code_alone_is_chosen():
-    """Also of the first two: 8-bit codes are 1 to 255, whatever the weights."""
+@pytest.mark.parametrize("format", EIGHT_BIT)
+def test_the_8_bit_code_0_is_never_chosen(format):
     weight = torch.tensor([[-3.0, 3.0, -2.9, 0.0, 1.0, -1.0, 0.5, 2.0], [-5.0, 0, 0, 0, 0, 0, 0, 5.0]])
     for scales in ENCODINGS:
-        codes = quantize(weight, "int8", block_size=8, scales=scales).packed
+        codes = quantize(weight, format, block_size=8, scales=scales).packed
         assert int(codes.min()) == 1
         assert int(codes.max()) == 255

@@ -52,6 +52,9 @@ def test_a_weight_has_changed_wherever_it_has(row):
     assert requantize(q, weight).method == "calibrated"
     weight[row] += 1
     assert requantize(q, weight).method == "search"
+    eight = replace(quantize(torch.randn(2, 64), "q8_0"), method="imported")
+    assert requantize(eight, eight.dequantize()).method == "imported"
+    assert requantize(eight, torch.randn(2, 64)).method == "absmax"
 
 
 @given(strategies.weights(), strategies.formats)

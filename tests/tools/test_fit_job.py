@@ -190,6 +190,11 @@ def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, m
     write_tokenizer(write(Path("another"), "llama"))
     with monkeypatch.context() as patch:
         patch.setattr(fit_language, "finetune", interrupted)
+        patch.setenv("WORLD_SIZE", "1")
+        patch.setenv("LOCAL_WORLD_SIZE", "1")
+        assert main(["fit", "llama", *argv, "--save", "other"]) == 2
+        assert ": continue with `torchrun --nproc-per-node 1 -m lowmem fit llama" in capsys.readouterr().err
+        patch.delenv("LOCAL_WORLD_SIZE")
         assert main(["fit", "llama", *argv]) == 2
     told = capsys.readouterr().err
     command = f"lowmem fit llama {' '.join(argv)} --resume"

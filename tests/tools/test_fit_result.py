@@ -42,11 +42,11 @@ def test_the_folder_opens_with_one_line_in_peft_and_transformers(base, place, ca
     assert commands[0] == "generate out --chat"
 
 
-def test_the_model_card_names_no_path_of_this_machine(place, capsys):
+def test_the_model_card_and_the_record_name_no_path_of_this_machine(place, capsys):
     data = place / "data.jsonl"
     fit(capsys, "--steps", "2", "--eval-share", "0.2", "--save", str(place / "out"), "--resume", data=str(data))
     card = Path("out", "README.md").read_text()
-    assert str(place) not in card
+    assert str(place) not in card + Path("out", "training.json").read_text()
     assert "base_model: llama\n" in card
     command = (
         "lowmem fit llama --data data.jsonl --length 48 --rank 4 --lr 0.01 --steps 2 --eval-share 0.2 --save out"
@@ -56,5 +56,8 @@ def test_the_model_card_names_no_path_of_this_machine(place, capsys):
 
 
 def test_the_base_has_the_name_that_is_given(place, capsys):
-    fit(capsys, "--steps", "1", "--save", "out", "--base-name", "me/llama")
+    argv = ["fit", "llama", "--data", "data.jsonl", "--length", "48", "--steps", "1", "--save", "out"]
+    assert main([*argv, "--base-name", "me/llama"]) == 0
     assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == "me/llama"
+    assert "base_model: me/llama\n" in Path("out", "README.md").read_text()
+    assert "\nnext: lowmem generate out --base llama --chat\n" in capsys.readouterr().err

@@ -188,6 +188,23 @@ def test_an_adapter_of_another_base_is_refused(files, refused):
     assert not (files / "out.safetensors").exists()
 
 
+def test_one_of_several_adapters_of_a_folder_is_merged(files, refused):
+    model = lowmem.load_adapter(lowmem.load("base.safetensors", make), "adapter.safetensors")
+    lowmem.add_adapter(model, "default", LoRA(2))
+    for name, folder in (("default", "several"), ("mine", "several/mine")):
+        lowmem.save_adapter(model, folder, name, format="peft")
+    (files / "several" / "checkpoint-1").mkdir()  # of Trainer
+    for name in ("adapter_config.json", "trainer_state.json"):
+        (files / "several" / "checkpoint-1" / name).write_text("{}")
+    merge = ["merge", "base.safetensors", "several", "out.safetensors", *BASIC[4:]]
+    assert "'several' has several adapters: choose one of default, mine with --adapter" in refused(*merge)
+    assert "--adapter='x' is no adapter of 'several', which has default, mine" in refused(*merge, "--adapter", "x")
+    assert main([*merge, "--adapter", "mine"]) == 0
+    assert main([*BASIC[:3], "one.safetensors", *BASIC[4:], "--adapter", "mine"]) == 0
+    assert (files / "one.safetensors").read_bytes() == (files / "out.safetensors").read_bytes()
+    assert "which has mine" in refused(*BASIC, "--adapter", "default")
+
+
 def test_a_folder_of_peft_is_merged_as_the_file_is(files, refused):
     model = lowmem.load_adapter(lowmem.load("base.safetensors", make), "adapter.safetensors")
     lowmem.save_adapter(model, "folder", format="peft")
@@ -199,7 +216,6 @@ def test_a_folder_of_peft_is_merged_as_the_file_is(files, refused):
     for adapter, why in (
         ("folder", "adapter_model.bin is a pickle, which could run code: lowmem executed nothing; load it in PEFT"),
         ("folder/adapter_config.json", "it is a part of a folder of PEFT: name the folder, 'folder'"),
-        (".", "its adapters lie in folders: name one, as 'folder'"),
     ):
         assert why in refused("merge", "base.safetensors", adapter, "three.safetensors", *options)
     assert not (files / "three.safetensors").exists()

@@ -141,3 +141,60 @@ def test_a_working_directory_that_is_gone_is_not_looked_into(tmp_path, monkeypat
 def test_a_model_that_fails_in_any_way_is_one_line(user_models, name, command, refused):
     told = refused(command, f"{user_models}:{name}", f"{user_models}:{name}")
     assert f"model='{user_models}:{name}' cannot take this input" in told
+
+
+TOKENS = """
+import torch
+from torch import nn
+
+lm = lambda: nn.Sequential(nn.Embedding(10, 4), nn.Linear(4, 4))
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+    def forward(self, ids):
+        return self.layer(self.layer.weight[ids])
+
+class OneHot(Table):
+    def forward(self, ids):
+        return self.layer(nn.functional.one_hot(ids, 4).float())
+
+class Short(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(10, 4), nn.Embedding(8, 4)
+    def forward(self, ids):
+        return self.tokens(ids) + self.positions(torch.arange(ids.shape[-1]))
+
+class Named(Short):
+    def forward(self, *, input_ids):
+        return super().forward(input_ids)
+"""
+IDS = "it takes ids: --input-dtype int64 --input-shape N"
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "remedy"),
+    [
+        ("lm", [], IDS),
+        ("lm@low_precision", [], IDS),
+        ("lm@half_precision", [], IDS),
+        ("Table", [], IDS),
+        ("OneHot", [], IDS),
+        ("Short", ["--input-dtype", "int64"], "--input-shape N"),
+        ("Named", ["--input-dtype", "int64"], "make a module that passes it on"),
+        ("Named", [], "make a module that passes it on"),
+    ],
+)
+@pytest.mark.parametrize("command", ["stats", "compare", "report"])
+def test_a_model_of_tokens_is_told_the_options_of_its_input(user_module, command, name, options, remedy, refused):
+    user_module("token_models", TOKENS)
+    model = f"token_models:{name}"
+    argv = {
+        "stats": ["stats", model],
+        "compare": ["compare", model, model],
+        "report": ["report", model, "out.html"],
+    }[command]
+    if "@" not in name or command != "report":  # which takes models without techniques
+        assert remedy in refused(*argv, *options)

@@ -1,10 +1,8 @@
-"""`lowmem report` writes a page or one clear line; `pytest benchmarks --report` writes that of its own run."""
+"""`lowmem report` writes a page or one clear line."""
 
 import json
 import os
-import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +15,9 @@ from tests.testing.test_verdicts import VERDICT
 pytest.importorskip("altair", reason="the report needs the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the report needs the extra: pip install '.[report]'")
 
-from benchmarks.report import pytest_configure
-from lowmem.report.charts import Drawing
-from lowmem.report.timings import Timing
-from lowmem.tools import report as command
 
-pytest_plugins = ["pytester"]
+from lowmem.report.charts import Drawing
+from lowmem.tools import report as command
 
 ROOT = Path(__file__).parents[2]
 MODELS = """
@@ -252,70 +247,3 @@ def test_without_the_extra_it_says_what_to_install(package, monkeypatch, refused
     monkeypatch.setattr(command, "import_module", without)
     assert install_command("report") in refused("report", "out.html")
     assert not Path("out.html").exists()
-
-
-@pytest.fixture
-def project(pytester, unmeasured):
-    """A project of one benchmark of inference, with the option."""
-    pytester.makeconftest('pytest_plugins = ["benchmarks.report"]')
-    pytester.mkdir("benchmarks").joinpath("test_inference.py").write_text(
-        "import pytest\n"
-        "@pytest.mark.parametrize('case', ['qlora-batch8'])\n"
-        "def test_inference(benchmark, case):\n"
-        "    benchmark.extra_info['reference_seconds'] = 1.0\n"
-        "    benchmark.pedantic(lambda: None, rounds=1)\n"
-    )
-    shutil.copy(ROOT / "pyproject.toml", pytester.path)
-    return pytester
-
-
-def test_the_page_of_a_run_of_the_benchmarks_has_its_latency(project, monkeypatch):
-    seen = []
-    write = command.write
-    monkeypatch.setattr(command, "write", lambda *a, **k: seen.extend(k["timings"]) or write(*a, **k))
-    Path("verdict.json").write_text(json.dumps(VERDICT))
-    result = project.runpytest("benchmarks", "--report", "page.html", "--report-verdict", "verdict.json")
-    assert result.ret == 0
-    (timing,) = seen
-    assert timing == Timing("float32", "qlora", 8, timing.speed)
-    html = (project.path / "page.html").read_text()
-    assert "Of this run of the benchmarks" in html
-    assert "Latency gate" in html
-    assert f"saved {project.path / 'page.html'}" in result.stdout.str()
-
-
-def test_the_page_of_before_stays_where_a_run_of_the_benchmarks_did_not_end(project):
-    project.makepyfile(test_stop="import pytest\ndef test_stop():\n    pytest.exit('that is all')\n")
-    page = project.path / "page.html"
-    page.write_text("before")
-    result = project.runpytest("test_stop.py", "--report", str(page))
-    assert result.ret == pytest.ExitCode.INTERRUPTED
-    assert f"--report: {page} is not written: the run did not end" in result.stdout.str()
-    assert page.read_text() == "before"
-
-
-def test_a_run_of_the_benchmarks_whose_page_cannot_be_written_ends_with_2(project, monkeypatch):
-    def write(*_, **__):
-        raise OSError("the disk is full")
-
-    monkeypatch.setattr(command, "write", write)
-    result = project.runpytest("benchmarks", "--report", "page.html")
-    assert result.ret == 2
-    assert "--report failed: the disk is full" in result.stdout.str()
-
-
-@pytest.mark.parametrize(
-    ("target", "verdicts"), [("page.txt", []), ("missing/page.html", []), ("page.html", ["none.json"])]
-)
-def test_a_run_of_the_benchmarks_refuses_bad_input_before_it_begins(target, verdicts, tmp_path):
-    options = {"report": target, "report_verdict": verdicts}
-    config = SimpleNamespace(
-        invocation_params=SimpleNamespace(dir=tmp_path),
-        getoption=options.__getitem__,
-        pluginmanager=SimpleNamespace(register=None),  # nothing is registered
-    )
-    with pytest.raises(pytest.exit.Exception, match="^--report: .*(must end with|cannot)") as refused:
-        pytest_configure(config)
-    assert refused.value.returncode == 2
-    assert len(str(refused.value)) < 300
-    assert not (tmp_path / target).exists()

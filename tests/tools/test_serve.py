@@ -61,10 +61,17 @@ def _answer(server, port: int, asked: bytes) -> dict:
     raise AssertionError(f"the server ended: {server.stderr.read()}")
 
 
-def test_an_adapter_is_refused_with_the_command_that_helps(tmp_path, capsys):
+def test_an_adapter_is_refused_with_the_command_that_helps(tmp_path, refused):
     (tmp_path / "adapter_config.json").write_text("{}")
-    assert main(["serve", str(tmp_path)]) == 2
-    assert "lowmem merge BASE" in capsys.readouterr().err
+    for command in (["serve", str(tmp_path)], ["export", str(tmp_path), str(tmp_path / "out.gguf")]):
+        assert f"adapters: default; lowmem merge BASE {tmp_path} OUT writes a model to {command[0]}" in refused(
+            *command
+        )
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "adapter_config.json").write_text("{}")
+    assert f"adapters: default, other; lowmem merge BASE {tmp_path} OUT --adapter NAME" in refused(
+        "serve", str(tmp_path)
+    )
 
 
 def test_a_missing_server_is_told_with_the_package_that_brings_it(tmp_path, capsys, monkeypatch):

@@ -157,7 +157,7 @@ def test_names_of_modules_and_types_are_shown_without_control_characters(capsys)
 def test_a_plan_has_the_exact_bytes_and_the_documented_keys(results):
     (found,) = results("stats", "lowmem:BigNet", "--plan", "FourBit:int4:16:float16,LoRA:8")
     assert list(found) == [
-        "model",
+        *("model", "input_shape"),
         *("techniques", "training", "dense", "stored", "inputs", "forward", "scratch", "gradients", "optimizer"),
         *("backward", "update", "load", "conversion", "stored_bytes", "inference_bytes", "training_bytes"),
     ]
@@ -166,6 +166,34 @@ def test_a_plan_has_the_exact_bytes_and_the_documented_keys(results):
     assert found["stored_bytes"] == measure.actual_bytes(model)
     assert (found["training"], found["dense"]) == ("adamw", 75_612_160)
     assert found["gradients"] == 4 * measure.counts(model).trainable
+
+
+def test_a_folder_is_planned_without_a_text(place, results, capsys, refused):
+    from tests.integrations.transformers.folders import load
+
+    (found,) = results("stats", "llama", "--plan")
+    assert found["input_shape"] == [1, 64]  # its positions
+    assert found["techniques"] == ["FourBit(format='bof4s', block_size=32)", "LoRA()"]
+    model = convert(load("llama"), FourBit(), LoRA(16))
+    assert found["stored_bytes"] == measure.theoretical_bytes(model)
+    assert found["gradients"] == 4 * measure.counts(model).trainable
+    (longer,) = results("stats", "llama", "--plan", "--batch", "2", "--input-shape", "48")
+    assert longer["input_shape"] == [2, 48]
+    assert longer["backward"] > found["backward"]
+    (dense,) = results("stats", "llama", "--at-most", "1GiB", "--training", "none")
+    assert dense["techniques"] == []
+    assert main(["quantize", "llama", "stored", "--format", "nf4"]) == 0
+    capsys.readouterr()
+    (stored,) = results("stats", "stored", "--plan", "--training", "none")
+    assert stored["stored_bytes"] == pytest.approx(measure.theoretical_bytes(load("stored")), rel=0.002)
+    assert main(["stats", "stored", "--plan", "LoRA:4", "--markdown"]) == 0
+    told = capsys.readouterr().out
+    assert "| stored: as it is |" in told
+    assert "\nof an input of 1 x 64 tokens: --batch and --input-shape change them\n" in told
+    for options in (["--plan", "FourBit"], ["--at-most", "1GiB"]):
+        assert "model='stored' is stored already: leave out --at-most, and name LoRA" in refused(
+            "stats", "stored", *options
+        )
 
 
 def test_plans_of_several_models_as_tables(capsys):
@@ -220,10 +248,6 @@ def test_techniques_that_fit_are_proposed(results):
         (["bignet", "--training", "sgd", "--all"], "--all lists the layers"),
         (["bignet", "--training", "sgd", "--plot", "p.pdf"], "must end with .svg, .png, .html"),
         (["bignet", "--training", "sgd", "--plot", "no/p.svg"], "no/p.svg"),
-        (
-            [".", "--plan", "Budget:4.4"],
-            "is a folder, and --plan needs a module:factory: lowmem fit FOLDER",
-        ),
     ],
 )
 @pytest.mark.usefixtures("models")

@@ -1,7 +1,6 @@
 """Fused modules compute what the modules compute, and keep less for backward."""
 
 import copy
-import pickle
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, kernels
 from lowmem.measure import PeakMemory
-from lowmem.training.fused import Act, FusedModule, LayerNorm, fuse
+from lowmem.training.fused import Act, LayerNorm, fuse
 from lowmem.training.fused_functions import rms_norm
 from lowmem.training.prepared_module import release_module
 from tests.rounding import unit
@@ -24,7 +23,6 @@ from tests.selection import rows_in_one_case
 from tests.training.blocks import (
     INNER,
     JOINED,
-    MLP,
     NORM,
     SEPARATE,
     WIDTH,
@@ -186,51 +184,6 @@ def test_hooks_on_layers_are_called_and_on_the_activation_too():
     assert len(seen) == 3
     model.mlp.act.register_forward_hook(lambda module, args, out: 2 * out)
     assert torch.allclose(model(x) - x, 2 * (expected[0] - x), atol=1e-5)
-
-
-def test_evaluation_transforms_and_compilers_get_the_plain_module():
-    model, x = make(), batch()
-    expected = model(x)
-    fused(model)
-    assert torch.equal(model.eval()(x), expected)
-    model.train()
-    with torch.no_grad():
-        assert_near([model(x)], [expected], 1e-6)
-    assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(x), expected)
-    mapped = torch.func.vmap(lambda one: torch.func.functional_call(model, {}, (one,)))(x.detach())
-    assert torch.allclose(mapped, expected, atol=1e-6)
-    assert model(x.detach()[:, :0]).shape == (2, 0, WIDTH)
-    assert model.to("meta")(batch().to("meta")).shape == (2, 40, WIDTH)
-
-
-@pytest.mark.parametrize(
-    "how", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["copy", "pickle"]
-)
-def test_copies_and_states(how):
-    model, x = make(LoRA(4)), batch()
-    model.mlp.register_forward_hook(hook)
-    names, before = list(model.state_dict()), {one: type(one) for one in model.modules()}
-    plain = gradients(model, x)
-    fused(model)
-    assert list(model.state_dict()) == names
-    assert type(model.mlp).__name__ == "MLP"
-    assert isinstance(model.mlp, MLP)
-    copied = how(model)
-    assert isinstance(copied.mlp, FusedModule)
-    assert copied.mlp.fused_as == SEPARATE
-    assert all(a is not b for a, b in zip(copied.parameters(), model.parameters(), strict=True))
-    for got, one in zip(gradients(copied, x), gradients(model, x), strict=True):
-        assert torch.equal(got, one)
-    for module in model.modules():
-        release_module(module)
-    assert {one: type(one) for one in model.modules()} == before
-    assert "fused_as" not in vars(model.mlp)
-    for got, one in zip(gradients(model, x), plain, strict=True):
-        assert torch.equal(got, one)
-
-
-def hook(module, args, out):
-    return out * 1.5
 
 
 def test_a_norm_of_16_bits_and_of_mixed_dtypes():

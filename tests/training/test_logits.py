@@ -1,14 +1,12 @@
 """Lazy logits are the layer's logits for everyone, and their cross entropy never computes them."""
 
-import copy
-
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
 from lowmem import FourBit, Half, convert
-from lowmem.training.logits import LazyLogits, LazyOutput, delay_logits
+from lowmem.training.logits import LazyLogits, delay_logits
 from lowmem.training.prepared_module import release_module
 from tests.training.blocks import Language
 
@@ -132,20 +130,6 @@ def test_functions_that_need_values_get_the_logits_and_attributes_compute_none(m
     logits.sum().backward()
 
 
-def test_evaluation_compiled_and_traced_calls_return_plain_logits():
-    model = language()
-    ids = torch.randint(0, VOCABULARY, (2, 5))
-    delay_logits(model.head)
-    with torch.no_grad():
-        assert type(model(ids)) is torch.Tensor
-    traced = torch.jit.trace(model, ids)
-    assert torch.equal(traced(ids), model.eval()(ids))
-    assert type(model(ids)) is torch.Tensor
-    model.train()
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    assert type(compiled(ids)) is torch.Tensor
-
-
 def test_logits_of_autocast_have_its_dtype_and_are_read_outside_of_it():
     torch.manual_seed(0)
     model = language()
@@ -160,24 +144,6 @@ def test_logits_of_autocast_have_its_dtype_and_are_read_outside_of_it():
     assert loss.dtype == torch.float32
     assert close(loss, wanted)
     assert torch.equal(logits + 0, plain)
-
-
-def test_it_is_undone_and_copies_are_independent():
-    model = language()
-    before = type(model.head), set(model.head.__dict__)
-    delay_logits(model.head, chunk=8)
-    copied = copy.deepcopy(model)
-    release_module(model.head)
-    assert (type(model.head), set(model.head.__dict__)) == before
-    assert isinstance(copied.head, LazyOutput)
-    assert not isinstance(model.head, LazyOutput)
-    assert isinstance(copied.head, nn.Linear)
-    assert copied.head.logits_chunk == 8
-    assert copied.head.training_note == "logits in chunks of 8 rows, by the cross entropy that takes them"
-    delay_logits(other := nn.Linear(2, 3), dtype=torch.bfloat16)
-    assert other.training_note.startswith("logits in chunks of 256 rows in torch.bfloat16, by")
-    assert copied(torch.zeros(1, 2, dtype=torch.long)).product.layer is copied.head
-    release_module(model.head)  # again: nothing happens
 
 
 class Mean(torch.autograd.Function):
@@ -289,26 +255,3 @@ class Loss(nn.Module):
 
     def forward(self, ids):
         return self.loss(ids)
-
-
-def test_transforms_and_tensors_without_values_get_the_logits():
-    torch.manual_seed(0)
-    model = language()
-    ids, labels = torch.randint(0, VOCABULARY, (2, 3, 9)).unbind()
-    parameters = {name: one.detach() for name, one in model.named_parameters()}
-
-    def loss(parameters, ids, labels):
-        logits = torch.func.functional_call(model, parameters, ids)
-        return functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
-
-    calls = {
-        "grad": lambda: torch.func.grad(loss)(parameters, ids, labels)["layers.0.weight"],
-        "rows": lambda: torch.func.vmap(lambda *row: loss(parameters, *(one[None] for one in row)))(ids, labels),
-        "forward": lambda: torch.func.jvp(lambda one: loss(one, ids, labels), (parameters,), (parameters,))[1],
-    }
-    expected = {name: call() for name, call in calls.items()}
-    delay_logits(model.head)
-    for name, call in calls.items():
-        assert close(call(), expected[name]), name
-    meta = model.to("meta")(ids.to("meta"))
-    assert functional.cross_entropy(meta.flatten(0, 1), labels.flatten().to("meta")).is_meta

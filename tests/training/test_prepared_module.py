@@ -1,27 +1,102 @@
 """Modules get their class back, whatever was done to it in layers; or an error, and nothing changes."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
 from lowmem import LoRA, convert, prepare_training, release_training
-from lowmem.training.logits import LazyLogits
+from lowmem.training.fused import Act, FusedModule, LayerNorm, fuse
+from lowmem.training.logits import LazyLogits, delay_logits
 from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
 from tests.refusing import refused
+from tests.training.blocks import JOINED, MLP, NORM, SEPARATE, WIDTH, Norm, assert_near, batch, gradients
+
+KINDS = {
+    "norm": (Norm, lambda one: fuse(one, NORM)),
+    "gated MLP": (MLP, lambda one: fuse(one, SEPARATE)),
+    "joined gated MLP": (lambda: MLP(joined=True), lambda one: fuse(one, JOINED)),
+    "activation": (nn.SiLU, lambda one: fuse(one, Act("SiLU"))),
+    "layer norm": (lambda: nn.LayerNorm(WIDTH), lambda one: fuse(one, LayerNorm())),
+    "output layer": (lambda: nn.Linear(WIDTH, 40), lambda one: delay_logits(one, chunk=8)),
+    "lean": (MLP, lambda one: prepare_training(one, "lean")),
+    "lean, an output layer": (lambda: nn.Linear(WIDTH, 40), lambda one: prepare_training(one, "lean", output="*")),
+}
+"""Kind of prepared module -> what makes a plain one, and what prepares it."""
+kinds = pytest.mark.parametrize("kind", KINDS)
 
 
-def test_all_classes_that_a_module_was_given_are_undone():
+def made(kind):
+    """Return a plain module, and a prepared one with the same parameters."""
+    make, prepare = KINDS[kind]
+    torch.manual_seed(0)
+    plain = make()
+    prepare(model := copy.deepcopy(plain))
+    return plain, model
+
+
+def half_more(module, args, out):
+    return out * 1.5
+
+
+@kinds
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning", "ignore:.*torch.jit.*:FutureWarning")
+def test_evaluation_graphs_and_transforms_get_the_plain_module(kind):
+    plain, model = made(kind)
+    x = batch().detach()
+    expected = plain(x)
+    assert torch.equal(model.eval()(x), expected)
+    model.train()
+    with torch.no_grad():
+        assert type(model(x)) is torch.Tensor
+        assert_near([model(x)], [expected], 1e-6)
+    for graph in (
+        torch.compile(model, backend="eager", fullgraph=True),
+        torch.jit.trace(model, x, check_trace=False),
+    ):
+        assert type(graph(x)) is torch.Tensor
+        assert torch.equal(graph(x), expected)
+    for transform in (
+        lambda one: torch.func.vmap(lambda row: torch.func.functional_call(one, {}, (row,)))(x),
+        lambda one: torch.func.grad(lambda x: one(x).sin().sum())(x),
+        lambda one: torch.func.jvp(one, (x,), (x.cos(),))[1],
+    ):
+        torch.testing.assert_close(transform(model), transform(plain), rtol=1e-5, atol=1e-6)
+    assert model(x[:, :0]).shape == (2, 0, *expected.shape[2:])
+    assert model.to("meta")(x.to("meta")).is_meta
+
+
+@kinds
+def test_copies_are_prepared_alike_and_each_is_released_alone(kind):
+    plain, model = made(kind)
+    for one in (plain, model):
+        one.register_forward_hook(half_more)
+    x, before = batch(), (type(plain), {*vars(plain)})
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert isinstance(model, type(plain))
+    assert type(model).__name__ == type(plain).__name__
+    pickled = [pickle.loads(pickle.dumps(model))] if isinstance(model, FusedModule) and "lean" not in kind else []
+    for twin in (copy.deepcopy(model), *pickled):
+        assert isinstance(twin, PreparedModule)
+        assert twin.training_note == model.training_note
+        assert all(a is not b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
+        assert all(map(torch.equal, gradients(twin, x), gradients(model, x)))
+        for _ in range(2):  # the second time nothing happens
+            for one in twin.modules():
+                release_module(one)
+            assert (type(twin), {*vars(twin)}) == before
+        assert all(map(torch.equal, gradients(twin, x), gradients(plain, x)))
+        assert isinstance(model, PreparedModule)
+
+
+def test_a_prepared_model_is_not_converted():
     model = prepare_training(nn.Linear(8, 40), "lean", output="*")
-    assert isinstance(model, PreparedModule)
     assert issubclass(type(model).plain_class, PreparedModule)  # lazy logits, and compressed activations over them
     with pytest.raises(RuntimeError, match="the model itself is prepared for training: call lowmem.release_training"):
         convert(model, LoRA(2))
-    release_module(model)
-    assert type(model) is nn.Linear
-    assert not {"logits_chunk", "logits_dtype", "fused_as"} & set(vars(model))
-    release_module(model)
-    assert type(model) is nn.Linear
 
 
 def test_a_class_that_was_changed_since_is_an_error():

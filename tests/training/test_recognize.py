@@ -120,23 +120,20 @@ def test_gated_mlps():
 
 
 @pytest.mark.parametrize(
-    ("between", "reason"),
+    "between",
     [
-        (lambda gate, up: functional.relu(gate) * up, "is no act\\(gate\\) \\* up of a known activation: SiLU"),
-        (lambda gate, up: functional.mish(gate) * up, "known activation"),
-        (lambda gate, up: functional.silu(gate) * up * 1.01, "known activation"),
-        (lambda gate, up: functional.silu(gate) + up, "known activation"),
-        (lambda gate, up: functional.silu(gate.clamp(max=10)) * up, "known activation"),
-        (lambda gate, up: functional.silu(gate) * up.clamp(-10, 10), "known activation"),
-        (lambda gate, up: functional.silu(gate).detach() * up, "known activation"),
-        (lambda gate, up: functional.dropout(functional.silu(gate) * up, 0.5), "known activation"),
+        lambda gate, up: functional.relu(gate) * up,
+        lambda gate, up: functional.mish(gate) * up,
+        lambda gate, up: functional.silu(gate) * up * 1.01,
+        lambda gate, up: functional.silu(gate) + up,
+        lambda gate, up: functional.silu(gate.clamp(max=10)) * up,
+        lambda gate, up: functional.silu(gate) * up.clamp(-10, 10),
+        lambda gate, up: functional.silu(gate).detach() * up,
+        lambda gate, up: functional.dropout(functional.silu(gate) * up, 0.5),
     ],
-    ids=["relu", "mish", "factor", "sum", "limited gate", "limited up", "detached", "dropout"],
 )
-def test_other_mlps_are_refused(between, reason):
-    import re
-
-    assert re.search(reason, recognize(mlp(between)))
+def test_other_mlps_are_refused(between):
+    assert "is no act(gate) * up of a known activation: SiLU" in recognize(mlp(between))
 
 
 def test_what_follows_the_layers_is_looked_at():

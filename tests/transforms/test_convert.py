@@ -27,13 +27,6 @@ def test_every_exact_linear_is_converted_wherever_it_stands(techniques, layer):
     assert model(torch.ones(2, 8)).shape == expected.shape
 
 
-def test_layers_left_out_can_be_converted_later():
-    model = convert(Odd(), FourBit(), skip="dict.*")
-    convert(model, Half(), where=lambda path, _: path.startswith("dict"))
-    assert type(model.dict["head"]) is HalfLinear
-    assert type(model.shared) is nn.Linear  # it stands in dict too: skipped once, not chosen by its first path
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_kept(training):
     model = convert(Odd().train(training), FourBit(), LoRA(2, dropout=0.1))
@@ -99,6 +92,9 @@ def test_wrong_arguments_are_named():
         convert(nn.Linear(2, 2), Half)
     with pytest.raises(ValueError, match="LoRA was given 2 times"):
         convert(nn.Linear(2, 2), LoRA(1), LoRA(2))
+    for given in ([FourBit()], [FourBit(), nn.Linear(2, 2)]):
+        with pytest.raises(TypeError, match="model must be a torch.nn.Module, found FourBit"):
+            convert(*given)
 
 
 def test_at_most_counts_all_weights_of_a_module_that_was_converted_before():

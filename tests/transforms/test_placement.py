@@ -1,6 +1,8 @@
 """Which layers get an adapter, and of which rank; the output layer of a language model gets none."""
 
 import copy
+import re
+import warnings
 
 import pytest
 import torch
@@ -248,6 +250,44 @@ def test_a_where_that_only_leaves_out_says_which_other_layers_it_has_adapted(sto
             assert "skip= keeps the default" in text
     default = set(adapter_layers(convert(Whole(), LoRA(2)), "default"))
     assert set(adapter_layers(convert(Whole(), LoRA(2), skip="moe.mix"), "default")) == default - {"moe.mix"}
+
+
+@pytest.mark.parametrize(
+    ("technique", "where", "told"),
+    [
+        (
+            LoRA(1000),
+            None,
+            "^98% .*: body.q .16 x 16., one of 2 such layers, can use a rank of 16 at most, and gets 1",
+        ),
+        (LoRA(21), None, "lower rank=, or that of such layers alone, as ranks={'body.q': 16}"),
+        (LoRA(20), None, None),
+        (LoRA(2, ranks={"*.q": 21}), None, r"^22% .*body.q \(16 x 16\) can use a rank of 16 at most, and gets 21;"),
+        (LoRA(16), "body.tokens", None),
+        (LoRA(21), "body.tokens", "body.tokens .16 x 50. can use a rank of 16"),
+        (LoRA(32), "conv", None),
+        (LoRA(41), "conv", "conv .64 x 32. can use a rank of 32"),
+        (LoRA(16), "experts", None),
+        (LoRA(21), "experts", "experts.up .48 x 16., one of 2 such layers, can use a rank of 16"),
+    ],
+)
+def test_a_rank_that_no_change_of_a_weight_can_have_is_told_once(technique, where, told):
+    for adapt in (convert, lambda model, one, **given: add_adapter(model, "mine", one, **given)):
+        model = Tied()
+        model.conv, model.experts = nn.Conv1d(16, 64, 2), Experts()
+        options = {"skip": ["conv", "experts"]} if where is None else {"where": lambda path, _: path == where}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            adapt(model, technique, **options)
+        assert [one.filename for one in caught] == [__file__] * (told is not None)
+        assert all(re.search(told, str(one.message)) for one in caught)
+
+
+def test_the_root_s_rank_is_named_by_its_own_pattern_and_that_of_a_small_head_is_left():
+    with pytest.warns(UserWarning, match=r"the model itself \(64 x 64\) can use .* as ranks=\{'': 64\}"):
+        convert(nn.Linear(64, 64), LoRA(1000))
+    convert(nn.Linear(64, 64), LoRA(1000, ranks={"": 64}))
+    convert(nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 4)), LoRA(8))
 
 
 class Stack(nn.Module):

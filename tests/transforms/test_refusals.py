@@ -166,6 +166,7 @@ def test_every_call_refuses_inference_mode_and_bad_choices(file):
         wrong = {
             "where": [
                 ("a", TypeError, "where='a' must be callable"),
+                (lambda path: True, TypeError, "where=.* must be callable with a path and a module, or None"),
                 (
                     lambda *_: False,
                     ValueError,

@@ -6,11 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, Half, LoRA, add_adapter, convert, measure, merge_adapter, summary
+from lowmem import (
+    EightBit,
+    FourBit,
+    Half,
+    LoRA,
+    add_adapter,
+    calibrate,
+    convert,
+    load,
+    measure,
+    merge_adapter,
+    restore,
+    save,
+    summary,
+)
 from lowmem.transforms.summary import group_name, role_of
 from tests.selection import rows_in_one_case
 
-NOT_CHOSEN = "not chosen: where=, skip= or never converted"
+WHERE = "where= leaves it out"
 
 
 class Tied(nn.Module):
@@ -52,6 +66,14 @@ def test_the_rows_add_up_to_what_the_model_stores_and_stands_for(make, technique
     assert all((row.reason is None) == (row.converted and row.path not in wider) for row in layers)
 
 
+def test_embeddings_in_the_8_bits_of_another_program_are_no_choice_of_fourbit():
+    model = convert(Tied(), EightBit(format="q8_0"), where=lambda path, _: path in ("tokens", "head"))
+    convert(model, FourBit(), where=lambda path, _: path not in ("tokens", "head"))
+    (row,) = [row for row in summary(model) if row.path == "tokens"]
+    assert row.stored.startswith("q8_0")
+    assert row.reason is None
+
+
 def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     model = nn.Sequential(nn.Linear(64, 32, bias=False), nn.Linear(32, 32), nn.Linear(32, 32), nn.Linear(32, 4))
     dense = copy.deepcopy(model)
@@ -70,7 +92,7 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     assert 0 < second.weight_error < 1e-3
     assert (third.stored, third.adapters, third.weight_error) == ("float32", (("second", 4),), None)
     assert third.converted
-    assert (last.type, last.converted, last.stored, last.reason) == ("Linear", False, "float32", NOT_CHOSEN)
+    assert (last.type, last.converted, last.stored, last.reason) == ("Linear", False, "float32", WHERE)
     assert summary(model).weight_error == (first.weight_error + second.weight_error) / 2
 
 
@@ -78,7 +100,7 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     ("module", "reason"),
     [
         (nn.LayerNorm(8), "LayerNorm: vectors (biases, norms) stay dense"),
-        (nn.Linear(8, 8), NOT_CHOSEN),
+        (nn.Linear(8, 8), WHERE),
     ],
 )
 @pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
@@ -98,6 +120,37 @@ def test_the_reasons_are_those_of_the_techniques_that_were_applied():
     adapted = convert(copy.deepcopy(model), LoRA(2))
     assert by_path(adapted)["2"].reason == "Embedding: LoRA leaves embeddings out: where= takes them"
     assert by_path(convert(adapted, Half()))["1"].reason == "LayerNorm: vectors (biases, norms) stay dense"
+
+
+def test_each_dense_layer_says_which_call_left_it_or_that_none_did(tmp_path):
+    def reasons(model):
+        return [row.reason for row in summary(model)]
+
+    def make():
+        return nn.Sequential(*(nn.Linear(8, 8) for _ in range(3)))
+
+    model = make()
+    assert reasons(model) == ["never converted"] * 3
+    convert(model[0], FourBit())
+    assert reasons(model) == [None, *["never converted: convert was called on other layers"] * 2]
+    convert(model, Half(), where=lambda path, _: path != "0", skip="*2")
+    assert reasons(model) == [None, None, "skip='*2' leaves it out"]
+    save(model, tmp_path / "file")
+    assert reasons(copy.deepcopy(model)) == reasons(model)
+    assert reasons(load(tmp_path / "file", make)) == [None, None, "dense in the file"]
+    restore(model, skip="1")
+    assert reasons(model) == ["lowmem.restore made it dense", None, "skip='*2' leaves it out"]
+    convert(model, FourBit(), where=lambda path, _: path == "2")
+    assert reasons(model) == [WHERE, None, None]
+    assert reasons(calibrate(make(), [torch.randn(64, 8)], skip=["0", "1"]))[:2] == [
+        "skip='0' leaves it out",
+        "skip='1' leaves it out",
+    ]
+    adapted = add_adapter(make(), "mine", LoRA(2), where=lambda path, _: path == "1")
+    assert reasons(adapted) == [WHERE, None, WHERE]
+    # Which layers get adapters is not why weights are dense, where others are stored.
+    both = convert(convert(make(), FourBit(), skip="0"), LoRA(2), where=lambda path, _: path == "1")
+    assert reasons(both) == ["skip='0' leaves it out", None, None]
 
 
 def test_parameters_that_a_container_holds_have_a_row():
@@ -143,8 +196,8 @@ def test_a_tie_to_what_is_left_is_the_reason(technique):
     convert(model, technique, skip="tokens")
     rows = by_path(model)
     assert rows["mix"].converted
-    assert rows["tokens"].reason == f"{NOT_CHOSEN}; its weight is tied to `head`, which is left"
-    assert rows["head"].reason == f"{NOT_CHOSEN}; its weight is tied to `tokens`, which is left"
+    assert rows["tokens"].reason == "skip='tokens' leaves it out"
+    assert rows["head"].reason == "its weight is tied to `tokens`, which is left"
     model.tokens = nn.Embedding(50, 16, max_norm=1.0)
     model.tokens.weight = model.head.weight
     assert by_path(model)["head"].reason == "its weight is tied to `tokens`, which is left"

@@ -9,7 +9,7 @@ pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not ins
 pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e zoo")
 
 import lowmem
-from lowmem import FourBit, Half, StoredTensor
+from lowmem import FourBit, StoredTensor
 from tests.zoo.architectures import ARCHITECTURES, VOCABULARY, pretrained, text
 from tests.zoo.stored import dequantized
 from tests.zoo.test_zoo import assert_close, call, generate, reference
@@ -17,7 +17,6 @@ from tests.zoo.test_zoo import assert_close, call, generate, reference
 TIED = pretrained("llama_tied", "LlamaForCausalLM", text, generates=True, tie_word_embeddings=True)
 UNTIED = pretrained("llama_untied", "LlamaForCausalLM", text, generates=True)
 MODELS = {"tied": TIED, "untied": UNTIED, **{name: ARCHITECTURES[name] for name in ("gpt2", "t5", "bert", "mixtral")}}
-TECHNIQUES = {"nf4": FourBit("nf4", search=True), "bfloat16": Half(torch.bfloat16)}
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*are weights that stay dense")
 
@@ -25,16 +24,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*are weights that stay dense")
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def architecture(request):
     return request.param
-
-
-@pytest.fixture(params=TECHNIQUES.values(), ids=TECHNIQUES.keys())
-def technique(request):
-    return request.param
-
-
-@pytest.fixture
-def converted(architecture, technique):
-    return lowmem.convert(architecture.make(), technique)
 
 
 def ends(model):

@@ -18,8 +18,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e zoo")
 pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e zoo")
 
+from transformers import PreTrainedModel
+
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear
+from lowmem.integrations.transformers import LowmemConfig
+from tests.integrations.transformers.folders import assert_same
 from tests.zoo.architectures import ARCHITECTURES
 from tests.zoo.stored import dequantized, numbers
 
@@ -29,23 +33,12 @@ from tests.zoo.stored import dequantized, numbers
 CLOSE = 1e-4
 # What a second rounding of an adapted weight adds, by its norm: a normal weight in nf4 0.09, bfloat16 less than 2^-8.
 ROUNDED_AGAIN = {FourBit: 0.15, Half: 2**-8}
-TECHNIQUES = {"nf4": FourBit("nf4"), "bfloat16": Half(torch.bfloat16)}
-ADAPTER = LoRA(4, alpha=8)
+ADAPTER = LoRA(2, alpha=4)
 
 
 @pytest.fixture(params=ARCHITECTURES.values(), ids=ARCHITECTURES.keys())
 def architecture(request):
     return request.param
-
-
-@pytest.fixture(params=TECHNIQUES.values(), ids=TECHNIQUES.keys())
-def technique(request):
-    return request.param
-
-
-@pytest.fixture
-def converted(architecture, technique):
-    return lowmem.convert(architecture.make(), technique)
 
 
 @pytest.fixture
@@ -193,6 +186,20 @@ def test_copies_pickles_states_and_files_compute_the_same(architecture, techniqu
     expected = call(architecture, converted)
     for twin in twins:
         assert_equal(call(architecture, twin), expected)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # much of these tiny models stays dense, which is said elsewhere
+def test_it_is_stored_while_it_loads_from_a_folder(architecture, technique, tmp_path):
+    model = architecture.make()
+    if not isinstance(model, PreTrainedModel):
+        pytest.skip(f"{type(model).__name__} is no PreTrainedModel, and has no folder")
+    model.save_pretrained(tmp_path / "dense")
+    read = type(model).from_pretrained(tmp_path / "dense", quantization_config=LowmemConfig(technique))
+    converted = lowmem.convert(type(model).from_pretrained(tmp_path / "dense"), technique)
+    assert_same(read, converted)
+    for number, one in enumerate((read, converted)):
+        one.save_pretrained(tmp_path / f"{number}")
+        assert_same(type(model).from_pretrained(tmp_path / f"{number}"), one)
 
 
 def test_it_runs_under_autocast_and_in_bfloat16(architecture, converted):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import refusal
-from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of
+from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of, window_of
 from lowmem.integrations.transformers.folder import check_dense, load_folder, write_model
 from lowmem.integrations.transformers.tokenizing import padded_batches, paragraphs_of, read_tokenizer
-from lowmem.io.atomic import check_free
+from lowmem.io.atomic import check_free, read_text
 from lowmem.io.convert_checkpoint import Row
 from lowmem.nn.techniques import Budget, FourBit
 from lowmem.transforms.calibration.calibrate import calibrate
@@ -59,7 +59,7 @@ def calibrate_folder(
     check_free(target)
     check_dense(source)
     tokenizer = read_tokenizer(source, sizes_of(source, "calibrate").vocabulary)
-    written = None if text is None else _read(text)
+    written = None if text is None else read_text(text)[0]
     model: Any = load_folder(source)
     refuse_pairs(source, model, "calibrate")
     batches: Any = SELF if written is None else batches_of(model, tokenizer, written)
@@ -81,14 +81,11 @@ def calibrate_folder(
 def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[dict[str, Tensor]]:
     """Return parts of a text, evenly spread, as batches of a model's inputs.
 
-    Args:
-        model: a language model of transformers: one that generates gets windows of the text; another one, an
-            encoder, paragraphs with what the tokenizer puts around them, padded and masked.
-        tokenizer: of the model.
-        text: any.
+    A model that generates gets windows of the text; an encoder gets paragraphs with what the tokenizer puts around
+    them, padded and masked.
     """
     own: Any = model
-    length = min(WINDOW, getattr(own.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    length = window_of(own.config, WINDOW)
     if own.can_generate():
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
         windows = [window for window in tokens.split(length) if len(window) == length]
@@ -99,10 +96,3 @@ def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | li
 def _spread(parts: list[Any], count: int) -> list[Any]:
     """Return at most ``count`` of the parts, evenly spread."""
     return [parts[number * len(parts) // count] for number in range(count)] if len(parts) > count else parts
-
-
-def _read(text: Path) -> str:
-    try:
-        return text.read_text(encoding="utf-8")
-    except UnicodeDecodeError as reason:
-        raise refusal(text, f"it is no text in UTF-8 (byte {reason.start}); save it as such", "calibrate") from None

@@ -44,12 +44,9 @@ def refuse_pickles(files: Sequence[str]) -> None:
 
 
 def refuse_untold(names: Collection[str], config: LowmemConfig, prefix: str) -> None:
-    """Raise a ValueError for a stored weight that no record in ``config.layers`` names.
+    """Raise a ValueError for a stored weight among a folder's tensors that no record in ``config.layers`` names.
 
-    Args:
-        names: of the folder's tensors.
-        config: as config.json has it.
-        prefix: of the base model, which the names in config.json or those of the tensors may lack.
+    Both may lack the ``prefix`` of the base model.
     """
     told = {str(name).removeprefix(f"{prefix}.") for record in config.layers for name in record.get("names", ())}
     for name in _stored(names):
@@ -143,11 +140,7 @@ def refuse_retyped(
 ) -> None:
     """Raise a ValueError for a part of a stored weight with another dtype in a folder: its bits mean something else.
 
-    Args:
-        model: on the meta device.
-        specs: of the folder's tensors.
-        parts: the dtypes of the parts, by their names in the model.
-        conversions: of transformers.
+    ``parts`` are the dtypes of the parts, by their names in the model, which is on the meta device.
     """
     names = Names(model, conversions)
     for name, spec in specs.items():
@@ -168,13 +161,9 @@ def refuse_retyped(
 def refuse_unfitting(
     model: Any, shapes: Mapping[str, tuple[int, ...] | None], nbytes: int, conversions: Sequence[Any]
 ) -> None:
-    """Raise a ValueError if a model would get more new parameters, or buffers, than a folder has.
+    """Raise a ValueError if a model on the meta device would get more new parameters, or buffers, than a folder has.
 
-    Args:
-        model: on the meta device.
-        shapes: of the folder's tensors, by its names; None: not known.
-        nbytes: of all tensors.
-        conversions: of transformers.
+    The folder's tensors have these shapes, of which None is not known, and ``nbytes`` in all.
     """
     names = Names(model, conversions)
     filled: set[int] = set()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import refusal
-from lowmem.integrations.transformers.config_facts import refuse_pairs
+from lowmem.integrations.transformers.config_facts import refuse_pairs, window_of
 from lowmem.integrations.transformers.folder import load_folder
 from lowmem.integrations.transformers.tokenizing import (
     padded_batches,
@@ -87,8 +87,6 @@ def compare_text(
     logits) read paragraphs, which an empty line ends, cut to the model's positions. Two models are in memory.
 
     Args:
-        folders: of models.
-        text: the text.
         layers: whether to also run the first model once for each layer that another model stores, with that layer in
             the place of its own.
         progress: called with the number of runs for ``layers`` that are done, and of all.
@@ -105,7 +103,7 @@ def compare_text(
     tokenizer = read_tokenizer(base)
     first: Any = load_folder(base)
     refuse_pairs(base, first, "compare")
-    length = min(WINDOW, getattr(first.config.get_text_config(), "max_position_embeddings", None) or WINDOW)
+    length = window_of(first.config, WINDOW)
     with tokenizer_errors(base):
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
     kind: Any = _Predictions if _predicts(first, tokens[:length]) else _Embeddings

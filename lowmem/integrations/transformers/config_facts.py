@@ -11,26 +11,27 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from lowmem.errors import describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
-from lowmem.integrations.transformers.exact import config_of_gguf
-from lowmem.integrations.transformers.folder import check, load_errors
+from lowmem.integrations.transformers.exact import config_at
+from lowmem.integrations.transformers.folder import check, class_of, load_errors
+from lowmem.io.model_folder import read_model_config
 
 
-def stored_by(folder: Path) -> str | None:
+def stored_by(folder: Path, task: str = "fine-tune") -> str | None:
     """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None if it is dense."""
     if folder.is_file():
         return "gguf"
-    stored = check(folder, "fine-tune")[0].get("quantization_config")
+    stored = check(folder, task)[0].get("quantization_config")
     if not isinstance(stored, dict):
         return None
     if stored.get("quant_method") != METHOD:
         return str(stored.get("quant_method"))
     if stored.get("adapters"):
         name = show(min(stored["adapters"]))
-        raise refusal(folder, f"its model has an adapter already, as of {name}: name the base alone", "fine-tune")
+        raise refusal(folder, f"its model has an adapter already, as of {name}: name the base alone", task)
     return "lowmem"
 
 
@@ -48,12 +49,6 @@ def held_back(shown: bool = True) -> Iterator[None]:
         logger.handle(record)
 
 
-def _config_of(path: Path) -> Any:
-    if path.is_file():
-        return config_of_gguf(path)
-    return AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-
-
 class Sizes(NamedTuple):
     """Sizes of a language model."""
 
@@ -66,12 +61,18 @@ class Sizes(NamedTuple):
 def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
     """Return the sizes of the model of a folder or GGUF file; a FileError names the task if they are not said."""
     try:
-        config = _config_of(folder).get_text_config()
+        config = config_at(folder, trust_remote_code=False).get_text_config()
         vocabulary, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
     except Exception as reason:  # of the libraries that check a config, which have no common class
         raise refusal(folder, f"its config is of no language model: {describe(reason)}", task) from reason
     positions = getattr(config, "max_position_embeddings", None)
     return Sizes(vocabulary, width, positions if isinstance(positions, int) and positions > 0 else None, layers)
+
+
+def window_of(config: Any, most: int) -> int:
+    """Return how many tokens a config's model sees at a time: ``most``, or as many as it has positions."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return min(most, positions) if isinstance(positions, int) and positions > 0 else most
 
 
 def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
@@ -85,14 +86,20 @@ def refuse_pairs(folder: Path, model: nn.Module, task: str) -> None:
         raise refusal(folder, why, task)
 
 
-def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Module]:
+def class_at(path: Path) -> Any:
+    """Return the class of the model of a folder or GGUF file."""
+    return AutoModelForCausalLM if path.is_file() else class_of(path, read_model_config(path / "config.json"))
+
+
+def factory_of(folder: Path, layers: int | None = None, kind: Any = AutoModelForCausalLM) -> Callable[[], nn.Module]:
     """Return what makes the dense model of a folder with new values, in the dtype of its config, or float32.
 
     Args:
         folder: the folder, whose config.json alone is read, or a GGUF file.
         layers: how many of its layers the model has; None: all.
+        kind: the model's class, or an Auto class.
     """
-    config = _config_of(folder)
+    config = config_at(folder, trust_remote_code=False)
     text = config.get_text_config()
     if layers is not None:
         for name, value in list(vars(text).items()):
@@ -102,8 +109,14 @@ def factory_of(folder: Path, layers: int | None = None) -> Callable[[], nn.Modul
     dtype = text.dtype or torch.float32
 
     def make() -> nn.Module:
-        with load_errors(folder):
-            model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with load_errors(folder):
+                is_auto = hasattr(kind, "from_config")
+                model: nn.Module = kind.from_config(config, dtype=dtype) if is_auto else kind(config)
+        finally:
+            torch.set_default_dtype(before)
         return model
 
     return make

@@ -7,6 +7,7 @@ store the file's weights, and the file's tensors get the names of their parts. E
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -27,25 +28,18 @@ from lowmem.integrations.transformers.checking import Names, refuse_unfitting
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
-from lowmem.io.formats.foreign import ForeignTensor
+from lowmem.io.formats.foreign import ForeignTensor, Kept
+from lowmem.io.formats.growth import GrowthWarning, growth
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
+from lowmem.io.safetensors import CODES
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
-
-_KINDS = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.uint8: "U8",
-    torch.int32: "I32",
-}  # as safetensors calls them
 
 
 def from_exact(
@@ -74,6 +68,9 @@ def from_exact(
         FileError: files that lowmem does not read, without 4-bit weights, or with some that cannot be kept exactly;
             a GGUF file whose fields contradict the model's config.
         ValueError: a weight of another shape than the model's, or a ``device_map`` with a disk.
+
+    Warns:
+        GrowthWarning: the model takes more bytes than the source's weights, which names the option that avoids that.
     """
     path = Path(source)
     if (path / "config.json").is_file() and quantization_of(path / "config.json").get("quant_method") == METHOD:
@@ -81,7 +78,7 @@ def from_exact(
     with _plainly():
         opened = open_foreign(path)
     with opened as file:
-        own = _config_of(path, file, options) if config is None else deepcopy(config)
+        own = _config_of(path, file, **_code(options)) if config is None else deepcopy(config)
         for one in (own, own.get_text_config(decoder=True)):
             vars(one).pop("quantization_config", None)  # of the other program
         if dtype in (None, "auto"):
@@ -100,24 +97,29 @@ def from_exact(
         )
         model = found[0] if isinstance(found, tuple) else found
         model.name_or_path = model.config.name_or_path = str(source)
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    grown = growth(path, asked.weights, size, model.dtype)
+    if grown is not None:
+        warnings.warn(grown, GrowthWarning, stacklevel=2)
     return found
 
 
-def config_of_gguf(path: Path, **options: Any) -> Any:
-    """Return the config of a GGUF file's model in transformers; ``options`` are those of ``from_pretrained``."""
-    made = config_of(path)
-    if made is not None:
-        return AutoConfig.for_model(**made)
-    return AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, **options)
+def config_at(path: Path, **options: Any) -> Any:
+    """Return the config in transformers of the model of a folder or GGUF file, by options of ``from_pretrained``."""
+    if path.is_file():
+        made = config_of(path)
+        if made is not None:
+            return AutoConfig.for_model(**made)
+        path, options = path.parent, {**options, "gguf_file": path.name}
+    return AutoConfig.from_pretrained(path, local_files_only=True, **options)
 
 
-def _config_of(path: Path, file: ForeignFile, options: dict[str, Any]) -> Any:
+def _config_of(path: Path, file: ForeignFile, **options: Any) -> Any:
     """Return the config of a model that another program quantized."""
-    if file.kind == "gguf":
-        return config_of_gguf(path, **_code(options))
-    folder = path if path.is_dir() else path.parent
-    check_layers(folder / "config.json", read_model_config(folder / "config.json"), len(file.tensors))
-    return AutoConfig.from_pretrained(folder, local_files_only=True, **_code(options))
+    if file.kind != "gguf":
+        path = path if path.is_dir() else path.parent
+        check_layers(path / "config.json", read_model_config(path / "config.json"), len(file.tensors))
+    return config_at(path, **options)
 
 
 def _code(options: dict[str, Any]) -> dict[str, Any]:
@@ -128,12 +130,14 @@ _METHOD = f"{METHOD}; exact"
 
 
 class _ExactConfig(QuantizationConfigMixin):  # type: ignore[misc]
-    """What ``from_exact`` tells the quantizer, which fills ``state``. It is no part of the loaded model's config."""
+    """What ``from_exact`` tells the quantizer, which fills ``state``, and ``weights`` with how each tensor of the
+    file is kept. It is no part of the loaded model's config."""
 
     def __init__(self, source: Path, file: ForeignFile, requantizing: Requantizing) -> None:
         self.quant_method = _METHOD
         self.source, self.file, self.requantizing = source, file, requantizing
         self.state: dict[str, _Lazy] = {}
+        self.weights: list[tuple[ForeignTensor, Kept]] = []
 
     def __deepcopy__(self, memo: Any) -> _ExactConfig:
         return self  # transformers copies configs, and open files cannot be copied
@@ -190,7 +194,7 @@ class _Exact:
     def __init__(self, asked: _ExactConfig, model: Any) -> None:
         self._source, self._requantizing = asked.source, asked.requantizing
         self.layers: dict[str, dict[str, Any]] = {}
-        self.state = asked.state
+        self.state, self._weights = asked.state, asked.weights
         self.nbytes = sum(tensor.nbytes for tensor in asked.file.tensors.values())
         self._merging: list[WeightConverter] = []
         self._place(asked.file, model)
@@ -221,6 +225,7 @@ class _Exact:
                     refused.append(tensor)
                 continue
             kept = tensor.kept()
+            self._weights.append((tensor, kept))
             if not isinstance(kept, CodedForm):
                 if converter is None and name in names.parameters:
                     self._check_shape(tensor, tuple(names.parameters[name].shape))
@@ -328,7 +333,7 @@ class _Lazy:
 
     def get_dtype(self) -> str:
         """Return the dtype by the name that safetensors gives it."""
-        return _KINDS.get(self.dtype, "I64")
+        return CODES[self.dtype]
 
     def is_floating_point(self) -> bool:
         """Whether the values are floating-point numbers."""

@@ -22,9 +22,10 @@ from lowmem.integrations.transformers.exact import from_exact
 from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row
+from lowmem.io.formats.exported import ForeignRow
+from lowmem.io.formats.peft.reading import CONFIG as ADAPTER_CONFIG
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.formats.requantizing import Requantizing
-from lowmem.io.import_checkpoint import ImportedRow
 from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
 from lowmem.io.source import Source, check_patterns
 from lowmem.nn.stored_module import StoredModule
@@ -32,17 +33,12 @@ from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 
 WRITTEN = ("config.json", "generation_config.json")  # by save_pretrained
 
-_ADAPTER = "adapter_config.json"  # of PEFT: transformers would load the adapter with the model beside it
 _PART = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")  # of a checkpoint of many processes
 _OTHER = "transformers_weights"  # of a config: the file of the weights
 
 
 def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
     """Return the config of a folder, and the bytes of its tensors; headers and index of its files are checked.
-
-    Args:
-        folder: of a model.
-        action: what errors say cannot be done.
 
     Raises:
         FileError: it has no config.json or no safetensors files, or they and their index differ; or it has an adapter
@@ -51,9 +47,9 @@ def check(folder: Path, action: str = "read") -> tuple[dict[str, Any], int]:
     """
     check_regular(folder)
     file = folder / "config.json"
-    if (folder / _ADAPTER).exists():
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would load the adapter of PEFT with the model beside it
         raise refusal(
-            folder, f"it has an adapter ({_ADAPTER}): merge it into its base, or name the base alone", action
+            folder, f"it has an adapter ({ADAPTER_CONFIG}): merge it into its base, or name the base alone", action
         )
     if not file.exists():
         raise refusal(folder, "it has no config.json: name a folder that save_pretrained of transformers wrote")
@@ -89,16 +85,8 @@ def load_folder(
             tensors of the model, or has others that would be lost.
     """
     found, _ = check(folder)
-    names = found.get("architectures") or ["AutoModel"]
-    if not (isinstance(names, list) and isinstance(names[0], str)):
-        raise refusal(folder, f"architectures={show(names)} must be a list of names of classes; repair config.json")
-    name = names[0]
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
-        why = f"architectures names {show(name)}, which transformers {transformers.__version__} has not"
-        if "auto_map" in found:
-            why += "; it is code of the folder: from_pretrained runs it, with trust_remote_code=True"
-        raise refusal(folder, why)
+    kind = class_of(folder, found)
+    name = kind.__name__
     method = (found.get("quantization_config") or {}).get("quant_method")
     is_exact = requantizing is not None or (config is None and method not in (None, METHOD))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
@@ -119,12 +107,22 @@ def load_folder(
     return model
 
 
+def class_of(folder: Path, config: Mapping[str, Any]) -> Any:
+    """Return the class of transformers that a folder's config names; a FileError says why there is none."""
+    names = config.get("architectures") or ["AutoModel"]
+    if not (isinstance(names, list) and isinstance(names[0], str)):
+        raise refusal(folder, f"architectures={show(names)} must be a list of names of classes; repair config.json")
+    kind = getattr(transformers, names[0], None)
+    if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
+        why = f"architectures names {show(names[0])}, which transformers {transformers.__version__} has not"
+        if "auto_map" in config:
+            why += "; it is code of the folder: from_pretrained runs it, with trust_remote_code=True"
+        raise refusal(folder, why)
+    return kind
+
+
 def check_shapes(folder: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:
     """Compare the tensors of a dense folder with an empty model of its config, before transformers makes a full one.
-
-    Args:
-        folder: as ``save_pretrained`` writes it.
-        kind: the model's class, or one of the Auto classes.
 
     Raises:
         FileError: the tensors are of another model, or stored by lowmem.
@@ -168,9 +166,7 @@ def load_model(path: Path, config: LowmemConfig | None = None) -> nn.Module:
 def load_gguf(file: Path, dtype: torch.dtype = torch.float32, requantizing: Requantizing | None = None) -> nn.Module:
     """Return the causal language model of a GGUF file, its 4-bit codes as they are, in evaluation mode.
 
-    Args:
-        file: GGUF.
-        dtype, requantizing: as for ``load_folder``.
+    ``dtype`` and ``requantizing`` are those of ``load_folder``.
 
     Raises:
         FileError: the file is damaged, has weights that cannot be kept exactly, or is of a model that transformers
@@ -195,7 +191,7 @@ def import_folder(
     technique: FourBit | EightBit | None = None,
     shard_bytes: int | None = None,
     dtype: torch.dtype | None = None,
-) -> list[ImportedRow]:
+) -> list[ForeignRow]:
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
     Args:
@@ -237,7 +233,7 @@ def import_folder(
         before = sources.get(row.name, (kind, row.after_bytes))  # transformers merges experts
         text = str(kept).removeprefix("torch.")
         error = asked.error(row.name)
-        found.append(ImportedRow(row.name, row.shape, before[0], text, before[1], row.after_bytes, error))
+        found.append(ForeignRow(row.name, row.shape, before[0], text, before[1], row.after_bytes, error))
     return found
 
 

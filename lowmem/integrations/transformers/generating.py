@@ -8,13 +8,13 @@ from typing import Any
 
 from transformers import TextStreamer
 
-from lowmem.errors import printable, refusal, show
+from lowmem.errors import refusal, show
 from lowmem.integrations.transformers.folder import load_model
 from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer
-from lowmem.io.adapters import adapter_facts, load_adapter
+from lowmem.io.adapters import adapter_facts, choose_adapter, find_adapter, load_adapter
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.io.formats.peft.reading import CONFIG
+from lowmem.io.formats.peft.reading import CONFIG, adapters_alone
 from lowmem.transforms.adapters import activate, adapter_names, deactivate
 
 
@@ -33,11 +33,6 @@ class CountingStreamer(TextStreamer):  # type: ignore[misc]
         """Take the prompt, at first, or the next tokens."""
         self.count += 0 if self.next_tokens_are_prompt else value.numel()
         super().put(value)
-
-
-def is_adapter(path: Path) -> bool:
-    """Whether a folder holds an adapter of PEFT, and no model of its own."""
-    return (path / CONFIG).exists() and not (path / "config.json").exists()
 
 
 def base_of_adapter(folder: Path) -> Path:
@@ -64,7 +59,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
         path: a folder of ``save_pretrained``, dense or stored by lowmem or another program; a GGUF file; or an
             adapter: a folder of PEFT, or a file of ``save_adapter``.
         base: the base of an adapter, of the same kinds as ``path``; None: the one that the adapter's config names.
-        adapter: the name of the adapter to use, if the model has several.
+        adapter: the name of the adapter to use, if the model or the folder of PEFT has several.
 
     Raises:
         FileError: as ``load_folder``, ``load_gguf`` and ``load_adapter``; or the adapter's base is not here.
@@ -72,13 +67,14 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
             not, or several without a choice.
     """
     model: Any
-    is_alone = path.is_dir() and is_adapter(path)
+    is_alone = bool(adapters_alone(path))
     if is_alone or (path.is_file() and not starts_with(path, MAGIC)):
         if base is None and not is_alone:
             raise ValueError(f"adapter={str(path)!r} does not name its base: name the base with --base")
-        model, tokenizer = open_language_model(base_of_adapter(path) if base is None else base)
-        model = load_adapter(model, path).eval()
-        if is_alone and any((path / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        place, name = find_adapter(path, adapter)
+        model, tokenizer = open_language_model(base_of_adapter(place) if base is None else base)
+        model = load_adapter(model, place, name).eval()
+        if is_alone and any((path / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
             tokenizer = read_tokenizer(path)
     elif base is not None:
         raise ValueError(
@@ -88,25 +84,11 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
         model, tokenizer = load_model(path), read_tokenizer(path)
     if not (hasattr(model, "can_generate") and model.can_generate()):
         raise ValueError(f"model={str(path)!r} is a {type(model).__name__}, which generates no text")
-    _choose(model, path, adapter)
-    return model, tokenizer
-
-
-def _choose(model: Any, path: Path, adapter: str | None) -> None:
-    """Use one of the model's adapters.
-
-    Raises:
-        ValueError: it has several, and none is chosen; or the chosen one is not there.
-    """
-    names = adapter_names(model)
-    listed = printable(", ".join(names)) or "none"
-    if adapter is not None and adapter not in names:
-        raise ValueError(f"--adapter={adapter!r} is no adapter of {str(path)!r}, which has {listed}")
-    if adapter is None and len(names) > 1:
-        raise ValueError(f"{str(path)!r} has several adapters: choose one of {listed} with --adapter")
-    if names:
+    chosen = choose_adapter(path, adapter_names(model), adapter)
+    if chosen is not None:
         deactivate(model)
-        activate(model, adapter or names[0])
+        activate(model, chosen)
+    return model, tokenizer
 
 
 def end_tokens(model: Any, tokenizer: Any, chat: bool) -> Sequence[int]:

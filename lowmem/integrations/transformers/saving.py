@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
 from lowmem.io.checkpoint import how_stored
+from lowmem.io.formats.peft.reading import CONFIG as ADAPTER_CONFIG
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
 from lowmem.nn.adapted_module import AdaptedModule
@@ -83,9 +84,13 @@ class SavedModel:
                 state_dict = _renamed(self, self.state_dict() if state_dict is None else state_dict)
             if not ours or shared:
                 super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)  # type: ignore[misc]
-                return
-            with _whole(Path(save_directory)) as partial:
-                super().save_pretrained(partial, True, state_dict, False, *args, **kwargs)  # type: ignore[misc]
+            else:
+                with _whole(Path(save_directory)) as partial:
+                    super().save_pretrained(partial, True, state_dict, False, *args, **kwargs)  # type: ignore[misc]
+        if is_main_process and not getattr(self, "_hf_peft_config_loaded", False):
+            # Last: with the config of an older adapter, transformers loads that adapter's base until here.
+            with write_errors(Path(save_directory)):
+                Path(save_directory, ADAPTER_CONFIG).unlink(missing_ok=True)
 
     def load_state_dict(self: Any, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Load a state by its own names or by those of a folder, which ``Trainer`` reads as it is."""

@@ -21,6 +21,7 @@ from lowmem.transforms.budget import losses_of
 from lowmem.transforms.convert import rebuild_all
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name
+from lowmem.transforms.select import note_left
 from lowmem.transforms.store import store_parameters
 
 
@@ -34,19 +35,10 @@ class _Shared:
 
 
 class Storing:
-    """Stores weights one at a time: what ``convert`` would store of the model, if it were loaded.
+    """Stores weights one at a time: what ``convert`` would store of the model, if it were loaded, with its errors.
 
-    Args:
-        model: dense, on the meta device, with its ties.
-        technique: ``Half``, ``EightBit``, ``FourBit`` or ``Budget``.
-        skip: glob patterns of paths to leave dense.
-        losses: of a budget: what each choice loses of a weight, by its name, as ``Measuring`` has found.
-
-    Attributes:
-        warning: what ``convert`` would warn of, or None.
-
-    Raises:
-        ValueError: as ``convert``: nothing to store, or a pattern that matches nothing.
+    The model is dense, on the meta device, with its ties. A budget needs the ``losses`` that ``Measuring`` has found:
+    what each choice loses of a weight, by its name. ``warning`` is what ``convert`` would warn of, or None.
     """
 
     def __init__(
@@ -59,6 +51,7 @@ class Storing:
         known = None if losses is None else lambda name, _: losses.get(name)
         made: dict[Any, Any] = rebuild_all(model, (technique,), None, skip, None, _shapes_of, known)
         self.warning = warning_of_dense(model, made, type(technique), None, skip)
+        note_left(model, None, skip, type(technique))
         self._skeletons: dict[nn.Module, StoredModule] = made
         self._techniques: dict[nn.Module, Any] = {
             module: own for module, (own,) in techniques_by_layer(model, (technique,), made, None).items()

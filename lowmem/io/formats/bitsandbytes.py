@@ -16,7 +16,6 @@ import json
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,28 +52,8 @@ def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTen
     for name in source.specs:
         weight, found, kind = name.partition(_STATE)
         if found:
-            yield _weight(source, weight, kind)
-
-
-def _weight(source: Source, name: str, kind: str) -> tuple[ForeignTensor, set[str]]:
-    state = _state(source, name, kind)
-    nested = "nested_blocksize" in state
-    parts = ["", ".absmax", ".quant_map", _STATE + kind]
-    parts += [".nested_absmax", ".nested_quant_map"] if nested else []
-    names = {name + part for part in parts}
-    missing = names - source.specs.keys()
-    if missing:
-        raise ValueError(f"the weight {show(name)} of bitsandbytes lacks {show(min(missing))}; get it again")
-    shape, nbytes = tuple(state["shape"]), sum(source.specs[one].nbytes for one in names)
-    if source.specs[name].nbytes != -(-math.prod(shape) // 2):
-        raise ValueError(f"{show(name)} takes {source.specs[name].nbytes} bytes, which do not fit {show(shape)}")
-    label = f"bitsandbytes {kind}{' (double)' if nested else ''}"
-    stored = _Stored(source, name, kind, state)
-    try:
-        size = stored.block_size()
-    except ValueError as reason:
-        return ForeignTensor.refused(name, shape, label, nbytes, str(reason), stored.values), names
-    return ForeignTensor(name, shape, label, nbytes, partial(stored.read, size)), names
+            stored = _Stored(source, weight, kind)
+            yield stored.weight(), stored.names
 
 
 def _state(source: Source, name: str, kind: str) -> dict[str, Any]:
@@ -97,22 +76,35 @@ def _state(source: Source, name: str, kind: str) -> dict[str, Any]:
     return dict(state)
 
 
-@dataclass(frozen=True)
 class _Stored:
-    """One weight of a checkpoint, of the shape and in the blocks that its state says."""
+    """One weight of a checkpoint, of the shape and in the blocks that its state says; a ValueError if parts lack."""
 
-    source: Source
-    name: str
-    kind: str
-    state: Mapping[str, Any]
+    def __init__(self, source: Source, name: str, kind: str) -> None:
+        self.source, self.name, self.kind = source, name, kind
+        self.state = _state(source, name, kind)
+        self.shape, self.block = tuple(self.state["shape"]), self.state["blocksize"]
+        self.count, self.is_nested = math.prod(self.shape), "nested_blocksize" in self.state
+        parts = ["", ".absmax", ".quant_map", _STATE + kind]
+        self.names = {name + part for part in parts + [".nested_absmax", ".nested_quant_map"] * self.is_nested}
+        if missing := self.names - source.specs.keys():
+            raise ValueError(f"the weight {show(name)} of bitsandbytes lacks {show(min(missing))}; get it again")
+        if source.specs[name].nbytes != -(-self.count // 2):
+            raise ValueError(
+                f"{show(name)} takes {source.specs[name].nbytes} bytes, which do not fit {show(self.shape)}"
+            )
 
-    @property
-    def count(self) -> int:
-        return math.prod(self.state["shape"])
+    def weight(self) -> ForeignTensor:
+        label = f"bitsandbytes {self.kind}{' (double)' if self.is_nested else ''}"
+        nbytes = sum(self.source.specs[one].nbytes for one in self.names)
+        try:
+            size = self.block_size()
+        except ValueError as reason:
+            return ForeignTensor.refused(self.name, self.shape, label, nbytes, str(reason), self.values)
+        return ForeignTensor(self.name, self.shape, label, nbytes, partial(self.read, size))
 
     def block_size(self) -> int:
         """Return the block size in which single rows have the same scales; a ValueError if there is none."""
-        own, columns = self.state["blocksize"], self.state["shape"][-1]
+        own, columns = self.block, self.shape[-1]
         common = math.gcd(own, columns)
         if own >= self.count or own == common:  # one block, or whole blocks in each row
             return fitting_blocks(own, columns)
@@ -147,8 +139,8 @@ class _Stored:
 
     def scales(self) -> Tensor:
         """Return the scale of each block of the flattened weight, in float32."""
-        count = -(-self.count // self.state["blocksize"])
-        if "nested_blocksize" not in self.state:
+        count = -(-self.count // self.block)
+        if not self.is_nested:
             return self.tensor(".absmax", torch.float32, count)
         steps = self.tensor(".absmax", torch.uint8, count)
         size = self.state["nested_blocksize"]
@@ -159,17 +151,16 @@ class _Stored:
 
     def read(self, size: int) -> QuantizedTensor:
         """Return the weight in blocks of ``size``."""
-        shape, own = tuple(self.state["shape"]), self.state["blocksize"]
-        columns = shape[-1]
+        shape, columns = self.shape, self.shape[-1]
         starts = torch.arange(math.prod(shape[:-1]))[:, None] * columns + torch.arange(0, columns, size)
-        scales = self.scales()[starts // own].view(*shape[:-1], -1)
+        scales = self.scales()[starts // self.block].view(*shape[:-1], -1)
         return quantized(pack_codes(self.codes().view(shape), size), scales, shape, _FORMATS[self.kind], size)
 
     def values(self) -> Tensor:
         """Return the weight in float32."""
         levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32)[self.codes().int()]
-        scales = self.scales()[torch.arange(self.count) // self.state["blocksize"]]
-        return (levels * scales).view(self.state["shape"])
+        scales = self.scales()[torch.arange(self.count) // self.block]
+        return (levels * scales).view(self.shape)
 
 
 def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:

@@ -23,7 +23,16 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.io.formats.codes import as_bytes, codes_of, offsets_of, scales_of, uniform_block, unpacked, words
+from lowmem.io.formats.codes import (
+    IntegerLayer,
+    as_bytes,
+    codes_of,
+    offsets_of,
+    scales_of,
+    uniform_block,
+    unpacked,
+    words,
+)
 from lowmem.io.formats.compressed_tensors_config import (
     FP8,
     INT8,
@@ -33,7 +42,6 @@ from lowmem.io.formats.compressed_tensors_config import (
     written_config,
 )
 from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, Target
-from lowmem.io.formats.integers import IntegerLayer
 from lowmem.io.formats.mxfp4 import BLOCK, E2M1_CODES, exponents_of, nearest, weight_of
 from lowmem.io.formats.quantized_folder import Packed, Packing, write_folder
 from lowmem.io.source import Source

@@ -11,7 +11,7 @@ from lowmem.errors import show
 from lowmem.io.atomic import check_free
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.foreign import Target
-from lowmem.io.formats.registry import FOREIGN
+from lowmem.io.formats.programs import FOREIGN
 
 
 def targets() -> dict[str, Target]:
@@ -48,7 +48,7 @@ def export(
         source: a folder that ``lowmem quantize`` or ``save_pretrained`` wrote; or a file of lowmem's.
         out: where nothing is yet.
         format: "gguf", or a folder in that of "bitsandbytes" or "compressed-tensors", which is made of a folder of
-            transformers and takes transformers; None: what the name of ``out`` ends with.
+            transformers and takes transformers; None tells it by the ending of ``out``.
         requantize: whether to quantize again what the target cannot hold exactly; else it is refused.
         like: of "gguf": an existing GGUF file of the model, whose metadata and tokenizer are copied.
         dtype: of "gguf": ``torch.float32``, ``float16`` or ``bfloat16``: write every weight dense, in this dtype.

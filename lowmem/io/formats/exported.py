@@ -1,38 +1,42 @@
-"""What became of each weight that was exported, and the error that it added."""
+"""What became of each weight that was imported or exported, and the error that it added."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lowmem.io.shards import StoredWeight
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
-
-if TYPE_CHECKING:
-    from lowmem.io.formats.stored_model import StoredWeight
 
 
 @dataclass(frozen=True)
-class Exported:
-    """The result for one weight of the source."""
+class ForeignRow:
+    """The result for one weight that was read from another program's file, or written to one."""
 
     name: str
-    """In the source, as the model's state names it."""
-    target: str
-    """In the target."""
+    """As the model's state in lowmem names it."""
     shape: tuple[int, ...]
-    kept: str
-    """How the source stores it."""
     kind: str
-    """How the target does."""
+    """How the other program's file stores it."""
+    kept: str
+    """How lowmem does."""
     before_bytes: int
     after_bytes: int
     error: float | None
-    """``rms(target - source) / rms(source)``, of the values in float32; None: not one value changed."""
+    """``rms(target - source) / rms(source)``, of the values in float32; None: no value changed. The largest one of
+    several weights that became one."""
+
+
+@dataclass(frozen=True)
+class Exported(ForeignRow):
+    """The result for one weight that was exported."""
+
+    target: str
+    """Its name in the target."""
     square: float = 0.0
     """The sum of the squares of its values in the source, by which ``total_error`` weighs the errors."""
 
@@ -53,13 +57,13 @@ class Exported:
             weight: in the source.
             target, kind, after_bytes: as the fields.
             before: the values of the source.
-            after: the values of the target, in the shape of ``before``; None: they are the same.
+            after: the values of the target, in the shape of ``before``; None if they are the same.
             measured: whether to compare the values at all; else they are the same.
         """
         lost, square = squares(before, after) if measured else (0.0, 0.0)
         error = math.sqrt(lost / square) if lost else None
         shape = tuple(before.shape)
-        return cls(weight.name, target, shape, weight.kept, kind, weight.nbytes, after_bytes, error, square)
+        return cls(weight.name, shape, kind, weight.kept, weight.nbytes, after_bytes, error, target, square)
 
 
 def squares(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from lowmem.errors import show
 from lowmem.io.formats.exported import Exported
 from lowmem.io.safetensors import TensorSpec
+from lowmem.io.shards import StoredWeight, swapped
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
@@ -77,6 +78,11 @@ class ForeignTensor:
         if not isinstance(weight, QuantizedTensor):
             return weight.dtype
         return replace(CodedForm.of(weight), transposed=self.transposed, gathered=self.order is not None)
+
+    def stored(self) -> StoredWeight:
+        """Return the weight as a file of lowmem's has it."""
+        shape = swapped(self.shape) if self.transposed else self.shape
+        return StoredWeight(self.name, shape, self.kept(), self.nbytes, self.read, self.order)
 
 
 @dataclass(frozen=True)

@@ -17,11 +17,11 @@ from lowmem.io.atomic import atomic_folder, check_free, write_errors
 from lowmem.io.container import write_plain
 from lowmem.io.formats.architecture import Architecture, architecture_of
 from lowmem.io.formats.exported import Exported
-from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored, swapped
+from lowmem.io.formats.stored_model import StoredModel, open_stored
 from lowmem.io.metadata import layer_of
 from lowmem.io.model_folder import CONFIG, WEIGHTS, copy_others
 from lowmem.io.safetensors import TensorSpec
-from lowmem.io.shards import INDEX, divide, shard_name
+from lowmem.io.shards import INDEX, StoredWeight, divide, shard_name, swapped
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
@@ -15,9 +15,9 @@ import torch
 from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import read_errors, starts_with
 from lowmem.io.formats.foreign import ForeignTensor, contradiction
-from lowmem.io.formats.registry import FOREIGN
-from lowmem.io.model_folder import CONFIG, WEIGHTS, quantization_of, read_object
-from lowmem.io.shards import INDEX, read_index
+from lowmem.io.formats.programs import FOREIGN
+from lowmem.io.model_folder import CONFIG, WEIGHTS, check_alone, quantization_of, read_object, weights_in
+from lowmem.io.shards import INDEX
 from lowmem.io.source import Source
 
 _OWN = "quantize_config.json"  # of AutoGPTQ
@@ -79,14 +79,12 @@ def _model_in(folder: Path) -> Path:
     """Return the index or the only safetensors file of a folder; of a model's, those that transformers reads."""
     with read_errors(folder):
         names = sorted(entry.name for entry in folder.iterdir())
-    for own in (f"{WEIGHTS}{INDEX}", WEIGHTS) if CONFIG in names else ():
-        if own in names:  # whatever lies beside it, such as consolidated.safetensors, or variants of other dtypes
-            _check_alone(folder, own, names)
-            return folder / own
+    if CONFIG in names and not {f"{WEIGHTS}{INDEX}", WEIGHTS}.isdisjoint(names):
+        return weights_in(folder)  # whatever is beside it, as consolidated.safetensors, or variants of other dtypes
     for endings in ((INDEX,), (".safetensors",)):
         found = [name for name in names if name.endswith(endings)]
         if len(found) == 1:
-            _check_alone(folder, found[0], names)
+            check_alone(folder / found[0])
             return folder / found[0]
         if found:
             raise refusal(folder, f"it has {len(found)} files as {show(found[0])}; name the one to read")
@@ -94,13 +92,6 @@ def _model_in(folder: Path) -> Path:
         if name.endswith(".gguf"):
             raise refusal(folder, f"it is a folder of GGUF files; name one, as {show(name)}")
     raise refusal(folder, "it holds no .safetensors file; name a model's folder or file")
-
-
-def _check_alone(folder: Path, found: str, names: list[str]) -> None:
-    """Raise if a folder has an index, and a file of the whole model beside it, which transformers would read."""
-    whole = found.removesuffix(INDEX)
-    if whole != found and whole in names and whole not in read_index(folder / found).values():
-        raise refusal(folder, f"it has {show(found)}, and {show(whole)}, too: remove the one that is not the model")
 
 
 def _safetensors(path: Path, config: Path) -> ForeignFile:
@@ -118,7 +109,11 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
                     claimed |= names
                     tensors[tensor.name] = tensor
                     kinds.setdefault(format.name, set()).add(tensor.kind)
-            _check_method(kinds, settings)
+            method, known = settings.get("quant_method"), {format.method for format in FOREIGN.values()} - {None}
+            for name, weights in kinds.items():
+                if isinstance(method, str) and method in known - {FOREIGN[name].method}:
+                    raise contradiction("quant_method", method, f"its tensors are those of {name}")
+                FOREIGN[name].check_config(settings, weights)
         for name, spec in source.specs.items():
             if name in claimed:
                 continue
@@ -137,16 +132,6 @@ def _safetensors(path: Path, config: Path) -> ForeignFile:
 def is_coded(name: str) -> bool:
     """Whether a tensor of this name is a part of a weight of another program, and means nothing alone."""
     return any(name.rpartition(".")[2] in format.coded_names for format in FOREIGN.values())
-
-
-def _check_method(kinds: Mapping[str, Collection[str]], config: Mapping[str, Any]) -> None:
-    """Raise a ValueError unless a ``quantization_config`` can be that of tensors; ``kinds`` are by format."""
-    method = config.get("quant_method")
-    known = {format.method for format in FOREIGN.values()} - {None}
-    for name, weights in kinds.items():
-        if isinstance(method, str) and method in known - {FOREIGN[name].method}:
-            raise contradiction("quant_method", method, f"its tensors are those of {name}")
-        FOREIGN[name].check_config(config, weights)
 
 
 def _settings(config: Path) -> dict[str, Any]:

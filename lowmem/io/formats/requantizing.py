@@ -15,6 +15,7 @@ from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 from lowmem.quant.quantize import relative_error
+from lowmem.quant.tensor import QuantizedTensor
 
 
 @dataclass
@@ -23,7 +24,8 @@ class Requantizing:
 
     Args:
         refused: how weights are stored that cannot be kept exactly; None: they stay refused.
-        include: glob patterns of names in the file: dense weights of 2 dimensions or more that match are quantized.
+        include: glob patterns of names in the file: weights of 2 dimensions or more that match are quantized, if they
+            are dense, or have more bits than ``technique``.
         technique: how weights that match are stored.
 
     Attributes:
@@ -48,7 +50,8 @@ class Requantizing:
         if not any(fnmatchcase(tensor.name, pattern) for pattern in self.include):
             return tensor
         kept = tensor.kept()
-        if isinstance(kept, torch.dtype) and kept.is_floating_point:
+        bits = kept.bits if isinstance(kept, CodedForm) else 16 * kept.is_floating_point
+        if bits > self.technique.bits:
             return self._quantized(tensor, self.technique, tensor.read)
         return replace(tensor, form=lambda: kept)  # which may have read the scales
 
@@ -64,7 +67,7 @@ class Requantizing:
 
         def store() -> Weight:
             weight = read()
-            assert isinstance(weight, Tensor)
+            weight = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
             try:
                 stored = technique.store(weight)
             except (ValueError, TypeError) as reason:

@@ -15,66 +15,14 @@ from torch import Tensor
 from lowmem.errors import refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.formats.gguf.container import MAGIC
+from lowmem.io.formats.peft.reading import refuse_adapters
 from lowmem.io.metadata import check_config, form_of
 from lowmem.io.model_folder import CONFIG, check_layers, read_model_config, weights_in
 from lowmem.io.safetensors import TensorSpec
-from lowmem.io.shards import read_model
+from lowmem.io.shards import StoredWeight, read_model, swapped
 from lowmem.io.source import Source
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.gathered_weight import check_order
-from lowmem.quant.formats import get_format
-from lowmem.quant.tensor import QuantizedTensor
-
-
-def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape of the transpose, of a stack of matrices."""
-    return (*shape[:-2], shape[-1], shape[-2])
-
-
-@dataclass(frozen=True)
-class StoredWeight:
-    """A weight, whose values are read when they are asked for.
-
-    Args:
-        name: as the dense model's state has it, such as ``model.layers.0.mlp.up_proj.weight``.
-        shape: of the weight. In 4 bits the last dimension is even: an odd one is not told from the next.
-        form: how the weight is stored: in 4 or 8 bits, or dense in a dtype.
-        nbytes: what the weight takes in the source.
-        read: returns the weight, in newly allocated memory or as a view of the mapped file.
-        transposed: whether the last two dimensions of what ``read`` returns are swapped.
-        order: returns the column of the weight for each column that ``read`` returns, int32; None: they are the same.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    form: CodedForm | torch.dtype
-    nbytes: int
-    read: Callable[[], QuantizedTensor | Tensor]
-    transposed: bool = False
-    order: Callable[[], Tensor] | None = None
-
-    def plain(
-        self, weight: QuantizedTensor | Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> QuantizedTensor | Tensor:
-        """Return the weight in its own shape and order of columns.
-
-        Args:
-            weight: what ``read`` returned; None: it is read.
-            dtype: of the values; None: float32 where ``read`` has other columns, else as it is stored.
-        """
-        weight = self.read() if weight is None else weight
-        if not self.transposed and self.order is None and dtype is None:
-            return weight
-        dtype = dtype or torch.float32
-        values = weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
-        if self.order is not None:
-            values = torch.empty_like(values).index_copy_(-1, self.order().long(), values)
-        return values.transpose(-1, -2).contiguous() if self.transposed else values
-
-    @property
-    def kept(self) -> str:
-        """How it is stored, as text."""
-        return str(self.form).removeprefix("torch.")
 
 
 @dataclass(frozen=True)
@@ -118,6 +66,7 @@ def open_stored(path: Path) -> Iterator[StoredModel]:
 @contextmanager
 def _folder(path: Path) -> Iterator[StoredModel]:
     if not (path / CONFIG).is_file():
+        refuse_adapters(path, "export")
         raise refusal(
             path, f"it has no {CONFIG}: name a folder that lowmem quantize or save_pretrained wrote", "export"
         )
@@ -169,23 +118,16 @@ def _weights(
             raise refusal(path, f"the record of {show(place)} is not lowmem's: {reason}; upgrade lowmem") from None
         if not isinstance(form, CodedForm):
             continue
-        flags, form = form.flags, replace(form, transposed=False, gathered=False, compute_dtype=None)
-        name, parts = _parts(place, specs)
+        form, weight = replace(form, compute_dtype=None), f"{place}.weight".lstrip(".")
+        stored = next((one for one in (weight, place) if {f"{one}_packed", f"{one}_scales"} <= specs.keys()), None)
+        name = stored or weight
         if name in left and specs[name].dtype == torch.uint8:  # of a folder: the format's name, which the record has
             left.discard(name)
-        if parts is None:
+        if stored is None:
             tied.append(name)
             continue
-        weights[name] = weight = _fourbit(path, name, form, parts, specs, read)
-        left -= set(parts)
-        if "gathered" in flags:
-            order = parts[0].removesuffix("packed") + "order"
-            if specs.get(order) != TensorSpec(torch.int32, weight.shape[-1:]):
-                raise refusal(path, f"{show(name)} has no {show(order)} of its columns; get it again")
-            weights[name] = replace(weights[name], order=partial(_order, path, order, read))
-            left.discard(order)
-        if "transposed" in flags:
-            weights[name] = replace(weights[name], shape=swapped(weight.shape), transposed=True)
+        weights[name] = _coded(path, name, form, specs, read)
+        left -= {f"{name}_{part}" for part in form.parts}
     for name in left:
         own = name.removesuffix("_rounded")
         if name.endswith(("weight_packed", "weight_scales")):
@@ -207,35 +149,22 @@ def _order(path: Path, name: str, read: Callable[[str], Tensor]) -> Tensor:
     return order
 
 
-def _parts(place: str, specs: Mapping[str, TensorSpec]) -> tuple[str, tuple[str, str] | None]:
-    """Return the names of the weight of a record at a module or parameter, and of its codes and scales."""
-    weight = f"{place}.weight".lstrip(".")
-    for name in (weight, place):
-        packed, scales = f"{name}_packed", f"{name}_scales"
-        if packed in specs and scales in specs:
-            return name, (packed, scales)
-    return weight, None
-
-
-def _fourbit(
-    path: Path,
-    name: str,
-    form: CodedForm,
-    parts: tuple[str, str],
-    specs: Mapping[str, TensorSpec],
-    read: Callable[[str], Tensor],
+def _coded(
+    path: Path, name: str, form: CodedForm, specs: Mapping[str, TensorSpec], read: Callable[[str], Tensor]
 ) -> StoredWeight:
-    packed, scales = (specs[part] for part in parts)
-    shape = (*packed.shape[:-1], packed.shape[-1] * 8 // get_format(form.format).bits) if packed.shape else ()
-    empty = QuantizedTensor.empty(
-        torch.Size(shape or (1,)), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
+    packed, scales = f"{name}_packed", f"{name}_scales"
+    *lead, columns = specs[packed].shape or (0,)
+    columns = columns * 8 // form.bits
+    weight = StoredWeight(
+        name,
+        swapped((*lead, columns)) if form.transposed else (*lead, columns),
+        form,
+        specs[packed].nbytes + specs[scales].nbytes,
+        lambda: form.join([read(packed), read(scales)], columns),
+        partial(_order, path, f"{name}_order", read) if form.gathered else None,
     )
-    wanted = TensorSpec.of(empty.scales.view(torch.uint8)) if shape else None
-    if packed.dtype is not torch.uint8 or scales != wanted:
-        why = f"{show(parts[0])} {packed.shape} and {show(parts[1])} {scales.shape} are no weight in {form}"
-        raise refusal(path, f"{why}; get it again")
-
-    def read_both() -> QuantizedTensor:
-        return form.join([read(part) for part in parts], shape[-1])
-
-    return StoredWeight(name, tuple(shape), form, packed.nbytes + scales.nbytes, read_both)
+    for part, spec in weight.specs().items():
+        if specs.get(part) != spec:
+            why = f"{show(part)} is {specs.get(part)}, and no weight in {form} has such a part: {spec} is needed"
+            raise refusal(path, f"{why}; get it again")
+    return weight

@@ -154,7 +154,7 @@ INLINE void dequantize_rows(const struct job *job, int64_t r, int64_t to, const 
             if (bits == 4)
                 dequantize_block(w, p, left, scales[at], table, job->out, out, type);
             else
-                dequantize_block8(p, smaller(size, left), scales[at], job->out, out, type);
+                dequantize_block8(w, p, smaller(size, left), scales[at], job->out, out, type);
         }
     }
 }

@@ -115,6 +115,7 @@ struct weight {
     int kind; /* enum kind of plan.h */
     /* Levels rounded for 8-bit products: levels[c] ~ inputs8_step * (steps[c] - INPUTS8_ZERO). Without them inputs8_step is 0. */
     float inputs8_step;
+    float divisor; /* 8-bit codes: a level is (code - 128) / divisor */
     uint8_t steps[16];
 };
 

@@ -112,9 +112,9 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
            has_shape(scales, w->rows, w->blocks + w->behind);
 }
 
-/* prepare(order, isa, packed, scales, levels or 0 for 8-bit codes, encoding, block_size, rows, columns, int8 points or 0,
- * offsets) -> capsule, or None if C cannot read the tensors. points: the largest level in steps. offsets: whether they follow a
- * row's scales. */
+/* prepare(order, isa, packed, scales, levels or 0 for 8-bit codes, encoding, block_size, rows, columns, points, offsets) ->
+ * capsule, or None if C cannot read the tensors. points: the largest level in steps for int8 products, or 0; of 8-bit codes their
+ * divisor. offsets: whether they follow a row's scales. */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, OFFSETS, ARGUMENTS };
@@ -146,8 +146,9 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         free(prepared);
         return NULL;
     }
-    if (n[POINTS])
+    if (w.levels && n[POINTS])
         use_inputs8(&w, n[POINTS]);
+    w.divisor = (float)n[POINTS];
     Py_INCREF(args[ORDER_OF]);
     if (w.levels) {
         w.order = order;

@@ -1,13 +1,11 @@
-/* Weights in 8 bits: integer / 127 * scale. A byte is a code, the integer plus 128, in the order of the columns. */
+/* Weights in 8 bits: integer / divisor * scale. A byte is a code, the integer plus 128, in the order of the columns. */
 #pragma once
 #include "reading.h"
 
-/* The integers of LANES codes. Code 0, which no quantizer writes, is read as code 1. */
+/* The integers of LANES codes. */
 INLINE V weights8_load(const uint8_t *p)
 {
-    I codes = (I)bytes_load(p);
-    codes -= (I)(codes == 0); /* a true comparison is all ones, that is -1 */
-    return __builtin_convertvector((N)(codes - 128), V);
+    return __builtin_convertvector((N)((I)bytes_load(p) - 128), V);
 }
 
 /* The integers of the first n codes, then zeros. */
@@ -59,13 +57,13 @@ INLINE void few_weights8(const struct job *job, int64_t r, const int R, const in
             EACH_INPUT acc[AT] = v_fma(sum[AT], scale, acc[AT]);
         }
     }
-    EACH_ROW EACH_INPUT out[j * LANES + i] = v_mul(acc[AT], v_set1(1.0f / 127.0f));
+    EACH_ROW EACH_INPUT out[j * LANES + i] = v_mul(acc[AT], v_set1(1.0f / w->divisor));
 }
 
 /* As `dequantize_block`, for n columns. */
-INLINE void dequantize_block8(const uint8_t *p, int64_t n, float one, void *out, int64_t i, const int type)
+INLINE void dequantize_block8(const struct weight *w, const uint8_t *p, int64_t n, float one, void *out, int64_t i, const int type)
 {
-    const V scale = v_set1(one);
+    const V scale = v_set1(one), divisor = v_set1(w->divisor);
     for (int64_t j = 0; j < n; j += LANES)
-        store_some(out, type, i + j, n - j, v_mul(v_div(weights8_some(p + j, n - j), v_set1(127.0f)), scale));
+        store_some(out, type, i + j, n - j, v_mul(v_div(weights8_some(p + j, n - j), divisor), scale));
 }

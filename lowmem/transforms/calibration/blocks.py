@@ -32,19 +32,10 @@ class Unit:
 def find_blocks(
     model: nn.Module, layers: Collection[nn.Module], blocks: str | Iterable[str] | None
 ) -> list[list[nn.Module]]:
-    """Return the blocks of a model, by the module that holds them.
+    """Return the blocks of a model, by the module that holds them: what the glob patterns ``blocks`` name, if given.
 
-    They are the children that hold layers of the outermost nn.ModuleList or nn.Sequential in which these, two at
-    least, are of one type.
-
-    Args:
-        model: any module.
-        layers: those to calibrate.
-        blocks: glob patterns of the blocks' paths in place of that; none: there are no blocks.
-
-    Raises:
-        TypeError: a pattern is no string.
-        ValueError: a pattern matches no module that holds layers.
+    Else they are the children that hold ``layers`` of the outermost nn.ModuleList or nn.Sequential in which these
+    children, two at least, are of one type.
     """
     holds = {module for module in model.modules() if any(inside in layers for inside in module.modules())}
     if blocks is None:
@@ -89,38 +80,18 @@ def units_of(
 ) -> list[Unit]:
     """Return the layers to quantize together, in the order in which the model calls them.
 
-    Without blocks all batches are run, once; with them, the first one.
-
-    Args:
-        model: in evaluation mode.
-        batches: its inputs.
-        layers: those to calibrate.
-        lists: the blocks.
-        centred: layers whose inputs are taken less their mean, and share moments among themselves alone.
-        asked: whether the user has named the blocks: then those that cannot be done one by one are an error.
-
-    Returns:
-        Units of layers that were called. With blocks, those that lie outside of them and the first batch does not
-        reach follow, each alone.
-
-    Raises:
-        ValueError: no batches; or blocks that are called several times, or have layers that are called outside.
+    Without blocks (``lists``) all batches are run, once; with them, the first one, and layers outside of blocks that
+    it does not reach follow, each alone. ``centred`` layers share moments among themselves alone. Blocks that are
+    called several times, or have layers that are called outside, are a ValueError where the user ``asked`` for them.
     """
     if lists:
-        try:
-            first = next(iter(batches))
-        except StopIteration:
-            raise ValueError(NO_BATCHES) from None
-        units, reason = _units_by_blocks(model, first, layers, lists, centred)
+        units, reason = _units_by_blocks(model, next(iter(batches)), layers, lists, centred)
         if reason is None:
             return units
         if asked:
             raise ValueError(f"{reason}: name other blocks, or blocks=() to calibrate layer by layer")
     groups, calls, _ = _group_by_input(model, batches, layers, centred)
     return [Unit(group, None, calls[group[0]]) for group in groups]
-
-
-NO_BATCHES = "batches is empty: pass one batch at least, or use convert, which needs none"
 
 
 def _units_by_blocks(
@@ -185,7 +156,7 @@ def _group_by_input(
     """Return groups of layers with the same inputs, in call order; their most calls in a run; and all called."""
     total, most, now = (Counter[nn.Module]() for _ in range(3))
     first: dict[nn.Module, set[nn.Module]] = {}  # for each layer, the first layers that got its inputs
-    readers, runs = FirstReaders(), 0
+    readers = FirstReaders()
 
     def see(layer: nn.Module, args: Any, kwargs: Any) -> None:
         first.setdefault(layer, set()).add(readers.of(layer, args, kwargs, layer in centred)[1])
@@ -199,9 +170,7 @@ def _group_by_input(
             total += now
             most |= now  # element-wise maximum
             now.clear()
-            readers, runs = FirstReaders(), runs + 1
-    if not runs:
-        raise ValueError(NO_BATCHES)
+            readers = FirstReaders()
     groups: dict[nn.Module, list[nn.Module]] = {}
     for layer, leaders in first.items():
         leader = next(iter(leaders))

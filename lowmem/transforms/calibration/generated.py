@@ -36,10 +36,6 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
         tokenizer: of the model; ``len`` is the number of its tokens.
         seed: of the draws.
         temperature: above 0; by which logits are divided.
-
-    Raises:
-        TypeError: a tokenizer without a length, a seed that is no integer, or a temperature that is no number.
-        ValueError: the model generates no text, the tokenizer is of another vocabulary, or a bad temperature.
     """
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed={show(seed)} must be an integer")

@@ -24,10 +24,6 @@ class Moments:
             mean of the first ones, since the difference of large sums would have few correct bits.
         diagonal: whether each column is taken alone: in the memory of a row.
         device: of the rows.
-
-    Attributes:
-        rows: how many there were.
-        columns: of a row.
     """
 
     def __init__(self, columns: int, *, centred: bool, diagonal: bool, device: torch.device) -> None:
@@ -117,15 +113,8 @@ class FirstReaders:
 class Inputs:
     """The moments of the inputs of some layers, taken while the model runs; layers with one input share theirs.
 
-    Args:
-        layers: linear layers.
-        centred: those of which the mean is taken off.
-        alone: layers that share moments with no other.
-        diagonal: whether columns are taken alone.
-        stop_after: end a run when the first layer was called so often; None: never.
-
-    Attributes:
-        moments: by the first layer that got the input.
+    Of those in ``centred`` the mean is taken off; those in ``alone`` share with no other. A run ends when the first
+    layer was called ``stop_after`` times. ``moments`` are by the first layer that got the input.
     """
 
     def __init__(

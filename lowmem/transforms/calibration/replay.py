@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from lowmem.errors import describe, unwritable
 from lowmem.transforms.calibration.blocks import Unit
+from lowmem.transforms.calibration.moments import Inputs, Moments, Regroup, counted_rows
 from lowmem.transforms.calibration.runs import Stop, computing, hooked, run_batch
 from lowmem.transforms.registry import layer_name
 
@@ -101,6 +102,28 @@ class Replay(ExitStack):
         self._last[self._list[block]] = block
         self.enter_context(computing(block, lambda *args, **kwargs: self._output(block)))
 
+    def moments(
+        self, unit: Unit, batches: Iterable[Any], centred: set[nn.Module]
+    ) -> tuple[dict[nn.Module, Moments], list[list[nn.Module]]]:
+        """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do.
+
+        Of the layers in ``centred`` the mean is taken off.
+        """
+        alone: set[nn.Module] = set()
+        layers = unit.layers if unit.block is not None else unit.layers[:1]
+        while True:
+            inputs = Inputs(layers, centred, alone, stop_after=unit.calls if unit.block is None else None)
+            ending = nullcontext() if unit.block is None else self.ending_at(unit.block)
+            try:
+                with inputs.taken(), ending:
+                    for number, batch in enumerate(batches):
+                        inputs.start_batch(counted_rows(batch, number))
+                        self.run(number, batch)
+                groups = inputs.groups()
+            except Regroup:
+                continue
+            return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
+
     def _output(self, block: nn.Module) -> Any:
         if self._run in self._kept[block]:
             return self._kept[block][self._run].copy()
@@ -183,15 +206,8 @@ def way_to_replay(
 ) -> tuple[bool | None, str]:
     """Return whether ``Replay`` has to keep the outputs of all blocks; None, and why, if that is not enough.
 
-    Each block is run once, and none of its layers changes. A model of which no two runs are alike passes.
-
-    Args:
-        model: in ``evaluation_mode``.
-        batch: an input of it.
-        lists: its blocks.
-        units: in the order of their calls.
-        entries: the ``noted_inputs`` of the model's own run on the batch.
-        offload: a folder for what blocks return; None: memory.
+    Each block is run once, and none of its layers changes. A model of which no two runs are alike passes. ``entries``
+    are the ``noted_inputs`` of the model's own run on the batch.
     """
     why = ""
     for keep_all in (False, True):

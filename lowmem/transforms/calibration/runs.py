@@ -31,6 +31,16 @@ def check_batch(batch: Any) -> None:
         )
 
 
+def check_batches(batches: object) -> None:
+    """Raise a TypeError unless ``batches`` can be iterated several times."""
+    if isinstance(batches, Iterator):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, which can be read only once; pass a list of it: list(batches)"
+        )
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(f"batches is a {type(batches).__name__}; pass a list of batches, if only of one: [batch]")
+
+
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[ExitStack]:
     """Put the model in evaluation mode without gradients; yield a stack of contexts that ends with the block."""

@@ -28,17 +28,9 @@ def importance_of(
     Outputs at positions that an ``attention_mask`` of the batch leaves out do not count. The model runs in evaluation
     mode; the signs are the same in each run. Peak memory beside a training step's is one gradient.
 
-    Args:
-        model: with dense weights.
-        batches: as ``calibrate`` takes them.
-        weights: by names for errors, each with the number of columns as which it is stored.
-
-    Returns:
-        Those of the weights on which the output depends.
-
-    Raises:
-        TypeError: a batch of another type.
-        ValueError: no batches, an output without gradients, or gradients that are not finite; the layer is named.
+    ``weights`` have, by names for errors, the number of columns as which they are stored; those on which the output
+    does not depend are left out. No batches, an output without gradients, or gradients that are not finite are a
+    ValueError; the layer is named.
     """
     rows = {
         name: torch.zeros(one.numel() // columns, dtype=torch.float64) for name, (one, columns) in weights.items()

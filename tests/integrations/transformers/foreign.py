@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import lowmem
-from tests.integrations.transformers.folders import CONFIGS, change_config, write
-from tests.io.formats import test_awq, test_gptq
+from tests.integrations.transformers.folders import change_config, write
+from tests.io.formats import test_gptq
 from tests.io.formats.written import words
 
 GROUP = 32
@@ -28,7 +28,7 @@ def gptq_by_activations(seed: int, rows: int, columns: int) -> Made:
 
 def awq(seed: int, rows: int, columns: int) -> Made:
     zeros = torch.randint(0, 16, (columns // GROUP, rows), generator=torch.Generator().manual_seed(seed))
-    parts, weight = test_awq.layer(seed, columns, rows, GROUP, zeros)
+    parts, weight = test_gptq.awq_layer(seed, columns, rows, GROUP, zeros)
     return {name.removeprefix("q."): value for name, value in parts.items()}, weight
 
 
@@ -97,6 +97,3 @@ def values(model: torch.nn.Module) -> dict[str, Tensor]:
                 dense = value.dequantize(torch.float32) if isinstance(value, lowmem.StoredTensor) else value.float()
                 found[f"{path}.{name}".lstrip(".")] = dense
     return found
-
-
-__all__ = ["CONFIGS", "METHODS", "is_layer", "values", "write_foreign"]

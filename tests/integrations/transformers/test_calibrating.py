@@ -140,7 +140,7 @@ def test_what_cannot_be_calibrated_is_an_error_and_nothing_is_written(source, te
     (tmp_path / "short.txt").write_text("few words")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     assert "short.txt': it has too few tokens" in told("--calibrate", tmp_path / "short.txt")
-    assert "bytes.txt': it is no text in UTF-8 (byte 0)" in told("--calibrate", tmp_path / "bytes.txt")
+    assert "bytes.txt': it is no UTF-8 text, from byte 0" in told("--calibrate", tmp_path / "bytes.txt")
     assert "is no file: name a text, or self" in told("--calibrate", tmp_path / "gone.txt")
     assert "--calibrate chooses codes of 4 bits" in told("--calibrate", text, "--format", "int8")
     T5ForConditionalGeneration(T5Config(**T5, num_layers=1)).save_pretrained(tmp_path / "t5")

@@ -1,10 +1,7 @@
 """Folders whose index, weights and config.json disagree are refused, which transformers fills with random numbers."""
 
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +9,6 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
     GPTJConfig,
     Qwen2ForCausalLM,
     SwinModel,
@@ -24,12 +20,10 @@ from lowmem import FourBit, Half, LoRA
 from lowmem.errors import FileError
 from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.folder import load_folder, quantize_folder
-from lowmem.integrations.transformers.saving import config_of
 from lowmem.io.model_folder import refuse_layers
 from tests.fuzzing import bounded
 from tests.integrations.transformers.folders import SIZES, assert_same, change_config, load, write
 from tests.integrations.transformers.foreign import write_foreign
-from tests.profiled import ONE_THREAD
 
 INDEX = "model.safetensors.index.json"
 
@@ -96,14 +90,6 @@ def test_what_no_config_tells_how_it_is_stored_is_refused(folders, tmp_path):
     assert_same(load(tmp_path / "half"), lowmem.restore(wanted))  # rounded weights are whole ones, too
 
 
-def test_layers_without_end_are_refused_at_once(folders):
-    dense, small = folders
-    for folder, asked in ((dense, {"quantization_config": LowmemConfig(FourBit("nf4"))}), (small, {})):
-        change_config(folder, num_hidden_layers=2**63)
-        with pytest.raises(ValueError, match="num_hidden_layers=9223372036854775808, more than 4096: get it again"):
-            load(folder, **asked)
-
-
 def test_counts_of_any_name_are_refused_before_a_model_is_made_of_them_and_sizes_are_not(tmp_path):
     """A Qwen's config itself lists the kind of each layer: the commands read config.json before transformers does."""
     folder = write(tmp_path / "dense", "llama")
@@ -152,56 +138,25 @@ def test_pickles_are_refused(tmp_path):
     assert_same(load(tmp_path), model)
 
 
-ROOT = Path(__file__).parents[3]
-
-
-PEAK = """
-import sys
-from pathlib import Path
-from tests.integrations.transformers.test_checking import assert_refused
-def peak():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024
-before = peak()
-assert_refused(Path(sys.argv[1]))
-print(peak() - before)
-"""
-
-
-def assert_refused(folder):
-    """Assert that nothing loads the configs of a folder, which say no sizes."""
-    configs = {"dense": LowmemConfig(FourBit()), "small": None, "other/foreign": None}
-    for name, config in configs.items():
-        call = from_exact if name == "other/foreign" else load
-        with pytest.raises(ValueError, match="or missing: get|config is of another model"):
-            call(folder / name, **({} if config is None else {"quantization_config": config}))
-        with pytest.raises(FileError, match="or missing: get|config is of another model|: get both again"):
-            load_folder(folder / name, config)
-    shapes = r"'lm_head.weight' has the shape \(258, 64\), and by its config.json \(32000, 4096\): get both again"
-    with pytest.raises(FileError, match=shapes):
-        load_folder(folder / "dense")
-    with pytest.raises(FileError, match=shapes):
-        quantize_folder(folder / "dense", folder / "out", FourBit())
-    assert not (folder / "out").exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells the high-water mark of a process by itself")
 def test_a_config_without_sizes_is_refused_in_little_memory(tmp_path):
     """The defaults of a Llama take 27 GB."""
     no_sizes = dict.fromkeys([*SIZES, "head_dim"])
     write(tmp_path / "dense", "llama")
     load(tmp_path / "dense", quantization_config=LowmemConfig(FourBit())).save_pretrained(tmp_path / "small")
     write_foreign(tmp_path / "other", "gptq")
-    for name in ("dense", "small", "other/foreign"):
-        change_config(tmp_path / name, **no_sizes)
-    shown = subprocess.run(
-        [sys.executable, "-c", PEAK, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=ONE_THREAD,
-        cwd=ROOT,
-    )
-    assert int(shown.stdout) < 2**28
+    for name, config in {"dense": LowmemConfig(FourBit()), "small": None, "other/foreign": None}.items():
+        folder, call = tmp_path / name, from_exact if name == "other/foreign" else load
+        change_config(folder, **no_sizes)
+        with bounded(), pytest.raises(ValueError, match="or missing: get|config is of another model"):
+            call(folder, **({} if config is None else {"quantization_config": config}))
+        with bounded(), pytest.raises(FileError, match="or missing: get|config is of another model|: get both again"):
+            load_folder(folder, config)
+    shapes = r"'lm_head.weight' has the shape \(258, 64\), and by its config.json \(32000, 4096\): get both again"
+    with bounded(), pytest.raises(FileError, match=shapes):
+        load_folder(tmp_path / "dense")
+    with bounded(), pytest.raises(FileError, match=shapes):
+        quantize_folder(tmp_path / "dense", tmp_path / "out", FourBit())
+    assert not (tmp_path / "out").exists()
 
 
 def test_layers_without_end_and_sizes_without_bounds_are_refused_at_once(tmp_path):
@@ -231,10 +186,3 @@ def test_buffers_and_experts_without_end_are_refused_before_they_are_made(tmp_pa
         change_config(tmp_path, **changes)
         with bounded(), pytest.raises(FileError, match=says):
             load_folder(tmp_path)
-
-
-def test_a_new_head_is_no_other_model(tmp_path):
-    folder = write(tmp_path, "llama")
-    model = AutoModelForSequenceClassification.from_pretrained(folder, quantization_config=LowmemConfig(FourBit()))
-    assert config_of(model) is not None
-    assert type(model.score) is torch.nn.Linear

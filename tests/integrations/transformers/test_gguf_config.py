@@ -20,10 +20,10 @@ CONFIGS = {
     "linear": LlamaConfig(
         **SIZES, attention_bias=True, rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
     ),
-    "mistral": MistralConfig(**SIZES, head_dim=32, sliding_window=32),
+    "mistral": MistralConfig(**SIZES, head_dim=32, sliding_window=64),
     "qwen2": Qwen2Config(**SIZES, rope_parameters=YARN),
     "qwen3": Qwen3Config(**SIZES, head_dim=32),
-    "smollm3": SmolLM3Config(**SIZES, pad_token_id=None, eos_token_id=3),
+    "smollm3": SmolLM3Config(**SIZES | {"num_hidden_layers": 5}, pad_token_id=None, eos_token_id=3),
 }
 
 

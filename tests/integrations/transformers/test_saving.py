@@ -3,10 +3,7 @@
 import copy
 import json
 import pickle
-import shutil
 from contextlib import contextmanager
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +13,6 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
@@ -43,6 +39,7 @@ from lowmem.io.metadata import form_record
 from lowmem.nn.forms import CodedForm
 from lowmem.version import install_command
 from tests.integrations.transformers.folders import CONFIGS, IDS, SIZES, assert_same, load, write
+from tests.integrations.transformers.hub import copy_uploads
 from tests.integrations.transformers.tokens import write_tokenizer
 
 
@@ -204,6 +201,24 @@ def test_a_folder_that_exists_has_the_model_that_was_saved_last(tmp_path):
     assert {file.name for file in small.iterdir()} == left
 
 
+def test_the_config_of_an_older_adapter_goes_when_the_model_is_there(tmp_path, monkeypatch):
+    """transformers would load the adapter and its base in place of the model."""
+    model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
+    out = tmp_path / "out"
+    adapted = lowmem.add_adapter(copy.deepcopy(model), "default", LoRA(2))
+    lowmem.save_adapter(adapted, out, format="peft", base_name=str(tmp_path / "dense"))
+    (out / "training.json").write_text("{}")
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(OSError, match="cannot write"):
+            model.save_pretrained(out)
+    kept = ["adapter_config.json", "adapter_model.safetensors", "training.json"]
+    assert sorted(one.name for one in out.iterdir()) == kept
+    model.save_pretrained(out)
+    assert_same(load(out), model)
+    assert [(out / name).exists() for name in kept] == [False, True, True]
+
+
 def test_a_new_model_of_a_stored_one_s_config_is_refused_until_the_config_says_that_it_is_dense(tmp_path):
     """transformers writes what the config, as read from the folder, says of weights that the model does not have."""
     model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
@@ -283,29 +298,14 @@ def test_no_folder_is_read_as_random_numbers_where_nothing_says_how_it_is_stored
         assert torch.equal(found(IDS).logits, dense(IDS).logits)  # adapters are new: they add nothing yet
 
 
-def test_push_to_hub_sends_a_folder_that_loads_from_the_cache_of_the_hub(tmp_path, monkeypatch):
-    """The hub is a folder here, in the layout in which huggingface_hub caches a repository."""
-    repository = tmp_path / "models--me--small"
-    snapshot, blobs = repository / "snapshots" / ("0" * 40), repository / "blobs"
-
-    def upload(self, folder, repo_id, **_):
-        snapshot.mkdir(parents=True)
-        blobs.mkdir()
-        for number, file in enumerate(sorted(Path(folder).iterdir())):
-            shutil.copy(file, blobs / str(number))
-            (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
-        (repository / "refs").mkdir()
-        (repository / "refs" / "main").write_text("0" * 40)
-
-    made = lambda self, repo_id, **_: SimpleNamespace(repo_id=repo_id)  # noqa: E731
-    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", made)
-    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard("# small"))
-    monkeypatch.setattr(PreTrainedModel, "_upload_modified_files", upload)
+def test_what_is_pushed_to_the_hub_loads(tmp_path, monkeypatch):
+    copy_uploads(monkeypatch, tmp_path / "hub")
     model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
     model.push_to_hub("me/small", max_shard_size="20kB")
-    found = load("me/small", cache_dir=tmp_path, local_files_only=True)
-    assert_same(found, model)
-    assert (snapshot / "README.md").exists()
+    model.save_pretrained(tmp_path / "same", push_to_hub=True, repo_id="me/same")
+    for name in ("small", "same"):
+        assert_same(load(tmp_path / "hub" / "me" / name), model)
+        assert (tmp_path / "hub" / "me" / name / "README.md").exists()
 
 
 def test_without_lowmem_the_folder_says_what_is_missing(tmp_path, monkeypatch, caplog):

@@ -264,6 +264,8 @@ def test_what_cannot_be_stored_is_named(tmp_path):
         with pytest.raises(ValueError, match=r"^model.layers.0.mlp.up_proj: .*; or leave it out with skip=$"):
             load(folder, quantization_config=LowmemConfig(technique))
     read = load(folder, quantization_config=LowmemConfig(FourBit(), skip="*up_proj"))
+    reasons = {row.reason for row in summary(read) if row.path.endswith("up_proj")}
+    assert reasons == {"skip='*up_proj' leaves it out"}
     assert isinstance(read.model.layers[0].mlp.down_proj, StoredModule)
     with pytest.raises(ValueError, match=r"skip='nothing\*' matches no module"):
         load(folder, quantization_config=LowmemConfig(FourBit(), skip="nothing*"))

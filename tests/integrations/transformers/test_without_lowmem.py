@@ -5,13 +5,11 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
 import lowmem
 from lowmem import EightBit, FourBit, Half
-from tests.integrations.transformers.folders import IDS, change_config, load, write
+from tests.integrations.transformers.folders import IDS, load, write
 
 PROGRAM = """
 import json, sys
@@ -62,11 +60,3 @@ def test_folders_are_refused_by_their_shapes_and_16_bits_are_read(tmp_path):
         else:
             assert isinstance(found, str), f"{folder} was read"
             assert "ignore_mismatched_sizes" in found, folder
-
-
-def test_the_shapes_are_not_asked_for_with_ignore_mismatched_sizes(tmp_path):
-    """The documentation says that this option takes the protection away, as it does for every library's folders."""
-    lowmem.convert(load(write(tmp_path / "dense", "llama")), FourBit("nf4")).save_pretrained(tmp_path / "small")
-    change_config(tmp_path / "small", quantization_config=None)
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "small", ignore_mismatched_sizes=True)
-    assert type(found.model.layers[0].mlp.up_proj) is torch.nn.Linear

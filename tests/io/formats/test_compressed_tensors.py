@@ -1,15 +1,28 @@
-"""compressed-tensors: other bits, groups and zero points are refused, and parts that do not fit."""
+"""compressed-tensors: what is written comes back with the same codes and scales; what is not exact is refused."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from lowmem import quantize
 from lowmem.errors import FileError
+from lowmem.io.formats.codes import codes_of, uniform_block
+from lowmem.io.formats.compressed_tensors import pack, pack_again
+from lowmem.io.formats.recognize import open_foreign
+from lowmem.quant.packing import pack as pack_codes
+from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.search import CANDIDATES
+from lowmem.quant.tensor import QuantizedTensor
+from tests import strategies
 from tests.io.formats.test_recognize import values_of
-from tests.io.formats.written import opened, words
+from tests.io.formats.written import as_read, opened, same_bits, sizes, words
+from tests.rounding import default_dtype
 
 SAMPLES = Path(__file__).parent / "samples"
 INT4, MXFP4 = (load_file(SAMPLES / f"compressed-tensors-{kind}.safetensors") for kind in ("int4", "mxfp4"))
@@ -173,3 +186,191 @@ def test_a_scheme_that_8_bit_integers_and_mxfp4_do_not_have_is_refused(tmp_path)
         else:
             with layer(tmp_path, parts, scheme(**fields)):
                 pass
+
+
+def mxfp4(rows: int, columns: int, block: int, seed: int) -> QuantizedTensor:
+    """Return random codes, with scales that are 6 times powers of two, or 0."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(0, 253, (rows, -(-columns // block)), generator=generator)
+    scales = (6 * torch.exp2(exponents.double() - 127)).float()
+    scales *= torch.randint(0, 4, scales.shape, generator=generator) > 0
+    return QuantizedTensor(pack_codes(codes, block), scales, codes.shape, "fp4", block, "float32", "imported")
+
+
+@given(
+    sizes(8),
+    strategies.few_rows,
+    st.sampled_from(sorted(ENCODINGS)),
+    st.sampled_from([kind for kind in strategies.KINDS if kind != "subnormal"]),
+    strategies.seeds,
+)
+def test_integers_keep_codes_scales_and_values(tmp_path_factory, size, rows, scales, kind, seed):
+    columns, block = size
+    weight = strategies.make_weight(kind, (rows, columns), 0, seed)
+    stored = quantize(weight, "q4_0", block_size=block, scales=scales)
+    packed = pack(stored, torch.float32)
+    found = as_read(packed, tmp_path_factory.mktemp("packed") / "a.safetensors")
+    assert torch.equal(codes_of(found), codes_of(stored))
+    assert torch.equal(found.dequantize(), stored.dequantize())
+    if block == found.block_size:
+        assert torch.equal(found.packed, stored.packed)
+        assert torch.equal(found.encoding.decode(found.scales), stored.encoding.decode(stored.scales))
+
+
+@given(sizes(32), strategies.few_rows, strategies.seeds)
+def test_mxfp4_keeps_codes_scales_and_values_with_the_signs_of_zeros(tmp_path_factory, size, rows, seed):
+    columns, block = size
+    stored = mxfp4(rows, columns, block, seed)
+    found = as_read(pack(stored, torch.bfloat16), tmp_path_factory.mktemp("packed") / "a.safetensors")
+    assert (found.format, found.block_size) == ("fp4", 32)
+    assert same_bits(found.dequantize(), stored.dequantize())
+    kept = stored.scales.repeat_interleave(block, -1)[:, :columns] != 0
+    assert torch.equal(codes_of(found)[kept], codes_of(stored)[kept])
+
+
+@given(sizes(8), strategies.few_rows, st.sampled_from([torch.float16, torch.bfloat16]), strategies.seeds)
+def test_zero_points_keep_codes_scales_and_values(tmp_path_factory, size, rows, dtype, seed):
+    columns, block = size
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (rows, columns), generator=generator, dtype=torch.uint8)
+    count = -(-columns // block)
+    scales = (torch.randn(rows, count, generator=generator) + 2).to(dtype).float()
+    scales *= torch.randint(0, 4, scales.shape, generator=generator) > 0
+    zeros = torch.randint(0, 16, scales.shape, generator=generator).float()
+    parts = torch.cat([16 * scales, -zeros * scales], dim=-1)
+    stored = QuantizedTensor(
+        pack_codes(codes, block), parts, codes.shape, "uint4", block, "float32_offsets", "imported"
+    )
+    for own in (dtype, torch.float32):
+        packed = pack(stored, own)
+        assert packed.scheme == ("pack-quantized", uniform_block(stored), False)
+        path = tmp_path_factory.mktemp("packed") / "a.safetensors"
+        if own == torch.float32:  # in which the product with a zero point is exact for such scales
+            packed = replace(packed, parts={**packed.parts, "weight_scale": packed.parts["weight_scale"].to(dtype)})
+        found = as_read(packed, path)
+        assert torch.equal(codes_of(found), codes)
+        assert torch.equal(found.dequantize(), stored.dequantize())
+
+
+@pytest.mark.parametrize("kind", ["int4", "asymmetric", "mxfp4"])
+def test_what_compressed_tensors_wrote_is_written_with_the_same_bytes(kind):
+    written = load_file(SAMPLES / f"compressed-tensors-{kind}.safetensors")
+    with open_foreign(SAMPLES / f"compressed-tensors-{kind}.safetensors") as file:
+        weight = file.tensors["layer.weight"].read()
+    dtype = {"int4": torch.float32, "asymmetric": torch.float16, "mxfp4": torch.bfloat16}[kind]
+    packed = pack(weight, dtype)
+    assert written.keys() == {f"layer.{name}" for name in packed.parts}
+    for name, part in packed.parts.items():
+        assert torch.equal(part, written[f"layer.{name}"]), name
+        assert part.dtype == written[f"layer.{name}"].dtype
+
+
+def test_what_it_cannot_hold_says_why():
+    weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(0))
+    for stored, dtype, why in (
+        (quantize(weight, "nf4"), torch.float32, "levels are those of nf4"),
+        (quantize(weight, "q4_0", scales="float32_offsets"), torch.float32, "have offsets"),
+        (quantize(weight, "uint4", scales="float16_offsets"), torch.float16, "a whole zero point"),
+        (quantize(weight, "q4_0"), torch.bfloat16, "of its 12 scales are no numbers of bfloat16"),
+        (quantize(weight * 1e-7, "q4_0", scales="float32"), torch.float16, "are no numbers of float16"),
+        (quantize(weight * 1e-38, "q4_0", scales="float32"), torch.float32, "are no numbers of float32"),
+        (quantize(weight, "fp4"), torch.bfloat16, "of its 12 scales are not 6 times a power of two"),
+        (quantize(-weight, "fp4", block_size=16), torch.bfloat16, "have no blocks of 32"),
+        (mxfp4(4, 96, 32, 0), torch.float16, "the model computes in float16"),
+        (of_scales("fp4", 6 * 2.0**-127, 6 * 2.0**-128, 0), torch.bfloat16, "^1 of its 3 scales are not 6 times"),
+        (of_scales("uint4", *[16 * (1 + 2**-23)] * 2, -15 * (1 + 2**-23), 0), torch.float32, "^2 of its 2 offsets"),
+        (of_scales("uint4", *[16] * 4, 0, -15, -16, 1), torch.float32, "^2 of its 4 offsets are no scale times"),
+        (of_scales("uint4", 0, 0, 0, 1), torch.float32, "^1 of its 2 offsets are no scale times a whole zero point"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            pack(stored, dtype)
+    stored = QuantizedTensor.empty(torch.Size((1, 160)), "q4_0", 32, "float32", "imported", device="cpu")
+    stored.scales[:] = 8 * torch.tensor([1.0, 1 + 2**-9, 1 + 3 * 2**-9, 2.0, 0.5])  # exact, rounded down, and up
+    with pytest.raises(ValueError, match="^2 of its 5 scales are no numbers of bfloat16"):
+        pack(stored, torch.bfloat16)
+    # Blocks of zeros have an exponent, and a zero point, of 1 and of no shift.
+    assert pack(of_scales("fp4", 6, 0), torch.bfloat16).parts["weight_scale"].tolist() == [[127, 127]]
+    shifts = pack(of_scales("uint4", 16, 0, -3, 0), torch.float32).parts["weight_zero_point"]
+    assert shifts.bitwise_and(15).tolist() == [[3, 8]]
+
+
+def of_scales(name: str, *parts: float) -> QuantizedTensor:
+    """Return a row in blocks of 32; the second half of the parts of "uint4" are offsets."""
+    columns, encoding = (16, "float32_offsets") if name == "uint4" else (32, "float32")
+    shape = torch.Size((1, columns * len(parts)))
+    stored = QuantizedTensor.empty(shape, name, 32, encoding, "imported", device="cpu")
+    stored.packed.zero_()
+    stored.scales[:] = torch.tensor(parts)
+    return stored
+
+
+@given(
+    strategies.few_rows,
+    st.integers(1, 70),
+    st.sampled_from(["nf4", "fp4", "q4_0"]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(strategies.KINDS),
+    strategies.seeds,
+)
+def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
+    tmp_path_factory, rows, columns, name, dtype, kind, seed
+):
+    weight = strategies.make_weight(kind, (rows, columns), 0, seed)
+    stored = quantize(weight, name, block_size=32)
+    values = stored.dequantize()
+    packed, after = pack_again(values, dtype, stored)
+    assert (packed.kind == "MXFP4") == (name == "fp4" and dtype == torch.bfloat16 and columns % 32 == 0)
+    shaped = QuantizedTensor.empty(stored.shape, name, 32, stored.scale_encoding, stored.method, device="meta")
+    empty, _ = pack_again(values.to("meta"), dtype, shaped)
+    assert {name: (part.shape, part.dtype) for name, part in packed.parts.items()} == {
+        name: (part.shape, part.dtype) for name, part in empty.parts.items()
+    }
+    assert (packed.kind, packed.scheme) == (empty.kind, empty.scheme)
+    found = after if isinstance(after, torch.Tensor) else after.dequantize()
+    if packed.parts["weight_packed"].dtype == torch.uint8 or (packed.scheme[1] % 2 == 0 and packed.scheme[1] >= 8):
+        read = as_read(packed, tmp_path_factory.mktemp("packed") / "a.safetensors")
+        assert torch.equal(read.dequantize(), found)
+    # A searched scale clips the largest weight, to 7/8 of min(CANDIDATES) at the worst (MXFP4: to 6/8), and rounding
+    # it to 16 bits moves it by 2 ** -8 of that. The smallest numbers of float16 are 2 ** -24 apart.
+    clipped = max(1 - 7 / 8 * min(CANDIDATES), 1 / 4)
+    assert (found - values).abs().max() <= values.abs().amax() * (clipped + 2**-8) + 8 * 2**-24
+
+
+def test_mxfp4_anew_takes_the_better_of_two_exponents_and_integers_are_as_near_as_q4_0():
+    """The standard floors the exponent, which clips a quarter of the blocks; the next one may be nearer."""
+    weight = torch.randn(60, 128, generator=torch.Generator().manual_seed(1))
+    wide = weight * 2.0 ** torch.arange(-30, 30)[:, None]
+    wide[0, :64] = torch.tensor([2.0**127, 1.5 * 2.0**127] * 32)  # the largest exponents of float32
+    wide[1, :32] = 1.25 * 2.0**-126  # the least of the format: twice as much is no nearer
+    wide[2, :32] = 0
+    stored = quantize(wide, "fp4", scales="float32")
+    values = stored.dequantize()
+    packed, after = pack_again(values, torch.bfloat16, stored)
+    with default_dtype(torch.bfloat16):  # of tensors without one: these have their own
+        assert torch.equal(pack_again(values, torch.bfloat16, stored)[1].packed, after.packed)
+    assert packed.kind == "MXFP4"
+    blocks = values.double().view(60, -1, 32)
+    lost = (after.dequantize().double().view(60, -1, 32) - blocks).square().sum(-1)
+    largest = blocks.abs().amax(-1, keepdim=True)
+    floor = (torch.frexp(largest).exponent - 3).clamp(-127, 124).double()
+    grid, sums = torch.tensor([0.0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64), []
+    for exponent in (floor, floor + 1):
+        scaled = (blocks / torch.exp2(exponent)).abs()
+        nearest = (scaled[..., None] - grid).abs().amin(-1) * torch.exp2(exponent)
+        sums.append(nearest.square().sum(-1))
+    torch.testing.assert_close(lost, torch.minimum(*sums), rtol=1e-6, atol=0)
+    took = packed.parts["weight_scale"].double() - 127 - floor[..., 0]
+    assert torch.equal(took[lost > 0], (sums[1] < sums[0]).double()[lost > 0])
+    assert 0 < took.mean() < 1
+    narrow = quantize(weight[:32, :48], "fp4", block_size=16)
+    assert pack_again(narrow.dequantize(), torch.bfloat16, narrow)[0].kind == "int4, group_size=16"
+    stored = quantize(weight, "nf4")
+    values = stored.dequantize()
+    _, after = pack_again(values, torch.float32, stored)
+    own = quantize(values, "q4_0", block_size=32, scales="float32").dequantize()
+    torch.testing.assert_close((after - values).norm(dim=-1), (own - values).norm(dim=-1))
+    zeros = quantize(torch.zeros(1, 64), "nf4")
+    packed, after = pack_again(zeros.dequantize(), torch.float32, zeros)
+    assert packed.parts["weight_packed"].view(torch.uint8).eq(0x88).all()
+    assert not after.any()

@@ -7,7 +7,7 @@ import torch
 
 import lowmem
 from lowmem.io.formats.exported import Exported, squares, total_error
-from lowmem.io.formats.stored_model import StoredWeight
+from lowmem.io.shards import StoredWeight
 
 
 def row_of(before, after, **options):

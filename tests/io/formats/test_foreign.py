@@ -1,24 +1,15 @@
 """Weights of other programs, the parts of their layers, and a config's claims of both."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowmem import quantize
 from lowmem.io.formats.foreign import ForeignTensor, Parts, one_of
-from lowmem.io.formats.registry import FOREIGN
+from lowmem.io.formats.programs import FOREIGN
 from lowmem.io.source import Source
-from lowmem.nn.forms import CodedForm
 
 
-def test_a_weight_is_kept_as_what_it_reads():
-    weight = quantize(torch.randn(2, 3), "q4_0", block_size=8)
-    for transposed, order in ((False, None), (True, None), (False, lambda: torch.arange(2))):
-        one = ForeignTensor("a", (2, 3), "b", 5, lambda: weight, transposed=transposed, order=order)
-        assert one.kept() == replace(CodedForm.of(weight), transposed=transposed, gathered=order is not None)
-    assert ForeignTensor("a", (2,), "b", 4, lambda: torch.zeros(2).half()).kept() is torch.float16
+def test_a_weight_that_says_its_form_is_not_read_for_it():
     assert ForeignTensor("a", (2,), "b", 4, lambda: 1 / 0, lambda: torch.int8).kept() is torch.int8
 
 

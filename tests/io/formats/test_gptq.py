@@ -1,4 +1,4 @@
-"""GPTQ, written here as AutoGPTQ packs it: its modules do not install without a GPU."""
+"""GPTQ and AWQ, written here as AutoGPTQ and AutoAWQ pack them: their modules do not install without a GPU."""
 
 import json
 from contextlib import contextmanager
@@ -31,6 +31,23 @@ def layer(seed, inputs, outputs, group, zeros=None, version=1, order=None):
         "g_idx": g_idx.to(torch.int32),
     }
     return parts, ((codes - zeros[g_idx]).float() * scales[g_idx].float()).T
+
+
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # nibble i of a word is output AWQ_ORDER[i]
+
+
+def awq_layer(seed, inputs, outputs, group, zeros=None):
+    """Return the parts of a layer of AWQ, and its weight in float32."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 16, (inputs, outputs), generator=generator)
+    scales = (torch.randn(inputs // group, outputs, generator=generator) * 0.01).half()
+    zeros = torch.full(scales.shape, 8) if zeros is None else zeros
+
+    def packed(values):
+        return words(values.unflatten(-1, (-1, 8))[..., AWQ_ORDER].flatten(-2))
+
+    wide = (codes - zeros.repeat_interleave(group, 0)).float() * scales.float().repeat_interleave(group, 0)
+    return {"q.qweight": packed(codes), "q.qzeros": packed(zeros), "q.scales": scales}, wide.T
 
 
 def save(folder, parts, config=None, path="model.layers.0.q"):
@@ -92,13 +109,6 @@ def test_what_is_no_16_levels_times_scales_of_blocks_is_refused_and_its_values_a
             assert torch.equal(tensor.values(), weight)
             with pytest.raises(FileError, match="cannot be kept exactly"):
                 tensor.read()
-
-
-def test_a_group_longer_than_a_block_repeats_its_scale(tmp_path):
-    parts, weight = layer(4, 8208, 8, 8208)
-    with stored(tmp_path, parts, {"bits": 4, "group_size": -1}, path="") as tensor:
-        assert tensor.read().block_size == 2736
-        assert torch.equal(tensor.read().dequantize(), weight)
 
 
 def test_layers_of_other_bits_and_parts_that_do_not_fit_are_refused(tmp_path):
@@ -163,3 +173,30 @@ def test_zero_points_of_an_unknown_version_are_refused(tmp_path):
     (tmp_path / "model.safetensors").rename(tmp_path / "gptq_model-4bit-32g.safetensors")
     with open_foreign(tmp_path / "gptq_model-4bit-32g.safetensors") as file:
         assert file.kind == "gptq"
+
+
+@given(strategies.seeds, st.integers(1, 4), st.integers(1, 3), st.sampled_from([8, 32, 128]), st.booleans())
+def test_weights_of_awq_are_exact(tmp_path_factory, seed, groups, words_of, group, symmetric):
+    zeros = None if symmetric else torch.randint(0, 16, (groups, 8 * words_of))
+    parts, weight = awq_layer(seed, groups * group, 8 * words_of, group, zeros)
+    with opened(tmp_path_factory.mktemp("awq"), parts) as file:
+        assert file.kind == "awq"
+        stored = file.tensors["q.weight"].read()
+        assert stored.format == ("q4_0" if symmetric else "uint4")
+        assert torch.equal(stored.dequantize(), weight)
+
+
+def test_what_is_not_exact_of_awq_is_refused_and_its_values_are_known(tmp_path):
+    for reason, group, zeros in (("more bits", 16, torch.randint(0, 16, (2, 8))), ("no blocks", 4, None)):
+        parts, weight = awq_layer(1, 32, 8, group, zeros)
+        parts["q.scales"] = parts["q.scales"] if zeros is None else parts["q.scales"].float()
+        with opened(tmp_path, parts, {"group_size": group}) as file:
+            assert reason in file.tensors["q.weight"].refusal
+            assert torch.equal(file.tensors["q.weight"].values(), weight)
+    for message, changed, config in (
+        ("says group_size=8, and 'q' has 8 groups of 32 inputs; get both", parts, {"group_size": 8}),
+        ("do not fit", {**parts, "q.qzeros": parts["q.qzeros"][:1]}, {}),
+        ("lacks", {name: part for name, part in parts.items() if name != "q.qzeros"}, {}),
+    ):
+        with pytest.raises(FileError, match=message), opened(tmp_path, changed, config):
+            pass

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from lowmem.errors import FileError
 from lowmem.io.formats.recognize import open_foreign
-from tests.io.formats.test_awq import layer as awq_layer
+from tests.io.formats.test_gptq import awq_layer
 from tests.io.formats.test_gptq import layer as gptq_layer
 from tests.io.formats.test_recognize import SAMPLES, values_of
 

@@ -46,6 +46,16 @@ def test_dense_matrices_that_a_pattern_names_are_quantized_and_nothing_else():
     assert asked.error("b") is None
 
 
+def test_weights_of_8_bits_that_a_pattern_names_are_quantized_to_fewer_bits():
+    weight = EightBit(format="q8_0").store(WEIGHT)
+    tensor = ForeignTensor("a", (4, 64), "Q8_0", weight.nbytes, lambda: weight)
+    assert Requantizing(include=["a"], technique=EightBit()).of(tensor).read() is weight
+    asked = Requantizing(include=["a"], technique=FourBit("nf4"))
+    stored = asked.of(tensor).read()
+    assert torch.equal(stored.packed, FourBit("nf4").store(weight.dequantize()).packed)
+    assert asked.error("a") > 0.05
+
+
 def test_what_is_refused_is_quantized_where_its_values_are_known():
     known = ForeignTensor.refused("a", (4, 64), "GPTQ", 1, "why", lambda: WEIGHT)
     unknown = ForeignTensor.refused("b", (4, 64), "IQ2_S", 1, "why")

@@ -94,29 +94,25 @@ def test_what_lowmem_did_not_write_is_refused_with_the_remedy(tmp_path):
     text = (folder / "config.json").read_text()
     config = json.loads(text)
     record = config["quantization_config"]
-
-    def with_record(**changes):
-        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {**record, **changes}}))
-
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
     refused(tmp_path / "a.gguf", "it is a GGUF file: make it lowmem's first, by lowmem quantize")
-    with_record(quant_method="gptq")
-    refused(folder, "gptq.*lowmem quantize")
-    with_record(adapters={"model.layers.0": [{}]})
-    refused(folder, "model.layers.0.*merge")
-    with_record(layers=[{**record["layers"][0], "format": "nf5"}, *record["layers"][1:]])
-    refused(folder, "nf5")
-    with_record(layers=[{**record["layers"][0], "sorted": True}])
-    refused(folder, "sorted.*upgrade")
-    with_record(layers=record["layers"][1:])
-    refused(folder, "nothing says how")
-    with_record(layers=[{**record["layers"][0], "block_size": 32}])
-    refused(folder, "no weight in nf4, block_size=32")
-    for layers in ("x", [1], [{"names": 3}]):
-        with_record(layers=layers)
-        refused(folder, "layers=.* must be a list of objects|record of layers")
-    with_record(skip=5)  # what checks a config and its layers has tests of its own
-    refused(folder, r"config\.json.*skip=5 must be glob patterns of paths")
+    first, *others = record["layers"]
+    for changes, words in (
+        ({"quant_method": "gptq"}, "gptq.*lowmem quantize"),
+        ({"adapters": {"model.layers.0": [{}]}}, "model.layers.0.*merge"),
+        ({"layers": [{**first, "format": "nf5"}, *others]}, "nf5"),
+        ({"layers": [{**first, "sorted": True}]}, "sorted.*upgrade"),
+        ({"layers": others}, "nothing says how"),
+        ({"layers": [{**first, "block_size": 32}]}, "_scales' is .*, and no weight in nf4, block_size=32"),
+        ({"layers": [{**first, "gathered": True}]}, "_order' is None, and no weight in nf4, .* gathered has"),
+        *(
+            ({"layers": one}, "layers=.* must be a list of objects|record of layers")
+            for one in ("x", [1], [{"names": 3}])
+        ),
+        ({"skip": 5}, r"config\.json.*skip=5 must be glob patterns of paths"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, "quantization_config": {**record, **changes}}))
+        refused(folder, words)
     (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 2**63}))
     refused(folder, rf"config\.json.*num_hidden_layers={2**63}, and the folder has \d+ tensors; get it again")
     (folder / "config.json").write_text("[]")

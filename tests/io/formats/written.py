@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem.errors import FileError
+from lowmem.io.formats.gguf.container import GGUFHeader, read_header
 from lowmem.io.formats.quantized_folder import Packed
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.tensor import QuantizedTensor
@@ -53,6 +54,11 @@ def gguf(
         header += text(name) + struct.pack("<I", len(shape)) + struct.pack(f"<{len(shape)}Q", *reversed(shape))
         header += struct.pack("<IQ", kind, offset)
     return header + b"\0" * (-len(header) % 32) + data
+
+
+def header_of(path: Path) -> GGUFHeader:
+    with open(path, "rb") as file:
+        return read_header(path, file)
 
 
 QWEN = {"general.architecture": "qwen2"}

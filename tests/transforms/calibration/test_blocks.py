@@ -142,8 +142,3 @@ def test_layers_that_the_first_batch_does_not_reach_come_last():
 
     order = units(Maybe([0, 1]), batches=[torch.randn(2, 8), torch.randn(5, 8)])
     assert order == [("blocks.1", ["blocks.1.a", "blocks.1.b"]), (None, ["first"]), (None, ["last"])]
-
-
-def test_no_batches_are_refused():
-    with pytest.raises(ValueError, match="batches is empty"):
-        units_of(Runs([0]), [], [], [[nn.Linear(2, 2)]], set(), asked=False)

@@ -290,6 +290,9 @@ def test_invalid_batches_are_refused_and_the_model_stays(net, batches, error, me
     [
         (Half(), {}, TypeError, "technique=.* must be a FourBit or a Budget"),
         (FourBit, {}, TypeError, "technique=.* must be a FourBit or a Budget"),
+        (FourBit(), {"progress": 3}, TypeError, "progress=3 must be callable"),
+        (FourBit(), {"offload": 3}, TypeError, "offload=3 must be the path"),
+        (FourBit(), {"resume": 3}, TypeError, "resume=3 must be the path"),
         (Budget(4), SKIP, ValueError, r"Budget\(bits=4\) is out of reach"),
         (Budget(4.5, inputs=[]), SKIP, ValueError, "inputs is empty"),
         *(

@@ -64,11 +64,6 @@ def test_the_attention_mask_says_which_rows_count(batch, counted):
     assert found is None if counted is None else found.tolist() == counted
 
 
-def test_a_batch_of_padding_alone_is_refused():
-    with pytest.raises(ValueError, match=r"batch 3 of batches is padding alone: its attention_mask of \(2, 5\) is 0"):
-        counted_rows({"attention_mask": torch.zeros(2, 5)}, 2)
-
-
 def taken(model, layers, run, mask=None, **options):
     options = {"centred": set(), "alone": set()} | options
     inputs = Inputs(layers, options.pop("centred"), options.pop("alone"), **options)

@@ -22,12 +22,13 @@ class BlockType:
         size: weights in a block.
         nbytes: bytes of a block.
         file_type: ``general.file_type`` of a file whose matrices are mostly of it; None: lowmem writes none.
-        format: lowmem's format that has its levels; None: it has no 16 levels.
+        format: lowmem's format that has its levels; None: no format has them.
         divisor: the power of two by which lowmem's scales are divided; None: MXFP4's.
-        packed: uint8 (rows, blocks, nbytes) -> codes, packed as lowmem does, (rows, blocks, size / 2).
+        packed: uint8 (rows, blocks, nbytes) -> codes, packed as lowmem does, (rows, blocks, size / 2); in 8 bits
+            (rows, blocks, size).
         factors: the same -> float32 (rows, blocks, scales of a block): the scales divided by ``divisor``.
         offsets: the same -> float32 offsets, as many as scales; None: the type has none.
-        dense: the same -> the weights, (rows, blocks, size), in ``dtype``.
+        dense: the same -> the weights, (rows, blocks, size), in ``dtype``; with a format, those of vectors.
         dtype: that holds them exactly.
         refusal: why it is not read.
     """
@@ -177,7 +178,17 @@ BLOCKS = MappingProxyType(
         13: BlockType("Q5_K", 256, 176, dense=_q5_k),
         6: BlockType("Q5_0", 32, 22, dense=lambda raw: _half(raw) * (_q5(raw, 2) - 16)),
         7: BlockType("Q5_1", 32, 24, dense=lambda raw: _half(raw) * _q5(raw, 4) + _half(raw, 2)),
-        8: BlockType("Q8_0", 32, 34, 7, dense=lambda raw: _half(raw) * _view(raw[..., 2:], torch.int8).float()),
+        8: BlockType(
+            "Q8_0",
+            32,
+            34,
+            7,
+            "q8_0",
+            1.0,
+            lambda raw: raw[..., 2:] ^ 128,
+            _half,
+            dense=lambda raw: _half(raw) * _view(raw[..., 2:], torch.int8).float(),
+        ),
         14: BlockType("Q6_K", 256, 210, dense=_q6_k),
         **{
             number: BlockType(name, size, nbytes, refusal=_NO_LEVELS)
@@ -202,12 +213,10 @@ BLOCKS = MappingProxyType(
 Q2_K and Q5_K add, and round once, as ggml does."""
 
 SIZE = 32  # weights of a block, in the types that are written
-EIGHT_BIT = 8
-"""The type of weights in 8 bits, Q8_0: ``d * code`` with d in float16, which takes rounding from lowmem's scales."""
 
 KINDS = {block.format: kind for kind, block in BLOCKS.items() if block.format and block.size == SIZE}
 SUPERBLOCKS = {block.format: kind for kind, block in BLOCKS.items() if block.format and block.size > SIZE}
-"""Types with 16 levels by lowmem's format that has them: those with a scale for each block, and Q4_K and IQ4_XS."""
+"""Types by lowmem's format that has their levels: those with a scale for each block, and Q4_K and IQ4_XS."""
 
 DENSE = {block.dtype: kind for kind, block in BLOCKS.items() if block.size == 1}
 """The types of dense tensors."""

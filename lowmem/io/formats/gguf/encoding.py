@@ -20,12 +20,16 @@ from lowmem.io.formats.codes import as_bytes, codes_of, offsets_of, remapped, sc
 from lowmem.io.formats.gguf.blocks import BLOCKS, KINDS, SIZE, SUPERBLOCKS
 from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_of
 from lowmem.nn.forms import CodedForm
+from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack, unpack
 from lowmem.quant.quantize import quantize
 from lowmem.quant.tensor import QuantizedTensor
 
 _NIBBLES = tuple(E2M1_CODES.index(code) for code in range(16))
 """The bits of an E2M1 number for each code of ``fp4``. ggml reads -0 as 0."""
+
+AGAIN = {4: "iq4_nl", 8: "q8_0"}
+"""By the bits of a weight: the format in which it is quantized again."""
 
 _BLOCKS = 8  # of 32 weights in a superblock
 _CHUNK = 2**14  # superblocks that are factored at a time: a few MiB
@@ -64,7 +68,8 @@ def in_blocks(weight: QuantizedTensor) -> QuantizedTensor | None:
 
 
 def nearest_format(weight: QuantizedTensor) -> str:
-    """Return the key of ``KINDS`` for a weight that GGUF does not hold: its own if rounding its scales is enough."""
+    """Return the key of ``KINDS`` for a weight that GGUF does not hold: its own if rounding its scales is enough, or
+    the one with as many bits."""
     columns = weight.shape[-1]
     if columns % SIZE:
         raise ValueError(f"rows of {columns} are no multiple of {SIZE}, the blocks of GGUF")
@@ -72,7 +77,7 @@ def nearest_format(weight: QuantizedTensor) -> str:
         scales, *offsets = _scales_and_offsets(weight, weight.block_size)
         if all(bool(part.half().isfinite().all()) for part in (scales / divisor, *offsets)):
             return weight.format
-    return "iq4_nl"
+    return AGAIN[get_format(weight.format).bits]
 
 
 def nearest(weight: QuantizedTensor | Tensor, format: str) -> QuantizedTensor:
@@ -96,8 +101,8 @@ def nearest(weight: QuantizedTensor | Tensor, format: str) -> QuantizedTensor:
 def rows_of(blocks: QuantizedTensor) -> Tensor:
     """Return the bytes of a weight that ``in_blocks`` or ``nearest`` returned: uint8 (rows, bytes)."""
     divisor, matrix = _divisor(blocks.format), blocks.as_matrix()
-    packed = matrix.packed.view(len(matrix.packed), -1, SIZE // 2)  # (rows, blocks, 16)
     scales, *offsets = _scales_and_offsets(matrix, SIZE)
+    packed = matrix.packed.view(*scales.shape, -1)  # (rows, blocks, 16 or 32)
     if divisor is None:
         packed = remapped(packed, _NIBBLES).masked_fill(scales[..., None] == 0, 0)  # no exponent makes others zeros
         heads = [exponents_of(scales)[0].to(torch.uint8)[..., None]]
@@ -105,6 +110,7 @@ def rows_of(blocks: QuantizedTensor) -> Tensor:
         if BLOCKS[KINDS[blocks.format]].offsets is not None:
             offsets = offsets or [torch.zeros_like(scales)]
         heads = [as_bytes(head.half()[..., None]) for head in (scales / divisor, *offsets)]
+        packed = packed ^ 128 if get_format(blocks.format).bits == 8 else packed
     return torch.cat([*heads, packed], dim=-1).flatten(1)
 
 
@@ -126,19 +132,6 @@ def superblock_rows(weight: QuantizedTensor) -> Tensor | None:
     return None if raw is None else raw.view(len(matrix.packed), -1)
 
 
-def eight_bit_rows(weight: QuantizedTensor) -> tuple[Tensor, Tensor]:
-    """Return the values of Q8_0 nearest to a weight's, float32 (..., n), and their bytes, uint8 (rows, bytes)."""
-    values = weight.as_matrix().dequantize()
-    parts = values.view(len(values), -1, SIZE)  # (rows, blocks, 32)
-    scales = (parts.abs().amax(-1, keepdim=True) / 127).half()
-    if not bool(scales.isfinite().all()):
-        raise ValueError("it has values beyond the scales of Q8_0; write it with --dtype f32")
-    steps = scales.float()
-    codes = (parts / steps.masked_fill(steps == 0, 1)).round().clamp(-127, 127)
-    raw = torch.cat([as_bytes(scales), as_bytes(codes.to(torch.int8))], dim=-1)
-    return (codes * steps).view(weight.shape), raw.flatten(1)
-
-
 def dense_rows(weight: Tensor) -> Tensor:
     """Return the bytes of a dense tensor, uint8, one-dimensional."""
     return weight.detach().contiguous().view(-1).view(torch.uint8)
@@ -150,7 +143,8 @@ def _divisor(format: str) -> float | None:
 
 def _spread(weight: QuantizedTensor) -> QuantizedTensor:
     """Return the same weight in blocks of 32, with float32 scales: (..., columns / 32)."""
-    packed = weight.packed if weight.block_size == SIZE else pack(codes_of(weight), SIZE)
+    is_packed = weight.block_size == SIZE or get_format(weight.format).bits == 8
+    packed = weight.packed if is_packed else pack(codes_of(weight), SIZE)
     scales = torch.cat(_scales_and_offsets(weight, SIZE), dim=-1)
     encoding = "float32_offsets" if weight.has_offsets else "float32"
     return replace(weight, packed=packed, scales=scales, block_size=SIZE, scale_encoding=encoding)

@@ -20,6 +20,8 @@ from lowmem.io.formats.gguf.container import GGUFHeader, Placed, read_header
 from lowmem.io.formats.gguf.names import Names, names_of
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
+from lowmem.quant.formats import get_format
+from lowmem.quant.packing import code_bytes
 
 CHUNK_BYTES = 2**20  # of a file, that are decoded at a time
 
@@ -66,7 +68,9 @@ class _Values:
         """Return the packed codes, or nothing, and in float32 the scales and the offsets (rows, blocks), or None."""
         block = self.block
         assert block.packed
-        packed = torch.empty(self.rows if with_codes else 0, self.columns // 2, dtype=torch.uint8)
+        assert block.format
+        width = code_bytes(self.columns, get_format(block.format).bits)
+        packed = torch.empty(self.rows if with_codes else 0, width, dtype=torch.uint8)
         scales, offsets = [], []
         for rows, raw in self.chunks():
             if with_codes:
@@ -134,11 +138,12 @@ def _foreign(path: Path, file: BufferedReader, tensor: Placed, name: str, names:
         kind = f"type {tensor.type}" if block is None else block.name
         why = "lowmem does not know this type; take the model's Q4_K_M, Q4_0, Q8_0 or F16 file"
         return ForeignTensor.refused(name, tensor.shape, kind, tensor.nbytes, (block and block.refusal) or why)
-    if block.format is not None and len(tensor.shape) == 1:
+    has_rows = len(tensor.shape) > 1
+    if block.dense is None and not has_rows:
         why = "a vector has no rows of blocks; take the model's F16 file"
         return ForeignTensor.refused(name, tensor.shape, block.name, tensor.nbytes, why)
     order = names.row_order(tensor.name, tensor.shape[0]) if len(tensor.shape) < 3 else None
     values = _Values(path, file, tensor, block, order)
-    if block.format is None:
+    if block.format is None or not has_rows:
         return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes, values.dense, lambda: block.dtype)
     return ForeignTensor(name, tensor.shape, block.name, tensor.nbytes, values.read, values.kept)

@@ -18,11 +18,11 @@ from torch import Tensor
 from lowmem.errors import printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import check_writable, open_regular, read_into
 from lowmem.io.formats.exported import Exported
-from lowmem.io.formats.gguf.blocks import BLOCKS, DENSE, EIGHT_BIT, KINDS
+from lowmem.io.formats.gguf.blocks import BLOCKS, DENSE, KINDS
 from lowmem.io.formats.gguf.container import Field, Placed, encode_field, write_file
 from lowmem.io.formats.gguf.encoding import (
+    AGAIN,
     dense_rows,
-    eight_bit_rows,
     exact_rows,
     inexact,
     nearest,
@@ -32,7 +32,8 @@ from lowmem.io.formats.gguf.encoding import (
 from lowmem.io.formats.gguf.fields import Existing, architecture_of, model_fields, read_existing, rope_factors
 from lowmem.io.formats.gguf.names import Names, names_of
 from lowmem.io.formats.gguf.tokenizer import tokenizer_fields
-from lowmem.io.formats.stored_model import StoredModel, StoredWeight, open_stored
+from lowmem.io.formats.stored_model import StoredModel, open_stored
+from lowmem.io.shards import StoredWeight
 from lowmem.quant.tensor import QuantizedTensor
 
 NO_TOKENIZER = (
@@ -70,11 +71,11 @@ def write_gguf(
 ) -> list[Exported]:
     """Write a model as a GGUF file, as ``export`` does.
 
-    Weights whose levels, blocks and scales a type of GGUF has are written code for code: "q4_0", "iq4_nl" and "uint4"
-    in blocks of a multiple of 32 with float16 scales, "uint4" and "iq4_nl" with the scales of Q4_K and IQ4_XS, and
-    "fp4" whose scales are 6 times a power of two. Others become the nearest that is exact: with rounded scales, as
-    IQ4_NL, or as Q8_0 what is stored in 8 bits. Dense matrices stay in their dtype; vectors become float32. The rows
-    of q and k are put into llama.cpp's order. The same source gives the same bytes.
+    Weights whose levels, blocks and scales a type of GGUF has are written code for code: "q4_0", "iq4_nl", "uint4"
+    and "q8_0" in blocks of a multiple of 32 with float16 scales, "uint4" and "iq4_nl" with the scales of Q4_K and
+    IQ4_XS, and "fp4" whose scales are 6 times a power of two. Others become the nearest that is exact: with rounded
+    scales, as IQ4_NL, or as Q8_0 what is stored in 8 bits. Dense matrices stay in their dtype; vectors become
+    float32. The rows of q and k are put into llama.cpp's order. The same source gives the same bytes.
 
     Warns:
         UserWarning: the file has no tokenizer.
@@ -173,10 +174,8 @@ def _kind(
         raise ValueError(reason)
     if weight.shape[-1] % 32:
         return DENSE[torch.float16], partial(_dense, torch.float16)
-    if form.bits > 4:
-        return EIGHT_BIT, eight_bit_rows
     values = weight.plain()
-    format = nearest_format(values) if isinstance(values, QuantizedTensor) else "iq4_nl"
+    format = nearest_format(values) if isinstance(values, QuantizedTensor) else AGAIN[form.bits]
     return KINDS[format], partial(_nearest, format)
 
 

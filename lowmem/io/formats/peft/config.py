@@ -5,9 +5,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 from lowmem.errors import show
@@ -18,7 +17,7 @@ MERGE = "merge it in PEFT, merge_and_unload(), and convert the model that this r
 
 # Keys that do not change what a trained adapter computes.
 _WITHOUT_EFFECT = {
-    "peft_type", "auto_mapping", "base_model_name_or_path", "parent_library", "revision", "task_type",
+    "r", "lora_alpha", "peft_type", "auto_mapping", "parent_library", "revision", "task_type",
     "inference_mode", "peft_version", "runtime_config", "megatron_core", "fan_in_fan_out", "init_lora_weights",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size",
 }  # fmt: skip
@@ -35,43 +34,55 @@ _REFUSED = {
     "ensure_weight_tying": "it ties adapters to each other (ensure_weight_tying)",
 }
 
+_BIASES = ("none", "all", "lora_only")
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(one, str) and one for one in value)
+
+
+def _is_targets(value: Any) -> bool:
+    return _is_names(value) or (isinstance(value, str) and value != "")
+
+
+def _is_numbers(value: Any) -> bool:
+    return all(type(one) is int for one in (value if isinstance(value, list) else [value]))
+
+
+# By key: what stands for None, whether another value fits, and what it must be.
+_FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "base_model_name_or_path": ("", lambda one: isinstance(one, str), "must be a string"),
+    "lora_dropout": (0, lambda one: type(one) in (int, float) and 0 <= one < 1, "must be at least 0 and below 1"),
+    "use_rslora": (False, lambda one: isinstance(one, bool), "must be true or false"),
+    "bias": ("none", lambda one: one in _BIASES, f"is none of {', '.join(_BIASES)}"),
+    "rank_pattern": ({}, lambda one: isinstance(one, dict), "must be an object"),
+    "alpha_pattern": ({}, lambda one: isinstance(one, dict), "must be an object"),
+    "target_modules": (None, _is_targets, "must be a list of names"),
+    "target_parameters": ([], _is_names, "must be a list of names"),
+    "exclude_modules": ([], _is_targets, "must be a list of names"),
+    "layers_to_transform": ([], _is_numbers, "must be numbers of layers"),
+    "layers_pattern": ([], lambda one: one == "" or _is_targets(one), "must be a list of names"),
+    "modules_to_save": ([], _is_names, "must be a list of names"),
+}
+
 _LITERAL = re.compile(r"\^?((?:[\w-]|\\.)+)")
 
 
-@dataclass(frozen=True)
 class PeftConfig:
-    """What a config says.
+    """What a config says: the layers that it means, and their ranks and alphas.
 
     Attributes:
-        technique: without patterns.
-        ranks, alphas: the values of ``rank_pattern`` and ``alpha_pattern``.
-        target_modules: ends of paths, a regular expression, or None for the modules that the tensors name.
+        default: the technique of layers that no pattern names.
         target_parameters: ends of names.
-        excluded: ends of paths, or a regular expression.
-        layers: the numbers of the layers that are adapted, or None for all.
-        layers_pattern: what stands before the number of a layer.
-        modules_to_save: how paths end of modules that are stored whole.
         biases: whether biases of the base are stored, too.
         base: the name of the base, or None.
+
+    Raises:
+        ValueError: it is no config of LoRA, or has something without a form here; or matching takes too long, of
+            methods, too.
     """
 
-    technique: LoRA
-    ranks: Mapping[str, int]
-    alphas: Mapping[str, float]
-    target_modules: frozenset[str] | str | None
-    target_parameters: frozenset[str]
-    excluded: frozenset[str] | str
-    layers: frozenset[int] | None
-    layers_pattern: tuple[str, ...]
-    modules_to_save: tuple[str, ...]
-    biases: bool
-    base: str | None
-
-    @classmethod
-    def parsed(cls, content: object) -> PeftConfig:
-        """Return what a file holds; a ValueError if it is no config of LoRA, or has something without a form here."""
-        if not isinstance(content, dict):
-            raise ValueError(f"it is {show(content)}, and must be an object")
+    def __init__(self, content: Mapping[str, Any]) -> None:
         kind = content.get("peft_type")
         if kind != "LORA":
             what = "names no peft_type" if kind is None else f"is of the type {show(kind)}"
@@ -85,45 +96,36 @@ class PeftConfig:
                 f"init_lora_weights={show(init)} has changed the base's weights, too; convert the adapter in PEFT, "
                 "save_pretrained(path_initial_model_for_weight_conversion=...), or merge it there"
             )
-        fields = _Fields(content)
-        found = cls(
-            technique=LoRA(
-                rank=fields.rank("r", content.get("r", 8)),
-                alpha=fields.alpha("lora_alpha", content.get("lora_alpha", 8)),
-                dropout=fields.dropout(),
-                rank_stabilized=fields.flag("use_rslora"),
-            ),
-            ranks=fields.patterns("rank_pattern", fields.rank),
-            alphas=fields.patterns("alpha_pattern", fields.alpha),
-            target_modules=fields.names_or_pattern("target_modules"),
-            target_parameters=frozenset(fields.names("target_parameters")),
-            excluded=fields.names_or_pattern("exclude_modules") or frozenset(),
-            layers=fields.numbers("layers_to_transform"),
-            layers_pattern=fields.names("layers_pattern", single=True),
-            modules_to_save=fields.names("modules_to_save"),
-            biases=fields.biases(),
-            base=fields.text("base_model_name_or_path"),
-        )
+        given: dict[str, Any] = {}
+        for key, (default, fits, what) in _FIELDS.items():
+            value = content.get(key)
+            given[key] = default if value is None else _checked(key, value, fits(value), what)
         for key, value in content.items():
-            if value and key not in fields.read:
+            if value and key not in _FIELDS and key not in _WITHOUT_EFFECT:
                 name = key if key.isidentifier() and len(key) < 60 else show(key)
                 raise ValueError(
                     f"{name}={show(value)} is something that lowmem does not know, and may change what the adapter "
                     f"computes; upgrade lowmem, or {MERGE}"
                 )
-        return found
-
-
-class Matcher:
-    """Finds the layers that a config means, and their ranks and alphas; a ValueError if matching takes too long."""
-
-    def __init__(self, config: PeftConfig) -> None:
-        self._config, budget = config, Budget()
-        self._targets = _targets(config.target_modules, budget)
-        self._excluded = Pattern(config.excluded, budget) if isinstance(config.excluded, str) else config.excluded
+        rank, alpha = _rank("r", content.get("r", 8)), _alpha("lora_alpha", content.get("lora_alpha", 8))
+        ranks = {one: _rank(f"rank_pattern of {show(one)}", of) for one, of in given["rank_pattern"].items()}
+        alphas = {one: _alpha(f"alpha_pattern of {show(one)}", of) for one, of in given["alpha_pattern"].items()}
+        numbers, prefixes = given["layers_to_transform"], given["layers_pattern"]
+        budget = Budget()
+        self.default = LoRA(rank, alpha, float(given["lora_dropout"]), given["use_rslora"])
+        self.target_parameters = frozenset(given["target_parameters"])
+        self.biases = given["bias"] != "none"
+        self.base = given["base_model_name_or_path"] or None
+        self._targets = _targets(given["target_modules"], budget)
+        excluded = given["exclude_modules"]
+        self._excluded = Pattern(excluded, budget) if isinstance(excluded, str) else frozenset(excluded)
+        self._layers = None if numbers == [] else frozenset(numbers if isinstance(numbers, list) else [numbers])
+        names = [prefixes] if prefixes and isinstance(prefixes, str) else [*prefixes]
+        self._numbered = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
+        self._saved_ends = tuple(given["modules_to_save"])
         # As check_target_module_exists of PEFT has it: nothing inside of what is stored whole is adapted.
-        self._saved = [Pattern(rf"(^|.*\.){one}($|\..*)", budget) for one in config.modules_to_save]
-        self._ranks, self._alphas = (_ByPattern(found, budget) for found in (config.ranks, config.alphas))
+        self._saved = [Pattern(rf"(^|.*\.){one}($|\..*)", budget) for one in self._saved_ends]
+        self._ranks, self._alphas = (_ByPattern(found, budget) for found in (ranks, alphas))
 
     @property
     def names_modules(self) -> bool:
@@ -132,7 +134,7 @@ class Matcher:
 
     def takes(self, path: str) -> bool:
         """Whether the module at a path is adapted."""
-        named, layers = self._targets, self._config.layers
+        named, layers = self._targets, self._layers
         if not _is_named(named, path) or _is_named(self._excluded, path):
             return False
         if any(one.matches(path) for one in self._saved):
@@ -141,22 +143,20 @@ class Matcher:
 
     def takes_parameter(self, name: str) -> bool:
         """Whether a parameter is adapted by its full name."""
-        return _is_named(self._config.target_parameters, name)
+        return _is_named(self.target_parameters, name)
 
     def saves(self, path: str) -> bool:
         """Whether the module at a path is stored whole."""
-        return path.endswith(self._config.modules_to_save)
+        return path.endswith(self._saved_ends)
 
     def technique(self, place: str) -> LoRA:
         """Return the rank and alpha of a module's path, or a parameter's full name."""
-        own = self._config.technique
+        own = self.default
         rank, alpha = self._ranks.of(place, own.rank), self._alphas.of(place, own.alpha)
         return LoRA(rank, alpha, own.dropout, own.rank_stabilized)
 
     def _layer(self, path: str) -> int | None:
-        names = self._config.layers_pattern
-        patterns = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
-        found = next((found for one in patterns if (found := re.match(one, path))), None)
+        found = next((found for one in self._numbered if (found := re.match(one, path))), None)
         return None if found is None or len(found[1]) > 9 else int(found[1])
 
 
@@ -164,8 +164,7 @@ class _ByPattern:
     """Values by a regular expression, of which the first one counts that matches a place, or its end."""
 
     def __init__(self, values: Mapping[str, Any], budget: Budget) -> None:
-        self._literal: dict[str, tuple[int, Any]] = {}
-        self._whole: dict[str, tuple[int, Any]] = {}
+        self._literal: dict[tuple[bool, str], tuple[float, Any]] = {}  # by whether it is a whole place, and the text
         self._patterns: list[tuple[int, Pattern, Any]] = []
         for number, (text, value) in enumerate(values.items()):
             literal = _LITERAL.fullmatch(text)
@@ -173,23 +172,25 @@ class _ByPattern:
             if plain is None or re.search(r"\\[0-9A-Za-z]", text):
                 self._patterns.append((number, Pattern(rf"(.*\.)?({text})$", budget), value))
             else:  # most are: files name hundreds of layers, and no automaton is needed
-                (self._whole if text.startswith("^") else self._literal).setdefault(plain, (number, value))
+                self._literal.setdefault((text.startswith("^"), plain), (number, value))
 
     def of(self, place: str, default: Any) -> Any:
         """Return the value of a place."""
-        found = [self._whole[place]] if place in self._whole else []
-        found += [self._literal[end] for end in ends_of(place) if end in self._literal]
-        first = min((number for number, _ in found), default=math.inf)
+        keys = [(True, place), *((False, end) for end in ends_of(place))]
+        found = (self._literal[key] for key in keys if key in self._literal)
+        first, literal = min(found, default=(math.inf, default), key=lambda one: one[0])
         for number, pattern, value in self._patterns:
             if number < first and pattern.matches(place):
                 return value
-        return next((value for number, value in found if number == first), default)
+        return literal
 
 
-def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
-    """Return what finds the modules; None for a pattern that an automaton cannot hold, as one that looks ahead."""
-    if not isinstance(given, str):
-        return given
+def _targets(given: list[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
+    """Return what finds the modules; None: the tensors name them, as for a pattern that no automaton can hold."""
+    if given is None or given == "all-linear":  # which PEFT replaces by names before it saves
+        return None
+    if isinstance(given, list):
+        return frozenset(given)
     try:
         return Pattern(given, budget)
     except ValueError:
@@ -200,13 +201,10 @@ def _targets(given: frozenset[str] | str | None, budget: Budget) -> frozenset[st
         raise
 
 
-def ends_of(path: str) -> Iterator[str]:
-    """Yield a path and what is left of it behind each dot."""
-    while True:
-        yield path
-        _, dot, path = path.partition(".")
-        if not dot:
-            return
+def ends_of(path: str) -> list[str]:
+    """Return a path and what is left of it behind each dot."""
+    parts = path.split(".")
+    return [".".join(parts[start:]) for start in range(len(parts))]
 
 
 def _is_named(given: Any, path: str) -> bool:
@@ -215,65 +213,13 @@ def _is_named(given: Any, path: str) -> bool:
     return given is not None and any(end in given for end in ends_of(path))
 
 
-class _Fields:
-    """Reads the values of a config, each with the type that it must have, and notes which were read."""
+def _rank(what: str, value: Any) -> Any:
+    return _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
-        self._content, self.read = content, {*_WITHOUT_EFFECT, "r", "lora_alpha"}
 
-    def _get(self, key: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
-        """Return a value, or the default for None."""
-        self.read.add(key)
-        value = self._content.get(key)
-        value = default if value is None else value
-        return _checked(key, value, fits(value), what)
-
-    def rank(self, what: str, value: Any) -> Any:
-        return _checked(what, value, type(value) is int and value >= 1, "must be a positive integer")
-
-    def alpha(self, what: str, value: Any) -> Any:
-        fits = type(value) in (int, float) and 0 < value < math.inf
-        return _checked(what, value, fits, "must be a positive number")
-
-    def dropout(self) -> float:
-        fits = lambda value: type(value) in (int, float) and 0 <= value < 1  # noqa: E731
-        return float(self._get("lora_dropout", 0.0, fits, "must be at least 0 and below 1"))
-
-    def flag(self, key: str) -> bool:
-        return bool(self._get(key, False, lambda value: isinstance(value, bool), "must be true or false"))
-
-    def biases(self) -> bool:
-        known = ("none", "all", "lora_only")
-        return bool(self._get("bias", "none", known.__contains__, f"is none of {', '.join(known)}") != "none")
-
-    def text(self, key: str) -> str | None:
-        return self._get(key, "", lambda value: isinstance(value, str), "must be a string") or None
-
-    def patterns(self, key: str, read: Callable[[str, Any], Any]) -> dict[str, Any]:
-        value = self._get(key, {}, lambda value: isinstance(value, dict), "must be an object")
-        return {pattern: read(f"{key} of {show(pattern)}", one) for pattern, one in value.items()}
-
-    def names(self, key: str, single: bool = False) -> tuple[str, ...]:
-        """Return a list of names; ``single``: or the only one."""
-        own = self._content.get(key)
-        if single and isinstance(own, str):
-            self.read.add(key)
-            return (own,) if own else ()
-        fits = lambda value: isinstance(value, list) and all(isinstance(one, str) and one for one in value)  # noqa: E731
-        return tuple(self._get(key, [], fits, "must be a list of names"))
-
-    def names_or_pattern(self, key: str) -> frozenset[str] | str | None:
-        value = self._content.get(key)
-        if value is None or (isinstance(value, str) and value):
-            self.read.add(key)
-            return None if value == "all-linear" else value  # which PEFT replaces by names before it saves
-        return frozenset(self.names(key))
-
-    def numbers(self, key: str) -> frozenset[int] | None:
-        own = self._content.get(key)
-        numbers = own if isinstance(own, list) else [] if own is None else [own]
-        fits = all(type(one) is int for one in numbers)
-        return frozenset(numbers) if self._get(key, [], lambda _: fits, "must be numbers of layers") != [] else None
+def _alpha(what: str, value: Any) -> Any:
+    fits = type(value) in (int, float) and 0 < value < math.inf
+    return _checked(what, value, fits, "must be a positive number")
 
 
 def _checked(key: str, value: Any, fits: bool, what: str) -> Any:

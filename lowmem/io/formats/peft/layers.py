@@ -9,7 +9,7 @@ outermost, and B is (out, rank * E) with the experts innermost.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -76,7 +76,6 @@ class Slot:
         return value.reshape(shape)
 
 
-@dataclass
 class Layers:
     """The layers of a model that PEFT adapts, by what its config calls them.
 
@@ -84,32 +83,30 @@ class Layers:
         model: with or without lowmem's adapters.
         modules: paths of ``target_modules``.
         parameters: full names of ``target_parameters``.
-        slots: of all adapted parameters; filled here.
+
+    Attributes:
+        slots: of all adapted parameters.
 
     Raises:
         ValueError: PEFT, or lowmem, cannot adapt one of them.
     """
 
-    model: nn.Module
-    modules: Iterable[str]
-    parameters: Iterable[str]
-    slots: list[Slot] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.modules = dict.fromkeys(self.modules)
-        self._paths = module_paths(self.model)
+    def __init__(self, model: nn.Module, modules: Iterable[str], parameters: Iterable[str]) -> None:
+        self.slots: list[Slot] = []
+        modules = dict.fromkeys(modules)
+        self._paths = module_paths(model)
         self._by_path = {path: module for module, paths in self._paths.items() for path in paths}
         self._projections = {id(one.out_proj) for one in self._paths if isinstance(one, nn.MultiheadAttention)}
-        self._depth = dict.fromkeys(self.modules, 1)
+        self._depth = dict.fromkeys(modules, 1)
         owned: dict[str, set[str]] = {}
-        for name in self.parameters:
+        for name in parameters:
             owner, _, own = name.rpartition(".")
             owned.setdefault(owner, set()).add(own)
         targeted: dict[str, list[str]] = {}  # in the order of the module
         for path, own_names in owned.items():
             targeted[path] = [name for name in dense_parameters(self._module_at(path)) if name in own_names]
             self._depth[path] = self._depth.get(path, 0) + len(targeted[path])
-        for path in self.modules:
+        for path in modules:
             self._add_module(path)
         for path, names in targeted.items():
             self._add_parameters(path, names)

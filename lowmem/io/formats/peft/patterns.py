@@ -6,9 +6,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Iterable
-from itertools import pairwise
-from re import _constants as kinds  # type: ignore[attr-defined]  # public in no version of Python
-from re import _parser  # type: ignore[attr-defined]
 from typing import Any
 
 from lowmem.errors import show
@@ -18,19 +15,23 @@ MAX_STATES = 4000
 MAX_REPEAT = 1000
 MOST_STEPS = 10_000_000  # one or two seconds
 STEPS_OF_STATE = 20  # of making one
+STEPS_OF_WIDE_SET = 20_000  # of compiling a set of characters beyond ASCII: 3 ms
 
-_Test = Callable[[str], bool]
+_TOKEN = re.compile(
+    r"\((?:\?(?:P<\w+>|.))?"  # the start of a group
+    r"|(?:[*+?]|\{(?:[0-9]+(?:,[0-9]*)?|,[0-9]*)\})[?+]?"  # a repetition
+    r"|\[\^?\]?(?:\\.|[^]\\])*\]"  # a set of characters
+    r"|\\.|.",
+    re.DOTALL,
+)
+_GROUP = re.compile(r"\((?:\?:|\?P<\w+>)?")
+_REFUSED = re.compile(r"\(\?.*|(?:[*+?]|\{.*\})\+|\\[ABZbzxuUN0-9]", re.DOTALL)
+"""Tokens that look elsewhere, have flags, are possessive, or are no single character; some are rare characters."""
+_WIDE = re.compile(r"[^\0-\x7f]|\\[uUN]")
+_REPEATS: dict[str, tuple[int, int | None]] = {"*": (0, None), "+": (1, None), "?": (0, 1)}
+
+_Test = Callable[[str], Any]
 _Fragment = tuple[int, int]  # the states at which a part of the pattern begins and ends
-
-_CLASSES: dict[Any, _Test] = {
-    kinds.CATEGORY_DIGIT: str.isdecimal,
-    kinds.CATEGORY_NOT_DIGIT: lambda c: not c.isdecimal(),
-    kinds.CATEGORY_SPACE: str.isspace,
-    kinds.CATEGORY_NOT_SPACE: lambda c: not c.isspace(),
-    kinds.CATEGORY_WORD: lambda c: c.isalnum() or c == "_",
-    kinds.CATEGORY_NOT_WORD: lambda c: not (c.isalnum() or c == "_"),
-}
-_ANCHORS = {kinds.AT_BEGINNING: "^", kinds.AT_END: "$"}
 
 
 class Budget:
@@ -56,17 +57,20 @@ class Pattern:
         self._known: dict[tuple[frozenset[int], str], frozenset[int]] = {}
         if len(text) > MAX_LENGTH:
             raise ValueError(f"pattern {show(text)} has {len(text)} characters, more than {MAX_LENGTH}")
+        tokens = _TOKEN.findall(text)
+        for token in tokens:
+            if _REFUSED.fullmatch(token) and not _GROUP.fullmatch(token):
+                self._fail(f"has {token} of Python's re, which lowmem does not match")
+        budget.spend(STEPS_OF_WIDE_SET * sum(token[0] == "[" and _WIDE.search(token) is not None for token in tokens))
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what a later Python may read otherwise
-                parsed = _parser.parse(text)
-            self._begin, self._end = self._sequence(parsed)
+                re.compile(text)
+            self._begin, self._end = self._alternatives(_parsed(tokens))
         except RecursionError:
             self._fail("has too many groups in each other")
         except (re.error, OverflowError) as reason:
             self._fail(f"is none: {reason}")
-        if parsed.state.flags & ~re.UNICODE:
-            self._fail("has flags, which lowmem does not match")
 
     def matches(self, text: str) -> bool:
         """Whether the whole of a text matches; a ValueError if the budget is spent."""
@@ -102,63 +106,61 @@ class Pattern:
         self._silent.append([])
         return len(self._silent) - 1
 
-    def _sequence(self, parts: Iterable[tuple[Any, Any]]) -> _Fragment:
-        found = [self._part(kind, value) for kind, value in parts]
-        for (_, end), (begin, _) in pairwise(found):
-            self._silent[end].append(("", begin))
-        if found:
-            return found[0][0], found[-1][1]
-        return (only := self._state()), only
-
-    def _part(self, kind: Any, value: Any) -> _Fragment:
-        if kind in (kinds.MAX_REPEAT, kinds.MIN_REPEAT):  # as few as possible: the same texts match
-            return self._repeated(*value)
-        if kind is kinds.SUBPATTERN and not any(value[1:3]):  # without flags
-            return self._sequence(value[3])
+    def _alternatives(self, branches: list[list[Any]]) -> _Fragment:
         begin, end = self._state(), self._state()
-        if kind is kinds.BRANCH:
-            for parts in value[1]:
-                first, last = self._sequence(parts)
-                self._silent[begin].append(("", first))
-                self._silent[last].append(("", end))
-        elif kind is kinds.AT and value in _ANCHORS:
-            self._silent[begin].append((_ANCHORS[value], end))
-        elif (test := _test_of(kind, value)) is not None:
-            self._reading[begin] = test, end
-        else:
-            self._fail(f"has {value if kind is kinds.AT else kind} of Python's re, which lowmem does not match")
+        for sequence in branches:
+            at = begin
+            for part, least, most in sequence:
+                at = self._repeated(at, part, least, most)
+            self._silent[at].append(("", end))
         return begin, end
 
-    def _repeated(self, least: int, most: int, parts: Any) -> _Fragment:
-        is_open = most == kinds.MAXREPEAT
-        count = max(least, 1) if is_open else most
+    def _repeated(self, at: int, part: Any, least: int, most: int | None) -> int:
+        """Add a part of the pattern behind a state, and return the state behind it."""
+        count = max(least, 1) if most is None else most
         if count > MAX_REPEAT:
             self._fail(f"repeats {count} times, and {MAX_REPEAT} is the most")
-        begin = end = first = self._state()
+        first = at
         for number in range(count):  # each has states of its own
-            first, last = self._sequence(parts)
-            self._silent[end].append(("", first))
+            first, last = self._single(part) if isinstance(part, str) else self._alternatives(part)
+            self._silent[at].append(("", first))
             if number >= least:
-                self._silent[end].append(("", last))
-            end = last
-        if is_open:
-            self._silent[end].append(("", first))
+                self._silent[at].append(("", last))
+            at = last
+        if most is None:
+            self._silent[at].append(("", first))
+        return at
+
+    def _single(self, token: str) -> _Fragment:
+        begin, end = self._state(), self._state()
+        if token in ("^", "$"):
+            self._silent[begin].append((token, end))
+        else:
+            single = re.compile(token) if token[0] in "\\[." else None  # its own class of characters
+            self._reading[begin] = token.__eq__ if single is None else single.fullmatch, end
         return begin, end
 
 
-def _test_of(kind: Any, value: Any) -> _Test | None:
-    """Return the test of a part of a pattern that reads one character, or None."""
-    if kind is kinds.IN:
-        inverted = value[0][0] is kinds.NEGATE
-        tests = [_test_of(*one) for one in value[inverted:]]
-        return lambda c: any(test is not None and test(c) for test in tests) != inverted
-    if kind is kinds.RANGE:
-        return lambda c: value[0] <= ord(c) <= value[1]
-    if kind is kinds.CATEGORY:
-        return _CLASSES[value]
-    tested: dict[Any, _Test] = {
-        kinds.LITERAL: lambda c: ord(c) == value,
-        kinds.NOT_LITERAL: lambda c: ord(c) != value,
-        kinds.ANY: lambda c: c != "\n",
-    }
-    return tested.get(kind)
+def _parsed(tokens: Iterable[str]) -> list[list[Any]]:
+    """Return the alternatives of a valid pattern: lists of (token or inner alternatives, least and most times)."""
+    groups: list[list[list[Any]]] = [[[]]]
+    for token in tokens:
+        if _GROUP.fullmatch(token):
+            groups.append([[]])
+        elif token == "|":
+            groups[-1].append([])
+        elif token == ")":
+            inner = groups.pop()
+            groups[-1][-1].append((inner, 1, 1))
+        elif token[0] in _REPEATS or (token[0] == "{" and len(token) > 1):
+            part, _, _ = groups[-1][-1].pop()  # as few as possible, or as many: the same texts match
+            groups[-1][-1].append((part, *(_REPEATS.get(token[0]) or _counts(token))))
+        else:
+            groups[-1][-1].append((token, 1, 1))
+    return groups[0]
+
+
+def _counts(token: str) -> tuple[int, int | None]:
+    """Return the least and the most times of ``{least,most}``."""
+    least, comma, most = token.strip("{}?").partition(",")
+    return int(least or 0), int(most) if most else None if comma else int(least)

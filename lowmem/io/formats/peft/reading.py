@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import printable, refusal, refusing, show
 from lowmem.io.atomic import read_errors
-from lowmem.io.formats.peft.config import MERGE, Matcher, PeftConfig
+from lowmem.io.formats.peft.config import MERGE, PeftConfig
 from lowmem.io.formats.peft.layers import PREFIX, Layers, dense_parameters
 from lowmem.io.model_folder import read_object
 from lowmem.io.safetensors import TensorSpec
@@ -28,6 +28,7 @@ from lowmem.transforms.registry import layer_name, module_paths
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLES = ("adapter_model.bin", "adapter_model.pt")
+_CHECKPOINT = "trainer_state.json"  # in each checkpoint of transformers' Trainer
 
 _TASK = "load the adapter"
 _Read = Callable[[str], Tensor]
@@ -80,7 +81,32 @@ def read_config(folder: Path) -> PeftConfig:
     _check_kind(folder)
     content = read_object(folder / CONFIG)
     with refusing(folder / CONFIG, _TASK):
-        return PeftConfig.parsed(content)
+        return PeftConfig(content)
+
+
+def adapters_in(folder: Path) -> dict[str, Path]:
+    """Return the folders of the adapters that ``PeftModel.save_pretrained`` wrote into a folder, by their names.
+
+    The adapter of the folder itself is "default". Checkpoints of a training run count if there is no other adapter.
+    """
+    with read_errors(folder):
+        found = {"default": folder} if (folder / CONFIG).is_file() else {}
+        found |= {one.name: one for one in sorted(folder.iterdir()) if (one / CONFIG).is_file()}
+        final = {name: one for name, one in found.items() if one == folder or not (one / _CHECKPOINT).exists()}
+    return final or found
+
+
+def adapters_alone(path: Path) -> dict[str, Path]:
+    """Return the adapters of a folder of PEFT that holds no model of its own; none for other folders and files."""
+    return adapters_in(path) if path.is_dir() and not (path / "config.json").exists() else {}
+
+
+def refuse_adapters(folder: Path, action: str) -> None:
+    """Raise a FileError for a folder that holds adapters, and no model of its own."""
+    if names := adapters_alone(folder):
+        which = " --adapter NAME" if len(names) > 1 else ""
+        why = f"it has no model, but adapters: {printable(', '.join(names))}"
+        raise refusal(folder, f"{why}; lowmem merge BASE {folder} OUT{which} writes a model to {action}", action)
 
 
 def _check_kind(folder: Path) -> None:
@@ -92,8 +118,8 @@ def _check_kind(folder: Path) -> None:
         why = f"it has no {CONFIG}: name a folder that save_pretrained of PEFT, or lowmem, wrote"
         if "config.json" in names:
             why = "it is a model's folder, without an adapter: name the adapter's"
-        elif inner := sorted(name for name in names if (folder / name / CONFIG).is_file()):
-            why = f"its adapters lie in folders: name one, as {show(str(folder / inner[0]))}"
+        elif inner := adapters_in(folder):
+            why = f"its adapters lie in folders: name one, as {show(str(next(iter(inner.values()))))}"
     elif WEIGHTS not in names:
         why = f"it has no {WEIGHTS}; get it again"
         if pickles := sorted(names.intersection(PICKLES)):
@@ -110,7 +136,6 @@ class _Reading:
 
     def __init__(self, model: nn.Module, config: PeftConfig, specs: dict[str, TensorSpec], read: _Read) -> None:
         self._model, self._config, self._specs, self._read = model, config, specs, read
-        self._matcher = Matcher(config)
         self._paths = module_paths(model)
         self._left = dict.fromkeys(specs)
         for name in specs:
@@ -126,7 +151,7 @@ class _Reading:
             raise ValueError("its config names no layer of the model: it is of another architecture")
         techniques: dict[str, LoRA] = {}
         for slot in layers.slots:
-            technique = techniques[slot.place] = self._matcher.technique(slot.pattern_name)
+            technique = techniques[slot.place] = self._config.technique(slot.pattern_name)
             for part, shape in slot.shapes(technique.rank).items():
                 self._take(slot.keys[part], shape, at=f" at rank {technique.rank}")
         if len(techniques) < len(layers.slots):
@@ -147,12 +172,12 @@ class _Reading:
         return AdapterContent(techniques, tensors, values)
 
     def _modules(self) -> list[str]:
-        if not self._matcher.names_modules:
+        if not self._config.names_modules:
             ends = (".lora_A.weight", ".lora_embedding_A")
             found = {name.removesuffix(end) for name in self._specs for end in ends if name.endswith(end)}
             paths = set(map(_plain_name, found))
             return sorted(paths - {name.rpartition(".")[0] for name in self._parameters()})
-        return [path for paths in self._paths.values() for path in paths if path and self._matcher.takes(path)]
+        return [path for paths in self._paths.values() for path in paths if path and self._config.takes(path)]
 
     def _parameters(self) -> list[str]:
         if not self._config.target_parameters:
@@ -162,7 +187,7 @@ class _Reading:
             for module, paths in self._paths.items()
             for parameter in dense_parameters(module)
             for path in paths
-            if path and self._matcher.takes_parameter(name := f"{path}.{parameter}")
+            if path and self._config.takes_parameter(name := f"{path}.{parameter}")
         ]
 
     def _left_over(self, key: str) -> str:
@@ -195,7 +220,7 @@ class _Reading:
         found = []
         outer = None  # the start of the paths inside the last of them
         for module, (path, *_) in self._paths.items():
-            if not path or not self._matcher.saves(path) or (outer is not None and path.startswith(outer)):
+            if not path or not self._config.saves(path) or (outer is not None and path.startswith(outer)):
                 continue
             outer = f"{path}."
             for inner, part in module.named_modules(prefix=path):
@@ -213,7 +238,14 @@ class _Reading:
     def _biases(self, layers: Layers) -> list[tuple[str, Tensor]]:
         """Return the keys of biases of the base, and the parameters that they replace."""
         found: list[tuple[str, Tensor]] = []
-        for path, name, own in self._all_biases() if self._config.biases else ():
+        places = [
+            (path, name, module._parameters.get(name))
+            for module, paths in self._paths.items()
+            for name in dense_parameters(module)
+            if "bias" in name and self._config.biases
+            for path in paths
+        ]
+        for path, name, own in places:
             key = f"{layers.inner_key(path)}.{name}"
             if key not in self._left:
                 continue
@@ -225,12 +257,6 @@ class _Reading:
             self._take(key, tuple(own.shape))
             found.append((key, own))
         return found
-
-    def _all_biases(self) -> Iterator[tuple[str, str, Tensor | None]]:
-        for module, paths in self._paths.items():
-            for name in dense_parameters(module):
-                if "bias" in name:
-                    yield from ((path, name, module._parameters.get(name)) for path in paths)
 
     def _values(self, found: list[tuple[str, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Return the values that replace those of the base; tensors that are one here must be equal."""

@@ -9,7 +9,7 @@ import os
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,7 @@ class _Writing:
     def __init__(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
         self._model, self._adapters = model, adapters
         self._paths = module_paths(model)
+        self._all_paths = [path for paths in self._paths.values() for path in paths]
         places = {
             place_name(paths[0], name): (paths[0], name)
             for module, paths in self._paths.items()
@@ -82,7 +83,7 @@ class _Writing:
                 why = "PEFT cannot train a weight beside its adapter"
             elif len(paths) > 1:
                 why = f"it is {layer_name(paths[1])}, too, and PEFT would save one alone"
-            elif other := next((one for one in self._all_paths() if one != path and one.endswith(path)), None):
+            elif other := next((one for one in self._all_paths if one != path and one.endswith(path)), None):
                 why = f"PEFT would take {layer_name(other)} for it, whose path ends alike"
             if why is not None:
                 name = next(iter(trained))
@@ -93,10 +94,6 @@ class _Writing:
             if not any(path.startswith(f"{outer}.") for outer in saved):
                 saved.append(path)
         return saved, [(key, one) for key, one in biases if not any(key.startswith(f"{PREFIX}{s}.") for s in saved)]
-
-    def _all_paths(self) -> Iterator[str]:
-        for paths in self._paths.values():
-            yield from paths
 
     def tensors(self) -> dict[str, Tensor]:
         """Return all tensors by their names in the file."""
@@ -147,7 +144,7 @@ class _Writing:
     def _target_modules(self) -> list[str] | str:
         """Return full paths; as a regular expression where PEFT would take one for the end of another path."""
         wanted = set(self._modules)
-        alike = (path for path in self._all_paths() if path not in wanted)
+        alike = (path for path in self._all_paths if path not in wanted)
         if any(end in wanted for path in alike for end in ends_of(path)):
             return "|".join(re.escape(path) for path in sorted(wanted))
         return sorted(wanted)
@@ -173,7 +170,7 @@ class _Writing:
         why = "none where parameters are adapted" if self._parameters else "one for all layers"
         warnings.warn(
             f"PEFT has {why}: lora_dropout={written:g} is written, not {', '.join(f'{one:g}' for one in found)}",
-            stacklevel=7,  # the caller of the function that one_at_a_time wraps
+            stacklevel=6,  # the caller of the function that one_at_a_time wraps
         )
         return written
 

@@ -8,8 +8,7 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, LoRA, adapter_layers, convert, save_adapter
-from lowmem.io.atomic import open_regular
-from lowmem.io.formats.gguf.container import read_header
+from tests.io.formats.written import header_of
 
 
 class Attention(nn.Module):
@@ -50,8 +49,7 @@ def adapted(model, *ends, technique=None, base=()):
 
 def content(path):
     """Return the fields and tensors of a file."""
-    with open_regular(path) as file:
-        header = read_header(path, file)
+    header = header_of(path)
     raw = path.read_bytes()
     tensors = {
         name: np.frombuffer(raw, np.float32, one.nbytes // 4, one.begin).reshape(one.shape)

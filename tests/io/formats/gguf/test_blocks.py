@@ -3,6 +3,7 @@
 import torch
 
 from lowmem.io.formats.gguf.blocks import BLOCKS
+from lowmem.quant.formats import get_format
 
 # Of types that are not read: the weights of a block, and the bytes of its parts in ggml-common.h, in their order.
 REFUSED = {
@@ -33,7 +34,7 @@ def test_each_type_is_read_or_says_why_not_and_has_the_bytes_that_its_parts_take
         elif block.format is None:
             assert block.dense(raw).shape == (2, 3, block.size)
         else:
-            assert block.packed(raw).shape == (2, 3, block.size // 2)
+            assert block.packed(raw).shape == (2, 3, block.size * get_format(block.format).bits // 8)
             assert block.scales(raw).shape == (2, 3, block.size // 32)
 
 

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.io.formats.gguf.container import Placed, encode_field, read_header, write_file
+from lowmem.io.formats.gguf.container import Placed, encode_field, write_file
+from tests.io.formats.written import header_of
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 FLOATS = st.floats(width=32, allow_nan=False)
@@ -19,11 +20,6 @@ VALUES = st.one_of(
     st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=5),
     st.lists(FLOATS, min_size=1, max_size=5),
 )
-
-
-def header_of(path):
-    with open(path, "rb") as file:
-        return read_header(path, file)
 
 
 @given(values=st.dictionaries(TEXTS.filter(bool), VALUES, max_size=5))

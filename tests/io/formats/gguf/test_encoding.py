@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import lowmem
-from lowmem.io.formats.gguf.blocks import BLOCKS, EIGHT_BIT, KINDS, SUPERBLOCKS
+from lowmem.io.formats.codes import quantized
+from lowmem.io.formats.gguf.blocks import BLOCKS, KINDS, SUPERBLOCKS
 from lowmem.io.formats.gguf.encoding import (
-    eight_bit_rows,
     in_blocks,
     inexact,
     nearest,
@@ -21,6 +21,7 @@ from lowmem.io.formats.gguf.encoding import (
     superblock_rows,
 )
 from lowmem.nn.forms import CodedForm
+from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
@@ -30,7 +31,8 @@ def random_weight(format, size, blocks, seed, encoding="float32"):
     """Return a weight of random codes, of scales and offsets that its type holds exactly."""
     generator = torch.Generator().manual_seed(seed)
     columns = 32 * blocks
-    codes = torch.randint(0, 16, (3, columns), generator=generator, dtype=torch.uint8)
+    bits = get_format(format).bits
+    codes = torch.randint(0, 2**bits, (3, columns), generator=generator, dtype=torch.uint8)
     count = -(-columns // size)
     sizes = torch.exp2(torch.randint(-20, 10, (3, count), generator=generator).float())
     d = (torch.randn(3, count, generator=generator) * sizes).half().float()
@@ -39,7 +41,8 @@ def random_weight(format, size, blocks, seed, encoding="float32"):
     scales = d * (BLOCKS[KINDS[format]].divisor or 6.0)
     if encoding.endswith("_offsets"):
         scales = torch.cat([scales, torch.randn(3, count, generator=generator).half().float()], dim=-1)
-    return QuantizedTensor(pack(codes, size), scales, torch.Size((3, columns)), format, size, encoding, "imported")
+    packed = pack(codes, size) if bits == 4 else codes
+    return QuantizedTensor(packed, scales, torch.Size((3, columns)), format, size, encoding, "imported")
 
 
 def read(kind, raw):
@@ -48,7 +51,8 @@ def read(kind, raw):
     raw = raw.view(len(raw), -1, block.nbytes)
     parts = [block.scales(raw), *([] if block.offsets is None else [block.offsets(raw)])]
     packed, scales = block.packed(raw).flatten(1), torch.cat([part.flatten(1) for part in parts], dim=-1)
-    shape, encoding = torch.Size((len(raw), 2 * packed.shape[1])), "float32_offsets" if parts[1:] else "float32"
+    columns = packed.shape[1] * 8 // get_format(block.format).bits
+    shape, encoding = torch.Size((len(raw), columns)), "float32_offsets" if parts[1:] else "float32"
     return QuantizedTensor(packed, scales, shape, block.format, 32, encoding, "imported")
 
 
@@ -89,6 +93,8 @@ def test_what_is_not_exact_is_told():
         (CodedForm("q4_0", 16, "float16", "absmax"), "block_size=16"),
         (CodedForm("q4_0", 96, "float16", "absmax"), None),
         (CodedForm("q4_0", 32, "float16_offsets", "absmax"), "offsets"),
+        (CodedForm("int8", 32, "float16", "absmax"), "levels of int8"),
+        (CodedForm("q8_0", 16, "float16", "absmax"), "block_size=16"),
     ):
         reason = inexact(form, 192)
         assert reason is None if words is None else words in reason
@@ -99,6 +105,7 @@ def test_what_is_not_exact_is_told():
         ("fp4", 5.0),
         ("fp4", -6.0),
         ("uint4", 1e-8),
+        ("q8_0", 65536.0),
     ):
         weight = random_weight(format, 32, 2, 0)
         assert in_blocks(weight) is not None
@@ -138,20 +145,47 @@ def test_other_weights_are_quantized_again_within_the_bound_of_their_new_format(
         nearest(huge, "iq4_nl")
 
 
-def test_weights_in_8_bits_become_those_of_q8_0_within_half_a_step():
-    """Float16 rounds a scale by at most a part in 2^11, or 2^-25, and the largest code is cut by what it lacks."""
+def test_weights_in_8_bits_become_those_of_q8_0_within_its_bound():
     values = torch.randn(16, 256) * torch.exp2(torch.randint(-12, 4, (16, 1)).float())
     values[3, 32:64] = 0
     weight = lowmem.quantize(values, "int8")
-    found, raw = eight_bit_rows(weight)
-    blocks = raw.view(16, -1, BLOCKS[EIGHT_BIT].nbytes)
-    assert torch.equal(BLOCKS[EIGHT_BIT].dense(blocks).flatten(1), found)
-    scales = blocks[..., :2].clone().view(torch.float16).float()
-    error = (found - weight.dequantize()).view(16, -1, 32).abs()
-    assert (error <= (scales / 2 + 127 * (scales * 2**-11).clamp_min(2**-25)) * (1 + 2**-20)).all()
-    assert error.max() > 0.3 * scales.max()
-    with pytest.raises(ValueError, match="beyond the scales of Q8_0"):
-        eight_bit_rows(lowmem.quantize(torch.full((1, 32), 1e30), "int8", scales="float32"))
+    assert nearest_format(weight) == "q8_0"
+    found = nearest(weight, "q8_0")
+    assert torch.equal(as_read(found).dequantize(), found.dequantize())
+    fresh = lowmem.quantize(weight.dequantize(), "q8_0")
+    assert ((weight.dequantize() - found.dequantize()).abs() <= fresh.error_bound()).all()
+    with pytest.raises(ValueError, match="above 8.31901e\\+06, the most that scales='float16' can hold"):
+        nearest(lowmem.quantize(torch.full((1, 32), 1e30), "int8", scales="float32"), "q8_0")
+
+
+def test_every_scale_and_code_of_q8_0_is_held_with_the_bits_of_ggml_and_comes_back_as_the_same_bytes():
+    """ggml: d * q in float32, of a float16 and an int8."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
+    d = bits[bits.view(torch.float16).isfinite()].view(torch.float16)
+    q = torch.arange(-128, 128, dtype=torch.int8)
+    heads = d.view(-1, 1, 1).expand(-1, 8, 1).contiguous().view(torch.uint8)  # (scales, 8 blocks, 2)
+    tails = q.view(torch.uint8).view(1, 8, 32).expand(len(d), -1, -1)
+    raw, block = torch.cat([heads, tails], dim=-1), BLOCKS[KINDS["q8_0"]]
+    packed, scales = block.packed(raw).flatten(1), block.scales(raw).flatten(1)
+    weight = quantized(packed, scales, (len(d), 256), block.format, 32)
+    assert weight.scale_encoding == "float16"
+    assert weight.nbytes == raw.numel()
+    expected = d.float()[:, None] * q.float()
+    for kernel in lowmem.kernels.available():
+        with lowmem.kernels.using(kernel):
+            assert torch.equal(weight.dequantize().view(torch.int32), expected.view(torch.int32))
+    assert torch.equal(rows_of(in_blocks(weight)), raw.flatten(1))
+    for broken in (float("inf"), float("nan")):
+        with pytest.raises(ValueError, match="8 scales that are NaN, infinite"):
+            quantized(packed[:1], torch.full((1, 8), broken), (1, 256), block.format, 32)
+
+
+@given(strategies.weights(views=False, max_exponent=12), st.sampled_from([32, 64]))
+def test_own_weights_in_q8_0_have_a_type_of_gguf_whatever_their_size(weight, size):
+    rows = weight.reshape(-1, weight.shape[-1])
+    stored = lowmem.quantize(torch.nn.functional.pad(rows, (0, -rows.shape[1] % 32)), "q8_0", block_size=size)
+    found = as_read(in_blocks(stored))
+    assert torch.equal(found.dequantize(), stored.dequantize())
 
 
 def test_the_errors_on_the_page_are_those_of_normal_weights():

@@ -109,6 +109,18 @@ def test_types_that_are_no_levels_are_refused_by_name_one_by_one(tmp_path):
             file.tensors["model.embed_tokens.weight"].read()
 
 
+def test_vectors_of_blocks_are_dense_where_the_type_says_their_values(tmp_path):
+    """llama.cpp writes none; a vector has no rows, which lowmem would store."""
+    raw = torch.cat([torch.tensor([0.5]).half().view(torch.uint8), torch.arange(32, dtype=torch.uint8)])
+    tensors = [(NORM[0], (32,), 8, 0), ("blk.0.ffn_norm.weight", (32,), 2, 64)]
+    (tmp_path / "a.gguf").write_bytes(gguf(QWEN, tensors, bytes(raw.tolist()) + bytes(96)))
+    with open_foreign(tmp_path / "a.gguf") as file:
+        dense, refused = file.tensors.values()
+        assert dense.read().tolist() == [0.5 * n for n in range(32)]
+        assert dense.kept() == torch.float32
+        assert "a vector has no rows of blocks" in refused.refusal
+
+
 def test_what_the_model_computes_itself_is_left_out(tmp_path):
     tensors = [("rope_freqs.weight", (8,), 0, 0), (*NORM[:3], 32)]
     (tmp_path / "a.gguf").write_bytes(gguf(LLAMA, tensors, bytes(64)))

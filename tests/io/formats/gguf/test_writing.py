@@ -10,21 +10,17 @@ from hypothesis import strategies as st
 
 import lowmem
 from lowmem.errors import FileError
-from lowmem.io.formats.gguf.container import encode_field, read_header
+from lowmem.io.formats.gguf.container import encode_field
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.quant.tensor import QuantizedTensor
 from tests.compiled import on_threads
 from tests.io.formats.folders import CONFIG, fourbit, weights_of, write_file, write_folder
 from tests.io.formats.gguf.test_tokenizer import bytes_bpe
+from tests.io.formats.written import header_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:no tokenizer is written")
 
-FORMATS = {"q4_0": {}, "iq4_nl": {}, "uint4": {"scales": "float16_offsets"}}
-
-
-def header_of(path):
-    with open(path, "rb") as file:
-        return read_header(path, file)
+FORMATS = {"q4_0": {}, "iq4_nl": {}, "uint4": {"scales": "float16_offsets"}, "q8_0": {}}
 
 
 def check_same(path, weights):

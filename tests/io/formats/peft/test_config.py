@@ -3,14 +3,14 @@
 import pytest
 
 from lowmem import LoRA
-from lowmem.io.formats.peft.config import Matcher, PeftConfig, ends_of
+from lowmem.io.formats.peft.config import PeftConfig, ends_of
 from tests.selection import rows_in_one_case
 
 PATHS = ["fc", "inner.fc", "model.layers.0.fc", "model.layers.11.mlp.fc", "model.layers.1.experts.0.fc", "head"]
 
 
 def matcher(**fields):
-    return Matcher(PeftConfig.parsed({"peft_type": "LORA", **fields}))
+    return PeftConfig({"peft_type": "LORA", **fields})
 
 
 @rows_in_one_case(
@@ -61,7 +61,7 @@ def test_what_is_saved_and_adapted_by_name():
         "experts.up", "a.experts.up",
     ]  # fmt: skip
     assert found.technique("fc") == LoRA(8, 8, 0.1, rank_stabilized=True)
-    assert list(ends_of("a.b.c")) == ["a.b.c", "b.c", "c"]
+    assert ends_of("a.b.c") == ["a.b.c", "b.c", "c"]
     for digits, taken in ((9, True), (10, False), (9999, False)):  # the number of a layer has at most nine digits
         number = "1" * digits
         for pattern in ([], ["layers"]):
@@ -78,7 +78,7 @@ def test_keys_without_effect_are_left_and_others_refused_by_name():
         "other": [],
         "new": 0,
     }
-    assert PeftConfig.parsed({**content, "init_lora_weights": "gaussian"}).technique == LoRA(8, 8)
+    assert PeftConfig({**content, "init_lora_weights": "gaussian"}).default == LoRA(8, 8)
     for key, message in (
         ("new_method", "new_method=True is something that lowmem does not know"),
         ("lora_bias", "its matrices B have biases"),
@@ -86,7 +86,7 @@ def test_keys_without_effect_are_left_and_others_refused_by_name():
         ("velora_config", "velora_config=True is something"),
     ):
         with pytest.raises(ValueError, match=message):
-            PeftConfig.parsed({**content, key: True})
+            PeftConfig({**content, key: True})
     for init in ("loftq", "corda", 1, 0, ["gaussian"], "lora_ga"):
         with pytest.raises(ValueError, match="has changed the base's weights"):
-            PeftConfig.parsed({**content, "init_lora_weights": init})
+            PeftConfig({**content, "init_lora_weights": init})

@@ -1,4 +1,4 @@
-"""The names and shapes of PEFT's tensors by lowmem's places, and what PEFT cannot adapt."""
+"""What PEFT cannot adapt, and names inside of adapted modules. A file that PEFT wrote is read in test_reading.py."""
 
 import pytest
 import torch
@@ -34,21 +34,6 @@ class Others(nn.Module):
         self.two = self.one
 
 
-def names(modules=(), parameters=()):
-    return [tuple(slot.keys.values()) for slot in Layers(Parts(), modules, parameters).slots]
-
-
-def test_names_are_those_of_peft():
-    assert names(["embed"]) == [
-        ("base_model.model.embed.lora_embedding_A", "base_model.model.embed.lora_embedding_B")
-    ]
-    start = "base_model.model.inner.fc.lora_"
-    assert names(["inner.fc"]) == [(f"{start}A.weight", f"{start}B.weight")]
-    up, down = names(parameters=["experts.down", "experts.up"])
-    assert up[0] == "base_model.model.experts.base_layer.lora_A.weight"
-    assert down[1] == "base_model.model.experts.lora_B.weight"
-
-
 def test_what_lies_inside_of_an_adapted_module_is_named_behind_its_base_layer():
     layers = Layers(Parts(), ["fc"], ["attention.in_proj_weight", "experts.up", "experts.down"])
     assert layers.inner_key("attention.out_proj") == "base_model.model.attention.base_layer.out_proj"
@@ -56,25 +41,6 @@ def test_what_lies_inside_of_an_adapted_module_is_named_behind_its_base_layer():
     assert layers.inner_key("experts") == "base_model.model.experts.base_layer.base_layer"
     assert layers.inner_key("fc") == "base_model.model.fc.base_layer"
     assert layers.inner_key("head") == "base_model.model.head"
-
-
-def test_shapes_and_orders_are_those_of_peft():
-    slots = {slot.place: slot for slot in Layers(Parts(), ["fc", "embed", "conv"], ["experts.up"]).slots}
-    assert slots["fc"].shapes(2) == {"lora_a": (2, 8), "lora_b": (8, 2)}
-    assert slots["embed"].shapes(2) == {"lora_a": (2, 20), "lora_b": (8, 2)}
-    assert slots["conv"].shapes(2) == {"lora_a": (2, 8, 3), "lora_b": (8, 2, 1)}
-    assert slots["experts.up"].shapes(2) == {"lora_a": (6, 8), "lora_b": (12, 6)}
-    assert slots["experts.up"].shapes(10**18)["lora_a"] == (3 * 10**18, 8)
-    a, b = torch.arange(48.0).view(3, 2, 8), torch.arange(72.0).view(3, 12, 2)
-    wide_a, wide_b = slots["experts.up"].to_file("lora_a", a), slots["experts.up"].to_file("lora_b", b)
-    for expert in range(3):
-        for rank in range(2):
-            assert torch.equal(wide_a[expert * 2 + rank], a[expert, rank])
-            assert torch.equal(wide_b[:, rank * 3 + expert], b[expert, :, rank])
-    for slot in slots.values():
-        for part, shape in slot.shapes(2).items():
-            value = torch.arange(float(torch.Size(shape).numel())).view(shape)
-            assert torch.equal(slot.to_file(part, slot.from_file(part, value, 2)), value)
 
 
 @rows_in_one_case(

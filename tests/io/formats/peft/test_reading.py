@@ -18,6 +18,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FileError, FourBit, Half, LoRA, adapter_layers, convert, load_adapter, save_adapter
+from tests import refusing
 from tests.io.formats.peft_model import TOKENS, filled, parts
 from tests.selection import rows_in_one_case
 
@@ -32,16 +33,11 @@ def state_of(model):
 
 def refused(path, message, model=None):
     model = parts() if model is None else model
-    before, kinds = state_of(model), [type(one) for one in model.modules()]
-    with pytest.raises(FileError, match=message) as caught:
+    with refusing.refused(model, FileError, message) as caught:
         load_adapter(model, path)
     text = str(caught.value)
     assert text.isprintable()
     assert len(text) < 700 + len(str(path))
-    after = state_of(model)
-    assert [type(one) for one in model.modules()] == kinds
-    assert before.keys() == after.keys()
-    assert all(torch.equal(value, after[key]) for key, value in before.items())
 
 
 @pytest.fixture
@@ -134,7 +130,7 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
         ({"rank_pattern": []}, r"rank_pattern=\[\] must be an object"),
         ({"rank_pattern": {"fc": 2.0}}, "rank_pattern of 'fc'=2.0 must be"),
         ({"rank_pattern": {"(": 2}}, r"pattern .* is none: missing"),
-        ({"rank_pattern": {r"(?=fc)": 2}}, "has ASSERT of Python's re, which lowmem does not match"),
+        ({"rank_pattern": {r"(?=fc)": 2}}, r"has \(\?= of Python's re, which lowmem does not match"),
         ({"rank_pattern": {"(.*)*" * 300: 2}}, "pattern .* has 1515 characters|takes more|lacks|at rank"),
         ({"alpha_pattern": {"fc": -1}}, "alpha_pattern of 'fc'=-1 must be a positive number"),
         ({"target_modules": [1]}, r"target_modules=\[1\] must be a list of names"),

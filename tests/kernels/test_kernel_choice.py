@@ -11,13 +11,14 @@ from hypothesis import strategies as st
 from lowmem import FourBit, Half, convert, kernels, quantize
 from lowmem.kernels.cpu import Kernel
 from lowmem.kernels.native import load
-from tests import plan, strategies
+from tests import kernel_table as table
+from tests import strategies
 from tests.compiled import ISAS, compiled_bfloat16, needs_kernel
 from tests.selection import in_one_case, rows_in_one_case
 
-WEIGHTS = st.sampled_from(sorted(plan.WEIGHTS))
-DTYPES = st.sampled_from(sorted(plan.DTYPES))
-OPERATIONS = st.sampled_from(sorted(plan.PRODUCTS))
+WEIGHTS = st.sampled_from(sorted(table.WEIGHTS))
+DTYPES = st.sampled_from(sorted(table.DTYPES))
+OPERATIONS = st.sampled_from(sorted(table.PRODUCTS))
 edges = st.sampled_from([191, 192, 193, 511, 512, 513, 4096])
 rows_at_edges = st.one_of(st.integers(1, 40), edges, st.integers(1, 10**6))
 
@@ -29,17 +30,17 @@ def kernel_of(isa: str) -> Kernel:
 
 
 def test_the_page_shows_the_plan():
-    page = plan.PAGE.read_text(encoding="utf8")
-    shown = plan.TABLE.search(page)
+    page = table.PAGE.read_text(encoding="utf8")
+    shown = table.TABLE.search(page)
     assert shown, "docs/kernels.md has no table between <!-- plan --> and <!-- end -->"
-    assert shown.group() == plan.drawn(shown.group()), "write it again: python -m tests.plan"
+    assert shown.group() == table.drawn(shown.group()), "write it again: python -m tests.kernel_table"
 
 
 @needs_kernel
 def test_the_page_shows_what_explain_says():
-    page = plan.PAGE.read_text(encoding="utf8")
+    page = table.PAGE.read_text(encoding="utf8")
     weight = quantize(torch.zeros(1, 64), "nf4")
-    if "avx512bf16" not in plan.compiled_isas():
+    if "avx512bf16" not in table.compiled_isas():
         pytest.skip("avx512bf16 is not compiled for this processor")
     assert kernel_of("avx512bf16").explain(weight, 8, torch.bfloat16) in page
 
@@ -47,8 +48,8 @@ def test_the_page_shows_what_explain_says():
 @needs_kernel
 @given(st.data(), WEIGHTS, DTYPES, OPERATIONS, rows_at_edges)
 def test_the_first_kernel_that_accepts_a_product_computes_it(data, weight, dtype, operation, rows):
-    isa = data.draw(st.sampled_from(sorted(plan.compiled_isas())))
-    *refused, chosen = kernel_of(isa).plan(plan.WEIGHTS[weight], rows, plan.DTYPES[dtype], operation) or [None]
+    isa = data.draw(st.sampled_from(sorted(table.compiled_isas())))
+    *refused, chosen = kernel_of(isa).plan(table.WEIGHTS[weight], rows, table.DTYPES[dtype], operation) or [None]
     assert all(why in ("operation", "weight", "dtype", "rows") for *_, why in refused)
     for _, _, least, most, why in refused:
         assert why != "rows" or not least <= rows <= most
@@ -63,13 +64,13 @@ def test_the_first_kernel_that_accepts_a_product_computes_it(data, weight, dtype
 @needs_kernel
 def test_a_row_of_a_table_computes_all_that_it_claims():
     """Each ISA's own rows; an ISA that extends it may compute some of their products."""
-    for name, kernel in plan.compiled_isas().items():
-        for operation, (dtype, of_x), stored in product(plan.PRODUCTS, plan.DTYPES.items(), plan.WEIGHTS.values()):
+    for name, kernel in table.compiled_isas().items():
+        for operation, (dtype, of_x), stored in product(table.PRODUCTS, table.DTYPES.items(), table.WEIGHTS.values()):
             claimed, computed = {}, Counter()
-            for rows in range(1, plan.MOST + 1):
+            for rows in range(1, table.MOST + 1):
                 for isa, row, least, most, why in kernel.plan(stored, rows, of_x, operation):
                     if isa == name and why in ("rows", None):
-                        claimed[row, least] = min(most, plan.MOST) - least + 1
+                        claimed[row, least] = min(most, table.MOST) - least + 1
                         computed[row, least] += why is None
             assert claimed == computed, f"{name}: {operation} of {dtype}"
 
@@ -86,7 +87,7 @@ def test_c_leaves_to_torch_what_the_plan_does(isa, kind, dtype, operation, rows,
     kernel, generator = kernel_of(isa), torch.Generator().manual_seed(seed)
     dense = torch.randn(24, 40, generator=generator)
     weight = quantize(dense, "nf4", block_size=kind) if isinstance(kind, int) else dense.to(getattr(torch, kind))
-    x = torch.randn(rows, 40 if operation == "linear" else 24, generator=generator).to(plan.DTYPES[dtype])
+    x = torch.randn(rows, 40 if operation == "linear" else 24, generator=generator).to(table.DTYPES[dtype])
     name = kernel.plan(weight, rows, x.dtype, operation)[-1][1]
     given = kernel._given(weight)
     if operation == "linear":

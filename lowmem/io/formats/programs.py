@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lowmem.io.formats import awq, bitsandbytes, compressed_tensors, gptq, mxfp4
+from lowmem.io.formats import bitsandbytes, compressed_tensors, gptq, mxfp4
 from lowmem.io.formats.foreign import Foreign, Target
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.io.formats.gguf.reading import read_gguf
@@ -16,8 +16,8 @@ FOREIGN: dict[str, Foreign] = {
         _GGUF,
         bitsandbytes.FORMAT,
         mxfp4.FORMAT,
-        gptq.FORMAT,
-        awq.FORMAT,
+        gptq.GPTQ,
+        gptq.AWQ,
         compressed_tensors.FORMAT,
     )
 }

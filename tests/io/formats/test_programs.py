@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 import lowmem
 from lowmem.errors import FileError
 from lowmem.io.atomic import open_regular
-from lowmem.io.formats import registry
+from lowmem.io.formats import programs
 from lowmem.io.formats.export import target_of
 from lowmem.io.formats.foreign import Foreign, ForeignTensor, Target, one_of
 from lowmem.io.formats.recognize import is_coded, open_foreign
@@ -42,7 +42,7 @@ def made_up(monkeypatch):
     eighths = Foreign("eighths", find, ("eighths",), "eighths", {"bits": one_of(8)})
     own_file = Foreign("bytes", magic=b"BYTES", open=open_bytes, target=Target(write_bytes, ".bytes"))
     for one in (eighths, own_file):
-        monkeypatch.setitem(registry.FOREIGN, one.name, one)
+        monkeypatch.setitem(programs.FOREIGN, one.name, one)
 
 
 def test_a_made_up_format_of_safetensors_is_read_and_its_config_is_checked(tmp_path):
@@ -73,7 +73,7 @@ def test_a_made_up_format_of_a_file_is_read_and_exported_to(tmp_path):
 
 def test_other_known_methods_contradict_and_unknown_ones_do_not(tmp_path):
     save_file({"a.eighths": torch.zeros(1, 2, dtype=torch.int8)}, tmp_path / "model.safetensors")
-    for method in ("of tomorrow", *(one.method for one in registry.FOREIGN.values() if one.method)):
+    for method in ("of tomorrow", *(one.method for one in programs.FOREIGN.values() if one.method)):
         (tmp_path / "config.json").write_text(f'{{"quantization_config": {{"quant_method": "{method}"}}}}')
         if method in ("of tomorrow", "eighths"):
             open_foreign(tmp_path).__exit__()

@@ -1,4 +1,4 @@
-"""The table of which kernel runs: ``python -m tests.plan`` writes it into docs/kernels.md, as the plan has it."""
+"""The table of which kernel runs: ``python -m tests.kernel_table`` writes it into docs/kernels.md."""
 
 import re
 from itertools import groupby
