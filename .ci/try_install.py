@@ -14,8 +14,8 @@ COMMAND = shutil.which("lowmem", path=sysconfig.get_path("scripts")) or "lowmem"
 BYTES = {  # that they store
     "bignet": 75_612_160,
     "half_precision": 37_826_560,
+    "four_bit": 10_178_560,
     "eight_bit": 19_320_832,
-    "low_precision_nf4": 9_883_648,
 }
 
 

@@ -1,10 +1,12 @@
 """``python -m benchmarks.quality``: README.md's table of what ways to store two trained models lose, and their speed.
 
-Linear layers alone are converted, and nothing is calibrated. Paragraphs of Python's manual judge.
+Nothing is calibrated. Paragraphs of Python's manual judge.
 
-- MiniLM, a sentence encoder: the mean cosine between its embeddings of 128 paragraphs, dense and converted.
-- SmolLM2-135M, a language model whose weights lie on a grid of 4 bits with offsets (Q4_1): the mean Kullback-Leibler
-  divergence of the next token's distribution from the dense model's, in nats, and the perplexity relative to its.
+- MiniLM, a sentence encoder whose linear layers are converted: the mean cosine between its embeddings of 128
+  paragraphs, dense and converted.
+- SmolLM2-135M, a language model whose weights lie on a grid of 4 bits with offsets (Q4_1), converted by the defaults,
+  which store embeddings in 8 bits: its size, the mean Kullback-Leibler divergence of the next token's distribution
+  from the dense model's, in nats, and the perplexity divided by the dense model's.
 - Six linear layers of 1024 x 1024 with one float32 input: how many times as fast as dense ones they are.
 
 Both trained models come in the packages of ``benchmarks.trained``.
@@ -25,7 +27,7 @@ from torch import Tensor, nn
 
 import lowmem
 from benchmarks.trained import minilm, paragraphs, smollm2
-from lowmem import EightBit, FourBit
+from lowmem import EightBit, FourBit, measure
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.testing.memory import THREADS
 
@@ -44,12 +46,13 @@ CHOICES: Mapping[str, tuple[Technique, str]] = MappingProxyType(
 
 JUDGES, TOKENS, ROWS = 128, 256, 8  # paragraphs for the encoder; tokens of a row, and rows, for the language model
 LAYERS = 6  # that are timed
-COLUMNS = ["Linear layers", "Bits/ weight", "Cosine", "KL", "Perplexity", "Speed", "Use it when"]
+COLUMNS = ["Linear layers", "Bits/ weight", "MiB", "Cosine", "KL", "Perplexity / dense", "Speed", "Use it when"]
 
 
 class Lost(NamedTuple):
-    """What a converted language model loses."""
+    """The size of a converted language model, and what it loses."""
 
+    size: int  # bytes
     divergence: float  # mean KL(dense || converted) of the next token, in nats
     perplexity: float  # relative to the dense model's
 
@@ -65,9 +68,10 @@ def is_linear(path: str, module: nn.Module) -> bool:
 
 
 def bits(model: nn.Module) -> float:
-    """Return the stored bits for each weight of the converted linear layers."""
+    """Return the stored bits for each weight of the converted linear layers, without that of the vocabulary."""
+    kinds = (lowmem.Linear4Bit, lowmem.Linear8Bit)
     stored: list[QuantizedTensor] = [
-        m.quantized for m in model.modules() if isinstance(m, (lowmem.Linear4Bit, lowmem.Linear8Bit))
+        m.quantized for name, m in model.named_modules() if isinstance(m, kinds) and name != "lm_head"
     ]
     return sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored)
 
@@ -138,7 +142,12 @@ def losses(dense: Any, converted: Mapping[str, Any], rows: Tensor) -> dict[str, 
                 surprise[name] -= float(logs.gather(1, targets[:, None]).sum())
     count = rows.shape[0] * (rows.shape[1] - 1)
     return {
-        name: Lost(divergence[name] / count, math.exp((surprise[name] - surprise[""]) / count)) for name in converted
+        name: Lost(
+            measure.theoretical_bytes(model),
+            divergence[name] / count,
+            math.exp((surprise[name] - surprise[""]) / count),
+        )
+        for name, model in converted.items()
     }
 
 
@@ -169,18 +178,25 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(COLUMNS)} |", ends, *(f"| {' | '.join(row)} |" for row in rows)]
 
 
+def dense_row(size: int) -> list[str]:
+    """Return the row of the float32 models, of which the language model takes ``size`` bytes."""
+    figures = ["32.00", f"{size / 2**20:.2f}", "1.000", "0.000", "1.00", "1.0"]
+    return ["float32, dense", *figures, "memory is no limit"]
+
+
 def main() -> None:
     torch.set_num_threads(THREADS)
     choices = {name: technique for name, (technique, _) in CHOICES.items()}
     found = cosines(choices)
     dense, tokenizer = language_model()
-    converted = {name: lowmem.convert(copy.deepcopy(dense), one, where=is_linear) for name, one in choices.items()}
+    converted = {name: lowmem.convert(copy.deepcopy(dense), one) for name, one in choices.items()}
     lost = losses(dense, converted, rows_of_tokens(tokenizer))
     fast = speeds(choices)
-    rows = []
+    rows = [dense_row(measure.theoretical_bytes(dense))]
     for name, (_, when) in CHOICES.items():
-        figures = [bits(converted[name]), found[name], *lost[name], fast[name]]
-        shown = [f"{figure:.{digits}f}" for figure, digits in zip(figures, (2, 3, 3, 2, 1), strict=True)]
+        size, divergence, perplexity = lost[name]
+        figures = [bits(converted[name]), size / 2**20, found[name], divergence, perplexity, fast[name]]
+        shown = [f"{figure:.{digits}f}" for figure, digits in zip(figures, (2, 2, 3, 3, 2, 1), strict=True)]
         rows.append([f"`{name}`", *shown, when])
     print("\n".join(table(rows)))
 

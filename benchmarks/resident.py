@@ -34,7 +34,7 @@ from torch import nn
 import lowmem
 from lowmem import kernels
 from lowmem.errors import one_line, reason
-from lowmem.testing.baseline import Key, parse_document, write_figures
+from lowmem.testing.baseline import Key, parse_document, stored_keys, write_figures
 from lowmem.testing.memory import THREADS
 from lowmem.testing.verdicts import FAILING, Row, Verdict, verdict_of, write_verdict
 from lowmem.transforms.summary import aligned
@@ -49,6 +49,9 @@ BATCHES = {"forward": 1, "step": 16}  # activations of one input are small: a me
 CLASSES = 10
 WAYS_LIMIT = 10  # MiB by which processes with the same model, converted or loaded, may differ
 FIGURES = [f"{phase}_{what}" for phase in ("load", "forward", "step") for what in ("peak", "kept")]
+
+# four_bit and qlora_4bit compute as the nf4 variants do, with other levels and blocks.
+VARIANTS = [name for name in lowmem.VARIANTS if name not in ("four_bit", "qlora_4bit")]
 
 Figures = Mapping[str, Mapping[str, float]]  # MiB, by variant, then by name of the figure
 
@@ -377,7 +380,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Compare or store: exit code 0 done, 1 a figure moved, 2 bad input or a variant that fails."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resident", description="The gate of resident memory.")
     parser.add_argument("--store", action="store_true", help="store the baseline of this kernel and version of torch")
-    parser.add_argument("--variant", action="append", choices=list(lowmem.VARIANTS), help="compare this one alone")
+    parser.add_argument("--variant", action="append", choices=VARIANTS, help="compare this one alone")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the verdict as JSON")
     parser.add_argument("--measure", nargs=2, metavar=("VARIANT", "FOLDER"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -407,7 +410,7 @@ def _store() -> int:
     key = current_key()
     path = baseline_path(key)
     with tempfile.TemporaryDirectory() as folder:
-        baseline = derive(measure_variants(lowmem.VARIANTS, STORE_RUNS, Path(folder)))
+        baseline = derive(measure_variants(VARIANTS, STORE_RUNS, Path(folder)))
     write_baseline(path, key, baseline)
     print(
         f"Stored in {path.relative_to(ROOT)}: {baseline.runs} runs differ by at most {baseline.spread:.2f} MiB from "
@@ -424,12 +427,14 @@ def _gate(key: Key, variants: Sequence[str] | None) -> list[Row]:
         print(f"skipped: {why}")
         return [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
     if not path.exists():
-        print(f"FAILED there is no baseline of {key.name} in {shown}\nTo store one: {store_command()}")
-        return [Row("resident", "", verdict="missing", says=f"there is no baseline of {key.name} in {shown}")]
+        others = stored_keys(path.parent, "resident-")
+        says = f"there is no {shown}{f'; baselines are stored for {others}' if others else ''}"
+        print(f"FAILED {says}\nTo store one: {store_command()}")
+        return [Row("resident", "", verdict="missing", says=says)]
     baseline = read_baseline(path, key)
-    asked = variants or sorted({*lowmem.VARIANTS, *baseline.figures})
+    asked = variants or sorted({*VARIANTS, *baseline.figures})
     with tempfile.TemporaryDirectory() as folder:
-        known = [variant for variant in asked if variant in lowmem.VARIANTS and variant in baseline.figures]
+        known = [variant for variant in asked if variant in VARIANTS and variant in baseline.figures]
         measured = measure_variants(known, RUNS, Path(folder))
         rows = compare(baseline, medians(measured), asked)
         again = {row.name for row in rows if row.verdict in FAILING["resident"]} & measured.keys()

@@ -41,9 +41,9 @@ def test_training_step(memory_gate, timed, float32, variant):
 
 @pytest.mark.parametrize("way", list(WAYS), ids=str)
 def test_training_memory(memory_gate, timed, float32, way):
-    """Where the memory of a step of the nf4 variant goes: as it trains, prepared, and with 8-bit moments."""
+    """Where the memory of a step of ``qlora_4bit`` goes: as it trains, prepared, and with 8-bit moments."""
     memory, optimizer = WAYS[way]
-    training = Training("qlora_nf4", memory, TRAINERS[optimizer], batch=256)
+    training = Training("qlora_4bit", memory, TRAINERS[optimizer], batch=256)
 
     def count():
         found = training_memory(

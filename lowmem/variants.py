@@ -11,6 +11,7 @@ from torch import nn
 
 from lowmem.bignet import BigNet
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
+from lowmem.quant.formats import get_format
 from lowmem.transforms.convert import convert
 from lowmem.transforms.registry import Technique
 
@@ -20,15 +21,31 @@ VARIANTS: MappingProxyType[str, tuple[Technique, ...]] = MappingProxyType(
     {
         "bignet": (),
         "half_precision": (Half(),),
-        "low_precision": (_INT4,),
         "lora": (Half(), LoRA(rank=32)),
+        "four_bit": (FourBit(),),
+        "qlora_4bit": (FourBit(), LoRA(rank=32)),
+        "eight_bit": (EightBit(),),
+        "qlora_8bit": (EightBit(), LoRA(rank=32)),
+        "low_precision": (_INT4,),
         "qlora": (_INT4, LoRA(rank=32)),
         "low_precision_nf4": (FourBit("nf4"),),
         "qlora_nf4": (FourBit("nf4"), LoRA(rank=32)),
-        "eight_bit": (EightBit(),),
-        "qlora_8bit": (EightBit(), LoRA(rank=32)),
     }
 )
+
+
+def meaning(name: str) -> str:
+    """Return what ``VARIANTS[name]`` is, in words: ``4-bit weights (bof4s in blocks of 32), LoRA of rank 32``."""
+    words = []
+    for technique in VARIANTS[name]:
+        if isinstance(technique, LoRA):
+            words.append(f"LoRA of rank {technique.rank}")
+            continue
+        words.append(f"{technique.bits}-bit weights")
+        if isinstance(technique, FourBit):
+            size = technique.block_size or get_format(str(technique.format)).block_size
+            words[-1] += f" ({technique.format} in blocks of {size})"
+    return ", ".join(words) or "dense, as the model is made"
 
 
 def techniques_of(name: str, rank: int | None = None) -> tuple[Technique, ...]:

@@ -1,8 +1,8 @@
 """A small report with every section, for the tests of charts, page and browser: nothing in it is measured."""
 
-from lowmem.report.content import Report
 from lowmem.report.footprint import KINDS, Footprint
 from lowmem.report.groups import Group
+from lowmem.report.page import Report
 from lowmem.report.quality import SERIES, Distortion, Quality
 from lowmem.report.timings import Timing
 from lowmem.testing.verdicts import Row, Verdict
@@ -11,9 +11,9 @@ from lowmem.training.memory import TrainingMemory
 HOSTILE = "<script>alert('1')</script>\"&\\"
 
 
-def footprint(name, size, adapters=0):
+def footprint(name, size, gradients=0, adapters=0):
     kinds = dict.fromkeys(KINDS, 0) | {"float32 weights": size, "biases, norms": 4096, "LoRA adapters": adapters}
-    return Footprint(name, kinds, 20_480, 3 * size)
+    return Footprint(name, kinds, 20_480, step(gradients) if gradients else None)
 
 
 def step(gradients):
@@ -31,13 +31,13 @@ STEPS = {
 
 def report(name="small", **changes):
     """Return a report whose layers, variants and workloads are called ``name``, and some are not."""
-    footprints = [footprint("dense", 2**22), footprint(name, 2**20), footprint("lora", 2**20, 2**18)]
+    footprints = [footprint("dense", 2**22), footprint(name, 2**20, 2**22), footprint("lora", 2**20, 2**18, 2**18)]
     row = Row(name, "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", f"{name} is 20% slower")
     content = {
         "title": f"model {name}",
         "lead": f"What {name} costs.",
         "footprints": footprints,
-        "steps": {name: step(2**22), "lora": step(2**18)},
+        "meanings": {name: ("FourBit()", "4-bit weights"), "lora": ("Half(), LoRA(rank=32)", "LoRA of rank 32")},
         "losses": {name: 0.037, "lora": 8e-5},
         "timings": [
             *(Timing("float32", name, batch, 8 / batch**0.4, 7 / batch**0.4, 9 / batch**0.4) for batch in (1, 8, 64)),
@@ -97,6 +97,5 @@ def report(name="small", **changes):
             ),
         ],
         "machine": {"cpu": "AMD EPYC", "threads": "2"},
-        "timing_machine": {},
     }
     return Report(**(content | changes))

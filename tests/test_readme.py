@@ -117,9 +117,9 @@ def test_every_table_is_what_its_command_prints(command, table, capsys):
     [
         ("Half precision", "half_precision"),
         ("8-bit", "eight_bit"),
-        ("4-bit", "low_precision_nf4"),
+        ("4-bit", "four_bit"),
         ("LoRA on half precision", "lora"),
-        ("QLoRA", "qlora_nf4"),
+        ("QLoRA", "qlora_4bit"),
         ("LoRA on 8-bit", "qlora_8bit"),
     ],
 )

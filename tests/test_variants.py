@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem import VARIANTS, FourBit, LoRA, LoRALinear, build, convert
-from lowmem.variants import techniques_of
+from lowmem.variants import meaning, techniques_of
 from tests.selection import rows_in_one_case
 
 
@@ -30,18 +30,26 @@ def test_the_caller_s_generator_is_left_alone_and_the_seed_decides():
 EXACT = {
     "bignet": (18_903_040, 0, 75_612_160),
     "half_precision": (10_240, 18_892_800, 37_826_560),
-    "low_precision": (28_672, 10_616_832, 11_911_168),
     "lora": (1_179_648, 18_903_040, 42_545_152),
+    "four_bit": (28_672, 10_063_872, 10_178_560),
+    "qlora_4bit": (1_179_648, 10_092_544, 14_897_152),
+    "eight_bit": (28_672, 19_206_144, 19_320_832),
+    "qlora_8bit": (1_179_648, 19_234_816, 24_039_424),
+    "low_precision": (28_672, 10_616_832, 11_911_168),
     "qlora": (1_179_648, 10_645_504, 16_629_760),
     "low_precision_nf4": (28_672, 9_768_960, 9_883_648),
     "qlora_nf4": (1_179_648, 9_797_632, 14_602_240),
-    "eight_bit": (28_672, 19_206_144, 19_320_832),
-    "qlora_8bit": (1_179_648, 19_234_816, 24_039_424),
 }
 """By variant: parameters that train, others, and bytes. ``tests/tools/test_stats.py`` holds all of them."""
 
 
-def test_qlora_is_a_composition():
+def test_variants_are_the_techniques_that_their_names_say():
+    assert VARIANTS["four_bit"] == (FourBit(),)
+    assert VARIANTS["qlora_4bit"] == (FourBit(), LoRA(rank=32))
+    assert meaning("bignet") == "dense, as the model is made"
+    assert meaning("qlora_4bit") == "4-bit weights (bof4s in blocks of 32), LoRA of rank 32"
+    assert meaning("lora") == "16-bit weights, LoRA of rank 32"
+    assert meaning("low_precision_nf4") == "4-bit weights (nf4 in blocks of 64)"
     assert VARIANTS["qlora"] == (FourBit("int4", block_size=16, scales="float16"), LoRA(rank=32))
 
 

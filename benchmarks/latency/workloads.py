@@ -11,9 +11,10 @@ import copy
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,10 +43,11 @@ def inference(variant: str, batch: int) -> Call:
     return _forward(built_variant(variant), inference_input(batch))
 
 
-def small_layer(techniques: tuple[object, ...]) -> Call:
+def small_layer(techniques: tuple[Any, ...]) -> Call:
     """Return the call of one small layer at batch 1: mostly Python."""
     torch.manual_seed(0)
-    layer = lowmem.convert(nn.Linear(SMALL, SMALL).eval(), *techniques)
+    fitting = [replace(one, rank=SMALL) if isinstance(one, lowmem.LoRA) else one for one in techniques]
+    layer = lowmem.convert(nn.Linear(SMALL, SMALL).eval(), *fitting)
     return _forward(layer, torch.randn(1, SMALL))
 
 

@@ -21,10 +21,11 @@ FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif
 INK, QUIET, LINE, PAGE = "var(--ink)", "var(--quiet)", "var(--line)", "var(--page)"
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down", "triangle-right", "triangle-left")
 
-_KIND_COLOURS = dict(zip(KINDS, ("grey", "blue", "green", "olive", "purple", "orange", "sky", "brown"), strict=True))
+_KIND_COLOURS = dict(zip(KINDS, ("grey", "blue", "sky", "green", "olive", "purple", "orange", "brown"), strict=True))
 _UNITS = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 ROW = 26  # height of a row, in pixels
 WIDE = 560  # width of a chart's only panel on a desk, in pixels
+FRONT = 330  # of the front page's panels, in pixels
 ALONE, BESIDE_NAMES = 250, 190  # of a panel on a phone, without and with names beside it
 _LAYERS = ("orange", "purple", "sky")
 _OTHERS = "activations: other layers"
@@ -145,20 +146,35 @@ def unlabelled(*, grid: bool) -> Any:
 
 def memory_chart(footprints: Sequence[Footprint], narrow: bool) -> Any:
     """Draw bars of each variant's stored bytes by kind, and of the peaks of its forward and training step."""
-    names = [footprint.name for footprint in footprints]
+    panels = [
+        _stored_panel(footprints, BESIDE_NAMES if narrow else 400, narrow, 2 if narrow else len(KINDS)),
+        _peak_panel("Forward peak", {f.name: f.forward_bytes for f in footprints}, narrow),
+        _peak_panel("Training step peak", _step_peaks(footprints), narrow),
+    ]
+    return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
+
+
+def front_chart(footprints: Sequence[Footprint]) -> Any:
+    """Draw what variants store, and the peaks of their training steps, to be read at a width of 400 pixels."""
+    return alt.vconcat(
+        _stored_panel(footprints, FRONT, True, 3),
+        _peak_panel("Peak of a training step, beyond the model", _step_peaks(footprints), True, FRONT),
+    )
+
+
+def _step_peaks(footprints: Iterable[Footprint]) -> dict[str, int | None]:
+    return {f.name: f.step.step_bytes if f.step else None for f in footprints}
+
+
+def _stored_panel(footprints: Sequence[Footprint], width: int, few_ticks: bool, columns: int) -> Any:
+    """Draw bars of stored bytes by kind, with a legend in some columns."""
     kinds = [kind for kind in KINDS if any(footprint.kinds[kind] for footprint in footprints)]
     colours = {kind: _KIND_COLOURS[kind] for kind in kinds}
     orders = {kind: KINDS.index(kind) for kind in kinds}
-    legend = alt.Legend(columns=2 if narrow else len(kinds), title=None)
+    legend = alt.Legend(columns=columns, title=None)
     bars = {footprint.name: footprint.kinds for footprint in footprints}
-    stored = _stacked_bars("kind", bars, colours, orders, BESIDE_NAMES if narrow else 400, narrow, legend)
-    panels = [stored.properties(title="Stored")]
-    for title, colour, peaks in (
-        ("Forward peak", "sky", [f.forward_bytes for f in footprints]),
-        ("Training step peak", "purple", [f.step_bytes for f in footprints]),
-    ):
-        panels.append(_peak_panel(title, f"var(--{colour})", names, peaks, narrow))
-    return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
+    drawn = _stacked_bars("kind", bars, colours, orders, width, few_ticks, legend)
+    return drawn.properties(title="Stored")
 
 
 def step_chart(found: Mapping[str, TrainingMemory], narrow: bool) -> Any:
@@ -224,15 +240,18 @@ def _stacked_bars(
     return alt.layer(drawn, _texts(totals, names)).properties(width=width, height=alt.Step(ROW))
 
 
-def _peak_panel(title: str, colour: str, names: Sequence[str], peaks: Sequence[int], narrow: bool) -> Any:
-    size, unit = unit_of(max(peaks))
+def _peak_panel(title: str, peaks: Mapping[str, int | None], narrow: bool, width: int = BESIDE_NAMES) -> Any:
+    """Draw a hollow bar for each peak, whose colour is none of a kind of stored bytes."""
+    names = list(peaks)
+    size, unit = unit_of(max(peak or 0 for peak in peaks.values()))
     rows = [
-        {"name": name, "size": peak / size, "text": readable_bytes(peak)}
-        for name, peak in zip(names, peaks, strict=True)
+        {"name": name, "size": (peak or 0) / size, "text": "no step" if peak is None else readable_bytes(peak)}
+        for name, peak in peaks.items()
     ]
-    width = BESIDE_NAMES if narrow else 165
+    width = width if narrow else 165
     x = alt.X("size:Q", title=unit, scale=_room_for_text(rows, width), axis=_few_ticks(True))
-    bars = alt.Chart(data(rows)).mark_bar(color=colour).encode(y=names_axis(names, shown=narrow), x=x)
+    bars = alt.Chart(data(rows)).mark_bar(color="var(--panel)", stroke=INK, strokeWidth=1)
+    bars = bars.encode(y=names_axis(names, shown=narrow), x=x)
     return alt.layer(bars, _texts(rows, names, shown=narrow)).properties(
         width=width, height=alt.Step(ROW), title=title
     )
@@ -291,13 +310,19 @@ def speed_chart(timings: Sequence[Timing], narrow: bool) -> Any:
             dense.mark_text(align="left", baseline="top", dy=4, color=INK, fontSize=11).encode(
                 x=alt.value(4), y="speed:Q", text="text:N"
             ),
-            base.mark_line(strokeWidth=1.8),
-            base.mark_point(filled=True, size=55, opacity=1).encode(shape=shapes_of(names, narrow)),
+            *lines(base, names, narrow),
         ]
         if any(t.low is not None for t in timings if t.panel == panel):
             layers.insert(2, base.mark_rule(strokeWidth=1.5, opacity=0.6).encode(y="low:Q", y2="high:Q"))
         charts.append(alt.layer(*layers).properties(width=width, height=230, title=panel))
     return alt.vconcat(*charts) if narrow else alt.hconcat(*charts)
+
+
+def lines(base: Any, names: Sequence[str], narrow: bool) -> list[Any]:
+    """Return the layers of lines with a point at each value, one for each of ``names``, of a chart with axes."""
+    base = base.encode(color=colours_of(names, narrow))
+    points = base.mark_point(filled=True, size=55, opacity=1).encode(shape=shapes_of(names, narrow))
+    return [base.mark_line(strokeWidth=1.8), points]
 
 
 def powers(base: int, low: float, high: float) -> list[float]:

@@ -37,7 +37,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
             for point in points
             if point.scales == scales
         ]
-        base = alt.Chart(data(rows)).encode(x=x, y=y, color=colours_of(formats, narrow))
+        base = alt.Chart(data(rows)).encode(x=x, y=y)
         theory = alt.Chart(data(theory_rows)).encode(x=x, y=y)
         label = alt.Chart(
             data([{"bits": first, "error": lowest, "text": ["least possible error:", "2 to the power -bits"]}])
@@ -48,8 +48,7 @@ def distortion_chart(points: Sequence[Distortion], narrow: bool) -> Any:
             label.mark_text(align="left", baseline="bottom", dx=7, dy=-22, color=INK, lineHeight=14).encode(
                 x="bits:Q", y="error:Q", text="text:N"
             ),
-            base.mark_line(strokeWidth=1.6),
-            base.mark_point(filled=True, size=50, opacity=1).encode(shape=shapes_of(formats, narrow)),
+            *charts.lines(base, formats, narrow),
         ]
         panels.append(
             alt.layer(*layers).properties(width=ALONE, height=230 if narrow else 300, title=f"{scales} scales")
@@ -65,11 +64,9 @@ def quality_chart(found: Sequence[Quality], narrow: bool) -> Any:
     errors, bits = [one.error for one in drawn], [one.bits for one in drawn]
     x = _bits(min(4.0, *bits), max(bits))
     y = _errors("relative error of the output", min(errors) / 1.2, max(errors) * 1.2)
-    base = alt.Chart(data(rows)).encode(x=x, y=y, color=colours_of(names, narrow))
-    return alt.layer(
-        base.mark_line(strokeWidth=1.6),
-        base.mark_point(filled=True, size=60, opacity=1).encode(shape=shapes_of(names, narrow)),
-    ).properties(width=ALONE if narrow else WIDE, height=230 if narrow else 300)
+    base = alt.Chart(data(rows)).encode(x=x, y=y)
+    chart = alt.layer(*charts.lines(base, names, narrow))
+    return chart.properties(width=ALONE if narrow else WIDE, height=230 if narrow else 300)
 
 
 def _bits(first: float, last: float) -> Any:
@@ -106,8 +103,6 @@ def loss_chart(errors: Mapping[str, float], narrow: bool) -> Any:
 def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) -> Any:
     """Draw the bytes of each group of layers, dense and in each variant, and the errors of its weights."""
     drawn = sorted(groups, key=lambda group: -group.dense_bytes)[:MOST_GROUPS]
-    labels = _labels((group.name for group in drawn), narrow)
-    names = list(labels)
     largest = max(max(group.dense_bytes, *group.bytes.values()) for group in drawn)
     size, unit = charts.unit_of(largest)
     cost = [
@@ -122,22 +117,17 @@ def group_chart(groups: Sequence[Group], variants: Sequence[str], narrow: bool) 
         for variant, error in group.errors.items()
         if error and variant in variants
     ]
-    expression = _looked_up(labels)
-    axis = charts.name_axis(labels.values(), grid=True, labels=expression)
     domain = ["dense", *variants]
     colours = ["var(--grey)", *series(len(variants))]
     width = BESIDE_NAMES if narrow else 290
 
     def panel(rows: list[dict[str, Any]], title: str, x: Any, shown: bool) -> Any:
-        y = alt.Y(
-            "name:N", sort=names, scale=alt.Scale(domain=names), axis=axis if shown else charts.unlabelled(grid=True)
-        )
         return (
             alt.Chart(data(rows))
             .mark_point(filled=True, size=70, opacity=1)
             .encode(
                 x=x,
-                y=y,
+                y=_rows((group.name for group in drawn), narrow, grid=True, shown=shown),
                 color=colours_of(domain, narrow, "variant", colours),
                 shape=shapes_of(domain, narrow, "variant"),
             )
@@ -165,15 +155,20 @@ def _marked(name: str) -> str:
     return f"~{name}"
 
 
-def _looked_up(labels: Mapping[str, str]) -> str:
-    """Return a Vega expression that looks up the labels of marked names; in it, labels are marked, too."""
-    marked = {name: _marked(label) for name, label in labels.items()}
-    return f"slice({json.dumps(marked)}[datum.label], 1)"
+def _rows(names: Iterable[str], narrow: bool, *, grid: bool = False, shown: bool = True) -> Any:
+    """Return the y axis of marked names, labelled with as much of each as a column of the page has room for.
 
-
-def _labels(names: Iterable[str], narrow: bool) -> dict[str, str]:
-    """Return the labels of marked names, which a column of the page has room for beside a panel."""
-    return {_marked(name): _short(name, 17 if narrow else 44) for name in names}
+    A Vega expression looks up the labels, which are marked in it, too.
+    """
+    labels = {_marked(name): _short(name, 17 if narrow else 44) for name in names}
+    marked = json.dumps({name: _marked(label) for name, label in labels.items()})
+    axis = charts.name_axis(labels.values(), grid=grid, labels=f"slice({marked}[datum.label], 1)")
+    return alt.Y(
+        "name:N",
+        sort=list(labels),
+        scale=alt.Scale(domain=list(labels)),
+        axis=axis if shown else charts.unlabelled(grid=grid),
+    )
 
 
 def _short(name: str, limit: int) -> str:
@@ -184,8 +179,6 @@ def _short(name: str, limit: int) -> str:
 def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     """Draw the ratios head / base of a gate with their intervals, coloured by verdict."""
     drawn = [row for row in rows if row.ratio is not None]
-    labels = _labels((row.name for row in drawn), narrow)
-    names = list(labels)
     drawn_rows: list[dict[str, Any]] = [
         {
             "name": _marked(row.name),
@@ -199,7 +192,6 @@ def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
     ends = [end for row in drawn_rows for end in (row["ratio"], row["low"], row["high"])]
     colours = {"slower": "bad", "grew": "bad", "missing": "bad", "faster": "good", "shrank": "good"}
     verdicts = list(dict.fromkeys(row.verdict for row in drawn))
-    axis = charts.name_axis(labels.values(), labels=_looked_up(labels))
     x = alt.X(
         "ratio:Q",
         title="head / base, logarithmic",
@@ -207,7 +199,7 @@ def ratio_chart(rows: Sequence[Row], narrow: bool) -> Any:
         axis=alt.Axis(tickCount=5, format="~g"),
     )
     base = alt.Chart(data(drawn_rows)).encode(
-        y=alt.Y("name:N", sort=names, axis=axis),
+        y=_rows((row.name for row in drawn), narrow),
         color=colours_of(verdicts, narrow, "verdict", [f"var(--{colours.get(v, 'grey')})" for v in verdicts]),
     )
     one = alt.Chart(data([{"ratio": 1.0}])).mark_rule(color=INK, strokeDash=[5, 3])

@@ -12,15 +12,16 @@ from torch.nn.parameter import is_lazy
 from lowmem import measure
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
+from lowmem.training.memory import TrainingMemory, training_memory
 
 KINDS = (
     "float32 weights",
     "16-bit weights",
+    "8-bit codes",
     "4-bit codes",
     "scales",
     "biases, norms",
     "LoRA adapters",
-    "8-bit codes",
     "other",
 )
 """The kinds of stored bytes, in the order in which charts stack them."""
@@ -40,13 +41,13 @@ class Footprint:
         name: of the variant.
         kinds: bytes of the distinct parameters and buffers, for every kind of ``KINDS``.
         forward_bytes: peak of an inference forward beyond model and input.
-        step_bytes: peak of the first training step beyond model and input.
+        step: the memory of a training step with AdamW; None if nothing trains.
     """
 
     name: str
     kinds: Mapping[str, int]
     forward_bytes: int
-    step_bytes: int
+    step: TrainingMemory | None
 
     @property
     def stored_bytes(self) -> int:
@@ -82,33 +83,7 @@ def _kind(module: nn.Module, name: str, tensor: Tensor) -> str:
     return _BY_DTYPE.get(tensor.dtype, "other")
 
 
-def step_bytes(model: nn.Module, x: Tensor) -> int:
-    """Return the peak bytes of the first training step with AdamW beyond model and input, optimizer state included.
-
-    The loss is that of ``lowmem.measure.backward_bytes``. The learning rate is 0, so that no parameter changes;
-    buffers may change, and the model is left in training mode. Without trainable parameters, this is the peak of the
-    forward.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
-        return measure.backward_bytes(model, x)
-    optimizer = torch.optim.AdamW(trained, lr=0.0, foreach=False)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        if losses := measure.losses_of(model, model(x), None):
-            torch.autograd.backward(losses)
-        optimizer.step()
-
-    model.train()
-    return measure.peak_bytes(step, x.device)
-
-
-def footprint(name: str, model: nn.Module, x: Tensor) -> Footprint:
-    """Measure the memory of a model on ``x``; its mode and buffers change as by ``step_bytes``."""
-    return Footprint(
-        name=name,
-        kinds=stored_by_kind(model),
-        forward_bytes=measure.forward_bytes(model, x),
-        step_bytes=step_bytes(model, x),
-    )
+def footprint(name: str, model: nn.Module, x: Tensor, *, trains: bool = True) -> Footprint:
+    """Measure the memory of a model on ``x``; ``trains``: whether it has a training step."""
+    step = training_memory(model, x) if trains else None
+    return Footprint(name, stored_by_kind(model), measure.forward_bytes(model, x), step)

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -54,25 +53,21 @@ class Stored:
     @classmethod
     def of(cls, model: nn.Module) -> Stored:
         """Return the figures of a model, which may then be freed."""
-        rows = summary(model)
-        return cls(
-            {row.path: row.bytes for row in rows},
-            {row.path: row.weight_error for row in rows},
-            measure.theoretical_bytes(model),
-        )
+        rows = {row.path: row for row in summary(model)}
+        errors = {path: row.weight_error for path, row in rows.items()}
+        return cls({path: row.bytes for path, row in rows.items()}, errors, measure.theoretical_bytes(model))
 
 
-def group_layers(dense: nn.Module, variants: Mapping[str, nn.Module | Stored]) -> list[Group]:
-    """Group the layers of a model, in the order of its modules, with the figures of its variants by name.
+def group_layers(dense: nn.Module, stored: Mapping[str, Stored]) -> list[Group]:
+    """Group the layers of a model, in the order of its modules, with the figures ``stored`` of its variants.
 
     Buffers of modules without parameters come last, as ``buffers``, so that bytes add up to those of the model.
     """
-    stored = {name: made if isinstance(made, Stored) else Stored.of(made) for name, made in variants.items()}
     members: dict[tuple[object, ...], list[LayerSummary]] = {}
     shapes = {}
     rows = summary(dense)
     for row in rows:
-        shapes[row.path] = _shape(dense.get_submodule(row.path))
+        shapes[row.path] = tuple(_weight(dense.get_submodule(row.path)).shape)
         members.setdefault((role_of(row.path), row.type, shapes[row.path]), []).append(row)
     groups = [_group(found, shapes[found[0].path], dense, stored) for found in members.values()]
     taken = Counter(group.name for group in groups)
@@ -88,7 +83,7 @@ def group_layers(dense: nn.Module, variants: Mapping[str, nn.Module | Stored]) -
 
 
 def _group(rows: list[LayerSummary], shape: tuple[int, ...], dense: nn.Module, stored: Mapping[str, Stored]) -> Group:
-    sizes = {row.path: _norm(dense.get_submodule(row.path)) for row in rows}
+    sizes = {row.path: _norm(_weight(dense.get_submodule(row.path))) for row in rows}
     return Group(
         name=group_name([row.path for row in rows]),
         type=printable(rows[0].type),
@@ -109,19 +104,11 @@ def _error(errors: Mapping[str, float | None], sizes: Mapping[str, float]) -> fl
     return math.hypot(*(error * sizes[path] for path, error in known.items())) / size if size else 0.0
 
 
-def _weight(module: nn.Module) -> Tensor | None:
-    weight = getattr(module, "weight", None)
-    own = [p for p in module.parameters(recurse=False) if not is_lazy(p)]
-    return cast(Tensor, weight) if any(weight is p for p in own) else next(iter(own), None)
+def _weight(module: nn.Module) -> Tensor:
+    """Return the weight of a dense module, or else its first parameter; without any, a tensor of shape ()."""
+    own = {name: p.detach() for name, p in module.named_parameters(recurse=False) if not is_lazy(p)}
+    return own.get("weight", next(iter(own.values()), torch.zeros(())))
 
 
-def _shape(module: nn.Module) -> tuple[int, ...]:
-    weight = _weight(module)
-    return () if weight is None else tuple(weight.shape)
-
-
-def _norm(module: nn.Module) -> float:
-    weight = _weight(module)
-    if weight is None or not weight.is_floating_point():
-        return 0.0
-    return float(torch.linalg.vector_norm(weight.detach(), dtype=torch.float64))
+def _norm(weight: Tensor) -> float:
+    return float(torch.linalg.vector_norm(weight, dtype=torch.float64)) if weight.is_floating_point() else 0.0

@@ -1,28 +1,114 @@
-"""Renders a report as one self-contained HTML file, and the picture of a step. Jinja escapes all text."""
+"""A report's data, its page as one self-contained HTML file, and the picture of a step. Jinja escapes all text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from lowmem.report import charts, dots
-from lowmem.report.charts import draw, readable_bytes
-from lowmem.report.content import Figure, Report, Section, Table, Tile
-from lowmem.report.footprint import KINDS
-from lowmem.report.quality import least_error
+from lowmem.report.charts import Drawing, draw, readable_bytes
+from lowmem.report.footprint import KINDS, Footprint
+from lowmem.report.groups import Group
+from lowmem.report.quality import Distortion, Quality, least_error
 from lowmem.report.theme import DARK, LIGHT, coloured, css
 from lowmem.report.timings import Timing, is_peers
 from lowmem.testing.latency import CONFIDENCE
 from lowmem.testing.verdicts import OUTCOMES, Row, Verdict
 from lowmem.training.memory import TrainingMemory
 from lowmem.version import __version__
+
+
+@dataclass(frozen=True)
+class Report:
+    """The data of a page: what was measured of a model, and then what is said of it.
+
+    Attributes:
+        footprints: of the dense model first, then of every variant.
+        meanings: what each of them is: the code that makes it, and words.
+        losses: by variant, the error of its output relative to the dense model's.
+        timings: of variants and other libraries; empty where nothing was timed.
+        distortions: errors of the formats for normal weights.
+        machine: properties of the machine of the measurements.
+        groups: the layers of a user's model; empty for BigNet, whose layers are all alike.
+        qualities: of the output with each choice of bits; empty where they were not measured.
+        left_out: why some variants could not be made of the model, a sentence for each reason.
+        title: the name of the model.
+        lead: a sentence below it.
+        timed: a sentence on the source of the timings, or why there are none.
+        timing_machine: properties of the machine of the timings, if they are from another run.
+        verdicts: of the gates.
+    """
+
+    footprints: Sequence[Footprint]
+    meanings: Mapping[str, tuple[str, str]]
+    losses: Mapping[str, float]
+    timings: Sequence[Timing]
+    distortions: Sequence[Distortion]
+    machine: Mapping[str, str]
+    groups: Sequence[Group] = ()
+    qualities: Sequence[Quality] = ()
+    left_out: Sequence[str] = ()
+    title: str = ""
+    lead: str = ""
+    timed: str = ""
+    timing_machine: Mapping[str, str] = field(default_factory=dict)
+    verdicts: Sequence[Verdict] = ()
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table; the columns in ``text`` hold text, the others numbers."""
+
+    caption: str
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    text: tuple[int, ...] = (0,)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A chart with a caption and the table of its numbers. A gate's also has a verdict, and may have no chart."""
+
+    drawing: Drawing | None
+    caption: str
+    table: Table
+    title: str = ""
+    outcome: str = ""
+    texts: Sequence[str] = ()
+    shown: Table | None = None
+
+    def svg(self, width: str) -> Markup:
+        """Return the "wide" or "narrow" chart as an image with the caption as its accessible name."""
+        text: str = getattr(self.drawing, width)
+        label = escape(self.caption)
+        return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # Vega escapes names
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading with texts, figures and tables."""
+
+    id: str
+    title: str
+    texts: Sequence[str] = ()
+    figures: Sequence[Figure] = ()
+    tables: Sequence[Table] = ()
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A headline number at the top of the page."""
+
+    term: str
+    value: str
+    says: str
 
 
 def render(report: Report) -> str:
@@ -102,16 +188,19 @@ def _memory(report: Report) -> Section:
     kinds = [kind for kind in KINDS if any(f.kinds[kind] for f in report.footprints)]
     rows = []
     for f in report.footprints:
-        sizes = [*(f.kinds[kind] for kind in kinds), f.stored_bytes, f.forward_bytes, f.step_bytes]
-        rows.append([f.name, *(f"{size:,}" for size in sizes)])
+        sizes = [*(f.kinds[kind] for kind in kinds), f.stored_bytes, f.forward_bytes]
+        rows.append([f.name, *(f"{size:,}" for size in sizes), f"{f.step.step_bytes:,}" if f.step else ""])
+    names = [[name, *said] for name, said in report.meanings.items()]
     figure = Figure(
         draw(partial(charts.memory_chart, report.footprints)),
-        "What each variant stores, by kind, and what a forward and the first training step with AdamW take beyond "
-        "model and input at their peak. Each panel has a scale of its own.",
+        "What each variant stores, by kind. The hollow bars are peaks: what a forward, and a training step with "
+        "AdamW, take beyond model and input. Each panel has a scale of its own.",
         Table("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
+        shown=Table("The variants", ["Variant", "lowmem.convert(model, ...)", "What it is"], names, text=(0, 1, 2)),
     )
-    steps = [replace(_step_figure(report.steps), title="Of a training step with AdamW")] if report.steps else []
-    return Section("memory", "Memory", texts=report.left_out, figures=[figure, *steps])
+    steps = {f.name: f.step for f in report.footprints if f.step}
+    figures = [figure, *([replace(_step_figure(steps), title="Of a training step with AdamW")] if steps else [])]
+    return Section("memory", "Memory", texts=report.left_out, figures=figures)
 
 
 def _step_figure(found: Mapping[str, TrainingMemory]) -> Figure:

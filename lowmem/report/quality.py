@@ -76,12 +76,12 @@ def qualities(
         run: returns the tensors of a model's output for one input.
         done: called after each choice.
     """
-    expected = _vector(run(make()))
+    expected = as_vector(run(make()))
     found: list[Quality] = []
 
     def measured(series: str, name: str, technique: FourBit | EightBit | Budget) -> None:
         model = convert(make(), technique)
-        output = _vector(run(model))
+        output = as_vector(run(model))
         both = float(expected.norm()) * float(output.norm())
         cosine = float(output @ expected) / both if both else math.nan
         found.append(Quality(series, name, stored_bits(model), difference(expected, output).relative, cosine))
@@ -109,7 +109,7 @@ def stored_bits(model: nn.Module) -> float:
     return 8 * sum(parts.values()) / max(1, sum(weights.values()))
 
 
-def _vector(outputs: Sequence[Tensor]) -> Tensor:
+def as_vector(outputs: Sequence[Tensor]) -> Tensor:
     """Return all numbers of an output as one vector, float64."""
     real = [torch.view_as_real(one) if one.is_complex() else one for one in outputs]
     return torch.cat([one.double().flatten().cpu() for one in real])

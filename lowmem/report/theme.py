@@ -28,7 +28,7 @@ _COLOURS = {  # in light, and in dark
 }
 LIGHT, DARK = (MappingProxyType({name: both[at] for name, both in _COLOURS.items()}) for at in (0, 1))
 
-SERIES = ("blue", "green", "orange", "purple", "olive", "sky", "brown", "grey")
+SERIES = ("blue", "green", "orange", "purple", "olive", "sky", "brown", "grey", "navy", "rose")
 """The colours of series, in the order of use; further series repeat them."""
 
 _NAME = re.compile(r"var\(--(\w+)\)")

@@ -10,6 +10,7 @@ counts are never compared, since these allocate differently.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ import torch
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import write_atomically
-from lowmem.io.safetensors import read_at_most
+from lowmem.io.safetensors import parse_json, read_at_most
 from lowmem.testing.verdicts import Row, verdict_of
 from lowmem.transforms.summary import aligned
 
@@ -57,6 +58,15 @@ class Key:
 
     def __str__(self) -> str:
         return f"backend={self.backend}, torch={self.torch}, threads={self.threads}"
+
+
+def stored_keys(directory: Path, prefix: str = "") -> str:
+    """Return the versions of torch, and their backends, for which a directory has baselines; "" for none."""
+    found: dict[tuple[int, int], list[str]] = {}
+    for path in sorted(directory.glob(f"{prefix}*-torch*.json")):
+        if parts := re.fullmatch(rf"{prefix}(\w+)-torch(\d+)\.(\d+)", path.stem):
+            found.setdefault((int(parts[2]), int(parts[3])), []).append(parts[1])
+    return ", ".join(f"torch {major}.{minor} ({', '.join(found[major, minor])})" for major, minor in sorted(found))
 
 
 def count_text(size: float | None) -> str:
@@ -104,20 +114,15 @@ def parse_document(content: str | bytes, key: Key, *more: str) -> dict[str, Any]
 
     The message of a ValueError is one line without the file's name.
     """
-    try:
-        document = json.loads(content, object_pairs_hook=_without_duplicates)
-    except (RecursionError, ValueError) as error:
-        raise ValueError(f"it is damaged ({error})") from error
+    document: Any = parse_json(content)
     names = ("backend", "torch", "threads", *more, "figures")
     if not isinstance(document, dict) or document.keys() != set(names):
         raise ValueError(f"it must hold {', '.join(names[:-1])} and figures, and nothing else")
-    kinds = {str: "a string", int: "an integer", dict: "an object"}
-    for name, kind in (("backend", str), ("torch", str), ("threads", int), ("figures", dict)):
-        if type(document[name]) is not kind:
-            raise ValueError(f"{name}={show(document[name])} must be {kinds[kind]}")
-    found = Key(*(document[name] for name in names[:3]))
-    if found != key:
+    if asdict(key) != {name: document[name] for name in names[:3]}:
+        found = ", ".join(f"{name}={show(document[name])}" for name in names[:3])
         raise ValueError(f"its figures are of {found}, and this run is {key}")
+    if not isinstance(document["figures"], dict):
+        raise ValueError(f"figures={show(document['figures'])} must be an object")
     return document
 
 
@@ -137,14 +142,4 @@ def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float
     except OSError as error:
         raise OSError(f"cannot write {show(str(path))}: {error.strerror}; choose another directory") from error
     document = {**asdict(key), **more, "figures": dict(sorted(figures.items()))}
-    text = json.dumps(document, indent=2, ensure_ascii=False) + "\n"
-    write_atomically(path, text.encode(errors="backslashreplace"))  # lone surrogates become JSON escapes
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in pairs:
-        if name in found:
-            raise ValueError(f"it holds {show(name)} twice")
-        found[name] = value
-    return found
+    write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())

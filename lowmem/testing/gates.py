@@ -15,6 +15,7 @@ from lowmem.testing.baseline import (
     count_text,
     difference_table,
     read_figures,
+    stored_keys,
     write_figures,
 )
 from lowmem.testing.verdicts import Row, Verdict
@@ -74,7 +75,7 @@ class MemoryGates:
         if verdict not in ("unknown", "changed"):
             return None
         if verdict == "unknown":
-            first, said = self._why_unknown(name, key, known), ["Store them, and commit the file:"]
+            first, said = self._why_unknown(name, key, known)
         else:
             first = f"the memory of {name} is not what {self._shown(path)} holds"
             said = ["If that is meant, store the new figures, and say why in the commit's message:"]
@@ -96,13 +97,16 @@ class MemoryGates:
             raise known
         return known
 
-    def _why_unknown(self, name: str, key: Key, known: dict[str, Figures] | None) -> str:
+    def _why_unknown(self, name: str, key: Key, known: dict[str, Figures] | None) -> tuple[str, list[str]]:
         path = self._shown(key.path(self.directory))
         if known is not None:
-            return f"{path} holds no figures of {name}: it is new, or was renamed"
-        others = sorted(file.stem for file in self.directory.glob("*-torch*.json"))
-        only = f", only {', '.join(others)}" if others else ""
-        return f"no figures are stored for backend {key.backend} and torch {key.torch}: there is no {path}{only}"
+            first = f"{path} holds no figures of {name}: it is new, or was renamed"
+            return first, ["Store them, and commit the file:"]
+        first = f"no figures are stored for torch {key.torch} and backend {key.backend}"
+        if not (others := stored_keys(self.directory)):
+            return f"{first}: there is no {path}", ["Store them, and commit the file:"]
+        remedy = f"Run with one of these, or store new figures and commit {path}:"
+        return f"{first}: {self._shown(self.directory)} holds those for {others}", [remedy]
 
     def note_vanished(
         self, collected: Collection[str], is_complete: Callable[[str], bool], passed: Collection[str]

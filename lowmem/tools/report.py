@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import MofNCompleteColumn
@@ -18,37 +18,20 @@ from torch.utils._pytree import tree_leaves
 from lowmem.errors import printable
 from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.measure import difference, unchanged
+from lowmem.tools import info
 from lowmem.tools.arguments import add_input_arguments, file_path, make_input, shape
-from lowmem.tools.info import facts, text_of
 from lowmem.tools.models import make_model, run_model
 from lowmem.tools.output import print_saved, progress
-from lowmem.training.memory import TrainingMemory, training_memory
-from lowmem.variants import VARIANTS
+from lowmem.transforms.bits import text_of
+from lowmem.variants import VARIANTS, meaning
 from lowmem.version import install_command
 
 if TYPE_CHECKING:
-    from lowmem.report.footprint import Footprint
-    from lowmem.report.groups import Group
-    from lowmem.report.quality import Quality
-    from lowmem.report.timings import Timing
-    from lowmem.testing.verdicts import Verdict
+    from lowmem.report.page import Report
 
 BIGNET = "bignet"
 DENSE = "dense"  # the name of a user's model without techniques
 ENDINGS = (".html", ".htm")
-
-
-@dataclass(frozen=True)
-class Measured:
-    """The measurements of a model's variants; ``left_out`` says why a variant could not be made."""
-
-    footprints: Sequence[Footprint]
-    steps: dict[str, TrainingMemory]
-    losses: dict[str, float]
-    timings: Sequence[Timing]
-    groups: Sequence[Group]
-    qualities: Sequence[Quality] = ()
-    left_out: Mapping[str, str] = field(default_factory=dict)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -89,7 +72,10 @@ def run(arguments: argparse.Namespace) -> int:
     check_extra("lowmem report")
     check_target(arguments.target)
     _check_model(arguments)
-    verdicts = read_verdicts(arguments.verdicts)
+    from lowmem.report.page import render
+    from lowmem.testing.verdicts import read_verdict
+
+    verdicts = [read_verdict(path) for path in arguments.verdicts]
     own = arguments.model != BIGNET
     if arguments.timed_run is None:
         timings, timing_machine = None, dict[str, str]()
@@ -101,16 +87,17 @@ def run(arguments: argparse.Namespace) -> int:
         from lowmem.report.timings import read_run
 
         timings, timing_machine = read_run(arguments.timed_run)
-        timed = of_a_run(f"the run {printable(arguments.timed_run.name)}")
+        name = printable(arguments.timed_run.name)
+        timed = f"Of the run {name}: the smallest time of each, beside the dense model's in the same run."
+    batches = [make_input(argparse.Namespace(**vars(arguments) | {"batch": n})) for n in sorted({*arguments.batches})]
     measured = measure_variants(
         arguments.model,
         make_input(arguments),
         seed=arguments.seed,
-        timed=[] if timings is not None else [_input_of(arguments, batch) for batch in sorted({*arguments.batches})],
+        timed=[] if timings is not None else batches,
         grouped=own,
     )
-    write(
-        arguments.target,
+    page = replace(
         measured,
         title=printable(arguments.model) if own else "BigNet in every variant",
         lead=_lead(arguments, measured, own),
@@ -119,6 +106,7 @@ def run(arguments: argparse.Namespace) -> int:
         timing_machine=timing_machine,
         verdicts=verdicts,
     )
+    write_atomically(arguments.target, render(page).encode())
     print_saved(arguments.target)
     return 0
 
@@ -143,16 +131,9 @@ def check_target(path: Path) -> None:
     check_writable(path)
 
 
-def read_verdicts(paths: Sequence[Path]) -> list[Verdict]:
-    """Read the verdicts of gates."""
-    from lowmem.testing.verdicts import read_verdict
-
-    return [read_verdict(path) for path in paths]
-
-
 def measure_variants(
     name: str, x: Tensor, *, seed: int = 0, timed: Sequence[Tensor] = (), grouped: bool = False
-) -> Measured:
+) -> Report:
     """Measure bytes, peaks, a training step, the error of the output, and speed of every variant of a model.
 
     Args:
@@ -162,31 +143,28 @@ def measure_variants(
         timed: inputs for timing forwards.
         grouped: whether to measure each group of layers, and each choice of bits.
     """
+    from lowmem.report import quality
     from lowmem.report.footprint import footprint
     from lowmem.report.groups import Stored, group_layers
-    from lowmem.report.quality import qualities
+    from lowmem.report.page import Report
     from lowmem.report.timings import time_in_turns
 
     own = name != BIGNET
-    names = {variant: DENSE if own and variant == BIGNET else variant for variant in VARIANTS}
     dense = make_model(name, seed=seed)
-    expected = _outputs(name, dense, x)
-    footprints, steps, losses, stored, timings = {}, {}, {}, {}, []
+    expected = quality.as_vector(_outputs(name, dense, x))
+    footprints, timings = [], []
+    losses, stored, meanings = {}, {}, {}
     left_out: dict[str, str] = {}
-
-    def weigh(label: str, model: nn.Module) -> None:
-        if _trains(name, model, x):
-            steps[label] = run_model(name, lambda: training_memory(model, x.clone()))
-        footprints[label] = run_model(name, lambda: footprint(label, model, x.clone()))  # last: it trains
-
     with progress("variants", MofNCompleteColumn, total=len(VARIANTS)) as update:
-        for variant, label in names.items():
+        for variant, techniques in VARIANTS.items():
+            label = DENSE if own and variant == BIGNET else variant
+            model = dense
             if variant != BIGNET:
                 try:
                     model = make_model(f"{name}@{variant}" if own else variant, seed=seed)
                 except ValueError as reason:  # LoRA takes no LSTM, say: the other variants are shown
                     left_out[label] = str(reason)
-                    if not own or len(left_out) == len(VARIANTS) - 1:
+                    if len(left_out) == len(VARIANTS) - 1:
                         raise ValueError(next(iter(left_out.values()))) from reason
                     update(advance=1)
                     continue
@@ -194,63 +172,42 @@ def measure_variants(
                     raise ValueError(
                         f"model={name!r}: it returned the same model twice; it must make a new model in each call"
                     )
-                both = expected, _outputs(name, model, x)
-                losses[label] = difference(
-                    *(torch.cat([one.flatten() for one in outputs]) for outputs in both)
-                ).relative
+                losses[label] = difference(expected, quality.as_vector(_outputs(name, model, x))).relative
                 if grouped:
                     stored[label] = Stored.of(model)
                 for batch in (given.clone() for given in timed):
                     timings.append(run_model(name, lambda m=model, b=batch, n=label: time_in_turns(n, dense, m, b)))  # type: ignore[misc]
-                weigh(label, model)
+            meanings[label] = text_of(techniques), meaning(variant)
+            trains = _trains(name, model, x)
+            footprints.append(run_model(name, partial(footprint, label, model, x.clone(), trains=trains)))
             update(advance=1)
-        groups = group_layers(dense, stored) if grouped else []
-        weigh(names[BIGNET], dense)  # last: it trains
-    labels = [label for label in names.values() if label not in left_out]
-    trained = {label: steps[label] for label in labels if label in steps}
-    measured = [footprints[label] for label in labels]
-    found: list[Quality] = []
+    found: list[quality.Quality] = []
     if grouped:
         with progress("quality against bits") as update:
-            found = qualities(
+            found = quality.qualities(
                 lambda: make_model(name, seed=seed),
                 lambda model: _outputs(name, model, x),
                 lambda: update(advance=1),
             )
-    return Measured(measured, trained, losses, timings, groups, found, left_out)
-
-
-def write(target: Path, measured: Measured, **given: Any) -> None:
-    """Write the page; on an error an existing file is unchanged.
-
-    Args:
-        target: the file.
-        measured: what was measured of the variants.
-        given: the other arguments of ``lowmem.report.page.Report``: title, lead, timings and their source, verdicts.
-    """
-    from lowmem.report.content import Report
-    from lowmem.report.page import render
-    from lowmem.report.quality import distortions
-
-    report = Report(
-        footprints=measured.footprints,
-        steps=measured.steps,
-        losses=measured.losses,
-        groups=measured.groups,
-        qualities=measured.qualities,
-        left_out=_left_out(measured.left_out),
-        distortions=distortions(),
-        machine=machine(),
-        **given,
+    return Report(
+        footprints,
+        meanings,
+        losses,
+        timings,
+        quality.distortions(),
+        machine(),
+        groups=group_layers(dense, stored) if grouped else (),
+        qualities=found,
+        left_out=_left_out(left_out),
     )
-    write_atomically(target, render(report).encode())
 
 
 def machine() -> dict[str, str]:
     """Return the facts of ``lowmem info`` as text, without the location of the package."""
-    found = {name: value for name, value in facts().items() if name != "location"}
+    found = {name: value for name, value in info.facts().items() if name != "location"}
     return {
-        name: ("no", "yes")[value] if isinstance(value, bool) else text_of(value) for name, value in found.items()
+        name: ("no", "yes")[value] if isinstance(value, bool) else info.text_of(value)
+        for name, value in found.items()
     }
 
 
@@ -262,18 +219,7 @@ def _check_model(arguments: argparse.Namespace) -> None:
         raise ValueError("--run holds times of BigNet, not of your model: leave it out to time your model")
 
 
-def of_a_run(name: str) -> str:
-    """Return a sentence on the source of timings from a benchmark run."""
-    return f"Of {name}: the smallest time of each, beside the dense model's in the same run."
-
-
-def _input_of(arguments: argparse.Namespace, batch: int) -> Tensor:
-    sized = copy.copy(arguments)
-    sized.batch = batch
-    return make_input(sized)
-
-
-def _lead(arguments: argparse.Namespace, measured: Measured, own: bool) -> str:
+def _lead(arguments: argparse.Namespace, measured: Report, own: bool) -> str:
     size = " x ".join(map(str, (arguments.batch, *arguments.input_shape)))
     model = "Your model" if own else "The reference model, 18 linear layers of 1024 x 1024,"
     return (
@@ -309,7 +255,3 @@ def _outputs(name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
     if not (outputs := run_model(name, run)):
         raise ValueError(f"model={name!r} returns no tensor: there is nothing to compare")
     return outputs
-
-
-def _vector(outputs: Sequence[Tensor]) -> Tensor:
-    return torch.cat([one.flatten() for one in outputs])

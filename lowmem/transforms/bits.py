@@ -89,8 +89,8 @@ def text_of(techniques: tuple[Technique, ...] | list[Technique]) -> str:
     """Return techniques as the code that makes them, without defaults; "dense" for none."""
     parts = []
     for technique in techniques:
-        values = {field.name: getattr(technique, field.name) for field in fields(technique)}
-        given = [f"{f.name}={values[f.name]!r}" for f in fields(technique) if f.repr and values[f.name] != f.default]
+        values = [(f, getattr(technique, f.name)) for f in fields(technique) if technique != FourBit()]
+        given = [f"{f.name}={value!r}" for f, value in values if f.repr and value != f.default]
         parts.append(f"{type(technique).__name__}({', '.join(given)})")
     return ", ".join(parts) or "dense"
 

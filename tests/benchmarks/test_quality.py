@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from benchmarks import quality
-from lowmem import FourBit, convert
+from lowmem import EightBit, FourBit, convert, measure
 from lowmem.quant.tensor import QuantizedTensor
 
 ROOT = Path(__file__).parents[2]
 # of each block of SmolLM2: queries, keys, values, output; gate, up, down
 LINEAR = [(576, 576), (192, 576), (192, 576), (576, 576), (1536, 576), (1536, 576), (576, 1536)]
+BLOCKS, EMBEDDINGS, NORMS = 30, (49152, 576), 61 * 576
 
 
 class Language(nn.Module):
@@ -34,14 +35,19 @@ def table() -> list[str]:
     return text.partition("<!-- python -m benchmarks.quality -->\n")[2].partition("<!-- end -->")[0].splitlines()
 
 
-def test_the_table_has_the_choices_and_their_bits():
+def test_the_table_has_the_choices_their_bits_and_the_language_model_s_size():
     lines = table()
-    assert lines[:2] == quality.table([])
-    assert len(lines[2:]) == len(quality.CHOICES) == 5
-    for line, (name, (technique, when)) in zip(lines[2:], quality.CHOICES.items(), strict=True):
-        code, bits, *figures, said = (cell.strip() for cell in line.strip("|").split("|"))
-        stored = [technique.skeleton(torch.empty(shape, device="meta")) for shape in LINEAR]
-        assert bits == f"{sum(8 * one.nbytes for one in stored) / sum(one.shape.numel() for one in stored):.2f}"
+    weights = sum(rows * columns for rows, columns in LINEAR)
+    dense = 4 * (BLOCKS * weights + EMBEDDINGS[0] * EMBEDDINGS[1] + NORMS)
+    assert lines[:3] == quality.table([quality.dense_row(dense)])
+    assert f"{dense / 2**21:.2f} MiB in bfloat16" in (ROOT / "README.md").read_text(encoding="utf8")
+    assert len(lines[3:]) == len(quality.CHOICES) == 5
+    for line, (name, (technique, when)) in zip(lines[3:], quality.CHOICES.items(), strict=True):
+        code, bits, mib, *figures, said = (cell.strip() for cell in line.strip("|").split("|"))
+        stored = sum(technique.skeleton(torch.empty(shape, device="meta")).nbytes for shape in LINEAR)
+        embeddings = EightBit().skeleton(torch.empty(EMBEDDINGS, device="meta")).nbytes
+        assert bits == f"{8 * stored / weights:.2f}"
+        assert mib == f"{(BLOCKS * stored + embeddings + 4 * NORMS) / 2**20:.2f}"
         assert (code, said) == (f"`{name}`", when)
         assert all(math.isfinite(float(figure)) for figure in figures)
         assert eval(name, vars(quality)) == technique
@@ -57,7 +63,7 @@ def test_losses_are_the_divergence_and_the_perplexity_of_the_next_token():
     surprise = [nn.functional.nll_loss(one.flatten(0, 1), rows[:, 1:].flatten()) for one in (p, q)]
     torch.testing.assert_close(found["other"].divergence, float(divergence), rtol=1e-4, atol=1e-9)
     torch.testing.assert_close(found["other"].perplexity, math.exp(surprise[1] - surprise[0]), rtol=1e-5, atol=0)
-    assert (found["same"].divergence, found["same"].perplexity) == (0, 1)
+    assert found["same"] == quality.Lost(measure.theoretical_bytes(dense), 0, 1)
 
 
 def test_bits_are_of_the_linear_layers_alone():

@@ -13,8 +13,7 @@ from torch import nn
 
 import lowmem
 from benchmarks import resident
-from benchmarks.resident import FIGURES, LOADED, WAYS, Baseline, compare, derive
-from lowmem import VARIANTS
+from benchmarks.resident import FIGURES, LOADED, VARIANTS, WAYS, Baseline, compare, derive
 from lowmem.testing.baseline import Key
 from lowmem.testing.verdicts import read_verdict
 from tests.selection import rows_in_one_case
@@ -225,10 +224,11 @@ def test_a_variant_that_is_new_or_gone_fails_and_so_does_a_baseline_that_is_miss
     assert code == 1
     assert "FAILED lora: load_peak is none" in out
     assert "FAILED gone: load_peak is none, from 10.00 MiB" in out
-    gate.path.unlink()
+    gate.path.rename(gate.path.with_name("resident-avx512-torch2.12.json"))
     monkeypatch.setenv("LOWMEM_KERNEL", "avx2")
     code, out, _ = gate()
     assert (code, "LOWMEM_KERNEL=avx2 python -m benchmarks.resident --store" in out) == (1, True)
+    assert f"resident-{KEY.name}.json; baselines are stored for torch 2.12 (avx512)\n" in out
 
 
 def one_error(code, out, err):
@@ -241,8 +241,8 @@ def one_error(code, out, err):
 @rows_in_one_case(
     ("change", "said"),
     [
-        ("", "damaged"),
-        ({"torch": "2.4"}, "its figures are of backend=avx2, torch=2.4"),
+        ("", "the JSON is broken"),
+        ({"torch": "2.4"}, "its figures are of backend='avx2', torch='2.4'"),
         ({"tolerance_mib": 1.0}, "tolerance_mib=1.0 must be above 0 and at most 0.7"),
     ],
 )

@@ -53,7 +53,7 @@ def test_an_adapter_s_record_comes_back(rank, alpha, dropout, rank_stabilized):
 
 
 def test_the_record_of_several_adapters_comes_back():
-    layer = add_adapter(nn.Linear(2, 2), "a", LoRA(3, 6.0))
+    layer = add_adapter(nn.Linear(4, 4), "a", LoRA(3, 6.0))
     second = LoRA(2, dropout=0.5, rank_stabilized=True)
     add_adapter(layer, "b", second)
     layer.adapters.active = ("b",)

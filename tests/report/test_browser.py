@@ -146,7 +146,7 @@ def test_the_theme_reaches_page_and_charts(view):
         "return [...document.querySelectorAll('.chart .mark-rect path')].map(e => getComputedStyle(e).fill)"
     )
     assert rgb(theme["grey"]) in fills
-    assert rgb(theme["purple"]) in fills
+    assert rgb(theme["panel"]) in fills
 
 
 def test_the_keyboard_reaches_the_content_and_opens_a_table(view):

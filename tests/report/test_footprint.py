@@ -5,7 +5,7 @@ from torch import nn
 
 import lowmem
 from lowmem import VARIANTS, measure
-from lowmem.report.footprint import KINDS, footprint, step_bytes, stored_by_kind
+from lowmem.report.footprint import KINDS, footprint, stored_by_kind
 from tests.selection import rows_in_one_case
 
 
@@ -48,18 +48,13 @@ def test_tied_weights_count_once():
     assert stored_by_kind(model)["float32 weights"] == 3200
 
 
-def test_a_step_where_nothing_trains_is_a_forward():
-    model = lowmem.convert(nn.Linear(64, 64, bias=False), lowmem.Half())
-    x = torch.ones(1, 64)
-    assert step_bytes(model, x) == measure.backward_bytes(model, x)
-
-
-def test_a_footprint_has_all_of_it_and_a_first_step_holds_gradients_and_both_moments():
+def test_a_footprint_has_all_of_it_and_a_step_holds_gradients_and_both_moments():
     layer, x, weight = nn.Linear(256, 256, bias=False), torch.ones(1, 256), 4 * 256 * 256
     before = layer.weight.detach().clone()
     found = footprint("dense", layer, x)
     assert found.name == "dense"
-    assert found.kinds["float32 weights"] == found.stored_bytes == weight
+    assert found.kinds["float32 weights"] == found.stored_bytes == found.step.weights == weight
     assert found.forward_bytes == measure.forward_bytes(layer, x) < weight
-    assert 3 * weight <= found.step_bytes == step_bytes(layer, x) < 6 * weight  # and temporaries of AdamW
+    assert (found.step.gradients, found.step.optimizer) == (weight, 2 * weight)
     assert torch.equal(layer.weight, before)
+    assert footprint("frozen", layer, x, trains=False).step is None

@@ -14,7 +14,7 @@ pytest.importorskip("altair", reason="the page needs the extra: pip install '.[r
 pytest.importorskip("vl_convert", reason="the page needs the extra: pip install '.[report]'")
 
 from lowmem.report.charts import PARTS, Drawing
-from lowmem.report.page import _step_figure, picture, render
+from lowmem.report.page import Figure, Table, _step_figure, picture, render
 from lowmem.report.theme import DARK, LIGHT
 from lowmem.testing.verdicts import Row, Verdict
 
@@ -91,6 +91,17 @@ def test_every_figure_stands_in_a_table(html):
         assert figure in text, figure
 
 
+def test_the_names_of_the_variants_are_explained(html):
+    for name, said in report().meanings.items():
+        assert f'<th scope="row">{name}</th><td>{said[0]}</td><td>{said[1]}</td>' in html
+
+
+def test_a_chart_is_an_image_with_its_caption_as_name():
+    figure = Figure(Drawing('<svg a="1"></svg>', '<svg a="2"></svg>', {}), 'says "<b>"', Table("", [], []))
+    assert figure.svg("wide") == '<svg role="img" aria-label="says &#34;&lt;b&gt;&#34;" a="1"></svg>'
+    assert 'a="2"' in figure.svg("narrow")
+
+
 def test_what_moved_and_the_verdicts_are_said(html):
     text = re.sub(r"\s+", " ", Outline(html).text)
     assert "Latency gate failed" in text
@@ -118,7 +129,9 @@ def test_text_of_any_origin_is_escaped():
 
 
 def test_what_is_missing_is_said(undrawn):
-    html = render(report(timings=[], timed="No benchmark of inference.", verdicts=[], groups=[], steps={}))
+    footprints = [replace(one, step=None) for one in report().footprints]
+    given = {"timings": [], "timed": "No benchmark of inference.", "verdicts": [], "groups": []}
+    html = render(report(footprints=footprints, **given))
     text = Outline(html).text
     assert "Of a training step" not in text
     assert "No gate's verdict was given" in text

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lowmem.report.theme import DARK, LIGHT, SERIES, coloured, css, series
+from lowmem.report.theme import DARK, LIGHT, SERIES, coloured, css
 
 BACKGROUNDS, TEXT = ("page", "panel"), ("ink", "quiet", "link", "good", "bad")
 
@@ -30,19 +30,8 @@ def test_contrast_is_that_of_wcag_aa(theme):
         assert contrast(theme[name], theme["page"]) >= 3, name
 
 
-def test_both_themes_have_the_same_names():
-    assert list(LIGHT) == list(DARK)
-    assert set(SERIES) < set(LIGHT)
-
-
 def test_names_become_colours():
     assert (
         coloured('<path fill="var(--blue)" stroke="var(--page)"/>', DARK) == '<path fill="#3f97dd" stroke="#11151b"/>'
     )
     assert re.fullmatch(r"(--\w+: #[0-9a-f]{6}; ?)+", css(LIGHT))
-
-
-def test_series_begin_again_when_they_run_out():
-    many = series(len(SERIES) + 1)
-    assert many[0] == many[-1] == "var(--blue)"
-    assert len(set(many)) == len(SERIES)

@@ -93,12 +93,15 @@ def test_an_unknown_gate_fails_with_the_command_that_stores_it(gates):
     assert finish(session) == []
 
 
-def test_a_key_without_a_file_fails_and_names_the_keys_that_have_one_until_it_gets_one(gates):
+def test_a_key_without_a_file_fails_and_names_the_versions_of_torch_that_have_one_until_it_gets_one(gates):
+    for name in ("avx2-torch2.13", "avx2-torch2.9", "resident-avx2-torch2.15"):
+        (gates().directory / f"{name}.json").touch()
     failure = gates().judge(TEST, TEST, OTHER, FIGURES)
     assert failure.splitlines()[0] == (
-        "no figures are stored for backend cuda and torch 2.13: there is no baselines/cuda-torch2.13.json, "
-        "only portable-torch2.13"
+        "no figures are stored for torch 2.13 and backend cuda: baselines holds those for torch 2.9 (avx2), "
+        "torch 2.13 (avx2, portable)"
     )
+    assert "Run with one of these, or store new figures and commit baselines/cuda-torch2.13.json:" in failure
     for mode in ("store", "update"):
         session = gates(mode)
         assert session.judge(TEST, TEST, OTHER, FIGURES) is None

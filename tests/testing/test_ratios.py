@@ -74,16 +74,6 @@ def test_more_confidence_is_a_wider_interval():
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
-@pytest.mark.thorough
-def test_the_interval_of_noise_holds_the_truth_as_often_as_it_says():
-    generator = np.random.default_rng(7)
-    held = 0
-    for _ in range(200):
-        ratio = ratio_of_times(1.1 * generator.lognormal(sigma=0.05, size=16), np.ones(16))
-        held += ratio.low <= 1.1 <= ratio.high
-    assert 170 <= held <= 199  # of 200; a percentile interval of 16 pairs is a little narrow
-
-
 @rows_in_one_case(
     ("numerator", "denominator", "says"),
     [
@@ -129,13 +119,6 @@ def test_turns_go_there_and_back():
     first, second = side("A", iter([1.0, 3.0, 5.0, 5.0])), side("B", iter([2.0, 2.0, 4.0, 6.0]))
     assert take_turns([first, second], rounds=2) == [[2.0, 5.0], [2.0, 5.0]]
     assert "".join(order) == "ABBAABBA"
-
-
-def test_a_steady_drift_of_the_machine_cancels():
-    clock = iter(range(1, 1000))
-    sides = [lambda: 100.0 + next(clock)] * 3
-    first, second, third = take_turns(sides, rounds=5)
-    assert first == second == third
 
 
 def test_no_rounds_are_refused():

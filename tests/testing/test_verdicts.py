@@ -96,13 +96,6 @@ def test_anything_else_is_one_clear_error(tmp_path, content, why):
     assert "write it again with the gate" in str(refused.value)
 
 
-def test_a_row_without_a_figure_is_refused(tmp_path):
-    verdict = changed("rows", 0, "name", to="x")
-    del verdict["rows"][0]["ratio"]
-    with pytest.raises(FileError, match="row 0: ratio is missing"):
-        read(tmp_path, verdict)
-
-
 @rows_in_one_case(
     ("base", "head", "tolerance", "verdict"),
     [

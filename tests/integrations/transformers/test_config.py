@@ -65,7 +65,7 @@ def test_it_refuses_what_it_does_not_know(arguments, kind, says):
     [
         (
             {"format": "nf4"},
-            r"^format='nf4' belongs to FourBit: write LowmemConfig\(lowmem.FourBit\(format='nf4'\)\)$",
+            r"^format='nf4' belongs to FourBit and EightBit: write LowmemConfig\(lowmem.FourBit\(format='nf4'\)\)$",
         ),
         ({"block_size": 8}, r"belongs to FourBit and EightBit: write LowmemConfig\(lowmem.FourBit\(block_size=8\)\)"),
         ({"load_in_4bit": True}, r"load_in_4bit=True is no argument .*: write LowmemConfig\(lowmem.FourBit\(\)\)"),
