@@ -1,12 +1,13 @@
-"""Attention of a few queries to keys and values as they are cached, in 8 bits, too: the definitions of these methods of
-``Backend``.
+"""Attention of a few queries to keys and values as they are cached, in 8 bits, too: the definitions of these methods
+of ``Backend``.
 
     out = softmax(cap(scaling q k') + mask) v,    cap(s) = c tanh(s / c)
     scale = max |x| / 127,    code = round(x / scale),    x ~ code scale
 
 Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.2; heads of queries share heads of keys as in
-Ainslie et al., GQA, arXiv 2305.13245; scores are capped as in Gemma 2, arXiv 2408.00118, section 2. Everything is computed
-in float32 (float64 where the queries are) and rounded once. A query to which the mask hides all keys gets zeros.
+Ainslie et al., GQA, arXiv 2305.13245; scores are capped as in Gemma 2, arXiv 2408.00118, section 2. Everything is
+computed in float32 (float64 where the queries are) and rounded once. A query to which the mask hides all keys
+gets zeros.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Row-wise functions in C: norms, activations, cross entropies, attention, 8-bit codes and the rounding of columns. What C
-does not take falls back to ``reference``."""
+"""Row-wise functions in C: norms, activations, cross entropies, attention, 8-bit codes and the rounding of columns. What
+C does not take falls back to ``reference``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,12 @@ _NORM_CALL, _GATED_CALL = Struct("@iqqfiPPPP"), Struct("@iiqqqq7fPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 _STATES = "iPP6q"
 _ATTENTION_CALL, _CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
-_KEYS, _QUERIES, _WHOLE, _GRAIN = 32, 16, 64, 65536  # of csrc/attention.h; floats of the longest vectors; of csrc/threads.h
+_KEYS, _QUERIES, _WHOLE, _GRAIN = (
+    32,
+    16,
+    64,
+    65536,
+)  # of csrc/attention.h; floats of the longest vectors; of csrc/threads.h
 _CODES8 = 8  # of csrc/plan.h, in place of a type
 
 
@@ -143,7 +148,13 @@ class CpuRows:
         return self._run(_ROUND_COLUMNS, values.numel(), _ROUNDING_CALL.pack(*values.shape, descends, *addresses))
 
     def attention(
-        self, query: Tensor, key: HeadStates, value: HeadStates, mask: Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        key: HeadStates,
+        value: HeadStates,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
     ) -> Tensor:
         """Return the output of each query: (batch, queries, heads, value width)."""
         batch, heads, queries, width = query.shape
@@ -160,7 +171,18 @@ class CpuRows:
         chunk = _QUERIES if threads == 1 else min(_QUERIES, -(-rows * batch * key_heads // (2 * threads)))
         own = (_KEYS + _QUERIES) * (_padded(width) + _padded(value_width)) + 2 * _QUERIES
         scratch = torch.empty(threads * own)
-        sizes = batch, key_heads, heads // key_heads, queries, keys, width, value_width, chunk, scaling, softcap or 0.0
+        sizes = (
+            batch,
+            key_heads,
+            heads // key_heads,
+            queries,
+            keys,
+            width,
+            value_width,
+            chunk,
+            scaling,
+            softcap or 0.0,
+        )
         numbers = [number for one in given for number in one or ()]
         call = _ATTENTION_CALL.pack(*sizes, *numbers, out.data_ptr(), scratch.data_ptr(), own)
         self.native.rowwise(self._isa, _ATTENTION, threads, work, call)

@@ -33,10 +33,10 @@ from lowmem.quant.tensor import QuantizedTensor, row_chunks
 __all__ = [
     "add_low_rank",
     "add_product",
+    "attention",
     "backends",
     "decode_8bit",
     "dequantize",
-    "attention",
     "encode_8bit",
     "encode_states",
     "entropies",

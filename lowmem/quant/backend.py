@@ -137,7 +137,13 @@ class Backend(Protocol):
         """Round columns of a weight one after the other."""
 
     def attention(
-        self, query: Tensor, key: HeadStates, value: HeadStates, mask: Tensor | None, scaling: float, softcap: float | None
+        self,
+        query: Tensor,
+        key: HeadStates,
+        value: HeadStates,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
     ) -> Tensor:
         """Return the output of each query: (batch, queries, heads, value width)."""
 

@@ -36,7 +36,7 @@ def spaced(states):
 
 
 def check(query, key, value, mask, scaling, softcap):
-    """Scores are off by gamma(width + 3) of their terms' sizes; weights of values by as much, relatively, and twice."""
+    """Scores are off by gamma(width + 4) of their terms' sizes; weights of values, relatively, by twice as much."""
     got = backend_of(query).attention(query, key, value, mask, scaling, softcap)
     q, k, v = query.double(), decoded(key, torch.float64), decoded(value, torch.float64)
     shared = q.shape[1] // k.shape[1]

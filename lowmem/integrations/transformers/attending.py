@@ -1,5 +1,5 @@
-"""Attention of transformers' models: few queries by lowmem's kernel, which reads keys and values in 8 bits; prompts by
-torch's own."""
+"""Attention of transformers' models that reads keys and values in 8 bits as they are: lowmem's kernel for few
+queries, torch's own for prompts and for numbers in full precision."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def attend(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Return the outputs (batch, queries, heads, width) of attention, as functions of ``AttentionInterface`` do."""
-    records = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
-    prompt = query.shape[2] > MOST or (attention_mask is None and query.shape[2] > 1)
+    coded = isinstance(key, EightBitStates) and isinstance(value, EightBitStates) and query.shape[2] <= MOST
+    records = torch.is_grad_enabled() and query.requires_grad
     others = dropout or records or any(kwargs.get(name) is not None for name in _OTHERS)
-    if others or (prompt and softcap is None) or torch.compiler.is_compiling():
+    if others or not (coded or softcap is not None) or torch.compiler.is_compiling():
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, **kwargs
         )
-    if prompt and attention_mask is None and kwargs.get("is_causal", getattr(module, "is_causal", True)):
+    if attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     states = [one.states if isinstance(one, EightBitStates) else HeadStates(one) for one in (key, value)]

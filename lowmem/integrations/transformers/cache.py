@@ -22,8 +22,9 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
 
     It is passed as transformers' caches are: ``model.generate(..., cache=KeyValueCache(model, bits=8))``, or
     to the model itself. With ``bits=8`` a row, which is a token's key or value of one head, is a signed byte for each
-    number and a float32 scale: 0.53 of bfloat16's bytes where a head has 64 numbers, 0.27 of float32's. A prompt's own
-    attention uses exact keys and values; later tokens see the rounded ones.
+    number and a float32 scale: 0.53 of bfloat16's bytes where a head has 64 numbers, 0.27 of float32's. The attention
+    of a prompt uses exact keys and values; later tokens see the rounded ones. ``set_attn_implementation(ATTENTION)``
+    lets attention read the codes; another attention decodes all of them for each token.
 
     Args:
         model: a model of transformers, or its config.
@@ -127,7 +128,7 @@ def _growing(layer: Any, bits: int | None) -> Any:
 
 
 def _start(kept: Tensor, room: Tensor, count: int) -> int | None:
-    """Return the row of the room at which the kept ones begin; None if they are not in it, or ``count`` do not fit."""
+    """Return the row of the room at which the kept rows begin; None if they are elsewhere, or ``count`` are more."""
     if kept.shape[:2] != room.shape[:2] or kept.stride() != room.stride() or kept.data_ptr() < room.data_ptr():
         return None
     if kept.untyped_storage().data_ptr() != room.untyped_storage().data_ptr():
@@ -148,6 +149,7 @@ class EightBitStates(Tensor):
 
     @staticmethod
     def __new__(cls, rows: Tensor, width: int, dtype: torch.dtype) -> EightBitStates:
+        """Wrap rows of a cache, whose first ``width`` bytes are codes and whose last four are the scale."""
         shape = *rows.shape[:3], width
         made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)  # type: ignore[attr-defined]
         made.rows = rows

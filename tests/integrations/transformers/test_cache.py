@@ -1,4 +1,4 @@
-"""A cache of keys and values that grows in place: beside transformers' own caches, in full precision and in 8 bits."""
+"""A cache of keys and values that grows in place, in full precision and in 8 bits, beside transformers' own."""
 
 import copy
 
@@ -11,18 +11,18 @@ from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, Llama
 from lowmem.integrations.transformers.attending import ATTENTION
 from lowmem.integrations.transformers.cache import EightBitStates, KeyValueCache
 
-SIZES = dict(
-    vocab_size=60,
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    eos_token_id=None,
-    bos_token_id=None,
-    pad_token_id=0,
-)
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=9),
@@ -49,9 +49,9 @@ def prompts():
 
 
 OPTIONS = {
-    "greedy": dict(do_sample=False),
-    "beams": dict(do_sample=False, num_beams=3),
-    "several": dict(do_sample=True, num_return_sequences=2),
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
 }
 
 
@@ -157,7 +157,9 @@ def test_a_token_is_added_in_place():
         assert keys.data_ptr() == before
 
 
-@pytest.mark.parametrize(("bits", "dtype", "row"), [(None, torch.bfloat16, 32), (None, torch.float32, 64), (8, torch.bfloat16, 20)])
+@pytest.mark.parametrize(
+    ("bits", "dtype", "row"), [(None, torch.bfloat16, 32), (None, torch.float32, 64), (8, torch.bfloat16, 20)]
+)
 def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row):
     cache = KeyValueCache(CONFIGS["llama"], bits=bits)
     for layer in range(2):
