@@ -280,17 +280,16 @@ class _Report:
 
 
 def _print_result(arguments: argparse.Namespace, document: dict[str, Any], commands: Sequence[str]) -> None:
+    if arguments.json:
+        print_json(document | {"evaluations": [[step, finite(value)] for step, value in document["evaluations"]]})
+    else:
+        for name, value in document["perplexity"].items():
+            print(f"perplexity of the held-out text, {name}: {math.inf if value is None else value:.4f}")
+        if document["peak_bytes"] is not None:
+            print(f"peak memory of the process: {mib(document['peak_bytes'])} MiB")
+        speed = f"{document['tokens_per_second']:.0f} tokens a second"
+        print(f"time of a step: {document['seconds_per_step']:.3f} s, {speed}", flush=True)
     if arguments.save is not None:
         print_saved(arguments.save)
         for command in commands:
             print(f"next: {command}", file=sys.stderr)
-    if arguments.json:
-        print_json(document | {"evaluations": [[step, finite(value)] for step, value in document["evaluations"]]})
-        return
-    for name, value in document["perplexity"].items():
-        print(f"perplexity of the held-out text, {name}: {math.inf if value is None else value:.4f}")
-    if document["peak_bytes"] is not None:
-        print(f"peak memory of the process: {mib(document['peak_bytes'])} MiB")
-    print(
-        f"time of a step: {document['seconds_per_step']:.3f} s, {document['tokens_per_second']:.0f} tokens a second"
-    )

@@ -116,9 +116,9 @@ def stored_as(base: Path) -> tuple[Technique | None, tuple[str, ...], int]:
             dtype = torch.float32 if file.kind == "gguf" else None  # as ``load_gguf`` makes the model
             made = [(tensor, with_dtype(form, dtype)) for tensor, form in kept]
             total = sum(kept_bytes(*pair) for pair in made)
-            for tensor, form in made:
-                if isinstance(form, CodedForm):
-                    forms[form] += 1
+            for tensor, stored in made:
+                if isinstance(stored, CodedForm):
+                    forms[stored] += 1
                     coded.add(tensor.name.removesuffix(".weight"))
             grown = growth(base, kept, total, dtype)
         if grown is not None:

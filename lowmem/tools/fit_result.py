@@ -27,12 +27,15 @@ def command_of(arguments: argparse.Namespace, short: bool = False) -> str:
     ``short``: of one process, and with the last components of paths, since this machine's mean nothing elsewhere.
     """
     words = [word for word in arguments.command_line if word not in _OF_THIS_RUN]
-    return shlex.join(["lowmem", *map(_last_component, words)] if short else [*start_words(), *words])
+    return shlex.join(["lowmem", *map(_without_folders, words)] if short else [*start_words(), *words])
 
 
-def _last_component(word: str) -> str:
+def _without_folders(word: str) -> str:
+    """Return the last component of a path of this machine; names on the Hub and patterns stay."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
-    return option + equals + (os.path.basename(value.rstrip(os.sep)) if os.sep in value else value)
+    path = value.rstrip(os.sep)
+    is_here = os.sep in value and (os.path.lexists(path) or os.path.isdir(os.path.dirname(path)))
+    return option + equals + (os.path.basename(path) if is_here else value)
 
 
 def next_commands(job: Job) -> list[str]:
@@ -103,7 +106,16 @@ A LoRA adapter of `{base}`, trained on `{job.data.name}` by lowmem {document["lo
 | :-- | --: |
 {rows}
 
-`AutoPeftModelForCausalLM.from_pretrained` of PEFT, `AutoModelForCausalLM.from_pretrained` of transformers and
-`lowmem generate` open this folder where the base is. If lowmem has stored the base, import
-`lowmem.integrations.transformers` first. All settings are in `training.json`.
+{_opening(job)} All settings are in `training.json`.
 """
+
+
+def _opening(job: Job) -> str:
+    """Return how the adapter's folder is opened."""
+    assert job.save is not None
+    if job.folder.is_file():
+        return f"""`lowmem generate` opens this folder where the base, a GGUF file, is. In Python, with
+`lowmem.integrations.transformers`, `lowmem.load_adapter(from_exact("{job.folder.name}"), "{job.save.name}")` does."""
+    return """`AutoPeftModelForCausalLM.from_pretrained` of PEFT, `AutoModelForCausalLM.from_pretrained` of
+transformers and `lowmem generate` open this folder where the base is. If lowmem has stored the base, import
+`lowmem.integrations.transformers` first."""

@@ -15,6 +15,7 @@ from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.tools.arguments import DTYPES, file_path, number
 from lowmem.tools.models import batch_of, model_factory, user_code
 from lowmem.tools.output import print_json, print_saved, print_table, warnings_as_notes
+from lowmem.transforms.adapters import adapter_names
 from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
 from lowmem.transforms.restore import restore
@@ -71,7 +72,11 @@ def run(arguments: argparse.Namespace) -> int:
             model, tokenizer = _open_folder(arguments)
         else:
             model = load(arguments.base, model_factory(arguments.model))
-        model = load_adapter(model, *adapter)
+        if names := adapter_names(model):
+            said = f"BASE={str(arguments.base)!r} has an adapter already, {names[0]!r}, which would be merged, too"
+            raise ValueError(f"{said}: name the base without adapters")
+        with warnings_as_notes():
+            model = load_adapter(model, *adapter)
         with run_it:
             model, report = merge(model, to, inputs=inputs, report=True)
         why = _above(report, arguments.at_most)

@@ -253,7 +253,8 @@ def _plan(arguments: argparse.Namespace, name: str, training: str | None) -> tup
 
 def _plan_base(arguments: argparse.Namespace, base: Path, training: str | None) -> tuple[Plan, Tensor]:
     """Return the plan of the model of a folder or GGUF file, and its input; of weights, only headers are read."""
-    from lowmem.integrations.transformers.config_facts import class_at, config_at, factory_of, held_back, stored_by
+    from lowmem.integrations.transformers.config_facts import class_at, factory_of, held_back, stored_by
+    from lowmem.integrations.transformers.exact import config_at
     from lowmem.tools.fit_plan import stored_as, with_stored
 
     with held_back():

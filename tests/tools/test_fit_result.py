@@ -59,5 +59,21 @@ def test_the_base_has_the_name_that_is_given(place, capsys):
     argv = ["fit", "llama", "--data", "data.jsonl", "--length", "48", "--steps", "1", "--save", "out"]
     assert main([*argv, "--base-name", "me/llama"]) == 0
     assert json.loads(Path("out", "adapter_config.json").read_text())["base_model_name_or_path"] == "me/llama"
-    assert "base_model: me/llama\n" in Path("out", "README.md").read_text()
-    assert "\nnext: lowmem generate out --base llama --chat\n" in capsys.readouterr().err
+    card = Path("out", "README.md").read_text()
+    assert "base_model: me/llama\n" in card
+    assert "--base-name me/llama\n" in card
+    told = capsys.readouterr()
+    assert "\nnext: lowmem generate out --base llama --chat\n" in told.err
+    assert told.err.splitlines()[-1].startswith("next: lowmem export")
+
+
+def test_the_card_of_an_adapter_of_a_gguf_file_says_how_it_opens(place):
+    assert main(["quantize", "llama", "small"]) == 0
+    assert main(["export", "small", "base.gguf", "--requantize"]) == 0
+    assert main(["fit", "base.gguf", "--data", "text.txt", "--length", "48", "--steps", "1", "--save", "out"]) == 0
+    card = Path("out", "README.md").read_text()
+    assert "AutoModelForCausalLM" not in card
+    assert 'load_adapter(from_exact("base.gguf"), "out")' in card
+    from lowmem.integrations.transformers import from_exact
+
+    assert lowmem.adapter_names(lowmem.load_adapter(from_exact("base.gguf"), "out")) == ["default"]

@@ -145,7 +145,10 @@ def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["adapter.safetensors", "--prompt", "a"], "does not name its base: name the base with --base"),
+        (
+            ["adapter.safetensors", "--prompt", "a"],
+            "is no GGUF file: if it is an adapter's file, name its base with --base",
+        ),
         (["dense", "--base", "stored", "--prompt", "a"], "applies to adapters alone"),
         (["two", "--prompt", "a"], "choose one of default, other with --adapter"),
         (["peft", "--prompt", "a"], "'peft' has several adapters: choose one of default, other with --adapter"),

@@ -253,6 +253,11 @@ def test_a_folder_and_its_adapter_need_no_factory(base, tmp_path, capsys, refuse
     assert (same(IDS).logits - expected).norm() < 0.5 * expected.norm()
     assert "'same' exists" in refused("merge", base, "adapter", "same")
     assert "leave it out" in refused("merge", base, "adapter", "new", "--model", "merge_models:make")
+    if base == "stored":
+        model.save_pretrained("adapted")
+        told = refused("merge", "adapted", "adapter", "new")
+        assert "BASE='adapted' has an adapter already, 'default', which would be merged, too" in told
+        assert not Path("new").exists()
 
 
 def test_a_model_file_needs_the_factory_of_its_model(refused):

@@ -173,7 +173,7 @@ def test_a_folder_is_planned_without_a_text(place, results, capsys, refused):
 
     (found,) = results("stats", "llama", "--plan")
     assert found["input_shape"] == [1, 64]  # its positions
-    assert found["techniques"] == ["FourBit(format='bof4s', block_size=32)", "LoRA()"]
+    assert found["techniques"] == ["FourBit()", "LoRA()"]
     model = convert(load("llama"), FourBit(), LoRA(16))
     assert found["stored_bytes"] == measure.theoretical_bytes(model)
     assert found["gradients"] == 4 * measure.counts(model).trainable

@@ -70,7 +70,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
     is_alone = bool(adapters_alone(path))
     if is_alone or (path.is_file() and not starts_with(path, MAGIC)):
         if base is None and not is_alone:
-            raise ValueError(f"adapter={str(path)!r} does not name its base: name the base with --base")
+            raise ValueError(f"{str(path)!r} is no GGUF file: if it is an adapter's file, name its base with --base")
         place, name = find_adapter(path, adapter)
         model, tokenizer = open_language_model(base_of_adapter(place) if base is None else base)
         model = load_adapter(model, place, name).eval()

@@ -114,6 +114,8 @@ def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
             tokenizer_of(folder) if folder.is_file() else AutoTokenizer.from_pretrained(folder, local_files_only=True)
         )
         size = len(tokenizer)
+        if vocabulary is not None and folder.is_file():  # transformers adds tokens that a GGUF file has not
+            size -= sum(token >= vocabulary for token in tokenizer.get_added_vocab().values())
     if vocabulary is not None and not LEAST_SHARE * vocabulary <= size <= vocabulary:
         raise refusal(
             folder,
