@@ -5,6 +5,8 @@ from lowmem.tools import startup
 
 startup.guard_imports()  # before torch is imported
 
+from typing import TYPE_CHECKING, Any
+
 from lowmem.bignet import BigNet
 from lowmem.distributed.need import bytes_per_rank
 from lowmem.distributed.shard import gather, shard
@@ -59,6 +61,9 @@ from lowmem.transforms.restore import restore
 from lowmem.transforms.summary import LayerSummary, Summary, summary
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
+
+if TYPE_CHECKING:
+    from lowmem.integrations.transformers import KeyValueCache as KeyValueCache
 
 __all__ = [
     "FORMATS",
@@ -141,3 +146,12 @@ __all__ = [
     "unmerge_adapter",
     "unpack",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import ``KeyValueCache`` where it is asked for: it needs transformers, which takes seconds to import."""
+    if name == "KeyValueCache":
+        from lowmem.integrations.transformers import KeyValueCache
+
+        return KeyValueCache
+    raise AttributeError(f"module 'lowmem' has no attribute {name!r}")

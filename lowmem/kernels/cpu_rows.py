@@ -1,5 +1,5 @@
-"""Row-wise functions in C: norms, activations, cross entropies, 8-bit codes and the rounding of columns. What C does
-not take falls back to ``reference``."""
+"""Row-wise functions in C: norms, activations, cross entropies, attention, 8-bit codes and the rounding of columns. What
+C does not take falls back to ``reference``."""
 
 from __future__ import annotations
 
@@ -12,16 +12,25 @@ from torch import Tensor
 from lowmem.kernels import reference
 from lowmem.kernels.columns import PANEL
 from lowmem.kernels.memory import TYPES, floats, is_batch, is_float, is_real, is_traced
-from lowmem.quant.backend import Activation, Columns
+from lowmem.quant.backend import Activation, Columns, HeadStates
 from lowmem.quant.formats import Format
 
 _LEVELS = 16  # of csrc/columns.h
 _TERMS = 7  # of struct gated in csrc/row_calls.h
 
 # enum row_function of csrc/plan.h, and the layouts of the structs in csrc/row_calls.h
-_NORM, _GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS = range(6)
+_NORM, _GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS, _ATTENTION, _ENCODE_STATES = range(8)
 _NORM_CALL, _GATED_CALL = Struct("@iqqfiPPPP"), Struct("@iiqqqq7fPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
+_STATES = "iPP6q"
+_ATTENTION_CALL, _CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
+_KEYS, _QUERIES, _WHOLE, _GRAIN = (
+    32,
+    16,
+    64,
+    65536,
+)  # of csrc/attention.h; floats of the longest vectors; of csrc/threads.h
+_CODES8 = 8  # of csrc/plan.h, in place of a type
 
 
 class CpuRows:
@@ -138,6 +147,56 @@ class CpuRows:
         addresses = *written, *tables, *(one.data_ptr() for one in given)
         return self._run(_ROUND_COLUMNS, values.numel(), _ROUNDING_CALL.pack(*values.shape, descends, *addresses))
 
+    def attention(
+        self,
+        query: Tensor,
+        key: HeadStates,
+        value: HeadStates,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Return the output of each query: (batch, queries, heads, value width)."""
+        batch, heads, queries, width = query.shape
+        key_heads, keys, value_width = key.numbers.shape[1], key.numbers.shape[2], value.numbers.shape[-1]
+        shape = (batch, heads, queries, keys)
+        seen = None if mask is None else (mask.view(torch.int8) if mask.dtype is torch.bool else mask).expand(shape)
+        given = [_states(query), _states(*key), _states(*value), _NO_STATES if seen is None else _states(seen)]
+        fits = query.dtype in TYPES and query.numel() * keys * value_width > 0 and not is_traced()
+        if not fits or None in given or is_batch(query):
+            return reference.attention(query, key, value, mask, scaling, softcap)
+        out = torch.empty(batch, queries, heads, value_width, dtype=query.dtype)
+        work, most = batch * heads * queries * keys * (width + value_width), torch.get_num_threads()
+        rows, threads = heads // key_heads * queries, min(most, 1 + work // _GRAIN)
+        chunk = _QUERIES if threads == 1 else min(_QUERIES, -(-rows * batch * key_heads // (2 * threads)))
+        own = (_KEYS + _QUERIES) * (_padded(width) + _padded(value_width)) + 2 * _QUERIES
+        scratch = torch.empty(threads * own)
+        sizes = (
+            batch,
+            key_heads,
+            heads // key_heads,
+            queries,
+            keys,
+            width,
+            value_width,
+            chunk,
+            scaling,
+            softcap or 0.0,
+        )
+        numbers = [number for one in given for number in one or ()]
+        call = _ATTENTION_CALL.pack(*sizes, *numbers, out.data_ptr(), scratch.data_ptr(), own)
+        self.native.rowwise(self._isa, _ATTENTION, threads, work, call)
+        return out
+
+    def encode_states(self, numbers: Tensor, into: HeadStates) -> None:
+        """Write states as 8-bit codes with a scale for each row."""
+        given = _states(numbers), _states(*into)
+        if None in given or numbers.dtype not in TYPES or not numbers.numel() or is_traced() or is_batch(numbers):
+            reference.encode_states(numbers, into)
+        else:
+            call = _CODING_CALL.pack(*numbers.shape, *[number for one in given for number in one or ()])
+            self._run(_ENCODE_STATES, numbers.numel(), call)
+
     def _takes(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether all are plain CPU tensors of one shape and dtype, float32 or bfloat16, with numbers in them."""
         if not self.serves_rows(x) or not x.numel() or is_traced():
@@ -146,6 +205,23 @@ class CpuRows:
         if any(map(is_batch, tensors)):
             return False
         return all(is_real(one) and one.dtype is x.dtype and one.shape == x.shape for one in tensors)
+
+
+_NO_STATES = (0,) * 9
+
+
+def _states(numbers: Tensor, scales: Tensor | None = None) -> tuple[int, ...] | None:
+    """Return the fields of struct states; None where C cannot read a row's numbers side by side."""
+    kind = _CODES8 if numbers.dtype is torch.int8 else TYPES.get(numbers.dtype)
+    plain = kind is not None and numbers.dim() == 4 and (numbers.stride(3) == 1 or numbers.shape[3] == 1)
+    if not plain or not is_real(numbers) or (scales is not None and not is_real(scales)):
+        return None
+    steps, of_scales = numbers.stride(), (0, 0, 0) if scales is None else scales.stride()
+    return kind or 0, numbers.data_ptr(), _address(scales), *steps[:3], *of_scales[:3]
+
+
+def _padded(width: int) -> int:
+    return -(-width // _WHOLE) * _WHOLE
 
 
 def _address(x: Tensor | None) -> int:

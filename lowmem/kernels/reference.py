@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import int8
+from lowmem.kernels.attention import attention, encode_states
 from lowmem.kernels.codes import decode_8bit, encode_8bit
 from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
@@ -32,10 +33,12 @@ from lowmem.quant.tensor import QuantizedTensor, row_chunks
 __all__ = [
     "add_low_rank",
     "add_product",
+    "attention",
     "backends",
     "decode_8bit",
     "dequantize",
     "encode_8bit",
+    "encode_states",
     "entropies",
     "explain",
     "fast_bfloat16",

@@ -51,6 +51,18 @@ class Columns(NamedTuple):
     codes: Tensor
 
 
+class HeadStates(NamedTuple):
+    """Keys or values of attention.
+
+    Attributes:
+        numbers: (batch, heads, rows, width), floating point; or int8 codes, with scales.
+        scales: float32 (batch, heads, rows, 1); None for floating point numbers.
+    """
+
+    numbers: Tensor
+    scales: Tensor | None = None
+
+
 class Backend(Protocol):
     """What a device computes: products with stored weights, their dequantized rows, functions of rows.
 
@@ -123,6 +135,20 @@ class Backend(Protocol):
 
     def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
         """Round columns of a weight one after the other."""
+
+    def attention(
+        self,
+        query: Tensor,
+        key: HeadStates,
+        value: HeadStates,
+        mask: Tensor | None,
+        scaling: float,
+        softcap: float | None,
+    ) -> Tensor:
+        """Return the output of each query: (batch, queries, heads, value width)."""
+
+    def encode_states(self, numbers: Tensor, into: HeadStates) -> None:
+        """Write states as 8-bit codes with a scale for each row."""
 
 
 ANY = "any"

@@ -49,6 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=_share, metavar="P", help="sample of the likeliest tokens with this probability"
     )
+    parser.add_argument(
+        "--cache-bits", type=int, choices=[8], metavar="8", help="keep keys and values of earlier tokens in 8 bits"
+    )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default 0)")
     parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the model runs (default cpu)")
 
@@ -112,6 +115,7 @@ class _Generator:
         elif arguments.temperature is not None or arguments.top_p is not None:
             chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
             self._options |= {"do_sample": True} | {name: one for name, one in chosen.items() if one is not None}
+        self._cache_bits = arguments.cache_bits
         if tokenizer.pad_token_id is None:
             self._options["pad_token_id"] = ends[0] if ends else None
 
@@ -127,6 +131,11 @@ class _Generator:
         from lowmem.integrations.transformers.generating import CountingStreamer
 
         streamer = CountingStreamer(self._tokenizer)
+        if self._cache_bits is not None:
+            from lowmem.integrations.transformers import ATTENTION, KeyValueCache
+
+            self._model.set_attn_implementation(ATTENTION)
+            self._options["cache"] = KeyValueCache(self._model, self._cache_bits)
         given = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
         length = given["input_ids"].shape[1]
         if not length:

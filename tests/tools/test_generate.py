@@ -72,6 +72,18 @@ def test_the_text_is_that_of_the_models_own_generate(folders, capsys, name):
     assert found
 
 
+def test_keys_and_values_in_8_bits_hold_for_the_whole_text(folders, capsys, monkeypatch):
+    from lowmem.integrations.transformers.cache import KeyValueCache
+
+    made = []
+    own = KeyValueCache.__init__
+    monkeypatch.setattr(KeyValueCache, "__init__", lambda self, *given: own(self, *given) or made.append(self))
+    found = generated(capsys, folders / "dense", "--prompt", "abc", "--temperature", "0", "--cache-bits", "8")
+    assert found
+    assert made[0].layers[0].keys.dtype is torch.int8
+    assert made[0].get_seq_length() >= 8
+
+
 def test_sampling_is_repeated_by_its_seed(folders, capsys):
     options = ["--prompt", "abc", "--temperature", "2", "--top-p", "0.9"]
     texts = [generated(capsys, folders / "stored", *options, "--seed", seed) for seed in ("1", "1", "2")]

@@ -20,9 +20,20 @@ from lowmem.integrations.transformers import version
 
 version.check()  # before anything of transformers is imported that older versions do not have
 
+from lowmem.integrations.transformers.attending import ATTENTION
+from lowmem.integrations.transformers.cache import KeyValueCache
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import from_exact
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
 from lowmem.integrations.transformers.tokenizing import TextTokenizer
 
-__all__ = ["METHOD", "LowmemConfig", "LowmemQuantizer", "TextTokenizer", "adopt", "from_exact"]
+__all__ = [
+    "ATTENTION",
+    "METHOD",
+    "KeyValueCache",
+    "LowmemConfig",
+    "LowmemQuantizer",
+    "TextTokenizer",
+    "adopt",
+    "from_exact",
+]

@@ -1,5 +1,6 @@
 /* The kernels of an ISA whose products are all in float32, and its struct isa; its vector operations are included before. */
 #pragma once
+#include "attention.h"
 #include "body.h"
 #include "columns.h"
 #include "entropy.h"
@@ -27,5 +28,6 @@ static const struct kernel kernels[] = {
     {                                                                                                               \
         .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body, \
         .widen = wide_body, .quantize = quantize_body,                                                              \
-        .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body},              \
+        .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body, attention_body, \
+                 encode_states_body},              \
     }

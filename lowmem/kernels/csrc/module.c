@@ -236,7 +236,7 @@ static PyObject *rowwise(PyObject *self, PyObject *args)
 {
     static const size_t sizes[ROW_FUNCTIONS] = {
         [NORM] = sizeof(struct norm), [GATED] = sizeof(struct gated), [ENTROPY] = sizeof(struct entropy),
-        [ENCODE8] = sizeof(struct saved8), [DECODE8] = sizeof(struct saved8), [ROUND_COLUMNS] = sizeof(struct rounding),
+        [ENCODE8] = sizeof(struct saved8), [DECODE8] = sizeof(struct saved8), [ROUND_COLUMNS] = sizeof(struct rounding), [ATTENTION] = sizeof(struct attention), [ENCODE_STATES] = sizeof(struct coding),
     };
     int isa, function;
     long long threads;

@@ -53,3 +53,29 @@ struct rounding {
     const float *pivots, *matrix, *scales;
     uint8_t *codes;
 };
+
+/* Keys, values or queries of heads: (batch, heads, rows, width). Steps count elements, from one of each to the next. */
+struct states {
+    int type; /* FLOAT32, BFLOAT16, FLOAT16, or CODES8: signed bytes with a scale for each row */
+    void *numbers;
+    float *scales; /* (batch, heads, rows), or NULL */
+    int64_t steps[3], scale_steps[3];
+};
+
+/* Attention (attention.h): out (batch, queries, heads of the queries, value_width) = softmax(scaling q k' + mask) v. */
+struct attention {
+    int64_t batch, heads, shared; /* heads of keys and values, and how many heads of queries share each */
+    int64_t queries, keys, width, value_width;
+    int64_t chunk; /* rows of queries that share a head of keys and are computed together, at most QUERIES */
+    float scaling, softcap; /* softcap: 0 for none */
+    struct states query, key, value, mask; /* mask: (batch, heads of the queries, queries, keys); no numbers: no mask */
+    void *out;
+    float *scratch;
+    int64_t own; /* floats of a thread's scratch */
+};
+
+/* Rows of states to 8-bit codes and scales (attention.h). */
+struct coding {
+    int64_t batch, heads, rows, width;
+    struct states from, into;
+};

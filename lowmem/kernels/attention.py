@@ -1,0 +1,69 @@
+"""Attention of a few queries to keys and values as they are cached, in 8 bits, too: the definitions of these methods
+of ``Backend``.
+
+    out = softmax(cap(scaling q k') + mask) v,    cap(s) = c tanh(s / c)
+    scale = max |x| / 127,    code = round(x / scale),    x ~ code scale
+
+Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.2; heads of queries share heads of keys as in
+Ainslie et al., GQA, arXiv 2305.13245; scores are capped as in Gemma 2, arXiv 2408.00118, section 2. Everything is
+computed in float32 (float64 where the queries are) and rounded once. A query to which the mask hides all keys
+gets zeros.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lowmem.quant.backend import HeadStates
+
+
+def attention(
+    query: Tensor, key: HeadStates, value: HeadStates, mask: Tensor | None, scaling: float, softcap: float | None
+) -> Tensor:
+    """Return the output of each query: (batch, queries, heads, value width), contiguous, in the dtype of ``query``.
+
+    Args:
+        query: floating point (batch, heads, queries, width).
+        key: (batch, key heads, keys, width); ``heads`` is a multiple of the key heads, which neighbours share.
+        value: (batch, key heads, keys, value width).
+        mask: broadcasts to (batch, heads, queries, keys): bool, False hides a key; or floating point, which is added.
+        scaling: of the scores.
+        softcap: c; None: scores are not capped.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    batch, heads, queries, width = query.shape
+    grouped = query.to(wide).reshape(batch, key.numbers.shape[1], -1, width)
+    scores = (grouped @ decoded(key, wide).transpose(-1, -2) * scaling).view(batch, heads, queries, -1)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
+    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
+    powers = torch.exp(scores - top)
+    total = powers.sum(-1, keepdim=True)
+    powers = (powers / total.masked_fill(total == 0, 1.0)).view(batch, grouped.shape[1], grouped.shape[2], -1)
+    out = (powers @ decoded(value, wide)).view(batch, heads, queries, -1)
+    return out.transpose(1, 2).to(query.dtype).contiguous()
+
+
+def decoded(states: HeadStates, dtype: torch.dtype) -> Tensor:
+    """Return states as floating point numbers of a dtype."""
+    numbers, scales = states
+    return numbers.to(dtype) if scales is None else numbers.to(dtype) * scales.to(dtype)
+
+
+def encode_states(numbers: Tensor, into: HeadStates) -> None:
+    """Write states (batch, heads, rows, width) as signed bytes with a scale for each row.
+
+    Args:
+        numbers: floating point.
+        into: codes, int8, of the same shape; scales, float32 (batch, heads, rows, 1): NaN, with any codes, where a
+            number of the row is not finite.
+    """
+    codes, scales = into
+    assert scales is not None
+    wide = numbers.float()
+    scales.copy_(wide.abs().amax(-1, keepdim=True) / 127)
+    scales.masked_fill_(~scales.isfinite(), torch.nan)
+    codes.copy_((wide / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_())

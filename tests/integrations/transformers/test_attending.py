@@ -1,0 +1,70 @@
+"""Attention that reads keys and values in 8 bits: what it computes itself, and what it leaves to torch's own."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from lowmem.integrations.transformers import attending
+from lowmem.integrations.transformers.attending import MOST, attend
+from lowmem.integrations.transformers.cache import EightBitStates, KeyValueCache
+from tests.integrations.transformers.test_cache import CONFIGS
+
+
+def states(queries, dtype=torch.float32):
+    """Return a query and keys and values of 20 rows in 8 bits, and the same in float64."""
+    generator = torch.Generator().manual_seed(0)
+    cache = KeyValueCache(CONFIGS["llama"], bits=8)
+    for count in (15, 5):
+        key, value = cache.update(*torch.randn(2, 2, 2, count, 16, generator=generator, dtype=dtype), 0)
+    return torch.randn(2, 4, queries, 16, generator=generator, dtype=dtype), key, value
+
+
+def expected(query, key, value, mask=None):
+    key, value = ((one + 0).double().repeat_interleave(2, 1) for one in (key, value))
+    return functional.scaled_dot_product_attention(query.double(), key, value, mask).transpose(1, 2)
+
+
+class Layer(nn.Module):
+    num_key_value_groups = 2
+    is_causal = True
+
+
+@pytest.mark.parametrize("queries", [1, MOST, MOST + 1])
+def test_few_queries_are_computed_from_the_codes(queries, monkeypatch):
+    query, key, value = states(queries)
+    assert isinstance(key, EightBitStates)
+    mask = torch.ones(queries, 20, dtype=torch.bool).tril(20 - queries)
+    calls = []
+    own = attending.sdpa_attention_forward
+    monkeypatch.setattr(
+        attending, "sdpa_attention_forward", lambda *given, **more: calls.append(1) or own(*given, **more)
+    )
+    got, weights = attend(Layer(), query, key, value, mask[None, None])
+    assert weights is None
+    assert bool(calls) == (queries > MOST)
+    torch.testing.assert_close(got.double(), expected(query, key, value, mask), rtol=1e-5, atol=1e-5)
+
+
+def test_gradients_dropout_and_full_precision_are_left_to_torch():
+    query, key, value = states(1)
+    wanted = expected(query, key, value)
+    got, _ = attend(Layer(), query, key + 0, value + 0, None)
+    torch.testing.assert_close(got.double(), wanted, rtol=1e-5, atol=1e-5)
+    query.requires_grad_()
+    got, _ = attend(Layer(), query, key, value, None)
+    (grad,) = torch.autograd.grad(got.sum(), query)
+    assert grad.abs().sum() > 0
+    with torch.no_grad():
+        torch.manual_seed(0)
+        got, _ = attend(Layer(), query, key, value, None, dropout=0.9)
+    assert (got.double() - wanted).abs().max() > 0.1
+
+
+def test_a_prompt_with_capped_scores_is_causal():
+    query, key = torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
+    got, _ = attend(Layer(), query, key, key, None, softcap=2.0)
+    scores = 2 * torch.tanh(query.double() @ key.double().mT * 8**-0.5 / 2)
+    hidden = torch.ones(12, 12, dtype=torch.bool).triu(1)
+    wanted = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ key.double()
+    torch.testing.assert_close(got.double(), wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)

@@ -1,0 +1,186 @@
+"""A cache of keys and values that grows in place, in full precision and in 8 bits, beside transformers' own."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig, MistralConfig
+
+from lowmem.integrations.transformers.attending import ATTENTION
+from lowmem.integrations.transformers.cache import EightBitStates, KeyValueCache
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+CONFIGS = {
+    "llama": LlamaConfig(**SIZES),
+    "mistral": MistralConfig(**SIZES, sliding_window=9),
+    "gemma2": Gemma2Config(**SIZES, sliding_window=9, attn_logit_softcapping=3.0, query_pre_attn_scalar=16),
+}
+
+
+def model_of(name, attention=None):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(4.0)  # else attention is nearly uniform
+    if attention is not None:
+        model.set_attn_implementation(attention)
+    return model
+
+
+def prompts():
+    ids = torch.randint(1, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = mask[1, :1] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+OPTIONS = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+}
+
+
+def generated(model, cache, **options):
+    torch.manual_seed(0)
+    return model.generate(**prompts(), max_new_tokens=40, cache=cache, **options)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("options", OPTIONS)
+def test_tokens_are_those_of_transformers_own_cache(name, options):
+    expected = generated(model_of(name, "eager"), DynamicCache(config=CONFIGS[name]), **OPTIONS[options])
+    got = generated(model_of(name, ATTENTION), KeyValueCache(CONFIGS[name]), **OPTIONS[options])
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_logits_in_8_bits_are_near_those_of_full_precision(name):
+    model = model_of(name, ATTENTION)
+    ids = torch.randint(1, 60, (2, 30), generator=torch.Generator().manual_seed(1))
+    exact, rounded = KeyValueCache(model), KeyValueCache(model, bits=8)
+    with torch.no_grad():
+        for start in (0, *range(10, 30)):
+            part = ids[:, start : start + (10 if start == 0 else 1)]
+            expected, got = (model(part, cache=one).logits for one in (exact, rounded))
+            off = (got - expected).norm() / expected.norm()
+            assert (off == 0) if start == 0 else (0 < off < 0.05)
+
+
+def test_any_attention_reads_a_cache_in_8_bits():
+    ids = torch.randint(1, 60, (2, 12), generator=torch.Generator().manual_seed(1))
+    logits = []
+    for attention in (ATTENTION, "sdpa", "eager"):
+        model = model_of("llama", attention)
+        cache = KeyValueCache(model, bits=8)
+        with torch.no_grad():
+            model(ids[:, :8], cache=cache)
+            logits.append(torch.cat([model(ids[:, i : i + 1], cache=cache).logits for i in range(8, 12)]))
+    for other in logits[1:]:
+        torch.testing.assert_close(other, logits[0], rtol=1e-4, atol=1e-4)
+
+
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("update"), st.integers(1, 40)),
+        st.tuples(st.just("crop"), st.integers(1, 3)),
+        st.tuples(st.sampled_from(["reorder", "repeat", "select", "reset", "copy", "record"]), st.just(0)),
+    ),
+    min_size=1,
+    max_size=12,
+)
+
+
+@given(name=st.sampled_from(["llama", "mistral"]), steps=STEPS)
+def test_layers_keep_what_transformers_layers_keep(name, steps):
+    ours, theirs = KeyValueCache(CONFIGS[name]), DynamicCache(config=CONFIGS[name])
+    batch, can_crop, length = 2, name == "llama", 0
+    for seed, (step, count) in enumerate(steps):
+        caches = ours, theirs
+        if step == "update":
+            new = torch.randn(2, batch, 2, count, 16, generator=torch.Generator().manual_seed(seed))
+            for got, expected in zip(*(one.update(*new, 0) for one in caches), strict=True):
+                assert torch.equal(got, expected)
+            length += count
+        elif step == "crop" and can_crop and length > count:
+            for one in caches:
+                one.crop(-count)
+            length -= count
+        elif step == "record":
+            for one in caches:
+                one.activate_past_recording()
+            can_crop = can_crop or length == 0
+        elif step == "copy":
+            ours = copy.deepcopy(ours)
+        elif step == "reset":
+            for one in caches:
+                one.reset()
+            length = 0
+        elif length and step in ("reorder", "repeat", "select"):
+            for one in caches:
+                if step == "reorder":
+                    one.reorder_cache(torch.arange(batch - 1, -1, -1))
+                elif step == "repeat" and batch < 8:
+                    one.batch_repeat_interleave(2)
+                elif step == "select":
+                    one.batch_select_indices(torch.arange(batch - 1))
+            batch += {"reorder": 0, "repeat": batch if batch < 8 else 0, "select": -1}[step]
+            if not batch:
+                return
+        assert ours.get_seq_length() == theirs.get_seq_length() == length
+        if length:
+            assert torch.equal(ours.layers[0].keys, theirs.layers[0].keys)
+            assert torch.equal(ours.layers[0].values, theirs.layers[0].values)
+
+
+def test_a_token_is_added_in_place():
+    cache = KeyValueCache(CONFIGS["llama"])
+    new = torch.randn(1, 2, 8, 16)
+    cache.update(new, new, 0)
+    before = cache.layers[0].keys.data_ptr()
+    for _ in range(20):
+        keys, _ = cache.update(new[:, :, :1], new[:, :, :1], 0)
+        assert keys.data_ptr() == before
+
+
+@pytest.mark.parametrize(
+    ("bits", "dtype", "row"), [(None, torch.bfloat16, 32), (None, torch.float32, 64), (8, torch.bfloat16, 20)]
+)
+def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row):
+    cache = KeyValueCache(CONFIGS["llama"], bits=bits)
+    for layer in range(2):
+        cache.update(*torch.zeros(2, 3, 2, 100, 16, dtype=dtype), layer)
+    assert cache.nbytes == 2 * 2 * 3 * 2 * (100 + 32) * row  # layers, keys and values, sequences, heads, rows
+
+
+def test_states_in_8_bits_decode_in_any_function():
+    cache = KeyValueCache(CONFIGS["llama"], bits=8)
+    states = torch.randn(1, 2, 5, 16, dtype=torch.bfloat16)
+    first, _ = cache.update(states, states, 0)
+    assert first is states  # a prompt's own attention is exact
+    keys, _ = cache.update(states[:, :, :1], states[:, :, :1], 0)
+    assert isinstance(keys, EightBitStates)
+    assert keys.shape == (1, 2, 6, 16)
+    plain = keys + 0
+    assert type(plain) is torch.Tensor
+    expected = torch.cat([states, states[:, :, :1]], 2).float()
+    assert ((plain.float() - expected).abs() <= expected.abs().amax(-1, keepdim=True) * (0.5 / 127 + 2**-8)).all()
+
+
+def test_other_bits_are_refused():
+    with pytest.raises(ValueError, match="bits=4 must be 8"):
+        KeyValueCache(CONFIGS["llama"], bits=4)
