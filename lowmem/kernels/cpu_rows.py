@@ -1,5 +1,5 @@
-"""Row-wise functions in C: norms, activations, cross entropies, attention, 8-bit codes and the rounding of columns. What
-C does not take falls back to ``reference``."""
+"""Row-wise functions in C: norms, activations, cross entropies, attention, 8-bit codes and the rounding of columns.
+What C does not take falls back to ``reference``."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ FEW = (2, 3)
 """Layers of the models that are measured: the first and the last one may need less than those between."""
 
 HOLES = 0.25
-"""The allocator holds this share more than the tensors of a step: 0.2 to 0.3 of a llama of 8 layers and of SmolLM2."""
+"""The allocator holds this share more than the tensors of a step: 0.2 to 0.3 of a llama and of SmolLM2."""
 
 LOADING = 8 * 2**20
 """Bytes that loading takes beside the stored model and the largest tensor: see docs/guides/hugging-face.md."""
