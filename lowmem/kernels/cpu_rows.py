@@ -24,12 +24,8 @@ _NORM_CALL, _GATED_CALL = Struct("@iqqfiPPPP"), Struct("@iiqqqq7fPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 _STATES = "iPP6q"
 _ATTENTION_CALL, _CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
-_KEYS, _QUERIES, _WHOLE, _GRAIN = (
-    32,
-    16,
-    64,
-    65536,
-)  # of csrc/attention.h; floats of the longest vectors; of csrc/threads.h
+_KEYS, _QUERIES, _WHOLE = 32, 16, 64  # of csrc/attention.h; _WHOLE: the floats to which a row is padded, at most
+_GRAIN = 65536  # of csrc/threads.h
 _CODES8 = 8  # of csrc/plan.h, in place of a type
 
 

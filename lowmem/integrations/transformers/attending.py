@@ -3,7 +3,7 @@ queries, torch's own for prompts and for numbers in full precision."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -38,14 +38,13 @@ def attend(
     records = torch.is_grad_enabled() and query.requires_grad
     others = dropout or records or any(kwargs.get(name) is not None for name in _OTHERS)
     if others or not (coded or softcap is not None) or torch.compiler.is_compiling():
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, softcap=softcap, **kwargs
-        )
+        given = module, query, key, value, attention_mask, dropout, scaling
+        return cast("tuple[Tensor, None]", sdpa_attention_forward(*given, softcap=softcap, **kwargs))
     if attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True)):
         attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    states = [one.states if isinstance(one, EightBitStates) else HeadStates(one) for one in (key, value)]
-    return backend_of(query).attention(query, *states, attention_mask, scaling, softcap), None
+    keys, values = (one.states if isinstance(one, EightBitStates) else HeadStates(one) for one in (key, value))
+    return backend_of(query).attention(query, keys, values, attention_mask, scaling, softcap), None
 
 
 AttentionInterface.register(ATTENTION, attend)

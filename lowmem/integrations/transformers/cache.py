@@ -38,7 +38,7 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
         if bits not in (None, 8):
             raise ValueError(f"bits={bits!r} must be 8, or None to keep keys and values as they are")
         super().__init__(config=getattr(model, "config", model))
-        self.layers = [_growing(layer, bits) for layer in self.layers]
+        self.layers: list[Any] = [_growing(layer, bits) for layer in self.layers]
 
     @property
     def nbytes(self) -> int:
@@ -151,9 +151,9 @@ class EightBitStates(Tensor):
     def __new__(cls, rows: Tensor, width: int, dtype: torch.dtype) -> EightBitStates:
         """Wrap rows of a cache, whose first ``width`` bytes are codes and whose last four are the scale."""
         shape = *rows.shape[:3], width
-        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)  # type: ignore[attr-defined]
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)
         made.rows = rows
-        return made  # type: ignore[no-any-return]
+        return made
 
     @property
     def states(self) -> HeadStates:
@@ -161,9 +161,11 @@ class EightBitStates(Tensor):
         return _split(self.rows, self.shape[-1])
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         plain = tree_map_only(EightBitStates, lambda one: decoded(one.states, one.dtype), (args, kwargs or {}))
         return function(*plain[0], **plain[1])
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"EightBitStates({tuple(self.shape)}, dtype={self.dtype})"
