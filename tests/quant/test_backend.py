@@ -12,7 +12,7 @@ import lowmem
 from lowmem import kernels
 from lowmem.kernels import frozen_operator, reference, rowwise
 from lowmem.quant import backend
-from lowmem.quant.backend import Backend, Columns, backend_for, backend_of
+from lowmem.quant.backend import Backend, Columns, HeadStates, backend_for, backend_of
 from tests.selection import rows_in_one_case
 
 METHODS = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "fast_bfloat16"}
@@ -65,6 +65,10 @@ def test_all_that_is_computed_for_a_device_is_asked_of_its_backend(recording):
     own.round_columns(
         form, Columns(x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte()), False
     )
+    states = torch.randn(1, 1, 2, 8)
+    coded = HeadStates(torch.empty(1, 1, 2, 8, dtype=torch.int8), torch.empty(1, 1, 2, 1))
+    own.encode_states(states, coded)
+    own.attention(states, coded, coded, None, 1.0, None)
     assert recording.asked == METHODS
     assert kernels.fast_bfloat16(x) is False
 
