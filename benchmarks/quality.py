@@ -179,7 +179,7 @@ def table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def dense_row(size: int) -> list[str]:
-    """Return the row of the float32 models, of which the language model takes ``size`` bytes."""
+    """Return the row of the models in float32; ``size`` is the bytes of the language model."""
     figures = ["32.00", f"{size / 2**20:.2f}", "1.000", "0.000", "1.00", "1.0"]
     return ["float32, dense", *figures, "memory is no limit"]
 

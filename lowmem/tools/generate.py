@@ -116,6 +116,10 @@ class _Generator:
             chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
             self._options |= {"do_sample": True} | {name: one for name, one in chosen.items() if one is not None}
         self._cache_bits = arguments.cache_bits
+        if self._cache_bits is not None:
+            from lowmem.integrations.transformers import ATTENTION
+
+            model.set_attn_implementation(ATTENTION)
         if tokenizer.pad_token_id is None:
             self._options["pad_token_id"] = ends[0] if ends else None
 
@@ -132,9 +136,8 @@ class _Generator:
 
         streamer = CountingStreamer(self._tokenizer)
         if self._cache_bits is not None:
-            from lowmem.integrations.transformers import ATTENTION, KeyValueCache
+            from lowmem.integrations.transformers import KeyValueCache
 
-            self._model.set_attn_implementation(ATTENTION)
             self._options["cache"] = KeyValueCache(self._model, self._cache_bits)
         given = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
         length = given["input_ids"].shape[1]

@@ -50,8 +50,14 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
 class _InPlace:
     """Keeps keys and values at the front of larger tensors: ``rooms``, by name."""
 
-    rooms: dict[str, Tensor]
-    eight_bit: bool
+    def __init__(self, bits: int | None, *given: Any) -> None:
+        super().__init__(*given)
+        self.rooms: dict[str, Tensor] = {}
+        self.eight_bit = bits == 8
+
+    def reset(self) -> None:
+        super().reset()  # type: ignore[misc]
+        self.rooms.clear()
 
     def _added(self, name: str, states: Tensor) -> Tensor:
         """Return the kept rows, with new states behind them; they are written into the room behind the kept ones."""
@@ -82,26 +88,14 @@ class _InPlace:
 
 
 class _GrowingLayer(_InPlace, DynamicLayer):  # type: ignore[misc]
-    def __init__(self, bits: int | None) -> None:
-        super().__init__()
-        self.rooms, self.eight_bit = {}, bits == 8
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.keys, self.values = self._added("keys", key_states), self._added("values", value_states)
         return self._seen(self.keys, key_states), self._seen(self.values, value_states)
 
-    def reset(self) -> None:
-        super().reset()
-        self.rooms.clear()
-
 
 class _SlidingLayer(_InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    def __init__(self, bits: int | None, window: int) -> None:
-        super().__init__(window)
-        self.rooms, self.eight_bit = {}, bits == 8
-
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -114,10 +108,6 @@ class _SlidingLayer(_InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
             kept = slice(-self.sliding_window + 1, None)
             self.keys, self.values = self.keys[:, :, kept], self.values[:, :, kept]
         return self._seen(keys, key_states), self._seen(values, value_states)
-
-    def reset(self) -> None:
-        super().reset()
-        self.rooms.clear()
 
 
 def _growing(layer: Any, bits: int | None) -> Any:

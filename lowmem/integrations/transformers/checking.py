@@ -163,7 +163,7 @@ def refuse_unfitting(
 ) -> None:
     """Raise a ValueError if a model on the meta device would get more new parameters, or buffers, than a folder has.
 
-    The folder's tensors have these shapes, of which None is not known, and ``nbytes`` in all.
+    ``shapes`` are those of the folder's tensors, by name, with None for an unknown shape; ``nbytes`` is their sum.
     """
     names = Names(model, conversions)
     filled: set[int] = set()

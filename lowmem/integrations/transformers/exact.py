@@ -61,7 +61,7 @@ def from_exact(
         config: of the model; None: that of the folder, or of a GGUF file's metadata.
         dtype: of what is dense, and of what the rest computes in; "auto": that of the config, or of the first dense
             weight, or float32.
-        requantizing: which weights are quantized again; None: none.
+        requantizing: which weights are quantized again; None quantizes no weight again.
         **options: for ``from_pretrained``, such as ``device_map``.
 
     Raises:

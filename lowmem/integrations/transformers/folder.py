@@ -76,7 +76,7 @@ def load_folder(
 
     Args:
         folder: dense, stored by lowmem, or quantized by another program, whose codes are kept.
-        config: how to store a dense model while it is loaded; None: the model stays dense.
+        config: how to store a dense model while it is loaded; None leaves the model dense.
         dtype: of dense parameters, and of the computation; "auto": as the folder has it.
         requantizing: what is quantized of a folder that is not lowmem's; None: nothing.
 
@@ -199,7 +199,7 @@ def import_folder(
             and, if transformers can read it, the tokenizer.
         target, shard_bytes: as for ``quantize_folder``.
         requantize, include, technique: as for ``import_checkpoint``; names are the file's.
-        dtype: of dense parameters; None: the dtypes of the folder, or float32 for a GGUF file.
+        dtype: of dense parameters; None takes the dtypes of the folder, or float32 for a GGUF file.
 
     Returns:
         A row for each parameter, sorted by name; tied ones have one.

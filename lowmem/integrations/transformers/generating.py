@@ -58,7 +58,7 @@ def open_language_model(path: Path, base: Path | None = None, adapter: str | Non
     Args:
         path: a folder of ``save_pretrained``, dense or stored by lowmem or another program; a GGUF file; or an
             adapter: a folder of PEFT, or a file of ``save_adapter``.
-        base: the base of an adapter, of the same kinds as ``path``; None: the one that the adapter's config names.
+        base: the base of an adapter, of the same kinds as ``path``; None takes the base that the config names.
         adapter: the name of the adapter to use, if the model or the folder of PEFT has several.
 
     Raises:

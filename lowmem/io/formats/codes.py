@@ -126,7 +126,7 @@ class IntegerLayer:
         codes: returns the codes, integers (..., out, in).
         scales: returns the scales, (..., out, groups).
         zeros: returns the zero points, integers (..., out, groups); None: they are 8.
-        groups: returns the group of each column; None: the groups are in order.
+        groups: returns the group of each column; None if the groups are in order.
     """
 
     parts: Parts

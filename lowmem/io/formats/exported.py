@@ -27,7 +27,7 @@ class ForeignRow:
     before_bytes: int
     after_bytes: int
     error: float | None
-    """``rms(target - source) / rms(source)``, of the values in float32; None: no value changed. The largest one of
+    """``rms(target - source) / rms(source)`` of the values in float32, or None if no value changed; the largest error of
     several weights that became one."""
 
 

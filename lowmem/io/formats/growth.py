@@ -22,14 +22,14 @@ class GrowthWarning(UserWarning):
 def growth(
     path: Path, weights: Sequence[tuple[ForeignTensor, Kept]], after: int, dtype: torch.dtype | None = None
 ) -> str | None:
-    """Return by how much a model is larger than the tensors that it is read from, and what avoids that; None: it is
-    not larger.
+    """Return a sentence on a model that is larger than the tensors that it is read from, with the option that avoids
+    the growth; None if the model is not larger.
 
     Args:
         path: of the file or folder.
         weights: its tensors, each with how it is kept unless a dtype or an option changes that.
         after: bytes of the model.
-        dtype: of what is dense in the model; None: as it is kept.
+        dtype: of dense weights in the model; None keeps the dtype of each weight.
     """
     before = sum(tensor.nbytes for tensor, _ in weights)
     if after <= before:

@@ -22,8 +22,8 @@ class BlockType:
         size: weights in a block.
         nbytes: bytes of a block.
         file_type: ``general.file_type`` of a file whose matrices are mostly of it; None: lowmem writes none.
-        format: lowmem's format that has its levels; None: no format has them.
-        divisor: the power of two by which lowmem's scales are divided; None: MXFP4's.
+        format: lowmem's format with the same levels; None if there is no such format.
+        divisor: the power of two by which lowmem's scales are divided; None for MXFP4.
         packed: uint8 (rows, blocks, nbytes) -> codes, packed as lowmem does, (rows, blocks, size / 2); in 8 bits
             (rows, blocks, size).
         factors: the same -> float32 (rows, blocks, scales of a block): the scales divided by ``divisor``.

@@ -186,7 +186,7 @@ class _ByPattern:
 
 
 def _targets(given: list[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
-    """Return what finds the modules; None: the tensors name them, as for a pattern that no automaton can hold."""
+    """Return what finds the modules; None if the names of the tensors decide, as for patterns that are not served."""
     if given is None or given == "all-linear":  # which PEFT replaces by names before it saves
         return None
     if isinstance(given, list):
