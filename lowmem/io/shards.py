@@ -64,7 +64,7 @@ class StoredWeight:
         nbytes: what the weight takes in the source.
         read: returns the weight, in newly allocated memory or as a view of the mapped file; with its last two
             dimensions swapped if ``transposed``.
-        order: returns, for each column that ``read`` returns, its column of the weight, int32; None if each keeps its place.
+        order: returns, for each column that ``read`` returns, its column of the weight, int32; None if none moved.
     """
 
     name: str

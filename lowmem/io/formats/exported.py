@@ -27,8 +27,8 @@ class ForeignRow:
     before_bytes: int
     after_bytes: int
     error: float | None
-    """``rms(target - source) / rms(source)`` of the values in float32, or None if no value changed; the largest error of
-    several weights that became one."""
+    """``rms(target - source) / rms(source)`` of the values in float32, or None if no value changed; of several
+    weights that became one, the largest error."""
 
 
 @dataclass(frozen=True)
