@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig, MistralConfig
 
 from lowmem.integrations.transformers.attending import ATTENTION
-from lowmem.integrations.transformers.cache import EightBitStates, KeyValueCache
+from lowmem.integrations.transformers.cache import KeyValueCache
+from lowmem.nn.cached_states import EightBitStates
 
 SIZES = {
     "vocab_size": 60,
@@ -164,7 +165,7 @@ def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row):
     cache = KeyValueCache(CONFIGS["llama"], bits=bits)
     for layer in range(2):
         cache.update(*torch.zeros(2, 3, 2, 100, 16, dtype=dtype), layer)
-    assert cache.nbytes == 2 * 2 * 3 * 2 * (100 + 32) * row  # layers, keys and values, sequences, heads, rows
+    assert cache.nbytes == 2 * 2 * 3 * 2 * 128 * row  # layers, keys and values, sequences, heads, rows
 
 
 def test_states_in_8_bits_decode_in_any_function():
