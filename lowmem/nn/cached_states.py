@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ class CachedStates:
     ``keys.append(k)`` returns what attention reads: ``lowmem.scaled_dot_product_attention``, or any other. With
     ``bits=8`` a row, which is a token's key or value of one head, is a signed byte for each number and a float32
     scale: ``scale = max |x| / 127``, ``x ~ code * scale``. The first call returns its exact states, and later calls
-    return the rounded ones of all tokens. Gradients are not kept: this is for inference.
+    return the rounded ones of all tokens. Gradients are not kept: the class is for inference.
 
     Args:
         bits: 8; None keeps numbers in their dtype.
@@ -57,11 +58,26 @@ class CachedStates:
         self.length = 0
         self.rows: Tensor | None = None
         self._room: Tensor | None = None
+        self._width, self._dtype = 0, torch.float32  # of the states
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept, with the room for the next tokens."""
         return 0 if self._room is None else self._room.nbytes
+
+    @property
+    def states(self) -> Tensor | None:
+        """What attention reads of the kept tokens, without new ones; None before the first call."""
+        if self.rows is None or self.bits is None:
+            return self.rows
+        return EightBitStates(self.rows, self._width, self._dtype)
+
+    @states.setter
+    def states(self, states: Tensor | None) -> None:
+        """Keep other states in place of these, such as some of them."""
+        self.rows = states.rows if isinstance(states, EightBitStates) else None
+        if self.rows is None and states is not None:
+            self.rows = states if self.bits is None else self._written(states, 0)
 
     def append(self, states: Tensor, forget: bool = True) -> Tensor:
         """Add the states of new tokens; return those that attention reads, the new ones last.
@@ -74,15 +90,15 @@ class CachedStates:
             ValueError: another batch, heads or width.
         """
         batch, heads, new, width = states.shape
-        row = width if self.bits is None else -(-width // _SCALE) * _SCALE + _SCALE
-        if self.rows is not None and (*self.rows.shape[:2], self.rows.shape[3]) != (batch, heads, row):
+        if self.rows is not None and (*self.rows.shape[:2], self.rows.shape[3]) != (batch, heads, self._row(width)):
             raise ValueError(
                 f"states of shape {tuple(states.shape)} do not continue {tuple(self.rows.shape[:2])} sequences and "
                 "heads, or their width: clear() begins anew"
             )
         count = 0 if self.rows is None else self.rows.shape[2]
-        rows = self._written(states.detach(), count, row)  # (batch, heads, count + new, row)
+        rows = self._written(states.detach(), count)  # (batch, heads, count + new, ...)
         self.rows, self.length = rows, self.length + new
+        self._width, self._dtype = width, states.dtype
         if forget and self.window is not None:
             self._forget(self.window)
         if not count:
@@ -106,14 +122,19 @@ class CachedStates:
         if self.rows is not None:
             self.rows = self.rows.index_select(0, sequences)
 
-    def _written(self, states: Tensor, count: int, row: int) -> Tensor:
-        """Write states behind the ``count`` kept rows, in so many numbers each; return all rows."""
+    def _row(self, width: int) -> int:
+        """Return the numbers of a row."""
+        return width if self.bits is None else -(-width // _SCALE) * _SCALE + _SCALE
+
+    def _written(self, states: Tensor, count: int) -> Tensor:
+        """Write states behind the ``count`` kept rows; return all of them."""
         batch, heads, new, width = states.shape
         total, room, start = count + new, self._room, self._start(count + new)
         if room is None or start is None:
             rows = max(room_rows(total), room_rows(self.length + new, self.window))
             dtype = states.dtype if self.bits is None else torch.int8
-            room, start = self._moved(states.new_empty(batch, heads, rows, row, dtype=dtype), self.rows), 0
+            empty = states.new_empty(batch, heads, rows, self._row(width), dtype=dtype)
+            room, start = self._moved(empty, self.rows), 0
         into = room[:, :, start + count : start + total]
         if self.bits is None:
             into.copy_(states)
@@ -176,8 +197,19 @@ class EightBitStates(Tensor):
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
+        if function in _OF_ROWS and isinstance(args[0], EightBitStates) and _OF_ROWS[function](*args[1:]):
+            states = args[0]
+            return EightBitStates(function(states.rows, *args[1:]), states.shape[-1], states.dtype)
         plain = tree_map_only(EightBitStates, lambda one: decoded(one.states, one.dtype), (args, kwargs or {}))
         return function(*plain[0], **plain[1])
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return f"EightBitStates({tuple(self.shape)}, dtype={self.dtype})"
+
+
+_OF_ROWS: dict[Any, Callable[..., bool]] = {
+    torch.ops.aten.slice.Tensor: lambda dim=0, *_: 0 <= dim < 3,
+    torch.ops.aten.index_select.default: lambda dim, _: 0 <= dim < 3,
+    torch.ops.aten.index.Tensor: lambda indices: len(indices) == 1 and indices[0].dim() == 1,
+}
+"""Functions that take whole rows of states in 8 bits, which stay in 8 bits, if the other arguments say so."""

@@ -17,7 +17,7 @@ from lowmem.nn.dot_product_attention import MOST, scaled_dot_product_attention
 ATTENTION = "lowmem"
 """What ``model.set_attn_implementation`` takes to let this module's attention serve a model."""
 
-_OTHERS = "position_bias", "s_aux", "output_attentions"  # arguments that change the result
+_OTHERS = "position_bias", "output_attentions"  # arguments that change the result
 
 
 def attend(
@@ -31,7 +31,16 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Return the outputs (batch, queries, heads, width) of attention, as functions of ``AttentionInterface`` do."""
+    """Return the outputs (batch, queries, heads, width) of attention, as functions of ``AttentionInterface`` do.
+
+    Raises:
+        ValueError: the model has attention sinks, or caps scores and drops out at once.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError(
+            f"the attention {ATTENTION!r} has no sinks, which a {type(module).__name__} needs: set another, such as "
+            '"eager", which reads a KeyValueCache, too'
+        )
     coded = isinstance(key, EightBitStates) and isinstance(value, EightBitStates) and query.shape[2] <= MOST
     fast = query.shape[2] == 1 and query.element_size() == 2 and not torch.compiler.is_compiling()
     served = coded or fast or softcap is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
@@ -46,7 +47,7 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
 
 
 class _InPlace:
-    """Keeps keys and values in ``cached``; transformers' functions read and replace their rows."""
+    """Keeps keys and values in ``cached``; transformers' functions read and replace their states."""
 
     def __init__(self, bits: int | None, *given: Any) -> None:
         self.cached = CachedStates(bits, *given), CachedStates(bits, *given)
@@ -67,22 +68,31 @@ class _InPlace:
         for one in self.cached:
             one.clear()
 
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        for one in self.cached:
+            if one.rows is not None:
+                one.select(torch.arange(len(one.rows), device=one.rows.device).repeat_interleave(repeats))
 
-def _rows_of(number: int) -> property:
-    """Return the attribute of a layer that is the rows of one of ``cached``."""
 
-    def replace(layer: _InPlace, rows: Tensor | None) -> None:
-        layer.cached[number].rows = None if rows is None or rows.dim() < 4 else rows  # an empty one has one dimension
+def _states_of(number: int) -> property:
+    """Return the attribute of a layer that is the states of one of ``cached``."""
 
-    return property(lambda layer: layer.cached[number].rows, replace)
+    def replace(layer: _InPlace, states: Tensor | None) -> None:
+        layer.cached[number].states = None if states is None or states.dim() < 4 else states  # an empty one has 1
+
+    return property(lambda layer: layer.cached[number].states, replace)
 
 
 class _GrowingLayer(_InPlace, DynamicLayer):  # type: ignore[misc]
-    keys, values = _rows_of(0), _rows_of(1)
+    keys, values = _states_of(0), _states_of(1)
+
+    def get_seq_length(self) -> int:
+        rows = self.cached[0].rows
+        return 0 if rows is None else rows.shape[2]
 
 
 class _SlidingLayer(_InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    keys, values = _rows_of(0), _rows_of(1)
+    keys, values = _states_of(0), _states_of(1)
 
 
 def _growing(layer: Any, bits: int | None) -> Any:

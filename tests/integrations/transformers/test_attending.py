@@ -85,3 +85,9 @@ def test_a_prompt_with_capped_scores_is_causal():
     hidden = torch.ones(12, 12, dtype=torch.bool).triu(1)
     wanted = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ key.double()
     torch.testing.assert_close(got.double(), wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_are_refused():
+    query, key, value = states(1)
+    with pytest.raises(ValueError, match="the attention 'lowmem' has no sinks, which a Layer needs"):
+        attend(Layer(), query, key, value, None, s_aux=torch.zeros(4))
