@@ -21,7 +21,8 @@ from lowmem.transforms.registry import module_paths
 
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
 """Library that saves models in a way of its own -> the module that makes it save converted ones. Without that, what
-``save_pretrained`` wrote could not be loaded again. Its ``adopt(model)`` is called with each changed model."""
+``save_pretrained`` wrote could not be loaded again. Its ``adopt(model)`` is called with each changed model, and its
+``cached_bytes(model, sequences, tokens, bits)`` with one that generates text and is planned."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -97,12 +98,17 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
             parameter.requires_grad = False  # lazy ones, too, on which no method can be called
 
 
+def integrations_of(model: nn.Module) -> list[str]:
+    """Return the modules of the integrations of the libraries that made a model, or parts of it."""
+    libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
+    return [INTEGRATIONS[library] for library in libraries & INTEGRATIONS.keys() & sys.modules.keys()]
+
+
 def tell_integrations(model: nn.Module) -> None:
     """Tell the integrations of the libraries that made a model, or parts of it, that its layers have changed."""
-    libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
-    for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():
+    for name in integrations_of(model):
         try:
-            integration = import_module(INTEGRATIONS[library])
+            integration = import_module(name)
         except ImportError as reason:
             warnings.warn(
                 f"{type(model).__name__}.save_pretrained would write what nothing can load: {reason}. lowmem.save "

@@ -21,7 +21,7 @@ from lowmem.integrations.transformers import version
 version.check()  # before anything of transformers is imported that older versions do not have
 
 from lowmem.integrations.transformers.attending import ATTENTION
-from lowmem.integrations.transformers.cache import KeyValueCache
+from lowmem.integrations.transformers.cache import KeyValueCache, cached_bytes
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import from_exact
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
@@ -35,5 +35,6 @@ __all__ = [
     "LowmemQuantizer",
     "TextTokenizer",
     "adopt",
+    "cached_bytes",
     "from_exact",
 ]

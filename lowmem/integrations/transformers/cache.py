@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from lowmem import measure
@@ -46,6 +46,28 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
         )
 
 
+def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> int:
+    """Return ``nbytes`` of a cache that has seen so many tokens of so many sequences. The model has fake tensors.
+
+    Raises:
+        ValueError: the model is no language model that takes such a cache, or other ``bits``.
+    """
+    generates = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
+    if not generates:
+        raise ValueError(
+            f"tokens={tokens} plans the cache of a causal language model, and not of a {type(model).__name__}: "
+            "leave it out"
+        )
+    cache = KeyValueCache(model, bits)
+    with torch.no_grad():
+        model(input_ids=torch.zeros(sequences, tokens, dtype=torch.int64), cache=cache, use_cache=True)
+    if not cache.nbytes:
+        raise ValueError(
+            f"tokens={tokens} plans keys and values, and a {type(model).__name__} keeps none: leave it out"
+        )
+    return cache.nbytes
+
+
 class _InPlace:
     """Keeps keys and values in ``cached``; transformers' functions read and replace their states."""
 
@@ -60,8 +82,9 @@ class _InPlace:
             layer.lazy_initialization(key_states, value_states)
         for one in self.cached:
             one.length = length  # a crop changes it
-        layer.cumulative_length = length + key_states.shape[-2]
-        return self.cached[0].append(key_states, forget), self.cached[1].append(value_states, forget)
+        seen = self.cached[0].append(key_states, forget), self.cached[1].append(value_states, forget)
+        layer.cumulative_length = self.cached[0].length
+        return seen
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]

@@ -10,6 +10,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BartConfig,
+    BertConfig,
+    BertModel,
     DynamicCache,
     EncoderDecoderCache,
     Gemma2Config,
@@ -22,6 +24,7 @@ from transformers import (
     T5Config,
 )
 
+import lowmem
 from lowmem.integrations.transformers.attending import ATTENTION
 from lowmem.integrations.transformers.cache import KeyValueCache
 from lowmem.nn.cached_states import CachedStates, EightBitStates
@@ -254,6 +257,50 @@ def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row):
     for layer in range(2):
         cache.update(*torch.zeros(2, 3, 2, 100, 16, dtype=dtype), layer)
     assert cache.nbytes == 2 * 2 * 3 * 2 * 128 * row  # layers, keys and values, sequences, heads, rows
+
+
+@covering(name=CONFIGS, bits=[None, 8], dtype=[torch.float32, torch.bfloat16])
+def test_a_plan_has_the_bytes_of_the_cache(name, bits, dtype):
+    """After a prompt and single tokens; windows, shared heads and a head's width are the model's."""
+    make = lambda: AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)  # noqa: E731
+    ids = torch.zeros(2, 50, dtype=torch.int64)
+    tokens = {"batch": ids[:, :1], "training": None, "sequences": 2, "cache_bits": bits}
+    model, cache, found = make(), KeyValueCache(CONFIGS[name], bits), []
+    with torch.no_grad():
+        for part in (ids[:, :20], *ids[:, 20:41].split(1, 1)):
+            model(part, cache=cache)
+            found.append(cache.nbytes)
+    for count in (20, 33, 41):
+        planned = lowmem.plan(make, **tokens, tokens=count)
+        assert planned.cache == found[count - 20]
+    without = lowmem.plan(make, batch=ids[:, :1], training=None)
+    assert (without.cache, planned.inference_bytes) == (0, without.inference_bytes + planned.cache)
+    assert ["keys and values", f"{planned.cache / 2**20:.2f}"] in planned.cells
+
+
+def test_a_plan_refuses_the_cache_of_other_models():
+    def planned(make, **given):
+        return lowmem.plan(make, batch=torch.zeros(1, 4, dtype=torch.int64), training=None, **given)
+
+    llama = lambda: AutoModelForCausalLM.from_config(CONFIGS["llama"])  # noqa: E731
+    encoder = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    for make, options, said in (
+        (
+            lambda: BertModel(encoder),
+            {"tokens": 9},
+            "tokens=9 plans the cache of a causal language model, and not of a B",
+        ),
+        (
+            lambda: torch.nn.Embedding(4, 4),
+            {"tokens": 9},
+            "of transformers, and not of a Embedding: leave it out, and add",
+        ),
+        (llama, {"cache_bits": 8}, "sequences=1, cache_bits=8: plan a cache, and give its tokens"),
+        (llama, {"tokens": 0}, "tokens=0 and sequences=1 must be at least 1"),
+        (llama, {"tokens": 4, "cache_bits": 4}, "bits=4 must be 8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            planned(make, **options)
 
 
 def test_states_in_8_bits_decode_in_any_function():
