@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from lowmem.kernels.attention import decoded
+from lowmem.kernels.cpu_rows import CODES8
+from lowmem.kernels.memory import TYPES
 from lowmem.quant.backend import HeadStates, backend_of
 
 _LEAST = 32  # rows by which the room for rows grows, at least
@@ -38,8 +40,7 @@ class CachedStates:
 
     Attributes:
         length: tokens so far, which is the position of the next one.
-        rows: (batch, heads, rows, width); in 8 bits int8 (batch, heads, rows, bytes of codes and scale). None before
-            the first call.
+        count: tokens that are kept.
 
     Raises:
         ValueError: other ``bits``, or a window below 1.
@@ -55,9 +56,9 @@ class CachedStates:
 
     def clear(self) -> None:
         """Forget all tokens."""
-        self.length = 0
-        self.rows: Tensor | None = None
+        self.length = self.count = 0
         self._room: Tensor | None = None
+        self._first = 0  # row of the room that is kept
         self._width, self._dtype = 0, torch.float32  # of the states
 
     @property
@@ -66,18 +67,31 @@ class CachedStates:
         return 0 if self._room is None else self._room.nbytes
 
     @property
+    def rows(self) -> Tensor | None:
+        """(batch, heads, tokens, width); in 8 bits int8 (batch, heads, tokens, bytes of codes and scale)."""
+        return None if self._room is None else self._room[:, :, self._first : self._first + self.count]
+
+    @property
     def states(self) -> Tensor | None:
         """What attention reads of the kept tokens, without new ones; None before the first call."""
-        if self.rows is None or self.bits is None:
-            return self.rows
-        return EightBitStates(self.rows, self._width, self._dtype)
+        rows = self.rows
+        return rows if rows is None or self.bits is None else EightBitStates(rows, self._width, self._dtype)
 
     @states.setter
     def states(self, states: Tensor | None) -> None:
         """Keep other states in place of these, such as some of them."""
-        self.rows = states.rows if isinstance(states, EightBitStates) else None
-        if self.rows is None and states is not None:
-            self.rows = states if self.bits is None else self._written(states, 0)
+        rows = states.rows if isinstance(states, EightBitStates) else states
+        start = None if rows is None or self._room is None else _start(rows, self._room)
+        if start is None:
+            self._room = None
+            if rows is not None and self.bits is not None and not isinstance(states, EightBitStates):
+                self._first = self.count = 0
+                self._write(rows)
+            else:
+                self._room = rows
+        self._first, self.count = start or 0, 0 if rows is None else rows.shape[2]
+        if self.window is None:
+            self.length = self.count
 
     def append(self, states: Tensor, forget: bool = True) -> Tensor:
         """Add the states of new tokens; return those that attention reads, the new ones last.
@@ -90,17 +104,14 @@ class CachedStates:
             ValueError: another batch, heads or width.
         """
         batch, heads, new, width = states.shape
-        if self.rows is not None and (*self.rows.shape[:2], self.rows.shape[3]) != (batch, heads, self._row(width)):
+        room, count = self._room, self.count
+        if room is not None and (*room.shape[:2], room.shape[3]) != (batch, heads, self._row(width)):
             raise ValueError(
-                f"states of shape {tuple(states.shape)} do not continue {tuple(self.rows.shape[:2])} sequences and "
+                f"states of shape {tuple(states.shape)} do not continue {tuple(room.shape[:2])} sequences and "
                 "heads, or their width: clear() begins anew"
             )
-        count = 0 if self.rows is None else self.rows.shape[2]
-        rows = self._written(states.detach(), count)  # (batch, heads, count + new, ...)
-        self.rows, self.length = rows, self.length + new
-        self._width, self._dtype = width, states.dtype
-        if forget and self.window is not None:
-            self._forget(self.window)
+        rows = self._write(states.detach())  # (batch, heads, count + new, ...)
+        self.grow(new, forget)
         if not count:
             return states
         seen = rows if self.window is None else rows[:, :, -(self.window - 1 + new) :]
@@ -115,59 +126,91 @@ class CachedStates:
         if self.window is not None or not 0 <= tokens <= self.length:
             raise ValueError(f"tokens={tokens} cannot be removed of {self.length} with window={self.window}")
         self.length -= tokens
-        self.rows = None if self.rows is None else self.rows[:, :, : self.length]
+        self.count -= tokens
 
     def select(self, sequences: Tensor) -> None:
         """Keep the sequences of these indices, int64 (sequences,), in their order: those of a step's beams."""
-        if self.rows is not None:
-            self.rows = self.rows.index_select(0, sequences)
+        states = self.states
+        if states is not None:
+            self.states = states.index_select(0, sequences)
+
+    def takes(self, shape: tuple[int, ...], like: Tensor) -> bool:
+        """Whether states (batch, heads, rows, width) continue the kept ones, in memory that C reads."""
+        room, dtype = self._room, like.dtype if self.bits is None else torch.int8
+        if room is None or room.dtype is not dtype or room.stride(3) != 1 or not room.is_cpu:
+            return False
+        return (*room.shape[:2], room.shape[3]) == (*shape[:2], self._row(shape[3]))
+
+    def row_for(self, shape: tuple[int, ...], like: Tensor) -> int:
+        """Return the row of the room where states (batch, heads, rows, width) fit, behind the kept ones."""
+        (batch, heads, new, width), room = shape, self._room
+        total = self.count + new
+        if room is None or self._first + total > room.shape[2] or room.stride(3) != 1:
+            rows = max(room_rows(total), room_rows(self.length + new, self.window))
+            dtype = like.dtype if self.bits is None else torch.int8
+            self._move(like.new_empty(batch, heads, rows, self._row(width), dtype=dtype))
+        return self._first + self.count
+
+    def fields(self, row: int, width: int) -> tuple[int, ...]:
+        """Return the rows of the room, from one on, as C takes them (``states_of`` of the kernels)."""
+        room = self._room
+        assert room is not None
+        steps, size = room.stride()[:3], room.element_size()
+        at = room.data_ptr() + row * steps[2] * size
+        if self.bits is None:
+            return TYPES[room.dtype], at, 0, *steps, 0, 0, 0
+        return CODES8, at, at + room.shape[3] - _SCALE, *steps, *(step // _SCALE for step in steps)
+
+    @property
+    def first_seen(self) -> int:
+        """The first row of the room that new tokens see."""
+        return self._first + (0 if self.window is None else max(0, self.count - self.window + 1))
+
+    def grow(self, new: int, forget: bool = True) -> None:
+        """Keep ``new`` rows more, which were written behind the kept ones."""
+        self.count += new
+        self.length += new
+        if not forget or self.window is None:
+            return
+        gone = max(0, self.count - self.window + 1)
+        self._first, self.count = self._first + gone, self.count - gone
+        rows, room = room_rows(self.length, self.window), self._room
+        if room is not None and room.shape[2] > rows:  # a long prompt's
+            self._move(room.new_empty(*room.shape[:2], rows, room.shape[3]))
 
     def _row(self, width: int) -> int:
         """Return the numbers of a row."""
         return width if self.bits is None else -(-width // _SCALE) * _SCALE + _SCALE
 
-    def _written(self, states: Tensor, count: int) -> Tensor:
-        """Write states behind the ``count`` kept rows; return all of them."""
-        batch, heads, new, width = states.shape
-        total, room, start = count + new, self._room, self._start(count + new)
-        if room is None or start is None:
-            rows = max(room_rows(total), room_rows(self.length + new, self.window))
-            dtype = states.dtype if self.bits is None else torch.int8
-            empty = states.new_empty(batch, heads, rows, self._row(width), dtype=dtype)
-            room, start = self._moved(empty, self.rows), 0
-        into = room[:, :, start + count : start + total]
+    def _write(self, states: Tensor) -> Tensor:
+        """Write states behind the kept rows; return all of them."""
+        new, width = states.shape[2:]
+        row = self.row_for(states.shape, states)
+        room = self._room
+        assert room is not None
+        into = room[:, :, row : row + new]
         if self.bits is None:
             into.copy_(states)
         else:
             backend_of(states).encode_states(states, _split(into, width))
-        return room[:, :, start : start + total]
+        self._width, self._dtype = width, states.dtype
+        return room[:, :, self._first : row + new]
 
-    def _moved(self, room: Tensor, rows: Tensor | None) -> Tensor:
-        """Take another room, with these rows at its front."""
+    def _move(self, room: Tensor) -> None:
+        """Take another room, with the kept rows at its front."""
+        rows = self.rows
         if rows is not None:
-            room[:, :, : rows.shape[2]] = rows
-        self._room = room
-        return room
+            room[:, :, : self.count] = rows
+        self._room, self._first = room, 0
 
-    def _forget(self, window: int) -> None:
-        """Keep the rows that the next token sees, and no more room than for a window."""
-        assert self.rows is not None
-        assert self._room is not None
-        kept = self.rows[:, :, max(self.rows.shape[2] - window + 1, 0) :]
-        rows = room_rows(self.length, window)
-        if self._room.shape[2] > rows:
-            kept = self._moved(kept.new_empty(*kept.shape[:2], rows, kept.shape[3]), kept)[:, :, : kept.shape[2]]
-        self.rows = kept
 
-    def _start(self, total: int) -> int | None:
-        """Return the row of the room at which the kept rows begin; None if they are elsewhere, or it has too few."""
-        rows, room = self.rows, self._room
-        if rows is None or room is None or rows.shape[:2] != room.shape[:2] or rows.stride() != room.stride():
-            return None
-        if rows.untyped_storage()._cdata != room.untyped_storage()._cdata:
-            return None
-        start = (rows.storage_offset() - room.storage_offset()) // room.stride(2)
-        return start if start + total <= room.shape[2] else None
+def _start(rows: Tensor, room: Tensor) -> int | None:
+    """Return the row of the room at which rows begin; None if they are elsewhere."""
+    if rows.shape[:2] != room.shape[:2] or rows.stride() != room.stride():
+        return None
+    if rows.untyped_storage()._cdata != room.untyped_storage()._cdata:
+        return None
+    return (rows.storage_offset() - room.storage_offset()) // room.stride(2)
 
 
 def _split(rows: Tensor, width: int) -> HeadStates:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from importlib import import_module
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -365,8 +364,9 @@ def run_figures(
 
 def _cached_bytes(model: nn.Module, sequences: int, tokens: int, bits: int | None) -> int:
     """Return the bytes of the keys and values of so many tokens of each sequence."""
-    for name in integrations_of(model):
-        size: int = import_module(name).cached_bytes(model, sequences, tokens, bits)
+    lost = f"the keys and values of a {type(model).__name__} cannot be planned"
+    for integration in integrations_of(model, lost, "The rest of the plan needs no integration"):
+        size: int = integration.cached_bytes(model, sequences, tokens, bits)
         return size
     raise ValueError(
         f"tokens={tokens} plans the cache of a language model of transformers, and not of a {type(model).__name__}: "

@@ -21,6 +21,7 @@ from lowmem.integrations.transformers import version
 version.check()  # before anything of transformers is imported that older versions do not have
 
 from lowmem.integrations.transformers.attending import ATTENTION
+from lowmem.integrations.transformers.blocks import find_blocks
 from lowmem.integrations.transformers.cache import KeyValueCache, cached_bytes
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import from_exact
@@ -36,5 +37,6 @@ __all__ = [
     "TextTokenizer",
     "adopt",
     "cached_bytes",
+    "find_blocks",
     "from_exact",
 ]

@@ -17,7 +17,7 @@ from lowmem.nn.dot_product_attention import MOST, scaled_dot_product_attention
 ATTENTION = "lowmem"
 """What ``model.set_attn_implementation`` takes to let this module's attention serve a model."""
 
-_OTHERS = "position_bias", "output_attentions"  # arguments that change the result
+CHANGES = "position_bias", "s_aux", "output_attentions"  # arguments that change the result
 
 
 def attend(
@@ -44,7 +44,7 @@ def attend(
     coded = isinstance(key, EightBitStates) and isinstance(value, EightBitStates) and query.shape[2] <= MOST
     fast = query.shape[2] == 1 and query.element_size() == 2 and not torch.compiler.is_compiling()
     served = coded or fast or softcap is not None
-    if dropout or any(kwargs.get(name) is not None for name in _OTHERS) or not served:
+    if dropout or any(kwargs.get(name) is not None for name in CHANGES) or not served:
         given = module, query, key, value, attention_mask, dropout, scaling
         return cast("tuple[Tensor, None]", sdpa_attention_forward(*given, softcap=softcap, **kwargs))
     causal = (

@@ -39,8 +39,8 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
     def nbytes(self) -> int:
         """Bytes of keys and values, with the room that is kept for the next tokens."""
         return sum(
-            sum(one.nbytes for one in layer.cached)
-            if isinstance(layer, _InPlace)
+            sum(one.nbytes for one in layer.cached.values())
+            if isinstance(layer, InPlace)
             else measure.nbytes(measure.tensors_in(list(vars(layer).values())))
             for layer in self.layers
         )
@@ -68,54 +68,66 @@ def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> i
     return cache.nbytes
 
 
-class _InPlace:
-    """Keeps keys and values in ``cached``; transformers' functions read and replace their states."""
+class InPlace:
+    """Keeps keys and values in ``cached``, by name; transformers' functions read and replace their states."""
 
     def __init__(self, bits: int | None, *given: Any) -> None:
-        self.cached = CachedStates(bits, *given), CachedStates(bits, *given)
+        self.cached = {name: CachedStates(bits, *given) for name in ("keys", "values")}
         super().__init__(*given)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add states (batch, heads, new, width); return those that attention reads."""
         layer: Any = self
-        length, forget = layer.get_seq_length(), not getattr(layer, "record_past", False)
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
-        for one in self.cached:
-            one.length = length  # a crop changes it
-        seen = self.cached[0].append(key_states, forget), self.cached[1].append(value_states, forget)
-        layer.cumulative_length = self.cached[0].length
-        return seen
+        forget = not getattr(layer, "record_past", False)
+        return self.cached["keys"].append(key_states, forget), self.cached["values"].append(value_states, forget)
 
     def reset(self) -> None:
+        """Forget all tokens."""
         super().reset()  # type: ignore[misc]
-        for one in self.cached:
+        for one in self.cached.values():
             one.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        for one in self.cached:
+        """Keep each sequence so many times."""
+        for one in self.cached.values():
             if one.rows is not None:
                 one.select(torch.arange(len(one.rows), device=one.rows.device).repeat_interleave(repeats))
 
-
-def _states_of(number: int) -> property:
-    """Return the attribute of a layer that is the states of one of ``cached``."""
-
-    def replace(layer: _InPlace, states: Tensor | None) -> None:
-        layer.cached[number].states = None if states is None or states.dim() < 4 else states  # an empty one has 1
-
-    return property(lambda layer: layer.cached[number].states, replace)
+    def grow(self, new: int) -> None:
+        """Keep ``new`` rows more, which were written behind the kept ones."""
+        for one in self.cached.values():
+            one.grow(new, not getattr(self, "record_past", False))
 
 
-class _GrowingLayer(_InPlace, DynamicLayer):  # type: ignore[misc]
-    keys, values = _states_of(0), _states_of(1)
+def _states_of(name: str) -> property:
+    """Return the attribute of a layer that is the states of its keys or values."""
+
+    def replace(layer: InPlace, states: Tensor | None) -> None:
+        layer.cached[name].states = None if states is None or states.dim() < 4 else states  # an empty one has 1
+
+    return property(lambda layer: layer.cached[name].states, replace)
+
+
+class _GrowingLayer(InPlace, DynamicLayer):  # type: ignore[misc]
+    keys, values = _states_of("keys"), _states_of("values")
 
     def get_seq_length(self) -> int:
-        rows = self.cached[0].rows
-        return 0 if rows is None else rows.shape[2]
+        return self.cached["keys"].count
 
 
-class _SlidingLayer(_InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    keys, values = _states_of(0), _states_of(1)
+class _SlidingLayer(InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
+    keys, values = _states_of("keys"), _states_of("values")
+
+    @property
+    def cumulative_length(self) -> int:
+        return self.cached["keys"].length
+
+    @cumulative_length.setter
+    def cumulative_length(self, length: int) -> None:
+        for one in self.cached.values():
+            one.length = length
 
 
 def _growing(layer: Any, bits: int | None) -> Any:
