@@ -172,10 +172,10 @@ class Block:
         heads, widths = attention.k.heads, (attention.width, attention.value_width)
         shapes = [(name, (batch, heads, tokens, width)) for name, width in zip(_STATES, widths, strict=True)]
         seen = self._mask(mask, batch, tokens, attention.q.heads)
-        if seen is None or not all(kept.takes(name, shape, x) for name, shape in shapes):
+        if seen is None or not all(kept.cached[name].takes(shape, x) for name, shape in shapes):
             return None
-        rows = [kept.row_for(name, shape, x) for name, shape in shapes]
-        first = kept.first_seen(tokens)
+        rows = [kept.cached[name].row_for(shape, x) for name, shape in shapes]
+        first = kept.cached[_STATES[0]].first_seen
         keys = rows[0] + tokens - first
         if mask is not None and mask.shape[-1] != keys:
             return None
@@ -200,8 +200,8 @@ class Block:
                 fields[place] = address
         states: list[int] = [*program.query]
         for place, row, (name, shape) in zip(cells.stores, rows, shapes, strict=True):
-            fields[place : place + 9] = kept.fields(name, row, shape[3])
-            states += kept.fields(name, first, shape[3])
+            fields[place : place + 9] = kept.cached[name].fields(row, shape[3])
+            states += kept.cached[name].fields(first, shape[3])
         sizes = batch, heads, attention.q.heads // heads, tokens, keys, *widths
         states += seen
         work, found, _scratch = attention_call(sizes, states, attention.scaling, attention.softcap, program.mixed)
