@@ -19,7 +19,7 @@ from tests.selection import in_one_case, rows_in_one_case
 WEIGHTS = st.sampled_from(sorted(table.WEIGHTS))
 DTYPES = st.sampled_from(sorted(table.DTYPES))
 OPERATIONS = st.sampled_from(sorted(table.PRODUCTS))
-edges = st.sampled_from([191, 192, 193, 511, 512, 513, 4096])
+edges = st.sampled_from([191, 192, 193, 255, 256, 257, 511, 512, 513, 4096])
 rows_at_edges = st.one_of(st.integers(1, 40), edges, st.integers(1, 10**6))
 
 
@@ -80,7 +80,7 @@ def test_a_row_of_a_table_computes_all_that_it_claims():
     st.sampled_from([8, 10, 64, 256, "half", "bfloat16"]),
     DTYPES,
     st.sampled_from(["linear", "input_grad"]),
-    st.sampled_from([1, 8, 9, 15, 16, 191, 192, 511, 512]),
+    st.sampled_from([1, 8, 9, 15, 16, 191, 192, 255, 256, 511, 512]),
     strategies.seeds,
 )
 def test_c_leaves_to_torch_what_the_plan_does(isa, kind, dtype, operation, rows, seed):
