@@ -134,6 +134,30 @@ def test_explain_says_what_each_kernel_takes_that_was_asked_before(least, takes,
     assert text == "\n".join(["linear: " + says[0], *says[1:], "input_grad: " + says[0], *says[1:]])
 
 
+@needs_kernel
+@rows_in_one_case(
+    ("isa", "rows", "dtype", "format", "gains"),
+    [
+        ("avx512vnni", 16, torch.float32, "nf4", True),
+        ("avx512bf16", 512, torch.bfloat16, "nf4", True),
+        ("avx512amx", 16, torch.float32, "nf4", True),
+        ("avx512amx", 16, torch.bfloat16, "nf4", False),
+        ("avx512bf16", 15, torch.bfloat16, "nf4", False),
+        ("avx512bf16", 16, torch.bfloat16, "int8", False),
+        ("avx512bf16", 16, torch.int8, "nf4", False),
+        ("avx512", 16, torch.float32, "nf4", False),
+        ("avx2", 16, torch.float32, "nf4", False),
+    ],
+)
+def test_explain_recommends_8_bit_integers_where_they_are_faster(isa, rows, dtype, format, gains):
+    if isa not in table.compiled_isas():
+        pytest.skip(f"{isa} is not compiled for this processor")
+    text = kernel_of(isa).explain(quantize(torch.zeros(1, 64), format), rows, dtype)
+    line = "compute_dtype=torch.int8: panels_inputs8 of avx512vnni is faster and rounds inputs to 8 bits"
+    assert (f"\nwithout gradients, {line}" in text) == gains
+    assert gains or "is faster" not in text
+
+
 @in_one_case(
     name=sorted({"reference", *ISAS[:1], *ISAS[-1:]}),
     technique=[FourBit(), FourBit(compute_dtype=torch.int8), Half(), Half(torch.bfloat16)],
