@@ -7,6 +7,7 @@
 #include "gated.h"
 #include "norm.h"
 #include "saved8.h"
+#include "steps.h"
 
 /* From TORCH_FLOAT_ROWS batch rows on, float32 products are faster in torch, where an ISA defines it. */
 #ifdef TORCH_FLOAT_ROWS
@@ -43,5 +44,5 @@ static const struct kernel kernels[] = {
         .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body, \
         .widen = wide_body, .quantize = quantize_body,                                                              \
         .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body, attention_body, \
-                 encode_states_body},              \
+                 encode_states_body, add_body, rotate_body},                                                                 \
     }
