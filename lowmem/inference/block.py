@@ -121,6 +121,7 @@ class Block:
     ) -> None:
         self.form, self.owner, self.serves, self.rooms = form, owner, serves, rooms
         self.programs: dict[Any, _Program] = {}
+        self.refused: set[Any] = set()  # keys of programs with a product that C does not compute
         attention, mlp = form.attention, form.mlp
         gated = [getattr(mlp, name) for name in (form.gated.gate, form.gated.up) if name]
         self.first, self.out, self.down = attention.layers, attention.out, getattr(mlp, form.gated.down)
@@ -180,12 +181,16 @@ class Block:
             return None
         key = get_ident(), batch, tokens, x.dtype, torch.get_num_threads(), kernel
         program = self.programs.get(key)
-        if program is None or not program.watched.holds():
+        holds = program is not None and program.watched.holds()
+        if holds and key in self.refused:
+            return None
+        if program is None or not holds:
             layers = self._layers(kernel, x)
             if layers is None:
                 return None
             if len(self.programs) >= _MOST_PROGRAMS:
                 self.programs.clear()
+            self.refused.discard(key)
             program = self.programs[key] = self._program(kernel, layers, x, angles, shapes, key)
         out = torch.empty_like(x)
         steps, cells, fields = program.steps, program.cells, program.steps.fields
@@ -202,7 +207,7 @@ class Block:
         work, found, _scratch = attention_call(sizes, states, attention.scaling, attention.softcap, program.mixed)
         fields[cells.attention : cells.attention + len(found) + 1] = work, *found
         if not steps.run():
-            del self.programs[key]
+            self.refused.add(key)
             return None
         kept.grow(tokens)
         return out
@@ -213,6 +218,8 @@ class Block:
         """Build the steps for inputs of one shape and dtype, with places for what differs from call to call."""
         attention, numbers = self.form.attention, x.shape[0] * x.shape[1] * self.numbers
         steps = Steps(kernel, x, numbers, self.rooms.get((key, numbers)))
+        if len(self.rooms) >= _MOST_PROGRAMS:
+            self.rooms.clear()
         self.rooms[key, numbers] = steps.room
         query, *new = self._projected(steps, layers, x, angles)
         stores = []

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 from lowmem.inference.parts import GatedPart, NormPart
 from lowmem.nn.module_copy import copied_module
@@ -34,7 +35,7 @@ class InferenceModule(PreparedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute it in one call where that takes the arguments; else run the module's own forward."""
-        found = self.in_one_call(args[0], kwargs) if len(args) == 1 else None
+        found = None if len(args) != 1 or is_compiling() else self.in_one_call(args[0], kwargs)
         return super().forward(*args, **kwargs) if found is None else found
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -46,3 +46,19 @@ def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
         prepare_inference(model)
     assert [type(module) for module in model.modules()] == kinds
     assert inference_report(model) == {}
+
+
+@needs_kernel
+@pytest.mark.compile
+def test_recorded_graphs_hold_the_modules():
+    model, x = model_of(), inputs()
+    with torch.no_grad():
+        expected = model(x)
+        prepare_inference(model)
+        bound = 64 * torch.finfo(x.dtype).eps * expected.abs().max()
+        for recorded in (
+            torch.compile(model, backend="eager", fullgraph=True),
+            torch.export.export(model, (x,)).module(),
+            torch.jit.trace(model, (x,)),
+        ):
+            assert (recorded(x) - expected).abs().max() <= bound
