@@ -177,8 +177,8 @@ def plan(
 
     Stored bytes, gradients and optimizer state are exact. Peaks are those of ``lowmem.measure`` on a CPU: outputs of
     operations count, workspaces inside one (an LSTM's backward) do not, and the output is not held in the backward.
-    ``scratch`` is the most that a product with a stored weight takes; many rows of bfloat16 take some hundred rows of
-    a weight in bfloat16 instead.
+    ``scratch`` is the most that a product with a stored weight takes; where torch multiplies large inputs (256
+    rows and more, see ``lowmem.kernels.explain``), it is at most 767 dequantized rows or columns of a weight instead.
 
     Args:
         make: makes the dense model. It is called with the meta device as torch's default; if it needs values of its
