@@ -105,19 +105,15 @@ class Transformers:
 
     def __init__(self, row: str, folder: Path) -> None:
         self.model, self.kind = load(row, folder), row.split()[0]
-        self.prompt, self.sequences = prompt(self.model.config.vocab_size), 1
+        self.prompt = prompt(self.model.config.vocab_size)
 
-    def widen(self, sequences: int) -> None:
-        """Continue so many sequences at once."""
-        self.sequences = sequences
-
-    def start(self) -> None:
+    def start(self, sequences: int = 1) -> None:
         """Compute the prompt, once for all sequences."""
         self.cache = self._new_cache()
         self._compute(self.prompt)
-        if self.sequences > 1:
-            self.cache.batch_repeat_interleave(self.sequences)
-            self.likeliest *= self.sequences
+        if sequences > 1:
+            self.cache.batch_repeat_interleave(sequences)
+            self.likeliest *= sequences
 
     def step(self) -> None:
         """Compute the next token of each sequence."""
@@ -149,23 +145,21 @@ class LlamaCpp:
 
         threads = torch.get_num_threads()
         self.settings = {"n_threads": threads, "n_threads_batch": threads, "n_ctx": PROMPT + TOKENS + 1}
-        self.loaded, self.sequences = llama_cpp.LlamaCpp(folder / "model.gguf", self.settings), 1
+        self.loaded = llama_cpp.LlamaCpp(folder / "model.gguf", self.settings)
         self.batch = self.loaded.lib.llama_batch_init(SEQUENCES, 0, 1)
         self.batch.n_tokens = 1
         self.prompt = prompt(self.loaded.lib.llama_vocab_n_tokens(self.loaded.vocab))[0].tolist()
 
-    def widen(self, sequences: int) -> None:
-        self.sequences = self.batch.n_tokens = sequences
-        room = {"n_ctx": sequences * self.settings["n_ctx"], "n_seq_max": sequences}
-        self.loaded.set_up({**self.settings, **room})
-
-    def start(self) -> None:
+    def start(self, sequences: int = 1) -> None:
+        if sequences != self.batch.n_tokens:
+            self.batch.n_tokens, room = sequences, sequences * self.settings["n_ctx"]
+            self.loaded.set_up({**self.settings, "n_ctx": room, "n_seq_max": sequences})
         self.loaded.clear()
         self.loaded.decode(self.prompt)
         self.position, lib = PROMPT, self.loaded.lib
-        for sequence in range(1, self.sequences):
+        for sequence in range(1, sequences):
             lib.llama_memory_seq_cp(lib.llama_get_memory(self.loaded.context), 0, sequence, -1, -1)
-        self._take([-1] * self.sequences)
+        self._take([-1] * sequences)
 
     def step(self) -> None:
         batch = self.batch
@@ -174,7 +168,7 @@ class LlamaCpp:
             batch.n_seq_id[row], batch.seq_id[row][0] = 1, row
         assert self.loaded.lib.llama_decode(self.loaded.context, batch) == 0
         self.position += 1
-        self._take(range(self.sequences))
+        self._take(range(batch.n_tokens))
 
     def _take(self, rows: Iterable[int]) -> None:
         self.logits = torch.stack([self.loaded.last_logits(row) for row in rows])
@@ -217,11 +211,9 @@ def work(model: Any, tokens: int, logits: Path, before: int = 0) -> dict[str, fl
     found["decode"] = tokens / seconds(model.step, count=tokens)
     found["kept"], found["peak"] = (_mib(_status(name) - before) for name in ("VmRSS", "VmHWM"))
     if hasattr(model, "generate"):
-        model.generate(2)
         once = seconds(model.generate, 1)
         found["generate"] = (tokens - 1) / (seconds(model.generate, tokens) - once)
-    model.widen(SEQUENCES)
-    model.start()
+    model.start(SEQUENCES)
     model.step()
     found["sequences"] = SEQUENCES * (tokens // 2) / seconds(model.step, count=tokens // 2)
     return found

@@ -25,8 +25,7 @@ def test_each_sequence_continues_the_prompt_with_the_likeliest_tokens(row, tiny)
     model = generation.model_of(row, tiny)
     found = {}
     for sequences in (1, 3):
-        model.widen(sequences)
-        model.start()
+        model.start(sequences)
         found[sequences] = [model.likeliest]
         for _ in range(5):
             model.step()
