@@ -111,8 +111,8 @@ def workloads() -> dict[str, Workload]:
         if lowmem.VARIANTS[variant]:
             found[f"small layer {variant}"] = Workload(partial(small_layer, lowmem.VARIANTS[variant]))
     for dtype in (torch.float32, torch.bfloat16):
-        name, work = f"decode step, {str(dtype).removeprefix('torch.')}", partial(decode_step, dtype)
-        found[name], found[f"{name}, all cores"] = Workload(work), Workload(work, CORES, "wall")
+        name, step = f"decode step, {str(dtype).removeprefix('torch.')}", partial(decode_step, dtype)
+        found[name], found[f"{name}, all cores"] = Workload(step), Workload(step, CORES, "wall")
     for form in lowmem.FORMATS:
         found[f"quantize {form}"] = Workload(partial(quantize, form))
     for name, work in (("save", save), ("load", load)):
