@@ -232,7 +232,8 @@ def table(found: dict[str, list[dict[str, Any]]]) -> list[str]:
     lines = [f"| | {' | '.join(names)} |", f"| :-- {'| --: ' * len(names)}|"]
     for row, runs in found.items():
         medians = (statistics.median(run[name] for run in runs) if runs[0][name] else None for name in FIGURES)
-        lines.append(f"| {row} | {' | '.join('' if one is None else f'{one:.4g}' for one in medians)} |")
+        cells = ("" if one is None else f"{float(f'{one:.3g}'):g}" for one in medians)  # three digits, no exponent
+        lines.append(f"| {row} | {' | '.join(cells)} |")
     return lines
 
 
