@@ -83,7 +83,7 @@ def make(folder: Path, shape: str) -> None:
 def load(row: str, folder: Path) -> Any:
     import transformers
 
-    import lowmem.integrations.transformers as integration
+    import lowmem.integrations.transformers
 
     kind, dtype = row.split()
     options: dict[str, Any] = {"dtype": getattr(torch, dtype), "local_files_only": True}
@@ -94,9 +94,7 @@ def load(row: str, folder: Path) -> Any:
     source = folder / ("dense" if row.startswith(DENSE) else "stored")
     model = transformers.AutoModelForCausalLM.from_pretrained(source, **options)
     if kind in ("prepared", "cache8"):
-        # a library without ``prepare_inference`` has the attention alone
-        prepare = getattr(lowmem, "prepare_inference", None)
-        prepare(model) if prepare else model.set_attn_implementation(integration.ATTENTION)
+        lowmem.prepare_inference(model)
     return model.eval()
 
 
