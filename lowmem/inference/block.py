@@ -181,7 +181,8 @@ class Block:
         keys = rows[0] + tokens - first
         if mask is not None and mask.shape[-1] != keys:
             return None
-        key = get_ident(), batch, tokens, x.dtype, torch.get_num_threads(), kernel
+        turns = angles[0].shape[0] if attention.rotated else 0
+        key = get_ident(), batch, tokens, turns, x.dtype, torch.get_num_threads(), kernel
         program = self.programs.get(key)
         holds = program is not None and program.watched.holds()
         if holds and key in self.refused:

@@ -259,3 +259,24 @@ def test_a_model_that_takes_no_tokens_keeps_its_blocks():
     prepare_inference(model)
     assert "ValueError('no tokens today')" in inference_report(model)[""]
     assert model.config._attn_implementation == before != ATTENTION
+
+
+def test_positions_of_each_sequence_follow_those_of_all(ran):
+    """Without positions, sequences share angles; with left padding each has its own."""
+    model = model_of("llama")
+
+    def steps(first):
+        cache, found = KeyValueCache(model), []
+        with torch.no_grad():
+            for at, count in ((0, 7), (7, 1), (8, 1)):
+                positions = None if first is None else torch.arange(at, at + count) + first
+                out = model(ids_of(2, count), position_ids=positions, cache=cache, use_cache=True)
+                found.append(out.logits[:, -1])
+        return torch.cat(found).double()
+
+    cases = None, torch.tensor([[0], [20]]), None
+    expected = [steps(first) for first in cases]
+    prepare_inference(model)
+    for first, wanted in zip(cases, expected, strict=True):
+        assert near(steps(first), wanted)
+    assert ran["_at_once"] == 12
