@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +21,7 @@ from lowmem.training.fused import GatedMLP, RMSNorm
 
 _TRIAL = "lowmem_trial"  # an attention function that records its arguments
 _TOKENS = 5
-_ROUNDINGS = 8  # by which a sum may differ, in units of its largest number
+_ROUNDINGS = 2  # by which a number may differ, in units of the terms that it is a sum of
 
 Found = dict[nn.Module, "Block | str"]
 
@@ -101,6 +102,11 @@ def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
         (twice.add(module) if module in calls else calls.update({module: _Call(args, kwargs, out)}))
 
     tokens = torch.randint(config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    given: dict[str, Any] = {"input_ids": tokens.to(model.device), "cache": KeyValueCache(model), "use_cache": True}
+    last = getattr(config, "max_position_embeddings", None)
+    if isinstance(last, int) and last > _TOKENS and "position_ids" in inspect.signature(model.forward).parameters:
+        # The last positions: some models scale queries from a position on.
+        given["position_ids"] = torch.arange(last - _TOKENS, last, device=model.device).unsqueeze(0)
     _recorded.clear()
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -108,7 +114,7 @@ def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
         for module in model.modules():
             handle = module.register_forward_hook(note, with_kwargs=True)
             stack.callback(handle.remove)
-        model(input_ids=tokens.to(model.device), cache=KeyValueCache(model), use_cache=True)
+        model(**given)
     return {module: call for module, call in calls.items() if module not in twice}
 
 
@@ -160,11 +166,13 @@ def _form(
         return "its attention reads something else than its input or a norm of it"
     added = calls[read.out].out
     behind = after(added)
-    total = own.x + (added if behind is None else calls[behind.module].out)
+    first_added = added if behind is None else calls[behind.module].out
+    total = own.x + first_added
     second, behind_mlp = before(calls[mlp].x), after(calls[mlp].out)
     given = calls[mlp].x if second is None else calls[second.module].x
     result = calls[mlp].out if behind_mlp is None else calls[behind_mlp.module].out
-    if not (_near(given, total) and _near(own.out, total + result)):
+    sizes = own.x.abs() + first_added.abs(), total.abs() + result.abs()
+    if not (_near(given, total, sizes[0]) and _near(own.out, total + result, sizes[1])):
         return "it returns something else than its input and the outputs of attention and MLP, added up"
     if not (added.any() and calls[mlp].out.any()):
         return "its attention or its MLP returns zeros, so that a trial shows nothing"
@@ -175,7 +183,8 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: Mapping[nn.
     """Return how a module computes attention, or why that is not known."""
     states, given, mixed = _recorded[module]
     layers = [one for one in module.modules() if hasattr(one, "out_features") and one in calls]
-    outs = [one for one in layers if _near(calls[one].x, mixed.reshape(*mixed.shape[:2], -1))]
+    rows = mixed.reshape(*mixed.shape[:2], -1)
+    outs = [one for one in layers if _near(calls[one].x, rows, rows.abs())]
     others = [one for one in layers if one not in outs]
     first = [one for one in others if calls[one].x is calls[others[0]].x]
     if len(outs) != 1 or len(first) + 1 != len(layers) or len(first) not in (1, 3):
@@ -184,6 +193,7 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: Mapping[nn.
     if not isinstance(index, int) or any(given.get(name) is not None for name in CHANGES):
         return "its attention function has arguments that the kernel in C does not know"
     angles = calls[module].kwargs.get("position_embeddings")
+    angles = angles if isinstance(angles, tuple) and len(angles) == 2 else None
     heads_of = [(one.shape[1], one.shape[3]) for one in states]
     found: list[tuple[Projection, int]] = []
     for role, state in enumerate(states):
@@ -227,9 +237,9 @@ def _projection(
                     normed.append((Norm(one, how), out))
         for norm, heads_ in normed:
             rows = heads_.transpose(1, 2)
-            if _near(rows, state):
+            if _near(rows, state, state.abs()):
                 return Projection(layer, first, heads, norm), 0
-            if angles is not None and _near(_rotated(rows, *angles), state):
+            if angles is not None and _near(state, *_rotated(rows, *angles)):
                 return Projection(layer, first, heads, norm), angles[0].shape[-1]
     return None
 
@@ -241,17 +251,19 @@ def _rows_of(x: Tensor, like: Tensor) -> Tensor | None:
     return x.transpose(1, 2) if x.dim() == 4 and x.transpose(1, 2).shape == like.shape else None
 
 
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return heads (sequences, heads, tokens, width) with their first numbers rotated by angles."""
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return heads (sequences, heads, tokens, width) with their first numbers rotated by angles, and the size of the
+    terms of each number."""
     width = cos.shape[-1]
     front, rest = x[..., :width], x[..., width:]
     half = torch.cat([-front[..., width // 2 :], front[..., : width // 2]], -1)
-    return torch.cat([front * cos.unsqueeze(1) + half * sin.unsqueeze(1), rest], -1)
+    terms = front * cos.unsqueeze(1), half * sin.unsqueeze(1)
+    return torch.cat([terms[0] + terms[1], rest], -1), torch.cat([terms[0].abs() + terms[1].abs(), rest.abs()], -1)
 
 
-def _near(a: Any, b: Tensor) -> bool:
-    """Whether tensors differ by a few roundings of their largest number."""
+def _near(a: Any, b: Tensor, size: Tensor) -> bool:
+    """Whether tensors differ by a few roundings of the size of each number."""
     if not isinstance(a, Tensor) or a.shape != b.shape or a.dtype not in TYPES or b.dtype not in TYPES:
         return False
-    bound = _ROUNDINGS * max(torch.finfo(one.dtype).eps for one in (a, b)) * float(b.abs().max())
-    return float((a.double() - b.double()).abs().max()) <= bound
+    unit = _ROUNDINGS * max(torch.finfo(one.dtype).eps for one in (a, b))
+    return bool(((a.double() - b.double()).abs() <= unit * size.double() + 1e-30).all())

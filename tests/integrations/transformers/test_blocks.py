@@ -280,3 +280,28 @@ def test_positions_of_each_sequence_follow_those_of_all(ran):
     for first, wanted in zip(cases, expected, strict=True):
         assert near(steps(first), wanted)
     assert ran["_at_once"] == 12
+
+
+FAR = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
+FAR |= {"max_position_embeddings": 256, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.5}
+
+
+def test_blocks_that_scale_queries_by_their_position_are_left():
+    model = model_of("ministral3", max_position_embeddings=256, rope_parameters=FAR)
+    prepare_inference(model)
+    assert "as before: its queries are no rotated" in inference_report(model)["model.layers.0"]
+
+
+def test_blocks_that_rotate_by_complex_numbers_are_left():
+    model = model_of("llama4_text")
+    expected = logits(model, KeyValueCache(model), 3)
+    prepare_inference(model)
+    assert "as before: its queries are no rotated" in inference_report(model)["model.layers.0"]
+    assert near(logits(model, KeyValueCache(model), 3), expected)
+
+
+def test_a_sum_with_a_factor_is_seen_beside_large_numbers():
+    """What a block adds may be far smaller than what it is added to, as in trained models."""
+    model = model_of("granite", torch.bfloat16, residual_multiplier=0.22, embedding_multiplier=100.0)
+    prepare_inference(model)
+    assert "added up" in inference_report(model)["model.layers.0"]
