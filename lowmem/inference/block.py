@@ -136,8 +136,9 @@ class Block:
             if one in inner
         ]
         self.hidden: int = down.out_features
-        around = form.before, form.after, form.before_mlp, form.after_mlp
-        self.norms = [one for one in (*around, attention.q.norm, attention.k.norm) if one is not None]
+        norms = form.before, form.after, form.before_mlp, form.after_mlp
+        of_heads = attention.q.norm, attention.k.norm, attention.v.norm
+        self.norms = [one for one in (*norms, *of_heads) if one is not None]
         # Numbers that steps before and behind the attention compute of a token, at most.
         self.before: int = self.hidden + 2 * sum(layer.out_features for layer in self.first)
         self.behind: int = 6 * self.hidden + 3 * down.in_features

@@ -188,6 +188,10 @@ class CachedStates:
         row = self.row_for(states.shape, states)
         room = self._room
         assert room is not None
+        if room.is_inference() and not torch.is_inference_mode_enabled():  # it may not be written to
+            room = torch.empty_like(room)
+            self._move(room)
+            row = self.count
         into = room[:, :, row : row + new]
         if self.bits is None:
             into.copy_(states)

@@ -152,3 +152,14 @@ def test_other_sequences_heads_or_widths_are_refused_and_change_nothing(bits):
         with pytest.raises(ValueError, match=r"do not continue \(2, 3\) sequences and heads"):
             cached.append(other)
     assert cached.length == cached.rows.shape[2] == 3
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_rows_of_inference_mode_are_continued_outside_of_it(bits):
+    x, cache, other = torch.randn(2, 2, 5, 8), CachedStates(bits), CachedStates(bits)
+    with torch.inference_mode():
+        cache.append(x[:, :, :3])
+    other.append(x[:, :, :3])
+    for at in (3, 4):
+        given = x[:, :, at : at + 1]
+        assert torch.equal(cache.append(given) + 0, other.append(given) + 0)

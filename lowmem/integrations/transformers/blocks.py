@@ -58,13 +58,15 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
     owner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
     if owner is None or not owner.can_generate():
         return {}, lambda: None
-    config = owner.config.get_text_config()
-    before = config._attn_implementation
+    if owner.device.type != "cpu":
+        return {owner: f"it is on {owner.device}, where blocks are called as before"}, lambda: None
+    config, before = owner.config.get_text_config(), _implementations(owner.config)
     try:
         owner.set_attn_implementation(_TRIAL)
         calls = _calls(owner, config)
     except Exception as error:  # noqa: BLE001 - any model may refuse random tokens
         owner.set_attn_implementation(before)
+        _recorded.clear()
         return {owner: f"a run with random tokens failed: {error!r}"}, lambda: None
     owner.set_attn_implementation(ATTENTION)
 
@@ -84,6 +86,12 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
             found[block] = form if isinstance(form, str) else Block(block, form, _layer_of, serves, rooms)
     _recorded.clear()
     return found, release
+
+
+def _implementations(config: Any) -> dict[str, Any]:
+    """Return the attention of a config and its parts, as ``set_attn_implementation`` takes it."""
+    parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
+    return {"": config._attn_implementation, **{name: _implementations(part) for name, part in parts.items()}}
 
 
 def _layer_of(cache: Any, index: int) -> Any:

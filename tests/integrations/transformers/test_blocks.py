@@ -5,7 +5,14 @@ import re
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessor, StaticCache
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    DynamicCache,
+    LogitsProcessor,
+    StaticCache,
+)
 
 import lowmem
 from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
@@ -305,3 +312,24 @@ def test_a_sum_with_a_factor_is_seen_beside_large_numbers():
     model = model_of("granite", torch.bfloat16, residual_multiplier=0.22, embedding_multiplier=100.0)
     prepare_inference(model)
     assert "added up" in inference_report(model)["model.layers.0"]
+
+
+def test_each_part_of_a_model_gets_its_own_attention_back():
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4}
+    config = AutoConfig.for_model("llava", text_config={"model_type": "llama", **SIZES}, vision_config=vision)
+    given = {"vision_config": "eager", "text_config": "sdpa"}
+    model = AutoModelForImageTextToText.from_config(config, attn_implementation=given).eval()
+    convert(model, FourBit("int4", 32))
+    prepare_inference(model)
+    assert sum(text.startswith("block") for text in inference_report(model).values()) == 2
+    release_inference(model)
+    assert (config.vision_config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
+
+
+def test_on_other_devices_attention_stays_as_it_is():
+    model = model_of("llama").to("meta")
+    before = model.config._attn_implementation
+    prepare_inference(model)
+    assert inference_report(model)[""] == "as before: it is on meta, where blocks are called as before"
+    assert model.config._attn_implementation == before
