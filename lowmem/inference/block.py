@@ -135,6 +135,13 @@ class Block:
             for name, one in owner_of._modules.items()
             if one in inner
         ]
+        # Numbers such as the scaling of scores, which a model's code may read from its modules.
+        self.numbers = [
+            (vars(one), name, value)
+            for one in (block, attention.module)
+            for name, value in vars(one).items()
+            if type(value) in (int, float)
+        ]
         self.hidden: int = down.out_features
         norms = form.before, form.after, form.before_mlp, form.after_mlp
         of_heads = attention.q.norm, attention.k.norm, attention.v.norm
@@ -165,6 +172,8 @@ class Block:
     def _layers(self, kernel: Kernel, x: Tensor) -> list[Layer] | None:
         """Return the layers as C takes them; None where parts were changed, or C does not take one."""
         if not are_unchanged(self.parts) or not all(norm.fits(x) for norm in self.norms):
+            return None
+        if any(own.get(name) != value for own, name, value in self.numbers):
             return None
         found = [layer_of(kernel, one, x.dtype) for one in self.layers]
         return None if None in found else found  # type: ignore[return-value]
@@ -242,6 +251,7 @@ class Block:
         tensors = [one for layer in self.layers for one in tensors_of(layer)]
         tensors += [(norm.module._parameters, norm.how.weight) for norm in self.norms]
         tensors += [(norm.module.__dict__, norm.how.eps) for norm in self.norms]
+        tensors += [(own, name) for own, name, _ in self.numbers]
         return _Program(steps, Watched(self.parts, tensors), query, mixed, _Cells(places, stores, place))
 
     def _in_two(

@@ -61,14 +61,6 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
     if owner.device.type != "cpu":
         return {owner: f"it is on {owner.device}, where blocks are called as before"}, lambda: None
     config, before = owner.config.get_text_config(), _implementations(owner.config)
-    try:
-        owner.set_attn_implementation(_TRIAL)
-        calls = _calls(owner, config)
-    except Exception as error:  # noqa: BLE001 - any model may refuse random tokens
-        owner.set_attn_implementation(before)
-        _recorded.clear()
-        return {owner: f"a run with random tokens failed: {error!r}"}, lambda: None
-    owner.set_attn_implementation(ATTENTION)
 
     def serves() -> bool:
         return bool(config._attn_implementation == ATTENTION)
@@ -79,12 +71,20 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
 
     rooms: dict[Any, Tensor] = {}
     found: Found = {}
-    for attention in list(_recorded):
-        block = next((one for one in owner.modules() if attention in one._modules.values()), None)
-        if block is not None and attention in calls:
-            form = _form(block, attention, calls, parts)
-            found[block] = form if isinstance(form, str) else Block(block, form, _layer_of, serves, rooms)
-    _recorded.clear()
+    try:
+        owner.set_attn_implementation(_TRIAL)
+        calls = _calls(owner, config)
+        for attention in list(_recorded):
+            block = next((one for one in owner.modules() if attention in one._modules.values()), None)
+            if block is not None and attention in calls:
+                form = _form(block, attention, calls, parts)
+                found[block] = form if isinstance(form, str) else Block(block, form, _layer_of, serves, rooms)
+    except Exception as error:  # noqa: BLE001 - any model may refuse random tokens, or compute what is not expected
+        owner.set_attn_implementation(before)
+        return {owner: f"a run with random tokens failed: {error!r}"}, lambda: None
+    finally:
+        _recorded.clear()
+    owner.set_attn_implementation(ATTENTION)
     return found, release
 
 

@@ -333,3 +333,26 @@ def test_on_other_devices_attention_stays_as_it_is():
     prepare_inference(model)
     assert inference_report(model)[""] == "as before: it is on meta, where blocks are called as before"
     assert model.config._attn_implementation == before
+
+
+def test_another_scaling_of_scores_is_used():
+    model, other = model_of("llama"), model_of("llama")
+    prepare_inference(model)
+    cache = KeyValueCache(model)
+    logits(model, cache, 1)
+    for one in (model, other):
+        one.model.layers[0].self_attn.scaling = 0.01
+    assert near(logits(model, KeyValueCache(model), 3), logits(other, KeyValueCache(other), 3))
+
+
+def test_an_error_behind_the_trial_changes_no_attention(monkeypatch):
+    model = model_of("llama")
+    before = model.config._attn_implementation
+
+    def fails(*given):
+        raise TypeError("no form")
+
+    monkeypatch.setattr("lowmem.integrations.transformers.blocks._form", fails)
+    prepare_inference(model)
+    assert "TypeError('no form')" in inference_report(model)[""]
+    assert model.config._attn_implementation == before
