@@ -60,6 +60,10 @@ def prepare_inference(model: M) -> M:
     call. Outputs differ from before by rounding errors only. Modules stay where they are: one that has hooks or an
     adapter, or was replaced, is called as before, and so is everything in training and on other devices than CPUs.
 
+    The attention of such a model becomes ``"lowmem"`` until ``release_inference``. It returns no attention weights:
+    ``model.set_attn_implementation("eager")``, after this, does so for ``output_attentions=True``, and blocks then
+    run as before.
+
     ``inference_report`` says what was done to each module. Call ``release_inference`` before the model is converted
     further. Copies and pickles of the model are not prepared.
 
