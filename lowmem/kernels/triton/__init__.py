@@ -1,0 +1,1 @@
+"""Kernels in Triton for stored weights, and their launches. ``lowmem.kernels.gpu`` imports them when a GPU computes."""
