@@ -1,5 +1,5 @@
 """Products with stored weights, computed by the backend of a tensor's device; and the selection of the CPU's: the
-best ISA of the compiled kernel, or what the environment variable ``LOWMEM_KERNEL`` names. GPUs have Triton's kernels."""
+best ISA of the compiled kernel, or what the environment variable ``LOWMEM_KERNEL`` names."""
 
 from __future__ import annotations
 

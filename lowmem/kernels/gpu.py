@@ -1,10 +1,11 @@
 """The backend of GPUs: Triton's kernels (``triton/``) for 4- and 8-bit weights, where triton 3.4 or newer runs. What
-they do not take falls back to ``reference``: other weights and dtypes, wrapped and traced tensors, other functions."""
+they do not take falls back to ``reference``: other weights, dtypes and functions, wrapped and traced tensors."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -35,7 +36,7 @@ def skip_reason(device: torch.device) -> str | None:
     try:
         weight = QuantizedTensor.empty(torch.Size((1, 8)), "nf4", 8, "float32", "absmax", device=device)
         _launches().dequantize(weight, torch.empty(1, 8, device=device))()
-    except Exception as error:  # noqa: BLE001: of the compiler, the linker or the driver; plain torch serves then
+    except Exception as error:  # noqa: BLE001 (of the compiler, the linker or the driver; plain torch serves then)
         return f"triton {triton.__version__} does not run on {device}: {_first_line(error)}"
     return None
 
@@ -84,10 +85,11 @@ class Gpu:
 
     def _few(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
         """Return ``x @ W.T + bias`` of a few inputs by one kernel; None where it does not take them."""
-        if not isinstance(weight, QuantizedTensor) or _few_refuses(weight, len(x), dtype):
+        if not isinstance(weight, QuantizedTensor) or not _takes(
+            weight, dtype, x, *(() if bias is None else (bias,))
+        ):
             return None
-        added = () if bias is None else (bias,)
-        if not _takes(weight, dtype, x, *added) or x.shape[1:] != weight.shape[1:] or not x.is_floating_point():
+        if _few_refuses(weight, len(x), dtype) or x.shape[1:] != weight.shape[1:] or not x.is_floating_point():
             return None
         weight.check_layout()
         out = x.new_empty(len(x), weight.shape[0], dtype=dtype)
@@ -145,9 +147,7 @@ def _few_refuses(weight: QuantizedTensor, rows: int, dtype: torch.dtype) -> str 
     return "weights without offsets" if weight.has_offsets else None
 
 
-def _dequantized(
-    weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None
-) -> Tensor:
+def _dequantized(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
     """Do what ``reference.dequantizer`` does, by Triton where it serves."""
     if not isinstance(weight, QuantizedTensor) or not _takes(weight, dtype):
         return reference.dequantizer(weight, rows, dtype, levels)
@@ -171,7 +171,7 @@ def _takes(weight: QuantizedTensor, dtype: torch.dtype, *others: Tensor) -> bool
     return skip_reason(device) is None
 
 
-def _launches():  # type: ignore[no-untyped-def]
+def _launches() -> ModuleType:
     from lowmem.kernels.triton import launch
 
     return launch

@@ -67,9 +67,7 @@ def backends() -> tuple[list[Backend], str]:
     return [cast(Backend, sys.modules[__name__])], "plain torch dequantizes rows in chunks"
 
 
-def dequantizer(
-    weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None
-) -> Tensor:
+def dequantizer(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
     """Return rows of a weight, dequantized in float32 and rounded once; ``levels`` replace those of its format."""
     return weight.restore(rows, levels).to(dtype) if isinstance(weight, QuantizedTensor) else weight[rows].to(dtype)
 
@@ -132,9 +130,7 @@ def linear(
     return out if low_rank is None else add_low_rank(out, x, *low_rank)
 
 
-def input_grad(
-    grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: Dequantizer = dequantizer
-) -> Tensor:
+def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: Dequantizer = dequantizer) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point.
 
     Sums over chunks of rows are kept in float32 at least, as those inside one half-precision product are.
@@ -261,4 +257,3 @@ def serves_rows(x: Tensor) -> bool:
 def explain(weight: Weight, rows: int, dtype: torch.dtype) -> str:
     """Return how products are computed, whatever the weight, the rows of the input and the dtype."""
     return f"linear, input_grad: plain torch dequantizes rows in chunks and multiplies, {name}"
-

@@ -1,1 +1,1 @@
-"""Kernels in Triton for stored weights, and their launches. ``lowmem.kernels.gpu`` imports them when a GPU computes."""
+"""Kernels in Triton for stored weights. ``lowmem.kernels.gpu`` imports ``launch`` when a tensor is on a GPU."""

@@ -31,11 +31,7 @@ def places(first, columns, BLOCK: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.co
     WIDTH: tl.constexpr = BLOCK * BITS // 8
     block = first // WIDTH
     low = (block * BLOCK + first % WIDTH)[:, None] + tl.arange(0, GROUP)[None, :]
-    if WHOLE:
-        high = low + WIDTH
-    else:
-        high = low + half_width(block, columns, BLOCK, BITS)[:, None]
-    return block, low, high
+    return block, low, low + (WIDTH if WHOLE else half_width(block, columns, BLOCK, BITS)[:, None])
 
 
 @triton.jit
@@ -46,8 +42,8 @@ def look_up(levels, codes):
 
 @triton.jit
 def load_scales(stored, block, mask, STEPS: tl.constexpr):
-    """Return the float32 scales (rows, groups) of blocks, of double scales without the rows' own: ``stored`` points to
-    the first scale of each row."""
+    """Return the float32 scales (rows, groups) of blocks, where ``stored`` points to the first scale of each row; of
+    double scales, which row scales multiply, the steps."""
     scale = tl.load(stored[:, None] + block[None, :], mask=mask, other=0)
     if STEPS == 127:
         count = scale.to(tl.int32)
@@ -57,7 +53,7 @@ def load_scales(stored, block, mask, STEPS: tl.constexpr):
 
 @triton.jit
 def load_row_scales(stored, blocks, inside):
-    """Return the float16 behind the bytes of a row's double scales; since its address may be odd, by its two bytes."""
+    """Return the float16 behind each row's double scales, made of two bytes, since its address may be odd."""
     least = tl.load(stored + blocks, mask=inside, other=0).to(tl.int16)
     most = tl.load(stored + blocks + 1, mask=inside, other=0).to(tl.int16)
     return (least | (most << 8)).to(tl.float16, bitcast=True).to(tl.float32)[:, None]

@@ -1,4 +1,4 @@
-"""The product of a few inputs with a weight, which reads each byte of codes once. ``decode`` explains the constants."""
+"""The product of a few inputs with a weight: each byte of codes is read once. ``decode`` explains the constants."""
 
 # mypy: ignore-errors
 
@@ -14,7 +14,7 @@ def add_products(sums, x, x_stride, column, mask, values):
     added = ()
     for number in tl.static_range(len(sums)):
         given = tl.load(x + column, mask=mask, other=0).to(tl.float32)
-        added = added + (tl.fma(given[None], values, sums[number]),)
+        added = added + (tl.fma(given[None], values, sums[number]),)  # noqa: RUF005 (Triton unpacks no tuples)
         x += x_stride
     return added
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -32,14 +31,18 @@ class Tile(NamedTuple):
     warps: int
 
     def shape(self, row_bytes: int, block_bytes: int) -> dict[str, int]:
-        """Return ROWS, GROUPS and GROUP for rows and blocks of so many bytes: a group ends where its block does."""
+        """Return ROWS, GROUPS and GROUP for rows and blocks of so many bytes: a group ends where its block does.
+
+        Tiles of smaller groups have half of the bytes, since each scale and address takes a register.
+        """
         group = min(self.group, block_bytes & -block_bytes)
+        nbytes = self.nbytes if group == self.group else self.nbytes // 2
         of_row = min(self.of_row, _power(max(row_bytes, group)))
-        return {"ROWS": max(1, self.nbytes // of_row), "GROUPS": of_row // group, "GROUP": group}
+        return {"ROWS": max(1, nbytes // of_row), "GROUPS": of_row // group, "GROUP": group}
 
 
-# By the kernel and the most inputs. Chosen by registers and bytes in flight, of which ``docs/kernels.md`` tells; no
-# GPU measured them.
+# By the kernel and the most inputs, chosen by registers and by the loads that are under way at a time; no GPU has
+# measured them.
 TILES = {
     ("dequantize", 0): Tile(2048, 512, 16, 4),
     ("quantize", 0): Tile(512, 2048, 1, 4),
@@ -59,6 +62,7 @@ class Launch(NamedTuple):
     warps: int
 
     def __call__(self) -> None:
+        """Start the kernel; it runs after what its device's stream holds."""
         device = next(one.device for one in self.arguments.values() if isinstance(one, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps, **OPTIONS)
@@ -116,7 +120,8 @@ def quantize(weight: Tensor, scales: Tensor, form: Format, block_size: int, pack
         "BLOCKS": blocks,
         "WIDTH": width,
     }
-    return Launch(of_rows.quantize, math.ceil(scales.numel() / blocks), given, tile.warps)
+    warps = tile.warps * max(1, width // tile.of_row)
+    return Launch(of_rows.quantize, math.ceil(scales.numel() / blocks), given, warps)
 
 
 def _stored(weight: QuantizedTensor, levels: tuple[float, ...] | None = None) -> dict[str, Any]:

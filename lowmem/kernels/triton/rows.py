@@ -1,5 +1,5 @@
-"""Rows of a weight: dequantized, and quantized against given scales. Both have the bits of plain torch, whose order of
-operations they keep. ``decode`` explains the constants."""
+"""Rows of a weight, dequantized, or quantized for given scales: with the bits of plain torch, whose order of
+operations the kernels keep. ``decode`` explains the constants."""
 
 # mypy: ignore-errors
 
@@ -29,8 +29,8 @@ def dequantize(
     GROUPS: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Write ``levels[code] * scale (+ offset)``, in float32 and rounded once, to (rows, columns). With OFFSETS offsets
-    lie behind a row's scales."""
+    """Write ``levels[code] * scale (+ offset)`` to (rows, columns), computed in float32 and rounded once. OFFSETS
+    says that offsets lie behind a row's scales."""
     tiles = tl.cdiv(row_bytes, GROUPS * GROUP)
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % tiles * (GROUPS * GROUP) + tl.arange(0, GROUPS) * GROUP
@@ -46,10 +46,7 @@ def dequantize(
         scale = tl.div_rn(scale * load_row_scales(stored, blocks, inside), 1.0 * STEPS)
     scale = scale[:, :, None]
     table = tl.load(levels + tl.arange(0, 2**BITS))
-    if OFFSETS:
-        offset = load_scales(stored + blocks, block, has_scale, STEPS)[:, :, None]
-    else:
-        offset = 0.0
+    offset = load_scales(stored + blocks, block, has_scale, STEPS)[:, :, None] if OFFSETS else 0.0
     at = out + row[:, None, None] * columns
     if BITS == 8:
         values = look_up(table, codes) * scale
@@ -105,17 +102,16 @@ def quantize(
     scale = tl.where(scale == 0, float("inf"), scale)[:, None]
     thresholds = tl.load(boundaries + tl.arange(0, 2**BITS))
     low = block[:, None] * BLOCK + inner
+    # Outside of the row, weights of 0 have zero codes, as padding does.
     values = tl.load(weight + row[:, None] * columns + low, mask=mask, other=0.0)
-    codes = nearest(thresholds, tl.div_rn(values, scale), BITS)
-    byte = codes
-    others = mask & (codes != ZERO)
+    byte = nearest(thresholds, tl.div_rn(values, scale), BITS)
+    others = byte != ZERO
     if BITS == 4:
         high = low + width
-        there = mask & (high < columns)
-        values = tl.load(weight + row[:, None] * columns + high, mask=there, other=0.0)
-        codes = tl.where(there, nearest(thresholds, tl.div_rn(values, scale), BITS), ZERO)  # padding has zero codes
+        values = tl.load(weight + row[:, None] * columns + high, mask=mask & (high < columns), other=0.0)
+        codes = nearest(thresholds, tl.div_rn(values, scale), BITS)
         byte = byte | (codes << 4)
-        others = others | (there & (codes != ZERO))
+        others = others | (codes != ZERO)
     into = packed + row[:, None] * packed_stride + block[:, None] * (BLOCK * BITS // 8) + inner
     tl.store(into, byte.to(tl.uint8), mask=mask)
     tl.store(used + at, tl.max(others.to(tl.int32), 1).to(tl.uint8), mask=at < count)

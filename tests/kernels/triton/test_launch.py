@@ -1,4 +1,4 @@
-"""Launches compile for GPUs that are not there, within ceilings for what a program takes; and ask the host nothing."""
+"""Launches compile for GPUs that are not there, within ceilings for what a program takes."""
 
 import re
 import subprocess
@@ -48,20 +48,20 @@ HALF, FULL, ODD = torch.bfloat16, torch.float32, (5, 4095)
 # the machine (all of the kernel's) for each weight that a thread takes at a time. They are a fourth above what triton
 # 3.9 needs on the target that needs most.
 CASES = {
-    "dequantize nf4 to bfloat16": (dequantizing("nf4", 64, "double", HALF), 1, 1, 1),
-    "dequantize bof4s to float32": (dequantizing("bof4s", 32, "double", FULL), 1, 1, 1),
-    "dequantize int8 to bfloat16": (dequantizing("int8", 64, "double", HALF), 1, 1, 1),
-    "dequantize with offsets to float16": (dequantizing("uint4", 32, "float16_offsets", torch.float16), 1, 1, 1),
-    "dequantize odd rows in blocks of 10": (dequantizing("nf4", 10, "float16", HALF, ODD), 1, 1, 1),
-    "quantize nf4": (quantizing("nf4", 64), 1, 1, 1),
-    "quantize int8 in blocks of 4096": (quantizing("int8", 4096), 1, 1, 1),
-    "1 input": (multiplying(1, "bof4s", 32, "double", HALF), 1, 1, 1),
-    "2 inputs": (multiplying(2, "bof4s", 32, "double", HALF), 1, 1, 1),
-    "3 inputs in float32": (multiplying(3, "nf4", 64, "double", FULL), 1, 1, 1),
-    "4 inputs": (multiplying(4, "bof4s", 32, "double", HALF), 1, 1, 1),
-    "8 inputs": (multiplying(8, "bof4s", 32, "double", HALF), 1, 1, 1),
-    "8 inputs, odd rows in blocks of 10": (multiplying(8, "nf4", 10, "float16", HALF, ODD), 1, 1, 1),
-    "1 input, int8": (multiplying(1, "int8", 64, "double", HALF), 1, 1, 1),
+    "dequantize nf4 to bfloat16": (dequantizing("nf4", 64, "double", HALF), 74, 5120, 27),
+    "dequantize bof4s to float32": (dequantizing("bof4s", 32, "double", FULL), 78, 10240, 25),
+    "dequantize int8 to bfloat16": (dequantizing("int8", 64, "double", HALF), 50, 5120, 36),
+    "dequantize with offsets to float16": (dequantizing("uint4", 32, "float16_offsets", torch.float16), 65, 5120, 19),
+    "dequantize odd rows in blocks of 10": (dequantizing("nf4", 10, "float16", HALF, ODD), 79, 1280, 59),
+    "quantize nf4": (quantizing("nf4", 64), 63, 80, 151),
+    "quantize int8 in blocks of 4096": (quantizing("int8", 4096), 99, 1280, 91),
+    "1 input": (multiplying(1, "bof4s", 32, "double", HALF), 120, 2560, 27),
+    "2 inputs": (multiplying(2, "bof4s", 32, "double", HALF), 160, 2560, 36),
+    "3 inputs in float32": (multiplying(3, "nf4", 64, "double", FULL), 202, 1280, 41),
+    "4 inputs": (multiplying(4, "bof4s", 32, "double", HALF), 210, 1280, 53),
+    "8 inputs": (multiplying(8, "bof4s", 32, "double", HALF), 230, 640, 120),
+    "8 inputs, odd rows in blocks of 10": (multiplying(8, "nf4", 10, "float16", HALF, ODD), 123, 1280, 257),
+    "1 input, int8": (multiplying(1, "int8", 64, "double", HALF), 89, 2560, 42),
 }
 
 
@@ -85,7 +85,9 @@ def read_binary(tool: str, *arguments: str, code: bytes) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(code)
         file.flush()
-        return subprocess.run([NVIDIA / tool, *arguments, file.name], capture_output=True, text=True, check=True).stdout
+        return subprocess.run(
+            [NVIDIA / tool, *arguments, file.name], capture_output=True, text=True, check=True
+        ).stdout
 
 
 def usage(made, target: GPUTarget) -> tuple[int, int, int, int]:
@@ -125,3 +127,15 @@ def test_kernels_compile_and_take_no_more_than_their_ceilings(case, name):
         fused = re.findall(r"\bfma\S*", made.asm["ptx"])
         assert bool(fused) == ("input" in case)  # dequantized bits are those of a product, and then a sum
     assert all(one <= ceiling for one, ceiling in zip(taken, ceilings, strict=True)), taken
+
+
+def test_a_tile_has_groups_that_end_with_their_blocks():
+    tile = launch.Tile(nbytes=2048, of_row=512, group=16, warps=4)
+    for block_bytes in (4, 5, 12, 16, 32, 2048):
+        for row_bytes in (1, 15, 16, 17, 511, 4096):
+            shape = tile.shape(row_bytes, block_bytes)
+            assert block_bytes % shape["GROUP"] == 0
+            assert all(number & (number - 1) == 0 for number in shape.values())  # Triton's tiles are powers of two
+            assert shape["GROUPS"] * shape["GROUP"] <= 512
+            assert shape["ROWS"] * shape["GROUPS"] * shape["GROUP"] in (1024, 2048)
+    assert tile.shape(4096, 32) == {"ROWS": 4, "GROUPS": 32, "GROUP": 16}

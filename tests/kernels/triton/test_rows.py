@@ -97,7 +97,8 @@ def test_zero_rows_and_the_ends_of_float32(kind):
         weight = strategies.make_weight(kind, (4, 100), 0, 3)
         if scales == "float32":
             weight[1, ::7] = torch.finfo(torch.float32).max
-        weight[2] = 0
+        weight[2:] = 0
+        weight[3, [13, 18]] = 1  # alone in its block, with a high code and a low one
         expected = quantized_by_torch(weight, form, block_size=16, scales=scales)
         with serving():
             assert_same_bytes(quantize(weight, form, block_size=16, scales=scales), expected)
@@ -162,7 +163,9 @@ def test_slices_views_and_other_levels():
 def test_addresses_beyond_2_to_the_31():
     """Rows that lie 2^30 numbers apart, in memory that is never touched."""
     step, columns = 2**30 + 64, 64
-    q = quantized_by_torch(strategies.make_weight("normal", (3, columns), 0, 2), "nf4", block_size=16, scales="float16")
+    q = quantized_by_torch(
+        strategies.make_weight("normal", (3, columns), 0, 2), "nf4", block_size=16, scales="float16"
+    )
 
     def far(tensor: torch.Tensor) -> torch.Tensor:
         spread = torch.empty(2 * step + columns, dtype=tensor.dtype).as_strided(tensor.shape, (step, 1))
