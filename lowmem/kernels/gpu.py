@@ -85,9 +85,8 @@ class Gpu:
 
     def _few(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
         """Return ``x @ W.T + bias`` of a few inputs by one kernel; None where it does not take them."""
-        if not isinstance(weight, QuantizedTensor) or not _takes(
-            weight, dtype, x, *(() if bias is None else (bias,))
-        ):
+        others = (x,) if bias is None else (x, bias)
+        if not isinstance(weight, QuantizedTensor) or not _takes(weight, dtype, *others):
             return None
         if _few_refuses(weight, len(x), dtype) or x.shape[1:] != weight.shape[1:] or not x.is_floating_point():
             return None
@@ -165,6 +164,8 @@ def _takes(weight: QuantizedTensor, dtype: torch.dtype, *others: Tensor) -> bool
     tensors = (weight.packed, weight.scales, *others)
     device = weight.packed.device
     if is_traced() or dtype not in TYPES or len(weight.shape) != 2 or not weight.shape.numel():
+        return False
+    if max(weight.shape) >= 2**31:  # rows and columns are counted in 32 bits
         return False
     if any(not is_plain(one) or is_batch(one) or one.device != device for one in tensors):
         return False
