@@ -41,6 +41,12 @@ def look_up(levels, codes):
 
 
 @triton.jit
+def look_up_both(levels, bytes):
+    """Return the levels of the low and of the high codes of bytes, by one gather."""
+    return tl.split(look_up(levels, tl.join(bytes & 15, bytes >> 4)))
+
+
+@triton.jit
 def load_scales(stored, block, mask, STEPS: tl.constexpr):
     """Return the float32 scales (rows, groups) of blocks, where ``stored`` points to the first scale of each row; of
     double scales, which row scales multiply, the steps."""

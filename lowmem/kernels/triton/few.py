@@ -5,7 +5,7 @@
 import triton
 import triton.language as tl
 
-from lowmem.kernels.triton.decode import load_row_scales, load_scales, look_up, places
+from lowmem.kernels.triton.decode import load_row_scales, load_scales, look_up, look_up_both, places
 
 
 @triton.jit
@@ -13,8 +13,9 @@ def add_products(sums, x, x_stride, column, mask, values):
     """Add the products of each input and the weights to its sums (rows, groups, bytes), each in one rounding."""
     added = ()
     for number in tl.static_range(len(sums)):
-        given = tl.load(x + column, mask=mask, other=0).to(tl.float32)
-        added = added + (tl.fma(given[None], values, sums[number]),)  # noqa: RUF005 (Triton unpacks no tuples)
+        at = tl.broadcast_to((x + column)[None], values.shape)  # each thread loads what it multiplies
+        given = tl.load(at, mask=mask[None], other=0).to(tl.float32)
+        added = added + (tl.fma(given, values, sums[number]),)  # noqa: RUF005 (Triton unpacks no tuples)
         x += x_stride
     return added
 
@@ -62,9 +63,9 @@ def few(
         if BITS == 8:
             sums = add_products(sums, x, x_stride, low, there, look_up(table, codes) * scale)
         else:
-            sums = add_products(sums, x, x_stride, low, there, look_up(table, codes & 15) * scale)
-            there = there & (high < columns)
-            sums = add_products(sums, x, x_stride, high, there, look_up(table, codes >> 4) * scale)
+            of_low, of_high = look_up_both(table, codes)
+            sums = add_products(sums, x, x_stride, low, there, of_low * scale)
+            sums = add_products(sums, x, x_stride, high, there & (high < columns), of_high * scale)
     added = tl.load(bias + row, mask=inside, other=0).to(tl.float32) if BIAS else 0.0
     for number in tl.static_range(INPUTS):
         product = tl.sum(tl.reshape(sums[number], (ROWS, GROUPS * GROUP)), 1) + added

@@ -6,7 +6,13 @@ operations the kernels keep. ``decode`` explains the constants."""
 import triton
 import triton.language as tl
 
-from lowmem.kernels.triton.decode import half_width, load_row_scales, load_scales, look_up, places
+from lowmem.kernels.triton.decode import half_width, load_row_scales, load_scales, look_up, look_up_both, places
+
+
+@triton.jit
+def restored(level, scale, offset, OFFSETS: tl.constexpr):
+    """Return a weight; an offset of 0 would make +0 of -0."""
+    return level * scale + offset if OFFSETS else level * scale
 
 
 @triton.jit
@@ -49,15 +55,13 @@ def dequantize(
     offset = load_scales(stored + blocks, block, has_scale, STEPS)[:, :, None] if OFFSETS else 0.0
     at = out + row[:, None, None] * columns
     if BITS == 8:
-        values = look_up(table, codes) * scale
-        values = values + offset if OFFSETS else values
+        values = restored(look_up(table, codes), scale, offset, OFFSETS)
         tl.store(at + low[None], values.to(out.dtype.element_ty), mask=mask)
     else:
-        values = look_up(table, codes & 15) * scale
-        values = values + offset if OFFSETS else values
+        of_low, of_high = look_up_both(table, codes)
+        values = restored(of_low, scale, offset, OFFSETS)
         tl.store(at + low[None], values.to(out.dtype.element_ty), mask=mask)
-        values = look_up(table, codes >> 4) * scale
-        values = values + offset if OFFSETS else values
+        values = restored(of_high, scale, offset, OFFSETS)
         tl.store(at + high[None], values.to(out.dtype.element_ty), mask=mask & (high < columns)[None])
 
 

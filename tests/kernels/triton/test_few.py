@@ -145,14 +145,14 @@ from tests.guard_pages import at_the_edge
 
 for form, scales in (("nf4", "double"), ("bof4s", "float32"), ("int8", "double"), ("uint4", "float16_offsets")):
     for size in (8, 10, 64):
-        for rows, columns in ((1, 1), (5, 7), (3, 33), (9, 64), (2, 203), (3, 1025)):
+        for rows, columns in ((1, 1), (5, 7), (3, 33), (9, 64), (2, 1025)):
             weight = torch.randn(rows, columns)
             q = quantize(weight, form, block_size=size, scales=scales, search=False)
             q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
             for dtype in (torch.float32, torch.bfloat16):
                 launch.dequantize(q, at_the_edge(torch.empty(rows, columns, dtype=dtype)))()
             if not q.has_offsets:
-                for batch in (1, 3, 8):
+                for batch in (1, 3):
                     x, bias = (at_the_edge(torch.randn(*shape).half()) for shape in ((batch, columns), (rows,)))
                     launch.few(x, q, bias, at_the_edge(torch.empty(batch, rows, dtype=torch.half)))()
             found, used = q.encoding.decode(q.scales), torch.empty(rows, -(-columns // size), dtype=torch.uint8)

@@ -29,13 +29,14 @@ def quantized_by_torch(weight: torch.Tensor, *arguments, **options) -> Quantized
 
 
 def check(q: QuantizedTensor, *dtypes: torch.dtype) -> None:
-    """Hold dequantized rows to the bits of plain torch, where zeros may differ in their sign."""
+    """Hold dequantized rows to the bits of plain torch, signs of zeros included."""
     expected = {dtype: reference.dequantize(q, slice(None), dtype) for dtype in dtypes or (torch.float32, *LOW)}
     with serving() as backend:
         for dtype, values in expected.items():
             got = backend.dequantize(q, slice(None), dtype)
             assert got.dtype is dtype
             torch.testing.assert_close(got, values, rtol=0, atol=0, equal_nan=True)
+            assert torch.equal(got.signbit() | got.isnan(), values.signbit() | values.isnan())
 
 
 @given(
