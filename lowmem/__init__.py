@@ -17,6 +17,7 @@ from lowmem.finetuning.rows import Rows
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import States
 from lowmem.finetuning.text import Example, Texts, read_examples
+from lowmem.inference.prepare import inference_report, prepare_inference, release_inference
 from lowmem.io.adapters import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
 from lowmem.io.formats.export import export
@@ -121,6 +122,7 @@ __all__ = [
     "export",
     "finetune",
     "gather",
+    "inference_report",
     "keep_products",
     "linear_cross_entropy",
     "load",
@@ -131,9 +133,11 @@ __all__ = [
     "pack",
     "perplexity",
     "plan",
+    "prepare_inference",
     "prepare_training",
     "quantize",
     "read_examples",
+    "release_inference",
     "release_training",
     "restore",
     "save",

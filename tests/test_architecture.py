@@ -34,6 +34,7 @@ ORDER = [
     ("nn",),
     ("transforms",),
     ("io", "training", "variants"),
+    ("inference",),
     ("integrations",),
     ("finetuning",),
     ("distributed",),

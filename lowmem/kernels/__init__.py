@@ -59,7 +59,7 @@ def backend() -> str:
 def linear(
     x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, low_rank: LowRank | None = None
 ) -> Tensor:
-    """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype`` (int8: x's)."""
+    """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out), in ``dtype`` (int8: x's)."""
     return backend_of(x).linear(x, weight, dtype, bias, low_rank)
 
 

@@ -96,7 +96,7 @@ class Kernel(CpuRows, CpuPlan):
         bias: Tensor | None = None,
         low_rank: LowRank | None = None,
     ) -> Tensor:
-        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out)."""
+        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
         if is_traced():
             return reference.linear(x, weight, dtype, bias, low_rank)
         given = self._given(weight)
@@ -107,6 +107,9 @@ class Kernel(CpuRows, CpuPlan):
             out = self._linear(self._isa, handle, packed, scales, x, bias, threads, a, b, scaling)
             if out is not None and out is not False:
                 return out
+        if x.dim() != 2:
+            reference.check_input(x, weight.shape[1])
+            return self.linear(x.flatten(0, -2), weight, dtype, bias, low_rank).view(*x.shape[:-1], weight.shape[0])
         out = self._linear_of_others(x, weight, dtype, bias)
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
 
@@ -360,7 +363,8 @@ class Kernel(CpuRows, CpuPlan):
         if (packed.shape, packed.dtype, scales.shape, scales.dtype) != weight.stored_layout or len(weight.shape) != 2:
             return None
         rows, columns = weight.shape
-        if not columns or weight.has_offsets != (use in (_BASE, _BASE_IN_INT8)):
+        without_offsets = use in (_BASE, _BASE_IN_INT8)
+        if not columns or (weight.has_offsets != without_offsets and use != _AS_FLOATS):
             return None
         form = get_format(weight.format)
         points, levels = 0 if form.bits == 4 else form.divisor, form.levels
@@ -379,7 +383,7 @@ class Kernel(CpuRows, CpuPlan):
             rows,
             columns,
             points,
-            weight.has_offsets,
+            weight.has_offsets * (1 if without_offsets else 2),
         )
         if handle is None:
             return None

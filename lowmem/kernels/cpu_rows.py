@@ -3,6 +3,7 @@ What C does not take falls back to ``reference``."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from types import ModuleType
 
@@ -19,14 +20,14 @@ _LEVELS = 16  # of csrc/columns.h
 _TERMS = 7  # of struct gated in csrc/row_calls.h
 
 # enum row_function of csrc/plan.h, and the layouts of the structs in csrc/row_calls.h
-_NORM, _GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS, _ATTENTION, _ENCODE_STATES = range(8)
-_NORM_CALL, _GATED_CALL = Struct("@iqqfiPPPP"), Struct("@iiqqqq7fPPPPP")
+NORM, GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS, ATTENTION, ENCODE_STATES = range(8)
+NORM_CALL, GATED_CALL = Struct("@iiqqffqPPPP"), Struct("@iiqqqq7fPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 _STATES = "iPP6q"
-_ATTENTION_CALL, _CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
+ATTENTION_CALL, CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
 _KEYS, _QUERIES, _WHOLE = 32, 16, 64  # of csrc/attention.h; _WHOLE: the floats to which a row is padded, at most
 _GRAIN = 65536  # of csrc/threads.h
-_CODES8 = 8  # of csrc/plan.h, in place of a type
+CODES8 = 8  # of csrc/plan.h, in place of a type
 
 
 class CpuRows:
@@ -60,8 +61,8 @@ class CpuRows:
         out, width = torch.empty_like(x), x.shape[-1]
         rows, of_grad = x.numel() // width, 0 if grad is None else grad.data_ptr()
         addresses = x.data_ptr(), of_grad, factor.data_ptr(), out.data_ptr()
-        call = _NORM_CALL.pack(TYPES[x.dtype], rows, width, eps, rounds_first, *addresses)
-        self.native.rowwise(self._isa, _NORM, torch.get_num_threads(), rows * width, call)
+        call = NORM_CALL.pack(TYPES[x.dtype], 0, rows, width, eps, 0.0, rounds_first, *addresses)
+        self.native.rowwise(self._isa, NORM, torch.get_num_threads(), rows * width, call)
         return out
 
     def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
@@ -95,9 +96,9 @@ class CpuRows:
         into: tuple[Tensor, Tensor | None],
         out_step: int,
     ) -> None:
-        width, terms = a.shape[-1], (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
+        width, terms = a.shape[-1], terms_of(activation)
         types, sizes = (TYPES[a.dtype], TYPES[into[0].dtype]), (a.numel() // width, width, step, out_step)
-        self._run(_GATED, a.numel(), _GATED_CALL.pack(*types, *sizes, *terms, *map(_address, (a, b, grad, *into))))
+        self._run(GATED, a.numel(), GATED_CALL.pack(*types, *sizes, *terms, *map(_address, (a, b, grad, *into))))
 
     def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
         """Return the cross entropies of rows; ``logits`` become their gradient."""
@@ -157,41 +158,25 @@ class CpuRows:
         key_heads, keys, value_width = key.numbers.shape[1], key.numbers.shape[2], value.numbers.shape[-1]
         shape = (batch, heads, queries, keys)
         seen = None if mask is None else (mask.view(torch.int8) if mask.dtype is torch.bool else mask).expand(shape)
-        given = [_states(query), _states(*key), _states(*value), _NO_STATES if seen is None else _states(seen)]
+        given = [states_of(query), states_of(*key), states_of(*value), NO_STATES if seen is None else states_of(seen)]
         fits = query.dtype in TYPES and query.numel() * keys * value_width > 0 and not is_traced()
         if not fits or None in given or is_batch(query):
             return reference.attention(query, key, value, mask, scaling, softcap)
         out = torch.empty(batch, queries, heads, value_width, dtype=query.dtype)
-        work, most = batch * heads * queries * keys * (width + value_width), torch.get_num_threads()
-        rows, threads = heads // key_heads * queries, min(most, 1 + work // _GRAIN)
-        chunk = _QUERIES if threads == 1 else min(_QUERIES, -(-rows * batch * key_heads // (2 * threads)))
-        own = (_KEYS + _QUERIES) * (_padded(width) + _padded(value_width)) + 2 * _QUERIES
-        scratch = torch.empty(threads * own)
-        sizes = (
-            batch,
-            key_heads,
-            heads // key_heads,
-            queries,
-            keys,
-            width,
-            value_width,
-            chunk,
-            scaling,
-            softcap or 0.0,
-        )
-        numbers = [number for one in given for number in one or ()]
-        call = _ATTENTION_CALL.pack(*sizes, *numbers, out.data_ptr(), scratch.data_ptr(), own)
-        self.native.rowwise(self._isa, _ATTENTION, threads, work, call)
+        sizes = batch, key_heads, heads // key_heads, queries, keys, width, value_width
+        states = [number for one in given for number in one or ()]
+        work, fields, _scratch = attention_call(sizes, states, scaling, softcap, out.data_ptr())
+        self._run(ATTENTION, work, ATTENTION_CALL.pack(*fields))
         return out
 
     def encode_states(self, numbers: Tensor, into: HeadStates) -> None:
         """Write states as 8-bit codes with a scale for each row."""
-        given = _states(numbers), _states(*into)
+        given = states_of(numbers), states_of(*into)
         if None in given or numbers.dtype not in TYPES or not numbers.numel() or is_traced() or is_batch(numbers):
             reference.encode_states(numbers, into)
         else:
-            call = _CODING_CALL.pack(*numbers.shape, *[number for one in given for number in one or ()])
-            self._run(_ENCODE_STATES, numbers.numel(), call)
+            call = CODING_CALL.pack(*numbers.shape, *[number for one in given for number in one or ()])
+            self._run(ENCODE_STATES, numbers.numel(), call)
 
     def _takes(self, x: Tensor, *others: Tensor | None) -> bool:
         """Whether all are plain CPU tensors of one shape and dtype, float32 or bfloat16, with numbers in them."""
@@ -203,17 +188,43 @@ class CpuRows:
         return all(is_real(one) and one.dtype is x.dtype and one.shape == x.shape for one in tensors)
 
 
-_NO_STATES = (0,) * 9
+def attention_call(
+    sizes: tuple[int, ...], states: Sequence[int], scaling: float, softcap: float | None, out: int
+) -> tuple[int, tuple[float, ...], Tensor]:
+    """Return how many multiplications attention takes, the fields of struct attention, and the scratch they point to.
+
+    Args:
+        sizes: the first seven fields.
+        states: ``states_of`` queries, keys, values and mask.
+        scaling: of the scores.
+        softcap: of the scores, or None.
+        out: the address of the output.
+    """
+    batch, key_heads, shared, queries, keys, width, value_width = sizes
+    work, most = batch * key_heads * shared * queries * keys * (width + value_width), torch.get_num_threads()
+    threads, rows = min(most, 1 + work // _GRAIN), shared * queries
+    chunk = _QUERIES if threads == 1 else min(_QUERIES, -(-rows * batch * key_heads // (2 * threads)))
+    own = (_KEYS + _QUERIES) * (_padded(width) + _padded(value_width)) + 2 * _QUERIES
+    scratch = torch.empty(threads * own)
+    return work, (*sizes, chunk, scaling, softcap or 0.0, *states, out, scratch.data_ptr(), own), scratch
 
 
-def _states(numbers: Tensor, scales: Tensor | None = None) -> tuple[int, ...] | None:
+NO_STATES = (0,) * 9
+
+
+def states_of(numbers: Tensor, scales: Tensor | None = None) -> tuple[int, ...] | None:
     """Return the fields of struct states; None where C cannot read a row's numbers side by side."""
-    kind = _CODES8 if numbers.dtype is torch.int8 else TYPES.get(numbers.dtype)
+    kind = CODES8 if numbers.dtype is torch.int8 else TYPES.get(numbers.dtype)
     plain = kind is not None and numbers.dim() == 4 and (numbers.stride(3) == 1 or numbers.shape[3] == 1)
     if not plain or not is_real(numbers) or (scales is not None and not is_real(scales)):
         return None
     steps, of_scales = numbers.stride(), (0, 0, 0) if scales is None else scales.stride()
     return kind or 0, numbers.data_ptr(), _address(scales), *steps[:3], *of_scales[:3]
+
+
+def terms_of(activation: Activation) -> tuple[float, ...]:
+    """Return the terms of struct gated."""
+    return (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
 
 
 def _padded(width: int) -> int:

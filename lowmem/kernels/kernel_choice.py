@@ -31,8 +31,11 @@ class CpuPlan:
         if isinstance(weight, QuantizedTensor) and weight.has_offsets:
             without, in_int8 = replace(weight, scale_encoding="float32"), dtype is torch.int8
             how = "8-bit integers" if in_int8 else "float32"
-            added = f"offsets: added in plain torch, to products in {how} without them:"
-            return "\n".join([added, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])
+            lines = [f"offsets: added in plain torch, to products in {how} without them:"]
+            if not in_int8 and self.plan(without, rows, dtype, "linear")[-1][1].startswith("few"):
+                lines = [self._explained(without, rows, dtype, "linear"), *lines]
+                return "\n".join([*lines, self._explained(without, rows, torch.float32, "input_grad")])
+            return "\n".join([*lines, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])
         if dtype is not torch.int8:
             lines = [self._explained(weight, rows, dtype, operation) for operation in ("linear", "input_grad")]
         elif self.plan(weight, rows, dtype, "linear_inputs8"):

@@ -72,6 +72,14 @@ def dequantizer(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[f
     return weight.restore(rows, levels).to(dtype) if isinstance(weight, QuantizedTensor) else weight[rows].to(dtype)
 
 
+def check_input(x: Tensor, in_features: int) -> None:
+    """Raise a RuntimeError for an input that is not floating point, or does not end in ``in_features`` columns."""
+    if not x.is_floating_point():
+        raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
+    if x.dim() == 0 or x.shape[-1] != in_features:
+        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
+
+
 @unseen
 def linear(
     x: Tensor,
@@ -81,14 +89,14 @@ def linear(
     low_rank: LowRank | None = None,
     dequantized: Dequantizer = dequantizer,
 ) -> Tensor:
-    """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out), in ``dtype``.
+    """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out), in ``dtype``.
 
     With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
     (``lowmem.kernels.int8``); products are summed in float32, and the result has the dtype of x. Offsets are
     multiplied with the sums of the input over blocks, of which neither is rounded.
 
     Args:
-        x: floating point (batch, in).
+        x: floating point (..., in), of at least two dimensions.
         weight: (out, in); a QuantizedTensor for torch.int8.
         dtype: to compute in, and of the result.
         bias: (out,), or None.
@@ -101,10 +109,10 @@ def linear(
         TypeError: torch.int8 with a 16-bit weight.
     """
     out_features, in_features = weight.shape
-    if not x.is_floating_point():
-        raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
-    if x.shape[1] != in_features:
-        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
+    check_input(x, in_features)
+    if x.dim() != 2:
+        out = linear(x.flatten(0, -2), weight, dtype, bias, low_rank, dequantized)
+        return out.view(*x.shape[:-1], out_features)
     levels = None
     if dtype is torch.int8:
         if not isinstance(weight, QuantizedTensor):

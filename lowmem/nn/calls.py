@@ -79,12 +79,18 @@ def is_plain_call(*tensors: Tensor | None) -> bool:
     return True
 
 
-_GLOBAL_HOOKS = (
+GLOBAL_HOOKS = (
     torch_module._global_forward_hooks,
     torch_module._global_forward_pre_hooks,
     torch_module._global_backward_hooks,
     torch_module._global_backward_pre_hooks,
 )
+
+
+def hooks_of(module: nn.Module) -> list[dict[Any, Any]]:
+    """Return the module's dicts of hooks that a call of it runs, beside those in ``GLOBAL_HOOKS``."""
+    names = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+    return [module.__dict__[name] for name in names]
 
 
 def is_observed(module: nn.Module) -> bool:
@@ -97,7 +103,7 @@ def is_observed(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
         or own.get("_compiled_call_impl")
-        or any(_GLOBAL_HOOKS)
+        or any(GLOBAL_HOOKS)
     )
 
 

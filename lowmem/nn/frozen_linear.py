@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import kernels
-from lowmem.kernels import ops
+from lowmem.kernels import ops, reference
 from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
 
 
@@ -20,17 +20,14 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
         bias: floating point (out,), or None.
     """
     plain = is_plain_call(x, bias)
-    if plain and x.dim() == 2 and not x.is_nested:
+    if plain and x.dim() > 1 and not x.is_nested:
         out = kernels.linear(x, weight, dtype, bias)
         return out if dtype is x.dtype else out.to(x.dtype)
     if is_jit_tracing():
         return _traced_linear(x, weight, dtype, bias)
     refuse_nested(x)
     out_features, in_features = weight.shape
-    if not x.is_floating_point():
-        raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
-    if x.dim() == 0 or x.shape[-1] != in_features:
-        raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
+    reference.check_input(x, in_features)
     rows = x if x.dim() == 2 else _rows(x)
     out = kernels.linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)

@@ -58,7 +58,7 @@ class CodedLinear(CodedModule, nn.Linear):
         found = self._parameters  # faster than attributes; a parametrization may have moved a parameter out
         bias = found["bias"] if "bias" in found else self.bias  # noqa: SIM401 - get would evaluate self.bias each time
         dtype = self._forms["weight"].form.compute_dtype or x.dtype  # faster than the property
-        if is_plain_call(x, bias) and x.dim() == 2 and not x.is_nested:  # inline, for speed
+        if is_plain_call(x, bias) and x.dim() > 1 and not x.is_nested:  # inline, for speed
             weight = kept_weight(self)
             if weight is not None:
                 out = kernels.linear(x, weight, dtype, bias)

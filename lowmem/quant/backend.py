@@ -87,7 +87,7 @@ class Backend(Protocol):
         bias: Tensor | None = None,
         low_rank: LowRank | None = None,
     ) -> Tensor:
-        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (batch, in) -> (batch, out)."""
+        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lowmem.finetuning.metrics import peak_memory
+from lowmem.inference.prepare import inference_report, prepare_inference
 from lowmem.tools.arguments import DEVICES, device_of, file_path, number, positive_int, seed
 from lowmem.tools.output import warnings_as_notes
 
@@ -115,7 +116,10 @@ class _Generator:
         elif arguments.temperature is not None or arguments.top_p is not None:
             chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
             self._options |= {"do_sample": True} | {name: one for name, one in chosen.items() if one is not None}
+        prepare_inference(model)
         self._cache_bits = arguments.cache_bits
+        blocks = any(text.startswith("block") for text in inference_report(model).values())
+        self._keeps = blocks or self._cache_bits is not None
         if self._cache_bits is not None:
             from lowmem.integrations.transformers import ATTENTION
 
@@ -135,7 +139,7 @@ class _Generator:
         from lowmem.integrations.transformers.generating import CountingStreamer
 
         streamer = CountingStreamer(self._tokenizer)
-        if self._cache_bits is not None:
+        if self._keeps:
             from lowmem.integrations.transformers import KeyValueCache
 
             self._options["cache"] = KeyValueCache(self._model, self._cache_bits)

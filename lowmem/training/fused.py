@@ -86,7 +86,7 @@ class FusedModule(PreparedModule):
     fused_with: list[Any]  # ``_functions_of`` the module when it was fused; where it differs, the own forward runs
 
     @property
-    def training_note(self) -> str:
+    def note(self) -> str:
         """What was done to the module, for reports."""
         return str(self.fused_as)
 

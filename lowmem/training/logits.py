@@ -155,7 +155,7 @@ class LazyOutput(PreparedModule):
     logits_dtype: torch.dtype | None
 
     @property
-    def training_note(self) -> str:
+    def note(self) -> str:
         """What was done to the layer, for reports."""
         in_dtype = f" in {self.logits_dtype}" * bool(self.logits_dtype)
         return f"logits in chunks of {self.logits_chunk} rows{in_dtype}, by the cross entropy that takes them"

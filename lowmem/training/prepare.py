@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import nn
@@ -29,6 +29,7 @@ from lowmem.training.prepared_module import (
     trained_parameters,
 )
 from lowmem.training.recognize import recognize
+from lowmem.transforms.refusals import refuse_prepared
 from lowmem.transforms.registry import check_module, layer_name, module_paths
 from lowmem.transforms.roles import output_layers
 
@@ -69,7 +70,8 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
         ValueError: an unknown ``memory``, a chunk below 1, a pattern that matches no linear layer, a model without
             parameters that train, with a forward that another library has replaced, or whose parameters are
             inference tensors or lazy. The model is left as it was.
-        RuntimeError: the class of a prepared module was changed since (see ``release_training``).
+        RuntimeError: the class of a prepared module was changed since (see ``release_training``), or the model is
+            prepared for inference.
     """
     check_module(model)
     if memory not in _MODES:
@@ -80,10 +82,12 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
     if not all(isinstance(one, str) for one in patterns):
         raise TypeError(f"output={output!r} must be glob patterns of paths, such as output='head'")
     _check(model)
+    paths = module_paths(model).items()
+    refuse_prepared("prepare_training", {one: found[0] for one, found in paths if not _is_prepared(one)})
     before = {
         one: (type(one), {name: value for name, value in vars(one).items() if name in one.prepared_attributes})
         for one in model.modules()
-        if isinstance(one, PreparedModule)
+        if _is_prepared(one)
     }
     release_training(model)
     try:
@@ -122,11 +126,16 @@ def release_training(model: M) -> M:
             it was.
     """
     check_module(model)
-    for module in model.modules():
+    prepared = [module for module in model.modules() if _is_prepared(module)]
+    for module in prepared:
         check_prepared(module)
-    for module in model.modules():
+    for module in prepared:
         release_module(module)
     return model
+
+
+def _is_prepared(module: nn.Module) -> TypeGuard[PreparedModule]:
+    return isinstance(module, PreparedModule) and module.released_by == "release_training"
 
 
 def training_report(model: nn.Module) -> dict[str, str]:
@@ -140,10 +149,10 @@ def training_report(model: nn.Module) -> dict[str, str]:
     check_module(model)
     report = {}
     left = _outputs(model)
-    prepared = any(isinstance(module, PreparedModule) for module in model.modules())
+    prepared = any(_is_prepared(module) for module in model.modules())
     for module, paths in module_paths(model).items():
-        if isinstance(module, PreparedModule):
-            report[paths[0]] = module.training_note
+        if _is_prepared(module):
+            report[paths[0]] = module.note
         elif prepared and isinstance(why := recognize(module), str):
             report[paths[0]] = f"as before: {why}"
         elif module in left and (reason := _reason(module)) is not None:
@@ -165,7 +174,7 @@ def _logits_dtype(model: nn.Module) -> torch.dtype | None:
 class _Compressing(PreparedModule):
     """Base of models whose forward runs in ``compressed_activations``."""
 
-    training_note = "what autograd saves is kept in 8 bits"
+    note = "what autograd saves is kept in 8 bits"
 
 
 @functools.cache

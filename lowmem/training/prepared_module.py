@@ -1,4 +1,4 @@
-"""Modules whose class ``prepare_training`` has replaced by a generated subclass."""
+"""Modules whose class ``prepare_training`` or ``prepare_inference`` has replaced by a generated subclass."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ class PreparedModule(nn.Module):
     Attributes:
         plain_class: the module's class before; each generated class sets its own.
         prepared_attributes: names of the instance attributes that belong to the generated class.
-        training_note: what was done to the module, for reports.
+        note: what was done to the module, for reports.
+        released_by: the function that restores the class.
     """
 
     plain_class: type[nn.Module]
     prepared_attributes: ClassVar[tuple[str, ...]] = ()
-    training_note: Any
-    prepared_for_training = True
+    note: Any
+    released_by: ClassVar[str] = "release_training"
 
 
 @cache

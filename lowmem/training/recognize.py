@@ -209,7 +209,8 @@ def _probed(
     input. A reason: the module does not return the last layer's output; None: its layers are connected in another
     way."""
     reason = None
-    copied = copied_module(module, type(module)).train()
+    copied = copied_module(module, type(module))
+    copied.training = True  # not train(), which would change the children, too
     probes = {name: _Probe(module._modules[name], dtype) for name in layers}
     copied._modules.update(probes)
     for name, child in copied._modules.items():

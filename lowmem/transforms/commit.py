@@ -6,7 +6,7 @@ import os
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import wraps
 from importlib import import_module
 from types import MappingProxyType
@@ -97,18 +97,21 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
             parameter.requires_grad = False  # lazy ones, too, on which no method can be called
 
 
-def tell_integrations(model: nn.Module) -> None:
-    """Tell the integrations of the libraries that made a model, or parts of it, that its layers have changed."""
+def integrations_of(model: nn.Module, lost: str, left: str) -> Iterator[Any]:
+    """Yield the integrations of the libraries that made a model, or parts of it; warn of one that does not import.
+
+    ``lost`` and ``left`` say what does not work without it, and what does.
+    """
     libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
     for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():
         try:
-            integration = import_module(INTEGRATIONS[library])
+            yield import_module(INTEGRATIONS[library])
         except ImportError as reason:
-            warnings.warn(
-                f"{type(model).__name__}.save_pretrained would write what nothing can load: {reason}. lowmem.save "
-                "and lowmem.load need no integration",
-                UserWarning,
-                stacklevel=4,
-            )
-        else:
-            integration.adopt(model)
+            warnings.warn(f"{lost}: {reason}. {left}", UserWarning, stacklevel=5)
+
+
+def tell_integrations(model: nn.Module) -> None:
+    """Tell the integrations of the libraries that made a model, or parts of it, that its layers have changed."""
+    lost = f"{type(model).__name__}.save_pretrained would write what nothing can load"
+    for integration in integrations_of(model, lost, "lowmem.save and lowmem.load need no integration"):
+        integration.adopt(model)

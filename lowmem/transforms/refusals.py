@@ -64,12 +64,14 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
 
 
 def refuse_prepared(name: str, modules: Mapping[Any, str]) -> None:
-    """Raise a RuntimeError for a module, with its path, to which ``prepare_training`` has given its own class."""
+    """Raise a RuntimeError for a module, with its path, that is prepared for training or inference."""
     for module, path in modules.items():
-        if getattr(type(module), "prepared_for_training", False):
+        released_by: str | None = getattr(type(module), "released_by", None)
+        if released_by is not None:
+            purpose = released_by.removeprefix("release_")
             raise RuntimeError(
-                f"{name}: {layer_name(path)} is prepared for training: call lowmem.release_training(model) before, "
-                "and prepare_training again afterwards"
+                f"{name}: {layer_name(path)} is prepared for {purpose}: call lowmem.{released_by}(model) before, "
+                f"and prepare_{purpose} again afterwards"
             )
 
 

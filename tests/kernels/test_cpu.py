@@ -253,7 +253,8 @@ def test_what_c_cannot_read_never_reaches_it(isa):
     def everywhere():
         assert linear().shape == (3, 5)
         assert linear(x=torch.nn.Parameter(x)).shape == (3, 5)
-        for bad in (x[:, :7], x[:0], x[0], x[None], x.double(), x.int(), x.t(), x[::2], x[:, ::2], x.to("meta")):
+        assert torch.equal(linear(x=x[None, :, None]), linear()[None, :, None])
+        for bad in (x[:, :7], x[:0], x[0], x.double(), x.int(), x.t(), x[::2], x[:, ::2], x.to("meta")):
             assert linear(x=bad) is None
         for bad in (lazy, x.to_sparse(), torch._efficientzerotensor((3, 8)), x.as_subclass(Wrapped), None, 3):
             assert linear(x=bad) is None

@@ -32,7 +32,7 @@ def test_other_dtypes_and_empty_batches_and_which_arguments_c_takes():
 
 
 # Of a function's number in C: its name, its struct, and the field with the address of a gradient.
-FUNCTIONS = {0: ("norm", cpu_rows._NORM_CALL, 6), 1: ("gated", cpu_rows._GATED_CALL, 15)}
+FUNCTIONS = {0: ("norm", cpu_rows.NORM_CALL, 8), 1: ("gated", cpu_rows.GATED_CALL, 15)}
 
 
 def check_what_c_takes(dtype, patch):

@@ -228,7 +228,7 @@ def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
     expected, before = gradients(model, x, partial(call, context=False)), kept()
     release_module(model.mlp)
     fuse(model.mlp, replace(how, again=True))
-    assert "computes again the outputs of gate" in model.mlp.training_note
+    assert "computes again the outputs of gate" in model.mlp.note
     products, coded = 2 * 128 * 2 * INNER, 65 / 64
     assert kept() <= before - products * coded
     found = gradients(model, x, call)

@@ -81,7 +81,7 @@ def test_copies_are_prepared_alike_and_each_is_released_alone(kind):
     pickled = [pickle.loads(pickle.dumps(model))] if isinstance(model, FusedModule) and "lean" not in kind else []
     for twin in (copy.deepcopy(model), *pickled):
         assert isinstance(twin, PreparedModule)
-        assert twin.training_note == model.training_note
+        assert twin.note == model.note
         assert all(a is not b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
         assert all(map(torch.equal, gradients(twin, x), gradients(model, x)))
         for _ in range(2):  # the second time nothing happens

@@ -108,7 +108,7 @@ def inside_peft(model):
 
 def prepared(model):
     layer = getattr(model.b, "base", model.b)
-    layer.__class__ = type("Prepared", (type(layer),), {"prepared_for_training": True})
+    layer.__class__ = type("Prepared", (type(layer),), {"released_by": "release_training"})
     return model
 
 

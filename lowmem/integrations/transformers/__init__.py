@@ -21,6 +21,7 @@ from lowmem.integrations.transformers import version
 version.check()  # before anything of transformers is imported that older versions do not have
 
 from lowmem.integrations.transformers.attending import ATTENTION
+from lowmem.integrations.transformers.blocks import find_blocks
 from lowmem.integrations.transformers.cache import KeyValueCache
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import from_exact
@@ -35,5 +36,6 @@ __all__ = [
     "LowmemQuantizer",
     "TextTokenizer",
     "adopt",
+    "find_blocks",
     "from_exact",
 ]

@@ -19,7 +19,7 @@ ATTENTION = "lowmem"
 
 MOST = 8  # queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
 
-_OTHERS = "position_bias", "s_aux", "output_attentions"  # arguments that change the result
+CHANGES = "position_bias", "s_aux", "output_attentions"  # arguments that change the result
 
 
 def attend(
@@ -36,7 +36,7 @@ def attend(
     """Return the outputs (batch, queries, heads, width) of attention, as functions of ``AttentionInterface`` do."""
     coded = isinstance(key, EightBitStates) and isinstance(value, EightBitStates) and query.shape[2] <= MOST
     records = torch.is_grad_enabled() and query.requires_grad
-    others = dropout or records or any(kwargs.get(name) is not None for name in _OTHERS)
+    others = dropout or records or any(kwargs.get(name) is not None for name in CHANGES)
     if others or not (coded or softcap is not None) or torch.compiler.is_compiling():
         given = module, query, key, value, attention_mask, dropout, scaling
         return cast("tuple[Tensor, None]", sdpa_attention_forward(*given, softcap=softcap, **kwargs))

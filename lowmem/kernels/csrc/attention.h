@@ -179,6 +179,12 @@ INLINE void encode_row(const struct coding *call, int64_t from, int8_t *codes, f
         codes[c] = (int8_t)bits_of(read_as_float(call->from.numbers, type, from + c) / by + shift);
 }
 
+static void copy_row(const struct coding *call, int64_t from, int64_t to)
+{
+    const int64_t size = call->from.type == FLOAT32 ? 4 : 2;
+    memcpy((char *)call->into.numbers + to * size, (const char *)call->from.numbers + from * size, (size_t)(call->width * size));
+}
+
 static void encode_states_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct coding *call = job->call;
@@ -187,7 +193,11 @@ static void encode_states_body(struct job *job, int64_t part, int64_t parts, int
     for (share(call->batch * call->heads * call->rows, 1, parts, part, &unit, &to); unit < to; unit++) {
         const int64_t batch = unit / call->rows / call->heads, head = unit / call->rows % call->heads, row = unit % call->rows;
         int8_t *codes = (int8_t *)into->numbers + place_of(into->steps, batch, head, row);
-        float *scale = into->scales + place_of(into->scale_steps, batch, head, row);
-        OF_TYPE(call->from.type, encode_row, call, place_of(call->from.steps, batch, head, row), codes, scale);
+        float *scale = into->scales ? into->scales + place_of(into->scale_steps, batch, head, row) : NULL;
+        const int64_t at = place_of(call->from.steps, batch, head, row);
+        if (into->type == CODES8)
+            OF_TYPE(call->from.type, encode_row, call, at, codes, scale);
+        else
+            copy_row(call, at, place_of(into->steps, batch, head, row));
     }
 }

@@ -91,6 +91,30 @@ ROWS_WITH_MORE(rows_bfloat, FEW_ROWS, few_sixteen, , BFLOAT16)
 ROWS_WITH_MORE(rows_half, FEW_ROWS, few_sixteen, , FLOAT16)
 ROWS_WITH_MORE(rows_weights8, FEW_ROWS, few_weights8)
 
+/* Sum batch rows m0 to m1 over the blocks of the weight, for its offsets. */
+INLINE void put_sums(const struct job *job, const int type)
+{
+    const struct weight *w = job->weight;
+    const int64_t size = 2 * w->half;
+    float *sums = block_sums(job);
+    for (int64_t m = job->m0; m < job->m1; m++, sums += padded_blocks(w)) {
+        memset(sums, 0, (size_t)padded_blocks(w) * sizeof(float));
+        for (int64_t b = 0; b < w->blocks; b++) {
+            const int64_t from = b * size, end = smaller(w->columns, from + size);
+            V sum = v_zero();
+            for (int64_t c = from; c < end; c += LANES)
+                sum = v_add(sum, load_some(job->x, type, m * w->columns + c, end - c));
+            sums[b] = sum_of(sum);
+        }
+    }
+}
+
+static void sum_blocks(const struct job *job)
+{
+    if (job->weight->offsets && !job->g0)
+        OF_TYPE(job->type, put_sums, job);
+}
+
 /* Pack a small batch as float32: vector by vector, all batch rows side by side. */
 static void put_few(struct job *job)
 {
@@ -99,6 +123,7 @@ static void put_few(struct job *job)
         memset(job->packed, 0, (size_t)(batch * floats) * sizeof(float));
     for (int64_t m = 0; m < batch; m++)
         OF_TYPE(job->type, place_input, job, job->m0 + m, job->packed + m * LANES, batch);
+    sum_blocks(job);
 }
 
 /* The first part packs x; the others compute the narrow product of a low-rank update. */

@@ -100,6 +100,7 @@ static void pack_few_bf16(struct job *job, int64_t part, int64_t parts, int64_t 
 {
     for (int64_t m = job->m0; m < job->m1; m++)
         pack_bf16(job, m);
+    sum_blocks(job);
 }
 
 static void few_bf16_body(struct job *job, int64_t part, int64_t parts, int64_t thread) { few_rows(job, part, parts, rows_bf16); }

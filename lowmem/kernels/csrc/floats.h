@@ -7,6 +7,7 @@
 #include "gated.h"
 #include "norm.h"
 #include "saved8.h"
+#include "steps.h"
 
 static const struct kernel kernels[] = {
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
@@ -29,5 +30,5 @@ static const struct kernel kernels[] = {
         .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body, \
         .widen = wide_body, .quantize = quantize_body,                                                              \
         .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body, attention_body, \
-                 encode_states_body},              \
+                 encode_states_body, add_body, rotate_body},                                                                 \
     }

@@ -113,6 +113,7 @@ struct weight {
     int64_t stride; /* columns, padded to a multiple of MAX_GROUP */
     int encoding; /* enum encoding; for 16-bit floats enum type */
     int kind; /* enum kind of plan.h */
+    int offsets; /* whether products add an offset for each block, which follows the scales: kernels of few.h do */
     /* Levels rounded for 8-bit products: levels[c] ~ inputs8_step * (steps[c] - INPUTS8_ZERO). Without them inputs8_step is 0. */
     float inputs8_step;
     float divisor; /* 8-bit codes: a level is (code - 128) / divisor */
@@ -215,6 +216,9 @@ static inline int64_t chunk_of(const struct weight *w)
     const int64_t most = 2 * w->half * MAX_LANES / CHUNK * CHUNK;
     return most > CHUNK ? most : CHUNK;
 }
+
+/* Blocks of a row in whole vectors. */
+static inline int64_t padded_blocks(const struct weight *w) { return round_up(w->blocks, MAX_LANES); }
 
 static inline uint32_t bits_of(float value)
 {

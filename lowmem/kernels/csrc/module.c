@@ -3,7 +3,6 @@
 #include <dlfcn.h>
 
 #include "product.h"
-#include "row_calls.h"
 
 /* Read a low-rank update of a product with x. Returns as read_tensor, and 0 if shapes or types do not fit. */
 static int read_update(PyObject *a_given, PyObject *b_given, PyObject *scaling, const struct tensor *x, int64_t rows,
@@ -48,7 +47,7 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
         Py_RETURN_NONE;
     const int transposed = operation == INPUT_GRAD;
     const int64_t from = transposed ? w.rows : w.columns, to = transposed ? w.columns : w.rows;
-    if (!is || x.type < 0 || !has_shape(&x, x.shape[0], from) || !x.shape[0] || !from || !to)
+    if (!is || x.type < 0 || !has_rows(&x, x.shape[0], from) || !x.shape[0] || !from || !to)
         Py_RETURN_NONE;
     if (bias_given != Py_None && (bias.type < 0 || bias.dims != 1 || bias.shape[0] != to))
         Py_RETURN_NONE;
@@ -58,22 +57,21 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
     if (!is)
         Py_RETURN_NONE;
     const struct kernel *k = plan(isa, w.kind, x.shape[0], x.type, operation);
-    if (!k)
+    if (!k || (w.offsets && !adds_offsets(k)))
         Py_RETURN_NONE;
     if (!k->multiply)
         Py_RETURN_FALSE;
-    PyObject *made = empty_like(args[X], x.shape[0], to);
+    PyObject *made = x.dims == 2 ? empty_like(args[X], x.shape[0], to) : empty_for(args[X], &x, to);
     if (!made)
         return NULL;
     int done = -1; /* new_empty made another kind of tensor */
-    if (read_memory(made, &out, NULL) && out.type == x.type && has_shape(&out, x.shape[0], to)) {
+    if (read_memory(made, &out, NULL) && out.type == x.type && has_rows(&out, x.shape[0], to)) {
         u.base = u.out = out.data;
         struct job job = {
             .weight = &w, .x = x.data, .bias = bias.data, .out = out.data, .out_step = to, .batch = x.shape[0],
             .type = x.type, .out_type = out.type, .bias_type = bias.type, .partial = out.data, /* run_in_parts replaces it */
         };
-        done = needs_parts(k, &job) ? run_in_parts(isa, k, &job, threads, args[X])
-                                    : run_kernel(isa, k, &job, updated ? &u : NULL, threads, args[X], 0);
+        done = run_product(isa, k, &job, updated ? &u : NULL, threads, args[X]);
     }
     if (done == 1)
         return made;
@@ -122,7 +120,7 @@ static PyObject *dequantize(PyObject *self, PyObject *const *args, Py_ssize_t gi
     if (is < 0)
         return NULL;
     const int64_t size = 2 * w.half, end = is == 1 && out.dims == 2 ? first[1] + out.shape[1] : 0;
-    if (!is || !w.half || out.type < 0 || out.dims != 2 || first[0] < 0 || first[0] + out.shape[0] > w.rows || first[1] < 0 ||
+    if (!is || !w.half || w.offsets || out.type < 0 || out.dims != 2 || first[0] < 0 || first[0] + out.shape[0] > w.rows || first[1] < 0 ||
         first[1] % size || end > w.columns || (end % size && end < w.columns))
         Py_RETURN_NONE;
     w = rows_of(&w, first[0], out.shape[0]);
@@ -230,14 +228,105 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
     return PyBool_FromLong(!q.failed);
 }
 
+/* The struct of a function of a sequence, by its size, or 0 for PRODUCTS. */
+static size_t size_of(int64_t function)
+{
+    static const size_t sizes[ROW_FUNCTIONS] = {
+        [NORM] = sizeof(struct norm), [GATED] = sizeof(struct gated), [ENTROPY] = sizeof(struct entropy),
+        [ENCODE8] = sizeof(struct saved8), [DECODE8] = sizeof(struct saved8), [ROUND_COLUMNS] = sizeof(struct rounding),
+        [ATTENTION] = sizeof(struct attention), [ENCODE_STATES] = sizeof(struct coding), [ADD] = sizeof(struct adding),
+        [ROTATE] = sizeof(struct rotation),
+    };
+    return function == PRODUCTS ? sizeof(struct products) : function >= 0 && function < ROW_FUNCTIONS ? sizes[function] : 0;
+}
+
+/* Make the jobs of products, whose kernels are in `jobs`. Returns 0 if a weight is not what the call expects, or C does not multiply
+ * it. */
+static int read_products(const struct isa *isa, const struct products *call, const struct weight *weights, int64_t known,
+                         struct job *jobs)
+{
+    if (call->count < 1 || call->count > MOST_TOGETHER || call->first < 0 || call->first + call->count > known)
+        return 0;
+    for (int64_t i = 0; i < call->count; i++) {
+        const struct weight *w = weights + call->first + i;
+        const struct kernel *k = plan(isa, w->kind, call->batch, (int)call->type, LINEAR);
+        if (w->columns != call->columns || w->rows != call->each[i].rows || !k || !k->multiply || (w->offsets && !adds_offsets(k)))
+            return 0;
+        jobs[i] = (struct job){
+            .weight = w, .x = call->x, .bias = call->each[i].bias, .out = call->each[i].out, .out_step = w->rows,
+            .batch = call->batch, .type = (int)call->type, .out_type = (int)call->type,
+            .bias_type = (int)call->each[i].bias_type, .partial = call->each[i].out, .kernel = k,
+        };
+    }
+    return 1;
+}
+
+/* sequence(isa, threads, x, (handle, packed, scales) of each weight in one tuple, calls) -> whether it ran. It runs row-wise
+ * functions and products one after another. calls: for each an int64 enum row_function or PRODUCTS, an int64 of how many numbers it
+ * computes, and its struct of row_calls.h. x: a tensor of the type of all inputs. False, before anything is computed: a weight has
+ * another shape or place than before, or C does not multiply it. */
+static PyObject *sequence(PyObject *self, PyObject *const *args, Py_ssize_t given)
+{
+    enum { ISA, THREADS, LIKE, WEIGHTS, CALLS, ARGUMENTS };
+    long long n[2];
+    char *calls;
+    Py_ssize_t size;
+    struct weight weights[MOST_WEIGHTS];
+    struct job jobs[MOST_TOGETHER];
+    HELD held = {.count = 0};
+    if (has_count(given, ARGUMENTS) || read_numbers(args, 2, n, 2) || PyBytes_AsStringAndSize(args[CALLS], &calls, &size))
+        return NULL;
+    const struct isa *isa = all_isas[n[ISA]];
+    const Py_ssize_t known = PyTuple_Size(args[WEIGHTS]) / 3;
+    if (known < 0 || known > MOST_WEIGHTS)
+        return known < 0 ? NULL : PyErr_Format(PyExc_ValueError, "a sequence has %zd weights, and at most %d", known, MOST_WEIGHTS);
+    for (Py_ssize_t i = 0; i < known; i++) {
+        PyObject *const parts[] = {PyTuple_GetItem(args[WEIGHTS], 3 * i), PyTuple_GetItem(args[WEIGHTS], 3 * i + 1),
+                                   PyTuple_GetItem(args[WEIGHTS], 3 * i + 2)};
+        const int is = read_weight(isa, parts[0], parts[1], parts[2], weights + i, &held);
+        if (is < 0)
+            return NULL;
+        if (!is)
+            Py_RETURN_FALSE;
+    }
+    for (int runs = 0; runs < 2; runs++) /* check all calls, then run them */
+        for (Py_ssize_t at = 0; at < size;) {
+            int64_t head[2];
+            if (size - at < (Py_ssize_t)sizeof head)
+                return PyErr_Format(PyExc_ValueError, "%zd bytes are left, and a call has more", size - at);
+            memcpy(head, calls + at, sizeof head);
+            const size_t bytes = size_of(head[0]);
+            void *call = calls + at + sizeof head;
+            at += (Py_ssize_t)(sizeof head + bytes);
+            if (!bytes || at > size)
+                return PyErr_Format(PyExc_ValueError, "no call of function %lld ends at byte %zd", (long long)head[0], at);
+            if (head[0] == PRODUCTS) {
+                struct products *const products = call;
+                if (!read_products(isa, products, weights, known, jobs)) {
+                    if (runs)
+                        return no_memory(); /* cannot be: it was checked */
+                    Py_RETURN_FALSE;
+                }
+                int done = runs ? products->count > 1 ? run_together(isa, jobs, products->count, n[THREADS], args[LIKE]) : 0 : 1;
+                for (int64_t i = 0; !done && i < products->count; i++)
+                    if (run_product(isa, jobs[i].kernel, jobs + i, NULL, n[THREADS], args[LIKE]) != 1)
+                        done = -1;
+                if (done < 0)
+                    return PyErr_Occurred() ? NULL : no_memory();
+            } else if (runs) {
+                struct job job = {.call = call, .threads = threads_for(n[THREADS], (double)head[1])};
+                Py_BEGIN_ALLOW_THREADS
+                parallel(&job, base_of(isa)->rows[head[0]], PARTS, NULL, 0);
+                Py_END_ALLOW_THREADS
+            }
+        }
+    Py_RETURN_TRUE;
+}
+
 /* rowwise(isa, enum row_function, threads, numbers, call) runs a function in parts. numbers: how many it computes; fewer threads
  * run a small call. call: the bytes of the function's struct of row_calls.h. */
 static PyObject *rowwise(PyObject *self, PyObject *args)
 {
-    static const size_t sizes[ROW_FUNCTIONS] = {
-        [NORM] = sizeof(struct norm), [GATED] = sizeof(struct gated), [ENTROPY] = sizeof(struct entropy),
-        [ENCODE8] = sizeof(struct saved8), [DECODE8] = sizeof(struct saved8), [ROUND_COLUMNS] = sizeof(struct rounding), [ATTENTION] = sizeof(struct attention), [ENCODE_STATES] = sizeof(struct coding),
-    };
     int isa, function;
     long long threads;
     double numbers;
@@ -245,8 +334,8 @@ static PyObject *rowwise(PyObject *self, PyObject *args)
     Py_ssize_t size;
     if (!PyArg_ParseTuple(args, "iiLdy#", &isa, &function, &threads, &numbers, (const char **)&job.call, &size))
         return NULL;
-    if ((size_t)size != sizes[function])
-        return PyErr_Format(PyExc_ValueError, "a call has %zd bytes, and its struct %zu", size, sizes[function]);
+    if ((size_t)size != size_of(function))
+        return PyErr_Format(PyExc_ValueError, "a call has %zd bytes, and its struct %zu", size, size_of(function));
     job.threads = threads_for(threads, numbers);
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, base_of(all_isas[isa])->rows[function], PARTS, NULL, 0);
@@ -318,6 +407,7 @@ static PyMethodDef methods[] = {
     FAST(prepare),
     FAST(linear),
     FAST(linear_inputs8),
+    FAST(sequence),
     FAST(input_grad),
     FAST(dequantize),
     {"plan", (PyCFunction)(void (*)(void))plan_of, METH_FASTCALL, NULL},

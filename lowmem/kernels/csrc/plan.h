@@ -49,7 +49,9 @@ struct kernel {
     {"torch_others", LINEAR, WEIGHTS8, ANY_TYPE, FEW_MORE + 1, ANY_ROWS},     \
     {"grad_torch_others", INPUT_GRAD, ODD | WEIGHTS8, ANY_TYPE, 1, ANY_ROWS}
 
-enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ATTENTION, ENCODE_STATES, ROW_FUNCTIONS };
+enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ATTENTION, ENCODE_STATES, ADD, ROTATE, ROW_FUNCTIONS };
+
+enum { PRODUCTS = 100 }; /* of a sequence, beside row functions */
 
 struct isa {
     const char *name;
@@ -92,6 +94,9 @@ static inline const char *refusal(const struct kernel *k, enum kind weight, int6
         return "dtype";
     return rows < k->least || rows > k->most ? "rows" : NULL;
 }
+
+/* Whether a kernel of products adds offsets (struct weight). */
+static inline int adds_offsets(const struct kernel *k) { return k->few && k->operation == LINEAR; }
 
 /* Kernel k, or, at the end of the table of *isa, the first kernel of the ISA that it extends; NULL: there is none. */
 static inline const struct kernel *next_kernel(const struct isa **isa, const struct kernel *k)

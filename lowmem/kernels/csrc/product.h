@@ -1,5 +1,6 @@
 /* The driver of products: lays out the scratch of the kernel that the plan selected, and runs it piece by piece. */
 #pragma once
+#include "row_calls.h"
 #include "threads.h"
 #include "weights.h"
 
@@ -35,7 +36,7 @@ static struct layout layout_of(const struct kernel *k, const struct weight *w, i
     const int gradient = k->operation == INPUT_GRAD;
     const int64_t all = threads_for(threads, (double)w->rows * w->columns * batch);
     /* Bytes of a packed batch row, or, in grad @ W, of the sums of a batch row. */
-    const int64_t bytes = !gradient ? smaller(round_up(w->stride, CHUNK), wide_of(batch)) * k->number
+    const int64_t bytes = !gradient ? smaller(round_up(w->stride, CHUNK), wide_of(batch)) * k->number + w->offsets * 4 * padded_blocks(w)
                           : k->amx  ? tiled_grad_columns(w, all) * 4
                                     : smaller(all * grad_columns(w, all), w->stride) * 4;
     const int64_t copies = gradient || all > MOST_COPIES ? 1 : all;
@@ -135,4 +136,83 @@ static int run_in_parts(const struct isa *isa, const struct kernel *k, const str
         }
     free_scratch(&sums);
     return done;
+}
+
+/* Run a product in one go or in parts. Returns as run_kernel. */
+static int run_product(const struct isa *isa, const struct kernel *k, struct job *job, struct update *update, long long threads,
+                       PyObject *like)
+{
+    return needs_parts(k, job) ? run_in_parts(isa, k, job, threads, like) : run_kernel(isa, k, job, update, threads, like, 0);
+}
+
+/* Products of one input with several weights as a part of each: `call` has the jobs. */
+struct together {
+    int64_t count;
+    struct job *jobs;
+    int64_t packed_at[MOST_TOGETHER]; /* floats from the start of a copy of packed x to that of a job */
+};
+
+static void pack_each(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const struct together *all = job->call;
+    for (int64_t i = 0; i < all->count; i++) {
+        struct job one = all->jobs[i];
+        one.packed = job->packed + all->packed_at[i];
+        if (!i || all->packed_at[i] != all->packed_at[i - 1])
+            one.kernel->pack(&one, part, parts, thread);
+    }
+}
+
+static void multiply_each(struct job *job, int64_t part, int64_t parts, int64_t thread)
+{
+    const struct together *all = job->call;
+    for (int64_t i = 0; i < all->count; i++) {
+        struct job one = all->jobs[i];
+        one.packed = job->packed + all->packed_at[i];
+        one.kernel->multiply(&one, part, parts, thread);
+    }
+}
+
+/* Whether two jobs with one input can share what is packed of it. */
+static int packs_alike(const struct job *a, const struct job *b)
+{
+    const struct weight *v = a->weight, *w = b->weight;
+    return a->kernel == b->kernel && v->order == w->order && !v->offsets && !w->offsets;
+}
+
+/* Run products of one input, whose kernels are for a small batch, in one region of threads. Returns 1; 0, having done nothing, if
+ * x would have to be packed in pieces; -1 with a Python error. */
+static int run_together(const struct isa *isa, struct job *jobs, int64_t count, long long threads, PyObject *like)
+{
+    struct together all = {count, jobs, {0}};
+    double work = 0.0;
+    int64_t floats = 0, last = 0;
+    int refused = 0;
+    for (int64_t i = 0; i < count; i++) {
+        struct job *one = jobs + i;
+        const struct weight *w = one->weight;
+        const struct layout layout = layout_of(one->kernel, w, one->batch, 1, 0);
+        if (!one->kernel->few || w->columns > wide_of(one->batch) || layout.piece < one->batch)
+            return 0;
+        one->g1 = w->stride / (isa->lanes * 8);
+        one->m1 = one->batch;
+        one->refused = &refused;
+        all.packed_at[i] = i && packs_alike(one - 1, one) ? last : floats;
+        last = all.packed_at[i];
+        if (last == floats)
+            floats += round_up(layout.shared, MAX_LANES);
+        work += (double)w->rows * w->columns * one->batch;
+    }
+    struct scratch scratch;
+    struct job job = {.call = &all, .threads = threads_for(threads, work)};
+    const int own = job.threads > 1 && job.threads <= MOST_COPIES && 4 * job.threads * floats <= PACKED_BYTES;
+    if (take_scratch(like, jobs->type == FLOAT32 ? 4 : 2, 4 * floats * (own ? job.threads : 1), &scratch))
+        return -1;
+    job.packed = scratch.memory;
+    job.packed_step = own ? floats : 0;
+    Py_BEGIN_ALLOW_THREADS
+    parallel(&job, pack_each, 0, multiply_each, jobs->batch > FEW ? PARTS : 1);
+    Py_END_ALLOW_THREADS
+    free_scratch(&scratch);
+    return 1;
 }

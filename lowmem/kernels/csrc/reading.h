@@ -100,6 +100,34 @@ INLINE void read_group(struct reading *at, const struct weight *w, int64_t r, in
     at->block += LANES;
 }
 
+/* Where a product with offsets keeps the sums of x over blocks, a row for each packed batch row: behind packed x. */
+INLINE float *block_sums(const struct job *job)
+{
+    return job->packed + (job->m1 - job->m0) * (job->g1 - job->g0) * GROUP * job->kernel->number / 4;
+}
+
+/* A row's offsets times the sums, in the lanes. */
+INLINE void dot_offsets(const struct weight *w, const uint8_t *p, const float *sums, V *dot, const int encoding)
+{
+    for (int64_t b = 0; b < w->blocks; b += LANES)
+        *dot = v_fma(v_scales(p, w->blocks + b, w->blocks - b, encoding), v_load(sums + b), *dot);
+}
+
+/* Add the offsets of n rows from r on, times the sums of x over blocks. */
+static __attribute__((noinline)) void add_offsets(const struct job *job, int64_t r, int64_t n, int64_t batch, float *out)
+{
+    const struct weight *w = job->weight;
+    const float *sums = block_sums(job);
+    const uint8_t *p = w->scales + r * scale_bytes(w);
+    for (int64_t j = 0; j < batch; j++, sums += padded_blocks(w), out += LANES) {
+        V dots[LANES] = {{0}};
+        for (int64_t i = 0; i < n; i++)
+            w->encoding == SCALES_FLOAT16 ? dot_offsets(w, p + i * scale_bytes(w), sums, dots + i, SCALES_FLOAT16)
+                                          : dot_offsets(w, p + i * scale_bytes(w), sums, dots + i, SCALES_FLOAT32);
+        v_store(out, v_add(v_load(out), v_sums(dots)));
+    }
+}
+
 /* Multiplies rows r to `to` with the packed batch rows. */
 typedef void rows_with(const struct job *, int64_t r, int64_t to);
 
@@ -117,6 +145,8 @@ typedef void rows_with(const struct job *, int64_t r, int64_t to);
             for (; i < n; i++)                                            \
                 product(job, r + i, 1, M, sums + i __VA_ARGS__);          \
             sum_lanes(sums, M, out);                                      \
+            if (job->weight->offsets && !job->g0)                         \
+                add_offsets(job, r, n, M, out);                           \
             put_rows(job, r, n, 1, out);                                  \
         }                                                                 \
     }

@@ -3,14 +3,13 @@
 #pragma once
 #include <stdint.h>
 
-/* RMS norm (norm.h): out = x / sqrt(mean(x^2) + eps) * factor; with `grad`, out = the gradient of x. */
+/* RMS norm (norm.h): out = x / sqrt(mean(x^2) + eps) * (offset + factor); with `grad`, out = the gradient of x. */
 struct norm {
-    int type; /* of x, grad and out: FLOAT32 or BFLOAT16 */
+    int type, factor_type; /* type: of x, grad and out; FLOAT32 or BFLOAT16 */
     int64_t rows, columns;
-    float eps;
-    int rounds_first; /* whether the quotient is rounded before it is multiplied */
-    const void *x, *grad;
-    const float *factor;
+    float eps, offset;
+    int64_t rounds_first; /* whether the quotient is rounded before it is multiplied */
+    const void *x, *grad, *factor;
     void *out;
 };
 
@@ -74,7 +73,37 @@ struct attention {
     int64_t own; /* floats of a thread's scratch */
 };
 
-/* Rows of states to 8-bit codes and scales (attention.h). */
+/* Sums (steps.h): out = a + b. */
+struct adding {
+    int64_t type, count;
+    const void *a, *b;
+    void *out;
+};
+
+/* Rotary embedding in place (steps.h): of x and y, the halves of the first `width` numbers of a head, x cos - y sin and
+ * y cos + x sin. */
+struct rotation {
+    int64_t type; /* of all */
+    int64_t batch, tokens, heads, width;
+    int64_t head, token, sequence; /* elements from a head, a token and a sequence to the next */
+    int64_t angles; /* elements of cos and sin from a sequence to the next, of (sequences, tokens, width); or 0 */
+    void *x;
+    const void *cos, *sin;
+};
+
+/* Products of one input (product.h) with `count` weights of a sequence, from weight `first` on. */
+#define MOST_TOGETHER 3
+struct products {
+    int64_t count, first, batch, columns, type;
+    const void *x;
+    struct {
+        int64_t rows, bias_type;
+        const void *bias; /* or NULL */
+        void *out;
+    } each[MOST_TOGETHER];
+};
+
+/* Rows of states to 8-bit codes and scales (attention.h), or copied where those have the same type. */
 struct coding {
     int64_t batch, heads, rows, width;
     struct states from, into;

@@ -157,6 +157,15 @@ INLINE void widen_run(const uint16_t *p, int64_t n, float *out, const int type)
         store_some(out, FLOAT32, i, n - i, load_some(p, type, i, n - i));
 }
 
+INLINE float sum_of(V v)
+{
+    float some[LANES], sum = 0.0f;
+    v_store(some, v);
+    for (int i = 0; i < LANES; i++)
+        sum += some[i];
+    return sum;
+}
+
 /* A row's float16, with which its steps are multiplied (double quantization). */
 INLINE float row_scale(const struct weight *w, int64_t row)
 {

@@ -76,9 +76,11 @@ static struct {
     PyObject *to_capsule, *new_empty, *untyped_storage, *is_neg, *is_zero;
 } torch;
 
+#define MOST_WEIGHTS 16 /* of a sequence */
+
 /* The storages that a call reads: another thread may assign .data meanwhile, which would free them. */
 struct held {
-    PyObject *storages[8];
+    PyObject *storages[2 * MOST_WEIGHTS + 8];
     int count;
 };
 
@@ -89,11 +91,14 @@ static void release(struct held *held)
         Py_DECREF(held->storages[--held->count]);
 }
 
+#define MOST_DIMS 6
+
 /* A contiguous tensor on the CPU. */
 struct tensor {
     void *data;
     int dims, type; /* type: enum type, or -1 for uint8 */
-    int64_t shape[2], bytes;
+    int64_t shape[2], bytes; /* shape: with more than two dimensions, as a matrix of all rows */
+    int64_t sizes[MOST_DIMS];
 };
 
 static PyObject *no_memory(void)
@@ -111,19 +116,23 @@ static int ask(PyObject *object, PyObject *method)
     return is;
 }
 
-/* Describe a DLPack tensor; 0 if it is not a contiguous CPU tensor of one or two dimensions and of a type that C takes. */
+/* Describe a DLPack tensor; 0 if it is not a contiguous CPU tensor of at most MOST_DIMS dimensions and of a type that C takes. */
 static int read_dl(const struct dl_tensor *from, struct tensor *t)
 {
     const int bits = from->dtype.bits;
-    if (from->device.type != DL_CPU || from->dims < 1 || from->dims > 2 || from->dtype.lanes != 1)
+    if (from->device.type != DL_CPU || from->dims < 1 || from->dims > MOST_DIMS || from->dtype.lanes != 1)
         return 0;
     int64_t count = 1;
     for (int i = from->dims - 1; i >= 0; i--) {
         if (from->strides && from->shape[i] != 1 && from->strides[i] != count)
             return 0;
         count *= from->shape[i];
-        t->shape[i] = from->shape[i];
+        t->sizes[i] = from->shape[i];
     }
+    const int64_t last = t->sizes[from->dims - 1];
+    t->shape[from->dims > 1] = last;
+    if (from->dims > 1)
+        t->shape[0] = from->dims == 2 ? t->sizes[0] : last ? count / last : 0;
     t->data = from->data ? (char *)from->data + from->offset : NULL;
     t->dims = from->dims;
     t->type = from->dtype.code == DL_FLOAT && bits == 32    ? FLOAT32
@@ -134,7 +143,7 @@ static int read_dl(const struct dl_tensor *from, struct tensor *t)
     return t->type >= 0 || (from->dtype.code == DL_UINT && bits == 8);
 }
 
-/* Read a plain, contiguous CPU tensor of one or two dimensions and of a type that C takes, and hold its storage (unless held is
+/* Read a plain, contiguous CPU tensor of a type that C takes, and hold its storage (unless held is
  * NULL: nobody else has the tensor). Returns 0 for other tensors. */
 static int read_memory(PyObject *object, struct tensor *t, struct held *held)
 {
@@ -187,6 +196,26 @@ static int read_tensor(PyObject *object, struct tensor *t, struct held *held)
 static int has_shape(const struct tensor *t, int64_t rows, int64_t columns)
 {
     return t->dims == 2 && t->shape[0] == rows && t->shape[1] == columns;
+}
+
+/* The same for a tensor of any number of dimensions but one, as a matrix of all rows. */
+static int has_rows(const struct tensor *t, int64_t rows, int64_t columns)
+{
+    return t->dims > 1 && t->shape[0] == rows && t->shape[1] == columns;
+}
+
+/* A new, uninitialized tensor of the dtype of `other`, and of the shape of x but for the last size. */
+static PyObject *empty_for(PyObject *other, const struct tensor *x, int64_t columns)
+{
+    PyObject *shape = PyTuple_New(x->dims);
+    for (int i = 0; shape && i < x->dims; i++) {
+        PyObject *size = PyLong_FromLongLong(i < x->dims - 1 ? x->sizes[i] : columns);
+        if (!size || PyTuple_SetItem(shape, i, size)) /* takes the reference */
+            Py_CLEAR(shape);
+    }
+    PyObject *made = shape ? PyObject_CallMethodObjArgs(other, torch.new_empty, shape, NULL) : NULL;
+    Py_XDECREF(shape);
+    return made;
 }
 
 /* A new, uninitialized tensor (rows, columns) of the dtype of `other`. */

@@ -40,15 +40,6 @@ INLINE float largest_of(V v)
     return top;
 }
 
-INLINE float sum_of(V v)
-{
-    float some[LANES], sum = 0.0f;
-    v_store(some, v);
-    for (int i = 0; i < LANES; i++)
-        sum += some[i];
-    return sum;
-}
-
 /* e^x for x <= 0; zero below -87, so that no product has a subnormal factor. */
 INLINE V v_exp_below(V x)
 {

@@ -114,7 +114,7 @@ static int is_stored_as(const struct weight *w, const struct tensor *packed, con
 
 /* prepare(order, isa, packed, scales, levels or 0 for 8-bit codes, encoding, block_size, rows, columns, points, offsets) ->
  * capsule, or None if C cannot read the tensors. points: the largest level in steps for int8 products, or 0; of 8-bit codes their
- * divisor. offsets: whether they follow a row's scales. */
+ * divisor. offsets: 0, or they follow a row's scales: 1 for products with the weight without them, 2 for products that add them. */
 static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
     enum { ORDER_OF, ISA, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, POINTS, OFFSETS, ARGUMENTS };
@@ -149,6 +149,7 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
     if (w.levels && n[POINTS])
         use_inputs8(&w, n[POINTS]);
     w.divisor = (float)n[POINTS];
+    w.offsets = n[OFFSETS] == 2;
     Py_INCREF(args[ORDER_OF]);
     if (w.levels) {
         w.order = order;

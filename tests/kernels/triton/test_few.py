@@ -82,6 +82,11 @@ def test_inputs_apart_in_other_dtypes_and_a_bias_of_another():
             assert_product(got, x32, q.dequantize(), bias, more=OF_4_BITS)
 
 
+def test_inputs_of_more_dimensions_are_rows():
+    q, x = quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(2, 3, 40)
+    assert torch.equal(multiply(x, q, torch.float32).flatten(0, 1), multiply(x.flatten(0, 1), q, torch.float32))
+
+
 def test_an_adapter_s_update_is_added():
     q, x = quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(3, 40)
     a, b = torch.randn(2, 40), torch.randn(6, 2)

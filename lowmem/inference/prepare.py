@@ -1,0 +1,150 @@
+"""``prepare_inference`` makes a model's calls without gradients faster, and ``release_inference`` undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from lowmem.inference.parts import GatedPart, NormPart
+from lowmem.nn.module_copy import copied_module
+from lowmem.training.fused import GatedMLP, RMSNorm
+from lowmem.training.prepared_module import PreparedModule, check_prepared, prepared_class, release_module
+from lowmem.training.recognize import recognize
+from lowmem.transforms.commit import integrations_of
+from lowmem.transforms.refusals import refuse_prepared
+from lowmem.transforms.registry import check_module, module_paths
+
+M = TypeVar("M", bound=nn.Module)
+
+
+class InferenceModule(PreparedModule):
+    """Base of modules that are computed in one call where nothing records gradients."""
+
+    released_by: ClassVar[str] = "release_inference"
+    prepared_attributes = ("in_one_call",)
+    in_one_call: Callable[[Any, Mapping[str, Any]], Tensor | None]
+
+    @property
+    def note(self) -> str:
+        """What was done to the module, for reports."""
+        return str(self.in_one_call)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute it in one call where that takes the arguments; else run the module's own forward."""
+        found = None if len(args) != 1 or is_compiling() else self.in_one_call(args[0], kwargs)
+        return super().forward(*args, **kwargs) if found is None else found
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy or pickle the plain module: the call has handles of memory of this one."""
+        plain = copied_module(self, self.plain_class)
+        plain.__dict__.update(vars(self))  # with its hooks
+        plain.__dict__.pop("in_one_call")
+        return _same, (plain,)
+
+
+def _same(module: nn.Module) -> nn.Module:
+    return module
+
+
+def prepare_inference(model: M) -> M:
+    """Make calls of a model that record no gradients faster, as in ``generate``; the model is used as before.
+
+    RMS norms and gated MLPs whose layers store their weights are recognized by what they compute, and are computed by
+    the kernel in C. In a model of transformers a whole block (norm, attention and its projections, norm, gated MLP
+    and both sums) is one call, if a trial run with random tokens shows that it computes just that; the cache that
+    ``generate`` or the model are given may be any, and ``lowmem.KeyValueCache`` lets the attention be part of the
+    call. Outputs differ from before by rounding errors only. Modules stay where they are: one that has hooks or an
+    adapter, or was replaced, is called as before, and so is everything in training and on other devices than CPUs.
+
+    ``inference_report`` says what was done to each module. Call ``release_inference`` before the model is converted
+    further. Copies and pickles of the model are not prepared.
+
+    Args:
+        model: in evaluation or training mode; the trial runs it in evaluation mode.
+
+    Returns:
+        The model, changed in place. Calling this again prepares it anew.
+
+    Raises:
+        TypeError: the model is not a module.
+        RuntimeError: the model is prepared for training, or the class of a prepared module was changed since.
+    """
+    check_module(model)
+    release_inference(model)
+    refuse_prepared("prepare_inference", {module: paths[0] for module, paths in module_paths(model).items()})
+    parts = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP)}
+    reasons: dict[nn.Module, str] = {}
+    undo: list[Callable[[], None]] = []
+    _STATES[model] = _State(reasons, undo)
+    try:
+        for one, how in parts.items():
+            _set(one, NormPart(one, how) if isinstance(how, RMSNorm) else GatedPart(one, how), reasons)
+        for integration in integrations_of(model, "blocks stay as they are", "Norms and MLPs are prepared"):
+            blocks, release = integration.find_blocks(model, parts)
+            undo.append(release)
+            for one, call in blocks.items():
+                _set(one, call, reasons)
+    except BaseException:
+        release_inference(model)
+        raise
+    return model
+
+
+def _set(module: nn.Module, call: Any, reasons: dict[nn.Module, str]) -> None:
+    """Let a module be computed by a call; or note why it is not."""
+    why = call if isinstance(call, str) else call.why_not
+    if why is not None:
+        reasons[module] = why
+        return
+    module.__dict__["in_one_call"] = call
+    module.__class__ = prepared_class(InferenceModule, cast(Any, type(module)))
+
+
+def release_inference(model: M) -> M:
+    """Undo ``prepare_inference``; a model that is not prepared stays as it is.
+
+    Raises:
+        TypeError: the model is not a module.
+        RuntimeError: the class of a prepared module was changed since, as by a parametrization; the model is left as
+            it was.
+    """
+    check_module(model)
+    prepared = [module for module in model.modules() if isinstance(module, InferenceModule)]
+    for module in prepared:
+        check_prepared(module)
+    for module in prepared:
+        release_module(module)
+    state = _STATES.pop(model, None)
+    for release in state.undo if state else ():
+        release()
+    return model
+
+
+def inference_report(model: nn.Module) -> dict[str, str]:
+    """Return what ``prepare_inference`` did to each module, by path ("" is the model), and why it left others alone.
+
+    Of modules that were left as they are, those that look like RMS norms, gated MLPs or blocks are listed.
+
+    Raises:
+        TypeError: the model is not a module.
+    """
+    check_module(model)
+    state, report = _STATES.get(model), {}
+    for module, paths in module_paths(model).items():
+        if isinstance(module, InferenceModule):
+            report[paths[0]] = module.note
+        elif state is not None and module in state.reasons:
+            report[paths[0]] = f"as before: {state.reasons[module]}"
+    return report
+
+
+class _State(NamedTuple):
+    reasons: dict[nn.Module, str]
+    undo: list[Callable[[], None]]
+
+
+_STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()

@@ -1,0 +1,173 @@
+"""RMS norms and gated MLPs in one call: the values of the modules, and when their own forward runs."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import lowmem
+from lowmem import EightBit, FourBit, Half, LoRA, convert, inference_report, prepare_inference, release_inference
+from lowmem.inference.parts import Watched
+from lowmem.kernels.sequence import Steps
+from tests.compiled import needs_kernel
+from tests.training.blocks import INNER, MLP, WIDTH, Block
+
+pytestmark = needs_kernel
+TECHNIQUES = [FourBit(), FourBit("int4", 32, scales="float16_offsets"), EightBit(), Half(torch.bfloat16)]
+
+
+def model_of(technique=TECHNIQUES[0], dtype=torch.float32, joined=False):
+    torch.manual_seed(0)
+    return convert(nn.Sequential(Block(joined), Block(joined)).to(dtype), technique).eval()
+
+
+def inputs(dtype=torch.float32, rows=2):
+    return torch.randn(2, rows, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Counts the calls of C."""
+    count, run = [], Steps.run
+
+    def counted(steps):
+        found = run(steps)
+        count.append(found)
+        return found
+
+    monkeypatch.setattr(Steps, "run", counted)
+    return count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_outputs_are_those_of_the_modules_within_rounding(technique, dtype, joined, ran):
+    """Each number is rounded at the same places; sums may be taken in another order."""
+    model, x = model_of(technique, dtype, joined), inputs(dtype)
+    with torch.no_grad():
+        expected = model(x)
+        assert prepare_inference(model) is model
+        got = model(x)
+        assert ran == [True] * 4
+        assert release_inference(model) is model
+        assert torch.equal(model(x), expected)
+    assert len(ran) == 4
+    bound = 64 * torch.finfo(dtype).eps * expected.abs().max()
+    assert (got.double() - expected.double()).abs().max() <= bound
+
+
+def test_the_report_says_what_was_done_and_why_not():
+    model = nn.Sequential(model_of(), Block().eval())
+    prepare_inference(model)
+    report = inference_report(model)
+    assert report["0.0.norm"] == "RMS norm in one call"
+    assert report["0.0.mlp"] == "gated MLP in one call (SiLU)"
+    assert report["1.mlp"] == "as before: gate is dense"
+    assert inference_report(release_inference(model)) == {}
+
+
+CHANGES = {
+    "a hook": lambda model: model[0].mlp.gate.register_forward_hook(lambda *given: None),
+    "an adapter": lambda model: convert(model[0].mlp.down, LoRA(2)),
+    "a layer that is replaced": lambda model: setattr(model[0].mlp, "up", nn.Linear(WIDTH, INNER, bias=False)),
+    "training mode": lambda model: model.train(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_changed_runs_as_before(change, ran):
+    model = model_of()
+    prepare_inference(model)
+    CHANGES[change](model)
+    x = inputs()
+    with torch.no_grad():
+        got = model(x)
+        release_inference(model)
+        bound = 64 * torch.finfo(x.dtype).eps * got.abs().max()
+        assert (got - model(x)).abs().max() <= bound
+    assert len(ran) == (3 if change != "training mode" else 2)  # norms have no mode
+
+
+def test_gradients_are_recorded_as_before(ran):
+    model = prepare_inference(model_of())
+    model[0].norm.weight.requires_grad_(True)
+    x = inputs().requires_grad_()
+    model(x).sum().backward()
+    assert ran == []
+    assert x.grad.any()
+    assert model[0].norm.weight.grad.any()
+
+
+def test_new_values_of_stored_parameters_are_used():
+    first, second, x = model_of(), model_of(), inputs()
+    for layer in (second[0].mlp.gate, second[0].mlp.down):
+        layer.weight_packed.data = layer.weight_packed.data.flip(0)
+        layer.weight_scales.data = layer.weight_scales.data.flip(0)
+    prepare_inference(first)
+    with torch.no_grad():
+        first(x)
+        first.load_state_dict(second.state_dict())
+        expected = second(x)
+        bound = 64 * torch.finfo(x.dtype).eps * expected.abs().max()
+        assert (first(x) - expected).abs().max() <= bound
+        for parameter in first.parameters():
+            parameter.data = parameter.data.clone()
+        assert (first(x) - expected).abs().max() <= bound
+
+
+def test_other_shapes_dtypes_and_devices_run_as_before(ran):
+    model = prepare_inference(model_of())
+    with torch.no_grad():
+        assert model(inputs(rows=3)[:, ::2]).shape == (2, 2, WIDTH)
+        assert model(torch.empty(0, WIDTH)).shape == (0, WIDTH)
+        assert model.to("meta")(torch.empty(3, WIDTH, device="meta")).shape == (3, WIDTH)
+        with pytest.raises(RuntimeError):
+            model_of()(torch.ones(2, WIDTH + 1))
+
+
+def test_copies_and_pickles_are_plain():
+    model = prepare_inference(model_of())
+    for twin in (copy.deepcopy(model), copy.copy(model[0].mlp)):
+        assert not inference_report(twin)
+        assert not any("in_one_call" in vars(one) for one in twin.modules() if one not in set(model.modules()))
+    assert type(copy.deepcopy(model[0].mlp)) is MLP
+    assert model.state_dict().keys() == model_of().state_dict().keys()
+
+
+def test_training_and_inference_are_prepared_one_at_a_time():
+    model = convert(model_of(), LoRA(2), where=lambda name, _: "gate" in name)
+    lowmem.prepare_training(model)
+    with pytest.raises(RuntimeError, match="prepared for training: call lowmem.release_training"):
+        prepare_inference(model)
+    lowmem.release_training(model)
+    prepare_inference(model)
+    for change in (lowmem.prepare_training, lambda model: convert(model, Half())):
+        with pytest.raises(RuntimeError, match="prepared for inference: call lowmem.release_inference"):
+            change(model)
+    with pytest.raises(TypeError, match="Module"):
+        prepare_inference("model")
+
+
+def test_watched_notices_each_change():
+    model = model_of()
+    mlp = model[0].mlp
+
+    def watched():
+        parts = [(mlp._modules, name, one, type(one)) for name, one in mlp._modules.items()]
+        return Watched(parts, [(mlp.gate._parameters, "weight_packed")])
+
+    for change in (
+        lambda: setattr(mlp.gate.weight_packed, "data", mlp.gate.weight_packed.data.clone()),
+        lambda: setattr(mlp, "act", nn.SiLU().eval()),
+        lambda: setattr(mlp.gate, "weight_packed", nn.Parameter(mlp.gate.weight_packed.data, requires_grad=False)),
+        lambda: convert(mlp.down, LoRA(2)).eval(),
+        lambda: mlp.gate.train(),
+        lambda: mlp.gate.register_forward_pre_hook(lambda *given: None),
+    ):
+        seen = watched()
+        assert seen.holds()
+        change()
+        assert not seen.holds()
+        mlp.gate.eval()

@@ -1,0 +1,64 @@
+"""Preparing again, and what stays of a preparation that fails. Values: test_parts.py and test_blocks.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowmem import inference_report, prepare_inference, release_inference
+from tests.compiled import needs_kernel
+from tests.inference.test_parts import inputs, model_of
+
+
+@needs_kernel
+def test_preparing_again_prepares_anew():
+    model, x = model_of(), inputs()
+    with torch.no_grad():
+        prepare_inference(model)
+        first, report = model(x), inference_report(model)
+        prepare_inference(model)
+        assert torch.equal(model(x), first)
+    assert inference_report(model) == report
+    kinds = [type(module).__mro__ for module in model.modules()]
+    assert all(sum(kind.__name__ == "InferenceModule" for kind in mro) <= 1 for mro in kinds)
+
+
+def test_a_model_that_is_not_prepared_is_released_and_reported():
+    model = nn.Linear(3, 3)
+    assert release_inference(model) is model
+    assert inference_report(model) == {}
+    assert inference_report(prepare_inference(model)) == {}
+    for function in (release_inference, inference_report):
+        with pytest.raises(TypeError, match="Module"):
+            function(3)
+
+
+@needs_kernel
+def test_a_failure_leaves_the_model_as_it_was(monkeypatch):
+    class Integration:
+        @staticmethod
+        def find_blocks(model, parts):
+            raise MemoryError("no memory")
+
+    model = model_of()
+    kinds = [type(module) for module in model.modules()]
+    monkeypatch.setattr("lowmem.inference.prepare.integrations_of", lambda *given: [Integration])
+    with pytest.raises(MemoryError):
+        prepare_inference(model)
+    assert [type(module) for module in model.modules()] == kinds
+    assert inference_report(model) == {}
+
+
+@needs_kernel
+@pytest.mark.compile
+def test_recorded_graphs_hold_the_modules():
+    model, x = model_of(), inputs()
+    with torch.no_grad():
+        expected = model(x)
+        prepare_inference(model)
+        bound = 64 * torch.finfo(x.dtype).eps * expected.abs().max()
+        for recorded in (
+            torch.compile(model, backend="eager", fullgraph=True),
+            torch.export.export(model, (x,)).module(),
+            torch.jit.trace(model, (x,)),
+        ):
+            assert (recorded(x) - expected).abs().max() <= bound

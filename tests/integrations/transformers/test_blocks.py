@@ -1,0 +1,261 @@
+"""Blocks of transformers' models in one call of C: the logits of the modules, for families, caches and options."""
+
+import copy
+import re
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, LogitsProcessor, StaticCache
+
+import lowmem
+from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
+from lowmem.inference.block import Block
+from lowmem.integrations.transformers.attending import ATTENTION
+from tests.compiled import needs_kernel
+
+pytestmark = needs_kernel
+SIZES = {
+    "vocab_size": 96,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+FAMILIES = {
+    "llama": {},
+    "llama with biases": {"attention_bias": True},
+    "qwen2": {},
+    "qwen3": {},
+    "mistral": {"sliding_window": 9},
+    "gemma": {},
+    "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": 9},
+    "phi3": {},
+    "olmo2": {},
+}
+LEFT = {
+    "phi": "no gated MLP",
+    "gpt_neox": "no gated MLP",
+    "granite": "added up",
+    "mixtral": "no gated MLP",
+    "cohere": "rotated",
+}
+
+
+def model_of(family, dtype=torch.float32, **more):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(family.split()[0], **SIZES, **FAMILIES.get(family, {}), **more)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(3.0 if "norm" not in name else 1.0)  # else attention is nearly uniform
+            if "norm" in name:
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+    return convert(model.to(dtype), FourBit("int4", 32))
+
+
+@pytest.fixture
+def ran(monkeypatch):
+    """Counts blocks computed in one call, and in two with the attention between them."""
+    counts = {"_at_once": 0, "_in_two": 0}
+
+    def counted(name, run):
+        def call(*given):
+            found = run(*given)
+            counts[name] += found is not None
+            return found
+
+        return call
+
+    for name in counts:
+        monkeypatch.setattr(Block, name, counted(name, getattr(Block, name)))
+    return counts
+
+
+def ids_of(batch=2, tokens=7):
+    return torch.randint(1, 96, (batch, tokens), generator=torch.Generator().manual_seed(1))
+
+
+def logits(model, cache, steps=14, at_a_time=1, mask=None):
+    """The logits of a prompt's last token, and of tokens that follow it."""
+    ids, found = ids_of(), []
+    with torch.no_grad():
+        out = model(ids, attention_mask=mask, cache=cache, use_cache=True)
+        found.append(out.logits[:, -1:])
+        for step in range(steps):
+            tokens = ids_of(2, at_a_time) * (step + 2) % 95 + 1
+            if mask is not None:
+                mask = torch.cat([mask, torch.ones(2, at_a_time, dtype=mask.dtype)], 1)
+            found.append(model(tokens, attention_mask=mask, cache=cache, use_cache=True).logits)
+    return torch.cat([one.flatten(0, 1) for one in found]).double()
+
+
+def near(got, expected, dtype=torch.float32):
+    """Within the rounding of a few layers: numbers are rounded at the same places, and added in another order."""
+    return float((got - expected).abs().max()) <= 200 * torch.finfo(dtype).eps * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_block_is_one_call(family, ran):
+    model = model_of(family)
+    expected = logits(model, KeyValueCache(model))
+    prepare_inference(model)
+    report = inference_report(model)
+    assert {path for path, text in report.items() if text.startswith("block")} == {"model.layers.0", "model.layers.1"}
+    assert near(logits(model, KeyValueCache(model)), expected)
+    assert ran == {"_at_once": 28, "_in_two": 2}  # the prompt in two
+    assert near(logits(model, DynamicCache(config=model.config)), expected)
+    assert ran == {"_at_once": 28, "_in_two": 32}
+    release_inference(model)
+    assert torch.equal(logits(model, KeyValueCache(model)), expected)
+    assert inference_report(model) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "phi3"])
+def test_in_bfloat16_logits_stay_within_its_rounding(family, ran):
+    model = model_of(family, torch.bfloat16)
+    expected = logits(model, KeyValueCache(model))
+    prepare_inference(model)
+    got = logits(model, KeyValueCache(model))
+    assert ran["_at_once"] == 28
+    exact = logits(model_of(family).float(), KeyValueCache(model))
+    off = (expected - exact).abs().max()  # of plain torch's own roundings to bfloat16
+    assert (got - exact).abs().max() <= 2 * off
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("bits", [None, 8])
+def test_masks_and_several_tokens_at_a_time(family, bits, ran):
+    model, mask = model_of(family), torch.ones(2, 7, dtype=torch.long)
+    mask[0, :3] = 0
+    cases = [(mask, 1), (mask, 3), (None, 3)]
+    expected = [logits(model, KeyValueCache(model, bits), 5, count, given) for given, count in cases]
+    prepare_inference(model)
+    got = [logits(model, KeyValueCache(model, bits), 5, count, given) for given, count in cases]
+    for one, other in zip(got, expected, strict=True):
+        assert near(one, other, torch.float32 if bits is None else torch.bfloat16)  # codes may be one off
+    assert ran["_at_once"] == 30
+
+
+@pytest.mark.parametrize("family", LEFT)
+def test_other_blocks_are_left_with_a_reason(family):
+    model = model_of(family, **({"residual_multiplier": 0.5} if family == "granite" else {}))
+    expected = logits(model, KeyValueCache(model), 3)
+    prepare_inference(model)
+    report = inference_report(model)
+    assert not any(text.startswith("block") for text in report.values())
+    assert re.search(
+        f"as before: .*({LEFT[family]})", report["gpt_neox.layers.0" if family == "gpt_neox" else "model.layers.0"]
+    )
+    assert near(logits(model, KeyValueCache(model), 3), expected)
+
+
+OPTIONS = {
+    "greedy": {"do_sample": False},
+    "beams": {"do_sample": False, "num_beams": 3},
+    "several": {"do_sample": True, "num_return_sequences": 2},
+    "static": {"do_sample": False, "cache_implementation": "static"},
+    "lookup": {"do_sample": False, "prompt_lookup_num_tokens": 3},
+    "no cache": {"do_sample": False, "use_cache": False},
+}
+
+
+class Deciding(LogitsProcessor):
+    """Rounds, so that tokens do not depend on rounding errors."""
+
+    def __call__(self, input_ids, scores):
+        return (scores * 64).round() / 64
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_generate_with_its_options(option):
+    model, given = model_of("llama"), OPTIONS[option]
+
+    def generated():
+        torch.manual_seed(0)
+        ids = ids_of(1 if option == "lookup" else 2)
+        return model.generate(ids, max_new_tokens=12, logits_processor=[Deciding()], **given)
+
+    expected = generated()
+    prepare_inference(model)
+    assert torch.equal(generated(), expected)
+
+
+def test_hidden_states_attentions_and_hooks_are_seen():
+    model = model_of("llama")
+    release_inference(model)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        expected = model(ids_of(), output_hidden_states=True, output_attentions=True)
+        prepare_inference(model)
+        model.set_attn_implementation("eager")
+        got = model(ids_of(), output_hidden_states=True, output_attentions=True)
+        assert len(got.hidden_states) == len(expected.hidden_states)
+        assert all(
+            near(a.double(), b.double()) for a, b in zip(got.hidden_states, expected.hidden_states, strict=True)
+        )
+        assert all(near(a.double(), b.double()) for a, b in zip(got.attentions, expected.attentions, strict=True))
+        seen = []
+        model.model.layers[1].self_attn.q_proj.register_forward_hook(lambda *given: seen.append(1))
+        model(ids_of())
+    assert seen == [1]
+    release_inference(model)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_adapters_are_switched_between_calls(ran):
+    model = model_of("llama")
+    prepare_inference(model)
+    plain = logits(model, KeyValueCache(model), 3)
+    release_inference(model)
+    convert(model, LoRA(4), where=lambda name, _: name.endswith("0.self_attn.q_proj"))
+    with torch.no_grad():
+        for parameter in lowmem.adapter_parameter_groups(model, lr=1.0)[0]["params"]:
+            parameter.normal_()
+    expected = logits(model, KeyValueCache(model), 3)
+    prepare_inference(model)
+    assert "q_proj has an adapter" in inference_report(model)["model.layers.0"]
+    assert near(logits(model, KeyValueCache(model), 3), expected)
+    lowmem.deactivate(model)
+    assert near(logits(model, KeyValueCache(model), 3), plain)
+
+
+def test_copies_are_plain_and_saving_is_as_before(tmp_path):
+    model = model_of("llama")
+    expected = logits(model, KeyValueCache(model), 3)
+    prepare_inference(model)
+    twin = copy.deepcopy(model)
+    assert not inference_report(twin)
+    assert near(logits(twin, KeyValueCache(twin), 3), expected)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(again, KeyValueCache(again), 3), expected)
+
+
+def test_a_cache_of_another_batch_or_dtype_is_not_written_to(ran):
+    model = prepare_inference(model_of("llama"))
+    cache = KeyValueCache(model)
+    with torch.no_grad():
+        model(ids_of(), cache=cache)
+        with pytest.raises(RuntimeError):
+            model(ids_of(3, 1), cache=cache)
+    static = StaticCache(config=model.config, max_cache_len=30)
+    assert near(logits(model, static, 3), logits(model, KeyValueCache(model), 3))
+
+
+def test_a_model_that_takes_no_tokens_keeps_its_blocks():
+    model = model_of("llama")
+
+    def fails(*given, **more):
+        raise ValueError("no tokens today")
+
+    model.model.register_forward_pre_hook(fails)
+    before = model.config._attn_implementation
+    prepare_inference(model)
+    assert "ValueError('no tokens today')" in inference_report(model)[""]
+    assert model.config._attn_implementation == before != ATTENTION

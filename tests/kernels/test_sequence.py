@@ -1,0 +1,200 @@
+"""Steps in one call of C give what the functions of the backend give, bit for bit; sums and rotations are exact."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from lowmem import kernels, quantize
+from lowmem.kernels.cpu_rows import NO_STATES, states_of
+from lowmem.kernels.rowwise import ACTIVATIONS
+from lowmem.kernels.sequence import MOST_TOGETHER, Steps
+from lowmem.quant.backend import HeadStates, backend_for
+from tests.compiled import compiled, needs_kernel, on_threads
+from tests.rounding import unit
+
+pytestmark = needs_kernel
+dtypes = st.sampled_from([torch.float32, torch.bfloat16])
+seeds = st.integers(0, 1000)
+
+
+def numbers(shape, seed, dtype=torch.float32):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def weights_of(count, kinds, rows, columns, seed):
+    """Weights of several kinds, which have one input."""
+    made = []
+    for number in range(count):
+        dense, kind = numbers((rows + 3 * number, columns), seed + number), kinds[number]
+        if kind == "sixteen":
+            made.append(nn.Parameter(dense.bfloat16(), requires_grad=False))
+        else:
+            form, size, scales = kind
+            made.append(quantize(dense, form, block_size=size, scales=scales))
+    return made
+
+
+KINDS = [
+    "sixteen",
+    ("nf4", 64, "double"),
+    ("int4", 32, "float16"),
+    ("int4", 32, "float16_offsets"),
+    ("int8", 64, "float32"),
+]
+
+
+@compiled
+@given(
+    st.lists(st.sampled_from(KINDS), min_size=1, max_size=MOST_TOGETHER),
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(1, 200),
+    dtypes,
+    st.booleans(),
+    seeds,
+)
+def test_products_of_one_input(isa, kinds, batch, rows, columns, dtype, biased, seed):
+    with kernels.using(isa), on_threads(2):
+        kernel = backend_for()
+        weights = weights_of(len(kinds), kinds, rows, columns, seed)
+        x = numbers((batch, columns), seed, dtype)
+        biases = [numbers(weight.shape[0], seed).to(dtype) if biased else None for weight in weights]
+        steps = Steps(kernel, x, sum(batch * weight.shape[0] for weight in weights))
+        layers = [
+            (kernel._given(weight), weight.shape[0], bias) for weight, bias in zip(weights, biases, strict=True)
+        ]
+        steps.products(x.data_ptr(), batch, columns, layers)
+        if not steps.run():  # torch multiplies one of them, or adds its offsets
+            assert batch > 4
+            return
+        found = steps.room.split([batch * weight.shape[0] for weight in weights])
+        for got, weight, bias in zip(found, weights, biases, strict=True):
+            expected = kernels.linear(x, weight, dtype, bias)
+            assert torch.equal(got.view(batch, -1), expected)
+
+
+@compiled
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), dtypes, seeds)
+def test_functions_of_rows_and_what_they_hand_on(isa, batch, tokens, columns, dtype, seed):
+    """A norm whose result is gated, added up, and normed again."""
+    with kernels.using(isa):
+        kernel, silu = backend_for(), ACTIVATIONS["SiLU"]
+        x, other = (numbers((batch * tokens, columns), seed + i, dtype) for i in range(2))
+        factor = numbers(columns, seed + 2, dtype)
+        steps, rows = Steps(kernel, x, 3 * x.numel()), batch * tokens
+        normed = steps.norm(x.data_ptr(), rows, factor, 1e-5, 1.0, False)
+        gated = steps.gated(normed, other.data_ptr(), rows, columns, columns, silu)
+        steps.add(gated, x.data_ptr(), x.numel())
+        assert steps.run()
+        first, second, third = steps.room.view(3, rows, columns)
+        assert torch.equal(first, kernel.norm(x, factor.float() + 1.0, 1e-5, False))
+        assert torch.equal(second, kernel.gated(first, other, silu, dtype))
+        assert torch.equal(third, (second.float() + x.float()).to(dtype))
+
+
+@compiled
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(1, 20),
+    st.integers(0, 5),
+    dtypes,
+    st.booleans(),
+    seeds,
+)
+def test_rotation(isa, batch, tokens, heads, half, rest, dtype, shared, seed):
+    """Of the first numbers of each head; three roundings in float32, and one to the dtype."""
+    width = 2 * half + rest
+    with kernels.using(isa):
+        x = numbers((batch, tokens, heads, width), seed, dtype)
+        angles = numbers((1 if shared else batch, tokens, 2 * half), seed + 1)
+        cos, sin = (one.to(dtype).contiguous() for one in (angles.cos(), angles.sin()))
+        got, steps = x.clone(), Steps(backend_for(), x, 0)
+        steps.rotate(got.data_ptr(), (batch, tokens, heads), width, heads * width, cos, sin)
+        assert steps.run()
+    front, c, s = x[..., : 2 * half].double(), cos.double().unsqueeze(2), sin.double().unsqueeze(2)
+    turned = torch.cat([-front[..., half:], front[..., :half]], -1)
+    exact = front * c + turned * s
+    sizes = (front * c).abs() + (turned * s).abs()
+    off = (3 * unit(torch.float32) + unit(dtype) * (dtype is not torch.float32) * 1.01) * sizes + 1e-40
+    assert ((got[..., : 2 * half].double() - exact).abs() <= off).all()
+    assert torch.equal(got[..., 2 * half :], x[..., 2 * half :])
+
+
+@compiled
+@given(
+    st.integers(1, 3), st.sampled_from([1, 2]), st.integers(1, 3), st.integers(1, 40), st.booleans(), dtypes, seeds
+)
+def test_states_are_stored_and_attended_to(isa, batch, heads, tokens, keys, coded, dtype, seed):
+    """As ``encode_states``, or copied; then as ``attention`` of all rows."""
+    width, before = 12, keys
+    with kernels.using(isa):
+        kernel = backend_for()
+        query = numbers((batch, 2 * heads, tokens, width), seed, dtype)
+        new = [numbers((batch, heads, tokens, width), seed + i, dtype) for i in (1, 2)]
+        old = [numbers((batch, heads, before, width), seed + i, dtype) for i in (3, 4)]
+        kept, expected, steps = [], [], Steps(kernel, query, query.numel())
+        for added, first in zip(new, old, strict=True):
+            whole = torch.cat([first, added], 2)
+            states, wanted = (empty_states(whole, coded) for _ in range(2))
+            rows = [one if one is None else one[:, :, before:] for one in states]
+            if coded:
+                kernel.encode_states(first, HeadStates(*(one[:, :, :before] for one in states)))
+                kernel.encode_states(whole, wanted)
+            else:
+                states.numbers[:, :, :before] = first
+                wanted.numbers.copy_(whole)
+            steps.store(tuple(added.shape), states_of(added), states_of(*rows))
+            kept.append(states)
+            expected.append(wanted)
+        fields = [number for one in kept for number in states_of(*one)]
+        sizes = batch, heads, 2, tokens, before + tokens, width, width
+        steps.attention(sizes, [*states_of(query), *fields, *NO_STATES], 0.3, None)
+        assert steps.run()
+        for one, other in zip(kept, expected, strict=True):
+            assert torch.equal(one.numbers, other.numbers)
+        exact = kernel.attention(query, *expected, None, 0.3, None)
+        assert torch.equal(steps.room.view(exact.shape), exact)
+
+
+def empty_states(like, coded):
+    if not coded:
+        return HeadStates(torch.empty_like(like))
+    return HeadStates(torch.empty(like.shape, dtype=torch.int8), torch.empty(*like.shape[:3], 1))
+
+
+def test_nothing_runs_where_a_weight_is_not_what_it_was():
+    kernel = backend_for()
+    weight, x = quantize(numbers((8, 64), 0), "nf4"), numbers((2, 64), 1)
+    for columns, rows in ((32, 8), (64, 7), (64, 8)):
+        steps = Steps(kernel, x, 100)
+        steps.add(x.data_ptr(), x.data_ptr(), 20)
+        steps.room.fill_(5.0)
+        steps.products(x.data_ptr(), 2, columns, [(kernel._given(weight), rows, None)])
+        assert steps.run() == ((columns, rows) == (64, 8))
+        assert bool((steps.room == 5.0).all()) == ((columns, rows) != (64, 8))
+    steps = Steps(kernel, x, 16)
+    steps.products(x.data_ptr(), 2, 64, [(kernel._given(weight), 8, None)])
+    moved = weight.packed.clone()
+    handle, _, scales = kernel._given(weight)
+    steps._weights = [handle, moved, scales]
+    assert not steps.run()
+
+
+def test_room_that_is_too_small_and_calls_that_are_no_calls_are_errors():
+    kernel, x = backend_for(), numbers((2, 64), 1)
+    steps = Steps(kernel, x, 10)
+    with pytest.raises(ValueError, match="room for 11 numbers is taken, and 10 are left"):
+        steps.take(11)
+    for calls, text in (
+        (b"12", "2 bytes are left"),
+        (bytes(16), "no call of function 0"),
+        (b"\xff" * 16, "function -1"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            kernel.native.sequence(kernel._isa, 1, x, (), calls)
+    with pytest.raises(ValueError, match="17 weights"):
+        kernel.native.sequence(kernel._isa, 1, x, (None,) * 51, b"")
