@@ -25,7 +25,9 @@ from lowmem.io.formats.exported import Exported
 from lowmem.kernels import backend
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapted_weight import AdaptedWeight
+from lowmem.nn.cached_states import CachedStates
 from lowmem.nn.conv import Conv4Bit, HalfConv
+from lowmem.nn.dot_product_attention import scaled_dot_product_attention
 from lowmem.nn.embedding import Embedding4Bit, Embedding8Bit, HalfEmbedding
 from lowmem.nn.linear import HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.nn.stored_tensor import StoredTensor
@@ -73,6 +75,7 @@ __all__ = [
     "AdaptedWeight",
     "BigNet",
     "Budget",
+    "CachedStates",
     "Conv4Bit",
     "EightBit",
     "Embedding4Bit",
@@ -142,6 +145,7 @@ __all__ = [
     "restore",
     "save",
     "save_adapter",
+    "scaled_dot_product_attention",
     "shard",
     "step_in_backward",
     "summary",

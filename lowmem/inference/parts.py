@@ -124,7 +124,7 @@ class Watched:
 
     def __init__(self, parts: list[Part], tensors: list[tuple[dict[str, Any], str]]) -> None:
         modules = [part for _, _, part, _ in parts]
-        self._entries = [(owner, name, part) for owner, name, part, _ in parts]
+        self._entries: list[tuple[dict[str, Any], str, Any]] = [(own, name, part) for own, name, part, _ in parts]
         self._entries += [(own, key, own.get(key)) for own, key in tensors]
         for module in modules:
             own = module.__dict__
@@ -160,7 +160,7 @@ def add_gated(steps: Steps, how: GatedMLP, x: int, rows: int, columns: int, laye
     """Add the products of gate and up, and ``act(gate) up``: (rows, inner)."""
     found = steps.products(x, rows, columns, layers)
     if how.up is not None:
-        return steps.gated(*found, rows, inner, inner, ACTIVATIONS[how.activation])
+        return steps.gated(found[0], found[1], rows, inner, inner, ACTIVATIONS[how.activation])
     halves = found[0], found[0] + inner * steps.size
     gate, up = halves if how.gate_first else halves[::-1]
     return steps.gated(gate, up, rows, inner, 2 * inner, ACTIVATIONS[how.activation])

@@ -28,6 +28,7 @@ __all__ = [
     "fast_bfloat16",
     "input_grad",
     "linear",
+    "recorded_dtype",
     "register",
     "using",
 ]
@@ -81,6 +82,14 @@ def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Ten
 def fast_bfloat16(x: Tensor) -> bool:
     """Whether the device of x multiplies bfloat16 faster than float32, so that ``add_product`` in it pays off."""
     return backend_of(x).fast_bfloat16
+
+
+def recorded_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
+    """Return the dtype of a product with x whose gradient is recorded: in place of torch.int8, bfloat16 for float32
+    inputs of a device that is fast at it, and else that of x."""
+    if dtype is not torch.int8:
+        return dtype
+    return torch.bfloat16 if x.dtype is torch.float32 and fast_bfloat16(x) else x.dtype
 
 
 def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = None) -> str:

@@ -40,6 +40,9 @@ _BASE, _BASE_IN_INT8 = "prepared_base", "prepared_base_int8"  # of a weight that
 OFFSETS_SCRATCH = 2**23
 """Bytes that a product with offsets takes at most beside its result, unless one row of the input takes more."""
 _OFFSETS_CHUNK = 2**20  # bytes of offsets that are decoded at a time
+_OFFSETS_ROWS = (
+    255  # most rows of an input at a time: float32 products of more may be torch's, with scratch of its own
+)
 _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 
 # Rows, or columns, of a weight that are dequantized at a time where torch multiplies: up to half more, so that the
@@ -185,6 +188,8 @@ class Kernel(CpuRows, CpuPlan):
         blocks = -(-columns // size)
         nbytes = 4 * (rows + 3 * columns) if transposed else 6 * (rows + columns) + 8 * blocks
         nbytes += in_int8 * int8.BYTES_PER_NUMBER * columns
+        limit = OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK
+        nbytes = max(nbytes, limit // _OFFSETS_ROWS)
 
         def multiply(few: Tensor) -> Tensor | None:
             wide = (few if in_int8 else few.to(dtype)).float().contiguous()
@@ -203,7 +208,7 @@ class Kernel(CpuRows, CpuPlan):
                 return product if bias is None else product.add_(bias)
             return None
 
-        return _in_chunks(x, nbytes, OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK, x.dtype if in_int8 else dtype, multiply)
+        return _in_chunks(x, nbytes, limit, x.dtype if in_int8 else dtype, multiply)
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""

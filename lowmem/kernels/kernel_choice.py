@@ -15,6 +15,8 @@ from lowmem.quant.tensor import QuantizedTensor
 
 _OPERATIONS = {"linear": 0, "linear_inputs8": 1, "input_grad": 2}  # enum operation of csrc/plan.h
 
+_LEAST_IN_INT8 = 16  # rows of an input from which a product in 8-bit integers is faster than one in floats
+
 Asked: TypeAlias = tuple[str, str, int, int, "str | None"]
 """A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
 
@@ -38,6 +40,7 @@ class CpuPlan:
             return "\n".join([*lines, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])
         if dtype is not torch.int8:
             lines = [self._explained(weight, rows, dtype, operation) for operation in ("linear", "input_grad")]
+            lines += self._recommended(weight, rows, dtype)
         elif self.plan(weight, rows, dtype, "linear_inputs8"):
             lines = [self._explained(weight, rows, dtype, "linear_inputs8")]
         else:
@@ -46,6 +49,16 @@ class CpuPlan:
             )
             lines = [rounded, self._explained(weight, rows, torch.float32, "linear")]
         return "\n".join(lines)
+
+    def _recommended(self, weight: Weight, rows: int, dtype: torch.dtype) -> list[str]:
+        """Return the line that recommends torch.int8, where that is faster; AMX is as fast in bfloat16."""
+        if not isinstance(weight, QuantizedTensor) or rows < _LEAST_IN_INT8:
+            return []
+        if (self.name, dtype) == ("avx512amx", torch.bfloat16):
+            return []
+        asked = self.plan(weight, rows, dtype, "linear_inputs8")
+        how = "is faster and rounds inputs to 8 bits"
+        return [f"without gradients, compute_dtype=torch.int8: {name} of {isa} {how}" for isa, name, *_ in asked[-1:]]
 
     def _explained(self, weight: Weight, rows: int, dtype: torch.dtype, operation: str) -> str:
         *refused, (isa, name, least, most, _) = self.plan(weight, rows, dtype, operation)

@@ -108,7 +108,8 @@ def _frozen_weight(base: Any, kind: Any, x: Tensor) -> tuple[kernels.Weight, Ten
     held = base._parameters
     weight: kernels.Weight
     if kind is Linear4Bit or kind is Linear8Bit:
-        if (base._forms["weight"].form.compute_dtype or x.dtype) is not torch.bfloat16 or "bias" not in held:
+        dtype = base._forms["weight"].form.compute_dtype or x.dtype
+        if kernels.recorded_dtype(dtype, x) is not torch.bfloat16 or "bias" not in held:
             return None
         weight, bias = base.quantized, held["bias"]
     elif kind in (HalfLinear, nn.Linear):

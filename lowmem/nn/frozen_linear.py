@@ -16,7 +16,8 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     Args:
         x: floating point (..., in); the result has its dtype.
         weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape.
-        dtype: to compute in; torch.int8 multiplies 8-bit integers, with gradients computed in the dtype of x.
+        dtype: to compute in; torch.int8 multiplies 8-bit integers, unless a gradient of x is recorded: then the
+            product and its gradient are computed in ``kernels.recorded_dtype``.
         bias: floating point (out,), or None.
     """
     plain = is_plain_call(x, bias)
@@ -28,6 +29,8 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     refuse_nested(x)
     out_features, in_features = weight.shape
     reference.check_input(x, in_features)
+    if dtype is torch.int8 and x.requires_grad and torch.is_grad_enabled():
+        dtype = kernels.recorded_dtype(dtype, x)
     rows = x if x.dim() == 2 else _rows(x)
     out = kernels.linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)

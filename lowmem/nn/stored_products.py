@@ -52,6 +52,8 @@ def _is_input(x: Any) -> bool:
 
 @implements("mm")
 def _mm(a: Any, b: Any) -> Any:
+    if (a.dim(), b.dim()) != (2, 2):
+        return NotImplemented
     if _is_matrix(b) and _is_input(a):
         return _product(a, b, not b.swapped)
     if _is_matrix(a) and _is_input(b):

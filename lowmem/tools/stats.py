@@ -108,6 +108,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--at-most", type=size, metavar="SIZE", help="propose techniques that fit into this memory, such as 24GiB"
     )
     parser.add_argument(
+        "--tokens",
+        type=positive_int,
+        metavar="N",
+        help="with --plan and --at-most: also plan the keys and values of so many tokens of each of --batch "
+        "sequences, which a language model keeps while it generates",
+    )
+    parser.add_argument("--cache-bits", type=int, choices=[8], metavar="8", help="with --tokens: keep them in 8 bits")
+    parser.add_argument(
         "--training",
         choices=["none", *TRAINERS],
         help="break down the memory of a training step with this optimizer; with --plan and --at-most: the optimizer "
@@ -138,6 +146,8 @@ def run(arguments: argparse.Namespace) -> int:
     _check_step(arguments, measures_step)
     if planned:
         return _print_plans(arguments)
+    if arguments.tokens is not None:
+        raise ValueError(f"--tokens {arguments.tokens} plans a cache: add --plan or --at-most, or leave it out")
     if measures_step:
         return _print_steps(arguments)
     rows: list[Stats] = []
@@ -240,6 +250,12 @@ def _asked(arguments: argparse.Namespace, training: str | None, stored: bool) ->
     return (*([] if stored else [FourBit()]), *([LoRA(RANK)] if training else []))
 
 
+def _options(arguments: argparse.Namespace, training: str | None) -> dict[str, Any]:
+    """Return the options of ``plan`` that are the same for every model."""
+    cached = {} if arguments.tokens is None else {"tokens": arguments.tokens, "sequences": arguments.batch}
+    return {"training": training, "at_most": arguments.at_most, "cache_bits": arguments.cache_bits} | cached
+
+
 def _plan(arguments: argparse.Namespace, name: str, training: str | None) -> tuple[Plan, Tensor]:
     """Return the plan of a model and its input."""
     make, own = recipe_of(name)
@@ -248,7 +264,7 @@ def _plan(arguments: argparse.Namespace, name: str, training: str | None) -> tup
             f"model={name!r} has techniques of its own: name the model without them, and the techniques in --plan"
         )
     x, given = _input(arguments), _asked(arguments, training, False)
-    return plan_model(name, lambda: plan(make, *given, batch=x, training=training, at_most=arguments.at_most)), x
+    return plan_model(name, lambda: plan(make, *given, batch=x, **_options(arguments, training))), x
 
 
 def _plan_base(arguments: argparse.Namespace, base: Path, training: str | None) -> tuple[Plan, Tensor]:
@@ -274,7 +290,7 @@ def _plan_base(arguments: argparse.Namespace, base: Path, training: str | None) 
         make = factory_of(base, kind=kind)
         found = plan_model(
             str(base),
-            lambda: plan(make, *given, batch=batch, training=training, at_most=arguments.at_most, skip=dense),
+            lambda: plan(make, *given, batch=batch, skip=dense, **_options(arguments, training)),
         )
     return with_stored(found, nbytes) if stored else found, x
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
+from lowmem import kernels
 from lowmem.kernels.memory import keeps_results
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapter_autograd import narrow_results
@@ -162,7 +163,7 @@ def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
     if module.fused_with != _functions_of(module, how):
         return None
     down, layers = getattr(module, how.down), [getattr(module, name) for name in (how.gate, how.up) if name]
-    narrow = x.dtype is torch.float32 and all(_is_narrow(layer) for layer in (*layers, down))
+    narrow = x.dtype is torch.float32 and all(_is_narrow(layer, x) for layer in (*layers, down))
 
     state: list[Any] = []
 
@@ -200,12 +201,14 @@ def _state_of(layer: nn.Module) -> list[Any]:
     ]
 
 
-def _is_narrow(layer: nn.Module) -> bool:
-    """Whether a layer rounds its input to bfloat16 and its output is exact in bfloat16."""
+def _is_narrow(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer in training rounds its input x to bfloat16 and its output is exact in bfloat16."""
     if not isinstance(layer, LoRALinear) or layer._plain_class is not Linear4Bit or is_observed(layer):
         return False
     bank = layer.adapters
-    return bank.merged is None and len(bank.active) == 1 and cast(Any, layer).compute_dtype is torch.bfloat16
+    if bank.merged is not None or len(bank.active) != 1:
+        return False
+    return kernels.recorded_dtype(cast(Any, layer).compute_dtype, x) is torch.bfloat16
 
 
 def activations(module: nn.Module, how: GatedMLP) -> list[nn.Module]:

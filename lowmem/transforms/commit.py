@@ -21,7 +21,8 @@ from lowmem.transforms.registry import module_paths
 
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
 """Library that saves models in a way of its own -> the module that makes it save converted ones. Without that, what
-``save_pretrained`` wrote could not be loaded again. Its ``adopt(model)`` is called with each changed model."""
+``save_pretrained`` wrote could not be loaded again. Its ``adopt(model)`` is called with each changed model, and its
+``cached_bytes(model, sequences, tokens, bits)`` with one whose cache is planned."""
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")

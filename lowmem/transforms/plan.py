@@ -35,7 +35,7 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.scales import get_encoding
 from lowmem.transforms.bits import SMALLEST, text_of
-from lowmem.transforms.commit import commit
+from lowmem.transforms.commit import commit, integrations_of
 from lowmem.transforms.convert import convert, rebuild_all
 from lowmem.transforms.meta import check_factory, make_on_meta
 from lowmem.transforms.registry import Technique, Where, stored_by
@@ -69,6 +69,7 @@ class Plan:
         update: peak of the optimizer's step beyond the model: gradients, state and temporaries.
         load: peak of ``lowmem.load``: the mapped file, buffers, and one dense parameter while the factory makes it.
         conversion: peak of ``lowmem.convert``: the dense model, what is stored anew, and temporaries.
+        cache: keys and values of the planned tokens, with the room of a ``lowmem.KeyValueCache``. Exact.
     """
 
     techniques: tuple[Technique, ...]
@@ -84,6 +85,7 @@ class Plan:
     update: int
     load: int
     conversion: int
+    cache: int = 0
 
     @property
     def stored_bytes(self) -> int:
@@ -92,8 +94,8 @@ class Plan:
 
     @property
     def inference_bytes(self) -> int:
-        """Peak of an inference forward: model, inputs, activations and scratch."""
-        return self.stored_bytes + self.inputs + self.forward + self.scratch
+        """Peak of an inference forward: model, inputs, activations, scratch, and the cache of keys and values."""
+        return self.stored_bytes + self.inputs + self.forward + self.scratch + self.cache
 
     @property
     def training_bytes(self) -> int:
@@ -114,6 +116,7 @@ class Plan:
         found = [("dense model", self.dense)]
         found += [(f"stored: {name}", size) for name, size in self.stored.items()]
         found += [("inputs", self.inputs), ("forward", self.forward), ("scratch, at most", self.scratch)]
+        found += [("keys and values", self.cache)] if self.cache else []
         if self.training is not None:
             found += [
                 ("gradients", self.gradients),
@@ -166,13 +169,16 @@ def plan(
     where: Callable[[str, nn.Module], bool] | None = None,
     skip: str | Iterable[str] = (),
     at_most: str | int | None = None,
+    tokens: int | None = None,
+    sequences: int = 1,
+    cache_bits: int | None = None,
 ) -> Plan:
     """Return the memory that a model takes, converted by techniques; its weights are never allocated.
 
     Stored bytes, gradients and optimizer state are exact. Peaks are those of ``lowmem.measure`` on a CPU: outputs of
     operations count, workspaces inside one (an LSTM's backward) do not, and the output is not held in the backward.
-    ``scratch`` is the most that a product with a stored weight takes; many rows of bfloat16 take some hundred rows of
-    a weight in bfloat16 instead.
+    ``scratch`` is the most that a product with a stored weight takes; where torch multiplies large inputs (256
+    rows and more, see ``lowmem.kernels.explain``), it is at most 767 dequantized rows or columns of a weight instead.
 
     Args:
         make: makes the dense model. It is called with the meta device as torch's default; if it needs values of its
@@ -186,19 +192,29 @@ def plan(
         where, skip: as in ``convert``.
         at_most: bytes, or text such as "24GiB", that the total may take, in place of ``techniques``: the first that
             fits is taken, from the dense model to 4 bits in blocks of 4096 (with ``LoRA()`` for training).
+        tokens: of each sequence, prompt and answer, whose keys and values a ``lowmem.KeyValueCache`` keeps while a
+            language model of transformers generates; None plans no cache.
+        sequences: that are generated at once.
+        cache_bits: ``bits`` of the cache.
 
     Raises:
         TypeError: a technique, model or batch of another type.
         ValueError: another ``training``; techniques that ``convert`` rejects; a model that needs values to be made or
-            run; or nothing fits ``at_most``: the least that is possible is named.
+            run; ``tokens`` of a model without such a cache; or nothing fits ``at_most``: the least that is possible
+            is named.
     """
     if training is not None and training not in OPTIMIZERS:
         raise ValueError(f"training={training!r} is unknown: choose from None, {', '.join(OPTIMIZERS)}")
     if loss is not None:
         check_function("loss", loss, "a function of the model's output, or None", None)
+    if tokens is None and (sequences != 1 or cache_bits is not None):
+        raise ValueError(f"sequences={sequences!r}, cache_bits={cache_bits!r}: plan a cache, and give its tokens")
+    if min(1 if tokens is None else tokens, sequences) < 1:
+        raise ValueError(f"tokens={tokens!r} and sequences={sequences!r} must be at least 1")
+    cached = None if tokens is None else (sequences, tokens, cache_bits)
     if at_most is None:
         given = skeleton_of(make, techniques, where, skip)
-        return plan_of(given, training, run_figures(given.model, batch, training, loss))
+        return plan_of(given, training, run_figures(given.model, batch, training, loss, cached))
     if techniques:
         raise ValueError(f"at_most={at_most!r} proposes techniques: leave out {text_of(techniques)}")
     limit = bytes_of(at_most)
@@ -210,7 +226,7 @@ def plan(
     def planned(found: Skeleton) -> Plan:
         kinds = tuple(map(type, found.techniques))
         if kinds not in runs:
-            runs[kinds] = run_figures(found.model, batch, training, loss)
+            runs[kinds] = run_figures(found.model, batch, training, loss, cached)
         return plan_of(found, training, runs[kinds])
 
     for tried in _proposals(training):
@@ -307,14 +323,22 @@ def _stored(model: nn.Module) -> dict[str, int]:
 
 
 def run_figures(
-    model: nn.Module, batch: Any, training: str | None, loss: Callable[[Any], Tensor] | None
+    model: nn.Module,
+    batch: Any,
+    training: str | None,
+    loss: Callable[[Any], Tensor] | None,
+    cached: tuple[int, int, int | None] | None = None,
 ) -> dict[str, int]:
-    """Run the model, and the optimizer, on fake tensors, which stay in it; return the ``Plan`` figures of the run."""
+    """Run the model, and the optimizer, on fake tensors, which stay in it; return the ``Plan`` figures of the run.
+
+    ``cached`` is the sequences, their tokens and the bits of a cache of keys and values.
+    """
     with on_fake_tensors(model):
         inputs, named = fake_inputs(batch)
         given = measure.nbytes(dict.fromkeys(measure.tensors_in([inputs, named])))
         found = dict.fromkeys(("inputs", "forward", "gradients", "optimizer", "backward", "update"), 0)
         found |= {"inputs": given, "forward": measure.forward_bytes(model, *inputs, **named)}
+        found |= {"cache": 0 if cached is None else _cached_bytes(model, *cached)}
         if training is None:
             return found
         trained: dict[Tensor, None] = {}  # in whose backward a gradient arrives
@@ -336,6 +360,18 @@ def run_figures(
             state = measure.nbytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
         found |= {"gradients": gradients, "optimizer": state}
         return found | {"backward": backward, "update": gradients + memory.peak}
+
+
+def _cached_bytes(model: nn.Module, sequences: int, tokens: int, bits: int | None) -> int:
+    """Return the bytes of the keys and values of so many tokens of each sequence."""
+    lost = f"the keys and values of a {type(model).__name__} cannot be planned"
+    for integration in integrations_of(model, lost, "The rest of the plan needs no integration"):
+        size: int = integration.cached_bytes(model, sequences, tokens, bits)
+        return size
+    raise ValueError(
+        f"tokens={tokens} plans the cache of a language model of transformers, and not of a {type(model).__name__}: "
+        "leave it out, and add nbytes of your lowmem.CachedStates"
+    )
 
 
 @contextmanager

@@ -238,6 +238,27 @@ def test_forward_mode_is_that_of_floats_and_vmap_rounds_every_example():
     torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x))
 
 
+@rows_in_one_case(
+    ("dtype", "given", "slow", "fast"),
+    [
+        (torch.int8, torch.float32, torch.float32, torch.bfloat16),
+        (torch.int8, torch.bfloat16, torch.bfloat16, torch.bfloat16),
+        (torch.int8, torch.float64, torch.float64, torch.float64),
+        (torch.float32, torch.bfloat16, torch.float32, torch.float32),
+    ],
+)
+def test_what_is_recorded_is_computed_in_floats(dtype, given, slow, fast, monkeypatch):
+    for wanted, is_fast in ((slow, False), (fast, True)):
+        monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", is_fast)
+        monkeypatch.setattr(kernels.reference, "fast_bfloat16", is_fast)
+        x = torch.randn(2, 256, dtype=given)
+        assert kernels.recorded_dtype(dtype, x) is wanted
+        layer, floats = (model(compute_dtype=one)[0] for one in (dtype, wanted))
+        assert torch.equal(layer(x.requires_grad_()), floats(x))
+        with torch.no_grad():
+            assert torch.equal(layer(x), floats(x)) == (dtype is not torch.int8)
+
+
 def test_an_adapter_trains_on_it():
     layer = convert(torch.nn.Linear(64, 32), FourBit(compute_dtype=torch.int8), LoRA(4))
     x = torch.randn(3, 64)

@@ -19,7 +19,7 @@ from tests.selection import in_one_case, rows_in_one_case
 WEIGHTS = st.sampled_from(sorted(table.WEIGHTS))
 DTYPES = st.sampled_from(sorted(table.DTYPES))
 OPERATIONS = st.sampled_from(sorted(table.PRODUCTS))
-edges = st.sampled_from([191, 192, 193, 511, 512, 513, 4096])
+edges = st.sampled_from([191, 192, 193, 255, 256, 257, 511, 512, 513, 4096])
 rows_at_edges = st.one_of(st.integers(1, 40), edges, st.integers(1, 10**6))
 
 
@@ -80,7 +80,7 @@ def test_a_row_of_a_table_computes_all_that_it_claims():
     st.sampled_from([8, 10, 64, 256, "half", "bfloat16"]),
     DTYPES,
     st.sampled_from(["linear", "input_grad"]),
-    st.sampled_from([1, 8, 9, 15, 16, 191, 192, 511, 512]),
+    st.sampled_from([1, 8, 9, 15, 16, 191, 192, 255, 256, 511, 512]),
     strategies.seeds,
 )
 def test_c_leaves_to_torch_what_the_plan_does(isa, kind, dtype, operation, rows, seed):
@@ -132,6 +132,30 @@ def test_explain_says_what_each_kernel_takes_that_was_asked_before(least, takes,
     ]
     text = kernel_of(ISAS[0]).explain(torch.zeros(2, 2).half(), 30, torch.float32)
     assert text == "\n".join(["linear: " + says[0], *says[1:], "input_grad: " + says[0], *says[1:]])
+
+
+@needs_kernel
+@rows_in_one_case(
+    ("isa", "rows", "dtype", "format", "gains"),
+    [
+        ("avx512vnni", 16, torch.float32, "nf4", True),
+        ("avx512bf16", 512, torch.bfloat16, "nf4", True),
+        ("avx512amx", 16, torch.float32, "nf4", True),
+        ("avx512amx", 16, torch.bfloat16, "nf4", False),
+        ("avx512bf16", 15, torch.bfloat16, "nf4", False),
+        ("avx512bf16", 16, torch.bfloat16, "int8", False),
+        ("avx512bf16", 16, torch.int8, "nf4", False),
+        ("avx512", 16, torch.float32, "nf4", False),
+        ("avx2", 16, torch.float32, "nf4", False),
+    ],
+)
+def test_explain_recommends_8_bit_integers_where_they_are_faster(isa, rows, dtype, format, gains):
+    if isa not in table.compiled_isas():
+        pytest.skip(f"{isa} is not compiled for this processor")
+    text = kernel_of(isa).explain(quantize(torch.zeros(1, 64), format), rows, dtype)
+    line = "compute_dtype=torch.int8: panels_inputs8 of avx512vnni is faster and rounds inputs to 8 bits"
+    assert (f"\nwithout gradients, {line}" in text) == gains
+    assert gains or "is faster" not in text
 
 
 @in_one_case(

@@ -386,23 +386,25 @@ def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
     monkeypatch.setattr(cpu, "_TORCH_CHUNK", 64)
     w = quantize(strategies.make_weight("normal", (150, 200), 0, 0), "nf4", block_size=64)
     bias, dense = torch.randn(150), w.dequantize()
-    x, grad = torch.randn(600, 200).bfloat16(), torch.randn(600, 150).bfloat16()
-    with kernels.using(isa):
-        got = kernels.linear(x, w, torch.bfloat16, bias.bfloat16())
-        back = kernels.input_grad(grad, w, torch.bfloat16)
-    assert_product(got, torch.bfloat16, x, dense, bias.bfloat16().float())
-    assert_product(back, torch.bfloat16, grad, dense.t())
+    for dtype in (torch.float32, torch.bfloat16):
+        x, grad = torch.randn(600, 200).to(dtype), torch.randn(600, 150).to(dtype)
+        with kernels.using(isa):
+            got = kernels.linear(x, w, dtype, bias.to(dtype))
+            back = kernels.input_grad(grad, w, dtype)
+        assert_product(got, dtype, x, dense, bias.to(dtype).float())
+        assert_product(back, dtype, grad, dense.t())
 
 
 @compiled_bfloat16
-@in_one_case(kind=KINDS, least=[9, 16, 192, 512])  # rows from which torch multiplies at some ISA
+@in_one_case(kind=KINDS, least=[9, 16, 192, 256, 512])  # rows from which torch multiplies at some ISA
 def test_batches_where_torch_takes_over(isa, kind, least):
+    dtype = torch.float32 if least == 256 else torch.bfloat16
     w, dense = stored(kind, strategies.make_weight("normal", (70, 90), 0, 0))
     for batch in (least - 1, least, least + 1):
-        x, grad = torch.randn(batch, 90).bfloat16(), torch.randn(batch, 70).bfloat16()
+        x, grad = torch.randn(batch, 90).to(dtype), torch.randn(batch, 70).to(dtype)
         with kernels.using(isa):
-            assert_product(kernels.linear(x, w, torch.bfloat16), torch.bfloat16, x, dense)
-            assert_product(kernels.input_grad(grad, w, torch.bfloat16), torch.bfloat16, grad, dense.t())
+            assert_product(kernels.linear(x, w, dtype), dtype, x, dense)
+            assert_product(kernels.input_grad(grad, w, dtype), dtype, grad, dense.t())
 
 
 @compiled

@@ -65,6 +65,29 @@ def is_one_product(out):
     return "_AdaptedProductBackward" in nodes(out)
 
 
+@rows_in_one_case("dtype", [torch.float32, BF16])
+def test_a_layer_in_8_bit_integers_trains_as_one_in_bfloat16(dtype):
+    layer, x = adapted(), inputs(70, dtype=dtype)
+    expected = taken_gradients(layer, x)
+    layer.compute_dtype = torch.int8
+    found = taken_gradients(layer, x)
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    with torch.no_grad():
+        evaluated = layer.eval()(x)
+        layer.compute_dtype = BF16
+        assert not torch.equal(evaluated, layer(x))
+
+
+def taken_gradients(layer, x):
+    """Return the output of a layer, and the gradients of its input and its adapter."""
+    x = x.detach().requires_grad_()
+    layer.zero_grad()
+    out = layer(x)
+    assert is_one_product(out)
+    out.sum().backward()
+    return out, x.grad, layer.lora_a.grad, layer.lora_b.grad
+
+
 def taken_step(call, leading, wide, kernel):
     """Return the input of a product, which has its gradient, the output, and the gradient that it got."""
     x = inputs(*leading, dtype=BF16 if wide == "bfloat16" else torch.float32)

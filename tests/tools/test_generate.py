@@ -80,7 +80,7 @@ def test_keys_and_values_in_8_bits_hold_for_the_whole_text(folders, capsys, monk
     monkeypatch.setattr(KeyValueCache, "__init__", lambda self, *given: own(self, *given) or made.append(self))
     found = generated(capsys, folders / "dense", "--prompt", "abc", "--temperature", "0", "--cache-bits", "8")
     assert found
-    assert made[-1].layers[0].keys.dtype is torch.int8
+    assert made[-1].layers[0].cached["keys"].rows.dtype is torch.int8
     assert made[-1].get_seq_length() >= 8
 
 

@@ -159,7 +159,8 @@ def test_a_plan_has_the_exact_bytes_and_the_documented_keys(results):
     assert list(found) == [
         *("model", "input_shape"),
         *("techniques", "training", "dense", "stored", "inputs", "forward", "scratch", "gradients", "optimizer"),
-        *("backward", "update", "load", "conversion", "stored_bytes", "inference_bytes", "training_bytes"),
+        *("backward", "update", "load", "conversion", "cache"),
+        *("stored_bytes", "inference_bytes", "training_bytes"),
     ]
     assert found["techniques"] == ["FourBit(format='int4', block_size=16, scales='float16')", "LoRA(rank=8)"]
     model = convert(BigNet(), FourBit("int4", 16, "float16"), LoRA(8))
@@ -169,6 +170,7 @@ def test_a_plan_has_the_exact_bytes_and_the_documented_keys(results):
 
 
 def test_a_folder_is_planned_without_a_text(place, results, capsys, refused):
+    from lowmem.integrations.transformers import KeyValueCache
     from tests.integrations.transformers.folders import load
 
     (found,) = results("stats", "llama", "--plan")
@@ -182,6 +184,15 @@ def test_a_folder_is_planned_without_a_text(place, results, capsys, refused):
     assert longer["backward"] > found["backward"]
     (dense,) = results("stats", "llama", "--at-most", "1GiB", "--training", "none")
     assert dense["techniques"] == []
+    cached = "--tokens", "48", "--cache-bits", "8"
+    (found,) = results("stats", "llama", "--plan", "--training", "none", "--batch", "2", *cached)
+    cache = KeyValueCache(load("llama"), bits=8)
+    load("llama")(torch.zeros(2, 48, dtype=torch.int64), cache=cache)
+    assert found["cache"] == cache.nbytes
+    assert "--tokens 48 plans a cache: add --plan or --at-most" in refused("stats", "llama", "--tokens", "48")
+    assert "cache_bits=8: plan a cache, and give its tokens" in refused(
+        "stats", "llama", "--plan", "--cache-bits", "8"
+    )
     assert main(["quantize", "llama", "stored", "--format", "nf4"]) == 0
     capsys.readouterr()
     (stored,) = results("stats", "stored", "--plan", "--training", "none")

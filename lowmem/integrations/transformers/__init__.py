@@ -22,7 +22,7 @@ version.check()  # before anything of transformers is imported that older versio
 
 from lowmem.integrations.transformers.attending import ATTENTION
 from lowmem.integrations.transformers.blocks import find_blocks
-from lowmem.integrations.transformers.cache import KeyValueCache
+from lowmem.integrations.transformers.cache import KeyValueCache, cached_bytes
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import from_exact
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
@@ -36,6 +36,7 @@ __all__ = [
     "LowmemQuantizer",
     "TextTokenizer",
     "adopt",
+    "cached_bytes",
     "find_blocks",
     "from_exact",
 ]

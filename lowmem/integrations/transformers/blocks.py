@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from lowmem.inference.block import Attention, Block, Form, Norm, Projection
-from lowmem.inference.parts import why_not
+from lowmem.inference.block import Attention, Block, Form, Projection
+from lowmem.inference.parts import Norm, why_not
 from lowmem.integrations.transformers.attending import ATTENTION, CHANGES, attend
 from lowmem.integrations.transformers.cache import InPlace, KeyValueCache
 from lowmem.kernels.memory import TYPES
@@ -29,7 +29,7 @@ class _Call:
     """What a module was given and returned."""
 
     def __init__(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
-        self.x = args[0] if args else kwargs.get("hidden_states")
+        self.x: Any = args[0] if args else kwargs.get("hidden_states")
         self.kwargs, self.out = kwargs, out[0] if isinstance(out, tuple) else out
         self.is_tensor = isinstance(out, Tensor)
 
@@ -87,8 +87,9 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
 
 def _layer_of(cache: Any, index: int) -> Any:
     layers = cache.layers if isinstance(cache, KeyValueCache) else ()
-    found = layers[index] if index < len(layers) else None
-    return found if isinstance(found, InPlace) and found.is_initialized else None
+    found: Any = layers[index] if index < len(layers) else None
+    is_ours = isinstance(found, InPlace)
+    return found if is_ours and found.is_initialized else None
 
 
 def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:

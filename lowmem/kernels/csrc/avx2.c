@@ -2,7 +2,7 @@
 #include "kernel.h"
 #if defined(__x86_64__)
 TARGET(AVX2)
-#include <immintrin.h>
+#include "x86_bytes.h"
 
 #define LANES 8
 typedef __m256 V;
@@ -97,6 +97,7 @@ static inline void v_to_half(uint16_t *p, V a)
 #define FEW_ROWS(M) ((M) <= 4 ? 2 : 1)
 #define TILE_VECTORS 2
 #define GRAD_SIXTEEN 16
+#define TORCH_FLOAT_ROWS 256
 
 #include "floats.h"
 

@@ -1,8 +1,7 @@
 /* Vector operations (rows.h) of AVX-512. The sixteen levels are one register, and one permute looks up sixteen codes. */
 #pragma once
-#include <immintrin.h>
-
 #include "kernel.h"
+#include "x86_bytes.h"
 
 #define LANES 16
 typedef __m512 V;

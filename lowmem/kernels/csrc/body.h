@@ -8,6 +8,7 @@
  *   MANY_INPUTS    batch rows that tiled.h multiplies with a tile at a time, at most 16
  *   GRAD_SIXTEEN   largest batch of grad @ W for which 16-bit weights are widened in registers
  *   TILE_VECTORS   vectors of columns that grad @ W multiplies at a time: a divisor of 8
+ *   TORCH_FLOAT_ROWS  batch rows from which torch is faster in float32 with dequantized weights; undefined if it is not
  *   ISA_BFLOAT16   defined if the ISA multiplies bfloat16 vectors (vdpbf16ps) */
 #pragma once
 #pragma GCC diagnostic ignored "-Wunused-function" /* some functions are used only by other ISAs */

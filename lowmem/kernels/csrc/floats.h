@@ -9,18 +9,32 @@
 #include "saved8.h"
 #include "steps.h"
 
+/* From TORCH_FLOAT_ROWS batch rows on, float32 products are faster in torch, where an ISA defines it. */
+#ifdef TORCH_FLOAT_ROWS
+#define TILED_TYPES (1 << BFLOAT16 | 1 << FLOAT16)
+#else
+#define TILED_TYPES ANY_TYPE
+#endif
+
 static const struct kernel kernels[] = {
+#ifdef TORCH_FLOAT_ROWS
+    {"torch", LINEAR, WHOLE, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
+    {"grad_torch", INPUT_GRAD, WHOLE, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
+    {"tiled", LINEAR, WHOLE, 1 << FLOAT32, FUSED_BATCH + 1, TORCH_FLOAT_ROWS - 1, IN_TILES(4), .pack = pack_many,
+     .multiply = tiled_body},
+    {"grad_tiled", INPUT_GRAD, WHOLE, 1 << FLOAT32, 1, TORCH_FLOAT_ROWS - 1, OF_GRADIENT, .multiply = grad_body},
+#endif
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
     {"few_sixteen", LINEAR, SIXTEEN, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_sixteen_body},
     {"few_weights8", LINEAR, WEIGHTS8, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_weights8_body},
 #if FUSED_BATCH > FEW
     {"fused", LINEAR, WHOLE, ANY_TYPE, FEW + 1, FUSED_BATCH, IN_TILES(4), .pack = pack_many, .multiply = fused_body},
 #endif
-    {"tiled", LINEAR, WHOLE, ANY_TYPE, FUSED_BATCH + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
+    {"tiled", LINEAR, WHOLE, TILED_TYPES, FUSED_BATCH + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
     {"tiled", LINEAR, SIXTEEN, ANY_TYPE, FEW_MORE + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
     {"grad_few_sixteen", INPUT_GRAD, SIXTEEN, ANY_TYPE, 1, GRAD_SIXTEEN, OF_GRADIENT, .few = 1, .multiply = grad_body},
     {"grad_tiled", INPUT_GRAD, SIXTEEN, ANY_TYPE, GRAD_SIXTEEN + 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
-    {"grad_tiled", INPUT_GRAD, WHOLE, ANY_TYPE, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
+    {"grad_tiled", INPUT_GRAD, WHOLE, TILED_TYPES, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
     OTHERS_BY_TORCH,
     {NULL},
 };

@@ -13,6 +13,8 @@
  *   v_spread(a, index)       a[index[i]], where 0 <= index[i] < LANES
  *   B, boundaries_load(p), v_code(boundaries, a)   for each value, how many of 15 boundaries are less: its code
  *   codes_store(p, words)    LANES words, each below 256, stored as bytes
+ *   bytes, a vector of 16 bytes; bytes_lookup(table, index); bytes_zip_low(a, b), bytes_zip_high(a, b): a[0], b[0], a[1], ...;
+ *   bytes_low(a, b), bytes_high(a, b): of sixteen 16-bit words; low_nibbles(a), high_nibbles(a). Optional (OWN_BYTES)
  *   v_keep(a)                keeps a in a register; otherwise the compiler may load or compute it again for each use
  *   v_half(p), v_bfloat(p)   LANES float16 or bfloat16 as float32; one_half(bits)  a float16 as float32
  *   v_to_half(p, a)          LANES float32, rounded to float16 and stored */
@@ -220,6 +222,33 @@ INLINE void decode_group(const struct weight *w, int64_t row, int64_t g, int64_t
         v_store(out + k * LANES, v_mul(v_lookup(table, words, k), scale));
 }
 
+#ifdef OWN_BYTES
+/* Sixteen numbers, whose bytes are looked up, to out. They are stored in halves: GCC would join these in memory. */
+INLINE void put_sixteen(bytes low, bytes high, bytes index, uint16_t *out)
+{
+    const bytes lows = bytes_lookup(low, index), highs = bytes_lookup(high, index);
+    const bytes first = bytes_zip_low(lows, highs), second = bytes_zip_high(lows, highs);
+    memcpy(out, &first, sizeof first);
+    memcpy(out + 8, &second, sizeof second);
+}
+
+/* Dequantize a whole block of 4-bit codes to 16-bit floats: only its sixteen products are computed and rounded. */
+INLINE void dequantize_sixteen(const struct weight *w, const uint8_t *p, V scale, uint16_t *out, const int type)
+{
+    const int64_t half = w->half;
+    uint16_t numbers[16];
+    bytes of[2], codes;
+    EACH_VECTOR(16 / LANES) store_as(numbers, type, n * LANES, v_mul(v_load(w->levels + n * LANES), scale));
+    memcpy(of, numbers, sizeof of);
+    const bytes low = bytes_low(of[0], of[1]), high = bytes_high(of[0], of[1]);
+    for (int64_t j = 0; j < half; j += 16) {
+        memcpy(&codes, p + j, sizeof codes);
+        put_sixteen(low, high, low_nibbles(codes), out + j);
+        put_sixteen(low, high, high_nibbles(codes), out + half + j);
+    }
+}
+#endif
+
 /* Dequantize a block of 4-bit codes, of which `left` columns are left in the row, to out from element i on. */
 INLINE void dequantize_block(const struct weight *w, const uint8_t *p, int64_t left, float one, T table, void *out, int64_t i,
                              const int type)
@@ -227,6 +256,12 @@ INLINE void dequantize_block(const struct weight *w, const uint8_t *p, int64_t l
     const int64_t size = 2 * w->half, half = left < size ? (left + 1) / 2 : w->half;
     const V scale = v_set1(one);
     int64_t j = 0;
+#ifdef OWN_BYTES
+    if (type != FLOAT32 && left >= size && half % 16 == 0) {
+        dequantize_sixteen(w, p, scale, (uint16_t *)out + i, type);
+        return;
+    }
+#endif
 #ifdef OWN_BLOCKS
     if (left >= size && half == LANES / 2) { /* the block is one vector */
         store_as(out, type, i, v_mul(v_lookup(table, block_load(p), 0), scale));

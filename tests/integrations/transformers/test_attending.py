@@ -6,8 +6,10 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem.integrations.transformers import attending
-from lowmem.integrations.transformers.attending import MOST, attend
-from lowmem.integrations.transformers.cache import EightBitStates, KeyValueCache
+from lowmem.integrations.transformers.attending import attend
+from lowmem.integrations.transformers.cache import KeyValueCache
+from lowmem.nn.cached_states import EightBitStates
+from lowmem.nn.dot_product_attention import MOST
 from tests.integrations.transformers.test_cache import CONFIGS
 
 
@@ -30,16 +32,21 @@ class Layer(nn.Module):
     is_causal = True
 
 
-@pytest.mark.parametrize("queries", [1, MOST, MOST + 1])
-def test_few_queries_are_computed_from_the_codes(queries, monkeypatch):
-    query, key, value = states(queries)
-    assert isinstance(key, EightBitStates)
-    mask = torch.ones(queries, 20, dtype=torch.bool).tril(20 - queries)
+def calls_of_torch(monkeypatch):
     calls = []
     own = attending.sdpa_attention_forward
     monkeypatch.setattr(
         attending, "sdpa_attention_forward", lambda *given, **more: calls.append(1) or own(*given, **more)
     )
+    return calls
+
+
+@pytest.mark.parametrize("queries", [1, MOST, MOST + 1])
+def test_few_queries_are_computed_from_the_codes(queries, monkeypatch):
+    query, key, value = states(queries)
+    assert isinstance(key, EightBitStates)
+    mask = torch.ones(queries, 20, dtype=torch.bool).tril(20 - queries)
+    calls = calls_of_torch(monkeypatch)
     got, weights = attend(Layer(), query, key, value, mask[None, None])
     assert weights is None
     assert bool(calls) == (queries > MOST)
@@ -61,6 +68,16 @@ def test_gradients_dropout_and_full_precision_are_left_to_torch():
     assert (got.double() - wanted).abs().max() > 0.1
 
 
+@pytest.mark.parametrize(("queries", "dtype"), [(1, torch.bfloat16), (1, torch.float32), (2, torch.bfloat16)])
+def test_one_query_in_16_bits_is_computed_by_the_kernel(queries, dtype, monkeypatch):
+    query, key, value = states(queries, dtype)
+    mask = torch.arange(20).expand(2, 1, queries, 20) > 2
+    calls = calls_of_torch(monkeypatch)
+    got, _ = attend(Layer(), query, key + 0, value + 0, mask)
+    assert bool(calls) == (queries > 1 or dtype is torch.float32)
+    torch.testing.assert_close(got.double(), expected(query, key, value, mask), rtol=2e-2, atol=2e-2)
+
+
 def test_a_prompt_with_capped_scores_is_causal():
     query, key = torch.randn(1, 2, 12, 8), torch.randn(1, 2, 12, 8)
     got, _ = attend(Layer(), query, key, key, None, softcap=2.0)
@@ -68,3 +85,9 @@ def test_a_prompt_with_capped_scores_is_causal():
     hidden = torch.ones(12, 12, dtype=torch.bool).triu(1)
     wanted = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1) @ key.double()
     torch.testing.assert_close(got.double(), wanted.transpose(1, 2), rtol=1e-5, atol=1e-5)
+
+
+def test_sinks_are_refused():
+    query, key, value = states(1)
+    with pytest.raises(ValueError, match="the attention 'lowmem' has no sinks, which a Layer needs"):
+        attend(Layer(), query, key, value, None, s_aux=torch.zeros(4))

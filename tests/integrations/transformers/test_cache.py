@@ -6,10 +6,29 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, DynamicCache, Gemma2Config, LlamaConfig, MistralConfig
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BartConfig,
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    EncoderDecoderCache,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    Phi3Config,
+    Qwen3Config,
+    T5Config,
+)
 
+import lowmem
 from lowmem.integrations.transformers.attending import ATTENTION
-from lowmem.integrations.transformers.cache import EightBitStates, KeyValueCache
+from lowmem.integrations.transformers.cache import KeyValueCache
+from lowmem.nn.cached_states import CachedStates, EightBitStates
+from tests.selection import covering
 
 SIZES = {
     "vocab_size": 60,
@@ -23,16 +42,40 @@ SIZES = {
     "bos_token_id": None,
     "pad_token_id": 0,
 }
+ENDLESS = {"vocab_size": 60, "eos_token_id": None, "bos_token_id": 1, "pad_token_id": 0}
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "mistral": MistralConfig(**SIZES, sliding_window=9),
     "gemma2": Gemma2Config(**SIZES, sliding_window=9, attn_logit_softcapping=3.0, query_pre_attn_scalar=16),
+    "gemma3": Gemma3TextConfig(
+        **SIZES, sliding_window=9, layer_types=["sliding_attention", "full_attention"], query_pre_attn_scalar=16
+    ),
+    "qwen3": Qwen3Config(**SIZES),
+    "phi3": Phi3Config(**SIZES | {"hidden_size": 64}, sliding_window=9),
+    "gpt2": GPT2Config(**ENDLESS, n_embd=32, n_layer=2, n_head=2, n_positions=64),
+}
+PAIRS = {
+    "bart": BartConfig(
+        **ENDLESS,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_position_embeddings=64,
+        decoder_start_token_id=1,
+        forced_eos_token_id=None,
+    ),
+    "t5": T5Config(**ENDLESS, d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0),
 }
 
 
 def model_of(name, attention=None):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    made = AutoModelForCausalLM.from_config(CONFIGS[name]) if name in CONFIGS else None
+    model = (made or AutoModelForSeq2SeqLM.from_config(PAIRS[name])).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(4.0)  # else attention is nearly uniform
@@ -41,34 +84,83 @@ def model_of(name, attention=None):
     return model
 
 
-def prompts():
+def prompts(rows=3):
     ids = torch.randint(1, 60, (3, 7), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
     mask[0, :4] = mask[1, :1] = 0
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": ids[-rows:], "attention_mask": mask[-rows:]}
 
 
 OPTIONS = {
-    "greedy": {"do_sample": False},
-    "beams": {"do_sample": False, "num_beams": 3},
+    "greedy": {},
+    "beams": {"num_beams": 3},
     "several": {"do_sample": True, "num_return_sequences": 2},
+    "prompt in parts": {"prefill_chunk_size": 3},
+    "looked up": {"prompt_lookup_num_tokens": 3},
+    "assisted": {"assistant_model": None},
 }
 
 
-def generated(model, cache, **options):
+def generated(name, attention, cache, options):
+    """Return what a model generates with a cache, which is made of a function and the model's config."""
+    model, given = model_of(name, attention), dict(OPTIONS[options])
+    if options == "assisted":
+        given["assistant_model"] = model_of(name, attention)
     torch.manual_seed(0)
-    return model.generate(**prompts(), max_new_tokens=40, cache=cache, **options)
+    named = prompts(1 if options in ("looked up", "assisted") else 3) | {"do_sample": False} | given
+    return model.generate(**named, max_new_tokens=40, cache=cache(config=model.config) if cache else None)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("options", OPTIONS)
+@covering(name=CONFIGS, options=OPTIONS)
 def test_tokens_are_those_of_transformers_own_cache(name, options):
-    expected = generated(model_of(name, "eager"), DynamicCache(config=CONFIGS[name]), **OPTIONS[options])
-    got = generated(model_of(name, ATTENTION), KeyValueCache(CONFIGS[name]), **OPTIONS[options])
-    assert torch.equal(got, expected)
+    expected = generated(name, "eager", DynamicCache, options)
+    assert torch.equal(generated(name, ATTENTION, lambda config: KeyValueCache(config), options), expected)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+class Rounded(DynamicCache):
+    """Keeps what a cache in 8 bits decodes, in transformers' own layers."""
+
+    def update(self, keys, values, layer, *given, **named):
+        first = self.get_seq_length(layer) == 0
+        seen = super().update(rounded(keys), rounded(values), layer, *given, **named)
+        return (keys, values) if first else seen
+
+
+def rounded(states):
+    cached = CachedStates(bits=8)
+    cached.append(states)
+    return cached.states + 0
+
+
+@covering(name=CONFIGS, options=OPTIONS)
+def test_codes_are_reordered_and_cropped_as_numbers_are(name, options):
+    got = generated(name, "eager", lambda config: KeyValueCache(config, bits=8), options)
+    assert torch.equal(got, generated(name, "eager", Rounded, options))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("options", ["greedy", "beams"])
+def test_an_encoder_and_decoder_take_a_cache_each(name, options):
+    def pair(kind, **named):
+        return lambda config: EncoderDecoderCache(kind(config=config, **named), kind(config=config, **named))
+
+    own = lambda config, bits=None: KeyValueCache(config, bits)  # noqa: E731
+    expected = generated(name, "eager", None, options)
+    assert torch.equal(generated(name, ATTENTION, pair(own), options), expected)
+    assert torch.equal(
+        generated(name, "eager", pair(own, bits=8), options), generated(name, "eager", pair(Rounded), options)
+    )
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_static_caches_stay_as_they_are(name):
+    model = model_of(name, ATTENTION)
+    named = prompts() | {"do_sample": False, "max_new_tokens": 40}
+    expected = generated(name, "eager", DynamicCache, "greedy")
+    assert torch.equal(model.generate(**named, cache_implementation="static"), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral", "gemma2"])
 def test_logits_in_8_bits_are_near_those_of_full_precision(name):
     model = model_of(name, ATTENTION)
     ids = torch.randint(1, 60, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -164,7 +256,51 @@ def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row):
     cache = KeyValueCache(CONFIGS["llama"], bits=bits)
     for layer in range(2):
         cache.update(*torch.zeros(2, 3, 2, 100, 16, dtype=dtype), layer)
-    assert cache.nbytes == 2 * 2 * 3 * 2 * (100 + 32) * row  # layers, keys and values, sequences, heads, rows
+    assert cache.nbytes == 2 * 2 * 3 * 2 * 128 * row  # layers, keys and values, sequences, heads, rows
+
+
+@covering(name=CONFIGS, bits=[None, 8], dtype=[torch.float32, torch.bfloat16])
+def test_a_plan_has_the_bytes_of_the_cache(name, bits, dtype):
+    """After a prompt and single tokens; windows, shared heads and a head's width are the model's."""
+    make = lambda: AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)  # noqa: E731
+    ids = torch.zeros(2, 50, dtype=torch.int64)
+    tokens = {"batch": ids[:, :1], "training": None, "sequences": 2, "cache_bits": bits}
+    model, cache, found = make(), KeyValueCache(CONFIGS[name], bits), []
+    with torch.no_grad():
+        for part in (ids[:, :20], *ids[:, 20:41].split(1, 1)):
+            model(part, cache=cache)
+            found.append(cache.nbytes)
+    for count in (20, 33, 41):
+        planned = lowmem.plan(make, **tokens, tokens=count)
+        assert planned.cache == found[count - 20]
+    without = lowmem.plan(make, batch=ids[:, :1], training=None)
+    assert (without.cache, planned.inference_bytes) == (0, without.inference_bytes + planned.cache)
+    assert ["keys and values", f"{planned.cache / 2**20:.2f}"] in planned.cells
+
+
+def test_a_plan_refuses_the_cache_of_other_models():
+    def planned(make, **given):
+        return lowmem.plan(make, batch=torch.zeros(1, 4, dtype=torch.int64), training=None, **given)
+
+    llama = lambda: AutoModelForCausalLM.from_config(CONFIGS["llama"])  # noqa: E731
+    encoder = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    for make, options, said in (
+        (
+            lambda: BertModel(encoder),
+            {"tokens": 9},
+            "tokens=9 plans the cache of a causal language model, and not of a B",
+        ),
+        (
+            lambda: torch.nn.Embedding(4, 4),
+            {"tokens": 9},
+            "of transformers, and not of a Embedding: leave it out, and add",
+        ),
+        (llama, {"cache_bits": 8}, "sequences=1, cache_bits=8: plan a cache, and give its tokens"),
+        (llama, {"tokens": 0}, "tokens=0 and sequences=1 must be at least 1"),
+        (llama, {"tokens": 4, "cache_bits": 4}, "bits=4 must be 8"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            planned(make, **options)
 
 
 def test_states_in_8_bits_decode_in_any_function():

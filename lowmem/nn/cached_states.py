@@ -1,0 +1,258 @@
+"""Keys and values of attention that are kept between calls, as rows of larger tensors, exactly or in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from lowmem.kernels.attention import decoded
+from lowmem.kernels.cpu_rows import CODES8
+from lowmem.kernels.memory import TYPES
+from lowmem.quant.backend import HeadStates, backend_of
+
+_LEAST = 32  # rows by which the room for rows grows, at least
+_SCALE = 4  # bytes of a row's scale, a float32 behind its codes
+
+
+def room_rows(tokens: int, window: int | None = None) -> int:
+    """Return the rows for which there is room after so many tokens: up to an eighth more, and no more than one step
+    beyond a window. Neither depends on how many tokens came at a time."""
+    step = max(_LEAST, (1 << tokens.bit_length()) // 16)
+    rows = -(-tokens // step) * step
+    return rows if window is None else min(rows, room_rows(room_rows(window) + 1))
+
+
+class CachedStates:
+    """Keeps the keys, or the values, of one attention layer between calls; a token is added without copying others.
+
+    ``keys.append(k)`` returns what attention reads: ``lowmem.scaled_dot_product_attention``, or any other. With
+    ``bits=8`` a row, which is a token's key or value of one head, is a signed byte for each number and a float32
+    scale: ``scale = max |x| / 127``, ``x ~ code * scale``. The first call returns its exact states, and later calls
+    return the rounded ones of all tokens. Gradients are not kept: the class is for inference.
+
+    Args:
+        bits: 8; None keeps numbers in their dtype.
+        window: the tokens that a query sees, itself included; older ones are forgotten. None: all.
+
+    Attributes:
+        length: tokens so far, which is the position of the next one.
+        count: tokens that are kept.
+
+    Raises:
+        ValueError: other ``bits``, or a window below 1.
+    """
+
+    def __init__(self, bits: int | None = None, window: int | None = None) -> None:
+        if bits not in (None, 8):
+            raise ValueError(f"bits={bits!r} must be 8, or None to keep keys and values as they are")
+        if window is not None and window < 1:
+            raise ValueError(f"window={window!r} must be at least 1, or None to keep all tokens")
+        self.bits, self.window = bits, window
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.length = self.count = 0
+        self._room: Tensor | None = None
+        self._first = 0  # row of the room that is kept
+        self._width, self._dtype = 0, torch.float32  # of the states
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that are kept, with the room for the next tokens."""
+        return 0 if self._room is None else self._room.nbytes
+
+    @property
+    def rows(self) -> Tensor | None:
+        """(batch, heads, tokens, width); in 8 bits int8 (batch, heads, tokens, bytes of codes and scale)."""
+        return None if self._room is None else self._room[:, :, self._first : self._first + self.count]
+
+    @property
+    def states(self) -> Tensor | None:
+        """What attention reads of the kept tokens, without new ones; None before the first call."""
+        rows = self.rows
+        return rows if rows is None or self.bits is None else EightBitStates(rows, self._width, self._dtype)
+
+    @states.setter
+    def states(self, states: Tensor | None) -> None:
+        """Keep other states in place of these, such as some of them."""
+        rows = states.rows if isinstance(states, EightBitStates) else states
+        start = None if rows is None or self._room is None else _start(rows, self._room)
+        if start is None:
+            self._room = None
+            if rows is not None and self.bits is not None and not isinstance(states, EightBitStates):
+                self._first = self.count = 0
+                self._write(rows)
+            else:
+                self._room = rows
+        self._first, self.count = start or 0, 0 if rows is None else rows.shape[2]
+        if self.window is None:
+            self.length = self.count
+
+    def append(self, states: Tensor, forget: bool = True) -> Tensor:
+        """Add the states of new tokens; return those that attention reads, the new ones last.
+
+        Args:
+            states: floating point (batch, heads, new, width). Batch, heads and width are those of the first call.
+            forget: keep no more than the window. With False, older tokens stay until a later call.
+
+        Raises:
+            ValueError: another batch, heads or width.
+        """
+        batch, heads, new, width = states.shape
+        room, count = self._room, self.count
+        if room is not None and (*room.shape[:2], room.shape[3]) != (batch, heads, self._row(width)):
+            raise ValueError(
+                f"states of shape {tuple(states.shape)} do not continue {tuple(room.shape[:2])} sequences and "
+                "heads, or their width: clear() begins anew"
+            )
+        rows = self._write(states.detach())  # (batch, heads, count + new, ...)
+        self.grow(new, forget)
+        if not count:
+            return states
+        seen = rows if self.window is None else rows[:, :, -(self.window - 1 + new) :]
+        return seen if self.bits is None else EightBitStates(seen, width, states.dtype)
+
+    def crop(self, tokens: int) -> None:
+        """Remove the last tokens, as those that a check of a draft refused.
+
+        Raises:
+            ValueError: there is a window, whose older tokens are forgotten; or there are fewer tokens.
+        """
+        if self.window is not None or not 0 <= tokens <= self.length:
+            raise ValueError(f"tokens={tokens} cannot be removed of {self.length} with window={self.window}")
+        self.length -= tokens
+        self.count -= tokens
+
+    def select(self, sequences: Tensor) -> None:
+        """Keep the sequences of these indices, int64 (sequences,), in their order: those of a step's beams."""
+        states = self.states
+        if states is not None:
+            self.states = states.index_select(0, sequences)
+
+    def takes(self, shape: tuple[int, ...], like: Tensor) -> bool:
+        """Whether states (batch, heads, rows, width) continue the kept ones, in memory that C reads."""
+        room, dtype = self._room, like.dtype if self.bits is None else torch.int8
+        if room is None or room.dtype is not dtype or room.stride(3) != 1 or not room.is_cpu:
+            return False
+        return (*room.shape[:2], room.shape[3]) == (*shape[:2], self._row(shape[3]))
+
+    def row_for(self, shape: tuple[int, ...], like: Tensor) -> int:
+        """Return the row of the room where states (batch, heads, rows, width) fit, behind the kept ones."""
+        (batch, heads, new, width), room = shape, self._room
+        total = self.count + new
+        if room is None or self._first + total > room.shape[2] or room.stride(3) != 1:
+            rows = max(room_rows(total), room_rows(self.length + new, self.window))
+            dtype = like.dtype if self.bits is None else torch.int8
+            self._move(like.new_empty(batch, heads, rows, self._row(width), dtype=dtype))
+        return self._first + self.count
+
+    def fields(self, row: int, width: int) -> tuple[int, ...]:
+        """Return the rows of the room, from one on, as C takes them (``states_of`` of the kernels)."""
+        room = self._room
+        assert room is not None
+        steps, size = room.stride()[:3], room.element_size()
+        at = room.data_ptr() + row * steps[2] * size
+        if self.bits is None:
+            return TYPES[room.dtype], at, 0, *steps, 0, 0, 0
+        return CODES8, at, at + room.shape[3] - _SCALE, *steps, *(step // _SCALE for step in steps)
+
+    @property
+    def first_seen(self) -> int:
+        """The first row of the room that new tokens see."""
+        return self._first + (0 if self.window is None else max(0, self.count - self.window + 1))
+
+    def grow(self, new: int, forget: bool = True) -> None:
+        """Keep ``new`` rows more, which were written behind the kept ones."""
+        self.count += new
+        self.length += new
+        if not forget or self.window is None:
+            return
+        gone = max(0, self.count - self.window + 1)
+        self._first, self.count = self._first + gone, self.count - gone
+        rows, room = room_rows(self.length, self.window), self._room
+        if room is not None and room.shape[2] > rows:  # a long prompt's
+            self._move(room.new_empty(*room.shape[:2], rows, room.shape[3]))
+
+    def _row(self, width: int) -> int:
+        """Return the numbers of a row."""
+        return width if self.bits is None else -(-width // _SCALE) * _SCALE + _SCALE
+
+    def _write(self, states: Tensor) -> Tensor:
+        """Write states behind the kept rows; return all of them."""
+        new, width = states.shape[2:]
+        row = self.row_for(states.shape, states)
+        room = self._room
+        assert room is not None
+        into = room[:, :, row : row + new]
+        if self.bits is None:
+            into.copy_(states)
+        else:
+            backend_of(states).encode_states(states, _split(into, width))
+        self._width, self._dtype = width, states.dtype
+        return room[:, :, self._first : row + new]
+
+    def _move(self, room: Tensor) -> None:
+        """Take another room, with the kept rows at its front."""
+        rows = self.rows
+        if rows is not None:
+            room[:, :, : self.count] = rows
+        self._room, self._first = room, 0
+
+
+def _start(rows: Tensor, room: Tensor) -> int | None:
+    """Return the row of the room at which rows begin; None if they are elsewhere."""
+    if rows.shape[:2] != room.shape[:2] or rows.stride() != room.stride():
+        return None
+    if rows.untyped_storage()._cdata != room.untyped_storage()._cdata:
+        return None
+    return (rows.storage_offset() - room.storage_offset()) // room.stride(2)
+
+
+def _split(rows: Tensor, width: int) -> HeadStates:
+    """Return the codes and scales of rows in 8 bits."""
+    return HeadStates(rows[..., :width], rows[..., -_SCALE:].view(torch.float32))
+
+
+class EightBitStates(Tensor):
+    """Keys or values (batch, heads, rows, width) in 8 bits, as a tensor: any function but attention decodes them."""
+
+    rows: Tensor
+
+    @staticmethod
+    def __new__(cls, rows: Tensor, width: int, dtype: torch.dtype) -> EightBitStates:
+        """Wrap rows of a cache, whose first ``width`` bytes are codes and whose last four are the scale."""
+        shape = *rows.shape[:3], width
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=rows.device)
+        made.rows = rows
+        return made
+
+    @property
+    def states(self) -> HeadStates:
+        """The codes and scales."""
+        return _split(self.rows, self.shape[-1])
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if function in _OF_ROWS and isinstance(args[0], EightBitStates) and _OF_ROWS[function](*args[1:]):
+            states = args[0]
+            return EightBitStates(function(states.rows, *args[1:]), states.shape[-1], states.dtype)
+        plain = tree_map_only(EightBitStates, lambda one: decoded(one.states, one.dtype), (args, kwargs or {}))
+        return function(*plain[0], **plain[1])
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return f"EightBitStates({tuple(self.shape)}, dtype={self.dtype})"
+
+
+_OF_ROWS: dict[Any, Callable[..., bool]] = {
+    torch.ops.aten.slice.Tensor: lambda dim=0, *_: 0 <= dim < 3,
+    torch.ops.aten.index_select.default: lambda dim, _: 0 <= dim < 3,
+    torch.ops.aten.index.Tensor: lambda indices: len(indices) == 1 and indices[0].dim() == 1,
+}
+"""Functions that take whole rows of states in 8 bits, which stay in 8 bits, if the other arguments say so."""

@@ -1,0 +1,154 @@
+"""Keys and values that are kept in place: what a query sees, the room for them, and changes of sequences."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import lowmem
+from lowmem import CachedStates
+from lowmem.nn.cached_states import EightBitStates, room_rows
+
+counts = st.lists(st.one_of(st.just(1), st.integers(1, 90)), min_size=1, max_size=60)
+
+
+def new(count, seed=0, batch=2, dtype=torch.float32):
+    return torch.randn(batch, 3, count, 6, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def assert_near(got, expected, bits, dtype):
+    if bits is None:
+        assert torch.equal(got, expected)
+    else:
+        most = expected.float().abs().amax(-1, keepdim=True)
+        half = 0.5 * most / 127 + (torch.finfo(dtype).eps * most if dtype != torch.float32 else 1e-6 * most)
+        assert ((got.float() - expected.float()).abs() <= half).all()
+
+
+@given(
+    counts=counts,
+    bits=st.sampled_from([None, 8]),
+    window=st.sampled_from([None, 1, 9, 40, 200]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_a_query_sees_the_tokens_so_far_and_the_room_depends_on_their_number_alone(counts, bits, window, dtype):
+    cached, whole = CachedStates(bits, window), new(0, dtype=dtype)
+    for seed, count in enumerate(counts):
+        states = new(count, seed, dtype=dtype)
+        visible = whole if window is None else whole[:, :, max(whole.shape[2] - window + 1, 0) :]
+        expected = torch.cat([visible, states], 2)
+        got = cached.append(states)
+        assert got.shape == expected.shape
+        assert got.dtype is dtype
+        exact = seed == 0 or window == 1  # no earlier token is seen
+        assert (got is states) if exact else (isinstance(got, EightBitStates) == (bits == 8))
+        assert_near(got + 0, expected, None if exact else bits, dtype)
+        whole = torch.cat([whole, states], 2)
+        assert cached.length == whole.shape[2]
+        row = 12 if bits == 8 else 6 * dtype.itemsize  # 6 codes, 2 bytes that align, the scale
+        assert cached.nbytes == 2 * 3 * room_rows(cached.length, window) * row
+
+
+@given(tokens=st.integers(1, 10**6), window=st.one_of(st.none(), st.integers(1, 10**5)))
+def test_room_is_an_eighth_or_32_rows_more_at_most_and_grows_by_as_much(tokens, window):
+    rows = room_rows(tokens, window)
+    if window is None or tokens <= window:
+        assert tokens <= rows <= tokens + max(31, tokens // 8)
+        assert room_rows(rows, window) == rows
+    else:
+        assert window < rows <= window + max(64, window // 4)
+        assert rows == room_rows(tokens + 1, window) or tokens == room_rows(window)
+
+
+def test_a_token_is_added_without_a_copy_of_the_others():
+    cached = CachedStates()
+    cached.append(new(8))
+    before = cached.append(new(1)).data_ptr()
+    assert {cached.append(new(1)).data_ptr() for _ in range(20)} == {before}
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_sequences_are_selected_and_tokens_removed(bits):
+    cached = CachedStates(bits)
+    states = new(20, batch=3)
+    cached.append(states)
+    cached.crop(4)
+    cached.select(torch.tensor([2, 0, 0, 1]))
+    added = new(2, 1, batch=4)
+    got = copy.deepcopy(cached).append(added) + 0
+    assert_near(got, torch.cat([states[[2, 0, 0, 1], :, :16], added], 2), bits, torch.float32)
+    assert cached.length == 16
+    cached.crop(16)
+    assert cached.append(added) is added
+    cached.clear()
+    assert (cached.length, cached.nbytes, cached.rows) == (0, 0, None)
+    cached.select(torch.tensor([0]))
+    assert cached.append(states) is states
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_whole_rows_of_states_are_kept_as_they_are_and_others_are_written_anew(bits):
+    cached, states = CachedStates(bits), new(20)
+    assert cached.states is None
+    cached.append(states)
+    before = cached.states + 0
+    cached.states = cached.states[:, :, :-4].index_select(0, torch.tensor([1, 0, 1]))[torch.tensor([2, 1]), ...]
+    assert torch.equal(cached.states + 0, before[[1, 0], :, :16])
+    assert (type(cached.states) is EightBitStates) == (bits == 8)
+    other = new(5, 1)
+    cached.states = other
+    assert_near(cached.states + 0, other, bits, torch.float32)
+    for dims in ((Ellipsis, slice(2)), (0,), (slice(None), slice(None), torch.tensor([0]))):
+        part = cached.states[dims]
+        assert type(part) is torch.Tensor
+        assert torch.equal(part, (cached.states + 0)[dims])
+
+
+def test_older_tokens_stay_until_they_are_forgotten():
+    cached = CachedStates(window=5)
+    states = new(70)
+    for one in states.split(7, 2):
+        got = cached.append(one, forget=False)
+        assert torch.equal(got[:, :, -one.shape[2] :], one)
+        assert got.shape[2] <= 4 + 7
+    assert cached.rows.shape[2] == 70
+    cached.append(new(1))
+    assert (cached.rows.shape[2], cached.nbytes) == (4, 2 * 3 * 64 * 6 * 4)
+
+
+def test_no_gradients_are_kept():
+    cached, states = CachedStates(), new(3).requires_grad_()
+    assert cached.append(states) is states
+    assert not cached.append(states).requires_grad
+
+
+def test_states_in_8_bits_say_what_they_are():
+    cached = CachedStates(bits=8)
+    cached.append(new(3))
+    assert repr(cached.append(new(1))) == "EightBitStates((2, 3, 4, 6), dtype=torch.float32)"
+
+
+def test_what_cannot_be_is_refused():
+    with pytest.raises(ValueError, match="bits=4 must be 8"):
+        CachedStates(bits=4)
+    with pytest.raises(ValueError, match="window=0 must be at least 1"):
+        lowmem.CachedStates(window=0)
+    cached = CachedStates(window=4)
+    cached.append(new(3))
+    with pytest.raises(ValueError, match="tokens=2 cannot be removed of 3 with window=4"):
+        cached.crop(2)
+    cached = CachedStates()
+    with pytest.raises(ValueError, match="tokens=1 cannot be removed of 0"):
+        cached.crop(1)
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_other_sequences_heads_or_widths_are_refused_and_change_nothing(bits):
+    cached = CachedStates(bits)
+    cached.append(new(3))
+    for other in (new(3, batch=1), new(3)[:, :1], new(3)[..., :2]):
+        with pytest.raises(ValueError, match=r"do not continue \(2, 3\) sequences and heads"):
+            cached.append(other)
+    assert cached.length == cached.rows.shape[2] == 3
