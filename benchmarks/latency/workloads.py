@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 import lowmem
-from benchmarks.cases import BATCHES, Training, built_variant, dense_model, inference_input, weight_to_quantize
+from benchmarks.cases import BATCHES, Block, Training, built_variant, dense_model, inference_input, weight_to_quantize
 
 Call = Callable[[], object]
 
@@ -75,6 +75,14 @@ def training_step(variant: str) -> Call:
     return training.step
 
 
+def decode_step(dtype: torch.dtype) -> Call:
+    """Return the call of two blocks of a language model in 4 bits, which computes one token."""
+    torch.manual_seed(0)
+    blocks = nn.Sequential(Block(), Block()).to(dtype).eval()
+    lowmem.convert(blocks, lowmem.FourBit("q4_0", block_size=32))
+    return _forward(blocks, torch.randn(1, 1, 576, dtype=dtype))
+
+
 def quantize(form: str, rows: int = 4096) -> Call:
     return partial(lowmem.quantize, weight_to_quantize(rows), form)
 
@@ -102,6 +110,9 @@ def workloads() -> dict[str, Workload]:
         found[f"training step {variant}"] = Workload(partial(training_step, variant))
         if lowmem.VARIANTS[variant]:
             found[f"small layer {variant}"] = Workload(partial(small_layer, lowmem.VARIANTS[variant]))
+    for dtype in (torch.float32, torch.bfloat16):
+        name, step = f"decode step, {str(dtype).removeprefix('torch.')}", partial(decode_step, dtype)
+        found[name], found[f"{name}, all cores"] = Workload(step), Workload(step, CORES, "wall")
     for form in lowmem.FORMATS:
         found[f"quantize {form}"] = Workload(partial(quantize, form))
     for name, work in (("save", save), ("load", load)):

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 import lowmem
-from benchmarks.cases import BATCHES
+from benchmarks.cases import BATCHES, PAST, Block
 from benchmarks.latency import __main__ as gate
 from benchmarks.latency import builds, instructions, proof, rounds, worker, workloads
 from benchmarks.latency.builds import GateError, Side
@@ -327,6 +328,7 @@ def test_workloads_are_of_each_variant_batch_and_format_and_what_waits_is_timed_
     names = [f"inference {variant} batch {batch}" for variant in lowmem.VARIANTS for batch in BATCHES]
     names += [f"training step {variant}" for variant in lowmem.VARIANTS]
     names += [f"quantize {form}" for form in lowmem.FORMATS]
+    names += [f"decode step, {dtype}{cores}" for dtype in ("float32", "bfloat16") for cores in ("", ", all cores")]
     assert {*names, "save", "load", "save, waiting", "load, waiting"} <= found.keys()
     for name, workload in found.items():
         on_all = name.endswith("all cores")
@@ -334,10 +336,30 @@ def test_workloads_are_of_each_variant_batch_and_format_and_what_waits_is_timed_
         assert workload.clock == ("wall" if on_all or name.endswith(", waiting") else "cpu"), name
 
 
+def test_a_decode_step_computes_the_last_token_of_a_sequence_whose_others_are_cached():
+    torch.manual_seed(0)
+    block, tokens = Block().double(), torch.randn(1, PAST + 1, 576, dtype=torch.float64)
+    angles = torch.outer(torch.arange(PAST + 1), 10_000 ** -(torch.arange(32) / 32))
+    y, rotation = block.attention_norm(tokens), torch.polar(torch.ones(()), angles)[:, None]
+    query, key, value = (layer(y).unflatten(-1, (-1, 64))[0] for layer in (block.query, block.key, block.value))
+    query, key = (torch.complex(*one.chunk(2, -1)) * rotation for one in (query, key))  # (tokens, heads, 32)
+    block.keys[0, :, :PAST] = torch.cat((key.real, key.imag), -1).transpose(0, 1)[:, :PAST].detach()
+    block.values[0, :, :PAST] = value.transpose(0, 1)[:, :PAST].detach()
+    scores = torch.stack([(query[-1, head].conj() * key[:, head // 3]).real.sum(-1) for head in range(9)]) / 8
+    attended = torch.stack([scores[head].softmax(-1) @ value[:, head // 3] for head in range(9)]).flatten()
+    x = tokens[0, -1] + block.output(attended)
+    z = block.norm(x)
+    expected = x + block.down(torch.nn.functional.silu(block.gate(z)) * block.up(z))
+    with torch.no_grad():
+        for _ in range(2):  # a step leaves the others as they were
+            assert torch.allclose(block(tokens[:, -1:])[0, 0], expected, rtol=0, atol=1e-5)
+
+
 def test_a_small_layer_a_file_and_what_is_counted_are_set_up(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     known, counted = workloads.workloads(), workloads.counted()
     assert known["small layer qlora_nf4"].set_up()().shape == (1, workloads.SMALL)
+    assert known["decode step, bfloat16"].set_up()().dtype is torch.bfloat16
     assert counted["portable kernel, half batch 8"]()().shape == (8, workloads.ROWS)
     assert counted["portable kernel, int4 gradient"]()()[0].shape == (8, workloads.COLUMNS)
     assert counted["portable kernel, quantize nf4"]()().shape == (8, 1024)

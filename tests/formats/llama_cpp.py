@@ -1,10 +1,6 @@
-"""llama.cpp itself, by the package llama-cpp-py-sync: logits of all positions, and tokens of a text; no sampler.
+"""llama.cpp itself, by the package llama-cpp-py-sync: logits of all positions, and tokens of a text; no sampler."""
 
-Keys and values are cached in float32, so that a float32 model is computed in float32 throughout. Tokens are computed
-one after the other: for several at a time, some processors have kernels that round activations in another way.
-"""
-
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,12 +9,17 @@ import torch
 from torch import Tensor
 
 _QUIET: list[Any] = []
+EXACT = {
+    **{"n_ctx": 256, "n_batch": 256, "n_ubatch": 256, "n_threads": 1, "n_threads_batch": 1},
+    **{"type_k": 0, "type_v": 0, "flash_attn_type": 0},
+}
+"""Settings of a context that computes a float32 model in float32 throughout: keys and values are float32, too."""
 
 
 class LlamaCpp:
-    """A loaded file."""
+    """A loaded file, and a context of it with llama.cpp's own settings, but for those that are given."""
 
-    def __init__(self, path: Path, context: int = 256) -> None:
+    def __init__(self, path: Path, settings: Mapping[str, int]) -> None:
         from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
         self.ffi, self.lib = get_ffi(), get_lib()
@@ -29,14 +30,34 @@ class LlamaCpp:
         self.model = self.lib.llama_model_load_from_file(str(path).encode(), self.lib.llama_model_default_params())
         if self.model == self.ffi.NULL:
             raise ValueError(f"llama.cpp cannot load {path}")
-        settings = self.lib.llama_context_default_params()
-        settings.n_ctx = settings.n_batch = settings.n_ubatch = context
-        settings.n_threads = settings.n_threads_batch = 1
-        settings.type_k = settings.type_v = 0  # float32
-        settings.flash_attn_type = 0
-        self.context = self.lib.llama_init_from_model(self.model, settings)
         self.vocab = self.lib.llama_model_get_vocab(self.model)
-        self.adapters: list[Any] = []
+        self.context = self._context(settings)
+
+    def _context(self, settings: Mapping[str, int]) -> Any:
+        given = self.lib.llama_context_default_params()
+        for name, value in settings.items():
+            setattr(given, name, value)
+        return self.lib.llama_init_from_model(self.model, given)
+
+    def set_up(self, settings: Mapping[str, int]) -> None:
+        """Go on in a new context."""
+        self.lib.llama_free(self.context)
+        self.context = self._context(settings)
+
+    def clear(self) -> None:
+        """Forget all tokens."""
+        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+
+    def decode(self, tokens: Sequence[int]) -> None:
+        """Compute the next tokens of the first sequence."""
+        given = self.ffi.new("llama_token[]", list(tokens))
+        assert self.lib.llama_decode(self.context, self.lib.llama_batch_get_one(given, len(tokens))) == 0
+
+    def last_logits(self, row: int = -1) -> Tensor:
+        """Return the logits that were computed last, float32 (vocabulary,); in a batch, those of a row."""
+        nbytes = self.lib.llama_vocab_n_tokens(self.vocab) * 4
+        values = self.ffi.buffer(self.lib.llama_get_logits_ith(self.context, row), nbytes)
+        return torch.frombuffer(bytearray(values), dtype=torch.float32)
 
     def adapt(self, path: Path, scale: float = 1.0) -> None:
         """Apply a LoRA file."""
@@ -47,15 +68,16 @@ class LlamaCpp:
         assert self.lib.llama_set_adapters_lora(self.context, adapters, 1, self.ffi.new("float[]", [scale])) == 0
 
     def logits(self, tokens: Sequence[int]) -> Tensor:
-        """Return the logits behind each token, float32 (tokens, vocabulary)."""
-        lib, rows = self.lib, []
-        width = lib.llama_vocab_n_tokens(self.vocab)
-        lib.llama_memory_clear(lib.llama_get_memory(self.context), True)
+        """Return the logits behind each token, float32 (tokens, vocabulary).
+
+        Tokens are computed one after the other: for several at a time, some processors have kernels that round
+        activations in another way.
+        """
+        rows = []
+        self.clear()
         for token in tokens:
-            batch = lib.llama_batch_get_one(self.ffi.new("llama_token[]", [token]), 1)
-            assert lib.llama_decode(self.context, batch) == 0
-            values = self.ffi.buffer(lib.llama_get_logits_ith(self.context, -1), width * 4)
-            rows.append(torch.frombuffer(bytearray(values), dtype=torch.float32))
+            self.decode([token])
+            rows.append(self.last_logits())
         return torch.stack(rows)
 
     def greedy(self, tokens: Sequence[int], count: int) -> list[int]:
@@ -79,9 +101,9 @@ class LlamaCpp:
 
 
 @contextmanager
-def llama_cpp(path: Path) -> Iterator[LlamaCpp]:
+def llama_cpp(path: Path, settings: Mapping[str, int] = EXACT) -> Iterator[LlamaCpp]:
     """Load a file for the block."""
-    loaded = LlamaCpp(path)
+    loaded = LlamaCpp(path, settings)
     try:
         yield loaded
     finally:
