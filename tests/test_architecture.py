@@ -105,6 +105,7 @@ def test_importing_takes_torch_and_nothing_else_that_is_heavy():
         "torchao",
         "hypothesis",
         "pytest",
+        "triton",
         "torch._dynamo",
         "torch._inductor",
     )

@@ -24,8 +24,9 @@ kernel = "portable"
 """
 
 
-def test_there_are_forty_faults_and_none_is_stale():
+def test_there_are_forty_faults_in_c_and_twenty_in_triton_and_none_is_stale():
     assert len(command.read_faults()) >= 40
+    assert len(command.read_faults(command.LISTS["triton"])) >= 20
 
 
 @rows_in_one_case(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from lowmem.kernels import cpu, reference
+from lowmem.kernels import cpu, gpu, reference
 from lowmem.kernels.frozen_operator import serve
 from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.memory import TYPES
@@ -170,4 +170,5 @@ def _select(name: str | None) -> tuple[Backend, str]:
 
 
 register(ANY, reference.backends()[0][0])
+register("cuda", gpu.Gpu())  # torch's name for AMD's GPUs, too
 _activate(*_select(os.environ.get(VARIABLE)))

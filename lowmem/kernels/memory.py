@@ -29,11 +29,15 @@ def floats(values: tuple[float, ...]) -> array[float]:
     return array("f", values)
 
 
-def is_real(tensor: Tensor) -> bool:
-    """Whether a tensor is on the CPU and its memory holds its values: no subclass, lazy negation or zero tensor."""
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor's memory holds its values: no subclass, lazy negation or zero tensor."""
     kind = type(tensor)
-    plain = (kind is Tensor or kind is Parameter) and tensor.is_cpu
-    return plain and not tensor.is_neg() and not tensor._is_zerotensor()
+    return (kind is Tensor or kind is Parameter) and not tensor.is_neg() and not tensor._is_zerotensor()
+
+
+def is_real(tensor: Tensor) -> bool:
+    """Whether a tensor is on the CPU and its memory holds its values."""
+    return tensor.is_cpu and is_plain(tensor)
 
 
 def is_float(tensor: Tensor) -> bool:

@@ -4,7 +4,8 @@ time, and reads no value of a tensor, so that it never waits for a device."""
 from __future__ import annotations
 
 import sys
-from typing import cast
+from collections.abc import Callable
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
 from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
 from lowmem.quant.backend import Backend, LowRank, Weight
-from lowmem.quant.formats import get_format
+from lowmem.quant.formats import Format, get_format
 from lowmem.quant.packing import by_block, pack
 from lowmem.quant.scales import ScaleEncoding
 from lowmem.quant.search import (
@@ -57,10 +58,18 @@ __all__ = [
 name = "reference"
 fast_bfloat16 = True
 
+Dequantizer: TypeAlias = Callable[[Weight, slice, torch.dtype, "tuple[float, ...] | None"], Tensor]
+"""Returns rows of a weight in a dtype; numbers replace the levels of its format."""
+
 
 def backends() -> tuple[list[Backend], str]:
     """Return this module, which runs on any device, and how it computes."""
     return [cast(Backend, sys.modules[__name__])], "plain torch dequantizes rows in chunks"
+
+
+def dequantizer(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
+    """Return rows of a weight, dequantized in float32 and rounded once; ``levels`` replace those of its format."""
+    return weight.restore(rows, levels).to(dtype) if isinstance(weight, QuantizedTensor) else weight[rows].to(dtype)
 
 
 def check_input(x: Tensor, in_features: int) -> None:
@@ -73,7 +82,12 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 @unseen
 def linear(
-    x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None = None, low_rank: LowRank | None = None
+    x: Tensor,
+    weight: Weight,
+    dtype: torch.dtype,
+    bias: Tensor | None = None,
+    low_rank: LowRank | None = None,
+    dequantized: Dequantizer = dequantizer,
 ) -> Tensor:
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out), in ``dtype``.
 
@@ -87,6 +101,7 @@ def linear(
         dtype: to compute in, and of the result.
         bias: (out,), or None.
         low_rank: A, B and s, applied to x by ``add_low_rank``; or None.
+        dequantized: dequantizes a chunk of rows.
 
     Raises:
         RuntimeError: x has another shape, or is not floating point; or a 4-bit weight's stored tensors do not have
@@ -96,7 +111,7 @@ def linear(
     out_features, in_features = weight.shape
     check_input(x, in_features)
     if x.dim() != 2:
-        out = linear(x.flatten(0, -2), weight, dtype, bias, low_rank)
+        out = linear(x.flatten(0, -2), weight, dtype, bias, low_rank, dequantized)
         return out.view(*x.shape[:-1], out_features)
     levels = None
     if dtype is torch.int8:
@@ -109,7 +124,7 @@ def linear(
         factor = x.to(dtype)
     out = factor.new_empty(x.shape[0], out_features)
     for rows in row_chunks(out_features, in_features, device=x.device):
-        part = _dequantized(weight, rows, dtype, levels)  # (rows, in)
+        part = dequantized(weight, rows, dtype, levels)  # (rows, in)
         if levels is None or not isinstance(weight, QuantizedTensor) or not weight.has_offsets:
             torch.mm(factor, part.t(), out=out[:, rows])  # (batch, rows)
             continue
@@ -123,7 +138,7 @@ def linear(
     return out if low_rank is None else add_low_rank(out, x, *low_rank)
 
 
-def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: Dequantizer = dequantizer) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point.
 
     Sums over chunks of rows are kept in float32 at least, as those inside one half-precision product are.
@@ -136,7 +151,7 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
     for rows in row_chunks(out_features, in_features, device=grad.device):
-        part = _dequantized(weight, rows, dtype)  # (rows, in)
+        part = dequantized(weight, rows, dtype, None)  # (rows, in)
         if sums.dtype == dtype:
             sums.addmm_(grad[:, rows], part)
         else:
@@ -156,7 +171,9 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
     return base + ((narrow * scaling) @ b.t()).to(base.dtype)
 
 
-def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+def add_product(
+    out: Tensor, x: Tensor, weight: Weight, transposed: bool, dequantized: Dequantizer = dequantizer
+) -> Tensor:
     """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place: sums in float32 or wider, rounded once.
 
     ``out`` and x are floating point, of one dtype.
@@ -165,10 +182,10 @@ def add_product(out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Ten
         wide = torch.promote_types(out.dtype, torch.float32)
         sums = out.to(wide)
         for rows in row_chunks(*weight.shape, device=x.device):
-            sums.addmm_(x[:, rows].to(wide), _dequantized(weight, rows, x.dtype).to(wide))
+            sums.addmm_(x[:, rows].to(wide), dequantized(weight, rows, x.dtype, None).to(wide))
         return out.copy_(sums)
     for rows in row_chunks(*weight.shape, device=x.device):
-        out[:, rows].addmm_(x, _dequantized(weight, rows, x.dtype).t())  # (batch, rows)
+        out[:, rows].addmm_(x, dequantized(weight, rows, x.dtype, None).t())  # (batch, rows)
     return out
 
 
@@ -188,6 +205,20 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     Raises:
         ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
     """
+    form, size = get_format(into.format), into.block_size
+    rows, stored = encode_scales(rows, into, importance)
+    codes = nearest_codes(rows, into.encoding.decode(stored), form, size)
+    into.packed[chunk] = pack(codes, size) if form.bits == 4 else codes[:, : rows.shape[1]]
+    used = by_block(codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True))
+    into.scales[chunk] = drop_unused(stored, used, form)
+
+
+def encode_scales(rows: Tensor, into: QuantizedTensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return what is left of float32 (rows, n) when offsets are taken off, and scales and offsets as stored.
+
+    Raises:
+        ValueError: see ``quantize_rows``.
+    """
     form, encoding, size = get_format(into.format), into.encoding, into.block_size
     scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
     if form.bits == 8:  # twice: dequantized weights then give the same float32 scale again
@@ -205,16 +236,16 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
         top = None if form.signed and not encoding.offsets else scales
         scales = searched_scales(rows, form, size, encoding.largest, importance, top)
     stored = encoding.encode(scales)
-    if encoding.offsets:
-        stored = encoding.with_offsets(stored, offsets)
-    codes = nearest_codes(rows, encoding.decode(stored), form, size)
-    into.packed[chunk] = pack(codes, size) if form.bits == 4 else codes[:, : rows.shape[1]]
+    return rows, encoding.with_offsets(stored, offsets) if encoding.offsets else stored
+
+
+def drop_unused(stored: Tensor, used: Tensor, form: Format) -> Tensor:
+    """Zero the stored scales of blocks that use zero codes alone, in place; ``used`` is boolean (rows, blocks)."""
     if form.levels[form.zero_code] == 0:
-        # A block of zero codes dequantizes to zeros, for which requantizing stores a zero scale. Storing it here
-        # already makes requantizing give the same bytes.
-        used = by_block(codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True))
+        # Such a block dequantizes to zeros, for which requantizing stores a zero scale. Storing it here already makes
+        # requantizing give the same bytes.
         stored[:, : used.shape[1]].masked_fill_(~used, 0)
-    into.scales[chunk] = stored
+    return stored
 
 
 def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding, top: float = 1.0) -> str:
@@ -234,7 +265,3 @@ def serves_rows(x: Tensor) -> bool:
 def explain(weight: Weight, rows: int, dtype: torch.dtype) -> str:
     """Return how products are computed, whatever the weight, the rows of the input and the dtype."""
     return f"linear, input_grad: plain torch dequantizes rows in chunks and multiplies, {name}"
-
-
-def _dequantized(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
-    return weight.restore(rows, levels).to(dtype) if isinstance(weight, QuantizedTensor) else weight[rows].to(dtype)

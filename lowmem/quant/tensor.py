@@ -160,7 +160,7 @@ class QuantizedTensor:
         """
         self.check_layout()
         columns = self.shape[-1]
-        table = _table(levels or get_format(self.format).levels, self.packed.device)
+        table = number_table(levels or get_format(self.format).levels, self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
         codes = self.unpacked(packed)  # (rows, n)
         # Functorch transforms of older torch versions need 64-bit indices; elsewhere these would double the scratch.
@@ -239,14 +239,14 @@ class QuantizedTensor:
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
 
 
-def _table(levels: tuple[float, ...], device: torch.device) -> Tensor:
-    """Return levels as a float32 tensor; other devices than the CPU keep it, since a copy would wait for them."""
+def number_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+    """Return numbers in float32; other devices than the CPU keep the tensor, since a copy would wait for them."""
     if device.type == "cpu" or torch._C._len_torch_dispatch_stack():  # a mode may make other tensors of it
-        return torch.tensor(levels, dtype=torch.float32, device=device)
-    return _kept_table(levels, device)
+        return torch.tensor(numbers, dtype=torch.float32, device=device)
+    return _kept_table(numbers, device)
 
 
 @lru_cache(maxsize=64)
-def _kept_table(levels: tuple[float, ...], device: torch.device) -> Tensor:
+def _kept_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return torch.tensor(levels, dtype=torch.float32, device=device)
+        return torch.tensor(numbers, dtype=torch.float32, device=device)

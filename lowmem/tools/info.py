@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from lowmem.kernels import backend
+from lowmem.kernels import backend, gpu
 from lowmem.kernels.threads import usable_cpus
 from lowmem.tools.output import print_json, shown
 from lowmem.version import __version__
@@ -38,6 +38,7 @@ def facts() -> dict[str, str | int | bool | list[str] | None]:
         "cuda_available": cuda,
         "cuda_devices": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())] if cuda else [],
         "backend": backend(),
+        "cuda_backend": gpu.describe(),
     }
 
 

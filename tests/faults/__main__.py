@@ -1,6 +1,6 @@
 """Plant faults in C, one at a time in a copy of the tree, and see that a test fails: ``python -m tests.faults``.
 
-A fault is an entry of ``c.toml``::
+A fault is an entry of ``c.toml``, or of ``triton.toml`` (``--of triton``, where ``TRITON_INTERPRET=1``)::
 
     [[fault]]
     id = "c-bfloat16-nan"
@@ -10,7 +10,7 @@ A fault is an entry of ``c.toml``::
     replace = "return rounded;"
     tests = ["tests/kernels/test_rows.py"]                                # at least one of which must fail
     select = "every_nan and portable"                                     # what pytest -k takes; optional
-    kernel = "portable"                                                   # the kernel that serves
+    kernel = "portable"                                                   # that serves; none for those of Triton
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from pathlib import Path
 from lowmem.kernels.native import load
 from tests.faults.copies import SOURCE, Change, parser, try_changes
 
-LIST = Path(__file__).with_name("c.toml")
+LISTS = {name: Path(__file__).with_name(f"{name}.toml") for name in ("c", "triton")}
 
 
-def read_faults(path: Path = LIST, root: Path = SOURCE) -> dict[str, Change]:
+def read_faults(path: Path = LISTS["c"], root: Path = SOURCE) -> dict[str, Change]:
     """Return the faults of a list by their ids; a ValueError names an entry that is wrong, or stale."""
     faults: dict[str, Change] = {}
     for entry in tomllib.loads(path.read_text(encoding="utf8"))["fault"]:
@@ -41,7 +41,7 @@ def read_faults(path: Path = LIST, root: Path = SOURCE) -> dict[str, Change]:
             raise ValueError(f"{name}: there is no {', '.join(missing) or 'test'}")
         shown = f"{name}: {entry['breaks']} ({file})"
         text = text.replace(find, entry["replace"])
-        faults[name] = Change(shown, file, text, tuple(tests), entry.get("select", ""), entry["kernel"])
+        faults[name] = Change(shown, file, text, tuple(tests), entry.get("select", ""), entry.get("kernel", ""))
     return faults
 
 
@@ -55,21 +55,24 @@ def kernels() -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; return 0 where every fault was caught, 1 where one was not, 2 for bad input."""
-    faults = read_faults()
     options = parser("faults", __doc__)
-    options.add_argument("--only", nargs="+", metavar="ID", choices=list(faults), help="try these faults alone")
+    options.add_argument("--of", choices=list(LISTS), default="c", help="the list of faults (c)")
+    options.add_argument("--only", nargs="+", metavar="ID", help="try these faults alone")
     given = options.parse_args(arguments)
+    faults = read_faults(LISTS[given.of])
+    if unknown := [name for name in given.only or () if name not in faults]:
+        options.error(f"--only {' '.join(unknown)}: choose from {', '.join(faults)}")
     chosen = [faults[name] for name in given.only or faults]
     if given.list:
         print(*(fault.name for fault in chosen), sep="\n")
         return 0
     try:
-        have = kernels()
+        have = kernels() if given.of == "c" else [""]
         for fault in chosen:
             if fault.kernel not in have:
                 print(f"skipped: this processor has no {fault.kernel}: {fault.name}")
         tried = [fault for fault in chosen if fault.kernel in have]
-        return int(bool(try_changes(tried, given.jobs, unoptimized=True)))
+        return int(bool(try_changes(tried, given.jobs, unoptimized=given.of == "c")))
     except ValueError as reason:
         print(f"faults: {reason}", file=sys.stderr)
         return 2

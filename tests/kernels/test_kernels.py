@@ -316,24 +316,12 @@ def test_a_small_layer_works_in_a_forked_process():
 
 
 PAGE_EDGE = """
-import ctypes, mmap, sys, torch
+import sys, torch
 from dataclasses import replace
 from lowmem import QuantizedTensor, kernels, quantize
 from lowmem.quant.formats import get_format
 from lowmem.quant.scales import get_encoding
-
-PAGE = mmap.PAGESIZE
-libc = ctypes.CDLL(None, use_errno=True)
-
-def at_the_edge(tensor):
-    # A copy whose last byte is the last one of a page; the page behind it cannot be read. The tensor alone keeps the
-    # memory: a process has 65,530 mappings, and these are two.
-    size = max(1, -(-tensor.nbytes // PAGE)) * PAGE
-    memory = mmap.mmap(-1, size + PAGE)
-    start = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    assert libc.mprotect(ctypes.c_void_p(start + size), PAGE, 0) == 0
-    copy = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=size - tensor.nbytes)
-    return copy.view(tensor.shape).copy_(tensor)
+from tests.guard_pages import at_the_edge
 
 native, _ = kernels.cpu.load()
 

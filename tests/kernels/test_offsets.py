@@ -91,6 +91,24 @@ def test_products_are_those_of_the_weight(form, scales, size, rows, columns, bat
         assert ((back.double() - exact).abs() <= bound(sizes, exact, rows, dtype)).all()
 
 
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_offsets_of_wide_inputs_are_added_once(batch, dtype):
+    """Where an input has more than 49,152 numbers, it is packed in parts of its columns."""
+    rows, columns = 5, 49152 // batch + 300
+    generator = torch.Generator().manual_seed(0)
+    stored = quantize(
+        torch.randn(rows, columns, generator=generator) + 3, "int4", block_size=32, scales="float16_offsets"
+    )
+    x = torch.randn(batch, columns, generator=generator).to(dtype)
+    dense, offsets = stored.dequantize().double(), stored.offsets().repeat_interleave(32, -1)[:, :columns].double()
+    sizes, exact = x.double().abs() @ ((dense - offsets).abs() + offsets.abs()).T, x.double() @ dense.T
+    for name in kernels.available()[1:]:
+        with kernels.using(name):
+            out = kernels.linear(x, stored, dtype)
+        assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
+
+
 def bound(sizes, exact, terms, dtype):
     sums = (2 * terms + 8) * unit(torch.float32) * sizes
     return sums + unit(dtype) * (exact.abs() + sums) + (2.0**-24 if dtype == torch.float16 else 2.0**-126)

@@ -12,6 +12,7 @@ import torch
 
 import lowmem
 from lowmem.__main__ import main
+from lowmem.kernels import gpu
 from lowmem.kernels.threads import usable_cpus
 from lowmem.tools import info
 
@@ -47,6 +48,7 @@ def test_json_tells_versions_processor_and_kernel(told):
         "cuda_available": torch.cuda.is_available(),
         "cuda_devices": found["cuda_devices"],
         "backend": lowmem.backend(),
+        "cuda_backend": gpu.describe(),
     }
 
 
@@ -87,6 +89,7 @@ def test_cuda_devices_are_named_where_cuda_can_be_used(told, monkeypatch, availa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: f"H {n}")
+    monkeypatch.setattr(gpu, "describe", lambda: "triton")
     found = told("--json")
     assert (found["cuda_available"], found["cuda_devices"]) == (available, names)
     assert told()["cuda devices"] == text

@@ -1,0 +1,189 @@
+"""The backend of GPUs: Triton's kernels (``triton/``) for 4- and 8-bit weights, where triton 3.4 or newer runs. What
+they do not take falls back to ``reference``: other weights, dtypes and functions, wrapped and traced tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels import reference
+from lowmem.kernels.memory import TYPES, is_batch, is_plain, is_traced, unseen
+from lowmem.quant.backend import LowRank, Weight
+from lowmem.quant.formats import get_format
+from lowmem.quant.tensor import QuantizedTensor
+
+OLDEST = (3, 4)  # whose compiler takes tl.gather
+PROOF = "values proven in Triton's interpreter; speed not measured"
+
+
+@lru_cache(maxsize=64)
+def skip_reason(device: torch.device) -> str | None:
+    """Return why Triton's kernels do not serve a device, or None.
+
+    A small kernel is compiled and started: a driver, a GPU or a missing C compiler may refuse.
+    """
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported ({_first_line(error)}): pip install 'triton>={_dotted(OLDEST)}'"
+    found = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    if found < OLDEST:
+        return f"triton {triton.__version__} is too old: lowmem's kernels need {_dotted(OLDEST)}"
+    try:
+        weight = QuantizedTensor.empty(torch.Size((1, 8)), "nf4", 8, "float32", "absmax", device=device)
+        _launches().dequantize(weight, torch.empty(1, 8, device=device))()
+    except Exception as error:  # noqa: BLE001 (of the compiler, the linker or the driver; plain torch serves then)
+        return f"triton {triton.__version__} does not run on {device}: {_first_line(error)}"
+    return None
+
+
+def describe() -> str:
+    """Return what serves CUDA's tensors, and why, as one line of text."""
+    if not torch.cuda.is_available():
+        return "none: torch finds no GPU"
+    reason = skip_reason(torch.device("cuda", torch.cuda.current_device()))
+    return f"triton: {PROOF}" if reason is None else f"reference: {reason}"
+
+
+class Gpu:
+    """The backend of GPUs. Dequantized chunks of a weight have 8 Mi values: 32 MiB in float32."""
+
+    name = "triton"
+    fast_bfloat16 = True
+
+    add_low_rank = staticmethod(reference.add_low_rank)
+    serves_rows = staticmethod(reference.serves_rows)
+    norm = staticmethod(reference.norm)
+    norm_grad = staticmethod(reference.norm_grad)
+    gated = staticmethod(reference.gated)
+    gated_grad = staticmethod(reference.gated_grad)
+    entropies = staticmethod(reference.entropies)
+    encode_8bit = staticmethod(reference.encode_8bit)
+    decode_8bit = staticmethod(reference.decode_8bit)
+    round_columns = staticmethod(reference.round_columns)
+    attention = staticmethod(reference.attention)
+    encode_states = staticmethod(reference.encode_states)
+
+    @unseen
+    def linear(
+        self,
+        x: Tensor,
+        weight: Weight,
+        dtype: torch.dtype,
+        bias: Tensor | None = None,
+        low_rank: LowRank | None = None,
+    ) -> Tensor:
+        """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
+        if x.dim() != 2:
+            reference.check_input(x, weight.shape[1])
+            return self.linear(x.flatten(0, -2), weight, dtype, bias, low_rank).view(*x.shape[:-1], weight.shape[0])
+        out = self._few(x, weight, dtype, bias)
+        if out is None:
+            return reference.linear(x, weight, dtype, bias, low_rank, _dequantized)
+        return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
+
+    def _few(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+        """Return ``x @ W.T + bias`` of a few inputs by one kernel; None where it does not take them."""
+        others = (x,) if bias is None else (x, bias)
+        if not isinstance(weight, QuantizedTensor) or not _takes(weight, dtype, *others):
+            return None
+        if _few_refuses(weight, len(x), dtype) or x.shape[1:] != weight.shape[1:] or not x.is_floating_point():
+            return None
+        weight.check_layout()
+        out = x.new_empty(len(x), weight.shape[0], dtype=dtype)
+        _launches().few(x.to(dtype), weight, bias, out)()
+        return out
+
+    def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
+        """Return ``grad @ W``: (batch, out) -> (batch, in)."""
+        return reference.input_grad(grad, weight, dtype, _dequantized)
+
+    def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
+        """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place."""
+        return reference.add_product(out, x, weight, transposed, _dequantized)
+
+    def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return rows of a quantized matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
+        if _takes(weight, dtype):
+            return _dequantized(weight, rows, dtype)
+        return reference.dequantize(weight, rows, dtype)
+
+    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
+        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``; scales are those of torch."""
+        packed = into.packed[chunk]
+        if not _takes(into, rows.dtype, rows) or not rows.numel() or packed.stride(1) != 1:
+            return reference.quantize_rows(rows, into, chunk, importance)
+        form = get_format(into.format)
+        rows, stored = reference.encode_scales(rows, into, importance)
+        scales = into.encoding.decode(stored)  # (rows, blocks)
+        used = torch.empty(scales.shape, dtype=torch.uint8, device=rows.device)
+        _launches().quantize(rows, scales, form, into.block_size, packed, used)()
+        into.scales[chunk] = reference.drop_unused(stored, used.bool(), form)
+        return None
+
+    def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
+        """Return what computes each product of an input of ``rows`` rows, and why not Triton's kernels."""
+        device = (weight.packed if isinstance(weight, QuantizedTensor) else weight).device
+        refused = skip_reason(device) if isinstance(weight, QuantizedTensor) else "it takes 4- and 8-bit weights"
+        if refused is not None or not isinstance(weight, QuantizedTensor):
+            return f"{reference.explain(weight, rows, dtype)}\n  not triton: {refused}"
+        rest = f"triton dequantizes rows in chunks and torch multiplies; {PROOF}"
+        if why := _few_refuses(weight, rows, dtype):
+            return f"linear, input_grad: {rest}\n  not few of triton, which takes {why}"
+        return f"linear: few of triton, which takes {_FEW_ROWS}; {PROOF}\ninput_grad: {rest}"
+
+
+_FEW_ROWS = "1 to 8 rows"
+
+
+def _few_refuses(weight: QuantizedTensor, rows: int, dtype: torch.dtype) -> str | None:
+    """Return what the kernel of a few inputs takes in place of these, or None."""
+    if not 1 <= rows <= 8:
+        return _FEW_ROWS
+    if dtype not in TYPES:
+        return "other dtypes"
+    return "weights without offsets" if weight.has_offsets else None
+
+
+def _dequantized(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
+    """Do what ``reference.dequantizer`` does, by Triton where it serves."""
+    if not isinstance(weight, QuantizedTensor) or not _takes(weight, dtype):
+        return reference.dequantizer(weight, rows, dtype, levels)
+    weight.check_layout()
+    packed, scales = weight.packed[rows], weight.scales[rows]
+    out = torch.empty(len(packed), weight.shape[1], dtype=dtype, device=packed.device)
+    if out.numel():
+        _launches().dequantize(replace(weight, packed=packed, scales=scales, shape=out.shape), out, levels)()
+    return out
+
+
+def _takes(weight: QuantizedTensor, dtype: torch.dtype, *others: Tensor) -> bool:
+    """Whether Triton may read a matrix and other tensors, and writes a dtype: plain memory of one device, and nothing
+    that records operations."""
+    tensors = (weight.packed, weight.scales, *others)
+    device = weight.packed.device
+    if is_traced() or dtype not in TYPES or len(weight.shape) != 2 or not weight.shape.numel():
+        return False
+    if max(weight.shape) >= 2**31:  # rows and columns are counted in 32 bits
+        return False
+    if any(not is_plain(one) or is_batch(one) or one.device != device for one in tensors):
+        return False
+    return skip_reason(device) is None
+
+
+def _launches() -> ModuleType:
+    from lowmem.kernels.triton import launch
+
+    return launch
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def _dotted(numbers: tuple[int, ...]) -> str:
+    return ".".join(map(str, numbers))

@@ -1,0 +1,153 @@
+"""Launches of the kernels: their arguments, and the shape of a tile, which one table says."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lowmem.kernels.triton import few as few_inputs
+from lowmem.kernels.triton import rows as of_rows
+from lowmem.quant.formats import Format, get_format
+from lowmem.quant.tensor import QuantizedTensor, number_table
+
+
+class Tile(NamedTuple):
+    """Codes that a program reads at a time.
+
+    Attributes:
+        nbytes: of all of its rows.
+        of_row: bytes of a row, at most.
+        group: bytes that a thread loads at once, at most.
+        warps: of the program; a thread has ``nbytes / (32 warps)`` bytes.
+    """
+
+    nbytes: int
+    of_row: int
+    group: int
+    warps: int
+
+    def shape(self, row_bytes: int, block_bytes: int) -> dict[str, int]:
+        """Return ROWS, GROUPS and GROUP for rows and blocks of so many bytes: a group ends where its block does.
+
+        Tiles of smaller groups have half of the bytes, since each scale and address takes a register.
+        """
+        group = min(self.group, block_bytes & -block_bytes)
+        nbytes = self.nbytes if group == self.group else self.nbytes // 2
+        of_row = min(self.of_row, _power(max(row_bytes, group)))
+        return {"ROWS": max(1, nbytes // of_row), "GROUPS": of_row // group, "GROUP": group}
+
+
+# By the kernel and the most inputs, chosen by registers and by the loads that are under way at a time; no GPU has
+# measured them.
+TILES = {
+    ("dequantize", 0): Tile(2048, 512, 16, 4),
+    ("quantize", 0): Tile(512, 2048, 1, 4),
+    ("few", 1): Tile(2048, 512, 16, 4),
+    ("few", 2): Tile(1024, 256, 8, 4),
+    ("few", 4): Tile(1024, 256, 8, 4),
+    ("few", 8): Tile(1024, 256, 8, 4),
+}
+
+
+class Launch(NamedTuple):
+    """A kernel with its arguments; calling it starts the kernel on the device of its tensors."""
+
+    kernel: Any
+    programs: int
+    arguments: dict[str, Any]
+    warps: int
+
+    def __call__(self) -> None:
+        """Start the kernel; it runs after what its device's stream holds."""
+        device = next(one.device for one in self.arguments.values() if isinstance(one, Tensor))
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps, **OPTIONS)
+
+
+# Products and sums are not fused behind the kernels' back, or dequantized bits would not be those of plain torch.
+OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
+
+
+def dequantize(weight: QuantizedTensor, out: Tensor, levels: tuple[float, ...] | None = None) -> Launch:
+    """Dequantize a matrix to ``out``, contiguous (rows, columns); ``levels`` replace the format's."""
+    stored, tile = _stored(weight, levels), TILES["dequantize", 0]
+    shape = tile.shape(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
+    tiles = math.ceil(stored["row_bytes"] / (shape["GROUPS"] * shape["GROUP"]))
+    programs = math.ceil(len(out) / shape["ROWS"]) * tiles
+    given = {"out": out, "rows": len(out), "OFFSETS": weight.has_offsets}
+    return Launch(of_rows.dequantize, programs, stored | given | shape, tile.warps)
+
+
+def few(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, out: Tensor) -> Launch:
+    """Multiply up to eight inputs (batch, columns) by a matrix without offsets, into contiguous (batch, out)."""
+    stored, tile, x = _stored(weight), TILES["few", _power(len(x))], _rows(x)
+    shape = tile.shape(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
+    programs = math.ceil(weight.shape[0] / shape["ROWS"])
+    given = {
+        "x": x,
+        "bias": out if bias is None else bias.contiguous(),  # not read without BIAS
+        "out": out,
+        "out_features": weight.shape[0],
+        "x_stride": x.stride(0),
+        "BIAS": bias is not None,
+        "INPUTS": len(x),
+    }
+    return Launch(few_inputs.few, programs, stored | given | shape, tile.warps)
+
+
+def quantize(weight: Tensor, scales: Tensor, form: Format, block_size: int, packed: Tensor, used: Tensor) -> Launch:
+    """Write the nearest codes of float32 (rows, columns), for float32 scales (rows, blocks), and which blocks of
+    ``used``, uint8 (rows, blocks), have other codes than the zero code."""
+    tile, width = TILES["quantize", 0], _power(block_size * form.bits // 8)
+    blocks = max(1, tile.nbytes // width)
+    given = {
+        "weight": weight.contiguous(),
+        "scales": scales.contiguous(),
+        "boundaries": number_table((*form.boundaries, math.inf), weight.device),
+        "packed": packed,
+        "used": used,
+        "count": scales.numel(),
+        "columns": weight.shape[1],
+        "blocks": scales.shape[1],
+        "packed_stride": packed.stride(0),
+        "BLOCK": block_size,
+        "BITS": form.bits,
+        "ZERO": form.zero_code,
+        "BLOCKS": blocks,
+        "WIDTH": width,
+    }
+    warps = tile.warps * max(1, width // tile.of_row)
+    return Launch(of_rows.quantize, math.ceil(scales.numel() / blocks), given, warps)
+
+
+def _stored(weight: QuantizedTensor, levels: tuple[float, ...] | None = None) -> dict[str, Any]:
+    """Return the arguments that describe a stored matrix."""
+    form, encoding, columns = get_format(weight.format), weight.encoding, weight.shape[1]
+    packed, scales = _rows(weight.packed), _rows(weight.scales)
+    return {
+        "packed": packed,
+        "scales": scales,
+        "levels": number_table(levels or form.levels, packed.device),
+        "columns": columns,
+        "row_bytes": packed.shape[1],
+        "packed_stride": packed.stride(0),
+        "scales_stride": scales.stride(0),
+        "BLOCK": weight.block_size,
+        "BITS": form.bits,
+        "STEPS": (127 if encoding.signed else 255) if encoding.extra else 0,
+        "WHOLE": columns % weight.block_size == 0,
+    }
+
+
+def _rows(matrix: Tensor) -> Tensor:
+    """Return a matrix whose rows' numbers lie side by side."""
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def _power(number: int) -> int:
+    """Return the least power of two that is not below a number."""
+    return 1 << (number - 1).bit_length()

@@ -1,0 +1,161 @@
+"""The backend of GPUs: when Triton serves, and why it does not. ``tests/kernels/triton`` has values."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowmem import AdamW8bit, FourBit, convert, quantize
+from lowmem.kernels import gpu, reference
+from lowmem.quant.backend import backend_for, set_backend
+from tests.selection import rows_in_one_case
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def asked_again():
+    """Let every test ask for itself whether Triton serves."""
+    ask = gpu.skip_reason
+    ask.cache_clear()
+    yield
+    ask.cache_clear()
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """Let Triton serve every device, with kernels that do nothing; return the names of those that were started."""
+    names = []
+
+    def launch(name):
+        return lambda *arguments: lambda: names.append(name)
+
+    launches = SimpleNamespace(**{name: launch(name) for name in ("few", "dequantize", "quantize")})
+    monkeypatch.setattr(gpu, "skip_reason", lambda device: None)
+    monkeypatch.setattr(gpu, "_launches", lambda: launches)
+    return names
+
+
+def refuse():
+    raise RuntimeError("Failed to find C compiler.\nmore")
+
+
+def test_it_serves_cuda_and_imports_triton_when_a_tensor_asks():
+    assert isinstance(backend_for("cuda"), gpu.Gpu)
+    assert backend_for("cuda").name == "triton"
+
+
+@rows_in_one_case(
+    ("version", "says"),
+    [
+        (None, "triton cannot be imported (import of triton halted; None in sys.modules): pip install 'triton>=3.4'"),
+        ("3.3.1", "triton 3.3.1 is too old: lowmem's kernels need 3.4"),
+        ("3.4.0", "triton 3.4.0 does not run on cpu: Failed to find C compiler."),
+    ],
+)
+def test_why_triton_does_not_serve_is_said(version, says, monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
+    monkeypatch.setattr(gpu, "_launches", lambda: SimpleNamespace(dequantize=lambda *_: refuse))
+    gpu.skip_reason.cache_clear()
+    assert gpu.skip_reason(CPU) == says
+    q, x = quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(3, 40)
+    backend = gpu.Gpu()
+    assert backend.explain(q, 3, torch.float32) == f"{reference.explain(q, 3, torch.float32)}\n  not triton: {says}"
+    assert torch.equal(backend.linear(x, q, torch.float32), reference.linear(x, q, torch.float32))
+    assert torch.equal(backend.dequantize(q, slice(1, 3), torch.half), q.dequantize(torch.half)[1:3])
+
+
+def test_a_version_that_runs_serves(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.0+git1"))
+    monkeypatch.setattr(gpu, "_launches", lambda: SimpleNamespace(dequantize=lambda *_: lambda: None))
+    assert gpu.skip_reason(CPU) is None
+
+
+def test_what_serves_is_described(started, monkeypatch):
+    assert torch.cuda.is_available() or gpu.describe() == "none: torch finds no GPU"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert gpu.describe() == "triton: values proven in Triton's interpreter; speed not measured"
+    monkeypatch.setattr(gpu, "skip_reason", lambda device: f"no {device}")
+    assert gpu.describe() == "reference: no cuda:0"
+
+
+def test_explain_says_which_kernel_multiplies_and_why_not_another(started):
+    backend, q = gpu.Gpu(), quantize(torch.randn(6, 40), "nf4", block_size=16)
+    rest = f"triton dequantizes rows in chunks and torch multiplies; {gpu.PROOF}"
+    few = f"linear: few of triton, which takes 1 to 8 rows; {gpu.PROOF}"
+    assert backend.explain(q, 8, torch.bfloat16) == f"{few}\ninput_grad: {rest}"
+    offsets = quantize(torch.randn(6, 40), "uint4", block_size=16)
+    for weight, rows, dtype, takes in (
+        (q, 9, torch.float32, "1 to 8 rows"),
+        (q, 1, torch.int8, "other dtypes"),
+        (offsets, 1, torch.float32, "weights without offsets"),
+    ):
+        shown = f"linear, input_grad: {rest}\n  not few of triton, which takes {takes}"
+        assert backend.explain(weight, rows, dtype) == shown
+    half = torch.randn(6, 40).half()
+    assert backend.explain(half, 1, torch.half).endswith("\n  not triton: it takes 4- and 8-bit weights")
+
+
+def test_wrapped_traced_and_16_bit_tensors_are_left_to_plain_torch(started):
+    backend, q, x = gpu.Gpu(), quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(3, 40)
+    half = torch.randn(6, 40).half()
+    assert torch.equal(backend.linear(x, half, torch.float32), reference.linear(x, half, torch.float32))
+    expected = reference.linear(x, q, torch.float32)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert backend.linear(torch.randn(3, 40), q, torch.float32).shape == expected.shape
+    assert started == []
+    backend.linear(torch._neg_view(x), q, torch.float32)  # which dequantized rows are multiplied by
+    backend.linear(x, q, torch.float32)
+    assert started == ["dequantize", "few"]
+
+
+@rows_in_one_case("batch", [1, 9])
+def test_no_value_is_asked_for_and_no_shape_depends_on_one(batch, started):
+    """The meta device raises where either is: forward, backward, gathers and an optimizer."""
+    before = backend_for("meta")
+    set_backend("meta", gpu.Gpu())
+    try:
+        for technique in (
+            FourBit("nf4", 64),
+            FourBit("nf4", 64, embeddings="4bit"),
+            FourBit("int4", 16, offsets=True),
+        ):
+            started.clear()
+            layer, table = (
+                convert(one, technique).to("meta") for one in (torch.nn.Linear(64, 128), torch.nn.Embedding(50, 64))
+            )
+            assert table(torch.zeros(3, 7, dtype=torch.int64, device="meta")).shape == (3, 7, 64)
+            x = torch.nn.Parameter(torch.randn(batch, 64, device="meta"))
+            optimizer = AdamW8bit([x])
+            layer(x).sum().backward()
+            optimizer.step()
+            fused = batch == 1 and not technique.offsets
+            assert started == ["dequantize", "few" if fused else "dequantize", "dequantize"]
+    finally:
+        set_backend("meta", before)
+
+
+@rows_in_one_case("batch", [1, 8, 9, 600])
+def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monkeypatch):
+    """A million weights are one chunk on a GPU. On the CPU, which the test takes, a chunk is 1 MiB of scratch."""
+    q = quantize(torch.randn(1024, 256), "nf4", block_size=64)
+    backend, x, grad = gpu.Gpu(), torch.randn(batch, 256), torch.randn(batch, 1024)
+    chunks = 1024 * 256 * 18 // 2**20 + 1
+    started.clear()
+    backend.linear(x, q, torch.float32)
+    assert started == (["few"] if batch <= 8 else ["dequantize"] * chunks)
+    started.clear()
+    backend.input_grad(grad, q, torch.float32)
+    assert started == ["dequantize"] * chunks
+
+
+def test_rows_that_plain_torch_refuses_are_refused(started):
+    backend, q = gpu.Gpu(), quantize(torch.randn(6, 40), "nf4", block_size=16)
+    with pytest.raises(RuntimeError, match="must end in in_features=40"):
+        backend.linear(torch.randn(3, 41), q, torch.float32)
+    with pytest.raises(ValueError, match="NaN"):
+        backend.quantize_rows(torch.full((6, 40), torch.nan), q, slice(None), None)
+    assert started == []
