@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from lowmem.errors import refusal
 from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of, window_of
@@ -37,6 +38,7 @@ def calibrate_folder(
     shard_bytes: int | None = None,
     diagonal: bool = False,
     resume: Path | None = None,
+    device: torch.device | str = "cpu",
     progress: Callable[[int, int, float], object] | None = None,
 ) -> list[Row]:
     """Write a folder with the weights of another one calibrated, as ``quantize_folder``.
@@ -49,6 +51,7 @@ def calibrate_folder(
         technique: how to store the weights; a ``Budget`` is divided by what its layers get, too.
         text: a file of text in UTF-8; None: the model, a causal language model, generates it, with seed 0 at a
             temperature of 1.
+        device: where the model runs.
         diagonal, resume, progress: as for ``lowmem.calibrate``.
 
     Raises:
@@ -60,14 +63,14 @@ def calibrate_folder(
     check_dense(source)
     tokenizer = read_tokenizer(source, sizes_of(source, "calibrate").vocabulary)
     written = None if text is None else read_text(text)[0]
-    model: Any = load_folder(source)
+    model: Any = load_folder(source).to(device)
     refuse_pairs(source, model, "calibrate")
     batches: Any = SELF if written is None else batches_of(model, tokenizer, written)
     if text is not None and not batches:
         raise refusal(text, "it has too few tokens to calibrate a model: take a text of a few thousand", "calibrate")
     calibrate(
         model,
-        batches,
+        tree_map_only(Tensor, lambda one: one.to(device), batches),
         technique,
         skip=skip,
         diagonal=diagonal,
@@ -75,7 +78,7 @@ def calibrate_folder(
         progress=progress,
         tokenizer=tokenizer,
     )
-    return write_model(model, source, target, shard_bytes)
+    return write_model(model.to("cpu"), source, target, shard_bytes)
 
 
 def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[dict[str, Tensor]]:
