@@ -139,10 +139,13 @@ def training_memory(
                     for _ in range(2):
                         _step(memory, model, made, loss, inputs, named)
 
-            device = trained[0].device
-            allocated = measure.peak_bytes(run, device) if device.type == "cuda" else run()
+            device, allocated = trained[0].device, 0
+            if device.type == "cuda":
+                allocated = measure.peak_bytes(run, device)
+            else:
+                run()
     parts = memory.parts()
-    parts["scratch"] += max(0, (allocated or 0) - memory.peak)
+    parts["scratch"] += max(0, allocated - memory.peak)
     return TrainingMemory(
         optimizer_name=optimizer if isinstance(optimizer, str) else type(made).__name__,
         moment=memory.peak_phase,
