@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from lowmem.errors import refusal
 from lowmem.integrations.transformers.config_facts import refuse_pairs, sizes_of, window_of
@@ -70,7 +69,7 @@ def calibrate_folder(
         raise refusal(text, "it has too few tokens to calibrate a model: take a text of a few thousand", "calibrate")
     calibrate(
         model,
-        tree_map_only(Tensor, lambda one: one.to(device), batches),
+        batches,
         technique,
         skip=skip,
         diagonal=diagonal,
@@ -85,15 +84,16 @@ def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | li
     """Return parts of a text, evenly spread, as batches of a model's inputs.
 
     A model that generates gets windows of the text; an encoder gets paragraphs with what the tokenizer puts around
-    them, padded and masked.
+    them, padded and masked. Batches are on the model's device.
     """
     own: Any = model
     length = window_of(own.config, WINDOW)
     if own.can_generate():
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
         windows = [window for window in tokens.split(length) if len(window) == length]
-        return list(torch.stack(_spread(windows, WINDOWS)).split(_BATCH)) if windows else []
-    return padded_batches(tokenizer, _spread(paragraphs_of(text), _PARAGRAPHS), length, _BATCH)
+        return list(torch.stack(_spread(windows, WINDOWS)).to(own.device).split(_BATCH)) if windows else []
+    batches = padded_batches(tokenizer, _spread(paragraphs_of(text), _PARAGRAPHS), length, _BATCH)
+    return [{name: one.to(own.device) for name, one in batch.items()} for batch in batches]
 
 
 def _spread(parts: list[Any], count: int) -> list[Any]:
