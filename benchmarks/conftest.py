@@ -89,9 +89,11 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out, without times, what measures no memory."""
+    """Leave out what measures a GPU unless ``-m cuda`` asks for it; and without times what measures no memory."""
+    here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
+    left_out = [] if "cuda" in config.option.markexpr else [one for one in here if one.get_closest_marker("cuda")]
     if config.option.benchmark_disable:
-        here = [item for item in items if item.path.is_relative_to(Path(__file__).parent)]
         left_out = [item for item in here if "memory_gate" not in item.fixturenames]
+    if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]

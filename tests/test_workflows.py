@@ -29,7 +29,7 @@ def test_every_leg_of_the_matrix_runs_on_the_python_that_it_names():
 
 def test_the_workflows_name_environments_of_tox():
     named = {name for text in WORKFLOWS.values() for name in re.findall(r"tox -e ([\w-]+)", text)}
-    assert {"lint", "actions", "types", "wheels", "sdist", "bench", "gate", "docs", "minilm"} <= named
+    assert {"lint", "actions", "types", "wheels", "sdist", "bench", "gate", "docs", "minilm", "gpu"} <= named
     listed = re.findall(r" (?:what|others): \[([\w, ]+)\]", WORKFLOWS["nightly"])  # by a variable, as the legs are
     by_variable = {name for names in listed for name in names.split(", ")}
     assert {"zoo", "transformers", "formats", "faults", "mutants"} <= by_variable

@@ -12,7 +12,13 @@ from torch.compiler import is_compiling
 from lowmem.inference.parts import GatedPart, NormPart
 from lowmem.nn.module_copy import copied_module
 from lowmem.training.fused import GatedMLP, RMSNorm
-from lowmem.training.prepared_module import PreparedModule, check_prepared, prepared_class, release_module
+from lowmem.training.prepared_module import (
+    PreparedModule,
+    check_prepared,
+    device_of_plain_torch,
+    prepared_class,
+    release_module,
+)
 from lowmem.training.recognize import recognize
 from lowmem.transforms.commit import integrations_of
 from lowmem.transforms.refusals import refuse_prepared
@@ -131,7 +137,8 @@ def release_inference(model: M) -> M:
 def inference_report(model: nn.Module) -> dict[str, str]:
     """Return what ``prepare_inference`` did to each module, by path ("" is the model), and why it left others alone.
 
-    Of modules that were left as they are, those that look like RMS norms, gated MLPs or blocks are listed.
+    Of modules that were left as they are, those that look like RMS norms, gated MLPs or blocks are listed. A prepared
+    module on another device than the CPU is computed as before, by plain torch, and its text says so.
 
     Raises:
         TypeError: the model is not a module.
@@ -140,7 +147,10 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     state, report = _STATES.get(model), {}
     for module, paths in module_paths(model).items():
         if isinstance(module, InferenceModule):
-            report[paths[0]] = module.note
+            device = device_of_plain_torch(module, model)
+            report[paths[0]] = (
+                module.note if device is None else f"as before on {device}, by plain torch: C computes on CPUs"
+            )
         elif state is not None and module in state.reasons:
             report[paths[0]] = f"as before: {state.reasons[module]}"
     return report

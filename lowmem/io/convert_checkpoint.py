@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ def convert_checkpoint(
     include: Iterable[str] = ("*",),
     exclude: Iterable[str] = (),
     shard_bytes: int | None = None,
+    device: torch.device | str = "cpu",
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> list[Row]:
     """Convert a safetensors checkpoint to 4 bits, with one tensor in memory at a time.
@@ -67,6 +68,7 @@ def convert_checkpoint(
         include, exclude: glob patterns of names; tensors that match ``include`` and not ``exclude`` are converted.
         shard_bytes: the most bytes of tensors per file; ``target-00001-of-00002.safetensors`` and so on are written,
             then ``target.safetensors.index.json``. None: one file.
+        device: where each tensor is quantized.
         progress: called with the name of each tensor that was read and its bytes in the source.
 
     Returns:
@@ -82,10 +84,10 @@ def convert_checkpoint(
     check_target(target)
     with Source(source) as opened:
         wanted = _wanted(opened.specs, list(include), list(exclude))
-        chosen = _chosen(opened, wanted, technique, progress)
+        chosen = _chosen(opened, wanted, technique, device, progress)
         errors: dict[str, float] = {}
         weights = {
-            name: _converted(opened, name, chosen[name].technique, errors)
+            name: _converted(opened, name, chosen[name].technique, device, errors)
             if name in wanted
             else StoredWeight(name, spec.shape, spec.dtype, spec.nbytes, partial(opened.read_tensor, name))
             for name, spec in opened.specs.items()
@@ -109,7 +111,11 @@ def convert_checkpoint(
 
 
 def _chosen(
-    opened: Source, wanted: set[str], technique: FourBit | EightBit | Budget, progress: Callable[[str, int], None]
+    opened: Source,
+    wanted: set[str],
+    technique: FourBit | EightBit | Budget,
+    device: torch.device | str,
+    progress: Callable[[str, int], None],
 ) -> dict[str, Chosen]:
     """Return how each tensor is stored."""
     if not isinstance(technique, Budget):
@@ -118,7 +124,7 @@ def _chosen(
         raise ValueError("Budget(inputs=) runs a model, and a checkpoint is none: leave inputs= out")
     units: dict[str, Unit] = {}
     for name in sorted(wanted):
-        tensor = _rows(opened.read_tensor(name))
+        tensor = _rows(opened.read_tensor(name)).to(device)
         try:
             unit = unit_of({layer_of(name): tensor}, lambda _, weight: losses_of(weight))
         except (ValueError, TypeError) as reason:
@@ -150,18 +156,24 @@ def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]
     return wanted
 
 
-def _converted(opened: Source, name: str, technique: FourBit | EightBit, errors: dict[str, float]) -> StoredWeight:
+def _converted(
+    opened: Source,
+    name: str,
+    technique: FourBit | EightBit,
+    device: torch.device | str,
+    errors: dict[str, float],
+) -> StoredWeight:
     """Plan to store a tensor by ``technique``; its error is noted when it is written."""
     skeleton = technique.skeleton(_rows(torch.empty(opened.specs[name].shape, device="meta")))
 
     def read() -> QuantizedTensor:
-        weight = _rows(opened.read_tensor(name))
+        weight = _rows(opened.read_tensor(name)).to(device)
         try:
             stored = technique.store(weight)
         except (ValueError, TypeError) as reason:
             raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
         errors[name] = relative_error(weight, stored)
-        return stored
+        return replace(stored, packed=stored.packed.to("cpu"), scales=stored.scales.to("cpu"))
 
     return StoredWeight(name, tuple(skeleton.shape), CodedForm.of(skeleton), opened.specs[name].nbytes, read)
 

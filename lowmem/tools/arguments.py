@@ -48,6 +48,11 @@ def add_output_arguments(parser: argparse.ArgumentParser, json: str = "print JSO
     output.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
+def add_device_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--device``, with what it is for its help."""
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help=f"{what} (default cpu)")
+
+
 def option_of(name: str) -> str:
     """Return the option that sets an attribute of the parsed arguments."""
     return f"--{name.replace('_', '-')}"
@@ -163,7 +168,7 @@ def device_of(name: str) -> torch.device:
         built = torch.version.cuda is not None or torch.version.hip is not None
         why = "finds no GPU that it can use" if built else "is built without CUDA"
         raise ValueError(
-            f"--device={name}: torch {torch.__version__} {why}: leave --device out to train on the CPU, or run "
+            f"--device={name}: torch {torch.__version__} {why}: leave --device out to use the CPU, or run "
             "python -c 'import torch; torch.cuda.init()', which says what is missing"
         )
     number, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()

@@ -16,8 +16,16 @@ from torch import Tensor
 from lowmem import measure
 from lowmem.errors import one_line
 from lowmem.io.atomic import read_text
-from lowmem.tools.arguments import add_input_arguments, add_output_arguments, file_path, make_input, number
-from lowmem.tools.models import folder_of, make_model, tensor_of
+from lowmem.tools.arguments import (
+    add_device_argument,
+    add_input_arguments,
+    add_output_arguments,
+    device_of,
+    file_path,
+    make_input,
+    number,
+)
+from lowmem.tools.models import folder_of, make_model, placed, tensor_of
 from lowmem.tools.output import finite, print_json, print_table, progress, shown, warnings_as_notes
 from lowmem.variants import VARIANTS
 
@@ -53,19 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="with --text: list the layers that lose most; runs the first model once per stored layer",
     )
+    add_device_argument(parser, "where the models run")
     add_output_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
+    device = device_of(arguments.device)
     if arguments.text is not None:
-        return _compare_text(arguments)
+        return _compare_text(arguments, device)
     if arguments.layers:
         raise ValueError("--layers needs a text: add --text FILE")
     base, *others = arguments.models or VARIANTS
     if not others:
         raise ValueError(f"models={base!r} is only a base: name at least one other model to compare with it")
-    x = make_input(arguments)
+    x = make_input(arguments).to(device)
     expected = _output(base, x, arguments.seed)
     differences = {}
     for other in others:
@@ -118,7 +128,7 @@ def _judge(tolerance: float | None, differences: Iterable[tuple[float, str]]) ->
     return failed
 
 
-def _compare_text(arguments: argparse.Namespace) -> int:
+def _compare_text(arguments: argparse.Namespace, device: torch.device) -> int:
     """Compare language models, or encoders, in folders on a text."""
     if (arguments.batch, arguments.input_shape, arguments.input_dtype) != (1, (1024,), "float32"):
         raise ValueError(
@@ -138,6 +148,7 @@ def _compare_text(arguments: argparse.Namespace) -> int:
             [folder for _, folder in folders if folder is not None],
             text,
             layers=arguments.layers,
+            device=device,
             progress=lambda done, runs: update(completed=done, total=runs),
         )
     if arguments.json:
@@ -197,6 +208,6 @@ def _json_of(value: Any) -> Any:
 
 
 def _output(name: str, x: Tensor, seed: int) -> Tensor:
-    model = make_model(name, seed=seed)
+    model = placed(name, make_model(name, seed=seed), x.device)
     with torch.no_grad():
         return tensor_of(name, "compare", lambda: model.eval()(x.clone()))

@@ -11,7 +11,7 @@ from lowmem.io.atomic import owned
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
-    DEVICES,
+    add_device_argument,
     file_path,
     number,
     option_of,
@@ -66,12 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "all settings; for a classifier: write the trained model, as lowmem.load reads it, and its head beside it as "
         "OUT.head.safetensors",
     )
-    parser.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="cpu",
-        help="device to train on; cuda is the first GPU, or with torchrun each process's own GPU (default cpu)",
-    )
+    add_device_argument(parser, "device to train on; cuda is the first GPU, or with torchrun each process's own GPU")
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
     add_folder_arguments(parser.add_argument_group("for folders only"))
 

@@ -11,7 +11,7 @@ import torch
 
 from lowmem.finetuning.metrics import peak_memory
 from lowmem.inference.prepare import inference_report, prepare_inference
-from lowmem.tools.arguments import DEVICES, device_of, file_path, number, positive_int, seed
+from lowmem.tools.arguments import add_device_argument, device_of, file_path, number, positive_int, seed
 from lowmem.tools.output import warnings_as_notes
 
 INTERRUPTED = 130  # 128 + SIGINT: what shells report
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cache-bits", type=int, choices=[8], metavar="8", help="keep keys and values of earlier tokens in 8 bits"
     )
     parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default 0)")
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help="where the model runs (default cpu)")
+    add_device_argument(parser, "where the model runs")
 
 
 def _share(text: str) -> float:

@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from lowmem.bignet import BigNet
@@ -44,6 +45,14 @@ def make_model(name: str, *, seed: int = 0, rank: int | None = None) -> nn.Modul
         if isinstance(reason, BrokenPipeError) and is_pipe_closed():
             raise
         raise ValueError(f"model={name!r}, rank={rank} cannot be built: {describe(reason)}") from reason
+
+
+def placed(name: str, model: nn.Module, device: torch.device) -> nn.Module:
+    """Return the model called ``name`` on a device; one that stays on the CPU is not touched."""
+    if device.type == "cpu":
+        return model
+    with user_code(f"model={name!r} cannot be moved to {device}"):
+        return model.to(device)
 
 
 def folder_of(name: str) -> Path | None:

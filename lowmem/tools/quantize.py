@@ -8,6 +8,7 @@ from collections.abc import Set
 from dataclasses import asdict
 from functools import partial
 
+import torch
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from lowmem.io.atomic import owned
@@ -18,7 +19,15 @@ from lowmem.nn.techniques import Budget, EightBit, FourBit, blockwise
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
 from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import quantize_foreign
-from lowmem.tools.arguments import file_path, option_of, positive_float, positive_int, size
+from lowmem.tools.arguments import (
+    add_device_argument,
+    device_of,
+    file_path,
+    option_of,
+    positive_float,
+    positive_int,
+    size,
+)
 from lowmem.tools.output import (
     mib,
     print_json,
@@ -34,10 +43,11 @@ from lowmem.tools.output import (
 _TECHNIQUE = ("format", "block_size", "scales", "search")
 _CALIBRATION = ("calibrate", "diagonal", "resume")
 OPTIONS = (
-    *("bits", *_TECHNIQUE, "embeddings", "include", "exclude", "shard_size", "requantize", "dtype"),
+    *("bits", *_TECHNIQUE, "embeddings", "include", "exclude", "shard_size", "requantize", "dtype", "device"),
     *_CALIBRATION,
 )
-"""Attributes of the parsed arguments that some kinds of input refuse. One that was not given is None, False or []."""
+"""Attributes of the parsed arguments that some kinds of input refuse. One that was not given is None, False, []
+or "cpu"."""
 
 _NO_MODEL = dict.fromkeys(_CALIBRATION, "only a dense folder can be calibrated: leave it out")
 REFUSALS = {
@@ -59,6 +69,7 @@ REFUSALS = {
             "another program's codes are kept, and dense tensors too unless --include names them: leave it out"
         ),
         "embeddings": "another program's codes are kept: leave it out",
+        "device": "another program's file is read on the CPU: leave it out",
     },
 }
 """By kind of input: why an option never applies, and the remedy. No option is ignored."""
@@ -140,6 +151,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --calibrate: save finished blocks in DIR, and continue from them when the command is run again",
     )
     quantize_foreign.add_arguments(parser)
+    add_device_argument(parser, "where weights are quantized, and a model is calibrated")
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
 
@@ -162,7 +174,7 @@ def _refusal(kind: str, option: str, given: Set[str]) -> str | None:
 
 def _check_options(arguments: argparse.Namespace, kind: str) -> None:
     """Raise a ValueError that names the first option that does not apply to a kind of input."""
-    given = {name for name in OPTIONS if getattr(arguments, name) not in (None, False, [])}
+    given = {name for name in OPTIONS if getattr(arguments, name) not in (None, False, [], "cpu")}
     if arguments.search is not None:
         given.add("search")  # --no-search is False
     for name in OPTIONS:
@@ -183,12 +195,13 @@ def run(arguments: argparse.Namespace) -> int:
         return quantize_foreign.run(arguments, _blockwise(arguments))
     is_folder = (arguments.source / "config.json").is_file()
     _check_options(arguments, "a dense folder" if is_folder else "a dense file")
+    device = device_of(arguments.device)
     technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
     with owned(arguments.target), warnings_as_notes():
         if arguments.calibrate is not None:
-            rows = _calibrated_folder(arguments, technique)
+            rows = _calibrated_folder(arguments, technique, device)
         else:
-            rows = (_folder if is_folder else _checkpoint)(arguments, technique)
+            rows = (_folder if is_folder else _checkpoint)(arguments, technique, device)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
@@ -215,7 +228,9 @@ def _blockwise(arguments: argparse.Namespace) -> FourBit | EightBit:
     )
 
 
-def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
+def _checkpoint(
+    arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device
+) -> list[Row]:
     """Convert a file, or the files of an index."""
     with Source(arguments.source) as source:
         total = sum(spec.nbytes for spec in source.specs.values())
@@ -230,20 +245,28 @@ def _checkpoint(arguments: argparse.Namespace, technique: FourBit | EightBit | B
             include=arguments.include or ["*"],
             exclude=arguments.exclude,
             shard_bytes=arguments.shard_size,
+            device=device,
             progress=lambda name, nbytes: update(advance=nbytes),
         )
 
 
-def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
+def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device) -> list[Row]:
     """Convert a folder, which transformers loads."""
     from lowmem.integrations.transformers.folder import quantize_folder
 
     return quantize_folder(
-        arguments.source, arguments.target, technique, skip=arguments.exclude, shard_bytes=arguments.shard_size
+        arguments.source,
+        arguments.target,
+        technique,
+        skip=arguments.exclude,
+        shard_bytes=arguments.shard_size,
+        device=device,
     )
 
 
-def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget) -> list[Row]:
+def _calibrated_folder(
+    arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device
+) -> list[Row]:
     """Calibrate the model of a folder, which transformers loads."""
     if isinstance(technique, EightBit):
         raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: use only one of them")
@@ -261,6 +284,7 @@ def _calibrated_folder(arguments: argparse.Namespace, technique: FourBit | Eight
             text,
             skip=arguments.exclude,
             shard_bytes=arguments.shard_size,
+            device=device,
             diagonal=arguments.diagonal,
             resume=arguments.resume,
             progress=lambda done, total, left: update(completed=done, total=total),

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowmem import measure
@@ -17,15 +18,17 @@ from lowmem.io.atomic import check_writable, write_atomically
 from lowmem.nn.techniques import FourBit, LoRA
 from lowmem.tools.arguments import (
     RANK,
+    add_device_argument,
     add_input_arguments,
     add_output_arguments,
+    device_of,
     file_path,
     make_input,
     positive_int,
     size,
     techniques,
 )
-from lowmem.tools.models import base_of, folder_of, make_model, plan_model, recipe_of, run_model, user_code
+from lowmem.tools.models import base_of, folder_of, make_model, placed, plan_model, recipe_of, run_model, user_code
 from lowmem.tools.output import mib, print_json, print_plan, print_summary, print_table, shown
 from lowmem.tools.report import check_extra
 from lowmem.training.memory import TRAINERS, TrainingMemory, training_memory
@@ -136,6 +139,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"with --training: draw stacked bars to a .svg, .png or .html ({install_command('report')})",
     )
+    add_device_argument(parser, "where models are measured; peaks on cuda are those of torch's allocator")
     add_output_arguments(parser, "print JSON with integer bytes")
 
 
@@ -146,16 +150,17 @@ def run(arguments: argparse.Namespace) -> int:
     _check_step(arguments, measures_step)
     if planned:
         return _print_plans(arguments)
+    device = device_of(arguments.device)
     if arguments.tokens is not None:
         raise ValueError(f"--tokens {arguments.tokens} plans a cache: add --plan or --at-most, or leave it out")
     if measures_step:
-        return _print_steps(arguments)
+        return _print_steps(arguments, device)
     rows: list[Stats] = []
     layers: dict[str, Summary] = {}  # of the user's models
     for name in arguments.models or VARIANTS:
-        model = make_model(name, seed=arguments.seed)
+        model = placed(name, make_model(name, seed=arguments.seed), device)
         config = _config_of(name, model)
-        x = _input(arguments, config)
+        x = _input(arguments, config).to(device)
         rows.append(stats_of(name, model, x, **_decoded(config, x)))
         if ":" in name or config is not None:
             with user_code(f"model={name!r} cannot be listed by layers"):
@@ -305,6 +310,8 @@ def _check_step(arguments: argparse.Namespace, measured: bool) -> None:
             )
     if measured and arguments.all:
         raise ValueError("--all lists the layers of a model: leave it out, or --training")
+    if arguments.device != "cpu" and (arguments.plan is not None or arguments.at_most is not None):
+        raise ValueError(f"--plan and --at-most measure nothing: leave --device={arguments.device} out")
     path = arguments.plot
     if path is None:
         return
@@ -316,9 +323,9 @@ def _check_step(arguments: argparse.Namespace, measured: bool) -> None:
     check_writable(path)
 
 
-def _print_steps(arguments: argparse.Namespace) -> int:
+def _print_steps(arguments: argparse.Namespace, device: torch.device) -> int:
     """Measure a training step of each model, and print and draw where its memory goes."""
-    found = {name: _measured_step(arguments, name) for name in arguments.models or VARIANTS}
+    found = {name: _measured_step(arguments, name, device) for name in arguments.models or VARIANTS}
     if arguments.plot is not None:
         _draw(arguments, found)
     if arguments.json:
@@ -333,14 +340,15 @@ def _print_steps(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _measured_step(arguments: argparse.Namespace, name: str) -> TrainingMemory:
+def _measured_step(arguments: argparse.Namespace, name: str, device: torch.device) -> TrainingMemory:
     own = folder_of(name) is None and any(isinstance(one, LoRA) for one in recipe_of(name)[1])  # adapters
     model = make_model(name, seed=arguments.seed, rank=arguments.rank if own else None)
     config = _config_of(name, model)
-    x = _input(arguments, config)
+    x = _input(arguments, config).to(device)
     with user_code(f"model={name!r} cannot be trained"):
         if arguments.rank is not None and not own and not adapter_names(model):
             model = convert(model, LoRA(arguments.rank))
+        model = model.to(device)
         trains = any(one.requires_grad for one in model.parameters())
         if trains and arguments.memory is not None:
             prepare_training(model, arguments.memory)

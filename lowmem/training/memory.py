@@ -65,7 +65,7 @@ class TrainingMemory:
 
     @property
     def step_bytes(self) -> int:
-        """The peak beyond model and inputs, as ``lowmem.measure.PeakMemory`` counts it."""
+        """The peak beyond model and inputs, as ``lowmem.measure.peak_bytes`` counts it."""
         return self.total_bytes - self.weights - self.adapters - self.inputs
 
     @property
@@ -102,7 +102,8 @@ def training_memory(
     counts. Learning rate and gradients are zero in the update, and the model, its mode, gradients and buffers, and
     torch's random state are restored. Storages are counted, as in ``lowmem.measure``: the parts add up to the size of
     the model, its inputs and the peak of ``PeakMemory``, to the byte. Not counted are workspaces inside an operation,
-    and tensors that ``torch.tensor`` makes from Python numbers, such as AdamW's step count.
+    and tensors that ``torch.tensor`` makes from Python numbers, such as AdamW's step count. On CUDA the peak is that
+    of torch's allocator, and what it takes beyond the storages is scratch.
 
     Args:
         model: has parameters that train; convert and prepare it (``prepare_training``) before, as for training.
@@ -132,16 +133,26 @@ def training_memory(
         memory = StepMemory()
         with measure.unchanged(model, training=True):
             made = _make(optimizer, trained)
-            with memory.modules():
-                for _ in range(2):
-                    _step(memory, model, made, loss, inputs, named)
+
+            def run() -> None:
+                with memory.modules():
+                    for _ in range(2):
+                        _step(memory, model, made, loss, inputs, named)
+
+            device, allocated = trained[0].device, 0
+            if device.type == "cuda":
+                allocated = measure.peak_bytes(run, device)
+            else:
+                run()
+    parts = memory.parts()
+    parts["scratch"] += max(0, allocated - memory.peak)
     return TrainingMemory(
         optimizer_name=optimizer if isinstance(optimizer, str) else type(made).__name__,
         moment=memory.peak_phase,
         weights=weights,
         adapters=adapters,
         inputs=given,
-        **memory.parts(),
+        **parts,
     )
 
 

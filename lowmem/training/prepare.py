@@ -19,11 +19,12 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.calls import is_plain_call
 from lowmem.nn.stored_module import StoredModule
 from lowmem.training.activations import compressed_activations
-from lowmem.training.fused import GatedMLP, How, activations, fuse
+from lowmem.training.fused import GatedMLP, How, LayerNorm, activations, fuse
 from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import (
     PreparedModule,
     check_prepared,
+    device_of_plain_torch,
     prepared_class,
     release_module,
     trained_parameters,
@@ -142,6 +143,7 @@ def training_report(model: nn.Module) -> dict[str, str]:
     """Return what ``prepare_training`` did to each module, by path ("" is the model), and why it left others alone.
 
     Of modules that were left as they are, output layers and those that look like RMS norms or gated MLPs are listed.
+    The text of a module on another device than the CPU says that plain torch computes it there.
 
     Raises:
         TypeError: the model is not a module.
@@ -152,12 +154,21 @@ def training_report(model: nn.Module) -> dict[str, str]:
     prepared = any(_is_prepared(module) for module in model.modules())
     for module, paths in module_paths(model).items():
         if _is_prepared(module):
-            report[paths[0]] = module.note
+            report[paths[0]] = _note(module, device_of_plain_torch(module, model))
         elif prepared and isinstance(why := recognize(module), str):
             report[paths[0]] = f"as before: {why}"
         elif module in left and (reason := _reason(module)) is not None:
             report[paths[0]] = f"logits as before: {reason}"
     return report
+
+
+def _note(module: PreparedModule, device: torch.device | None) -> str:
+    """Return what was done to a module; ``device`` is one where plain torch serves."""
+    if device is None:
+        return str(module.note)
+    if isinstance(getattr(module, "fused_as", None), LayerNorm):
+        return f"as before on {device}: layer norms are fused on CPUs alone"
+    return f"{module.note}; by plain torch on {device}"
 
 
 def _logits_dtype(model: nn.Module) -> torch.dtype | None:

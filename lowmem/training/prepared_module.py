@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any, ClassVar, cast
 
+import torch
 from torch import nn
 
 from lowmem.nn.module_copy import subclass_of
@@ -48,6 +49,14 @@ def release_module(module: nn.Module) -> None:
         for name in module.prepared_attributes:
             module.__dict__.pop(name, None)
         module.__class__ = cast(Any, module.plain_class)
+
+
+def device_of_plain_torch(module: nn.Module, model: nn.Module) -> torch.device | None:
+    """Return the device of a module of the model where plain torch serves prepared modules; None on the CPU."""
+    parameter = next(module.parameters(), None)
+    if parameter is None:
+        parameter = next(model.parameters(), None)
+    return None if parameter is None or parameter.is_cpu else parameter.device
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

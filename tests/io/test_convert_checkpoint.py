@@ -55,6 +55,15 @@ def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, bl
     assert sum(row.after_bytes for row in rows) == sum(t.nbytes for t in read(directory / "out").tensors.values())
 
 
+def test_tensors_are_quantized_on_the_device(tmp_path):
+    """On the meta device, where a tensor has no values: the target is not written."""
+    dense(tmp_path / "in")
+    for technique in (FourBit(embeddings="4bit"), Budget(6.0)):
+        with pytest.raises((RuntimeError, ValueError), match="meta"):
+            convert_checkpoint(tmp_path / "in", tmp_path / "out", technique, device="meta")
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_budget_gives_each_tensor_what_convert_gives_it(tmp_path):
     for bits, dtype in ((6.0, torch.float32), (7.5, torch.bfloat16)):
         model = convert(dense(tmp_path / "in", dtype), Budget(bits))

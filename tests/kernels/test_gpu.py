@@ -1,6 +1,8 @@
 """The backend of GPUs: when Triton serves, and why it does not. ``tests/kernels/triton`` has values."""
 
+import ast
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -36,6 +38,12 @@ def started(monkeypatch):
     monkeypatch.setattr(gpu, "skip_reason", lambda device: None)
     monkeypatch.setattr(gpu, "_launches", lambda: launches)
     return names
+
+
+def calls_of(tree, *names):
+    """Return the calls in a piece of source that are of functions with these names."""
+    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    return [call for call in calls if ast.unparse(call.func) in names]
 
 
 def refuse():
@@ -159,3 +167,51 @@ def test_rows_that_plain_torch_refuses_are_refused(started):
     with pytest.raises(ValueError, match="NaN"):
         backend.quantize_rows(torch.full((6, 40), torch.nan), q, slice(None), None)
     assert started == []
+
+
+def test_kernels_multiply_no_tiles_and_sum_only_what_starts_as_float32():
+    """Triton's interpreter is wrong for ``tl.dot`` and for sums of bfloat16, so it could not prove them."""
+    files = sorted((Path(gpu.__file__).parent / "triton").glob("*.py"))
+    trees = {path.stem: ast.parse(path.read_text()) for path in files}
+    refused = ("tl.dot", "tl.dot_scaled", "tl.reduce", "tl.cumsum", "tl.associative_scan")
+    assert [name for name, tree in trees.items() if calls_of(tree, *refused) or "bfloat16" in ast.dump(tree)] == []
+    functions = [one for tree in trees.values() for one in tree.body if isinstance(one, ast.FunctionDef)]
+    summing = [one for one in functions if calls_of(one, "tl.sum")]
+    assert [one.name for one in summing] == ["few"]
+    for function in summing:
+        assigned = [one for one in ast.walk(function) if isinstance(one, ast.Assign)]
+        zeros = {ast.unparse(one.targets[0]) for one in assigned if calls_of(one.value, "tl.zeros")}
+        assert all(ast.unparse(one.args[1]) == "tl.float32" for one in calls_of(function, "tl.zeros"))
+        for call in calls_of(function, "tl.sum"):
+            assert {one.id for one in ast.walk(call.args[0]) if isinstance(one, ast.Name)} & zeros
+
+
+def assert_product_on(device):
+    """Hold a layer's output and gradient on a GPU to those on the CPU; inputs arrive behind long work there."""
+    torch.manual_seed(0)
+    layer, x = convert(torch.nn.Linear(64, 128), FourBit("nf4", 64)), torch.randn(3, 64, requires_grad=True)
+    expected = layer(x)
+    (gradient,) = torch.autograd.grad(expected.sum(), x)
+    layer, given, busy = layer.to(device), torch.zeros(3, 64, device=device), torch.ones(4096, 4096, device=device)
+    for _ in range(8):
+        busy = busy @ busy / 4096
+    given.copy_(x.detach().to(device) * busy[0, 0])
+    given.requires_grad_()
+    found = layer(given)
+    (got,) = torch.autograd.grad(found.sum(), given)
+    torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got.cpu(), gradient, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two CUDA devices")
+def test_another_device_than_the_current_one_computes():
+    with torch.cuda.device(0):
+        assert_product_on(torch.device("cuda", 1))
+        assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_another_stream_than_the_default_one_computes():
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        assert_product_on(torch.device("cuda", torch.cuda.current_device()))

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 CHAT = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}"
@@ -15,6 +16,21 @@ LINES += [
     {"messages": [{"role": "user", "content": f"after {n}?"}, {"role": "assistant", "content": f"{n + 1}"}]}
     for n in range(20)
 ]
+
+
+@pytest.fixture
+def no_gpu(refused, monkeypatch, tmp_path):
+    """Return a function that runs a command with ``--device cuda`` without a GPU: one line, nothing written."""
+
+    def run(command, *argv):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        before = sorted(tmp_path.rglob("*"))
+        told = refused(command, *argv, "--device", "cuda")
+        assert told.startswith(f"lowmem {command}: --device=cuda: torch ")
+        assert "leave --device out to use the CPU, or run python -c" in told
+        assert sorted(tmp_path.rglob("*")) == before
+
+    return run
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import argparse
 
 import pytest
+import safetensors.torch
 import torch
 
 from lowmem import Budget, FourBit, Half, LoRA
@@ -117,4 +118,21 @@ def test_without_a_gpu_both_kinds_of_fit_say_what_to_do(built, why, monkeypatch,
     for model in ("lora", str(tmp_path)):
         told = refused("fit", model, "--data", tmp_path / "none.txt", "--device", "cuda")
         assert told.startswith("lowmem fit: --device=cuda: torch ")
-        assert f"{why}: leave --device out to train on the CPU" in told
+        assert f"{why}: leave --device out to use the CPU" in told
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_commands_run_on_a_gpu(results, tmp_path):
+    gpu = ("--device", "cuda")
+    names = ("bignet", "qlora_4bit")
+    for training in ((), ("--training", "adamw8bit")):
+        here, there = (results("stats", *names, *training, *device) for device in ((), gpu))
+        assert [row["model"] for row in there] == [row["model"] for row in here]
+    (found,) = results("compare", *names, *gpu)
+    assert abs(found["relative_error"] - results("compare", *names)[0]["relative_error"]) < 1e-3
+    weights = {"weight": torch.randn(64, 96, generator=torch.Generator().manual_seed(0))}
+    safetensors.torch.save_file(weights, tmp_path / "in.safetensors")
+    for name, device in {"cpu": (), "gpu": gpu}.items():
+        options = ("--format", "nf4", "--no-search", *device)  # the search adds up errors, in another order
+        results("quantize", str(tmp_path / "in.safetensors"), str(tmp_path / f"{name}.safetensors"), *options)
+    assert (tmp_path / "gpu.safetensors").read_bytes() == (tmp_path / "cpu.safetensors").read_bytes()

@@ -8,8 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
-from lowmem import VARIANTS
+from lowmem import VARIANTS, measure
 from lowmem.__main__ import main
 
 MODELS = """
@@ -193,3 +194,18 @@ def test_arguments_that_cannot_be_compared_on_a_text_are_refused(folders, tmp_pa
         "with --text leave them out": [base, near, "--text", text, "--input-dtype", "int64"],
     }.items():
         assert message in refused("compare", *arguments)
+
+
+def test_without_a_gpu_device_is_one_line(no_gpu, tmp_path):
+    no_gpu("compare", "bignet", "qlora")
+    no_gpu("compare", tmp_path, tmp_path, "--text", tmp_path / "none.txt")
+
+
+def test_models_and_inputs_are_on_the_device(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr("lowmem.tools.compare.device_of", lambda name: torch.device("meta"))
+    monkeypatch.setattr(
+        "lowmem.measure.difference", lambda *both: seen.extend(both) or measure.Difference(0.0, 0.0, 0.0)
+    )
+    assert main(["compare", "bignet", "low_precision", "--device", "cuda"]) == 0
+    assert [one.device.type for one in seen] == ["meta", "meta"]

@@ -53,6 +53,10 @@ def expected(model, folder, prompt: str = "abc", **options) -> str:
     return tokenizer.decode(found[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def test_without_a_gpu_device_is_one_line(no_gpu, folders):
+    no_gpu("generate", folders / "dense", "--prompt", "abc")
+
+
 def generated(capsys, *arguments) -> str:
     assert main(["generate", *map(str, arguments), "--max-new-tokens", "8"]) == 0
     found = capsys.readouterr()

@@ -199,7 +199,7 @@ def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypa
     ((source, target, technique), named) = calls.pop()
     assert (source, target) == (tmp_path / "in", tmp_path / "out")
     assert technique == lowmem.FourBit("int4")
-    assert named == {"skip": ["lm_head"], "shard_bytes": 2**20}
+    assert named == {"skip": ["lm_head"], "shard_bytes": 2**20, "device": torch.device("cpu")}
 
 
 GIVEN = {
@@ -217,11 +217,12 @@ GIVEN = {
     "calibrate": ["--calibrate", "self"],
     "diagonal": ["--diagonal"],
     "resume": ["--resume", "done"],
+    "device": ["--device", "cuda"],
 }
 TECHNIQUE = {"format", "block_size", "scales", "search"}
 HEEDED = {
-    "a dense file": TECHNIQUE | {"bits", "include", "exclude", "shard_size"},
-    "a dense folder": TECHNIQUE | {"bits", "embeddings", "exclude", "shard_size", "calibrate"},
+    "a dense file": TECHNIQUE | {"bits", "include", "exclude", "shard_size", "device"},
+    "a dense folder": TECHNIQUE | {"bits", "embeddings", "exclude", "shard_size", "calibrate", "device"},
     "another program's": {"include", "shard_size", "requantize", "dtype"},
 }
 """By the kind of input, the options that mean something when they are given alone."""
@@ -264,7 +265,8 @@ def quantized(tmp_path, inputs, capsys):
     return run
 
 
-def test_an_option_is_heeded_or_an_error_of_one_line_that_names_it(quantized):
+def test_an_option_is_heeded_or_an_error_of_one_line_that_names_it(quantized, monkeypatch):
+    monkeypatch.setattr("lowmem.tools.quantize.device_of", lambda name: torch.device("cpu"))
     assert (GIVEN.keys(), HEEDED.keys()) == ({*OPTIONS}, REFUSALS.keys())
     for kind, option in itertools.product(REFUSALS, OPTIONS):
         if option in HEEDED[kind] and kind.endswith("folder"):
@@ -312,7 +314,7 @@ def test_each_heeded_option_changes_what_is_written(tmp_path, inputs):
         assert main(["quantize", str(source), str(out)]) == 0
         plain = out.read_bytes()
         out.unlink()
-        for option in HEEDED[kind] - {"requantize"}:  # nothing in it needs that
+        for option in HEEDED[kind] - {"requantize", "device"}:  # nothing in it needs the first
             options = ["--include", "*.mlp.*"] if option == "include" and kind == "a dense file" else GIVEN[option]
             options = ["--no-search"] if option == "search" else options  # the default format is searched for
             assert main(["quantize", str(source), str(out), *options]) == 0
@@ -325,7 +327,13 @@ def test_each_heeded_option_changes_what_is_written(tmp_path, inputs):
 
 def test_folders_heed_what_they_take(quantized):
     pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-    for option in sorted(HEEDED["a dense folder"] - {"calibrate"}):  # it takes a tokenizer: tests/integrations
+    for option in sorted(
+        HEEDED["a dense folder"] - {"calibrate", "device"}
+    ):  # it takes a tokenizer: tests/integrations
         options = ["--exclude", "*.up_proj"] if option == "exclude" else GIVEN[option]
         code, said = quantized("a dense folder", *options)
         assert code == 0, (option, said)
+
+
+def test_without_a_gpu_device_is_one_line(no_gpu, checkpoint):
+    no_gpu("quantize", checkpoint, checkpoint.with_name("out.safetensors"))

@@ -320,3 +320,21 @@ def test_a_training_step_is_drawn(tmp_path):
         argv = ["stats_models:make", "--input-shape", "3,8,8", "--training", "adamw", "--plot", name]
         assert main(["stats", *argv]) == 0
         assert (tmp_path / name).stat().st_size > 2000
+
+
+def test_without_a_gpu_device_is_one_line(no_gpu, tmp_path):
+    no_gpu("stats", "bignet")
+    no_gpu("stats", "lora", "--training", "adamw", "--plot", tmp_path / "parts.svg")
+
+
+def test_models_and_inputs_are_measured_on_the_device(rows, monkeypatch):
+    """On the meta device, which has no storages; an input of another device would be an error."""
+    monkeypatch.setattr("lowmem.tools.stats.device_of", lambda name: torch.device("meta"))
+    assert rows("bignet", "--device", "cuda")["bignet"]["forward_bytes"] == 0
+    (found,) = rows("bignet", "--training", "sgd", "--device", "cuda").values()
+    assert (found["weights"], found["step_bytes"]) == (0, 0)
+
+
+@pytest.mark.parametrize("what", [["--plan"], ["--at-most", "1GiB"]])
+def test_a_plan_needs_no_device(what, refused):
+    assert "leave --device=cuda out" in refused("stats", "bignet", *what, "--device", "cuda")

@@ -236,3 +236,14 @@ def test_what_a_layer_frees_before_it_returns_is_scratch():
     found = training_memory(Wide(4, 4), torch.ones(8, 4), optimizer="sgd")
     assert (found.moment, found.scratch) == ("forward", 100 * 8 * 4 * 4 + 4)  # with the mean
     assert found.activations == {}
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_peak_on_cuda_is_the_allocator_s():
+    model, x = convert(BigNet(), FourBit(), LoRA(4)), torch.randn(8, 1024)
+    counted = training_memory(model, x, optimizer="sgd").step_bytes
+    model, x = model.to("cuda"), x.to("cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = training_memory(model, x, optimizer="sgd")
+    assert found.step_bytes == torch.cuda.max_memory_allocated() - before >= counted

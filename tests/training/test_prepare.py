@@ -114,6 +114,17 @@ def test_lean_takes_less_than_fast():
     assert peaks["lean"] < 0.5 * peaks["fast"]
 
 
+@pytest.mark.parametrize("memory", ["fast", "lean"])
+def test_the_report_says_for_each_part_that_plain_torch_serves_other_devices(memory):
+    torch.manual_seed(0)
+    model = nn.Sequential(language(0), Block(), nn.ReLU(), nn.SiLU(), nn.LayerNorm(8))
+    notes = training_report(prepare_training(model, memory))
+    assert set(notes) >= {"0.head", "1.norm", "1.mlp", "3", "4"}
+    expected = {path: f"{note}; by plain torch on meta" for path, note in notes.items()}
+    expected["4"] = "as before on meta: layer norms are fused on CPUs alone"
+    assert training_report(model.to("meta")) == expected
+
+
 def test_the_report_says_what_was_done():
     model = make(FourBit(), LoRA(4))
     assert training_report(model) == {}

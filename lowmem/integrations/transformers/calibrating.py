@@ -37,6 +37,7 @@ def calibrate_folder(
     shard_bytes: int | None = None,
     diagonal: bool = False,
     resume: Path | None = None,
+    device: torch.device | str = "cpu",
     progress: Callable[[int, int, float], object] | None = None,
 ) -> list[Row]:
     """Write a folder with the weights of another one calibrated, as ``quantize_folder``.
@@ -49,6 +50,7 @@ def calibrate_folder(
         technique: how to store the weights; a ``Budget`` is divided by what its layers get, too.
         text: a file of text in UTF-8; None: the model, a causal language model, generates it, with seed 0 at a
             temperature of 1.
+        device: where the model runs.
         diagonal, resume, progress: as for ``lowmem.calibrate``.
 
     Raises:
@@ -60,7 +62,7 @@ def calibrate_folder(
     check_dense(source)
     tokenizer = read_tokenizer(source, sizes_of(source, "calibrate").vocabulary)
     written = None if text is None else read_text(text)[0]
-    model: Any = load_folder(source)
+    model: Any = load_folder(source).to(device)
     refuse_pairs(source, model, "calibrate")
     batches: Any = SELF if written is None else batches_of(model, tokenizer, written)
     if text is not None and not batches:
@@ -75,22 +77,23 @@ def calibrate_folder(
         progress=progress,
         tokenizer=tokenizer,
     )
-    return write_model(model, source, target, shard_bytes)
+    return write_model(model.to("cpu"), source, target, shard_bytes)
 
 
 def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[dict[str, Tensor]]:
     """Return parts of a text, evenly spread, as batches of a model's inputs.
 
     A model that generates gets windows of the text; an encoder gets paragraphs with what the tokenizer puts around
-    them, padded and masked.
+    them, padded and masked. Batches are on the model's device.
     """
     own: Any = model
     length = window_of(own.config, WINDOW)
     if own.can_generate():
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
         windows = [window for window in tokens.split(length) if len(window) == length]
-        return list(torch.stack(_spread(windows, WINDOWS)).split(_BATCH)) if windows else []
-    return padded_batches(tokenizer, _spread(paragraphs_of(text), _PARAGRAPHS), length, _BATCH)
+        return list(torch.stack(_spread(windows, WINDOWS)).to(own.device).split(_BATCH)) if windows else []
+    batches = padded_batches(tokenizer, _spread(paragraphs_of(text), _PARAGRAPHS), length, _BATCH)
+    return [{name: one.to(own.device) for name, one in batch.items()} for batch in batches]
 
 
 def _spread(parts: list[Any], count: int) -> list[Any]:

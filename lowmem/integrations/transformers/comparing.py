@@ -79,6 +79,7 @@ def compare_text(
     text: str,
     *,
     layers: bool = False,
+    device: torch.device | str = "cpu",
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> list[Any]:
     """Compare the models of folders on a text with the first one, whose tokenizer divides it.
@@ -89,6 +90,7 @@ def compare_text(
     Args:
         layers: whether to also run the first model once for each layer that another model stores, with that layer in
             the place of its own.
+        device: where the models run.
         progress: called with the number of runs for ``layers`` that are done, and of all.
 
     Returns:
@@ -101,7 +103,7 @@ def compare_text(
     """
     base, *others = folders
     tokenizer = read_tokenizer(base)
-    first: Any = load_folder(base)
+    first: Any = load_folder(base).to(device)
     refuse_pairs(base, first, "compare")
     length = window_of(first.config, WINDOW)
     with tokenizer_errors(base):
@@ -110,7 +112,7 @@ def compare_text(
     parts = kind.parts(tokenizer, tokens, text, length)
     scores: list[Any] = []
     for folder in others or [base]:
-        other: Any = first if folder == base else load_folder(folder)
+        other: Any = first if folder == base else load_folder(folder).to(device)
         refuse_pairs(folder, other, "compare")
         places = _places(first, other) if layers else {}
         runs, done = len(parts) * len(places), 0

@@ -71,6 +71,7 @@ def load_folder(
     config: LowmemConfig | None = None,
     dtype: torch.dtype | Literal["auto"] = "auto",
     requantizing: Requantizing | None = None,
+    device: torch.device | str = "cpu",
 ) -> nn.Module:
     """Return the model of a folder, in the class that its config names, in evaluation mode, running no code of it.
 
@@ -79,6 +80,7 @@ def load_folder(
         config: how to store a dense model while it is loaded; None leaves the model dense.
         dtype: of dense parameters, and of the computation; "auto": as the folder has it.
         requantizing: what is quantized of a folder that is not lowmem's; None: nothing.
+        device: where a dense folder's weights go, and are stored; another one than the CPU needs accelerate.
 
     Raises:
         FileError: as ``check``; or transformers does not have the class or cannot load the model; or the folder lacks
@@ -99,6 +101,8 @@ def load_folder(
                 check_shapes(folder, kind)
             if config is not None:
                 options["quantization_config"] = config
+            if str(device) != "cpu":
+                options["device_map"] = {"": device}
             model, info = kind.from_pretrained(folder, local_files_only=True, **options)
     _refuse_factors(folder / "config.json", found, model)
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
@@ -273,6 +277,7 @@ def quantize_folder(
     *,
     skip: str | Iterable[str] = (),
     shard_bytes: int | None = None,
+    device: torch.device | str = "cpu",
 ) -> list[Row]:
     """Write a folder with the weights of another one stored, and its other files as they are; both load alike.
 
@@ -283,6 +288,7 @@ def quantize_folder(
         target: where nothing is yet.
         technique, skip: as for ``LowmemConfig``.
         shard_bytes: the most bytes of tensors per file; None: transformers' own limit.
+        device: where weights are quantized; another one than the CPU needs accelerate.
 
     Returns:
         A row for each parameter, sorted by name; tied ones have one.
@@ -294,7 +300,8 @@ def quantize_folder(
     """
     check_free(target)
     check_dense(source)
-    return write_model(load_folder(source, LowmemConfig(technique, skip=skip)), source, target, shard_bytes)
+    model = load_folder(source, LowmemConfig(technique, skip=skip), device=device)
+    return write_model(model.to("cpu"), source, target, shard_bytes)
 
 
 def check_dense(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Mends Triton's interpreter (3.9), which cuts float32 off where it should round to bfloat16.
 
 It is also wrong for ``tl.dot`` and for sums of bfloat16, which it takes for integers. The kernels need neither: they
-multiply and add in float32, and a test holds that.
+multiply and add in float32, which ``tests/kernels/test_gpu.py`` holds.
 """
 
 import numpy as np
