@@ -67,7 +67,7 @@ class Steps:
         self._formats: list[str] = []
         self.fields: list[float] = []
         self._weights: list[Any] = []
-        self._kept: list[Tensor] = []
+        self._kept: list[Any] = []  # what addresses point to: another thread may assign .data meanwhile
         self._ready: tuple[Struct, tuple[Any, ...]] | None = None
 
     def take(self, count: int) -> int:
@@ -85,6 +85,7 @@ class Steps:
         columns, out = len(factor), out or self.take(rows * len(factor))
         self._formats.append(_NORM_STEP)
         sizes = NORM, rows * columns, self.type, TYPES[factor.dtype], rows, columns
+        self._kept.append(factor.untyped_storage())
         self.fields += (*sizes, eps, offset, rounds_first, x, 0, factor.data_ptr(), out)
         return out
 
@@ -95,7 +96,10 @@ class Steps:
         self.fields += (_PRODUCTS, 0, len(layers), len(self._weights) // 3, rows, columns, self.type, x)
         for (given, features, bias), out in zip(layers, outs, strict=True):
             self._weights += given
-            of_bias = (0, 0) if bias is None else (TYPES[bias.dtype], bias.data_ptr())
+            of_bias = (0, 0)
+            if bias is not None:
+                self._kept.append(bias.untyped_storage())
+                of_bias = TYPES[bias.dtype], bias.data_ptr()
             self.fields += (features, *of_bias, out)
         self.fields += (0,) * (4 * (MOST_TOGETHER - len(layers)))
         return outs
