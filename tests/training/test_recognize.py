@@ -209,3 +209,10 @@ def test_the_default_device_and_dtype_change_nothing(device):
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         with default_dtype(dtype), torch.device(device):
             assert [recognize(one) for one in made] == expected
+
+
+def test_recognizing_changes_the_mode_of_no_layer():
+    for training in (False, True):
+        mlp = MLP().train(training)
+        assert isinstance(recognize(mlp), GatedMLP)
+        assert {module.training for module in mlp.modules()} == {training}
