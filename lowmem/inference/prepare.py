@@ -10,14 +10,13 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lowmem.inference.parts import GatedPart, NormPart
-from lowmem.nn.module_copy import copied_module
 from lowmem.training.fused import GatedMLP, RMSNorm
 from lowmem.training.prepared_module import (
     PreparedModule,
-    check_prepared,
     device_of_plain_torch,
+    plain_copy,
     prepared_class,
-    release_module,
+    release_modules,
 )
 from lowmem.training.recognize import recognize
 from lowmem.transforms.commit import integrations_of
@@ -46,10 +45,7 @@ class InferenceModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module: the call has handles of memory of this one."""
-        plain = copied_module(self, self.plain_class)
-        plain.__dict__.update(vars(self))  # with its hooks
-        plain.__dict__.pop("in_one_call")
-        return _same, (plain,)
+        return _same, (plain_copy(self),)
 
 
 def _same(module: nn.Module) -> nn.Module:
@@ -123,11 +119,7 @@ def release_inference(model: M) -> M:
             it was.
     """
     check_module(model)
-    prepared = [module for module in model.modules() if isinstance(module, InferenceModule)]
-    for module in prepared:
-        check_prepared(module)
-    for module in prepared:
-        release_module(module)
+    release_modules(model, InferenceModule.released_by)
     state = _STATES.pop(model, None)
     for release in state.undo if state else ():
         release()

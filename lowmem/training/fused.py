@@ -19,10 +19,9 @@ from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapter_autograd import narrow_results
 from lowmem.nn.calls import is_observed
 from lowmem.nn.linear import Linear4Bit
-from lowmem.nn.module_copy import copied_module
 from lowmem.nn.recomputed import can_recompute, recomputed_input, saves_in_any_dtype
 from lowmem.training.fused_functions import activated, gated_product, layer_norm, recompute_of_product, rms_norm
-from lowmem.training.prepared_module import PreparedModule, prepared_class
+from lowmem.training.prepared_module import PreparedModule, plain_copy, prepared_class
 
 
 @dataclass(frozen=True)
@@ -102,11 +101,7 @@ class FusedModule(PreparedModule):
         """Copy or pickle the plain module, and fuse the copy."""
         if issubclass(self.plain_class, PreparedModule):  # the class of "lean" is a subclass of the fused one
             return super().__reduce_ex__(protocol)
-        plain = copied_module(self, self.plain_class)
-        plain.__dict__.update(vars(self))  # with its hooks
-        for name in self.prepared_attributes:
-            plain.__dict__.pop(name)
-        return fuse, (plain, self.fused_as)
+        return fuse, (plain_copy(self), self.fused_as)
 
 
 def fuse(module: nn.Module, how: How) -> nn.Module:

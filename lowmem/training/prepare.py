@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Iterable
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeGuard, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -23,10 +23,10 @@ from lowmem.training.fused import GatedMLP, How, LayerNorm, activations, fuse
 from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import (
     PreparedModule,
-    check_prepared,
     device_of_plain_torch,
+    is_prepared,
     prepared_class,
-    release_module,
+    release_modules,
     trained_parameters,
 )
 from lowmem.training.recognize import recognize
@@ -37,6 +37,7 @@ from lowmem.transforms.roles import output_layers
 M = TypeVar("M", bound=nn.Module)
 
 _MODES = "fast", "lean"
+_RELEASE = "release_training"  # the function that releases what prepare_training prepared
 
 
 def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[str] = (), chunk: int = 256) -> M:
@@ -84,11 +85,11 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
         raise TypeError(f"output={output!r} must be glob patterns of paths, such as output='head'")
     _check(model)
     paths = module_paths(model).items()
-    refuse_prepared("prepare_training", {one: found[0] for one, found in paths if not _is_prepared(one)})
+    refuse_prepared("prepare_training", {one: found[0] for one, found in paths if not is_prepared(one, _RELEASE)})
     before = {
         one: (type(one), {name: value for name, value in vars(one).items() if name in one.prepared_attributes})
         for one in model.modules()
-        if _is_prepared(one)
+        if is_prepared(one, _RELEASE)
     }
     release_training(model)
     try:
@@ -127,16 +128,8 @@ def release_training(model: M) -> M:
             it was.
     """
     check_module(model)
-    prepared = [module for module in model.modules() if _is_prepared(module)]
-    for module in prepared:
-        check_prepared(module)
-    for module in prepared:
-        release_module(module)
+    release_modules(model, _RELEASE)
     return model
-
-
-def _is_prepared(module: nn.Module) -> TypeGuard[PreparedModule]:
-    return isinstance(module, PreparedModule) and module.released_by == "release_training"
 
 
 def training_report(model: nn.Module) -> dict[str, str]:
@@ -151,9 +144,9 @@ def training_report(model: nn.Module) -> dict[str, str]:
     check_module(model)
     report = {}
     left = _outputs(model)
-    prepared = any(_is_prepared(module) for module in model.modules())
+    prepared = any(is_prepared(module, _RELEASE) for module in model.modules())
     for module, paths in module_paths(model).items():
-        if _is_prepared(module):
+        if is_prepared(module, _RELEASE):
             report[paths[0]] = _note(module, device_of_plain_torch(module, model))
         elif prepared and isinstance(why := recognize(module), str):
             report[paths[0]] = f"as before: {why}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, TypeGuard, cast
 
 import torch
 from torch import nn
 
-from lowmem.nn.module_copy import subclass_of
+from lowmem.nn.module_copy import copied_module, subclass_of
 
 
 class PreparedModule(nn.Module):
@@ -40,6 +40,29 @@ def check_prepared(module: nn.Module) -> None:
             f"{type(module).__name__} was made of the prepared module since, as a parametrization does: undo that "
             "first"
         )
+
+
+def is_prepared(module: nn.Module, released_by: str) -> TypeGuard[PreparedModule]:
+    """Whether a module is prepared, by the counterpart of the function of that name."""
+    return isinstance(module, PreparedModule) and module.released_by == released_by
+
+
+def release_modules(model: nn.Module, released_by: str) -> None:
+    """Release the modules of a model that the function of that name releases: all of them, or none with an error."""
+    prepared = [module for module in model.modules() if is_prepared(module, released_by)]
+    for module in prepared:
+        check_prepared(module)
+    for module in prepared:
+        release_module(module)
+
+
+def plain_copy(module: PreparedModule) -> nn.Module:
+    """Return a copy of a module as it was before it was prepared, with its hooks; it shares everything else."""
+    plain = copied_module(module, module.plain_class)
+    plain.__dict__.update(vars(module))
+    for name in module.prepared_attributes:
+        plain.__dict__.pop(name)
+    return plain
 
 
 def release_module(module: nn.Module) -> None:

@@ -183,7 +183,8 @@ def summary(model: nn.Module) -> Summary:
     rows = []
     for module, (path, *also) in found.items():
         converted = made_by(module) is not None
-        prepared, note = hasattr(type(module), "released_by"), str(getattr(module, "note", ""))
+        prepared = hasattr(type(module), "released_by")
+        note = str(getattr(module, "note", "")) if prepared else ""
         if not converted and not prepared and not any(True for _ in module.parameters(recurse=False)):
             continue
         adapters = module.adapters.stored() if isinstance(module, AdaptedModule) else ()
@@ -205,7 +206,7 @@ def summary(model: nn.Module) -> Summary:
                 bits_per_weight=_bits(measure.nbytes(tensors), sum(weights.values())),
                 weight_error=getattr(module, "weight_error", None) if converted else None,
                 chosen_because=getattr(module, "chosen_because", "") if converted else "",
-                computed="; ".join(filter(None, (how_computed(module), note if prepared else ""))),
+                computed="; ".join(filter(None, (how_computed(module), note))),
             )
         )
         seen.update(dict.fromkeys(new, layer_name(path)))
