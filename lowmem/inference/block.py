@@ -18,14 +18,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowmem.inference.parts import Norm, Watched, add_gated, are_unchanged, kernel_for, layer_of, tensors_of
+from lowmem.inference.parts import Norm, Watched, add_gated, kernel_for, layer_of, tensors_of
 from lowmem.kernels.cpu import Kernel
-from lowmem.kernels.cpu_rows import NO_STATES, attention_call, states_of
+from lowmem.kernels.cpu_rows import NO_STATES, attention_call, mask_states
 from lowmem.kernels.sequence import Layer, Steps
+from lowmem.nn.dot_product_attention import MOST
 from lowmem.training.fused import GatedMLP
-
-MOST_QUERIES = 8
-"""Tokens of a sequence whose attention C computes."""
 
 _MOST_PROGRAMS = 8  # of a block: shapes of inputs and threads
 
@@ -128,13 +126,7 @@ class Block:
         down: Any = getattr(mlp, form.gated.down)
         self.first, self.out, self.down = attention.layers, attention.out, down
         self.layers = [*self.first, self.out, *gated, down]
-        inner = dict.fromkeys(one for one in block.modules() if one is not block)
-        self.parts = [
-            (owner_of._modules, name, one, type(one))
-            for owner_of in block.modules()
-            for name, one in owner_of._modules.items()
-            if one in inner
-        ]
+        self.block, self.watched = block, Watched(block)
         # Numbers such as the scaling of scores, which a model's code may read from its modules.
         self.numbers = [
             (vars(one), name, value)
@@ -163,7 +155,7 @@ class Block:
         if any(value is not None and value is not False for name, value in given.items() if name not in _TAKEN):
             return None
         kept: Any = None if cache is None else self.owner(cache, attention.index)
-        few = x.shape[1] <= MOST_QUERIES and kept is not None and (x.shape[1] == 1 or mask is not None)
+        few = x.shape[1] <= MOST and kept is not None and (x.shape[1] == 1 or mask is not None)
         if few and kept.get_seq_length():
             return self._at_once(kernel, x, angles, kept, mask)
         layers = self._layers(kernel, x)
@@ -171,7 +163,7 @@ class Block:
 
     def _layers(self, kernel: Kernel, x: Tensor) -> list[Layer] | None:
         """Return the layers as C takes them; None where parts were changed, or C does not take one."""
-        if not are_unchanged(self.parts) or not all(norm.fits(x) for norm in self.norms):
+        if not self.watched.holds() or not all(norm.fits(x) for norm in self.norms):
             return None
         if any(own.get(name) != value for own, name, value in self.numbers):
             return None
@@ -183,7 +175,9 @@ class Block:
         attention, (batch, tokens, _) = self.form.attention, x.shape
         heads, widths = attention.k.heads, (attention.width, attention.value_width)
         shapes = [(name, (batch, heads, tokens, width)) for name, width in zip(_STATES, widths, strict=True)]
-        seen = self._mask(mask, batch, tokens, attention.q.heads)
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 4):
+            return None
+        seen = mask_states(mask, (batch, attention.q.heads, tokens, 0 if mask is None else mask.shape[-1]))
         if seen is None or not all(kept.cached[name].takes(shape, x) for name, shape in shapes):
             return None
         rows = [kept.cached[name].row_for(shape, x) for name, shape in shapes]
@@ -213,7 +207,7 @@ class Block:
                 fields[place] = address
         states: list[int] = [*program.query]
         for place, row, (name, shape) in zip(cells.stores, rows, shapes, strict=True):
-            fields[place : place + 9] = kept.cached[name].fields(row, shape[3])
+            fields[place : place + len(NO_STATES)] = kept.cached[name].fields(row, shape[3])
             states += kept.cached[name].fields(first, shape[3])
         sizes = batch, heads, attention.q.heads // heads, tokens, keys, *widths
         states += seen
@@ -252,7 +246,7 @@ class Block:
         tensors += [(norm.module._parameters, norm.how.weight) for norm in self.norms]
         tensors += [(norm.module.__dict__, norm.how.eps) for norm in self.norms]
         tensors += [(own, name) for own, name, _ in self.numbers]
-        return _Program(steps, Watched(self.parts, tensors), query, mixed, _Cells(places, stores, place))
+        return _Program(steps, Watched(self.block, tensors), query, mixed, _Cells(places, stores, place))
 
     def _in_two(
         self, kernel: Kernel, layers: list[Layer], x: Tensor, angles: Any, cache: Any, mask: Tensor | None
@@ -278,15 +272,6 @@ class Block:
         out, behind = torch.empty_like(x), Steps(kernel, x, batch * tokens * self.behind)
         self._behind(behind, layers, x, mixed.data_ptr(), out)
         return out if behind.run() else self._behind_by_modules(x, mixed)
-
-    def _mask(self, mask: Tensor | None, batch: int, tokens: int, heads: int) -> tuple[int, ...] | None:
-        """Return a mask as C takes it; None where C does not."""
-        if mask is None:
-            return NO_STATES
-        if not isinstance(mask, Tensor) or mask.dim() != 4:
-            return None
-        numbers = mask.view(torch.int8) if mask.dtype is torch.bool else mask
-        return states_of(numbers.expand(batch, heads, tokens, mask.shape[-1]))
 
     def _projected(self, steps: Steps, layers: list[Layer], x: Tensor, angles: Any) -> list[tuple[int, ...]]:
         """Add what computes queries, keys and values, and return them as C takes them."""

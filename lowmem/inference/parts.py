@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,11 +14,11 @@ from lowmem.kernels.memory import TYPES, is_real, is_traced
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.sequence import Layer, Steps
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.calls import GLOBAL_HOOKS, autocast_enabled, hooks_of, is_observed, is_plain_call
+from lowmem.nn.calls import GLOBAL_HOOKS, autocast_enabled, hooks_of, is_plain_call
 from lowmem.nn.coded_module import kept_weight
 from lowmem.nn.linear import CodedLinear, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.quant.backend import backend_of
-from lowmem.training.fused import GatedMLP, RMSNorm, activations
+from lowmem.training.fused import GatedMLP, RMSNorm
 
 
 def kernel_for(x: Any) -> Kernel | None:
@@ -48,11 +48,11 @@ class Norm:
         factor = self.module._parameters.get(self.how.weight)
         return type(factor) is nn.Parameter and factor.dtype is x.dtype and factor.is_contiguous() and is_real(factor)
 
-    def add(self, steps: Steps, x: int, rows: int) -> int:
-        """Add the norm of rows to steps, and return its address."""
+    def add(self, steps: Steps, x: int, rows: int, out: int = 0) -> int:
+        """Add the norm of rows to steps, and return the address of the result (``out``, or new room)."""
         factor, eps = self.module._parameters[self.how.weight], getattr(self.module, self.how.eps)
         assert factor is not None
-        return steps.norm(x, rows, factor, eps, self.how.offset, self.how.rounds_first)
+        return steps.norm(x, rows, factor, eps, self.how.offset, self.how.rounds_first, out)
 
 
 class NormPart:
@@ -68,15 +68,11 @@ class NormPart:
 
     def __call__(self, x: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Return the norm of rows; None where the module's own forward must run."""
-        kernel, how = kernel_for(x), self.norm.how
-        if given or kernel is None or not self.norm.fits(x):
-            return None
-        factor = self.norm.module._parameters[how.weight]
-        if factor is None or x.shape[-1:] != factor.shape:
+        kernel = kernel_for(x)
+        if given or kernel is None or not self.norm.fits(x) or x.shape[-1] != self.norm.columns:
             return None
         out, steps = torch.empty_like(x), Steps(kernel, x, 0)
-        eps = getattr(self.norm.module, how.eps)
-        steps.norm(x.data_ptr(), x.numel() // len(factor), factor, eps, how.offset, how.rounds_first, out.data_ptr())
+        self.norm.add(steps, x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
         return out if steps.run() else None
 
 
@@ -87,9 +83,7 @@ class GatedPart:
         self.how = how
         names = [name for name in (how.gate, how.up, how.down) if name]
         self.layers = [getattr(module, name) for name in names]
-        parts = *zip(names, self.layers, strict=True), *((None, one) for one in activations(module, how))
-        names_of = {one: name for name, one in module._modules.items()}
-        self.parts = [(module._modules, names_of[one], one, type(one)) for _, one in parts]
+        self.watched = Watched(module)
         self.why_not = next((f"{name} {why}" for name in names if (why := why_not(getattr(module, name)))), None)
 
     def __str__(self) -> str:
@@ -98,7 +92,7 @@ class GatedPart:
     def __call__(self, x: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Return the output; None where the module's own forward must run."""
         kernel, down = kernel_for(x), self.layers[-1]
-        if given or kernel is None or not are_unchanged(self.parts):
+        if given or kernel is None or not self.watched.holds():
             return None
         layers = [layer_of(kernel, one, x.dtype) for one in self.layers]
         if None in layers or x.shape[-1] != down.out_features:
@@ -110,32 +104,33 @@ class GatedPart:
         return out if steps.run() else None
 
 
-Part = tuple[dict[str, Any], str, nn.Module, type]
-"""A module, with its class, under its name in a module's ``_modules``."""
-
-
 class Watched:
-    """What a call depends on: modules and their hooks, and the memory of tensors. ``holds`` is fast.
+    """What a call depends on: the modules inside a module and their hooks, and the memory of tensors.
 
     Args:
-        parts: the modules.
-        tensors: (dict, key) of each tensor that is read by its address, or of what must stay.
+        module: each module inside it must stay where it is, of its class, in evaluation mode and without hooks.
+        tensors: (dict, key) of each tensor that is read by its address, or of another object that must stay.
     """
 
-    def __init__(self, parts: list[Part], tensors: list[tuple[dict[str, Any], str]]) -> None:
-        modules = [part for _, _, part, _ in parts]
-        self._entries: list[tuple[dict[str, Any], str, Any]] = [(own, name, part) for own, name, part, _ in parts]
+    def __init__(self, module: nn.Module, tensors: Sequence[tuple[dict[str, Any], str]] = ()) -> None:
+        self._entries: list[tuple[dict[str, Any], str, Any]] = [
+            (owner._modules, name, part)
+            for owner in module.modules()
+            for name, part in owner._modules.items()
+            if part is not None
+        ]
+        modules = [part for _, _, part in self._entries]
         self._entries += [(own, key, own.get(key)) for own, key in tensors]
-        for module in modules:
-            own = module.__dict__
+        for part in modules:
+            own = part.__dict__
             self._entries += [(own, "forward", None), (own, "_compiled_call_impl", None), (own, "training", False)]
-        self._kinds = [(part, kind) for _, _, part, kind in parts]
+        self._kinds = [(part, type(part)) for part in modules]
         found = [own.get(key) for own, key in tensors]
         self._addresses = [(one, one.data_ptr()) for one in found if isinstance(one, Tensor)]
-        self._hooks = [*GLOBAL_HOOKS, *(one for module in modules for one in hooks_of(module))]
+        self._hooks = [*GLOBAL_HOOKS, *(one for part in modules for one in hooks_of(part))]
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether all is as it was; it is asked at each call."""
         for own, key, value in self._entries:
             if own.get(key) is not value:
                 return False
@@ -146,14 +141,6 @@ class Watched:
             if tensor.data_ptr() != address:
                 return False
         return not any(self._hooks)
-
-
-def are_unchanged(parts: list[Part]) -> bool:
-    """Whether modules are where they were, and nothing watches their calls."""
-    for owner, name, part, kind in parts:
-        if owner.get(name) is not part or type(part) is not kind or is_observed(part) or part.training:
-            return False
-    return True
 
 
 def add_gated(steps: Steps, how: GatedMLP, x: int, rows: int, columns: int, layers: list[Layer], inner: int) -> int:

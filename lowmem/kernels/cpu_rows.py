@@ -156,9 +156,8 @@ class CpuRows:
         """Return the output of each query: (batch, queries, heads, value width)."""
         batch, heads, queries, width = query.shape
         key_heads, keys, value_width = key.numbers.shape[1], key.numbers.shape[2], value.numbers.shape[-1]
-        shape = (batch, heads, queries, keys)
-        seen = None if mask is None else (mask.view(torch.int8) if mask.dtype is torch.bool else mask).expand(shape)
-        given = [states_of(query), states_of(*key), states_of(*value), NO_STATES if seen is None else states_of(seen)]
+        seen = mask_states(mask, (batch, heads, queries, keys))
+        given = [states_of(query), states_of(*key), states_of(*value), seen]
         fits = query.dtype in TYPES and query.numel() * keys * value_width > 0 and not is_traced()
         if not fits or None in given or is_batch(query):
             return reference.attention(query, key, value, mask, scaling, softcap)
@@ -220,6 +219,13 @@ def states_of(numbers: Tensor, scales: Tensor | None = None) -> tuple[int, ...] 
         return None
     steps, of_scales = numbers.stride(), (0, 0, 0) if scales is None else scales.stride()
     return kind or 0, numbers.data_ptr(), _address(scales), *steps[:3], *of_scales[:3]
+
+
+def mask_states(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return ``states_of`` a mask that broadcasts to (batch, heads, queries, keys), or ``NO_STATES`` without one."""
+    if mask is None:
+        return NO_STATES
+    return states_of((mask.view(torch.int8) if mask.dtype is torch.bool else mask).expand(shape))
 
 
 def terms_of(activation: Activation) -> tuple[float, ...]:

@@ -155,8 +155,7 @@ def test_watched_notices_each_change():
     mlp = model[0].mlp
 
     def watched():
-        parts = [(mlp._modules, name, one, type(one)) for name, one in mlp._modules.items()]
-        return Watched(parts, [(mlp.gate._parameters, "weight_packed")])
+        return Watched(mlp, [(mlp.gate._parameters, "weight_packed")])
 
     for change in (
         lambda: setattr(mlp.gate.weight_packed, "data", mlp.gate.weight_packed.data.clone()),
