@@ -111,8 +111,7 @@ class Kernel(CpuRows, CpuPlan):
             if out is not None and out is not False:
                 return out
         if x.dim() != 2:
-            reference.check_input(x, weight.shape[1])
-            return self.linear(x.flatten(0, -2), weight, dtype, bias, low_rank).view(*x.shape[:-1], weight.shape[0])
+            return reference.by_rows(self.linear, x, weight, dtype, bias, low_rank)
         out = self._linear_of_others(x, weight, dtype, bias)
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
 

@@ -79,8 +79,7 @@ class Gpu:
     ) -> Tensor:
         """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
         if x.dim() != 2:
-            reference.check_input(x, weight.shape[1])
-            return self.linear(x.flatten(0, -2), weight, dtype, bias, low_rank).view(*x.shape[:-1], weight.shape[0])
+            return reference.by_rows(self.linear, x, weight, dtype, bias, low_rank)
         out = self._few(x, weight, dtype, bias)
         if out is None:
             return reference.linear(x, weight, dtype, bias, low_rank, _dequantized)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from typing import TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -80,6 +80,12 @@ def check_input(x: Tensor, in_features: int) -> None:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
 
 
+def by_rows(function: Callable[..., Tensor], x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+    """Return ``function(x, weight, *rest)`` of an input (..., in) for a function that takes (batch, in)."""
+    check_input(x, weight.shape[1])
+    return function(x.flatten(0, -2), weight, *rest).view(*x.shape[:-1], weight.shape[0])
+
+
 @unseen
 def linear(
     x: Tensor,
@@ -108,11 +114,10 @@ def linear(
             the layout that its shape needs.
         TypeError: torch.int8 with a 16-bit weight.
     """
+    if x.dim() != 2:
+        return by_rows(linear, x, weight, dtype, bias, low_rank, dequantized)
     out_features, in_features = weight.shape
     check_input(x, in_features)
-    if x.dim() != 2:
-        out = linear(x.flatten(0, -2), weight, dtype, bias, low_rank, dequantized)
-        return out.view(*x.shape[:-1], out_features)
     levels = None
     if dtype is torch.int8:
         if not isinstance(weight, QuantizedTensor):

@@ -52,7 +52,7 @@ class Steps:
         kernel: the backend in C.
         like: of the dtype of all numbers, float32 or bfloat16.
         numbers: how many numbers all results have together.
-        room: of as many numbers, to be used for them; None: new memory.
+        room: a tensor of ``numbers`` numbers in which results are written; None allocates one.
 
     Attributes:
         fields: of the structs of all steps. A caller may change addresses and sizes, and run the steps again.

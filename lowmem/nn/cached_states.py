@@ -19,8 +19,8 @@ _SCALE = 4  # bytes of a row's scale, a float32 behind its codes
 
 
 def room_rows(tokens: int, window: int | None = None) -> int:
-    """Return the rows for which there is room after so many tokens: up to an eighth more, and no more than one step
-    beyond a window. Neither depends on how many tokens came at a time."""
+    """Return the rows of a room that holds ``tokens`` tokens: up to an eighth more, and with a window at most one
+    step beyond it. The number does not depend on how many tokens were added at a time."""
     step = max(_LEAST, (1 << tokens.bit_length()) // 16)
     rows = -(-tokens // step) * step
     return rows if window is None else min(rows, room_rows(room_rows(window) + 1))

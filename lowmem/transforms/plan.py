@@ -363,7 +363,7 @@ def run_figures(
 
 
 def _cached_bytes(model: nn.Module, sequences: int, tokens: int, bits: int | None) -> int:
-    """Return the bytes of the keys and values of so many tokens of each sequence."""
+    """Return the bytes of keys and values, for a number of sequences of ``tokens`` tokens each."""
     lost = f"the keys and values of a {type(model).__name__} cannot be planned"
     for integration in integrations_of(model, lost, "The rest of the plan needs no integration"):
         size: int = integration.cached_bytes(model, sequences, tokens, bits)

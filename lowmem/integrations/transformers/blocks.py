@@ -107,7 +107,9 @@ def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
     twice: set[nn.Module] = set()
 
     def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        (twice.add(module) if module in calls else calls.update({module: _Call(args, kwargs, out)}))
+        if module in calls:
+            twice.add(module)
+        calls[module] = _Call(args, kwargs, out)
 
     tokens = torch.randint(config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     given: dict[str, Any] = {"input_ids": tokens.to(model.device), "cache": KeyValueCache(model), "use_cache": True}
@@ -193,8 +195,8 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: Mapping[nn.
     layers = [one for one in module.modules() if hasattr(one, "out_features") and one in calls]
     rows = mixed.reshape(*mixed.shape[:2], -1)
     outs = [one for one in layers if _near(calls[one].x, rows, rows.abs())]
-    others = [one for one in layers if one not in outs]
-    first = [one for one in others if calls[one].x is calls[others[0]].x]
+    inputs = [one for one in layers if one not in outs]
+    first = [one for one in inputs if calls[one].x is calls[inputs[0]].x]
     if len(outs) != 1 or len(first) + 1 != len(layers) or len(first) not in (1, 3):
         return "its attention has other layers than those of queries, keys, values and output"
     index = getattr(module, "layer_idx", None)
@@ -213,11 +215,11 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: Mapping[nn.
     (q, rotated), (k, also), (v, _) = found
     if rotated != also or q.heads % k.heads or k.heads != v.heads:
         return "its queries and keys are rotated, or shared, in different ways"
-    kept = {name: value for name, value in given.items() if name not in ("dropout", "scaling", "softcap")}
     scaling = given.get("scaling")
     scaling = heads_of[0][1] ** -0.5 if scaling is None else scaling
     widths = heads_of[0][1], heads_of[2][1]
-    taken = {name: value for name, value in kept.items() if name not in calls[module].kwargs}
+    known = {*calls[module].kwargs, "dropout", "scaling", "softcap"}
+    taken = {name: value for name, value in given.items() if name not in known}
     return Attention(module, q, k, v, outs[0], *widths, rotated, scaling, given.get("softcap"), taken, index, attend)
 
 

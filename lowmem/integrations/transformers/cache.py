@@ -47,7 +47,9 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
 
 
 def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> int:
-    """Return ``nbytes`` of a cache that has seen so many tokens of so many sequences. The model has fake tensors.
+    """Return ``nbytes`` of a ``KeyValueCache`` that holds ``tokens`` tokens of each sequence.
+
+    The model has fake tensors, and fills a cache in one call.
 
     Raises:
         ValueError: the model is no language model that takes such a cache, or other ``bits``.

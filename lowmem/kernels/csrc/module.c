@@ -261,6 +261,18 @@ static int read_products(const struct isa *isa, const struct products *call, con
     return 1;
 }
 
+/* Run products of one input, in one region of threads where that is possible. Returns 0 if one of them fails. */
+static int run_products(const struct isa *isa, struct job *jobs, int64_t count, long long threads, PyObject *like)
+{
+    const int together = count > 1 ? run_together(isa, jobs, count, threads, like) : 0;
+    if (together)
+        return together > 0;
+    for (int64_t i = 0; i < count; i++)
+        if (run_product(isa, jobs[i].kernel, jobs + i, NULL, threads, like) != 1)
+            return 0;
+    return 1;
+}
+
 /* sequence(isa, threads, x, (handle, packed, scales) of each weight in one tuple, calls) -> whether it ran. It runs row-wise
  * functions and products one after another. calls: for each an int64 enum row_function or PRODUCTS, an int64 of how many numbers it
  * computes, and its struct of row_calls.h. x: a tensor of the type of all inputs. False, before anything is computed: a weight has
@@ -307,11 +319,7 @@ static PyObject *sequence(PyObject *self, PyObject *const *args, Py_ssize_t give
                         return no_memory(); /* cannot be: it was checked */
                     Py_RETURN_FALSE;
                 }
-                int done = runs ? products->count > 1 ? run_together(isa, jobs, products->count, n[THREADS], args[LIKE]) : 0 : 1;
-                for (int64_t i = 0; !done && i < products->count; i++)
-                    if (run_product(isa, jobs[i].kernel, jobs + i, NULL, n[THREADS], args[LIKE]) != 1)
-                        done = -1;
-                if (done < 0)
+                if (runs && !run_products(isa, jobs, products->count, n[THREADS], args[LIKE]))
                     return PyErr_Occurred() ? NULL : no_memory();
             } else if (runs) {
                 struct job job = {.call = call, .threads = threads_for(n[THREADS], (double)head[1])};

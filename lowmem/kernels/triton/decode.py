@@ -26,8 +26,10 @@ def half_width(block, columns, BLOCK: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def places(first, columns, BLOCK: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr):
-    """Return for groups, of which ``first`` are the first bytes: their blocks; the columns of low codes, and of high
-    codes, (groups, bytes). In 8 bits only the low ones mean something."""
+    """Return the block of each group, the columns of its low codes, and those of its high codes: (groups, bytes).
+
+    ``first`` has the place of each group's first byte. Codes of 8 bits have no high ones.
+    """
     WIDTH: tl.constexpr = BLOCK * BITS // 8
     block = first // WIDTH
     low = (block * BLOCK + first % WIDTH)[:, None] + tl.arange(0, GROUP)[None, :]

@@ -31,7 +31,7 @@ class Tile(NamedTuple):
     warps: int
 
     def shape(self, row_bytes: int, block_bytes: int) -> dict[str, int]:
-        """Return ROWS, GROUPS and GROUP for rows and blocks of so many bytes: a group ends where its block does.
+        """Return ROWS, GROUPS and GROUP of a tile. A block's bytes are whole groups.
 
         Tiles of smaller groups have half of the bytes, since each scale and address takes a register.
         """
