@@ -81,7 +81,7 @@ def bytes_of(cache: Any) -> int:
 
 @torch.no_grad()
 def logits_of(model: Any, cache: Any, ids: Tensor) -> Tensor:
-    """Return the logits (tokens, vocabulary) of ids (tokens), of which a few are seen at a time."""
+    """Return the logits (tokens, vocabulary) of ids (tokens), which the model reads ``AT_A_TIME`` at a time."""
     return torch.cat([model(few[None], cache=cache).logits[0] for few in ids.split(AT_A_TIME)])
 
 

@@ -1,4 +1,4 @@
-"""``scaled_dot_product_attention``: torch's own results within rounding, whoever computes them."""
+"""``scaled_dot_product_attention`` returns torch's own results within rounding, from C and from torch."""
 
 import pytest
 import torch

@@ -19,20 +19,10 @@ from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prep
 from lowmem.inference.block import Block
 from lowmem.integrations.transformers.attending import ATTENTION
 from tests.compiled import needs_kernel
+from tests.integrations.transformers import test_cache
 
 pytestmark = needs_kernel
-SIZES = {
-    "vocab_size": 96,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "eos_token_id": None,
-    "bos_token_id": None,
-    "pad_token_id": 0,
-}
+SIZES = test_cache.SIZES | {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 96}
 FAMILIES = {
     "llama": {},
     "llama with biases": {"attention_bias": True},

@@ -1,6 +1,7 @@
 """A cache of keys and values that grows in place, in full precision and in 8 bits, beside transformers' own."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -144,7 +145,9 @@ def test_an_encoder_and_decoder_take_a_cache_each(name, options):
     def pair(kind, **named):
         return lambda config: EncoderDecoderCache(kind(config=config, **named), kind(config=config, **named))
 
-    own = lambda config, bits=None: KeyValueCache(config, bits)  # noqa: E731
+    def own(config, bits=None):
+        return KeyValueCache(config, bits)
+
     expected = generated(name, "eager", None, options)
     assert torch.equal(generated(name, ATTENTION, pair(own), options), expected)
     assert torch.equal(
@@ -262,7 +265,7 @@ def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row):
 @covering(name=CONFIGS, bits=[None, 8], dtype=[torch.float32, torch.bfloat16])
 def test_a_plan_has_the_bytes_of_the_cache(name, bits, dtype):
     """After a prompt and single tokens; windows, shared heads and a head's width are the model's."""
-    make = lambda: AutoModelForCausalLM.from_config(CONFIGS[name], dtype=dtype)  # noqa: E731
+    make = partial(AutoModelForCausalLM.from_config, CONFIGS[name], dtype=dtype)
     ids = torch.zeros(2, 50, dtype=torch.int64)
     tokens = {"batch": ids[:, :1], "training": None, "sequences": 2, "cache_bits": bits}
     model, cache, found = make(), KeyValueCache(CONFIGS[name], bits), []
@@ -282,7 +285,7 @@ def test_a_plan_refuses_the_cache_of_other_models():
     def planned(make, **given):
         return lowmem.plan(make, batch=torch.zeros(1, 4, dtype=torch.int64), training=None, **given)
 
-    llama = lambda: AutoModelForCausalLM.from_config(CONFIGS["llama"])  # noqa: E731
+    llama = partial(AutoModelForCausalLM.from_config, CONFIGS["llama"])
     encoder = BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
     for make, options, said in (
         (

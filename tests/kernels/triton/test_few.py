@@ -22,7 +22,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def multiply(x, q, dtype, bias=None, **options):
-    """Return the product by the GPU's backend, of which nothing may be plain torch."""
+    """Return the product by the GPU's backend, and fail if plain torch computes any of it."""
     with serving() as backend, pytest.MonkeyPatch.context() as patch:
         patch.setattr(reference, "linear", None)
         return backend.linear(x, q, dtype, bias, **options)
