@@ -14,7 +14,7 @@ from lowmem.kernels.memory import TYPES, is_real, is_traced
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.sequence import Layer, Steps
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.calls import GLOBAL_HOOKS, autocast_enabled, hooks_of, is_plain_call
+from lowmem.nn.calls import GLOBAL_HOOKS, autocasts, hooks_of, is_plain_call
 from lowmem.nn.coded_module import kept_weight
 from lowmem.nn.linear import CodedLinear, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.quant.backend import backend_of
@@ -27,7 +27,7 @@ def kernel_for(x: Any) -> Kernel | None:
         return None
     kernel = backend_of(x)
     fits = x.dim() > 1 and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous() and x.numel() > 0
-    return kernel if isinstance(kernel, Kernel) and fits and is_real(x) and not autocast_enabled("cpu") else None
+    return kernel if isinstance(kernel, Kernel) and fits and is_real(x) and not autocasts(x) else None
 
 
 @dataclass(frozen=True)

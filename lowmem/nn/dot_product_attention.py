@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lowmem.kernels.attention import attention
 from lowmem.nn.cached_states import EightBitStates
-from lowmem.nn.calls import autocast_enabled, is_plain_call
+from lowmem.nn.calls import autocasts, is_plain_call
 from lowmem.quant.backend import HeadStates, backend_of
 
 MOST = 8  # queries of a sequence that the kernel computes from codes: the tokens of a step, and of an assistant's
@@ -88,7 +88,7 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_cau
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether nothing records, traces or casts the call."""
     dense = (one for one in (query, key, value, mask) if not isinstance(one, EightBitStates))
-    return not autocast_enabled(query.device.type) and is_plain_call(*dense)
+    return not autocasts(query) and is_plain_call(*dense)
 
 
 def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
