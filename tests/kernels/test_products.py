@@ -104,7 +104,7 @@ def test_every_number_of_a_few_inputs(isa, block_size, columns):
 @compiled_bfloat16
 @in_one_case(1, block_size=[16, 32, 64, 128], batch=[1, 5, 19, 40])
 def test_small_bfloat16_numbers_are_exact_beside_large_ones_that_cancel(isa, block_size, batch):
-    """Levels are multiples of 1/8. Of four columns with one weight, the first two hold x and -x, the third up to 3."""
+    """Levels are multiples of 1/8. Of four columns of one weight, two hold x and -x, the third up to 3."""
     levels = torch.randint(-7, 8, (9, 75)) / 8.0
     levels[:, :: block_size // 4] = -1.0  # the largest of each block
     dense = levels.repeat_interleave(4, 1)
