@@ -70,8 +70,19 @@ def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> i
     return cache.nbytes
 
 
-class InPlace:
+def _states_of(name: str) -> property:
+    """Return the attribute of a layer that is the states of its keys or values."""
+
+    def replace(layer: InPlace, states: Tensor | None) -> None:
+        layer.cached[name].states = None if states is None or states.dim() < 4 else states  # an empty one has 1
+
+    return property(lambda layer: layer.cached[name].states, replace)
+
+
+class InPlace(DynamicLayer):  # type: ignore[misc]
     """Keeps keys and values in ``cached``, by name; transformers' functions read and replace their states."""
+
+    keys, values = _states_of("keys"), _states_of("values")
 
     def __init__(self, bits: int | None, *given: Any) -> None:
         self.cached = {name: CachedStates(bits, *given) for name in ("keys", "values")}
@@ -79,17 +90,10 @@ class InPlace:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add states (batch, heads, new, width); return those that attention reads."""
-        layer: Any = self
-        if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
-        forget = not getattr(layer, "record_past", False)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        forget = not getattr(self, "record_past", False)
         return self.cached["keys"].append(key_states, forget), self.cached["values"].append(value_states, forget)
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        super().reset()  # type: ignore[misc]
-        for one in self.cached.values():
-            one.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Keep each sequence so many times."""
@@ -103,25 +107,7 @@ class InPlace:
             one.grow(new, not getattr(self, "record_past", False))
 
 
-def _states_of(name: str) -> property:
-    """Return the attribute of a layer that is the states of its keys or values."""
-
-    def replace(layer: InPlace, states: Tensor | None) -> None:
-        layer.cached[name].states = None if states is None or states.dim() < 4 else states  # an empty one has 1
-
-    return property(lambda layer: layer.cached[name].states, replace)
-
-
-class _GrowingLayer(InPlace, DynamicLayer):  # type: ignore[misc]
-    keys, values = _states_of("keys"), _states_of("values")
-
-    def get_seq_length(self) -> int:
-        return self.cached["keys"].count
-
-
 class _SlidingLayer(InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    keys, values = _states_of("keys"), _states_of("values")
-
     @property
     def cumulative_length(self) -> int:
         return self.cached["keys"].length
@@ -135,5 +121,5 @@ class _SlidingLayer(InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
 def _growing(layer: Any, bits: int | None) -> Any:
     """Return a layer that grows in place; layers that keep more than keys and values stay as they are."""
     if type(layer) is DynamicLayer:
-        return _GrowingLayer(bits)
+        return InPlace(bits)
     return _SlidingLayer(bits, layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer
