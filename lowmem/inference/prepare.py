@@ -62,9 +62,9 @@ def prepare_inference(model: M) -> M:
     call. Outputs differ from before by rounding errors only. Modules stay where they are: one that has hooks or an
     adapter, or was replaced, is called as before, and so is everything in training and on other devices than CPUs.
 
-    The attention of such a model becomes ``"lowmem"`` until ``release_inference``. It returns no attention weights:
-    ``model.set_attn_implementation("eager")``, after this, does so for ``output_attentions=True``, and blocks then
-    run as before.
+    Blocks compute what the attention functions ``"sdpa"``, ``"eager"`` and ``"lowmem"`` of transformers do, and with
+    another run as before. For blocks that are left, ``model.set_attn_implementation("lowmem")`` lets C compute the
+    attention of few tokens.
 
     ``inference_report`` says what was done to each module. Call ``release_inference`` before the model is converted
     further. Copies and pickles of the model are not prepared.
@@ -83,7 +83,7 @@ def prepare_inference(model: M) -> M:
     release_inference(model)
     refuse_prepared("prepare_inference", {module: paths[0] for module, paths in module_paths(model).items()})
     parts = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP)}
-    reasons, undo = _STATES[model] = {}, []
+    reasons = _LEFT[model] = {}
     try:
         for one, how in parts.items():
             if isinstance(how, RMSNorm):
@@ -91,9 +91,7 @@ def prepare_inference(model: M) -> M:
             else:
                 _set(one, why_not(one, layers_of(one, how)) or GatedPart(one, how), reasons)
         for integration in integrations_of(model, "blocks stay as they are", "Norms and MLPs are prepared"):
-            blocks, release = integration.find_blocks(model, parts)
-            undo.append(release)
-            for one, call in blocks.items():
+            for one, call in integration.find_blocks(model, parts).items():
                 _set(one, call, reasons)
     except BaseException:
         release_inference(model)
@@ -120,8 +118,7 @@ def release_inference(model: M) -> M:
     """
     check_module(model)
     release_modules(model, InferenceModule.released_by)
-    for release in _STATES.pop(model, ({}, []))[1]:
-        release()
+    _LEFT.pop(model, None)
     return model
 
 
@@ -135,7 +132,7 @@ def inference_report(model: nn.Module) -> dict[str, str]:
         TypeError: the model is not a module.
     """
     check_module(model)
-    reasons, report = _STATES.get(model, ({}, []))[0], {}
+    reasons, report = _LEFT.get(model, {}), {}
     for module, paths in module_paths(model).items():
         if isinstance(module, InferenceModule):
             device = device_of_plain_torch(module, model)
@@ -147,5 +144,5 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     return report
 
 
-_STATES: WeakKeyDictionary[nn.Module, tuple[dict[nn.Module, str], list[Callable[[], None]]]] = WeakKeyDictionary()
-"""Of prepared models: why modules were left alone, and what restores the model's attention."""
+_LEFT: WeakKeyDictionary[nn.Module, dict[nn.Module, str]] = WeakKeyDictionary()
+"""Of prepared models: why modules were left alone."""

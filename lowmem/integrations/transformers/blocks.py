@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -21,10 +21,9 @@ from lowmem.training.fused import GatedMLP, RMSNorm
 from lowmem.transforms.calibration.runs import evaluation_mode
 
 _TRIAL = "lowmem_trial"  # an attention function that records its arguments
+_SERVED = "sdpa", "eager", ATTENTION  # attention functions that compute what blocks compute
 _TOKENS = 5
 _ROUNDINGS = 2  # by which a number may differ, in units of the terms that it is a sum of
-
-Found = dict[nn.Module, "Block | str"]
 
 
 class _Call(NamedTuple):
@@ -49,50 +48,36 @@ AttentionMaskInterface.register(_TRIAL, sdpa_mask)
 
 
 @torch.no_grad()
-def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP]) -> tuple[Found, Callable[[], None]]:
-    """Return how blocks are computed in one call, or why not, and what restores the model's attention.
+def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP]) -> dict[nn.Module, Block | str]:
+    """Return how blocks of a model of transformers are computed in one call, or why not; the model is run once.
 
-    Args:
-        model: holds a model of transformers. It is run once, and its attention becomes ``ATTENTION``.
-        parts: the norms and MLPs that were recognized.
+    ``parts`` are the norms and MLPs that were recognized.
     """
     owner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
-    if owner is None or not owner.can_generate():
-        return {}, lambda: None
+    config: Any = None if owner is None else owner.config.get_text_config()
+    if owner is None or not owner.can_generate() or config.sub_configs:
+        return {}
     if owner.device.type != "cpu":
-        return {owner: f"it is on {owner.device}, where blocks are called as before"}, lambda: None
-    config, before = owner.config.get_text_config(), _implementations(owner.config)
-
-    def serves() -> bool:
-        return bool(config._attn_implementation == ATTENTION)
-
-    def release() -> None:
-        if serves():
-            owner.set_attn_implementation(before)
-
+        return {owner: f"it is on {owner.device}, where blocks are called as before"}
+    before = config._attn_implementation
+    if before not in _SERVED:
+        return {owner: f"its attention is {before!r}: set_attn_implementation({ATTENTION!r}), and prepare it again"}
     rooms = lru_cache(maxsize=8)(lambda thread, numbers, dtype: torch.empty(numbers, dtype=dtype))
-    found: Found = {}
+    found: dict[nn.Module, Block | str] = {}
     try:
-        owner.set_attn_implementation(_TRIAL)
+        config._attn_implementation = _TRIAL
         calls = _calls(owner, config)
         for attention in list(_recorded):
             block = next((one for one in owner.modules() if attention in one._modules.values()), None)
             if block is not None and attention in calls:
-                form = _form(block, attention, calls, parts)
+                form, serves = _form(block, attention, calls, parts), lambda: config._attn_implementation in _SERVED
                 found[block] = form if isinstance(form, str) else Block(block, form, _layer_of, serves, rooms)
     except Exception as error:  # noqa: BLE001 - any model may refuse random tokens, or compute what is not expected
-        owner.set_attn_implementation(before)
-        return {owner: f"a run with random tokens failed: {error!r}"}, lambda: None
+        return {owner: f"a run with random tokens failed: {error!r}"}
     finally:
+        config._attn_implementation = before
         _recorded.clear()
-    owner.set_attn_implementation(ATTENTION)
-    return found, release
-
-
-def _implementations(config: Any) -> dict[str, Any]:
-    """Return the attention of a config and its parts, as ``set_attn_implementation`` takes it."""
-    parts = {name: part for name in config.sub_configs if (part := getattr(config, name)) is not None}
-    return {"": config._attn_implementation, **{name: _implementations(part) for name, part in parts.items()}}
+    return found
 
 
 def _layer_of(cache: Any, index: int) -> Any:
@@ -118,7 +103,6 @@ def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
     if isinstance(last, int) and last > _TOKENS and "position_ids" in inspect.signature(model.forward).parameters:
         # The last positions: some models scale queries from a position on.
         given["position_ids"] = torch.arange(last - _TOKENS, last, device=model.device).unsqueeze(0)
-    _recorded.clear()
     with evaluation_mode(model) as stack:
         for module in model.modules():
             stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
