@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +71,8 @@ class GatedPart:
     """Computes a gated MLP."""
 
     def __init__(self, module: nn.Module, how: GatedMLP) -> None:
-        self.how, self.layers, self.watched = how, layers_of(module, how), Watched(module)
+        self.how, self.layers = how, layers_of(module, how)
+        self.taken = Taken(module, self.layers)
 
     def __str__(self) -> str:
         return f"gated MLP in one call ({self.how.activation})"
@@ -79,14 +80,14 @@ class GatedPart:
     def __call__(self, x: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Return the output; None where the module's own forward must run."""
         kernel, down = kernel_for(x), self.layers[-1]
-        if given or kernel is None or not self.watched.holds() or x.shape[-1] != down.out_features:
+        if given or kernel is None or x.shape[-1] != down.out_features:
             return None
-        layers = as_taken(kernel, self.layers, x.dtype)
-        if layers is None:
+        ready = self.taken.ready(kernel, x.dtype)
+        if ready is None:
             return None
         rows, out = x.numel() // x.shape[-1], torch.empty_like(x)
         steps = Steps(kernel, x.new_empty(3 * rows * down.in_features))
-        add_mlp(steps, self.how, "x", rows, layers, "out")
+        add_mlp(steps, self.how, "x", rows, ready.layers, "out")
         return out if steps.run(x=x, out=out) else None
 
 
@@ -118,6 +119,49 @@ class Watched:
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and not any(self._hooks)
         )
+
+
+class Ready(NamedTuple):
+    """Layers as C takes them, and what is made of them; they serve until something has changed."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    watched: Watched
+    layers: list[Layer]
+    programs: dict[Any, Any]
+
+
+class Taken:
+    """Layers and norms inside a module, which C reads where they are.
+
+    Args:
+        module: see ``Watched``.
+        layers: inside it.
+        others: modules with numbers that its code reads, such as the scaling of scores, beside itself and norms.
+        norms: inside it.
+    """
+
+    def __init__(
+        self, module: nn.Module, layers: list[Any], others: Iterable[nn.Module] = (), norms: Sequence[Norm] = ()
+    ) -> None:
+        self.module, self.layers, self.norms = module, layers, norms
+        owners = map(vars, (module, *others, *(one.module for one in norms)))
+        self.numbers = [(own, key) for own in owners for key, value in own.items() if type(value) in (int, float)]
+        self.watched, self.found = Watched(module, self.numbers), cast("Ready | None", None)
+
+    def ready(self, kernel: Kernel, dtype: torch.dtype) -> Ready | None:
+        """Return layers as C takes them; None where parts were changed, or C does not take one."""
+        found = self.found
+        if found is not None and found.kernel is kernel and found.dtype is dtype and found.watched.holds():
+            return found
+        taken = as_taken(kernel, self.layers, dtype) if self.watched.holds() else None
+        if taken is None or not all(norm.fits(dtype) for norm in self.norms):
+            return None
+        tensors = [(one._parameters, name) for one in self.layers for name in one._parameters]
+        tensors += [(one._kept, "weight") for one in self.layers]
+        tensors += [(norm.module._parameters, norm.how.weight) for norm in self.norms]
+        self.found = Ready(kernel, dtype, Watched(self.module, [*tensors, *self.numbers]), taken, {})
+        return self.found
 
 
 def add_mlp(steps: Steps, how: GatedMLP, x: Address, rows: int, layers: Sequence[Layer], *outs: Address) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import sdpa_mask
 
-from lowmem.inference.block import Attention, Block, Form, Projection
+from lowmem.inference.block import Block, Form, Projection
 from lowmem.inference.parts import Norm, why_not
 from lowmem.integrations.transformers.attending import ATTENTION, CHANGES, attend
 from lowmem.integrations.transformers.cache import InPlace, KeyValueCache
@@ -62,6 +62,10 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
     before = config._attn_implementation
     if before not in _SERVED:
         return {owner: f"its attention is {before!r}: set_attn_implementation({ATTENTION!r}), and prepare it again"}
+
+    def serves() -> bool:
+        return config._attn_implementation in _SERVED
+
     rooms = lru_cache(maxsize=8)(lambda thread, numbers, dtype: torch.empty(numbers, dtype=dtype))
     found: dict[nn.Module, Block | str] = {}
     try:
@@ -70,8 +74,8 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
         for attention in list(_recorded):
             block = next((one for one in owner.modules() if attention in one._modules.values()), None)
             if block is not None and attention in calls:
-                form, serves = _form(block, attention, calls, parts), lambda: config._attn_implementation in _SERVED
-                found[block] = form if isinstance(form, str) else Block(block, form, _layer_of, serves, rooms)
+                form = _form(block, attention, calls, parts)
+                found[block] = form if isinstance(form, str) else Block(block, form, serves, rooms)
     except Exception as error:  # noqa: BLE001 - any model may refuse random tokens, or compute what is not expected
         return {owner: f"a run with random tokens failed: {error!r}"}
     finally:
@@ -80,11 +84,10 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
     return found
 
 
-def _layer_of(cache: Any, index: int) -> Any:
-    layers = cache.layers if isinstance(cache, KeyValueCache) else ()
-    found: Any = layers[index] if index < len(layers) else None
-    is_ours = isinstance(found, InPlace)
-    return found if is_ours and found.is_initialized else None
+def _layer_of(index: int, cache: Any) -> InPlace | None:
+    """Return a layer of a cache if it is one of lowmem's."""
+    layers = cache.layers[index : index + 1] if isinstance(cache, KeyValueCache) else ()
+    return next((one for one in layers if isinstance(one, InPlace)), None)
 
 
 def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
@@ -135,8 +138,9 @@ def _form(
         return next(((one, calls[one.module].out) for one in norms if calls[one.module].x is x), (None, x))
 
     ((mlp, gated),) = mlps
-    ends = before(calls[read.layers[0]].x), after(calls[read.out].out), before(calls[mlp].x), after(calls[mlp].out)
-    form = Form(read, mlp, gated, *(norm for norm, _ in ends))
+    roles, out, *_ = read
+    ends = before(calls[roles[0].layer].x), after(calls[out].out), before(calls[mlp].x), after(calls[mlp].out)
+    form = Form(attention, *read, mlp, gated, tuple(norm for norm, _ in ends))
     reason = why_not(block, form.layers)
     if reason is not None:
         return reason
@@ -154,8 +158,8 @@ def _form(
     return form
 
 
-def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm]) -> Attention | str:
-    """Return how a module computes attention, or why that is not known."""
+def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm]) -> tuple[Any, ...] | str:
+    """Return how a module computes attention, as fields of ``Form``, or why that is not known."""
     states, given, mixed = _recorded[module]
     layers = [one for one in module.modules() if hasattr(one, "out_features") and one in calls]
     rows = mixed.flatten(2)
@@ -183,17 +187,17 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm])
     if q.rotated != k.rotated or q.heads % k.heads or k.heads != v.heads:
         return "its queries and keys are rotated, or shared, in different ways"
     scaling = given.get("scaling")
-    known = {*calls[module].kwargs, "dropout", "scaling", "softcap"}
-    return Attention(
-        module,
-        (q, k, v),
-        outs[0],
-        q.width**-0.5 if scaling is None else scaling,
-        given.get("softcap"),
-        {name: value for name, value in given.items() if name not in known},
-        index,
-        attend,
-    )
+    scaling = q.width**-0.5 if scaling is None else scaling
+    how = {"dropout": 0.0, "scaling": scaling, "softcap": given.get("softcap")}
+    taken = {name: value for name, value in given.items() if name not in calls[module].kwargs}
+
+    def attended(query: Tensor, key: Tensor, value: Tensor, mask: Any, cache: Any) -> Tensor:
+        """Return what the module gives to its output layer; a cache takes keys and values."""
+        if cache is not None:
+            key, value = cache.update(key, value, index)
+        return attend(module, query, key, value, mask, **taken | how)[0]
+
+    return (q, k, v), outs[0], scaling, given.get("softcap"), attended, partial(_layer_of, index)
 
 
 def _projection(
