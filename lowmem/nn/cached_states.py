@@ -202,11 +202,9 @@ class CachedStates:
 
 def _start(rows: Tensor, room: Tensor) -> int | None:
     """Return the row of the room at which rows begin; None if they are elsewhere."""
-    if rows.shape[:2] != room.shape[:2] or rows.stride() != room.stride():
-        return None
-    if rows.untyped_storage()._cdata != room.untyped_storage()._cdata:
-        return None
-    return (rows.storage_offset() - room.storage_offset()) // room.stride(2)
+    start, off = divmod(rows.data_ptr() - room.data_ptr(), room.stride(2) * room.element_size())
+    is_part = not off and 0 <= start <= room.shape[2] - rows.shape[2] and rows.stride() == room.stride()
+    return start if is_part and rows.shape[:2] == room.shape[:2] else None
 
 
 def _split(rows: Tensor, width: int) -> HeadStates:

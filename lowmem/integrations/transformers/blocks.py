@@ -125,7 +125,7 @@ def _form(
     own = calls.get(block)
     if own is None or not isinstance(own.out, Tensor) or len(mlps) != 1 or own.kwargs.get("cache") is None:
         return "it has no gated MLP that is recognized, or other arguments or results than a block has"
-    read = _attention(attention, calls, norms)
+    read: Any = _attention(attention, calls, norms)
     if isinstance(read, str):
         return read
 
@@ -140,7 +140,7 @@ def _form(
     ((mlp, gated),) = mlps
     roles, out, *_ = read
     ends = before(calls[roles[0].layer].x), after(calls[out].out), before(calls[mlp].x), after(calls[mlp].out)
-    form = Form(attention, *read, mlp, gated, tuple(norm for norm, _ in ends))
+    form = Form(attention, *read, mlp=mlp, gated=gated, ends=tuple(norm for norm, _ in ends))
     reason = why_not(block, form.layers)
     if reason is not None:
         return reason
@@ -162,8 +162,7 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm])
     """Return how a module computes attention, as fields of ``Form``, or why that is not known."""
     states, given, mixed = _recorded[module]
     layers = [one for one in module.modules() if hasattr(one, "out_features") and one in calls]
-    rows = mixed.flatten(2)
-    outs = [one for one in layers if _near(calls[one].x, rows, rows.abs())]
+    outs = [one for one in layers if _near(calls[one].x, mixed.flatten(2), mixed.flatten(2).abs())]
     inputs = [one for one in layers if one not in outs]
     first = [one for one in inputs if calls[one].x is calls[inputs[0]].x]
     if len(outs) != 1 or len(first) + 1 != len(layers) or len(first) not in (1, 3):
@@ -186,16 +185,14 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm])
     q, k, v = found
     if q.rotated != k.rotated or q.heads % k.heads or k.heads != v.heads:
         return "its queries and keys are rotated, or shared, in different ways"
-    scaling = given.get("scaling")
-    scaling = q.width**-0.5 if scaling is None else scaling
-    how = {"dropout": 0.0, "scaling": scaling, "softcap": given.get("softcap")}
+    scaling = q.width**-0.5 if given.get("scaling") is None else given["scaling"]
     taken = {name: value for name, value in given.items() if name not in calls[module].kwargs}
 
     def attended(query: Tensor, key: Tensor, value: Tensor, mask: Any, cache: Any) -> Tensor:
         """Return what the module gives to its output layer; a cache takes keys and values."""
         if cache is not None:
             key, value = cache.update(key, value, index)
-        return attend(module, query, key, value, mask, **taken | how)[0]
+        return attend(module, query, key, value, mask, **taken | {"dropout": 0.0, "scaling": scaling})[0]
 
     return (q, k, v), outs[0], scaling, given.get("softcap"), attended, partial(_layer_of, index)
 

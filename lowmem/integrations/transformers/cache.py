@@ -47,26 +47,18 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
 
 
 def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> int:
-    """Return ``nbytes`` of a ``KeyValueCache`` that holds ``tokens`` tokens of each sequence.
+    """Return ``nbytes`` of a ``KeyValueCache`` of ``tokens`` tokens of each sequence; 0 if the model takes no cache.
 
-    The model has fake tensors, and fills a cache in one call.
+    The model has fake tensors, and fills the cache in one call.
 
     Raises:
-        ValueError: the model is no language model that takes such a cache, or other ``bits``.
+        ValueError: other ``bits``.
     """
-    generates = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
-    if not generates:
-        raise ValueError(
-            f"tokens={tokens} plans the cache of a causal language model, and not of a {type(model).__name__}: "
-            "leave it out"
-        )
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()) or model.config.is_encoder_decoder:
+        return 0
     cache = KeyValueCache(model, bits)
     with torch.no_grad():
         model(input_ids=torch.zeros(sequences, tokens, dtype=torch.int64), cache=cache, use_cache=True)
-    if not cache.nbytes:
-        raise ValueError(
-            f"tokens={tokens} plans keys and values, and a {type(model).__name__} keeps none: leave it out"
-        )
     return cache.nbytes
 
 
