@@ -46,15 +46,15 @@ class Form:
     """What a block consists of."""
 
     attention: nn.Module
+    mlp: nn.Module
+    gated: GatedMLP
+    ends: tuple[Norm | None, ...]  # before and behind the attention, before and behind the MLP
     roles: tuple[Projection, Projection, Projection]  # queries, keys and values
     out: Any
     scaling: float
     softcap: float | None
     attend: Callable[..., Tensor]  # attention by the model's library, of queries, keys, values, mask and cache
     kept: Callable[[Any], Any]  # returns the block's layer of a cache; None where it is not one of lowmem's
-    mlp: nn.Module
-    gated: GatedMLP
-    ends: tuple[Norm | None, ...]  # before and behind the attention, before and behind the MLP
 
     @property
     def first(self) -> list[Any]:
@@ -186,7 +186,7 @@ class Block:
             token = one.layer.out_features
             start = _normed(one.norm, steps, places[one.layer] + one.first * steps.size, batch * tokens * token)
             if one.rotated:
-                steps.rotate(start, (batch, tokens, one.heads), one.width, token, turns["cos"].shape, *turns)
+                steps.rotate(start, (batch, tokens, one.heads), (one.width, token), turns["cos"].shape, *turns)
             states.append((steps.type, start, 0, tokens * token, one.width, token, 0, 0, 0))
         return states
 

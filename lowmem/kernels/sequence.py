@@ -95,29 +95,17 @@ class Steps:
         return outs
 
     def rotate(
-        self,
-        x: Address,
-        shape: Sequence[int],
-        head: int,
-        token: int,
-        angles: Sequence[int],
-        cos: Address,
-        sin: Address,
+        self, x: Address, shape: Sequence[int], steps: Sequence[int], angles: Sequence[int], *turn: Address
     ) -> None:
-        """Rotate the first numbers of heads in place.
+        """Rotate the first numbers of heads (sequences, tokens, heads) in place, by cosines and sines (``turn``).
 
-        Args:
-            x: the first head.
-            shape: sequences, tokens and heads.
-            head: numbers from a head to the next.
-            token: numbers from a token to the next.
-            angles: shape of cos and sin: (1 or sequences, tokens, numbers to rotate).
-            cos, sin: their addresses.
+        ``steps`` are numbers from a head and a token to the next. ``angles`` is the shape of both: (1 or sequences,
+        tokens, numbers to rotate).
         """
-        (sequences, tokens, heads), width = shape, angles[2]
-        steps = head, token, tokens * token, tokens * width if angles[0] > 1 else 0
-        sizes = self.type, sequences, tokens, heads, width
-        self._add(_ROTATE_CALL, _ROTATE, sequences * tokens * heads * width, *sizes, *steps, x, cos, sin)
+        (sequences, tokens, heads), (head, token), width = shape, steps, angles[2]
+        sizes = self.type, sequences, tokens, heads, width, head, token, tokens * token
+        between = tokens * width if angles[0] > 1 else 0
+        self._add(_ROTATE_CALL, _ROTATE, sequences * tokens * heads * width, *sizes, between, x, *turn)
 
     def store(self, shape: Sequence[int], states: Sequence[int], into: str) -> None:
         """Write ``states_of`` (batch, heads, rows, width) into those that ``run`` is given: as they are, or coded."""
@@ -151,11 +139,8 @@ class Steps:
         self._fields += fields
 
     def run(self, **given: Tensor | Sequence[float]) -> bool:
-        """Compute all steps; False, and nothing is computed, if C cannot multiply one of the weights.
-
-        Args:
-            given: for each name, a contiguous tensor, or what stands in its fields.
-        """
+        """Compute all steps, with a contiguous tensor or fields for each name; False, and nothing is computed, if C
+        cannot multiply one of the weights."""
         for name, value in given.items():
             numbers = (value.data_ptr(),) if isinstance(value, Tensor) else value
             for place in self._places.get(name, ()):

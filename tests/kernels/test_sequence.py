@@ -114,7 +114,7 @@ def test_rotation(isa, batch, tokens, heads, half, rest, dtype, shared, seed):
         angles = numbers((1 if shared else batch, tokens, 2 * half), seed + 1)
         cos, sin = (one.to(dtype).contiguous() for one in (angles.cos(), angles.sin()))
         got, steps = x.clone(), Steps(backend_for(), x.new_empty(0))
-        steps.rotate("x", (batch, tokens, heads), width, heads * width, cos.shape, "cos", "sin")
+        steps.rotate("x", (batch, tokens, heads), (width, heads * width), cos.shape, "cos", "sin")
         assert steps.run(x=got, cos=cos, sin=sin)
     front, c, s = x[..., : 2 * half].double(), cos.double().unsqueeze(2), sin.double().unsqueeze(2)
     turned = torch.cat([-front[..., half:], front[..., :half]], -1)

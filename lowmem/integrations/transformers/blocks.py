@@ -125,7 +125,7 @@ def _form(
     own = calls.get(block)
     if own is None or not isinstance(own.out, Tensor) or len(mlps) != 1 or own.kwargs.get("cache") is None:
         return "it has no gated MLP that is recognized, or other arguments or results than a block has"
-    read: Any = _attention(attention, calls, norms)
+    read = _attention(attention, calls, norms)
     if isinstance(read, str):
         return read
 
@@ -138,9 +138,13 @@ def _form(
         return next(((one, calls[one.module].out) for one in norms if calls[one.module].x is x), (None, x))
 
     ((mlp, gated),) = mlps
-    roles, out, *_ = read
-    ends = before(calls[roles[0].layer].x), after(calls[out].out), before(calls[mlp].x), after(calls[mlp].out)
-    form = Form(attention, *read, mlp=mlp, gated=gated, ends=tuple(norm for norm, _ in ends))
+    ends = (
+        before(calls[read["roles"][0].layer].x),
+        after(calls[read["out"]].out),
+        before(calls[mlp].x),
+        after(calls[mlp].out),
+    )
+    form = Form(attention, mlp, gated, tuple(norm for norm, _ in ends), **read)
     reason = why_not(block, form.layers)
     if reason is not None:
         return reason
@@ -158,7 +162,7 @@ def _form(
     return form
 
 
-def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm]) -> tuple[Any, ...] | str:
+def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm]) -> dict[str, Any] | str:
     """Return how a module computes attention, as fields of ``Form``, or why that is not known."""
     states, given, mixed = _recorded[module]
     layers = [one for one in module.modules() if hasattr(one, "out_features") and one in calls]
@@ -194,7 +198,8 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm])
             key, value = cache.update(key, value, index)
         return attend(module, query, key, value, mask, **taken | {"dropout": 0.0, "scaling": scaling})[0]
 
-    return (q, k, v), outs[0], scaling, given.get("softcap"), attended, partial(_layer_of, index)
+    how = {"scaling": scaling, "softcap": given.get("softcap"), "attend": attended}
+    return {"roles": (q, k, v), "out": outs[0], "kept": partial(_layer_of, index), **how}
 
 
 def _projection(

@@ -224,6 +224,39 @@ def test_adapters_are_switched_between_calls(ran):
     assert near(logits(model, KeyValueCache(model), 3), plain)
 
 
+def test_several_adapters_are_active_in_turns_and_none(ran):
+    """A block with adapters runs by its modules; the other one stays one call."""
+
+    def of_first(*layers):
+        return lambda name, _: name.startswith("model.layers.0.") and name.endswith(layers)
+
+    def adapted():
+        model = convert(model_of("llama"), LoRA(4), where=of_first("q_proj", "gate_proj"))
+        lowmem.add_adapter(model, "other", LoRA(2), where=of_first("v_proj", "gate_proj", "down_proj"))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape))
+        return model
+
+    def active(model, names):
+        lowmem.deactivate(model)
+        if names:
+            lowmem.activate(model, *names)
+        return logits(model, KeyValueCache(model), 3)
+
+    plain, model = adapted(), prepare_inference(adapted())
+    default, other = lowmem.adapter_names(model)
+    turns = (default,), (other,), (), (default, other), (default,)
+    found = [active(model, names) for names in turns]
+    assert ran == {"_at_once": 15, "_in_two": 5}
+    for names, got in zip(turns, found, strict=True):
+        assert near(got, active(plain, names))
+    assert torch.equal(found[0], found[4])
+    assert all(not near(found[0], one) for one in found[1:4])
+
+
 def test_copies_are_plain_and_saving_is_as_before(tmp_path):
     model = model_of("llama")
     expected = logits(model, KeyValueCache(model), 3)
