@@ -112,7 +112,7 @@ class Watched:
         self._hooks = [*GLOBAL_HOOKS, *(one for part in self._parts for one in hooks_of(part))]
 
     def holds(self) -> bool:
-        """Whether all is as it was; it is asked at each call."""
+        """Whether all is as it was; asked at each call, hence without a loop in Python."""
         return (
             all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
             and list(map(type, self._parts)) == self._kinds
