@@ -139,7 +139,8 @@ class Block:
     def _program(self, ready: Ready, x: Tensor, turns: dict[str, Tensor]) -> tuple[Steps, tuple[int, ...], int]:
         """Return the steps for few tokens, kept for each shape; states of queries; where attention is to write."""
         key = get_ident(), x.shape, *(one.shape for one in turns.values())
-        if key not in ready.programs:
+        found: tuple[Steps, tuple[int, ...], int] | None = ready.programs.get(key)
+        if found is None:
             form, (batch, tokens, _) = self.form, x.shape
             steps = Steps(ready.kernel, self.rooms(get_ident(), batch * tokens * self.most, x.dtype))
             query, *new = self._project(steps, ready, x, turns)
@@ -149,8 +150,8 @@ class Block:
             self._finish(steps, ready, x, mixed)
             if len(ready.programs) >= _MOST_PROGRAMS:
                 ready.programs.clear()
-            ready.programs[key] = steps, query, mixed
-        return cast("tuple[Steps, tuple[int, ...], int]", ready.programs[key])
+            found = ready.programs[key] = steps, query, mixed
+        return found
 
     def _in_two(self, ready: Ready, x: Tensor, turns: dict[str, Tensor], cache: Any, mask: Any) -> Tensor | None:
         """Return the output, with the attention of the model's library between two calls of C."""
