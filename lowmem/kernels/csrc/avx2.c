@@ -101,37 +101,29 @@ static inline void v_to_half(uint16_t *p, V a)
 
 #include "body.h"
 
-/* x @ W.T for a bfloat16 batch in 16-bit integers, of which one instruction multiplies sixteen; levels are looked up as bytes.
- *
- * Packed, for each group and batch row: four vectors of integers, in the order in which codes are decoded, and the unit of each word.
- * Vector 2 * high + back holds columns of the low or high nibbles of each word's front or back two bytes. */
-#define INT16_VECTORS 5
+/* x @ W.T for a bfloat16 batch in 16-bit integers, of which one instruction multiplies sixteen. Sixteen columns share an exponent. */
 /* A bfloat16 number below 2^14 and a level of at most 2^14: eight such products add up to less than 2^31. */
 #define INT16_BITS 14
 
-/* The exponent of the largest magnitude of two vectors, at least -114, so that 2^(13 - exponent) is a float; 128: not finite. */
-INLINE int exponent_of(V a, V b)
+/* Round eight columns and eight more to integers, x / 2^(exponent - 13), where the exponent is that of the largest magnitude, and at
+ * least -114: 2^(13 - exponent) is a float. Returns the unit, 2^(exponent - 27); NaN if one is infinite or NaN. */
+INLINE float to_int16(V low, V high, __m128i *lows, __m128i *highs)
 {
     const W magnitude = _mm256_set1_epi32(0x7fffffff);
-    const W most = _mm256_max_epi32(_mm256_and_si256((W)a, magnitude), _mm256_and_si256((W)b, magnitude));
+    const W most = _mm256_max_epi32(_mm256_and_si256((W)low, magnitude), _mm256_and_si256((W)high, magnitude));
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-    const int exponent = (_mm_cvtsi128_si32(four) >> 23) - 127;
-    return exponent < -114 ? -114 : exponent;
+    const int found = (_mm_cvtsi128_si32(four) >> 23) - 127, exponent = found < -114 ? -114 : found;
+    const V factor = v_set1(float_of((uint32_t)(126 + INT16_BITS - exponent) << 23));
+    const W a = _mm256_cvtps_epi32(v_mul(low, factor)), b = _mm256_cvtps_epi32(v_mul(high, factor));
+    *lows = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    *highs = _mm_packs_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+    return exponent > 127 ? NAN : float_of((uint32_t)(exponent + 115) << 23) * 0x1p-15f; /* the product may be subnormal */
 }
 
-/* Store eight numbers times `factor`, rounded: the pairs of two words go to `front` and `back`. */
-INLINE void put_int16(V x, V factor, float *front, float *back)
-{
-    const W whole = _mm256_cvtps_epi32(v_mul(x, factor));
-    const __m128i pairs = _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1));
-    const __m128i sorted = _mm_shuffle_epi32(pairs, 0xd8);
-    _mm_storel_epi64((__m128i *)front, sorted);
-    _mm_storeh_pd((double *)back, (__m128d)sorted);
-}
-
-/* Pack batch row m. The columns of two words share a unit, 2^(exponent - 13); it is NaN if one of them is infinite or NaN. */
+/* Pack batch row m for 4-bit codes: for each group four vectors of integers, in the order in which codes are decoded, and the unit of
+ * each word. Vector 2 * high + back holds columns of the low or high nibbles of each word's front or back two bytes. */
 static void pack_int16(const struct job *job, int64_t m)
 {
     const struct weight *w = job->weight;
@@ -140,21 +132,39 @@ static void pack_int16(const struct job *job, int64_t m)
     for (int64_t byte = job->g0 * LANES * 4; byte < smaller(w->row_bytes, job->g1 * LANES * 4); byte += 8) {
         const int64_t start = byte / w->half * size, columns = smaller(size, w->columns - start), lower = (columns + 1) / 2;
         const int64_t c = byte % w->half;
-        const V low = load_some(job->x, BFLOAT16, from + start + c, lower - c);
-        const V high = load_some(job->x, BFLOAT16, from + start + lower + c, columns - lower - c);
-        const int exponent = exponent_of(low, high);
-        const V factor = v_set1(float_of((uint32_t)(126 + INT16_BITS - exponent) << 23));
-        float *to = out + (byte / (LANES * 4) - job->g0) * step * INT16_VECTORS + byte / 4 % LANES;
-        put_int16(low, factor, to, to + step);
-        put_int16(high, factor, to + 2 * step, to + 3 * step);
-        /* 2^(exponent - 13) times the unit of levels, 2^-14, in two factors: their product may be subnormal */
-        to[4 * step] = to[4 * step + 1] = exponent > 127 ? NAN : float_of((uint32_t)(exponent + 115) << 23) * 0x1p-15f;
+        float *to = out + (byte / (LANES * 4) - job->g0) * step * 5 + byte / 4 % LANES;
+        __m128i x[2];
+        to[4 * step] = to[4 * step + 1] = to_int16(load_some(job->x, BFLOAT16, from + start + c, lower - c),
+                                                   load_some(job->x, BFLOAT16, from + start + lower + c, columns - lower - c), x, x + 1);
+        for (int high = 0; high < 2; high++) {
+            const __m128i sorted = _mm_shuffle_epi32(x[high], 0xd8); /* the front pairs of two words, then the back pairs */
+            _mm_storel_epi64((__m128i *)(to + 2 * high * step), sorted);
+            _mm_storeh_pd((double *)(to + (2 * high + 1) * step), (__m128d)sorted);
+        }
+    }
+}
+
+/* Pack batch row m for 8-bit codes: for 32 columns, two vectors of integers, whose halves are those of 16 columns, and their units. */
+static void pack_int16_columns(const struct job *job, int64_t m)
+{
+    const int64_t columns = job->weight->columns, step = (job->m1 - job->m0) * LANES, first = job->g0 * GROUP;
+    for (int64_t c = first; c < smaller(columns, job->g1 * GROUP); c += 16) {
+        float *to = job->packed + (m - job->m0) * LANES + (c - first) / 32 * step * 3 + c % 32 / 4;
+        __m128i x[2];
+        const float unit = to_int16(load_some(job->x, BFLOAT16, m * columns + c, columns - c),
+                                    load_some(job->x, BFLOAT16, m * columns + c + 8, columns - c - 8), x, x + 1);
+        _mm_storeu_si128((__m128i *)to, x[0]);
+        _mm_storeu_si128((__m128i *)(to + step), x[1]);
+        _mm_storeu_ps(to + 2 * step, _mm_set1_ps(unit));
     }
 }
 
 #define INT16_ROWS(M) 2
+#define INT16_ROWS8(M) ((M) <= 2 ? 4 : 2)
 
-/* As `few`, in 16-bit integers: sums of a word's eight products are exact. */
+#define INT16_AT(k) _mm256_loadu_si256((const __m256i *)x + (k) * M + j)
+
+/* As `few`, in 16-bit integers: sums of a word's eight products are exact. Low and high bytes of levels are looked up. */
 INLINE void few_int16(const struct job *job, int64_t r, const int R, const int M, V *out)
 {
     const struct weight *w = job->weight;
@@ -168,7 +178,7 @@ INLINE void few_int16(const struct job *job, int64_t r, const int R, const int M
     V acc[FEW_SUMS];
     begin_reading(&at, w, r, job->g0, R);
     EACH_ROW EACH_INPUT acc[AT] = v_zero();
-    for (int64_t g = job->g0; g < job->g1; g++, x += M * LANES * INT16_VECTORS) {
+    for (int64_t g = job->g0; g < job->g1; g++, x += 5 * M * LANES) {
         read_group(&at, w, r, g, R);
         EACH_ROW {
             const __m256i codes = _mm256_shuffle_epi8(at.words[i], order);
@@ -178,9 +188,10 @@ INLINE void few_int16(const struct job *job, int64_t r, const int R, const int M
             const __m256i level[4] = {_mm256_unpacklo_epi8(a, b), _mm256_unpackhi_epi8(a, b), _mm256_unpacklo_epi8(c, d),
                                       _mm256_unpackhi_epi8(c, d)};
             EACH_INPUT {
-#define PRODUCTS_OF(k) _mm256_madd_epi16(level[k], _mm256_loadu_si256((const __m256i *)x + (k) * M + j))
-                const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(PRODUCTS_OF(0), PRODUCTS_OF(1)),
-                                                     _mm256_add_epi32(PRODUCTS_OF(2), PRODUCTS_OF(3)));
+                __m256i sum = _mm256_setzero_si256();
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k++)
+                    sum = _mm256_add_epi32(sum, _mm256_madd_epi16(level[k], INT16_AT(k)));
                 const V value = v_mul(_mm256_cvtepi32_ps(sum), v_load(x + (4 * M + j) * LANES));
                 acc[AT] = v_fma(value, at.scale[i], acc[AT]);
             }
@@ -189,7 +200,39 @@ INLINE void few_int16(const struct job *job, int64_t r, const int R, const int M
     EACH_ROW EACH_INPUT out[j * LANES + i] = v_mul(acc[AT], v_set1(w->int16_unit));
 }
 
+/* As `few_weights8`: an integer times 256 is a byte above a zero, and four products add up to less than 2^31. */
+INLINE void few_int16_weights8(const struct job *job, int64_t r, const int R, const int M, V *out)
+{
+    const struct weight *w = job->weight;
+    const int64_t end = smaller(w->columns, job->g1 * GROUP), size = 2 * w->half;
+    const uint8_t *rows = w->packed + r * w->row_bytes;
+    const float *x = job->packed;
+    float scales[4][MAX_LANES];
+    V acc[FEW_SUMS];
+    EACH_ROW EACH_INPUT acc[AT] = v_zero();
+    for (int64_t c = job->g0 * GROUP, block = c / size, first = block - LANES; c < end; c += 32, x += 3 * M * LANES) {
+        while (c >= (block + 1) * size)
+            block++;
+        const int64_t second = block + (c + 16 >= (block + 1) * size); /* the block of the second 16 columns */
+        if (second >= first + LANES)
+            weights8_scales(w, r, first = block, R, scales);
+        EACH_ROW {
+            prefetch(rows + (i + 8 * R) * w->row_bytes + c);
+            const __m256i codes = _mm256_xor_si256(words_load(rows + i * w->row_bytes + c, end - c), _mm256_set1_epi8(-128));
+            const __m256i front = _mm256_unpacklo_epi8(_mm256_setzero_si256(), codes);
+            const __m256i back = _mm256_unpackhi_epi8(_mm256_setzero_si256(), codes);
+            const V scale = _mm256_set_m128(_mm_set1_ps(scales[i][second - first]), _mm_set1_ps(scales[i][block - first]));
+            EACH_INPUT {
+                const __m256i sum = _mm256_add_epi32(_mm256_madd_epi16(front, INT16_AT(0)), _mm256_madd_epi16(back, INT16_AT(1)));
+                acc[AT] = v_fma(v_mul(_mm256_cvtepi32_ps(sum), v_load(x + (2 * M + j) * LANES)), scale, acc[AT]);
+            }
+        }
+    }
+    EACH_ROW EACH_INPUT out[j * LANES + i] = v_mul(acc[AT], v_set1(0x1p6f / w->divisor)); /* units are of levels of 2^14 */
+}
+
 ROWS_WITH_MORE(rows_int16, INT16_ROWS, few_int16)
+ROWS_WITH_MORE(rows_int16_weights8, INT16_ROWS8, few_int16_weights8)
 
 /* Panel n of the batch rows of a piece: up to FEW_MORE of them, with their part of packed x. Returns 0 if there is none. */
 static int panel_of(const struct job *job, int64_t n, struct job *panel)
@@ -207,9 +250,9 @@ static void pack_panels_int16(struct job *job, int64_t part, int64_t parts, int6
 {
     struct job one;
     for (int64_t n = part; panel_of(job, n, &one); n += parts) {
-        memset(one.packed, 0, (size_t)((one.m1 - one.m0) * (one.g1 - one.g0)) * LANES * INT16_VECTORS * sizeof(float));
+        memset(one.packed, 0, (size_t)((one.m1 - one.m0) * (one.g1 - one.g0) * GROUP * job->kernel->number));
         for (int64_t m = one.m0; m < one.m1; m++)
-            pack_int16(&one, m);
+            job->weight->levels ? pack_int16(&one, m) : pack_int16_columns(&one, m);
         sum_blocks(&one);
     }
 }
@@ -218,7 +261,7 @@ static void int16_body(struct job *job, int64_t part, int64_t parts, int64_t thr
 {
     struct job one;
     for (int64_t n = 0; panel_of(job, n, &one); n++)
-        few_rows(&one, part, parts, rows_int16);
+        few_rows(&one, part, parts, job->weight->levels ? rows_int16 : rows_int16_weights8);
 }
 
 #define FEW_INT16 32 /* most batch rows that threads need not share the packing of */
