@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import is_
 from typing import Any
 
 import torch
@@ -113,34 +114,32 @@ class Watched:
     """
 
     def __init__(self, module: nn.Module, tensors: Sequence[tuple[dict[str, Any], str]] = ()) -> None:
-        self._entries: list[tuple[dict[str, Any], str, Any]] = [
+        entries: list[tuple[dict[str, Any], str, Any]] = [
             (owner._modules, name, part)
             for owner in module.modules()
             for name, part in owner._modules.items()
             if part is not None
         ]
-        modules = [part for _, _, part in self._entries]
-        self._entries += [(own, key, own.get(key)) for own, key in tensors]
+        modules = [part for _, _, part in entries]
+        entries += [(own, key, own.get(key)) for own, key in tensors]
         for part in modules:
             own = part.__dict__
-            self._entries += [(own, "forward", None), (own, "_compiled_call_impl", None), (own, "training", False)]
-        self._kinds = [(part, type(part)) for part in modules]
-        found = [own.get(key) for own, key in tensors]
-        self._addresses = [(one, one.data_ptr()) for one in found if isinstance(one, Tensor)]
+            entries += [(own, "forward", None), (own, "_compiled_call_impl", None), (own, "training", False)]
+        self._entries = list(zip(*entries, strict=True)) or [()] * 3
+        self._modules, self._kinds = modules, list(map(type, modules))
+        self._tensors = [one for own, key in tensors if isinstance(one := own.get(key), Tensor)]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
         self._hooks = [*GLOBAL_HOOKS, *(one for part in modules for one in hooks_of(part))]
 
     def holds(self) -> bool:
-        """Whether all is as it was; it is asked at each call."""
-        for own, key, value in self._entries:
-            if own.get(key) is not value:
-                return False
-        for module, kind in self._kinds:
-            if type(module) is not kind:
-                return False
-        for tensor, address in self._addresses:
-            if tensor.data_ptr() != address:
-                return False
-        return not any(self._hooks)
+        """Whether all is as it was; asked at each call, hence without a loop in Python."""
+        owns, keys, values = self._entries
+        return (
+            all(map(is_, map(dict.get, owns, keys), values))
+            and all(map(is_, map(type, self._modules), self._kinds))
+            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+            and not any(self._hooks)
+        )
 
 
 def add_gated(steps: Steps, how: GatedMLP, x: int, rows: int, columns: int, layers: list[Layer], inner: int) -> int:

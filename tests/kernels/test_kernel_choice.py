@@ -100,7 +100,7 @@ def test_c_leaves_to_torch_what_the_plan_does(isa, kind, dtype, operation, rows,
 @needs_kernel
 @pytest.mark.parametrize(
     ("isa", "rows", "dtype", "name"),
-    [("avx2", 8, torch.bfloat16, "tiled"), ("avx512", 24, torch.float32, "fused"), ("portable", 1, None, "few")],
+    [("avx2", 8, torch.bfloat16, "few_int16"), ("avx512", 24, torch.float32, "fused"), ("portable", 1, None, "few")],
 )
 def test_explain_names_the_kernel(isa, rows, dtype, name, capsys):
     if isa not in kernels.available():

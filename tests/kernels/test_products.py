@@ -102,6 +102,22 @@ def test_every_number_of_a_few_inputs(isa, block_size, columns):
 
 
 @compiled_bfloat16
+@in_one_case(1, block_size=[16, 32, 64, 128], batch=[1, 5, 19, 40])
+def test_small_bfloat16_numbers_are_exact_beside_large_ones_that_cancel(isa, block_size, batch):
+    """Levels are multiples of 1/8. Of four columns of one weight, two hold x and -x, the third up to 3."""
+    levels = torch.randint(-7, 8, (9, 75)) / 8.0
+    levels[:, :: block_size // 4] = -1.0  # the largest of each block
+    dense = levels.repeat_interleave(4, 1)
+    q = quantize(dense, "q4_0", block_size=block_size)
+    assert torch.equal(q.dequantize(), dense)
+    large, small = 64.0 * torch.randint(128, 256, (batch, 75)), torch.randint(-3, 4, (batch, 75)).float()
+    x = torch.stack((large, -large, small, 0 * small), 2).flatten(1)
+    with kernels.using(isa):
+        got = kernels.linear(x.bfloat16(), q, torch.bfloat16)
+    assert torch.equal(got, (x.double() @ dense.double().t()).bfloat16())
+
+
+@compiled_bfloat16
 @in_one_case(1, columns=[5, 127, 640], stored_as=[torch.float16, torch.bfloat16])
 def test_every_number_of_a_few_inputs_with_16_bit_weights(isa, stored_as, columns):
     w = strategies.make_weight("normal", (77, columns), 0, 1).to(stored_as)
@@ -173,7 +189,7 @@ def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
         x = torch.randn(batch, 8200).to(dtype)
         with kernels.using(isa):
             got, added = kernels.linear(x, w, dtype), kernels.linear(x, w, dtype, bias)
-        assert_close_in(dtype, got, x, dequantized)
+            assert_close_in(dtype, got, x, dequantized)
         unit = torch.finfo(dtype).eps / 2
         assert ((added.float() - got.float() - bias).abs() <= unit * (added.abs() + got.abs() + 1e-3)).all()
 

@@ -24,6 +24,11 @@ static const struct kernel kernels[] = {
      .multiply = tiled_body},
     {"grad_tiled", INPUT_GRAD, WHOLE, 1 << FLOAT32, 1, TORCH_FLOAT_ROWS - 1, OF_GRADIENT, .multiply = grad_body},
 #endif
+#ifdef FEW_INT16
+    {"few_int16", LINEAR, GROUPS, 1 << BFLOAT16, 1, FEW_INT16, IN_REGISTERS(3), .pack = pack_panels_int16, .multiply = int16_body},
+    {"int16", LINEAR, GROUPS, 1 << BFLOAT16, FEW_INT16 + 1, ANY_ROWS, .number = 3, .whole = FEW_MORE, .pack = pack_panels_int16,
+     .multiply = int16_body},
+#endif
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
     {"few_sixteen", LINEAR, SIXTEEN, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_sixteen_body},
     {"few_weights8", LINEAR, WEIGHTS8, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_weights8_body},

@@ -118,6 +118,9 @@ struct weight {
     float inputs8_step;
     float divisor; /* 8-bit codes: a level is (code - 128) / divisor */
     uint8_t steps[16];
+    /* Levels rounded for products in 16-bit integers: the largest magnitude, int16_unit, is 2^14. The low bytes, then the high ones. */
+    float int16_unit;
+    uint8_t int16_levels[2][16];
 };
 
 /* A low-rank update, out = base + scaling * (x @ A.T) @ B.T; base and out may be the same memory. */

@@ -16,7 +16,7 @@ static int32_t place_of(int64_t byte, int high, int64_t lanes)
 static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
 {
     const int64_t stride = round_up(columns + columns % 2, MAX_GROUP), groups = stride / (lanes * 8), half = size / 2;
-    const int64_t row_bytes = (columns + 1) / 2;
+    const int64_t row_bytes = (columns + 1) / 2, blocks = (columns + size - 1) / size;
     struct order *order = malloc(sizeof *order + (size_t)(columns + stride / 8 + groups) * sizeof(int32_t));
     if (!order)
         return NULL;
@@ -29,8 +29,8 @@ static struct order *make_order(int64_t lanes, int64_t columns, int64_t size)
     }
     for (int64_t g = 0; g < groups; g++) {
         const int64_t byte = smaller(g * lanes * 4, row_bytes - 1), last = smaller((g + 1) * lanes * 4, row_bytes) - 1;
-        first_block[g] = (int32_t)(byte / half);
-        /* One vector holds the scales of several groups, so that a kernel reads them once. */
+        /* One vector holds the scales of several groups, so that a kernel reads them once, and the last one is whole, too. */
+        first_block[g] = (int32_t)smaller(byte / half, blocks > lanes ? blocks - lanes : 0);
         if (g && last / half - first_block[g - 1] < lanes)
             first_block[g] = first_block[g - 1];
         for (int64_t word = g * lanes; word < (g + 1) * lanes; word++)
@@ -104,6 +104,16 @@ static void use_inputs8(struct weight *w, int64_t points)
         w->steps[c] = (uint8_t)(rintf(w->levels[c] / w->inputs8_step) + INPUTS8_ZERO);
 }
 
+static void use_int16(struct weight *w)
+{
+    w->int16_unit = fmaxf(w->levels[15], -w->levels[0]);
+    for (int c = 0; c < 16; c++) {
+        const int16_t level = (int16_t)rintf(w->levels[c] / w->int16_unit * 0x1p14f);
+        w->int16_levels[0][c] = (uint8_t)level;
+        w->int16_levels[1][c] = (uint8_t)(level >> 8);
+    }
+}
+
 /* Whether codes and scales have the shapes and types that the weight requires. */
 static int is_stored_as(const struct weight *w, const struct tensor *packed, const struct tensor *scales)
 {
@@ -146,6 +156,8 @@ static PyObject *prepare(PyObject *self, PyObject *const *args, Py_ssize_t given
         free(prepared);
         return NULL;
     }
+    if (w.levels)
+        use_int16(&w);
     if (w.levels && n[POINTS])
         use_inputs8(&w, n[POINTS]);
     w.divisor = (float)n[POINTS];
