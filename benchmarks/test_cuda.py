@@ -47,7 +47,8 @@ def row(request):
     rows = [("benchmark", "what", "ms", "of the first's", "peak MiB", "stored MiB")]
     yield lambda *cells: rows.append(cells)
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    terminal.section(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {lowmem.kernels.gpu.describe()}")
+    served = lowmem.kernels.gpu.skip_reason(GPU) or "by triton"
+    terminal.section(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {served}")
     for line in aligned(rows, right=(2, 3, 4, 5)):
         terminal.write_line(line)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lowmem.kernels.cpu import Kernel
 from lowmem.kernels.memory import TYPES, is_real, is_traced
 from lowmem.kernels.rowwise import ACTIVATIONS
-from lowmem.kernels.sequence import Layer, Steps
+from lowmem.kernels.sequence import Address, Layer, Steps
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.calls import GLOBAL_HOOKS, autocast_enabled, hooks_of, is_plain_call
+from lowmem.nn.calls import GLOBAL_HOOKS, autocasts, hooks_of, is_plain_call
 from lowmem.nn.coded_module import kept_weight
 from lowmem.nn.linear import CodedLinear, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.quant.backend import backend_of
@@ -28,64 +28,51 @@ def kernel_for(x: Any) -> Kernel | None:
         return None
     kernel = backend_of(x)
     fits = x.dim() > 1 and x.dtype in (torch.float32, torch.bfloat16) and x.is_contiguous() and x.numel() > 0
-    return kernel if isinstance(kernel, Kernel) and fits and is_real(x) and not autocast_enabled("cpu") else None
+    return kernel if isinstance(kernel, Kernel) and fits and is_real(x) and not autocasts(x) else None
 
 
 @dataclass(frozen=True)
 class Norm:
-    """An RMS norm: the module, and how it computes."""
+    """Computes an RMS norm: the module, and how it computes."""
 
     module: nn.Module
     how: RMSNorm
 
-    @property
-    def columns(self) -> int:
-        """The numbers of a row."""
-        factor = self.module._parameters[self.how.weight]
-        return 0 if factor is None else len(factor)
-
-    def fits(self, x: Tensor) -> bool:
-        """Whether C multiplies with the weight."""
-        factor = self.module._parameters.get(self.how.weight)
-        return type(factor) is nn.Parameter and factor.dtype is x.dtype and factor.is_contiguous() and is_real(factor)
-
-    def add(self, steps: Steps, x: int, rows: int, out: int = 0) -> int:
-        """Add the norm of rows to steps, and return the address of the result (``out``, or new room)."""
-        factor, eps = self.module._parameters[self.how.weight], getattr(self.module, self.how.eps)
-        assert factor is not None
-        return steps.norm(x, rows, factor, eps, self.how.offset, self.how.rounds_first, out)
-
-
-class NormPart:
-    """Computes an RMS norm."""
-
-    why_not: str | None = None
-
-    def __init__(self, module: nn.Module, how: RMSNorm) -> None:
-        self.norm = Norm(module, how)
-
     def __str__(self) -> str:
         return "RMS norm in one call"
+
+    @property
+    def factor(self) -> Any:
+        """The weight."""
+        return self.module._parameters.get(self.how.weight)
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether C multiplies with the weight, and results have the dtype of inputs."""
+        factor = self.factor
+        return type(factor) is nn.Parameter and factor.dtype is dtype and factor.is_contiguous() and is_real(factor)
+
+    def add(self, steps: Steps, x: Address, count: int, out: Address = 0) -> Any:
+        """Add the norm of rows, ``count`` numbers; return the address of the result (``out``, or new room)."""
+        how, factor = self.how, self.factor
+        terms = factor, getattr(self.module, how.eps), how.offset, how.rounds_first
+        return steps.norm(x, count // len(factor), *terms, out)
 
     def __call__(self, x: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Return the norm of rows; None where the module's own forward must run."""
         kernel = kernel_for(x)
-        if given or kernel is None or not self.norm.fits(x) or x.shape[-1] != self.norm.columns:
+        if given or kernel is None or not self.fits(x.dtype) or x.shape[-1] != len(self.factor):
             return None
-        out, steps = torch.empty_like(x), Steps(kernel, x, 0)
-        self.norm.add(steps, x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr())
-        return out if steps.run() else None
+        out, steps = torch.empty_like(x), Steps(kernel, x.new_empty(0))
+        self.add(steps, "x", x.numel(), "out")
+        return out if steps.run(x=x, out=out) else None
 
 
 class GatedPart:
     """Computes a gated MLP."""
 
     def __init__(self, module: nn.Module, how: GatedMLP) -> None:
-        self.how = how
-        names = [name for name in (how.gate, how.up, how.down) if name]
-        self.layers = [getattr(module, name) for name in names]
-        self.watched = Watched(module)
-        self.why_not = next((f"{name} {why}" for name in names if (why := why_not(getattr(module, name)))), None)
+        self.how, self.layers = how, layers_of(module, how)
+        self.taken = Taken(module, self.layers)
 
     def __str__(self) -> str:
         return f"gated MLP in one call ({self.how.activation})"
@@ -93,16 +80,15 @@ class GatedPart:
     def __call__(self, x: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Return the output; None where the module's own forward must run."""
         kernel, down = kernel_for(x), self.layers[-1]
-        if given or kernel is None or not self.watched.holds():
+        if given or kernel is None or x.shape[-1] != down.out_features:
             return None
-        layers = [layer_of(kernel, one, x.dtype) for one in self.layers]
-        if None in layers or x.shape[-1] != down.out_features:
+        ready = self.taken.ready(kernel, x.dtype)
+        if ready is None:
             return None
-        columns, inner, rows = x.shape[-1], down.in_features, x.numel() // x.shape[-1]
-        steps, out = Steps(kernel, x, 3 * rows * inner), torch.empty_like(x)
-        hidden = add_gated(steps, self.how, x.data_ptr(), rows, columns, layers[:-1], inner)  # type: ignore[arg-type]
-        steps.products(hidden, rows, inner, layers[-1:], out.data_ptr())  # type: ignore[arg-type]
-        return out if steps.run() else None
+        rows, out = x.numel() // x.shape[-1], torch.empty_like(x)
+        steps = Steps(kernel, x.new_empty(3 * rows * down.in_features))
+        add_mlp(steps, self.how, "x", rows, ready.layers, "out")
+        return out if steps.run(x=x, out=out) else None
 
 
 class Watched:
@@ -110,76 +96,116 @@ class Watched:
 
     Args:
         module: each module inside it must stay where it is, of its class, in evaluation mode and without hooks.
-        tensors: (dict, key) of each tensor that is read by its address, or of another object that must stay.
+        others: (dict, key) of each tensor that is read by its address, or of another object that must stay.
     """
 
-    def __init__(self, module: nn.Module, tensors: Sequence[tuple[dict[str, Any], str]] = ()) -> None:
-        entries: list[tuple[dict[str, Any], str, Any]] = [
-            (owner._modules, name, part)
-            for owner in module.modules()
-            for name, part in owner._modules.items()
-            if part is not None
-        ]
-        modules = [part for _, _, part in entries]
-        entries += [(own, key, own.get(key)) for own, key in tensors]
-        for part in modules:
-            own = part.__dict__
+    def __init__(self, module: nn.Module, others: Iterable[tuple[dict[str, Any], str]] = ()) -> None:
+        self._parts = [part for part in module.modules() if part is not module]
+        places = [*others, *((one._modules, name) for one in module.modules() for name in one._modules)]
+        entries = [(own, key, own.get(key)) for own, key in places]
+        for own in map(vars, self._parts):
             entries += [(own, "forward", None), (own, "_compiled_call_impl", None), (own, "training", False)]
-        self._entries = list(zip(*entries, strict=True)) or [()] * 3
-        self._modules, self._kinds = modules, list(map(type, modules))
-        self._tensors = [one for own, key in tensors if isinstance(one := own.get(key), Tensor)]
+        self._dicts, self._keys, self._values = zip(*entries, strict=True)
+        self._kinds = list(map(type, self._parts))
+        self._tensors = [one for one in self._values if isinstance(one, Tensor)]
         self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._hooks = [*GLOBAL_HOOKS, *(one for part in modules for one in hooks_of(part))]
+        self._hooks = [*GLOBAL_HOOKS, *(one for part in self._parts for one in hooks_of(part))]
 
     def holds(self) -> bool:
         """Whether all is as it was; asked at each call, hence without a loop in Python."""
-        owns, keys, values = self._entries
         return (
-            all(map(is_, map(dict.get, owns, keys), values))
-            and all(map(is_, map(type, self._modules), self._kinds))
+            all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
+            and list(map(type, self._parts)) == self._kinds
             and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
             and not any(self._hooks)
         )
 
 
-def add_gated(steps: Steps, how: GatedMLP, x: int, rows: int, columns: int, layers: list[Layer], inner: int) -> int:
-    """Add the products of gate and up, and ``act(gate) up``: (rows, inner)."""
-    found = steps.products(x, rows, columns, layers)
-    if how.up is not None:
-        return steps.gated(found[0], found[1], rows, inner, inner, ACTIVATIONS[how.activation])
-    halves = found[0], found[0] + inner * steps.size
-    gate, up = halves if how.gate_first else halves[::-1]
-    return steps.gated(gate, up, rows, inner, 2 * inner, ACTIVATIONS[how.activation])
+class Ready(NamedTuple):
+    """Layers as C takes them, and what is made of them; they serve until something has changed."""
+
+    kernel: Kernel
+    dtype: torch.dtype
+    watched: Watched
+    layers: list[Layer]
+    programs: dict[Any, Any]
 
 
-def layer_of(kernel: Kernel, layer: Any, dtype: torch.dtype) -> Layer | None:
-    """Return a layer as C takes it, if its product with an input of a dtype is computed in that dtype."""
-    own = layer._parameters
-    if isinstance(layer, CodedLinear):
-        weight = kept_weight(layer) or layer.quantized
-        computed = layer._forms["weight"].form.compute_dtype
-        given = kernel._given(weight) if computed in (None, dtype) else None
-        bias = own.get("bias")
-    else:
-        stored, bias = own.get("weight_rounded"), own.get("bias_rounded", own.get("bias"))
-        fits = type(stored) is nn.Parameter and (dtype is torch.float32 or stored.dtype is dtype)
-        given = (None, stored, None) if fits else None
-    if given is None or (bias is not None and (bias.dtype not in TYPES or not bias.is_contiguous())):
-        return None
-    return given, layer.out_features, bias
+class Taken:
+    """Layers and norms inside a module, which C reads where they are.
+
+    Args:
+        module: see ``Watched``.
+        layers: inside it.
+        others: modules with numbers that its code reads, such as the scaling of scores, beside itself and norms.
+        norms: inside it.
+    """
+
+    def __init__(
+        self, module: nn.Module, layers: list[Any], others: Iterable[nn.Module] = (), norms: Sequence[Norm] = ()
+    ) -> None:
+        self.module, self.layers, self.norms = module, layers, norms
+        owners = map(vars, (module, *others, *(one.module for one in norms)))
+        self.numbers = [(own, key) for own in owners for key, value in own.items() if type(value) in (int, float)]
+        self.watched, self.found = Watched(module, self.numbers), cast("Ready | None", None)
+
+    def ready(self, kernel: Kernel, dtype: torch.dtype) -> Ready | None:
+        """Return layers as C takes them; None where parts were changed, or C does not take one."""
+        found = self.found
+        if found is not None and found.kernel is kernel and found.dtype is dtype and found.watched.holds():
+            return found
+        taken = as_taken(kernel, self.layers, dtype) if self.watched.holds() else None
+        if taken is None or not all(norm.fits(dtype) for norm in self.norms):
+            return None
+        tensors = [(one._parameters, name) for one in self.layers for name in one._parameters]
+        tensors += [(one._kept, "weight") for one in self.layers]
+        tensors += [(norm.module._parameters, norm.how.weight) for norm in self.norms]
+        self.found = Ready(kernel, dtype, Watched(self.module, [*tensors, *self.numbers]), taken, {})
+        return self.found
 
 
-def tensors_of(layer: Any) -> list[tuple[dict[str, Any], str]]:
-    """Return where a layer keeps what ``layer_of`` reads, as ``Watched`` takes it."""
-    names = [name for name in layer._parameters if name != "weight"]
-    kept = [(layer._kept, "weight")] if isinstance(layer, CodedLinear) else []
-    return [*kept, *((layer._parameters, name) for name in names)]
+def add_mlp(steps: Steps, how: GatedMLP, x: Address, rows: int, layers: Sequence[Layer], *outs: Address) -> Any:
+    """Add ``down(act(gate) up)`` of rows to steps, and return the address of the result (``outs``, or new room)."""
+    *first, down = layers
+    wide = first[0][1]
+    inner = wide if how.up is not None else wide // 2
+    gate, *others = steps.products(x, rows, down[1], first)
+    sides = gate, others[0] if others else gate + inner * steps.size
+    sides = sides if how.gate_first else sides[::-1]
+    hidden = steps.gated(*sides, rows, inner, wide, ACTIVATIONS[how.activation])
+    return steps.products(hidden, rows, inner, [down], *outs)[0]
 
 
-def why_not(layer: nn.Module) -> str | None:
-    """Return why no product with a layer is computed together with others, or None."""
-    if type(layer) in (Linear4Bit, Linear8Bit, HalfLinear):
-        return None
-    if isinstance(layer, AdaptedModule):
-        return "has an adapter"
-    return "is dense" if type(layer) is nn.Linear else f"is a {type(layer).__name__}"
+def layers_of(module: nn.Module, how: GatedMLP) -> list[Any]:
+    """Return the layers of a gated MLP: gate, up if there is one, and down."""
+    return [getattr(module, name) for name in (how.gate, how.up, how.down) if name]
+
+
+def as_taken(kernel: Kernel, layers: Iterable[Any], dtype: torch.dtype) -> list[Layer] | None:
+    """Return layers as C takes them, if products with inputs of a dtype are all computed in that dtype."""
+    found: list[Layer] = []
+    for layer in layers:
+        own = layer._parameters
+        if isinstance(layer, CodedLinear):
+            weight, bias = kept_weight(layer) or layer.quantized, own.get("bias")
+            computed = layer._forms["weight"].form.compute_dtype
+            given = kernel._given(weight) if computed in (None, dtype) else None
+        else:
+            stored, bias = own.get("weight_rounded"), own.get("bias_rounded", own.get("bias"))
+            fits = type(stored) is nn.Parameter and (dtype is torch.float32 or stored.dtype is dtype)
+            given = (None, stored, None) if fits else None
+        if given is None or (bias is not None and (bias.dtype not in TYPES or not bias.is_contiguous())):
+            return None
+        found.append((given, layer.out_features, bias))
+    return found
+
+
+def why_not(module: nn.Module, layers: Iterable[nn.Module]) -> str | None:
+    """Return which of a module's layers C does not multiply with, and why; or None."""
+    names = {one: name for name, one in module.named_modules()}
+    for layer in layers:
+        if type(layer) not in (Linear4Bit, Linear8Bit, HalfLinear):
+            adapted, dense = isinstance(layer, AdaptedModule), type(layer) is nn.Linear
+            why = "has an adapter" if adapted else "is dense" if dense else f"is a {type(layer).__name__}"
+            return f"{names[layer]} {why}"
+    return None

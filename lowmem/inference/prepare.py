@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeVar, cast
+from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lowmem.inference.parts import GatedPart, NormPart
+from lowmem.inference.parts import GatedPart, Norm, layers_of, why_not
 from lowmem.training.fused import GatedMLP, RMSNorm
 from lowmem.training.prepared_module import (
     PreparedModule,
@@ -62,9 +62,9 @@ def prepare_inference(model: M) -> M:
     call. Outputs differ from before by rounding errors only. Modules stay where they are: one that has hooks or an
     adapter, or was replaced, is called as before, and so is everything in training and on other devices than CPUs.
 
-    The attention of such a model becomes ``"lowmem"`` until ``release_inference``. It returns no attention weights:
-    ``model.set_attn_implementation("eager")``, after this, does so for ``output_attentions=True``, and blocks then
-    run as before.
+    Blocks compute what the attention functions ``"sdpa"``, ``"eager"`` and ``"lowmem"`` of transformers do, and with
+    another run as before. For blocks that are left, ``model.set_attn_implementation("lowmem")`` lets C compute the
+    attention of few tokens.
 
     ``inference_report`` says what was done to each module. Call ``release_inference`` before the model is converted
     further. Copies and pickles of the model are not prepared.
@@ -83,16 +83,15 @@ def prepare_inference(model: M) -> M:
     release_inference(model)
     refuse_prepared("prepare_inference", {module: paths[0] for module, paths in module_paths(model).items()})
     parts = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP)}
-    reasons: dict[nn.Module, str] = {}
-    undo: list[Callable[[], None]] = []
-    _STATES[model] = _State(reasons, undo)
+    reasons = _LEFT[model] = {}
     try:
         for one, how in parts.items():
-            _set(one, NormPart(one, how) if isinstance(how, RMSNorm) else GatedPart(one, how), reasons)
+            if isinstance(how, RMSNorm):
+                _set(one, Norm(one, how), reasons)
+            else:
+                _set(one, why_not(one, layers_of(one, how)) or GatedPart(one, how), reasons)
         for integration in integrations_of(model, "blocks stay as they are", "Norms and MLPs are prepared"):
-            blocks, release = integration.find_blocks(model, parts)
-            undo.append(release)
-            for one, call in blocks.items():
+            for one, call in integration.find_blocks(model, parts).items():
                 _set(one, call, reasons)
     except BaseException:
         release_inference(model)
@@ -102,12 +101,11 @@ def prepare_inference(model: M) -> M:
 
 def _set(module: nn.Module, call: Any, reasons: dict[nn.Module, str]) -> None:
     """Let a module be computed by a call; or note why it is not."""
-    why = call if isinstance(call, str) else call.why_not
-    if why is not None:
-        reasons[module] = why
-        return
-    module.__dict__["in_one_call"] = call
-    module.__class__ = prepared_class(InferenceModule, cast(Any, type(module)))
+    if isinstance(call, str):
+        reasons[module] = call
+    else:
+        module.__dict__["in_one_call"] = call
+        module.__class__ = prepared_class(InferenceModule, cast(Any, type(module)))
 
 
 def release_inference(model: M) -> M:
@@ -120,9 +118,7 @@ def release_inference(model: M) -> M:
     """
     check_module(model)
     release_modules(model, InferenceModule.released_by)
-    state = _STATES.pop(model, None)
-    for release in state.undo if state else ():
-        release()
+    _LEFT.pop(model, None)
     return model
 
 
@@ -136,21 +132,17 @@ def inference_report(model: nn.Module) -> dict[str, str]:
         TypeError: the model is not a module.
     """
     check_module(model)
-    state, report = _STATES.get(model), {}
+    reasons, report = _LEFT.get(model, {}), {}
     for module, paths in module_paths(model).items():
         if isinstance(module, InferenceModule):
             device = device_of_plain_torch(module, model)
             report[paths[0]] = (
                 module.note if device is None else f"as before on {device}, by plain torch: C computes on CPUs"
             )
-        elif state is not None and module in state.reasons:
-            report[paths[0]] = f"as before: {state.reasons[module]}"
+        elif module in reasons:
+            report[paths[0]] = f"as before: {reasons[module]}"
     return report
 
 
-class _State(NamedTuple):
-    reasons: dict[nn.Module, str]
-    undo: list[Callable[[], None]]
-
-
-_STATES: WeakKeyDictionary[nn.Module, _State] = WeakKeyDictionary()
+_LEFT: WeakKeyDictionary[nn.Module, dict[nn.Module, str]] = WeakKeyDictionary()
+"""Of prepared models: why modules were left alone."""

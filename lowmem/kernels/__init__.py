@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -170,5 +171,5 @@ def _select(name: str | None) -> tuple[Backend, str]:
 
 
 register(ANY, reference.backends()[0][0])
-register("cuda", gpu.Gpu())  # torch's name for AMD's GPUs, too
+register("cuda", cast(Backend, gpu.Gpu()))  # torch's name for AMD's GPUs, too
 _activate(*_select(os.environ.get(VARIABLE)))

@@ -1,4 +1,4 @@
-"""The backend of GPUs: Triton's kernels (``triton/``) for 4- and 8-bit weights, where triton 3.4 or newer runs. What
+"""The backend of GPUs: Triton's kernels (``triton/``) for 4- and 8-bit weights, where triton 3.6 or newer runs. What
 they do not take falls back to ``reference``: other weights, dtypes and functions, wrapped and traced tensors."""
 
 from __future__ import annotations
@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from lowmem.quant.backend import LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
-OLDEST = (3, 4)  # whose compiler takes tl.gather
+OLDEST = (3, 6)  # earlier ones flush subnormal quotients to zero (3.4 and 3.5), or have no tl.gather
 PROOF = "values proven in Triton's interpreter; speed not measured"
 
 
@@ -44,7 +45,7 @@ def skip_reason(device: torch.device) -> str | None:
 def describe() -> str:
     """Return what serves CUDA's tensors, and why, as one line of text."""
     if not torch.cuda.is_available():
-        return "none: torch finds no GPU"
+        return f"none: torch finds no GPU (triton's kernels: {PROOF})"
     reason = skip_reason(torch.device("cuda", torch.cuda.current_device()))
     return f"triton: {PROOF}" if reason is None else f"reference: {reason}"
 
@@ -55,18 +56,9 @@ class Gpu:
     name = "triton"
     fast_bfloat16 = True
 
-    add_low_rank = staticmethod(reference.add_low_rank)
-    serves_rows = staticmethod(reference.serves_rows)
-    norm = staticmethod(reference.norm)
-    norm_grad = staticmethod(reference.norm_grad)
-    gated = staticmethod(reference.gated)
-    gated_grad = staticmethod(reference.gated_grad)
-    entropies = staticmethod(reference.entropies)
-    encode_8bit = staticmethod(reference.encode_8bit)
-    decode_8bit = staticmethod(reference.decode_8bit)
-    round_columns = staticmethod(reference.round_columns)
-    attention = staticmethod(reference.attention)
-    encode_states = staticmethod(reference.encode_states)
+    def __getattr__(self, name: str) -> Any:
+        """Return the function of plain torch, where Triton has no kernel."""
+        return getattr(reference, name)
 
     @unseen
     def linear(
@@ -83,7 +75,7 @@ class Gpu:
         out = self._few(x, weight, dtype, bias)
         if out is None:
             return reference.linear(x, weight, dtype, bias, low_rank, _dequantized)
-        return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
+        return out if low_rank is None else reference.add_low_rank(out, x, *low_rank)
 
     def _few(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
         """Return ``x @ W.T + bias`` of a few inputs by one kernel; None where it does not take them."""
@@ -91,6 +83,8 @@ class Gpu:
         if not isinstance(weight, QuantizedTensor) or not _takes(weight, dtype, *others):
             return None
         if _few_refuses(weight, len(x), dtype) or x.shape[1:] != weight.shape[1:] or not x.is_floating_point():
+            return None
+        if bias is not None and bias.shape != weight.shape[:1]:  # the kernel would read beyond it
             return None
         weight.check_layout()
         out = x.new_empty(len(x), weight.shape[0], dtype=dtype)

@@ -10,9 +10,8 @@ in float32 and rounded once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from struct import Struct
-from typing import Any
+from struct import pack
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,9 +24,9 @@ from lowmem.kernels.cpu_rows import (
     ENCODE_STATES,
     GATED,
     GATED_CALL,
+    NO_STATES,
     NORM,
     NORM_CALL,
-    attention_call,
     terms_of,
 )
 from lowmem.kernels.memory import TYPES
@@ -37,133 +36,116 @@ from lowmem.quant.backend import Activation
 _ADD, _ROTATE, _PRODUCTS = 8, 9, 100
 MOST_TOGETHER = 3
 """Products of one input that share a region of threads."""
-_NORM_STEP, _GATED_STEP = f"qq{NORM_CALL.format[1:]}", f"qq{GATED_CALL.format[1:]}"
-_ATTENTION_STEP, _CODING_STEP = f"qq{ATTENTION_CALL.format[1:]}", f"qq{CODING_CALL.format[1:]}"
-_ADD_STEP, _ROTATE_STEP, _PRODUCTS_STEP = "qqqqPPP", "qq9qPPP", f"qq5qP{'qqPP' * MOST_TOGETHER}"
+_NO_ATTENTION = ATTENTION_CALL.unpack(bytes(ATTENTION_CALL.size))
+_ADD_CALL, _ROTATE_CALL, _PRODUCTS_CALL = "@qqPPP", "@9qPPP", f"@5qP{'qqPP' * MOST_TOGETHER}"
 
 Layer = tuple[Given, int, Tensor | None]
 """A layer: its weight as C takes it, its output features and its bias."""
 
+Address: TypeAlias = int | str
+"""Of contiguous rows of numbers of one dtype; or the name of a tensor that ``run`` is given."""
+
 
 class Steps:
-    """Steps that ``run`` computes in C. An address stands for contiguous rows of numbers of one dtype.
+    """Steps that ``run`` computes in C, as often as it is called.
 
     Args:
         kernel: the backend in C.
-        like: of the dtype of all numbers, float32 or bfloat16.
-        numbers: how many numbers all results have together.
-        room: a tensor of ``numbers`` numbers in which results are written; None allocates one.
-
-    Attributes:
-        fields: of the structs of all steps. A caller may change addresses and sizes, and run the steps again.
+        room: the tensor in which results are written one behind another, float32 or bfloat16 as all numbers.
     """
 
-    def __init__(self, kernel: Kernel, like: Tensor, numbers: int, room: Tensor | None = None) -> None:
-        self.kernel, self.like = kernel, like
-        self.type, self.size = TYPES[like.dtype], like.element_size()
-        self.room = like.new_empty(numbers) if room is None else room
-        self._free = self.room.data_ptr()
-        self._end = self._free + numbers * self.size
-        self._formats: list[str] = []
-        self.fields: list[float] = []
+    def __init__(self, kernel: Kernel, room: Tensor) -> None:
+        self.kernel, self.room = kernel, room
+        self.type, self.size = TYPES[room.dtype], room.element_size()
+        self._taken = 0
+        self._layout = "@"
+        self._fields: list[Any] = []
+        self._places: dict[str, list[int]] = {}  # where the fields have what a name stands for
         self._weights: list[Any] = []
         self._kept: list[Any] = []  # what addresses point to: another thread may assign .data meanwhile
-        self._ready: tuple[Struct, tuple[Any, ...]] | None = None
 
     def take(self, count: int) -> int:
         """Return the address of room for ``count`` numbers."""
-        at = self._free
-        self._free += count * self.size
-        if self._free > self._end:
-            raise ValueError(f"room for {count} numbers is taken, and {(self._end - at) // self.size} are left")
-        return at
+        start, self._taken = self._taken, self._taken + count
+        if self._taken > self.room.numel():
+            raise ValueError(f"room for {count} numbers is taken, and {self.room.numel() - start} are left")
+        return self.room.data_ptr() + start * self.size
 
     def norm(
-        self, x: int, rows: int, factor: Tensor, eps: float, offset: float, rounds_first: bool, out: int = 0
-    ) -> int:
+        self, x: Address, rows: int, factor: Tensor, eps: float, offset: float, rounds_first: bool, out: Address = 0
+    ) -> Address:
         """RMS norm of rows, times ``offset + factor``; the factor is contiguous, of one of ``TYPES``."""
         columns, out = len(factor), out or self.take(rows * len(factor))
-        self._formats.append(_NORM_STEP)
-        sizes = NORM, rows * columns, self.type, TYPES[factor.dtype], rows, columns
         self._kept.append(factor.untyped_storage())
-        self.fields += (*sizes, eps, offset, rounds_first, x, 0, factor.data_ptr(), out)
+        sizes = self.type, TYPES[factor.dtype], rows, columns, eps, offset, rounds_first
+        self._add(NORM_CALL.format, NORM, rows * columns, *sizes, x, 0, factor.data_ptr(), out)
         return out
 
-    def products(self, x: int, rows: int, columns: int, layers: Sequence[Layer], *outs: int) -> Sequence[int]:
-        """Products of one input with up to ``MOST_TOGETHER`` layers."""
+    def products(self, x: Address, rows: int, columns: int, layers: Sequence[Layer], *outs: Address) -> Sequence[Any]:
+        """Products of one input with up to ``MOST_TOGETHER`` layers; return their addresses."""
         outs = outs or tuple(self.take(rows * features) for _, features, _ in layers)
-        self._formats.append(_PRODUCTS_STEP)
-        self.fields += (_PRODUCTS, 0, len(layers), len(self._weights) // 3, rows, columns, self.type, x)
+        sizes = len(layers), len(self._weights) // 3, rows, columns, self.type
+        each: list[Any] = []
         for (given, features, bias), out in zip(layers, outs, strict=True):
             self._weights += given
-            of_bias = (0, 0)
-            if bias is not None:
-                self._kept.append(bias.untyped_storage())
-                of_bias = TYPES[bias.dtype], bias.data_ptr()
-            self.fields += (features, *of_bias, out)
-        self.fields += (0,) * (4 * (MOST_TOGETHER - len(layers)))
+            self._kept.append(None if bias is None else bias.untyped_storage())
+            each += features, *((0, 0) if bias is None else (TYPES[bias.dtype], bias.data_ptr())), out
+        each += (0,) * (4 * MOST_TOGETHER - len(each))
+        self._add(_PRODUCTS_CALL, _PRODUCTS, 0, *sizes, x, *each)
         return outs
 
-    def rotate(self, x: int, shape: tuple[int, int, int], head: int, token: int, cos: Tensor, sin: Tensor) -> None:
-        """Rotate the first numbers of heads in place.
+    def rotate(
+        self, x: Address, shape: Sequence[int], steps: Sequence[int], angles: Sequence[int], *turn: Address
+    ) -> None:
+        """Rotate the first numbers of heads (sequences, tokens, heads) in place, by cosines and sines (``turn``).
 
-        Args:
-            x: address of the first head.
-            shape: sequences, tokens and heads.
-            head: numbers from a head to the next.
-            token: numbers from a token to the next.
-            cos: contiguous (1 or sequences, tokens, numbers to rotate).
-            sin: of the same shape.
+        ``steps`` are numbers from a head and a token to the next. ``angles`` is the shape of both: (1 or sequences,
+        tokens, numbers to rotate).
         """
-        sequences, tokens, heads = shape
-        width = cos.shape[-1]
-        angles = tokens * width if cos.shape[0] > 1 else 0
-        self._formats.append(_ROTATE_STEP)
-        sizes = _ROTATE, sequences * tokens * heads * width, self.type, sequences, tokens, heads, width
-        self.fields += (*sizes, head, token, tokens * token, angles, x, cos.data_ptr(), sin.data_ptr())
-        self._kept += cos, sin
+        (sequences, tokens, heads), (head, token), width = shape, steps, angles[2]
+        sizes = self.type, sequences, tokens, heads, width, head, token, tokens * token
+        between = tokens * width if angles[0] > 1 else 0
+        self._add(_ROTATE_CALL, _ROTATE, sequences * tokens * heads * width, *sizes, between, x, *turn)
 
-    def store(self, shape: tuple[int, int, int, int], states: Sequence[int], into: Sequence[int]) -> None:
-        """Write ``states_of`` (batch, heads, rows, width) into others: copied, or as 8-bit codes and scales."""
+    def store(self, shape: Sequence[int], states: Sequence[int], into: str) -> None:
+        """Write ``states_of`` (batch, heads, rows, width) into those that ``run`` is given: as they are, or coded."""
         batch, heads, rows, width = shape
-        self._formats.append(_CODING_STEP)
-        self.fields += (ENCODE_STATES, batch * heads * rows * width, *shape, *states, *into)
+        named = into, *NO_STATES[1:]
+        self._add(CODING_CALL.format, ENCODE_STATES, batch * heads * rows * width, *shape, *states, *named)
 
-    def attention(self, sizes: tuple[int, ...], states: Sequence[int], scaling: float, softcap: float | None) -> int:
-        """Attention, as ``attention_call`` takes it: (batch, queries, heads, value width)."""
-        batch, key_heads, shared, queries, _, _, value_width = sizes
-        out = self.take(batch * queries * key_heads * shared * value_width)
-        work, fields, scratch = attention_call(sizes, states, scaling, softcap, out)
-        self._formats.append(_ATTENTION_STEP)
-        self.fields += (ATTENTION, work, *fields)
-        self._kept.append(scratch)
-        return out
+    def attention(self, name: str, count: int) -> int:
+        """Attention of ``count`` numbers; ``run`` is given what ``attention_call`` returns for the address."""
+        self._add(ATTENTION_CALL.format, ATTENTION, name, *_NO_ATTENTION)
+        return self.take(count)
 
     def gated(self, a: int, b: int, rows: int, columns: int, step: int, activation: Activation) -> int:
         """``act(a) b`` of rows that are ``step`` numbers apart."""
-        out = self.take(rows * columns)
-        self._formats.append(_GATED_STEP)
-        sizes = GATED, rows * columns, self.type, self.type, rows, columns, step, columns
-        self.fields += (*sizes, *terms_of(activation), a, b, 0, out, 0)
+        out, sizes = self.take(rows * columns), (self.type, self.type, rows, columns, step, columns)
+        self._add(GATED_CALL.format, GATED, rows * columns, *sizes, *terms_of(activation), a, b, 0, out, 0)
         return out
 
-    def add(self, a: int, b: int, count: int, out: int = 0) -> int:
+    def add(self, a: Address, b: Address, count: int, out: Address = 0) -> Address:
         """Sums of ``count`` numbers."""
         out = out or self.take(count)
-        self._formats.append(_ADD_STEP)
-        self.fields += (_ADD, count, self.type, count, a, b, out)
+        self._add(_ADD_CALL, _ADD, count, self.type, count, a, b, out)
         return out
 
-    def run(self) -> bool:
-        """Compute all steps; False, and nothing is computed, if C cannot multiply one of the weights."""
-        kernel, threads = self.kernel, torch.get_num_threads()
-        if self._ready is None:
-            self._ready = _layout("".join(self._formats)), tuple(self._weights)
-        layout, weights = self._ready
-        ran: bool = kernel.native.sequence(kernel._isa, threads, self.like, weights, layout.pack(*self.fields))
+    def _add(self, layout: str, *fields: Any) -> None:
+        """Add a step: its function, the numbers that it computes, and its struct."""
+        for place, field in enumerate(fields, len(self._fields)):
+            if isinstance(field, str):
+                self._places.setdefault(field, []).append(place)
+        self._layout += "qq" + layout[1:]
+        self._fields += fields
+
+    def run(self, **given: Tensor | Sequence[float]) -> bool:
+        """Compute all steps, with a contiguous tensor or fields for each name; False, and nothing is computed, if C
+        cannot multiply one of the weights."""
+        for name, value in given.items():
+            numbers = (value.data_ptr(),) if isinstance(value, Tensor) else value
+            for place in self._places.get(name, ()):
+                self._fields[place : place + len(numbers)] = numbers
+        kernel, calls = self.kernel, pack(self._layout, *self._fields)
+        threads, weights = torch.get_num_threads(), tuple(self._weights)
+        ran: bool = kernel.native.sequence(kernel._isa, threads, self.room, weights, calls)
         return ran
-
-
-@lru_cache(maxsize=256)
-def _layout(formats: str) -> Struct:
-    return Struct("@" + formats)

@@ -14,7 +14,7 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn.adapter import Adapter, drops_nothing
 from lowmem.nn.adapter_autograd import product_of, trained_matrices
-from lowmem.nn.calls import autocast, autocast_enabled, is_plain_call, recorded_call
+from lowmem.nn.calls import autocast, autocasts, is_plain_call, recorded_call
 from lowmem.nn.coded_module import kept_weight
 from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
@@ -88,7 +88,7 @@ def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -
         or not (plain or torch.compiler.is_compiling())
         or not (x.dtype is a.dtype is b.dtype is torch.float32 and x.dim() == 2 and not x.is_nested)
         or not drops_nothing(dropout)
-        or autocast_enabled("cpu" if x.is_cpu else x.device.type)
+        or autocasts(x)
     ):
         return None
     if kind is HalfLinear:

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowmem import kernels
 from lowmem.kernels import reference
-from lowmem.nn.calls import autocast_enabled, is_plain_call, refuse_nested
+from lowmem.nn.calls import autocasts, is_plain_call, refuse_nested
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
@@ -127,7 +127,7 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -
     wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
     rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
     # Under autocast the fused addition would cast its operands, ``out`` included, to 16 bits.
-    if autocast_enabled("cpu" if x.is_cpu else x.device.type):
+    if autocasts(x):
         narrow = nn.functional.linear(rows, a) * scaling  # (batch, rank)
         wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,18 +80,16 @@ class CachedStates:
     @states.setter
     def states(self, states: Tensor | None) -> None:
         """Keep other states in place of these, such as some of them."""
-        rows = states.rows if isinstance(states, EightBitStates) else states
-        start = None if rows is None or self._room is None else _start(rows, self._room)
-        if start is None:
-            self._room = None
-            if rows is not None and self.bits is not None and not isinstance(states, EightBitStates):
-                self._first = self.count = 0
-                self._write(rows)
-            else:
-                self._room = rows
-        self._first, self.count = start or 0, 0 if rows is None else rows.shape[2]
-        if self.window is None:
-            self.length = self.count
+        rows, length = states.rows if isinstance(states, EightBitStates) else states, self.length
+        if rows is None or (self.bits is not None and rows is states):
+            self.clear()
+            if rows is not None:
+                self.append(rows, forget=False)
+        else:
+            start = None if self._room is None else _start(rows, self._room)
+            self._room, self._first = (rows, 0) if start is None else (self._room, start)
+            self.count = rows.shape[2]
+        self.length = self.count if self.window is None else length
 
     def append(self, states: Tensor, forget: bool = True) -> Tensor:
         """Add the states of new tokens; return those that attention reads, the new ones last.
@@ -103,14 +101,20 @@ class CachedStates:
         Raises:
             ValueError: another batch, heads or width.
         """
-        batch, heads, new, width = states.shape
+        new, width = states.shape[2:]
         room, count = self._room, self.count
-        if room is not None and (*room.shape[:2], room.shape[3]) != (batch, heads, self._row(width)):
+        if room is not None and not self._continues(states.shape, room):
             raise ValueError(
                 f"states of shape {tuple(states.shape)} do not continue {tuple(room.shape[:2])} sequences and "
                 "heads, or their width: clear() begins anew"
             )
-        rows = self._write(states.detach())  # (batch, heads, count + new, ...)
+        room = self._room_for(states.shape, states)
+        self._width, self._dtype = width, states.dtype
+        rows = room[:, :, self._first : self._first + count + new]
+        if self.bits is None:
+            rows[:, :, count:].copy_(states.detach())
+        else:
+            backend_of(states).encode_states(states.detach(), _split(rows[:, :, count:], width))
         self.grow(new, forget)
         if not count:
             return states
@@ -134,37 +138,24 @@ class CachedStates:
         if states is not None:
             self.states = states.index_select(0, sequences)
 
-    def takes(self, shape: tuple[int, ...], like: Tensor) -> bool:
-        """Whether states (batch, heads, rows, width) continue the kept ones, in memory that C reads."""
-        room, dtype = self._room, like.dtype if self.bits is None else torch.int8
-        if room is None or room.dtype is not dtype or room.stride(3) != 1 or not room.is_cpu:
-            return False
-        return (*room.shape[:2], room.shape[3]) == (*shape[:2], self._row(shape[3]))
-
-    def row_for(self, shape: tuple[int, ...], like: Tensor) -> int:
-        """Return the row of the room where states (batch, heads, rows, width) fit, behind the kept ones."""
-        (batch, heads, new, width), room = shape, self._room
-        total = self.count + new
-        if room is None or self._first + total > room.shape[2] or room.stride(3) != 1:
-            rows = max(room_rows(total), room_rows(self.length + new, self.window))
-            dtype = like.dtype if self.bits is None else torch.int8
-            self._move(like.new_empty(batch, heads, rows, self._row(width), dtype=dtype))
-        return self._first + self.count
-
-    def fields(self, row: int, width: int) -> tuple[int, ...]:
-        """Return the rows of the room, from one on, as C takes them (``states_of`` of the kernels)."""
+    def places(self, shape: Sequence[int], like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
+        """Return where C writes the states (batch, heads, new, width) of new tokens, before ``grow``; where it reads
+        those that their queries see, both as ``states_of`` the kernels; and how many these are. None: C does not."""
         room = self._room
-        assert room is not None
-        steps, size = room.stride()[:3], room.element_size()
-        at = room.data_ptr() + row * steps[2] * size
-        if self.bits is None:
-            return TYPES[room.dtype], at, 0, *steps, 0, 0, 0
-        return CODES8, at, at + room.shape[3] - _SCALE, *steps, *(step // _SCALE for step in steps)
+        if room is None or not self.count or not room.is_cpu or not self._continues(shape, room):
+            return None
+        if room.dtype is not (like.dtype if self.bits is None else torch.int8):
+            return None
+        room = self._room_for(shape, like)
+        gone, (*steps, _), size = self._gone(self.count), room.stride(), room.element_size()
 
-    @property
-    def first_seen(self) -> int:
-        """The first row of the room that new tokens see."""
-        return self._first + (0 if self.window is None else max(0, self.count - self.window + 1))
+        def fields(row: int) -> tuple[int, ...]:
+            at = room.data_ptr() + row * steps[2] * size
+            if self.bits is None:
+                return TYPES[room.dtype], at, 0, *steps, 0, 0, 0
+            return CODES8, at, at + room.shape[3] - _SCALE, *steps, *(step // _SCALE for step in steps)
+
+        return fields(self._first + self.count), fields(self._first + gone), self.count - gone + shape[2]
 
     def grow(self, new: int, forget: bool = True) -> None:
         """Keep ``new`` rows more, which were written behind the kept ones."""
@@ -172,49 +163,48 @@ class CachedStates:
         self.length += new
         if not forget or self.window is None:
             return
-        gone = max(0, self.count - self.window + 1)
+        gone = self._gone(self.count)
         self._first, self.count = self._first + gone, self.count - gone
         rows, room = room_rows(self.length, self.window), self._room
         if room is not None and room.shape[2] > rows:  # a long prompt's
             self._move(room.new_empty(*room.shape[:2], rows, room.shape[3]))
 
+    def _gone(self, count: int) -> int:
+        """Return how many of the rows that are kept the next token does not see."""
+        return 0 if self.window is None else max(0, count - self.window + 1)
+
     def _row(self, width: int) -> int:
         """Return the numbers of a row."""
         return width if self.bits is None else -(-width // _SCALE) * _SCALE + _SCALE
 
-    def _write(self, states: Tensor) -> Tensor:
-        """Write states behind the kept rows; return all of them."""
-        new, width = states.shape[2:]
-        row = self.row_for(states.shape, states)
-        room = self._room
-        assert room is not None
-        if room.is_inference() and not torch.is_inference_mode_enabled():  # it may not be written to
-            room = torch.empty_like(room)
-            self._move(room)
-            row = self.count
-        into = room[:, :, row : row + new]
-        if self.bits is None:
-            into.copy_(states)
-        else:
-            backend_of(states).encode_states(states, _split(into, width))
-        self._width, self._dtype = width, states.dtype
-        return room[:, :, self._first : row + new]
+    def _continues(self, shape: Sequence[int], room: Tensor) -> bool:
+        """Whether states (batch, heads, rows, width) are as wide as the kept ones, and of as many."""
+        return (*room.shape[:2], room.shape[3]) == (*shape[:2], self._row(shape[3]))
 
-    def _move(self, room: Tensor) -> None:
+    def _room_for(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Return the room, with rows for states (batch, heads, rows, width) behind the kept ones."""
+        (batch, heads, new, width), room = shape, self._room
+        total = self.count + new
+        is_other = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
+        if room is None or self._first + total > room.shape[2] or room.stride(3) != 1 or is_other:
+            rows = max(room_rows(total), room_rows(self.length + new, self.window))
+            dtype = like.dtype if self.bits is None else torch.int8
+            room = self._move(like.new_empty(batch, heads, rows, self._row(width), dtype=dtype))
+        return room
+
+    def _move(self, room: Tensor) -> Tensor:
         """Take another room, with the kept rows at its front."""
-        rows = self.rows
-        if rows is not None:
-            room[:, :, : self.count] = rows
+        if self.rows is not None:
+            room[:, :, : self.count] = self.rows
         self._room, self._first = room, 0
+        return room
 
 
 def _start(rows: Tensor, room: Tensor) -> int | None:
     """Return the row of the room at which rows begin; None if they are elsewhere."""
-    if rows.shape[:2] != room.shape[:2] or rows.stride() != room.stride():
-        return None
-    if rows.untyped_storage()._cdata != room.untyped_storage()._cdata:
-        return None
-    return (rows.storage_offset() - room.storage_offset()) // room.stride(2)
+    start, off = divmod(rows.data_ptr() - room.data_ptr(), room.stride(2) * room.element_size())
+    is_part = not off and 0 <= start <= room.shape[2] - rows.shape[2] and rows.stride() == room.stride()
+    return start if is_part and rows.shape[:2] == room.shape[:2] else None
 
 
 def _split(rows: Tensor, width: int) -> HeadStates:

@@ -50,14 +50,12 @@ _PLAIN = (Tensor, nn.Parameter)
     _is_compiling,
     _transforms,
     _grad_enabled,
-    autocast_enabled,
     _autocast_anywhere,
     _is_tracing,
 ) = (  # called often: globals are faster
     torch.compiler.is_compiling,
     torch._C._are_functorch_transforms_active,
     torch.is_grad_enabled,
-    torch.is_autocast_enabled,
     torch._C._is_any_autocast_enabled,
     torch._C._is_tracing,
 )
@@ -114,7 +112,13 @@ def autocast(x: Tensor) -> Tensor:
     return x.to(torch.get_autocast_dtype(x.device.type))
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is enabled on the device of ``x``."""
+    if not _autocast_anywhere() or x.is_meta:  # there is no autocast for meta
+        return False
+    return torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)
+
+
 def is_cast(x: Tensor) -> bool:
     """Whether autocast would cast ``x`` as the input of a linear layer."""
-    device = "cpu" if x.is_cpu else x.device.type
-    return device != "meta" and autocast_enabled(device) and x.dtype != torch.float64  # there is no autocast for meta
+    return autocasts(x) and x.dtype != torch.float64

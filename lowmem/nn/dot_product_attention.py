@@ -9,7 +9,7 @@ from torch.nn import functional
 
 from lowmem.kernels.attention import attention
 from lowmem.nn.cached_states import EightBitStates
-from lowmem.nn.calls import autocast_enabled, is_plain_call
+from lowmem.nn.calls import autocasts, is_plain_call
 from lowmem.quant.backend import HeadStates, backend_of
 
 MOST = 8  # queries of a sequence that the kernel computes from codes: the tokens of a step, and of an assistant's
@@ -54,7 +54,7 @@ def scaled_dot_product_attention(
             f"dropout_p={dropout_p!r}: leave softcap out, or compute the scores in torch"
         )
     plain = fits and not dropout_p and _is_plain(query, key, value, attn_mask)
-    if softcap is None and not (plain and _is_faster(query, key, value)):
+    if softcap is None and not (plain and is_faster(query, key, value)):
         given = query, key, value, attn_mask, dropout_p, is_causal
         return functional.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
     if is_causal:
@@ -67,20 +67,14 @@ def scaled_dot_product_attention(
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
     """Whether these are arguments that backends take, and torch's own, too."""
-    given = query, key, value
-    if any(one.dim() != 4 or one.dtype != query.dtype or not one.numel() for one in given):
+    if any(one.dim() != 4 or one.dtype != query.dtype or not one.numel() for one in (query, key, value)):
         return False
-    heads, shared = query.shape[1], key.shape[1]
+    (batch, heads, queries, width), (_, shared, keys, _) = query.shape, key.shape
     fits = heads % shared == 0 if grouped else heads == shared
-    fits = (
-        fits
-        and query.shape[0] == key.shape[0]
-        and query.shape[3] == key.shape[3]
-        and key.shape[:3] == value.shape[:3]
-    )
+    fits = fits and key.shape == (batch, shared, keys, width) and value.shape[:3] == key.shape[:3]
     if mask is None or not fits:
         return fits
-    sizes = zip(reversed(mask.shape), (key.shape[2], query.shape[2], heads, query.shape[0]), strict=False)
+    sizes = zip(reversed(mask.shape), (keys, queries, heads, batch), strict=False)
     fits = mask.dim() <= 4 and all(size in (1, wanted) for size, wanted in sizes)
     return fits and mask.dtype in (torch.bool, query.dtype) and not is_causal
 
@@ -88,15 +82,14 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_cau
 def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
     """Whether nothing records, traces or casts the call."""
     dense = (one for one in (query, key, value, mask) if not isinstance(one, EightBitStates))
-    return not autocast_enabled(query.device.type) and is_plain_call(*dense)
+    return not autocasts(query) and is_plain_call(*dense)
 
 
-def _is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel is faster than torch's own, by 15% and more."""
     _, heads, queries, _ = query.shape
-    if isinstance(key, EightBitStates) and isinstance(value, EightBitStates):
-        return queries <= MOST
-    if isinstance(key, EightBitStates) or isinstance(value, EightBitStates) or not query.is_cpu:
-        return False
+    coded = [isinstance(one, EightBitStates) for one in (key, value)]
+    if any(coded) or not query.is_cpu:
+        return all(coded) and queries <= MOST
     grouped = heads >= SHARED * key.shape[1] and heads * queries * key.shape[2] >= SCORES
     return (queries == 1 and query.element_size() == 2) or (queries <= FEW and grouped)

@@ -164,7 +164,8 @@ def _embedding_bag(
     if not _is_matrix(weight) or weight.swapped:
         return NotImplemented
     padding = padding_idx
-    if is_recorded(indices, *weight.parts):  # torch.unique would have a data-dependent shape
+    # torch.unique has a data-dependent shape, which a graph cannot hold, and for which the host waits for a GPU.
+    if is_recorded(indices, *weight.parts) or not indices.is_cpu:
         rows = _embedding(weight, indices)
         numbers = torch.arange(indices.shape[0], device=indices.device)
         if padding >= 0:  # one more row in front stands for the padding

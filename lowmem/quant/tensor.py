@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -246,7 +246,7 @@ def number_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     return _kept_table(numbers, device)
 
 
-@lru_cache(maxsize=64)
+@cache  # never freed: captured CUDA graphs read them
 def _kept_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.float32, device=device)

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 
 from lowmem.finetuning.metrics import peak_memory
-from lowmem.inference.prepare import inference_report, prepare_inference
+from lowmem.inference.block import Block
+from lowmem.inference.prepare import prepare_inference
 from lowmem.tools.arguments import add_device_argument, device_of, file_path, number, positive_int, seed
 from lowmem.tools.output import warnings_as_notes
 
@@ -118,7 +119,7 @@ class _Generator:
             self._options |= {"do_sample": True} | {name: one for name, one in chosen.items() if one is not None}
         prepare_inference(model)
         self._cache_bits = arguments.cache_bits
-        blocks = any(text.startswith("block") for text in inference_report(model).values())
+        blocks = any(isinstance(getattr(one, "in_one_call", None), Block) for one in model.modules())
         self._keeps = blocks or self._cache_bits is not None
         if self._cache_bits is not None:
             from lowmem.integrations.transformers import ATTENTION

@@ -367,10 +367,11 @@ def _cached_bytes(model: nn.Module, sequences: int, tokens: int, bits: int | Non
     lost = f"the keys and values of a {type(model).__name__} cannot be planned"
     for integration in integrations_of(model, lost, "The rest of the plan needs no integration"):
         size: int = integration.cached_bytes(model, sequences, tokens, bits)
-        return size
+        if size:
+            return size
     raise ValueError(
-        f"tokens={tokens} plans the cache of a language model of transformers, and not of a {type(model).__name__}: "
-        "leave it out, and add nbytes of your lowmem.CachedStates"
+        f"tokens={tokens} plans the keys and values of a causal language model of transformers, and a "
+        f"{type(model).__name__} keeps none: leave it out, and add nbytes of your lowmem.CachedStates"
     )
 
 

@@ -6,5 +6,5 @@ from lowmem.training.fused import GatedMLP
 
 def test_a_block_says_what_it_computes():
     block = object.__new__(Block)
-    block.form = Form(None, None, GatedMLP("gate", "up", "down", "SiLU"), None, None, "norm", None)
+    block.form = Form(None, None, GatedMLP("gate", "up", "down", "SiLU"), (None, None, "norm", None), *[None] * 6)
     assert str(block) == "block in one call: attention, SiLU MLP, 1 norms, sums"

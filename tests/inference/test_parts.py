@@ -31,8 +31,8 @@ def ran(monkeypatch):
     """Counts the calls of C."""
     count, run = [], Steps.run
 
-    def counted(steps):
-        found = run(steps)
+    def counted(steps, **given):
+        found = run(steps, **given)
         count.append(found)
         return found
 

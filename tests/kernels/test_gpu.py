@@ -2,19 +2,24 @@
 
 import ast
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
 
-from lowmem import AdamW8bit, FourBit, convert, quantize
+from lowmem import AdamW8bit, EightBit, FourBit, LoRA, add_adapter, convert, quantize
 from lowmem.kernels import gpu, reference
 from lowmem.quant.backend import backend_for, set_backend
+from tests.nn.stored_cases import CASES, store
 from tests.selection import rows_in_one_case
 
 CPU = torch.device("cpu")
+WITH_OFFSETS = FourBit("int4", 16, offsets=True)
 
 
 @pytest.fixture(autouse=True)
@@ -58,9 +63,9 @@ def test_it_serves_cuda_and_imports_triton_when_a_tensor_asks():
 @rows_in_one_case(
     ("version", "says"),
     [
-        (None, "triton cannot be imported (import of triton halted; None in sys.modules): pip install 'triton>=3.4'"),
-        ("3.3.1", "triton 3.3.1 is too old: lowmem's kernels need 3.4"),
-        ("3.4.0", "triton 3.4.0 does not run on cpu: Failed to find C compiler."),
+        (None, "triton cannot be imported (import of triton halted; None in sys.modules): pip install 'triton>=3.6'"),
+        ("3.5.1", "triton 3.5.1 is too old: lowmem's kernels need 3.6"),
+        ("3.6.0", "triton 3.6.0 does not run on cpu: Failed to find C compiler."),
     ],
 )
 def test_why_triton_does_not_serve_is_said(version, says, monkeypatch):
@@ -82,7 +87,7 @@ def test_a_version_that_runs_serves(monkeypatch):
 
 
 def test_what_serves_is_described(started, monkeypatch):
-    assert torch.cuda.is_available() or gpu.describe() == "none: torch finds no GPU"
+    assert torch.cuda.is_available() or gpu.describe() == f"none: torch finds no GPU (triton's kernels: {gpu.PROOF})"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert gpu.describe() == "triton: values proven in Triton's interpreter; speed not measured"
@@ -117,33 +122,107 @@ def test_wrapped_traced_and_16_bit_tensors_are_left_to_plain_torch(started):
     assert started == []
     backend.linear(torch._neg_view(x), q, torch.float32)  # which dequantized rows are multiplied by
     backend.linear(x, q, torch.float32)
-    assert started == ["dequantize", "few"]
+    backend.linear(x, q, torch.float32, torch.randn(1))  # a bias that is broadcast
+    assert started == ["dequantize", "few", "dequantize"]
+
+
+@pytest.fixture
+def on_meta(started, monkeypatch):
+    """Let the GPU's backend serve the meta device, where a value that is asked for, and a shape that depends on one,
+    is an error; return the names of the started kernels."""
+    before = backend_for("meta")
+    set_backend("meta", gpu.Gpu())
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device does not have
+    yield started
+    set_backend("meta", before)
 
 
 @rows_in_one_case("batch", [1, 9])
-def test_no_value_is_asked_for_and_no_shape_depends_on_one(batch, started):
-    """The meta device raises where either is: forward, backward, gathers and an optimizer."""
-    before = backend_for("meta")
-    set_backend("meta", gpu.Gpu())
-    try:
-        for technique in (
-            FourBit("nf4", 64),
-            FourBit("nf4", 64, embeddings="4bit"),
-            FourBit("int4", 16, offsets=True),
-        ):
-            started.clear()
-            layer, table = (
-                convert(one, technique).to("meta") for one in (torch.nn.Linear(64, 128), torch.nn.Embedding(50, 64))
-            )
-            assert table(torch.zeros(3, 7, dtype=torch.int64, device="meta")).shape == (3, 7, 64)
-            x = torch.nn.Parameter(torch.randn(batch, 64, device="meta"))
-            optimizer = AdamW8bit([x])
-            layer(x).sum().backward()
-            optimizer.step()
-            fused = batch == 1 and not technique.offsets
-            assert started == ["dequantize", "few" if fused else "dequantize", "dequantize"]
-    finally:
-        set_backend("meta", before)
+@rows_in_one_case("technique", [FourBit("nf4", 64), FourBit("nf4", 64, embeddings="4bit"), EightBit(), WITH_OFFSETS])
+def test_layers_ask_for_no_value_and_start_one_kernel_for_each_product(technique, batch, on_meta):
+    layer, table = (
+        convert(one, technique).to("meta") for one in (torch.nn.Linear(64, 128), torch.nn.Embedding(50, 64))
+    )
+    on_meta.clear()
+    assert table(torch.zeros(3, 7, dtype=torch.int64, device="meta")).shape == (3, 7, 64)
+    layer(torch.randn(batch, 64, device="meta", requires_grad=True)).sum().backward()
+    fused = batch == 1 and technique is not WITH_OFFSETS
+    assert on_meta == ["dequantize", "few" if fused else "dequantize", "dequantize"]
+
+
+@rows_in_one_case("case", CASES.values())
+def test_products_gathers_and_convolutions_ask_for_no_value(case, on_meta):
+    x = case.make_input()
+    x = x.to("meta").requires_grad_(x.is_floating_point())
+    out = case.function(x, store(torch.randn(case.weight), "nf4", case.lead).to("meta"))
+    if x.requires_grad:
+        out.sum().backward()
+    assert {"few", "dequantize"} & {*on_meta}
+
+
+@rows_in_one_case("padding", [None, 1])
+def test_bags_of_rows_ask_for_no_value(padding, on_meta):
+    bag = convert(torch.nn.EmbeddingBag(50, 64, mode="mean", padding_idx=padding), FourBit("nf4", 64)).to("meta")
+    on_meta.clear()
+    assert bag(torch.zeros(3, 7, dtype=torch.int64, device="meta")).shape == (3, 64)
+    assert on_meta == ["dequantize"]
+
+
+@pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="torch has grouped_mm since 2.10")
+def test_experts_ask_for_no_value(on_meta):
+    """Their groups are cut into blocks of at most 3 rows."""
+    x, ends = torch.randn(10, 64, device="meta", requires_grad=True), torch.empty(4, dtype=torch.int32, device="meta")
+    experts = store(torch.randn(4, 128, 64), "nf4").to("meta")
+    F.grouped_mm(x, experts.mT, offs=ends).sum().backward()
+    assert {*on_meta} == {"few", "dequantize"}
+
+
+@rows_in_one_case("dtype", [torch.float32, torch.bfloat16])
+@rows_in_one_case("optimizer", [torch.optim.AdamW, AdamW8bit])  # the first one is that of ``fit``
+def test_adapters_and_optimizers_ask_for_no_value(dtype, optimizer, on_meta):
+    model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(2)))
+    model = convert(model, FourBit("nf4", 64, compute_dtype=dtype), LoRA(16)).to("meta")
+    trained = [one for one in model.parameters() if one.requires_grad]
+    update = optimizer(trained)
+    for batch in (1, 9):
+        model(torch.randn(batch, 256, device="meta")).sum().backward()
+        assert all(one.grad is not None for one in trained)
+        update.step()
+    assert "dequantize" in on_meta
+
+
+TRACED = {
+    "product_4bit": (lambda: torch.nn.Linear(64, 128), torch.randn(3, 64)),
+    "dequantize_rows": (lambda: torch.nn.Embedding(50, 64), torch.zeros(3, 7, dtype=torch.int64)),
+    "convolve": (lambda: torch.nn.Conv2d(64, 32, 3, groups=2), torch.randn(2, 64, 8, 8)),
+}
+
+
+@rows_in_one_case("adapted", [False, True])
+@rows_in_one_case("name", [*TRACED])
+def test_graphs_hold_operators_that_have_kernels_for_gpus(name, adapted):
+    """Of torch.compile, without a break, and of torch.export; a value that is asked for would be an error."""
+    make, x = TRACED[name]
+    model = convert(torch.nn.Sequential(make()), FourBit("nf4", 64, embeddings="4bit"))
+    if adapted:
+        add_adapter(model, "a", LoRA(4), where=lambda *_: True)
+    model = model.requires_grad_(False).to("meta")  # torch for CPUs has no gradients of fake tensors on a GPU
+    graphs = []
+
+    def keep(graph, _):
+        graphs.append(graph.graph)
+        return graph
+
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        model.to_empty(device="cuda")
+        x = torch.empty(x.shape, dtype=x.dtype, device="cuda")
+        graphs.append(torch.export.export(model, (x,)).graph)
+        torch._dynamo.reset()
+        torch.compile(model, backend=aot_autograd(fw_compiler=keep), fullgraph=True)(x)
+    for graph in graphs:
+        assert f"lowmem.{name}.default" in {str(node.target) for node in graph.nodes}
+    assert len(graphs) == 2
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lowmem::{name}", "CUDA")
 
 
 @rows_in_one_case("batch", [1, 8, 9, 600])
@@ -162,8 +241,14 @@ def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monke
 
 def test_rows_that_plain_torch_refuses_are_refused(started):
     backend, q = gpu.Gpu(), quantize(torch.randn(6, 40), "nf4", block_size=16)
+    x = torch.randn(3, 40)
     with pytest.raises(RuntimeError, match="must end in in_features=40"):
         backend.linear(torch.randn(3, 41), q, torch.float32)
+    for bias in (torch.randn(5), torch.randn(2, 6)):
+        with pytest.raises(RuntimeError, match="must match|doesn't match"):
+            backend.linear(x, q, torch.float32, bias)
+    assert "few" not in started
+    started.clear()
     with pytest.raises(ValueError, match="NaN"):
         backend.quantize_rows(torch.full((6, 40), torch.nan), q, slice(None), None)
     assert started == []
@@ -215,3 +300,36 @@ def test_another_stream_than_the_default_one_computes():
     torch.cuda.synchronize()
     with torch.cuda.stream(torch.cuda.Stream()):
         assert_product_on(torch.device("cuda", torch.cuda.current_device()))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("batch", [3, 40])
+def test_steps_do_not_wait_for_a_gpu_and_a_graph_captures_them(batch):
+    layer, x = convert(torch.nn.Linear(64, 128), FourBit("nf4", 64)).cuda(), torch.randn(batch, 64, device="cuda")
+    x.requires_grad_()
+
+    def step():
+        out = layer(x)
+        return out.detach(), *torch.autograd.grad(out.sum(), x)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()  # compiles the kernels
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected))
+
+
+def test_readme_and_documentation_say_what_is_proven():
+    root = Path(gpu.__file__).parents[2]
+    for page in ("README.md", "docs/kernels.md"):
+        assert gpu.PROOF in " ".join((root / page).read_text(encoding="utf8").split()).replace("Values", "values")

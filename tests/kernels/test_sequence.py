@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import kernels, quantize
-from lowmem.kernels.cpu_rows import NO_STATES, states_of
+from lowmem.kernels.cpu_rows import NO_STATES, attention_call, states_of
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.sequence import MOST_TOGETHER, Steps
 from lowmem.quant.backend import HeadStates, backend_for
@@ -62,12 +62,12 @@ def test_products_of_one_input(isa, kinds, batch, rows, columns, dtype, biased, 
         weights = weights_of(len(kinds), kinds, rows, columns, seed)
         x = numbers((batch, columns), seed, dtype)
         biases = [numbers(weight.shape[0], seed).to(dtype) if biased else None for weight in weights]
-        steps = Steps(kernel, x, sum(batch * weight.shape[0] for weight in weights))
+        steps = Steps(kernel, x.new_empty(sum(batch * weight.shape[0] for weight in weights)))
         layers = [
             (kernel._given(weight), weight.shape[0], bias) for weight, bias in zip(weights, biases, strict=True)
         ]
-        steps.products(x.data_ptr(), batch, columns, layers)
-        if not steps.run():  # torch multiplies one of them, or adds its offsets
+        steps.products("x", batch, columns, layers)
+        if not steps.run(x=x):  # torch multiplies one of them, or adds its offsets
             assert batch > 4
             return
         found = steps.room.split([batch * weight.shape[0] for weight in weights])
@@ -84,7 +84,7 @@ def test_functions_of_rows_and_what_they_hand_on(isa, batch, tokens, columns, dt
         kernel, silu = backend_for(), ACTIVATIONS["SiLU"]
         x, other = (numbers((batch * tokens, columns), seed + i, dtype) for i in range(2))
         factor = numbers(columns, seed + 2, dtype)
-        steps, rows = Steps(kernel, x, 3 * x.numel()), batch * tokens
+        steps, rows = Steps(kernel, x.new_empty(3 * x.numel())), batch * tokens
         normed = steps.norm(x.data_ptr(), rows, factor, 1e-5, 1.0, False)
         gated = steps.gated(normed, other.data_ptr(), rows, columns, columns, silu)
         steps.add(gated, x.data_ptr(), x.numel())
@@ -113,9 +113,9 @@ def test_rotation(isa, batch, tokens, heads, half, rest, dtype, shared, seed):
         x = numbers((batch, tokens, heads, width), seed, dtype)
         angles = numbers((1 if shared else batch, tokens, 2 * half), seed + 1)
         cos, sin = (one.to(dtype).contiguous() for one in (angles.cos(), angles.sin()))
-        got, steps = x.clone(), Steps(backend_for(), x, 0)
-        steps.rotate(got.data_ptr(), (batch, tokens, heads), width, heads * width, cos, sin)
-        assert steps.run()
+        got, steps = x.clone(), Steps(backend_for(), x.new_empty(0))
+        steps.rotate("x", (batch, tokens, heads), (width, heads * width), cos.shape, "cos", "sin")
+        assert steps.run(x=got, cos=cos, sin=sin)
     front, c, s = x[..., : 2 * half].double(), cos.double().unsqueeze(2), sin.double().unsqueeze(2)
     turned = torch.cat([-front[..., half:], front[..., :half]], -1)
     exact = front * c + turned * s
@@ -137,8 +137,8 @@ def test_states_are_stored_and_attended_to(isa, batch, heads, tokens, keys, code
         query = numbers((batch, 2 * heads, tokens, width), seed, dtype)
         new = [numbers((batch, heads, tokens, width), seed + i, dtype) for i in (1, 2)]
         old = [numbers((batch, heads, before, width), seed + i, dtype) for i in (3, 4)]
-        kept, expected, steps = [], [], Steps(kernel, query, query.numel())
-        for added, first in zip(new, old, strict=True):
+        kept, into, expected, steps = [], {}, [], Steps(kernel, query.new_empty(query.numel()))
+        for name, added, first in zip(("keys", "values"), new, old, strict=True):
             whole = torch.cat([first, added], 2)
             states, wanted = (empty_states(whole, coded) for _ in range(2))
             rows = [one if one is None else one[:, :, before:] for one in states]
@@ -148,13 +148,16 @@ def test_states_are_stored_and_attended_to(isa, batch, heads, tokens, keys, code
             else:
                 states.numbers[:, :, :before] = first
                 wanted.numbers.copy_(whole)
-            steps.store(tuple(added.shape), states_of(added), states_of(*rows))
+            steps.store(added.shape, states_of(added), name)
+            into[name] = states_of(*rows)
             kept.append(states)
             expected.append(wanted)
         fields = [number for one in kept for number in states_of(*one)]
         sizes = batch, heads, 2, tokens, before + tokens, width, width
-        steps.attention(sizes, [*states_of(query), *fields, *NO_STATES], 0.3, None)
-        assert steps.run()
+        out = steps.attention("attention", query.numel())
+        states = [*states_of(query), *fields, *NO_STATES]
+        work, call, _scratch = attention_call(sizes, states, 0.3, None, out)
+        assert steps.run(attention=(work, *call), **into)
         for one, other in zip(kept, expected, strict=True):
             assert torch.equal(one.numbers, other.numbers)
         exact = kernel.attention(query, *expected, None, 0.3, None)
@@ -170,24 +173,19 @@ def empty_states(like, coded):
 def test_nothing_runs_where_a_weight_is_not_what_it_was():
     kernel = backend_for()
     weight, x = quantize(numbers((8, 64), 0), "nf4"), numbers((2, 64), 1)
-    for columns, rows in ((32, 8), (64, 7), (64, 8)):
-        steps = Steps(kernel, x, 100)
-        steps.add(x.data_ptr(), x.data_ptr(), 20)
-        steps.room.fill_(5.0)
-        steps.products(x.data_ptr(), 2, columns, [(kernel._given(weight), rows, None)])
-        assert steps.run() == ((columns, rows) == (64, 8))
-        assert bool((steps.room == 5.0).all()) == ((columns, rows) != (64, 8))
-    steps = Steps(kernel, x, 16)
-    steps.products(x.data_ptr(), 2, 64, [(kernel._given(weight), 8, None)])
-    moved = weight.packed.clone()
-    handle, _, scales = kernel._given(weight)
-    steps._weights = [handle, moved, scales]
-    assert not steps.run()
+    handle, packed, scales = kernel._given(weight)
+    for columns, rows, codes in ((32, 8, packed), (64, 7, packed), (64, 8, packed.clone()), (64, 8, packed)):
+        steps = Steps(kernel, torch.full((100,), 5.0))
+        steps.add("x", "x", 20)
+        steps.products("x", 2, columns, [((handle, codes, scales), rows, None)])
+        fits = (columns, rows) == (64, 8) and codes is packed
+        assert steps.run(x=x) == fits
+        assert bool((steps.room == 5.0).all()) != fits
 
 
 def test_room_that_is_too_small_and_calls_that_are_no_calls_are_errors():
     kernel, x = backend_for(), numbers((2, 64), 1)
-    steps = Steps(kernel, x, 10)
+    steps = Steps(kernel, x.new_empty(10))
     with pytest.raises(ValueError, match="room for 11 numbers is taken, and 10 are left"):
         steps.take(11)
     for calls, text in (

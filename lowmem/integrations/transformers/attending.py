@@ -5,14 +5,12 @@ from __future__ import annotations
 
 from typing import Any, cast
 
-import torch
 from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowmem.nn.cached_states import EightBitStates
-from lowmem.nn.dot_product_attention import MOST, scaled_dot_product_attention
+from lowmem.nn.dot_product_attention import is_faster, scaled_dot_product_attention
 
 ATTENTION = "lowmem"
 """What ``model.set_attn_implementation`` takes to let this module's attention serve a model."""
@@ -41,18 +39,13 @@ def attend(
             f"the attention {ATTENTION!r} has no sinks, which a {type(module).__name__} needs: set another, such as "
             '"eager", which reads a KeyValueCache, too'
         )
-    coded = isinstance(key, EightBitStates) and isinstance(value, EightBitStates) and query.shape[2] <= MOST
-    fast = query.shape[2] == 1 and query.element_size() == 2 and not torch.compiler.is_compiling()
-    served = coded or fast or softcap is not None
+    served = softcap is not None or is_faster(query, key, value)
     if dropout or any(kwargs.get(name) is not None for name in CHANGES) or not served:
         given = module, query, key, value, attention_mask, dropout, scaling
         return cast("tuple[Tensor, None]", sdpa_attention_forward(*given, softcap=softcap, **kwargs))
-    causal = (
-        attention_mask is None and query.shape[2] > 1 and kwargs.get("is_causal", getattr(module, "is_causal", True))
-    )
-    out = scaled_dot_product_attention(
-        query, key, value, attention_mask, is_causal=causal, scale=scaling, enable_gqa=True, softcap=softcap
-    )
+    causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) and query.shape[2] > 1
+    how = 0.0, causal and attention_mask is None, scaling, True
+    out = scaled_dot_product_attention(query, key, value, attention_mask, *how, softcap=softcap)
     return out.transpose(1, 2).contiguous(), None
 
 

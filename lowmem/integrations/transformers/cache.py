@@ -47,31 +47,34 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
 
 
 def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> int:
-    """Return ``nbytes`` of a ``KeyValueCache`` that holds ``tokens`` tokens of each sequence.
+    """Return ``nbytes`` of a ``KeyValueCache`` of ``tokens`` tokens of each sequence; 0 if the model takes no cache.
 
-    The model has fake tensors, and fills a cache in one call.
+    The model has fake tensors, and fills the cache in one call.
 
     Raises:
-        ValueError: the model is no language model that takes such a cache, or other ``bits``.
+        ValueError: other ``bits``.
     """
-    generates = isinstance(model, PreTrainedModel) and model.can_generate() and not model.config.is_encoder_decoder
-    if not generates:
-        raise ValueError(
-            f"tokens={tokens} plans the cache of a causal language model, and not of a {type(model).__name__}: "
-            "leave it out"
-        )
+    if not (isinstance(model, PreTrainedModel) and model.can_generate()) or model.config.is_encoder_decoder:
+        return 0
     cache = KeyValueCache(model, bits)
     with torch.no_grad():
         model(input_ids=torch.zeros(sequences, tokens, dtype=torch.int64), cache=cache, use_cache=True)
-    if not cache.nbytes:
-        raise ValueError(
-            f"tokens={tokens} plans keys and values, and a {type(model).__name__} keeps none: leave it out"
-        )
     return cache.nbytes
 
 
-class InPlace:
+def _states_of(name: str) -> property:
+    """Return the attribute of a layer that is the states of its keys or values."""
+
+    def replace(layer: InPlace, states: Tensor | None) -> None:
+        layer.cached[name].states = None if states is None or states.dim() < 4 else states  # an empty one has 1
+
+    return property(lambda layer: layer.cached[name].states, replace)
+
+
+class InPlace(DynamicLayer):  # type: ignore[misc]
     """Keeps keys and values in ``cached``, by name; transformers' functions read and replace their states."""
+
+    keys, values = _states_of("keys"), _states_of("values")
 
     def __init__(self, bits: int | None, *given: Any) -> None:
         self.cached = {name: CachedStates(bits, *given) for name in ("keys", "values")}
@@ -79,17 +82,10 @@ class InPlace:
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add states (batch, heads, new, width); return those that attention reads."""
-        layer: Any = self
-        if not layer.is_initialized:
-            layer.lazy_initialization(key_states, value_states)
-        forget = not getattr(layer, "record_past", False)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        forget = not getattr(self, "record_past", False)
         return self.cached["keys"].append(key_states, forget), self.cached["values"].append(value_states, forget)
-
-    def reset(self) -> None:
-        """Forget all tokens."""
-        super().reset()  # type: ignore[misc]
-        for one in self.cached.values():
-            one.clear()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Keep each sequence so many times."""
@@ -103,25 +99,7 @@ class InPlace:
             one.grow(new, not getattr(self, "record_past", False))
 
 
-def _states_of(name: str) -> property:
-    """Return the attribute of a layer that is the states of its keys or values."""
-
-    def replace(layer: InPlace, states: Tensor | None) -> None:
-        layer.cached[name].states = None if states is None or states.dim() < 4 else states  # an empty one has 1
-
-    return property(lambda layer: layer.cached[name].states, replace)
-
-
-class _GrowingLayer(InPlace, DynamicLayer):  # type: ignore[misc]
-    keys, values = _states_of("keys"), _states_of("values")
-
-    def get_seq_length(self) -> int:
-        return self.cached["keys"].count
-
-
 class _SlidingLayer(InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
-    keys, values = _states_of("keys"), _states_of("values")
-
     @property
     def cumulative_length(self) -> int:
         return self.cached["keys"].length
@@ -135,5 +113,5 @@ class _SlidingLayer(InPlace, DynamicSlidingWindowLayer):  # type: ignore[misc]
 def _growing(layer: Any, bits: int | None) -> Any:
     """Return a layer that grows in place; layers that keep more than keys and values stay as they are."""
     if type(layer) is DynamicLayer:
-        return _GrowingLayer(bits)
+        return InPlace(bits)
     return _SlidingLayer(bits, layer.sliding_window) if type(layer) is DynamicSlidingWindowLayer else layer

@@ -9,7 +9,9 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
+    ContinuousBatchingConfig,
     DynamicCache,
+    GenerationConfig,
     LogitsProcessor,
     StaticCache,
 )
@@ -222,6 +224,39 @@ def test_adapters_are_switched_between_calls(ran):
     assert near(logits(model, KeyValueCache(model), 3), plain)
 
 
+def test_several_adapters_are_active_in_turns_and_none(ran):
+    """A block with adapters runs by its modules; the other one stays one call."""
+
+    def of_first(*layers):
+        return lambda name, _: name.startswith("model.layers.0.") and name.endswith(layers)
+
+    def adapted():
+        model = convert(model_of("llama"), LoRA(4), where=of_first("q_proj", "gate_proj"))
+        lowmem.add_adapter(model, "other", LoRA(2), where=of_first("v_proj", "gate_proj", "down_proj"))
+        torch.manual_seed(1)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora" in name:
+                    parameter.copy_(0.3 * torch.randn(parameter.shape))
+        return model
+
+    def active(model, names):
+        lowmem.deactivate(model)
+        if names:
+            lowmem.activate(model, *names)
+        return logits(model, KeyValueCache(model), 3)
+
+    plain, model = adapted(), prepare_inference(adapted())
+    default, other = lowmem.adapter_names(model)
+    turns = (default,), (other,), (), (default, other), (default,)
+    found = [active(model, names) for names in turns]
+    assert ran == {"_at_once": 15, "_in_two": 5}
+    for names, got in zip(turns, found, strict=True):
+        assert near(got, active(plain, names))
+    assert torch.equal(found[0], found[4])
+    assert all(not near(found[0], one) for one in found[1:4])
+
+
 def test_copies_are_plain_and_saving_is_as_before(tmp_path):
     model = model_of("llama")
     expected = logits(model, KeyValueCache(model), 3)
@@ -346,3 +381,43 @@ def test_an_error_behind_the_trial_changes_no_attention(monkeypatch):
     prepare_inference(model)
     assert "TypeError('no form')" in inference_report(model)[""]
     assert model.config._attn_implementation == before
+
+
+def test_continuous_batching_generates_the_same_tokens():
+    """It refuses attention functions that it does not know: a prepared model keeps its own."""
+    model, prompts = model_of("llama"), [ids_of(1, count)[0].tolist() for count in (5, 9, 6)]
+    sizes = ContinuousBatchingConfig(page_size=16, num_blocks=8, max_batch_tokens=32, max_requests_per_batch=4)
+    how = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=-1, pad_token_id=0)
+
+    def generated():
+        made = model.generate_batch(prompts, how, continuous_batching_config=sizes, warmup=False)
+        assert not any(one.error for one in made.values())
+        return [one.generated_tokens for one in made.values()]
+
+    expected = generated()
+    prepare_inference(model)
+    assert generated() == expected
+
+
+def test_a_norm_of_another_dtype_is_a_reason():
+    """The result would be of a wider dtype than the input, which C does not compute."""
+    model = model_of("llama", torch.bfloat16)
+    norm = model.model.layers[1].post_attention_layernorm
+    norm.weight.data = norm.weight.data.float()
+    prepare_inference(model)
+    report = inference_report(model)
+    assert report["model.layers.0"].startswith("block")
+    assert "as before: the weight of a norm" in report["model.layers.1"]
+
+
+def test_a_model_of_another_attention_says_what_to_set(ran):
+    model = model_of("llama")
+    model.set_attn_implementation("paged|eager")
+    prepare_inference(model)
+    assert "set_attn_implementation('lowmem')" in inference_report(model)[""]
+    model.set_attn_implementation(ATTENTION)
+    prepare_inference(model)
+    logits(model, KeyValueCache(model), 3)
+    model.set_attn_implementation("paged|eager")
+    assert not model.model.layers[0].in_one_call.serves()
+    assert ran["_at_once"] == 6

@@ -291,12 +291,12 @@ def test_a_plan_refuses_the_cache_of_other_models():
         (
             lambda: BertModel(encoder),
             {"tokens": 9},
-            "tokens=9 plans the cache of a causal language model, and not of a B",
+            "tokens=9 plans the keys and values of a causal language model of transformers, and a BertModel keeps",
         ),
         (
             lambda: torch.nn.Embedding(4, 4),
             {"tokens": 9},
-            "of transformers, and not of a Embedding: leave it out, and add",
+            "of transformers, and a Embedding keeps none: leave it out, and add nbytes of your lowmem.CachedStates",
         ),
         (llama, {"cache_bits": 8}, "sequences=1, cache_bits=8: plan a cache, and give its tokens"),
         (llama, {"tokens": 0}, "tokens=0 and sequences=1 must be at least 1"),

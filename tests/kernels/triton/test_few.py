@@ -46,6 +46,10 @@ def test_products_lose_no_more_than_their_roundings(weight, form, size, scales, 
     got = multiply(x, q, dtype, bias)
     assert got.dtype is dtype
     assert_product(got, x, q.dequantize(), bias, rounded=(dtype,), more=OF_4_BITS)
+    grad = (strategies.make_input((batch,), rows, seed).detach() / 64).to(dtype)
+    exact = q.dequantize(dtype)  # what is multiplied
+    with serving() as backend:
+        assert_product(backend.input_grad(grad, q, dtype), grad, exact.t(), rounded=(dtype,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,7 +154,8 @@ from tests.guard_pages import at_the_edge
 
 for form, scales in (("nf4", "double"), ("bof4s", "float32"), ("int8", "double"), ("uint4", "float16_offsets")):
     for size in (8, 10, 64):
-        for rows, columns in ((1, 1), (5, 7), (3, 33), (9, 64), (2, 1025)):
+        odd = [(1 + 2 * (columns % 3), columns) for columns in (*range(1, 2 * size, 2), 2 * size + 1, 1025)]
+        for rows, columns in (*odd, (9, 64), (129, 7)):
             weight = torch.randn(rows, columns)
             q = quantize(weight, form, block_size=size, scales=scales, search=False)
             q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))

@@ -177,5 +177,11 @@ def test_addresses_beyond_2_to_the_31():
     job = launch.dequantize(replace(q, packed=far(q.packed), scales=far(q.scales)), out)
     job.arguments["columns"] = step  # the distance of the rows of out; its tiles end with the bytes of codes
     job()
+    x, product = torch.eye(columns)[:3], torch.empty(3, 3)
+    launch.few(far(x), replace(q, packed=far(q.packed), scales=far(q.scales)), None, product)()
+    packed, used = far(torch.zeros_like(q.packed)), torch.empty(q.scales.shape, dtype=torch.uint8)
+    launch.quantize(q.dequantize(), q.scales.float(), FORMATS["nf4"], 16, packed, used)()
     torch.use_deterministic_algorithms(True)
     assert torch.equal(out, q.dequantize(torch.float16))
+    assert torch.equal(product, q.dequantize()[:, :3].t())
+    assert torch.equal(packed, q.packed)
