@@ -1,5 +1,6 @@
 """Keeps what a process holds resident close to what it uses: returns freed pages that glibc keeps, and drops read
-pages of mapped files. Nothing happens where the system has no such call."""
+pages of mapped files. In training, keeps freed pages for the next step. Nothing happens where the system has no such
+call."""
 
 from __future__ import annotations
 
@@ -18,6 +19,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _LARGE = 2**22  # bytes: smaller allocations are not worth the time of malloc_trim
 _SMALL = 2**20  # bytes of parameters: for fewer, neither the heap nor the pages of files are looked at
+_KEPT = 2**25 - 2**16  # bytes: a little less than the largest block after which glibc raises its thresholds
 _DONTNEED = 4  # MADV_DONTNEED of Linux
 _MAPS, _PAGES = "/proc/self/maps", "/proc/self/pagemap"
 
@@ -51,6 +53,20 @@ def trim_heap(*models: nn.Module) -> None:
     trim = _malloc_trim()
     if trim is not None and size >= _SMALL:
         trim(0)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep up to 64 MiB of freed memory at the top of the heap, which it would return after each step.
+
+    glibc returns the top of the heap once it is twice as large as the largest block that was mapped and freed so far
+    (``man 3 mallopt``, M_MMAP_THRESHOLD). So map a block that nobody writes to, and free it. Where the user has set a
+    threshold, this changes nothing.
+    """
+    if _malloc_trim() is None:
+        return
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(_KEPT))))
 
 
 def resident_bytes() -> int | None:

@@ -1,6 +1,8 @@
 """Pages that nothing needs go back to the system after what frees much, and before the process would have to grow."""
 
 import gc
+import os
+import subprocess
 import sys
 import weakref
 
@@ -163,3 +165,29 @@ def test_what_is_read_of_a_mapped_file_does_not_stay_resident_after_convert_but_
     lowmem.convert(model, lowmem.FourBit("nf4"))
     assert mapped_kib(path) <= 1024 + 16  # the changed weight's, and pages at the edges
     assert all(map(torch.equal, held, values))
+
+
+STEPS = """
+import resource
+import torch
+from lowmem.resident import keep_freed_memory
+
+def step():
+    activations = [torch.zeros(2**18) for _ in range(40)]  # 1 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+keep_freed_memory()
+step()
+first = step()
+print((step() - first) / 40)
+"""
+
+
+@pytest.mark.skipif(resident._malloc_trim() is None, reason="only glibc returns freed memory at the top of its heap")
+@pytest.mark.parametrize(("setting", "keeps"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": str(2**20)}, False)])
+def test_a_step_gets_the_memory_that_the_step_before_has_freed(setting, keeps):
+    """Of 40 MiB next to no page is new; what the user has set stays."""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
+    command = [sys.executable, "-c", STEPS]
+    done = subprocess.run(command, env=environment | setting, capture_output=True, text=True, check=True)
+    assert (float(done.stdout) < 2) == keeps  # page faults for 1 MiB, which has at least 16 pages

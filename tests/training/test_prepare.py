@@ -20,7 +20,7 @@ from lowmem import (
     training_report,
 )
 from lowmem.measure import PeakMemory
-from lowmem.training import activations
+from lowmem.training import activations, prepare
 from tests.refusing import refused
 from tests.training import blocks
 from tests.training.blocks import MLP, Block, Language
@@ -299,3 +299,14 @@ def test_the_report_names_output_layers_alone():
     assert report == {"": report[""], "head": "logits as before: the layer has an adapter"}
     assert type(model(batch()[0])) is torch.Tensor
     assert torch.equal(step(model)[0], expected[0])
+
+
+def test_what_a_step_frees_is_kept_for_the_next_one_in_fast(monkeypatch):
+    kept = []
+    monkeypatch.setattr(prepare, "keep_freed_memory", lambda: kept.append(True))
+    with pytest.raises(ValueError, match="memory="):
+        prepare_training(make(LoRA(2)), "small")
+    prepare_training(make(LoRA(2)), "lean")
+    assert not kept
+    prepare_training(make(LoRA(2)))
+    assert kept
