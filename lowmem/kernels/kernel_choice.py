@@ -34,7 +34,7 @@ class CpuPlan:
             without, in_int8 = replace(weight, scale_encoding="float32"), dtype is torch.int8
             how = "8-bit integers" if in_int8 else "float32"
             lines = [f"offsets: added in plain torch, to products in {how} without them:"]
-            if not in_int8 and self.plan(without, rows, dtype, "linear")[-1][1].startswith("few"):
+            if not in_int8 and self.plan(without, rows, dtype, "linear")[-1][1].startswith(("few", "int16")):
                 lines = [self._explained(without, rows, dtype, "linear"), *lines]
                 return "\n".join([*lines, self._explained(without, rows, torch.float32, "input_grad")])
             return "\n".join([*lines, self.explain(without, rows, torch.int8 if in_int8 else torch.float32)])

@@ -19,6 +19,6 @@
 #include "tiled.h"
 
 /* Scratch fields of struct kernel: for kernels of few.h, many.h and gradient.h, in this order. */
-#define IN_REGISTERS(bytes) .number = bytes, .whole = 1, .few = 1
+#define IN_REGISTERS(bytes) .number = bytes, .whole = 1, .few = 1, .adds_offsets = 1
 #define IN_TILES(bytes) .number = bytes, .whole = 1, .own = SUMS_AT, .own_of_input = TILE_ROWS
 #define OF_GRADIENT .number = 4, .whole = 1, .own = GRAD_ROWS * (2 * TILE_SCALES + MAX_GROUP), .own_of_input = GRAD_ROWS

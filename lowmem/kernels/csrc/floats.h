@@ -26,8 +26,8 @@ static const struct kernel kernels[] = {
 #endif
 #ifdef FEW_INT16
     {"few_int16", LINEAR, GROUPS | WEIGHTS8, 1 << BFLOAT16, 1, FEW_INT16, IN_REGISTERS(3), .pack = pack_panels_int16, .multiply = int16_body},
-    {"int16", LINEAR, GROUPS | WEIGHTS8, 1 << BFLOAT16, FEW_INT16 + 1, ANY_ROWS, .number = 3, .whole = FEW_MORE, .pack = pack_panels_int16,
-     .multiply = int16_body},
+    {"int16", LINEAR, GROUPS | WEIGHTS8, 1 << BFLOAT16, FEW_INT16 + 1, ANY_ROWS, .number = 3, .whole = FEW_MORE, .adds_offsets = 1,
+     .pack = pack_panels_int16, .multiply = int16_body},
 #endif
     {"few", LINEAR, WHOLE, ANY_TYPE, 1, FEW, IN_REGISTERS(4), .pack = pack_few, .multiply = few_body},
     {"few_sixteen", LINEAR, SIXTEEN, ANY_TYPE, 1, FEW_MORE, IN_REGISTERS(4), .pack = pack_few, .multiply = few_sixteen_body},

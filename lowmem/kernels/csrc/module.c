@@ -57,7 +57,7 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
     if (!is)
         Py_RETURN_NONE;
     const struct kernel *k = plan(isa, w.kind, x.shape[0], x.type, operation);
-    if (!k || (w.offsets && !adds_offsets(k)))
+    if (!k || (w.offsets && !k->adds_offsets))
         Py_RETURN_NONE;
     if (!k->multiply)
         Py_RETURN_FALSE;
@@ -250,7 +250,7 @@ static int read_products(const struct isa *isa, const struct products *call, con
     for (int64_t i = 0; i < call->count; i++) {
         const struct weight *w = weights + call->first + i;
         const struct kernel *k = plan(isa, w->kind, call->batch, (int)call->type, LINEAR);
-        if (w->columns != call->columns || w->rows != call->each[i].rows || !k || !k->multiply || (w->offsets && !adds_offsets(k)))
+        if (w->columns != call->columns || w->rows != call->each[i].rows || !k || !k->multiply || (w->offsets && !k->adds_offsets))
             return 0;
         jobs[i] = (struct job){
             .weight = w, .x = call->x, .bias = call->each[i].bias, .out = call->each[i].out, .out_step = w->rows,

@@ -30,6 +30,7 @@ struct kernel {
     int64_t least, most; /* accepted range of batch rows */
     /* For a small batch: row by row, with a low-rank update; or, in grad @ W, with 16-bit weights in registers. */
     int few;
+    int adds_offsets; /* of a weight that has them (struct weight) */
     int amx;
     /* Scratch: bytes of a packed number; floats of a thread, and for each packed batch row, of which it takes multiples. */
     int64_t number, own, own_of_input, whole;
@@ -94,9 +95,6 @@ static inline const char *refusal(const struct kernel *k, enum kind weight, int6
         return "dtype";
     return rows < k->least || rows > k->most ? "rows" : NULL;
 }
-
-/* Whether a kernel of products adds offsets (struct weight). */
-static inline int adds_offsets(const struct kernel *k) { return k->few && k->operation == LINEAR; }
 
 /* Kernel k, or, at the end of the table of *isa, the first kernel of the ISA that it extends; NULL: there is none. */
 static inline const struct kernel *next_kernel(const struct isa **isa, const struct kernel *k)
