@@ -69,7 +69,10 @@ def test_offsets_and_scales_bring_both_ends_of_a_block_to_the_end_levels():
     strategies.seeds,
 )
 def test_products_are_those_of_the_weight(form, scales, size, rows, columns, batch, dtype, biased, seed):
-    """In every ISA, held against float64: parts are added in float32, and the sum is rounded once to the dtype."""
+    """In every ISA, held against float64: parts are added in float32, and the sum is rounded once to the dtype.
+
+    Kernels of bfloat16 inputs may round a level before an offset is added, as they do without offsets.
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) + 3 * torch.randn(rows, 1, generator=generator)
     stored = quantize(weight, form, block_size=size, scales=scales)
@@ -86,7 +89,8 @@ def test_products_are_those_of_the_weight(form, scales, size, rows, columns, bat
         assert (out.dtype, back.dtype) == (dtype, dtype)
         exact = x.double() @ dense.T + (0 if bias is None else bias.double())
         sizes = x.double().abs() @ parts.T + (0 if bias is None else bias.double().abs())
-        assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
+        allowed = bound(sizes, exact, columns, dtype) + rounding_in(name, x, dense - offsets)
+        assert ((out.double() - exact).abs() <= allowed).all()
         exact, sizes = grad.double() @ dense, grad.double().abs() @ parts
         assert ((back.double() - exact).abs() <= bound(sizes, exact, rows, dtype)).all()
 
@@ -106,7 +110,17 @@ def test_offsets_of_wide_inputs_are_added_once(batch, dtype):
     for name in kernels.available()[1:]:
         with kernels.using(name):
             out = kernels.linear(x, stored, dtype)
-        assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
+        allowed = bound(sizes, exact, columns, dtype) + rounding_in(name, x, dense - offsets)
+        assert ((out.double() - exact).abs() <= allowed).all()
+
+
+def rounding_in(isa, x, without_offsets):
+    """What levels in bfloat16, or inputs of 14 bits, change of a product, at an ISA that has them for few inputs."""
+    if x.dtype != torch.bfloat16 or isa not in ("avx2", "avx512bf16", "avx512amx"):
+        return 0
+    inputs, weights = x.double().abs(), without_offsets.abs().T
+    of_levels, of_inputs = unit(x.dtype) * inputs @ weights, 2.0**-14 * inputs.amax(1, keepdim=True) * weights.sum(0)
+    return (1 + unit(x.dtype)) * (of_levels + of_inputs)
 
 
 def bound(sizes, exact, terms, dtype):
