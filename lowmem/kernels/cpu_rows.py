@@ -25,7 +25,7 @@ NORM_CALL, GATED_CALL = Struct("@iiqqffqPPPP"), Struct("@iiqqqq7fPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 _STATES = "iPP6q"
 ATTENTION_CALL, CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
-_KEYS, _QUERIES, _WHOLE = 32, 16, 64  # of csrc/attention.h; _WHOLE: the floats to which a row is padded, at most
+_QUERIES, _WHOLE = 16, 16  # of csrc/attention.h; _WHOLE: the floats to which a row is padded, at most
 _GRAIN = 65536  # of csrc/threads.h
 CODES8 = 8  # of csrc/plan.h, in place of a type
 
@@ -203,7 +203,7 @@ def attention_call(
     work, most = batch * key_heads * shared * queries * keys * (width + value_width), torch.get_num_threads()
     threads, rows = min(most, 1 + work // _GRAIN), shared * queries
     chunk = _QUERIES if threads == 1 else min(_QUERIES, -(-rows * batch * key_heads // (2 * threads)))
-    own = (_KEYS + _QUERIES) * (_padded(width) + _padded(value_width)) + 2 * _QUERIES
+    own = _QUERIES * (_padded(width) + _padded(value_width))
     scratch = torch.empty(threads * own)
     return work, (*sizes, chunk, scaling, softcap or 0.0, *states, out, scratch.data_ptr(), own), scratch
 

@@ -103,14 +103,10 @@ def test_states_in_8_bits_are_read_as_they_are(isa, queries, by_torch):
     ("sizes", "dtype", "torchs"),
     [
         ((1, 2, 2, 1, 20), torch.bfloat16, False),
-        ((1, 2, 1, 1, 20), torch.float16, False),
-        ((1, 2, 2, 2, 20), torch.bfloat16, True),
-        ((1, 2, 2, 1, 20), torch.float32, True),
-        ((1, 2, 4, 1, 2048), torch.float32, False),
-        ((1, 2, 4, 4, 512), torch.bfloat16, False),
-        ((1, 2, 4, 5, 2048), torch.float32, True),
-        ((1, 2, 4, 4, 511), torch.float32, True),
-        ((1, 8, 2, 4, 2048), torch.float32, True),
+        ((1, 2, 1, 8, 20), torch.float16, False),
+        ((1, 2, 2, 9, 20), torch.bfloat16, True),
+        ((1, 2, 2, 4, 20), torch.float32, False),
+        ((1, 2, 2, 5, 20), torch.float32, True),
     ],
 )
 def test_the_kernel_computes_what_it_is_faster_at(sizes, dtype, torchs, by_torch):

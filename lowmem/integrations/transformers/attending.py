@@ -1,5 +1,5 @@
-"""Attention of transformers' models that reads keys and values in 8 bits as they are: lowmem's kernel for few
-queries of these, for one query in 16 bits and for capped scores; torch's own for all others."""
+"""Attention of transformers' models that reads keys and values in 8 bits as they are: lowmem's kernel for few queries
+and for capped scores; torch's own for all others."""
 
 from __future__ import annotations
 

@@ -6,7 +6,8 @@
 #include "row_calls.h"
 #include "vector_math.h"
 
-enum { KEYS = 32, QUERIES = 16, TOGETHER = 64 / LANES }; /* keys, rows of queries and vectors of values that are computed at a time */
+enum { KEYS = 32, QUERIES = 16 }; /* keys and rows of queries that are computed at a time */
+enum { AT_ONCE = 4, TOGETHER = LANES == 8 ? 2 : 4 }; /* rows and vectors of values whose sums are in registers */
 
 /* The numbers of n signed bytes, then zeros. */
 INLINE V signed_some(const uint8_t *p, int64_t n)
@@ -22,22 +23,12 @@ INLINE int64_t place_of(const int64_t *steps, int64_t batch, int64_t head, int64
     return batch * steps[0] + head * steps[1] + row * steps[2];
 }
 
-/* Read a row as float32 in whole vectors, with zeros behind its last number. */
-INLINE void read_typed(const struct states *s, int64_t at, float scale, int64_t width, float *out, const int type)
+/* The next numbers of a row, of which n are left, and zeros behind them; 8-bit codes without their scale. */
+INLINE V load_states(const struct states *s, int64_t at, int64_t n, const int type)
 {
-    EACH_VECTOR_OF_ROW(width)
-        v_store(out + c, type == CODES8 ? v_mul(signed_some((const uint8_t *)s->numbers + at + c, n), v_set1(scale))
-                                        : load_some(s->numbers, type, at + c, n));
+    return type == CODES8 ? signed_some((const uint8_t *)s->numbers + at, n) : load_some(s->numbers, type, at, n);
 }
-
-static void read_row(const struct states *s, int64_t batch, int64_t head, int64_t row, int64_t width, float *out)
-{
-    const int64_t at = place_of(s->steps, batch, head, row);
-    if (s->type == CODES8)
-        read_typed(s, at, s->scales[place_of(s->scale_steps, batch, head, row)], width, out, CODES8);
-    else
-        OF_TYPE(s->type, read_typed, s, at, 0.0f, width, out);
-}
+#define OF_STATES(type, f, ...) ((type) == CODES8 ? f(__VA_ARGS__, CODES8) : OF_TYPE(type, f, __VA_ARGS__))
 
 /* cap tanh(x / cap) */
 INLINE V v_capped(V x, float cap)
@@ -62,51 +53,104 @@ static void add_mask(const struct attention *call, int64_t batch, int64_t head, 
             scores[i] = -INFINITY;
 }
 
-/* What a thread holds: float32 in whole vectors. */
+#define EACH_OF(R) _Pragma("GCC unroll 4") for (int k = 0; k < (R); k++)
+
+/* What a thread holds of QUERIES rows: queries and sums in whole vectors of float32, with zeros behind a query. */
 struct attending {
-    int64_t wide, value_wide; /* floats of a row */
-    float *keys, *values;     /* KEYS rows */
-    float *queries, *sums;    /* QUERIES rows; sums: of the values so far */
-    float *tops, *totals;     /* of each row of queries: the largest score so far, and the sum of e^(score - top) */
+    int64_t batch, head, wide, value_wide; /* wide, value_wide: floats of a row */
+    float *queries, *sums;                 /* sums: of the values so far */
+    float tops[QUERIES], totals[QUERIES];  /* the largest score so far, and the sum of e^(score - top) */
+    float keep[QUERIES];                   /* what sums are multiplied with once the largest score has changed */
+    float scores[QUERIES * KEYS];
+    float key_scales[KEYS], value_scales[KEYS]; /* 1 where states are not in 8 bits */
 };
 
-static void score(const struct attention *call, const struct attending *a, int64_t r, int64_t n, float *scores)
+/* Scores of R rows from row m on, before they are scaled, and of `keys` keys from `first` on. */
+INLINE void score(const struct attention *call, struct attending *a, int m, const int R, int64_t first, int64_t keys, const int type)
 {
-    for (int64_t j = 0; j < n; j += LANES) {
-        V sums[LANES] = {{0}};
-        for (int64_t c = 0; c < a->wide; c += LANES) {
-            const V q = v_load(a->queries + r * a->wide + c);
-#pragma GCC unroll 16
-            for (int i = 0; i < LANES; i++)
-                sums[i] = v_fma(q, v_load(a->keys + (j + i) * a->wide + c), sums[i]);
+    for (int64_t j = 0; j < keys; j += LANES) {
+        V parts[AT_ONCE * LANES];
+        for (int64_t i = 0; i < LANES; i++) {
+            const int64_t at = place_of(call->key.steps, a->batch, a->head, first + j + i);
+            if (j + i >= keys) {
+                EACH_OF(R) parts[k * LANES + i] = v_zero();
+                continue;
+            }
+            const float *q = a->queries + m * a->wide;
+            V sums[AT_ONCE] = {{0}};
+            EACH_VECTOR_OF_ROW(call->width) {
+                const V key = load_states(&call->key, at + c, n, type);
+                EACH_OF(R) sums[k] = v_fma(v_load(q + k * a->wide + c), key, sums[k]);
+            }
+            EACH_OF(R) parts[k * LANES + i] = sums[k];
         }
-        const V x = v_mul(v_sums(sums), v_set1(call->scaling));
-        v_store(scores + j, call->softcap > 0.0f ? v_capped(x, call->softcap) : x);
+        EACH_OF(R) v_store(a->scores + (m + k) * KEYS + j, v_sums(parts + k * LANES));
     }
 }
 
-/* Add n keys and values, of which `scores` are those of row r, to the sums of the row. */
-static void add_values(const struct attending *a, int64_t r, int64_t n, float *scores)
+/* Add to the sums of R rows from row m on `keys` values, of T vectors from column c on. */
+INLINE void add_vectors(const struct attention *call, struct attending *a, int m, const int R, int64_t first, int64_t keys, int64_t c,
+                        const int T, const int type)
 {
+    V sums[AT_ONCE * TOGETHER] = {{0}};
+    for (int64_t i = 0; i < keys; i++) {
+        const int64_t at = place_of(call->value.steps, a->batch, a->head, first + i) + c;
+        EACH_VECTOR(T) {
+            const V value = load_states(&call->value, at + n * LANES, T == 1 ? call->value_width - c : LANES, type);
+            EACH_OF(R) sums[k * T + n] = v_fma(v_set1(a->scores[(m + k) * KEYS + i]), value, sums[k * T + n]);
+        }
+    }
+    EACH_OF(R) EACH_VECTOR(T) {
+        float *to = a->sums + (m + k) * a->value_wide + c + n * LANES;
+        v_store(to, v_fma(v_load(to), v_set1(a->keep[m + k]), sums[k * T + n]));
+    }
+}
+
+INLINE void score_keys(const struct attention *call, struct attending *a, int64_t rows, int64_t first, int64_t keys, const int type)
+{
+#define SCORE(R) score(call, a, m, R, first, keys, type)
+    IN_PASSES(rows, AT_ONCE, SCORE)
+}
+
+INLINE void add_values(const struct attention *call, struct attending *a, int64_t rows, int64_t first, int64_t keys, const int type)
+{
+    int64_t c = 0;
+#define ADD_WHOLE(R) add_vectors(call, a, m, R, first, keys, c, TOGETHER, type)
+#define ADD_ONE(R) add_vectors(call, a, m, R, first, keys, c, 1, type)
+    for (; c + TOGETHER * LANES <= call->value_width; c += TOGETHER * LANES)
+        IN_PASSES(rows, AT_ONCE, ADD_WHOLE)
+    for (; c < call->value_width; c += LANES)
+        IN_PASSES(rows, AT_ONCE, ADD_ONE)
+}
+
+/* Scales of `keys` rows of states from `first` on, where they are codes. */
+static void read_scales(const struct states *s, const struct attending *a, int64_t first, int64_t keys, float *scales)
+{
+    for (int64_t i = 0; s->type == CODES8 && i < keys; i++)
+        scales[i] = s->scales[place_of(s->scale_steps, a->batch, a->head, first + i)];
+}
+
+/* Scores of row r to weights of the values, e^(score - top). */
+static void weigh(const struct attention *call, struct attending *a, int64_t r, int64_t of, int64_t query, int64_t first, int64_t keys)
+{
+    float *scores = a->scores + r * KEYS;
+    for (int64_t j = 0; j < KEYS; j += LANES) {
+        const V x = v_mul(v_mul(v_load(scores + j), v_load(a->key_scales + j)), v_set1(call->scaling));
+        v_store(scores + j, call->softcap > 0.0f ? v_capped(x, call->softcap) : x);
+    }
+    add_mask(call, a->batch, of, query, first, keys, scores);
     V most = v_set1(a->tops[r]), total = v_zero();
     for (int64_t j = 0; j < KEYS; j += LANES)
         most = v_larger(v_load(scores + j), most);
-    const float top = largest_of(most), keep = expf(a->tops[r] - top);
+    const float top = largest_of(most);
     for (int64_t j = 0; j < KEYS; j += LANES) {
         const V p = v_exp_below(v_sub(v_load(scores + j), v_set1(top)));
-        v_store(scores + j, p);
         total = v_add(total, p);
+        v_store(scores + j, v_mul(p, v_load(a->value_scales + j)));
     }
+    a->keep[r] = expf(a->tops[r] - top);
     a->tops[r] = top;
-    a->totals[r] = a->totals[r] * keep + sum_of(total);
-    for (int64_t c = 0; c < a->value_wide; c += TOGETHER * LANES) {
-        V sum[TOGETHER] = {{0}};
-        for (int64_t i = 0; i < n; i++)
-            EACH_VECTOR(TOGETHER)
-                sum[n] = v_fma(v_set1(scores[i]), v_load(a->values + i * a->value_wide + c + n * LANES), sum[n]);
-        float *out = a->sums + r * a->value_wide + c;
-        EACH_VECTOR(TOGETHER) v_store(out + n * LANES, v_fma(v_load(out + n * LANES), v_set1(keep), sum[n]));
-    }
+    a->totals[r] = a->totals[r] * a->keep[r] + sum_of(total);
 }
 
 INLINE void write_row(const struct attention *call, int64_t at, const float *sums, V by, const int type)
@@ -114,42 +158,39 @@ INLINE void write_row(const struct attention *call, int64_t at, const float *sum
     EACH_VECTOR_OF_ROW(call->value_width) store_some(call->out, type, at + c, n, v_mul(v_load(sums + c), by));
 }
 
+INLINE void read_query(const struct attention *call, int64_t at, float *to, const int type)
+{
+    EACH_VECTOR_OF_ROW(call->width) v_store(to + c, load_some(call->query.numbers, type, at + c, n));
+}
+
 /* Rows of queries that share a head of keys: row r of the head is query r % queries of the head's queries r / queries. */
 static void attend_chunk(const struct attention *call, int64_t batch, int64_t head, int64_t from, int64_t rows, float *own)
 {
-    const int64_t wide = round_up(call->width, LANES), value_wide = round_up(call->value_width, TOGETHER * LANES);
-    struct attending a = {wide, value_wide, own};
-    a.values = a.keys + KEYS * wide;
-    a.queries = a.values + KEYS * value_wide;
-    a.sums = a.queries + QUERIES * wide;
-    a.tops = a.sums + QUERIES * value_wide;
-    a.totals = a.tops + QUERIES;
-    memset(own, 0, sizeof(float) * (size_t)((KEYS + QUERIES) * (wide + value_wide))); /* and what pads rows and blocks */
+    struct attending a = {batch, head, round_up(call->width, LANES), round_up(call->value_width, LANES), own};
+    a.sums = a.queries + QUERIES * a.wide;
+    for (int64_t i = 0; i < KEYS; i++)
+        a.key_scales[i] = a.value_scales[i] = 1.0f;
+    memset(a.sums, 0, sizeof(float) * (size_t)(rows * a.value_wide));
     for (int64_t r = 0; r < rows; r++) {
         const int64_t of = head * call->shared + (from + r) / call->queries;
-        read_row(&call->query, batch, of, (from + r) % call->queries, call->width, a.queries + r * wide);
+        OF_TYPE(call->query.type, read_query, call, place_of(call->query.steps, batch, of, (from + r) % call->queries), a.queries + r * a.wide);
         a.tops[r] = -FLT_MAX;
         a.totals[r] = 0.0f;
     }
     for (int64_t first = 0; first < call->keys; first += KEYS) {
         const int64_t n = smaller(KEYS, call->keys - first);
-        for (int64_t i = 0; i < n; i++) {
-            read_row(&call->key, batch, head, first + i, call->width, a.keys + i * wide);
-            read_row(&call->value, batch, head, first + i, call->value_width, a.values + i * value_wide);
-        }
-        for (int64_t r = 0; r < rows; r++) {
-            float scores[KEYS];
-            score(call, &a, r, n, scores);
-            const int64_t of = head * call->shared + (from + r) / call->queries;
-            add_mask(call, batch, of, (from + r) % call->queries, first, n, scores);
-            add_values(&a, r, n, scores);
-        }
+        read_scales(&call->key, &a, first, n, a.key_scales);
+        read_scales(&call->value, &a, first, n, a.value_scales);
+        OF_STATES(call->key.type, score_keys, call, &a, rows, first, n);
+        for (int64_t r = 0; r < rows; r++)
+            weigh(call, &a, r, head * call->shared + (from + r) / call->queries, (from + r) % call->queries, first, n);
+        OF_STATES(call->value.type, add_values, call, &a, rows, first, n);
     }
     for (int64_t r = 0; r < rows; r++) {
         const int64_t of = head * call->shared + (from + r) / call->queries, query = (from + r) % call->queries;
         const int64_t at = ((batch * call->queries + query) * call->heads * call->shared + of) * call->value_width;
         const V by = v_set1(a.totals[r] != 0.0f ? 1.0f / a.totals[r] : 0.0f); /* 0: every key is hidden */
-        OF_TYPE(call->query.type, write_row, call, at, a.sums + r * value_wide, by);
+        OF_TYPE(call->query.type, write_row, call, at, a.sums + r * a.value_wide, by);
     }
 }
 
