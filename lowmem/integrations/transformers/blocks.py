@@ -182,7 +182,8 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm])
     for role, state in zip(("queries", "keys", "values"), states, strict=True):
         column = sum(one.heads * one.width for one in found) if len(first) == 1 else 0
         outputs = [(one, calls[one].out) for one in first]
-        matching = _projection(state, outputs, column, own, turns if role != "values" else turns[:1])
+        normed = [(one, calls[one.module]) for one in own if len(first) > 1]
+        matching = _projection(state, outputs, column, normed, turns if role != "values" else turns[:1])
         if matching is None:
             return f"its {role} are no rotated output of a linear layer"
         found.append(matching)
@@ -206,23 +207,33 @@ def _projection(
     state: Tensor,
     outputs: list[tuple[Any, Tensor]],
     column: int,
-    norms: list[Norm],
+    norms: list[tuple[Norm, _Call]],
     turns: list[tuple[Tensor, Tensor]],
 ) -> Projection | None:
     """Return which layer, norm and rotation compute queries, keys or values (1, heads, tokens, width)."""
-    _, heads, _, width = state.shape
+    _, heads, tokens, width = state.shape
     count = heads * width
     for layer, out in outputs:
         if out.shape[-1] < column + count or (len(outputs) > 1 and out.shape[-1] != count):
             continue
-        raw = out[..., column : column + count]
-        for norm in (None, *(one for one in norms if len(outputs) > 1 and count % len(one.factor) == 0)):
-            normed = raw if norm is None else norm.module(raw.unflatten(-1, (-1, len(norm.factor))))
-            rows = normed.reshape(*raw.shape[:2], heads, width).transpose(1, 2)
-            for cos, sin in turns:
+        raw = out[..., column : column + count].reshape(1, tokens, heads, width).transpose(1, 2)
+        candidates = (None, raw), *((norm, _output_for(raw, call)) for norm, call in norms)
+        for norm, rows in candidates:
+            for cos, sin in turns if rows is not None else ():
                 if _near(state, *_rotated(rows, cos, sin)):
                     return Projection(layer, column, heads, width, cos.shape[-1], norm)
     return None
+
+
+def _output_for(raw: Tensor, call: _Call) -> Tensor | None:
+    """Return what a norm made of heads (1, heads, tokens, width), whose tokens it may have been given first."""
+    if not isinstance(call.x, Tensor) or call.x.numel() != raw.numel():
+        return None
+    _, heads, tokens, width = raw.shape
+    x, out = (one.reshape(1, tokens, heads, width).transpose(1, 2) for one in (call.x, call.out))
+    if torch.equal(x, raw):
+        return out
+    return call.out if call.x.shape == raw.shape and torch.equal(call.x, raw) else None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
