@@ -69,7 +69,10 @@ def test_offsets_and_scales_bring_both_ends_of_a_block_to_the_end_levels():
     strategies.seeds,
 )
 def test_products_are_those_of_the_weight(form, scales, size, rows, columns, batch, dtype, biased, seed):
-    """In every ISA, held against float64: parts are added in float32, and the sum is rounded once to the dtype."""
+    """In every ISA, held against float64: parts are added in float32, and the sum is rounded once to the dtype.
+
+    bfloat16 products round the levels without offsets, or with AVX2 the inputs to integers (``assert_close_in``).
+    """
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) + 3 * torch.randn(rows, 1, generator=generator)
     stored = quantize(weight, form, block_size=size, scales=scales)
@@ -86,7 +89,11 @@ def test_products_are_those_of_the_weight(form, scales, size, rows, columns, bat
         assert (out.dtype, back.dtype) == (dtype, dtype)
         exact = x.double() @ dense.T + (0 if bias is None else bias.double())
         sizes = x.double().abs() @ parts.T + (0 if bias is None else bias.double().abs())
-        assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
+        rounded = 0
+        if dtype == torch.bfloat16 and name in ("avx2", "avx512bf16", "avx512amx"):
+            numbers, base = x.double().abs(), (dense - offsets).abs()
+            rounded = unit(dtype) * numbers @ base.T + 2.0**-14 * numbers.amax(1, keepdim=True) * base.sum(1)
+        assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype) + rounded).all()
         exact, sizes = grad.double() @ dense, grad.double().abs() @ parts
         assert ((back.double() - exact).abs() <= bound(sizes, exact, rows, dtype)).all()
 
