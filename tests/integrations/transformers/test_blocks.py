@@ -186,13 +186,13 @@ def test_generate_with_its_options(option):
 
 
 def test_hidden_states_attentions_and_hooks_are_seen():
+    """transformers observes attentions by hooks, which it leaves where they are."""
     model = model_of("llama")
-    release_inference(model)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(ids_of(), output_hidden_states=True, output_attentions=True)
         prepare_inference(model)
-        model.set_attn_implementation("eager")
+        assert inference_report(model)["model.layers.0"] == "as before: a module inside it has hooks"
         got = model(ids_of(), output_hidden_states=True, output_attentions=True)
         assert len(got.hidden_states) == len(expected.hidden_states)
         assert all(
