@@ -149,6 +149,11 @@ def _form(
     reason = why_not(block, form.layers)
     if reason is not None:
         return reason
+    owners = *form.layers, *(norm.module for norm in form.norms)
+    known = {id(value) for one in owners for value in (*one.parameters(), *one.buffers())}
+    for name, value in (*block.named_parameters(), *block.named_buffers()):
+        if id(value) not in known:  # as of a gate: a trial does not see a factor of one
+            return f"{name} belongs to no layer and no norm"
     if not all(norm.fits(own.x.dtype) for norm in form.norms):
         return f"the weight of a norm is not of the dtype of its input, {own.x.dtype}"
     x, attended, given, computed = (one for _, one in ends)

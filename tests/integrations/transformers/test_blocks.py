@@ -15,6 +15,7 @@ from transformers import (
     LogitsProcessor,
     StaticCache,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lowmem
 from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
@@ -337,6 +338,23 @@ def test_a_sum_with_a_factor_is_seen_beside_large_numbers():
     model = model_of("granite", torch.bfloat16, residual_multiplier=0.22, embedding_multiplier=100.0)
     prepare_inference(model)
     assert "added up" in inference_report(model)["model.layers.0"]
+
+
+def test_a_block_with_a_parameter_that_a_trial_does_not_see_is_left():
+    """A factor of one may be another number later, as when values are loaded."""
+    model = model_of("llama")
+    attention = model.model.layers[0].self_attn
+    attention.gate = torch.nn.Parameter(torch.ones(()))
+    attention.__class__ = GatedAttention
+    prepare_inference(model)
+    assert inference_report(model)["model.layers.0"] == "as before: self_attn.gate belongs to no layer and no norm"
+    assert inference_report(model)["model.layers.1"].startswith("block")
+
+
+class GatedAttention(LlamaAttention):
+    def forward(self, *args, **kwargs):
+        out, weights = super().forward(*args, **kwargs)
+        return out * self.gate, weights
 
 
 def test_each_part_of_a_model_gets_its_own_attention_back():
