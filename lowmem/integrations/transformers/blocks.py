@@ -72,7 +72,7 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
     try:
         config._attn_implementation = _TRIAL
         calls = _calls(owner, config)
-        for attention in list(_recorded):
+        for attention in filter(_recorded.__contains__, owner.modules()):  # other threads may try other models
             block = next((one for one in owner.modules() if attention in one._modules.values()), None)
             if block is not None and attention in calls:
                 form = _form(block, attention, calls, parts)
@@ -81,7 +81,8 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
         return {owner: f"a run with random tokens failed: {error!r}"}
     finally:
         config._attn_implementation = before
-        _recorded.clear()
+        for module in owner.modules():
+            _recorded.pop(module, None)
     return found
 
 

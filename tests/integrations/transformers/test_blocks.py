@@ -2,6 +2,7 @@
 
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -355,6 +356,15 @@ class GatedAttention(LlamaAttention):
     def forward(self, *args, **kwargs):
         out, weights = super().forward(*args, **kwargs)
         return out * self.gate, weights
+
+
+def test_models_are_prepared_in_several_threads():
+    models = [model_of("llama") for _ in range(4)]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(models)) as pool:
+            list(pool.map(prepare_inference, models))
+        for model in models:
+            assert sum(text.startswith("block") for text in inference_report(model).values()) == 2
 
 
 def test_each_part_of_a_model_gets_its_own_attention_back():
