@@ -59,8 +59,8 @@ def keep_freed_memory() -> None:
     """Let glibc keep up to 64 MiB of freed memory at the top of the heap, which it would return after each step.
 
     glibc returns the top of the heap once it is twice as large as the largest block that was mapped and freed so far
-    (``man 3 mallopt``, M_MMAP_THRESHOLD). So map a block that nobody writes to, and free it. Where the user has set a
-    threshold, this changes nothing.
+    (``man 3 mallopt``, M_MMAP_THRESHOLD). So map a block that nobody writes to, and free it. Until the process ends,
+    smaller blocks then come from the heap. Where the user has set a threshold, this changes nothing.
     """
     if _malloc_trim() is None:
         return

@@ -90,7 +90,7 @@ class Block:
         rooms: Callable[[int, int, torch.dtype], Tensor],
     ) -> None:
         self.form, self.serves, self.rooms = form, serves, rooms
-        self.taken = Taken(block, form.layers, [form.attention], form.norms)
+        self.taken = Taken(block, form.layers, [form.attention, form.mlp], form.norms)
         # Numbers that a token's steps compute, at most.
         inner, *others = (layer.in_features for layer in form.layers[::-1])
         self.most: int = 3 * inner + 8 * max(others) + 2 * sum(layer.out_features for layer in form.first)

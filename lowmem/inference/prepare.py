@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.compiler import is_compiling
 
 from lowmem.inference.parts import GatedPart, Norm, layers_of, why_not
+from lowmem.nn.calls import is_observed
 from lowmem.training.fused import GatedMLP, RMSNorm
 from lowmem.training.prepared_module import (
     PreparedModule,
@@ -126,7 +127,7 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     """Return what ``prepare_inference`` did to each module, by path ("" is the model), and why it left others alone.
 
     Of modules that were left as they are, those that look like RMS norms, gated MLPs or blocks are listed. A prepared
-    module on another device than the CPU is computed as before, by plain torch, and its text says so.
+    module is called as before on other devices than CPUs, and where a module inside it has hooks; its text says so.
 
     Raises:
         TypeError: the model is not a module.
@@ -136,9 +137,9 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     for module, paths in module_paths(model).items():
         if isinstance(module, InferenceModule):
             device = device_of_plain_torch(module, model)
-            report[paths[0]] = (
-                module.note if device is None else f"as before on {device}, by plain torch: C computes on CPUs"
-            )
+            text = module.note if device is None else f"as before on {device}, by plain torch: C computes on CPUs"
+            observed = any(is_observed(one) for one in module.modules() if one is not module)
+            report[paths[0]] = "as before: a module inside it has hooks" if observed else text
         elif module in reasons:
             report[paths[0]] = f"as before: {reasons[module]}"
     return report

@@ -121,11 +121,12 @@ class Kernel(CpuRows, CpuPlan):
         if dtype is torch.int8 and with_offsets is None:
             return self._linear_inputs8(x, weight, bias)
         takes = (dtype in TYPES or dtype is torch.int8) and is_real(x) and x.is_floating_point() and x.dim() == 2
+        if takes and dtype in TYPES and not (x.dtype is dtype and x.is_contiguous()):
+            return self.linear(x.to(dtype).contiguous(), weight, dtype, bias)
         if takes and with_offsets is not None:
             out = self._with_offsets(x, with_offsets, dtype, False, bias)
             return reference.linear(x, weight, dtype, bias) if out is None else out
         if takes:
-            x = x.to(dtype).contiguous()
             added = bias if bias is not None and is_vector(bias, weight.shape[0]) else None
             for given in self._handles(weight):
                 out = self._product(x, given, weight, bias=added)

@@ -50,7 +50,7 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
       layers and the processor has instructions for it. RMS norms, gated MLPs and activations, recognized by what they
       compute, save only their inputs for backward and recompute the rest. Adapted layers recompute the outputs of
       these and of layer norms instead of saving them. With glibc, the process keeps up to 64 MiB that a step has
-      freed for the next one.
+      freed for the next one, also after ``release_training``.
     - "lean": also, tensors that autograd saves in forward are kept in 8 bits (``compressed_activations``), and gate
       and up layers of gated MLPs are called again in backward, as in a checkpoint. Both cost time.
 

@@ -455,7 +455,7 @@ def test_packing_a_wide_input_looks_at_each_column_about_once(isa, blocks, dtype
             got = kernels.linear(x, w, dtype)
             seen = native.visited() - before
         assert seen <= batch * (columns + -(-columns // part) * beside)
-        if batch <= 4 and kind == "nf4" and dtype == torch.float32:
+        if batch <= 4 and kind == "nf4" and block_size % 8 == 0 and dtype == torch.float32:
             assert seen >= batch * columns  # nobody else packs them
         if dtype == torch.float32:
             assert_exact(got, x, dense)

@@ -71,7 +71,7 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
     try:
         config._attn_implementation = _TRIAL
         calls = _calls(owner, config)
-        for attention in list(_recorded):
+        for attention in filter(_recorded.__contains__, owner.modules()):  # other threads may try other models
             block = next((one for one in owner.modules() if attention in one._modules.values()), None)
             if block is not None and attention in calls:
                 form = _form(block, attention, calls, parts)
@@ -80,7 +80,8 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
         return {owner: f"a run with random tokens failed: {error!r}"}
     finally:
         config._attn_implementation = before
-        _recorded.clear()
+        for module in owner.modules():
+            _recorded.pop(module, None)
     return found
 
 
@@ -148,6 +149,11 @@ def _form(
     reason = why_not(block, form.layers)
     if reason is not None:
         return reason
+    owners = *form.layers, *(norm.module for norm in form.norms)
+    known = {id(value) for one in owners for value in (*one.parameters(), *one.buffers())}
+    for name, value in (*block.named_parameters(), *block.named_buffers()):
+        if id(value) not in known:  # as of a gate: a trial does not see a factor of one
+            return f"{name} belongs to no layer and no norm"
     if not all(norm.fits(own.x.dtype) for norm in form.norms):
         return f"the weight of a norm is not of the dtype of its input, {own.x.dtype}"
     x, attended, given, computed = (one for _, one in ends)

@@ -3,8 +3,7 @@
 #pragma once
 #include <float.h>
 
-#include "row_calls.h"
-#include "vector_math.h"
+#include "saved8.h"
 
 enum { KEYS = 32, QUERIES = 16 }; /* keys and rows of queries that are computed at a time */
 enum { AT_ONCE = 4, TOGETHER = LANES == 8 ? 2 : 4 }; /* rows and vectors of values whose sums are in registers */
@@ -205,40 +204,19 @@ static void attention_body(struct job *job, int64_t part, int64_t parts, int64_t
     }
 }
 
-/* scale = max |x| / 127, code = round(x / scale), of a row; a number that is not finite makes the scale NaN. */
-INLINE void encode_row(const struct coding *call, int64_t from, int8_t *codes, float *scale, const int type)
-{
-    V tops = v_zero(), broken = v_zero();
-    EACH_VECTOR_OF_ROW(call->width) {
-        const V x = load_some(call->from.numbers, type, from + c, n);
-        tops = v_larger((V)((I)x & 0x7fffffffu), tops);
-        broken = v_add(broken, v_mul(x, v_zero()));
-    }
-    *scale = largest_of(tops) / 127.0f + sum_of(broken);
-    const float by = *scale > 0x1p-126f ? *scale : 0x1p-126f, shift = 0x1.8p23f; /* adding it rounds to even */
-    for (int64_t c = 0; c < call->width; c++)
-        codes[c] = (int8_t)bits_of(read_as_float(call->from.numbers, type, from + c) / by + shift);
-}
-
-static void copy_row(const struct coding *call, int64_t from, int64_t to)
-{
-    const int64_t size = call->from.type == FLOAT32 ? 4 : 2;
-    memcpy((char *)call->into.numbers + to * size, (const char *)call->from.numbers + from * size, (size_t)(call->width * size));
-}
-
 static void encode_states_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct coding *call = job->call;
-    const struct states *into = &call->into;
+    const struct states *from = &call->from, *into = &call->into;
+    const int64_t size = from->type == FLOAT32 ? 4 : 2; /* of a number */
     int64_t unit, to;
     for (share(call->batch * call->heads * call->rows, 1, parts, part, &unit, &to); unit < to; unit++) {
         const int64_t batch = unit / call->rows / call->heads, head = unit / call->rows % call->heads, row = unit % call->rows;
-        int8_t *codes = (int8_t *)into->numbers + place_of(into->steps, batch, head, row);
-        float *scale = into->scales ? into->scales + place_of(into->scale_steps, batch, head, row) : NULL;
-        const int64_t at = place_of(call->from.steps, batch, head, row);
+        const int64_t at = place_of(from->steps, batch, head, row), place = place_of(into->steps, batch, head, row);
         if (into->type == CODES8)
-            OF_TYPE(call->from.type, encode_row, call, at, codes, scale);
+            into->scales[place_of(into->scale_steps, batch, head, row)] =
+                OF_TYPE(from->type, encode8, from->numbers, at, call->width, (int8_t *)into->numbers + place, &(N){0});
         else
-            copy_row(call, at, place_of(into->steps, batch, head, row));
+            memcpy((char *)into->numbers + place * size, (const char *)from->numbers + at * size, (size_t)(call->width * size));
     }
 }

@@ -1,4 +1,6 @@
 /* The ISA avx2, with FMA and F16C. The sixteen levels are two registers; bit 3 of a code selects one. */
+#include <float.h>
+
 #include "kernel.h"
 #if defined(__x86_64__)
 TARGET(AVX2)
@@ -106,20 +108,24 @@ static inline void v_to_half(uint16_t *p, V a)
 #define INT16_BITS 14
 
 /* Round eight columns and eight more to integers, x / 2^(exponent - 13), where the exponent is that of the largest magnitude, and at
- * least -114: 2^(13 - exponent) is a float. Returns the unit, 2^(exponent - 27); NaN if one is infinite or NaN. */
+ * least -114: 2^(13 - exponent) is a float. Returns the unit, 2^(exponent - 27). Of infinite columns it is infinite, and all others
+ * become zero: words of only zeros must get another unit. It is NaN if a column is. */
 INLINE float to_int16(V low, V high, __m128i *lows, __m128i *highs)
 {
+#define ROUND_TO_INT16(a) _mm256_cvtps_epi32(v_mul(_mm256_max_ps(_mm256_min_ps(a, v_set1(FLT_MAX)), v_set1(-FLT_MAX)), factor))
     const W magnitude = _mm256_set1_epi32(0x7fffffff);
     const W most = _mm256_max_epi32(_mm256_and_si256((W)low, magnitude), _mm256_and_si256((W)high, magnitude));
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-    const int found = (_mm_cvtsi128_si32(four) >> 23) - 127, exponent = found < -114 ? -114 : found;
+    const int largest = _mm_cvtsi128_si32(four), found = (largest >> 23) - 127, exponent = found < -114 ? -114 : found;
     const V factor = v_set1(float_of((uint32_t)(126 + INT16_BITS - exponent) << 23));
-    const W a = _mm256_cvtps_epi32(v_mul(low, factor)), b = _mm256_cvtps_epi32(v_mul(high, factor));
+    const W a = ROUND_TO_INT16(low), b = ROUND_TO_INT16(high);
     *lows = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     *highs = _mm_packs_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
-    return exponent > 127 ? NAN : float_of((uint32_t)(exponent + 115) << 23) * 0x1p-15f; /* the product may be subnormal */
+    if (exponent > 127)
+        return largest > 0x7f800000 ? NAN : INFINITY;
+    return float_of((uint32_t)(exponent + 115) << 23) * 0x1p-15f; /* the product may be subnormal */
 }
 
 /* Pack batch row m for 4-bit codes: for each group four vectors of integers, in the order in which codes are decoded, and the unit of
@@ -134,8 +140,11 @@ static void pack_int16(const struct job *job, int64_t m)
         const int64_t c = byte % w->half;
         float *to = out + (byte / (LANES * 4) - job->g0) * step * 5 + byte / 4 % LANES;
         __m128i x[2];
-        to[4 * step] = to[4 * step + 1] = to_int16(load_some(job->x, BFLOAT16, from + start + c, lower - c),
-                                                   load_some(job->x, BFLOAT16, from + start + lower + c, columns - lower - c), x, x + 1);
+        const float unit = to_int16(load_some(job->x, BFLOAT16, from + start + c, lower - c),
+                                    load_some(job->x, BFLOAT16, from + start + lower + c, columns - lower - c), x, x + 1);
+        const __m128i any = _mm_or_si128(x[0], x[1]);
+        to[4 * step] = _mm_extract_epi64(any, 0) ? unit : 0.0f;
+        to[4 * step + 1] = _mm_extract_epi64(any, 1) ? unit : 0.0f;
         for (int high = 0; high < 2; high++) {
             const __m128i sorted = _mm_shuffle_epi32(x[high], 0xd8); /* the front pairs of two words, then the back pairs */
             _mm_storel_epi64((__m128i *)(to + 2 * high * step), sorted);
@@ -155,7 +164,8 @@ static void pack_int16_columns(const struct job *job, int64_t m)
                                     load_some(job->x, BFLOAT16, m * columns + c + 8, columns - c - 8), x, x + 1);
         _mm_storeu_si128((__m128i *)to, x[0]);
         _mm_storeu_si128((__m128i *)(to + step), x[1]);
-        _mm_storeu_ps(to + 2 * step, _mm_set1_ps(unit));
+        const __m128i none = _mm_cmpeq_epi32(_mm_or_si128(x[0], x[1]), _mm_setzero_si128());
+        _mm_storeu_ps(to + 2 * step, _mm_andnot_ps((__m128)none, _mm_set1_ps(unit)));
     }
 }
 

@@ -5,34 +5,45 @@
 
 enum { CODED = 32 };
 
-/* Number of nonzero elements before coding and of nonzero codes, and whether a scale is not finite. */
+/* Nonzero elements before coding and nonzero codes, counted in lanes, and whether a scale is not finite. */
 struct lost {
-    int64_t before, after, broken;
+    N before, after;
+    int64_t broken;
 };
+
+/* scale = max |x| / 127, code = round(x / scale), of `count` numbers from element `at` on. Adds nonzero codes to the lanes of `kept`.
+ * Returns the scale; NaN if a number is not finite. */
+INLINE float encode8(const void *numbers, int64_t at, int64_t count, int8_t *codes, N *kept, const int type)
+{
+    V tops = v_zero(), broken = v_zero();
+    EACH_VECTOR_OF_ROW(count) {
+        const V x = load_some(numbers, type, at + c, n);
+        tops = v_larger((V)((I)x & 0x7fffffffu), tops);
+        broken = v_add(broken, v_mul(x, v_zero()));
+    }
+    const float scale = largest_of(tops) / 127.0f + sum_of(broken);
+    const V by = v_set1(scale > 0x1p-126f ? scale : 0x1p-126f), shift = v_set1(0x1.8p23f); /* adding it rounds to even */
+    EACH_VECTOR_OF_ROW(count) {
+        uint8_t some[LANES], *to = n < LANES ? some : (uint8_t *)codes + c;
+        const I code = (I)v_add(v_div(load_some(numbers, type, at + c, n), by), shift) & 255;
+        *kept -= (N)(code != 0);
+        codes_store(to, words_of_v(code));
+        if (n < LANES)
+            memcpy(codes + c, some, (size_t)n);
+    }
+    return scale;
+}
 
 INLINE void encode8_block(const struct saved8 *call, int64_t block, struct lost *lost, const int type)
 {
     const int64_t at = block * CODED, left = call->length - at;
-    int8_t *codes = call->codes + at;
     float x[CODED] = {0};
-    V tops = v_zero(), broken = v_zero();
     for (int64_t c = 0; c < CODED && c < left; c += LANES) {
         const V v = load_some(call->numbers, type, at + c, left - c);
-        tops = v_larger((V)((I)v & 0x7fffffffu), tops);
-        broken = v_add(broken, v_mul(v, v_zero()));
+        lost->before -= (N)(v != v_zero());
         v_store(x + c, v);
     }
-    const float scale = largest_of(tops) / 127.0f + sum_of(broken); /* NaN if an element is not finite */
-    const float by = scale > 0x1p-126f ? scale : 0x1p-126f, shift = 0x1.8p23f; /* adding it rounds to even */
-    int before = 0, after = 0;
-    for (int c = 0; c < CODED; c++) {
-        codes[c] = (int8_t)bits_of(x[c] / by + shift);
-        before += x[c] != 0.0f;
-        after += codes[c] != 0;
-    }
-    call->scales[block] = scale;
-    lost->before += before;
-    lost->after += after;
+    const float scale = call->scales[block] = encode8(x, 0, CODED, call->codes + at, &lost->after, FLOAT32);
     lost->broken |= scale != scale;
 }
 
@@ -50,12 +61,14 @@ INLINE void decode8_block(const struct saved8 *call, int64_t block, const int ty
 static void encode8_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct saved8 *call = job->call;
-    struct lost lost = {0, 0, 0};
+    struct lost lost = {{0}};
     int64_t block, to;
     for (share(call->blocks, 1, parts, part, &block, &to); block < to; block++)
         OF_TYPE(call->type, encode8_block, call, block, &lost);
-    __atomic_fetch_add(call->counts, lost.before, __ATOMIC_RELAXED);
-    __atomic_fetch_add(call->counts + 1, lost.after, __ATOMIC_RELAXED);
+    for (int i = 0; i < LANES; i++) {
+        __atomic_fetch_add(call->counts, lost.before[i], __ATOMIC_RELAXED);
+        __atomic_fetch_add(call->counts + 1, lost.after[i], __ATOMIC_RELAXED);
+    }
     __atomic_fetch_or(call->counts + 2, lost.broken, __ATOMIC_RELAXED);
 }
 

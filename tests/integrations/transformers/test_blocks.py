@@ -2,6 +2,7 @@
 
 import copy
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from transformers import (
     LogitsProcessor,
     StaticCache,
 )
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import lowmem
 from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
@@ -186,13 +188,13 @@ def test_generate_with_its_options(option):
 
 
 def test_hidden_states_attentions_and_hooks_are_seen():
+    """transformers observes attentions by hooks, which it leaves where they are."""
     model = model_of("llama")
-    release_inference(model)
     model.set_attn_implementation("eager")
     with torch.no_grad():
         expected = model(ids_of(), output_hidden_states=True, output_attentions=True)
         prepare_inference(model)
-        model.set_attn_implementation("eager")
+        assert inference_report(model)["model.layers.0"] == "as before: a module inside it has hooks"
         got = model(ids_of(), output_hidden_states=True, output_attentions=True)
         assert len(got.hidden_states) == len(expected.hidden_states)
         assert all(
@@ -337,6 +339,32 @@ def test_a_sum_with_a_factor_is_seen_beside_large_numbers():
     model = model_of("granite", torch.bfloat16, residual_multiplier=0.22, embedding_multiplier=100.0)
     prepare_inference(model)
     assert "added up" in inference_report(model)["model.layers.0"]
+
+
+def test_a_block_with_a_parameter_that_a_trial_does_not_see_is_left():
+    """A factor of one may be another number later, as when values are loaded."""
+    model = model_of("llama")
+    attention = model.model.layers[0].self_attn
+    attention.gate = torch.nn.Parameter(torch.ones(()))
+    attention.__class__ = GatedAttention
+    prepare_inference(model)
+    assert inference_report(model)["model.layers.0"] == "as before: self_attn.gate belongs to no layer and no norm"
+    assert inference_report(model)["model.layers.1"].startswith("block")
+
+
+class GatedAttention(LlamaAttention):
+    def forward(self, *args, **kwargs):
+        out, weights = super().forward(*args, **kwargs)
+        return out * self.gate, weights
+
+
+def test_models_are_prepared_in_several_threads():
+    models = [model_of("llama") for _ in range(4)]
+    for _ in range(3):
+        with ThreadPoolExecutor(len(models)) as pool:
+            list(pool.map(prepare_inference, models))
+        for model in models:
+            assert sum(text.startswith("block") for text in inference_report(model).values()) == 2
 
 
 def test_each_part_of_a_model_gets_its_own_attention_back():
