@@ -27,11 +27,8 @@ INLINE void row_units(const struct weight *w, int64_t r, const int R, V *out)
         EACH_ROW out[i] = v_set1(row_scale(w, r + i) / row_steps(w));
 }
 
-/* The codes to prefetch while group g of R rows is multiplied: of rows 8 * R further, whose lines are fetched in order. */
-INLINE const uint8_t *codes_soon(const struct weight *w, int64_t r, int64_t g, const int R)
-{
-    return w->packed + (r + 8 * R) * w->row_bytes + g * LANES * 4 * R;
-}
+/* The first row to prefetch while R rows from r on are multiplied: about 2 KiB of codes further, whole steps of R rows. */
+INLINE int64_t row_soon(const struct weight *w, int64_t r, const int R) { return r + (1 + 2048 / (R * w->row_bytes)) * R; }
 
 /* The scales of R rows, for up to LANES blocks from `first` on. `unit` is what row_units returns. */
 INLINE void few_scales(const struct weight *w, int64_t r, int64_t first, const int R, const V *unit, V *out)
@@ -81,11 +78,13 @@ struct reading {
 INLINE void begin_reading(struct reading *at, const struct weight *w, int64_t r, int64_t g, const int R)
 {
     at->p = w->packed + r * w->row_bytes + g * LANES * 4;
-    at->soon = codes_soon(w, r, g, R);
+    at->soon = w->packed + row_soon(w, r, R) * w->row_bytes + g * LANES * 4 * R; /* lines are fetched in order */
     at->block = w->order->block + g * LANES;
     at->first = -1;
     row_units(w, r, R, at->unit);
     EACH_ROW at->stored[i] = v_zero();
+    for (int64_t line = 0; line < R * scale_bytes(w); line += 64)
+        prefetch(w->scales + row_soon(w, r, R) * scale_bytes(w) + line);
 }
 
 INLINE void read_group(struct reading *at, const struct weight *w, int64_t r, int64_t g, const int R)
