@@ -89,4 +89,5 @@ def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
     coded = [isinstance(one, EightBitStates) for one in (key, value)]
     if any(coded) or not query.is_cpu:
         return all(coded) and query.shape[2] <= MOST
-    return query.shape[2] <= (MOST if query.element_size() == 2 else MOST_FLOATS)
+    most = MOST if query.element_size() == 2 else MOST_FLOATS
+    return query.shape[2] <= most and backend_of(query).name != "reference"  # whose plain torch is slower

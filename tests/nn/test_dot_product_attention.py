@@ -11,7 +11,7 @@ from lowmem import CachedStates, kernels, scaled_dot_product_attention
 from lowmem.nn import dot_product_attention as module
 from lowmem.nn.cached_states import EightBitStates
 from lowmem.nn.dot_product_attention import MOST
-from tests.compiled import compiled
+from tests.compiled import compiled, needs_kernel
 
 everywhere = pytest.mark.parametrize("isa", ["reference", *compiled.args[1]])
 NEAR = {torch.float32: 1e-5, torch.bfloat16: 2**-6, torch.float16: 2**-9, torch.float64: 1e-10}
@@ -99,6 +99,7 @@ def test_states_in_8_bits_are_read_as_they_are(isa, queries, by_torch):
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@needs_kernel
 @pytest.mark.parametrize(
     ("sizes", "dtype", "torchs"),
     [
@@ -112,6 +113,12 @@ def test_states_in_8_bits_are_read_as_they_are(isa, queries, by_torch):
 def test_the_kernel_computes_what_it_is_faster_at(sizes, dtype, torchs, by_torch):
     scaled_dot_product_attention(*tensors(*sizes, dtype=dtype), enable_gqa=True)
     assert bool(by_torch) == torchs
+
+
+def test_without_a_compiled_kernel_torchs_own_computes_full_precision(by_torch):
+    with kernels.using("reference"):
+        scaled_dot_product_attention(*tensors(1, 2, 2, 1, 20, dtype=torch.bfloat16), enable_gqa=True)
+    assert by_torch
 
 
 def test_what_records_casts_drops_or_compiles_is_left_to_torch(by_torch):

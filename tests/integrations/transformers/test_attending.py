@@ -10,6 +10,7 @@ from lowmem.integrations.transformers.attending import attend
 from lowmem.integrations.transformers.cache import KeyValueCache
 from lowmem.nn.cached_states import EightBitStates
 from lowmem.nn.dot_product_attention import MOST
+from tests.compiled import needs_kernel
 from tests.integrations.transformers.test_cache import CONFIGS
 
 
@@ -69,6 +70,7 @@ def test_gradients_dropout_and_full_precision_are_left_to_torch():
 
 
 @pytest.mark.parametrize(("queries", "dtype"), [(8, torch.bfloat16), (4, torch.float32), (9, torch.bfloat16)])
+@needs_kernel
 def test_few_queries_are_computed_by_the_kernel(queries, dtype, monkeypatch):
     query, key, value = states(queries, dtype)
     mask = torch.arange(20).expand(2, 1, queries, 20) > 2
