@@ -225,15 +225,15 @@ def _projection(
         raw = out[..., column : column + count].reshape(1, tokens, heads, width).transpose(1, 2)
         candidates = (None, raw), *((norm, _output_for(raw, call)) for norm, call in norms)
         for norm, rows in candidates:
-            for cos, sin in turns if rows is not None else ():
-                if _near(state, *_rotated(rows, cos, sin)):
+            for cos, sin in turns:
+                if rows is not None and _near(state, *_rotated(rows, cos, sin)):
                     return Projection(layer, column, heads, width, cos.shape[-1], norm)
     return None
 
 
 def _output_for(raw: Tensor, call: _Call) -> Tensor | None:
     """Return what a norm made of heads (1, heads, tokens, width), whose tokens it may have been given first."""
-    if not isinstance(call.x, Tensor) or call.x.numel() != raw.numel():
+    if not isinstance(call.x, Tensor) or call.x.numel() != raw.numel() or call.x.dtype != raw.dtype:
         return None
     _, heads, tokens, width = raw.shape
     x, out = (one.reshape(1, tokens, heads, width).transpose(1, 2) for one in (call.x, call.out))
