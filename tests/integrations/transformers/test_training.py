@@ -182,6 +182,7 @@ for parameter in model.parameters():
     dist.all_gather(both, parameter.detach())
     assert torch.equal(*both)
 open(f"{sys.argv[3]} of rank {dist.get_rank()}", "w").close()  # lines of two processes could mix
+dist.destroy_process_group()  # its threads end before the interpreter does, which otherwise may abort
 """
 
 
