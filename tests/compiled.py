@@ -113,7 +113,7 @@ def assert_close_in(dtype: torch.dtype, got: torch.Tensor, x: torch.Tensor, dens
 
     In bfloat16 both factors are rounded: the weight, or its level, and its scale times the input. Numbers of float16
     and float32 are multiplied as they are. Sums are in float32; those of bfloat16 by AMX are one chain. With AVX2,
-    numbers of bfloat16 become integers of 14 bits, of which the largest of sixteen columns is the largest.
+    bfloat16 inputs are rounded to integers of 14 bits. Sixteen columns share a unit, which their largest input sets.
     """
     of_one = unit(dtype)
     terms = x.shape[1]

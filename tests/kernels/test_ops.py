@@ -119,9 +119,10 @@ def may_be_refused(message: str):
 
 
 def assert_gradient_of_squares(got, layer, x, precision):
-    """Hold ``got`` to the gradient of ``layer(x).square().sum()`` of which ``precision`` rounds factors and results.
+    """Hold ``got`` to the exact gradient of ``layer(x).square().sum()``, within seven roundings to ``precision``.
 
-    Those are x, W, the sum of a product and that with the bias; then the output's gradient, W and the second sum.
+    Forward rounds x, W, their product, and the product with the bias. Backward rounds the output's gradient, W, and
+    the product of these two.
     """
     weight, bias, x = stored_weight(layer), layer.bias.detach().double(), x.double()
     exact = 2 * (x @ weight.t() + bias) @ weight

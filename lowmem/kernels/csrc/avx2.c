@@ -274,7 +274,7 @@ static void int16_body(struct job *job, int64_t part, int64_t parts, int64_t thr
         few_rows(&one, part, parts, job->weight->levels ? rows_int16 : rows_int16_weights8);
 }
 
-#define FEW_INT16 32 /* most batch rows that threads need not share the packing of */
+#define FEW_INT16 32 /* up to so many batch rows are packed by one thread */
 #include "floats.h"
 
 const struct isa isa_avx2 = FLOAT_ISA("avx2");
