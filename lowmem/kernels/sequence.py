@@ -16,19 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from lowmem.kernels import cpu_rows
 from lowmem.kernels.cpu import Given, Kernel
-from lowmem.kernels.cpu_rows import (
-    ATTENTION,
-    ATTENTION_CALL,
-    CODING_CALL,
-    ENCODE_STATES,
-    GATED,
-    GATED_CALL,
-    NO_STATES,
-    NORM,
-    NORM_CALL,
-    terms_of,
-)
 from lowmem.kernels.memory import TYPES
 from lowmem.quant.backend import Activation
 
@@ -36,7 +25,7 @@ from lowmem.quant.backend import Activation
 _ADD, _ROTATE, _PRODUCTS = 8, 9, 100
 MOST_TOGETHER = 3
 """Products of one input that share a region of threads."""
-_NO_ATTENTION = ATTENTION_CALL.unpack(bytes(ATTENTION_CALL.size))
+_NO_ATTENTION = cpu_rows.ATTENTION_CALL.unpack(bytes(cpu_rows.ATTENTION_CALL.size))
 _ADD_CALL, _ROTATE_CALL, _PRODUCTS_CALL = "@qqPPP", "@9qPPP", f"@5qP{'qqPP' * MOST_TOGETHER}"
 
 Layer = tuple[Given, int, Tensor | None]
@@ -78,7 +67,7 @@ class Steps:
         columns, out = len(factor), out or self.take(rows * len(factor))
         self._kept.append(factor.untyped_storage())
         sizes = self.type, TYPES[factor.dtype], rows, columns, eps, offset, rounds_first
-        self._add(NORM_CALL.format, NORM, rows * columns, *sizes, x, 0, factor.data_ptr(), out)
+        self._add(cpu_rows.NORM_CALL.format, cpu_rows.NORM, rows * columns, *sizes, x, 0, factor.data_ptr(), out)
         return out
 
     def products(self, x: Address, rows: int, columns: int, layers: Sequence[Layer], *outs: Address) -> Sequence[Any]:
@@ -110,18 +99,19 @@ class Steps:
     def store(self, shape: Sequence[int], states: Sequence[int], into: str) -> None:
         """Write ``states_of`` (batch, heads, rows, width) into those that ``run`` is given: as they are, or coded."""
         batch, heads, rows, width = shape
-        named = into, *NO_STATES[1:]
-        self._add(CODING_CALL.format, ENCODE_STATES, batch * heads * rows * width, *shape, *states, *named)
+        count, named = batch * heads * rows * width, (into, *cpu_rows.NO_STATES[1:])
+        self._add(cpu_rows.CODING_CALL.format, cpu_rows.ENCODE_STATES, count, *shape, *states, *named)
 
     def attention(self, name: str, count: int) -> int:
         """Attention of ``count`` numbers; ``run`` is given what ``attention_call`` returns for the address."""
-        self._add(ATTENTION_CALL.format, ATTENTION, name, *_NO_ATTENTION)
+        self._add(cpu_rows.ATTENTION_CALL.format, cpu_rows.ATTENTION, name, *_NO_ATTENTION)
         return self.take(count)
 
     def gated(self, a: int, b: int, rows: int, columns: int, step: int, activation: Activation) -> int:
         """``act(a) b`` of rows that are ``step`` numbers apart."""
-        out, sizes = self.take(rows * columns), (self.type, self.type, rows, columns, step, columns)
-        self._add(GATED_CALL.format, GATED, rows * columns, *sizes, *terms_of(activation), a, b, 0, out, 0)
+        count, out = rows * columns, self.take(rows * columns)
+        given = self.type, self.type, rows, columns, step, columns, *cpu_rows.terms_of(activation), a, b, 0, out, 0
+        self._add(cpu_rows.GATED_CALL.format, cpu_rows.GATED, count, *given)
         return out
 
     def add(self, a: Address, b: Address, count: int, out: Address = 0) -> Address:
