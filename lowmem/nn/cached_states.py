@@ -134,9 +134,8 @@ class CachedStates:
 
     def select(self, sequences: Tensor) -> None:
         """Keep the sequences of these indices, int64 (sequences,), in their order: those of a step's beams."""
-        states = self.states
-        if states is not None:
-            self.states = states.index_select(0, sequences)
+        if self.states is not None:
+            self.states = self.states.index_select(0, sequences)
 
     def places(self, shape: Sequence[int], like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
         """Return where C writes the states (batch, heads, new, width) of new tokens, before ``grow``; where it reads
@@ -239,9 +238,6 @@ class EightBitStates(Tensor):
             return EightBitStates(function(states.rows, *args[1:]), states.shape[-1], states.dtype)
         plain = tree_map_only(EightBitStates, lambda one: decoded(one.states, one.dtype), (args, kwargs or {}))
         return function(*plain[0], **plain[1])
-
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"EightBitStates({tuple(self.shape)}, dtype={self.dtype})"
 
 
 _OF_ROWS: dict[Any, Callable[..., bool]] = {

@@ -52,7 +52,8 @@ def scaled_dot_product_attention(
             f"softcap={softcap!r} takes (batch, heads, rows, width) of one dtype without dropout, not {shapes} with "
             f"dropout_p={dropout_p!r}: leave softcap out, or compute the scores in torch"
         )
-    plain = fits and not dropout_p and _is_plain(query, key, value, attn_mask)
+    dense = (one for one in (query, key, value, attn_mask) if not isinstance(one, EightBitStates))
+    plain = fits and not dropout_p and not autocasts(query) and is_plain_call(*dense)
     if softcap is None and not (plain and is_faster(query, key, value)):
         given = query, key, value, attn_mask, dropout_p, is_causal
         return functional.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
@@ -76,12 +77,6 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_cau
     sizes = zip(reversed(mask.shape), (keys, queries, heads, batch), strict=False)
     fits = mask.dim() <= 4 and all(size in (1, wanted) for size, wanted in sizes)
     return fits and mask.dtype in (torch.bool, query.dtype) and not is_causal
-
-
-def _is_plain(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> bool:
-    """Whether nothing records, traces or casts the call."""
-    dense = (one for one in (query, key, value, mask) if not isinstance(one, EightBitStates))
-    return not autocasts(query) and is_plain_call(*dense)
 
 
 def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -38,12 +38,8 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, with the room that is kept for the next tokens."""
-        return sum(
-            sum(one.nbytes for one in layer.cached.values())
-            if isinstance(layer, InPlace)
-            else measure.nbytes(measure.tensors_in(list(vars(layer).values())))
-            for layer in self.layers
-        )
+        parts = [(layer, *getattr(layer, "cached", {}).values()) for layer in self.layers]
+        return measure.nbytes(measure.tensors_in([vars(one) for part in parts for one in part]))
 
 
 def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> int:
@@ -89,9 +85,8 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Keep each sequence so many times."""
-        for one in self.cached.values():
-            if one.rows is not None:
-                one.select(torch.arange(len(one.rows), device=one.rows.device).repeat_interleave(repeats))
+        if self.get_seq_length():
+            self.batch_select_indices(torch.arange(len(self.keys)).repeat_interleave(repeats))
 
     def grow(self, new: int) -> None:
         """Keep ``new`` rows more, which were written behind the kept ones."""
