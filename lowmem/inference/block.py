@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from threading import get_ident
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from lowmem.training.fused import GatedMLP
 _MOST_PROGRAMS = 8  # of a block: shapes of inputs and threads
 _GIVEN = "position_embeddings", "attention_mask", "cache"
 _TAKEN = *_GIVEN, "position_ids", "use_cache"
+Rooms: TypeAlias = Callable[[int, int, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,7 @@ class Block:
         rooms: returns memory for what blocks compute one after another, by thread, numbers and dtype.
     """
 
-    def __init__(
-        self,
-        block: nn.Module,
-        form: Form,
-        serves: Callable[[], bool],
-        rooms: Callable[[int, int, torch.dtype], Tensor],
-    ) -> None:
+    def __init__(self, block: nn.Module, form: Form, serves: Callable[[], bool], rooms: Rooms) -> None:
         self.form, self.serves, self.rooms = form, serves, rooms
         self.taken = Taken(block, form.layers, [form.attention, form.mlp], form.norms)
         # Numbers that a token's steps compute, at most.
@@ -210,9 +205,7 @@ def _turns(angles: Any, x: Tensor, rotated: int) -> dict[str, Tensor] | None:
     """Return cosines and sines (sequences or 1, tokens, rotated) of the dtype of x; None where C cannot read them."""
     if not rotated:
         return {}
-    if not isinstance(angles, tuple) or len(angles) != 2:
-        return None
+    cos, sin = angles if isinstance(angles, tuple) and len(angles) == 2 else cast(Any, (None, None))
+    plain = all(type(one) is Tensor and one.dtype is x.dtype and one.is_contiguous() for one in (cos, sin))
     shapes = (1, x.shape[1], rotated), (x.shape[0], x.shape[1], rotated)
-    plain = all(type(one) is Tensor and one.dtype is x.dtype and one.is_contiguous() for one in angles)
-    fits = plain and angles[0].shape == angles[1].shape and angles[0].shape in shapes
-    return {"cos": angles[0], "sin": angles[1]} if fits else None
+    return {"cos": cos, "sin": sin} if plain and cos.shape == sin.shape and cos.shape in shapes else None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import is_
 from typing import Any, NamedTuple, cast
@@ -71,15 +71,14 @@ class GatedPart:
     """Computes a gated MLP."""
 
     def __init__(self, module: nn.Module, how: GatedMLP) -> None:
-        self.how, self.layers = how, layers_of(module, how)
-        self.taken = Taken(module, self.layers)
+        self.how, self.taken = how, Taken(module, layers_of(module, how))
 
     def __str__(self) -> str:
         return f"gated MLP in one call ({self.how.activation})"
 
     def __call__(self, x: Any, given: Mapping[str, Any]) -> Tensor | None:
         """Return the output; None where the module's own forward must run."""
-        kernel, down = kernel_for(x), self.layers[-1]
+        kernel, down = kernel_for(x), self.taken.layers[-1]
         if given or kernel is None or x.shape[-1] != down.out_features:
             return None
         ready = self.taken.ready(kernel, x.dtype)
@@ -91,34 +90,29 @@ class GatedPart:
         return out if steps.run(x=x, out=out) else None
 
 
-class Watched:
-    """What a call depends on: the modules inside a module and their hooks, and the memory of tensors.
+def watch(module: nn.Module, others: Iterable[tuple[dict[str, Any], str]] = ()) -> Callable[[], bool]:
+    """Return a function that tells whether all that calls depend on is as it is now.
 
     Args:
         module: each module inside it must stay where it is, of its class, in evaluation mode and without hooks.
         others: (dict, key) of each tensor that is read by its address, or of another object that must stay.
     """
-
-    def __init__(self, module: nn.Module, others: Iterable[tuple[dict[str, Any], str]] = ()) -> None:
-        self._parts = [part for part in module.modules() if part is not module]
-        places = [*others, *((one._modules, name) for one in module.modules() for name in one._modules)]
-        entries = [(own, key, own.get(key)) for own, key in places]
-        for own in map(vars, self._parts):
-            entries += [(own, "forward", None), (own, "_compiled_call_impl", None), (own, "training", False)]
-        self._dicts, self._keys, self._values = zip(*entries, strict=True)
-        self._kinds = list(map(type, self._parts))
-        self._tensors = [one for one in self._values if isinstance(one, Tensor)]
-        self._addresses = list(map(Tensor.data_ptr, self._tensors))
-        self._hooks = [*GLOBAL_HOOKS, *(one for part in self._parts for one in hooks_of(part))]
-
-    def holds(self) -> bool:
-        """Whether all is as it was; asked at each call, hence without a loop in Python."""
-        return (
-            all(map(is_, map(dict.get, self._dicts, self._keys), self._values))
-            and list(map(type, self._parts)) == self._kinds
-            and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
-            and not any(self._hooks)
-        )
+    parts = [part for part in module.modules() if part is not module]
+    places = [*others, *((one._modules, name) for one in module.modules() for name in one._modules)]
+    entries = [(own, key, own.get(key)) for own, key in places]
+    for own in map(vars, parts):
+        entries += [(own, "forward", None), (own, "_compiled_call_impl", None), (own, "training", False)]
+    dicts, keys, values = zip(*entries, strict=True)
+    kinds, tensors = list(map(type, parts)), [one for one in values if isinstance(one, Tensor)]
+    addresses = list(map(Tensor.data_ptr, tensors))
+    hooks = [*GLOBAL_HOOKS, *(one for part in parts for one in hooks_of(part))]
+    # Asked at each call, hence without a loop in Python.
+    return lambda: (
+        all(map(is_, map(dict.get, dicts, keys), values))
+        and list(map(type, parts)) == kinds
+        and list(map(Tensor.data_ptr, tensors)) == addresses
+        and not any(hooks)
+    )
 
 
 class Ready(NamedTuple):
@@ -126,7 +120,7 @@ class Ready(NamedTuple):
 
     kernel: Kernel
     dtype: torch.dtype
-    watched: Watched
+    holds: Callable[[], bool]
     layers: list[Layer]
     programs: dict[Any, Any]
 
@@ -135,7 +129,7 @@ class Taken:
     """Layers and norms inside a module, which C reads where they are.
 
     Args:
-        module: see ``Watched``.
+        module: see ``watch``.
         layers: inside it.
         others: modules with numbers that its code reads, such as the scaling of scores, beside itself and norms.
         norms: inside it.
@@ -147,20 +141,20 @@ class Taken:
         self.module, self.layers, self.norms = module, layers, norms
         owners = map(vars, (module, *others, *(one.module for one in norms)))
         self.numbers = [(own, key) for own in owners for key, value in own.items() if type(value) in (int, float)]
-        self.watched, self.found = Watched(module, self.numbers), cast("Ready | None", None)
+        self.holds, self.found = watch(module, self.numbers), cast("Ready | None", None)
 
     def ready(self, kernel: Kernel, dtype: torch.dtype) -> Ready | None:
         """Return layers as C takes them; None where parts were changed, or C does not take one."""
         found = self.found
-        if found is not None and found.kernel is kernel and found.dtype is dtype and found.watched.holds():
+        if found is not None and found.kernel is kernel and found.dtype is dtype and found.holds():
             return found
-        taken = as_taken(kernel, self.layers, dtype) if self.watched.holds() else None
+        taken = as_taken(kernel, self.layers, dtype) if self.holds() else None
         if taken is None or not all(norm.fits(dtype) for norm in self.norms):
             return None
         tensors = [(one._parameters, name) for one in self.layers for name in one._parameters]
         tensors += [(one._kept, "weight") for one in self.layers]
         tensors += [(norm.module._parameters, norm.how.weight) for norm in self.norms]
-        self.found = Ready(kernel, dtype, Watched(self.module, [*tensors, *self.numbers]), taken, {})
+        self.found = Ready(kernel, dtype, watch(self.module, [*tensors, *self.numbers]), taken, {})
         return self.found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
 
@@ -12,13 +13,7 @@ from torch.compiler import is_compiling
 from lowmem.inference.parts import GatedPart, Norm, layers_of, why_not
 from lowmem.nn.calls import is_observed
 from lowmem.training.fused import GatedMLP, RMSNorm
-from lowmem.training.prepared_module import (
-    PreparedModule,
-    device_of_plain_torch,
-    plain_copy,
-    prepared_class,
-    release_modules,
-)
+from lowmem.training.prepared_module import PreparedModule, plain_copy, prepared_class, release_modules
 from lowmem.training.recognize import recognize
 from lowmem.transforms.commit import integrations_of
 from lowmem.transforms.refusals import refuse_prepared
@@ -34,11 +29,6 @@ class InferenceModule(PreparedModule):
     prepared_attributes = ("in_one_call",)
     in_one_call: Callable[[Any, Mapping[str, Any]], Tensor | None]
 
-    @property
-    def note(self) -> str:
-        """What was done to the module, for reports."""
-        return str(self.in_one_call)
-
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute it in one call where that takes the arguments; else run the module's own forward."""
         found = None if len(args) != 1 or is_compiling() else self.in_one_call(args[0], kwargs)
@@ -46,11 +36,7 @@ class InferenceModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module: the call has handles of memory of this one."""
-        return _same, (plain_copy(self),)
-
-
-def _same(module: nn.Module) -> nn.Module:
-    return module
+        return plain_copy(self).__reduce_ex__(protocol)
 
 
 def prepare_inference(model: M) -> M:
@@ -84,29 +70,24 @@ def prepare_inference(model: M) -> M:
     release_inference(model)
     refuse_prepared("prepare_inference", {module: paths[0] for module, paths in module_paths(model).items()})
     parts = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP)}
+    calls: dict[nn.Module, Any] = {
+        one: Norm(one, how) if isinstance(how, RMSNorm) else why_not(one, layers_of(one, how)) or GatedPart(one, how)
+        for one, how in parts.items()
+    }
+    others = integrations_of(model, "blocks stay as they are", "Norms and MLPs are prepared")
+    blocks = chain.from_iterable(one.find_blocks(model, parts).items() for one in others)
     reasons = _LEFT[model] = {}
     try:
-        for one, how in parts.items():
-            if isinstance(how, RMSNorm):
-                _set(one, Norm(one, how), reasons)
+        for one, call in chain(calls.items(), blocks):  # a block watches the classes of its prepared parts
+            if isinstance(call, str):
+                reasons[one] = call
             else:
-                _set(one, why_not(one, layers_of(one, how)) or GatedPart(one, how), reasons)
-        for integration in integrations_of(model, "blocks stay as they are", "Norms and MLPs are prepared"):
-            for one, call in integration.find_blocks(model, parts).items():
-                _set(one, call, reasons)
+                one.__dict__["in_one_call"] = call
+                one.__class__ = prepared_class(InferenceModule, cast(Any, type(one)))
     except BaseException:
         release_inference(model)
         raise
     return model
-
-
-def _set(module: nn.Module, call: Any, reasons: dict[nn.Module, str]) -> None:
-    """Let a module be computed by a call; or note why it is not."""
-    if isinstance(call, str):
-        reasons[module] = call
-    else:
-        module.__dict__["in_one_call"] = call
-        module.__class__ = prepared_class(InferenceModule, cast(Any, type(module)))
 
 
 def release_inference(model: M) -> M:
@@ -136,8 +117,8 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     reasons, report = _LEFT.get(model, {}), {}
     for module, paths in module_paths(model).items():
         if isinstance(module, InferenceModule):
-            device = device_of_plain_torch(module, model)
-            text = module.note if device is None else f"as before on {device}, by plain torch: C computes on CPUs"
+            device = module.device_of_plain_torch(model)
+            text = str(module.in_one_call if device is None else f"as before on {device}: C computes on CPUs")
             observed = any(is_observed(one) for one in module.modules() if one is not module)
             report[paths[0]] = "as before: a module inside it has hooks" if observed else text
         elif module in reasons:

@@ -24,7 +24,6 @@ from lowmem.training.fused import GatedMLP, How, LayerNorm, activations, fuse
 from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import (
     PreparedModule,
-    device_of_plain_torch,
     is_prepared,
     prepared_class,
     release_modules,
@@ -151,7 +150,7 @@ def training_report(model: nn.Module) -> dict[str, str]:
     prepared = any(is_prepared(module, _RELEASE) for module in model.modules())
     for module, paths in module_paths(model).items():
         if is_prepared(module, _RELEASE):
-            report[paths[0]] = _note(module, device_of_plain_torch(module, model))
+            report[paths[0]] = _note(module, module.device_of_plain_torch(model))
         elif prepared and isinstance(why := recognize(module), str):
             report[paths[0]] = f"as before: {why}"
         elif module in left and (reason := _reason(module)) is not None:

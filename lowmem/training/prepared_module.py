@@ -17,7 +17,7 @@ class PreparedModule(nn.Module):
     Attributes:
         plain_class: the module's class before; each generated class sets its own.
         prepared_attributes: names of the instance attributes that belong to the generated class.
-        note: what was done to the module, for reports.
+        note: what was done to the module, for ``training_report``.
         released_by: the function that restores the class.
     """
 
@@ -25,6 +25,13 @@ class PreparedModule(nn.Module):
     prepared_attributes: ClassVar[tuple[str, ...]] = ()
     note: Any
     released_by: ClassVar[str] = "release_training"
+
+    def device_of_plain_torch(self, model: nn.Module) -> torch.device | None:
+        """Return the device of this module of the model if plain torch serves it there; None on the CPU."""
+        parameter = next(self.parameters(), None)
+        if parameter is None:
+            parameter = next(model.parameters(), None)
+        return None if parameter is None or parameter.is_cpu else parameter.device
 
 
 @cache
@@ -72,14 +79,6 @@ def release_module(module: nn.Module) -> None:
         for name in module.prepared_attributes:
             module.__dict__.pop(name, None)
         module.__class__ = cast(Any, module.plain_class)
-
-
-def device_of_plain_torch(module: nn.Module, model: nn.Module) -> torch.device | None:
-    """Return the device of a module of the model where plain torch serves prepared modules; None on the CPU."""
-    parameter = next(module.parameters(), None)
-    if parameter is None:
-        parameter = next(model.parameters(), None)
-    return None if parameter is None or parameter.is_cpu else parameter.device
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

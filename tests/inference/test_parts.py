@@ -8,7 +8,7 @@ from torch import nn
 
 import lowmem
 from lowmem import EightBit, FourBit, Half, LoRA, convert, inference_report, prepare_inference, release_inference
-from lowmem.inference.parts import Watched
+from lowmem.inference.parts import watch
 from lowmem.kernels.sequence import Steps
 from tests.compiled import needs_kernel
 from tests.training.blocks import INNER, MLP, WIDTH, Block
@@ -150,12 +150,9 @@ def test_training_and_inference_are_prepared_one_at_a_time():
         prepare_inference("model")
 
 
-def test_watched_notices_each_change():
+def test_watch_notices_each_change():
     model = model_of()
     mlp = model[0].mlp
-
-    def watched():
-        return Watched(mlp, [(mlp.gate._parameters, "weight_packed")])
 
     for change in (
         lambda: setattr(mlp.gate.weight_packed, "data", mlp.gate.weight_packed.data.clone()),
@@ -165,8 +162,8 @@ def test_watched_notices_each_change():
         lambda: mlp.gate.train(),
         lambda: mlp.gate.register_forward_pre_hook(lambda *given: None),
     ):
-        seen = watched()
-        assert seen.holds()
+        seen = watch(mlp, [(mlp.gate._parameters, "weight_packed")])
+        assert seen()
         change()
-        assert not seen.holds()
+        assert not seen()
         mlp.gate.eval()

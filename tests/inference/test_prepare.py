@@ -32,14 +32,22 @@ def test_a_model_that_is_not_prepared_is_released_and_reported():
             function(3)
 
 
+def test_attributes_of_a_module_stay():
+    model = model_of()
+    model[0].mlp.note = model[0].norm.note = "the user's"
+    before = [dict(vars(one)) for one in model.modules()]
+    inference_report(prepare_inference(model))
+    assert model[0].mlp.note == model[0].norm.note == "the user's"
+    release_inference(model)
+    assert [dict(vars(one)) for one in model.modules()] == before
+
+
 def test_the_report_says_that_plain_torch_serves_other_devices():
     """Moved since or before, and also for a block; there ``generate`` needs no cache of lowmem's."""
     model = prepare_inference(model_of())
     parts = inference_report(model)
     assert set(parts) == {"0.norm", "0.mlp", "1.norm", "1.mlp"}
-    assert inference_report(model.to("meta")) == dict.fromkeys(
-        parts, "as before on meta, by plain torch: C computes on CPUs"
-    )
+    assert inference_report(model.to("meta")) == dict.fromkeys(parts, "as before on meta: C computes on CPUs")
     assert inference_report(prepare_inference(model_of().to("meta"))) == inference_report(model)
     with torch.no_grad():
         assert model(inputs().to("meta")).device.type == "meta"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from functools import lru_cache, partial
-from typing import Any, NamedTuple
+from functools import lru_cache
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,9 @@ class _Call(NamedTuple):
     out: Any
 
 
+_Calls: TypeAlias = Mapping[nn.Module, _Call]
+_Norms: TypeAlias = list[tuple[Norm, _Call]]
+_Parts: TypeAlias = Mapping[nn.Module, RMSNorm | GatedMLP]
 _recorded: dict[nn.Module, tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Any], Tensor]] = {}
 
 
@@ -48,7 +51,7 @@ AttentionMaskInterface.register(_TRIAL, sdpa_mask)
 
 
 @torch.no_grad()
-def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP]) -> dict[nn.Module, Block | str]:
+def find_blocks(model: nn.Module, parts: _Parts) -> dict[nn.Module, Block | str]:
     """Return how blocks of a model of transformers are computed in one call, or why not; the model is run once.
 
     ``parts`` are the norms and MLPs that were recognized.
@@ -85,21 +88,13 @@ def find_blocks(model: nn.Module, parts: Mapping[nn.Module, RMSNorm | GatedMLP])
     return found
 
 
-def _layer_of(index: int, cache: Any) -> InPlace | None:
-    """Return a layer of a cache if it is one of lowmem's."""
-    layers = cache.layers[index : index + 1] if isinstance(cache, KeyValueCache) else ()
-    return next((one for one in layers if isinstance(one, InPlace)), None)
-
-
 def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
     """Run a model with random tokens, and return the calls of its modules; those called twice are left out."""
-    calls: dict[nn.Module, _Call] = {}
-    twice: set[nn.Module] = set()
+    calls: dict[nn.Module, _Call | None] = {}
 
     def note(module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
-        if module in calls:
-            twice.add(module)
-        calls[module] = _Call(args[0] if args else kwargs.get("hidden_states"), kwargs, out)
+        call = _Call(args[0] if args else kwargs.get("hidden_states"), kwargs, out)
+        calls[module] = None if module in calls else call
 
     tokens = torch.randint(config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
     given: dict[str, Any] = {"input_ids": tokens.to(model.device), "cache": KeyValueCache(model), "use_cache": True}
@@ -111,17 +106,12 @@ def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
         for module in model.modules():
             stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
         model(**given)
-    return {module: call for module, call in calls.items() if module not in twice}
+    return {module: call for module, call in calls.items() if call is not None}
 
 
-def _form(
-    block: nn.Module,
-    attention: nn.Module,
-    calls: Mapping[nn.Module, _Call],
-    parts: Mapping[nn.Module, RMSNorm | GatedMLP],
-) -> Form | str:
+def _form(block: nn.Module, attention: nn.Module, calls: _Calls, parts: _Parts) -> Form | str:
     """Return what a block consists of; or, if it does something else, what that is."""
-    norms = [Norm(one, how) for one, how in parts.items() if isinstance(how, RMSNorm) and one in calls]
+    norms = [(Norm(one, how), calls[one]) for one, how in parts.items() if isinstance(how, RMSNorm) and one in calls]
     mlps = [(one, how) for one in block.modules() if isinstance(how := parts.get(one), GatedMLP) and one in calls]
     own = calls.get(block)
     if own is None or not isinstance(own.out, Tensor) or len(mlps) != 1 or own.kwargs.get("cache") is None:
@@ -130,21 +120,13 @@ def _form(
     if isinstance(read, str):
         return read
 
-    def before(x: Tensor) -> tuple[Norm | None, Tensor]:
-        """Return the norm whose output is x, if there is one, and its input; or x."""
-        return next(((one, calls[one.module].x) for one in norms if calls[one.module].out is x), (None, x))
-
-    def after(x: Tensor) -> tuple[Norm | None, Tensor]:
-        """Return the norm that is given x, if there is one, and its output; or x."""
-        return next(((one, calls[one.module].out) for one in norms if calls[one.module].x is x), (None, x))
+    def beyond(x: Tensor, side: str, other: str) -> tuple[Norm | None, Tensor]:
+        """Return the norm whose input or output (``side``) is x, if there is one, and the other of them; or x."""
+        return next(((norm, getattr(call, other)) for norm, call in norms if getattr(call, side) is x), (None, x))
 
     ((mlp, gated),) = mlps
-    ends = (
-        before(calls[read["roles"][0].layer].x),
-        after(calls[read["out"]].out),
-        before(calls[mlp].x),
-        after(calls[mlp].out),
-    )
+    heads = beyond(calls[read["roles"][0].layer].x, "out", "x"), beyond(calls[read["out"]].out, "x", "out")
+    ends = *heads, beyond(calls[mlp].x, "out", "x"), beyond(calls[mlp].out, "x", "out")
     form = Form(attention, mlp, gated, tuple(norm for norm, _ in ends), **read)
     reason = why_not(block, form.layers)
     if reason is not None:
@@ -168,7 +150,7 @@ def _form(
     return form
 
 
-def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm]) -> dict[str, Any] | str:
+def _attention(module: Any, calls: _Calls, norms: _Norms) -> dict[str, Any] | str:
     """Return how a module computes attention, as fields of ``Form``, or why that is not known."""
     states, given, mixed = _recorded[module]
     layers = [one for one in module.modules() if hasattr(one, "out_features") and one in calls]
@@ -183,13 +165,12 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm])
     angles = calls[module].kwargs.get("position_embeddings")
     none = torch.empty(1, mixed.shape[1], 0, dtype=mixed.dtype)
     turns = [(none, none), *([angles] if isinstance(angles, tuple) and len(angles) == 2 else [])]
-    own = [one for one in norms if one.module in module.modules()]
+    own = [(norm, call) for norm, call in norms if norm.module in module.modules() and len(first) > 1]
     found: list[Projection] = []
     for role, state in zip(("queries", "keys", "values"), states, strict=True):
         column = sum(one.heads * one.width for one in found) if len(first) == 1 else 0
         outputs = [(one, calls[one].out) for one in first]
-        normed = [(one, calls[one.module]) for one in own if len(first) > 1]
-        matching = _projection(state, outputs, column, normed, turns if role != "values" else turns[:1])
+        matching = _projection(state, outputs, column, own, turns if role != "values" else turns[:1])
         if matching is None:
             return f"its {role} are no rotated output of a linear layer"
         found.append(matching)
@@ -205,16 +186,17 @@ def _attention(module: Any, calls: Mapping[nn.Module, _Call], norms: list[Norm])
             key, value = cache.update(key, value, index)
         return attend(module, query, key, value, mask, **taken | {"dropout": 0.0, "scaling": scaling})[0]
 
+    def kept(cache: Any) -> InPlace | None:
+        """Return the module's layer of a cache if it is one of lowmem's."""
+        layers = cache.layers[index : index + 1] if isinstance(cache, KeyValueCache) else ()
+        return next((one for one in layers if isinstance(one, InPlace)), None)
+
     how = {"scaling": scaling, "softcap": given.get("softcap"), "attend": attended}
-    return {"roles": (q, k, v), "out": outs[0], "kept": partial(_layer_of, index), **how}
+    return {"roles": (q, k, v), "out": outs[0], "kept": kept, **how}
 
 
 def _projection(
-    state: Tensor,
-    outputs: list[tuple[Any, Tensor]],
-    column: int,
-    norms: list[tuple[Norm, _Call]],
-    turns: list[tuple[Tensor, Tensor]],
+    state: Tensor, outputs: list[tuple[Any, Tensor]], column: int, norms: _Norms, turns: list[tuple[Tensor, Tensor]]
 ) -> Projection | None:
     """Return which layer, norm and rotation compute queries, keys or values (1, heads, tokens, width)."""
     _, heads, tokens, width = state.shape
@@ -233,13 +215,12 @@ def _projection(
 
 def _output_for(raw: Tensor, call: _Call) -> Tensor | None:
     """Return what a norm made of heads (1, heads, tokens, width), whose tokens it may have been given first."""
-    if not isinstance(call.x, Tensor) or call.x.numel() != raw.numel() or call.x.dtype != raw.dtype:
-        return None
-    _, heads, tokens, width = raw.shape
-    x, out = (one.reshape(1, tokens, heads, width).transpose(1, 2) for one in (call.x, call.out))
-    if torch.equal(x, raw):
-        return out
-    return call.out if call.x.shape == raw.shape and torch.equal(call.x, raw) else None
+    fits = isinstance(call.x, Tensor) and call.x.numel() == raw.numel() and call.x.dtype == raw.dtype
+    for first in (1, 2) if fits else ():
+        given = raw.transpose(1, first)
+        if torch.equal(call.x.reshape(given.shape), given):
+            return cast(Tensor, call.out.reshape(given.shape).transpose(1, first))
+    return None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
