@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -36,7 +37,8 @@ class InferenceModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module: the call has handles of memory of this one."""
-        return plain_copy(self).__reduce_ex__(protocol)
+        make, *given = cast(Any, plain_copy(self).__reduce_ex__(protocol))
+        return partial(make), *given  # pickle refuses __newobj__ by its name: the class is not this module's
 
 
 def prepare_inference(model: M) -> M:

@@ -1,6 +1,8 @@
 """RMS norms and gated MLPs in one call: the values of the modules, and when their own forward runs."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -129,11 +131,20 @@ def test_other_shapes_dtypes_and_devices_run_as_before(ran):
 
 def test_copies_and_pickles_are_plain():
     model = prepare_inference(model_of())
-    for twin in (copy.deepcopy(model), copy.copy(model[0].mlp)):
+    pickled = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), copy.copy(model[0].mlp), *pickled, torch.load(file, weights_only=False)):
         assert not inference_report(twin)
         assert not any("in_one_call" in vars(one) for one in twin.modules() if one not in set(model.modules()))
     assert type(copy.deepcopy(model[0].mlp)) is MLP
     assert model.state_dict().keys() == model_of().state_dict().keys()
+    model[1].mlp.owner, model[1].norm = [model[1].mlp], model[0].norm  # a cycle, and a module that is shared
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin[1].mlp.owner == [twin[1].mlp]
+        assert twin[1].norm is twin[0].norm
+        assert torch.equal(twin[0](inputs()), model_of()[0](inputs()))
 
 
 def test_training_and_inference_are_prepared_one_at_a_time():
