@@ -151,23 +151,21 @@ class Block:
     def _in_two(self, ready: Ready, x: Tensor, turns: dict[str, Tensor], cache: Any, mask: Any) -> Tensor | None:
         """Return the output, with the attention of the model's library between two calls of C."""
         form, (batch, tokens, _) = self.form, x.shape
-        before, behind = (Steps(ready.kernel, x.new_empty(batch * tokens * self.most)) for _ in range(2))
-        found, room = self._project(before, ready, x, turns), before.room
-        if not before.run(x=x, **turns):
+        first, last = (Steps(ready.kernel, x.new_empty(batch * tokens * self.most)) for _ in range(2))
+        found, room = self._project(first, ready, x, turns), first.room
+        if not first.run(x=x, **turns):
             return None
         states = [
-            room.as_strided((batch, one.heads, tokens, one.width), (*steps, 1), (at - room.data_ptr()) // before.size)
+            room.as_strided((batch, one.heads, tokens, one.width), (*steps, 1), (at - room.data_ptr()) // first.size)
             for one, (_, at, _, *steps, _, _, _) in zip(form.roles, found, strict=True)
         ]
         mixed = form.attend(*states, mask, cache).reshape(batch, tokens, -1).contiguous()
         out = torch.empty_like(x)
-        self._finish(behind, ready, x, "mixed")
-        if behind.run(x=x, mixed=mixed, out=out):
+        self._finish(last, ready, x, "mixed")
+        if last.run(x=x, mixed=mixed, out=out):
             return out
-        _, behind_attention, before_mlp, behind_mlp = (
-            nn.Identity() if one is None else one.module for one in form.ends
-        )
-        total = x + behind_attention(form.out(mixed))
+        behind, before_mlp, behind_mlp = (nn.Identity() if one is None else one.module for one in form.ends[1:])
+        total = x + behind(form.out(mixed))
         return cast(Tensor, total + behind_mlp(form.mlp(before_mlp(total))))
 
     def _project(self, steps: Steps, ready: Ready, x: Tensor, turns: dict[str, Tensor]) -> list[tuple[int, ...]]:

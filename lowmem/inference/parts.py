@@ -131,7 +131,7 @@ class Taken:
     Args:
         module: see ``watch``.
         layers: inside it.
-        others: modules with numbers that its code reads, such as the scaling of scores, beside itself and norms.
+        others: modules whose numbers and functions its code reads, such as the scaling of scores, beside norms.
         norms: inside it.
     """
 
@@ -139,9 +139,10 @@ class Taken:
         self, module: nn.Module, layers: list[Any], others: Iterable[nn.Module] = (), norms: Sequence[Norm] = ()
     ) -> None:
         self.module, self.layers, self.norms = module, layers, norms
-        owners = map(vars, (module, *others, *(one.module for one in norms)))
-        self.numbers = [(own, key) for own in owners for key, value in own.items() if type(value) in (int, float)]
-        self.holds, self.found = watch(module, self.numbers), cast("Ready | None", None)
+        owners = module, *others, *(one.module for one in norms)
+        owned = [(vars(one), *item) for one in owners for item in vars(one).items()]
+        self.values = [(own, key) for own, key, value in owned if type(value) in (int, float) or callable(value)]
+        self.holds, self.found = watch(module, self.values), cast("Ready | None", None)
 
     def ready(self, kernel: Kernel, dtype: torch.dtype) -> Ready | None:
         """Return layers as C takes them; None where parts were changed, or C does not take one."""
@@ -154,7 +155,7 @@ class Taken:
         tensors = [(one._parameters, name) for one in self.layers for name in one._parameters]
         tensors += [(one._kept, "weight") for one in self.layers]
         tensors += [(norm.module._parameters, norm.how.weight) for norm in self.norms]
-        self.found = Ready(kernel, dtype, watch(self.module, [*tensors, *self.numbers]), taken, {})
+        self.found = Ready(kernel, dtype, watch(self.module, [*tensors, *self.values]), taken, {})
         return self.found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import chain
 from typing import Any, ClassVar, TypeVar, cast
 from weakref import WeakKeyDictionary
@@ -31,12 +32,13 @@ class InferenceModule(PreparedModule):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Compute it in one call where that takes the arguments; else run the module's own forward."""
-        found = None if len(args) != 1 or is_compiling() else self.in_one_call(args[0], kwargs)
+        found = None if len(args) != 1 or self.training or is_compiling() else self.in_one_call(args[0], kwargs)
         return super().forward(*args, **kwargs) if found is None else found
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module: the call has handles of memory of this one."""
-        return plain_copy(self).__reduce_ex__(protocol)
+        make, *given = cast(Any, plain_copy(self).__reduce_ex__(protocol))
+        return partial(make), *given  # pickle refuses __newobj__ by its name: the class is not this module's
 
 
 def prepare_inference(model: M) -> M:
@@ -69,7 +71,7 @@ def prepare_inference(model: M) -> M:
     check_module(model)
     release_inference(model)
     refuse_prepared("prepare_inference", {module: paths[0] for module, paths in module_paths(model).items()})
-    parts = {one: how for one in model.modules() if isinstance(how := recognize(one), RMSNorm | GatedMLP)}
+    parts = {one: how for one in model.modules() if isinstance(how := recognize(one, False), RMSNorm | GatedMLP)}
     calls: dict[nn.Module, Any] = {
         one: Norm(one, how) if isinstance(how, RMSNorm) else why_not(one, layers_of(one, how)) or GatedPart(one, how)
         for one, how in parts.items()

@@ -24,8 +24,11 @@ _SIZES = 1.0, 1e-4, 30.0, 1e3
 _DTYPES = torch.float32, torch.bfloat16
 
 
-def recognize(module: nn.Module) -> How | str | None:
-    """Return how a module can be fused; if it only looks as if it could, the reason; None for any other module."""
+def recognize(module: nn.Module, training: bool = True) -> How | str | None:
+    """Return how a module can be fused; if it only looks as if it could, the reason; None for any other module.
+
+    ``training`` is the mode in which it will be called, as it may compute something else in the other.
+    """
     if type(module) is nn.LayerNorm:
         return LayerNorm() if "forward" not in vars(module) else None
     norm, layers, activation = _norm_parts(module), _mlp_layers(module), _is_function(module)
@@ -36,7 +39,7 @@ def recognize(module: nn.Module) -> How | str | None:
         if activation:
             found: How | str | None = _as_activation(module)
         else:
-            found = _as_norm(module, norm) if norm is not None else _as_mlp(module, layers or [])
+            found = _as_norm(module, norm, training) if norm is not None else _as_mlp(module, layers or [], training)
     if isinstance(found, RMSNorm | GatedMLP | Act) and "forward" in vars(module):
         return "it has a forward of its own, which another library has put into it"
     return found
@@ -52,26 +55,28 @@ def _norm_parts(module: nn.Module) -> tuple[str, str] | None:
     return vectors[0], numbers[0]
 
 
-def _as_norm(module: nn.Module, parts: tuple[str, str]) -> RMSNorm | str:
+def _as_norm(module: nn.Module, parts: tuple[str, str], training: bool) -> RMSNorm | str:
     weight, eps = parts
     best: tuple[bool, float, RMSNorm] | None = None
     for offset in (0.0, 1.0):
         for rounds_first in (False, True):
             how = RMSNorm(weight, eps, offset, rounds_first)
-            off = [_norm_error(module, how, dtype, dtype) for dtype in _DTYPES]
+            off = [_norm_error(module, how, dtype, dtype, training) for dtype in _DTYPES]
             if None in off:
                 continue
-            mixes = None not in [_norm_error(module, how, *dtypes) for dtypes in (_DTYPES, _DTYPES[::-1])]
+            mixes = None not in [_norm_error(module, how, *dtypes, training) for dtypes in (_DTYPES, _DTYPES[::-1])]
             found = not mixes, cast(float, off[1]), replace(how, mixes=mixes)
             if best is None or found[:2] < best[:2]:
                 best = found
     return "on random numbers it computes no RMS norm" if best is None else best[2]
 
 
-def _norm_error(module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: torch.dtype) -> float | None:
+def _norm_error(
+    module: nn.Module, how: RMSNorm, dtype: torch.dtype, of_weight: torch.dtype, training: bool
+) -> float | None:
     """Return the sum of the output's differences to the fused form; None if one exceeds the bound on rounding."""
     columns = getattr(module, how.weight).shape[0]
-    copied = copied_module(module, type(module)).train()
+    copied = copied_module(module, type(module)).train(training)
     values = torch.randn(columns).to(of_weight)
     weight = nn.Parameter(values)
     copied.__dict__["_parameters"] = {how.weight: weight}
@@ -150,10 +155,10 @@ def _as_activation(module: nn.Module) -> Act | None:
 
 def _mlp_layers(module: nn.Module) -> list[str] | None:
     """Return a module's linear layers if their shapes (in, out) are (n, m), (n, m), (m, n) or (n, 2m), (m, n), in any
-    order, and it has no other parameters; else None."""
+    order, and it has no other parameters and no buffers; else None."""
     layers = {name: child for name, child in module._modules.items() if child is not None and _shape(child)}
     others = [child for name, child in module._modules.items() if child is not None and name not in layers]
-    if module._parameters or any(next(child.parameters(), None) is not None for child in others):
+    if module._parameters or module._buffers or any((*one.parameters(), *one.buffers()) for one in others):
         return None
     shapes = sorted(_shape(child) for child in layers.values())
     if len(layers) == 3 and any(shapes[i] == shapes[j] == shapes[k][::-1] for i, j, k in ((0, 1, 2), (1, 2, 0))):
@@ -171,10 +176,10 @@ def _shape(layer: Any) -> tuple[int, int]:
     return found if all(isinstance(one, int) for one in found) else ()  # type: ignore[return-value]
 
 
-def _as_mlp(module: nn.Module, layers: list[str]) -> GatedMLP | str | None:
+def _as_mlp(module: nn.Module, layers: list[str], training: bool) -> GatedMLP | str | None:
     matching: list[GatedMLP] | None = None
     for dtype in _DTYPES:
-        ran = _probed(module, layers, dtype)
+        ran = _probed(module, layers, dtype, training)
         if ran is None or isinstance(ran, str):
             return ran
         first, down, hidden = ran
@@ -203,19 +208,19 @@ class _Probe(nn.Module):
 
 
 def _probed(
-    module: nn.Module, layers: list[str], dtype: torch.dtype
+    module: nn.Module, layers: list[str], dtype: torch.dtype, training: bool
 ) -> tuple[dict[str, _Probe], str, Tensor] | str | None:
     """Run a module with probes in place of its layers; return those that read its input, the last layer and its
     input. A reason: the module does not return the last layer's output; None: its layers are connected in another
     way."""
     reason = None
     copied = copied_module(module, type(module))
-    copied.training = True  # not train(), which would change the children, too
+    copied.training = training  # not train(), which would change the children, too
     probes = {name: _Probe(module._modules[name], dtype) for name in layers}
     copied._modules.update(probes)
     for name, child in copied._modules.items():
         if name not in probes and child is not None:
-            copied._modules[name] = copied_module(child, type(child)).train() if not child._modules else child
+            copied._modules[name] = copied_module(child, type(child)).train(training) if not child._modules else child
     for size in dict.fromkeys(probe.in_features for probe in probes.values()):
         x = torch.randn(_ROWS, size).to(dtype)
         for probe in probes.values():

@@ -1,17 +1,20 @@
 """RMS norms and gated MLPs in one call: the values of the modules, and when their own forward runs."""
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 import lowmem
 from lowmem import EightBit, FourBit, Half, LoRA, convert, inference_report, prepare_inference, release_inference
 from lowmem.inference.parts import watch
 from lowmem.kernels.sequence import Steps
 from tests.compiled import needs_kernel
-from tests.training.blocks import INNER, MLP, WIDTH, Block
+from tests.training.blocks import INNER, MLP, WIDTH, Block, Norm
 
 pytestmark = needs_kernel
 TECHNIQUES = [FourBit(), FourBit("int4", 32, scales="float16_offsets"), EightBit(), Half(torch.bfloat16)]
@@ -87,7 +90,7 @@ def test_what_changed_runs_as_before(change, ran):
         release_inference(model)
         bound = 64 * torch.finfo(x.dtype).eps * got.abs().max()
         assert (got - model(x)).abs().max() <= bound
-    assert len(ran) == (3 if change != "training mode" else 2)  # norms have no mode
+    assert len(ran) == (3 if change != "training mode" else 0)
 
 
 def test_gradients_are_recorded_as_before(ran):
@@ -129,11 +132,20 @@ def test_other_shapes_dtypes_and_devices_run_as_before(ran):
 
 def test_copies_and_pickles_are_plain():
     model = prepare_inference(model_of())
-    for twin in (copy.deepcopy(model), copy.copy(model[0].mlp)):
+    pickled = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(model), copy.copy(model[0].mlp), *pickled, torch.load(file, weights_only=False)):
         assert not inference_report(twin)
         assert not any("in_one_call" in vars(one) for one in twin.modules() if one not in set(model.modules()))
     assert type(copy.deepcopy(model[0].mlp)) is MLP
     assert model.state_dict().keys() == model_of().state_dict().keys()
+    model[1].mlp.owner, model[1].norm = [model[1].mlp], model[0].norm  # a cycle, and a module that is shared
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert twin[1].mlp.owner == [twin[1].mlp]
+        assert twin[1].norm is twin[0].norm
+        assert torch.equal(twin[0](inputs()), model_of()[0](inputs()))
 
 
 def test_training_and_inference_are_prepared_one_at_a_time():
@@ -148,6 +160,67 @@ def test_training_and_inference_are_prepared_one_at_a_time():
             change(model)
     with pytest.raises(TypeError, match="Module"):
         prepare_inference("model")
+
+
+class OfModes(MLP):
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x) * (1 if self.training else 2))
+
+
+class NormOfModes(Norm):
+    def forward(self, x):
+        return super().forward(x) * (1 if self.training else 2)
+
+
+class Dropout(MLP):
+    def forward(self, x):
+        return functional.dropout(super().forward(x), 0.5, self.training)
+
+
+def test_modules_are_recognized_by_what_they_compute_in_evaluation(ran):
+    for made, takes in ((OfModes(), False), (NormOfModes(), False), (Dropout(), True)):
+        model, x = convert(nn.Sequential(made, MLP()), FourBit()).eval(), inputs()
+        with torch.no_grad():
+            expected = model(x)
+            assert ("in one call" in inference_report(prepare_inference(model)).get("0", "")) == takes
+            assert (model(x) - expected).abs().max() <= 64 * torch.finfo(x.dtype).eps * expected.abs().max()
+            assert len(ran) == 1 + takes
+            ran.clear()
+            model.train()(x)
+            assert not ran
+
+
+class OfFunction(MLP):
+    def __init__(self):
+        super().__init__()
+        self.function = functional.silu
+
+    def forward(self, x):
+        return self.down(self.function(self.gate(x)) * self.up(x))
+
+
+class OfBuffer(MLP):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("factor", torch.ones(()))
+
+    def forward(self, x):
+        return self.down(self.act(self.gate(x)) * self.up(x) * self.factor)
+
+
+def test_functions_and_buffers_of_a_module_may_change(ran):
+    for kind, change in (
+        (OfFunction, lambda mlp: setattr(mlp, "function", functional.relu)),
+        (OfBuffer, lambda mlp: mlp.factor.fill_(3.0)),
+    ):
+        torch.manual_seed(0)
+        model, x = convert(nn.Sequential(kind()), FourBit()).eval(), inputs()
+        prepare_inference(model)
+        with torch.no_grad():
+            model(x)
+            change(model[0])
+            got = model(x)
+            assert torch.equal(got, release_inference(model)(x))
 
 
 def test_watch_notices_each_change():

@@ -40,8 +40,8 @@ _Parts: TypeAlias = Mapping[nn.Module, RMSNorm | GatedMLP]
 _recorded: dict[nn.Module, tuple[tuple[Tensor, Tensor, Tensor], Mapping[str, Any], Tensor]] = {}
 
 
-def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **given: Any) -> Any:
-    out = attend(module, query, key, value, mask, **given)
+def _record(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any) -> Any:
+    out = attend(module, query, key, value, attention_mask, **given)
     _recorded[module] = (query, key, value), given, out[0]
     return out
 

@@ -38,8 +38,8 @@ class KeyValueCache(DynamicCache):  # type: ignore[misc]
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values, with the room that is kept for the next tokens."""
-        parts = [(layer, *getattr(layer, "cached", {}).values()) for layer in self.layers]
-        return measure.nbytes(measure.tensors_in([vars(one) for part in parts for one in part]))
+        parts = [one for layer in self.layers for one in getattr(layer, "cached", {"": layer}).values()]
+        return measure.nbytes(measure.tensors_in(list(map(vars, parts))))
 
 
 def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> int:

@@ -38,6 +38,7 @@ FAMILIES = {
     "gemma3_text": {"sliding_window": 9},
     "phi3": {},
     "olmo2": {},
+    "seed_oss": {},  # its MLP drops out in training
 }
 LEFT = {
     "phi": "no gated MLP",
@@ -45,6 +46,7 @@ LEFT = {
     "granite": "added up",
     "mixtral": "no gated MLP",
     "cohere": "rotated",
+    "afmoe": "other layers",  # names the mask in its call of the attention function
 }
 
 

@@ -252,14 +252,18 @@ def test_a_token_is_added_in_place():
         assert keys.data_ptr() == before
 
 
+@pytest.mark.parametrize(("name", "rows"), [("llama", 128), ("mistral", 64)])
 @pytest.mark.parametrize(
     ("bits", "dtype", "row"), [(None, torch.bfloat16, 32), (None, torch.float32, 64), (8, torch.bfloat16, 20)]
 )
-def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row):
-    cache = KeyValueCache(CONFIGS["llama"], bits=bits)
+def test_bytes_are_those_of_rows_and_their_room(bits, dtype, row, name, rows):
+    cache = KeyValueCache(CONFIGS[name], bits=bits)
+    assert cache.nbytes == 0
     for layer in range(2):
         cache.update(*torch.zeros(2, 3, 2, 100, 16, dtype=dtype), layer)
-    assert cache.nbytes == 2 * 2 * 3 * 2 * 128 * row  # layers, keys and values, sequences, heads, rows
+    assert cache.nbytes == 2 * 2 * 3 * 2 * rows * row  # layers, keys and values, sequences, heads, rows
+    cache.reset()
+    assert cache.nbytes == 0
 
 
 @covering(name=CONFIGS, bits=[None, 8], dtype=[torch.float32, torch.bfloat16])
