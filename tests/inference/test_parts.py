@@ -71,6 +71,23 @@ def test_the_report_says_what_was_done_and_why_not():
     assert inference_report(release_inference(model)) == {}
 
 
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.int8])
+def test_a_layer_that_computes_in_another_dtype_runs_as_before(computed, ran):
+    """The report says so; and where the model gets that dtype, C computes it."""
+    model, x = model_of(FourBit(compute_dtype=computed)), inputs()
+    report = inference_report(prepare_inference(model))
+    assert report["0.mlp"].startswith(f"as before: gate takes torch.float32 and computes in {computed}, not in")
+    with torch.no_grad():
+        model(x)
+    assert len(ran) == 2  # the norms
+    model.to(torch.bfloat16)
+    report = inference_report(prepare_inference(model))
+    assert report["0.mlp"].startswith("gated MLP" if computed is torch.bfloat16 else "as before: gate takes")
+    report = inference_report(prepare_inference(model.to(torch.float16)))
+    assert report["0.mlp"].startswith("as before: gate takes torch.float16")
+    assert report["0.norm"].startswith("as before: C computes no norms of torch.float16")
+
+
 CHANGES = {
     "a hook": lambda model: model[0].mlp.gate.register_forward_hook(lambda *given: None),
     "an adapter": lambda model: convert(model[0].mlp.down, LoRA(2)),
