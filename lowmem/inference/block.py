@@ -116,9 +116,8 @@ class Block:
         if None in places:
             return None
         (keys, seen_keys, count), (values, seen_values, _) = places
-        if mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[3] != count):
-            return None
-        hidden = mask_states(mask, (batch, q.heads, tokens, count))
+        other = mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[3] != count)
+        hidden = None if other else mask_states(mask, (batch, q.heads, tokens, count))
         if hidden is None:
             return None
         steps, query, mixed = self._program(ready, x, turns)
@@ -172,9 +171,8 @@ class Block:
         """Add what computes queries, keys and values, and return them as C takes them."""
         (batch, tokens, columns), first = x.shape, self.form.first
         at = _normed(self.form.ends[0], steps, "x", x.numel())
-        places = dict(
-            zip(first, steps.products(at, batch * tokens, columns, ready.layers[: len(first)]), strict=True)
-        )
+        made = steps.products(at, batch * tokens, columns, ready.layers[: len(first)])
+        places = dict(zip(first, made, strict=True))
         states: list[tuple[int, ...]] = []
         for one in self.form.roles:
             token = one.layer.out_features

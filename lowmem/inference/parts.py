@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels.cpu import Kernel
+from lowmem.kernels.cpu_rows import ROW_TYPES
 from lowmem.kernels.memory import TYPES, is_real, is_traced
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.kernels.sequence import Address, Layer, Steps
@@ -21,15 +22,13 @@ from lowmem.nn.linear import CodedLinear, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.quant.backend import backend_of
 from lowmem.training.fused import GatedMLP, RMSNorm
 
-DTYPES = torch.float32, torch.bfloat16
-
 
 def kernel_for(x: Any) -> Kernel | None:
     """Return the backend of x if C computes with it: rows of float32 or bfloat16, without recorded gradients."""
     if torch.is_grad_enabled() or not isinstance(x, Tensor) or not is_plain_call(x) or is_traced():
         return None
     kernel = backend_of(x)
-    fits = x.dim() > 1 and x.dtype in DTYPES and x.is_contiguous() and x.numel() > 0
+    fits = x.dim() > 1 and x.dtype in ROW_TYPES and x.is_contiguous() and x.numel() > 0
     return kernel if isinstance(kernel, Kernel) and fits and is_real(x) and not autocasts(x) else None
 
 
@@ -41,7 +40,7 @@ class Norm:
     how: RMSNorm
 
     def __str__(self) -> str:
-        fits = self.factor.dtype in DTYPES
+        fits = self.factor.dtype in ROW_TYPES
         return "RMS norm in one call" if fits else f"as before: C computes no norms of {self.factor.dtype}"
 
     @property
@@ -208,6 +207,6 @@ def why_not(module: nn.Module, layers: Iterable[nn.Module]) -> str | None:
             return f"{names[layer]} {why}"
         form, dtype = layer._forms["weight"].form, layer._forms["weight"].dtype
         computed = getattr(form, "compute_dtype", None) or dtype
-        if computed is not dtype or dtype not in DTYPES:
+        if computed is not dtype or dtype not in ROW_TYPES:
             return f"{names[layer]} takes {dtype} and computes in {computed}, not in float32 or bfloat16 alone"
     return None

@@ -128,5 +128,4 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     return report
 
 
-_LEFT: WeakKeyDictionary[nn.Module, dict[nn.Module, str]] = WeakKeyDictionary()
-"""Of prepared models: why modules were left alone."""
+_LEFT: WeakKeyDictionary[nn.Module, dict[nn.Module, str]] = WeakKeyDictionary()  # models: why modules were left

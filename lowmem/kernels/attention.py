@@ -39,11 +39,9 @@ def attention(
         scores = softcap * torch.tanh(scores / softcap)
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf) if mask.dtype is torch.bool else scores + mask
-    top = scores.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
-    powers = torch.exp(scores - top)
-    total = powers.sum(-1, keepdim=True)
-    powers = (powers / total.masked_fill(total == 0, 1.0)).view(batch, grouped.shape[1], grouped.shape[2], -1)
-    out = (powers @ decoded(value, wide)).view(batch, heads, queries, -1)
+    sees_none = (scores == -torch.inf).all(-1, keepdim=True)
+    shares = torch.softmax(scores, -1).masked_fill(sees_none, 0.0).view(*grouped.shape[:3], -1)
+    out = (shares @ decoded(value, wide)).view(batch, heads, queries, -1)
     return out.transpose(1, 2).to(query.dtype).contiguous()
 
 

@@ -27,6 +27,7 @@ _STATES = "iPP6q"
 ATTENTION_CALL, CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
 _QUERIES, _WHOLE = 16, 16  # of csrc/attention.h; _WHOLE: the floats to which a row is padded, at most
 _GRAIN = 65536  # of csrc/threads.h
+ROW_TYPES = torch.float32, torch.bfloat16
 CODES8 = 8  # of csrc/plan.h, in place of a type
 
 
@@ -41,7 +42,7 @@ class CpuRows:
 
     def serves_rows(self, x: Tensor) -> bool:
         """Whether C computes norms and activations of such tensors: float32 and bfloat16."""
-        return x.dtype in (torch.float32, torch.bfloat16)
+        return x.dtype in ROW_TYPES
 
     def norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
         """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows."""

@@ -23,8 +23,7 @@ from lowmem.quant.backend import Activation
 
 # enum row_function and PRODUCTS of csrc/plan.h, and the structs of csrc/row_calls.h, each behind its function
 _ADD, _ROTATE, _PRODUCTS = 8, 9, 100
-MOST_TOGETHER = 3
-"""Products of one input that share a region of threads."""
+MOST_TOGETHER = 3  # products of one input that share a region of threads
 _NO_ATTENTION = cpu_rows.ATTENTION_CALL.unpack(bytes(cpu_rows.ATTENTION_CALL.size))
 _ADD_CALL, _ROTATE_CALL, _PRODUCTS_CALL = "@qqPPP", "@9qPPP", f"@5qP{'qqPP' * MOST_TOGETHER}"
 

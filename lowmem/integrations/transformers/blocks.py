@@ -58,8 +58,10 @@ def find_blocks(model: nn.Module, parts: _Parts) -> dict[nn.Module, Block | str]
     """
     owner = next((one for one in model.modules() if isinstance(one, PreTrainedModel)), None)
     config: Any = None if owner is None else owner.config.get_text_config()
-    if owner is None or not owner.can_generate() or config.sub_configs:
+    if owner is None:
         return {}
+    if not owner.can_generate() or config.sub_configs:
+        return {owner: "blocks are tried where one language model, with its output layer, is all that there is"}
     if owner.device.type != "cpu":
         return {owner: f"it is on {owner.device}, where blocks are called as before"}
     before = config._attn_implementation
@@ -116,8 +118,7 @@ def _form(block: nn.Module, attention: nn.Module, calls: _Calls, parts: _Parts) 
     own = calls.get(block)
     if own is None or not isinstance(own.out, Tensor) or len(mlps) != 1 or own.kwargs.get("cache") is None:
         return "it has no gated MLP that is recognized, or other arguments or results than a block has"
-    read = _attention(attention, calls, norms)
-    if isinstance(read, str):
+    if isinstance(read := _attention(attention, calls, norms), str):
         return read
 
     def beyond(x: Tensor, side: str, other: str) -> tuple[Norm | None, Tensor]:
@@ -128,8 +129,7 @@ def _form(block: nn.Module, attention: nn.Module, calls: _Calls, parts: _Parts) 
     heads = beyond(calls[read["roles"][0].layer].x, "out", "x"), beyond(calls[read["out"]].out, "x", "out")
     ends = *heads, beyond(calls[mlp].x, "out", "x"), beyond(calls[mlp].out, "x", "out")
     form = Form(attention, mlp, gated, tuple(norm for norm, _ in ends), **read)
-    reason = why_not(block, form.layers)
-    if reason is not None:
+    if (reason := why_not(block, form.layers)) is not None:
         return reason
     owners = *form.layers, *(norm.module for norm in form.norms)
     known = {id(value) for one in owners for value in (*one.parameters(), *one.buffers())}
