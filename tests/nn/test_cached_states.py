@@ -152,12 +152,8 @@ def test_what_cannot_be_is_refused():
 def test_other_sequences_heads_or_widths_are_refused_and_change_nothing(bits):
     cached = CachedStates(bits)
     cached.append(new(3))
-    for other in (
-        new(3, batch=1),
-        new(3)[:, :1],
-        new(3)[..., :2],
-        new(3)[..., :5],
-    ):  # rows of 5 or 6 codes are as long
+    # In 8 bits, rows of 5 and of 6 codes are as long.
+    for other in (new(3, batch=1), new(3)[:, :1], new(3)[..., :2], new(3)[..., :5]):
         with pytest.raises(ValueError, match=r"do not continue \(2, 3\) sequences and heads"):
             cached.append(other)
     assert cached.length == cached.rows.shape[2] == 3
