@@ -403,7 +403,7 @@ def test_blocks_that_rotate_by_complex_numbers_are_left():
 
 
 def test_blocks_that_a_trial_does_not_show_are_left(ran):
-    """Of a block that is called twice, or whose attention or MLP adds zeros; and of a model without a cache."""
+    """Called twice, or with an attention that adds zeros; and those of models without a cache or positions."""
     model = model_of("llama")
     model.model.layers[0].self_attn.o_proj.weight_scales.data.zero_()
     prepare_inference(model)
@@ -413,7 +413,8 @@ def test_blocks_that_a_trial_does_not_show_are_left(ran):
     release_inference(model)
     model.model.layers[1] = model.model.layers[0]
     encoder = AutoModel.from_config(AutoConfig.for_model("bert", **SIZES)).eval()
-    for one in (model, encoder):
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=96, hidden_size=32)).eval()
+    for one in (model, encoder, bloom):
         prepare_inference(one)
         assert not any(text.startswith("block") for text in inference_report(one).values())
     assert ran == {"_at_once": 0, "_in_two": 0}
