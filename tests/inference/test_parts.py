@@ -147,6 +147,15 @@ def test_other_shapes_dtypes_and_devices_run_as_before(ran):
             model_of()(torch.ones(2, WIDTH + 1))
 
 
+def test_products_in_another_dtype_are_computed_by_the_modules(ran):
+    model, x = model_of(FourBit(compute_dtype=torch.bfloat16)), inputs()
+    with torch.no_grad():
+        expected = model(x)
+        got = prepare_inference(model)(x)
+    assert len(ran) == 2  # norms
+    assert torch.equal(got, expected)
+
+
 def test_copies_and_pickles_are_plain():
     model = prepare_inference(model_of())
     pickled = [pickle.loads(pickle.dumps(model, protocol)) for protocol in range(pickle.HIGHEST_PROTOCOL + 1)]

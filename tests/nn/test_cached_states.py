@@ -97,6 +97,10 @@ def test_whole_rows_of_states_are_kept_as_they_are_and_others_are_written_anew(b
     cached.states = cached.states[:, :, :-4].index_select(0, torch.tensor([1, 0, 1]))[torch.tensor([2, 1]), ...]
     assert torch.equal(cached.states + 0, before[[1, 0], :, :16])
     assert (type(cached.states) is EightBitStates) == (bits == 8)
+    for one in (None, bits):
+        again = CachedStates(one)
+        again.states = cached.states
+        assert torch.equal(again.states + 0, cached.states + 0)
     other = new(5, 1)
     cached.states = other
     assert_near(cached.states + 0, other, bits, torch.float32)
@@ -148,7 +152,8 @@ def test_what_cannot_be_is_refused():
 def test_other_sequences_heads_or_widths_are_refused_and_change_nothing(bits):
     cached = CachedStates(bits)
     cached.append(new(3))
-    for other in (new(3, batch=1), new(3)[:, :1], new(3)[..., :2]):
+    # In 8 bits, rows of 5 and of 6 codes are as long.
+    for other in (new(3, batch=1), new(3)[:, :1], new(3)[..., :2], new(3)[..., :5]):
         with pytest.raises(ValueError, match=r"do not continue \(2, 3\) sequences and heads"):
             cached.append(other)
     assert cached.length == cached.rows.shape[2] == 3

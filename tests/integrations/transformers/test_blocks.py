@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     ContinuousBatchingConfig,
@@ -32,6 +33,8 @@ FAMILIES = {
     "llama with biases": {"attention_bias": True},
     "qwen2": {},
     "qwen3": {},
+    "qwen3 with wide heads": {"head_dim": 24},
+    "smollm3": {"no_rope_layers": [1, 0]},
     "mistral": {"sliding_window": 9},
     "gemma": {},
     "gemma2": {"sliding_window": 9, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
@@ -47,19 +50,25 @@ LEFT = {
     "mixtral": "no gated MLP",
     "cohere": "rotated",
     "afmoe": "other layers",  # names the mask in its call of the attention function
+    "olmo": "something else than its input",
+    "diffllama": "other layers",
 }
 
 
-def model_of(family, dtype=torch.float32, **more):
+def model_of(family, dtype=torch.float32, offsets=(), **more):
+    """A model in 4 bits; layers whose names end with ``offsets`` have some, with which C takes up to four tokens."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(family.split()[0], **SIZES, **FAMILIES.get(family, {}), **more)
+    config = AutoConfig.for_model(family.split()[0], **SIZES | FAMILIES.get(family, {}) | more)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.mul_(3.0 if "norm" not in name else 1.0)  # else attention is nearly uniform
             if "norm" in name:
                 parameter.add_(0.2 * torch.randn(parameter.shape))
-    return convert(model.to(dtype), FourBit("int4", 32))
+    model = model.to(dtype)
+    if offsets:
+        convert(model, FourBit("int4", 32, scales="float16_offsets"), where=lambda name, _: name.endswith(offsets))
+    return convert(model, FourBit("int4", 32), where=lambda name, _: not name.endswith(offsets))
 
 
 @pytest.fixture
@@ -156,6 +165,62 @@ def test_other_blocks_are_left_with_a_reason(family):
         f"as before: .*({LEFT[family]})", report["gpt_neox.layers.0" if family == "gpt_neox" else "model.layers.0"]
     )
     assert near(logits(model, KeyValueCache(model), 3), expected)
+
+
+@pytest.mark.parametrize(
+    ("offsets", "counts"),
+    [
+        ((), {"_at_once": 10, "_in_two": 2}),
+        (("o_proj",), {"_at_once": 0, "_in_two": 12}),
+        (("down_proj",), {"_at_once": 0, "_in_two": 12}),
+        (("k_proj", "up_proj"), {"_at_once": 0, "_in_two": 0}),
+    ],
+)
+def test_where_c_leaves_a_product_to_torch_modules_compute_it(offsets, counts, ran):
+    """What is behind the attention, once the cache has the tokens; or all."""
+    model = model_of("gemma2", offsets=offsets)
+    expected = logits(model, KeyValueCache(model), 5, 3)
+    prepare_inference(model)
+    assert near(logits(model, KeyValueCache(model), 5, 3), expected)
+    assert ran == counts
+
+
+def test_masks_that_c_cannot_read_are_torchs(ran):
+    model = model_of("llama")
+    mask = (torch.rand(10, 3, generator=torch.Generator().manual_seed(2)) > 0.3).mT.expand(2, 1, -1, -1)
+    wide = torch.ones(2, 1, 3, 12, dtype=torch.bool)
+
+    def step(given):
+        cache = KeyValueCache(model)
+        with torch.no_grad():
+            model(ids_of(), cache=cache)
+            return model(ids_of(2, 3), attention_mask=given, cache=cache).logits.double()
+
+    expected = step(mask)
+    prepare_inference(model)
+    assert near(step(mask), expected)
+    assert ran == {"_at_once": 0, "_in_two": 4}
+    with pytest.raises(RuntimeError, match="must match"):
+        step(wide)
+
+
+def test_programs_are_kept_for_a_few_shapes(ran):
+    model = model_of("llama")
+
+    def steps():
+        found = []
+        for batch, count in ((batch, count) for batch in (1, 2) for count in range(1, 6)):
+            cache = KeyValueCache(model)
+            with torch.no_grad():
+                model(ids_of(batch), cache=cache)
+                found.append(model(ids_of(batch, count), cache=cache).logits.double().flatten(0, 1))
+        return torch.cat(found)
+
+    expected = steps()
+    prepare_inference(model)
+    assert near(steps(), expected)
+    assert ran["_at_once"] == 20
+    assert len(model.model.layers[0].in_one_call.taken.found.programs) == 2  # of 10
 
 
 OPTIONS = {
@@ -282,6 +347,9 @@ def test_a_cache_of_another_batch_or_dtype_is_not_written_to(ran):
             model(ids_of(3, 1), cache=cache)
     static = StaticCache(config=model.config, max_cache_len=30)
     assert near(logits(model, static, 3), logits(model, KeyValueCache(model), 3))
+    model.to(torch.bfloat16)
+    with torch.no_grad(), pytest.raises(RuntimeError, match="same dtype"):  # of torch
+        model(ids_of(2, 1), cache=cache)
 
 
 def test_a_model_that_takes_no_tokens_keeps_its_blocks():
@@ -334,6 +402,24 @@ def test_blocks_that_rotate_by_complex_numbers_are_left():
     prepare_inference(model)
     assert "as before: its queries are no rotated" in inference_report(model)["model.layers.0"]
     assert near(logits(model, KeyValueCache(model), 3), expected)
+
+
+def test_blocks_that_a_trial_does_not_show_are_left(ran):
+    """Called twice, or with an attention that adds zeros; and those of models without a cache or positions."""
+    model = model_of("llama")
+    model.model.layers[0].self_attn.o_proj.weight_scales.data.zero_()
+    prepare_inference(model)
+    assert "zeros, so that a trial shows nothing" in inference_report(model)["model.layers.0"]
+    with torch.no_grad(), pytest.raises(TypeError, match="unpack"):  # no angles
+        model.model.layers[1](torch.ones(1, 1, 64))
+    release_inference(model)
+    model.model.layers[1] = model.model.layers[0]
+    encoder = AutoModel.from_config(AutoConfig.for_model("bert", **SIZES)).eval()
+    bloom = AutoModelForCausalLM.from_config(AutoConfig.for_model("bloom", vocab_size=96, hidden_size=32)).eval()
+    for one in (model, encoder, bloom):
+        prepare_inference(one)
+        assert not any(text.startswith("block") for text in inference_report(one).values())
+    assert ran == {"_at_once": 0, "_in_two": 0}
 
 
 def test_a_sum_with_a_factor_is_seen_beside_large_numbers():
