@@ -197,7 +197,7 @@ def as_taken(kernel: Kernel, layers: Iterable[Any], dtype: torch.dtype) -> list[
     return found
 
 
-def why_not(module: nn.Module, layers: Iterable[nn.Module]) -> str | None:
+def why_not(module: nn.Module, layers: Iterable[Any]) -> str | None:
     """Return which of a module's layers C does not multiply with, and why; or None."""
     names = {one: name for name, one in module.named_modules()}
     for layer in layers:

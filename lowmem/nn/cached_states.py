@@ -174,10 +174,6 @@ class CachedStates:
         """Return how many of the rows that are kept the next token does not see."""
         return 0 if self.window is None else max(0, count - self.window + 1)
 
-    def _row(self, width: int) -> int:
-        """Return the numbers of a row."""
-        return width if self.bits is None else -(-width // _SCALE) * _SCALE + _SCALE
-
     def _continues(self, shape: Sequence[int], room: Tensor) -> bool:
         """Whether states (batch, heads, rows, width) are as wide as the kept ones, and of as many."""
         return (*room.shape[:2], self._width) == (*shape[:2], shape[3])
@@ -189,8 +185,9 @@ class CachedStates:
         is_other = room is not None and room.is_inference() and not torch.is_inference_mode_enabled()
         if room is None or self._first + total > room.shape[2] or room.stride(3) != 1 or is_other:
             rows = max(room_rows(total), room_rows(self.length + new, self.window))
-            dtype = like.dtype if self.bits is None else torch.int8
-            room = self._move(like.new_empty(batch, heads, rows, self._row(width), dtype=dtype))
+            coded = -(-width // _SCALE) * _SCALE + _SCALE
+            row, dtype = (width, like.dtype) if self.bits is None else (coded, torch.int8)
+            room = self._move(like.new_empty(batch, heads, rows, row, dtype=dtype))
         return room
 
     def _move(self, room: Tensor) -> Tensor:

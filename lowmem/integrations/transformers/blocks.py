@@ -61,7 +61,7 @@ def find_blocks(model: nn.Module, parts: _Parts) -> dict[nn.Module, Block | str]
     if owner is None:
         return {}
     if not owner.can_generate() or config.sub_configs:
-        return {owner: "blocks are tried where one language model, with its output layer, is all that there is"}
+        return {owner: "blocks are tried in language models alone, with their output layer"}
     if owner.device.type != "cpu":
         return {owner: f"it is on {owner.device}, where blocks are called as before"}
     before = config._attn_implementation

@@ -167,6 +167,13 @@ def test_other_blocks_are_left_with_a_reason(family):
     assert near(logits(model, KeyValueCache(model), 3), expected)
 
 
+def test_a_model_without_its_output_layer_is_left_with_a_reason():
+    whole = model_of("llama")
+    report = inference_report(prepare_inference(whole.model))
+    assert report[""] == "as before: blocks are tried in language models alone, with their output layer"
+    assert report["layers.0.mlp"] == "gated MLP in one call (SiLU)"
+
+
 @pytest.mark.parametrize(
     ("offsets", "counts"),
     [
