@@ -80,15 +80,17 @@ class CachedStates:
     @states.setter
     def states(self, states: Tensor | None) -> None:
         """Keep other states in place of these, such as some of them."""
-        rows, length = states.rows if isinstance(states, EightBitStates) else states, self.length
-        if rows is None or (self.bits is not None and rows is states):
+        length = self.length
+        if states is None:
             self.clear()
-            if rows is not None:
-                self.append(rows, forget=False)
+        elif self.bits is not None and not isinstance(states, EightBitStates):
+            self.clear()
+            self.append(states, forget=False)
         else:
+            rows = states.rows if isinstance(states, EightBitStates) else states
             start = None if self._room is None else _start(rows, self._room)
             self._room, self._first = (rows, 0) if start is None else (self._room, start)
-            self.count = rows.shape[2]
+            self.count, self._width, self._dtype = rows.shape[2], states.shape[3], states.dtype
         self.length = self.count if self.window is None else length
 
     def append(self, states: Tensor, forget: bool = True) -> Tensor:
@@ -179,7 +181,7 @@ class CachedStates:
 
     def _continues(self, shape: Sequence[int], room: Tensor) -> bool:
         """Whether states (batch, heads, rows, width) are as wide as the kept ones, and of as many."""
-        return (*room.shape[:2], room.shape[3]) == (*shape[:2], self._row(shape[3]))
+        return (*room.shape[:2], self._width) == (*shape[:2], shape[3])
 
     def _room_for(self, shape: Sequence[int], like: Tensor) -> Tensor:
         """Return the room, with rows for states (batch, heads, rows, width) behind the kept ones."""
