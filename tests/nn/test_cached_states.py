@@ -96,6 +96,8 @@ def test_room_is_an_eighth_or_32_rows_more_at_most_and_grows_by_as_much(tokens, 
     if window is None or tokens <= window:
         assert tokens <= rows <= tokens + max(31, tokens // 8)
         assert room_rows(rows, window) == rows
+        if window is None:
+            assert room_rows(rows + 1) >= rows + max(32, rows // 16)  # else each token would be copied often
     else:
         assert window < rows <= window + max(64, window // 4)
         assert rows == room_rows(tokens + 1, window) or tokens == room_rows(window)
