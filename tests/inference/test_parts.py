@@ -58,6 +58,20 @@ def test_outputs_are_those_of_the_modules_within_rounding(technique, dtype, join
     assert (got.double() - expected.double()).abs().max() <= bound
 
 
+def test_a_gate_that_is_the_second_half_of_a_layer_is_the_gate(ran):
+    class UpFirst(MLP):
+        def forward(self, x):
+            up, gate = self.gate_up(x).chunk(2, -1)
+            return self.down(self.act(gate) * up)
+
+    mlp, x = convert(UpFirst(joined=True), TECHNIQUES[0]).eval(), inputs()
+    with torch.no_grad():
+        expected = mlp(x)
+        got = prepare_inference(mlp)(x)
+    assert ran == [True]
+    assert (got - expected).abs().max() <= 64 * torch.finfo(x.dtype).eps * expected.abs().max()
+
+
 def test_the_report_says_what_was_done_and_why_not():
     model = nn.Sequential(model_of(), Block().eval())
     prepare_inference(model)
