@@ -150,6 +150,19 @@ def test_whole_rows_of_states_are_kept_as_they_are_and_others_are_written_anew(b
         assert torch.equal(part, (cached.states + 0)[dims])
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_some_of_the_kept_tokens_stay_in_the_room(bits):
+    cached = CachedStates(bits)
+    cached.append(new(20))
+    before, nbytes = cached.states + 0, cached.nbytes
+    cached.states = cached.states[:, :, 3:-4]
+    assert cached.nbytes == nbytes
+    assert torch.equal(cached.states + 0, before[:, :, 3:16])
+    cached.states = cached.states[:1]  # of one sequence
+    cached.append(new(1, batch=1))
+    assert torch.equal(cached.states[:, :, :-1] + 0, before[:1, :, 3:16])
+
+
 def test_older_tokens_stay_until_they_are_forgotten():
     cached = CachedStates(window=5)
     states = new(70)
