@@ -316,6 +316,22 @@ def test_positions_of_each_sequence_follow_those_of_all(ran):
     assert ran["_at_once"] == 12
 
 
+def test_angles_that_c_does_not_read_are_left_to_the_modules(ran):
+    """Those of another dtype, of rows that lie apart, and of two shapes."""
+    model, x = model_of("llama"), torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    block = model.model.layers[0]
+    with torch.no_grad():
+        cos, sin = model.model.rotary_emb(x, torch.arange(3)[None])
+        each = [one.expand(2, -1, -1) for one in (cos, sin)]
+        read = [(cos, sin), tuple(one.contiguous() for one in each)]
+        others = [(cos.bfloat16(), sin.bfloat16()), tuple(each), (cos, each[1].contiguous())]
+        expected = [block(x, position_embeddings=angles) for angles in (*read, *others)]
+        prepare_inference(model)
+        for number, (angles, wanted) in enumerate(zip((*read, *others), expected, strict=True)):
+            assert near(block(x, position_embeddings=angles), wanted)
+            assert ran["_in_two"] == min(number + 1, len(read))
+
+
 FAR = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
 FAR |= {"max_position_embeddings": 256, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.5}
 
