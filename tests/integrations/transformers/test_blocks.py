@@ -22,6 +22,7 @@ import lowmem
 from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
 from lowmem.inference.block import Block
 from lowmem.integrations.transformers.attending import ATTENTION
+from lowmem.nn.dot_product_attention import MOST
 from tests.compiled import needs_kernel
 from tests.integrations.transformers import test_cache
 
@@ -134,13 +135,13 @@ def test_in_bfloat16_logits_stay_within_its_rounding(family, ran):
 def test_masks_and_several_tokens_at_a_time(family, bits, ran):
     model, mask = model_of(family), torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
-    cases = [(mask, 1), (mask, 3), (None, 3)]
+    cases = [(mask, 1), (mask, 3), (None, 3), (mask, MOST + 1)]
     expected = [logits(model, KeyValueCache(model, bits), 5, count, given) for given, count in cases]
     prepare_inference(model)
     got = [logits(model, KeyValueCache(model, bits), 5, count, given) for given, count in cases]
     for one, other in zip(got, expected, strict=True):
         assert near(one, other, torch.float32 if bits is None else torch.bfloat16)  # codes may be one off
-    assert ran["_at_once"] == 30
+    assert ran["_at_once"] == 30  # none of MOST + 1
 
 
 @pytest.mark.parametrize("family", LEFT)
