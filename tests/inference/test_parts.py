@@ -144,6 +144,20 @@ def test_other_shapes_dtypes_and_devices_run_as_before(ran):
             model_of()(torch.ones(2, WIDTH + 1))
 
 
+def test_inputs_that_c_does_not_read_and_autocast_are_left_to_the_modules(ran):
+    x, plain, model = inputs(rows=3), model_of()[0], prepare_inference(model_of())[0]
+    with torch.no_grad():
+        for other in (x[:, ::2], x.transpose(0, 1), x.double(), x.half(), x[0, 0]):
+            assert torch.equal(model.norm(other), plain.norm(other))
+            assert torch.equal(model.mlp(other), plain.mlp(other))
+        assert torch.equal(model.norm(x[0, 0, 0]), plain.norm(x[0, 0, 0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model.mlp(x)
+            assert got.dtype is torch.bfloat16
+            assert torch.equal(got, plain.mlp(x))
+    assert ran == []
+
+
 def test_copies_and_pickles_are_plain():
     model = prepare_inference(model_of())
     for twin in (copy.deepcopy(model), copy.copy(model[0].mlp)):
