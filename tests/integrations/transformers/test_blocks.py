@@ -333,6 +333,17 @@ def test_angles_that_c_does_not_read_are_left_to_the_modules(ran):
             assert ran["_in_two"] == min(number + 1, len(read))
 
 
+def test_steps_for_a_few_numbers_of_tokens_are_put_together_once(monkeypatch):
+    model, made, project = prepare_inference(model_of("llama")), [], Block._project
+    monkeypatch.setattr(Block, "_project", lambda *given: made.append(1) or project(*given))
+    cache, found = KeyValueCache(model), []
+    with torch.no_grad():
+        for count in (7, 1, 3, 1, 3, 2, 1):
+            model(ids_of(2, count), cache=cache, use_cache=True)
+            found.append(len(made))
+    assert found == [2, 4, 6, 6, 6, 8, 8]  # in two blocks
+
+
 FAR = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
 FAR |= {"max_position_embeddings": 256, "beta_fast": 32.0, "beta_slow": 1.0, "llama_4_scaling_beta": 0.5}
 
