@@ -87,10 +87,9 @@ class CachedStates:
                 self.append(states, forget=False)
         else:
             rows = states.rows if isinstance(states, EightBitStates) else states
-            self._width, self._dtype = states.shape[-1], states.dtype
             start = None if self._room is None else _start(rows, self._room)
             self._room, self._first = (rows, 0) if start is None else (self._room, start)
-            self.count = rows.shape[2]
+            self.count, self._width, self._dtype = rows.shape[2], states.shape[3], states.dtype
         self.length = self.count if self.window is None else length
 
     def append(self, states: Tensor, forget: bool = True) -> Tensor:

@@ -42,6 +42,8 @@ TESTS = {
     "lowmem/nn/conv.py": ("nn/test_conv", "nn/test_stored_module"),
     "lowmem/nn/embedding.py": ("nn/test_embedding", "nn/test_stored_module"),
     "lowmem/nn/adapted_forward.py": ("nn/test_adapted_forward", "transforms/test_adapters"),
+    "lowmem/inference/block.py": ("inference/test_block", "integrations/transformers/test_blocks"),
+    "lowmem/inference/prepare.py": ("inference/test_prepare", "inference/test_parts"),
     "lowmem/transforms/registry.py": ("transforms/test_registry", "transforms/test_select", "transforms/test_store"),
     "lowmem/io/safetensors.py": ("io/test_safetensors", "io/test_container"),
     "lowmem/io/formats/gguf/blocks.py": ("io/formats/gguf/test_blocks", "io/formats/test_recognize"),

@@ -46,19 +46,36 @@ def ran(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("joined", [False, True])
 @pytest.mark.parametrize("technique", TECHNIQUES)
-def test_outputs_are_those_of_the_modules_within_rounding(technique, dtype, joined, ran):
+def test_outputs_are_those_of_the_modules_within_rounding(technique, dtype, joined, ran, monkeypatch):
     """Each number is rounded at the same places; sums may be taken in another order."""
     model, x = model_of(technique, dtype, joined), inputs(dtype)
     with torch.no_grad():
         expected = model(x)
         assert prepare_inference(model) is model
-        got = model(x)
+        with monkeypatch.context() as patched:
+            for kind in (MLP, Norm):
+                patched.setattr(kind, "forward", None)  # which is not called
+            got = model(x)
         assert ran == [True] * 4
         assert release_inference(model) is model
         assert torch.equal(model(x), expected)
     assert len(ran) == 4
     bound = 64 * torch.finfo(dtype).eps * expected.abs().max()
     assert (got.double() - expected.double()).abs().max() <= bound
+
+
+def test_a_gate_that_is_the_second_half_of_a_layer_is_the_gate(ran):
+    class UpFirst(MLP):
+        def forward(self, x):
+            up, gate = self.gate_up(x).chunk(2, -1)
+            return self.down(self.act(gate) * up)
+
+    mlp, x = convert(UpFirst(joined=True), TECHNIQUES[0]).eval(), inputs()
+    with torch.no_grad():
+        expected = mlp(x)
+        got = prepare_inference(mlp)(x)
+    assert ran == [True]
+    assert (got - expected).abs().max() <= 64 * torch.finfo(x.dtype).eps * expected.abs().max()
 
 
 def test_the_report_says_what_was_done_and_why_not():
@@ -154,6 +171,20 @@ def test_products_in_another_dtype_are_computed_by_the_modules(ran):
         got = prepare_inference(model)(x)
     assert len(ran) == 2  # norms
     assert torch.equal(got, expected)
+
+
+def test_inputs_that_c_does_not_read_and_autocast_are_left_to_the_modules(ran):
+    x, plain, model = inputs(rows=3), model_of()[0], prepare_inference(model_of())[0]
+    with torch.no_grad():
+        for other in (x[:, ::2], x.transpose(0, 1), x.double(), x.half(), x[0, 0]):
+            assert torch.equal(model.norm(other), plain.norm(other))
+            assert torch.equal(model.mlp(other), plain.mlp(other))
+        assert torch.equal(model.norm(x[0, 0, 0]), plain.norm(x[0, 0, 0]))
+        with torch.autocast("cpu", torch.bfloat16):
+            got = model.mlp(x)
+            assert got.dtype is torch.bfloat16
+            assert torch.equal(got, plain.mlp(x))
+    assert ran == []
 
 
 def test_copies_and_pickles_are_plain():

@@ -7,6 +7,7 @@ from torch import nn
 from lowmem import inference_report, prepare_inference, release_inference
 from tests.compiled import needs_kernel
 from tests.inference.test_parts import inputs, model_of
+from tests.training.blocks import Block
 
 
 @needs_kernel
@@ -51,6 +52,23 @@ def test_the_report_says_that_plain_torch_serves_other_devices():
     assert inference_report(prepare_inference(model_of().to("meta"))) == inference_report(model)
     with torch.no_grad():
         assert model(inputs().to("meta")).device.type == "meta"
+
+
+def test_the_report_names_a_module_that_is_used_twice_by_its_first_path():
+    stored, dense = model_of()[0], Block().eval()
+    report = inference_report(prepare_inference(nn.Sequential(stored, stored, dense, dense)))
+    assert set(report) == {"0.norm", "0.mlp", "2.norm", "2.mlp"}
+
+
+@needs_kernel
+def test_other_arguments_than_one_input_are_those_of_the_modules_own_forward():
+    model, x = model_of(), inputs()
+    with torch.no_grad():
+        expected = model[0].norm(x)
+        prepare_inference(model)
+        assert torch.equal(model[0].norm(x=x), expected)
+        with pytest.raises(TypeError, match="positional arguments"):
+            model[0].norm(x, x)
 
 
 @needs_kernel

@@ -77,6 +77,20 @@ def test_products_of_one_input(isa, kinds, batch, rows, columns, dtype, biased, 
 
 
 @compiled
+def test_products_of_what_products_have_given(isa):
+    with kernels.using(isa):
+        kernel, x = backend_for(), numbers((2, 64), 0)
+        weights = [quantize(numbers(shape, seed), "nf4") for seed, shape in enumerate([(32, 64), (32, 64), (8, 32)])]
+        layers = [(kernel._given(weight), weight.shape[0], None) for weight in weights]
+        steps = Steps(kernel, x.new_empty(2 * (3 * 32 + 8)))
+        both = steps.products("x", 2, 64, layers[:2])
+        steps.products(steps.add(*both, 2 * 32), 2, 32, layers[2:])
+        assert steps.run(x=x)
+        first, second = (kernels.linear(x, weight, x.dtype) for weight in weights[:2])
+        assert torch.equal(steps.room[-16:].view(2, 8), kernels.linear(first + second, weights[2], x.dtype))
+
+
+@compiled
 @given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), dtypes, seeds)
 def test_functions_of_rows_and_what_they_hand_on(isa, batch, tokens, columns, dtype, seed):
     """A norm whose result is gated, added up, and normed again."""

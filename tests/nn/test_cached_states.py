@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 
 import lowmem
 from lowmem import CachedStates
+from lowmem.kernels.cpu_rows import NO_STATES, attention_call, states_of
+from lowmem.kernels.sequence import Steps
 from lowmem.nn.cached_states import EightBitStates, room_rows
+from lowmem.quant.backend import HeadStates, backend_for
+from tests.compiled import needs_kernel
 
 counts = st.lists(st.one_of(st.just(1), st.integers(1, 90)), min_size=1, max_size=60)
 
@@ -51,12 +55,49 @@ def test_a_query_sees_the_tokens_so_far_and_the_room_depends_on_their_number_alo
         assert cached.nbytes == 2 * 3 * room_rows(cached.length, window) * row
 
 
+@needs_kernel
+@given(
+    counts=counts,
+    bits=st.sampled_from([None, 8]),
+    window=st.sampled_from([None, 2, 9, 40]),  # of 1, no row is kept
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_c_writes_and_reads_at_the_places_what_append_writes_and_returns(counts, bits, window, dtype):
+    kernel = backend_for()
+    cached, twin = CachedStates(bits, window), CachedStates(bits, window)
+    assert cached.places((2, 3, 1, 6), new(1, dtype=dtype)) is None  # the first states are returned as they are
+    for seed, count in enumerate([5, *counts]):
+        states = new(count, seed, dtype=dtype)
+        expected = twin.append(states)
+        if seed == 0:
+            cached.append(states)
+            continue
+        into, seen, rows = cached.places(states.shape, states)
+        assert rows == expected.shape[2]
+        steps = Steps(kernel, states.new_empty(states.numel()))
+        steps.store(states.shape, states_of(states), "new")
+        out = steps.attention("attention", states.numel())
+        sizes, fields = (2, 3, 1, count, rows, 6, 6), [*states_of(states), *seen, *seen, *NO_STATES]
+        work, call, _scratch = attention_call(sizes, fields, 0.4, None, out)
+        assert steps.run(new=into, attention=(work, *call))
+        cached.grow(count)
+        read = expected.states if isinstance(expected, EightBitStates) else HeadStates(expected)
+        mixed = kernel.attention(states, read, read, None, 0.4, None)
+        assert torch.equal(steps.room.view(mixed.shape), mixed)
+        assert (cached.length, cached.count, cached.nbytes) == (twin.length, twin.count, twin.nbytes)
+        assert torch.equal(cached.states + 0, twin.states + 0)
+    for shape, like in (((2, 3, 1, 5), states), ((1, 3, 1, 6), states), ((2, 3, 1, 6), states.half())):
+        assert (cached.places(shape, like) is None) == (bits is None or like is states)
+
+
 @given(tokens=st.integers(1, 10**6), window=st.one_of(st.none(), st.integers(1, 10**5)))
 def test_room_is_an_eighth_or_32_rows_more_at_most_and_grows_by_as_much(tokens, window):
     rows = room_rows(tokens, window)
     if window is None or tokens <= window:
         assert tokens <= rows <= tokens + max(31, tokens // 8)
         assert room_rows(rows, window) == rows
+        if window is None:
+            assert room_rows(rows + 1) >= rows + max(32, rows // 16)  # else each token would be copied often
     else:
         assert window < rows <= window + max(64, window // 4)
         assert rows == room_rows(tokens + 1, window) or tokens == room_rows(window)
@@ -66,7 +107,7 @@ def test_a_token_is_added_without_a_copy_of_the_others():
     cached = CachedStates()
     cached.append(new(8))
     before = cached.append(new(1)).data_ptr()
-    assert {cached.append(new(1)).data_ptr() for _ in range(20)} == {before}
+    assert {cached.append(new(1)).data_ptr() for _ in range(23)} == {before}  # until the room is full
 
 
 @pytest.mark.parametrize("bits", [None, 8])
@@ -108,6 +149,19 @@ def test_whole_rows_of_states_are_kept_as_they_are_and_others_are_written_anew(b
         part = cached.states[dims]
         assert type(part) is torch.Tensor
         assert torch.equal(part, (cached.states + 0)[dims])
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_some_of_the_kept_tokens_stay_in_the_room(bits):
+    cached = CachedStates(bits)
+    cached.append(new(20))
+    before, nbytes = cached.states + 0, cached.nbytes
+    cached.states = cached.states[:, :, 3:-4]
+    assert cached.nbytes == nbytes
+    assert torch.equal(cached.states + 0, before[:, :, 3:16])
+    cached.states = cached.states[:1]  # of one sequence
+    cached.append(new(1, batch=1))
+    assert torch.equal(cached.states[:, :, :-1] + 0, before[:1, :, 3:16])
 
 
 def test_older_tokens_stay_until_they_are_forgotten():
@@ -152,10 +206,9 @@ def test_what_cannot_be_is_refused():
 def test_other_sequences_heads_or_widths_are_refused_and_change_nothing(bits):
     cached = CachedStates(bits)
     cached.append(new(3))
-    # In 8 bits, rows of 5 and of 6 codes are as long.
-    for other in (new(3, batch=1), new(3)[:, :1], new(3)[..., :2], new(3)[..., :5]):
+    for batch, heads, width in ((1, 3, 6), (3, 3, 6), (2, 2, 6), (2, 4, 6), (2, 3, 2), (2, 3, 5), (2, 3, 7)):
         with pytest.raises(ValueError, match=r"do not continue \(2, 3\) sequences and heads"):
-            cached.append(other)
+            cached.append(torch.ones(batch, heads, 3, width))
     assert cached.length == cached.rows.shape[2] == 3
 
 

@@ -23,6 +23,7 @@ import lowmem
 from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
 from lowmem.inference.block import Block
 from lowmem.integrations.transformers.attending import ATTENTION
+from lowmem.nn.dot_product_attention import MOST
 from tests.compiled import needs_kernel
 from tests.integrations.transformers import test_cache
 
@@ -145,13 +146,13 @@ def test_in_bfloat16_logits_stay_within_its_rounding(family, ran):
 def test_masks_and_several_tokens_at_a_time(family, bits, ran):
     model, mask = model_of(family), torch.ones(2, 7, dtype=torch.long)
     mask[0, :3] = 0
-    cases = [(mask, 1), (mask, 3), (None, 3)]
+    cases = [(mask, 1), (mask, 3), (None, 3), (mask, MOST + 1)]
     expected = [logits(model, KeyValueCache(model, bits), 5, count, given) for given, count in cases]
     prepare_inference(model)
     got = [logits(model, KeyValueCache(model, bits), 5, count, given) for given, count in cases]
     for one, other in zip(got, expected, strict=True):
         assert near(one, other, torch.float32 if bits is None else torch.bfloat16)  # codes may be one off
-    assert ran["_at_once"] == 30
+    assert ran["_at_once"] == 30  # none of MOST + 1
 
 
 @pytest.mark.parametrize("family", LEFT)
@@ -391,6 +392,33 @@ def test_positions_of_each_sequence_follow_those_of_all(ran):
     for first, wanted in zip(cases, expected, strict=True):
         assert near(steps(first), wanted)
     assert ran["_at_once"] == 12
+
+
+def test_angles_that_c_does_not_read_are_left_to_the_modules(ran):
+    """Those of another dtype, of rows that lie apart, and of two shapes."""
+    model, x = model_of("llama"), torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(1))
+    block = model.model.layers[0]
+    with torch.no_grad():
+        cos, sin = model.model.rotary_emb(x, torch.arange(3)[None])
+        each = [one.expand(2, -1, -1) for one in (cos, sin)]
+        read = [(cos, sin), tuple(one.contiguous() for one in each)]
+        others = [(cos.bfloat16(), sin.bfloat16()), tuple(each), (cos, each[1].contiguous())]
+        expected = [block(x, position_embeddings=angles) for angles in (*read, *others)]
+        prepare_inference(model)
+        for number, (angles, wanted) in enumerate(zip((*read, *others), expected, strict=True)):
+            assert near(block(x, position_embeddings=angles), wanted)
+            assert ran["_in_two"] == min(number + 1, len(read))
+
+
+def test_steps_for_a_few_numbers_of_tokens_are_put_together_once(monkeypatch):
+    model, made, project = prepare_inference(model_of("llama")), [], Block._project
+    monkeypatch.setattr(Block, "_project", lambda *given: made.append(1) or project(*given))
+    cache, found = KeyValueCache(model), []
+    with torch.no_grad():
+        for count in (7, 1, 3, 1, 3, 2, 1):
+            model(ids_of(2, count), cache=cache, use_cache=True)
+            found.append(len(made))
+    assert found == [2, 4, 6, 6, 6, 8, 8]  # in two blocks
 
 
 FAR = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 16}
