@@ -42,3 +42,15 @@ def constant_in_graphs(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+class EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
+    """The metaclass of a tensor subclass that Dynamo is to put under another one.
+
+    Before torch 2.11 it does so only for a class that equals ``torch.Tensor`` or ``torch.nn.Parameter``.
+    """
+
+    def __eq__(cls, other: object) -> bool:
+        return cls is other or (TORCH < (2, 11) and other is torch.Tensor)
+
+    __hash__ = type.__hash__

@@ -27,6 +27,15 @@ def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout) -> Any:
     return make(base, tuple(updates), layout, None)
 
 
+_ATTRIBUTES: dict[Any, Any] = {
+    torch.ops.aten.detach.default: Tensor.detach,
+    torch.ops.aten.t.default: Tensor.t,
+    torch.ops.aten.transpose.int: Tensor.transpose,
+    torch.ops.aten.permute.default: Tensor.permute,
+}
+"""The operators of ``weight.data``, ``T`` and ``mT``, which Dynamo's guards read without asking the class."""
+
+
 class AdaptedWeight(LowRankSum, Tensor):
     """A weight with adapters, as a tensor of its shape, dtype and device."""
 
@@ -55,7 +64,9 @@ class AdaptedWeight(LowRankSum, Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        return on_values(operator, args, kwargs or {})
+        own = _ATTRIBUTES.get(operator)
+        result = NotImplemented if own is None else ADAPTED_FUNCTIONS[own](*args)
+        return on_values(operator, args, kwargs or {}) if result is NotImplemented else result
 
     @property
     def unadapted(self) -> Any:

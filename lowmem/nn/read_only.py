@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels.memory import is_traced
-from lowmem.kernels.torch_versions import constant_in_graphs, exports_without_dynamo, leave_to_eager
+from lowmem.kernels.torch_versions import EqualsTensor, constant_in_graphs, exports_without_dynamo, leave_to_eager
 
 _WRITES = (
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
@@ -334,7 +334,7 @@ class RecordedView(RecordedValues):
         return recorded_view(result, views[0].refusal) if makes_view(operator) else result
 
 
-class Unasked(RecordedView):
+class Unasked(RecordedView, metaclass=EqualsTensor):
     """The tensor under a subclass in a graph: it refuses operators for which Dynamo does not ask the subclass."""
 
     @classmethod
