@@ -121,6 +121,7 @@ def test_without_a_compiled_kernel_torchs_own_computes_full_precision(by_torch):
     assert by_torch
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch 2.15's own, of vmap
 def test_what_records_casts_drops_or_compiles_is_left_to_torch(by_torch):
     query, key, value = tensors(1, 2, 2, 1, 20, dtype=torch.bfloat16)
     query.requires_grad_()
