@@ -116,8 +116,8 @@ class Block:
         if None in places:
             return None
         (keys, seen_keys, count), (values, seen_values, _) = places
-        other = mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[3] != count)
-        hidden = None if other else mask_states(mask, (batch, q.heads, tokens, count))
+        unread = mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[3] != count)
+        hidden = None if unread else mask_states(mask, (batch, q.heads, tokens, count))
         if hidden is None:
             return None
         steps, query, mixed = self._program(ready, x, turns)

@@ -208,5 +208,5 @@ def why_not(module: nn.Module, layers: Iterable[Any]) -> str | None:
         form, dtype = layer._forms["weight"].form, layer._forms["weight"].dtype
         computed = getattr(form, "compute_dtype", None) or dtype
         if computed is not dtype or dtype not in ROW_TYPES:
-            return f"{names[layer]} takes {dtype} and computes in {computed}, not in float32 or bfloat16 alone"
+            return f"{names[layer]} takes {dtype} and computes in {computed}: C needs float32 for both, or bfloat16"
     return None

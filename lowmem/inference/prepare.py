@@ -38,7 +38,7 @@ class InferenceModule(PreparedModule):
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module: the call has handles of memory of this one."""
         make, *given = cast(Any, plain_copy(self).__reduce_ex__(protocol))
-        return partial(make), *given  # pickle refuses __newobj__ by its name: the class is not this module's
+        return partial(make), *given  # not __newobj__ itself, for which pickle demands the class of this module
 
 
 def prepare_inference(model: M) -> M:

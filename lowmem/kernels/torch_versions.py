@@ -45,9 +45,10 @@ def constant_in_graphs(function: _F) -> _F:
 
 
 class EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
-    """The metaclass of a tensor subclass that Dynamo is to put under another one.
+    """Metaclass of a tensor subclass to which a graph of Dynamo gives the ``__torch_function__`` of another subclass.
 
-    Before torch 2.11 it does so only for a class that equals ``torch.Tensor`` or ``torch.nn.Parameter``.
+    Before torch 2.11 Dynamo asserts that a class to which it does so equals ``torch.Tensor`` or ``nn.Parameter``.
+    The base is torch's own metaclass, which has no public name; mypy takes ``type(...)`` for a value.
     """
 
     def __eq__(cls, other: object) -> bool:

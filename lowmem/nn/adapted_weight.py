@@ -27,13 +27,13 @@ def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout) -> Any:
     return make(base, tuple(updates), layout, None)
 
 
-_ATTRIBUTES: dict[Any, Any] = {
+_VIEWS: dict[Any, Any] = {
     torch.ops.aten.detach.default: Tensor.detach,
     torch.ops.aten.t.default: Tensor.t,
     torch.ops.aten.transpose.int: Tensor.transpose,
     torch.ops.aten.permute.default: Tensor.permute,
 }
-"""The operators of ``weight.data``, ``T`` and ``mT``, which Dynamo's guards read without asking the class."""
+"""The operators of ``weight.data``, ``T`` and ``mT``, which Dynamo's guards read without ``__torch_function__``."""
 
 
 class AdaptedWeight(LowRankSum, Tensor):
@@ -64,7 +64,7 @@ class AdaptedWeight(LowRankSum, Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        own = _ATTRIBUTES.get(operator)
+        own = _VIEWS.get(operator)
         result = NotImplemented if own is None else ADAPTED_FUNCTIONS[own](*args)
         return on_values(operator, args, kwargs or {}) if result is NotImplemented else result
 

@@ -84,7 +84,7 @@ class CachedStates:
         if states is None or isinstance(states, EightBitStates) != (self.bits is not None):
             self.clear()
             if states is not None:
-                self.append(states, forget=False)
+                self.append(states, forget=False)  # which encodes, or decodes
         else:
             rows = states.rows if isinstance(states, EightBitStates) else states
             start = None if self._room is None else _start(rows, self._room)
