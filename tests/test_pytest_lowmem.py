@@ -234,7 +234,7 @@ def test_the_verdict_is_written_as_json(project, run):
     bad=[
         ("{", "the JSON is broken at character 1"),
         (
-            '{"backend": "x", "torch": "1.0", "threads": 2, "figures": {}}',
+            '{"version": 1, "backend": "x", "torch": "1.0", "threads": 2, "figures": {}}',
             "its figures are of backend='x', torch='1.0'",
         ),
     ],

@@ -21,7 +21,8 @@ from lowmem.errors import FileError, as_path, refusal, show
 from lowmem.io.atomic import atomic_file, check_writable, open_regular, read_errors, write_errors
 from lowmem.io.safetensors import Placed, TensorSpec, encode, parse, parse_json, place, read_header
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""Of the layout of every kind of file, raised with each change. A version that a release wrote keeps its reader."""
 
 MAGIC = b'{"__metadata__":{"sha256":"'
 DIGEST = slice(8 + len(MAGIC), 8 + len(MAGIC) + 64)
@@ -126,7 +127,7 @@ def read(path: str | os.PathLike[str]) -> TensorFile:
     and reading a part that was cut off ends the process (SIGBUS). ``write`` is safe: it replaces the file.
 
     Raises:
-        FileError: the file is damaged, or written by a newer lowmem or by another program.
+        FileError: the file is damaged, of another format version, or written by another program.
         OSError: the file cannot be read.
     """
     path = as_path("path", path)
@@ -213,11 +214,13 @@ def _metadata(path: Path, text: bytes) -> dict[str, Any]:
         version = metadata.pop("version")
     except (ValueError, TypeError, LookupError, AttributeError):  # invalid JSON, or other types
         raise refusal(path, "its metadata is not lowmem's; get it again from who wrote it") from None
-    if type(version) is int and version > FORMAT_VERSION:
-        newer = f"(format version {version}; this one reads {FORMAT_VERSION})"
-        raise refusal(path, f"it was written by a newer lowmem {newer}; upgrade lowmem")
     if type(version) is not int or version < 1:
         raise refusal(path, f"its format version is {show(version)}; get it again from who wrote it")
+    if version != FORMAT_VERSION:
+        older = version < FORMAT_VERSION
+        remedy = "get it again, or make it again with this lowmem" if older else "upgrade lowmem"
+        numbers = f"(format version {version}; this one reads {FORMAT_VERSION})"
+        raise refusal(path, f"it was written by {'an older' if older else 'a newer'} lowmem {numbers}; {remedy}")
     return metadata
 
 

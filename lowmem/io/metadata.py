@@ -20,7 +20,9 @@ from lowmem.quant.tensor import METHODS
 FLAGS = ("transposed", "gathered")
 """What a record says of a 4-bit weight where it holds, and else not: older readers refuse the keys."""
 
-CONFIG_VERSION = 1  # of the quantization_config of a folder; a newer one is refused
+CONFIG_VERSION = 2
+"""Of a folder: of its ``quantization_config`` and the names of its tensors. It is raised with each change of them."""
+
 _CONFIG = {"quant_method", "notice", "version", "technique", "skip", "train_dense", "layers", "adapters"}
 
 _STORED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -148,8 +150,10 @@ def check_config(record: Mapping[str, Any]) -> None:
     """
     version = record.get("version", CONFIG_VERSION)
     if type(version) is not int or version != CONFIG_VERSION:
+        older = type(version) is int and version < CONFIG_VERSION
+        remedy = "save the folder again with this one" if older else "upgrade lowmem"
         raise ValueError(
-            f"quantization_config has version={show(version)}, and this lowmem reads {CONFIG_VERSION}: upgrade lowmem"
+            f"quantization_config has version={show(version)}, and this lowmem reads {CONFIG_VERSION}: {remedy}"
         )
     unknown = sorted(record.keys() - _CONFIG)
     if unknown:

@@ -1,6 +1,6 @@
 """Baselines of memory figures, one JSON file for each kernel backend and minor version of torch.
 
-    {"backend": "portable", "torch": "2.13", "threads": 2,
+    {"version": 1, "backend": "portable", "torch": "2.13", "threads": 2,
      "figures": {"tests/test_model.py::test_small": {"stored_bytes": 4096, "forward_bytes": 512}}}
 
 Figures are exact: one byte more or less is a change. Figures of different backends, versions of torch or thread
@@ -23,6 +23,9 @@ from lowmem.io.atomic import write_atomically
 from lowmem.io.safetensors import parse_json, read_at_most
 from lowmem.testing.verdicts import Row, verdict_of
 from lowmem.transforms.summary import aligned
+
+VERSION = 1
+"""Of the members of a baseline's file, raised with each change of them."""
 
 MOST_BYTES = 2**24
 """Largest baseline that is read, in bytes; a gate takes about 200."""
@@ -115,11 +118,15 @@ def parse_document(content: str | bytes, key: Key, *more: str) -> dict[str, Any]
     The message of a ValueError is one line without the file's name.
     """
     document: Any = parse_json(content)
-    names = ("backend", "torch", "threads", *more, "figures")
+    names = ("version", "backend", "torch", "threads", *more, "figures")
+    version = document.get("version") if isinstance(document, dict) else VERSION
+    if type(version) is not int or version != VERSION:
+        newer = ": upgrade lowmem" if type(version) is int and version > VERSION else ""
+        raise ValueError(f"it has version={show(version)}, and this lowmem reads {VERSION}{newer}")
     if not isinstance(document, dict) or document.keys() != set(names):
         raise ValueError(f"it must hold {', '.join(names[:-1])} and figures, and nothing else")
-    if asdict(key) != {name: document[name] for name in names[:3]}:
-        found = ", ".join(f"{name}={show(document[name])}" for name in names[:3])
+    if asdict(key) != {name: document[name] for name in asdict(key)}:
+        found = ", ".join(f"{name}={show(document[name])}" for name in asdict(key))
         raise ValueError(f"its figures are of {found}, and this run is {key}")
     if not isinstance(document["figures"], dict):
         raise ValueError(f"figures={show(document['figures'])} must be an object")
@@ -141,5 +148,5 @@ def write_figures(path: Path, key: Key, figures: Mapping[str, Mapping[str, float
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(f"cannot write {show(str(path))}: {error.strerror}; choose another directory") from error
-    document = {**asdict(key), **more, "figures": dict(sorted(figures.items()))}
+    document = {"version": VERSION, **asdict(key), **more, "figures": dict(sorted(figures.items()))}
     write_atomically(path, (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode())

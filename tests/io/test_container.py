@@ -125,7 +125,7 @@ def test_what_is_written_comes_back_bit_for_bit(tensors, metadata):
 
 
 def test_the_bytes_are_those_of_the_format():
-    lowmem = json.dumps('{"block_size":64,"format":"nf4","version":1}')
+    lowmem = json.dumps('{"block_size":64,"format":"nf4","version":2}')
     text = (
         f'{{"__metadata__":{{"sha256":"{"0" * 64}","lowmem":{lowmem}}},'
         '"layer.bias":{"dtype":"F32","shape":[2],"data_offsets":[0,8]},'
@@ -262,9 +262,12 @@ def changed_header(old, new):
         (changed_header(b'"step"', b'"codes"'), "the JSON has a name twice|metadata is not lowmem's"),
         (changed_header(b'"shape":[7]', b'"shape": [7]'), "not laid out as lowmem does it"),
         (sealed(FILE + b"\0"), "the tensors take 27 bytes, and 28 are there"),
-        (changed_header(b'version\\":1', b'version\\":2'), r"newer lowmem \(format version 2; this one reads 1\)"),
-        (changed_header(b'version\\":1', b'version\\":0'), "its format version is 0; get it again"),
-        (changed_header(b'version\\":1', b'version\\":true'), "its format version is True; get it again"),
+        (changed_header(b'version\\":2', b'version\\":3'),
+         r"newer lowmem \(format version 3; this one reads 2\); upgrade lowmem"),
+        (changed_header(b'version\\":2', b'version\\":1'),
+         r"older lowmem \(format version 1; this one reads 2\); get it again, or make it again with this lowmem"),
+        (changed_header(b'version\\":2', b'version\\":0'), "its format version is 0; get it again"),
+        (changed_header(b'version\\":2', b'version\\":true'), "its format version is True; get it again"),
         (changed_header(b"version", b"vers"), "its metadata is not lowmem's; get it again"),
         (changed_header(b'"lowmem":"{', b'"lowmem":"['), "its metadata is not lowmem's; get it again"),
         (changed_header(b'"lowmem":"', b'"lowmem":1,"low":"'), "its metadata is not lowmem's; get it again"),

@@ -40,6 +40,7 @@ def test_the_file_of_a_key_is_lines_that_a_reviewer_reads_in_a_diff(file):
     assert file.name == "portable-torch2.13.json"
     assert file.read_text().splitlines() == [
         "{",
+        '  "version": 1,',
         '  "backend": "portable",',
         '  "torch": "2.13",',
         '  "threads": 2,',
@@ -87,7 +88,8 @@ def test_the_table_says_before_after_and_difference_in_aligned_columns():
         b"",
         b"[]",
         b"<<<<<<< HEAD\n{}",
-        b'{"backend": "portable", "torch": "2.13", "threads": 2}',
+        b'{"version": 1, "backend": "portable", "torch": "2.13", "threads": 2}',
+        b'{"version": 2, "figures": {}}',
     ],
 )
 def test_a_damaged_file_is_one_line_that_names_it_and_the_remedy(file, content):
@@ -109,7 +111,9 @@ def test_a_damaged_file_is_one_line_that_names_it_and_the_remedy(file, content):
         ({"figures": {"a": 3}}, "'a' must be an object"),
         ({"figures": {"a": {"x": True}}}, "'x' is True and must be a number of bytes"),
         ({"figures": {"a": {"x": -1}}}, "'x' is -1 and must be a number of bytes"),
-        ({"more": 1}, "must hold backend, torch, threads and figures, and nothing else"),
+        ({"more": 1}, "must hold version, backend, torch, threads and figures, and nothing else"),
+        ({"version": 2, "more": 1}, "it has version=2, and this lowmem reads 1: upgrade lowmem; restore"),
+        ({"version": None}, "it has version=None, and this lowmem reads 1; restore"),
         ({"backend": "avx2"}, "of backend='avx2', torch='2.13', threads=2, and this run is backend=portable"),
         ({"torch": "2.4"}, "of backend='portable', torch='2.4', threads=2, and this run"),
         ({"threads": 1}, "of backend='portable', torch='2.13', threads=1, and this run"),

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lowmem
-from lowmem.io.metadata import form_record, layer_of
+from lowmem.io.metadata import CONFIG_VERSION, form_record, layer_of
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -87,7 +87,11 @@ def write_folder(folder: Path, weights: Weights, config: Mapping[str, Any] = CON
         parts[f"{module}._extra_state"] = torch.tensor(list(b"how it is stored"), dtype=torch.uint8)
         layers.append({**form_record(CodedForm.of(weight)), "names": [module]})
     method = "lowmem: import lowmem.integrations.transformers"
-    record = {"quantization_config": {"quant_method": method, "version": 1, "layers": layers}} if layers else {}
+    record = (
+        {"quantization_config": {"quant_method": method, "version": CONFIG_VERSION, "layers": layers}}
+        if layers
+        else {}
+    )
     (folder / "config.json").write_text(json.dumps({**config, **record}))
     if shards == 1:
         save_file(parts, folder / "model.safetensors", {"format": "pt"})
