@@ -1,11 +1,14 @@
 """Imports point one way, importing stays lean, and every module has its mirror test."""
 
 import ast
+import inspect
 import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
+
+from torch import nn
 
 import lowmem
 from tests.imports import (
@@ -43,6 +46,20 @@ ORDER = [
     ("tools",),
 ]
 TORCH_ONLY = ("bignet", "measure", "errors")
+
+# What makes a tensor with torch's default dtype, or on its default device, unless both are named.
+FACTORIES = {
+    *("empty", "empty_permuted", "empty_quantized", "empty_strided", "eye", "full", "ones", "scalar_tensor", "zeros"),
+    *("arange", "linspace", "logspace", "range", "tril_indices", "triu_indices"),
+    *("as_tensor", "asarray", "tensor"),
+    *("normal", "rand", "randint", "randn", "randperm"),
+    *("sparse_bsc_tensor", "sparse_bsr_tensor", "sparse_compressed_tensor", "sparse_coo_tensor", "sparse_csc_tensor"),
+    *("sparse_csr_tensor", "bartlett_window", "blackman_window", "hamming_window", "hann_window", "kaiser_window"),
+}
+LEGACY = {
+    f"torch.{kind}Tensor" for kind in ("", "Bool", "Byte", "Double", "Float", "Half", "BFloat16", "Int", "Long")
+}
+DENSE_FOR_THE_USER = ("bignet.py", "tools/fit_classifier.py")  # they follow torch's defaults, as nn.Linear does
 
 
 def place_of(name: str) -> int:
@@ -137,3 +154,58 @@ def test_nothing_is_assigned_to_another_library():
             names = {dotted(target) for target in targets if isinstance(target, ast.Attribute)}
             assigned |= {name for name in names if name.partition(".")[0] in {*OTHERS, "nn", "functional"}}
     assert assigned == {"nn.Module.__call__"}
+
+
+def default_factories(source: str, path: str) -> list[str]:
+    """Return the places in a source that make a tensor with torch's default dtype or on its default device."""
+    tree, found, whole = ast.parse(source), [], set()
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = dotted(call.func)
+        if {"dtype", "device"} <= {one.arg for one in call.keywords}:
+            whole.add(call.func)
+        elif name in LEGACY or (name in ("torch.Generator", "nn.Parameter", "nn.Buffer") and not call.args):
+            found.append((call.lineno, name))
+        elif name.startswith("nn.") and path not in DENSE_FOR_THE_USER:
+            module = getattr(nn, name.removeprefix("nn."), None)
+            if isinstance(module, type) and "dtype" in inspect.signature(module).parameters:
+                found.append((call.lineno, name))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            found += [(node.lineno, f"torch.{one.name}") for one in node.names if one.name in FACTORIES]
+        elif isinstance(node, ast.Attribute) and node not in whole:
+            found += [(node.lineno, name) for name in [dotted(node)] if name.removeprefix("torch.") in FACTORIES]
+    return [f"{path}:{line}: {name}" for line, name in sorted(found)]
+
+
+def test_a_tensor_is_made_with_a_dtype_and_a_device():
+    """torch's defaults are the user's: transformers changes the dtype while it builds a model, and C was once given
+    scratch of half the size."""
+    package = Path(lowmem.__file__).parent
+    found = [place for path in MODULES for place in default_factories((package / path).read_text("utf8"), path)]
+    assert found == [], "name dtype= and device="
+
+
+def test_a_factory_without_dtype_or_device_is_found():
+    lines = (
+        "torch.empty(3, dtype=torch.int8)",
+        "torch.arange(3, device='cpu')",
+        "torch.tensor([1])",
+        "nn.Linear(2, 2)",
+        "nn.Parameter()",
+        "make = torch.zeros",
+        "from torch import full",
+        "torch.Generator()",
+        "torch.FloatTensor(2)",
+    )
+    found = default_factories("\n".join(lines), "a.py")
+    assert [place.split(":")[1] for place in found] == [str(line + 1) for line in range(len(lines))]
+    fine = (
+        "torch.empty(3, dtype=torch.int8, device=x.device)",
+        "torch.empty_like(x)",
+        "x.new_zeros(3)",
+        "nn.Linear(2, 2, dtype=dtype, device=device)",
+        "nn.Parameter(x)",
+        "torch.Generator('cpu')",
+        "isinstance(x, torch.Tensor)",
+    )
+    assert default_factories("\n".join(fine), "a.py") == []

@@ -122,10 +122,10 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _isolates(model: nn.Module, calling: Calling, vocabulary: int) -> bool:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     device = next(model.parameters()).device
     first, second = _LENGTHS
-    ids = torch.randint(vocabulary, (1, first + second), generator=generator)
+    ids = torch.randint(vocabulary, (1, first + second), generator=generator, dtype=torch.int64, device="cpu")
     before, after = ids.clone(), ids.clone()
     before[:, :first] = (ids[:, :first] + 1) % vocabulary
     after[:, first:] = (ids[:, first:] + 1) % vocabulary
@@ -155,7 +155,7 @@ def _isolates(model: nn.Module, calling: Calling, vocabulary: int) -> bool:
         )
     if not calling.positions:
         return False
-    positions = torch.cat([torch.arange(first), torch.arange(second)])[None]
+    positions = torch.tensor([[*range(first), *range(second)]], dtype=torch.int64, device="cpu")
     apart = run(ids, positions)[first:] - run(before, positions)[first:]
     return _small(apart, whole[first:] - run(before)[first:])
 

@@ -259,7 +259,7 @@ class _Run:
         tensors, record = capture(self._model, self._optimizer)
         tensors |= {f"best.{name}": value for name, value in self._best.items()}
         tensors |= {f"random.{name}": value for name, value in random.items()}
-        tensors["losses"] = torch.tensor(self._done.losses, dtype=torch.float64)
+        tensors["losses"] = torch.tensor(self._done.losses, dtype=torch.float64, device="cpu")
         found = [[step, value if math.isfinite(value) else None] for step, value in self._done.evaluations]
         return Saved(step, tensors, {**record, "evaluations": found})  # JSON has no infinity
 

@@ -60,7 +60,8 @@ class Rows:
         self._examples = examples
         self._rows = pack(lengths, length) if calling.isolates else [[number] for number in range(len(examples))]
         own = [example.counted for example in examples]
-        self.counted = torch.tensor([sum(own[number] for number in row) for row in self._rows])
+        counted = [sum(own[number] for number in row) for row in self._rows]
+        self.counted = torch.tensor(counted, dtype=torch.int64, device="cpu")
 
     @classmethod
     def of(cls, model: nn.Module, examples: Sequence[Example], length: int, vocabulary: int) -> Rows:
@@ -83,17 +84,18 @@ class Rows:
         rows = [self._rows[index] for index in indices]
         width = max([1, *(sum(len(self._examples[one].ids) for one in row) for row in rows)])
         shape = (max(1, len(rows)), width)
-        ids, positions, mask = (torch.zeros(shape, dtype=torch.int64) for _ in range(3))
-        targets = torch.full(shape, IGNORED, dtype=torch.int64)
+        ids, positions, mask = (torch.zeros(shape, dtype=torch.int64, device="cpu") for _ in range(3))
+        targets = torch.full(shape, IGNORED, dtype=torch.int64, device="cpu")
         for row, parts in enumerate(rows):
             start = 0
             for example in (self._examples[one] for one in parts):
                 stop = start + len(example.ids)
                 ids[row, start:stop], targets[row, start:stop] = example.ids, example.targets
-                positions[row, start:stop] = torch.arange(stop - start)
+                positions[row, start:stop] = torch.arange(stop - start, dtype=torch.int64, device="cpu")
                 start = stop
             mask[row, :start] = 1
-            positions[row, start:] = torch.arange(width - start)  # the padding is a separate text
+            # The padding is a separate text.
+            positions[row, start:] = torch.arange(width - start, dtype=torch.int64, device="cpu")
         several = any(len(parts) > 1 for parts in rows)
         padded = not several and not bool(mask.all())
         inputs = self.calling.inputs(
@@ -163,7 +165,8 @@ class Order:
 
 @lru_cache(maxsize=2)
 def _shuffled(rows: int, seed: int) -> list[int]:
-    order: list[int] = torch.randperm(rows, generator=torch.Generator().manual_seed(seed)).tolist()
+    generator = torch.Generator("cpu").manual_seed(seed)
+    order: list[int] = torch.randperm(rows, generator=generator, dtype=torch.int64, device="cpu").tolist()
     return order
 
 

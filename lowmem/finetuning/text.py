@@ -57,9 +57,9 @@ class Example:
     @classmethod
     def of(cls, tokens: Sequence[int], counts: Sequence[bool]) -> Example:
         """Make an example from tokens; ``counts`` says of each whether it is to be predicted."""
-        ids = torch.tensor(tokens, dtype=torch.int32)
+        ids = torch.tensor(tokens, dtype=torch.int32, device="cpu")
         targets = torch.full_like(ids, IGNORED)
-        targets[:-1] = torch.where(torch.tensor(counts[1:], dtype=torch.bool), ids[1:], IGNORED)
+        targets[:-1] = torch.where(torch.tensor(counts[1:], dtype=torch.bool, device="cpu"), ids[1:], IGNORED)
         return cls(ids, targets)
 
     @property
@@ -99,9 +99,10 @@ class Texts:
                 f"a share of {share:g} of {count} examples is {held}, and both parts need one: take another share, "
                 "more text, or a file of its own to evaluate on"
             )
-        order = torch.arange(count)
+        order = torch.arange(count, dtype=torch.int64, device="cpu")
         if not self.in_order:
-            order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+            generator = torch.Generator("cpu").manual_seed(seed)
+            order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
         parts = order[:-held].sort().values, order[-held:].sort().values
         first, second = ([self.examples[number] for number in part.tolist()] for part in parts)
         return Texts(first, self.digest, self.in_order), Texts(second, self.digest, self.in_order)

@@ -192,7 +192,7 @@ def bytes_of(tensor: Tensor) -> memoryview:
 def _view(content: mmap.mmap, start: int, placed: Placed) -> Tensor:
     spec = placed.spec
     if spec.nbytes == 0:  # frombuffer rejects empty tensors
-        return torch.empty(spec.shape, dtype=spec.dtype)
+        return torch.empty(spec.shape, dtype=spec.dtype, device="cpu")
     values = torch.frombuffer(content, dtype=torch.uint8, count=spec.nbytes, offset=start + placed.begin)
     return values.view(spec.dtype).view(spec.shape)
 

@@ -164,7 +164,7 @@ def _converted(
     errors: dict[str, float],
 ) -> StoredWeight:
     """Plan to store a tensor by ``technique``; its error is noted when it is written."""
-    skeleton = technique.skeleton(_rows(torch.empty(opened.specs[name].shape, device="meta")))
+    skeleton = technique.skeleton(_rows(torch.empty(opened.specs[name].shape, dtype=torch.float32, device="meta")))
 
     def read() -> QuantizedTensor:
         weight = _rows(opened.read_tensor(name)).to(device)

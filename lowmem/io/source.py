@@ -63,7 +63,7 @@ class Checkpoint:
             OSError: the file cannot be read.
         """
         placed = self._tensors[name]
-        content = torch.empty(placed.spec.nbytes, dtype=torch.uint8)
+        content = torch.empty(placed.spec.nbytes, dtype=torch.uint8, device="cpu")
         where = self._start + placed.begin
         read_into(self.path, self._file, where, content.numpy().data, f", in tensor {show(name)}")
         return content.view(placed.spec.dtype).view(placed.spec.shape)

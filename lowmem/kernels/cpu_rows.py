@@ -162,7 +162,7 @@ class CpuRows:
         fits = query.dtype in TYPES and query.numel() * keys * value_width > 0 and not is_traced()
         if not fits or None in given or is_batch(query):
             return reference.attention(query, key, value, mask, scaling, softcap)
-        out = torch.empty(batch, queries, heads, value_width, dtype=query.dtype)
+        out = torch.empty(batch, queries, heads, value_width, dtype=query.dtype, device="cpu")
         sizes = batch, key_heads, heads // key_heads, queries, keys, width, value_width
         states = [number for one in given for number in one or ()]
         work, fields, _scratch = attention_call(sizes, states, scaling, softcap, out.data_ptr())
@@ -205,7 +205,7 @@ def attention_call(
     threads, rows = min(most, 1 + work // _GRAIN), shared * queries
     chunk = _QUERIES if threads == 1 else min(_QUERIES, -(-rows * batch * key_heads // (2 * threads)))
     own = _QUERIES * (_padded(width) + _padded(value_width))
-    scratch = torch.empty(threads * own)
+    scratch = torch.empty(threads * own, dtype=torch.float32, device="cpu")
     return work, (*sizes, chunk, scaling, softcap or 0.0, *states, out, scratch.data_ptr(), own), scratch
 
 

@@ -212,7 +212,7 @@ def stored(packed: Tensor, scales: Tensor, text: str) -> QuantizedTensor:
 def _state_of(address: int, packed: torch.Size, text: str) -> dict[str, Any]:
     """Return a weight's state with the cache for what is stored at an address; backends check what they cached."""
     columns, described, _ = parsed(text)
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, dtype=torch.float32, device="cpu")
     return dict(QuantizedTensor(nothing, nothing, torch.Size((packed[0], columns)), *described).__dict__)
 
 

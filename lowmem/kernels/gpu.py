@@ -36,7 +36,7 @@ def skip_reason(device: torch.device) -> str | None:
         return f"triton {triton.__version__} is too old: lowmem's kernels need {_dotted(OLDEST)}"
     try:
         weight = QuantizedTensor.empty(torch.Size((1, 8)), "nf4", 8, "float32", "absmax", device=device)
-        _launches().dequantize(weight, torch.empty(1, 8, device=device))()
+        _launches().dequantize(weight, torch.empty(1, 8, dtype=torch.float32, device=device))()
     except Exception as error:  # noqa: BLE001 (of the compiler, the linker or the driver; plain torch serves then)
         return f"triton {triton.__version__} does not run on {device}: {_first_line(error)}"
     return None

@@ -55,10 +55,10 @@ class Blocks(NamedTuple):
         starts = torch.cat([ends.new_zeros(1), ends[:-1]])
         blocks = (ends - starts + size - 1) // size  # of each group: (count,)
         last = blocks.cumsum(0)
-        numbers = torch.arange(min(rows, rows // size + count), device=offsets.device)
+        numbers = torch.arange(min(rows, rows // size + count), dtype=torch.int64, device=offsets.device)
         group = torch.searchsorted(last, numbers, right=True).clamp(max=count - 1)
         first = starts[group] + (numbers - (last - blocks)[group]) * size
-        found = first[:, None] + torch.arange(size, device=offsets.device)  # (blocks, size)
+        found = first[:, None] + torch.arange(size, dtype=torch.int64, device=offsets.device)  # (blocks, size)
         return cls(group, torch.where(found < ends[group][:, None], found, rows))
 
     def gather(self, x: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class Layout(NamedTuple):
 
     def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A, (*stack, rank, in), and B, (*stack, out, rank)."""
-        *stack, outputs, inputs = self.matrix(torch.empty(self.shape, device="meta")).shape
+        *stack, outputs, inputs = self.matrix(torch.empty(self.shape, dtype=torch.float32, device="meta")).shape
         return {"lora_a": (*stack, rank, inputs), "lora_b": (*stack, outputs, rank)}
 
 
@@ -152,8 +152,8 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     rows, columns = matrix.shape
     size = min(rank + _OVERSAMPLING, rows, columns)
-    generator = torch.Generator().manual_seed(0)
-    basis = torch.randn(columns, size, generator=generator, dtype=matrix.dtype).to(matrix.device)
+    generator = torch.Generator("cpu").manual_seed(0)
+    basis = torch.randn(columns, size, generator=generator, dtype=matrix.dtype, device="cpu").to(matrix.device)
     for _ in range(_STEPS):
         basis = torch.linalg.qr(matrix.t() @ (matrix @ basis)).Q  # (columns, size)
     u, s, vt = torch.linalg.svd(matrix @ basis, full_matrices=False)  # (rows, size), (size,), (size, size)

@@ -17,7 +17,8 @@ from lowmem.nn.stored_tensor import FUNCTIONS, OPERATORS, StoredTensor
 
 def check_order(order: Tensor, name: str) -> None:
     """Check that an order that was read from a file or state is a permutation; one on the meta device passes."""
-    if not order.is_meta and not torch.equal(order.sort().values, torch.arange(len(order), device=order.device)):
+    columns = torch.arange(len(order), dtype=torch.int64, device=order.device)
+    if not order.is_meta and not torch.equal(order.sort().values, columns):
         raise ValueError(f"{name} does not name each of {len(order)} columns once; get it again")
 
 

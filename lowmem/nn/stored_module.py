@@ -238,7 +238,7 @@ class StoredModule(nn.Module):
         for name, one in self._forms.items():
             first = getattr(self, f"{name}_{one.form.parts[0]}")
             before = first.__dict__.get("presented_dtype", one.dtype)
-            cast = fn(torch.empty(0, dtype=before)).dtype
+            cast = fn(torch.empty(0, dtype=before, device="cpu")).dtype
             cast = cast if cast.is_floating_point else before
             self._forms[name] = one._replace(dtype=cast)
             if cast is not before:  # seen by all modules that share the weight

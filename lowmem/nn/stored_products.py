@@ -167,7 +167,7 @@ def _embedding_bag(
     # torch.unique has a data-dependent shape, which a graph cannot hold, and for which the host waits for a GPU.
     if is_recorded(indices, *weight.parts) or not indices.is_cpu:
         rows = _embedding(weight, indices)
-        numbers = torch.arange(indices.shape[0], device=indices.device)
+        numbers = torch.arange(indices.shape[0], dtype=torch.int64, device=indices.device)
         if padding >= 0:  # one more row in front stands for the padding
             rows = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
             numbers, padding = torch.where(indices == padding, 0, numbers + 1), 0

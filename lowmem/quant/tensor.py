@@ -79,7 +79,7 @@ class QuantizedTensor:
         cls, shape: torch.Size, format: str, block_size: int, scales: str, method: str, *, device: torch.device | str
     ) -> QuantizedTensor:
         """Return a tensor of ``shape`` with uninitialized codes and scales, as ``torch.empty`` does."""
-        nothing = torch.empty(0, device=device)
+        nothing = torch.empty(0, dtype=torch.float32, device=device)
         shaped = cls(nothing, nothing, shape, format, block_size, scales, method)
         packed, byte, of_scales, dtype = shaped.stored_layout
         return replace(

@@ -107,7 +107,7 @@ def _error(errors: Mapping[str, float | None], sizes: Mapping[str, float]) -> fl
 def _weight(module: nn.Module) -> Tensor:
     """Return the weight of a dense module, or else its first parameter; without any, a tensor of shape ()."""
     own = {name: p.detach() for name, p in module.named_parameters(recurse=False) if not is_lazy(p)}
-    return own.get("weight", next(iter(own.values()), torch.zeros(())))
+    return own.get("weight", next(iter(own.values()), torch.zeros((), dtype=torch.float32, device="cpu")))
 
 
 def _norm(weight: Tensor) -> float:

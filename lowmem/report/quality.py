@@ -131,7 +131,7 @@ def distortions(shape: tuple[int, int] = (32, 4096)) -> list[Distortion]:
 
     In long rows, the scale per row of ``double`` hardly counts.
     """
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    weight = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(0), dtype=torch.float32, device="cpu")
     points = []
     for name in FORMATS:
         for scales in ENCODINGS:

@@ -64,8 +64,9 @@ def make_input(arguments: argparse.Namespace) -> Tensor:
     dtype = getattr(torch, arguments.input_dtype)
     try:
         if not dtype.is_floating_point:
-            return torch.zeros(size, dtype=dtype)
-        return torch.randn(size, generator=torch.Generator().manual_seed(arguments.seed)).to(dtype)
+            return torch.zeros(size, dtype=dtype, device="cpu")
+        generator = torch.Generator("cpu").manual_seed(arguments.seed)
+        return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     except RuntimeError as reason:
         raise ValueError(f"an input of shape {size} cannot be made: {describe(reason)}; make it smaller") from reason
 

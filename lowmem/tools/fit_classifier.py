@@ -179,7 +179,7 @@ def fit(
     with user_code(failed):
         finite = _finite(model)
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=lr)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     examples = len(data.train_x)
     result = Result(variant, epochs, [], 0.0, 0.0, 0, 0.0)
     seconds: list[float] = []
@@ -197,7 +197,7 @@ def fit(
         for epoch in range(1, epochs + 1):
             model.train()
             outcomes: list[tuple[float, int]] = []
-            batches = torch.randperm(examples, generator=generator).split(batch_size)
+            batches = torch.randperm(examples, generator=generator, dtype=torch.int64, device="cpu").split(batch_size)
             for rows in batches:
                 x, y = data.train_x[rows], data.train_y[rows]
                 started = time.perf_counter()

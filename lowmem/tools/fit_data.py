@@ -47,7 +47,7 @@ def load_data(name: str, seed: int) -> Split:
             ``y`` (examples,) of integer classes.
         seed: of the split, and of the synthetic task.
     """
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     if name == "synthetic":
         x, y = _synthetic(generator)
     elif name == "digits":
@@ -56,16 +56,16 @@ def load_data(name: str, seed: int) -> Split:
         x, y = _npz(Path(name))
     else:
         raise ValueError(f"data={name!r} is unknown: choose synthetic, digits, or a file whose name ends in .npz")
-    order = torch.randperm(len(x), generator=generator)
+    order = torch.randperm(len(x), generator=generator, dtype=torch.int64, device="cpu")
     test, train = order.tensor_split([round(TEST_SHARE * len(x))])
     return Split(x[train], y[train], x[test], y[test], int(y.max()) + 1)
 
 
 def _synthetic(generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return inputs (1000, 1024) that are normal around a random center for each of 10 classes, and their classes."""
-    centers = torch.randn(10, CHANNELS, generator=generator) * 0.2
-    y = torch.randint(10, (1000,), generator=generator)
-    return centers[y] + torch.randn(len(y), CHANNELS, generator=generator), y
+    centers = torch.randn(10, CHANNELS, generator=generator, dtype=torch.float32, device="cpu") * 0.2
+    y = torch.randint(10, (1000,), generator=generator, dtype=torch.int64, device="cpu")
+    return centers[y] + torch.randn(len(y), CHANNELS, generator=generator, dtype=torch.float32, device="cpu"), y
 
 
 def _digits() -> tuple[Tensor, Tensor]:

@@ -75,8 +75,8 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
 
 def _import_optimizer() -> None:
     """Let torch import what the first step of an optimizer needs: a run has these modules in memory, too."""
-    one = nn.Parameter(torch.zeros(1))
-    one.grad = torch.zeros(1)
+    one = nn.Parameter(torch.zeros(1, dtype=torch.float32, device="cpu"))
+    one.grad = torch.zeros(1, dtype=torch.float32, device="cpu")
     torch.optim.AdamW([one]).step()
 
 
@@ -156,7 +156,7 @@ def _plan_steps(job: Job, storing: Technique | None, skip: tuple[str, ...]) -> P
         check_shapes(job.folder)
     techniques = (*([] if storing is None else [storing]), job.adapter)
     rows, length = job.settings.batch_size, job.length
-    targets = torch.zeros(rows * length, dtype=torch.int64)
+    targets = torch.zeros(rows * length, dtype=torch.int64, device="cpu")
     batch: dict[str, Any] = {"input_ids": targets.view(rows, length), "use_cache": False}
 
     def loss(output: Any) -> Tensor:

@@ -57,7 +57,8 @@ class Room:
             whole = -(-size // _ALIGNED) * _ALIGNED
             length = max(1, self._total // _PART // whole) * whole  # a multiple: tensors of one size waste nothing
             return_holes(length)
-            self._piece, self._used, self._total = torch.empty(length, dtype=torch.int8), 0, self._total + length
+            self._piece = torch.empty(length, dtype=torch.int8, device="cpu")
+            self._used, self._total = 0, self._total + length
         self._last = self._used
         self._used += -(-size // _ALIGNED) * _ALIGNED
         return self._piece[self._last : self._last + size]
@@ -159,7 +160,7 @@ class _Compressor:
         keep = self.keeps is not None and self.keeps(tensor)
         if storage.nbytes() > _VIEWED * tensor.nbytes:
             codes = None if keep else self._codes(tensor.detach().reshape(-1))
-            shape = torch.empty(tensor.shape, device="meta")
+            shape = torch.empty(tensor.shape, dtype=torch.float32, device="meta")
             return None if codes is None else _Packed(codes, shape.shape, shape.stride(), 0, self.held)
         codes = self._of_storage(tensor, storage, keep)
         if codes is None:

@@ -45,6 +45,15 @@ def recognize(module: nn.Module, training: bool = True) -> How | str | None:
     return found
 
 
+def _normal(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float32, device="cpu")
+
+
+def _sizes() -> Tensor:
+    """Return by what the rows of an input are multiplied: (rows, 1)."""
+    return torch.tensor(_SIZES, dtype=torch.float32, device="cpu").unsqueeze(1)
+
+
 def _norm_parts(module: nn.Module) -> tuple[str, str] | None:
     """Return the names of weight and epsilon if a module has one vector parameter, one epsilon and nothing else."""
     own = {name: one for name, one in module._parameters.items() if one is not None}
@@ -77,12 +86,12 @@ def _norm_error(
     """Return the sum of the output's differences to the fused form; None if one exceeds the bound on rounding."""
     columns = getattr(module, how.weight).shape[0]
     copied = copied_module(module, type(module)).train(training)
-    values = torch.randn(columns).to(of_weight)
+    values = _normal(columns).to(of_weight)
     weight = nn.Parameter(values)
     copied.__dict__["_parameters"] = {how.weight: weight}
-    x = (torch.randn(_ROWS, columns) * torch.tensor(_SIZES).unsqueeze(1)).to(dtype).requires_grad_()
+    x = (_normal(_ROWS, columns) * _sizes()).to(dtype).requires_grad_()
     got = rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
-    grad = torch.randn(_ROWS, columns).to(got.dtype)
+    grad = _normal(_ROWS, columns).to(got.dtype)
     expected = _computed(copied, [x, weight], grad, got)
     if expected is None:
         return None
@@ -133,10 +142,10 @@ def _as_activation(module: nn.Module) -> Act | None:
     """Return which activation a module computes; None, without a reason for the report, for other functions."""
     names = list(ACTIVATIONS)
     for dtype in _DTYPES:
-        x = 3 * torch.randn(_ROWS, 64) * torch.tensor(_SIZES).unsqueeze(1)
+        x = 3 * _normal(_ROWS, 64) * _sizes()
         x[2:].abs_()  # exp of a large negative number's magnitude may overflow in the module, where act(x) is zero
         x = x.to(dtype).requires_grad_()
-        grad = torch.randn(_ROWS, 64).to(dtype)
+        grad = _normal(_ROWS, 64).to(dtype)
         computed = _computed(copied_module(module, type(module)).train(), [x], grad, x)
         if computed is None:
             return None
@@ -199,8 +208,7 @@ class _Probe(nn.Module):
         super().__init__()
         self.in_features, self.out_features = _shape(layer)
         self.inputs: list[Tensor] = []
-        sizes = torch.tensor(_SIZES).unsqueeze(1)
-        self.out = (2 * torch.randn(_ROWS, self.out_features) * sizes).to(dtype).requires_grad_()
+        self.out = (2 * _normal(_ROWS, self.out_features) * _sizes()).to(dtype).requires_grad_()
 
     def forward(self, x: Tensor) -> Tensor:
         self.inputs.append(x)
@@ -222,7 +230,7 @@ def _probed(
         if name not in probes and child is not None:
             copied._modules[name] = copied_module(child, type(child)).train(training) if not child._modules else child
     for size in dict.fromkeys(probe.in_features for probe in probes.values()):
-        x = torch.randn(_ROWS, size).to(dtype)
+        x = _normal(_ROWS, size).to(dtype)
         for probe in probes.values():
             probe.inputs.clear()
         try:
@@ -257,7 +265,7 @@ def _gates(how: GatedMLP, first: dict[str, _Probe], hidden: Tensor, dtype: torch
     got = gated_product(gate, up, how.activation, how.gate_first)
     if type(hidden) is not Tensor or (hidden.dtype, hidden.shape) != (dtype, got.shape) or not hidden.requires_grad:
         return False
-    grad = torch.randn(got.shape).to(dtype)
+    grad = _normal(*got.shape).to(dtype)
     wanted = torch.autograd.grad(hidden, sources, grad, retain_graph=True, allow_unused=True)
     if any(one is None for one in wanted):
         return False

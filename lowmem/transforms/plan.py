@@ -270,7 +270,9 @@ def skeleton_of(
         tried = [replace(t, rank=1, ranks=(), alphas=()) if isinstance(t, LoRA) else t for t in techniques]
         tried = [t.choices[0] if isinstance(t, Budget) else t for t in tried]
         with torch.random.fork_rng(devices=[]):
-            convert(nn.Linear(8, 8), *tried)  # raises where the techniques alone are wrong
+            convert(
+                nn.Linear(8, 8, dtype=torch.float32, device="cpu"), *tried
+            )  # raises where the techniques alone are wrong
     try:
         with torch.device("meta"):
             model = make_on_meta(make)
@@ -423,7 +425,7 @@ def _fake(tensor: Tensor) -> Tensor:
 
 
 def _rows(layer: HalfEmbedding | CodedEmbedding, indices: Tensor) -> Tensor:
-    return torch.empty(*indices.shape, layer.embedding_dim, dtype=layer.dtype)
+    return torch.empty(*indices.shape, layer.embedding_dim, dtype=layer.dtype, device=indices.device)
 
 
 def _proposals(training: str | None) -> list[tuple[Technique, ...]]:

@@ -132,8 +132,8 @@ def _cast_dense(
                 )
             if id(one) not in made:
                 rounded = one.detach().to(dtype)
-                beyond = torch.empty(0) if one.is_meta else one.detach()[rounded.isinf() & ~one.isinf()]
-                if beyond.numel():
+                beyond = None if one.is_meta else one.detach()[rounded.isinf() & ~one.isinf()]
+                if beyond is not None and beyond.numel():
                     raise ValueError(
                         f"{layer_name(path)}: {name} holds the magnitude {float(beyond.abs().max()):.6g}, above "
                         f"{torch.finfo(dtype).max:.6g}, the most that {dtype} can hold; take dtype=torch.bfloat16"

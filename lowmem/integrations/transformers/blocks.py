@@ -71,7 +71,7 @@ def find_blocks(model: nn.Module, parts: _Parts) -> dict[nn.Module, Block | str]
     def serves() -> bool:
         return config._attn_implementation in _SERVED
 
-    rooms = lru_cache(maxsize=8)(lambda thread, numbers, dtype: torch.empty(numbers, dtype=dtype))
+    rooms = lru_cache(maxsize=8)(lambda thread, numbers, dtype: torch.empty(numbers, dtype=dtype, device="cpu"))
     found: dict[nn.Module, Block | str] = {}
     try:
         config._attn_implementation = _TRIAL
@@ -98,12 +98,14 @@ def _calls(model: PreTrainedModel, config: Any) -> dict[nn.Module, _Call]:
         call = _Call(args[0] if args else kwargs.get("hidden_states"), kwargs, out)
         calls[module] = None if module in calls else call
 
-    tokens = torch.randint(config.vocab_size, (1, _TOKENS), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    tokens = torch.randint(config.vocab_size, (1, _TOKENS), generator=generator, dtype=torch.int64, device="cpu")
     given: dict[str, Any] = {"input_ids": tokens.to(model.device), "cache": KeyValueCache(model), "use_cache": True}
     last = getattr(config, "max_position_embeddings", None)
     if isinstance(last, int) and last > _TOKENS and "position_ids" in inspect.signature(model.forward).parameters:
         # The last positions: some models scale queries from a position on.
-        given["position_ids"] = torch.arange(last - _TOKENS, last, device=model.device).unsqueeze(0)
+        positions = torch.arange(last - _TOKENS, last, dtype=torch.int64, device=model.device)
+        given["position_ids"] = positions.unsqueeze(0)
     with evaluation_mode(model) as stack:
         for module in model.modules():
             stack.callback(module.register_forward_hook(note, with_kwargs=True).remove)
@@ -163,7 +165,7 @@ def _attention(module: Any, calls: _Calls, norms: _Norms) -> dict[str, Any] | st
     if not isinstance(index, int) or any(given.get(name) is not None for name in CHANGES):
         return "its attention function has arguments that the kernel in C does not know"
     angles = calls[module].kwargs.get("position_embeddings")
-    none = torch.empty(1, mixed.shape[1], 0, dtype=mixed.dtype)
+    none = torch.empty(1, mixed.shape[1], 0, dtype=mixed.dtype, device=mixed.device)
     turns = [(none, none), *([angles] if isinstance(angles, tuple) and len(angles) == 2 else [])]
     own = [(norm, call) for norm, call in norms if norm.module in module.modules() and len(first) > 1]
     found: list[Projection] = []

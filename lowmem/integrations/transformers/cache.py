@@ -54,7 +54,7 @@ def cached_bytes(model: Any, sequences: int, tokens: int, bits: int | None) -> i
         return 0
     cache = KeyValueCache(model, bits)
     with torch.no_grad():
-        model(input_ids=torch.zeros(sequences, tokens, dtype=torch.int64), cache=cache, use_cache=True)
+        model(input_ids=torch.zeros(sequences, tokens, dtype=torch.int64, device="cpu"), cache=cache, use_cache=True)
     return cache.nbytes
 
 
@@ -86,7 +86,8 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Keep each sequence so many times."""
         if self.get_seq_length():
-            self.batch_select_indices(torch.arange(len(self.keys)).repeat_interleave(repeats))
+            sequences = torch.arange(len(self.keys), dtype=torch.int64, device="cpu")
+            self.batch_select_indices(sequences.repeat_interleave(repeats))
 
     def grow(self, new: int) -> None:
         """Keep ``new`` rows more, which were written behind the kept ones."""

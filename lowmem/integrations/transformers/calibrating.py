@@ -89,7 +89,7 @@ def batches_of(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | li
     own: Any = model
     length = window_of(own.config, WINDOW)
     if own.can_generate():
-        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
         windows = [window for window in tokens.split(length) if len(window) == length]
         return list(torch.stack(_spread(windows, WINDOWS)).to(own.device).split(_BATCH)) if windows else []
     batches = padded_batches(tokenizer, _spread(paragraphs_of(text), _PARAGRAPHS), length, _BATCH)

@@ -107,7 +107,7 @@ def compare_text(
     refuse_pairs(base, first, "compare")
     length = window_of(first.config, WINDOW)
     with tokenizer_errors(base):
-        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long)
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
     kind: Any = _Predictions if _predicts(first, tokens[:length]) else _Embeddings
     parts = kind.parts(tokenizer, tokens, text, length)
     scores: list[Any] = []
@@ -215,7 +215,7 @@ class _Predictions(_Comparison):
     def score(self, first: _Predictions, places: Iterable[str]) -> Score:
         """Return the means."""
         counts, losses, before, divergences, agreed = (
-            torch.tensor(one, dtype=torch.float64)
+            torch.tensor(one, dtype=torch.float64, device="cpu")
             for one in (self.tokens, self.losses, first.losses, self.divergences, self.agreed)
         )
         total = float(counts.sum())
@@ -332,7 +332,8 @@ def interval(
     parts = len(sums)
     if parts < 2:
         return None
-    drawn = torch.randint(parts, (RESAMPLES, parts), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator("cpu").manual_seed(0)
+    drawn = torch.randint(parts, (RESAMPLES, parts), generator=generator, dtype=torch.int64, device="cpu")
     means = of(sums.double()[drawn].sum(1) / counts.double()[drawn].sum(1))
     low, high = means.sort().values[[int(0.025 * RESAMPLES), int(0.975 * RESAMPLES)]].tolist()
     return low, high

@@ -128,7 +128,7 @@ class _Stored:
         """Return lowmem's codes of the flattened weight: uint8 (count,)."""
         raw = self.source.read_tensor(self.name).flatten().view(torch.uint8)
         codes = nibbles(raw).view(-1, 2).flip(-1).flatten()[: self.count]  # high first
-        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32)
+        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32, device="cpu")
         given = self.tensor(".quant_map", torch.float32, 16)
         order = given.argsort(stable=True)
         if not torch.equal(given[order], levels):
@@ -146,21 +146,23 @@ class _Stored:
         size = self.state["nested_blocksize"]
         own = self.tensor(".nested_absmax", torch.float32, -(-count // size))
         table = self.tensor(".nested_quant_map", torch.float32, 256)
-        wide = table[steps.int()] * own[torch.arange(count) // size]  # not repeated: a file may claim any size
-        return wide + torch.tensor(self.state.get("nested_offset", 0.0), dtype=torch.float32)
+        numbers = torch.arange(count, dtype=torch.int64, device="cpu")
+        wide = table[steps.int()] * own[numbers // size]  # not repeated: a file may claim any size
+        return wide + torch.tensor(self.state.get("nested_offset", 0.0), dtype=torch.float32, device="cpu")
 
     def read(self, size: int) -> QuantizedTensor:
         """Return the weight in blocks of ``size``."""
         shape, columns = self.shape, self.shape[-1]
-        starts = torch.arange(math.prod(shape[:-1]))[:, None] * columns + torch.arange(0, columns, size)
+        rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int64, device="cpu")
+        starts = rows[:, None] * columns + torch.arange(0, columns, size, dtype=torch.int64, device="cpu")
         scales = self.scales()[starts // self.block].view(*shape[:-1], -1)
         return quantized(pack_codes(self.codes().view(shape), size), scales, shape, _FORMATS[self.kind], size)
 
     def values(self) -> Tensor:
         """Return the weight in float32."""
-        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32)[self.codes().int()]
-        scales = self.scales()[torch.arange(self.count) // self.block]
-        return (levels * scales).view(self.shape)
+        levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32, device="cpu")
+        scales = self.scales()[torch.arange(self.count, dtype=torch.int64, device="cpu") // self.block]
+        return (levels[self.codes().int()] * scales).view(self.shape)
 
 
 def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
@@ -187,7 +189,8 @@ def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
 def _packed(weight: QuantizedTensor, size: int, shape: Sequence[int], dtype: torch.dtype) -> Packed:
     """Return a weight in blocks of ``size``, with ``shape`` noted."""
     kind = _KINDS[weight.format]
-    order = torch.tensor(_ORDER[kind])
+    order = torch.tensor(_ORDER[kind], dtype=torch.int64, device="cpu")
+    levels = torch.tensor(get_format(weight.format).levels, dtype=torch.float32, device="cpu")
     inverse = order.argsort().to(weight.packed.device, torch.uint8)
     codes = inverse[codes_of(weight).flatten().int()]
     pairs = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(-1, 2)
@@ -202,8 +205,8 @@ def _packed(weight: QuantizedTensor, size: int, shape: Sequence[int], dtype: tor
         {
             "weight": pairs[:, :1] << 4 | pairs[:, 1:],  # the first code high
             "weight.absmax": scales_of(weight, size).flatten(),
-            "weight.quant_map": torch.tensor(get_format(weight.format).levels, dtype=torch.float32)[order],
-            f"weight{_STATE}{kind}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8),
+            "weight.quant_map": levels[order],
+            f"weight{_STATE}{kind}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu"),
         },
         kind,
     )

@@ -81,8 +81,8 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def remapped(packed: Tensor, codes: tuple[int, ...]) -> Tensor:
     """Replace both nibbles of each byte: nibble n becomes ``codes[n]``."""
-    table = torch.tensor([codes[byte & 15] | codes[byte >> 4] << 4 for byte in range(256)], dtype=torch.uint8)
-    return table[packed.int()]
+    pairs = [codes[byte & 15] | codes[byte >> 4] << 4 for byte in range(256)]
+    return torch.tensor(pairs, dtype=torch.uint8, device="cpu")[packed.int()]
 
 
 def uniform_block(weight: QuantizedTensor) -> int:
@@ -108,7 +108,8 @@ def offsets_of(weight: QuantizedTensor, size: int) -> Tensor:
 
 def _blocks_of(weight: QuantizedTensor, size: int) -> Tensor:
     """Return the block of a weight in which each block of ``size`` lies."""
-    return torch.arange(0, weight.shape[-1], size, device=weight.scales.device) // weight.block_size
+    starts = torch.arange(0, weight.shape[-1], size, dtype=torch.int64, device=weight.scales.device)
+    return starts // weight.block_size
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,7 @@ class IntegerLayer:
     def _groups_of_columns(self) -> Tensor:
         """Return the group of each column; a ValueError if one has no scale."""
         if self.groups is None:
-            return torch.arange(self.shape[-1]) // self.group
+            return torch.arange(self.shape[-1], dtype=torch.int64, device="cpu") // self.group
         groups, count = self.groups().long(), -(-self.shape[-1] // self.group)
         if not bool(((groups >= 0) & (groups < count)).all()):
             raise ValueError(f"its columns are of groups that {count} scales do not have; get it again")
@@ -168,7 +169,7 @@ class IntegerLayer:
         """Return the columns with those of a group side by side: int32 (in,); a ValueError if sizes differ."""
         groups = self._groups_of_columns()
         order = groups.argsort(stable=True)
-        if not torch.equal(groups[order], torch.arange(len(groups)) // self.group):
+        if not torch.equal(groups[order], torch.arange(len(groups), dtype=torch.int64, device="cpu") // self.group):
             raise ValueError(f"its groups do not have {self.group} columns each")
         return order.to(torch.int32)
 
@@ -182,7 +183,8 @@ class IntegerLayer:
             ValueError: scales that are not finite.
         """
         columns, size = self.shape[-1], fitting_blocks(self.group, self.shape[-1])
-        starts = torch.arange(0, columns, size) // self.group  # the group of each block
+        # The group of each block.
+        starts = torch.arange(0, columns, size, dtype=torch.int64, device="cpu") // self.group
         codes, scales, zeros, order = self.codes(), self.scales().float(), self.zeros(), self.order()
         codes = codes if _is_sorted(order) else codes[..., order]
         if columns % 2:

@@ -118,12 +118,12 @@ def _packed(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
     def zero_points() -> Tensor:
         """Return the zero points, which are packed along the outputs: uint8 (..., out, groups)."""
         if zeros is None:
-            return torch.full(scale.shape, 2 ** (bits - 1))
+            return torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device="cpu")
         return numbers(parts.read("weight_zero_point").mT, shape[-2]).mT
 
     def groups_of_columns() -> Tensor:
         given = parts.read("weight_g_idx").long()
-        return torch.where(given == -1, torch.arange(columns) // group, given)
+        return torch.where(given == -1, torch.arange(columns, dtype=torch.int64, device="cpu") // group, given)
 
     layer = IntegerLayer(
         parts,
@@ -164,6 +164,12 @@ def _plain_integers(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
         and (of_rows or is_whole)
         and (zero is None or (zero.shape == scale.shape and zero.dtype == torch.int8))
     )
+
+    def zero_points() -> Tensor:
+        if zero is None:
+            return torch.zeros(scale.shape, dtype=torch.int8, device="cpu")
+        return parts.read("weight_zero_point")
+
     group = shape[-1] // scale.shape[-1]
     check_scheme(config, parts.layer, group, shape, zero is not None, is_whole)
     if "weight_g_idx" in parts.specs:
@@ -176,7 +182,7 @@ def _plain_integers(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
         scale.dtype,
         codes=lambda: parts.read("weight"),
         scales=lambda: parts.read("weight_scale"),
-        zeros=lambda: torch.zeros(scale.shape) if zero is None else parts.read("weight_zero_point"),
+        zeros=zero_points,
     ).refused(_EIGHT_BITS)
 
 
@@ -276,7 +282,7 @@ def _packed_integers(codes: Tensor, scales: Tensor, group: int, zeros: Tensor | 
     parts = {
         "weight_packed": words(codes),
         "weight_scale": scales.contiguous(),
-        "weight_shape": torch.tensor([rows, columns]),
+        "weight_shape": torch.tensor([rows, columns], dtype=torch.int64, device="cpu"),
     }
     if zeros is not None:
         parts["weight_zero_point"] = words(zeros.T).T.contiguous()  # (rows / 8, groups)

@@ -130,7 +130,7 @@ def _awq(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
     def outputs_first(part: str) -> Tensor:
         """Return codes or zero points: uint8 (out, inputs or groups)."""
         eights = unpacked(parts.read(part), outputs).unflatten(-1, (-1, 8))
-        sorted_outputs: Tensor = eights[..., torch.tensor(_ORDER).argsort()]
+        sorted_outputs: Tensor = eights[..., torch.tensor(_ORDER, dtype=torch.int64, device="cpu").argsort()]
         return sorted_outputs.flatten(-2).T.contiguous()
 
     return IntegerLayer(

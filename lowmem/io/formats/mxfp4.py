@@ -46,7 +46,7 @@ def exponents_of(scales: Tensor) -> tuple[Tensor, Tensor]:
 
 def weight_of(pairs: Tensor, exponents: Tensor, shape: tuple[int, ...]) -> QuantizedTensor:
     """Return a weight of codes, two in a byte, the first of them low: uint8 (..., in / 2), and (..., in / 32)."""
-    codes = torch.tensor(E2M1_CODES, dtype=torch.uint8)[nibbles(pairs).int()]
+    codes = torch.tensor(E2M1_CODES, dtype=torch.uint8, device="cpu")[nibbles(pairs).int()]
     return quantized(pack(codes, BLOCK), power_scales(exponents), shape, "fp4", BLOCK)
 
 
@@ -61,7 +61,7 @@ def nearest(values: Tensor) -> QuantizedTensor:
     blocks = values.float().view(*shape[:-1], -1, BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
     lower = (torch.frexp(largest).exponent - 1 - 2 + 127).clamp(0, 251)  # its largest weight, 6, or more
-    levels, bounds = (torch.tensor(one, dtype=torch.float32) for one in (form.levels, form.boundaries))
+    levels, bounds = (torch.tensor(one, dtype=torch.float32, device="cpu") for one in (form.levels, form.boundaries))
     both = []
     for scales in (power_scales(lower), power_scales(lower + 1)):
         codes = torch.bucketize(blocks / scales, bounds).to(torch.uint8)

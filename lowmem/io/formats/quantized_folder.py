@@ -280,7 +280,7 @@ def _again(weight: StoredWeight, architecture: Architecture, packing: Packing, t
     empty = QuantizedTensor.empty(
         shape, form.format, form.block_size, form.scale_encoding, form.method, device="meta"
     )
-    values = torch.empty(shape[::-1] if transposed else shape, device="meta")
+    values = torch.empty(shape[::-1] if transposed else shape, dtype=torch.float32, device="meta")
     packed, _ = packing.pack_again(values, dtype, empty if as_it_lies else None)
     return _plan(weight, packed, make)
 

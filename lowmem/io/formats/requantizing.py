@@ -63,7 +63,7 @@ class Requantizing:
     def _quantized(
         self, tensor: ForeignTensor, technique: FourBit | EightBit, read: Callable[[], Tensor | Weight]
     ) -> ForeignTensor:
-        form: Kept = CodedForm.of(technique.skeleton(torch.empty(tensor.shape, device="meta")))
+        form: Kept = CodedForm.of(technique.skeleton(torch.empty(tensor.shape, dtype=torch.float32, device="meta")))
 
         def store() -> Weight:
             weight = read()

@@ -50,10 +50,10 @@ def generated_batches(model: nn.Module, tokenizer: Any, seed: int, temperature: 
             f"tokenizer={show(tokenizer)} must be the model's, as AutoTokenizer.from_pretrained returns it: "
             'batches="self" needs to know the vocabulary'
         )
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     with evaluation_mode(model):
         _check(model, tokenizer)
-        first = torch.randint(len(tokenizer), (SEQUENCES, 1), generator=generator, device="cpu")
+        first = torch.randint(len(tokenizer), (SEQUENCES, 1), generator=generator, dtype=torch.int64, device="cpu")
         start = [torch.full_like(first, token) for token in _prefix(tokenizer)]
         tokens = torch.cat([*start, first], dim=1).to(_device(model))  # (sequences, 1 or 2)
         past, cache = None, _cache_argument(model)
@@ -82,7 +82,7 @@ def _check(model: nn.Module, tokenizer: Any) -> None:
     can: Any = getattr(model, "can_generate", None)
     if callable(can) and not can():
         raise ValueError(_cannot(model, "its class has no generate()"))
-    probe = torch.tensor([[0, 1]], device=_device(model))
+    probe = torch.tensor([[0, 1]], dtype=torch.int64, device=_device(model))
     try:
         outputs = [model(tokens) for tokens in (probe[:, :1], probe)]
     except Exception as error:

@@ -265,7 +265,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 def _sampled(tensor: Tensor) -> Tensor:
     """Return some numbers of a tensor, evenly spread, as float64 on the CPU."""
     flat = tensor.detach().reshape(-1)
-    numbers = torch.arange(min(_SAMPLED, len(flat)), device=flat.device)
+    numbers = torch.arange(min(_SAMPLED, len(flat)), dtype=torch.int64, device=flat.device)
     return flat[numbers * len(flat) // max(1, len(numbers))].to("cpu", torch.float64)
 
 

@@ -33,9 +33,10 @@ def importance_of(
     ValueError; the layer is named.
     """
     rows = {
-        name: torch.zeros(one.numel() // columns, dtype=torch.float64) for name, (one, columns) in weights.items()
+        name: torch.zeros(one.numel() // columns, dtype=torch.float64, device="cpu")
+        for name, (one, columns) in weights.items()
     }
-    sums = {name: torch.zeros(columns, dtype=torch.float64) for name, (_, columns) in weights.items()}
+    sums = {name: torch.zeros(columns, dtype=torch.float64, device="cpu") for name, (_, columns) in weights.items()}
 
     def add(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -44,7 +45,7 @@ def importance_of(
         sums[name] += squares.sum(0)
         parameter.grad = None
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     size, runs = 0.0, 0
     with _gradients_of(model, [one for one, _ in weights.values()]), ExitStack() as stack:
         for name, (one, _) in weights.items():
@@ -109,7 +110,8 @@ def _projection(output: Any, batch: Any, generator: torch.Generator) -> tuple[Te
     for one in _tensors_of(output):
         if not one.is_floating_point() or not one.requires_grad:
             continue
-        sign = torch.randint(0, 2, one.shape, generator=generator).mul_(2).sub_(1).to(one.device, torch.float32)
+        bits = torch.randint(0, 2, one.shape, generator=generator, dtype=torch.int64, device="cpu")
+        sign = bits.mul_(2).sub_(1).to(one.device, torch.float32)
         if isinstance(mask, Tensor) and one.dim() > 2 and one.shape[:2] == mask.shape:
             sign *= (mask != 0).to(sign)[..., None]
         values = one.float() * sign

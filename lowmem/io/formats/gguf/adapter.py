@@ -106,7 +106,7 @@ def _has_tied_ends(model: Any) -> bool:
 def _alpha(layers: Mapping[str, Adapter]) -> float:
     """Return the alpha, exact in float32, with which most scalings need no change of B."""
     wanted = Counter(one.scaling * one.rank for one in layers.values()).most_common(1)[0][0]
-    alpha = torch.tensor(wanted, dtype=torch.float32).item()
+    alpha = torch.tensor(wanted, dtype=torch.float32, device="cpu").item()
     return alpha if 1e-20 < alpha < 1e20 else 1.0  # llama.cpp takes a zero for no alpha
 
 

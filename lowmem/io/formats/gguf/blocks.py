@@ -72,7 +72,7 @@ def _xs_scales(raw: Tensor) -> Tensor:
     """IQ4_XS: eight 6-bit scales of a block, 4 low bits in bytes 4 to 7, 2 high bits in the 16 of bytes 2 and 3."""
     low = torch.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], dim=-1).flatten(-2).int()  # (rows, blocks, 8)
     both = raw[..., 2:3].int() | raw[..., 3:4].int() << 8
-    high = both >> torch.arange(0, 16, 2, dtype=torch.int32) & 3
+    high = both >> torch.arange(0, 16, 2, dtype=torch.int32, device="cpu") & 3
     return _half(raw) * ((low | high << 4) - 32).float()
 
 
@@ -101,20 +101,21 @@ def _q4_k_packed(raw: Tensor) -> Tensor:
 
 def _q5_k(raw: Tensor) -> Tensor:
     """Q5_K: the fifth bits of sub-block i are the bits i of bytes 16 to 47."""
-    fifth = raw[..., None, 16:48] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1  # (rows, blocks, 8, 32)
+    shifts = torch.arange(8, dtype=torch.uint8, device="cpu")[:, None]
+    fifth = raw[..., None, 16:48] >> shifts & 1  # (rows, blocks, 8, 32)
     weights = _k_scales(raw)[..., None] * (_k_codes(raw, 48) | fifth << 4).float()
     return (weights - _k_minima(raw)[..., None]).flatten(-2)
 
 
 def _q5(raw: Tensor, at: int) -> Tensor:
     """Q5_0 and Q5_1: the codes, whose fifth bits are the four bytes from ``at`` on: (rows, blocks, 32)."""
-    bits = raw[..., at : at + 4, None] >> torch.arange(8, dtype=torch.uint8) & 1  # (rows, blocks, 4, 8)
+    bits = raw[..., at : at + 4, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1  # (rows, blocks, 4, 8)
     return (_split(raw[..., at + 4 :], 32).flatten(-2) | bits.flatten(-2) << 4).float()
 
 
 def _pairs(raw: Tensor) -> Tensor:
     """Return the four pairs of bits of each byte: first the lowest ones of 32 bytes: (..., 64) -> (..., 256)."""
-    shifts = torch.arange(0, 8, 2, dtype=torch.uint8)[:, None]
+    shifts = torch.arange(0, 8, 2, dtype=torch.uint8, device="cpu")[:, None]
     pairs: Tensor = (raw.unflatten(-1, (2, 1, 32)) >> shifts & 3).flatten(-3)
     return pairs
 
@@ -134,8 +135,9 @@ def _q2_k(raw: Tensor) -> Tensor:
 def _q3_k(raw: Tensor) -> Tensor:
     """Q3_K: the third bit of each code in bytes 0 to 31, two bits in 32 to 95, 16 scales of 6 bits, and a float16."""
     low = torch.cat([raw[..., 96:104] & 15, raw[..., 96:104] >> 4], dim=-1)
-    high = (raw[..., None, 104:108] >> torch.arange(0, 8, 2, dtype=torch.uint8)[:, None] & 3).flatten(-2)
-    third = (raw[..., None, :32] >> torch.arange(8, dtype=torch.uint8)[:, None] & 1).flatten(-2)  # (..., 256)
+    shifts = torch.arange(8, dtype=torch.uint8, device="cpu")[:, None]
+    high = (raw[..., None, 104:108] >> shifts[::2] & 3).flatten(-2)
+    third = (raw[..., None, :32] >> shifts & 1).flatten(-2)  # (..., 256)
     codes = (_pairs(raw[..., 32:96]) | third << 2).float() - 4
     return _sixteens(_half(raw, 108) * ((low | high << 4).float() - 32), codes)
 

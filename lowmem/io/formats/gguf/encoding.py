@@ -160,7 +160,7 @@ def _factored(products: Tensor, factors: Iterable[int]) -> tuple[Tensor, Tensor]
     The largest product of a row has the first of ``factors`` that fits; None where some row has none."""
     factors = tuple(factors)
     least, most = min(0, *factors), max(factors)
-    numbers = torch.zeros(len(products), 1, dtype=torch.float16)
+    numbers = torch.zeros(len(products), 1, dtype=torch.float16, device="cpu")
     found = torch.zeros_like(products, dtype=torch.int32)
     for start in range(0, len(products), _CHUNK):
         rows = products[start : start + _CHUNK].double()
@@ -193,7 +193,8 @@ def _q4_k(d: Tensor, scales: Tensor, dmin: Tensor, minima: Tensor, packed: Tenso
 def _iq4_xs(d: Tensor, factors: Tensor, packed: Tensor) -> Tensor:
     """IQ4_XS: a float16 number, the two high bits of eight 6-bit factors plus 32, their four low bits, the codes."""
     factors = factors + 32
-    high = ((factors >> 4) << torch.arange(0, 2 * _BLOCKS, 2, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+    shifts = torch.arange(0, 2 * _BLOCKS, 2, dtype=torch.int32, device="cpu")
+    high = ((factors >> 4) << shifts).sum(-1, dtype=torch.int32)
     low = (factors[:, ::2] & 15 | (factors[:, 1::2] & 15) << 4).to(torch.uint8)
     heads = torch.stack([high & 255, high >> 8], dim=-1).to(torch.uint8)
     return torch.cat([as_bytes(d), heads, low, packed.flatten(1)], dim=-1)

@@ -169,7 +169,7 @@ def rope_factors(config: Mapping[str, Any]) -> Tensor | None:
     context = count_in(rope, "original_max_position_embeddings")
     if not low < high:
         raise ValueError(f"low_freq_factor={low} must be less than high_freq_factor={high}; repair config.json")
-    waves = 2 * math.pi * base ** (torch.arange(0, head, 2, dtype=torch.float64) / head)
+    waves = 2 * math.pi * base ** (torch.arange(0, head, 2, dtype=torch.float64, device="cpu") / head)
     smooth = (context / waves - low) / (high - low)
     factors = 1 / ((1 - smooth) / factor + smooth)
     factors = torch.where(waves < context / high, 1.0, torch.where(waves > context / low, factor, factors))

@@ -104,7 +104,8 @@ class Names:
             raise ValueError(
                 f"tensor {show(name)} has {rows} rows, which do not divide into {heads} heads; get it again"
             )
-        return torch.arange(rows).view(heads, rows // heads // 2, 2).transpose(1, 2).flatten()
+        numbers = torch.arange(rows, dtype=torch.int64, device="cpu").view(heads, rows // heads // 2, 2)
+        return numbers.transpose(1, 2).flatten()
 
 
 def names_of(metadata: Mapping[str, Any]) -> Names:

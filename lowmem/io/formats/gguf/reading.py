@@ -49,7 +49,7 @@ class _Values:
         """Yield slices of rows and their blocks, uint8 (rows, blocks, bytes)."""
         width = self.columns // self.block.size * self.block.nbytes
         step = max(1, CHUNK_BYTES // width)
-        buffer = torch.empty(min(step, self.rows) * width, dtype=torch.uint8)
+        buffer = torch.empty(min(step, self.rows) * width, dtype=torch.uint8, device="cpu")
         for start in range(0, self.rows, step):
             part = slice(start, min(start + step, self.rows))
             raw = buffer[: (part.stop - start) * width]
@@ -70,7 +70,7 @@ class _Values:
         assert block.packed
         assert block.format
         width = code_bytes(self.columns, get_format(block.format).bits)
-        packed = torch.empty(self.rows if with_codes else 0, width, dtype=torch.uint8)
+        packed = torch.empty(self.rows if with_codes else 0, width, dtype=torch.uint8, device="cpu")
         scales, offsets = [], []
         for rows, raw in self.chunks():
             if with_codes:
@@ -94,7 +94,7 @@ class _Values:
     def dense(self) -> Tensor:
         """Return the weights in the dtype that holds them."""
         assert self.block.dense
-        out = torch.empty(self.rows, self.columns, dtype=self.block.dtype)
+        out = torch.empty(self.rows, self.columns, dtype=self.block.dtype, device="cpu")
         for rows, raw in self.chunks():
             out[rows] = self.block.dense(raw).flatten(1)
         out = out.view(self.tensor.shape)

@@ -270,7 +270,7 @@ def _computed(model: StoredModel, names: Names, existing: Existing | None) -> li
                 continue
         if not tensor.nbytes:
             raise refusal(existing.path, f"tensor {show(tensor.name)} has an unknown type; name another file")
-        content = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        content = torch.empty(tensor.nbytes, dtype=torch.uint8, device="cpu")
         read_into(existing.path, existing.file, tensor.begin, content.numpy().data)
         found.append((Placed(tensor.name, tensor.shape, tensor.type), content))
     return found
