@@ -33,6 +33,12 @@ class AdaptedModule(nn.Module):
     _adapted_names: ClassVar[tuple[str, ...]] = ()
     adapters: AdapterBank
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a module without adapters, by the class that the module had before."""
+        plain: Any = self._plain_class
+        self.__class__ = plain
+        plain.__init__(self, *args, **kwargs)
+
     @classmethod
     def _over(cls, plain: type[nn.Module]) -> type[nn.Module]:
         """Return the class with the same adapters over ``plain``, another class, whose parameters differ in form."""

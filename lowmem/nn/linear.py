@@ -43,7 +43,8 @@ class CodedLinear(CodedModule, nn.Linear):
         compute_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        CodedModule.__init__(self)
+        nn.Module.__init__(self)
+        self.__dict__.update(_forms={}, _kept={})
         self.out_features, self.in_features = weight.shape
         dtype = dtype or (torch.float32 if bias is None else bias.dtype)
         self.store("weight", weight, (self.in_features,), dtype)

@@ -74,9 +74,11 @@ class StoredModule(nn.Module):
     _forms: dict[str, Described]
     _kept: dict[str, Kept]
 
-    def __init__(self) -> None:
-        nn.Module.__init__(self)
-        self.__dict__.update(_forms={}, _kept={})
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        """Make a module of ``dense_class``: PEFT makes the matrices for a convolution by calling its class."""
+        dense: Any = self.dense_class
+        self.__class__ = dense
+        dense.__init__(self, *args, **kwargs)
 
     def store(self, name: str, weight: Weight, tail: tuple[int, ...], dtype: torch.dtype) -> None:
         """Set a parameter to a stored weight.

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, convert
+from lowmem import EightBit, FourBit, Half, LoRA, convert
 from lowmem.nn.coded_module import CodedModule
 from lowmem.nn.module_copy import LAYERS, restored_copy, stored_class
 from tests.selection import rows_in_one_case
@@ -70,3 +70,19 @@ def test_one_line_gives_the_generated_classes_of_a_layer_another_base(monkeypatc
     assert issubclass(made, Doubled)
     assert not issubclass(stored_class(Doubled, ("weight",), 8), Faster)
     assert not issubclass(stored_class(Doubled, ("bias",), 4), Faster)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes", "options"),
+    [(nn.Conv2d, (4, 8, 3), {"bias": False}), (nn.Conv3d, (4, 8, 1), {"groups": 2}), (nn.Embedding, (9, 16), {})],
+)
+@pytest.mark.parametrize("technique", [Half(), EightBit(), FourBit()], ids=str)
+def test_calling_the_class_of_a_stored_or_adapted_module_makes_a_dense_one(kind, sizes, options, technique):
+    model = convert(kind(*sizes), technique)
+    adapted = convert(convert(kind(*sizes), technique), LoRA(2), where=lambda path, module: True)
+    for made in (model, adapted):
+        new = type(made)(*sizes, **options, dtype=torch.float64)
+        assert type(new) is kind
+        assert repr(new) == repr(kind(*sizes, **options))
+        assert new.weight.dtype is torch.float64
+        assert [*vars(new)] == [*vars(kind(*sizes, **options))]

@@ -130,3 +130,47 @@ def test_prompts_are_learned_beside_a_stored_embedding_that_peft_finds_by_its_na
     model = lowmem.convert(BertModel(BertConfig(vocab_size=258, **sizes)), FourBit("nf4"))
     config = peft.PromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=4)
     peft.get_peft_model(model, config)(input_ids=IDS, attention_mask=torch.ones_like(IDS)).last_hidden_state.sum()
+
+
+def convolutions(dims, groups, technique):
+    """Two stored convolutions in float64, in which no kernel's order of sums shows, and inputs."""
+    conv = {1: torch.nn.Conv1d, 2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[dims]
+    torch.manual_seed(0)
+    first, second = conv(8, 16, 3, padding=1, groups=groups), conv(16, 8, 3, stride=2, groups=groups)
+    model = torch.nn.Sequential(first, torch.nn.ReLU(), second)
+    return lowmem.convert(model, technique).double(), torch.randn(2, 8, *[5] * dims, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("technique", [Half(torch.bfloat16), Half(torch.float16), lowmem.EightBit(), FourBit()], ids=str)
+def test_peft_adapts_stored_convolutions_as_dense_ones(dims, groups, technique):
+    model, x = convolutions(dims, groups, technique)
+    before, dense = model(x), lowmem.restore(convolutions(dims, groups, technique)[0])
+    config = peft.LoraConfig(r=4, target_modules=["0", "2"], use_dora=groups == 1)
+    adapted, twin = (peft.get_peft_model(one, config).double() for one in (model, dense))
+    torch.testing.assert_close(adapted(x), before)
+    state = {name: torch.randn_like(one) / 9 for name, one in peft.get_peft_model_state_dict(twin).items()}
+    for one in (adapted, twin):
+        peft.set_peft_model_state_dict(one, state)
+    outputs = [one(x) for one in (adapted, twin)]
+    torch.testing.assert_close(*outputs)
+    assert not torch.allclose(outputs[0], before)
+    for out in outputs:
+        out.square().sum().backward()
+    grads, others = (
+        {name: one.grad for name, one in found.named_parameters() if one.requires_grad} for found in (adapted, twin)
+    )
+    assert len(grads) == len(state)
+    assert all(one.any() for one in grads.values())
+    torch.testing.assert_close(grads, others)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(x), before)
+
+
+def test_transposed_convolutions_are_as_unknown_to_peft_as_dense_ones():
+    config = peft.LoraConfig(r=2, target_modules=["0"])
+    model = torch.nn.Sequential(torch.nn.ConvTranspose1d(8, 8, 3))
+    for one in (lowmem.convert(model, FourBit()), lowmem.restore(model)):
+        with pytest.raises(ValueError, match="Target module ConvTranspose1d.* is not supported"):
+            peft.get_peft_model(one, config)
