@@ -1,5 +1,5 @@
-"""Writes folders of PEFT. Layers are named by full paths, since PEFT loads a part of the file in silence where ends
-of paths are ambiguous."""
+"""Writes folders of PEFT. Where ends of paths are ambiguous, layers are named by full paths, since PEFT would load a
+part of the file in silence."""
 
 from __future__ import annotations
 
@@ -142,12 +142,17 @@ class _Writing:
         }
 
     def _target_modules(self) -> list[str] | str:
-        """Return full paths; as a regular expression where PEFT would take one for the end of another path."""
+        """Return names of modules; full paths for names that other modules have, too.
+
+        A regular expression, where PEFT would take a full path for the end of another one.
+        """
         wanted = set(self._modules)
-        alike = (path for path in self._all_paths if path not in wanted)
-        if any(end in wanted for path in alike for end in ends_of(path)):
+        others = [path for path in self._all_paths if path not in wanted]
+        shared = {path.rpartition(".")[2] for path in others}
+        targets = {path if (name := path.rpartition(".")[2]) in shared else name for path in wanted}
+        if any(end in targets for path in others for end in ends_of(path)):
             return "|".join(re.escape(path) for path in sorted(wanted))
-        return sorted(wanted)
+        return sorted(targets)
 
     def _target_parameters(self) -> list[str]:
         wanted = set(self._parameters)

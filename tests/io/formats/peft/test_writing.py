@@ -49,6 +49,47 @@ def test_a_config_names_layers_by_full_paths(tmp_path):
     }
 
 
+class Stack(nn.Module):
+    """Layers of two projections each, and modules elsewhere that have the names in ``others``."""
+
+    def __init__(self, *others):
+        super().__init__()
+        names = ("q_proj", "v_proj")
+        self.layers = nn.ModuleList(nn.ModuleDict({one: nn.Linear(8, 8) for one in names}) for _ in range(3))
+        self.vision = nn.ModuleDict({one: nn.Linear(8, 8) for one in others})
+
+
+@pytest.mark.parametrize(
+    ("others", "left_out", "targets"),
+    [
+        ((), (), ["q_proj", "v_proj"]),
+        (("head",), (), ["q_proj", "v_proj"]),
+        (("v_proj",), (), ["layers.0.v_proj", "layers.1.v_proj", "layers.2.v_proj", "q_proj"]),
+        ((), ("layers.1.q_proj",), ["layers.0.q_proj", "layers.2.q_proj", "v_proj"]),
+        (("layers",), (), ["q_proj", "v_proj"]),
+    ],
+)
+def test_names_stand_for_paths_where_they_mean_the_same_modules(tmp_path, others, left_out, targets):
+    def takes(path, _):
+        return path.startswith("layers.") and path not in left_out
+
+    model = convert(Stack(*others), LoRA(2), where=takes)
+    assert written(model, tmp_path / "a")["target_modules"] == targets
+    loaded = load_adapter(Stack(*others), tmp_path / "a")
+    assert adapter_layers(loaded, "default").keys() == adapter_layers(model, "default").keys()
+
+
+def test_names_are_not_taken_for_what_has_another_name_as_its_path(tmp_path):
+    """A name is the end of all paths, also of modules in several places and of those that no adapter takes."""
+    model = Stack("norm")
+    model.vision["q_proj"] = nn.LayerNorm(8)
+    model.also = model.vision["norm"]
+    model.vision["also"] = nn.ModuleDict({"v_proj": model.vision["norm"]})
+    convert(model, LoRA(2), where=lambda path, _: path.endswith(("q_proj", "v_proj")) and "layers" in path)
+    paths = [f"layers.{number}.{name}" for number in range(3) for name in ("q_proj", "v_proj")]
+    assert written(model, tmp_path / "a")["target_modules"] == paths
+
+
 def test_a_path_that_ends_another_one_is_written_as_a_pattern(tmp_path):
     config = written(adapted("fc", "head"), tmp_path / "a")
     assert config["target_modules"] == "fc|head"
