@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lowmem.errors import show
 from lowmem.nn.forms import freeze
-from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, get_format
+from lowmem.quant.formats import default_format, get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.quantize import method_of, quantize, round_to
 from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
@@ -166,9 +166,9 @@ class FourBit(Blockwise):
 
     def __post_init__(self) -> None:
         if self.format is None:
-            object.__setattr__(self, "format", DEFAULT)
-            if self.block_size is None:
-                object.__setattr__(self, "block_size", DEFAULT_BLOCK_SIZE)
+            format, block_size = default_format(self.block_size)
+            object.__setattr__(self, "format", format)
+            object.__setattr__(self, "block_size", block_size)
         if not isinstance(self.format, str):
             if not isinstance(self.format, Iterable):
                 raise ValueError(

@@ -230,6 +230,11 @@ EIGHT_BIT = _by_name(
 """Formats whose codes have 8 bits: a byte each. Code 0 is in other programs' files alone."""
 
 
+def default_format(block_size: int | None) -> tuple[str, int]:
+    """Return the format and block size where no format is named; ``block_size`` is the one that is given, if any."""
+    return DEFAULT, DEFAULT_BLOCK_SIZE if block_size is None else block_size
+
+
 def get_format(name: str) -> Format:
     """Return the format of that name: of ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lowmem.quant.backend import backend_of
-from lowmem.quant.formats import Format, get_format
+from lowmem.quant.formats import Format, default_format, get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
@@ -19,7 +19,7 @@ BYTES_PER_WEIGHT = 16  # peak scratch of plain torch; twice as much with a searc
 
 def quantize(
     weight: Tensor,
-    format: str | Sequence[str] = "nf4",
+    format: str | Sequence[str] | None = None,
     *,
     block_size: int | None = None,
     scales: str | None = None,
@@ -33,7 +33,8 @@ def quantize(
 
     Args:
         weight: floating point (..., n), n > 0, finite; any strides. It is read in float32.
-        format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken.
+        format: a key of ``FORMATS``; or several, of which the one with the least squared error is taken. None takes
+            "bof4s", in blocks of 32 unless ``block_size`` is given, as ``FourBit()`` does.
         block_size: weights per scale, even, 8 to 4096; None takes the format's default.
         scales: "float32", "float16" or "double"; None takes the format's default.
         search: whether to search for the scale of each block with the least squared error, instead of taking its
@@ -52,6 +53,8 @@ def quantize(
             or not finite.
     """
     check_weight(weight)
+    if format is None:
+        format, block_size = default_format(block_size)
     columns = weight.shape[-1]
     if columns == 0:
         raise ValueError(

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem import Half, quantize
+from lowmem import FourBit, Half, quantize
 from lowmem.quant.quantize import relative_error, requantize, round_to
 from tests import strategies
 from tests.compiled import assert_same_bytes
@@ -42,6 +42,15 @@ def test_rows_that_are_what_was_stored_keep_their_bytes(weight, format, block_si
     assert_same_bytes(replace(again, packed=again.packed[:1], scales=again.scales[:1]), first)
     assert torch.equal(again.packed[1:], q.packed[1:])
     assert torch.equal(again.scales[1:].view(torch.uint8), q.scales[1:].view(torch.uint8))
+
+
+def test_the_default_is_that_of_four_bit():
+    weight = strategies.make_weight("normal", (4, 200), 0, 0)
+    for options in ({}, {"block_size": 64}, {"scales": "float16"}, {"search": False}):
+        made = quantize(weight, **options)
+        assert_same_bytes(made, FourBit(**options).store(weight))
+        assert (made.format, made.block_size) == ("bof4s", options.get("block_size", 32))
+    assert quantize(weight, "bof4s").block_size == 64  # a format that is named has its own
 
 
 @rows_in_one_case("row", [0, 150, 299])
@@ -84,9 +93,9 @@ def test_the_relative_error_is_of_any_shape_and_leaves_the_weight_as_it_is(dtype
 @rows_in_one_case("exponent", [-120, -80, 0, 60, 120])
 def test_the_relative_error_has_no_magnitude(exponent):
     weight = strategies.make_weight("normal", (3, 4, 64), 0, 0)
-    expected = relative_error(weight, quantize(weight, scales="float32"))
+    expected = relative_error(weight, quantize(weight, "nf4", scales="float32"))
     scaled = weight * 2.0**exponent
-    assert relative_error(scaled, quantize(scaled, scales="float32")) == expected > 0
+    assert relative_error(scaled, quantize(scaled, "nf4", scales="float32")) == expected > 0
     tried = [quantize(scaled, name, scales="float32") for name in ("fp4", "nf4")]
     best = min(tried, key=lambda q: relative_error(scaled, q))
     assert quantize(scaled, ("fp4", "nf4"), scales="float32").format == best.format
