@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
@@ -46,6 +46,26 @@ def check_free(path: Path) -> None:
     """Raise a FileExistsError if anything is at ``path``, also a dangling symbolic link."""
     if os.path.lexists(path):
         raise FileExistsError(f"{quoted(path)} exists; remove it or choose another name")
+
+
+def check_outside(path: Path, inputs: Mapping[str, Path | None], name: str = "OUT") -> None:
+    """Raise a ValueError if a path to write is one of the inputs, or lies in one that is a folder.
+
+    Links, relative paths, and upper and lower case are followed as the file system does.
+
+    Args:
+        path: to write; nothing may be there yet.
+        inputs: by the names that the error gives them; None is left out.
+        name: of ``path``, for the error.
+    """
+    place = _target(path)
+    for known, given in inputs.items():
+        if given is not None and _is_same(place, given):
+            raise ValueError(f"{name}={quoted(path)} is {known}, which would be lost: name another place")
+        if given is not None and any(_is_same(parent, given) for parent in place.parents):
+            raise ValueError(
+                f"{name}={quoted(path)} lies in {known}={quoted(given)}, which it would change: name a place outside"
+            )
 
 
 @contextmanager
@@ -388,6 +408,10 @@ def sync(path: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    return path == _target(other) or (path.exists() and other.exists() and path.samefile(other))
 
 
 def _target(path: Path) -> Path:

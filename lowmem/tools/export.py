@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from lowmem.io.atomic import owned
+from lowmem.io.atomic import check_outside, owned
 from lowmem.io.formats.export import export, target_of, targets
 from lowmem.io.formats.exported import Exported, total_error
 from lowmem.io.formats.stored_model import open_stored
@@ -54,6 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     name = target_of(arguments.out, arguments.format)
+    check_outside(arguments.out, {"IN": arguments.source})
     size = _size(arguments.source)
     with owned(arguments.out), warnings_as_notes(), progress("export", total=size) as update:
         rows = export(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from lowmem import measure
 from lowmem.finetuning.settings import LARGEST_LR
 from lowmem.finetuning.state import forked_random
-from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.io.atomic import check_outside, check_writable, write_atomically
 from lowmem.io.checkpoint import content_of
 from lowmem.io.container import write
 from lowmem.tools.arguments import device_of
@@ -64,6 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command, for arguments whose defaults are set."""
     device = device_of(arguments.device)
     if arguments.save is not None and not arguments.dry_run:
+        check_outside(arguments.save, {"--data": Path(arguments.data)}, "--save")
         check_writable(arguments.save)  # before the training, not after it
         check_writable(head_of(arguments.save))
     data = load_data(arguments.data, arguments.seed)

@@ -23,7 +23,7 @@ from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import States, changes
 from lowmem.finetuning.text import Texts, read_examples
 from lowmem.io.adapters import adapter_facts
-from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors
+from lowmem.io.atomic import check_free, check_outside, check_writable, open_regular, read_errors
 from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
 from lowmem.io.model_folder import weights_in
 from lowmem.io.shards import INDEX, read_index
@@ -322,7 +322,8 @@ def check_outputs(arguments: argparse.Namespace, job: Job) -> None:
 
 
 def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
-    """Raise an error if two outputs have one name, one is in the other and would go with it, or states have none."""
+    """Raise an error if two outputs have one name, one is in the other and would go with it, or states have none; or
+    if one is an input, or lies in one."""
     states = None if job.save is None else states_folder(job.save)
     places = {"--metrics": arguments.metrics, "--plot": arguments.plot, "--save": job.save}
     places["the folder of states of --save"] = states
@@ -330,6 +331,10 @@ def _check_apart(arguments: argparse.Namespace, job: Job) -> None:
         places["the folder of --log"] = log_of(job)
     if states is not None and os.path.lexists(states) and not states.is_dir():
         raise FileExistsError(f"{quoted(states)} exists, where states go; remove it or choose another name")
+    inputs = {"MODEL": job.folder, "--from": job.start, "--data": job.data, "--eval-data": arguments.eval_data}
+    for option, path in places.items():
+        if path is not None:
+            check_outside(path, inputs, option)
     found = [(option, Path(os.path.abspath(path))) for option, path in places.items() if path is not None]
     for number, (option, path) in enumerate(found):
         for other, place in found[number + 1 :]:

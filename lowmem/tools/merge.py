@@ -9,7 +9,7 @@ from typing import Any
 
 from lowmem.errors import one_line
 from lowmem.io.adapters import find_adapter, load_adapter
-from lowmem.io.atomic import check_free, owned, starts_with
+from lowmem.io.atomic import check_free, check_outside, owned, starts_with
 from lowmem.io.checkpoint import load, save
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.tools.arguments import DTYPES, file_path, number
@@ -58,9 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    for name, source in (("BASE", arguments.base), ("ADAPTER", arguments.adapter)):
-        if source.exists() and arguments.out.exists() and source.samefile(arguments.out):
-            raise ValueError(f"OUT={str(arguments.out)!r} is {name}, which would be lost: name another file")
+    check_outside(arguments.out, {"BASE": arguments.base, "ADAPTER": arguments.adapter})
     inputs = None if arguments.inputs is None else batch_of(arguments.inputs)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]
     run_it = nullcontext() if inputs is None else user_code(f"inputs={arguments.inputs!r}: calling the model failed")

@@ -11,7 +11,7 @@ from functools import partial
 import torch
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lowmem.io.atomic import owned
+from lowmem.io.atomic import check_outside, owned
 from lowmem.io.convert_checkpoint import Row, convert_checkpoint
 from lowmem.io.shards import INDEX
 from lowmem.io.source import Source
@@ -190,6 +190,9 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
+    check_outside(arguments.target, {"IN": arguments.source})
+    if arguments.resume is not None:
+        check_outside(arguments.resume, {"IN": arguments.source, "OUT": arguments.target}, "--resume")
     if quantize_foreign.is_foreign(arguments.source):
         _check_options(arguments, "another program's")
         return quantize_foreign.run(arguments, _blockwise(arguments))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from lowmem.errors import printable
-from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.io.atomic import check_outside, check_writable, write_atomically
 from lowmem.measure import difference, unchanged
 from lowmem.tools import info
 from lowmem.tools.arguments import add_input_arguments, file_path, make_input, shape
@@ -71,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     check_extra("lowmem report")
     check_target(arguments.target)
+    for option, given in (("--run", arguments.timed_run), *(("--verdict", path) for path in arguments.verdicts)):
+        check_outside(arguments.target, {option: given})
     _check_model(arguments)
     from lowmem.report.page import render
     from lowmem.testing.verdicts import read_verdict

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from lowmem.io.atomic import (
     atomic_file,
     atomic_folder,
     check_free,
+    check_outside,
     check_writable,
     open_regular,
     owned,
@@ -29,6 +31,36 @@ from lowmem.io.atomic import (
     write_atomically,
     write_errors,
 )
+
+
+def test_a_place_to_write_is_neither_an_input_nor_in_one_by_any_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("base", "inner").mkdir(parents=True)
+    Path("base", "file").write_text("")
+    Path("file").write_text("")
+    Path("same").hardlink_to("file")
+    Path("link").symlink_to("base", target_is_directory=True)
+    Path("into").symlink_to("base/later")  # dangling
+    for out in ("base/out", "base/inner/a/b", "link/out", "./file/../base/out", "link/inner/../out", "into"):
+        for base in ("base", "link", str(tmp_path / "base"), "other/../base/inner/.."):
+            if base.startswith("other"):
+                Path("other").mkdir(exist_ok=True)
+            told = re.escape(f"OUT='{Path(out)}' lies in BASE='{Path(base)}', which it would change: name a place")
+            with pytest.raises(ValueError, match=f"^{told}"):
+                check_outside(Path(out), {"BASE": Path(base)})
+    for out in ("base", "link", "./base/"):
+        with pytest.raises(ValueError, match="is BASE, which would be lost: name another place"):
+            check_outside(Path(out), {"ADAPTER": None, "BASE": Path("base")})
+    with pytest.raises(ValueError, match="^OUT='same' is IN, which would be lost"):
+        check_outside(Path("same"), {"IN": Path("file")})
+    with pytest.raises(ValueError, match="lies in OUT='later'"):
+        check_outside(Path("later/done"), {"OUT": Path("later")}, "--resume")  # nothing is there yet
+    for out in ("based", "base-out/model", "other/base", "file2"):
+        check_outside(Path(out), {"BASE": Path("base"), "IN": Path("file"), "ADAPTER": Path("missing")})
+    check_outside(Path("base/out"), {"IN": Path("base/file")})  # beside an input that is a file
+    if os.path.exists("BASE"):  # a file system that ignores case
+        with pytest.raises(ValueError, match="lies in IN='base'"):
+            check_outside(Path("BASE/out"), {"IN": Path("base")})
 
 
 def test_a_file_or_the_target_of_a_link_is_written_and_nothing_else_is_left(tmp_path):

@@ -3,8 +3,10 @@
 import json
 import os
 
+import pytest
 from torch import nn
 
+import lowmem
 from lowmem import FourBit, convert, save
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
@@ -59,6 +61,7 @@ def test_a_file_of_lowmem_is_taken_as_a_folder_is(tmp_path, capsys):
 
 def test_bad_input_is_one_line(tmp_path, refused):
     source = write_folder(tmp_path / "in", weights_of(fourbit("q4_0")))
+    before = sorted(path.name for path in source.iterdir())
     empty = tmp_path / "empty"
     empty.mkdir()
     for arguments in (
@@ -69,6 +72,11 @@ def test_bad_input_is_one_line(tmp_path, refused):
         [str(source), str(empty)],
         [str(source), str(tmp_path / "a.gguf"), "--like", str(empty)],
         [str(source), str(tmp_path / "a.gguf"), "--like", str(source / "model.safetensors")],
+        [str(source), str(source / "a.gguf")],
     ):
         assert refused("export", *arguments).startswith("lowmem export: ")
+    assert "lies in IN=" in refused("export", str(source), str(source / "new" / "a.gguf"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "in"]
+    with pytest.raises(ValueError, match="^out='.*a.gguf' lies in source='.*in', which it would change"):
+        lowmem.export(source, source / "a.gguf")
+    assert sorted(path.name for path in source.iterdir()) == before

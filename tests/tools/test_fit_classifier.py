@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -197,6 +198,13 @@ def test_accuracy_is_measured_in_eval_mode_without_gradients():
 
     assert tool.accuracy(Model().train(), torch.eye(3), torch.tensor([0, 1, 0]), 2) == pytest.approx(2 / 3)
     assert seen == [(False, False)] * 2
+
+
+def test_a_model_in_place_of_its_data_is_refused(npz, refused):
+    before = Path(npz).read_bytes()
+    told = refused("fit", "lora", "--data", npz, "--epochs", "1", "--save", npz)
+    assert "is --data, which would be lost: name another place" in told
+    assert Path(npz).read_bytes() == before
 
 
 def test_a_saved_model_loads_with_its_factory_and_has_its_head_beside_it(tmp_path, npz, results):

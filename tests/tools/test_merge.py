@@ -146,8 +146,20 @@ def test_no_input_is_overwritten_by_any_name(files, refused):
     names |= {"other.safetensors": "BASE", "adapter.safetensors": "ADAPTER"}
     for out, role in names.items():
         told = refused(*BASIC[:3], out, *BASIC[4:])
-        assert told.endswith(f"is {role}, which would be lost: name another file\n")
+        assert told.endswith(f"is {role}, which would be lost: name another place\n")
     assert {path.name: path.read_bytes() for path in files.glob("*.safetensors")} == before
+
+
+def test_a_folder_in_the_base_or_in_the_adapter_is_refused(files, refused):
+    for name in ("base", "adapter"):
+        (files / name).mkdir()
+        (files / name / "config.json").write_text("{}")
+        (files / f"link-{name}").symlink_to(name, target_is_directory=True)
+    for out in ("base/out", "./base/a/out", "link-base/out", str(files / "base" / "out")):
+        told = refused("merge", "base", "adapter", out)
+        assert told.startswith(f"lowmem merge: OUT={str(Path(out))!r} lies in BASE='base', which it would change: name")
+    assert "lies in ADAPTER='adapter'" in refused("merge", "base", "adapter", "link-adapter/out")
+    assert [path.name for path in (files / "base").iterdir()] == ["config.json"]
 
 
 @pytest.mark.parametrize(

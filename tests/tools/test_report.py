@@ -231,6 +231,14 @@ def test_bad_input_is_one_line_and_overwrites_nothing(argv, why, refused):
     assert sorted(set(os.listdir()) - {"__pycache__"}) == files
 
 
+def test_a_page_in_place_of_an_input_is_refused(refused):
+    Path("run.html").write_text("{}")
+    for option in ("--run", "--verdict"):
+        told = refused("report", "run.html", option, "./run.html")
+        assert told == f"lowmem report: OUT='run.html' is {option}, which would be lost: name another place\n"
+    assert Path("run.html").read_text() == "{}"
+
+
 @pytest.mark.parametrize("package", ["altair", "vl_convert", "jinja2", "scipy"])
 def test_without_the_extra_it_says_what_to_install(package, monkeypatch, refused):
     imported = command.import_module

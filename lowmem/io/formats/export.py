@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowmem.errors import show
-from lowmem.io.atomic import check_free
+from lowmem.io.atomic import check_free, check_outside
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.foreign import Target
 from lowmem.io.formats.programs import FOREIGN
@@ -58,7 +58,8 @@ def export(
         A row for each weight, sorted by name: what it became, and the error that this added.
 
     Raises:
-        ValueError: what the target cannot hold, by name, or an option that it does not take. Nothing was written.
+        ValueError: what the target cannot hold, by name, an option that it does not take, or an ``out`` in the folder
+            ``source``. Nothing was written.
         FileError: the source, or ``like``, is damaged or of another kind.
         FileExistsError: something is at ``out``.
         OSError: a file cannot be read or written.
@@ -73,4 +74,5 @@ def export(
         if option not in target.options:
             raise ValueError(f"{option}={show(given[option])} is no option of {name}; leave it out")
     check_free(out)
+    check_outside(out, {"source": source}, "out")
     return target.write(source, out, requantize=requantize, progress=progress, **given)
