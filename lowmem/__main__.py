@@ -12,13 +12,14 @@ from contextlib import contextmanager
 from importlib import import_module
 from io import TextIOWrapper
 from traceback import format_exc
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from lowmem.distributed.processes import is_told_by_first, started_rank
 from lowmem.errors import describe, error_line, is_fault, one_line
 from lowmem.tools import COMMANDS
 from lowmem.tools.output import stdout_for_json
-from lowmem.tools.startup import end_closed_pipe, write_error
+from lowmem.tools.startup import INTERRUPTED, end_closed_pipe, write_error
 from lowmem.version import __version__
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input, 3 a fault of lowmem.
+    """Run one command and return its exit code: 0 done, 1 a check failed, 2 usage or bad input, 3 a fault of lowmem,
+    130 interrupted by Ctrl-C (143 by SIGTERM, 129 by SIGHUP).
 
     Without ``argv`` this process is the command's own: its arguments are ``sys.argv[1:]``, and SIGPIPE ends it when
     the reader of its output has closed the pipe.
@@ -46,28 +48,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     program = argv is None
     given = sys.argv[1:] if argv is None else argv
     command = f"lowmem {given[0]}" if given and given[0] in COMMANDS else "lowmem"
+    received: list[int] = []
     try:
-        with _terminated_as_interrupted(program):
+        with _terminated_as_interrupted(program, received):
             if program:
                 sys.excepthook = sys.__excepthook__  # removes the hook for the imports
                 _prepare_streams()
-            return _run(given, program)
+            code = _run(given, program)
+            return 128 + received[0] if received else code  # serve ends by itself
     except BrokenPipeError:
         return end_closed_pipe(program)
+    except KeyboardInterrupt as interrupt:
+        return _end_interrupted(command, str(interrupt), received, program)
     except Exception as error:  # noqa: BLE001  of any kind: faults get a code of their own
+        if received:  # a library has made an error of the KeyboardInterrupt
+            return _end_interrupted(command, "", received, program)
         line, code = error_line(command, error), 3 if is_fault(error) else 2
         trace = format_exc() if "--debug" in given else ""
         return code if is_told_by_first(line) else write_error(trace + line, program, code)
-    except KeyboardInterrupt as interrupt:
-        if started_rank() > 0:  # torchrun interrupts the others when one has failed
-            return 2
-        told = str(interrupt) or "interrupted; what was not finished is not there: run it again"
-        return write_error(f"{command}: {told}", program)
+
+
+def _end_interrupted(command: str, told: str, received: Sequence[int], program: bool) -> int:
+    """Print that the command was interrupted, and return its exit code: 128 and the signal, as shells report it."""
+    code = 128 + received[0] if received else INTERRUPTED
+    if started_rank() > 0:  # torchrun interrupts the others when one has failed
+        return code
+    told = told or "interrupted; what was not finished is not there: run it again"
+    return write_error(f"{command}: {told}", program, code)
 
 
 @contextmanager
-def _terminated_as_interrupted(program: bool) -> Iterator[None]:
-    """Handle SIGTERM and SIGHUP like Ctrl-C, so that commands clean up; ignored signals (nohup) stay ignored."""
+def _terminated_as_interrupted(program: bool, received: list[int]) -> Iterator[None]:
+    """Handle SIGTERM and SIGHUP like Ctrl-C, so that commands clean up; ignored signals (nohup) stay ignored.
+
+    The numbers of the signals are appended to ``received``.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
+        received.append(number)
+        raise KeyboardInterrupt
+
     names = ("SIGINT", "SIGTERM", "SIGHUP") if program else ("SIGTERM", "SIGHUP")
     before = {}
     if threading.current_thread() is threading.main_thread():
@@ -75,7 +95,7 @@ def _terminated_as_interrupted(program: bool) -> Iterator[None]:
         before = {number: signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, interrupt)
     try:
         yield
     finally:

@@ -16,6 +16,7 @@ import lowmem
 from lowmem import __version__
 from lowmem.__main__ import main
 from lowmem.tools import COMMANDS
+from tests.io.formats.folders import fourbit, weights_of, write_folder
 from tests.selection import covering
 
 
@@ -79,7 +80,7 @@ def failing(monkeypatch, error):
 @pytest.mark.parametrize(
     ("error", "code", "told"),
     [
-        (KeyboardInterrupt(), 2, "interrupted; what was not finished is not there: run it again\n"),
+        (KeyboardInterrupt(), 130, "interrupted; what was not finished is not there: run it again\n"),
         (BrokenPipeError(32, "Broken pipe"), 141, None),  # the shell's code for a closed pipe
         *(
             (kind("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), 2, "out of memory; free")
@@ -347,4 +348,101 @@ def test_a_hangup_that_nohup_ignores_stays_ignored(monkeypatch):
         assert run("stats") == 0
     finally:
         signal.signal(signal.SIGHUP, before)
-    assert handlers == [signal.SIG_IGN, signal.default_int_handler]
+    assert handlers[0] == signal.SIG_IGN
+    with pytest.raises(KeyboardInterrupt):
+        handlers[1](signal.SIGTERM, None)
+
+
+INTERRUPTING = """
+import signal
+from torch import nn
+
+class Model(nn.Linear):
+    def __init__(self):
+        super().__init__(1024, 4)
+    def forward(self, x):
+        signal.raise_signal(signal.SIGINT)
+        return super().forward(x)
+
+def dense():
+    return nn.Linear(64, 64)
+
+def narrow():
+    return nn.Linear(1024, 4)
+"""
+INTERRUPTED = {
+    "stats": ["interrupting:Model"],
+    "compare": ["interrupting:Model", "interrupting:Model"],
+    "fit": ["interrupting:Model", "--save", "out.safetensors"],
+    "fit, while it saves": ["interrupting:narrow", "--epochs", "1", "--save", "out.safetensors"],
+    "quantize": ["dense.safetensors", "out.safetensors"],
+    "quantize, shards": ["dense.safetensors", "out", "--shard-size", "3KiB"],
+    "merge": ["base.safetensors", "adapter.safetensors", "out.safetensors", "--model", "interrupting:dense"],
+    "export": ["folder", "out.gguf"],
+    "report": ["interrupting:Model", "out.html"],
+    "bundle": ["package", "out"],
+    "info": [],
+}
+
+
+@pytest.fixture
+def interruptible(user_module, monkeypatch):
+    """What the commands of ``INTERRUPTED`` read, and Ctrl-C where one writes a file, or reads the processor's."""
+    user_module("interrupting", INTERRUPTING)
+    base = lowmem.convert(torch.nn.Linear(64, 64), lowmem.FourBit())
+    lowmem.save(base, "base.safetensors")
+    lowmem.save_adapter(lowmem.add_adapter(base, "default", lowmem.LoRA(4)), "adapter.safetensors")
+    safetensors.torch.save_file({f"{name}.weight": torch.randn(64, 64) for name in "ab"}, "dense.safetensors")
+    write_folder(Path("folder"), weights_of(fourbit("q4_0")))
+    Path("package").mkdir()
+    Path("package", "__main__.py").write_text("print()")
+
+    def interrupt(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    monkeypatch.setattr("lowmem.tools.info.facts", interrupt)
+
+
+@pytest.mark.parametrize("case", INTERRUPTED)
+@pytest.mark.usefixtures("interruptible")
+def test_ctrl_c_ends_each_command_with_130_and_leaves_nothing_half_written(case, capsys):
+    if case == "report":
+        pytest.importorskip("altair", reason="the report needs the extra: pip install '.[report]'")
+        pytest.importorskip("vl_convert", reason="the report needs the extra: pip install '.[report]'")
+    command = case.partition(",")[0]
+    before = sorted(Path().rglob("[!_]*[!_]"))  # without caches of compiled code
+    assert run(command, *INTERRUPTED[case]) == 130
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == f"lowmem {command}: interrupted; what was not finished is not there: run it again"
+    assert sorted(Path().rglob("[!_]*[!_]")) == before
+
+
+def test_each_command_is_interrupted_somewhere():
+    """Those that need transformers are in tests/tools."""
+    assert {case.partition(",")[0] for case in INTERRUPTED} | {"generate", "serve"} == set(COMMANDS)
+
+
+@posix
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
+@pytest.mark.parametrize("error", [None, RuntimeError("a library's own")], ids=["swallowed", "replaced"])
+def test_an_interrupt_that_a_library_catches_ends_it_likewise(name, code, error, monkeypatch, capsys):
+    before = signal.getsignal(signal.SIGINT)
+
+    def swallow(arguments):
+        try:
+            signal.raise_signal(getattr(signal, name))
+        except KeyboardInterrupt:
+            if error is not None:
+                raise error from None
+        return 0
+
+    monkeypatch.setattr("lowmem.tools.stats.run", swallow)
+    monkeypatch.setattr(sys, "argv", ["lowmem", "stats"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lowmem.tools.startup.discard_output", lambda: None)
+        patch.setattr("lowmem.__main__._prepare_streams", lambda: None)
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        assert main() == code
+    assert ("interrupted" in capsys.readouterr().err) == (error is not None)
+    assert signal.getsignal(signal.SIGINT) is before

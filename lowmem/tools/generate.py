@@ -14,8 +14,7 @@ from lowmem.inference.block import Block
 from lowmem.inference.prepare import prepare_inference
 from lowmem.tools.arguments import add_device_argument, device_of, file_path, number, positive_int, seed
 from lowmem.tools.output import warnings_as_notes
-
-INTERRUPTED = 130  # 128 + SIGINT: what shells report
+from lowmem.tools.startup import INTERRUPTED
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

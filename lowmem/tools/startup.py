@@ -1,14 +1,17 @@
-"""How the ``lowmem`` command ends where ``main`` cannot catch an exception: with one line for an import that fails,
-and silently for a closed pipe."""
+"""How the ``lowmem`` command ends where ``main`` cannot catch an exception: with one line for an import that fails or
+is interrupted, and silently for a closed pipe."""
 
 from __future__ import annotations
 
 import os
 import signal
 import sys
-from types import TracebackType
+from contextlib import suppress
+from types import FrameType, TracebackType
+from typing import NoReturn
 
 CLOSED_PIPE = 141  # 128 + SIGPIPE: what shells report for a process that SIGPIPE ended
+INTERRUPTED = 130  # 128 + SIGINT: what shells report for Ctrl-C
 
 # Exceptions of broken installations during imports; any other is a fault of lowmem.
 _BROKEN = (
@@ -27,9 +30,14 @@ def is_command() -> bool:
 
 
 def guard_imports() -> None:
-    """Make the command end with one line if an import fails: with exit code 2, or 3 for a fault of lowmem."""
+    """Make the command end with one line if an import fails: with exit code 2, or 3 for a fault of lowmem.
+
+    Ctrl-C during the imports ends it with one line and exit code 130.
+    """
     if not is_command():
         return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        signal.signal(signal.SIGINT, _exit_interrupted)
     # Not imported in the hook, since a package whose import has failed can no longer be imported from.
     from traceback import format_exception
 
@@ -42,6 +50,13 @@ def guard_imports() -> None:
         raise SystemExit(write_error(trace + line, program=True, code=2 if broken else 3))
 
     sys.excepthook = tell
+
+
+def _exit_interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    """End the process at once: a KeyboardInterrupt could be swallowed by an import, which has nothing to clean up."""
+    with suppress(OSError):
+        os.write(2, b"lowmem: interrupted\n")
+    os._exit(INTERRUPTED)
 
 
 def write_error(line: str, program: bool, code: int = 2) -> int:

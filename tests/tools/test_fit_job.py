@@ -73,6 +73,8 @@ def test_bad_options_and_texts_are_refused(place, refused):
         (*data, "--metrics", "m.jsonl"): "'m.jsonl' exists",
         (*data, "--plot", "a.jpeg"): "must end in .png",
         (*data, "--save", "out", "--metrics", "out"): "are the same place: rename one",
+        (*data, "--save", "llama/out"): "--save='llama/out' lies in MODEL='llama', which it would change",
+        (*data, "--metrics", "./llama/m.jsonl"): "--metrics='llama/m.jsonl' lies in MODEL='llama', which it",
         (*data, "--save", "out", "--metrics", "./out.training/m.jsonl"): "are the same place: rename one",
         (*data, "--save", "a.png", "--plot", "a.png"): "are the same place: rename one",
         (*data, "--metrics", "a.png", "--plot", "a.png"): "are the same place: rename one",
@@ -171,10 +173,10 @@ def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, ca
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fit_language, "finetune", interrupted)
-    assert main(["fit", "llama", *argv]) == 2
+    assert main(["fit", "llama", *argv]) == 130
     Path("out.training", "state-1.safetensors").write_bytes(b"damaged")
     capsys.readouterr()
-    assert main(["fit", "llama", *argv, "--resume"]) == 2
+    assert main(["fit", "llama", *argv, "--resume"]) == 130
     first = capsys.readouterr().err.splitlines()[0]
     assert first.startswith("lowmem fit: cannot read 'out.training/state-1.safetensors': it is no safetensors file")
     assert first.endswith("; going on from the state after step 1")
@@ -192,10 +194,10 @@ def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, m
         patch.setattr(fit_language, "finetune", interrupted)
         patch.setenv("WORLD_SIZE", "1")
         patch.setenv("LOCAL_WORLD_SIZE", "1")
-        assert main(["fit", "llama", *argv, "--save", "other"]) == 2
+        assert main(["fit", "llama", *argv, "--save", "other"]) == 130
         assert ": continue with `torchrun --nproc-per-node 1 -m lowmem fit llama" in capsys.readouterr().err
         patch.delenv("LOCAL_WORLD_SIZE")
-        assert main(["fit", "llama", *argv]) == 2
+        assert main(["fit", "llama", *argv]) == 130
     told = capsys.readouterr().err
     command = f"lowmem fit llama {' '.join(argv)} --resume"
     told = told.splitlines()[-1]

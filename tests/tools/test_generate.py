@@ -1,6 +1,7 @@
 """``lowmem generate`` writes what the model's own ``generate`` makes, for each kind of file that holds a model."""
 
 import io
+import signal
 import sys
 
 import pytest
@@ -144,6 +145,16 @@ def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
     monkeypatch.setattr(CountingStreamer, "put", interrupted)
     assert main(["generate", str(folders / "dense"), "--prompt", "abc"]) == 130
     assert capsys.readouterr().err.startswith("3 tokens in ")
+
+
+def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, monkeypatch):
+    def interrupted(*_):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("lowmem.integrations.transformers.generating.open_language_model", interrupted)
+    assert main(["generate", str(folders / "dense"), "--prompt", "abc"]) == 130
+    told = "lowmem generate: interrupted; what was not finished is not there: run it again\n"
+    assert capsys.readouterr().err == told
 
 
 @pytest.mark.parametrize(

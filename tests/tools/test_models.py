@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lowmem import Linear4Bit
+from lowmem.__main__ import main
 from lowmem.tools import models
 from tests.selection import rows_in_one_case
 
@@ -124,8 +125,9 @@ def test_a_wrong_name_says_what_is_wrong(name, message, refused):
     refused("stats", name)
 
 
-def test_a_factory_that_is_interrupted_is_an_interrupt(user_models, refused):
-    assert "interrupted; what was not finished is not there" in refused("stats", f"{user_models}:interrupted")
+def test_a_factory_that_is_interrupted_is_an_interrupt(user_models, capsys):
+    assert main(["stats", f"{user_models}:interrupted"]) == 130
+    assert "interrupted; what was not finished is not there" in capsys.readouterr().err
 
 
 def test_a_working_directory_that_is_gone_is_not_looked_into(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ import lowmem
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
 from lowmem.tools.quantize import OPTIONS, REFUSALS
-from tests.io.formats.folders import CONFIG, shapes
+from tests.io.formats.folders import CONFIG, fourbit, shapes, weights_of, write_folder
 from tests.io.formats.test_recognize import SAMPLES
 
 
@@ -102,6 +102,24 @@ def test_bad_options_are_one_line(checkpoint, options, message, refused):
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 
 
+def test_a_place_in_the_input_s_folder_is_refused(tmp_path, refused):
+    write_folder(tmp_path / "foreign", weights_of(fourbit("nf4")))
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "config.json").write_text("{}")
+    for name in ("foreign", "dense"):
+        before = sorted((tmp_path / name).iterdir())
+        for out in ("out", "out.safetensors", "a/out"):
+            told = refused("quantize", tmp_path / name, tmp_path / name / out)
+            assert "lies in IN=" in told
+            assert told.endswith(", which it would change: name a place outside\n")
+        assert sorted((tmp_path / name).iterdir()) == before
+    options = ["--calibrate", "self", "--resume", tmp_path / "dense" / "done"]
+    assert "lies in IN=" in refused("quantize", tmp_path / "dense", tmp_path / "out", *options)
+    for place, told in (("out", "is OUT, which would be lost"), ("out/done", "lies in OUT=")):
+        options[-1] = tmp_path / place
+        assert told in refused("quantize", tmp_path / "dense", tmp_path / "out", *options)
+
+
 @pytest.mark.processes
 def test_a_terminated_process_leaves_no_half_file(checkpoint):
     script = (
@@ -115,7 +133,7 @@ def test_a_terminated_process_leaves_no_half_file(checkpoint):
     ended = subprocess.run(
         [sys.executable, "-c", script, "quantize", str(checkpoint), str(out)], capture_output=True, text=True
     )
-    assert (ended.returncode, len(ended.stderr.strip().splitlines())) == (2, 1)
+    assert (ended.returncode, len(ended.stderr.strip().splitlines())) == (143, 1)  # 128 + SIGTERM
     assert "interrupted" in ended.stderr
     assert [path.name for path in checkpoint.parent.iterdir()] == ["in.safetensors"]
 

@@ -41,6 +41,7 @@ def test_the_server_answers_what_generate_writes(tmp_path, capsys):
         server.send_signal(signal.SIGINT)
         told = server.communicate(timeout=60)[1]
     assert "fault of lowmem" not in told, told
+    assert server.returncode == 130, told
 
 
 def _answer(server, port: int, asked: bytes) -> dict:

@@ -98,6 +98,19 @@ def test_another_failure_of_an_import_is_one_line_and_exit_code_3(start, way):
     assert line.startswith("lowmem: ZeroDivisionError: division by zero; this is a fault of lowmem")
 
 
+@pytest.mark.processes(keep=1)
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process")
+@both_ways
+def test_ctrl_c_during_the_imports_is_one_line_and_exit_code_130(start, way):
+    """Also where the package that is imported swallows the exception."""
+    swallow = "print('here', flush=True)\ntry:\n    input()\nexcept BaseException:\n    pass\n"
+    process = start(way, "info", modules={"torch.py": swallow})
+    assert process.stdout.readline() == "here\n"
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=300)
+    assert (process.returncode, out, err) == (130, "", "lowmem: interrupted\n")
+
+
 @pytest.mark.processes
 def test_a_process_that_imports_the_library_keeps_its_own_hooks():
     script = (
