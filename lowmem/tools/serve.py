@@ -7,6 +7,7 @@ import sys
 from importlib.metadata import entry_points
 from pathlib import Path
 
+from lowmem.io.folder_code import unasked
 from lowmem.io.formats.peft.reading import refuse_adapters
 from lowmem.tools.arguments import file_path
 
@@ -27,16 +28,18 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder
     from transformers.utils.import_utils import is_serve_available
 
-    from lowmem.integrations.transformers.folder import check
+    from lowmem.integrations.transformers.folder import check, class_of, empty_model
 
     refuse_adapters(folder, "serve")
-    check(folder, "serve")
+    config, _ = check(folder, "serve")
+    empty_model(folder, class_of(folder, config))
     if not is_serve_available():
         raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")
     (script,) = entry_points(group="console_scripts", name="transformers")
     given, sys.argv = sys.argv, ["transformers", "serve", str(folder.resolve()), *arguments.options]
     try:
-        script.load()()
+        with unasked():  # the server makes models in models, too
+            script.load()()
     except SystemExit as stop:  # Ctrl-C, or an option that the server refuses
         return stop.code if isinstance(stop.code, int) else 1
     finally:

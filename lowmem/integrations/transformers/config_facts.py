@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lowmem.errors import describe, refusal, show
+from lowmem.errors import FileError, describe, refusal, show
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.exact import config_at
 from lowmem.integrations.transformers.folder import check, class_of, load_errors
@@ -61,8 +61,10 @@ class Sizes(NamedTuple):
 def sizes_of(folder: Path, task: str = "fine-tune") -> Sizes:
     """Return the sizes of the model of a folder or GGUF file; a FileError names the task if they are not said."""
     try:
-        config = config_at(folder, trust_remote_code=False).get_text_config()
+        config = config_at(folder).get_text_config()
         vocabulary, width, layers = config.vocab_size, config.hidden_size, config.num_hidden_layers
+    except FileError:
+        raise
     except Exception as reason:  # of the libraries that check a config, which have no common class
         raise refusal(folder, f"its config is of no language model: {describe(reason)}", task) from reason
     positions = getattr(config, "max_position_embeddings", None)
@@ -99,7 +101,7 @@ def factory_of(folder: Path, layers: int | None = None, kind: Any = AutoModelFor
         layers: how many of its layers the model has; None: all.
         kind: the model's class, or an Auto class.
     """
-    config = config_at(folder, trust_remote_code=False)
+    config = config_at(folder)
     text = config.get_text_config()
     if layers is not None:
         for name, value in list(vars(text).items()):
@@ -113,8 +115,10 @@ def factory_of(folder: Path, layers: int | None = None, kind: Any = AutoModelFor
         torch.set_default_dtype(dtype)
         try:
             with load_errors(folder):
-                is_auto = hasattr(kind, "from_config")
-                model: nn.Module = kind.from_config(config, dtype=dtype) if is_auto else kind(config)
+                if hasattr(kind, "from_config"):
+                    model: nn.Module = kind.from_config(config, dtype=dtype, trust_remote_code=False)
+                else:
+                    model = kind(config)
         finally:
             torch.set_default_dtype(before)
         return model

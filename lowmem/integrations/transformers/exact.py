@@ -28,12 +28,13 @@ from lowmem.integrations.transformers.checking import Names, refuse_unfitting
 from lowmem.integrations.transformers.config import METHOD
 from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
+from lowmem.io.folder_code import NEEDS_CODE, forget_code, is_about_code
 from lowmem.io.formats.foreign import ForeignTensor, Kept
 from lowmem.io.formats.growth import GrowthWarning, growth
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
 from lowmem.io.formats.requantizing import Requantizing, why_refused
 from lowmem.io.metadata import form_record, layer_of
-from lowmem.io.model_folder import check_layers, quantization_of, read_model_config
+from lowmem.io.model_folder import CONFIG, check_layers, quantization_of, read_model_config, read_object
 from lowmem.io.safetensors import CODES
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapter import is_conv1d
@@ -49,6 +50,7 @@ def from_exact(
     config: Any = None,
     dtype: torch.dtype | str | None = "auto",
     requantizing: Requantizing | None = None,
+    trust_remote_code: bool = False,
     **options: Any,
 ) -> Any:
     """Return the model of a folder or file that another program quantized, with its 4-bit codes as they are.
@@ -62,11 +64,13 @@ def from_exact(
         dtype: of what is dense, and of what the rest computes in; "auto": that of the config, or of the first dense
             weight, or float32.
         requantizing: which weights are quantized again; None quantizes no weight again.
+        trust_remote_code: whether to run code that the folder brings, of its config and its model.
         **options: for ``from_pretrained``, such as ``device_map``.
 
     Raises:
         FileError: files that lowmem does not read, without 4-bit weights, or with some that cannot be kept exactly;
-            a GGUF file whose fields contradict the model's config.
+            a folder that needs code of its own, without ``trust_remote_code``; a GGUF file whose fields contradict
+            the model's config.
         ValueError: a weight of another shape than the model's, or a ``device_map`` with a disk.
 
     Warns:
@@ -78,7 +82,7 @@ def from_exact(
     with _plainly():
         opened = open_foreign(path)
     with opened as file:
-        own = _config_of(path, file, **_code(options)) if config is None else deepcopy(config)
+        own = _config_of(path, file, trust_remote_code) if config is None else deepcopy(config)
         for one in (own, own.get_text_config(decoder=True)):
             vars(one).pop("quantization_config", None)  # of the other program
         if dtype in (None, "auto"):
@@ -86,14 +90,21 @@ def from_exact(
             floats = (one for one in kept if isinstance(one, torch.dtype) and one.is_floating_point)
             dtype = own.dtype or (torch.float32 if file.kind == "gguf" else next(floats, torch.float32))
         if path.is_dir() and (path / "generation_config.json").is_file():
-            options.setdefault("generation_config", GenerationConfig.from_pretrained(path))
+            generation = GenerationConfig.from_dict(read_object(path / "generation_config.json"))
+            options.setdefault("generation_config", generation)
         asked, kind = _ExactConfig(path, file, requantizing or Requantizing()), auto_class
         if hasattr(kind, "from_config"):  # an Auto class needs a folder to find the class of a model
             with torch.device("meta"):
-                empty = kind.from_config(own, **_code(options))
+                empty = kind.from_config(own, trust_remote_code=trust_remote_code)
             own, kind = empty.config, type(empty)
         found = kind.from_pretrained(
-            None, config=own, state_dict=asked.state, quantization_config=asked, dtype=dtype, **options
+            None,
+            config=own,
+            state_dict=asked.state,
+            quantization_config=asked,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            **options,
         )
         model = found[0] if isinstance(found, tuple) else found
         model.name_or_path = model.config.name_or_path = str(source)
@@ -104,26 +115,44 @@ def from_exact(
     return found
 
 
-def config_at(path: Path, **options: Any) -> Any:
-    """Return the config in transformers of the model of a folder or GGUF file, by options of ``from_pretrained``."""
+def config_at(path: Path, described: Any = AutoConfig, trust_remote_code: bool = False) -> Any:
+    """Return the config in transformers of the model of a folder or GGUF file.
+
+    Args:
+        path: the folder or file.
+        described: the class of the config, or ``AutoConfig``.
+        trust_remote_code: whether to run code of the folder; the config names none otherwise.
+
+    Raises:
+        FileError: the config needs code of the folder.
+        Exception: of transformers, for a config that it does not take.
+    """
+    options: dict[str, Any] = {}
+    folder = path
     if path.is_file():
         made = config_of(path)
         if made is not None:
             return AutoConfig.for_model(**made)
-        path, options = path.parent, {**options, "gguf_file": path.name}
-    return AutoConfig.from_pretrained(path, local_files_only=True, **options)
+        folder, options = path.parent, {"gguf_file": path.name}
+    try:
+        config = described.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
+        )
+    except ValueError as error:
+        if is_about_code(error):
+            raise refusal(path / CONFIG, NEEDS_CODE, "load") from error
+        raise
+    if not trust_remote_code:
+        forget_code(config)
+    return config
 
 
-def _config_of(path: Path, file: ForeignFile, **options: Any) -> Any:
+def _config_of(path: Path, file: ForeignFile, trust_remote_code: bool) -> Any:
     """Return the config of a model that another program quantized."""
     if file.kind != "gguf":
         path = path if path.is_dir() else path.parent
         check_layers(path / "config.json", read_model_config(path / "config.json"), len(file.tensors))
-    return config_at(path, **options)
-
-
-def _code(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: options[name] for name in ("trust_remote_code",) if name in options}
+    return config_at(path, trust_remote_code=trust_remote_code)
 
 
 _METHOD = f"{METHOD}; exact"

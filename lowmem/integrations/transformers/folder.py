@@ -15,18 +15,19 @@ import transformers
 from torch import nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from lowmem.errors import FileError, describe, refusal, show, unbuilt
+from lowmem.errors import FileError, describe, message_of, refusal, show, unbuilt
 from lowmem.integrations.transformers.checking import refuse_unfitting, refuse_unread, shapes_and_bytes
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.exact import from_exact
+from lowmem.integrations.transformers.exact import config_at, from_exact
 from lowmem.integrations.transformers.tokenizing import tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row
+from lowmem.io.folder_code import NEEDS_CODE, is_about_code, unasked
 from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.peft.reading import CONFIG as ADAPTER_CONFIG
 from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.formats.requantizing import Requantizing
-from lowmem.io.model_folder import check_layers, check_regular, copy_others, read_model_config, weights_in
+from lowmem.io.model_folder import CONFIG, check_layers, check_regular, copy_others, read_model_config, weights_in
 from lowmem.io.source import Source, check_patterns
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
@@ -97,13 +98,14 @@ def load_folder(
         if is_exact:
             model, info = from_exact(folder, kind, requantizing=requantizing, **options)
         else:
+            options["config"] = config_at(folder, _config_class(kind))
             if method is None:
                 check_shapes(folder, kind)
             if config is not None:
                 options["quantization_config"] = config
             if str(device) != "cpu":
                 options["device_map"] = {"": device}
-            model, info = kind.from_pretrained(folder, local_files_only=True, **options)
+            model, info = kind.from_pretrained(folder, local_files_only=True, trust_remote_code=False, **options)
     _refuse_factors(folder / "config.json", found, model)
     _refuse_differing(folder, name, "lacks", info["missing_keys"])
     if config is not None or is_exact:  # what is left out would be lost
@@ -117,12 +119,28 @@ def class_of(folder: Path, config: Mapping[str, Any]) -> Any:
     if not (isinstance(names, list) and isinstance(names[0], str)):
         raise refusal(folder, f"architectures={show(names)} must be a list of names of classes; repair config.json")
     kind = getattr(transformers, names[0], None)
-    if not (isinstance(kind, type) and hasattr(kind, "from_pretrained")):
-        why = f"architectures names {show(names[0])}, which transformers {transformers.__version__} has not"
+    if not (isinstance(kind, type) and (issubclass(kind, transformers.PreTrainedModel) or _is_auto(kind))):
         if "auto_map" in config:
-            why += "; it is code of the folder: from_pretrained runs it, with trust_remote_code=True"
+            raise refusal(folder / CONFIG, f"architectures={show(names[0])}: {NEEDS_CODE}")
+        why = f"architectures names {show(names[0])}, which transformers {transformers.__version__} has not"
         raise refusal(folder, why)
     return kind
+
+
+def _is_auto(kind: Any) -> bool:
+    return hasattr(kind, "from_config")
+
+
+def _config_class(kind: Any) -> Any:
+    return transformers.AutoConfig if _is_auto(kind) else kind.config_class
+
+
+def empty_model(folder: Path, kind: Any) -> nn.Module:
+    """Return the model of a folder's config on the meta device; a FileError says why transformers cannot make it."""
+    with load_errors(folder), torch.device("meta"):
+        config = config_at(folder, _config_class(kind))
+        model: nn.Module = kind.from_config(config, trust_remote_code=False) if _is_auto(kind) else kind(config)
+    return model
 
 
 def check_shapes(folder: Path, kind: Any = transformers.AutoModelForCausalLM) -> None:
@@ -131,12 +149,7 @@ def check_shapes(folder: Path, kind: Any = transformers.AutoModelForCausalLM) ->
     Raises:
         FileError: the tensors are of another model, or stored by lowmem.
     """
-    with load_errors(folder):
-        is_auto = not issubclass(kind, transformers.PreTrainedModel)
-        described: Any = transformers.AutoConfig if is_auto else kind.config_class
-        config = described.from_pretrained(folder, local_files_only=True)
-        with torch.device("meta"):
-            model = kind.from_config(config) if is_auto else kind(config)
+    model = empty_model(folder, kind)
     needed = {name: tuple(one.shape) for name, one in model.state_dict().items()}
     with Source(weights_in(folder)) as source:
         specs = source.specs
@@ -331,15 +344,24 @@ def write_model(
 def load_errors(path: Path, remedy: str = "") -> Iterator[None]:
     """Turn an error of transformers, whose libraries have no common class of errors, into one that names the file."""
     try:
-        with _without_bars():
+        with _without_bars(), unasked():
             yield
     except (FileError, OSError, ImportError, MemoryError):  # these say it
         raise
     except Exception as error:
+        config = path / "config.json" if path.is_dir() else path
+        if is_about_code(error) or _is_left_out(config, error):
+            raise refusal(config, NEEDS_CODE, "load") from error
         why = _unknown_value(path, error)
         if why is None:
-            why, path = unbuilt(error), path / "config.json" if path.is_dir() else path
+            why, path = unbuilt(error), config
         raise refusal(path, why + remedy, "load") from error
+
+
+def _is_left_out(config: Path, error: Exception) -> bool:
+    """Whether transformers lacks a model, and the config names code, which ``config_at`` has made it forget."""
+    lacks = "Unrecognized configuration class" in message_of(error) and config.name == CONFIG and config.exists()
+    return lacks and any(name.endswith("auto_map") for name, _ in _values(read_model_config(config)))
 
 
 def _unknown_value(path: Path, error: Exception) -> str | None:

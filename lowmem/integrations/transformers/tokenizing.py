@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from lowmem.errors import describe, refusal, show
 from lowmem.io.atomic import open_regular
+from lowmem.io.folder_code import NEEDS_CODE, is_about_code, unasked
 from lowmem.io.formats.gguf.container import read_header
 from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
 from lowmem.io.model_folder import check_regular
@@ -111,7 +112,9 @@ def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
         check_regular(folder)
     with tokenizer_errors(folder):
         tokenizer: Any = (
-            tokenizer_of(folder) if folder.is_file() else AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer_of(folder)
+            if folder.is_file()
+            else AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         )
         size = len(tokenizer)
         if vocabulary is not None and folder.is_file():  # transformers adds tokens that a GGUF file has not
@@ -129,10 +132,14 @@ def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
 def tokenizer_errors(folder: Path) -> Iterator[None]:
     """Turn an error of a tokenizer into one that names the folder: the library tokenizers raises plain Exceptions."""
     try:
-        yield
+        with unasked():
+            yield
     except MemoryError:
         raise
     except Exception as reason:
+        if is_about_code(reason):
+            beside = folder if folder.is_dir() else folder.parent
+            raise refusal(beside / "tokenizer_config.json", NEEDS_CODE) from reason
         raise refusal(folder, f"it has no tokenizer that transformers can load: {describe(reason)}") from reason
 
 
@@ -159,7 +166,9 @@ def tokenizer_of(file: Path) -> Any:
     transformers makes one of the tokens and merges, and leaves out what the metadata say of spaces before words, and
     the expressions of some names in ``tokenizer.ggml.pre``. An expression that is not known is a UserWarning.
     """
-    made: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name, local_files_only=True)
+    made: Any = AutoTokenizer.from_pretrained(
+        file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+    )
     with open_regular(file) as opened:
         metadata = read_header(file, opened).metadata
     content = json.loads(made.backend_tokenizer.to_str())

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lowmem.errors import refusal, show, unbuilt
+from lowmem.io.folder_code import NEEDS_CODE, forget_code, is_about_code
 from lowmem.io.model_folder import CONFIG
 from lowmem.transforms.roles import float32_patterns
 from lowmem.version import install_command
@@ -65,11 +66,13 @@ def architecture_of(folder: Path, config: Mapping[str, Any]) -> Architecture:
         raise refusal(folder, f"architectures names {show(name)}, which {have}; repair config.json", "export")
     try:
         found = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        forget_code(found)
         dtype = found.dtype if isinstance(found.dtype, torch.dtype) else torch.float32
         with torch.device("meta"):
             model: Any = kind._from_config(found, dtype=dtype)  # type: ignore[attr-defined]
     except Exception as reason:  # of transformers' dependencies, too, which have no common class
-        raise refusal(folder / CONFIG, unbuilt(reason), "export") from reason
+        why = NEEDS_CODE if is_about_code(reason) else unbuilt(reason)
+        raise refusal(folder / CONFIG, why, "export") from reason
     for path, module in model.named_modules():
         if type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION:
             what = f"the {type(module).__name__} at {show(path)}"

@@ -95,7 +95,7 @@ def test_bad_folders_are_one_line(source, tmp_path, refused):
         ([1], "must be an object"),
         (
             config | {"architectures": ["My"], "auto_map": {"AutoModel": "my.My"}},
-            "it is code of the folder: from_pretrained runs it, with trust_remote_code=True",
+            "architectures='My': it needs code",
         ),
         (config | {"architectures": 5}, "architectures=5 must be a list"),
         (config | {"quantization_config": "x"}, "quantization_config='x' must be an object"),

@@ -1,0 +1,46 @@
+"""Code that a folder brings: transformers asks on standard input whether to run it, and lowmem says no."""
+
+from __future__ import annotations
+
+import io
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lowmem.errors import message_of
+
+
+def forget_code(config: Any) -> None:
+    """Remove what names code from a config of transformers and those in it: models in a model are made without asking
+    the caller whether to trust it."""
+    left = [config]
+    while left:
+        value = left.pop()
+        if isinstance(value, list | tuple):
+            left += value
+            continue
+        content = value if isinstance(value, dict) else vars(value) if hasattr(value, "sub_configs") else {}
+        content.pop("auto_map", None)
+        left += content.values()
+
+
+@contextmanager
+def unasked() -> Iterator[None]:
+    """Let nothing be read from standard input in the block, so that no question is answered with yes."""
+    before, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        yield
+    finally:
+        sys.stdin = before
+
+
+NEEDS_CODE = (
+    "it needs code of its own (auto_map), and none was run: take a model that transformers has, or if you trust it, "
+    "load it in Python: from_pretrained(..., trust_remote_code=True)"
+)
+
+
+def is_about_code(error: BaseException) -> bool:
+    """Whether an error of transformers says that it did not run code."""
+    return "trust_remote_code" in message_of(error)
