@@ -123,7 +123,7 @@ class Block:
         steps, query, mixed = self._program(ready, x, turns)
         sizes = batch, k.heads, q.heads // k.heads, tokens, count, q.width, v.width
         states = *query, *seen_keys, *seen_values, *hidden
-        work, fields, _scratch = attention_call(sizes, states, form.scaling, form.softcap, mixed)
+        work, fields = attention_call(sizes, states, form.scaling, form.softcap, mixed)
         out = torch.empty_like(x)
         if not steps.run(x=x, out=out, keys=keys, values=values, attention=(work, *fields), **turns):
             return None

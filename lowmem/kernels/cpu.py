@@ -316,7 +316,6 @@ class Kernel(CpuRows, CpuPlan):
         levels, boundaries = floats(form.levels), floats(form.boundaries)
         candidates = floats(CANDIDATES if into.method == "search" else ())
         threads, (count, columns) = torch.get_num_threads(), rows.shape
-        scratch = rows.new_empty(threads * (-(-columns // size) + size + 64))
         held = self.native.quantize(
             self._isa,
             rows.data_ptr(),
@@ -333,7 +332,6 @@ class Kernel(CpuRows, CpuPlan):
             int.from_bytes(floats((into.encoding.largest,)).tobytes(), "little"),  # the bits of a float32
             form.zero_code,
             form.signed,
-            scratch.data_ptr(),
             threads,
         )
         if not held:

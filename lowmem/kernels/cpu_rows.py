@@ -24,9 +24,7 @@ NORM, GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS, ATTENTION, ENCODE_STA
 NORM_CALL, GATED_CALL = Struct("@iiqqffqPPPP"), Struct("@iiqqqq7fPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 _STATES = "iPP6q"
-ATTENTION_CALL, CODING_CALL = Struct(f"@8q2f{_STATES * 4}PPq"), Struct(f"@4q{_STATES * 2}")
-_QUERIES, _WHOLE = 16, 16  # of csrc/attention.h; _WHOLE: the floats to which a row is padded, at most
-_GRAIN = 65536  # of csrc/threads.h
+ATTENTION_CALL, CODING_CALL = Struct(f"@7q2f{_STATES * 4}P"), Struct(f"@4q{_STATES * 2}")
 ROW_TYPES = torch.float32, torch.bfloat16
 CODES8 = 8  # of csrc/plan.h, in place of a type
 
@@ -165,7 +163,7 @@ class CpuRows:
         out = torch.empty(batch, queries, heads, value_width, dtype=query.dtype, device="cpu")
         sizes = batch, key_heads, heads // key_heads, queries, keys, width, value_width
         states = [number for one in given for number in one or ()]
-        work, fields, _scratch = attention_call(sizes, states, scaling, softcap, out.data_ptr())
+        work, fields = attention_call(sizes, states, scaling, softcap, out.data_ptr())
         self._run(ATTENTION, work, ATTENTION_CALL.pack(*fields))
         return out
 
@@ -190,8 +188,8 @@ class CpuRows:
 
 def attention_call(
     sizes: tuple[int, ...], states: Sequence[int], scaling: float, softcap: float | None, out: int
-) -> tuple[int, tuple[float, ...], Tensor]:
-    """Return how many multiplications attention takes, the fields of struct attention, and the scratch they point to.
+) -> tuple[int, tuple[float, ...]]:
+    """Return how many multiplications attention takes, and the fields of struct attention.
 
     Args:
         sizes: the first seven fields.
@@ -201,12 +199,8 @@ def attention_call(
         out: the address of the output.
     """
     batch, key_heads, shared, queries, keys, width, value_width = sizes
-    work, most = batch * key_heads * shared * queries * keys * (width + value_width), torch.get_num_threads()
-    threads, rows = min(most, 1 + work // _GRAIN), shared * queries
-    chunk = _QUERIES if threads == 1 else min(_QUERIES, -(-rows * batch * key_heads // (2 * threads)))
-    own = _QUERIES * (_padded(width) + _padded(value_width))
-    scratch = torch.empty(threads * own, dtype=torch.float32, device="cpu")
-    return work, (*sizes, chunk, scaling, softcap or 0.0, *states, out, scratch.data_ptr(), own), scratch
+    work = batch * key_heads * shared * queries * keys * (width + value_width)
+    return work, (*sizes, scaling, softcap or 0.0, *states, out)
 
 
 NO_STATES = (0,) * 9
@@ -232,10 +226,6 @@ def mask_states(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...] 
 def terms_of(activation: Activation) -> tuple[float, ...]:
     """Return the terms of struct gated."""
     return (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
-
-
-def _padded(width: int) -> int:
-    return -(-width // _WHOLE) * _WHOLE
 
 
 def _address(x: Tensor | None) -> int:

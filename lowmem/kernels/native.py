@@ -35,7 +35,8 @@ def load() -> tuple[ModuleType | None, str]:
             )
         return None, without_kernel(reason, sys.platform)
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
-    _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack)
+    scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
+    _native.use_torch(Tensor, Parameter, table, torch._C._to_dlpack, scratch)
     package = Path(torch.__file__).parent
     bundled = [*(package / "lib").glob("lib*omp*"), *(package.parent / "torch.libs").glob("lib*omp*")]
     libraries = [*sorted(map(str, bundled)), "libgomp.so.1", "libomp.so", "libiomp5.so"]

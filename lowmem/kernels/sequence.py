@@ -136,5 +136,5 @@ class Steps:
                 self._fields[place : place + len(numbers)] = numbers
         kernel, calls = self.kernel, pack(self._layout, *self._fields)
         threads, weights = torch.get_num_threads(), tuple(self._weights)
-        ran: bool = kernel.native.sequence(kernel._isa, threads, self.room, weights, calls)
+        ran: bool = kernel.native.sequence(kernel._isa, threads, weights, calls)
         return ran

@@ -203,12 +203,12 @@ def read_by_capsules():
     """As where torch has no table of functions for C, which 2.10 is the first to have."""
     native, _ = cpu.load()
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    shared = torch.Tensor, torch.nn.Parameter
-    assert not native.use_torch(*shared, None, torch._C._to_dlpack)
+    shared, scratch = (torch.Tensor, torch.nn.Parameter), torch.empty(0, dtype=torch.uint8)
+    assert not native.use_torch(*shared, None, torch._C._to_dlpack, scratch)
     try:
         yield
     finally:
-        assert native.use_torch(*shared, table, torch._C._to_dlpack) is (table is not None)
+        assert native.use_torch(*shared, table, torch._C._to_dlpack, scratch) is (table is not None)
 
 
 @bound

@@ -170,7 +170,7 @@ def test_states_are_stored_and_attended_to(isa, batch, heads, tokens, keys, code
         sizes = batch, heads, 2, tokens, before + tokens, width, width
         out = steps.attention("attention", query.numel())
         states = [*states_of(query), *fields, *NO_STATES]
-        work, call, _scratch = attention_call(sizes, states, 0.3, None, out)
+        work, call = attention_call(sizes, states, 0.3, None, out)
         assert steps.run(attention=(work, *call), **into)
         for one, other in zip(kept, expected, strict=True):
             assert torch.equal(one.numbers, other.numbers)
@@ -208,6 +208,6 @@ def test_room_that_is_too_small_and_calls_that_are_no_calls_are_errors():
         (b"\xff" * 16, "function -1"),
     ):
         with pytest.raises(ValueError, match=text):
-            kernel.native.sequence(kernel._isa, 1, x, (), calls)
+            kernel.native.sequence(kernel._isa, 1, (), calls)
     with pytest.raises(ValueError, match="17 weights"):
-        kernel.native.sequence(kernel._isa, 1, x, (None,) * 51, b"")
+        kernel.native.sequence(kernel._isa, 1, (None,) * 51, b"")

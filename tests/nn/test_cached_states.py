@@ -78,7 +78,7 @@ def test_c_writes_and_reads_at_the_places_what_append_writes_and_returns(counts,
         steps.store(states.shape, states_of(states), "new")
         out = steps.attention("attention", states.numel())
         sizes, fields = (2, 3, 1, count, rows, 6, 6), [*states_of(states), *seen, *seen, *NO_STATES]
-        work, call, _scratch = attention_call(sizes, fields, 0.4, None, out)
+        work, call = attention_call(sizes, fields, 0.4, None, out)
         assert steps.run(new=into, attention=(work, *call))
         cached.grow(count)
         read = expected.states if isinstance(expected, EightBitStates) else HeadStates(expected)

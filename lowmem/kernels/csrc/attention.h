@@ -5,7 +5,7 @@
 
 #include "saved8.h"
 
-enum { KEYS = 32, QUERIES = 16 }; /* keys and rows of queries that are computed at a time */
+enum { KEYS = 32 }; /* keys that are computed at a time */
 enum { AT_ONCE = 4, TOGETHER = LANES == 8 ? 2 : 4 }; /* rows and vectors of values whose sums are in registers */
 
 /* The numbers of n signed bytes, then zeros. */
@@ -196,11 +196,11 @@ static void attend_chunk(const struct attention *call, int64_t batch, int64_t he
 static void attention_body(struct job *job, int64_t part, int64_t parts, int64_t thread)
 {
     const struct attention *call = job->call;
-    const int64_t rows = call->shared * call->queries, chunks = (rows + call->chunk - 1) / call->chunk;
+    const int64_t rows = call->shared * call->queries, chunks = (rows + job->piece - 1) / job->piece;
     int64_t unit, to;
     for (share(call->batch * call->heads * chunks, 1, parts, part, &unit, &to); unit < to; unit++) {
-        const int64_t from = unit % chunks * call->chunk, head = unit / chunks % call->heads;
-        attend_chunk(call, unit / chunks / call->heads, head, from, smaller(call->chunk, rows - from), call->scratch + thread * call->own);
+        const int64_t from = unit % chunks * job->piece, head = unit / chunks % call->heads;
+        attend_chunk(call, unit / chunks / call->heads, head, from, smaller(job->piece, rows - from), job->own + thread * job->own_floats);
     }
 }
 

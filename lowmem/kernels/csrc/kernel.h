@@ -169,7 +169,7 @@ struct job {
     int64_t packed_step;
     float *own; /* scratch of the threads, own_floats each */
     int64_t own_floats;
-    int64_t piece; /* batch rows that are packed at a time */
+    int64_t piece; /* batch rows that are packed at a time; of attention, rows of queries that are computed together */
     /* What is multiplied now, as half-open ranges: batch rows m0 to m1 (a piece), groups of columns g0 to g1, rows r0 to r1. */
     int64_t m0, m1, g0, g1, r0, r1;
     const struct update *update; /* or NULL */

@@ -71,7 +71,7 @@ static PyObject *product(PyObject *const *args, enum operation operation, PyObje
             .weight = &w, .x = x.data, .bias = bias.data, .out = out.data, .out_step = to, .batch = x.shape[0],
             .type = x.type, .out_type = out.type, .bias_type = bias.type, .partial = out.data, /* run_in_parts replaces it */
         };
-        done = run_product(isa, k, &job, updated ? &u : NULL, threads, args[X]);
+        done = run_product(isa, k, &job, updated ? &u : NULL, threads);
     }
     if (done == 1)
         return made;
@@ -179,7 +179,7 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     PyObject *made = empty_like(args[BASE], base.shape[0], u.rows);
     if (!made)
         return NULL;
-    if (!read_memory(made, &out, NULL) || take_scratch(args[BASE], 4, 4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
+    if (!read_memory(made, &out, NULL) || take_scratch(4 * base.shape[0] * (u.rank + !u.rank), &narrow)) {
         Py_DECREF(made);
         if (PyErr_Occurred())
             return NULL;
@@ -200,11 +200,11 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
 }
 
 /* quantize(isa, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of candidates,
- * importance, bits of the largest magnitude, zero code, whether scales are signed, scratch, threads) -> whether the scales can
+ * importance, bits of the largest magnitude, zero code, whether scales are signed, threads) -> whether the scales can
  * hold every weight. Tensors are addresses; importance may be 0. */
 static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { ISA, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, SCRATCH, THREADS,
+    enum { ISA, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, THREADS,
            ARGUMENTS };
     long long n[ARGUMENTS];
     if (read_numbers(args, given, n, ARGUMENTS))
@@ -215,16 +215,21 @@ static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t give
         .weight = &w, .x = ADDRESS(n[X]), .boundaries = ADDRESS(n[BOUNDARIES]),
         .candidates = ADDRESS(n[CANDIDATES]), .importance = ADDRESS(n[IMPORTANCE]), .tried = n[TRIED],
         .largest = float_of((uint32_t)n[LARGEST]), .zero = (int)n[ZERO], .has_sign = (int)n[SIGN],
-        .scratch = ADDRESS(n[SCRATCH]), .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
+        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
     };
     struct job job = {
         .call = &q, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])),
     };
-    if (!q.x || !w.packed || !w.scales || !q.scratch)
+    struct scratch scratch;
+    if (!q.x || !w.packed || !w.scales)
         return no_memory();
+    if (take_scratch(job.threads * q.own, &scratch))
+        return NULL;
+    q.scratch = (uint8_t *)scratch.memory;
     Py_BEGIN_ALLOW_THREADS
     parallel(&job, base_of(all_isas[n[ISA]])->quantize, 1, NULL, 0);
     Py_END_ALLOW_THREADS
+    free_scratch(&scratch);
     return PyBool_FromLong(!q.failed);
 }
 
@@ -262,24 +267,47 @@ static int read_products(const struct isa *isa, const struct products *call, con
 }
 
 /* Run products of one input, in one region of threads where that is possible. Returns 0 if one of them fails. */
-static int run_products(const struct isa *isa, struct job *jobs, int64_t count, long long threads, PyObject *like)
+static int run_products(const struct isa *isa, struct job *jobs, int64_t count, long long threads)
 {
-    const int together = count > 1 ? run_together(isa, jobs, count, threads, like) : 0;
+    const int together = count > 1 ? run_together(isa, jobs, count, threads) : 0;
     if (together)
         return together > 0;
     for (int64_t i = 0; i < count; i++)
-        if (run_product(isa, jobs[i].kernel, jobs + i, NULL, threads, like) != 1)
+        if (run_product(isa, jobs[i].kernel, jobs + i, NULL, threads) != 1)
             return 0;
     return 1;
 }
 
-/* sequence(isa, threads, x, (handle, packed, scales) of each weight in one tuple, calls) -> whether it ran. It runs row-wise
+/* Run a row-wise function in parts. numbers: how many it computes; fewer threads run a small call. Returns 0, or -1 with a Python
+ * error. */
+static int run_rows(const struct isa *isa, int64_t function, void *call, long long threads, double numbers)
+{
+    struct job job = {.call = call, .threads = threads_for(threads, numbers), .piece = QUERIES};
+    struct scratch scratch = {0};
+    if (function == ATTENTION) {
+        const struct attention *a = call;
+        const int64_t rows = a->batch * a->heads * a->shared * a->queries;
+        if (job.threads > 1) /* two chunks a thread */
+            job.piece = smaller(QUERIES, (rows + 2 * job.threads - 1) / (2 * job.threads));
+        job.own_floats = QUERIES * (round_up(a->width, MAX_LANES) + round_up(a->value_width, MAX_LANES));
+        if (take_scratch(4 * job.threads * job.own_floats, &scratch))
+            return -1;
+        job.own = scratch.memory;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    parallel(&job, base_of(isa)->rows[function], PARTS, NULL, 0);
+    Py_END_ALLOW_THREADS
+    free_scratch(&scratch);
+    return 0;
+}
+
+/* sequence(isa, threads, (handle, packed, scales) of each weight in one tuple, calls) -> whether it ran. It runs row-wise
  * functions and products one after another. calls: for each an int64 enum row_function or PRODUCTS, an int64 of how many numbers it
- * computes, and its struct of row_calls.h. x: a tensor of the type of all inputs. False, before anything is computed: a weight has
- * another shape or place than before, or C does not multiply it. */
+ * computes, and its struct of row_calls.h. False, before anything is computed: a weight has another shape or place than before, or C
+ * does not multiply it. */
 static PyObject *sequence(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { ISA, THREADS, LIKE, WEIGHTS, CALLS, ARGUMENTS };
+    enum { ISA, THREADS, WEIGHTS, CALLS, ARGUMENTS };
     long long n[2];
     char *calls;
     Py_ssize_t size;
@@ -319,35 +347,28 @@ static PyObject *sequence(PyObject *self, PyObject *const *args, Py_ssize_t give
                         return no_memory(); /* cannot be: it was checked */
                     Py_RETURN_FALSE;
                 }
-                if (runs && !run_products(isa, jobs, products->count, n[THREADS], args[LIKE]))
+                if (runs && !run_products(isa, jobs, products->count, n[THREADS]))
                     return PyErr_Occurred() ? NULL : no_memory();
-            } else if (runs) {
-                struct job job = {.call = call, .threads = threads_for(n[THREADS], (double)head[1])};
-                Py_BEGIN_ALLOW_THREADS
-                parallel(&job, base_of(isa)->rows[head[0]], PARTS, NULL, 0);
-                Py_END_ALLOW_THREADS
-            }
+            } else if (runs && run_rows(isa, head[0], call, n[THREADS], (double)head[1]))
+                return NULL;
         }
     Py_RETURN_TRUE;
 }
 
-/* rowwise(isa, enum row_function, threads, numbers, call) runs a function in parts. numbers: how many it computes; fewer threads
- * run a small call. call: the bytes of the function's struct of row_calls.h. */
+/* rowwise(isa, enum row_function, threads, numbers, call): see run_rows. call: the bytes of the function's struct of row_calls.h. */
 static PyObject *rowwise(PyObject *self, PyObject *args)
 {
     int isa, function;
     long long threads;
     double numbers;
-    struct job job = {.call = NULL};
+    char *call;
     Py_ssize_t size;
-    if (!PyArg_ParseTuple(args, "iiLdy#", &isa, &function, &threads, &numbers, (const char **)&job.call, &size))
+    if (!PyArg_ParseTuple(args, "iiLdy#", &isa, &function, &threads, &numbers, (const char **)&call, &size))
         return NULL;
     if ((size_t)size != size_of(function))
         return PyErr_Format(PyExc_ValueError, "a call has %zd bytes, and its struct %zu", size, size_of(function));
-    job.threads = threads_for(threads, numbers);
-    Py_BEGIN_ALLOW_THREADS
-    parallel(&job, base_of(all_isas[isa])->rows[function], PARTS, NULL, 0);
-    Py_END_ALLOW_THREADS
+    if (run_rows(all_isas[isa], function, call, threads, numbers))
+        return NULL;
     Py_RETURN_NONE;
 }
 

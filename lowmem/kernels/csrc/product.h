@@ -71,7 +71,7 @@ static void run_update(const struct isa *isa, struct job *job) { parallel(job, b
 
 /* Run a kernel, beside `beside` bytes of scratch. Returns 1, 0 if it refuses what it reads, -1 with a Python error. */
 static int run_kernel(const struct isa *isa, const struct kernel *k, struct job *job, struct update *update, long long threads,
-                      PyObject *like, int64_t beside)
+                      int64_t beside)
 {
     const struct weight *w = job->weight;
     const struct layout layout = layout_of(k, w, job->batch, threads, beside);
@@ -81,7 +81,7 @@ static int run_kernel(const struct isa *isa, const struct kernel *k, struct job 
     const int64_t group = isa->lanes * 8, groups = w->stride / group;
     struct scratch scratch;
     int refused = 0;
-    if (take_scratch(like, job->type == FLOAT32 ? 4 : 2, 4 * (narrow_at + narrow > floats ? narrow_at + narrow : floats), &scratch))
+    if (take_scratch(4 * (narrow_at + narrow > floats ? narrow_at + narrow : floats), &scratch))
         return -1;
     if (update)
         update->narrow = scratch.memory + narrow_at;
@@ -108,7 +108,7 @@ static int run_kernel(const struct isa *isa, const struct kernel *k, struct job 
 
 /* The same if x has to be packed in parts of its columns and the output has 16 bits: sums are kept in float32, for some batch
  * rows and rows of the weight at a time, so that each result is rounded once. */
-static int run_in_parts(const struct isa *isa, const struct kernel *k, const struct job *job, long long threads, PyObject *like)
+static int run_in_parts(const struct isa *isa, const struct kernel *k, const struct job *job, long long threads)
 {
     const struct weight *w = job->weight;
     const int64_t pieces = (job->batch + SUMMED - 1) / SUMMED, step = (job->batch + pieces - 1) / pieces;
@@ -119,7 +119,7 @@ static int run_in_parts(const struct isa *isa, const struct kernel *k, const str
     const int64_t rows = round_up((w->rows + parts - 1) / parts, SUMMED_ROWS), bytes = 4 * step * rows;
     const int64_t bias_size = job->bias_type == FLOAT32 ? 4 : 2;
     struct scratch sums;
-    if (take_scratch(like, 2, bytes, &sums))
+    if (take_scratch(bytes, &sums))
         return -1;
     int done = 1;
     for (int64_t m = 0; m < job->batch && done == 1; m += step)
@@ -132,17 +132,16 @@ static int run_in_parts(const struct isa *isa, const struct kernel *k, const str
             part.out = (uint16_t *)job->out + m * w->rows + r;
             part.partial = sums.memory;
             part.batch = smaller(step, job->batch - m);
-            done = run_kernel(isa, plan(isa, w->kind, part.batch, part.type, k->operation), &part, NULL, threads, like, bytes);
+            done = run_kernel(isa, plan(isa, w->kind, part.batch, part.type, k->operation), &part, NULL, threads, bytes);
         }
     free_scratch(&sums);
     return done;
 }
 
 /* Run a product in one go or in parts. Returns as run_kernel. */
-static int run_product(const struct isa *isa, const struct kernel *k, struct job *job, struct update *update, long long threads,
-                       PyObject *like)
+static int run_product(const struct isa *isa, const struct kernel *k, struct job *job, struct update *update, long long threads)
 {
-    return needs_parts(k, job) ? run_in_parts(isa, k, job, threads, like) : run_kernel(isa, k, job, update, threads, like, 0);
+    return needs_parts(k, job) ? run_in_parts(isa, k, job, threads) : run_kernel(isa, k, job, update, threads, 0);
 }
 
 /* Products of one input with several weights as a part of each: `call` has the jobs. */
@@ -182,7 +181,7 @@ static int packs_alike(const struct job *a, const struct job *b)
 
 /* Run products of one input, whose kernels are for a small batch, in one region of threads. Returns 1; 0, having done nothing, if
  * x would have to be packed in pieces; -1 with a Python error. */
-static int run_together(const struct isa *isa, struct job *jobs, int64_t count, long long threads, PyObject *like)
+static int run_together(const struct isa *isa, struct job *jobs, int64_t count, long long threads)
 {
     struct together all = {count, jobs, {0}};
     double work = 0.0;
@@ -206,7 +205,7 @@ static int run_together(const struct isa *isa, struct job *jobs, int64_t count, 
     struct scratch scratch;
     struct job job = {.call = &all, .threads = threads_for(threads, work)};
     const int own = job.threads > 1 && job.threads <= MOST_COPIES && 4 * job.threads * floats <= PACKED_BYTES;
-    if (take_scratch(like, jobs->type == FLOAT32 ? 4 : 2, 4 * floats * (own ? job.threads : 1), &scratch))
+    if (take_scratch(4 * floats * (own ? job.threads : 1), &scratch))
         return -1;
     job.packed = scratch.memory;
     job.packed_step = own ? floats : 0;

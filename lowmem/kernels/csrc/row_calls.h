@@ -61,16 +61,15 @@ struct states {
     int64_t steps[3], scale_steps[3];
 };
 
+#define QUERIES 16 /* most rows of queries that share a head of keys and are computed together */
+
 /* Attention (attention.h): out (batch, queries, heads of the queries, value_width) = softmax(scaling q k' + mask) v. */
 struct attention {
     int64_t batch, heads, shared; /* heads of keys and values, and how many heads of queries share each */
     int64_t queries, keys, width, value_width;
-    int64_t chunk; /* rows of queries that share a head of keys and are computed together, at most QUERIES */
     float scaling, softcap; /* softcap: 0 for none */
     struct states query, key, value, mask; /* mask: (batch, heads of the queries, queries, keys); no numbers: no mask */
     void *out;
-    float *scratch;
-    int64_t own; /* floats of a thread's scratch */
 };
 
 /* Sums (steps.h): out = a + b. */

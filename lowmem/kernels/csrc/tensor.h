@@ -73,7 +73,7 @@ enum { DL_CPU = 1, DL_UINT = 1, DL_FLOAT = 2, DL_BFLOAT = 4 };
 static struct {
     PyTypeObject *tensor, *parameter;
     const struct dl_table *table;
-    PyObject *to_capsule, *new_empty, *untyped_storage, *is_neg, *is_zero;
+    PyObject *to_capsule, *bytes, *new_empty, *untyped_storage, *is_neg, *is_zero;
 } torch;
 
 #define MOST_WEIGHTS 16 /* of a sequence */
@@ -240,8 +240,8 @@ static void set_error(void *unused, const char *kind, const char *message)
     PyErr_Format(PyExc_RuntimeError, "%s: %s", kind, message);
 }
 
-/* Allocate `bytes` of scratch; `like` is a CPU tensor whose elements have `size` bytes. Returns 0, or -1 with a Python error. */
-static int take_scratch(PyObject *like, int64_t size, int64_t bytes, struct scratch *s)
+/* Allocate `bytes` of scratch. Returns 0, or -1 with a Python error. */
+static int take_scratch(int64_t bytes, struct scratch *s)
 {
     *s = (struct scratch){0};
     if (torch.table) {
@@ -254,8 +254,8 @@ static int take_scratch(PyObject *like, int64_t size, int64_t bytes, struct scra
         s->memory = s->managed->tensor.data;
     } else {
         struct tensor t;
-        s->object = empty_like(like, 1, bytes / size);
-        if (!s->object || !read_memory(s->object, &t, NULL)) {
+        s->object = empty_like(torch.bytes, 1, bytes);
+        if (!s->object || !read_memory(s->object, &t, NULL) || t.bytes < bytes) {
             Py_XDECREF(s->object);
             if (!PyErr_Occurred())
                 no_memory();
@@ -273,11 +273,12 @@ static void free_scratch(struct scratch *s)
     Py_XDECREF(s->object);
 }
 
-/* use_torch(Tensor, Parameter, torch's table of C functions or None, its maker of capsules) -> whether it takes the table */
+/* use_torch(Tensor, Parameter, torch's table of C functions or None, its maker of capsules, a uint8 tensor on the CPU) -> whether it
+ * takes the table */
 static PyObject *use_torch(PyObject *self, PyObject *args)
 {
-    PyObject *tensor, *parameter, *table, *to_capsule;
-    if (!PyArg_ParseTuple(args, "OOOO", &tensor, &parameter, &table, &to_capsule))
+    PyObject *tensor, *parameter, *table, *to_capsule, *bytes;
+    if (!PyArg_ParseTuple(args, "OOOOO", &tensor, &parameter, &table, &to_capsule, &bytes))
         return NULL;
     torch.table = NULL;
     if (table != Py_None) {
@@ -290,9 +291,11 @@ static PyObject *use_torch(PyObject *self, PyObject *args)
     Py_INCREF(tensor); /* never released */
     Py_INCREF(parameter);
     Py_INCREF(to_capsule);
+    Py_INCREF(bytes);
     torch.tensor = (PyTypeObject *)tensor;
     torch.parameter = (PyTypeObject *)parameter;
     torch.to_capsule = to_capsule;
+    torch.bytes = bytes;
     torch.new_empty = PyUnicode_InternFromString("new_empty");
     torch.untyped_storage = PyUnicode_InternFromString("untyped_storage");
     torch.is_neg = PyUnicode_InternFromString("is_neg");
