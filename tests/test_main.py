@@ -329,7 +329,7 @@ def test_without_stdout_or_stderr_it_does_its_work(closed, tmp_path):
 def test_a_name_that_stdout_cannot_encode_is_escaped(tmp_path, monkeypatch):
     safetensors.torch.save_file({"é語.weight": torch.ones(2, 8)}, tmp_path / "in")
     monkeypatch.setenv("PYTHONIOENCODING", "ascii")
-    code, out, err = run_program("quantize", str(tmp_path / "in"), str(tmp_path / "out"))
+    code, out, err = run_program("quantize", str(tmp_path / "in"), str(tmp_path / "out"), "--verbose")
     assert (code, err) == (0, f"saved {tmp_path / 'out'}\n")
     assert "\\xe9\\u8a9e.weight" in out
 

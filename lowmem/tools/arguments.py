@@ -48,6 +48,11 @@ def add_output_arguments(parser: argparse.ArgumentParser, json: str = "print JSO
     output.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
+def add_verbose_argument(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add ``--verbose``, which prints a table of ``what`` above the summary."""
+    parser.add_argument("--verbose", action="store_true", help=f"list all {what}, not only the summary")
+
+
 def add_device_argument(parser: argparse.ArgumentParser, what: str) -> None:
     """Add ``--device``, with what it is for its help."""
     parser.add_argument("--device", choices=DEVICES, default="cpu", help=f"{what} (default cpu)")

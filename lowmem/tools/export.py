@@ -11,7 +11,7 @@ from lowmem.io.formats.export import export, target_of, targets
 from lowmem.io.formats.exported import Exported, total_error
 from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.shards import INDEX
-from lowmem.tools.arguments import DTYPES, file_path
+from lowmem.tools.arguments import DTYPES, add_verbose_argument, file_path
 from lowmem.tools.output import (
     mib,
     print_json,
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GGUF",
         help="for gguf: copy metadata and tokenizer from this file of the same model",
     )
+    add_verbose_argument(parser, "weights")
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
 
@@ -69,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
-    print_table(["Weight", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
+    if arguments.verbose:
+        print_table(["Weight", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
     _print_totals(name, rows)
     print_saved(arguments.out)
     return 0

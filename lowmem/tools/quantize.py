@@ -21,6 +21,7 @@ from lowmem.quant.scales import ENCODINGS
 from lowmem.tools import quantize_foreign
 from lowmem.tools.arguments import (
     add_device_argument,
+    add_verbose_argument,
     device_of,
     file_path,
     option_of,
@@ -152,6 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     quantize_foreign.add_arguments(parser)
     add_device_argument(parser, "where weights are quantized, and a model is calibrated")
+    add_verbose_argument(parser, "tensors")
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
 
@@ -208,11 +210,16 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
-    columns = ["Tensor", "Shape", "Before MiB", "After MiB", "Error"]
-    columns += [] if arguments.bits is None else ["Stored", "Chosen because"]
-    print_table(columns, [_cells(row)[: len(columns)] for row in rows])
+    if arguments.verbose:
+        columns = ["Tensor", "Shape", "Before MiB", "After MiB", "Error"]
+        columns += [] if arguments.bits is None else ["Stored", "Chosen because"]
+        print_table(columns, [_cells(row)[: len(columns)] for row in rows])
     stored = [row for row in rows if row.converted]
     print(f"converted {len(stored)} of {len(rows)} tensors: {shrinkage(rows)}")
+    for form in dict.fromkeys(row.stored for row in stored):
+        same = [row for row in stored if row.stored == form]
+        worst = max(same, key=lambda row: row.error or 0.0)
+        print(f"{len(same)} as {form}: an error of up to {worst.error:.4f} (rms, {shown(worst.name)})")
     if arguments.bits is not None:
         bits = 8 * sum(row.after_bytes for row in stored) / sum(math.prod(row.shape) for row in stored)
         print(f"{bits:.4f} bits a weight that is converted, of --bits {arguments.bits:g}")

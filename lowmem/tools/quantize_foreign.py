@@ -79,7 +79,8 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
-    print_table(["Tensor", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
+    if arguments.verbose:
+        print_table(["Tensor", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
     changed = [row for row in rows if row.error is not None]
     print(f"{kind}: kept {len(rows) - len(changed)} of {len(rows)} tensors")
     print(shrinkage(rows))

@@ -23,6 +23,13 @@ def test_a_table_says_what_became_of_each_weight_and_the_errors_of_what_changed(
     assert not out.exists()
     assert main(["export", str(source), str(out), "--requantize"]) == 0
     shown = capsys.readouterr()
+    assert "lm_head" not in shown.out  # rows of weights are for --verbose
+    out.unlink()
+    assert main(["export", str(source), str(out), "--requantize", "--verbose"]) == 0
+    assert (summary := shown.out)
+    shown = capsys.readouterr()
+    assert shown.out.endswith(summary)
+    assert "lm_head.weight" in shown.out
     assert "gguf: 4 of 12 weights as they were" in shown.out
     assert "8 from nf4, block_size=64, scales=double to IQ4_NL: an error of 0.0" in shown.out
     assert "over all weights: 0.0" in shown.out

@@ -157,7 +157,9 @@ def test_a_folder_in_the_base_or_in_the_adapter_is_refused(files, refused):
         (files / f"link-{name}").symlink_to(name, target_is_directory=True)
     for out in ("base/out", "./base/a/out", "link-base/out", str(files / "base" / "out")):
         told = refused("merge", "base", "adapter", out)
-        assert told.startswith(f"lowmem merge: OUT={str(Path(out))!r} lies in BASE='base', which it would change: name")
+        assert told.startswith(
+            f"lowmem merge: OUT={str(Path(out))!r} lies in BASE='base', which it would change: name"
+        )
     assert "lies in ADAPTER='adapter'" in refused("merge", "base", "adapter", "link-adapter/out")
     assert [path.name for path in (files / "base").iterdir()] == ["config.json"]
 

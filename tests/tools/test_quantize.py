@@ -33,9 +33,31 @@ def make():
     return nn.Sequential(nn.Linear(64, 64), nn.LayerNorm(64), nn.Linear(64, 8))
 
 
+def test_it_prints_a_summary_and_tensors_if_asked(checkpoint, capsys):
+    out = checkpoint.with_name("out.safetensors")
+    for options in ([], ["--bits", "5.2"]):
+        assert main(["quantize", str(checkpoint), str(out), *options, "--json"]) == 0
+        errors = {row["name"]: row["error"] for row in json.loads(capsys.readouterr().out) if row["converted"]}
+        assert main(["quantize", str(checkpoint), str(out), *options]) == 0
+        told = capsys.readouterr().out.splitlines()
+        assert told[0].startswith("converted 2 of 6 tensors: 0.02 MiB became ")
+        if not options:
+            worst = max(errors, key=errors.get)
+            assert told[1:] == [
+                f"2 as bof4s, block_size=32, scales=double: an error of up to {errors[worst]:.4f} (rms, {worst})"
+            ]
+        else:
+            assert [line.partition(", ")[0] for line in told[1:-1]] == ["1 as bof4s", "1 as int8"]
+            assert told[-1].endswith("of --bits 5.2")
+        assert main(["quantize", str(checkpoint), str(out), *options, "--verbose"]) == 0
+        table, *summary = capsys.readouterr().out.partition(told[0])
+        assert "".join(summary).splitlines() == told
+        assert all(name in table for name in safetensors.torch.load_file(checkpoint))
+
+
 def test_quantize_prints_a_table_and_writes_a_file_that_loads(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
-    options = ["--format", "bof4s", "--block-size", "16", "--scales", "float16", "--exclude", "2.*"]
+    options = ["--format", "bof4s", "--block-size", "16", "--scales", "float16", "--exclude", "2.*", "--verbose"]
     assert main(["quantize", str(checkpoint), str(out), *options]) == 0
     shown = capsys.readouterr()
     assert "64 x 64" in shown.out
@@ -60,7 +82,7 @@ def test_without_a_format_it_stores_as_four_bit_does(checkpoint):
 
 def test_bits_are_divided_and_the_table_says_why(checkpoint, capsys):
     out = checkpoint.with_name("out.safetensors")
-    assert main(["quantize", str(checkpoint), str(out), "--bits", "5.2"]) == 0
+    assert main(["quantize", str(checkpoint), str(out), "--bits", "5.2", "--verbose"]) == 0
     shown = " ".join(capsys.readouterr().out.split())
     assert "Chosen" in shown
     assert "5.1528 bits" in shown
@@ -142,7 +164,7 @@ def test_names_are_shown_without_control_characters_and_without_markup(checkpoin
     state = {f"w{name}.weight": torch.ones(2, 8) for name in ("\x1b[31m\u202e\n", "[bold]", "[/x]")}
     safetensors.torch.save_file(state, checkpoint)
     out = checkpoint.with_name("out\x1b[31m")
-    assert main(["quantize", str(checkpoint), str(out)]) == 0
+    assert main(["quantize", str(checkpoint), str(out), "--verbose"]) == 0
     shown = capsys.readouterr()
     assert (shown.out + shown.err).replace("\n", "").isprintable()
     for name in (r"w\x1b[31m\u202e\n.weight", "w[bold].weight", "w[/x].weight"):

@@ -21,6 +21,12 @@ def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
     with redirect_stderr(sys.stdout):
         assert main(["quantize", str(source), str(target)]) == 0
     shown = capsys.readouterr().out
+    assert "lm_head" not in shown  # rows of tensors are for --verbose
+    with redirect_stderr(sys.stdout):
+        assert main(["quantize", str(source), str(target), "--verbose"]) == 0
+    summary = shown.partition("gguf: kept")[2]
+    shown = capsys.readouterr().out
+    assert shown.endswith(f"gguf: kept{summary}")
     assert shown.startswith(
         "note: types.gguf: 0.01 MiB of tensors become a model of 0.02 MiB, since weights in Q5_1, "
     )

@@ -93,7 +93,10 @@ def test_the_command_calibrates_without_data_and_by_columns_alone(source, tmp_pa
 
 
 def test_the_command_divides_bits_by_the_text_and_calibrates(source, text, tmp_path, capsys):
-    assert main(["quantize", str(source), str(tmp_path / "out"), "--calibrate", str(text), "--bits", "6"]) == 0
+    assert (
+        main(["quantize", str(source), str(tmp_path / "out"), "--calibrate", str(text), "--bits", "6", "--verbose"])
+        == 0
+    )
     out = capsys.readouterr().out
     assert "of --bits 6" in out
     assert "of the loss for" in out
