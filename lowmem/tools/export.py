@@ -71,7 +71,9 @@ def run(arguments: argparse.Namespace) -> int:
         print_json([asdict(row) for row in rows])
         return 0
     if arguments.verbose:
-        print_table(["Weight", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
+        print_table(
+            ["Weight", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows], text=(0, 2, 3)
+        )
     _print_totals(name, rows)
     print_saved(arguments.out)
     return 0

@@ -18,7 +18,7 @@ from typing import Any, TextIO, TypeAlias
 
 from rich import box
 from rich.cells import cell_len
-from rich.console import Console, RenderableType
+from rich.console import Console, JustifyMethod, RenderableType
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Column, Table
 from rich.text import Text
@@ -31,6 +31,7 @@ from lowmem.transforms.summary import Summary
 
 LEAST = 12  # least width of a wrapped column of text, in characters
 ROOMY = 60  # least width of a terminal for a progress bar, in characters
+PIPED = 120  # width of tables in files and pipes, in characters; only a name that is longer exceeds it
 
 Figure: TypeAlias = Callable[..., ProgressColumn] | str
 
@@ -144,7 +145,8 @@ def finite(value: float) -> float | None:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], *, text: Collection[int] = (0,), markdown: bool = False
 ) -> None:
-    """Print a table to stdout. Numbers are never cut: if the terminal is too narrow, each cell gets its own line.
+    """Print a table to stdout. Numbers are never cut: if the terminal is too narrow, each cell gets its own line. In
+    files and pipes, tables have at most ``PIPED`` columns, and cells of the first column are not wrapped.
 
     Args:
         columns: the titles.
@@ -160,20 +162,20 @@ def print_table(
             print("| " + " | ".join(row) + " |")
         return
     table = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
-    widths = []
+    wrapped = {*text} - (set() if Terminal().is_terminal else {0})
+    least = []
     for number, column in enumerate(columns):
         title = column.replace(" ", "\n")
         width = max(map(cell_len, [*title.split("\n"), *(row[number] for row in rows)]))
-        if number in text:
-            table.add_column(Text(title), overflow="fold", min_width=min(width, LEAST))
-        else:
-            table.add_column(Text(title), justify="right", no_wrap=True, min_width=width)
-        widths.append(width)
+        least.append(min(width, LEAST) if number in wrapped else width)
+        justify: JustifyMethod = "left" if number in text else "right"
+        table.add_column(
+            Text(title), justify=justify, overflow="fold", no_wrap=number not in wrapped, min_width=least[-1]
+        )
     for row in rows:
         table.add_row(*map(Text, row))  # not str, in which rich interprets markup and emoji codes
-    least = [min(width, LEAST) if number in text else width for number, width in enumerate(widths)]
     if sum(least) + len(columns) + 1 <= _width():
-        _print(table, sum(widths) + len(columns) + 1)
+        _print(table)
     else:
         for row in rows:
             _print_upright(columns, row)
@@ -248,7 +250,7 @@ def shape_text(shape: Sequence[int]) -> str:
 
 def _print_upright(columns: Sequence[str], row: Sequence[str]) -> None:
     """Print the first cell of a row, and below it a line for each other cell that is not empty."""
-    _print(Text(row[0], overflow="fold"))
+    _print(Text(row[0], overflow="fold"), cell_len(row[0]))
     table = Table.grid(padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -262,11 +264,11 @@ def _print_upright(columns: Sequence[str], row: Sequence[str]) -> None:
 def _print(what: RenderableType, width: int = 0) -> None:
     console = Terminal()
     if not console.is_terminal:
-        console.width = max(width, console.width)
+        console.width = max(width, PIPED)
     console.print(what, crop=False)
 
 
-def _width() -> float:
-    """Return the width of stdout in characters, infinite for files and pipes."""
+def _width() -> int:
+    """Return the width of stdout in characters."""
     console = Terminal()
-    return console.width if console.is_terminal else float("inf")
+    return console.width if console.is_terminal else PIPED

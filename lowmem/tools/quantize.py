@@ -213,7 +213,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.verbose:
         columns = ["Tensor", "Shape", "Before MiB", "After MiB", "Error"]
         columns += [] if arguments.bits is None else ["Stored", "Chosen because"]
-        print_table(columns, [_cells(row)[: len(columns)] for row in rows])
+        print_table(columns, [_cells(row)[: len(columns)] for row in rows], text=(0, 5, 6))
     stored = [row for row in rows if row.converted]
     print(f"converted {len(stored)} of {len(rows)} tensors: {shrinkage(rows)}")
     for form in dict.fromkeys(row.stored for row in stored):

@@ -80,7 +80,9 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
         print_json([asdict(row) for row in rows])
         return 0
     if arguments.verbose:
-        print_table(["Tensor", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows])
+        print_table(
+            ["Tensor", "Shape", "From", "To", "After MiB", "Error"], [_cells(row) for row in rows], text=(0, 2, 3)
+        )
     changed = [row for row in rows if row.error is not None]
     print(f"{kind}: kept {len(rows) - len(changed)} of {len(rows)} tensors")
     print(shrinkage(rows))

@@ -13,6 +13,7 @@ from lowmem import measure
 from lowmem.errors import printable
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.coded_module import CodedModule
+from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.placement import takes_adapter
@@ -43,7 +44,7 @@ class LayerSummary:
         also: the other paths of a module that occurs several times.
         type: the name of the module's type.
         converted: whether it is one of this library's layers.
-        stored: how its weight is stored, or the dtypes of its parameters.
+        stored: how its weights are stored, or the dtypes of its parameters.
         adapters: the name and rank of each adapter; once where several parameters have the same rank.
         reason: why it was not converted, why it is in 8 bits where other layers are in 4, or why it has no adapter
             where other layers have; None otherwise.
@@ -333,7 +334,13 @@ def _weights(layer: nn.Module) -> dict[Tensor, int]:
 
 def _stored(layer: nn.Module) -> str:
     if isinstance(layer, CodedModule):
-        return layer.formats
+        names: dict[str, list[str]] = {}
+        for name, one in layer.forms.items():
+            if isinstance(one, CodedForm):
+                names.setdefault(str(one), []).append(name)
+        if len(names) == 1:
+            return next(iter(names))
+        return "; ".join(f"{', '.join(own)}: {form}" for form, own in names.items())
     dtypes = dict.fromkeys(str(parameter.dtype) for parameter in layer.parameters(recurse=False))
     return ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
 

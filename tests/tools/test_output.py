@@ -1,5 +1,6 @@
 """Results alone go to stdout; tables show every figure, however narrow the terminal and whatever the names."""
 
+import copy
 import io
 import json
 import re
@@ -65,6 +66,40 @@ def test_names_on_a_terminal_are_neither_escape_codes_nor_markup_nor_emoji(termi
     words = " ".join(lines).split()
     assert shown(HOSTILE) in "".join(word for word in words if word != "1")
     assert "[bold]x[/bold][/y]:warning:" in shown(HOSTILE)
+
+
+@rows_in_one_case("columns", ["40", "80", "200"])
+def test_a_table_in_a_pipe_keeps_to_120_columns_with_names_on_one_line(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    name, prose, form = "model.layers.0." * 5, "why it was left in words " * 9, "q4_0,scales=float16;" * 9
+    tables = [
+        (
+            ["Layer", "Stored", "MiB", "Left because"],
+            [[name, form, "12345.67", prose], ["b", "c", "1", "d"]],
+            (0, 1, 3),
+        ),
+        (["Layer", *(f"Figure {n}" for n in range(20))], [[name, *["123456.78"] * 20]], (0,)),  # below each other
+    ]
+    for titles, rows, text in tables:
+        print_table(titles, rows, text=text)
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(cell_len, lines)) <= 120
+        assert any(name in line for line in lines)
+        words = " ".join(lines).split()
+        assert all(words.count(word) >= 9 for word in prose.split()) or prose not in rows[0]
+        assert words.count("123456.78") == (20 if len(titles) > 20 else 0)
+
+
+def test_a_summary_in_a_pipe_keeps_to_120_columns(capsys):
+    model = nn.ModuleDict({"recurrent": nn.LSTM(16, 16, 2, bidirectional=True), "last": nn.Linear(16, 4)})
+    for technique in (FourBit(("nf4", "fp4")), FourBit()):
+        converted = convert(copy.deepcopy(model), technique)
+        for _ in range(10):
+            converted = nn.ModuleDict({"inner": converted})
+        print_summary(summary(converted))
+        lines = capsys.readouterr().out.splitlines()
+        assert max(map(cell_len, lines)) <= 120, lines
+        assert any(f"{'inner.' * 10}recurrent" in line for line in lines)
 
 
 def test_a_table_in_a_pipe_is_never_cut_and_has_no_markup(capsys, monkeypatch):

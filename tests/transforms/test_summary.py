@@ -47,6 +47,17 @@ def by_path(model):
     return {row.path: row for row in summary(model)}
 
 
+def test_parameters_of_one_form_name_it_once():
+    model = nn.LSTM(16, 16, 2)
+    (row,) = summary(convert(copy.deepcopy(model), FourBit("nf4")))
+    assert row.stored == "nf4, block_size=64, scales=double"
+    with torch.no_grad():
+        model.weight_hh_l1.copy_(model.weight_hh_l1.sign() * 0.5)  # no format has an error there: the first is taken
+    (row,) = summary(convert(model, FourBit(("nf4", "int4"))))
+    nf4, int4 = "nf4, block_size=64, scales=double", "int4, block_size=16, scales=float16"
+    assert row.stored == f"weight_ih_l0, weight_hh_l0, weight_ih_l1: {int4}; weight_hh_l1: {nf4}"
+
+
 @rows_in_one_case(
     "techniques", [(), (Half(),), (Half(torch.bfloat16),), (FourBit(),), (FourBit(), LoRA(2)), (LoRA(2),)]
 )
