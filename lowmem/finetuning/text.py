@@ -4,9 +4,10 @@ of completions and of the assistant's messages, and all of plain text."""
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -73,11 +74,15 @@ class Texts:
     """The examples of a file.
 
     Args:
-        examples: none longer than the ``length`` of ``read_examples``.
+        examples: none longer than ``length``.
         digest: SHA-256 of the file, in hex.
         in_order: whether the examples are consecutive parts of one text.
         cut: number of examples that were longer and were truncated.
         dropped: number of texts that were left out, because no token of them counts.
+        length: the most tokens of an example.
+        ends: for each prompt with a completion and each conversation, the number of tokens up to the one that ends
+            the last answer. Where that token is cut off, the model does not learn to end.
+        chats: whether there are conversations.
     """
 
     examples: list[Example]
@@ -85,6 +90,18 @@ class Texts:
     in_order: bool
     cut: int = 0
     dropped: int = 0
+    length: int = 0
+    ends: tuple[int, ...] = ()
+    chats: bool = False
+
+    @property
+    def lost_ends(self) -> int:
+        """The number of ``ends`` that were cut off."""
+        return sum(end > self.length for end in self.ends)
+
+    def length_of_ends(self, share: float) -> int:
+        """Return the least length that keeps this share of ``ends``, of which there is one at least."""
+        return sorted(self.ends)[math.ceil(share * len(self.ends)) - 1]
 
     def split(self, share: float, seed: int) -> tuple[Texts, Texts]:
         """Return the texts to train on, and a held-out share: the end of a single text, or random lines.
@@ -105,7 +122,8 @@ class Texts:
             order = torch.randperm(count, generator=generator, dtype=torch.int64, device="cpu")
         parts = order[:-held].sort().values, order[-held:].sort().values
         first, second = ([self.examples[number] for number in part.tolist()] for part in parts)
-        return Texts(first, self.digest, self.in_order), Texts(second, self.digest, self.in_order)
+        kept = replace(self, examples=[], cut=0, dropped=0, ends=())
+        return replace(kept, examples=first), replace(kept, examples=second)
 
 
 def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: int) -> Texts:
@@ -135,22 +153,32 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: in
         raise refusal(path, "it is empty; name a file with text")
     in_order = path.suffix == ".txt"
     examples: list[Example] = []
-    cut = dropped = 0
-    for windows, lost in (
-        [(_windows(text, tokenizer, length), 0)] if in_order else _lines(path, text, tokenizer, length)
-    ):
-        kept = [window for window in windows if window.counted]
+    dropped = 0
+    lines = [_Line(_windows(text, tokenizer, length))] if in_order else [*_lines(path, text, tokenizer, length)]
+    for line in lines:
+        kept = [window for window in line.examples if window.counted]
         examples += kept
-        cut += lost > 0
         dropped += not kept
+    cut = sum(line.cut for line in lines)
     if not examples:
         why = "one token, which follows nothing" if not cut else f"no token that counts among its first {length}"
         raise refusal(path, f"of all of its texts the model sees {why}; take longer texts, or a larger length")
-    return Texts(examples, digest, in_order, cut, dropped)
+    ends = tuple(line.end for line in lines if line.end is not None)
+    return Texts(examples, digest, in_order, cut, dropped, length, ends, any(line.is_chat for line in lines))
 
 
-def _lines(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator[tuple[list[Example], int]]:
-    """Yield for each line its examples, and the number of tokens that were cut off."""
+@dataclass(frozen=True)
+class _Line:
+    """What a line holds, and whether it was truncated; the rest is as in ``Texts``."""
+
+    examples: list[Example]
+    cut: bool = False
+    end: int | None = None
+    is_chat: bool = False
+
+
+def _lines(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator[_Line]:
+    """Yield what each line holds."""
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -159,7 +187,7 @@ def _lines(path: Path, text: str, tokenizer: Tokenizer, length: int) -> Iterator
                 raise refusal(path, f"line {number}: {reason}") from reason
 
 
-def _of_line(line: str, tokenizer: Tokenizer, length: int) -> tuple[list[Example], int]:
+def _of_line(line: str, tokenizer: Tokenizer, length: int) -> _Line:
     record = _record(line)
     found = [keys for keys in (("text",), ("prompt", "completion"), ("messages",)) if set(keys) <= record.keys()]
     if len(found) != 1:
@@ -169,13 +197,14 @@ def _of_line(line: str, tokenizer: Tokenizer, length: int) -> tuple[list[Example
         if key != "messages" and not (isinstance(record[key], str) and record[key]):
             raise ValueError(f"{key}={show(record[key])} must be a text that is not empty")
     if found[0] == ("text",):
-        return _windows(record["text"], tokenizer, length), 0
-    tokens, counts = (
+        return _Line(_windows(record["text"], tokenizer, length))
+    is_chat = found[0] == ("messages",)
+    tokens, counts, end = (
         _conversation(record["messages"], tokenizer)
-        if found[0] == ("messages",)
+        if is_chat
         else _completion(record["prompt"], record["completion"], tokenizer)
     )
-    return [Example.of(tokens[:length], counts[:length])], max(0, len(tokens) - length)
+    return _Line([Example.of(tokens[:length], counts[:length])], len(tokens) > length, end, is_chat)
 
 
 def _record(line: str) -> dict[str, Any]:
@@ -199,15 +228,20 @@ def _windows(text: str, tokenizer: Tokenizer, length: int) -> list[Example]:
     return [Example.of(part, [True] * len(part)) for part in parts]
 
 
-def _completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _completion(prompt: str, completion: str, tokenizer: Tokenizer) -> tuple[list[int], list[bool], int]:
+    """Return the tokens, whether each counts, and how many there are up to the one that ends the completion."""
     before = [*tokenizer.encode(prompt, True)]
     if before and before[-1] == tokenizer.end:  # some tokenizers append it to each text
         before.pop()
     after = _with_end([*tokenizer.encode(completion, False)], tokenizer)
-    return before + after, [False] * len(before) + [True] * len(after)
+    return before + after, [False] * len(before) + [True] * len(after), len(before) + len(after)
 
 
-def _conversation(messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+def _conversation(messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[bool], int]:
+    """Return the tokens, whether each counts, and how many there are up to the one that ends the last answer.
+
+    What the template writes behind that token, often a newline, counts, too.
+    """
     if not (isinstance(messages, list) and messages):
         raise ValueError(f"messages={show(messages)} must be a list of messages")
     for message in messages:
@@ -217,11 +251,14 @@ def _conversation(messages: Any, tokenizer: Tokenizer) -> tuple[list[int], list[
         raise ValueError('it has no message whose role is "assistant", and so nothing to learn')
     tokens: list[int] = []
     counts: list[bool] = []
+    end = 0
     for piece, counted in tokenizer.chat(messages):
         own = tokenizer.encode(piece, False)
+        if counted:
+            end = len(tokens) + len(tokenizer.encode(piece.rstrip(), False))
         tokens += own
         counts += [counted] * len(own)
-    return tokens, counts
+    return tokens, counts, end
 
 
 def _with_end(tokens: list[int], tokenizer: Tokenizer) -> list[int]:

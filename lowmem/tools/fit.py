@@ -112,6 +112,11 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
         help="mode of prepare_training: lean saves activations in 8 bits, plain prepares nothing (default fast)",
     )
     group.add_argument("--length", type=positive_int, metavar="N", help="tokens per row, at most (default 512)")
+    group.add_argument(
+        "--cut",
+        action="store_true",
+        help="train although more than a tenth of the answers lose the token that ends them to --length",
+    )
     group.add_argument("--steps", type=positive_int, metavar="N", help="number of updates, instead of --epochs")
     group.add_argument("--accumulate", type=positive_int, metavar="N", help="batches per update (default 1)")
     group.add_argument("--warmup", type=seed, metavar="N", help="steps of rising learning rate (default 0)")

@@ -39,6 +39,9 @@ RECORD = "training.json"
 Storing: TypeAlias = Half | EightBit | FourBit | Budget | None
 """How to store a folder's model; None: as it is."""
 
+CUT_SHARE = 0.1
+"""Share of the answers that may lose the token that ends them without --cut."""
+
 MAY_DIFFER = ("lr", "clip", "save_every", "batch_size", "accumulate", "processes", "device")
 """Settings that may change when a run resumes: those that help after a loss that was not finite, how often states are
 saved, how the rows of a step are divided, and the device."""
@@ -200,9 +203,12 @@ def job_of(
     if positions is not None and length > positions:
         raise ValueError(f"--length={length} is more than the {positions} positions that the model has: lower it")
     texts = read_examples(arguments.data, tokenizer, length)
-    lost = (("cut to --length", texts.cut), ("left out, since nothing that counts is left", texts.dropped))
-    notes = (f"{count} examples of {shown(str(arguments.data))} are {what}" for what, count in lost if count)
+    notes = _notes_of(texts, arguments.data, positions)
+    if texts.lost_ends > CUT_SHARE * len(texts.ends) and not arguments.cut:
+        raise ValueError(f"{notes[0]}; or add --cut to train without them")
     held_out = None if arguments.eval_data is None else read_examples(arguments.eval_data, tokenizer, length)
+    if held_out is not None:
+        notes += _notes_of(held_out, arguments.eval_data, positions)
     if share is not None:
         texts, held_out = texts.split(share, arguments.seed)
     return Job(
@@ -229,6 +235,23 @@ def job_of(
         timeout,
         tuple(notes),
     )
+
+
+def _notes_of(texts: Texts, data: str | Path, positions: int | None) -> list[str]:
+    """Return notes on the examples of a file that do not fit, with the length that they need."""
+    notes, name = [], shown(str(data))
+    if texts.cut:
+        note = f"{texts.cut} of {len(texts.ends)} examples of {name} are cut to --length {texts.length}"
+        if texts.lost_ends:
+            need = texts.length_of_ends(0.99)
+            remedy = f"--length {need} keeps 99% of the ends"
+            if positions is not None and need > positions:
+                remedy = f"99% of the ends take {need}, of the model's {positions} positions; shorten the texts"
+            note += f", and {texts.lost_ends} lose the token that ends the answer: {remedy}"
+        notes.append(note)
+    if texts.dropped:
+        notes.append(f"{texts.dropped} examples of {name} are left out, since nothing that counts is left")
+    return notes
 
 
 def _settings(arguments: argparse.Namespace, rank: int) -> FineTuning:

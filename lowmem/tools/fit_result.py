@@ -42,7 +42,7 @@ def next_commands(job: Job) -> list[str]:
     """Return commands that use the adapter of a run."""
     assert job.save is not None
     base, out = str(job.folder), str(job.save)
-    how = ["--chat"] if getattr(job.tokenizer, "chat_template", None) else ["--prompt", "TEXT"]
+    how = ["--chat"] if job.texts.chats else ["--prompt", "TEXT"]
     merged = f"{out.rstrip(os.sep)}-merged"
     if job.has_public_base:  # where the adapter's config does not find it
         how = ["--base", base, *how]

@@ -69,6 +69,36 @@ def test_long_lines_are_cut_and_told(tmp_path):
     assert (found.cut, found.dropped) == (2, 1)
 
 
+def test_ends_that_are_cut_off_are_counted_and_the_length_that_keeps_them_is_told(tmp_path):
+    chats = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a\n"}]  # <user>q;<assistant>a\n;
+    lines = [{"prompt": "a" * n, "completion": "b"} for n in range(1, 199)]  # ends at 1 + n + 2
+    path = written(
+        tmp_path, *lines, {"messages": chats}, {"text": "abc" * 99}, {"prompt": "a", "completion": "b" * 999}
+    )
+    end = len("<user>q;<assistant>a\n;")
+    found = read_examples(path, LETTERS, 1100)
+    assert (len(found.ends), found.lost_ends, found.cut, found.length_of_ends(0.99)) == (200, 0, 0, 200)
+    found = read_examples(path, LETTERS, end)
+    assert (len(found.ends), found.lost_ends, found.cut) == (200, 198 + 3 - end + 1, 198 + 3 - end + 1)
+    assert read_examples(path, LETTERS, found.length_of_ends(0.99)).lost_ends == 2
+    assert read_examples(path, LETTERS, found.length_of_ends(1.0)).lost_ends == 0
+    assert read_examples(path, LETTERS, end - 1).lost_ends == 198 + 3 - end + 3
+
+
+def test_what_a_template_writes_behind_the_end_is_no_end(tmp_path):
+    class Lines(Characters):
+        def chat(self, messages):
+            return [(piece + "\n" * counts, counts) for piece, counts in super().chat(messages)]
+
+    messages = [{"role": role, "content": text} for role, text in (("user", "q"), ("assistant", "r"), ("user", "s"))]
+    path, end = written(tmp_path, {"messages": messages}), len("<user>q;<assistant>r;")
+    (example,) = read_examples(path, Lines(), 100).examples
+    assert counted(example) == LETTERS.encode("r;\n", False)  # but it is trained
+    for length, cut, lost in ((100, 0, 0), (end + 1, 1, 0), (end, 1, 0), (end - 1, 1, 1)):
+        found = read_examples(path, Lines(), length)
+        assert (found.cut, found.lost_ends, found.length_of_ends(0.99)) == (cut, lost, end)
+
+
 def test_a_tokenizer_that_ends_texts_itself_ends_no_prompt(tmp_path):
     class Ends(Characters):
         def encode(self, text, special):

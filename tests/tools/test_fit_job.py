@@ -15,10 +15,13 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning.state import Saved
+from lowmem.finetuning.text import read_examples
+from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer
 from lowmem.tools import fit_language
 from tests.finetuning.test_state import craft_states
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
+from tests.tools.conftest import LINES
 
 BERT = {
     "hidden_size": 32,
@@ -86,6 +89,35 @@ def test_bad_options_and_texts_are_refused(place, refused):
     for options, why in cases.items():
         assert why in refused("fit", "llama", *options), options
     assert listed() == before
+
+
+def test_ends_that_are_cut_off_need_cut_and_the_length_that_keeps_them_is_told(place, refused, capsys):
+    tokenizer = TextTokenizer(read_tokenizer(Path("llama")))
+    ends = sorted(read_examples("data.jsonl", tokenizer, 512).ends)
+    length, need = ends[len(ends) // 2], ends[-1]
+    lost = sum(end > length for end in ends)
+    argv = ["fit", "llama", "--data", "data.jsonl", "--steps", "1", "--length"]
+    told = refused(*argv, length)
+    note = (
+        f"lowmem fit: {lost} of {len(ends)} examples of data.jsonl are cut to --length {length}, and {lost} lose "
+        f"the token that ends the answer: --length {need} keeps 99% of the ends"
+    )
+    assert told == f"{note}; or add --cut to train without them\n"
+    assert main([*argv, str(length), "--cut"]) == 0
+    assert f"{note}\n" in capsys.readouterr().err
+    few = next(end for end in ends if sum(other > end for other in ends) <= len(ends) / 10)
+    assert main([*argv, str(few)]) == 0
+    assert "lose the token" in capsys.readouterr().err or few == need
+    assert main([*argv, str(need)]) == 0
+    assert "are cut" not in capsys.readouterr().err
+    line = {"prompt": "a ", "completion": "b" * 200}
+    Path("long.jsonl").write_text("\n".join(map(json.dumps, [line, *LINES])))
+    assert main(["fit", "llama", "--data", "data.jsonl", "--eval-data", "long.jsonl", "--steps", "1"]) == 0
+    told = capsys.readouterr().err
+    assert f"1 of {len(ends) + 1} examples of long.jsonl are cut to --length 64, and 1 lose the token" in told
+    Path("long.jsonl").write_text(json.dumps(line))
+    told = refused("fit", "llama", "--data", "long.jsonl")
+    assert "of the model's 64 positions; shorten the texts; or add --cut" in told
 
 
 def test_folders_of_other_models_are_refused(place, refused):

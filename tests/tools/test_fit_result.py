@@ -39,7 +39,7 @@ def test_the_folder_opens_with_one_line_in_peft_and_transformers(base, place, ca
             torch.testing.assert_close(kind.from_pretrained("out")(ids).logits, expected, rtol=1e-4, atol=1e-4)
     commands = re.findall(r"^next: lowmem (.*)$", told, flags=re.MULTILINE)
     assert [command.split()[0] for command in commands] == ["generate", "merge", "export"]
-    assert commands[0] == "generate out --chat"
+    assert commands[0] == "generate out --prompt TEXT"  # of plain text no chat was learned
 
 
 def test_the_model_card_and_the_record_name_no_path_of_this_machine(place, capsys):

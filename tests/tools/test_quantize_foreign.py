@@ -106,7 +106,7 @@ def test_every_command_says_first_that_a_model_is_larger_than_its_file(place, ca
     foreign = write_foreign(place, "awq")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(place / "llama" / file, foreign)
-    fit = ["fit", "foreign", "--data", "data.jsonl", "--length", "4", "--steps", "1"]
+    fit = ["fit", "foreign", "--data", "data.jsonl", "--length", "4", "--cut", "--steps", "1"]
     for name, arguments in (
         ("a.gguf", ["generate", "a.gguf", "--prompt", "item", "--max-new-tokens", "2"]),
         ("a.gguf", ["quantize", "a.gguf", "kept"]),
