@@ -1,46 +1,85 @@
 """Compiles the kernel where there is a compiler; without one, the install succeeds and plain torch serves."""
 
 import os
+import shlex
 import sys
 import sysconfig
+from contextlib import suppress
 from glob import glob
 from multiprocessing.pool import ThreadPool
+from runpy import run_path
 
 from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 CSRC = "lowmem/kernels/csrc"
+REINSTALL = run_path("lowmem/version.py")["reinstall_command"]()
 
 # Plain torch serves where the kernel cannot be built: the limited API has no free-threaded form, and MSVC has neither
 # the atomics of GNU C nor its functions for one instruction set.
 PLATFORM = sysconfig.get_platform()
 HAS_KERNEL = not sysconfig.get_config_var("Py_GIL_DISABLED") and not PLATFORM.startswith("win-")
 
-# What CFLAGS asks for comes before these, and would be overruled. Python's own flags ask for debugging symbols, which
-# make the library ten times as large and take a third of the compiler's time.
-ASKED = os.environ.get("CFLAGS", "")
-FLAGS = [default for option, default in (("-O", "-O3"), ("-g", "-g0")) if option not in ASKED]
+# What CFLAGS asks for comes before these, and would be overruled. Distributions ask for -O2 of every package: only
+# another level is meant for this one. Python's own flags ask for debugging symbols, which make the library ten times
+# as large and take a third of the compiler's time.
+ASKED = shlex.split(os.environ.get("CFLAGS", ""))
+LEVELS = [flag for flag in ASKED if flag.startswith("-O")]
+FLAGS = ["-O3"] * (LEVELS[-1:] in ([], ["-O2"])) + ["-g0"] * (not any(flag.startswith("-g") for flag in ASKED))
 
 
 class BuildInParallel(build_ext):
     """Compile the files, one for each instruction set, side by side: setuptools does so with extensions only."""
 
+    failed = False  # so that plain torch serves what is built
+
     def build_extension(self, ext):
         """Hand the compiler one file at a time, from as many threads as there are cores."""
-        print("lowmem: compiling the kernel takes 2 to 3 minutes on two cores", file=sys.stderr, flush=True)
+        say("compiling the kernel takes 2 to 3 minutes on two cores")
         compile_all = self.compiler.compile
 
         def compile_each(sources, **options):
             self.mkpath(os.path.join(options["output_dir"], CSRC))  # which all of them would make
+
+            def compile_one(source):
+                try:
+                    return compile_all([source], **options)
+                except CompileError as error:
+                    raise CompileError(f"{source}: {error}") from error
+
             with ThreadPool(os.cpu_count()) as pool:
-                each = pool.map(lambda source: compile_all([source], **options), sources, chunksize=1)
+                each = pool.map(compile_one, sources, chunksize=1)
             return [made for objects in each for made in objects]
 
         self.compiler.compile = compile_each
         try:
             super().build_extension(ext)
+        except Exception as error:
+            BuildInParallel.failed = True
+            with suppress(FileNotFoundError):
+                os.remove(self.get_ext_fullpath(ext.name))  # of an earlier build
+            if ext.optional:
+                say(f"the kernel was not compiled: {error}")
+                say(f"plain torch will serve, up to 30 times slower; install a C compiler, and then: {REINSTALL}")
+            raise
         finally:
             self.compiler.compile = compile_all
+
+
+class TagByKernel(bdist_wheel):
+    """Name the wheel by what is in it: pip keeps wheels, and takes one without the kernel for the other otherwise."""
+
+    def get_tag(self):
+        """Return the tags of Python, ABI and platform."""
+        python, abi, platform = super().get_tag()
+        return ("py3", "none", platform) if BuildInParallel.failed else (python, abi, platform)
+
+
+def say(line):
+    """Print a line to the log of the installation."""
+    print(f"lowmem: {line}", file=sys.stderr, flush=True)
 
 
 KERNEL = Extension(
@@ -53,7 +92,7 @@ KERNEL = Extension(
 )
 
 setup(
-    cmdclass={"build_ext": BuildInParallel},
+    cmdclass={"build_ext": BuildInParallel, "bdist_wheel": TagByKernel},
     ext_modules=[KERNEL] if HAS_KERNEL else [],
     # A wheel without the kernel names its platform, so that no other takes it for its own.
     options={"bdist_wheel": {"py_limited_api": "cp311"} if HAS_KERNEL else {"plat_name": PLATFORM}},

@@ -6,6 +6,11 @@ IS_PUBLISHED = False
 """Whether a package index has lowmem; ``python .ci/release.py publish`` sets this, and changes the guides with it."""
 
 
+def reinstall_command() -> str:
+    """Return the command that compiles an installed lowmem again: pip's cache may hold a wheel without the kernel."""
+    return f"pip install --force-reinstall --no-deps --no-cache-dir {'lowmem' if IS_PUBLISHED else '.'}"
+
+
 def install_command(extra: str) -> str:
     """Return the command that installs lowmem with an extra; before the first release it is run in a checkout."""
     return f"pip install '{'lowmem' if IS_PUBLISHED else '.'}[{extra}]'"

@@ -1,7 +1,12 @@
 """What a build is made of, and how its wheel is tagged, with the C kernel and where its C cannot be compiled."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -51,6 +56,75 @@ def test_a_kernel_that_does_not_compile_fails_a_release_and_no_install(monkeypat
     for asked, optional in [("", True), ("1", False)]:
         monkeypatch.setenv("LOWMEM_REQUIRE_KERNEL", asked)
         assert [extension.optional for extension in read_setup(monkeypatch).ext_modules] == [optional]
+
+
+@pytest.mark.parametrize(
+    ("asked", "flags"),
+    [
+        ("", ["-O3", "-g0"]),
+        ("-g -O2 -fstack-protector-strong", ["-O3"]),  # as Debian's and conda's builds ask of every package
+        ("-O2 -march=x86-64-generic", ["-O3", "-g0"]),
+        ("-O2 -O1", ["-g0"]),
+        ("-O1 -g -fsanitize=address", []),
+        ("-O0", ["-g0"]),
+    ],
+)
+def test_flags_of_every_package_take_no_optimization_away_and_those_of_a_debugger_do(asked, flags, monkeypatch):
+    monkeypatch.setattr(sysconfig, "get_platform", lambda: "linux-x86_64")
+    monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 0}.get)
+    monkeypatch.setenv("CFLAGS", asked)
+    (kernel,) = read_setup(monkeypatch).ext_modules
+    assert kernel.extra_compile_args == ["-std=gnu11", "-ffp-contract=off", *flags]
+
+
+def built(tree, **variables):
+    """Build the wheel of a tree, and return its name, and what was said."""
+    command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", "dist"]
+    environment = {name: value for name, value in os.environ.items() if name not in ("CC", "LOWMEM_REQUIRE_KERNEL")}
+    done = subprocess.run(command, cwd=tree, env=environment | variables, capture_output=True, text=True)
+    return done.returncode, [path.name for path in (tree / "dist").glob("*.whl")], done.stdout + done.stderr
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A tree whose kernel is one small function."""
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in", "pytest_lowmem.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for name in ("__init__.py", "version.py", "py.typed", "kernels/__init__.py"):
+        (tmp_path / "lowmem" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "lowmem" / name, tmp_path / "lowmem" / name)
+    source = tmp_path / "lowmem/kernels/csrc/portable.c"
+    source.parent.mkdir()
+    source.write_text("int one(void) { return 1; }\n")
+    return tmp_path
+
+
+@pytest.mark.skipif(sys.platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED"), reason="has no kernel")
+def test_a_wheel_whose_kernel_did_not_compile_does_not_claim_to_have_one(tree):
+    """pip keeps wheels: one of the same name would be taken for the one with the kernel."""
+    code, names, said = built(tree, CC="no-such-compiler")
+    platform = re.sub(r"\W", "_", sysconfig.get_platform())
+    assert code == 0, said
+    assert [name for name in names if re.search(rf"-py3-none-{platform}\.whl$", name)] == names != []
+    assert "lowmem: the kernel was not compiled" in said
+    assert "no-such-compiler" in said.partition("lowmem: the kernel was not compiled")[2]
+    assert "--no-cache-dir" in said
+    code, _, said = built(tree, CC="no-such-compiler", LOWMEM_REQUIRE_KERNEL="1")
+    assert code != 0
+
+
+@pytest.mark.skipif(sys.platform == "win32" or not shutil.which("cc"), reason="no C compiler")
+def test_a_kernel_of_an_earlier_build_is_no_part_of_a_wheel_whose_kernel_did_not_compile(tree):
+    code, names, said = built(tree)
+    assert code == 0, said
+    assert re.search(r"-cp311-abi3-", *names)
+    source = tree / "lowmem/kernels/csrc/portable.c"
+    source.write_text("#error does not compile\n")
+    shutil.rmtree(tree / "dist")
+    code, (name,), said = built(tree)
+    assert "-py3-none-" in name
+    assert "portable.c" in said.partition("lowmem: the kernel was not compiled")[2]
+    assert not [file for file in zipfile.ZipFile(tree / "dist" / name).namelist() if "_native" in file]
 
 
 def test_the_source_distribution_holds_what_its_tests_need(monkeypatch):

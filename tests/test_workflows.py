@@ -36,6 +36,12 @@ def test_the_workflows_name_environments_of_tox():
     assert (named | by_variable) - environments() == set()
 
 
+def test_tox_leaves_the_place_of_the_folder_that_contributing_makes():
+    """Newer ones write a file .venv otherwise."""
+    assert "python -m venv .venv" in (ROOT / "CONTRIBUTING.md").read_text()
+    assert TOX["tox"]["venv_redirect"] == "false"
+
+
 def test_every_baseline_of_memory_has_the_figures_of_the_same_benchmarks():
     paths = [path for path in (ROOT / "benchmarks/memory").glob("*.json") if not path.stem.startswith("resident")]
     names = {path.name: set(json.loads(path.read_text())["figures"]) for path in paths}

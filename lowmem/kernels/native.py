@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from lowmem.kernels.threads import usable_cpus
+from lowmem.version import reinstall_command
 
 SOURCES = Path(__file__).with_name("csrc")  # missing in wheels
 
@@ -27,12 +28,9 @@ def load() -> tuple[ModuleType | None, str]:
     try:
         import lowmem.kernels._native as _native
     except ImportError as reason:
-        if is_forgotten(sys.platform):
-            warnings.warn(
-                "lowmem runs from its source tree, which has no compiled kernel: plain torch serves, up to 30 times "
-                "slower; compile it with: pip install -e .",
-                stacklevel=2,
-            )
+        said = warning(reason, sys.platform)
+        if said is not None and os.environ.get("LOWMEM_KERNEL") != "reference":
+            warnings.warn(said, stacklevel=2)
         return None, without_kernel(reason, sys.platform)
     table = getattr(Tensor, "__dlpack_c_exchange_api__", None)  # from torch 2.10 on
     scratch = torch.empty(0, dtype=torch.uint8, device="cpu")
@@ -46,11 +44,19 @@ def load() -> tuple[ModuleType | None, str]:
     return _native, "compiled C on one thread, since torch's OpenMP library was not found"
 
 
-def is_forgotten(platform: str, csrc: Path = SOURCES) -> bool:
-    """Whether this is a source tree whose kernel could be compiled: C sources and a compiler are there."""
-    if platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED") or not csrc.is_dir():
-        return False  # setup.py skips the kernel there, or this is no source tree
-    return shutil.which(compiler()[0]) is not None
+def warning(reason: object, platform: str) -> str | None:
+    """Return the warning, with its remedy, that there is no kernel; None where there can be none."""
+    if platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return None  # setup.py compiles none
+    slow = "plain torch serves, up to 30 times slower"
+    if not SOURCES.is_dir():
+        remedy = f"install a C compiler, and then: {reinstall_command()}"
+        return f"lowmem is installed without its compiled kernel ({reason}): {slow}; {remedy}"
+    if shutil.which(compiler()[0]) is None:
+        return None
+    return (
+        f"lowmem runs from its source tree, which has no compiled kernel: {slow}; compile it with: pip install -e ."
+    )
 
 
 def compiler() -> list[str]:

@@ -11,6 +11,7 @@ import pytest
 
 import lowmem
 from lowmem.kernels import native
+from lowmem.version import reinstall_command
 from tests.selection import rows_in_one_case
 
 
@@ -32,9 +33,18 @@ def source_tree(tmp_path_factory):
     return folder
 
 
-def what_python_says(folder, compiler):
+@pytest.fixture(scope="module")
+def installed_copy(tmp_path_factory):
+    """Return a folder that holds the package as a wheel whose kernel did not compile installs it."""
+    folder = tmp_path_factory.mktemp("site")
+    left_out = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__", "csrc")
+    shutil.copytree(Path(lowmem.__file__).parent, folder / "lowmem", ignore=left_out)
+    return folder
+
+
+def what_python_says(folder, compiler, kernel=""):
     script = "import lowmem; from lowmem.kernels import native; native.load(); print(lowmem.backend())"
-    variables = {**os.environ, "PYTHONPATH": str(folder), "CC": compiler, "LOWMEM_KERNEL": ""}
+    variables = {**os.environ, "PYTHONPATH": str(folder), "CC": compiler, "LOWMEM_KERNEL": kernel}
     command = [sys.executable, "-c", script]
     run = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, check=True)
     assert run.stdout.startswith("reference: ")
@@ -48,10 +58,27 @@ def test_a_source_tree_whose_kernel_was_not_compiled_warns_once(source_tree):
 
 
 @pytest.mark.processes
-def test_without_a_compiler_or_sources_there_is_nothing_to_warn_of(source_tree, tmp_path):
+def test_an_installed_copy_without_a_kernel_warns_once_and_names_the_remedy(installed_copy):
+    """With or without a compiler: who installed it had none that compiled the kernel."""
+    said = what_python_says(installed_copy, compiler="no-such-compiler")
+    assert said.count("UserWarning") == 1
+    assert said.count(f"install a C compiler, and then: {reinstall_command()}") == 1
+    assert "--no-cache-dir" in reinstall_command()
+    assert "No module named 'lowmem.kernels._native'" in said
+
+
+@pytest.mark.processes
+def test_who_asked_for_plain_torch_is_not_warned(installed_copy, source_tree):
+    assert what_python_says(installed_copy, compiler=sys.executable, kernel="reference") == ""
+    assert what_python_says(source_tree, compiler=sys.executable, kernel="reference") == ""
+
+
+@pytest.mark.processes
+def test_there_is_no_warning_where_nothing_can_be_compiled(source_tree, monkeypatch):
     assert what_python_says(source_tree, compiler="no-such-compiler") == ""
-    assert not native.is_forgotten("linux", csrc=tmp_path / "csrc")
-    assert not native.is_forgotten("win32")
+    assert native.warning("no kernel", "win32") is None
+    monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": 1}.get)
+    assert native.warning("no kernel", "linux") is None
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not shutil.which(native.compiler()[0]), reason="no C compiler")
