@@ -1,21 +1,30 @@
 """Compiles the kernel where there is a compiler; without one, the install succeeds and plain torch serves."""
 
+import gzip
 import os
+import re
 import shlex
 import sys
 import sysconfig
+import tarfile
 from contextlib import suppress
 from glob import glob
 from multiprocessing.pool import ThreadPool
+from pathlib import Path
 from runpy import run_path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 CSRC = "lowmem/kernels/csrc"
-REINSTALL = run_path("lowmem/version.py")["reinstall_command"]()
+FACTS = run_path("lowmem/version.py")
+REINSTALL, ADDRESS, TAG = FACTS["reinstall_command"](), FACTS["ADDRESS"], f"v{FACTS['__version__']}"
+
+# The same tree gives the same bytes, whenever and by whom it is built: wheel reads the variable.
+EPOCH = int(os.environ.setdefault("SOURCE_DATE_EPOCH", "315532800"))  # 1980, from which on zip files have dates
 
 # Plain torch serves where the kernel cannot be built: the limited API has no free-threaded form, and MSVC has neither
 # the atomics of GNU C nor its functions for one instruction set.
@@ -37,7 +46,7 @@ class BuildInParallel(build_ext):
 
     def build_extension(self, ext):
         """Hand the compiler one file at a time, from as many threads as there are cores."""
-        say("compiling the kernel takes 2 to 3 minutes on two cores")
+        say("compiling the kernel takes about a minute on two cores")
         compile_all = self.compiler.compile
 
         def compile_each(sources, **options):
@@ -77,6 +86,45 @@ class TagByKernel(bdist_wheel):
         return ("py3", "none", platform) if BuildInParallel.failed else (python, abi, platform)
 
 
+class SameBytes(sdist):
+    """Write a source distribution without the dates, owners and permissions of the files that it is made of."""
+
+    def make_archive(self, base_name, format, root_dir=None, base_dir=None, owner=None, group=None):
+        """Write ``base_name``.tar.gz of the folder ``base_dir``."""
+        if format != "gztar":
+            return super().make_archive(base_name, format, root_dir, base_dir, owner, group)
+
+        def neutral(entry):
+            executable = entry.isdir() or entry.mode & 0o100
+            entry.mtime, entry.mode = EPOCH, 0o755 if executable else 0o644
+            entry.uid = entry.gid = 0
+            entry.uname = entry.gname = ""
+            return entry
+
+        path = f"{base_name}.tar.gz"
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with (
+            open(path, "wb") as file,
+            gzip.GzipFile("", "wb", fileobj=file, mtime=EPOCH) as packed,
+            tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive,
+        ):
+            archive.add(base_dir, filter=neutral)  # sorted
+        return path
+
+
+def description():
+    """Return README.md as the package index shows it: what leads to a file here leads to the project's address."""
+    text = Path("README.md").read_text(encoding="utf8")
+    if not ADDRESS:
+        return text
+
+    def absolute(found):
+        kind = "raw" if found[2].endswith(".svg") else "blob"
+        return f"{found[1]}{ADDRESS}/{kind}/{TAG}/{found[2]}"
+
+    return re.sub(r"""(\]\(|(?:src|srcset|href)=")(?![\w+.-]+:|#)([^)"\s]+)""", absolute, text)
+
+
 def say(line):
     """Print a line to the log of the installation."""
     print(f"lowmem: {line}", file=sys.stderr, flush=True)
@@ -92,7 +140,10 @@ KERNEL = Extension(
 )
 
 setup(
-    cmdclass={"build_ext": BuildInParallel, "bdist_wheel": TagByKernel},
+    long_description=description(),
+    long_description_content_type="text/markdown",
+    project_urls={"Source": ADDRESS, "Changes": f"{ADDRESS}/blob/{TAG}/CHANGELOG.md"} if ADDRESS else {},
+    cmdclass={"build_ext": BuildInParallel, "bdist_wheel": TagByKernel, "sdist": SameBytes},
     ext_modules=[KERNEL] if HAS_KERNEL else [],
     # A wheel without the kernel names its platform, so that no other takes it for its own.
     options={"bdist_wheel": {"py_limited_api": "cp311"} if HAS_KERNEL else {"plat_name": PLATFORM}},

@@ -1,20 +1,29 @@
 """Checks a release, prints its notes, and changes the commands that install lowmem on the day of the first one.
 
 python .ci/release.py check v0.1.0     exit code 1, with a line for each reason, unless the tag can be released
+python .ci/release.py check v0.1.0 dist/*    and unless all links of what was built lead somewhere there
+python .ci/release.py green ci.json    exit code 1 unless CI has succeeded, as `gh run list --json` prints it
 python .ci/release.py notes v0.1.0     print the changes of the version
 python .ci/release.py publish          let documentation and errors install lowmem from the package index
 """
 
 from __future__ import annotations
 
+import json
 import re
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 VERSION = Path("lowmem/version.py")
 DOCUMENTS = ("README.md", "docs/*.md", "docs/guides/*.md", "examples/*.py")
 COMMAND = re.compile(r"(pip install\s+(?:-\S+ )*'?)(?:\.|lowmem)(?=\[|'|\s|$)", flags=re.MULTILINE)
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)|(?:src|srcset|href)=\"([^\"]+)\"")
+"""A link or picture of Markdown, or of HTML in it."""
 
 
 def is_published(root: Path) -> bool:
@@ -45,7 +54,51 @@ def problems(root: Path, tag: str) -> list[str]:
         reasons.append(f"CHANGELOG.md says {changes[0]!r} where the date of {tag} belongs, as 2027-01-31")
     if not is_published(root):
         reasons.append("documentation and errors install from a checkout: run python .ci/release.py publish")
+    if not address(root):
+        reasons.append(f"ADDRESS in {VERSION} is empty: links of README.md would lead nowhere on the package index")
     return reasons
+
+
+def address(root: Path) -> str:
+    """Return the project's address; "" before it is known."""
+    (found,) = re.findall(r'^ADDRESS = "(.*)"$', (root / VERSION).read_text(), flags=re.MULTILINE)
+    return str(found)
+
+
+def description(dist: Path) -> str:
+    """Return what the package index shows of a wheel or a source distribution."""
+    if dist.suffix == ".whl":
+        with zipfile.ZipFile(dist) as archive:
+            (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+            metadata = archive.read(name)
+    else:
+        with tarfile.open(dist) as archive:
+            metadata = archive.extractfile(f"{dist.name.removesuffix('.tar.gz')}/PKG-INFO").read()
+    return metadata.decode().partition("\n\n")[2]
+
+
+def dead_links(root: Path, tag: str, dist: Path) -> list[str]:
+    """Return a line for each link or picture of a distribution's description that leads nowhere."""
+    found = [one or other for one, other in LINK.findall(description(dist))]
+    reasons = [] if found else [f"{dist.name} has a description without links"]
+    for target in found:
+        own = re.fullmatch(rf"{re.escape(address(root))}/(?:blob|raw)/([^/]+)/([^#]+)(?:#.*)?", target)
+        if own and (own[1] != tag or not (root / own[2]).is_file()):
+            reasons.append(f"{dist.name}: {target} is no file of {tag}")
+        elif not own and not target.startswith(("https://", "#")):
+            reasons.append(f"{dist.name}: {target} leads nowhere on the package index")
+    return reasons
+
+
+def unfinished(runs: list[dict[str, str]]) -> list[str]:
+    """Return why CI has not succeeded for a commit, of the runs that it has had there, the newest first."""
+    if not runs:
+        return ["CI has not run on main for this commit: push it to main, and wait for CI"]
+    newest = runs[0]
+    if newest["conclusion"] == "success":
+        return []
+    state = newest["conclusion"] or newest["status"]
+    return [f"CI is not green for this commit ({state}): {newest['url']}; tag a green one, or run this again"]
 
 
 def publish(root: Path) -> None:
@@ -60,9 +113,13 @@ def publish(root: Path) -> None:
 def main(arguments: list[str], root: Path = ROOT) -> int:
     """Run a command; return the exit code."""
     match arguments:
-        case ["check", tag]:
-            reasons = problems(root, tag)
+        case ["check", tag, *dists]:
+            reasons = problems(root, tag) + [line for dist in dists for line in dead_links(root, tag, Path(dist))]
             print("\n".join(reasons) or f"{tag} can be released")
+            return 1 if reasons else 0
+        case ["green", file]:
+            reasons = unfinished(json.loads(Path(file).read_text()))
+            print("\n".join(reasons) or "CI is green")
             return 1 if reasons else 0
         case ["notes", tag]:
             changes = section(root, tag)

@@ -2,6 +2,9 @@
 
 __version__ = "0.1.0"
 
+ADDRESS = ""
+"""Where the project is, as ``https://github.com/OWNER/lowmem``; empty until it is known. What is built says it."""
+
 IS_PUBLISHED = False
 """Whether a package index has lowmem; ``python .ci/release.py publish`` sets this, and changes the guides with it."""
 

@@ -6,10 +6,14 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tarfile
 import zipfile
 from pathlib import Path
+from runpy import run_path
 
 import pytest
+
+from lowmem.version import ADDRESS, __version__
 
 run_setup = pytest.importorskip("setuptools").distutils.core.run_setup
 ROOT = Path(__file__).parents[1]
@@ -18,6 +22,7 @@ ROOT = Path(__file__).parents[1]
 def read_setup(monkeypatch):
     """Read setup.py as a build does, and build nothing."""
     monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "315532800")  # setup.py sets it where it is not set
     return run_setup("setup.py", stop_after="init")
 
 
@@ -48,6 +53,12 @@ def test_where_the_kernel_cannot_be_compiled_a_wheel_serves_any_python_of_that_p
     built = read_setup(monkeypatch)
     assert not built.ext_modules
     assert tag_of(built) == ("py3", "none", re.sub(r"\W", "_", platform))
+
+
+def test_readme_and_the_log_of_an_installation_say_how_long_it_takes():
+    says = r"takes (about a minute) (?:to compile )?on two cores"
+    found = [re.findall(says, (ROOT / name).read_text()) for name in ("README.md", "setup.py")]
+    assert found == [["about a minute"]] * 2
 
 
 def test_a_kernel_that_does_not_compile_fails_a_release_and_no_install(monkeypatch):
@@ -139,3 +150,61 @@ def test_the_source_distribution_holds_what_its_tests_need(monkeypatch):
         assert files, folder
         needed |= files
     assert needed - held == set()
+
+
+def sdist(tree):
+    """Build the source distribution of a tree, and return it."""
+    command = [sys.executable, "setup.py", "-q", "sdist", "--dist-dir", "dist"]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (found,) = (tree / "dist").glob("*.tar.gz")
+    return found
+
+
+def test_a_tree_gives_the_same_bytes_whenever_and_by_whom_it_is_built(tree, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "tree"
+    shutil.copytree(tree, other)
+    for number, path in enumerate(sorted(other.rglob("*"), reverse=True)):
+        os.utime(path, (10**9 + number, 10**9 + 7 * number))
+    for one in (tree, other):
+        assert built(one, CC="no-such-compiler")[0] == 0
+    first, second = (next((one / "dist").glob("*.whl")) for one in (tree, other))
+    assert first.name == second.name
+    assert first.read_bytes() == second.read_bytes()
+    for path in other.rglob("*"):
+        path.chmod(0o777 if path.is_dir() else 0o600)
+    first, second = sdist(tree), sdist(other)
+    assert first.read_bytes() == second.read_bytes()
+    with tarfile.open(first) as archive:
+        assert {(entry.uid, entry.gid, entry.uname, entry.gname) for entry in archive} == {(0, 0, "", "")}
+        assert f"{first.name.removesuffix('.tar.gz')}/lowmem/kernels/csrc/portable.c" in archive.getnames()
+
+
+def metadata(dist):
+    with zipfile.ZipFile(dist) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith("/METADATA"))
+        return archive.read(name).decode()
+
+
+def test_what_is_built_says_where_the_project_is_once_that_is_known(tree):
+    """Links and pictures of README.md lead there, so that they work on the package index."""
+    assert built(tree, CC="no-such-compiler")[0] == 0
+    (wheel,) = (tree / "dist").glob("*.whl")
+    unknown = metadata(wheel)
+    assert "Author: The lowmem developers\n" in unknown
+    assert "\nKeywords: pytorch," in unknown
+    assert ("Project-URL" in unknown) == bool(ADDRESS)
+    version = tree / "lowmem/version.py"
+    version.write_text(re.sub('ADDRESS = ".*"', 'ADDRESS = "https://example.org/lowmem"', version.read_text()))
+    assert built(tree, CC="no-such-compiler")[0] == 0
+    known, tag = metadata(wheel), f"v{__version__}"
+    assert "Project-URL: Source, https://example.org/lowmem\n" in known
+    assert f'src="https://example.org/lowmem/raw/{tag}/docs/images/memory-light.svg"' in known
+    assert f"(https://example.org/lowmem/blob/{tag}/docs/kernels.md#on-a-gpu)" in known
+    release = run_path(ROOT / ".ci/release.py")
+    (tree / "docs").symlink_to(ROOT / "docs")
+    (tree / "examples").symlink_to(ROOT / "examples")
+    for name in ("CONTRIBUTING.md", "CHANGELOG.md"):
+        shutil.copy(ROOT / name, tree / name)
+    assert release["dead_links"](tree, tag, wheel) == []
+    assert release["dead_links"](tree, tag, sdist(tree)) == []
