@@ -19,6 +19,9 @@ from lowmem.quant.quantize import method_of, quantize, round_to
 from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
+QUANT_METHOD = "lowmem: import lowmem.integrations.transformers"
+"""The method of a technique or a config as transformers knows it; where it is unknown, the error quotes it."""
+
 
 def check_compute_dtype(dtype: torch.dtype | None) -> None:
     """Check a ``compute_dtype``.
@@ -53,6 +56,7 @@ class Half:
     """
 
     bits: ClassVar[int] = 16
+    quant_method: ClassVar[str] = QUANT_METHOD
     dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
@@ -83,6 +87,7 @@ class Blockwise:
     """
 
     bits: ClassVar[int]
+    quant_method: ClassVar[str] = QUANT_METHOD
     block_size: int | None
     scales: str | None
     compute_dtype: torch.dtype | None
@@ -301,6 +306,7 @@ class Budget:
         ValueError: bits that are not a finite number above 0, or a ``compute_dtype`` that ``FourBit`` rejects.
     """
 
+    quant_method: ClassVar[str] = QUANT_METHOD
     bits: float
     inputs: Iterable[Any] | None = field(default=None, repr=False, compare=False)
     compute_dtype: torch.dtype | None = None
@@ -363,6 +369,7 @@ class LoRA:
             that are not pairs of a pattern and a value, an unknown init, or another dtype.
     """
 
+    quant_method: ClassVar[str] = QUANT_METHOD
     rank: int = 16
     alpha: float | None = None
     dropout: float = 0.0

@@ -45,6 +45,7 @@ _TECHNIQUE = ("format", "block_size", "scales", "search")
 _CALIBRATION = ("calibrate", "diagonal", "resume")
 OPTIONS = (
     *("bits", *_TECHNIQUE, "embeddings", "include", "exclude", "shard_size", "requantize", "dtype", "device"),
+    "no_tokenizer",
     *_CALIBRATION,
 )
 """Attributes of the parsed arguments that some kinds of input refuse. One that was not given is None, False, []
@@ -57,11 +58,13 @@ REFUSALS = {
         "embeddings": "a file does not say which tensors are embeddings, and all become 4 bits: leave it out",
         "requantize": "a dense file has no quantized tensors: leave it out",
         "dtype": "tensors of a dense file that are not converted are copied as they are: leave it out",
+        "no_tokenizer": "a file has no tokenizer: leave it out",
     },
     "a dense folder": {
         "include": "it names tensors of a file: leave it out, and exclude modules of a folder by --exclude",
         "requantize": "a dense folder has no quantized tensors: leave it out",
         "dtype": "a folder gets its dtype from from_pretrained(OUT, dtype=): leave it out",
+        "no_tokenizer": "a folder's tokenizer is copied as it is: leave it out",
     },
     "another program's": {
         **_NO_MODEL,

@@ -35,6 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for another program's file: quantize weights again that cannot be kept exactly, and print the error",
     )
     parser.add_argument(
+        "--no-tokenizer", action="store_true", help="for a GGUF file: write a folder without the tokenizer"
+    )
+    parser.add_argument(
         "--dtype",
         choices=sorted(DTYPES, reverse=True),
         help="for another program's file: round dense tensors to this dtype (default: keep their dtype)",
@@ -56,6 +59,8 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     with open_foreign(arguments.source) as file:
         kind, left_out = file.kind, file.left_out
         total = sum(tensor.nbytes for tensor in file.tensors.values())
+    if arguments.no_tokenizer and (kind != "gguf" or arguments.target.suffix == ".safetensors"):
+        raise ValueError("--no-tokenizer is for a GGUF file that becomes a folder: leave it out")
     asked = {
         "requantize": technique if arguments.requantize else None,
         "include": arguments.include or [],
@@ -75,7 +80,7 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
         else:  # a folder that from_pretrained loads
             from lowmem.integrations.transformers.folder import import_folder
 
-            rows = import_folder(arguments.source, arguments.target, **asked)
+            rows = import_folder(arguments.source, arguments.target, **asked, tokenizer=not arguments.no_tokenizer)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

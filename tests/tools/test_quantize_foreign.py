@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from contextlib import redirect_stderr
+from pathlib import Path
 
 import pytest
 import torch
@@ -125,3 +126,23 @@ def test_every_command_says_first_that_a_model_is_larger_than_its_file(place, ca
         assert " MiB of tensors become a model of " in first, arguments
         dtype = "float16" if name == "a.gguf" else "bfloat16"
         assert f": `lowmem quantize IN OUT --dtype {dtype}` makes " in first, arguments
+
+
+def test_a_missing_gguf_is_an_error_unless_the_tokenizer_is_left_out(place, refused, monkeypatch):
+    """A folder without a tokenizer, and exit code 0, were found out much later."""
+    assert main(["export", "llama", "a.gguf", "--dtype", "f16"]) == 0
+    monkeypatch.setattr("lowmem.integrations.transformers.tokenizing.is_gguf_available", lambda: False)
+    told = refused("quantize", "a.gguf", "kept")
+    assert (
+        "the tokenizer of 'a.gguf' takes the package gguf: pip install gguf, or write the folder without it" in told
+    )
+    assert not Path("kept").exists()
+    for command in (
+        ["generate", "a.gguf", "--prompt", "item"],
+        ["fit", "a.gguf", "--data", "data.jsonl", "--length", "48", "--dry-run"],
+    ):
+        assert "takes the package gguf: pip install gguf" in refused(*command)
+    assert main(["quantize", "a.gguf", "kept", "--no-tokenizer"]) == 0
+    assert not [file.name for file in Path("kept").iterdir() if "token" in file.name]
+    for source, target in (("a.gguf", "a.safetensors"), ("llama", "b"), ("llama/model.safetensors", "b.safetensors")):
+        assert "--no-tokenizer" in refused("quantize", source, target, "--no-tokenizer")

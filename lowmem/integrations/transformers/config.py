@@ -11,11 +11,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
 from lowmem.io.metadata import CONFIG_VERSION, check_config, check_keys, check_object
-from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
+from lowmem.nn.techniques import QUANT_METHOD, Budget, EightBit, FourBit, Half, LoRA
 from lowmem.version import install_command
 
-METHOD = "lowmem: import lowmem.integrations.transformers"
-"""The quantization method. transformers quotes it where it is unknown, so that it says what is missing."""
+METHOD = QUANT_METHOD
+"""The quantization method."""
 
 NOTICE = (
     f"The weights of this folder are stored by lowmem. To load it: {install_command('transformers')}, and import "
@@ -28,6 +28,8 @@ _KINDS = (Half, EightBit, FourBit, Budget)
 @register_quantization_config(METHOD)
 class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
     """How to store a model while ``from_pretrained`` loads it, or how a saved one is stored.
+
+    ``quantization_config=FourBit()`` is short for ``quantization_config=LowmemConfig(FourBit())``.
 
     Stored weights equal those of ``lowmem.convert(model, technique, skip=skip)``, to the bit. Parameters that the
     folder lacks, such as a new head, stay dense.

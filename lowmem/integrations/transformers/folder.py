@@ -19,7 +19,7 @@ from lowmem.errors import FileError, describe, message_of, refusal, show, unbuil
 from lowmem.integrations.transformers.checking import refuse_unfitting, refuse_unread, shapes_and_bytes
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import config_at, from_exact
-from lowmem.integrations.transformers.tokenizing import tokenizer_of
+from lowmem.integrations.transformers.tokenizing import check_gguf, tokenizer_of
 from lowmem.io.atomic import atomic_folder, check_free
 from lowmem.io.convert_checkpoint import Row
 from lowmem.io.folder_code import NEEDS_CODE, is_about_code, unasked
@@ -208,6 +208,7 @@ def import_folder(
     technique: FourBit | EightBit | None = None,
     shard_bytes: int | None = None,
     dtype: torch.dtype | None = None,
+    tokenizer: bool = True,
 ) -> list[ForeignRow]:
     """Write a folder that ``from_pretrained`` loads, with another program's 4-bit codes as they are.
 
@@ -217,6 +218,7 @@ def import_folder(
         target, shard_bytes: as for ``quantize_folder``.
         requantize, include, technique: as for ``import_checkpoint``; names are the file's.
         dtype: of dense parameters; None takes the dtypes of the folder, or float32 for a GGUF file.
+        tokenizer: whether the tokenizer of a GGUF file is written, too.
 
     Returns:
         A row for each parameter, sorted by name; tied ones have one.
@@ -225,6 +227,7 @@ def import_folder(
         ValueError: a pattern that matches no tensor.
         FileError, FileExistsError, OSError: as ``quantize_folder``; or a weight cannot be kept exactly, without
             ``requantize``.
+        ImportError: the tokenizer of a GGUF file takes the package gguf, which is missing.
     """
     check_free(target)
     asked = Requantizing(requantize, list(include), technique)
@@ -232,6 +235,8 @@ def import_folder(
         check_patterns(asked.include, file.tensors)
         sources = {name: (tensor.kind, tensor.nbytes) for name, tensor in file.tensors.items()}
         kind = file.kind
+    if kind == "gguf" and tokenizer:
+        check_gguf(source, ", or write the folder without it: --no-tokenizer (tokenizer=False)")
     if not source.is_dir() and kind != "gguf":
         why = "a file has no config.json: name its folder as IN, or OUT.safetensors"
         raise refusal(source, why, "make a folder of")
@@ -241,7 +246,7 @@ def import_folder(
         rows = write_model(model, source, target, shard_bytes)
     else:
         model = load_gguf(source, dtype or torch.float32, asked)
-        rows = write_model(model, None, target, shard_bytes, _tokenizer_in(source))
+        rows = write_model(model, None, target, shard_bytes, _tokenizer_in(source) if tokenizer else None)
     found = []
     for row in rows:
         path, _, name = row.name.rpartition(".")

@@ -18,6 +18,7 @@ from transformers.core_model_loading import ConversionOps, convert_and_load_stat
 from transformers.modeling_utils import LoadStateDictConfig
 from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
 from lowmem.integrations.transformers import peft_models
@@ -38,7 +39,9 @@ from lowmem.integrations.transformers.stored_folder import (
     check_complete,
     conversions_of,
     dtypes_of_parts,
+    is_dense,
     records_of,
+    restore_resized,
     ties_of_parts,
 )
 from lowmem.integrations.transformers.storing import Measuring, Storing
@@ -89,10 +92,12 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     quantization_config: LowmemConfig
 
-    def __init__(self, quantization_config: LowmemConfig, **kwargs: Any) -> None:
-        super().__init__(quantization_config, **kwargs)
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
+        is_technique = not isinstance(quantization_config, QuantizationConfigMixin)
+        super().__init__(LowmemConfig(quantization_config) if is_technique else quantization_config, **kwargs)
         self._storing: Storing | None = None
         self._files: list[str] = []
+        self._is_dense = False  # a folder whose config says otherwise
         self._dtype: torch.dtype | None = None
         self._own_dtypes: dict[str, torch.dtype] = {}
         self.parts: dict[str, torch.dtype] = {}
@@ -170,6 +175,8 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Return the model's config, unless it asks for more layers or experts than any model has."""
+        if not isinstance(config.quantization_config, QuantizationConfigMixin):  # a technique
+            config.quantization_config = self.quantization_config
         refuse_layers(config.to_dict())
         return config
 
@@ -210,7 +217,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
         The model is empty and the folder's files are known: they are checked, and a budget is divided.
         """
-        if self.pre_quantized:
+        if self.pre_quantized and not self._is_dense:
             weight_conversions = conversions_of(model)
         if self._files:
             self._check(model, weight_conversions)
@@ -226,7 +233,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             refuse_unread(Path(self._files[0]).parent, specs)
             refuse_coded(Path(self._files[0]).parent, specs)
         refuse_unfitting(model, *shapes_and_bytes(specs), conversions)
-        if self.pre_quantized:
+        if self.pre_quantized and not self._is_dense:
             refuse_untold(specs, self.quantization_config, model.base_model_prefix)
             refuse_retyped(model, specs, self.parts, conversions)
 
@@ -256,9 +263,20 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        tied = self.tie(model)
         self._files = list(checkpoint_files or [])
         config = self.quantization_config
+        if self.pre_quantized:
+            refuse_pickles(self._files)
+            self._is_dense = is_dense(config, model.base_model_prefix, self._files)
+        if self._is_dense:
+            warnings.warn(
+                f"config.json says that the weights of {show(str(Path(self._files[0]).parent))} are stored, and they "
+                "are dense: they stay dense, and save_pretrained writes a config.json that says so",
+                UserWarning,
+                stacklevel=2,
+            )
+            return model
+        tied = self.tie(model)
         if not self.pre_quantized:
             assert isinstance(config.technique, (Half, EightBit, FourBit, Budget))
             if isinstance(config.technique, Budget):  # which is divided once all weights were read
@@ -270,6 +288,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model
         convert_skeleton(model, *records_of(model, config, self._files))
+        restore_resized(model, self._files)
         self.expect_parts(model, tied)
         return model
 

@@ -14,7 +14,9 @@ from lowmem.integrations.transformers.checking import specs_of
 from lowmem.integrations.transformers.config import LowmemConfig
 from lowmem.integrations.transformers.saving import folder_names
 from lowmem.nn.gathered_weight import check_order
+from lowmem.nn.module_copy import become, restored_copy
 from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms.ties import parameter_owners
 
 _WIDEST = 4  # bytes of the widest scale
 
@@ -107,6 +109,55 @@ def records_of(model: Any, config: LowmemConfig, files: list[str]) -> tuple[dict
         full = f"{own(place)}{adapter}{rest}" if adapter and own(place) is not None else name
         tensors[full] = torch.empty(spec.shape, dtype=spec.dtype, device="meta")
     return {"layers": layers, "adapters": adapters}, tensors
+
+
+def is_dense(config: LowmemConfig, prefix: str, files: list[str]) -> bool:
+    """Whether a folder has dense all that its config says is stored, as of a model that ``from_config`` made."""
+    specs = specs_of(files)
+    if not config.layers:
+        return bool(files and config.adapters) and not any(".adapters." in name for name in specs)
+    found = [
+        (specs[own].dtype, record.get("dtype"))
+        for record in config.layers
+        for name in (record["names"] if isinstance(record.get("names"), list) else ())
+        for full in _variants(str(name), f"{prefix}.")
+        for own in (full, f"{full}.weight")
+        if own in specs
+    ]
+    return bool(found) and all(own.is_floating_point and str(own) != f"torch.{kept}" for own, kept in found)
+
+
+def restore_resized(model: Any, files: list[str]) -> None:
+    """Make layers dense again of which a folder has parts in another shape, such as a head for other labels.
+
+    transformers then makes them anew, or refuses them, as it does for dense models.
+
+    Raises:
+        ValueError: such a layer shares what it stores with another one.
+    """
+    naming = conversions_of(model)[0]
+    shapes = {naming.rename_source_key(name)[0]: spec.shape for name, spec in specs_of(files).items()}
+    modules = {path: module for path, module in model.named_modules() if isinstance(module, StoredModule)}
+    owners = parameter_owners(model)
+    copies = {}
+    for path, module in modules.items():
+        parts = {f"{path}.{name}".lstrip("."): getattr(module, name) for name in module.part_names}
+        resized = [name for name, part in parts.items() if shapes.get(name, part.shape) != part.shape]
+        if not resized:
+            continue
+        if any(len(owners[id(part)]) > 1 for part in parts.values()):
+            first, own = resized[0], tuple(parts[resized[0]].shape)
+            raise ValueError(
+                f"{show(first)} is {tuple(shapes[first])} in the folder and {own} by its config, and shared with "
+                "another layer: get both from one source, or load the dense folder"
+            )
+        values: dict[str, Tensor | None] = {}
+        for name in module.forms:
+            tensor = module.stored_tensor(name)
+            values[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+        copies[module] = restored_copy(module, values)
+    for module, copied in copies.items():
+        become(module, copied)
 
 
 def check_complete(model: nn.Module) -> None:

@@ -13,8 +13,9 @@ from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers.utils.import_utils import is_gguf_available
 
-from lowmem.errors import describe, refusal, show
+from lowmem.errors import describe, quoted, refusal, show
 from lowmem.io.atomic import open_regular
 from lowmem.io.folder_code import NEEDS_CODE, is_about_code, unasked
 from lowmem.io.formats.gguf.container import read_header
@@ -107,9 +108,12 @@ def read_tokenizer(folder: Path, vocabulary: int | None = None) -> Any:
     Raises:
         FileError: it has no tokenizer that transformers can load, or one of another vocabulary.
         OSError: a file of it is no regular file, or cannot be read.
+        ImportError: it is a GGUF file, and the package gguf is missing.
     """
     if folder.is_dir():
         check_regular(folder)
+    else:
+        check_gguf(folder)
     with tokenizer_errors(folder):
         tokenizer: Any = (
             tokenizer_of(folder)
@@ -158,6 +162,12 @@ def padded_batches(tokenizer: Any, paragraphs: Sequence[str], length: int, count
     ordered = sorted(paragraphs, key=len)
     options = {"padding": True, "truncation": True, "max_length": length, "return_tensors": "pt"}
     return [dict(tokenizer(ordered[at : at + count], **options)) for at in range(0, len(ordered), count)]
+
+
+def check_gguf(file: Path, otherwise: str = "") -> None:
+    """Raise an ImportError unless the package gguf is there; ``otherwise`` is another remedy."""
+    if not is_gguf_available():
+        raise ImportError(f"the tokenizer of {quoted(file)} takes the package gguf: pip install gguf{otherwise}")
 
 
 def tokenizer_of(file: Path) -> Any:

@@ -6,10 +6,10 @@ import pytest
 import torch
 from transformers.quantizers.auto import AutoQuantizationConfig
 
-from lowmem import EightBit, FourBit, Half, LoRA
+from lowmem import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.integrations.transformers import METHOD, LowmemConfig
 from lowmem.version import install_command
-from tests.integrations.transformers.folders import load, write
+from tests.integrations.transformers.folders import assert_same, load, write
 
 TECHNIQUES = [
     Half(),
@@ -80,7 +80,24 @@ def test_a_field_of_a_technique_says_where_it_belongs(arguments, says):
         LowmemConfig(**arguments)
 
 
-@pytest.mark.parametrize("given", [FourBit(), (Half(),), "exact", FourBit], ids=str)
-def test_a_technique_in_place_of_a_config_is_an_error_of_transformers(given, tmp_path):
+@pytest.mark.parametrize("technique", [Half(), EightBit(), FourBit(), Budget(4.4)], ids=str)
+def test_a_technique_in_place_of_a_config_is_short_for_it(technique, tmp_path):
+    folder = write(tmp_path / "dense")
+    model = load(folder, quantization_config=technique)
+    assert_same(model, load(folder, quantization_config=LowmemConfig(technique)))
+    assert type(model.config.quantization_config) is LowmemConfig
+    assert model.config.quantization_config.technique == technique
+    model.save_pretrained(tmp_path / "stored")
+    assert_same(load(tmp_path / "stored"), model)
+
+
+@pytest.mark.parametrize("given", [LoRA(), FourBit], ids=str)
+def test_what_is_no_way_to_store_is_refused_as_in_a_config(given, tmp_path):
+    with pytest.raises(TypeError, match=r"must be Half\(\), EightBit\(\), FourBit\(\) or Budget\(\)"):
+        load(write(tmp_path), quantization_config=given)
+
+
+@pytest.mark.parametrize("given", [(Half(),), "exact"], ids=str)
+def test_other_objects_in_place_of_a_config_are_an_error_of_transformers(given, tmp_path):
     with pytest.raises(AttributeError, match="has no attribute 'quant_method'"):
         load(write(tmp_path), quantization_config=given)

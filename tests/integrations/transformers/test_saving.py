@@ -219,19 +219,6 @@ def test_the_config_of_an_older_adapter_goes_when_the_model_is_there(tmp_path, m
     assert [(out / name).exists() for name in kept] == [False, True, True]
 
 
-def test_a_new_model_of_a_stored_one_s_config_is_refused_until_the_config_says_that_it_is_dense(tmp_path):
-    """transformers writes what the config, as read from the folder, says of weights that the model does not have."""
-    model = lowmem.convert(load(write(tmp_path / "dense")), FourBit("nf4"))
-    model.save_pretrained(tmp_path / "small")
-    new = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path / "small"))
-    new.save_pretrained(tmp_path / "new")
-    with pytest.raises(ValueError, match=r"is stored, and the folder has it dense: remove quantization_config from"):
-        load(tmp_path / "new")
-    del new.config.quantization_config
-    new.save_pretrained(tmp_path / "new")
-    assert_same(load(tmp_path / "new"), new)
-
-
 def test_a_model_that_is_converted_has_a_class_of_its_own_under_the_same_name(tmp_path):
     """Inner models have one, too; restore, dequantize, pickle and deepcopy know both."""
     dense = load(write(tmp_path / "dense"))
