@@ -11,7 +11,7 @@ weight that C multiplies, the block runs as it did.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, TypeAlias, cast
 
@@ -54,8 +54,13 @@ class Form:
     out: Any
     scaling: float
     softcap: float | None
-    attend: Callable[..., Tensor]  # attention by the model's library, of queries, keys, values, mask and cache
-    kept: Callable[[Any], Any]  # returns the block's layer of a cache; None where it is not one of lowmem's
+    arguments: Mapping[str, Any]  # what else the model's attention function is given
+    # Attention by the model's library, of queries, keys, values, mask and cache.
+    attend: Callable[..., Tensor] = field(compare=False)
+    # Returns the block's layer of a cache; None where it is not one of lowmem's.
+    kept: Callable[[Any], Any] = field(compare=False)
+    # Whether the model's library computes attention and masks as the form says.
+    serves: Callable[[], bool] = field(compare=False)
 
     @property
     def first(self) -> list[Any]:
@@ -79,18 +84,19 @@ class Block:
     Args:
         block: the module.
         form: of the block.
-        serves: whether attention is computed as the form says.
         rooms: returns memory for what blocks compute one after another, by thread, numbers and dtype.
     """
 
-    def __init__(self, block: nn.Module, form: Form, serves: Callable[[], bool], rooms: Rooms) -> None:
-        self.form, self.serves, self.rooms = form, serves, rooms
+    def __init__(self, block: nn.Module, form: Form, rooms: Rooms) -> None:
+        self.form, self.rooms = form, rooms
         self.taken = Taken(block, form.layers, [form.attention, form.mlp], form.norms)
         # Numbers that a token's steps compute, at most.
         inner, *others = (layer.in_features for layer in form.layers[::-1])
         self.most: int = 3 * inner + 8 * max(others) + 2 * sum(layer.out_features for layer in form.first)
 
     def __str__(self) -> str:
+        if not self.form.serves():
+            return "as before: its attention or mask function is none of those that C stands in for"
         norms = sum(one is not None for one in self.form.ends)
         return f"block in one call: attention, {self.form.gated.activation} MLP, {norms} norms, sums"
 
@@ -98,7 +104,7 @@ class Block:
         """Return the block's output; None where its own forward must run."""
         kernel, (angles, mask, cache) = kernel_for(x), (given.get(name) for name in _GIVEN)
         others = any(value is not None and value is not False for name, value in given.items() if name not in _TAKEN)
-        if kernel is None or x.dim() != 3 or others or not self.serves():
+        if kernel is None or x.dim() != 3 or others or not self.form.serves():
             return None
         turns, ready = _turns(angles, x, self.form.roles[0].rotated), self.taken.ready(kernel, x.dtype)
         if turns is None or ready is None:

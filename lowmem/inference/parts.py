@@ -22,6 +22,9 @@ from lowmem.nn.linear import CodedLinear, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.quant.backend import backend_of
 from lowmem.training.fused import GatedMLP, RMSNorm
 
+LAYERS = Linear4Bit, Linear8Bit, HalfLinear
+"""Classes of layers whose weights C multiplies."""
+
 
 def kernel_for(x: Any) -> Kernel | None:
     """Return the backend of x if C computes with it: rows of float32 or bfloat16, without recorded gradients."""
@@ -201,7 +204,7 @@ def why_not(module: nn.Module, layers: Iterable[Any]) -> str | None:
     """Return which of a module's layers C does not multiply with, and why; or None."""
     names = {one: name for name, one in module.named_modules()}
     for layer in layers:
-        if type(layer) not in (Linear4Bit, Linear8Bit, HalfLinear):
+        if type(layer) not in LAYERS:
             adapted, dense = isinstance(layer, AdaptedModule), type(layer) is nn.Linear
             why = "has an adapter" if adapted else "is dense" if dense else f"is a {type(layer).__name__}"
             return f"{names[layer]} {why}"

@@ -46,14 +46,17 @@ def prepare_inference(model: M) -> M:
 
     RMS norms and gated MLPs whose layers store their weights are recognized by what they compute, and are computed by
     the kernel in C. In a model of transformers a whole block (norm, attention and its projections, norm, gated MLP
-    and both sums) is one call, if a trial run with random tokens shows that it computes just that; the cache that
+    and both sums) is one call, if trial runs with random tokens show that it computes just that; the cache that
     ``generate`` or the model are given may be any, and ``lowmem.KeyValueCache`` lets the attention be part of the
     call. Outputs differ from before by rounding errors only. Modules stay where they are: one that has hooks or an
     adapter, or was replaced, is called as before, and so is everything in training and on other devices than CPUs.
 
-    Blocks compute what the attention functions ``"sdpa"``, ``"eager"`` and ``"lowmem"`` of transformers do, and with
-    another run as before. For blocks that are left, ``model.set_attn_implementation("lowmem")`` lets C compute the
-    attention of few tokens.
+    Blocks compute what transformers' attention functions ``"sdpa"`` and ``"eager"`` and lowmem's own do. With another
+    one, also one that is registered anew under these names, they run as before. For blocks that are left,
+    ``model.set_attn_implementation("lowmem")`` lets C compute the attention of few tokens.
+
+    The trial cannot see what a module does after more calls than it made, at lengths, positions or values that it did
+    not try, or by a function of its code that is replaced later.
 
     ``inference_report`` says what was done to each module. Call ``release_inference`` before the model is converted
     further. Copies and pickles of the model are not prepared.

@@ -216,3 +216,65 @@ def test_recognizing_changes_the_mode_of_no_layer():
         mlp = MLP().train(training)
         assert isinstance(recognize(mlp), GatedMLP)
         assert {module.training for module in mlp.modules()} == {training}
+
+
+def off(module, shown):
+    """A module's class whose outputs are off where ``shown(module, x)`` is true."""
+    return type(
+        "Off", (module,), {"forward": lambda self, x: module.forward(self, x) * (1.01 if shown(self, x) else 1)}
+    )
+
+
+def counted(module, x):
+    module.calls = getattr(module, "calls", 0) + 1
+    return module.calls > 100
+
+
+def counted_in_a_list():
+    """Copies share the list."""
+    calls = []
+    return lambda module, x: calls.append(x) or len(calls) > 2
+
+
+SHOWN = {
+    "batch": lambda module, x: x.dim() == 3 and len(x) > 1,
+    "one sequence": lambda module, x: x.dim() == 3 and len(x) == 1,
+    "length": lambda module, x: x.dim() == 3 and x.shape[1] > 16,
+    "one token": lambda module, x: x.dim() == 3 and x.shape[1] == 1,
+    "dimensions": lambda module, x: x.dim() == 3,
+    "many calls": counted,
+    "calls": None,
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("case", SHOWN)
+def test_what_only_some_calls_show_is_seen(case, training):
+    """Shapes of inputs, and calls that are counted."""
+    for kind, of in ((Norm, norm), (MLP, lambda kind: kind()), (Function, lambda kind: kind())):
+        made = of(off(kind, SHOWN[case] or counted_in_a_list()))
+        found = recognize(made, training)
+        assert found is None or isinstance(found, str), found
+        assert not hasattr(made, "calls")
+
+
+def test_outputs_that_are_cut_off_are_seen():
+    class Cut(Norm):
+        def forward(self, x):
+            return super().forward(x).clamp(-500, 500)
+
+    assert recognize(norm(Cut)) == "on random numbers it computes no RMS norm"
+
+
+def test_an_activation_that_counts_its_calls_is_none_of_a_gated_mlp():
+    class Counts(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls = self.calls + 1
+            return functional.silu(x) * (1.01 if self.calls > 100 else 1)
+
+    made = MLP()
+    made.act = Counts()
+    assert recognize(made) == "numbers of it change from call to call"
+    assert made.act.calls == 0

@@ -7,6 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -17,7 +19,11 @@ from transformers import (
     LogitsProcessor,
     StaticCache,
 )
-from transformers.models.llama.modeling_llama import LlamaAttention
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama import modeling_llama
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaDecoderLayer, LlamaMLP
 
 import lowmem
 from lowmem import FourBit, KeyValueCache, LoRA, convert, inference_report, prepare_inference, release_inference
@@ -440,11 +446,8 @@ def test_blocks_that_rotate_by_complex_numbers_are_left():
 
 
 def test_blocks_that_a_trial_does_not_show_are_left(ran):
-    """Called twice, or with an attention that adds zeros; and those of models without a cache or positions."""
-    model = model_of("llama")
-    model.model.layers[0].self_attn.o_proj.weight_scales.data.zero_()
-    prepare_inference(model)
-    assert "zeros, so that a trial shows nothing" in inference_report(model)["model.layers.0"]
+    """Called twice; and those of models without a cache or positions."""
+    model = prepare_inference(model_of("llama"))
     with torch.no_grad(), pytest.raises(TypeError, match="unpack"):  # no angles
         model.model.layers[1](torch.ones(1, 1, 64))
     release_inference(model)
@@ -570,5 +573,190 @@ def test_a_model_of_another_attention_says_what_to_set(ran):
     prepare_inference(model)
     logits(model, KeyValueCache(model), 3)
     model.set_attn_implementation("paged|eager")
-    assert not model.model.layers[0].in_one_call.serves()
+    assert not model.model.layers[0].in_one_call.form.serves()
     assert ran["_at_once"] == 6
+
+
+def doubled(*given, **more):
+    out, weights = sdpa_attention_forward(*given, **more)
+    return 2 * out, weights
+
+
+def near_ones(**given):
+    """A mask that hides all but the last two tokens."""
+    mask = sdpa_mask(**given | {"allow_is_causal_skip": False})
+    return mask & (torch.arange(mask.shape[3]) >= mask.shape[3] - 2)
+
+
+@pytest.fixture
+def interfaces(monkeypatch):
+    """What a test registers is forgotten after it."""
+    for one in (AttentionInterface, AttentionMaskInterface):
+        monkeypatch.setattr(one, "_global_mapping", dict(one._global_mapping))
+    for one in (ALL_ATTENTION_FUNCTIONS, ALL_MASK_ATTENTION_FUNCTIONS):
+        monkeypatch.setattr(one, "_local_mapping", dict(one._local_mapping))
+
+
+def replace_local_eager(name):
+    modeling_llama.eager_attention_forward = doubled
+
+
+def replace_the_instance(name):
+    """As models do that have an attention function of their own."""
+    modeling_llama.ALL_ATTENTION_FUNCTIONS = AttentionInterface()
+    modeling_llama.ALL_ATTENTION_FUNCTIONS[name] = doubled
+
+
+REGISTERED = {
+    "attention": lambda name: AttentionInterface.register(name, doubled),
+    "attention of an instance": lambda name: ALL_ATTENTION_FUNCTIONS.update({name: doubled}),
+    "attention of a model's instance": replace_the_instance,
+    "mask": lambda name: AttentionMaskInterface.register(name, near_ones),
+    "mask of an instance": lambda name: ALL_MASK_ATTENTION_FUNCTIONS.update({name: near_ones}),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "what", "first"),
+    [
+        *(("sdpa", what, first) for what in REGISTERED for first in (True, False)),
+        *((ATTENTION, what, False) for what in ("attention", "mask of an instance")),
+        *(("eager", what, what == "attention") for what in ("attention", "attention of an instance", "mask")),
+        *(("eager", "a module's", first) for first in (True, False)),
+    ],
+)
+def test_functions_that_are_registered_anew_are_called(name, what, first, ran, interfaces, monkeypatch):
+    """Whether a name is registered before the model is prepared (``first``) or after it."""
+    for own in ("eager_attention_forward", "ALL_ATTENTION_FUNCTIONS"):
+        monkeypatch.setattr(modeling_llama, own, getattr(modeling_llama, own))
+    register = REGISTERED.get(what, replace_local_eager)
+    if name == "eager" and "mask" in what:  # else the mask of bools is added to scores
+        AttentionInterface.register("eager", sdpa_attention_forward)
+    model, plain = model_of("llama"), model_of("llama")
+    for one in (model, plain):
+        one.set_attn_implementation(name)
+    usual = logits(plain, KeyValueCache(plain), 2)
+    if first:
+        register(name)
+    prepare_inference(model)
+    if not first:
+        assert near(logits(model, KeyValueCache(model), 2), usual)
+        assert ran == {"_at_once": 4, "_in_two": 2}
+        register(name)
+        ran.update(_at_once=0, _in_two=0)
+    expected = logits(plain, KeyValueCache(plain), 2)
+    assert not near(expected, usual)
+    assert near(logits(model, KeyValueCache(model), 2), expected)
+    assert ran == {"_at_once": 0, "_in_two": 0}
+    assert inference_report(model)["model.layers.0"].startswith("as before: ")
+
+
+class Clamped(LlamaDecoderLayer):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).clamp(-90, 90)
+
+
+class OfBatch(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states, *args, **kwargs) * (1.005 if len(hidden_states) > 1 else 1)
+
+
+class OfLength(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states, *args, **kwargs) * (1.005 if hidden_states.shape[1] > 5 else 1)
+
+
+class OfOneToken(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, **kwargs):
+        return super().forward(hidden_states, *args, **kwargs) * (1.005 if hidden_states.shape[1] == 1 else 1)
+
+
+class OfPosition(LlamaDecoderLayer):
+    def forward(self, hidden_states, *args, position_ids=None, **kwargs):
+        out = super().forward(hidden_states, *args, position_ids=position_ids, **kwargs)
+        return out * torch.where(position_ids < 3, 1.005, 1.0)[..., None]
+
+
+class OfPadding(LlamaDecoderLayer):
+    def forward(self, hidden_states, attention_mask=None, **kwargs):
+        out = super().forward(hidden_states, attention_mask=attention_mask, **kwargs)
+        return out if attention_mask is None or attention_mask[..., -1, :].all() else out * 1.005
+
+
+class OfCache(LlamaDecoderLayer):
+    def forward(self, hidden_states, cache=None, **kwargs):
+        seen = cache.get_seq_length() if cache is not None else 0
+        return super().forward(hidden_states, cache=cache, **kwargs) * (1.005 if seen else 1)
+
+
+class Counts(LlamaDecoderLayer):
+    def forward(self, *args, **kwargs):
+        self.calls = getattr(self, "calls", 0) + 1
+        return super().forward(*args, **kwargs) * (1.005 if self.calls > 100 else 1)
+
+
+class CountsInAList(LlamaDecoderLayer):
+    def forward(self, *args, **kwargs):
+        self.__dict__.setdefault("seen", []).append(1)
+        return super().forward(*args, **kwargs) * (1.005 if len(self.seen) > 1 else 1)
+
+
+class ClampsAttention(LlamaAttention):
+    def forward(self, *args, **kwargs):
+        out, weights = super().forward(*args, **kwargs)
+        return out.clamp(-90, 90), weights
+
+
+class ScalesByLength(LlamaAttention):
+    def forward(self, hidden_states, *args, **kwargs):
+        self.scaling = self.head_dim**-0.5 * (1.1 if hidden_states.shape[1] > 5 else 1)
+        return super().forward(hidden_states, *args, **kwargs)
+
+
+PLANTED = [Clamped, OfBatch, OfLength, OfOneToken, OfPosition, OfPadding, OfCache, Counts, CountsInAList]
+PLANTED += [ClampsAttention, ScalesByLength]
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+def test_what_only_some_calls_show_is_seen(kind):
+    """A block that clamps, counts its calls, or depends on the batch, the length, the positions or the padding."""
+    model = model_of("llama")
+    block = model.model.layers[0]
+    (block if issubclass(kind, LlamaDecoderLayer) else block.self_attn).__class__ = kind
+    prepare_inference(model)
+    report = inference_report(model)
+    assert report["model.layers.0"].startswith("as before: "), report
+    assert report["model.layers.1"].startswith("block"), report
+
+
+class ScaledMLP(LlamaMLP):
+    def forward(self, x, scale=1.0):
+        return super().forward(x) * scale
+
+
+class Scales(LlamaDecoderLayer):
+    def forward(self, hidden_states, **kwargs):
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        total = hidden_states + attended
+        return total + self.mlp(self.post_attention_layernorm(total), 0.5)
+
+
+def test_a_part_that_is_called_with_more_than_its_input_is_left():
+    model = model_of("llama")
+    block = model.model.layers[0]
+    block.__class__, block.mlp.__class__ = Scales, ScaledMLP
+    expected = logits(model, KeyValueCache(model), 3)
+    prepare_inference(model)
+    assert inference_report(model)["model.layers.0"].startswith("as before: ")
+    assert near(logits(model, KeyValueCache(model), 3), expected)
+
+
+def test_a_trial_does_not_depend_on_weights_and_leaves_no_forward():
+    """Layers, norms and MLPs are known; random numbers in their place show what is between them."""
+    model = model_of("gemma2")
+    model.model.layers[0].self_attn.o_proj.weight_scales.data.zero_()
+    states = {module: dict(vars(module)) for module in model.modules()}
+    prepare_inference(model)
+    assert inference_report(model)["model.layers.0"].startswith("block")
+    release_inference(model)
+    assert {module: dict(vars(module)) for module in model.modules()} == states
