@@ -1,15 +1,16 @@
-"""``lowmem serve``: starts the server of transformers, which can then load what lowmem has stored."""
+"""``lowmem serve``: starts the server of transformers, which can then load what lowmem has stored, with limits."""
 
 from __future__ import annotations
 
 import argparse
-import sys
-from importlib.metadata import entry_points
+from inspect import Parameter, signature
 from pathlib import Path
+from typing import Annotated, Any
 
 from lowmem.io.folder_code import unasked
 from lowmem.io.formats.peft.reading import refuse_adapters
 from lowmem.tools.arguments import file_path
+from lowmem.tools.serve_limits import Limits
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "options",
         nargs=argparse.REMAINDER,
         metavar="...",
-        help="options of `transformers serve`, as --port 8000: see `transformers serve --help`",
+        help="options of `transformers serve`, as --port 8000, and limits: see `lowmem serve FOLDER --help`",
     )
 
 
@@ -35,13 +36,44 @@ def run(arguments: argparse.Namespace) -> int:
     empty_model(folder, class_of(folder, config))
     if not is_serve_available():
         raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")
-    (script,) = entry_points(group="console_scripts", name="transformers")
-    given, sys.argv = sys.argv, ["transformers", "serve", str(folder.resolve()), *arguments.options]
+    import typer
+
+    command = typer.Typer(add_completion=False)
+    command.command()(_server(folder.resolve()))
     try:
         with unasked():  # the server makes models in models, too
-            script.load()()
+            command(args=[str(folder.resolve()), *arguments.options, "--non-blocking"], prog_name="lowmem serve")
     except SystemExit as stop:  # Ctrl-C, or an option that the server refuses
         return stop.code if isinstance(stop.code, int) else 1
-    finally:
-        sys.argv = given
     return 0
+
+
+def _server(folder: Path) -> type:
+    """Return the class of transformers' server with limits and their options."""
+    import typer
+    from transformers.cli.serve import Serve
+
+    class Limited(Serve):  # type: ignore[misc]
+        __doc__ = Serve.__doc__
+
+        def __init__(self, *, max_tokens: int, max_body: int, host: str, enable_cors: bool, **options: Any) -> None:
+            self.limits = folder.name, host, max_tokens, max_body * 2**20, enable_cors
+            super().__init__(host=host, enable_cors=enable_cors, **options)
+
+        def start_server(self) -> None:
+            """Serve in this thread, behind the limits."""
+            config = self.server.config
+            config.app = Limits(config.app, str(folder), *self.limits)
+            self.server.run()
+
+    def option(name: str, default: int, text: str) -> Parameter:
+        kind = Annotated[int, typer.Option(help=text, min=1)]
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+
+    own = (
+        option("max_tokens", 4096, "The most new tokens of a request."),
+        option("max_body", 8, "The most MiB of a request's body."),
+    )
+    taken = signature(Serve)
+    Limited.__signature__ = taken.replace(parameters=[*taken.parameters.values(), *own])
+    return Limited

@@ -2,12 +2,16 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -18,60 +22,116 @@ from transformers.utils.import_utils import is_serve_available
 from lowmem.__main__ import main
 from tests.integrations.transformers.folders import write
 from tests.integrations.transformers.tokens import write_tokenizer
+from tests.tools.conftest import CHAT
+
+needs_server = pytest.mark.skipif(
+    not is_serve_available(), reason="transformers[serving] is not installed: tox -e transformers"
+)
 
 
-@pytest.mark.processes
-@pytest.mark.skipif(not is_serve_available(), reason="transformers[serving] is not installed: tox -e transformers")
-def test_the_server_answers_what_generate_writes(tmp_path, capsys):
-    write_tokenizer(write(tmp_path / "dense"))
-    stored = str(tmp_path / "stored")
-    assert main(["quantize", str(tmp_path / "dense"), stored]) == 0
-    capsys.readouterr()
-    assert main(["generate", stored, "--prompt", "abc", "--max-new-tokens", "8", "--temperature", "0"]) == 0
-    text = capsys.readouterr().out.removesuffix("\n")
+@contextmanager
+def serving(folder, *options):
+    """The port of a server in a process of its own, which is told to stop afterwards."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "lowmem", "serve", stored, "--port", str(port)]
+    command = [sys.executable, "-m", "lowmem", "serve", str(folder), "--port", str(port), *options]
     server = subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, stderr=subprocess.PIPE, text=True)
     try:
-        asked = json.dumps({"model": stored, "prompt": "abc", "max_tokens": 8, "temperature": 0}).encode()
-        assert _answer(server, port, asked)["choices"][0]["text"] == text
+        _wait(server, port)
+        yield port
     finally:
         server.send_signal(signal.SIGINT)
         told = server.communicate(timeout=60)[1]
     assert "fault of lowmem" not in told, told
-    assert server.returncode == 130, told
 
 
-def _answer(server, port: int, asked: bytes) -> dict:
-    """Return the server's answer, as soon as it listens."""
-    request = urllib.request.Request(
-        f"http://localhost:{port}/v1/completions", asked, {"content-type": "application/json"}
+@pytest.fixture
+def stored(tmp_path):
+    write_tokenizer(write(tmp_path / "dense"))
+    config = tmp_path / "dense" / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": CHAT}))
+    assert main(["quantize", str(tmp_path / "dense"), str(tmp_path / "stored")]) == 0
+    return tmp_path / "stored"
+
+
+@pytest.mark.processes
+@needs_server
+def test_the_server_answers_what_generate_writes_within_its_limits(stored, capsys):
+    """As the openai client of the guide asks, and as it must not be asked."""
+    capsys.readouterr()
+    assert main(["generate", str(stored), "--prompt", "abc", "--max-new-tokens", "8", "--temperature", "0"]) == 0
+    text = capsys.readouterr().out.removesuffix("\n")
+    guide = Path(__file__).parents[2] / "docs" / "guides" / "use-what-you-trained.md"
+    (example,) = (
+        block
+        for block in re.findall(r"```python server\n(.*?)```", guide.read_text("utf8"), re.DOTALL)
+        if "openai" in block
     )
+    with serving(stored, "--max-tokens", "20", "--max-body", "1") as port:
+        body = {"prompt": "abc", "max_tokens": 8, "temperature": 0}
+        for name in ("stored", str(stored)):
+            status, told = _asked(port, "/v1/completions", json.dumps(body | {"model": name}))
+            assert (status, told["choices"][0]["text"]) == (200, text)
+        exec(
+            compile(example.replace("8000", str(port)).replace("max_tokens=100", "max_tokens=8"), "guide", "exec"), {}
+        )
+        assert capsys.readouterr().out.strip()
+        for path, given, kind, expected in (
+            ("/v1/completions", json.dumps(body | {"max_tokens": 10**9}), "application/json", 400),
+            ("/v1/completions", json.dumps(body | {"prompt": "a" * 2**20}), "application/json", 413),
+            ("/v1/chat/completions", "{", "application/json", 400),
+            ("/v1/chat/completions", json.dumps({"messages": 3}), "application/json", 400),
+            ("/load_model", json.dumps({"model": str(stored.parent / "dense")}), "application/json", 404),
+            ("/reset", "", "text/plain", 415),
+        ):
+            status, told = _asked(port, path, given, kind)
+            assert (status, set(told)) == (expected, {"error"}), path
+        with urllib.request.urlopen(f"http://localhost:{port}/v1/models") as answer:
+            assert [one["id"] for one in json.load(answer)["data"]] == ["stored"]
+
+
+def _asked(port: int, path: str, body: str, kind: str = "application/json") -> tuple[int, dict]:
+    """Return the status and the body of an answer."""
+    request = urllib.request.Request(f"http://localhost:{port}{path}", body.encode(), {"content-type": kind})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def _wait(server, port: int) -> None:
+    """Return as soon as a server listens."""
     while server.poll() is None:
         try:
-            with urllib.request.urlopen(request, timeout=60) as answer:
-                return json.load(answer)
-        except ConnectionError:
+            socket.create_connection(("localhost", port), timeout=1).close()
+        except OSError:
             time.sleep(0.2)
-        except OSError as reason:
-            if not isinstance(getattr(reason, "reason", None), ConnectionError):
-                raise
-            time.sleep(0.2)
+        else:
+            return
     raise AssertionError(f"the server ended: {server.stderr.read()}")
 
 
+@needs_server
+def test_the_help_names_the_limits(tmp_path, capsys):
+    assert main(["serve", str(write(tmp_path / "dense")), "--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(option in told for option in ("--port", "--max-tokens", "--max-body"))
+
+
 def test_an_adapter_is_refused_with_the_command_that_helps(tmp_path, refused):
-    (tmp_path / "adapter_config.json").write_text("{}")
-    for command in (["serve", str(tmp_path)], ["export", str(tmp_path), str(tmp_path / "out.gguf")]):
-        assert f"adapters: default; lowmem merge BASE {tmp_path} OUT writes a model to {command[0]}" in refused(
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for command in (["serve", str(adapter)], ["export", str(adapter), str(tmp_path / "out.gguf")]):
+        assert f"adapters: default; lowmem merge BASE {adapter} OUT writes a model to {command[0]}" in refused(
             *command
         )
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "adapter_config.json").write_text("{}")
-    assert f"adapters: default, other; lowmem merge BASE {tmp_path} OUT --adapter NAME" in refused(
-        "serve", str(tmp_path)
+    (adapter / "other").mkdir()
+    (adapter / "other" / "adapter_config.json").write_text("{}")
+    assert f"adapters: default, other; lowmem merge BASE {adapter} OUT --adapter NAME" in refused(
+        "serve", str(adapter)
     )
 
 
