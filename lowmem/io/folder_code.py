@@ -8,7 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lowmem.errors import message_of
+from lowmem.errors import message_of, show
+
+_IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation")
+"""Settings of configs that may name a kernel of the Hub, as owner/name."""
 
 
 def forget_code(config: Any) -> None:
@@ -23,6 +26,21 @@ def forget_code(config: Any) -> None:
         content = value if isinstance(value, dict) else vars(value) if hasattr(value, "sub_configs") else {}
         content.pop("auto_map", None)
         left += content.values()
+
+
+def kernel_of_hub(config: Any) -> str | None:
+    """Return the setting of a config's JSON that names a kernel of the Hub, which transformers would download."""
+    left = [config]
+    while left:
+        value = left.pop()
+        if isinstance(value, list):
+            left += value
+        for name, inner in value.items() if isinstance(value, dict) else ():
+            named = inner.values() if isinstance(inner, dict) else (inner,)
+            if name in _IMPLEMENTATIONS and any(isinstance(one, str) and "/" in one for one in named):
+                return f"{name}={show(inner)}"
+            left.append(inner)
+    return None
 
 
 @contextmanager

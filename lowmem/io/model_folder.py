@@ -11,6 +11,7 @@ from typing import Any
 
 from lowmem.errors import refusal, show
 from lowmem.io.atomic import open_regular, read_errors, sync, write_errors
+from lowmem.io.folder_code import kernel_of_hub
 from lowmem.io.safetensors import parse_json, read_at_most
 from lowmem.io.shards import INDEX, read_index
 
@@ -59,9 +60,13 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
 
     Raises:
-        FileError, OSError: as ``read_object``, or ``quantization_config`` is no object.
+        FileError, OSError: as ``read_object``, or ``quantization_config`` is no object, or it names a kernel of the
+            Hub.
     """
     config = read_object(path)
+    kernel = kernel_of_hub(config)
+    if kernel is not None:
+        raise refusal(path, f"{kernel} is code of the Hub, and none was run: remove it")
     found = config.get("quantization_config")
     if found is not None and not isinstance(found, dict):
         raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")

@@ -12,6 +12,7 @@ import torch
 from lowmem.finetuning.metrics import peak_memory
 from lowmem.inference.block import Block
 from lowmem.inference.prepare import prepare_inference
+from lowmem.io.folder_code import is_about_code
 from lowmem.tools.arguments import add_device_argument, device_of, file_path, number, positive_int, seed
 from lowmem.tools.output import warnings_as_notes
 from lowmem.tools.startup import INTERRUPTED
@@ -116,6 +117,7 @@ class _Generator:
         elif arguments.temperature is not None or arguments.top_p is not None:
             chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
             self._options |= {"do_sample": True} | {name: one for name, one in chosen.items() if one is not None}
+        self._name = arguments.model
         prepare_inference(model)
         self._cache_bits = arguments.cache_bits
         blocks = any(isinstance(getattr(one, "in_one_call", None), Block) for one in model.modules())
@@ -150,6 +152,11 @@ class _Generator:
         start = perf_counter()
         try:
             made = self._model.generate(**given, **self._options, streamer=streamer)
+        except ValueError as error:
+            if is_about_code(error):  # of ways to search that transformers has moved to the Hub
+                why = "how it searches is code of the Hub, and none was run: remove it, as penalty_alpha"
+                raise ValueError(f"generation_config.json of {str(self._name)!r}: {why}") from error
+            raise
         finally:
             self._count += streamer.count
             self._seconds += perf_counter() - start

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,7 +10,9 @@ from types import SimpleNamespace
 import pytest
 
 import lowmem
+from lowmem.errors import FileError
 from lowmem.io.folder_code import NEEDS_CODE, forget_code, is_about_code, unasked
+from lowmem.io.model_folder import read_model_config
 
 CALLS = ("from_pretrained", "from_config")
 SOURCES = sorted(Path(lowmem.__file__).parent.rglob("*.py"))
@@ -37,6 +40,24 @@ def test_a_config_of_any_depth_is_read():
         inner = inner["next"]
     forget_code(whole)
     assert "auto_map" not in inner
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ({"attn_implementation": "evil/kernel"}, "attn_implementation='evil/kernel' is code of the Hub"),
+        ({"text": [{"_attn_implementation": {"": "sdpa", "inner": "evil/kernel:f"}}]}, "_attn_implementation="),
+        ({"attn_implementation": "sdpa", "_name_or_path": "owner/name", "text": {"attn_implementation": None}}, None),
+    ],
+)
+def test_a_config_that_names_a_kernel_of_the_hub_is_refused(tmp_path, content, told):
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(content))
+    if told is None:
+        assert read_model_config(file) == content
+        return
+    with pytest.raises(FileError, match=f"{told}.*none was run: remove it"):
+        read_model_config(file)
 
 
 def test_no_question_is_answered(monkeypatch):

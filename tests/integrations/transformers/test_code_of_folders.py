@@ -232,6 +232,15 @@ def test_commands_run_no_other_code(hostile, adapter, server, capsys):
     assert server
 
 
+def test_a_search_that_transformers_has_moved_to_the_hub_is_refused(hostile, adapter, capsys):
+    folder = hostile(plain)
+    change(folder / "generation_config.json", penalty_alpha=0.6, top_k=4, do_sample=False)
+    code, told = run(folder, ["generate", "F", "--prompt", "a"], capsys)
+    assert code == 2
+    assert "generation_config.json of" in told
+    assert "none was run: remove it, as penalty_alpha" in told
+
+
 @pytest.mark.processes
 def test_a_pipe_that_says_yes_runs_nothing(hostile, tmp_path):
     folder = hostile(own_config)
