@@ -50,7 +50,7 @@ def warning(reason: object, platform: str) -> str | None:
         return None  # setup.py compiles none
     slow = "plain torch serves, up to 30 times slower"
     if not SOURCES.is_dir():
-        remedy = f"install a C compiler, and then: {reinstall_command()}"
+        remedy = f"install a C compiler, and then: {reinstall_command()}; or set LOWMEM_KERNEL=reference"
         return f"lowmem is installed without its compiled kernel ({reason}): {slow}; {remedy}"
     if shutil.which(compiler()[0]) is None:
         return None

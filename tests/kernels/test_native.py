@@ -64,6 +64,7 @@ def test_an_installed_copy_without_a_kernel_warns_once_and_names_the_remedy(inst
     assert said.count("UserWarning") == 1
     assert said.count(f"install a C compiler, and then: {reinstall_command()}") == 1
     assert "--no-cache-dir" in reinstall_command()
+    assert "; or set LOWMEM_KERNEL=reference" in said
     assert "No module named 'lowmem.kernels._native'" in said
 
 

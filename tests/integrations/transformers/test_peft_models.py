@@ -143,7 +143,9 @@ def convolutions(dims, groups, technique):
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("technique", [Half(torch.bfloat16), Half(torch.float16), lowmem.EightBit(), FourBit()], ids=str)
+@pytest.mark.parametrize(
+    "technique", [Half(torch.bfloat16), Half(torch.float16), lowmem.EightBit(), FourBit()], ids=str
+)
 def test_peft_adapts_stored_convolutions_as_dense_ones(dims, groups, technique):
     model, x = convolutions(dims, groups, technique)
     before, dense = model(x), lowmem.restore(convolutions(dims, groups, technique)[0])
