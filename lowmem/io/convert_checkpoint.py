@@ -20,7 +20,7 @@ from lowmem.io.shards import StoredWeight, check_target, write_model
 from lowmem.io.source import Source, check_patterns
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
-from lowmem.quant.quantize import relative_error
+from lowmem.quant.quantize import squares_lost
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of
 
@@ -172,7 +172,7 @@ def _converted(
             stored = technique.store(weight)
         except (ValueError, TypeError) as reason:
             raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
-        errors[name] = relative_error(weight, stored)
+        errors[name] = squares_lost(weight, stored).error
         return replace(stored, packed=stored.packed.to("cpu"), scales=stored.scales.to("cpu"))
 
     return StoredWeight(name, tuple(skeleton.shape), CodedForm.of(skeleton), opened.specs[name].nbytes, read)

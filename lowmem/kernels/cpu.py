@@ -3,9 +3,11 @@ take falls back to ``reference``: other devices and dtypes, wrapped and traced t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from struct import unpack
 from types import ModuleType
 from typing import Literal, TypeAlias
 
@@ -14,11 +16,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.kernels import int8, reference
-from lowmem.kernels.cpu_rows import CpuRows
+from lowmem.kernels.cpu_rows import COMPARE, COMPARE_CALL, CpuRows
 from lowmem.kernels.kernel_choice import CpuPlan
 from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.native import load
-from lowmem.quant.backend import Backend, LowRank, Weight
+from lowmem.quant.backend import Backend, LowRank, Squares, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
 from lowmem.quant.tensor import QuantizedTensor
@@ -302,26 +304,36 @@ class Kernel(CpuRows, CpuPlan):
                     return out
         return reference.dequantize(weight, rows, dtype)
 
-    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``."""
-        if into.has_offsets or get_format(into.format).bits == 8:
+    def quantizing_bytes(self, rows: Tensor, into: QuantizedTensor) -> float:
+        """Return the scratch of ``quantize_rows`` in bytes per weight: a row's squares, and numbers in float32."""
+        if not _quantizes(into) or is_traced():
+            return reference.quantizing_bytes(rows, into)
+        return 16 / rows.shape[1] + (0 if _is_plain_rows(rows) else 4)
+
+    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
+        """Quantize rows (rows, n) into the rows ``chunk`` of the matrix ``into``."""
+        if not _quantizes(into):
             return reference.quantize_rows(rows, into, chunk, importance)
         form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
         encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
-        fits = is_float(rows) and all(is_real(t) and t.is_contiguous() for t in (packed, stored))
+        rows = rows if _is_plain_rows(rows) else rows.float().contiguous()
+        fits = _is_plain_rows(rows) and all(is_real(t) and t.is_contiguous() for t in (packed, stored))
         if importance is not None:
             fits = fits and is_float(importance) and importance.shape == rows.shape[1:]
         if not fits or is_traced() or not rows.numel():
             return reference.quantize_rows(rows, into, chunk, importance)
         levels, boundaries = floats(form.levels), floats(form.boundaries)
         candidates = floats(CANDIDATES if into.method == "search" else ())
-        threads, (count, columns) = torch.get_num_threads(), rows.shape
+        count, columns = rows.shape
+        threads = min(torch.get_num_threads(), count)
+        squares = torch.empty(count, 2, dtype=torch.float64, device="cpu")
         held = self.native.quantize(
             self._isa,
             rows.data_ptr(),
+            TYPES[rows.dtype],
             packed.data_ptr(),
             stored.data_ptr(),
-            levels.buffer_info()[0],
+            levels.buffer_info()[0] if form.bits == 4 else 0,
             encoding,
             size,
             count,
@@ -329,14 +341,26 @@ class Kernel(CpuRows, CpuPlan):
             boundaries.buffer_info()[0],
             *candidates.buffer_info(),
             0 if importance is None else importance.data_ptr(),
-            int.from_bytes(floats((into.encoding.largest,)).tobytes(), "little"),  # the bits of a float32
+            *unpack("@2I", floats((into.encoding.largest, form.top)).tobytes()),  # the bits of each
+            form.divisor,
             form.zero_code,
             form.signed,
+            squares.data_ptr(),
             threads,
         )
         if not held:
-            reference.quantize_rows(rows, into, chunk, importance)  # raises the error
-        return None
+            return reference.quantize_rows(rows, into, chunk, importance)  # raises the error
+        return _total(squares)
+
+    def squares(self, x: Tensor, other: Tensor) -> Squares:
+        """Return the sums of ``(x - other)^2`` and ``x^2`` of two matrices."""
+        fits = _is_plain_rows(x) and _is_plain_rows(other) and x.shape == other.shape
+        if not fits or not x.numel() or is_traced():
+            return reference.squares(x, other)
+        squares = torch.empty(len(x), 2, dtype=torch.float64, device="cpu")
+        addresses = x.data_ptr(), other.data_ptr(), squares.data_ptr()
+        self._run(COMPARE, x.numel(), COMPARE_CALL.pack(TYPES[x.dtype], TYPES[other.dtype], *x.shape, *addresses))
+        return _total(squares)
 
     def _given(self, weight: Weight, use: str = _AS_FLOATS) -> Given | None:
         """Return a weight as C takes it, making its handle if there is none; None where C cannot read it."""
@@ -392,6 +416,22 @@ class Kernel(CpuRows, CpuPlan):
             return None
         kept = weight.cache[use] = Prepared(self, handle)  # returned, since another thread may replace the cached one
         return kept
+
+
+def _quantizes(into: QuantizedTensor) -> bool:
+    """Whether C quantizes into a matrix: it searches for no scales of 8 bits."""
+    return not into.has_offsets and (get_format(into.format).bits == 4 or into.method == "absmax")
+
+
+def _is_plain_rows(rows: Tensor) -> bool:
+    """Whether C may read the numbers of a matrix where they lie."""
+    return rows.dtype in TYPES and rows.is_contiguous() and is_real(rows)
+
+
+def _total(squares: Tensor) -> Squares:
+    """Return the sums over the rows of (rows, 2), exactly rounded: the same for any number of threads."""
+    lost, size = squares.t().tolist()
+    return Squares(math.fsum(lost), math.fsum(size))
 
 
 def rows_apart(x: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ _TERMS = 7  # of struct gated in csrc/row_calls.h
 
 # enum row_function of csrc/plan.h, and the layouts of the structs in csrc/row_calls.h
 NORM, GATED, _ENTROPY, _ENCODE8, _DECODE8, _ROUND_COLUMNS, ATTENTION, ENCODE_STATES = range(8)
+COMPARE, COMPARE_CALL = 10, Struct("@iiqqPPP")
 NORM_CALL, GATED_CALL = Struct("@iiqqffqPPPP"), Struct("@iiqqqq7fPPPPP")
 _ENTROPY_CALL, _SAVED8_CALL, _ROUNDING_CALL = Struct("@iiqqfPPP"), Struct("@iqqPPPP"), Struct("@qqiPPPPPPPP")
 _STATES = "iPP6q"

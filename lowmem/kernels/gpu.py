@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lowmem.kernels import reference
 from lowmem.kernels.memory import TYPES, is_batch, is_plain, is_traced, unseen
-from lowmem.quant.backend import LowRank, Weight
+from lowmem.quant.backend import LowRank, Squares, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -105,18 +105,19 @@ class Gpu:
             return _dequantized(weight, rows, dtype)
         return reference.dequantize(weight, rows, dtype)
 
-    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``; scales are those of torch."""
+    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
+        """Quantize rows (rows, n) into the rows ``chunk`` of the matrix ``into``; scales are those of torch."""
         packed = into.packed[chunk]
         if not _takes(into, rows.dtype, rows) or not rows.numel() or packed.stride(1) != 1:
             return reference.quantize_rows(rows, into, chunk, importance)
         form = get_format(into.format)
-        rows, stored = reference.encode_scales(rows, into, importance)
+        weights = rows.float().contiguous()
+        rows, stored = reference.encode_scales(weights, into, importance)
         scales = into.encoding.decode(stored)  # (rows, blocks)
         used = torch.empty(scales.shape, dtype=torch.uint8, device=rows.device)
         _launches().quantize(rows, scales, form, into.block_size, packed, used)()
         into.scales[chunk] = reference.drop_unused(stored, used.bool(), form)
-        return None
+        return reference.squares_of_chunks(weights, into, chunk)
 
     def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
         """Return what computes each product of an input of ``rows`` rows, and why not Triton's kernels."""

@@ -16,7 +16,7 @@ from lowmem.kernels.codes import decode_8bit, encode_8bit
 from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
 from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
-from lowmem.quant.backend import Backend, LowRank, Weight
+from lowmem.quant.backend import Backend, LowRank, Squares, Weight
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.packing import by_block, pack
 from lowmem.quant.scales import ScaleEncoding
@@ -51,8 +51,10 @@ __all__ = [
     "norm",
     "norm_grad",
     "quantize_rows",
+    "quantizing_bytes",
     "round_columns",
     "serves_rows",
+    "squares",
 ]
 
 name = "reference"
@@ -204,18 +206,47 @@ def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tens
     return out
 
 
-def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-    """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``, by its method.
+def quantizing_bytes(rows: Tensor, into: QuantizedTensor) -> float:
+    """Return the scratch of ``quantize_rows`` in bytes per weight, of which it takes more for a search."""
+    return 16 if into.method == "absmax" else 32
+
+
+def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
+    """Quantize rows (rows, n), read in float32, into the rows ``chunk`` of the matrix ``into``, by its method.
+
+    Returns:
+        The squares of the weights and of their errors, which are rounded to float32.
 
     Raises:
         ValueError: NaN or infinite weights, or a magnitude that the scales cannot hold.
     """
     form, size = get_format(into.format), into.block_size
-    rows, stored = encode_scales(rows, into, importance)
+    weights = rows.float().contiguous()
+    rows, stored = encode_scales(weights, into, importance)
     codes = nearest_codes(rows, into.encoding.decode(stored), form, size)
     into.packed[chunk] = pack(codes, size) if form.bits == 4 else codes[:, : rows.shape[1]]
     used = by_block(codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True))
     into.scales[chunk] = drop_unused(stored, used, form)
+    del rows, stored, codes, used  # before a chunk is dequantized
+    return squares_of_chunks(weights, into, chunk)
+
+
+def squares_of_chunks(weights: Tensor, into: QuantizedTensor, chunk: slice) -> Squares:
+    """Return what rows lost that were quantized into the rows ``chunk`` of a matrix."""
+    first = chunk.indices(into.shape[0])[0]
+    return Squares.total(
+        squares(weights[part], into.restore(slice(first + part.start, first + part.stop)))
+        for part in row_chunks(*weights.shape, device=weights.device)
+    )
+
+
+def squares(x: Tensor, other: Tensor) -> Squares:
+    """Return the sums of ``(x - other)^2`` and ``x^2`` of two matrices: differences in float32, or float64 where x
+    or ``other`` is; sums in float64, since squares of float32 numbers may overflow or underflow float32."""
+    wide = torch.promote_types(torch.promote_types(x.dtype, other.dtype), torch.float32)
+    numbers = x.to(wide)
+    lost = float((numbers - other.to(wide)).double().square_().sum())  # freed before the next sum
+    return Squares(lost, float(numbers.to(torch.float64, copy=True).square_().sum()))
 
 
 def encode_scales(rows: Tensor, into: QuantizedTensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
 
 import torch
@@ -29,6 +31,31 @@ class Activation(NamedTuple):
 
     terms: tuple[float, ...]
     of_erf: bool = False
+
+
+class Squares(NamedTuple):
+    """Sums of squared float32 numbers, in float64.
+
+    Attributes:
+        lost: of the differences between a weight and what is stored.
+        size: of the weight.
+    """
+
+    lost: float
+    size: float
+
+    @property
+    def error(self) -> float:
+        """``rms(weight - stored) / rms(weight)``, rounded to 4 digits; 0 if the weight is empty or all zero."""
+        return float(f"{math.sqrt(self.lost / self.size) if self.size else 0.0:.4g}")
+
+    @staticmethod
+    def total(parts: Iterable[Squares]) -> Squares:
+        """Return the squares of several parts together."""
+        lost = size = 0.0
+        for part in parts:
+            lost, size = lost + part.lost, size + part.size
+        return Squares(lost, size)
 
 
 class Columns(NamedTuple):
@@ -104,8 +131,14 @@ class Backend(Protocol):
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a quantized matrix (out, in)."""
 
-    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> None:
-        """Quantize float32 (rows, n) into the rows ``chunk`` of the matrix ``into``."""
+    def quantizing_bytes(self, rows: Tensor, into: QuantizedTensor) -> float:
+        """Return the scratch of ``quantize_rows`` in bytes per weight."""
+
+    def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
+        """Quantize rows (rows, n) into the rows ``chunk`` of the matrix ``into``, and return what that loses."""
+
+    def squares(self, x: Tensor, other: Tensor) -> Squares:
+        """Return the sums of ``(x - other)^2`` and ``x^2`` of two matrices."""
 
     def serves_rows(self, x: Tensor) -> bool:
         """Whether ``norm``, ``gated`` and their gradients of tensors as x are faster here than torch's functions."""

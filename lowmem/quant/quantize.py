@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import backend_of
+from lowmem.quant.backend import Squares, backend_of
 from lowmem.quant.formats import Format, default_format, get_format
 from lowmem.quant.scales import get_encoding
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
-
-BYTES_PER_WEIGHT = 16  # peak scratch of plain torch; twice as much with a search
 
 
 def quantize(
@@ -77,11 +74,13 @@ def quantize(
     quantized = QuantizedTensor.empty(weight.shape, form.name, size, encoding.name, method, device=weight.device)
     matrix = quantized.as_matrix()
     rows = weight.detach().reshape(-1, columns)
-    scratch = BYTES_PER_WEIGHT if method == "absmax" else 2 * BYTES_PER_WEIGHT
-    for chunk in row_chunks(rows.shape[0], columns, scratch, device=rows.device):
-        part = rows[chunk].float().contiguous()
-        backend_of(part).quantize_rows(part, matrix, chunk, importance)
-    return quantized
+    backend = backend_of(rows)
+    squares = Squares.total(
+        backend.quantize_rows(rows[chunk], matrix, chunk, importance)
+        for chunk in row_chunks(len(rows), columns, backend.quantizing_bytes(rows, matrix), device=rows.device)
+    )
+    is_exact = weight.itemsize <= 4  # float64 was rounded before, and what that lost counts as an error, too
+    return replace(quantized, squares=squares if is_exact else None)
 
 
 def method_of(form: Format, search: bool | None) -> str:
@@ -106,7 +105,7 @@ def requantize(quantized: QuantizedTensor, weight: Tensor) -> QuantizedTensor:
     )
     before, after = quantized.as_matrix(), again.as_matrix()
     rows = weight.detach().reshape(after.shape)
-    unchanged, dequantize = True, backend_of(rows).dequantize
+    unchanged, dequantize, again = True, backend_of(rows).dequantize, replace(again, squares=None)
     for chunk in row_chunks(*after.shape, device=rows.device):
         same = (dequantize(before, chunk, torch.float32) == rows[chunk]).all(-1, keepdim=True)  # (rows, 1)
         for stored, into in ((before.packed, after.packed), (before.scales, after.scales)):
@@ -133,12 +132,28 @@ def relative_error(weight: Tensor, stored: Tensor | QuantizedTensor) -> float:
 
     ``stored`` has as many values as the weight, in the same order.
     """
+    return squares_of(weight, stored).error
+
+
+def squares_of(weight: Tensor, stored: Tensor | QuantizedTensor) -> Squares:
+    """Return the squares of a weight and of its differences from ``stored``, a chunk of rows at a time."""
     if not weight.numel():
-        return 0.0
+        return Squares(0.0, 0.0)
     rows = weight.detach().reshape(-1, stored.shape[-1])  # (rows, n), where n is that of stored
-    lost = _squared_error(rows, stored, None)
-    size = sum(float(rows[chunk].double().square().sum()) for chunk in row_chunks(*rows.shape, device=rows.device))
-    return float(f"{math.sqrt(lost / size) if size else 0.0:.4g}")
+    matrix = stored.as_matrix() if isinstance(stored, QuantizedTensor) else stored.detach().reshape(rows.shape)
+    backend = backend_of(rows)
+
+    def values(chunk: slice) -> Tensor:
+        return matrix[chunk] if isinstance(matrix, Tensor) else backend.dequantize(matrix, chunk, torch.float32)
+
+    chunks = row_chunks(*rows.shape, device=rows.device)
+    return Squares.total(backend.squares(rows[chunk], values(chunk)) for chunk in chunks)
+
+
+def squares_lost(weight: Tensor, stored: Tensor | QuantizedTensor) -> Squares:
+    """Return ``squares_of`` a weight and what it was stored as: as quantizing summed them, if it did."""
+    known = stored.squares if isinstance(stored, QuantizedTensor) else None
+    return squares_of(weight, stored) if known is None else known
 
 
 def _squared_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance: Tensor | None) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import backend_of
+from lowmem.quant.backend import Squares, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
@@ -29,11 +29,11 @@ the value (4), and the scale (at most 8, where the last block is short)."""
 
 
 def row_chunks(
-    rows: int, columns: int, bytes_per_weight: int = BYTES_PER_WEIGHT, *, device: torch.device | None = None
+    rows: int, columns: int, bytes_per_weight: float = BYTES_PER_WEIGHT, *, device: torch.device | None = None
 ) -> Iterator[slice]:
     """Yield slices of at least one row each, whose scratch fits into the limit of a device (None: the CPU)."""
     limit = SCRATCH_BYTES if device is None or device.type == "cpu" else DEVICE_SCRATCH_BYTES
-    step = max(1, limit // (bytes_per_weight * max(1, columns)))
+    step = max(1, int(limit // max(1, bytes_per_weight * columns)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
 
 
@@ -54,6 +54,7 @@ class QuantizedTensor:
         block_size: B, weights per scale.
         scale_encoding: a key of ``ENCODINGS`` or ``OFFSETS``.
         method: how scales and codes were chosen, a key of ``METHODS``.
+        squares: what quantizing has lost; None: it is not known.
 
     Attributes:
         cache: what a backend derives from the stored tensors (handles), under its own keys; left out of copies and
@@ -67,6 +68,7 @@ class QuantizedTensor:
     block_size: int
     scale_encoding: str
     method: str = "absmax"
+    squares: Squares | None = field(default=None, repr=False)
     cache: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -192,7 +194,7 @@ class QuantizedTensor:
         """Return a view of a tensor that has offsets, without them."""
         blocks = self.scales.shape[-1] // 2
         encoding = self.scale_encoding.removesuffix("_offsets")
-        return replace(self, scales=self.scales[..., :blocks], scale_encoding=encoding)
+        return replace(self, scales=self.scales[..., :blocks], scale_encoding=encoding, squares=None)
 
     def as_matrix(self) -> QuantizedTensor:
         """Return a view of the tensor as (rows, n)."""

@@ -23,7 +23,7 @@ from lowmem.measure import difference
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import CHOICES, Budget, EightBit, FourBit
 from lowmem.quant.formats import FORMATS
-from lowmem.quant.quantize import quantize, relative_error
+from lowmem.quant.quantize import quantize, squares_lost
 from lowmem.quant.scales import ENCODINGS
 from lowmem.transforms.convert import convert
 
@@ -137,7 +137,7 @@ def distortions(shape: tuple[int, int] = (32, 4096)) -> list[Distortion]:
         for scales in ENCODINGS:
             for block_size in reversed(BLOCKS):
                 stored = quantize(weight, name, block_size=block_size, scales=scales)
-                error = relative_error(weight, stored)
+                error = squares_lost(weight, stored).error
                 points.append(Distortion(name, scales, block_size, stored.bits_per_weight, error))
     return points
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, Budget, EightBit, FourBit
 from lowmem.quant.backend import backend_of
+from lowmem.quant.quantize import squares_lost
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 
@@ -62,23 +63,20 @@ def losses_of(weight: Tensor, importance: Importance | None = None) -> tuple[flo
     """
     if weight.is_meta:
         return tuple(weight.numel() * error**2 for error in NORMAL_ERRORS)
-    rows = weight.detach().reshape(-1, weight.shape[-1])
-    scale = 1.0
     if importance is None:
-        size = sum(float(rows[chunk].double().square().sum()) for chunk in row_chunks(*rows.shape))
-        scale = weight.numel() / size if size else 0.0
-    return tuple(_squared_error(rows, one.store(weight), importance) * scale for one in CHOICES)
+        found = [squares_lost(weight, one.store(weight)) for one in CHOICES]
+        scale = weight.numel() / found[0].size if found[0].size else 0.0
+        return tuple(one.lost * scale for one in found)
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    return tuple(_squared_error(rows, one.store(weight), importance) for one in CHOICES)
 
 
-def _squared_error(rows: Tensor, stored: QuantizedTensor, importance: Importance | None) -> float:
+def _squared_error(rows: Tensor, stored: QuantizedTensor, importance: Importance) -> float:
     matrix, total = stored.as_matrix(), 0.0
     for chunk in row_chunks(*rows.shape):
         error = backend_of(matrix.packed).dequantize(matrix, chunk, torch.float32).double()  # (chunk, columns)
         error.sub_(rows[chunk]).square_()
-        if importance is None:
-            total += float(error.sum())
-        else:
-            total += float(importance.rows[chunk] @ (error @ importance.columns))
+        total += float(importance.rows[chunk] @ (error @ importance.columns))
     return total
 
 

@@ -13,7 +13,8 @@ from lowmem.nn.adapter import Adapter
 from lowmem.nn.module_copy import LAYERS, leading_dims, stored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA
-from lowmem.quant.quantize import relative_error
+from lowmem.quant.backend import Squares
+from lowmem.quant.quantize import squares_lost
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.registry import (
     Step,
@@ -117,15 +118,14 @@ def store_parameters(
     Those in ``transposed`` are given to ``store`` with their last two dimensions swapped, and stored so.
     """
     place = [path]
-    errors: list[tuple[float, float]] = []  # the squared error of each weight, and its squared size
+    squares: list[Squares] = []  # of each weight
 
     def named_store(tensor: Tensor, name: str) -> Any:
         place[:] = [path if name in ("weight", "bias") else f"{path}.{name}".lstrip(".")]
         stored = store(tensor, name)
         values = stored.packed if isinstance(stored, QuantizedTensor) else stored
         if name != "bias" and not tensor.is_meta and not values.is_meta:
-            size = float(tensor.detach().double().pow(2).sum()) if len(wanted) > 1 else 1.0
-            errors.append((relative_error(tensor, stored) ** 2 * size, size))
+            squares.append(squares_lost(tensor, stored))
         return stored
 
     wanted = list(names)
@@ -152,7 +152,6 @@ def store_parameters(
         made = stored_copy(module, weights, transposed=transposed, computed_in=dtype)
     except (TypeError, ValueError) as reason:
         raise type(reason)(f"{layer_name(place[0])}: {reason}") from reason
-    if errors:
-        total = sum(size for _, size in errors)
-        made.weight_error = (sum(error for error, _ in errors) / total) ** 0.5 if total else 0.0
+    if squares:
+        made.weight_error = Squares.total(squares).error
     return made

@@ -12,12 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from lowmem import Budget, FourBit, convert, load, save
+from lowmem import Budget, EightBit, FourBit, convert, load, save
 from lowmem.errors import FileError
 from lowmem.io.container import read
 from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.io.safetensors import TensorSpec, encode
 from lowmem.nn.techniques import blockwise
+from lowmem.quant import quantize
 from lowmem.quant.formats import FORMATS
 from tests import strategies
 from tests.models import INDICES, Small
@@ -53,6 +54,16 @@ def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, bl
     errors = {row.name: row.error for row in rows if row.converted}
     assert errors["conv.weight"] == model.conv.weight_error
     assert sum(row.after_bytes for row in rows) == sum(t.nbytes for t in read(directory / "out").tensors.values())
+
+
+def test_the_error_is_that_which_quantizing_has_measured(tmp_path, monkeypatch):
+    """In a file, for each choice of a budget, and in memory: no weight is compared with what is stored."""
+    monkeypatch.setattr(quantize, "squares_of", None)  # calling it is a TypeError
+    dense(tmp_path / "in")
+    for technique in (FourBit(embeddings="4bit"), EightBit(), Budget(6.0)):
+        rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", technique)
+        assert any(row.error for row in rows)
+        assert convert(Small(), technique).conv.weight_error > 0
 
 
 def test_tensors_are_quantized_on_the_device(tmp_path):

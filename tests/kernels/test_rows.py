@@ -60,6 +60,31 @@ def test_quantizing_gives_the_bytes_of_plain_torch_and_dequantizing_its_bits(
         assert torch.equal(got.dequantize(dtype), values[1])
 
 
+@needs_kernel
+@in_one_case(form=["nf4", "bof4s", "int4", "int8", "q8_0"], dtype=[torch.float32, torch.bfloat16, torch.float16])
+def test_every_isa_and_any_number_of_threads_sum_the_same_error(form, dtype):
+    """In rows that end within a block, or within a vector, and are converted where they lie or in chunks."""
+    for columns in (1, 15, 33, 200):
+        weight = strategies.make_weight("normal", (70, columns), 0, columns).to(dtype)
+        for values in (weight, weight.t().contiguous().t()):
+            with kernels.using("reference"):
+                expected = quantize(values, form, block_size=24)
+                dense = expected.dequantize()
+                pair = backend_for("cpu").squares(values, dense)
+            found, compared = set(), set()
+            for isa in compiled.args[1]:
+                for threads in (1, 2, 5):
+                    with kernels.using(isa), no_plain_rows(), on_threads(threads):
+                        q = quantize(values, form, block_size=24)
+                        assert_same_bytes(q, expected)
+                        found.add(q.squares)
+                        compared.add(backend_for("cpu").squares(weight, dense))
+            assert len(found) == len(compared) == 1
+            for one, other in ((found.pop(), expected.squares), (compared.pop(), pair)):
+                # The same squares, which float64 holds exactly, in another order: off by 14,000 roundings at most.
+                assert one == pytest.approx(other, rel=14000 * 2**-53, abs=0)
+
+
 def searched_by_plain_torch(form, importance, exponent):
     """Weights whose squares vanish or overflow, candidates above the largest scale, zeros of both signs."""
     generator, cases = torch.Generator().manual_seed(0), []

@@ -69,6 +69,7 @@ def test_all_that_is_computed_for_a_device_is_asked_of_its_backend(recording):
     coded = HeadStates(torch.empty(1, 1, 2, 8, dtype=torch.int8), torch.empty(1, 1, 2, 1))
     own.encode_states(states, coded)
     own.attention(states, coded, coded, None, 1.0, None)
+    own.squares(x, x)
     assert recording.asked == METHODS
     assert kernels.fast_bfloat16(x) is False
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem import FourBit, Half, quantize
-from lowmem.quant.quantize import relative_error, requantize, round_to
+from lowmem.quant.quantize import relative_error, requantize, round_to, squares_lost
 from tests import strategies
 from tests.compiled import assert_same_bytes
 from tests.selection import rows_in_one_case
@@ -75,6 +75,33 @@ def test_the_relative_error_is_that_of_all_weights(weight, format):
         # Four digits are kept: that is off by half a unit of the fourth, 5e-4 of the smallest first digit.
         # What float64 loses of the sums is 1e-12 of them (Higham, section 3.1).
         assert relative_error(weight, stored) == pytest.approx(expected, rel=5.001e-4, abs=0)
+
+
+@given(
+    strategies.weights(),
+    strategies.formats,
+    strategies.block_sizes,
+    strategies.encodings,
+    st.booleans(),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
+def test_quantizing_measures_the_error_that_it_makes(weight, format, block_size, scales, search, dtype):
+    weight = weight.to(dtype)
+    q = quantize(weight, format, block_size=block_size, scales=scales, search=search)
+    norm = float(weight.double().norm())
+    expected = float((weight.double() - q.dequantize().double()).norm()) / norm if norm else 0.0
+    assert q.squares.error == squares_lost(weight, q).error == relative_error(weight, q)
+    assert q.squares.error == pytest.approx(expected, rel=5.001e-4, abs=0)  # as above, and 2^-24 of each error
+
+
+def test_a_measured_error_is_of_these_weights_alone():
+    """What is not the result of quantizing the weight is compared with it."""
+    weight, other = torch.randn(4, 64), torch.randn(4, 64)
+    q = quantize(weight, "int4")
+    assert relative_error(other, q) > 1 > relative_error(weight, q) == q.squares.error
+    assert requantize(q, q.dequantize()).squares is None  # of which rows may keep their bytes
+    assert quantize(weight.double(), "int4").squares is None  # which was rounded before
+    assert squares_lost(weight.double(), quantize(weight.double(), "int4")).error == pytest.approx(q.squares.error)
 
 
 @rows_in_one_case("dtype", [torch.float64, torch.float32, torch.bfloat16])

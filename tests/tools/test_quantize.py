@@ -148,7 +148,7 @@ def test_a_terminated_process_leaves_no_half_file(checkpoint):
         "import os, signal, sys\n"
         "import lowmem.tools.quantize as q\n"
         "from lowmem.__main__ import main\n"
-        "q.convert_checkpoint.__globals__['relative_error'] = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "q.convert_checkpoint.__globals__['squares_lost'] = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     out = checkpoint.with_name("out.safetensors")

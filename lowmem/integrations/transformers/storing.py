@@ -14,7 +14,8 @@ from lowmem.nn.forms import CodedForm, HalfForm, freeze
 from lowmem.nn.module_copy import become, stored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise
-from lowmem.quant.quantize import relative_error
+from lowmem.quant.backend import Squares
+from lowmem.quant.quantize import squares_lost
 from lowmem.transforms.assign import techniques_by_layer
 from lowmem.transforms.bits import warning_of_dense
 from lowmem.transforms.budget import losses_of
@@ -58,7 +59,7 @@ class Storing:
         }
         self._paths: dict[nn.Module, str] = {}
         self._weights: dict[nn.Module, dict[str, Any]] = {module: {} for module in made}
-        self._errors: dict[nn.Module, list[tuple[float, float]]] = {module: [] for module in made}
+        self._squares: dict[nn.Module, list[Squares]] = {module: [] for module in made}
         self._places: dict[str, tuple[nn.Module, str]] = {}
         self._shared: dict[str, _Shared] = {}
         self._missing: set[str] | None = None
@@ -168,8 +169,7 @@ class Storing:
         weights[name] = stored
         names = [own for own in skeleton.forms if own != "bias"]  # which ``Half`` stores with the weight
         if name != "bias":
-            size = 1.0 if len(names) == 1 else float(value.double().pow(2).sum())
-            self._errors[module].append((relative_error(value, stored) ** 2 * size, size))
+            self._squares[module].append(squares_lost(value, stored))
         if len(weights) < len(skeleton.forms):
             return
         technique = self._technique_of(module)
@@ -177,8 +177,7 @@ class Storing:
             made = stored_copy(module, {own: weights[own] for own in skeleton.forms})
         else:
             made = store_parameters(module, technique, self._paths[module], names, _given(weights))
-        total = sum(size for _, size in self._errors[module])
-        made.weight_error = (sum(error for error, _ in self._errors[module]) / total) ** 0.5 if total else 0.0
+        made.weight_error = Squares.total(self._squares[module]).error
         made.chosen_because = skeleton.chosen_because
         become(module, made)
         for part in made.part_names:

@@ -14,7 +14,7 @@ from lowmem.io.formats.foreign import ForeignTensor, Kept
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
-from lowmem.quant.quantize import relative_error
+from lowmem.quant.quantize import squares_lost
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -72,7 +72,7 @@ class Requantizing:
                 stored = technique.store(weight)
             except (ValueError, TypeError) as reason:
                 raise ValueError(f"{printable(tensor.name)}: {reason}") from reason
-            self.errors[tensor.name] = relative_error(weight, stored)
+            self.errors[tensor.name] = squares_lost(weight, stored).error
             return stored
 
         return replace(tensor, form=lambda: form, read=store, refusal=None, values=None)

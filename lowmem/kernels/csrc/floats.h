@@ -49,5 +49,5 @@ static const struct kernel kernels[] = {
         .name = isa_name, .lanes = LANES, .kernels = kernels, .dequantize = dequantize_body, .narrow = narrow_body, \
         .widen = wide_body, .quantize = quantize_body,                                                              \
         .rows = {norm_body, gated_body, entropy_body, encode8_body, decode8_body, round_columns_body, attention_body, \
-                 encode_states_body, add_body, rotate_body},                                                                 \
+                 encode_states_body, add_body, rotate_body, compare_body},                                                                 \
     }

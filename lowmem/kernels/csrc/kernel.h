@@ -131,20 +131,23 @@ struct update {
     int64_t rank, rows, columns;
 };
 
-/* A call of quantize: float32 rows, what they are quantized to, and how the scale of a block is chosen. */
+/* A call of quantize: rows, what they are quantized to, and how the scale of a block is chosen. */
 struct quantizing {
-    const struct weight *weight; /* describes the result: levels, encoding, sizes */
-    const float *x;          /* (rows, columns) */
-    const float *boundaries; /* 15, between adjacent levels */
+    const struct weight *weight; /* describes the result: levels (NULL: 8 bits), encoding, sizes */
+    const void *x;           /* (rows, columns) of a type */
+    int type;                /* enum type of x */
+    const float *boundaries; /* 15 or 255, between adjacent levels */
     /* Scales to try, as factors of the block's weight of largest magnitude. With none of them, that magnitude is the scale. */
     const float *candidates;
     const float *importance; /* (columns,): weights of the squared errors, or NULL: all weigh the same */
     int64_t tried;           /* number of candidates */
     float largest;           /* largest magnitude of a scale */
+    float top;               /* of 8 bits: the largest level */
     int zero;                /* code of the zero weight; it also pads odd rows */
     int has_sign;            /* whether scales are signed */
     uint8_t *scratch;
     int64_t own; /* bytes of a thread's scratch */
+    double *squares; /* (rows, 2): the sums of a row's squared errors and squared weights */
     int failed; /* set by any thread, never cleared */
 };
 

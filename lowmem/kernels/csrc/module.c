@@ -199,35 +199,39 @@ static PyObject *update(PyObject *self, PyObject *const *args, Py_ssize_t given)
     return made;
 }
 
-/* quantize(isa, x, packed, scales, levels, encoding, block_size, rows, columns, boundaries, candidates, number of candidates,
- * importance, bits of the largest magnitude, zero code, whether scales are signed, threads) -> whether the scales can
- * hold every weight. Tensors are addresses; importance may be 0. */
+/* quantize(isa, x, enum type of x, packed, scales, levels or 0 for 8 bits, encoding, block_size, rows, columns, boundaries,
+ * candidates, number of candidates, importance, bits of the largest scale and of the largest level, divisor of 8-bit codes, zero
+ * code, whether scales are signed, squares, threads) -> whether the scales can hold every weight. Tensors are addresses;
+ * importance may be 0. */
 static PyObject *quantize(PyObject *self, PyObject *const *args, Py_ssize_t given)
 {
-    enum { ISA, X, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, ZERO, SIGN, THREADS,
-           ARGUMENTS };
+    enum { ISA, X, TYPE, PACKED, SCALES, LEVELS, ENCODING, BLOCK, ROWS, COLUMNS, BOUNDARIES, CANDIDATES, TRIED, IMPORTANCE, LARGEST, TOP,
+           DIVISOR, ZERO, SIGN, SQUARES, THREADS, ARGUMENTS };
     long long n[ARGUMENTS];
     if (read_numbers(args, given, n, ARGUMENTS))
         return NULL;
-    const struct weight w = weight_of(ADDRESS(n[PACKED]), ADDRESS(n[SCALES]), ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK],
-                                      n[ROWS], n[COLUMNS]);
+    struct weight w = weight_of(ADDRESS(n[PACKED]), ADDRESS(n[SCALES]), ADDRESS(n[LEVELS]), (int)n[ENCODING], n[BLOCK], n[ROWS],
+                                n[COLUMNS]);
+    w.divisor = (float)n[DIVISOR];
     struct quantizing q = {
-        .weight = &w, .x = ADDRESS(n[X]), .boundaries = ADDRESS(n[BOUNDARIES]),
+        .weight = &w, .x = ADDRESS(n[X]), .type = (int)n[TYPE], .boundaries = ADDRESS(n[BOUNDARIES]),
         .candidates = ADDRESS(n[CANDIDATES]), .importance = ADDRESS(n[IMPORTANCE]), .tried = n[TRIED],
-        .largest = float_of((uint32_t)n[LARGEST]), .zero = (int)n[ZERO], .has_sign = (int)n[SIGN],
-        .own = 4 * round_up(w.blocks, MAX_LANES) + round_up(2 * w.half + 1, MAX_LANES),
+        .largest = float_of((uint32_t)n[LARGEST]), .top = float_of((uint32_t)n[TOP]), .zero = (int)n[ZERO], .has_sign = (int)n[SIGN],
+        .squares = ADDRESS(n[SQUARES]),
+        .own = 4 * (round_up(w.blocks, MAX_LANES) + (n[TYPE] == FLOAT32 ? 0 : round_up(w.columns, MAX_LANES))) +
+               round_up(2 * w.half + 1, MAX_LANES),
     };
     struct job job = {
         .call = &q, .threads = threads_for(n[THREADS], (double)w.rows * w.columns * (1 + n[TRIED])),
     };
     struct scratch scratch;
-    if (!q.x || !w.packed || !w.scales)
+    if (!q.x || !w.packed || !w.scales || !q.squares)
         return no_memory();
     if (take_scratch(job.threads * q.own, &scratch))
         return NULL;
     q.scratch = (uint8_t *)scratch.memory;
     Py_BEGIN_ALLOW_THREADS
-    parallel(&job, base_of(all_isas[n[ISA]])->quantize, 1, NULL, 0);
+    parallel(&job, base_of(all_isas[n[ISA]])->quantize, PARTS, NULL, 0);
     Py_END_ALLOW_THREADS
     free_scratch(&scratch);
     return PyBool_FromLong(!q.failed);
@@ -240,7 +244,7 @@ static size_t size_of(int64_t function)
         [NORM] = sizeof(struct norm), [GATED] = sizeof(struct gated), [ENTROPY] = sizeof(struct entropy),
         [ENCODE8] = sizeof(struct saved8), [DECODE8] = sizeof(struct saved8), [ROUND_COLUMNS] = sizeof(struct rounding),
         [ATTENTION] = sizeof(struct attention), [ENCODE_STATES] = sizeof(struct coding), [ADD] = sizeof(struct adding),
-        [ROTATE] = sizeof(struct rotation),
+        [ROTATE] = sizeof(struct rotation), [COMPARE] = sizeof(struct comparing),
     };
     return function == PRODUCTS ? sizeof(struct products) : function >= 0 && function < ROW_FUNCTIONS ? sizes[function] : 0;
 }

@@ -50,7 +50,7 @@ struct kernel {
     {"torch_others", LINEAR, WEIGHTS8, ANY_TYPE, FEW_MORE + 1, ANY_ROWS},     \
     {"grad_torch_others", INPUT_GRAD, ODD | WEIGHTS8, ANY_TYPE, 1, ANY_ROWS}
 
-enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ATTENTION, ENCODE_STATES, ADD, ROTATE, ROW_FUNCTIONS };
+enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ATTENTION, ENCODE_STATES, ADD, ROTATE, COMPARE, ROW_FUNCTIONS };
 
 enum { PRODUCTS = 100 }; /* of a sequence, beside row functions */
 

@@ -53,6 +53,14 @@ struct rounding {
     uint8_t *codes;
 };
 
+/* Differences of rows (quantize.h): for each row the sums of (x - other)^2 and of x^2. */
+struct comparing {
+    int type, other_type;
+    int64_t rows, columns;
+    const void *x, *other;
+    double *squares; /* (rows, 2) */
+};
+
 /* Keys, values or queries of heads: (batch, heads, rows, width). Steps count elements, from one of each to the next. */
 struct states {
     int type; /* FLOAT32, BFLOAT16, FLOAT16, or CODES8: signed bytes with a scale for each row */
