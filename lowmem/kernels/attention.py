@@ -2,7 +2,7 @@
 of ``Backend``.
 
     out = softmax(cap(scaling q k') + mask) v,    cap(s) = c tanh(s / c)
-    scale = max |x| / 127,    code = round(x / scale),    x ~ code scale
+    scale = min(max |x| / 127, LARGEST_SCALE),    code = round(x / scale),    x ~ code scale
 
 Vaswani et al., Attention Is All You Need, arXiv 1706.03762, section 3.2; heads of queries share heads of keys as in
 Ainslie et al., GQA, arXiv 2305.13245; scores are capped as in Gemma 2, arXiv 2408.00118, section 2. Everything is
@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lowmem.kernels.codes import LARGEST_SCALE
 from lowmem.quant.backend import HeadStates
 
 
@@ -46,9 +47,10 @@ def attention(
 
 
 def decoded(states: HeadStates, dtype: torch.dtype) -> Tensor:
-    """Return states as floating point numbers of a dtype."""
+    """Return states as floating point numbers of a dtype, multiplied in float32 or float64 and rounded once."""
     numbers, scales = states
-    return numbers.to(dtype) if scales is None else numbers.to(dtype) * scales.to(dtype)
+    wide = torch.promote_types(dtype, torch.float32)  # a scale may be too small for float16
+    return numbers.to(dtype) if scales is None else (numbers.to(wide) * scales.to(wide)).to(dtype)
 
 
 def encode_states(numbers: Tensor, into: HeadStates) -> None:
@@ -63,5 +65,5 @@ def encode_states(numbers: Tensor, into: HeadStates) -> None:
     assert scales is not None
     wide = numbers.float()
     scales.copy_(wide.abs().amax(-1, keepdim=True) / 127)
-    scales.masked_fill_(~scales.isfinite(), torch.nan)
+    scales.masked_fill_(~scales.isfinite(), torch.nan).clamp_(max=LARGEST_SCALE)
     codes.copy_((wide / scales.clamp_min(torch.finfo(torch.float32).tiny)).round_())

@@ -1,6 +1,6 @@
 """Numbers as 8-bit codes in blocks of 32 with one scale each: the definitions of these methods of ``Backend``.
 
-    scale = max |x| / 127,    code = round(x / scale),    x ~ code scale
+    scale = min(max |x| / 127, LARGEST_SCALE),    code = round(x / scale),    x ~ code scale
 
 Halves are rounded to even. Dettmers et al., 8-bit Optimizers via Block-wise Quantization, arXiv 2110.02861,
 section 2. All backends give the same bits.
@@ -13,6 +13,9 @@ from torch import Tensor
 from torch.nn import functional
 
 BLOCK = 32
+
+LARGEST_SCALE = float.fromhex("0x1.020406p+121")
+"""The largest float32 whose product with 127 is finite: less than the largest float32 / 127, which rounds up."""
 
 _ROWS = 2**13  # blocks that are computed at a time, so that temporaries stay in a processor's cache
 
@@ -32,10 +35,10 @@ def encode_8bit(numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[int, int]
         wide = source.float()
         scaled = wide.abs()
         torch.amax(scaled, 1, keepdim=True, out=scale).div_(127)
+        scale.masked_fill_(~scale.isfinite(), torch.nan).clamp_(max=LARGEST_SCALE)
         torch.div(wide, scale.clamp_min(torch.finfo(torch.float32).tiny), out=scaled)
         part.copy_(scaled.round_())
         after += int(part.count_nonzero())
-    scales.masked_fill_(~scales.isfinite(), torch.nan)
     return before, after
 
 

@@ -80,6 +80,8 @@ class CachedStates:
     @states.setter
     def states(self, states: Tensor | None) -> None:
         """Keep other states in place of these, such as some of them."""
+        if states is not None:
+            _check_floating(states)
         length = self.length
         if states is None or isinstance(states, EightBitStates) != (self.bits is not None):
             self.clear()
@@ -100,8 +102,10 @@ class CachedStates:
             forget: keep no more than the window. With False, older tokens stay until a later call.
 
         Raises:
+            TypeError: states that are no floating point numbers.
             ValueError: another batch, heads or width.
         """
+        _check_floating(states)
         new, width = states.shape[2:]
         room, count = self._room, self.count
         if room is not None and not self._continues(states.shape, room):
@@ -195,6 +199,11 @@ class CachedStates:
             room[:, :, : self.count] = self.rows
         self._room, self._first = room, 0
         return room
+
+
+def _check_floating(states: Tensor) -> None:
+    if not states.is_floating_point():
+        raise TypeError(f"states of {states.dtype} are no floating point numbers: give states.to(torch.float32)")
 
 
 def _start(rows: Tensor, room: Tensor) -> int | None:

@@ -222,3 +222,43 @@ def test_rows_of_inference_mode_are_continued_outside_of_it(bits):
     for at in (3, 4):
         given = x[:, :, at : at + 1]
         assert torch.equal(cache.append(given) + 0, other.append(given) + 0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("size", [3e-7, 3e-6, 2e-5, 1.0, 6e4, "largest"])
+def test_rows_of_any_size_are_rounded_once_and_stay_finite(dtype, size):
+    """The scale is a float32: in float16 it would be a few of its smallest steps, or zero."""
+    most = torch.finfo(dtype).max if size == "largest" else size
+    rows = (new(5, 1).double().clamp(-2, 2) / 2 * most).to(dtype)
+    rows[:, :, 2] = -most
+    cached = CachedStates(8)
+    cached.append(rows)
+    seen = cached.append(rows)[:, :, :5]
+    off = (seen + 0).double() - rows.double()
+    step = rows.double().abs().amax(-1, keepdim=True) / 127
+    rounding = (rows.double().abs() + step) * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * 1e-3
+    assert (off.abs() <= 0.5001 * step + rounding).all()
+    assert (seen + 0).isfinite().all()
+    if 9.0 * most > torch.finfo(torch.float32).max:
+        return  # torch adds values before it divides
+    query = torch.zeros(2, 3, 9, 6, dtype=dtype)
+    many = lowmem.scaled_dot_product_attention(query, seen, seen)
+    few = lowmem.scaled_dot_product_attention(query[:, :, :8], seen, seen)
+    assert many.isfinite().all()
+    assert few.isfinite().all()
+    expected = rows.double().mean(2, keepdim=True)
+    bound = rows.double().abs().amax((2, 3), keepdim=True) * (0.5001 / 127 + 4 * torch.finfo(dtype).eps)
+    for got in (few, many):
+        assert ((got.double() - expected).abs() <= bound + torch.finfo(dtype).smallest_normal * 1e-3).all()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.bool, torch.complex64], ids=str)
+def test_states_that_are_no_floating_point_numbers_are_refused(bits, dtype):
+    cached = CachedStates(bits)
+    for filled in (False, True):
+        with pytest.raises(TypeError, match=f"states of {dtype} .*floating point.*to\\(torch.float32\\)"):
+            cached.append(new(3).to(dtype))
+        assert cached.count == 3 * filled
+        assert (cached.rows is not None) == filled
+        cached.append(new(3)) if not filled else None

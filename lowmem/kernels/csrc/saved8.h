@@ -11,8 +11,10 @@ struct lost {
     int64_t broken;
 };
 
-/* scale = max |x| / 127, code = round(x / scale), of `count` numbers from element `at` on. Adds nonzero codes to the lanes of `kept`.
- * Returns the scale; NaN if a number is not finite. */
+#define LARGEST_SCALE 0x1.020406p+121f /* of lowmem/kernels/codes.py: its product with 127 is finite */
+
+/* scale = min(max |x| / 127, LARGEST_SCALE), code = round(x / scale), of `count` numbers from element `at` on. Adds nonzero codes to
+ * the lanes of `kept`. Returns the scale; NaN if a number is not finite. */
 INLINE float encode8(const void *numbers, int64_t at, int64_t count, int8_t *codes, N *kept, const int type)
 {
     V tops = v_zero(), broken = v_zero();
@@ -21,7 +23,7 @@ INLINE float encode8(const void *numbers, int64_t at, int64_t count, int8_t *cod
         tops = v_larger((V)((I)x & 0x7fffffffu), tops);
         broken = v_add(broken, v_mul(x, v_zero()));
     }
-    const float scale = largest_of(tops) / 127.0f + sum_of(broken);
+    const float wanted = largest_of(tops) / 127.0f + sum_of(broken), scale = wanted > LARGEST_SCALE ? LARGEST_SCALE : wanted;
     const V by = v_set1(scale > 0x1p-126f ? scale : 0x1p-126f), shift = v_set1(0x1.8p23f); /* adding it rounds to even */
     EACH_VECTOR_OF_ROW(count) {
         uint8_t some[LANES], *to = n < LANES ? some : (uint8_t *)codes + c;
