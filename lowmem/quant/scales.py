@@ -147,7 +147,7 @@ _ENCODINGS = (
         dtype=torch.float32,
         encode=_encode_float32,
         decode=lambda stored: stored,
-        shortfall=lambda stored: torch.where(stored == 0, _SMALLEST_NORMAL, 0.0),
+        shortfall=lambda stored: (stored == 0).float() * _SMALLEST_NORMAL,
         largest=torch.finfo(torch.float32).max,
     ),
     ScaleEncoding(
