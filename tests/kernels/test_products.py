@@ -17,6 +17,7 @@ from tests.compiled import (
     ISAS,
     assert_close_in,
     assert_exact,
+    at,
     by_torch,
     compiled,
     compiled_bfloat16,
@@ -310,6 +311,24 @@ def test_inputs_and_weights_of_every_magnitude(isa, kind):
         with kernels.using(isa):
             assert_exact(kernels.linear(x, large, torch.float32), x, numbers)
             assert_exact(kernels.input_grad(grad, large, torch.float32), grad, numbers.t())
+
+
+@at(["portable", "avx2"])
+@in_one_case(kind=["int4", "nf4", "int8"], size=[32, 64])
+def test_subnormal_bfloat16_inputs_lose_no_more_than_docs_kernels_says(isa, kind, size):
+    generator = torch.Generator().manual_seed(0)
+    dense = torch.randn(40, 300, generator=generator)
+    for scale, exponent, batch in product((1.0, 6e4, 1e20), (-133, -130, -127, -122, -119), (1, 5, 30)):
+        w = quantize(dense * scale, kind, block_size=size, scales="float32")
+        x = (torch.randn(batch, 300, generator=generator) * 2.0**exponent).bfloat16()
+        with kernels.using(isa):
+            if by_torch(w, batch, torch.bfloat16):
+                continue
+            got = kernels.linear(x, w, torch.bfloat16).double()
+        numbers = w.dequantize().double()
+        expected = x.double() @ numbers.t()
+        norms = x.double().norm(dim=1, keepdim=True) * numbers.norm(dim=1)
+        assert ((got - expected).abs() <= 3e-5 * norms + 2.0**-8 * expected.abs() + 2.0**-134).all()
 
 
 def assert_as_in_float64(got, dtype, x, dense, of_weight=False) -> None:

@@ -108,24 +108,26 @@ static inline void v_to_half(uint16_t *p, V a)
 #define INT16_BITS 14
 
 /* Round eight columns and eight more to integers, x / 2^(exponent - 13), where the exponent is that of the largest magnitude, and at
- * least -114: 2^(13 - exponent) is a float. Returns the unit, 2^(exponent - 27). Of infinite columns it is infinite, and all others
+ * least -120: then all numbers of bfloat16 are whole, down to 2^-133. Returns the unit, 2^(exponent - 27). Of infinite columns it is infinite, and all others
  * become zero: words of only zeros must get another unit. It is NaN if a column is. */
 INLINE float to_int16(V low, V high, __m128i *lows, __m128i *highs)
 {
-#define ROUND_TO_INT16(a) _mm256_cvtps_epi32(v_mul(_mm256_max_ps(_mm256_min_ps(a, v_set1(FLT_MAX)), v_set1(-FLT_MAX)), factor))
+#define ROUND_TO_INT16(a) \
+    _mm256_cvtps_epi32(v_mul(v_mul(_mm256_max_ps(_mm256_min_ps(a, v_set1(FLT_MAX)), v_set1(-FLT_MAX)), factor), rest))
     const W magnitude = _mm256_set1_epi32(0x7fffffff);
     const W most = _mm256_max_epi32(_mm256_and_si256((W)low, magnitude), _mm256_and_si256((W)high, magnitude));
     __m128i four = _mm_max_epi32(_mm256_castsi256_si128(most), _mm256_extracti128_si256(most, 1));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0x4e));
     four = _mm_max_epi32(four, _mm_shuffle_epi32(four, 0xb1));
-    const int largest = _mm_cvtsi128_si32(four), found = (largest >> 23) - 127, exponent = found < -114 ? -114 : found;
-    const V factor = v_set1(float_of((uint32_t)(126 + INT16_BITS - exponent) << 23));
+    const int largest = _mm_cvtsi128_si32(four), found = (largest >> 23) - 127, exponent = found < -120 ? -120 : found;
+    const int more = exponent < -114 ? 6 : 0; /* 2^(13 - exponent) is no float: two multiply by it */
+    const V factor = v_set1(float_of((uint32_t)(126 + INT16_BITS - more - exponent) << 23)), rest = v_set1((float)(1 << more));
     const W a = ROUND_TO_INT16(low), b = ROUND_TO_INT16(high);
     *lows = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
     *highs = _mm_packs_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
     if (exponent > 127)
         return largest > 0x7f800000 ? NAN : INFINITY;
-    return float_of((uint32_t)(exponent + 115) << 23) * 0x1p-15f; /* the product may be subnormal */
+    return float_of((uint32_t)(exponent + 127) << 23) * 0x1p-27f; /* the product may be subnormal */
 }
 
 /* Pack batch row m for 4-bit codes: for each group four vectors of integers, in the order in which codes are decoded, and the unit of
