@@ -25,6 +25,7 @@ from lowmem.finetuning.state import (
     random_states,
     set_random_states,
     trained,
+    trained_values,
 )
 from lowmem.finetuning.text import IGNORED
 from lowmem.io.checkpoint import unwrap
@@ -250,7 +251,7 @@ class _Run:
         if patience is not None:
             best = self._done.best[0]
             if best == step:
-                self._best = {name: one.detach().clone() for name, one in trained(self._model).items()}
+                self._best = {name: one.detach().clone() for name, one in trained_values(self._model).items()}
             since = sum(number > best for number, _ in self._done.evaluations)
             self._done.stopped = since >= patience and step < self._order.steps
         return found
@@ -268,8 +269,8 @@ class _Run:
         if self._best:
             self._done.step = self._done.best[0]
             with torch.no_grad():
-                for name, parameter in trained(self._model).items():
-                    parameter.copy_(self._best[name])
+                for name, value in trained_values(self._model).items():
+                    value.copy_(self._best[name])
         for name, parameter in trained(self._model).items():
             if not bool(parameter.isfinite().all()):  # no loss was computed after the last update
                 raise self._diverged(f"{name!r} is no longer finite after step {self._done.step}")

@@ -19,6 +19,7 @@ from lowmem.errors import FileError, quoted, refusal, show
 from lowmem.io.atomic import write_errors
 from lowmem.io.checkpoint import unwrap
 from lowmem.io.container import read, write_tensors
+from lowmem.nn.adapter_buffers import buffers_in_use
 
 KIND = "training"
 FILES = ("state-0.safetensors", "state-1.safetensors")
@@ -30,7 +31,8 @@ class Saved:
 
     Args:
         step: number of completed steps; the position in the data follows from it.
-        tensors: ``parameters.NAME``, ``optimizer.NAME.KEY``, ``best.NAME``, ``random.DEVICE``, and ``losses``.
+        tensors: ``parameters.NAME``, ``optimizer.NAME.KEY``, ``best.NAME``, ``buffers.NAME``, ``random.DEVICE``, and
+            ``losses``.
         record: everything else, as values that JSON can hold.
     """
 
@@ -199,8 +201,8 @@ def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> Non
 
 
 def capture(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return tensors and record of a ``Saved``, of trained parameters and optimizer; the tensors are not copied."""
-    tensors: dict[str, Tensor] = {}
+    """Return tensors and record of a ``Saved``, of trained parameters, optimizer and buffers; nothing is copied."""
+    tensors = {f"buffers.{name}": one for name, one in buffers_in_use(unwrap(model)).items()}
     numbers: dict[str, Any] = {}
     for name, parameter in trained(model).items():
         tensors[f"parameters.{name}"] = parameter.detach()
@@ -219,7 +221,11 @@ def put_back(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -
         ValueError: the state is of other parameters; nothing was changed.
     """
     own, parameters = trained(model), saved.group("parameters")
-    shapes, others = ({name: tuple(one.shape) for name, one in group.items()} for group in (own, parameters))
+    buffers, given = buffers_in_use(unwrap(model)), saved.group("buffers")
+    shapes, others = (
+        {name: tuple(one.shape) for name, one in group.items()}
+        for group in ({**own, **buffers}, {**parameters, **given})
+    )
     if shapes != others:
         name = min(name for name in {*shapes, *others} if shapes.get(name) != others.get(name))
         raise ValueError(
@@ -234,6 +240,8 @@ def put_back(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -
         name, _, key = full.rpartition(".")
         states[name][key] = number
     with torch.no_grad():
+        for name, buffer in buffers.items():
+            buffer.copy_(given[name])
         for name, parameter in own.items():
             parameter.copy_(parameters[name])
             if states[name]:
@@ -246,3 +254,8 @@ def put_back(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return the parameters that train, by name, without the prefix that a DDP or FSDP wrapper adds."""
     return {name: one for name, one in unwrap(model).named_parameters() if one.requires_grad}
+
+
+def trained_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return what training changes: ``trained``, and buffers such as the running statistics of BatchNorm."""
+    return {**trained(model), **buffers_in_use(unwrap(model))}

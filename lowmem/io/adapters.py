@@ -35,6 +35,7 @@ from lowmem.io.skeleton import adapter_skip_reason, check_adapter
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.adapter_buffers import buffers_of, changed_buffers
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.fold import without_adapters
 from lowmem.nn.stored_module import StoredModule
@@ -43,7 +44,7 @@ from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
 from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.placement import place_name, places_of
-from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded, refuse_wrapped
 from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt
 
 M = TypeVar("M", bound=nn.Module)
@@ -63,6 +64,8 @@ def save_adapter(
     base_name: str | None = None,
 ) -> None:
     """Save one adapter of a model, without its base. The write is atomic.
+
+    Buffers of the model that training changed, such as the running statistics of BatchNorm, are saved with it.
 
     Args:
         model: has the adapter; one that DistributedDataParallel wraps counts as the model inside.
@@ -100,24 +103,33 @@ def save_adapter(
     layers = adapter_layers(model, name)
     _refuse_layers("save_adapter", places_of(model), model, layers)
     path = as_path("path", path)
+    buffers = changed_buffers(model, name)
     if format == "peft":
-        write_peft(path, model, layers, base_name)
+        write_peft(path, model, layers, base_name, buffers)
     elif format == "gguf":
+        if buffers:
+            raise ValueError(
+                f"training changed {layer_name(min(buffers))}, a buffer, of which GGUF has no form: save the adapter "
+                "with format='lowmem' or 'peft'"
+            )
         write_gguf_adapter(path, model, name, layers)
     else:
-        _write(path, model, name, layers)
+        _write(path, model, name, layers, buffers)
 
 
-def _write(path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter]) -> None:
+def _write(
+    path: Path, model: nn.Module, name: str, layers: Mapping[str, Adapter], buffers: Mapping[str, Tensor]
+) -> None:
     """Write lowmem's own file."""
     tensors = {_key(place, part): getattr(adapter, part) for place, adapter in layers.items() for part in _PARTS}
     metadata = {
+        **({"buffers": sorted(buffers)} if buffers else {}),
         "kind": "adapter",
         "name": name,
         "base": fingerprint(model, list(layers)),
         "layers": {path: adapter_record(adapter) for path, adapter in layers.items()},
     }
-    write_tensors(path, tensors, metadata)
+    write_tensors(path, {**tensors, **buffers}, metadata)
 
 
 class AdapterFacts(NamedTuple):
@@ -136,7 +148,7 @@ def adapter_facts(path: Path) -> AdapterFacts:
     _refuse_foreign(path)
     metadata = read(path).metadata
     with refusing(path, "load the adapter"):
-        name, _, records = _parsed(metadata)
+        name, _, records, _ = _parsed(metadata)
     return AdapterFacts(name, Counter(one.rank for one in records.values()).most_common(1)[0][0], None)
 
 
@@ -255,6 +267,9 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
                 getattr(adapter, part).copy_(value)
         for old, new in content.base_values:
             old.copy_(new)
+        base = buffers_of(model, None)
+        for at, buffer in buffers_of(model, name).items():
+            buffer.copy_(content.buffers.get(at, base[at]))
     for trained in content.trained:
         trained.requires_grad_()
     return model
@@ -266,7 +281,7 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
     with refusing(path, "load the adapter"):
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
-        name, base, records = _parsed(file.metadata)
+        name, base, records, buffers = _parsed(file.metadata)
         _refuse_layers("load_adapter", places, model, records)
         for place, technique in records.items():
             why = adapter_skip_reason(model, places, place)
@@ -274,7 +289,15 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
                 raise ValueError(f"it adapts {layer_name(place)}, and {why}: it is of another architecture")
             module, parameter = places[place]
             check_adapter(_key(place, ""), technique, module, file.tensors, parameter)
-        surplus = file.tensors.keys() - {_key(place, part) for place in records for part in _PARTS}
+        own = buffers_of(model, None)
+        for at in buffers:
+            given = file.tensors.get(at)
+            if at not in own or given is None or given.shape != own[at].shape:
+                raise ValueError(
+                    f"it holds a buffer {show(at)} that the model has not, or of another shape: it is of another "
+                    "architecture"
+                )
+        surplus = file.tensors.keys() - {_key(place, part) for place in records for part in _PARTS} - {*buffers}
         if surplus:
             raise ValueError(f"it has tensors of no layer that it adapts, as {show(min(surplus))}")
         if fingerprint(model, list(records)) != base:
@@ -285,7 +308,7 @@ def _of_file(path: Path, model: nn.Module, places: dict[str, tuple[nn.Module, st
     tensors = {place: {part: file.tensors[_key(place, part)] for part in _PARTS} for place in records}
     half = {place for place, parts in tensors.items() if {one.dtype for one in parts.values()} == {torch.bfloat16}}
     records |= {place: replace(records[place], dtype=torch.bfloat16) for place in half}
-    return AdapterContent(records, tensors, name=name)
+    return AdapterContent(records, tensors, name=name, buffers={at: file.tensors[at] for at in buffers})
 
 
 def _refuse_layers(
@@ -317,6 +340,8 @@ def fingerprint(model: nn.Module, paths: list[str]) -> str:
         record.pop("method", None)  # it does not change how bytes are decoded
         sha256.update(repr((path, sorted(record.items()))).encode())
         for name, value in sorted(_state_of(base, parameter).items()):
+            remedy = "save_adapter(..., format='peft') writes the adapter without the base's fingerprint"
+            refuse_wrapped("a fingerprint", f"{path}.{name}".lstrip("."), value, remedy)
             sha256.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
             sha256.update(bytes_of(value))
     return sha256.hexdigest()
@@ -332,10 +357,13 @@ def _state_of(base: nn.Module, parameter: str) -> dict[str, Tensor]:
     return {parameter: parameter_of(base, parameter)}
 
 
-def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
-    """Return an adapter's name, the fingerprint of its base, and its technique in each layer."""
+def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA], list[str]]:
+    """Return an adapter's name, the fingerprint of its base, its technique in each layer, and names of buffers."""
     with record_errors("its metadata"):
-        fields = check_keys(metadata, ("kind", "name", "base", "layers"))
+        fields = check_keys(metadata, ("kind", "name", "base", "layers"), ("buffers",))
+        buffers = fields.get("buffers", [])
+        if not isinstance(buffers, list) or not all(isinstance(one, str) for one in buffers):
+            raise ValueError(f"buffers={show(buffers)} must be a list of names")
         for key in ("name", "base"):
             if not isinstance(fields[key], str):
                 raise ValueError(f"{key}={show(fields[key])} must be a string")
@@ -347,7 +375,7 @@ def _parsed(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA]]:
     for place, record in layers.items():
         with record_errors(f"its record of {layer_name(place)}"):
             records[place] = lora_of(record)
-    return fields["name"], fields["base"], records
+    return fields["name"], fields["base"], records, buffers
 
 
 def _key(path: str, part: str) -> str:

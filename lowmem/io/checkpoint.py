@@ -17,6 +17,7 @@ from lowmem.io.safetensors import TensorSpec
 from lowmem.io.shards import read_model
 from lowmem.io.skeleton import assign, convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter_buffers import without_copies
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
@@ -24,7 +25,7 @@ from lowmem.resident import trim_heap
 from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.meta import check_factory, make_on_meta
 from lowmem.transforms.placement import place_name
-from lowmem.transforms.refusals import refuse_sharded
+from lowmem.transforms.refusals import refuse_sharded, refuse_wrapped
 from lowmem.transforms.registry import layer_name, made_by, module_paths
 
 M = TypeVar("M", bound=nn.Module)
@@ -72,11 +73,14 @@ def content_of(model: nn.Module) -> Content:
             path = name.rpartition(".")[0]
             raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before save")
     recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
-    for name, value in model.state_dict(keep_vars=True).items():
+    for name, value in without_copies(model, model.state_dict(keep_vars=True)).items():
         if name in recorded:
             continue
         if not isinstance(value, Tensor):
             raise ValueError(f"state {show(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
+        refuse_wrapped(
+            "save", name, value, "save the model with the library that made it, or convert the dense model"
+        )
         if id(value) not in seen:
             seen.add(id(value))
             tensors[name] = value

@@ -15,6 +15,7 @@ from lowmem.errors import printable, show
 from lowmem.io.metadata import adapters_of, check_object, form_of, record_errors, technique_of
 from lowmem.nn.adapted_module import AdaptedModule, table_of
 from lowmem.nn.adapter import layout_of
+from lowmem.nn.adapter_buffers import CHILD, follow_adapters, keep_buffers
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.forms import CodedForm, Form
 from lowmem.nn.gathered_weight import check_order
@@ -189,6 +190,10 @@ def _add_adapters(model: nn.Module, records: object, tensors: Mapping[str, Tenso
         add_placed(model, name, techniques, paths)
     for module, names in in_use.items():
         cast(AdaptedModule, module).adapters.active = tuple(names)
+    if any(f".{CHILD}." in f".{name}" for name in tensors):
+        follow_adapters(model)
+    else:  # those of all adapters are the base's; ``assign`` copies them
+        keep_buffers(model)
     for (module, parameter, name), dtype in dtypes.items():
         cast(AdaptedModule, module).adapters.parts(name)[parameter].to(dtype)  # it may have been cast
 
@@ -292,6 +297,7 @@ def assign(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
                     tensors_of[name] = found[id(value)]  # type: ignore[assignment]
     for name in extra_states:
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensors[name])
+    follow_adapters(model)
 
 
 def _named(what: str, names: list[str]) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank
+from lowmem.nn.adapter_buffers import buffered_modules, follow_adapters
 from lowmem.nn.fold import without_adapters
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
@@ -92,6 +93,7 @@ def add_placed(
 
     ``paths`` are those of the layers; raises as ``add_adapter``.
     """
+    buffered_modules(model)  # raises before anything is changed
     made: dict[nn.Module, nn.Module] = {}
     added: dict[AdaptedModule, dict[str, Adapter]] = {}
     for module, techniques in placed.items():
@@ -109,6 +111,7 @@ def add_placed(
         module.adapters.add(name, parts)
     share_tied_adapters([*made, *added])
     freeze_all_but_adapters(model)
+    follow_adapters(model)
     tell_integrations(model)
 
 
@@ -185,7 +188,8 @@ def adapter_parameter_groups(model: nn.Module, ratio: float = 16.0, *, lr: float
 def activate(model: nn.Module, *names: str) -> None:
     """Activate adapters, in addition to those that are active already. Without names: all of them.
 
-    The low-rank products of several are summed in the order in which the adapters were added.
+    The low-rank products of several are summed in the order in which the adapters were added. Buffers, such as the
+    running statistics of BatchNorm, are those of the one that was added last.
 
     Raises:
         TypeError: the model is not a module.
@@ -195,11 +199,14 @@ def activate(model: nn.Module, *names: str) -> None:
         bank = layer.adapters
         active = {*bank.active, *(names or bank.names)}
         bank.active = tuple(name for name in bank.names if name in active)
+    follow_adapters(model)
 
 
 @one_at_a_time
 def deactivate(model: nn.Module, *names: str) -> None:
     """Deactivate adapters: they keep their values, and cost no time. Without names: all of them.
+
+    Without active adapters the model computes the base's bits: buffers that training changed are the base's again.
 
     Raises:
         TypeError: the model is not a module.
@@ -208,6 +215,7 @@ def deactivate(model: nn.Module, *names: str) -> None:
     layers = _layers_with(model, names, not_merged=names or adapter_names(model))
     for layer in layers:
         layer.adapters.active = tuple(name for name in layer.adapters.active if names and name not in names)
+    follow_adapters(model)
 
 
 @returns_free_pages
@@ -227,6 +235,7 @@ def delete_adapter(model: M, name: str) -> M:
     for layer in adapted_layers(model):
         if name in layer.adapters.names:
             layer.adapters.remove(name)
+    follow_adapters(model)
     tell_integrations(model)
     return model
 
@@ -258,6 +267,7 @@ def merge_adapter(model: nn.Module, name: str) -> None:
     warn_of_requantizing(copies, layers)
     for layer, copy in copies.items():
         layer.adapters.merge(name, copy.layer)
+    follow_adapters(model)
 
 
 @returns_free_pages
@@ -274,6 +284,7 @@ def unmerge_adapter(model: nn.Module) -> None:
         raise ValueError(f"no adapter of {type(model).__name__} is merged: call merge_adapter(model, name) first")
     for layer in layers:
         layer.adapters.unmerge()
+    follow_adapters(model)
 
 
 def check_name(name: str) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 from lowmem.errors import printable
 from lowmem.nn.adapted_module import AdaptedModule, share_table, table_of
 from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.adapter_buffers import keep_buffers
 from lowmem.nn.fold import Folded, fold_module, without_adapters
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
@@ -24,7 +25,7 @@ from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.merge_errors import output_errors
 from lowmem.transforms.placement import place_name
-from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_wrapped
 from lowmem.transforms.registry import layer_name, module_paths
 from lowmem.transforms.summary import aligned
 
@@ -212,6 +213,7 @@ def merge(
     kept = {layer for layer, done in folded.items() if dtype is None and not any(b for b, _ in done.errors.values())}
     copies = {layer: without_adapters(layer) if layer in kept else done.layer for layer, done in folded.items()}
     replace_modules(model, copies)
+    keep_buffers(model)
     tell_integrations(model)
     return (model, found) if report else model
 
@@ -228,6 +230,10 @@ def fold(
     paths = adapted_layers(model)
     folded: dict[AdaptedModule, Folded] = {}
     tables: dict[Any, nn.Module] = {}
+    keep = "keep the adapter apart, or adapt the dense model"
+    for layer, chosen in names.items():
+        for name in dict.fromkeys(part for one in chosen for part in layer.adapters.parts(one)):
+            refuse_wrapped("merging", place_name(paths[layer], name), parameter_of(layer, name), keep)
     for layer, chosen in names.items():
         try:
             folded[layer] = fold_module(layer, chosen, to)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from torch import is_inference_mode_enabled, nn
+from torch import Tensor, is_inference_mode_enabled, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.sharded import sharded_types
+from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.transforms.registry import check_module, layer_name
 
 
@@ -59,8 +60,24 @@ def refuse_layers(name: str, layers: Mapping[Any, str], *, empty: bool = False) 
                 raise ValueError(f"{text}, or use skip=" if name == "convert" else text)
             if isinstance(parameter, sharded):
                 raise ValueError(f"{place} is sharded (a DTensor): call {name} before fully_shard")
+            if parameter.is_nested:
+                text = f"{place} is a nested tensor, no matrix: make it dense before {name}"
+                raise ValueError(f"{text}, or use skip=" if name == "convert" else text)
             if parameter.is_meta and not empty:
                 raise ValueError(f"{place} is on the meta device and has no values: load its values before {name}")
+
+
+def refuse_wrapped(name: str, place: str, tensor: Tensor, remedy: str) -> None:
+    """Raise a ValueError for a parameter at a place whose class computes by itself, as torchao's tensors do.
+
+    It need not have the operators, nor the memory, that the function ``name`` reads it by.
+    """
+    kind: Any = type(tensor)
+    if kind.__torch_dispatch__ != Tensor.__torch_dispatch__ and not isinstance(tensor, StoredTensor):
+        raise ValueError(
+            f"{layer_name(place)} is a {kind.__name__} of {kind.__module__.partition('.')[0]}, whose values {name} "
+            f"cannot read: {remedy}"
+        )
 
 
 def refuse_prepared(name: str, modules: Mapping[Any, str]) -> None:

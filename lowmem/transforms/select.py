@@ -16,7 +16,7 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name, takes_adapter
-from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_prepared
+from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_prepared, refuse_wrapped
 from lowmem.transforms.registry import (
     Technique,
     Where,
@@ -140,6 +140,10 @@ def _check_parameters(model: nn.Module, found: dict[nn.Module, tuple[str, list[s
         for name in names:
             parameter: Any = module._parameters[name]
             place = layer_name(place_name(path, name))
+            leave = (
+                f"leave it as it is, skip={path!r}, or convert the model before another library changes its weights"
+            )
+            refuse_wrapped("convert", place_name(path, name), parameter, leave)
             if parameter.layout is not torch.strided:
                 raise ValueError(f"{place} has layout={parameter.layout}: make it dense (to_dense()), or use skip=")
             known.add(id(parameter))

@@ -12,7 +12,7 @@ import torch
 import lowmem
 from lowmem import FileError
 from lowmem.finetuning import state
-from lowmem.finetuning.state import FILES, KIND, Saved, States, capture, changes, put_back, trained
+from lowmem.finetuning.state import FILES, KIND, Saved, States, capture, changes, put_back, trained, trained_values
 from lowmem.io.container import write_tensors
 from tests.finetuning.killed import Killed, killed_at
 from tests.finetuning.language import language, rows, texts
@@ -230,3 +230,28 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bytes(tmp_path)
     assert outcome == expected
     assert (often / "out").read_bytes() == (whole / "out").read_bytes()
     assert sorted(one.name for one in often.iterdir()) == ["out", "text.txt"]
+
+
+class Normed(torch.nn.Sequential):
+    def __init__(self):
+        super().__init__(torch.nn.Linear(8, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 2))
+
+
+def test_running_statistics_come_back_too(tmp_path):
+    torch.manual_seed(0)
+    model, other = (lowmem.add_adapter(Normed(), "a", lowmem.LoRA(2)) for _ in range(2))
+    model(torch.randn(32, 8) + 3)
+    optimizer = torch.optim.SGD(trained(model).values(), 0.1)
+    tensors, record = capture(model, optimizer)
+    assert {name for name in tensors if name.startswith("buffers.")} == {
+        f"buffers.1.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    States(tmp_path, {}).save(Saved(1, tensors, record))
+    put_back(States(tmp_path, {}).newest(), other, optimizer)
+    assert torch.equal(other[1].running_mean, model[1].running_mean)
+    assert int(other[1].num_batches_tracked) == 1
+    lowmem.deactivate(other)
+    assert int(other[1].num_batches_tracked) == 0
+    assert trained_values(model).keys() == {*trained(model)} | {
+        f"1.{name}" for name in dict(model[1].named_buffers(recurse=False))
+    }

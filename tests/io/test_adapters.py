@@ -252,3 +252,78 @@ def test_how_scales_were_found_makes_no_other_base():
     assert fingerprint(model, ["0"]) == fingerprint(other, ["0"])
     other[0].packed[0, 0] ^= 1
     assert fingerprint(model, ["0"]) != fingerprint(other, ["0"])
+
+
+def normed(seed=0):
+    """A base with running statistics of its own data, in evaluation mode."""
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 16), nn.BatchNorm1d(16))
+    model(torch.randn(64, 16))
+    return model.eval()
+
+
+def trained_on(model, shift):
+    """Its adapter and running statistics are those of other data; the last norm stays as it was."""
+    model.train()[4].eval()
+    for adapter in lowmem.adapter_layers(model, lowmem.active_adapters(model)[-1]).values():
+        nn.init.normal_(adapter.lora_b)
+    model(torch.randn(64, 16) * 2 + shift)
+    return model.eval()
+
+
+@pytest.mark.parametrize("technique", [None, FourBit("nf4", 16)], ids=["dense", "stored"])
+def test_running_statistics_that_training_changed_are_saved_and_loaded(technique, tmp_path):
+    def made():
+        return normed() if technique is None else convert(normed(), technique)
+
+    x = torch.randn(8, 16)
+    model = trained_on(lowmem.add_adapter(made(), "tuned", LoRA(2)), 3)
+    save_adapter(model, tmp_path / "a")
+    file = read(tmp_path / "a")
+    assert file.metadata["buffers"] == ["1.num_batches_tracked", "1.running_mean", "1.running_var"]
+    loaded = load_adapter(made(), tmp_path / "a")
+    assert torch.equal(loaded(x), model(x))
+    lowmem.deactivate(loaded)
+    assert torch.equal(loaded(x), made()(x))
+    save_adapter(model, tmp_path / "same")
+    save_adapter(loaded, tmp_path / "again")  # inactive: its own are saved, not those that the model computes with
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "same").read_bytes()
+
+
+def test_values_are_replaced_by_those_of_a_file_with_their_statistics(tmp_path):
+    x = torch.randn(8, 16)
+    fresh = lowmem.add_adapter(normed(), "tuned", LoRA(2))
+    save_adapter(fresh, tmp_path / "fresh")
+    assert "buffers" not in read(tmp_path / "fresh").metadata
+    model = trained_on(lowmem.add_adapter(normed(), "tuned", LoRA(2)), 3)
+    load_adapter(model, tmp_path / "fresh")
+    assert torch.equal(model(x), normed()(x))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"buffers": ["1.nothing"]}, "holds a buffer '1.nothing' that the model has not"),
+        (
+            {"buffers": ["4.running_mean"]},
+            "holds a buffer '4.running_mean' that the model has not, or of another shape",
+        ),
+        ({"buffers": "1.running_mean"}, "buffers='1.running_mean' must be a list of names"),
+        ({"buffers": []}, "has tensors of no layer that it adapts, as '1.num_batches_tracked'"),
+    ],
+)
+def test_buffers_that_do_not_fit_are_refused(change, message, tmp_path):
+    save_adapter(trained_on(lowmem.add_adapter(normed(), "tuned", LoRA(2)), 3), tmp_path / "a")
+    file = read(tmp_path / "a")
+    write_tensors(tmp_path / "b", file.tensors, {**file.metadata, **change})
+    model = normed()
+    refused(model, tmp_path / "b", message)
+    assert type(model[0]) is nn.Linear
+
+
+def test_gguf_has_no_form_of_running_statistics(tmp_path):
+    model = trained_on(lowmem.add_adapter(normed(), "tuned", LoRA(2)), 3)
+    with pytest.raises(
+        ValueError, match=r"training changed 1.num_batches_tracked, a buffer, of which GGUF has no form"
+    ):
+        save_adapter(model, tmp_path / "a", format="gguf")

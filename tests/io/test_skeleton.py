@@ -236,3 +236,27 @@ def test_what_another_thread_makes_while_a_model_is_loaded_keeps_its_values(tmp_
 
     load(tmp_path / "m", factory)
     assert not any(parameter.is_meta for parameter in made[0].parameters())
+
+
+def test_adapters_come_back_with_the_buffers_that_are_their_own(tmp_path):
+    def factory():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(16, 16), nn.BatchNorm1d(16))
+
+    x = torch.linspace(-1, 1, 64).view(4, 16)
+    model = factory().eval()
+    base = model(x)
+    for name, shift in (("a", 1), ("b", 2)):
+        lowmem.deactivate(model) if lowmem.adapter_names(model) else None
+        lowmem.add_adapter(model, name, LoRA(2))
+        model.train()(torch.randn(32, 16) + shift)
+        model.eval()
+    for active in (["a"], ["b"], []):
+        lowmem.deactivate(model)
+        lowmem.activate(model, *active) if active else None
+        loaded = comes_back(model, factory, tmp_path / "m", x)
+        lowmem.deactivate(loaded)
+        assert torch.equal(loaded(x), base)
+        lowmem.activate(loaded, "a")
+        lowmem.activate(model, "a")
+        assert torch.equal(loaded(x), model(x)) == ("b" not in active)

@@ -266,3 +266,76 @@ def test_what_is_converted_first_can_go_into_peft_s_layers():
     x = torch.randn(2, 8)
     model(x).sum().backward()
     assert model[0].lora_B["default"].weight.grad is not None
+
+
+class Wrapped(torch.Tensor):
+    """A tensor without memory of its own, which has few operators, as torchao's are."""
+
+    @staticmethod
+    def __new__(cls, values):
+        return torch.Tensor._make_wrapper_subclass(cls, values.shape, dtype=values.dtype)
+
+    def __init__(self, values):
+        self.values = values
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.detach, torch.ops.aten.alias):
+            return Wrapped(args[0].values)
+        if function.overloadpacket is torch.ops.aten.t:
+            return Wrapped(args[0].values.t())
+        if function.overloadpacket is torch.ops.aten.addmm:
+            return torch.addmm(args[0], args[1], args[2].values)
+        raise NotImplementedError(f"{function} is not there")
+
+
+def with_wrapped():
+    model = nn.ModuleDict({"a": nn.Linear(16, 16), "b": nn.Linear(16, 16)})
+    model["b"].weight = nn.Parameter(Wrapped(model["b"].weight.detach()), requires_grad=False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "technique", [lowmem.Half(), lowmem.EightBit(), lowmem.FourBit(), lowmem.Budget(bits=6)], ids=str
+)
+def test_tensors_that_compute_by_themselves_are_refused_by_name_or_left(technique):
+    model = with_wrapped()
+    with pytest.raises(
+        ValueError, match=r"^b is a Wrapped of tests, whose values convert cannot read: leave.*skip='b'"
+    ):
+        lowmem.convert(model, technique)
+    assert type(model["a"]) is nn.Linear
+    lowmem.convert(model, technique, skip="b")
+    assert type(model["a"]) is not nn.Linear
+
+
+def test_adapters_work_on_tensors_that_compute_by_themselves_and_what_reads_them_is_refused(tmp_path):
+    model = lowmem.convert(with_wrapped(), lowmem.LoRA(2))
+    nn.init.ones_(model["b"].lora_b)
+    x = torch.ones(3, 16)
+    expected = nn.functional.linear(x, with_wrapped()["b"].weight.values, model["b"].bias).shape
+    out = model["b"](x)
+    out.sum().backward()
+    assert out.shape == expected
+    assert model["b"].lora_a.grad.any()
+    for function, message in (
+        (lambda: lowmem.merge(model), "b is a Wrapped of tests, whose values merging cannot read: keep the adapter"),
+        (lambda: lowmem.merge_adapter(model, "default"), "b is a Wrapped of tests, whose values merging cannot read"),
+        (lambda: lowmem.save_adapter(model, tmp_path / "a"), "b.weight is a Wrapped.*format='peft'"),
+        (lambda: lowmem.save(model, tmp_path / "m"), "b.weight is a Wrapped of tests, whose values save cannot read"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            function()
+    assert not [*tmp_path.iterdir()]
+    lowmem.save_adapter(model, tmp_path / "peft", format="peft")
+    assert type(lowmem.load_adapter(with_wrapped(), tmp_path / "peft")["a"]) is type(model["a"])
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("technique", [lowmem.FourBit(), lowmem.LoRA(2)], ids=str)
+def test_nested_weights_are_refused_by_name(technique):
+    model = nn.ModuleDict({"a": nn.Linear(3, 4), "b": nn.Linear(3, 4)})
+    model["b"].weight = nn.Parameter(torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(3, 3)]))
+    with pytest.raises(ValueError, match=r"b.weight is a nested tensor.*or use skip="):
+        lowmem.convert(model, technique)
+    assert type(model["a"]) is nn.Linear

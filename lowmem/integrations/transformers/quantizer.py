@@ -49,6 +49,7 @@ from lowmem.io.model_folder import refuse_layers
 from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
+from lowmem.nn.adapter_buffers import follow_adapters
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
@@ -326,6 +327,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         if any(isinstance(module, AdaptedModule) for module in model.modules()):
             freeze_all_but_adapters(model)
+            follow_adapters(model)
         model.is_quantized = False  # it trains, casts and moves as any model does
         adopt(model)
         trim_heap(model)

@@ -23,6 +23,7 @@ from lowmem.io.formats.peft.reading import CONFIG as ADAPTER_CONFIG
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
 from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter_buffers import without_copies
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.module_copy import subclass_of
 from lowmem.nn.stored_module import StoredModule
@@ -81,7 +82,8 @@ class SavedModel:
         with _described(self) as ours:
             if ours and not kwargs.get("distributed_checkpoint"):
                 kwargs["save_original_format"] = False  # names that weights had in the folder that they come from
-                state_dict = _renamed(self, self.state_dict() if state_dict is None else state_dict)
+                state_dict = without_copies(self, self.state_dict() if state_dict is None else state_dict)
+                state_dict = _renamed(self, state_dict)
             if not ours or shared:
                 super().save_pretrained(save_directory, is_main_process, state_dict, push_to_hub, *args, **kwargs)  # type: ignore[misc]
             else:

@@ -20,6 +20,7 @@ from lowmem.io.safetensors import TensorSpec
 from lowmem.io.source import Checkpoint
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.adapter_buffers import CHILD, buffers_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
@@ -46,12 +47,14 @@ class AdapterContent:
         tensors: A and B by place, in the shapes that lowmem has.
         base_values: what replaces values of the base: the tensors of the model, and the values.
         name: of the adapter.
+        buffers: those of the adapter, by their names in the model.
     """
 
     techniques: dict[str, LoRA]
     tensors: dict[str, dict[str, Tensor]]
     base_values: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     name: str = "default"
+    buffers: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def trained(self) -> list[Tensor]:
@@ -156,7 +159,8 @@ class _Reading:
                 self._take(slot.keys[part], shape, at=f" at rank {technique.rank}")
         if len(techniques) < len(layers.slots):
             raise ValueError("it adapts a layer twice")
-        found = (saved := self._saved(layers)) + self._biases(layers)
+        saved, buffers = self._saved(layers)
+        found = saved + self._biases(layers)
         self._skip_bases(layers)
         if self._left:
             raise ValueError(self._left_over(next(iter(self._left))))
@@ -169,7 +173,9 @@ class _Reading:
         }
         values = self._values(found)
         self._refuse_ties(saved, {id(own): new for own, new in values})
-        return AdapterContent(techniques, tensors, values)
+        return AdapterContent(
+            techniques, tensors, values, buffers={at: self._read(key) for at, key in buffers.items()}
+        )
 
     def _modules(self) -> list[str]:
         if not self._config.names_modules:
@@ -215,9 +221,13 @@ class _Reading:
             raise ValueError(f"tensor {show(key)} is that of two layers")
         del self._left[key]
 
-    def _saved(self, layers: Layers) -> list[tuple[str, Tensor]]:
-        """Return the keys of what modules hold that are stored whole, and the tensors that they replace."""
-        found = []
+    def _saved(self, layers: Layers) -> tuple[list[tuple[str, Tensor]], dict[str, str]]:
+        """Return the keys of what modules hold that are stored whole, and the tensors that they replace.
+
+        Also return the keys of their buffers, by the names that these have in the model.
+        """
+        found: list[tuple[str, Tensor]] = []
+        own_buffers, buffers = buffers_of(self._model, None), dict[str, str]()
         outer = None  # the start of the paths inside the last of them
         for module, (path, *_) in self._paths.items():
             if not path or not self._config.saves(path) or (outer is not None and path.startswith(outer)):
@@ -231,9 +241,15 @@ class _Reading:
                         "here: leave it as it was, convert(..., skip=), and load the adapter then"
                     )
             for name, own in module.state_dict(keep_vars=True).items():
-                found.append((f"{layers.key(path)}.{name}", own))
-                self._take(found[-1][0], tuple(own.shape), own.is_floating_point())
-        return found
+                if f".{CHILD}." in f".{name}":
+                    continue
+                key = f"{layers.key(path)}.{name}"
+                if f"{path}.{name}" in own_buffers:
+                    buffers[f"{path}.{name}"] = key
+                else:
+                    found.append((key, own))
+                self._take(key, tuple(own.shape), own.is_floating_point())
+        return found, buffers
 
     def _biases(self, layers: Layers) -> list[tuple[str, Tensor]]:
         """Return the keys of biases of the base, and the parameters that they replace."""

@@ -11,6 +11,7 @@ import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,20 +24,29 @@ from lowmem.io.formats.peft.reading import CONFIG, WEIGHTS
 from lowmem.io.safetensors import TensorSpec
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter, is_conv1d
+from lowmem.nn.adapter_buffers import CHILD
+from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import layer_name, module_paths
 
 
-def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter], base_name: str | None = None) -> None:
+def write_peft(
+    folder: Path,
+    model: nn.Module,
+    layers: Mapping[str, Adapter],
+    base_name: str | None = None,
+    buffers: Mapping[str, Tensor] = MappingProxyType({}),
+) -> None:
     """Write an adapter, by place, as PEFT does; a ValueError names a layer that PEFT has no form of.
 
-    ``base_name`` is that of the base in the config; None: its name on the Hub, if it has one.
+    ``base_name`` is that of the base in the config; None: its name on the Hub, if it has one. ``buffers`` are those
+    that training changed: PEFT has them in ``modules_to_save``.
 
     Warns:
         UserWarning: the dropout is not written, since PEFT has one value for all layers, and none for parameters.
     """
-    writing = _Writing(model, layers)
+    writing = _Writing(model, layers, buffers)
     tensors = writing.tensors()
     config = writing.config() | {"base_model_name_or_path": base_name or _public_name(model)}
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
@@ -47,8 +57,8 @@ def write_peft(folder: Path, model: nn.Module, layers: Mapping[str, Adapter], ba
 
 
 class _Writing:
-    def __init__(self, model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-        self._model, self._adapters = model, adapters
+    def __init__(self, model: nn.Module, adapters: Mapping[str, Adapter], buffers: Mapping[str, Tensor]) -> None:
+        self._model, self._adapters, self._buffers = model, adapters, buffers
         self._paths = module_paths(model)
         self._all_paths = [path for paths in self._paths.values() for path in paths]
         places = {
@@ -66,14 +76,19 @@ class _Writing:
 
     def _trained(self) -> tuple[list[str], list[tuple[str, Tensor]]]:
         """Return the paths of modules that train, and the keys of biases that do."""
+        with_buffers = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in self._buffers}
+        whole = {*with_buffers}  # also those whose weights train
+        for module, paths in self._paths.items():
+            trains = [name for name, one in module._parameters.items() if one is not None and one.requires_grad]
+            whole |= {paths[0]} if any("bias" not in name for name in trains) else set()
         saved: list[str] = []
         biases: list[tuple[str, Tensor]] = []
         for module, paths in self._paths.items():
             path = paths[0]
             trained = {name: one for name, one in module._parameters.items() if one is not None and one.requires_grad}
-            if not trained:
+            if not trained and path not in with_buffers:
                 continue
-            if all("bias" in name for name in trained) and path:
+            if path not in with_buffers and all("bias" in name for name in trained) and path:
                 biases += [(f"{self._layers.inner_key(path)}.{name}", one) for name, one in trained.items()]
                 continue
             why = None
@@ -83,10 +98,17 @@ class _Writing:
                 why = "PEFT cannot train a weight beside its adapter"
             elif len(paths) > 1:
                 why = f"it is {layer_name(paths[1])}, too, and PEFT would save one alone"
-            elif other := next((one for one in self._all_paths if one != path and one.endswith(path)), None):
+            elif any(isinstance(inner, StoredModule) for inner in module.modules()):
+                why = "PEFT cannot save a module that stores a weight"
+            elif other := next((one for one in self._all_paths if one not in whole and one.endswith(path)), None):
                 why = f"PEFT would take {layer_name(other)} for it, whose path ends alike"
             if why is not None:
-                name = next(iter(trained))
+                name = next(iter(trained), None)
+                if name is None:
+                    raise ValueError(
+                        f"{layer_name(path)}: training changed its {with_buffers[path]}, and {why}: save the adapter "
+                        "in lowmem's format, or train with this module in evaluation mode"
+                    )
                 raise ValueError(
                     f"{layer_name(path)}: its {name} trains, and {why}: freeze it, {name}.requires_grad_(False), or "
                     "save the whole model"
@@ -103,8 +125,9 @@ class _Writing:
             found |= {slot.keys[part]: slot.to_file(part, getattr(adapter, part)) for part in ("lora_a", "lora_b")}
         by_path = {paths[0]: module for module, paths in self._paths.items()}
         for path in self._saved:
-            state = by_path[path].state_dict()
-            found |= {f"{self._layers.key(path)}.{name}": value for name, value in state.items()}
+            for name, value in by_path[path].state_dict().items():
+                if f".{CHILD}." not in f".{name}":
+                    found[f"{self._layers.key(path)}.{name}"] = self._buffers.get(f"{path}.{name}", value)
         return found | {key: one.detach() for key, one in self._biases}
 
     def config(self) -> dict[str, Any]:

@@ -222,3 +222,52 @@ def test_one_of_several_adapters_and_a_wrapped_model(tmp_path):
     half = convert(parts().float(), Half(), where=lambda path, _: path in ("fc", "conv", "embed", "experts"))
     loaded = load_adapter(half, tmp_path / "a", "new")
     assert lowmem.adapter_names(loaded) == ["new"]
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc, self.bn = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+    def forward(self, x):
+        return self.bn(self.fc(x))
+
+
+def blocks(count=2):
+    torch.manual_seed(0)
+    return nn.ModuleDict({"bn": nn.BatchNorm1d(8), **{f"b{number}": Block() for number in range(count)}}).eval()
+
+
+def ran(model, names):
+    for name in names:
+        model[name].train()(torch.randn(32, 8) + 3)
+    return model.eval()
+
+
+def test_running_statistics_that_training_changed_are_modules_to_save(tmp_path):
+    model = ran(convert(blocks(), LoRA(2)), ["bn", "b0", "b1"])
+    config = written(model, tmp_path / "a")
+    assert config["modules_to_save"] == ["bn", "b0.bn", "b1.bn"]
+    assert config["target_modules"] == ["fc"]
+    tensors = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert torch.equal(tensors["base_model.model.b0.bn.running_mean"], model["b0"].bn.running_mean)
+    assert {name.removeprefix("base_model.model.bn.") for name in tensors if ".model.bn." in name} == {
+        *nn.BatchNorm1d(8).state_dict()
+    }
+    loaded = load_adapter(blocks(), tmp_path / "a").eval()
+    x = torch.randn(4, 8)
+    assert torch.equal(loaded["b1"](x), model["b1"](x))
+    lowmem.deactivate(loaded)
+    assert torch.equal(loaded["b1"](x), blocks()["b1"](x))
+    again = load_adapter(convert(blocks(), LoRA(2)), tmp_path / "a", name="other")
+    assert torch.equal(again["b1"].bn.running_var, model["b1"].bn.running_var)
+
+
+def test_running_statistics_that_stay_are_not_written_and_those_that_peft_would_mix_are_refused(tmp_path):
+    assert written(convert(blocks(), LoRA(2)), tmp_path / "a")["modules_to_save"] is None
+    model = ran(convert(blocks(), LoRA(2)), ["bn"])
+    with pytest.raises(
+        ValueError, match=r"bn: training changed its \w+, and PEFT would take b0.bn for it.*lowmem's format"
+    ):
+        save_adapter(model, tmp_path / "b", format="peft")
+    save_adapter(model, tmp_path / "c")
