@@ -1,7 +1,6 @@
 """Logits of a Llama with lowmem's attention, cache and blocks under other defaults of torch.
 
-``python -m tests.integrations.transformers.other_defaults bfloat16`` ends with 1 where a bit differs. It is a process that
-may die.
+``python -m tests.integrations.transformers.other_defaults bfloat16`` ends with 1 where a bit differs, or dies.
 """
 
 import copy
