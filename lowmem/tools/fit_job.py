@@ -176,9 +176,8 @@ def job_of(
     if share is not None and share >= 1:
         raise ValueError(f"--eval-share={share:g} must be below 1")
     evaluates = share is not None or arguments.eval_data is not None
-    for name in ("eval_every", "skip_dense"):
-        if getattr(arguments, name) not in (None, False) and not evaluates:
-            raise ValueError(f"{option_of(name)} needs held-out text: add --eval-data or --eval-share")
+    if arguments.eval_every is not None and not evaluates:
+        raise ValueError("--eval-every needs held-out text: add --eval-data or --eval-share")
     technique, dense = _technique(folder, arguments.format, arguments.bits)
     adapter = _adapter(arguments)
     settings = _settings(arguments, adapter.rank)

@@ -36,7 +36,7 @@ from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, log_of, states_folder
 from lowmem.tools.fit_plan import dry_run
 from lowmem.tools.fit_result import command_of, next_commands, save
-from lowmem.tools.output import finite, mib, print_json, print_saved, progress, shown, warnings_as_notes
+from lowmem.tools.output import finite, mib, print_json, print_saved, progress, rate, shown, warnings_as_notes
 from lowmem.training.prepare import prepare_training, release_training
 from lowmem.transforms.adapters import add_adapter
 from lowmem.transforms.registry import parameters_to_adapt
@@ -114,7 +114,8 @@ def _run(arguments: argparse.Namespace, job: Job, ranks: Ranks) -> int:
     writers: list[Writer] = []
     try:
         facts = {} if states is None else states.facts
-        found = _Training(job, ranks, facts, lambda line: print(line, file=out, flush=True))
+        with progress(f"{job.folder.name}, before its first step"):
+            found = _Training(job, ranks, facts, lambda line: print(line, file=out, flush=True))
         for change in [] if states is None else states.changed:
             print(f"lowmem fit: {change}", file=sys.stderr)
         step = saved.step if saved else 0 if arguments.resume else None
@@ -256,7 +257,7 @@ class _Report:
         left = self._seconds / self._steps * (step.steps - step.number)
         memory = peak_memory(self._device)
         speed = self._tokens / max(self._seconds, 1e-9)
-        figures = f"{speed:.0f} tokens/s" + ("" if memory is None else f"  {memory / 2**20:.0f} MiB")
+        figures = f"{rate(speed)} tokens/s" + ("" if memory is None else f"  {memory / 2**20:.0f} MiB")
         update(completed=step.number, total=step.steps, figures=f"{step.loss:.4f}  {figures}")
         line = {**asdict(step), "perplexity": None if step.perplexity is None else finite(step.perplexity)}
         line = {"step": line.pop("number"), **line}
@@ -287,7 +288,7 @@ def _print_result(arguments: argparse.Namespace, document: dict[str, Any], comma
             print(f"perplexity of the held-out text, {name}: {math.inf if value is None else value:.4f}")
         if document["peak_bytes"] is not None:
             print(f"peak memory of the process: {mib(document['peak_bytes'])} MiB")
-        speed = f"{document['tokens_per_second']:.0f} tokens a second"
+        speed = f"{rate(document['tokens_per_second'])} tokens a second"
         print(f"time of a step: {document['seconds_per_step']:.3f} s, {speed}", flush=True)
     if arguments.save is not None:
         print_saved(arguments.save)

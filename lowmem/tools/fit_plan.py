@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem import measure
 from lowmem.finetuning.calling import logits_of
 from lowmem.io.formats.growth import GrowthWarning, growth, kept_bytes, with_dtype
 from lowmem.io.formats.recognize import open_foreign
@@ -24,11 +26,10 @@ from lowmem.nn.techniques import Half, blockwise
 from lowmem.resident import resident_bytes
 from lowmem.tools.fit_job import Job
 from lowmem.tools.models import plan_model
-from lowmem.tools.output import mib, print_json, print_plan, warnings_as_notes
-from lowmem.training.memory import training_memory
+from lowmem.tools.output import mib, print_json, print_plan, progress, warnings_as_notes
 from lowmem.training.prepare import prepare_training
 from lowmem.transforms.convert import convert
-from lowmem.transforms.plan import Plan, plan
+from lowmem.transforms.plan import Plan, on_fake_tensors, plan_of, run_figures, skeleton_of, update_figures
 from lowmem.transforms.registry import Technique
 
 FEW = (2, 3)
@@ -51,7 +52,8 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
         _import_optimizer()
         before = resident_bytes()
         storing, dense, exact = (job.technique, (), 0) if job.dense else stored_as(job.folder)
-        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing, dense), given=True)
+        with progress("dry run"):
+            found = plan_model(str(job.folder), lambda: _plan_steps(job, storing, dense), given=True)
     job.tell()
     largest = 0
     if job.dense:
@@ -147,7 +149,8 @@ def _plan_steps(job: Job, storing: Technique | None, skip: tuple[str, ...]) -> P
     """Return what fine-tuning a folder's model takes, with the peak of its steps in the plan's ``backward``.
 
     Plans run on fake tensors, and what ``prepare_training`` keeps depends on values. So models with the same layers,
-    but few of them, take two steps on random weights; each other layer is taken to need what one more layer needs.
+    but few of them, run forward and backward on random weights; each other layer is taken to need what one more layer
+    needs.
     """
     from lowmem.integrations.transformers.config_facts import factory_of, sizes_of
     from lowmem.integrations.transformers.folder import check_shapes
@@ -163,18 +166,30 @@ def _plan_steps(job: Job, storing: Technique | None, skip: tuple[str, ...]) -> P
         logits = logits_of(output)
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device), reduction="sum")
 
-    def step(layers: int) -> int:
-        """Return the peak of a step of a model of so many layers, beyond model and inputs."""
+    def figures(layers: int) -> dict[str, int]:
+        """Return the figures of a model of so many layers, of which a forward is planned and a step is run."""
+        planned = skeleton_of(factory_of(job.folder, layers), techniques, None, skip)
+        found = run_figures(planned.model, batch, None, None)
+        tell(f"runs forward and backward of {layers} of the {sizes.layers} layers, with random weights")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model = convert(factory_of(job.folder, layers)(), *techniques, skip=skip)
             if job.memory != "plain":
                 prepare_training(model, job.memory)
-            return training_memory(model, loss=loss, **batch).step_bytes
+            return found | {"backward": measure.backward_bytes(model, loss=loss, **batch)}
 
-    found = plan(factory_of(job.folder), *techniques, batch=batch, loss=loss, skip=skip)
-    layers = sizes_of(job.folder).layers
-    if layers <= max(FEW):
-        return replace(found, backward=step(layers) - found.optimizer)
-    fewer, more = map(step, FEW)
-    return replace(found, backward=more + (layers - FEW[1]) * (more - fewer) - found.optimizer)
+    sizes = sizes_of(job.folder)
+    tell("plans the model without its weights")
+    whole = skeleton_of(factory_of(job.folder), techniques, None, skip)
+    with on_fake_tensors(whole.model):
+        updated = update_figures([one for one in whole.model.parameters() if one.requires_grad], "adamw")
+    if sizes.layers <= max(FEW):
+        return plan_of(whole, "adamw", figures(sizes.layers) | updated)
+    fewer, more = map(figures, FEW)
+    extrapolated = {name: size + (sizes.layers - FEW[1]) * (size - fewer[name]) for name, size in more.items()}
+    return plan_of(whole, "adamw", extrapolated | updated)
+
+
+def tell(line: str) -> None:
+    """Say on stderr what a dry run does."""
+    print(f"lowmem fit --dry-run: {line}", file=sys.stderr, flush=True)

@@ -10,10 +10,11 @@ import select
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stdout, suppress
 from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any, TextIO, TypeAlias
 
 from rich import box
@@ -32,6 +33,7 @@ from lowmem.transforms.summary import Summary
 LEAST = 12  # least width of a wrapped column of text, in characters
 ROOMY = 60  # least width of a terminal for a progress bar, in characters
 PIPED = 120  # width of tables in files and pipes, in characters; only a name that is longer exceeds it
+SECONDS_APART = 30.0  # of the lines that tell of long work where there is no terminal
 
 Figure: TypeAlias = Callable[..., ProgressColumn] | str
 
@@ -204,6 +206,8 @@ def progress(
 ) -> Iterator[Callable[..., None]]:
     """Show progress on stderr for the block; yield the function that updates it, by rich's ``advance=N`` or others.
 
+    Without a terminal, a plain line every ``SECONDS_APART`` has the figures and the time so far.
+
     Args:
         name: of what is done.
         figures: classes of rich's columns, or texts, that are shown on any terminal.
@@ -213,7 +217,35 @@ def progress(
     """
     with columns_of_progress(figures, roomy) as display:
         task = display.add_task(shown(name), total=total, **fields)
-        yield partial(display.update, task)
+        with nullcontext() if display.console.is_terminal else _plain_lines(display):
+            yield partial(display.update, task)
+
+
+@contextmanager
+def _plain_lines(display: Progress) -> Iterator[None]:
+    """Print a line of the figures of a display to stderr every ``SECONDS_APART``, until the block ends."""
+    ended = Event()
+
+    def run() -> None:
+        while not ended.wait(SECONDS_APART):
+            task, texts = display.tasks[0], []
+            for column in display.columns[1:] if display.tasks[0].total else ():
+                shown_figure = column.format(task=task) if isinstance(column, str) else column(task)
+                texts += [str(shown_figure)] if isinstance(shown_figure, str | Text) else []  # no bar
+            seconds = int(task.elapsed or 0)
+            line = " ".join([f"{task.description}:", *texts, f"{seconds // 60}:{seconds % 60:02} so far"])
+            try:
+                print(line, file=sys.stderr, flush=True)
+            except BrokenPipeError:  # the command's own next line raises it where it is handled
+                return
+
+    thread = Thread(target=run, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def columns_of_progress(figures: Sequence[Figure], roomy: Sequence[Figure] = ()) -> Progress:
@@ -230,6 +262,11 @@ def columns_of_progress(figures: Sequence[Figure], roomy: Sequence[Figure] = ())
         disable=not console.is_terminal,
         redirect_stdout=sys.stdout.isatty(),  # files and pipes get plain lines
     )
+
+
+def rate(tokens_per_second: float) -> str:
+    """Return a number of tokens a second as text: whole, or with two digits below 10."""
+    return f"{tokens_per_second:.0f}" if tokens_per_second >= 9.95 else f"{tokens_per_second:.2g}"
 
 
 def mib(count: int) -> str:

@@ -267,14 +267,15 @@ def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budge
     """Convert a folder, which transformers loads."""
     from lowmem.integrations.transformers.folder import quantize_folder
 
-    return quantize_folder(
-        arguments.source,
-        arguments.target,
-        technique,
-        skip=arguments.exclude,
-        shard_bytes=arguments.shard_size,
-        device=device,
-    )
+    with progress("quantize"):
+        return quantize_folder(
+            arguments.source,
+            arguments.target,
+            technique,
+            skip=arguments.exclude,
+            shard_bytes=arguments.shard_size,
+            device=device,
+        )
 
 
 def _calibrated_folder(

@@ -80,7 +80,9 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
         else:  # a folder that from_pretrained loads
             from lowmem.integrations.transformers.folder import import_folder
 
-            rows = import_folder(arguments.source, arguments.target, **asked, tokenizer=not arguments.no_tokenizer)
+            named = arguments.source, arguments.target
+            with progress("import"):
+                rows = import_folder(*named, **asked, tokenizer=not arguments.no_tokenizer)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0

@@ -131,13 +131,12 @@ class Plan:
     @property
     def columns(self) -> list[str]:
         """The titles of the columns of ``cells``."""
-        return ["Memory", _unit(max(size for _, size in self.rows))[0]]
+        return ["Memory", "MiB"]
 
     @property
     def cells(self) -> list[list[str]]:
-        """The texts of the table: ``rows``, in MiB, or in GiB if one of them has that many."""
-        _, unit = _unit(max(size for _, size in self.rows))
-        return [[name, f"{size / unit:.2f}"] for name, size in self.rows]
+        """The texts of the table: ``rows``, in MiB."""
+        return [[name, f"{size / 2**20:.2f}"] for name, size in self.rows]
 
     def __str__(self) -> str:
         return "\n".join([text_of(self.techniques), *aligned([self.columns, *self.cells], right=(1,))])
@@ -352,16 +351,20 @@ def run_figures(
         backward = measure.backward_bytes(model, *inputs, loss=loss, **named)
         for hook in hooks:
             hook.remove()
-        for parameter in trained:
-            parameter.grad = torch.empty_like(parameter)
-        gradients, state, memory = measure.nbytes(trained), 0, measure.PeakMemory()
-        if trained:
-            optimizer = OPTIMIZERS[training](list(trained))
-            with memory:
-                optimizer.step()
-            state = measure.nbytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
-        found |= {"gradients": gradients, "optimizer": state}
-        return found | {"backward": backward, "update": gradients + memory.peak}
+        return found | {"backward": backward} | update_figures(list(trained), training)
+
+
+def update_figures(trained: list[Tensor], training: str) -> dict[str, int]:
+    """Run the optimizer's first step on fake parameters, and return its ``Plan`` figures."""
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    gradients, state, memory = measure.nbytes(trained), 0, measure.PeakMemory()
+    if trained:
+        optimizer = OPTIMIZERS[training](trained)
+        with memory:
+            optimizer.step()
+        state = measure.nbytes(dict.fromkeys(measure.tensors_in(list(optimizer.state.values()))))
+    return {"gradients": gradients, "optimizer": state, "update": gradients + memory.peak}
 
 
 def _cached_bytes(model: nn.Module, sequences: int, tokens: int, bits: int | None) -> int:

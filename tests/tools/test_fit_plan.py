@@ -10,6 +10,7 @@ import torch
 pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
 
 from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import lowmem
 from lowmem.__main__ import main
@@ -72,6 +73,27 @@ def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_i
         path.write_text(json.dumps(config | changes))
         with bounded():
             assert "by its config.json" in refused(*argv)
+
+
+def test_a_dry_run_says_what_it_does_and_computes_less_than_a_step(folder, capsys, monkeypatch):
+    """One forward and backward of a few layers each; no update runs on more than fake parameters."""
+    calls, updates = [], []
+    forward, step = LlamaDecoderLayer.forward, torch.optim.AdamW.step
+
+    def counted(layer, *args, **kwargs):
+        calls.append(torch.is_grad_enabled() and type(args[0]) is torch.Tensor)
+        return forward(layer, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", counted)
+    noted = lambda own: (updates.append(own.param_groups[0]["params"]), step(own))  # noqa: E731
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    argv = ["fit", folder, "--data", folder.parent / "text.txt", "--length", LENGTH, "--dry-run", "--memory", "plain"]
+    assert main([*map(str, argv), "--skip-dense"]) == 0  # without a held-out text, too
+    told = capsys.readouterr().err
+    for layers in FEW:
+        assert f"runs forward and backward of {layers} of the {LAYERS} layers" in told
+    assert sum(calls) == sum(FEW)
+    assert all(len(own) == 1 or type(own[0]).__name__ == "FakeTensor" for own in updates)
 
 
 def test_a_dry_run_names_its_counts_and_writes_nothing(folder, capsys):

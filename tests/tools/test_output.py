@@ -4,6 +4,7 @@ import copy
 import io
 import json
 import re
+import time
 from functools import partial
 
 import pytest
@@ -14,7 +15,16 @@ from torch import nn
 
 from lowmem import FourBit, convert, summary
 from lowmem.tools import output
-from lowmem.tools.output import columns_of_progress, print_json, print_summary, print_table, shown, stdout_for_json
+from lowmem.tools.output import (
+    columns_of_progress,
+    print_json,
+    print_summary,
+    print_table,
+    progress,
+    rate,
+    shown,
+    stdout_for_json,
+)
 from tests.selection import rows_in_one_case
 
 HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
@@ -159,3 +169,55 @@ def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, nam
         assert "\N{HORIZONTAL ELLIPSIS}" not in screen.getvalue()
         assert all(cell_len(line) <= columns for line in lines)
         assert ("\N{BOX DRAWINGS HEAVY HORIZONTAL}" in lines[0]) == (columns >= 60)
+
+
+def test_without_a_terminal_long_work_prints_plain_lines_that_are_flushed(monkeypatch):
+    class Stream(io.StringIO):
+        lines = flushed = 0
+
+        def flush(self):
+            Stream.flushed, Stream.lines = Stream.flushed + 1, self.getvalue().count("\n")
+
+    size = partial(DownloadColumn, binary_units=True)
+    cases = {
+        "quantize: 1.0/3.0 GiB": ([size, TimeRemainingColumn], {"total": 3 * 2**30}, {"advance": 2**30}),
+        "llama: 2/9 steps 0.3 tokens/s": (
+            [MofNCompleteColumn, "steps {task.fields[figures]}"],
+            {"figures": ""},
+            {"completed": 2, "total": 9, "figures": "0.3 tokens/s"},
+        ),
+        "[bold]: 0:00 so far": ([], {}, {}),
+    }
+    monkeypatch.setattr(output, "SECONDS_APART", 0.01)
+    for expected, (figures, fields, update) in cases.items():
+        screen = Stream()
+        monkeypatch.setattr("sys.stderr", screen)
+        with progress(expected.partition(":")[0], *figures, **fields) as change:
+            change(**update)
+            written = screen.getvalue().count("\n")
+            for _ in range(6000):  # until two lines are flushed, of which the second has what was changed
+                if Stream.lines >= written + 2:
+                    break
+                time.sleep(0.01)
+        assert expected in screen.getvalue().splitlines()[-1]
+        assert screen.getvalue().endswith(" so far\n")
+        lines = screen.getvalue()
+        time.sleep(0.05)
+        assert screen.getvalue() == lines  # none after the block
+        Stream.lines = 0
+
+
+def test_on_a_terminal_no_plain_lines_are_printed(monkeypatch):
+    screen = io.StringIO()
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(output.Terminal, "is_terminal", True)
+    monkeypatch.setattr(output, "SECONDS_APART", 0.01)
+    with progress("quantize", total=3):
+        time.sleep(0.1)
+    assert "so far" not in screen.getvalue()
+
+
+def test_a_rate_below_ten_has_two_digits():
+    assert [rate(value) for value in (0.0, 0.0312, 0.3, 2.67, 9.94, 9.96, 47.4, 1150.2)] == [
+        *("0", "0.031", "0.3", "2.7", "9.9", "10", "47", "1150")
+    ]

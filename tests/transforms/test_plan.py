@@ -435,3 +435,9 @@ def test_selections_patterns_and_loftq_are_planned_as_they_are_converted():
         plan(make, FourBit(), LoRA(2, ranks={"7": 3}), batch=x)
     with pytest.raises(ValueError, match="loftq"):
         plan(make, LoRA(2, init="loftq"), batch=x)
+
+
+def test_a_table_is_in_mib_however_large_its_model():
+    made = plan(lambda: nn.Linear(2**15, 2**14, bias=False), batch=torch.ones(1, 2**15), training=None)
+    assert made.columns == ["Memory", "MiB"]
+    assert made.cells[0] == ["dense model", "2048.00"]
