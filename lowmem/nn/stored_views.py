@@ -300,9 +300,17 @@ def _export(weight: StoredTensor, *_: Any, **__: Any) -> Any:
 @implements(Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
 def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
     if requires_grad:
+        peft = ""
+        if weight.swapped != weight.form.transposed:
+            peft = (
+                "; PEFT's DoRA (use_dora=True) of embeddings and Conv1D, and PiSSA of Conv1D, take it transposed as a"
+            )
+            peft += " parameter: choose neither, or leave the layer dense by skip="
+        elif weight.dim() == 1:
+            peft = "; PEFT's bias='lora_only' trains biases: choose bias='none', or store in 8 or 4 bits"
         raise RuntimeError(
             f"a weight that is stored in {weight.form} is frozen: train an adapter (lowmem.LoRA), or make the layer "
-            "dense again first: lowmem.restore(model)"
+            f"dense again first: lowmem.restore(model){peft}"
         )
     return weight
 

@@ -7,6 +7,7 @@ pytest.importorskip("peft", reason="peft is not installed: tox -e transformers")
 
 import peft
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertModel
+from transformers.pytorch_utils import Conv1D
 
 import lowmem
 from lowmem import FourBit, Half, LoRA
@@ -176,3 +177,25 @@ def test_transposed_convolutions_are_as_unknown_to_peft_as_dense_ones():
     for one in (lowmem.convert(model, FourBit()), lowmem.restore(model)):
         with pytest.raises(ValueError, match="Target module ConvTranspose1d.* is not supported"):
             peft.get_peft_model(one, config)
+
+
+@pytest.mark.parametrize("technique", [Half(), lowmem.EightBit(), FourBit()], ids=str)
+@pytest.mark.parametrize(
+    ("target", "options", "named"),
+    [
+        ("embed", {"use_dora": True}, r"DoRA \(use_dora=True\) of embeddings and Conv1D.*skip="),
+        ("linear", {"use_dora": True}, r"DoRA \(use_dora=True\) of embeddings and Conv1D.*skip="),
+        ("linear", {"init_lora_weights": "pissa"}, r"PiSSA of Conv1D.*skip="),
+    ],
+)
+def test_options_of_peft_that_take_a_transposed_weight_are_named(technique, target, options, named):
+    model = torch.nn.ModuleDict({"embed": torch.nn.Embedding(10, 16), "linear": Conv1D(16, 16)})
+    lowmem.convert(model, technique, where=lambda path, module: True)
+    with pytest.raises(RuntimeError, match=named):
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=[target], **options))
+
+
+def test_stored_biases_are_named():
+    model = lowmem.convert(torch.nn.ModuleDict({"fc": torch.nn.Linear(16, 16)}), Half())
+    with pytest.raises(RuntimeError, match="PEFT's bias='lora_only' trains biases: choose bias='none'"):
+        peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["fc"], bias="lora_only"))
