@@ -9,6 +9,7 @@ import re
 import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -98,13 +99,32 @@ def quoted(path: str | os.PathLike[str]) -> str:
     return printable(repr(os.fspath(path)), 400)
 
 
-_REPR = reprlib.Repr()
+class _Repr(reprlib.Repr):
+    """Shows tensors and arrays by type, shape and dtype, and modules and what holds tensors by their type."""
+
+    def repr_instance(self, x: Any, level: int) -> str:
+        """Return the text of a value that is no builtin container, string or number."""
+        kind = type(x).__name__
+        if isinstance(x, type):
+            return super().repr_instance(x, level)
+        if isinstance(shape := getattr(x, "shape", None), tuple):
+            dtype = getattr(x, "dtype", None)
+            return f"{kind} of shape {tuple(shape)}" + ("" if dtype is None else f", {dtype}")
+        if callable(getattr(x, "named_modules", None)):
+            return kind
+        if is_dataclass(x):
+            own = ((one.name, getattr(x, one.name)) for one in fields(x) if one.repr)
+            return f"{kind}({', '.join(f'{name}={self.repr1(value, level - 1)}' for name, value in own)})"
+        return super().repr_instance(x, level)
+
+
+_REPR = _Repr()
 _REPR.maxstring = _REPR.maxother = 80
 _REPR.maxtuple = _REPR.maxlist = 8
 
 
 def show(value: object) -> str:
-    """Return a short repr of any value, for errors."""
+    """Return a short repr of any value, for errors; of tensors their shapes and dtypes, never their values."""
     return printable(_REPR.repr(value))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lowmem.bignet import BigNet
+from lowmem.errors import show
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.quant.formats import get_format
 from lowmem.transforms.convert import convert
@@ -55,7 +56,7 @@ def techniques_of(name: str, rank: int | None = None) -> tuple[Technique, ...]:
         ValueError: an unknown variant (the choices are listed), a bad rank, or a rank for a variant without LoRA.
     """
     if name not in VARIANTS:
-        raise ValueError(f"variant={name!r} is unknown: choose from {', '.join(VARIANTS)}")
+        raise ValueError(f"variant={show(name)} is unknown: choose from {', '.join(VARIANTS)}")
     techniques = VARIANTS[name]
     if rank is None:
         return techniques

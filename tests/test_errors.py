@@ -3,11 +3,14 @@
 import errno
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from torch import nn
 
+import lowmem
 from lowmem.errors import (
     LIMIT,
     FileError,
@@ -168,3 +171,115 @@ def test_a_value_error_of_a_block_names_the_file_and_other_errors_are_left():
         with pytest.raises(type(error)) as caught, refusing("a"):
             raise error
         assert caught.value is error
+
+
+VALUE = 0.123456789
+HOSTILE = {
+    "tensor": torch.full((5000,), VALUE),
+    "tensors": [torch.full((2, 3), VALUE)] * 20,
+    "mapping": {"input": torch.full((2, 3), VALUE)},
+    "parameter": nn.Parameter(torch.full((2, 3), VALUE)),
+    "array": np.full(5000, VALUE),
+    "module": nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)),
+    "stored": lowmem.quantize(torch.full((2, 64), VALUE)),
+    "example": lowmem.Example(torch.full((3,), 123456789), torch.full((3,), 123456789)),
+    "text": "q" * 5000,
+}
+
+
+def test_a_value_is_shown_short_and_tensors_by_their_shape():
+    assert show(HOSTILE["tensor"]) == "Tensor of shape (5000,), torch.float32"
+    assert (
+        show(HOSTILE["tensors"][:2])
+        == "[Tensor of shape (2, 3), torch.float32, Tensor of shape (2, 3), torch.float32]"
+    )
+    assert show(HOSTILE["parameter"]) == "Parameter of shape (2, 3), torch.float32"
+    assert show(HOSTILE["array"]) == "ndarray of shape (5000,), float64"
+    assert show(HOSTILE["module"]) == "Sequential"
+    assert show(HOSTILE["stored"]) == "QuantizedTensor of shape (2, 64)"
+    assert show(HOSTILE["example"]).startswith("Example(ids=Tensor of shape (3,), torch.int64, targets=Tensor of")
+    assert show(lowmem.FourBit("nf4", 32)).startswith("FourBit(format='nf4', block_size=32, scales=None")
+    assert show(lowmem.Budget(4.5, inputs=[torch.zeros(2)])).startswith("Budget(bits=4.5")
+    assert show(torch.float16) == "torch.float16"
+    assert show(torch.nn.Linear) == "<class 'torch.nn.modules.linear.Linear'>"
+    assert show((1, None, "a")) == "(1, None, 'a')"
+
+
+def dense():
+    return nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
+
+
+def adapted():
+    return lowmem.add_adapter(dense(), "first", lowmem.LoRA(2))
+
+
+CALLS = {  # argument that gets the value -> the call
+    "technique": [
+        lambda value: lowmem.convert(dense(), value),
+        lambda value: lowmem.convert(dense(), lowmem.FourBit(), value),
+        lambda value: lowmem.calibrate(dense(), value, [torch.randn(4, 64)]),  # in the order of convert
+        lambda value: lowmem.calibrate(dense(), [torch.randn(4, 64)], value),
+        lambda value: lowmem.add_adapter(dense(), "first", value),
+        lambda value: lowmem.plan(dense, value, batch=torch.randn(4, 64)),
+    ],
+    "where": [
+        lambda value: lowmem.convert(dense(), lowmem.FourBit(), where=value),
+        lambda value: lowmem.calibrate(dense(), [torch.randn(4, 64)], where=value),
+        lambda value: lowmem.add_adapter(dense(), "first", lowmem.LoRA(2), where=value),
+        lambda value: lowmem.plan(dense, lowmem.FourBit(), batch=torch.randn(4, 64), where=value),
+    ],
+    "skip": [
+        lambda value: lowmem.convert(dense(), lowmem.FourBit(), skip=value),
+        lambda value: lowmem.calibrate(dense(), [torch.randn(4, 64)], skip=value),
+        lambda value: lowmem.add_adapter(dense(), "first", lowmem.LoRA(2), skip=value),
+        lambda value: lowmem.plan(dense, lowmem.FourBit(), batch=torch.randn(4, 64), skip=value),
+    ],
+    "parameters": [lambda value: lowmem.convert(dense(), lowmem.FourBit(), parameters=value)],
+    "blocks": [lambda value: lowmem.calibrate(dense(), [torch.randn(4, 64)], blocks=value)],
+    "damping": [lambda value: lowmem.calibrate(dense(), [torch.randn(4, 64)], damping=value)],
+    "at_most": [
+        lambda value: lowmem.convert(dense(), lowmem.FourBit(), at_most=value),
+        lambda value: lowmem.merge(adapted(), at_most=value),
+    ],
+    "name": [lambda value: lowmem.add_adapter(dense(), value, lowmem.LoRA(2))],
+    "adapter": [
+        lambda value: lowmem.activate(adapted(), value),
+        lambda value: lowmem.delete_adapter(adapted(), value),
+    ],
+    "to": [lambda value: lowmem.merge(adapted(), value)],
+    "dtype": [lambda value: lowmem.Half(value), lambda value: lowmem.restore(adapted(), dtype=value)],
+    "format": [lambda value: lowmem.EightBit(format=value), lambda value: lowmem.quantize(torch.ones(2, 64), value)],
+    "block_size": [lambda value: lowmem.FourBit(block_size=value)],
+    "scales": [lambda value: lowmem.FourBit(scales=value), lambda value: lowmem.EightBit(scales=value)],
+    "search": [lambda value: lowmem.FourBit(search=value)],
+    "offsets": [lambda value: lowmem.FourBit(offsets=value)],
+    "embeddings": [lambda value: lowmem.FourBit(embeddings=value)],
+    "compute_dtype": [lambda value: lowmem.FourBit(compute_dtype=value)],
+    "rank": [lambda value: lowmem.LoRA(value)],
+    "alpha": [lambda value: lowmem.LoRA(alpha=value)],
+    "init": [lambda value: lowmem.LoRA(init=value)],
+    "ranks": [lambda value: lowmem.LoRA(ranks=value)],
+    "bits": [lambda value: lowmem.Budget(value)],
+    "memory": [lambda value: lowmem.prepare_training(dense(), value)],
+    "chunk": [lambda value: lowmem.prepare_training(dense(), chunk=value)],
+    "variant": [lambda value: lowmem.build(value)],
+}
+
+
+def test_batches_and_technique_in_the_other_order_are_told():
+    order = r"^batches=FourBit\(.*\) is a technique: the order is calibrate\(model, batches, technique\)$"
+    with pytest.raises(TypeError, match=order):
+        lowmem.calibrate(dense(), lowmem.FourBit(), [torch.randn(4, 64)])
+
+
+@pytest.mark.parametrize("argument", CALLS)
+def test_an_error_about_an_argument_never_prints_a_tensor(argument):
+    for call in CALLS[argument]:
+        for kind, value in HOSTILE.items():
+            if (argument, kind) in (("parameters", "module"), ("name", "text")):
+                continue  # which are valid
+            with pytest.raises((TypeError, ValueError)) as raised:
+                call(value)
+            told = str(raised.value)
+            assert not any(part in told for part in ("0.123", "123456789", "tensor(", "array(", "(0): Linear")), told
+            assert len(told) < 600, told

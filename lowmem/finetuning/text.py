@@ -144,7 +144,7 @@ def read_examples(path: str | os.PathLike[str], tokenizer: Tokenizer, length: in
         OSError: the file cannot be read.
     """
     if isinstance(length, bool) or not isinstance(length, int) or length < 2:
-        raise ValueError(f"length={length!r} must be a number of tokens, at least 2")
+        raise ValueError(f"length={show(length)} must be a number of tokens, at least 2")
     path = Path(path)
     if path.suffix not in KINDS:
         raise refusal(path, f"its name must end in {' or '.join(KINDS)}")

@@ -90,9 +90,11 @@ def save_adapter(
         UserWarning: ``format="peft"`` has no form of the dropouts.
     """
     if format not in FORMATS:
-        raise ValueError(f"format={format!r} is none of {', '.join(FORMATS)}")
+        raise ValueError(f"format={show(format)} is none of {', '.join(FORMATS)}")
     if base_name is not None and format != "peft":
-        raise ValueError(f"base_name={base_name!r} is for format='peft': files of format={format!r} name no base")
+        raise ValueError(
+            f"base_name={show(base_name)} is for format='peft': files of format={show(format)} name no base"
+        )
     model = unwrap(model)
     refuse_sharded("save_adapter", model)
     if name is None:

@@ -31,7 +31,8 @@ def check_compute_dtype(dtype: torch.dtype | None) -> None:
     """
     if dtype not in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise ValueError(
-            f"compute_dtype={dtype!r} must be a floating-point torch.dtype of 16 bits or more, or torch.int8, or None"
+            f"compute_dtype={show(dtype)} must be a floating-point torch.dtype of 16 bits or more, or torch.int8, "
+            "or None"
         )
 
 
@@ -61,7 +62,7 @@ class Half:
 
     def __post_init__(self) -> None:
         if self.dtype not in (torch.float16, torch.bfloat16):
-            raise ValueError(f"dtype={self.dtype} must be torch.float16 or torch.bfloat16")
+            raise ValueError(f"dtype={show(self.dtype)} must be torch.float16 or torch.bfloat16")
 
     def store(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
         """Round a tensor to ``dtype``, as a frozen parameter.
@@ -177,7 +178,7 @@ class FourBit(Blockwise):
         if not isinstance(self.format, str):
             if not isinstance(self.format, Iterable):
                 raise ValueError(
-                    f"format={self.format!r} must be the name of a format, as 'nf4', or several names; dtypes of "
+                    f"format={show(self.format)} must be the name of a format, as 'nf4', or several names; dtypes of "
                     "products are compute_dtype=, and EightBit() stores 8 bits"
                 )
             object.__setattr__(self, "format", tuple(self.format))  # a list would not be hashable
@@ -190,7 +191,7 @@ class FourBit(Blockwise):
             check_block_size(self.block_size)
         if not isinstance(self.offsets, bool) or not isinstance(self.search, bool | None):
             name = "search" if isinstance(self.offsets, bool) else "offsets"
-            raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+            raise ValueError(f"{name}={show(getattr(self, name))} must be True or False")
         if self.offsets and self.scales not in tuple(OFFSETS):
             if self.scales not in (None, "float16", "float32"):
                 raise ValueError(f"scales={self.scales!r} has no offsets: choose from {', '.join(OFFSETS)}")
@@ -198,7 +199,7 @@ class FourBit(Blockwise):
         if self.scales is not None:
             object.__setattr__(self, "offsets", get_encoding(self.scales).offsets)
         if self.embeddings not in ("8bit", "4bit"):
-            raise ValueError(f"embeddings={self.embeddings!r} must be '8bit' or '4bit'")
+            raise ValueError(f"embeddings={show(self.embeddings)} must be '8bit' or '4bit'")
         check_compute_dtype(self.compute_dtype)
 
 
@@ -235,7 +236,7 @@ class EightBit(Blockwise):
             check_block_size(self.block_size)
         if self.scales is not None and self.scales not in tuple(ENCODINGS):
             why = "has offsets" if self.scales in tuple(OFFSETS) else "is unknown"
-            raise ValueError(f"scales={self.scales!r} {why}: choose from {', '.join(ENCODINGS)}")
+            raise ValueError(f"scales={show(self.scales)} {why}: choose from {', '.join(ENCODINGS)}")
         check_compute_dtype(self.compute_dtype)
 
 
@@ -384,21 +385,21 @@ class LoRA:
             object.__setattr__(self, name, _pairs(name, getattr(self, name)))
         for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"rank={rank!r} must be a positive integer")
+                raise ValueError(f"rank={show(rank)} must be a positive integer")
         for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
             if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
                 raise ValueError(
-                    f"alpha={alpha!r} must be a positive number, at most float32's largest ({_LARGEST_ALPHA:.6g}), "
-                    "or None for the rank"
+                    f"alpha={show(alpha)} must be a positive number, at most float32's largest "
+                    f"({_LARGEST_ALPHA:.6g}), or None for the rank"
                 )
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={self.dropout!r} must be at least 0 and below 1")
+            raise ValueError(f"dropout={show(self.dropout)} must be at least 0 and below 1")
         if not isinstance(self.rank_stabilized, bool):
-            raise ValueError(f"rank_stabilized={self.rank_stabilized!r} must be True or False")
+            raise ValueError(f"rank_stabilized={show(self.rank_stabilized)} must be True or False")
         if self.init not in ("zero", "loftq"):
-            raise ValueError(f"init={self.init!r} must be 'zero' or 'loftq'")
+            raise ValueError(f"init={show(self.init)} must be 'zero' or 'loftq'")
         if self.dtype not in (None, torch.bfloat16):
-            raise ValueError(f"dtype={self.dtype!r} must be torch.bfloat16, or None for float32")
+            raise ValueError(f"dtype={show(self.dtype)} must be torch.bfloat16, or None for float32")
 
     @property
     def scaling(self) -> float:
@@ -423,5 +424,5 @@ def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
     except (TypeError, ValueError):
         pairs = ((None, None),)
     if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
-        raise ValueError(f"{name}={given!r} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
+        raise ValueError(f"{name}={show(given)} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
     return pairs

@@ -14,6 +14,8 @@ from itertools import pairwise
 from math import inf
 from types import MappingProxyType
 
+from lowmem.errors import show
+
 
 @dataclass(frozen=True)
 class Format:
@@ -41,7 +43,9 @@ class Format:
 
     def __post_init__(self) -> None:
         if len(self.levels) not in (16, 256) or list(self.levels) != sorted(self.levels):
-            raise ValueError(f"format {self.name!r}: levels={self.levels} must be 16 or 256 ascending numbers")
+            raise ValueError(
+                f"format {show(self.name)}: levels={show(self.levels)} must be 16 or 256 ascending numbers"
+            )
         if self.bits == 4 and (self.levels[0] < -1 or self.levels[-1] > 1):
             raise ValueError(f"format {self.name!r}: levels={self.levels} must lie in [-1, 1]")
 
@@ -246,4 +250,4 @@ def get_format(name: str) -> Format:
         return next(formats[name] for formats in known if name in formats)
     except (StopIteration, TypeError):
         names = [one for formats in known for one in formats]
-        raise ValueError(f"format={name!r} is unknown: choose from {', '.join(names)}") from None
+        raise ValueError(f"format={show(name)} is unknown: choose from {', '.join(names)}") from None

@@ -16,13 +16,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lowmem.errors import show
+
 MAX_BLOCK_SIZE = 4096  # weights
 
 
 def check_block_size(block_size: int) -> None:
     """Raise a ValueError unless ``block_size`` is an even integer from 8 to 4096."""
     if not isinstance(block_size, int) or isinstance(block_size, bool):
-        raise ValueError(f"block_size={block_size!r} must be an integer")
+        raise ValueError(f"block_size={show(block_size)} must be an integer")
     if block_size % 2 or not 8 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"block_size={block_size} must be an even number from 8 to {MAX_BLOCK_SIZE}")
 

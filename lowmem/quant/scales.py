@@ -16,6 +16,8 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from lowmem.errors import show
+
 
 @dataclass(frozen=True)
 class ScaleEncoding:
@@ -192,5 +194,5 @@ def get_encoding(name: str, signed: bool = False) -> ScaleEncoding:
     try:
         found = ENCODINGS[name] if name in ENCODINGS else OFFSETS[name]
     except (KeyError, TypeError):
-        raise ValueError(f"scales={name!r} is unknown: choose from {', '.join([*ENCODINGS, *OFFSETS])}") from None
+        raise ValueError(f"scales={show(name)} is unknown: choose from {', '.join([*ENCODINGS, *OFFSETS])}") from None
     return found if found.signed or not signed else _SIGNED_DOUBLE

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem import kernels
+from lowmem.errors import show
 from lowmem.nn.calls import is_cast
 from lowmem.nn.recomputed import saves_in_any_dtype
 from lowmem.nn.stored_tensor import StoredTensor
@@ -195,12 +196,12 @@ def loss_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:
 
 def _check_options(chunk: int, smoothing: float, reduction: str, dtype: torch.dtype | None) -> None:
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be a number of rows, at least 1")
+        raise ValueError(f"chunk={show(chunk)} must be a number of rows, at least 1")
     if not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing={smoothing!r} must lie in [0, 1]")
     if reduction not in ("mean", "sum"):
         raise ValueError(
-            f'reduction={reduction!r} must be "mean" or "sum"; for a loss of each row use '
+            f'reduction={show(reduction)} must be "mean" or "sum"; for a loss of each row use '
             "torch.nn.functional.cross_entropy on the logits"
         )
     if dtype is not None and not dtype.is_floating_point:

@@ -121,7 +121,9 @@ def training_memory(
     """
     check_module(model)
     if isinstance(optimizer, str) and optimizer not in TRAINERS:
-        raise ValueError(f"optimizer={optimizer!r} is unknown: choose from {', '.join(TRAINERS)}, or give a callable")
+        raise ValueError(
+            f"optimizer={show(optimizer)} is unknown: choose from {', '.join(TRAINERS)}, or give a callable"
+        )
     if not isinstance(optimizer, str) and not callable(optimizer):
         raise TypeError(f"optimizer={show(optimizer)} must be a name, or a callable that makes an optimizer")
     trained: list[Tensor] = [*trained_parameters(model)]

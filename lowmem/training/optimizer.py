@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from lowmem.errors import show
 from lowmem.nn.sharded import sharded_types
 from lowmem.training.master_weights import REST, keep_dtypes, loaded_states
 
@@ -69,7 +70,7 @@ class AdamW8bit(torch.optim.Optimizer):
             if not value >= 0:
                 raise ValueError(f"{name}={value!r} must be at least 0")
         if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"betas={betas!r} must lie in [0, 1)")
+            raise ValueError(f"betas={show(betas)} must lie in [0, 1)")
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
     @torch.no_grad()

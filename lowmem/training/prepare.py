@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import kernels
+from lowmem.errors import show
 from lowmem.nn.adapted_forward import LINEAR
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.calls import is_plain_call
@@ -78,12 +79,12 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
     """
     check_module(model)
     if memory not in _MODES:
-        raise ValueError(f'memory={memory!r} must be "fast" or "lean"')
+        raise ValueError(f'memory={show(memory)} must be "fast" or "lean"')
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
-        raise ValueError(f"chunk={chunk!r} must be a number of rows, at least 1")
+        raise ValueError(f"chunk={show(chunk)} must be a number of rows, at least 1")
     patterns = list(output) if isinstance(output, Iterable) and not isinstance(output, str) else [output]
     if not all(isinstance(one, str) for one in patterns):
-        raise TypeError(f"output={output!r} must be glob patterns of paths, such as output='head'")
+        raise TypeError(f"output={show(output)} must be glob patterns of paths, such as output='head'")
     _check(model)
     paths = module_paths(model).items()
     refuse_prepared("prepare_training", {one: found[0] for one, found in paths if not is_prepared(one, _RELEASE)})
@@ -244,7 +245,7 @@ def _named_layers(model: nn.Module, patterns: Iterable[str]) -> list[nn.Module]:
         if not layers:
             why = f"; {layer_name(paths[named[0]][0])}: {_reason(named[0])}" if named else ""
             raise ValueError(
-                f"output: pattern {pattern!r} matches no linear layer of {type(model).__name__}{why}; check the "
+                f"output: pattern {show(pattern)} matches no linear layer of {type(model).__name__}{why}; check the "
                 "pattern"
             )
         found += layers

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank
@@ -67,7 +68,7 @@ def add_adapter(
     """
     check_name(name)
     if not isinstance(technique, LoRA):
-        raise TypeError(f"technique={technique!r} must be an instance of LoRA")
+        raise TypeError(f"technique={show(technique)} must be an instance of LoRA")
     refuse_model("add_adapter", model)
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
     selected = select_modules(model, where, skip)
@@ -170,7 +171,7 @@ def adapter_parameter_groups(model: nn.Module, ratio: float = 16.0, *, lr: float
     """
     for name, value in (("ratio", ratio), ("lr", lr)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{name}={value!r} must be a positive number")
+            raise ValueError(f"{name}={show(value)} must be a positive number")
     banks = [layer.adapters for layer in adapted_layers(model)]
     adapters: list[Adapter] = [part for bank in banks for name in bank.names for part in bank.parts(name).values()]
     fast = [adapter.starts_at_zero for adapter in adapters if adapter.starts_at_zero.requires_grad]
@@ -290,7 +291,7 @@ def unmerge_adapter(model: nn.Module) -> None:
 def check_name(name: str) -> None:
     """Raise a TypeError or ValueError unless ``name`` is a valid name of an adapter."""
     if not isinstance(name, str):
-        raise TypeError(f"name={name!r} must be a string")
+        raise TypeError(f"name={show(name)} must be a string")
     if not name or "." in name or hasattr(AdapterBank(), name):
         raise ValueError(
             f"name={name!r} must not be empty, hold a dot, or be an attribute of AdapterBank, which holds adapters; "
@@ -308,7 +309,7 @@ def _layers_with(
     known = adapter_names(model)
     for name in names:
         if name not in known:
-            raise ValueError(f"adapter={name!r} is unknown: {type(model).__name__} has {', '.join(known)}")
+            raise ValueError(f"adapter={show(name)} is unknown: {type(model).__name__} has {', '.join(known)}")
     if (merged := _merged(layers)) in not_merged:
         raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")
     return layers

@@ -10,6 +10,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
+from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
@@ -156,7 +157,9 @@ def _check_arguments(techniques: tuple[Technique, ...]) -> None:
         raise ValueError("no technique was given: pass Half(), EightBit(), FourBit(), Budget() or LoRA()")
     for technique in techniques:
         if type(technique) not in (Half, EightBit, FourBit, Budget, LoRA):
-            raise TypeError(f"technique={technique!r} must be an instance of Half, EightBit, FourBit, Budget or LoRA")
+            raise TypeError(
+                f"technique={show(technique)} must be an instance of Half, EightBit, FourBit, Budget or LoRA"
+            )
     for kind, count in Counter(type(t) for t in techniques).items():
         if count > 1:
             raise ValueError(f"{kind.__name__} was given {count} times: a layer takes a technique once")

@@ -203,11 +203,13 @@ def plan(
             is named.
     """
     if training is not None and training not in OPTIMIZERS:
-        raise ValueError(f"training={training!r} is unknown: choose from None, {', '.join(OPTIMIZERS)}")
+        raise ValueError(f"training={show(training)} is unknown: choose from None, {', '.join(OPTIMIZERS)}")
     if loss is not None:
         check_function("loss", loss, "a function of the model's output, or None", None)
     if tokens is None and (sequences != 1 or cache_bits is not None):
-        raise ValueError(f"sequences={sequences!r}, cache_bits={cache_bits!r}: plan a cache, and give its tokens")
+        raise ValueError(
+            f"sequences={show(sequences)}, cache_bits={show(cache_bits)}: plan a cache, and give its tokens"
+        )
     if min(1 if tokens is None else tokens, sequences) < 1:
         raise ValueError(f"tokens={tokens!r} and sequences={sequences!r} must be at least 1")
     cached = None if tokens is None else (sequences, tokens, cache_bits)
@@ -215,7 +217,7 @@ def plan(
         given = skeleton_of(make, techniques, where, skip)
         return plan_of(given, training, run_figures(given.model, batch, training, loss, cached))
     if techniques:
-        raise ValueError(f"at_most={at_most!r} proposes techniques: leave out {text_of(techniques)}")
+        raise ValueError(f"at_most={show(at_most)} proposes techniques: leave out {text_of(techniques)}")
     limit = bytes_of(at_most)
     runs: dict[tuple[type, ...], dict[str, int]] = {}  # block size and scales have no influence on them
     plans: list[Plan] = []

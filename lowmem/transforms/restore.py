@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from lowmem.errors import show
 from lowmem.nn.forms import freeze
 from lowmem.nn.module_copy import become, restored_copy
 from lowmem.nn.stored_module import StoredModule
@@ -91,7 +92,7 @@ def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """Return a floating-point dtype that is given as itself or by its name; anything else is a TypeError."""
     named = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not (isinstance(named, torch.dtype) and named.is_floating_point):
-        raise TypeError(f"dtype={dtype!r} must be a floating-point dtype of torch or its name, as 'bfloat16' is")
+        raise TypeError(f"dtype={show(dtype)} must be a floating-point dtype of torch or its name, as 'bfloat16' is")
     return named
 
 

@@ -54,7 +54,7 @@ def _left_by(model: nn.Module, where: Where, skip: str | Iterable[str]) -> dict[
         raise TypeError(f"skip={show(skip)} must be glob patterns of paths")
     for pattern in skip:
         if not any(fnmatchcase(path, pattern) for paths in found.values() for path in paths):
-            raise ValueError(f"skip={pattern!r} matches no module of {type(model).__name__}; check the pattern")
+            raise ValueError(f"skip={show(pattern)} matches no module of {type(model).__name__}; check the pattern")
     left: dict[nn.Module, str | None] = {}
     for module, paths in found.items():
         matched = next((one for one in skip if any(fnmatchcase(path, one) for path in paths)), None)

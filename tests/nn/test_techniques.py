@@ -21,6 +21,7 @@ from lowmem import (
     convert,
     quantize,
 )
+from lowmem.errors import show
 from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, blockwise
 from lowmem.quant.quantize import relative_error
 from tests import strategies
@@ -154,7 +155,7 @@ def test_patterns_are_hashable_and_json_holds_them():
         *(
             (
                 {"alpha": alpha},
-                re.escape(f"alpha={alpha!r} must be a positive number, at most float32's largest (3.4"),
+                re.escape(f"alpha={show(alpha)} must be a positive number, at most float32's largest (3.4"),
             )
             for alpha in (0, -1, float("inf"), float("nan"), "1", True, 1j, [1], 3.5e38, 1e39, 10**400)
         ),

@@ -48,7 +48,7 @@ def find_blocks(
     for pattern in patterns:
         if not any(module in holds and fnmatchcase(path, pattern) for path, module in model.named_modules()):
             raise ValueError(
-                f"blocks={pattern!r} matches no module of {type(model).__name__} that holds layers to calibrate; "
+                f"blocks={show(pattern)} matches no module of {type(model).__name__} that holds layers to calibrate; "
                 "check the pattern"
             )
     for path, module in model.named_modules():

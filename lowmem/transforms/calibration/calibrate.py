@@ -164,10 +164,12 @@ def calibrate(
 
 
 def _check_arguments(batches: object, technique: object, damping: object, progress: object) -> None:
+    if isinstance(batches, FourBit | Budget):
+        raise TypeError(f"batches={show(batches)} is a technique: the order is calibrate(model, batches, technique)")
     if type(technique) not in (FourBit, Budget):
-        raise TypeError(f"technique={technique!r} must be a FourBit or a Budget; convert applies the others")
+        raise TypeError(f"technique={show(technique)} must be a FourBit or a Budget; convert applies the others")
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
-        raise ValueError(f"damping={damping!r} must be a number above 0; 0.01 suits most models")
+        raise ValueError(f"damping={show(damping)} must be a number above 0; 0.01 suits most models")
     if progress is not None:
         check_function("progress", progress, "callable with two counts and seconds, or None", 1, 1, 0.0)
     if not (isinstance(batches, str) and batches == "self"):

@@ -81,7 +81,7 @@ def write_gguf(
         UserWarning: the file has no tokenizer.
     """
     if dtype is not None and dtype not in DENSE:
-        raise ValueError(f"dtype={dtype} is none of {', '.join(map(str, DENSE))}")
+        raise ValueError(f"dtype={show(dtype)} is none of {', '.join(map(str, DENSE))}")
     check_writable(out)
     with ExitStack() as stack:
         model = stack.enter_context(open_stored(source))
