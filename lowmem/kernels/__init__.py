@@ -15,7 +15,7 @@ from lowmem.kernels import cpu, gpu, reference
 from lowmem.kernels.frozen_operator import serve
 from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.memory import TYPES
-from lowmem.quant.backend import ANY, Backend, LowRank, Weight, backend_for, backend_of, set_backend
+from lowmem.quant.backend import ANY, Backend, LowRank, Weight, backend_for, backend_of, set_backend, torch_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "linear",
     "recorded_dtype",
     "register",
+    "torch_dtype",
     "using",
 ]
 
@@ -170,6 +171,6 @@ def _select(name: str | None) -> tuple[Backend, str]:
     return selected, "; ".join([f"{how}, {because}", *missing])
 
 
-register(ANY, reference.backends()[0][0])
+register(ANY, cast(Backend, reference))
 register("cuda", cast(Backend, gpu.Gpu()))  # torch's name for AMD's GPUs, too
 _activate(*_select(os.environ.get(VARIABLE)))

@@ -20,7 +20,7 @@ from lowmem.kernels.cpu_rows import COMPARE, COMPARE_CALL, CpuRows
 from lowmem.kernels.kernel_choice import CpuPlan
 from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.native import load
-from lowmem.quant.backend import Backend, LowRank, Squares, Weight
+from lowmem.quant.backend import Backend, LowRank, Squares, Weight, torch_dtype
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
 from lowmem.quant.tensor import QuantizedTensor
@@ -50,6 +50,7 @@ _ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
 # Rows, or columns, of a weight that are dequantized at a time where torch multiplies: up to half more, so that the
 # chunks of one weight have about one size.
 _TORCH_CHUNK = 512
+_WIDENED_CHUNK = 2048  # numbers of a row of the input that are widened at a time where torch multiplies in float32
 
 _TILE = 32  # columns in bfloat16 of a tile of AMX
 
@@ -234,7 +235,7 @@ class Kernel(CpuRows, CpuPlan):
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; torch multiplies."""
-        if x.dtype in (torch.float32, torch.bfloat16) and is_real(x) and not is_traced():
+        if x.dtype in TYPES and is_real(x) and not is_traced():
             for given in self._handles(weight):
                 if given[0] is None and given[1].dtype is not x.dtype:
                     break
@@ -242,6 +243,42 @@ class Kernel(CpuRows, CpuPlan):
                     continue  # a stale handle
                 return self._by_torch(x, given, weight, transposed, onto=out)
         return reference.add_product(out, x, weight, transposed)
+
+    def _in_float32(
+        self,
+        x: Tensor,
+        given: Given,
+        weight: Weight,
+        transposed: bool,
+        bias: Tensor | None = None,
+        onto: Tensor | None = None,
+    ) -> Tensor:
+        """Multiply as ``_by_torch`` in float32, and round each sum once. Parts of the input and of the weight are
+        widened; a 4-bit weight is not rounded."""
+        rows, columns = weight.shape
+        size = weight.block_size if isinstance(weight, QuantizedTensor) else 1
+        outs, terms = (columns, rows) if transposed else (rows, columns)
+        out = x.new_empty(x.shape[0], outs) if onto is None else onto
+        chunks = _chunks(outs, size if transposed else 1)
+        parts = _chunks(terms, 1 if transposed else size, _WIDENED_CHUNK)
+        scratch = x.new_empty(chunks[0].stop * parts[0].stop, dtype=torch.float32)
+        for chunk in chunks:
+            if onto is not None:
+                sums = onto[:, chunk].float()
+            else:
+                sums = x.new_zeros(x.shape[0], chunk.stop - chunk.start, dtype=torch.float32)
+                sums = sums if bias is None else sums.add_(bias[chunk])
+            for part in parts:
+                of_rows, of_columns = (part, chunk) if transposed else (chunk, part)
+                shape = of_rows.stop - of_rows.start, of_columns.stop - of_columns.start
+                factor = scratch[: shape[0] * shape[1]].view(shape)
+                if isinstance(weight, QuantizedTensor):
+                    self._dequantize(given, of_rows.start, of_columns.start, factor)
+                else:
+                    factor.copy_(given[1][of_rows, of_columns])
+                sums.addmm_(x[:, part].float(), factor if transposed else factor.t())
+            out[:, chunk] = sums
+        return out
 
     @unseen
     def _by_torch(
@@ -255,8 +292,8 @@ class Kernel(CpuRows, CpuPlan):
     ) -> Tensor:
         """Dequantize a chunk of a weight at a time, and multiply it by torch; add the product to ``onto``, if given.
         Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
-        if x.dtype is torch.float16:  # the weight would be rounded to it
-            return self._by_torch(x.float(), given, weight, transposed, bias).to(x.dtype)
+        if torch_dtype(x.dtype, x) is not x.dtype:
+            return self._in_float32(x, given, weight, transposed, bias, onto)
         x = rows_apart(x)
         bias = bias if bias is None else bias.to(x.dtype)
         if not isinstance(weight, QuantizedTensor):
@@ -474,8 +511,8 @@ def _offsets_of(weight: QuantizedTensor) -> Iterator[tuple[slice, Tensor]]:
         yield chunk, weight.encoding.decode_offsets(weight.scales[chunk])
 
 
-def _chunks(count: int, step: int = 1) -> list[slice]:
-    """Return slices of ``count`` rows or columns: about ``_TORCH_CHUNK`` each, of about one size, in whole steps."""
-    size = -(-count // max(1, round(count / _TORCH_CHUNK)))
+def _chunks(count: int, step: int = 1, about: int = _TORCH_CHUNK) -> list[slice]:
+    """Return slices of ``count`` rows or columns: of one size or so, at most half more than ``about``, in steps."""
+    size = -(-count // max(1, round(count / about)))
     size = min(count, -(-size // step) * step)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stored
 from lowmem.kernels.ops import FIELDS
-from lowmem.quant.backend import Backend, Weight
+from lowmem.kernels.reference import multiply_into
+from lowmem.quant.backend import Backend, Weight, torch_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -168,13 +169,18 @@ def grouped_matmul(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     return out
 
 
+def _batched(a: Tensor, b: Tensor) -> Tensor:
+    wide = torch_dtype(a.dtype, a)
+    return (a.to(wide) @ b.to(wide)).to(a.dtype)
+
+
 def _matmul(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     if not _reads(offsets):
         blocks = Blocks.of(offsets, x.shape[0])
-        return blocks.scatter(blocks.gather(x) @ matrices[blocks.group], x.shape[0])
-    out = x.new_zeros(x.shape[0], matrices.shape[2])
+        return blocks.scatter(_batched(blocks.gather(x), matrices[blocks.group]), x.shape[0])
+    out, wide = x.new_zeros(x.shape[0], matrices.shape[2]), torch_dtype(x.dtype, x)
     for number, rows in _groups(offsets):
-        torch.mm(x[rows], matrices[number], out=out[rows])
+        multiply_into(out[rows], x[rows].to(wide), matrices[number].to(wide))
     return out
 
 
@@ -183,9 +189,10 @@ def _outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     out = x.new_zeros(offsets.shape[0], x.shape[1], grad.shape[1])
     if not _reads(offsets):
         blocks = Blocks.of(offsets, x.shape[0])
-        return out.index_add_(0, blocks.group, blocks.gather(x).mT @ blocks.gather(grad))
+        return out.index_add_(0, blocks.group, _batched(blocks.gather(x).mT, blocks.gather(grad)))
+    wide = torch_dtype(x.dtype, x)
     for number, rows in _groups(offsets):
-        torch.mm(x[rows].t(), grad[rows], out=out[number])
+        multiply_into(out[number], x[rows].t().to(wide), grad[rows].to(wide))
     return out
 
 

@@ -3,7 +3,6 @@ time, and reads no value of a tensor, so that it never waits for a device."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias, cast
 
@@ -16,7 +15,7 @@ from lowmem.kernels.codes import decode_8bit, encode_8bit
 from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
 from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
-from lowmem.quant.backend import Backend, LowRank, Squares, Weight
+from lowmem.quant.backend import Backend, LowRank, Squares, Weight, torch_dtype
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.packing import by_block, pack
 from lowmem.quant.scales import ScaleEncoding
@@ -64,9 +63,18 @@ Dequantizer: TypeAlias = Callable[[Weight, slice, torch.dtype, "tuple[float, ...
 """Returns rows of a weight in a dtype; numbers replace the levels of its format."""
 
 
+class _OnCpu:
+    """This module for CPUs, of which torch says whether it may use instructions for bfloat16."""
+
+    fast_bfloat16 = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT")
+
+    def __getattr__(self, name: str) -> Any:
+        return globals()[name]
+
+
 def backends() -> tuple[list[Backend], str]:
-    """Return this module, which runs on any device, and how it computes."""
-    return [cast(Backend, sys.modules[__name__])], "plain torch dequantizes rows in chunks"
+    """Return this module for CPUs, and how it computes."""
+    return [cast(Backend, _OnCpu())], "plain torch dequantizes rows in chunks"
 
 
 def dequantizer(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
@@ -99,7 +107,8 @@ def linear(
 ) -> Tensor:
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out), in ``dtype``.
 
-    With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
+    Where torch is slow at ``dtype`` (``torch_dtype``), the dequantized weight is not rounded to it, and products are
+    computed in float32. With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
     (``lowmem.kernels.int8``); products are summed in float32, and the result has the dtype of x. Offsets are
     multiplied with the sums of the input over blocks, of which neither is rounded.
 
@@ -129,16 +138,17 @@ def linear(
         factor = int8.round_inputs(x, weight.block_size)
     else:
         factor = x.to(dtype)
-    out = factor.new_empty(x.shape[0], out_features)
+    out, wide = factor.new_empty(x.shape[0], out_features), torch_dtype(dtype, x)
+    factor = factor.to(wide)
     for rows in row_chunks(out_features, in_features, device=x.device):
-        part = dequantized(weight, rows, dtype, levels)  # (rows, in)
+        part = dequantized(weight, rows, wide, levels)  # (rows, in)
         if levels is None or not isinstance(weight, QuantizedTensor) or not weight.has_offsets:
-            torch.mm(factor, part.t(), out=out[:, rows])  # (batch, rows)
+            multiply_into(out[:, rows], factor, part.t())
             continue
         offsets = weight.encoding.decode_offsets(weight.scales[rows])  # (rows, blocks)
         part = weight.without_offsets().restore(rows, levels)
         torch.mm(factor, part.t(), out=out[:, rows])
-        out[:, rows] += block_sums(x.float(), weight.block_size) @ offsets.t()
+        out[:, rows].addmm_(block_sums(x.float(), weight.block_size), offsets.t())
     if bias is not None:
         out.add_(bias)
     out = out if levels is None else out.to(x.dtype)
@@ -148,7 +158,8 @@ def linear(
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: Dequantizer = dequantizer) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point.
 
-    Sums over chunks of rows are kept in float32 at least, as those inside one half-precision product are.
+    Sums over chunks of rows are kept in float32 at least, as those inside one half-precision product are. Where torch
+    is slow at ``dtype``, products are as those of ``linear``.
     """
     out_features, in_features = weight.shape
     if grad.shape[1] != out_features:
@@ -157,10 +168,11 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: De
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
+    wide = torch_dtype(dtype, grad)
     for rows in row_chunks(out_features, in_features, device=grad.device):
-        part = dequantized(weight, rows, dtype, None)  # (rows, in)
-        if sums.dtype == dtype:
-            sums.addmm_(grad[:, rows], part)
+        part = dequantized(weight, rows, wide, None)  # (rows, in)
+        if sums.dtype == wide:
+            sums.addmm_(grad[:, rows].to(wide), part)
         else:
             sums += grad[:, rows] @ part
         del part  # before the next chunk is dequantized
@@ -172,6 +184,8 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
 
     A (rank, in) and B (out, rank) have the dtype of x.
     """
+    wide = torch_dtype(x.dtype, x)
+    x, a, b = x.to(wide), a.to(wide), b.to(wide)
     narrow = x @ a.t()  # (batch, rank)
     if base.dtype == b.dtype:
         return torch.addmm(base, narrow, b.t(), alpha=scaling)
@@ -185,15 +199,29 @@ def add_product(
 
     ``out`` and x are floating point, of one dtype.
     """
+    of_torch = torch_dtype(x.dtype, x)
     if transposed:
         wide = torch.promote_types(out.dtype, torch.float32)
         sums = out.to(wide)
         for rows in row_chunks(*weight.shape, device=x.device):
-            sums.addmm_(x[:, rows].to(wide), dequantized(weight, rows, x.dtype, None).to(wide))
+            sums.addmm_(x[:, rows].to(wide), dequantized(weight, rows, of_torch, None).to(wide))
         return out.copy_(sums)
+    x = x.to(of_torch)
     for rows in row_chunks(*weight.shape, device=x.device):
-        out[:, rows].addmm_(x, dequantized(weight, rows, x.dtype, None).t())  # (batch, rows)
+        part = dequantized(weight, rows, of_torch, None).t()  # (in, rows)
+        if of_torch is out.dtype:
+            out[:, rows].addmm_(x, part)
+        else:
+            out[:, rows] = out[:, rows].to(of_torch).addmm_(x, part)
     return out
+
+
+def multiply_into(out: Tensor, x: Tensor, factor: Tensor) -> None:
+    """Write ``x @ factor`` to ``out``, whose dtype may be another one; as autocast would not cast."""
+    same = x.dtype is out.dtype
+    product = torch.mm(x, factor, out=out if same else x.new_empty(out.shape))
+    if not same:
+        out.copy_(product)
 
 
 def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:

@@ -15,6 +15,7 @@ from torch.nn import functional
 from lowmem.kernels.grouped import grouped_matmul
 from lowmem.nn.adapter import add_low_rank
 from lowmem.nn.adapter_autograd import read_product
+from lowmem.nn.calls import no_slow_autocast
 from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, implements_adapted, is_adapted
 from lowmem.nn.stored_products import einsum
 
@@ -84,8 +85,9 @@ def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any, alpha: floa
     if not is_adapted(b):
         out = a.of_rows(b, lambda x, weight: function(weight, x))
         for one in a.updates:
-            narrow = torch.matmul(one.right, one.dropped(b)) * (one.scaling * alpha)
-            out = out + torch.matmul(one.left, narrow).to(out.dtype)
+            with no_slow_autocast(b):
+                narrow = torch.matmul(one.right, one.dropped(b)) * (one.scaling * alpha)
+                out = out + torch.matmul(one.left, narrow).to(out.dtype)
         return out
     if alpha == 1 and (function in _MATMULS or (function in _OF_MATRICES and len(a.shape) == 2)):
         fused = _fused(b, "transposed", a, None)
@@ -96,8 +98,9 @@ def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any, alpha: floa
         if len(b.base.shape) == 2:
             out = add_low_rank(out, one.dropped(a), one.left.mT, one.right.mT, one.scaling * alpha)
         else:
-            narrow = torch.matmul(one.dropped(a), one.left) * (one.scaling * alpha)
-            out = out + torch.matmul(narrow, one.right).to(out.dtype)
+            with no_slow_autocast(a):
+                narrow = torch.matmul(one.dropped(a), one.left) * (one.scaling * alpha)
+                out = out + torch.matmul(narrow, one.right).to(out.dtype)
     return out
 
 
@@ -158,7 +161,8 @@ def _einsum(equation: str, *operands: Any) -> Any:
     for one in weight.updates:
         matrices = [(left, one.left), (right, one.right)]
         (first, thin), (second, wide) = matrices if row in of_x else matrices[::-1]
-        change = torch.einsum(f"{of_x},{first},{second}->{out}", one.dropped(x) * one.scaling, thin, wide)
+        with no_slow_autocast(x):
+            change = torch.einsum(f"{of_x},{first},{second}->{out}", one.dropped(x) * one.scaling, thin, wide)
         result = result + change.to(result.dtype)
     return result
 
@@ -186,7 +190,8 @@ def _embedding(
     out = functional.embedding(input, weight.base, *rest, sparse)
     for one in weight.updates:
         narrow = functional.embedding(input, one.left, *rest) * one.scaling  # (..., rank)
-        out = out + (narrow @ one.right).to(out.dtype)
+        with no_slow_autocast(narrow):
+            out = out + (narrow @ one.right).to(out.dtype)
     return out
 
 
@@ -213,7 +218,8 @@ def _embedding_bag(
 
     out = bag(weight.base, sparse)
     for one in weight.updates:
-        out = out + ((bag(one.left.contiguous(), False) * one.scaling) @ one.right).to(out.dtype)
+        with no_slow_autocast(out):
+            out = out + ((bag(one.left.contiguous(), False) * one.scaling) @ one.right).to(out.dtype)
     return out
 
 
@@ -237,8 +243,9 @@ def _convolve(
             a = a if groups == 1 else a.repeat(groups, *ones, 1)
         else:
             a, b = one.right.view(-1, first, *kernel).movedim(0, 1), one.left.repeat(groups, 1)  # (in, rank, *kernel)
-        narrow = convolved(one.dropped(input), a) * one.scaling
-        out = out + expand(narrow, b.view(*b.shape, *ones), groups=groups).to(out.dtype)
+        with no_slow_autocast(input):
+            narrow = convolved(one.dropped(input), a) * one.scaling
+            out = out + expand(narrow, b.view(*b.shape, *ones), groups=groups).to(out.dtype)
     return out
 
 

@@ -13,7 +13,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowmem import kernels
 from lowmem.kernels import reference
-from lowmem.nn.calls import autocasts, is_plain_call, refuse_nested
+from lowmem.nn.calls import autocasts, is_plain_call, no_slow_autocast, refuse_nested
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
@@ -107,7 +107,8 @@ class Update(NamedTuple):
 
     def values(self) -> Tensor:
         """Return the change, dense and differentiable: (*stack, rows, columns)."""
-        return (self.left * self.scaling) @ self.right
+        with no_slow_autocast(self.left):
+            return (self.left * self.scaling) @ self.right
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return an input in the dtype of the matrices, after dropout."""
@@ -126,14 +127,21 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -
         refuse_nested(x)
     wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
     rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
-    # Under autocast the fused addition would cast its operands, ``out`` included, to 16 bits.
-    if autocasts(x):
-        narrow = nn.functional.linear(rows, a) * scaling  # (batch, rank)
-        wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
-    else:
-        add = kernels.add_low_rank if is_plain_call(x, out, a, b) else reference.add_low_rank
-        wide = add(wide, rows, a, b, scaling)
+    with no_slow_autocast(x):
+        # Under autocast the fused addition would cast its operands, ``out`` included, to 16 bits.
+        if autocasts(x):
+            narrow = nn.functional.linear(rows, a) * scaling  # (batch, rank)
+            wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
+        else:
+            add = kernels.add_low_rank if is_plain_call(x, out, a, b) else reference.add_low_rank
+            wide = add(wide, rows, a, b, scaling)
     return wide if out.dim() == 2 else wide.view(out.shape)
+
+
+def _factor(matrix: Tensor) -> Tensor:
+    """Return a matrix of an adapter in the dtype in which torch multiplies it."""
+    dtype = kernels.torch_dtype(matrix.dtype, matrix)
+    return matrix if matrix.dtype is dtype else matrix.to(dtype)
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,15 +247,17 @@ class Adapter(nn.Module):
         a, b = own.get("lora_a"), own.get("lora_b")
         if a is None or b is None:  # a parametrization has moved them out
             a, b = self.lora_a, self.lora_b
-        x = x if x.dtype is a.dtype else x.to(a.dtype)
+        right, left = _factor(a), _factor(b)
+        x = x if x.dtype is right.dtype else x.to(right.dtype)
         x = x if drops_nothing(dropout) else dropout(x)
-        return add_low_rank(out, x, a, b, self.scaling)
+        return add_low_rank(out, x, right, left, self.scaling)
 
     def update(self) -> Update:
         """Return the change in the parameter's orientation: of a "transposed" layout, ``A^T B^T``."""
+        a, b = _factor(self.lora_a), _factor(self.lora_b)
         if self.layout.kind == "transposed":
-            return Update(self.lora_a.mT, self.lora_b.mT, self.scaling, self.dropout, self)
-        return Update(self.lora_b, self.lora_a, self.scaling, self.dropout, self)
+            return Update(a.mT, b.mT, self.scaling, self.dropout, self)
+        return Update(b, a, self.scaling, self.dropout, self)
 
     def matrices(self, number: int) -> tuple[Tensor, Tensor]:
         """Return ``left`` and ``right`` of ``update`` for one matrix of a stack.
@@ -270,6 +280,7 @@ class Adapter(nn.Module):
             if known is None or known[0] != now:
                 known = _MATRICES[self] = now, list(zip(a.unbind(), b.unbind(), strict=True))
             pair = known[1][number]
+        pair = _factor(pair[0]), _factor(pair[1])
         return (pair[0].mT, pair[1].mT) if self.layout.kind == "transposed" else (pair[1], pair[0])
 
     def changes_nothing(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeGuard
 
 import torch
@@ -10,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as torch_module
 
-from lowmem.kernels import Weight
+from lowmem.kernels import Weight, torch_dtype
 
 
 def exports_to_onnx(weight: Weight) -> TypeGuard[Tensor]:
@@ -122,3 +123,12 @@ def autocasts(x: Tensor) -> bool:
 def is_cast(x: Tensor) -> bool:
     """Whether autocast would cast ``x`` as the input of a linear layer."""
     return autocasts(x) and x.dtype != torch.float64
+
+
+def no_slow_autocast(x: Tensor) -> AbstractContextManager[Any]:
+    """Disable autocast to a dtype in which torch is slow to multiply on the device of ``x``, for the block."""
+    if autocasts(x):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        if torch_dtype(dtype, x) is not dtype:
+            return torch.autocast(x.device.type, enabled=False)
+    return nullcontext()

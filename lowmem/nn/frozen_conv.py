@@ -17,7 +17,8 @@ from lowmem.kernels import Weight
 from lowmem.kernels.decompositions import decomposes, dequantized
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stands_for_plain_call, stored
 from lowmem.kernels.memory import is_traced
-from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
+from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, no_slow_autocast, refuse_nested
+from lowmem.quant.backend import torch_dtype
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 
@@ -109,7 +110,7 @@ def frozen_conv(
         wide: Tensor = _CONVOLUTIONS[dims](batch.to(dtype), kernel, added, *geometry.arguments, geometry.groups)
         out = wide.to(x.dtype)
     elif is_plain_call(batch, bias):
-        out = _convolve(batch, weight, geometry, dtype, bias)
+        out = _compute(batch, weight, geometry, dtype, None, bias)
     else:
         out = _OPERATOR(batch, weight, geometry, dtype, None)
         if bias is not None:
@@ -148,9 +149,7 @@ def _check_input(x: Tensor, geometry: Geometry) -> None:
         )
 
 
-def _convolve(
-    x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, bias: Tensor | None = None
-) -> Tensor:
+def _convolve(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
     """Return (batch, out_channels, *out size) in x's dtype, for x (batch, in_channels, *size)."""
     conv = _CONVOLUTIONS[len(geometry.kernel)]
     bias = None if bias is None else bias.to(dtype)
@@ -210,9 +209,22 @@ def _dequantized(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.d
     return kernel.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
 
 
-def _compute(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
+def _compute(
+    x: Tensor,
+    weight: Weight,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    size: Sequence[int] | None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Return the convolution; if ``size`` is given, its adjoint of that size. Each is the other's derivative."""
-    return _convolve(x, weight, geometry, dtype) if size is None else _adjoint(x, weight, geometry, dtype, size)
+    dtype = torch_dtype(dtype, x)
+    with no_slow_autocast(x):
+        return (
+            _convolve(x, weight, geometry, dtype, bias)
+            if size is None
+            else _adjoint(x, weight, geometry, dtype, size)
+        )
 
 
 def _fake(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:

@@ -206,6 +206,17 @@ def backend_for(device_type: str = "cpu") -> Backend:
     return _backends[device_type]
 
 
+def torch_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
+    """Return the dtype in which torch multiplies numbers of ``dtype`` on a tensor's device.
+
+    It is float32 in place of 16-bit floats for which a CPU has no instructions: torch takes up to 200 times as long
+    there. Few CPUs have some for float16, which counts as slow on all.
+    """
+    if dtype is torch.float16 or (dtype is torch.bfloat16 and not backend_of(tensor).fast_bfloat16):
+        return torch.float32 if tensor.is_cpu else dtype
+    return dtype
+
+
 def set_backend(device_type: str, backend: Backend) -> None:
     """Let a backend serve a device type; ``lowmem.kernels.register`` also tells torch's dispatcher."""
     _backends[device_type] = backend

@@ -108,7 +108,7 @@ class _Chunked(torch.autograd.Function):
                 if row_grad is not None:
                     row_grad[at] = factor.times(logits).to(rows.dtype)
                 if weight_grad is not None:
-                    weight_grad += logits.t() @ x
+                    factor.add_outer(weight_grad, logits, x)
                 if bias_grad is not None:
                     bias_grad += logits.sum(0, dtype=sums)
                 del logits, x  # before the next chunk's are made
@@ -134,26 +134,30 @@ class _Chunked(torch.autograd.Function):
 
 _CONVERTED = 2**12
 """Rows of a dense weight that are converted to the product's dtype at a time; as fast as to convert all at once."""
+_WIDENED = 2**9
+"""The same where torch multiplies in float32, with a float32 copy of their logits."""
 
 
 class _Factor:
-    """Multiplies with an output layer's weight, dense or stored, in one dtype."""
+    """Multiplies with an output layer's weight, dense or stored, in one dtype; a dense one in float32 where torch is
+    slow at that (``torch_dtype``)."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+        self.dtype, self.of_torch = dtype, kernels.torch_dtype(dtype, weight)
+        self.step = _CONVERTED if self.of_torch is dtype else _WIDENED
         self.stored: kernels.Weight | None = None
         if isinstance(weight, StoredTensor) and not weight.form.gathered:
             self.stored = weight.stored
             return
         dense = weight.detach()
-        self.in_parts = dense.dtype is not dtype and len(dense) > _CONVERTED
+        self.in_parts = self.of_torch is not dtype or (dense.dtype is not dtype and len(dense) > _CONVERTED)
         self.dense = dense if self.in_parts else dense.to(dtype)
 
     def _parts(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of the vocabulary, each with its rows of the weight, converted to the dtype."""
-        for start in range(0, len(self.dense), _CONVERTED):
-            rows = slice(start, min(start + _CONVERTED, len(self.dense)))
-            yield rows, self.dense[rows].to(self.dtype)
+        for start in range(0, len(self.dense), self.step):
+            rows = slice(start, min(start + self.step, len(self.dense)))
+            yield rows, self.dense[rows].to(self.of_torch)
 
     def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """Return ``x @ W.T + bias``: (rows, width) -> (rows, vocabulary)."""
@@ -161,9 +165,11 @@ class _Factor:
             return kernels.linear(x, self.stored, self.dtype, bias)
         if not self.in_parts:
             return torch.nn.functional.linear(x, self.dense, bias)
-        out = x.new_empty(len(x), len(self.dense))
+        out, x = x.new_empty(len(x), len(self.dense)), x.to(self.of_torch)
         for rows, part in self._parts():
-            if bias is None:
+            if self.of_torch is not self.dtype:
+                out[:, rows] = torch.nn.functional.linear(x, part, None if bias is None else bias[rows].to(x.dtype))
+            elif bias is None:
                 torch.mm(x, part.t(), out=out[:, rows])
             else:
                 torch.addmm(bias[rows], x, part.t(), out=out[:, rows])
@@ -178,8 +184,18 @@ class _Factor:
         wide = torch.promote_types(self.dtype, torch.float32)
         out = gradient.new_zeros(len(gradient), self.dense.shape[1], dtype=wide)
         for rows, part in self._parts():
-            out += gradient[:, rows] @ part
+            out += gradient[:, rows].to(self.of_torch) @ part
         return out
+
+    def add_outer(self, out: Tensor, gradient: Tensor, x: Tensor) -> None:
+        """Add ``gradient.T @ x`` (vocabulary, width) to ``out``."""
+        if self.of_torch is self.dtype:
+            out += gradient.t() @ x
+            return
+        x = x.to(self.of_torch)
+        for start in range(0, len(out), self.step):
+            rows = slice(start, start + self.step)
+            out[rows].addmm_(gradient[:, rows].t().to(self.of_torch), x)
 
 
 def loss_dtype(hidden: Tensor, weight: Tensor) -> torch.dtype:

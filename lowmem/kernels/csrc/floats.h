@@ -18,11 +18,12 @@
 
 static const struct kernel kernels[] = {
 #ifdef TORCH_FLOAT_ROWS
-    {"torch", LINEAR, WHOLE, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
-    {"grad_torch", INPUT_GRAD, WHOLE, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
+    {"torch", LINEAR, WHOLE | WEIGHTS8, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
+    {"grad_torch", INPUT_GRAD, WHOLE | WEIGHTS8, 1 << FLOAT32, TORCH_FLOAT_ROWS, ANY_ROWS},
     {"tiled", LINEAR, WHOLE, 1 << FLOAT32, FUSED_BATCH + 1, TORCH_FLOAT_ROWS - 1, IN_TILES(4), .pack = pack_many,
      .multiply = tiled_body},
-    {"grad_tiled", INPUT_GRAD, WHOLE, 1 << FLOAT32, 1, TORCH_FLOAT_ROWS - 1, OF_GRADIENT, .multiply = grad_body},
+    {"tiled", LINEAR, WEIGHTS8, 1 << FLOAT32, FEW_MORE + 1, TORCH_FLOAT_ROWS - 1, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
+    {"grad_tiled", INPUT_GRAD, WHOLE | WEIGHTS8, 1 << FLOAT32, 1, TORCH_FLOAT_ROWS - 1, OF_GRADIENT, .multiply = grad_body},
 #endif
 #ifdef FEW_INT16
     {"few_int16", LINEAR, GROUPS | WEIGHTS8, 1 << BFLOAT16, 1, FEW_INT16, IN_REGISTERS(3), .pack = pack_panels_int16, .multiply = int16_body},
@@ -36,10 +37,11 @@ static const struct kernel kernels[] = {
     {"fused", LINEAR, WHOLE, ANY_TYPE, FEW + 1, FUSED_BATCH, IN_TILES(4), .pack = pack_many, .multiply = fused_body},
 #endif
     {"tiled", LINEAR, WHOLE, TILED_TYPES, FUSED_BATCH + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
+    {"tiled", LINEAR, WEIGHTS8, TILED_TYPES, FEW_MORE + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
     {"tiled", LINEAR, SIXTEEN, ANY_TYPE, FEW_MORE + 1, ANY_ROWS, IN_TILES(4), .pack = pack_many, .multiply = tiled_body},
     {"grad_few_sixteen", INPUT_GRAD, SIXTEEN, ANY_TYPE, 1, GRAD_SIXTEEN, OF_GRADIENT, .few = 1, .multiply = grad_body},
     {"grad_tiled", INPUT_GRAD, SIXTEEN, ANY_TYPE, GRAD_SIXTEEN + 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
-    {"grad_tiled", INPUT_GRAD, WHOLE, TILED_TYPES, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
+    {"grad_tiled", INPUT_GRAD, WHOLE | WEIGHTS8, TILED_TYPES, 1, ANY_ROWS, OF_GRADIENT, .multiply = grad_body},
     OTHERS_BY_TORCH,
     {NULL},
 };

@@ -1,7 +1,7 @@
 /* grad @ W. Columns lie across the lanes. A thread takes groups of columns, for each of which it goes through all rows of W in order.
  * GRAD_ROWS rows are dequantized into a tile, as pairs in bfloat16; a small batch (`few`) meets 16-bit weights in registers. */
 #pragma once
-#include "reading.h"
+#include "weights8.h"
 
 #define GRAD_INPUTS 6 /* batch rows that are multiplied at a time */
 #define GRAD_FEWER 16 /* most batch rows summed in chains of GRAD_ROWS / 2 in float32: torch's are short, too */
@@ -60,7 +60,12 @@ INLINE int64_t decode_tile(const struct weight *w, int64_t r0, int64_t r1, int64
     for (int64_t i = 0; !bf16 && i < r1 - r0; i++)
         if (w->order)
             decode_group(w, r0 + i, g, t0, table, scales + i * TILE_SCALES, tile + i * GROUP);
-        else {
+        else if (w->half) {
+            for (int64_t c = 0; c < GROUP; c += 64)
+                prefetch(w->packed + (r0 + i + GRAD_ROWS) * w->row_bytes + g * GROUP + c);
+            const float *of_group = scales + i * TILE_SCALES + g * GROUP / (2 * w->half) - t0 * GROUP / (2 * w->half);
+            dequantize_columns8(w, r0 + i, g * GROUP, (g + 1) * GROUP, of_group, tile + i * GROUP);
+        } else {
             for (int64_t c = 0; c < GROUP; c += 32)
                 prefetch((const uint16_t *)w->packed + (r0 + i + GRAD_ROWS) * w->columns + g * GROUP + c);
             OF_SIXTEEN(w->encoding, widen, w, r0 + i, g * GROUP, GROUP, tile + i * GROUP);
@@ -168,6 +173,9 @@ INLINE void grad_part(const struct job *job, int64_t part, int64_t parts, int64_
         for (int64_t r0 = 0, r1; r0 < w->rows; r0 = r1) {
             r1 = smaller(r0 + step, w->rows);
             int64_t r = w->order ? r0 : r1;
+            const int64_t size = 2 * w->half, first = size ? t0 * GROUP / size : 0;
+            for (int64_t i = r0; i < r1 && size && !w->order; i++)
+                row_scales(w, i, first, smaller(w->blocks, (t1 * GROUP - 1) / size + 1) - first, scales + (i - r0) * TILE_SCALES);
             for (; r + 4 <= r1; r += 4)
                 tile_scales(w, r, 4, t0, t1, scales + (r - r0) * TILE_SCALES);
             for (; r < r1; r++)

@@ -70,6 +70,7 @@
 #define GRAD_ROWS 32              /* rows, or pairs of rows, of a tile in grad @ W, which is a group of columns wide */
 #define TORCH_ROWS 512            /* batch rows from which torch is faster with dequantized weights in bfloat16: x @ W.T */
 #define TORCH_GRAD_ROWS 192       /* the same in grad @ W */
+#define TORCH_WEIGHTS8_ROWS 33    /* the same with 8-bit weights, in both products */
 #define TORCH_SIXTEEN_ROWS 9      /* batch rows from which torch is faster with bfloat16 weights and inputs: x @ W.T */
 #define TORCH_GRAD_SIXTEEN_ROWS 16 /* the same in grad @ W */
 #define TILED_INPUTS 16           /* batch rows of an AMX tile */

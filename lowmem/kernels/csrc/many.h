@@ -118,6 +118,9 @@ INLINE const float *packed_at(const struct job *job, int64_t c, const int bf16)
     return job->packed + c / PART(bf16) * PART_FLOATS * batch + c % PART(bf16) / (bf16 ? 2 : 1);
 }
 
+/* The bytes of the codes (or 16-bit floats) of so many columns. */
+INLINE int64_t code_bytes(const struct weight *w, int64_t columns) { return w->order ? columns / 2 : w->half ? columns : columns * 2; }
+
 /* The address of codes (or 16-bit floats) to prefetch: `columns` columns after column c of row r, where the last packed column
  * is followed by the first one of the row `rows` further. */
 INLINE const uint8_t *codes_behind(const struct job *job, int64_t r, int64_t c, int64_t columns, int64_t rows)
@@ -125,7 +128,7 @@ INLINE const uint8_t *codes_behind(const struct job *job, int64_t r, int64_t c, 
     const int64_t begin = job->g0 * GROUP, width = job->g1 * GROUP - begin, behind = c - begin + columns;
     r += behind / width * rows;
     c = begin + behind % width;
-    return job->weight->packed + r * job->weight->row_bytes + (job->weight->order ? c / 2 : c * 2);
+    return job->weight->packed + r * job->weight->row_bytes + code_bytes(job->weight, c);
 }
 
 /* Transpose the scales of `vectors` times LANES rows for a chunk of columns that starts at `start`. Returns the first block. */

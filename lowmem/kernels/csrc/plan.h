@@ -41,14 +41,15 @@ struct kernel {
 #define BY_TORCH                                                                       \
     {"torch", LINEAR, WHOLE, 1 << BFLOAT16, TORCH_ROWS, ANY_ROWS},                     \
     {"torch_sixteen", LINEAR, BFLOATS, 1 << BFLOAT16, TORCH_SIXTEEN_ROWS, ANY_ROWS},   \
+    {"torch_weights8", LINEAR, WEIGHTS8, 1 << BFLOAT16, TORCH_WEIGHTS8_ROWS, ANY_ROWS}, \
+    {"grad_torch_weights8", INPUT_GRAD, WEIGHTS8, 1 << BFLOAT16, TORCH_WEIGHTS8_ROWS, ANY_ROWS}, \
     {"grad_torch", INPUT_GRAD, GROUPS, 1 << BFLOAT16, TORCH_GRAD_ROWS, ANY_ROWS},      \
     {"grad_torch_sixteen", INPUT_GRAD, BFLOATS, 1 << BFLOAT16, TORCH_GRAD_SIXTEEN_ROWS, ANY_ROWS}
 
-/* The same for rare weights, and for 8-bit ones beyond few_weights8's batch rows: no kernel is worth its lines. */
-#define OTHERS_BY_TORCH                                                       \
-    {"torch_others", LINEAR, ODD, ANY_TYPE, 1, ANY_ROWS},                     \
-    {"torch_others", LINEAR, WEIGHTS8, ANY_TYPE, FEW_MORE + 1, ANY_ROWS},     \
-    {"grad_torch_others", INPUT_GRAD, ODD | WEIGHTS8, ANY_TYPE, 1, ANY_ROWS}
+/* The same for rare weights: no kernel is worth its lines. */
+#define OTHERS_BY_TORCH                                   \
+    {"torch_others", LINEAR, ODD, ANY_TYPE, 1, ANY_ROWS}, \
+    {"grad_torch_others", INPUT_GRAD, ODD, ANY_TYPE, 1, ANY_ROWS}
 
 enum row_function { NORM, GATED, ENTROPY, ENCODE8, DECODE8, ROUND_COLUMNS, ATTENTION, ENCODE_STATES, ADD, ROTATE, COMPARE, ROW_FUNCTIONS };
 

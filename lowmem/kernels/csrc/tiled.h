@@ -2,6 +2,7 @@
  * rows. Meanwhile the next tile is dequantized. */
 #pragma once
 #include "pack.h"
+#include "weights8.h"
 
 #define FETCH_PARTS 2 /* codes are prefetched this many parts before they are dequantized */
 #define MANY_SUMS (MANY_VECTORS * MANY_INPUTS) /* sums in registers */
@@ -42,7 +43,7 @@ INLINE void multiply(const float *tile, int n, const float *x, const int M, floa
 {
     const T table = table_load(next->w->levels ? next->w->levels : tile); /* not used for 16-bit floats */
     const int units = UNITS(bf16), before = next->vectors, due = until - before;
-    const int64_t stride = next->w->row_bytes, step = next->w->order ? LANES * 4 : LANES * 16;
+    const int64_t stride = next->w->row_bytes, step = code_bytes(next->w, GROUP);
     for (int word = 0; word < n;) {
         V acc[MANY_SUMS];
         EACH_ROWS EACH_OF_MANY acc[v * M + j] = v_zero();
@@ -98,6 +99,16 @@ INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t 
     /* The transposed words are stored at the end of the tile itself: each is read before it is overwritten. */
     float *scales = own, *words = tile + (columns / (bf16 ? 2 : 1) - columns / 8) * MANY_ROWS;
     *to = (struct dequantizing){.w = w, .tile = tile};
+    if (w->half && (start - job->g0 * GROUP) % chunk_of(w) == 0)
+        *first = chunk_scales(job, r, start, MANY_VECTORS, scales);
+    if (!w->order && w->half) {
+        for (int64_t c = 0; c < columns; c += LANES)
+            EACH_ROWS {
+                const float *of_block = scales + ((start + c) / (2 * w->half) - *first) * MANY_ROWS + v * LANES;
+                dequantize_across8(w, r + v * LANES, start + c, MANY_ROWS, of_block, tile + c * MANY_ROWS + v * LANES);
+            }
+        return;
+    }
     if (!w->order) {
         for (int64_t c = 0; c < columns; c += LANES)
             EACH_ROWS {
@@ -106,8 +117,6 @@ INLINE void begin_tile(const struct job *job, int64_t r, int64_t start, int64_t 
             }
         return;
     }
-    if ((start - job->g0 * GROUP) % chunk_of(w) == 0)
-        *first = chunk_scales(job, r, start, MANY_VECTORS, scales);
     for (int64_t c = 0; c < columns; c += GROUP)
         EACH_ROWS {
             float *at = words + c / 8 * MANY_ROWS + v * LANES;

@@ -60,6 +60,29 @@ INLINE void few_weights8(const struct job *job, int64_t r, const int R, const in
     EACH_ROW EACH_INPUT out[j * LANES + i] = v_mul(acc[AT], v_set1(1.0f / w->divisor));
 }
 
+/* Dequantize columns c to `end` of a row, and zeros past the row's end, to out. `scales` are those from the block of column c on. */
+INLINE void dequantize_columns8(const struct weight *w, int64_t row, int64_t c, int64_t end, const float *scales, float *out)
+{
+    const int64_t size = 2 * w->half;
+    const uint8_t *p = w->packed + row * w->row_bytes;
+    for (int64_t stop = (c / size + 1) * size; c < end; stop += size, scales++) {
+        const V scale = v_set1(*scales / w->divisor);
+        for (; c < smaller(stop, end); c += LANES, out += LANES)
+            v_store(out, c < w->columns ? v_mul(weights8_some(p + c, w->columns - c), scale) : v_zero());
+    }
+}
+
+/* As widen_across, for LANES columns of one block, whose scales are those of the rows. */
+INLINE void dequantize_across8(const struct weight *w, int64_t r, int64_t c, const int step, const float *scales, float *tile)
+{
+    const int64_t last = w->rows - 1, left = w->columns - c;
+    const uint8_t *p = w->packed + c;
+    V v[LANES], scale = v_div(v_load(scales), v_set1(w->divisor));
+    EACH_LANE v[i] = left > 0 ? weights8_some(p + smaller(r + i, last) * w->row_bytes, left) : v_zero();
+    v_transpose(v);
+    EACH_LANE v_store(tile + i * step, v_mul(v[i], scale));
+}
+
 /* As `dequantize_block`, for n columns. */
 INLINE void dequantize_block8(const struct weight *w, const uint8_t *p, int64_t n, float one, void *out, int64_t i, const int type)
 {
