@@ -18,6 +18,7 @@ from lowmem.nn.adapted_module import AdaptedModule, become_adapted, share_tied_a
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_buffers import buffered_modules, follow_adapters
 from lowmem.nn.stored_module import StoredModule
+from lowmem.transforms import peft_models  # noqa: F401 - registers its hook
 from lowmem.transforms.registry import module_paths
 
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})

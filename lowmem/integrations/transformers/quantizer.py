@@ -21,7 +21,6 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import show
-from lowmem.integrations.transformers import peft_models
 from lowmem.integrations.transformers.checking import (
     check_index,
     refuse_coded,
@@ -55,6 +54,7 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 from lowmem.resident import drop_pages, trim_heap
 from lowmem.transforms.commit import freeze_all_but_adapters
+from lowmem.transforms.peft_models import refuse_passed_over
 from lowmem.transforms.refusals import is_of_peft
 from lowmem.transforms.restore import floating_dtype, restore
 from lowmem.transforms.roles import kept_in_float32
@@ -136,7 +136,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         model = self._model()
         if model is None:
             return True
-        peft_models.refuse_passed_over(model, getattr(model, "peft_config", {}))
+        refuse_passed_over(model, getattr(model, "peft_config", {}))
         adapted = any(isinstance(module, AdaptedModule) or is_of_peft(module) for module in model.modules())
         if adapted or self.quantization_config.train_dense:
             return True
@@ -358,7 +358,6 @@ def adopt(model: nn.Module) -> None:
     ``lowmem.convert`` and ``lowmem.restore`` call this for the model that they are given. Where that was a part of a
     model, such as a list of layers, call it for the whole. Models that transformers is loading are left alone.
     """
-    peft_models.install()
     put_dense_first(model)
     found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     inner = {part for module in found for part in module.modules() if part is not module}

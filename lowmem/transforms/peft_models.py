@@ -1,15 +1,14 @@
 """Raises errors for what PEFT cannot do with stored modules, or would leave out in silence: it finds parameters by
-``named_parameters``, where a stored one has the names of its codes and scales."""
+``named_parameters``, where a stored one has the names of its codes and scales. A hook of torch, which is registered
+when lowmem is imported, tells of modules that become parts of PEFT's."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import cache
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import PreTrainedModel
 
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.refusals import is_of_peft
@@ -17,26 +16,32 @@ from lowmem.transforms.refusals import is_of_peft
 _FOUND_BY_NAME = "embeddings.word_embeddings"  # an embedding that prompt learning finds there may be stored
 
 
-@cache
-def install() -> None:
-    """Check what PEFT does with stored modules from now on, by a hook of torch."""
-    register_module_module_registration_hook(_check)
-
-
 def refuse_passed_over(model: nn.Module, configs: Mapping[str, Any]) -> None:
-    """Raise a ValueError if ``target_parameters`` of PEFT names a stored parameter, which PEFT leaves out."""
+    """Raise a ValueError if a config of PEFT names a stored parameter, which PEFT leaves out.
+
+    It names them by ``target_parameters``, and biases by ``bias="all"``.
+    """
+    if any(getattr(config, "bias", None) == "all" for config in configs.values()):
+        _refuse_biases(model)
     targets = sorted(
         {name for config in configs.values() for name in getattr(config, "target_parameters", None) or ()}
     )
     for path, module in model.named_modules() if targets else ():
         for name in module.forms if isinstance(module, StoredModule) else ():
-            full = f"{path}.{name}".replace(".base_layer", "")
+            place = path.replace(".base_layer", "")
+            full = f"{place}.{name}"
             if any(f".{full}".endswith(f".{target}") for target in targets):
                 raise ValueError(
                     f"target_parameters={targets} of PEFT names {full}, which is stored: PEFT adapts dense "
                     "parameters alone, and leaves it out. Load the model again, and lowmem.add_adapter(model, name, "
-                    f"LoRA(), where=...) adapts it as it is; or leave it dense, skip='*{path.rpartition('.')[2]}'"
+                    f"LoRA(), where=...) adapts it as it is; or leave it dense, {_skip(place)}"
                 )
+
+
+def _skip(path: str) -> str:
+    """Return the argument of ``convert`` that leaves a layer dense, and those of the same name in other blocks."""
+    name = path.rpartition(".")[2]
+    return f"skip='{path if name.isdigit() else f'*{name}'}'"
 
 
 def _check(parent: nn.Module, name: str, child: Any) -> None:
@@ -49,8 +54,9 @@ def _check(parent: nn.Module, name: str, child: Any) -> None:
         return
     if name == "original_module":  # of modules_to_save and trainable_token_indices
         _refuse_whole(parent, child)
-    elif isinstance(child, PreTrainedModel):  # of prompt learning; other methods have a module of PEFT between
-        _refuse_embedding(child)
+    elif not is_of_peft(child):  # of prompt learning; other methods have a module of PEFT between
+        if hasattr(child, "get_input_embeddings"):
+            _refuse_embedding(child)
     elif hasattr(child, "peft_config"):
         refuse_passed_over(child.model, child.peft_config)
 
@@ -69,6 +75,17 @@ class _LaterAdapters:
             self._checked = len(configs)
 
 
+def _refuse_biases(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, StoredModule) and "bias" in module.forms:
+            place = path.replace(".base_layer", "")
+            raise ValueError(
+                f"bias='all' of PEFT names {place}.bias, which is stored in {module.forms['bias']}, and PEFT leaves "
+                f"it out: load or convert the model again and leave the layer dense, {_skip(place)}, or store it in "
+                "8 or 4 bits, which keep biases dense; or choose bias='none'"
+            )
+
+
 def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:
     for inside in module.modules():
         if isinstance(inside, StoredModule):
@@ -79,11 +96,14 @@ def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:
             )
 
 
-def _refuse_embedding(model: PreTrainedModel) -> None:
+def _refuse_embedding(model: Any) -> None:
     embedding = model.get_input_embeddings()
     path = next(path for path, module in model.named_modules() if module is embedding)
     if isinstance(embedding, StoredModule) and path != _FOUND_BY_NAME:
         raise ValueError(
             f"PEFT looks for a dense embedding to learn prompts, and {path} is stored: load or convert the model "
-            f"again and leave it dense, skip='*{path.rpartition('.')[2]}'"
+            f"again and leave it dense, {_skip(path)}"
         )
+
+
+register_module_module_registration_hook(_check)
