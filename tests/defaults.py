@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import lowmem
 from lowmem import EightBit, FineTuning, FourBit, Half, LoRA
 from tests.finetuning.language import Characters
+from tests.io.formats.folders import CONFIG, shapes, write_folder
 
 VOCABULARY, WIDTH = 64, 64
 FLOAT: Any = {"dtype": torch.float32, "device": "cpu"}
@@ -179,6 +180,34 @@ def files(folder: Path) -> Iterator[Any]:
         yield everything(lowmem.load(path, Model))
 
 
+def exported(folder: Path) -> Iterator[Any]:
+    weights: Any = {name: numbers(*shape, seed=seed) for seed, (name, shape) in enumerate(shapes())}
+    coded = {name: one if one.dim() == 1 else lowmem.quantize(one, "q4_0") for name, one in weights.items()}
+    source = write_folder(folder / "model", coded, CONFIG)
+    for name, options in {"codes": {}, "dense": {"dtype": torch.bfloat16}}.items():
+        yield str(lowmem.export(source, folder / f"{name}.gguf", **options))
+        yield (folder / f"{name}.gguf").read_bytes()
+
+
+def sharded(folder: Path) -> Iterator[Any]:
+    """In a group of this process alone; FSDP2 shards packed codes from torch 2.12 on only."""
+    if not (distributed.is_available() and distributed.is_gloo_available()):
+        return
+    distributed.init_process_group(
+        "gloo", store=distributed.FileStore(str(folder / "store"), 1), rank=0, world_size=1
+    )
+    try:
+        made = lowmem.shard(model(Half(torch.float16), LoRA(4)))
+        logits = made(tokens(3, 5))
+        logits.square().sum().backward()
+        yield logits
+        whole = lowmem.gather(made)
+        assert whole is not None
+        yield whole.state_dict()
+    finally:
+        distributed.destroy_process_group()
+
+
 def calibrated(_: Path) -> Iterator[Any]:
     batches = [tokens(3, 5, seed=seed) for seed in range(4)]
     yield everything(lowmem.calibrate(model(), batches, FourBit("nf4", 32, offsets=True)))
@@ -266,6 +295,15 @@ def finetuned(folder: Path) -> Iterator[Any]:
     yield [(one.ids, one.targets) for one in lowmem.read_examples(path, Characters(), 16).examples]
 
 
+def resumed(folder: Path) -> Iterator[Any]:
+    examples = [lowmem.Example.of(tokens(9, seed=seed).tolist(), [True] * 9) for seed in range(8)]
+    for steps in (2, 4):  # the second run begins with the state of the first
+        made = model(FourBit("nf4", 32), LoRA(4))
+        rows, states = lowmem.Rows.of(made, examples, 16, VOCABULARY), lowmem.States(folder / "states", {})
+        yield lowmem.finetune(made, rows, FineTuning(steps=steps, batch_size=2), states=states).losses
+        yield everything(made)
+
+
 def measured(_: Path) -> Iterator[Any]:
     planned = lowmem.plan(Model, FourBit(), LoRA(4), batch=tokens(2, 5), loss=lambda logits: logits.float().sum())
     yield str(planned)
@@ -277,8 +315,8 @@ def measured(_: Path) -> Iterator[Any]:
 CALLS: dict[str, Callable[[Path], Iterator[Any]]] = {
     one.__name__: one
     for one in (
-        *(quantized, products, converted, adapters, files, calibrated, trained, losses, attention, prepared),
-        *(finetuned, measured),
+        *(quantized, products, converted, adapters, files, exported, sharded, calibrated, trained, losses, attention),
+        *(prepared, finetuned, resumed, measured),
     )
 }
 

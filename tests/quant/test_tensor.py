@@ -13,7 +13,7 @@ from lowmem.kernels import reference
 from lowmem.quant.formats import get_format
 from lowmem.quant.quantize import requantize
 from lowmem.quant.scales import ENCODINGS
-from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, SCRATCH_BYTES, row_chunks
+from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, METHODS, SCRATCH_BYTES, row_chunks
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
 from tests.rounding import default_dtype
@@ -146,12 +146,22 @@ def test_tiny_scales_are_found_again_by_a_second_quantization(format, scales):
 
 
 @given(strategies.formats, strategies.encodings, strategies.small_blocks, st.integers(-9, 9), strategies.seeds)
+@example("q8_0", "float16", 8, -7, 0)
+@example("q8_0", "float16", 8, -8, 0)
+@example("q8_0", "double", 8, -9, 1)
 def test_scaling_by_a_power_of_two_scales_the_result_exactly(format, scales, block_size, exponent, seed):
     weight = strategies.make_weight("normal", (3, 75), 0, seed) + 1
     q = quantize(weight, format, block_size=block_size, scales=scales)
     scaled = quantize(weight * 2.0**exponent, format, block_size=block_size, scales=scales)
-    assert torch.equal(scaled.packed, q.packed)
-    assert torch.equal(scaled.dequantize(), q.dequantize() * 2.0**exponent)
+    expected = q.dequantize() * 2.0**exponent
+    largest = quantize(weight, format, block_size=block_size, scales="float32", search=False).scales.abs()
+    if scales != "float32" and float(largest.min()) * METHODS[q.method] * 2.0 ** min(exponent, 0) < 2.0**-14:
+        # A scale may be a subnormal float16, which has fewer bits than the scale that it should be a multiple of.
+        bound = scaled.error_bound().double() + q.error_bound().double() * 2.0**exponent
+        assert ((scaled.dequantize().double() - expected).abs() <= bound).all()
+    else:
+        assert torch.equal(scaled.packed, q.packed)
+        assert torch.equal(scaled.dequantize(), expected)
 
 
 @given(strategies.formats, strategies.encodings, strategies.small_blocks, st.permutations(range(5)), strategies.seeds)

@@ -84,7 +84,7 @@ def write_folder(folder: Path, weights: Weights, config: Mapping[str, Any] = CON
             continue
         parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
         module = name.removesuffix(".weight")
-        parts[f"{module}._extra_state"] = torch.tensor(list(b"how it is stored"), dtype=torch.uint8)
+        parts[f"{module}._extra_state"] = torch.tensor(list(b"how it is stored"), dtype=torch.uint8, device="cpu")
         layers.append({**form_record(CodedForm.of(weight)), "names": [module]})
     method = "lowmem: import lowmem.integrations.transformers"
     record = (
