@@ -2,7 +2,8 @@
 
 Peak memory is deterministic, and exact for the outputs of operations: every storage is added when it appears and
 subtracted when it is freed. Workspaces inside an operation (large ones in oneDNN's convolutions and LSTMs) are not
-counted. On CUDA the figures of the caching allocator are used.
+counted. On CUDA the figures of the caching allocator are used. What computes is what computes without measuring; the
+first measurement of a process takes seconds longer, since torch imports its compiler when an operation meets a mode.
 """
 
 from __future__ import annotations

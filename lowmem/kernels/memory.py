@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor
 from torch.nn import Parameter
+from torch.utils._python_dispatch import _disable_current_modes, _pop_mode, _push_mode
 
 # enum type of csrc/kernel.h
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -64,18 +65,35 @@ def is_traced() -> bool:
 
 def keeps_results() -> bool:
     """Whether a selective checkpoint keeps what operators return, which must not be written to then."""
-    modes = (torch._C._get_dispatch_stack_at(at) for at in range(_modes()))
-    return any(type(mode).__name__ in _CHECKPOINTS for mode in modes)
+    return any(map(_is_checkpoint, _dispatch_stack()))
+
+
+def _dispatch_stack() -> list[Any]:
+    return [torch._C._get_dispatch_stack_at(at) for at in range(_modes())]
+
+
+def _is_checkpoint(mode: Any) -> bool:
+    return type(mode).__name__ in _CHECKPOINTS
 
 
 def unseen(function: _F) -> _F:
-    """Let selective checkpoints see a function's result alone, and not what it writes to on the way."""
+    """Let selective checkpoints see a function's result alone, and not what it writes to on the way.
+
+    Other modes, such as one that measures memory, see each operation.
+    """
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
         if not _modes() or not keeps_results():
             return function(*args, **kwargs)
-        with torch.utils._python_dispatch._disable_current_modes():
-            return function(*args, **kwargs)
+        others = [mode for mode in _dispatch_stack() if not _is_checkpoint(mode)]
+        with _disable_current_modes():
+            for mode in others:
+                _push_mode(mode)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                for _ in others:
+                    _pop_mode()
 
     return cast(_F, run)

@@ -1,13 +1,19 @@
 """What C may read, and what sees C: tensors that are not their memory, and modes that record operations."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from lowmem import kernels, quantize
+from lowmem import EightBit, FourBit, Half, LoRA, convert, kernels, measure, quantize, training_memory
+from lowmem.kernels import reference
 from tests.compiled import assert_exact, assert_same_bytes, both, both_kinds, bound, dequantized
+from tests.profiled import profiled_peak
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -77,3 +83,53 @@ def test_tensors_of_another_kind_are_left_to_plain_torch(isa):
             with Wraps():
                 got = run()
             torch.testing.assert_close(got.as_subclass(torch.Tensor), expected)
+
+
+def refuse(*_, **__):
+    raise AssertionError("plain torch multiplies in place of the kernel")
+
+
+@bound
+@pytest.mark.parametrize("rows", [1, 16, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda dtype: str(dtype)[6:])
+def test_measuring_changes_no_kernel(isa, dtype, rows, monkeypatch):
+    """The same bits without plain torch's product, and the kernel's scratch is in the peak."""
+    for name in ("linear", "input_grad"):
+        monkeypatch.setattr(reference, name, refuse)
+    for technique in (EightBit(), FourBit(), Half(torch.bfloat16)):
+        layer = convert(nn.Linear(256, 512, bias=False), technique)
+        trained = convert(nn.Sequential(nn.Linear(256, 512)), technique, LoRA(4)).to(dtype)
+        x, grad = torch.randn(rows, 256, dtype=dtype), torch.randn(rows, 512, dtype=dtype)
+
+        def step(layer=layer, x=x, grad=grad):
+            tracked = x.detach().requires_grad_()
+            out = layer(tracked)
+            return out.detach(), *torch.autograd.grad(out, tracked, grad)
+
+        with kernels.using(isa):
+            expected, memory = step(), measure.PeakMemory()
+            with memory:
+                results = step()
+            assert all(map(torch.equal, results, expected))
+            assert memory.peak <= profiled_peak(step)  # which sees workspaces of torch's products, too
+            scratch = measure.forward_bytes(layer, x) - results[0].nbytes
+            assert scratch > 0 or (isinstance(technique, Half) and dtype is torch.bfloat16)  # torch's product of it
+            training_memory(trained, x)
+
+
+@bound
+@both_kinds
+@pytest.mark.parametrize("policy", [CheckpointPolicy.MUST_SAVE, CheckpointPolicy.PREFER_RECOMPUTE], ids=str)
+def test_selective_checkpoints_hide_no_scratch_from_other_modes(isa, weight, policy):
+    w, x = both(weight), torch.randn(300, 40)
+    with kernels.using(isa):
+        products = partial(kernels.linear, x.half(), w, torch.float16), partial(reference.linear, x, w, torch.float32)
+        for multiply in products:
+            multiply()  # makes what a weight caches
+
+            def selected(multiply=multiply):
+                with create_selective_checkpoint_contexts(lambda *_, **__: policy)[0]:
+                    return multiply()
+
+            assert measure.peak_bytes(selected) == measure.peak_bytes(multiply)
+            assert torch.equal(selected(), multiply())
