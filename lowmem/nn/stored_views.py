@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,7 +20,7 @@ from lowmem.nn.stored_tensor import (
     is_recorded,
     refuse_gradient,
 )
-from lowmem.quant.quantize import quantize, round_to
+from lowmem.quant.quantize import quantize, relative_error, round_to
 
 aten = torch.ops.aten
 
@@ -317,7 +318,10 @@ def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
 
 @implements(Tensor.data.__set__)  # type: ignore[attr-defined]
 def _set_data(weight: Any, value: Tensor) -> Any:
-    """Replace a weight's values; dense values are first quantized or rounded to its form."""
+    """Replace a weight's values; dense values are first quantized or rounded to its form.
+
+    Warns of the error if they are the weight's own values with a change, as those of a merge are.
+    """
     if not isinstance(weight, StoredTensor):
         return NotImplemented
     if weight.swapped:
@@ -329,6 +333,8 @@ def _set_data(weight: Any, value: Tensor) -> Any:
         raise RuntimeError(
             f"weight.data = ...: this weight has rows of shape {weight.tail}, and the value of {made.tail}"
         )
+    if made is not value and made.shape == weight.shape:
+        _warn_of_requantizing(weight, value, made)
     sources = weight.__dict__.get("sources", weight.parts)  # a module's parameters; a kernel has more dimensions
     for name, source, part in zip(weight.form.parts, sources, made.parts, strict=True):
         source.data = part.detach().view(part.shape if source.dim() == part.dim() else (*part.shape[:-1], *made.tail))
@@ -339,6 +345,21 @@ def _set_data(weight: Any, value: Tensor) -> Any:
     with torch._C.DisableTorchFunctionSubclass():
         Tensor.data.__set__(weight, made)  # type: ignore[attr-defined]  # the sizes, dtype and device
     return None
+
+
+def _warn_of_requantizing(weight: StoredTensor, values: Tensor, made: StoredTensor) -> None:
+    if not isinstance(weight.form, CodedForm) or values.is_meta:
+        return
+    change, error = (relative_error(values, one.dequantize()) for one in (weight.to(values.device), made))
+    if error and change < 0.5:  # values of another weight differ by about their own size
+        warnings.warn(
+            f"weight.data = ... makes a relative change of {change:.1g} to a weight that is stored in {weight.form}, "
+            f"which was quantized again: that adds a relative error of {error:.1g}. PEFT's merge of DoRA sets data: "
+            "call lowmem.restore(model) before it, and convert what it returns; or merge a LoRA by lowmem.merge, "
+            "which reports the error and takes to= and at_most=",
+            UserWarning,
+            stacklevel=4,  # where the values are set
+        )
 
 
 def store_again(weight: StoredTensor, values: Tensor) -> StoredTensor:

@@ -2,14 +2,16 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from torch import nn
 
-from lowmem import FourBit, Half, convert, restore
+from lowmem import EightBit, FourBit, Half, convert, restore
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.stored_views import store_again
+from lowmem.quant.quantize import relative_error
 from tests.nn.stored_cases import store
 from tests.selection import rows_in_one_case
 
@@ -78,6 +80,28 @@ def test_data_of_a_longer_bias_changes_its_length():
     x = torch.randn(3, 8)
     for one in (layer, copy.deepcopy(layer), restore(copy.deepcopy(layer))):
         torch.testing.assert_close(one(x), x @ layer.weight.dequantize().t() + layer.bias.dequantize())
+
+
+@pytest.mark.parametrize("technique", [FourBit(), FourBit("nf4", 64), EightBit()], ids=str)
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(64, 32), lambda: nn.Conv2d(8, 8, 3), lambda: nn.Embedding(32, 64)]
+)
+def test_data_that_changes_a_weight_a_little_warns_of_what_quantizing_adds(technique, make):
+    """As PEFT's merges of DoRA do; new values of another weight, more rows and rows that stay are set in silence."""
+    layer = convert(make(), technique, where=lambda path, module: True)
+    old = layer.weight.dequantize()
+    layer.weight.data = old.clone()
+    assert torch.equal(layer.weight.dequantize(), old)
+    values = old + torch.randn_like(old) * old.std() / 20
+    with pytest.warns(UserWarning, match=r"quantized again.*lowmem.restore\(model\).*lowmem.merge") as warned:
+        layer.weight.data = values
+    numbers = [
+        float(one) for one in re.findall(r"relative (?:change|error) of ([0-9.e-]+[0-9])", str(warned[0].message))
+    ]
+    expected = relative_error(values, old), relative_error(values, layer.weight.dequantize())
+    assert numbers == [pytest.approx(one, rel=0.5) for one in expected]
+    assert warned[0].filename == __file__
+    layer.weight.data = torch.randn_like(values)
 
 
 def test_data_that_cannot_be_stored_changes_nothing():

@@ -1,5 +1,7 @@
 """What PEFT cannot do with stored modules of any model is refused by name and remedy, each time."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -100,3 +102,31 @@ def test_biases_in_16_bits_are_not_left_out_in_silence():
     for _ in range(2):
         with pytest.raises(ValueError, match="bias='all' of PEFT names 0.bias"):
             injected(torch.ones(1, 8))
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@TECHNIQUES
+def test_a_merge_into_stored_weights_is_refused_or_warns_and_works_once_they_are_dense(technique, safe):
+    """PEFT adds a LoRA to the weight in place, and sets the data of the weight to what it computes for a DoRA."""
+    torch.manual_seed(0)
+    model = lowmem.convert(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 64, 1)), technique)
+    x = torch.randn(3, 64, 64)
+    for dora in (False, True):
+        config = peft.LoraConfig(r=2, target_modules=["0", "1"], use_dora=dora)
+        adapted = peft.get_peft_model(copy.deepcopy(model), config)
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data.add_(torch.randn_like(parameter) / 50)
+        expected = adapted(x)
+        merged = copy.deepcopy(adapted)
+        if not dora:
+            with pytest.raises(RuntimeError, match=r"would write to a weight .* lowmem.restore\(model\)"):
+                merged.merge_adapter(safe_merge=safe)
+        elif isinstance(technique, Half):  # rounded once, as data of a dense weight in 16 bits
+            merged.merge_adapter(safe_merge=safe)
+        else:
+            with pytest.warns(UserWarning, match=r"quantized again.*PEFT's merge of DoRA.*lowmem.restore") as warned:
+                merged.merge_adapter(safe_merge=safe)
+            assert len(warned) == 2
+        dense = lowmem.restore(adapted).merge_and_unload(safe_merge=safe)
+        torch.testing.assert_close(dense(x), expected, rtol=1e-4, atol=1e-4)
