@@ -355,6 +355,7 @@ class Kernel(CpuRows, CpuPlan):
         encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
         rows = rows if _is_plain_rows(rows) else rows.float().contiguous()
         fits = _is_plain_rows(rows) and all(is_real(t) and t.is_contiguous() for t in (packed, stored))
+        fits = fits and rows.shape == (len(packed), into.shape[-1])
         if importance is not None:
             fits = fits and is_float(importance) and importance.shape == rows.shape[1:]
         if not fits or is_traced() or not rows.numel():

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import reference
+from lowmem.kernels.codes import BLOCK
 from lowmem.kernels.columns import PANEL
-from lowmem.kernels.memory import TYPES, floats, is_batch, is_float, is_real, is_traced
+from lowmem.kernels.memory import TYPES, floats, is_array, is_batch, is_real, is_traced
 from lowmem.quant.backend import Activation, Columns, HeadStates
 from lowmem.quant.formats import Format
 
@@ -45,14 +46,14 @@ class CpuRows:
 
     def norm(self, x: Tensor, factor: Tensor, eps: float, rounds_first: bool) -> Tensor:
         """Return ``x / sqrt(mean(x^2) + eps) * factor`` of rows."""
-        if not (self._takes(x) and is_float(factor) and _is_dense(x)):
+        if not (self._takes(x) and is_array(factor, torch.float32, x.shape[-1:]) and _is_dense(x)):
             return reference.norm(x, factor, eps, rounds_first)
         return self._norm(x, factor, eps, rounds_first, None)
 
     def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
         """Return the gradient of x for ``norm``."""
         grad = grad.to(x.dtype)
-        if not (self._takes(x, grad) and is_float(factor) and _is_dense(x)):
+        if not (self._takes(x, grad) and is_array(factor, torch.float32, x.shape[-1:]) and _is_dense(x)):
             return reference.norm_grad(grad, x, factor, eps)
         grad = grad if grad.stride() == x.stride() else torch.empty_like(x).copy_(grad)
         return self._norm(x, factor, eps, False, grad)
@@ -80,7 +81,8 @@ class CpuRows:
         """Write the gradients of a and b for ``gated``."""
         grad = grad.to(into[0].dtype).contiguous()
         step, out_step = _step(a, b), _step(*into)
-        plain = is_real(grad) and _widens(a.dtype, grad.dtype) and self._takes(a, b)
+        plain = is_real(grad) and grad.shape == a.shape and _widens(a.dtype, grad.dtype) and self._takes(a, b)
+        plain = plain and (b is None) == (into[1] is None) and self._takes(*into) and into[0].shape == a.shape
         if step is None or out_step is None or not plain:
             reference.gated_grad(grad, a, b, activation, into)
         else:
@@ -102,10 +104,11 @@ class CpuRows:
 
     def entropies(self, logits: Tensor, targets: Tensor, smoothing: float, gradient: bool) -> Tensor:
         """Return the cross entropies of rows; ``logits`` become their gradient."""
-        if not (_is_memory(logits) and is_real(targets)):
+        targets = targets.contiguous()
+        fits = _is_memory(logits) and logits.dim() == 2 and is_array(targets, torch.int64, logits.shape[:1])
+        if not fits or int(targets.min()) < 0 or int(targets.max()) >= logits.shape[1]:
             return reference.entropies(logits, targets, smoothing, gradient)
         losses = logits.new_empty(len(logits), dtype=torch.float32)
-        targets = targets.contiguous()
         addresses = logits.data_ptr(), targets.data_ptr(), losses.data_ptr()
         call = _ENTROPY_CALL.pack(TYPES[logits.dtype], gradient, *logits.shape, smoothing, *addresses)
         self._run(_ENTROPY, logits.numel(), call)
@@ -113,7 +116,7 @@ class CpuRows:
 
     def encode_8bit(self, numbers: Tensor, into: tuple[Tensor, Tensor]) -> tuple[int, int]:
         """Write 8-bit codes and scales; return how many numbers and codes are not zero."""
-        if not _is_memory(numbers):
+        if not (_is_memory(numbers) and numbers.dim() == 1 and _are_codes(into, -(-len(numbers) // BLOCK))):
             return reference.encode_8bit(numbers, into)
         counts = torch.zeros(3, dtype=torch.int64, device=numbers.device)  # of scales that are not finite, too
         addresses = (one.data_ptr() for one in (numbers, *into, counts))
@@ -125,7 +128,7 @@ class CpuRows:
     def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``codes * scales`` in ``dtype``."""
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        if not _is_memory(out):
+        if not (_is_memory(out) and _are_codes((codes, scales), len(codes))):
             return reference.decode_8bit(codes, scales, dtype)
         addresses = out.data_ptr(), codes.data_ptr(), scales.data_ptr(), 0
         self._run(_DECODE8, out.numel(), _SAVED8_CALL.pack(TYPES[dtype], len(codes), out.numel(), *addresses))
@@ -134,12 +137,15 @@ class CpuRows:
     def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
         """Round columns of a weight one after the other."""
         values, scales, pivots, matrix, approximate, found = columns
-        fits = len(form.levels) == _LEVELS and len(values) <= PANEL and not is_traced() and values.numel() > 0
-        fits = fits and is_real(found) and found.is_contiguous() and all(map(is_float, (values, scales, approximate)))
+        pivots, matrix, shape, count = pivots.contiguous(), matrix.contiguous(), values.shape, len(values)
+        fits = len(form.levels) == _LEVELS and values.dim() == 2 and count <= PANEL and values.numel() > 0
+        fits = fits and is_array(found, torch.uint8, shape) and not is_traced()
+        fits = fits and all(is_array(one, torch.float32, shape) for one in (values, scales, approximate))
+        fits = fits and is_array(pivots, torch.float32, (count,)) and is_array(matrix, torch.float32, (count, count))
         if not fits:
             return reference.round_columns(form, columns, descends)
         tables = (floats(numbers).buffer_info()[0] for numbers in (form.levels, form.boundaries))
-        given = pivots.contiguous(), matrix.contiguous(), scales, found
+        given = pivots, matrix, scales, found
         written = values.data_ptr(), approximate.data_ptr()
         addresses = *written, *tables, *(one.data_ptr() for one in given)
         return self._run(_ROUND_COLUMNS, values.numel(), _ROUNDING_CALL.pack(*values.shape, descends, *addresses))
@@ -158,7 +164,9 @@ class CpuRows:
         key_heads, keys, value_width = key.numbers.shape[1], key.numbers.shape[2], value.numbers.shape[-1]
         seen = mask_states(mask, (batch, heads, queries, keys))
         given = [states_of(query), states_of(*key), states_of(*value), seen]
-        fits = query.dtype in TYPES and query.numel() * keys * value_width > 0 and not is_traced()
+        fits = key.numbers.shape == (batch, key_heads, keys, width) and key_heads > 0 and heads % key_heads == 0
+        fits = fits and value.numbers.shape == (batch, key_heads, keys, value_width) and query.dtype in TYPES
+        fits = fits and query.numel() * keys * value_width > 0 and not is_traced()
         if not fits or None in given or is_batch(query):
             return reference.attention(query, key, value, mask, scaling, softcap)
         out = torch.empty(batch, queries, heads, value_width, dtype=query.dtype, device="cpu")
@@ -171,7 +179,9 @@ class CpuRows:
     def encode_states(self, numbers: Tensor, into: HeadStates) -> None:
         """Write states as 8-bit codes with a scale for each row."""
         given = states_of(numbers), states_of(*into)
-        if None in given or numbers.dtype not in TYPES or not numbers.numel() or is_traced() or is_batch(numbers):
+        fits = into.numbers.shape == numbers.shape and into.numbers.dtype in (torch.int8, numbers.dtype)
+        fits = fits and numbers.dtype in TYPES and numbers.numel() > 0
+        if not fits or None in given or is_traced() or is_batch(numbers):
             reference.encode_states(numbers, into)
         else:
             call = CODING_CALL.pack(*numbers.shape, *[number for one in given for number in one or ()])
@@ -209,19 +219,25 @@ NO_STATES = (0,) * 9
 
 def states_of(numbers: Tensor, scales: Tensor | None = None) -> tuple[int, ...] | None:
     """Return the fields of struct states; None where C cannot read a row's numbers side by side."""
-    kind = CODES8 if numbers.dtype is torch.int8 else TYPES.get(numbers.dtype)
-    plain = kind is not None and numbers.dim() == 4 and (numbers.stride(3) == 1 or numbers.shape[3] == 1)
-    if not plain or not is_real(numbers) or (scales is not None and not is_real(scales)):
+    if numbers.dtype is not torch.int8:
+        return None if scales is not None else _states(TYPES.get(numbers.dtype), numbers, (0, 0, 0, 0))
+    if scales is None or scales.dtype is not torch.float32 or scales.shape != (*numbers.shape[:3], 1):
         return None
-    steps, of_scales = numbers.stride(), (0, 0, 0) if scales is None else scales.stride()
-    return kind or 0, numbers.data_ptr(), _address(scales), *steps[:3], *of_scales[:3]
+    return _states(CODES8, numbers, (scales.data_ptr(), *scales.stride()[:3])) if is_real(scales) else None
+
+
+def _states(kind: int | None, numbers: Tensor, scales: tuple[int, ...]) -> tuple[int, ...] | None:
+    plain = kind is not None and numbers.dim() == 4 and (numbers.stride(3) == 1 or numbers.shape[3] == 1)
+    if not plain or not is_real(numbers):
+        return None
+    return kind or 0, numbers.data_ptr(), scales[0], *numbers.stride()[:3], *scales[1:]
 
 
 def mask_states(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return ``states_of`` a mask that broadcasts to (batch, heads, queries, keys), or ``NO_STATES`` without one."""
     if mask is None:
         return NO_STATES
-    return states_of((mask.view(torch.int8) if mask.dtype is torch.bool else mask).expand(shape))
+    return _states(CODES8 if mask.dtype is torch.bool else TYPES.get(mask.dtype), mask.expand(shape), (0, 0, 0, 0))
 
 
 def terms_of(activation: Activation) -> tuple[float, ...]:
@@ -236,6 +252,11 @@ def _address(x: Tensor | None) -> int:
 def _is_memory(x: Tensor) -> bool:
     """Whether C may read x as numbers of one of ``TYPES``, side by side."""
     return x.dtype in TYPES and x.numel() > 0 and is_real(x) and x.is_contiguous() and not is_traced()
+
+
+def _are_codes(codes: tuple[Tensor, Tensor], blocks: int) -> bool:
+    """Whether C may read and write codes and scales of so many blocks."""
+    return is_array(codes[0], torch.int8, (blocks, BLOCK)) and is_array(codes[1], torch.float32, (blocks, 1))
 
 
 def _widens(narrow: torch.dtype, dtype: torch.dtype) -> bool:

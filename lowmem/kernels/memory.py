@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any, TypeVar, cast
 
@@ -44,6 +44,11 @@ def is_real(tensor: Tensor) -> bool:
 def is_float(tensor: Tensor) -> bool:
     """Whether C may read a tensor as contiguous float32."""
     return tensor.dtype is torch.float32 and tensor.is_contiguous() and is_real(tensor)
+
+
+def is_array(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> bool:
+    """Whether C may read and write a tensor as contiguous numbers of a dtype and shape."""
+    return tensor.dtype is dtype and tensor.shape == shape and tensor.is_contiguous() and is_real(tensor)
 
 
 def is_vector(tensor: Tensor, size: int) -> bool:

@@ -116,7 +116,7 @@ def entropies(logits: Tensor, targets: Tensor, smoothing: float, gradient: bool)
 
     Args:
         logits: floating point (rows, vocabulary), contiguous; replaced by the gradient of each row's loss.
-        targets: int64 (rows,), each from 0 to vocabulary - 1, which is not checked.
+        targets: int64 (rows,), each from 0 to vocabulary - 1; only the CPU checks that.
         smoothing: how much of each target is spread over the vocabulary, in [0, 1].
         gradient: whether to compute the gradient.
     """

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lowmem.kernels import cpu_rows
 from lowmem.kernels.cpu import Given, Kernel
-from lowmem.kernels.memory import TYPES
+from lowmem.kernels.memory import TYPES, is_real
 from lowmem.quant.backend import Activation
 
 # enum row_function and PRODUCTS of csrc/plan.h, and the structs of csrc/row_calls.h, each behind its function
@@ -43,6 +43,10 @@ class Steps:
     """
 
     def __init__(self, kernel: Kernel, room: Tensor) -> None:
+        if not (is_real(room) and room.is_contiguous()):
+            raise ValueError(
+                f"a room on {room.device} with strides {room.stride()} is no contiguous memory of the CPU"
+            )
         self.kernel, self.room = kernel, room
         self.type, self.size = TYPES[room.dtype], room.element_size()
         self._taken = 0

@@ -211,3 +211,14 @@ def test_room_that_is_too_small_and_calls_that_are_no_calls_are_errors():
             kernel.native.sequence(kernel._isa, 1, (), calls)
     with pytest.raises(ValueError, match="17 weights"):
         kernel.native.sequence(kernel._isa, 1, (None,) * 51, b"")
+
+
+def test_results_are_written_into_real_memory_with_space_for_them():
+    kernel = backend_for()
+    for room in (torch.empty(0), torch.empty(23)):
+        steps = Steps(kernel, room)
+        with pytest.raises(ValueError, match="room for 24 numbers is taken"):
+            steps.norm(0, 3, torch.ones(8), 1e-6, 0.0, False)
+    for room in (torch.empty(64, device="meta"), torch.empty(64)[::2], torch._neg_view(torch.empty(64))):
+        with pytest.raises(ValueError, match="is no contiguous memory of the CPU"):
+            Steps(kernel, room)
