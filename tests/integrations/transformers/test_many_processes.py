@@ -3,8 +3,10 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,44 @@ def test_a_run_of_replicas_ends_in_four_parts_and_in_one_process(place, monkeypa
     assert "processes was 2 until here, and is 1" in told.err
     assert "step 1/6" not in told.out
     assert_is_that_of_one(place, "copies")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
+def test_ctrl_c_under_torchrun_ends_all_processes_and_one_tells_how_to_continue(place):
+    """Torchrun's own exit code, 1 where its agent was interrupted, is not lowmem's to choose."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lowmem"]
+    command += [
+        "fit",
+        "base",
+        *OPTIONS[:-4],
+        "--steps",
+        "100000",
+        "--save-every",
+        "1",
+        "--replicate",
+        "--save",
+        "stopped",
+    ]
+    named = {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "0", "PYTHONPATH": str(ROOT)}
+    streams = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=place, env={**os.environ, **named}, start_new_session=True, **streams)
+    try:
+        until = time.monotonic() + 240
+        while not [*place.glob("stopped.training/state-*.safetensors")]:
+            assert process.poll() is None, process.stderr.read()
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does; torchrun then sends it to its processes again
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 1
+    (told,) = [line for line in errors.splitlines() if line.startswith("lowmem")]
+    assert told.startswith("lowmem fit: interrupted; the last good state, after step ")
+    assert " is kept in 'stopped.training': continue with `torchrun --nproc-per-node 2 -m lowmem fit base " in told
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)  # no process is left
+    assert sorted(one.name for one in place.glob("stopped*")) == ["stopped.training"]
 
 
 @pytest.mark.parametrize(
