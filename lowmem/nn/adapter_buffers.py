@@ -56,27 +56,23 @@ class AdapterBuffers(nn.Module):
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
-    """Return the buffers of a module, without its children, that its state_dict holds."""
+    """Return the buffers of a module, without its children, that its state_dict holds; none while it is lazy."""
+    found = _saved_buffers(module)
+    return {} if any(map(is_lazy, found.values())) else found
+
+
+def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
     left = module._non_persistent_buffers_set
     return {name: one for name, one in module._buffers.items() if one is not None and name not in left}
 
 
 def buffered_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules, by path, of which each adapter has buffers of its own.
-
-    Raises:
-        ValueError: a module is lazy.
-    """
+    """Return the modules, by path, of which each adapter has buffers of its own."""
     modules: dict[str, nn.Module] = {}
     banks = [path for path, one in model.named_modules() if isinstance(one, AdapterBank | AdapterBuffers)]
     for path, module in model.named_modules():
         inside = any(path == bank or path.startswith(f"{bank}.") for bank in banks)
-        if inside or isinstance(module, _ITERATED):
-            continue
-        found = persistent_buffers(module)
-        if any(map(is_lazy, found.values())):
-            raise ValueError(f"{path or 'the model itself'} is lazy and has no shape yet: call the model once before")
-        if found:
+        if not inside and not isinstance(module, _ITERATED) and _saved_buffers(module):
             modules[path] = module
     return modules
 
@@ -95,10 +91,12 @@ def follow_adapters(model: nn.Module) -> None:
         bank = module._modules.get(CHILD)
         if not isinstance(bank, AdapterBuffers):
             bank = AdapterBuffers().train(module.training)
+            if any(map(is_lazy, _saved_buffers(module).values())):
+                module.register_forward_pre_hook(_copy_lazy_buffers)  # called after the one that gives it a shape
         own = persistent_buffers(module)
         held = {**bank.held(), bank.current: own}
-        for name in names:
-            if name not in held:
+        for name in (None, *names):
+            if not held.get(name):  # new, or the module was lazy
                 held[name] = {key: copies.setdefault(id(one), one.detach().clone()) for key, one in own.items()}
         held = {name: one for name, one in held.items() if name is None or name in names}
         module._buffers.update(held.pop(current))
@@ -107,6 +105,20 @@ def follow_adapters(model: nn.Module) -> None:
             module._modules[CHILD] = bank
         else:
             module._modules.pop(CHILD, None)
+
+
+def _copy_lazy_buffers(module: nn.Module, arguments: object) -> None:
+    """Let the base and all adapters begin with copies of the buffers that a module has once it is not lazy."""
+    bank, own = module._modules.get(CHILD), persistent_buffers(module)
+    if isinstance(bank, AdapterBuffers):
+        copies = {
+            name: buffers or {key: one.detach().clone() for key, one in own.items()}
+            for name, buffers in bank.held().items()
+        }
+        bank.hold(bank.current, copies)
+    for number, hook in list(module._forward_pre_hooks.items()):
+        if hook is _copy_lazy_buffers:
+            del module._forward_pre_hooks[number]
 
 
 def keep_buffers(model: nn.Module) -> None:

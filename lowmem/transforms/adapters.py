@@ -15,7 +15,7 @@ from lowmem.errors import show
 from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank
-from lowmem.nn.adapter_buffers import buffered_modules, follow_adapters
+from lowmem.nn.adapter_buffers import follow_adapters
 from lowmem.nn.fold import without_adapters
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
@@ -94,7 +94,6 @@ def add_placed(
 
     ``paths`` are those of the layers; raises as ``add_adapter``.
     """
-    buffered_modules(model)  # raises before anything is changed
     made: dict[nn.Module, nn.Module] = {}
     added: dict[AdaptedModule, dict[str, Adapter]] = {}
     for module, techniques in placed.items():

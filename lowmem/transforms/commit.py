@@ -16,7 +16,7 @@ from torch import nn
 
 from lowmem.nn.adapted_module import AdaptedModule, become_adapted, share_tied_adapters
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.adapter_buffers import buffered_modules, follow_adapters
+from lowmem.nn.adapter_buffers import follow_adapters
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms import peft_models  # noqa: F401 - registers its hook
 from lowmem.transforms.registry import module_paths
@@ -68,12 +68,9 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Non
             )
         if type(old) not in _classes_before(new):
             raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
-    adapts = any(isinstance(new, AdaptedModule) for new in made.values())
-    if adapts:
-        buffered_modules(model)  # raises before anything is changed
     share_tied_adapters(made.values())
     replace_modules(model, made)
-    if adapts:
+    if any(isinstance(new, AdaptedModule) for new in made.values()):
         freeze_all_but_adapters(model)
         follow_adapters(model)
     tell_integrations(model)

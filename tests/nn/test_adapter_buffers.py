@@ -151,11 +151,45 @@ def test_a_buffer_that_modules_share_stays_shared():
     assert model["a"].mean is model["b"].mean
 
 
-def test_a_lazy_module_is_refused_before_anything_is_changed():
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+@pytest.mark.parametrize("copied", [lambda one: one, lambda one: pickle.loads(pickle.dumps(one))])
+@pytest.mark.parametrize("first", ["train", "activate", "load_state_dict"])
+def test_buffers_of_a_lazy_module_become_each_adapter_s_own_once_it_has_a_shape(copied, first):
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 16), nn.LazyBatchNorm1d())
-    with pytest.raises(ValueError, match="1 is lazy and has no shape yet: call the model once before"):
-        add_adapter(model, "a", LoRA(2))
-    assert type(model[0]) is nn.Linear
+    add_adapter(add_adapter(model, "a", LoRA(2)), "b", LoRA(2))
+    model = copied(model)
+    base = nn.BatchNorm1d(16).state_dict()
+    if first == "load_state_dict":
+        base = net()[1].state_dict()
+        model[1].load_state_dict(base, strict=False)
+    trained, used = "b", "a"
+    if first == "activate":
+        deactivate(model)
+        activate(model, "a")
+        trained, used = "a", "b"
+    train(model)
+    assert "1.running_mean" in changed_buffers(model, trained)
+    assert not changed_buffers(model, used)
+    deactivate(model)
+    activate(model, used)
+    assert torch.equal(model[1].running_mean, base["running_mean"])
+    deactivate(model)
+    assert torch.equal(model[1].running_var, base["running_var"])
+    assert not model[1]._forward_pre_hooks
+    delete_adapter(model, "a")
+    delete_adapter(model, "b")
+    assert "adapter_buffers" not in str(model)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
+def test_a_lazy_module_without_adapters_left_is_an_ordinary_one():
+    model = add_adapter(nn.Sequential(nn.Linear(16, 16), nn.LazyBatchNorm1d()), "a", LoRA(2))
+    delete_adapter(model, "a")
+    model(torch.randn(32, 16))
+    assert model[1].running_mean.any()
+    assert not model[1]._forward_pre_hooks
+    assert "adapter_buffers" not in str(model)
 
 
 def test_a_model_without_such_buffers_has_the_state_that_it_had():
