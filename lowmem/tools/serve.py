@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from inspect import Parameter, signature
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,12 +53,17 @@ def _server(folder: Path) -> type:
     import typer
     from transformers.cli.serve import Serve
 
+    from lowmem.integrations.transformers.folder import load_errors
+    from lowmem.integrations.transformers.tokenizing import read_tokenizer
+
     class Limited(Serve):  # type: ignore[misc]
         __doc__ = Serve.__doc__
 
         def __init__(self, *, max_tokens: int, max_body: int, host: str, enable_cors: bool, **options: Any) -> None:
             self.limits = folder.name, host, max_tokens, max_body * 2**20, enable_cors
-            super().__init__(host=host, enable_cors=enable_cors, **options)
+            read_tokenizer(folder)  # the server's own errors do not say what is wrong with it
+            with load_errors(folder):
+                super().__init__(host=host, enable_cors=enable_cors, **options)
 
         def start_server(self) -> None:
             """Serve in this thread, behind the limits."""
@@ -74,6 +79,7 @@ def _server(folder: Path) -> type:
         option("max_tokens", 4096, "The most new tokens of a request."),
         option("max_body", 8, "The most MiB of a request's body."),
     )
-    taken = signature(Serve)
-    Limited.__signature__ = taken.replace(parameters=[*taken.parameters.values(), *own])
+    taken = dict(signature(Serve).parameters)
+    del taken["trust_remote_code"]  # no command runs code of a folder
+    Limited.__signature__ = Signature([*taken.values(), *own])
     return Limited

@@ -6,7 +6,7 @@ import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 _Message: TypeAlias = dict[str, Any]
 _Receive: TypeAlias = Callable[[], Awaitable[_Message]]
@@ -17,8 +17,10 @@ _LOOPBACK = "localhost", "127.0.0.1", "::1"
 _ASKED = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
 """Paths that generate, and the field of each that limits the new tokens."""
 
+_NEEDED = {"/v1/chat/completions": "messages", "/v1/completions": "prompt", "/v1/responses": "input"}
 _JSON = *_ASKED, "/v1/systemone", "/load_model"
 _TOKENS = "max_tokens", "max_completion_tokens", "max_output_tokens"
+_SIMPLE = "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"  # which web pages may send unasked
 _USUAL_TOKENS = 1024  # of a request that names no number, as transformers' server does it
 _SAMPLING = "do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"
 
@@ -152,16 +154,16 @@ class Limits:
     def _check_sender(self, scope: Any, headers: Mapping[str, str]) -> None:
         """Raise if a web page of another origin sends a request that may change something."""
         asked = headers.get("host", "")
-        if self.host in _LOOPBACK and urlsplit(f"//{asked}").hostname not in _LOOPBACK:
+        if self.host in _LOOPBACK and _address(f"//{asked}").hostname not in _LOOPBACK:
             raise _RefusedError(403, f"host {asked!r} is not this machine: ask {self.host}", "forbidden")
         if self.cross_origin or scope["method"] in ("GET", "HEAD", "OPTIONS"):
             return
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-        if (origin is not None and urlsplit(origin).netloc != asked) or site not in ("same-origin", "none"):
+        if (origin is not None and _address(origin).netloc != asked) or site not in ("same-origin", "none"):
             remedy = "start the server with --enable-cors to allow it"
             raise _RefusedError(403, f"origin {origin!r} is another than {asked!r}: {remedy}", "forbidden")
         kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
-        if kind in ("text/plain", "application/x-www-form-urlencoded"):  # web pages may send these without asking
+        if kind in _SIMPLE:
             raise _RefusedError(415, f"content-type {kind!r} must be application/json", "unsupported_media_type")
 
     async def _body(self, headers: Mapping[str, str], receive: _Receive) -> bytes:
@@ -199,9 +201,8 @@ class Limits:
         asked["model"] = self.model
         if path in _ASKED and not any(name in asked for name in _TOKENS):
             asked[_ASKED[path]] = min(_USUAL_TOKENS, self.tokens)
-        for name, needed in (("messages", "/v1/chat/completions"), ("input", "/v1/responses")):
-            if path == needed and name not in asked:
-                raise _RefusedError(400, f"{name} is missing")
+        if path in _NEEDED and _NEEDED[path] not in asked:
+            raise _RefusedError(400, f"{_NEEDED[path]} is missing")
         return json.dumps(asked).encode()
 
     def _check_generation(self, asked: dict[str, Any]) -> None:
@@ -220,6 +221,14 @@ class Limits:
         if not isinstance(config, dict) or not set(config) <= set(_SAMPLING):
             given = _shortened(asked["generation_config"])
             raise _RefusedError(400, f"generation_config={given} must be JSON of an object of {', '.join(_SAMPLING)}")
+
+
+def _address(url: str) -> SplitResult:
+    """Return the parts of an address; raise for none, as ``//[``."""
+    try:
+        return urlsplit(url)
+    except ValueError as reason:
+        raise _RefusedError(403, f"{_shortened(url)} is no address: {reason}", "forbidden") from None
 
 
 def _shortened(value: Any) -> str:

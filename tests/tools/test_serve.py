@@ -120,6 +120,13 @@ def test_the_help_names_the_limits(tmp_path, capsys):
     assert all(option in told for option in ("--port", "--max-tokens", "--max-body"))
 
 
+@needs_server
+def test_code_of_a_folder_cannot_be_trusted(tmp_path, capsys):
+    write_tokenizer(write(tmp_path / "dense"))
+    assert main(["serve", str(tmp_path / "dense"), "--trust-remote-code"]) == 2
+    assert "--trust-remote-code" in capsys.readouterr().err
+
+
 def test_an_adapter_is_refused_with_the_command_that_helps(tmp_path, refused):
     adapter = tmp_path / "adapter"
     adapter.mkdir()

@@ -154,7 +154,7 @@ def test_pages_of_other_origins_write_nothing(case):
 
 
 def test_bodies_that_any_page_may_send_are_refused():
-    for kind in ("text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded"):
+    for kind in ("text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data"):
         server = Server()
         assert asked("/reset", b"null", server=server, content_type=kind)[0] == 415
         assert asked(CHAT, json.dumps({"messages": HELLO}).encode(), server=server, content_type=kind)[0] == 415
@@ -173,6 +173,18 @@ def test_a_name_that_stands_for_this_machine_is_refused():
         assert asked("/v1/models", method="GET", **headers)[0] == 403
     for host in ("127.0.0.1:8000", "[::1]:8000", "localhost"):
         assert asked("/reset", host=host)[0] == 200
+
+
+@pytest.mark.parametrize("headers", [{"host": "["}, {"host": "[::1"}, {"origin": "http://["}])
+def test_hosts_and_origins_that_are_none_are_refused(headers):
+    server = Server()
+    status, told = asked("/reset", server=server, **headers)
+    assert (status, told["error"]["code"], server.seen) == (403, "forbidden", [])
+
+
+def test_a_missing_prompt_is_named():
+    status, told = asked(TEXT, {"max_tokens": 3})
+    assert (status, told["error"]["message"]) == (400, "prompt is missing")
 
 
 def test_failures_are_json():
