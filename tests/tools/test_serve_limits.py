@@ -154,7 +154,12 @@ def test_pages_of_other_origins_write_nothing(case):
 
 
 def test_bodies_that_any_page_may_send_are_refused():
-    for kind in ("text/plain", "text/plain;charset=UTF-8", "application/x-www-form-urlencoded", "multipart/form-data"):
+    for kind in (
+        "text/plain",
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data",
+    ):
         server = Server()
         assert asked("/reset", b"null", server=server, content_type=kind)[0] == 415
         assert asked(CHAT, json.dumps({"messages": HELLO}).encode(), server=server, content_type=kind)[0] == 415
