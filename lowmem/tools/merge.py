@@ -14,7 +14,7 @@ from lowmem.io.checkpoint import load, save
 from lowmem.io.formats.gguf.container import MAGIC
 from lowmem.tools.arguments import DTYPES, file_path, number
 from lowmem.tools.models import batch_of, model_factory, user_code
-from lowmem.tools.output import print_json, print_saved, print_table, warnings_as_notes
+from lowmem.tools.output import print_json, print_saved, print_table, progress, warnings_as_notes
 from lowmem.transforms.adapters import adapter_names
 from lowmem.transforms.merge import MergeReport, merge
 from lowmem.transforms.registry import layer_name
@@ -65,7 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     of_folder = arguments.base.is_dir() or starts_with(arguments.base, MAGIC)
     _check_model(arguments, of_folder)
     adapter = find_adapter(arguments.adapter, arguments.name)
-    with owned(arguments.out):
+    with owned(arguments.out), progress("merge"):
         if of_folder:
             model, tokenizer = _open_folder(arguments)
         else:

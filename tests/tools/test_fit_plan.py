@@ -75,6 +75,29 @@ def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_i
             assert "by its config.json" in refused(*argv)
 
 
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"version": 1}, "version=1, and this lowmem reads"),
+        ({"unheard": 3}, "has 'unheard'"),
+        ({"layers": 3}, "layers=3"),
+    ],
+    ids=["version", "field", "layers"],
+)
+def test_a_dry_run_refuses_a_stored_folder_as_a_run_does(folder, tmp_path, refused, changes, why):
+    stored = tmp_path / "stored"
+    assert main(["quantize", str(folder), str(stored)]) == 0
+    config = json.loads((stored / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (stored / "config.json").write_text(json.dumps(config))
+    argv = ["fit", str(stored), "--data", str(tmp_path / "text.txt"), "--length", str(LENGTH)]
+    said = [refused(*argv, *options) for options in ([], ["--dry-run"])]
+    assert said[0] == said[1]
+    assert why in said[0]
+    assert said[0].startswith(f"lowmem fit: cannot load {str(stored / 'config.json')!r}: ")
+    assert refused("stats", stored, "--plan", "LoRA").partition(": ")[2] == said[0].partition(": ")[2]
+
+
 def test_a_dry_run_says_what_it_does_and_computes_less_than_a_step(folder, capsys, monkeypatch):
     """One forward and backward of a few layers each; no update runs on more than fake parameters."""
     calls, updates = [], []

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import lowmem
 from lowmem import FourBit, LoRA
 from lowmem.__main__ import main
 from lowmem.io.atomic import owned
+from lowmem.tools import merge as tools_merge
+from lowmem.tools import output
 
 MODELS = """
 import torch
@@ -61,6 +64,23 @@ BASIC = ["merge", "base.safetensors", "adapter.safetensors", "out.safetensors", 
 def expected(to="same format"):
     model = lowmem.load_adapter(lowmem.load("base.safetensors", make), "adapter.safetensors")
     return lowmem.merge(model, to, report=True)
+
+
+def test_a_merge_that_takes_long_prints_lines(monkeypatch, capfd):
+    read, said = tools_merge.load_adapter, []
+
+    def slow(*arguments):
+        for _ in range(6000):  # until a line is printed
+            said.append(capfd.readouterr().err)
+            if said[-1]:
+                break
+            time.sleep(0.01)
+        return read(*arguments)
+
+    monkeypatch.setattr(tools_merge, "load_adapter", slow)
+    monkeypatch.setattr(output, "SECONDS_APART", 0.01)
+    assert main(BASIC) == 0
+    assert said[-1].startswith("merge: 0:0")
 
 
 def test_merge_writes_the_merged_model_and_prints_the_report(files, capsys):

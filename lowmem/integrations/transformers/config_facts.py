@@ -14,14 +14,19 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lowmem.errors import FileError, describe, refusal, show
-from lowmem.integrations.transformers.config import METHOD
+from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.exact import config_at
 from lowmem.integrations.transformers.folder import check, class_of, load_errors
 from lowmem.io.model_folder import read_model_config
 
 
 def stored_by(folder: Path, task: str = "fine-tune") -> str | None:
-    """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None if it is dense."""
+    """Return which program stored the weights of a folder or GGUF file, such as "lowmem"; None if it is dense.
+
+    Raises:
+        FileError: as ``check``; or lowmem stored the weights in a way that this version does not read, or the model
+            has an adapter.
+    """
     if folder.is_file():
         return "gguf"
     stored = check(folder, task)[0].get("quantization_config")
@@ -29,6 +34,8 @@ def stored_by(folder: Path, task: str = "fine-tune") -> str | None:
         return None
     if stored.get("quant_method") != METHOD:
         return str(stored.get("quant_method"))
+    with load_errors(folder):
+        LowmemConfig(**stored)  # as loading checks the record
     if stored.get("adapters"):
         name = show(min(stored["adapters"]))
         raise refusal(folder, f"its model has an adapter already, as of {name}: name the base alone", task)

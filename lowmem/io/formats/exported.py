@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from lowmem.io.shards import StoredWeight
+from lowmem.quant.backend import Squares, backend_of
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 
@@ -60,22 +60,23 @@ class Exported(ForeignRow):
             after: the values of the target, in the shape of ``before``; None if they are the same.
             measured: whether to compare the values at all; else they are the same.
         """
-        lost, square = squares(before, after) if measured else (0.0, 0.0)
-        error = math.sqrt(lost / square) if lost else None
+        found = squares(before, after) if measured else Squares(0.0, 0.0)
+        error = math.sqrt(found.lost / found.size) if found.lost else None
         shape = tuple(before.shape)
-        return cls(weight.name, shape, kind, weight.kept, weight.nbytes, after_bytes, error, target, square)
+        return cls(weight.name, shape, kind, weight.kept, weight.nbytes, after_bytes, error, target, found.size)
 
 
-def squares(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> tuple[float, float]:
-    """Return the sum of the squared differences, and that of the squares of ``before``, in float64."""
+def squares(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> Squares:
+    """Return the squares of ``before``, and of what ``after`` differs by; None: by nothing."""
     columns = before.shape[-1] if len(before.shape) else 1
-    lost = square = 0.0
-    for rows in row_chunks(math.prod(before.shape) // max(1, columns), columns):
-        values = _values(before, rows, columns)
-        square += float(values.square().sum())
-        if after is not None:
-            lost += float(values.sub_(_values(after, rows, columns)).square_().sum())
-    return lost, square
+
+    def parts() -> Iterator[Squares]:
+        for rows in row_chunks(math.prod(before.shape) // max(1, columns), columns):
+            values = _values(before, rows, columns)
+            yield backend_of(values).squares(values, values if after is None else _values(after, rows, columns))
+
+    total = Squares.total(parts())
+    return Squares(0.0, total.size) if after is None else total
 
 
 def total_error(rows: Iterable[Exported]) -> float:
@@ -89,5 +90,5 @@ def total_error(rows: Iterable[Exported]) -> float:
 
 def _values(weight: Tensor | QuantizedTensor, rows: slice, columns: int) -> Tensor:
     if isinstance(weight, QuantizedTensor):
-        return weight.as_matrix().restore(rows).double()
-    return weight.reshape(-1, columns)[rows].to(torch.float64, copy=True)
+        return weight.as_matrix().restore(rows)
+    return weight.detach().reshape(-1, columns)[rows]
