@@ -106,14 +106,8 @@ class CachedStates:
             TypeError: states that are no floating point numbers.
             ValueError: another batch, heads or width.
         """
-        _check_floating(states)
-        new, width = states.shape[2:]
-        room, count = self._room, self.count
-        if room is not None and not self._continues(states.shape, room):
-            raise ValueError(
-                f"states of shape {tuple(states.shape)} do not continue {tuple(room.shape[:2])} sequences and "
-                "heads, or their width: clear() begins anew"
-            )
+        self.check(states)
+        new, width, count = *states.shape[2:], self.count
         room = self._room_for(states.shape, states)
         self._width, self._dtype = width, states.dtype
         rows = room[:, :, self._first : self._first + count + new]
@@ -126,6 +120,15 @@ class CachedStates:
             return states
         seen = rows if self.window is None else rows[:, :, -(self.window - 1 + new) :]
         return seen if self.bits is None else EightBitStates(seen, width, states.dtype)
+
+    def check(self, states: Tensor) -> None:
+        """Raise the errors of ``append``, and change nothing."""
+        _check_floating(states)
+        if self._room is not None and not self._continues(states.shape, self._room):
+            raise ValueError(
+                f"states of shape {tuple(states.shape)} do not continue {tuple(self._room.shape[:2])} sequences and "
+                "heads, or their width: clear() begins anew"
+            )
 
     def crop(self, tokens: int) -> None:
         """Remove the last tokens, as those that a check of a draft refused.

@@ -43,14 +43,15 @@ def scaled_dot_product_attention(
             None: scores stay as they are. Gradients are recorded, but there is no dropout.
 
     Raises:
-        ValueError: ``softcap`` with dropout, or with tensors that are not of four dimensions that fit.
+        ValueError: ``softcap`` with dropout, or with tensors that are not floating point of four dimensions that fit.
     """
     fits = _fits(query, key, value, attn_mask, is_causal, enable_gqa)
     if softcap is not None and (dropout_p or not fits):
         shapes = ", ".join(str(tuple(one.shape)) for one in (query, key, value))
         raise ValueError(
-            f"softcap={softcap!r} takes (batch, heads, rows, width) of one dtype without dropout, not {shapes} with "
-            f"dropout_p={dropout_p!r}: leave softcap out, or compute the scores in torch"
+            f"softcap={softcap!r} takes floating point numbers of one dtype, (batch, heads, rows, width), without "
+            f"dropout, not {shapes} of {query.dtype} with dropout_p={dropout_p!r}: leave softcap out, or compute the "
+            "scores in torch"
         )
     dense = (one for one in (query, key, value, attn_mask) if not isinstance(one, EightBitStates))
     plain = fits and not dropout_p and not autocasts(query) and is_plain_call(*dense)
@@ -67,6 +68,8 @@ def scaled_dot_product_attention(
 
 def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
     """Whether these are arguments that backends take, and torch's own, too."""
+    if not query.is_floating_point():
+        return False
     if any(one.dim() != 4 or one.dtype != query.dtype or not one.numel() for one in (query, key, value)):
         return False
     (batch, heads, queries, width), (_, shared, keys, _) = query.shape, key.shape

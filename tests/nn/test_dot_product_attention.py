@@ -1,5 +1,7 @@
 """``scaled_dot_product_attention`` returns torch's own results within rounding, from C and from torch."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 from hypothesis import given
@@ -170,3 +172,15 @@ def test_a_query_that_sees_no_key_gets_zeros():
     mask = torch.zeros(1, 3, dtype=torch.bool)
     for compute in (scaled_dot_product_attention, functional.scaled_dot_product_attention):
         assert (compute(query, key, value, mask) == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64, torch.bool, torch.complex64], ids=str)
+@pytest.mark.parametrize("queries", [1, 20])
+def test_what_is_no_floating_point_number_is_left_to_torch(dtype, queries, by_torch):
+    """It refuses integers, which shares of values are not."""
+    states = torch.ones(1, 2, queries, 4).to(dtype)
+    with suppress(RuntimeError):
+        scaled_dot_product_attention(states, states, states)
+    assert len(by_torch) == 1
+    with pytest.raises(ValueError, match=r"softcap=2.0 takes floating point numbers"):
+        scaled_dot_product_attention(states, states, states, softcap=2.0)

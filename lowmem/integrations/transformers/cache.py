@@ -78,6 +78,8 @@ class InPlace(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Add states (batch, heads, new, width); return those that attention reads."""
+        self.cached["keys"].check(key_states)
+        self.cached["values"].check(value_states)
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         forget = not getattr(self, "record_past", False)

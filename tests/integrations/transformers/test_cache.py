@@ -324,6 +324,18 @@ def test_states_in_8_bits_decode_in_any_function():
     assert ((plain.float() - expected).abs() <= expected.abs().amax(-1, keepdim=True) * (0.5 / 127 + 2**-8)).all()
 
 
+@pytest.mark.parametrize("bits", [None, 8])
+def test_values_that_are_refused_leave_the_keys_as_they_were(bits):
+    cache = KeyValueCache(CONFIGS["llama"], bits=bits)
+    states = torch.ones(1, 2, 3, 8)
+    cache.update(states, states, 0)
+    for values, error in ((states.int(), TypeError), (states[..., :4], ValueError), (states[:, :1], ValueError)):
+        with pytest.raises(error):
+            cache.update(states, values, 0)
+        assert cache.get_seq_length() == 3
+        assert [one.count for one in cache.layers[0].cached.values()] == [3, 3]
+
+
 def test_other_bits_are_refused():
     with pytest.raises(ValueError, match="bits=4 must be 8"):
         KeyValueCache(CONFIGS["llama"], bits=4)
