@@ -55,8 +55,8 @@ def prepare_inference(model: M) -> M:
     one, also one that is registered anew under these names, they run as before. For blocks that are left,
     ``model.set_attn_implementation("lowmem")`` lets C compute the attention of few tokens.
 
-    The trial cannot see what a module does after more calls than it made, at lengths, positions or values that it did
-    not try, or by a function of its code that is replaced later.
+    The trial cannot see what a module does after more calls than it made, at batches, lengths, positions or values
+    that it did not try, or by a function of its code that is replaced later.
 
     ``inference_report`` says what was done to each module. Call ``release_inference`` before the model is converted
     further. Copies and pickles of the model are not prepared.
