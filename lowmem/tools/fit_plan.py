@@ -52,8 +52,8 @@ def dry_run(arguments: argparse.Namespace, job: Job) -> int:
         _import_optimizer()
         before = resident_bytes()
         storing, dense, exact = (job.technique, (), 0) if job.dense else stored_as(job.folder)
-        with progress("dry run"):
-            found = plan_model(str(job.folder), lambda: _plan_steps(job, storing, dense), given=True)
+    with held_back(), warnings_as_notes(), progress("dry run"):
+        found = plan_model(str(job.folder), lambda: _plan_steps(job, storing, dense), given=True)
     job.tell()
     largest = 0
     if job.dense:
