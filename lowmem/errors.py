@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -126,6 +126,11 @@ _REPR.maxtuple = _REPR.maxlist = 8
 def show(value: object) -> str:
     """Return a short repr of any value, for errors; of tensors their shapes and dtypes, never their values."""
     return printable(_REPR.repr(value))
+
+
+def is_one_of(value: object, choices: Iterable[object]) -> bool:
+    """Whether a value equals one of the choices and is of its type: never an array, which compares by its items."""
+    return any(isinstance(value, type(choice)) and value == choice for choice in choices)
 
 
 def as_path(name: str, value: str | os.PathLike[str]) -> Path:

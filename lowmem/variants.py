@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowmem.bignet import BigNet
-from lowmem.errors import show
+from lowmem.errors import is_one_of, show
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.quant.formats import get_format
 from lowmem.transforms.convert import convert
@@ -55,7 +55,7 @@ def techniques_of(name: str, rank: int | None = None) -> tuple[Technique, ...]:
     Raises:
         ValueError: an unknown variant (the choices are listed), a bad rank, or a rank for a variant without LoRA.
     """
-    if name not in VARIANTS:
+    if not is_one_of(name, VARIANTS):
         raise ValueError(f"variant={show(name)} is unknown: choose from {', '.join(VARIANTS)}")
     techniques = VARIANTS[name]
     if rank is None:

@@ -247,11 +247,28 @@ CALLS = {  # argument that gets the value -> the call
         lambda value: lowmem.delete_adapter(adapted(), value),
     ],
     "to": [lambda value: lowmem.merge(adapted(), value)],
-    "dtype": [lambda value: lowmem.Half(value), lambda value: lowmem.restore(adapted(), dtype=value)],
-    "format": [lambda value: lowmem.EightBit(format=value), lambda value: lowmem.quantize(torch.ones(2, 64), value)],
+    "dtype": [
+        lambda value: lowmem.Half(value),
+        lambda value: lowmem.LoRA(dtype=value),
+        lambda value: lowmem.restore(adapted(), dtype=value),
+        lambda value: lowmem.export("source", "out.gguf", dtype=value),
+    ],
+    "format": [
+        lambda value: lowmem.EightBit(format=value),
+        lambda value: lowmem.quantize(torch.ones(2, 64), value),
+        lambda value: lowmem.save_adapter(adapted(), "path", format=value),
+        lambda value: lowmem.export("source", "out", format=value),
+    ],
     "block_size": [lambda value: lowmem.FourBit(block_size=value)],
-    "scales": [lambda value: lowmem.FourBit(scales=value), lambda value: lowmem.EightBit(scales=value)],
-    "search": [lambda value: lowmem.FourBit(search=value)],
+    "scales": [
+        lambda value: lowmem.FourBit(scales=value),
+        lambda value: lowmem.FourBit(scales=value, offsets=True),
+        lambda value: lowmem.EightBit(scales=value),
+    ],
+    "search": [
+        lambda value: lowmem.FourBit(search=value),
+        lambda value: lowmem.quantize(torch.ones(2, 64), search=value),
+    ],
     "offsets": [lambda value: lowmem.FourBit(offsets=value)],
     "embeddings": [lambda value: lowmem.FourBit(embeddings=value)],
     "compute_dtype": [lambda value: lowmem.FourBit(compute_dtype=value)],
@@ -259,7 +276,7 @@ CALLS = {  # argument that gets the value -> the call
     "alpha": [lambda value: lowmem.LoRA(alpha=value)],
     "init": [lambda value: lowmem.LoRA(init=value)],
     "ranks": [lambda value: lowmem.LoRA(ranks=value)],
-    "bits": [lambda value: lowmem.Budget(value)],
+    "bits": [lambda value: lowmem.Budget(value), lambda value: lowmem.CachedStates(value)],
     "memory": [lambda value: lowmem.prepare_training(dense(), value)],
     "chunk": [lambda value: lowmem.prepare_training(dense(), chunk=value)],
     "variant": [lambda value: lowmem.build(value)],
@@ -273,7 +290,7 @@ def test_batches_and_technique_in_the_other_order_are_told():
 
 
 @pytest.mark.parametrize("argument", CALLS)
-def test_an_error_about_an_argument_never_prints_a_tensor(argument):
+def test_an_error_about_an_argument_names_it_and_never_prints_a_tensor(argument):
     for call in CALLS[argument]:
         for kind, value in HOSTILE.items():
             if (argument, kind) in (("parameters", "module"), ("name", "text")):
@@ -283,3 +300,5 @@ def test_an_error_about_an_argument_never_prints_a_tensor(argument):
             told = str(raised.value)
             assert not any(part in told for part in ("0.123", "123456789", "tensor(", "array(", "(0): Linear")), told
             assert len(told) < 600, told
+            if (argument, kind) != ("where", "module"):  # which is called, and raises an error of its own
+                assert argument.removesuffix("s") in told, (kind, told)

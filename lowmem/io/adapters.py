@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import as_path, printable, quoted, refusal, refusing, show
+from lowmem.errors import as_path, is_one_of, printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import starts_with
 from lowmem.io.checkpoint import how_stored, unwrap
 from lowmem.io.container import bytes_of, read, write_tensors
@@ -89,7 +89,7 @@ def save_adapter(
     Warns:
         UserWarning: ``format="peft"`` has no form of the dropouts.
     """
-    if format not in FORMATS:
+    if not is_one_of(format, FORMATS):
         raise ValueError(f"format={show(format)} is none of {', '.join(FORMATS)}")
     if base_name is not None and format != "peft":
         raise ValueError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from lowmem.errors import show
+from lowmem.errors import is_one_of, show
 from lowmem.kernels.attention import decoded
 from lowmem.kernels.cpu_rows import CODES8
 from lowmem.kernels.memory import TYPES
@@ -48,7 +48,7 @@ class CachedStates:
     """
 
     def __init__(self, bits: int | None = None, window: int | None = None) -> None:
-        if bits not in (None, 8):
+        if not is_one_of(bits, (None, 8)):
             raise ValueError(f"bits={show(bits)} must be 8, or None to keep keys and values as they are")
         if window is not None and window < 1:
             raise ValueError(f"window={window!r} must be at least 1, or None to keep all tokens")

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import show
+from lowmem.errors import is_one_of, show
 from lowmem.nn.forms import freeze
 from lowmem.quant.formats import default_format, get_format
 from lowmem.quant.packing import check_block_size
@@ -29,7 +29,8 @@ def check_compute_dtype(dtype: torch.dtype | None) -> None:
     Raises:
         ValueError: it is not a floating point dtype of at least 16 bits, torch.int8 or None.
     """
-    if dtype not in (None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64):
+    choices = None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64
+    if not is_one_of(dtype, choices):
         raise ValueError(
             f"compute_dtype={show(dtype)} must be a floating-point torch.dtype of 16 bits or more, or torch.int8, "
             "or None"
@@ -61,7 +62,7 @@ class Half:
     dtype: torch.dtype = torch.float16
 
     def __post_init__(self) -> None:
-        if self.dtype not in (torch.float16, torch.bfloat16):
+        if not is_one_of(self.dtype, (torch.float16, torch.bfloat16)):
             raise ValueError(f"dtype={show(self.dtype)} must be torch.float16 or torch.bfloat16")
 
     def store(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
@@ -192,13 +193,13 @@ class FourBit(Blockwise):
         if not isinstance(self.offsets, bool) or not isinstance(self.search, bool | None):
             name = "search" if isinstance(self.offsets, bool) else "offsets"
             raise ValueError(f"{name}={show(getattr(self, name))} must be True or False")
-        if self.offsets and self.scales not in tuple(OFFSETS):
-            if self.scales not in (None, "float16", "float32"):
-                raise ValueError(f"scales={self.scales!r} has no offsets: choose from {', '.join(OFFSETS)}")
+        if self.offsets and not is_one_of(self.scales, OFFSETS):
+            if not is_one_of(self.scales, (None, "float16", "float32")):
+                raise ValueError(f"scales={show(self.scales)} has no offsets: choose from {', '.join(OFFSETS)}")
             object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
         if self.scales is not None:
             object.__setattr__(self, "offsets", get_encoding(self.scales).offsets)
-        if self.embeddings not in ("8bit", "4bit"):
+        if not is_one_of(self.embeddings, ("8bit", "4bit")):
             raise ValueError(f"embeddings={show(self.embeddings)} must be '8bit' or '4bit'")
         check_compute_dtype(self.compute_dtype)
 
@@ -234,8 +235,8 @@ class EightBit(Blockwise):
             raise ValueError(f"format={self.format!r} has codes of 4 bits: FourBit() stores those")
         if self.block_size is not None:
             check_block_size(self.block_size)
-        if self.scales is not None and self.scales not in tuple(ENCODINGS):
-            why = "has offsets" if self.scales in tuple(OFFSETS) else "is unknown"
+        if not is_one_of(self.scales, (None, *ENCODINGS)):
+            why = "has offsets" if is_one_of(self.scales, OFFSETS) else "is unknown"
             raise ValueError(f"scales={show(self.scales)} {why}: choose from {', '.join(ENCODINGS)}")
         check_compute_dtype(self.compute_dtype)
 
@@ -396,9 +397,9 @@ class LoRA:
             raise ValueError(f"dropout={show(self.dropout)} must be at least 0 and below 1")
         if not isinstance(self.rank_stabilized, bool):
             raise ValueError(f"rank_stabilized={show(self.rank_stabilized)} must be True or False")
-        if self.init not in ("zero", "loftq"):
+        if not is_one_of(self.init, ("zero", "loftq")):
             raise ValueError(f"init={show(self.init)} must be 'zero' or 'loftq'")
-        if self.dtype not in (None, torch.bfloat16):
+        if not is_one_of(self.dtype, (None, torch.bfloat16)):
             raise ValueError(f"dtype={show(self.dtype)} must be torch.bfloat16, or None for float32")
 
     @property

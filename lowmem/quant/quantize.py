@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from lowmem.errors import show
 from lowmem.quant.backend import Squares, backend_of
 from lowmem.quant.formats import Format, default_format, get_format
 from lowmem.quant.scales import get_encoding
@@ -59,7 +60,7 @@ def quantize(
         )
     if importance is not None:
         importance = _checked_importance(importance, weight)
-    if not isinstance(format, str):
+    if isinstance(format, Sequence) and not isinstance(format, str):
         tried = [
             quantize(weight, name, block_size=block_size, scales=scales, search=search, importance=importance)
             for name in format
@@ -85,6 +86,8 @@ def quantize(
 
 def method_of(form: Format, search: bool | None) -> str:
     """Return the key of ``METHODS`` for a ``search`` argument; None: the format's default."""
+    if not isinstance(search, bool | None):
+        raise ValueError(f"search={show(search)} must be True or False, or None for the format's default")
     return "search" if (form.search if search is None else search) else "absmax"
 
 

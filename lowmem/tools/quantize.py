@@ -222,7 +222,7 @@ def run(arguments: argparse.Namespace) -> int:
     for form in dict.fromkeys(row.stored for row in stored):
         same = [row for row in stored if row.stored == form]
         worst = max(same, key=lambda row: row.error or 0.0)
-        print(f"{len(same)} as {form}: an error of up to {worst.error:.4f} (rms, {shown(worst.name)})")
+        print(f"{len(same)} as {form}: a relative error of at most {worst.error:.4f}, of {shown(worst.name)}")
     if arguments.bits is not None:
         bits = 8 * sum(row.after_bytes for row in stored) / sum(math.prod(row.shape) for row in stored)
         print(f"{bits:.4f} bits a weight that is converted, of --bits {arguments.bits:g}")

@@ -95,7 +95,7 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
     print(shrinkage(rows))
     if changed:
         worst = max(changed, key=lambda row: row.error or 0.0)
-        print(f"quantized {len(changed)}, with an error of up to {worst.error:.4f} (rms, {shown(worst.name)})")
+        print(f"quantized {len(changed)}, with a relative error of at most {worst.error:.4f}, of {shown(worst.name)}")
     if left_out:
         print(f"left out {len(left_out)} that the model computes: {shown(', '.join(left_out[:3]))}", file=sys.stderr)
     print_saved(arguments.target)

@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from lowmem import kernels
-from lowmem.errors import show
+from lowmem.errors import is_one_of, show
 from lowmem.nn.adapted_forward import LINEAR
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.calls import is_plain_call
@@ -78,7 +78,7 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
             prepared for inference.
     """
     check_module(model)
-    if memory not in _MODES:
+    if not is_one_of(memory, _MODES):
         raise ValueError(f'memory={show(memory)} must be "fast" or "lean"')
     if not isinstance(chunk, int) or isinstance(chunk, bool) or chunk < 1:
         raise ValueError(f"chunk={show(chunk)} must be a number of rows, at least 1")

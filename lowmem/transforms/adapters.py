@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from lowmem.errors import show
+from lowmem.errors import is_one_of, show
 from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank
@@ -307,7 +307,7 @@ def _layers_with(
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")
     known = adapter_names(model)
     for name in names:
-        if name not in known:
+        if not is_one_of(name, known):
             raise ValueError(f"adapter={show(name)} is unknown: {type(model).__name__} has {', '.join(known)}")
     if (merged := _merged(layers)) in not_merged:
         raise ValueError(f"adapter {merged!r} is merged into the base: call unmerge_adapter(model) first")

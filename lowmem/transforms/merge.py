@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import nn
 
-from lowmem.errors import printable, show
+from lowmem.errors import is_one_of, printable, show
 from lowmem.nn.adapted_module import AdaptedModule, share_table, table_of
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.adapter_buffers import keep_buffers
@@ -302,7 +302,7 @@ def warn_of_requantizing(folded: Mapping[AdaptedModule, Folded], paths: Mapping[
 
 
 def _check_arguments(to: object, at_most: object, inputs: object, report: bool) -> None:
-    if to not in (_SAME, *_DTYPES):
+    if not is_one_of(to, (_SAME, *_DTYPES)):
         raise ValueError(f"to={show(to)} must be {show(_SAME)}, or a floating-point torch.dtype of 16 bits or more")
     if at_most is not None and (
         isinstance(at_most, bool) or not isinstance(at_most, int | float) or not at_most >= 0

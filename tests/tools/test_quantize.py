@@ -44,7 +44,8 @@ def test_it_prints_a_summary_and_tensors_if_asked(checkpoint, capsys):
         if not options:
             worst = max(errors, key=errors.get)
             assert told[1:] == [
-                f"2 as bof4s, block_size=32, scales=double: an error of up to {errors[worst]:.4f} (rms, {worst})"
+                "2 as bof4s, block_size=32, scales=double: a relative error of at most "
+                f"{errors[worst]:.4f}, of {worst}"
             ]
         else:
             assert [line.partition(", ")[0] for line in told[1:-1]] == ["1 as bof4s", "1 as int8"]

@@ -60,7 +60,7 @@ def test_weights_that_cannot_be_kept_exactly_need_requantize(tmp_path, capsys):
     assert "--requantize" in capsys.readouterr().err
     assert not target.exists()
     assert main(["quantize", str(source), str(target), "--requantize"]) == 0
-    assert "quantized 1, with an error of up to 0." in capsys.readouterr().out
+    assert "quantized 1, with a relative error of at most 0." in capsys.readouterr().out
 
 
 def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
@@ -88,7 +88,7 @@ def test_a_folder_becomes_a_folder_that_from_pretrained_loads(tmp_path, capsys):
     assert_same(load(tmp_path / "older"), load(target))
     options = ["--include", "lm_head.*", "--format", "int8", "--requantize", "--dtype", "bfloat16"]
     assert main(["quantize", str(source), str(tmp_path / "smaller"), *options]) == 0
-    assert "quantized 1, with an error of up to 0.0" in capsys.readouterr().out
+    assert "quantized 1, with a relative error of at most 0.0" in capsys.readouterr().out
     smaller = load(tmp_path / "smaller")
     assert smaller.lm_head.forms["weight"].format == "int8"
     assert smaller.model.embed_tokens.weight.dtype == torch.bfloat16

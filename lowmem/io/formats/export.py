@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import show
+from lowmem.errors import is_one_of, show
 from lowmem.io.atomic import check_free, check_outside
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.foreign import Target
@@ -27,7 +27,7 @@ def target_of(out: Path, format: str | None) -> str:
             if target.ending is not None and out.name.endswith(target.ending):
                 return name
         raise ValueError(f"the name {show(out.name)} does not tell the format: give one of {known}")
-    if format not in targets():
+    if not is_one_of(format, targets()):
         raise ValueError(f"format={show(format)} is none of {known}")
     return format
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import printable, quoted, refusal, refusing, show
+from lowmem.errors import is_one_of, printable, quoted, refusal, refusing, show
 from lowmem.io.atomic import check_writable, open_regular, read_into
 from lowmem.io.formats.exported import Exported
 from lowmem.io.formats.gguf.blocks import BLOCKS, DENSE, KINDS
@@ -80,7 +80,7 @@ def write_gguf(
     Warns:
         UserWarning: the file has no tokenizer.
     """
-    if dtype is not None and dtype not in DENSE:
+    if dtype is not None and not is_one_of(dtype, DENSE):
         raise ValueError(f"dtype={show(dtype)} is none of {', '.join(map(str, DENSE))}")
     check_writable(out)
     with ExitStack() as stack:
