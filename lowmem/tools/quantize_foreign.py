@@ -60,7 +60,10 @@ def run(arguments: argparse.Namespace, technique: FourBit | EightBit) -> int:
         kind, left_out = file.kind, file.left_out
         total = sum(tensor.nbytes for tensor in file.tensors.values())
     if arguments.no_tokenizer and (kind != "gguf" or arguments.target.suffix == ".safetensors"):
-        raise ValueError("--no-tokenizer is for a GGUF file that becomes a folder: leave it out")
+        raise ValueError(
+            f"--no-tokenizer does not apply to {arguments.source.name!r}: it is for a GGUF file that becomes a "
+            "folder: leave it out"
+        )
     asked = {
         "requantize": technique if arguments.requantize else None,
         "include": arguments.include or [],

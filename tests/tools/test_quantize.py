@@ -259,6 +259,7 @@ GIVEN = {
     "diagonal": ["--diagonal"],
     "resume": ["--resume", "done"],
     "device": ["--device", "cuda"],
+    "no_tokenizer": ["--no-tokenizer"],
 }
 TECHNIQUE = {"format", "block_size", "scales", "search"}
 HEEDED = {
