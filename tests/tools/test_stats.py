@@ -275,7 +275,7 @@ def test_arguments_that_cannot_be_measured_or_planned_are_refused(argv, said, re
     [
         ("", "'' is no technique: choose from Half, EightBit, FourBit, Budget, LoRA"),
         ("qlora", "'qlora' is no technique"),
-        ("Half:float8", "dtype=float8 must be torch.float16 or torch.bfloat16"),
+        ("Half:float8", "dtype='float8' must be torch.float16 or torch.bfloat16"),
         ("FourBit:nf5", "format='nf5' is unknown: choose from int4, nf4"),
         ("LoRA:0", "'0' must be a positive integer"),
         ("LoRA:4:8", "'LoRA:4:8' has more than LoRA:rank"),
