@@ -276,7 +276,7 @@ def test_it_is_traced(name, kind):
 
 def test_what_a_model_stores_is_told_in_its_summary():
     rows = {row.path: row for row in lowmem.summary(convert(make("mixture"), FourBit("nf4", 16)))}
-    assert rows["experts"].stored == "up: nf4, block_size=16, scales=double; down: nf4, block_size=16, scales=double"
+    assert rows["experts"].stored == "nf4, block_size=16, scales=double"
     assert rows["experts"].weights == 4 * 48 * 16 + 4 * 16 * 24
     assert rows["experts"].bits_per_weight < 7
     assert isinstance(convert(make("LSTM"), FourBit()).rnn, StoredModule)

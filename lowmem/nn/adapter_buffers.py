@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -18,7 +19,8 @@ T = TypeVar("T")
 CHILD = "adapter_buffers"
 """The name of the child that holds the buffers with which a module does not compute."""
 
-_ITERATED = (nn.Sequential, nn.ModuleList, nn.ModuleDict)  # they would call the child, or return it to loops
+# Containers would call the child, or return it to loops; a scripted module takes no child.
+_WITHOUT_CHILD = (nn.Sequential, nn.ModuleList, nn.ModuleDict, torch.jit.ScriptModule)
 
 
 class AdapterBuffers(nn.Module):
@@ -55,6 +57,16 @@ class AdapterBuffers(nn.Module):
                 self.adapters._modules[name] = holder
 
 
+def _bank_of(module: nn.Module) -> AdapterBuffers | None:
+    bank = getattr(module, CHILD, None)
+    return bank if isinstance(bank, AdapterBuffers) else None
+
+
+def _drop_bank(module: nn.Module) -> None:
+    if _bank_of(module) is not None:
+        delattr(module, CHILD)
+
+
 def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of a module, without its children, that its state_dict holds; none while it is lazy."""
     found = _saved_buffers(module)
@@ -72,7 +84,7 @@ def buffered_modules(model: nn.Module) -> dict[str, nn.Module]:
     banks = [path for path, one in model.named_modules() if isinstance(one, AdapterBank | AdapterBuffers)]
     for path, module in model.named_modules():
         inside = any(path == bank or path.startswith(f"{bank}.") for bank in banks)
-        if not inside and not isinstance(module, _ITERATED) and _saved_buffers(module):
+        if not inside and not isinstance(module, _WITHOUT_CHILD) and _saved_buffers(module):
             modules[path] = module
     return modules
 
@@ -88,9 +100,9 @@ def follow_adapters(model: nn.Module) -> None:
     current = next((name for name in reversed(names) if name in in_use), None)
     copies: dict[int, Tensor] = {}  # of a buffer that modules share one
     for module in buffered_modules(model).values():
-        bank = module._modules.get(CHILD)
-        if not isinstance(bank, AdapterBuffers):
-            bank = AdapterBuffers().train(module.training)
+        bank = _bank_of(module)
+        if bank is None:
+            bank = AdapterBuffers()
             if any(map(is_lazy, _saved_buffers(module).values())):
                 module.register_forward_pre_hook(_copy_lazy_buffers)  # called after the one that gives it a shape
         own = persistent_buffers(module)
@@ -101,16 +113,17 @@ def follow_adapters(model: nn.Module) -> None:
         held = {name: one for name, one in held.items() if name is None or name in names}
         module._buffers.update(held.pop(current))
         bank.hold(current, held)
+        bank.train(module.training)
         if names:
             module._modules[CHILD] = bank
         else:
-            module._modules.pop(CHILD, None)
+            _drop_bank(module)
 
 
 def _copy_lazy_buffers(module: nn.Module, arguments: object) -> None:
     """Let the base and all adapters begin with copies of the buffers that a module has once it is not lazy."""
-    bank, own = module._modules.get(CHILD), persistent_buffers(module)
-    if isinstance(bank, AdapterBuffers):
+    bank, own = _bank_of(module), persistent_buffers(module)
+    if bank is not None:
         copies = {
             name: buffers or {key: one.detach().clone() for key, one in own.items()}
             for name, buffers in bank.held().items()
@@ -124,7 +137,7 @@ def _copy_lazy_buffers(module: nn.Module, arguments: object) -> None:
 def keep_buffers(model: nn.Module) -> None:
     """Make the buffers that modules compute with those of the base, without adapters."""
     for module in buffered_modules(model).values():
-        module._modules.pop(CHILD, None)
+        _drop_bank(module)
 
 
 def buffers_in_use(model: nn.Module) -> dict[str, Tensor]:
@@ -140,8 +153,8 @@ def buffers_of(model: nn.Module, name: str | None) -> dict[str, Tensor]:
     """Return the buffers of an adapter, or for None those of the base, by their names in the base."""
     found: dict[str, Tensor] = {}
     for path, module in buffered_modules(model).items():
-        bank, buffers = module._modules.get(CHILD), persistent_buffers(module)
-        if isinstance(bank, AdapterBuffers) and bank.current != name:
+        bank, buffers = _bank_of(module), persistent_buffers(module)
+        if bank is not None and bank.current != name:
             buffers = bank.held()[name]
         found |= {f"{path}.{key}".lstrip("."): one for key, one in buffers.items()}
     return found

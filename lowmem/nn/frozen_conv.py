@@ -218,13 +218,13 @@ def _compute(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return the convolution; if ``size`` is given, its adjoint of that size. Each is the other's derivative."""
-    dtype = torch_dtype(dtype, x)
+    rounded, wide = x.to(dtype), torch_dtype(dtype, x)  # rounded as a 16-bit product rounds it
     with no_slow_autocast(x):
-        return (
-            _convolve(x, weight, geometry, dtype, bias)
-            if size is None
-            else _adjoint(x, weight, geometry, dtype, size)
-        )
+        if size is None:
+            out = _convolve(rounded, weight, geometry, wide, bias)
+        else:
+            out = _adjoint(rounded, weight, geometry, wide, size)
+    return out.to(x.dtype)
 
 
 def _fake(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:

@@ -23,6 +23,7 @@ from lowmem.io.container import bytes_of
 from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.io.formats.stored_model import open_stored
 from lowmem.io.import_checkpoint import import_checkpoint
+from lowmem.nn.adapter_buffers import without_copies
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.testing.baseline import Key, write_figures
@@ -114,7 +115,8 @@ def values(model: nn.Module) -> dict[str, str]:
         for name in module.forms
     }
     parts = ("_packed", "_scales", "_rounded", "_order", "_extra_state")
-    found |= {name: one for name, one in model.state_dict().items() if not name.endswith(parts)}
+    state = without_copies(model, model.state_dict())
+    found |= {name: one for name, one in state.items() if not name.endswith(parts)}
     return digests(found)
 
 

@@ -289,7 +289,7 @@ def test_the_figures_as_text_and_as_json():
     assert document["training_bytes"] == found.training_bytes
     assert document["stored"] == found.stored
     large = plan(lambda: nn.Linear(2**15, 2**14), batch=torch.ones(1, 2**15), training=None)
-    assert str(large).splitlines()[:3] == ["dense", "Memory                GiB", "dense model          2.00"]
+    assert str(large).splitlines()[:3] == ["dense", "Memory                   MiB", "dense model          2048.06"]
 
 
 @pytest.mark.thorough(keep=1)
