@@ -82,27 +82,32 @@ def thin_products(x: Tensor, features: int, name: str) -> Call:
     return (lambda: (x @ a.t()) @ b.t()) if name == "forward" else (lambda: (grad @ b) @ a)
 
 
-def fastest(calls: dict[str, Call], clock: Callable[[], float]) -> dict[str, float]:
-    """Return the seconds of the fastest call of each, taken in turns."""
+def fastest(calls: dict[str, Call], clock: Callable[[], float], least: float) -> dict[str, float]:
+    """Return the seconds of the fastest call of each, taken in turns until each has run for ``least`` seconds."""
     best, spent = {}, dict.fromkeys(calls, 0.0)
     for call in calls.values():
         call()  # the first one may pack, or start threads
     for taken in range(10**6):
         for name, call in calls.items():
-            if taken >= LEAST and spent[name] > SECONDS:
+            if taken >= LEAST and spent[name] > least:
                 continue
             start = clock()
             call()
             seconds = clock() - start
             spent[name] += seconds
             best[name] = min(seconds, best.get(name, seconds))
-        if taken >= LEAST and min(spent.values()) > SECONDS:
+        if taken >= LEAST and min(spent.values()) > least:
             break
     return best
 
 
 def ratios(
-    shape: tuple[int, int], rows: int, name: str, kinds: list[tuple[str, str]], clock: Callable[[], float]
+    shape: tuple[int, int],
+    rows: int,
+    name: str,
+    kinds: list[tuple[str, str]],
+    clock: Callable[[], float],
+    least: float,
 ) -> dict[tuple[str, str], float]:
     """Return, for each storage and dtype, how many times as long as ``nn.Linear`` in float32 a product takes."""
     dense = nn.Linear(shape[1], shape[0], bias=False)
@@ -112,7 +117,7 @@ def ratios(
     for storage, dtype in kinds:
         of = DTYPES[dtype]
         calls[f"{storage} {dtype}"] = product(stored(dense, storage, of), x.to(of), name)
-    best = fastest(calls, clock)
+    best = fastest(calls, clock, least)
     allowed = {False: best["dense"], True: best["dense"] + best["thin"] / LIMIT}
     return {kind: best[" ".join(kind)] / allowed["LoRA" in kind[0]] for kind in kinds}
 
@@ -134,6 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dtype", choices=DTYPES, action="append", help="of the inputs; all by default")
     parser.add_argument("--rows", type=int, action="append", help=f"by default {', '.join(map(str, ROWS))}")
     parser.add_argument("--threads", type=int, help="with 1, the time that the thread computes counts")
+    parser.add_argument("--seconds", type=float, default=SECONDS, help=f"of a cell, at least; by default {SECONDS}")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -148,7 +154,8 @@ def main(arguments: list[str] | None = None) -> int:
         for number in rows:
             for name in PRODUCTS:
                 asked = [kind for kind in kinds if name == "forward" or not kind[0].endswith("int8")]
-                for kind, ratio in ratios((out_features, in_features), number, name, asked, clock).items():
+                measured = ratios((out_features, in_features), number, name, asked, clock, given.seconds)
+                for kind, ratio in measured.items():
                     found[kind].setdefault(number, {})[name] = ratio
                     above, count = above + is_above(ratio, number), count + 1
         print(f"\n| {text} | Input | {' | '.join(map(str, rows))} |")

@@ -3,14 +3,19 @@ where it is faster, torch's own elsewhere."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 from lowmem.kernels.attention import attention
 from lowmem.nn.cached_states import EightBitStates
-from lowmem.nn.calls import autocasts, is_plain_call
-from lowmem.quant.backend import HeadStates, backend_of
+from lowmem.nn.calls import autocasts, is_cast, is_plain_call, no_slow_autocast
+from lowmem.quant.backend import HeadStates, backend_of, torch_dtype
 
 MOST = 8  # queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
 MOST_FLOATS = 4  # the same, of float32
@@ -33,7 +38,8 @@ def scaled_dot_product_attention(
     The kernel computes up to 8 queries of a sequence in 16 bits (300 keys and more, two cores of a Zen 4: one query
     in 0.05 to 0.2 of the time of torch's own, eight in 0.8 to 0.95) or with what ``lowmem.CachedStates`` keeps in 8
     bits, and up to 4 in float32 (0.45 to 0.95). Torch's own computes all others, and what records gradients, drops
-    out, or runs under autocast or ``torch.compile``.
+    out, or runs under autocast or ``torch.compile``; in float32, if it records gradients of 16-bit floats for which a
+    CPU has no instructions, since torch's backward takes 6 to 11 times as long in these.
 
     Args:
         query, key, value: (batch, heads, queries or keys, width), and any other shape that torch's own takes; key and
@@ -56,8 +62,12 @@ def scaled_dot_product_attention(
     dense = (one for one in (query, key, value, attn_mask) if not isinstance(one, EightBitStates))
     plain = fits and not dropout_p and not autocasts(query) and is_plain_call(*dense)
     if softcap is None and not (plain and is_faster(query, key, value)):
-        given = query, key, value, attn_mask, dropout_p, is_causal
-        return functional.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
+
+        def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            given = query, key, value, mask, dropout_p, is_causal
+            return functional.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
+
+        return without_slow_backward(by_torch, query, key, value, attn_mask)
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
@@ -80,6 +90,43 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_cau
     sizes = zip(reversed(mask.shape), (keys, queries, heads, batch), strict=False)
     fits = mask.dim() <= 4 and all(size in (1, wanted) for size, wanted in sizes)
     return fits and mask.dtype in (torch.bool, query.dtype) and not is_causal
+
+
+def without_slow_backward(
+    compute: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+) -> Tensor:
+    """Return ``compute(query, key, value, mask)``, in float32 if it records gradients in a dtype that slows torch."""
+    dtype = torch.get_autocast_dtype(query.device.type) if is_cast(query) else query.dtype
+    wide = torch_dtype(dtype, query)
+    records = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    if wide is dtype or not records:
+        return compute(query, key, value, mask)
+    if mask is not None and mask.is_floating_point():
+        mask = mask.to(wide)
+    with no_slow_autocast(query):
+        return compute(query.to(wide), key.to(wide), value.to(wide), mask).to(dtype)
+
+
+class _ByLowmem(TorchFunctionMode):
+    """Lets ``scaled_dot_product_attention`` of this module serve calls of torch's own."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is functional.scaled_dot_product_attention:
+            function = scaled_dot_product_attention
+        return function(*args, **kwargs or {})
+
+
+def without_slow_attention(model: nn.Module) -> AbstractContextManager[Any]:
+    """Let a training step compute attention in float32, for the block, if the model's dtype slows torch's backward.
+
+    It is for models without ``torch.utils.checkpoint``, which would recompute attention outside of the function mode.
+    """
+    is_slow = any(torch_dtype(one.dtype, one) is not one.dtype for one in model.parameters())
+    return _ByLowmem() if is_slow else nullcontext()
 
 
 def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:

@@ -32,6 +32,7 @@ from lowmem.finetuning.state import States, forked_random
 from lowmem.finetuning.text import Texts
 from lowmem.io.adapters import load_adapter
 from lowmem.io.atomic import owned
+from lowmem.nn.dot_product_attention import without_slow_attention
 from lowmem.tools.arguments import device_of
 from lowmem.tools.fit_job import RECORD, Job, Storing, check_outputs, job_of, log_of, states_folder
 from lowmem.tools.fit_plan import dry_run
@@ -186,9 +187,10 @@ class _Training:
             prepare_training(self.model, job.memory)
         held_out = None if job.held_out is None else self._rows_of(job.held_out)
         model = ranks.wrap(self.model)
-        outcome = finetune(
-            model, self._rows, job.settings, held_out=held_out, states=states, ranks=ranks, watch=watch
-        )
+        with without_slow_attention(model):
+            outcome = finetune(
+                model, self._rows, job.settings, held_out=held_out, states=states, ranks=ranks, watch=watch
+            )
         self.model = ranks.whole(model)
         if self.model is not None:
             release_training(self.model)

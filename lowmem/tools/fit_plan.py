@@ -21,6 +21,7 @@ from lowmem.io.formats.recognize import open_foreign
 from lowmem.io.metadata import form_of
 from lowmem.io.model_folder import quantization_of, weights_in
 from lowmem.io.source import Source
+from lowmem.nn.dot_product_attention import without_slow_attention
 from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.techniques import Half, blockwise
 from lowmem.resident import resident_bytes
@@ -176,7 +177,8 @@ def _plan_steps(job: Job, storing: Technique | None, skip: tuple[str, ...]) -> P
             model = convert(factory_of(job.folder, layers)(), *techniques, skip=skip)
             if job.memory != "plain":
                 prepare_training(model, job.memory)
-            return found | {"backward": measure.backward_bytes(model, loss=loss, **batch)}
+            with without_slow_attention(model):
+                return found | {"backward": measure.backward_bytes(model, loss=loss, **batch)}
 
     sizes = sizes_of(job.folder)
     tell("plans the model without its weights")

@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 from torch.nn import functional
 
 import lowmem
 from lowmem import CachedStates, kernels, scaled_dot_product_attention
 from lowmem.nn import dot_product_attention as module
 from lowmem.nn.cached_states import EightBitStates
-from lowmem.nn.dot_product_attention import MOST
+from lowmem.nn.dot_product_attention import MOST, without_slow_attention
 from tests.compiled import compiled, needs_kernel
 
 everywhere = pytest.mark.parametrize("isa", ["reference", *compiled.args[1]])
@@ -184,3 +185,56 @@ def test_what_is_no_floating_point_number_is_left_to_torch(dtype, queries, by_to
     assert len(by_torch) == 1
     with pytest.raises(ValueError, match=r"softcap=2.0 takes floating point numbers"):
         scaled_dot_product_attention(states, states, states, softcap=2.0)
+
+
+@pytest.mark.parametrize("autocasts", [False, True])
+@pytest.mark.parametrize("mask", [None, "bool", "added"])
+@pytest.mark.parametrize(
+    ("dtype", "is_slow"), [(torch.bfloat16, True), (torch.bfloat16, False), (torch.float16, True)]
+)
+def test_gradients_are_computed_in_float32_where_16_bits_are_slow(dtype, is_slow, mask, autocasts, monkeypatch):
+    monkeypatch.setattr(type(kernels.backend_of(torch.zeros(1))), "fast_bfloat16", not is_slow)
+    dtypes, own = [], functional.scaled_dot_product_attention
+
+    def noted(*given, **named):
+        dtypes.append((given[0].dtype, torch.is_autocast_enabled("cpu")))
+        return own(*given, **named)
+
+    monkeypatch.setattr(module.functional, "scaled_dot_product_attention", noted)
+    given = tensors(1, 2, 2, 20, 20, dtype=dtype)
+    given = [one.float().requires_grad_() if autocasts else one.requires_grad_() for one in given]
+    masked = None if mask is None else torch.ones(20, 20, dtype=torch.bool).tril()
+    if mask == "added":
+        masked = torch.zeros(20, 20, dtype=given[0].dtype).masked_fill(~masked, -torch.inf)
+    with torch.autocast("cpu", dtype, enabled=autocasts):
+        got = scaled_dot_product_attention(*given, masked, enable_gqa=True)
+    assert got.dtype is dtype
+    assert dtypes == [(torch.float32, False) if is_slow else (given[0].dtype, autocasts)]
+    gradients = torch.autograd.grad(got.sum(), given)
+    doubles = [one.detach().double().requires_grad_() for one in given]
+    wanted = exact(*doubles, None if masked is None else masked, enable_gqa=True)
+    torch.testing.assert_close(got.double(), wanted, rtol=2**-6, atol=2**-6)
+    for one, other in zip(gradients, torch.autograd.grad(wanted.sum(), doubles), strict=True):
+        assert (one.double() - other).norm() <= 0.02 * other.norm()
+    with torch.no_grad():
+        scaled_dot_product_attention(*given, masked, enable_gqa=True)
+    assert dtypes[-1] == (given[0].dtype, False)
+
+
+@pytest.mark.parametrize(("dtype", "calls"), [(torch.float16, 1), (torch.float32, 0)])
+def test_a_training_step_replaces_slow_attention(dtype, calls, monkeypatch):
+    found, own = [], scaled_dot_product_attention
+    noted = lambda *given, **named: found.append(1) or own(*given, **named)  # noqa: E731
+    monkeypatch.setattr(module, "scaled_dot_product_attention", noted)
+    query, key, value = (one.requires_grad_() for one in tensors(1, 2, 1, 20, 20, dtype=dtype))
+    layer = nn.Linear(16, 16, dtype=dtype)
+
+    def attend(x):
+        return functional.scaled_dot_product_attention(x, key, value, is_causal=True)
+
+    with without_slow_attention(layer):
+        attend(layer(query)).sum().backward()
+    assert len(found) == calls
+    assert all(one.grad is not None and one.grad.dtype is dtype for one in (query, key, value))
+    attend(query)
+    assert len(found) == calls

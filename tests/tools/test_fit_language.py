@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.ranks import Ranks as Process
 from lowmem.integrations.transformers import LowmemConfig
 from lowmem.io.atomic import owned
+from lowmem.nn import dot_product_attention
 from lowmem.tools import fit_language, fit_result
 from lowmem.tools.fit_job import default_lr
 from tests.integrations.transformers.folders import load
@@ -293,3 +295,16 @@ def test_a_full_disk_leaves_no_adapter_and_a_whole_state(place, capsys):
     assert main(["fit", *argv, "--resume"]) == 0
     assert Path("out", "adapter_model.safetensors").exists()
     assert list(place.glob(".lowmem-*")) == []
+
+
+@pytest.mark.parametrize("dry_run", [False, True])
+def test_steps_in_a_dtype_that_slows_torch_compute_attention_in_float32(dry_run, place, monkeypatch):
+    calls, own = [], dot_product_attention.scaled_dot_product_attention
+    noted = lambda *given, **named: calls.append(torch.is_grad_enabled()) or own(*given, **named)  # noqa: E731
+    monkeypatch.setattr(dot_product_attention, "scaled_dot_product_attention", noted)
+    shutil.copytree("llama", "float16")
+    load("llama").half().save_pretrained("float16")
+    for folder in ("llama", "float16"):
+        argv = ["fit", folder, "--data", "data.jsonl", "--length", "48", "--steps", "1", *["--dry-run"] * dry_run]
+        assert main(argv) == 0
+        assert any(calls) == (folder == "float16")

@@ -1,5 +1,5 @@
 """Attention of transformers' models that reads keys and values in 8 bits as they are: lowmem's kernel for few queries
-and for capped scores; torch's own for all others."""
+and for capped scores; torch's own for all others, whose gradients are computed in float32 where 16 bits are slow."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from lowmem.nn.dot_product_attention import is_faster, scaled_dot_product_attention
+from lowmem.nn.dot_product_attention import is_faster, scaled_dot_product_attention, without_slow_backward
 
 ATTENTION = "lowmem"
 """What ``model.set_attn_implementation`` takes to let this module's attention serve a model."""
@@ -41,8 +41,12 @@ def attend(
         )
     served = softcap is not None or is_faster(query, key, value)
     if dropout or any(kwargs.get(name) is not None for name in CHANGES) or not served:
-        given = module, query, key, value, attention_mask, dropout, scaling
-        return cast("tuple[Tensor, None]", sdpa_attention_forward(*given, softcap=softcap, **kwargs))
+
+        def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            given = module, query, key, value, mask, dropout, scaling
+            return cast(Tensor, sdpa_attention_forward(*given, softcap=softcap, **kwargs)[0])
+
+        return without_slow_backward(by_torch, query, key, value, attention_mask), None
     causal = kwargs.get("is_causal", getattr(module, "is_causal", True)) and query.shape[2] > 1
     how = 0.0, causal and attention_mask is None, scaling, True
     out = scaled_dot_product_attention(query, key, value, attention_mask, *how, softcap=softcap)

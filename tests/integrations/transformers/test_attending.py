@@ -93,3 +93,19 @@ def test_sinks_are_refused():
     query, key, value = states(1)
     with pytest.raises(ValueError, match="the attention 'lowmem' has no sinks, which a Layer needs"):
         attend(Layer(), query, key, value, None, s_aux=torch.zeros(4))
+
+
+def test_gradients_are_computed_in_float32_where_16_bits_are_slow(monkeypatch):
+    dtypes, own = [], attending.sdpa_attention_forward
+    monkeypatch.setattr(
+        attending,
+        "sdpa_attention_forward",
+        lambda *given, **more: dtypes.append([one.dtype for one in given[1:5]]) or own(*given, **more),
+    )
+    query, key, value = (one.detach() for one in states(20, torch.float16))
+    key, value, mask = key + 0, value + 0, torch.zeros(20, 20, dtype=torch.float16)
+    attend(Layer(), query, key, value, mask)
+    got, _ = attend(Layer(), query.requires_grad_(), key, value, mask)
+    assert dtypes == [[torch.float16] * 4, [torch.float32] * 4]
+    assert got.dtype is torch.float16
+    torch.testing.assert_close(got.double(), expected(query, key, value), rtol=1e-2, atol=1e-2)
