@@ -404,6 +404,11 @@ def interruptible(user_module, monkeypatch):
     monkeypatch.setattr("lowmem.tools.info.facts", interrupt)
 
 
+def files_here():
+    """Return what is in this folder, without Python's caches of compiled code."""
+    return sorted(path for path in Path().rglob("*") if "__pycache__" not in path.parts)
+
+
 @pytest.mark.parametrize("case", INTERRUPTED)
 @pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_ends_each_command_with_130_and_leaves_nothing_half_written(case, capsys):
@@ -411,11 +416,11 @@ def test_ctrl_c_ends_each_command_with_130_and_leaves_nothing_half_written(case,
         pytest.importorskip("altair", reason="the report needs the extra: pip install '.[report]'")
         pytest.importorskip("vl_convert", reason="the report needs the extra: pip install '.[report]'")
     command = case.partition(",")[0]
-    before = sorted(Path().rglob("[!_]*[!_]"))  # without caches of compiled code
+    before = files_here()
     assert run(command, *INTERRUPTED[case]) == 130
     told = capsys.readouterr().err.splitlines()
     assert told[-1] == f"lowmem {command}: interrupted; what was not finished is not there: run it again"
-    assert sorted(Path().rglob("[!_]*[!_]")) == before
+    assert files_here() == before
 
 
 def test_each_command_is_interrupted_somewhere():

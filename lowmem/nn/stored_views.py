@@ -350,7 +350,9 @@ def _set_data(weight: Any, value: Tensor) -> Any:
 def _warn_of_requantizing(weight: StoredTensor, values: Tensor, made: StoredTensor) -> None:
     if not isinstance(weight.form, CodedForm) or values.is_meta:
         return
-    change, error = (relative_error(values, one.dequantize()) for one in (weight.to(values.device), made))
+    old, new = (one.dequantize() for one in (weight.to(values.device), made))
+    changed = (values != old).reshape(len(values), -1).any(1)  # rows that stay keep their bits
+    change, error = (relative_error(values[changed], one[changed]) for one in (old, new))
     if error and change < 0.5:  # values of another weight differ by about their own size
         warnings.warn(
             f"weight.data = ... makes a relative change of {change:.1g} to a weight that is stored in {weight.form}, "
