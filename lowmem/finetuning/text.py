@@ -100,7 +100,7 @@ class Texts:
         return sum(end > self.length for end in self.ends)
 
     def length_of_ends(self, share: float) -> int:
-        """Return the least length that keeps this share of ``ends``, of which there is one at least."""
+        """Return the least length that keeps this share of ``ends``, which must not be empty."""
         return sorted(self.ends)[math.ceil(share * len(self.ends)) - 1]
 
     def split(self, share: float, seed: int) -> tuple[Texts, Texts]:

@@ -15,7 +15,7 @@ from lowmem.kernels import cpu, gpu, reference
 from lowmem.kernels.frozen_operator import serve
 from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.memory import TYPES
-from lowmem.quant.backend import ANY, Backend, LowRank, Weight, backend_for, backend_of, set_backend, torch_dtype
+from lowmem.quant.backend import ANY, Backend, LowRank, Weight, backend_for, backend_of, matmul_dtype, set_backend
 from lowmem.quant.tensor import QuantizedTensor
 
 __all__ = [
@@ -29,9 +29,9 @@ __all__ = [
     "fast_bfloat16",
     "input_grad",
     "linear",
+    "matmul_dtype",
     "recorded_dtype",
     "register",
-    "torch_dtype",
     "using",
 ]
 

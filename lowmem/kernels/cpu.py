@@ -20,7 +20,7 @@ from lowmem.kernels.cpu_rows import COMPARE, COMPARE_CALL, CpuRows
 from lowmem.kernels.kernel_choice import CpuPlan
 from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.native import load
-from lowmem.quant.backend import Backend, LowRank, Squares, Weight, torch_dtype
+from lowmem.quant.backend import Backend, LowRank, Squares, Weight, matmul_dtype
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
 from lowmem.quant.tensor import QuantizedTensor
@@ -269,14 +269,8 @@ class Kernel(CpuRows, CpuPlan):
                 sums = x.new_zeros(x.shape[0], chunk.stop - chunk.start, dtype=torch.float32)
                 sums = sums if bias is None else sums.add_(bias[chunk])
             for part in parts:
-                of_rows, of_columns = (part, chunk) if transposed else (chunk, part)
-                shape = of_rows.stop - of_rows.start, of_columns.stop - of_columns.start
-                factor = scratch[: shape[0] * shape[1]].view(shape)
-                if isinstance(weight, QuantizedTensor):
-                    self._dequantize(given, of_rows.start, of_columns.start, factor)
-                else:
-                    factor.copy_(given[1][of_rows, of_columns])
-                sums.addmm_(x[:, part].float(), factor if transposed else factor.t())
+                factor = self._factor(given, chunk, part, transposed, scratch)
+                sums.addmm_(x[:, part].float(), factor)
             out[:, chunk] = sums
         return out
 
@@ -292,7 +286,7 @@ class Kernel(CpuRows, CpuPlan):
     ) -> Tensor:
         """Dequantize a chunk of a weight at a time, and multiply it by torch; add the product to ``onto``, if given.
         Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
-        if torch_dtype(x.dtype, x) is not x.dtype:
+        if matmul_dtype(x.dtype, x) is not x.dtype:
             return self._in_float32(x, given, weight, transposed, bias, onto)
         x = rows_apart(x)
         bias = bias if bias is None else bias.to(x.dtype)
@@ -306,11 +300,7 @@ class Kernel(CpuRows, CpuPlan):
         chunks = _chunks(columns, weight.block_size) if transposed else _chunks(rows)
         scratch = x.new_empty(chunks[0].stop * (rows if transposed else columns))
         for chunk in chunks:
-            shape = (rows, chunk.stop - chunk.start) if transposed else (chunk.stop - chunk.start, columns)
-            part = scratch[: shape[0] * shape[1]].view(shape)
-            row, column = (0, chunk.start) if transposed else (chunk.start, 0)
-            self._dequantize(given, row, column, part)
-            factor = part if transposed else part.t()
+            factor = self._factor(given, chunk, slice(0, rows if transposed else columns), transposed, scratch)
             if onto is not None:
                 out[:, chunk].addmm_(x, factor)
             elif bias is None:
@@ -318,6 +308,25 @@ class Kernel(CpuRows, CpuPlan):
             else:
                 torch.addmm(bias[chunk], x, factor, out=out[:, chunk])
         return out
+
+    def _factor(self, given: Given, outs: slice, terms: slice, transposed: bool, scratch: Tensor) -> Tensor:
+        """Write a part of a weight to ``scratch``, in its dtype, and return it as the right factor of a product.
+
+        Args:
+            given: the weight.
+            outs: numbers of a row of the output: rows of the weight, or columns if ``transposed``.
+            terms: numbers of a row of the input: columns of the weight, or rows if ``transposed``.
+            transposed: whether the product is ``x @ W``, and not ``x @ W.T``.
+            scratch: a vector, at least as large as the part.
+        """
+        rows, columns = (terms, outs) if transposed else (outs, terms)
+        shape = rows.stop - rows.start, columns.stop - columns.start
+        part = scratch[: shape[0] * shape[1]].view(shape)
+        if given[0] is None:  # 16 bits
+            part.copy_(given[1][rows, columns])
+        else:
+            self._dequantize(given, rows.start, columns.start, part)
+        return part if transposed else part.t()
 
     def _dequantize(self, given: Given, row: int, column: int, out: Tensor) -> Tensor | None:
         """Fill ``out`` with what a weight holds from a row and the column of a block on; None: C does not take it."""

@@ -255,7 +255,7 @@ def _is_memory(x: Tensor) -> bool:
 
 
 def _are_codes(codes: tuple[Tensor, Tensor], blocks: int) -> bool:
-    """Whether C may read and write codes and scales of so many blocks."""
+    """Whether C may read and write 8-bit codes and scales as those of ``blocks`` blocks."""
     return is_array(codes[0], torch.int8, (blocks, BLOCK)) and is_array(codes[1], torch.float32, (blocks, 1))
 
 

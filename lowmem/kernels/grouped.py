@@ -19,7 +19,7 @@ from torch import Tensor
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stored
 from lowmem.kernels.ops import FIELDS
 from lowmem.kernels.reference import multiply_into
-from lowmem.quant.backend import Backend, Weight, torch_dtype
+from lowmem.quant.backend import Backend, Weight, matmul_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -170,7 +170,7 @@ def grouped_matmul(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
 
 
 def _batched(a: Tensor, b: Tensor) -> Tensor:
-    wide = torch_dtype(a.dtype, a)
+    wide = matmul_dtype(a.dtype, a)
     return (a.to(wide) @ b.to(wide)).to(a.dtype)
 
 
@@ -178,7 +178,7 @@ def _matmul(x: Tensor, matrices: Tensor, offsets: Tensor) -> Tensor:
     if not _reads(offsets):
         blocks = Blocks.of(offsets, x.shape[0])
         return blocks.scatter(_batched(blocks.gather(x), matrices[blocks.group]), x.shape[0])
-    out, wide = x.new_zeros(x.shape[0], matrices.shape[2]), torch_dtype(x.dtype, x)
+    out, wide = x.new_zeros(x.shape[0], matrices.shape[2]), matmul_dtype(x.dtype, x)
     for number, rows in _groups(offsets):
         multiply_into(out[rows], x[rows].to(wide), matrices[number].to(wide))
     return out
@@ -190,7 +190,7 @@ def _outer(x: Tensor, grad: Tensor, offsets: Tensor) -> Tensor:
     if not _reads(offsets):
         blocks = Blocks.of(offsets, x.shape[0])
         return out.index_add_(0, blocks.group, _batched(blocks.gather(x).mT, blocks.gather(grad)))
-    wide = torch_dtype(x.dtype, x)
+    wide = matmul_dtype(x.dtype, x)
     for number, rows in _groups(offsets):
         multiply_into(out[number], x[rows].t().to(wide), grad[rows].to(wide))
     return out

@@ -45,7 +45,7 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 def warning(reason: object, platform: str) -> str | None:
-    """Return the warning, with its remedy, that there is no kernel; None where there can be none."""
+    """Return the warning for a missing kernel, with its remedy; None where setup.py compiles no kernel."""
     if platform == "win32" or sysconfig.get_config_var("Py_GIL_DISABLED"):
         return None  # setup.py compiles none
     slow = "plain torch serves, up to 30 times slower"

@@ -15,7 +15,7 @@ from lowmem.kernels.codes import decode_8bit, encode_8bit
 from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
 from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
-from lowmem.quant.backend import Backend, LowRank, Squares, Weight, torch_dtype
+from lowmem.quant.backend import Backend, LowRank, Squares, Weight, matmul_dtype
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.packing import by_block, pack
 from lowmem.quant.scales import ScaleEncoding
@@ -64,7 +64,7 @@ Dequantizer: TypeAlias = Callable[[Weight, slice, torch.dtype, "tuple[float, ...
 
 
 class _OnCpu:
-    """This module for CPUs, of which torch says whether it may use instructions for bfloat16."""
+    """This module as the backend of CPUs: torch's report of the CPU says whether bfloat16 products are fast."""
 
     fast_bfloat16 = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT")
 
@@ -107,7 +107,7 @@ def linear(
 ) -> Tensor:
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out), in ``dtype``.
 
-    Where torch is slow at ``dtype`` (``torch_dtype``), the dequantized weight is not rounded to it, and products are
+    Where torch is slow at ``dtype`` (``matmul_dtype``), the dequantized weight is not rounded to it, and products are
     computed in float32. With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
     (``lowmem.kernels.int8``); products are summed in float32, and the result has the dtype of x. Offsets are
     multiplied with the sums of the input over blocks, of which neither is rounded.
@@ -138,7 +138,7 @@ def linear(
         factor = int8.round_inputs(x, weight.block_size)
     else:
         factor = x.to(dtype)
-    out, wide = factor.new_empty(x.shape[0], out_features), torch_dtype(dtype, x)
+    out, wide = factor.new_empty(x.shape[0], out_features), matmul_dtype(dtype, x)
     factor = factor.to(wide)
     for rows in row_chunks(out_features, in_features, device=x.device):
         part = dequantized(weight, rows, wide, levels)  # (rows, in)
@@ -168,7 +168,7 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: De
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
-    wide = torch_dtype(dtype, grad)
+    wide = matmul_dtype(dtype, grad)
     for rows in row_chunks(out_features, in_features, device=grad.device):
         part = dequantized(weight, rows, wide, None)  # (rows, in)
         if sums.dtype == wide:
@@ -184,7 +184,7 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
 
     A (rank, in) and B (out, rank) have the dtype of x.
     """
-    wide = torch_dtype(x.dtype, x)
+    wide = matmul_dtype(x.dtype, x)
     x, a, b = x.to(wide), a.to(wide), b.to(wide)
     narrow = x @ a.t()  # (batch, rank)
     if base.dtype == b.dtype:
@@ -199,7 +199,7 @@ def add_product(
 
     ``out`` and x are floating point, of one dtype.
     """
-    of_torch = torch_dtype(x.dtype, x)
+    of_torch = matmul_dtype(x.dtype, x)
     if transposed:
         wide = torch.promote_types(out.dtype, torch.float32)
         sums = out.to(wide)
@@ -217,7 +217,7 @@ def add_product(
 
 
 def multiply_into(out: Tensor, x: Tensor, factor: Tensor) -> None:
-    """Write ``x @ factor`` to ``out``, whose dtype may be another one; as autocast would not cast."""
+    """Write ``x @ factor`` to ``out``, whose dtype may differ from x's. ``out=`` keeps autocast from casting."""
     same = x.dtype is out.dtype
     product = torch.mm(x, factor, out=out if same else x.new_empty(out.shape))
     if not same:
@@ -235,7 +235,7 @@ def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tens
 
 
 def quantizing_bytes(rows: Tensor, into: QuantizedTensor) -> float:
-    """Return the scratch of ``quantize_rows`` in bytes per weight, of which it takes more for a search."""
+    """Return the scratch of ``quantize_rows`` in bytes per weight; a search for scales takes twice as much."""
     return 16 if into.method == "absmax" else 32
 
 

@@ -140,7 +140,7 @@ def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -
 
 def _factor(matrix: Tensor) -> Tensor:
     """Return a matrix of an adapter in the dtype in which torch multiplies it."""
-    dtype = kernels.torch_dtype(matrix.dtype, matrix)
+    dtype = kernels.matmul_dtype(matrix.dtype, matrix)
     return matrix if matrix.dtype is dtype else matrix.to(dtype)
 
 

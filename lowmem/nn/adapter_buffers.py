@@ -27,7 +27,7 @@ class AdapterBuffers(nn.Module):
     """The buffers of a module with which it does not compute now.
 
     Attributes:
-        current: the adapter whose buffers are the module's own; None: the base's are.
+        current: the adapter with whose buffers the module computes now; None: it computes with the base's.
         base: holds the base's buffers, unless they are the module's own.
         adapters: holds those of the other adapters, by name.
     """
@@ -79,7 +79,7 @@ def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
 
 
 def buffered_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the modules, by path, of which each adapter has buffers of its own."""
+    """Return the modules, by path, whose buffers each adapter has a copy of."""
     modules: dict[str, nn.Module] = {}
     banks = [path for path, one in model.named_modules() if isinstance(one, AdapterBank | AdapterBuffers)]
     for path, module in model.named_modules():

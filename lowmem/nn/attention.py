@@ -14,7 +14,7 @@ from lowmem.nn.adapted_products import linear
 from lowmem.nn.calls import no_slow_autocast
 from lowmem.nn.low_rank_sum import implements_adapted, is_adapted
 from lowmem.nn.stored_tensor import implements
-from lowmem.quant.backend import torch_dtype
+from lowmem.quant.backend import matmul_dtype
 
 
 @implements(functional.multi_head_attention_forward)
@@ -84,15 +84,14 @@ def _attention(
         mask = functional.pad(mask, (0, k.shape[0] - columns))
     q, k, v = (one.reshape(one.shape[0], batch, num_heads, -1).permute(1, 2, 0, 3) for one in (q, k, v))
     dropout_p, chances = dropout_p if training else 0.0, None
-    dtype, wide = q.dtype, torch_dtype(q.dtype, q)
+    dtype, wide = q.dtype, matmul_dtype(q.dtype, q)
     if wide is not dtype:
         q, k, v, mask = q.to(wide), k.to(wide), v.to(wide), None if mask is None else mask.to(wide)
     with no_slow_autocast(q):
         if need_weights:
             scores = (q * math.sqrt(num_heads / width)) @ k.mT
-            chances = functional.softmax(
-                scores if mask is None else scores + mask, -1
-            )  # (batch, heads, rows, columns)
+            scores = scores if mask is None else scores + mask
+            chances = functional.softmax(scores, -1)  # (batch, heads, rows, columns)
             chances = functional.dropout(chances, dropout_p) if dropout_p else chances
             out, chances = (chances @ v).to(dtype), chances.to(dtype)
         else:

@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.fx import Proxy
 from torch.nn.modules import module as torch_module
 
-from lowmem.kernels import Weight, torch_dtype
+from lowmem.kernels import Weight, matmul_dtype
 
 
 def exports_to_onnx(weight: Weight) -> TypeGuard[Tensor]:
@@ -129,6 +129,6 @@ def no_slow_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """Disable autocast to a dtype in which torch is slow to multiply on the device of ``x``, for the block."""
     if autocasts(x):
         dtype = torch.get_autocast_dtype(x.device.type)
-        if torch_dtype(dtype, x) is not dtype:
+        if matmul_dtype(dtype, x) is not dtype:
             return torch.autocast(x.device.type, enabled=False)
     return nullcontext()

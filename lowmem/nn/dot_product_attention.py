@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 from lowmem.kernels.attention import attention
 from lowmem.nn.cached_states import EightBitStates
 from lowmem.nn.calls import autocasts, is_cast, is_plain_call, no_slow_autocast
-from lowmem.quant.backend import HeadStates, backend_of, torch_dtype
+from lowmem.quant.backend import HeadStates, backend_of, matmul_dtype
 
 MOST = 8  # queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
 MOST_FLOATS = 4  # the same, of float32
@@ -101,7 +101,7 @@ def without_slow_backward(
 ) -> Tensor:
     """Return ``compute(query, key, value, mask)``, in float32 if it records gradients in a dtype that slows torch."""
     dtype = torch.get_autocast_dtype(query.device.type) if is_cast(query) else query.dtype
-    wide = torch_dtype(dtype, query)
+    wide = matmul_dtype(dtype, query)
     records = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
     if wide is dtype or not records:
         return compute(query, key, value, mask)
@@ -125,7 +125,7 @@ def without_slow_attention(model: nn.Module) -> AbstractContextManager[Any]:
 
     It is for models without ``torch.utils.checkpoint``, which would recompute attention outside of the function mode.
     """
-    is_slow = any(torch_dtype(one.dtype, one) is not one.dtype for one in model.parameters())
+    is_slow = any(matmul_dtype(one.dtype, one) is not one.dtype for one in model.parameters())
     return _ByLowmem() if is_slow else nullcontext()
 
 

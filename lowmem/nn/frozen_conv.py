@@ -18,7 +18,7 @@ from lowmem.kernels.decompositions import decomposes, dequantized
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stands_for_plain_call, stored
 from lowmem.kernels.memory import is_traced
 from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, no_slow_autocast, refuse_nested
-from lowmem.quant.backend import torch_dtype
+from lowmem.quant.backend import matmul_dtype
 from lowmem.quant.tensor import QuantizedTensor, row_chunks
 
 
@@ -218,7 +218,7 @@ def _compute(
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return the convolution; if ``size`` is given, its adjoint of that size. Each is the other's derivative."""
-    rounded, wide = x.to(dtype), torch_dtype(dtype, x)  # rounded as a 16-bit product rounds it
+    rounded, wide = x.to(dtype), matmul_dtype(dtype, x)  # rounded as a 16-bit product rounds it
     with no_slow_autocast(x):
         if size is None:
             out = _convolve(rounded, weight, geometry, wide, bias)

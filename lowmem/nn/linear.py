@@ -135,7 +135,7 @@ class HalfLinear(StoredModule, nn.Linear):
         weight = cast(nn.Parameter, self.weight_rounded) if weight is None else weight
         bias = own["bias_rounded"] if "bias_rounded" in own else self.bias  # noqa: SIM401 - get would evaluate it
         bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
-        if x.dtype is weight.dtype and kernels.torch_dtype(x.dtype, x) is x.dtype:
+        if x.dtype is weight.dtype and kernels.matmul_dtype(x.dtype, x) is x.dtype:
             if torch.is_grad_enabled():
                 refuse_training(weight)
             bias = bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)  # it may be dense, and shared

@@ -206,7 +206,7 @@ def backend_for(device_type: str = "cpu") -> Backend:
     return _backends[device_type]
 
 
-def torch_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
+def matmul_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     """Return the dtype in which torch multiplies numbers of ``dtype`` on a tensor's device.
 
     It is float32 in place of 16-bit floats for which a CPU has no instructions: torch takes up to 200 times as long

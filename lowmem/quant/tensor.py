@@ -54,7 +54,7 @@ class QuantizedTensor:
         block_size: B, weights per scale.
         scale_encoding: a key of ``ENCODINGS`` or ``OFFSETS``.
         method: how scales and codes were chosen, a key of ``METHODS``.
-        squares: what quantizing has lost; None: it is not known.
+        squares: the squared error of quantizing, and the squared weight; None: not measured.
 
     Attributes:
         cache: what a backend derives from the stored tensors (handles), under its own keys; left out of copies and

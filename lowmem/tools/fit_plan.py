@@ -168,7 +168,7 @@ def _plan_steps(job: Job, storing: Technique | None, skip: tuple[str, ...]) -> P
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device), reduction="sum")
 
     def figures(layers: int) -> dict[str, int]:
-        """Return the figures of a model of so many layers, of which a forward is planned and a step is run."""
+        """Return the figures of a model with ``layers`` layers: its forward is planned, and a step is run."""
         planned = skeleton_of(factory_of(job.folder, layers), techniques, None, skip)
         found = run_figures(planned.model, batch, None, None)
         tell(f"runs forward and backward of {layers} of the {sizes.layers} layers, with random weights")

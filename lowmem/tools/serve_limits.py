@@ -8,11 +8,14 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 from urllib.parse import SplitResult, urlsplit
 
+from lowmem.errors import show
+
 _Message: TypeAlias = dict[str, Any]
 _Receive: TypeAlias = Callable[[], Awaitable[_Message]]
 _Send: TypeAlias = Callable[[_Message], Awaitable[None]]
 App: TypeAlias = Callable[[Any, _Receive, _Send], Awaitable[None]]
 
+_READING = "GET", "HEAD", "OPTIONS"
 _LOOPBACK = "localhost", "127.0.0.1", "::1"
 _ASKED = {"/v1/chat/completions": "max_tokens", "/v1/completions": "max_tokens", "/v1/responses": "max_output_tokens"}
 """Paths that generate, and the field of each that limits the new tokens."""
@@ -111,7 +114,7 @@ class Limits:
             if scope["method"] == "GET" and scope["path"] == "/v1/models":
                 model = {"id": self.name, "object": "model", "created": 0, "owned_by": "local"}
                 return await _answer(send, 200, {"object": "list", "data": [model]})
-            if scope["method"] in ("GET", "HEAD", "OPTIONS"):
+            if scope["method"] in _READING:
                 return await self.app(scope, receive, send)
             body = await self._body(headers, receive)
             if scope["path"] in _JSON:
@@ -156,15 +159,15 @@ class Limits:
         asked = headers.get("host", "")
         if self.host in _LOOPBACK and _address(f"//{asked}").hostname not in _LOOPBACK:
             raise _RefusedError(403, f"host {asked!r} is not this machine: ask {self.host}", "forbidden")
-        if self.cross_origin or scope["method"] in ("GET", "HEAD", "OPTIONS"):
+        if self.cross_origin or scope["method"] in _READING:
             return
         origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
         if (origin is not None and _address(origin).netloc != asked) or site not in ("same-origin", "none"):
             remedy = "start the server with --enable-cors to allow it"
             raise _RefusedError(403, f"origin {origin!r} is another than {asked!r}: {remedy}", "forbidden")
-        kind = headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+        kind = _media_type(headers)
         if kind in _SIMPLE:
-            raise _RefusedError(415, f"content-type {kind!r} must be application/json", "unsupported_media_type")
+            raise _wrong_media_type(kind)
 
     async def _body(self, headers: Mapping[str, str], receive: _Receive) -> bytes:
         """Return a body; raise as soon as it is too long."""
@@ -181,9 +184,8 @@ class Limits:
 
     def _checked_body(self, path: str, headers: Mapping[str, str], body: bytes) -> bytes:
         """Return a body with the server's own name of the model and a number of tokens; raise for any other body."""
-        kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise _RefusedError(415, f"content-type {kind!r} must be application/json", "unsupported_media_type")
+        if (kind := _media_type(headers)) != "application/json":
+            raise _wrong_media_type(kind)
         try:
             asked = json.loads(body)
         except (ValueError, RecursionError) as reason:
@@ -193,11 +195,11 @@ class Limits:
         asked = {key: value for key, value in asked.items() if value is not None}
         for name, (fits, wanted) in _FIELDS.items():
             if name in asked and not fits(asked[name]):
-                raise _RefusedError(400, f"{name}={_shortened(asked[name])} must be {wanted}")
+                raise _RefusedError(400, f"{name}={show(asked[name])} must be {wanted}")
         self._check_generation(asked)
         model = asked.get("model", self.model)
         if model not in (self.model, self.name):
-            raise _RefusedError(404, f"model {_shortened(model)} is not served; {self.name!r} is", "model_not_found")
+            raise _RefusedError(404, f"model {show(model)} is not served; {self.name!r} is", "model_not_found")
         asked["model"] = self.model
         if path in _ASKED and not any(name in asked for name in _TOKENS):
             asked[_ASKED[path]] = min(_USUAL_TOKENS, self.tokens)
@@ -211,7 +213,7 @@ class Limits:
             count = asked.get(name, 1)
             if type(count) is not int or not 1 <= count <= self.tokens:
                 limit = f"an integer from 1 to {self.tokens}, which --max-tokens of the server raises"
-                raise _RefusedError(400, f"{name}={_shortened(count)} must be {limit}")
+                raise _RefusedError(400, f"{name}={show(count)} must be {limit}")
         if "generation_config" not in asked:
             return
         try:
@@ -219,8 +221,16 @@ class Limits:
         except (TypeError, ValueError, RecursionError):
             config = None
         if not isinstance(config, dict) or not set(config) <= set(_SAMPLING):
-            given = _shortened(asked["generation_config"])
+            given = show(asked["generation_config"])
             raise _RefusedError(400, f"generation_config={given} must be JSON of an object of {', '.join(_SAMPLING)}")
+
+
+def _media_type(headers: Mapping[str, str]) -> str:
+    return headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+def _wrong_media_type(kind: str) -> _RefusedError:
+    return _RefusedError(415, f"content-type {kind!r} must be application/json", "unsupported_media_type")
 
 
 def _address(url: str) -> SplitResult:
@@ -228,12 +238,7 @@ def _address(url: str) -> SplitResult:
     try:
         return urlsplit(url)
     except ValueError as reason:
-        raise _RefusedError(403, f"{_shortened(url)} is no address: {reason}", "forbidden") from None
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else f"{text[:100]}..."
+        raise _RefusedError(403, f"{show(url)} is no address: {reason}", "forbidden") from None
 
 
 def _error(reason: Exception, code: str) -> dict[str, Any]:

@@ -140,10 +140,10 @@ _WIDENED = 2**9
 
 class _Factor:
     """Multiplies with an output layer's weight, dense or stored, in one dtype; a dense one in float32 where torch is
-    slow at that (``torch_dtype``)."""
+    slow at that (``matmul_dtype``)."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype) -> None:
-        self.dtype, self.of_torch = dtype, kernels.torch_dtype(dtype, weight)
+        self.dtype, self.of_torch = dtype, kernels.matmul_dtype(dtype, weight)
         self.step = _CONVERTED if self.of_torch is dtype else _WIDENED
         self.stored: kernels.Weight | None = None
         if isinstance(weight, StoredTensor) and not weight.form.gathered:

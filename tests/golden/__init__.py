@@ -91,7 +91,7 @@ def dense() -> Parts:
 
 
 def model() -> Parts:
-    """Return the model with two adapters, of which the second is active."""
+    """Return the model with two adapters; the second is active."""
     made = dense()
     for path, technique in STORED.items():
         places = (path, "head") if path == "embedding" else (path,)

@@ -139,7 +139,7 @@ def test_the_peak_is_one_chunk_of_logits(stored):
     with PeakMemory() as peak, torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
         loss = linear_cross_entropy(hidden, weight, labels, chunk=chunk)
     gradient, logits = rows * width * 2, chunk * vocabulary * 2
-    widened = 0 if kernels.torch_dtype(torch.bfloat16, hidden) is torch.bfloat16 else 4 * 512 * (width + chunk)
+    widened = 0 if kernels.matmul_dtype(torch.bfloat16, hidden) is torch.bfloat16 else 4 * 512 * (width + chunk)
     # Logits, the float32 numbers of 16 rows with their exponentials, the saved gradient, and columns of rows.
     assert peak.peak <= logits + 2 * 16 * vocabulary * 4 + gradient + 64 * rows + 6 * chunk * width * 4 + (
         2**20 if stored else widened  # what the kernel dequantizes at a time, or torch multiplies in float32

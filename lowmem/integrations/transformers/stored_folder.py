@@ -128,7 +128,7 @@ def is_dense(config: LowmemConfig, prefix: str, files: list[str]) -> bool:
 
 
 def restore_resized(model: Any, files: list[str]) -> None:
-    """Make layers dense again of which a folder has parts in another shape, such as a head for other labels.
+    """Make layers dense again whose parts have another shape in the folder, such as a head for other labels.
 
     transformers then makes them anew, or refuses them, as it does for dense models.
 

@@ -67,7 +67,7 @@ class Exported(ForeignRow):
 
 
 def squares(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> Squares:
-    """Return the squares of ``before``, and of what ``after`` differs by; None: by nothing."""
+    """Return the squares of a weight before an export and of its error after it; ``after`` is None if it is kept."""
     columns = before.shape[-1] if len(before.shape) else 1
 
     def parts() -> Iterator[Squares]:

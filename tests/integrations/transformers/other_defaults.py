@@ -23,7 +23,7 @@ CONFIG = LlamaConfig(
 
 
 def logits(dense: torch.nn.Module) -> list[torch.Tensor]:
-    """Return those of a prompt, of single tokens and of several, as it is and prepared, with each cache."""
+    """Return logits of a prompt and of later tokens, of the model unprepared and prepared, with each cache."""
     found = []
     generator = torch.Generator("cpu").manual_seed(0)
     tokens = torch.randint(60, (2, 90), generator=generator, dtype=torch.int64, device="cpu")
