@@ -1,16 +1,19 @@
 """PEFT's ``adapter_config.json``: which layers an adapter changes, and their ranks and alphas. What has no form here
-(DoRA, biases of B, ...) and unknown keys are refused by name."""
+(DoRA, biases of B, ...) and unknown keys are refused by name.
+
+Names and lists are compared exactly. Regular expressions are not run, since one can keep Python's ``re`` busy for
+years: where the config has one for the layers, the names of the adapter's tensors decide.
+"""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from itertools import combinations
 from typing import Any
 
 from lowmem.errors import show
-from lowmem.io.formats.peft.patterns import MAX_LENGTH, Budget, Pattern
 from lowmem.nn.techniques import LoRA
 
 MERGE = "merge it in PEFT, merge_and_unload(), and convert the model that this returns"
@@ -65,7 +68,10 @@ _FIELDS: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "modules_to_save": ([], _is_names, "must be a list of names"),
 }
 
-_LITERAL = re.compile(r"\^?((?:[\w-]|\\.)+)")
+_TOKEN = re.compile(r"\.\*|\\\W|[\w-]+|.", re.DOTALL)
+_SPECIAL = frozenset("\\^$*+?{}[]()|")
+_MOST_WILDCARDS = 2000  # in the patterns of a config, which are tried one after the other with each layer
+_MOST_CHARACTERS = 100_000  # of patterns with .* or |
 
 
 class PeftConfig:
@@ -75,11 +81,11 @@ class PeftConfig:
         default: the technique of layers that no pattern names.
         target_parameters: ends of names.
         biases: whether biases of the base are stored, too.
+        names_modules: whether the config alone says which modules are adapted; otherwise the names of the tensors do.
         base: the name of the base, or None.
 
     Raises:
-        ValueError: it is no config of LoRA, or has something without a form here; or matching takes too long, of
-            methods, too.
+        ValueError: it is no config of LoRA, or has something without a form here.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
@@ -111,43 +117,38 @@ class PeftConfig:
         ranks = {one: _rank(f"rank_pattern of {show(one)}", of) for one, of in given["rank_pattern"].items()}
         alphas = {one: _alpha(f"alpha_pattern of {show(one)}", of) for one, of in given["alpha_pattern"].items()}
         numbers, prefixes = given["layers_to_transform"], given["layers_pattern"]
-        budget = Budget()
         self.default = LoRA(rank, alpha, float(given["lora_dropout"]), given["use_rslora"])
         self.target_parameters = frozenset(given["target_parameters"])
         self.biases = given["bias"] != "none"
         self.base = given["base_model_name_or_path"] or None
-        self._targets = _targets(given["target_modules"], budget)
-        excluded = given["exclude_modules"]
-        self._excluded = Pattern(excluded, budget) if isinstance(excluded, str) else frozenset(excluded)
+        self._targets, self._excluded = _modules(given["target_modules"]), _modules(given["exclude_modules"])
         self._layers = None if numbers == [] else frozenset(numbers if isinstance(numbers, list) else [numbers])
         names = [prefixes] if prefixes and isinstance(prefixes, str) else [*prefixes]
-        self._numbered = [rf"(?:^|.*?\.){re.escape(name)}\.(\d+)\." for name in names] or [r".*?\.[^.]*\.(\d+)\."]
-        self._saved_ends = tuple(given["modules_to_save"])
-        # As check_target_module_exists of PEFT has it: nothing inside of what is stored whole is adapted.
-        self._saved = [Pattern(rf"(^|.*\.){one}($|\..*)", budget) for one in self._saved_ends]
-        self._ranks, self._alphas = (_ByPattern(found, budget) for found in (ranks, alphas))
-
-    @property
-    def names_modules(self) -> bool:
-        """Whether the config says which modules are adapted; otherwise the names of the tensors do."""
-        return self._targets is not None
+        self._numbered = {name: order for order, name in reversed([*enumerate(names)])}
+        unread = any(map(_SPECIAL.intersection, names))
+        self._layers = None if unread else self._layers
+        self.names_modules = not unread and self._targets is not None and self._excluded is not None
+        self._saved = frozenset(given["modules_to_save"])
+        self._ranks, self._alphas = _Patterns("rank_pattern", ranks), _Patterns("alpha_pattern", alphas)
 
     def takes(self, path: str) -> bool:
-        """Whether the module at a path is adapted."""
-        named, layers = self._targets, self._layers
-        if not _is_named(named, path) or _is_named(self._excluded, path):
+        """Whether the module at a path may be adapted."""
+        targets, layers = self._targets, self._layers
+        if not _is_named(targets, path, True) or _is_named(self._excluded, path, False):
             return False
-        if any(one.matches(path) for one in self._saved):
+        # As check_target_module_exists of PEFT has it: nothing inside of what is stored whole is adapted.
+        parts = path.split(".") if self._saved else ()
+        if any(".".join(parts[start:end]) in self._saved for start, end in combinations(range(len(parts) + 1), 2)):
             return False
-        return layers is None or not isinstance(named, frozenset) or path in named or self._layer(path) in layers
+        return layers is None or not isinstance(targets, frozenset) or path in targets or self._layer(path) in layers
 
     def takes_parameter(self, name: str) -> bool:
         """Whether a parameter is adapted by its full name."""
-        return _is_named(self.target_parameters, name)
+        return _is_named(self.target_parameters, name, False)
 
     def saves(self, path: str) -> bool:
         """Whether the module at a path is stored whole."""
-        return path.endswith(self._saved_ends)
+        return any(path[start:] in self._saved for start in range(len(path)))
 
     def technique(self, place: str) -> LoRA:
         """Return the rank and alpha of a module's path, or a parameter's full name."""
@@ -156,49 +157,100 @@ class PeftConfig:
         return LoRA(rank, alpha, own.dropout, own.rank_stabilized)
 
     def _layer(self, path: str) -> int | None:
-        found = next((found for one in self._numbered if (found := re.match(one, path))), None)
-        return None if found is None or len(found[1]) > 9 else int(found[1])
+        """Return the number of the layer that a path is in: behind a name of ``layers_pattern``, or the first one."""
+        *parts, _ = path.split(".")
+        found: list[tuple[int, int]] = []  # in what order PEFT tries them, and the place of the number
+        for at, part in enumerate(parts):
+            if part.isdecimal():
+                ends = ends_of(".".join(parts[:at]))
+                orders = [self._numbered[end] for end in ends if end in self._numbered]
+                found += [(order, at) for order in (orders if self._numbered else [0] * (at > 1))]
+        number = parts[min(found)[1]] if found else ""
+        return int(number) if 0 < len(number) < 10 else None
 
 
-class _ByPattern:
-    """Values by a regular expression, of which the first one counts that matches a place, or its end."""
+class _Patterns:
+    """Values by a pattern: names, ``.*``, and ``|`` between them. The first one counts that matches a place, or what
+    is left of it behind a dot.
 
-    def __init__(self, values: Mapping[str, Any], budget: Budget) -> None:
-        self._literal: dict[tuple[bool, str], tuple[float, Any]] = {}  # by whether it is a whole place, and the text
-        self._patterns: list[tuple[int, Pattern, Any]] = []
-        for number, (text, value) in enumerate(values.items()):
-            literal = _LITERAL.fullmatch(text)
-            plain = None if literal is None else re.sub(r"\\(.)", r"\1", literal[1])
-            if plain is None or re.search(r"\\[0-9A-Za-z]", text):
-                self._patterns.append((number, Pattern(rf"(.*\.)?({text})$", budget), value))
-            else:  # most are: files name hundreds of layers, and no automaton is needed
-                self._literal.setdefault((text.startswith("^"), plain), (number, value))
+    Args:
+        key: of the config, for errors.
+        values: by pattern.
+        whole: whether patterns match whole places only, as those that begin with ``^`` do.
+
+    Raises:
+        ValueError: another regular expression.
+    """
+
+    def __init__(self, key: str, values: Mapping[str, Any], whole: bool = False) -> None:
+        self._names: dict[tuple[bool, str], tuple[float, Any]] = {}  # by whether it is a whole place, and the text
+        self._wildcards: list[tuple[int, bool, list[str], Any]] = []  # the texts around .*
+        characters = sum(len(pattern) for pattern in values if "|" in pattern or "*" in pattern)
+        for number, (pattern, value) in enumerate(values.items()) if characters <= _MOST_CHARACTERS else ():
+            for start, texts in _alternatives(key, pattern):
+                if len(texts) == 1:  # most are: files name hundreds of layers
+                    self._names.setdefault((whole or start, texts[0]), (number, value))
+                else:
+                    self._wildcards.append((number, whole or start, texts, value))
+        if characters > _MOST_CHARACTERS or sum(len(texts) for _, _, texts, _ in self._wildcards) > _MOST_WILDCARDS:
+            raise ValueError(f"{key} has too many patterns with .* or |: name the layers by their paths")
 
     def of(self, place: str, default: Any) -> Any:
         """Return the value of a place."""
         keys = [(True, place), *((False, end) for end in ends_of(place))]
-        found = (self._literal[key] for key in keys if key in self._literal)
-        first, literal = min(found, default=(math.inf, default), key=lambda one: one[0])
-        for number, pattern, value in self._patterns:
-            if number < first and pattern.matches(place):
-                return value
-        return literal
+        named = (self._names[key] for key in keys if key in self._names)
+        first, value = min(named, default=(math.inf, default), key=lambda one: one[0])
+        for number, whole, texts, other in self._wildcards:
+            if number < first and _matches(f".{place}", whole, texts):
+                return other
+        return value
 
 
-def _targets(given: list[str] | str | None, budget: Budget) -> frozenset[str] | Pattern | None:
-    """Return what finds the modules; None if the names of the tensors decide, as for patterns that are not served."""
+def _alternatives(key: str, pattern: str) -> list[tuple[bool, list[str]]]:
+    """Split a pattern at ``|``: return whether each part begins with ``^``, and the texts around its ``.*``."""
+    found: list[tuple[bool, list[list[str]]]] = [(False, [[]])]
+    for token in _TOKEN.findall(pattern):
+        if token == "|":
+            found.append((False, [[]]))
+        elif token == "^" and found[-1] == (False, [[]]):
+            found[-1] = True, [[]]
+        elif token in _SPECIAL:
+            raise ValueError(
+                f"{key} has the regular expression {show(pattern)}, and lowmem reads names, .* and a|b: name the "
+                "layers by their paths"
+            )
+        elif token == ".*":
+            found[-1][1].append([])
+        else:
+            found[-1][1][-1].append(token.removeprefix("\\"))
+    return [(whole, ["".join(text) for text in texts]) for whole, texts in found]
+
+
+def _matches(place: str, whole: bool, texts: list[str]) -> bool:
+    """Whether texts stand in a place, which begins with a dot, one after the other, the last one at its end."""
+    first, *between, last = texts
+    at = place.find(f".{first}")
+    if at < 0 or (whole and at > 0):
+        return False
+    at += len(first) + 1
+    for text in between:
+        found = place.find(text, at)
+        if found < 0:
+            return False
+        at = found + len(text)
+    return place.endswith(last) and len(place) - len(last) >= at
+
+
+def _modules(given: list[str] | str | None) -> frozenset[str] | _Patterns | None:
+    """Return what finds modules; None if the names of the tensors decide, as for a regular expression."""
     if given is None or given == "all-linear":  # which PEFT replaces by names before it saves
         return None
     if isinstance(given, list):
         return frozenset(given)
     try:
-        return Pattern(given, budget)
+        return _Patterns("", {given: True}, whole=True)
     except ValueError:
-        if len(given) <= MAX_LENGTH:
-            with suppress(re.error, OverflowError, RecursionError):
-                re.compile(given)
-                return None
-        raise
+        return None
 
 
 def ends_of(path: str) -> list[str]:
@@ -207,10 +259,12 @@ def ends_of(path: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _is_named(given: Any, path: str) -> bool:
-    if isinstance(given, Pattern):
-        return given.matches(path)
-    return given is not None and any(end in given for end in ends_of(path))
+def _is_named(names: frozenset[str] | _Patterns | None, path: str, default: bool) -> bool:
+    if names is None:
+        return default
+    if isinstance(names, _Patterns):
+        return bool(names.of(path, False))
+    return any(end in names for end in ends_of(path))
 
 
 def _rank(what: str, value: Any) -> Any:

@@ -182,7 +182,8 @@ class _Reading:
             ends = (".lora_A.weight", ".lora_embedding_A")
             found = {name.removesuffix(end) for name in self._specs for end in ends if name.endswith(end)}
             paths = set(map(_plain_name, found))
-            return sorted(paths - {name.rpartition(".")[0] for name in self._parameters()})
+            paths -= {name.rpartition(".")[0] for name in self._parameters()}
+            return sorted(filter(self._config.takes, paths))
         return [path for paths in self._paths.values() for path in paths if path and self._config.takes(path)]
 
     def _parameters(self) -> list[str]:

@@ -129,9 +129,9 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
         ({"bias": "none"}, "its tensor .*bias' is one of the base, as that of a resized vocab"),
         ({"rank_pattern": []}, r"rank_pattern=\[\] must be an object"),
         ({"rank_pattern": {"fc": 2.0}}, "rank_pattern of 'fc'=2.0 must be"),
-        ({"rank_pattern": {"(": 2}}, r"pattern .* is none: missing"),
-        ({"rank_pattern": {r"(?=fc)": 2}}, r"has \(\?= of Python's re, which lowmem does not match"),
-        ({"rank_pattern": {"(.*)*" * 300: 2}}, "pattern .* has 1515 characters|takes more|lacks|at rank"),
+        ({"rank_pattern": {r"(?=fc)": 2}}, r"rank_pattern has the regular expression '\(\?=fc\)'"),
+        ({"alpha_pattern": {"(.*)*" * 300: 2}}, "alpha_pattern has the regular expression.*name the layers by"),
+        ({"rank_pattern": {".*a" * 2000: 2}}, "rank_pattern has too many patterns with .* or |: name the layers by"),
         ({"alpha_pattern": {"fc": -1}}, "alpha_pattern of 'fc'=-1 must be a positive number"),
         ({"target_modules": [1]}, r"target_modules=\[1\] must be a list of names"),
         ({"target_modules": ["fc", "conv"]}, "embed.* belongs to nothing|embed.* is one of the base"),
@@ -151,19 +151,6 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
 def test_a_config_that_says_something_else_is_refused(folder, fields, message):
     change(folder, **fields)
     refused(folder, message)
-
-
-@pytest.mark.thorough
-def test_patterns_that_take_exponential_time_elsewhere_do_not_here(folder):
-    for pattern in ("(f*)*$c", "(.*.*.*.*)*experts", "((a|b|.)+)+x", "(.?){200}fc"):
-        change(folder, rank_pattern={f"{pattern}{number}": 2 for number in range(50)})
-        refused(folder, "at rank|lacks|take too long")
-    change(folder, rank_pattern={"." * 900 + f".*{number}": 2 for number in range(10**4)})
-    refused(folder, "take too long to match")
-    change(folder, rank_pattern={}, target_modules=[f"layer.{number}" for number in range(10**5)])
-    refused(folder, "lacks|names|belongs|one of the base|at rank")
-    change(folder, modules_to_save=[f"layer.{number}" for number in range(10**5)])
-    refused(folder, "take too long to match")
 
 
 @rows_in_one_case(
@@ -273,7 +260,7 @@ def test_without_target_modules_the_tensors_say_what_is_adapted(tmp_path):
         nn.init.normal_(one.lora_a)
         nn.init.normal_(one.lora_b)
     save_adapter(model, tmp_path / "a", format="peft")
-    for given_as in (None, "all-linear", r"(?!inner)(fc|embed)"):
+    for given_as in (None, "all-linear", r"(?!inner)(fc|embed)", "(a*)*b"):
         content = json.loads((tmp_path / "a" / CONFIG).read_text())
         (tmp_path / "a" / CONFIG).write_text(json.dumps({**content, "target_modules": given_as}))
         loaded = load_adapter(parts(), tmp_path / "a")
