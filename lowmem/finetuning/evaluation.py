@@ -9,8 +9,9 @@ from torch.nn import functional
 
 from lowmem.finetuning.calling import evaluating, logits_of
 from lowmem.finetuning.ranks import Ranks
-from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.rows import Rows, check_rows
 from lowmem.finetuning.text import IGNORED
+from lowmem.transforms.registry import check_module
 
 _CHUNK = 128
 """Tokens whose log-probabilities exist at once."""
@@ -25,7 +26,12 @@ def perplexity(model: nn.Module, rows: Rows, ranks: Ranks | None = None) -> floa
         model: is evaluated in eval mode; the modes of its modules are restored.
         rows: held-out text.
         ranks: the processes that train together; None if this process evaluates alone.
+
+    Raises:
+        TypeError: the model is no module, or the rows are no ``Rows``.
     """
+    check_module(model)
+    check_rows("rows", rows)
     ranks = ranks or Ranks()
     device = next(model.parameters()).device
     total = 0.0

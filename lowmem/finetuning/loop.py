@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from lowmem.errors import show
 from lowmem.finetuning.calling import balance_of, logits_of
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.ranks import Ranks
-from lowmem.finetuning.rows import Batch, Order, Rows, part
+from lowmem.finetuning.rows import Batch, Order, Rows, check_rows, part
 from lowmem.finetuning.settings import FineTuning
 from lowmem.finetuning.state import (
     Saved,
@@ -30,6 +31,7 @@ from lowmem.finetuning.state import (
 from lowmem.finetuning.text import IGNORED
 from lowmem.io.checkpoint import unwrap
 from lowmem.resident import trim_heap
+from lowmem.transforms.registry import check_module
 
 
 @dataclass(frozen=True)
@@ -108,12 +110,19 @@ def finetune(
         Losses and evaluations, including those from before the run was resumed.
 
     Raises:
+        TypeError: an argument is of another type.
         ValueError: nothing trains; ``patience`` without ``held_out``; fewer rows than processes; or a loss, a
             gradient, a perplexity or a weight is no longer finite: the step is named, and the last good state is
             kept.
         FileError: the state is damaged, or of another run.
         OSError: a state cannot be read or written.
     """
+    check_module(model)
+    check_rows("rows", rows)
+    if held_out is not None:
+        check_rows("held_out", held_out)
+    if not isinstance(settings, FineTuning):
+        raise TypeError(f"settings={show(settings)} must be lowmem.FineTuning(steps=...)")
     if not trained(model):
         raise ValueError(f"{type(model).__name__} has no parameter that trains: lowmem.add_adapter adds an adapter")
     if settings.patience is not None and held_out is None:

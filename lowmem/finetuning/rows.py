@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowmem.errors import show
 from lowmem.finetuning.calling import Calling, calling_of
 from lowmem.finetuning.text import IGNORED, Example
 
@@ -102,6 +103,14 @@ class Rows:
             ids.to(device), positions.to(device) if several else None, mask.to(device) if padded and rows else None
         )
         return Batch(inputs, targets.to(device), int(mask.sum()))
+
+
+def check_rows(name: str, rows: object) -> None:
+    """Raise a TypeError for an argument that is no ``Rows``."""
+    if not isinstance(rows, Rows):
+        raise TypeError(
+            f"{name}={show(rows)} must be lowmem.Rows: Rows.of(model, examples, length, vocabulary) packs them"
+        )
 
 
 def pack(lengths: Sequence[int], length: int) -> list[list[int]]:

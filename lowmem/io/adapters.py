@@ -45,7 +45,7 @@ from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed
 from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.placement import place_name, places_of
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded, refuse_wrapped
-from lowmem.transforms.registry import layer_name, module_paths, parameters_to_adapt
+from lowmem.transforms.registry import check_module, layer_name, module_paths, parameters_to_adapt
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -95,6 +95,7 @@ def save_adapter(
         raise ValueError(
             f"base_name={show(base_name)} is for format='peft': files of format={show(format)} name no base"
         )
+    check_module(model)
     model = unwrap(model)
     refuse_sharded("save_adapter", model)
     if name is None:

@@ -45,7 +45,8 @@ _OFFSETS_CHUNK = 2**20  # bytes of offsets that are decoded at a time
 _OFFSETS_ROWS = (
     255  # most rows of an input at a time: float32 products of more may be torch's, with scratch of its own
 )
-_ROUNDED_BYTES = 2**19  # scratch limit for rounding inputs to 8 bits
+_ROUNDED_BYTES = 2**21  # limit for inputs that are rounded to 8 bits, and their products: each dequantizes the weight
+_ROUNDING_BYTES = 2**19  # scratch limit for rounding them
 
 # Rows, or columns, of a weight that are dequantized at a time where torch multiplies: up to half more, so that the
 # chunks of one weight have about one size.
@@ -155,7 +156,10 @@ class Kernel(CpuRows, CpuPlan):
             if rounded is not None:
                 return rounded
             assert isinstance(weight, QuantizedTensor)
-            x = int8.round_inputs(x, weight.block_size).contiguous()
+            rounding = partial(int8.round_inputs, block_size=weight.block_size)
+            wide = _in_chunks(x, int8.BYTES_PER_NUMBER * x.shape[1], _ROUNDING_BYTES, torch.float32, rounding)
+            assert wide is not None
+            x = wide.contiguous()
         if transposed:
             out = self._input_grad(self._isa, *given, x, threads)
         else:
@@ -172,7 +176,7 @@ class Kernel(CpuRows, CpuPlan):
         if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x):
             x = x.contiguous()
             bias = bias if bias is None or is_vector(bias, weight.shape[0]) else bias.float().contiguous()
-            nbytes = int8.BYTES_PER_NUMBER * x.shape[1] + 4 * weight.shape[0]
+            nbytes = 4 * sum(weight.shape)
             for given in self._handles(weight, _IN_INT8):
                 out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
                 if out is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.fx import Proxy
 
 from lowmem import kernels
+from lowmem.errors import show
 from lowmem.kernels.frozen_operator import refuse_training
 from lowmem.nn.calls import autocast, is_plain_call, recorded_call
 from lowmem.nn.coded_module import CodedModule, kept_weight, weight_compute_dtype
@@ -29,6 +30,9 @@ class CodedLinear(CodedModule, nn.Linear):
         bias: floating point (out_features,), or None.
         compute_dtype: dtype of the product; None: the dtype of the input; torch.int8: 8-bit integers.
         dtype: of the ``weight`` attribute; None: that of the bias, or float32.
+
+    Raises:
+        TypeError, ValueError: a weight that is not quantized, or a bias that is no parameter of its rows.
     """
 
     dense_class = nn.Linear
@@ -39,10 +43,18 @@ class CodedLinear(CodedModule, nn.Linear):
     def __init__(
         self,
         weight: QuantizedTensor,
-        bias: nn.Parameter | None,
+        bias: nn.Parameter | None = None,
         compute_dtype: torch.dtype | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        if not isinstance(weight, QuantizedTensor):
+            raise TypeError(
+                f"weight={show(weight)} must be what lowmem.quantize returns; convert changes whole layers"
+            )
+        if bias is not None and not isinstance(bias, nn.Parameter):
+            raise TypeError(f"bias={show(bias)} must be an nn.Parameter or None")
+        if bias is not None and bias.shape != weight.shape[:1]:
+            raise ValueError(f"bias.shape={tuple(bias.shape)} must be ({weight.shape[0]},), one an output")
         nn.Module.__init__(self)
         self.__dict__.update(_forms={}, _kept={})
         self.out_features, self.in_features = weight.shape

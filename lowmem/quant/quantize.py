@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,6 +179,13 @@ def check_weight(weight: Tensor) -> None:
     """Raise a TypeError or ValueError unless ``weight`` is a dense floating-point tensor with values and rows."""
     if not isinstance(weight, Tensor):
         raise TypeError(f"weight must be a tensor, found {type(weight).__name__}")
+    kind: Any = type(weight)
+    library = kind.__module__.partition(".")[0]
+    if kind.__torch_dispatch__ != Tensor.__torch_dispatch__ and library not in ("torch", "lowmem"):
+        raise TypeError(
+            f"weight is a {kind.__name__} of {library}, whose values cannot be read: quantize the dense weight that it "
+            "was made of"
+        )
     if not weight.is_floating_point():
         raise TypeError(f"weight.dtype={weight.dtype} must be a floating-point dtype; convert it first")
     if weight.is_nested:

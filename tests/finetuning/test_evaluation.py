@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from lowmem import perplexity
+from lowmem import FineTuning, finetune, perplexity
 from lowmem.finetuning.ranks import Ranks
 from lowmem.finetuning.text import IGNORED
 from tests.finetuning.language import language, rows, texts
@@ -51,3 +51,20 @@ def test_a_perplexity_that_overflows_is_infinite_and_nan_stays(tmp_path):
     with torch.no_grad():
         model.head.weight[3, 5] = torch.nan
     assert math.isnan(perplexity(model, found))  # not infinite, which a run would go on with
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda model, found: perplexity(torch.ones(3), found), r"model must be a torch\.nn\.Module, found Tensor"),
+        (lambda model, found: perplexity(model, [1, 2]), r"rows=\[1, 2\] must be lowmem\.Rows"),
+        (lambda model, found: finetune(torch.ones(3), found, FineTuning()), "model must be a torch"),
+        (lambda model, found: finetune(model, ["a"], FineTuning()), r"rows=\['a'\] must be lowmem\.Rows"),
+        (lambda model, found: finetune(model, found, FineTuning(), held_out="a"), "held_out='a' must be lowmem"),
+        (lambda model, found: finetune(model, found, 3), "settings=3 must be lowmem.FineTuning"),
+    ],
+)
+def test_an_argument_of_another_type_is_named(call, said, tmp_path):
+    model = language()
+    with pytest.raises(TypeError, match=said):
+        call(model, rows(model, texts(tmp_path)))

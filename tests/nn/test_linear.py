@@ -6,8 +6,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from lowmem import FourBit, Half, convert, kernels, measure, quantize
+from lowmem import FourBit, Half, Linear4Bit, convert, kernels, measure, quantize
 from lowmem.nn.techniques import blockwise
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
@@ -116,3 +117,22 @@ def test_a_float16_input_is_multiplied_with_bfloat16_weights_that_float16_does_n
         with kernels.using(name):
             for out in (layer(x), torch.nn.functional.linear(x, layer.weight), x @ layer.weight.half().t()):
                 assert torch.equal(out, torch.full((2, 3), 2.0**13, dtype=F16))
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "error", "said"),
+    [
+        (torch.ones(8, 8), None, TypeError, "weight=Tensor of shape .* must be what lowmem.quantize returns"),
+        (quantize(torch.ones(8, 8)), True, TypeError, "bias=True must be an nn.Parameter or None"),
+        (quantize(torch.ones(8, 8)), torch.ones(8), TypeError, "bias=Tensor of shape .* must be an nn.Parameter"),
+        (quantize(torch.ones(8, 4)), nn.Parameter(torch.ones(4)), ValueError, r"bias.shape=\(4,\) must be \(8,\)"),
+    ],
+)
+def test_a_layer_made_of_the_wrong_parts_names_them(weight, bias, error, said):
+    with pytest.raises(error, match=said):
+        Linear4Bit(weight, bias)
+
+
+def test_a_layer_made_of_its_weight_alone_has_no_bias():
+    weight, x = quantize(torch.randn(8, 32)), torch.randn(3, 32)
+    assert_product(Linear4Bit(weight)(x), x, weight.dequantize())

@@ -497,6 +497,8 @@ def test_a_model_without_adapters_says_how_to_get_one(function):
         function(make_model(), "a")
     with pytest.raises(TypeError, match="must be a torch.nn.Module, found dict"):
         function({}, "a")
+    with pytest.raises(TypeError, match="must be a torch.nn.Module, found Tensor"):
+        lowmem.save_adapter(torch.ones(3), "never-written")
     assert adapter_names(make_model()) == active_adapters(make_model()) == []
 
 

@@ -309,6 +309,14 @@ def test_tensors_that_compute_by_themselves_are_refused_by_name_or_left(techniqu
     assert type(model["a"]) is not nn.Linear
 
 
+def test_quantizing_a_tensor_that_computes_by_itself_names_its_class():
+    for store in (lowmem.quantize, lowmem.Half().store):
+        with pytest.raises(
+            TypeError, match="weight is a Wrapped of tests, whose values cannot be read: quantize the"
+        ):
+            store(Wrapped(torch.ones(4, 16)))
+
+
 def test_adapters_work_on_tensors_that_compute_by_themselves_and_what_reads_them_is_refused(tmp_path):
     model = lowmem.convert(with_wrapped(), lowmem.LoRA(2))
     nn.init.ones_(model["b"].lora_b)

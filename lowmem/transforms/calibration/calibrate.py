@@ -124,6 +124,8 @@ def calibrate(
             fewer rows than columns; blocks that read more than what those before them return.
     """
     _check_arguments(batches, technique, damping, progress)
+    if not isinstance(diagonal, bool):
+        raise ValueError(f"diagonal={show(diagonal)} must be True or False")
     for name, value in {"blocks": blocks, "offload": offload, "resume": resume}.items():
         if diagonal and value is not None:
             raise ValueError(

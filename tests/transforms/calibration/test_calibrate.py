@@ -219,6 +219,12 @@ class Language(nn.Module):
         return self.head(self.mid(self.conv(self.tokens(i).mT).mT))
 
 
+def test_diagonal_is_a_choice_and_no_vector(net, samples):
+    assert_stays(
+        net, ValueError, "diagonal=.* must be True or False", lambda: calibrate(net, samples, diagonal=torch.ones(3))
+    )
+
+
 @pytest.mark.parametrize("diagonal", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 def test_embeddings_and_output_layers_are_stored_as_convert_stores_them(tied, diagonal):
