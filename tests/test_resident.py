@@ -82,6 +82,13 @@ def test_loading_returns_free_pages(trims, tmp_path):
     assert len(trims.alive) == 2
 
 
+def test_preparing_returns_the_pages_that_its_trials_freed(trims):
+    model = lowmem.convert(dense(), lowmem.FourBit("nf4"))
+    trims.alive.clear()
+    lowmem.prepare_inference(model)
+    assert len(trims.alive) == 1
+
+
 def test_small_models_and_calls_that_fail_return_no_pages(trims, monkeypatch):
     monkeypatch.undo()
     monkeypatch.setattr(resident, "_malloc_trim", lambda: trims)

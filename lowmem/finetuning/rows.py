@@ -109,7 +109,7 @@ def check_rows(name: str, rows: object) -> None:
     """Raise a TypeError for an argument that is no ``Rows``."""
     if not isinstance(rows, Rows):
         raise TypeError(
-            f"{name}={show(rows)} must be lowmem.Rows: Rows.of(model, examples, length, vocabulary) packs them"
+            f"{name}={show(rows)} must be lowmem.Rows, as Rows.of(model, examples, length, vocabulary) is"
         )
 
 

@@ -13,6 +13,7 @@ from torch.compiler import is_compiling
 
 from lowmem.inference.parts import GatedPart, Norm, layers_of, why_not
 from lowmem.nn.calls import is_observed
+from lowmem.resident import trim_heap
 from lowmem.training.fused import GatedMLP, RMSNorm
 from lowmem.training.prepared_module import PreparedModule, plain_copy, prepared_class, release_modules
 from lowmem.training.recognize import recognize
@@ -92,6 +93,7 @@ def prepare_inference(model: M) -> M:
     except BaseException:
         release_inference(model)
         raise
+    trim_heap(model)
     return model
 
 

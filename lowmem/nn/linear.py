@@ -48,9 +48,7 @@ class CodedLinear(CodedModule, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         if not isinstance(weight, QuantizedTensor):
-            raise TypeError(
-                f"weight={show(weight)} must be what lowmem.quantize returns; convert changes whole layers"
-            )
+            raise TypeError(f"weight={show(weight)} must be what lowmem.quantize returns")
         if bias is not None and not isinstance(bias, nn.Parameter):
             raise TypeError(f"bias={show(bias)} must be an nn.Parameter or None")
         if bias is not None and bias.shape != weight.shape[:1]:

@@ -183,8 +183,8 @@ def check_weight(weight: Tensor) -> None:
     library = kind.__module__.partition(".")[0]
     if kind.__torch_dispatch__ != Tensor.__torch_dispatch__ and library not in ("torch", "lowmem"):
         raise TypeError(
-            f"weight is a {kind.__name__} of {library}, whose values cannot be read: quantize the dense weight that it "
-            "was made of"
+            f"weight is a {kind.__name__} of {library}, whose values cannot be read: quantize the dense weight "
+            "that it was made of"
         )
     if not weight.is_floating_point():
         raise TypeError(f"weight.dtype={weight.dtype} must be a floating-point dtype; convert it first")

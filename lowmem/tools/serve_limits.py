@@ -60,7 +60,7 @@ def _are_biases(value: Any) -> bool:
 
 _FIELDS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str), "a string"),
-    "prompt": (lambda value: isinstance(value, str), "a string"),
+    "prompt": (lambda value: isinstance(value, str) and value != "", "a string, not an empty one"),
     "suffix": (lambda value: isinstance(value, str), "a string"),
     "stream": (lambda value: isinstance(value, bool), "true or false"),
     "seed": (lambda value: type(value) is int and 0 <= value < 1 << 63, "an integer from 0 to 2^63 - 1"),

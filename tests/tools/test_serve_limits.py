@@ -136,6 +136,11 @@ def test_long_bodies_are_refused_as_they_arrive(parts, announced):
     assert asked(TEXT, {"prompt": "a" * 900}, parts=parts)[0] == 200
 
 
+def test_an_empty_prompt_of_which_a_tokenizer_may_make_no_token_is_refused():
+    status, told = asked(TEXT, {"prompt": ""})
+    assert (status, told["error"]["message"]) == (400, "prompt='' must be a string, not an empty one")
+
+
 FOREIGN = {
     "an origin": {"origin": "http://evil.example"},
     "another port": {"origin": "http://localhost:3000"},

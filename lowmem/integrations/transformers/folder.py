@@ -328,7 +328,10 @@ def check_dense(folder: Path) -> None:
     method = (config.get("quantization_config") or {}).get("quant_method")
     if method is not None:
         by = "lowmem" if method == METHOD else show(method)
-        raise refusal(folder, f"it is quantized by {by} already; take the folder that it was made from", "convert")
+        remedy = "take the folder that it was made from"
+        if method == METHOD:
+            remedy += "; if its weights are dense, load it and save it again, which mends its config.json"
+        raise refusal(folder, f"it is quantized by {by} already; {remedy}", "convert")
 
 
 def write_model(

@@ -220,9 +220,8 @@ class Language(nn.Module):
 
 
 def test_diagonal_is_a_choice_and_no_vector(net, samples):
-    assert_stays(
-        net, ValueError, "diagonal=.* must be True or False", lambda: calibrate(net, samples, diagonal=torch.ones(3))
-    )
+    said = "diagonal=.* must be True or False"
+    assert_stays(net, ValueError, said, lambda: calibrate(net, samples, diagonal=torch.ones(3)))
 
 
 @pytest.mark.parametrize("diagonal", [False, True])
