@@ -132,9 +132,7 @@ def test_another_one_at_the_place_meanwhile_stays(source, tmp_path, monkeypatch)
 
 def test_a_stored_folder_is_not_stored_twice(source, tmp_path):
     quantize_folder(source, tmp_path / "out", Half())
-    with pytest.raises(
-        FileError, match="quantized by lowmem already; .*if its weights are dense, load it and save"
-    ):
+    with pytest.raises(FileError, match="quantized by lowmem already; .*if its weights are dense, load it and save"):
         quantize_folder(tmp_path / "out", tmp_path / "twice", FourBit())
 
 
