@@ -4,31 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import re
 import secrets
 import shutil
 import stat
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import cache
 from io import BufferedRandom, BufferedReader
 from pathlib import Path
-from typing import TypeVar
 
 from safetensors import SafetensorError
 
 from lowmem.errors import WriteError, printable, quoted, refusal, unwritable
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-_T = TypeVar("_T")
-
 PARTIAL = ".lowmem-*.partial"
-"""Glob pattern of the names of files and folders that are being written."""
+"""Glob pattern of the names of files and folders that are being written, and of their locks."""
 
 
 def check_writable(path: Path) -> None:
@@ -73,26 +67,26 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
     """Open a new file for writing and reading that is renamed to ``path`` when the block ends.
 
     Until then it is a partial file in the same directory; an error or interruption removes it and leaves the old file
-    as it was. What killed processes have left in the directory is removed, where files can be locked. A replaced file
-    keeps its permissions; a new file gets those of the umask. Errors of the block are passed on unchanged: wrap its
-    writes in ``write_errors``.
+    as it was. What killed processes have left in the directory is removed. A replaced file keeps its permissions; a
+    new file gets those of the umask. Errors of the block are passed on unchanged: wrap its writes in
+    ``write_errors``.
 
     Raises:
         FileExistsError: ``overwrite`` is False and ``path`` exists, or was created meanwhile.
         OSError: the file cannot be written.
+
+    Warns:
+        UserWarning: files cannot be locked there, so that what killed processes have left stays.
     """
     path = _target(path) if overwrite else path
     mode = _mode(path) if overwrite else None
 
-    def make(partial: Path, stack: ExitStack) -> tuple[BufferedRandom, int]:
-        private = 0o666 if mode is None else 0o600  # until it is complete
+    private = 0o666 if mode is None else 0o600  # until it is complete
+    with _partial(path.parent, path.name, path) as partial, ExitStack() as stack:
         with write_errors(path):
             # not tempfile, which ignores the umask
             file = open(partial, "x+b", opener=lambda name, flags: os.open(name, flags, private))  # noqa: SIM115
         stack.callback(_close, file)
-        return file, file.fileno()
-
-    with _partial(path.parent, path.name, make) as (file, partial):
         yield file
         with write_errors(path):
             file.flush()
@@ -100,8 +94,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
                 with suppress(OSError):  # not every file system has permissions
                     os.chmod(partial, mode & 0o777)
             os.fsync(file.fileno())
-            if fcntl is None:  # Windows cannot rename open files; elsewhere the lock is held until after the rename
-                file.close()
+            file.close()  # Windows renames no open files
             if overwrite:
                 os.replace(partial, path)
             else:
@@ -140,7 +133,7 @@ def atomic_folder(target: Path, within: Path | None = None) -> Iterator[Path]:
 def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
     """Make a partial folder in ``within`` for the block; then it is removed.
 
-    What killed processes have left in ``within`` is removed, where folders can be locked.
+    What killed processes have left in ``within`` is removed.
 
     Args:
         within: the folder to make it in.
@@ -148,21 +141,15 @@ def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
 
     Raises:
         OSError: it cannot be made, or written.
+
+    Warns:
+        UserWarning: files cannot be locked there, so that what killed processes have left stays.
     """
 
     named = target or within
-
-    def make(partial: Path, stack: ExitStack) -> tuple[None, int | None]:
+    with _partial(within, within.name, named) as partial:
         with write_errors(named):
             partial.mkdir()
-        try:
-            descriptor = os.open(partial, os.O_RDONLY)
-        except OSError:  # Windows opens no folders
-            return None, None
-        stack.callback(os.close, descriptor)
-        return None, descriptor
-
-    with _partial(within, within.name, make) as (_, partial):
         try:
             yield partial
         except FileExistsError:
@@ -178,31 +165,40 @@ def scratch_folder(within: Path, target: Path | None = None) -> Iterator[Path]:
 
 @contextmanager
 def owned(path: Path) -> Iterator[None]:
-    """Own ``path`` for the block, by a locked file beside it that names this process; no other process can own it.
+    """Own ``path`` for the block, by a lock beside it; no other process can own it.
 
-    A killed process owns nothing; what one has left beside ``path`` is removed. Where files cannot be locked, a path
-    has any number of owners.
+    A killed process owns nothing; what one has left beside ``path`` is removed.
 
     Raises:
         BlockingIOError: another process owns it; the error names that process.
         OSError: the directory cannot be written.
+
+    Warns:
+        UserWarning: files cannot be locked there: ``path`` has any number of owners.
     """
-    if fcntl is None:
-        yield
-        return
     place = _target(path)
     _remove_leftovers(place.parent)
-    name = place.parent / PARTIAL.replace("*", f"{_name_hash(place.name)}{0:016}")
-    descriptor = _own(name, path)
-    try:
+    base = place.parent / f".lowmem-{_name_hash(place.name)}{0:016}"
+    owner = Path(f"{base}{_OWNER}")
+    with ExitStack() as stack:
+        try:
+            # It waits for a process that removes what a killed owner left, or that is about to say who it is.
+            stack.enter_context(_locked(base, wait=0.2))
+        except TimeoutError:
+            name = "another process"
+            with suppress(OSError), open_regular(owner) as file:
+                name = file.read(200).decode(errors="replace")
+            raise BlockingIOError(
+                f"{quoted(path)} is being written by {printable(name)}; wait for its end or choose another name"
+            ) from None
+        except OSError as reason:
+            raise unwritable(path, reason) from reason
+        stack.callback(_remove, owner)
         with write_errors(path):
-            os.ftruncate(descriptor, 0)
-            os.write(descriptor, f"process {os.getpid()} of {os.uname().nodename}".encode())
+            owner.unlink(missing_ok=True)
+            with open(owner, "x") as file:  # follows no link
+                file.write(f"process {os.getpid()} of {platform.node()}")
         yield
-    finally:
-        with suppress(OSError):  # the file system has no locks, and another owner has removed it
-            name.unlink()
-        os.close(descriptor)
 
 
 def write_atomically(path: Path, content: bytes, *, overwrite: bool = True) -> None:
@@ -290,7 +286,8 @@ def read_into(path: Path, file: BufferedReader, start: int, out: memoryview, par
         raise refusal(path, f"it was cut after it was opened{part}; get it again")
 
 
-_LEFTOVER = re.compile(re.escape(PARTIAL).replace(r"\*", "[0-9a-f]{16}-[0-9a-f]{16}"))
+_LOCK, _OWNER = "-lock.partial", "-owner.partial"
+_LEFTOVER = re.compile(r"(\.lowmem-[0-9a-f]{16}-[0-9a-f]{16})" + re.escape(_LOCK))
 
 
 def _name_hash(name: str) -> str:
@@ -298,30 +295,69 @@ def _name_hash(name: str) -> str:
 
 
 @contextmanager
-def _partial(
-    folder: Path, name: str, make: Callable[[Path, ExitStack], tuple[_T, int | None]]
-) -> Iterator[tuple[_T, Path]]:
-    """Make a file or folder in ``folder`` and lock it; at the end it is removed unless it was renamed.
-
-    A partial without a lock was left by a killed process, and is removed. A partial that cannot be locked (folders on
-    NFS) has a name without a hash, so that it is never taken for a leftover. Locks are visible to all containers of a
-    machine and to all clients of an NFS server, unless it is mounted with local locks.
+def _partial(folder: Path, name: str, named: Path) -> Iterator[Path]:
+    """Yield a path in ``folder`` to make a file or folder at, whose lock says that it is being written. At the end it
+    is removed, unless it was renamed.
 
     Args:
-        folder: to make it in; what killed processes have left there is removed.
-        name: is hashed into the name.
-        make: makes it at a path, opens it until the stack is closed, and returns it with its descriptor, if any.
+        folder: what killed processes have left there is removed.
+        name: is hashed into the path.
+        named: the path that errors name.
     """
     _remove_leftovers(folder)
-    # The second try is for when another process removed the first one as a leftover, before it was locked.
-    for name_hash in (_name_hash(name), _name_hash(name), ""):
-        partial = folder / PARTIAL.replace("*", name_hash + secrets.token_hex(8))
-        with ExitStack() as stack:
-            stack.callback(_remove, partial)
-            made, descriptor = make(partial, stack)
-            if not name_hash or _lock(descriptor, partial):
-                yield made, partial
-                return
+    base = folder / f".lowmem-{_name_hash(name)}{secrets.token_hex(8)}"
+    with ExitStack() as stack:
+        with write_errors(named):
+            stack.enter_context(_locked(base, wait=60))  # for a process that takes it for a leftover
+        partial = Path(f"{base}.partial")
+        stack.callback(_remove, partial)
+        yield partial
+
+
+@contextmanager
+def _locked(base: Path, wait: float) -> Iterator[bool]:
+    """Hold a lock for the block, by a file that is removed at the end; say whether the file system has locks.
+
+    The system frees the lock of a killed process. Locks are visible to all containers of a machine and to all clients
+    of an NFS server, unless it is mounted with local locks.
+
+    Raises:
+        TimeoutError: another process holds the lock for longer than ``wait`` seconds.
+        OSError: the file cannot be made.
+    """
+    from filelock import FileLock  # here: its import takes longer than that of this file
+
+    os.stat(f"{base.parent}/.")  # an error where it is no folder, which FileLock would make
+    path = Path(f"{base}{_LOCK}")
+    existed = os.path.lexists(path)
+    lock = FileLock(path, thread_local=False, fallback_to_soft=False)
+    try:
+        lock.acquire(wait, poll_interval=0.01)
+    except OSError as reason:
+        if isinstance(reason, TimeoutError) or reason.filename is not None:
+            raise
+        if not existed:
+            path.unlink(missing_ok=True)
+        _warn_without_locks(base.parent, reason.strerror or str(reason))
+    try:
+        yield lock.is_locked
+    finally:
+        if lock.is_locked:
+            with suppress(OSError):  # Windows removes no open file
+                path.unlink()  # before others can lock it
+            lock.release()
+            if os.name == "nt":
+                with suppress(OSError):  # another process has opened it
+                    path.unlink()
+
+
+@cache
+def _warn_without_locks(folder: Path, reason: str) -> None:
+    warnings.warn(
+        f"files in {quoted(folder)} cannot be locked ({reason}): nothing keeps two runs from writing one file, and "
+        f"what killed runs leave ({PARTIAL}) stays; write to one name from one run at a time",
+        stacklevel=2,
+    )
 
 
 def _close(file: BufferedRandom) -> None:
@@ -330,65 +366,23 @@ def _close(file: BufferedRandom) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or folder, as far as possible; a renamed one is not there."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with suppress(OSError):
+    """Remove a file or folder, as far as possible; a renamed one is not there, and a link or pipe is not lowmem's."""
+    with suppress(OSError):
+        mode = path.lstat().st_mode
+        if stat.S_ISDIR(mode):
+            shutil.rmtree(path, ignore_errors=True)
+        elif stat.S_ISREG(mode):
             path.unlink()
 
 
-def _lock(descriptor: int | None, path: Path) -> bool:
-    """Lock a file or folder until it is closed or the process ends; return whether ``path`` is then locked."""
-    if fcntl is None or descriptor is None:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:  # the file system has no locks
-        return False
-    return path.exists()
-
-
-def _own(name: Path, path: Path) -> int:
-    """Open and lock the file ``name``, which says who owns ``path``."""
-    seen = False
-    while True:
-        with write_errors(path):
-            descriptor = os.open(name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            owner = os.read(descriptor, 200).decode(errors="replace")
-            os.close(descriptor)
-            if owner and seen:
-                raise BlockingIOError(
-                    f"{quoted(path)} is being written by {printable(owner)}; wait for its end or choose another name"
-                ) from None
-            seen = bool(owner)
-            time.sleep(0.01)  # it is about to say who it is, or is a process that removes what a killed owner left
-            continue
-        except OSError:  # the file system has no locks
-            return descriptor
-        if os.fstat(descriptor).st_nlink > 0:
-            return descriptor
-        os.close(descriptor)  # its last owner has removed it before it was locked
-
-
 def _remove_leftovers(folder: Path) -> None:
-    """Remove the files and folders that killed processes have left in a folder, as far as possible."""
-    if fcntl is None:
-        return
+    """Remove what killed processes have left in a folder, as far as possible: files whose locks are free."""
     with suppress(OSError):  # the directory cannot be listed
-        for name in filter(_LEFTOVER.fullmatch, os.listdir(folder)):
-            with suppress(OSError):  # it is locked, of another user, a link, or has been removed
-                descriptor = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
-                try:
-                    fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-                    mode = os.fstat(descriptor).st_mode
-                    if stat.S_ISDIR(mode) or stat.S_ISREG(mode):
-                        _remove(folder / name)
-                finally:
-                    os.close(descriptor)
+        for found in filter(None, map(_LEFTOVER.fullmatch, os.listdir(folder))):
+            base = folder / found[1]
+            with suppress(OSError), _locked(base, wait=0) as is_locked:  # its process runs, or is another user's
+                for path in (f"{base}.partial", f"{base}{_OWNER}") if is_locked else ():
+                    _remove(Path(path))
 
 
 def _mode(path: Path) -> int | None:
