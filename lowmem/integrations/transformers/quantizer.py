@@ -33,7 +33,7 @@ from lowmem.integrations.transformers.checking import (
     specs_of,
 )
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.saving import SavedModel, config_of, put_dense_first, saved_class
+from lowmem.integrations.transformers.saving import SavedModel, config_of, saved_class
 from lowmem.integrations.transformers.stored_folder import (
     check_complete,
     conversions_of,
@@ -354,11 +354,10 @@ def adopt(model: nn.Module) -> None:
     """Let models of transformers know what lowmem has stored in them, or that all weights are dense again.
 
     ``save_pretrained`` writes stored weights, ``dequantize`` and ``Trainer`` find a quantizer, and a dense parameter
-    comes first.
+    comes first among ``parameters()``.
     ``lowmem.convert`` and ``lowmem.restore`` call this for the model that they are given. Where that was a part of a
     model, such as a list of layers, call it for the whole. Models that transformers is loading are left alone.
     """
-    put_dense_first(model)
     found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
     inner = {part for module in found for part in module.modules() if part is not module}
     for module in found:

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
-from inspect import unwrap
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lowmem.integrations.transformers.config import METHOD, LowmemConfig
 from lowmem.io.atomic import atomic_folder, scratch_folder, write_errors
@@ -102,10 +100,23 @@ class SavedModel:
                 found[name] = found.pop(other)
         return super().load_state_dict(found, strict, assign)  # type: ignore[misc]
 
+    def named_modules(self: Any, *args: Any, **kwargs: Any) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all modules, behind the model itself first one whose dense parameter has the model's dtype, if any.
+
+        sentence-transformers reads ``next(model.parameters()).dtype``, which of a stored parameter is the dtype of
+        codes. The order of children stays.
+        """
+        found: list[tuple[str, nn.Module]] = [*super().named_modules(*args, **kwargs)]  # type: ignore[misc]
+        dtypes = [next((p.dtype for p in one._parameters.values() if p is not None), None) for _, one in found]
+        dtype = _presented_dtype(one for _, one in found)
+        if dtype in dtypes and next(filter(None, dtypes)) is not dtype:
+            found.insert(1, found.pop(dtypes.index(dtype)))
+        yield from found
+
     @property
     def dtype(self: Any) -> torch.dtype:
         """The dtype as which the first floating-point parameter presents itself."""
-        return _presented_dtype(self) or super().dtype  # type: ignore[misc]
+        return _presented_dtype(self.modules()) or super().dtype  # type: ignore[misc]
 
     def num_parameters(self: Any, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Return the number of distinct parameters, of stored ones that of the weights and not of their parts."""
@@ -189,9 +200,9 @@ def _whole(target: Path) -> Iterator[Path]:
         replace_files(partial, target)
 
 
-def _presented_dtype(model: nn.Module) -> torch.dtype | None:
-    """Return the dtype as which a model's first floating-point parameter presents itself, stored or dense."""
-    for module in model.modules():
+def _presented_dtype(modules: Iterable[nn.Module]) -> torch.dtype | None:
+    """Return the dtype as which the first floating-point parameter of modules presents itself, stored or dense."""
+    for module in modules:
         if isinstance(module, StoredModule):
             for name in module.forms:
                 return module._forms[name].dtype
@@ -221,46 +232,3 @@ def _described(model: Any) -> Iterator[bool]:
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
-
-
-def put_dense_first(model: nn.Module) -> None:
-    """Order the children of modules, so that the first parameter of each model of transformers has the model's dtype.
-
-    sentence-transformers reads ``next(model.parameters()).dtype``, which of a stored parameter is the dtype of codes.
-    Names stay. So does the order where no dense parameter has the model's dtype, or where code depends on the order.
-    """
-    if isinstance(model, PreTrainedModel):
-        dtype = _presented_dtype(model)
-        first = next(model.parameters(), None)
-        if dtype is not None and first is not None and first.dtype is not dtype:
-            _put_first(model, dtype)
-        return
-    for child in model.children():
-        put_dense_first(child)
-
-
-def _put_first(module: nn.Module, dtype: torch.dtype) -> bool:
-    """Let the first parameter of a module have a dtype, if it has a dense one; return whether it does now."""
-    own = next((one for one in module._parameters.values() if one is not None), None)
-    if own is not None:
-        return own.dtype is dtype
-    children: dict[str, Any] = module._modules
-    filled = {name: one for name, one in children.items() if one is not None and any(True for _ in one.parameters())}
-    if _order_is_read(module):
-        return bool(filled) and _put_first(next(iter(filled.values())), dtype)
-    # Norms and others with parameters of their own, before modules whose children would be moved, too.
-    for name in sorted(filled, key=lambda name: not any(True for _ in filled[name].parameters(recurse=False))):
-        if _put_first(filled[name], dtype):
-            if name != next(iter(filled)):
-                rest = {other: child for other, child in children.items() if other != name}
-                module._modules = {name: children[name], **rest}
-            return True
-    return False
-
-
-def _order_is_read(module: nn.Module) -> bool:
-    """Whether a module is a container, or its ``forward`` calls its children in their order."""
-    if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
-        return True
-    code = getattr(unwrap(type(module).forward), "__code__", None)
-    return code is None or not {"children", "named_children", "modules", "_modules"}.isdisjoint(code.co_names)

@@ -316,6 +316,11 @@ ORDERED = [
 ]
 
 
+def by_name(model):
+    modules = dict(model.named_modules())
+    return [modules[name] for name in sorted(modules)]
+
+
 @pytest.mark.filterwarnings("ignore:.* of the bytes of .* are weights that stay dense")
 @pytest.mark.parametrize("config", ORDERED, ids=lambda config: config.model_type)
 def test_the_first_parameter_has_the_dtype_of_the_model(tmp_path, config):
@@ -328,6 +333,7 @@ def test_the_first_parameter_has_the_dtype_of_the_model(tmp_path, config):
     ):
         dense = kind.from_pretrained(tmp_path / "dense", dtype=dtype)
         names = {name for name, _ in dense.named_modules()}
+        order = [[name for name, _ in module.named_children()] for module in by_name(dense)]
         converted = lowmem.convert(nn.Sequential(dense, nn.Linear(64, 64)), technique)[0]
         read = kind.from_pretrained(tmp_path / "dense", quantization_config=LowmemConfig(technique), dtype=dtype)
         read.save_pretrained(tmp_path / str(number))
@@ -335,6 +341,7 @@ def test_the_first_parameter_has_the_dtype_of_the_model(tmp_path, config):
         for model in (converted, read, again, copy.deepcopy(read)):
             assert next(model.parameters()).dtype is model.dtype is dtype
             assert {name for name, _ in model.named_modules()} == names
+            assert [[name for name, _ in module.named_children()] for module in by_name(model)] == order
             assert_same(model, converted)
         assert next(read.half().parameters()).dtype is read.dtype is torch.float16
 
@@ -353,13 +360,15 @@ class Ordered(PreTrainedModel):
         return x
 
 
-def test_children_whose_order_is_read_stay_in_it():
+def test_children_stay_in_their_order():
     model = Ordered()
     lowmem.convert(model, FourBit("nf4"))
     assert [name for name, _ in model.named_children()] == ["first", "second"]
     assert [type(one).__name__ for one in model.first] == ["Linear4Bit", "LayerNorm"]
     x = torch.randn(2, 64)
     assert torch.equal(model(x), model.second(model.first[1](model.first[0](x))))
+    assert [name for name, _ in model.named_modules()] == ["", "first.1", "first", "first.0", "second"]
+    assert [name for name, _ in model.named_modules({model}, "a")] == []
 
 
 @pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning", "default::UserWarning")
