@@ -148,7 +148,7 @@ def shape_of(document):
     return type(document).__name__
 
 
-@pytest.mark.filterwarnings("ignore::lowmem.io.formats.growth.GrowthWarning")
+@pytest.mark.filterwarnings("ignore::lowmem.io.formats.requantizing.GrowthWarning")
 def test_a_layout_that_changes_has_another_version(tmp_path):
     """Where this fails, raise the version of what changed, keep the reader of the earlier one, add golden files."""
     (tmp_path / "scratch").mkdir()

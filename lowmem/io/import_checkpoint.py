@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +13,8 @@ from torch import Tensor
 from lowmem.errors import refusal, refusing
 from lowmem.io.formats.exported import ForeignRow
 from lowmem.io.formats.foreign import ForeignTensor
-from lowmem.io.formats.growth import GrowthWarning, growth, kept_bytes, with_dtype
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
-from lowmem.io.formats.requantizing import Requantizing, why_refused
+from lowmem.io.formats.requantizing import Requantizing, kept_bytes, warn_of_growth, why_refused, with_dtype
 from lowmem.io.shards import StoredWeight, check_target, write_model
 from lowmem.io.source import check_patterns
 from lowmem.nn.techniques import EightBit, FourBit
@@ -64,9 +62,7 @@ def import_checkpoint(
     with open_foreign(source) as file:
         weights = _plan(source, file, requantizing, dtype)
         kept = [(file.tensors[name], weight.form) for name, weight in weights.items()]
-        grown = growth(source, kept, sum(kept_bytes(*pair) for pair in kept))
-        if grown is not None:
-            warnings.warn(grown, GrowthWarning, stacklevel=2)
+        warn_of_growth(source, kept, sum(kept_bytes(*pair) for pair in kept))
         rows: dict[str, ForeignRow] = {}
 
         def written(weight: StoredWeight, after: int) -> None:

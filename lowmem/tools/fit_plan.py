@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-import warnings
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,8 +15,8 @@ from torch import Tensor, nn
 
 from lowmem import measure
 from lowmem.finetuning.calling import logits_of
-from lowmem.io.formats.growth import GrowthWarning, growth, kept_bytes, with_dtype
 from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.formats.requantizing import kept_bytes, warn_of_growth, with_dtype
 from lowmem.io.metadata import form_of
 from lowmem.io.model_folder import quantization_of, weights_in
 from lowmem.io.source import Source
@@ -123,9 +122,7 @@ def stored_as(base: Path) -> tuple[Technique | None, tuple[str, ...], int]:
                 if isinstance(stored, CodedForm):
                     forms[stored] += 1
                     coded.add(tensor.name.removesuffix(".weight"))
-            grown = growth(base, kept, total, dtype)
-        if grown is not None:
-            warnings.warn(grown, GrowthWarning, stacklevel=2)
+            warn_of_growth(base, kept, total, dtype)
     with torch.device("meta"):
         outer = {
             path for path, _ in factory_of(base, kind=class_at(base))().named_modules() if not re.search(r"\d", path)

@@ -25,7 +25,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from lowmem.errors import printable
-from lowmem.io.formats.growth import GrowthWarning
+from lowmem.io.formats.requantizing import GrowthWarning
 from lowmem.transforms.bits import text_of
 from lowmem.transforms.plan import Plan
 from lowmem.transforms.summary import Summary

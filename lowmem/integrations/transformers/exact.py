@@ -7,7 +7,6 @@ store the file's weights, and the file's tensors get the names of their parts. E
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
@@ -30,9 +29,8 @@ from lowmem.integrations.transformers.gguf_config import check_config, config_of
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.io.folder_code import NEEDS_CODE, forget_code, is_about_code
 from lowmem.io.formats.foreign import ForeignTensor, Kept
-from lowmem.io.formats.growth import GrowthWarning, growth
 from lowmem.io.formats.recognize import ForeignFile, open_foreign
-from lowmem.io.formats.requantizing import Requantizing, why_refused
+from lowmem.io.formats.requantizing import Requantizing, warn_of_growth, why_refused
 from lowmem.io.metadata import form_record, layer_of
 from lowmem.io.model_folder import CONFIG, check_layers, quantization_of, read_model_config, read_object
 from lowmem.io.safetensors import CODES
@@ -109,9 +107,7 @@ def from_exact(
         model = found[0] if isinstance(found, tuple) else found
         model.name_or_path = model.config.name_or_path = str(source)
     size = sum(parameter.nbytes for parameter in model.parameters())
-    grown = growth(path, asked.weights, size, model.dtype)
-    if grown is not None:
-        warnings.warn(grown, GrowthWarning, stacklevel=2)
+    warn_of_growth(path, asked.weights, size, model.dtype)
     return found
 
 

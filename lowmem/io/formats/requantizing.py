@@ -1,10 +1,13 @@
-"""Which of another program's weights are quantized while they are read, how, and the error that this adds."""
+"""Which of another program's weights are quantized while they are read, how, and the error that this adds; and the
+warning of a model that takes more bytes than the tensors that it is read from."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -16,6 +19,10 @@ from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 from lowmem.quant.quantize import squares_lost
 from lowmem.quant.tensor import QuantizedTensor
+
+
+class GrowthWarning(UserWarning):
+    """A model takes more bytes than the file or folder that it is read from."""
 
 
 @dataclass
@@ -85,3 +92,45 @@ def why_refused(tensors: Sequence[ForeignTensor]) -> str:
     known = all(one.values is not None for one in tensors)
     how = "`lowmem quantize IN OUT --requantize` quantizes it again, and prints the error that this adds"
     return f"it cannot be kept exactly: {shown}{more}{f'; {how}' if known else ''}"
+
+
+def kept_bytes(tensor: ForeignTensor, kept: Kept) -> int:
+    """Return the bytes that a tensor takes as it is kept."""
+    return sum(spec.nbytes for spec in replace(tensor, form=lambda: kept).stored().specs().values())
+
+
+def with_dtype(kept: Kept, dtype: torch.dtype | None) -> Kept:
+    """Return ``dtype`` for a dense tensor of floating-point numbers, if it is given; else how a tensor is kept."""
+    return dtype if dtype is not None and isinstance(kept, torch.dtype) and kept.is_floating_point else kept
+
+
+def warn_of_growth(
+    path: Path, weights: Sequence[tuple[ForeignTensor, Kept]], after: int, dtype: torch.dtype | None = None
+) -> None:
+    """Warn of a model of ``after`` bytes if the tensors that it is read from take less.
+
+    The warning names the option of ``lowmem quantize`` that avoids the growth and loses least.
+
+    Args:
+        path: of the file or folder.
+        weights: its tensors, each with how it is kept unless a dtype or an option changes that.
+        after: bytes of the model.
+        dtype: of dense weights in the model; None keeps the dtype of each weight.
+    """
+    before = sum(tensor.nbytes for tensor, _ in weights)
+    if after <= before:
+        return
+    half = torch.float16 if any(kept == torch.float16 for _, kept in weights) else torch.bfloat16
+    sizes = {f" --dtype {str(half)[6:]}": sum(kept_bytes(one, with_dtype(kept, half)) for one, kept in weights)}
+    for option, technique in ((" --include '*' --format int8", EightBit()), (" --include '*'", FourBit())):
+        included = Requantizing(include=["*"], technique=technique)
+        changed = [included.of(replace(one, form=lambda kept=kept: kept)) for one, kept in weights]
+        sizes[option] = sum(kept_bytes(one, one.kept()) for one in changed)
+    best = next((option for option, size in sizes.items() if size <= before), min(sizes, key=sizes.__getitem__))
+    how = f"`lowmem quantize IN OUT{best}` makes {sizes[best] / 2**20:.2f} MiB of them"
+    if sizes[best] > before:
+        how = "no option avoids that" + (f"; {how}, the least" if sizes[best] < after else "")
+    larger = {one.kind: None for one, kept in weights if kept_bytes(one, with_dtype(kept, dtype)) > one.nbytes}
+    why = f", since weights in {', '.join(larger)} take more bits there" if larger else ""
+    sizes_told = f"{before / 2**20:.2f} MiB of tensors become a model of {after / 2**20:.2f} MiB"
+    warnings.warn(f"{printable(path.name)}: {sizes_told}{why}: {how}", GrowthWarning, stacklevel=3)
