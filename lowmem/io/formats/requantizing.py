@@ -96,7 +96,11 @@ def why_refused(tensors: Sequence[ForeignTensor]) -> str:
 
 def kept_bytes(tensor: ForeignTensor, kept: Kept) -> int:
     """Return the bytes that a tensor takes as it is kept."""
-    return sum(spec.nbytes for spec in replace(tensor, form=lambda: kept).stored().specs().values())
+    return sum(spec.nbytes for spec in _of_form(tensor, kept).stored().specs().values())
+
+
+def _of_form(tensor: ForeignTensor, kept: Kept) -> ForeignTensor:
+    return replace(tensor, form=lambda: kept)
 
 
 def with_dtype(kept: Kept, dtype: torch.dtype | None) -> Kept:
@@ -124,8 +128,7 @@ def warn_of_growth(
     sizes = {f" --dtype {str(half)[6:]}": sum(kept_bytes(one, with_dtype(kept, half)) for one, kept in weights)}
     for option, technique in ((" --include '*' --format int8", EightBit()), (" --include '*'", FourBit())):
         included = Requantizing(include=["*"], technique=technique)
-        changed = [included.of(replace(one, form=lambda kept=kept: kept)) for one, kept in weights]
-        sizes[option] = sum(kept_bytes(one, one.kept()) for one in changed)
+        sizes[option] = sum(kept_bytes(one, included.of(_of_form(one, kept)).kept()) for one, kept in weights)
     best = next((option for option, size in sizes.items() if size <= before), min(sizes, key=sizes.__getitem__))
     how = f"`lowmem quantize IN OUT{best}` makes {sizes[best] / 2**20:.2f} MiB of them"
     if sizes[best] > before:
