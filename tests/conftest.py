@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import signal
 import sys
 import zlib
 from collections import Counter
@@ -138,6 +139,20 @@ def no_terminal(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("COLUMNS", "80")
     monkeypatch.setenv("TERM", "xterm")  # where it is dumb, rich draws no bar
+
+
+@pytest.fixture
+def terminal_signals():
+    """Handle SIGINT and SIGHUP as in a terminal, here and in processes that a test starts.
+
+    A script's ``&`` lets pytest ignore SIGINT, and ``nohup`` SIGHUP; processes inherit that.
+    """
+    handlers = {"SIGINT": signal.default_int_handler, "SIGHUP": signal.SIG_DFL}
+    numbers = {getattr(signal, name): handler for name, handler in handlers.items() if hasattr(signal, name)}
+    before = {number: signal.signal(number, handler) for number, handler in numbers.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture

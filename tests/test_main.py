@@ -410,7 +410,7 @@ def files_here():
 
 
 @pytest.mark.parametrize("case", INTERRUPTED)
-@pytest.mark.usefixtures("interruptible")
+@pytest.mark.usefixtures("interruptible", "terminal_signals")
 def test_ctrl_c_ends_each_command_with_130_and_leaves_nothing_half_written(case, capsys):
     if case == "report":
         pytest.importorskip("altair", reason="the report needs the extra: pip install '.[report]'")
@@ -431,6 +431,7 @@ def test_each_command_is_interrupted_somewhere():
 @posix
 @pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143), ("SIGHUP", 129)])
 @pytest.mark.parametrize("error", [None, RuntimeError("a library's own")], ids=["swallowed", "replaced"])
+@pytest.mark.usefixtures("terminal_signals")
 def test_an_interrupt_that_a_library_catches_ends_it_likewise(name, code, error, monkeypatch, capsys):
     before = signal.getsignal(signal.SIGINT)
 

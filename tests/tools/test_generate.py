@@ -147,6 +147,7 @@ def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("3 tokens in ")
 
 
+@pytest.mark.usefixtures("terminal_signals")
 def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, monkeypatch):
     def interrupted(*_):
         signal.raise_signal(signal.SIGINT)

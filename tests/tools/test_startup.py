@@ -100,6 +100,7 @@ def test_another_failure_of_an_import_is_one_line_and_exit_code_3(start, way):
 
 @pytest.mark.processes(keep=1)
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows sends no SIGINT to a process")
+@pytest.mark.usefixtures("terminal_signals")
 @both_ways
 def test_ctrl_c_during_the_imports_is_one_line_and_exit_code_130(start, way):
     """Also where the package that is imported swallows the exception."""

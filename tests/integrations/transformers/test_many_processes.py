@@ -109,6 +109,7 @@ def test_a_run_of_replicas_ends_in_four_parts_and_in_one_process(place, monkeypa
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no process groups")
+@pytest.mark.usefixtures("terminal_signals")
 def test_ctrl_c_under_torchrun_ends_all_processes_and_one_tells_how_to_continue(place):
     """Torchrun's own exit code, 1 where its agent was interrupted, is not lowmem's to choose."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lowmem"]
