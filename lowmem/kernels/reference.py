@@ -286,7 +286,10 @@ def encode_scales(rows: Tensor, into: QuantizedTensor, importance: Tensor | None
     form, encoding, size = get_format(into.format), into.encoding, into.block_size
     scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
     if form.bits == 8:  # twice: dequantized weights then give the same float32 scale again
-        scales = scales / form.top * form.top / form.top
+        once = scales / form.top
+        twice = once * form.top / form.top
+        beyond = twice.isinf() & once.isfinite()  # rounded up, the scale gives a weight beyond float32
+        scales = torch.where(beyond, torch.nextafter(once, torch.zeros_like(once)), twice)
     largest = float(scales.abs().max())
     if not largest <= encoding.largest:  # also when it is NaN
         raise ValueError(_range_message(rows, largest, encoding, form.top))

@@ -17,10 +17,10 @@ from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, METHODS, SCRATCH_BYTES, ro
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
 from tests.rounding import default_dtype
-from tests.selection import in_one_case, rows_in_one_case
+from tests.selection import covering
 
-every_format = rows_in_one_case("format", sorted(FORMATS))
-every_encoding = rows_in_one_case("scales", sorted(ENCODINGS))
+every_format = pytest.mark.parametrize("format", sorted(FORMATS))
+every_encoding = pytest.mark.parametrize("scales", sorted(ENCODINGS))
 
 
 def codes_of(q: QuantizedTensor) -> torch.Tensor:
@@ -52,6 +52,8 @@ def test_error_never_exceeds_the_bound(weight, format, block_size, scales, searc
 )
 @example([3.4028234663852886e38, -1e-45, 0.0], "nf4", 8, False)
 @example([3.4028234663852886e38, -3e38, 0.0], "nf4", 8, True)
+@example([3.4028234663852886e38], "q8_0", 8, False)
+@example([3.4028234663852886e38, -3e38], "int8", 8, False)
 @example([1e-45, 3e-45, -1.4e-44], "int4", 8, False)
 @example([1e-38, 3e-38, -1.4e-38], "bof4s", 8, True)
 def test_error_never_exceeds_the_bound_for_any_float32(values, format, block_size, search):
@@ -80,7 +82,7 @@ def test_the_bound_is_tight_in_the_widest_gap(format, scales, magnitude, block_s
 
 
 @every_format
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("scales", "row", "magnitude"),
     [
         ("float32", 1.0, 2.0**-149),  # subnormal scales become zero
@@ -254,7 +256,7 @@ def test_of_several_formats_the_one_with_the_least_error_is_taken():
     assert quantize(first, ["nf4", "int4"], importance=torch.arange(16) // 8 * 1.0).format == "nf4"
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("importance", "error", "message"),
     [
         (torch.ones(7), ValueError, r"importance.shape=\(7,\) must be \(8,\)"),
@@ -301,7 +303,7 @@ def test_error_of_a_normal_matrix_is_what_the_format_is_known_for():
     assert float(error.pow(2).mean().sqrt()) == pytest.approx(0.0920, abs=2e-4)
 
 
-@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_other_dtypes_are_read_in_float32(dtype):
     weight = strategies.make_weight("normal", (3, 50), 0, 1).to(dtype)
     q = quantize(weight)
@@ -316,7 +318,7 @@ def test_a_parameter_is_quantized_without_a_graph():
     assert not q.dequantize().requires_grad
 
 
-@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype):
     weight = strategies.make_weight("normal", (20, 300), 0, 0)
     expected = quantize(weight)
@@ -328,7 +330,7 @@ def test_the_default_dtype_changes_nothing(dtype):
         assert_within_bound(weight, q)
 
 
-@in_one_case(1, sizes=[(10, 4096), (64, 4096), (10, 64), (65, 64), (1000, 8), (4096, 64)], scales=sorted(ENCODINGS))
+@covering(1, sizes=[(10, 4096), (64, 4096), (10, 64), (65, 64), (1000, 8), (4096, 64)], scales=sorted(ENCODINGS))
 def test_quantizing_and_dequantizing_stay_within_the_scratch(sizes, scales):
     columns, block_size = sizes
     weight = torch.randn(2**20 // columns, columns)
@@ -355,7 +357,7 @@ def test_chunks_cover_every_row_once_within_the_scratch(rows, columns):
     assert len(whole) == -(-rows // max(1, DEVICE_SCRATCH_BYTES // (4 * columns)))
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("weight", "error", "message"),
     [
         ([1.0, 2.0], TypeError, "must be a tensor, found list"),
@@ -375,7 +377,7 @@ def test_a_wrong_weight_is_named(weight, error, message):
         quantize(weight)
 
 
-@rows_in_one_case(("scales", "limit"), [("float16", "65504"), ("double", "65504")])
+@pytest.mark.parametrize(("scales", "limit"), [("float16", "65504"), ("double", "65504")])
 def test_a_magnitude_that_the_scales_cannot_hold_names_the_remedy(scales, limit):
     with pytest.raises(ValueError, match=f"above {limit}.*use scales='float32'"):
         quantize(torch.tensor([2e7, 1.0]), scales=scales)
@@ -390,7 +392,7 @@ def test_bad_options_are_named():
         quantize(torch.ones(8), ())
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("name", "value"), [("packed", torch.zeros(1, 4)), ("scales", torch.ones(1, 1)), ("block_size", 16)]
 )
 def test_no_field_can_be_assigned(name, value):
@@ -401,7 +403,7 @@ def test_no_field_can_be_assigned(name, value):
     assert replace(q, **{name: value}).cache is not q.cache
 
 
-@rows_in_one_case("rows", [slice(0, 5), slice(3, 1300), slice(1299, 1300), slice(7, 7), slice(-4, None)])
+@pytest.mark.parametrize("rows", [slice(0, 5), slice(3, 1300), slice(1299, 1300), slice(7, 7), slice(-4, None)])
 def test_plain_torch_dequantizes_the_rows_that_are_asked_for(rows):
     """Of 1,300 rows, which are two chunks: those of a slice that begins in either."""
     q = quantize(strategies.make_weight("normal", (1300, 64), 0, 0), "int4")

@@ -236,10 +236,16 @@ INLINE void encode_block(const struct quantizing *q, const float *x, int64_t n, 
         encode_some(q, x, i, n, n - i, divisor, boundaries, levels, bits, codes, sums);
 }
 
-/* The largest magnitude of a block as a scale; in 8 bits twice, so that dequantized weights give the same scale again. */
+/* The largest magnitude of a block as a scale; in 8 bits twice, so that dequantized weights give the same scale again,
+   and rounded down where a scale that is rounded up gives a weight beyond float32. */
 INLINE float scale_of(const struct quantizing *q, uint32_t largest)
 {
-    return q->weight->levels ? float_of(largest) : float_of(largest) / q->top * q->top / q->top;
+    if (q->weight->levels)
+        return float_of(largest);
+    const uint32_t infinite = 0x7f800000;
+    const float once = float_of(largest) / q->top, product = once * q->top;
+    const int beyond = bits_of(product) == infinite && bits_of(once) < infinite;
+    return beyond ? float_of(bits_of(once) - 1) : product / q->top;
 }
 
 /* Quantize rows `from` to `to`. Returns 0 if a weight is not finite or its magnitude is above the largest. */
