@@ -25,7 +25,6 @@ from lowmem.errors import (
     unwritable,
 )
 from lowmem.quant.formats import get_format
-from tests.selection import rows_in_one_case
 
 ALLOCATOR = (
     "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
@@ -44,7 +43,9 @@ class ExitsError(Exception):
         raise SystemExit(3)
 
 
-@rows_in_one_case("text", ["a\nb\r\tc", "\x1b[31mred\x1b[0m", "\u202egpj.exe", "x" * 10_000, "\ud800", "a\x00b"])
+@pytest.mark.parametrize(
+    "text", ["a\nb\r\tc", "\x1b[31mred\x1b[0m", "\u202egpj.exe", "x" * 10_000, "\ud800", "a\x00b"]
+)
 def test_a_line_is_one_printable_line_of_bounded_length(text):
     line = one_line(f"lowmem: {text}")
     assert line.isprintable()
@@ -53,7 +54,7 @@ def test_a_line_is_one_printable_line_of_bounded_length(text):
     assert len(one_line(text, 100)) <= LIMIT - 100
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("error", "text"),
     [
         (RuntimeError("first\nsecond"), "RuntimeError: first"),
@@ -80,7 +81,7 @@ def test_what_was_raised_is_told_by_its_type_and_first_line(error, text):
     assert describe(error) == text
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("error", "text"),
     [
         (ValueError("batch=0: take more"), "batch=0: take more"),
@@ -138,7 +139,7 @@ def test_the_error_of_a_failed_write_is_one_short_line_with_the_remedy_of_its_ca
     assert str(unwritable("a\nb", OSError())).startswith(r"cannot write 'a\nb': ")
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("layers.0.weight", "layers.0.weight"),

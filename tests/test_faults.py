@@ -10,7 +10,6 @@ import pytest
 from tests.faults import __main__ as command
 from tests.faults import copies
 from tests.faults.copies import Change, Copy, Outcome, outcome, try_all
-from tests.selection import rows_in_one_case
 
 ENTRY = """
 [[fault]]
@@ -29,7 +28,7 @@ def test_there_are_forty_faults_in_c_and_twenty_in_triton_and_none_is_stale():
     assert len(command.read_faults(command.LISTS["triton"])) >= 20
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("old", "new", "error"),
     [
         ('"LANES 4"', '" "', "stands"),
@@ -88,7 +87,7 @@ def run_nothing(clean="passed", **changed):
     return lambda given: [outcome_of(change) for change, _ in given]
 
 
-@rows_in_one_case("verdict", ["passed", "unusable", "failed", "crashed", "timed out"])
+@pytest.mark.parametrize("verdict", ["passed", "unusable", "failed", "crashed", "timed out"])
 def test_a_change_survives_where_its_tests_notice_nothing(verdict, capsys):
     lives = verdict in ("passed", "unusable")
     assert try_all(run_nothing(a=verdict), [CHANGE, OTHER]) == [CHANGE] * lives
@@ -97,7 +96,7 @@ def test_a_change_survives_where_its_tests_notice_nothing(verdict, capsys):
     assert f"{2 - lives} of 2 killed" in out
 
 
-@rows_in_one_case("verdict", ["failed", "crashed", "timed out"])
+@pytest.mark.parametrize("verdict", ["failed", "crashed", "timed out"])
 def test_tests_that_fail_without_a_change_are_shown_and_their_changes_not_tried(verdict, capsys):
     for changes, killed in (([CHANGE], 0), ([CHANGE, OTHER], 1)):
         with pytest.raises(ValueError, match="^without a change 1 sets of tests fail, and 1 changes were not tried$"):
@@ -113,7 +112,7 @@ def test_tests_that_fail_without_a_change_are_shown_and_their_changes_not_tried(
 REPORT = "...F\nFAILED tests/test_a.py::test_b[1] - assert 0\nERROR tests/test_c.py\n1 failed\n"
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("code", "verdict", "first"),
     [
         (0, "passed", "tests/test_a.py::test_b[1]"),

@@ -9,7 +9,6 @@ from torch import nn
 
 from lowmem import FourBit, Half, LoRA, build, convert, measure
 from tests.profiled import profiled_peak
-from tests.selection import rows_in_one_case
 
 
 def test_counts_and_bytes_of_shared_and_buffered_modules():
@@ -30,7 +29,7 @@ def test_actual_bytes_count_a_whole_storage_once():
     assert measure.actual_bytes(model) == 400
 
 
-@rows_in_one_case("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4)), (LoRA(4),)])
+@pytest.mark.parametrize("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4)), (LoRA(4),)])
 def test_weight_count_is_that_of_the_float_model_in_which_a_shared_weight_counts_once(techniques):
     plain = nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30), nn.Linear(30, 7, bias=False))
     tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(4, 8))
@@ -160,7 +159,7 @@ def test_an_attribute_of_the_user_s_that_is_no_number_is_not_taken_for_one():
     assert measure.weight_count(Own(4, 4)) == 20
 
 
-@rows_in_one_case("name", ["bignet", "lora", "qlora_nf4"])
+@pytest.mark.parametrize("name", ["bignet", "lora", "qlora_nf4"])
 def test_torch_s_profiler_sees_the_same_peaks(name):
     """The profiler sees the allocator, workspaces included: never less, and little more."""
     model, x = build(name), torch.randn(8, 1024)
@@ -237,7 +236,7 @@ FORMS = {
 }
 
 
-@rows_in_one_case("form", FORMS.values())
+@pytest.mark.parametrize("form", FORMS.values())
 def test_inputs_and_outputs_may_be_nested_in_any_form(form):
     model, x = Nested(form), torch.randn(8, 100)
     batch = {"x": (x, "not a tensor")}
@@ -267,7 +266,7 @@ def test_a_loss_of_the_models_own_is_what_is_differentiated():
     assert wide.weight.grad is None
 
 
-@rows_in_one_case("loss", [lambda out: 3.0, lambda out: out, lambda out: out.sum().detach()])
+@pytest.mark.parametrize("loss", [lambda out: 3.0, lambda out: out, lambda out: out.sum().detach()])
 def test_a_loss_that_is_no_scalar_with_a_gradient_or_an_output_without_tensors_is_refused(loss):
     with pytest.raises(TypeError, match="loss= must return a tensor of one element that has a gradient"):
         measure.backward_bytes(nn.Linear(4, 4), torch.randn(2, 4), loss=loss)

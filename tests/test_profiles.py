@@ -13,7 +13,7 @@ import pytest
 
 from tests import conftest
 from tests.compiled import ISAS
-from tests.selection import covering, rows_in_one_case, selection
+from tests.selection import covering, selection
 
 ROOT = Path(__file__).parents[1]
 
@@ -51,7 +51,7 @@ class Item:
         return SimpleNamespace(kwargs=self.marks[name]) if name in self.marks else None
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("profile", "markexpr", "args", "left"),
     [
         ("ci", "", ["tests"], ["t::b[2]", "t::c"]),
@@ -76,7 +76,7 @@ def test_of_tests_with_a_marker_the_first_cases_run_by_default(profile, markexpr
     assert [item.nodeid for item in items] == [name for name in names if name not in left]
 
 
-@rows_in_one_case("sizes", [(3,), (2, 2), (10, 4), (4, 2, 2), (9, 4, 3), (2, 3, 2, 5)])
+@pytest.mark.parametrize("sizes", [(3,), (2, 2), (10, 4), (4, 2, 2), (9, 4, 3), (2, 3, 2, 5)])
 def test_a_selection_holds_every_combination_and_takes_values_alike_often(sizes):
     axes = [[f"{axis}{value}" for value in range(size)] for axis, size in enumerate(sizes)]
     for strength in range(1, len(axes) + 1):

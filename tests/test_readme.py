@@ -17,7 +17,6 @@ import lowmem
 from lowmem import backend, build, measure
 from lowmem.__main__ import main
 from tests.compiled import on_threads
-from tests.selection import rows_in_one_case
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -112,7 +111,7 @@ def test_every_table_is_what_its_command_prints(command, table, capsys):
 
 
 @pytest.mark.thorough
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("row", "variant"),
     [
         ("Half precision", "half_precision"),
@@ -211,7 +210,7 @@ def anchors(text):
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
-@rows_in_one_case("name", TEXTS)
+@pytest.mark.parametrize("name", TEXTS)
 def test_every_link_leads_to_a_page_and_heading_that_exist(name):
     text = without_code(TEXTS[name])
     targets = re.findall(r"\]\(([^)\s]+)\)|(?:src|srcset)=\"([^\"]+)\"", text)

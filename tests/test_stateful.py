@@ -23,7 +23,6 @@ from lowmem import FourBit, Half, HalfLinear, LoRA, LoRALinear, convert, merge
 from lowmem.nn.linear import CodedLinear
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, gamma, stored_weight, unit
-from tests.selection import rows_in_one_case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # of bases under adapters
 
@@ -244,7 +243,7 @@ TestLifecycle = Lifecycle.TestCase
 TestLifecycle.settings = settings(stateful_step_count=15)
 
 
-@rows_in_one_case("base", ["dense", *sorted(TECHNIQUES.keys() - {"lora"})])
+@pytest.mark.parametrize("base", ["dense", *sorted(TECHNIQUES.keys() - {"lora"})])
 def test_a_merged_weight_is_the_sum_as_its_layer_stores_it(base):
     torch.manual_seed(0)
     linear = nn.Linear(FEATURES, 17)

@@ -5,11 +5,10 @@ import torch
 
 from lowmem import VARIANTS, FourBit, LoRA, LoRALinear, build, convert
 from lowmem.variants import meaning, techniques_of
-from tests.selection import rows_in_one_case
 
 
 @pytest.mark.thorough
-@rows_in_one_case("name", VARIANTS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_variant_is_its_techniques_over_the_seeded_float_model(name):
     dense = build("bignet", seed=3)
     expected = convert(dense, *VARIANTS[name]) if VARIANTS[name] else dense

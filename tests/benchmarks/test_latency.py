@@ -23,7 +23,6 @@ from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different, nee
 from lowmem import errors
 from lowmem.testing.verdicts import Row, Verdict, read_verdict, write_verdict
 from tests.compiled import on_threads
-from tests.selection import rows_in_one_case
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +55,7 @@ def verdict_of_one(first, second=None, threshold=0.05, others=3):
 # What makes a verdict
 
 
-@rows_in_one_case("seed", range(12))
+@pytest.mark.parametrize("seed", range(12))
 def test_noise_is_no_slowdown_and_a_slowdown_beyond_five_percent_is_found(seed):
     noisy = [times(1.0, rounds, noise=0.05, seed=seed + 100 * rounds) for rounds in (6, 15)]
     assert verdict_of_one(*noisy).verdict == "same"
@@ -78,7 +77,7 @@ EIGHT = times(1.10, rounds=8, noise=0.001)  # which agree: 2 * 2**-8 is below AL
 MIXED = Times("wall", [1.0] * 12, [1.6] * 7 + [0.75] * 5, [1.0] * 12)  # five rounds point the other way
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("looked", "second", "options", "verdict", "says"),
     [
         (0.8, times(0.8, seed=9), {}, "faster", "in 15 fresh rounds"),
@@ -452,7 +451,7 @@ def test_the_base_is_the_merge_base_with_the_reference(repository, tmp_path, mon
         builds.resolve(repository, "m")
 
 
-@rows_in_one_case("reference", ["nowhere", "", "--all", "old:setup.py", "x" * 500, "a b\nc"])
+@pytest.mark.parametrize("reference", ["nowhere", "", "--all", "old:setup.py", "x" * 500, "a b\nc"])
 def test_a_reference_that_is_no_commit_is_refused(repository, reference):
     with pytest.raises(GateError) as refused:
         builds.resolve(repository, reference)
@@ -516,7 +515,7 @@ def compare(monkeypatch):
     return compare
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("rows", "code", "says"),
     [
         (ROWS, 1, "FAILED: 1 slower"),
@@ -567,7 +566,7 @@ def test_bad_input_ends_with_2_before_anything_is_built(tmp_path, capsys):
 # The proof
 
 
-@rows_in_one_case("case", [case for case in proof.CASES if case.file])
+@pytest.mark.parametrize("case", [case for case in proof.CASES if case.file])
 def test_each_fault_can_be_planted(case):
     text = (ROOT / case.file).read_text()
     assert text.count(case.found) == 1
@@ -581,7 +580,7 @@ def run_of(case, *gates, undecided=None):
     return {"case": case.name, "alarms": alarms, "undecided": undecided or {}, "seconds": 60}
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("case", "right", "wrong", "undecided", "holds"),
     [
         (proof.CASES[0], 10, 0, 0, True),

@@ -10,7 +10,6 @@ import pytest
 from lowmem import backend
 from lowmem.testing.memory import THREADS
 from tests.compiled import on_threads
-from tests.selection import rows_in_one_case
 
 pytest.importorskip("altair", reason="the pictures need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the pictures need the extra: pip install '.[report]'")
@@ -67,8 +66,8 @@ def test_a_picture_is_current(name, specification):
         )
 
 
-@rows_in_one_case("theme", list(pictures.THEMES))
-@rows_in_one_case("name", list(pictures.PICTURES))
+@pytest.mark.parametrize("theme", list(pictures.THEMES))
+@pytest.mark.parametrize("name", list(pictures.PICTURES))
 def test_a_picture_stands_alone_in_its_colours(name, theme):
     text = (pictures.IMAGES / f"{name}-{theme}.svg").read_text()
     text = re.sub("<metadata>.*?</metadata>", "", text)  # where the specification names them

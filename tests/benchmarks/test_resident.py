@@ -16,7 +16,6 @@ from benchmarks import resident
 from benchmarks.resident import FIGURES, LOADED, VARIANTS, WAYS, Baseline, compare, derive
 from lowmem.testing.baseline import Key
 from lowmem.testing.verdicts import read_verdict
-from tests.selection import rows_in_one_case
 
 ROOT = Path(__file__).parents[2]
 KEY = Key("avx2", "2.13", 2)
@@ -122,7 +121,7 @@ def moved(**figures):
     return {variant: dict.fromkeys(FIGURES, 10.0) | figures for variant in VARIANTS}
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("value", "verdict"),
     [(9.4, "shrank"), (9.5, "same"), (10.0, "same"), (10.5, "same"), (10.6, "grew"), (11.0, "grew")],
 )
@@ -238,7 +237,7 @@ def one_error(code, out, err):
     return err
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("change", "said"),
     [
         ("", "the JSON is broken"),

@@ -10,7 +10,6 @@ import torch
 from lowmem import FileError
 from lowmem.finetuning.text import IGNORED, Example, read_examples
 from tests.finetuning.language import Characters
-from tests.selection import rows_in_one_case
 
 LETTERS = Characters()
 
@@ -110,7 +109,7 @@ def test_a_tokenizer_that_ends_texts_itself_ends_no_prompt(tmp_path):
     assert completion.ids.tolist() == [1, *LETTERS.encode("ab", False), 0]
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("line", "why"),
     [
         ("{", "is no JSON object"),

@@ -13,7 +13,6 @@ from lowmem.io.adapters import fingerprint
 from lowmem.io.container import read, write_tensors
 from tests import refusing
 from tests.models import INDICES, TECHNIQUES, out_of_file, small
-from tests.selection import rows_in_one_case
 
 
 def base(name="qlora", seed=0):
@@ -122,7 +121,7 @@ def test_other_files_are_refused(tmp_path):
         load_adapter([], tmp_path / "m")
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"name": None}, "its metadata is not lowmem's: name=None must be a string; upgrade lowmem, or get the file"),
@@ -208,7 +207,7 @@ class Holds(nn.Module):
 BYTES = torch.arange(6, dtype=torch.uint8)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("name", "value"),
     [
         ("other", BYTES.view(2, 3)),

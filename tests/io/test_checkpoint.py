@@ -16,7 +16,6 @@ from lowmem.io.container import read, write_tensors
 from lowmem.nn.adapter import Adapter
 from tests.models import INDICES, TECHNIQUES, Small, out_of_file, small
 from tests.profiled import ONE_THREAD
-from tests.selection import rows_in_one_case
 
 every_technique = pytest.mark.parametrize("name", TECHNIQUES)
 
@@ -137,7 +136,7 @@ def lora(metadata):
     return metadata["adapters"]["layers.0"]
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         (

@@ -25,7 +25,6 @@ from lowmem.io.container import DIGEST, read, write, write_plain, write_tensors
 from lowmem.io.safetensors import DTYPES, TensorSpec
 from lowmem.io.source import Checkpoint
 from tests.profiled import ONE_THREAD
-from tests.selection import rows_in_one_case
 from tests.strategies import json_values, metadatas, names, tensors
 
 LIBRARY_DTYPES = set(safetensors.torch._TYPES.values())
@@ -257,7 +256,7 @@ def changed_header(old, new):
     return with_header(FILE, text + b" " * (-(8 + len(text)) % 64))
 
 
-@rows_in_one_case(("content", "reason"), [
+@pytest.mark.parametrize(("content", "reason"), [
         (changed_header(b"[0,8]", b"[0,9]"), "'layer.bias' has 9 bytes, and its shape takes 8; get it again"),
         (changed_header(b'"step"', b'"codes"'), "the JSON has a name twice|metadata is not lowmem's"),
         (changed_header(b'"shape":[7]', b'"shape": [7]'), "not laid out as lowmem does it"),
@@ -290,7 +289,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 PLAIN = safetensors.torch.save({"a": torch.ones(3)}, {"format": "pt"})
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "it is empty; get it again"),

@@ -17,7 +17,6 @@ from lowmem.io.safetensors import (
     parse_json,
     place,
 )
-from tests.selection import rows_in_one_case
 from tests.strategies import names
 
 specs = st.builds(
@@ -104,7 +103,7 @@ def test_what_is_not_so_is_refused():
             parse(json.dumps(content).encode(), 24)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("text", "reason"),
     [
         (b'{"a": 1, "a": 1}', "a name twice"),

@@ -1,5 +1,6 @@
 """8-bit codes of blocks: the same bits from C at each ISA and from torch."""
 
+import pytest
 import torch
 
 from lowmem import kernels
@@ -7,7 +8,7 @@ from lowmem.kernels import codes as definitions
 from lowmem.kernels.codes import BLOCK, empty_codes
 from lowmem.quant.backend import backend_of
 from tests.rounding import default_dtype
-from tests.selection import in_one_case, rows_in_one_case
+from tests.selection import covering
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -30,7 +31,7 @@ def coded(x, backend=definitions):
     return *into, backend.encode_8bit(x, into)
 
 
-@in_one_case(
+@covering(
     2,
     isa=kernels.available(),
     dtype=DTYPES,
@@ -51,7 +52,7 @@ def test_codes_scales_and_counts_have_the_bits_of_the_definition(isa, dtype, len
     assert not got.view(-1)[length:].any()
 
 
-@rows_in_one_case("bad", [torch.inf, -torch.inf, torch.nan])
+@pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 def test_a_block_that_is_not_finite_has_the_scale_nan_and_no_other_has(bad):
     x = torch.randn(3 * BLOCK + 8)
     x[BLOCK + 6] = bad
@@ -78,7 +79,7 @@ def test_numbers_that_c_does_not_take_are_coded_in_torch():
         assert counts == wanted[2]
 
 
-@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_nothing(dtype):
     """Scratch is float32, whatever torch makes by default."""
     for x in (numbers(1000, "normal", torch.float64), numbers(1000, "normal", torch.bfloat16)):

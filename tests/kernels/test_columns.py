@@ -7,7 +7,7 @@ from lowmem.kernels.columns import PANEL
 from lowmem.quant.backend import Columns, backend_for
 from lowmem.quant.formats import FORMATS, get_format
 from tests.rounding import gamma, unit
-from tests.selection import in_one_case
+from tests.selection import covering
 
 
 def problem(columns, out, signed):
@@ -21,7 +21,7 @@ def problem(columns, out, signed):
     return torch.randn(columns, out), scales, matrix
 
 
-@in_one_case(
+@covering(
     2,
     backend=kernels.available(),
     format=FORMATS,

@@ -31,7 +31,7 @@ from tests.compiled import (
     stored,
 )
 from tests.kernels.test_kernels import run_python
-from tests.selection import in_one_case
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -89,7 +89,7 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
 
 
 @bound
-@in_one_case(
+@covering(
     kind=["half", "bfloat16", "nf4", "int8", "uint4"],  # the last has offsets
     given=[torch.float32, torch.bfloat16, torch.float16],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
@@ -114,7 +114,7 @@ of_normal = lru_cache(maxsize=16)(lambda kind, shape: stored(kind, normal(shape=
 
 @pytest.mark.thorough
 @bound
-@in_one_case(
+@covering(
     1,
     sizes=[
         *(
@@ -145,7 +145,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
 
 
 @bound
-@in_one_case(
+@covering(
     1,
     shape=[(64, 8192), (64, 28672), (256, 4096), (3000, 4224)],
     kind=["half", "bfloat16", "int4", "nf4"],
@@ -187,7 +187,7 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
 
 
 @needs_kernel
-@in_one_case(function=[*PRODUCTS, "quantize", "update", "prepare", "order"])
+@covering(function=[*PRODUCTS, "quantize", "update", "prepare", "order"])
 def test_a_wrong_number_of_arguments_is_an_error(function):
     native, _ = cpu.load()
     with pytest.raises(TypeError, match="arguments, got"):
@@ -212,7 +212,7 @@ def read_by_capsules():
 
 
 @bound
-@in_one_case(dtype=[torch.float32, torch.bfloat16, torch.float16], batch=[1, 30])
+@covering(dtype=[torch.float32, torch.bfloat16, torch.float16], batch=[1, 30])
 def test_either_way_to_read_a_tensor_is_as_good(isa, dtype, batch):
     dense = strategies.make_weight("normal", (33, 70), 0, 0)
     q, half = quantize(dense, block_size=16), dense.half()
@@ -435,7 +435,7 @@ def test_a_weight_is_known_to_two_kernels_at_once():
 
 
 @compiled_bfloat16
-@in_one_case(
+@covering(
     1,
     blocks=[("nf4", 64), ("nf4", 4096), ("nf4", 10), ("int4", 24), ("half", None)],
     dtype=[torch.float32, torch.bfloat16, torch.float16],
@@ -528,7 +528,7 @@ def of_wide_rows(kind, dtype, rows, batch, bias_dtype):
 
 
 @compiled_bfloat16
-@in_one_case(
+@covering(
     1,
     case=[
         ("nf4", 9, 150, "same"),  # of which 128 inputs are added up at a time
@@ -562,7 +562,7 @@ def zeros_before(last: torch.Tensor, rows: int) -> torch.Tensor:
 
 @LARGE
 @compiled
-@in_one_case(kind=["codes", "scales", "half"])
+@covering(kind=["codes", "scales", "half"])
 def test_rows_behind_2_to_31_bytes_or_weights_are_found(isa, kind):
     """The last rows of a weight whose offsets 32 bits do not hold, and beside them what they make alone."""
     columns, few = 2**16, 40

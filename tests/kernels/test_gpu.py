@@ -17,7 +17,6 @@ from lowmem import AdamW8bit, EightBit, FourBit, LoRA, add_adapter, convert, qua
 from lowmem.kernels import gpu, reference
 from lowmem.quant.backend import backend_for, set_backend
 from tests.nn.stored_cases import CASES, store
-from tests.selection import rows_in_one_case
 
 CPU = torch.device("cpu")
 WITH_OFFSETS = FourBit("int4", 16, offsets=True)
@@ -61,7 +60,7 @@ def test_it_serves_cuda_and_imports_triton_when_a_tensor_asks():
     assert backend_for("cuda").name == "triton"
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("version", "says"),
     [
         (None, "triton cannot be imported (import of triton halted; None in sys.modules): pip install 'triton>=3.6'"),
@@ -138,8 +137,10 @@ def on_meta(started, monkeypatch):
     set_backend("meta", before)
 
 
-@rows_in_one_case("batch", [1, 9])
-@rows_in_one_case("technique", [FourBit("nf4", 64), FourBit("nf4", 64, embeddings="4bit"), EightBit(), WITH_OFFSETS])
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize(
+    "technique", [FourBit("nf4", 64), FourBit("nf4", 64, embeddings="4bit"), EightBit(), WITH_OFFSETS]
+)
 def test_layers_ask_for_no_value_and_start_one_kernel_for_each_product(technique, batch, on_meta):
     layer, table = (
         convert(one, technique).to("meta") for one in (torch.nn.Linear(64, 128), torch.nn.Embedding(50, 64))
@@ -151,7 +152,7 @@ def test_layers_ask_for_no_value_and_start_one_kernel_for_each_product(technique
     assert on_meta == ["dequantize", "few" if fused else "dequantize", "dequantize"]
 
 
-@rows_in_one_case("case", CASES.values())
+@pytest.mark.parametrize("case", CASES.values())
 def test_products_gathers_and_convolutions_ask_for_no_value(case, on_meta):
     x = case.make_input()
     x = x.to("meta").requires_grad_(x.is_floating_point())
@@ -161,7 +162,7 @@ def test_products_gathers_and_convolutions_ask_for_no_value(case, on_meta):
     assert {"few", "dequantize"} & {*on_meta}
 
 
-@rows_in_one_case("padding", [None, 1])
+@pytest.mark.parametrize("padding", [None, 1])
 def test_bags_of_rows_ask_for_no_value(padding, on_meta):
     bag = convert(torch.nn.EmbeddingBag(50, 64, mode="mean", padding_idx=padding), FourBit("nf4", 64)).to("meta")
     on_meta.clear()
@@ -178,8 +179,8 @@ def test_experts_ask_for_no_value(on_meta):
     assert {*on_meta} == {"few", "dequantize"}
 
 
-@rows_in_one_case("dtype", [torch.float32, torch.bfloat16])
-@rows_in_one_case("optimizer", [torch.optim.AdamW, AdamW8bit])  # the first one is that of ``fit``
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optimizer", [torch.optim.AdamW, AdamW8bit])  # the first one is that of ``fit``
 def test_adapters_and_optimizers_ask_for_no_value(dtype, optimizer, on_meta):
     model = torch.nn.Sequential(*(torch.nn.Linear(256, 256) for _ in range(2)))
     model = convert(model, FourBit("nf4", 64, compute_dtype=dtype), LoRA(16)).to("meta")
@@ -199,8 +200,8 @@ TRACED = {
 }
 
 
-@rows_in_one_case("adapted", [False, True])
-@rows_in_one_case("name", [*TRACED])
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("name", [*TRACED])
 def test_graphs_hold_operators_that_have_kernels_for_gpus(name, adapted):
     """Of torch.compile, without a break, and of torch.export; a value that is asked for would be an error."""
     make, x = TRACED[name]
@@ -230,7 +231,7 @@ def test_graphs_hold_operators_that_have_kernels_for_gpus(name, adapted):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"lowmem::{name}", "CUDA")
 
 
-@rows_in_one_case("batch", [1, 8, 9, 600])
+@pytest.mark.parametrize("batch", [1, 8, 9, 600])
 def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monkeypatch):
     """A million weights are one chunk on a GPU. On the CPU, which the test takes, a chunk is 1 MiB of scratch."""
     q = quantize(torch.randn(1024, 256), "nf4", block_size=64)

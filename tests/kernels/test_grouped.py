@@ -12,7 +12,6 @@ from lowmem.kernels.grouped import Blocks, grouped_matmul, grouped_product
 from lowmem.quant.backend import backend_of
 from tests.kernels.test_ops import make_weight, trace
 from tests.operators import assert_operator
-from tests.selection import rows_in_one_case
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)  # the second group is empty, and the last row is of none
 
@@ -59,8 +58,8 @@ def test_transposed_matrices_and_a_compiled_call_give_the_same(request):
     torch.testing.assert_close(torch.compile(call, fullgraph=True, backend="aot_eager")(x, matrices), expected)
 
 
-@rows_in_one_case("kind", ["half", "4-bit"])
-@rows_in_one_case("transposed", [False, True])
+@pytest.mark.parametrize("kind", ["half", "4-bit"])
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.usefixtures("where")
 def test_grouped_products_are_one_for_each_group_of_rows_however_they_are_called(kind, transposed):
     """Eager, by their operators, in a graph, and for several examples, of which each row meets its own matrix."""

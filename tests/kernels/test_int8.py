@@ -15,7 +15,7 @@ from lowmem.nn.fold import without_adapters
 from tests import strategies
 from tests.compiled import EDGES, compiled_int8, exact_product, given_stored_in_4_bits
 from tests.rounding import OF_4_BITS, assert_product
-from tests.selection import in_one_case, rows_in_one_case
+from tests.selection import covering
 
 batches = st.sampled_from([*EDGES, 50, 62, 64, 96, 100])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16, torch.float16])
@@ -72,7 +72,7 @@ def test_zeros_stay_zeros_and_what_is_not_finite_spoils_its_columns_alone():
     assert got[:, 128:].isfinite().all()
 
 
-@rows_in_one_case("name", list(FORMATS))
+@pytest.mark.parametrize("name", list(FORMATS))
 def test_levels_are_off_by_half_a_step_of_8_bits_at_most(name):
     levels = FORMATS[name].levels
     points, rounded = int8.rounded_levels(levels)
@@ -122,7 +122,7 @@ def around_whole_panels(size, shape):
 @pytest.mark.thorough(keep=1)
 @kernel
 @compiled_int8
-@in_one_case(
+@covering(
     1,
     size=[8, 16, 24, 32, 64, 72, 128, 256, 4096],
     shape=[(1, 1), (16, 128), (37, 127), (9, 9000), (130, 1300), (33, 129)],
@@ -135,7 +135,7 @@ def test_around_whole_panels_groups_and_parts(isa, size, shape):
 
 @kernel
 @compiled_int8
-@in_one_case(batch=[1, 6, 40])
+@covering(batch=[1, 6, 40])
 def test_inputs_of_every_size_and_what_is_not_finite(isa, batch):
     q = quantize(strategies.make_weight("normal", (45, 330), 0, 0), "nf4")
     for exponent in (-140, -126, -101, -100, -99, -61, -60, -59, 99, 100, 101, 120):
@@ -154,7 +154,7 @@ def test_inputs_of_every_size_and_what_is_not_finite(isa, batch):
 
 @kernel
 @compiled_int8
-@in_one_case(batch=[1, 8, 9, 40])
+@covering(batch=[1, 8, 9, 40])
 def test_weights_of_every_size(isa, batch):
     """The sum of a block is as large as 2^22 before its scale and its input's unit are applied."""
     for exponent, form in product((-110, 95, 110, 120), ("int4", "nf4")):
@@ -167,7 +167,7 @@ def test_weights_of_every_size(isa, batch):
 
 @pytest.mark.thorough
 @compiled_int8
-@in_one_case(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
+@covering(1, shape=[(2048, 1024, 1), (2048, 1024, 512), (64, 8192, 600), (8, 1, 9000)], size=[64, 4096])
 def test_no_product_takes_more_than_a_mebibyte_of_scratch(isa, shape, size):
     """Where inputs are rounded by torch, too: a few at a time."""
     rows, columns, batch = shape
@@ -216,7 +216,7 @@ def model(**options):
 
 
 @compiled_int8
-@in_one_case(format=["int4", "nf4"])
+@covering(format=["int4", "nf4"])
 def test_a_model_stays_close_and_its_gradient_is_the_float_one(isa, format):
     x = torch.randn(20, 256, generator=torch.Generator().manual_seed(1))
     rounded = model(format=format, compute_dtype=torch.int8)
@@ -239,7 +239,7 @@ def test_forward_mode_is_that_of_floats_and_vmap_rounds_every_example():
     torch.testing.assert_close(torch.func.vmap(layer)(x[:, None])[:, 0], layer(x))
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("dtype", "given", "slow", "fast"),
     [
         (torch.int8, torch.float32, torch.float32, torch.bfloat16),

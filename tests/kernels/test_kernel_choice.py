@@ -14,7 +14,7 @@ from lowmem.kernels.native import load
 from tests import kernel_table as table
 from tests import strategies
 from tests.compiled import ISAS, compiled_bfloat16, needs_kernel
-from tests.selection import in_one_case, rows_in_one_case
+from tests.selection import covering
 
 WEIGHTS = st.sampled_from(sorted(table.WEIGHTS))
 DTYPES = st.sampled_from(sorted(table.DTYPES))
@@ -113,7 +113,9 @@ def test_explain_names_the_kernel(isa, rows, dtype, name, capsys):
 
 
 @needs_kernel
-@rows_in_one_case(("least", "takes"), [(1, "any number of rows"), (2, "2 rows and more"), (25, "25 rows and more")])
+@pytest.mark.parametrize(
+    ("least", "takes"), [(1, "any number of rows"), (2, "2 rows and more"), (25, "25 rows and more")]
+)
 def test_explain_says_what_each_kernel_takes_that_was_asked_before(least, takes, monkeypatch):
     """But of those that compute another operation: nobody expects them to serve."""
     asked = [
@@ -135,7 +137,7 @@ def test_explain_says_what_each_kernel_takes_that_was_asked_before(least, takes,
 
 
 @needs_kernel
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("isa", "rows", "dtype", "format", "gains"),
     [
         ("avx512vnni", 16, torch.float32, "nf4", True),
@@ -158,7 +160,7 @@ def test_explain_recommends_8_bit_integers_where_they_are_faster(isa, rows, dtyp
     assert gains or "is faster" not in text
 
 
-@in_one_case(
+@covering(
     name=sorted({"reference", *ISAS[:1], *ISAS[-1:]}),
     technique=[FourBit(), FourBit(compute_dtype=torch.int8), Half(), Half(torch.bfloat16)],
 )

@@ -28,7 +28,7 @@ from tests.compiled import (
     needs_kernel,
 )
 from tests.rounding import assert_sum
-from tests.selection import in_one_case
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -133,7 +133,7 @@ def test_dequantized_rows_are_the_reference_s_bit_for_bit(isa, weight, format, b
 
 
 @compiled
-@in_one_case(dtype=[torch.float16, torch.bfloat16])
+@covering(dtype=[torch.float16, torch.bfloat16])
 def test_16bit_weights_of_every_value_are_read_as_torch_reads_them(isa, dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
     with kernels.using(isa):
@@ -270,7 +270,7 @@ def with_stored(layer, wrong, how):
 
 
 @few_kernels
-@in_one_case(how=["data", "call", "assign"])
+@covering(how=["data", "call", "assign"])
 def test_layers_with_stored_tensors_of_another_layout_name_what_is_found_and_needed(kernel, how):
     technique = FourBit("nf4", 8, "float16", embeddings="4bit")
     cases = (

@@ -12,10 +12,9 @@ import pytest
 import lowmem
 from lowmem.kernels import native
 from lowmem.version import reinstall_command
-from tests.selection import rows_in_one_case
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("platform", "remedy"),
     [("linux", "needs a C compiler"), ("darwin", "needs a C compiler"), ("win32", "lowmem has none on Windows")],
 )

@@ -25,7 +25,7 @@ from tests.compiled import (
     spread_inputs,
     stored,
 )
-from tests.selection import in_one_case
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -73,7 +73,7 @@ def test_products_lose_no_more_than_their_roundings(isa, weight, kind, size, sca
 
 
 @compiled_bfloat16
-@in_one_case(dtype=[torch.float32, torch.bfloat16, torch.float16])
+@covering(dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(isa, dtype):
     q, unit = quantize(strategies.make_weight("normal", (21, 70), 0, 0)), torch.finfo(dtype).eps
     for batch in (1, 3, 40):
@@ -88,7 +88,7 @@ def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(isa, dtype)
 
 
 @compiled_bfloat16
-@in_one_case(1, block_size=[8, 16, 24, 32, 64, 72, 128, 256, 512, 4096], columns=[127, 640, 1025, 2300])
+@covering(1, block_size=[8, 16, 24, 32, 64, 72, 128, 256, 512, 4096], columns=[127, 640, 1025, 2300])
 def test_every_number_of_a_few_inputs(isa, block_size, columns):
     scales = {8: "float16", 16: "double", 24: "float32"}.get(block_size, "double")
     form = "nf4" if block_size % 16 else "bof4s"  # which has signed scales
@@ -103,7 +103,7 @@ def test_every_number_of_a_few_inputs(isa, block_size, columns):
 
 
 @compiled_bfloat16
-@in_one_case(1, block_size=[16, 32, 64, 128], batch=[1, 5, 19, 40])
+@covering(1, block_size=[16, 32, 64, 128], batch=[1, 5, 19, 40])
 def test_small_bfloat16_numbers_are_exact_beside_large_ones_that_cancel(isa, block_size, batch):
     """Levels are multiples of 1/8. Of four columns of one weight, two hold x and -x, the third up to 3."""
     levels = torch.randint(-7, 8, (9, 75)) / 8.0
@@ -119,7 +119,7 @@ def test_small_bfloat16_numbers_are_exact_beside_large_ones_that_cancel(isa, blo
 
 
 @compiled_bfloat16
-@in_one_case(1, columns=[5, 127, 640], stored_as=[torch.float16, torch.bfloat16])
+@covering(1, columns=[5, 127, 640], stored_as=[torch.float16, torch.bfloat16])
 def test_every_number_of_a_few_inputs_with_16_bit_weights(isa, stored_as, columns):
     w = strategies.make_weight("normal", (77, columns), 0, 1).to(stored_as)
     with kernels.using(isa):
@@ -131,7 +131,7 @@ def test_every_number_of_a_few_inputs_with_16_bit_weights(isa, stored_as, column
 
 
 @compiled_bfloat16
-@in_one_case(
+@covering(
     1,
     block_size=[8, 10, 16, 24, 32, 48, 64, 72, 100, 128, 512, 4096, "half", "bfloat16"],
     shape=[(1, 1), (17, 127), (33, 129), (31, 65), (64, 192), (130, 1300), (258, 129), (1058, 130), (9, 9000)],
@@ -165,7 +165,7 @@ def test_a_result_that_is_subnormal_is_one_in_every_row(isa):
 
 
 @compiled_bfloat16
-@in_one_case(columns=[4098, 8192, 8194, 20000], dtype=[torch.float32, torch.bfloat16], kind=["half", "int4"])
+@covering(columns=[4098, 8192, 8194, 20000], dtype=[torch.float32, torch.bfloat16], kind=["half", "int4"])
 def test_wide_rows_are_packed_in_parts(isa, columns, dtype, kind):
     dense = strategies.make_weight("normal", (9, columns), 0, 0)
     w, dequantized = stored(kind, dense, block_size=96)
@@ -181,7 +181,7 @@ def test_wide_rows_are_packed_in_parts(isa, columns, dtype, kind):
 
 
 @compiled_bfloat16
-@in_one_case(1, dtype=[torch.bfloat16, torch.float16], kind=["half", "int4"])
+@covering(1, dtype=[torch.bfloat16, torch.float16], kind=["half", "int4"])
 def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
     """Some inputs at a time: at most 128."""
     w, dequantized = stored(kind, strategies.make_weight("normal", (600, 8200), 0, 0))
@@ -196,7 +196,7 @@ def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
 
 
 @compiled_bfloat16
-@in_one_case(columns=[40, 1024])
+@covering(columns=[40, 1024])
 def test_batches_of_several_pieces(isa, columns):
     q = quantize(strategies.make_weight("normal", (10, columns), 0, 0))
     half = strategies.make_weight("normal", (10, columns), 0, 0).half()
@@ -232,7 +232,7 @@ def assert_lost_ones(got: torch.Tensor, terms: int, chain: int) -> None:
 
 
 @compiled
-@in_one_case(case=[("half", None), ("bfloat16", None), ("int4", 16), ("nf4", 64), ("int4", 96), ("nf4", 256)])
+@covering(case=[("half", None), ("bfloat16", None), ("int4", 16), ("nf4", 64), ("int4", 96), ("nf4", 256)])
 def test_chains_of_products_are_short(isa, case):
     """What is added to a large number, one by one, may all be rounded off."""
     kind, block_size = case
@@ -247,7 +247,7 @@ def test_chains_of_products_are_short(isa, case):
 
 
 @compiled
-@in_one_case(kind=KINDS)
+@covering(kind=KINDS)
 def test_chains_of_a_gradient_are_short(isa, kind):
     for rows in (1024, 4096):
         w, _ = stored(kind, torch.ones(rows, 256), scales="float16")
@@ -287,7 +287,7 @@ def test_magnitudes_of_inputs_columns_and_rows_that_lie_apart(
 
 
 @compiled_bfloat16
-@in_one_case(kind=[*KINDS, "fp4"])
+@covering(kind=[*KINDS, "fp4"])
 def test_inputs_and_weights_of_every_magnitude(isa, kind):
     """All of them, one of them, and a single number of one; an input of zeros, and zeros beside others."""
     dense = torch.randn(70, 300, generator=torch.Generator().manual_seed(0))
@@ -314,7 +314,7 @@ def test_inputs_and_weights_of_every_magnitude(isa, kind):
 
 
 @at(["portable", "avx2"])
-@in_one_case(kind=["int4", "nf4", "int8"], size=[32, 64])
+@covering(kind=["int4", "nf4", "int8"], size=[32, 64])
 def test_subnormal_bfloat16_inputs_lose_no_more_than_docs_kernels_says(isa, kind, size):
     generator = torch.Generator().manual_seed(0)
     dense = torch.randn(40, 300, generator=generator)
@@ -346,7 +346,7 @@ def assert_as_in_float64(got, dtype, x, dense, of_weight=False) -> None:
 
 @pytest.mark.thorough(keep=1)
 @compiled_bfloat16
-@in_one_case(kind=KINDS)
+@covering(kind=KINDS)
 def test_what_is_not_finite_shows_as_in_float32(isa, kind):
     """A number of an input, of a gradient, or of the weight, each of which may be infinite or no number."""
     coded = kind not in ("half", "bfloat16")
@@ -374,7 +374,7 @@ def test_what_is_not_finite_shows_as_in_float32(isa, kind):
 
 
 @compiled_bfloat16
-@in_one_case(kind=["half", "int4", "nf4"])
+@covering(kind=["half", "int4", "nf4"])
 def test_an_input_s_result_is_its_own(isa, kind):
     """Whatever its place in a tile, and whatever lies beside it."""
     w, _ = stored(kind, torch.randn(45, 330))
@@ -431,7 +431,7 @@ def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
 
 
 @compiled_bfloat16
-@in_one_case(kind=KINDS, least=[9, 16, 192, 256, 512])  # rows from which torch multiplies at some ISA
+@covering(kind=KINDS, least=[9, 16, 192, 256, 512])  # rows from which torch multiplies at some ISA
 def test_batches_where_torch_takes_over(isa, kind, least):
     dtype = torch.float32 if least == 256 else torch.bfloat16
     w, dense = stored(kind, strategies.make_weight("normal", (70, 90), 0, 0))
@@ -443,7 +443,7 @@ def test_batches_where_torch_takes_over(isa, kind, least):
 
 
 @compiled
-@in_one_case(name=list(EIGHT_BIT))
+@covering(name=list(EIGHT_BIT))
 def test_products_with_8_bit_weights_lose_no_more_than_their_roundings(isa, name):
     """The scale of a block is multiplied with the sum of its products, and with 1/127 for int8."""
     generator = torch.Generator().manual_seed(2)
@@ -453,7 +453,7 @@ def test_products_with_8_bit_weights_lose_no_more_than_their_roundings(isa, name
 
 
 @compiled
-@in_one_case(name=list(EIGHT_BIT))
+@covering(name=list(EIGHT_BIT))
 def test_every_8_bit_code_has_its_level(isa, name):
     """No quantizer of lowmem writes code 0; a file may hold it."""
     stored = quantize(torch.randn(8, 64), name, block_size=16, scales="float32")

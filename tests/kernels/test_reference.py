@@ -11,7 +11,6 @@ from lowmem.quant.tensor import number_table
 from tests import strategies
 from tests.compiled import dequantized
 from tests.rounding import assert_product
-from tests.selection import rows_in_one_case
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -49,7 +48,7 @@ def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
 
 
 @pytest.mark.thorough
-@rows_in_one_case("columns", [64, 1000])
+@pytest.mark.parametrize("columns", [64, 1000])
 def test_many_chunks_are_written_whole_and_match_and_a_block_of_zeros_has_no_scale(columns):
     dense = strategies.make_weight("normal", (1500, columns), 0, 0)
     weight = quantize(dense, block_size=16)
@@ -68,7 +67,7 @@ def test_many_chunks_are_written_whole_and_match_and_a_block_of_zeros_has_no_sca
     torch.testing.assert_close(kernels.input_grad(grad, weight, torch.float64), grad @ dense)
 
 
-@rows_in_one_case("low", [-6e4, 0.0])
+@pytest.mark.parametrize("low", [-6e4, 0.0])
 def test_weights_with_offsets_use_all_levels_of_their_range_which_scales_must_hold(low):
     """Beside the magnitudes of the weights, that of the range above a block's offset: 16/15 of it is the scale."""
     weight = torch.linspace(low, 6e4, 16)[None]
@@ -92,8 +91,8 @@ class Products(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-@rows_in_one_case("offsets", [False, True])
-@rows_in_one_case("dtype", [None, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.int8])
 def test_nothing_waits_for_another_device_than_the_cpu_and_its_chunks_are_large(offsets, dtype):
     """On the meta device a value that is asked for is an error; so are sizes that depend on values."""
     technique = FourBit("nf4", 64, compute_dtype=dtype, offsets=offsets)

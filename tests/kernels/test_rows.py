@@ -23,7 +23,7 @@ from tests.compiled import (
     no_plain_rows,
     on_threads,
 )
-from tests.selection import in_one_case
+from tests.selection import covering
 
 pytestmark = pytest.mark.usefixtures("poisoned", "only_c")
 
@@ -61,7 +61,7 @@ def test_quantizing_gives_the_bytes_of_plain_torch_and_dequantizing_its_bits(
 
 
 @needs_kernel
-@in_one_case(form=["nf4", "bof4s", "int4", "int8", "q8_0"], dtype=[torch.float32, torch.bfloat16, torch.float16])
+@covering(form=["nf4", "bof4s", "int4", "int8", "q8_0"], dtype=[torch.float32, torch.bfloat16, torch.float16])
 def test_every_isa_and_any_number_of_threads_sum_the_same_error(form, dtype):
     """In rows that end within a block, or within a vector, and are converted where they lie or in chunks."""
     for columns in (1, 15, 33, 200):
@@ -105,7 +105,7 @@ def searched_by_plain_torch(form, importance, exponent):
 
 
 @needs_kernel
-@in_one_case(
+@covering(
     exponent=[-149, -140, -126, -75, 0, 15, 62, 65, 127],
     form=["nf4", "int4", "fp4", "bof4s"],
     importance=["none", "some zeros", "mixed"],
@@ -118,7 +118,7 @@ def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(form, im
 
 
 @compiled
-@in_one_case(block_size=[8, 10, 64, 256])
+@covering(block_size=[8, 10, 64, 256])
 def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(isa, block_size):
     """All bytes of signed double scales, under row scales of every kind, and all float16 scales."""
     generator = torch.Generator().manual_seed(0)
@@ -142,7 +142,7 @@ def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(isa, b
 
 
 @compiled
-@in_one_case(form=["nf4", "bof4s"])
+@covering(form=["nf4", "bof4s"])
 def test_every_double_scale_is_found_again(isa, form):
     """Blocks whose largest weight is at the upper end level, with every count of steps that a byte holds."""
     most = 127 if form == "bof4s" else 255
@@ -158,7 +158,7 @@ def test_every_double_scale_is_found_again(isa, form):
 
 
 @compiled
-@in_one_case(dtype=[torch.float16, torch.bfloat16])
+@covering(dtype=[torch.float16, torch.bfloat16])
 def test_restored_values_are_rounded_as_torch_rounds(isa, dtype):
     """Magnitudes around every rounding: subnormal, halfway, and beyond what the dtype holds."""
     generator = torch.Generator().manual_seed(0)
@@ -174,7 +174,7 @@ def test_restored_values_are_rounded_as_torch_rounds(isa, dtype):
 
 
 @bound
-@in_one_case(value=[torch.nan, torch.inf, 1e30])
+@covering(value=[torch.nan, torch.inf, 1e30])
 def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(isa, value):
     weight = torch.ones(300, 64)
     weight[299, 63] = value
@@ -187,7 +187,7 @@ def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(isa, value):
 
 
 @bound
-@in_one_case(threads=[2, 3, 7])
+@covering(threads=[2, 3, 7])
 def test_a_weight_that_cannot_be_held_is_refused_whichever_thread_reads_it(isa, threads):
     """A part of the rows each: who finds it may be the first to be done, or the last."""
     rows, columns = 64, 2048  # two chunks of rows, of 65536 weights each: a search is worth 7 threads, the rest 2
@@ -223,7 +223,7 @@ NANS = [0x7FFF9000, 0x7FFFFFFF, 0x7F800001, 0x7F80FFFF, 0x7FC00000, -1, -0x7000]
 
 
 @compiled_bfloat16
-@in_one_case(dtype=[torch.bfloat16, torch.float16])
+@covering(dtype=[torch.bfloat16, torch.float16])
 def test_every_nan_is_one_when_it_is_rounded(isa, dtype):
     """Wherever C rounds: dequantized rows, products and gradients, in whole vectors and at their ends."""
     shapes = ((37, 300, 8), (21, 129, 10), (70, 130, 64), (33, 1, 8), (5, 8200, 64))
@@ -246,7 +246,7 @@ def test_every_nan_is_one_when_it_is_rounded(isa, dtype):
 
 
 @compiled
-@in_one_case(dtype=[torch.bfloat16, torch.float16])
+@covering(dtype=[torch.bfloat16, torch.float16])
 def test_a_number_halfway_between_two_is_rounded_to_the_even_one(isa, dtype):
     """Weights at the end level, so that each is its scale: odd multiples of half a unit in the last place."""
     bits = 8 if dtype == torch.bfloat16 else 11
@@ -293,7 +293,7 @@ def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa):
 
 
 @compiled
-@in_one_case(form=sorted(FORMATS))
+@covering(form=sorted(FORMATS))
 def test_what_lies_beyond_a_short_block_counts_in_no_error(isa, form):
     """A format without a zero would have an error there, and the search would choose other scales."""
     weight = strategies.make_weight("normal", (60, 21), 0, 0)

@@ -14,7 +14,7 @@ from lowmem.quant.backend import backend_for, backend_of
 from tests import strategies
 from tests.compiled import ISAS, compiled, on_threads
 from tests.rounding import default_dtype, gamma, unit
-from tests.selection import in_one_case, rows_in_one_case
+from tests.selection import covering
 
 everywhere = pytest.mark.parametrize("isa", ["reference", *compiled.args[1]])
 DTYPES = st.sampled_from([torch.float32, torch.bfloat16])
@@ -177,7 +177,7 @@ def assert_entropies(found, got, logits, targets, smoothing):
     assert ((got.double() - gradient).abs() <= relative + rounding).all()
 
 
-@in_one_case(
+@covering(
     2,
     isa=kernels.available(),
     dtype=[torch.float32, torch.bfloat16, torch.float16],
@@ -232,7 +232,7 @@ def test_entropies_that_c_does_not_take_are_computed_in_torch():
         assert_entropies(losses, got, logits, few, 0.2)
 
 
-@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_the_default_dtype_changes_no_entropy(dtype):
     """C writes a float32 number for each row, whatever torch makes by default."""
     logits, targets = torch.randn(3000, 7), torch.arange(3000) % 7

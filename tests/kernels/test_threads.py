@@ -8,7 +8,6 @@ from lowmem.kernels import cpu
 from lowmem.kernels.threads import usable_cpus
 from lowmem.testing.memory import THREADS
 from tests.compiled import needs_kernel
-from tests.selection import rows_in_one_case
 
 MILLISECOND = 1_000_000
 LONGEST = 250 * MILLISECOND  # pause
@@ -22,7 +21,7 @@ def system(root, groups, files):
     return root
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("groups", "files", "cpus"),
     [
         ("0::/\n", {}, 64),

@@ -13,7 +13,6 @@ from lowmem import kernels
 from lowmem.kernels import frozen_operator, reference, rowwise
 from lowmem.quant import backend
 from lowmem.quant.backend import Backend, Columns, HeadStates, backend_for, backend_of
-from tests.selection import rows_in_one_case
 
 METHODS = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "fast_bfloat16"}
 
@@ -100,7 +99,7 @@ def test_torch_s_dispatcher_calls_the_kernel_that_is_registered_for_a_device():
         del backend._backends["privateuseone"]
 
 
-@rows_in_one_case("name", kernels.available())
+@pytest.mark.parametrize("name", kernels.available())
 def test_each_backend_has_the_whole_protocol(name):
     with kernels.using(name):
         assert backend_for().name == name
@@ -108,7 +107,7 @@ def test_each_backend_has_the_whole_protocol(name):
         assert all(callable(getattr(backend_for(), method)) for method in METHODS)
 
 
-@rows_in_one_case("again", [copy.copy, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), replace])
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, lambda q: pickle.loads(pickle.dumps(q)), replace])
 def test_what_a_backend_keeps_stays_behind_when_a_tensor_is_copied(again):
     weight = lowmem.quantize(torch.randn(4, 32))
     weight.cache["a handle"] = lambda: "which neither copies nor pickles"

@@ -10,7 +10,6 @@ from lowmem.quant.formats import EIGHT_BIT, IMPORTED, Format, get_format
 from lowmem.quant.packing import check_block_size
 from lowmem.quant.scales import ENCODINGS
 from lowmem.quant.search import nearest_codes, searched_scales
-from tests.selection import rows_in_one_case
 
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
@@ -74,13 +73,15 @@ def test_bof4s_is_what_normal_weights_ask_for():
     torch.testing.assert_close(means / means[15], torch.tensor(form.levels), rtol=0, atol=4e-3)
 
 
-@rows_in_one_case("levels", [(0.0,) * 15, tuple(reversed(FORMATS["nf4"].levels)), (*FORMATS["nf4"].levels[:15], 1.5)])
+@pytest.mark.parametrize(
+    "levels", [(0.0,) * 15, tuple(reversed(FORMATS["nf4"].levels)), (*FORMATS["nf4"].levels[:15], 1.5)]
+)
 def test_wrong_levels_are_refused(levels):
     with pytest.raises(ValueError, match="levels="):
         Format("bad", levels, 16, "float16", "test")
 
 
-@rows_in_one_case("name", ["int3", "", None, ["nf4"]])
+@pytest.mark.parametrize("name", ["int3", "", None, ["nf4"]])
 def test_an_unknown_format_lists_the_choices(name):
     with pytest.raises(ValueError, match="int4, nf4, fp4"):
         get_format(name)

@@ -7,10 +7,9 @@ from hypothesis import strategies as st
 
 from lowmem import pack, unpack
 from tests import strategies
-from tests.selection import rows_in_one_case
 
 
-@rows_in_one_case("block_size", [8, 10, 16, 64, 512, 4096])
+@pytest.mark.parametrize("block_size", [8, 10, 16, 64, 512, 4096])
 def test_every_byte_and_every_pair_of_codes_survives(block_size):
     every = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(pack(unpack(every, block_size), block_size), every)
@@ -37,8 +36,8 @@ def test_strided_codes_pack_like_contiguous_ones(pairs, block_size):
     assert torch.equal(pack(view, block_size), pack(view.contiguous(), block_size))
 
 
-@rows_in_one_case("block_size", [0, -8, 6, 9, 4098, 8.0, True, "16", None])
-@rows_in_one_case("function", [pack, unpack])
+@pytest.mark.parametrize("block_size", [0, -8, 6, 9, 4098, 8.0, True, "16", None])
+@pytest.mark.parametrize("function", [pack, unpack])
 def test_a_bad_block_size_is_named(function, block_size):
     with pytest.raises(ValueError, match=f"block_size={block_size!r} must be"):
         function(torch.zeros(8, dtype=torch.uint8), block_size)
@@ -50,7 +49,7 @@ def test_low_nibbles_hold_the_first_half_of_a_block_and_the_short_last_block_is_
     assert torch.equal(pack(codes[:6], 4096), pack(codes[:6], 8))  # one short block
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("given", "error", "says"),
     [
         (torch.zeros(8), TypeError, "must be a uint8 tensor, found torch.float32"),

@@ -11,7 +11,6 @@ from lowmem import FourBit, Half, quantize
 from lowmem.quant.quantize import relative_error, requantize, round_to, squares_lost
 from tests import strategies
 from tests.compiled import assert_same_bytes
-from tests.selection import rows_in_one_case
 
 
 @given(strategies.weights(), strategies.formats, strategies.block_sizes, strategies.encodings)
@@ -53,7 +52,7 @@ def test_the_default_is_that_of_four_bit():
     assert quantize(weight, "bof4s").block_size == 64  # a format that is named has its own
 
 
-@rows_in_one_case("row", [0, 150, 299])
+@pytest.mark.parametrize("row", [0, 150, 299])
 def test_a_weight_has_changed_wherever_it_has(row):
     """Rows are compared a chunk at a time: the first, one in the middle, and the last chunk of five."""
     q = replace(quantize(strategies.make_weight("normal", (300, 1000), 0, 0), search=True), method="calibrated")
@@ -104,7 +103,7 @@ def test_a_measured_error_is_of_these_weights_alone():
     assert squares_lost(weight.double(), quantize(weight.double(), "int4")).error == pytest.approx(q.squares.error)
 
 
-@rows_in_one_case("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_the_relative_error_is_of_any_shape_and_leaves_the_weight_as_it_is(dtype):
     weight = torch.arange(1.0, 17.0).view(2, 8).to(dtype)
     before = weight.clone()
@@ -117,7 +116,7 @@ def test_the_relative_error_is_of_any_shape_and_leaves_the_weight_as_it_is(dtype
     )
 
 
-@rows_in_one_case("exponent", [-120, -80, 0, 60, 120])
+@pytest.mark.parametrize("exponent", [-120, -80, 0, 60, 120])
 def test_the_relative_error_has_no_magnitude(exponent):
     weight = strategies.make_weight("normal", (3, 4, 64), 0, 0)
     expected = relative_error(weight, quantize(weight, "nf4", scales="float32"))
@@ -129,7 +128,7 @@ def test_the_relative_error_has_no_magnitude(exponent):
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@rows_in_one_case("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
 def test_a_nested_tensor_is_named_with_its_remedy(layout):
     nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
     for refusing in (quantize, Half().store):
@@ -153,8 +152,8 @@ def test_it_is_the_nearest_value_of_the_dtype_in_memory_of_its_own(dtype, values
     assert again.data_ptr() != rounded.data_ptr()
 
 
-@rows_in_one_case("dtype", SIXTEEN)
-@rows_in_one_case("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", SIXTEEN)
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_are_refused(dtype, value):
     with pytest.raises(ValueError, match="gate holds 1 values that are NaN or infinite; repair them first"):
         round_to(torch.tensor([[value, 1.0]]), dtype, "gate")

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
 from tests import strategies
-from tests.selection import rows_in_one_case
 
 magnitudes = st.lists(
     st.one_of(st.just(0.0), st.floats(2.0**-149, 65504.0, width=32), st.floats(2.0**-26, 2.0**-12, width=32)),
@@ -80,7 +79,7 @@ def test_double_scales_round_down_but_never_to_zero(values):
     assert torch.equal(ENCODINGS["double"].encode(scales), ENCODINGS["double"].encode(absmax))
 
 
-@rows_in_one_case("name", sorted(ENCODINGS))
+@pytest.mark.parametrize("name", sorted(ENCODINGS))
 def test_the_largest_magnitude_is_held(name):
     largest = torch.tensor([[ENCODINGS[name].largest]])
     assert torch.equal(ENCODINGS[name].decode(ENCODINGS[name].encode(largest)), largest)
@@ -91,7 +90,7 @@ def test_an_outlier_does_not_erase_the_other_blocks_of_its_row():
     assert scales[0, 1] > 0
 
 
-@rows_in_one_case("name", ["fp8", "", None, 16])
+@pytest.mark.parametrize("name", ["fp8", "", None, 16])
 def test_an_unknown_encoding_lists_the_choices(name):
     with pytest.raises(ValueError, match="choose from float32, float16, double"):
         get_encoding(name)

@@ -2,6 +2,7 @@
 
 from bisect import bisect_left
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -9,7 +10,6 @@ from hypothesis import strategies as st
 from lowmem.quant.formats import EIGHT_BIT, FORMATS, get_format
 from lowmem.quant.search import CANDIDATES, block_errors, largest_weights, nearest_codes, searched_scales, spread
 from tests import strategies
-from tests.selection import rows_in_one_case
 
 LARGEST = float(torch.finfo(torch.float32).max)
 
@@ -60,7 +60,7 @@ def test_block_errors_are_the_squared_differences(weight, format, size):
         )
 
 
-@rows_in_one_case("format", sorted({**FORMATS, **EIGHT_BIT}))
+@pytest.mark.parametrize("format", sorted({**FORMATS, **EIGHT_BIT}))
 def test_a_code_is_the_number_of_thresholds_below_the_value(format):
     """Of the thresholds in float32: at each, beside it, and beyond them all."""
     form = get_format(format)
@@ -73,7 +73,7 @@ def test_a_code_is_the_number_of_thresholds_below_the_value(format):
     assert torch.equal(codes.long(), below)
 
 
-@rows_in_one_case("format", sorted(FORMATS))
+@pytest.mark.parametrize("format", sorted(FORMATS))
 def test_where_nothing_is_better_the_largest_magnitude_stays(format):
     """Zeros, and weights whose squares are too small or too large for float32, leave no error to compare."""
     for value in (0.0, 1e-30, 3e38):
@@ -81,7 +81,7 @@ def test_where_nothing_is_better_the_largest_magnitude_stays(format):
         assert torch.equal(searched_scales(rows, FORMATS[format], 8, LARGEST), torch.full((2, 2), value))
 
 
-@rows_in_one_case("format", sorted(FORMATS))
+@pytest.mark.parametrize("format", sorted(FORMATS))
 def test_no_scale_is_above_the_largest_that_can_be_stored(format):
     """Of weights that 17/16 of the largest scale would hold exactly, which no encoding could then store."""
     largest = float(torch.finfo(torch.float16).max)

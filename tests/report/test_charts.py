@@ -9,7 +9,6 @@ import pytest
 
 from tests.pages import STEPS, report
 from tests.report.specs import DESK, PHONE, assert_readable
-from tests.selection import rows_in_one_case
 
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
@@ -58,7 +57,7 @@ def spec_of(chart, narrow=False):
     return every_chart(report())[chart](narrow).to_dict()
 
 
-@rows_in_one_case("name", list(every_chart(report())))
+@pytest.mark.parametrize("name", list(every_chart(report())))
 def test_a_chart_is_one_well_formed_picture_of_both_widths(name):
     drawing = draw(every_chart(report())[name])
     for svg in (drawing.wide, drawing.narrow):
@@ -107,7 +106,7 @@ def test_letters_of_the_front_picture_have_nine_pixels_at_a_width_of_400():
     assert min(sizes) * 400 / int(root.get("width")) >= 9
 
 
-@rows_in_one_case("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
 def test_the_segments_of_a_step_sum_to_its_peak_and_empty_ones_are_left_out(narrow):
     spec = charts.step_chart(STEPS, narrow).to_dict()
     rows = spec["layer"][0]["data"]["values"]
@@ -157,7 +156,7 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
         assert y["scale"]["domain"][1] > 1.1
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("base", "low", "high", "found"),
     [
         (2, 0.25, 4, [0.25, 0.5, 1, 2, 4]),
@@ -189,7 +188,7 @@ SHARES = {
 }
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("form", "value", "text"),
     [
         *((readable_bytes, value, text) for value, text in BYTES.items()),

@@ -7,7 +7,6 @@ import pytest
 
 from tests.pages import report
 from tests.report.specs import assert_readable
-from tests.selection import rows_in_one_case
 
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
@@ -47,7 +46,7 @@ def test_of_many_groups_the_largest_are_drawn():
     assert axis["sort"] == [f"~g{n}" for n in reversed(range(2, MOST_GROUPS + 2))]
 
 
-@rows_in_one_case("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
 def test_errors_against_bits_are_within_their_axes_and_above_the_bound(narrow):
     found = report()
     for points in (found.distortions, found.distortions[:1]):
@@ -106,7 +105,7 @@ def test_errors_from_a_billionth_to_ten_have_a_tick_at_each_power_of_ten():
             assert high > 5 * error  # right of the dot stands its text
 
 
-@rows_in_one_case("narrow", [False, True])
+@pytest.mark.parametrize("narrow", [False, True])
 def test_groups_and_ratios_are_within_their_axes(narrow):
     found = report()
     stack = "vconcat" if narrow else "hconcat"
@@ -150,7 +149,7 @@ def test_groups_and_ratios_are_within_their_axes(narrow):
         assert len(set(dots["encoding"]["shape"]["scale"]["range"])) == len(colours)
 
 
-@rows_in_one_case("name", ["constructor", "toString", "__proto__"])
+@pytest.mark.parametrize("name", ["constructor", "toString", "__proto__"])
 def test_layers_and_workloads_may_have_the_names_of_what_every_object_has(name):
     found = report()
     groups = [replace(group, name=name) for group in found.groups[:1]]

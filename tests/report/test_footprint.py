@@ -1,19 +1,19 @@
 """A model's bytes by kind add up to what it stores, and the peaks are those of a forward and of a first step."""
 
+import pytest
 import torch
 from torch import nn
 
 import lowmem
 from lowmem import VARIANTS, measure
 from lowmem.report.footprint import KINDS, footprint, stored_by_kind
-from tests.selection import rows_in_one_case
 
 
 def small():
     return nn.Sequential(nn.Linear(64, 32), nn.LayerNorm(32), nn.Linear(32, 16, bias=False))
 
 
-@rows_in_one_case("variant", list(VARIANTS))
+@pytest.mark.parametrize("variant", list(VARIANTS))
 def test_the_kinds_add_up_to_all_that_is_stored(variant):
     model = lowmem.build(variant, small)
     kinds = stored_by_kind(model)

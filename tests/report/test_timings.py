@@ -11,7 +11,6 @@ from lowmem.errors import FileError
 from lowmem.report.timings import DENSE, Timing, from_benchmarks, read_run, time_in_turns
 from lowmem.testing.latency import Speedup
 from lowmem.testing.ratios import Ratio
-from tests.selection import rows_in_one_case
 
 STORED = Path(__file__).parents[2] / "benchmarks" / "baselines" / "0001_baseline.json"
 
@@ -61,7 +60,7 @@ def test_texts_of_the_machine_are_cleaned_for_what_draws_them(tmp_path):
     assert read_run(tmp_path / "run.json")[1] == {r"a\x00": r"['\u2028\x1b']"}
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("content", "why"),
     [
         ("", "the JSON is broken"),

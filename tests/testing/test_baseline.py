@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from lowmem.errors import FileError
 from lowmem.testing.baseline import Key, compare, difference_table, read_figures, write_figures
-from tests.selection import rows_in_one_case
 
 KEY = Key("portable", "2.13", 2)
 NAME = "tests/test_model.py::test_small[a b]"
@@ -82,7 +81,7 @@ def test_the_table_says_before_after_and_difference_in_aligned_columns():
     assert len({len(line) for line in lines}) == 1
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     "content",
     [
         b"",
@@ -103,7 +102,7 @@ def test_a_damaged_file_is_one_line_that_names_it_and_the_remedy(file, content):
     assert file.read_bytes() == content
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"figures": []}, r"figures=\[\] must be an object"),

@@ -6,12 +6,11 @@ from torch import nn
 
 from lowmem.testing.call import ModelError, model_errors
 from lowmem.testing.memory import memory_figures
-from tests.selection import rows_in_one_case
 
 X = torch.ones(2, 64)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("model", "inputs", "said"),
     [
         (nn.Linear, (X,), "the model must be a torch.nn.Module, found the class Linear: call it"),
@@ -45,7 +44,7 @@ def test_the_innermost_line_of_the_user_s_own_code_that_failed_is_named():
         memory_figures(Own(64, 4), X)
 
 
-@rows_in_one_case("error", [SystemExit(3), StopIteration()])
+@pytest.mark.parametrize("error", [SystemExit(3), StopIteration()])
 def test_a_model_that_ends_the_program_or_an_iterator_fails(error):
     """As ``next(self.parameters())`` in a model that has none: contextlib takes it for the end of a generator."""
     with (

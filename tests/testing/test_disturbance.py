@@ -8,7 +8,6 @@ import pytest
 
 from lowmem.testing import disturbance
 from lowmem.testing.disturbance import PAUSES, Watch, disturbs, seconds_of_cores, seconds_waited
-from tests.selection import rows_in_one_case
 
 
 class Machine:
@@ -44,14 +43,14 @@ class Machine:
         return run
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("waited", "disturbed"), [(None, False), (0.0, False), (0.019e-3, False), (0.021e-3, True), (1.0, True)]
 )
 def test_a_burst_is_disturbed_when_threads_waited_for_more_than_a_fiftieth_of_it(waited, disturbed):
     assert disturbs(waited, 0.001) is disturbed
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("waits", "takes", "slept"),
     [
         ([0, 0, 0], 1.125, 0),
@@ -67,7 +66,7 @@ def test_a_turn_takes_what_its_undisturbed_bursts_take_and_more_bursts_where_the
     assert (watch.undisturbed, len(machine.slept)) == ([True], slept)
 
 
-@rows_in_one_case(("seconds", "bursts"), [(0.001, len(PAUSES) + 1), (0.05, 1)])
+@pytest.mark.parametrize(("seconds", "bursts"), [(0.001, len(PAUSES) + 1), (0.05, 1)])
 def test_a_turn_that_stays_disturbed_spoils_its_round_and_a_long_one_at_once(seconds, bursts):
     machine = Machine()
     watch, left = machine.watch(), iter([1.0] * bursts)
@@ -85,7 +84,7 @@ def test_what_a_hypervisor_takes_spoils_a_round_though_no_thread_waits():
     assert watch.undisturbed == [True, True, False]
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("others", "stolen", "disturbed", "says"),
     [
         (0.05, 0.0, False, "other work took 0.0 of 2 cores, and 2 of 3 rounds were interrupted"),
@@ -102,7 +101,7 @@ def test_other_work_is_what_the_cores_did_beyond_this_process(others, stolen, di
     assert watch.says() == says
 
 
-@rows_in_one_case(("waits", "disturbed"), [((0, 0, 0, 0), False), ((0, 0, 1, 1), False), ((0, 1, 1, 1), True)])
+@pytest.mark.parametrize(("waits", "disturbed"), [((0, 0, 0, 0), False), ((0, 0, 1, 1), False), ((0, 1, 1, 1), True)])
 def test_where_nothing_counts_the_cores_interrupted_rounds_show_other_work(waits, disturbed):
     machine = Machine()
     watch = machine.watch(cores=lambda: None)

@@ -12,7 +12,6 @@ from lowmem.testing import latency
 from lowmem.testing.call import ModelError
 from lowmem.testing.latency import FEWEST_ROUNDS, FIRST_ROUNDS, MOST_ROUNDS, Speedup, measure_speedup
 from lowmem.testing.ratios import Ratio
-from tests.selection import rows_in_one_case
 from tests.testing.test_disturbance import Machine
 
 
@@ -33,8 +32,8 @@ def a_quiet_machine(monkeypatch):
     monkeypatch.setattr(latency, "Watch", lambda: Clock().watch())
 
 
-@rows_in_one_case(("at_least", "verdict"), [(1.9, "faster"), (2.1, "slower")])
-@rows_in_one_case("scale", [1e-6, 1e-3, 1.0])
+@pytest.mark.parametrize(("at_least", "verdict"), [(1.9, "faster"), (2.1, "slower")])
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
 def test_half_the_seconds_are_twice_as_fast(at_least, verdict, scale):
     clock = Clock()
     found = measure_speedup(clock.call(1 * scale), clock.call(2 * scale), at_least=at_least, seconds=30, timer=clock)
@@ -83,7 +82,7 @@ def beside(slowdowns, at_least, others=1.0, seconds=10, candidate=1e-3):
     return measure_speedup(*sides, at_least=at_least, seconds=seconds, timer=clock, watch=clock.watch())
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("slowdowns", "at_least", "verdict"),
     [
         ([(4, 0.7)], 1.5, "undecided"),  # never undisturbed: the ratio would be 0.5, with a narrow interval
@@ -117,7 +116,7 @@ def test_threads_of_one_s_own_that_wait_for_each_other_are_no_other_work():
     assert (found.verdict, found.ratio.pairs) == ("faster", FIRST_ROUNDS)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("low", "high", "verdict"),
     [(1.5, 2.0, "faster"), (1.4999, 2.0, "undecided"), (1.0, 1.5, "undecided"), (1.0, 1.4999, "slower")],
 )
@@ -169,8 +168,8 @@ def test_a_module_runs_in_eval_mode_without_gradients_and_gets_its_mode_back_and
     assert model.seen == {(True, True)}  # another callable keeps its gradients
 
 
-@rows_in_one_case("name", ["at_least", "seconds"])
-@rows_in_one_case("value", [0, -1.0, math.nan, math.inf, "1.5", None, True])
+@pytest.mark.parametrize("name", ["at_least", "seconds"])
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, "1.5", None, True])
 def test_what_is_asked_for_must_be_a_positive_number(name, value):
     with pytest.raises(ValueError, match=f"{name}={value!r} must be a positive, finite number"):
         measure_speedup(len, len, [], **{name: value})

@@ -18,7 +18,6 @@ from torch.testing._internal.two_tensor import TwoTensor
 from lowmem import FourBit, Half, LoRA, backend, convert, kernels, measure
 from lowmem.testing.call import ModelError
 from lowmem.testing.memory import THREADS, memory_figures, stored_figures
-from tests.selection import rows_in_one_case
 
 X = torch.ones(2, 64)
 KEPT = 2**20
@@ -55,7 +54,7 @@ def test_codes_scales_and_adapters_are_categories_of_their_own():
     assert stored_figures(plain) == {"float32_bytes": 20, "stored_bytes": 20, "trainable_bytes": 20}
 
 
-@rows_in_one_case("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4))])
+@pytest.mark.parametrize("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4))])
 def test_the_categories_add_up_to_the_actual_bytes(techniques):
     model = nn.Sequential(nn.Embedding(9, 64), nn.Linear(64, 64), nn.LayerNorm(64))
     model = convert(model, *techniques) if techniques else model
@@ -133,7 +132,7 @@ def test_what_is_registered_is_not_counted_again_as_an_attribute():
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("graph", "indices"),
     [
         (

@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times, take_turns
-from tests.selection import rows_in_one_case
 
 seconds = st.floats(1e-6, 1e3)
 times = st.lists(st.tuples(seconds, seconds), min_size=4, max_size=12)
@@ -74,7 +73,7 @@ def test_more_confidence_is_a_wider_interval():
     assert wide.low < narrow.low < narrow.high < wide.high
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("numerator", "denominator", "says"),
     [
         ([], [], "0 pairs of times are too few: give at least 2"),
@@ -92,7 +91,7 @@ def test_bad_times_are_refused(numerator, denominator, says):
         ratio_of_times(numerator, denominator)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("name", "value", "says"),
     [
         *(("bound", value, "must be a positive, finite ratio") for value in (0.0, -1.0, math.nan, math.inf)),
@@ -104,7 +103,7 @@ def test_a_bad_bound_or_confidence_is_refused(name, value, says):
         ratio_of_times([1.0, 2.0], [1.0, 2.0], **{name: value})
 
 
-@rows_in_one_case("values", [[], [math.nan, 1.0], [math.inf]])
+@pytest.mark.parametrize("values", [[], [math.nan, 1.0], [math.inf]])
 def test_a_shift_of_nothing_or_of_no_numbers_is_refused(values):
     with pytest.raises(ValueError, match="finite"):
         hodges_lehmann(values)

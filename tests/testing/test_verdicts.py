@@ -9,7 +9,6 @@ import pytest
 from lowmem.errors import FileError
 from lowmem.testing import verdicts
 from lowmem.testing.verdicts import FAILING, Row, Verdict, read_json, read_verdict, verdict_of, write_verdict
-from tests.selection import rows_in_one_case
 
 ROWS = (
     Row("forward[qlora-batch1]", "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", "20% slower"),
@@ -52,7 +51,7 @@ def test_texts_are_cleaned_for_what_draws_them(tmp_path):
     assert set(texts) == {clean}
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("verdicts", "outcome"),
     [
         (["same", "faster", "skipped"], "passed"),
@@ -72,7 +71,7 @@ def test_what_a_newer_gate_adds_is_passed_over(tmp_path):
     assert read(tmp_path, VERDICT | {"duration": 3}) == read(tmp_path, VERDICT)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("content", "why"),
     [
         ("", "the JSON is broken"),
@@ -96,7 +95,7 @@ def test_anything_else_is_one_clear_error(tmp_path, content, why):
     assert "write it again with the gate" in str(refused.value)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("base", "head", "tolerance", "verdict"),
     [
         (None, 0, 0, "new"),

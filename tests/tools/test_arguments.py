@@ -9,10 +9,9 @@ import torch
 from lowmem import Budget, FourBit, Half, LoRA
 from lowmem.tools import arguments
 from lowmem.tools.arguments import device_of, size, techniques
-from tests.selection import rows_in_one_case
 
 
-@rows_in_one_case("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
 def test_input_has_the_shape_and_dtype_that_were_asked_for(dtype):
     parser = argparse.ArgumentParser()
     arguments.add_input_arguments(parser)
@@ -25,7 +24,7 @@ def test_input_has_the_shape_and_dtype_that_were_asked_for(dtype):
     assert torch.equal(x, arguments.make_input(given)) == (dtype == "int64")
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("parse", "texts", "why"),
     [
         (

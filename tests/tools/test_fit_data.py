@@ -12,7 +12,6 @@ import torch
 from lowmem.tools.fit_data import load_data
 from lowmem.version import install_command
 from tests.fuzzing import bounded
-from tests.selection import rows_in_one_case
 
 
 def saved(tmp_path, **arrays):
@@ -84,7 +83,7 @@ def test_a_file_keeps_its_pairs_and_shapes(tmp_path):
 GOOD_X, GOOD_Y = np.ones((10, 4)), np.arange(10) % 2
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("arrays", "message"),
     [
         ({"x": GOOD_X}, "it holds x; arrays x and y are needed"),

@@ -6,7 +6,6 @@ import torch
 from lowmem import Linear4Bit
 from lowmem.__main__ import main
 from lowmem.tools import models
-from tests.selection import rows_in_one_case
 
 FACTORY = """
 import torch
@@ -90,7 +89,7 @@ def test_a_variant_applies_to_a_factory(user_models):
     assert type(model[0]) is type(model[2]) is Linear4Bit
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("name", "message"),
     [
         ("missing_module:small", "cannot import 'missing_module': ModuleNotFoundError"),

@@ -25,7 +25,6 @@ from lowmem.tools.output import (
     shown,
     stdout_for_json,
 )
-from tests.selection import rows_in_one_case
 
 HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
 COLUMNS = ["Model", "Trains M", "Frozen M", "Total M", "Theory MiB", "Actual MiB", "Forward MiB", "Bits/ weight"]
@@ -47,8 +46,8 @@ def terminal(monkeypatch):
     return terminal
 
 
-@rows_in_one_case("columns", [30, 40, 60, 80, 120])
-@rows_in_one_case("name", ["bignet", "a.module.with.a.long.path:factory@low_precision_nf4", "語" * 30])
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120])
+@pytest.mark.parametrize("name", ["bignet", "a.module.with.a.long.path:factory@low_precision_nf4", "語" * 30])
 def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal, columns, name):
     lines = terminal(columns, print_table, COLUMNS, [[name, *FIGURES]])
     assert all(cell_len(line) <= columns for line in lines)
@@ -57,7 +56,7 @@ def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal,
     assert name in "".join(word for word in words if word not in FIGURES)  # in pieces below each other
 
 
-@rows_in_one_case("columns", [30, 40, 60, 80, 120, 300])
+@pytest.mark.parametrize("columns", [30, 40, 60, 80, 120, 300])
 def test_a_summary_is_whole_on_any_terminal(terminal, columns):
     model = convert(nn.ModuleDict({"a_long_name_" * 3: nn.Linear(1024, 1024), "norm": nn.LayerNorm(16)}), FourBit())
     lines = terminal(columns, print_summary, summary(model))
@@ -78,7 +77,7 @@ def test_names_on_a_terminal_are_neither_escape_codes_nor_markup_nor_emoji(termi
     assert "[bold]x[/bold][/y]:warning:" in shown(HOSTILE)
 
 
-@rows_in_one_case("columns", ["40", "80", "200"])
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
 def test_a_table_in_a_pipe_keeps_to_120_columns_with_names_on_one_line(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", columns)
     name, prose, form = "model.layers.0." * 5, "why it was left in words " * 9, "q4_0,scales=float16;" * 9
@@ -152,8 +151,8 @@ def test_an_error_in_the_block_gives_stdout_back(capsys):
     assert capsys.readouterr().out == "[]\n"
 
 
-@rows_in_one_case("columns", [40, 50, 60, 80])
-@rows_in_one_case("name", ["quantize", "a.module.with.a.long.path:factory@low_precision_nf4"])
+@pytest.mark.parametrize("columns", [40, 50, 60, 80])
+@pytest.mark.parametrize("name", ["quantize", "a.module.with.a.long.path:factory@low_precision_nf4"])
 def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, name):
     monkeypatch.setenv("COLUMNS", str(columns))
     size = partial(DownloadColumn, binary_units=True)

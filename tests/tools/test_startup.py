@@ -10,7 +10,6 @@ import pytest
 
 import lowmem
 from lowmem.tools import startup
-from tests.selection import rows_in_one_case
 
 BY_MODULE = [sys.executable, "-m", "lowmem"]
 BY_SCRIPT = [sys.executable, "{script}"]
@@ -121,7 +120,7 @@ def test_a_process_that_imports_the_library_keeps_its_own_hooks():
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("argv", "original", "expected"),
     [
         (["-m", "info"], ["python", "-m", "lowmem", "info"], True),

@@ -8,7 +8,6 @@ from lowmem import BigNet, FourBit, LoRA, convert, measure
 from lowmem.__main__ import main
 from lowmem.tools.stats import Stats
 from lowmem.transforms.summary import LayerSummary
-from tests.selection import rows_in_one_case
 from tests.test_variants import EXACT
 
 MIB = 2**20
@@ -233,7 +232,7 @@ def test_techniques_that_fit_are_proposed(results):
     assert found["training_bytes"] <= 40 * MIB
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
         (["bignet", "--input-shape", "12"], "model='bignet' cannot take this input"),
@@ -270,7 +269,7 @@ def test_arguments_that_cannot_be_measured_or_planned_are_refused(argv, said, re
     assert {one.name for one in tmp_path.iterdir()} <= {"stats_models.py", "__pycache__"}
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("text", "said"),
     [
         ("", "'' is no technique: choose from Half, EightBit, FourBit, Budget, LoRA"),
