@@ -151,7 +151,7 @@ def check_config(record: Mapping[str, Any]) -> None:
     version = record.get("version", CONFIG_VERSION)
     if type(version) is not int or version != CONFIG_VERSION:
         older = type(version) is int and version < CONFIG_VERSION
-        remedy = "save the folder again with this one" if older else "upgrade lowmem"
+        remedy = "make the folder again with this one" if older else "upgrade lowmem"
         raise ValueError(
             f"quantization_config has version={show(version)}, and this lowmem reads {CONFIG_VERSION}: {remedy}"
         )

@@ -75,7 +75,7 @@ def recipe_of(name: str, rank: int | None = None) -> tuple[Callable[[], nn.Modul
 def _parts(name: str) -> tuple[str, Callable[[], nn.Module]]:
     looks_like_path = os.path.basename(name) != name or os.path.splitext(name)[1] != ""
     if ":" not in name and looks_like_path:
-        found = "is a file, which lowmem info reads" if os.path.isfile(name) else "is no folder"
+        found = "is a file" if os.path.isfile(name) else "is no folder"
         raise ValueError(f"model={name!r} {found}: name a variant, a folder of transformers, or module:factory")
     target, at, variant = name.partition("@") if ":" in name else ("", "@", name)
     return variant if at else "bignet", model_factory(target) if target else BigNet

@@ -103,7 +103,7 @@ def test_a_variant_applies_to_a_factory(user_models):
         ("user_models:small@q4", "variant='q4' is unknown"),
         ("q4", "variant='q4' is unknown"),
         ("absent.safetensors", "model='absent.safetensors' is no folder: name a variant, a folder of"),
-        ("user_models.py", "model='user_models.py' is a file, which lowmem info reads: name a variant"),
+        ("user_models.py", "model='user_models.py' is a file: name a variant"),
         ("", "variant='' is unknown: choose from"),
         ("user_models:small@", "variant='' is unknown: choose from"),
         (":small", "cannot import '': ValueError: Empty module name"),

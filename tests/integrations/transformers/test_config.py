@@ -48,7 +48,7 @@ def test_json_holds_it():
         ({"technique": Half(), "skip": [3]}, TypeError, r"skip=\[3\] must be glob patterns"),
         ({"technique": Half(), "skip": 5}, TypeError, "skip=5 must be glob patterns"),
         ({"technique": Half(), "version": 3}, ValueError, "version=3, and this lowmem reads 2: upgrade lowmem"),
-        ({"technique": Half(), "version": 1}, ValueError, "version=1, .* reads 2: save the folder again with this"),
+        ({"technique": Half(), "version": 1}, ValueError, "version=1, .* reads 2: make the folder again with this"),
         ({"layers": 2**63}, ValueError, "layers=9223372036854775808 must be a list of objects"),
         ({"layers": [None]}, ValueError, r"layers=\[None\] must be a list of objects"),
         ({"technique": Half(), "adapters": [1]}, ValueError, r"adapters=\[1\] must be an object"),
