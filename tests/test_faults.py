@@ -52,9 +52,7 @@ def test_what_is_wrong_with_a_fault_is_said(old, new, error, tmp_path):
         command.read_faults(path)
 
 
-def test_the_command_lists_faults_skips_those_of_a_kernel_that_the_processor_lacks_and_ends_with_1_where_one_survives(
-    capsys, monkeypatch
-):
+def test_the_command_lists_faults_skips_absent_kernels_and_ends_with_1_of_survivors(capsys, monkeypatch):
     faults = command.read_faults()
     assert command.main(["--list"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(faults)

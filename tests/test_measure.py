@@ -30,7 +30,7 @@ def test_actual_bytes_count_a_whole_storage_once():
 
 
 @pytest.mark.parametrize("techniques", [(), (Half(),), (FourBit(),), (FourBit(), LoRA(4)), (LoRA(4),)])
-def test_weight_count_is_that_of_the_float_model_in_which_a_shared_weight_counts_once(techniques):
+def test_weight_count_is_the_float_model_s_in_which_a_shared_weight_counts_once(techniques):
     plain = nn.Sequential(nn.Linear(40, 30), nn.LayerNorm(30), nn.Linear(30, 7, bias=False))
     tied = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 8), nn.Linear(4, 8))
     tied[1].weight = tied[2].weight = tied[0].weight
@@ -267,7 +267,7 @@ def test_a_loss_of_the_models_own_is_what_is_differentiated():
 
 
 @pytest.mark.parametrize("loss", [lambda out: 3.0, lambda out: out, lambda out: out.sum().detach()])
-def test_a_loss_that_is_no_scalar_with_a_gradient_or_an_output_without_tensors_is_refused(loss):
+def test_a_loss_that_is_no_scalar_with_a_gradient_is_refused(loss):
     with pytest.raises(TypeError, match="loss= must return a tensor of one element that has a gradient"):
         measure.backward_bytes(nn.Linear(4, 4), torch.randn(2, 4), loss=loss)
     with pytest.raises(TypeError, match="Nested returns no tensor"):

@@ -85,7 +85,7 @@ def test_every_module_that_is_drawn_from_has_tests():
 
 
 @pytest.mark.parametrize(("lives", "code"), [(0, 0), (2, 0), (3, 1)])
-def test_more_survivors_than_one_in_ten_end_with_1_and_the_score_is_in_the_summary_of_the_job(
+def test_more_survivors_than_one_in_ten_end_with_1_and_a_job_s_summary_has_the_score(
     tree, lives, code, capsys, tmp_path, monkeypatch
 ):
     twenty = (4 * draw(tree, 5))[:20]

@@ -410,7 +410,7 @@ def test_a_latency_gate_passes_fails_and_says_what_it_saw(project, run):
     ("configured", "code", "counted"),
     [((), 0, "1 passed, 1 skipped"), (("-o", "lowmem_undecided=fail"), 2, "1 failed, 1 passed")],
 )
-def test_an_undecided_latency_gate_skips_its_test_or_fails_it_where_the_project_says_so(
+def test_an_undecided_latency_gate_skips_its_test_or_fails_it_where_that_is_set(
     project, run, configured, code, counted
 ):
     project.makepyfile(test_model=LATENCY)
@@ -422,7 +422,7 @@ def test_an_undecided_latency_gate_skips_its_test_or_fails_it_where_the_project_
     assert "test_model.py::test_latency[1.4-1.6]: 1.50 times as fast" in output
 
 
-def test_without_scipy_the_memory_gate_works_and_the_latency_gate_says_what_to_install(project, run, monkeypatch):
+def test_without_scipy_the_memory_gate_works_and_the_other_says_what_to_install(project, run, monkeypatch):
     project.makepyfile(
         test_model=TESTS + "def test_fast(latency_gate):\n    latency_gate(my_model(), my_model(), example_input)\n"
     )

@@ -160,7 +160,7 @@ def test_pages_are_dropped_and_read_again(tmp_path):
 
 
 @needs_pages
-def test_what_is_read_of_a_mapped_file_does_not_stay_resident_after_convert_but_what_was_written_does(tmp_path):
+def test_what_convert_reads_of_a_mapped_file_does_not_stay_resident(tmp_path):
     path = tmp_path / "dense"
     lowmem.save(nn.Sequential(*(nn.Linear(512, 512) for _ in range(2)), nn.LayerNorm(512)), path)
     model = lowmem.load(path, lambda: nn.Sequential(*(nn.Linear(512, 512) for _ in range(2)), nn.LayerNorm(512)))

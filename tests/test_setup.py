@@ -44,9 +44,7 @@ def test_one_binary_serves_every_python(monkeypatch):
 @pytest.mark.parametrize(
     ("platform", "free_threaded"), [("win-amd64", 0), ("win-arm64", 0), ("linux-x86_64", 1)], ids=str
 )
-def test_where_the_kernel_cannot_be_compiled_a_wheel_serves_any_python_of_that_platform(
-    platform, free_threaded, monkeypatch
-):
+def test_a_wheel_without_a_compiled_kernel_serves_any_python_of_that_platform(platform, free_threaded, monkeypatch):
     """Not any platform: installed from it, one that has a kernel would get none."""
     monkeypatch.setattr(sysconfig, "get_platform", lambda: platform)
     monkeypatch.setattr(sysconfig, "get_config_var", {"Py_GIL_DISABLED": free_threaded}.get)
@@ -125,7 +123,7 @@ def test_a_wheel_whose_kernel_did_not_compile_does_not_claim_to_have_one(tree):
 
 
 @pytest.mark.skipif(sys.platform == "win32" or not shutil.which("cc"), reason="no C compiler")
-def test_a_kernel_of_an_earlier_build_is_no_part_of_a_wheel_whose_kernel_did_not_compile(tree):
+def test_a_wheel_whose_kernel_did_not_compile_has_no_kernel_of_an_earlier_build(tree):
     code, names, said = built(tree)
     assert code == 0, said
     assert re.search(r"-cp311-abi3-", *names)

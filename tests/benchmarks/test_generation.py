@@ -60,9 +60,7 @@ def test_logits_beyond_rounding_are_named(tmp_path, capsys):
     assert generation.differing(tmp_path, ["llama.cpp"]) == []  # nothing to hold it against
 
 
-def test_the_table_has_medians_of_processes_that_take_turns_and_the_exit_code_tells_of_logits(
-    tmp_path, monkeypatch, capsys
-):
+def test_the_table_has_medians_of_processes_and_the_exit_code_tells_of_logits(tmp_path, monkeypatch, capsys):
     order, far = [], []
 
     def measure(row, folder, threads):

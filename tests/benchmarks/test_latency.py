@@ -94,7 +94,7 @@ MIXED = Times("wall", [1.0] * 12, [1.6] * 7 + [0.75] * 5, [1.0] * 12)  # five ro
         (1.3, times(1.3, 6, disturbed=9), {}, "undecided", "disturbed 9 of 15 fresh rounds: the rounds do not agree"),
     ],
 )
-def test_a_difference_counts_if_it_is_found_again_beyond_threshold_and_noise_in_rounds_that_agree(
+def test_a_difference_counts_if_a_second_look_finds_it_beyond_threshold_and_noise(
     looked, second, options, verdict, says
 ):
     row = verdict_of_one(times(looked, rounds=6), second, **options)
@@ -190,7 +190,7 @@ def test_a_disturbed_turn_by_the_clock_on_the_wall_is_repeated(monkeypatch):
         assert (found["w"].disturbed, len(found["w"].head)) == (disturbed, 1 - disturbed)
 
 
-def test_a_workload_that_other_work_always_disturbs_is_undecided_after_a_few_more_rounds(monkeypatch):
+def test_a_workload_that_is_always_disturbed_is_undecided_after_a_few_more_rounds(monkeypatch):
     monkeypatch.setattr(rounds.time, "sleep", lambda seconds: None)
     log, clocks = [], {"a, waiting": "wall", "b": "cpu"}
 
@@ -213,7 +213,7 @@ def test_where_no_workload_can_be_compared_there_is_no_verdict():
             compared(start_with({"a": 0.001}, None, head, base), replace(OPTIONS, workloads=pattern))
 
 
-def test_the_second_look_is_of_what_looks_slower_and_ends_as_soon_as_that_is_within_the_threshold():
+def test_the_second_look_is_of_what_looks_slower_and_ends_within_the_threshold():
     """Two look slower at first. One of them still does in every round, the other one in none."""
     log = []
 
@@ -257,7 +257,7 @@ def test_sides_take_turns_there_and_back_and_change_who_begins():
     assert "".join(order[:18]) == "bhaahb" + "habbah" + "abhhba"
 
 
-def test_short_calls_fill_a_turn_of_base_and_long_ones_take_part_in_each_second_round():
+def test_short_calls_fill_a_turn_of_base_and_long_ones_join_each_second_round():
     log, base, head = [], {"short": 1e-4, "long": 0.5}, {"short": 2e-4, "long": 1.0}
     found, _ = rounds.measure(start_with(head, base, log=log), range(6), only=every, long_every=2, turns=3)
     assert (len(found["short"].head), len(found["long"].head)) == (6, 3)
@@ -322,7 +322,7 @@ def test_a_worker_sets_up_times_and_answers_with_errors(monkeypatch):
     assert len(calls) >= 11
 
 
-def test_workloads_are_of_each_variant_batch_and_format_and_what_waits_is_timed_by_the_clock():
+def test_workloads_are_of_each_variant_batch_and_format_and_waits_are_timed():
     found = workloads.workloads()
     names = [f"inference {variant} batch {batch}" for variant in lowmem.VARIANTS for batch in BATCHES]
     names += [f"training step {variant}" for variant in lowmem.VARIANTS]
@@ -460,9 +460,7 @@ def test_a_reference_that_is_no_commit_is_refused(repository, reference):
 
 
 @pytest.mark.gates(keep=1)
-def test_a_kernel_is_built_of_what_was_committed_and_taken_from_the_cache_until_its_sources_change(
-    repository, tmp_path, monkeypatch
-):
+def test_a_kernel_is_built_of_the_commit_and_cached_until_its_sources_change(repository, tmp_path, monkeypatch):
     old, head = builds.resolve(repository, "old")
     (repository / "setup.py").write_text("not committed")
     cache = tmp_path / "cache"
@@ -539,7 +537,7 @@ def test_the_exit_code_says_whether_it_passed_and_verdicts_are_written(rows, cod
     ]
 
 
-def test_the_table_shows_what_differs_failures_first_and_the_summary_of_a_job_gets_it(compare, tmp_path, monkeypatch):
+def test_the_table_shows_failures_first_and_the_summary_of_a_job_gets_it(compare, tmp_path, monkeypatch):
     summary = tmp_path / "summary.md"
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(summary))
     compare(ROWS)

@@ -191,7 +191,7 @@ def test_a_state_of_another_run_is_refused_and_a_damaged_one_skipped(tmp_path):
 
 
 @pytest.mark.usefixtures("alone")
-def test_each_process_gets_its_own_random_states_and_one_that_is_new_those_of_the_first(tmp_path, monkeypatch):
+def test_each_process_gets_its_own_random_states_and_a_new_one_those_of_the_first(tmp_path, monkeypatch):
     found = {"random.cpu": torch.zeros(1), "random.cpu@1": torch.ones(1)}
     States(tmp_path, {}).save(Saved(1, found, {}))
     states = Checkpoints(tmp_path, {})

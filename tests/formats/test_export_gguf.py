@@ -304,7 +304,7 @@ def test_superblocks_that_llama_cpp_makes_come_back_as_they_were(kind, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_file_without_4_bit_weights_becomes_a_dense_folder_which_is_stored_when_asked(dtype, tmp_path):
+def test_a_file_without_4_bit_weights_becomes_a_dense_folder_stored_when_asked(dtype, tmp_path):
     model = model_of("llama")
     model.save_pretrained(tmp_path / "in")
     lowmem.export(tmp_path / "in", tmp_path / "a.gguf", dtype=dtype)

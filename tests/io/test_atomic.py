@@ -76,7 +76,7 @@ def test_a_file_or_the_target_of_a_link_is_written_and_nothing_else_is_left(tmp_
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
-def test_permissions_follow_the_umask_and_a_private_file_is_private_while_it_is_written(tmp_path, umask, mode):
+def test_permissions_follow_the_umask_and_a_private_file_is_always_private(tmp_path, umask, mode):
     (tmp_path / "private").touch(0o600)
     before = os.umask(umask)
     try:
@@ -202,7 +202,7 @@ def kill_a_save(path, writer=FILE):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="this system kills by other means")
 @pytest.mark.parametrize("writer", WRITERS.values(), ids=WRITERS)
-def test_what_a_killed_process_left_is_removed_by_the_next_write_into_the_same_folder(tmp_path, writer):
+def test_what_a_killed_process_left_is_removed_by_the_next_write_into_the_folder(tmp_path, writer):
     left = kill_a_save(tmp_path / "file", writer)
     names = (".lowmem-mine.partial", f".lowmem-{'a' * 16}-{'b' * 16}.partial", "file.partial", f"{left.name}.bak")
     own = {tmp_path / name for name in names}
@@ -279,7 +279,7 @@ def test_what_is_written_is_locked_until_it_has_its_name(tmp_path, monkeypatch, 
 
 
 @pytest.mark.parametrize("write", [write_file, write_folder])
-def test_what_another_process_took_for_a_leftover_before_it_was_locked_is_locked_again(tmp_path, monkeypatch, write):
+def test_what_another_process_removed_before_it_was_locked_is_locked_again(tmp_path, monkeypatch, write):
     acquire, seen = filelock.FileLock.acquire, []
 
     def late(lock, *args, **kwargs):

@@ -41,7 +41,7 @@ def test_a_header_comes_back_and_every_tensor_is_aligned(specs, metadata):
             parse(start[8:], wrong)
 
 
-def test_tensors_are_sorted_by_the_power_of_two_that_divides_their_bytes_then_by_name():
+def test_tensors_are_sorted_by_the_alignment_of_their_bytes_then_by_name():
     specs = {
         "b": TensorSpec(torch.int8, (3,)),
         "a": TensorSpec(torch.float16, (1,)),

@@ -199,7 +199,7 @@ def test_layers_that_attention_reads_past_their_forward_are_stored(technique, tm
     assert torch.equal(again.attn(x, x, x)[0], model.attn(x, x, x)[0])
 
 
-def test_adapters_of_layers_that_attention_reads_past_their_forward_have_their_effect(tmp_path):
+def test_adapters_of_layers_whose_weights_attention_reads_have_their_effect(tmp_path):
     model, x = convert(Attentive(True), LoRA(2)).eval(), torch.randn(3, 1, 8)
     torch.nn.init.normal_(lowmem.adapter_layers(model, "default")["attn.out_proj"].lora_b)
     expected = model.attn(x, x, x)[0]

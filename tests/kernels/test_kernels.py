@@ -216,7 +216,7 @@ def layout_of(packed, scales):
 
 
 @few_kernels
-def test_stored_tensors_of_another_layout_are_an_error_that_names_what_is_found_and_needed(kernel):
+def test_stored_tensors_of_another_layout_are_an_error_that_names_both(kernel):
     """However they come there, some at the address of the right ones, and whatever is made of them."""
     q = quantize(strategies.make_weight("normal", (6, 40), 0, 0), block_size=8, scales="float16")
     a, b = torch.randn(2, 40), torch.randn(6, 2)

@@ -192,7 +192,7 @@ def test_block_sums_of_a_row_that_ends_in_a_short_block():
     assert block_sums(torch.arange(10.0)[None], 4).tolist() == [[6.0, 22.0, 17.0]]
 
 
-def test_the_technique_names_its_encoding_and_scales_that_cannot_have_offsets_are_refused():
+def test_the_technique_names_its_encoding_and_refuses_scales_without_offsets():
     assert FourBit("int4", offsets=True) == FourBit("int4", scales="float16_offsets")
     assert FourBit("int4", scales="float32", offsets=True).scales == "float32_offsets"
     assert FourBit("nf4", scales="float16_offsets").offsets

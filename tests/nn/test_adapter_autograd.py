@@ -132,7 +132,7 @@ CASES = {
 }
 
 
-def test_a_fresh_adapter_changes_nothing_in_evaluation_and_the_order_of_sums_in_training():
+def test_a_fresh_adapter_changes_the_order_of_sums_alone_and_that_in_training():
     """Both are the base's product; bfloat16 rounds a term 3 times at most: its factors, if any, and the sum."""
     for base in ("nf4", "half"):
         layer = adapted(base)

@@ -41,7 +41,7 @@ def test_parts_are_added_to_a_name_that_is_there():
     assert bank.active == ("default", "more")
 
 
-def test_a_forward_beside_a_merge_takes_the_copy_and_the_name_of_its_adapter_together():
+def test_a_forward_beside_a_merge_takes_a_copy_and_its_adapter_s_name_together():
     """Another thread merges while a forward reads the layer."""
     layer, x = convert(nn.Linear(8, 4), LoRA(2)), torch.randn(3, 8)
     nn.init.normal_(layer.lora_b)

@@ -110,7 +110,7 @@ def test_the_compute_dtype_rounds_the_input_before_the_product(compute, rounds):
         assert bool(layer(ones * 1e6).isfinite().all()) == (compute is not F16)
 
 
-def test_a_float16_input_is_multiplied_with_bfloat16_weights_that_float16_does_not_hold():
+def test_a_float16_input_is_multiplied_with_weights_beyond_float16():
     layer, x = convert(torch.nn.Linear(8, 3, bias=False), Half(BF16)), torch.full((2, 8), 2.0**-10, dtype=F16)
     layer.weight_rounded.fill_(2.0**20)
     for name in ("reference", kernels.available()[-1]):

@@ -320,7 +320,7 @@ def test_modules_that_share_parts_multiply_in_their_own_dtypes():
 
 
 @rows_in_one_case("technique", [FourBit(compute_dtype=torch.bfloat16), EightBit(compute_dtype=torch.bfloat16)])
-def test_a_table_that_is_read_is_multiplied_in_the_dtype_of_products_whoever_reads_it_first(technique):
+def test_a_table_is_multiplied_in_the_dtype_of_products_whoever_reads_it_first(technique):
     x = torch.randn(3, 16)
     for first in ("table", "head"):
         model = nn.ModuleDict({"table": nn.Embedding(24, 16), "head": nn.Linear(16, 24, bias=False)})
@@ -401,7 +401,7 @@ def test_codes_without_their_scales_or_of_other_rows_are_not_taken():
                 torch.func.functional_call(layer, {**dict(layer.named_parameters()), name: part}, inputs)
 
 
-def test_models_that_are_stacked_compute_as_one_after_the_other_or_say_that_they_cannot():
+def test_models_that_are_stacked_compute_as_each_alone_or_say_that_they_cannot():
     def make(technique):
         return convert(nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 4)), technique)
 

@@ -103,7 +103,7 @@ def test_of_two_equal_levels_one_code_is_chosen():
     assert len(set(FORMATS["fp4"].levels)) == 15
 
 
-def test_imported_formats_have_the_levels_of_their_programs_and_are_quantized_into_within_their_bound():
+def test_imported_formats_have_their_programs_levels_and_keep_their_bound():
     """Their levels are what they are: q4_0 and iq4_nl have none at 1, the largest that a scale can be divided by."""
     assert IMPORTED["q4_0"].levels == tuple((code - 8) / 8 for code in range(16))
     iq4_nl = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113]

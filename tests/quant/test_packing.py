@@ -43,7 +43,7 @@ def test_a_bad_block_size_is_named(function, block_size):
         function(torch.zeros(8, dtype=torch.uint8), block_size)
 
 
-def test_low_nibbles_hold_the_first_half_of_a_block_and_the_short_last_block_is_split_in_halves_too():
+def test_low_nibbles_hold_the_first_half_of_a_block_also_of_a_short_last_one():
     codes = torch.arange(12, dtype=torch.uint8)
     assert pack(codes, 8).tolist() == [low | low + 4 << 4 for low in range(4)] + [8 | 10 << 4, 9 | 11 << 4]
     assert torch.equal(pack(codes[:6], 4096), pack(codes[:6], 8))  # one short block

@@ -92,7 +92,7 @@ def test_no_scale_is_above_the_largest_that_can_be_stored(format):
     assert (searched_scales(rows, FORMATS[format], 64, largest) <= largest).all()
 
 
-def test_candidates_lie_a_sixteenth_apart_and_those_nearest_to_the_largest_weight_come_first():
+def test_candidates_lie_a_sixteenth_apart_those_nearest_to_the_largest_first():
     assert sorted(CANDIDATES) == [n / 16 for n in range(12, 21)]
     distances = [abs(factor - 1) for factor in CANDIDATES]
     assert distances == sorted(distances)

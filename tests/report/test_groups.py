@@ -77,7 +77,7 @@ def test_the_error_of_a_group_is_that_of_its_weights_taken_as_one():
     assert norm.bytes == {"int4": norm.dense_bytes}
 
 
-def test_layers_of_one_path_and_several_shapes_have_names_of_their_own_that_say_the_shape_where_they_would_be_equal():
+def test_layers_of_one_path_and_several_shapes_are_told_apart_by_their_shapes():
     groups = group_layers(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8), nn.Linear(8, 4), nn.Linear(4, 8)), {})
     assert [g.name for g in groups] == ["0,2", "1,3"]
     mixed = nn.ModuleList([nn.Linear(8, 4 if n in (0, 1, 3, 6, 9) else 5) for n in (*range(9), 9)])

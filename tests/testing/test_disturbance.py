@@ -59,7 +59,7 @@ def test_a_burst_is_disturbed_when_threads_waited_for_more_than_a_fiftieth_of_it
         ([1, 1, 1, 1, 0.01], 1.5, 3),
     ],
 )
-def test_a_turn_takes_what_its_undisturbed_bursts_take_and_more_bursts_where_there_is_none(waits, takes, slept):
+def test_a_turn_takes_what_its_undisturbed_bursts_take_and_more_where_there_is_none(waits, takes, slept):
     machine = Machine()
     watch = machine.watch()
     assert watch.round(lambda: watch.turn(machine.burst(waits), 3)) == pytest.approx(takes * 0.001)

@@ -92,7 +92,7 @@ def test_an_unknown_gate_fails_with_the_command_that_stores_it(gates):
     assert finish(session) == []
 
 
-def test_a_key_without_a_file_fails_and_names_the_versions_of_torch_that_have_one_until_it_gets_one(gates):
+def test_a_key_without_a_file_fails_and_names_the_versions_of_torch_that_have_one(gates):
     for name in ("avx2-torch2.13", "avx2-torch2.9", "resident-avx2-torch2.15"):
         (gates().directory / f"{name}.json").touch()
     failure = gates().judge(TEST, TEST, OTHER, FIGURES)

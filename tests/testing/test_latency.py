@@ -156,7 +156,7 @@ class Seen(nn.Module):
         return out
 
 
-def test_a_module_runs_in_eval_mode_without_gradients_and_gets_its_mode_back_and_other_callables_run_as_they_are():
+def test_a_module_runs_in_eval_mode_without_gradients_and_gets_its_mode_back():
     clock = Clock()
     model, calls = Seen(clock), clock.call(1e-2)
     model.layer.eval()

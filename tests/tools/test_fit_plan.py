@@ -65,7 +65,7 @@ def test_a_dry_run_is_within_two_percent_of_the_run(folder, capsys):
     assert peaks == sorted(peaks, reverse=True)
 
 
-def test_a_config_of_another_size_than_the_tensors_is_refused_before_its_model_is_made(folder, refused):
+def test_a_config_of_another_size_than_the_tensors_is_refused_before_it_is_used(folder, refused):
     path = folder / "config.json"
     config = json.loads(path.read_text())
     argv = ["fit", folder, "--data", folder.parent / "text.txt", "--length", LENGTH, "--dry-run"]

@@ -394,7 +394,7 @@ def test_merge_folds_the_active_adapters_and_drops_the_others():
     torch.testing.assert_close(output(model), expected)
 
 
-def test_merge_with_an_active_adapter_in_some_layers_leaves_the_other_bases_bit_for_bit():
+def test_merge_with_an_adapter_in_some_layers_leaves_the_other_bases_bit_for_bit():
     model = make_adapted("a", base="4-bit")
     codes = model[0].weight_packed
     add_adapter(model, "b", LoRA(2), skip="0")

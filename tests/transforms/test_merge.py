@@ -171,7 +171,7 @@ def outputs(model, *inputs):
 
 @every_base
 @pytest.mark.parametrize("to", ["same format", torch.bfloat16])
-def test_with_inputs_the_report_says_the_errors_of_each_layer_s_and_of_the_whole_model_s_outputs(base, to):
+def test_with_inputs_the_report_has_the_errors_of_the_layers_and_the_model_s_outputs(base, to):
     torch.manual_seed(0)
     model = convert(Branches(), *strategies.BASES[base], LoRA(2, dropout=0.5)).train()
     for layer in (model.twice, model.keyword, model.read, model.never):

@@ -106,7 +106,7 @@ def test_biases_in_16_bits_are_not_left_out_in_silence():
 
 @pytest.mark.parametrize("safe", [False, True])
 @TECHNIQUES
-def test_a_merge_into_stored_weights_is_refused_or_warns_and_works_once_they_are_dense(technique, safe):
+def test_a_merge_into_stored_weights_is_refused_or_warns_and_works_with_dense_ones(technique, safe):
     """PEFT adds a LoRA to the weight in place, and sets the data of the weight to what it computes for a DoRA."""
     torch.manual_seed(0)
     model = lowmem.convert(nn.Sequential(nn.Linear(64, 64), nn.Conv1d(64, 64, 1)), technique)

@@ -283,7 +283,7 @@ def test_a_rank_that_no_change_of_a_weight_can_have_is_told_once(technique, wher
         assert all(re.search(told, str(one.message)) for one in caught)
 
 
-def test_the_root_s_rank_is_named_by_its_own_pattern_and_that_of_a_small_head_is_left():
+def test_the_root_s_rank_has_its_own_pattern_and_that_of_a_small_head_is_left():
     with pytest.warns(UserWarning, match=r"the model itself \(64 x 64\) can use .* as ranks=\{'': 64\}"):
         convert(nn.Linear(64, 64), LoRA(1000))
     convert(nn.Linear(64, 64), LoRA(1000, ranks={"": 64}))

@@ -209,7 +209,7 @@ def test_seventy_billion_weights_are_planned_without_them():
 
 
 @pytest.mark.parametrize("given", ["values", "float"])
-def test_a_factory_that_computes_from_values_of_its_own_is_made_again_with_only_its_parameters_on_meta(given):
+def test_a_factory_that_computes_from_its_values_runs_again_with_parameters_on_meta(given):
     class Rates(nn.Module):
         def __init__(self):
             super().__init__()

@@ -315,7 +315,7 @@ def test_quantizing_a_tensor_that_computes_by_itself_names_its_class():
             store(Wrapped(torch.ones(4, 16)))
 
 
-def test_adapters_work_on_tensors_that_compute_by_themselves_and_what_reads_them_is_refused(tmp_path):
+def test_adapters_work_on_tensors_of_other_libraries_and_what_reads_them_is_refused(tmp_path):
     model = lowmem.convert(with_wrapped(), lowmem.LoRA(2))
     nn.init.ones_(model["b"].lora_b)
     x = torch.ones(3, 16)

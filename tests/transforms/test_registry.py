@@ -230,7 +230,7 @@ def test_a_layer_with_tensors_of_its_own_is_taken():
     assert skip_reason(LoRA, nn.LayerNorm(4)) == "LoRA has no form of it"
 
 
-def test_module_paths_and_parameter_owners_know_every_path_and_none_inside_an_adapted_layer():
+def test_module_paths_and_owners_know_every_path_and_none_inside_an_adapted_layer():
     shared = nn.Linear(4, 4)
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
     model["c"].weight = shared.weight

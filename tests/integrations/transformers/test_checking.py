@@ -90,7 +90,7 @@ def test_what_no_config_tells_how_it_is_stored_is_refused(folders, tmp_path):
     assert_same(load(tmp_path / "half"), lowmem.restore(wanted))  # rounded weights are whole ones, too
 
 
-def test_counts_of_any_name_are_refused_before_a_model_is_made_of_them_and_sizes_are_not(tmp_path):
+def test_counts_of_any_name_are_refused_before_a_model_is_made_and_sizes_are_not(tmp_path):
     """A Qwen's config itself lists the kind of each layer: the commands read config.json before transformers does."""
     folder = write(tmp_path / "dense", "llama")
     for kind, name, value in (

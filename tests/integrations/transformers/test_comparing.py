@@ -187,7 +187,7 @@ def test_an_interval_holds_the_mean_of_the_source_nineteen_times_in_twenty():
     assert 340 <= held <= 392
 
 
-def test_a_function_of_the_mean_moves_the_ends_of_an_interval_and_one_part_has_no_interval():
+def test_a_function_of_the_mean_moves_an_interval_s_ends_and_one_part_has_none():
     sums, counts = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 1.0, 2.0])
     low, high = interval(sums, counts)
     assert (low, high) == (1.0, 2.0)  # the least and the largest mean of a part

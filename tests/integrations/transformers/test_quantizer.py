@@ -24,7 +24,7 @@ def test_free_pages_are_returned_after_loading(small, tmp_path, monkeypatch):
     assert trims == [0, 0]
 
 
-def test_weights_on_disk_and_a_config_without_a_technique_are_refused_for_a_dense_folder(tmp_path):
+def test_a_dense_folder_refuses_weights_on_disk_and_a_config_without_a_technique(tmp_path):
     folder, disk = write(tmp_path), {"model": "cpu", "lm_head": "disk"}
     with pytest.raises(ValueError, match="load and save the model without it first"):
         load(folder, quantization_config=LowmemConfig(FourBit()), device_map=disk)

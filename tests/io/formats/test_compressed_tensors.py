@@ -337,7 +337,7 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
     assert (found - values).abs().max() <= values.abs().amax() * (clipped + 2**-8) + 8 * 2**-24
 
 
-def test_mxfp4_anew_takes_the_better_of_two_exponents_and_integers_are_as_near_as_q4_0():
+def test_mxfp4_takes_the_better_of_two_exponents_and_integers_are_as_near_as_q4_0():
     """The standard floors the exponent, which clips a quarter of the blocks; the next one may be nearer."""
     weight = torch.randn(60, 128, generator=torch.Generator().manual_seed(1))
     wide = weight * 2.0 ** torch.arange(-30, 30)[:, None]

@@ -94,7 +94,7 @@ def test_weights_are_exact_in_both_versions_and_any_order(
         assert torch.equal(values_of(tensor), weight)
 
 
-def test_what_is_no_16_levels_times_scales_of_blocks_is_refused_and_its_values_are_known(tmp_path):
+def test_what_is_no_16_levels_times_scales_of_blocks_is_refused(tmp_path):
     uneven = torch.tensor([0] * 15 + [1] * 17)[torch.randperm(32)]
     for reason, more in {
         "do not have 16 columns each": {"order": uneven},

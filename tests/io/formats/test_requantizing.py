@@ -143,7 +143,7 @@ def test_sizes_types_and_the_option_that_loses_least_of_those_that_avoid_it_are_
     assert kind != "Q4_K" or said.endswith("no option avoids that")
 
 
-def test_a_file_that_becomes_larger_is_told_of_and_the_option_that_is_named_avoids_it(tmp_path):
+def test_a_file_that_becomes_larger_is_told_of_and_the_named_option_avoids_it(tmp_path):
     target = tmp_path / "a.safetensors"
     told = (
         r"types\.gguf: .*since weights in Q5_1, .*: `lowmem quantize IN OUT --include '\*' --format int8` makes 0\.01"

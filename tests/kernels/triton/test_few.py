@@ -109,7 +109,7 @@ def test_an_input_that_is_not_finite_changes_its_own_output_alone():
     assert not got[[1, 3]].isfinite().any()
 
 
-def test_more_inputs_offsets_and_gradients_are_multiplied_by_torch_with_dequantized_rows():
+def test_torch_multiplies_more_inputs_offsets_and_gradients_with_dequantized_rows():
     generator = torch.Generator().manual_seed(0)
     for form, scales in (("nf4", "double"), ("uint4", "float16_offsets"), ("int8", "double")):
         q = quantize(torch.randn(70, 50, generator=generator), form, block_size=16, scales=scales)

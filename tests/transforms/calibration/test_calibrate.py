@@ -245,7 +245,7 @@ def test_embeddings_and_output_layers_are_stored_as_convert_stores_them(tied, di
 
 
 @NO_BATCH
-def test_in_4_bits_tied_layers_are_quantized_by_their_weights_and_an_output_layer_is_calibrated():
+def test_in_4_bits_tied_layers_go_by_their_weights_and_an_output_layer_is_calibrated():
     batches, technique = [torch.randint(0, 30, (2, 12))], FourBit(embeddings="4bit")
     model = calibrate(Language(tied=True), batches, technique)
     assert type(model.tokens) is Embedding4Bit

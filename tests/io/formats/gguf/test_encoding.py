@@ -158,7 +158,7 @@ def test_weights_in_8_bits_become_those_of_q8_0_within_its_bound():
         nearest(lowmem.quantize(torch.full((1, 32), 1e30), "int8", scales="float32"), "q8_0")
 
 
-def test_every_scale_and_code_of_q8_0_is_held_with_the_bits_of_ggml_and_comes_back_as_the_same_bytes():
+def test_every_scale_and_code_of_q8_0_has_the_bits_of_ggml_and_comes_back():
     """ggml: d * q in float32, of a float16 and an int8."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int16)
     d = bits[bits.view(torch.float16).isfinite()].view(torch.float16)

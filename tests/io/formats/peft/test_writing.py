@@ -263,7 +263,7 @@ def test_running_statistics_that_training_changed_are_modules_to_save(tmp_path):
     assert torch.equal(again["b1"].bn.running_var, model["b1"].bn.running_var)
 
 
-def test_running_statistics_that_stay_are_not_written_and_those_that_peft_would_mix_are_refused(tmp_path):
+def test_running_statistics_that_stay_are_not_written_and_mixed_ones_are_refused(tmp_path):
     assert written(convert(blocks(), LoRA(2)), tmp_path / "a")["modules_to_save"] is None
     model = ran(convert(blocks(), LoRA(2)), ["bn"])
     with pytest.raises(
