@@ -98,6 +98,26 @@ def test_every_file_and_folder_that_the_page_names_exists():
     assert folders <= set(re.findall(r"`(lowmem/\w+/)`", table))
 
 
+def test_each_folder_says_what_it_may_import_and_where_to_begin():
+    imports, folders = folder_imports(), [path for path in MODULES if path.endswith("/__init__.py")]
+    assert len(folders) > 15
+    wrong = []
+    for path in folders:
+        folder = Path(lowmem.__file__).parent / path
+        text = ast.get_docstring(ast.parse(folder.read_text(encoding="utf8"))) or ""
+        _, _, after = text.partition(" may import ")
+        may, _, begin = re.sub(r"\s+", " ", after).partition(". Begin with ")
+        first = re.match(r"\s*``([\w/]+\.py)``", begin)
+        top = path.removesuffix("/__init__.py")
+        if not first or not (folder.parent / first[1]).is_file():
+            wrong.append(f"{path} does not say where to begin")
+        if top in imports and "all other folders" not in may:
+            others = {other for other in imports[top] if (Path(lowmem.__file__).parent / other).is_dir()}
+            if set(re.findall(r"``(\w+)``", may)) != others:
+                wrong.append(f"{path} does not say that it may import {', '.join(sorted(others))}")
+    assert wrong == []
+
+
 def mirror_of(path: str) -> str:
     folder, _, stem = path.removesuffix(".py").rpartition("/")
     stem = stem.strip("_")

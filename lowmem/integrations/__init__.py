@@ -1,1 +1,5 @@
-"""Optional: lowmem in other libraries. Each integration needs its library, and is imported by who uses it."""
+"""lowmem in other libraries, each imported by who uses that library.
+
+It may import ``quant``, ``kernels``, ``nn``, ``transforms``, ``io``, ``training`` and ``inference``. Begin with
+``transformers/quantizer.py``.
+"""

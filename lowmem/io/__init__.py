@@ -1,1 +1,4 @@
-"""Files: atomic writes, the safetensors container, shards, metadata, checkpoints and adapters."""
+"""Files: atomic writes, the safetensors container, shards, metadata, checkpoints and adapters.
+
+It may import ``quant``, ``nn`` and ``transforms``. Begin with ``checkpoint.py``.
+"""

@@ -1,5 +1,8 @@
 """Products with stored weights, computed by the backend of a tensor's device; and the selection of the CPU's: the
-best ISA of the compiled kernel, or what the environment variable ``LOWMEM_KERNEL`` names."""
+best ISA of the compiled kernel, or what the environment variable ``LOWMEM_KERNEL`` names.
+
+It may import ``quant``. Begin with ``reference.py``, the definition of each product in plain torch, then ``cpu.py``.
+"""
 
 from __future__ import annotations
 

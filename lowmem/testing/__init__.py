@@ -1,1 +1,4 @@
-"""Memory and latency gates for tests. Latency needs the extra ``lowmem[testing]``."""
+"""Memory and latency gates for tests; latency needs the extra ``lowmem[testing]``.
+
+It may import ``kernels``, ``nn``, ``transforms`` and ``io``. Begin with ``gates.py``.
+"""

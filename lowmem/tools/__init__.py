@@ -1,5 +1,8 @@
 """The commands: one file each, with ``add_arguments(parser)`` and ``run(arguments) -> exit code``. A file
-``COMMAND_part.py`` is a part of one command."""
+``COMMAND_part.py`` is a part of one command.
+
+They may import all other folders. Begin with ``stats.py``.
+"""
 
 from types import MappingProxyType
 

@@ -13,6 +13,8 @@ writes of a converted model::
 
 ``lowmem.convert`` imports it where a model is one of transformers. Nothing of transformers is replaced: the quantizer
 is registered as others are, and a converted model gets a class of its own, under the name of its class.
+
+It may import what its parent folder may, and that. Begin with ``quantizer.py``.
 """
 # ruff: noqa: E402
 

@@ -1,1 +1,4 @@
-"""Codes chosen by what layers compute on sample inputs."""
+"""Codes chosen by what layers compute on sample inputs.
+
+It may import what its parent folder may, and that. Begin with ``calibrate.py``.
+"""

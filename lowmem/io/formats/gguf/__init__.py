@@ -1,1 +1,4 @@
-"""GGUF, the files of llama.cpp and ggml."""
+"""GGUF, the files of llama.cpp and ggml.
+
+It may import what its parent folder may, and that. Begin with ``container.py``, then ``reading.py``.
+"""
