@@ -3,11 +3,12 @@ made them, and classified afterwards: what outlives the forward of its layer is 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from types import MappingProxyType
-from typing import Any, cast
+from types import CodeType, FrameType, MappingProxyType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +237,8 @@ class StepMemory(measure.PeakMemory):
         self._blocks: dict[int, _Block] = {}  # by the address of the storage, while it lives
         self._log: list[tuple[_Block, int, int]] = []  # (changed block, its change in bytes, all bytes after it)
         self._at_peak = 0  # length of the log at the peak
-        self._frames: list[tuple[str, list[tuple[int, _Block]]]] = []
+        self._frames: list[tuple[str, list[tuple[int, _Block]], FrameType | None]] = []
+        self._call: CodeType | None = None  # of modules, while their calls are watched
 
     def parts(self) -> dict[str, Any]:
         """Return the bytes at the peak by the attributes of ``TrainingMemory``."""
@@ -262,38 +264,55 @@ class StepMemory(measure.PeakMemory):
     @contextmanager
     def frame(self, kind: str) -> Iterator[None]:
         """Attribute storages that are made inside, but not in an inner frame, to a layer of class ``kind``."""
-        made: list[tuple[int, _Block]] = []
-        self._frames.append((kind, made))
+        self._frames.append((kind, [], None))
         try:
             yield
         finally:
-            self._frames.pop()
-            for key, block in made:
-                block.kept = self._blocks.get(key) is block
+            self._close()
+
+    def _close(self) -> None:
+        _, made, _ = self._frames.pop()
+        for key, block in made:
+            block.kept = self._blocks.get(key) is block
 
     @contextmanager
     def modules(self) -> Iterator[None]:
         """Open a frame for each call of a module inside.
 
-        ``nn.Module.__call__`` is replaced, as torch.fx does; with a hook, layers would leave their fast paths.
+        Python's profiler reports the calls, and changes none: with hooks, layers would leave their fast paths.
+
+        Raises:
+            RuntimeError: another profiler runs.
         """
-        call = nn.Module.__call__
-
-        def framed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            with self.frame(type(module).__name__):
-                return call(module, *args, **kwargs)
-
-        nn.Module.__call__ = cast(Any, framed)  # type: ignore[method-assign]
+        if (other := sys.getprofile()) is not None:
+            raise RuntimeError(
+                f"training_memory watches calls by sys.setprofile, which {type(other).__name__} uses: end that first"
+            )
+        self._call = nn.Module.__call__.__code__
+        sys.setprofile(self._watch)
         try:
             yield
         finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
+            self._call = None
+            sys.setprofile(None)
+
+    def _watch(self, frame: FrameType, event: str, _: Any) -> None:
+        if self._call is None:  # in a thread of autograd, after the measurement
+            sys.setprofile(None)
+        elif frame.f_code is self._call:
+            if event == "call":
+                module = frame.f_locals[self._call.co_varnames[0]]
+                self._frames.append((type(module).__name__, [], frame))
+            elif event == "return" and self._frames and self._frames[-1][2] is frame:
+                self._close()
 
     def _change(self, key: int, size: int) -> None:
         super()._change(key, size)
         block = self._blocks.get(key)
         if block is None:
-            kind, made = self._frames[-1] if self._frames else ("", [])
+            if self._call is not None and sys.getprofile() is None:  # a thread of autograd, which computes again
+                sys.setprofile(self._watch)
+            kind, made, _ = self._frames[-1] if self._frames else ("", [], None)
             block = self._blocks[key] = _Block(kind)
             made.append((key, block))
         self._log.append((block, size, self.current))

@@ -2,6 +2,10 @@
 
 import copy
 import json
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -11,9 +15,10 @@ from torch.utils.checkpoint import checkpoint
 
 import lowmem
 from lowmem import BigNet, FourBit, Half, LoRA, convert, measure, prepare_training
-from lowmem.training.memory import TRAINERS, training_memory
+from lowmem.training.memory import TRAINERS, StepMemory, training_memory
 from lowmem.training.optimizer import AdamW8bit
 from tests.refusing import refused
+from tests.training import blocks
 
 
 class Language(nn.Module):
@@ -247,3 +252,64 @@ def test_the_peak_on_cuda_is_the_allocator_s():
     before = torch.cuda.memory_allocated()
     found = training_memory(model, x, optimizer="sgd")
     assert found.step_bytes == torch.cuda.max_memory_allocated() - before >= counted
+
+
+def test_measuring_changes_no_kernel_and_no_function_of_torch(monkeypatch):
+    """Gated MLPs are fused unless a hook watches their activation."""
+    backend, seen, call = lowmem.kernels.backend_of(torch.empty(0)), [], nn.Module.__call__
+    for name in ("linear", "input_grad", "add_low_rank", "gated"):
+        method = getattr(backend, name)
+
+        def recorded(x, *rest, name=name, method=method):
+            assert nn.Module.__call__ is call
+            stored = [one for one in rest if isinstance(one, lowmem.QuantizedTensor)]
+            seen.append((name, x.shape, len(rest), [backend.explain(one, x.shape[0], x.dtype) for one in stored]))
+            return method(x, *rest)
+
+        monkeypatch.setattr(backend, name, recorded)
+    model = prepare_training(convert(blocks.Language(layers=[blocks.Block()]), *QLORA), "fast").train()
+    ids = torch.arange(32).view(2, 16)
+    seen.clear()
+    for _ in range(2):
+        measure.losses_of(model, model(ids), None)[0].backward()
+    plain, seen[:] = [*seen], []
+    training_memory(model, ids)
+    assert seen == plain
+    assert {"linear", "gated"} <= {name for name, *_ in seen}
+
+
+def test_another_profiler_is_named_and_stays():
+    def profiler(*_):
+        pass
+
+    sys.setprofile(profiler)
+    try:
+        with pytest.raises(RuntimeError, match=r"by sys\.setprofile, which function uses: end that first"):
+            training_memory(nn.Linear(4, 4), torch.ones(2, 4))
+        assert sys.getprofile() is profiler
+    finally:
+        sys.setprofile(None)
+
+
+def test_layers_that_another_thread_computes_are_named_until_the_measurement_ends():
+    """As autograd does on a GPU, where checkpointed layers are computed again in backward."""
+    memory, layer, kept, after = StepMemory(), nn.Sequential(nn.Linear(4, 4)), [], []
+
+    def compute():
+        with memory:
+            kept.append(torch.ones(8))  # the first allocation of the thread
+            kept.append(layer(torch.ones(2, 4)))
+        ended.wait()
+        layer(torch.ones(2, 4))
+        after.append(sys.getprofile())
+
+    ended = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        with memory.modules():
+            computed = pool.submit(compute)
+            while len(kept) < 2 and not computed.done():
+                time.sleep(0.01)
+        ended.set()
+        computed.result()
+    assert memory.parts()["activations"] == {"Linear": 32}
+    assert after == [None]
