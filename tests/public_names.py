@@ -1,0 +1,129 @@
+"""Names that users, their files and their scripts rely on: ``python -m tests.public_names`` writes those of now."""
+
+import argparse
+import ast
+import json
+import re
+import tempfile
+from contextlib import redirect_stderr, redirect_stdout
+from importlib import import_module
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import nn
+
+import lowmem
+from lowmem.__main__ import main as run_command
+from lowmem.quant.backend import Backend
+from lowmem.tools import COMMANDS
+
+ROOT = Path(__file__).parents[1]
+FILE = Path(__file__).with_suffix(".json")
+TECHNIQUES = {
+    "Half": (lowmem.Half(),),
+    "EightBit": (lowmem.EightBit(),),
+    "FourBit": (lowmem.FourBit(),),
+    "LoRA": (lowmem.LoRA(2),),
+    "QLoRA": (lowmem.FourBit(), lowmem.LoRA(2)),
+}
+
+
+def exported(path: str) -> list[str]:
+    """Return ``__all__`` of a file, which need not be imported."""
+    for node in ast.parse((ROOT / path).read_text(encoding="utf8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return sorted(ast.literal_eval(node.value))
+    raise ValueError(f"{path} has no __all__")
+
+
+def documented() -> list[str]:
+    """Return what the pages of the API describe."""
+    pages = "".join(page.read_text(encoding="utf8") for page in (ROOT / "docs" / "api").glob("*.md"))
+    return sorted(set(re.findall(r"\.\. auto\w+:: (\S+)", pages)))
+
+
+def options() -> dict[str, list[str]]:
+    """Return the options and arguments of each command."""
+    found = {}
+    for name in COMMANDS:
+        parser = argparse.ArgumentParser()
+        import_module(f"lowmem.tools.{name}").add_arguments(parser)
+        found[name] = sorted(text for action in parser._actions for text in action.option_strings or [action.dest])
+    return found
+
+
+def of_plugin() -> list[str]:
+    """Return the options, settings and fixtures of the pytest plugin."""
+    text = (ROOT / "pytest_lowmem.py").read_text(encoding="utf8")
+    named = re.findall(r'"(--lowmem[\w-]+|lowmem_\w+)"', text)
+    return sorted({*named, *re.findall(r"@pytest.fixture\ndef (\w+)", text)})
+
+
+def keys_of(value: Any) -> list[str]:
+    """Return the keys of nested objects, in order of the alphabet, each once."""
+    if isinstance(value, dict):
+        return sorted({*value, *(key for one in value.values() for key in keys_of(one))})
+    return sorted({key for one in value for key in keys_of(one)}) if isinstance(value, list) else []
+
+
+def in_files(folder: Path) -> dict[str, dict[str, list[str]]]:
+    """Return the keys of state_dict, and of the tensors and the metadata of saved files, for each technique."""
+    found = {}
+    for name, techniques in TECHNIQUES.items():
+        model = lowmem.convert(nn.ModuleDict({"a": nn.Linear(64, 64), "b": nn.Embedding(8, 64)}), *techniques)
+        names = {"state_dict": sorted(model.state_dict())}
+        paths = {"model": folder / name}
+        lowmem.save(model, paths["model"])
+        if "LoRA" in name:
+            paths["adapter"] = folder / f"{name}-adapter"
+            lowmem.save_adapter(model, paths["adapter"])
+        for kind, path in paths.items():
+            with safe_open(path, "pt") as file:
+                texts = file.metadata().items()
+                metadata = {key: json.loads(text) if text[0] == "{" else text for key, text in texts}
+                names |= {f"tensors of the {kind}": sorted(file.keys()), f"metadata of the {kind}": keys_of(metadata)}
+        found[name] = names
+    return found
+
+
+def in_json() -> dict[str, list[str]]:
+    """Return the keys of what commands print with ``--json``."""
+    commands = {
+        "stats": ["stats", "four_bit", "lora", "--json"],
+        "compare": ["compare", "bignet", "four_bit", "--json"],
+        "info": ["info", "--json"],
+    }
+    found = {}
+    for name, argv in commands.items():
+        with redirect_stdout(StringIO()) as printed, redirect_stderr(StringIO()) as said:
+            code = run_command(argv)
+        if code:
+            raise RuntimeError(f"lowmem {' '.join(argv)} ended with {code}: {said.getvalue()}")
+        found[name] = keys_of(json.loads(printed.getvalue()))
+    return found
+
+
+def public_names() -> dict[str, Any]:
+    """Return all of them, by where a user meets them."""
+    with tempfile.TemporaryDirectory() as folder:
+        return {
+            "lowmem": exported("lowmem/__init__.py"),
+            "lowmem.integrations.transformers": exported("lowmem/integrations/transformers/__init__.py"),
+            "docs/api": documented(),
+            "methods of a backend": sorted(name for name in vars(Backend) if not name.startswith("_")),
+            "options": options(),
+            "pytest_lowmem": of_plugin(),
+            "files": in_files(Path(folder)),
+            "JSON": in_json(),
+        }
+
+
+def main() -> None:
+    """Write the names of now."""
+    FILE.write_text(json.dumps(public_names(), indent=1) + "\n", encoding="utf8")
+
+
+if __name__ == "__main__":
+    main()
