@@ -6,7 +6,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -85,16 +85,27 @@ def find_blocks(model: nn.Module, parts: _Parts) -> dict[nn.Module, Block | str]
     if before not in _SERVED:
         return {owner: f"its attention is {before!r}: set_attn_implementation({ATTENTION!r}), and prepare it again"}
     rooms = lru_cache(maxsize=8)(lambda thread, numbers, dtype: torch.empty(numbers, dtype=dtype, device="cpu"))
+    kept = _implementations(owner.config)
     try:
-        config._attn_implementation = _TRIAL
+        owner.set_attn_implementation(_implementations(owner.config, {id(config): _TRIAL}))
         forms = _Trial(owner, config, parts).forms()
     except Exception as error:  # noqa: BLE001 - any model may refuse random tokens, or compute what is not expected
         return {owner: f"a run with random tokens failed: {error!r}"}
     finally:
-        config._attn_implementation = before
+        owner.set_attn_implementation(kept)
         for module in owner.modules():
             _recorded.pop(module, None)
     return {one: form if isinstance(form, str) else Block(one, form, rooms) for one, form in forms.items()}
+
+
+def _implementations(config: Any, changed: Mapping[int, str] = MappingProxyType({})) -> dict[str, Any]:
+    """Return the attention of a config and of each sub-config, as ``set_attn_implementation`` takes them.
+
+    ``changed`` are those of other names, by the ids of their configs.
+    """
+    inner = {name: getattr(config, name, None) for name in config.sub_configs}
+    own = {"": changed.get(id(config), config._attn_implementation)}
+    return own | {name: _implementations(one, changed) for name, one in inner.items() if one is not None}
 
 
 class _Trial:

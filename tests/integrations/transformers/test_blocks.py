@@ -17,6 +17,7 @@ from transformers import (
     DynamicCache,
     GenerationConfig,
     LogitsProcessor,
+    PreTrainedConfig,
     StaticCache,
 )
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -493,14 +494,26 @@ def test_models_are_prepared_in_several_threads():
             assert sum(text.startswith("block") for text in inference_report(model).values()) == 2
 
 
-def test_each_part_of_a_model_gets_its_own_attention_back():
+@pytest.mark.parametrize("fails", [False, True])
+def test_each_part_of_a_model_gets_its_own_attention_back(monkeypatch, fails):
+    """It is set by ``set_attn_implementation``; nothing is assigned to a config."""
+    if fails:
+        monkeypatch.setattr("lowmem.integrations.transformers.blocks._form", lambda *_: 1 / 0)
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision |= {"image_size": 8, "patch_size": 4}
     config = AutoConfig.for_model("llava", text_config={"model_type": "llama", **SIZES}, vision_config=vision)
     given = {"vision_config": "eager", "text_config": "sdpa"}
     model = AutoModelForImageTextToText.from_config(config, attn_implementation=given).eval()
     convert(model, FourBit("int4", 32))
-    prepare_inference(model)
+    before = dict(vars(model.config)), dict(vars(model.config.text_config)), dict(vars(model.config.vision_config))
+    with monkeypatch.context() as patch:
+        own = property(lambda config: config._attn_implementation_internal)
+        patch.setattr(PreTrainedConfig, "_attn_implementation", own)  # which cannot be set
+        prepare_inference(model)
+    assert (vars(model.config), vars(model.config.text_config), vars(model.config.vision_config)) == before
+    if fails:
+        assert "ZeroDivisionError" in inference_report(model)[""]
+        return
     assert sum(text.startswith("block") for text in inference_report(model).values()) == 2
     release_inference(model)
     assert (config.vision_config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
