@@ -254,11 +254,13 @@ def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) 
 @contextmanager
 def _without_engine(model: nn.Module) -> Iterator[None]:
     """Take FSDP2's classes, states and hooks, which cannot be copied, off a model for the time of the context."""
+    from torch.distributed.fsdp import FSDPModule
+
     before = [(module, module.__class__, module.__dict__) for module in model.modules()]
     try:
         for module, kind, own in before:
             if is_fsdp_unit(module):
-                module.__class__ = kind.__mro__[2]  # [FSDPBlock, FSDPModule, Block, ...]
+                module.__class__ = next(own for own in kind.__mro__ if not issubclass(own, FSDPModule))
             object.__setattr__(
                 module,
                 "__dict__",

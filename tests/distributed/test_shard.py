@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 import lowmem
-from lowmem.distributed.shard import blocks_of
+from lowmem.distributed.shard import _without_engine, blocks_of
 from tests import refusing
 from tests.distributed.ranks import Language, examples, needs_ranks, run_ranks, train
 from tests.distributed.test_need import ROOM, large, measured_bytes, needed
@@ -301,3 +301,15 @@ def test_blocks_are_layers_of_one_type_in_one_list():
         one for layer in experts for one in layer["experts"]
     ]  # a dictionary is never called
     assert blocks_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Embedding(2, 2))) == []
+
+
+def test_the_class_before_fsdp_is_found_behind_all_classes_of_the_engine():
+    """FSDP2 puts one class before it, and ``replicate`` two."""
+    from torch.distributed.fsdp import FSDPModule
+
+    for engine in (FSDPModule, type("ReplicateModule", (FSDPModule,), {})):
+        module = nn.Linear(2, 2)
+        module.__class__ = made = type("FSDPLinear", (engine, nn.Linear), {})
+        with _without_engine(nn.Sequential(module)):
+            assert type(module) is nn.Linear
+        assert type(module) is made
