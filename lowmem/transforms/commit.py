@@ -18,7 +18,7 @@ from lowmem.nn.adapted_module import AdaptedModule, become_adapted, share_tied_a
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_buffers import follow_adapters
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms import peft_models  # noqa: F401 - registers its hook
+from lowmem.transforms.peft_models import watch_peft
 from lowmem.transforms.registry import module_paths
 
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
@@ -68,6 +68,8 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Non
             )
         if type(old) not in _classes_before(new):
             raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
+    if any(isinstance(new, StoredModule) for new in made.values()):
+        watch_peft()
     share_tied_adapters(made.values())
     replace_modules(model, made)
     if any(isinstance(new, AdaptedModule) for new in made.values()):

@@ -66,7 +66,11 @@ def make_on_meta(factory: Callable[[], M]) -> M:
 @contextmanager
 def _parameters_on_meta(made: set[nn.Module]) -> Iterator[None]:
     """Move each parameter that this thread registers to the meta device, and add its module to ``made``: shared ones
-    stay shared. Copies of modules (of an nn.TransformerEncoder) register nothing."""
+    stay shared. Copies of modules (of an nn.TransformerEncoder) register nothing.
+
+    torch's hooks for all modules are registered for the block, because nothing else tells a parameter from a buffer
+    when it is made: ``torch.device("meta")`` would take the values of buffers, too.
+    """
     known: Any = WeakTensorKeyDictionary()
     thread = threading.get_ident()
 

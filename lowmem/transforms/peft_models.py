@@ -1,10 +1,13 @@
 """Raises errors for what PEFT cannot do with stored modules, or would leave out in silence: it finds parameters by
-``named_parameters``, where a stored one has the names of its codes and scales. A hook of torch, which is registered
-when lowmem is imported, tells of modules that become parts of PEFT's."""
+``named_parameters``, where a stored one has the names of its codes and scales. A hook of torch tells of modules that
+become parts of PEFT's."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 from torch import nn
@@ -106,4 +109,12 @@ def _refuse_embedding(model: Any) -> None:
         )
 
 
-register_module_module_registration_hook(_check)
+@cache
+def watch_peft() -> None:
+    """Check all modules that become parts of PEFT's from now on, if PEFT is installed.
+
+    ``commit`` calls it with the first stored module. The hook is one for all modules, because ``get_peft_model``
+    calls nothing of the model that it is given: without the hook it leaves out ``target_parameters`` in silence.
+    """
+    if "peft" in sys.modules or find_spec("peft") is not None:
+        register_module_module_registration_hook(_check)
