@@ -260,7 +260,8 @@ def _without_engine(model: nn.Module) -> Iterator[None]:
     try:
         for module, kind, own in before:
             if is_fsdp_unit(module):
-                module.__class__ = next(own for own in kind.__mro__ if not issubclass(own, FSDPModule))
+                classes: tuple[Any, ...] = kind.__mro__
+                module.__class__ = next(own for own in classes if not issubclass(own, FSDPModule))
             object.__setattr__(
                 module,
                 "__dict__",
