@@ -43,7 +43,7 @@ def test_json_holds_it():
         ({"technique": "exact"}, TypeError, "transformers.from_exact keeps other programs' codes"),
         ({"technique": {"technique": "Third"}}, ValueError, "technique='Third' is none of Half, EightBit, FourBit"),
         ({"technique": {"technique": "Half", "rank": 3}}, ValueError, "'rank' is unknown"),
-        ({"technique": {"technique": "Half", "dtype": "float33"}}, ValueError, "dtype=float33 must be"),
+        ({"technique": {"technique": "Half", "dtype": "float33"}}, ValueError, "dtype='float33' must be"),
         ({"technique": {"technique": "FourBit", "block_size": [1]}}, (TypeError, ValueError), "block_size"),
         ({"technique": Half(), "skip": [3]}, TypeError, r"skip=\[3\] must be glob patterns"),
         ({"technique": Half(), "skip": 5}, TypeError, "skip=5 must be glob patterns"),
