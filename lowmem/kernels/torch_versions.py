@@ -42,16 +42,3 @@ def constant_in_graphs(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
-
-
-class EqualsTensor(type(torch.Tensor)):  # type: ignore[misc]
-    """Metaclass of a tensor subclass to which a graph of Dynamo gives the ``__torch_function__`` of another subclass.
-
-    Before torch 2.11 Dynamo asserts that a class to which it does so equals ``torch.Tensor`` or ``nn.Parameter``.
-    The base is torch's own metaclass, which has no public name; mypy takes ``type(...)`` for a value.
-    """
-
-    def __eq__(cls, other: object) -> bool:
-        return cls is other or (TORCH < (2, 11) and other is torch.Tensor)
-
-    __hash__ = type.__hash__

@@ -3,7 +3,6 @@ with the adapters' two thin matrices."""
 
 from __future__ import annotations
 
-import string
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -16,8 +15,8 @@ from lowmem.kernels.grouped import grouped_matmul
 from lowmem.nn.adapter import add_low_rank
 from lowmem.nn.adapter_autograd import read_product
 from lowmem.nn.calls import no_slow_autocast
-from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, implements_adapted, is_adapted
-from lowmem.nn.stored_products import einsum
+from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, LowRankSum, implements_adapted, is_adapted
+from lowmem.nn.stored_products import recomputed_einsum
 
 
 @implements_adapted(functional.linear)
@@ -80,7 +79,8 @@ def _added_product(function: Any, input: Any, a: Any, b: Any, *, beta: float = 1
 
 def _product(function: Callable[[Any, Any], Tensor], a: Any, b: Any, alpha: float = 1) -> Any:
     """Return ``function(a, b)``, one of which is an adapted weight, plus alpha times the low-rank product."""
-    if is_adapted(a) == is_adapted(b) or (b if is_adapted(b) else a).is_kernel:
+    weight = b if is_adapted(b) else a
+    if is_adapted(a) == is_adapted(b) or weight.is_kernel or len(weight.base.shape) < 2:
         return NotImplemented
     if not is_adapted(b):
         out = a.of_rows(b, lambda x, weight: function(weight, x))
@@ -141,37 +141,9 @@ ADAPTED_FUNCTIONS["transformers.grouped_mm_fallback"] = _grouped_mm_of_transform
 
 
 @implements_adapted(torch.einsum)
-def _einsum(equation: str, *operands: Any) -> Any:
-    """Contract an input with W, and with one thin matrix after the other."""
-    operands = tuple(operands[0]) if len(operands) == 1 else operands
-    text, arrow, out = equation.replace(" ", "").partition("->")
-    letters = text.split(",")
-    if len(operands) != 2 or len(letters) != 2 or not arrow or sum(map(is_adapted, operands)) != 1:
-        return NotImplemented
-    at = 1 if is_adapted(operands[1]) else 0
-    weight, x, of_weight, of_x = operands[at], operands[1 - at], letters[at], letters[1 - at]
-    if weight.is_kernel or "." in of_weight or len(set(of_weight)) < len(weight.base.shape):
-        return NotImplemented
-    if set(of_weight) <= set(of_x):  # the intermediate result of two contractions would be larger than the input
-        return NotImplemented
-    result = weight.of_rows(x, partial(_einsum_of_base, f"{of_x},{of_weight}->{out}"))
-    rank = next(one for one in string.ascii_letters if one not in equation)
-    stack, row, column = of_weight[:-2], of_weight[-2], of_weight[-1]
-    left, right = f"{stack}{row}{rank}", f"{stack}{rank}{column}"
-    for one in weight.updates:
-        matrices = [(left, one.left), (right, one.right)]
-        (first, thin), (second, wide) = matrices if row in of_x else matrices[::-1]
-        with no_slow_autocast(x):
-            change = torch.einsum(f"{of_x},{first},{second}->{out}", one.dropped(x) * one.scaling, thin, wide)
-        result = result + change.to(result.dtype)
-    return result
-
-
-def _einsum_of_base(equation: str, x: Tensor, base: Any) -> Tensor:
-    if torch.compiler.is_dynamo_compiling():  # Dynamo cannot trace ``einsum`` of stored_functions
-        return torch.einsum(equation, x, base)
-    out = einsum(equation, x, base)  # called directly: inside __torch_function__ another class may not be asked
-    return torch.einsum(equation, x, base) if out is NotImplemented else out
+def _einsum(*arguments: Any) -> Any:
+    """Contract with the dense sum, which backward makes again."""
+    return recomputed_einsum(arguments, LowRankSum, LowRankSum.values)
 
 
 @implements_adapted(functional.embedding)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, REFUSAL, LowRankSum, on_values
-from lowmem.nn.read_only import Unasked, read_only
+from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, LowRankSum, on_values
 
 
 def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout) -> Any:
@@ -109,8 +108,7 @@ def _register_methods() -> None:
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
             if implemented:
                 return self.__torch_function__(function, (), (self, *args), kwargs)
-            result = getattr(self.values(), name)(*args, **kwargs)  # by name: the function itself may call super()
-            return read_only(result, REFUSAL, function, (self, *args))
+            return getattr(self.values(), name)(*args, **kwargs)  # by name: the function itself may call super()
 
         setattr(_Traced, name, method)
 
@@ -123,7 +121,7 @@ _register_methods()
 
 
 def _traced(base: Any, updates: tuple[Update, ...], layout: Layout, known: Tensor | None) -> _Traced:
-    made: Any = _Traced(Unasked(torch.empty(base.shape, dtype=base.dtype, device="meta"), REFUSAL))
+    made: Any = _Traced(torch.empty(base.shape, dtype=torch.bits16, device="meta"))
     made.base, made.updates, made.holds, made.known = base, updates, layout, known  # Dynamo cannot trace an __init__
     return made  # type: ignore[no-any-return]
 

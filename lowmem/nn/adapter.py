@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         kind: "linear": (*stack, out, in). "transposed": (*stack, in, out), as in an embedding, where in is the
             vocabulary. "kernel": (out, in / groups, *kernel), a matrix with in / groups * prod(kernel) columns.
             "transposed kernel": (in, out / groups, *kernel), a matrix with in * prod(kernel) columns and out / groups
-            rows.
+            rows. "kernel rows": some rows of a kernel, or one.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +55,7 @@ class Layout(NamedTuple):
         """Return matrices (*stack, out, in) as a tensor of the parameter's shape."""
         if self.kind == "transposed":
             return matrix.mT
-        if self.kind == "kernel":
+        if self.kind in ("kernel", "kernel rows"):
             return matrix.view(self.shape)
         if self.kind == "transposed kernel":
             rows, outputs, *kernel = self.shape

@@ -35,7 +35,7 @@ class GatheredTensor(StoredTensor):
 
 
 def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
-    if type(weight) is not GatheredTensor or isinstance(input, StoredTensor):
+    if type(weight) is not GatheredTensor or isinstance(input, StoredTensor) or weight.dim() != 2:
         return NotImplemented
     x = autocast(input).index_select(-1, weight.order)
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
@@ -44,11 +44,11 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
 
 torch.serialization.add_safe_globals([GatheredTensor])  # for torch.load(weights_only=True)
 
-# Writes are errors, as for any stored weight; of what reads it, only these know of the order.
-_READING = (Tensor.__getitem__, functional.bilinear, torch.einsum)
+# Writes are errors, as for any stored weight; of what reads it, copies and rows keep the order of the columns.
 _ALIKE = ("detach", "alias", "lift_fresh", "clone", "_to_copy")
-GatheredTensor.functions.update({call: own for call, own in FUNCTIONS.items() if call not in _READING})
+_ROWS = ("select", "slice", "split", "split_with_sizes", "unbind", "index_select", "index")
+GatheredTensor.functions.update(FUNCTIONS)
 GatheredTensor.functions[functional.linear] = _linear
 GatheredTensor.operators.update(
-    {call: own for call, own in OPERATORS.items() if call.overloadpacket.__name__ in _ALIKE}
+    {call: own for call, own in OPERATORS.items() if call.overloadpacket.__name__ in _ALIKE + _ROWS}
 )

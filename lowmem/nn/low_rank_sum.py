@@ -10,12 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload
 
 from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.read_only import METADATA, name_of, read_only, registers_in, written_by
 from lowmem.nn.stored_tensor import StoredTensor
+from lowmem.nn.torch_functions import METADATA, name_of, registers_in, written_by
 
 REFUSAL = (
     "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "
@@ -86,22 +85,36 @@ class LowRankSum:
         if _ELLIPSIS in kinds:
             at = kinds.index(_ELLIPSIS)
             index = (*index[:at], *[slice(None)] * (dims - len(index) + 1), *index[at + 1 :])
+        if self.is_kernel:
+            return self._rows_of_kernel(index)
         full = (*index, *[slice(None)] * (dims - len(index)))
-        stack, (row, column) = full[:-2], full[-2:]
-        if len(full) != dims or self.is_kernel or not all(map(_keeps_matrices, stack)):
+        stack, matrix = full[:-2], full[-2:]
+        if len(full) != dims or len(matrix) < 2 or not all(map(_keeps_matrices, stack)):
             return NotImplemented
+        row, column = matrix
+        of_rows, of_columns = (*stack, row), (*stack, slice(None), column)
+        if column == slice(None) and all(type(one) is int for one in of_rows):  # a row, to which a write is an error
+            base = self.base[index]
+            return self.like(base, [one.view(one.left[of_rows], one.right[of_columns]) for one in self.updates])
         if not isinstance(column, slice) or not (isinstance(row, slice) or (not stack and _is_list(row))):
             return NotImplemented
         if sum(not isinstance(one, slice) for one in full) > 1:
             return NotImplemented
         if len(index) == 1 and dims == 3 and (number := _whole_number(index[0])) is not None:
             return self.like(self.base[number], [one.of_matrix(number) for one in self.updates])
-        of_rows, of_columns = (*stack, row), (*stack, slice(None), column)
         base = self.base[full] if len(index) > 1 else self.base[index[0]]
         return self.like(
             base,
             [one.view(one.left[of_rows], one.right[of_columns]) for one in self.updates],
         )
+
+    def _rows_of_kernel(self, index: tuple[Any, ...]) -> Any:
+        """Return rows of a kernel, to which a write is an error; NotImplemented for any other index."""
+        if self.holds.kind != "kernel" or len(index) != 1 or type(index[0]) not in (int, slice):
+            return NotImplemented
+        base = self.base[index[0]]
+        updates = [one.view(one.left[index[0]], one.right) for one in self.updates]
+        return self.remade(base, updates, Layout(tuple(base.shape), "kernel rows"))
 
     def swapped(self) -> Any:
         """Return the weight with its matrices transposed; NotImplemented for a kernel."""
@@ -169,7 +182,7 @@ def _keeps_matrices(index: Any) -> bool:
 
 
 def on_values(function: Any, args: Any, kwargs: Any) -> Any:
-    """Call a function with the dense sums of adapted weights; views of them are read-only."""
+    """Call a function with the dense sums of adapted weights."""
     if any(map(is_adapted, written_by(function, args, kwargs))):
         raise RuntimeError(f"{name_of(function)} would write to {REFUSAL}")
     known: list[tuple[Any, Tensor]] = []
@@ -184,10 +197,7 @@ def on_values(function: Any, args: Any, kwargs: Any) -> Any:
         return known[-1][1]
 
     args, kwargs = torch.utils._pytree.tree_map(dense, (args, kwargs))
-    result = function(*args, **kwargs)
-    if not known or isinstance(function, OpOverload):
-        return result
-    return read_only(result, REFUSAL, function, args, known[0][1])
+    return function(*args, **kwargs)
 
 
 # Views and casts that are adapted weights again: they keep whole matrices, rows or columns.
@@ -226,10 +236,8 @@ def _permute(weight: Any, *given: Any, dims: Any = None) -> Any:
 
 @implements_adapted(Tensor.unbind, torch.unbind, Tensor.__iter__)
 def _unbind(weight: Any, dim: int = 0) -> Any:
-    if dim != 0 or len(weight.base.shape) < 3 or weight.is_kernel:
-        return NotImplemented
-    parts = [weight.indexed((number,)) for number in range(weight.base.shape[0])]
-    return tuple(parts)
+    parts = [weight.indexed((number,)) for number in range(weight.base.shape[0])] if dim == 0 else [NotImplemented]
+    return NotImplemented if any(part is NotImplemented for part in parts) else tuple(parts)
 
 
 @implements_adapted(Tensor.select, torch.select)

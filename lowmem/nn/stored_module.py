@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowmem.kernels import Weight
-from lowmem.kernels.torch_versions import is_exporting
+from lowmem.kernels.torch_versions import exports_without_dynamo, is_exporting
 from lowmem.nn import stored_products, stored_views, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.forms import CodedForm, Described, Form, HalfForm, described, freeze, parts_of
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
 from lowmem.nn.module_copy import BASES, become, restored_copy, stored_copy
 from lowmem.nn.sharded import sharded_types
-from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded, recorded_values
+from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded
 
 _M = TypeVar("_M", bound="StoredModule")
 
@@ -115,7 +115,11 @@ class StoredModule(nn.Module):
         if is_recorded(*sources) or not all(isinstance(source, nn.Parameter) for source in sources):
             _refuse_batched(sources)
             made = _made(one, sources)
-            return recorded_values(made) if is_exported() else made  # type: ignore[return-value]
+            if is_exported():
+                if not exports_without_dynamo():  # a trace and Dynamo cannot record the tensor's class
+                    return made.dequantize()  # type: ignore[return-value]
+                made.in_program, made._is_param = True, False
+            return made
         presented = sources[0].__dict__.get("presented_dtype", dtype)
         if presented is not dtype:  # another module that shares the weight was cast
             dtype = presented

@@ -3,18 +3,19 @@ autograd, with their gradients, and functions, which are intercepted above it.""
 
 from __future__ import annotations
 
-import itertools
-import string
-from collections.abc import Sequence
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.kernels.grouped import grouped_product
+from lowmem.kernels.memory import is_traced
 from lowmem.nn.calls import autocast
 from lowmem.nn.frozen_conv import Geometry, convolution
 from lowmem.nn.frozen_linear import frozen_linear
@@ -263,97 +264,28 @@ def _linear_function(input: Any, weight: Any, bias: Any = None) -> Any:
     return frozen_linear(x, stored, weight.form.product_dtype(x), bias)
 
 
-@implements(functional.bilinear)
-def _bilinear(input1: Tensor, input2: Tensor, weight: Any, bias: Any = None) -> Any:
-    """Return ``x1 W[o] x2 + b[o]`` for each output o, one matrix of the weight at a time."""
-    if not (isinstance(weight, StoredTensor) and weight.lead == 2 and len(weight.tail) == 1 and not weight.swapped):
-        return NotImplemented
-    rows = input1.reshape(-1, input1.shape[-1])  # (batch, in1)
-    others = input2.reshape(-1, input2.shape[-1])  # (batch, in2)
-    outs = []
-    for number in range(weight.shape[0]):
-        matrix = cast(StoredTensor, weight[number]).stored
-        outs.append(
-            (ops.product(rows, matrix, weight.form.product_dtype(rows), True).to(others.dtype) * others).sum(1)
-        )
-    out = torch.stack(outs, 1).view(*input1.shape[:-1], len(outs))
-    bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
-    return out if bias is None else out + bias
-
-
 @implements(torch.einsum)
-def einsum(equation: str, *operands: Any) -> Any:
-    """Contract an input with a stored weight, over the weight's columns or over its leading dimensions.
+def _einsum(*arguments: Any) -> Any:
+    """Contract with the dense values, which backward makes again; torch's einsum would keep them for it."""
+    return recomputed_einsum(arguments, StoredTensor, lambda weight: weight.dequantize())
 
-    Other forms of einsum return NotImplemented. Leading dimensions that do not fit one matrix product (such as
-    experts) are looped over.
+
+def recomputed_einsum(arguments: tuple[Any, ...], kind: type[Any], values: Callable[[Any], Tensor]) -> Any:
+    """Return ``torch.einsum(*arguments)``, where backward makes the dense values of weights again.
+
+    Args:
+        arguments: of ``torch.einsum``.
+        kind: the class of the weights.
+        values: returns the dense values of a weight.
+
+    Returns:
+        The result; NotImplemented where nothing is differentiated, and in graphs and transforms, which take no hooks
+        of saved tensors.
     """
-    if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
-        operands = tuple(operands[0])
-    text, arrow, out = equation.replace(" ", "").partition("->")
-    letters = text.split(",")
-    if len(operands) != 2 or len(letters) != 2 or not arrow:
+    if not torch.is_grad_enabled() or is_traced() or torch._C._are_functorch_transforms_active():
         return NotImplemented
-    (weight, of_weight), (x, of_x) = sorted(
-        zip(operands, letters, strict=True), key=lambda one: not isinstance(one[0], StoredTensor)
-    )
-    if not isinstance(weight, StoredTensor) or isinstance(x, StoredTensor) or "." in of_weight:
-        return NotImplemented
-    if "..." in of_x:
-        free = [one for one in string.ascii_letters if one not in equation]
-        more = "".join(free[: x.dim() - len(of_x) + 3])
-        of_x, out = of_x.replace("...", more), out.replace("...", more)
-    if weight.swapped:
-        with torch._C.DisableTorchFunctionSubclass():
-            weight = weight.transpose(-1, -2)
-        of_weight = of_weight[:-2] + of_weight[-1] + of_weight[-2]
-    shared = set(of_weight) & set(of_x)
-    if (
-        shared & set(out)
-        or len(set(of_weight)) < weight.dim()
-        or len(set(of_x)) < x.dim()
-        or set(out) - set(of_x + of_weight)
-        or set(of_weight) - set(of_x + out)  # summed over the weight alone
-    ):
-        return NotImplemented
-    counting, inside = of_weight[: weight.lead], of_weight[weight.lead :]
-    if shared >= set(inside):
-        transposed, looped = False, [one for one in counting if one in shared]
-    elif not shared & set(inside):
-        transposed, looped = True, [one for one in counting if one not in shared]
-    else:
-        return NotImplemented
-    return _contract(x, of_x, weight, of_weight, out, transposed, looped)
 
+    def contract(*given: Any) -> Any:
+        return torch.einsum(*tree_map_only(kind, values, given))
 
-def _contract(
-    x: Tensor, of_x: str, weight: StoredTensor, of_weight: str, out: str, transposed: bool, looped: Sequence[str]
-) -> Tensor:
-    sizes = dict(zip(of_weight, weight.shape, strict=True)) | dict(zip(of_x, x.shape, strict=True))
-    counting = [one for one in of_weight[: weight.lead] if one not in looped]
-    inside = list(of_weight[weight.lead :])
-    summed = counting if transposed else inside
-    free = [one for one in of_x if one not in of_weight]
-    made = inside if transposed else counting
-    order = [of_x.index(one) for one in (*(one for one in looped if one in of_x), *free, *summed)]
-    columns = [sizes[one] for one in summed]
-    x = x.permute(order)  # (looped, where x has them; free; summed)
-    results = []
-    for indices in itertools.product(*(range(sizes[one]) for one in looped)):
-        part, rows = weight, x
-        for letter, index in sorted(zip(looped, indices, strict=True), key=lambda one: -of_weight.index(one[0])):
-            with torch._C.DisableTorchFunctionSubclass():
-                part = part.select(of_weight.index(letter), index)  # type: ignore[assignment]
-        if not transposed:
-            for index in indices:
-                rows = rows[index]
-        matrix = part.like([one.contiguous() for one in part.parts]).matrix
-        flat = rows.reshape(-1, int(torch.Size(columns).numel()))
-        results.append(ops.product(flat, matrix, weight.form.product_dtype(flat), transposed).to(x.dtype))
-    shape = [sizes[one] for one in (*free, *made)]
-    if transposed:
-        result = torch.stack(results).view(*(sizes[one] for one in looped), *shape)
-        named = [*looped, *free, *made]
-    else:
-        result, named = sum(results[1:], results[0]).view(shape), [*free, *made]
-    return result.permute([named.index(one) for one in out])
+    return checkpoint(contract, *arguments, use_reentrant=False, preserve_rng_state=False)

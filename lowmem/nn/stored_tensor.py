@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, ClassVar, TypeVar
 
@@ -17,8 +17,8 @@ from lowmem.kernels.frozen_operator import StoredParts, refuse_training, text_of
 from lowmem.kernels.memory import is_traced
 from lowmem.kernels.torch_versions import exports_without_dynamo, leave_to_eager
 from lowmem.nn.forms import CodedForm, Form, HalfForm
-from lowmem.nn.read_only import VIEWS, exported_view, makes_view, read_only, recorded_view, written_to
 from lowmem.nn.sharded import sharded_types
+from lowmem.nn.torch_functions import METADATA, name_of, written_by, written_to
 from lowmem.quant.tensor import QuantizedTensor
 
 REMEDY = (
@@ -33,6 +33,10 @@ dequantized."""
 FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 """Python function of torch, above autograd -> its implementation for stored tensors. It returns NotImplemented to
 leave the call to the operators. An operator called directly reaches autograd first, so the tables are two."""
+
+PROGRAM_ROWS: dict[Any, Callable[..., Any]] = {}
+"""Python function of torch -> its implementation in a program that torch.export records, which returns stored rows or
+NotImplemented. There torch's modes get an operator before its tensors' class does, and cannot handle that class."""
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -66,11 +70,15 @@ class StoredTensor(Tensor):
         tail: the dimensions of a row.
         dtype: the tensor's dtype, to which ``dequantize`` rounds.
         swapped: whether the tensor's last two dimensions are those of the parts, transposed.
+
+    Attributes:
+        in_program: whether torch.export records what is computed with the tensor.
     """
 
     form: Form
     tail: tuple[int, ...]
     swapped: bool
+    in_program: bool = False
     functions: ClassVar[dict[Any, Callable[..., Any]]] = FUNCTIONS
     operators: ClassVar[dict[Any, Callable[..., Any]]] = OPERATORS
 
@@ -170,6 +178,8 @@ class StoredTensor(Tensor):
             self.swapped if swapped is None else swapped,
         )
         made.__dict__["dequantized_by"] = self.dequantized_by  # a weight and its views share one set
+        if self.in_program:
+            made.in_program = True
         return made
 
     @property
@@ -193,6 +203,11 @@ class StoredTensor(Tensor):
         return values.transpose(-1, -2) if self.swapped else values
 
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
+        if self.in_program:  # it is returned: torch.export would keep it as a constant without values
+            raise RuntimeError(
+                f"a program that torch.export records cannot return a weight that is stored in {self.form}, or rows "
+                "of it: return weight.dequantize()"
+            )
         return list(self.form.parts), (self.form, self.tail, self.dtype, self.swapped)
 
     @classmethod
@@ -224,12 +239,13 @@ class StoredTensor(Tensor):
             result = own(*args, **(kwargs or {}))
             if result is not NotImplemented:
                 return result
+        if exports_without_dynamo() and function not in METADATA:
+            return _call_in_program(function, args, kwargs or {})
         with torch._C.DisableTorchFunctionSubclass():
             result = function(*args, **(kwargs or {}))
-        if function not in VIEWS or isinstance(result, StoredTensor):
-            return result
-        weight = next(one for one in (*args, *(kwargs or {}).values()) if isinstance(one, StoredTensor))
-        return read_only(result, _refusal_of_views(weight), function, args)
+            return (
+                type(result)(map(_without_base, result)) if type(result) in (list, tuple) else _without_base(result)
+            )
 
     @classmethod
     def __torch_dispatch__(  # type: ignore[override]
@@ -241,23 +257,37 @@ class StoredTensor(Tensor):
             result = own(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if torch.is_inference_mode_enabled():  # where composite operators, such as chunk, arrive as they are
+            result = operator.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         return dequantized_call(operator, args, kwargs)
 
 
 leave_to_eager(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
 
 
-def _refusal_of_views(weight: StoredTensor) -> str:
-    return f"a weight that is stored in {weight.form}, and was dequantized for it: {REMEDY}"
+def _call_in_program(function: Any, args: Any, kwargs: Any) -> Any:
+    """Call a function in a program that torch.export records: of stored tensors it takes rows, or gets the values."""
+    _refuse_writes(name_of(function), written_by(function, args, kwargs))
+    if args and isinstance(args[0], StoredTensor) and (rows := PROGRAM_ROWS.get(function)) is not None:
+        found = rows(*args, **kwargs)
+        if found is not NotImplemented:
+            return found
+    values = torch.utils._pytree.tree_map_only(StoredTensor, lambda weight: weight.dequantize(), (args, kwargs))
+    return function(*values[0], **values[1])
 
 
-def recorded_values(weight: StoredTensor) -> Tensor:
-    """Return a weight's values for a program that is being exported or traced; in an exported one, writes are errors.
+def _refuse_writes(function: Any, written: Iterable[Any]) -> None:
+    for one in written:
+        if isinstance(one, StoredTensor):
+            raise RuntimeError(f"{function} would write to a weight that is stored in {one.form}: {REMEDY}")
 
-    Not a method: Dynamo, which records the branches of ``torch.cond``, could not trace into it.
-    """
-    values = weight.dequantize()
-    return exported_view(values, _refusal_of_views(weight)) if exports_without_dynamo() else values
+
+def _without_base(result: Any) -> Any:
+    """Return dense values as a tensor of their own: for autograd they are a view of the weight, which would require a
+    gradient once a tensor that requires one is added to them in place."""
+    return result.detach() if type(result) is Tensor and isinstance(result._base, StoredTensor) else result
 
 
 def is_recorded(*tensors: Tensor) -> bool:
@@ -280,6 +310,15 @@ def refuse_gradient(weight: StoredTensor) -> None:
         refuse_training(weight.parts[0])
 
 
+def _refuse_changed_values(weight: StoredTensor) -> None:
+    """Raise if a graph adds a tensor with a gradient to values in place: autograd takes them for a view of it."""
+    if is_traced() and weight.requires_grad:
+        raise RuntimeError(
+            f"in a graph, values of a weight that is stored in {weight.form} would be changed in place by a tensor "
+            "that requires a gradient: change weight.dequantize(), or a clone of the values"
+        )
+
+
 def _rebuild(
     kind: type[StoredTensor], form: Form, parts: Sequence[Tensor], tail: tuple[int, ...], *rest: Any
 ) -> StoredTensor:
@@ -296,23 +335,21 @@ torch.serialization.add_safe_globals([_rebuild, StoredTensor, CodedForm, HalfFor
 
 def dequantized_call(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call an operator with dequantized values of stored tensors, and add its name to their ``dequantized_by``."""
-    for one in written_to(operator, args, kwargs):
-        if isinstance(one, StoredTensor):
-            raise RuntimeError(f"{operator} would write to a weight that is stored in {one.form}: {REMEDY}")
+    _refuse_writes(operator, written_to(operator, args, kwargs))
     given = [
         one for value in (*args, *kwargs.values()) for one in (value if isinstance(value, (list, tuple)) else [value])
     ]
     weights = [one for one in given if isinstance(one, StoredTensor)]
     for weight in weights:
         refuse_gradient(weight)
+        _refuse_changed_values(weight)
         weight.dequantized_by.add(operator.overloadpacket.__name__)
     known: dict[int, Tensor] = {}
-    views = makes_view(operator)
+    views = any(one.alias_info is not None and not one.alias_info.is_write for one in operator._schema.returns)
     with torch.inference_mode(False) if views else nullcontext():  # views are no inference tensors, as the weight
-        result = operator(
+        return operator(
             *(_dequantized(one, known) for one in args), **{k: _dequantized(one, known) for k, one in kwargs.items()}
         )
-        return recorded_view(result, _refusal_of_views(weights[0])) if views and is_traced() else result
 
 
 def _dequantized(value: Any, known: dict[int, Tensor]) -> Any:

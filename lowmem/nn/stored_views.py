@@ -1,4 +1,4 @@
-"""Copies, views and writes of stored weights: views of whole rows stay stored; writes are errors."""
+"""Copies, views and writes of stored weights: whole rows and transposes stay stored; writes are errors."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from torch import Tensor
 from lowmem.nn.forms import CodedForm, Form
 from lowmem.nn.stored_tensor import (
     OPERATORS,
+    PROGRAM_ROWS,
     REMEDY,
     StoredTensor,
-    dequantized_call,
     implements,
     is_recorded,
     refuse_gradient,
@@ -37,7 +37,9 @@ def _alias(weight: StoredTensor) -> StoredTensor:
 
 
 @implements("clone")
-def _clone(weight: StoredTensor, *, memory_format: Any = None) -> StoredTensor:
+def _clone(weight: StoredTensor, *, memory_format: Any = None) -> Any:
+    if weight.swapped and memory_format is torch.contiguous_format:
+        return NotImplemented  # a view of other sizes may follow, which the parts of a transposed weight do not have
     return weight.like([part.clone() for part in weight.parts])
 
 
@@ -55,148 +57,137 @@ def _to_copy(weight: StoredTensor, *, dtype: torch.dtype | None = None, device: 
     return weight.like(parts, dtype=dtype)
 
 
-@implements("t")
-def _t(weight: StoredTensor) -> Any:
-    return _transpose(weight, 0, 1) if weight.dim() == 2 else NotImplemented
+def _from_first(dim: int, count: int) -> int:
+    """Return a dimension of ``count``, which may be counted from the last one, as it counts from the first."""
+    return dim + count if dim < 0 else dim
 
 
-@implements("transpose.int")
-def _transpose(weight: StoredTensor, first: int, second: int) -> Any:
-    dims = weight.dim()
-    first, second = first % dims, second % dims
-    if first == second:
-        return _alias(weight)
-    if {first, second} == {dims - 1, dims - 2} and len(weight.tail) == 1:
-        return weight.like(weight.parts, swapped=not weight.swapped)
-    return NotImplemented
-
-
-@implements("permute")
-def _permute(weight: StoredTensor, dims: Sequence[int]) -> Any:
+@implements("t", "transpose.int", "permute")
+def _transpose(weight: StoredTensor, *dims: Any) -> Any:
+    """Return ``t()``, ``transpose(dim0, dim1)`` or ``permute(dims)`` if it transposes the matrices of the weight."""
     count = weight.dim()
-    order = [dim % count for dim in dims]
-    if order == list(range(count)):
-        return _alias(weight)
-    if order == [*range(count - 2), count - 1, count - 2]:
-        return _transpose(weight, -1, -2)
-    return NotImplemented
-
-
-def _leading(weight: StoredTensor, dim: int) -> int | None:
-    """Return a leading dimension as a number from 0; None if it is inside rows, or one of two transposed ones."""
-    dim = dim % weight.dim()
-    return dim if dim < weight.lead and not (weight.swapped and dim >= weight.dim() - 2) else None
-
-
-def _of_rows(weight: StoredTensor, dim: int, function: Any, *before: Any) -> Any:
-    """Apply a function to all parts if ``dim`` is a leading dimension; else NotImplemented."""
-    leading = _leading(weight, dim)
-    return NotImplemented if leading is None else weight.like([function(part, *before) for part in weight.parts])
-
-
-@implements("select.int")
-def _select(weight: StoredTensor, dim: int, index: int) -> Any:
-    return _of_rows(weight, dim, lambda part: part.select(dim % weight.dim(), index))
-
-
-@implements("slice.Tensor")
-def _slice(weight: StoredTensor, dim: int = 0, start: Any = None, end: Any = None, step: int = 1) -> Any:
-    size = weight.shape[dim]
-    if (start is None or start == 0) and (end is None or end >= size) and step == 1:
-        return _alias(weight)
-    return _of_rows(weight, dim, lambda part: aten.slice.Tensor(part, dim % weight.dim(), start, end, step))
-
-
-def _split_rows(weight: StoredTensor, dim: int, function: Callable[[Tensor, int], Sequence[Tensor]]) -> Any:
-    leading = _leading(weight, dim)
-    if leading is None:
+    last = count - 2, count - 1
+    if len(dims) == 1 and [_from_first(dim, count) for dim in dims[0]] != [*range(count - 2), *reversed(last)]:
         return NotImplemented
-    every = (function(part, leading) for part in weight.parts)
-    return [weight.like(parts) for parts in zip(*every, strict=True)]
-
-
-@implements("split.Tensor", "split_with_sizes")
-def _split(weight: StoredTensor, sizes: int | Sequence[int], dim: int = 0) -> Any:
-    return _split_rows(weight, dim, lambda part, leading: part.split(sizes, leading))
-
-
-@implements("unbind.int")
-def _unbind(weight: StoredTensor, dim: int = 0) -> Any:
-    return _split_rows(weight, dim, lambda part, leading: part.unbind(leading))
-
-
-@implements("index_select")
-def _index_select(weight: StoredTensor, dim: int, index: Tensor) -> Any:
-    return _of_rows(weight, dim, lambda part: part.index_select(dim % weight.dim(), index))
-
-
-@implements("index.Tensor")
-def _index(weight: StoredTensor, indices: Sequence[Tensor | None]) -> Any:
-    if len(indices) != 1 or indices[0] is None or _leading(weight, 0) is None or isinstance(indices[0], StoredTensor):
+    if len(dims) == 2 and {_from_first(dim, count) for dim in dims} != {*last}:
         return NotImplemented
-    if indices[0].dtype in (torch.bool, torch.uint8) and indices[0].dim() > 1:
-        return NotImplemented
-    return weight.like([aten.index.Tensor(part, indices) for part in weight.parts])
+    return weight.like(weight.parts, swapped=not weight.swapped) if len(weight.tail) == 1 < count else NotImplemented
 
 
 @implements("expand")
 def _expand(weight: StoredTensor, size: Sequence[int], **_: Any) -> Any:
-    added, inside = len(size) - weight.dim(), 2 if weight.swapped else len(weight.tail)
-    wanted = [weight.shape[number - added] if one == -1 else one for number, one in enumerate(size)]
-    if wanted[len(wanted) - inside :] != list(weight.shape[weight.dim() - inside :]):
+    """Repeat rows or whole matrices, as matmul does for an input of three dimensions that is not contiguous."""
+    inside = 2 if weight.swapped else len(weight.tail)
+    if any(new not in (-1, old) for new, old in zip(size[-inside:], weight.shape[-inside:], strict=True)):
         return NotImplemented
-    rows = [*wanted[:-2], wanted[-1]] if weight.swapped else wanted[: len(wanted) - inside]
-    return weight.like([part.expand(*rows, part.shape[-1]) for part in weight.parts])
+    rows = [*size[:-2], -1] if weight.swapped else size[:-inside]
+    return weight.like([part.expand(*rows, -1) for part in weight.parts])
 
 
 @implements("view", "_unsafe_view", "reshape", "_reshape_alias")
 def _view(weight: StoredTensor, size: Sequence[int], *_: Any) -> Any:
-    wanted = list(size)
-    if -1 in wanted:
-        rest = math.prod(one for one in wanted if one != -1)
-        wanted[wanted.index(-1)] = weight.numel() // rest if rest else 0
-    if not weight.swapped:
-        return _with_shape(weight, wanted)
-    # torch views clones as if they were contiguous, but the clone of a transposed weight is transposed: dequantize.
-    same = wanted == list(weight.shape)
-    return _alias(weight) if same else dequantized_call(aten.reshape.default, (weight, wanted), {})
-
-
-def _with_shape(weight: StoredTensor, shape: Sequence[int]) -> Any:
-    """Return a view of another shape if either the leading dimensions or those of a row are unchanged."""
-    shape, parts, lead = list(shape), weight.parts, list(weight.parts[0].shape[:-1])
-    if shape[: len(lead)] == lead and len(shape) > len(lead) and math.prod(shape[len(lead) :]) == weight.columns:
-        return weight.like(parts, tail=shape[len(lead) :])
-    kept = len(weight.tail)
-    rows, tail = shape[: len(shape) - kept], shape[len(shape) - kept :]
-    if tail == list(weight.tail) and math.prod(rows) == math.prod(lead):
-        return weight.like([part.reshape(*rows, part.shape[-1]) for part in parts])
-    return NotImplemented
-
-
-@implements("squeeze.dim")
-def _squeeze(weight: StoredTensor, dim: int) -> Any:
-    shape = list(weight.shape)
-    if shape[dim] != 1:
+    """Return a view of the same rows, such as those of a matrix as a stack of matrices."""
+    size = list(size)
+    if size == list(weight.shape):
         return _alias(weight)
-    del shape[dim % len(shape)]
-    return NotImplemented if weight.swapped else _with_shape(weight, shape)
+    if -1 in size:
+        size[size.index(-1)] = weight.numel() // max(-math.prod(size), 1)
+    dims = len(weight.tail)
+    if weight.swapped or size[-dims:] != [*weight.tail] or math.prod(size) != weight.numel():
+        return NotImplemented
+    return weight.like([part.reshape(*size[:-dims], part.shape[-1]) for part in weight.parts])
 
 
-@implements("unsqueeze")
-def _unsqueeze(weight: StoredTensor, dim: int) -> Any:
-    shape = list(weight.shape)
-    dim = dim % (len(shape) + 1)
-    if weight.swapped:
-        return weight.like([part.unsqueeze(dim) for part in weight.parts]) if dim < len(shape) - 1 else NotImplemented
-    shape.insert(dim, 1)
-    return _with_shape(weight, shape)
+def _rows(weight: StoredTensor, select: Callable[[Tensor], Any]) -> Any:
+    """Return the rows that ``select`` returns of each part: a stored tensor, or a list of them."""
+    parts = zip(weight.form.parts, weight.parts, strict=True)
+    found = [part if name == "order" else select(part) for name, part in parts]  # the order of columns has no rows
+    if isinstance(found[0], Tensor):
+        return weight.like(found)
+    each = [[one] * len(found[0]) if isinstance(one, Tensor) else one for one in found]
+    return [weight.like(parts) for parts in zip(*each, strict=True)]
 
 
-@implements("as_strided")
-def _as_strided(weight: StoredTensor, size: Sequence[int], stride: Sequence[int], offset: Any = None) -> Any:
-    same = (tuple(size), tuple(stride)) == (tuple(weight.shape), tuple(weight.stride())) and not offset
-    return _alias(weight) if same else NotImplemented
+def _register_rows(name: str, overload: str = "default") -> None:
+    """Let an operator take rows of the parts if its ``dim`` counts rows: whole rows, as of an expert, stay stored."""
+    operator = getattr(getattr(aten, name), overload)
+    arguments = operator._schema.arguments[1:]
+    place = [one.name for one in arguments].index("dim")
+
+    def rows(weight: StoredTensor, *given: Any, **named: Any) -> Any:
+        args = [*given, *(named.pop(one.name, one.default_value) for one in arguments[len(given) :])]
+        args[place] = dim = _from_first(args[place], weight.dim())
+        if named or not 0 <= dim < weight.dim():
+            return NotImplemented
+        if dim < weight.lead and not (weight.swapped and dim >= weight.dim() - 2):
+            return _rows(weight, lambda part: operator(part, *args))
+        return _alias(weight) if name == "slice" and _is_whole(weight.shape[dim], *args[1:]) else NotImplemented
+
+    OPERATORS[operator] = rows
+    PROGRAM_ROWS.update({getattr(owner, name): rows for owner in (Tensor, torch) if hasattr(owner, name)})
+
+
+def _is_whole(size: int, start: int | None, end: int | None, step: int) -> bool:
+    return not start and (end is None or end >= size) and step == 1
+
+
+for _names in (
+    ("select", "int"),
+    ("slice", "Tensor"),
+    ("split", "Tensor"),
+    ("unbind", "int"),
+    ("split_with_sizes",),
+    ("index_select",),
+):
+    _register_rows(*_names)
+
+
+def _rows_at(weight: StoredTensor, index: Any) -> Any:
+    """Return ``weight[index]`` for integers and slices that select whole rows."""
+    found: Any = weight
+    for dim, one in enumerate(index if isinstance(index, tuple) else (index,)):
+        dim -= weight.dim() - found.dim()
+        if type(one) is int:
+            found = OPERATORS[aten.select.int](found, dim, one)
+        elif type(one) is slice:
+            found = OPERATORS[aten.slice.Tensor](found, dim, one.start, one.stop, one.step or 1)
+        else:
+            return NotImplemented
+        if found is NotImplemented:
+            return found
+    return found
+
+
+def _narrow(weight: StoredTensor, dim: int, start: int, length: int) -> Any:
+    start = _from_first(start, weight.shape[dim])
+    return OPERATORS[aten.slice.Tensor](weight, dim, start, start + length)
+
+
+def _split(weight: StoredTensor, split_size: int | Sequence[int], dim: int = 0) -> Any:
+    operator = aten.split.Tensor if isinstance(split_size, int) else aten.split_with_sizes.default
+    return OPERATORS[operator](weight, split_size, dim)
+
+
+def _chunk(weight: StoredTensor, chunks: int, dim: int = 0) -> Any:
+    return _split(weight, -(-weight.shape[dim] // chunks), dim)
+
+
+PROGRAM_ROWS[Tensor.__getitem__] = _rows_at
+PROGRAM_ROWS[Tensor.narrow] = PROGRAM_ROWS[torch.narrow] = _narrow
+PROGRAM_ROWS[Tensor.split] = PROGRAM_ROWS[torch.split] = _split
+PROGRAM_ROWS[Tensor.chunk] = PROGRAM_ROWS[torch.chunk] = _chunk
+PROGRAM_ROWS[Tensor.detach] = PROGRAM_ROWS[torch.detach] = PROGRAM_ROWS[Tensor.data.__get__] = _detach  # type: ignore[attr-defined]
+
+
+@implements("index.Tensor")
+def _index(weight: StoredTensor, indices: Sequence[Tensor | None]) -> Any:
+    if len(indices) != 1 or indices[0] is None or (weight.swapped and weight.dim() == 2):
+        return NotImplemented
+    if isinstance(indices[0], StoredTensor):
+        return NotImplemented
+    if indices[0].dtype in (torch.bool, torch.uint8) and indices[0].dim() > 1:
+        return NotImplemented
+    return _rows(weight, lambda part: aten.index.Tensor(part, indices))
 
 
 @implements("copy_")
@@ -210,37 +201,6 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
             into.copy_(part)
         return target
     return NotImplemented
-
-
-def _makes_like(name: str) -> None:
-    """Register an operator whose result depends only on the weight's shape, dtype and device; it is dense."""
-    of = getattr(aten, name).default
-
-    def dense_like(weight: StoredTensor, *rest: Any, **named: Any) -> Any:
-        shape = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-        named["device"] = named.get("device") or weight.device
-        named.pop("memory_format", None)
-        return of(shape, *rest, **named)
-
-    OPERATORS[of] = dense_like
-
-
-for _name in ("empty_like", "zeros_like", "ones_like", "rand_like", "randn_like", "full_like"):
-    _makes_like(_name)
-
-
-@implements("equal")
-def _equal(a: Any, b: Any) -> Any:
-    if not (isinstance(a, StoredTensor) and isinstance(b, StoredTensor)) or a.form != b.form:
-        return NotImplemented
-    if (a.shape, a.tail, a.swapped) != (b.shape, b.tail, b.swapped):
-        return NotImplemented
-    return all(map(torch.equal, a.parts, b.parts))
-
-
-@implements("is_same_size")
-def _is_same_size(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape
 
 
 @implements("is_pinned")
@@ -324,8 +284,9 @@ def _set_data(weight: Any, value: Tensor) -> Any:
     """
     if not isinstance(weight, StoredTensor):
         return NotImplemented
-    if weight.swapped:
-        raise RuntimeError(f"weight.T.data = ... would write to a weight that is stored in {weight.form}: {REMEDY}")
+    if weight.swapped or weight.in_program:
+        name = "weight.T.data" if weight.swapped else "weight.data"
+        raise RuntimeError(f"{name} = ... would write to a weight that is stored in {weight.form}: {REMEDY}")
     made = value if isinstance(value, StoredTensor) else store_again(weight, value)
     if not weight.form.has_parts_of(made.form):
         raise RuntimeError(f"weight.data = ...: this weight is stored in {weight.form}, and the value in {made.form}")

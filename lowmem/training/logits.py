@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lowmem.nn.calls import is_cast, is_plain_call
-from lowmem.nn.read_only import METADATA, name_of, registers_in, written_by
 from lowmem.nn.sharded import is_fsdp_unit
+from lowmem.nn.torch_functions import METADATA, name_of, registers_in, written_by
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
 from lowmem.training.prepared_module import PreparedModule, prepared_class
 

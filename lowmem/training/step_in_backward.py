@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from lowmem.nn.read_only import METADATA
+from lowmem.nn.torch_functions import METADATA
 
 
 class Freed(Tensor):

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.stored_tensor import StoredTensor
-from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, Case, store
+from tests.nn.stored_cases import CASES, OFFSETS, Case, store
 
 RANK, SCALING = 2, 0.5
 
@@ -30,7 +30,7 @@ def attention(x, weight, biased=True):
     )[0]
 
 
-PRODUCTS = {name: case for name, case in CASES.items() if name not in ("bilinear", "a kernel as a matrix")} | {
+PRODUCTS = CASES | {
     "grouped_mm": Case(grouped, (3, 48, 32), (5, 48), 48),
     "grouped_mm of transposed": Case(lambda x, w: grouped(x, w.transpose(-2, -1)), (3, 48, 32), (5, 32), 32),
     "attention": Case(attention, (96, 32), (5, 32), 32),
@@ -49,7 +49,6 @@ PRODUCTS = {name: case for name, case in CASES.items() if name not in ("bilinear
 }
 if not hasattr(F, "grouped_mm"):  # which torch has since 2.10
     PRODUCTS = {name: case for name, case in PRODUCTS.items() if "grouped" not in name}
-ON_VALUES = {name: CASES[name] for name in ("bilinear", "a kernel as a matrix")} | WHOLE
 FORMS = ("dense", "nf4", "bfloat16")
 
 

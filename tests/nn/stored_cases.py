@@ -74,16 +74,6 @@ CASES = {
     "split": Case(split, (48, 32), (5, 32), 32),
     "rows by index": Case(lambda x, w: F.linear(x, w[torch.tensor([3, 1, 1])]), (48, 32), (5, 32), 32),
     "a slice of rows": Case(lambda x, w: F.linear(x, w[4:40:3]), (48, 32), (5, 32), 32),
-    "einsum over rows": Case(lambda x, w: torch.einsum("bi,oi->bo", x, w), (16, 32), (2, 32), 32),
-    "einsum over columns": Case(lambda x, w: torch.einsum("ibh,hnd->ibnd", x, w), (16, 3, 8), (2, 4, 16), 16),
-    "einsum over both": Case(lambda x, w: torch.einsum("ibnd,hnd->ibh", x, w), (16, 3, 8), (2, 4, 3, 8), 24 + 3),
-    "einsum over two letters of rows": Case(
-        lambda x, w: torch.einsum("bhnd,hnid->bi", x, w), (4, 3, 5, 8), (2, 4, 3, 8), 96
-    ),
-    "einsum over no letter of rows": Case(lambda x, w: torch.einsum("bi,hnid->hnbd", x, w), (4, 3, 5, 8), (2, 5), 5),
-    "einsum with dots": Case(lambda x, w: torch.einsum("...i,oi->...o", x, w), (16, 32), (2, 3, 32), 32),
-    "einsum of W.T": Case(lambda x, w: torch.einsum("bi,io->bo", x, w.t()), (16, 32), (2, 32), 32),
-    "einsum, weight first": Case(lambda x, w: torch.einsum("oi,bi->ob", w, x), (16, 32), (2, 32), 32),
     "conv1d": Case(lambda x, w: F.conv1d(x, w, x.new_ones(8), 2, 1), (8, 4, 3), (2, 4, 9), 13, 1),
     "conv2d, groups": Case(lambda x, w: F.conv2d(x, w, padding=1, groups=2), (8, 4, 3, 3), (2, 8, 9, 9), 36, 1),
     "conv3d": Case(lambda x, w: F.conv3d(x, w, padding=1, dilation=2), (8, 4, 3, 3, 3), (2, 4, 5, 5, 5), 108, 1),
@@ -94,8 +84,6 @@ CASES = {
         lambda x, w: F.conv_transpose2d(x, w, x.new_ones(6), 2, 1, 1), (8, 6, 3, 3), (2, 8, 5, 5), 73, 1
     ),
     "conv3d, transposed": Case(lambda x, w: F.conv_transpose3d(x, w), (4, 6, 2, 2, 2), (2, 4, 3, 3, 3), 32, 1),
-    "a kernel as a matrix": Case(lambda x, w: x @ w.squeeze(1).T, (32, 1, 4), (5, 4), 4, 1),
-    "bilinear": Case(lambda x, w: F.bilinear(x, torch.ones_like(x[..., :8]), w), (4, 16, 8), (2, 3, 16), 16 + 8),
     "embedding": Case(lambda x, w: F.embedding(x, w), (50, 32), INDICES, 1),
     "embedding bag": Case(lambda x, w: F.embedding_bag(x, w, mode="sum"), (50, 32), INDICES, 3),
 }
@@ -106,8 +94,20 @@ WHOLE = {
     "the elements": Case(lambda x, w: x * w, (5, 32), (5, 32), 0),
     "columns": Case(lambda x, w: x @ w[:, 4:9], (48, 32), (5, 48), 0),
     "an exponential": Case(lambda x, w: x * -torch.exp(w), (5, 32), (5, 32), 0),
+    "a kernel as a matrix": Case(lambda x, w: x @ w.squeeze(1).T, (32, 1, 4), (5, 4), 4, 1),
+    "bilinear": Case(lambda x, w: F.bilinear(x, torch.ones_like(x[..., :8]), w), (4, 16, 8), (2, 3, 16), 16 + 8),
+    "einsum over rows": Case(lambda x, w: torch.einsum("bi,oi->bo", x, w), (16, 32), (2, 32), 32),
+    "einsum over columns": Case(lambda x, w: torch.einsum("ibh,hnd->ibnd", x, w), (16, 3, 8), (2, 4, 16), 16),
+    "einsum over both": Case(lambda x, w: torch.einsum("ibnd,hnd->ibh", x, w), (16, 3, 8), (2, 4, 3, 8), 24 + 3),
+    "einsum over two letters of rows": Case(
+        lambda x, w: torch.einsum("bhnd,hnid->bi", x, w), (4, 3, 5, 8), (2, 4, 3, 8), 96
+    ),
+    "einsum over no letter of rows": Case(lambda x, w: torch.einsum("bi,hnid->hnbd", x, w), (4, 3, 5, 8), (2, 5), 5),
+    "einsum with dots": Case(lambda x, w: torch.einsum("...i,oi->...o", x, w), (16, 32), (2, 3, 32), 32),
+    "einsum of W.T": Case(lambda x, w: torch.einsum("bi,io->bo", x, w.t()), (16, 32), (2, 32), 32),
+    "einsum, weight first": Case(lambda x, w: torch.einsum("oi,bi->ob", w, x), (16, 32), (2, 32), 32),
 }
-"""Those that can only be computed of the dequantized one."""
+"""Those that are computed of the dequantized one."""
 
 
 def store(weight: Tensor, form: str, lead: int | None = None, scales: str | None = None) -> StoredTensor:

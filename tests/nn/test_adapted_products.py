@@ -7,8 +7,8 @@ from torch.nn import functional as F
 
 from lowmem.nn.low_rank_sum import LowRankSum
 from lowmem.nn.stored_tensor import StoredTensor
-from tests.nn.adapted_cases import FORMS, ON_VALUES, PRODUCTS, make, total
-from tests.nn.stored_cases import Case
+from tests.nn.adapted_cases import FORMS, PRODUCTS, make, total
+from tests.nn.stored_cases import WHOLE, Case
 from tests.selection import rows_in_one_case
 
 
@@ -21,11 +21,11 @@ def values(monkeypatch):
 
 
 @rows_in_one_case("form", FORMS)
-@rows_in_one_case("name", [*PRODUCTS, *ON_VALUES])
+@rows_in_one_case("name", [*PRODUCTS, *WHOLE])
 def test_outputs_and_gradients_are_those_of_the_sum_and_products_never_make_it(name, form, values):
     torch.manual_seed(0)
     values.clear()
-    case = {**PRODUCTS, **ON_VALUES}[name]
+    case = {**PRODUCTS, **WHOLE}[name]
     weight, dense, pairs, layout = make(name, case, form, count=2)
     x = case.make_input()
     x = x.requires_grad_(x.is_floating_point())
@@ -82,7 +82,7 @@ def test_what_is_kept_for_backward_is_thin_beside_a_large_weight():
 def test_dropout_acts_on_the_inputs_of_products_only():
     torch.manual_seed(0)
     dropout = nn.Dropout(0.5)
-    for name in ("linear", "x @ W", "bmm", "conv1d", "einsum over rows", "experts"):
+    for name in ("linear", "x @ W", "bmm", "conv1d", "experts"):
         weight, *_ = make(name, PRODUCTS[name], "dense", dropout=dropout)
         function, x = PRODUCTS[name].function, PRODUCTS[name].make_input()
         assert not torch.equal(function(x, weight), function(x, weight)), name

@@ -24,8 +24,7 @@ def test_it_is_a_tensor_of_the_shape_dtype_and_device_of_its_base():
     assert "AdaptedWeight(shape=(48, 32)" in repr(weight)
     assert isinstance(weight.T, AdaptedWeight)
     assert isinstance(weight.data, AdaptedWeight)
-    assert isinstance(weight[3], torch.Tensor)
-    assert not isinstance(weight[3], AdaptedWeight)
+    assert isinstance(weight[3], AdaptedWeight)  # to which a write is refused
     torch.testing.assert_close(weight[3], total(dense, pairs, layout)[3].float())
     torch.testing.assert_close(weight.detach() + 0, total(dense, pairs, layout).detach().float())
     assert not (weight.detach() + 0).requires_grad
@@ -119,11 +118,8 @@ def test_what_a_graph_cannot_do_with_it_names_the_remedy(request):
     def run(function):
         return torch.compile(lambda: function(model[0].weight), fullgraph=True, backend="aot_eager")()
 
-    earlier = TORCH < (2, 13)  # its compiler ends some of these with words of its own
-    of_rows = r"write weight.unbind\(\) instead" + "|two different devices" * earlier
-    with pytest.raises(Exception, match=of_rows):
-        run(lambda w: torch.ones(16) + sum(row * 2 for row in w))
-    refusal = r"weight with adapters.*lowmem.merge\(model\)" + "|hasattr.*_Traced" * earlier
+    refusal = r"weight with adapters.*lowmem.merge\(model\)"
+    refusal += "|hasattr.*_Traced" * (TORCH < (2, 13))  # its compiler ends some of these with words of its own
     for write in (lambda w: w.zero_(), nn.init.normal_, lambda w: torch.add(torch.ones(24, 16), 1, out=w)):
         with torch.no_grad(), pytest.raises(Exception, match=f"(?s){refusal}"):
             run(write)

@@ -12,8 +12,8 @@ from lowmem.nn.adapted_weight import AdaptedWeight, adapted_weight
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.linear import gathered_copy
 from lowmem.nn.low_rank_sum import LowRankSum, is_adapted
-from lowmem.nn.read_only import METADATA
 from lowmem.nn.stored_tensor import StoredTensor
+from lowmem.nn.torch_functions import METADATA
 from tests.nn.adapted_cases import FORMS, RANK, SCALING, make, total
 from tests.nn.stored_cases import CASES, INDICES, Case, store
 from tests.rounding import OF_4_BITS, assert_sum
@@ -55,25 +55,47 @@ BY_NAME = {
 ROWS, THREE = torch.arange(48) % 3 > 0, torch.tensor([True, False, True])
 OF_MATRICES = {
     (48, 32): (
-        *(slice(3, 9), [3, 1], torch.tensor([3, 1]), ROWS, (..., slice(4, 9)), (slice(3, 9), slice(4, 9))),
+        *(
+            3,
+            -1,
+            (3, ...),
+            slice(3, 9),
+            [3, 1],
+            torch.tensor([3, 1]),
+            ROWS,
+            (..., slice(4, 9)),
+            (slice(3, 9), slice(4, 9)),
+        ),
         *([3, 1], slice(4, 9)),
     ),
     (3, 48, 32): (
-        *(1, -1, torch.tensor(1), slice(1, None), [2, 0], torch.tensor([2, 0]), THREE, (1, slice(3, 9)), (1, ...)),
+        *(
+            (1, 3),
+            1,
+            -1,
+            torch.tensor(1),
+            slice(1, None),
+            [2, 0],
+            torch.tensor([2, 0]),
+            THREE,
+            (1, slice(3, 9)),
+            (1, ...),
+        ),
         *((slice(None), slice(3, 9)), (..., slice(4, 9)), ([2, 0], slice(None), slice(4, 9)), (THREE, slice(3, 9))),
     ),
+    (8, 4, 3, 3): (2, slice(2)),
 }
-"""Indices that select matrices of a weight, by its shape."""
+"""Indices that select matrices or whole rows of a weight, by its shape."""
 OF_VALUES = {
-    (48, 32): (3, (slice(None), 3), (slice(3, 9), [1, 2]), None, (3, slice(4, 9)), ROWS[:, None].expand(48, 32)),
-    (3, 48, 32): ((slice(None), [3, 1]), (1, 3), ([2, 0], [1, 2]), THREE[:, None].expand(3, 48), (..., 3)),
-    (8, 4, 3, 3): (slice(2), (..., slice(2))),
+    (48, 32): ((slice(None), 3), (slice(3, 9), [1, 2]), None, (3, slice(4, 9)), ROWS[:, None].expand(48, 32)),
+    (3, 48, 32): ((slice(None), [3, 1]), (slice(None), 3), ([2, 0], [1, 2]), THREE[:, None].expand(3, 48), (..., 3)),
+    (8, 4, 3, 3): ((..., slice(2)), (2, 1), [2, 1]),
 }
 """Indices that do not."""
 
 
 @rows_in_one_case("form", FORMS)
-def test_arguments_may_be_given_by_name_and_indices_that_select_matrices_keep_the_sum(form):
+def test_arguments_may_be_given_by_name_and_indices_of_matrices_and_rows_keep_the_sum(form):
     torch.manual_seed(0)
     for name, (function, shape) in BY_NAME.items():
         case = Case(function, shape, (1,), 0, 1 if len(shape) == 4 else None)
@@ -177,9 +199,9 @@ def test_views_and_everything_else_are_those_of_the_values(form):
         assert float((matrix.values() - weights.values()[number]).detach().abs().max()) <= 64 * 2.0**-23 * 10
     kernels, *_ = make("conv2d", Case(lambda x, w: x, (8, 4, 3, 3), (2, 4, 6, 6), 36, 1), form)
     for view in (
-        lambda w: w[2],
+        lambda w: w[:, 2],
         lambda w: w.mT,
-        lambda w: w.unbind()[1],
+        lambda w: w[2][1] + w[1:3].unbind()[1][0] + w[:4].mT[1, 0],
         lambda w: F.linear(torch.ones(2, 3), w[0, 0]),
     ):
         assert not isinstance(view(kernels), LowRankSum)
