@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from lowmem import measure
 from lowmem.errors import describe
-from lowmem.nn.adapted_module import AdaptedModule, become_adapted
+from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import Folded, without_adapters
-from lowmem.nn.module_copy import copied_module
-from lowmem.transforms.calibration.runs import check_batch, evaluation_mode, hooked, run_batch
+from lowmem.nn.module_copy import HOOKS, copied_module
+from lowmem.transforms.calibration.runs import check_batch, computing, evaluation_mode, hooked, run_batch
 
 
 def output_errors(
@@ -88,20 +88,27 @@ def _in_dtype(forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwa
     return _cast(forward(*args, **kwargs), before[0] if before else None)
 
 
-@contextmanager
-def _computing_with(layer: Any, other: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Let an adapted layer compute with the parameters of another module, inside the block."""
-    kind, own, children = type(layer), layer.__dict__, dict(layer._modules)
-    become_adapted(layer, other if dtype is None else _widened(layer, other))  # models may read the weight, too
+def _stand_in(layer: AdaptedModule, other: nn.Module, dtype: torch.dtype | None) -> nn.Module:
+    """Return a copy of a module that computes in place of a layer: with its hooks and mode, and in ``dtype``."""
+    copied = copied_module(other, type(other)) if dtype is None else _widened(layer, other)
+    copied.__dict__.update({name: layer.__dict__[name] for name in (*HOOKS, "training")})
     if dtype is not None:
-        layer.__dict__["forward"] = partial(_in_dtype, other.forward, dtype)
-    try:
-        yield
-    finally:
-        layer.__class__ = kind
-        object.__setattr__(layer, "__dict__", own)
-        own["_modules"].clear()
-        own["_modules"].update(children)
+        copied.__dict__["forward"] = partial(_in_dtype, other.forward, dtype)
+    return copied
+
+
+@contextmanager
+def _with_stand_ins(model: nn.Module, others: Mapping[AdaptedModule, nn.Module]) -> Iterator[nn.Module]:
+    """Let other modules be children in place of layers inside the block, and compute where a layer is called."""
+    given: Mapping[Any, nn.Module] = others
+    held = [(one._modules, dict(one._modules)) for one in (*model.modules(), *others.values())]
+    with ExitStack() as stack:
+        for children, own in held:
+            stack.callback(children.update, own)
+            children.update({name: given[child] for name, child in own.items() if child in given})
+        for layer, other in others.items():  # which a model may hold elsewhere, as in a list
+            stack.enter_context(computing(layer, other.forward))
+        yield given.get(model, model)
 
 
 def _outputs_with(
@@ -112,9 +119,8 @@ def _outputs_with(
 ) -> list[Tensor]:
     """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
     with evaluation_mode(model) as stack:
-        for layer, other in others.items():
-            stack.enter_context(_computing_with(layer, other, dtypes.get(layer)))
-        return _floating(run_batch(model, inputs))
+        stand_ins = {layer: _stand_in(layer, other, dtypes.get(layer)) for layer, other in others.items()}
+        return _floating(run_batch(stack.enter_context(_with_stand_ins(model, stand_ins)), inputs))
 
 
 def _floating(outputs: Any) -> list[Tensor]:

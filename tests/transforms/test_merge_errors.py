@@ -29,3 +29,38 @@ def test_merging_leaves_the_error_of_storing_the_sum_alone(techniques, most):
     for without, merged in (*of_layers.values(), whole):
         assert merged <= most < 5 * without
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Reading(nn.Module):
+    """Calls a layer that it holds in a list, too, reads the weight of another, and attends."""
+
+    def __init__(self):
+        super().__init__()
+        self.called, self.read, self.attention = nn.Linear(16, 16), nn.Linear(16, 16), nn.MultiheadAttention(16, 2)
+
+    def forward(self, x):
+        self.seen = [(type(one), vars(one)) for one in self.held]
+        x = self.held[0](x) + nn.functional.linear(x, self.read.weight, self.read.bias)
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("to", [None, torch.bfloat16])
+def test_layers_are_what_they_were_while_merged_copies_compute(to):
+    torch.manual_seed(0)
+    model = convert(Reading(), LoRA(4), where=lambda *_: True).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_b"):
+            nn.init.normal_(parameter, std=0.3)
+    model.held, called = [model.called], []
+    model.called.register_forward_hook(lambda *_: called.append(1))
+    kind, own, children = type(model.called), vars(model.called), [*model.modules()]
+    x, layers = torch.randn(3, 2, 16), adapted_layers(model)
+    expected = model(x)
+    folded = fold(model, dict.fromkeys(layers, ("default",)), to)
+    _, (before, after) = output_errors(model, folded, x, to)
+    assert [(one is kind, attributes is own) for one, attributes in model.seen] == [(True, True)]
+    assert [*model.modules()] == children
+    assert called == [1] * 4  # once above, exactly, without adapters, and merged
+    assert torch.equal(model(x), expected)
+    assert before > 0.1
+    assert after < 1e-5 if to is None else 2**-12 < after < 2**-5
