@@ -98,9 +98,9 @@ def _float(stored: Tensor, size: int) -> Tensor:
 
 
 def product_4bit(
-    x: Tensor, packed: Tensor, scales: Tensor, text: str, dtype: torch.dtype, transposed: bool, *added: Any
+    x: Tensor, packed: Tensor, scales: Tensor, text: str, dtype: torch.dtype | None, transposed: bool, *added: Any
 ) -> Tensor:
-    """Return the product with a 4-bit weight.
+    """Return the product with a 4-bit weight; a dtype of None is that of ``x``.
 
     Raises:
         RuntimeError: a product in 8-bit integers.
@@ -110,7 +110,7 @@ def product_4bit(
             "lowmem has no plain operators for compute_dtype=torch.int8, as torch.onnx.export needs: convert the "
             "model with compute_dtype=None"
         )
-    weight = dequantized(packed, scales, text, int8.float_dtype(dtype, x.dtype))
+    weight = dequantized(packed, scales, text, int8.float_dtype(dtype or x.dtype, x.dtype))
     return product(x, weight, transposed, *(added or (None,)))
 
 

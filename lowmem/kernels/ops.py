@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -29,13 +28,12 @@ def _fake(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *_: o
     return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], dtype=float_dtype(dtype, x.dtype))
 
 
-def _record(x: Tensor, weight: Weight | StoredParts, *rest: Any) -> Tensor:
+def _record(x: Tensor, weight: Weight | StoredParts, dtype: torch.dtype, *rest: Any) -> Tensor:
     if not isinstance(weight, (QuantizedTensor, StoredParts)):  # a tuple: torch 2.9's compiler takes no union
-        return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, *rest))
+        return cast(Tensor, torch.ops.lowmem.product_16bit(x, weight, dtype, *rest))
     weight.check_layout()  # here: the operator gets no row count to check against
-    packed, scales, text = parts_of(weight)
-    dtype, transposed, *added = rest
-    return cast(Tensor, torch.ops.lowmem.product_4bit(x, packed, scales, f"{text} {dtype} {transposed}", *added))
+    own = None if dtype is x.dtype else dtype  # a dtype takes the dispatcher as long as all other arguments
+    return cast(Tensor, torch.ops.lowmem.product_4bit(x, *parts_of(weight), own, *rest))
 
 
 def _derivatives(x: Tensor, dtype: torch.dtype, transposed: bool) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
@@ -62,28 +60,12 @@ product = FrozenOperator(_compute, _fake, _record, _derivatives, _differentiable
 all but W; or ``x @ W`` when transposed. The arguments from ``bias`` on may be left out."""
 
 
-_ADDED = "Tensor? bias=None, Tensor? a=None, Tensor? b=None, float? scaling=None"
+FIELDS = "Tensor packed, Tensor scales, str described"
+_REST = "bool transposed, Tensor? bias=None, Tensor? a=None, Tensor? b=None, float? scaling=None"
+product.declare(f"product_16bit(Tensor x, Tensor weight, ScalarType dtype, {_REST}) -> Tensor", lambda *given: given)
 product.declare(
-    f"product_16bit(Tensor x, Tensor weight, ScalarType dtype, bool transposed, {_ADDED}) -> Tensor",
-    lambda *given: given,
-)
-
-
-@lru_cache(maxsize=1024)
-def _parsed(text: str) -> tuple[str, torch.dtype, bool]:
-    """Return the text of a weight, the dtype, and whether the product is transposed."""
-    described, dtype, transposed = text.rsplit(maxsplit=2)
-    return described, getattr(torch, dtype.removeprefix("torch.")), transposed == "True"
-
-
-def _arguments(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> tuple[Any, ...]:
-    described, dtype, transposed = _parsed(text)
-    return x, stored(packed, scales, described), dtype, transposed, *added
-
-
-# One text for all numbers and names: torch.compile guards, and the dispatcher converts, each argument apart.
-product.declare(
-    f"product_4bit(Tensor x, Tensor packed, Tensor scales, str described, {_ADDED}) -> Tensor", _arguments
+    f"product_4bit(Tensor x, {FIELDS}, ScalarType? dtype, {_REST}) -> Tensor",
+    lambda x, packed, scales, text, dtype, *rest: (x, stored(packed, scales, text), dtype or x.dtype, *rest),
 )
 
 
@@ -92,9 +74,7 @@ def _written_16bit(x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bo
     return decompositions.product(x, weight.to(dtype), transposed, *(added or (None,)))
 
 
-@decomposes("product_4bit")
-def _written_4bit(x: Tensor, packed: Tensor, scales: Tensor, text: str, *added: Any) -> Tensor:
-    return decompositions.product_4bit(x, packed, scales, *_parsed(text), *added)
+decomposes("product_4bit")(decompositions.product_4bit)
 
 
 def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -> Tensor:
@@ -102,7 +82,6 @@ def dequantize_rows(weight: QuantizedTensor | StoredParts, dtype: torch.dtype) -
     return cast(Tensor, torch.ops.lowmem.dequantize_rows(*parts_of(weight), dtype))
 
 
-FIELDS = "Tensor packed, Tensor scales, str described"
 FrozenOperator(
     lambda backend, weight, dtype: backend.dequantize(weight, slice(None), dtype),
     lambda weight, dtype: weight.packed.new_empty(weight.shape, dtype=dtype),

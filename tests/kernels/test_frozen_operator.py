@@ -104,22 +104,24 @@ def test_weights_that_take_the_same_memory_in_turn_are_told_apart(kernel):
             assert torch.equal(kernels.linear(x, again, dtype), kernels.linear(x, weight, dtype))
             moved = stored(memory[0], memory[1].clone(), described)
             assert torch.equal(kernels.linear(x, moved, dtype), kernels.linear(x, weight, dtype))
-            plain, text = torch.ops.lowmem.product_4bit.default, f"{described} {dtype} False"
+            plain = torch.ops.lowmem.product_4bit.default
             for scales in (memory[1], memory[1].clone(), memory[1]):  # the handle that is kept is one of them's
                 for _ in range(2):
-                    assert torch.equal(plain(x, memory[0], scales, text), kernels.linear(x, weight, dtype))
-            grad, transposed = torch.randn(2, 64), text.replace("False", "True")
-            assert torch.equal(plain(grad, *memory, transposed), kernels.input_grad(grad, weight, dtype))
+                    found = plain(x, memory[0], scales, described, dtype, False)
+                    assert torch.equal(found, kernels.linear(x, weight, dtype))
+            grad = torch.randn(2, 64)
+            found = plain(grad, *memory, described, dtype, True)
+            assert torch.equal(found, kernels.input_grad(grad, weight, dtype))
 
 
 def test_an_operator_takes_no_handle_that_another_kernel_has_made():
     weight, x = quantize(torch.randn(48, 64), "nf4"), torch.randn(2, 64)
-    packed, scales, text = parts_of(weight)
-    text += " torch.float32 False"
     for name in 2 * kernels.available():
         with kernels.using(name):
             expected = kernels.linear(x, weight, torch.float32)
-            assert torch.equal(torch.ops.lowmem.product_4bit.default(x, packed, scales, text), expected)
+            assert torch.equal(
+                torch.ops.lowmem.product_4bit.default(x, *parts_of(weight), torch.float32, False), expected
+            )
 
 
 class Own(torch.Tensor):
@@ -141,12 +143,12 @@ class Functions(BaseTorchFunctionMode):
 def test_whatever_watches_a_call_of_an_operator_sees_it():
     weight, x, bias = quantize(torch.randn(48, 32), "nf4"), torch.randn(3, 32), torch.randn(48)
     packed, scales, text = parts_of(weight)
-    text += " torch.float32 False"
+    how = torch.float32, False
     plain = torch.ops.lowmem.product_4bit.default
     expected = kernels.linear(x, weight, torch.float32, bias)
 
     def call(x=x, packed=packed, bias=bias, **named):
-        return plain(x, packed, scales, text, bias, **named)
+        return plain(x, packed, scales, text, *how, bias, **named)
 
     assert torch.equal(call(), expected)
     with torch.no_grad():  # as compiled models run: parameters get no gradient
@@ -169,11 +171,11 @@ def test_whatever_watches_a_call_of_an_operator_sees_it():
     with torch.profiler.profile() as profiled:
         call()
     assert "lowmem::product_4bit" in {event.name for event in profiled.events()}
-    on_meta = (x.to("meta"), packed.to("meta"), scales.to("meta"), text, bias.to("meta"))
+    on_meta = (x.to("meta"), packed.to("meta"), scales.to("meta"), text, *how, bias.to("meta"))
     assert plain(*on_meta).shape == expected.shape
     with FakeTensorMode() as fake:
-        made = fake.from_tensor(x), fake.from_tensor(packed), fake.from_tensor(scales), text, fake.from_tensor(bias)
-        assert isinstance(plain(*made), FakeTensor)
+        made = fake.from_tensor(x), fake.from_tensor(packed), fake.from_tensor(scales), text
+        assert isinstance(plain(*made, *how, fake.from_tensor(bias)), FakeTensor)
     assert isinstance(call(x.as_subclass(Own)), Own)
     with pytest.raises(RuntimeError, match="product_4bit"):
         call(other=1)
@@ -181,14 +183,12 @@ def test_whatever_watches_a_call_of_an_operator_sees_it():
 
 def test_vmap_of_an_operator_is_one_call_where_all_examples_meet_the_same_weight(monkeypatch):
     weight, x, bias = quantize(torch.randn(6, 40)), torch.randn(4, 3, 40).double(), torch.randn(4, 6).double()
-    packed, scales, text = parts_of(weight)
-    text += " torch.float64 False"
     plain, called, compute = torch.ops.lowmem.product_4bit.default, [], ops.product.compute
     monkeypatch.setattr(ops.product, "compute", lambda *given: called.append(1) or compute(*given))
     vmap = torch.func.vmap
 
     def call(x, bias):
-        return plain(x, packed, scales, text, bias)
+        return plain(x, *parts_of(weight), torch.float64, False, bias)
 
     expected = torch.stack([call(*one) for one in zip(x, bias, strict=True)])
     called.clear()

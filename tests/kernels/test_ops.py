@@ -55,12 +55,9 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
         if kind == "half":
             operator, given = torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed, *some)
         else:
-            packed, scales, text = parts_of(weight)
-            operator, given = (
-                torch.ops.lowmem.product_4bit.default,
-                (x, packed, scales, f"{text} {dtype} {transposed}"),
-            )
-            given = *given, *some
+            own_dtype = None if dtype is own and some else dtype  # None is that of the input
+            given = (x, *parts_of(weight), own_dtype, transposed, *some)
+            operator = torch.ops.lowmem.product_4bit.default
         assert_operator(operator, given)
         out = operator(*given)
         assert out.dtype == own
