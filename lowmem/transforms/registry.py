@@ -269,14 +269,11 @@ def check_module(model: object) -> None:
 def module_paths(model: nn.Module) -> dict[nn.Module, list[str]]:
     """Return every module with all of its paths, in the order of ``named_modules``, without adapters."""
     check_module(model)
+    banks = [module for module in model.modules() if isinstance(module, AdapterBank)]
+    of_adapters = {part for bank in banks for part in bank.modules()}
     found: dict[nn.Module, list[str]] = {}
-    inside = None  # the prefix of the paths inside the last adapters
     for path, module in model.named_modules(remove_duplicate=False):
-        if inside is not None and path.startswith(inside):
-            continue
-        if isinstance(module, AdapterBank):
-            inside = path and f"{path}."
-        else:
+        if module not in of_adapters:
             found.setdefault(module, []).append(path)
     return found
 

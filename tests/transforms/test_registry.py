@@ -245,6 +245,13 @@ def test_module_paths_and_owners_know_every_path_and_none_inside_an_adapted_laye
     assert module_paths(other) == {other: [""]}
     model = nn.ModuleDict({"a": layer, "ab": nn.Sequential(nn.Linear(4, 4)), "c": other, "cd": nn.ReLU()})
     assert [*module_paths(model).values()] == [[""], ["a"], ["ab"], ["ab.0"], ["c"], ["cd"]]
+    # In whatever order: a stored model of transformers yields a dense module first, which may be of an adapter.
+    assert [*module_paths(Backwards(model)).values()] == [["cd"], ["c"], ["ab.0"], ["ab"], ["a"], [""]]
+
+
+class Backwards(nn.ModuleDict):
+    def named_modules(self, *args, **kwargs):
+        return reversed([*super().named_modules(*args, **kwargs)])
 
 
 @pytest.mark.parametrize("technique", [Half, FourBit])
