@@ -56,8 +56,10 @@ def test_a_second_classifier_on_one_file_ends_at_once(tmp_path, refused, monkeyp
         monkeypatch.setattr(fit_classifier, "run", lambda arguments: pytest.fail("it ran"))
         told = refused("fit", "lora", "--save", path)
     assert f"out.safetensors' is being written by process {os.getpid()} of " in told
-    monkeypatch.setattr(fit_classifier, "run", lambda arguments: len([*tmp_path.iterdir()]))
-    assert main(["fit", "lora", "--save", str(path)]) == 1  # the file that names the owner
+    seen = []
+    monkeypatch.setattr(fit_classifier, "run", lambda arguments: seen.extend(tmp_path.iterdir()) or 0)
+    assert main(["fit", "lora", "--save", str(path)]) == 0
+    assert len(seen) == 2  # the lock, and the file that names its owner
     assert [*tmp_path.iterdir()] == []
 
 

@@ -73,7 +73,7 @@ def test_the_command_writes_what_loads(source, tmp_path, capsys, results):
 
 def test_bad_folders_are_one_line(source, tmp_path, refused):
     out = tmp_path / "out"
-    assert "exists; remove it" in refused("quantize", source, source)
+    assert "is IN, which would be lost" in refused("quantize", source, source)
     assert "exclude modules of a folder by --exclude" in refused("quantize", source, out, "--include", "*")
     assert "skip='nothing' matches no module" in refused("quantize", source, out, "--exclude", "nothing")
 

@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 import lowmem
 from lowmem.__main__ import main
+from lowmem.finetuning.calling import Calling
+from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.text import Example
 from lowmem.tools import fit_language
 from tests.distributed.ranks import needs_ranks
 from tests.integrations.transformers.folders import write
@@ -170,7 +173,8 @@ def test_more_processes_than_rows_and_a_classifier_are_refused(refused):
     class Three(fit_language.Ranks):
         world = 99
 
+    rows = Rows([Example.of([1, 2], [True, True])], 2, Calling())
     with pytest.raises(ValueError, match="99 processes cannot share 1 rows of text: start fewer, or take more text"):
-        lowmem.finetune(torch.nn.Linear(2, 2), [0], lowmem.FineTuning(), ranks=Three())
+        lowmem.finetune(torch.nn.Linear(2, 2), rows, lowmem.FineTuning(), ranks=Three())
     told = "--shard does not apply to model='lora', which is not the folder of a language model"
     assert told in refused("fit", "lora", "--shard")

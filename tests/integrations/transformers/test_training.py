@@ -140,7 +140,8 @@ def test_a_stored_model_without_an_adapter_is_not_trained_unless_it_is_asked_for
     model = stored(folder) if made == "loaded" else lowmem.convert(load(folder), FourBit("nf4"))
     with pytest.raises(
         ValueError,
-        match=r"5 dense parameters alone, as model\.norm\.weight.*add_adapter.*get_peft_model.*train_dense=T",
+        match=r"5 dense parameters alone, as model\.layers\.0\.input_layernorm\.weight\."
+        r".*add_adapter.*get_peft_model.*train_dense=T",
     ):
         trainer(model, tmp_path / "run")
     frozen = copy.deepcopy(model).requires_grad_(False)
