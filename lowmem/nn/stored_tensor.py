@@ -265,6 +265,8 @@ class StoredTensor(Tensor):
 
 
 leave_to_eager(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
+# a graph of its own, after a graph break, would answer a question about one attribute with another
+leave_to_eager(StoredTensor.__torch_function__.__func__)  # type: ignore[attr-defined]
 
 
 def _call_in_program(function: Any, args: Any, kwargs: Any) -> Any:

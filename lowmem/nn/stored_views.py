@@ -76,7 +76,8 @@ def _transpose(weight: StoredTensor, *dims: Any) -> Any:
 
 @implements("expand")
 def _expand(weight: StoredTensor, size: Sequence[int], **_: Any) -> Any:
-    """Repeat rows or whole matrices, as matmul does for an input of three dimensions that is not contiguous."""
+    """Repeat rows or whole matrices, as matmul does for an input of three dimensions that is not contiguous: backward
+    would keep dense ones."""
     inside = 2 if weight.swapped else len(weight.tail)
     if any(new not in (-1, old) for new, old in zip(size[-inside:], weight.shape[-inside:], strict=True)):
         return NotImplemented
@@ -86,7 +87,7 @@ def _expand(weight: StoredTensor, size: Sequence[int], **_: Any) -> Any:
 
 @implements("view", "_unsafe_view", "reshape", "_reshape_alias")
 def _view(weight: StoredTensor, size: Sequence[int], *_: Any) -> Any:
-    """Return a view of the same rows, such as those of a matrix as a stack of matrices."""
+    """Return a view of the same rows: DeepSeek-V4 multiplies those of a matrix as a stack of matrices."""
     size = list(size)
     if size == list(weight.shape):
         return _alias(weight)
@@ -201,11 +202,6 @@ def _copy(target: Any, source: Any, non_blocking: bool = False) -> Any:
             into.copy_(part)
         return target
     return NotImplemented
-
-
-@implements("is_pinned")
-def _is_pinned(weight: StoredTensor, device: Any = None) -> bool:
-    return all(part.is_pinned() for part in weight.parts)
 
 
 @implements("_has_compatible_shallow_copy_type")
