@@ -21,6 +21,7 @@ from lowmem.io.formats.peft.reading import CONFIG as ADAPTER_CONFIG
 from lowmem.io.metadata import adapters_record
 from lowmem.io.model_folder import replace_files
 from lowmem.nn.adapted_module import AdaptedModule
+from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.adapter_buffers import without_copies
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.module_copy import subclass_of
@@ -109,8 +110,13 @@ class SavedModel:
         found: list[tuple[str, nn.Module]] = [*super().named_modules(*args, **kwargs)]  # type: ignore[misc]
         dtypes = [next((p.dtype for p in one._parameters.values() if p is not None), None) for _, one in found]
         dtype = _presented_dtype(one for _, one in found)
-        if dtype in dtypes and next(filter(None, dtypes)) is not dtype:
-            found.insert(1, found.pop(dtypes.index(dtype)))
+        if dtype is not None and next(filter(None, dtypes), None) is not dtype:
+            banks = tuple(
+                f"{name}." for name, one in found if isinstance(one, AdapterBank)
+            )  # which stay in one piece
+            places = (at for at, (name, _) in enumerate(found) if dtypes[at] is dtype and not name.startswith(banks))
+            if (first := next(places, None)) is not None:
+                found.insert(1, found.pop(first))
         yield from found
 
     @property

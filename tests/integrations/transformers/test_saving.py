@@ -37,6 +37,7 @@ from lowmem.integrations.transformers import METHOD, LowmemConfig, adopt
 from lowmem.integrations.transformers.folder import check
 from lowmem.io.metadata import form_record
 from lowmem.nn.forms import CodedForm
+from lowmem.transforms.registry import module_paths
 from lowmem.version import install_command
 from tests.integrations.transformers.folders import CONFIGS, IDS, SIZES, assert_same, load, write
 from tests.integrations.transformers.hub import copy_uploads
@@ -360,6 +361,15 @@ class Ordered(PreTrainedModel):
         return x
 
 
+class Alone(PreTrainedModel):
+    def __init__(self):
+        super().__init__(PreTrainedConfig())
+        self.only = nn.Linear(64, 64, bias=False)
+
+    def forward(self, x):
+        return self.only(x)
+
+
 def test_children_stay_in_their_order():
     model = Ordered()
     lowmem.convert(model, FourBit("nf4"))
@@ -369,6 +379,10 @@ def test_children_stay_in_their_order():
     assert torch.equal(model(x), model.second(model.first[1](model.first[0](x))))
     assert [name for name, _ in model.named_modules()] == ["", "first.1", "first", "first.0", "second"]
     assert [name for name, _ in model.named_modules({model}, "a")] == []
+    lowmem.add_adapter(model, "own", lowmem.LoRA(2))  # whose modules stay behind their bank
+    assert [*module_paths(model).values()] == [[""], ["first.1"], ["first"], ["first.0"], ["second"]]
+    alone = lowmem.convert(Alone(), FourBit("nf4"), lowmem.LoRA(2))
+    assert [*module_paths(alone).values()] == [[""], ["only"]]
 
 
 @pytest.mark.filterwarnings("default::FutureWarning", "default::DeprecationWarning", "default::UserWarning")
