@@ -58,13 +58,14 @@ def add_adapter(
     Raises:
         TypeError: the model is not a module, the name is not a string, or the technique is not a ``LoRA``.
         RuntimeError: inference mode is active, or was when a parameter was made; or a layer is prepared for training.
-        ValueError: an invalid name, or one that a layer has already; nothing to adapt; a pattern of ``skip`` or of
-            the technique that matches nothing; a layer that is lazy, sharded, without values, or inside one of PEFT;
-            or a model that is wrapped for several processes. The model is left as it was.
+        ValueError: an invalid name, or one that a layer has already; nothing to adapt; a ``where`` that only leaves
+            out, as in ``convert``; a pattern of ``skip`` or of the technique that matches nothing; a layer that is
+            lazy, sharded, without values, or inside one of PEFT; or a model that is wrapped for several processes.
+            The model is left as it was.
 
     Warns:
-        UserWarning: as ``convert``, of adapters that ``where`` gave to layers without naming them, of ranks that are
-            too large, and of linear layers that share the weight of one that gets an adapter, and get none.
+        UserWarning: as ``convert``, of ranks that are too large, and of linear layers that share the weight of one
+            that gets an adapter, and get none.
     """
     check_name(name)
     if not isinstance(technique, LoRA):
@@ -78,7 +79,7 @@ def add_adapter(
         raise ValueError(no_match_message(LoRA, model, selected, where is not None))
     placed = place_adapters(model, technique, layers, where)
     refuse_layers("add_adapter", {layer: selected[layer] for layer in placed})
-    told = warnings_of_adapters(model, placed, where)
+    told = warnings_of_adapters(model, placed)
     add_placed(model, name, placed, selected)
     note_left(model, where, skip, LoRA)
     for text in told:

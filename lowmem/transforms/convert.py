@@ -72,19 +72,17 @@ def convert(
         TypeError: the model is not a module, or a technique is of another type.
         RuntimeError: inference mode is active, or was when a parameter was made: autograd could not use the weights.
             Or the model is prepared for training.
-        ValueError: no technique, techniques that do not compose, nothing to convert, a pattern of ``skip`` or of
-            ``LoRA`` or a ``parameters`` that matches nothing, a layer that has the technique already or is inside a
-            PEFT layer, a weight that cannot be stored or adapted (its path is named), more than ``at_most`` bits, a
-            ``Budget`` that is out of reach (what is possible is named), or a model that is wrapped for several
-            processes. The model is left as it was.
+        ValueError: no technique, techniques that do not compose, nothing to convert, a ``where`` that only leaves
+            out, as ``path != "lm_head"``, and takes layers that ``LoRA`` leaves out without it; a pattern of
+            ``skip``, of ``LoRA`` or a ``parameters`` that matches nothing, a layer that has the technique already or
+            is inside a PEFT layer, a weight that cannot be stored or adapted (its path is named), more than
+            ``at_most`` bits, a ``Budget`` that is out of reach (what is possible is named), or a model that is
+            wrapped for several processes. The model is left as it was.
 
     Warns:
         UserWarning: more than a tenth of the model's bytes stayed dense, and neither ``where`` nor ``skip`` left
             them out; the three largest reasons are named with their remedies. Biases, norms and floating-point
             buffers count; where all that is dense is 64 KiB or less, it warns if matrices alone are a tenth.
-        UserWarning: a ``where`` that only leaves something out, as ``path != "lm_head"`` does, gave adapters to
-            layers that ``LoRA`` leaves out without it, beside others: these layers are named, and their share of the
-            adapter's numbers.
         UserWarning: more than a fifth of the adapter's numbers are of ranks above the smaller dimension of a weight,
             the most that its change can have; the layer with most of them is named.
     """
@@ -113,7 +111,7 @@ def convert(
     paths = module_paths(model)
     refuse_layers("convert", {layer: paths[layer][0] for layer in placed})
     told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip)]
-    told += warnings_of_adapters(model, placed, where)
+    told += warnings_of_adapters(model, placed)
     commit(model, replacements)
     note_left(model, where, skip, type(techniques[0]))
     for text in filter(None, told):

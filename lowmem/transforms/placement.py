@@ -1,10 +1,11 @@
-"""Which layers get an adapter, and of which rank and alpha; and which get one that nobody has named."""
+"""Which layers get an adapter, and of which rank and alpha."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -67,6 +68,8 @@ def place_adapters(
             f"nothing to adapt: {layer_name(paths[layers[0]][0])} is left out, since {left[layers[0]]}; select it "
             "with where= to adapt it"
         )
+    if where is not None:
+        _refuse_exclusions(model, where, known)
     adapted = [name for of_layer in known.values() for names in of_layer.values() for name in names]
     for kind in ("ranks", "alphas"):
         for pattern, _ in getattr(technique, kind):
@@ -78,6 +81,25 @@ def place_adapters(
     return {
         layer: {name: technique.at(names) for name, names in of_layer.items()} for layer, of_layer in known.items()
     }
+
+
+def _refuse_exclusions(model: nn.Module, where: Callable[[str, nn.Module], bool], layers: Collection[Any]) -> None:
+    """Raise a ValueError for a ``where`` that only leaves out, if it takes layers that LoRA leaves out by default.
+
+    It is true of the model itself, as ``path != "lm_head"`` is, but not of all modules.
+    """
+    left, paths = {**routers(model), **output_layers(model)}, module_paths(model)
+    more = [layer for layer in layers if layer in left or not takes_adapter(layer)]
+    if not more or len(more) == len(layers) or model in layers or not where("", model):
+        return
+    if all(where(path, module) for module, own in paths.items() for path in own):
+        return
+    names = [f"{layer_name(paths[layer][0])} ({type(layer).__name__})" for layer in more]
+    names[3:] = [f"{len(names) - 3} more"] if len(names) > 3 else []
+    raise ValueError(
+        f"where= is true of the model itself, and of {', '.join(names)}, which LoRA leaves out by default: skip= "
+        "leaves out more than the default, or let where= be true of the layers to adapt alone"
+    )
 
 
 def _tied_embeddings(found: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
@@ -97,11 +119,9 @@ def takes_adapter(module: nn.Module, chosen: bool = False) -> bool:
 def warnings_of_adapters(
     model: nn.Module,
     placed: Mapping[nn.Module, Mapping[str, LoRA]],
-    where: Where,
 ) -> list[str]:
-    """Return what to warn of before layers get adapters: shared weights, layers that nobody named, large ranks."""
-    unnamed = _warning_of_unnamed(model, placed, where)
-    return [*_warning_of_ties(model, placed), *unnamed, *_warning_of_ranks(module_paths(model), placed)]
+    """Return what to warn of before layers get adapters: shared weights, and large ranks."""
+    return [*_warning_of_ties(model, placed), *_warning_of_ranks(module_paths(model), placed)]
 
 
 def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterator[str]:
@@ -118,40 +138,6 @@ def _warning_of_ties(model: nn.Module, adapted: Collection[nn.Module]) -> Iterat
                 "alone. Select all of them to adapt each"
             )
             return
-
-
-def _warning_of_unnamed(
-    model: nn.Module,
-    placed: Mapping[nn.Module, Mapping[str, LoRA]],
-    where: Where,
-) -> Iterator[str]:
-    """Warn of adapters on layers that LoRA leaves out without ``where``, where that has only left out others: a
-    ``where`` names a layer if it is true of the layer and not of the module around it."""
-    if where is None:
-        return
-    left = {**routers(model), **output_layers(model)}
-    more = [layer for layer in placed if layer in left or not takes_adapter(layer)]
-    paths, modules = module_paths(model), dict(model.named_modules(remove_duplicate=False))
-
-    def is_unnamed(path: str) -> bool:
-        around = path.rpartition(".")[0]
-        return bool(path) and where(around, modules[around])
-
-    unnamed = [layer for layer in more if all(map(is_unnamed, paths[layer]))]
-    if not unnamed or len(more) == len(placed) or all(where(p, one) for one, own in paths.items() for p in own):
-        return
-    sizes = {key: sum(map(math.prod, shapes)) for key, shapes in _shapes(placed).items()}
-    largest = sorted((key for key in sizes if key[0] in unnamed), key=lambda key: -sizes[key])
-    told = [
-        f"{layer_name(place_name(paths[layer][0], name))} ({type(layer).__name__})" for layer, name in largest[:3]
-    ]
-    more_text = f" and {len(largest) - 3} more" if len(largest) > 3 else ""
-    share = sum(sizes[key] for key in largest) / sum(sizes.values())
-    yield (
-        f"where= gave adapters to layers that LoRA leaves out by default, {share:.0%} of the adapter's numbers: "
-        f"{', '.join(told)}{more_text}. skip= keeps the default and leaves more out; a where= that is true of such a "
-        "layer, not of the module around it takes it without this warning"
-    )
 
 
 def _shapes(placed: Mapping[nn.Module, Mapping[str, LoRA]]) -> dict[tuple[nn.Module, str], list[tuple[int, ...]]]:
