@@ -57,12 +57,15 @@ def encode_states(numbers: Tensor, into: HeadStates) -> None:
     """Write states (batch, heads, rows, width) as signed bytes with a scale for each row.
 
     Args:
-        numbers: floating point.
+        numbers: floating point; float64 is clamped to float32's range.
         into: codes, int8, of the same shape; scales, float32 (batch, heads, rows, 1): NaN, with any codes, where a
             number of the row is not finite.
     """
     codes, scales = into
     assert scales is not None
+    if numbers.dtype is torch.float64:
+        most = torch.finfo(torch.float32).max
+        numbers = torch.where(numbers.isfinite(), numbers.clamp(-most, most), numbers)
     wide = numbers.float()
     scales.copy_(wide.abs().amax(-1, keepdim=True) / 127)
     scales.masked_fill_(~scales.isfinite(), torch.nan).clamp_(max=LARGEST_SCALE)

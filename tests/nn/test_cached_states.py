@@ -262,3 +262,16 @@ def test_states_that_are_no_floating_point_numbers_are_refused(bits, dtype):
         assert cached.count == 3 * filled
         assert (cached.rows is not None) == filled
         cached.append(new(3)) if not filled else None
+
+
+def test_float64_beyond_float32_is_clamped_and_what_is_not_finite_stays_so():
+    states = CachedStates(bits=8)
+    first = torch.ones(1, 1, 1, 4, dtype=torch.float64)
+    states.append(first)
+    rows = torch.tensor([[1e300, -1e300, 1.0, 0.0], [1e300, torch.inf, 1.0, 0.0]], dtype=torch.float64)
+    got = states.append(rows[None, None])[0, 0, 1:].double()
+    most = torch.finfo(torch.float32).max
+    torch.testing.assert_close(
+        got[0], torch.tensor([most, -most, 0.0, 0.0], dtype=torch.float64), rtol=1e-6, atol=0.0
+    )
+    assert got[1].isnan().all()
