@@ -14,7 +14,6 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from lowmem import FourBit, Half, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import parts_of, stored
-from tests.selection import rows_in_one_case
 
 # dynamo makes an instance of every function of one's own
 pytestmark = pytest.mark.filterwarnings(
@@ -217,8 +216,8 @@ def test_the_cache_keeps_no_tensor_alive():
     assert [reference() for reference in held] == [None, None]
 
 
-@rows_in_one_case("technique", ["nf4", "half"])
-@rows_in_one_case(
+@pytest.mark.parametrize("technique", ["nf4", "half"])
+@pytest.mark.parametrize(
     ("make", "shape"), [(lambda: nn.Linear(32, 48), (64, 32)), (lambda: nn.Conv1d(8, 48, 3), (4, 8, 20))]
 )
 def test_an_inference_on_fake_tensors_takes_a_layer_s_output_once_with_its_bias(technique, make, shape):

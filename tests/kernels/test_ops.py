@@ -20,7 +20,6 @@ from lowmem.nn.fold import without_adapters
 from tests import strategies
 from tests.operators import assert_operator
 from tests.rounding import OF_4_BITS, assert_sum, stored_weight
-from tests.selection import rows_in_one_case
 
 
 def make_weight(kind: str):
@@ -43,7 +42,7 @@ every_order = pytest.mark.parametrize("transposed", [False, True], ids=["forward
 @pytest.mark.thorough(keep=1)
 @kinds
 @every_order
-@rows_in_one_case("dtype", [torch.float32, torch.bfloat16, torch.int8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8])
 def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
     """With a bias and an adapter, too; the gradient of a product in 8-bit integers is that of the input's dtype."""
     if kind == "half" and dtype is torch.int8:
@@ -256,7 +255,7 @@ def test_a_traced_linear_layer_takes_every_shape_and_keeps_the_input_s_dtype(tec
         assert ((got.double() - expected.double()).abs() <= 2 * unit * magnitudes).all()
 
 
-@rows_in_one_case("technique", ["nf4", "half", "qlora"])
+@pytest.mark.parametrize("technique", ["nf4", "half", "qlora"])
 def test_a_traced_model_has_the_gradient_of_its_input(technique):
     torch.manual_seed(0)
     model = convert(nn.Sequential(nn.Linear(24, 8), nn.Tanh(), nn.Linear(8, 3)), *TRACED[technique])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lowmem import FourBit, Half, LoRA, convert
-from tests.selection import rows_in_one_case
 
 LAYERS = {
     "linear": (lambda: torch.nn.Linear(16, 16), torch.randn(2, 16)),
@@ -19,9 +18,9 @@ RAGGED = {
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
-@rows_in_one_case("layout", [torch.strided, torch.jagged])
-@rows_in_one_case("techniques", [(FourBit(),), (Half(),), (LoRA(2),), (FourBit(), LoRA(2)), (Half(), LoRA(2))])
-@rows_in_one_case("kind", LAYERS)
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("techniques", [(FourBit(),), (Half(),), (LoRA(2),), (FourBit(), LoRA(2)), (Half(), LoRA(2))])
+@pytest.mark.parametrize("kind", LAYERS)
 def test_a_nested_input_is_named_with_its_remedy(kind, layout, techniques):
     if (kind != "linear" and len(techniques) == 2) or techniques == (LoRA(2),):
         return  # torch's own refusals

@@ -10,7 +10,6 @@ import torch
 
 from lowmem import FourBit, convert
 from tests.rounding import OF_4_BITS, assert_product
-from tests.selection import rows_in_one_case
 
 
 def make_net(*technique) -> torch.nn.Sequential:
@@ -44,7 +43,9 @@ def test_a_version_that_says_the_format_loads_and_a_state_that_says_none_warns()
     assert torch.equal(other(x), model(x))
 
 
-@rows_in_one_case("value", [torch.tensor(1.0), torch.zeros(3), "nf4", torch.tensor([255, 254], dtype=torch.uint8)])
+@pytest.mark.parametrize(
+    "value", [torch.tensor(1.0), torch.zeros(3), "nf4", torch.tensor([255, 254], dtype=torch.uint8)]
+)
 def test_a_format_that_is_none_is_refused(value):
     model = make_net(NF4)
     with pytest.raises(RuntimeError, match="2 stores nf4.*; the state holds"):
@@ -84,8 +85,8 @@ def test_what_a_functional_call_puts_in_place_is_not_kept():
     assert layer.weight.packed is layer.weight_packed
 
 
-@rows_in_one_case("name", ["packed", "scales"])
-@rows_in_one_case("by_data", [False, True])
+@pytest.mark.parametrize("name", ["packed", "scales"])
+@pytest.mark.parametrize("by_data", [False, True])
 def test_what_takes_the_place_of_one_stored_tensor_is_read(name, by_data):
     layer = convert(torch.nn.Linear(16, 8), FourBit("int4"))
     x = torch.randn(2, 16)

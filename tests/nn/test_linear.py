@@ -12,7 +12,6 @@ from lowmem import FourBit, Half, Linear4Bit, convert, kernels, measure, quantiz
 from lowmem.nn.techniques import blockwise
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
-from tests.selection import rows_in_one_case
 
 
 @st.composite
@@ -75,7 +74,7 @@ def test_layers_store_what_quantize_gives_or_rounds_and_are_frozen(dense, techni
 F16, BF16, F32, F64 = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("technique", "dtype", "wide"),
     [
         *(
@@ -98,7 +97,9 @@ def test_output_has_the_input_s_dtype_and_the_technique_decides_that_of_the_prod
     assert_product(out, x, stored_weight(layer), layer.bias, sums, rounded, OF_4_BITS)
 
 
-@rows_in_one_case(("compute", "rounds"), [(F16, True), (BF16, True), (F32, False), (F64, False), (None, False)])
+@pytest.mark.parametrize(
+    ("compute", "rounds"), [(F16, True), (BF16, True), (F32, False), (F64, False), (None, False)]
+)
 def test_the_compute_dtype_rounds_the_input_before_the_product(compute, rounds):
     """1 + 2^-12 is 1 in 16 bits, and not in float32; 1e6 is infinite in float16 alone."""
     for dense, ones in (

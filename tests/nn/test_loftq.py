@@ -11,15 +11,14 @@ import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, add_adapter, convert, merge
 from lowmem.nn.adapter import truncated_svd
 from tests.rounding import gamma
-from tests.selection import rows_in_one_case
 
 
 def squares(matrix):
     return float(matrix.double().square().sum())
 
 
-@rows_in_one_case("shape", [(40, 70), (70, 40), (9, 3), (1, 5), (5, 1)])
-@rows_in_one_case("rank", [1, 4, 50])
+@pytest.mark.parametrize("shape", [(40, 70), (70, 40), (9, 3), (1, 5), (5, 1)])
+@pytest.mark.parametrize("rank", [1, 4, 50])
 def test_a_matrix_of_low_rank_is_found_whole(shape, rank):
     generator = torch.Generator().manual_seed(0)
     factors = [torch.randn(*size, generator=generator).double() for size in ((shape[0], 3), (3, shape[1]))]
@@ -44,8 +43,8 @@ def test_it_draws_from_no_global_generator_and_comes_out_the_same():
 
 
 @pytest.mark.thorough
-@rows_in_one_case("stabilized", [False, True])
-@rows_in_one_case("format", sorted(FORMATS))
+@pytest.mark.parametrize("stabilized", [False, True])
+@pytest.mark.parametrize("format", sorted(FORMATS))
 def test_base_and_adapter_of_rank_16_are_nearer_to_the_weight_than_the_base(format, stabilized):
     """The best approximation takes the squares of the 16 largest singular values off the squared error.
 
@@ -97,7 +96,7 @@ def test_a_rank_above_the_layer_s_sizes_takes_the_whole_error_and_the_rest_can_t
     assert layer.lora_a.any(1).all()
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     "change",
     [
         lambda model: convert(model, LoRA(2, init="loftq")),

@@ -7,7 +7,6 @@ from torch import nn
 from lowmem import EightBit, FourBit, Half, LoRA, convert
 from lowmem.nn.coded_module import CodedModule
 from lowmem.nn.module_copy import LAYERS, restored_copy, stored_class
-from tests.selection import rows_in_one_case
 
 
 def test_a_part_of_the_stored_parameters_can_be_dense_again():
@@ -42,7 +41,7 @@ class Named(nn.Linear):
         self.formats = 7
 
 
-@rows_in_one_case("name", ["formats", "weight_packed", "store"])
+@pytest.mark.parametrize("name", ["formats", "weight_packed", "store"])
 def test_attributes_that_would_be_hidden_are_refused_by_name(name):
     layer = Named() if name == "formats" else nn.Linear(16, 8)
     if name == "weight_packed":

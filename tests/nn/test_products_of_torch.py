@@ -12,7 +12,7 @@ from lowmem.kernels import grouped
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.backend import backend_for
 from tests.compiled import ISAS
-from tests.selection import FULL, in_one_case
+from tests.selection import FULL, covering
 
 SIXTEEN = torch.bfloat16, torch.float16
 NAMES = (
@@ -108,7 +108,7 @@ def run(compute, *inputs, autocast=None):
     return seen.found
 
 
-@in_one_case(1, name=list(MODELS), dtype=[*SIXTEEN, "autocast"])
+@covering(1, name=list(MODELS), dtype=[*SIXTEEN, "autocast"])
 def test_torch_multiplies_no_16_bit_floats_for_stored_layers(slow, name, dtype):
     make, shape = MODELS[name]
     model = make()
@@ -120,7 +120,7 @@ def test_torch_multiplies_no_16_bit_floats_for_stored_layers(slow, name, dtype):
             assert run(model, x.to(dtype)) == []
 
 
-@in_one_case(1, dtype=SIXTEEN, weight=[lowmem.EightBit(), lowmem.Half(torch.bfloat16), None], biased=[False, True])
+@covering(1, dtype=SIXTEEN, weight=[lowmem.EightBit(), lowmem.Half(torch.bfloat16), None], biased=[False, True])
 def test_torch_multiplies_no_16_bit_floats_in_the_chunked_loss(slow, dtype, weight, biased):
     rows = 9000  # more than are converted at a time
     dense = nn.Linear(64, rows, bias=False).to(dtype)
@@ -134,7 +134,7 @@ def test_torch_multiplies_no_16_bit_floats_in_the_chunked_loss(slow, dtype, weig
     assert run(loss, hidden, *trained) == []
 
 
-@in_one_case(1, dtype=SIXTEEN, on_cpu=[False, True])
+@covering(1, dtype=SIXTEEN, on_cpu=[False, True])
 def test_torch_multiplies_no_16_bit_floats_for_adapters_of_experts(slow, dtype, on_cpu, monkeypatch):
     monkeypatch.setattr(grouped, "_reads", lambda offsets: on_cpu)
     offsets, x, grad = torch.tensor([2, 2, 6], dtype=torch.int32), torch.randn(6, 8), torch.randn(6, 4)
@@ -151,7 +151,7 @@ def test_torch_multiplies_no_16_bit_floats_for_adapters_of_experts(slow, dtype, 
         torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
 
 
-@in_one_case(1, dtype=SIXTEEN, technique=[lowmem.EightBit(), lowmem.Half(torch.bfloat16)], adapted=[False, True])
+@covering(1, dtype=SIXTEEN, technique=[lowmem.EightBit(), lowmem.Half(torch.bfloat16)], adapted=[False, True])
 def test_torch_multiplies_no_16_bit_floats_for_embeddings_and_attention(slow, dtype, technique, adapted):
     table = layer(technique, *[LORA] * adapted, dense=nn.Embedding(9, 32), dtype=dtype)
     tokens = torch.arange(9)

@@ -16,10 +16,9 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.scales import ENCODINGS
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
 from tests.rounding import OF_4_BITS, assert_sum
-from tests.selection import rows_in_one_case
 
 FORMS = ["nf4", "bfloat16"]
-forms = rows_in_one_case("form", FORMS)
+forms = pytest.mark.parametrize("form", FORMS)
 
 
 def run(function, x, weight):
@@ -43,7 +42,7 @@ def assert_nothing_dense(kept, x, weight):
 
 
 @forms
-@rows_in_one_case("case", CASES.values())
+@pytest.mark.parametrize("case", CASES.values())
 def test_outputs_and_gradients_are_those_of_the_dequantized_weight_and_none_is_kept(case, form):
     torch.manual_seed(0)
     weight, x = store(torch.randn(case.weight), form, case.lead), case.make_input()
@@ -65,8 +64,8 @@ OF_EACH_KIND = (
 )
 
 
-@rows_in_one_case("compute", [torch.bfloat16, None, torch.float64])
-@rows_in_one_case("name", [name for name, case in CASES.items() if isinstance(case.x, tuple)])
+@pytest.mark.parametrize("compute", [torch.bfloat16, None, torch.float64])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if isinstance(case.x, tuple)])
 def test_a_product_and_its_gradient_are_computed_in_the_dtype_that_the_form_says(name, compute):
     """1 + 2^-12 is 1 in bfloat16, and not in float32."""
     case = CASES[name]
@@ -105,8 +104,8 @@ def test_a_graph_keeps_nothing_dense_for_backward(form, request):
     torch.testing.assert_close(compiled(x, weight.T), x @ weight.T, rtol=1e-4, atol=1e-5)
 
 
-@rows_in_one_case("technique", [FourBit("nf4", 16), Half(torch.bfloat16)])
-@rows_in_one_case("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
+@pytest.mark.parametrize("technique", [FourBit("nf4", 16), Half(torch.bfloat16)])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN, nn.LSTMCell, nn.GRUCell, nn.RNNCell])
 def test_a_recurrent_layer_keeps_nothing_dense_for_backward(kind, technique):
     layer, kept = convert(kind(16, 64), technique), []
     x = torch.randn(*((2, 16) if issubclass(kind, nn.RNNCellBase) else (5, 2, 16)), requires_grad=True)
@@ -137,8 +136,8 @@ LARGE = {
 }
 
 
-@rows_in_one_case("form", ["nf4", "float16"])
-@rows_in_one_case("name", LARGE)
+@pytest.mark.parametrize("form", ["nf4", "float16"])
+@pytest.mark.parametrize("name", LARGE)
 def test_the_peak_of_a_step_holds_no_dense_weight(name, form):
     """A weight of 4 MiB or more in float32."""
     function, shape, size, lead = LARGE[name]
@@ -220,8 +219,8 @@ def test_whatever_else_reads_values_gets_them_dequantized(case, form):
     torch.testing.assert_close(of_x, expected_of_x)
 
 
-@rows_in_one_case("scales", ENCODINGS)
-@rows_in_one_case("form", FORMATS)
+@pytest.mark.parametrize("scales", ENCODINGS)
+@pytest.mark.parametrize("form", FORMATS)
 def test_every_format_and_scale_encoding_is_read(form, scales):
     weight, x = store(torch.randn(24, 40), form, scales=scales), torch.randn(3, 40, dtype=torch.float64)
     exact = F.linear(x, weight.dequantize(torch.float64))
@@ -267,8 +266,8 @@ def test_a_bag_gathers_each_row_once(form, mode):
     assert measure.peak_bytes(lambda: F.embedding_bag(indices, weight, mode=mode)) < 64 * 1024
 
 
-@rows_in_one_case("form", FORMS)
-@rows_in_one_case("transform", ["jvp", "vmap", "hessian", "grad of grad"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("transform", ["jvp", "vmap", "hessian", "grad of grad"])
 def test_transforms_of_functions_see_a_matrix(form, transform):
     weight, x = store(torch.randn(6, 8), form).double(), torch.randn(8, dtype=torch.float64)
     dense = weight.dequantize()
@@ -315,7 +314,7 @@ def test_it_is_read_in_inference_mode_and_under_autocast():
         assert F.linear(x, weight).dtype == (x @ weight.T).dtype == torch.bfloat16
 
 
-@rows_in_one_case("padding", [None, 0, 3])
+@pytest.mark.parametrize("padding", [None, 0, 3])
 def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
     module = convert(nn.EmbeddingBag(11, 8, mode="mean", padding_idx=padding), FourBit()).eval()
     dense = restore(copy.deepcopy(module))

@@ -14,7 +14,6 @@ from lowmem import measure
 from lowmem.nn.stored_tensor import StoredTensor
 from tests.nn.stored_cases import store
 from tests.rounding import OF_4_BITS, assert_sum
-from tests.selection import rows_in_one_case
 
 FORMS = ["bof4s", "bfloat16"]
 forms = pytest.mark.parametrize("form", FORMS)
@@ -40,7 +39,7 @@ def test_it_has_the_shape_dtype_and_device_of_the_dense_weight(form):
 
 
 @forms
-@rows_in_one_case(
+@pytest.mark.parametrize(
     "view",
     [
         lambda w: w[1],

@@ -13,7 +13,6 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.stored_views import store_again
 from lowmem.quant.quantize import relative_error
 from tests.nn.stored_cases import store
-from tests.selection import rows_in_one_case
 
 forms = pytest.mark.parametrize("form", ["nf4", "bfloat16"])
 
@@ -39,8 +38,10 @@ def test_it_never_trains(form):
     assert not weight.requires_grad
 
 
-@rows_in_one_case("technique", [FourBit("nf4"), FourBit("int4", search=True), Half(torch.float16)])
-@rows_in_one_case("make", [lambda: nn.Linear(40, 24), lambda: nn.Conv2d(4, 6, 3), lambda: nn.Embedding(24, 40)])
+@pytest.mark.parametrize("technique", [FourBit("nf4"), FourBit("int4", search=True), Half(torch.float16)])
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Linear(40, 24), lambda: nn.Conv2d(4, 6, 3), lambda: nn.Embedding(24, 40)]
+)
 def test_data_is_stored_in_the_form_of_the_weight(technique, make):
     layer, other = convert(make(), technique), make()
     weight, first = layer.weight, next(layer.parameters())
@@ -53,7 +54,7 @@ def test_data_is_stored_in_the_form_of_the_weight(technique, make):
     assert torch.equal(layer.weight.dequantize(), expected.dequantize())
 
 
-@rows_in_one_case("technique", [FourBit(), Half()])
+@pytest.mark.parametrize("technique", [FourBit(), Half()])
 def test_data_of_more_rows_changes_the_shape_for_all_that_share_the_weight(technique):
     """As a model's vocabulary grows."""
     tokens, head = nn.Embedding(10, 32), nn.Linear(32, 10, bias=False)

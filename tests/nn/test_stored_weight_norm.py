@@ -2,13 +2,13 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from lowmem import FourBit, Half, convert, measure, restore
 from lowmem.quant import tensor
-from tests.selection import rows_in_one_case
 
 LAYERS = {
     "linear": (lambda: nn.Linear(300, 700), (3, 300)),
@@ -17,8 +17,8 @@ LAYERS = {
 }
 
 
-@rows_in_one_case("technique", [FourBit("nf4", 16), Half(torch.bfloat16)])
-@rows_in_one_case("dim", [0, -1, 1, None])
+@pytest.mark.parametrize("technique", [FourBit("nf4", 16), Half(torch.bfloat16)])
+@pytest.mark.parametrize("dim", [0, -1, 1, None])
 def test_values_and_gradients_are_those_of_the_dense_parametrization(technique, dim, monkeypatch):
     monkeypatch.setattr(tensor, "SCRATCH_BYTES", 2**16)  # many chunks of each weight
     for make, size in LAYERS.values():
@@ -39,8 +39,8 @@ def test_values_and_gradients_are_those_of_the_dense_parametrization(technique, 
         assert (of_scale.double() - wanted).norm() <= 1e-4 * wanted.norm()
 
 
-@rows_in_one_case("technique", [FourBit("nf4"), Half(torch.bfloat16)])
-@rows_in_one_case("dim", [0, 1])
+@pytest.mark.parametrize("technique", [FourBit("nf4"), Half(torch.bfloat16)])
+@pytest.mark.parametrize("dim", [0, 1])
 def test_no_more_than_the_result_and_a_chunk_is_dense(technique, dim):
     layer = convert(weight_norm(nn.Linear(1024, 2048), dim=dim), technique)
     x, dense = torch.randn(2, 1024, requires_grad=True), 4 * 1024 * 2048

@@ -25,7 +25,6 @@ from lowmem.errors import show
 from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, blockwise
 from lowmem.quant.quantize import relative_error
 from tests import strategies
-from tests.selection import rows_in_one_case
 
 
 def test_the_choices_are_ordered_by_bytes_and_each_loses_less_of_a_normal_matrix():
@@ -91,7 +90,7 @@ def test_the_technique_of_a_format_is_the_one_of_its_bits():
     assert isinstance(convert(nn.Conv2d(3, 4, 3), EightBit()), Conv4Bit)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("make", "options", "message"),
     [
         *(
@@ -148,7 +147,7 @@ def test_patterns_are_hashable_and_json_holds_them():
     assert LoRA(**json.loads(json.dumps(asdict(technique)))) == technique
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         *(({"rank": rank}, f"rank={rank!r} must be a positive integer") for rank in (0, -1, 2.0, True, "4", None)),

@@ -19,7 +19,6 @@ from lowmem.training.fused import Act, LayerNorm, fuse
 from lowmem.training.fused_functions import rms_norm
 from lowmem.training.prepared_module import release_module
 from tests.rounding import unit
-from tests.selection import rows_in_one_case
 from tests.training.blocks import (
     INNER,
     JOINED,
@@ -35,8 +34,8 @@ from tests.training.blocks import (
 )
 
 
-@rows_in_one_case("kernel", ["best", "reference"])
-@rows_in_one_case("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["best", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_what_a_fused_module_returns_can_be_written_to(dtype, kernel):
     block = fused(make(dtype=dtype))
     layer_norm, act = nn.LayerNorm(WIDTH).to(dtype), nn.SiLU()

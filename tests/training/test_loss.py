@@ -8,7 +8,7 @@ from torch.nn import functional
 from lowmem import FourBit, Half, StoredTensor, convert, kernels, linear_cross_entropy
 from lowmem.measure import PeakMemory
 from lowmem.training.loss import loss_dtype
-from tests.selection import covering, rows_in_one_case
+from tests.selection import covering
 
 WIDTH, VOCABULARY = 24, 50
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
@@ -179,7 +179,7 @@ def test_without_gradients_nothing_is_kept_and_a_second_derivative_is_refused():
         torch.autograd.functional.hessian(lambda x: linear_cross_entropy(x, weight, labels), hidden.detach())
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"labels": torch.full((1, 13), 50)}, "labels hold 50, .* vocabulary of 50"),

@@ -29,7 +29,6 @@ from lowmem.transforms.adapters import (
 from tests import strategies
 from tests.refusing import refused
 from tests.rounding import OF_4_BITS, assert_sum, stored_weight
-from tests.selection import rows_in_one_case
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
 
@@ -280,7 +279,7 @@ def test_b_learns_ratio_times_faster_and_all_that_trains_is_in_a_group():
     assert lowmem.adapter_parameter_groups(model, lr=1)[1]["lr"] == 16
 
 
-@rows_in_one_case("value", [0, -1.0, float("inf"), float("nan"), True, "1", None])
+@pytest.mark.parametrize("value", [0, -1.0, float("inf"), float("nan"), True, "1", None])
 def test_groups_need_positive_rates_and_an_adapter_that_trains(value):
     model = make_adapted("a")
     with pytest.raises(ValueError, match=f"ratio={value!r} must be a positive number"):
@@ -481,7 +480,7 @@ def test_wrong_arguments_of_adding_are_named_and_nothing_changes():
 WITH_A_NAME = [activate, deactivate, delete_adapter, merge_adapter, adapter_layers]
 
 
-@rows_in_one_case("function", WITH_A_NAME)
+@pytest.mark.parametrize("function", WITH_A_NAME)
 def test_an_unknown_name_lists_those_that_there_are(function):
     model = make_adapted("a", "b")
     for name in ("c", None):
@@ -491,7 +490,7 @@ def test_an_unknown_name_lists_those_that_there_are(function):
         unmerge_adapter(model)
 
 
-@rows_in_one_case("function", [*WITH_A_NAME, lambda model, _: unmerge_adapter(model)])
+@pytest.mark.parametrize("function", [*WITH_A_NAME, lambda model, _: unmerge_adapter(model)])
 def test_a_model_without_adapters_says_how_to_get_one(function):
     with pytest.raises(ValueError, match="Sequential has no adapter: add_adapter"):
         function(make_model(), "a")

@@ -12,7 +12,6 @@ from lowmem.nn.embedding import Embedding8Bit
 from lowmem.nn.linear import Linear8Bit
 from lowmem.nn.techniques import of_embeddings
 from lowmem.transforms.assign import techniques_by_layer
-from tests.selection import rows_in_one_case
 from tests.transforms.test_placement import HEADS, Causal
 
 
@@ -51,11 +50,11 @@ def test_four_bit_keeps_embeddings_and_output_layers_in_8_bits(kind, tmp_path):
     ]
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("dtype", "kept"),
     [(torch.float16, {"body.q", "lm_head"}), (torch.bfloat16, {"lm_head"}), (torch.int8, set()), (None, set())],
 )
-@rows_in_one_case("technique", [FourBit("nf4", embeddings="4bit"), Budget(6.0), EightBit()])
+@pytest.mark.parametrize("technique", [FourBit("nf4", embeddings="4bit"), Budget(6.0), EightBit()])
 def test_what_a_model_keeps_in_float32_is_not_computed_in_16_bits(dtype, kept, technique):
     """A layer that shares the weight is computed as asked, and still shares it."""
     model = convert(nn.Sequential(Kept()), replace(technique, compute_dtype=dtype))[0]

@@ -14,7 +14,6 @@ from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scales import ENCODINGS, OFFSETS
 from lowmem.transforms.bits import SMALLEST, bits_per_weight, check_at_most, text_of
 from tests.refusing import refused
-from tests.selection import rows_in_one_case
 from tests.transforms.models import Table
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
@@ -52,7 +51,7 @@ def bits_of(model, *techniques):
     return 8 * measure.theoretical_bytes(model) / measure.weight_count(model)
 
 
-@rows_in_one_case("name", MODELS)
+@pytest.mark.parametrize("name", MODELS)
 def test_the_error_names_the_least_that_any_technique_gives(name):
     model = MODELS[name]()
     given = {technique: bits_of(model, technique) for technique in CHOICES}

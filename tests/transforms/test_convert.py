@@ -8,7 +8,7 @@ from torch import nn
 
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, convert, measure
 from lowmem.transforms.registry import made_by
-from tests.selection import covering, rows_in_one_case
+from tests.selection import covering
 from tests.transforms.models import EVERY, Odd, Subclass, dense_twin, kinds, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # which has its own test
@@ -66,7 +66,7 @@ def test_an_encoder_computes_with_what_is_stored(techniques, batch_first, norm_f
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors", "ignore:enable_nested_tensor is True")
-@rows_in_one_case("techniques", EVERY)
+@pytest.mark.parametrize("techniques", EVERY)
 def test_an_encoder_s_layers_are_read_afresh_in_inference(techniques):
     """Neither a copy of a converted layer in a new encoder, nor a change of what is stored, meets a stale weight."""
     model = encoder(True, False).eval()

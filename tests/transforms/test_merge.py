@@ -30,7 +30,6 @@ from tests import strategies
 from tests.models import out_of_file
 from tests.refusing import refused
 from tests.rounding import stored_weight
-from tests.selection import rows_in_one_case
 from tests.test_any_model import Tied
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
@@ -105,7 +104,7 @@ def test_merging_to_a_dtype_makes_dense_layers_rounded_once(base, dtype):
     assert model[0](torch.ones(2, 24, dtype=dtype)).dtype == dtype
 
 
-@rows_in_one_case("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_a_dense_layer_keeps_its_dtype_though_the_sum_is_wider(dtype):
     layer = strategies.make_adapted(torch.nn.Linear(8, 8, dtype=dtype), "dense")
     expected = (parameter_of(layer, "weight") + layer.adapters.default.weight.delta()).to(dtype)
@@ -276,7 +275,7 @@ def test_an_adapter_that_was_merged_reversibly_is_reported_against_its_own_base(
     assert merge(layer, inputs=x, report=True)[1] == expected
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
         ({"to": "bfloat16"}, ValueError, "to='bfloat16' must be 'same format', or a floating-point torch.dtype"),
@@ -308,7 +307,7 @@ def test_a_bias_that_the_dtype_cannot_hold_is_named():
         merge(model, torch.float16)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("base", "value", "message"),
     [
         ("half", 1e5, "1: the adapted weight holds the magnitude .*scale the adapter down"),

@@ -6,7 +6,6 @@ from torch import nn
 
 from lowmem.transforms.meta import make_on_meta
 from tests.models import Small
-from tests.selection import rows_in_one_case
 
 
 def test_parameters_are_on_meta_and_buffers_as_they_were():
@@ -43,7 +42,7 @@ def test_layers_that_were_there_before_keep_their_values():
 EXISTING = nn.Linear(4, 4)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("factory", "error", "text"),
     [
         (lambda: 3, TypeError, "factory returned a int, not a torch.nn.Module"),

@@ -16,7 +16,6 @@ from lowmem.transforms import plan as module
 from lowmem.transforms.bits import text_of
 from lowmem.transforms.plan import OPTIMIZERS, bytes_of
 from tests.models import INDICES, Small
-from tests.selection import rows_in_one_case
 
 MIB = 2**20
 
@@ -83,8 +82,8 @@ def state_bytes(optimizer):
 
 
 @pytest.mark.thorough
-@rows_in_one_case("name", MODELS)
-@rows_in_one_case("technique", TECHNIQUES)
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("technique", TECHNIQUES)
 def test_every_figure_of_one_model_is_what_a_real_one_measures(name, technique):
     """Stored bytes, gradients and optimizer to the byte; peaks, too, but for the scratch of products."""
     make, batch = MODELS[name]
@@ -121,7 +120,7 @@ def layers():
 
 
 @pytest.mark.thorough
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("make", "rows", "technique", "training"),
     [
         (BigNet, 64, "dense", "adamw"),  # the optimizer's step takes most
@@ -146,8 +145,8 @@ def test_the_total_of_training_is_the_peak_of_a_step_with_state_within_five_perc
 
 
 @pytest.mark.processes
-@rows_in_one_case("technique", ["half", "nf4", "bof4s", "lora", "qlora"])
-@rows_in_one_case("name", ["BigNet", "large table"])
+@pytest.mark.parametrize("technique", ["half", "nf4", "bof4s", "lora", "qlora"])
+@pytest.mark.parametrize("name", ["BigNet", "large table"])
 def test_the_peak_of_convert_is_that_of_a_real_one_within_five_percent(name, technique):
     make = BigNet if name == "BigNet" else lambda: nn.Sequential(nn.Embedding(40_000, 256), nn.Linear(256, 256))
     batch = MODELS["BigNet"][1] if name == "BigNet" else torch.zeros(1, 2, dtype=torch.int64)
@@ -363,7 +362,7 @@ def views():
     return model
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("make", "given", "options", "error", "text"),
     [
         (BigNet, (), {"training": "adam"}, ValueError, "training='adam' is unknown: choose from None, sgd, adamw"),
@@ -406,7 +405,7 @@ def test_a_scripted_submodule_is_planned_as_its_source():
         assert planned.as_json() == expected.as_json()
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("size", "expected"),
     [
         *((number, number) for number in (1, 7, 2**60 + 1)),
@@ -418,7 +417,7 @@ def test_sizes_as_text_are_parsed(size, expected):
     assert bytes_of(size) == expected
 
 
-@rows_in_one_case("size", ["", "GB", "1XB", "-1GB", "0", 0, "1e3", "9" * 30])
+@pytest.mark.parametrize("size", ["", "GB", "1XB", "-1GB", "0", 0, "1e3", "9" * 30])
 def test_invalid_sizes_are_refused(size):
     with pytest.raises(ValueError, match="must be a size"):
         bytes_of(size)

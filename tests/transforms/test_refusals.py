@@ -11,7 +11,6 @@ from lowmem import FourBit, Half, LoRA, convert
 from lowmem.nn.sharded import sharded_types
 from lowmem.transforms.refusals import refuse_layers, refuse_model
 from tests.refusing import facts, refused
-from tests.selection import rows_in_one_case
 
 
 class Net(nn.Module):
@@ -227,8 +226,8 @@ ADAPTS = ("convert with LoRA", "add_adapter")  # after which only the adapters o
 
 
 @pytest.mark.filterwarnings("ignore:layers were quantized by their weights alone", "ignore:fewer rows than columns")
-@rows_in_one_case("kind", [PeftLinear, UsersPeftLinear])
-@rows_in_one_case("call", ["convert to 4 bits", "convert to 16 bits", "calibrate", *ADAPTS])
+@pytest.mark.parametrize("kind", [PeftLinear, UsersPeftLinear])
+@pytest.mark.parametrize("call", ["convert to 4 bits", "convert to 16 bits", "calibrate", *ADAPTS])
 def test_layers_inside_peft_s_are_refused_and_the_model_stays(kind, call):
     change = CALLS[call][1]
     model = nn.Sequential(nn.Linear(16, 16), kind(nn.Linear(16, 16)))

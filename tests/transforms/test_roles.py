@@ -2,12 +2,12 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
 from lowmem import FourBit, LoRA, convert
 from lowmem.transforms.roles import output_layers
-from tests.selection import rows_in_one_case
 from tests.transforms.test_placement import Body, Causal, adapted
 
 
@@ -24,7 +24,7 @@ class Without(nn.Module):
         return self.returned
 
 
-@rows_in_one_case("returned", [None, AttributeError, NotImplementedError, torch.ones(1)])
+@pytest.mark.parametrize("returned", [None, AttributeError, NotImplementedError, torch.ones(1)])
 def test_a_model_without_an_output_layer_has_none_left_out(returned):
     assert output_layers(Without(returned)) == {}
     assert adapted(convert(Without(returned), LoRA(2))) == ["body.q", "body.v"]

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, Half, Linear4Bit, LoRA, convert, restore, summary
-from tests.selection import rows_in_one_case
 from tests.transforms.models import EVERY, Cosine, Odd, Table, kinds
 
 pytestmark = [
@@ -16,7 +15,7 @@ pytestmark = [
 ]
 
 
-@rows_in_one_case("technique", [Half(), FourBit(), LoRA(2)])
+@pytest.mark.parametrize("technique", [Half(), FourBit(), LoRA(2)])
 def test_where_is_asked_once_for_each_path_and_chooses(technique):
     seen = []
     model = convert(Odd(), technique, where=lambda path, module: seen.append(path) or path.startswith("list"))
@@ -25,7 +24,7 @@ def test_where_is_asked_once_for_each_path_and_chooses(technique):
     assert len(seen) == len(set(seen))
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("skip", "left"),
     [
         ("list.*", {"list.0"}),
@@ -39,7 +38,7 @@ def test_skip_leaves_matching_paths_alone(skip, left):
     assert {path for path, kind in kinds(model).items() if kind is nn.Linear} == left
 
 
-@rows_in_one_case("alias", ["shared", "again", "dict.shared"])
+@pytest.mark.parametrize("alias", ["shared", "again", "dict.shared"])
 def test_where_leaves_a_shared_module_alone_when_it_refuses_any_of_its_paths(alias):
     model = convert(Odd(), FourBit(), where=lambda path, _: path != alias)
     assert type(model.shared) is nn.Linear
@@ -53,7 +52,7 @@ def test_a_model_whose_layers_all_have_adapters_says_so(technique):
         convert(model, technique)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("model", "found"),
     [
         (nn.Sequential(nn.PReLU(1), nn.PReLU(1), nn.ReLU()), "found PReLU x2, ReLU x1"),
@@ -68,7 +67,7 @@ def test_a_model_with_nothing_to_convert_says_what_it_has(model, found):
 
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
-@rows_in_one_case("techniques", EVERY)
+@pytest.mark.parametrize("techniques", EVERY)
 def test_a_layer_with_an_empty_weight_stays_dense_and_the_rest_is_converted(techniques):
     empty = nn.Linear(0, 4), nn.Linear(4, 0), nn.Conv1d(0, 4, 3), nn.Embedding(0, 4)
     model = convert(nn.ModuleList([*empty, nn.Linear(4, 4)]), *techniques)
@@ -83,7 +82,7 @@ def test_a_layer_with_an_empty_weight_stays_dense_and_the_rest_is_converted(tech
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules are a new feature")
-@rows_in_one_case("techniques", EVERY)
+@pytest.mark.parametrize("techniques", EVERY)
 def test_what_is_left_may_be_lazy_or_sparse(techniques):
     model = nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4), nn.LazyBatchNorm1d())
     model.register_parameter("sparse", nn.Parameter(torch.eye(4).to_sparse(), requires_grad=False))

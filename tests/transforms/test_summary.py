@@ -22,7 +22,6 @@ from lowmem import (
     summary,
 )
 from lowmem.transforms.summary import group_name, role_of
-from tests.selection import rows_in_one_case
 
 WHERE = "where= leaves it out"
 
@@ -58,10 +57,10 @@ def test_parameters_of_one_form_name_it_once():
     assert row.stored == f"weight_ih_l0, weight_hh_l0, weight_ih_l1: {int4}; weight_hh_l1: {nf4}"
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     "techniques", [(), (Half(),), (Half(torch.bfloat16),), (FourBit(),), (FourBit(), LoRA(2)), (LoRA(2),)]
 )
-@rows_in_one_case(
+@pytest.mark.parametrize(
     "make", [Tied, lambda: nn.TransformerEncoderLayer(16, 2, 32), lambda: nn.Sequential(nn.Linear(16, 8), nn.PReLU())]
 )
 def test_the_rows_add_up_to_what_the_model_stores_and_stands_for(make, techniques):
@@ -107,7 +106,7 @@ def test_every_row_says_how_its_layer_is_stored_and_what_that_costs_and_loses():
     assert summary(model).weight_error == (first.weight_error + second.weight_error) / 2
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("module", "reason"),
     [
         (nn.LayerNorm(8), "LayerNorm: vectors (biases, norms) stay dense"),
@@ -302,7 +301,7 @@ def test_names_are_shown_without_control_characters_and_kept_as_they_are_in_the_
     assert len({len(row) for row in summary(model).cells}) == 1
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("paths", "name"),
     [
         (["head"], "head"),

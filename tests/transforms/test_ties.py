@@ -9,14 +9,13 @@ from torch import nn
 from lowmem import FourBit, Half, HalfLinear, Linear4Bit, LoRA, StoredTensor, convert, load, measure, save
 from lowmem.nn.adapter_bank import parameter_of
 from tests.refusing import refused
-from tests.selection import rows_in_one_case
 from tests.test_any_model import Tied
 from tests.transforms.models import EVERY, SharedBias, dense_twin, tensors_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # which has its own test
 
 
-@rows_in_one_case("techniques", EVERY)
+@pytest.mark.parametrize("techniques", EVERY)
 def test_tied_weights_stay_tied(techniques):
     dense, untied = Tied(), Tied()
     untied.head.weight = nn.Parameter(untied.tokens.weight.detach().clone())
@@ -35,8 +34,8 @@ def test_tied_weights_stay_tied(techniques):
     assert tensors_of(twin.tokens)[0] is tensors_of(twin.head)[0]
 
 
-@rows_in_one_case("techniques", EVERY)
-@rows_in_one_case("skip", ["tokens", "head"])
+@pytest.mark.parametrize("techniques", EVERY)
+@pytest.mark.parametrize("skip", ["tokens", "head"])
 def test_tied_weights_are_left_alone_together(techniques, skip):
     model = convert(Tied(), *techniques, skip=skip)
     assert (type(model.tokens), type(model.head)) == (nn.Embedding, nn.Linear)
@@ -53,7 +52,7 @@ def test_an_adapter_over_a_tied_layer_leaves_the_tie():
     assert type(model.tokens) is nn.Embedding  # the adapted layer holds its weight
 
 
-@rows_in_one_case("techniques", EVERY)
+@pytest.mark.parametrize("techniques", EVERY)
 def test_a_tie_with_a_layer_that_another_tie_leaves_is_left_alone(techniques):
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8))
     model.register_parameter("own", model[0].weight)  # held by the model itself

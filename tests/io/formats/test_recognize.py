@@ -16,7 +16,6 @@ from lowmem.io.formats.recognize import open_foreign
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 from tests.rounding import default_dtype
-from tests.selection import rows_in_one_case
 
 SAMPLES = Path(__file__).parent / "samples"
 MADE = json.loads((SAMPLES / "samples.json").read_text())
@@ -39,7 +38,7 @@ def values_of(tensor: ForeignTensor) -> torch.Tensor:
     return values.transpose(-1, -2).contiguous() if tensor.transposed else values
 
 
-@rows_in_one_case("name", MADE["sha256"])
+@pytest.mark.parametrize("name", MADE["sha256"])
 def test_a_file_that_another_program_wrote_holds_what_that_program_says_to_the_bit(name):
     """tests/formats/makers.py wrote it with that program's own package, and noted its version and its values."""
     for dtype in (torch.float32, torch.bfloat16, torch.float64):  # of tensors without one: no reader depends on it

@@ -28,7 +28,6 @@ from lowmem.measure import peak_bytes
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.calibration import gptq
 from tests.refusing import refused
-from tests.selection import rows_in_one_case
 
 
 class Net(nn.Module):
@@ -171,8 +170,8 @@ def test_inputs_that_are_all_zero_are_named():
     assert model[0].quantized.method == "search"
 
 
-@rows_in_one_case("diagonal", [False, True])
-@rows_in_one_case("rows", [1, 9])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("rows", [1, 9])
 def test_biases_make_up_for_the_whole_error_of_inputs_that_are_all_alike(tmp_path, diagonal, rows):
     torch.manual_seed(0)
     x = torch.randn(1, 16).expand(rows, 16)
@@ -186,8 +185,8 @@ def test_biases_make_up_for_the_whole_error_of_inputs_that_are_all_alike(tmp_pat
         assert ((model(x) - expected).abs() <= 1e-5 * (1 + sizes)).all()
 
 
-@rows_in_one_case("diagonal", [False, True])
-@rows_in_one_case("value", [torch.nan, torch.inf, 1e30])
+@pytest.mark.parametrize("diagonal", [False, True])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, 1e30])
 def test_nan_and_infinite_inputs_are_an_error_and_the_model_stays(net, samples, value, diagonal):
     broken = [*samples, samples[0].clone()]
     broken[3][1, 2, 7] = value
@@ -528,7 +527,7 @@ class ReadingOfLongTexts(Reading):
 SHORT = 3
 
 
-@rows_in_one_case("kind", [Reading, ReadingOfLongTexts])
+@pytest.mark.parametrize("kind", [Reading, ReadingOfLongTexts])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_a_block_of_which_some_layers_read_earlier_outputs_is_calibrated_as_a_whole(kind, resumed, texts, tmp_path):
     more = {"resume": tmp_path / kind.__name__} if resumed else {}
@@ -607,7 +606,7 @@ def stored_as(model):
     }
 
 
-@rows_in_one_case("diagonal", [False, True])
+@pytest.mark.parametrize("diagonal", [False, True])
 def test_a_budget_is_divided_as_convert_divides_it_and_4_bits_are_calibrated(net, samples, diagonal):
     other = [batch.flip(-1) ** 3 for batch in samples]
     found, x = {}, samples[0]
@@ -718,7 +717,7 @@ def test_fewer_rows_than_columns_are_told_and_damped(net):
     assert (wanted.dequantize() - net.q.quantized.dequantize()).norm() < 0.02 * wanted.dequantize().norm()
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("error", "call"),
     [
         *((error, call) for error in (KeyboardInterrupt, RuntimeError) for call in (1, 2, 13, 17, 20, 24)),

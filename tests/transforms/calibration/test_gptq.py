@@ -9,7 +9,7 @@ from lowmem import FORMATS, FourBit, kernels, quantize
 from lowmem.quant.scales import get_encoding
 from lowmem.transforms.calibration.gptq import _nearest_stored, prepare_hessian, quantize_gptq
 from tests.rounding import default_dtype
-from tests.selection import covering, rows_in_one_case
+from tests.selection import covering
 
 
 def correlated(rows, columns, seed=0):
@@ -72,7 +72,7 @@ def test_the_layout_is_that_of_the_search_and_a_repeat_gives_the_same_bytes(form
     assert torch.equal(kept.scales, quantize(weight, format, block_size=size, scales=scales, search=False).scales)
 
 
-@rows_in_one_case("format", FORMATS)
+@pytest.mark.parametrize("format", FORMATS)
 def test_independent_inputs_give_the_nearest_codes(format):
     weight = torch.randn(7, 33, generator=torch.Generator().manual_seed(0))
     independent = prepare_hessian(torch.eye(33), 0.01)
@@ -92,8 +92,8 @@ def hessian_error(weight, quantized, hessian):
     return ((error @ matrix) * error).sum(-1)
 
 
-@rows_in_one_case("scales", ["float32", "float16", "double", "float16_offsets"])
-@rows_in_one_case("format", FORMATS)
+@pytest.mark.parametrize("scales", ["float32", "float16", "double", "float16_offsets"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_what_follows_gptq_lowers_the_error_of_every_row(format, scales, monkeypatch):
     x = correlated(300, 96)
     weight, hessian = torch.randn(40, 96, generator=torch.Generator().manual_seed(1)), hessian_of(x)
@@ -141,7 +141,7 @@ def test_columns_that_are_always_zero_get_their_nearest_codes():
     assert (error <= scales * FORMATS["nf4"].half_gap + (weight.abs().amax() - scales).clamp_min(0)).all()
 
 
-@rows_in_one_case("backend", [*kernels.available()])
+@pytest.mark.parametrize("backend", [*kernels.available()])
 def test_the_default_dtype_and_device_change_nothing(backend):
     weight, hessian = torch.randn(20, 40, generator=torch.Generator().manual_seed(0)), hessian_of(correlated(90, 40))
     with kernels.using(backend):
@@ -157,7 +157,7 @@ def test_the_default_dtype_and_device_change_nothing(backend):
         assert torch.equal(one.scales, expected.scales)
 
 
-@rows_in_one_case("backend", [*kernels.available()])
+@pytest.mark.parametrize("backend", [*kernels.available()])
 def test_how_large_inputs_are_changes_nothing(backend):
     x = correlated(90, 40)
     weight = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
@@ -193,7 +193,7 @@ def test_upper_is_the_root_of_the_inverse(columns, rows, seed):
     assert torch.allclose(upper.T @ upper @ damped, torch.eye(columns, dtype=torch.float64), atol=1e-3)
 
 
-@rows_in_one_case("moments", [torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), torch.nan)])
+@pytest.mark.parametrize("moments", [torch.zeros(3, 3), torch.full((3, 3), torch.inf), torch.full((3, 3), torch.nan)])
 def test_zero_or_infinite_moments_have_no_hessian(moments):
     assert prepare_hessian(moments, 0.01) is None
 

@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from lowmem import LoRA
 from lowmem.io.formats.peft.config import PeftConfig, ends_of
-from tests.selection import rows_in_one_case
 
 PATHS = ["fc", "inner.fc", "model.layers.0.fc", "model.layers.11.mlp.fc", "model.layers.1.experts.0.fc", "head"]
 
@@ -19,7 +18,7 @@ def matcher(**fields):
     return PeftConfig({"peft_type": "LORA", **fields})
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("fields", "expected"),
     [
         ({"target_modules": ["fc"]}, PATHS[:5]),
@@ -44,7 +43,7 @@ def test_layers_are_found_as_peft_finds_them(fields, expected):
     assert [path for path in PATHS if matcher(**fields).takes(path)] == expected
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("patterns", "expected"),
     [
         ({"fc": 2}, [2, 2, 2, 2, 2, 8]),

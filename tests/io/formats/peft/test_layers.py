@@ -7,7 +7,6 @@ from torch import nn
 from lowmem import FourBit, convert
 from lowmem.io.formats.peft.layers import Layers, dense_parameters
 from tests.io.formats.peft_model import Experts, Parts, parts
-from tests.selection import rows_in_one_case
 
 
 class Scaled(nn.Linear):
@@ -43,7 +42,7 @@ def test_what_lies_inside_of_an_adapted_module_is_named_behind_its_base_layer():
     assert layers.inner_key("head") == "base_model.model.head"
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("modules", "parameters", "message"),
     [
         (["bag"], [], "bag is a EmbeddingBag: PEFT does not adapt such a module: leave it out"),

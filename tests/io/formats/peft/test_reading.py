@@ -20,7 +20,6 @@ import lowmem
 from lowmem import FileError, FourBit, Half, LoRA, adapter_layers, convert, load_adapter, save_adapter
 from tests import refusing
 from tests.io.formats.peft_model import TOKENS, filled, parts
-from tests.selection import rows_in_one_case
 
 SAMPLE = Path(__file__).parents[1] / "samples" / "peft"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -116,7 +115,7 @@ def test_bits_of_a_b_and_scale_come_back(tmp_path, places, sizes, stabilized, ba
         assert one.scaling == same.scaling if alike else abs(one.scaling / same.scaling - 1) < 1e-15
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"r": 0}, "r=0 must be a positive integer"),
@@ -153,7 +152,7 @@ def test_a_config_that_says_something_else_is_refused(folder, fields, message):
     refused(folder, message)
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("name", "value", "message"),
     [
         ("fc.lora_A.weight", None, r"lacks the tensor .*fc.lora_A.weight, which its config leads to"),

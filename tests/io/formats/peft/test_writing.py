@@ -11,7 +11,6 @@ from torch import nn
 import lowmem
 from lowmem import Half, LoRA, adapter_layers, convert, load_adapter, save_adapter
 from tests.io.formats.peft_model import TOKENS, Parts, parts
-from tests.selection import rows_in_one_case
 
 
 def adapted(*places, technique=None, base=None):
@@ -157,7 +156,7 @@ class Bare(nn.Module):
         self.experts = Parts().experts
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("places", "change", "message"),
     [
         (["fc"], trains("scale"), "scale trains, and PEFT cannot save parameters of the model itself: freeze it"),
