@@ -56,7 +56,6 @@ lowmem.plan(lambda: nn.Sequential(nn.Linear(64, 64)), lowmem.Half(), batch=torch
 print(json.dumps([imported, changed(before), find_spec("peft") is not None]))
 """
 
-HOOKS = {"lowmem.nn.stored_module._refuse_in_dense", "lowmem.nn.adapted_weight._share_base"}  # to be deleted
 DECOMPOSED = ["lowmem.convolve.default", "lowmem.dequantize_rows.default"]
 DECOMPOSED += ["lowmem.product_16bit.default", "lowmem.product_4bit.default"]
 SAFE = ["forms.CodedForm", "forms.HalfForm", "gathered_weight.GatheredTensor", "stored_tensor.StoredTensor"]
@@ -68,7 +67,6 @@ def test_importing_and_using_lowmem_adds_entries_of_its_own_alone():
     command = [sys.executable, "-W", "ignore", "-c", PROGRAM]
     shown = subprocess.run(command, capture_output=True, text=True, check=True)
     imported, used, with_peft = json.loads(shown.stdout)
-    assert set(imported.pop("_global_parameter_registration_hooks", ())) <= HOOKS
     assert all(name.startswith("lowmem::") for name in imported.pop("operators"))
     assert imported == {
         "decompositions": DECOMPOSED,  # so that torch.onnx.export needs no lowmem

@@ -25,7 +25,7 @@ from lowmem.nn.techniques import LoRA
 from lowmem.transforms.adapters import add_placed
 from lowmem.transforms.commit import commit
 from lowmem.transforms.placement import places_of
-from lowmem.transforms.registry import layer_name, module_paths, note_dense, skip_reason
+from lowmem.transforms.registry import layer_name, module_paths, note_dense, parameters_to_adapt, skip_reason
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import keep_shared_biases, weight_key
 
@@ -209,7 +209,13 @@ def adapter_skip_reason(model: nn.Module, places: Mapping[str, tuple[nn.Module, 
     if place in places:
         return skip_reason(LoRA, places[place][0], chosen=True)
     module = next((one for path, one in model.named_modules(remove_duplicate=False) if path == place), None)
-    return f"the model has no layer {show(place)}" if module is None else skip_reason(LoRA, module, chosen=True)
+    if module is None:
+        return f"the model has no layer {show(place)}"
+    reason = skip_reason(LoRA, module, chosen=True)
+    if reason is not None:
+        return reason
+    names = ", ".join(parameters_to_adapt(module))
+    return f"the model has a {type(module).__name__} there, whose adapters change {names}"
 
 
 def check_adapter(

@@ -1,5 +1,5 @@
-"""Forwards with adapters that do not read the weight as a tensor: of linear layers and stored convolutions. QLoRA
-(arXiv 2305.14314) is ``linear_forward`` over a 4-bit layer."""
+"""The forwards of layers with adapters, ``base(x) + s up(down(dropout(x)))``: of linear layers, embeddings and
+convolutions. QLoRA (arXiv 2305.14314) is ``linear_forward`` over a 4-bit layer."""
 
 from __future__ import annotations
 
@@ -9,16 +9,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
+from torch.nn import functional
 
 from lowmem import kernels
 from lowmem.kernels import ops
-from lowmem.nn.adapter import Adapter, drops_nothing
-from lowmem.nn.adapter_autograd import product_of, trained_matrices
-from lowmem.nn.calls import autocast, autocasts, is_plain_call, recorded_call
+from lowmem.nn import conv, embedding  # noqa: F401 - register stored layers
+from lowmem.nn.adapter import Adapter, drops_nothing, is_conv1d_class
+from lowmem.nn.adapter_autograd import read_product
+from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.calls import autocasts, is_plain_call, no_slow_autocast, recorded_call
 from lowmem.nn.coded_module import kept_weight
-from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
-from lowmem.nn.low_rank_sum import LowRankSum
+from lowmem.nn.module_copy import LAYERS
+from lowmem.nn.stored_module import StoredModule
 
 _IN_FLOAT32 = (None, torch.float32)
 
@@ -30,40 +33,138 @@ def linear_forward(layer: Any, input: Tensor) -> Tensor:
     """
     if isinstance(input, Proxy):
         return recorded_call(layer, input)
+    base, kind, adapters = _base_and_adapters(layer)
+    if len(adapters) == 1:
+        fused = _fused_forward(base, kind, adapters[0], input)
+        if fused is None:
+            fused = _read_product(base, adapters[0], input, transposed=False)
+        if fused is not None:
+            return fused
+    if _has_stored_forward(kind):
+        out: Tensor = kind.forward(base, input)
+    else:
+        out = functional.linear(input, _parameter(base, "weight"), _parameter(base, "bias"))
+    for adapter in adapters:
+        out = adapter.forward(out, input)  # not __call__, for speed
+    return out
+
+
+def conv1d_forward(layer: Any, x: Tensor) -> Tensor:
+    """Return (..., out) for x (..., in): the forward of transformers' Conv1D, whose weight is (in, out)."""
+    base, _, adapters = _base_and_adapters(layer)
+    if len(adapters) == 1 and (fused := _read_product(base, adapters[0], x, transposed=True)) is not None:
+        return fused
+    weight, bias = _parameter(base, "weight"), _parameter(base, "bias")
+    out = torch.addmm(bias, x.view(-1, x.shape[-1]), weight).view(*x.shape[:-1], -1)
+    for adapter in adapters:
+        out = adapter.forward(out, x)
+    return out
+
+
+def embedding_forward(layer: Any, input: Tensor) -> Tensor:
+    """Return (..., embedding_dim) for indices (...): rows of W, and rows of A^T times B^T."""
+    if isinstance(input, Proxy):
+        return recorded_call(layer, input)
+    base, kind, adapters = _base_and_adapters(layer)
+    if _has_stored_forward(kind):
+        out: Tensor = kind.forward(base, input)
+    elif layer.max_norm is not None:  # writes to the weight, which is an error if it has adapters
+        return nn.Embedding.forward(layer, input)
+    else:
+        options = layer.padding_idx, None, layer.norm_type, layer.scale_grad_by_freq, layer.sparse
+        out = functional.embedding(input, _parameter(base, "weight"), *options)
+    for adapter in adapters:
+        left, right, scaling, *_ = adapter.update()
+        narrow = functional.embedding(input, left, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq) * scaling
+        with no_slow_autocast(narrow):
+            out = out + (narrow @ right).to(out.dtype)
+    return out
+
+
+def embedding_bag_forward(layer: Any, input: Tensor, offsets: Any = None, per_sample_weights: Any = None) -> Tensor:
+    """Return (bags, embedding_dim): bags of rows of W, and of A^T, times B^T."""
+    if layer.max_norm is not None or layer.mode == "max":  # writes to the weight, or is not linear in it
+        out: Tensor = nn.EmbeddingBag.forward(layer, input, offsets, per_sample_weights)
+        return out
+    base, _, adapters = _base_and_adapters(layer)
+
+    def bag(table: Any, sparse: bool) -> Tensor:
+        options = layer.norm_type, layer.scale_grad_by_freq, layer.mode, sparse, per_sample_weights
+        ends = layer.include_last_offset, layer.padding_idx
+        return functional.embedding_bag(input, table, offsets, None, *options, *ends)
+
+    out = bag(_parameter(base, "weight"), layer.sparse)
+    for adapter in adapters:
+        left, right, scaling, *_ = adapter.update()
+        with no_slow_autocast(out):
+            out = out + ((bag(left.contiguous(), False) * scaling) @ right).to(out.dtype)
+    return out
+
+
+def convolution_forward(layer: Any, input: Tensor, output_size: Any = None) -> Tensor:
+    """Convolve: A convolves to ``rank`` channels of each group, and B is a kernel of one element."""
+    if isinstance(input, Proxy):
+        return recorded_call(layer, input)
+    base, kind, adapters = _base_and_adapters(layer)
+    if _has_stored_forward(kind):
+        out: Tensor = kind.forward(base, input)
+    else:
+        out = _convolve(layer, input, _parameter(base, "weight"), _parameter(base, "bias"), output_size)
+    for adapter in adapters:
+        update = adapter.update()
+        first, second, *kernel = adapter.layout.shape
+        groups, ones = layer.groups, (1,) * len(kernel)
+        if layer.transposed:
+            down, up = update.right.view(first, -1, *kernel), update.left.repeat(groups, 1)  # (in, rank, *kernel)
+        else:
+            down, up = update.right.view(-1, second, *kernel), update.left  # (rank, in / groups, *kernel)
+            down = down if groups == 1 else down.repeat(groups, 1, *ones)
+        expand = getattr(functional, f"conv{len(kernel)}d")
+        with no_slow_autocast(input):
+            narrow = _convolve(layer, update.dropped(input), down, None, output_size) * update.scaling
+            out = out + expand(narrow, up.view(*up.shape, *ones), groups=groups).to(out.dtype)
+    return out
+
+
+def _convolve(layer: Any, x: Tensor, weight: Any, bias: Any, output_size: Any) -> Tensor:
+    """Convolve as a layer does, with another kernel of the same size."""
+    if not layer.transposed:
+        return layer._conv_forward(x, weight, bias)  # type: ignore[no-any-return]
+    dims = len(layer.kernel_size)
+    sizes = layer.stride, layer.padding, layer.kernel_size, dims, layer.dilation
+    padding = layer._output_padding(x, output_size, *sizes)
+    convolve = getattr(functional, f"conv_transpose{dims}d")
+    out: Tensor = convolve(x, weight, bias, layer.stride, layer.padding, padding, layer.groups, layer.dilation)
+    return out
+
+
+def _read_product(base: Any, adapter: Any, x: Tensor, transposed: bool) -> Tensor | None:
+    """Return the product with weight and adapter as one autograd node, or None (``read_product``)."""
+    return read_product(x, _parameter(base, "weight"), adapter, _parameter(base, "bias"), transposed)
+
+
+def _base_and_adapters(layer: Any) -> tuple[Any, Any, list[Any]]:
+    """Return the module whose parameters a forward reads, its class without adapters, and the adapters to add."""
     bank = layer._modules["adapters"]
-    active, merged = bank.active, bank.merged_copy  # read only once: another thread may change them
+    active, merged, held = bank.active, bank.merged_copy, bank._modules  # once: another thread may change them
     base, kind, done = layer, layer._plain_class, None
     if merged is not None:
         done, base = merged
         kind = type(base)
-    adapters = bank._modules
-    if len(active) == 1 and active[0] != done:
-        parts = adapters.get(active[0])  # None if another thread has deleted it
-        adapter = None if parts is None else parts._modules.get("weight")
-        fused = _fused_forward(base, kind, adapter, input)
-        if fused is None and (layer.training or torch.is_grad_enabled()):
-            # Without gradients, too: a checkpoint first runs its region so, and must get the same numbers.
-            matrices = trained_matrices(adapter, input)
-            if matrices is not None:
-                x = autocast(input)
-                fused = product_of(input, x, adapter, matrices, _frozen_weight(base, kind, x), False)
-        if fused is not None:
-            return fused
-    out: Tensor = _dense_linear(base, input) if kind is nn.Linear else kind.forward(base, input)
-    for name in active:
-        parts = adapters.get(name)
-        if name != done and parts is not None:
-            out = parts._modules["weight"].forward(out, input)  # not __call__, for speed
-    return out
+    parts = [held.get(name) for name in active if name != done]  # None if another thread has deleted it
+    adapters = [None if part is None else part._modules.get("weight") for part in parts]
+    return base, kind, [adapter for adapter in adapters if adapter is not None]
 
 
-def _dense_linear(layer: nn.Module, input: Tensor) -> Tensor:
-    """Return the output of a dense layer without its adapters, which the property ``weight`` would add."""
-    own = layer._parameters
-    weight: Any = own["weight"] if "weight" in own else layer.__dict__.get("weight")
-    if weight is None:  # a parametrization has moved it out
-        weight = layer.weight
-    return nn.functional.linear(input, weight, own["bias"] if "bias" in own else layer.bias)  # type: ignore[arg-type]  # noqa: SIM401
+def _parameter(base: Any, name: str) -> Any:
+    """Return a parameter without adapters; one that a parametrization has moved out is computed."""
+    found = parameter_of(base, name)
+    return getattr(base, name) if found is None and name not in base._parameters else found
+
+
+def _has_stored_forward(kind: Any) -> bool:
+    """Whether a class computes with the parts of its stored weight, and not with ``self.weight``."""
+    return kind in _STORED_LAYERS or kind.__bases__[0] in _STORED_LAYERS
 
 
 def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -> Tensor | None:
@@ -103,53 +204,32 @@ def _fused_forward(base: Any, kind: Any, adapter: nn.Module | None, x: Tensor) -
     return ops.product(x, weight, torch.float32, False, bases[key], a, b, adapter.scaling)
 
 
-def _frozen_weight(base: Any, kind: Any, x: Tensor) -> tuple[kernels.Weight, Tensor | None] | None:
-    """Return weight and bias of a layer if it multiplies ``x`` in bfloat16 and neither trains; else None."""
-    held = base._parameters
-    weight: kernels.Weight
-    if kind is Linear4Bit or kind is Linear8Bit:
-        dtype = base._forms["weight"].form.compute_dtype or x.dtype
-        if kernels.recorded_dtype(dtype, x) is not torch.bfloat16 or "bias" not in held:
-            return None
-        weight, bias = base.quantized, held["bias"]
-    elif kind in (HalfLinear, nn.Linear):
-        names = ("weight_rounded", "bias_rounded") if kind is HalfLinear else ("weight", "bias")
-        name = names[1] if names[1] in held else "bias"
-        dense = held.get(names[0])
-        if type(dense) is not nn.Parameter or dense.requires_grad or name not in held:
-            return None
-        if not dense.dtype is x.dtype is torch.bfloat16:
-            return None
-        weight, bias = dense.detach(), held[name]
-    else:
-        return None
-    if bias is not None and (type(bias) is not nn.Parameter or bias.requires_grad):
-        return None
-    return weight, None if bias is None else bias.detach()
-
-
-def convolution_forward(layer: Any, input: Tensor) -> Tensor:
-    """Convolve with the stored kernel, as without adapters, and add the adapters' output."""
-    plain = layer._plain_class
-    if layer.adapters.merged_copy is not None:
-        out: Tensor = plain.dense_class.forward(layer, input)
-        return out
-    out, weight = plain.forward(layer, input), layer.weight
-    return (
-        layer._conv_forward(input, weight.remade(weight.base, weight.updates, known=out), None)
-        if isinstance(weight, LowRankSum)
-        else out
-    )
-
-
 LINEAR: tuple[type[nn.Module], ...] = (nn.Linear, HalfLinear, Linear4Bit, Linear8Bit, GatheredLinear4Bit)
 """The exact types of layers that become a ``LoRALinear``."""
 
-FORWARDS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
-    **dict.fromkeys(LINEAR, linear_forward),
-    **dict.fromkeys((HalfConv, Conv4Bit), convolution_forward),
-}
-"""Class of a layer, or the base of generated classes in ``LAYERS`` -> its forward with adapters.
+_STORED_LAYERS = frozenset(LAYERS.values()) | {GatheredLinear4Bit}
 
-A class of ``LAYERS`` that is not here takes the dense class's forward, and any other class its own.
-"""
+_FORWARDS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
+    nn.Linear: linear_forward,
+    nn.Embedding: embedding_forward,
+    nn.EmbeddingBag: embedding_bag_forward,
+    **dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), convolution_forward),
+    **dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), convolution_forward),
+}
+"""Class of a dense layer -> its forward with adapters; beside Conv1D, all other modules read an ``AdaptedWeight``."""
+
+
+def forward_with_adapters(plain: Any) -> tuple[Any, Callable[[Any, Tensor], Tensor] | None]:
+    """Return the class whose forward is replaced in a module of class ``plain`` with adapters, and by what.
+
+    It is ``plain`` itself for layers of torch, dense or stored, and the layer of torch among the bases of a user's
+    class. The forward is None if there is no such layer.
+    """
+    dense = plain.dense_class if issubclass(plain, StoredModule) else plain
+    for kind in dense.__mro__:
+        forward = conv1d_forward if is_conv1d_class(kind) else _FORWARDS.get(kind)
+        if hasattr(kind, "_conv_forward") and dense._conv_forward is not kind._conv_forward:
+            return plain, None  # of a user's class, which may compute another kernel of the weight
+        if forward is not None:
+            return (plain if plain is kind or _has_stored_forward(plain) else kind), forward
+    return plain, None

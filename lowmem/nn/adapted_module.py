@@ -11,11 +11,11 @@ from torch import nn
 
 from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn import attention  # noqa: F401 - register what adapted weights do
-from lowmem.nn.adapted_forward import FORWARDS, LINEAR
+from lowmem.nn.adapted_forward import LINEAR, forward_with_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank, parameter_of
 from lowmem.nn.fold import remerge
-from lowmem.nn.module_copy import LAYERS, become, copied_module, stored_class, subclass_of
+from lowmem.nn.module_copy import LAYERS, become, copied_module, flat_weights, stored_class, subclass_of
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
 
@@ -53,6 +53,7 @@ class AdaptedModule(nn.Module):
         )
 
     def __setattr__(self, name: str, value: Any) -> None:
+        value = getattr(value, "unadapted", value)  # of another module, whose adapters are not shared
         if name in self._adapted_names or name == "bias":
             bank = self.__dict__["_modules"].get("adapters")
             sharded = sharded_types()  # FSDP2 sets shards, and what it gathers from them: the same values
@@ -95,15 +96,24 @@ def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
         "_adapted_names": names,
         "__reduce_ex__": _reduce,
     }
-    if plain in LAYERS.values():  # its forward reads the parts; the dense class's forward reads the weight property
+    if plain in LAYERS.values():
         body["__module__"] = plain.dense_class.__module__  # for torch.fx, it is a leaf as torch's own layers are
-        body["forward"] = plain.dense_class.forward
-    base = plain.__bases__[0] if issubclass(plain, StoredModule) else plain
-    forward = FORWARDS.get(plain, FORWARDS.get(base))
-    if forward is not None:
+    if issubclass(plain, nn.RNNBase):  # cuDNN would write the weights, which are computed, into one memory
+        body["_flat_weights"] = property(flat_weights, lambda module, weights: None)
+        body["flatten_parameters"] = lambda module: None
+    replaced, forward = forward_with_adapters(plain)
+    behind = []
+    if replaced is plain and forward is not None:
         body["forward"] = forward
-    made: type[AdaptedModule] = subclass_of(plain, LoRALinear if plain in LINEAR else AdaptedModule, **body)
+    elif forward is not None:  # behind the user's class, whose forward may call that of super()
+        behind = [_class_with(replaced, forward)]
+    made: type[AdaptedModule] = subclass_of(plain, LoRALinear if plain in LINEAR else AdaptedModule, *behind, **body)
     return made
+
+
+@cache
+def _class_with(kind: Any, forward: Any) -> type[nn.Module]:
+    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
 
 
 adapted_class: Callable[[Any, tuple[str, ...]], type[AdaptedModule]] = cache(_adapted_class)

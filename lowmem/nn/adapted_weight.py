@@ -1,79 +1,108 @@
-"""A tensor subclass for a weight with adapters, ``W + sum s B A``: torch functions compute as two products."""
+"""What ``module.weight`` of a module with adapters returns: ``W + sum s B A`` as an ``AdaptedWeight``, with which
+products multiply by W and by the two low-rank matrices. Other functions get the dense sum, differentiable in A and B.
+"""
 
 from __future__ import annotations
 
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
+from torch import Tensor
+from torch.nn import functional
 
-from lowmem.nn.adapter import Layout, Update
-from lowmem.nn.low_rank_sum import ADAPTED_FUNCTIONS, LowRankSum, on_values
+from lowmem.kernels.grouped import grouped_matmul
+from lowmem.kernels.torch_versions import constant_in_graphs, leave_to_eager
+from lowmem.nn.adapter import Update, add_low_rank
+from lowmem.nn.adapter_autograd import read_product
+from lowmem.nn.calls import no_slow_autocast
+from lowmem.nn.stored_tensor import StoredTensor
+from lowmem.nn.torch_functions import METADATA, name_of, registers_in, written_by
+
+REFUSAL = (
+    "a weight with adapters, which is computed: write to the layer's own parameter, or merge the adapters first, "
+    "lowmem.merge(model)"
+)
+"""End of the error message for writes to an adapted weight."""
+
+ADAPTED_FUNCTIONS: dict[Any, Callable[..., Any]] = {}
+"""Torch function, or name of a custom operator -> its implementation; NotImplemented: use the dense sum."""
+
+_PYTHON = (types.FunctionType, types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType)
+
+implements_adapted = partial(registers_in, ADAPTED_FUNCTIONS)
 
 
-def adapted_weight(base: Any, updates: Sequence[Update], layout: Layout) -> Any:
-    """Return a weight with adapters.
+class AdaptedWeight(Tensor):
+    """``base + sum s left right``, as a tensor of the base's shape, dtype and device.
 
-    Args:
-        base: the weight without adapters: a Tensor or StoredTensor.
+    Attributes:
+        base: the weight without adapters, a Tensor or StoredTensor.
         updates: of the adapters, in the order in which they are added.
-        layout: how the parameter holds the matrices that adapters change.
+        recorded: the dense sum in a graph that Dynamo records; None in all other cases.
     """
-    make: Any = _traced if torch.compiler.is_dynamo_compiling() else AdaptedWeight
-    return make(base, tuple(updates), layout, None)
 
+    base: Any
+    updates: Sequence[Update]
+    recorded: Tensor | None = None
 
-_VIEWS: dict[Any, Any] = {
-    torch.ops.aten.detach.default: Tensor.detach,
-    torch.ops.aten.t.default: Tensor.t,
-    torch.ops.aten.transpose.int: Tensor.transpose,
-    torch.ops.aten.permute.default: Tensor.permute,
-}
-"""The operators of ``weight.data``, ``T`` and ``mT``, which Dynamo's guards read without ``__torch_function__``."""
-
-
-class AdaptedWeight(LowRankSum, Tensor):
-    """A weight with adapters, as a tensor of its shape, dtype and device."""
-
-    @staticmethod
-    def __new__(cls, base: Any, updates: Any, layout: Any, known: Any = None) -> AdaptedWeight:
-        """Make a tensor without memory."""
-        return torch.Tensor._make_wrapper_subclass(
-            cls, base.shape, dtype=base.dtype, device=base.device, requires_grad=False
+    @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """Torch reads it before it registers a tensor as a parameter; other modules cannot hold this one."""
+        raise RuntimeError(
+            "a weight with adapters cannot be a parameter of a module without: give the module adapters, too, and "
+            "both share the weight without them; or give weight.unadapted"
         )
-
-    def __init__(self, base: Any, updates: tuple[Update, ...], layout: Layout, known: Tensor | None = None) -> None:
-        self.__dict__.update(base=base, updates=updates, holds=layout, known=known)
-        self._is_param = True
-
-    def remade(
-        self, base: Any, updates: Sequence[Update], layout: Layout | None = None, known: Tensor | None = None
-    ) -> Any:
-        """Return a weight with another base and other updates; layout None: this weight's."""
-        return AdaptedWeight(base, tuple(updates), self.holds if layout is None else layout, known)
-
-    @classmethod
-    def read(cls, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function that needs no values, such as ``size``."""
-        with torch._C.DisableTorchFunctionSubclass():
-            return function(*args, **kwargs)
-
-    @classmethod
-    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        own = _VIEWS.get(operator)
-        result = NotImplemented if own is None else ADAPTED_FUNCTIONS[own](*args)
-        return on_values(operator, args, kwargs or {}) if result is NotImplemented else result
 
     @property
     def unadapted(self) -> Any:
         """The weight without adapters: it is set when an adapted weight is assigned to another module."""
         return self.base
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
-        return f"AdaptedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, adapters={len(self.updates)})"
+    @property
+    def holds_matrices(self) -> bool:
+        """Whether it is a matrix or a stack of some, and not the kernel of a convolution or one row."""
+        dims = len(self.base.shape)
+        return dims > 1 and all(update.left.dim() == dims for update in self.updates)
+
+    def values(self) -> Tensor:
+        """Return the dense sum, differentiable in the adapters."""
+        return _dense_sum(self.base, self.updates) if self.recorded is None else self.recorded
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether it is more than one row of a matrix."""
+        return all(update.left.dim() > 1 for update in self.updates)
+
+    def selected(self, index: Any) -> Any:
+        """Return ``weight[index]``, for an index of the first dimension."""
+        return adapted_weight(self.base[index], [update.selected(index) for update in self.updates])
+
+    def transposed(self) -> Any:
+        """Return the weight with its matrices transposed."""
+        updates = [update.with_matrices(update.right.mT, update.left.mT) for update in self.updates]
+        return adapted_weight(self.base.transpose(-1, -2), updates)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling() and (method := _python_method(function)):
+            return partial(_call_method, args[0], method)
+        implementation = ADAPTED_FUNCTIONS.get(function)
+        if implementation is None and not isinstance(function, _PYTHON):
+            implementation = ADAPTED_FUNCTIONS.get(str(function).removesuffix(".default"))
+        if implementation is not None and (args or implementation is linear) and "out" not in kwargs:
+            result = implementation(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        for tensor in written_by(function, args, kwargs):
+            if isinstance(tensor, AdaptedWeight):
+                raise RuntimeError(f"{name_of(function)} would write to {REFUSAL}")
+        if function in METADATA:
+            return function(args[0].base, *args[1:], **kwargs)
+        return _call_with_values(function, args, kwargs)
 
     def __deepcopy__(self, memo: Any) -> Tensor:
         return self.values().detach().clone()
@@ -81,54 +110,251 @@ class AdaptedWeight(LowRankSum, Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return self.values().detach().__reduce_ex__(protocol)
 
+    def __repr__(self, *, tensor_contents: object = None) -> str:  # type: ignore[override]
+        return f"AdaptedWeight(shape={tuple(self.shape)}, dtype={self.dtype}, adapters={len(self.updates)})"
 
-class _Traced(LowRankSum, nn.Parameter):
-    """A weight with adapters in a graph that Dynamo records, which constructs subclasses only of another tensor."""
 
-    __new__ = Tensor.__new__  # type: ignore[assignment]  # the only one that Dynamo can trace
+# a graph of its own, after a graph break, could lose a write to what this returns
+leave_to_eager(AdaptedWeight.__torch_function__.__func__)  # type: ignore[attr-defined]
 
-    def remade(
-        self, base: Any, updates: Sequence[Update], layout: Layout | None = None, known: Tensor | None = None
-    ) -> Any:
-        """Return a weight with another base and other updates; layout None: this weight's."""
-        return _traced(base, tuple(updates), self.holds if layout is None else layout, known)
+
+class _WithoutMemory(AdaptedWeight):
+    """An adapted weight outside of graphs, whose sum is computed when something reads it."""
+
+    @staticmethod
+    def __new__(cls, base: Any, updates: Sequence[Update]) -> Any:
+        """Make a tensor without memory."""
+        made = Tensor._make_wrapper_subclass(cls, base.shape, dtype=base.dtype, device=base.device)
+        made.base, made.updates, made._is_param = base, updates, True
+        return made
 
     @classmethod
-    def read(cls, function: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        """Call a function that needs no values with the base, which has the same shape, dtype and device."""
-        return function(weight.base, *args, **kwargs)
+    def __torch_dispatch__(cls, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        view = _VIEWS.get(operator)
+        result = NotImplemented if view is None else view(*args)
+        return _call_with_values(operator, args, kwargs or {}) if result is NotImplemented else result
 
 
-def _register_methods() -> None:
-    """Override the tensor methods that are written in Python, such as ``split``: Dynamo inlines them otherwise."""
+def adapted_weight(base: Any, updates: Sequence[Update]) -> Any:
+    """Return ``base + sum s left right`` as an ``AdaptedWeight``.
 
-    def register(name: str, function: Any) -> None:
-        implemented = function in ADAPTED_FUNCTIONS
-
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if implemented:
-                return self.__torch_function__(function, (), (self, *args), kwargs)
-            return getattr(self.values(), name)(*args, **kwargs)  # by name: the function itself may call super()
-
-        setattr(_Traced, name, method)
-
-    for name, function in vars(Tensor).items():
-        if isinstance(function, types.FunctionType) and not name.startswith("_"):
-            register(name, function)
+    Dynamo constructs no tensors without memory, and asks no class about some functions, as ``torch._foreach_add_``.
+    So in a graph the class is that of an empty tensor of a dtype with which these fail, where they would write to a
+    copy. It has the dense sum, which the compiler drops if only products read the weight.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        return _WithoutMemory(base, updates)
+    made: Any = torch.empty(base.shape, dtype=torch.bits16, device="meta").as_subclass(AdaptedWeight)
+    made.base, made.updates, made.recorded = base, updates, _dense_sum(base, updates)
+    return made
 
 
-_register_methods()
+def _dense_sum(base: Any, updates: Sequence[Update]) -> Tensor:
+    total: Tensor = base.dequantize() if isinstance(base, StoredTensor) else base
+    for update in updates:
+        with no_slow_autocast(update.left):
+            change = (update.left * update.scaling) @ update.right
+        total = total + change.view(total.shape).to(total.dtype)  # of a kernel, right has all columns
+    return total
 
 
-def _traced(base: Any, updates: tuple[Update, ...], layout: Layout, known: Tensor | None) -> _Traced:
-    made: Any = _Traced(torch.empty(base.shape, dtype=torch.bits16, device="meta"))
-    made.base, made.updates, made.holds, made.known = base, updates, layout, known  # Dynamo cannot trace an __init__
-    return made  # type: ignore[no-any-return]
+def _call_with_values(function: Any, args: Any, kwargs: Any) -> Any:
+    known: list[tuple[AdaptedWeight, Tensor]] = []
+
+    def dense(argument: Any) -> Any:
+        if not isinstance(argument, AdaptedWeight):
+            return argument
+        for weight, values in known:
+            if weight is argument:
+                return values
+        known.append((argument, argument.values()))
+        return known[-1][1]
+
+    args, kwargs = torch.utils._pytree.tree_map(dense, (args, kwargs))
+    return function(*args, **kwargs)
 
 
-def _share_base(module: nn.Module, name: str, parameter: Any) -> Any:
-    """When an adapted weight is registered as a parameter, register its base: adapters stay with their modules."""
-    return parameter.base if isinstance(parameter, AdaptedWeight) else None
+def _call_method(weight: AdaptedWeight, name: str, *args: Any, **kwargs: Any) -> Any:
+    implementation = ADAPTED_FUNCTIONS.get(getattr(Tensor, name))
+    result = NotImplemented if implementation is None else implementation(weight, *args, **kwargs)
+    return getattr(weight.values(), name)(*args, **kwargs) if result is NotImplemented else result
 
 
-register_module_parameter_registration_hook(_share_base)
+@constant_in_graphs
+def _python_method(function: Any) -> str:
+    """Return the name of a tensor method that is written in Python, such as ``split``, of which ``function`` is the
+    ``__get__``: Dynamo takes it for an attribute. Return "" for other functions."""
+    method = getattr(function, "__self__", None)
+    return method.__name__ if isinstance(method, types.FunctionType) and name_of(function) == "__get__" else ""
+
+
+def _is_matrix(weight: Any) -> bool:
+    return isinstance(weight, AdaptedWeight) and weight.holds_matrices
+
+
+@implements_adapted(functional.linear)
+def linear(input: Any, weight: Any, bias: Any = None) -> Any:
+    """Return the product with W, plus the low-rank one: (..., in) -> (..., out)."""
+    if not _is_matrix(weight) or isinstance(input, AdaptedWeight):
+        return NotImplemented
+    if (fused := _one_product("linear", input, weight, bias)) is not None:
+        return fused
+    out = functional.linear(input, weight.base, bias)
+    for update in weight.updates:
+        out = add_low_rank(out, update.dropped(input), update.right, update.left, update.scaling)
+    return out
+
+
+def _one_product(kind: str, x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
+    """Return the product with a weight and its only adapter as one autograd node, or None (``read_product``)."""
+    adapter = weight.updates[0].adapter if len(weight.updates) == 1 else None
+    if adapter is None or adapter.layout.kind != kind or len(weight.base.shape) != 2:
+        return None
+    return read_product(x, weight.base, adapter, bias, kind == "transposed")
+
+
+_MATMULS = torch.matmul, Tensor.matmul
+_MMS = torch.mm, Tensor.mm  # of two dimensions only
+
+
+def _matmul(function: Callable[[Any, Any], Tensor], a: Any = None, b: Any = None, **named: Any) -> Any:
+    """Return ``function(a, b)``, a product one of whose factors is an adapted weight."""
+    if named or isinstance(a, AdaptedWeight) == isinstance(b, AdaptedWeight):
+        return NotImplemented
+    if _is_matrix(a):
+        out = function(a.base, b)
+        for update in a.updates:
+            with no_slow_autocast(b):
+                narrow = torch.matmul(update.right, update.dropped(b)) * update.scaling
+                out = out + torch.matmul(update.left, narrow).to(out.dtype)
+        return out
+    if not _is_matrix(b):
+        return NotImplemented
+    takes = function in _MATMULS or (function in _MMS and a.dim() == 2)
+    fused = _one_product("transposed", a, b) if takes else None
+    return _multiplied(function, torch.matmul, a, b) if fused is None else fused
+
+
+def _added_product(function: Callable[..., Tensor], added: Any, a: Any = None, b: Any = None, **named: Any) -> Any:
+    """Return ``added`` plus a product: ``function`` is ``addmm`` or ``baddbmm``."""
+    if named or not _is_matrix(b) or isinstance(a, AdaptedWeight):
+        return NotImplemented
+    fused = _one_product("transposed", a, b, added) if a.dim() == 2 else None
+    return _multiplied(partial(function, added), torch.matmul, a, b) if fused is None else fused
+
+
+def _multiplied(
+    function: Callable[..., Tensor], thin: Callable[[Tensor, Tensor], Tensor], x: Any, weight: Any
+) -> Any:
+    """Return ``function(x, W)``, plus ``x left right`` by the product ``thin``."""
+    out = function(x, weight.base)
+    for update in weight.updates:
+        with no_slow_autocast(x):
+            narrow = thin(update.dropped(x), update.left) * update.scaling
+            out = out + thin(narrow, update.right).to(out.dtype)
+    return out
+
+
+def _grouped_mm(function: Callable[..., Tensor], x: Any, weight: Any = None, offs: Any = None, **options: Any) -> Any:
+    if not _is_matrix(weight) or isinstance(x, AdaptedWeight) or x.dim() != 2 or len(weight.base.shape) != 3:
+        return NotImplemented
+    if offs is None:
+        return NotImplemented
+    thin = partial(_with_offsets, offs)
+    return _multiplied(lambda x, base: function(x, base, offs=offs, **options), thin, x, weight)
+
+
+def _with_offsets(offsets: Tensor, x: Tensor, matrices: Tensor) -> Tensor:
+    return grouped_matmul(x, matrices, offsets)
+
+
+def _grouped_mm_of_transformers(input: Any, weight: Any, offs: Any) -> Any:
+    """Implement transformers' fallback for torch versions without grouped_mm, without dequantizing the weight."""
+    return _grouped_mm(
+        lambda x, base, offs: torch.ops.transformers.grouped_mm_fallback(x, base, offs), input, weight, offs
+    )
+
+
+def _register_products() -> None:
+    for place in (torch, Tensor):
+        for name in ("matmul", "mm", "bmm"):
+            ADAPTED_FUNCTIONS[getattr(place, name)] = partial(_matmul, getattr(place, name))
+        for name in ("addmm", "baddbmm"):
+            ADAPTED_FUNCTIONS[getattr(place, name)] = partial(_added_product, getattr(place, name))
+    ADAPTED_FUNCTIONS[Tensor.__matmul__] = partial(_matmul, torch.matmul)
+    ADAPTED_FUNCTIONS[Tensor.__rmatmul__] = lambda b, a: _matmul(torch.matmul, a, b)
+    for place, name in ((functional, "grouped_mm"), (torch, "_grouped_mm")):
+        if hasattr(place, name):
+            ADAPTED_FUNCTIONS[getattr(place, name)] = partial(_grouped_mm, getattr(place, name))
+    ADAPTED_FUNCTIONS["transformers.grouped_mm_fallback"] = _grouped_mm_of_transformers
+
+
+_register_products()
+
+
+@implements_adapted(Tensor.T.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
+def _t(weight: Any) -> Any:
+    return weight.transposed() if _is_matrix(weight) and len(weight.base.shape) == 2 else NotImplemented
+
+
+@implements_adapted(Tensor.mT.__get__)  # type: ignore[attr-defined]
+def _mt(weight: Any) -> Any:
+    return weight.transposed() if _is_matrix(weight) else NotImplemented
+
+
+@implements_adapted(Tensor.transpose, torch.transpose)
+def _transpose(weight: Any, dim0: int, dim1: int) -> Any:
+    if not _is_matrix(weight):
+        return NotImplemented
+    dims = len(weight.base.shape)
+    return weight.transposed() if {dim0 % dims, dim1 % dims} == {dims - 1, dims - 2} else NotImplemented
+
+
+@implements_adapted(Tensor.__getitem__)
+def _getitem(weight: Any, index: Any) -> Any:
+    if isinstance(index, tuple) and all(isinstance(one, slice) and one == slice(None) for one in index[1:]):
+        index = index[0] if index else ...
+    first = isinstance(index, (slice, int, list)) or (isinstance(index, Tensor) and index.dim() < 2)
+    if not first or isinstance(index, bool) or not isinstance(weight, AdaptedWeight) or not weight.has_rows:
+        return NotImplemented
+    return weight.selected(index)
+
+
+def _rows(function: Callable[..., Any], place: int, weight: Any, *args: Any, **named: Any) -> Any:
+    """Return rows as adapted weights, for a function whose argument number ``place`` is the dimension."""
+    dim = args[place] if place < len(args) else named.get("dim", 0)
+    if dim != 0 or not weight.has_rows:
+        return NotImplemented
+    base = function(weight.base, *args, **named)
+    updates = [update.rows(lambda matrix: function(matrix, *args, **named)) for update in weight.updates]
+    if isinstance(base, Tensor):
+        return adapted_weight(base, [update for (update,) in updates])
+    return tuple([adapted_weight(part, of_part) for part, *of_part in zip(base, *updates, strict=True)])
+
+
+for _name, _place in (("select", 0), ("narrow", 0), ("index_select", 0), ("unbind", 0), ("split", 1), ("chunk", 1)):
+    for _function in (getattr(torch, _name), getattr(Tensor, _name)):
+        ADAPTED_FUNCTIONS[_function] = partial(_rows, _function, _place)
+ADAPTED_FUNCTIONS[Tensor.__iter__] = partial(_rows, torch.unbind, 0)
+
+
+@implements_adapted(Tensor.detach, torch.detach, Tensor.data.__get__)  # type: ignore[attr-defined]
+def _detach(weight: Any) -> Any:
+    updates = [update.with_matrices(update.left.detach(), update.right.detach()) for update in weight.updates]
+    return adapted_weight(weight.base.detach(), updates)
+
+
+@implements_adapted(Tensor.requires_grad_, Tensor.requires_grad.__set__)  # type: ignore[attr-defined]
+def _requires_grad(weight: Any, requires_grad: bool = True) -> Any:
+    if requires_grad:
+        raise RuntimeError("a weight with adapters is computed and cannot train: the adapters do")
+    return weight
+
+
+_VIEWS: dict[Any, Callable[..., Any]] = {
+    torch.ops.aten.detach.default: _detach,
+    torch.ops.aten.t.default: _t,
+    torch.ops.aten.transpose.int: _transpose,
+    torch.ops.aten.permute.default: lambda weight, dims: _t(weight) if list(dims) == [1, 0] else NotImplemented,
+}
+"""The operators of ``weight.data``, ``T`` and ``mT``, which guards of Dynamo call without ``__torch_function__``."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -22,11 +23,14 @@ _OVERSAMPLING = 16  # columns of the basis beyond the rank
 _STEPS = 8  # of subspace iteration; the singular values of a 4-bit error lie close together, so it needs several
 
 
+def is_conv1d_class(kind: type) -> bool:
+    """Whether a class is the ``Conv1D`` of transformers: a linear layer with a transposed weight, (in, out)."""
+    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+
+
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is the ``Conv1D`` of transformers: a linear layer with a transposed weight, (in, out)."""
-    return any(
-        (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D") for kind in type(module).__mro__
-    )
+    """Whether a module is the ``Conv1D`` of transformers, or of a subclass."""
+    return any(map(is_conv1d_class, type(module).__mro__))
 
 
 class Layout(NamedTuple):
@@ -37,7 +41,7 @@ class Layout(NamedTuple):
         kind: "linear": (*stack, out, in). "transposed": (*stack, in, out), as in an embedding, where in is the
             vocabulary. "kernel": (out, in / groups, *kernel), a matrix with in / groups * prod(kernel) columns.
             "transposed kernel": (in, out / groups, *kernel), a matrix with in * prod(kernel) columns and out / groups
-            rows. "kernel rows": some rows of a kernel, or one.
+            rows.
     """
 
     shape: tuple[int, ...]
@@ -55,7 +59,7 @@ class Layout(NamedTuple):
         """Return matrices (*stack, out, in) as a tensor of the parameter's shape."""
         if self.kind == "transposed":
             return matrix.mT
-        if self.kind in ("kernel", "kernel rows"):
+        if self.kind == "kernel":
             return matrix.view(self.shape)
         if self.kind == "transposed kernel":
             rows, outputs, *kernel = self.shape
@@ -82,8 +86,8 @@ class Update(NamedTuple):
     """The low-rank change ``scaling * left @ right`` of matrices (*stack, rows, columns).
 
     Args:
-        left: (*stack, rows, rank).
-        right: (*stack, rank, columns).
+        left: (*stack, rows, rank); (rank,) of one row.
+        right: (*stack, rank, columns). Columns of a kernel are all its values of an output channel.
         scaling: factor of the product.
         dropout: applied to the inputs of products.
         adapter: the adapter whose whole matrices these are; None if they are views.
@@ -95,25 +99,38 @@ class Update(NamedTuple):
     dropout: nn.Module
     adapter: Any = None
 
-    def view(self, left: Tensor, right: Tensor) -> Update:
+    def with_matrices(self, left: Tensor, right: Tensor) -> Update:
         """Return the change with other matrices, which are views of these."""
         return self._replace(left=left, right=right, adapter=None)
 
-    def of_matrix(self, number: int) -> Update:
-        """Return the change of one matrix of a stack."""
-        if self.adapter is None:
-            return self.view(self.left[number], self.right[number])
-        return self.view(*self.adapter.matrices(number))
+    def selected(self, index: Any) -> Update:
+        """Return the change of ``weight[index]``, for an index of the first dimension of the weight."""
+        if self.adapter is not None and self.left.dim() == 3 and (number := _whole_number(index)) is not None:
+            return self.with_matrices(*self.adapter.matrices(number))
+        (update,) = self.rows(lambda matrix: matrix[index])
+        return update
 
-    def values(self) -> Tensor:
-        """Return the change, dense and differentiable: (*stack, rows, columns)."""
-        with no_slow_autocast(self.left):
-            return (self.left * self.scaling) @ self.right
+    def rows(self, select: Callable[[Tensor], Any]) -> list[Update]:
+        """Return the changes of what ``select`` returns, a tensor or several, of the first dimension of a weight."""
+        left, right = self.left, self.right
+        lefts = [left] if left.dim() < right.dim() else select(left)  # the same for all rows of a transposed kernel
+        rights = [right] if right.dim() < 3 else select(right)
+        lefts, rights = ([side] if isinstance(side, Tensor) else list(side) for side in (lefts, rights))
+        count = max(len(lefts), len(rights))
+        lefts, rights = (side * count if len(side) < count else side for side in (lefts, rights))
+        return [self.with_matrices(*pair) for pair in zip(lefts, rights, strict=True)]
 
     def dropped(self, x: Tensor) -> Tensor:
         """Return an input in the dtype of the matrices, after dropout."""
         x = x if x.dtype is self.left.dtype else x.to(self.left.dtype)
         return x if drops_nothing(self.dropout) else self.dropout(x)
+
+
+def _whole_number(index: Any) -> int | None:
+    """Return the index of one matrix of a stack as an int; None if it is none, or a tensor that is being traced."""
+    if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32):
+        return None if torch.compiler.is_compiling() else int(index)
+    return index if type(index) is int else None
 
 
 def drops_nothing(dropout: nn.Module | None) -> bool:
@@ -176,7 +193,8 @@ that copies of these do not have it."""
 class Adapter(nn.Module):
     """The low-rank change of one parameter, ``s B A``: A (*stack, rank, in) and B (*stack, out, rank).
 
-    A starts random and B at zero, so a new adapter does not change the output, bit for bit, unless ``init="loftq"``.
+    A starts random and B at zero, so a new adapter does not change the output, bit for bit, unless ``init="loftq"``
+    (of a recurrent layer: within rounding, since torch multiplies by the whole sum).
     For an embedding A starts at zero, as in PEFT, so that only the rows that batches have read change. A stack of
     matrices, as of experts, has one pair for each matrix.
 
@@ -257,6 +275,8 @@ class Adapter(nn.Module):
         a, b = _factor(self.lora_a), _factor(self.lora_b)
         if self.layout.kind == "transposed":
             return Update(a.mT, b.mT, self.scaling, self.dropout, self)
+        if self.layout.kind == "transposed kernel":
+            a = a.view(self.rank, self.layout.shape[0], -1).movedim(1, 0)  # (in, rank, values of the kernel)
         return Update(b, a, self.scaling, self.dropout, self)
 
     def matrices(self, number: int) -> tuple[Tensor, Tensor]:

@@ -24,7 +24,7 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_operator import parts_of, stored
 from lowmem.kernels.memory import is_batch, is_traced, keeps_results
-from lowmem.nn.adapter import Adapter, Update, drops_nothing
+from lowmem.nn.adapter import Adapter, drops_nothing
 from lowmem.nn.calls import autocast, is_plain_call
 from lowmem.nn.forms import HalfForm
 from lowmem.nn.recomputed import Recompute, differentiable_once, recompute_of, saves_in_any_dtype
@@ -41,13 +41,13 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transposed: bool) -> Tensor | None:
+def read_product(input: Tensor, weight: Any, adapter: Any, bias: Any, transposed: bool) -> Tensor | None:
     """Return the product of an input with a frozen weight that has an adapter, for a module in training: (..., out).
 
     Args:
         input: float32 or bfloat16 (..., in).
         weight: without the adapter: (out, in); (in, out) if transposed.
-        update: of the weight; its ``adapter`` is not None.
+        adapter: of the weight.
         bias: (out,), or None.
         transposed: whether the product is ``input @ weight``, instead of ``input @ weight.T``.
 
@@ -57,8 +57,8 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
         products that are not in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor
         subclasses, or devices without fast bfloat16.
     """
-    adapter = update.adapter
     if not (adapter.training or torch.is_grad_enabled()):
+        # Without gradients, too: a checkpoint first runs its region so, and must get the same numbers.
         return None
     matrices = trained_matrices(adapter, input)
     if matrices is None:
@@ -67,8 +67,9 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
     found: kernels.Weight
     if type(weight) is StoredTensor:
         form = weight.form
+        dtype = form.product_dtype(x) if isinstance(form, HalfForm) else form.compute_dtype or x.dtype
         wanted = form.dtype if isinstance(form, HalfForm) else torch.bfloat16
-        if form.product_dtype(x) is not torch.bfloat16 or wanted is not torch.bfloat16 or weight.swapped:
+        if kernels.recorded_dtype(dtype, x) is not torch.bfloat16 or wanted is not torch.bfloat16 or weight.swapped:
             return None
         found = weight.stored
     elif type(weight) is nn.Parameter and not weight.requires_grad and weight.dtype is x.dtype is torch.bfloat16:
@@ -80,6 +81,7 @@ def read_product(input: Tensor, weight: Any, update: Update, bias: Any, transpos
         return None
     if bias is not None and tuple(bias.shape) != (weight.shape[1 if transposed else 0],):
         return None
+    bias = None if bias is None else bias.detach()
     return product_of(input, x, adapter, matrices, (found, bias), transposed)
 
 
@@ -109,15 +111,15 @@ def product_of(
     x: Tensor,
     adapter: Any,
     matrices: tuple[Tensor, Tensor],
-    frozen: tuple[kernels.Weight, Tensor | None] | None,
+    frozen: tuple[kernels.Weight, Tensor | None],
     transposed: bool,
 ) -> Tensor | None:
     """Return the product with a frozen weight, A and B; ``x`` is ``input`` in autocast's dtype.
 
-    None if ``frozen`` is None, the device is slow at bfloat16, or the shapes do not fit.
+    None if the device is slow at bfloat16, or the shapes do not fit.
     """
     a, b = matrices
-    if frozen is None or not kernels.fast_bfloat16(x) or x.shape[-1] != a.shape[1]:
+    if not kernels.fast_bfloat16(x) or x.shape[-1] != a.shape[1]:
         return None
     weight, bias = frozen
     shared = type(input.grad_fn).__name__ in _KEEP_RESULTS  # the input lives until backward; a cached copy would, too

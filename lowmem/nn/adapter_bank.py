@@ -87,7 +87,7 @@ class AdapterBank(nn.Module):
         parts = [one[name] for one in active_parts if name in one]
         if not parts or base is None:
             return base
-        return adapted_weight(base, [part.update() for part in parts], parts[0].layout)
+        return adapted_weight(base, [part.update() for part in parts])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if self.merged_copy is not None:

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.nn.adapted_products import linear
+from lowmem.nn.adapted_weight import AdaptedWeight, implements_adapted, linear
 from lowmem.nn.calls import no_slow_autocast
-from lowmem.nn.low_rank_sum import implements_adapted, is_adapted
 from lowmem.nn.stored_tensor import implements
 from lowmem.quant.backend import matmul_dtype
 
@@ -125,4 +124,4 @@ def _apply(x: Tensor, weight: Any, bias: Any) -> Tensor:
 
 
 def _rows(weight: Any, rows: slice) -> Any:
-    return weight.indexed((rows,)) if is_adapted(weight) else weight[rows]
+    return weight.selected(rows) if isinstance(weight, AdaptedWeight) else weight[rows]

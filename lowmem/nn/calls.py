@@ -38,7 +38,10 @@ def refuse_nested(x: Tensor, name: str = "input") -> None:
 def recorded_call(module: nn.Module, input: Proxy) -> Any:
     """Record a call of a module in a graph of torch.fx, in which torch's own layers are leaves, too."""
     tracer: Any = input.tracer
-    if tracer.root is module:
+    own = type(module).forward.__module__.startswith(
+        "lowmem."
+    )  # and not a user's forward, which calls that of super()
+    if tracer.root is module or not own:
         raise RuntimeError(
             f"torch.fx.symbolic_trace cannot look into a {type(module).__name__}, whose weight is no plain tensor: "
             "trace a module that holds it, or make it dense before, lowmem.restore(model) or lowmem.merge(model)"

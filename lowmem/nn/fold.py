@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.forms import freeze
 from lowmem.nn.gathered_weight import GatheredTensor
-from lowmem.nn.module_copy import copied_module, restored_copy
+from lowmem.nn.module_copy import copied_module, flat_weights, restored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.quantize import relative_error, requantize, round_to
@@ -81,6 +81,8 @@ def without_adapters(module: Any) -> nn.Module:
     hooks = copied.__dict__["_load_state_dict_post_hooks"]
     kept = [(key, hook) for key, hook in hooks.items() if hook is not remerge]
     copied.__dict__["_load_state_dict_post_hooks"] = type(hooks)(kept)
+    if isinstance(copied, nn.RNNBase) and not isinstance(copied, StoredModule):
+        copied.__dict__["_flat_weights"] = flat_weights(copied)
     return copied
 
 

@@ -24,10 +24,10 @@ BASES: dict[int, type[StoredModule]] = {}
 """Bits -> the base of all other generated classes."""
 
 
-def subclass_of(kind: Any, base: Any, **body: Any) -> Any:
-    """Return a subclass of ``base`` and of a module's class ``kind``, under the name of ``kind``."""
+def subclass_of(kind: Any, base: Any, *behind: Any, **body: Any) -> Any:
+    """Return a subclass of ``base``, a module's class ``kind`` and ``behind``, under the name of ``kind``."""
     own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (base, kind), own | body)
+    return type(kind.__name__, (base, kind, *behind), own | body)
 
 
 def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredModule]:
@@ -45,7 +45,7 @@ def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredM
         "__reduce_ex__": lambda module, _: (_empty, (dense, names, bits), module.__getstate__()),
     }
     if issubclass(dense, nn.RNNBase):
-        body["_flat_weights"] = property(_flat_weights, lambda module, weights: None)
+        body["_flat_weights"] = property(flat_weights, lambda module, weights: None)
     made: type[StoredModule] = subclass_of(dense, base, **body)
     return made
 
@@ -68,11 +68,12 @@ def stored_property(name: str) -> property:
     return property(get, put, doc=f"The parameter ``{name}``: a StoredTensor.")
 
 
-def _flat_weights(module: Any) -> list[Any]:
+def flat_weights(module: Any) -> list[Any]:
+    """Return the weights of a recurrent layer, in the order in which torch's kernels take them."""
     return [getattr(module, name) for name in module.__dict__["_flat_weights_names"]]
 
 
-leave_to_eager(_flat_weights)  # torch.compile runs recurrent layers eagerly, too
+leave_to_eager(flat_weights)  # torch.compile runs recurrent layers eagerly, too
 
 
 def _empty(dense: type[nn.Module], names: tuple[str, ...], bits: int) -> StoredModule:
@@ -185,7 +186,7 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
     if names:
         copied.__dict__.update(_forms=left, _kept={})
     if isinstance(copied, nn.RNNBase) and not names:
-        copied.__dict__["_flat_weights"] = _flat_weights(copied)
+        copied.__dict__["_flat_weights"] = flat_weights(copied)
     return copied
 
 

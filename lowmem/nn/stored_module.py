@@ -10,7 +10,6 @@ from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from lowmem.kernels import Weight
 from lowmem.kernels.torch_versions import exports_without_dynamo, is_exporting
@@ -389,18 +388,6 @@ def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None
     dense = restored_copy(module, empty)
     weights = {one: own.stored for one, own in shapes.items() if one != name} | {name: tensor.stored}
     become(module, stored_copy(dense, weights))
-
-
-def _refuse_in_dense(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-    """Refuse to register a stored tensor as a parameter of a dense module."""
-    if isinstance(parameter, StoredTensor):
-        raise RuntimeError(
-            f"{type(module).__name__}.{name} cannot hold a weight that is stored in {parameter.form}: convert both "
-            f"modules, so that they share it; or {REMEDY}"
-        )
-
-
-register_module_parameter_registration_hook(_refuse_in_dense)
 
 
 def dense_bytes(module: StoredModule) -> dict[str, int]:

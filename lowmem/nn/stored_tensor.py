@@ -112,6 +112,17 @@ class StoredTensor(Tensor):
             setattr(self, name, part)
 
     @property
+    def grad_fn(self) -> Any:  # type: ignore[override]
+        """None for a tracer, which reads it of what a graph returns. All else that reads it of a weight is torch's
+        ``register_parameter``: a dense module would hold a tensor that neither files nor pruning know."""
+        if is_recorded(*self.parts):
+            return None
+        raise RuntimeError(
+            f"a dense module cannot hold a weight that is stored in {self.form}: convert both modules, so that they "
+            f"share it; or {REMEDY}"
+        )
+
+    @property
     def parts(self) -> tuple[Tensor, ...]:
         """The stored tensors, in the order of ``form.parts``."""
         own = self.__dict__

@@ -48,12 +48,12 @@ def convert(
 
     ``LoRA`` takes linear layers, transformers' Conv1D, experts (a pair of matrices for each) and the projections of
     nn.MultiheadAttention. These stay the same objects, too, get a child ``adapters``, and their parameters become an
-    ``AdaptedWeight``; linear layers become a ``LoRALinear``. It leaves out embeddings and convolutions, the output
-    layer of a language model (what ``get_output_embeddings()`` returns), layers that share its weight, linear layers
-    whose weight is tied to an embedding (their adapters would be as large as the vocabulary), and linear layers that
-    choose experts, unless ``where`` is given: then it takes all that ``where`` selects. ``skip`` leaves layers out
-    and keeps this choice. After it only adapters train. ``summary`` lists how each module was treated, and why. A
-    call of the model by another thread meanwhile may fail.
+    ``AdaptedWeight``; linear layers become a ``LoRALinear``. It leaves out embeddings, convolutions, recurrent
+    layers, the output layer of a language model (what ``get_output_embeddings()`` returns), layers that share its
+    weight, linear layers whose weight is tied to an embedding (their adapters would be as large as the vocabulary),
+    and linear layers that choose experts, unless ``where`` is given: then it takes all that ``where`` selects.
+    ``skip`` leaves layers out and keeps this choice. After it only adapters train. ``summary`` lists how each module
+    was treated, and why. A call of the model by another thread meanwhile may fail.
 
     Args:
         model: any module; the root itself can be the layer.

@@ -144,7 +144,7 @@ ENTRIES = (
         _is(*_RNN),
         lambda module: [name for name in module._parameters if name.startswith("weight_")],
         computes=_computes_rnn,
-        no_adapter="LoRA has no form of it: recurrent kernels take whole weights, dense at every call",
+        asked="LoRA leaves recurrent layers out: where= takes them",
     ),
     Entry("Conv1D of transformers", is_conv1d),
     Entry("experts", _is_experts, _expert_weights),

@@ -104,8 +104,10 @@ def test_what_it_does_not_fit_is_left_as_it_was(tmp_path):
     odd = base()
     odd.head = nn.modules.linear.NonDynamicallyQuantizableLinear(24, 50)
     refused(odd, tmp_path / "a", "trained on another base")
+    odd.head = nn.Bilinear(24, 24, 50)
+    refused(odd, tmp_path / "a", "head, and LoRA has no form of it: both of its inputs")
     odd.head = nn.GRU(24, 50)
-    refused(odd, tmp_path / "a", "head, and LoRA has no form of it: recurrent kernels take whole")
+    refused(odd, tmp_path / "a", "head, and the model has a GRU there, whose adapters change weight_ih_l0, weight_hh")
     other_rank = convert(base(), LoRA(2))
     refused(other_rank, tmp_path / "a", "an adapter 'default' of other layers, ranks")
 

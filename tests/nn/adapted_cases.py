@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from lowmem.nn.adapted_weight import adapted_weight
 from lowmem.nn.adapter import Layout, Update
 from lowmem.nn.stored_tensor import StoredTensor
-from tests.nn.stored_cases import CASES, OFFSETS, Case, store
+from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, Case, store
 
 RANK, SCALING = 2, 0.5
 
@@ -30,25 +30,37 @@ def attention(x, weight, biased=True):
     )[0]
 
 
-PRODUCTS = CASES | {
-    "grouped_mm": Case(grouped, (3, 48, 32), (5, 48), 48),
-    "grouped_mm of transposed": Case(lambda x, w: grouped(x, w.transpose(-2, -1)), (3, 48, 32), (5, 32), 32),
+_PRODUCTS = (
+    "linear", "linear of three dimensions", "linear of a vector", "x @ W.T", "x @ W.mT", "x @ W", "W @ x", "addmm",
+    "bmm", "bmm, transposed", "bmm on the left", "baddbmm", "matmul, broadcast", "experts", "unbind", "rows by index",
+    "a slice of rows",
+)  # fmt: skip
+PRODUCTS = {name: CASES[name] for name in _PRODUCTS} | {
     "attention": Case(attention, (96, 32), (5, 32), 32),
     "attention without a bias": Case(lambda x, w: attention(x, w, False), (96, 32), (5, 32), 32),
-    "a cast": Case(lambda x, w: F.linear(x, w.to(x.dtype)), (48, 32), (5, 32), 32),
-    "a column block": Case(lambda x, w: x @ w[:, 4:9], (48, 32), (5, 48), 48),
     "experts of tokens": Case(
         lambda x, w: torch.bmm(w[torch.tensor([2, 0, 0, 1, 2])], x.unsqueeze(-1)).squeeze(-1),
         (3, 48, 32),
         (5, 32),
         32,
     ),
-    "conv2d, depthwise": Case(
-        lambda x, w: F.conv2d(x, w, padding="same", groups=8), (8, 1, 3, 3), (2, 8, 6, 6), 9, 1
-    ),
 }
-if not hasattr(F, "grouped_mm"):  # which torch has since 2.10
-    PRODUCTS = {name: case for name, case in PRODUCTS.items() if "grouped" not in name}
+if hasattr(F, "grouped_mm"):  # which torch has since 2.10
+    PRODUCTS |= {
+        "grouped_mm": Case(grouped, (3, 48, 32), (5, 48), 48),
+        "grouped_mm of transposed": Case(lambda x, w: grouped(x, w.transpose(-2, -1)), (3, 48, 32), (5, 32), 32),
+    }
+ON_VALUES = (
+    {name: case for name, case in CASES.items() if name not in PRODUCTS}
+    | WHOLE
+    | {
+        "a cast": Case(lambda x, w: F.linear(x, w.to(x.dtype)), (48, 32), (5, 32), 32),
+        "a column block": Case(lambda x, w: x @ w[:, 4:9], (48, 32), (5, 48), 48),
+        "conv2d, depthwise": Case(
+            lambda x, w: F.conv2d(x, w, padding="same", groups=8), (8, 1, 3, 3), (2, 8, 6, 6), 9, 1
+        ),
+    }
+)
 FORMS = ("dense", "nf4", "bfloat16")
 
 
@@ -68,10 +80,12 @@ def make(name, case, form, count=1, dropout=None):
         shapes = layout.shapes(RANK)
         a, b = (torch.randn(shapes[part]).requires_grad_() for part in ("lora_a", "lora_b"))
         left, right = (a.mT, b.mT) if layout.kind == "transposed" else (b, a)
+        if layout.kind == "transposed kernel":
+            right = a.view(RANK, layout.shape[0], -1).movedim(1, 0)
         updates.append(Update(left, right, SCALING, dropout or nn.Identity()))
         pairs.append((a, b))
     dense = base.dequantize() if isinstance(base, StoredTensor) else base.detach()
-    return adapted_weight(base, updates, layout), dense, pairs, layout
+    return adapted_weight(base, updates), dense, pairs, layout
 
 
 def total(dense, pairs, layout):

@@ -148,7 +148,7 @@ def test_a_model_that_writes_to_its_input_is_compared_on_the_one_that_was_given(
             ["--input-shape", "5,32"],
             [
                 "<p>Without lora, qlora_4bit, qlora_8bit, qlora, qlora_nf4: ",
-                "LoRA has no form of it: recurrent kernels",
+                "LoRA leaves recurrent layers out",
             ],
         ),
         (

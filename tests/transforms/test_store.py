@@ -91,7 +91,7 @@ def test_stored_layers_with_a_stored_bias_get_adapters_later():
     [
         (nn.Embedding(16, 8), (FourBit(), LoRA(2)), "0: LoRA cannot follow .* made a Embedding8Bit; it takes Linear"),
         (nn.Conv1d(4, 4, 3), (FourBit(), LoRA(2)), "LoRA leaves convolutions out: where= takes them"),
-        (nn.LSTM(4, 4), (FourBit(), LoRA(2)), "LoRA has no form of it: recurrent kernels"),
+        (nn.LSTM(4, 4), (FourBit(), LoRA(2)), "LoRA leaves recurrent layers out: where= takes them"),
         (nn.Linear(4, 4), (Half(), FourBit()), "0: FourBit cannot follow .* made a HalfLinear; it takes Linear"),
         (nn.Linear(4, 4), (LoRA(), Half()), "Half cannot follow .* made a Linear; it takes"),
     ],
