@@ -18,6 +18,7 @@ from lowmem.kernels.torch_versions import constant_in_graphs, leave_to_eager
 from lowmem.nn.adapter import Update, add_low_rank
 from lowmem.nn.adapter_autograd import read_product
 from lowmem.nn.calls import no_slow_autocast
+from lowmem.nn.stored_products import recomputed_einsum
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.torch_functions import METADATA, name_of, registers_in, written_by
 
@@ -290,6 +291,12 @@ def _register_products() -> None:
 
 
 _register_products()
+
+
+@implements_adapted(torch.einsum)
+def _einsum(*arguments: Any) -> Any:
+    """Contract with the dense sums, which backward makes again."""
+    return recomputed_einsum(arguments, AdaptedWeight, AdaptedWeight.values)
 
 
 @implements_adapted(Tensor.T.__get__, Tensor.t, torch.t)  # type: ignore[attr-defined]
