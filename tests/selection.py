@@ -2,9 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable
-from functools import wraps
-from inspect import signature
+from collections.abc import Iterable
 from itertools import combinations, product
 
 import pytest
@@ -56,29 +54,3 @@ def covering(strength: int = 2, **axes: Iterable) -> pytest.MarkDecorator:
         axes: the values of each argument, which can be hashed.
     """
     return pytest.mark.parametrize(tuple(axes), _rows(strength, axes))
-
-
-def in_one_case(strength: int = 2, **axes: Iterable) -> Callable[[Callable], Callable]:
-    """Run a test with the rows of ``covering`` one after the other, as one case; see ``rows_in_one_case``."""
-    return rows_in_one_case(tuple(axes), _rows(strength, axes))
-
-
-def rows_in_one_case(names: str | tuple[str, ...], rows: Iterable) -> Callable[[Callable], Callable]:
-    """Run a test with rows one after the other, as one case; takes what ``pytest.mark.parametrize`` takes.
-
-    For rows that run the same source, and are quick. A failure shows the row: the arguments of the test.
-    """
-    given_rows = [{names: row} if isinstance(names, str) else dict(zip(names, row, strict=True)) for row in rows]
-
-    def decorate(test: Callable) -> Callable:
-        @wraps(test)
-        def every(**given: object) -> None:
-            for row in given_rows:
-                test(**given, **row)
-
-        own = signature(test)
-        left = [one for name, one in own.parameters.items() if name not in given_rows[0]]
-        every.__signature__ = own.replace(parameters=left)  # what pytest looks for: fixtures, and parameters
-        return every
-
-    return decorate

@@ -129,6 +129,15 @@ def test_every_module_has_its_mirror_test():
     assert [path for path in mirrored if not (Path(__file__).parent / mirror_of(path)).is_file()] == []
 
 
+def test_names_of_tests_are_sentences_of_at_most_80_characters():
+    tests = [
+        path for folder in ("tests", "tests_minilm", "benchmarks") for path in (ROOT / folder).rglob("test_*.py")
+    ]
+    names = [name for path in tests for name in re.findall(r"def (test_\w+)", path.read_text(encoding="utf8"))]
+    assert len(names) > 2000
+    assert [name for name in names if len(name) > 80] == []
+
+
 def test_importing_takes_torch_and_nothing_else_that_is_heavy():
     heavy = (
         "rich",

@@ -14,7 +14,7 @@ from lowmem import EightBit, FourBit, Half, LoRA, convert, restore
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from tests.models import out_of_file
-from tests.selection import covering, rows_in_one_case
+from tests.selection import covering
 from tests.test_any_model import Experts, Transposed
 
 
@@ -199,7 +199,7 @@ def test_it_is_the_dense_module_of_the_sum_and_trains_without_making_it(name, ba
 
 
 @models
-@rows_in_one_case("base", BASES)
+@pytest.mark.parametrize("base", BASES)
 def test_copies_pickles_states_and_files_keep_it(name, base, tmp_path):
     model, x = make(name, base)
     expected = model(x)
@@ -236,7 +236,7 @@ def without_fast_path():
 
 @pytest.mark.usefixtures("without_fast_path")
 @models
-@rows_in_one_case("base", BASES)
+@pytest.mark.parametrize("base", BASES)
 @torch.no_grad()
 def test_adapters_come_merge_and_go_and_leave_every_bit(name, base):
     torch.manual_seed(0)
@@ -286,7 +286,7 @@ def test_adapters_come_merge_and_go_and_leave_every_bit(name, base):
 
 
 @models
-@rows_in_one_case("to", ["same format", torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("to", ["same format", torch.bfloat16, torch.float64])
 def test_a_merge_reports_each_weight_and_its_outputs(name, to):
     model, x = make(name, "bfloat16")
     places = [*lowmem.adapter_layers(model, "default")]

@@ -21,7 +21,6 @@ from lowmem.nn.torch_functions import METADATA
 from tests.nn.adapted_cases import FORMS, ON_VALUES, PRODUCTS, RANK, SCALING, make, total
 from tests.nn.stored_cases import CASES, INDICES, Case, store
 from tests.rounding import OF_4_BITS, assert_sum
-from tests.selection import rows_in_one_case
 
 
 def test_it_is_a_tensor_of_the_shape_dtype_and_device_of_its_base():
@@ -182,8 +181,8 @@ def values(monkeypatch):
     return made
 
 
-@rows_in_one_case("form", FORMS)
-@rows_in_one_case("name", [*PRODUCTS, *ON_VALUES])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", [*PRODUCTS, *ON_VALUES])
 def test_outputs_and_gradients_are_those_of_the_sum_and_products_never_make_it(name, form, values):
     torch.manual_seed(0)
     values.clear()
@@ -251,7 +250,7 @@ def test_dropout_acts_on_the_inputs_of_products_only():
         dropout.train()
 
 
-@rows_in_one_case("form", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_it_computes_in_lower_precision_and_under_autocast(form):
     torch.manual_seed(0)
     for name in ("linear", "x @ W", "addmm", "bmm", "experts", "conv1d", "conv2d, transposed"):
@@ -325,7 +324,7 @@ OF_VALUES = {
 """Other indices."""
 
 
-@rows_in_one_case("form", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_arguments_may_be_given_by_name_and_rows_of_a_weight_are_adapted_weights(form):
     torch.manual_seed(0)
     for name, (function, shape) in BY_NAME.items():
@@ -405,7 +404,7 @@ def values_of(weight):
     return (dense.dequantize() if isinstance(dense, StoredTensor) else dense).detach()
 
 
-@rows_in_one_case("form", [*FORMS, "stored", "gathered"])
+@pytest.mark.parametrize("form", [*FORMS, "stored", "gathered"])
 def test_views_and_everything_else_are_those_of_the_values(form):
     torch.manual_seed(0)
     case = Case(lambda x, w: x, (48, 32), (5, 32), 32)
@@ -440,7 +439,7 @@ def test_views_and_everything_else_are_those_of_the_values(form):
         assert float((view(kernels) - view(kernels.values())).detach().abs().max()) <= 64 * 2.0**-23 * 10
 
 
-@rows_in_one_case("form", FORMS)
+@pytest.mark.parametrize("form", FORMS)
 def test_casts_to_it_einsums_of_both_its_sides_and_masks_are_those_of_the_sum(form):
     weight, dense, pairs, layout = make("linear", CASES["linear"], form)
     whole, most = (total(of(dense), [(of(a), of(b)) for a, b in pairs], layout) for of in (torch.clone, torch.abs))

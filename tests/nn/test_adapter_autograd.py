@@ -17,7 +17,7 @@ from lowmem.nn.adapter_autograd import is_narrow
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import without_adapters
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
-from tests.selection import covering, rows_in_one_case
+from tests.selection import covering
 
 IN, OUT, RANK = 48, 40, 4
 BF16 = torch.bfloat16
@@ -65,7 +65,7 @@ def is_one_product(out):
     return "_AdaptedProductBackward" in nodes(out)
 
 
-@rows_in_one_case("dtype", [torch.float32, BF16])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
 def test_a_layer_in_8_bit_integers_trains_as_one_in_bfloat16(dtype):
     layer, x = adapted(), inputs(70, dtype=dtype)
     expected = taken_gradients(layer, x)
@@ -236,7 +236,7 @@ def test_of_a_weight_that_is_read_what_it_does_not_serve_is_computed_as_before()
     assert is_one_product(plain(inputs(64, dtype=BF16)))
 
 
-@rows_in_one_case("transposed", [False, True])
+@pytest.mark.parametrize("transposed", [False, True])
 def test_in_evaluation_the_adapter_of_a_weight_that_is_read_multiplies_in_float32(transposed):
     """However many rows there are."""
     model, _ = read("nf4", transposed)

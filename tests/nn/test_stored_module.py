@@ -15,14 +15,13 @@ import lowmem
 from lowmem import EightBit, FourBit, Half, LoRA, StoredTensor, convert, restore
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.stored_module import StoredModule
-from tests.selection import rows_in_one_case
 
 BF16 = torch.bfloat16
 TECHNIQUES = {"4-bit": FourBit("nf4"), "half": Half(BF16)}
-techniques = rows_in_one_case("technique", TECHNIQUES.values())
+techniques = pytest.mark.parametrize("technique", TECHNIQUES.values())
 FORMS = TECHNIQUES | {"4-bit": FourBit("nf4", embeddings="4bit"), "8-bit": EightBit()}
 FORMS["offsets"] = FourBit("int4", 8, offsets=True, embeddings="4bit")
-forms = rows_in_one_case("technique", FORMS.values())
+forms = pytest.mark.parametrize("technique", FORMS.values())
 
 
 class Attention(nn.Module):
@@ -319,7 +318,7 @@ def test_modules_that_share_parts_multiply_in_their_own_dtypes():
     assert second.weight_ih_l0.form.compute_dtype is BF16
 
 
-@rows_in_one_case("technique", [FourBit(compute_dtype=torch.bfloat16), EightBit(compute_dtype=torch.bfloat16)])
+@pytest.mark.parametrize("technique", [FourBit(compute_dtype=torch.bfloat16), EightBit(compute_dtype=torch.bfloat16)])
 def test_a_table_is_multiplied_in_the_dtype_of_products_whoever_reads_it_first(technique):
     x = torch.randn(3, 16)
     for first in ("table", "head"):
@@ -428,7 +427,7 @@ def test_models_that_are_stacked_compute_as_each_alone_or_say_that_they_cannot()
         torch.testing.assert_close(torch.func.vmap(models[0])(x), models[0](x))
 
 
-@rows_in_one_case("technique", [FourBit("nf4", search=True), FourBit("bof4s", 16), Half(torch.float16)])
+@pytest.mark.parametrize("technique", [FourBit("nf4", search=True), FourBit("bof4s", 16), Half(torch.float16)])
 def test_rows_that_stay_keep_their_bits_when_others_are_set(technique):
     for make in (lambda: nn.Embedding(16, 40), lambda: nn.Conv1d(6, 16, 3)):
         layer = convert(make(), technique)

@@ -330,7 +330,7 @@ def test_a_bag_leaves_its_padding_out_also_where_it_is_recorded(padding):
 
 
 @pytest.mark.parametrize("form", ["nf4", "bfloat16"])
-def test_a_weight_that_was_read_before_inference_mode_is_viewed_in_it_and_the_other_way_round(form):
+def test_a_weight_that_was_read_before_inference_mode_is_viewed_in_it_and_after(form):
     x = torch.randn(5, 16)
     views = (
         lambda w: F.linear(x, w[3:7]),

@@ -182,7 +182,7 @@ def test_a_file_that_holds_one_loads_without_trusting_it(form):
 
 
 @forms
-def test_products_with_an_expanded_weight_by_keyword_and_in_a_trace_read_no_dense_one(form):
+def test_products_with_an_expanded_weight_read_no_dense_one_also_in_a_trace(form):
     """A trace is held on another input, of which a constant knows nothing."""
     weight, stack = store(torch.randn(24, 40), form), store(torch.randn(3, 24, 40), form)
     x, other = torch.randn(3, 4, 40, requires_grad=True), torch.randn(3, 4, 40)

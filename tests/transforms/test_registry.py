@@ -20,7 +20,7 @@ from lowmem.transforms.registry import (
 )
 from lowmem.transforms.select import select_modules
 from lowmem.transforms.ties import parameter_owners
-from tests.selection import in_one_case, rows_in_one_case
+from tests.selection import covering
 from tests.transforms.models import Cosine, Subclass
 
 KINDS = {
@@ -76,8 +76,8 @@ class Experts(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:16% of the bytes of Experts are weights that stay dense")
-@rows_in_one_case("technique", [FourBit("nf4", embeddings="4bit"), Half(torch.bfloat16)])
-@rows_in_one_case("kind", KINDS)
+@pytest.mark.parametrize("technique", [FourBit("nf4", embeddings="4bit"), Half(torch.bfloat16)])
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(kind, technique):
     dense = KINDS[kind]()
     names = parameters_to_store(dense)
@@ -103,7 +103,7 @@ def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(k
 FAST = [stored_class(dense, ("weight",), bits) for dense, bits in LAYERS]
 
 
-@rows_in_one_case("made", FAST)
+@pytest.mark.parametrize("made", FAST)
 def test_a_layer_with_a_forward_of_its_own_is_of_the_class_that_it_replaces(made):
     assert issubclass(made, made.dense_class)
     assert all(isinstance(vars(made).get(name, getattr(made, name)), property) for name in made.stored_names)
@@ -134,7 +134,7 @@ def called(kind, module, rows, dtype):
 
 
 @pytest.mark.filterwarnings("ignore:.* of the bytes of Sequential are weights that stay dense")
-@in_one_case(
+@covering(
     rows=[(1,), (64,), (3, 100)],
     dtype=[torch.bfloat16, torch.float32],
     training=[True, False],
@@ -179,7 +179,7 @@ def test_a_subclass_of_linear_is_taken_if_products_alone_read_its_weight():
     assert how_computed(cosine).startswith("dequantized by ")
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("technique", "module", "reason"),
     [
         (FourBit, nn.Linear(4, 4), None),
@@ -214,7 +214,7 @@ def test_a_scripted_module_is_left_alone():
         )
 
 
-@rows_in_one_case("made", [*FAST, type(convert(nn.Linear(2, 2), LoRA(1)))])
+@pytest.mark.parametrize("made", [*FAST, type(convert(nn.Linear(2, 2), LoRA(1)))])
 def test_what_replaces_a_layer_is_called_as_it_is(made):
     """Models call layers by keyword, too."""
     kind = getattr(made, "dense_class", nn.Linear)

@@ -15,13 +15,12 @@ from lowmem import (
 )
 from lowmem.nn.stored_module import StoredModule
 from tests.refusing import refused
-from tests.selection import rows_in_one_case
 from tests.transforms.models import Odd
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")  # which has its own test
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("spoil", "error", "message"),
     [
         (
@@ -43,7 +42,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
     ],
 )
 @pytest.mark.filterwarnings("ignore:Complex modules are a new feature")
-@rows_in_one_case("technique", [FourBit(scales="float16"), FourBit()])
+@pytest.mark.parametrize("technique", [FourBit(scales="float16"), FourBit()])
 def test_a_weight_that_cannot_be_stored_is_named_and_nothing_changes(spoil, error, message, technique):
     model = Odd()
     spoil(model.inner[0][0])
@@ -86,7 +85,7 @@ def test_stored_layers_with_a_stored_bias_get_adapters_later():
     assert model[0].bias.dtype == bias.dtype
 
 
-@rows_in_one_case(
+@pytest.mark.parametrize(
     ("layer", "techniques", "message"),
     [
         (nn.Embedding(16, 8), (FourBit(), LoRA(2)), "0: LoRA cannot follow .* made a Embedding8Bit; it takes Linear"),
