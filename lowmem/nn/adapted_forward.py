@@ -15,7 +15,7 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn import conv, embedding  # noqa: F401 - register stored layers
 from lowmem.nn.adapter import Adapter, drops_nothing, is_conv1d_class
-from lowmem.nn.adapter_autograd import read_product
+from lowmem.nn.adapter_autograd import read_product, trained_matrices
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.calls import autocasts, is_plain_call, no_slow_autocast, recorded_call
 from lowmem.nn.coded_module import kept_weight
@@ -140,6 +140,8 @@ def _convolve(layer: Any, x: Tensor, weight: Any, bias: Any, output_size: Any) -
 
 def _read_product(base: Any, adapter: Any, x: Tensor, transposed: bool) -> Tensor | None:
     """Return the product with weight and adapter as one autograd node, or None (``read_product``)."""
+    if trained_matrices(adapter, x) is None:  # before the weight is read, which tracers record
+        return None
     return read_product(x, _parameter(base, "weight"), adapter, _parameter(base, "bias"), transposed)
 
 

@@ -57,9 +57,6 @@ def read_product(input: Tensor, weight: Any, adapter: Any, bias: Any, transposed
         products that are not in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor
         subclasses, or devices without fast bfloat16.
     """
-    if not (adapter.training or torch.is_grad_enabled()):
-        # Without gradients, too: a checkpoint first runs its region so, and must get the same numbers.
-        return None
     matrices = trained_matrices(adapter, input)
     if matrices is None:
         return None
@@ -87,6 +84,9 @@ def read_product(input: Tensor, weight: Any, adapter: Any, bias: Any, transposed
 
 def trained_matrices(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return an adapter's A and B if one autograd node can compute its product with the base's; else None."""
+    if not (adapter.training or torch.is_grad_enabled()):
+        # Without gradients, too: a checkpoint first runs its region so, and must get the same numbers.
+        return None
     if not is_plain_call() or is_traced():  # a graph, transform or forward derivative
         return None
     if keeps_results():  # the checkpoint would keep the thin product, which is then overwritten
