@@ -140,9 +140,10 @@ def _convolve(layer: Any, x: Tensor, weight: Any, bias: Any, output_size: Any) -
 
 def _read_product(base: Any, adapter: Any, x: Tensor, transposed: bool) -> Tensor | None:
     """Return the product with weight and adapter as one autograd node, or None (``read_product``)."""
-    if trained_matrices(adapter, x) is None:  # before the weight is read, which tracers record
+    matrices = trained_matrices(adapter, x)
+    if matrices is None:  # before the weight is read, which tracers record
         return None
-    return read_product(x, _parameter(base, "weight"), adapter, _parameter(base, "bias"), transposed)
+    return read_product(x, _parameter(base, "weight"), adapter, matrices, _parameter(base, "bias"), transposed)
 
 
 def _base_and_adapters(layer: Any) -> tuple[Any, Any, list[Any]]:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from lowmem.kernels.grouped import grouped_matmul
 from lowmem.kernels.torch_versions import constant_in_graphs, leave_to_eager
 from lowmem.nn.adapter import Update, add_low_rank
-from lowmem.nn.adapter_autograd import read_product
+from lowmem.nn.adapter_autograd import read_product, trained_matrices
 from lowmem.nn.calls import no_slow_autocast
 from lowmem.nn.stored_products import recomputed_einsum
 from lowmem.nn.stored_tensor import StoredTensor
@@ -211,7 +211,8 @@ def _one_product(kind: str, x: Tensor, weight: Any, bias: Any = None) -> Tensor 
     adapter = weight.updates[0].adapter if len(weight.updates) == 1 else None
     if adapter is None or adapter.layout.kind != kind or len(weight.base.shape) != 2:
         return None
-    return read_product(x, weight.base, adapter, bias, kind == "transposed")
+    matrices = trained_matrices(adapter, x)
+    return None if matrices is None else read_product(x, weight.base, adapter, matrices, bias, kind == "transposed")
 
 
 _MATMULS = torch.matmul, Tensor.matmul

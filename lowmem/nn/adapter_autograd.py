@@ -41,25 +41,24 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def read_product(input: Tensor, weight: Any, adapter: Any, bias: Any, transposed: bool) -> Tensor | None:
+def read_product(
+    input: Tensor, weight: Any, adapter: Any, matrices: tuple[Tensor, Tensor], bias: Any, transposed: bool
+) -> Tensor | None:
     """Return the product of an input with a frozen weight that has an adapter, for a module in training: (..., out).
 
     Args:
         input: float32 or bfloat16 (..., in).
         weight: without the adapter: (out, in); (in, out) if transposed.
         adapter: of the weight.
+        matrices: its A and B, of ``trained_matrices``.
         bias: (out,), or None.
         transposed: whether the product is ``input @ weight``, instead of ``input @ weight.T``.
 
     Returns:
         The output in the dtype that the module without adapters returns (bfloat16 within ``narrow_results``); or None
-        if base and adapter must be computed one after the other: fewer than 64 rows, nothing requires a gradient,
-        products that are not in bfloat16, parametrizations, graphs, transforms, selective checkpoints, tensor
-        subclasses, or devices without fast bfloat16.
+        if base and adapter must be computed one after the other: products that are not in bfloat16, parametrizations,
+        tensor subclasses, or devices without fast bfloat16.
     """
-    matrices = trained_matrices(adapter, input)
-    if matrices is None:
-        return None
     x = autocast(input)
     found: kernels.Weight
     if type(weight) is StoredTensor:
@@ -83,7 +82,10 @@ def read_product(input: Tensor, weight: Any, adapter: Any, bias: Any, transposed
 
 
 def trained_matrices(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return an adapter's A and B if one autograd node can compute its product with the base's; else None."""
+    """Return an adapter's A and B if one autograd node can compute its product with the base's.
+
+    None for fewer than 64 rows, without gradients, and in graphs, transforms and selective checkpoints.
+    """
     if not (adapter.training or torch.is_grad_enabled()):
         # Without gradients, too: a checkpoint first runs its region so, and must get the same numbers.
         return None

@@ -27,7 +27,7 @@ class AdapterBuffers(nn.Module):
     """The buffers of a module with which it does not compute now.
 
     Attributes:
-        current: the adapter with whose buffers the module computes now; None: it computes with the base's.
+        current: the adapter whose buffers the module uses now; None: it uses those of the base.
         base: holds the base's buffers, unless they are the module's own.
         adapters: holds those of the other adapters, by name.
     """

@@ -57,8 +57,8 @@ def _to_copy(weight: StoredTensor, *, dtype: torch.dtype | None = None, device: 
     return weight.like(parts, dtype=dtype)
 
 
-def _from_first(dim: int, count: int) -> int:
-    """Return a dimension of ``count``, which may be counted from the last one, as it counts from the first."""
+def _wrapped_dim(dim: int, count: int) -> int:
+    """Return the index of a dimension, from 0 on: -1 of ``count`` dimensions is ``count - 1``."""
     return dim + count if dim < 0 else dim
 
 
@@ -67,9 +67,9 @@ def _transpose(weight: StoredTensor, *dims: Any) -> Any:
     """Return ``t()``, ``transpose(dim0, dim1)`` or ``permute(dims)`` if it transposes the matrices of the weight."""
     count = weight.dim()
     last = count - 2, count - 1
-    if len(dims) == 1 and [_from_first(dim, count) for dim in dims[0]] != [*range(count - 2), *reversed(last)]:
+    if len(dims) == 1 and [_wrapped_dim(dim, count) for dim in dims[0]] != [*range(count - 2), *reversed(last)]:
         return NotImplemented
-    if len(dims) == 2 and {_from_first(dim, count) for dim in dims} != {*last}:
+    if len(dims) == 2 and {_wrapped_dim(dim, count) for dim in dims} != {*last}:
         return NotImplemented
     return weight.like(weight.parts, swapped=not weight.swapped) if len(weight.tail) == 1 < count else NotImplemented
 
@@ -117,7 +117,7 @@ def _register_rows(name: str, overload: str = "default") -> None:
 
     def rows(weight: StoredTensor, *given: Any, **named: Any) -> Any:
         args = [*given, *(named.pop(one.name, one.default_value) for one in arguments[len(given) :])]
-        args[place] = dim = _from_first(args[place], weight.dim())
+        args[place] = dim = _wrapped_dim(args[place], weight.dim())
         if named or not 0 <= dim < weight.dim():
             return NotImplemented
         if dim < weight.lead and not (weight.swapped and dim >= weight.dim() - 2):
@@ -160,7 +160,7 @@ def _rows_at(weight: StoredTensor, index: Any) -> Any:
 
 
 def _narrow(weight: StoredTensor, dim: int, start: int, length: int) -> Any:
-    start = _from_first(start, weight.shape[dim])
+    start = _wrapped_dim(start, weight.shape[dim])
     return OPERATORS[aten.slice.Tensor](weight, dim, start, start + length)
 
 

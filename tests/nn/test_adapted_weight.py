@@ -1,4 +1,4 @@
-"""An adapted weight is a tensor for whoever reads it, in graphs, too: products multiply by its low-rank matrices, and
+"""Code that reads an adapted weight gets a tensor, in graphs, too: products multiply by its low-rank matrices, and
 keep nothing dense; all else is computed of the sum."""
 
 import copy
@@ -146,7 +146,7 @@ def test_what_a_graph_cannot_do_with_it_names_the_remedy(request):
     ):
         with torch.no_grad(), pytest.raises(Exception, match=f"(?s){refusal}"):
             run(write)
-    # Dynamo does not ask the class about these. They fail with words of torch.
+    # Dynamo does not call __torch_function__ of these, and raises an error of its own.
     for unasked in (
         torch.relu_,
         torch.sqrt_,

@@ -223,7 +223,7 @@ def test_a_graph_adds_nothing_to_values_that_requires_a_gradient(kind, request):
 
 
 def without_subclasses(function, *args, **kwargs):
-    """Call a function of which no subclass is told."""
+    """Call a function without the ``__torch_function__`` of its tensors."""
     with torch._C.DisableTorchFunctionSubclass():
         return function(*args, **kwargs)
 

@@ -111,9 +111,8 @@ class SavedModel:
         dtypes = [next((p.dtype for p in one._parameters.values() if p is not None), None) for _, one in found]
         dtype = _presented_dtype(one for _, one in found)
         if dtype is not None and next(filter(None, dtypes), None) is not dtype:
-            banks = tuple(
-                f"{name}." for name, one in found if isinstance(one, AdapterBank)
-            )  # which stay in one piece
+            # Adapters stay where they are: a path of theirs tells that a module is a part of one.
+            banks = tuple(f"{name}." for name, one in found if isinstance(one, AdapterBank))
             places = (at for at, (name, _) in enumerate(found) if dtypes[at] is dtype and not name.startswith(banks))
             if (first := next(places, None)) is not None:
                 found.insert(1, found.pop(first))
