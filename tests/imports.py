@@ -21,13 +21,9 @@ def module_name(path: str) -> str:
 
 
 def imports_of(path: str) -> set[str]:
-    """Return the modules of the package that a file imports, without the package's name."""
+    """Return the modules of the package that a file imports, for types alone too, without the package's name."""
     found = set()
-    tree = ast.parse((PACKAGE / path).read_text())
-    for_types = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
-    for node in for_types:  # nothing runs it
-        tree.body.remove(node)
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse((PACKAGE / path).read_text(encoding="utf8"))):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "lowmem":
             base = node.module.partition(".")[2]
             names = [f"{base}.{alias.name}".strip(".") for alias in node.names]

@@ -18,8 +18,8 @@ from lowmem.kernels import cpu, gpu, reference
 from lowmem.kernels.frozen_operator import serve
 from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.memory import TYPES
-from lowmem.quant.backend import ANY, Backend, LowRank, Weight, backend_for, backend_of, matmul_dtype, set_backend
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.backend import Backend, LowRank, Weight, backend_for, backend_of, matmul_dtype, set_backend
+from lowmem.quant.tensor import ANY, QuantizedTensor
 
 __all__ = [
     "LowRank",

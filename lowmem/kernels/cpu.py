@@ -20,10 +20,10 @@ from lowmem.kernels.cpu_rows import COMPARE, COMPARE_CALL, CpuRows
 from lowmem.kernels.kernel_choice import CpuPlan
 from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
 from lowmem.kernels.native import load
-from lowmem.quant.backend import Backend, LowRank, Squares, Weight, matmul_dtype
+from lowmem.quant.backend import Backend, LowRank, Weight, matmul_dtype
 from lowmem.quant.formats import get_format
 from lowmem.quant.search import CANDIDATES, block_sums, spread
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.tensor import QuantizedTensor, Squares
 
 # (name, signed) of a scale encoding -> enum encoding of csrc/kernel.h
 _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, ("double", True): 3}

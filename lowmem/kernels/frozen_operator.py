@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from lowmem.kernels.memory import is_traced
-from lowmem.quant.backend import ANY, Weight, backend_for, backend_of
+from lowmem.quant.backend import Weight, backend_for, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import code_bytes
 from lowmem.quant.scales import get_encoding
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.tensor import ANY, QuantizedTensor
 
 # Not torch.library.custom_op: its checks take 10 microseconds a call, a third of a small product.
 _LIBRARY = torch.library.Library("lowmem", "FRAGMENT")

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from lowmem.kernels import reference
 from lowmem.kernels.memory import TYPES, is_batch, is_plain, is_traced, unseen
-from lowmem.quant.backend import LowRank, Squares, Weight
+from lowmem.quant.backend import LowRank, Weight
 from lowmem.quant.formats import get_format
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.tensor import QuantizedTensor, Squares
 
 OLDEST = (3, 6)  # earlier ones flush subnormal quotients to zero (3.4 and 3.5), or have no tl.gather
 PROOF = "values proven in Triton's interpreter; speed not measured"

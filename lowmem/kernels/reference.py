@@ -15,7 +15,7 @@ from lowmem.kernels.codes import decode_8bit, encode_8bit
 from lowmem.kernels.columns import round_columns
 from lowmem.kernels.memory import unseen
 from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
-from lowmem.quant.backend import Backend, LowRank, Squares, Weight, matmul_dtype
+from lowmem.quant.backend import Backend, LowRank, Weight, matmul_dtype
 from lowmem.quant.formats import Format, get_format
 from lowmem.quant.packing import by_block, pack
 from lowmem.quant.scales import ScaleEncoding
@@ -28,7 +28,7 @@ from lowmem.quant.search import (
     searched_scales,
     spread,
 )
-from lowmem.quant.tensor import QuantizedTensor, row_chunks
+from lowmem.quant.tensor import QuantizedTensor, Squares, row_chunks
 
 __all__ = [
     "add_low_rank",

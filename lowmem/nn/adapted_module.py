@@ -129,8 +129,11 @@ def _adapted_property(name: str) -> property:
 
     leave_to_eager(get)  # a graph of its own, after a graph break, could not return the weight
 
-    def put(module: nn.Module, value: Any) -> None:
-        module.__dict__[name] = value
+    def put(module: Any, value: Any) -> None:
+        if name in module.__dict__.get("_forms", ()):
+            getattr(module._plain_class, name).__set__(module, value)
+        else:
+            module.__dict__[name] = value
 
     return property(get, put, doc=f"The parameter ``{name}``, with the active adapters.")
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping
+from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,15 +13,14 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from lowmem.kernels import Weight
 from lowmem.kernels.torch_versions import leave_to_eager
-from lowmem.nn.forms import Described, HalfForm, described, freeze, parts_of
-
-if TYPE_CHECKING:
-    from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.forms import CodedForm, Described, HalfForm, described, freeze, parts_of
+from lowmem.nn.stored_module import StoredModule
+from lowmem.nn.stored_tensor import StoredTensor
 
 LAYERS: dict[tuple[type[nn.Module], int], type[StoredModule]] = {}
 """(class of a dense layer, bits) -> a class with a faster forward, or the base of generated classes that has it."""
 
-BASES: dict[int, type[StoredModule]] = {}
+BASES: dict[int, type[StoredModule]] = {16: StoredModule}
 """Bits -> the base of all other generated classes."""
 
 
@@ -63,7 +63,10 @@ def stored_property(name: str) -> property:
         return module.__dict__.get(name) if found is None else found  # a plain tensor that a hook has set
 
     def put(module: StoredModule, value: Any) -> None:
-        module.__dict__[name] = value
+        if name in module.__dict__["_forms"]:
+            _assign(module, name, value)
+        else:
+            module.__dict__[name] = value
 
     return property(get, put, doc=f"The parameter ``{name}``: a StoredTensor.")
 
@@ -188,6 +191,49 @@ def restored_copy(module: StoredModule, values: Mapping[str, Tensor | None]) -> 
     if isinstance(copied, nn.RNNBase) and not names:
         copied.__dict__["_flat_weights"] = flat_weights(copied)
     return copied
+
+
+def _assign(module: StoredModule, name: str, value: Any) -> None:
+    """Set a stored parameter: to a stored tensor, or the module is dense again in this parameter."""
+    if isinstance(value, StoredTensor):
+        _share(module, name, value)
+    elif value is None or isinstance(value, nn.Parameter):
+        become(module, restored_copy(module, {name: value}))
+    else:  # the error that torch raises for a dense parameter
+        raise TypeError(
+            f"cannot assign {type(value).__name__} as parameter {name!r}, which is stored in "
+            f"{module._forms[name].form}: give a torch.nn.Parameter, or None; leave the module out with skip= if "
+            "functional_call sets it"
+        )
+
+
+def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
+    """Set a parameter to a stored tensor of another module; both modules then share its parts."""
+    if tensor.swapped != tensor.form.transposed:
+        raise RuntimeError(
+            f"{name} = weight.T: a transposed stored weight cannot be shared: give weight.dequantize()"
+        )
+    parts = tensor.__dict__.get("sources", tensor.parts)
+    old = module._forms[name].form
+    if old.bits != tensor.form.bits:
+        _change_class(module, name, tensor)
+    for part in old.parts:
+        module._parameters.pop(f"{name}_{part}", None)
+    form = tensor.form
+    if isinstance(form, CodedForm):  # each module has its own compute_dtype
+        form = replace(form, compute_dtype=old.compute_dtype)
+    module._forms[name] = Described.of(form, tuple(tensor.parts[0].shape[:-1]), tensor.tail, tensor.dtype)
+    module._parameters.update(parts_of(name, tensor.form, tuple(map(freeze, parts))))
+    module._kept.pop(name, None)
+
+
+def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None:
+    """Change a module's class to the one for the form of ``tensor``, which becomes the parameter ``name``."""
+    shapes = {one: module.stored_tensor(one) for one in module.forms}
+    empty = {one: freeze(torch.empty(own.shape, dtype=own.dtype, device="meta")) for one, own in shapes.items()}
+    dense = restored_copy(module, empty)
+    weights = {one: own.stored for one, own in shapes.items() if one != name} | {name: tensor.stored}
+    become(module, stored_copy(dense, weights))
 
 
 def _with_adapters_of(module: nn.Module, made: type[nn.Module]) -> type[nn.Module]:

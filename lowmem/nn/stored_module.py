@@ -1,5 +1,5 @@
-"""Modules whose parameters are stored: generated subclasses of the modules' own classes. Parameters hold the parts,
-such as ``weight_packed``, and ``module.weight`` is a property that returns a ``StoredTensor``."""
+"""The base of modules whose parameters are stored, which are of generated classes (``lowmem.nn.module_copy``).
+Parameters hold the parts, such as ``weight_packed``, and ``module.weight`` is a property: a ``StoredTensor``."""
 
 from __future__ import annotations
 
@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from lowmem.kernels import Weight
 from lowmem.kernels.torch_versions import exports_without_dynamo, is_exporting
 from lowmem.nn import stored_products, stored_views, stored_weight_norm  # noqa: F401 - register what stored tensors do
-from lowmem.nn.forms import CodedForm, Described, Form, HalfForm, described, freeze, parts_of
+from lowmem.nn.forms import CodedForm, Described, Form, HalfForm, described, parts_of
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
-from lowmem.nn.module_copy import BASES, become, restored_copy, stored_copy
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded
 
@@ -192,15 +191,8 @@ class StoredModule(nn.Module):
                 self._parameters[name] = value  # type: ignore[assignment]  # as FSDP2 does in other modules
             else:
                 super().__setattr__(name, value)
-        elif isinstance(value, StoredTensor):
-            _share(self, name, value)
-        elif value is None or isinstance(value, nn.Parameter):
-            become(self, restored_copy(self, {name: value}))
-        else:  # the error that torch raises for a dense parameter
-            raise TypeError(
-                f"cannot assign {type(value).__name__} as parameter {name!r}, which is stored in {forms[name].form}: "
-                "give a torch.nn.Parameter, or None; leave the module out with skip= if functional_call sets it"
-            )
+        else:
+            object.__setattr__(self, name, value)  # by the property of the generated class
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, as torch does."""
@@ -361,35 +353,6 @@ def _refuse_batched(sources: tuple[Tensor, ...]) -> None:
         )
 
 
-def _share(module: StoredModule, name: str, tensor: StoredTensor) -> None:
-    """Set a parameter to a stored tensor of another module; both modules then share its parts."""
-    if tensor.swapped != tensor.form.transposed:
-        raise RuntimeError(
-            f"{name} = weight.T: a transposed stored weight cannot be shared: give weight.dequantize()"
-        )
-    parts = tensor.__dict__.get("sources", tensor.parts)
-    old = module._forms[name].form
-    if old.bits != tensor.form.bits:
-        _change_class(module, name, tensor)
-    for part in old.parts:
-        module._parameters.pop(f"{name}_{part}", None)
-    form = tensor.form
-    if isinstance(form, CodedForm):  # each module has its own compute_dtype
-        form = replace(form, compute_dtype=old.compute_dtype)
-    module._forms[name] = Described.of(form, tuple(tensor.parts[0].shape[:-1]), tensor.tail, tensor.dtype)
-    module._parameters.update(parts_of(name, tensor.form, tuple(map(freeze, parts))))
-    module._kept.pop(name, None)
-
-
-def _change_class(module: StoredModule, name: str, tensor: StoredTensor) -> None:
-    """Change a module's class to the one for the form of ``tensor``, which becomes the parameter ``name``."""
-    shapes = {one: module.stored_tensor(one) for one in module.forms}
-    empty = {one: freeze(torch.empty(own.shape, dtype=own.dtype, device="meta")) for one, own in shapes.items()}
-    dense = restored_copy(module, empty)
-    weights = {one: own.stored for one, own in shapes.items() if one != name} | {name: tensor.stored}
-    become(module, stored_copy(dense, weights))
-
-
 def dense_bytes(module: StoredModule) -> dict[str, int]:
     """Return, by part, the bytes of the dense weight that it replaces: all for a parameter's first part, else 0."""
     sizes: dict[str, int] = {}
@@ -397,6 +360,3 @@ def dense_bytes(module: StoredModule) -> dict[str, int]:
         sizes |= {f"{name}_{part}": 0 for part in form.parts}
         sizes[f"{name}_{form.parts[0]}"] = module.stored_size(name) * dtype.itemsize
     return sizes
-
-
-BASES[16] = StoredModule

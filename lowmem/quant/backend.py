@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lowmem.quant.formats import Format
-    from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.formats import Format
+from lowmem.quant.tensor import DEQUANTIZERS, QuantizedTensor, Squares
 
-Weight: TypeAlias = "Tensor | QuantizedTensor"
+Weight: TypeAlias = Tensor | QuantizedTensor
 """A stored weight: float16 or bfloat16 (out, in), or a QuantizedTensor of that shape."""
 
 LowRank: TypeAlias = tuple[Tensor, Tensor, float]
@@ -31,31 +28,6 @@ class Activation(NamedTuple):
 
     terms: tuple[float, ...]
     of_erf: bool = False
-
-
-class Squares(NamedTuple):
-    """Sums of squared float32 numbers, in float64.
-
-    Attributes:
-        lost: of the differences between a weight and what is stored.
-        size: of the weight.
-    """
-
-    lost: float
-    size: float
-
-    @property
-    def error(self) -> float:
-        """``rms(weight - stored) / rms(weight)``, rounded to 4 digits; 0 if the weight is empty or all zero."""
-        return float(f"{math.sqrt(self.lost / self.size) if self.size else 0.0:.4g}")
-
-    @staticmethod
-    def total(parts: Iterable[Squares]) -> Squares:
-        """Return the squares of several parts together."""
-        lost = size = 0.0
-        for part in parts:
-            lost, size = lost + part.lost, size + part.size
-        return Squares(lost, size)
 
 
 class Columns(NamedTuple):
@@ -184,16 +156,8 @@ class Backend(Protocol):
         """Write states as 8-bit codes with a scale for each row."""
 
 
-ANY = "any"
-"""In place of a device type: every one that has no backend of its own."""
-
-
-class _Backends(dict[str, Backend]):
-    def __missing__(self, device_type: str) -> Backend:
-        return self[ANY]
-
-
-_backends = _Backends()
+# The table of tensor.py: what dequantizes the tensors of a device is its backend, which ``set_backend`` puts there.
+_backends: dict[str, Backend] = DEQUANTIZERS  # type: ignore[assignment]
 
 
 def backend_of(tensor: Tensor) -> Backend:

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import show
-from lowmem.quant.backend import Squares, backend_of
+from lowmem.quant.backend import backend_of
 from lowmem.quant.formats import Format, default_format, get_format
 from lowmem.quant.scales import get_encoding
-from lowmem.quant.tensor import QuantizedTensor, row_chunks
+from lowmem.quant.tensor import QuantizedTensor, Squares, row_chunks
 
 
 def quantize(

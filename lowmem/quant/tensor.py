@@ -3,15 +3,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import Squares, backend_of
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import check_block_size, code_bytes, unpack
 from lowmem.quant.scales import ScaleEncoding, get_encoding
@@ -35,6 +35,31 @@ def row_chunks(
     limit = SCRATCH_BYTES if device is None or device.type == "cpu" else DEVICE_SCRATCH_BYTES
     step = max(1, int(limit // max(1, bytes_per_weight * columns)))
     return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+
+
+class Squares(NamedTuple):
+    """Sums of squared float32 numbers, in float64.
+
+    Attributes:
+        lost: of the differences between a weight and what is stored.
+        size: of the weight.
+    """
+
+    lost: float
+    size: float
+
+    @property
+    def error(self) -> float:
+        """``rms(weight - stored) / rms(weight)``, rounded to 4 digits; 0 if the weight is empty or all zero."""
+        return float(f"{math.sqrt(self.lost / self.size) if self.size else 0.0:.4g}")
+
+    @staticmethod
+    def total(parts: Iterable[Squares]) -> Squares:
+        """Return the squares of several parts together."""
+        lost = size = 0.0
+        for part in parts:
+            lost, size = lost + part.lost, size + part.size
+        return Squares(lost, size)
 
 
 METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0, "imported": 0.0}
@@ -153,7 +178,7 @@ class QuantizedTensor:
         if not dtype.is_floating_point:
             raise ValueError(f"dtype={dtype} must be a floating-point dtype")
         matrix = self if len(self.shape) == 2 else self.as_matrix()
-        return backend_of(self.packed).dequantize(matrix, rows, dtype)
+        return DEQUANTIZERS[matrix.packed.device.type].dequantize(matrix, rows, dtype)
 
     def restore(self, rows: slice, levels: tuple[float, ...] | None = None) -> Tensor:
         """Dequantize ``rows`` of the tensor seen as (rows, n), to float32, in plain torch: the definition.
@@ -239,6 +264,26 @@ class QuantizedTensor:
         if self.has_offsets:
             rounding = rounding + (scale + shortfall + self.encoding.decode_offsets(stored).abs()) * 2**-22
         return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
+
+
+class Dequantizer(Protocol):
+    """What a quantized tensor asks of its device; a ``Backend`` (``lowmem.quant.backend``) computes much else."""
+
+    def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return rows of a quantized matrix (out, in)."""
+
+
+ANY = "any"
+"""In place of a device type: every one that has no entry of its own."""
+
+
+class _ByDevice(dict[str, Dequantizer]):
+    def __missing__(self, device_type: str) -> Dequantizer:
+        return self[ANY]
+
+
+DEQUANTIZERS = _ByDevice()
+"""By device type, as ``torch.device.type`` names it: what ``dequantize`` calls, which ``set_backend`` registers."""
 
 
 def number_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:

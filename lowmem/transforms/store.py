@@ -13,9 +13,8 @@ from lowmem.nn.adapter import Adapter
 from lowmem.nn.module_copy import LAYERS, leading_dims, stored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Blockwise, Budget, EightBit, FourBit, Half, LoRA
-from lowmem.quant.backend import Squares
 from lowmem.quant.quantize import squares_lost
-from lowmem.quant.tensor import QuantizedTensor
+from lowmem.quant.tensor import QuantizedTensor, Squares
 from lowmem.transforms.registry import (
     Step,
     Technique,

@@ -36,10 +36,10 @@ class Recording:
 @pytest.fixture
 def recording(monkeypatch):
     """A backend for the CPU, and for the device type ``meta``, for which torch's dispatcher has our fake kernels."""
-    monkeypatch.setattr(backend, "_backends", type(backend._backends)(backend._backends))
     monkeypatch.setattr(frozen_operator, "_served", [*frozen_operator._served, "meta"])
     made = Recording()
     for device_type in ("cpu", "meta"):
+        monkeypatch.setitem(backend._backends, device_type, made)  # which undoes what ``register`` does
         kernels.register(device_type, made)
     return made
 

@@ -14,8 +14,8 @@ from lowmem.nn.forms import CodedForm, HalfForm, freeze
 from lowmem.nn.module_copy import become, stored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise
-from lowmem.quant.backend import Squares
 from lowmem.quant.quantize import squares_lost
+from lowmem.quant.tensor import Squares
 from lowmem.transforms.assign import techniques_by_layer
 from lowmem.transforms.bits import warning_of_dense
 from lowmem.transforms.budget import losses_of

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lowmem.io.shards import StoredWeight
-from lowmem.quant.backend import Squares, backend_of
-from lowmem.quant.tensor import QuantizedTensor, row_chunks
+from lowmem.quant.backend import backend_of
+from lowmem.quant.tensor import QuantizedTensor, Squares, row_chunks
 
 
 @dataclass(frozen=True)
