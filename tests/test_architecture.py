@@ -5,9 +5,11 @@ import inspect
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
 
+import pytest
 from torch import nn
 
 import lowmem
@@ -183,6 +185,115 @@ def test_nothing_is_assigned_to_another_library():
             names = {dotted(target) for target in targets if isinstance(target, ast.Attribute)}
             assigned |= {name for name in names if name.partition(".")[0] in {*OTHERS, "nn", "functional"}}
     assert assigned == set()
+
+
+CLASSES = "nn/module_class.py"  # the one file that makes classes at run time, and changes those of objects
+OF_COMMANDS = "def _server("  # transformers' server, which is imported when the command runs, is the base of a class
+MAKERS = {"new_class", "make_dataclass", "type.__new__"}
+CHANGED = {"__class__", "__dict__", "__bases__"}
+
+
+def initializing_calls(tree: ast.AST) -> Iterator[ast.AST]:
+    """Yield ``object.__setattr__`` on self in ``__post_init__`` of frozen dataclasses, which have no other way."""
+    for kind in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        frozen = any(re.match(r"dataclass\(.*frozen=True", ast.unparse(one)) for one in kind.decorator_list)
+        methods = [one for one in kind.body if isinstance(one, ast.FunctionDef) and one.name == "__post_init__"]
+        for call in (node for one in methods if frozen for node in ast.walk(one) if isinstance(node, ast.Call)):
+            if ast.unparse(call).startswith("object.__setattr__(self, "):
+                yield call.func
+
+
+def changes_a_class(node: ast.AST) -> bool:
+    if isinstance(node, ast.Attribute | ast.Name):
+        name = node.attr if isinstance(node, ast.Attribute) else node.id
+        sets = name in ("__setattr__", "__delattr__") and not ast.unparse(node).startswith("super().")
+        stored = name in CHANGED and not isinstance(node.ctx, ast.Load)
+        return sets or stored or name in MAKERS or ast.unparse(node) in MAKERS
+    if isinstance(node, ast.Call):
+        whole = len(node.args) == 1 and not node.keywords and not isinstance(node.args[0], ast.Starred)
+        given = {one.value for one in node.args if isinstance(one, ast.Constant)}
+        called = ast.unparse(node.func)
+        return (called in ("type", "builtins.type") and not whole) or (bool(given & CHANGED) and called != "hasattr")
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        return node.name in CHANGED or any(isinstance(inner, ast.ClassDef) for inner in ast.walk(node))
+    if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr):  # another name for the function
+        return node.value is not None and ast.unparse(node.value) == "type"
+    return isinstance(node, ast.alias) and node.name in MAKERS
+
+
+def class_changes(source: str, path: str) -> list[str]:
+    """Return the places in a source that make a class at run time, or set the class or ``__dict__`` of an object."""
+    tree = ast.parse(source)
+    found = {node for node in ast.walk(tree) if changes_a_class(node)} - {*initializing_calls(tree)}
+    return sorted({f"{path}:{node.lineno}: {ast.unparse(node).splitlines()[0]}" for node in found})
+
+
+def test_one_file_makes_classes_at_run_time_and_changes_those_of_objects():
+    sources = {path: (Path(lowmem.__file__).parent / path).read_text("utf8") for path in MODULES}
+    assert len(class_changes(sources.pop(CLASSES), CLASSES)) >= 5
+    found = [place for path, source in sources.items() for place in class_changes(source, path)]
+    assert [place for place in found if OF_COMMANDS not in place] == [], f"call a function of {CLASSES}"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "x.__class__ = kind",
+        "x.y, x.__class__ = 1, kind",
+        "x.__class__: type = kind",
+        "x.__dict__ = {}",
+        "x.__dict__ |= {}",
+        "del x.__dict__",
+        "kind.__bases__ = (other,)",
+        "for x.__class__ in kinds: pass",
+        "with a as x.__dict__: pass",
+        "setattr(x, '__class__', kind)",
+        "setattr(x, '__dict__', {})",
+        "object.__setattr__(x, name, kind)",
+        "object.__setattr__(self, 'scales', scales)",
+        "nn.Module.__setattr__(x, name, kind)",
+        "x.__setattr__(name, kind)",
+        "put = object.__setattr__",
+        "object.__delattr__(x, name)",
+        "super().__setattr__('__class__', kind)",
+        "methodcaller('__setattr__', '__class__', kind)(x)",
+        "made = type('Made', (kind,), {})",
+        "made = type(*arguments)",
+        "make = type",
+        "made = types.new_class('Made', (kind,))",
+        "from types import new_class",
+        "made = type.__new__(type, 'Made', (kind,), {})",
+        "made = dataclasses.make_dataclass('Made', [])",
+        "made = [make() for make in (lambda: type('Made', (), {}),)]",
+        "class Other: __class__ = kind",
+        "def make(kind):\n    class Made(kind): pass",
+        "class Other:\n    @property\n    def __class__(self): return int",
+        "class A:\n    def __post_init__(self): object.__setattr__(self, 'a', 1)",
+        "@dataclass\nclass A:\n    def __post_init__(self): object.__setattr__(self, 'a', 1)",
+        "@dataclass(frozen=True)\nclass A:\n    def f(self): object.__setattr__(self, 'a', 1)",
+        "@dataclass(frozen=True)\nclass A:\n    def __post_init__(self): object.__setattr__(self.a, 'a', 1)",
+        "@dataclass(frozen=True)\nclass A:\n    def __post_init__(self): object.__setattr__(self, '__class__', B)",
+    ],
+)
+def test_a_way_to_make_or_change_a_class_is_found(source):
+    assert class_changes(source, "a.py") != []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "kind = type(x), x.__class__, x.__dict__",
+        "made = type(x)(a, b, c)",
+        "map(type, found)",
+        "x.__dict__['a'] = 1",
+        "x.__dict__.update(a=1)",
+        "hasattr(x, '__dict__')",
+        "class A(B):\n    def __setattr__(self, name, value): super().__setattr__(name, value)",
+        "@dataclass(frozen=True)\nclass A:\n    def __post_init__(self): object.__setattr__(self, 'a', 1)",
+    ],
+)
+def test_what_reads_a_class_or_sets_attributes_is_no_change_of_a_class(source):
+    assert class_changes(source, "a.py") == []
 
 
 def default_factories(source: str, path: str) -> list[str]:

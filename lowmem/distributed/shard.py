@@ -14,6 +14,7 @@ from torch import distributed, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.kernels.torch_versions import TORCH
+from lowmem.nn.module_class import change_class
 from lowmem.nn.sharded import is_fsdp_unit, sharded_types
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import trim_heap
@@ -256,22 +257,16 @@ def _without_engine(model: nn.Module) -> Iterator[None]:
     """Take FSDP2's classes, states and hooks, which cannot be copied, off a model for the time of the context."""
     from torch.distributed.fsdp import FSDPModule
 
-    before = [(module, module.__class__, module.__dict__) for module in model.modules()]
+    before = [(module, type(module), module.__dict__) for module in model.modules()]
     try:
         for module, kind, own in before:
-            if is_fsdp_unit(module):
-                classes: tuple[Any, ...] = kind.__mro__
-                module.__class__ = next(own for own in classes if not issubclass(own, FSDPModule))
-            object.__setattr__(
-                module,
-                "__dict__",
-                {name: _kept(name, value) for name, value in own.items() if not name.startswith(_OF_FSDP)},
-            )
+            plain = next(one for one in kind.__mro__ if not issubclass(one, FSDPModule))
+            left = {name: _kept(name, value) for name, value in own.items() if not name.startswith(_OF_FSDP)}
+            change_class(module, plain, left)
         yield
     finally:
         for module, kind, own in before:
-            object.__setattr__(module, "__dict__", own)
-            module.__class__ = kind
+            change_class(module, kind, own)
 
 
 def _kept(name: str, value: Any) -> Any:

@@ -15,7 +15,7 @@ from lowmem.inference.parts import GatedPart, Norm, layers_of, why_not
 from lowmem.nn.calls import is_observed
 from lowmem.resident import trim_heap
 from lowmem.training.fused import GatedMLP, RMSNorm
-from lowmem.training.prepared_module import PreparedModule, plain_copy, prepared_class, release_modules
+from lowmem.training.prepared_module import PreparedModule, plain_copy, prepare_module, release_modules
 from lowmem.training.recognize import recognize
 from lowmem.transforms.commit import integrations_of
 from lowmem.transforms.refusals import refuse_prepared
@@ -88,8 +88,7 @@ def prepare_inference(model: M) -> M:
             if isinstance(call, str):
                 reasons[one] = call
             else:
-                one.__dict__["in_one_call"] = call
-                one.__class__ = prepared_class(InferenceModule, cast(Any, type(one)))
+                prepare_module(one, InferenceModule, in_one_call=call)
     except BaseException:
         release_inference(model)
         raise

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, ClassVar, NoReturn, cast
 
@@ -15,7 +15,8 @@ from lowmem.nn.adapted_forward import LINEAR, forward_with_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank, parameter_of
 from lowmem.nn.fold import remerge
-from lowmem.nn.module_copy import LAYERS, become, copied_module, flat_weights, stored_class, subclass_of
+from lowmem.nn.module_class import change_class, copied_module, derived_class
+from lowmem.nn.module_copy import FLAT_WEIGHTS, stored_class
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_module import StoredModule
 
@@ -36,7 +37,7 @@ class AdaptedModule(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make a module without adapters, by the class that the module had before."""
         plain: Any = self._plain_class
-        self.__class__ = plain
+        change_class(self, plain)
         plain.__init__(self, *args, **kwargs)
 
     @classmethod
@@ -88,37 +89,28 @@ class LoRALinear(AdaptedModule):
     scaling = _of_single_adapter("scaling")
 
 
-def _adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
+# cuDNN would write the weights, which are computed, into one memory.
+_RECURRENT: dict[str, Any] = {"_flat_weights": FLAT_WEIGHTS, "flatten_parameters": lambda module: None}
+
+
+def adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
     """Return the class of modules of class ``plain`` with adapters on the parameters ``names``."""
     body: dict[str, Any] = {name: _adapted_property(name) for name in names}
-    body |= {
-        "_plain_class": plain,
-        "_adapted_names": names,
-        "__reduce_ex__": _reduce,
-    }
-    if plain in LAYERS.values():
-        body["__module__"] = plain.dense_class.__module__  # for torch.fx, it is a leaf as torch's own layers are
-    if issubclass(plain, nn.RNNBase):  # cuDNN would write the weights, which are computed, into one memory
-        body["_flat_weights"] = property(flat_weights, lambda module, weights: None)
-        body["flatten_parameters"] = lambda module: None
+    body |= {"_plain_class": plain, "_adapted_names": names, "__reduce_ex__": _reduce}
+    if issubclass(plain, nn.RNNBase):
+        body |= _RECURRENT
     replaced, forward = forward_with_adapters(plain)
-    behind = []
+    behind = None
     if replaced is plain and forward is not None:
         body["forward"] = forward
     elif forward is not None:  # behind the user's class, whose forward may call that of super()
-        behind = [_class_with(replaced, forward)]
-    made: type[AdaptedModule] = subclass_of(plain, LoRALinear if plain in LINEAR else AdaptedModule, *behind, **body)
+        behind = derived_class(replaced, forward=forward)
+    base = LoRALinear if plain in LINEAR else AdaptedModule
+    made: type[AdaptedModule] = derived_class(plain, base, behind, **body)
     return made
 
 
 @cache
-def _class_with(kind: Any, forward: Any) -> type[nn.Module]:
-    return type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
-
-
-adapted_class: Callable[[Any, tuple[str, ...]], type[AdaptedModule]] = cache(_adapted_class)
-
-
 def _adapted_property(name: str) -> property:
     def get(module: nn.Module) -> Any:
         bank = module.__dict__["_modules"].get("adapters")
@@ -207,16 +199,3 @@ def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
             parts: dict[str, Any] = holder._modules  # type: ignore[union-attr]
             for parameter, adapter in parts.items():
                 parts[parameter] = known.setdefault((table, name, parameter, adapter.technique), adapter)
-
-
-def become_adapted(module: nn.Module, other: nn.Module) -> None:
-    """Give a module, in place, the class and attributes of ``other``, a copy of it with or without adapters.
-
-    Its hooks, mode and other children stay.
-    """
-    adapted, children = isinstance(module, AdaptedModule), module.__dict__["_modules"]
-    if isinstance(other, AdaptedModule):
-        children["adapters"] = other._modules["adapters"]
-    become(module, other)
-    if adapted and not isinstance(other, AdaptedModule):
-        children.pop("adapters", None)

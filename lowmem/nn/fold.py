@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.forms import freeze
 from lowmem.nn.gathered_weight import GatheredTensor
-from lowmem.nn.module_copy import copied_module, flat_weights, restored_copy
+from lowmem.nn.module_class import copied_module
+from lowmem.nn.module_copy import flat_weights, restored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.quantize import relative_error, requantize, round_to

@@ -85,14 +85,11 @@ class CodedForm:
     def join(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
         """Return the weight (*lead, columns) over its parts, without a copy."""
         packed, *_, scales = parts
-        shape = torch.Size((*packed.shape[:-1], columns))
-        shaped = QuantizedTensor(
-            packed, scales, shape, self.format, self.block_size, self.scale_encoding, self.method
-        )
-        dtype, size = shaped.encoding.dtype, scales.shape[-1] if scales.dim() else 0
+        dtype, size = self.scale_dtype, scales.shape[-1] if scales.dim() else 0
         if scales.dtype is torch.uint8 is not dtype and scales.stride(-1) == 1 and size % dtype.itemsize == 0:
-            object.__setattr__(shaped, "scales", scales.view(dtype))
-        return shaped  # if scales could not be viewed in their dtype, check_layout says so
+            scales = scales.view(dtype)  # else check_layout says that they are not in their dtype
+        shape = torch.Size((*packed.shape[:-1], columns))
+        return QuantizedTensor(packed, scales, shape, self.format, self.block_size, self.scale_encoding, self.method)
 
     @staticmethod
     def split(weight: QuantizedTensor) -> tuple[Tensor, ...]:

@@ -16,7 +16,8 @@ from lowmem.nn.calls import autocast, is_plain_call, recorded_call
 from lowmem.nn.coded_module import CodedModule, kept_weight, weight_compute_dtype
 from lowmem.nn.forms import CodedForm, freeze
 from lowmem.nn.frozen_linear import frozen_linear
-from lowmem.nn.module_copy import LAYERS, copied_module, stored_property
+from lowmem.nn.module_class import copied_module
+from lowmem.nn.module_copy import LAYERS, stored_property
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.tensor import QuantizedTensor

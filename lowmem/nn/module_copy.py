@@ -1,4 +1,4 @@
-"""Copies of modules in which parameters are stored, or dense again, and the generated classes of these copies."""
+"""Copies of modules in which parameters are stored, or dense again, and the classes of these copies."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from lowmem.kernels import Weight
 from lowmem.kernels.torch_versions import leave_to_eager
 from lowmem.nn.forms import CodedForm, Described, HalfForm, described, freeze, parts_of
+from lowmem.nn.module_class import become, copied_module, derived_class
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 
@@ -24,13 +25,7 @@ BASES: dict[int, type[StoredModule]] = {16: StoredModule}
 """Bits -> the base of all other generated classes."""
 
 
-def subclass_of(kind: Any, base: Any, *behind: Any, **body: Any) -> Any:
-    """Return a subclass of ``base``, a module's class ``kind`` and ``behind``, under the name of ``kind``."""
-    own = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(kind.__name__, (base, kind, *behind), own | body)
-
-
-def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredModule]:
+def stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredModule]:
     """Return the class of modules of class ``dense`` whose parameters ``names`` are stored."""
     base = LAYERS.get((dense, bits), BASES[bits]) if "weight" in names else BASES[bits]
     if issubclass(base, dense):
@@ -38,21 +33,14 @@ def _stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredM
             return base
         base = BASES[bits]
     body: dict[str, Any] = {name: stored_property(name) for name in names}
-    body |= {
-        "dense_class": dense,
-        "stored_names": names,
-        "stored_bits": bits,
-        "__reduce_ex__": lambda module, _: (_empty, (dense, names, bits), module.__getstate__()),
-    }
+    body |= {"dense_class": dense, "stored_names": names, "stored_bits": bits, "__reduce_ex__": _reduce}
     if issubclass(dense, nn.RNNBase):
-        body["_flat_weights"] = property(flat_weights, lambda module, weights: None)
-    made: type[StoredModule] = subclass_of(dense, base, **body)
+        body["_flat_weights"] = FLAT_WEIGHTS
+    made: type[StoredModule] = derived_class(dense, base, **body)
     return made
 
 
-stored_class: Callable[[Any, tuple[str, ...], int], type[StoredModule]] = cache(_stored_class)
-
-
+@cache
 def stored_property(name: str) -> property:
     """Return a property for a stored parameter ``name``."""
 
@@ -77,23 +65,16 @@ def flat_weights(module: Any) -> list[Any]:
 
 
 leave_to_eager(flat_weights)  # torch.compile runs recurrent layers eagerly, too
+FLAT_WEIGHTS = property(flat_weights, lambda module, weights: None)
+
+
+def _reduce(module: StoredModule, protocol: Any) -> Any:
+    return _empty, (module.dense_class, module.stored_names, module.stored_bits), module.__getstate__()
 
 
 def _empty(dense: type[nn.Module], names: tuple[str, ...], bits: int) -> StoredModule:
     made = stored_class(dense, names, bits)
     return made.__new__(made)
-
-
-# Attributes with the hooks of a module, which stay when its parameters are stored or made dense again.
-HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-    "_backward_pre_hooks",
-    "_backward_hooks",
-)
 
 
 def stored_copy(
@@ -240,30 +221,3 @@ def _with_adapters_of(module: nn.Module, made: type[nn.Module]) -> type[nn.Modul
     """Return the class ``made``; if the module has adapters, its subclass with adapters."""
     over: Callable[[type[nn.Module]], type[nn.Module]] | None = getattr(type(module), "_over", None)
     return made if over is None else over(made)
-
-
-def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
-    """Return a shallow copy of a module as an object of class ``made``, without its hooks."""
-    copied = made.__new__(made)
-    copied.__dict__.update(module.__dict__)
-    for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
-        if name != "__dict__" and name != "__weakref__" and hasattr(module, name):
-            object.__setattr__(copied, name, getattr(module, name))
-    for name in (*HOOKS, "_buffers", "_modules"):
-        value = module.__dict__[name]
-        copied.__dict__[name] = type(value)() if name in HOOKS else type(value)(value)
-    return copied
-
-
-def become(module: nn.Module, other: nn.Module) -> None:
-    """Give a module, in place, the class and attributes of ``other``, a copy of it that has other parameters.
-
-    Its hooks, mode, children and buffers stay.
-    """
-    own = module.__dict__
-    final = {**other.__dict__, **{name: own[name] for name in (*HOOKS, "training", "_modules", "_buffers")}}
-    # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
-    both = {**own, **final, "_parameters": {**own["_parameters"], **final["_parameters"]}}
-    object.__setattr__(module, "__dict__", both)
-    module.__class__ = other.__class__
-    object.__setattr__(module, "__dict__", final)

@@ -16,6 +16,7 @@ from lowmem.kernels.torch_versions import exports_without_dynamo, is_exporting
 from lowmem.nn import stored_products, stored_views, stored_weight_norm  # noqa: F401 - register what stored tensors do
 from lowmem.nn.forms import CodedForm, Described, Form, HalfForm, described, parts_of
 from lowmem.nn.gathered_weight import GatheredTensor, check_order
+from lowmem.nn.module_class import change_class
 from lowmem.nn.sharded import sharded_types
 from lowmem.nn.stored_tensor import REMEDY, StoredTensor, is_recorded
 
@@ -75,7 +76,7 @@ class StoredModule(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make a module of ``dense_class``: PEFT makes the matrices for a convolution by calling its class."""
         dense: Any = self.dense_class
-        self.__class__ = dense
+        change_class(self, dense)
         dense.__init__(self, *args, **kwargs)
 
     def store(self, name: str, weight: Weight, tail: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -192,7 +193,7 @@ class StoredModule(nn.Module):
             else:
                 super().__setattr__(name, value)
         else:
-            object.__setattr__(self, name, value)  # by the property of the generated class
+            getattr(type(self), name).__set__(self, value)  # the property of the generated class
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter, as torch does."""

@@ -21,7 +21,7 @@ from lowmem.nn.calls import is_observed
 from lowmem.nn.linear import Linear4Bit
 from lowmem.nn.recomputed import can_recompute, recomputed_input, saves_in_any_dtype
 from lowmem.training.fused_functions import activated, gated_product, layer_norm, recompute_of_product, rms_norm
-from lowmem.training.prepared_module import PreparedModule, plain_copy, prepared_class
+from lowmem.training.prepared_module import PreparedModule, plain_copy, prepare_module
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,7 @@ class FusedModule(PreparedModule):
 
 def fuse(module: nn.Module, how: How) -> nn.Module:
     """Fuse a module that computes ``how``, in place; it stays an instance of its class. Returns the module."""
-    module.__dict__.update(fused_as=how, fused_with=_functions_of(module, how))
-    module.__class__ = prepared_class(FusedModule, cast(Any, type(module)))
+    prepare_module(module, FusedModule, fused_as=how, fused_with=_functions_of(module, how))
     return module
 
 

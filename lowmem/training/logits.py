@@ -17,7 +17,7 @@ from lowmem.nn.calls import is_cast, is_plain_call
 from lowmem.nn.sharded import is_fsdp_unit
 from lowmem.nn.torch_functions import METADATA, name_of, registers_in, written_by
 from lowmem.training.loss import linear_cross_entropy, loss_dtype
-from lowmem.training.prepared_module import PreparedModule, prepared_class
+from lowmem.training.prepared_module import PreparedModule, prepare_module
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 _delays = partial(registers_in, _FUNCTIONS)
@@ -197,8 +197,7 @@ def delay_logits(layer: nn.Module, chunk: int = 256, dtype: torch.dtype | None =
     In the loss, ``chunk`` rows of logits exist at once. The loss multiplies in ``dtype`` if the hidden states are
     float32 and autocast is off; None: in the default of ``linear_cross_entropy``.
     """
-    layer.__dict__.update(logits_chunk=chunk, logits_dtype=dtype)
-    layer.__class__ = prepared_class(LazyOutput, cast(Any, type(layer)))
+    prepare_module(layer, LazyOutput, logits_chunk=chunk, logits_dtype=dtype)
 
 
 _TAKE_NAMES = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.flatten}

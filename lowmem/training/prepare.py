@@ -18,6 +18,7 @@ from lowmem.errors import is_one_of, show
 from lowmem.nn.adapted_forward import LINEAR
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.calls import is_plain_call
+from lowmem.nn.module_class import change_class, derived_class
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import keep_freed_memory
 from lowmem.training.activations import compressed_activations
@@ -26,7 +27,6 @@ from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import (
     PreparedModule,
     is_prepared,
-    prepared_class,
     release_modules,
     trained_parameters,
 )
@@ -88,11 +88,7 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
     _check(model)
     paths = module_paths(model).items()
     refuse_prepared("prepare_training", {one: found[0] for one, found in paths if not is_prepared(one, _RELEASE)})
-    before = {
-        one: (type(one), {name: value for name, value in vars(one).items() if name in one.prepared_attributes})
-        for one in model.modules()
-        if is_prepared(one, _RELEASE)
-    }
+    before = [(one, type(one), dict(vars(one))) for one in model.modules()]
     release_training(model)
     try:
         layers = _named_layers(model, patterns) if patterns else _outputs(model)
@@ -103,12 +99,10 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
         for layer in lazy:
             delay_logits(layer, chunk, dtype)
         if lean:
-            model.__class__ = cast(Any, _compressing(cast(Any, type(model))))
+            change_class(model, _compressing(cast(Any, type(model))))
     except BaseException:
-        release_training(model)
-        for one, (kind, given) in before.items():
-            one.__dict__.update(given)
-            one.__class__ = cast(Any, kind)
+        for one, kind, own in before:
+            change_class(one, kind, own)
         raise
     if not lean:  # "lean" returns freed pages instead, which keeps its peak low
         keep_freed_memory()
@@ -186,8 +180,8 @@ class _Compressing(PreparedModule):
 
 
 @functools.cache
-def _compressing(kind: type[Any]) -> type[_Compressing]:
-    """Return a subclass with the same name, whose forward has the same signature, which Trainers inspect."""
+def _compressing(kind: type[Any]) -> Any:
+    """Return a subclass of a model's class whose forward has the same signature, which Trainers inspect."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(self, _Compressing):  # released since, but accelerate kept this function in the instance
@@ -201,8 +195,7 @@ def _compressing(kind: type[Any]) -> type[_Compressing]:
     # A signature instead of ``__wrapped__``: accelerate unwraps that, and would call the forward without compression.
     forward.__signature__ = inspect.signature(kind.forward)  # type: ignore[attr-defined]
     del forward.__wrapped__  # type: ignore[attr-defined]
-    made: type[_Compressing] = prepared_class(_Compressing, cast(Any, kind), forward=forward)
-    return made
+    return derived_class(kind, _Compressing, plain_class=kind, forward=forward)
 
 
 def _outputs(model: nn.Module) -> list[nn.Module]:

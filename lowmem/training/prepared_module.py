@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any, ClassVar, TypeGuard, cast
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import nn
 
-from lowmem.nn.module_copy import copied_module, subclass_of
+from lowmem.nn.module_class import change_class, copied_module, derived_class
 
 
 class PreparedModule(nn.Module):
@@ -34,10 +33,10 @@ class PreparedModule(nn.Module):
         return None if parameter is None or parameter.is_cpu else parameter.device
 
 
-@cache
-def prepared_class(base: Any, kind: Any, **body: Any) -> Any:
-    """Return a subclass of ``base`` and of a module's class, cached."""
-    return subclass_of(kind, base, plain_class=kind, **body)
+def prepare_module(module: nn.Module, base: type[PreparedModule], **attributes: Any) -> None:
+    """Put ``base`` before a module's class, in place; ``attributes`` are its ``prepared_attributes``."""
+    prepared = derived_class(type(module), base, plain_class=type(module))
+    change_class(module, prepared, {**vars(module), **attributes})
 
 
 def check_prepared(module: nn.Module) -> None:
@@ -76,9 +75,8 @@ def release_module(module: nn.Module) -> None:
     """Restore the class that a module had before it was prepared; one that is not prepared stays as it is."""
     check_prepared(module)
     while isinstance(module, PreparedModule):
-        for name in module.prepared_attributes:
-            module.__dict__.pop(name, None)
-        module.__class__ = cast(Any, module.plain_class)
+        left = {name: value for name, value in vars(module).items() if name not in module.prepared_attributes}
+        change_class(module, module.plain_class, left)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.nn.calls import is_observed
-from lowmem.nn.module_copy import copied_module
+from lowmem.nn.module_class import copied_module
 from lowmem.training.fused import Act, GatedMLP, How, LayerNorm, RMSNorm, activations
 from lowmem.training.fused_functions import activated, gated_product, rms_norm
 

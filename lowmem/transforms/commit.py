@@ -14,9 +14,10 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from lowmem.nn.adapted_module import AdaptedModule, become_adapted, share_tied_adapters
+from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_buffers import follow_adapters
+from lowmem.nn.module_class import become
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.peft_models import watch_peft
 from lowmem.transforms.registry import module_paths
@@ -89,7 +90,7 @@ def _classes_before(made: nn.Module) -> list[type[nn.Module]]:
 def replace_modules(model: nn.Module, copies: Mapping[Any, nn.Module]) -> None:
     """Turn modules of a model, in place, into copies of them with or without adapters or stored parameters."""
     for module, copied in copies.items():
-        become_adapted(module, copied)
+        become(module, copied)
     for encoder in model.modules():
         if isinstance(encoder, nn.TransformerEncoder) and encoder.use_nested_tensor:
             encoder.use_nested_tensor = not any(isinstance(one, AdaptedModule) for one in encoder.modules())

@@ -17,7 +17,7 @@ from lowmem.errors import describe
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import Folded, without_adapters
-from lowmem.nn.module_copy import HOOKS, copied_module
+from lowmem.nn.module_class import HOOKS, copied_module
 from lowmem.transforms.calibration.runs import check_batch, computing, evaluation_mode, hooked, run_batch
 
 

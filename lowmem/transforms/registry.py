@@ -18,7 +18,7 @@ from lowmem.nn.adapter import is_conv1d
 from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.coded_module import CodedModule
 from lowmem.nn.forms import HalfForm
-from lowmem.nn.module_copy import copied_module
+from lowmem.nn.module_class import copied_module
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA

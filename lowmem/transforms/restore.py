@@ -11,7 +11,8 @@ from torch.nn.parameter import is_lazy
 
 from lowmem.errors import show
 from lowmem.nn.forms import freeze
-from lowmem.nn.module_copy import become, restored_copy
+from lowmem.nn.module_class import become
+from lowmem.nn.module_copy import restored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import one_at_a_time, tell_integrations

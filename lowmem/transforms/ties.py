@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowmem.nn.module_copy import become, restored_copy
+from lowmem.nn.module_class import become
+from lowmem.nn.module_copy import restored_copy
 from lowmem.nn.stored_module import StoredModule
 
 

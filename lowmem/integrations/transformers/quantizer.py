@@ -49,6 +49,7 @@ from lowmem.io.skeleton import convert_skeleton
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.adapter_buffers import follow_adapters
+from lowmem.nn.module_class import change_class
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
@@ -366,12 +367,11 @@ def adopt(model: nn.Module) -> None:
         config = config_of(module)
         if config is None:
             if isinstance(module, SavedModel):
-                module.__class__ = module.own_class
+                change_class(module, module.own_class)
             if isinstance(getattr(module, "hf_quantizer", None), LowmemQuantizer):
                 module.hf_quantizer.remove_quantization_config(module)
             continue
-        kind: Any = type(module)
-        module.__class__ = saved_class(kind)
+        change_class(module, saved_class(type(module)))
         if module in inner or not config.layers:
             continue
         quantizer = getattr(module, "hf_quantizer", None) or LowmemQuantizer(config)

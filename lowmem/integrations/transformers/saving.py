@@ -7,9 +7,8 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import AdapterBank
 from lowmem.nn.adapter_buffers import without_copies
 from lowmem.nn.coded_module import format_keys
-from lowmem.nn.module_copy import subclass_of
+from lowmem.nn.module_class import change_class, derived_class
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import module_paths
@@ -144,27 +143,22 @@ class SavedModel:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         kind: Any = type(self)
-        reduced: Any = super().__reduce_ex__(protocol)
-        make, arguments, *rest = reduced
+        make, arguments, *rest = cast(Any, super().__reduce_ex__(protocol))
         return _made, (make, tuple(kind.own_class if one is kind else one for one in arguments)), *rest
 
 
-@cache
 def saved_class(kind: Any) -> Any:
     """Return the subclass of a model's class whose ``save_pretrained`` knows lowmem, under the same name.
 
     transformers compares names of classes, so the model stays what it was; ``type(model) is kind`` does not hold.
     """
-    if issubclass(kind, SavedModel):
-        return kind
-    return subclass_of(kind, SavedModel, own_class=kind)
+    return kind if issubclass(kind, SavedModel) else derived_class(kind, SavedModel, own_class=kind)
 
 
 def _made(make: Any, arguments: tuple[Any, ...]) -> Any:
     """Return an empty model of a generated class, for pickle and deepcopy."""
     model = make(*arguments)
-    kind: Any = type(model)
-    model.__class__ = saved_class(kind)
+    change_class(model, saved_class(type(model)))
     return model
 
 

@@ -14,7 +14,8 @@ from lowmem.integrations.transformers.checking import specs_of
 from lowmem.integrations.transformers.config import LowmemConfig
 from lowmem.integrations.transformers.saving import folder_names
 from lowmem.nn.gathered_weight import check_order
-from lowmem.nn.module_copy import become, restored_copy
+from lowmem.nn.module_class import become
+from lowmem.nn.module_copy import restored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.ties import parameter_owners
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.nn.forms import CodedForm, HalfForm, freeze
-from lowmem.nn.module_copy import become, stored_copy
+from lowmem.nn.module_class import become
+from lowmem.nn.module_copy import stored_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise
 from lowmem.quant.quantize import squares_lost

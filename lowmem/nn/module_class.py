@@ -1,0 +1,81 @@
+"""The class of a module: subclasses of modules' classes, made at run time, and modules that change their class."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+# Attributes with the hooks of a module, which stay when its parameters are stored or made dense again.
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def _derived_class(module_class: Any, base: Any = None, behind: Any = None, /, **attributes: Any) -> Any:
+    """Return a subclass of a module's class, under its name; the same one for the same arguments.
+
+    Args:
+        module_class: whose ``__name__``, ``__qualname__``, ``__module__`` and ``__doc__`` the subclass has.
+        base: its methods come before those of ``module_class``.
+        behind: its methods come after those of ``module_class`` and before those of that class's bases.
+        **attributes: of the subclass.
+    """
+    names = {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    bases = tuple(one for one in (base, module_class, behind) if one is not None)
+    return type(module_class.__name__, bases, names | attributes)
+
+
+derived_class: Callable[..., Any] = cache(_derived_class)
+
+
+def change_class(module: Any, new_class: Any, attributes: dict[str, Any] | None = None) -> None:
+    """Make a module, in place, an instance of another class with these attributes; None keeps the module's own.
+
+    An error leaves the module as it was.
+    """
+    own = final = module.__dict__
+    attributes = own if attributes is None else attributes
+    # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
+    parameters = {**own.get("_parameters", {}), **attributes.get("_parameters", {})}
+    object.__setattr__(module, "__dict__", {**own, **attributes, "_parameters": parameters})
+    try:
+        object.__setattr__(module, "__class__", new_class)  # a __setattr__ of the class may do something else
+        final = attributes
+    finally:
+        object.__setattr__(module, "__dict__", final)
+
+
+def become(module: nn.Module, other: nn.Module) -> None:
+    """Give a module, in place, the class and attributes of ``other``, a copy with other parameters or adapters.
+
+    Its hooks, mode, buffers and children stay, except ``adapters``.
+    """
+    kept = {name: module.__dict__[name] for name in (*HOOKS, "training", "_modules", "_buffers")}
+    children, adapters = kept["_modules"], other._modules.get("adapters")
+    if adapters is not None:
+        children["adapters"] = adapters
+    change_class(module, type(other), {**other.__dict__, **kept})
+    if adapters is None:
+        children.pop("adapters", None)
+
+
+def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
+    """Return a shallow copy of a module as an object of class ``made``, without its hooks."""
+    copied = made.__new__(made)
+    copied.__dict__.update(module.__dict__)
+    for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
+        if name != "__dict__" and name != "__weakref__" and hasattr(module, name):
+            object.__setattr__(copied, name, getattr(module, name))
+    for name in (*HOOKS, "_buffers", "_modules"):
+        value = module.__dict__[name]
+        copied.__dict__[name] = type(value)() if name in HOOKS else type(value)(value)
+    return copied
