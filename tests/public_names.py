@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import inspect
 import json
 import re
 import tempfile
@@ -9,10 +10,11 @@ from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 from safetensors import safe_open
-from torch import nn
+from torch import Tensor, nn
 
 import lowmem
 from lowmem.__main__ import main as run_command
@@ -42,6 +44,27 @@ def documented() -> list[str]:
     """Return what the pages of the API describe."""
     pages = "".join(page.read_text(encoding="utf8") for page in (ROOT / "docs" / "api").glob("*.md"))
     return sorted(set(re.findall(r"\.\. auto\w+:: (\S+)", pages)))
+
+
+def parameters_and_members() -> dict[str, dict[str, list[str]]]:
+    """Return, for each name of the API, its parameters and what its class or module offers by name.
+
+    Of layers and tensors only the parameters: what else they offer is mostly torch's.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
+    for path in documented():
+        documented_object = resolve_name(path)
+        found[path] = {}
+        is_class = inspect.isclass(documented_object)
+        if inspect.isfunction(documented_object) or (is_class and inspect.isfunction(documented_object.__init__)):
+            found[path]["parameters"] = [*inspect.signature(documented_object).parameters]
+        members = vars(documented_object).items()
+        if inspect.ismodule(documented_object):  # not what it imports
+            members = [(name, member) for name, member in members if getattr(member, "__module__", None) == path]
+        elif not is_class or issubclass(documented_object, Tensor | nn.Module):
+            continue
+        found[path]["members"] = sorted(name for name, _ in members if not name.startswith("_"))
+    return found
 
 
 def options() -> dict[str, list[str]]:
@@ -112,6 +135,7 @@ def public_names() -> dict[str, Any]:
             "lowmem": exported("lowmem/__init__.py"),
             "lowmem.integrations.transformers": exported("lowmem/integrations/transformers/__init__.py"),
             "docs/api": documented(),
+            "parameters and members": parameters_and_members(),
             "methods of a backend": sorted(name for name in vars(Backend) if not name.startswith("_")),
             "options": options(),
             "pytest_lowmem": of_plugin(),
