@@ -257,7 +257,7 @@ def _without_engine(model: nn.Module) -> Iterator[None]:
     """Take FSDP2's classes, states and hooks, which cannot be copied, off a model for the time of the context."""
     from torch.distributed.fsdp import FSDPModule
 
-    before = [(module, type(module), module.__dict__) for module in model.modules()]
+    before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
         for module, kind, own in before:
             plain = next(one for one in kind.__mro__ if not issubclass(one, FSDPModule))

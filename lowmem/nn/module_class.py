@@ -42,16 +42,18 @@ def change_class(module: Any, new_class: Any, attributes: dict[str, Any] | None 
 
     An error leaves the module as it was.
     """
-    own = final = module.__dict__
-    attributes = own if attributes is None else attributes
+    own = module.__dict__  # stays the same dictionary, which others may hold
+    final = dict(own)
+    attributes = dict(own if attributes is None else attributes)
     # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
-    parameters = {**own.get("_parameters", {}), **attributes.get("_parameters", {})}
-    object.__setattr__(module, "__dict__", {**own, **attributes, "_parameters": parameters})
+    own.update(attributes, _parameters={**own.get("_parameters", {}), **attributes.get("_parameters", {})})
     try:
         object.__setattr__(module, "__class__", new_class)  # a __setattr__ of the class may do something else
         final = attributes
     finally:
-        object.__setattr__(module, "__dict__", final)
+        own.update(final)
+        for name in own.keys() - final.keys():
+            del own[name]
 
 
 def become(module: nn.Module, other: nn.Module) -> None:

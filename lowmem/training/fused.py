@@ -99,8 +99,6 @@ class FusedModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module, and fuse the copy."""
-        if issubclass(self.plain_class, PreparedModule):  # the class of "lean" is a subclass of the fused one
-            return super().__reduce_ex__(protocol)
         return fuse, (plain_copy(self), self.fused_as)
 
 

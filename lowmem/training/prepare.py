@@ -27,6 +27,7 @@ from lowmem.training.logits import delay_logits
 from lowmem.training.prepared_module import (
     PreparedModule,
     is_prepared,
+    plain_copy,
     release_modules,
     trained_parameters,
 )
@@ -177,6 +178,18 @@ class _Compressing(PreparedModule):
     """Base of models whose forward runs in ``compressed_activations``."""
 
     note = "what autograd saves is kept in 8 bits"
+    prepared_attributes = ()
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Copy or pickle the model without this class, and give it to the copy."""
+        make, *arguments = cast(Any, plain_copy(self).__reduce_ex__(protocol))
+        return functools.partial(_compressed, make), *arguments
+
+
+def _compressed(make: Any, *arguments: Any) -> Any:
+    model = make(*arguments)
+    change_class(model, _compressing(cast(Any, type(model))))
+    return model
 
 
 @functools.cache

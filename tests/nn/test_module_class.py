@@ -64,7 +64,7 @@ class Slots(nn.Module):
 
 
 def attributes(module):
-    return type(module), {**vars(module)}, module.__dict__
+    return type(module), {**vars(module)}
 
 
 def test_a_class_that_python_refuses_leaves_the_module_as_it_was():
@@ -73,23 +73,35 @@ def test_a_class_that_python_refuses_leaves_the_module_as_it_was():
     with pytest.raises(TypeError, match="layout"):
         change_class(module, Slots, {**vars(module), "added": 1, "_parameters": {}})
     assert attributes(module) == before
-    assert module.__dict__ is before[2]
     with pytest.raises(TypeError, match="layout"):
         become(module, copied_module(Slots(), Slots))
     assert attributes(module) == before
 
 
+def test_the_dictionary_of_attributes_stays_the_same_one():
+    """Blocks of ``prepare_inference`` watch it."""
+    model = nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32))
+    held = {module: vars(module) for module in model.modules()}
+    convert(model, FourBit(), LoRA(2))
+    prepare_training(model, "lean")
+    assert all(vars(module) is held[module] for module in held)
+    restore(release_training(model))
+    assert all(vars(module) is held[module] for module in held)
+
+
 def test_a_module_is_given_back_as_it_was():
     module = nn.Linear(2, 2)
     before = attributes(module)
+    own, parameters = vars(module), module._parameters
     change_class(module, Behind)
-    assert attributes(module) == (Behind, *before[1:])
+    assert attributes(module) == (Behind, before[1])
     change_class(module, Base, {"training": False, "_parameters": {}})
     assert not isinstance(module, nn.Linear)
     assert vars(module) == {"training": False, "_parameters": {}}
-    change_class(module, before[0], before[2])
+    change_class(module, *before)
     assert attributes(module) == before
-    assert module.__dict__ is before[2]
+    assert vars(module) is own
+    assert module._parameters is parameters
 
 
 class Loose(nn.Linear):
