@@ -6,13 +6,14 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import lowmem
+from tests.insides import names_listed
 
 PACKAGE = Path(lowmem.__file__).parent
 MODULES = sorted(p.relative_to(PACKAGE).as_posix() for p in PACKAGE.rglob("*.py"))
 DOORS = ("__init__.py", "__main__.py")  # they re-export, or start what the folders do
 PAGE = Path(__file__).parents[1] / "docs" / "architecture.md"
 DRAWN = re.compile(r"```mermaid\n.*?```\n", re.DOTALL)
-LISTED = re.compile(r"\| \| used in \|\n(?:\|.*\n)+")
+LISTED = re.compile(r"\| \| used in \| for \|\n(?:\|.*\n)+")
 OTHERS = ("torch", "transformers", "peft", "numpy", "safetensors", "rich", "re")
 
 
@@ -67,36 +68,6 @@ def dotted(node: ast.AST) -> str:
     if isinstance(node, ast.Attribute):
         return f"{owner}.{node.attr}" if (owner := dotted(node.value)) else ""
     return node.id if isinstance(node, ast.Name) else ""
-
-
-def is_private(path: str) -> bool:
-    parts = path.split(".")
-    inner = parts[0] == "transformers" and len(parts) > 2 and parts[1].islower()  # its root is what it documents
-    return parts[0] in OTHERS and (inner or any(part.startswith("_") and part[-2:] != "__" for part in parts))
-
-
-def private_names(tree: ast.Module) -> set[str]:
-    """Return the private names of other libraries that a module imports, or writes as attributes of torch."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{one.name}" for one in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {one.name for one in node.names}
-        elif isinstance(node, ast.Attribute):
-            found.add(dotted(node))
-    found = {name for name in found if is_private(name)}
-    return {name for name in found if not any(other.startswith(f"{name}.") for other in found)}
-
-
-def names_listed() -> str:
-    """Return the table of the private names of other libraries, and the folders that use each."""
-    used: dict[str, set[str]] = {}
-    for path in MODULES:
-        for name in private_names(ast.parse((PACKAGE / path).read_text(encoding="utf8"))):
-            used.setdefault(name, set()).add(path.partition("/")[0].removesuffix(".py"))
-    rows = [f"| `{name}` | {', '.join(sorted(used[name]))} |" for name in sorted(used)]
-    return "\n".join(["| | used in |", "| :-- | :-- |", *rows, ""])
 
 
 def main() -> None:
