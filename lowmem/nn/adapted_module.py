@@ -106,8 +106,7 @@ def adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
     elif forward is not None:  # behind the user's class, whose forward may call that of super()
         behind = derived_class(replaced, forward=forward)
     base = LoRALinear if plain in LINEAR else AdaptedModule
-    made: type[AdaptedModule] = derived_class(plain, base, behind, **body)
-    return made
+    return cast("type[AdaptedModule]", derived_class(plain, base, behind, **body))
 
 
 @cache

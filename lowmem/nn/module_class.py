@@ -21,16 +21,12 @@ HOOKS = (
 
 
 def _derived_class(module_class: Any, base: Any = None, behind: Any = None, /, **attributes: Any) -> Any:
-    """Return a subclass of a module's class, under its name; the same one for the same arguments.
+    """Return a subclass of a module's class with these attributes and under its name, which is made once.
 
-    Args:
-        module_class: whose ``__name__``, ``__qualname__``, ``__module__`` and ``__doc__`` the subclass has.
-        base: its methods come before those of ``module_class``.
-        behind: its methods come after those of ``module_class`` and before those of that class's bases.
-        **attributes: of the subclass.
+    Methods of ``base`` come before those of the module's class, and those of ``behind`` after them.
     """
     names = {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    bases = tuple(one for one in (base, module_class, behind) if one is not None)
+    bases = tuple(kind for kind in (base, module_class, behind) if kind is not None)
     return type(module_class.__name__, bases, names | attributes)
 
 
@@ -42,18 +38,19 @@ def change_class(module: Any, new_class: Any, attributes: dict[str, Any] | None 
 
     An error leaves the module as it was.
     """
-    own = module.__dict__  # stays the same dictionary, which others may hold
-    final = dict(own)
-    attributes = dict(own if attributes is None else attributes)
+    current = module.__dict__  # stays the same dictionary, which others may hold
+    final = dict(current)
+    attributes = dict(current if attributes is None else attributes)
     # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
-    own.update(attributes, _parameters={**own.get("_parameters", {}), **attributes.get("_parameters", {})})
+    parameters = {**current.get("_parameters", {}), **attributes.get("_parameters", {})}
+    current.update(attributes, _parameters=parameters)
     try:
         object.__setattr__(module, "__class__", new_class)  # a __setattr__ of the class may do something else
         final = attributes
     finally:
-        own.update(final)
-        for name in own.keys() - final.keys():
-            del own[name]
+        current.update(final)
+        for name in current.keys() - final.keys():
+            del current[name]
 
 
 def become(module: nn.Module, other: nn.Module) -> None:
@@ -70,9 +67,9 @@ def become(module: nn.Module, other: nn.Module) -> None:
         children.pop("adapters", None)
 
 
-def copied_module(module: nn.Module, made: type[nn.Module]) -> nn.Module:
-    """Return a shallow copy of a module as an object of class ``made``, without its hooks."""
-    copied = made.__new__(made)
+def copied_module(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
+    """Return a shallow copy of a module as an instance of another class, without its hooks."""
+    copied = new_class.__new__(new_class)
     copied.__dict__.update(module.__dict__)
     for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
         if name != "__dict__" and name != "__weakref__" and hasattr(module, name):

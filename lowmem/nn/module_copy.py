@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -36,8 +36,7 @@ def stored_class(dense: Any, names: tuple[str, ...], bits: int) -> type[StoredMo
     body |= {"dense_class": dense, "stored_names": names, "stored_bits": bits, "__reduce_ex__": _reduce}
     if issubclass(dense, nn.RNNBase):
         body["_flat_weights"] = FLAT_WEIGHTS
-    made: type[StoredModule] = derived_class(dense, base, **body)
-    return made
+    return cast("type[StoredModule]", derived_class(dense, base, **body))
 
 
 @cache

@@ -59,7 +59,9 @@ def release_modules(model: nn.Module, released_by: str) -> None:
     for module in prepared:
         check_prepared(module)
     for module in prepared:
-        release_module(module)
+        while isinstance(module, PreparedModule):
+            left = {name: value for name, value in vars(module).items() if name not in module.prepared_attributes}
+            change_class(module, module.plain_class, left)
 
 
 def plain_copy(module: PreparedModule) -> nn.Module:
@@ -69,14 +71,6 @@ def plain_copy(module: PreparedModule) -> nn.Module:
     for name in module.prepared_attributes:
         plain.__dict__.pop(name)
     return plain
-
-
-def release_module(module: nn.Module) -> None:
-    """Restore the class that a module had before it was prepared; one that is not prepared stays as it is."""
-    check_prepared(module)
-    while isinstance(module, PreparedModule):
-        left = {name: value for name, value in vars(module).items() if name not in module.prepared_attributes}
-        change_class(module, module.plain_class, left)
 
 
 def trained_parameters(model: nn.Module) -> list[nn.Parameter]:

@@ -13,11 +13,10 @@ from torch.nn import functional
 from torch.utils import checkpoint as checkpoints
 from torch.utils.checkpoint import checkpoint
 
-from lowmem import FourBit, LoRA, compressed_activations, kernels
+from lowmem import FourBit, LoRA, compressed_activations, kernels, release_training
 from lowmem.measure import PeakMemory
 from lowmem.training.fused import Act, LayerNorm, fuse
 from lowmem.training.fused_functions import rms_norm
-from lowmem.training.prepared_module import release_module
 from tests.rounding import unit
 from tests.training.blocks import (
     INNER,
@@ -225,7 +224,7 @@ def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
         return memory.current - out.nbytes
 
     expected, before = gradients(model, x, partial(call, context=False)), kept()
-    release_module(model.mlp)
+    release_training(model.mlp)
     fuse(model.mlp, replace(how, again=True))
     assert "computes again the outputs of gate" in model.mlp.note
     products, coded = 2 * 128 * 2 * INNER, 65 / 64
@@ -249,7 +248,7 @@ def test_another_activation_than_was_fused_is_called(act):
     fused(model)
     model.mlp.act = nn.ReLU() if act == "module" else functional.relu
     found = gradients(model, x)
-    release_module(model.mlp)
+    release_training(model.mlp)
     assert_near(found, gradients(model, x), 1e-6)
 
 

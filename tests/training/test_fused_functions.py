@@ -11,11 +11,10 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from lowmem import FourBit, LoRA, compressed_activations, convert, kernels
+from lowmem import FourBit, LoRA, compressed_activations, convert, kernels, release_training
 from lowmem.kernels.rowwise import ACTIVATIONS
 from lowmem.training.fused import Act, LayerNorm, fuse
 from lowmem.training.fused_functions import gated_product
-from lowmem.training.prepared_module import release_module
 from lowmem.training.recognize import recognize
 from tests.training.blocks import INNER, NORM, WIDTH, assert_near, batch, fused, gradients, make, saved
 
@@ -103,7 +102,7 @@ def test_a_layer_norm_computes_the_same(options, dtype):
     )  # mean and deviation of each row
     with torch.autocast("cpu", torch.bfloat16):
         found = norm(x).dtype
-        release_module(norm)
+        release_training(norm)
         assert norm(x).dtype is found
 
 
@@ -219,7 +218,7 @@ def test_a_detached_result_of_a_norm_may_outlive_its_graph(lean, monkeypatch):
         assert_near(torch.autograd.grad(out, trained), expected, 0.03 if lean else 1e-5)
         with torch.no_grad():
             model.norm.weight.div_(2)
-        release_module(model.norm)
+        release_training(model.norm)
 
 
 @pytest.mark.parametrize("read", [False, True])

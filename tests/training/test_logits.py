@@ -5,9 +5,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from lowmem import FourBit, Half, convert
+from lowmem import FourBit, Half, convert, release_training
 from lowmem.training.logits import LazyLogits, delay_logits
-from lowmem.training.prepared_module import release_module
 from tests.training.blocks import Language
 
 VOCABULARY = 40
@@ -239,7 +238,7 @@ def test_logits_of_other_parameters_are_not_made_of_the_layer_s_own(kind):
         return functional.cross_entropy(model(ids).flatten(0, 1), labels.flatten())
 
     inside = torch.func.functional_call(Loss(model, loss), {f"model.{name}": one for name, one in other.items()}, ids)
-    release_module(model.head)
+    release_training(model.head)
     logits = torch.func.functional_call(model, other, ids)
     assert close(inside, functional.cross_entropy(logits.flatten(0, 1), labels.flatten()))
     delay_logits(model.head)

@@ -11,7 +11,7 @@ from torch.nn.utils import parametrize
 from lowmem import LoRA, convert, prepare_training, release_training
 from lowmem.training.fused import Act, LayerNorm, fuse
 from lowmem.training.logits import LazyLogits, LazyOutput, delay_logits
-from lowmem.training.prepared_module import PreparedModule, check_prepared, release_module
+from lowmem.training.prepared_module import PreparedModule, check_prepared
 from tests.refusing import refused
 from tests.training.blocks import JOINED, MLP, NORM, SEPARATE, WIDTH, Norm, assert_near, batch, gradients
 
@@ -89,8 +89,7 @@ def test_copies_are_prepared_alike_and_each_is_released_alone(kind):
         assert all(a is not b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
         assert all(map(torch.equal, gradients(twin, x), gradients(model, x)))
         for _ in range(2):  # the second time nothing happens
-            for one in twin.modules():
-                release_module(one)
+            release_training(twin)
             assert (type(twin), {*vars(twin)}) == before
         assert all(map(torch.equal, gradients(twin, x), gradients(plain, x)))
         assert isinstance(model, PreparedModule)
@@ -107,7 +106,7 @@ def test_a_class_that_was_changed_since_is_an_error():
     model = prepare_training(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 40)), LoRA(2), skip="1"), output="1")
     assert isinstance(model(torch.ones(1, 8)), LazyLogits)
     parametrize.register_parametrization(model[1], "weight", nn.Identity())
-    for call in (check_prepared, release_module):
+    for call in (check_prepared, release_training):
         with refused(model, RuntimeError, "was made of the prepared module since, as a parametrization does"):
             call(model[1])
     with refused(model, RuntimeError, "undo that first"):

@@ -240,3 +240,11 @@ def test_a_prepared_model_learns_the_same(folder, tmp_path, monkeypatch, memory,
         curves.append(torch.tensor(logged(run, "loss") + logged(run, "eval_loss")))
     assert curves[0][5] < curves[0][4]  # of the evaluations
     torch.testing.assert_close(*curves, rtol=1e-4 if memory == "fast" else 0.02, atol=0)
+
+
+def test_a_copy_of_a_lean_model_is_lean(folder):
+    model = lowmem.prepare_training(lowmem.convert(load(folder), FourBit(), LoRA(2)), "lean")
+    copied = copy.deepcopy(model)
+    assert type(copied) is type(model)
+    assert lowmem.training_report(copied) == lowmem.training_report(model)
+    assert type(lowmem.release_training(copied)) is type(lowmem.release_training(model))
