@@ -2,17 +2,21 @@
 
 import argparse
 import ast
+import copy
 import inspect
 import json
+import pickletools
 import re
 import tempfile
 from contextlib import redirect_stderr, redirect_stdout
 from importlib import import_module
-from io import StringIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
+from zipfile import ZipFile
 
+import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
@@ -111,6 +115,28 @@ def in_files(folder: Path) -> dict[str, dict[str, list[str]]]:
     return found
 
 
+def in_pickles() -> list[str]:
+    """Return the functions and classes of lowmem that pickles of whole models and of quantized tensors name."""
+    dense = nn.ModuleDict(
+        {"a": nn.Linear(64, 64), "b": nn.Embedding(8, 64), "c": nn.Conv1d(4, 4, 3), "d": nn.LSTM(4, 4)}
+    )
+    block = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64))
+    pickled = [lowmem.convert(copy.deepcopy(dense), *techniques) for techniques in TECHNIQUES.values()]
+    pickled += [
+        lowmem.prepare_training(lowmem.convert(block, *TECHNIQUES["QLoRA"])),
+        lowmem.quantize(torch.ones(8, 64)),
+    ]
+    found = set()
+    for item in pickled:
+        torch.save(item, file := BytesIO())
+        with ZipFile(file) as archive:
+            operations = pickletools.genops(
+                archive.read(next(n for n in archive.namelist() if n.endswith("data.pkl")))
+            )
+        found |= {argument for operation, argument, _ in operations if operation.name == "GLOBAL"}
+    return sorted(name.replace(" ", ".") for name in found if name.startswith("lowmem"))
+
+
 def in_json() -> dict[str, list[str]]:
     """Return the keys of what commands print with ``--json``."""
     commands = {
@@ -140,6 +166,7 @@ def public_names() -> dict[str, Any]:
             "options": options(),
             "pytest_lowmem": of_plugin(),
             "files": in_files(Path(folder)),
+            "pickles": in_pickles(),
             "JSON": in_json(),
         }
 
