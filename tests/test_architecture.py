@@ -10,6 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
 import lowmem
@@ -130,6 +131,30 @@ def mirror_of(path: str) -> str:
 def test_every_module_has_its_mirror_test():
     mirrored = [path for path in MODULES if not path.endswith("__init__.py") and path != "version.py"]
     assert [path for path in mirrored if not (Path(__file__).parent / mirror_of(path)).is_file()] == []
+
+
+def test_a_plain_linear_layer_takes_no_way_around_by_adapters_or_integers():
+    """A reader who follows ``convert`` of one layer, and calls of it, opens no file that has no part in them."""
+    entered, made = set(), []
+
+    def note(frame, event, _):
+        path = Path(frame.f_code.co_filename)
+        if event == "call" and path.is_relative_to(Path(lowmem.__file__).parent):
+            entered.add(path.relative_to(Path(lowmem.__file__).parent).as_posix())
+
+    layer, x = nn.Linear(64, 64), torch.randn(2, 64)
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        made.append(lowmem.convert(layer, lowmem.FourBit()))
+        with torch.no_grad():
+            made[0](x)
+        made[0](x)
+    finally:
+        sys.setprofile(before)
+    assert {"transforms/convert.py", "nn/linear.py", "quant/tensor.py"} <= entered
+    detours = {"nn/adapted_module.py", "transforms/placement.py", "kernels/int8.py", "kernels/__init__.py"}
+    assert entered & detours == set()
 
 
 def test_names_of_tests_are_sentences_of_at_most_80_characters():

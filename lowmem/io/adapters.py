@@ -43,9 +43,9 @@ from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.adapters import adapter_layers, adapter_names, add_placed, check_name
 from lowmem.transforms.commit import one_at_a_time
-from lowmem.transforms.placement import place_name, places_of
+from lowmem.transforms.placement import places_of
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_sharded, refuse_wrapped
-from lowmem.transforms.registry import check_module, layer_name, module_paths, parameters_to_adapt
+from lowmem.transforms.registry import check_module, layer_name, module_paths, parameters_to_adapt, place_name
 
 M = TypeVar("M", bound=nn.Module)
 

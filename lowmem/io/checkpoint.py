@@ -24,9 +24,8 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap
 from lowmem.transforms.commit import one_at_a_time
 from lowmem.transforms.meta import check_factory, make_on_meta
-from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_sharded, refuse_wrapped
-from lowmem.transforms.registry import layer_name, made_by, module_paths
+from lowmem.transforms.registry import layer_name, made_by, module_paths, place_name
 
 M = TypeVar("M", bound=nn.Module)
 

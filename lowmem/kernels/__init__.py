@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from lowmem.kernels import cpu, gpu, reference
 from lowmem.kernels.frozen_operator import serve
-from lowmem.kernels.int8 import float_dtype
 from lowmem.kernels.memory import TYPES
-from lowmem.quant.backend import Backend, LowRank, Weight, backend_for, backend_of, matmul_dtype, set_backend
+from lowmem.quant.backend import (
+    Backend,
+    LowRank,
+    Weight,
+    backend_for,
+    backend_of,
+    float_dtype,
+    matmul_dtype,
+    set_backend,
+)
 from lowmem.quant.tensor import ANY, QuantizedTensor
 
 __all__ = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.kernels import int8
 from lowmem.kernels.frozen_operator import parsed
+from lowmem.quant.backend import float_dtype
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import by_block
 from lowmem.quant.scales import get_encoding
@@ -110,7 +110,7 @@ def product_4bit(
             "lowmem has no plain operators for compute_dtype=torch.int8, as torch.onnx.export needs: convert the "
             "model with compute_dtype=None"
         )
-    weight = dequantized(packed, scales, text, int8.float_dtype(dtype or x.dtype, x.dtype))
+    weight = dequantized(packed, scales, text, float_dtype(dtype or x.dtype, x.dtype))
     return product(x, weight, transposed, *(added or (None,)))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -37,11 +36,6 @@ def round_inputs(x: Tensor, block_size: int) -> Tensor:
     inverse = largest.new_full((), LARGEST) / largest  # LARGEST / largest would round twice: LARGEST * (1 / largest)
     rounded = (parts * inverse).round_().mul_(largest / LARGEST)
     return rounded.view(padded.shape)[:, :columns]
-
-
-def float_dtype(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
-    """Return the dtype of a product's result and of its gradients: the compute dtype, or, for int8, the input's."""
-    return given if dtype is torch.int8 else dtype
 
 
 @lru_cache(maxsize=64)

@@ -10,8 +10,7 @@ from torch import Tensor
 from lowmem.kernels import decompositions, reference
 from lowmem.kernels.decompositions import decomposes
 from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stored
-from lowmem.kernels.int8 import float_dtype
-from lowmem.quant.backend import Backend, Weight
+from lowmem.quant.backend import Backend, Weight, float_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 

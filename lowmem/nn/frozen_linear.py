@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lowmem import kernels
 from lowmem.kernels import ops, reference
 from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
+from lowmem.quant.backend import backend_of
 
 
 def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
@@ -22,7 +23,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     """
     plain = is_plain_call(x, bias)
     if plain and x.dim() > 1 and not x.is_nested:
-        out = kernels.linear(x, weight, dtype, bias)
+        out = backend_of(x).linear(x, weight, dtype, bias)
         return out if dtype is x.dtype else out.to(x.dtype)
     if is_jit_tracing():
         return _traced_linear(x, weight, dtype, bias)
@@ -32,7 +33,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
     if dtype is torch.int8 and x.requires_grad and torch.is_grad_enabled():
         dtype = kernels.recorded_dtype(dtype, x)
     rows = x if x.dim() == 2 else _rows(x)
-    out = kernels.linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
+    out = backend_of(x).linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 

@@ -20,6 +20,7 @@ from lowmem.nn.module_class import copied_module
 from lowmem.nn.module_copy import LAYERS, stored_property
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
+from lowmem.quant.backend import backend_of
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -73,7 +74,7 @@ class CodedLinear(CodedModule, nn.Linear):
         if is_plain_call(x, bias) and x.dim() > 1 and not x.is_nested:  # inline, for speed
             weight = kept_weight(self)
             if weight is not None:
-                out = kernels.linear(x, weight, dtype, bias)
+                out = backend_of(x).linear(x, weight, dtype, bias)
                 return out if dtype is x.dtype else out.to(x.dtype)
         return frozen_linear(x, self.quantized, dtype, bias)
 

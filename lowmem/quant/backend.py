@@ -181,6 +181,11 @@ def matmul_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     return dtype
 
 
+def float_dtype(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
+    """Return the dtype of a product's result and of its gradients: the compute dtype, or, for int8, the input's."""
+    return given if dtype is torch.int8 else dtype
+
+
 def set_backend(device_type: str, backend: Backend) -> None:
     """Let a backend serve a device type; ``lowmem.kernels.register`` also tells torch's dispatcher."""
     _backends[device_type] = backend

@@ -21,9 +21,9 @@ from lowmem.nn.techniques import LoRA
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import freeze_all_but_adapters, one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.merge import adapted_layers, fold, warn_of_requantizing
-from lowmem.transforms.placement import place_adapters, place_name, takes_adapter, warnings_of_adapters
+from lowmem.transforms.placement import place_adapters, takes_adapter, warnings_of_adapters
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft
-from lowmem.transforms.registry import layer_name
+from lowmem.transforms.registry import layer_name, place_name
 from lowmem.transforms.select import no_match_message, note_left, select_modules
 from lowmem.transforms.store import add_first_adapter
 

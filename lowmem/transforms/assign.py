@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from lowmem.nn.techniques import CHOICES, Budget, FourBit, LoRA, of_embeddings
 from lowmem.transforms.budget import Chosen, Importance, choose, losses_of, together, unit_of
 from lowmem.transforms.calibration.sensitivity import importance_of
-from lowmem.transforms.placement import place_adapters, place_name, takes_adapter
-from lowmem.transforms.registry import Step, Technique, Where, layer_name, layer_names
+from lowmem.transforms.placement import place_adapters, takes_adapter
+from lowmem.transforms.registry import Step, Technique, Where, layer_name, layer_names, place_name
 from lowmem.transforms.roles import embeddings_and_outputs, kept_in_float32
 from lowmem.transforms.store import store_parameters
 from lowmem.transforms.ties import weight_key
@@ -39,9 +39,9 @@ def techniques_by_layer(
         if layer in chosen:
             own: Any = chosen[layer][0]
             chosen[layer] = (replace(own, compute_dtype=None), *rest)
-    adaptable = [layer for layer in chosen if takes_adapter(layer, where is not None)]
     for index, lora in enumerate(techniques):
         if isinstance(lora, LoRA):
+            adaptable = [layer for layer in chosen if takes_adapter(layer, where is not None)]
             placed = place_adapters(model, lora, adaptable, where)
             for layer in adaptable:
                 after = (placed[layer], *techniques[index + 1 :]) if layer in placed else ()

@@ -71,9 +71,11 @@ def commit(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> Non
             raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
     if any(isinstance(new, StoredModule) for new in made.values()):
         watch_peft()
-    share_tied_adapters(made.values())
+    adapted = [new for new in made.values() if isinstance(new, AdaptedModule)]
+    if adapted:
+        share_tied_adapters(adapted)
     replace_modules(model, made)
-    if any(isinstance(new, AdaptedModule) for new in made.values()):
+    if adapted:
         freeze_all_but_adapters(model)
         follow_adapters(model)
     tell_integrations(model)

@@ -108,10 +108,11 @@ def convert(
         for layer, new in replacements.items()
         if isinstance(new, AdaptedModule)
     }
-    paths = module_paths(model)
-    refuse_layers("convert", {layer: paths[layer][0] for layer in placed})
+    if placed:
+        paths = module_paths(model)
+        refuse_layers("convert", {layer: paths[layer][0] for layer in placed})
     told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip)]
-    told += warnings_of_adapters(model, placed)
+    told += warnings_of_adapters(model, placed) if placed else []
     commit(model, replacements)
     note_left(model, where, skip, type(techniques[0]))
     for text in filter(None, told):

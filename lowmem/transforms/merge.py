@@ -24,9 +24,8 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import returns_free_pages
 from lowmem.transforms.commit import one_at_a_time, replace_modules, tell_integrations
 from lowmem.transforms.merge_errors import output_errors
-from lowmem.transforms.placement import place_name
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_wrapped
-from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.registry import layer_name, module_paths, place_name
 from lowmem.transforms.summary import aligned
 
 M = TypeVar("M", bound=nn.Module)

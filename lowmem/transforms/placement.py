@@ -11,15 +11,10 @@ from torch import nn
 
 from lowmem.nn.adapter import layout_of
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.registry import Where, layer_name, module_paths, parameters_to_adapt, skip_reason
+from lowmem.transforms.registry import Where, layer_name, module_paths, parameters_to_adapt, place_name, skip_reason
 from lowmem.transforms.roles import layer_weights, output_layers, routers
 
 _TOLD_SHARE = 0.2  # of an adapter's numbers; convert warns if more are of ranks that no weight can use
-
-
-def place_name(path: str, parameter: str) -> str:
-    """Return the name of an adapter's place: its layer's path, and the parameter's name unless it is ``weight``."""
-    return path if parameter == "weight" else f"{path}.{parameter}".lstrip(".")
 
 
 def places_of(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:

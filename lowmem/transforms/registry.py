@@ -354,6 +354,11 @@ def layer_names(paths: Sequence[str]) -> str:
     return ", ".join(map(layer_name, paths[:3])) + more
 
 
+def place_name(path: str, parameter: str) -> str:
+    """Return the name of a parameter's place: its layer's path, and the parameter's name unless it is ``weight``."""
+    return path if parameter == "weight" else f"{path}.{parameter}".lstrip(".")
+
+
 def layer_name(path: str) -> str:
     """Return the name of the module at ``path`` for errors."""
     return printable(path) or "the model itself"

@@ -15,7 +15,7 @@ from lowmem.errors import check_function, show
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.placement import place_name, takes_adapter
+from lowmem.transforms.placement import takes_adapter
 from lowmem.transforms.refusals import refuse_layers, refuse_model, refuse_peft, refuse_prepared, refuse_wrapped
 from lowmem.transforms.registry import (
     Technique,
@@ -26,6 +26,7 @@ from lowmem.transforms.registry import (
     module_paths,
     note_dense,
     parameters_to_store,
+    place_name,
     skip_reason,
     supported_types,
 )

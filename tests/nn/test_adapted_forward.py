@@ -7,10 +7,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lowmem
-from lowmem import FourBit, Half, LoRA, convert, kernels
+from lowmem import FourBit, Half, LoRA, convert
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import parameter_of
 from lowmem.nn.fold import without_adapters
+from lowmem.quant.backend import backend_for
 from tests import strategies
 
 every_base = pytest.mark.parametrize("base", sorted(strategies.BASES))
@@ -51,13 +52,13 @@ def one_adapter(base=None, **options):
 def updates(monkeypatch):
     """Whether each product of a base was taken with its update in one call."""
     seen = []
-    linear = kernels.linear
+    linear = backend_for().linear
 
     def watched(x, weight, dtype, bias=None, update=None):
         seen.append(update is not None)
         return linear(x, weight, dtype, bias, update)
 
-    monkeypatch.setattr(kernels, "linear", watched)
+    monkeypatch.setattr(backend_for(), "linear", watched)
     return seen
 
 

@@ -25,8 +25,7 @@ from lowmem.nn.adapter_buffers import without_copies
 from lowmem.nn.coded_module import format_keys
 from lowmem.nn.module_class import change_class, derived_class
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.placement import place_name
-from lowmem.transforms.registry import module_paths
+from lowmem.transforms.registry import module_paths, place_name
 
 
 def config_of(model: nn.Module) -> LowmemConfig | None:

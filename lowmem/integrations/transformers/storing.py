@@ -21,8 +21,7 @@ from lowmem.transforms.assign import techniques_by_layer
 from lowmem.transforms.bits import warning_of_dense
 from lowmem.transforms.budget import losses_of
 from lowmem.transforms.convert import rebuild_all
-from lowmem.transforms.placement import place_name
-from lowmem.transforms.registry import layer_name
+from lowmem.transforms.registry import layer_name, place_name
 from lowmem.transforms.select import note_left
 from lowmem.transforms.store import store_parameters
 

@@ -18,12 +18,12 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import is_conv1d, layout_of
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.placement import place_name
 from lowmem.transforms.registry import (
     computes_linear,
     layer_name,
     module_paths,
     parameters_to_adapt,
+    place_name,
     skip_reason,
 )
 

@@ -27,8 +27,7 @@ from lowmem.nn.adapter import Adapter, is_conv1d
 from lowmem.nn.adapter_buffers import CHILD
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.placement import place_name
-from lowmem.transforms.registry import layer_name, module_paths
+from lowmem.transforms.registry import layer_name, module_paths, place_name
 
 
 def write_peft(
