@@ -18,10 +18,10 @@ import pytest
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from lowmem.testing.baseline import Figures, Key
-    from lowmem.testing.gates import MemoryGates
+    from lowmem.testing.gate_verdicts import GateVerdict
     from lowmem.testing.latency import Speedup
-    from lowmem.testing.verdicts import Verdict
+    from lowmem.testing.memory_baseline import BaselineKey, Figures
+    from lowmem.testing.memory_gates import MemoryGates
 
 __all__ = ["LatencyGate", "MemoryGate", "latency_gate", "memory_gate"]
 
@@ -135,10 +135,10 @@ class MemoryGate:
         """
         __tracebackhide__ = True
         with self._session.judging():
-            from lowmem.testing.memory import counted_figures
+            from lowmem.testing.memory import key_and_counted_figures
 
             self._take(name)
-            measured = counted_figures(count)
+            measured = key_and_counted_figures(count)
         return self._judge(name, *measured)
 
     def _take(self, name: str) -> None:
@@ -149,12 +149,14 @@ class MemoryGate:
             raise ValueError(f"name={name!r}: it must be one printable line, as tables show it")
         self._names.add(name)
 
-    def _judge(self, name: str, key: Key, figures: Figures) -> Figures:
+    def _judge(self, name: str, key: BaselineKey, figures: Figures) -> Figures:
         __tracebackhide__ = True
         with self._session.judging():
-            from lowmem.testing.gates import entry_name
+            from lowmem.testing.memory_gates import stored_gate_name
 
-            failure = self._session.memory().judge(entry_name(self._test, name), self._test, key, figures)
+            failure = self._session.memory().judge_figures_and_explain_failure(
+                stored_gate_name(self._test, name), self._test, key, figures
+            )
         if failure is not None:
             pytest.fail(failure, pytrace=False)
         return figures
@@ -218,7 +220,7 @@ class Session:
         self.latency: list[list[str]] = []  # test, text and verdict
         self.errors: list[str] = []  # why gates could not judge
         self.written: list[str] = []
-        self.verdict: Verdict | None = None  # of the memory gates, once the session has ended
+        self.verdict: GateVerdict | None = None  # of the memory gates, once the session has ended
         self._memory: MemoryGates | None = None
         self._collected: set[str] = set()
         self._files: set[str] = set()
@@ -237,7 +239,7 @@ class Session:
     def memory(self) -> MemoryGates:
         """Return the memory gates; they are created on the first call."""
         if self._memory is None:
-            from lowmem.testing.gates import MemoryGates
+            from lowmem.testing.memory_gates import MemoryGates
 
             self._memory = MemoryGates(self.config.rootpath, self.directory, self.config.getoption("lowmem_baseline"))
         return self._memory
@@ -282,7 +284,7 @@ class Session:
         self.latency += handed.get("latency", [])
         self.errors += handed.get("errors", [])
         if handed.get("memory"):
-            self.memory().merge(handed["memory"])
+            self.memory().merge_worker_state(handed["memory"])
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
         """Write the baselines; a worker sends its results to the controller instead."""
@@ -290,20 +292,20 @@ class Session:
         if self._memory is None and compares:
             self._read_unmeasured()
         if self._memory is not None:
-            self._memory.note_vanished(self._collected, self._is_complete, self._passed)
+            self._memory.record_vanished_gates(self._collected, self._is_complete, self._passed)
         output: dict[str, str] | None = getattr(self.config, "workeroutput", None)
         if output is not None:
-            memory = None if self._memory is None else self._memory.dump()
+            memory = None if self._memory is None else self._memory.serializable_state()
             output["lowmem"] = json.dumps({"latency": self.latency, "errors": self.errors, "memory": memory})
             return
         if exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
             return  # interrupted: nothing is stored
         if self._memory is not None and not self.errors:
             try:
-                self.written = self._memory.write()
+                self.written = self._memory.write_pending_figures()
             except (OSError, ValueError) as error:
                 self.errors.append(str(error))
-            if self._memory.missing() and exitstatus == pytest.ExitCode.OK:
+            if self._memory.missing_gate_rows() and exitstatus == pytest.ExitCode.OK:
                 session.exitstatus = exitstatus = pytest.ExitCode.TESTS_FAILED
             self._write_verdict(exitstatus == pytest.ExitCode.OK)
         undecided = any(verdict == "undecided" for *_, verdict in self.latency)
@@ -316,9 +318,11 @@ class Session:
             try:
                 document = json.loads(path.read_bytes())
                 if any(map(self._has_vanished, document["figures"])):
-                    from lowmem.testing.baseline import Key
+                    from lowmem.testing.memory_baseline import BaselineKey
 
-                    self.memory().read(Key(document["backend"], document["torch"], document["threads"]))
+                    self.memory().read_figures_cached(
+                        BaselineKey(document["backend"], document["torch"], document["threads"])
+                    )
             except (ValueError, KeyError, TypeError, OSError):
                 continue  # a gate that needs the file says what is wrong with it
 
@@ -337,9 +341,9 @@ class Session:
 
     def _write_verdict(self, passed: bool) -> None:
         """Keep the verdict of the memory gates, and write it where ``--lowmem-json`` asks for it."""
-        from lowmem.testing.verdicts import write_verdict
+        from lowmem.testing.gate_verdicts import write_verdict
 
-        self.verdict = self.memory().verdict(passed)
+        self.verdict = self.memory().session_verdict(passed)
         if path := self.config.getoption("lowmem_json"):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -351,12 +355,12 @@ class Session:
         """Print the verdict of each gate."""
         write = terminalreporter.write_line
         memory = self._memory
-        if memory is not None and (memory.rows or memory.missing()):
+        if memory is not None and (memory.rows or memory.missing_gate_rows()):
             terminalreporter.section("memory gates, in bytes")
-            for line in memory.table():
+            for line in memory.verdict_table_lines():
                 write(line)
-            fails = "FAILED " if memory.missing() else ""
-            for line in memory.vanished_lines().values():
+            fails = "FAILED " if memory.missing_gate_rows() else ""
+            for line in memory.vanished_messages_by_gate().values():
                 write(f"{fails}{line}", red=bool(fails))
             if memory.pending and not self.written:
                 write("nothing is stored: the session was interrupted, or a gate could not judge", red=True)

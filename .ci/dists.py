@@ -20,7 +20,7 @@ import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-TESTS = ("tests/quant/test_packing.py", "tests/io/test_container.py", "tests/tools/test_stats.py")
+TESTS = ("tests/quant/test_packing.py", "tests/io/test_lowmem_file.py", "tests/tools/test_stats.py")
 NEEDED = (
     "conftest.py",
     "examples/digits.py",

@@ -25,7 +25,7 @@ import lowmem
 from benchmarks.cases import Training
 from benchmarks.latency.workloads import Call, inference
 from lowmem import BigNet
-from lowmem.kernels.threads import usable_cpus
+from lowmem.kernels.threads import usable_cpu_count
 
 BUSY = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): pass"  # ends with a parent that is killed
 SETTLED = 0.3  # seconds of calls that are not measured: the neighbours have begun by then, or ended
@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{name}: skipped, since transformers is not installed", file=sys.stderr)
             continue
         calls = {model: make() for model, make in WORKLOADS[name].items()}
-        found = means(calls, usable_cpus())
+        found = means(calls, usable_cpu_count())
         for model, (quiet, busy) in found.items():
             print(f"| {name} | {model} | {1e3 * quiet:.2f} | {1e3 * busy:.2f} | {busy / quiet:.1f} |", flush=True)
     return 0

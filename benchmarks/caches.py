@@ -110,8 +110,8 @@ def seconds(model: Any, caches: Mapping[str, Any], token: Tensor) -> dict[str, f
 
 
 def main() -> None:
-    from lowmem.integrations.transformers.folder import load_gguf
-    from lowmem.integrations.transformers.tokenizing import read_tokenizer
+    from lowmem.integrations.transformers.pretrained_folder import load_gguf
+    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
     torch.set_num_threads(THREADS)
     file = smollm2()

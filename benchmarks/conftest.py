@@ -10,7 +10,7 @@ import torch
 
 import lowmem
 from lowmem.testing.memory import THREADS
-from lowmem.transforms.summary import aligned
+from lowmem.transforms.model_summary import aligned_table_lines
 
 
 @pytest.fixture(autouse=True, scope="package")
@@ -80,7 +80,7 @@ class Ratios:
             stored = f"{self.stored[name]:.2f}" if name in self.stored else "-"
             rows.append((name.partition("::test_")[2], f"{1e3 * seconds:.2f}", f"{ratio:.2f}", stored))
         terminalreporter.section("latency, as a ratio to the reference in the same run")
-        for line in aligned(rows, right=(1, 2, 3)):
+        for line in aligned_table_lines(rows, right_aligned=(1, 2, 3)):
             terminalreporter.write_line(line)
 
 

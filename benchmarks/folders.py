@@ -95,7 +95,7 @@ def load(folder: Path, technique: str, dtype: str) -> dict[str, float]:
         options |= {"quantization_config": LowmemConfig(TECHNIQUES[technique]), "local_files_only": True}
         model = _record(figures, "load", lambda: AutoModelForCausalLM.from_pretrained(folder, **options))
     modules = [module for module in model.modules() if isinstance(module, StoredModule)]
-    stored = [module.stored_size(name) for module in modules for name in module.forms]
+    stored = [module.stored_numel(name) for module in modules for name in module.forms]
     largest = max(*stored, model.get_input_embeddings().weight.numel())
     size = 4 if dtype == "float32" else 4 + getattr(torch, dtype).itemsize  # the folder's, and that of a cast copy
     kept = measure.actual_bytes(model)

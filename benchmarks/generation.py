@@ -35,9 +35,9 @@ import torch
 
 import lowmem
 from benchmarks.resident import _mib, _status, map_libraries, printed_json, reset_high_water
-from lowmem.kernels.threads import usable_cpus
-from lowmem.tools.arguments import positive_int
-from lowmem.tools.info import facts
+from lowmem.kernels.threads import usable_cpu_count
+from lowmem.tools.arguments import parse_positive_int
+from lowmem.tools.info import environment_info
 
 ROWS = (
     *("transformers bfloat16", "transformers float32", "bitsandbytes bfloat16"),
@@ -249,8 +249,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=SHAPES, default="smollm2", help="the shape (default: smollm2)")
     parser.add_argument("--rows", nargs="*", default=["*"], metavar="PATTERN", help=f"some of {', '.join(ROWS)}")
-    parser.add_argument("--rounds", type=positive_int, default=3, help="fresh processes of each row (default: 3)")
-    parser.add_argument("--threads", type=positive_int, default=usable_cpus(), help="of each process (default: all)")
+    parser.add_argument(
+        "--rounds", type=parse_positive_int, default=3, help="fresh processes of each row (default: 3)"
+    )
+    parser.add_argument(
+        "--threads", type=parse_positive_int, default=usable_cpu_count(), help="of each process (default: all)"
+    )
     parser.add_argument("--folder", type=Path, help="where the model lies, or is written; default: a temporary one")
     parser.add_argument("--measure", nargs=2, metavar=("ROW", "FOLDER"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
@@ -273,7 +277,7 @@ def main(arguments: list[str] | None = None) -> int:
         for row in rows * given.rounds:
             found[row].append(measure_apart(row, folder, given.threads))
         far = differing(folder, rows)
-    machine, packages = facts(), ["torch", "transformers", *filter(find_spec, PACKAGES.values())]
+    machine, packages = environment_info(), ["torch", "transformers", *filter(find_spec, PACKAGES.values())]
     print(f"{machine['cpu']}, {given.threads} threads, {lowmem.backend().partition(':')[0]}", end="")
     print("".join(f"; {name} {version(name)}" for name in packages), end="\n\n")
     print("\n".join(table(found)))

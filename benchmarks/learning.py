@@ -75,9 +75,9 @@ class Outcome:
 def digits(_: Path | None) -> Task:
     """Return the task of BigNet under a classifier, as ``lowmem fit --data digits``."""
     from lowmem.tools.fit_classifier import Classifier
-    from lowmem.tools.fit_data import load_data
+    from lowmem.tools.fit_classifier_data import load_train_test_split
 
-    data = load_data("digits", 0)
+    data = load_train_test_split("digits", 0)
 
     def make() -> nn.Module:
         torch.manual_seed(0)

@@ -15,10 +15,10 @@ from xml.sax.saxutils import escape
 import torch
 
 import lowmem
-from lowmem.io.atomic import write_atomically
+from lowmem.io.filesystem import write_atomically
 from lowmem.report import charts, theme
-from lowmem.report.footprint import footprint
-from lowmem.report.timings import read_run
+from lowmem.report.footprint import measure_footprint
+from lowmem.report.relative_speeds import read_relative_speeds_and_machine
 from lowmem.testing.memory import THREADS
 
 ROOT = Path(__file__).parent.parent
@@ -28,20 +28,20 @@ THEMES = {"light": theme.LIGHT, "dark": theme.DARK}
 _UNCOMPARED = ("$schema", "usermeta")  # they are those of Altair's version
 
 
-def memory() -> charts.Drawing:
+def memory() -> charts.ChartDrawing:
     """Draw what variants of BigNet store and take, for the input that ``lowmem stats`` takes."""
     x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
-    footprints = [footprint(name, lowmem.build(name), x) for name in FRONT]
-    return charts.draw(lambda narrow: charts.front_chart(footprints))
+    footprints = [measure_footprint(name, lowmem.build(name), x) for name in FRONT]
+    return charts.draw_wide_and_narrow(lambda narrow: charts.front_page_memory_chart(footprints))
 
 
-def speed() -> charts.Drawing:
+def speed() -> charts.ChartDrawing:
     """Draw how fast the variants are in the stored run."""
-    timings = [timing for timing in read_run(STORED_RUN)[0] if timing.name != "bignet"]
-    return charts.draw(lambda narrow: charts.speed_chart(timings, narrow))
+    timings = [timing for timing in read_relative_speeds_and_machine(STORED_RUN)[0] if timing.name != "bignet"]
+    return charts.draw_wide_and_narrow(lambda narrow: charts.speed_chart(timings, narrow))
 
 
-def training() -> charts.Drawing:
+def training() -> charts.ChartDrawing:
     """Draw where the memory of a training step goes, of BigNet on 256 inputs."""
     x = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
     found = {}
@@ -50,7 +50,7 @@ def training() -> charts.Drawing:
         if memory:
             lowmem.prepare_training(model, memory)
         found[name] = lowmem.training_memory(model, x, optimizer=optimizer)
-    return charts.draw(lambda narrow: charts.step_chart(found, narrow))
+    return charts.draw_wide_and_narrow(lambda narrow: charts.training_step_memory_chart(found, narrow))
 
 
 FRONT = tuple(lowmem.VARIANTS)[:7]  # those without a format of their own: seven names can be read on a phone
@@ -70,10 +70,10 @@ def data_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in spec.items() if key not in _UNCOMPARED}
 
 
-def standalone(drawing: charts.Drawing, colours: Any) -> str:
+def standalone(drawing: charts.ChartDrawing, colours: Any) -> str:
     """Return a chart as a file of its own, in the colours of one theme, with its specification as metadata."""
     spec = escape(json.dumps(data_of(drawing.spec), sort_keys=True))
-    svg = theme.coloured(drawing.wide, colours)
+    svg = theme.svg_with_theme_colors(drawing.wide, colours)
     start = svg.index(">") + 1
     return f"{svg[:start]}<metadata>{spec}</metadata>{svg[start:]}\n"
 

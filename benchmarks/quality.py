@@ -106,7 +106,7 @@ def language_model() -> tuple[nn.Module, Any]:
     """Return SmolLM2-135M, dense in float32, and its tokenizer."""
     from transformers import AutoTokenizer
 
-    from lowmem.integrations.transformers.folder import load_gguf
+    from lowmem.integrations.transformers.pretrained_folder import load_gguf
 
     file = smollm2()
     model = lowmem.restore(load_gguf(file))

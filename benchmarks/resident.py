@@ -33,11 +33,16 @@ from torch import nn
 
 import lowmem
 from lowmem import kernels
-from lowmem.errors import one_line, reason
-from lowmem.testing.baseline import Key, parse_document, stored_keys, write_figures
+from lowmem.errors import command_error_message, truncated_error_line
+from lowmem.testing.gate_verdicts import FAILING, GateVerdict, VerdictRow, figure_verdict, write_verdict
 from lowmem.testing.memory import THREADS
-from lowmem.testing.verdicts import FAILING, Row, Verdict, verdict_of, write_verdict
-from lowmem.transforms.summary import aligned
+from lowmem.testing.memory_baseline import (
+    BaselineKey,
+    parse_baseline,
+    stored_torch_versions_text,
+    write_baseline_figures,
+)
+from lowmem.transforms.model_summary import aligned_table_lines
 
 ROOT = Path(__file__).parents[1]
 RUNS = 3  # fresh processes of a variant, whose median counts; and so many more before one fails
@@ -301,7 +306,7 @@ def measure_ways(folder: Path) -> dict[str, float]:
     return {way: printed_json("resident", "--measure", way, str(folder), env=own)["kept"] for way in WAYS}
 
 
-def compare_ways(kept: Mapping[str, float]) -> list[Row]:
+def compare_ways(kept: Mapping[str, float]) -> list[VerdictRow]:
     base = kept[LOADED]
     return [_row(way, "kept", base, size, WAYS_LIMIT) for way, size in kept.items() if way != LOADED]
 
@@ -328,7 +333,7 @@ def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
     return Baseline(figures, min(map(len, measured.values())), round(spread, 3), tolerance)
 
 
-def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[Row]:
+def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[VerdictRow]:
     """Compare the medians of this run with the baseline, in both directions."""
     rows = []
     for variant in variants:
@@ -337,25 +342,25 @@ def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[R
     return rows
 
 
-def _row(variant: str, figure: str, base: float | None, head: float | None, tolerance: float) -> Row:
+def _row(variant: str, figure: str, base: float | None, head: float | None, tolerance: float) -> VerdictRow:
     before, after = ("none" if size is None else f"{size:.2f} MiB" for size in (base, head))
     says = f"{variant}: {figure} is {after}, from {before} (tolerance {tolerance:.2f})"
-    return Row(variant, figure, base, head, verdict=verdict_of(base, head, tolerance), says=says)
+    return VerdictRow(variant, figure, base, head, verdict=figure_verdict(base, head, tolerance), says=says)
 
 
-def current_key() -> Key:
+def current_key() -> BaselineKey:
     """Return the key of this process: the kernel that serves it, and torch's minor version."""
-    return Key.of_this_process(lowmem.backend().partition(":")[0], THREADS)
+    return BaselineKey.with_current_torch(lowmem.backend().partition(":")[0], THREADS)
 
 
-def baseline_path(key: Key) -> Path:
-    return ROOT / "benchmarks" / "memory" / f"resident-{key.name}.json"
+def baseline_path(key: BaselineKey) -> Path:
+    return ROOT / "benchmarks" / "memory" / f"resident-{key.file_stem}.json"
 
 
-def read_baseline(path: Path, key: Key) -> Baseline:
+def read_baseline(path: Path, key: BaselineKey) -> Baseline:
     """Read a baseline; an OSError or ValueError says what is wrong with it, and names the remedy."""
     try:
-        document = parse_document(path.read_bytes(), key, "runs", "spread_mib", "tolerance_mib")
+        document = parse_baseline(path.read_bytes(), key, "runs", "spread_mib", "tolerance_mib")
         baseline = Baseline(*(document[name] for name in ("figures", "runs", "spread_mib", "tolerance_mib")))
         if not 0 < baseline.tolerance <= LIMIT:
             raise ValueError(f"tolerance_mib={baseline.tolerance} must be above 0 and at most {LIMIT}")
@@ -365,9 +370,9 @@ def read_baseline(path: Path, key: Key) -> Baseline:
     return baseline
 
 
-def write_baseline(path: Path, key: Key, baseline: Baseline) -> None:
+def write_baseline(path: Path, key: BaselineKey, baseline: Baseline) -> None:
     measured = {"runs": baseline.runs, "spread_mib": baseline.spread, "tolerance_mib": baseline.tolerance}
-    write_figures(path, key, baseline.figures, **measured)
+    write_baseline_figures(path, key, baseline.figures, **measured)
 
 
 def store_command() -> str:
@@ -394,13 +399,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _store()
         key = current_key()
         rows = _gate(key, options.variant)
-        verdict = Verdict.of_rows("resident", baseline_path(key).name, "this run", asdict(key), rows)
+        verdict = GateVerdict.from_rows("resident", baseline_path(key).name, "this run", asdict(key), rows)
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)
             write_verdict(options.json, verdict)
         return 0 if verdict.passed else 1
     except Exception as error:  # noqa: BLE001 - whatever a variant raises: it is no verdict
-        print(one_line(f"resident: {reason(error)}"), file=sys.stderr)
+        print(truncated_error_line(f"resident: {command_error_message(error)}"), file=sys.stderr)
         return 2
 
 
@@ -419,18 +424,18 @@ def _store() -> int:
     return 0
 
 
-def _gate(key: Key, variants: Sequence[str] | None) -> list[Row]:
+def _gate(key: BaselineKey, variants: Sequence[str] | None) -> list[VerdictRow]:
     """Measure, compare and print; return a row for each figure."""
     path = baseline_path(key)
     shown = path.relative_to(ROOT).as_posix()
     if why := unsupported():
         print(f"skipped: {why}")
-        return [Row("resident", "", verdict="skipped", says=f"skipped: {why}")]
+        return [VerdictRow("resident", "", verdict="skipped", says=f"skipped: {why}")]
     if not path.exists():
-        others = stored_keys(path.parent, "resident-")
+        others = stored_torch_versions_text(path.parent, "resident-")
         says = f"there is no {shown}{f'; baselines are stored for {others}' if others else ''}"
         print(f"FAILED {says}\nTo store one: {store_command()}")
-        return [Row("resident", "", verdict="missing", says=says)]
+        return [VerdictRow("resident", "", verdict="missing", says=says)]
     baseline = read_baseline(path, key)
     asked = variants or sorted({*VARIANTS, *baseline.figures})
     with tempfile.TemporaryDirectory() as folder:
@@ -444,7 +449,7 @@ def _gate(key: Key, variants: Sequence[str] | None) -> list[Row]:
         ways = [] if variants else compare_ways(measure_ways(Path(folder)))
     table = [("resident, MiB", *FIGURES)]
     table += [(name, *(f"{own[figure]:.2f}" for figure in FIGURES)) for name, own in medians(measured).items()]
-    print("\n".join(aligned(table, right=range(1, len(FIGURES) + 1))))
+    print("\n".join(aligned_table_lines(table, right_aligned=range(1, len(FIGURES) + 1))))
     failed = [row for row in rows if row.verdict in FAILING["resident"]]
     for row in (*failed, *ways):
         print(f"FAILED {row.says}" if row.verdict in FAILING["resident"] else row.says)

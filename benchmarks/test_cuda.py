@@ -19,7 +19,7 @@ import lowmem
 from benchmarks.cases import BATCHES, inference_input
 from benchmarks.test_peers import PEERS
 from benchmarks.training_steps import WORKLOADS, adapt, load, loss_of
-from lowmem.transforms.summary import aligned
+from lowmem.transforms.model_summary import aligned_table_lines
 
 pytestmark = [
     pytest.mark.cuda,
@@ -47,9 +47,9 @@ def row(request):
     rows = [("benchmark", "what", "ms", "of the first's", "peak MiB", "stored MiB")]
     yield lambda *cells: rows.append(cells)
     terminal = request.config.pluginmanager.get_plugin("terminalreporter")
-    served = lowmem.kernels.gpu.skip_reason(GPU) or "by triton"
+    served = lowmem.kernels.gpu.triton_skip_reason(GPU) or "by triton"
     terminal.section(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {served}")
-    for line in aligned(rows, right=(2, 3, 4, 5)):
+    for line in aligned_table_lines(rows, right_aligned=(2, 3, 4, 5)):
         terminal.write_line(line)
 
 

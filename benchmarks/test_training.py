@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.cases import Training
 from lowmem import VARIANTS, measure, training_memory
-from lowmem.training.memory import TRAINERS
+from lowmem.training.step_memory import NAMED_OPTIMIZERS
 
 pytestmark = pytest.mark.benchmark(max_time=0.5, min_rounds=3, group="training")
 
@@ -43,7 +43,7 @@ def test_training_step(memory_gate, timed, float32, variant):
 def test_training_memory(memory_gate, timed, float32, way):
     """Where the memory of a step of ``qlora_4bit`` goes: as it trains, prepared, and with 8-bit moments."""
     memory, optimizer = WAYS[way]
-    training = Training("qlora_4bit", memory, TRAINERS[optimizer], batch=256)
+    training = Training("qlora_4bit", memory, NAMED_OPTIMIZERS[optimizer], batch=256)
 
     def count():
         found = training_memory(

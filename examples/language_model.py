@@ -41,7 +41,7 @@ def main(steps=30, held_out=16):
 
     # The text is cut into rows of tokens, of which some are held out.
     ids = torch.tensor(tokenizer("\n".join(topics[name] for name in sorted(topics)))["input_ids"])
-    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)  # (rows, LENGTH)
+    rows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)  # (rows, DEFAULT_LENGTH)
     rows = rows[torch.randperm(len(rows))]
     judges, rows = rows[:held_out], rows[held_out:]
 

@@ -1,31 +1,32 @@
 """Makes PyTorch models small: half precision, 8-bit and 4-bit block-wise quantization, LoRA and QLoRA."""
 # ruff: noqa: E402
 
-from lowmem.tools import startup
+from lowmem.tools import command_exit
 
-startup.guard_imports()  # before torch is imported
+# Before torch is imported
+command_exit.install_import_failure_handlers()
 
 from typing import TYPE_CHECKING, Any
 
 from lowmem.bignet import BigNet
-from lowmem.distributed.need import bytes_per_rank
+from lowmem.distributed.memory_per_rank import bytes_per_rank
 from lowmem.distributed.shard import gather, shard
 from lowmem.errors import FileError
 from lowmem.finetuning.evaluation import perplexity
 from lowmem.finetuning.loop import Outcome, Step, finetune
-from lowmem.finetuning.rows import Rows
+from lowmem.finetuning.packed_rows import Rows
 from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.state import States
-from lowmem.finetuning.text import Example, Texts, read_examples
-from lowmem.inference.prepare import inference_report, prepare_inference, release_inference
-from lowmem.io.adapters import load_adapter, save_adapter
+from lowmem.finetuning.text_examples import Example, Texts, read_examples
+from lowmem.finetuning.training_state import States
+from lowmem.inference.prepare_inference import inference_report, prepare_inference, release_inference
+from lowmem.io.adapter_files import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
-from lowmem.io.formats.export import export
-from lowmem.io.formats.exported import Exported
+from lowmem.io.formats.export_model import export
+from lowmem.io.formats.export_results import Exported
 from lowmem.kernels import backend
 from lowmem.nn.adapted_module import LoRALinear
 from lowmem.nn.adapted_weight import AdaptedWeight
-from lowmem.nn.cached_states import CachedStates
+from lowmem.nn.cached_keys_and_values import CachedStates
 from lowmem.nn.conv import Conv4Bit, HalfConv
 from lowmem.nn.dot_product_attention import scaled_dot_product_attention
 from lowmem.nn.embedding import Embedding4Bit, Embedding8Bit, HalfEmbedding
@@ -34,17 +35,22 @@ from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.formats import FORMATS, Format
 from lowmem.quant.packing import pack, unpack
-from lowmem.quant.quantize import quantize
+from lowmem.quant.quantize_tensor import quantize
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.training.activations import compressed_activations
-from lowmem.training.checkpoints import keep_products
-from lowmem.training.loss import linear_cross_entropy
+from lowmem.training.activation_compression import compressed_activations
+from lowmem.training.adamw_8bit import AdamW8bit
+from lowmem.training.chunked_cross_entropy import linear_cross_entropy
 from lowmem.training.master_weights import master_weights
-from lowmem.training.memory import TrainingMemory, training_memory
-from lowmem.training.optimizer import AdamW8bit
-from lowmem.training.prepare import prepare_training, release_training, training_report
+from lowmem.training.prepare_training import prepare_training, release_training, training_report
+from lowmem.training.selective_checkpoint import keep_products
 from lowmem.training.step_in_backward import step_in_backward
-from lowmem.transforms.adapters import (
+from lowmem.training.step_memory import TrainingMemory, training_memory
+from lowmem.transforms.calibration.calibrate import calibrate
+from lowmem.transforms.convert import convert
+from lowmem.transforms.memory_plan import Plan, plan
+from lowmem.transforms.merge_adapters import MergedLayer, MergeReport, merge
+from lowmem.transforms.model_summary import LayerSummary, Summary, summary
+from lowmem.transforms.named_adapters import (
     activate,
     active_adapters,
     adapter_layers,
@@ -56,12 +62,7 @@ from lowmem.transforms.adapters import (
     merge_adapter,
     unmerge_adapter,
 )
-from lowmem.transforms.calibration.calibrate import calibrate
-from lowmem.transforms.convert import convert
-from lowmem.transforms.merge import MergedLayer, MergeReport, merge
-from lowmem.transforms.plan import Plan, plan
-from lowmem.transforms.restore import restore
-from lowmem.transforms.summary import LayerSummary, Summary, summary
+from lowmem.transforms.restore_dense import restore
 from lowmem.variants import VARIANTS, build
 from lowmem.version import __version__
 

@@ -15,24 +15,24 @@ from traceback import format_exc
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from lowmem.distributed.processes import is_told_by_first, started_rank
-from lowmem.errors import describe, error_line, is_fault, one_line
+from lowmem.distributed.torchrun_processes import is_error_reported_by_rank_zero, torchrun_rank_or_zero
+from lowmem.errors import command_error_line, error_type_and_first_line, is_internal_error, truncated_error_line
 from lowmem.tools import COMMANDS
-from lowmem.tools.output import stdout_for_json
-from lowmem.tools.startup import INTERRUPTED, end_closed_pipe, write_error
+from lowmem.tools.command_exit import INTERRUPTED, end_or_get_closed_pipe_exit_code, write_error_and_get_exit_code
+from lowmem.tools.output import stdout_reserved_for_json
 from lowmem.version import __version__
 
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
 
-class _Parser(argparse.ArgumentParser):
+class _OneLineErrorParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, and which raises errors of writing its output."""
 
     def error(self, message: str) -> NoReturn:
         see = f" (see {self.prog} --help)"
-        line = one_line(f"{self.prog}: {message}", len(see)) + see
-        self.exit(2, None if is_told_by_first(line) else line + "\n")
+        line = truncated_error_line(f"{self.prog}: {message}", len(see)) + see
+        self.exit(2, None if is_error_reported_by_rank_zero(line) else line + "\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         print(message, end="", file=file or sys.stderr)
@@ -46,56 +46,66 @@ def main(argv: Sequence[str] | None = None) -> int:
     the reader of its output has closed the pipe.
     """
     program = argv is None
-    given = sys.argv[1:] if argv is None else argv
-    command = f"lowmem {given[0]}" if given and given[0] in COMMANDS else "lowmem"
+    arguments = sys.argv[1:] if argv is None else argv
+    command = f"lowmem {arguments[0]}" if arguments and arguments[0] in COMMANDS else "lowmem"
     received: list[int] = []
     try:
-        with _terminated_as_interrupted(program, received):
+        with _signals_as_keyboard_interrupt(program, received):
             if program:
-                sys.excepthook = sys.__excepthook__  # removes the hook for the imports
-                _prepare_streams()
-            code = _run(given, program)
-            return 128 + received[0] if received else code  # serve ends by itself
+                # Removes the hook for the imports
+                sys.excepthook = sys.__excepthook__
+                _make_standard_streams_writable()
+            code = _parse_and_run(arguments, program)
+            # Serve ends by itself
+            return 128 + received[0] if received else code
     except BrokenPipeError:
-        return end_closed_pipe(program)
+        return end_or_get_closed_pipe_exit_code(program)
     except KeyboardInterrupt as interrupt:
-        return _end_interrupted(command, str(interrupt), received, program)
+        return _print_interruption_and_return_code(command, str(interrupt), received, program)
     except Exception as error:  # noqa: BLE001  of any kind: faults get a code of their own
-        if received:  # a library has made an error of the KeyboardInterrupt
-            return _end_interrupted(command, "", received, program)
-        line, code = error_line(command, error), 3 if is_fault(error) else 2
-        trace = format_exc() if "--debug" in given else ""
-        return code if is_told_by_first(line) else write_error(trace + line, program, code)
+        # A library has made an error of the KeyboardInterrupt
+        if received:
+            return _print_interruption_and_return_code(command, "", received, program)
+        line, code = command_error_line(command, error), 3 if is_internal_error(error) else 2
+        trace = format_exc() if "--debug" in arguments else ""
+        return (
+            code
+            if is_error_reported_by_rank_zero(line)
+            else write_error_and_get_exit_code(trace + line, program, code)
+        )
 
 
-def _end_interrupted(command: str, told: str, received: Sequence[int], program: bool) -> int:
+def _print_interruption_and_return_code(
+    command: str, message: str, signal_numbers: Sequence[int], is_own_process: bool
+) -> int:
     """Print that the command was interrupted, and return its exit code: 128 and the signal, as shells report it."""
-    code = 128 + received[0] if received else INTERRUPTED
-    if started_rank() > 0:  # torchrun interrupts the others when one has failed
+    code = 128 + signal_numbers[0] if signal_numbers else INTERRUPTED
+    # Torchrun interrupts the others when one has failed
+    if torchrun_rank_or_zero() > 0:
         return code
-    told = told or "interrupted; what was not finished is not there: run it again"
-    return write_error(f"{command}: {told}", program, code)
+    message = message or "interrupted; what was not finished is not there: run it again"
+    return write_error_and_get_exit_code(f"{command}: {message}", is_own_process, code)
 
 
 @contextmanager
-def _terminated_as_interrupted(program: bool, received: list[int]) -> Iterator[None]:
+def _signals_as_keyboard_interrupt(is_own_process: bool, received_signals: list[int]) -> Iterator[None]:
     """Handle SIGTERM and SIGHUP like Ctrl-C, so that commands clean up; ignored signals (nohup) stay ignored.
 
     The numbers of the signals are appended to ``received``.
     """
 
-    def interrupt(number: int, frame: FrameType | None) -> NoReturn:
-        received.append(number)
+    def record_and_raise_interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:
+        received_signals.append(signal_number)
         raise KeyboardInterrupt
 
-    names = ("SIGINT", "SIGTERM", "SIGHUP") if program else ("SIGTERM", "SIGHUP")
+    names = ("SIGINT", "SIGTERM", "SIGHUP") if is_own_process else ("SIGTERM", "SIGHUP")
     before = {}
     if threading.current_thread() is threading.main_thread():
         numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
         before = {number: signal.getsignal(number) for number in numbers}
     before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
-        signal.signal(number, interrupt)
+        signal.signal(number, record_and_raise_interrupt)
     try:
         yield
     finally:
@@ -103,7 +113,7 @@ def _terminated_as_interrupted(program: bool, received: list[int]) -> Iterator[N
             signal.signal(number, handler)
 
 
-def _prepare_streams() -> None:
+def _make_standard_streams_writable() -> None:
     """Open the null device for a closed stdout or stderr, so that no other file gets its descriptor.
 
     Characters that stdout cannot encode are escaped, as Python does for stderr.
@@ -115,8 +125,8 @@ def _prepare_streams() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _run(argv: Sequence[str], program: bool) -> int:
-    parser = _Parser(prog="lowmem", description="Make PyTorch models small, and measure what that does.")
+def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
+    parser = _OneLineErrorParser(prog="lowmem", description="Make PyTorch models small, and measure what that does.")
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
@@ -131,15 +141,19 @@ def _run(argv: Sequence[str], program: bool) -> int:
     try:
         arguments = parser.parse_args(argv)
     finally:
-        sys.stdout.flush()  # raises if --help is written to a closed pipe
+        # Raises if --help is written to a closed pipe
+        sys.stdout.flush()
     run = import_module(f"lowmem.tools.{arguments.command}").run
     try:
         arguments.command_line = list(argv)
-        with stdout_for_json(getattr(arguments, "json", False), program):
+        with stdout_reserved_for_json(getattr(arguments, "json", False), is_own_process):
             code: int = run(arguments)
             sys.stdout.flush()
-    except SystemExit as stop:  # from the user's model, since no command raises it
-        raise ValueError(f"the model ended the program ({describe(stop)}); remove its sys.exit") from stop
+    except SystemExit as stop:
+        # From the user's model, since no command raises it
+        raise ValueError(
+            f"the model ended the program ({error_type_and_first_line(stop)}); remove its sys.exit"
+        ) from stop
     return code
 
 

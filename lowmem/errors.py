@@ -13,12 +13,14 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-LIMIT = 298  # characters of an error line, without its line end
+# Characters of an error line, without its line end
+LIMIT = 298
 
 _OUT_OF_MEMORY = "out of memory"
 _REPORT = "; this is a fault of lowmem: please report it with what --debug prints"
 _ALLOCATOR = re.compile(r"(\[enforce fail at [^]]*\].*?)?DefaultCPUAllocator: .*|std::bad_alloc", re.DOTALL)
-_RUST_ERROR = re.compile(r"\(os error (\d+)\)")  # what safetensors says of a failed write
+# What safetensors says of a failed write
+_RUST_ERROR = re.compile(r"\(os error (\d+)\)")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _CPP = re.compile(r"\[enforce fail at [^]]*\]\s*|\s*\(?(Exception raised from |C\+\+ CapturedTraceback).*", re.DOTALL)
 
@@ -27,20 +29,22 @@ class FileError(ValueError):
     """A file is damaged, or not of the expected kind; the message names the file and the remedy."""
 
 
-def refusal(path: str | os.PathLike[str], reason: str, task: str = "read") -> FileError:
+def file_error(path: str | os.PathLike[str], reason: str, task: str = "read") -> FileError:
     """Return the error for a file that is rejected: one line, even if ``reason`` quotes text of the file."""
-    return FileError(f"cannot {task} {quoted(path)}: {printable(reason, 500)}")
+    return FileError(f"cannot {task} {quoted_path(path)}: {printable_line(reason, 500)}")
 
 
 @contextmanager
-def refusing(path: str | os.PathLike[str], task: str = "read", about: str = "") -> Iterator[None]:
+def value_errors_as_file_errors(
+    path: str | os.PathLike[str], task: str = "read", message_prefix: str = ""
+) -> Iterator[None]:
     """Let a ValueError of the block name a file, and what it is about; a FileError names its own."""
     try:
         yield
     except FileError:
         raise
     except ValueError as error:
-        raise refusal(path, f"{about}{error}", task) from None
+        raise file_error(path, f"{message_prefix}{error}", task) from None
 
 
 class WriteError(OSError):
@@ -53,53 +57,54 @@ class WriteError(OSError):
     """
 
     path: str
-    said: str
-    number: int | None
+    system_message: str
+    error_number: int | None
 
 
-def unwritable(path: str | os.PathLike[str], reason: Exception) -> WriteError:
+def unwritable_file_error(path: str | os.PathLike[str], cause: Exception) -> WriteError:
     """Return the error for a file or folder that cannot be written: one line, with the remedy.
 
     Args:
         path: of the file or folder, as the user knows it.
         reason: an OSError of the system, safetensors' error, or a WriteError about a part of the folder.
     """
-    if isinstance(reason, WriteError):
-        said, number = reason.said, reason.number
-    elif isinstance(reason, OSError):
-        said, number = reason.strerror or str(reason), reason.errno
+    if isinstance(cause, WriteError):
+        system_message, number = cause.system_message, cause.error_number
+    elif isinstance(cause, OSError):
+        system_message, number = cause.strerror or str(cause), cause.errno
     else:
-        said, found = str(reason), _RUST_ERROR.search(str(reason))
-        number = None if found is None else int(found[1])
+        system_message, os_error_match = str(cause), _RUST_ERROR.search(str(cause))
+        number = None if os_error_match is None else int(os_error_match[1])
     full = "make room on its disk, or choose another one"
     remedy = full if number in _FULL else "choose a directory that can be written"
-    error = WriteError(f"cannot write {quoted(path)}: {one_line(said)}; {remedy}")
-    error.path, error.said, error.number = os.fspath(path), said, number
+    error = WriteError(f"cannot write {quoted_path(path)}: {truncated_error_line(system_message)}; {remedy}")
+    error.path, error.system_message, error.error_number = os.fspath(path), system_message, number
     return error
 
 
-def printable(text: str, limit: int = 200) -> str:
+def printable_line(text: str, max_length: int = 200) -> str:
     r"""Return text from a user or file as one line of at most ``limit`` characters, for a message or table.
 
     Control, bidirectional and other invisible characters and lone surrogates are escaped as ``\x1b`` or ``\u202e``;
     the middle of a long text is replaced by ``...``. Backslashes are not escaped: escaped text does not change.
     """
-    if len(text) > 2 * limit:  # avoids escaping what is cut out below
-        text = text[:limit] + text[-limit:]
+    # Avoids escaping what is cut out below
+    if len(text) > 2 * max_length:
+        text = text[:max_length] + text[-max_length:]
     if not text.isprintable():
         text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    if len(text) > limit:
-        head = (limit - 3) // 2
-        text = f"{text[:head]}...{text[head + 3 - limit :]}"
+    if len(text) > max_length:
+        head = (max_length - 3) // 2
+        text = f"{text[:head]}...{text[head + 3 - max_length :]}"
     return text
 
 
-def quoted(path: str | os.PathLike[str]) -> str:
+def quoted_path(path: str | os.PathLike[str]) -> str:
     """Return a path in quotes, for errors."""
-    return printable(repr(os.fspath(path)), 400)
+    return printable_line(repr(os.fspath(path)), 400)
 
 
-class _Repr(reprlib.Repr):
+class _ShortRepr(reprlib.Repr):
     """Shows tensors and arrays by type, shape and dtype, and modules and what holds tensors by their type."""
 
     def repr_instance(self, x: Any, level: int) -> str:
@@ -113,19 +118,19 @@ class _Repr(reprlib.Repr):
         if callable(getattr(x, "named_modules", None)):
             return kind
         if is_dataclass(x):
-            own = ((one.name, getattr(x, one.name)) for one in fields(x) if one.repr)
-            return f"{kind}({', '.join(f'{name}={self.repr1(value, level - 1)}' for name, value in own)})"
+            shown_fields = ((field.name, getattr(x, field.name)) for field in fields(x) if field.repr)
+            return f"{kind}({', '.join(f'{name}={self.repr1(value, level - 1)}' for name, value in shown_fields)})"
         return super().repr_instance(x, level)
 
 
-_REPR = _Repr()
+_REPR = _ShortRepr()
 _REPR.maxstring = _REPR.maxother = 80
 _REPR.maxtuple = _REPR.maxlist = 8
 
 
-def show(value: object) -> str:
+def short_repr(value: object) -> str:
     """Return a short repr of any value, for errors; of tensors their shapes and dtypes, never their values."""
-    return printable(_REPR.repr(value))
+    return printable_line(_REPR.repr(value))
 
 
 def is_one_of(value: object, choices: Iterable[object]) -> bool:
@@ -133,74 +138,79 @@ def is_one_of(value: object, choices: Iterable[object]) -> bool:
     return any(isinstance(value, type(choice)) and value == choice for choice in choices)
 
 
-def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+def checked_path(argument_name: str, value: str | os.PathLike[str]) -> Path:
     """Return a path that a caller gave as an argument; a TypeError names the argument."""
     if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{name}={show(value)} must be the path of a file or folder")
+        raise TypeError(f"{argument_name}={short_repr(value)} must be the path of a file or folder")
     return Path(value)
 
 
-def check_function(name: str, value: Any, needs: str, *arguments: object) -> None:
+def check_callable_with(argument_name: str, function: Any, requirement: str, *arguments: object) -> None:
     """Raise a TypeError unless a value can be called with ``arguments``; ``needs`` says what it must be."""
     try:
-        inspect.signature(value).bind(*arguments)
+        inspect.signature(function).bind(*arguments)
     except TypeError as error:
-        raise TypeError(f"{name}={show(value)} must be {needs}") from error
-    except ValueError:  # a builtin whose signature is unknown
+        raise TypeError(f"{argument_name}={short_repr(function)} must be {requirement}") from error
+    except ValueError:
+        # A builtin whose signature is unknown
         return
 
 
-def one_line(text: str, taken: int = 0) -> str:
+def truncated_error_line(text: str, reserved_length: int = 0) -> str:
     """Return text as one printable line of at most ``LIMIT - taken`` characters."""
-    return printable(" ".join(text.split()), LIMIT - taken)
+    return printable_line(" ".join(text.split()), LIMIT - reserved_length)
 
 
-def reason(error: BaseException) -> str:
+def command_error_message(error: BaseException) -> str:
     """Return the message of a command for the exception that ended it."""
-    if _is_memory(error):
-        return f"{describe(error)}; free memory, or take a smaller model, batch, shape or file"
+    if _is_out_of_memory(error):
+        return f"{error_type_and_first_line(error)}; free memory, or take a smaller model, batch, shape or file"
     expected = isinstance(error, ValueError | TypeError | OSError | ImportError)
-    return _without_cpp(message_of(error)) if expected else describe(error)
+    return _text_without_cpp_trace(exception_text(error)) if expected else error_type_and_first_line(error)
 
 
-def is_fault(error: BaseException) -> bool:
+def is_internal_error(error: BaseException) -> bool:
     """Whether an exception is of no kind that lowmem raises for bad input, and memory has not run out."""
-    return not isinstance(error, ValueError | OSError | ImportError | MemoryError) and not _is_memory(error)
+    return not isinstance(error, ValueError | OSError | ImportError | MemoryError) and not _is_out_of_memory(error)
 
 
-def error_line(command: str, error: BaseException) -> str:
+def command_error_line(command: str, error: BaseException) -> str:
     """Return the line of a command for the exception that ended it; a fault's asks to report it."""
-    if is_fault(error):
-        return one_line(f"{command}: {describe(error)}", len(_REPORT)) + _REPORT
-    return one_line(f"{command}: {reason(error)}")
+    if is_internal_error(error):
+        return truncated_error_line(f"{command}: {error_type_and_first_line(error)}", len(_REPORT)) + _REPORT
+    return truncated_error_line(f"{command}: {command_error_message(error)}")
 
 
-def describe(error: BaseException) -> str:
+def error_type_and_first_line(error: BaseException) -> str:
     """Return the type and the first line of any exception, and what it announces, in at most 120 characters."""
-    text = _OUT_OF_MEMORY if isinstance(error, MemoryError) else _without_cpp(message_of(error)).strip()
+    text = (
+        _OUT_OF_MEMORY if isinstance(error, MemoryError) else _text_without_cpp_trace(exception_text(error)).strip()
+    )
     if text == _OUT_OF_MEMORY:
         return text
     first, *others = text.splitlines() or [""]
     if first.endswith(":") and others:
         first += f" {others[0].strip()}"
-    return printable(f"{type(error).__name__}: {first}".removesuffix(": "), 120)
+    return printable_line(f"{type(error).__name__}: {first}".removesuffix(": "), 120)
 
 
-def unbuilt(error: BaseException) -> str:
+def model_build_failure_reason(error: BaseException) -> str:
     """Return why transformers cannot build a model; an error that lowmem's own code raised in the call says it."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
     if trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lowmem."):
-        return one_line(reason(error))
-    return f"transformers cannot build this model ({describe(error)}); get it again"
+        return truncated_error_line(command_error_message(error))
+    return f"transformers cannot build this model ({error_type_and_first_line(error)}); get it again"
 
 
-def _is_memory(error: BaseException) -> bool:
-    return isinstance(error, MemoryError | RuntimeError) and _OUT_OF_MEMORY in describe(error).lower()
+def _is_out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, MemoryError | RuntimeError) and _OUT_OF_MEMORY in error_type_and_first_line(error).lower()
+    )
 
 
-def message_of(error: BaseException) -> str:
+def exception_text(error: BaseException) -> str:
     """Return the text of any exception, also of one whose ``__str__`` fails."""
     try:
         return str(error)
@@ -208,5 +218,5 @@ def message_of(error: BaseException) -> str:
         return f"its text cannot be shown: {type(failure).__name__}"
 
 
-def _without_cpp(text: str) -> str:
+def _text_without_cpp_trace(text: str) -> str:
     return _CPP.sub("", _ALLOCATOR.sub(_OUT_OF_MEMORY, text))

@@ -87,8 +87,9 @@ def weight_count(model: nn.Module) -> int:
     first parameter. Shared parameters are counted once.
     """
     declared = 0
-    own: dict[nn.Parameter, int] = {}
-    stored: set[nn.Parameter] = set()  # parameters of modules with a declared count
+    dense_sizes: dict[nn.Parameter, int] = {}
+    # Parameters of modules with a declared count
+    stored: set[nn.Parameter] = set()
     for module in model.modules():
         count = getattr(module, "weight_count", None)
         parameters = list(module.parameters(recurse=False))
@@ -96,13 +97,13 @@ def weight_count(model: nn.Module) -> int:
             declared += count
             stored.update(parameters)
         else:
-            own.update((p, p.numel()) for p in parameters if p not in stored)
-    return declared + sum(own.values())
+            dense_sizes.update((p, p.numel()) for p in parameters if p not in stored)
+    return declared + sum(dense_sizes.values())
 
 
 def theoretical_bytes(model: nn.Module) -> int:
     """Sum numel * itemsize over the distinct parameters and buffers."""
-    return nbytes(_tensors(model))
+    return nbytes(_parameters_and_buffers(model))
 
 
 def nbytes(tensors: Iterable[Tensor]) -> int:
@@ -112,7 +113,7 @@ def nbytes(tensors: Iterable[Tensor]) -> int:
 
 def actual_bytes(model: nn.Module) -> int:
     """Sum the bytes of the distinct storages that the parameters and buffers hold."""
-    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _tensors(model)}
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in _parameters_and_buffers(model)}
     return sum(storages.values())
 
 
@@ -122,12 +123,12 @@ def forward_bytes(model: nn.Module, *inputs: Any, **named: Any) -> int:
     The model's mode, gradients and buffers and torch's generator are restored.
     """
 
-    def run() -> object:
+    def run_forward() -> object:
         with torch.no_grad():
             return model(*inputs, **named)
 
     with unchanged(model, training=False):
-        return peak_bytes(run, _device(model, inputs, named))
+        return peak_bytes(run_forward, _first_device_or_none(model, inputs, named))
 
 
 def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any) -> int:
@@ -146,25 +147,29 @@ def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor]
         TypeError: the model returns no tensor, or ``loss`` returns no scalar with a gradient.
     """
 
-    with torch.inference_mode(False):  # inside the caller's, detached tensors could not be saved for backward
+    # Inside the caller's, detached tensors could not be saved for backward
+    with torch.inference_mode(False):
         inputs, named = tree_map_only(Tensor, Tensor.detach, (inputs, named))
 
-    def run() -> None:
+    def run_forward_and_backward() -> None:
         with torch.inference_mode(False), torch.enable_grad():
-            losses = losses_of(model, model(*inputs, **named), loss)  # does not keep the output alive
+            # Does not keep the output alive
+            losses = losses_of(model, model(*inputs, **named), loss)
             if losses:
                 torch.autograd.backward(losses)
 
     with unchanged(model, training=True):
-        return peak_bytes(run, _device(model, inputs, named))
+        return peak_bytes(run_forward_and_backward, _first_device_or_none(model, inputs, named))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested mappings, sequences, dataclasses and types that torch's pytrees know."""
     if isinstance(value, Tensor):
         yield value
-    elif is_dataclass(value) and not isinstance(value, type):  # first: Hugging Face's are mappings, too
-        yield from tensors_in([getattr(value, own.name, None) for own in fields(value)])  # one may not be set
+    elif is_dataclass(value) and not isinstance(value, type):
+        # First: Hugging Face's are mappings, too
+        # One may not be set
+        yield from tensors_in([getattr(value, field.name, None) for field in fields(value)])
     elif isinstance(value, Mapping):
         yield from tensors_in(list(value.values()))
     else:
@@ -185,23 +190,23 @@ def losses_of(model: nn.Module, output: Any, loss: Callable[[Any], Tensor] | Non
     if loss is not None and any(p.requires_grad for p in model.parameters()):
         scalar = loss(output)
         if not (isinstance(scalar, Tensor) and scalar.numel() == 1 and scalar.requires_grad):
-            found = (
+            description = (
                 f"a tensor of shape {tuple(scalar.shape)}" if isinstance(scalar, Tensor) else type(scalar).__name__
             )
-            raise TypeError(f"loss= must return a tensor of one element that has a gradient, found {found}")
+            raise TypeError(f"loss= must return a tensor of one element that has a gradient, found {description}")
         return [scalar]
-    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if isinstance(own, Tensor) and own.numel() == 1 and own.requires_grad:
-        return [own]
+    output_loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(output_loss, Tensor) and output_loss.numel() == 1 and output_loss.requires_grad:
+        return [output_loss]
     outputs = list(tensors_in(output))
     if not outputs:
         raise TypeError(f"{type(model).__name__} returns no tensor, so there is nothing to take a gradient of")
     return [(t.abs() if t.is_complex() else t).sum() for t in outputs if t.requires_grad]
 
 
-def _device(model: nn.Module, inputs: Any, named: Any) -> torch.device | None:
+def _first_device_or_none(model: nn.Module, inputs: Any, keyword_inputs: Any) -> torch.device | None:
     """Return the device of the model's first parameter, or else of the first input."""
-    tensors = itertools.chain(model.parameters(), tensors_in([inputs, named]))
+    tensors = itertools.chain(model.parameters(), tensors_in([inputs, keyword_inputs]))
     return next((tensor.device for tensor in tensors), None)
 
 
@@ -261,44 +266,48 @@ class PeakMemory(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.current = 0
         self.peak = 0
-        self._known: dict[int, int | None] = {}  # address of a storage -> counted bytes; None: existed before
+        # Address of a storage -> counted bytes; None: existed before
+        self._known: dict[int, int | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            self._see(tensor, new=False)
+            self._track_storages(tensor, is_output=False)
         if any(issubclass(kind, Tensor) and hasattr(kind, "__tensor_flatten__") for kind in types):
-            return NotImplemented  # the subclass runs operations of its own, which come here one by one
+            # The subclass runs operations of its own, which come here one by one
+            return NotImplemented
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            self._see(tensor, new=True)
-        self._reach()
+            self._track_storages(tensor, is_output=True)
+        self._update_peak()
         return result
 
-    def _see(self, tensor: Any, new: bool) -> None:
+    def _track_storages(self, tensor: Any, is_output: bool) -> None:
         for storage in storages_of(tensor):
             key = storage._cdata
             if key not in self._known:
-                self._known[key] = 0 if new else None
-                weakref.finalize(storage, self._forget, key).atexit = False
+                self._known[key] = 0 if is_output else None
+                weakref.finalize(storage, self._uncount_freed_storage, key).atexit = False
             counted = self._known[key]
-            if new and counted is not None and counted != storage.nbytes():  # also when an operation has resized it
+            if (
+                is_output and counted is not None and counted != storage.nbytes()
+            ):  # also when an operation has resized it
                 self._known[key] = storage.nbytes()
-                self._change(key, storage.nbytes() - counted)
+                self._add_current_bytes(key, storage.nbytes() - counted)
 
-    def _forget(self, key: int) -> None:
-        if counted := self._known.pop(key):
-            self._change(key, -counted)
+    def _uncount_freed_storage(self, address: int) -> None:
+        if counted := self._known.pop(address):
+            self._add_current_bytes(address, -counted)
 
-    def _change(self, key: int, size: int) -> None:
+    def _add_current_bytes(self, address: int, nbytes: int) -> None:
         """Count bytes that the storage at an address has got, or lost."""
-        self.current += size
+        self.current += nbytes
 
-    def _reach(self) -> None:
+    def _update_peak(self) -> None:
         """Look, after an operation, whether this is the peak."""
         self.peak = max(self.peak, self.current)
 
 
-def _tensors(model: nn.Module) -> set[Tensor]:
+def _parameters_and_buffers(model: nn.Module) -> set[Tensor]:
     return {*model.parameters(), *model.buffers()}
 
 
@@ -312,8 +321,11 @@ def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
     with torch.random.fork_rng():
         try:
             model.train(training)
-            for module in buffers:  # copies, since a forward may write to its buffers or replace them
-                _set_buffers(module, {k: b if b is None else copies.get(b, b) for k, b in buffers[module].items()})
+            # Copies, since a forward may write to its buffers or replace them
+            for module in buffers:
+                _replace_buffers(
+                    module, {k: b if b is None else copies.get(b, b) for k, b in buffers[module].items()}
+                )
             for parameter in gradients:
                 parameter.grad = None
             yield
@@ -322,14 +334,14 @@ def unchanged(model: nn.Module, training: bool) -> Iterator[None]:
                 module.training = mode
             for parameter, gradient in gradients.items():
                 parameter.grad = gradient
-            for module, own in buffers.items():
-                _set_buffers(module, own)
+            for module, saved_buffers in buffers.items():
+                _replace_buffers(module, saved_buffers)
 
 
-def _set_buffers(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
+def _replace_buffers(module: nn.Module, buffers: Mapping[str, Tensor | None]) -> None:
     """Make these the buffers of a module; a scripted one has no dictionary of them, but takes one after the other."""
-    own = module._buffers
-    for name in {*own.keys()} - buffers.keys():
-        del own[name]
+    current_buffers = module._buffers
+    for name in {*current_buffers.keys()} - buffers.keys():
+        del current_buffers[name]
     for name, buffer in buffers.items():
-        own[name] = buffer
+        current_buffers[name] = buffer

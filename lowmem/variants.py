@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 from lowmem.bignet import BigNet
-from lowmem.errors import is_one_of, show
+from lowmem.errors import is_one_of, short_repr
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.quant.formats import get_format
 from lowmem.transforms.convert import convert
-from lowmem.transforms.registry import Technique
+from lowmem.transforms.module_registry import Technique
 
 _INT4 = FourBit("int4", block_size=16, scales="float16")
 
@@ -35,10 +35,10 @@ VARIANTS: MappingProxyType[str, tuple[Technique, ...]] = MappingProxyType(
 )
 
 
-def meaning(name: str) -> str:
+def variant_description(variant_name: str) -> str:
     """Return what ``VARIANTS[name]`` is, in words: ``4-bit weights (bof4s in blocks of 32), LoRA of rank 32``."""
     words = []
-    for technique in VARIANTS[name]:
+    for technique in VARIANTS[variant_name]:
         if isinstance(technique, LoRA):
             words.append(f"LoRA of rank {technique.rank}")
             continue
@@ -49,20 +49,22 @@ def meaning(name: str) -> str:
     return ", ".join(words) or "dense, as the model is made"
 
 
-def techniques_of(name: str, rank: int | None = None) -> tuple[Technique, ...]:
+def variant_techniques(variant_name: str, rank: int | None = None) -> tuple[Technique, ...]:
     """Return ``VARIANTS[name]``, with another LoRA rank if one is given.
 
     Raises:
         ValueError: an unknown variant (the choices are listed), a bad rank, or a rank for a variant without LoRA.
     """
-    if not is_one_of(name, VARIANTS):
-        raise ValueError(f"variant={show(name)} is unknown: choose from {', '.join(VARIANTS)}")
-    techniques = VARIANTS[name]
+    if not is_one_of(variant_name, VARIANTS):
+        raise ValueError(f"variant={short_repr(variant_name)} is unknown: choose from {', '.join(VARIANTS)}")
+    techniques = VARIANTS[variant_name]
     if rank is None:
         return techniques
     if not any(isinstance(t, LoRA) for t in techniques):
         adapted = [other for other, parts in VARIANTS.items() if any(isinstance(t, LoRA) for t in parts)]
-        raise ValueError(f"rank={rank} has no use for variant={name!r}, which has no LoRA; {', '.join(adapted)} have")
+        raise ValueError(
+            f"rank={rank} has no use for variant={variant_name!r}, which has no LoRA; {', '.join(adapted)} have"
+        )
     return tuple(replace(t, rank=rank) if isinstance(t, LoRA) else t for t in techniques)
 
 
@@ -83,7 +85,7 @@ def build(
     Raises:
         ValueError: an unknown variant, a bad rank or a rank without LoRA; or what ``convert`` rejects.
     """
-    techniques = techniques_of(name, rank)
+    techniques = variant_techniques(name, rank)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = factory()

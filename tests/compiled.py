@@ -13,7 +13,7 @@ from tests import strategies
 from tests.rounding import gamma, unit
 from tests.selection import FULL, PROFILE
 
-ISAS = kernels.available()[1:]
+ISAS = kernels.available_cpu_backend_names()[1:]
 needs_kernel = pytest.mark.skipif(not ISAS, reason="the kernel is not compiled here")
 
 
@@ -50,7 +50,7 @@ given_stored_in_4_bits = (given_stored[0], strategies.four_bit_formats, *given_s
 @contextmanager
 def on_threads(count: int):
     """Let torch and the kernel use so many threads, on however few CPUs and beside whatever else runs."""
-    before, native = torch.get_num_threads(), cpu.load()[0]
+    before, native = torch.get_num_threads(), cpu.load_native_module_and_reason()[0]
     torch.set_num_threads(count)
     limit = native.limit_threads(count, False) if native else None
     try:
@@ -99,7 +99,7 @@ def exact_product(x: torch.Tensor, dense: torch.Tensor, bias: torch.Tensor | Non
 
 def by_torch(weight: kernels.Weight, rows: int, dtype: torch.dtype, operation: str = "linear") -> bool:
     """Whether torch multiplies by this weight where the kernel in use is asked to."""
-    return "torch" in backend_for().plan(weight, rows, dtype, operation)[-1][1]
+    return "torch" in backend_for().tried_kernels(weight, rows, dtype, operation)[-1][1]
 
 
 def assert_exact(got: torch.Tensor, x: torch.Tensor, dense: torch.Tensor, bias=None, by_torch: bool = False) -> None:

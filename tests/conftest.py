@@ -85,7 +85,7 @@ def process_state() -> dict[str, object]:
 @pytest.fixture(scope="session", autouse=True)
 def every_thread_computes():
     """Let the kernel use all of a test's threads, on one CPU and beside other processes, too."""
-    if native := cpu.load()[0]:
+    if native := cpu.load_native_module_and_reason()[0]:
         native.limit_threads(THREADS, False)
 
 

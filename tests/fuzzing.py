@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowmem.errors import FileError
-from lowmem.io.container import DIGEST, MAGIC
-from lowmem.io.formats.gguf import container as gguf
+from lowmem.io.formats.gguf import gguf_file as gguf
+from lowmem.io.lowmem_file import DIGEST, MAGIC
 from tests.io.formats.written import text, typed
 from tests.selection import FULL, PROFILE
 
@@ -146,7 +146,7 @@ def change(folder: Path, random: Random) -> None:
 def with_a_large_number(content: bytes, large: int) -> Iterator[bytes]:
     """Yield a file with one of its header's numbers replaced by a large one, for each of them."""
     if content[:4] == gguf.MAGIC:
-        places = _gguf_header(content).places
+        places = _gguf_header(content).field_slices
         for name, place in places.items():
             at = place.start + 8 + len(name.encode())
             size = {4: 4, 5: 4, 10: 8, 11: 8}.get(content[at])
@@ -317,8 +317,8 @@ def changed_gguf(content: bytes, random: Random) -> bytes:
     """Replace, remove or repeat a key of a GGUF file, or a number of a tensor's entry."""
     header = _gguf_header(content)
     start = min(tensor.begin for tensor in header.tensors.values())
-    entries = max(place.stop for place in header.places.values())
-    keys = [content[place] for place in header.places.values()]
+    entries = max(place.stop for place in header.field_slices.values())
+    keys = [content[place] for place in header.field_slices.values()]
     end = entries
     for tensor in header.tensors.values():  # length and text of the name, dimensions, type and offset
         end += 8 + len(tensor.name.encode()) + 4 + 8 * len(tensor.shape) + 12
@@ -331,11 +331,11 @@ def changed_gguf(content: bytes, random: Random) -> bytes:
             at = random.randrange(max(1, len(infos) - 8))
             infos[at : at + 8] = (random.choice(EXTREMES) % 2**64).to_bytes(8, "little")
         case _:
-            name = random.choice(list(header.places))
+            name = random.choice(list(header.field_slices))
             keys[number] = text(name) + random.choice(FIELDS)
     made = content[:16] + len(keys).to_bytes(8, "little") + b"".join(keys) + bytes(infos)
     return made + bytes(-len(made) % 32) + content[start:]
 
 
 def _gguf_header(content: bytes) -> gguf.GGUFHeader:
-    return gguf.read_header(Path("a.gguf"), BufferedReader(BytesIO(content)))
+    return gguf.read_gguf_header(Path("a.gguf"), BufferedReader(BytesIO(content)))

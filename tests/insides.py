@@ -328,6 +328,7 @@ USES = {
     "._name_or_path": "the name of an adapter's base",
     "._original_source_patterns": "the names of a file's tensors that become one weight",
     "._original_target_patterns": "as _original_source_patterns",
+    "._dequantize": "the quantizer's hook: stored modules become dense",
     "._process_model_before_weight_loading": "the quantizer's hook: modules become those that store weights",
     "._process_model_after_weight_loading": "the quantizer's hook: the loaded model is checked",
     "torch.ops.transformers.grouped_mm_fallback": "the product of experts in models of transformers",

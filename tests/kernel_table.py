@@ -6,9 +6,9 @@ from pathlib import Path
 
 import torch
 
-from lowmem.kernels.cpu import Kernel
-from lowmem.kernels.native import load
-from lowmem.quant.quantize import quantize
+from lowmem.kernels.cpu import CpuBackend
+from lowmem.kernels.native_loader import load_native_module_and_reason
+from lowmem.quant.quantize_tensor import quantize
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TABLE = re.compile(r"(?<=<!-- plan -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -27,15 +27,15 @@ WEIGHTS = {  # blocks of 16, 32, 64 and 128 are whole parts of a group of 128 co
 }
 
 
-def compiled_isas() -> dict[str, Kernel]:
+def compiled_isas() -> dict[str, CpuBackend]:
     """Return a kernel for each ISA that was compiled, whether this processor can run it or not, by name."""
-    native, _ = load()
-    return {name: Kernel(native, name) for name, _ in native.isas()} if native else {}
+    native, _ = load_native_module_and_reason()
+    return {name: CpuBackend(native, name) for name, _ in native.isas()} if native else {}
 
 
-def ranges(kernel: Kernel, weight, dtype: torch.dtype, operation: str) -> list[tuple[int, str]]:
+def ranges(kernel: CpuBackend, weight, dtype: torch.dtype, operation: str) -> list[tuple[int, str]]:
     """Return the kernels for 1 to ``MOST`` rows of an input, each with the first row count that it takes."""
-    asked = ((rows, kernel.plan(weight, rows, dtype, operation)) for rows in range(1, MOST + 1))
+    asked = ((rows, kernel.tried_kernels(weight, rows, dtype, operation)) for rows in range(1, MOST + 1))
     names = ((rows, plan[-1][1] if plan else "") for rows, plan in asked)
     return [(next(group)[0], name) for name, group in groupby(names, key=lambda pair: pair[1])]
 
@@ -49,7 +49,7 @@ def cell(found: list[tuple[int, str]]) -> str:
     return ", ".join(parts)
 
 
-def plans(kernel: Kernel) -> dict[tuple[str, str, str], str]:
+def plans(kernel: CpuBackend) -> dict[tuple[str, str, str], str]:
     """Return the cell of each product, weight and dtype of the input that an ISA has a kernel for."""
     made = {
         (product, weight, dtype): cell(ranges(kernel, stored, given, operation))
@@ -74,9 +74,11 @@ def lines(name: str, cells: dict[tuple[str, str, str], str]) -> list[str]:
     return found
 
 
-def extended(kernel: Kernel) -> str:
+def extended(kernel: CpuBackend) -> str:
     """Return the ISA that a kernel's ISA extends, or an empty text: the plan asks its kernels next."""
-    asked = kernel.plan(WEIGHTS["float16"], MOST, torch.float32, "input_grad")  # which the first of all ISAs computes
+    asked = kernel.tried_kernels(
+        WEIGHTS["float16"], MOST, torch.float32, "input_grad"
+    )  # which the first of all ISAs computes
     return next((isa for isa, *_ in asked if isa != kernel.name), "")
 
 

@@ -1,19 +1,19 @@
 """A small report with every section, for the tests of charts, page and browser: nothing in it is measured."""
 
-from lowmem.report.footprint import KINDS, Footprint
-from lowmem.report.groups import Group
+from lowmem.report.footprint import KINDS, MemoryFootprint
+from lowmem.report.layer_groups import LayerGroup
 from lowmem.report.page import Report
-from lowmem.report.quality import SERIES, Distortion, Quality
-from lowmem.report.timings import Timing
-from lowmem.testing.verdicts import Row, Verdict
-from lowmem.training.memory import TrainingMemory
+from lowmem.report.quantization_errors import SERIES, FormatDistortion, OutputQuality
+from lowmem.report.relative_speeds import RelativeSpeed
+from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow
+from lowmem.training.step_memory import TrainingMemory
 
 HOSTILE = "<script>alert('1')</script>\"&\\"
 
 
 def footprint(name, size, gradients=0, adapters=0):
     kinds = dict.fromkeys(KINDS, 0) | {"float32 weights": size, "biases, norms": 4096, "LoRA adapters": adapters}
-    return Footprint(name, kinds, 20_480, step(gradients) if gradients else None)
+    return MemoryFootprint(name, kinds, 20_480, step(gradients) if gradients else None)
 
 
 def step(gradients):
@@ -32,7 +32,7 @@ STEPS = {
 def report(name="small", **changes):
     """Return a report whose layers, variants and workloads are called ``name``, and some are not."""
     footprints = [footprint("dense", 2**22), footprint(name, 2**20, 2**22), footprint("lora", 2**20, 2**18, 2**18)]
-    row = Row(name, "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", f"{name} is 20% slower")
+    row = VerdictRow(name, "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", f"{name} is 20% slower")
     content = {
         "title": f"model {name}",
         "lead": f"What {name} costs.",
@@ -40,13 +40,16 @@ def report(name="small", **changes):
         "meanings": {name: ("FourBit()", "4-bit weights"), "lora": ("Half(), LoRA(rank=32)", "LoRA of rank 32")},
         "losses": {name: 0.037, "lora": 8e-5},
         "timings": [
-            *(Timing("float32", name, batch, 8 / batch**0.4, 7 / batch**0.4, 9 / batch**0.4) for batch in (1, 8, 64)),
-            *(Timing("bfloat16", "lora", batch, 2.0) for batch in (1, 8, 64)),
-            *(Timing("peers, float32", "torchao", batch, 0.4) for batch in (1, 8, 64)),
+            *(
+                RelativeSpeed("float32", name, batch, 8 / batch**0.4, 7 / batch**0.4, 9 / batch**0.4)
+                for batch in (1, 8, 64)
+            ),
+            *(RelativeSpeed("bfloat16", "lora", batch, 2.0) for batch in (1, 8, 64)),
+            *(RelativeSpeed("peers, float32", "torchao", batch, 0.4) for batch in (1, 8, 64)),
         ],
         "timed": "Measured in turns.",
         "groups": [
-            Group(
+            LayerGroup(
                 "layers.0-29.mlp.up_proj",
                 "Linear",
                 (64, 32),
@@ -56,7 +59,7 @@ def report(name="small", **changes):
                 {name: 40000, "lora": 50000},
                 {name: 0.09, "lora": None},
             ),
-            Group(
+            LayerGroup(
                 f"layers.0-29.{name}",
                 "LayerNorm",
                 (32,),
@@ -68,32 +71,32 @@ def report(name="small", **changes):
             ),
         ],
         "distortions": [
-            Distortion(form, scales, block, 4 + bits / block, 0.08 + block / 4000)
+            FormatDistortion(form, scales, block, 4 + bits / block, 0.08 + block / 4000)
             for form in ("nf4", "int4")
             for scales, bits in (("float32", 32), ("double", 8))
             for block in (16, 64)
         ],
         "qualities": [
-            Quality(series, f"{series}, {name}", 4 + at / 2 + step / 8, 0.1 / (1 + at + step), 0.99)
+            OutputQuality(series, f"{series}, {name}", 4 + at / 2 + step / 8, 0.1 / (1 + at + step), 0.99)
             for at, series in enumerate(SERIES)
             for step in range(3)
         ],
         "verdicts": [
-            Verdict(
+            GateVerdict(
                 "latency",
                 False,
                 "main",
                 "HEAD",
                 {"cpu": "x86_64"},
-                (row, Row("load", "ratio", 1.0, 1.0, 1.0, 0.99, 1.01, "same", "")),
+                (row, VerdictRow("load", "ratio", 1.0, 1.0, 1.0, 0.99, 1.01, "same", "")),
             ),
-            Verdict(
+            GateVerdict(
                 "memory",
                 True,
                 "stored",
                 "HEAD",
                 {},
-                (Row(name, "stored_bytes", 10, 10, None, None, None, "same", ""),),
+                (VerdictRow(name, "stored_bytes", 10, 10, None, None, None, "same", ""),),
             ),
         ],
         "machine": {"cpu": "AMD EPYC", "threads": "2"},

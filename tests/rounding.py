@@ -10,8 +10,8 @@ from contextlib import contextmanager
 
 import torch
 
-from lowmem.nn.adapter_bank import parameter_of
-from lowmem.nn.coded_module import CodedModule
+from lowmem.nn.adapter_bank import unadapted_parameter
+from lowmem.nn.quantized_module import QuantizedModule
 
 # Roundings of a term beside those of a sum: of a dequantized weight, which is a level times a scale; of the scaling
 # of a block's sum, where a kernel multiplies levels first; and of the addition of that to the sums of other blocks.
@@ -36,7 +36,9 @@ def unit(dtype: torch.dtype) -> float:
 
 def stored_weight(layer: torch.nn.Module) -> torch.Tensor:
     """Return what a linear layer multiplies with, without adapters, in float64."""
-    weight = layer.quantized.dequantize() if isinstance(layer, CodedModule) else parameter_of(layer, "weight")
+    weight = (
+        layer.quantized.dequantize() if isinstance(layer, QuantizedModule) else unadapted_parameter(layer, "weight")
+    )
     return weight.detach().double()
 
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import strategies as st
 
 from lowmem import FourBit, Half, LoRA, LoRALinear, convert
-from lowmem.io.safetensors import DTYPES
+from lowmem.io.safetensors_header import DTYPES
 from lowmem.quant.formats import EIGHT_BIT, FORMATS
-from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.scale_encodings import ENCODINGS
 from tests.selection import FULL
 
 four_bit_formats = st.sampled_from(sorted(FORMATS))

@@ -153,7 +153,12 @@ def test_a_plain_linear_layer_takes_no_way_around_by_adapters_or_integers():
     finally:
         sys.setprofile(before)
     assert {"transforms/convert.py", "nn/linear.py", "quant/tensor.py"} <= entered
-    detours = {"nn/adapted_module.py", "transforms/placement.py", "kernels/int8.py", "kernels/__init__.py"}
+    detours = {
+        "nn/adapted_module.py",
+        "transforms/adapter_placement.py",
+        "kernels/int8_rounding.py",
+        "kernels/__init__.py",
+    }
     assert entered & detours == set()
 
 
@@ -213,7 +218,8 @@ def test_nothing_is_assigned_to_another_library():
 
 
 CLASSES = "nn/module_class.py"  # the one file that makes classes at run time, and changes those of objects
-OF_COMMANDS = "def _server("  # transformers' server, which is imported when the command runs, is the base of a class
+# Transformers' server, which is imported when the command runs, is the base of a class
+OF_COMMANDS = "def _limited_server_class("
 MAKERS = {"new_class", "make_dataclass", "type.__new__"}
 CHANGED = {"__class__", "__dict__", "__bases__"}
 
@@ -255,7 +261,7 @@ def class_changes(source: str, path: str) -> list[str]:
 
 def test_one_file_makes_classes_at_run_time_and_changes_those_of_objects():
     sources = {path: (Path(lowmem.__file__).parent / path).read_text("utf8") for path in MODULES}
-    assert len(class_changes(sources.pop(CLASSES), CLASSES)) >= 5
+    assert len(class_changes(sources.pop(CLASSES), CLASSES)) >= 4
     found = [place for path, source in sources.items() for place in class_changes(source, path)]
     assert [place for place in found if OF_COMMANDS not in place] == [], f"call a function of {CLASSES}"
 

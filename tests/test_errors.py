@@ -14,15 +14,15 @@ import lowmem
 from lowmem.errors import (
     LIMIT,
     FileError,
-    describe,
-    one_line,
-    printable,
-    reason,
-    refusal,
-    refusing,
-    show,
-    unbuilt,
-    unwritable,
+    command_error_message,
+    error_type_and_first_line,
+    file_error,
+    model_build_failure_reason,
+    printable_line,
+    short_repr,
+    truncated_error_line,
+    unwritable_file_error,
+    value_errors_as_file_errors,
 )
 from lowmem.quant.formats import get_format
 
@@ -47,11 +47,11 @@ class ExitsError(Exception):
     "text", ["a\nb\r\tc", "\x1b[31mred\x1b[0m", "\u202egpj.exe", "x" * 10_000, "\ud800", "a\x00b"]
 )
 def test_a_line_is_one_printable_line_of_bounded_length(text):
-    line = one_line(f"lowmem: {text}")
+    line = truncated_error_line(f"lowmem: {text}")
     assert line.isprintable()
     assert line.startswith("lowmem: ")
     assert len(line) <= LIMIT < 300
-    assert len(one_line(text, 100)) <= LIMIT - 100
+    assert len(truncated_error_line(text, 100)) <= LIMIT - 100
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_line_is_one_printable_line_of_bounded_length(text):
     ],
 )
 def test_what_was_raised_is_told_by_its_type_and_first_line(error, text):
-    assert describe(error) == text
+    assert error_type_and_first_line(error) == text
 
 
 @pytest.mark.parametrize(
@@ -96,16 +96,16 @@ def test_what_was_raised_is_told_by_its_type_and_first_line(error, text):
     ],
 )
 def test_bad_input_is_told_in_its_own_words_and_what_torch_raises_by_its_type(error, text):
-    assert reason(error) == text
+    assert command_error_message(error) == text
 
 
 @given(st.text(st.characters()), st.integers(10, 300))
 @example("\x1b[2J" * 10**6, 200)
 def test_printable_text_is_one_short_line_without_control_characters(text, limit):
-    shown = printable(text, limit)
+    shown = printable_line(text, limit)
     assert shown.isprintable()
     assert len(shown) <= limit
-    assert printable(shown, limit) == shown
+    assert printable_line(shown, limit) == shown
     if text.isprintable() and len(text) <= limit:
         assert shown == text
 
@@ -113,15 +113,15 @@ def test_printable_text_is_one_short_line_without_control_characters(text, limit
 @given(st.recursive(st.text() | st.integers(), lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner)))
 @example([["x" * 10**6] * 9] * 9)
 def test_a_value_in_an_error_is_one_short_line(value):
-    assert show(value).isprintable()
-    assert len(show(value)) <= 200
-    assert len(show("x" * 10**6)) <= 100
-    assert show("\x1b[2J") == "'\\x1b[2J'"
+    assert short_repr(value).isprintable()
+    assert len(short_repr(value)) <= 200
+    assert len(short_repr("x" * 10**6)) <= 100
+    assert short_repr("\x1b[2J") == "'\\x1b[2J'"
 
 
 @given(st.text(st.characters()))
 def test_the_error_that_refuses_a_file_is_one_short_line(reason):
-    error = refusal(Path("a\nb"), reason, "load")
+    error = file_error(Path("a\nb"), reason, "load")
     assert isinstance(error, FileError)
     assert str(error).startswith(r"cannot load 'a\nb': ")
     assert str(error).isprintable()
@@ -131,12 +131,14 @@ def test_the_error_that_refuses_a_file_is_one_short_line(reason):
 @given(st.text(st.characters()))
 def test_the_error_of_a_failed_write_is_one_short_line_with_the_remedy_of_its_cause(said):
     for number, remedy in ((errno.ENOSPC, "make room on its disk"), (errno.EACCES, "choose a directory that can")):
-        error = unwritable("out", unwritable("out/a\nb", OSError(number, said)))  # first named by whoever wrote it
+        error = unwritable_file_error(
+            "out", unwritable_file_error("out/a\nb", OSError(number, said))
+        )  # first named by whoever wrote it
         assert str(error).startswith("cannot write 'out': ")
         assert f"; {remedy}" in str(error)
         assert str(error).isprintable()
         assert len(str(error)) < 600
-    assert str(unwritable("a\nb", OSError())).startswith(r"cannot write 'a\nb': ")
+    assert str(unwritable_file_error("a\nb", OSError())).startswith(r"cannot write 'a\nb': ")
 
 
 @pytest.mark.parametrize(
@@ -151,7 +153,7 @@ def test_the_error_of_a_failed_write_is_one_short_line_with_the_remedy_of_its_ca
     ],
 )
 def test_only_what_a_terminal_may_obey_or_hide_is_escaped(text, shown):
-    assert printable(text) == shown
+    assert printable_line(text) == shown
 
 
 def test_an_error_of_another_library_names_its_kind_and_one_of_lowmem_is_as_it_was():
@@ -162,14 +164,17 @@ def test_an_error_of_another_library_names_its_kind_and_one_of_lowmem_is_as_it_w
     ):
         with pytest.raises(Exception) as failed:  # noqa: PT011
             call()
-        assert told in unbuilt(failed.value)
+        assert told in model_build_failure_reason(failed.value)
 
 
 def test_a_value_error_of_a_block_names_the_file_and_other_errors_are_left():
-    with pytest.raises(FileError, match=r"^cannot load 'a': of b: why$"), refusing("a", "load", "of b: "):
+    with (
+        pytest.raises(FileError, match=r"^cannot load 'a': of b: why$"),
+        value_errors_as_file_errors("a", "load", "of b: "),
+    ):
         raise ValueError("why")
     for error in (FileError("mine"), TypeError("other"), OSError("system")):
-        with pytest.raises(type(error)) as caught, refusing("a"):
+        with pytest.raises(type(error)) as caught, value_errors_as_file_errors("a"):
             raise error
         assert caught.value is error
 
@@ -189,21 +194,23 @@ HOSTILE = {
 
 
 def test_a_value_is_shown_short_and_tensors_by_their_shape():
-    assert show(HOSTILE["tensor"]) == "Tensor of shape (5000,), torch.float32"
+    assert short_repr(HOSTILE["tensor"]) == "Tensor of shape (5000,), torch.float32"
     assert (
-        show(HOSTILE["tensors"][:2])
+        short_repr(HOSTILE["tensors"][:2])
         == "[Tensor of shape (2, 3), torch.float32, Tensor of shape (2, 3), torch.float32]"
     )
-    assert show(HOSTILE["parameter"]) == "Parameter of shape (2, 3), torch.float32"
-    assert show(HOSTILE["array"]) == "ndarray of shape (5000,), float64"
-    assert show(HOSTILE["module"]) == "Sequential"
-    assert show(HOSTILE["stored"]) == "QuantizedTensor of shape (2, 64)"
-    assert show(HOSTILE["example"]).startswith("Example(ids=Tensor of shape (3,), torch.int64, targets=Tensor of")
-    assert show(lowmem.FourBit("nf4", 32)).startswith("FourBit(format='nf4', block_size=32, scales=None")
-    assert show(lowmem.Budget(4.5, inputs=[torch.zeros(2)])).startswith("Budget(bits=4.5")
-    assert show(torch.float16) == "torch.float16"
-    assert show(torch.nn.Linear) == "<class 'torch.nn.modules.linear.Linear'>"
-    assert show((1, None, "a")) == "(1, None, 'a')"
+    assert short_repr(HOSTILE["parameter"]) == "Parameter of shape (2, 3), torch.float32"
+    assert short_repr(HOSTILE["array"]) == "ndarray of shape (5000,), float64"
+    assert short_repr(HOSTILE["module"]) == "Sequential"
+    assert short_repr(HOSTILE["stored"]) == "QuantizedTensor of shape (2, 64)"
+    assert short_repr(HOSTILE["example"]).startswith(
+        "Example(ids=Tensor of shape (3,), torch.int64, targets=Tensor of"
+    )
+    assert short_repr(lowmem.FourBit("nf4", 32)).startswith("FourBit(format='nf4', block_size=32, scales=None")
+    assert short_repr(lowmem.Budget(4.5, inputs=[torch.zeros(2)])).startswith("Budget(bits=4.5")
+    assert short_repr(torch.float16) == "torch.float16"
+    assert short_repr(torch.nn.Linear) == "<class 'torch.nn.modules.linear.Linear'>"
+    assert short_repr((1, None, "a")) == "(1, None, 'a')"
 
 
 def dense():

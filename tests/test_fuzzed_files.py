@@ -12,19 +12,19 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, LoRA
-from lowmem.finetuning.state import Saved, States
-from lowmem.finetuning.text import read_examples
-from lowmem.io.adapters import load_adapter, save_adapter
+from lowmem.finetuning.text_examples import read_examples
+from lowmem.finetuning.training_state import SavedState, States
+from lowmem.io.adapter_files import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.formats.gguf.fields import model_fields, read_existing
-from lowmem.io.formats.stored_model import open_stored
-from lowmem.io.import_checkpoint import import_checkpoint
-from lowmem.report.timings import read_run
-from lowmem.testing.baseline import Key, read_figures, write_figures
-from lowmem.testing.verdicts import Row, Verdict, read_verdict, write_verdict
-from lowmem.tools.fit_data import load_data
-from lowmem.transforms.calibration.finished_units import FinishedUnits
+from lowmem.io.formats.gguf.gguf_metadata import gguf_model_fields, read_existing_gguf
+from lowmem.io.formats.lazy_model import open_lazy_model
+from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
+from lowmem.report.relative_speeds import read_relative_speeds_and_machine
+from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow, read_verdict, write_verdict
+from lowmem.testing.memory_baseline import BaselineKey, read_baseline_figures, write_baseline_figures
+from lowmem.tools.fit_classifier_data import load_train_test_split
+from lowmem.transforms.calibration.resume_files import FinishedUnitFiles
 from tests import fuzzing
 from tests.fuzzing import Reader
 from tests.io.formats import peft_model
@@ -35,10 +35,10 @@ from tests.io.formats.written import gguf, read_all
 
 SAMPLES = Path(__file__).parent / "io/formats/samples"
 SAMPLED = sorted(file.name for file in SAMPLES.iterdir() if file.suffix in (".safetensors", ".gguf"))
-KEY = Key("portable", "2.13", 2)
+KEY = BaselineKey("portable", "2.13", 2)
 FIELDS = {
     "general.architecture": "llama",
-    **model_fields(CONFIG),
+    **gguf_model_fields(CONFIG),
     "general.alignment": b"\4\0\0\0\x20\0\0\0",
     "tokenizer.ggml.tokens": ["a", "b"],
 }
@@ -97,13 +97,13 @@ def read_foreign(folder):
     files = sorted(folder.iterdir())
     path = files[0] if len(files) == 1 else folder
     read_all(path)
-    import_checkpoint(path, folder.with_suffix(".out"), requantize=FourBit("nf4"))
+    import_foreign_checkpoint(path, folder.with_suffix(".out"), requantize=FourBit("nf4"))
 
 
 def read_stored(folder):
-    with open_stored(folder / "m.safetensors") as model:
+    with open_lazy_model(folder / "m.safetensors") as model:
         for weight in model.weights.values():
-            weight.plain()
+            weight.weight_in_model_layout()
 
 
 def stored(folder):
@@ -115,7 +115,7 @@ def stored(folder):
 def like(folder):
     path = folder / "a.gguf"
     with path.open("rb") as file:
-        read_existing(path, file).check(CONFIG)
+        read_existing_gguf(path, file).check_matches_config(CONFIG)
 
 
 class Bytes:
@@ -137,8 +137,8 @@ def texts(folder):
 
 
 def verdict(folder):
-    rows = [Row("a", "b", 1.0, 2.0, 1.5, 1.0, 2.0, "grew", "it grew"), Row("c", "")]
-    write_verdict(folder / "v.json", Verdict("memory", False, "a", "b", {"cpu": "x", "n": 2}, rows, ["note"]))
+    rows = [VerdictRow("a", "b", 1.0, 2.0, 1.5, 1.0, 2.0, "grew", "it grew"), VerdictRow("c", "")]
+    write_verdict(folder / "v.json", GateVerdict("memory", False, "a", "b", {"cpu": "x", "n": 2}, rows, ["note"]))
 
 
 def run_of_benchmarks(folder):
@@ -152,17 +152,17 @@ def run_of_benchmarks(folder):
 
 def state(folder):
     tensors = {"losses": torch.zeros(3), "parameters.a": torch.ones(2, 2), "optimizer.a.step": torch.ones(1)}
-    States(folder, {"rank": 4}).save(Saved(2, tensors, {"evaluations": []}))
+    States(folder, {"rank": 4}).save(SavedState(2, tensors, {"evaluations": []}))
 
 
 def read_state(folder):
     saved = States(folder, {"rank": 4}).newest()
     if saved is not None:
-        saved.group("parameters")
+        saved.tensors_with_prefix("parameters")
 
 
 def unit(folder):
-    FinishedUnits(folder, "d").save(0, {"a": torch.ones(3)}, {"loss": 1.0, "names": ["a"]})
+    FinishedUnitFiles(folder, "d").save_unit(0, {"a": torch.ones(3)}, {"loss": 1.0, "names": ["a"]})
 
 
 READERS = {
@@ -190,19 +190,19 @@ READERS = {
     ),
     "stored": Reader(stored, read_stored),
     "baseline": Reader(
-        lambda f: write_figures(f / "b.json", KEY, {"a": {"x_bytes": 1, "y_bytes": 2}}),
-        lambda f: read_figures(f / "b.json", KEY),
+        lambda f: write_baseline_figures(f / "b.json", KEY, {"a": {"x_bytes": 1, "y_bytes": 2}}),
+        lambda f: read_baseline_figures(f / "b.json", KEY),
     ),
     "verdict": Reader(verdict, lambda f: read_verdict(f / "v.json")),
-    "run of benchmarks": Reader(run_of_benchmarks, lambda f: read_run(f / "run.json")),
+    "run of benchmarks": Reader(run_of_benchmarks, lambda f: read_relative_speeds_and_machine(f / "run.json")),
     "training state": Reader(state, read_state),
     "texts": Reader(texts, lambda f: read_examples(f / "a.jsonl", Bytes(), 8)),
     "arrays": Reader(
         lambda f: np.savez(f / "a.npz", x=np.ones((6, 3)), y=np.arange(6) % 2),
-        lambda f: load_data(str(f / "a.npz"), 0),
+        lambda f: load_train_test_split(str(f / "a.npz"), 0),
         (ValueError,),
     ),
-    "finished unit": Reader(unit, lambda f: FinishedUnits(f, "d").load(0)),
+    "finished unit": Reader(unit, lambda f: FinishedUnitFiles(f, "d").load_unit_or_none(0)),
 }
 
 

@@ -11,8 +11,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import lowmem
-from lowmem.finetuning.state import FILES, States, put_back, trained
-from lowmem.testing.baseline import read_figures
+from lowmem.finetuning.training_state import FILES, States, load_model_and_optimizer_state, named_trainable_parameters
+from lowmem.testing.memory_baseline import read_baseline_figures
 from tests import golden
 from tests.io.formats import peft_model
 
@@ -118,9 +118,9 @@ def test_a_run_goes_on_from_its_state(folder, tmp_path):
     found = golden.train(made, tmp_path / "training", tmp_path)
     assert found.losses[: golden.STEP] == before["losses"].tolist()
     assert len(found.losses) == golden.SETTINGS.steps
-    optimizer = torch.optim.AdamW(trained(made).values())
-    put_back(States(folder / "training", golden.ORIGIN).newest(), made, optimizer)
-    for name, parameter in trained(made).items():
+    optimizer = torch.optim.AdamW(named_trainable_parameters(made).values())
+    load_model_and_optimizer_state(States(folder / "training", golden.ORIGIN).newest(), made, optimizer)
+    for name, parameter in named_trainable_parameters(made).items():
         assert torch.equal(parameter, before[f"parameters.{name}"]), name
         assert optimizer.state[parameter].keys() == {"step", "exp_avg", "exp_avg_sq"}
         for key, value in optimizer.state[parameter].items():
@@ -128,7 +128,7 @@ def test_a_run_goes_on_from_its_state(folder, tmp_path):
 
 
 def test_baselines_are_read(folder):
-    assert read_figures(golden.KEY.path(folder), golden.KEY) == golden.FIGURES
+    assert read_baseline_figures(golden.KEY.file_path(folder), golden.KEY) == golden.FIGURES
 
 
 def layout_of(path):
@@ -148,7 +148,7 @@ def shape_of(document):
     return type(document).__name__
 
 
-@pytest.mark.filterwarnings("ignore::lowmem.io.formats.requantizing.GrowthWarning")
+@pytest.mark.filterwarnings("ignore::lowmem.io.formats.requantization.GrowthWarning")
 def test_a_layout_that_changes_has_another_version(tmp_path):
     """Where this fails, raise the version of what changed, keep the reader of the earlier one, add golden files."""
     (tmp_path / "scratch").mkdir()

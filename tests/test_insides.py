@@ -652,11 +652,11 @@ def a_function_is_left_to_python_under_torch_compile(name):
     def inner(x):
         return x.sin()
 
-    torch_versions.leave_to_eager(inner)
+    torch_versions.disable_dynamo(inner)
     torch.compiler.reset()
     torch.compile(inner, backend=backend)(torch.ones(2))
     assert graphs == []  # it is not compiled
-    constant = torch_versions.constant_in_graphs(lambda: [print(end=""), id(graphs)][1])
+    constant = torch_versions.mark_constant_in_graphs(lambda: [print(end=""), id(graphs)][1])
     torch.compile(lambda x: x + constant(), backend=backend, fullgraph=True)(torch.ones(2))
     assert str(id(graphs)) in graphs[0]
 

@@ -401,7 +401,7 @@ def interruptible(user_module, monkeypatch):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(os, "fsync", interrupt)
-    monkeypatch.setattr("lowmem.tools.info.facts", interrupt)
+    monkeypatch.setattr("lowmem.tools.info.environment_info", interrupt)
 
 
 def files_here():
@@ -446,8 +446,8 @@ def test_an_interrupt_that_a_library_catches_ends_it_likewise(name, code, error,
     monkeypatch.setattr("lowmem.tools.stats.run", swallow)
     monkeypatch.setattr(sys, "argv", ["lowmem", "stats"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lowmem.tools.startup.discard_output", lambda: None)
-        patch.setattr("lowmem.__main__._prepare_streams", lambda: None)
+        patch.setattr("lowmem.tools.command_exit.flush_or_discard_output", lambda: None)
+        patch.setattr("lowmem.__main__._make_standard_streams_writable", lambda: None)
         patch.setattr(sys, "excepthook", sys.excepthook)
         assert main() == code
     assert ("interrupted" in capsys.readouterr().err) == (error is not None)

@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import lowmem
+from lowmem.testing.gate_verdicts import read_verdict
 from lowmem.testing.memory import memory_figures
-from lowmem.testing.verdicts import read_verdict
 from lowmem.version import install_command
 from tests.selection import covering
 
@@ -52,7 +52,7 @@ def imported():
     """Import here what gates import: pytester forgets what a project was the first to import, and torch refuses to be
     imported twice.
     """
-    for module in ("lowmem.testing.gates", "lowmem.testing.latency"):
+    for module in ("lowmem.testing.memory_gates", "lowmem.testing.latency"):
         import_module(module)
     memory_figures(nn.Linear(1, 1), torch.ones(1, 1))
 

@@ -14,7 +14,7 @@ from torch import nn
 
 import lowmem
 from lowmem import resident
-from lowmem.resident import Heap, drop_pages
+from lowmem.resident import HeapTrimmer, drop_mapped_file_pages
 
 needs_pages = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are dropped on Linux only")
 
@@ -27,7 +27,7 @@ def trims(monkeypatch):
         trim.alive.append(sum(one() is not None for one in trim.watched))
 
     trim.alive, trim.watched = [], []
-    monkeypatch.setattr(resident, "_malloc_trim", lambda: trim)
+    monkeypatch.setattr(resident, "_malloc_trim_function_or_none", lambda: trim)
     monkeypatch.setattr(resident, "_SMALL", 1)
     return trim
 
@@ -91,14 +91,14 @@ def test_preparing_returns_the_pages_that_its_trials_freed(trims):
 
 def test_small_models_and_calls_that_fail_return_no_pages(trims, monkeypatch):
     monkeypatch.undo()
-    monkeypatch.setattr(resident, "_malloc_trim", lambda: trims)
+    monkeypatch.setattr(resident, "_malloc_trim_function_or_none", lambda: trims)
     lowmem.convert(nn.Linear(511, 1024, bias=False), lowmem.Half(torch.float16))  # 2 KiB less than a megabyte
     assert trims.alive == []
     lowmem.convert(nn.Linear(512, 1024, bias=False), lowmem.Half(torch.float16))
     assert trims.alive == [0]
     with pytest.raises(ValueError, match="no technique"):
         lowmem.convert(nn.Linear(1024, 1024))
-    monkeypatch.setattr(resident, "_malloc_trim", lambda: None)  # another C library
+    monkeypatch.setattr(resident, "_malloc_trim_function_or_none", lambda: None)  # another C library
     lowmem.convert(nn.Linear(512, 1024), lowmem.Half(torch.float16))
     assert trims.alive == [0]
 
@@ -112,23 +112,23 @@ def test_holes_are_returned_only_before_the_process_grows_beyond_what_it_had_to_
         trimmed.append(holes)
         holes = 0
 
-    heap = Heap(trim, lambda: (used + holes) * mib)
-    heap.return_holes(3 * mib)  # too little to walk over the heap
+    heap = HeapTrimmer(trim, lambda: (used + holes) * mib)
+    heap.trim_before_allocation(3 * mib)  # too little to walk over the heap
     assert trimmed == []
-    heap.return_holes(10 * mib)  # 110 are needed: the mark
+    heap.trim_before_allocation(10 * mib)  # 110 are needed: the mark
     holes = 5
-    heap.return_holes(5 * mib)  # 110 with the holes
+    heap.trim_before_allocation(5 * mib)  # 110 with the holes
     assert trimmed == [0]
     holes = 20
-    heap.return_holes(5 * mib)  # 125 with the holes, 105 without
+    heap.trim_before_allocation(5 * mib)  # 125 with the holes, 105 without
     assert trimmed == [0, 20]
     used, holes = 60, 40
-    heap.return_holes(10 * mib)  # the mark stayed at 110
+    heap.trim_before_allocation(10 * mib)  # the mark stayed at 110
     assert trimmed == [0, 20]
     used = 120
-    heap.return_holes(10 * mib)
+    heap.trim_before_allocation(10 * mib)
     used, holes = 110, 15
-    heap.return_holes(5 * mib)  # 130 is the new mark
+    heap.trim_before_allocation(5 * mib)  # 130 is the new mark
     assert trimmed == [0, 20, 40]
 
 
@@ -153,7 +153,7 @@ def test_pages_are_dropped_and_read_again(tmp_path):
     for tensor in tensors:
         assert torch.equal(tensor, values)
     assert mapped_kib(path) >= 4096
-    drop_pages([path])
+    drop_mapped_file_pages([path])
     assert mapped_kib(path) == 0
     assert mapped_kib(other) >= 4096
     assert torch.equal(tensors[0], values)
@@ -177,20 +177,22 @@ def test_what_convert_reads_of_a_mapped_file_does_not_stay_resident(tmp_path):
 STEPS = """
 import resource
 import torch
-from lowmem.resident import keep_freed_memory
+from lowmem.resident import raise_heap_trim_threshold
 
 def step():
     activations = [torch.zeros(2**18) for _ in range(40)]  # 1 MiB each
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
-keep_freed_memory()
+raise_heap_trim_threshold()
 step()
 first = step()
 print((step() - first) / 40)
 """
 
 
-@pytest.mark.skipif(resident._malloc_trim() is None, reason="only glibc returns freed memory at the top of its heap")
+@pytest.mark.skipif(
+    resident._malloc_trim_function_or_none() is None, reason="only glibc returns freed memory at the top of its heap"
+)
 @pytest.mark.parametrize(("setting", "keeps"), [({}, True), ({"MALLOC_TRIM_THRESHOLD_": str(2**20)}, False)])
 def test_a_step_gets_the_memory_that_the_step_before_has_freed(setting, keeps):
     """Of 40 MiB next to no page is new; what the user has set stays."""

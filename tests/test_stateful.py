@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 from torch import nn
 
 from lowmem import FourBit, Half, HalfLinear, LoRA, LoRALinear, convert, merge
-from lowmem.nn.linear import CodedLinear
+from lowmem.nn.linear import QuantizedLinear
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, gamma, stored_weight, unit
 
@@ -55,7 +55,7 @@ def stored_bits(model):
     """Return every stored tensor of the converted layers, as bytes."""
     bits = {}
     for path, module in model.named_modules():
-        if isinstance(module, (HalfLinear, CodedLinear)):
+        if isinstance(module, (HalfLinear, QuantizedLinear)):
             for name in module.part_names:
                 bits[f"{path}.{name}"] = getattr(module, name).detach().contiguous().view(torch.uint8).clone()
     return bits
@@ -66,7 +66,7 @@ def adapted_weight(layer):
     weight = stored_weight(layer)
     magnitudes = weight.abs()
     for name in layer.adapters.active:
-        adapter = layer.adapters.parts(name)["weight"]
+        adapter = layer.adapters.adapters_by_parameter(name)["weight"]
         a, b = adapter.lora_a.detach().double(), adapter.lora_b.detach().double()
         weight = weight + adapter.scaling * b @ a
         magnitudes = magnitudes + adapter.scaling * b.abs() @ a.abs()
@@ -76,7 +76,7 @@ def adapted_weight(layer):
 def assert_holds(layer, exact, magnitudes, terms):
     """Hold a layer's weight to an exact one: a sum in float32, rounded once as the layer stores it."""
     added = gamma(terms) * magnitudes
-    if isinstance(layer, CodedLinear):
+    if isinstance(layer, QuantizedLinear):
         rounding = layer.quantized.error_bound().double()
     else:
         stored = getattr(layer, "weight_rounded", layer.weight).dtype
@@ -121,7 +121,7 @@ class Lifecycle(RuleBasedStateMachine):
             assert torch.equal(self.output(), before)
         for layer in self.layers(LoRALinear):  # one that has learned something is worth merging
             for name in layer.adapters.names:
-                nn.init.normal_(layer.adapters.parts(name)["weight"].lora_b)
+                nn.init.normal_(layer.adapters.adapters_by_parameter(name)["weight"].lora_b)
         self.bits = stored_bits(self.model)
 
     @precondition(lambda self: not self.layers(LoRALinear))
@@ -153,7 +153,7 @@ class Lifecycle(RuleBasedStateMachine):
     @precondition(lambda self: self.layers(LoRALinear))
     @rule()
     def merge_adapters(self):
-        quantized = any(isinstance(m, CodedLinear) for m in self.layers(LoRALinear))
+        quantized = any(isinstance(m, QuantizedLinear) for m in self.layers(LoRALinear))
         paths = {path: module for path, module in self.model.named_modules() if isinstance(module, LoRALinear)}
         expected = {path: adapted_weight(layer) for path, layer in paths.items()}
         kinds = {path: layer._plain_class for path, layer in paths.items()}
@@ -230,7 +230,7 @@ class Lifecycle(RuleBasedStateMachine):
         for module in self.model.modules():
             if isinstance(module, HalfLinear):
                 assert not any(p.requires_grad for p in module.parameters(recurse=False))
-            if isinstance(module, CodedLinear):
+            if isinstance(module, QuantizedLinear):
                 assert not module.quantized.packed.requires_grad
                 assert not module.quantized.scales.requires_grad
                 assert (module.quantized.packed.dtype, module.quantized.packed.is_contiguous()) == (torch.uint8, True)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem import VARIANTS, FourBit, LoRA, LoRALinear, build, convert
-from lowmem.variants import meaning, techniques_of
+from lowmem.variants import variant_description, variant_techniques
 
 
 @pytest.mark.thorough
@@ -45,15 +45,15 @@ EXACT = {
 def test_variants_are_the_techniques_that_their_names_say():
     assert VARIANTS["four_bit"] == (FourBit(),)
     assert VARIANTS["qlora_4bit"] == (FourBit(), LoRA(rank=32))
-    assert meaning("bignet") == "dense, as the model is made"
-    assert meaning("qlora_4bit") == "4-bit weights (bof4s in blocks of 32), LoRA of rank 32"
-    assert meaning("lora") == "16-bit weights, LoRA of rank 32"
-    assert meaning("low_precision_nf4") == "4-bit weights (nf4 in blocks of 64)"
+    assert variant_description("bignet") == "dense, as the model is made"
+    assert variant_description("qlora_4bit") == "4-bit weights (bof4s in blocks of 32), LoRA of rank 32"
+    assert variant_description("lora") == "16-bit weights, LoRA of rank 32"
+    assert variant_description("low_precision_nf4") == "4-bit weights (nf4 in blocks of 64)"
     assert VARIANTS["qlora"] == (FourBit("int4", block_size=16, scales="float16"), LoRA(rank=32))
 
 
 def test_another_rank():
-    assert techniques_of("qlora", 4)[1] == LoRA(rank=4)
+    assert variant_techniques("qlora", 4)[1] == LoRA(rank=4)
     model = build("lora", lambda: torch.nn.Linear(8, 8), rank=2)
     assert isinstance(model, LoRALinear)
     assert model.rank == 2

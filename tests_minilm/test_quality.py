@@ -57,12 +57,12 @@ MARGIN = 0.01
 def test_a_calibrated_language_model_loses_less(data, most, capsys):
     """On its own text, of 4096 tokens; and on paragraphs of the manual that do not judge, of 8192 tokens."""
     pytest.importorskip("gguf", reason="gguf is not installed: tox -e minilm")
-    from lowmem.integrations.transformers.calibrating import batches_of
+    from lowmem.integrations.transformers.folder_calibration import calibration_batches
 
     dense, tokenizer = quality.language_model()
     judging = set(quality.judging())
     text = "\n\n".join(paragraph for paragraph in quality.paragraphs() if paragraph not in judging)
-    batches = "self" if data == "self" else batches_of(dense, tokenizer, text)
+    batches = "self" if data == "self" else calibration_batches(dense, tokenizer, text)
     began = process_time()
     model = calibrate(copy.deepcopy(dense), batches, FourBit(), where=quality.is_linear, tokenizer=tokenizer)
     seconds = process_time() - began

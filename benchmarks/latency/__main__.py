@@ -20,7 +20,7 @@ from benchmarks.latency.builds import CACHE, ROOT, GateError, build, git, machin
 from benchmarks.latency.rounds import Start
 from benchmarks.latency.verdict import judge, needs_second_look, settled
 from lowmem import errors
-from lowmem.testing.verdicts import FAILING, Row, Verdict, write_verdict
+from lowmem.testing.gate_verdicts import FAILING, GateVerdict, VerdictRow, write_verdict
 
 GATES = ("latency", "instructions")
 FIRST_ROUNDS = 6  # all workloads; a multiple of 3, so that each side begins as often
@@ -65,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with Path(summary).open("a", encoding="utf8") as out:
                 out.write(text)
     except (GateError, OSError) as error:
-        print(errors.one_line(f"latency gate: {error}"), file=sys.stderr)
+        print(errors.truncated_error_line(f"latency gate: {error}"), file=sys.stderr)
         return 2
     Console(width=None if sys.stdout.isatty() else 160).print(Markdown(text))
     outcomes = {verdict.outcome for verdict in verdicts}
@@ -79,7 +79,7 @@ def percent(text: str) -> float:
     return value / 100
 
 
-def run(options: Options) -> list[Verdict]:
+def run(options: Options) -> list[GateVerdict]:
     """Build base and head, compare them, and return a verdict of each gate."""
     base_sha, head_sha = resolve(ROOT, options.base)
     notes = []
@@ -97,7 +97,7 @@ def run(options: Options) -> list[Verdict]:
             notes.append(f"Base runs the kernel {base.kernel} here, and head {head.kernel}.")
         harness = scratch / "harness"  # what the processes import of benchmarks: the same code for both sides
         shutil.copytree(ROOT / "benchmarks", harness / "benchmarks")
-        found: dict[str, tuple[list[Row], list[str]]] = {}
+        found: dict[str, tuple[list[VerdictRow], list[str]]] = {}
         if "instructions" in options.gates:  # first: where valgrind fails, no minutes of timing are lost
             print("counting instructions under callgrind", file=sys.stderr)
             found["instructions"] = instructions.compare(base, head, harness, scratch / "counts")
@@ -106,12 +106,12 @@ def run(options: Options) -> list[Verdict]:
             found = {"latency": (compare(start, options), []), **found}
     figures = machine() | {"kernel": head.kernel}
     return [
-        Verdict.of_rows(gate, base.commit, head.commit, figures, rows, notes + said)
+        GateVerdict.from_rows(gate, base.commit, head.commit, figures, rows, notes + said)
         for gate, (rows, said) in found.items()
     ]
 
 
-def compare(start: Start, options: Options) -> list[Row]:
+def compare(start: Start, options: Options) -> list[VerdictRow]:
     """Time all workloads, those that look different or were disturbed again in fresh processes, and judge."""
     first, broken = rounds.measure(
         start,
@@ -135,11 +135,13 @@ def compare(start: Start, options: Options) -> list[Row]:
     if not rows and all(said.startswith("base") for said in broken.values()):
         raise GateError(f"base can run no workload: {next(iter(broken.values()))}")
     for name, said in broken.items():
-        rows.append(Row(name, "", verdict={"base": "new", "head": "missing"}[said[:4]], says=f"failed on {said}"))
+        rows.append(
+            VerdictRow(name, "", verdict={"base": "new", "head": "missing"}[said[:4]], says=f"failed on {said}")
+        )
     return rows
 
 
-def markdown(verdict: Verdict, everything: bool = False) -> str:
+def markdown(verdict: GateVerdict, everything: bool = False) -> str:
     """Return what differs, or all, as a table, what fails first and the slowest first; and the verdict last."""
     rows = sorted(verdict.rows, key=lambda row: (ORDER.index(row.verdict), -(row.ratio or 0.0)))
     lines = [f"### {verdict.gate}: head {verdict.head} against base {verdict.base}", ""]
@@ -148,7 +150,10 @@ def markdown(verdict: Verdict, everything: bool = False) -> str:
         lines += ["| Workload | Head / base | Interval | Verdict | |", "| :-- | --: | :-- | :-- | :-- |"]
     for row in shown:
         word = row.verdict.upper() if row.verdict in FAILING[verdict.gate] else row.verdict
-        cells = (cell.replace("|", "\\|").replace("\n", " ") for cell in (row.name, *row.ratio_cells, word, row.says))
+        cells = (
+            cell.replace("|", "\\|").replace("\n", " ")
+            for cell in (row.name, *row.ratio_and_interval_texts, word, row.says)
+        )
         lines.append(f"| {' | '.join(cells)} |")
     ratios = [row.ratio - 1 for row in rows if row.verdict == "same" and row.ratio is not None]
     same = [f"{len(ratios)} the same, from {min(ratios):+.1%} to {max(ratios):+.1%}"] if ratios else []

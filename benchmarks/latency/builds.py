@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
-from lowmem.errors import show
-from lowmem.kernels.native import compiler
+from lowmem.errors import short_repr
+from lowmem.kernels.native_loader import c_compiler_command
 
 ROOT = Path(__file__).parents[2]
 CACHE = ROOT / ".tox" / "gate-cache"
@@ -70,7 +70,7 @@ def resolve(root: Path, reference: str) -> tuple[str, str]:
         asked = git(root, "rev-parse", "--verify", "--quiet", "--end-of-options", f"{reference}^{{commit}}")
     except GateError as error:
         raise GateError(
-            f"--base {show(reference)} is no commit of this repository: fetch it, or name another"
+            f"--base {short_repr(reference)} is no commit of this repository: fetch it, or name another"
         ) from error
     try:
         return git(root, "merge-base", asked, head), head
@@ -118,7 +118,7 @@ def build(root: Path, sha: str, asked: str, tree: Path, cache: Path) -> Side:
 
 def kernel_key(tree: Path) -> str:
     """Return what a kernel depends on, as text: its sources, the interpreter and the compiler."""
-    command = compiler()
+    command = c_compiler_command()
     if shutil.which(command[0]) is None:
         raise GateError(f"the C compiler {command[0]!r} is not installed: both sides need it")
     version = subprocess.run([*command, "--version"], capture_output=True, text=True, check=False).stdout

@@ -15,18 +15,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.latency.builds import GateError, Side
-from lowmem.kernels.native import compiler
-from lowmem.testing.baseline import count_text
-from lowmem.testing.verdicts import Row, verdict_of
+from lowmem.kernels.native_loader import c_compiler_command
+from lowmem.testing.gate_verdicts import VerdictRow, figure_verdict
+from lowmem.testing.memory_baseline import byte_count_text
 
 LIMIT = 0.02  # more instructions than this fail
 FIGURE = "instructions"
 
 
-def compare(base: Side, head: Side, harness: Path, scratch: Path) -> tuple[list[Row], list[str]]:
+def compare(base: Side, head: Side, harness: Path, scratch: Path) -> tuple[list[VerdictRow], list[str]]:
     """Count both sides at once, and return a row for each workload; or one that says why nothing was counted."""
     if why := unavailable(harness / "marks.so"):
-        return [Row("all", FIGURE, verdict="skipped", says=why)], [f"Instructions were not counted: {why}."]
+        return [VerdictRow("all", FIGURE, verdict="skipped", says=why)], [f"Instructions were not counted: {why}."]
     with ThreadPoolExecutor(2) as pool:
         counts = list(pool.map(lambda side: count(side, harness, scratch / side.tree.name), (base, head)))
     return judge(*counts), []
@@ -37,7 +37,7 @@ def unavailable(marks: Path) -> str | None:
     if shutil.which("valgrind") is None:
         return "valgrind is not installed (Debian: apt-get install valgrind)"
     source = Path(__file__).with_name("marks.c")
-    command = [*compiler(), "-shared", "-fPIC", "-O1", "-o", str(marks), str(source)]
+    command = [*c_compiler_command(), "-shared", "-fPIC", "-O1", "-o", str(marks), str(source)]
     if subprocess.run(command, capture_output=True, check=False).returncode:
         return f"{source.name} does not compile; valgrind's headers may be missing"
     return None
@@ -70,15 +70,15 @@ def read_counts(directory: Path) -> dict[str, int]:
     return counts
 
 
-def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> list[Row]:
+def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> list[VerdictRow]:
     """Return a row for each workload: beyond ``LIMIT`` in either direction it is no longer the same."""
     rows = []
     for name in dict.fromkeys([*base, *head]):
         before, after = base.get(name), head.get(name)
         if before is None and after is None:
             raise GateError(f"neither side counts {name!r} under callgrind: see benchmarks/latency/worker.py")
-        verdict = verdict_of(before, after, LIMIT * (before or 0))
+        verdict = figure_verdict(before, after, LIMIT * (before or 0))
         ratio = after / before if before and after else None
-        says = "" if verdict == "same" else f"{count_text(before)} to {count_text(after)} instructions"
-        rows.append(Row(name, FIGURE, before, after, ratio, verdict=verdict, says=says))
+        says = "" if verdict == "same" else f"{byte_count_text(before)} to {byte_count_text(after)} instructions"
+        rows.append(VerdictRow(name, FIGURE, before, after, ratio, verdict=verdict, says=says))
     return rows

@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.latency.builds import GateError, Side
 from benchmarks.latency.verdict import Times
-from lowmem.testing.disturbance import PAUSES, disturbs, seconds_waited
+from lowmem.testing.disturbance import PAUSES, is_burst_disturbed, thread_wait_seconds_or_none
 from lowmem.testing.ratios import take_turns
 
 TURN = 0.02  # seconds that a turn takes, or one call
@@ -45,11 +45,11 @@ class Worker:
             env=side.variables(harness, seed),
             text=True,
         )
-        self._sent = 0.0, seconds_waited(self._process.pid)
+        self._sent = 0.0, thread_wait_seconds_or_none(self._process.pid)
 
     def send(self, **request: Any) -> None:
         self._request = " ".join(map(str, request.values()))
-        self._sent = time.perf_counter(), seconds_waited(self._process.pid)
+        self._sent = time.perf_counter(), thread_wait_seconds_or_none(self._process.pid)
         with suppress(BrokenPipeError):  # the process has ended: answer() says why
             print(json.dumps(request), file=self._process.stdin, flush=True)
 
@@ -61,9 +61,9 @@ class Worker:
             code = self._process.wait()
             raise GateError(f"a worker of {self._commit} ended ({code}) at {self._request}: {said[-1]}")
         sent, before = self._sent
-        seconds, after = time.perf_counter() - sent, seconds_waited(self._process.pid)
+        seconds, after = time.perf_counter() - sent, thread_wait_seconds_or_none(self._process.pid)
         waited = None if before is None or after is None else after - before
-        return json.loads(line) | {"disturbed": disturbs(waited, seconds)}
+        return json.loads(line) | {"disturbed": is_burst_disturbed(waited, seconds)}
 
     def close(self) -> None:
         self._process.kill()

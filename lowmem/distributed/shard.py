@@ -14,12 +14,12 @@ from torch import distributed, nn
 from torch.nn.parameter import is_lazy
 
 from lowmem.kernels.torch_versions import TORCH
-from lowmem.nn.module_class import change_class
-from lowmem.nn.sharded import is_fsdp_unit, sharded_types
+from lowmem.nn.module_class import change_class_and_attributes
+from lowmem.nn.sharded_parameters import imported_dtensor_types, is_fsdp2_module
 from lowmem.nn.stored_module import StoredModule
-from lowmem.resident import trim_heap
-from lowmem.transforms.refusals import refuse_model
-from lowmem.transforms.registry import check_module, layer_name
+from lowmem.resident import trim_heap_unless_small
+from lowmem.transforms.model_checks import check_model_is_changeable
+from lowmem.transforms.module_registry import check_is_module, layer_display_name
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -64,15 +64,17 @@ def shard(model: M, mesh: DeviceMesh | None = None, *, mp_policy: MixedPrecision
             or train in several dtypes in one block, or 16-bit weights that ``mp_policy`` would cast. The model is
             left as it was.
     """
-    _refuse_engines(model)
-    refuse_model("shard", model)
-    _check_group("shard")
+    _check_not_wrapped_or_sharded(model)
+    check_model_is_changeable("shard", model)
+    _check_process_group("shard")
     from torch.distributed.fsdp import fully_shard
 
-    mesh = _checked_mesh(mesh) if mesh is not None else _all_processes(model)
-    units: list[nn.Module] = [*blocks_of(model), model]
-    _check_parameters(model, units, mp_policy)
-    scalars = {one for one in model.parameters() if one.dim() == 0}  # frozen ones, which FSDP2 does not take
+    mesh = _checked_mesh(mesh) if mesh is not None else _mesh_of_all_processes(model)
+    units: list[nn.Module] = [*shardable_blocks(model), model]
+    _check_shardable_parameters(model, units, mp_policy)
+    scalars = {
+        parameter for parameter in model.parameters() if parameter.dim() == 0
+    }  # frozen ones, which FSDP2 does not take
     options: dict[str, Any] = {"mesh": mesh} | ({"ignored_params": scalars} if scalars else {})
     if mp_policy is not None:
         options["mp_policy"] = mp_policy
@@ -84,7 +86,7 @@ def shard(model: M, mesh: DeviceMesh | None = None, *, mp_policy: MixedPrecision
         module._kept.clear()  # it would keep the whole weight
     for unit in units:
         fully_shard(unit, **options)
-    trim_heap(model)
+    trim_heap_unless_small(model)
     return model
 
 
@@ -105,35 +107,35 @@ def gather(model: M) -> M | None:
         RuntimeError: no process group is initialized.
         ValueError: the model is not sharded.
     """
-    check_module(model)
-    _check_group("gather")
+    check_is_module(model)
+    _check_process_group("gather")
     for module in model.modules():
-        if is_fsdp_unit(module):
+        if is_fsdp2_module(module):
             module.reshard()  # type: ignore[operator]  # the root keeps its weights whole after a forward
-    sharded = sharded_types()
-    if not any(isinstance(one, sharded) for one in model.parameters()):
+    sharded = imported_dtensor_types()
+    if not any(isinstance(sharded_parameter, sharded) for sharded_parameter in model.parameters()):
         raise ValueError(f"{type(model).__name__} is not sharded: each process has all of it, so take it as it is")
     main = distributed.get_rank() == 0
     known: dict[int, Any] = {}
     for parameter in model.parameters():
-        one: Any = parameter
-        whole: Any = one.detach()
-        whole = whole.full_tensor() if isinstance(one, sharded) else whole.clone()
+        sharded_parameter: Any = parameter
+        whole: Any = sharded_parameter.detach()
+        whole = whole.full_tensor() if isinstance(sharded_parameter, sharded) else whole.clone()
         if main:
-            known[id(one)] = nn.Parameter(whole.cpu(), requires_grad=one.requires_grad)
+            known[id(sharded_parameter)] = nn.Parameter(whole.cpu(), requires_grad=sharded_parameter.requires_grad)
     if not main:
         return None
-    with _without_engine(model):
+    with _without_fsdp_classes_and_hooks(model):
         copied = copy.deepcopy(model, known)
     return copied.cpu()
 
 
-def _check_group(name: str) -> None:
+def _check_process_group(function_name: str) -> None:
     """Raise a RuntimeError unless this process has joined others; ``name`` is the function that needs it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
-            f"{name}: this process knows of no others: start the program with torchrun, and call "
-            f"torch.distributed.init_process_group() before lowmem.{name}"
+            f"{function_name}: this process knows of no others: start the program with torchrun, and call "
+            f"torch.distributed.init_process_group() before lowmem.{function_name}"
         )
 
 
@@ -145,44 +147,50 @@ _ENGINES = {
 }
 
 
-def _refuse_engines(model: nn.Module) -> None:
+def _check_not_wrapped_or_sharded(model: nn.Module) -> None:
     """Raise a ValueError for a model that another engine has, or that is sharded already."""
-    sharded = sharded_types()
+    sharded = imported_dtensor_types()
     for path, module in model.named_modules() if isinstance(model, nn.Module) else ():
         for kind in type(module).__mro__:
             if kind.__name__ in _ENGINES:
-                raise ValueError(f"{layer_name(path)} is a {kind.__name__}{_ENGINES[kind.__name__]}: shard is FSDP2")
+                raise ValueError(
+                    f"{layer_display_name(path)} is a {kind.__name__}{_ENGINES[kind.__name__]}: shard is FSDP2"
+                )
         for name, parameter in module._parameters.items():
             if isinstance(parameter, sharded):
-                place = layer_name(f"{path}.{name}".lstrip("."))
+                place = layer_display_name(f"{path}.{name}".lstrip("."))
                 raise ValueError(f"{place} is sharded already (a DTensor): call shard once, with a whole model")
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def shardable_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model, in the order of its modules: see ``shard``."""
-    found = [one for one in dict.fromkeys(_repeated(model)) if one is not model]
-    owners: Counter[int] = Counter()  # in how many blocks, or outside of all, a parameter is
-    inside = {module for one in found for module in one.modules()}
-    rest = {id(p) for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
-    for one in found:
-        owners.update({id(p) for p in one.parameters()})
-    return [one for one in found if all(owners[id(p)] == 1 and id(p) not in rest for p in one.parameters())]
+    candidates = [block for block in dict.fromkeys(_iterate_repeated_layers(model)) if block is not model]
+    # In how many blocks, or outside of all, a parameter is
+    owners: Counter[int] = Counter()
+    inside = {module for block in candidates for module in block.modules()}
+    outside = {id(p) for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
+    for block in candidates:
+        owners.update({id(p) for p in block.parameters()})
+    return [
+        block for block in candidates if all(owners[id(p)] == 1 and id(p) not in outside for p in block.parameters())
+    ]
 
 
-def _repeated(model: nn.Module) -> Iterator[nn.Module]:
+def _iterate_repeated_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost layers that are in one list with others of their type, and have parameters."""
-    layers: list[nn.Module] = [one for one in model.children() if next(one.parameters(), None) is not None]
-    types = Counter(type(one) for one in layers)
-    blocks = [one for one in layers if types[type(one)] > 1 and type(one).forward is not nn.Module.forward]
+    layers: list[nn.Module] = [layer for layer in model.children() if next(layer.parameters(), None) is not None]
+    types = Counter(type(layer) for layer in layers)
+    blocks = [layer for layer in layers if types[type(layer)] > 1 and type(layer).forward is not nn.Module.forward]
     if not isinstance(model, nn.ModuleList | nn.Sequential):
         blocks = []
-    composed = [one for one in blocks if next(one.children(), None) is not None]
-    blocks = composed or blocks  # norms between blocks are not worth a gathering of their own
-    for one in layers:
-        if one in blocks:
-            yield one
+    composed = [layer for layer in blocks if next(layer.children(), None) is not None]
+    # Norms between blocks are not worth a gathering of their own
+    blocks = composed or blocks
+    for layer in layers:
+        if layer in blocks:
+            yield layer
         else:
-            yield from _repeated(one)
+            yield from _iterate_repeated_layers(layer)
 
 
 def _checked_mesh(mesh: Any) -> DeviceMesh:
@@ -205,73 +213,85 @@ def _checked_mesh(mesh: Any) -> DeviceMesh:
     return mesh
 
 
-def _all_processes(model: nn.Module) -> DeviceMesh:
+def _mesh_of_all_processes(model: nn.Module) -> DeviceMesh:
     from torch.distributed.device_mesh import init_device_mesh
 
-    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return init_device_mesh(device.type if device.type != "meta" else "cpu", (distributed.get_world_size(),))
 
 
-def _check_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) -> None:
+def _check_shardable_parameters(model: nn.Module, units: list[nn.Module], mp_policy: Any) -> None:
     """Raise a ValueError for what FSDP2 would refuse later, or compute otherwise."""
     paths = {module: path for path, module in model.named_modules()}
     for path, parameter in model.named_parameters():
         if is_lazy(parameter):
-            raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before shard")
+            raise ValueError(
+                f"{layer_display_name(path)} is lazy and has no shape yet: call the model once before shard"
+            )
         if parameter.is_meta:
-            raise ValueError(f"{layer_name(path)} is on the meta device and has no values: load them before shard")
+            raise ValueError(
+                f"{layer_display_name(path)} is on the meta device and has no values: load them before shard"
+            )
         if parameter.dim() == 0 and parameter.requires_grad:
             raise ValueError(
-                f"{layer_name(path)} is a scalar that trains, which FSDP2 cannot cut: make it a vector of one "
+                f"{layer_display_name(path)} is a scalar that trains, which FSDP2 cannot cut: make it a vector of "
+                "one "
                 "number, or freeze it"
             )
         if TORCH < (2, 12) and parameter.dim() and not parameter.is_floating_point():
             raise RuntimeError(
-                f"{layer_name(path)} is {parameter.dtype}, and FSDP2 shards integers from torch 2.12 on: this is "
+                f"{layer_display_name(path)} is {parameter.dtype}, and FSDP2 shards integers from torch 2.12 on: "
+                "this is "
                 f"torch {torch.__version__}, install a newer one"
             )
     cast = getattr(mp_policy, "param_dtype", None)
     for module in paths if cast is not None else ():
         names = module.part_names if isinstance(module, StoredModule) else ()
-        for name in (one for one in names if one.endswith("_rounded")):
+        for name in (item for item in names if item.endswith("_rounded")):
             stored = getattr(module, name).dtype
             if stored is not cast:
                 raise ValueError(
-                    f"{layer_name(paths[module])} is stored in {stored}, and param_dtype={cast} would cast it: store "
+                    f"{layer_display_name(paths[module])} is stored in {stored}, and param_dtype={cast} would cast "
+                    "it: store "
                     "it in that dtype, or leave param_dtype out"
                 )
     known: set[nn.Parameter] = set()
     for unit in units:
-        own = [one for one in unit.parameters() if one.requires_grad and one not in known]
-        known.update(own)
-        if len({one.dtype for one in own}) > 1:
-            dtypes = ", ".join(sorted({str(one.dtype) for one in own}))
+        trained = [item for item in unit.parameters() if item.requires_grad and item not in known]
+        known.update(trained)
+        if len({item.dtype for item in trained}) > 1:
+            dtypes = ", ".join(sorted({str(item.dtype) for item in trained}))
             raise ValueError(
-                f"{layer_name(paths[unit])} trains parameters in {dtypes}, and FSDP2 joins the gradients of a block: "
+                f"{layer_display_name(paths[unit])} trains parameters in {dtypes}, and FSDP2 joins the gradients of "
+                "a block: "
                 "let them train in one dtype"
             )
 
 
 @contextmanager
-def _without_engine(model: nn.Module) -> Iterator[None]:
+def _without_fsdp_classes_and_hooks(model: nn.Module) -> Iterator[None]:
     """Take FSDP2's classes, states and hooks, which cannot be copied, off a model for the time of the context."""
     from torch.distributed.fsdp import FSDPModule
 
     before = [(module, type(module), dict(vars(module))) for module in model.modules()]
     try:
-        for module, kind, own in before:
-            plain = next(one for one in kind.__mro__ if not issubclass(one, FSDPModule))
-            left = {name: _kept(name, value) for name, value in own.items() if not name.startswith(_OF_FSDP)}
-            change_class(module, plain, left)
+        for module, kind, attributes in before:
+            plain = next(base_class for base_class in kind.__mro__ if not issubclass(base_class, FSDPModule))
+            left = {
+                name: _without_fsdp_hooks(name, value)
+                for name, value in attributes.items()
+                if not name.startswith(_OF_FSDP)
+            }
+            change_class_and_attributes(module, plain, left)
         yield
     finally:
-        for module, kind, own in before:
-            change_class(module, kind, own)
+        for module, kind, attributes in before:
+            change_class_and_attributes(module, kind, attributes)
 
 
-def _kept(name: str, value: Any) -> Any:
+def _without_fsdp_hooks(attribute_name: str, value: Any) -> Any:
     """Return a dictionary of hooks without the engine's, or any other attribute as it is."""
-    if not name.endswith("_hooks") or not isinstance(value, dict):
+    if not attribute_name.endswith("_hooks") or not isinstance(value, dict):
         return value
     copied = copy.copy(value)
     for key, hook in value.items():

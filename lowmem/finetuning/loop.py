@@ -11,27 +11,27 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lowmem.errors import show
-from lowmem.finetuning.calling import balance_of, logits_of
+from lowmem.errors import short_repr
+from lowmem.finetuning.calling_convention import logits_from_output, scaled_load_balancing_loss_or_none
 from lowmem.finetuning.evaluation import perplexity
-from lowmem.finetuning.ranks import Ranks
-from lowmem.finetuning.rows import Batch, Order, Rows, check_rows, part
+from lowmem.finetuning.packed_rows import RowBatch, Rows, ShuffledRowOrder, check_rows_type, rank_batches
+from lowmem.finetuning.process_group import TrainingProcessGroup
 from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.state import (
-    Saved,
+from lowmem.finetuning.text_examples import IGNORED
+from lowmem.finetuning.training_state import (
+    SavedState,
     States,
-    capture,
-    forked_random,
-    put_back,
-    random_states,
-    set_random_states,
-    trained,
-    trained_values,
+    forked_rng,
+    load_model_and_optimizer_state,
+    named_trainable_parameters,
+    rng_states_by_device_type,
+    set_rng_states,
+    state_tensors_and_record,
+    trainable_parameters_and_buffers,
 )
-from lowmem.finetuning.text import IGNORED
-from lowmem.io.checkpoint import unwrap
-from lowmem.resident import trim_heap
-from lowmem.transforms.registry import check_module
+from lowmem.io.checkpoint import unwrap_data_parallel
+from lowmem.resident import trim_heap_unless_small
+from lowmem.transforms.module_registry import check_is_module
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Outcome:
     @property
     def best(self) -> tuple[int, float]:
         """The evaluation with the lowest perplexity, the first of equal ones."""
-        return min(self.evaluations, key=lambda one: (one[1], one[0]))
+        return min(self.evaluations, key=lambda evaluation: (evaluation[1], evaluation[0]))
 
 
 def finetune(
@@ -89,7 +89,7 @@ def finetune(
     *,
     held_out: Rows | None = None,
     states: States | None = None,
-    ranks: Ranks | None = None,
+    ranks: TrainingProcessGroup | None = None,
     watch: Callable[[Step], object] = lambda step: None,
 ) -> Outcome:
     """Train the parameters of a causal language model that require gradients, with AdamW, to predict the next token.
@@ -117,31 +117,33 @@ def finetune(
         FileError: the state is damaged, or of another run.
         OSError: a state cannot be read or written.
     """
-    check_module(model)
-    check_rows("rows", rows)
+    check_is_module(model)
+    check_rows_type("rows", rows)
     if held_out is not None:
-        check_rows("held_out", held_out)
+        check_rows_type("held_out", held_out)
     if not isinstance(settings, FineTuning):
-        raise TypeError(f"settings={show(settings)} must be lowmem.FineTuning(steps=...)")
-    if not trained(model):
+        raise TypeError(f"settings={short_repr(settings)} must be lowmem.FineTuning(steps=...)")
+    if not named_trainable_parameters(model):
         raise ValueError(f"{type(model).__name__} has no parameter that trains: lowmem.add_adapter adds an adapter")
     if settings.patience is not None and held_out is None:
         raise ValueError(f"patience={settings.patience} needs held_out text to evaluate on")
-    with forked_random(next(model.parameters()).device):
+    with forked_rng(next(model.parameters()).device):
         torch.manual_seed(settings.seed)
-        outcome = _Run(model, rows, settings, held_out, states, ranks or Ranks(), watch).run()
-    trim_heap(model)
+        outcome = _FineTuningRun(
+            model, rows, settings, held_out, states, ranks or TrainingProcessGroup(), watch
+        ).run()
+    trim_heap_unless_small(model)
     return outcome
 
 
 @dataclass
-class _Run:
+class _FineTuningRun:
     _model: nn.Module
     _rows: Rows
     _settings: FineTuning
     _held_out: Rows | None
     _states: States | None
-    _ranks: Ranks
+    _ranks: TrainingProcessGroup
     _watch: Callable[[Step], object]
 
     def run(self) -> Outcome:
@@ -151,154 +153,179 @@ class _Run:
             raise ValueError(f"{world} processes cannot share {count} rows of text: start fewer, or take more text")
         self._device = next(self._model.parameters()).device
         per_step = settings.batch_size * settings.accumulate * world
-        self._order = Order(count, per_step, settings.seed, settings.total_rows(count, world))
-        parameters = list(trained(self._model).values())
+        self._order = ShuffledRowOrder(count, per_step, settings.seed, settings.total_rows(count, world))
+        parameters = list(named_trainable_parameters(self._model).values())
         self._optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=settings.weight_decay)
-        self._done, self._best = Outcome(), dict[str, Tensor]()
-        self._start = self._resume()
-        self._optimizer.zero_grad(set_to_none=True)  # drop gradients that the model had before the run
+        self._outcome, self._best = Outcome(), dict[str, Tensor]()
+        self._start = self._restore_state_and_get_step()
+        # Drop gradients that the model had before the run
+        self._optimizer.zero_grad(set_to_none=True)
         self._model.train()
-        for step in range(self._start, self._order.steps):
-            self._step(step)
-            if self._done.stopped:
+        for step in range(self._start, self._order.step_count):
+            self._train_step(step)
+            if self._outcome.stopped:
                 break
-        self._finish()
-        return self._done
+        self._restore_best_and_check_finite()
+        return self._outcome
 
-    def _resume(self) -> int:
+    def _restore_state_and_get_step(self) -> int:
         saved = None if self._states is None else self._states.newest(self._model)
         if saved is None:
             return 0
         try:
-            self._done.losses = saved.tensors["losses"].tolist()
-            self._done.evaluations = [
+            self._outcome.losses = saved.tensors["losses"].tolist()
+            self._outcome.evaluations = [
                 (step, math.inf if value is None else value) for step, value in saved.record["evaluations"]
             ]
-            if len(self._done.losses) != saved.step:
-                raise TypeError(f"step={saved.step} beside {len(self._done.losses)} losses")
-            self._best = {name: value.clone() for name, value in saved.group("best").items()}
-            put_back(saved, self._model, self._optimizer)
-            set_random_states(saved.group("random"), self._device)
-        except (AttributeError, KeyError, RuntimeError, TypeError) as error:  # crafted: its digest is right
+            if len(self._outcome.losses) != saved.step:
+                raise TypeError(f"step={saved.step} beside {len(self._outcome.losses)} losses")
+            self._best = {name: value.clone() for name, value in saved.tensors_with_prefix("best").items()}
+            load_model_and_optimizer_state(saved, self._model, self._optimizer)
+            set_rng_states(saved.tensors_with_prefix("random"), self._device)
+        except (AttributeError, KeyError, RuntimeError, TypeError) as error:
+            # Crafted: its digest is right
             raise ValueError(
                 f"the state after step {saved.step} is no state of this run ({type(error).__name__}: {error}): "
                 "remove its folder to begin anew"
             ) from error
         return saved.step
 
-    def _step(self, step: int) -> None:
+    def _train_step(self, step: int) -> None:
         """Do one step. No parameter changes unless its loss and gradient are finite."""
-        before, started = random_states(self._device), time.perf_counter()
-        indices = self._order.indices(step)
-        loss, tokens = self._gradient(indices)
-        norm = self._ranks.clip(trained(self._model).values(), self._settings.clip)
+        before, started = rng_states_by_device_type(self._device), time.perf_counter()
+        indices = self._order.row_indices(step)
+        loss, tokens = self._backward_loss_and_token_count(indices)
+        norm = self._ranks.clip_grad_norm(named_trainable_parameters(self._model).values(), self._settings.clip)
         for name, value in (("loss", loss), ("norm of the gradient", norm)):
             if not math.isfinite(value):
                 what = f"the {name} is {value} in step {step + 1}"
-                raise self._diverged(what, self._keep(step, before, good=name != "loss"))
+                raise self._zero_grad_and_divergence_error(
+                    what, self._save_if_finite_or_get_error(step, before, known_finite=name != "loss")
+                )
         seconds = time.perf_counter() - started
-        if self._states is not None and step > self._start and self._is_due(step):
-            self._states.save(self._saved(step, before))  # the finite loss shows that the state before it is good
-        lr, started = self._settings.lr_at(step, self._order.steps), time.perf_counter()
+        if self._states is not None and step > self._start and self._is_save_due(step):
+            self._states.save(
+                self._make_saved_state(step, before)
+            )  # the finite loss shows that the state before it is good
+        lr, started = self._settings.lr_at(step, self._order.step_count), time.perf_counter()
         self._optimizer.param_groups[0]["lr"] = lr
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         seconds += time.perf_counter() - started
-        self._done.losses.append(loss)
-        found = self._evaluate(step + 1)
-        self._watch(Step(step + 1, self._order.steps, loss, norm, lr, tokens, seconds, found))
+        self._outcome.losses.append(loss)
+        perplexity_after = self._evaluate_and_maybe_stop_if_due(step + 1)
+        self._watch(Step(step + 1, self._order.step_count, loss, norm, lr, tokens, seconds, perplexity_after))
 
-    def _is_due(self, step: int) -> bool:
+    def _is_save_due(self, step: int) -> bool:
         """Whether to save the state after ``step`` steps: multiples of ``save_every``; below it, powers of two."""
         every = self._settings.save_every
         return step % every == 0 or (step < every and step & (step - 1) == 0)
 
-    def _keep(self, step: int, random: dict[str, Tensor], good: bool) -> OSError | None:
+    def _save_if_finite_or_get_error(
+        self, step: int, rng_states: dict[str, Tensor], known_finite: bool
+    ) -> OSError | None:
         """Save the state after ``step`` steps if it, or its last loss, is finite; return the error if that fails."""
-        if self._states is None or step == self._start or not (good or math.isfinite(self._loss_again(step - 1))):
+        if (
+            self._states is None
+            or step == self._start
+            or not (known_finite or math.isfinite(self._recompute_step_loss(step - 1)))
+        ):
             return None
         try:
-            self._states.save(self._saved(step, random))
-        except OSError as error:  # reported together with the loss
+            self._states.save(self._make_saved_state(step, rng_states))
+        except OSError as error:
+            # Reported together with the loss
             return error
         return None
 
-    def _loss_again(self, step: int) -> float:
+    def _recompute_step_loss(self, step: int) -> float:
         """Return the summed loss of a step's rows with the current weights."""
         settings, ranks, loss = self._settings, self._ranks, 0.0
         with torch.no_grad():
-            for own in part(self._order.indices(step), settings.batch_size, ranks.rank, ranks.world):
-                loss += float(_loss(self._model, self._rows.batch(own, self._device)))
-        ranks.rest(self._model)
-        return ranks.sum(loss)
+            for batch_indices in rank_batches(
+                self._order.row_indices(step), settings.batch_size, ranks.rank, ranks.world
+            ):
+                loss += float(_summed_token_loss(self._model, self._rows.batch(batch_indices, self._device)))
+        ranks.free_gathered_parameters(self._model)
+        return ranks.all_reduce_sum(loss)
 
-    def _gradient(self, indices: list[int]) -> tuple[float, int]:
+    def _backward_loss_and_token_count(self, row_indices: list[int]) -> tuple[float, int]:
         """Accumulate the gradient of the mean loss of some rows; return that loss, and the tokens of these rows."""
         settings, ranks = self._settings, self._ranks
-        total = max(1, int(self._rows.counted[indices].sum()))  # in all processes: each knows the rows of all
-        parts = part(indices, settings.batch_size, ranks.rank, ranks.world)
+        # In all processes: each knows the rows of all
+        total = max(1, int(self._rows.counted[row_indices].sum()))
+        batches = rank_batches(row_indices, settings.batch_size, ranks.rank, ranks.world)
         loss, tokens = 0.0, 0
-        for number, own in enumerate(parts, 1):
-            batch = self._rows.batch(own, self._device)
-            with ranks.accumulating(self._model, number == len(parts)):
-                mean = _loss(self._model, batch) / total
+        for number, batch_indices in enumerate(batches, 1):
+            batch = self._rows.batch(batch_indices, self._device)
+            with ranks.gradient_sync_on_last_batch(self._model, number == len(batches)):
+                mean = _summed_token_loss(self._model, batch) / total
                 (mean * ranks.gradient_scale).backward()
             loss += float(mean.detach())
             tokens += batch.tokens
-        return ranks.sum(loss), int(ranks.sum(tokens))
+        return ranks.all_reduce_sum(loss), int(ranks.all_reduce_sum(tokens))
 
-    def _evaluate(self, step: int) -> float | None:
+    def _evaluate_and_maybe_stop_if_due(self, step: int) -> float | None:
         """Evaluate if it is due, and set ``stopped`` if patience has run out; return the perplexity."""
         every, patience = self._settings.eval_every, self._settings.patience
-        due = step == self._order.steps or (every is not None and step % every == 0)
+        due = step == self._order.step_count or (every is not None and step % every == 0)
         if self._held_out is None or not due:
             return None
-        found = perplexity(self._model, self._held_out, self._ranks)
-        if math.isnan(found):
-            raise self._diverged(f"the perplexity of the held-out text is {found} after step {step}")
-        self._done.evaluations.append((step, found))
+        value = perplexity(self._model, self._held_out, self._ranks)
+        if math.isnan(value):
+            raise self._zero_grad_and_divergence_error(
+                f"the perplexity of the held-out text is {value} after step {step}"
+            )
+        self._outcome.evaluations.append((step, value))
         if patience is not None:
-            best = self._done.best[0]
+            best = self._outcome.best[0]
             if best == step:
-                self._best = {name: one.detach().clone() for name, one in trained_values(self._model).items()}
-            since = sum(number > best for number, _ in self._done.evaluations)
-            self._done.stopped = since >= patience and step < self._order.steps
-        return found
+                self._best = {
+                    name: tensor.detach().clone()
+                    for name, tensor in trainable_parameters_and_buffers(self._model).items()
+                }
+            since = sum(number > best for number, _ in self._outcome.evaluations)
+            self._outcome.stopped = since >= patience and step < self._order.step_count
+        return value
 
-    def _saved(self, step: int, random: dict[str, Tensor]) -> Saved:
-        tensors, record = capture(self._model, self._optimizer)
+    def _make_saved_state(self, step: int, rng_states: dict[str, Tensor]) -> SavedState:
+        tensors, record = state_tensors_and_record(self._model, self._optimizer)
         tensors |= {f"best.{name}": value for name, value in self._best.items()}
-        tensors |= {f"random.{name}": value for name, value in random.items()}
-        tensors["losses"] = torch.tensor(self._done.losses, dtype=torch.float64, device="cpu")
-        found = [[step, value if math.isfinite(value) else None] for step, value in self._done.evaluations]
-        return Saved(step, tensors, {**record, "evaluations": found})  # JSON has no infinity
+        tensors |= {f"random.{name}": value for name, value in rng_states.items()}
+        tensors["losses"] = torch.tensor(self._outcome.losses, dtype=torch.float64, device="cpu")
+        evaluations = [[step, value if math.isfinite(value) else None] for step, value in self._outcome.evaluations]
+        # JSON has no infinity
+        return SavedState(step, tensors, {**record, "evaluations": evaluations})
 
-    def _finish(self) -> None:
-        self._done.step = len(self._done.losses)
+    def _restore_best_and_check_finite(self) -> None:
+        self._outcome.step = len(self._outcome.losses)
         if self._best:
-            self._done.step = self._done.best[0]
+            self._outcome.step = self._outcome.best[0]
             with torch.no_grad():
-                for name, value in trained_values(self._model).items():
+                for name, value in trainable_parameters_and_buffers(self._model).items():
                     value.copy_(self._best[name])
-        for name, parameter in trained(self._model).items():
-            if not bool(parameter.isfinite().all()):  # no loss was computed after the last update
-                raise self._diverged(f"{name!r} is no longer finite after step {self._done.step}")
+        for name, parameter in named_trainable_parameters(self._model).items():
+            # No loss was computed after the last update
+            if not bool(parameter.isfinite().all()):
+                raise self._zero_grad_and_divergence_error(
+                    f"{name!r} is no longer finite after step {self._outcome.step}"
+                )
 
-    def _diverged(self, what: str, unwritten: OSError | None = None) -> ValueError:
+    def _zero_grad_and_divergence_error(self, message: str, save_error: OSError | None = None) -> ValueError:
         self._optimizer.zero_grad(set_to_none=True)
-        kept = "" if self._states is None else f"; {self._states.kept()}"
-        kept += "" if unwritten is None else f"; a later one: {unwritten}"
-        return ValueError(f"{what}: lower lr={self._settings.lr:g}{kept}")
+        state_text = "" if self._states is None else f"; {self._states.kept()}"
+        state_text += "" if save_error is None else f"; a later one: {save_error}"
+        return ValueError(f"{message}: lower lr={self._settings.lr:g}{state_text}")
 
 
-def _loss(model: nn.Module, batch: Batch) -> Tensor:
+def _summed_token_loss(model: nn.Module, batch: RowBatch) -> Tensor:
     """Return the sum of the losses of the tokens that count."""
     output = model(**batch.inputs)
     loss = functional.cross_entropy(
-        logits_of(output).flatten(0, 1).float(),  # (rows * tokens, vocabulary)
+        logits_from_output(output).flatten(0, 1).float(),  # (rows * tokens, vocabulary)
         batch.targets.flatten(),
         ignore_index=IGNORED,
         reduction="sum",
     )
-    balance = balance_of(unwrap(model), output)
+    balance = scaled_load_balancing_loss_or_none(unwrap_data_parallel(model), output)
     return loss if balance is None else loss + balance * batch.targets.ne(IGNORED).sum()

@@ -17,8 +17,15 @@ from typing import Any, Protocol
 
 import torch
 
-from lowmem.errors import refusal, show
-from lowmem.io.atomic import check_free, check_writable, open_regular, read_errors, write_atomically, write_errors
+from lowmem.errors import file_error, short_repr
+from lowmem.io.filesystem import (
+    check_not_exists,
+    check_writable,
+    open_regular_file,
+    read_errors_with_path,
+    write_atomically,
+    write_errors_with_path,
+)
 from lowmem.version import install_command
 
 _UNDATED: dict[str, dict[str, Any]] = {
@@ -29,7 +36,7 @@ _UNDATED: dict[str, dict[str, Any]] = {
 """Metadata that leaves dates and versions out of a plot, by suffix."""
 
 
-class Metrics:
+class JSONLinesWriter:
     """Writes a line of JSON for each step to a file.
 
     Args:
@@ -44,52 +51,56 @@ class Metrics:
 
     _start, _first = b'{"step": ', re.compile(rb'\{"step": \d.*\n?')  # a kill may cut the first line anywhere
 
-    def __init__(self, path: Path, step: int | None = None) -> None:
+    def __init__(self, path: Path, resume_step: int | None = None) -> None:
         self._path = path
-        if step is None:
-            check_free(path)
-        write_atomically(path, b"" if step is None or not path.exists() else self.lines_until(path, step))
-        with write_errors(path):
+        if resume_step is None:
+            check_not_exists(path)
+        write_atomically(
+            path, b"" if resume_step is None or not path.exists() else self.read_lines_up_to_step(path, resume_step)
+        )
+        with write_errors_with_path(path):
             self._file = open(path, "ab")  # noqa: SIM115
 
     @classmethod
-    def lines_until(cls, path: Path, step: int) -> bytes:
+    def read_lines_up_to_step(cls, path: Path, last_step: int) -> bytes:
         """Return the complete lines of a file up to a step; raise a FileError if the file is of another kind."""
-        with open_regular(path) as file, read_errors(path):
+        with open_regular_file(path) as file, read_errors_with_path(path):
             lines = file.read().splitlines(keepends=True)
         if lines and not (cls._first.fullmatch(lines[0]) or cls._start.startswith(lines[0])):
-            raise refusal(path, "it has no metrics of a run to go on with; choose another name", "write")
-        kept = b""
+            raise file_error(path, "it has no metrics of a run to go on with; choose another name", "write")
+        content = b""
         for line in lines:
             try:
-                number = cls._step_of(line)
-            except (ValueError, TypeError, KeyError):  # truncated by a kill
+                number = cls._parse_step(line)
+            except (ValueError, TypeError, KeyError):
+                # Truncated by a kill
                 break
-            if type(number) is not int or number > step or not line.endswith(b"\n"):
+            if type(number) is not int or number > last_step or not line.endswith(b"\n"):
                 break
-            kept += line
-        return kept
+            content += line
+        return content
 
     def write(self, record: Mapping[str, Any]) -> None:
         """Write one line, and flush it."""
-        with write_errors(self._path):
-            self._file.write(self._line_of(record))
+        with write_errors_with_path(self._path):
+            self._file.write(self._encode_line(record))
             self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        with suppress(OSError):  # close flushes again what could not be written
+        # Close flushes again what could not be written
+        with suppress(OSError):
             self._file.close()
 
     @staticmethod
-    def _step_of(line: bytes) -> Any:
+    def _parse_step(line: bytes) -> Any:
         return json.loads(line)["step"]
 
-    def _line_of(self, record: Mapping[str, Any]) -> bytes:
+    def _encode_line(self, record: Mapping[str, Any]) -> bytes:
         return json.dumps(record).encode() + b"\n"
 
 
-class Writer(Protocol):
+class MetricsWriter(Protocol):
     """Takes the metrics of each step."""
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -99,21 +110,21 @@ class Writer(Protocol):
         """End the log."""
 
 
-class _CSV(Metrics):
+class _CSVMetricsWriter(JSONLinesWriter):
     """Writes a table, metrics.csv; ``LOGS`` describes the arguments."""
 
     _start, _first = b"step,", re.compile(rb"step,.*\n?")
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
-        with write_errors(folder):
+    def __init__(self, folder: Path, settings: Mapping[str, Any], resume_step: int | None) -> None:
+        with write_errors_with_path(folder):
             folder.mkdir(exist_ok=True)
-        super().__init__(folder / "metrics.csv", step)
+        super().__init__(folder / "metrics.csv", resume_step)
 
     @staticmethod
-    def _step_of(line: bytes) -> int:
-        return 0 if line.startswith(_CSV._start) else int(line.partition(b",")[0])
+    def _parse_step(line: bytes) -> int:
+        return 0 if line.startswith(_CSVMetricsWriter._start) else int(line.partition(b",")[0])
 
-    def _line_of(self, record: Mapping[str, Any]) -> bytes:
+    def _encode_line(self, record: Mapping[str, Any]) -> bytes:
         text = io.StringIO()
         writer = csv.DictWriter(text, list(record), lineterminator="\n")
         if not self._file.tell():
@@ -122,13 +133,13 @@ class _CSV(Metrics):
         return text.getvalue().encode()
 
 
-class _TensorBoard:
+class _TensorBoardWriter:
     """Writes events of TensorBoard with torch's own writer; ``LOGS`` describes the arguments."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
-        with _needs("tensorboard"):
+    def __init__(self, folder: Path, settings: Mapping[str, Any], resume_step: int | None) -> None:
+        with _import_errors_with_install_hint("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        self._writer: Any = SummaryWriter(folder, purge_step=None if step is None else step + 1)
+        self._writer: Any = SummaryWriter(folder, purge_step=None if resume_step is None else resume_step + 1)
         self._writer.add_text("settings", json.dumps(settings, indent=2))
 
     def write(self, record: Mapping[str, Any]) -> None:
@@ -143,11 +154,11 @@ class _TensorBoard:
         self._writer.close()
 
 
-class _WandB:
+class _WandBWriter:
     """Writes a run of Weights & Biases; WANDB_MODE=offline keeps the run here. ``LOGS`` describes the arguments."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], step: int | None) -> None:
-        with _needs("wandb"):
+    def __init__(self, folder: Path, settings: Mapping[str, Any], resume_step: int | None) -> None:
+        with _import_errors_with_install_hint("wandb"):
             import wandb
         folder.mkdir(parents=True, exist_ok=True)
         name = hashlib.sha256(f"{folder.resolve()} {json.dumps(settings)}".encode()).hexdigest()[:16]
@@ -164,17 +175,17 @@ class _WandB:
         self._run.finish()
 
 
-LOGS: dict[str, Callable[[Path, Mapping[str, Any], int | None], Writer]] = {
-    "csv": _CSV,
-    "tensorboard": _TensorBoard,
-    "wandb": _WandB,
+LOGS: dict[str, Callable[[Path, Mapping[str, Any], int | None], MetricsWriter]] = {
+    "csv": _CSVMetricsWriter,
+    "tensorboard": _TensorBoardWriter,
+    "wandb": _WandBWriter,
 }
 """The writers of ``--log`` by the tool's name. Each takes the folder to write into, the settings of the run, and the
 number of steps after which the run resumes, or None for a new run. Lines of later steps are dropped."""
 
 
 @contextmanager
-def _needs(package: str) -> Iterator[None]:
+def _import_errors_with_install_hint(package: str) -> Iterator[None]:
     """Turn a failed import in the block into an error that says how to install a package."""
     try:
         yield
@@ -182,41 +193,42 @@ def _needs(package: str) -> Iterator[None]:
         raise ImportError(f"--log {package} needs the package {package}: {install_command('log')}") from reason
 
 
-def check_log(name: str, folder: Path, resume: bool) -> None:
+def check_log_package_and_folder(package: str, folder: Path, resumes: bool) -> None:
     """Raise, before anything is trained, if the package of a log is missing, or its folder exists in a new run."""
-    with _needs(name):
-        if name != "csv":
-            import_module(name)
-    if not resume:
-        check_free(folder)
+    with _import_errors_with_install_hint(package):
+        if package != "csv":
+            import_module(package)
+    if not resumes:
+        check_not_exists(folder)
 
 
-def check_metrics(path: Path, resume: bool) -> None:
-    """Raise the errors of ``Metrics``, before anything is trained."""
-    if not resume:
-        check_free(path)
+def check_metrics_file(path: Path, resumes: bool) -> None:
+    """Raise the errors of ``JSONLinesWriter``, before anything is trained."""
+    if not resumes:
+        check_not_exists(path)
     elif path.exists():
-        Metrics.lines_until(path, 0)
+        JSONLinesWriter.read_lines_up_to_step(path, 0)
     check_writable(path)
 
 
-def peak_memory(device: torch.device) -> int | None:
+def process_peak_bytes_or_none(device: torch.device) -> int | None:
     """Return the process's peak memory in bytes: of tensors on the GPU, else resident memory; None on Windows."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:
+        # Windows
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def check_plot(path: Path) -> None:
+def check_plot_path(path: Path) -> None:
     """Raise, before anything is trained, if a plot of this suffix cannot be drawn or written."""
     if path.suffix not in _UNDATED:
-        raise ValueError(f"plot={show(str(path))} must end in {', '.join(_UNDATED)}")
-    _figure()
+        raise ValueError(f"plot={short_repr(str(path))} must end in {', '.join(_UNDATED)}")
+    _make_matplotlib_figure()
     check_writable(path)
 
 
@@ -224,7 +236,7 @@ def plot_losses(
     path: Path,
     losses: Sequence[float],
     evaluations: Sequence[tuple[int, float]] = (),
-    before: Mapping[str, float] | None = None,
+    initial_perplexities: Mapping[str, float] | None = None,
 ) -> None:
     """Draw the losses of a run. The same figures give the same bytes.
 
@@ -235,10 +247,10 @@ def plot_losses(
         before: perplexities of the held-out text before the first step, by name; at most three are drawn.
 
     Raises:
-        ValueError, ImportError, OSError: as ``check_plot``.
+        ValueError, ImportError, OSError: as ``check_plot_path``.
     """
-    check_plot(path)
-    figure = _figure()
+    check_plot_path(path)
+    figure = _make_matplotlib_figure()
     axes = figure.subplots()
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#9ab", linewidth=0.8, label="training, each step")
@@ -249,7 +261,7 @@ def plot_losses(
     shown = [(step, math.log(value)) for step, value in evaluations if math.isfinite(value)]
     if shown:
         axes.plot(*zip(*shown, strict=True), color="#c40", marker="o", label="held out")
-    finite = [(name, value) for name, value in (before or {}).items() if math.isfinite(value)]
+    finite = [(name, value) for name, value in (initial_perplexities or {}).items() if math.isfinite(value)]
     for style, (name, value) in zip((":", "--", "-."), finite, strict=False):
         axes.axhline(math.log(value), color="#c40", linewidth=0.8, linestyle=style, label=f"held out, {name}")
     axes.set(xlabel="step", ylabel="loss, nats a token")
@@ -259,7 +271,7 @@ def plot_losses(
     write_atomically(path, content.getvalue())
 
 
-def _figure() -> Any:
+def _make_matplotlib_figure() -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as reason:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lowmem.errors import show
+from lowmem.errors import short_repr
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "none": lambda done: 1.0,
@@ -20,7 +20,7 @@ DECAYS: dict[str, Callable[[float], float]] = {
 # AdamW computes lr / (1 - 0.9) in its first step; 0.09 instead of 0.1 leaves a margin for rounding.
 LARGEST_LR = 0.09 * torch.finfo(torch.float32).max
 
-MOST_ANEW = 1024
+MAX_REPEATED_ROWS = 1024
 """A step may have this many rows even if the data has fewer, which are then repeated within the step."""
 
 
@@ -67,18 +67,20 @@ class FineTuning:
         for name in ("steps", "epochs", "batch_size", "accumulate", "eval_every", "patience", "save_every"):
             value = getattr(self, name)
             if value is not None and not (type(value) is int and value >= 1):
-                raise ValueError(f"{name}={show(value)} must be a number of at least 1")
+                raise ValueError(f"{name}={short_repr(value)} must be a number of at least 1")
         for name in ("warmup", "seed"):
             value = getattr(self, name)
             if not (type(value) is int and 0 <= value < 2**63):
-                raise ValueError(f"{name}={show(value)} must be a number from 0 to 2**63 - 1")
+                raise ValueError(f"{name}={short_repr(value)} must be a number from 0 to 2**63 - 1")
         for name, least in (("lr", True), ("clip", True), ("weight_decay", False)):
             value = getattr(self, name)
             if name == "clip" and value is None:
                 continue
             number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
             if not number or value < 0 or (least and value == 0):
-                raise ValueError(f"{name}={show(value)} must be a number {'above' if least else 'of at least'} 0")
+                raise ValueError(
+                    f"{name}={short_repr(value)} must be a number {'above' if least else 'of at least'} 0"
+                )
         if self.lr > LARGEST_LR:
             raise ValueError(
                 f"lr={self.lr:g} is above {LARGEST_LR:.1e}, where AdamW's first step overflows float32: lower it"
@@ -86,30 +88,30 @@ class FineTuning:
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"steps={self.steps} and epochs={self.epochs} say both when to end: leave one out")
         if self.decay not in DECAYS:
-            raise ValueError(f"decay={show(self.decay)} is none of {', '.join(DECAYS)}")
+            raise ValueError(f"decay={short_repr(self.decay)} is none of {', '.join(DECAYS)}")
         if self.patience is not None and self.eval_every is None:
             raise ValueError(f"patience={self.patience} counts evaluations: set eval_every, too")
 
-    def total_rows(self, rows: int, world: int = 1) -> int:
+    def total_rows(self, row_count: int, world: int = 1) -> int:
         """Return the rows of all steps together, for a data set of ``rows`` rows.
 
         Raises:
             ValueError: the warm-up is as long as all steps, or ``steps`` is given and a step has more rows than the
-                data and than ``MOST_ANEW``.
+                data and than ``MAX_REPEATED_ROWS``.
         """
         per_step = self.batch_size * self.accumulate * world
-        if self.steps is not None and per_step > max(rows, MOST_ANEW):
+        if self.steps is not None and per_step > max(row_count, MAX_REPEATED_ROWS):
             raise ValueError(
                 f"batch_size={self.batch_size} and accumulate={self.accumulate} make steps of {per_step} rows, and "
-                f"there are {rows} rows of text, which would repeat in each: lower them"
+                f"there are {row_count} rows of text, which would repeat in each: lower them"
             )
-        total = self.steps * per_step if self.steps is not None else (self.epochs or 1) * rows
+        total = self.steps * per_step if self.steps is not None else (self.epochs or 1) * row_count
         steps = -(-total // per_step)
         if self.warmup >= steps:
             raise ValueError(f"warmup={self.warmup} must be below the {steps} steps that there are")
         return total
 
-    def lr_at(self, step: int, steps: int) -> float:
+    def lr_at(self, step: int, total_steps: int) -> float:
         """Return the learning rate of a step; the first of ``steps`` is 0.
 
         It rises linearly, is ``lr`` at step ``warmup``, and decays so that it would be 0 at step ``steps`` (but for
@@ -117,4 +119,4 @@ class FineTuning:
         """
         if step < self.warmup:
             return self.lr * ((step + 1) / (self.warmup + 1))
-        return self.lr * DECAYS[self.decay](min(1.0, (step - self.warmup) / (steps - self.warmup)))
+        return self.lr * DECAYS[self.decay](min(1.0, (step - self.warmup) / (total_steps - self.warmup)))

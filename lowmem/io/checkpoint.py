@@ -10,34 +10,39 @@ from typing import Any, TypeAlias, TypeVar
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from lowmem.errors import refusal, show
-from lowmem.io.container import spec_of, write
-from lowmem.io.metadata import adapters_record, form_record
-from lowmem.io.safetensors import TensorSpec
-from lowmem.io.shards import read_model
-from lowmem.io.skeleton import assign, convert_skeleton
+from lowmem.errors import file_error, short_repr
+from lowmem.io.lowmem_file import checked_tensor_spec, write_stream_returning_digest
+from lowmem.io.meta_loading import check_and_assign_tensors, replace_layers_and_add_adapters
+from lowmem.io.metadata_records import encode_form_record, encode_layer_adapter_records
+from lowmem.io.safetensors_header import TensorSpec
+from lowmem.io.shards import read_lowmem_model
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter_buffers import without_copies
-from lowmem.nn.coded_module import format_keys
+from lowmem.nn.adapter_buffers import without_unchanged_adapter_buffers
+from lowmem.nn.quantized_module import format_state_dict_keys
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.resident import trim_heap
-from lowmem.transforms.commit import one_at_a_time
-from lowmem.transforms.meta import check_factory, make_on_meta
-from lowmem.transforms.refusals import refuse_sharded, refuse_wrapped
-from lowmem.transforms.registry import layer_name, made_by, module_paths, place_name
+from lowmem.resident import trim_heap_unless_small
+from lowmem.transforms.meta_device import check_model_factory, make_model_on_meta
+from lowmem.transforms.model_checks import check_model_not_sharded, check_no_foreign_tensor_class
+from lowmem.transforms.module_registry import (
+    all_paths_by_module,
+    applied_technique_type,
+    layer_display_name,
+    place_name,
+)
+from lowmem.transforms.module_replacement import with_model_lock
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap_data_parallel(model: nn.Module) -> nn.Module:
     """Return the model inside DistributedDataParallel or DataParallel, whose paths lack ``module.``; or the model."""
     while isinstance(model, nn.parallel.DistributedDataParallel | nn.DataParallel):
         model = model.module
     return model
 
 
-@one_at_a_time
+@with_model_lock
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Save a model, converted or not, as one safetensors file. The write is atomic.
 
@@ -55,47 +60,59 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
         ValueError: a state that is no tensor, a tensor that is lazy or without values, or a model that is sharded.
         OSError: the file cannot be written; an existing file is unchanged.
     """
-    write(path, *content_of(unwrap(model)))
+    write_stream_returning_digest(path, *specs_metadata_and_tensors(unwrap_data_parallel(model)))
 
 
 Content: TypeAlias = tuple[dict[str, TensorSpec], dict[str, Any], Iterable[tuple[str, Tensor]]]
 
 
-def content_of(model: nn.Module) -> Content:
+def specs_metadata_and_tensors(model: nn.Module) -> Content:
     """Return what ``save`` writes, as arguments of ``write``, without a copy; raises as ``save`` does."""
     tensors: dict[str, Tensor] = {}
     seen: set[int] = set()
-    layers = {module: paths[0] for module, paths in module_paths(model).items() if made_by(module) is not None}
-    refuse_sharded("save", model)
-    for name, one in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(one):
+    layers = {
+        module: paths[0]
+        for module, paths in all_paths_by_module(model).items()
+        if applied_technique_type(module) is not None
+    }
+    check_model_not_sharded("save", model)
+    for name, state_tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(state_tensor):
             path = name.rpartition(".")[0]
-            raise ValueError(f"{layer_name(path)} is lazy and has no shape yet: call the model once before save")
-    recorded = format_keys(model)  # skipped: ``metadata`` holds the formats
-    for name, value in without_copies(model, model.state_dict(keep_vars=True)).items():
+            raise ValueError(
+                f"{layer_display_name(path)} is lazy and has no shape yet: call the model once before save"
+            )
+    # Skipped: ``metadata`` holds the formats
+    recorded = format_state_dict_keys(model)
+    for name, value in without_unchanged_adapter_buffers(model, model.state_dict(keep_vars=True)).items():
         if name in recorded:
             continue
         if not isinstance(value, Tensor):
-            raise ValueError(f"state {show(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it")
-        refuse_wrapped(
+            raise ValueError(
+                f"state {short_repr(name)} is a {type(value).__name__}, no tensor: safetensors cannot hold it"
+            )
+        check_no_foreign_tensor_class(
             "save", name, value, "save the model with the library that made it, or convert the dense model"
         )
         if id(value) not in seen:
             seen.add(id(value))
             tensors[name] = value
     stored: dict[str, Any] = {}
-    known: dict[int, Any] = {}  # id of a stored weight -> its record; layers that share it need none of their own
+    # Id of a stored weight -> its record; layers that share it need none of their own
+    known: dict[int, Any] = {}
     adapters: dict[str, Any] = {}
     for layer, place in layers.items():
         if isinstance(layer, StoredModule):
-            for name, record in how_stored(layer).items():
+            for name, record in checked_form_records(layer).items():
                 first_part = getattr(layer, f"{name}_{layer.forms[name].parts[0]}")
                 first = known.setdefault(id(first_part), record)
                 if first is record or first != record:
                     stored[place if name == "weight" else f"{place}.{name}".lstrip(".")] = record
         if isinstance(layer, AdaptedModule):
-            adapters |= {place_name(place, name): record for name, record in adapters_record(layer).items()}
-    specs = {name: spec_of(name, tensor) for name, tensor in tensors.items()}
+            adapters |= {
+                place_name(place, name): record for name, record in encode_layer_adapter_records(layer).items()
+            }
+    specs = {name: checked_tensor_spec(name, tensor) for name, tensor in tensors.items()}
     return specs, {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}, tensors.items()
 
 
@@ -123,22 +140,22 @@ def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
             layers, names, shapes or dtypes that differ are named.
         OSError: the file cannot be read.
     """
-    check_factory("factory", factory)
-    file = read_model(path)
+    check_model_factory("factory", factory)
+    file = read_lowmem_model(path)
     try:
-        model = make_on_meta(factory)
+        model = make_model_on_meta(factory)
         try:
-            convert_skeleton(model, file.metadata, file.tensors)
+            replace_layers_and_add_adapters(model, file.metadata, file.tensors)
         except (TypeError, LookupError, AttributeError, OverflowError) as reason:
             raise ValueError(f"its record of the layers is not lowmem's ({reason})") from reason
-        assign(model, file.tensors)
+        check_and_assign_tensors(model, file.tensors)
     except ValueError as reason:
-        raise refusal(path, str(reason), "load") from reason
-    trim_heap(model)
+        raise file_error(path, str(reason), "load") from reason
+    trim_heap_unless_small(model)
     return model
 
 
-def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
+def checked_form_records(module: StoredModule) -> dict[str, dict[str, Any]]:
     """Return the metadata record of each stored parameter; that of a 16-bit weight stands for the bias, too.
 
     Raises:
@@ -150,5 +167,5 @@ def how_stored(module: StoredModule) -> dict[str, dict[str, Any]]:
         if isinstance(weight, QuantizedTensor):
             weight.check_layout()
         if name != "bias":
-            records[name] = form_record(form)
+            records[name] = encode_form_record(form)
     return records

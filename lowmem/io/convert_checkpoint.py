@@ -13,22 +13,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lowmem.errors import printable
-from lowmem.io.metadata import layer_of
-from lowmem.io.safetensors import TensorSpec
-from lowmem.io.shards import StoredWeight, check_target, write_model
-from lowmem.io.source import Source, check_patterns
+from lowmem.errors import printable_line
+from lowmem.io.metadata_records import parameter_record_key
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint, check_patterns_match
+from lowmem.io.safetensors_header import TensorSpec
+from lowmem.io.shards import LazyWeight, check_writable_model_path, write_model_or_shards
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
-from lowmem.quant.quantize import squares_lost
+from lowmem.quant.quantize_tensor import recorded_or_measured_squares
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.transforms.budget import Chosen, Unit, choose, losses_of, unit_of
+from lowmem.transforms.bit_budget import (
+    BudgetChoice,
+    BudgetUnit,
+    budget_choices,
+    budget_unit_or_none,
+    loss_per_choice,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights that are converted
 
 
 @dataclass(frozen=True)
-class Row:
+class TensorConversionRow:
     """The result for one tensor of the source."""
 
     name: str
@@ -54,7 +60,7 @@ def convert_checkpoint(
     shard_bytes: int | None = None,
     device: torch.device | str = "cpu",
     progress: Callable[[str, int], None] = lambda name, nbytes: None,
-) -> list[Row]:
+) -> list[TensorConversionRow]:
     """Convert a safetensors checkpoint to 4 bits, with one tensor in memory at a time.
 
     Tensors named ``weight`` in float32, float16 or bfloat16 with 2 to 4 dimensions are converted: the weights of
@@ -81,63 +87,68 @@ def convert_checkpoint(
         OSError: a file cannot be read or written.
     """
     source, target = Path(source), Path(target)
-    check_target(target)
-    with Source(source) as opened:
-        wanted = _wanted(opened.specs, list(include), list(exclude))
-        chosen = _chosen(opened, wanted, technique, device, progress)
+    check_writable_model_path(target)
+    with SafetensorsCheckpoint(source) as checkpoint:
+        wanted = _names_to_convert(checkpoint.specs, list(include), list(exclude))
+        chosen = _choose_techniques(checkpoint, wanted, technique, device, progress)
         errors: dict[str, float] = {}
         weights = {
-            name: _converted(opened, name, chosen[name].technique, device, errors)
+            name: _lazily_quantized_weight(checkpoint, name, chosen[name].technique, device, errors)
             if name in wanted
-            else StoredWeight(name, spec.shape, spec.dtype, spec.nbytes, partial(opened.read_tensor, name))
-            for name, spec in opened.specs.items()
+            else LazyWeight(name, spec.shape, spec.dtype, spec.nbytes, partial(checkpoint.read_tensor, name))
+            for name, spec in checkpoint.specs.items()
         }
         taken: dict[str, str] = {}
         for name, weight in weights.items():
-            for out in weight.specs():
+            for out in weight.file_tensor_specs():
                 if taken.setdefault(out, name) != name:
-                    both = f"both {printable(taken[out], 80)} and {printable(name, 80)} would be {printable(out, 80)}"
+                    names = [printable_line(text, 80) for text in (taken[out], name, out)]
+                    both = f"both {names[0]} and {names[1]} would be {names[2]}"
                     raise ValueError(f"{both}; copy one as it is with --exclude")
-        rows: dict[str, Row] = {}
+        rows: dict[str, TensorConversionRow] = {}
 
-        def written(weight: StoredWeight, after: int) -> None:
+        def add_row_and_call_progress(weight: LazyWeight, after_bytes: int) -> None:
             name, before = weight.name, weight.nbytes
-            how = (weight.kept, chosen[name].why) if name in wanted else ()
-            rows[name] = Row(name, opened.specs[name].shape, name in wanted, before, after, errors.get(name), *how)
+            how = (weight.form_name, chosen[name].why) if name in wanted else ()
+            rows[name] = TensorConversionRow(
+                name, checkpoint.specs[name].shape, name in wanted, before, after_bytes, errors.get(name), *how
+            )
             progress(name, before)
 
-        write_model(target, weights, shard_bytes, opened.paths, written)
+        write_model_or_shards(target, weights, shard_bytes, checkpoint.paths, add_row_and_call_progress)
     return [rows[name] for name in sorted(rows)]
 
 
-def _chosen(
-    opened: Source,
-    wanted: set[str],
+def _choose_techniques(
+    checkpoint: SafetensorsCheckpoint,
+    tensor_names: set[str],
     technique: FourBit | EightBit | Budget,
     device: torch.device | str,
     progress: Callable[[str, int], None],
-) -> dict[str, Chosen]:
+) -> dict[str, BudgetChoice]:
     """Return how each tensor is stored."""
     if not isinstance(technique, Budget):
-        return dict.fromkeys(wanted, Chosen(technique, ""))
+        return dict.fromkeys(tensor_names, BudgetChoice(technique, ""))
     if technique.inputs is not None:
         raise ValueError("Budget(inputs=) runs a model, and a checkpoint is none: leave inputs= out")
-    units: dict[str, Unit] = {}
-    for name in sorted(wanted):
-        tensor = _rows(opened.read_tensor(name)).to(device)
+    units: dict[str, BudgetUnit] = {}
+    for name in sorted(tensor_names):
+        tensor = _flattened_weight_matrix(checkpoint.read_tensor(name)).to(device)
         try:
-            unit = unit_of({layer_of(name): tensor}, lambda _, weight: losses_of(weight))
+            unit = budget_unit_or_none(
+                {parameter_record_key(name): tensor}, lambda _, weight: loss_per_choice(weight)
+            )
         except (ValueError, TypeError) as reason:
-            raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
+            raise ValueError(f"{printable_line(name)}: {reason}; or leave it as it is with --exclude") from reason
         assert unit is not None
         units[name] = unit
         progress(name, tensor.nbytes)
         del tensor
-    return dict(zip(units, choose(list(units.values()), technique), strict=True))
+    return dict(zip(units, budget_choices(list(units.values()), technique), strict=True))
 
 
-def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
-    check_patterns((*include, *exclude), specs)
+def _names_to_convert(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
+    check_patterns_match((*include, *exclude), specs)
     wanted = {
         name
         for name, spec in specs.items()
@@ -156,27 +167,35 @@ def _wanted(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]
     return wanted
 
 
-def _converted(
-    opened: Source,
+def _lazily_quantized_weight(
+    checkpoint: SafetensorsCheckpoint,
     name: str,
     technique: FourBit | EightBit,
     device: torch.device | str,
     errors: dict[str, float],
-) -> StoredWeight:
+) -> LazyWeight:
     """Plan to store a tensor by ``technique``; its error is noted when it is written."""
-    skeleton = technique.skeleton(_rows(torch.empty(opened.specs[name].shape, dtype=torch.float32, device="meta")))
+    skeleton = technique.skeleton(
+        _flattened_weight_matrix(torch.empty(checkpoint.specs[name].shape, dtype=torch.float32, device="meta"))
+    )
 
-    def read() -> QuantizedTensor:
-        weight = _rows(opened.read_tensor(name)).to(device)
+    def read_and_quantize() -> QuantizedTensor:
+        weight = _flattened_weight_matrix(checkpoint.read_tensor(name)).to(device)
         try:
             stored = technique.store(weight)
         except (ValueError, TypeError) as reason:
-            raise ValueError(f"{printable(name)}: {reason}; or leave it as it is with --exclude") from reason
-        errors[name] = squares_lost(weight, stored).error
+            raise ValueError(f"{printable_line(name)}: {reason}; or leave it as it is with --exclude") from reason
+        errors[name] = recorded_or_measured_squares(weight, stored).relative_error
         return replace(stored, packed=stored.packed.to("cpu"), scales=stored.scales.to("cpu"))
 
-    return StoredWeight(name, tuple(skeleton.shape), CodedForm.of(skeleton), opened.specs[name].nbytes, read)
+    return LazyWeight(
+        name,
+        tuple(skeleton.shape),
+        CodedForm.from_quantized_tensor(skeleton),
+        checkpoint.specs[name].nbytes,
+        read_and_quantize,
+    )
 
 
-def _rows(weight: Tensor) -> Tensor:
+def _flattened_weight_matrix(weight: Tensor) -> Tensor:
     return weight.flatten(1)  # (out, in * kernel), as the 4-bit layers store it

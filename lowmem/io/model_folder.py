@@ -9,14 +9,20 @@ from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
-from lowmem.errors import refusal, show
-from lowmem.io.atomic import open_regular, read_errors, sync, write_errors
-from lowmem.io.folder_code import kernel_of_hub
-from lowmem.io.safetensors import parse_json, read_at_most
-from lowmem.io.shards import INDEX, read_index
+from lowmem.errors import file_error, short_repr
+from lowmem.io.filesystem import (
+    fsync_file_or_folder,
+    open_regular_file,
+    read_errors_with_path,
+    write_errors_with_path,
+)
+from lowmem.io.remote_code import hub_kernel_setting_or_none
+from lowmem.io.safetensors_header import check_size_and_read_file, parse_strict_json
+from lowmem.io.shards import INDEX, read_weight_map
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-MAX_CONFIG = 2**24  # bytes
+# Bytes
+MAX_CONFIG = 2**24
 
 _FORMATS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx", ".onnx_data", INDEX)
 """Ends of the names of weights, in any format."""
@@ -29,30 +35,32 @@ _READ = (".json", ".txt", ".jinja", ".model")
 
 MAX_FILES = 10_000  # that are copied beside the weights
 MAX_BYTES = 2**32
-MAX_DEPTH = 16  # folders in each other
+# Folders in each other
+MAX_DEPTH = 16
 
-MAX_LAYERS = 4096  # 20 seconds
+# 20 seconds
+MAX_LAYERS = 4096
 _LAYERS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "encoder_layers", "decoder_layers")
 """What configs call the number of their layers."""
 _COUNTS = re.compile(r"(?:n|num)_layer|(?:.*_)?(?:layers|depths?|blocks|experts)(?:_per_.*)?")
 """Names of counts; not of sizes that are named after layers, as Gemma 3n's vocab_size_per_layer_input."""
 
 
-def read_object(
-    path: Path, limit: int = MAX_CONFIG, kind: str = "config", parse: Callable[[bytes], Any] = parse_json
+def read_json_object(
+    path: Path, max_bytes: int = MAX_CONFIG, kind: str = "config", parse: Callable[[bytes], Any] = parse_strict_json
 ) -> dict[str, Any]:
     """Return the object in a JSON file, such as a model's config.json.
 
     Raises:
         FileError, OSError: the file takes more than ``limit`` bytes, is damaged or no object, or cannot be read.
     """
-    text = read_at_most(path, limit, kind)
+    text = check_size_and_read_file(path, max_bytes, kind)
     try:
         content = parse(text)
     except (ValueError, RecursionError) as reason:
-        raise refusal(path, f"it is damaged: {reason}; get it again") from None
+        raise file_error(path, f"it is damaged: {reason}; get it again") from None
     if not isinstance(content, dict):
-        raise refusal(path, f"it is {show(content)}, and must be an object; get it again")
+        raise file_error(path, f"it is {short_repr(content)}, and must be an object; get it again")
     return content
 
 
@@ -60,59 +68,59 @@ def read_model_config(path: Path) -> dict[str, Any]:
     """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
 
     Raises:
-        FileError, OSError: as ``read_object``, or ``quantization_config`` is no object, or it names a kernel of the
+        FileError, OSError: as ``read_json_object``, ``quantization_config`` is no object, or it names a kernel of the
             Hub.
     """
-    config = read_object(path)
-    kernel = kernel_of_hub(config)
+    config = read_json_object(path)
+    kernel = hub_kernel_setting_or_none(config)
     if kernel is not None:
-        raise refusal(path, f"{kernel} is code of the Hub, and none was run: remove it")
-    found = config.get("quantization_config")
-    if found is not None and not isinstance(found, dict):
-        raise refusal(path, f"quantization_config={show(found)} must be an object; repair it")
+        raise file_error(path, f"{kernel} is code of the Hub, and none was run: remove it")
+    quantization = config.get("quantization_config")
+    if quantization is not None and not isinstance(quantization, dict):
+        raise file_error(path, f"quantization_config={short_repr(quantization)} must be an object; repair it")
     return config
 
 
-def quantization_of(path: Path) -> dict[str, Any]:
+def read_quantization_config(path: Path) -> dict[str, Any]:
     """Return the ``quantization_config`` of a model's config.json, or an empty one; see ``read_model_config``."""
     return read_model_config(path).get("quantization_config") or {}
 
 
-def check_regular(folder: Path) -> None:
+def check_config_files_are_regular(folder: Path) -> None:
     """Raise an OSError that names a config or tokenizer file that is not regular: reading a pipe would never end."""
-    with read_errors(folder):
+    with read_errors_with_path(folder):
         names = sorted(os.listdir(folder))
     for name in names:
         if name.endswith(_READ):
-            open_regular(folder / name).close()
+            open_regular_file(folder / name).close()
 
 
-def check_layers(file: Path, config: Any, tensors: int) -> None:
+def check_layer_counts_of_folder(config_path: Path, config: Any, tensor_count: int) -> None:
     """Raise a FileError that names a folder's config as ``refuse_layers`` does, before a model is made of it."""
     try:
-        refuse_layers(config, tensors)
+        check_layer_counts(config, tensor_count)
     except ValueError as reason:
-        raise refusal(file, str(reason)) from None
+        raise file_error(config_path, str(reason)) from None
 
 
-def refuse_layers(config: Any, tensors: int | None = None) -> None:
+def check_layer_counts(config: Any, tensor_count: int | None = None) -> None:
     """Raise a ValueError if a config, or a config in it, asks for more layers or experts than any model has.
 
     Empty layers are made one by one. ``tensors`` is the number of tensors in the model's folder, which no model has
     more layers than; None: unknown.
     """
     for name, value in config.items() if isinstance(config, dict) else ():
-        if tensors is not None and name in _LAYERS and isinstance(value, int) and value > tensors:
-            raise ValueError(f"{name}={show(value)}, and the folder has {tensors} tensors; get it again")
+        if tensor_count is not None and name in _LAYERS and isinstance(value, int) and value > tensor_count:
+            raise ValueError(f"{name}={short_repr(value)}, and the folder has {tensor_count} tensors; get it again")
         counts = value if isinstance(value, list) else [value]
-        if _COUNTS.fullmatch(str(name)) and any(isinstance(one, int) and one > MAX_LAYERS for one in counts):
+        if _COUNTS.fullmatch(str(name)) and any(isinstance(count, int) and count > MAX_LAYERS for count in counts):
             raise ValueError(
-                f"config.json says {show(name)[1:-1]}={show(value)}, more than {MAX_LAYERS}: get it again"
+                f"config.json says {short_repr(name)[1:-1]}={short_repr(value)}, more than {MAX_LAYERS}: get it again"
             )
-        refuse_layers(value, tensors)
+        check_layer_counts(value, tensor_count)
 
 
-def weights_in(folder: Path, action: str = "read") -> Path:
+def weights_or_index_path(folder: Path, action: str = "read") -> Path:
     """Return the only file of a folder's weights, or the index of several; errors say that ``action`` is impossible.
 
     Raises:
@@ -121,26 +129,26 @@ def weights_in(folder: Path, action: str = "read") -> Path:
     """
     whole, index = folder / WEIGHTS, folder / f"{WEIGHTS}{INDEX}"
     if os.path.lexists(index):
-        check_alone(index, action)
+        check_no_whole_model_beside(index, action)
         return index
     if os.path.lexists(whole):
         return whole
     others = sorted(folder.glob("*.safetensors"))
     remedy = ": lowmem reads safetensors only, and executed nothing; name a folder of such a model"
     if len(others) == 1:
-        remedy = f"; name its file {show(others[0].name)}, or rename it to the first"
-    raise refusal(folder, f"it has no {whole.name} and no {index.name}{remedy}", action)
+        remedy = f"; name its file {short_repr(others[0].name)}, or rename it to the first"
+    raise file_error(folder, f"it has no {whole.name} and no {index.name}{remedy}", action)
 
 
-def check_alone(index: Path, action: str = "read") -> None:
+def check_no_whole_model_beside(index_path: Path, action: str = "read") -> None:
     """Raise a FileError if a file of the whole model, which transformers would read, is beside an index."""
-    whole = index.with_name(index.name.removesuffix(INDEX))
-    if whole != index and os.path.lexists(whole) and whole.name not in read_index(index).values():
-        why = f"it has {index.name}, and {whole.name}, too: remove the one that is not the model"
-        raise refusal(index.parent, why, action)
+    whole = index_path.with_name(index_path.name.removesuffix(INDEX))
+    if whole != index_path and os.path.lexists(whole) and whole.name not in read_weight_map(index_path).values():
+        why = f"it has {index_path.name}, and {whole.name}, too: remove the one that is not the model"
+        raise file_error(index_path.parent, why, action)
 
 
-def replace_files(written: Path, target: Path) -> None:
+def move_files_replacing_weights(source_folder: Path, target_folder: Path) -> None:
     """Move the files of ``written`` into ``target`` on the same file system, and remove its weights of the same name.
 
     After an interruption the target has the old weights or the new weights, or reading it is an error: a new index is
@@ -149,26 +157,26 @@ def replace_files(written: Path, target: Path) -> None:
     Raises:
         OSError: a file cannot be moved or removed.
     """
-    names = sorted(os.listdir(written), key=lambda name: (_INDEX.fullmatch(name) is not None, name))
-    models = {_model_of(name) for name in names} - {None}
-    for path in (*(written / name for name in names), written):
-        sync(path)
-    with write_errors(target):
-        for name in os.listdir(target):
-            if _model_of(name) in models and (name not in names or _INDEX.fullmatch(name)):
-                os.unlink(target / name)
+    names = sorted(os.listdir(source_folder), key=lambda name: (_INDEX.fullmatch(name) is not None, name))
+    models = {_weights_base_name_or_none(name) for name in names} - {None}
+    for path in (*(source_folder / name for name in names), source_folder):
+        fsync_file_or_folder(path)
+    with write_errors_with_path(target_folder):
+        for name in os.listdir(target_folder):
+            if _weights_base_name_or_none(name) in models and (name not in names or _INDEX.fullmatch(name)):
+                os.unlink(target_folder / name)
         for name in names:
-            os.replace(written / name, target / name)
-    sync(target)
+            os.replace(source_folder / name, target_folder / name)
+    fsync_file_or_folder(target_folder)
 
 
-def _model_of(name: str) -> str | None:
+def _weights_base_name_or_none(file_name: str) -> str | None:
     """Return the name of a file of weights or an index without number and ending; None for other files."""
-    file, index = _FILE.fullmatch(name), _INDEX.fullmatch(name)
+    file, index = _FILE.fullmatch(file_name), _INDEX.fullmatch(file_name)
     return file[1] if file else f"{index[1]}{index[2] or ''}" if index else None
 
 
-def copy_others(folder: Path, target: Path, out: Path, leave: Collection[str]) -> None:
+def copy_non_weight_files(folder: Path, target: Path, error_path: Path, excluded_names: Collection[str]) -> None:
     """Copy a folder's files that are no weights, such as those of its tokenizer, with those of its inner folders.
 
     Hidden folders are left out, and folders with weights, which are other models, such as checkpoints of a training.
@@ -186,39 +194,40 @@ def copy_others(folder: Path, target: Path, out: Path, leave: Collection[str]) -
         OSError: a file cannot be read or written.
     """
     root = folder.resolve()
-    owned = root.parents[1] if root.parent.name == "snapshots" else root  # models--a--b/{snapshots/12ab,blobs}
-    apart = {target.resolve(), out.resolve()}
+    # Models--a--b/{snapshots/12ab,blobs}
+    owned = root.parents[1] if root.parent.name == "snapshots" else root
+    apart = {target.resolve(), error_path.resolve()}
     files = nbytes = 0
-    for file, inside in _others(folder, Path(), apart, frozenset(leave)):
+    for file, inside in _iterate_non_weight_files(folder, Path(), apart, frozenset(excluded_names)):
         if not file.resolve().is_relative_to(owned):
-            why = f"{show(inside.as_posix())} is a link to a file outside of it: copy the file itself into it"
-            raise refusal(folder, why, "copy")
+            why = f"{short_repr(inside.as_posix())} is a link to a file outside of it: copy the file itself into it"
+            raise file_error(folder, why, "copy")
         files, nbytes = files + 1, nbytes + file.stat().st_size
         for count, most, what in ((files, MAX_FILES, "files"), (nbytes, MAX_BYTES, "bytes")):
             if count > most:
-                why = f"it has more than {most} {what} that are no weights, with {show(inside.as_posix())}"
-                raise refusal(folder, f"{why}; move what is not the model's elsewhere", "copy")
-        with open_regular(file) as source, write_errors(out):
+                why = f"it has more than {most} {what} that are no weights, with {short_repr(inside.as_posix())}"
+                raise file_error(folder, f"{why}; move what is not the model's elsewhere", "copy")
+        with open_regular_file(file) as source, write_errors_with_path(error_path):
             (target / inside).parent.mkdir(parents=True, exist_ok=True)
             with open(target / inside, "xb") as copy:
                 shutil.copyfileobj(source, copy)
 
 
-def _others(
-    folder: Path, inside: Path, apart: Collection[Path], leave: Collection[str]
+def _iterate_non_weight_files(
+    folder: Path, relative_path: Path, excluded_folders: Collection[Path], excluded_names: Collection[str]
 ) -> Iterator[tuple[Path, Path]]:
     """Yield the files of a folder that are no weights, and their paths from the outermost one."""
-    if len(inside.parts) > MAX_DEPTH:
-        why = f"it has more than {MAX_DEPTH} folders deep in each other, at {show(inside.as_posix())}"
-        raise refusal(folder, f"{why}; move what is not the model's elsewhere", "copy")
-    with read_errors(folder):
-        found = sorted(folder.iterdir())
-    if inside.parts and any(file.name.endswith(_FORMATS) for file in found):
+    if len(relative_path.parts) > MAX_DEPTH:
+        why = f"it has more than {MAX_DEPTH} folders deep in each other, at {short_repr(relative_path.as_posix())}"
+        raise file_error(folder, f"{why}; move what is not the model's elsewhere", "copy")
+    with read_errors_with_path(folder):
+        entries = sorted(folder.iterdir())
+    if relative_path.parts and any(file.name.endswith(_FORMATS) for file in entries):
         return
-    for file in found:
-        own = inside / file.name
+    for file in entries:
+        inner_path = relative_path / file.name
         if file.is_dir():
-            if not file.name.startswith(".") and not file.is_symlink() and file.resolve() not in apart:
-                yield from _others(file, own, apart, ())
-        elif file.is_file() and file.name not in leave and not file.name.endswith(_FORMATS):
-            yield file, own
+            if not file.name.startswith(".") and not file.is_symlink() and file.resolve() not in excluded_folders:
+                yield from _iterate_non_weight_files(file, inner_path, excluded_folders, ())
+        elif file.is_file() and file.name not in excluded_names and not file.name.endswith(_FORMATS):
+            yield file, inner_path

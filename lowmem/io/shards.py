@@ -13,30 +13,36 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import as_path, refusal, show
-from lowmem.io.atomic import check_writable, write_atomically
-from lowmem.io.container import FORMAT_VERSION, TensorFile, read, write
-from lowmem.io.metadata import form_record, layer_of
-from lowmem.io.safetensors import TensorSpec, parse_json, read_at_most
+from lowmem.errors import checked_path, file_error, short_repr
+from lowmem.io.filesystem import check_writable, write_atomically
+from lowmem.io.lowmem_file import (
+    FORMAT_VERSION,
+    LowmemFileContent,
+    verify_and_map_file,
+    write_stream_returning_digest,
+)
+from lowmem.io.metadata_records import encode_form_record, parameter_record_key
+from lowmem.io.safetensors_header import TensorSpec, check_size_and_read_file, parse_strict_json
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.tensor import QuantizedTensor
 
 INDEX = ".index.json"
-MAX_INDEX = 2**26  # largest index that is read, in bytes
+# Largest index that is read, in bytes
+MAX_INDEX = 2**26
 
 
-def shard_name(path: Path, number: int, count: int) -> Path:
+def shard_path(model_path: Path, number: int, count: int) -> Path:
     """Return the path of shard ``number``, from 1 to ``count``."""
-    return path.with_name(f"{path.stem}-{number:05d}-of-{count:05d}{path.suffix}")
+    return model_path.with_name(f"{model_path.stem}-{number:05d}-of-{count:05d}{model_path.suffix}")
 
 
-def index_of(path: Path) -> Path:
+def index_path(model_path: Path) -> Path:
     """Return the path of the index of a sharded file."""
-    return path.with_name(path.name + INDEX)
+    return model_path.with_name(model_path.name + INDEX)
 
 
-def check_target(target: Path) -> None:
+def check_writable_model_path(target: Path) -> None:
     """Raise unless a model can be written to a file, or to shards with an index beside it.
 
     Raises:
@@ -48,13 +54,13 @@ def check_target(target: Path) -> None:
     check_writable(target)
 
 
-def swapped(shape: tuple[int, ...]) -> tuple[int, ...]:
+def transposed_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the transpose, of a stack of matrices."""
     return (*shape[:-2], *reversed(shape[-2:]))
 
 
 @dataclass(frozen=True)
-class StoredWeight:
+class LazyWeight:
     """A weight, whose values are read when they are asked for.
 
     Args:
@@ -75,16 +81,16 @@ class StoredWeight:
     order: Callable[[], Tensor] | None = None
 
     @property
-    def transposed(self) -> bool:
+    def is_transposed(self) -> bool:
         """Whether the last two dimensions of what ``read`` returns are swapped."""
         return isinstance(self.form, CodedForm) and self.form.transposed
 
     @property
-    def kept(self) -> str:
+    def form_name(self) -> str:
         """How it is stored, as text."""
         return str(self.form).removeprefix("torch.")
 
-    def plain(self, weight: Weight | None = None, dtype: torch.dtype | None = None) -> Weight:
+    def weight_in_model_layout(self, weight: Weight | None = None, dtype: torch.dtype | None = None) -> Weight:
         """Return the weight in its own shape and order of columns.
 
         Args:
@@ -92,44 +98,46 @@ class StoredWeight:
             dtype: of the values; None: float32 where ``read`` has other columns, else as it is stored.
         """
         weight = self.read() if weight is None else weight
-        if not self.transposed and self.order is None and dtype is None:
+        if not self.is_transposed and self.order is None and dtype is None:
             return weight
         dtype = dtype or torch.float32
         values = weight.dequantize(dtype) if isinstance(weight, QuantizedTensor) else weight.to(dtype)
         if self.order is not None:
             values = torch.empty_like(values).index_copy_(-1, self.order().long(), values)
-        return values.transpose(-1, -2).contiguous() if self.transposed else values
+        return values.transpose(-1, -2).contiguous() if self.is_transposed else values
 
-    def specs(self) -> dict[str, TensorSpec]:
+    def file_tensor_specs(self) -> dict[str, TensorSpec]:
         """Return the dtype and shape of each of its tensors in a file of lowmem's, by name."""
-        form, shape = self.form, swapped(self.shape) if self.transposed else self.shape
+        form, shape = self.form, transposed_shape(self.shape) if self.is_transposed else self.shape
         if isinstance(form, torch.dtype):
             return {self.name: TensorSpec(form, shape)}
         empty = QuantizedTensor.empty(
             torch.Size(shape), form.format, form.block_size, form.scale_encoding, form.method, device="meta"
         )
         order = torch.empty(shape[-1:], dtype=torch.int32, device="meta")
-        return {name: TensorSpec.of(tensor) for name, tensor in self._tensors(empty, order).items()}
+        return {
+            name: TensorSpec.from_tensor(tensor) for name, tensor in self._file_tensors_by_name(empty, order).items()
+        }
 
-    def tensors(self) -> dict[str, Tensor]:
+    def read_file_tensors(self) -> dict[str, Tensor]:
         """Return its tensors in a file of lowmem's, by name."""
-        return self._tensors(self.read(), None if self.order is None else self.order())
+        return self._file_tensors_by_name(self.read(), None if self.order is None else self.order())
 
-    def _tensors(self, weight: Weight, order: Tensor | None) -> dict[str, Tensor]:
+    def _file_tensors_by_name(self, weight: Weight, column_order: Tensor | None) -> dict[str, Tensor]:
         if isinstance(weight, Tensor):
             return {self.name: weight}
         assert isinstance(self.form, CodedForm)
-        packed, scales = CodedForm.split(weight)
-        parts: dict[str, Any] = {"packed": packed, "scales": scales, "order": order}
+        packed, scales = CodedForm.codes_and_scale_bytes(weight)
+        parts: dict[str, Any] = {"packed": packed, "scales": scales, "order": column_order}
         return {f"{self.name}_{part}": parts[part] for part in self.form.parts}
 
 
-def write_model(
+def write_model_or_shards(
     target: Path,
-    weights: Mapping[str, StoredWeight],
+    weights: Mapping[str, LazyWeight],
     shard_bytes: int | None,
-    sources: Collection[Path],
-    written: Callable[[StoredWeight, int], None],
+    source_paths: Collection[Path],
+    on_weight_written: Callable[[LazyWeight, int], None],
 ) -> None:
     """Write a model of lowmem's to a file, or to shards and then their index. One weight at a time is in memory.
 
@@ -145,137 +153,153 @@ def write_model(
         OSError: a file cannot be written.
     """
 
-    def tensors(names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        for name in names:
-            parts = weights[name].tensors()
+    def iterate_file_tensors(weight_names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name in weight_names:
+            parts = weights[name].read_file_tensors()
             nbytes = sum(part.nbytes for part in parts.values())
             while parts:
                 yield parts.popitem()
-            written(weights[name], nbytes)
+            on_weight_written(weights[name], nbytes)
 
-    plan = {name: weight.specs() for name, weight in weights.items()}
-    shards = divide(plan, shard_bytes)
+    plan = {name: weight.file_tensor_specs() for name, weight in weights.items()}
+    shards = weight_names_per_shard(plan, shard_bytes)
     outputs = [target]
     if shard_bytes is not None:
-        outputs = [shard_name(target, number, len(shards)) for number in range(1, len(shards) + 1)]
-    for path in (*outputs, index_of(target)):
-        if path.resolve() in sources:
+        outputs = [shard_path(target, number, len(shards)) for number in range(1, len(shards) + 1)]
+    for path in (*outputs, index_path(target)):
+        if path.resolve() in source_paths:
             raise ValueError(f"{str(path)!r} belongs to the source, which would be lost; choose another target")
     index: dict[str, tuple[str, dict[str, int]]] = {}
     for path, names in zip(outputs, shards, strict=True):
         specs = {out: spec for name in names for out, spec in plan[name].items()}
-        forms = {layer_of(name): weights[name].form for name in names}
-        layers = {place: form_record(form) for place, form in forms.items() if isinstance(form, CodedForm)}
-        digest = write(path, specs, {"kind": "model", "layers": layers}, tensors(names))
+        forms = {parameter_record_key(name): weights[name].form for name in names}
+        layers = {place: encode_form_record(form) for place, form in forms.items() if isinstance(form, CodedForm)}
+        digest = write_stream_returning_digest(
+            path, specs, {"kind": "model", "layers": layers}, iterate_file_tensors(names)
+        )
         index[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
     if shard_bytes is not None:
-        write_atomically(index_of(target), encode_index(index))
+        write_atomically(index_path(target), encode_shard_index(index))
 
 
-def divide(plan: Mapping[str, Mapping[str, TensorSpec]], shard_bytes: int | None) -> list[list[str]]:
+def weight_names_per_shard(
+    specs_by_weight: Mapping[str, Mapping[str, TensorSpec]], shard_bytes: int | None
+) -> list[list[str]]:
     """Return the names of each file's tensors, sorted, of which ``plan`` has the specs of what replaces them.
 
     Raises:
         ValueError: a tensor that is larger than ``shard_bytes``.
     """
     if shard_bytes is None:
-        return [sorted(plan)]
+        return [sorted(specs_by_weight)]
     shards: list[list[str]] = [[]]
-    room = shard_bytes
-    for name in sorted(plan):
-        size = sum(spec.nbytes for spec in plan[name].values())
+    remaining_bytes = shard_bytes
+    for name in sorted(specs_by_weight):
+        size = sum(spec.nbytes for spec in specs_by_weight[name].values())
         if size > shard_bytes:
-            raise ValueError(f"shard size {shard_bytes} is less than the {size} bytes of {show(name)}; raise it")
-        if size > room and shards[-1]:
+            raise ValueError(
+                f"shard size {shard_bytes} is less than the {size} bytes of {short_repr(name)}; raise it"
+            )
+        if size > remaining_bytes and shards[-1]:
             shards.append([])
-            room = shard_bytes
+            remaining_bytes = shard_bytes
         shards[-1].append(name)
-        room -= size
+        remaining_bytes -= size
     return shards
 
 
-def read_index(path: Path) -> dict[str, str]:
+def read_weight_map(path: Path) -> dict[str, str]:
     """Return the file name of each tensor of a sharded checkpoint of any program.
 
     Raises:
         FileError: it is no index, or names a file outside its own directory.
         OSError: the index cannot be read.
     """
-    return parse_index(path, read_at_most(path, MAX_INDEX, "index"))
+    return parse_weight_map(path, check_size_and_read_file(path, MAX_INDEX, "index"))
 
 
-def read_model(path: str | os.PathLike[str]) -> TensorFile:
+def read_lowmem_model(path: str | os.PathLike[str]) -> LowmemFileContent:
     """Read a model that lowmem wrote: one file, or all shards of an index.
 
     Raises:
         FileError: a file is damaged, missing, of another run or version, or no model.
         OSError: a file cannot be read.
     """
-    path = as_path("path", path)
+    path = checked_path("path", path)
     if not path.name.endswith(INDEX):
-        return _checked(path, read(path))
-    text = read_at_most(path, MAX_INDEX, "index")
-    files = sorted(set(parse_index(path, text).values()))
+        return _checked_model_file(path, verify_and_map_file(path))
+    text = check_size_and_read_file(path, MAX_INDEX, "index")
+    files = sorted(set(parse_weight_map(path, text).values()))
     tensors: dict[str, Tensor] = {}
     layers: dict[str, Any] = {}
     shards: dict[str, tuple[str, Mapping[str, int]]] = {}
     for name in files:
         file = path.with_name(name)
-        part = _checked(file, read(file))
+        part = _checked_model_file(file, verify_and_map_file(file))
         if "adapters" in part.metadata:
-            raise refusal(file, "it is a whole model, with adapters, and no part of one; load it alone")
+            raise file_error(file, "it is a whole model, with adapters, and no part of one; load it alone")
         for twice in (tensors.keys() & part.tensors.keys(), layers.keys() & part.metadata["layers"].keys()):
             if twice:
-                why = f"it does not describe the files that it names: two of them have {show(min(twice))}"
-                raise refusal(path, f"{why}; get it and them again from one source")
+                why = f"it does not describe the files that it names: two of them have {short_repr(min(twice))}"
+                raise file_error(path, f"{why}; get it and them again from one source")
         shards[name] = part.sha256, {key: tensor.nbytes for key, tensor in part.tensors.items()}
         tensors |= part.tensors
         layers |= part.metadata["layers"]
-    if text != encode_index(shards):
-        raise refusal(path, "it does not describe the files that it names; get it and them again from one source")
-    return TensorFile(tensors, {"kind": "model", "layers": layers}, "")
+    if text != encode_shard_index(shards):
+        raise file_error(path, "it does not describe the files that it names; get it and them again from one source")
+    return LowmemFileContent(tensors, {"kind": "model", "layers": layers}, "")
 
 
-def parse_index(path: Path, text: bytes) -> dict[str, str]:
+def parse_weight_map(path: Path, text: bytes) -> dict[str, str]:
     """Parse the text of an index: the file name of each tensor."""
     try:
-        content = parse_json(text)
+        content = parse_strict_json(text)
     except ValueError as reason:
-        raise refusal(
+        raise file_error(
             path, f"it is no index of a sharded checkpoint, or is damaged: {reason}; get it again"
         ) from None
     entries = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(entries, dict):
-        raise refusal(path, f"it is no index of a sharded checkpoint: weight_map={show(entries)}; get it again")
+        raise file_error(
+            path, f"it is no index of a sharded checkpoint: weight_map={short_repr(entries)}; get it again"
+        )
     for name, file in entries.items():
         # Names of up to 255 bytes are the limit of common file systems.
         if not isinstance(file, str) or file in ("", ".", "..") or set(file) & {*"/\\\0"} or len(file.encode()) > 255:
-            raise refusal(path, f"it puts tensor {show(name)} in {show(file)}, which is no file beside it; repair it")
+            raise file_error(
+                path,
+                f"it puts tensor {short_repr(name)} in {short_repr(file)}, which is no file beside it; repair it",
+            )
     if not entries:
-        raise refusal(path, "it names no tensors; get it again")
+        raise file_error(path, "it names no tensors; get it again")
     return entries
 
 
-def _checked(path: Path, file: TensorFile) -> TensorFile:
+def _checked_model_file(path: Path, file: LowmemFileContent) -> LowmemFileContent:
     metadata = file.metadata
     kind = metadata.get("kind")
     if kind != "model" or not isinstance(metadata.get("layers"), dict):
         remedy = "; load it with load_adapter(model, path)" if kind == "adapter" else "; name a file that save wrote"
-        raise refusal(path, f"it holds {'an adapter' if kind == 'adapter' else 'something else'}, no model{remedy}")
+        raise file_error(
+            path, f"it holds {'an adapter' if kind == 'adapter' else 'something else'}, no model{remedy}"
+        )
     for name in metadata:
         if name not in ("kind", "layers", "adapters"):
-            raise refusal(path, f"its metadata has {show(name)}, which is unknown; upgrade lowmem")
+            raise file_error(path, f"its metadata has {short_repr(name)}, which is unknown; upgrade lowmem")
     return file
 
 
-def encode_index(shards: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:
+def encode_shard_index(digest_and_sizes_by_file: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:
     """Return the text of an index of ``shards``: file name -> (digest, bytes of each tensor by name)."""
-    sizes = [size for _, tensors in shards.values() for size in tensors.values()]
+    sizes = [size for _, tensors in digest_and_sizes_by_file.values() for size in tensors.values()]
     content = {
         "metadata": {
-            "lowmem": {"version": FORMAT_VERSION, "sha256": {name: digest for name, (digest, _) in shards.items()}},
+            "lowmem": {
+                "version": FORMAT_VERSION,
+                "sha256": {name: digest for name, (digest, _) in digest_and_sizes_by_file.items()},
+            },
             "total_size": sum(sizes),
         },
-        "weight_map": {tensor: name for name, (_, tensors) in shards.items() for tensor in tensors},
+        "weight_map": {tensor: name for name, (_, tensors) in digest_and_sizes_by_file.items() for tensor in tensors},
     }
     return json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False).encode() + b"\n"

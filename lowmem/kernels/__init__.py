@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels import cpu, gpu, reference
-from lowmem.kernels.frozen_operator import serve
-from lowmem.kernels.memory import TYPES
+from lowmem.kernels.frozen_weight_operator import register_operators_for_device
+from lowmem.kernels.tensor_checks import TYPES
 from lowmem.quant.backend import (
     Backend,
     LowRank,
     Weight,
     backend_for,
     backend_of,
+    fast_matmul_dtype,
     float_dtype,
-    matmul_dtype,
     set_backend,
 )
 from lowmem.quant.tensor import ANY, QuantizedTensor
@@ -34,35 +34,36 @@ __all__ = [
     "Weight",
     "add_low_rank",
     "add_product",
-    "available",
+    "available_cpu_backend_names",
     "backend",
+    "differentiable_dtype",
     "explain",
     "fast_bfloat16",
+    "fast_matmul_dtype",
     "input_grad",
     "linear",
-    "matmul_dtype",
-    "recorded_dtype",
-    "register",
-    "using",
+    "register_backend",
+    "temporary_cpu_backend",
 ]
 
-VARIABLE = "LOWMEM_KERNEL"  # reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx
+# Reference, portable, neon, avx2, avx512, avx512vnni, avx512bf16 or avx512amx
+VARIABLE = "LOWMEM_KERNEL"
 PROVIDERS = (reference, cpu)
-"""Modules with a function ``backends()``. It returns the CPU's backends that can run here, the slowest first, and how
-they compute; or none, and the reason."""
+"""Modules with a function ``cpu_backends_and_description()``. It returns the CPU's backends that can run here, the
+slowest first, and how they compute; or none, and the reason."""
 
 _reason: str
 
 
-def register(device_type: str, backend: Backend) -> None:
+def register_backend(device_type: str, backend: Backend) -> None:
     """Let a backend serve a device type, as ``torch.device.type`` names it: plain calls and torch's dispatcher."""
     set_backend(device_type, backend)
-    serve(device_type)
+    register_operators_for_device(device_type)
 
 
-def available() -> list[str]:
+def available_cpu_backend_names() -> list[str]:
     """Return the names of the CPU's backends that can run on this machine, the slowest first."""
-    return list(_backends()[0])
+    return list(_cpu_backends_and_missing_reasons()[0])
 
 
 def backend() -> str:
@@ -97,11 +98,11 @@ def fast_bfloat16(x: Tensor) -> bool:
     return backend_of(x).fast_bfloat16
 
 
-def recorded_dtype(dtype: torch.dtype, x: Tensor) -> torch.dtype:
+def differentiable_dtype(compute_dtype: torch.dtype, x: Tensor) -> torch.dtype:
     """Return the dtype of a product with x whose gradient is recorded: in place of torch.int8, bfloat16 for float32
     inputs of a device that is fast at it, and else that of x."""
-    if dtype is not torch.int8:
-        return dtype
+    if compute_dtype is not torch.int8:
+        return compute_dtype
     return torch.bfloat16 if x.dtype is torch.float32 and fast_bfloat16(x) else x.dtype
 
 
@@ -120,13 +121,15 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
         ValueError: ``rows`` below 1, or another dtype.
     """
     form = getattr(getattr(weight, "weight", weight), "form", None)  # of a stored tensor, or a module's
-    own = getattr(weight, "compute_dtype", getattr(form, "compute_dtype", None))  # a layer's may have been set
-    dtype = dtype or own or torch.float32
+    layer_dtype = getattr(
+        weight, "compute_dtype", getattr(form, "compute_dtype", None)
+    )  # a layer's may have been set
+    dtype = dtype or layer_dtype or torch.float32
     stored: object = weight
     if isinstance(weight, nn.Module):
-        found = getattr(weight, "stored_weight", None)
-        stored = found() if callable(found) else getattr(weight, "weight", None)
-    stored = getattr(stored, "stored", stored)  # of a stored tensor
+        stored_weight = getattr(weight, "stored_weight", None)
+        stored = stored_weight() if callable(stored_weight) else getattr(weight, "weight", None)
+    stored = getattr(stored, "kernel_weight", stored)  # of a stored tensor
     if not isinstance(stored, QuantizedTensor):
         if not isinstance(stored, Tensor) or stored.dtype not in (torch.float16, torch.bfloat16):
             raise TypeError(f"{type(weight).__name__} stores no weight in 4 or 16 bits")
@@ -143,45 +146,46 @@ def explain(weight: Weight | nn.Module, rows: int, dtype: torch.dtype | None = N
 
 
 @contextmanager
-def using(name: str) -> Iterator[None]:
+def temporary_cpu_backend(backend_name: str) -> Iterator[None]:
     """Let one of ``available()`` serve the CPU inside the block: for tests and benchmarks."""
     before = backend_for("cpu"), _reason
-    _activate(*_select(name))
+    _register_cpu_backend(*_select_cpu_backend_and_reason(backend_name))
     try:
         yield
     finally:
-        _activate(*before)
+        _register_cpu_backend(*before)
 
 
-def _activate(selected: Backend, reason: str) -> None:
+def _register_cpu_backend(selected: Backend, reason: str) -> None:
     global _reason
     _reason = reason
-    register("cpu", selected)
+    register_backend("cpu", selected)
 
 
-def _backends() -> tuple[dict[str, tuple[Backend, str]], list[str]]:
+def _cpu_backends_and_missing_reasons() -> tuple[dict[str, tuple[Backend, str]], list[str]]:
     """Return each backend and how it computes, by name, the slowest first; and why providers have none."""
-    found: dict[str, tuple[Backend, str]] = {}
+    backends_by_name: dict[str, tuple[Backend, str]] = {}
     missing = []
     for provider in PROVIDERS:
-        backends, how = provider.backends()
-        found |= {one.name: (one, how) for one in backends}
+        backends, how = provider.cpu_backends_and_description()
+        backends_by_name |= {cpu_backend.name: (cpu_backend, how) for cpu_backend in backends}
         missing += [] if backends else [how]
-    return found, missing
+    return backends_by_name, missing
 
 
-def _select(name: str | None) -> tuple[Backend, str]:
+def _select_cpu_backend_and_reason(backend_name: str | None) -> tuple[Backend, str]:
     """Return the backend called ``name``, or the best one for None, and the reason for ``backend()``."""
-    found, missing = _backends()
-    because = f"{VARIABLE} or a test asks for it" if name else "the best that there is here"
-    name = name or list(found)[-1]
-    if name not in found:
-        choices = "; ".join([f"choose from {', '.join(found)}", *missing])
-        raise ValueError(f"{VARIABLE}={name!r} cannot serve here: {choices}")
-    selected, how = found[name]
+    backends_by_name, missing = _cpu_backends_and_missing_reasons()
+    because = f"{VARIABLE} or a test asks for it" if backend_name else "the best that there is here"
+    backend_name = backend_name or list(backends_by_name)[-1]
+    if backend_name not in backends_by_name:
+        choices = "; ".join([f"choose from {', '.join(backends_by_name)}", *missing])
+        raise ValueError(f"{VARIABLE}={backend_name!r} cannot serve here: {choices}")
+    selected, how = backends_by_name[backend_name]
     return selected, "; ".join([f"{how}, {because}", *missing])
 
 
-register(ANY, cast(Backend, reference))
-register("cuda", cast(Backend, gpu.Gpu()))  # torch's name for AMD's GPUs, too
-_activate(*_select(os.environ.get(VARIABLE)))
+register_backend(ANY, cast(Backend, reference))
+# Torch's name for AMD's GPUs, too
+register_backend("cuda", cast(Backend, gpu.GpuBackend()))
+_register_cpu_backend(*_select_cpu_backend_and_reason(os.environ.get(VARIABLE)))

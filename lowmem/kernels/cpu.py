@@ -15,20 +15,28 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.kernels import int8, reference
-from lowmem.kernels.cpu_rows import COMPARE, COMPARE_CALL, CpuRows
-from lowmem.kernels.kernel_choice import CpuPlan
-from lowmem.kernels.memory import TYPES, floats, is_float, is_real, is_traced, is_vector, unseen
-from lowmem.kernels.native import load
-from lowmem.quant.backend import Backend, LowRank, Weight, matmul_dtype
+from lowmem.kernels import int8_rounding, reference
+from lowmem.kernels.cpu_kernel_choice import CpuKernelChoice
+from lowmem.kernels.cpu_rowwise import COMPARE, COMPARE_CALL, CpuRowwise
+from lowmem.kernels.native_loader import load_native_module_and_reason
+from lowmem.kernels.tensor_checks import (
+    TYPES,
+    c_float_array,
+    hide_from_selective_checkpoints,
+    is_c_readable_float32,
+    is_c_vector,
+    is_plain_cpu_tensor,
+    is_recording_operations,
+)
+from lowmem.quant.backend import Backend, LowRank, Weight, fast_matmul_dtype
 from lowmem.quant.formats import get_format
-from lowmem.quant.search import CANDIDATES, block_sums, spread
+from lowmem.quant.scale_search import CANDIDATES, block_sums, expand_block_scales
 from lowmem.quant.tensor import QuantizedTensor, Squares
 
 # (name, signed) of a scale encoding -> enum encoding of csrc/kernel.h
 _ENCODINGS = {("float32", True): 0, ("float16", True): 1, ("double", False): 2, ("double", True): 3}
 
-Given: TypeAlias = tuple[object, Tensor, Tensor | None]
+NativeWeight: TypeAlias = tuple[object, Tensor, Tensor | None]
 """A weight as C takes it: (handle, codes, scales) in 4 bits, (None, weight, None) in 16 bits."""
 
 _Product: TypeAlias = Tensor | Literal[False] | None
@@ -36,42 +44,48 @@ _Product: TypeAlias = Tensor | Literal[False] | None
 
 _NO_LOW_RANK = (None, None, None)
 
-_AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"  # keys of ``QuantizedTensor.cache``: a C handle for each use
+# Keys of ``QuantizedTensor.cache``: a C handle for each use
+_AS_FLOATS, _IN_INT8 = "prepared", "prepared_int8"
 _BASE, _BASE_IN_INT8 = "prepared_base", "prepared_base_int8"  # of a weight that has offsets, without these
 
 OFFSETS_SCRATCH = 2**23
 """Bytes that a product with offsets takes at most beside its result, unless one row of the input takes more."""
-_OFFSETS_CHUNK = 2**20  # bytes of offsets that are decoded at a time
+# Bytes of offsets that are decoded at a time
+_OFFSETS_CHUNK = 2**20
 _OFFSETS_ROWS = (
     255  # most rows of an input at a time: float32 products of more may be torch's, with scratch of its own
 )
-_ROUNDED_BYTES = 2**21  # limit for inputs that are rounded to 8 bits, and their products: each dequantizes the weight
-_ROUNDING_BYTES = 2**19  # scratch limit for rounding them
+# Limit for inputs that are rounded to 8 bits, and their products: each dequantizes the weight
+_ROUNDED_BYTES = 2**21
+# Scratch limit for rounding them
+_ROUNDING_BYTES = 2**19
 
 # Rows, or columns, of a weight that are dequantized at a time where torch multiplies: up to half more, so that the
 # chunks of one weight have about one size.
 _TORCH_CHUNK = 512
-_WIDENED_CHUNK = 2048  # numbers of a row of the input that are widened at a time where torch multiplies in float32
+# Numbers of a row of the input that are widened at a time where torch multiplies in float32
+_WIDENED_CHUNK = 2048
 
-_TILE = 32  # columns in bfloat16 of a tile of AMX
+# Columns in bfloat16 of a tile of AMX
+_TILE = 32
 
 
 @lru_cache(maxsize=1)
-def backends() -> tuple[list[Backend], str]:
+def cpu_backends_and_description() -> tuple[list[Backend], str]:
     """Return a kernel for each ISA of this processor, the slowest first, and how they compute; or none, and why."""
-    native, why = load()
-    return [Kernel(native, name) for name, runs in native.isas() if runs] if native else [], why
+    native, why = load_native_module_and_reason()
+    return [CpuBackend(native, name) for name, runs in native.isas() if runs] if native else [], why
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class NativeHandle:
     """The C handle of a 4-bit weight; valid while codes and scales keep their address and layout, which C checks."""
 
-    kernel: Kernel
+    backend: CpuBackend
     handle: object
 
 
-class Kernel(CpuRows, CpuPlan):
+class CpuBackend(CpuRowwise, CpuKernelChoice):
     """The backend in C for one ISA.
 
     Args:
@@ -88,7 +102,8 @@ class Kernel(CpuRows, CpuPlan):
         self._input_grad: Callable[..., _Product] = native.input_grad
         self._native_dequantize: Callable[..., Tensor | None] = native.dequantize
         self._update: Callable[..., Tensor | None] = native.update
-        self._order = lru_cache(maxsize=64)(native.order)  # the column order, shared by layers of one shape
+        # The column order, shared by layers of one shape
+        self._order = lru_cache(maxsize=64)(native.order)
 
     @property
     def fast_bfloat16(self) -> bool:
@@ -104,89 +119,104 @@ class Kernel(CpuRows, CpuPlan):
         low_rank: LowRank | None = None,
     ) -> Tensor:
         """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
-        if is_traced():
+        if is_recording_operations():
             return reference.linear(x, weight, dtype, bias, low_rank)
-        given = self._given(weight)
-        if x.dtype is dtype and given is not None:
-            handle, packed, scales = given
+        native_weight = self._native_weight_or_none(weight)
+        if x.dtype is dtype and native_weight is not None:
+            handle, packed, scales = native_weight
             a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
             threads = torch.get_num_threads()
             out = self._linear(self._isa, handle, packed, scales, x, bias, threads, a, b, scaling)
             if out is not None and out is not False:
                 return out
         if x.dim() != 2:
-            return reference.by_rows(self.linear, x, weight, dtype, bias, low_rank)
-        out = self._linear_of_others(x, weight, dtype, bias)
+            return reference.call_on_flattened_batch(self.linear, x, weight, dtype, bias, low_rank)
+        out = self._linear_with_converted_arguments(x, weight, dtype, bias)
         return out if low_rank is None else self.add_low_rank(out, x, *low_rank)
 
-    def _linear_of_others(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+    def _linear_with_converted_arguments(
+        self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor:
         """Convert arguments to a form that C takes, or fall back to plain torch."""
         with_offsets = weight if isinstance(weight, QuantizedTensor) and weight.has_offsets else None
         if dtype is torch.int8 and with_offsets is None:
-            return self._linear_inputs8(x, weight, bias)
-        takes = (dtype in TYPES or dtype is torch.int8) and is_real(x) and x.is_floating_point() and x.dim() == 2
+            return self._linear_with_int8_inputs(x, weight, bias)
+        takes = (
+            (dtype in TYPES or dtype is torch.int8)
+            and is_plain_cpu_tensor(x)
+            and x.is_floating_point()
+            and x.dim() == 2
+        )
         if takes and dtype in TYPES and not (x.dtype is dtype and x.is_contiguous()):
             return self.linear(x.to(dtype).contiguous(), weight, dtype, bias)
         if takes and with_offsets is not None:
-            out = self._with_offsets(x, with_offsets, dtype, False, bias)
+            out = self._product_with_offsets_or_none(x, with_offsets, dtype, False, bias)
             return reference.linear(x, weight, dtype, bias) if out is None else out
         if takes:
-            added = bias if bias is not None and is_vector(bias, weight.shape[0]) else None
-            for given in self._handles(weight):
-                out = self._product(x, given, weight, bias=added)
+            added = bias if bias is not None and is_c_vector(bias, weight.shape[0]) else None
+            for native_weight in self._cached_then_new_native_weights(weight):
+                out = self._native_product_or_none(x, native_weight, weight, bias=added)
                 if out is not None:
                     return out if bias is None or added is bias else out.add_(bias)
         return reference.linear(x, weight, dtype, bias)
 
-    def _product(
+    def _native_product_or_none(
         self,
         x: Tensor,
-        given: Given,
+        native_weight: NativeWeight,
         weight: Weight,
         transposed: bool = False,
         bias: Tensor | None = None,
-        in_int8: bool = False,
+        rounds_inputs_to_int8: bool = False,
     ) -> Tensor | None:
         """Multiply in C, or by torch where the plan says so; None: C cannot read the weight. With ``in_int8`` in
         float32, of x rounded to 8 bits by C or else by torch."""
         threads = torch.get_num_threads()
-        if in_int8:
+        if rounds_inputs_to_int8:
             x = x.float()
-            rounded = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
+            rounded = self._native_linear_inputs8(self._isa, *native_weight, x, bias, threads)
             if rounded is not None:
                 return rounded
             assert isinstance(weight, QuantizedTensor)
-            rounding = partial(int8.round_inputs, block_size=weight.block_size)
-            wide = _in_chunks(x, int8.BYTES_PER_NUMBER * x.shape[1], _ROUNDING_BYTES, torch.float32, rounding)
+            rounding = partial(int8_rounding.round_inputs_to_int8_grid, weight_block_size=weight.block_size)
+            wide = _apply_to_batch_chunks(
+                x, int8_rounding.BYTES_PER_NUMBER * x.shape[1], _ROUNDING_BYTES, torch.float32, rounding
+            )
             assert wide is not None
             x = wide.contiguous()
         if transposed:
-            out = self._input_grad(self._isa, *given, x, threads)
+            out = self._input_grad(self._isa, *native_weight, x, threads)
         else:
-            out = self._linear(self._isa, *given, x, bias, threads, *_NO_LOW_RANK)
-        return self._by_torch(x, given, weight, transposed, bias) if out is False else out
+            out = self._linear(self._isa, *native_weight, x, bias, threads, *_NO_LOW_RANK)
+        return self._torch_product_in_chunks(x, native_weight, weight, transposed, bias) if out is False else out
 
-    def _linear_inputs8(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
+    def _linear_with_int8_inputs(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Multiply 8-bit integers; or, in float32, inputs rounded to them; or fall back to plain torch."""
-        given, threads = self._given(weight, _IN_INT8), torch.get_num_threads()
-        if given is not None:
-            out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
+        native_weight, threads = self._native_weight_or_none(weight, _IN_INT8), torch.get_num_threads()
+        if native_weight is not None:
+            out = self._native_linear_inputs8(self._isa, *native_weight, x, bias, threads)
             if out is not None:
                 return out
-        if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_real(x):
+        if isinstance(weight, QuantizedTensor) and x.dtype in TYPES and x.dim() == 2 and is_plain_cpu_tensor(x):
             x = x.contiguous()
-            bias = bias if bias is None or is_vector(bias, weight.shape[0]) else bias.float().contiguous()
+            bias = bias if bias is None or is_c_vector(bias, weight.shape[0]) else bias.float().contiguous()
             nbytes = 4 * sum(weight.shape)
-            for given in self._handles(weight, _IN_INT8):
-                out = self._native_linear_inputs8(self._isa, *given, x, bias, threads)
+            for native_weight in self._cached_then_new_native_weights(weight, _IN_INT8):
+                out = self._native_linear_inputs8(self._isa, *native_weight, x, bias, threads)
                 if out is None:
-                    multiply = partial(self._product, given=given, weight=weight, bias=bias, in_int8=True)
-                    out = _in_chunks(x, nbytes, _ROUNDED_BYTES, x.dtype, multiply)
+                    multiply = partial(
+                        self._native_product_or_none,
+                        native_weight=native_weight,
+                        weight=weight,
+                        bias=bias,
+                        rounds_inputs_to_int8=True,
+                    )
+                    out = _apply_to_batch_chunks(x, nbytes, _ROUNDED_BYTES, x.dtype, multiply)
                 if out is not None:
                     return out
         return reference.linear(x, weight, torch.int8, bias)
 
-    def _with_offsets(
+    def _product_with_offsets_or_none(
         self, x: Tensor, weight: QuantizedTensor, dtype: torch.dtype, transposed: bool, bias: Tensor | None = None
     ) -> Tensor | None:
         """Multiply by the weight without offsets, and add the product with the offsets, in chunks of the batch; in
@@ -194,118 +224,126 @@ class Kernel(CpuRows, CpuPlan):
         in_int8, size, (rows, columns) = dtype is torch.int8, weight.block_size, weight.shape
         blocks = -(-columns // size)
         nbytes = 4 * (rows + 3 * columns) if transposed else 6 * (rows + columns) + 8 * blocks
-        nbytes += in_int8 * int8.BYTES_PER_NUMBER * columns
+        nbytes += in_int8 * int8_rounding.BYTES_PER_NUMBER * columns
         limit = OFFSETS_SCRATCH - 4 * _OFFSETS_CHUNK
         nbytes = max(nbytes, limit // _OFFSETS_ROWS)
 
-        def multiply(few: Tensor) -> Tensor | None:
-            wide = (few if in_int8 else few.to(dtype)).float().contiguous()
-            for given in self._handles(weight, _BASE_IN_INT8 if in_int8 else _BASE):
-                product = self._product(wide, given, weight, transposed, in_int8=in_int8)
+        def multiply_batch_chunk(x_chunk: Tensor) -> Tensor | None:
+            wide = (x_chunk if in_int8 else x_chunk.to(dtype)).float().contiguous()
+            for native_weight in self._cached_then_new_native_weights(weight, _BASE_IN_INT8 if in_int8 else _BASE):
+                product = self._native_product_or_none(
+                    wide, native_weight, weight, transposed, rounds_inputs_to_int8=in_int8
+                )
                 if product is None:
                     continue
                 if transposed:
                     added = wide.new_zeros(wide.shape[0], blocks)
-                    for chunk, offsets in _offsets_of(weight):
+                    for chunk, offsets in _row_slices_and_decoded_offsets(weight):
                         added.addmm_(wide[:, chunk], offsets)
-                    return product.add_(spread(added, size, columns))
+                    return product.add_(expand_block_scales(added, size, columns))
                 sums = block_sums(wide, size)
-                for chunk, offsets in _offsets_of(weight):
+                for chunk, offsets in _row_slices_and_decoded_offsets(weight):
                     product[:, chunk].addmm_(sums, offsets.t())
                 return product if bias is None else product.add_(bias)
             return None
 
-        return _in_chunks(x, nbytes, limit, x.dtype if in_int8 else dtype, multiply)
+        return _apply_to_batch_chunks(x, nbytes, limit, x.dtype if in_int8 else dtype, multiply_batch_chunk)
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
-        if is_traced():
+        if is_recording_operations():
             return reference.input_grad(grad, weight, dtype)
-        given = self._given(weight)
-        if grad.dtype is dtype and given is not None:
-            out = self._input_grad(self._isa, *given, grad, torch.get_num_threads())
+        native_weight = self._native_weight_or_none(weight)
+        if grad.dtype is dtype and native_weight is not None:
+            out = self._input_grad(self._isa, *native_weight, grad, torch.get_num_threads())
             if out is not None and out is not False:
                 return out
-        if dtype in TYPES and is_real(grad):
+        if dtype in TYPES and is_plain_cpu_tensor(grad):
             if isinstance(weight, QuantizedTensor) and weight.has_offsets:
-                made = self._with_offsets(grad, weight, dtype, True)
+                made = self._product_with_offsets_or_none(grad, weight, dtype, True)
                 return reference.input_grad(grad, weight, dtype) if made is None else made
             ready = grad.to(dtype).contiguous()
-            for given in self._handles(weight):
-                made = self._product(ready, given, weight, transposed=True)
+            for native_weight in self._cached_then_new_native_weights(weight):
+                made = self._native_product_or_none(ready, native_weight, weight, transposed=True)
                 if made is not None:
                     return made
         return reference.input_grad(grad, weight, dtype)
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place; torch multiplies."""
-        if x.dtype in TYPES and is_real(x) and not is_traced():
-            for given in self._handles(weight):
-                if given[0] is None and given[1].dtype is not x.dtype:
+        if x.dtype in TYPES and is_plain_cpu_tensor(x) and not is_recording_operations():
+            for native_weight in self._cached_then_new_native_weights(weight):
+                if native_weight[0] is None and native_weight[1].dtype is not x.dtype:
                     break
-                if given[0] is not None and self._dequantize(given, 0, 0, x.new_empty(1, weight.shape[1])) is None:
-                    continue  # a stale handle
-                return self._by_torch(x, given, weight, transposed, onto=out)
+                if (
+                    native_weight[0] is not None
+                    and self._try_dequantize_into(native_weight, 0, 0, x.new_empty(1, weight.shape[1])) is None
+                ):
+                    # A stale handle
+                    continue
+                return self._torch_product_in_chunks(x, native_weight, weight, transposed, add_to=out)
         return reference.add_product(out, x, weight, transposed)
 
-    def _in_float32(
+    def _torch_product_in_float32(
         self,
         x: Tensor,
-        given: Given,
+        native_weight: NativeWeight,
         weight: Weight,
         transposed: bool,
         bias: Tensor | None = None,
-        onto: Tensor | None = None,
+        add_to: Tensor | None = None,
     ) -> Tensor:
         """Multiply as ``_by_torch`` in float32, and round each sum once. Parts of the input and of the weight are
         widened; a 4-bit weight is not rounded."""
         rows, columns = weight.shape
         size = weight.block_size if isinstance(weight, QuantizedTensor) else 1
         outs, terms = (columns, rows) if transposed else (rows, columns)
-        out = x.new_empty(x.shape[0], outs) if onto is None else onto
-        chunks = _chunks(outs, size if transposed else 1)
-        parts = _chunks(terms, 1 if transposed else size, _WIDENED_CHUNK)
+        out = x.new_empty(x.shape[0], outs) if add_to is None else add_to
+        chunks = _near_equal_slices(outs, size if transposed else 1)
+        parts = _near_equal_slices(terms, 1 if transposed else size, _WIDENED_CHUNK)
         scratch = x.new_empty(chunks[0].stop * parts[0].stop, dtype=torch.float32)
         for chunk in chunks:
-            if onto is not None:
-                sums = onto[:, chunk].float()
+            if add_to is not None:
+                sums = add_to[:, chunk].float()
             else:
                 sums = x.new_zeros(x.shape[0], chunk.stop - chunk.start, dtype=torch.float32)
                 sums = sums if bias is None else sums.add_(bias[chunk])
             for part in parts:
-                factor = self._factor(given, chunk, part, transposed, scratch)
+                factor = self._write_dequantized_factor(native_weight, chunk, part, transposed, scratch)
                 sums.addmm_(x[:, part].float(), factor)
             out[:, chunk] = sums
         return out
 
-    @unseen
-    def _by_torch(
+    @hide_from_selective_checkpoints
+    def _torch_product_in_chunks(
         self,
         x: Tensor,
-        given: Given,
+        native_weight: NativeWeight,
         weight: Weight,
         transposed: bool,
         bias: Tensor | None = None,
-        onto: Tensor | None = None,
+        add_to: Tensor | None = None,
     ) -> Tensor:
         """Dequantize a chunk of a weight at a time, and multiply it by torch; add the product to ``onto``, if given.
         Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
-        if matmul_dtype(x.dtype, x) is not x.dtype:
-            return self._in_float32(x, given, weight, transposed, bias, onto)
-        x = rows_apart(x)
+        if fast_matmul_dtype(x.dtype, x) is not x.dtype:
+            return self._torch_product_in_float32(x, native_weight, weight, transposed, bias, add_to)
+        x = pad_rows_against_nan_leak(x)
         bias = bias if bias is None else bias.to(x.dtype)
         if not isinstance(weight, QuantizedTensor):
-            dense = given[1]
-            if onto is not None:
-                return onto.addmm_(x, dense if transposed else dense.t())
+            dense = native_weight[1]
+            if add_to is not None:
+                return add_to.addmm_(x, dense if transposed else dense.t())
             return x @ dense if transposed else functional.linear(x, dense, bias)
         rows, columns = weight.shape
-        out = x.new_empty(x.shape[0], columns if transposed else rows) if onto is None else onto
-        chunks = _chunks(columns, weight.block_size) if transposed else _chunks(rows)
+        out = x.new_empty(x.shape[0], columns if transposed else rows) if add_to is None else add_to
+        chunks = _near_equal_slices(columns, weight.block_size) if transposed else _near_equal_slices(rows)
         scratch = x.new_empty(chunks[0].stop * (rows if transposed else columns))
         for chunk in chunks:
-            factor = self._factor(given, chunk, slice(0, rows if transposed else columns), transposed, scratch)
-            if onto is not None:
+            factor = self._write_dequantized_factor(
+                native_weight, chunk, slice(0, rows if transposed else columns), transposed, scratch
+            )
+            if add_to is not None:
                 out[:, chunk].addmm_(x, factor)
             elif bias is None:
                 torch.mm(x, factor, out=out[:, chunk])
@@ -313,7 +351,9 @@ class Kernel(CpuRows, CpuPlan):
                 torch.addmm(bias[chunk], x, factor, out=out[:, chunk])
         return out
 
-    def _factor(self, given: Given, outs: slice, terms: slice, transposed: bool, scratch: Tensor) -> Tensor:
+    def _write_dequantized_factor(
+        self, native_weight: NativeWeight, out_slice: slice, in_slice: slice, transposed: bool, scratch: Tensor
+    ) -> Tensor:
         """Write a part of a weight to ``scratch``, in its dtype, and return it as the right factor of a product.
 
         Args:
@@ -323,22 +363,27 @@ class Kernel(CpuRows, CpuPlan):
             transposed: whether the product is ``x @ W``, and not ``x @ W.T``.
             scratch: a vector, at least as large as the part.
         """
-        rows, columns = (terms, outs) if transposed else (outs, terms)
+        rows, columns = (in_slice, out_slice) if transposed else (out_slice, in_slice)
         shape = rows.stop - rows.start, columns.stop - columns.start
         part = scratch[: shape[0] * shape[1]].view(shape)
-        if given[0] is None:  # 16 bits
-            part.copy_(given[1][rows, columns])
+        # 16 bits
+        if native_weight[0] is None:
+            part.copy_(native_weight[1][rows, columns])
         else:
-            self._dequantize(given, rows.start, columns.start, part)
+            self._try_dequantize_into(native_weight, rows.start, columns.start, part)
         return part if transposed else part.t()
 
-    def _dequantize(self, given: Given, row: int, column: int, out: Tensor) -> Tensor | None:
+    def _try_dequantize_into(
+        self, native_weight: NativeWeight, first_row: int, first_column: int, out: Tensor
+    ) -> Tensor | None:
         """Fill ``out`` with what a weight holds from a row and the column of a block on; None: C does not take it."""
-        return self._native_dequantize(self._isa, *given, row, column, out, torch.get_num_threads())
+        return self._native_dequantize(
+            self._isa, *native_weight, first_row, first_column, out, torch.get_num_threads()
+        )
 
     def add_low_rank(self, base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
         """Return ``base + scaling * (x @ A.T) @ B.T``: (batch, out), of (batch, in), (rank, in), (out, rank)."""
-        if not is_traced():
+        if not is_recording_operations():
             out = self._update(self._isa, base, x, a, b, scaling, torch.get_num_threads())
             if out is not None:
                 return out
@@ -346,35 +391,37 @@ class Kernel(CpuRows, CpuPlan):
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
-        if dtype in TYPES and not is_traced():
+        if dtype in TYPES and not is_recording_operations():
             start, stop, _ = rows.indices(weight.shape[0])
             out = weight.packed.new_empty(max(0, stop - start), weight.shape[-1], dtype=dtype)
-            for given in self._handles(weight):
-                if self._dequantize(given, start, 0, out) is not None:
+            for native_weight in self._cached_then_new_native_weights(weight):
+                if self._try_dequantize_into(native_weight, start, 0, out) is not None:
                     return out
         return reference.dequantize(weight, rows, dtype)
 
     def quantizing_bytes(self, rows: Tensor, into: QuantizedTensor) -> float:
         """Return the scratch of ``quantize_rows`` in bytes per weight: a row's squares, and numbers in float32."""
-        if not _quantizes(into) or is_traced():
+        if not _can_quantize_in_c(into) or is_recording_operations():
             return reference.quantizing_bytes(rows, into)
-        return 16 / rows.shape[1] + (0 if _is_plain_rows(rows) else 4)
+        return 16 / rows.shape[1] + (0 if _is_c_readable_matrix(rows) else 4)
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
         """Quantize rows (rows, n) into the rows ``chunk`` of the matrix ``into``."""
-        if not _quantizes(into):
+        if not _can_quantize_in_c(into):
             return reference.quantize_rows(rows, into, chunk, importance)
         form, size, packed, stored = get_format(into.format), into.block_size, into.packed[chunk], into.scales[chunk]
         encoding = _ENCODINGS[into.encoding.name, into.encoding.signed]
-        rows = rows if _is_plain_rows(rows) else rows.float().contiguous()
-        fits = _is_plain_rows(rows) and all(is_real(t) and t.is_contiguous() for t in (packed, stored))
+        rows = rows if _is_c_readable_matrix(rows) else rows.float().contiguous()
+        fits = _is_c_readable_matrix(rows) and all(
+            is_plain_cpu_tensor(t) and t.is_contiguous() for t in (packed, stored)
+        )
         fits = fits and rows.shape == (len(packed), into.shape[-1])
         if importance is not None:
-            fits = fits and is_float(importance) and importance.shape == rows.shape[1:]
-        if not fits or is_traced() or not rows.numel():
+            fits = fits and is_c_readable_float32(importance) and importance.shape == rows.shape[1:]
+        if not fits or is_recording_operations() or not rows.numel():
             return reference.quantize_rows(rows, into, chunk, importance)
-        levels, boundaries = floats(form.levels), floats(form.boundaries)
-        candidates = floats(CANDIDATES if into.method == "search" else ())
+        levels, boundaries = c_float_array(form.levels), c_float_array(form.boundaries)
+        candidates = c_float_array(CANDIDATES if into.method == "search" else ())
         count, columns = rows.shape
         threads = min(torch.get_num_threads(), count)
         squares = torch.empty(count, 2, dtype=torch.float64, device="cpu")
@@ -392,7 +439,7 @@ class Kernel(CpuRows, CpuPlan):
             boundaries.buffer_info()[0],
             *candidates.buffer_info(),
             0 if importance is None else importance.data_ptr(),
-            *unpack("@2I", floats((into.encoding.largest, form.top)).tobytes()),  # the bits of each
+            *unpack("@2I", c_float_array((into.encoding.largest, form.top)).tobytes()),  # the bits of each
             form.divisor,
             form.zero_code,
             form.signed,
@@ -400,62 +447,65 @@ class Kernel(CpuRows, CpuPlan):
             threads,
         )
         if not held:
-            return reference.quantize_rows(rows, into, chunk, importance)  # raises the error
-        return _total(squares)
+            # Raises the error
+            return reference.quantize_rows(rows, into, chunk, importance)
+        return _square_sums_over_rows(squares)
 
     def squares(self, x: Tensor, other: Tensor) -> Squares:
         """Return the sums of ``(x - other)^2`` and ``x^2`` of two matrices."""
-        fits = _is_plain_rows(x) and _is_plain_rows(other) and x.shape == other.shape
-        if not fits or not x.numel() or is_traced():
+        fits = _is_c_readable_matrix(x) and _is_c_readable_matrix(other) and x.shape == other.shape
+        if not fits or not x.numel() or is_recording_operations():
             return reference.squares(x, other)
         squares = torch.empty(len(x), 2, dtype=torch.float64, device="cpu")
         addresses = x.data_ptr(), other.data_ptr(), squares.data_ptr()
-        self._run(COMPARE, x.numel(), COMPARE_CALL.pack(TYPES[x.dtype], TYPES[other.dtype], *x.shape, *addresses))
-        return _total(squares)
+        self._call_rowwise(
+            COMPARE, x.numel(), COMPARE_CALL.pack(TYPES[x.dtype], TYPES[other.dtype], *x.shape, *addresses)
+        )
+        return _square_sums_over_rows(squares)
 
-    def _given(self, weight: Weight, use: str = _AS_FLOATS) -> Given | None:
+    def _native_weight_or_none(self, weight: Weight, cache_key: str = _AS_FLOATS) -> NativeWeight | None:
         """Return a weight as C takes it, making its handle if there is none; None where C cannot read it."""
         if not isinstance(weight, QuantizedTensor):  # faster than isinstance(weight, Tensor)
             return None, weight, None
-        kept: Prepared | None = weight.cache.get(use)
-        if kept is None or kept.kernel is not self:
-            kept = self._prepare(weight, use)
-        return None if kept is None else (kept.handle, weight.packed, weight.scales)
+        cached_handle: NativeHandle | None = weight.cache.get(cache_key)
+        if cached_handle is None or cached_handle.backend is not self:
+            cached_handle = self._make_and_cache_handle(weight, cache_key)
+        return None if cached_handle is None else (cached_handle.handle, weight.packed, weight.scales)
 
-    def _handles(self, weight: Weight, use: str = _AS_FLOATS) -> Iterator[Given]:
+    def _cached_then_new_native_weights(self, weight: Weight, cache_key: str = _AS_FLOATS) -> Iterator[NativeWeight]:
         """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one. The new
         handle is of a snapshot, to which no other thread can assign data."""
-        given = self._given(weight, use)
-        if given is not None:
-            yield given
+        native_weight = self._native_weight_or_none(weight, cache_key)
+        if native_weight is not None:
+            yield native_weight
         if isinstance(weight, QuantizedTensor):
             now = replace(weight, packed=weight.packed.data, scales=weight.scales.data)
-            kept = self._prepare(now, use)
-            if kept is not None:
-                weight.cache[use] = kept
-                yield kept.handle, now.packed, now.scales
+            new_handle = self._make_and_cache_handle(now, cache_key)
+            if new_handle is not None:
+                weight.cache[cache_key] = new_handle
+                yield new_handle.handle, now.packed, now.scales
 
-    def _prepare(self, weight: QuantizedTensor, use: str) -> Prepared | None:
+    def _make_and_cache_handle(self, weight: QuantizedTensor, cache_key: str) -> NativeHandle | None:
         """Make and cache the C handle of a weight for one use, or return None where C cannot read the weight."""
         packed, scales = weight.packed, weight.scales
         if (packed.shape, packed.dtype, scales.shape, scales.dtype) != weight.stored_layout or len(weight.shape) != 2:
             return None
         rows, columns = weight.shape
-        without_offsets = use in (_BASE, _BASE_IN_INT8)
-        if not columns or (weight.has_offsets != without_offsets and use != _AS_FLOATS):
+        without_offsets = cache_key in (_BASE, _BASE_IN_INT8)
+        if not columns or (weight.has_offsets != without_offsets and cache_key != _AS_FLOATS):
             return None
         form = get_format(weight.format)
         points, levels = 0 if form.bits == 4 else form.divisor, form.levels
-        if use in (_IN_INT8, _BASE_IN_INT8):
+        if cache_key in (_IN_INT8, _BASE_IN_INT8):
             if form.bits == 8:
                 return None
-            points, levels = int8.rounded_levels(levels)
+            points, levels = int8_rounding.step_count_and_rounded_levels(levels)
         handle = self.native.prepare(
             self._order(self._isa, columns, weight.block_size),
             self._isa,
             packed,
             scales,
-            floats(levels).buffer_info()[0] if form.bits == 4 else 0,  # C computes those of 8 bits
+            c_float_array(levels).buffer_info()[0] if form.bits == 4 else 0,  # C computes those of 8 bits
             _ENCODINGS[weight.encoding.name.removesuffix("_offsets"), weight.encoding.signed],
             weight.block_size,
             rows,
@@ -465,27 +515,29 @@ class Kernel(CpuRows, CpuPlan):
         )
         if handle is None:
             return None
-        kept = weight.cache[use] = Prepared(self, handle)  # returned, since another thread may replace the cached one
-        return kept
+        new_handle = weight.cache[cache_key] = NativeHandle(
+            self, handle
+        )  # returned, since another thread may replace the cached one
+        return new_handle
 
 
-def _quantizes(into: QuantizedTensor) -> bool:
+def _can_quantize_in_c(target: QuantizedTensor) -> bool:
     """Whether C quantizes into a matrix: it searches for no scales of 8 bits."""
-    return not into.has_offsets and (get_format(into.format).bits == 4 or into.method == "absmax")
+    return not target.has_offsets and (get_format(target.format).bits == 4 or target.method == "absmax")
 
 
-def _is_plain_rows(rows: Tensor) -> bool:
+def _is_c_readable_matrix(matrix: Tensor) -> bool:
     """Whether C may read the numbers of a matrix where they lie."""
-    return rows.dtype in TYPES and rows.is_contiguous() and is_real(rows)
+    return matrix.dtype in TYPES and matrix.is_contiguous() and is_plain_cpu_tensor(matrix)
 
 
-def _total(squares: Tensor) -> Squares:
+def _square_sums_over_rows(row_squares: Tensor) -> Squares:
     """Return the sums over the rows of (rows, 2), exactly rounded: the same for any number of threads."""
-    lost, size = squares.t().tolist()
+    lost, size = row_squares.t().tolist()
     return Squares(math.fsum(lost), math.fsum(size))
 
 
-def rows_apart(x: Tensor) -> Tensor:
+def pad_rows_against_nan_leak(x: Tensor) -> Tensor:
     """Return an input for torch's products, with zeros behind its rows where one of them begins with NaN or infinity.
 
     On processors with AMX torch (oneDNN) reads bfloat16 rows in whole tiles. It multiplies what it reads of the next
@@ -497,26 +549,30 @@ def rows_apart(x: Tensor) -> Tensor:
     return functional.pad(x, (0, missing))[:, : x.shape[1]]
 
 
-def _in_chunks(
-    x: Tensor, nbytes: int, limit: int, dtype: torch.dtype, function: Callable[[Tensor], Tensor | None]
+def _apply_to_batch_chunks(
+    x: Tensor,
+    scratch_bytes_per_row: int,
+    scratch_limit: int,
+    out_dtype: torch.dtype,
+    function: Callable[[Tensor], Tensor | None],
 ) -> Tensor | None:
     """Apply a function to chunks of the batch whose scratch, ``nbytes`` a row, stays below ``limit``; the result is
     in ``dtype``, or None where the function returns None."""
-    step, out = max(1, limit // max(1, nbytes)), None
+    step, out = max(1, scratch_limit // max(1, scratch_bytes_per_row)), None
     if len(x) <= step:
         made = function(x)
-        return None if made is None else made.to(dtype)
+        return None if made is None else made.to(out_dtype)
     for start in range(0, len(x), step):
         made = function(x[start : start + step])
         if made is None:
             return None
         if out is None:
-            out = made.new_empty(len(x), made.shape[1], dtype=dtype)
+            out = made.new_empty(len(x), made.shape[1], dtype=out_dtype)
         out[start : start + step] = made
     return out
 
 
-def _offsets_of(weight: QuantizedTensor) -> Iterator[tuple[slice, Tensor]]:
+def _row_slices_and_decoded_offsets(weight: QuantizedTensor) -> Iterator[tuple[slice, Tensor]]:
     """Yield rows of a matrix and their offsets, in float32: (rows, blocks)."""
     rows, columns = weight.shape
     step = max(1, _OFFSETS_CHUNK // (4 * -(-columns // weight.block_size)))
@@ -525,8 +581,8 @@ def _offsets_of(weight: QuantizedTensor) -> Iterator[tuple[slice, Tensor]]:
         yield chunk, weight.encoding.decode_offsets(weight.scales[chunk])
 
 
-def _chunks(count: int, step: int = 1, about: int = _TORCH_CHUNK) -> list[slice]:
+def _near_equal_slices(length: int, multiple_of: int = 1, target_size: int = _TORCH_CHUNK) -> list[slice]:
     """Return slices of ``count`` rows or columns: of one size or so, at most half more than ``about``, in steps."""
-    size = -(-count // max(1, round(count / about)))
-    size = min(count, -(-size // step) * step)
-    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+    size = -(-length // max(1, round(length / target_size)))
+    size = min(length, -(-size // multiple_of) * multiple_of)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]

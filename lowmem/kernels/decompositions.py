@@ -10,47 +10,52 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.kernels.frozen_operator import parsed
+from lowmem.kernels.frozen_weight_operator import parse_quantization_description
 from lowmem.quant.backend import float_dtype
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import by_block
-from lowmem.quant.scales import get_encoding
-from lowmem.quant.search import spread
+from lowmem.quant.packing import apply_to_blocks
+from lowmem.quant.scale_encodings import get_scale_encoding
+from lowmem.quant.scale_search import expand_block_scales
 
 
-def decomposes(name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+def register_decomposition(operator_name: str) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
     """Register a function as what ``torch.ops.lowmem.<name>`` does, with its arguments."""
-    packet, _, overload = name.partition(".")
+    packet, _, overload = operator_name.partition(".")
     operator = getattr(getattr(torch.ops.lowmem, packet), overload or "default")
 
-    def register(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def register_function(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # Exporters to other formats read all of this table. Fake tensors of dynamic sizes do, too, unless the other
         # one has the operator: then they call its fake implementation.
         torch._decomp.decomposition_table[operator] = function
         torch._decomp.meta_table[operator] = operator
         return function
 
-    return register
+    return register_function
 
 
-def dequantized(packed: Tensor, scales: Tensor, text: str, dtype: torch.dtype) -> Tensor:
+def decomposed_dequantize(packed: Tensor, scales: Tensor, description: str, dtype: torch.dtype) -> Tensor:
     """Return the matrix (rows, columns) of ``parts_of`` a weight in ``dtype``."""
-    columns, (format, block_size, scale_encoding), _ = parsed(text)
+    columns, (format, block_size, scale_encoding), _ = parse_quantization_description(description)
     form = get_format(format)
-    if form.bits == 8:  # a table of 256 numbers would be as many nodes of a graph
+    # A table of 256 numbers would be as many nodes of a graph
+    if form.bits == 8:
         values = (packed.float() - 128) / form.divisor
     else:
-        values = _looked_up(form.levels, by_block(packed.float(), block_size // 2, _split)[:, :columns])
-    return (values * spread(_decoded(scales, scale_encoding, form.signed), block_size, columns)).to(dtype)
+        values = _table_lookup(
+            form.levels, apply_to_blocks(packed.float(), block_size // 2, _codes_from_nibbles)[:, :columns]
+        )
+    return (
+        values * expand_block_scales(_decoded_scales(scales, scale_encoding, form.signed), block_size, columns)
+    ).to(dtype)
 
 
-def _split(block: Tensor) -> Tensor:
+def _codes_from_nibbles(packed_block: Tensor) -> Tensor:
     """Return the codes (..., B) in bytes (..., B / 2), as ``lowmem.quant.packing.unpack`` does, in floats."""
-    high = (block / 16).floor()
-    return torch.cat([block - 16 * high, high], dim=-1)
+    high = (packed_block / 16).floor()
+    return torch.cat([packed_block - 16 * high, high], dim=-1)
 
 
-def product(x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, *low_rank: Any) -> Tensor:
+def decomposed_product(x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, *low_rank: Any) -> Tensor:
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T`` for a dense weight, or ``x @ W``, in the weight's dtype."""
     wide = x.to(weight.dtype)
     out = wide @ weight if transposed else functional.linear(wide, weight)
@@ -62,28 +67,29 @@ def product(x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, *l
     return out + update.to(out.dtype)
 
 
-def _decoded(scales: Tensor, scale_encoding: str, signed: bool) -> Tensor:
+def _decoded_scales(scales: Tensor, scale_encoding: str, signed: bool) -> Tensor:
     """Return the scales (rows, blocks) in float32, given as they are or as their bytes."""
-    encoding = get_encoding(scale_encoding, signed)
+    encoding = get_scale_encoding(scale_encoding, signed)
     if scales.dtype is not torch.uint8:
         decoded: Tensor = encoding.decode(scales)
         return decoded
     if encoding.name == "float32":
-        return _float(scales, 4)
+        return _floats_from_bytes(scales, 4)
     if encoding.name == "float16":
-        return _float(scales, 2)
-    count = scales[:, : -encoding.extra].float()
+        return _floats_from_bytes(scales, 2)
+    count = scales[:, : -encoding.extra_per_row].float()
     if encoding.signed:
         count = torch.where(count >= 128, 128 - count, count)
-    return count * _float(scales[:, -encoding.extra :], 2) / (127 if encoding.signed else 255)
+    return count * _floats_from_bytes(scales[:, -encoding.extra_per_row :], 2) / (127 if encoding.signed else 255)
 
 
-def _float(stored: Tensor, size: int) -> Tensor:
+def _floats_from_bytes(stored_bytes: Tensor, itemsize: int) -> Tensor:
     """Return the numbers (rows, n) of bytes (rows, n * size), by arithmetic that is exact in float32."""
-    bits, bias = (10, 15) if size == 2 else (23, 127)  # of the mantissa, and of the exponent
-    *low, second, first = stored.unflatten(-1, (-1, size)).float().unbind(-1)  # (rows, n) each
+    bits, bias = (10, 15) if itemsize == 2 else (23, 127)  # of the mantissa, and of the exponent
+    *low, second, first = stored_bytes.unflatten(-1, (-1, itemsize)).float().unbind(-1)  # (rows, n) each
     negative = first >= 128
-    head = torch.where(negative, first - 128, first) * 256 + second  # exponent, and the mantissa's first bits
+    # Exponent, and the mantissa's first bits
+    head = torch.where(negative, first - 128, first) * 256 + second
     step = 2.0 ** (bits - 8 * len(low))
     exponent = (head / step).floor()
     mantissa = head - exponent * step
@@ -92,13 +98,21 @@ def _float(stored: Tensor, size: int) -> Tensor:
     fraction = torch.where(exponent == 0, mantissa, mantissa + 2.0**bits) * 2.0**-bits
     power = torch.where(exponent == 0, exponent, exponent - 1)  # of the number, less 1 - bias
     high = (power / 16).floor()
-    fraction = fraction * _looked_up([2.0**one for one in range(16)], power - 16 * high)
-    magnitude = fraction * _looked_up([2.0 ** (16 * one + 1 - bias) for one in range(2 * bias // 16 + 1)], high)
+    fraction = fraction * _table_lookup([2.0**power_index for power_index in range(16)], power - 16 * high)
+    magnitude = fraction * _table_lookup(
+        [2.0 ** (16 * power_index + 1 - bias) for power_index in range(2 * bias // 16 + 1)], high
+    )
     return torch.where(negative, -magnitude, magnitude)
 
 
-def product_4bit(
-    x: Tensor, packed: Tensor, scales: Tensor, text: str, dtype: torch.dtype | None, transposed: bool, *added: Any
+def decomposed_product_4bit(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    description: str,
+    dtype: torch.dtype | None,
+    transposed: bool,
+    *bias_and_low_rank: Any,
 ) -> Tensor:
     """Return the product with a 4-bit weight; a dtype of None is that of ``x``.
 
@@ -110,11 +124,11 @@ def product_4bit(
             "lowmem has no plain operators for compute_dtype=torch.int8, as torch.onnx.export needs: convert the "
             "model with compute_dtype=None"
         )
-    weight = dequantized(packed, scales, text, float_dtype(dtype or x.dtype, x.dtype))
-    return product(x, weight, transposed, *(added or (None,)))
+    weight = decomposed_dequantize(packed, scales, description, float_dtype(dtype or x.dtype, x.dtype))
+    return decomposed_product(x, weight, transposed, *(bias_and_low_rank or (None,)))
 
 
-def _looked_up(values: Sequence[float], indices: Tensor) -> Tensor:
+def _table_lookup(values: Sequence[float], indices: Tensor) -> Tensor:
     """Return ``values[indices]``. The table is stacked: of ``torch.tensor`` a graph would hold writes in place."""
-    table = torch.stack([torch.full((), one, dtype=torch.float32, device=indices.device) for one in values])
+    table = torch.stack([torch.full((), value, dtype=torch.float32, device=indices.device) for value in values])
     return table.index_select(0, indices.flatten().int()).view(indices.shape)

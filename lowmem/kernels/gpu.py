@@ -12,17 +12,24 @@ import torch
 from torch import Tensor
 
 from lowmem.kernels import reference
-from lowmem.kernels.memory import TYPES, is_batch, is_plain, is_traced, unseen
+from lowmem.kernels.tensor_checks import (
+    TYPES,
+    has_plain_memory,
+    hide_from_selective_checkpoints,
+    is_batched_by_vmap,
+    is_recording_operations,
+)
 from lowmem.quant.backend import LowRank, Weight
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor, Squares
 
-OLDEST = (3, 6)  # earlier ones flush subnormal quotients to zero (3.4 and 3.5), or have no tl.gather
+# Earlier ones flush subnormal quotients to zero (3.4 and 3.5), or have no tl.gather
+OLDEST = (3, 6)
 PROOF = "values proven in Triton's interpreter; speed not measured"
 
 
 @lru_cache(maxsize=64)
-def skip_reason(device: torch.device) -> str | None:
+def triton_skip_reason(device: torch.device) -> str | None:
     """Return why Triton's kernels do not serve a device, or None.
 
     A small kernel is compiled and started: a driver, a GPU or a missing C compiler may refuse.
@@ -30,27 +37,28 @@ def skip_reason(device: torch.device) -> str | None:
     try:
         import triton
     except ImportError as error:
-        return f"triton cannot be imported ({_first_line(error)}): pip install 'triton>={_dotted(OLDEST)}'"
-    found = tuple(int(number) for number in triton.__version__.split(".")[:2])
-    if found < OLDEST:
-        return f"triton {triton.__version__} is too old: lowmem's kernels need {_dotted(OLDEST)}"
+        oldest = _dotted_version(OLDEST)
+        return f"triton cannot be imported ({_first_line_of_error(error)}): pip install 'triton>={oldest}'"
+    installed = tuple(int(number) for number in triton.__version__.split(".")[:2])
+    if installed < OLDEST:
+        return f"triton {triton.__version__} is too old: lowmem's kernels need {_dotted_version(OLDEST)}"
     try:
         weight = QuantizedTensor.empty(torch.Size((1, 8)), "nf4", 8, "float32", "absmax", device=device)
-        _launches().dequantize(weight, torch.empty(1, 8, dtype=torch.float32, device=device))()
+        _import_triton_launch().dequantize_launch(weight, torch.empty(1, 8, dtype=torch.float32, device=device))()
     except Exception as error:  # noqa: BLE001 (of the compiler, the linker or the driver; plain torch serves then)
-        return f"triton {triton.__version__} does not run on {device}: {_first_line(error)}"
+        return f"triton {triton.__version__} does not run on {device}: {_first_line_of_error(error)}"
     return None
 
 
-def describe() -> str:
+def cuda_backend_description() -> str:
     """Return what serves CUDA's tensors, and why, as one line of text."""
     if not torch.cuda.is_available():
         return f"none: torch finds no GPU (triton's kernels: {PROOF})"
-    reason = skip_reason(torch.device("cuda", torch.cuda.current_device()))
+    reason = triton_skip_reason(torch.device("cuda", torch.cuda.current_device()))
     return f"triton: {PROOF}" if reason is None else f"reference: {reason}"
 
 
-class Gpu:
+class GpuBackend:
     """The backend of GPUs. Dequantized chunks of a weight have 8 Mi values: 32 MiB in float32."""
 
     name = "triton"
@@ -60,7 +68,7 @@ class Gpu:
         """Return the function of plain torch, where Triton has no kernel."""
         return getattr(reference, name)
 
-    @unseen
+    @hide_from_selective_checkpoints
     def linear(
         self,
         x: Tensor,
@@ -71,62 +79,71 @@ class Gpu:
     ) -> Tensor:
         """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
         if x.dim() != 2:
-            return reference.by_rows(self.linear, x, weight, dtype, bias, low_rank)
-        out = self._few(x, weight, dtype, bias)
+            return reference.call_on_flattened_batch(self.linear, x, weight, dtype, bias, low_rank)
+        out = self._small_batch_product_or_none(x, weight, dtype, bias)
         if out is None:
-            return reference.linear(x, weight, dtype, bias, low_rank, _dequantized)
+            return reference.linear(x, weight, dtype, bias, low_rank, _rows_dequantized_by_triton)
         return out if low_rank is None else reference.add_low_rank(out, x, *low_rank)
 
-    def _few(self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor | None:
+    def _small_batch_product_or_none(
+        self, x: Tensor, weight: Weight, dtype: torch.dtype, bias: Tensor | None
+    ) -> Tensor | None:
         """Return ``x @ W.T + bias`` of a few inputs by one kernel; None where it does not take them."""
         others = (x,) if bias is None else (x, bias)
-        if not isinstance(weight, QuantizedTensor) or not _takes(weight, dtype, *others):
+        if not isinstance(weight, QuantizedTensor) or not _can_use_triton(weight, dtype, *others):
             return None
-        if _few_refuses(weight, len(x), dtype) or x.shape[1:] != weight.shape[1:] or not x.is_floating_point():
+        if (
+            _unmet_small_batch_requirement(weight, len(x), dtype)
+            or x.shape[1:] != weight.shape[1:]
+            or not x.is_floating_point()
+        ):
             return None
-        if bias is not None and bias.shape != weight.shape[:1]:  # the kernel would read beyond it
+        # The kernel would read beyond it
+        if bias is not None and bias.shape != weight.shape[:1]:
             return None
         weight.check_layout()
         out = x.new_empty(len(x), weight.shape[0], dtype=dtype)
-        _launches().few(x.to(dtype), weight, bias, out)()
+        _import_triton_launch().small_batch_product_launch(x.to(dtype), weight, bias, out)()
         return out
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
-        return reference.input_grad(grad, weight, dtype, _dequantized)
+        return reference.input_grad(grad, weight, dtype, _rows_dequantized_by_triton)
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place."""
-        return reference.add_product(out, x, weight, transposed, _dequantized)
+        return reference.add_product(out, x, weight, transposed, _rows_dequantized_by_triton)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a quantized matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
-        if _takes(weight, dtype):
-            return _dequantized(weight, rows, dtype)
+        if _can_use_triton(weight, dtype):
+            return _rows_dequantized_by_triton(weight, rows, dtype)
         return reference.dequantize(weight, rows, dtype)
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
         """Quantize rows (rows, n) into the rows ``chunk`` of the matrix ``into``; scales are those of torch."""
         packed = into.packed[chunk]
-        if not _takes(into, rows.dtype, rows) or not rows.numel() or packed.stride(1) != 1:
+        if not _can_use_triton(into, rows.dtype, rows) or not rows.numel() or packed.stride(1) != 1:
             return reference.quantize_rows(rows, into, chunk, importance)
         form = get_format(into.format)
         weights = rows.float().contiguous()
-        rows, stored = reference.encode_scales(weights, into, importance)
+        rows, stored = reference.subtract_offsets_and_encode_scales(weights, into, importance)
         scales = into.encoding.decode(stored)  # (rows, blocks)
         used = torch.empty(scales.shape, dtype=torch.uint8, device=rows.device)
-        _launches().quantize(rows, scales, form, into.block_size, packed, used)()
-        into.scales[chunk] = reference.drop_unused(stored, used.bool(), form)
-        return reference.squares_of_chunks(weights, into, chunk)
+        _import_triton_launch().quantize_launch(rows, scales, form, into.block_size, packed, used)()
+        into.scales[chunk] = reference.zero_unused_scales(stored, used.bool(), form)
+        return reference.chunk_square_sums(weights, into, chunk)
 
     def explain(self, weight: Weight, rows: int, dtype: torch.dtype) -> str:
         """Return what computes each product of an input of ``rows`` rows, and why not Triton's kernels."""
         device = (weight.packed if isinstance(weight, QuantizedTensor) else weight).device
-        refused = skip_reason(device) if isinstance(weight, QuantizedTensor) else "it takes 4- and 8-bit weights"
+        refused = (
+            triton_skip_reason(device) if isinstance(weight, QuantizedTensor) else "it takes 4- and 8-bit weights"
+        )
         if refused is not None or not isinstance(weight, QuantizedTensor):
             return f"{reference.explain(weight, rows, dtype)}\n  not triton: {refused}"
         rest = f"triton dequantizes rows in chunks and torch multiplies; {PROOF}"
-        if why := _few_refuses(weight, rows, dtype):
+        if why := _unmet_small_batch_requirement(weight, rows, dtype):
             return f"linear, input_grad: {rest}\n  not few of triton, which takes {why}"
         return f"linear: few of triton, which takes {_FEW_ROWS}; {PROOF}\ninput_grad: {rest}"
 
@@ -134,7 +151,7 @@ class Gpu:
 _FEW_ROWS = "1 to 8 rows"
 
 
-def _few_refuses(weight: QuantizedTensor, rows: int, dtype: torch.dtype) -> str | None:
+def _unmet_small_batch_requirement(weight: QuantizedTensor, rows: int, dtype: torch.dtype) -> str | None:
     """Return what the kernel of a few inputs takes in place of these, or None."""
     if not 1 <= rows <= 8:
         return _FEW_ROWS
@@ -143,41 +160,48 @@ def _few_refuses(weight: QuantizedTensor, rows: int, dtype: torch.dtype) -> str 
     return "weights without offsets" if weight.has_offsets else None
 
 
-def _dequantized(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
-    """Do what ``reference.dequantizer`` does, by Triton where it serves."""
-    if not isinstance(weight, QuantizedTensor) or not _takes(weight, dtype):
-        return reference.dequantizer(weight, rows, dtype, levels)
+def _rows_dequantized_by_triton(
+    weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None
+) -> Tensor:
+    """Do what ``reference.dequantized_rows`` does, by Triton where it serves."""
+    if not isinstance(weight, QuantizedTensor) or not _can_use_triton(weight, dtype):
+        return reference.dequantized_rows(weight, rows, dtype, levels)
     weight.check_layout()
     packed, scales = weight.packed[rows], weight.scales[rows]
     out = torch.empty(len(packed), weight.shape[1], dtype=dtype, device=packed.device)
     if out.numel():
-        _launches().dequantize(replace(weight, packed=packed, scales=scales, shape=out.shape), out, levels)()
+        _import_triton_launch().dequantize_launch(
+            replace(weight, packed=packed, scales=scales, shape=out.shape), out, levels
+        )()
     return out
 
 
-def _takes(weight: QuantizedTensor, dtype: torch.dtype, *others: Tensor) -> bool:
+def _can_use_triton(weight: QuantizedTensor, dtype: torch.dtype, *extra_tensors: Tensor) -> bool:
     """Whether Triton may read a matrix and other tensors, and writes a dtype: plain memory of one device, and nothing
     that records operations."""
-    tensors = (weight.packed, weight.scales, *others)
+    tensors = (weight.packed, weight.scales, *extra_tensors)
     device = weight.packed.device
-    if is_traced() or dtype not in TYPES or len(weight.shape) != 2 or not weight.shape.numel():
+    if is_recording_operations() or dtype not in TYPES or len(weight.shape) != 2 or not weight.shape.numel():
         return False
-    if max(weight.shape) >= 2**31:  # rows and columns are counted in 32 bits
+    # Rows and columns are counted in 32 bits
+    if max(weight.shape) >= 2**31:
         return False
-    if any(not is_plain(one) or is_batch(one) or one.device != device for one in tensors):
+    if any(
+        not has_plain_memory(tensor) or is_batched_by_vmap(tensor) or tensor.device != device for tensor in tensors
+    ):
         return False
-    return skip_reason(device) is None
+    return triton_skip_reason(device) is None
 
 
-def _launches() -> ModuleType:
+def _import_triton_launch() -> ModuleType:
     from lowmem.kernels.triton import launch
 
     return launch
 
 
-def _first_line(error: Exception) -> str:
+def _first_line_of_error(error: Exception) -> str:
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
-def _dotted(numbers: tuple[int, ...]) -> str:
+def _dotted_version(numbers: tuple[int, ...]) -> str:
     return ".".join(map(str, numbers))

@@ -9,32 +9,32 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from lowmem.kernels import int8
-from lowmem.kernels.attention import attention, encode_states
-from lowmem.kernels.codes import decode_8bit, encode_8bit
-from lowmem.kernels.columns import round_columns
-from lowmem.kernels.memory import unseen
-from lowmem.kernels.rowwise import entropies, gated, gated_grad, norm, norm_grad
-from lowmem.quant.backend import Backend, LowRank, Weight, matmul_dtype
+from lowmem.kernels import int8_rounding
+from lowmem.kernels.cached_attention import attention, encode_states
+from lowmem.kernels.codes_8bit import decode_8bit, encode_8bit
+from lowmem.kernels.column_rounding import round_columns
+from lowmem.kernels.rms_norm_and_gating import entropies, gated, gated_grad, norm, norm_grad
+from lowmem.kernels.tensor_checks import hide_from_selective_checkpoints
+from lowmem.quant.backend import Backend, LowRank, Weight, fast_matmul_dtype
 from lowmem.quant.formats import Format, get_format
-from lowmem.quant.packing import by_block, pack
-from lowmem.quant.scales import ScaleEncoding
-from lowmem.quant.search import (
+from lowmem.quant.packing import apply_to_blocks, pack
+from lowmem.quant.scale_encodings import ScaleEncoding
+from lowmem.quant.scale_search import (
+    block_absmax,
+    block_range_offsets,
     block_sums,
-    fitting_offsets,
-    fitting_scales,
-    largest_weights,
+    expand_block_scales,
+    least_error_scales,
+    least_unclipped_scales,
     nearest_codes,
-    searched_scales,
-    spread,
 )
-from lowmem.quant.tensor import QuantizedTensor, Squares, row_chunks
+from lowmem.quant.tensor import QuantizedTensor, Squares, row_slices_within_scratch
 
 __all__ = [
     "add_low_rank",
     "add_product",
     "attention",
-    "backends",
+    "cpu_backends_and_description",
     "decode_8bit",
     "dequantize",
     "encode_8bit",
@@ -59,11 +59,11 @@ __all__ = [
 name = "reference"
 fast_bfloat16 = True
 
-Dequantizer: TypeAlias = Callable[[Weight, slice, torch.dtype, "tuple[float, ...] | None"], Tensor]
+ChunkDequantizer: TypeAlias = Callable[[Weight, slice, torch.dtype, "tuple[float, ...] | None"], Tensor]
 """Returns rows of a weight in a dtype; numbers replace the levels of its format."""
 
 
-class _OnCpu:
+class _ReferenceCpuBackend:
     """This module as the backend of CPUs: torch's report of the CPU says whether bfloat16 products are fast."""
 
     fast_bfloat16 = torch.backends.cpu.get_cpu_capability() not in ("AVX2", "DEFAULT")
@@ -72,12 +72,14 @@ class _OnCpu:
         return globals()[name]
 
 
-def backends() -> tuple[list[Backend], str]:
+def cpu_backends_and_description() -> tuple[list[Backend], str]:
     """Return this module for CPUs, and how it computes."""
-    return [cast(Backend, _OnCpu())], "plain torch dequantizes rows in chunks"
+    return [cast(Backend, _ReferenceCpuBackend())], "plain torch dequantizes rows in chunks"
 
 
-def dequantizer(weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None) -> Tensor:
+def dequantized_rows(
+    weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None
+) -> Tensor:
     """Return rows of a weight, dequantized in float32 and rounded once; ``levels`` replace those of its format."""
     return weight.restore(rows, levels).to(dtype) if isinstance(weight, QuantizedTensor) else weight[rows].to(dtype)
 
@@ -90,26 +92,26 @@ def check_input(x: Tensor, in_features: int) -> None:
         raise RuntimeError(f"input.shape={tuple(x.shape)} must end in in_features={in_features}")
 
 
-def by_rows(function: Callable[..., Tensor], x: Tensor, weight: Weight, *rest: Any) -> Tensor:
+def call_on_flattened_batch(function: Callable[..., Tensor], x: Tensor, weight: Weight, *arguments: Any) -> Tensor:
     """Return ``function(x, weight, *rest)`` of an input (..., in) for a function that takes (batch, in)."""
     check_input(x, weight.shape[1])
-    return function(x.flatten(0, -2), weight, *rest).view(*x.shape[:-1], weight.shape[0])
+    return function(x.flatten(0, -2), weight, *arguments).view(*x.shape[:-1], weight.shape[0])
 
 
-@unseen
+@hide_from_selective_checkpoints
 def linear(
     x: Tensor,
     weight: Weight,
     dtype: torch.dtype,
     bias: Tensor | None = None,
     low_rank: LowRank | None = None,
-    dequantized: Dequantizer = dequantizer,
+    dequantize_chunk: ChunkDequantizer = dequantized_rows,
 ) -> Tensor:
     """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out), in ``dtype``.
 
     Where torch is slow at ``dtype`` (``matmul_dtype``), the dequantized weight is not rounded to it, and products are
     computed in float32. With torch.int8 the input, and the levels of formats that need it, are rounded to 8 bits
-    (``lowmem.kernels.int8``); products are summed in float32, and the result has the dtype of x. Offsets are
+    (``lowmem.kernels.int8_rounding``); products are summed in float32, and the result has the dtype of x. Offsets are
     multiplied with the sums of the input over blocks, of which neither is rounded.
 
     Args:
@@ -126,7 +128,7 @@ def linear(
         TypeError: torch.int8 with a 16-bit weight.
     """
     if x.dim() != 2:
-        return by_rows(linear, x, weight, dtype, bias, low_rank, dequantized)
+        return call_on_flattened_batch(linear, x, weight, dtype, bias, low_rank, dequantize_chunk)
     out_features, in_features = weight.shape
     check_input(x, in_features)
     levels = None
@@ -134,16 +136,19 @@ def linear(
         if not isinstance(weight, QuantizedTensor):
             raise TypeError(f"dtype={dtype} is for weights of 4 bits, not for {weight.dtype}: give a float dtype")
         form = get_format(weight.format)
-        dtype, levels = torch.float32, form.levels if form.bits == 8 else int8.rounded_levels(form.levels)[1]
-        factor = int8.round_inputs(x, weight.block_size)
+        dtype, levels = (
+            torch.float32,
+            form.levels if form.bits == 8 else int8_rounding.step_count_and_rounded_levels(form.levels)[1],
+        )
+        factor = int8_rounding.round_inputs_to_int8_grid(x, weight.block_size)
     else:
         factor = x.to(dtype)
-    out, wide = factor.new_empty(x.shape[0], out_features), matmul_dtype(dtype, x)
+    out, wide = factor.new_empty(x.shape[0], out_features), fast_matmul_dtype(dtype, x)
     factor = factor.to(wide)
-    for rows in row_chunks(out_features, in_features, device=x.device):
-        part = dequantized(weight, rows, wide, levels)  # (rows, in)
+    for rows in row_slices_within_scratch(out_features, in_features, device=x.device):
+        part = dequantize_chunk(weight, rows, wide, levels)  # (rows, in)
         if levels is None or not isinstance(weight, QuantizedTensor) or not weight.has_offsets:
-            multiply_into(out[:, rows], factor, part.t())
+            matmul_into(out[:, rows], factor, part.t())
             continue
         offsets = weight.encoding.decode_offsets(weight.scales[rows])  # (rows, blocks)
         part = weight.without_offsets().restore(rows, levels)
@@ -155,7 +160,9 @@ def linear(
     return out if low_rank is None else add_low_rank(out, x, *low_rank)
 
 
-def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: Dequantizer = dequantizer) -> Tensor:
+def input_grad(
+    grad: Tensor, weight: Weight, dtype: torch.dtype, dequantize_chunk: ChunkDequantizer = dequantized_rows
+) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype``, which is floating point.
 
     Sums over chunks of rows are kept in float32 at least, as those inside one half-precision product are. Where torch
@@ -168,14 +175,15 @@ def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype, dequantized: De
     sums = torch.zeros(
         grad.shape[0], in_features, dtype=torch.promote_types(dtype, torch.float32), device=grad.device
     )
-    wide = matmul_dtype(dtype, grad)
-    for rows in row_chunks(out_features, in_features, device=grad.device):
-        part = dequantized(weight, rows, wide, None)  # (rows, in)
+    wide = fast_matmul_dtype(dtype, grad)
+    for rows in row_slices_within_scratch(out_features, in_features, device=grad.device):
+        part = dequantize_chunk(weight, rows, wide, None)  # (rows, in)
         if sums.dtype == wide:
             sums.addmm_(grad[:, rows].to(wide), part)
         else:
             sums += grad[:, rows] @ part
-        del part  # before the next chunk is dequantized
+        # Before the next chunk is dequantized
+        del part
     return sums.to(dtype)
 
 
@@ -184,7 +192,7 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
 
     A (rank, in) and B (out, rank) have the dtype of x.
     """
-    wide = matmul_dtype(x.dtype, x)
+    wide = fast_matmul_dtype(x.dtype, x)
     x, a, b = x.to(wide), a.to(wide), b.to(wide)
     narrow = x @ a.t()  # (batch, rank)
     if base.dtype == b.dtype:
@@ -193,22 +201,22 @@ def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) 
 
 
 def add_product(
-    out: Tensor, x: Tensor, weight: Weight, transposed: bool, dequantized: Dequantizer = dequantizer
+    out: Tensor, x: Tensor, weight: Weight, transposed: bool, dequantize_chunk: ChunkDequantizer = dequantized_rows
 ) -> Tensor:
     """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place: sums in float32 or wider, rounded once.
 
     ``out`` and x are floating point, of one dtype.
     """
-    of_torch = matmul_dtype(x.dtype, x)
+    of_torch = fast_matmul_dtype(x.dtype, x)
     if transposed:
         wide = torch.promote_types(out.dtype, torch.float32)
         sums = out.to(wide)
-        for rows in row_chunks(*weight.shape, device=x.device):
-            sums.addmm_(x[:, rows].to(wide), dequantized(weight, rows, of_torch, None).to(wide))
+        for rows in row_slices_within_scratch(*weight.shape, device=x.device):
+            sums.addmm_(x[:, rows].to(wide), dequantize_chunk(weight, rows, of_torch, None).to(wide))
         return out.copy_(sums)
     x = x.to(of_torch)
-    for rows in row_chunks(*weight.shape, device=x.device):
-        part = dequantized(weight, rows, of_torch, None).t()  # (in, rows)
+    for rows in row_slices_within_scratch(*weight.shape, device=x.device):
+        part = dequantize_chunk(weight, rows, of_torch, None).t()  # (in, rows)
         if of_torch is out.dtype:
             out[:, rows].addmm_(x, part)
         else:
@@ -216,7 +224,7 @@ def add_product(
     return out
 
 
-def multiply_into(out: Tensor, x: Tensor, factor: Tensor) -> None:
+def matmul_into(out: Tensor, x: Tensor, factor: Tensor) -> None:
     """Write ``x @ factor`` to ``out``, whose dtype may differ from x's. ``out=`` keeps autocast from casting."""
     same = x.dtype is out.dtype
     product = torch.mm(x, factor, out=out if same else x.new_empty(out.shape))
@@ -226,10 +234,11 @@ def multiply_into(out: Tensor, x: Tensor, factor: Tensor) -> None:
 
 def dequantize(weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
     """Return rows of a 4-bit matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
-    weight.check_layout()  # here, since an empty slice never gets to ``restore``
+    # Here, since an empty slice never gets to ``restore``
+    weight.check_layout()
     chosen, columns = range(weight.shape[0])[rows], weight.shape[-1]
     out = torch.empty(len(chosen), columns, dtype=dtype, device=weight.packed.device)
-    for chunk in row_chunks(len(chosen), columns, device=out.device):
+    for chunk in row_slices_within_scratch(len(chosen), columns, device=out.device):
         out[chunk] = weight.restore(slice(chosen.start + chunk.start, chosen.start + chunk.stop))
     return out
 
@@ -250,21 +259,24 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     """
     form, size = get_format(into.format), into.block_size
     weights = rows.float().contiguous()
-    rows, stored = encode_scales(weights, into, importance)
+    rows, stored = subtract_offsets_and_encode_scales(weights, into, importance)
     codes = nearest_codes(rows, into.encoding.decode(stored), form, size)
     into.packed[chunk] = pack(codes, size) if form.bits == 4 else codes[:, : rows.shape[1]]
-    used = by_block(codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True))
-    into.scales[chunk] = drop_unused(stored, used, form)
-    del rows, stored, codes, used  # before a chunk is dequantized
-    return squares_of_chunks(weights, into, chunk)
+    used = apply_to_blocks(
+        codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True)
+    )
+    into.scales[chunk] = zero_unused_scales(stored, used, form)
+    # Before a chunk is dequantized
+    del rows, stored, codes, used
+    return chunk_square_sums(weights, into, chunk)
 
 
-def squares_of_chunks(weights: Tensor, into: QuantizedTensor, chunk: slice) -> Squares:
+def chunk_square_sums(weights: Tensor, quantized: QuantizedTensor, chunk: slice) -> Squares:
     """Return what rows lost that were quantized into the rows ``chunk`` of a matrix."""
-    first = chunk.indices(into.shape[0])[0]
+    first = chunk.indices(quantized.shape[0])[0]
     return Squares.total(
-        squares(weights[part], into.restore(slice(first + part.start, first + part.stop)))
-        for part in row_chunks(*weights.shape, device=weights.device)
+        squares(weights[part], quantized.restore(slice(first + part.start, first + part.stop)))
+        for part in row_slices_within_scratch(*weights.shape, device=weights.device)
     )
 
 
@@ -273,53 +285,61 @@ def squares(x: Tensor, other: Tensor) -> Squares:
     or ``other`` is; sums in float64, since squares of float32 numbers may overflow or underflow float32."""
     wide = torch.promote_types(torch.promote_types(x.dtype, other.dtype), torch.float32)
     numbers = x.to(wide)
-    lost = float((numbers - other.to(wide)).double().square_().sum())  # freed before the next sum
+    # Freed before the next sum
+    lost = float((numbers - other.to(wide)).double().square_().sum())
     return Squares(lost, float(numbers.to(torch.float64, copy=True).square_().sum()))
 
 
-def encode_scales(rows: Tensor, into: QuantizedTensor, importance: Tensor | None) -> tuple[Tensor, Tensor]:
+def subtract_offsets_and_encode_scales(
+    rows: Tensor, target: QuantizedTensor, importance: Tensor | None
+) -> tuple[Tensor, Tensor]:
     """Return what is left of float32 (rows, n) when offsets are taken off, and scales and offsets as stored.
 
     Raises:
         ValueError: see ``quantize_rows``.
     """
-    form, encoding, size = get_format(into.format), into.encoding, into.block_size
-    scales = largest_weights(rows, size, form.signed)  # (rows, blocks)
-    if form.bits == 8:  # twice: dequantized weights then give the same float32 scale again
+    form, encoding, size = get_format(target.format), target.encoding, target.block_size
+    scales = block_absmax(rows, size, form.signed)  # (rows, blocks)
+    # Twice: dequantized weights then give the same float32 scale again
+    if form.bits == 8:
         once = scales / form.top
         twice = once * form.top / form.top
-        beyond = twice.isinf() & once.isfinite()  # rounded up, the scale gives a weight beyond float32
+        # Rounded up, the scale gives a weight beyond float32
+        beyond = twice.isinf() & once.isfinite()
         scales = torch.where(beyond, torch.nextafter(once, torch.zeros_like(once)), twice)
     largest = float(scales.abs().max())
-    if not largest <= encoding.largest:  # also when it is NaN
-        raise ValueError(_range_message(rows, largest, encoding, form.top))
+    # Also when it is NaN
+    if not largest <= encoding.largest:
+        raise ValueError(_scale_range_error_message(rows, largest, encoding, form.top))
     if encoding.offsets:
-        offsets = encoding.round_offsets(fitting_offsets(rows, form, size))  # (rows, blocks)
-        rows = rows - spread(offsets, size, rows.shape[1])
-        scales = fitting_scales(rows, form, size)
+        offsets = encoding.round_offsets_down(block_range_offsets(rows, form, size))  # (rows, blocks)
+        rows = rows - expand_block_scales(offsets, size, rows.shape[1])
+        scales = least_unclipped_scales(rows, form, size)
         if not float(scales.max()) <= encoding.largest:
-            raise ValueError(_range_message(rows, float(scales.max()), encoding))
-    if into.method == "search":
+            raise ValueError(_scale_range_error_message(rows, float(scales.max()), encoding))
+    if target.method == "search":
         top = None if form.signed and not encoding.offsets else scales
-        scales = searched_scales(rows, form, size, encoding.largest, importance, top)
+        scales = least_error_scales(rows, form, size, encoding.largest, importance, top)
     stored = encoding.encode(scales)
-    return rows, encoding.with_offsets(stored, offsets) if encoding.offsets else stored
+    return rows, encoding.concatenate_scales_and_offsets(stored, offsets) if encoding.offsets else stored
 
 
-def drop_unused(stored: Tensor, used: Tensor, form: Format) -> Tensor:
+def zero_unused_scales(stored_scales: Tensor, is_block_used: Tensor, form: Format) -> Tensor:
     """Zero the stored scales of blocks that use zero codes alone, in place; ``used`` is boolean (rows, blocks)."""
     if form.levels[form.zero_code] == 0:
         # Such a block dequantizes to zeros, for which requantizing stores a zero scale. Storing it here already makes
         # requantizing give the same bytes.
-        stored[:, : used.shape[1]].masked_fill_(~used, 0)
-    return stored
+        stored_scales[:, : is_block_used.shape[1]].masked_fill_(~is_block_used, 0)
+    return stored_scales
 
 
-def _range_message(rows: Tensor, largest: float, encoding: ScaleEncoding, top: float = 1.0) -> str:
-    if broken := int((~rows.isfinite()).sum()):
+def _scale_range_error_message(
+    weights: Tensor, largest_scale: float, encoding: ScaleEncoding, top: float = 1.0
+) -> str:
+    if broken := int((~weights.isfinite()).sum()):
         return f"weight holds {broken} values that are NaN, infinite or beyond float32; repair them first"
     return (
-        f"weight holds the magnitude {largest * top:.6g}, above {encoding.largest * top:.6g}, the most that "
+        f"weight holds the magnitude {largest_scale * top:.6g}, above {encoding.largest * top:.6g}, the most that "
         f"scales={encoding.name!r} can hold; use scales='float32'"
     )
 

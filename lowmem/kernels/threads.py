@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
-def usable_cpus(root: Path = Path("/")) -> int:
+def usable_cpu_count(filesystem_root: Path = Path("/")) -> int:
     """Return the number of CPUs that this process may use, at least 1.
 
     Affinity is what ``taskset`` and ``sched_setaffinity`` leave. A quota is ``cpu.max`` of a control group, which
@@ -16,27 +16,29 @@ def usable_cpus(root: Path = Path("/")) -> int:
     is that of the file system.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([affinity, *(math.ceil(quota) for quota in _quotas(root))]))
+    return max(1, min([affinity, *(math.ceil(quota) for quota in _cgroup_cpu_quotas(filesystem_root))]))
 
 
-def _quotas(root: Path) -> Iterator[float]:
+def _cgroup_cpu_quotas(filesystem_root: Path) -> Iterator[float]:
     """Yield the quotas, in CPUs, of this process's control groups and of all groups above them (Linux's
     cgroup-v2.rst, "cpu.max"; sched-bwc.rst for version 1)."""
     try:
-        groups = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:  # not Linux
+        groups = (filesystem_root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        # Not Linux
         return
     for controllers, path in (line.split(":", 2)[1:] for line in groups if line.count(":") >= 2):
         if controllers and "cpu" not in controllers.split(","):
             continue
-        mounted = root / "sys/fs/cgroup" / ("cpu" if controllers else "")
+        mounted = filesystem_root / "sys/fs/cgroup" / ("cpu" if controllers else "")
         group = Path(path)
         for above in (group, *group.parents):
             folder = mounted / above.relative_to("/")
             names = ("cpu.cfs_quota_us", "cpu.cfs_period_us") if controllers else ("cpu.max",)
             try:
                 quota, period, *_ = " ".join((folder / name).read_text() for name in names).split()
-            except OSError:  # a container sees only its own groups, and the root has no quota
+            except OSError:
+                # A container sees only its own groups, and the root has no quota
                 continue
             if quota not in ("max", "-1"):
                 yield int(quota) / int(period)

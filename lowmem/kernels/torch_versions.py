@@ -17,15 +17,16 @@ def is_exporting() -> bool:
     """Whether torch.export records a graph."""
     if TORCH >= (2, 12):
         return torch.compiler.is_exporting()
-    return bool(torch.compiler._is_exporting_flag)  # earlier Dynamo says True of any graph
+    # Earlier Dynamo says True of any graph
+    return bool(torch.compiler._is_exporting_flag)
 
 
-def exports_without_dynamo() -> bool:
+def is_exporting_without_dynamo() -> bool:
     """Whether torch.export records a graph by running the model, as it does unless strict=True."""
     return torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
 
 
-def leave_to_eager(function: Any) -> None:
+def disable_dynamo(function: Any) -> None:
     """Let Dynamo run a function, and what it calls, as it is: after a graph break it would compile each of them.
 
     ``torch.compiler.disable`` does so, too, but imports the whole compiler.
@@ -35,7 +36,7 @@ def leave_to_eager(function: Any) -> None:
     dynamo.set_code_exec_strategy(function.__code__, dynamo._FrameExecStrategy(skip, skip))
 
 
-def constant_in_graphs(function: _F) -> _F:
+def mark_constant_in_graphs(function: _F) -> _F:
     """Let Dynamo call a function while it records, and record the result as a constant.
 
     ``torch.compiler.assume_constant_result`` does no more, and imports the whole compiler.

@@ -9,15 +9,15 @@ from typing import Any, ClassVar, NoReturn, cast
 
 from torch import nn
 
-from lowmem.kernels.torch_versions import leave_to_eager
+from lowmem.kernels.torch_versions import disable_dynamo
 from lowmem.nn import attention  # noqa: F401 - register what adapted weights do
-from lowmem.nn.adapted_forward import LINEAR, forward_with_adapters
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.adapter_bank import AdapterBank, parameter_of
+from lowmem.nn.adapter_bank import AdapterBank, unadapted_parameter
 from lowmem.nn.fold import remerge
-from lowmem.nn.module_class import change_class, copied_module, derived_class
-from lowmem.nn.module_copy import FLAT_WEIGHTS, stored_class
-from lowmem.nn.sharded import sharded_types
+from lowmem.nn.lora_forward import LINEAR, replaced_class_and_lora_forward
+from lowmem.nn.module_class import change_class_and_attributes, derived_class, hookless_shallow_copy
+from lowmem.nn.module_copy import FLAT_WEIGHTS, stored_module_class
+from lowmem.nn.sharded_parameters import imported_dtensor_types
 from lowmem.nn.stored_module import StoredModule
 
 
@@ -37,13 +37,13 @@ class AdaptedModule(nn.Module):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make a module without adapters, by the class that the module had before."""
         plain: Any = self._plain_class
-        change_class(self, plain)
+        change_class_and_attributes(self, plain)
         plain.__init__(self, *args, **kwargs)
 
     @classmethod
-    def _over(cls, plain: type[nn.Module]) -> type[nn.Module]:
+    def _adapted_class_over(cls, plain_class: type[nn.Module]) -> type[nn.Module]:
         """Return the class with the same adapters over ``plain``, another class, whose parameters differ in form."""
-        return adapted_class(plain, cls._adapted_names)
+        return adapted_module_class(plain_class, cls._adapted_names)
 
     def __prepare_scriptable__(self) -> NoReturn:
         """Refuse torch.jit.script, which calls this before it compiles a module's code."""
@@ -57,24 +57,27 @@ class AdaptedModule(nn.Module):
         value = getattr(value, "unadapted", value)  # of another module, whose adapters are not shared
         if name in self._adapted_names or name == "bias":
             bank = self.__dict__["_modules"].get("adapters")
-            sharded = sharded_types()  # FSDP2 sets shards, and what it gathers from them: the same values
+            # FSDP2 sets shards, and what it gathers from them: the same values
+            sharded = imported_dtensor_types()
             shared = isinstance(value, sharded) or isinstance(self._parameters.get(name), sharded)
             if isinstance(value, sharded):
                 self.__dict__["_set_shards"] = frozenset((*self.__dict__.get("_set_shards", ()), name))
-            if bank is not None and bank.merged is not None and not shared:  # its copy would keep the old values
-                raise ValueError(
-                    f"{name} cannot be set while adapter {bank.merged!r} is merged: call unmerge_adapter(model) first"
-                )
+            # The merged copy would keep the old values.
+            if bank is not None and bank.merged_name is not None and not shared:
+                merged = f"adapter {bank.merged_name!r} is merged"
+                raise ValueError(f"{name} cannot be set while {merged}: call unmerge_adapter(model) first")
         super().__setattr__(name, value)
 
 
-def _of_single_adapter(name: str) -> Any:
-    def get(layer: LoRALinear) -> Any:
+def _single_adapter_property(attribute_name: str) -> Any:
+    def get_from_single_adapter(layer: LoRALinear) -> Any:
         if len(layer.adapters.names) != 1:
-            raise AttributeError(name)
-        return getattr(layer.adapters.parts(layer.adapters.names[0])["weight"], name)
+            raise AttributeError(attribute_name)
+        return getattr(layer.adapters.adapters_by_parameter(layer.adapters.names[0])["weight"], attribute_name)
 
-    return property(get, doc=f"The adapter's ``{name}``, if there is exactly one adapter.")
+    return property(
+        get_from_single_adapter, doc=f"The adapter's ``{attribute_name}``, if there is exactly one adapter."
+    )
 
 
 class LoRALinear(AdaptedModule):
@@ -83,68 +86,88 @@ class LoRALinear(AdaptedModule):
     ``convert`` and ``add_adapter`` change a layer's class to a subclass of both this and the layer's own class.
     """
 
-    lora_a = _of_single_adapter("lora_a")
-    lora_b = _of_single_adapter("lora_b")
-    rank = _of_single_adapter("rank")
-    scaling = _of_single_adapter("scaling")
+    lora_a = _single_adapter_property("lora_a")
+    lora_b = _single_adapter_property("lora_b")
+    rank = _single_adapter_property("rank")
+    scaling = _single_adapter_property("scaling")
 
 
 # cuDNN would write the weights, which are computed, into one memory.
 _RECURRENT: dict[str, Any] = {"_flat_weights": FLAT_WEIGHTS, "flatten_parameters": lambda module: None}
 
 
-def adapted_class(plain: Any, names: tuple[str, ...]) -> type[AdaptedModule]:
+def adapted_module_class(plain_class: Any, parameter_names: tuple[str, ...]) -> type[AdaptedModule]:
     """Return the class of modules of class ``plain`` with adapters on the parameters ``names``."""
-    body: dict[str, Any] = {name: _adapted_property(name) for name in names}
-    body |= {"_plain_class": plain, "_adapted_names": names, "__reduce_ex__": _reduce}
-    if issubclass(plain, nn.RNNBase):
+    body: dict[str, Any] = {name: _adapted_parameter_property(name) for name in parameter_names}
+    body |= {"_plain_class": plain_class, "_adapted_names": parameter_names, "__reduce_ex__": _reduce_adapted_module}
+    if issubclass(plain_class, nn.RNNBase):
         body |= _RECURRENT
-    replaced, forward = forward_with_adapters(plain)
+    replaced, forward = replaced_class_and_lora_forward(plain_class)
     behind = None
-    if replaced is plain and forward is not None:
+    if replaced is plain_class and forward is not None:
         body["forward"] = forward
-    elif forward is not None:  # behind the user's class, whose forward may call that of super()
+    elif forward is not None:
+        # Behind the user's class, whose forward may call that of super()
         behind = derived_class(replaced, forward=forward)
-    base = LoRALinear if plain in LINEAR else AdaptedModule
-    return cast("type[AdaptedModule]", derived_class(plain, base, behind, **body))
+    base = LoRALinear if plain_class in LINEAR else AdaptedModule
+    return cast("type[AdaptedModule]", derived_class(plain_class, base, behind, **body))
 
 
 @cache
-def _adapted_property(name: str) -> property:
-    def get(module: nn.Module) -> Any:
+def _adapted_parameter_property(parameter_name: str) -> property:
+    def get_adapted_parameter(module: nn.Module) -> Any:
         bank = module.__dict__["_modules"].get("adapters")
-        own = module._parameters.get(name)
-        if isinstance(own, sharded_types()) and name in module.__dict__.get("_set_shards", ()):
-            return own  # to FSDP2, which sets shards and reads them; it sets the whole weight before a forward
-        return parameter_of(module, name) if bank is None else bank.weight(module, name)
+        parameter = module._parameters.get(parameter_name)
+        if isinstance(parameter, imported_dtensor_types()) and parameter_name in module.__dict__.get(
+            "_set_shards", ()
+        ):
+            # To FSDP2, which sets shards and reads them; it sets the whole weight before a forward
+            return parameter
+        return (
+            unadapted_parameter(module, parameter_name)
+            if bank is None
+            else bank.adapted_parameter(module, parameter_name)
+        )
 
-    leave_to_eager(get)  # a graph of its own, after a graph break, could not return the weight
+    # A graph of its own, after a graph break, could not return the weight
+    disable_dynamo(get_adapted_parameter)
 
-    def put(module: Any, value: Any) -> None:
-        if name in module.__dict__.get("_forms", ()):
-            getattr(module._plain_class, name).__set__(module, value)
+    def assign_parameter_or_attribute(module: Any, value: Any) -> None:
+        if parameter_name in module.__dict__.get("_forms", ()):
+            getattr(module._plain_class, parameter_name).__set__(module, value)
         else:
-            module.__dict__[name] = value
+            module.__dict__[parameter_name] = value
 
-    return property(get, put, doc=f"The parameter ``{name}``, with the active adapters.")
+    return property(
+        get_adapted_parameter,
+        assign_parameter_or_attribute,
+        doc=f"The parameter ``{parameter_name}``, with the active adapters.",
+    )
 
 
-def _reduce(module: AdaptedModule, protocol: Any) -> Any:
+def _reduce_adapted_module(module: AdaptedModule, protocol: Any) -> Any:
     plain: Any = type(module)._plain_class
     how: Any = plain
     if issubclass(plain, StoredModule):
         generated = plain.dense_class, plain.stored_names, plain.stored_bits
-        how = generated if stored_class(*generated) is plain else plain
+        how = generated if stored_module_class(*generated) is plain else plain
     state: Any = getattr(module, "__getstate__", lambda: module.__dict__)()
     return _empty, (how, type(module)._adapted_names), dict(state)
 
 
-def _empty(how: Any, names: tuple[str, ...]) -> nn.Module:
-    made = adapted_class(stored_class(*how) if isinstance(how, tuple) else how, names)
+def _empty(class_or_stored_class_key: Any, parameter_names: tuple[str, ...]) -> nn.Module:
+    made = adapted_module_class(
+        stored_module_class(*class_or_stored_class_key)
+        if isinstance(class_or_stored_class_key, tuple)
+        else class_or_stored_class_key,
+        parameter_names,
+    )
     return made.__new__(made)
 
 
-def adapted_copy(module: nn.Module, names: Iterable[str], name: str, parts: Mapping[str, Adapter]) -> AdaptedModule:
+def adapted_module_copy(
+    module: nn.Module, parameter_names: Iterable[str], adapter_name: str, adapters_by_parameter: Mapping[str, Adapter]
+) -> AdaptedModule:
     """Return a copy of a module with adapters; it has no hooks, and shares everything else.
 
     Args:
@@ -158,30 +181,32 @@ def adapted_copy(module: nn.Module, names: Iterable[str], name: str, parts: Mapp
             f"{type(module).__name__} has an attribute `adapters` of its own, which a module with adapters has, too: "
             "rename it, or leave the module out with skip="
         )
-    made = adapted_class(type(module), tuple(names))
-    copied = cast(AdaptedModule, copied_module(module, made))
+    made = adapted_module_class(type(module), tuple(parameter_names))
+    copied = cast(AdaptedModule, hookless_shallow_copy(module, made))
     bank = AdapterBank().train(module.training)
-    bank.add(name, parts)
+    bank.add_and_activate(adapter_name, adapters_by_parameter)
     copied._modules["adapters"] = bank
-    own = copied.__dict__
-    own["_load_state_dict_post_hooks"] = type(own["_load_state_dict_post_hooks"])(own["_load_state_dict_post_hooks"])
+    attributes = copied.__dict__
+    attributes["_load_state_dict_post_hooks"] = type(attributes["_load_state_dict_post_hooks"])(
+        attributes["_load_state_dict_post_hooks"]
+    )
     copied.register_load_state_dict_post_hook(remerge)  # type: ignore[no-untyped-call]
     return copied
 
 
-def table_of(module: nn.Module) -> int | None:
+def embedding_table_id_or_none(module: nn.Module) -> int | None:
     """Return the id of an embedding's table, or of the first of its parts; None for other modules."""
     if not isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         return None
-    return next((id(one) for name, one in module._parameters.items() if name.startswith("weight")), None)
+    return next((id(parameter) for name, parameter in module._parameters.items() if name.startswith("weight")), None)
 
 
-def share_table(module: nn.Module, other: nn.Module) -> None:
+def share_embedding_table(target: nn.Module, source: nn.Module) -> None:
     """Make an embedding, in place, use the table of another embedding."""
-    tables = {name: one for name, one in other._parameters.items() if name.startswith("weight")}
-    module.__dict__["_parameters"] = {**module._parameters, **tables}
-    if isinstance(module, StoredModule):
-        module.__dict__["_kept"] = {}
+    tables = {name: parameter for name, parameter in source._parameters.items() if name.startswith("weight")}
+    target.__dict__["_parameters"] = {**target._parameters, **tables}
+    if isinstance(target, StoredModule):
+        target.__dict__["_kept"] = {}
 
 
 def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
@@ -191,7 +216,7 @@ def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
     """
     known: dict[Any, Adapter] = {}
     for module in modules:
-        table = table_of(module)
+        table = embedding_table_id_or_none(module)
         if table is None or not isinstance(module, AdaptedModule):
             continue
         for name, holder in module.adapters._modules.items():

@@ -14,23 +14,24 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowmem import kernels
 from lowmem.kernels import reference
-from lowmem.nn.calls import autocasts, is_plain_call, no_slow_autocast, refuse_nested
+from lowmem.nn.call_context import can_bypass_autograd, check_not_nested, is_autocast_enabled, no_slow_autocast
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
 
-_OVERSAMPLING = 16  # columns of the basis beyond the rank
+# Columns of the basis beyond the rank
+_OVERSAMPLING = 16
 _STEPS = 8  # of subspace iteration; the singular values of a 4-bit error lie close together, so it needs several
 
 
-def is_conv1d_class(kind: type) -> bool:
+def is_transformers_conv1d_class(module_class: type) -> bool:
     """Whether a class is the ``Conv1D`` of transformers: a linear layer with a transposed weight, (in, out)."""
-    return (kind.__module__, kind.__name__) == ("transformers.pytorch_utils", "Conv1D")
+    return (module_class.__module__, module_class.__name__) == ("transformers.pytorch_utils", "Conv1D")
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def is_transformers_conv1d(module: nn.Module) -> bool:
     """Whether a module is the ``Conv1D`` of transformers, or of a subclass."""
-    return any(map(is_conv1d_class, type(module).__mro__))
+    return any(map(is_transformers_conv1d_class, type(module).__mro__))
 
 
 class Layout(NamedTuple):
@@ -47,7 +48,7 @@ class Layout(NamedTuple):
     shape: tuple[int, ...]
     kind: str
 
-    def matrix(self, weight: Tensor) -> Tensor:
+    def to_matrices(self, weight: Tensor) -> Tensor:
         """Return a tensor of the parameter's shape as matrices (*stack, out, in)."""
         if self.kind == "transposed":
             return weight.mT
@@ -55,34 +56,34 @@ class Layout(NamedTuple):
             return weight.flatten(1)
         return weight.movedim(1, 0).flatten(1) if self.kind == "transposed kernel" else weight
 
-    def weight(self, matrix: Tensor) -> Tensor:
+    def from_matrices(self, matrices: Tensor) -> Tensor:
         """Return matrices (*stack, out, in) as a tensor of the parameter's shape."""
         if self.kind == "transposed":
-            return matrix.mT
+            return matrices.mT
         if self.kind == "kernel":
-            return matrix.view(self.shape)
+            return matrices.view(self.shape)
         if self.kind == "transposed kernel":
             rows, outputs, *kernel = self.shape
-            return matrix.view(outputs, rows, *kernel).movedim(0, 1)
-        return matrix
+            return matrices.view(outputs, rows, *kernel).movedim(0, 1)
+        return matrices
 
-    def shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+    def lora_matrix_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of A, (*stack, rank, in), and B, (*stack, out, rank)."""
-        *stack, outputs, inputs = self.matrix(torch.empty(self.shape, dtype=torch.float32, device="meta")).shape
+        *stack, outputs, inputs = self.to_matrices(torch.empty(self.shape, dtype=torch.float32, device="meta")).shape
         return {"lora_a": (*stack, rank, inputs), "lora_b": (*stack, outputs, rank)}
 
 
-def layout_of(module: nn.Module, name: str = "weight") -> Layout:
+def parameter_layout(module: nn.Module, parameter_name: str = "weight") -> Layout:
     """Return the layout of a parameter of a module."""
-    shape = tuple(getattr(module, name).shape)
+    shape = tuple(getattr(module, parameter_name).shape)
     if isinstance(module, _ConvNd):
         return Layout(shape, "transposed kernel" if isinstance(module, _ConvTransposeNd) else "kernel")
-    transposed = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_conv1d(module)
+    transposed = isinstance(module, (nn.Embedding, nn.EmbeddingBag)) or is_transformers_conv1d(module)
     transposed = transposed or (len(shape) > 2 and bool(getattr(module, "is_transposed", False)))
     return Layout(shape, "transposed" if transposed else "linear")
 
 
-class Update(NamedTuple):
+class LowRankUpdate(NamedTuple):
     """The low-rank change ``scaling * left @ right`` of matrices (*stack, rows, columns).
 
     Args:
@@ -99,65 +100,66 @@ class Update(NamedTuple):
     dropout: nn.Module
     adapter: Any = None
 
-    def with_matrices(self, left: Tensor, right: Tensor) -> Update:
+    def with_matrices(self, left: Tensor, right: Tensor) -> LowRankUpdate:
         """Return the change with other matrices, which are views of these."""
         return self._replace(left=left, right=right, adapter=None)
 
-    def selected(self, index: Any) -> Update:
+    def indexed_along_first_dim(self, index: Any) -> LowRankUpdate:
         """Return the change of ``weight[index]``, for an index of the first dimension of the weight."""
-        if self.adapter is not None and self.left.dim() == 3 and (number := _whole_number(index)) is not None:
-            return self.with_matrices(*self.adapter.matrices(number))
-        (update,) = self.rows(lambda matrix: matrix[index])
+        if self.adapter is not None and self.left.dim() == 3 and (number := _int_index_or_none(index)) is not None:
+            return self.with_matrices(*self.adapter.left_and_right_of_stacked_matrix(number))
+        (update,) = self.updates_of_selected_rows(lambda matrix: matrix[index])
         return update
 
-    def rows(self, select: Callable[[Tensor], Any]) -> list[Update]:
+    def updates_of_selected_rows(self, select: Callable[[Tensor], Any]) -> list[LowRankUpdate]:
         """Return the changes of what ``select`` returns, a tensor or several, of the first dimension of a weight."""
         left, right = self.left, self.right
-        lefts = [left] if left.dim() < right.dim() else select(left)  # the same for all rows of a transposed kernel
+        # The same for all rows of a transposed kernel
+        lefts = [left] if left.dim() < right.dim() else select(left)
         rights = [right] if right.dim() < 3 else select(right)
         lefts, rights = ([side] if isinstance(side, Tensor) else list(side) for side in (lefts, rights))
         count = max(len(lefts), len(rights))
         lefts, rights = (side * count if len(side) < count else side for side in (lefts, rights))
         return [self.with_matrices(*pair) for pair in zip(lefts, rights, strict=True)]
 
-    def dropped(self, x: Tensor) -> Tensor:
+    def cast_and_apply_dropout(self, x: Tensor) -> Tensor:
         """Return an input in the dtype of the matrices, after dropout."""
         x = x if x.dtype is self.left.dtype else x.to(self.left.dtype)
-        return x if drops_nothing(self.dropout) else self.dropout(x)
+        return x if is_inactive_dropout(self.dropout) else self.dropout(x)
 
 
-def _whole_number(index: Any) -> int | None:
+def _int_index_or_none(index: Any) -> int | None:
     """Return the index of one matrix of a stack as an int; None if it is none, or a tensor that is being traced."""
     if isinstance(index, Tensor) and index.dim() == 0 and index.dtype in (torch.int64, torch.int32):
         return None if torch.compiler.is_compiling() else int(index)
     return index if type(index) is int else None
 
 
-def drops_nothing(dropout: nn.Module | None) -> bool:
+def is_inactive_dropout(dropout: nn.Module | None) -> bool:
     """Whether a dropout module returns its input unchanged."""
     return type(dropout) is nn.Identity or (type(dropout) is nn.Dropout and not dropout.training)
 
 
-def add_low_rank(out: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+def add_low_rank_product(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float) -> Tensor:
     """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
     if x.dim() != 2:
-        refuse_nested(x)
-    wide = out if out.dim() == 2 else out.reshape(-1, b.shape[0])  # (batch, out)
-    rows = x if x.dim() == 2 else x.reshape(-1, a.shape[1])  # (batch, in)
+        check_not_nested(x)
+    wide = out if out.dim() == 2 else out.reshape(-1, lora_b.shape[0])  # (batch, out)
+    rows = x if x.dim() == 2 else x.reshape(-1, lora_a.shape[1])  # (batch, in)
     with no_slow_autocast(x):
         # Under autocast the fused addition would cast its operands, ``out`` included, to 16 bits.
-        if autocasts(x):
-            narrow = nn.functional.linear(rows, a) * scaling  # (batch, rank)
-            wide = wide + nn.functional.linear(narrow, b).to(out.dtype)
+        if is_autocast_enabled(x):
+            narrow = nn.functional.linear(rows, lora_a) * scaling  # (batch, rank)
+            wide = wide + nn.functional.linear(narrow, lora_b).to(out.dtype)
         else:
-            add = kernels.add_low_rank if is_plain_call(x, out, a, b) else reference.add_low_rank
-            wide = add(wide, rows, a, b, scaling)
+            add = kernels.add_low_rank if can_bypass_autograd(x, out, lora_a, lora_b) else reference.add_low_rank
+            wide = add(wide, rows, lora_a, lora_b, scaling)
     return wide if out.dim() == 2 else wide.view(out.shape)
 
 
-def _factor(matrix: Tensor) -> Tensor:
+def _cast_to_matmul_dtype(matrix: Tensor) -> Tensor:
     """Return a matrix of an adapter in the dtype in which torch multiplies it."""
-    dtype = kernels.matmul_dtype(matrix.dtype, matrix)
+    dtype = kernels.fast_matmul_dtype(matrix.dtype, matrix)
     return matrix if matrix.dtype is dtype else matrix.to(dtype)
 
 
@@ -219,18 +221,19 @@ class Adapter(nn.Module):
         self.technique = technique
         self.rank = technique.rank
         self.scaling = technique.scaling
-        self.layout = layout_of(base, name)
+        self.layout = parameter_layout(base, name)
         self.rows_are_read = isinstance(base, (nn.Embedding, nn.EmbeddingBag))
         self.dropout = nn.Dropout(technique.dropout) if technique.dropout else nn.Identity()
         stored = getattr(base, name)
         dtype = stored.dtype if stored.dtype in (torch.float32, torch.float64) else torch.float32
-        shapes = self.layout.shapes(self.rank)
+        shapes = self.layout.lora_matrix_shapes(self.rank)
         a, b = (torch.zeros(shapes[part], dtype=dtype, device=stored.device) for part in ("lora_a", "lora_b"))
         if self.rows_are_read:
             nn.init.normal_(b)
         else:
-            nn.init.kaiming_uniform_(a.flatten(0, -2), a=math.sqrt(5))  # as nn.Linear initializes its weight
-        a, b = (one.to(technique.dtype or dtype) for one in (a, b))
+            # As nn.Linear initializes its weight
+            nn.init.kaiming_uniform_(a.flatten(0, -2), a=math.sqrt(5))
+        a, b = (matrix.to(technique.dtype or dtype) for matrix in (a, b))
         self.lora_a, self.lora_b = nn.Parameter(a), nn.Parameter(b)
         if technique.init == "loftq":
             if dense is None or not (isinstance(stored, StoredTensor) and isinstance(stored.form, CodedForm)):
@@ -238,48 +241,52 @@ class Adapter(nn.Module):
                     "init='loftq' approximates what 4 or 8 bits lose of the dense weight, and needs both: apply it "
                     "in the call that quantizes, convert(model, FourBit(), LoRA(init='loftq')), or use init='zero'"
                 )
-            if dense.is_meta:  # planned on the meta device, without values
+            # Planned on the meta device, without values
+            if dense.is_meta:
                 return
-            self._approximate(self.layout.matrix(dense.detach().to(dtype) - stored.dequantize(dtype)))
+            self._initialize_from_error(self.layout.to_matrices(dense.detach().to(dtype) - stored.dequantize(dtype)))
 
     @torch.no_grad()
-    def _approximate(self, error: Tensor) -> None:
+    def _initialize_from_error(self, quantization_error: Tensor) -> None:
         """Set A and B so that ``s B A`` approximates ``error`` (*stack, out, in)."""
         a, b = self.lora_a.view(-1, *self.lora_a.shape[-2:]), self.lora_b.view(-1, *self.lora_b.shape[-2:])
-        for number, matrix in enumerate(error.reshape(-1, *error.shape[-2:])):
+        for number, matrix in enumerate(quantization_error.reshape(-1, *quantization_error.shape[-2:])):
             u, sizes, vt = truncated_svd(matrix, self.rank)
-            count = int((sizes > 0).sum())  # beyond the error's rank, A stays random and B zero, and both can train
+            # Beyond the error's rank, A stays random and B zero, and both can train
+            count = int((sizes > 0).sum())
             root = (sizes[:count] / self.scaling).sqrt()
             b[number, :, :count] = u[:, :count] * root
             a[number, :count] = root[:, None] * vt[:count]
 
     @property
-    def starts_at_zero(self) -> nn.Parameter:
+    def zero_initialized_matrix(self) -> nn.Parameter:
         """The matrix that starts at zero: B, or A of an embedding."""
         return self.lora_a if self.rows_are_read else self.lora_b
 
     def forward(self, out: Tensor, x: Tensor) -> Tensor:
         """Return ``out + s B A x`` in out's dtype, for out (..., out_features), x (..., in_features)."""
-        own, dropout = self._parameters, self._modules["dropout"]  # faster than attributes
+        # Faster than attributes
+        parameters, dropout = self._parameters, self._modules["dropout"]
         assert dropout is not None
-        a, b = own.get("lora_a"), own.get("lora_b")
-        if a is None or b is None:  # a parametrization has moved them out
+        a, b = parameters.get("lora_a"), parameters.get("lora_b")
+        # A parametrization has moved them out
+        if a is None or b is None:
             a, b = self.lora_a, self.lora_b
-        right, left = _factor(a), _factor(b)
+        right, left = _cast_to_matmul_dtype(a), _cast_to_matmul_dtype(b)
         x = x if x.dtype is right.dtype else x.to(right.dtype)
-        x = x if drops_nothing(dropout) else dropout(x)
-        return add_low_rank(out, x, right, left, self.scaling)
+        x = x if is_inactive_dropout(dropout) else dropout(x)
+        return add_low_rank_product(out, x, right, left, self.scaling)
 
-    def update(self) -> Update:
+    def low_rank_update(self) -> LowRankUpdate:
         """Return the change in the parameter's orientation: of a "transposed" layout, ``A^T B^T``."""
-        a, b = _factor(self.lora_a), _factor(self.lora_b)
+        a, b = _cast_to_matmul_dtype(self.lora_a), _cast_to_matmul_dtype(self.lora_b)
         if self.layout.kind == "transposed":
-            return Update(a.mT, b.mT, self.scaling, self.dropout, self)
+            return LowRankUpdate(a.mT, b.mT, self.scaling, self.dropout, self)
         if self.layout.kind == "transposed kernel":
             a = a.view(self.rank, self.layout.shape[0], -1).movedim(1, 0)  # (in, rank, values of the kernel)
-        return Update(b, a, self.scaling, self.dropout, self)
+        return LowRankUpdate(b, a, self.scaling, self.dropout, self)
 
-    def matrices(self, number: int) -> tuple[Tensor, Tensor]:
+    def left_and_right_of_stacked_matrix(self, index: int) -> tuple[Tensor, Tensor]:
         """Return ``left`` and ``right`` of ``update`` for one matrix of a stack.
 
         Experts are read one by one, and the gradient of ``a[number]`` is as large as the whole stack. So the stack is
@@ -287,30 +294,36 @@ class Adapter(nn.Module):
         """
         a, b = self.lora_a, self.lora_b
         if torch.compiler.is_compiling() or not all(
-            type(one) is nn.Parameter and not one.is_inference() for one in (a, b)
+            type(parameter) is nn.Parameter and not parameter.is_inference() for parameter in (a, b)
         ):
-            pair = a[number], b[number]
+            pair = a[index], b[index]
         else:
             now = (
-                *((id(one), one._version, one.data_ptr(), one.requires_grad) for one in (a, b)),
+                *(
+                    (id(parameter), parameter._version, parameter.data_ptr(), parameter.requires_grad)
+                    for parameter in (a, b)
+                ),
                 torch.is_grad_enabled(),
                 torch.is_inference_mode_enabled(),
             )
             known = _MATRICES.get(self)
             if known is None or known[0] != now:
                 known = _MATRICES[self] = now, list(zip(a.unbind(), b.unbind(), strict=True))
-            pair = known[1][number]
-        pair = _factor(pair[0]), _factor(pair[1])
+            pair = known[1][index]
+        pair = _cast_to_matmul_dtype(pair[0]), _cast_to_matmul_dtype(pair[1])
         return (pair[0].mT, pair[1].mT) if self.layout.kind == "transposed" else (pair[1], pair[0])
 
-    def changes_nothing(self) -> bool:
+    def is_zero(self) -> bool:
         """Whether A or B is all zero, so that ``B A`` is zero."""
         return not (bool(self.lora_a.any()) and bool(self.lora_b.any()))
 
     def delta(self) -> Tensor:
         """Return ``s B A``, the change of the parameter, in its shape and in float32 or wider."""
-        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)  # the adapter may be in 16 bits
-        return self.layout.weight((self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype))
+        # The adapter may be in 16 bits
+        dtype = torch.promote_types(self.lora_a.dtype, torch.float32)
+        return self.layout.from_matrices(
+            (self.lora_b.detach().to(dtype) * self.scaling) @ self.lora_a.detach().to(dtype)
+        )
 
     def extra_repr(self) -> str:
         """Describe the adapter."""

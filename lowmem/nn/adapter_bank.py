@@ -35,59 +35,65 @@ class AdapterBank(nn.Module):
         return tuple(self._modules)
 
     @property
-    def merged(self) -> str | None:
+    def merged_name(self) -> str | None:
         """The name of the merged adapter, or None."""
         return None if self.merged_copy is None else self.merged_copy[0]
 
     @property
-    def in_use(self) -> tuple[str, ...]:
+    def active_or_merged_names(self) -> tuple[str, ...]:
         """The adapters that contribute to the output, active or merged, in the order in which they were added."""
-        return tuple(name for name in self._modules if name in self.active or name == self.merged)
+        return tuple(name for name in self._modules if name in self.active or name == self.merged_name)
 
-    def parts(self, name: str) -> dict[str, Adapter]:
+    def adapters_by_parameter(self, adapter_name: str) -> dict[str, Adapter]:
         """Return the adapters of a name, by the parameter that each changes; {} for an unknown name."""
-        found = self._modules.get(name)
-        return {} if found is None else cast("dict[str, Adapter]", dict(found._modules))
+        holder = self._modules.get(adapter_name)
+        return {} if holder is None else cast("dict[str, Adapter]", dict(holder._modules))
 
-    def stored(self) -> list[nn.Parameter]:
+    def parameters_with_merged_copy(self) -> list[nn.Parameter]:
         """Return the parameters of all adapters, and of the merged copy."""
         return [*self.parameters(), *(() if self.merged_copy is None else self.merged_copy[1].parameters())]
 
-    def add(self, name: str, parts: Mapping[str, Adapter]) -> None:
+    def add_and_activate(self, adapter_name: str, adapters_by_parameter: Mapping[str, Adapter]) -> None:
         """Add adapters to a name, which may already have some of other parameters, and activate it."""
-        if name not in self._modules:
-            self._modules[name] = nn.Module().train(self.training)
-        for parameter, adapter in parts.items():
-            self._modules[name]._modules[parameter] = adapter.train(self.training)  # type: ignore[union-attr]
-        if name not in self.active:
-            self.active += (name,)
+        if adapter_name not in self._modules:
+            self._modules[adapter_name] = nn.Module().train(self.training)
+        for parameter, adapter in adapters_by_parameter.items():
+            self._modules[adapter_name]._modules[parameter] = adapter.train(self.training)  # type: ignore[union-attr]
+        if adapter_name not in self.active:
+            self.active += (adapter_name,)
 
-    def remove(self, name: str) -> None:
+    def remove(self, adapter_name: str) -> None:
         """Remove the adapters of a name."""
-        self.active = tuple(other for other in self.active if other != name)
-        del self._modules[name]
+        self.active = tuple(other for other in self.active if other != adapter_name)
+        del self._modules[adapter_name]
 
-    def merge(self, name: str, folded: nn.Module) -> None:
+    def use_merged_copy(self, adapter_name: str, merged_module: nn.Module) -> None:
         """Use the parameters that the adapter ``name`` changes from ``folded``, instead of the module's own."""
-        folded.__dict__.update(_modules={}, _buffers={})  # the module's own, which ``_apply`` casts only once
-        self.merged_copy = name, folded
+        # The module's own, which ``_apply`` casts only once
+        merged_module.__dict__.update(_modules={}, _buffers={})
+        self.merged_copy = adapter_name, merged_module
 
-    def unmerge(self) -> None:
+    def drop_merged_copy(self) -> None:
         """Use the module's own parameters again."""
         self.merged_copy = None
 
-    def weight(self, module: nn.Module, name: str) -> Any:
+    def adapted_parameter(self, module: nn.Module, parameter_name: str) -> Any:
         """Return a parameter of a module with its active adapters; without any, the parameter itself."""
-        active, merged = self.active, self.merged_copy  # read only once: another thread may change them
-        base, done = parameter_of(module, name), None
+        # Read only once: another thread may change them
+        active, merged = self.active, self.merged_copy
+        base, merged_name = unadapted_parameter(module, parameter_name), None
         if merged is not None:
-            done = merged[0]
-            base = parameter_of(merged[1], name) if name in self.parts(done) else base
-        active_parts = [self.parts(one) for one in active if one != done]
-        parts = [one[name] for one in active_parts if name in one]
+            merged_name = merged[0]
+            base = (
+                unadapted_parameter(merged[1], parameter_name)
+                if parameter_name in self.adapters_by_parameter(merged_name)
+                else base
+            )
+        active_parts = [self.adapters_by_parameter(adapters) for adapters in active if adapters != merged_name]
+        parts = [adapters[parameter_name] for adapters in active_parts if parameter_name in adapters]
         if not parts or base is None:
             return base
-        return adapted_weight(base, [part.update() for part in parts])
+        return adapted_weight(base, [part.low_rank_update() for part in parts])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         if self.merged_copy is not None:
@@ -97,14 +103,16 @@ class AdapterBank(nn.Module):
 
     def extra_repr(self) -> str:
         """Describe which adapters are active and merged."""
-        return f"active={', '.join(self.active) or None}, merged={self.merged}"
+        return f"active={', '.join(self.active) or None}, merged={self.merged_name}"
 
 
-def parameter_of(module: nn.Module, name: str) -> Any:
+def unadapted_parameter(module: nn.Module, parameter_name: str) -> Any:
     """Return a parameter of a module, dense or stored, without adapters."""
-    own = module.__dict__
-    if isinstance(module, StoredModule) and name in own["_forms"]:
-        return module.stored_tensor(name)
-    parameters = own["_parameters"]  # in a scripted module not a dict, and without get()
-    found = parameters[name] if name in parameters else None  # noqa: SIM401
-    return own.get(name) if found is None else found  # a plain tensor that a hook has set
+    attributes = module.__dict__
+    if isinstance(module, StoredModule) and parameter_name in attributes["_forms"]:
+        return module.stored_tensor(parameter_name)
+    # In a scripted module not a dict, and without get()
+    parameters = attributes["_parameters"]
+    parameter = parameters[parameter_name] if parameter_name in parameters else None  # noqa: SIM401
+    # A plain tensor that a hook has set
+    return attributes.get(parameter_name) if parameter is None else parameter

@@ -41,135 +41,151 @@ class AdapterBuffers(nn.Module):
         self.current = None
         self.base, self.adapters = nn.Module(), nn.Module()
 
-    def held(self) -> dict[str | None, dict[str, Tensor]]:
+    def inactive_buffers_by_adapter(self) -> dict[str | None, dict[str, Tensor]]:
         """Return the buffers by adapter, and under None those of the base; without those of ``current``."""
         holders: dict[str | None, nn.Module] = {None: self.base, **self.adapters._modules}  # type: ignore[dict-item]
-        return {name: dict(one.named_buffers()) for name, one in holders.items() if name != self.current}
+        return {name: dict(holder.named_buffers()) for name, holder in holders.items() if name != self.current}
 
-    def hold(self, current: str | None, held: dict[str | None, dict[str, Tensor]]) -> None:
+    def replace_inactive_buffers(
+        self, current_adapter: str | None, buffers_by_adapter: dict[str | None, dict[str, Tensor]]
+    ) -> None:
         """Replace all buffers by those of ``held``; ``current`` says whose are the module's own."""
-        self.current = current
+        self.current = current_adapter
         self.base, self.adapters = nn.Module(), nn.Module()
-        for name, buffers in held.items():
+        for name, buffers in buffers_by_adapter.items():
             holder = self.base if name is None else nn.Module()
             holder._buffers.update(buffers)
             if name is not None:
                 self.adapters._modules[name] = holder
 
 
-def _bank_of(module: nn.Module) -> AdapterBuffers | None:
+def _inactive_buffers_child_or_none(module: nn.Module) -> AdapterBuffers | None:
     bank = getattr(module, CHILD, None)
     return bank if isinstance(bank, AdapterBuffers) else None
 
 
-def _drop_bank(module: nn.Module) -> None:
-    if _bank_of(module) is not None:
+def _delete_inactive_buffers_child(module: nn.Module) -> None:
+    if _inactive_buffers_child_or_none(module) is not None:
         delattr(module, CHILD)
 
 
-def persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+def initialized_persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
     """Return the buffers of a module, without its children, that its state_dict holds; none while it is lazy."""
-    found = _saved_buffers(module)
-    return {} if any(map(is_lazy, found.values())) else found
+    buffers = _persistent_buffers(module)
+    return {} if any(map(is_lazy, buffers.values())) else buffers
 
 
-def _saved_buffers(module: nn.Module) -> dict[str, Tensor]:
-    left = module._non_persistent_buffers_set
-    return {name: one for name, one in module._buffers.items() if one is not None and name not in left}
+def _persistent_buffers(module: nn.Module) -> dict[str, Tensor]:
+    non_persistent = module._non_persistent_buffers_set
+    return {
+        name: buffer for name, buffer in module._buffers.items() if buffer is not None and name not in non_persistent
+    }
 
 
-def buffered_modules(model: nn.Module) -> dict[str, nn.Module]:
+def buffered_modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules, by path, whose buffers each adapter has a copy of."""
     modules: dict[str, nn.Module] = {}
-    banks = [path for path, one in model.named_modules() if isinstance(one, AdapterBank | AdapterBuffers)]
+    banks = [path for path, child in model.named_modules() if isinstance(child, AdapterBank | AdapterBuffers)]
     for path, module in model.named_modules():
         inside = any(path == bank or path.startswith(f"{bank}.") for bank in banks)
-        if not inside and not isinstance(module, _WITHOUT_CHILD) and _saved_buffers(module):
+        if not inside and not isinstance(module, _WITHOUT_CHILD) and _persistent_buffers(module):
             modules[path] = module
     return modules
 
 
-def follow_adapters(model: nn.Module) -> None:
+def switch_buffers_to_adapter_in_use(model: nn.Module) -> None:
     """Let modules compute with the buffers of the adapter in use that was added last, or without one the base's.
 
     An adapter that is new begins with copies of what the modules compute with. Those of deleted adapters are dropped.
     """
     banks = [module.adapters for module in model.modules() if isinstance(module, AdaptedModule)]
     names = list(dict.fromkeys(name for bank in banks for name in bank.names))
-    in_use = {name for bank in banks for name in bank.in_use}
+    in_use = {name for bank in banks for name in bank.active_or_merged_names}
     current = next((name for name in reversed(names) if name in in_use), None)
     copies: dict[int, Tensor] = {}  # of a buffer that modules share one
-    for module in buffered_modules(model).values():
-        bank = _bank_of(module)
+    for module in buffered_modules_by_path(model).values():
+        bank = _inactive_buffers_child_or_none(module)
         if bank is None:
             bank = AdapterBuffers()
-            if any(map(is_lazy, _saved_buffers(module).values())):
-                module.register_forward_pre_hook(_copy_lazy_buffers)  # called after the one that gives it a shape
-        own = persistent_buffers(module)
-        held = {**bank.held(), bank.current: own}
+            if any(map(is_lazy, _persistent_buffers(module).values())):
+                module.register_forward_pre_hook(
+                    _copy_initialized_buffers_hook
+                )  # called after the one that gives it a shape
+        current_buffers = initialized_persistent_buffers(module)
+        buffers_by_adapter = {**bank.inactive_buffers_by_adapter(), bank.current: current_buffers}
         for name in (None, *names):
-            if not held.get(name):  # new, or the module was lazy
-                held[name] = {key: copies.setdefault(id(one), one.detach().clone()) for key, one in own.items()}
-        held = {name: one for name, one in held.items() if name is None or name in names}
-        module._buffers.update(held.pop(current))
-        bank.hold(current, held)
+            # New, or the module was lazy
+            if not buffers_by_adapter.get(name):
+                buffers_by_adapter[name] = {
+                    key: copies.setdefault(id(value), value.detach().clone())
+                    for key, value in current_buffers.items()
+                }
+        buffers_by_adapter = {
+            name: value for name, value in buffers_by_adapter.items() if name is None or name in names
+        }
+        module._buffers.update(buffers_by_adapter.pop(current))
+        bank.replace_inactive_buffers(current, buffers_by_adapter)
         bank.train(module.training)
         if names:
             module._modules[CHILD] = bank
         else:
-            _drop_bank(module)
+            _delete_inactive_buffers_child(module)
 
 
-def _copy_lazy_buffers(module: nn.Module, arguments: object) -> None:
+def _copy_initialized_buffers_hook(module: nn.Module, arguments: object) -> None:
     """Let the base and all adapters begin with copies of the buffers that a module has once it is not lazy."""
-    bank, own = _bank_of(module), persistent_buffers(module)
+    bank, current_buffers = _inactive_buffers_child_or_none(module), initialized_persistent_buffers(module)
     if bank is not None:
         copies = {
-            name: buffers or {key: one.detach().clone() for key, one in own.items()}
-            for name, buffers in bank.held().items()
+            name: buffers or {key: buffer.detach().clone() for key, buffer in current_buffers.items()}
+            for name, buffers in bank.inactive_buffers_by_adapter().items()
         }
-        bank.hold(bank.current, copies)
+        bank.replace_inactive_buffers(bank.current, copies)
     for number, hook in list(module._forward_pre_hooks.items()):
-        if hook is _copy_lazy_buffers:
+        if hook is _copy_initialized_buffers_hook:
             del module._forward_pre_hooks[number]
 
 
-def keep_buffers(model: nn.Module) -> None:
+def discard_inactive_buffers(model: nn.Module) -> None:
     """Make the buffers that modules compute with those of the base, without adapters."""
-    for module in buffered_modules(model).values():
-        _drop_bank(module)
+    for module in buffered_modules_by_path(model).values():
+        _delete_inactive_buffers_child(module)
 
 
-def buffers_in_use(model: nn.Module) -> dict[str, Tensor]:
+def current_buffers_by_name(model: nn.Module) -> dict[str, Tensor]:
     """Return the buffers that modules compute with, by name."""
     return {
-        f"{path}.{key}".lstrip("."): one
-        for path, module in buffered_modules(model).items()
-        for key, one in persistent_buffers(module).items()
+        f"{path}.{key}".lstrip("."): buffer
+        for path, module in buffered_modules_by_path(model).items()
+        for key, buffer in initialized_persistent_buffers(module).items()
     }
 
 
-def buffers_of(model: nn.Module, name: str | None) -> dict[str, Tensor]:
+def buffers_of_adapter_or_base(model: nn.Module, adapter_name: str | None) -> dict[str, Tensor]:
     """Return the buffers of an adapter, or for None those of the base, by their names in the base."""
-    found: dict[str, Tensor] = {}
-    for path, module in buffered_modules(model).items():
-        bank, buffers = _bank_of(module), persistent_buffers(module)
-        if bank is not None and bank.current != name:
-            buffers = bank.held()[name]
-        found |= {f"{path}.{key}".lstrip("."): one for key, one in buffers.items()}
-    return found
+    named_buffers: dict[str, Tensor] = {}
+    for path, module in buffered_modules_by_path(model).items():
+        bank, buffers = _inactive_buffers_child_or_none(module), initialized_persistent_buffers(module)
+        if bank is not None and bank.current != adapter_name:
+            buffers = bank.inactive_buffers_by_adapter()[adapter_name]
+        named_buffers |= {f"{path}.{key}".lstrip("."): buffer for key, buffer in buffers.items()}
+    return named_buffers
 
 
-def changed_buffers(model: nn.Module, name: str) -> dict[str, Tensor]:
+def buffers_changed_by_adapter(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
     """Return the buffers of an adapter that differ from those of the base, by their names in the base."""
-    base = buffers_of(model, None)
-    return {key: one for key, one in buffers_of(model, name).items() if not one.equal(base[key])}
+    base = buffers_of_adapter_or_base(model, None)
+    return {
+        key: buffer
+        for key, buffer in buffers_of_adapter_or_base(model, adapter_name).items()
+        if not buffer.equal(base[key])
+    }
 
 
-def without_copies(model: nn.Module, state: Mapping[str, T]) -> dict[str, T]:
+def without_unchanged_adapter_buffers(model: nn.Module, state_dict: Mapping[str, T]) -> dict[str, T]:
     """Return a state of a model to write; without the buffers of adapters if all are the base's."""
     names = {
         name for module in model.modules() if isinstance(module, AdaptedModule) for name in module.adapters.names
     }
-    differ = any(changed_buffers(model, name) for name in names)
-    return {name: one for name, one in state.items() if differ or f".{CHILD}." not in f".{name}"}
+    differ = any(buffers_changed_by_adapter(model, name) for name in names)
+    return {name: value for name, value in state_dict.items() if differ or f".{CHILD}." not in f".{name}"}

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from lowmem.kernels.attention import attention
-from lowmem.nn.cached_states import EightBitStates
-from lowmem.nn.calls import autocasts, is_cast, is_plain_call, no_slow_autocast
-from lowmem.quant.backend import HeadStates, backend_of, matmul_dtype
+from lowmem.kernels.cached_attention import attention
+from lowmem.nn.cached_keys_and_values import EightBitStates
+from lowmem.nn.call_context import can_bypass_autograd, is_autocast_enabled, is_cast_by_autocast, no_slow_autocast
+from lowmem.quant.backend import KeyOrValueStates, backend_of, fast_matmul_dtype
 
-MOST = 8  # queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
-MOST_FLOATS = 4  # the same, of float32
+# Queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
+MOST = 8
+# The same, of float32
+MOST_FLOATS = 4
 
 
 def scaled_dot_product_attention(
@@ -51,39 +53,44 @@ def scaled_dot_product_attention(
     Raises:
         ValueError: ``softcap`` with dropout, or with tensors that are not floating point of four dimensions that fit.
     """
-    fits = _fits(query, key, value, attn_mask, is_causal, enable_gqa)
+    fits = _are_supported_attention_arguments(query, key, value, attn_mask, is_causal, enable_gqa)
     if softcap is not None and (dropout_p or not fits):
-        shapes = ", ".join(str(tuple(one.shape)) for one in (query, key, value))
+        shapes = ", ".join(str(tuple(states.shape)) for states in (query, key, value))
         raise ValueError(
             f"softcap={softcap!r} takes floating point numbers of one dtype, (batch, heads, rows, width), without "
             f"dropout, not {shapes} of {query.dtype} with dropout_p={dropout_p!r}: leave softcap out, or compute the "
             "scores in torch"
         )
-    dense = (one for one in (query, key, value, attn_mask) if not isinstance(one, EightBitStates))
-    plain = fits and not dropout_p and not autocasts(query) and is_plain_call(*dense)
-    if softcap is None and not (plain and is_faster(query, key, value)):
+    dense = (states for states in (query, key, value, attn_mask) if not isinstance(states, EightBitStates))
+    plain = fits and not dropout_p and not is_autocast_enabled(query) and can_bypass_autograd(*dense)
+    if softcap is None and not (plain and is_kernel_faster_than_torch(query, key, value)):
 
-        def by_torch(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-            given = query, key, value, mask, dropout_p, is_causal
-            return functional.scaled_dot_product_attention(*given, scale=scale, enable_gqa=enable_gqa)
+        def torch_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+            arguments = query, key, value, mask, dropout_p, is_causal
+            return functional.scaled_dot_product_attention(*arguments, scale=scale, enable_gqa=enable_gqa)
 
-        return without_slow_backward(by_torch, query, key, value, attn_mask)
+        return attention_with_fast_backward(torch_attention, query, key, value, attn_mask)
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     compute = backend_of(query).attention if plain else attention
-    keys, values = (one.states if isinstance(one, EightBitStates) else HeadStates(one) for one in (key, value))
+    keys, values = (
+        states.codes_and_scales if isinstance(states, EightBitStates) else KeyOrValueStates(states)
+        for states in (key, value)
+    )
     return compute(query, keys, values, attn_mask, scale, softcap).transpose(1, 2)
 
 
-def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, grouped: bool) -> bool:
+def _are_supported_attention_arguments(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_causal: bool, enable_gqa: bool
+) -> bool:
     """Whether these are arguments that backends take, and torch's own, too."""
     if not query.is_floating_point():
         return False
-    if any(one.dim() != 4 or one.dtype != query.dtype or not one.numel() for one in (query, key, value)):
+    if any(states.dim() != 4 or states.dtype != query.dtype or not states.numel() for states in (query, key, value)):
         return False
     (batch, heads, queries, width), (_, shared, keys, _) = query.shape, key.shape
-    fits = heads % shared == 0 if grouped else heads == shared
+    fits = heads % shared == 0 if enable_gqa else heads == shared
     fits = fits and key.shape == (batch, shared, keys, width) and value.shape[:3] == key.shape[:3]
     if mask is None or not fits:
         return fits
@@ -92,26 +99,26 @@ def _fits(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, is_cau
     return fits and mask.dtype in (torch.bool, query.dtype) and not is_causal
 
 
-def without_slow_backward(
-    compute: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
+def attention_with_fast_backward(
+    attention_function: Callable[[Tensor, Tensor, Tensor, Tensor | None], Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
 ) -> Tensor:
     """Return ``compute(query, key, value, mask)``, in float32 if it records gradients in a dtype that slows torch."""
-    dtype = torch.get_autocast_dtype(query.device.type) if is_cast(query) else query.dtype
-    wide = matmul_dtype(dtype, query)
-    records = torch.is_grad_enabled() and any(one.requires_grad for one in (query, key, value))
+    dtype = torch.get_autocast_dtype(query.device.type) if is_cast_by_autocast(query) else query.dtype
+    wide = fast_matmul_dtype(dtype, query)
+    records = torch.is_grad_enabled() and any(states.requires_grad for states in (query, key, value))
     if wide is dtype or not records:
-        return compute(query, key, value, mask)
+        return attention_function(query, key, value, mask)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(wide)
     with no_slow_autocast(query):
-        return compute(query.to(wide), key.to(wide), value.to(wide), mask).to(dtype)
+        return attention_function(query.to(wide), key.to(wide), value.to(wide), mask).to(dtype)
 
 
-class _ByLowmem(TorchFunctionMode):
+class _LowmemAttentionMode(TorchFunctionMode):
     """Lets ``scaled_dot_product_attention`` of this module serve calls of torch's own."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -120,18 +127,20 @@ class _ByLowmem(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def without_slow_attention(model: nn.Module) -> AbstractContextManager[Any]:
+def float32_attention_if_faster(model: nn.Module) -> AbstractContextManager[Any]:
     """Let a training step compute attention in float32, for the block, if the model's dtype slows torch's backward.
 
     It is for models without ``torch.utils.checkpoint``, which would recompute attention outside of the function mode.
     """
-    is_slow = any(matmul_dtype(one.dtype, one) is not one.dtype for one in model.parameters())
-    return _ByLowmem() if is_slow else nullcontext()
+    is_slow = any(
+        fast_matmul_dtype(parameter.dtype, parameter) is not parameter.dtype for parameter in model.parameters()
+    )
+    return _LowmemAttentionMode() if is_slow else nullcontext()
 
 
-def is_faster(query: Tensor, key: Tensor, value: Tensor) -> bool:
+def is_kernel_faster_than_torch(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether the kernel computes these: where it is faster than torch's own."""
-    coded = [isinstance(one, EightBitStates) for one in (key, value)]
+    coded = [isinstance(states, EightBitStates) for states in (key, value)]
     if any(coded) or not query.is_cpu:
         return all(coded) and query.shape[2] <= MOST
     most = MOST if query.element_size() == 2 else MOST_FLOATS

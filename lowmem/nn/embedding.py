@@ -11,22 +11,28 @@ from torch.fx import Proxy
 from torch.nn.functional import embedding
 
 from lowmem.kernels import ops
-from lowmem.kernels.frozen_operator import StoredParts
-from lowmem.nn.calls import exports_to_onnx, is_plain_call, recorded_call, refuse_nested
-from lowmem.nn.coded_module import CodedModule
-from lowmem.nn.module_copy import LAYERS, stored_property
-from lowmem.nn.stored_module import StoredModule, is_exported
-from lowmem.quant.tensor import row_chunks
+from lowmem.kernels.frozen_weight_operator import QuantizedOperands
+from lowmem.nn.call_context import (
+    can_bypass_autograd,
+    check_not_nested,
+    is_onnx_export_refusing_quantized,
+    record_as_fx_leaf,
+)
+from lowmem.nn.module_copy import LAYERS, stored_parameter_property
+from lowmem.nn.quantized_module import QuantizedModule
+from lowmem.nn.stored_module import StoredModule, is_exporting_or_jit_tracing
+from lowmem.quant.tensor import row_slices_within_scratch
 
-_BYTES = 24  # scratch per element of a chunk: for dequantizing, the gathered bytes, and the value before the copy
+# Scratch per element of a chunk: for dequantizing, the gathered bytes, and the value before the copy
+_BYTES = 24
 
 
-class _Embedding(StoredModule, nn.Embedding):
+class _StoredEmbedding(StoredModule, nn.Embedding):
     """Base of the stored embeddings, which implement ``rows``."""
 
     dense_class = nn.Embedding
     stored_names = ("weight",)
-    weight = stored_property("weight")
+    weight = stored_parameter_property("weight")
 
     @property
     def dtype(self) -> torch.dtype:
@@ -40,18 +46,19 @@ class _Embedding(StoredModule, nn.Embedding):
     def forward(self, input: Tensor) -> Tensor:
         """Return (..., embedding_dim) in ``dtype``, for int32 or int64 indices (...)."""
         if isinstance(input, Proxy):
-            return recorded_call(self, input)
+            return record_as_fx_leaf(self, input)
         if self.max_norm is not None:
             raise RuntimeError(
                 f"max_norm={self.max_norm!r} rescales rows in place, and stored ones are read-only: set it to None, "
                 "or lowmem.restore the layer"
             )
         if input.layout is torch.strided:
-            refuse_nested(input)
+            check_not_nested(input)
         chunks = []
-        if is_plain_call(input):
-            chunks = list(row_chunks(input.numel(), self.embedding_dim, _BYTES, device=input.device))
-        if len(chunks) <= 1:  # also under a compiler or transform, which must not see a loop
+        if can_bypass_autograd(input):
+            chunks = list(row_slices_within_scratch(input.numel(), self.embedding_dim, _BYTES, device=input.device))
+        # Also under a compiler or transform, which must not see a loop
+        if len(chunks) <= 1:
             return self.rows(input)
         flat = input.reshape(-1)
         out = torch.empty(flat.shape[0], self.embedding_dim, dtype=self.dtype, device=flat.device)
@@ -64,7 +71,7 @@ class _Embedding(StoredModule, nn.Embedding):
         return f"{super().extra_repr()}, dtype={self.dtype}"
 
 
-class HalfEmbedding(_Embedding):
+class HalfEmbedding(_StoredEmbedding):
     """An nn.Embedding whose table is stored in 16 bits and frozen.
 
     It returns rows in ``dtype``; casts of the model (``model.half()``, ``model.to(dtype)``) change it.
@@ -76,35 +83,36 @@ class HalfEmbedding(_Embedding):
         return embedding(indices, cast(Tensor, self.weight_rounded)).to(self.dtype)
 
 
-class CodedEmbedding(CodedModule, _Embedding):
+class QuantizedEmbedding(QuantizedModule, _StoredEmbedding):
     """An nn.Embedding whose table is stored in codes and frozen."""
 
     def rows(self, indices: Tensor) -> Tensor:
         """Return the rows (..., embedding_dim) of indices (...), dequantized to ``dtype``."""
-        refuse_nested(indices, "input")
-        recorded = is_exported()
+        check_not_nested(indices, "input")
+        recorded = is_exporting_or_jit_tracing()
         if torch.compiler.is_compiling() and not recorded:
             return embedding(indices, self.stored_tensor("weight"))
         table = self.quantized
-        table.check_layout()  # before the gather, which would not notice that rows of the table are missing
+        # Before the gather, which would not notice that rows of the table are missing
+        table.check_layout()
         packed, scales = (
             embedding(indices, table.packed),
             embedding(indices, table.scales),
         )  # (..., bytes), (..., blocks)
         if recorded:
-            exports_to_onnx(table)
+            is_onnx_export_refusing_quantized(table)
             packed, scales = (t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (packed, scales))
-            gathered_parts = StoredParts(packed, scales, table.text)  # type: ignore[attr-defined]
-            values = ops.dequantize_rows(gathered_parts, self.dtype)
+            gathered_parts = QuantizedOperands(packed, scales, table.description)  # type: ignore[attr-defined]
+            values = ops.dequantize_by_operator(gathered_parts, self.dtype)
             return values.view(*indices.shape, self.embedding_dim)
         shape = torch.Size((*indices.shape, self.embedding_dim))
         gathered = replace(table, packed=packed, scales=scales, shape=shape)
-        if is_plain_call(indices):
+        if can_bypass_autograd(indices):
             return gathered.dequantize(self.dtype)
         return gathered.restore(slice(None)).to(self.dtype).view(shape)
 
 
-class Embedding4Bit(CodedEmbedding):
+class Embedding4Bit(QuantizedEmbedding):
     """An nn.Embedding whose table is stored in 4 bits and frozen.
 
     It returns rows in ``dtype``, dequantized in float32 and rounded once; casts of the model (``model.half()``,
@@ -112,7 +120,7 @@ class Embedding4Bit(CodedEmbedding):
     """
 
 
-class Embedding8Bit(CodedEmbedding):
+class Embedding8Bit(QuantizedEmbedding):
     """An nn.Embedding whose table is stored in 8 bits and frozen; otherwise as ``Embedding4Bit``."""
 
     stored_bits = 8

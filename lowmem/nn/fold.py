@@ -8,18 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lowmem.nn.adapter_bank import parameter_of
-from lowmem.nn.forms import freeze
+from lowmem.nn.adapter_bank import unadapted_parameter
+from lowmem.nn.forms import as_frozen_parameter
 from lowmem.nn.gathered_weight import GatheredTensor
-from lowmem.nn.module_class import copied_module
-from lowmem.nn.module_copy import flat_weights, restored_copy
+from lowmem.nn.module_class import hookless_shallow_copy
+from lowmem.nn.module_copy import dense_module_copy, rnn_flat_weights
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.quant.quantize import relative_error, requantize, round_to
+from lowmem.quant.quantize_tensor import checked_rounded_copy, relative_error, requantize_changed_rows
 from lowmem.quant.tensor import QuantizedTensor
 
 
-class Folded(NamedTuple):
+class MergedCopyAndErrors(NamedTuple):
     """A module with adapters merged into its weights, and the errors of these weights.
 
     Attributes:
@@ -32,7 +32,9 @@ class Folded(NamedTuple):
     errors: Mapping[str, tuple[float, float]]
 
 
-def fold_module(module: Any, names: Iterable[str], to: torch.dtype | None = None) -> Folded:
+def merged_module_copy(
+    module: Any, adapter_names: Iterable[str], dtype: torch.dtype | None = None
+) -> MergedCopyAndErrors:
     """Return a copy of a module without adapters, with those of ``names`` merged into its parameters.
 
     The module does not change. Parameters whose adapters change nothing keep their bytes.
@@ -45,89 +47,102 @@ def fold_module(module: Any, names: Iterable[str], to: torch.dtype | None = None
     Raises:
         ValueError: an adapted weight is not finite, or exceeds the range of the dtype or scales.
     """
-    names, bank = list(names), module.adapters
-    base = without_adapters(module)
+    adapter_names, bank = list(adapter_names), module.adapters
+    base = unadapted_module_copy(module)
     dense: dict[str, Tensor] = {}
     made: dict[str, Any] = {}
     errors: dict[str, tuple[float, float]] = {}
-    for parameter in dict.fromkeys(one for name in names for one in bank.parts(name)):
-        own = parameter_of(module, parameter)
-        stored: Any = own.stored if isinstance(own, StoredTensor) else own.detach()
+    for parameter in dict.fromkeys(
+        adapted_name for name in adapter_names for adapted_name in bank.adapters_by_parameter(name)
+    ):
+        base_parameter = unadapted_parameter(module, parameter)
+        stored: Any = (
+            base_parameter.kernel_weight if isinstance(base_parameter, StoredTensor) else base_parameter.detach()
+        )
         adapted = stored.dequantize() if isinstance(stored, QuantizedTensor) else stored.detach()
-        added = [part for name in names if (part := bank.parts(name).get(parameter)) is not None]
-        added = [part for part in added if not part.changes_nothing()]
-        swapped = isinstance(own, StoredTensor) and own.swapped  # stored as the parameter's transpose
-        order = own.order if isinstance(own, GatheredTensor) else None
+        added = [
+            part for name in adapter_names if (part := bank.adapters_by_parameter(name).get(parameter)) is not None
+        ]
+        added = [part for part in added if not part.is_zero()]
+        swapped = (
+            isinstance(base_parameter, StoredTensor) and base_parameter.swapped
+        )  # stored as the parameter's transpose
+        order = base_parameter.order if isinstance(base_parameter, GatheredTensor) else None
         for part in added:
             delta = part.delta().mT if swapped else part.delta()
             delta = delta if order is None else delta.index_select(-1, order)
             adapted = adapted + delta.reshape(adapted.shape)
-        if to is not None:
-            new: Any = round_to(adapted, to, parameter)
+        if dtype is not None:
+            new: Any = checked_rounded_copy(adapted, dtype, parameter)
             shown = new.mT.contiguous() if swapped else new
             dense[parameter] = shown if order is None else shown.index_select(-1, order.argsort())
         elif isinstance(stored, QuantizedTensor):
-            new = made[parameter] = requantize(stored, adapted) if added else stored
+            new = made[parameter] = requantize_changed_rows(stored, adapted) if added else stored
         else:
-            new = made[parameter] = round_to(adapted, stored.dtype, parameter) if added else stored
+            new = made[parameter] = checked_rounded_copy(adapted, stored.dtype, parameter) if added else stored
         errors[parameter] = relative_error(adapted, stored), relative_error(adapted, new)
-    folded = _with_parameters(base, made) if to is None else _in_dtype(base, dense, to)
-    return Folded(folded, errors)
+    folded = (
+        _replace_with_merged_parameters(base, made) if dtype is None else _dense_copy_in_dtype(base, dense, dtype)
+    )
+    return MergedCopyAndErrors(folded, errors)
 
 
-def without_adapters(module: Any) -> nn.Module:
+def unadapted_module_copy(module: Any) -> nn.Module:
     """Return a copy of a module without its adapters; it has no hooks, and shares everything else."""
-    copied = copied_module(module, module._plain_class)
+    copied = hookless_shallow_copy(module, module._plain_class)
     copied._modules.pop("adapters")
     hooks = copied.__dict__["_load_state_dict_post_hooks"]
-    kept = [(key, hook) for key, hook in hooks.items() if hook is not remerge]
-    copied.__dict__["_load_state_dict_post_hooks"] = type(hooks)(kept)
+    other_hooks = [(key, hook) for key, hook in hooks.items() if hook is not remerge]
+    copied.__dict__["_load_state_dict_post_hooks"] = type(hooks)(other_hooks)
     if isinstance(copied, nn.RNNBase) and not isinstance(copied, StoredModule):
-        copied.__dict__["_flat_weights"] = flat_weights(copied)
+        copied.__dict__["_flat_weights"] = rnn_flat_weights(copied)
     return copied
 
 
 def remerge(module: Any, _: object) -> None:
     """After a state_dict was loaded, merge the merged adapter again, from the new values."""
     bank = module.adapters
-    if bank.merged is not None:
-        name = bank.merged
-        bank.unmerge()  # stays unmerged if the loaded values cannot be merged
-        bank.merge(name, fold_module(module, [name]).layer)
+    if bank.merged_name is not None:
+        name = bank.merged_name
+        # Stays unmerged if the loaded values cannot be merged
+        bank.drop_merged_copy()
+        bank.use_merged_copy(name, merged_module_copy(module, [name]).layer)
 
 
-def _with_parameters(base: nn.Module, made: Mapping[str, Any]) -> nn.Module:
+def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapping[str, Any]) -> nn.Module:
     """Set parameters of ``base``, a copy of a module, to merged ones of the same form; return it."""
-    own = base.__dict__
-    own["_parameters"] = dict(own["_parameters"])
-    if isinstance(base, StoredModule):
-        own.update(_forms=dict(base._forms), _kept={})
-    for name, value in made.items():
-        if isinstance(base, StoredModule) and name in base._forms:
-            form = base._forms[name]
+    attributes = module_copy.__dict__
+    attributes["_parameters"] = dict(attributes["_parameters"])
+    if isinstance(module_copy, StoredModule):
+        attributes.update(_forms=dict(module_copy._forms), _kept={})
+    for name, value in merged_weights.items():
+        if isinstance(module_copy, StoredModule) and name in module_copy._forms:
+            form = module_copy._forms[name]
             shaped = value.view(*form.rows, *form.tail) if isinstance(value, Tensor) else value
-            base.store(name, shaped, form.tail, form.dtype)
+            module_copy.set_stored_weight(name, shaped, form.tail, form.dtype)
         else:
-            before = base._parameters[name]
+            before = module_copy._parameters[name]
             assert before is not None
-            base._parameters[name] = nn.Parameter(value.view(before.shape), requires_grad=before.requires_grad)
-    return base
+            module_copy._parameters[name] = nn.Parameter(value.view(before.shape), requires_grad=before.requires_grad)
+    return module_copy
 
 
-def _in_dtype(base: nn.Module, dense: Mapping[str, Tensor], to: torch.dtype) -> nn.Module:
+def _dense_copy_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Return a copy of a module in which all parameters are dense and have the dtype ``to``."""
     values: dict[str, Tensor | None] = {}
-    if isinstance(base, StoredModule):
-        for name in base.forms:
-            shape, value = base.stored_tensor(name).shape, dense.get(name)
-            values[name] = freeze((base.stored_tensor(name).dequantize(to) if value is None else value).view(shape))
-        base = restored_copy(base, values)
+    if isinstance(module, StoredModule):
+        for name in module.forms:
+            shape, value = module.stored_tensor(name).shape, merged_values.get(name)
+            values[name] = as_frozen_parameter(
+                (module.stored_tensor(name).dequantize(dtype) if value is None else value).view(shape)
+            )
+        module = dense_module_copy(module, values)
     parameters: dict[str, Any] = {}
-    for name, parameter in base._parameters.items():
-        value = dense.get(name, parameter)
+    for name, parameter in module._parameters.items():
+        value = merged_values.get(name, parameter)
         if parameter is not None and value is not None and name not in values:
-            rounded = round_to(value, to, name).view(parameter.shape)
+            rounded = checked_rounded_copy(value, dtype, name).view(parameter.shape)
             parameter = nn.Parameter(rounded, requires_grad=parameter.requires_grad)
         parameters[name] = parameter
-    base.__dict__["_parameters"] = parameters
-    return base
+    module.__dict__["_parameters"] = parameters
+    return module

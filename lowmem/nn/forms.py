@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels import Weight
-from lowmem.kernels.frozen_operator import text_of
+from lowmem.kernels.frozen_weight_operator import quantization_description
 from lowmem.quant.formats import get_format
-from lowmem.quant.scales import get_encoding
+from lowmem.quant.scale_encodings import get_scale_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -52,14 +52,14 @@ class CodedForm:
 
     def __str__(self) -> str:
         how = f"{self.format}, block_size={self.block_size}, scales={self.scale_encoding}"
-        return ", ".join([how, *self.flags])
+        return ", ".join([how, *self.enabled_flag_names])
 
     @property
-    def flags(self) -> tuple[str, ...]:
+    def enabled_flag_names(self) -> tuple[str, ...]:
         """Those of the names ``transposed`` and ``gathered`` whose attribute is true."""
         return tuple(name for name in ("transposed", "gathered") if getattr(self, name))
 
-    def has_parts_of(self, other: object) -> bool:
+    def has_same_encoding(self, other: object) -> bool:
         """Whether parts of the other form mean the same values in this form."""
         return isinstance(other, CodedForm) and replace(other, compute_dtype=self.compute_dtype) == self
 
@@ -75,24 +75,25 @@ class CodedForm:
     @property
     def scale_dtype(self) -> torch.dtype:
         """The dtype of the scales, whose bytes are stored."""
-        return get_encoding(self.scale_encoding, get_format(self.format).signed).dtype
+        return get_scale_encoding(self.scale_encoding, get_format(self.format).signed).dtype
 
     @classmethod
-    def of(cls, weight: QuantizedTensor) -> CodedForm:
+    def from_quantized_tensor(cls, weight: QuantizedTensor) -> CodedForm:
         """Return the form of a quantized tensor, in 4 or 8 bits."""
         return cls(weight.format, weight.block_size, weight.scale_encoding, weight.method)
 
-    def join(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
+    def weight_from_parts(self, parts: Sequence[Tensor], columns: int) -> QuantizedTensor:
         """Return the weight (*lead, columns) over its parts, without a copy."""
         packed, *_, scales = parts
         dtype, size = self.scale_dtype, scales.shape[-1] if scales.dim() else 0
         if scales.dtype is torch.uint8 is not dtype and scales.stride(-1) == 1 and size % dtype.itemsize == 0:
-            scales = scales.view(dtype)  # else check_layout says that they are not in their dtype
+            # Else check_layout says that they are not in their dtype
+            scales = scales.view(dtype)
         shape = torch.Size((*packed.shape[:-1], columns))
         return QuantizedTensor(packed, scales, shape, self.format, self.block_size, self.scale_encoding, self.method)
 
     @staticmethod
-    def split(weight: QuantizedTensor) -> tuple[Tensor, ...]:
+    def codes_and_scale_bytes(weight: QuantizedTensor) -> tuple[Tensor, ...]:
         """Return the codes and the bytes of the scales of a quantized tensor, without a copy."""
         return weight.packed, weight.scales.detach().view(torch.uint8)
 
@@ -113,14 +114,14 @@ class HalfForm:
         """Return the dtype of a product with x: float32 for a float32 x, else ``torch.promote_types`` of both."""
         return x.dtype if x.dtype is torch.float32 else torch.promote_types(x.dtype, self.dtype)
 
-    def has_parts_of(self, other: object) -> bool:
+    def has_same_encoding(self, other: object) -> bool:
         """Whether parts of the other form mean the same values in this form."""
         return other == self
 
     def __str__(self) -> str:
         return str(self.dtype).removeprefix("torch.")
 
-    def join(self, parts: Sequence[Tensor], columns: int) -> Tensor:
+    def weight_from_parts(self, parts: Sequence[Tensor], columns: int) -> Tensor:
         """Return the weight (*lead, columns) of its part."""
         return parts[0]
 
@@ -136,7 +137,7 @@ class Described(NamedTuple):
         rows: leading dimensions, as in the parts: of a transposed parameter those of its transpose.
         tail: dimensions of a row, likewise.
         dtype: of the ``StoredTensor``.
-        text: the form as text for ``StoredParts`` in graphs; "" for 16 bits.
+        text: the form as text for ``QuantizedOperands`` in graphs; "" for 16 bits.
     """
 
     form: Form
@@ -146,30 +147,38 @@ class Described(NamedTuple):
     text: str
 
     @classmethod
-    def of(cls, form: Form, rows: tuple[int, ...], tail: tuple[int, ...], dtype: torch.dtype) -> Described:
+    def from_form(
+        cls, form: Form, leading_shape: tuple[int, ...], row_shape: tuple[int, ...], dtype: torch.dtype
+    ) -> Described:
         """Describe a parameter."""
-        return cls(form, rows, tail, dtype, text_of(form, math.prod(tail)) if isinstance(form, CodedForm) else "")
+        return cls(
+            form,
+            leading_shape,
+            row_shape,
+            dtype,
+            quantization_description(form, math.prod(row_shape)) if isinstance(form, CodedForm) else "",
+        )
 
 
-def freeze(tensor: Tensor) -> nn.Parameter:
+def as_frozen_parameter(tensor: Tensor) -> nn.Parameter:
     """Return a parameter without gradient: ``tensor`` itself if it is one, so that shared weights stay shared."""
     if isinstance(tensor, nn.Parameter) and not tensor.requires_grad:
         return tensor
     return nn.Parameter(tensor, requires_grad=False)
 
 
-def described(
+def form_and_frozen_parts(
     weight: Weight, transposed: bool = False, compute_dtype: torch.dtype | None = None
 ) -> tuple[Form, tuple[nn.Parameter, ...]]:
     """Return the form of a weight, and its parts as frozen parameters, cached with the weight."""
     if not isinstance(weight, QuantizedTensor):
-        return HalfForm(weight.dtype), (freeze(weight),)
+        return HalfForm(weight.dtype), (as_frozen_parameter(weight),)
     parts = weight.cache.get("parts")
     if parts is None:
-        parts = weight.cache["parts"] = tuple(map(freeze, CodedForm.split(weight)))
-    return replace(CodedForm.of(weight), transposed=transposed, compute_dtype=compute_dtype), parts
+        parts = weight.cache["parts"] = tuple(map(as_frozen_parameter, CodedForm.codes_and_scale_bytes(weight)))
+    return replace(CodedForm.from_quantized_tensor(weight), transposed=transposed, compute_dtype=compute_dtype), parts
 
 
-def parts_of(name: str, form: Form, parts: tuple[nn.Parameter, ...]) -> dict[str, nn.Parameter]:
+def parts_by_name(parameter_name: str, form: Form, parts: tuple[nn.Parameter, ...]) -> dict[str, nn.Parameter]:
     """Return the parts of a parameter by their names."""
-    return {f"{name}_{part}": tensor for part, tensor in zip(form.parts, parts, strict=True)}
+    return {f"{parameter_name}_{part}": tensor for part, tensor in zip(form.parts, parts, strict=True)}

@@ -14,12 +14,24 @@ from torch.nn import functional
 from torch.nn import grad as gradients
 
 from lowmem.kernels import Weight
-from lowmem.kernels.decompositions import decomposes, dequantized
-from lowmem.kernels.frozen_operator import FrozenOperator, StoredParts, parts_of, stands_for_plain_call, stored
-from lowmem.kernels.memory import is_traced
-from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, no_slow_autocast, refuse_nested
-from lowmem.quant.backend import matmul_dtype
-from lowmem.quant.tensor import QuantizedTensor, row_chunks
+from lowmem.kernels.decompositions import decomposed_dequantize, register_decomposition
+from lowmem.kernels.frozen_weight_operator import (
+    FrozenWeightOperator,
+    QuantizedOperands,
+    codes_scales_and_description,
+    is_fake_call_without_gradient,
+    quantized_tensor_from_operands,
+)
+from lowmem.kernels.tensor_checks import is_recording_operations
+from lowmem.nn.call_context import (
+    can_bypass_autograd,
+    check_not_nested,
+    is_jit_tracing,
+    is_onnx_export_refusing_quantized,
+    no_slow_autocast,
+)
+from lowmem.quant.backend import fast_matmul_dtype
+from lowmem.quant.tensor import QuantizedTensor, row_slices_within_scratch
 
 
 @dataclass(frozen=True)
@@ -52,36 +64,37 @@ class Geometry:
         )
 
     @property
-    def arguments(self) -> tuple[Any, ...]:
+    def stride_padding_dilation(self) -> tuple[Any, ...]:
         """The positional arguments of torch's convolutions between ``bias`` and ``groups``."""
         return self.stride, self.padding, self.dilation
 
-    def output_size(self, size: Sequence[int]) -> list[int]:
+    def output_size(self, input_size: Sequence[int]) -> list[int]:
         """Return the output size for an input size to which ``around`` was applied."""
-        every = zip(size, self.kernel, *self.arguments, strict=True)
+        every = zip(input_size, self.kernel, *self.stride_padding_dilation, strict=True)
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
 
-    def transposed_size(self, size: Sequence[int], output_padding: Sequence[int]) -> list[int]:
+    def transposed_conv_output_size(self, input_size: Sequence[int], output_padding: Sequence[int]) -> list[int]:
         """Return the output size of the transposed convolution whose adjoint has this geometry."""
-        added = tuple(output_padding) * (len(size) if len(output_padding) == 1 else 1)
-        every = zip(size, self.kernel, *self.arguments, added, strict=True)
+        added = tuple(output_padding) * (len(input_size) if len(output_padding) == 1 else 1)
+        every = zip(input_size, self.kernel, *self.stride_padding_dilation, added, strict=True)
         return [(n - 1) * s - 2 * p + d * (k - 1) + more + 1 for n, k, s, p, d, more in every]
 
-    def chunks(self, itemsize: int, device: torch.device) -> list[tuple[slice, slice, int]]:
+    def chunk_channel_slices_and_groups(self, itemsize: int, device: torch.device) -> list[tuple[slice, slice, int]]:
         """Return, for each chunk, its output channels, the input channels that they read, and its number of groups.
 
         A chunk consists of whole groups, or is a part of one group.
         """
-        rows, channels = self.out_channels // self.groups, self.in_channels // self.groups  # per group
+        # Per group
+        rows, channels = self.out_channels // self.groups, self.in_channels // self.groups
         columns = channels * prod(self.kernel)
-        found = []
-        for part in row_chunks(self.groups, rows * columns, itemsize, device=device):
+        chunks = []
+        for part in row_slices_within_scratch(self.groups, rows * columns, itemsize, device=device):
             first, last = part.start * rows, part.stop * rows
             reads = slice(part.start * channels, part.stop * channels)
             # One chunk, unless a single group is too large.
-            for chunk in row_chunks(last - first, columns, itemsize, device=device):
-                found.append((slice(first + chunk.start, first + chunk.stop), reads, part.stop - part.start))
-        return found
+            for chunk in row_slices_within_scratch(last - first, columns, itemsize, device=device):
+                chunks.append((slice(first + chunk.start, first + chunk.stop), reads, part.stop - part.start))
+        return chunks
 
 
 def frozen_conv(
@@ -96,48 +109,51 @@ def frozen_conv(
         dtype: to compute in, floating point.
         bias: floating point (out_channels,), or None.
     """
-    dims, tracing = len(geometry.kernel), is_jit_tracing()  # a trace must not branch on sizes
+    # A trace must not branch on sizes
+    dims, tracing = len(geometry.kernel), is_jit_tracing()
     if not tracing:
-        _check_input(x, geometry)
+        _check_conv_input(x, geometry)
     batch = x if x.dim() == dims + 2 else x.unsqueeze(0)
     if geometry.around:
         batch = functional.pad(batch, geometry.around, geometry.mode)
     if not tracing and min(geometry.output_size(batch.shape[2:])) < 1:
         raise RuntimeError(f"input.shape={tuple(x.shape)} is smaller than the kernel {geometry.kernel}")
-    if tracing and exports_to_onnx(weight):
+    if tracing and is_onnx_export_refusing_quantized(weight):
         added = None if bias is None else bias.to(dtype)
-        kernel = _dequantized(weight, slice(None), geometry, dtype)
-        wide: Tensor = _CONVOLUTIONS[dims](batch.to(dtype), kernel, added, *geometry.arguments, geometry.groups)
+        kernel = _dequantized_kernel(weight, slice(None), geometry, dtype)
+        wide: Tensor = _CONVOLUTIONS[dims](
+            batch.to(dtype), kernel, added, *geometry.stride_padding_dilation, geometry.groups
+        )
         out = wide.to(x.dtype)
-    elif is_plain_call(batch, bias):
-        out = _compute(batch, weight, geometry, dtype, None, bias)
+    elif can_bypass_autograd(batch, bias):
+        out = _compute_conv_or_adjoint(batch, weight, geometry, dtype, None, bias)
     else:
         out = _OPERATOR(batch, weight, geometry, dtype, None)
         if bias is not None:
             added = bias.to(x.dtype).view(-1, *[1] * dims)
-            out = out.add_(added) if stands_for_plain_call((batch, bias)) else out + added
+            out = out.add_(added) if is_fake_call_without_gradient((batch, bias)) else out + added
     return out if x.dim() == dims + 2 else out.squeeze(0)
 
 
-def convolution(
+def convolution_or_adjoint(
     x: Tensor,
-    weight: Weight | StoredParts,
+    weight: Weight | QuantizedOperands,
     geometry: Geometry,
     dtype: torch.dtype,
-    size: Sequence[int] | None = None,
+    adjoint_size: Sequence[int] | None = None,
 ) -> Tensor:
     """Return the convolution of (batch, in_channels, *size), below autograd: (batch, out_channels, *out size).
 
     If ``size`` is given, return its adjoint: (batch, out_channels, *out size) -> (batch, in_channels, *size).
     """
-    size = None if size is None else list(size)
-    if is_traced() or isinstance(weight, StoredParts):
-        return _record(x, weight, geometry, dtype, size)
-    return _compute(x, weight, geometry, dtype, size)
+    adjoint_size = None if adjoint_size is None else list(adjoint_size)
+    if is_recording_operations() or isinstance(weight, QuantizedOperands):
+        return _record_convolve_operator(x, weight, geometry, dtype, adjoint_size)
+    return _compute_conv_or_adjoint(x, weight, geometry, dtype, adjoint_size)
 
 
-def _check_input(x: Tensor, geometry: Geometry) -> None:
-    refuse_nested(x)
+def _check_conv_input(x: Tensor, geometry: Geometry) -> None:
+    check_not_nested(x)
     dims = len(geometry.kernel)
     if not x.is_floating_point():
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
@@ -149,43 +165,55 @@ def _check_input(x: Tensor, geometry: Geometry) -> None:
         )
 
 
-def _convolve(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+def _convolve_in_chunks(
+    x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
     """Return (batch, out_channels, *out size) in x's dtype, for x (batch, in_channels, *size)."""
     conv = _CONVOLUTIONS[len(geometry.kernel)]
     bias = None if bias is None else bias.to(dtype)
-    chunks = _chunks(weight, geometry, dtype, x.device)
+    chunks = _channel_chunks(weight, geometry, dtype, x.device)
     if len(chunks) == 1:
-        kernel = _dequantized(weight, slice(None), geometry, dtype)
-        whole: Tensor = conv(x.to(dtype), kernel, bias, *geometry.arguments, geometry.groups)
+        kernel = _dequantized_kernel(weight, slice(None), geometry, dtype)
+        whole: Tensor = conv(x.to(dtype), kernel, bias, *geometry.stride_padding_dilation, geometry.groups)
         return whole.to(x.dtype)
     size = geometry.output_size(x.shape[2:])
     out = x.new_empty(x.shape[0], geometry.out_channels, *size)
     for rows, reads, groups in chunks:
-        kernel = _dequantized(weight, rows, geometry, dtype)
+        kernel = _dequantized_kernel(weight, rows, geometry, dtype)
         added = None if bias is None else bias[rows]
-        for part in row_chunks(x.shape[0], (rows.stop - rows.start) * prod(size), dtype.itemsize, device=x.device):
-            out[part, rows] = conv(x[part, reads].to(dtype), kernel, added, *geometry.arguments, groups)
-        del kernel  # before the next chunk is dequantized
+        for part in row_slices_within_scratch(
+            x.shape[0], (rows.stop - rows.start) * prod(size), dtype.itemsize, device=x.device
+        ):
+            out[part, rows] = conv(x[part, reads].to(dtype), kernel, added, *geometry.stride_padding_dilation, groups)
+        # Before the next chunk is dequantized
+        del kernel
     return out
 
 
-def _adjoint(grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int]) -> Tensor:
+def _conv_adjoint_in_chunks(
+    grad: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, input_size: Sequence[int]
+) -> Tensor:
     """Return (batch, in_channels, *size) for grad (batch, out_channels, *out size), summed in float32 or wider."""
     adjoint = _ADJOINTS[len(geometry.kernel)]
-    chunks = _chunks(weight, geometry, dtype, grad.device)
-    shape = (grad.shape[0], geometry.in_channels, *size)
+    chunks = _channel_chunks(weight, geometry, dtype, grad.device)
+    shape = (grad.shape[0], geometry.in_channels, *input_size)
     if len(chunks) == 1:
-        kernel = _dequantized(weight, slice(None), geometry, dtype)
-        whole: Tensor = adjoint(shape, kernel, grad.to(dtype), *geometry.arguments, geometry.groups)
+        kernel = _dequantized_kernel(weight, slice(None), geometry, dtype)
+        whole: Tensor = adjoint(shape, kernel, grad.to(dtype), *geometry.stride_padding_dilation, geometry.groups)
         return whole.to(grad.dtype)
     sums = grad.new_zeros(shape, dtype=torch.promote_types(dtype, torch.float32))
     for rows, reads, groups in chunks:
-        kernel = _dequantized(weight, rows, geometry, dtype)
+        kernel = _dequantized_kernel(weight, rows, geometry, dtype)
         channels = reads.stop - reads.start
-        for part in row_chunks(grad.shape[0], channels * prod(size), dtype.itemsize, device=grad.device):
-            one = grad[part, rows].to(dtype)
-            sums[part, reads] += adjoint((one.shape[0], channels, *size), kernel, one, *geometry.arguments, groups)
-        del kernel  # before the next chunk is dequantized
+        for part in row_slices_within_scratch(
+            grad.shape[0], channels * prod(input_size), dtype.itemsize, device=grad.device
+        ):
+            chunk = grad[part, rows].to(dtype)
+            sums[part, reads] += adjoint(
+                (chunk.shape[0], channels, *input_size), kernel, chunk, *geometry.stride_padding_dilation, groups
+            )
+        # Before the next chunk is dequantized
+        del kernel
     return sums.to(grad.dtype)
 
 
@@ -193,101 +221,125 @@ _CONVOLUTIONS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: 
 _ADJOINTS: dict[int, Any] = {1: gradients.conv1d_input, 2: gradients.conv2d_input, 3: gradients.conv3d_input}
 
 
-def _chunks(
+def _channel_chunks(
     weight: Weight, geometry: Geometry, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[slice, slice, int]]:
-    if isinstance(weight, Tensor) and weight.dtype is dtype:  # used as stored
+    # Used as stored
+    if isinstance(weight, Tensor) and weight.dtype is dtype:
         return [(slice(None), slice(None), geometry.groups)]
-    return geometry.chunks(dtype.itemsize, device)
+    return geometry.chunk_channel_slices_and_groups(dtype.itemsize, device)
 
 
-def _dequantized(weight: Weight, rows: slice, geometry: Geometry, dtype: torch.dtype) -> Tensor:
+def _dequantized_kernel(weight: Weight, out_channels: slice, geometry: Geometry, dtype: torch.dtype) -> Tensor:
     if isinstance(weight, QuantizedTensor):
-        kernel = weight.dequantize_rows(rows, dtype)
+        kernel = weight.dequantize_rows(out_channels, dtype)
     else:
-        kernel = weight.detach()[rows].to(dtype)
+        kernel = weight.detach()[out_channels].to(dtype)
     return kernel.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
 
 
-def _compute(
+def _compute_conv_or_adjoint(
     x: Tensor,
     weight: Weight,
     geometry: Geometry,
     dtype: torch.dtype,
-    size: Sequence[int] | None,
+    adjoint_size: Sequence[int] | None,
     bias: Tensor | None = None,
 ) -> Tensor:
     """Return the convolution; if ``size`` is given, its adjoint of that size. Each is the other's derivative."""
-    rounded, wide = x.to(dtype), matmul_dtype(dtype, x)  # rounded as a 16-bit product rounds it
+    # Rounded as a 16-bit product rounds it
+    rounded, wide = x.to(dtype), fast_matmul_dtype(dtype, x)
     with no_slow_autocast(x):
-        if size is None:
-            out = _convolve(rounded, weight, geometry, wide, bias)
+        if adjoint_size is None:
+            out = _convolve_in_chunks(rounded, weight, geometry, wide, bias)
         else:
-            out = _adjoint(rounded, weight, geometry, wide, size)
+            out = _conv_adjoint_in_chunks(rounded, weight, geometry, wide, adjoint_size)
     return out.to(x.dtype)
 
 
-def _fake(x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None) -> Tensor:
-    if size is None:
-        return x.new_empty(x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2:]))
-    return x.new_empty(x.shape[0], geometry.in_channels, *size)
-
-
-def _record(
-    x: Tensor, weight: Weight | StoredParts, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
+def _fake_conv_or_adjoint(
+    x: Tensor, weight: Weight, geometry: Geometry, dtype: torch.dtype, adjoint_size: Sequence[int] | None
 ) -> Tensor:
-    given: tuple[Any, ...] = (weight, None, "")
-    if isinstance(weight, (QuantizedTensor, StoredParts)):
-        weight.check_layout()  # here, since the operator is not told the number of rows
-        given = parts_of(weight)
+    if adjoint_size is None:
+        return x.new_empty(x.shape[0], geometry.out_channels, *geometry.output_size(x.shape[2:]))
+    return x.new_empty(x.shape[0], geometry.in_channels, *adjoint_size)
+
+
+def _record_convolve_operator(
+    x: Tensor,
+    weight: Weight | QuantizedOperands,
+    geometry: Geometry,
+    dtype: torch.dtype,
+    adjoint_size: Sequence[int] | None,
+) -> Tensor:
+    operator_arguments: tuple[Any, ...] = (weight, None, "")
+    if isinstance(weight, (QuantizedTensor, QuantizedOperands)):
+        # Here, since the operator is not told the number of rows
+        weight.check_layout()
+        operator_arguments = codes_scales_and_description(weight)
     sizes = [geometry.in_channels, geometry.out_channels, geometry.groups, *geometry.kernel]
-    sizes += [number for of_dims in geometry.arguments for number in of_dims]
-    return cast(Tensor, torch.ops.lowmem.convolve(x, *given, sizes, dtype, size))
+    sizes += [number for of_dims in geometry.stride_padding_dilation for number in of_dims]
+    return cast(Tensor, torch.ops.lowmem.convolve(x, *operator_arguments, sizes, dtype, adjoint_size))
 
 
-def _derivatives(
-    x: Tensor, geometry: Geometry, dtype: torch.dtype, size: Sequence[int] | None
+def _tangent_and_gradient_arguments(
+    x: Tensor, geometry: Geometry, dtype: torch.dtype, adjoint_size: Sequence[int] | None
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    return (geometry, dtype, size), (geometry, dtype, x.shape[2:] if size is None else None)
+    return (geometry, dtype, adjoint_size), (geometry, dtype, x.shape[2:] if adjoint_size is None else None)
 
 
-def _arguments(
-    x: Tensor, weight: Tensor, scales: Tensor | None, text: str, sizes: Sequence[int], *rest: Any
+def _compute_arguments_from_operator(
+    x: Tensor, weight: Tensor, scales: Tensor | None, form_text: str, sizes: Sequence[int], *dtype_and_size: Any
 ) -> tuple[Any, ...]:
-    return x, weight if scales is None else stored(weight, scales, text), _geometry(sizes), *rest
+    return (
+        x,
+        weight if scales is None else quantized_tensor_from_operands(weight, scales, form_text),
+        _geometry_from_operator_sizes(sizes),
+        *dtype_and_size,
+    )
 
 
-def _geometry(sizes: Sequence[int]) -> Geometry:
+def _geometry_from_operator_sizes(sizes: Sequence[int]) -> Geometry:
     """Return the geometry from the numbers that ``_record`` passes to the operator."""
     dims = (len(sizes) - 3) // 4
     kernel, stride, padding, dilation = (tuple(sizes[start : start + dims]) for start in range(3, len(sizes), dims))
     return Geometry(sizes[0], sizes[1], sizes[2], kernel, stride, padding, dilation)
 
 
-_OPERATOR = FrozenOperator(lambda _, *given: _compute(*given), _fake, _record, _derivatives)
-_OPERATOR.declare(
+_OPERATOR = FrozenWeightOperator(
+    lambda _, *operator_arguments: _compute_conv_or_adjoint(*operator_arguments),
+    _fake_conv_or_adjoint,
+    _record_convolve_operator,
+    _tangent_and_gradient_arguments,
+)
+_OPERATOR.register_torch_operator(
     "convolve(Tensor x, Tensor stored, Tensor? scales, str described, int[] sizes, ScalarType dtype, SymInt[]? size) "
     "-> Tensor",
-    _arguments,
+    _compute_arguments_from_operator,
 )
 
 
-@decomposes("convolve")
-def _written_out(
+@register_decomposition("convolve")
+def _decomposed_convolve(
     x: Tensor,
     weight: Tensor,
     scales: Tensor | None,
-    text: str,
+    form_text: str,
     sizes: Sequence[int],
     dtype: torch.dtype,
-    size: Sequence[int] | None,
+    adjoint_size: Sequence[int] | None,
 ) -> Tensor:
-    geometry = _geometry(sizes)
-    kernel = weight.to(dtype) if scales is None else dequantized(weight, scales, text, dtype)
+    geometry = _geometry_from_operator_sizes(sizes)
+    kernel = weight.to(dtype) if scales is None else decomposed_dequantize(weight, scales, form_text, dtype)
     kernel = kernel.view(-1, geometry.in_channels // geometry.groups, *geometry.kernel)
     more = [0] * len(geometry.kernel)
-    if size is not None:
-        more = [int(a - b) for a, b in zip(size, geometry.transposed_size(x.shape[2:], more), strict=True)]
+    if adjoint_size is not None:
+        more = [
+            int(a - b)
+            for a, b in zip(adjoint_size, geometry.transposed_conv_output_size(x.shape[2:], more), strict=True)
+        ]
     convolve = torch.ops.aten.convolution.default
-    out = convolve(x.to(dtype), kernel, None, *geometry.arguments, size is not None, more, geometry.groups)
+    out = convolve(
+        x.to(dtype), kernel, None, *geometry.stride_padding_dilation, adjoint_size is not None, more, geometry.groups
+    )
     return cast(Tensor, out).to(x.dtype)

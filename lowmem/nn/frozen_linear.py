@@ -7,7 +7,12 @@ from torch import Tensor, nn
 
 from lowmem import kernels
 from lowmem.kernels import ops, reference
-from lowmem.nn.calls import exports_to_onnx, is_jit_tracing, is_plain_call, refuse_nested
+from lowmem.nn.call_context import (
+    can_bypass_autograd,
+    check_not_nested,
+    is_jit_tracing,
+    is_onnx_export_refusing_quantized,
+)
 from lowmem.quant.backend import backend_of
 
 
@@ -21,31 +26,35 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
             product and its gradient are computed in ``kernels.recorded_dtype``.
         bias: floating point (out,), or None.
     """
-    plain = is_plain_call(x, bias)
+    plain = can_bypass_autograd(x, bias)
     if plain and x.dim() > 1 and not x.is_nested:
         out = backend_of(x).linear(x, weight, dtype, bias)
         return out if dtype is x.dtype else out.to(x.dtype)
     if is_jit_tracing():
-        return _traced_linear(x, weight, dtype, bias)
-    refuse_nested(x)
+        return _jit_traceable_frozen_linear(x, weight, dtype, bias)
+    check_not_nested(x)
     out_features, in_features = weight.shape
     reference.check_input(x, in_features)
     if dtype is torch.int8 and x.requires_grad and torch.is_grad_enabled():
-        dtype = kernels.recorded_dtype(dtype, x)
-    rows = x if x.dim() == 2 else _rows(x)
+        dtype = kernels.differentiable_dtype(dtype, x)
+    rows = x if x.dim() == 2 else _flatten_to_rows(x)
     out = backend_of(x).linear(rows, weight, dtype, bias) if plain else ops.product(rows, weight, dtype, False, bias)
     return out.to(x.dtype).view(*x.shape[:-1], out_features)
 
 
-def _traced_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None) -> Tensor:
+def _jit_traceable_frozen_linear(
+    x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: Tensor | None
+) -> Tensor:
     """Compute ``frozen_linear`` without branches on sizes: torch.jit.trace records only one side of a branch."""
-    if exports_to_onnx(weight):
+    if is_onnx_export_refusing_quantized(weight):
         return nn.functional.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(
             x.dtype
         )
-    return ops.product(_rows(x), weight, dtype, False, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    return (
+        ops.product(_flatten_to_rows(x), weight, dtype, False, bias).to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    )
 
 
-def _rows(x: Tensor) -> Tensor:
+def _flatten_to_rows(x: Tensor) -> Tensor:
     """Return (..., in) as (batch, in), without reading a size that may be dynamic."""
     return x.flatten(0, -2) if x.dim() > 1 else x.unsqueeze(0)

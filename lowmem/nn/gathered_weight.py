@@ -10,16 +10,16 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.nn import stored_products, stored_views  # noqa: F401 - register what is copied here
-from lowmem.nn.calls import autocast
+from lowmem.nn.call_context import autocast_linear_input
 from lowmem.nn.frozen_linear import frozen_linear
 from lowmem.nn.stored_tensor import FUNCTIONS, OPERATORS, StoredTensor
 
 
-def check_order(order: Tensor, name: str) -> None:
+def check_column_permutation(column_order: Tensor, tensor_name: str) -> None:
     """Check that an order that was read from a file or state is a permutation; one on the meta device passes."""
-    columns = torch.arange(len(order), dtype=torch.int64, device=order.device)
-    if not order.is_meta and not torch.equal(order.sort().values, columns):
-        raise ValueError(f"{name} does not name each of {len(order)} columns once; get it again")
+    columns = torch.arange(len(column_order), dtype=torch.int64, device=column_order.device)
+    if not column_order.is_meta and not torch.equal(column_order.sort().values, columns):
+        raise ValueError(f"{tensor_name} does not name each of {len(column_order)} columns once; get it again")
 
 
 class GatheredTensor(StoredTensor):
@@ -34,21 +34,22 @@ class GatheredTensor(StoredTensor):
         return super().dequantize(dtype).index_select(-1, self.order.argsort())
 
 
-def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+def _gathered_linear(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(weight) is not GatheredTensor or isinstance(input, StoredTensor) or weight.dim() != 2:
         return NotImplemented
-    x = autocast(input).index_select(-1, weight.order)
+    x = autocast_linear_input(input).index_select(-1, weight.order)
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
-    return frozen_linear(x, weight.stored, x.dtype, bias)
+    return frozen_linear(x, weight.kernel_weight, x.dtype, bias)
 
 
-torch.serialization.add_safe_globals([GatheredTensor])  # for torch.load(weights_only=True)
+# For torch.load(weights_only=True)
+torch.serialization.add_safe_globals([GatheredTensor])
 
 # Writes are errors, as for any stored weight; of what reads it, copies and rows keep the order of the columns.
 _ALIKE = ("detach", "alias", "lift_fresh", "clone", "_to_copy")
 _ROWS = ("select", "slice", "split", "split_with_sizes", "unbind", "index_select", "index")
 GatheredTensor.functions.update(FUNCTIONS)
-GatheredTensor.functions[functional.linear] = _linear
+GatheredTensor.functions[functional.linear] = _gathered_linear
 GatheredTensor.operators.update(
     {call: own for call, own in OPERATORS.items() if call.overloadpacket.__name__ in _ALIKE + _ROWS}
 )

@@ -20,32 +20,38 @@ HOOKS = (
 )
 
 
-def _derived_class(module_class: Any, base: Any = None, behind: Any = None, /, **attributes: Any) -> Any:
+def _make_subclass_named_like(
+    module_class: Any, base: Any = None, later_base: Any = None, /, **attributes: Any
+) -> Any:
     """Return a subclass of a module's class with these attributes and under its name, which is made once.
 
     Methods of ``base`` come before those of the module's class, and those of ``behind`` after them.
     """
     names = {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
-    bases = tuple(kind for kind in (base, module_class, behind) if kind is not None)
+    bases = tuple(kind for kind in (base, module_class, later_base) if kind is not None)
     return type(module_class.__name__, bases, names | attributes)
 
 
-derived_class: Callable[..., Any] = cache(_derived_class)
+derived_class: Callable[..., Any] = cache(_make_subclass_named_like)
 
 
-def change_class(module: Any, new_class: Any, attributes: dict[str, Any] | None = None) -> None:
+def change_class_and_attributes(
+    module: Any, replacement_class: Any, attributes: dict[str, Any] | None = None
+) -> None:
     """Make a module, in place, an instance of another class with these attributes; None keeps the module's own.
 
     An error leaves the module as it was.
     """
-    current = module.__dict__  # stays the same dictionary, which others may hold
+    # Stays the same dictionary, which others may hold
+    current = module.__dict__
     final = dict(current)
     attributes = dict(current if attributes is None else attributes)
     # In between, the attributes of both classes exist, for calls by other threads; those under way may still fail.
     parameters = {**current.get("_parameters", {}), **attributes.get("_parameters", {})}
     current.update(attributes, _parameters=parameters)
     try:
-        object.__setattr__(module, "__class__", new_class)  # a __setattr__ of the class may do something else
+        # A __setattr__ of the class may do something else
+        object.__setattr__(module, "__class__", replacement_class)
         final = attributes
     finally:
         current.update(final)
@@ -53,23 +59,23 @@ def change_class(module: Any, new_class: Any, attributes: dict[str, Any] | None 
             del current[name]
 
 
-def become(module: nn.Module, other: nn.Module) -> None:
+def replace_class_and_parameters(module: nn.Module, converted_copy: nn.Module) -> None:
     """Give a module, in place, the class and attributes of ``other``, a copy with other parameters or adapters.
 
     Its hooks, mode, buffers and children stay, except ``adapters``.
     """
-    kept = {name: module.__dict__[name] for name in (*HOOKS, "training", "_modules", "_buffers")}
-    children, adapters = kept["_modules"], other._modules.get("adapters")
+    preserved = {name: module.__dict__[name] for name in (*HOOKS, "training", "_modules", "_buffers")}
+    children, adapters = preserved["_modules"], converted_copy._modules.get("adapters")
     if adapters is not None:
         children["adapters"] = adapters
-    change_class(module, type(other), {**other.__dict__, **kept})
+    change_class_and_attributes(module, type(converted_copy), {**converted_copy.__dict__, **preserved})
     if adapters is None:
         children.pop("adapters", None)
 
 
-def copied_module(module: nn.Module, new_class: type[nn.Module]) -> nn.Module:
+def hookless_shallow_copy(module: nn.Module, replacement_class: type[nn.Module]) -> nn.Module:
     """Return a shallow copy of a module as an instance of another class, without its hooks."""
-    copied = new_class.__new__(new_class)
+    copied = replacement_class.__new__(replacement_class)
     copied.__dict__.update(module.__dict__)
     for name in {slot for kind in type(module).__mro__ for slot in getattr(kind, "__slots__", ())}:
         if name != "__dict__" and name != "__weakref__" and hasattr(module, name):

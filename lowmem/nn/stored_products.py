@@ -14,63 +14,68 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem import kernels
 from lowmem.kernels import ops
-from lowmem.kernels.grouped import grouped_product
-from lowmem.kernels.memory import is_traced
-from lowmem.nn.calls import autocast
-from lowmem.nn.frozen_conv import Geometry, convolution
+from lowmem.kernels.grouped_matmul import grouped_product
+from lowmem.kernels.tensor_checks import is_recording_operations
+from lowmem.nn.call_context import autocast_linear_input
+from lowmem.nn.frozen_conv import Geometry, convolution_or_adjoint
 from lowmem.nn.frozen_linear import frozen_linear
-from lowmem.nn.stored_tensor import StoredTensor, implements, is_recorded, refuse_gradient
+from lowmem.nn.stored_tensor import (
+    StoredTensor,
+    check_needs_no_weight_gradient,
+    implements_for_stored,
+    needs_dispatcher,
+)
 from lowmem.quant.backend import backend_of
 
 aten = torch.ops.aten
 
 
-def _product(x: Tensor, weight: StoredTensor, transposed: bool) -> Tensor:
+def _multiply_by_stored_weight(x: Tensor, weight: StoredTensor, transposed: bool) -> Tensor:
     """Return ``x @ W.T``, or ``x @ W`` if ``transposed``, in x's dtype; W is the matrix as its parts hold it."""
-    refuse_gradient(weight)
-    if is_recorded(x, *weight.parts):
-        recorded = weight.recorded
+    check_needs_no_weight_gradient(weight)
+    if needs_dispatcher(x, *weight.parts):
+        recorded = weight.recordable_matrix
         return ops.product.record(x, recorded, weight.form.product_dtype(x), transposed).to(x.dtype)
-    stored = weight.stored
+    stored = weight.kernel_weight
     dtype = weight.form.product_dtype(x)
     return (kernels.input_grad if transposed else kernels.linear)(x, stored, dtype).to(x.dtype)
 
 
-def _is_matrix(weight: Any) -> bool:
-    return isinstance(weight, StoredTensor) and weight.lead == 1 and len(weight.tail) == 1
+def _is_stored_matrix(weight: Any) -> bool:
+    return isinstance(weight, StoredTensor) and weight.leading_dim_count == 1 and len(weight.tail) == 1
 
 
-def _is_stack(weight: Any) -> bool:
-    return isinstance(weight, StoredTensor) and weight.lead == 2 and len(weight.tail) == 1
+def _is_stored_matrix_stack(weight: Any) -> bool:
+    return isinstance(weight, StoredTensor) and weight.leading_dim_count == 2 and len(weight.tail) == 1
 
 
-def _is_input(x: Any) -> bool:
+def _is_dense_floating_point(x: Any) -> bool:
     return not isinstance(x, StoredTensor) and x.is_floating_point()
 
 
 # Products
 
 
-@implements("mm")
-def _mm(a: Any, b: Any) -> Any:
-    if (a.dim(), b.dim()) != (2, 2):
+@implements_for_stored("mm")
+def _stored_mm(left_matrix: Any, right_matrix: Any) -> Any:
+    if (left_matrix.dim(), right_matrix.dim()) != (2, 2):
         return NotImplemented
-    if _is_matrix(b) and _is_input(a):
-        return _product(a, b, not b.swapped)
-    if _is_matrix(a) and _is_input(b):
-        return _product(b.t(), a, a.swapped).t()
+    if _is_stored_matrix(right_matrix) and _is_dense_floating_point(left_matrix):
+        return _multiply_by_stored_weight(left_matrix, right_matrix, not right_matrix.swapped)
+    if _is_stored_matrix(left_matrix) and _is_dense_floating_point(right_matrix):
+        return _multiply_by_stored_weight(right_matrix.t(), left_matrix, left_matrix.swapped).t()
     return NotImplemented
 
 
-@implements("addmm")
-def _addmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _mm(a, b)
+@implements_for_stored("addmm")
+def _stored_addmm(bias: Any, left_matrix: Any, right_matrix: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _stored_mm(left_matrix, right_matrix)
     if product is NotImplemented:
         return NotImplemented
-    return _added(bias, product, beta, alpha)
+    return _scaled_bias_plus_product(bias, product, beta, alpha)
 
 
-def _added(bias: Any, product: Tensor, beta: float, alpha: float) -> Tensor:
+def _scaled_bias_plus_product(bias: Any, product: Tensor, beta: float, alpha: float) -> Tensor:
     """Return ``beta bias + alpha product``; as in torch's operators, beta = 0 ignores the bias, even if it is NaN."""
     product = product if alpha == 1 else product * alpha
     if beta == 0:
@@ -79,61 +84,69 @@ def _added(bias: Any, product: Tensor, beta: float, alpha: float) -> Tensor:
     return product + (dense if beta == 1 else dense * beta).to(product.dtype)
 
 
-@implements("linear")  # arrives undecomposed in inference mode only
-def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
-    if not (_is_matrix(weight) and not weight.swapped and _is_input(x)):
+@implements_for_stored("linear")  # arrives undecomposed in inference mode only
+def _stored_linear_operator(x: Any, weight: Any, bias: Any = None) -> Any:
+    if not (_is_stored_matrix(weight) and not weight.swapped and _is_dense_floating_point(x)):
         return NotImplemented
-    product = _product(x.reshape(-1, x.shape[-1]), weight, False).view(*x.shape[:-1], weight.shape[0])
-    return product if bias is None else _added(bias, product, 1, 1)
+    product = _multiply_by_stored_weight(x.reshape(-1, x.shape[-1]), weight, False).view(
+        *x.shape[:-1], weight.shape[0]
+    )
+    return product if bias is None else _scaled_bias_plus_product(bias, product, 1, 1)
 
 
-@implements("mv")
-def _mv(a: Any, vector: Any) -> Any:
+@implements_for_stored("mv")
+def _stored_mv(matrix: Any, vector: Any) -> Any:
     return (
-        _product(vector.unsqueeze(0), a, a.swapped).squeeze(0)
-        if _is_matrix(a) and _is_input(vector)
+        _multiply_by_stored_weight(vector.unsqueeze(0), matrix, matrix.swapped).squeeze(0)
+        if _is_stored_matrix(matrix) and _is_dense_floating_point(vector)
         else NotImplemented
     )
 
 
-@implements("bmm")
-def _bmm(a: Any, b: Any) -> Any:
-    if _is_stack(b) and _is_input(a):
-        weight, x, transposed = b, a, not b.swapped
-    elif _is_stack(a) and _is_input(b):
-        weight, x, transposed = a, b.transpose(1, 2), a.swapped
+@implements_for_stored("bmm")
+def _stored_bmm(left_stack: Any, right_stack: Any) -> Any:
+    if _is_stored_matrix_stack(right_stack) and _is_dense_floating_point(left_stack):
+        weight, x, transposed = right_stack, left_stack, not right_stack.swapped
+    elif _is_stored_matrix_stack(left_stack) and _is_dense_floating_point(right_stack):
+        weight, x, transposed = left_stack, right_stack.transpose(1, 2), left_stack.swapped
     else:
         return NotImplemented
     count, rows = x.shape[:2]
-    if count > 1 and all(part.stride(0) == 0 for part in weight.parts):  # a single matrix that was expanded
-        matrix = weight.like([part[0] for part in weight.parts])
-        out = _product(x.reshape(count * rows, x.shape[2]), matrix, transposed).view(count, rows, -1)
-        return out if weight is b else out.transpose(1, 2)
-    offsets = torch.arange(1, count + 1, dtype=torch.int32, device="cpu") * rows  # where reading them is free
-    out = _grouped(x.reshape(count * rows, x.shape[2]), weight, offsets, transposed).view(count, rows, -1)
-    return out if weight is b else out.transpose(1, 2)
+    # A single matrix that was expanded
+    if count > 1 and all(part.stride(0) == 0 for part in weight.parts):
+        matrix = weight.with_parts([part[0] for part in weight.parts])
+        out = _multiply_by_stored_weight(x.reshape(count * rows, x.shape[2]), matrix, transposed).view(
+            count, rows, -1
+        )
+        return out if weight is right_stack else out.transpose(1, 2)
+    # Where reading them is free
+    offsets = torch.arange(1, count + 1, dtype=torch.int32, device="cpu") * rows
+    out = _multiply_row_groups_by_stack(x.reshape(count * rows, x.shape[2]), weight, offsets, transposed).view(
+        count, rows, -1
+    )
+    return out if weight is right_stack else out.transpose(1, 2)
 
 
-@implements("baddbmm")
-def _baddbmm(bias: Any, a: Any, b: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _bmm(a, b)
-    return NotImplemented if product is NotImplemented else _added(bias, product, beta, alpha)
+@implements_for_stored("baddbmm")
+def _stored_baddbmm(bias: Any, left_stack: Any, right_stack: Any, *, beta: float = 1, alpha: float = 1) -> Any:
+    product = _stored_bmm(left_stack, right_stack)
+    return NotImplemented if product is NotImplemented else _scaled_bias_plus_product(bias, product, beta, alpha)
 
 
-@implements("_grouped_mm")
-def _grouped_mm(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
-    if not (_is_stack(weight) and _is_input(x) and x.dim() == 2 and offs is not None):
+@implements_for_stored("_grouped_mm")
+def _stored_grouped_mm(x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None) -> Any:
+    if not (_is_stored_matrix_stack(weight) and _is_dense_floating_point(x) and x.dim() == 2 and offs is not None):
         return NotImplemented
-    out = _grouped(x, weight, offs, not weight.swapped)
+    out = _multiply_row_groups_by_stack(x, weight, offs, not weight.swapped)
     out = out if bias is None else out + bias
     return out if out_dtype is None else out.to(out_dtype)
 
 
-def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool) -> Tensor:
+def _multiply_row_groups_by_stack(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool) -> Tensor:
     """Multiply rows ``offsets[e - 1]`` to ``offsets[e]`` of x by matrix e of a stack, for each e."""
-    refuse_gradient(weight)
-    recorded = is_recorded(x, offsets, *weight.parts)
-    matrix, count = weight.recorded if recorded else weight.matrix, weight.parts[0].shape[0]
+    check_needs_no_weight_gradient(weight)
+    recorded = needs_dispatcher(x, offsets, *weight.parts)
+    matrix, count = weight.recordable_matrix if recorded else weight.kernel_matrix, weight.parts[0].shape[0]
     arguments = (x, matrix, weight.form.product_dtype(x), transposed, count, offsets)
     out = grouped_product.record(*arguments) if recorded else grouped_product.compute(backend_of(x), *arguments)
     return out.to(x.dtype)
@@ -142,15 +155,15 @@ def _grouped(x: Tensor, weight: StoredTensor, offsets: Tensor, transposed: bool)
 # Gathers
 
 
-@implements("embedding")
-def _embedding(weight: Any, indices: Any, *_: Any, **__: Any) -> Any:
-    if not _is_matrix(weight) or weight.swapped:
+@implements_for_stored("embedding")
+def _stored_embedding(weight: Any, indices: Any, *_: Any, **__: Any) -> Any:
+    if not _is_stored_matrix(weight) or weight.swapped:
         return NotImplemented
-    refuse_gradient(weight)
-    return weight.like([functional.embedding(indices, part) for part in weight.parts]).dequantize()
+    check_needs_no_weight_gradient(weight)
+    return weight.with_parts([functional.embedding(indices, part) for part in weight.parts]).dequantize()
 
 
-@implements("_embedding_bag", "_embedding_bag_forward_only")
+@implements_for_stored("_embedding_bag", "_embedding_bag_forward_only")
 def _embedding_bag(
     weight: Any,
     indices: Any,
@@ -162,19 +175,20 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int = -1,
 ) -> Any:
-    if not _is_matrix(weight) or weight.swapped:
+    if not _is_stored_matrix(weight) or weight.swapped:
         return NotImplemented
     padding = padding_idx
     # torch.unique has a data-dependent shape, which a graph cannot hold, and for which the host waits for a GPU.
-    if is_recorded(indices, *weight.parts) or not indices.is_cpu:
-        rows = _embedding(weight, indices)
+    if needs_dispatcher(indices, *weight.parts) or not indices.is_cpu:
+        rows = _stored_embedding(weight, indices)
         numbers = torch.arange(indices.shape[0], dtype=torch.int64, device=indices.device)
-        if padding >= 0:  # one more row in front stands for the padding
+        # One more row in front stands for the padding
+        if padding >= 0:
             rows = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
             numbers, padding = torch.where(indices == padding, 0, numbers + 1), 0
     else:
         distinct, numbers = torch.unique(indices, return_inverse=True)
-        rows = _embedding(weight, distinct)
+        rows = _stored_embedding(weight, distinct)
         if padding >= 0:
             at = (distinct == padding).nonzero()
             padding = int(at[0]) if len(at) else -1
@@ -185,18 +199,18 @@ def _embedding_bag(
 # Convolutions
 
 
-def _geometry(weight: StoredTensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
+def _stored_conv_geometry(weight: StoredTensor, stride: Any, padding: Any, dilation: Any, groups: int) -> Geometry:
     """Return the geometry of a convolution; for a transposed one, that of the convolution whose adjoint it is."""
     out_channels, channels, *kernel = weight.shape
     dims = len(kernel)
     strides, paddings, dilations = (
-        tuple(one) * dims if len(one) == 1 else tuple(one) for one in (stride, padding, dilation)
+        tuple(sizes) * dims if len(sizes) == 1 else tuple(sizes) for sizes in (stride, padding, dilation)
     )
     return Geometry(channels * groups, out_channels, groups, tuple(kernel), strides, paddings, dilations)
 
 
-@implements("convolution", "convolution_overrideable")
-def _convolution(
+@implements_for_stored("convolution", "convolution_overrideable")
+def _stored_convolution(
     x: Any,
     weight: Any,
     bias: Any,
@@ -207,70 +221,78 @@ def _convolution(
     output_padding: Any,
     groups: int,
 ) -> Any:
-    if not (_is_kernel(weight) and _is_input(x)):
+    if not (_is_stored_conv_kernel(weight) and _is_dense_floating_point(x)):
         return NotImplemented
-    refuse_gradient(weight)
-    geometry = _geometry(weight, stride, padding, dilation, groups)
-    stored = weight.recorded if is_recorded(x, *weight.parts) else weight.stored
+    check_needs_no_weight_gradient(weight)
+    geometry = _stored_conv_geometry(weight, stride, padding, dilation, groups)
+    stored = weight.recordable_matrix if needs_dispatcher(x, *weight.parts) else weight.kernel_weight
     dtype = weight.form.product_dtype(x)
-    size = geometry.transposed_size(x.shape[2:], output_padding) if transposed else None
-    out = convolution(x, stored, geometry, dtype, size)
+    size = geometry.transposed_conv_output_size(x.shape[2:], output_padding) if transposed else None
+    out = convolution_or_adjoint(x, stored, geometry, dtype, size)
     if bias is None:
         return out
     dense = bias.dequantize() if isinstance(bias, StoredTensor) else bias
     return out + dense.to(out.dtype).view(-1, *[1] * len(geometry.kernel))
 
 
-@implements("convolution_backward", "convolution_backward_overrideable")
-def _convolution_backward(
+@implements_for_stored("convolution_backward", "convolution_backward_overrideable")
+def _stored_convolution_backward(
     grad: Any,
     x: Any,
     weight: Any,
-    *rest: Any,
+    *conv_arguments: Any,
 ) -> Any:
-    *_sizes, stride, padding, dilation, transposed, _output_padding, groups, mask = rest
-    if not (_is_kernel(weight) and _is_input(grad)) or mask[1]:
+    *_sizes, stride, padding, dilation, transposed, _output_padding, groups, mask = conv_arguments
+    if not (_is_stored_conv_kernel(weight) and _is_dense_floating_point(grad)) or mask[1]:
         return NotImplemented
-    geometry = _geometry(weight, stride, padding, dilation, groups)
-    stored = weight.recorded if is_recorded(grad, *weight.parts) else weight.stored
+    geometry = _stored_conv_geometry(weight, stride, padding, dilation, groups)
+    stored = weight.recordable_matrix if needs_dispatcher(grad, *weight.parts) else weight.kernel_weight
     dtype = weight.form.product_dtype(grad)
     of_input = of_bias = None
     if mask[0]:
-        of_input = convolution(grad, stored, geometry, dtype, None if transposed else x.shape[2:])
+        of_input = convolution_or_adjoint(grad, stored, geometry, dtype, None if transposed else x.shape[2:])
     if len(mask) > 2 and mask[2]:
         of_bias = grad.sum([0, *range(2, grad.dim())])
     return (of_input, None, of_bias)[: len(mask)]
 
 
-def _is_kernel(weight: Any) -> bool:
-    return isinstance(weight, StoredTensor) and weight.lead == 1 and 2 <= len(weight.tail) <= 4 and not weight.swapped
+def _is_stored_conv_kernel(weight: Any) -> bool:
+    return (
+        isinstance(weight, StoredTensor)
+        and weight.leading_dim_count == 1
+        and 2 <= len(weight.tail) <= 4
+        and not weight.swapped
+    )
 
 
 # Functions, above autograd
 
 
-@implements(functional.linear)
-def _linear_function(input: Any, weight: Any, bias: Any = None) -> Any:
+@implements_for_stored(functional.linear)
+def _stored_linear_function(input: Any, weight: Any, bias: Any = None) -> Any:
     if type(weight) is not StoredTensor or isinstance(input, StoredTensor):
         return NotImplemented
-    own = weight.__dict__  # reading an attribute of a tensor subclass takes a microsecond
-    if own["swapped"] or len(own["tail"]) != 1:
+    # Reading an attribute of a tensor subclass takes a microsecond
+    attributes = weight.__dict__
+    if attributes["swapped"] or len(attributes["tail"]) != 1:
         return NotImplemented
-    stored = weight.stored
+    stored = weight.kernel_weight
     if len(stored.shape) != 2:
         return NotImplemented
-    x = autocast(input)
+    x = autocast_linear_input(input)
     bias = bias.dequantize() if isinstance(bias, StoredTensor) else bias
     return frozen_linear(x, stored, weight.form.product_dtype(x), bias)
 
 
-@implements(torch.einsum)
-def _einsum(*arguments: Any) -> Any:
+@implements_for_stored(torch.einsum)
+def _stored_einsum(*arguments: Any) -> Any:
     """Contract with the dense values, which backward makes again; torch's einsum would keep them for it."""
-    return recomputed_einsum(arguments, StoredTensor, lambda weight: weight.dequantize())
+    return einsum_recomputing_dense_weights(arguments, StoredTensor, lambda weight: weight.dequantize())
 
 
-def recomputed_einsum(arguments: tuple[Any, ...], kind: type[Any], values: Callable[[Any], Tensor]) -> Any:
+def einsum_recomputing_dense_weights(
+    arguments: tuple[Any, ...], weight_class: type[Any], dense_values: Callable[[Any], Tensor]
+) -> Any:
     """Return ``torch.einsum(*arguments)``, where backward makes the dense values of weights again.
 
     Args:
@@ -282,10 +304,10 @@ def recomputed_einsum(arguments: tuple[Any, ...], kind: type[Any], values: Calla
         The result; NotImplemented where nothing is differentiated, and in graphs and transforms, which take no hooks
         of saved tensors.
     """
-    if not torch.is_grad_enabled() or is_traced() or torch._C._are_functorch_transforms_active():
+    if not torch.is_grad_enabled() or is_recording_operations() or torch._C._are_functorch_transforms_active():
         return NotImplemented
 
-    def contract(*given: Any) -> Any:
-        return torch.einsum(*tree_map_only(kind, values, given))
+    def dense_einsum(*operands: Any) -> Any:
+        return torch.einsum(*tree_map_only(weight_class, dense_values, operands))
 
-    return checkpoint(contract, *arguments, use_reentrant=False, preserve_rng_state=False)
+    return checkpoint(dense_einsum, *arguments, use_reentrant=False, preserve_rng_state=False)

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from lowmem.errors import is_one_of, show
-from lowmem.nn.forms import freeze
-from lowmem.quant.formats import default_format, get_format
+from lowmem.errors import is_one_of, short_repr
+from lowmem.nn.forms import as_frozen_parameter
+from lowmem.quant.formats import default_format_and_block_size, get_format
 from lowmem.quant.packing import check_block_size
-from lowmem.quant.quantize import method_of, quantize, round_to
-from lowmem.quant.scales import ENCODINGS, OFFSETS, get_encoding
+from lowmem.quant.quantize_tensor import checked_rounded_copy, checked_scale_method, quantize
+from lowmem.quant.scale_encodings import ENCODINGS, OFFSETS, get_scale_encoding
 from lowmem.quant.tensor import QuantizedTensor
 
 QUANT_METHOD = "lowmem: import lowmem.integrations.transformers"
@@ -32,13 +32,14 @@ def check_compute_dtype(dtype: torch.dtype | None) -> None:
     choices = None, torch.int8, torch.float16, torch.bfloat16, torch.float32, torch.float64
     if not is_one_of(dtype, choices):
         raise ValueError(
-            f"compute_dtype={show(dtype)} must be a floating-point torch.dtype of 16 bits or more, or torch.int8, "
+            f"compute_dtype={short_repr(dtype)} must be a floating-point torch.dtype of 16 bits or more, or "
+            "torch.int8, "
             "or None"
         )
 
 
-def _freeze(weight: QuantizedTensor) -> QuantizedTensor:
-    return replace(weight, packed=freeze(weight.packed), scales=freeze(weight.scales))
+def _frozen_quantized_tensor(weight: QuantizedTensor) -> QuantizedTensor:
+    return replace(weight, packed=as_frozen_parameter(weight.packed), scales=as_frozen_parameter(weight.scales))
 
 
 def _is_number(value: object) -> bool:
@@ -63,7 +64,7 @@ class Half:
 
     def __post_init__(self) -> None:
         if not is_one_of(self.dtype, (torch.float16, torch.bfloat16)):
-            raise ValueError(f"dtype={show(self.dtype)} must be torch.float16 or torch.bfloat16")
+            raise ValueError(f"dtype={short_repr(self.dtype)} must be torch.float16 or torch.bfloat16")
 
     def store(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
         """Round a tensor to ``dtype``, as a frozen parameter.
@@ -71,14 +72,14 @@ class Half:
         Raises:
             TypeError, ValueError: it is not floating point, has no values, or exceeds the range of the dtype.
         """
-        return freeze(round_to(tensor, self.dtype, name))
+        return as_frozen_parameter(checked_rounded_copy(tensor, self.dtype, name))
 
     def skeleton(self, tensor: Tensor, name: str = "weight") -> nn.Parameter:
         """Return what ``store`` would return, on the meta device."""
-        return freeze(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
+        return as_frozen_parameter(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
 
 
-class Blockwise:
+class BlockwiseQuantization:
     """Base of ``FourBit`` and ``EightBit``.
 
     Attributes:
@@ -114,7 +115,7 @@ class Blockwise:
         Raises:
             TypeError, ValueError: a weight that ``quantize`` rejects.
         """
-        return _freeze(
+        return _frozen_quantized_tensor(
             quantize(weight, self.format, block_size=self.block_size, scales=self.scales, search=self.search)
         )
 
@@ -128,14 +129,14 @@ class Blockwise:
             raise ValueError(f"format={self.format!r}: without values there is no choosing; name one format")
         form = get_format(self.format)
         size = form.block_size if self.block_size is None else self.block_size
-        method = method_of(form, self.search)
-        return _freeze(
+        method = checked_scale_method(form, self.search)
+        return _frozen_quantized_tensor(
             QuantizedTensor.empty(weight.shape, form.name, size, self.scales or form.scales, method, device="meta")
         )
 
 
 @dataclass(frozen=True)
-class FourBit(Blockwise):
+class FourBit(BlockwiseQuantization):
     """4-bit quantization: weights are stored as 4-bit codes with a scale per block, frozen; biases are unchanged.
 
     QLoRA, arXiv 2305.14314, section 2.
@@ -147,7 +148,7 @@ class FourBit(Blockwise):
         scales: "float32", "float16" or "double", or one of the first two with "_offsets"; None takes the format's.
         compute_dtype: dtype of products, in stored layers and in modules that read stored weights (``Conv1D``,
             experts, torch's attention); None takes the input's. With torch.int8, linear layers round inputs, to 8
-            bits, and levels to multiples of one step (``lowmem.kernels.int8``), and multiply integers: the fastest
+            bits, and levels to steps (``lowmem.kernels.int8_rounding``), and multiply integers: the fastest
             products of 16 rows and more with AVX-512 VNNI, which add about 1.5% to a language model's perplexity.
             While gradients are recorded, layers compute in floats (``lowmem.kernels.recorded_dtype``); other
             modules use the dtype of the input.
@@ -173,16 +174,18 @@ class FourBit(Blockwise):
 
     def __post_init__(self) -> None:
         if self.format is None:
-            format, block_size = default_format(self.block_size)
+            format, block_size = default_format_and_block_size(self.block_size)
             object.__setattr__(self, "format", format)
             object.__setattr__(self, "block_size", block_size)
         if not isinstance(self.format, str):
             if not isinstance(self.format, Iterable):
                 raise ValueError(
-                    f"format={show(self.format)} must be the name of a format, as 'nf4', or several names; dtypes of "
+                    f"format={short_repr(self.format)} must be the name of a format, as 'nf4', or several names; "
+                    "dtypes of "
                     "products are compute_dtype=, and EightBit() stores 8 bits"
                 )
-            object.__setattr__(self, "format", tuple(self.format))  # a list would not be hashable
+            # A list would not be hashable
+            object.__setattr__(self, "format", tuple(self.format))
         if not self.format:
             raise ValueError(f"format={self.format!r} names no format: name one, or several to choose from")
         for name in [self.format] if isinstance(self.format, str) else self.format:
@@ -192,20 +195,20 @@ class FourBit(Blockwise):
             check_block_size(self.block_size)
         if not isinstance(self.offsets, bool) or not isinstance(self.search, bool | None):
             name = "search" if isinstance(self.offsets, bool) else "offsets"
-            raise ValueError(f"{name}={show(getattr(self, name))} must be True or False")
+            raise ValueError(f"{name}={short_repr(getattr(self, name))} must be True or False")
         if self.offsets and not is_one_of(self.scales, OFFSETS):
             if not is_one_of(self.scales, (None, "float16", "float32")):
-                raise ValueError(f"scales={show(self.scales)} has no offsets: choose from {', '.join(OFFSETS)}")
+                raise ValueError(f"scales={short_repr(self.scales)} has no offsets: choose from {', '.join(OFFSETS)}")
             object.__setattr__(self, "scales", f"{self.scales or 'float16'}_offsets")
         if self.scales is not None:
-            object.__setattr__(self, "offsets", get_encoding(self.scales).offsets)
+            object.__setattr__(self, "offsets", get_scale_encoding(self.scales).offsets)
         if not is_one_of(self.embeddings, ("8bit", "4bit")):
-            raise ValueError(f"embeddings={show(self.embeddings)} must be '8bit' or '4bit'")
+            raise ValueError(f"embeddings={short_repr(self.embeddings)} must be '8bit' or '4bit'")
         check_compute_dtype(self.compute_dtype)
 
 
 @dataclass(frozen=True)
-class EightBit(Blockwise):
+class EightBit(BlockwiseQuantization):
     """8-bit quantization: weights are stored as integers from -127 to 127 with a scale per block, frozen.
 
     Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude in its block, plus the effect of
@@ -237,19 +240,20 @@ class EightBit(Blockwise):
             check_block_size(self.block_size)
         if not is_one_of(self.scales, (None, *ENCODINGS)):
             why = "has offsets" if is_one_of(self.scales, OFFSETS) else "is unknown"
-            raise ValueError(f"scales={show(self.scales)} {why}: choose from {', '.join(ENCODINGS)}")
+            raise ValueError(f"scales={short_repr(self.scales)} {why}: choose from {', '.join(ENCODINGS)}")
         check_compute_dtype(self.compute_dtype)
 
 
-def of_embeddings(technique: FourBit) -> EightBit | FourBit:
+def embedding_technique(technique: FourBit) -> EightBit | FourBit:
     """Return the technique with which ``technique`` stores embeddings and the output layer."""
     if technique.embeddings == "4bit":
         return technique
     dtype = technique.compute_dtype
-    return EightBit(compute_dtype=None if dtype is torch.int8 else dtype)  # no kernel multiplies 8-bit codes in int8
+    # No kernel multiplies 8-bit codes in int8
+    return EightBit(compute_dtype=None if dtype is torch.int8 else dtype)
 
 
-def blockwise(
+def blockwise_technique(
     format: str | None,
     block_size: int | None = None,
     scales: str | None = None,
@@ -316,7 +320,7 @@ class Budget:
     def __post_init__(self) -> None:
         bits = self.bits
         if not (_is_number(bits) and 0 < bits < math.inf):
-            raise ValueError(f"bits={show(bits)} must be a number of bits a weight, as 4.4")
+            raise ValueError(f"bits={short_repr(bits)} must be a number of bits a weight, as 4.4")
         if isinstance(self.inputs, Tensor | Mapping | str) or not isinstance(self.inputs, Iterable | None):
             raise TypeError(
                 f"inputs is a {type(self.inputs).__name__}; pass a list of batches, if only of one: [batch]"
@@ -326,10 +330,11 @@ class Budget:
     @property
     def choices(self) -> tuple[FourBit | EightBit, ...]:
         """``CHOICES``, with products in ``compute_dtype``."""
-        return tuple(replace(one, compute_dtype=self.compute_dtype) for one in CHOICES)
+        return tuple(replace(technique, compute_dtype=self.compute_dtype) for technique in CHOICES)
 
 
-_LARGEST_ALPHA = torch.finfo(torch.float32).max  # low-rank products are scaled in float32
+# Low-rank products are scaled in float32
+_LARGEST_ALPHA = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -382,25 +387,26 @@ class LoRA:
     dtype: torch.dtype | None = None
 
     def __post_init__(self) -> None:
-        for name in ("ranks", "alphas"):  # a dict or a list would not be hashable
-            object.__setattr__(self, name, _pairs(name, getattr(self, name)))
-        for rank in (self.rank, *(rank for _, rank in _pairs("ranks", self.ranks))):
+        # A dict or a list would not be hashable
+        for name in ("ranks", "alphas"):
+            object.__setattr__(self, name, _checked_pattern_pairs(name, getattr(self, name)))
+        for rank in (self.rank, *(rank for _, rank in _checked_pattern_pairs("ranks", self.ranks))):
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise ValueError(f"rank={show(rank)} must be a positive integer")
-        for alpha in (self.alpha, *(alpha for _, alpha in _pairs("alphas", self.alphas))):
+                raise ValueError(f"rank={short_repr(rank)} must be a positive integer")
+        for alpha in (self.alpha, *(alpha for _, alpha in _checked_pattern_pairs("alphas", self.alphas))):
             if alpha is not None and not (_is_number(alpha) and 0 < alpha <= _LARGEST_ALPHA):
                 raise ValueError(
-                    f"alpha={show(alpha)} must be a positive number, at most float32's largest "
+                    f"alpha={short_repr(alpha)} must be a positive number, at most float32's largest "
                     f"({_LARGEST_ALPHA:.6g}), or None for the rank"
                 )
         if not (_is_number(self.dropout) and 0 <= self.dropout < 1):
-            raise ValueError(f"dropout={show(self.dropout)} must be at least 0 and below 1")
+            raise ValueError(f"dropout={short_repr(self.dropout)} must be at least 0 and below 1")
         if not isinstance(self.rank_stabilized, bool):
-            raise ValueError(f"rank_stabilized={show(self.rank_stabilized)} must be True or False")
+            raise ValueError(f"rank_stabilized={short_repr(self.rank_stabilized)} must be True or False")
         if not is_one_of(self.init, ("zero", "loftq")):
-            raise ValueError(f"init={show(self.init)} must be 'zero' or 'loftq'")
+            raise ValueError(f"init={short_repr(self.init)} must be 'zero' or 'loftq'")
         if not is_one_of(self.dtype, (None, torch.bfloat16)):
-            raise ValueError(f"dtype={show(self.dtype)} must be torch.bfloat16, or None for float32")
+            raise ValueError(f"dtype={short_repr(self.dtype)} must be torch.bfloat16, or None for float32")
 
     @property
     def scaling(self) -> float:
@@ -411,19 +417,23 @@ class LoRA:
     def at(self, paths: Sequence[str]) -> LoRA:
         """Return the technique for a layer with these paths: with its rank and alpha, and without patterns."""
 
-        def found(patterns: Any, default: Any) -> Any:
+        def first_matching_value(patterns: Any, default: Any) -> Any:
             return next((value for p, value in patterns if any(fnmatchcase(path, p) for path in paths)), default)
 
-        rank, alpha = found(self.ranks, self.rank), found(self.alphas, self.alpha)
+        rank, alpha = first_matching_value(self.ranks, self.rank), first_matching_value(self.alphas, self.alpha)
         return replace(self, rank=rank, alpha=alpha, ranks=(), alphas=())
 
 
-def _pairs(name: str, given: Any) -> tuple[tuple[str, Any], ...]:
+def _checked_pattern_pairs(argument_name: str, patterns: Any) -> tuple[tuple[str, Any], ...]:
     """Return patterns and values as a tuple of pairs."""
     try:
-        pairs = tuple((pattern, value) for pattern, value in (given.items() if isinstance(given, Mapping) else given))
+        pairs = tuple(
+            (pattern, value) for pattern, value in (patterns.items() if isinstance(patterns, Mapping) else patterns)
+        )
     except (TypeError, ValueError):
         pairs = ((None, None),)
-    if isinstance(given, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
-        raise ValueError(f"{name}={show(given)} must map glob patterns of paths to values, as {{'*.q_proj': 32}}")
+    if isinstance(patterns, str) or not all(isinstance(pattern, str) for pattern, _ in pairs):
+        raise ValueError(
+            f"{argument_name}={short_repr(patterns)} must map glob patterns of paths to values, as {{'*.q_proj': 32}}"
+        )
     return pairs

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from lowmem.kernels.torch_versions import constant_in_graphs
+from lowmem.kernels.torch_versions import mark_constant_in_graphs
 
 _WRITES = (
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__",
@@ -19,46 +19,49 @@ _LOOKUPS = "embedding", "embedding_bag"  # which write to the table if ``max_nor
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def registers_in(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[_F], _F]:
+def registration_decorator(table: dict[Any, Callable[..., Any]], *functions: Any) -> Callable[[_F], _F]:
     """Return a decorator that registers an implementation for functions of torch in a table."""
 
-    def register(function: _F) -> _F:
-        table.update(dict.fromkeys(functions, function))
-        return function
+    def register(implementation: _F) -> _F:
+        table.update(dict.fromkeys(functions, implementation))
+        return implementation
 
     return register
 
 
-@constant_in_graphs
-def writes_in_place(function: Any) -> bool:
+@mark_constant_in_graphs
+def is_in_place_function(function: Any) -> bool:
     """Whether a torch function changes its first argument in place, judged by its name."""
-    name = name_of(function)
+    name = torch_function_name(function)
     return (name.endswith("_") and not name.endswith("__")) or name in _WRITES
 
 
-@constant_in_graphs
-def name_of(function: Any) -> str:
+@mark_constant_in_graphs
+def torch_function_name(function: Any) -> str:
     """Return the name of a torch function or operator, without that of its overload."""
     return str(getattr(function, "__name__", "")).partition(".")[0]
 
 
-def written_by(function: Any, args: Any, kwargs: Any) -> list[Any]:
+def function_write_targets(function: Any, args: Any, kwargs: Any) -> list[Any]:
     """Return the arguments that a torch function writes to."""
     targets = [kwargs.get("out")]
-    if writes_in_place(function) or kwargs.get("inplace") is True:
+    if is_in_place_function(function) or kwargs.get("inplace") is True:
         targets.append(args[0] if args else next(iter(kwargs.values()), None))
-    if name_of(function) in _LOOKUPS and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None:
+    if (
+        torch_function_name(function) in _LOOKUPS
+        and (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None
+    ):
         targets.append(args[1] if len(args) > 1 else kwargs.get("weight"))  # its rows are rescaled
-    return [one for target in targets for one in (target if isinstance(target, (list, tuple)) else [target])]
+    return [tensor for target in targets for tensor in (target if isinstance(target, (list, tuple)) else [target])]
 
 
-def written_to(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
+def operator_write_targets(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Any]:
     """Yield the arguments that an operator writes to."""
     for number, argument in enumerate(operator._schema.arguments):
         if argument.alias_info is None or not argument.alias_info.is_write:
             continue
-        given = args[number] if number < len(args) else kwargs.get(argument.name)
-        yield from given if isinstance(given, (list, tuple)) else [given]
+        value = args[number] if number < len(args) else kwargs.get(argument.name)
+        yield from value if isinstance(value, (list, tuple)) else [value]
 
 
 METADATA = {

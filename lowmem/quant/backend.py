@@ -27,14 +27,14 @@ class Activation(NamedTuple):
     """
 
     terms: tuple[float, ...]
-    of_erf: bool = False
+    uses_erf: bool = False
 
 
-class Columns(NamedTuple):
+class ColumnPanel(NamedTuple):
     """Columns of a weight that are rounded; a row of each tensor but ``matrix`` is a column of the weight.
 
     Attributes:
-        values: float32 (columns, out), contiguous; becomes the changes d of ``lowmem.kernels.columns``.
+        values: float32 (columns, out), contiguous; becomes the changes d of ``lowmem.kernels.column_rounding``.
         scales: float32 (columns, out): of each number's block. A scale of 0 has the zero code.
         pivots: float32 (columns,), not 0.
         matrix: float32 (columns, columns): M, of which only the part left of the diagonal is read.
@@ -50,7 +50,7 @@ class Columns(NamedTuple):
     codes: Tensor
 
 
-class HeadStates(NamedTuple):
+class KeyOrValueStates(NamedTuple):
     """Keys or values of attention.
 
     Attributes:
@@ -138,21 +138,21 @@ class Backend(Protocol):
     def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``codes * scales`` in ``dtype``."""
 
-    def round_columns(self, form: Format, columns: Columns, descends: bool) -> None:
+    def round_columns(self, form: Format, columns: ColumnPanel, descends: bool) -> None:
         """Round columns of a weight one after the other."""
 
     def attention(
         self,
         query: Tensor,
-        key: HeadStates,
-        value: HeadStates,
+        key: KeyOrValueStates,
+        value: KeyOrValueStates,
         mask: Tensor | None,
         scaling: float,
         softcap: float | None,
     ) -> Tensor:
         """Return the output of each query: (batch, queries, heads, value width)."""
 
-    def encode_states(self, numbers: Tensor, into: HeadStates) -> None:
+    def encode_states(self, numbers: Tensor, into: KeyOrValueStates) -> None:
         """Write states as 8-bit codes with a scale for each row."""
 
 
@@ -162,7 +162,8 @@ _backends: dict[str, Backend] = DEQUANTIZERS  # type: ignore[assignment]
 
 def backend_of(tensor: Tensor) -> Backend:
     """Return the backend of a tensor's device."""
-    return _backends["cpu" if tensor.is_cpu else tensor.device.type]  # ``device.type`` takes 0.2 microseconds
+    # ``device.type`` takes 0.2 microseconds
+    return _backends["cpu" if tensor.is_cpu else tensor.device.type]
 
 
 def backend_for(device_type: str = "cpu") -> Backend:
@@ -170,7 +171,7 @@ def backend_for(device_type: str = "cpu") -> Backend:
     return _backends[device_type]
 
 
-def matmul_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
+def fast_matmul_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     """Return the dtype in which torch multiplies numbers of ``dtype`` on a tensor's device.
 
     It is float32 in place of 16-bit floats for which a CPU has no instructions: torch takes up to 200 times as long

@@ -14,7 +14,7 @@ from itertools import pairwise
 from math import inf
 from types import MappingProxyType
 
-from lowmem.errors import show
+from lowmem.errors import short_repr
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,11 @@ class Format:
         levels: 16 numbers in [-1, 1], ascending, of which two may be equal (the zeros of a floating-point format); or
             of 8 bits ``(code - 128) / divisor``.
         block_size: default number of weights that share a scale.
-        scales: default encoding of the scales, a key of ``lowmem.quant.scales.ENCODINGS``.
+        scales: default encoding of the scales, a key of ``lowmem.quant.scale_encodings.ENCODINGS``.
         source: where the levels come from.
         signed: whether a scale takes the sign of its block's largest weight. That weight then always falls on the
             largest level, and the smallest level can be closer to zero.
-        search: whether scales are chosen by search by default (``lowmem.quant.search``).
+        search: whether scales are chosen by search by default (``lowmem.quant.scale_search``).
     """
 
     name: str
@@ -44,7 +44,8 @@ class Format:
     def __post_init__(self) -> None:
         if len(self.levels) not in (16, 256) or list(self.levels) != sorted(self.levels):
             raise ValueError(
-                f"format {show(self.name)}: levels={show(self.levels)} must be 16 or 256 ascending numbers"
+                f"format {short_repr(self.name)}: levels={short_repr(self.levels)} must be 16 or 256 ascending "
+                "numbers"
             )
         if self.bits == 4 and (self.levels[0] < -1 or self.levels[-1] > 1):
             raise ValueError(f"format {self.name!r}: levels={self.levels} must lie in [-1, 1]")
@@ -94,13 +95,14 @@ class Format:
         return bisect_left(self.boundaries, 0.0)
 
 
-def _by_name(*formats: Format) -> MappingProxyType[str, Format]:
-    return MappingProxyType({one.name: one for one in formats})
+def _formats_by_name(*formats: Format) -> MappingProxyType[str, Format]:
+    return MappingProxyType({format.name: format for format in formats})
 
 
-_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # magnitudes of a float with 2 exponent bits and 1 mantissa bit
+# Magnitudes of a float with 2 exponent bits and 1 mantissa bit
+_E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
-FORMATS = _by_name(
+FORMATS = _formats_by_name(
     Format(
         name="int4",
         levels=tuple((2 * code - 15) / 15 for code in range(16)),
@@ -173,7 +175,7 @@ FORMATS = _by_name(
 _IQ4_NL = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
 _BNB_FP4 = (0.0, 0.0625, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0)
 
-IMPORTED = _by_name(
+IMPORTED = _formats_by_name(
     Format(
         name="q4_0",
         levels=tuple((code - 8) / 8 for code in range(16)),
@@ -214,7 +216,7 @@ DEFAULT, DEFAULT_BLOCK_SIZE = "bof4s", 32
 """What 4 bits are where no format is named: of the choices that need no data and cost no speed, the one that loses
 least (``benchmarks.quality``). A format that is named has its own block size."""
 
-EIGHT_BIT = _by_name(
+EIGHT_BIT = _formats_by_name(
     Format(
         name="int8",
         levels=tuple((code - 128) / 127 for code in range(256)),
@@ -234,12 +236,12 @@ EIGHT_BIT = _by_name(
 """Formats whose codes have 8 bits: a byte each. Code 0 is in other programs' files alone."""
 
 
-def default_format(block_size: int | None) -> tuple[str, int]:
+def default_format_and_block_size(block_size: int | None) -> tuple[str, int]:
     """Return the format and block size where no format is named; ``block_size`` is the one that is given, if any."""
     return DEFAULT, DEFAULT_BLOCK_SIZE if block_size is None else block_size
 
 
-def get_format(name: str) -> Format:
+def get_format(format_name: str) -> Format:
     """Return the format of that name: of ``FORMATS``, ``IMPORTED`` or ``EIGHT_BIT``.
 
     Raises:
@@ -247,7 +249,7 @@ def get_format(name: str) -> Format:
     """
     known = (FORMATS, IMPORTED, EIGHT_BIT)
     try:
-        return next(formats[name] for formats in known if name in formats)
+        return next(formats[format_name] for formats in known if format_name in formats)
     except (StopIteration, TypeError):
-        names = [one for formats in known for one in formats]
-        raise ValueError(f"format={show(name)} is unknown: choose from {', '.join(names)}") from None
+        names = [name_of_format for formats in known for name_of_format in formats]
+        raise ValueError(f"format={short_repr(format_name)} is unknown: choose from {', '.join(names)}") from None

@@ -16,20 +16,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lowmem.errors import show
+from lowmem.errors import short_repr
 
-MAX_BLOCK_SIZE = 4096  # weights
+# Weights
+MAX_BLOCK_SIZE = 4096
 
 
 def check_block_size(block_size: int) -> None:
     """Raise a ValueError unless ``block_size`` is an even integer from 8 to 4096."""
     if not isinstance(block_size, int) or isinstance(block_size, bool):
-        raise ValueError(f"block_size={show(block_size)} must be an integer")
+        raise ValueError(f"block_size={short_repr(block_size)} must be an integer")
     if block_size % 2 or not 8 <= block_size <= MAX_BLOCK_SIZE:
         raise ValueError(f"block_size={block_size} must be an even number from 8 to {MAX_BLOCK_SIZE}")
 
 
-def code_bytes(columns: int, bits: int) -> int:
+def packed_row_bytes(columns: int, bits: int) -> int:
     """Return the bytes of a row of codes of 4 or 8 bits; a row of 4-bit ones is padded to whole bytes."""
     return -(-columns * bits // 8)
 
@@ -49,17 +50,17 @@ def pack(codes: Tensor, block_size: int) -> Tensor:
         ValueError: a code above 15, an odd or missing last dimension, or a bad block size.
     """
     check_block_size(block_size)
-    _check_bytes("codes", codes)
+    _check_uint8_with_last_dim("codes", codes)
     if codes.shape[-1] % 2:
         raise ValueError(f"codes.shape={tuple(codes.shape)}: the last dimension must be even; pad it by one code")
     if codes.numel() and not codes.is_meta and int(codes.max()) > 15:
         raise ValueError(f"codes hold {int(codes.max())}: a 4-bit code is 0 to 15")
 
-    def join(block: Tensor) -> Tensor:
+    def join_nibbles(block: Tensor) -> Tensor:
         low, high = block.chunk(2, dim=-1)  # (..., B / 2) each
         return low | (high << 4)
 
-    return by_block(codes, block_size, join)
+    return apply_to_blocks(codes, block_size, join_nibbles)
 
 
 def unpack(packed: Tensor, block_size: int) -> Tensor:
@@ -70,26 +71,26 @@ def unpack(packed: Tensor, block_size: int) -> Tensor:
         ValueError: no last dimension, or a bad block size.
     """
     check_block_size(block_size)
-    _check_bytes("packed", packed)
+    _check_uint8_with_last_dim("packed", packed)
 
-    def split(block: Tensor) -> Tensor:
+    def split_nibbles(block: Tensor) -> Tensor:
         return torch.cat([block & 15, block >> 4], dim=-1)  # (..., B)
 
-    return by_block(packed, block_size // 2, split)
+    return apply_to_blocks(packed, block_size // 2, split_nibbles)
 
 
-def by_block(rows: Tensor, size: int, change: Callable[[Tensor], Tensor]) -> Tensor:
+def apply_to_blocks(rows: Tensor, block_size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``change`` to the whole blocks of each row (..., blocks, size), and to a shorter last one; join them."""
     length = rows.shape[-1]
-    blocks, rest = divmod(length, size)
-    whole = rows[..., : length - rest].reshape(*rows.shape[:-1], blocks, size)  # (..., blocks, size)
-    changed = change(whole).flatten(-2)
-    return torch.cat([changed, change(rows[..., length - rest :])], dim=-1) if rest else changed
+    blocks, rest = divmod(length, block_size)
+    whole = rows[..., : length - rest].reshape(*rows.shape[:-1], blocks, block_size)  # (..., blocks, size)
+    changed = function(whole).flatten(-2)
+    return torch.cat([changed, function(rows[..., length - rest :])], dim=-1) if rest else changed
 
 
-def _check_bytes(name: str, tensor: Tensor) -> None:
+def _check_uint8_with_last_dim(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype != torch.uint8:
-        found = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
-        raise TypeError(f"{name} must be a uint8 tensor, found {found}")
+        actual = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name} must be a uint8 tensor, found {actual}")
     if tensor.dim() == 0:
         raise ValueError(f"{name}.shape=() has no last dimension to pack along")

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import check_block_size, code_bytes, unpack
-from lowmem.quant.scales import ScaleEncoding, get_encoding
-from lowmem.quant.search import CANDIDATES, spread
+from lowmem.quant.packing import check_block_size, packed_row_bytes, unpack
+from lowmem.quant.scale_encodings import ScaleEncoding, get_scale_encoding
+from lowmem.quant.scale_search import CANDIDATES, expand_block_scales
 
 SCRATCH_BYTES = 2**20
 """Limit of the scratch memory for dequantizing a chunk of rows on the CPU, whose cache holds it."""
@@ -28,13 +28,13 @@ BYTES_PER_WEIGHT = 18
 the value (4), and the scale (at most 8, where the last block is short)."""
 
 
-def row_chunks(
-    rows: int, columns: int, bytes_per_weight: float = BYTES_PER_WEIGHT, *, device: torch.device | None = None
+def row_slices_within_scratch(
+    row_count: int, columns: int, bytes_per_weight: float = BYTES_PER_WEIGHT, *, device: torch.device | None = None
 ) -> Iterator[slice]:
     """Yield slices of at least one row each, whose scratch fits into the limit of a device (None: the CPU)."""
     limit = SCRATCH_BYTES if device is None or device.type == "cpu" else DEVICE_SCRATCH_BYTES
     step = max(1, int(limit // max(1, bytes_per_weight * columns)))
-    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+    return (slice(start, min(start + step, row_count)) for start in range(0, row_count, step))
 
 
 class Squares(NamedTuple):
@@ -45,21 +45,21 @@ class Squares(NamedTuple):
         size: of the weight.
     """
 
-    lost: float
-    size: float
+    error_squares: float
+    weight_squares: float
 
     @property
-    def error(self) -> float:
+    def relative_error(self) -> float:
         """``rms(weight - stored) / rms(weight)``, rounded to 4 digits; 0 if the weight is empty or all zero."""
-        return float(f"{math.sqrt(self.lost / self.size) if self.size else 0.0:.4g}")
+        return float(f"{math.sqrt(self.error_squares / self.weight_squares) if self.weight_squares else 0.0:.4g}")
 
     @staticmethod
-    def total(parts: Iterable[Squares]) -> Squares:
+    def total(sums: Iterable[Squares]) -> Squares:
         """Return the squares of several parts together."""
-        lost = size = 0.0
-        for part in parts:
-            lost, size = lost + part.lost, size + part.size
-        return Squares(lost, size)
+        error_squares = weight_squares = 0.0
+        for part in sums:
+            error_squares, weight_squares = error_squares + part.error_squares, weight_squares + part.weight_squares
+        return Squares(error_squares, weight_squares)
 
 
 METHODS = {"absmax": 1.0, "search": min(CANDIDATES), "calibrated": 0.0, "imported": 0.0}
@@ -120,8 +120,8 @@ class QuantizedTensor:
         """The required shape and dtype of ``packed``, and those of ``scales``."""
         *leading, columns = self.shape
         encoding = self.encoding
-        width = encoding.width(-(-columns // self.block_size))
-        packed = code_bytes(columns, get_format(self.format).bits)
+        width = encoding.stored_row_length(-(-columns // self.block_size))
+        packed = packed_row_bytes(columns, get_format(self.format).bits)
         return torch.Size((*leading, packed)), torch.uint8, torch.Size((*leading, width)), encoding.dtype
 
     def check_layout(self) -> None:
@@ -146,7 +146,7 @@ class QuantizedTensor:
     @property
     def encoding(self) -> ScaleEncoding:
         """The encoding of the scales."""
-        return get_encoding(self.scale_encoding, get_format(self.format).signed)
+        return get_scale_encoding(self.scale_encoding, get_format(self.format).signed)
 
     @property
     def nbytes(self) -> int:
@@ -187,7 +187,7 @@ class QuantizedTensor:
         """
         self.check_layout()
         columns = self.shape[-1]
-        table = number_table(levels or get_format(self.format).levels, self.packed.device)
+        table = float32_table(levels or get_format(self.format).levels, self.packed.device)
         packed = self.packed.reshape(-1, self.packed.shape[-1])[rows]
         codes = self.unpacked(packed)  # (rows, n)
         # Functorch transforms of older torch versions need 64-bit indices; elsewhere these would double the scratch.
@@ -195,16 +195,17 @@ class QuantizedTensor:
         values = table.index_select(0, index.flatten()).view(codes.shape)
         stored = self.scales.reshape(-1, self.scales.shape[-1])[rows]
         scales = self.encoding.decode(stored)  # (rows, blocks)
-        values.mul_(spread(scales, self.block_size, columns))
+        values.mul_(expand_block_scales(scales, self.block_size, columns))
         if self.encoding.offsets:
-            values.add_(spread(self.encoding.decode_offsets(stored), self.block_size, columns))
+            values.add_(expand_block_scales(self.encoding.decode_offsets(stored), self.block_size, columns))
         return values
 
     def unpacked(self, packed: Tensor) -> Tensor:
         """Return the codes (..., n) in rows of ``packed``, of which 8-bit ones are a view."""
         if get_format(self.format).bits == 8:
             return packed
-        return unpack(packed, self.block_size)[..., : self.shape[-1]]  # without the padding
+        # Without the padding
+        return unpack(packed, self.block_size)[..., : self.shape[-1]]
 
     @property
     def has_offsets(self) -> bool:
@@ -253,17 +254,22 @@ class QuantizedTensor:
             raise ValueError(
                 f"method={self.method!r} has no bound for single weights: {why}; compare outputs instead"
             )
-        reach = form.top / part  # a block's largest weight is at most this times the scale, before that is encoded
+        # A block's largest weight is at most this times the scale, before that is encoded
+        reach = form.top / part
         stored = self.scales.reshape(-1, self.scales.shape[-1])
-        scale, shortfall = self.encoding.decode(stored).abs(), self.encoding.shortfall(stored)  # (rows, blocks)
+        scale, shortfall = (
+            self.encoding.decode(stored).abs(),
+            self.encoding.encoding_loss_bound(stored),
+        )  # (rows, blocks)
         # Not (scale + shortfall) * reach - scale * end: the sum would round the shortfall of tiny scales away.
         # With offsets both ends of a block fall on end levels.
         beyond = shortfall * reach + scale * (reach - (1.0 if self.has_offsets else form.end))
         bound = torch.maximum(scale * form.half_gap, beyond)
-        rounding = scale * (form.top * 2**-22) + 2**-148  # the second term: products that are subnormal in float32
+        # The second term: products that are subnormal in float32
+        rounding = scale * (form.top * 2**-22) + 2**-148
         if self.has_offsets:
             rounding = rounding + (scale + shortfall + self.encoding.decode_offsets(stored).abs()) * 2**-22
-        return spread(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
+        return expand_block_scales(bound + rounding, self.block_size, self.shape[-1]).view(self.shape)
 
 
 class Dequantizer(Protocol):
@@ -277,23 +283,24 @@ ANY = "any"
 """In place of a device type: every one that has no entry of its own."""
 
 
-class _ByDevice(dict[str, Dequantizer]):
+class _DequantizersByDeviceType(dict[str, Dequantizer]):
     def __missing__(self, device_type: str) -> Dequantizer:
         return self[ANY]
 
 
-DEQUANTIZERS = _ByDevice()
+DEQUANTIZERS = _DequantizersByDeviceType()
 """By device type, as ``torch.device.type`` names it: what ``dequantize`` calls, which ``set_backend`` registers."""
 
 
-def number_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+def float32_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     """Return numbers in float32; other devices than the CPU keep the tensor, since a copy would wait for them."""
-    if device.type == "cpu" or torch._C._len_torch_dispatch_stack():  # a mode may make other tensors of it
+    # A mode may make other tensors of it
+    if device.type == "cpu" or torch._C._len_torch_dispatch_stack():
         return torch.tensor(numbers, dtype=torch.float32, device=device)
-    return _kept_table(numbers, device)
+    return _cached_float32_table(numbers, device)
 
 
 @cache  # never freed: captured CUDA graphs read them
-def _kept_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
+def _cached_float32_table(numbers: tuple[float, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.tensor(numbers, dtype=torch.float32, device=device)

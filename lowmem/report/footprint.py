@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 from lowmem import measure
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.stored_module import StoredModule
-from lowmem.training.memory import TrainingMemory, training_memory
+from lowmem.training.step_memory import TrainingMemory, training_memory
 
 KINDS = (
     "float32 weights",
@@ -34,7 +34,7 @@ _BY_DTYPE = {
 
 
 @dataclass(frozen=True)
-class Footprint:
+class MemoryFootprint:
     """The memory of one model.
 
     Attributes:
@@ -55,7 +55,7 @@ class Footprint:
         return sum(self.kinds.values())
 
 
-def stored_by_kind(model: nn.Module) -> dict[str, int]:
+def stored_bytes_by_kind(model: nn.Module) -> dict[str, int]:
     """Sum numel * itemsize over the distinct parameters and buffers, by kind; a kind without bytes has 0.
 
     Vectors and scalars count as biases and norms, also running statistics.
@@ -65,12 +65,12 @@ def stored_by_kind(model: nn.Module) -> dict[str, int]:
     for module in model.modules():
         for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             if tensor not in seen and not is_lazy(tensor):
-                kinds[_kind(module, name, tensor)] += tensor.numel() * tensor.element_size()
+                kinds[_stored_tensor_kind(module, name, tensor)] += tensor.numel() * tensor.element_size()
             seen.add(tensor)
     return kinds
 
 
-def _kind(module: nn.Module, name: str, tensor: Tensor) -> str:
+def _stored_tensor_kind(module: nn.Module, name: str, tensor: Tensor) -> str:
     if isinstance(module, Adapter):
         return "LoRA adapters"
     if isinstance(module, StoredModule) and name in module.part_names:
@@ -83,7 +83,7 @@ def _kind(module: nn.Module, name: str, tensor: Tensor) -> str:
     return _BY_DTYPE.get(tensor.dtype, "other")
 
 
-def footprint(name: str, model: nn.Module, x: Tensor, *, trains: bool = True) -> Footprint:
+def measure_footprint(name: str, model: nn.Module, x: Tensor, *, trains: bool = True) -> MemoryFootprint:
     """Measure the memory of a model on ``x``; ``trains``: whether it has a training step."""
     step = training_memory(model, x) if trains else None
-    return Footprint(name, stored_by_kind(model), measure.forward_bytes(model, x), step)
+    return MemoryFootprint(name, stored_bytes_by_kind(model), measure.forward_bytes(model, x), step)

@@ -12,16 +12,16 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
-from lowmem.report import charts, dots
-from lowmem.report.charts import Drawing, draw, readable_bytes
-from lowmem.report.footprint import KINDS, Footprint
-from lowmem.report.groups import Group
-from lowmem.report.quality import Distortion, Quality, least_error
-from lowmem.report.theme import DARK, LIGHT, coloured, css
-from lowmem.report.timings import Timing, is_peers
+from lowmem.report import charts, dot_plots
+from lowmem.report.charts import ChartDrawing, draw_wide_and_narrow, readable_bytes
+from lowmem.report.footprint import KINDS, MemoryFootprint
+from lowmem.report.layer_groups import LayerGroup
+from lowmem.report.quantization_errors import FormatDistortion, OutputQuality, gaussian_error_lower_bound
+from lowmem.report.relative_speeds import RelativeSpeed, is_other_library_panel
+from lowmem.report.theme import DARK, LIGHT, css_variable_declarations, svg_with_theme_colors
+from lowmem.testing.gate_verdicts import OUTCOMES, GateVerdict, VerdictRow
 from lowmem.testing.latency import CONFIDENCE
-from lowmem.testing.verdicts import OUTCOMES, Row, Verdict
-from lowmem.training.memory import TrainingMemory
+from lowmem.training.step_memory import TrainingMemory
 from lowmem.version import __version__
 
 
@@ -46,20 +46,20 @@ class Report:
         verdicts: of the gates.
     """
 
-    footprints: Sequence[Footprint]
+    footprints: Sequence[MemoryFootprint]
     meanings: Mapping[str, tuple[str, str]]
     losses: Mapping[str, float]
-    timings: Sequence[Timing]
-    distortions: Sequence[Distortion]
+    timings: Sequence[RelativeSpeed]
+    distortions: Sequence[FormatDistortion]
     machine: Mapping[str, str]
-    groups: Sequence[Group] = ()
-    qualities: Sequence[Quality] = ()
+    groups: Sequence[LayerGroup] = ()
+    qualities: Sequence[OutputQuality] = ()
     left_out: Sequence[str] = ()
     title: str = ""
     lead: str = ""
     timed: str = ""
     timing_machine: Mapping[str, str] = field(default_factory=dict)
-    verdicts: Sequence[Verdict] = ()
+    verdicts: Sequence[GateVerdict] = ()
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Table:
 class Figure:
     """A chart with a caption and the table of its numbers. A gate's also has a verdict, and may have no chart."""
 
-    drawing: Drawing | None
+    drawing: ChartDrawing | None
     caption: str
     table: Table
     title: str = ""
@@ -84,11 +84,12 @@ class Figure:
     texts: Sequence[str] = ()
     shown: Table | None = None
 
-    def svg(self, width: str) -> Markup:
+    def svg(self, layout: str) -> Markup:
         """Return the "wide" or "narrow" chart as an image with the caption as its accessible name."""
-        text: str = getattr(self.drawing, width)
+        text: str = getattr(self.drawing, layout)
         label = escape(self.caption)
-        return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))  # Vega escapes names
+        # Vega escapes names
+        return Markup(text.replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1))
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Section:
 
 
 @dataclass(frozen=True)
-class Tile:
+class HeadlineTile:
     """A headline number at the top of the page."""
 
     term: str
@@ -111,20 +112,20 @@ class Tile:
     says: str
 
 
-def render(report: Report) -> str:
+def render_report_html(report: Report) -> str:
     """Return the page as HTML; the same report gives the same bytes."""
     sections = [
-        _memory(report),
-        *([_layers(report)] if report.groups else []),
-        _latency(report),
-        _error(report),
-        _gates(report),
-        _machine(report),
+        _memory_section(report),
+        *([_layers_section(report)] if report.groups else []),
+        _latency_section(report),
+        _error_section(report),
+        _gates_section(report),
+        _machine_section(report),
     ]
-    return _page(report.title, report.lead, sections, _tiles(report))
+    return _render_page_html(report.title, report.lead, sections, _headline_tiles(report))
 
 
-def _page(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[Tile] = ()) -> str:
+def _render_page_html(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[HeadlineTile] = ()) -> str:
     """Return a page of sections as HTML, with headline numbers at its top."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -135,56 +136,61 @@ def _page(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[Ti
         sections=sections,
         tiles=tiles,
         version=__version__,
-        light=Markup(css(LIGHT)),
-        dark=Markup(css(DARK)),
+        light=Markup(css_variable_declarations(LIGHT)),
+        dark=Markup(css_variable_declarations(DARK)),
     )
 
 
-def picture(title: str, found: Mapping[str, TrainingMemory], ending: str) -> bytes:
+def step_memory_chart_file_bytes(title: str, memory_by_model: Mapping[str, TrainingMemory], suffix: str) -> bytes:
     """Return the chart of where the memory of training steps goes, by the names of the models, as a file.
 
     Its ending is ".svg", in the colours of the viewer's theme; ".png", light; or ".html", a page with exact figures.
     """
-    if ending in (".html", ".htm"):
-        section = Section("step", "Memory of a step", figures=[_step_figure(found)])
-        return _page(title, "Where its memory goes.", [section]).encode()
-    opening, end, rest = draw(partial(charts.step_chart, found)).wide.partition(">")
-    if ending == ".png":
+    if suffix in (".html", ".htm"):
+        section = Section("step", "Memory of a step", figures=[_training_step_memory_figure(memory_by_model)])
+        return _render_page_html(title, "Where its memory goes.", [section]).encode()
+    opening, end, rest = draw_wide_and_narrow(
+        partial(charts.training_step_memory_chart, memory_by_model)
+    ).wide.partition(">")
+    if suffix == ".png":
         svg = f'{opening}{end}<rect width="100%" height="100%" fill="var(--page)"/>{rest}'
-        return bytes(vl_convert.svg_to_png(coloured(svg, LIGHT), scale=2))
-    themes = f":root{{{css(LIGHT)}}}@media(prefers-color-scheme:dark){{:root{{{css(DARK)}}}}}"
+        return bytes(vl_convert.svg_to_png(svg_with_theme_colors(svg, LIGHT), scale=2))
+    light, dark = css_variable_declarations(LIGHT), css_variable_declarations(DARK)
+    themes = f":root{{{light}}}@media(prefers-color-scheme:dark){{:root{{{dark}}}}}"
     background = '<rect width="100%" height="100%" fill="var(--page)"/>'
     return f"{opening}{end}<style>{themes}</style>{background}{rest}".encode()
 
 
-def _tiles(report: Report) -> list[Tile]:
+def _headline_tiles(report: Report) -> list[HeadlineTile]:
     dense, *others = report.footprints
     smallest = min(others, key=lambda f: f.stored_bytes)
     times = f"{dense.stored_bytes / smallest.stored_bytes:.1f} times" if smallest.stored_bytes else "infinitely"
     size = readable_bytes(smallest.stored_bytes)
-    tiles = [Tile("Smallest", size, f"{smallest.name}: {times} smaller than {dense.name}")]
-    timed = [t for t in report.timings if not is_peers(t.panel) and t.name != dense.name]
+    tiles = [HeadlineTile("Smallest", size, f"{smallest.name}: {times} smaller than {dense.name}")]
+    timed = [t for t in report.timings if not is_other_library_panel(t.panel) and t.name != dense.name]
     if timed:
         batch = min(t.batch for t in timed)
         fastest = max((t for t in timed if t.batch == batch), key=lambda t: t.speed)
         dtype = "" if len({t.panel for t in timed}) == 1 else f", {fastest.panel}"
-        tiles.append(Tile("Fastest", f"{fastest.speed:.1f}x dense", f"{fastest.name} at batch {batch}{dtype}"))
+        tiles.append(
+            HeadlineTile("Fastest", f"{fastest.speed:.1f}x dense", f"{fastest.name} at batch {batch}{dtype}")
+        )
     lossy = {name: error for name, error in report.losses.items() if 0 < error < math.inf}
     if lossy:
         closest, farthest = min(lossy, key=lossy.__getitem__), max(lossy, key=lossy.__getitem__)
-        errors = f"{charts.percent(lossy[closest])} to {charts.percent(lossy[farthest])}"
-        tiles.append(Tile("Error of the output", errors, f"{closest} loses least, {farthest} most"))
+        errors = f"{charts.percent_text(lossy[closest])} to {charts.percent_text(lossy[farthest])}"
+        tiles.append(HeadlineTile("Error of the output", errors, f"{closest} loses least, {farthest} most"))
     if not report.verdicts:
-        tiles.append(Tile("Gates", "no verdict", "none was given to this report"))
+        tiles.append(HeadlineTile("Gates", "no verdict", "none was given to this report"))
     else:
         gates = {word: [v.gate for v in report.verdicts if v.outcome == word] for word in OUTCOMES}
         worst = next(word for word in OUTCOMES if gates[word])
         says = ", ".join(gates[worst])
-        tiles.append(Tile("Gates", worst, says if worst == "passed" else f"{worst}: {says}"))
+        tiles.append(HeadlineTile("Gates", worst, says if worst == "passed" else f"{worst}: {says}"))
     return tiles
 
 
-def _memory(report: Report) -> Section:
+def _memory_section(report: Report) -> Section:
     kinds = [kind for kind in KINDS if any(f.kinds[kind] for f in report.footprints)]
     rows = []
     for f in report.footprints:
@@ -192,33 +198,36 @@ def _memory(report: Report) -> Section:
         rows.append([f.name, *(f"{size:,}" for size in sizes), f"{f.step.step_bytes:,}" if f.step else ""])
     names = [[name, *said] for name, said in report.meanings.items()]
     figure = Figure(
-        draw(partial(charts.memory_chart, report.footprints)),
+        draw_wide_and_narrow(partial(charts.memory_chart, report.footprints)),
         "What each variant stores, by kind. The hollow bars are peaks: what a forward, and a training step with "
         "AdamW, take beyond model and input. Each panel has a scale of its own.",
         Table("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
         shown=Table("The variants", ["Variant", "lowmem.convert(model, ...)", "What it is"], names, text=(0, 1, 2)),
     )
     steps = {f.name: f.step for f in report.footprints if f.step}
-    figures = [figure, *([replace(_step_figure(steps), title="Of a training step with AdamW")] if steps else [])]
+    figures = [
+        figure,
+        *([replace(_training_step_memory_figure(steps), title="Of a training step with AdamW")] if steps else []),
+    ]
     return Section("memory", "Memory", texts=report.left_out, figures=figures)
 
 
-def _step_figure(found: Mapping[str, TrainingMemory]) -> Figure:
-    parts = list(dict.fromkeys(part for one in found.values() for part in one.parts))
+def _training_step_memory_figure(memory_by_model: Mapping[str, TrainingMemory]) -> Figure:
+    parts = list(dict.fromkeys(part for memory in memory_by_model.values() for part in memory.parts))
     parts.sort(key=lambda part: (part == "scratch", part.startswith("activations")))
     rows = [
-        [name, *(f"{one.parts.get(part, 0):,}" for part in parts), f"{one.total_bytes:,}", one.moment]
-        for name, one in found.items()
+        [name, *(f"{memory.parts.get(part, 0):,}" for part in parts), f"{memory.total_bytes:,}", memory.moment]
+        for name, memory in memory_by_model.items()
     ]
     return Figure(
-        draw(partial(charts.step_chart, found)),
+        draw_wide_and_narrow(partial(charts.training_step_memory_chart, memory_by_model)),
         "What lives at the peak of a training step, by what it is for. Activations are named after the layer whose "
         "forward made them; scratch are temporaries, and gradients of activations.",
         Table("Memory of a step in bytes", ["Model", *parts, "peak", "in"], rows, text=(0, len(parts) + 2)),
     )
 
 
-def _layers(report: Report) -> Section:
+def _layers_section(report: Report) -> Section:
     names = [f.name for f in report.footprints[1:]]
     storing = [
         name for name in names if not any(f.name == name and f.kinds["LoRA adapters"] for f in report.footprints)
@@ -226,29 +235,29 @@ def _layers(report: Report) -> Section:
     rows = []
     for group in report.groups:
         counts = [group.layers, group.weights, group.dense_bytes, *(group.bytes[name] for name in names)]
-        errors = ["" if (error := group.errors[name]) is None else charts.percent(error) for name in storing]
+        errors = ["" if (error := group.errors[name]) is None else charts.percent_text(error) for name in storing]
         shape = "\u00a0x\u00a0".join(map(str, group.shape))
         rows.append([group.name, group.type, shape, *(f"{count:,}" for count in counts), *errors])
     sizes = [f"{name} bytes" for name in ("dense", *names)]
     columns = ["Layers", "Type", "Shape", "Count", "Weights", *sizes, *(f"{name} error" for name in storing)]
-    left_out = len(report.groups) - dots.MOST_GROUPS
+    left_out = len(report.groups) - dot_plots.MOST_GROUPS
     figure = Figure(
-        draw(partial(dots.group_chart, report.groups, storing)),
+        draw_wide_and_narrow(partial(dot_plots.layer_group_chart, report.groups, storing)),
         "Layers whose paths differ by an index alone are one row. First the bytes of all of them, then the root mean "
         "square of what storing their weights loses, relative to the weights. LoRA adds its adapters to the same "
         "base; the table has them."
-        + f" The {dots.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
+        + f" The {dot_plots.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
         * (left_out > 0),
         Table("What each group of layers costs and loses", columns, rows, text=(0, 1, 2)),
     )
     return Section("layers", "Layers", figures=[figure])
 
 
-def _latency(report: Report) -> Section:
+def _latency_section(report: Report) -> Section:
     dense = report.footprints[0].name
     figures = []
     for peers in (False, True):
-        timings = [t for t in report.timings if is_peers(t.panel) == peers]
+        timings = [t for t in report.timings if is_other_library_panel(t.panel) == peers]
         drawn = [t for t in timings if t.name != dense]
         if not drawn:
             continue
@@ -263,7 +272,7 @@ def _latency(report: Report) -> Section:
             caption += f" Bars are {CONFIDENCE:.0%} intervals."
         figures.append(
             Figure(
-                draw(partial(charts.speed_chart, drawn)),
+                draw_wide_and_narrow(partial(charts.speed_chart, drawn)),
                 caption,
                 _speed_table("Times as fast" + (", other libraries" if peers else ""), timings),
                 title="Other libraries" if peers else "",
@@ -272,23 +281,26 @@ def _latency(report: Report) -> Section:
     return Section("latency", "Latency", texts=[report.timed], figures=figures)
 
 
-def _speed_table(caption: str, timings: Sequence[Timing]) -> Table:
+def _speed_table(caption: str, timings: Sequence[RelativeSpeed]) -> Table:
     batches = sorted({timing.batch for timing in timings})
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for t in timings:
         interval = "" if t.low is None or t.high is None else f" ({t.low:.2f} to {t.high:.2f})"
         cells.setdefault((t.name, t.panel), {})[t.batch] = f"{t.speed:.2f}{interval}"
-    rows = [[name, panel, *(found.get(batch, "") for batch in batches)] for (name, panel), found in cells.items()]
+    rows = [
+        [name, panel, *(cells_by_batch.get(batch, "") for batch in batches)]
+        for (name, panel), cells_by_batch in cells.items()
+    ]
     return Table(caption, ["Model", "Products in", *(f"batch {batch}" for batch in batches)], rows, text=(0, 1))
 
 
-def _error(report: Report) -> Section:
+def _error_section(report: Report) -> Section:
     figures = []
     if report.losses:
         drawable = any(0 < error < math.inf for error in report.losses.values())
         figures.append(
             Figure(
-                draw(partial(dots.loss_chart, report.losses)) if drawable else None,
+                draw_wide_and_narrow(partial(dot_plots.variant_error_chart, report.losses)) if drawable else None,
                 "The norm of the difference between a variant's output and the dense model's, relative to the "
                 "latter's norm, for one random input. A fresh adapter changes nothing, so that LoRA loses what its "
                 "base does.",
@@ -301,10 +313,12 @@ def _error(report: Report) -> Section:
             )
         )
     if report.qualities:
-        drawable = any(0 < one.error < math.inf for one in report.qualities)
+        drawable = any(0 < quality.error < math.inf for quality in report.qualities)
         figures.append(
             Figure(
-                draw(partial(dots.quality_chart, report.qualities)) if drawable else None,
+                draw_wide_and_narrow(partial(dot_plots.error_against_bits_chart, report.qualities))
+                if drawable
+                else None,
                 "The error of the output, as above, against the bits that a weight takes: nf4 and bof4s in blocks of "
                 "128 weights (left) to 16 (right), 8 bits for all layers, and budgets, which choose for each layer "
                 "among bof4s in blocks of 64, 32 and 16 and 8 bits by the relative errors of the weights.",
@@ -312,8 +326,8 @@ def _error(report: Report) -> Section:
                     "Quality against bits",
                     ["Choice", "bits per weight", "relative error", "cosine"],
                     [
-                        [one.name, f"{one.bits:.3f}", f"{one.error:.4g}", f"{one.cosine:.6f}"]
-                        for one in report.qualities
+                        [quality.name, f"{quality.bits:.3f}", f"{quality.error:.4g}", f"{quality.cosine:.6f}"]
+                        for quality in report.qualities
                     ],
                 ),
                 title="Against bits",
@@ -325,14 +339,14 @@ def _error(report: Report) -> Section:
             str(p.block_size),
             f"{p.bits_per_weight:.3f}",
             f"{p.error:.2%}",
-            f"{least_error(p.bits_per_weight):.2%}",
-            f"{p.error / least_error(p.bits_per_weight):.2f}",
+            f"{gaussian_error_lower_bound(p.bits_per_weight):.2%}",
+            f"{p.error / gaussian_error_lower_bound(p.bits_per_weight):.2f}",
         ]
         for p in report.distortions
     ]
     figures.append(
         Figure(
-            draw(partial(dots.distortion_chart, report.distortions)),
+            draw_wide_and_narrow(partial(dot_plots.distortion_chart, report.distortions)),
             "What each format loses of normally distributed weights, by the way its scales are stored. Along a line "
             "blocks shrink from 128 weights (left) to 16 (right), and scales take more bits. The dashed line is the "
             "rate-distortion limit of a normal source, D(R) = 2^(-2R): nothing that stores R bits a weight has a "
@@ -348,54 +362,57 @@ def _error(report: Report) -> Section:
     return Section("error", "Error", figures=figures)
 
 
-def _gates(report: Report) -> Section:
+def _gates_section(report: Report) -> Section:
     if not report.verdicts:
         return Section("gates", "Gates", texts=["No gate's verdict was given to this report (--verdict FILE)."])
-    return Section("gates", "Gates", figures=[_gate(verdict) for verdict in report.verdicts])
+    return Section("gates", "Gates", figures=[_gate_figure(verdict) for verdict in report.verdicts])
 
 
-def _gate(verdict: Verdict) -> Figure:
+def _gate_figure(verdict: GateVerdict) -> Figure:
     columns = ["Workload", "figure", "verdict", "base", "head", "change", "ratio", "interval", "says"]
     text = (0, 1, 2, 8)
-    moved = verdict.moved
+    moved = verdict.changed_rows
     count = "1 figure" if len(verdict.rows) == 1 else f"{len(verdict.rows)} figures"
-    said = f"{verdict.head} against {verdict.base}: {count} compared, {len(moved) or 'none'} moved."
+    summary = f"{verdict.head} against {verdict.base}: {count} compared, {len(moved) or 'none'} moved."
     with_ratio = [row for row in verdict.rows if row.ratio is not None]
     machine = "; ".join(f"{key} {value}" for key, value in verdict.machine.items())
     return Figure(
-        draw(partial(dots.ratio_chart, with_ratio)) if with_ratio else None,
+        draw_wide_and_narrow(partial(dot_plots.gate_ratio_chart, with_ratio)) if with_ratio else None,
         ("Head over base, with its interval: right of the dashed line the head takes more. " if with_ratio else "")
         + (f"Measured on {machine}." if machine else ""),
         Table(
-            f"All figures of the {verdict.gate} gate", columns, [_gate_cells(row) for row in verdict.rows], text=text
+            f"All figures of the {verdict.gate} gate",
+            columns,
+            [_gate_row_cells(row) for row in verdict.rows],
+            text=text,
         ),
         title=f"{verdict.gate.capitalize()} gate",
         outcome=verdict.outcome,
-        texts=[said],
-        shown=Table("What moved", columns, [_gate_cells(row) for row in moved], text=text) if moved else None,
+        texts=[summary],
+        shown=Table("What moved", columns, [_gate_row_cells(row) for row in moved], text=text) if moved else None,
     )
 
 
-def _gate_cells(row: Row) -> list[str]:
+def _gate_row_cells(row: VerdictRow) -> list[str]:
     digits = 0 if row.figure.endswith("bytes") else 4
     change = "" if row.base is None or row.head is None else f"{row.head - row.base:+,.{digits}f}"
-    figures = [_number(row.base), _number(row.head), change, *row.ratio_cells]
+    figures = [_gate_number_text(row.base), _gate_number_text(row.head), change, *row.ratio_and_interval_texts]
     return [row.name, row.figure, row.verdict, *figures, row.says]
 
 
-def _number(value: float | None) -> str:
+def _gate_number_text(value: float | None) -> str:
     """Format a figure of a gate: integers in full, others with four digits, None as ""."""
     if value is None:
         return ""
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
-def _machine(report: Report) -> Section:
-    tables = [_facts("What memory and errors were measured on", report.machine)]
+def _machine_section(report: Report) -> Section:
+    tables = [_facts_table("What memory and errors were measured on", report.machine)]
     if report.timing_machine:
-        tables.append(_facts("What latency was measured on", report.timing_machine))
+        tables.append(_facts_table("What latency was measured on", report.timing_machine))
     return Section("machine", "Machine", tables=tables)
 
 
-def _facts(caption: str, facts: Mapping[str, str]) -> Table:
+def _facts_table(caption: str, facts: Mapping[str, str]) -> Table:
     return Table(caption, ["", ""], [[name.replace("_", " "), value] for name, value in facts.items()], text=(0, 1))

@@ -6,7 +6,8 @@ from __future__ import annotations
 import re
 from types import MappingProxyType
 
-_COLOURS = {  # in light, and in dark
+# In light, and in dark
+_COLOURS = {
     "page": ("#ffffff", "#11151b"),
     "panel": ("#f5f7fa", "#1a2029"),
     "ink": ("#1a2230", "#e7ebf1"),
@@ -34,16 +35,16 @@ SERIES = ("blue", "green", "orange", "purple", "olive", "sky", "brown", "grey", 
 _NAME = re.compile(r"var\(--(\w+)\)")
 
 
-def series(count: int) -> list[str]:
+def series_colors(count: int) -> list[str]:
     """Return the colours of ``count`` series, as CSS variables."""
     return [f"var(--{SERIES[number % len(SERIES)]})" for number in range(count)]
 
 
-def css(theme: MappingProxyType[str, str]) -> str:
+def css_variable_declarations(theme: MappingProxyType[str, str]) -> str:
     """Return a theme as CSS variable declarations."""
     return " ".join(f"--{name}: {colour};" for name, colour in theme.items())
 
 
-def coloured(text: str, theme: MappingProxyType[str, str]) -> str:
+def svg_with_theme_colors(svg: str, theme: MappingProxyType[str, str]) -> str:
     """Return an SVG with its CSS variables replaced by the theme's colours."""
-    return _NAME.sub(lambda match: theme[match[1]], text)
+    return _NAME.sub(lambda match: theme[match[1]], svg)

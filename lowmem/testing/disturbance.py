@@ -12,16 +12,20 @@ from statistics import median
 from typing import TypeVar
 
 WAITED = 0.02  # of the seconds of a burst: the work of an idle system keeps threads from a core for less
-SWITCH = 0.001  # seconds that an involuntary switch counts for
+# Seconds that an involuntary switch counts for
+SWITCH = 0.001
 OTHERS = 0.05  # of the time of all cores: an idle system takes less
-SLACK = 0.03  # seconds by which the counters of cores may be wrong: they move in steps of 0.01
-LONG = 0.01  # seconds: a burst that is longer is interrupted beside other work, however often it is repeated
-PAUSES = (0.0, 0.002, 0.001, 0.005) * 3  # seconds before each repetition: a thread that has slept gets a core sooner
+# Seconds by which the counters of cores may be wrong: they move in steps of 0.01
+SLACK = 0.03
+# Seconds: a burst that is longer is interrupted beside other work, however often it is repeated
+LONG = 0.01
+# Seconds before each repetition: a thread that has slept gets a core sooner
+PAUSES = (0.0, 0.002, 0.001, 0.005) * 3
 
 T = TypeVar("T")
 
 
-def seconds_waited(pid: int | str = "self") -> float | None:
+def thread_wait_seconds_or_none(pid: int | str = "self") -> float | None:
     """Return for how long the threads of a process have waited for a core, or None where nothing counts it.
 
     Args:
@@ -33,10 +37,12 @@ def seconds_waited(pid: int | str = "self") -> float | None:
         try:
             with open(f"{tasks}/{task}/schedstat", "rb") as file:
                 seconds = file.read().split()
-        except (FileNotFoundError, ProcessLookupError):  # the thread has ended, or the kernel does not count
+        except (FileNotFoundError, ProcessLookupError):
+            # The thread has ended, or the kernel does not count
             continue
         ran, waited = ran + int(seconds[0]), waited + int(seconds[1])
-    if ran:  # a kernel that does not count has no such file, or says 0
+    # A kernel that does not count has no such file, or says 0
+    if ran:
         return waited / 1e9
     if pid != "self" or sys.platform == "win32":
         return None
@@ -45,23 +51,23 @@ def seconds_waited(pid: int | str = "self") -> float | None:
     return SWITCH * resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
 
 
-def seconds_of_cores() -> tuple[float, float, int] | None:
+def busy_stolen_seconds_and_core_count() -> tuple[float, float, int] | None:
     """Return for how long the cores that this process may use have worked, how much of that a hypervisor took, and
     their number; None where nothing counts it."""
     stat = Path("/proc/stat")
     if not stat.is_file():
         return None
-    own = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-    rows = [line.split() for line in stat.read_text().splitlines() if line.partition(" ")[0] in own]
+    usable_cores = {f"cpu{number}" for number in os.sched_getaffinity(0)}
+    rows = [line.split() for line in stat.read_text().splitlines() if line.partition(" ")[0] in usable_cores]
     # user, nice, system, idle, waiting for disks, interrupts (2), stolen
     busy = sum(int(row[column]) for row in rows for column in (1, 2, 3, 6, 7, 8))
     tick = os.sysconf("SC_CLK_TCK")
     return busy / tick, sum(int(row[8]) for row in rows) / tick, len(rows)
 
 
-def disturbs(waited: float | None, seconds: float) -> bool:
+def is_burst_disturbed(wait_seconds: float | None, burst_seconds: float) -> bool:
     """Whether a burst's time is useless, since its threads waited for a core for more than ``WAITED`` of it."""
-    return waited is not None and waited > WAITED * seconds
+    return wait_seconds is not None and wait_seconds > WAITED * burst_seconds
 
 
 class Watch:
@@ -80,30 +86,31 @@ class Watch:
 
     def __init__(
         self,
-        waited: Callable[[], float | None] = seconds_waited,
-        cores: Callable[[], tuple[float, float, int] | None] = seconds_of_cores,
+        waited: Callable[[], float | None] = thread_wait_seconds_or_none,
+        cores: Callable[[], tuple[float, float, int] | None] = busy_stolen_seconds_and_core_count,
         own: Callable[[], float] = time.process_time,
         timer: Callable[[], float] = time.perf_counter,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self._waited, self._cores, self._own, self._timer, self._sleep = waited, cores, own, timer, sleep
         self._began = timer(), own(), cores()
-        self._spoiled = 0  # turns without an undisturbed burst
+        # Turns without an undisturbed burst
+        self._spoiled = 0
         self.undisturbed: list[bool] = []
 
-    def turn(self, burst: Callable[[], float], bursts: int) -> float:
+    def turn(self, timed_burst: Callable[[], float], burst_count: int) -> float:
         """Return the median seconds of the undisturbed ones of some bursts; where there is none, of a few more."""
         taken: list[float] = []
         clean: list[float] = []
         pauses = iter(PAUSES)
-        while len(taken) < bursts or not clean:
+        while len(taken) < burst_count or not clean:
             before = self._waited()
-            taken.append(burst())
+            taken.append(timed_burst())
             after = self._waited()
-            if before is None or after is None or not disturbs(after - before, taken[-1]):
+            if before is None or after is None or not is_burst_disturbed(after - before, taken[-1]):
                 clean.append(taken[-1])
                 continue
-            pause = None if taken[-1] > LONG * bursts else next(pauses, None)
+            pause = None if taken[-1] > LONG * burst_count else next(pauses, None)
             if pause is None:
                 break
             if pause:
@@ -111,36 +118,38 @@ class Watch:
         self._spoiled += not clean
         return median(clean or taken)
 
-    def round(self, take: Callable[[], T]) -> T:
+    def round(self, run_round: Callable[[], T]) -> T:
         """Return what a round returns, and note whether it was undisturbed."""
         spoiled, start, before = self._spoiled, self._timer(), self._cores()
-        taken = take()
+        taken = run_round()
         after, seconds = self._cores(), self._timer() - start
-        stolen = after[1] - before[1] if before and after else 0.0  # a hypervisor's work makes no thread wait
+        # A hypervisor's work makes no thread wait
+        stolen = after[1] - before[1] if before and after else 0.0
         self.undisturbed.append(self._spoiled == spoiled and stolen <= OTHERS * seconds * (after[2] if after else 1))
         return taken
 
     def others(self) -> tuple[float, float, int] | None:
         """Return how many cores other work took so far, the hypervisor's part, and how many there are; or None."""
-        (start, own, before), after = self._began, self._cores()
+        (start, own_start, before), after = self._began, self._cores()
         seconds = self._timer() - start
         if before is None or after is None or not seconds:
             return None
-        took = after[0] - before[0] - (self._own() - own) - SLACK
+        took = after[0] - before[0] - (self._own() - own_start) - SLACK
         return max(0.0, took / seconds), (after[1] - before[1]) / seconds, after[2]
 
     def disturbed(self) -> bool:
         """Whether other work took part of the cores, or, where nothing counts that, disturbed half of the rounds."""
-        if others := self.others():
-            return others[0] > OTHERS * others[2]
+        if other_cores := self.others():
+            return other_cores[0] > OTHERS * other_cores[2]
         return 2 * sum(self.undisturbed) < len(self.undisturbed)
 
     def says(self) -> str:
         """Describe what disturbed."""
         rounds = f"{self.undisturbed.count(False)} of {len(self.undisturbed)} rounds were interrupted"
-        if not (others := self.others()):
+        if not (other_cores := self.others()):
             return f"other work disturbed the measurement: {rounds}"
         return (
-            f"other work took {others[0]:.1f} of {others[2]} cores"
-            f"{f' ({others[1]:.1f} the hypervisor)' if others[1] > OTHERS * others[2] else ''}, and {rounds}"
+            f"other work took {other_cores[0]:.1f} of {other_cores[2]} cores"
+            f"{f' ({other_cores[1]:.1f} the hypervisor)' if other_cores[1] > OTHERS * other_cores[2] else ''}, and "
+            f"{rounds}"
         )

@@ -15,19 +15,27 @@ import torch
 from torch import nn
 
 from lowmem.measure import unchanged
-from lowmem.testing.call import check_model, model_errors
 from lowmem.testing.disturbance import LONG, Watch
 from lowmem.testing.ratios import Ratio, ratio_of_times, take_turns
+from lowmem.testing.user_model import check_model_and_inputs, exceptions_as_model_errors
 
 CONFIDENCE = 0.99  # of the interval; high, since it is checked several times, and each check may err
-BURST = 0.001  # least seconds of a burst: above the timer's resolution, below what another process gets at once
-BURSTS = 3  # bursts of a turn, whose median counts; calls longer than ``LONG`` have one burst
-CALIBRATING = 3  # bursts per number of calls, while the calls of a burst are calibrated
-FEWEST_ROUNDS = 8  # however slow the calls are: fewer pairs too often lie on one side by chance
-FIRST_ROUNDS = 16  # rounds before the first check, if the time allows
-MOST_ROUNDS = 128  # in all; to bootstrap more pairs would take longer than to measure them
-FASTEST = 0.1  # quantile of the times that other work disturbed least
-MARGIN = 1.1  # beside other work: its use of caches and memory changed ratios by up to this, though no thread waited
+# Least seconds of a burst: above the timer's resolution, below what another process gets at once
+BURST = 0.001
+# Bursts of a turn, whose median counts; calls longer than ``LONG`` have one burst
+BURSTS = 3
+# Bursts per number of calls, while the calls of a burst are calibrated
+CALIBRATING = 3
+# However slow the calls are: fewer pairs too often lie on one side by chance
+FEWEST_ROUNDS = 8
+# Rounds before the first check, if the time allows
+FIRST_ROUNDS = 16
+# In all; to bootstrap more pairs would take longer than to measure them
+MOST_ROUNDS = 128
+# Quantile of the times that other work disturbed least
+FASTEST = 0.1
+# Beside other work: its use of caches and memory changed ratios by up to this, though no thread waited
+MARGIN = 1.1
 
 
 @dataclass(frozen=True)
@@ -98,11 +106,14 @@ def measure_speedup(
             raise ValueError(f"{name}={value!r} must be a positive, finite number")
     start = timer()
     watch = watch or Watch()
-    with _ready(candidate, inputs, named) as run, _ready(reference, inputs, named) as against:
+    with (
+        _bound_call_in_eval_mode(candidate, inputs, named) as run,
+        _bound_call_in_eval_mode(reference, inputs, named) as against,
+    ):
         turns: tuple[list[float], list[float]] = ([], [])  # of the candidate, and of the reference
         sides = [
-            _turn(run, timer, watch, turns[0], "the candidate"),
-            _turn(against, timer, watch, turns[1], "the reference"),
+            _warm_up_and_make_timed_turn(run, timer, watch, turns[0], "the candidate"),
+            _warm_up_and_make_timed_turn(against, timer, watch, turns[1], "the reference"),
         ]
         before = timer()
         take_turns(sides, 1)
@@ -111,75 +122,85 @@ def measure_speedup(
         while True:
             for _ in range(rounds):
                 watch.round(lambda: take_turns(sides, 1))
-            rounds = len(watch.undisturbed)  # doubles the number of pairs
-            found, used = _judge(np.array(turns)[:, -2 * rounds :].reshape(2, rounds, 2), at_least, watch)
+            # Doubles the number of pairs
+            rounds = len(watch.undisturbed)
+            result, used = _speedup_and_pair_count(
+                np.array(turns)[:, -2 * rounds :].reshape(2, rounds, 2), at_least, watch
+            )
             spent = timer() - start
-            if found.verdict != "undecided" or 2 * used > MOST_ROUNDS or 2 * spent > seconds:
-                return found
+            if result.verdict != "undecided" or 2 * used > MOST_ROUNDS or 2 * spent > seconds:
+                return result
 
 
-def _judge(turns: npt.NDArray[np.float64], at_least: float, watch: Watch) -> tuple[Speedup, int]:
+def _speedup_and_pair_count(
+    turn_seconds: npt.NDArray[np.float64], at_least: float, watch: Watch
+) -> tuple[Speedup, int]:
     """Return the speedup of ``turns``, seconds (2, rounds, 2) of candidate and reference, and how many pairs it rests
     on: beside other work, the undisturbed ones."""
 
-    def speedup(turns: npt.NDArray[np.float64], disturbance: str = "") -> Speedup:
+    def speedup_from_turns(turns: npt.NDArray[np.float64], disturbance: str = "") -> Speedup:
         mine, theirs = turns.mean(axis=2)  # (rounds,) each
         return Speedup(ratio_of_times(theirs, mine, bound=at_least, confidence=CONFIDENCE), at_least, disturbance)
 
-    rounds = turns.shape[1]
+    rounds = turn_seconds.shape[1]
     if not watch.disturbed():
-        return speedup(turns), rounds
-    clean = turns[:, watch.undisturbed]  # (2, clean rounds, 2)
+        return speedup_from_turns(turn_seconds), rounds
+    clean = turn_seconds[:, watch.undisturbed]  # (2, clean rounds, 2)
     if clean.shape[1] < FEWEST_ROUNDS:
-        return speedup(turns, watch.says()), clean.shape[1]
-    found = speedup(clean)
+        return speedup_from_turns(turn_seconds, watch.says()), clean.shape[1]
+    undisturbed_speedup = speedup_from_turns(clean)
     mine, theirs = np.quantile(clean, FASTEST, axis=(1, 2))
-    slower = max(found.ratio.high, theirs / mine) < at_least / MARGIN
-    faster = min(found.ratio.low, theirs / mine) >= at_least * MARGIN
-    return (found if slower or faster else replace(found, disturbance=watch.says())), found.ratio.pairs
+    slower = max(undisturbed_speedup.ratio.high, theirs / mine) < at_least / MARGIN
+    faster = min(undisturbed_speedup.ratio.low, theirs / mine) >= at_least * MARGIN
+    return (
+        undisturbed_speedup if slower or faster else replace(undisturbed_speedup, disturbance=watch.says())
+    ), undisturbed_speedup.ratio.pairs
 
 
 @contextmanager
-def _ready(call: Callable[..., object], inputs: Any, named: Any) -> Iterator[Callable[[], object]]:
+def _bound_call_in_eval_mode(
+    function: Callable[..., object], args: Any, kwargs: Any
+) -> Iterator[Callable[[], object]]:
     """Yield a call without arguments; a module is put in eval mode meanwhile, and computes no gradients."""
-    if not isinstance(call, nn.Module):
-        yield lambda: call(*inputs, **named)
+    if not isinstance(function, nn.Module):
+        yield lambda: function(*args, **kwargs)
         return
-    check_model(call, inputs, named)
+    check_model_and_inputs(function, args, kwargs)
 
-    def run() -> object:
+    def call_without_gradients() -> object:
         with torch.no_grad():
-            return call(*inputs, **named)
+            return function(*args, **kwargs)
 
-    with unchanged(call, training=False):
-        yield run
+    with unchanged(function, training=False):
+        yield call_without_gradients
 
 
-def _turn(
-    run: Callable[[], object], timer: Callable[[], float], watch: Watch, turns: list[float], name: str
+def _warm_up_and_make_timed_turn(
+    run: Callable[[], object], timer: Callable[[], float], watch: Watch, turn_seconds: list[float], side_name: str
 ) -> Callable[[], float]:
     """Warm up a call; return a function that times it in bursts, and adds the seconds a call to ``turns``."""
-    with model_errors(name):
+    with exceptions_as_model_errors(side_name):
         run()
 
-    def burst() -> float:
-        with model_errors(name):
+    def timed_burst() -> float:
+        with exceptions_as_model_errors(side_name):
             start = timer()
             for _ in range(calls):
                 run()
-            if torch.cuda.is_initialized():  # CUDA kernels may still run after the call
+            # CUDA kernels may still run after the call
+            if torch.cuda.is_initialized():
                 for device in range(torch.cuda.device_count()):
                     torch.cuda.synchronize(device)
             return timer() - start
 
     calls = 1
     # Disturbances only add time, so the shortest of several bursts is the best estimate.
-    while (taken := min(burst() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
+    while (taken := min(timed_burst() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
         calls = calls * 10 if taken < BURST / 10 else math.ceil(calls * BURST / taken * 1.1)
     bursts = 1 if taken > LONG else BURSTS
 
-    def turn() -> float:
-        turns.append(watch.turn(burst, bursts) / calls)
-        return turns[-1]
+    def timed_turn() -> float:
+        turn_seconds.append(watch.turn(timed_burst, bursts) / calls)
+        return turn_seconds[-1]
 
-    return turn
+    return timed_turn

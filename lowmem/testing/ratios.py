@@ -13,8 +13,10 @@ import numpy.typing as npt
 from scipy import stats
 
 RESAMPLES = 2000  # of the bootstrap: another seed moves the ends of a 95% interval by a few hundredths of its width
-BATCH_VALUES = 4_000_000  # most Walsh averages that exist at once: 32 MB
-EXACT_PAIRS = 50  # the p-value is exact up to this many pairs
+# Most Walsh averages that exist at once: 32 MB
+BATCH_VALUES = 4_000_000
+# The p-value is exact up to this many pairs
+EXACT_PAIRS = 50
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def ratio_of_times(
         raise ValueError(f"bound={bound} must be a positive, finite ratio")
     if not 0 < confidence < 1:
         raise ValueError(f"confidence={confidence} must lie between 0 and 1, as 0.95 does")
-    top, bottom = _times(numerator), _times(denominator)
+    top, bottom = _checked_times(numerator), _checked_times(denominator)
     if len(top) != len(bottom):
         raise ValueError(f"{len(top)} times against {len(bottom)}: each needs its partner, measured next to it")
     if len(top) < 2:
@@ -91,7 +93,8 @@ def ratio_of_times(
         raise ValueError(f"{many} too few: give at least 2")
     logs = np.log(top) - np.log(bottom)
     for log, above, below in zip(logs, top, bottom, strict=True):
-        if abs(log) > 700:  # exp would overflow or underflow
+        # Exp would overflow or underflow
+        if abs(log) > 700:
             raise ValueError(f"the ratio of {above} to {below} seconds is not a finite number that can be compared")
     shift = float(hodges_lehmann(logs))
     interval = stats.bootstrap(
@@ -106,7 +109,7 @@ def ratio_of_times(
     ).confidence_interval
     # Where most pairs are equal, rounding may put the estimate just outside an interval of width 0.
     low, high = min(float(interval.low), shift), max(float(interval.high), shift)
-    return Ratio(math.exp(shift), math.exp(low), math.exp(high), _p_value(logs - math.log(bound)), len(logs))
+    return Ratio(math.exp(shift), math.exp(low), math.exp(high), _wilcoxon_p_value(logs - math.log(bound)), len(logs))
 
 
 def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
@@ -130,12 +133,12 @@ def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[f
     for _ in range(rounds):
         forwards = [side() for side in sides]
         backwards = [side() for side in reversed(sides)][::-1]
-        for own, first, second in zip(times, forwards, backwards, strict=True):
-            own.append((first + second) / 2)
+        for side_times, first, second in zip(times, forwards, backwards, strict=True):
+            side_times.append((first + second) / 2)
     return times
 
 
-def _times(seconds: Sequence[float]) -> npt.NDArray[np.float64]:
+def _checked_times(seconds: Sequence[float]) -> npt.NDArray[np.float64]:
     try:
         times = np.asarray(seconds, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -148,9 +151,9 @@ def _times(seconds: Sequence[float]) -> npt.NDArray[np.float64]:
     return times
 
 
-def _p_value(shifts: npt.NDArray[np.float64]) -> float:
+def _wilcoxon_p_value(log_ratios: npt.NDArray[np.float64]) -> float:
     """Return the one-sided p-value of Wilcoxon's signed-rank test that the center of ``shifts`` is at most 0."""
-    moved = shifts[shifts != 0]
+    moved = log_ratios[log_ratios != 0]
     if len(moved) == 0:
         return 1.0
     method = "exact" if len(moved) <= EXACT_PAIRS else "approx"

@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import describe, printable
+from lowmem.errors import error_type_and_first_line, printable_line
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
-from lowmem.transforms.plan import bytes_of
-from lowmem.transforms.registry import Technique
+from lowmem.transforms.memory_plan import parse_byte_count
+from lowmem.transforms.module_registry import Technique
 
 DEVICES = ("cpu", "cuda")
-RANK = 16  # of adapters of language models, unless another is given
+DEFAULT_RANK = 16  # of adapters of language models, unless another is given
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
-def add_input_arguments(parser: argparse.ArgumentParser) -> None:
+def add_random_input_arguments(parser: argparse.ArgumentParser) -> None:
     """Add ``--batch``, ``--input-shape``, ``--input-dtype`` and ``--seed``."""
-    parser.add_argument("--batch", type=positive_int, default=1, metavar="N", help="batch size (default 1)")
+    parser.add_argument("--batch", type=parse_positive_int, default=1, metavar="N", help="batch size (default 1)")
     parser.add_argument(
         "--input-shape",
-        type=shape,
+        type=parse_shape,
         default=(1024,),
         metavar="N[,N]...",
         help="shape of one input, without the batch dimension (default 1024, for BigNet)",
@@ -38,32 +38,34 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         default="float32",
         help="dtype of the input; int64 gives zeros, which are valid tokens (default float32)",
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="seed of weights and input (default 0)")
+    parser.add_argument(
+        "--seed", type=parse_nonnegative_int, default=0, metavar="N", help="seed of weights and input (default 0)"
+    )
 
 
-def add_output_arguments(parser: argparse.ArgumentParser, json: str = "print JSON") -> None:
+def add_json_and_markdown_arguments(parser: argparse.ArgumentParser, json_help: str = "print JSON") -> None:
     """Add ``--json``, with its help, and ``--markdown``, which exclude each other."""
     output = parser.add_mutually_exclusive_group()
-    output.add_argument("--json", action="store_true", help=json)
+    output.add_argument("--json", action="store_true", help=json_help)
     output.add_argument("--markdown", action="store_true", help="print a Markdown table")
 
 
-def add_verbose_argument(parser: argparse.ArgumentParser, what: str) -> None:
+def add_verbose_argument(parser: argparse.ArgumentParser, listed_items: str) -> None:
     """Add ``--verbose``, which prints a table of ``what`` above the summary."""
-    parser.add_argument("--verbose", action="store_true", help=f"list all {what}, not only the summary")
+    parser.add_argument("--verbose", action="store_true", help=f"list all {listed_items}, not only the summary")
 
 
-def add_device_argument(parser: argparse.ArgumentParser, what: str) -> None:
+def add_device_argument(parser: argparse.ArgumentParser, description: str) -> None:
     """Add ``--device``, with what it is for its help."""
-    parser.add_argument("--device", choices=DEVICES, default="cpu", help=f"{what} (default cpu)")
+    parser.add_argument("--device", choices=DEVICES, default="cpu", help=f"{description} (default cpu)")
 
 
-def option_of(name: str) -> str:
+def option_string(attribute: str) -> str:
     """Return the option that sets an attribute of the parsed arguments."""
-    return f"--{name.replace('_', '-')}"
+    return f"--{attribute.replace('_', '-')}"
 
 
-def make_input(arguments: argparse.Namespace) -> Tensor:
+def make_random_or_zero_input(arguments: argparse.Namespace) -> Tensor:
     """Return an input (batch, *input_shape) for the arguments: normal values, or zeros for int64."""
     size = (arguments.batch, *arguments.input_shape)
     dtype = getattr(torch, arguments.input_dtype)
@@ -73,100 +75,105 @@ def make_input(arguments: argparse.Namespace) -> Tensor:
         generator = torch.Generator("cpu").manual_seed(arguments.seed)
         return torch.randn(size, generator=generator, dtype=torch.float32, device="cpu").to(dtype)
     except RuntimeError as reason:
-        raise ValueError(f"an input of shape {size} cannot be made: {describe(reason)}; make it smaller") from reason
+        raise ValueError(
+            f"an input of shape {size} cannot be made: {error_type_and_first_line(reason)}; make it smaller"
+        ) from reason
 
 
-def positive_int(text: str) -> int:
+def parse_positive_int(text: str) -> int:
     """Parse an integer from 1 to 2**63 - 1."""
-    return _integer(text, 1, f"{_shown(text)} must be a positive integer below 2**63")
+    return _parse_integer(text, 1, f"{_truncated_printable_repr(text)} must be a positive integer below 2**63")
 
 
-def seed(text: str) -> int:
+def parse_nonnegative_int(text: str) -> int:
     """Parse an integer from 0 to 2**63 - 1."""
-    return _integer(text, 0, f"{_shown(text)} must be an integer from 0 to 2**63 - 1")
+    return _parse_integer(text, 0, f"{_truncated_printable_repr(text)} must be an integer from 0 to 2**63 - 1")
 
 
-def _integer(text: str, least: int, refusal: str) -> int:
+def _parse_integer(text: str, minimum: int, error_message: str) -> int:
     digits = text.lstrip("0") or text[:1]
-    if not text.isascii() or not text.isdigit() or len(digits) > 19 or not least <= int(digits) < 2**63:
-        raise argparse.ArgumentTypeError(refusal)
+    if not text.isascii() or not text.isdigit() or len(digits) > 19 or not minimum <= int(digits) < 2**63:
+        raise argparse.ArgumentTypeError(error_message)
     return int(digits)
 
 
-def positive_float(text: str) -> float:
+def parse_positive_float(text: str) -> float:
     """Parse a finite number above 0."""
-    return _number(text, lambda value: value > 0, "must be a positive number")
+    return _parse_finite_float(text, lambda value: value > 0, "must be a positive number")
 
 
-def number(text: str) -> float:
+def parse_nonnegative_float(text: str) -> float:
     """Parse a finite number of at least 0."""
-    return _number(text, lambda value: value >= 0, "must be a number of at least 0")
+    return _parse_finite_float(text, lambda value: value >= 0, "must be a number of at least 0")
 
 
-def _number(text: str, accepted: Callable[[float], bool], refusal: str) -> float:
+def _parse_finite_float(text: str, is_valid: Callable[[float], bool], requirement: str) -> float:
     try:
         value = float(text if text.isascii() and not set(text) & set("_ \t\n\r\v\f") else "nan")
     except ValueError:
         value = float("nan")
-    if not accepted(value) or value == float("inf"):
-        raise argparse.ArgumentTypeError(f"{_shown(text)} {refusal}")
+    if not is_valid(value) or value == float("inf"):
+        raise argparse.ArgumentTypeError(f"{_truncated_printable_repr(text)} {requirement}")
     return value
 
 
-def shape(text: str) -> tuple[int, ...]:
+def parse_shape(text: str) -> tuple[int, ...]:
     """Parse ``3,224,224``."""
-    return tuple(positive_int(part) for part in text.split(","))
+    return tuple(parse_positive_int(part) for part in text.split(","))
 
 
-def size(text: str) -> int:
+def parse_byte_size(text: str) -> int:
     """Parse a number of bytes with its unit, as 500MiB."""
     try:
-        return bytes_of(text)
+        return parse_byte_count(text)
     except ValueError as reason:
         raise argparse.ArgumentTypeError(str(reason)) from reason
 
 
-def techniques(text: str) -> tuple[Technique, ...]:
+def parse_techniques(text: str) -> tuple[Technique, ...]:
     """Parse ``FourBit:nf4:64:double,LoRA:16``: techniques, each with the first of its arguments."""
     try:
-        return tuple(map(_technique, text.split(",")))
+        return tuple(map(_parse_technique, text.split(",")))
     except (ValueError, argparse.ArgumentTypeError) as reason:
-        raise argparse.ArgumentTypeError(f"{_shown(text)}: {reason}") from reason
+        raise argparse.ArgumentTypeError(f"{_truncated_printable_repr(text)}: {reason}") from reason
 
 
-_ARGUMENTS: dict[type[Technique], tuple[Callable[[str], Any], ...]] = {
+_TECHNIQUE_PARSERS: dict[type[Technique], tuple[Callable[[str], Any], ...]] = {
     Half: (lambda text: getattr(torch, text, text),),
-    EightBit: (positive_int, str),
-    FourBit: (str, positive_int, str),
-    Budget: (positive_float,),
-    LoRA: (positive_int,),
+    EightBit: (parse_positive_int, str),
+    FourBit: (str, parse_positive_int, str),
+    Budget: (parse_positive_float,),
+    LoRA: (parse_positive_int,),
 }
 
 
-def _technique(text: str) -> Technique:
-    name, *given = text.split(":")
-    kind = next((kind for kind in _ARGUMENTS if kind.__name__ == name), None)
+def _parse_technique(text: str) -> Technique:
+    name, *values = text.split(":")
+    kind = next((kind for kind in _TECHNIQUE_PARSERS if kind.__name__ == name), None)
     if kind is None:
-        raise ValueError(f"{_shown(name)} is no technique: choose from {', '.join(t.__name__ for t in _ARGUMENTS)}")
-    parsers = _ARGUMENTS[kind]
-    if len(given) > len(parsers):
+        raise ValueError(
+            f"{_truncated_printable_repr(name)} is no technique: choose from "
+            f"{', '.join(t.__name__ for t in _TECHNIQUE_PARSERS)}"
+        )
+    parsers = _TECHNIQUE_PARSERS[kind]
+    if len(values) > len(parsers):
         names = ":".join(field.name for field in fields(kind)[: len(parsers)])
-        raise ValueError(f"{_shown(text)} has more than {name}:{names}")
-    return kind(*(parse(value) for parse, value in zip(parsers, given, strict=False)))
+        raise ValueError(f"{_truncated_printable_repr(text)} has more than {name}:{names}")
+    return kind(*(parse(value) for parse, value in zip(parsers, values, strict=False)))
 
 
-def file_path(text: str) -> Path:
+def parse_nonempty_path(text: str) -> Path:
     """Parse a path that is not empty, which would be the current directory."""
     if not text:
         raise argparse.ArgumentTypeError("'' must be the name of a file")
     return Path(text)
 
 
-def _shown(text: str) -> str:
-    return printable(repr(text), 80)
+def _truncated_printable_repr(text: str) -> str:
+    return printable_line(repr(text), 80)
 
 
-def device_of(name: str) -> torch.device:
+def select_local_rank_device(name: str) -> torch.device:
     """Return the device of a name; of ``cuda`` the GPU that torchrun means for this process, or the first one."""
     if name == "cpu":
         return torch.device("cpu")

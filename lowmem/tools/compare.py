@@ -14,22 +14,34 @@ from rich.progress import TimeRemainingColumn
 from torch import Tensor
 
 from lowmem import measure
-from lowmem.errors import one_line
-from lowmem.io.atomic import read_text
+from lowmem.errors import truncated_error_line
+from lowmem.io.filesystem import read_text_and_sha256
 from lowmem.tools.arguments import (
     add_device_argument,
-    add_input_arguments,
-    add_output_arguments,
-    device_of,
-    file_path,
-    make_input,
-    number,
+    add_json_and_markdown_arguments,
+    add_random_input_arguments,
+    make_random_or_zero_input,
+    parse_nonempty_path,
+    parse_nonnegative_float,
+    select_local_rank_device,
 )
-from lowmem.tools.models import folder_of, make_model, placed, tensor_of
-from lowmem.tools.output import finite, print_json, print_table, progress, shown, warnings_as_notes
+from lowmem.tools.named_models import (
+    build_or_load_named_model,
+    call_and_check_tensor,
+    model_folder_or_none,
+    move_to_device,
+)
+from lowmem.tools.output import (
+    escaped_and_truncated,
+    finite_or_none,
+    print_json,
+    print_table,
+    progress_display,
+    warnings_printed_as_notes,
+)
 from lowmem.variants import VARIANTS
 
-LISTED = 20
+MAX_LISTED_LAYERS = 20
 """Layers that a table lists; JSON has all of them."""
 
 
@@ -42,16 +54,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a base and at least one other model: VARIANT, module:factory, module:factory@VARIANT, or with --text "
         "Hugging Face folders (default: bignet and every other variant)",
     )
-    add_input_arguments(parser)
+    add_random_input_arguments(parser)
     parser.add_argument(
         "--tolerance",
-        type=number,
+        type=parse_nonnegative_float,
         metavar="T",
         help="exit with 1 if a largest difference (with --text a divergence, or 1 - cosine) is above T",
     )
     parser.add_argument(
         "--text",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="FILE",
         help="compare folders with the first one on this text: perplexity, divergence and agreement of language "
         "models, the cosine of encoders' embeddings, and speed",
@@ -62,24 +74,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --text: list the layers that lose most; runs the first model once per stored layer",
     )
     add_device_argument(parser, "where the models run")
-    add_output_arguments(parser)
+    add_json_and_markdown_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    device = device_of(arguments.device)
+    device = select_local_rank_device(arguments.device)
     if arguments.text is not None:
-        return _compare_text(arguments, device)
+        return _run_text_comparison(arguments, device)
     if arguments.layers:
         raise ValueError("--layers needs a text: add --text FILE")
     base, *others = arguments.models or VARIANTS
     if not others:
         raise ValueError(f"models={base!r} is only a base: name at least one other model to compare with it")
-    x = make_input(arguments).to(device)
-    expected = _output(base, x, arguments.seed)
+    x = make_random_or_zero_input(arguments).to(device)
+    expected = _build_model_and_run(base, x, arguments.seed)
     differences = {}
     for other in others:
-        output = _output(other, x, arguments.seed)
+        output = _build_model_and_run(other, x, arguments.seed)
         if output.shape != expected.shape:
             raise ValueError(
                 f"model={other!r} returns shape {tuple(output.shape)}, {base!r} {tuple(expected.shape)}: "
@@ -91,11 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
             {
                 "base": base,
                 "other": other,
-                "max_difference": finite(found.max),
-                "mean_difference": finite(found.mean),
-                "relative_error": finite(found.relative),
+                "max_difference": finite_or_none(difference.max),
+                "mean_difference": finite_or_none(difference.mean),
+                "relative_error": finite_or_none(difference.relative),
             }
-            for other, found in differences.items()
+            for other, difference in differences.items()
         ]
         print_json(rows)
     elif arguments.markdown:
@@ -105,45 +117,50 @@ def run(arguments: argparse.Namespace) -> int:
             markdown=True,
         )
     else:
-        for other, found in differences.items():
-            print(f"Comparing {shown(base)} and {shown(other)}")
-            print(f" - Max difference: {found.max:.4f}")
-            print(f" - Mean difference: {found.mean:.4f}")
-            print(f" - Relative error: {found.relative:.3g}\n")
-    return _judge(
+        for other, difference in differences.items():
+            print(f"Comparing {escaped_and_truncated(base)} and {escaped_and_truncated(other)}")
+            print(f" - Max difference: {difference.max:.4f}")
+            print(f" - Mean difference: {difference.mean:.4f}")
+            print(f" - Relative error: {difference.relative:.3g}\n")
+    return _print_failures_and_get_exit_code(
         arguments.tolerance,
         ((d.max, f"{other} differs from {base} by {d.max:.4g}") for other, d in differences.items()),
     )
 
 
-def _judge(tolerance: float | None, differences: Iterable[tuple[float, str]]) -> int:
+def _print_failures_and_get_exit_code(
+    tolerance: float | None, differences_and_texts: Iterable[tuple[float, str]]
+) -> int:
     """Return the exit code; print the text of each difference that is above the tolerance, or not finite."""
-    most = math.inf if tolerance is None else tolerance
+    limit = math.inf if tolerance is None else tolerance
     failed = 0
-    for difference, text in differences:
-        if not (math.isfinite(difference) and difference <= most):
-            why = f"above --tolerance {most:g}" if math.isfinite(difference) else "which is not finite"
-            print(one_line(f"lowmem compare: {text}, {why}"), file=sys.stderr)
+    for difference, text in differences_and_texts:
+        if not (math.isfinite(difference) and difference <= limit):
+            why = f"above --tolerance {limit:g}" if math.isfinite(difference) else "which is not finite"
+            print(truncated_error_line(f"lowmem compare: {text}, {why}"), file=sys.stderr)
             failed = 1
     return failed
 
 
-def _compare_text(arguments: argparse.Namespace, device: torch.device) -> int:
+def _run_text_comparison(arguments: argparse.Namespace, device: torch.device) -> int:
     """Compare language models, or encoders, in folders on a text."""
     if (arguments.batch, arguments.input_shape, arguments.input_dtype) != (1, (1024,), "float32"):
         raise ValueError(
             "--batch, --input-shape and --input-dtype describe a random input: with --text leave them out"
         )
-    folders = [(name, folder_of(name)) for name in arguments.models]
+    folders = [(name, model_folder_or_none(name)) for name in arguments.models]
     for name, folder in folders:
         if folder is None:
             raise ValueError(f"model={name!r} is no folder: --text compares folders of Hugging Face transformers")
     if len(folders) < 2:
         raise ValueError(f"models={arguments.models!r}: name a base and at least one other folder to compare with it")
-    text, _ = read_text(arguments.text)
-    from lowmem.integrations.transformers.comparing import compare_text
+    text, _ = read_text_and_sha256(arguments.text)
+    from lowmem.integrations.transformers.text_comparison import compare_text
 
-    with warnings_as_notes(), progress("layers", TimeRemainingColumn, visible=arguments.layers) as update:
+    with (
+        warnings_printed_as_notes(),
+        progress_display("layers", TimeRemainingColumn, visible=arguments.layers) as update,
+    ):
         scores: list[Any] = compare_text(
             [folder for _, folder in folders if folder is not None],
             text,
@@ -152,62 +169,63 @@ def _compare_text(arguments: argparse.Namespace, device: torch.device) -> int:
             progress=lambda done, runs: update(completed=done, total=runs),
         )
     if arguments.json:
-        print_json([_json_of(one) for one in scores])
+        print_json([_to_json_compatible(score) for score in scores])
     else:
-        _print_scores(scores, arguments.markdown)
-    embeds, found = hasattr(scores[0], "cosine"), []
-    for one in scores[1:]:
-        lost = 1 - one.cosine if embeds else one.divergence
+        _print_score_tables(scores, arguments.markdown)
+    embeds, losses_and_texts = hasattr(scores[0], "cosine"), []
+    for score in scores[1:]:
+        lost = 1 - score.cosine if embeds else score.divergence
         how = f"by 1 - cosine = {lost:.4g}" if embeds else f"by {lost:.4g} nats a token"
-        found.append((lost, f"{one.model} diverges from {scores[0].model} {how}"))
-    return _judge(arguments.tolerance, found)
+        losses_and_texts.append((lost, f"{score.model} diverges from {scores[0].model} {how}"))
+    return _print_failures_and_get_exit_code(arguments.tolerance, losses_and_texts)
 
 
-def _print_scores(scores: Sequence[Any], markdown: bool) -> None:
+def _print_score_tables(scores: Sequence[Any], markdown: bool) -> None:
     """Print the table of the models, and of the layers that lose most, if they were asked for."""
     if hasattr(scores[0], "cosine"):
         columns = ["Model", "Cosine to the first", "Lowest", "Tokens a second"]
         rows = [
-            [one.model, _with_interval(one.cosine, one.cosine_interval, 5), f"{one.lowest:.4f}"] for one in scores
+            [score.model, _text_with_interval(score.cosine, score.cosine_interval, 5), f"{score.lowest:.4f}"]
+            for score in scores
         ]
     else:
         columns = ["Model", "Perplexity", "Over the first's", "KL to the first", "Same top token", "Tokens a second"]
         rows = [
             [
-                one.model,
-                f"{one.perplexity:.4f}",
-                _with_interval(one.ratio, one.ratio_interval, 4),
-                _with_interval(one.divergence, one.divergence_interval, 5),
-                _with_interval(one.agreement, one.agreement_interval, 4),
+                score.model,
+                f"{score.perplexity:.4f}",
+                _text_with_interval(score.ratio, score.ratio_interval, 4),
+                _text_with_interval(score.divergence, score.divergence_interval, 5),
+                _text_with_interval(score.agreement, score.agreement_interval, 4),
             ]
-            for one in scores
+            for score in scores
         ]
-    rows = [[*row, f"{one.tokens_per_second:.1f}"] for row, one in zip(rows, scores, strict=True)]
+    rows = [[*row, f"{score.tokens_per_second:.1f}"] for row, score in zip(rows, scores, strict=True)]
     print_table(columns, rows, markdown=markdown)
-    for one in scores:
-        if one.layers:
-            title = f"Layer of {one.model} alone"
-            loses = "1 - cosine" if hasattr(one, "cosine") else "KL"
-            cells = [[layer.path, f"{layer.loss:.3g}"] for layer in one.layers[:LISTED]]
+    for score in scores:
+        if score.layers:
+            title = f"Layer of {score.model} alone"
+            loses = "1 - cosine" if hasattr(score, "cosine") else "KL"
+            cells = [[layer.path, f"{layer.loss:.3g}"] for layer in score.layers[:MAX_LISTED_LAYERS]]
             print_table([title, loses], cells, markdown=markdown)
 
 
-def _with_interval(value: float, ends: tuple[float, float] | None, digits: int) -> str:
+def _text_with_interval(value: float, interval: tuple[float, float] | None, digits: int) -> str:
     """Return a number, and its 95% interval where there is one."""
     text = f"{value:.{digits}f}"
-    return text if ends is None else f"{text} [{ends[0]:.{digits}f}, {ends[1]:.{digits}f}]"
+    return text if interval is None else f"{text} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
-def _json_of(value: Any) -> Any:
+def _to_json_compatible(value: Any) -> Any:
     """Return a score as JSON has it."""
     if isinstance(value, float):
-        return finite(value)
+        return finite_or_none(value)
     if isinstance(value, tuple):
-        return [_json_of(one) for one in value]
-    return {name: _json_of(one) for name, one in vars(value).items()} if is_dataclass(value) else value
+        return [_to_json_compatible(item) for item in value]
+    return {name: _to_json_compatible(item) for name, item in vars(value).items()} if is_dataclass(value) else value
 
 
-def _output(name: str, x: Tensor, seed: int) -> Tensor:
-    model = placed(name, make_model(name, seed=seed), x.device)
+def _build_model_and_run(model_name: str, x: Tensor, seed: int) -> Tensor:
+    model = move_to_device(model_name, build_or_load_named_model(model_name, seed=seed), x.device)
     with torch.no_grad():
-        return tensor_of(name, "compare", lambda: model.eval()(x.clone()))
+        return call_and_check_tensor(model_name, "compare", lambda: model.eval()(x.clone()))

@@ -7,19 +7,19 @@ from contextlib import nullcontext
 
 from lowmem.finetuning.metrics import LOGS
 from lowmem.finetuning.settings import DECAYS
-from lowmem.io.atomic import owned
+from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS
 from lowmem.tools import fit_classifier, fit_language
 from lowmem.tools.arguments import (
     add_device_argument,
-    file_path,
-    number,
-    option_of,
-    positive_float,
-    positive_int,
-    seed,
+    option_string,
+    parse_nonempty_path,
+    parse_nonnegative_float,
+    parse_nonnegative_int,
+    parse_positive_float,
+    parse_positive_int,
 )
-from lowmem.tools.models import base_of
+from lowmem.tools.named_models import folder_or_gguf_or_none
 from lowmem.variants import VARIANTS
 
 
@@ -39,28 +39,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "scikit-learn (default synthetic)",
     )
     parser.add_argument(
-        "--epochs", type=positive_int, metavar="N", help="default: 1 for a folder, 10 for a classifier"
+        "--epochs", type=parse_positive_int, metavar="N", help="default: 1 for a folder, 10 for a classifier"
     )
     parser.add_argument(
-        "--batch-size", type=positive_int, metavar="N", help="default: 4 for a folder, 64 for a classifier"
+        "--batch-size", type=parse_positive_int, metavar="N", help="default: 4 for a folder, 64 for a classifier"
     )
     parser.add_argument(
         "--lr",
-        type=positive_float,
+        type=parse_positive_float,
         help="learning rate of AdamW (default: 0.001 for a classifier; for a folder by the rank, 0.0002 for 16)",
     )
     parser.add_argument(
-        "--rank", type=positive_int, metavar="N", help="LoRA rank (default: 16 for a folder, or the variant's)"
+        "--rank", type=parse_positive_int, metavar="N", help="LoRA rank (default: 16 for a folder, or the variant's)"
     )
     parser.add_argument(
-        "--seed", type=seed, default=0, metavar="N", help="seed of weights, split and batches (default 0)"
+        "--seed",
+        type=parse_nonnegative_int,
+        default=0,
+        metavar="N",
+        help="seed of weights, split and batches (default 0)",
     )
     parser.add_argument(
         "--dry-run", action="store_true", help="print the memory that training takes; train and write nothing"
     )
     parser.add_argument(
         "--save",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="OUT",
         help="for a folder: write a folder with the adapter in PEFT's format, and training.json with the base and "
         "all settings; for a classifier: write the trained model, as lowmem.load reads it, and its head beside it as "
@@ -68,15 +72,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_device_argument(parser, "device to train on; cuda is the first GPU, or with torchrun each process's own GPU")
     parser.add_argument("--json", action="store_true", help="print JSON to stdout; progress goes to stderr")
-    add_folder_arguments(parser.add_argument_group("for folders only"))
+    add_language_model_arguments(parser.add_argument_group("for folders only"))
 
 
-def add_folder_arguments(group: argparse._ActionsContainer) -> None:
+def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
     """Add the arguments that mean something for folders alone; without them, each is None or False."""
     stored = group.add_mutually_exclusive_group()
     stored.add_argument(
         "--bits",
-        type=positive_float,
+        type=parse_positive_float,
         metavar="B",
         help="store the base in this many bits per weight, such as 4.4, divided among layers by their loss",
     )
@@ -86,8 +90,10 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
         help=f"format of the base while the adapter trains (default {DEFAULT} in blocks of "
         f"{DEFAULT_BLOCK_SIZE}; a quantized folder keeps its format)",
     )
-    group.add_argument("--alpha", type=positive_float, metavar="X", help="LoRA's alpha (default: the rank)")
-    group.add_argument("--dropout", type=number, metavar="X", help="dropout of the adapter's input (default 0)")
+    group.add_argument("--alpha", type=parse_positive_float, metavar="X", help="LoRA's alpha (default: the rank)")
+    group.add_argument(
+        "--dropout", type=parse_nonnegative_float, metavar="X", help="dropout of the adapter's input (default 0)"
+    )
     group.add_argument(
         "--target",
         nargs="+",
@@ -97,7 +103,7 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--from",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="ADAPTER",
         help="continue from the values of an adapter, a folder or a file, in a run of its own",
     )
@@ -111,30 +117,34 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
         choices=["fast", "lean", "plain"],
         help="mode of prepare_training: lean saves activations in 8 bits, plain prepares nothing (default fast)",
     )
-    group.add_argument("--length", type=positive_int, metavar="N", help="tokens per row, at most (default 512)")
+    group.add_argument("--length", type=parse_positive_int, metavar="N", help="tokens per row, at most (default 512)")
     group.add_argument(
         "--cut",
         action="store_true",
         help="train although more than a tenth of the answers lose the token that ends them to --length",
     )
-    group.add_argument("--steps", type=positive_int, metavar="N", help="number of updates, instead of --epochs")
-    group.add_argument("--accumulate", type=positive_int, metavar="N", help="batches per update (default 1)")
-    group.add_argument("--warmup", type=seed, metavar="N", help="steps of rising learning rate (default 0)")
+    group.add_argument("--steps", type=parse_positive_int, metavar="N", help="number of updates, instead of --epochs")
+    group.add_argument("--accumulate", type=parse_positive_int, metavar="N", help="batches per update (default 1)")
+    group.add_argument(
+        "--warmup", type=parse_nonnegative_int, metavar="N", help="steps of rising learning rate (default 0)"
+    )
     group.add_argument("--decay", choices=list(DECAYS), help="decay of the learning rate (default cosine)")
-    group.add_argument("--clip", type=number, metavar="X", help="clip gradients to this norm; 0: never (default 1)")
+    group.add_argument(
+        "--clip", type=parse_nonnegative_float, metavar="X", help="clip gradients to this norm; 0: never (default 1)"
+    )
     held_out = group.add_mutually_exclusive_group()
     held_out.add_argument(
-        "--eval-data", type=file_path, metavar="FILE", help="held-out text, in a format that --data takes"
+        "--eval-data", type=parse_nonempty_path, metavar="FILE", help="held-out text, in a format that --data takes"
     )
     held_out.add_argument(
-        "--eval-share", type=positive_float, metavar="X", help="hold out this share of --data, below 1"
+        "--eval-share", type=parse_positive_float, metavar="X", help="hold out this share of --data, below 1"
     )
     group.add_argument(
-        "--eval-every", type=positive_int, metavar="N", help="evaluate every N steps (default: only at the end)"
+        "--eval-every", type=parse_positive_int, metavar="N", help="evaluate every N steps (default: only at the end)"
     )
     group.add_argument(
         "--patience",
-        type=positive_int,
+        type=parse_positive_int,
         metavar="N",
         help="stop after N evaluations without improvement, and save the best adapter",
     )
@@ -146,7 +156,9 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
         action="store_true",
         help="continue from the state in OUT.training, bit for bit; without a state, start",
     )
-    group.add_argument("--save-every", type=positive_int, metavar="N", help="steps between saved states (default 50)")
+    group.add_argument(
+        "--save-every", type=parse_positive_int, metavar="N", help="steps between saved states (default 50)"
+    )
     together = group.add_mutually_exclusive_group()
     together.add_argument(
         "--shard",
@@ -160,22 +172,26 @@ def add_folder_arguments(group: argparse._ActionsContainer) -> None:
     )
     group.add_argument(
         "--timeout",
-        type=positive_float,
+        type=parse_positive_float,
         metavar="SECONDS",
         help="with torchrun: how long a process waits for the others; must exceed loading and saving (default 600)",
     )
-    group.add_argument("--metrics", type=file_path, metavar="FILE.jsonl", help="write a JSON line for each step")
+    group.add_argument(
+        "--metrics", type=parse_nonempty_path, metavar="FILE.jsonl", help="write a JSON line for each step"
+    )
     group.add_argument(
         "--log", choices=list(LOGS), help="write the metrics of each step into OUT.log, in this tool's form"
     )
-    group.add_argument("--plot", type=file_path, metavar="FILE.png", help="plot the losses (needs matplotlib)")
+    group.add_argument(
+        "--plot", type=parse_nonempty_path, metavar="FILE.png", help="plot the losses (needs matplotlib)"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     if arguments.dry_run and arguments.device != "cpu":
         raise ValueError(f"--dry-run measures a step on the CPU: leave --device={arguments.device} out")
-    base = base_of(arguments.model)
+    base = folder_or_gguf_or_none(arguments.model)
     if base is not None:
         return fit_language.run(arguments, base)
     if ":" not in arguments.model and arguments.model not in VARIANTS:
@@ -184,15 +200,15 @@ def run(arguments: argparse.Namespace) -> int:
             "folder of a language model, or module:factory"
         )
     for_folders = argparse.ArgumentParser()
-    add_folder_arguments(for_folders)
+    add_language_model_arguments(for_folders)
     for name, default in vars(for_folders.parse_args([])).items():
         if getattr(arguments, name) != default:
             raise ValueError(
-                f"{option_of(name)} does not apply to model={arguments.model!r}, which is not the folder of a "
+                f"{option_string(name)} does not apply to model={arguments.model!r}, which is not the folder of a "
                 "language model: leave it out"
             )
     for name, value in fit_classifier.DEFAULTS.items():
         if getattr(arguments, name) is None:
             setattr(arguments, name, value)
-    with nullcontext() if arguments.dry_run or arguments.save is None else owned(arguments.save):
+    with nullcontext() if arguments.dry_run or arguments.save is None else exclusive_write_lock(arguments.save):
         return fit_classifier.run(arguments)

@@ -13,24 +13,26 @@ from typing import Any
 
 from torch import nn
 
-from lowmem.distributed.processes import start_words
-from lowmem.io.adapters import save_adapter
-from lowmem.io.atomic import atomic_folder, write_atomically, write_errors
-from lowmem.tools.fit_job import RECORD, Job
+from lowmem.distributed.torchrun_processes import restart_command_words
+from lowmem.io.adapter_files import save_adapter
+from lowmem.io.filesystem import atomic_folder, write_atomically, write_errors_with_path
+from lowmem.tools.fit_job import RECORD_FILE, FineTuningJob
 
-_OF_THIS_RUN = ("--resume", "--json", "--debug")
+_TRANSIENT_OPTIONS = ("--resume", "--json", "--debug")
 
 
-def command_of(arguments: argparse.Namespace, short: bool = False) -> str:
+def reproducing_shell_command(arguments: argparse.Namespace, short_paths: bool = False) -> str:
     """Return the command of a run as a shell takes it, without options that do not change its result.
 
     ``short``: of one process, and with the last components of paths, since this machine's mean nothing elsewhere.
     """
-    words = [word for word in arguments.command_line if word not in _OF_THIS_RUN]
-    return shlex.join(["lowmem", *map(_without_folders, words)] if short else [*start_words(), *words])
+    words = [word for word in arguments.command_line if word not in _TRANSIENT_OPTIONS]
+    return shlex.join(
+        ["lowmem", *map(_shorten_local_path, words)] if short_paths else [*restart_command_words(), *words]
+    )
 
 
-def _without_folders(word: str) -> str:
+def _shorten_local_path(word: str) -> str:
     """Return the last component of a path of this machine; names on the Hub and patterns stay."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     path = value.rstrip(os.sep)
@@ -38,47 +40,50 @@ def _without_folders(word: str) -> str:
     return option + equals + (os.path.basename(path) if is_here else value)
 
 
-def next_commands(job: Job) -> list[str]:
+def suggested_next_commands(job: FineTuningJob) -> list[str]:
     """Return commands that use the adapter of a run."""
-    assert job.save is not None
-    base, out = str(job.folder), str(job.save)
+    assert job.save_path is not None
+    base, out = str(job.model_path), str(job.save_path)
     how = ["--chat"] if job.texts.chats else ["--prompt", "TEXT"]
     merged = f"{out.rstrip(os.sep)}-merged"
-    if job.has_public_base:  # where the adapter's config does not find it
+    # Where the adapter's config does not find it
+    if job.has_public_base_name:
         how = ["--base", base, *how]
     commands = [["generate", out, *how], ["merge", base, out, merged, "--to", "bfloat16"]]
     return [shlex.join(["lowmem", *command]) for command in [*commands, ["export", merged, f"{merged}.gguf"]]]
 
 
-def save(job: Job, states: Path, model: nn.Module, document: dict[str, Any], command: str) -> None:
+def write_adapter_folder(
+    job: FineTuningJob, states_folder: Path, model: nn.Module, record: dict[str, Any], command: str
+) -> None:
     """Write the adapter's folder atomically: within the folder of states, which takes what a kill leaves."""
-    assert job.save is not None
-    with write_errors(states):
-        states.mkdir(exist_ok=True)
+    assert job.save_path is not None
+    with write_errors_with_path(states_folder):
+        states_folder.mkdir(exist_ok=True)
     try:
-        with atomic_folder(job.save, states) as partial:
+        with atomic_folder(job.save_path, states_folder) as partial:
             save_adapter(model, partial / "adapter", format="peft", base_name=job.base_name)
             for file in sorted((partial / "adapter").iterdir()):
                 shutil.move(file, partial / file.name)
             (partial / "adapter").rmdir()
             job.tokenizer.save_pretrained(partial)
-            write_atomically(partial / RECORD, (json.dumps(document, indent=2) + "\n").encode())
-            write_atomically(partial / "README.md", _card(job, document, command).encode())
+            write_atomically(partial / RECORD_FILE, (json.dumps(record, indent=2) + "\n").encode())
+            write_atomically(partial / "README.md", _model_card_markdown(job, record, command).encode())
     finally:
         with suppress(OSError):  # it has states
-            states.rmdir()
+            states_folder.rmdir()
 
 
-def _card(job: Job, document: dict[str, Any], command: str) -> str:
+def _model_card_markdown(job: FineTuningJob, record: dict[str, Any], command: str) -> str:
     """Return the model card: the same for the same run, resumed or not."""
-    assert job.save is not None
-    base, run = job.public_base, document["run"]
+    assert job.save_path is not None
+    base, run = job.public_base_name, record["run"]
     figures = {
-        "Steps": document["steps"],
-        "Last loss": f"{document['last_loss']:.4f}",
+        "Steps": record["steps"],
+        "Last loss": f"{record['last_loss']:.4f}",
         **{
             f"Perplexity of the held-out text, {name}": "not finite" if value is None else f"{value:.4f}"
-            for name, value in document["perplexity"].items()
+            for name, value in record["perplexity"].items()
         },
         "Rank": run["rank"],
         "Learning rate": f"{run['lr']:g}",
@@ -94,9 +99,9 @@ tags:
 - lowmem
 ---
 
-# {job.save.name}
+# {job.save_path.name}
 
-A LoRA adapter of `{base}`, trained on `{job.data.name}` by lowmem {document["lowmem"]}:
+A LoRA adapter of `{base}`, trained on `{job.data_path.name}` by lowmem {record["lowmem"]}:
 
 ```
 {command}
@@ -106,16 +111,17 @@ A LoRA adapter of `{base}`, trained on `{job.data.name}` by lowmem {document["lo
 | :-- | --: |
 {rows}
 
-{_opening(job)} All settings are in `training.json`.
+{_usage_instructions(job)} All settings are in `training.json`.
 """
 
 
-def _opening(job: Job) -> str:
+def _usage_instructions(job: FineTuningJob) -> str:
     """Return how the adapter's folder is opened."""
-    assert job.save is not None
-    if job.folder.is_file():
+    assert job.save_path is not None
+    if job.model_path.is_file():
+        adapter = job.save_path.name
         return f"""`lowmem generate` opens this folder where the base, a GGUF file, is. In Python, with
-`lowmem.integrations.transformers`, `lowmem.load_adapter(from_exact("{job.folder.name}"), "{job.save.name}")` does."""
+`lowmem.integrations.transformers`, `lowmem.load_adapter(from_exact("{job.model_path.name}"), "{adapter}")` does."""
     return """`AutoPeftModelForCausalLM.from_pretrained` of PEFT, `AutoModelForCausalLM.from_pretrained` of
 transformers and `lowmem generate` open this folder where the base is. If lowmem has stored the base, import
 `lowmem.integrations.transformers` first."""

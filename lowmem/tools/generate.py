@@ -9,20 +9,27 @@ from typing import Any
 
 import torch
 
-from lowmem.finetuning.metrics import peak_memory
-from lowmem.inference.block import Block
-from lowmem.inference.prepare import prepare_inference
-from lowmem.io.folder_code import is_about_code
-from lowmem.tools.arguments import add_device_argument, device_of, file_path, number, positive_int, seed
-from lowmem.tools.output import warnings_as_notes
-from lowmem.tools.startup import INTERRUPTED
+from lowmem.finetuning.metrics import process_peak_bytes_or_none
+from lowmem.inference.prepare_inference import prepare_inference
+from lowmem.inference.transformer_block import NativeBlock
+from lowmem.io.remote_code import is_remote_code_error
+from lowmem.tools.arguments import (
+    add_device_argument,
+    parse_nonempty_path,
+    parse_nonnegative_float,
+    parse_nonnegative_int,
+    parse_positive_int,
+    select_local_rank_device,
+)
+from lowmem.tools.command_exit import INTERRUPTED
+from lowmem.tools.output import warnings_printed_as_notes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
         "model",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="MODEL",
         help="a folder of a model or an adapter, a GGUF file, or an adapter's file",
     )
@@ -32,34 +39,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--chat", action="store_true", help="answer each line of standard input, by the tokenizer's chat template"
     )
     parser.add_argument(
-        "--base", type=file_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
+        "--base", type=parse_nonempty_path, metavar="MODEL", help="the base of an adapter (default: what it names)"
     )
     parser.add_argument("--adapter", metavar="NAME", help="the adapter to use, of a model with several")
     parser.add_argument(
         "--max-new-tokens",
-        type=positive_int,
+        type=parse_positive_int,
         default=256,
         metavar="N",
         help="the most tokens of a text (default 256)",
     )
     parser.add_argument(
         "--temperature",
-        type=number,
+        type=parse_nonnegative_float,
         metavar="T",
         help="of sampling; 0 takes the likeliest token (default: the model's)",
     )
     parser.add_argument(
-        "--top-p", type=_share, metavar="P", help="sample of the likeliest tokens with this probability"
+        "--top-p", type=_parse_probability, metavar="P", help="sample of the likeliest tokens with this probability"
     )
     parser.add_argument(
         "--cache-bits", type=int, choices=[8], metavar="8", help="keep keys and values of earlier tokens in 8 bits"
     )
-    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of sampling (default 0)")
+    parser.add_argument("--seed", type=parse_nonnegative_int, default=0, metavar="N", help="of sampling (default 0)")
     add_device_argument(parser, "where the model runs")
 
 
-def _share(text: str) -> float:
-    value = number(text)
+def _parse_probability(text: str) -> float:
+    value = parse_nonnegative_float(text)
     if not 0 < value <= 1:
         raise argparse.ArgumentTypeError(f"{text!r} must be above 0 and at most 1")
     return value
@@ -67,32 +74,32 @@ def _share(text: str) -> float:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    device = device_of(arguments.device)
+    device = select_local_rank_device(arguments.device)
     if arguments.prompt is None and not arguments.chat and sys.stdin.isatty():
         raise ValueError("there is no prompt: give --prompt TEXT or --chat, or write it to standard input")
-    from lowmem.integrations.transformers.config_facts import held_back
-    from lowmem.integrations.transformers.generating import end_tokens, open_language_model
+    from lowmem.integrations.transformers.model_facts import delayed_transformers_log
+    from lowmem.integrations.transformers.text_generation import end_token_ids, open_model_and_tokenizer
 
-    with held_back(), warnings_as_notes():
-        model, tokenizer = open_language_model(arguments.model, arguments.base, arguments.adapter)
-        ends = end_tokens(model, tokenizer, arguments.chat)
-    generator = _Generator(model.to(device), tokenizer, ends, arguments)
+    with delayed_transformers_log(), warnings_printed_as_notes():
+        model, tokenizer = open_model_and_tokenizer(arguments.model, arguments.base, arguments.adapter)
+        ends = end_token_ids(model, tokenizer, arguments.chat)
+    generator = _TextGenerator(model.to(device), tokenizer, ends, arguments)
     torch.manual_seed(arguments.seed)
     code = 0
     try:
         if arguments.chat:
-            _chat(generator)
+            _answer_stdin_lines(generator)
         else:
             prompt = sys.stdin.read() if arguments.prompt is None else arguments.prompt
-            generator.answer(tokenizer(prompt, return_tensors="pt"))
+            generator.stream_continuation(tokenizer(prompt, return_tensors="pt"))
     except KeyboardInterrupt:
         print(flush=True)
         code = INTERRUPTED
-    generator.tell()
+    generator.print_speed_and_memory()
     return code
 
 
-def _chat(generator: _Generator) -> None:
+def _answer_stdin_lines(generator: _TextGenerator) -> None:
     """Answer each line of standard input until it ends."""
     messages: list[dict[str, str]] = []
     while True:
@@ -103,69 +110,71 @@ def _chat(generator: _Generator) -> None:
             return
         if line.strip():
             messages.append({"role": "user", "content": line.strip()})
-            messages.append({"role": "assistant", "content": generator.reply(messages)})
+            messages.append({"role": "assistant", "content": generator.stream_chat_reply(messages)})
 
 
-class _Generator:
+class _TextGenerator:
     """Generates texts, and measures how fast."""
 
-    def __init__(self, model: Any, tokenizer: Any, ends: Any, arguments: argparse.Namespace) -> None:
+    def __init__(self, model: Any, tokenizer: Any, end_token_ids: Any, arguments: argparse.Namespace) -> None:
         self._model, self._tokenizer, self._count, self._seconds = model, tokenizer, 0, 0.0
-        self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": ends}
+        self._options: dict[str, Any] = {"max_new_tokens": arguments.max_new_tokens, "eos_token_id": end_token_ids}
         if arguments.temperature == 0:
             self._options["do_sample"] = False
         elif arguments.temperature is not None or arguments.top_p is not None:
-            chosen = {"temperature": arguments.temperature, "top_p": arguments.top_p}
-            self._options |= {"do_sample": True} | {name: one for name, one in chosen.items() if one is not None}
+            sampling_options = {"temperature": arguments.temperature, "top_p": arguments.top_p}
+            self._options |= {"do_sample": True} | {
+                name: item for name, item in sampling_options.items() if item is not None
+            }
         self._name = arguments.model
         prepare_inference(model)
         self._cache_bits = arguments.cache_bits
-        blocks = any(isinstance(getattr(one, "in_one_call", None), Block) for one in model.modules())
+        blocks = any(isinstance(getattr(item, "in_one_call", None), NativeBlock) for item in model.modules())
         self._keeps = blocks or self._cache_bits is not None
         if self._cache_bits is not None:
             from lowmem.integrations.transformers import ATTENTION
 
             model.set_attn_implementation(ATTENTION)
         if tokenizer.pad_token_id is None:
-            self._options["pad_token_id"] = ends[0] if ends else None
+            self._options["pad_token_id"] = end_token_ids[0] if end_token_ids else None
 
-    def reply(self, messages: list[dict[str, str]]) -> str:
+    def stream_chat_reply(self, messages: list[dict[str, str]]) -> str:
         """Write the answer to the messages of a chat, and return it."""
-        from lowmem.integrations.transformers.tokenizing import TextTokenizer
+        from lowmem.integrations.transformers.text_tokenizer import TextTokenizer
 
-        text = TextTokenizer(self._tokenizer).text_of(messages, prompt=True)
-        return self.answer(self._tokenizer(text, add_special_tokens=False, return_tensors="pt"))
+        text = TextTokenizer(self._tokenizer).chat_template_text(messages, add_generation_prompt=True)
+        return self.stream_continuation(self._tokenizer(text, add_special_tokens=False, return_tensors="pt"))
 
-    def answer(self, inputs: Any) -> str:
+    def stream_continuation(self, inputs: Any) -> str:
         """Write the text that follows the inputs, and return it."""
-        from lowmem.integrations.transformers.generating import CountingStreamer
+        from lowmem.integrations.transformers.text_generation import TokenCountingStreamer
 
-        streamer = CountingStreamer(self._tokenizer)
+        streamer = TokenCountingStreamer(self._tokenizer)
         if self._keeps:
             from lowmem.integrations.transformers import KeyValueCache
 
             self._options["cache"] = KeyValueCache(self._model, self._cache_bits)
-        given = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
-        length = given["input_ids"].shape[1]
+        tensors = {name: inputs[name].to(self._model.device) for name in ("input_ids", "attention_mask")}
+        length = tensors["input_ids"].shape[1]
         if not length:
             raise ValueError("the prompt has no tokens: write a text to continue")
         start = perf_counter()
         try:
-            made = self._model.generate(**given, **self._options, streamer=streamer)
+            generated = self._model.generate(**tensors, **self._options, streamer=streamer)
         except ValueError as error:
-            if is_about_code(error):  # of ways to search that transformers has moved to the Hub
+            if is_remote_code_error(error):  # of ways to search that transformers has moved to the Hub
                 why = "how it searches is code of the Hub, and none was run: remove it, as penalty_alpha"
                 raise ValueError(f"generation_config.json of {str(self._name)!r}: {why}") from error
             raise
         finally:
             self._count += streamer.count
             self._seconds += perf_counter() - start
-        text: str = self._tokenizer.decode(made[0, length:], skip_special_tokens=True)
+        text: str = self._tokenizer.decode(generated[0, length:], skip_special_tokens=True)
         return text
 
-    def tell(self) -> None:
+    def print_speed_and_memory(self) -> None:
         """Print how fast it was, and what the process took."""
-        peak = peak_memory(self._model.device)
+        peak = process_peak_bytes_or_none(self._model.device)
         memory = "" if peak is None else f"; peak memory {peak / 2**20:.0f} MiB"
         speed = self._count / max(self._seconds, 1e-9)
         print(f"{self._count} tokens in {self._seconds:.1f} s: {speed:.1f} tokens a second{memory}", file=sys.stderr)

@@ -7,30 +7,32 @@ import sys
 from contextlib import nullcontext
 from typing import Any
 
-from lowmem.errors import one_line
-from lowmem.io.adapters import find_adapter, load_adapter
-from lowmem.io.atomic import check_free, check_outside, owned, starts_with
+from lowmem.errors import truncated_error_line
+from lowmem.io.adapter_files import load_adapter, resolve_adapter_path_and_name
 from lowmem.io.checkpoint import load, save
-from lowmem.io.formats.gguf.container import MAGIC
-from lowmem.tools.arguments import DTYPES, file_path, number
-from lowmem.tools.models import batch_of, model_factory, user_code
-from lowmem.tools.output import print_json, print_saved, print_table, progress, warnings_as_notes
-from lowmem.transforms.adapters import adapter_names
-from lowmem.transforms.merge import MergeReport, merge
-from lowmem.transforms.registry import layer_name
-from lowmem.transforms.restore import restore
+from lowmem.io.filesystem import check_not_exists, check_outside_inputs, exclusive_write_lock, has_magic_bytes
+from lowmem.io.formats.gguf.gguf_file import MAGIC
+from lowmem.tools.arguments import DTYPES, parse_nonempty_path, parse_nonnegative_float
+from lowmem.tools.named_models import exceptions_as_value_error, import_and_call_batch_function, import_model_factory
+from lowmem.tools.output import print_json, print_saved_path, print_table, progress_display, warnings_printed_as_notes
+from lowmem.transforms.merge_adapters import MergeReport, merge
+from lowmem.transforms.module_registry import layer_display_name
+from lowmem.transforms.named_adapters import adapter_names
+from lowmem.transforms.restore_dense import restore
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
         "base",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="BASE",
         help="a folder of transformers, a GGUF file, or a model file of lowmem.save",
     )
-    parser.add_argument("adapter", type=file_path, metavar="ADAPTER", help="a file of save_adapter, or a PEFT folder")
-    parser.add_argument("out", type=file_path, metavar="OUT", help="the folder to write, or the model file")
+    parser.add_argument(
+        "adapter", type=parse_nonempty_path, metavar="ADAPTER", help="a file of save_adapter, or a PEFT folder"
+    )
+    parser.add_argument("out", type=parse_nonempty_path, metavar="OUT", help="the folder to write, or the model file")
     parser.add_argument("--adapter", dest="name", metavar="NAME", help="the adapter to merge, of a folder of several")
     parser.add_argument(
         "--model", metavar="MODULE:FACTORY", help="for a model file: a callable that makes the dense model of BASE"
@@ -43,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--at-most",
-        type=number,
+        type=parse_nonnegative_float,
         metavar="E",
         help="write nothing and exit with 1 if a relative error after the merge is above E: of a weight, or with "
         "--inputs of the outputs of a layer or the model",
@@ -58,91 +60,95 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    check_outside(arguments.out, {"BASE": arguments.base, "ADAPTER": arguments.adapter})
-    inputs = None if arguments.inputs is None else batch_of(arguments.inputs)
+    check_outside_inputs(arguments.out, {"BASE": arguments.base, "ADAPTER": arguments.adapter})
+    inputs = None if arguments.inputs is None else import_and_call_batch_function(arguments.inputs)
     to: Any = "same format" if arguments.to is None else DTYPES[arguments.to]
-    run_it = nullcontext() if inputs is None else user_code(f"inputs={arguments.inputs!r}: calling the model failed")
-    of_folder = arguments.base.is_dir() or starts_with(arguments.base, MAGIC)
-    _check_model(arguments, of_folder)
-    adapter = find_adapter(arguments.adapter, arguments.name)
-    with owned(arguments.out), progress("merge"):
-        if of_folder:
-            model, tokenizer = _open_folder(arguments)
+    user_errors = (
+        nullcontext()
+        if inputs is None
+        else exceptions_as_value_error(f"inputs={arguments.inputs!r}: calling the model failed")
+    )
+    is_folder = arguments.base.is_dir() or has_magic_bytes(arguments.base, MAGIC)
+    _check_model_option(arguments, is_folder)
+    adapter = resolve_adapter_path_and_name(arguments.adapter, arguments.name)
+    with exclusive_write_lock(arguments.out), progress_display("merge"):
+        if is_folder:
+            model, tokenizer = _load_base_and_gguf_tokenizer(arguments)
         else:
-            model = load(arguments.base, model_factory(arguments.model))
+            model = load(arguments.base, import_model_factory(arguments.model))
         if names := adapter_names(model):
             said = f"BASE={str(arguments.base)!r} has an adapter already, {names[0]!r}, which would be merged, too"
             raise ValueError(f"{said}: name the base without adapters")
-        with warnings_as_notes():
+        with warnings_printed_as_notes():
             model = load_adapter(model, *adapter)
-        with run_it:
+        with user_errors:
             model, report = merge(model, to, inputs=inputs, report=True)
-        why = _above(report, arguments.at_most)
-        if why is None and of_folder:
-            _write_folder(arguments, model, tokenizer)
+        why = _excessive_error_text_or_none(report, arguments.at_most)
+        if why is None and is_folder:
+            _write_merged_folder(arguments, model, tokenizer)
         elif why is None:
             save(model, arguments.out)
     if arguments.json:
-        print_json(_document(report))
+        print_json(_merge_report_dict(report))
     else:
         count = 4 if inputs is None else len(report.columns)
-        print_table(report.columns[:count], [cells[:count] for cells in report.cells], text=(0, 1))
+        print_table(report.columns[:count], [cells[:count] for cells in report.cells], text_columns=(0, 1))
     if why is not None:
         remedy = "nothing was written: merge --to bfloat16, or keep the adapter apart"
-        print(one_line(f"lowmem merge: {why}, above {arguments.at_most:g}; {remedy}"), file=sys.stderr)
+        print(truncated_error_line(f"lowmem merge: {why}, above {arguments.at_most:g}; {remedy}"), file=sys.stderr)
         return 1
-    print_saved(arguments.out)
+    print_saved_path(arguments.out)
     return 0
 
 
-def _check_model(arguments: argparse.Namespace, of_folder: bool) -> None:
+def _check_model_option(arguments: argparse.Namespace, is_folder: bool) -> None:
     """Raise unless --model is given for a file of lowmem, and for nothing else."""
-    if of_folder and arguments.model is not None:
+    if is_folder and arguments.model is not None:
         raise ValueError(
             f"--model={arguments.model!r} is for a model file: BASE says what its model is, leave it out"
         )
-    if not of_folder and arguments.model is None:
+    if not is_folder and arguments.model is None:
         raise ValueError(
             f"BASE={str(arguments.base)!r} is a model file: name what makes its model, --model module:factory"
         )
-    if not of_folder and ":" not in arguments.model:
+    if not is_folder and ":" not in arguments.model:
         raise ValueError(f"--model={arguments.model!r} must be module:factory, as my_models:make")
 
 
-def _open_folder(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def _load_base_and_gguf_tokenizer(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """Return the model of a folder or GGUF file, and the tokenizer of a GGUF file."""
-    from lowmem.integrations.transformers.config_facts import held_back
-    from lowmem.integrations.transformers.folder import load_model
-    from lowmem.integrations.transformers.tokenizing import read_tokenizer
+    from lowmem.integrations.transformers.model_facts import delayed_transformers_log
+    from lowmem.integrations.transformers.pretrained_folder import load_folder_or_gguf
+    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
-    check_free(arguments.out)
-    with held_back(), warnings_as_notes():
+    check_not_exists(arguments.out)
+    with delayed_transformers_log(), warnings_printed_as_notes():
         tokenizer = None if arguments.base.is_dir() else read_tokenizer(arguments.base)
-        return load_model(arguments.base), tokenizer
+        return load_folder_or_gguf(arguments.base), tokenizer
 
 
-def _write_folder(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:
+def _write_merged_folder(arguments: argparse.Namespace, model: Any, tokenizer: Any) -> None:
     """Write a merged model's folder, with the other files of a base that is a folder."""
-    from lowmem.integrations.transformers.folder import write_model
+    from lowmem.integrations.transformers.pretrained_folder import write_model_folder
 
     if arguments.to is not None:
         model = restore(model, dtype=DTYPES[arguments.to])
-    write_model(model, arguments.base if tokenizer is None else None, arguments.out, None, tokenizer)
+    write_model_folder(model, arguments.base if tokenizer is None else None, arguments.out, None, tokenizer)
 
 
-def _above(report: MergeReport, at_most: float | None) -> str | None:
+def _excessive_error_text_or_none(report: MergeReport, max_error: float | None) -> str | None:
     """Return a text on the layer, or model, whose error is above ``at_most``; None: no error is."""
-    if at_most is None:
+    if max_error is None:
         return None
     worst, of_model = report.worst, report.output_after
-    if not worst.largest <= at_most:
-        return f"{layer_name(worst.path)} has a relative error of {worst.largest:.4g}"
-    if of_model is not None and not of_model <= at_most:
+    if not worst.largest <= max_error:
+        return f"{layer_display_name(worst.path)} has a relative error of {worst.largest:.4g}"
+    if of_model is not None and not of_model <= max_error:
         return f"the whole model's outputs have a relative error of {of_model:.4g}"
     return None
 
 
-def _document(report: MergeReport) -> dict[str, Any]:
+def _merge_report_dict(report: MergeReport) -> dict[str, Any]:
     keys = ("path", "adapters", "before", "after", "output_before", "output_after")
     return {
         "layers": [{key: getattr(row, key) for key in keys} for row in report],

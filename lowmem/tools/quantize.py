@@ -11,34 +11,34 @@ from functools import partial
 import torch
 from rich.progress import DownloadColumn, MofNCompleteColumn, TimeRemainingColumn, TransferSpeedColumn
 
-from lowmem.io.atomic import check_outside, owned
-from lowmem.io.convert_checkpoint import Row, convert_checkpoint
+from lowmem.io.convert_checkpoint import TensorConversionRow, convert_checkpoint
+from lowmem.io.filesystem import check_outside_inputs, exclusive_write_lock
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.io.shards import INDEX
-from lowmem.io.source import Source
-from lowmem.nn.techniques import Budget, EightBit, FourBit, blockwise
+from lowmem.nn.techniques import Budget, EightBit, FourBit, blockwise_technique
 from lowmem.quant.formats import DEFAULT, DEFAULT_BLOCK_SIZE, EIGHT_BIT, FORMATS, IMPORTED
-from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.scale_encodings import ENCODINGS
 from lowmem.tools import quantize_foreign
 from lowmem.tools.arguments import (
     add_device_argument,
     add_verbose_argument,
-    device_of,
-    file_path,
-    option_of,
-    positive_float,
-    positive_int,
-    size,
+    option_string,
+    parse_byte_size,
+    parse_nonempty_path,
+    parse_positive_float,
+    parse_positive_int,
+    select_local_rank_device,
 )
 from lowmem.tools.output import (
-    mib,
+    bytes_before_and_after_text,
+    escaped_and_truncated,
+    mib_text,
     print_json,
-    print_saved,
+    print_saved_path,
     print_table,
-    progress,
+    progress_display,
     shape_text,
-    shown,
-    shrinkage,
-    warnings_as_notes,
+    warnings_printed_as_notes,
 )
 
 _TECHNIQUE = ("format", "block_size", "scales", "search")
@@ -83,14 +83,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument(
         "source",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="IN",
         help=f"a .safetensors file, a {INDEX} of shards, a Hugging Face folder, or another program's 4-bit file or "
         "folder (GGUF, bitsandbytes, GPTQ, AWQ, compressed-tensors, gpt-oss), whose codes are kept",
     )
     parser.add_argument(
         "target",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="OUT",
         help="the .safetensors file to write, or a folder that does not exist",
     )
@@ -102,13 +102,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--bits",
-        type=positive_float,
+        type=parse_positive_float,
         metavar="B",
         help="bits per weight on average, such as 4.4: each tensor gets 4 bits in blocks of 64, 32 or 16, or 8 bits, "
         "depending on its loss; IN is read twice",
     )
     parser.add_argument(
-        "--block-size", type=positive_int, metavar="N", help="weights per scale (default: the format's)"
+        "--block-size", type=parse_positive_int, metavar="N", help="weights per scale (default: the format's)"
     )
     parser.add_argument("--scales", choices=list(ENCODINGS), help="encoding of the scales (default: the format's)")
     parser.add_argument(
@@ -135,10 +135,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="GLOB",
         help="do not convert tensors with such names, or a folder's modules at such paths; may be repeated",
     )
-    parser.add_argument("--shard-size", type=size, metavar="SIZE", help="split the output, such as 2GB or 500MiB")
+    parser.add_argument(
+        "--shard-size", type=parse_byte_size, metavar="SIZE", help="split the output, such as 2GB or 500MiB"
+    )
     parser.add_argument(
         "--calibrate",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="self|FILE",
         help="for a folder: calibrate on a text (UTF-8), or on 4096 tokens that the causal language model generates "
         "itself (seed 0, temperature 1)",
@@ -150,42 +152,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="DIR",
         help="with --calibrate: save finished blocks in DIR, and continue from them when the command is run again",
     )
-    quantize_foreign.add_arguments(parser)
+    quantize_foreign.add_foreign_file_arguments(parser)
     add_device_argument(parser, "where weights are quantized, and a model is calibrated")
     add_verbose_argument(parser, "tensors")
     parser.add_argument("--json", action="store_true", help="print JSON with integer bytes")
 
 
-def _refusal(kind: str, option: str, given: Set[str]) -> str | None:
+def _option_refusal_reason_or_none(input_kind: str, option: str, given_options: Set[str]) -> str | None:
     """Return why an option does not apply to a kind of input beside the other options that were given."""
-    if option in REFUSALS[kind]:
-        return REFUSALS[kind][option]
-    if kind == "another program's" and option in _TECHNIQUE and not given & {"include", "requantize"}:
+    if option in REFUSALS[input_kind]:
+        return REFUSALS[input_kind][option]
+    if input_kind == "another program's" and option in _TECHNIQUE and not given_options & {"include", "requantize"}:
         return (
             "another program's codes are kept as they are: add --requantize or --include to quantize, or leave it out"
         )
-    if option in _CALIBRATION and "calibrate" not in given:
+    if option in _CALIBRATION and "calibrate" not in given_options:
         return "it is an option of --calibrate: add --calibrate, or leave it out"
-    if option == "resume" and "diagonal" in given:
+    if option == "resume" and "diagonal" in given_options:
         return "--diagonal runs the model once and keeps nothing to resume: use only one of them"
-    if option in (*_TECHNIQUE, "embeddings") and "bits" in given:
+    if option in (*_TECHNIQUE, "embeddings") and "bits" in given_options:
         return "--bits chooses it for each tensor: use only one of them"
     return None
 
 
-def _check_options(arguments: argparse.Namespace, kind: str) -> None:
+def _check_options_applicable(arguments: argparse.Namespace, input_kind: str) -> None:
     """Raise a ValueError that names the first option that does not apply to a kind of input."""
-    given = {name for name in OPTIONS if getattr(arguments, name) not in (None, False, [], "cpu")}
+    given_options = {name for name in OPTIONS if getattr(arguments, name) not in (None, False, [], "cpu")}
     if arguments.search is not None:
-        given.add("search")  # --no-search is False
+        # --no-search is False
+        given_options.add("search")
     for name in OPTIONS:
-        why = _refusal(kind, name, given) if name in given else None
+        why = _option_refusal_reason_or_none(input_kind, name, given_options) if name in given_options else None
         if why is not None:
-            raise ValueError(f"{option_of(name)} does not apply to {arguments.source.name!r}: {why}")
+            raise ValueError(f"{option_string(name)} does not apply to {arguments.source.name!r}: {why}")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -195,44 +198,47 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--{option} does not apply to --format {arguments.format}, which has 8 bits: leave it out"
             )
-    check_outside(arguments.target, {"IN": arguments.source})
+    check_outside_inputs(arguments.target, {"IN": arguments.source})
     if arguments.resume is not None:
-        check_outside(arguments.resume, {"IN": arguments.source, "OUT": arguments.target}, "--resume")
-    if quantize_foreign.is_foreign(arguments.source):
-        _check_options(arguments, "another program's")
-        return quantize_foreign.run(arguments, _blockwise(arguments))
+        check_outside_inputs(arguments.resume, {"IN": arguments.source, "OUT": arguments.target}, "--resume")
+    if quantize_foreign.is_foreign_checkpoint(arguments.source):
+        _check_options_applicable(arguments, "another program's")
+        return quantize_foreign.run_foreign_import(arguments, _blockwise_technique(arguments))
     is_folder = (arguments.source / "config.json").is_file()
-    _check_options(arguments, "a dense folder" if is_folder else "a dense file")
-    device = device_of(arguments.device)
-    technique = _blockwise(arguments) if arguments.bits is None else Budget(arguments.bits)
-    with owned(arguments.target), warnings_as_notes():
+    _check_options_applicable(arguments, "a dense folder" if is_folder else "a dense file")
+    device = select_local_rank_device(arguments.device)
+    technique = _blockwise_technique(arguments) if arguments.bits is None else Budget(arguments.bits)
+    with exclusive_write_lock(arguments.target), warnings_printed_as_notes():
         if arguments.calibrate is not None:
-            rows = _calibrated_folder(arguments, technique, device)
+            rows = _calibrate_and_quantize_folder(arguments, technique, device)
         else:
-            rows = (_folder if is_folder else _checkpoint)(arguments, technique, device)
+            rows = (_quantize_model_folder if is_folder else _quantize_checkpoint_files)(arguments, technique, device)
     if arguments.json:
         print_json([asdict(row) for row in rows])
         return 0
     if arguments.verbose:
         columns = ["Tensor", "Shape", "Before MiB", "After MiB", "Error"]
         columns += [] if arguments.bits is None else ["Stored", "Chosen because"]
-        print_table(columns, [_cells(row)[: len(columns)] for row in rows], text=(0, 5, 6))
+        print_table(columns, [_converted_tensor_cells(row)[: len(columns)] for row in rows], text_columns=(0, 5, 6))
     stored = [row for row in rows if row.converted]
-    print(f"converted {len(stored)} of {len(rows)} tensors: {shrinkage(rows)}")
+    print(f"converted {len(stored)} of {len(rows)} tensors: {bytes_before_and_after_text(rows)}")
     for form in dict.fromkeys(row.stored for row in stored):
         same = [row for row in stored if row.stored == form]
         worst = max(same, key=lambda row: row.error or 0.0)
-        print(f"{len(same)} as {form}: a relative error of at most {worst.error:.4f}, of {shown(worst.name)}")
+        print(
+            f"{len(same)} as {form}: a relative error of at most {worst.error:.4f}, of "
+            f"{escaped_and_truncated(worst.name)}"
+        )
     if arguments.bits is not None:
         bits = 8 * sum(row.after_bytes for row in stored) / sum(math.prod(row.shape) for row in stored)
         print(f"{bits:.4f} bits a weight that is converted, of --bits {arguments.bits:g}")
-    print_saved(arguments.target)
+    print_saved_path(arguments.target)
     return 0
 
 
-def _blockwise(arguments: argparse.Namespace) -> FourBit | EightBit:
+def _blockwise_technique(arguments: argparse.Namespace) -> FourBit | EightBit:
     """Return the technique that the options name."""
-    return blockwise(
+    return blockwise_technique(
         arguments.format,
         arguments.block_size,
         arguments.scales,
@@ -241,16 +247,17 @@ def _blockwise(arguments: argparse.Namespace) -> FourBit | EightBit:
     )
 
 
-def _checkpoint(
+def _quantize_checkpoint_files(
     arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device
-) -> list[Row]:
+) -> list[TensorConversionRow]:
     """Convert a file, or the files of an index."""
-    with Source(arguments.source) as source:
+    with SafetensorsCheckpoint(arguments.source) as source:
         total = sum(spec.nbytes for spec in source.specs.values())
     if isinstance(technique, Budget):
-        total *= 2  # at most: what is copied is read once
+        # At most: what is copied is read once
+        total *= 2
     size = partial(DownloadColumn, binary_units=True)
-    with progress("quantize", size, TimeRemainingColumn, roomy=[TransferSpeedColumn], total=total) as update:
+    with progress_display("quantize", size, TimeRemainingColumn, roomy=[TransferSpeedColumn], total=total) as update:
         return convert_checkpoint(
             arguments.source,
             arguments.target,
@@ -263,11 +270,13 @@ def _checkpoint(
         )
 
 
-def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device) -> list[Row]:
+def _quantize_model_folder(
+    arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device
+) -> list[TensorConversionRow]:
     """Convert a folder, which transformers loads."""
-    from lowmem.integrations.transformers.folder import quantize_folder
+    from lowmem.integrations.transformers.pretrained_folder import quantize_folder
 
-    with progress("quantize"):
+    with progress_display("quantize"):
         return quantize_folder(
             arguments.source,
             arguments.target,
@@ -278,19 +287,19 @@ def _folder(arguments: argparse.Namespace, technique: FourBit | EightBit | Budge
         )
 
 
-def _calibrated_folder(
+def _calibrate_and_quantize_folder(
     arguments: argparse.Namespace, technique: FourBit | EightBit | Budget, device: torch.device
-) -> list[Row]:
+) -> list[TensorConversionRow]:
     """Calibrate the model of a folder, which transformers loads."""
     if isinstance(technique, EightBit):
         raise ValueError("--calibrate chooses codes of 4 bits, and --format says 8: use only one of them")
     text = None if str(arguments.calibrate) == "self" else arguments.calibrate
     if text is not None and not text.is_file():
-        raise ValueError(f"--calibrate={shown(str(text))!r} is no file: name a text, or self")
+        raise ValueError(f"--calibrate={escaped_and_truncated(str(text))!r} is no file: name a text, or self")
 
-    from lowmem.integrations.transformers.calibrating import calibrate_folder
+    from lowmem.integrations.transformers.folder_calibration import calibrate_folder
 
-    with progress("calibrate", MofNCompleteColumn, TimeRemainingColumn) as update:
+    with progress_display("calibrate", MofNCompleteColumn, TimeRemainingColumn) as update:
         return calibrate_folder(
             arguments.source,
             arguments.target,
@@ -305,7 +314,7 @@ def _calibrated_folder(
         )
 
 
-def _cells(row: Row) -> list[str]:
+def _converted_tensor_cells(row: TensorConversionRow) -> list[str]:
     error = "copied" if row.error is None else f"{row.error:.4f}"
-    bytes_ = mib(row.before_bytes), mib(row.after_bytes)
+    bytes_ = mib_text(row.before_bytes), mib_text(row.after_bytes)
     return [row.name, shape_text(row.shape), *bytes_, error, row.stored, row.chosen_because]

@@ -7,15 +7,17 @@ from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import Annotated, Any
 
-from lowmem.io.folder_code import unasked
-from lowmem.io.formats.peft.reading import refuse_adapters
-from lowmem.tools.arguments import file_path
-from lowmem.tools.serve_limits import Limits
+from lowmem.io.formats.peft.peft_reader import check_not_adapters_only
+from lowmem.io.remote_code import empty_stdin
+from lowmem.tools.arguments import parse_nonempty_path
+from lowmem.tools.serve_limits import LimitsMiddleware
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("folder", type=file_path, metavar="FOLDER", help="a folder of a model, dense or stored")
+    parser.add_argument(
+        "folder", type=parse_nonempty_path, metavar="FOLDER", help="a folder of a model, dense or stored"
+    )
     parser.add_argument(
         "options",
         nargs=argparse.REMAINDER,
@@ -29,57 +31,65 @@ def run(arguments: argparse.Namespace) -> int:
     folder: Path = arguments.folder
     from transformers.utils.import_utils import is_serve_available
 
-    from lowmem.integrations.transformers.folder import check, class_of, empty_model
+    from lowmem.integrations.transformers.pretrained_folder import (
+        architecture_class,
+        checked_config_and_tensor_bytes,
+        empty_model_on_meta,
+    )
 
-    refuse_adapters(folder, "serve")
-    config, _ = check(folder, "serve")
-    empty_model(folder, class_of(folder, config))
+    check_not_adapters_only(folder, "serve")
+    config, _ = checked_config_and_tensor_bytes(folder, "serve")
+    empty_model_on_meta(folder, architecture_class(folder, config))
     if not is_serve_available():
         raise ImportError("lowmem serve needs the server of transformers: pip install 'transformers[serving]'")
     import typer
 
     command = typer.Typer(add_completion=False)
-    command.command()(_server(folder.resolve()))
+    command.command()(_limited_server_class(folder.resolve()))
     try:
-        with unasked():  # the server makes models in models, too
+        # The server makes models in models, too
+        with empty_stdin():
             command(args=[str(folder.resolve()), *arguments.options, "--non-blocking"], prog_name="lowmem serve")
-    except SystemExit as stop:  # Ctrl-C, or an option that the server refuses
+    except SystemExit as stop:
+        # Ctrl-C, or an option that the server refuses
         return stop.code if isinstance(stop.code, int) else 1
     return 0
 
 
-def _server(folder: Path) -> type:
+def _limited_server_class(folder: Path) -> type:
     """Return the class of transformers' server with limits and their options."""
     import typer
     from transformers.cli.serve import Serve
 
-    from lowmem.integrations.transformers.folder import load_errors
-    from lowmem.integrations.transformers.tokenizing import read_tokenizer
+    from lowmem.integrations.transformers.pretrained_folder import load_errors_as_file_errors
+    from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
-    class Limited(Serve):  # type: ignore[misc]
+    class ServerWithLimits(Serve):  # type: ignore[misc]
         __doc__ = Serve.__doc__
 
         def __init__(self, *, max_tokens: int, max_body: int, host: str, enable_cors: bool, **options: Any) -> None:
             self.limits = folder.name, host, max_tokens, max_body * 2**20, enable_cors
-            read_tokenizer(folder)  # the server's own errors do not say what is wrong with it
-            with load_errors(folder):
+            # The server's own errors do not say what is wrong with it
+            read_tokenizer(folder)
+            with load_errors_as_file_errors(folder):
                 super().__init__(host=host, enable_cors=enable_cors, **options)
 
         def start_server(self) -> None:
             """Serve in this thread, behind the limits."""
             config = self.server.config
-            config.app = Limits(config.app, str(folder), *self.limits)
+            config.app = LimitsMiddleware(config.app, str(folder), *self.limits)
             self.server.run()
 
-    def option(name: str, default: int, text: str) -> Parameter:
-        kind = Annotated[int, typer.Option(help=text, min=1)]
+    def int_option_parameter(name: str, default: int, help_text: str) -> Parameter:
+        kind = Annotated[int, typer.Option(help=help_text, min=1)]
         return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=kind)
 
-    own = (
-        option("max_tokens", 4096, "The most new tokens of a request."),
-        option("max_body", 8, "The most MiB of a request's body."),
+    limit_options = (
+        int_option_parameter("max_tokens", 4096, "The most new tokens of a request."),
+        int_option_parameter("max_body", 8, "The most MiB of a request's body."),
     )
-    taken = dict(signature(Serve).parameters)
-    del taken["trust_remote_code"]  # no command runs code of a folder
-    Limited.__signature__ = Signature([*taken.values(), *own])
-    return Limited
+    server_options = dict(signature(Serve).parameters)
+    # No command runs code of a folder
+    del server_options["trust_remote_code"]
+    ServerWithLimits.__signature__ = Signature([*server_options.values(), *limit_options])
+    return ServerWithLimits

@@ -14,39 +14,55 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import measure
-from lowmem.io.atomic import check_writable, write_atomically
+from lowmem.io.filesystem import check_writable, write_atomically
 from lowmem.nn.techniques import FourBit, LoRA
 from lowmem.tools.arguments import (
-    RANK,
+    DEFAULT_RANK,
     add_device_argument,
-    add_input_arguments,
-    add_output_arguments,
-    device_of,
-    file_path,
-    make_input,
-    positive_int,
-    size,
-    techniques,
+    add_json_and_markdown_arguments,
+    add_random_input_arguments,
+    make_random_or_zero_input,
+    parse_byte_size,
+    parse_nonempty_path,
+    parse_positive_int,
+    parse_techniques,
+    select_local_rank_device,
 )
-from lowmem.tools.models import base_of, folder_of, make_model, placed, plan_model, recipe_of, run_model, user_code
-from lowmem.tools.output import mib, print_json, print_plan, print_summary, print_table, shown
-from lowmem.tools.report import check_extra
-from lowmem.training.memory import TRAINERS, TrainingMemory, training_memory
-from lowmem.training.prepare import prepare_training
-from lowmem.transforms.adapters import adapter_names
+from lowmem.tools.named_models import (
+    build_or_load_named_model,
+    call_or_raise_input_error,
+    exceptions_as_value_error,
+    factory_and_techniques,
+    folder_or_gguf_or_none,
+    model_folder_or_none,
+    move_to_device,
+    plan_or_raise_value_error,
+)
+from lowmem.tools.output import (
+    escaped_and_truncated,
+    mib_text,
+    print_json,
+    print_layer_summary,
+    print_memory_plan,
+    print_table,
+)
+from lowmem.tools.report import check_chart_packages_installed
+from lowmem.training.prepare_training import prepare_training
+from lowmem.training.step_memory import NAMED_OPTIMIZERS, TrainingMemory, training_memory
 from lowmem.transforms.convert import convert
-from lowmem.transforms.plan import OPTIMIZERS, Plan, plan
-from lowmem.transforms.registry import Technique
-from lowmem.transforms.summary import Summary, summary
+from lowmem.transforms.memory_plan import OPTIMIZERS, Plan, plan
+from lowmem.transforms.model_summary import Summary, summary
+from lowmem.transforms.module_registry import Technique
+from lowmem.transforms.named_adapters import adapter_names
 from lowmem.variants import VARIANTS
 from lowmem.version import install_command
 
 _ENDINGS = (".svg", ".png", ".html", ".htm")
-TOKENS = 128  # that a folder's model is measured with
+DEFAULT_TOKENS = 128  # that a folder's model is measured with
 
 
 @dataclass(frozen=True)
-class Stats:
+class ModelStats:
     """One row. Parameters are counted as stored: two 4-bit codes are one uint8 element."""
 
     model: str
@@ -60,16 +76,16 @@ class Stats:
     bits_per_weight: float
 
 
-def stats_of(name: str, model: nn.Module, x: Tensor, **named: Any) -> Stats:
+def measure_model_stats(model_name: str, model: nn.Module, x: Tensor, **other_inputs: Any) -> ModelStats:
     """Measure a model on the input ``x``, and maybe others by name; ``name`` is for errors."""
-    forward = run_model(name, lambda: measure.forward_bytes(model, x, **named))
-    backward = run_model(name, lambda: measure.backward_bytes(model, x, **named))
-    with user_code(f"model={name!r} cannot be measured"):
+    forward = call_or_raise_input_error(model_name, lambda: measure.forward_bytes(model, x, **other_inputs))
+    backward = call_or_raise_input_error(model_name, lambda: measure.backward_bytes(model, x, **other_inputs))
+    with exceptions_as_value_error(f"model={model_name!r} cannot be measured"):
         counts = measure.counts(model)
         stored = measure.theoretical_bytes(model)
         weights = measure.weight_count(model)
-        return Stats(
-            model=name,
+        return ModelStats(
+            model=model_name,
             trainable_params=counts.trainable,
             frozen_params=counts.frozen,
             total_params=counts.total,
@@ -90,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="VARIANT, module:factory, module:factory@VARIANT, or a Hugging Face folder (default: every variant of "
         "BigNet); a folder gets 128 tokens, or as many as it has positions, or --input-shape N",
     )
-    add_input_arguments(parser)
+    add_random_input_arguments(parser)
     parser.set_defaults(input_shape=None, input_dtype=None)
     kind = parser.add_mutually_exclusive_group()
     kind.add_argument(
@@ -100,19 +116,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--plan",
         nargs="?",
         const=(),
-        type=techniques,
+        type=parse_techniques,
         metavar="TECHNIQUES",
         help="predict the memory with these techniques, without the weights; joined by commas: "
         "FourBit[:format[:block_size[:scales]]], EightBit[:block_size[:scales]], Budget:bits, Half[:dtype], "
-        f"LoRA[:rank] (default FourBit,LoRA:{RANK}; FourBit with --training none); also of a GGUF file; weights that "
+        f"LoRA[:rank] (default FourBit,LoRA:{DEFAULT_RANK}; FourBit with --training none); also of a GGUF file; "
+        "weights that "
         "are stored stay as they are",
     )
     kind.add_argument(
-        "--at-most", type=size, metavar="SIZE", help="propose techniques that fit into this memory, such as 24GiB"
+        "--at-most",
+        type=parse_byte_size,
+        metavar="SIZE",
+        help="propose techniques that fit into this memory, such as 24GiB",
     )
     parser.add_argument(
         "--tokens",
-        type=positive_int,
+        type=parse_positive_int,
         metavar="N",
         help="with --plan and --at-most: also plan the keys and values of so many tokens of each of --batch "
         "sequences, which a language model keeps while it generates",
@@ -120,7 +140,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cache-bits", type=int, choices=[8], metavar="8", help="with --tokens: keep them in 8 bits")
     parser.add_argument(
         "--training",
-        choices=["none", *TRAINERS],
+        choices=["none", *NAMED_OPTIMIZERS],
         help="break down the memory of a training step with this optimizer; with --plan and --at-most: the optimizer "
         "to plan for (default adamw), or none for inference",
     )
@@ -129,44 +149,46 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--rank",
-        type=positive_int,
+        type=parse_positive_int,
         metavar="N",
         help="with --training: add LoRA of this rank, or change the rank of a variant's LoRA",
     )
     parser.add_argument(
         "--plot",
-        type=file_path,
+        type=parse_nonempty_path,
         metavar="FILE",
         help=f"with --training: draw stacked bars to a .svg, .png or .html ({install_command('report')})",
     )
     add_device_argument(parser, "where models are measured; peaks on cuda are those of torch's allocator")
-    add_output_arguments(parser, "print JSON with integer bytes")
+    add_json_and_markdown_arguments(parser, "print JSON with integer bytes")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
     planned = arguments.plan is not None or arguments.at_most is not None
     measures_step = not planned and arguments.training not in (None, "none")
-    _check_step(arguments, measures_step)
+    _check_step_options_and_plot_path(arguments, measures_step)
     if planned:
-        return _print_plans(arguments)
-    device = device_of(arguments.device)
+        return _print_memory_plans(arguments)
+    device = select_local_rank_device(arguments.device)
     if arguments.tokens is not None:
         raise ValueError(f"--tokens {arguments.tokens} plans a cache: add --plan or --at-most, or leave it out")
     if measures_step:
-        return _print_steps(arguments, device)
-    rows: list[Stats] = []
+        return _measure_and_print_step_memory(arguments, device)
+    rows: list[ModelStats] = []
     layers: dict[str, Summary] = {}  # of the user's models
     for name in arguments.models or VARIANTS:
-        model = placed(name, make_model(name, seed=arguments.seed), device)
-        config = _config_of(name, model)
-        x = _input(arguments, config).to(device)
-        rows.append(stats_of(name, model, x, **_decoded(config, x)))
+        model = move_to_device(name, build_or_load_named_model(name, seed=arguments.seed), device)
+        config = _transformers_config_or_none(name, model)
+        x = _make_input_for_config(arguments, config).to(device)
+        rows.append(measure_model_stats(name, model, x, **_decoder_input_kwargs(config, x)))
         if ":" in name or config is not None:
-            with user_code(f"model={name!r} cannot be listed by layers"):
+            with exceptions_as_value_error(f"model={name!r} cannot be listed by layers"):
                 layers[name] = summary(model)
     if arguments.json:
-        listed = {name: {"layers": [asdict(layer) for layer in found]} for name, found in layers.items()}
+        listed = {
+            name: {"layers": [asdict(layer) for layer in layer_summary]} for name, layer_summary in layers.items()
+        }
         print_json([asdict(row) | listed.get(row.model, {}) for row in rows])
         return 0
     print_table(
@@ -180,51 +202,51 @@ def run(arguments: argparse.Namespace) -> int:
             [
                 row.model,
                 *(f"{n / 1e6:.2f}" for n in (row.trainable_params, row.frozen_params, row.total_params)),
-                *map(mib, (row.theoretical_bytes, row.actual_bytes, row.forward_bytes, row.backward_bytes)),
+                *map(mib_text, (row.theoretical_bytes, row.actual_bytes, row.forward_bytes, row.backward_bytes)),
                 f"{row.bits_per_weight:.2f}",
             ]
             for row in rows
         ],
         markdown=arguments.markdown,
     )
-    for name, found in layers.items():
-        print(f"\n{shown(name)}\n")
-        print_summary(found, grouped=not arguments.all, markdown=arguments.markdown)
+    for name, layer_summary in layers.items():
+        print(f"\n{escaped_and_truncated(name)}\n")
+        print_layer_summary(layer_summary, grouped=not arguments.all, markdown=arguments.markdown)
     return 0
 
 
-def _config_of(name: str, model: Any) -> Any:
+def _transformers_config_or_none(model_name: str, model: Any) -> Any:
     """Return the config of a folder's model; None for models of another kind."""
-    return None if folder_of(name) is None else model.config
+    return None if model_folder_or_none(model_name) is None else model.config
 
 
-def _input(arguments: argparse.Namespace, config: Any = None) -> Tensor:
+def _make_input_for_config(arguments: argparse.Namespace, config: Any = None) -> Tensor:
     """Return the input that the arguments describe: by default BigNet's, or tokens for a folder's config."""
     tokens = config is not None and arguments.input_dtype is None and len(arguments.input_shape or (1,)) == 1
-    length = TOKENS
+    length = DEFAULT_TOKENS
     if tokens:
-        from lowmem.integrations.transformers.config_facts import window_of
+        from lowmem.integrations.transformers.model_facts import context_window
 
-        length = window_of(config, TOKENS)
+        length = context_window(config, DEFAULT_TOKENS)
     described = copy(arguments)
     described.input_shape = arguments.input_shape or (length if tokens else 1024,)
     described.input_dtype = arguments.input_dtype or ("int64" if tokens else "float32")
-    return make_input(described)
+    return make_random_or_zero_input(described)
 
 
-def _decoded(config: Any, x: Tensor) -> dict[str, Tensor]:
+def _decoder_input_kwargs(config: Any, x: Tensor) -> dict[str, Tensor]:
     """Return the decoder's input of an encoder-decoder model: the tokens of the encoder."""
     both = config is not None and config.is_encoder_decoder and not x.is_floating_point()
     return {"decoder_input_ids": x} if both else {}
 
 
-def _labels(config: Any, kind: str, x: Tensor) -> dict[str, Tensor]:
+def _language_model_label_kwargs(config: Any, class_name: str, x: Tensor) -> dict[str, Tensor]:
     """Return the labels of a folder's language model, whose class is called ``kind``: its input."""
-    is_language_model = config is not None and kind.endswith(("ForCausalLM", "LMHeadModel"))
+    is_language_model = config is not None and class_name.endswith(("ForCausalLM", "LMHeadModel"))
     return {"labels": x} if is_language_model and not x.is_floating_point() else {}
 
 
-def _print_plans(arguments: argparse.Namespace) -> int:
+def _print_memory_plans(arguments: argparse.Namespace) -> int:
     training = None if arguments.training == "none" else arguments.training or "adamw"
     if training is not None and training not in OPTIMIZERS:
         raise ValueError(
@@ -233,82 +255,107 @@ def _print_plans(arguments: argparse.Namespace) -> int:
         )
     plans: dict[str, tuple[Plan, Tensor]] = {}
     for name in arguments.models or ["bignet"]:
-        base = base_of(name)
-        plans[name] = _plan(arguments, name, training) if base is None else _plan_base(arguments, base, training)
+        base = folder_or_gguf_or_none(name)
+        plans[name] = (
+            _named_model_plan_and_input(arguments, name, training)
+            if base is None
+            else _folder_or_gguf_plan_and_input(arguments, base, training)
+        )
     if arguments.json:
-        rows = [(name, list(x.shape), found.as_json()) for name, (found, x) in plans.items()]
-        print_json([{"model": name, "input_shape": shape} | found for name, shape, found in rows])
+        rows = [(name, list(x.shape), memory_plan.as_json()) for name, (memory_plan, x) in plans.items()]
+        print_json([{"model": name, "input_shape": shape} | memory_plan for name, shape, memory_plan in rows])
         return 0
-    for number, (name, (found, x)) in enumerate(plans.items()):
+    for number, (name, (memory_plan, x)) in enumerate(plans.items()):
         print("\n" * (number > 0), end="")
-        print_plan(name, found, markdown=arguments.markdown)
-        if base_of(name) is not None:
+        print_memory_plan(name, memory_plan, markdown=arguments.markdown)
+        if folder_or_gguf_or_none(name) is not None:
             what = " x ".join(map(str, x.shape)) + (" numbers" if x.is_floating_point() else " tokens")
             print(f"\nof an input of {what}: --batch and --input-shape change them")
     return 0
 
 
-def _asked(arguments: argparse.Namespace, training: str | None, stored: bool) -> tuple[Technique, ...]:
+def _techniques_to_plan(
+    arguments: argparse.Namespace, optimizer: str | None, is_stored: bool
+) -> tuple[Technique, ...]:
     """Return the techniques to plan: those of ``--plan``, or its default, of which a stored base takes adapters."""
     if arguments.plan or arguments.plan is None:
         return arguments.plan or ()
-    return (*([] if stored else [FourBit()]), *([LoRA(RANK)] if training else []))
+    return (*([] if is_stored else [FourBit()]), *([LoRA(DEFAULT_RANK)] if optimizer else []))
 
 
-def _options(arguments: argparse.Namespace, training: str | None) -> dict[str, Any]:
+def _plan_kwargs(arguments: argparse.Namespace, optimizer: str | None) -> dict[str, Any]:
     """Return the options of ``plan`` that are the same for every model."""
     cached = {} if arguments.tokens is None else {"tokens": arguments.tokens, "sequences": arguments.batch}
-    return {"training": training, "at_most": arguments.at_most, "cache_bits": arguments.cache_bits} | cached
+    return {"training": optimizer, "at_most": arguments.at_most, "cache_bits": arguments.cache_bits} | cached
 
 
-def _plan(arguments: argparse.Namespace, name: str, training: str | None) -> tuple[Plan, Tensor]:
+def _named_model_plan_and_input(
+    arguments: argparse.Namespace, model_name: str, optimizer: str | None
+) -> tuple[Plan, Tensor]:
     """Return the plan of a model and its input."""
-    make, own = recipe_of(name)
-    if own:
+    make, variant_techniques = factory_and_techniques(model_name)
+    if variant_techniques:
         raise ValueError(
-            f"model={name!r} has techniques of its own: name the model without them, and the techniques in --plan"
+            f"model={model_name!r} has techniques of its own: name the model without them, and the techniques in "
+            "--plan"
         )
-    x, given = _input(arguments), _asked(arguments, training, False)
-    return plan_model(name, lambda: plan(make, *given, batch=x, **_options(arguments, training))), x
+    x, planned_techniques = _make_input_for_config(arguments), _techniques_to_plan(arguments, optimizer, False)
+    return plan_or_raise_value_error(
+        model_name, lambda: plan(make, *planned_techniques, batch=x, **_plan_kwargs(arguments, optimizer))
+    ), x
 
 
-def _plan_base(arguments: argparse.Namespace, base: Path, training: str | None) -> tuple[Plan, Tensor]:
+def _folder_or_gguf_plan_and_input(
+    arguments: argparse.Namespace, model_path: Path, optimizer: str | None
+) -> tuple[Plan, Tensor]:
     """Return the plan of the model of a folder or GGUF file, and its input; of weights, only headers are read."""
-    from lowmem.integrations.transformers.config_facts import class_at, factory_of, held_back, stored_by
-    from lowmem.integrations.transformers.exact import config_at
-    from lowmem.tools.fit_plan import stored_as, with_stored
+    from lowmem.integrations.transformers.foreign_checkpoint import transformers_config
+    from lowmem.integrations.transformers.model_facts import (
+        delayed_transformers_log,
+        dense_model_factory,
+        model_class_from_path,
+        quantizing_program_or_none,
+    )
+    from lowmem.tools.fit_dry_run import plan_with_stored_bytes, technique_dense_paths_and_bytes
 
-    with held_back():
-        stored = stored_by(base, "plan") is not None
-        given = _asked(arguments, training, stored)
-        if stored and (arguments.at_most or not all(isinstance(one, LoRA) for one in given)):
+    with delayed_transformers_log():
+        stored = quantizing_program_or_none(model_path, "plan") is not None
+        planned_techniques = _techniques_to_plan(arguments, optimizer, stored)
+        if stored and (
+            arguments.at_most or not all(isinstance(asked_technique, LoRA) for asked_technique in planned_techniques)
+        ):
             raise ValueError(
-                f"model={str(base)!r} is stored already: leave out --at-most, and name LoRA alone in --plan"
+                f"model={str(model_path)!r} is stored already: leave out --at-most, and name LoRA alone in --plan"
             )
-        technique, dense, nbytes = stored_as(base) if stored else (None, (), 0)
-        kind, config = class_at(base), config_at(base)
-        x = _input(arguments, config)
-        labels = _labels(config, kind.__name__, x)
-        named = {"input_ids": x, **_decoded(config, x), **labels, **({"use_cache": False} if labels else {})}
+        technique, dense, nbytes = technique_dense_paths_and_bytes(model_path) if stored else (None, (), 0)
+        kind, config = model_class_from_path(model_path), transformers_config(model_path)
+        x = _make_input_for_config(arguments, config)
+        labels = _language_model_label_kwargs(config, kind.__name__, x)
+        named = {
+            "input_ids": x,
+            **_decoder_input_kwargs(config, x),
+            **labels,
+            **({"use_cache": False} if labels else {}),
+        }
         batch = x if x.is_floating_point() else named
-        given = given if technique is None else (technique, *given)
-        make = factory_of(base, kind=kind)
-        found = plan_model(
-            str(base),
-            lambda: plan(make, *given, batch=batch, skip=dense, **_options(arguments, training)),
+        planned_techniques = planned_techniques if technique is None else (technique, *planned_techniques)
+        make = dense_model_factory(model_path, model_class=kind)
+        memory_plan = plan_or_raise_value_error(
+            str(model_path),
+            lambda: plan(make, *planned_techniques, batch=batch, skip=dense, **_plan_kwargs(arguments, optimizer)),
         )
-    return with_stored(found, nbytes) if stored else found, x
+    return plan_with_stored_bytes(memory_plan, nbytes) if stored else memory_plan, x
 
 
-def _check_step(arguments: argparse.Namespace, measured: bool) -> None:
+def _check_step_options_and_plot_path(arguments: argparse.Namespace, measures_step: bool) -> None:
     """Raise, before anything is measured, if the arguments contradict each other or the picture cannot be written."""
     for option in ("memory", "rank", "plot"):
-        if getattr(arguments, option) is not None and not measured:
+        if getattr(arguments, option) is not None and not measures_step:
             raise ValueError(
                 f"--{option} applies to a measured training step: add its optimizer, such as --training adamw, and "
                 "leave out --plan and --at-most"
             )
-    if measured and arguments.all:
+    if measures_step and arguments.all:
         raise ValueError("--all lists the layers of a model: leave it out, or --training")
     if arguments.device != "cpu" and (arguments.plan is not None or arguments.at_most is not None):
         raise ValueError(f"--plan and --at-most measure nothing: leave --device={arguments.device} out")
@@ -319,48 +366,66 @@ def _check_step(arguments: argparse.Namespace, measured: bool) -> None:
         raise ValueError(
             f"--plot {str(path)!r} must end with {', '.join(_ENDINGS[:-1])}: the ending selects the format"
         )
-    check_extra("lowmem stats --plot")
+    check_chart_packages_installed("lowmem stats --plot")
     check_writable(path)
 
 
-def _print_steps(arguments: argparse.Namespace, device: torch.device) -> int:
+def _measure_and_print_step_memory(arguments: argparse.Namespace, device: torch.device) -> int:
     """Measure a training step of each model, and print and draw where its memory goes."""
-    found = {name: _measured_step(arguments, name, device) for name in arguments.models or VARIANTS}
+    memory_by_model = {
+        name: _measure_training_step_memory(arguments, name, device) for name in arguments.models or VARIANTS
+    }
     if arguments.plot is not None:
-        _draw(arguments, found)
+        _write_step_memory_plot(arguments, memory_by_model)
     if arguments.json:
-        print_json([{"model": name, "memory": arguments.memory} | one.as_json() for name, one in found.items()])
+        print_json(
+            [
+                {"model": name, "memory": arguments.memory} | step_memory.as_json()
+                for name, step_memory in memory_by_model.items()
+            ]
+        )
         return 0
-    parts = dict.fromkeys(part for one in found.values() for part in one.parts)
+    parts = dict.fromkeys(part for step_memory in memory_by_model.values() for part in step_memory.parts)
     order = sorted(parts, key=lambda part: (part == "scratch", part.startswith("activations")))
-    rows = [[part, *(mib(one.parts.get(part, 0)) for one in found.values())] for part in order]
-    rows.append(["peak", *(mib(one.total_bytes) for one in found.values())])
-    rows.append(["peak in", *(one.moment for one in found.values())])
-    print_table(["MiB", *found], rows, markdown=arguments.markdown)
+    rows = [
+        [part, *(mib_text(step_memory.parts.get(part, 0)) for step_memory in memory_by_model.values())]
+        for part in order
+    ]
+    rows.append(["peak", *(mib_text(step_memory.total_bytes) for step_memory in memory_by_model.values())])
+    rows.append(["peak in", *(step_memory.moment for step_memory in memory_by_model.values())])
+    print_table(["MiB", *memory_by_model], rows, markdown=arguments.markdown)
     return 0
 
 
-def _measured_step(arguments: argparse.Namespace, name: str, device: torch.device) -> TrainingMemory:
-    own = folder_of(name) is None and any(isinstance(one, LoRA) for one in recipe_of(name)[1])  # adapters
-    model = make_model(name, seed=arguments.seed, rank=arguments.rank if own else None)
-    config = _config_of(name, model)
-    x = _input(arguments, config).to(device)
-    with user_code(f"model={name!r} cannot be trained"):
-        if arguments.rank is not None and not own and not adapter_names(model):
+def _measure_training_step_memory(
+    arguments: argparse.Namespace, model_name: str, device: torch.device
+) -> TrainingMemory:
+    has_variant_adapters = model_folder_or_none(model_name) is None and any(
+        isinstance(item, LoRA) for item in factory_and_techniques(model_name)[1]
+    )  # adapters
+    model = build_or_load_named_model(
+        model_name, seed=arguments.seed, rank=arguments.rank if has_variant_adapters else None
+    )
+    config = _transformers_config_or_none(model_name, model)
+    x = _make_input_for_config(arguments, config).to(device)
+    with exceptions_as_value_error(f"model={model_name!r} cannot be trained"):
+        if arguments.rank is not None and not has_variant_adapters and not adapter_names(model):
             model = convert(model, LoRA(arguments.rank))
         model = model.to(device)
-        trains = any(one.requires_grad for one in model.parameters())
+        trains = any(item.requires_grad for item in model.parameters())
         if trains and arguments.memory is not None:
             prepare_training(model, arguments.memory)
     if not trains:
-        raise ValueError(f"model={name!r} has no parameter that trains; --rank N adds adapters that do")
-    labels: dict[str, Any] = _labels(config, type(model).__name__, x)
-    return run_model(name, lambda: training_memory(model, x, optimizer=arguments.training, **labels))
+        raise ValueError(f"model={model_name!r} has no parameter that trains; --rank N adds adapters that do")
+    labels: dict[str, Any] = _language_model_label_kwargs(config, type(model).__name__, x)
+    return call_or_raise_input_error(
+        model_name, lambda: training_memory(model, x, optimizer=arguments.training, **labels)
+    )
 
 
-def _draw(arguments: argparse.Namespace, found: Mapping[str, TrainingMemory]) -> None:
-    from lowmem.report.page import picture
+def _write_step_memory_plot(arguments: argparse.Namespace, memory_by_model: Mapping[str, TrainingMemory]) -> None:
+    from lowmem.report.page import step_memory_chart_file_bytes
 
     title = f"A training step with {arguments.training}" + f", {arguments.memory}" * (arguments.memory is not None)
-    names = {shown(name): one for name, one in found.items()}
-    write_atomically(arguments.plot, picture(title, names, arguments.plot.suffix.lower()))
+    names = {escaped_and_truncated(name): step_memory for name, step_memory in memory_by_model.items()}
+    write_atomically(arguments.plot, step_memory_chart_file_bytes(title, names, arguments.plot.suffix.lower()))

@@ -1,5 +1,5 @@
 """Training with less memory: a chunked loss, fewer and compressed activations, small optimizer states.
 
-It may import ``quant``, ``kernels``, ``nn`` and ``transforms``. Begin with ``prepare.py``, which applies the others
-to a model.
+It may import ``quant``, ``kernels``, ``nn`` and ``transforms``. Begin with ``prepare_training.py``, which applies the
+others to a model.
 """

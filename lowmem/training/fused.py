@@ -14,18 +14,24 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from lowmem import kernels
-from lowmem.kernels.memory import keeps_results
+from lowmem.kernels.tensor_checks import is_selective_checkpointing
 from lowmem.nn.adapted_module import LoRALinear
-from lowmem.nn.adapter_autograd import narrow_results
-from lowmem.nn.calls import is_observed
+from lowmem.nn.adapter_autograd import bfloat16_outputs
+from lowmem.nn.call_context import has_call_hooks_or_replaced_forward
 from lowmem.nn.linear import Linear4Bit
-from lowmem.nn.recomputed import can_recompute, recomputed_input, saves_in_any_dtype
-from lowmem.training.fused_functions import activated, gated_product, layer_norm, recompute_of_product, rms_norm
-from lowmem.training.prepared_module import PreparedModule, plain_copy, prepare_module
+from lowmem.nn.recomputed_inputs import are_saved_tensor_hooks_allowed, has_dtype_independent_saving, recomputed_input
+from lowmem.training.fused_functions import (
+    gated_product,
+    gated_product_recompute_or_none,
+    recomputable_activation,
+    recomputable_layer_norm,
+    rms_norm,
+)
+from lowmem.training.prepared_module import PreparedModule, prepare_module, unprepared_copy
 
 
 @dataclass(frozen=True)
-class RMSNorm:
+class RMSNormSpec:
     """How a module computes an RMS norm, in the terms of ``rms_norm``."""
 
     weight: str  # name of the module's parameter
@@ -39,7 +45,7 @@ class RMSNorm:
 
 
 @dataclass(frozen=True)
-class GatedMLP:
+class GatedMLPSpec:
     """How a module computes ``down(act(gate(x)) * up(x))``: the names of its layers, and act."""
 
     gate: str
@@ -67,14 +73,14 @@ class Act:
 
 
 @dataclass(frozen=True)
-class LayerNorm:
+class LayerNormSpec:
     """An ``nn.LayerNorm``, which saves only its input anyway; the layers that read its output can recompute it."""
 
     def __str__(self) -> str:
         return "layer norm fused: adapted layers compute again what it returns"
 
 
-How: TypeAlias = "RMSNorm | GatedMLP | Act | LayerNorm"
+FusionSpec: TypeAlias = "RMSNormSpec | GatedMLPSpec | Act | LayerNormSpec"
 """How a fusable module computes its output."""
 
 
@@ -82,40 +88,49 @@ class FusedModule(PreparedModule):
     """Base of modules whose forward is fused."""
 
     prepared_attributes = ("fused_as", "fused_with")
-    fused_as: How
-    fused_with: list[Any]  # ``_functions_of`` the module when it was fused; where it differs, the own forward runs
+    fused_as: FusionSpec
+    fused_with: list[
+        Any
+    ]  # ``_mlp_activation_callables`` the module when it was fused; where it differs, the own forward runs
 
     @property
-    def note(self) -> str:
+    def report_note(self) -> str:
         """What was done to the module, for reports."""
         return str(self.fused_as)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the fused form in training, where it takes the argument; else the module's own forward."""
         x: Any = args[0] if len(args) == 1 and not kwargs else None
-        run = _RUNS[type(self.fused_as)] if x is not None and self.training and _is_eager(x) else None
-        found = None if run is None else run(self, x, self.fused_as)
-        return super().forward(*args, **kwargs) if found is None else found
+        run = (
+            _FUSED_FORWARDS[type(self.fused_as)]
+            if x is not None and self.training and _is_plain_eager_tensor(x)
+            else None
+        )
+        output = None if run is None else run(self, x, self.fused_as)
+        return super().forward(*args, **kwargs) if output is None else output
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module, and fuse the copy."""
-        return fuse, (plain_copy(self), self.fused_as)
+        return fuse, (unprepared_copy(self), self.fused_as)
 
 
-def fuse(module: nn.Module, how: How) -> nn.Module:
+def fuse(module: nn.Module, spec: FusionSpec) -> nn.Module:
     """Fuse a module that computes ``how``, in place; it stays an instance of its class. Returns the module."""
-    prepare_module(module, FusedModule, fused_as=how, fused_with=_functions_of(module, how))
+    prepare_module(module, FusedModule, fused_as=spec, fused_with=_mlp_activation_callables(module, spec))
     return module
 
 
-def _functions_of(module: nn.Module, how: How) -> list[Any]:
+def _mlp_activation_callables(module: nn.Module, spec: FusionSpec) -> list[Any]:
     """Return a gated MLP's activation classes and callable attributes; the fused forward checks them on each call."""
-    if not isinstance(how, GatedMLP):
+    if not isinstance(spec, GatedMLPSpec):
         return []
-    return [*map(type, activations(module, how)), *(one for one in module.__dict__.values() if callable(one))]
+    return [
+        *map(type, mlp_activation_modules(module, spec)),
+        *(value for value in module.__dict__.values() if callable(value)),
+    ]
 
 
-def _is_eager(x: Any) -> bool:
+def _is_plain_eager_tensor(x: Any) -> bool:
     """Whether x is a plain, nonempty floating point tensor, and no compiler, tracer or functorch transform runs."""
     if torch.compiler.is_compiling() or type(x) not in (Tensor, nn.Parameter):
         return False
@@ -125,93 +140,102 @@ def _is_eager(x: Any) -> bool:
     return numbers and not x.is_nested and not x.is_meta
 
 
-def _run_norm(module: Any, x: Tensor, how: RMSNorm) -> Tensor | None:
-    weight = getattr(module, how.weight)
+def _run_fused_rms_norm_or_none(module: Any, x: Tensor, spec: RMSNormSpec) -> Tensor | None:
+    weight = getattr(module, spec.weight)
     if type(weight) not in (Tensor, nn.Parameter) or x.shape[-1:] != weight.shape or x.device != weight.device:
         return None
     dtypes = {x.dtype, weight.dtype}
-    if len(dtypes) > 1 and not (how.mixes and dtypes == {torch.float32, torch.bfloat16}):
+    if len(dtypes) > 1 and not (spec.mixes and dtypes == {torch.float32, torch.bfloat16}):
         return None
-    return rms_norm(x, weight, getattr(module, how.eps), how.offset, how.rounds_first)
+    return rms_norm(x, weight, getattr(module, spec.eps), spec.offset, spec.rounds_first)
 
 
-def _run_layer_norm(module: Any, x: Tensor, how: LayerNorm) -> Tensor | None:
-    own = module.weight, module.bias
-    plain = all(one is None or (type(one) in (Tensor, nn.Parameter) and one.dtype is x.dtype) for one in own)
+def _run_fused_layer_norm_or_none(module: Any, x: Tensor, spec: LayerNormSpec) -> Tensor | None:
+    affine = module.weight, module.bias
+    plain = all(
+        parameter is None or (type(parameter) in (Tensor, nn.Parameter) and parameter.dtype is x.dtype)
+        for parameter in affine
+    )
     if not plain or x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return None
-    return layer_norm(x, *own, module.normalized_shape, module.eps)
+    return recomputable_layer_norm(x, *affine, module.normalized_shape, module.eps)
 
 
-def _run_activation(module: Any, x: Tensor, how: Act) -> Tensor | None:
+def _run_fused_activation_or_none(module: Any, x: Tensor, spec: Act) -> Tensor | None:
     """Fuse contiguous inputs only: torch's result has the input's layout, such as channels last."""
-    return activated(x, how.activation) if x.is_contiguous() else None
+    return recomputable_activation(x, spec.activation) if x.is_contiguous() else None
 
 
-def _run_mlp(module: Any, x: Tensor, how: GatedMLP) -> Tensor | None:
+def _run_fused_mlp_or_none(module: Any, x: Tensor, spec: GatedMLPSpec) -> Tensor | None:
     """Call the layers and fuse what is between them; return None, before any call, if hooks watch the activation."""
-    if any(is_observed(child) for child in activations(module, how)):
+    if any(has_call_hooks_or_replaced_forward(child) for child in mlp_activation_modules(module, spec)):
         return None
-    if module.fused_with != _functions_of(module, how):
+    if module.fused_with != _mlp_activation_callables(module, spec):
         return None
-    down, layers = getattr(module, how.down), [getattr(module, name) for name in (how.gate, how.up) if name]
-    narrow = x.dtype is torch.float32 and all(_is_narrow(layer, x) for layer in (*layers, down))
+    down, layers = getattr(module, spec.down), [getattr(module, name) for name in (spec.gate, spec.up) if name]
+    narrow = x.dtype is torch.float32 and all(_is_computed_in_bfloat16(layer, x) for layer in (*layers, down))
 
     state: list[Any] = []
 
-    def product(x: Tensor) -> Tensor:
-        now = [_state_of(layer) for layer in layers] if again else None
+    def checked_gated_product(x: Tensor) -> Tensor:
+        now = [_layer_state_fingerprint(layer) for layer in layers] if again else None
         if state and state != [now]:
             raise RuntimeError(
                 "layers of a gated MLP, which lean computes again in backward, have other parameters, adapters or "
                 'another mode than in forward: change them after backward, or prepare_training(model, "fast")'
             )
         state[:] = [now]
-        with narrow_results(narrow):
+        with bfloat16_outputs(narrow):
             gate, *rest = (layer(x) for layer in layers)
-        return gated_product(gate, rest[0] if rest else None, how.activation, how.gate_first)
+        return gated_product(gate, rest[0] if rest else None, spec.activation, spec.gate_first)
 
     # Only directly under the hooks of "lean": a checkpoint recomputes the layers anyway.
-    again = how.again and torch.is_grad_enabled() and saves_in_any_dtype()
-    again = again and not any(is_observed(one) for layer in layers for one in layer.modules())
-    hidden: Tensor = checkpoint(product, x, use_reentrant=False) if again else product(x)
-    recompute = recompute_of_product(hidden)
+    again = spec.again and torch.is_grad_enabled() and has_dtype_independent_saving()
+    again = again and not any(
+        has_call_hooks_or_replaced_forward(submodule) for layer in layers for submodule in layer.modules()
+    )
+    hidden: Tensor = checkpoint(checked_gated_product, x, use_reentrant=False) if again else checked_gated_product(x)
+    recompute = gated_product_recompute_or_none(hidden)
     context: AbstractContextManager[None] = nullcontext()
     # A selective checkpoint recomputes the product anyway, and would take our saved-tensor hooks for the user's.
-    if recompute is not None and can_recompute() and not keeps_results():
+    if recompute is not None and are_saved_tensor_hooks_allowed() and not is_selective_checkpointing():
         context = recomputed_input(hidden, recompute)
     with context:
         out: Tensor = down(hidden)
     return out.to(x.dtype) if narrow else out
 
 
-def _state_of(layer: nn.Module) -> list[Any]:
+def _layer_state_fingerprint(layer: nn.Module) -> list[Any]:
     """Return the state that a layer's output depends on: parameters by identity, mode, and active adapters."""
     return [
-        (one.training, [*map(id, one._parameters.values())], str(getattr(one, "active", "")))
-        for one in layer.modules()
+        (module.training, [*map(id, module._parameters.values())], str(getattr(module, "active", "")))
+        for module in layer.modules()
     ]
 
 
-def _is_narrow(layer: nn.Module, x: Tensor) -> bool:
+def _is_computed_in_bfloat16(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer in training rounds its input x to bfloat16 and its output is exact in bfloat16."""
-    if not isinstance(layer, LoRALinear) or layer._plain_class is not Linear4Bit or is_observed(layer):
+    if (
+        not isinstance(layer, LoRALinear)
+        or layer._plain_class is not Linear4Bit
+        or has_call_hooks_or_replaced_forward(layer)
+    ):
         return False
     bank = layer.adapters
-    if bank.merged is not None or len(bank.active) != 1:
+    if bank.merged_name is not None or len(bank.active) != 1:
         return False
-    return kernels.recorded_dtype(cast(Any, layer).compute_dtype, x) is torch.bfloat16
+    return kernels.differentiable_dtype(cast(Any, layer).compute_dtype, x) is torch.bfloat16
 
 
-def activations(module: nn.Module, how: GatedMLP) -> list[nn.Module]:
+def mlp_activation_modules(module: nn.Module, spec: GatedMLPSpec) -> list[nn.Module]:
     """Return the children of a gated MLP other than its linear layers, which the fused forward does not call."""
-    return [child for name, child in module.named_children() if name not in (how.gate, how.up, how.down)]
+    return [child for name, child in module.named_children() if name not in (spec.gate, spec.up, spec.down)]
 
 
-_RUNS: dict[type, Callable[[Any, Tensor, Any], Tensor | None]] = {
-    RMSNorm: _run_norm,
-    GatedMLP: _run_mlp,
-    Act: _run_activation,
-    LayerNorm: _run_layer_norm,
+_FUSED_FORWARDS: dict[type, Callable[[Any, Tensor, Any], Tensor | None]] = {
+    RMSNormSpec: _run_fused_rms_norm_or_none,
+    GatedMLPSpec: _run_fused_mlp_or_none,
+    Act: _run_fused_activation_or_none,
+    LayerNormSpec: _run_fused_layer_norm_or_none,
 }
 """For each way to compute: the fused forward, which returns None where the module's own forward must run."""

@@ -16,8 +16,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from lowmem.nn.sharded import sharded_types
-from lowmem.training.step_in_backward import Freed
+from lowmem.nn.sharded_parameters import imported_dtensor_types
+from lowmem.training.step_in_backward import FreedGradient
 
 REST = "master_rest"
 """The key of ``rest`` in an optimizer's state."""
@@ -25,14 +25,14 @@ REST = "master_rest"
 _HALF = 2**15  # of bfloat16's unit in the last place, in float32's bits
 
 
-def split(master: Tensor) -> tuple[Tensor, Tensor]:
+def split_into_bfloat16_and_rest(master: Tensor) -> tuple[Tensor, Tensor]:
     """Return the nearest bfloat16 numbers (ties away from zero), and ``rest`` as int16, both in the same shape."""
     bits = master.view(torch.int32)
     upper = (bits + _HALF) >> 16
     return upper.to(torch.int16).view(torch.bfloat16), (bits - (upper << 16)).to(torch.int16)
 
 
-def join(parameter: Tensor, rest: Tensor) -> Tensor:
+def join_bfloat16_and_rest(parameter: Tensor, rest: Tensor) -> Tensor:
     """Return the float32 numbers that ``split`` was given."""
     upper = parameter.detach().contiguous().view(torch.int16).to(torch.int32)
     return (upper << 16).add_(rest).view(torch.float32)
@@ -49,21 +49,23 @@ class MasterWeights:
         self.optimizer = optimizer
         self._stepping: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
         self._loading: dict[str, Any] = {}
-        for parameter in filter(_has_master, list(optimizer.state)):  # Adagrad makes its state before the first step
+        for parameter in filter(
+            _is_trainable_bfloat16, list(optimizer.state)
+        ):  # Adagrad makes its state before the first step
             state = optimizer.state[parameter]
-            tensors = {name: one for name, one in state.items() if isinstance(one, Tensor)}
-            state.update({name: one.float() for name, one in tensors.items() if one.dtype is torch.bfloat16})
+            tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+            state.update({name: tensor.float() for name, tensor in tensors.items() if tensor.dtype is torch.bfloat16})
         self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(self._widen),
-            optimizer.register_step_post_hook(self._narrow),
-            optimizer.register_state_dict_pre_hook(self._narrow),
-            optimizer.register_load_state_dict_pre_hook(self._before_load),
-            optimizer.register_load_state_dict_post_hook(self._after_load),
+            optimizer.register_step_pre_hook(self._replace_parameters_by_masters),
+            optimizer.register_step_post_hook(self._write_back_masters),
+            optimizer.register_state_dict_pre_hook(self._write_back_masters),
+            optimizer.register_load_state_dict_pre_hook(self._load_state_dict_pre_hook),
+            optimizer.register_load_state_dict_post_hook(self._restore_loaded_state_dtypes),
         ]
 
     def release(self) -> torch.optim.Optimizer:
         """Let the optimizer update the bfloat16 parameters themselves, as before; return it."""
-        self._narrow()
+        self._write_back_masters()
         for handle in self._handles:
             handle.remove()
         for state in self.optimizer.state.values():
@@ -73,25 +75,33 @@ class MasterWeights:
     def master(self, parameter: Tensor) -> Tensor:
         """Return a copy of a parameter's master, in float32."""
         rest = self.optimizer.state[parameter].get(REST) if parameter in self.optimizer.state else None
-        return parameter.detach().float() if rest is None else join(parameter, rest)
+        return parameter.detach().float() if rest is None else join_bfloat16_and_rest(parameter, rest)
 
     @torch.no_grad()
-    def _widen(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _replace_parameters_by_masters(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Before a step, replace the parameters in the optimizer's groups by masters with gradients and states."""
-        self._narrow()  # in case the last step raised an error halfway
+        # In case the last step raised an error halfway
+        self._write_back_masters()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:  # it computes the parameters' gradients, so it must run before they are copied
             with torch.enable_grad():
                 loss = closure()
             args, kwargs = args[:1], {**kwargs, "closure": lambda: loss}
         for group in optimizer.param_groups:
-            own = group["params"]
-            wide = [self._wide(one) if _has_master(one) and _has_gradient(one) else one for one in own]
-            self._stepping.append((group, own, wide))
+            parameters = group["params"]
+            wide = [
+                self._master_with_grad_and_state(parameter)
+                if _is_trainable_bfloat16(parameter) and _has_unfreed_gradient(parameter)
+                else parameter
+                for parameter in parameters
+            ]
+            self._stepping.append((group, parameters, wide))
             group["params"] = wide
         return args, kwargs
 
-    def _wide(self, parameter: Tensor) -> Tensor:
+    def _master_with_grad_and_state(self, parameter: Tensor) -> Tensor:
         master = self.master(parameter)
         master.grad = cast(Tensor, parameter.grad).float()
         if parameter in self.optimizer.state:
@@ -102,49 +112,60 @@ class MasterWeights:
         return master
 
     @torch.no_grad()
-    def _narrow(self, *_: Any) -> None:
+    def _write_back_masters(self, *_: Any) -> None:
         """After a step, write the masters back and restore the parameters in the optimizer's groups and states."""
-        for group, own, wide in self._stepping:
-            group["params"] = own
-            for parameter, master in zip(own, wide, strict=True):
+        for group, parameters, wide in self._stepping:
+            group["params"] = parameters
+            for parameter, master in zip(parameters, wide, strict=True):
                 if master is not parameter:
-                    upper, rest = split(master)
+                    upper, rest = split_into_bfloat16_and_rest(master)
                     parameter.copy_(upper)
                     self.optimizer.state[parameter] = {**self.optimizer.state.pop(master, {}), REST: rest}
         self._stepping = []
 
-    def _before_load(self, _: Any, state_dict: dict[str, Any]) -> None:
-        self._narrow()
+    def _load_state_dict_pre_hook(self, _: Any, state_dict: dict[str, Any]) -> None:
+        self._write_back_masters()
         self._loading = state_dict
 
-    def _after_load(self, optimizer: torch.optim.Optimizer) -> None:
+    def _restore_loaded_state_dtypes(self, optimizer: torch.optim.Optimizer) -> None:
         """Replace the loaded tensors by uncast copies: torch casts the states of bfloat16 parameters to bfloat16."""
-        for parameter, state in loaded_states(optimizer, self._loading):
-            if _has_master(parameter):
-                keep_dtypes(optimizer, parameter, state)
+        for parameter, state in parameter_loaded_state_pairs(optimizer, self._loading):
+            if _is_trainable_bfloat16(parameter):
+                replace_state_with_uncast_copies(optimizer, parameter, state)
         self._loading = {}
 
 
-def loaded_states(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> list[tuple[Tensor, Any]]:
+def parameter_loaded_state_pairs(
+    optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]
+) -> list[tuple[Tensor, Any]]:
     """Return each parameter of an optimizer, and what a state_dict has for it, or {}; torch checks their numbers."""
-    given = (number for group in state_dict["param_groups"] for number in group["params"])
-    own = (parameter for group in optimizer.param_groups for parameter in group["params"])
-    return [(parameter, state_dict["state"].get(number, {})) for number, parameter in zip(given, own, strict=False)]
+    saved_indices = (number for group in state_dict["param_groups"] for number in group["params"])
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    return [
+        (parameter, state_dict["state"].get(number, {}))
+        for number, parameter in zip(saved_indices, parameters, strict=False)
+    ]
 
 
-def keep_dtypes(optimizer: torch.optim.Optimizer, parameter: Tensor, state: Mapping[str, Any]) -> None:
+def replace_state_with_uncast_copies(
+    optimizer: torch.optim.Optimizer, parameter: Tensor, loaded_state: Mapping[str, Any]
+) -> None:
     """Replace the tensors in a loaded parameter's state by copies in their own dtypes, not the parameter's."""
-    copies = {name: one.to(parameter.device, copy=True) for name, one in state.items() if isinstance(one, Tensor)}
+    copies = {
+        name: tensor.to(parameter.device, copy=True)
+        for name, tensor in loaded_state.items()
+        if isinstance(tensor, Tensor)
+    }
     if copies:
         optimizer.state[parameter].update(copies)
 
 
-def _has_master(parameter: Tensor) -> bool:
+def _is_trainable_bfloat16(parameter: Tensor) -> bool:
     return parameter.dtype is torch.bfloat16 and parameter.requires_grad
 
 
-def _has_gradient(parameter: Tensor) -> bool:
-    return parameter.grad is not None and not isinstance(parameter.grad, Freed)
+def _has_unfreed_gradient(parameter: Tensor) -> bool:
+    return parameter.grad is not None and not isinstance(parameter.grad, FreedGradient)
 
 
 def master_weights(optimizer: torch.optim.Optimizer) -> MasterWeights:
@@ -180,14 +201,14 @@ def master_weights(optimizer: torch.optim.Optimizer) -> MasterWeights:
         raise TypeError(f"expected a torch.optim.Optimizer, found {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ValueError("LBFGS keeps parameters of its own: take an optimizer that steps with given gradients")
-    parameters = [one for group in optimizer.param_groups for one in group["params"]]
-    if not any(_has_master(one) for one in parameters):
-        found = sorted({str(one.dtype) for one in parameters if one.requires_grad})
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if not any(_is_trainable_bfloat16(parameter) for parameter in parameters):
+        dtypes = sorted({str(parameter.dtype) for parameter in parameters if parameter.requires_grad})
         raise ValueError(
-            f"no parameter that trains is torch.bfloat16, found {', '.join(found) or 'none that trains'}: make "
+            f"no parameter that trains is torch.bfloat16, found {', '.join(dtypes) or 'none that trains'}: make "
             "adapters with LoRA(dtype=torch.bfloat16)"
         )
-    if any(isinstance(one, sharded_types()) for one in parameters):
+    if any(isinstance(parameter, imported_dtensor_types()) for parameter in parameters):
         raise ValueError(
             "parameters are sharded (DTensors): leave them in float32 and give fully_shard "
             "mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16), which keeps float32 shards"

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, TypeGuard
 import torch
 from torch import nn
 
-from lowmem.nn.module_class import change_class, copied_module, derived_class
+from lowmem.nn.module_class import change_class_and_attributes, derived_class, hookless_shallow_copy
 
 
 class PreparedModule(nn.Module):
@@ -22,10 +22,10 @@ class PreparedModule(nn.Module):
 
     plain_class: type[nn.Module]
     prepared_attributes: ClassVar[tuple[str, ...]] = ()
-    note: Any
+    report_note: Any
     released_by: ClassVar[str] = "release_training"
 
-    def device_of_plain_torch(self, model: nn.Module) -> torch.device | None:
+    def plain_torch_device_or_none(self, model: nn.Module) -> torch.device | None:
         """Return the device of this module of the model if plain torch serves it there; None on the CPU."""
         parameter = next(self.parameters(), None)
         if parameter is None:
@@ -36,10 +36,10 @@ class PreparedModule(nn.Module):
 def prepare_module(module: nn.Module, base: type[PreparedModule], **attributes: Any) -> None:
     """Put ``base`` before a module's class, in place; ``attributes`` are its ``prepared_attributes``."""
     prepared = derived_class(type(module), base, plain_class=type(module))
-    change_class(module, prepared, {**vars(module), **attributes})
+    change_class_and_attributes(module, prepared, {**vars(module), **attributes})
 
 
-def check_prepared(module: nn.Module) -> None:
+def check_prepared_class_unchanged(module: nn.Module) -> None:
     """Raise a RuntimeError if the class of a prepared module was changed since, as by a parametrization or FSDP."""
     if isinstance(module, PreparedModule) and "plain_class" not in vars(type(module)):
         raise RuntimeError(
@@ -53,29 +53,29 @@ def is_prepared(module: nn.Module, released_by: str) -> TypeGuard[PreparedModule
     return isinstance(module, PreparedModule) and module.released_by == released_by
 
 
-def release_modules(model: nn.Module, released_by: str) -> None:
+def release_prepared_modules(model: nn.Module, released_by: str) -> None:
     """Release the modules of a model that the function of that name releases: all of them, or none with an error."""
     prepared = [module for module in model.modules() if is_prepared(module, released_by)]
     for module in prepared:
-        check_prepared(module)
+        check_prepared_class_unchanged(module)
     for module in prepared:
         while isinstance(module, PreparedModule):
             left = {name: value for name, value in vars(module).items() if name not in module.prepared_attributes}
-            change_class(module, module.plain_class, left)
+            change_class_and_attributes(module, module.plain_class, left)
 
 
-def plain_copy(module: PreparedModule) -> nn.Module:
+def unprepared_copy(module: PreparedModule) -> nn.Module:
     """Return a copy of a module as it was before it was prepared, with its hooks; it shares everything else."""
-    plain = copied_module(module, module.plain_class)
+    plain = hookless_shallow_copy(module, module.plain_class)
     plain.__dict__.update(vars(module))
     for name in module.prepared_attributes:
         plain.__dict__.pop(name)
     return plain
 
 
-def trained_parameters(model: nn.Module) -> list[nn.Parameter]:
+def trainable_parameters_or_raise(model: nn.Module) -> list[nn.Parameter]:
     """Return the parameters that require a gradient; none is a ValueError."""
-    trained = [one for one in model.parameters() if one.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained:
         raise ValueError(
             f"{type(model).__name__} has no parameter that trains: convert(model, LoRA()) adds adapters, and "

@@ -11,13 +11,13 @@ from torch import Tensor, distributed
 from lowmem.nn.torch_functions import METADATA
 
 
-class Freed(Tensor):
+class FreedGradient(Tensor):
     """Placeholder, without memory, for a freed gradient: reading it is an error, not a norm of zero."""
 
     @staticmethod
-    def __new__(cls, parameter: Tensor) -> Freed:
+    def __new__(cls, parameter: Tensor) -> FreedGradient:
         """Make one with the shape, dtype and device of a parameter."""
-        made: Freed = torch.Tensor._make_wrapper_subclass(
+        made: FreedGradient = torch.Tensor._make_wrapper_subclass(
             cls, parameter.shape, dtype=parameter.dtype, device=parameter.device
         )
         return made
@@ -27,7 +27,8 @@ class Freed(Tensor):
         if function in METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **(kwargs or {}))
-        if function in (Tensor.zero_, Tensor.detach_, Tensor.requires_grad_):  # zero_grad(set_to_none=False)
+        # zero_grad(set_to_none=False)
+        if function in (Tensor.zero_, Tensor.detach_, Tensor.requires_grad_):
             return args[0]
         raise RuntimeError(
             f"{getattr(function, '__name__', function)} of a gradient that step_in_backward has used and freed: "
@@ -61,20 +62,24 @@ class StepInBackward:
         self.optimizer = optimizer
         self._done: set[Tensor] = set()
         self._running = False
-        self._group_of = {one: n for n, group in enumerate(optimizer.param_groups) for one in group["params"]}
-        trained = [one for one in self._group_of if one.requires_grad]
-        self._handles: list[Any] = [one.register_post_accumulate_grad_hook(self._step) for one in trained]
-        self._handles.append(optimizer.register_step_pre_hook(self._end))
+        self._group_of = {
+            parameter: n for n, group in enumerate(optimizer.param_groups) for parameter in group["params"]
+        }
+        trained = [parameter for parameter in self._group_of if parameter.requires_grad]
+        self._handles: list[Any] = [
+            parameter.register_post_accumulate_grad_hook(self._step_parameter_and_free_grad) for parameter in trained
+        ]
+        self._handles.append(optimizer.register_step_pre_hook(self._remove_freed_gradients))
 
     def release(self) -> torch.optim.Optimizer:
         """Let the optimizer update parameters in ``step()`` again; return it."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._end()
+        self._remove_freed_gradients()
         return self.optimizer
 
-    def _step(self, parameter: Tensor) -> None:
+    def _step_parameter_and_free_grad(self, parameter: Tensor) -> None:
         """Update one parameter, whose gradient is complete, and free the gradient."""
         if parameter in self._done:
             raise RuntimeError(_SECOND)
@@ -86,14 +91,14 @@ class StepInBackward:
             optimizer.step()
         finally:
             optimizer.param_groups, self._running = groups, False
-        parameter.grad = Freed(parameter)
+        parameter.grad = FreedGradient(parameter)
         self._done.add(parameter)
 
-    def _end(self, *_: Any) -> None:
+    def _remove_freed_gradients(self, *_: Any) -> None:
         """Before the loop's ``optimizer.step()``, remove the placeholders, so that it updates nothing twice."""
         if not self._running:
             for parameter in self._done:
-                if isinstance(parameter.grad, Freed):
+                if isinstance(parameter.grad, FreedGradient):
                     parameter.grad = None
             self._done.clear()
 
@@ -127,10 +132,12 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> StepInBackward:
         raise ValueError(
             "LBFGS steps with all gradients at once: take an optimizer that updates parameters one by one"
         )
-    parameters = [one for group in optimizer.param_groups for one in group["params"] if one.requires_grad]
+    parameters = [
+        parameter for group in optimizer.param_groups for parameter in group["params"] if parameter.requires_grad
+    ]
     if not parameters:
         raise ValueError("no parameter of the optimizer trains")
-    if any(one.grad is not None for one in parameters):
+    if any(parameter.grad is not None for parameter in parameters):
         raise ValueError("a parameter has a gradient already: call optimizer.step() and optimizer.zero_grad() before")
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise RuntimeError(

@@ -10,25 +10,30 @@ from typing import TypeVar, cast
 
 from torch import Tensor, nn
 
-from lowmem.errors import show
+from lowmem.errors import short_repr
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
-from lowmem.resident import returns_free_pages
-from lowmem.transforms.assign import assign
-from lowmem.transforms.bits import check_at_most, refuse_more_bits, text_of, warning_of_dense
-from lowmem.transforms.commit import commit
-from lowmem.transforms.placement import warnings_of_adapters
-from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Technique, Where, check_module, module_paths
-from lowmem.transforms.select import note_left, select_to_convert
-from lowmem.transforms.store import StoreBy, rebuild, storing_once
-from lowmem.transforms.ties import keep_shared_biases
+from lowmem.resident import release_memory_after_call
+from lowmem.transforms.adapter_placement import adapter_warning_texts
+from lowmem.transforms.bits_per_weight import (
+    check_bit_limit,
+    check_bits_per_weight,
+    dense_weights_warning_or_none,
+    techniques_text,
+)
+from lowmem.transforms.converted_copies import StoreFactory, cached_store_factory, converted_copy
+from lowmem.transforms.model_checks import check_layers_are_changeable
+from lowmem.transforms.module_registry import ModuleFilter, Technique, all_paths_by_module, check_is_module
+from lowmem.transforms.module_replacement import check_and_commit_replacements
+from lowmem.transforms.module_selection import record_user_exclusions, select_modules_to_convert
+from lowmem.transforms.technique_assignment import layer_techniques_and_budget_choices
+from lowmem.transforms.tied_weights import restore_shared_biases_to_dense
 
 M = TypeVar("M", bound=nn.Module)
 
 
-@returns_free_pages
+@release_memory_after_call
 def convert(
     model: M,
     *techniques: Technique,
@@ -40,7 +45,7 @@ def convert(
     """Apply techniques, left to right, to every module that the first one supports.
 
     ``Half`` and ``FourBit`` store the weights of linear and convolutional layers, embeddings, attention,
-    recurrent layers and experts (``lowmem.transforms.registry.ENTRIES``). A module stays the same object, an
+    recurrent layers and experts (``lowmem.transforms.module_registry.ENTRIES``). A module stays the same object, an
     instance of its own class, with its hooks; its ``weight`` is a read-only tensor, whose values are dequantized
     where something else than a product reads them. Norms stay dense, and biases but for those of nn.Linear,
     nn.Conv1d and nn.Conv2d in ``Half``. Modules that share a weight (tied embeddings) share the stored one, or
@@ -86,82 +91,88 @@ def convert(
         UserWarning: more than a fifth of the adapter's numbers are of ranks above the smaller dimension of a weight,
             the most that its change can have; the layer with most of them is named.
     """
-    check_module(model)
-    _check_arguments(techniques)
+    check_is_module(model)
+    _check_techniques(techniques)
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
 
-    def without_values(*others: Technique) -> dict[nn.Module, nn.Module]:
-        return rebuild_all(model, others, where, skip, parameters, storing_once(empty=True))
+    def build_meta_replacements(*storage_techniques: Technique) -> dict[nn.Module, nn.Module]:
+        return build_replacements(
+            model, storage_techniques, where, skip, parameters, cached_store_factory(on_meta=True)
+        )
 
     if at_most is not None:
-        check_at_most(at_most)
+        check_bit_limit(at_most)
         storing = tuple(t for t in techniques if not isinstance(t, LoRA))
         if all(isinstance(getattr(t, "format", ""), str) for t in storing) and not isinstance(techniques[0], Budget):
             # else sizes depend on values
-            sized = without_values(*storing) if storing else {}
-            refuse_more_bits(model, sized, at_most, without_values)  # before the weights are quantized
-    replacements = rebuild_all(model, techniques, where, skip, parameters, storing_once())
+            sized = build_meta_replacements(*storing) if storing else {}
+            # Before the weights are quantized
+            check_bits_per_weight(model, sized, at_most, build_meta_replacements)
+    replacements = build_replacements(model, techniques, where, skip, parameters, cached_store_factory())
     if at_most is not None:
-        refuse_more_bits(model, replacements, at_most, without_values)
+        check_bits_per_weight(model, replacements, at_most, build_meta_replacements)
     placed = {
-        layer: {name: part.technique for name, part in new.adapters.parts("default").items()}
+        layer: {name: part.technique for name, part in new.adapters.adapters_by_parameter("default").items()}
         for layer, new in replacements.items()
         if isinstance(new, AdaptedModule)
     }
     if placed:
-        paths = module_paths(model)
-        refuse_layers("convert", {layer: paths[layer][0] for layer in placed})
-    told = [warning_of_dense(model, replacements, type(techniques[0]), where, skip)]
-    told += warnings_of_adapters(model, placed) if placed else []
-    commit(model, replacements)
-    note_left(model, where, skip, type(techniques[0]))
-    for text in filter(None, told):
-        warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
+        paths = all_paths_by_module(model)
+        check_layers_are_changeable("convert", {layer: paths[layer][0] for layer in placed})
+    warning_texts = [dense_weights_warning_or_none(model, replacements, type(techniques[0]), where, skip)]
+    warning_texts += adapter_warning_texts(model, placed) if placed else []
+    check_and_commit_replacements(model, replacements)
+    record_user_exclusions(model, where, skip, type(techniques[0]))
+    for text in filter(None, warning_texts):
+        # The caller of the wrapped function
+        warnings.warn(text, UserWarning, stacklevel=3)
     return model
 
 
-def rebuild_all(
+def build_replacements(
     model: nn.Module,
     techniques: tuple[Technique, ...],
-    where: Where,
+    where: ModuleFilter,
     skip: str | Iterable[str],
-    parameters: Callable[[str, Tensor], bool] | None,
-    store_by: StoreBy,
-    losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
+    parameter_filter: Callable[[str, Tensor], bool] | None,
+    store_factory: StoreFactory,
+    choice_losses: Callable[[str, Tensor], Sequence[float] | None] | None = None,
 ) -> dict[nn.Module, nn.Module]:
     """Select, assign and store: return what each module becomes that ``convert`` takes; raises as ``convert``.
 
     ``losses`` returns what each choice of a ``Budget`` loses of a weight, by its name, or None of one that is not
     known; without ``losses`` they are measured.
     """
-    found = select_to_convert(model, techniques, where, skip, parameters)
-    chosen, got = assign(model, techniques, found, where, losses)
+    selection = select_modules_to_convert(model, techniques, where, skip, parameter_filter)
+    chosen, got = layer_techniques_and_budget_choices(model, techniques, selection, where, choice_losses)
     unused: dict[type[Technique], str | None] = {}
     replacements = {
-        module: rebuild(module, chosen[module], path, unused, store_by, names)
-        for module, (path, names) in found.items()
+        module: converted_copy(module, chosen[module], path, unused, store_factory, names)
+        for module, (path, names) in selection.items()
         if chosen[module]
     }
-    for module, one in got.items():
-        cast(StoredModule, replacements[module]).chosen_because = one.why
+    for module, choice in got.items():
+        cast(StoredModule, replacements[module]).chosen_because = choice.why
     for why in unused.values():
         if why is not None:
             raise ValueError(why)
-    keep_shared_biases(model, replacements)
+    restore_shared_biases_to_dense(model, replacements)
     return replacements
 
 
-def _check_arguments(techniques: tuple[Technique, ...]) -> None:
+def _check_techniques(techniques: tuple[Technique, ...]) -> None:
     if not techniques:
         raise ValueError("no technique was given: pass Half(), EightBit(), FourBit(), Budget() or LoRA()")
     for technique in techniques:
         if type(technique) not in (Half, EightBit, FourBit, Budget, LoRA):
             raise TypeError(
-                f"technique={show(technique)} must be an instance of Half, EightBit, FourBit, Budget or LoRA"
+                f"technique={short_repr(technique)} must be an instance of Half, EightBit, FourBit, Budget or LoRA"
             )
     for kind, count in Counter(type(t) for t in techniques).items():
         if count > 1:
             raise ValueError(f"{kind.__name__} was given {count} times: a layer takes a technique once")
     kinds = [type(technique) for technique in techniques]
     if Budget in kinds and kinds not in ([Budget], [Budget, LoRA]):
-        raise ValueError(f"Budget stores the weights: name it alone, or before LoRA, not {text_of(techniques)}")
+        raise ValueError(
+            f"Budget stores the weights: name it alone, or before LoRA, not {techniques_text(techniques)}"
+        )

@@ -14,20 +14,21 @@ from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
 
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.refusals import is_of_peft
+from lowmem.transforms.model_checks import is_peft_module
 
-_FOUND_BY_NAME = "embeddings.word_embeddings"  # an embedding that prompt learning finds there may be stored
+# An embedding that prompt learning finds there may be stored
+_FOUND_BY_NAME = "embeddings.word_embeddings"
 
 
-def refuse_passed_over(model: nn.Module, configs: Mapping[str, Any]) -> None:
+def check_no_stored_peft_targets(model: nn.Module, peft_configs: Mapping[str, Any]) -> None:
     """Raise a ValueError if a config of PEFT names a stored parameter, which PEFT leaves out.
 
     It names them by ``target_parameters``, and biases by ``bias="all"``.
     """
-    if any(getattr(config, "bias", None) == "all" for config in configs.values()):
-        _refuse_biases(model)
+    if any(getattr(config, "bias", None) == "all" for config in peft_configs.values()):
+        _check_no_stored_biases(model)
     targets = sorted(
-        {name for config in configs.values() for name in getattr(config, "target_parameters", None) or ()}
+        {name for config in peft_configs.values() for name in getattr(config, "target_parameters", None) or ()}
     )
     for path, module in model.named_modules() if targets else ():
         for name in module.forms if isinstance(module, StoredModule) else ():
@@ -37,34 +38,34 @@ def refuse_passed_over(model: nn.Module, configs: Mapping[str, Any]) -> None:
                 raise ValueError(
                     f"target_parameters={targets} of PEFT names {full}, which is stored: PEFT adapts dense "
                     "parameters alone, and leaves it out. Load the model again, and lowmem.add_adapter(model, name, "
-                    f"LoRA(), where=...) adapts it as it is; or leave it dense, {_skip(place)}"
+                    f"LoRA(), where=...) adapts it as it is; or leave it dense, {_skip_argument_text(place)}"
                 )
 
 
-def _skip(path: str) -> str:
+def _skip_argument_text(path: str) -> str:
     """Return the argument of ``convert`` that leaves a layer dense, and those of the same name in other blocks."""
     name = path.rpartition(".")[2]
     return f"skip='{path if name.isdigit() else f'*{name}'}'"
 
 
-def _check(parent: nn.Module, name: str, child: Any) -> None:
+def _check_child_of_peft_module(parent: nn.Module, name: str, child: Any) -> None:
     """Check a module that becomes a part of one of PEFT's."""
-    if name not in ("model", "base_model", "original_module") or child is None or not is_of_peft(parent):
+    if name not in ("model", "base_model", "original_module") or child is None or not is_peft_module(parent):
         return
     if name == "model":  # of what injects adapters, whose config is not known yet
         if any(isinstance(module, StoredModule) for module in child.modules()):
-            child.register_forward_pre_hook(_LaterAdapters())
+            child.register_forward_pre_hook(_PeftAdapterCheckHook())
         return
     if name == "original_module":  # of modules_to_save and trainable_token_indices
-        _refuse_whole(parent, child)
-    elif not is_of_peft(child):  # of prompt learning; other methods have a module of PEFT between
+        _check_fully_trained_module_is_dense(parent, child)
+    elif not is_peft_module(child):  # of prompt learning; other methods have a module of PEFT between
         if hasattr(child, "get_input_embeddings"):
-            _refuse_embedding(child)
+            _check_prompt_embedding_is_dense(child)
     elif hasattr(child, "peft_config"):
-        refuse_passed_over(child.model, child.peft_config)
+        check_no_stored_peft_targets(child.model, child.peft_config)
 
 
-class _LaterAdapters:
+class _PeftAdapterCheckHook:
     """Checks adapters that PEFT injects, or adds later, at the next forward: torch does not report them."""
 
     def __init__(self) -> None:
@@ -74,47 +75,49 @@ class _LaterAdapters:
         """Raise if one of them names a stored parameter."""
         configs = getattr(model, "peft_config", {})
         if len(configs) != self._checked:
-            refuse_passed_over(model, configs)
+            check_no_stored_peft_targets(model, configs)
             self._checked = len(configs)
 
 
-def _refuse_biases(model: nn.Module) -> None:
+def _check_no_stored_biases(model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, StoredModule) and "bias" in module.forms:
             place = path.replace(".base_layer", "")
             raise ValueError(
                 f"bias='all' of PEFT names {place}.bias, which is stored in {module.forms['bias']}, and PEFT leaves "
-                f"it out: load or convert the model again and leave the layer dense, {_skip(place)}, or store it in "
+                f"it out: load or convert the model again and leave the layer dense, {_skip_argument_text(place)}, "
+                "or store it in "
                 "8 or 4 bits, which keep biases dense; or choose bias='none'"
             )
 
 
-def _refuse_whole(wrapper: nn.Module, module: nn.Module) -> None:
+def _check_fully_trained_module_is_dense(peft_wrapper: nn.Module, module: nn.Module) -> None:
     for inside in module.modules():
         if isinstance(inside, StoredModule):
             raise ValueError(
-                f"{type(wrapper).__name__} of PEFT trains a {type(inside).__name__} whole, which stores "
+                f"{type(peft_wrapper).__name__} of PEFT trains a {type(inside).__name__} whole, which stores "
                 f"{', '.join(inside.forms)} and is frozen: load or convert the model again and leave the module "
                 "dense by skip=, as skip='*lm_head' leaves a head, or train an adapter of it"
             )
 
 
-def _refuse_embedding(model: Any) -> None:
+def _check_prompt_embedding_is_dense(model: Any) -> None:
     embedding = model.get_input_embeddings()
     path = next(path for path, module in model.named_modules() if module is embedding)
     if isinstance(embedding, StoredModule) and path != _FOUND_BY_NAME:
         raise ValueError(
             f"PEFT looks for a dense embedding to learn prompts, and {path} is stored: load or convert the model "
-            f"again and leave it dense, {_skip(path)}"
+            f"again and leave it dense, {_skip_argument_text(path)}"
         )
 
 
 @cache
-def watch_peft() -> None:
+def register_peft_check_hook() -> None:
     """Check all modules that become parts of PEFT's from now on, if PEFT is installed.
 
-    ``commit`` calls it with the first stored module. The hook is one for all modules, because ``get_peft_model``
+    ``check_and_commit_replacements`` calls it with the first stored module. The hook is one for all modules, because
+    ``get_peft_model``
     calls nothing of the model that it is given: without the hook it leaves out ``target_parameters`` in silence.
     """
     if "peft" in sys.modules or find_spec("peft") is not None:
-        register_module_module_registration_hook(_check)
+        register_module_module_registration_hook(_check_child_of_peft_module)

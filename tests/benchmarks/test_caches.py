@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from benchmarks import caches
-from lowmem.nn.cached_states import room_rows
+from lowmem.nn.cached_keys_and_values import cache_capacity_rows
 
 PAGE = Path(__file__).parents[2] / "docs/guides/use-what-you-trained.md"
 LAYERS, HEADS, WIDTH = 30, 3, 64  # of SmolLM2
@@ -19,7 +19,11 @@ def test_the_table_has_the_caches_and_their_bytes():
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()[2:]]
     assert [row[0] for row in rows] == list(caches.CACHES)
     states = 2 * LAYERS * HEADS
-    sizes = [caches.TOKENS * 4 * WIDTH, room_rows(caches.TOKENS) * 4 * WIDTH, room_rows(caches.TOKENS) * (WIDTH + 4)]
+    sizes = [
+        caches.TOKENS * 4 * WIDTH,
+        cache_capacity_rows(caches.TOKENS) * 4 * WIDTH,
+        cache_capacity_rows(caches.TOKENS) * (WIDTH + 4),
+    ]
     assert [row[1] for row in rows[:3]] == [f"{states * size / 2**20:.1f}" for size in sizes]
 
 
@@ -37,9 +41,9 @@ def test_losses_are_the_divergence_the_perplexity_and_the_likeliest_token():
 
 def test_the_bytes_of_a_cache_are_those_of_its_storages():
     pytest.importorskip("transformers")
-    from tests.integrations.transformers.test_cache import CONFIGS
+    from tests.integrations.transformers.test_key_value_cache import CONFIGS
 
-    for make, rows in ((caches.dynamic, 100), (caches.own(), room_rows(100))):
+    for make, rows in ((caches.dynamic, 100), (caches.own(), cache_capacity_rows(100))):
         cache = make(CONFIGS["llama"])
         for layer in range(2):
             cache.update(*torch.zeros(2, 3, 2, 100, 16), layer)

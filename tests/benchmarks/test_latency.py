@@ -21,7 +21,7 @@ from benchmarks.latency import builds, instructions, proof, rounds, worker, work
 from benchmarks.latency.builds import GateError, Side
 from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different, needs_second_look
 from lowmem import errors
-from lowmem.testing.verdicts import Row, Verdict, read_verdict, write_verdict
+from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow, read_verdict, write_verdict
 from tests.compiled import on_threads
 
 ROOT = Path(__file__).parents[2]
@@ -101,7 +101,7 @@ def test_a_difference_counts_if_a_second_look_finds_it_beyond_threshold_and_nois
     assert row.verdict == verdict
     assert says in row.says
     assert row.ratio == pytest.approx(second.ratio().value)  # the second look is what is shown
-    assert Verdict.of_rows("latency", "b", "h", {}, [row]).passed == (verdict not in ("slower", "undecided"))
+    assert GateVerdict.from_rows("latency", "b", "h", {}, [row]).passed == (verdict not in ("slower", "undecided"))
 
 
 def test_the_rounds_are_enough_for_the_correction_and_let_each_side_begin_as_often():
@@ -242,7 +242,7 @@ def test_what_base_lacks_is_new_and_what_head_lacks_fails():
         found = compared(start)
         assert (found["a"].verdict, found["b"].verdict) == ("missing", "same")
         assert "AttributeError" in found["a"].says
-        assert not Verdict.of_rows("latency", "b", "h", {}, list(found.values())).passed
+        assert not GateVerdict.from_rows("latency", "b", "h", {}, list(found.values())).passed
 
 
 def test_sides_take_turns_there_and_back_and_change_who_begins():
@@ -404,7 +404,7 @@ def test_counts_are_read_by_the_name_of_their_dump_and_skipped_without_valgrind(
     side = Side("", tmp_path)
     rows, notes = instructions.compare(side, side, tmp_path, tmp_path / "counts")
     assert "valgrind is not installed" in notes[0]
-    assert Verdict.of_rows("instructions", "b", "h", {}, rows, notes).passed
+    assert GateVerdict.from_rows("instructions", "b", "h", {}, rows, notes).passed
 
 
 # Commits and builds
@@ -455,7 +455,7 @@ def test_the_base_is_the_merge_base_with_the_reference(repository, tmp_path, mon
 def test_a_reference_that_is_no_commit_is_refused(repository, reference):
     with pytest.raises(GateError) as refused:
         builds.resolve(repository, reference)
-    named = errors.show(reference)
+    named = errors.short_repr(reference)
     assert str(refused.value) == f"--base {named} is no commit of this repository: fetch it, or name another"
 
 
@@ -491,12 +491,14 @@ def test_a_kernel_is_built_of_the_commit_and_cached_until_its_sources_change(rep
 # The command
 
 ROWS = [
-    Row("w|1", "cpu seconds", 1.0, 1.1, 1.1, 1.08, 1.12, "slower", "+10.0% at first"),
-    Row("w2", "cpu seconds", 1.0, 1.01, 1.01, 0.99, 1.02),
-    Row("w3", "cpu seconds", 1.0, 0.5, 0.5, 0.4, 0.6, "faster", "-50.0%"),
-    Row("w4", "", verdict="new", says="base cannot run it"),
+    VerdictRow("w|1", "cpu seconds", 1.0, 1.1, 1.1, 1.08, 1.12, "slower", "+10.0% at first"),
+    VerdictRow("w2", "cpu seconds", 1.0, 1.01, 1.01, 0.99, 1.02),
+    VerdictRow("w3", "cpu seconds", 1.0, 0.5, 0.5, 0.4, 0.6, "faster", "-50.0%"),
+    VerdictRow("w4", "", verdict="new", says="base cannot run it"),
 ]
-UNDECIDED = Row("w5, waiting", "wall seconds", 1.0, 1.2, 1.2, 1.0, 1.3, "undecided", "other work disturbed 9 of 15")
+UNDECIDED = VerdictRow(
+    "w5, waiting", "wall seconds", 1.0, 1.2, 1.2, 1.0, 1.3, "undecided", "other work disturbed 9 of 15"
+)
 
 
 @pytest.fixture
@@ -600,12 +602,12 @@ def test_the_proof_holds_when_all_runs_are_there_and_right(case, right, wrong, u
 
 
 def test_what_gates_say_is_kept_as_alarms_or_undecided(tmp_path, monkeypatch):
-    rows = {"memory": Row("one", "bytes", verdict="grew", says="one byte more"), "resident": UNDECIDED}
+    rows = {"memory": VerdictRow("one", "bytes", verdict="grew", says="one byte more"), "resident": UNDECIDED}
 
     def run(command, **options):
         name = next((name for name in rows if any(f"{name}.json" in part for part in command)), None)
         if name:
-            write_verdict(tmp_path / f"{name}.json", Verdict.of_rows(name, "b", "h", {}, [rows[name]]))
+            write_verdict(tmp_path / f"{name}.json", GateVerdict.from_rows(name, "b", "h", {}, [rows[name]]))
         return subprocess.CompletedProcess(command, 2, "", "first line\nno baseline\n")
 
     monkeypatch.setattr(proof.subprocess, "run", run)

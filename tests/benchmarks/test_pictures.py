@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 def specification(monkeypatch):
     """Return what gives the specification of a picture without drawing it: fonts differ between machines."""
     drawn = []
-    monkeypatch.setattr(pictures.charts, "_svg", lambda chart: drawn.append(chart) or "<svg></svg>")
+    monkeypatch.setattr(pictures.charts, "_chart_svg", lambda chart: drawn.append(chart) or "<svg></svg>")
     return lambda name: pictures.data_of(pictures.PICTURES[name]().spec)
 
 

@@ -14,11 +14,11 @@ from torch import nn
 import lowmem
 from benchmarks import resident
 from benchmarks.resident import FIGURES, LOADED, VARIANTS, WAYS, Baseline, compare, derive
-from lowmem.testing.baseline import Key
-from lowmem.testing.verdicts import read_verdict
+from lowmem.testing.gate_verdicts import read_verdict
+from lowmem.testing.memory_baseline import BaselineKey
 
 ROOT = Path(__file__).parents[2]
-KEY = Key("avx2", "2.13", 2)
+KEY = BaselineKey("avx2", "2.13", 2)
 BASELINE = Baseline({variant: dict.fromkeys(FIGURES, 10.0) for variant in VARIANTS}, 5, 0.1, 0.5)
 WIDTH, MEGABYTE = 256, 2**20
 
@@ -162,7 +162,7 @@ def test_the_page_says_what_the_stored_baselines_hold():
 @pytest.fixture
 def gate(monkeypatch, tmp_path, capsys):
     """Return a function that runs the command on figures that are given, and gives exit code, stdout and stderr."""
-    path = tmp_path / "benchmarks" / "memory" / f"resident-{KEY.name}.json"
+    path = tmp_path / "benchmarks" / "memory" / f"resident-{KEY.file_stem}.json"
     monkeypatch.setattr(resident, "current_key", lambda: KEY)
     monkeypatch.setattr(resident, "ROOT", tmp_path)
     monkeypatch.setattr(resident, "unsupported", lambda: None)
@@ -190,7 +190,9 @@ def gate(monkeypatch, tmp_path, capsys):
 def test_the_same_figures_pass_and_what_moved_fails_once_it_is_measured_again(gate, tmp_path):
     code, out, err = gate("--json", str(tmp_path / "out.json"), measured=[moved(load_peak=10.4)])
     assert (code, err) == (0, "")
-    assert f"{len(FIGURES) * len(VARIANTS)} figures are those of benchmarks/memory/resident-{KEY.name}.json" in out
+    assert (
+        f"{len(FIGURES) * len(VARIANTS)} figures are those of benchmarks/memory/resident-{KEY.file_stem}.json" in out
+    )
     assert all(any(line.startswith(f"{variant} ") for line in out.splitlines()) for variant in VARIANTS)
     assert read_verdict(tmp_path / "out.json").passed
     for value in (9.0, 11.0):
@@ -227,7 +229,7 @@ def test_a_variant_that_is_new_or_gone_fails_and_so_does_a_baseline_that_is_miss
     monkeypatch.setenv("LOWMEM_KERNEL", "avx2")
     code, out, _ = gate()
     assert (code, "LOWMEM_KERNEL=avx2 python -m benchmarks.resident --store" in out) == (1, True)
-    assert f"resident-{KEY.name}.json; baselines are stored for torch 2.12 (avx512)\n" in out
+    assert f"resident-{KEY.file_stem}.json; baselines are stored for torch 2.12 (avx512)\n" in out
 
 
 def one_error(code, out, err):
@@ -251,7 +253,7 @@ def test_a_baseline_that_cannot_be_used_is_one_line(gate, change, said):
     text = change if isinstance(change, str) else json.dumps(json.loads(gate.path.read_text()) | change)
     gate.path.write_text(text)
     line = one_error(*gate())
-    assert f"resident-{KEY.name}.json is no baseline of this run: " in line, line
+    assert f"resident-{KEY.file_stem}.json is no baseline of this run: " in line, line
     assert said in line
     assert gate.path.read_text() == text
 

@@ -10,10 +10,10 @@ import torch.distributed as dist
 from torch import nn
 
 import lowmem
-from lowmem.distributed.shard import _without_engine, blocks_of
+from lowmem.distributed.shard import _without_fsdp_classes_and_hooks, shardable_blocks
 from tests import refusing
 from tests.distributed.ranks import Language, examples, needs_ranks, run_ranks, train
-from tests.distributed.test_need import ROOM, large, measured_bytes, needed
+from tests.distributed.test_memory_per_rank import ROOM, large, measured_bytes, needed
 
 pytestmark = needs_ranks
 
@@ -170,7 +170,7 @@ def check_refusals(rank, world):
 
     torch.manual_seed(0)
     tied, x = Tied(), torch.ones(2, 8)
-    assert blocks_of(tied) == list(tied.layers[2:])
+    assert shardable_blocks(tied) == list(tied.layers[2:])
     expected = tied(x).detach()
     tied(x).sum().backward()
     gradient = tied.layers[0].weight.grad
@@ -291,16 +291,16 @@ def test_deepspeed_is_refused_by_name():
 
 def test_blocks_are_layers_of_one_type_in_one_list():
     model = Language()
-    assert blocks_of(model) == list(model.layers)
+    assert shardable_blocks(model) == list(model.layers)
     net = lowmem.BigNet()
-    assert blocks_of(net) == list(net)[::2]
+    assert shardable_blocks(net) == list(net)[::2]
     experts = nn.ModuleList(
         nn.ModuleDict({"experts": nn.ModuleList(nn.Linear(2, 2) for _ in range(3))}) for _ in range(2)
     )
-    assert blocks_of(experts) == [
+    assert shardable_blocks(experts) == [
         one for layer in experts for one in layer["experts"]
     ]  # a dictionary is never called
-    assert blocks_of(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Embedding(2, 2))) == []
+    assert shardable_blocks(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Embedding(2, 2))) == []
 
 
 def test_the_class_before_fsdp_is_found_behind_all_classes_of_the_engine():
@@ -310,6 +310,6 @@ def test_the_class_before_fsdp_is_found_behind_all_classes_of_the_engine():
     for engine in (FSDPModule, type("ReplicateModule", (FSDPModule,), {})):
         module = nn.Linear(2, 2)
         module.__class__ = made = type("FSDPLinear", (engine, nn.Linear), {})
-        with _without_engine(nn.Sequential(module)):
+        with _without_fsdp_classes_and_hooks(nn.Sequential(module)):
             assert type(module) is nn.Linear
         assert type(module) is made

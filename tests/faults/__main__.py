@@ -20,7 +20,7 @@ import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 
-from lowmem.kernels.native import load
+from lowmem.kernels.native_loader import load_native_module_and_reason
 from tests.faults.copies import SOURCE, Change, parser, try_changes
 
 LISTS = {name: Path(__file__).with_name(f"{name}.toml") for name in ("c", "triton")}
@@ -47,7 +47,7 @@ def read_faults(path: Path = LISTS["c"], root: Path = SOURCE) -> dict[str, Chang
 
 def kernels() -> list[str]:
     """Return the compiled kernels that this processor can run."""
-    module, reason = load()
+    module, reason = load_native_module_and_reason()
     if module is None:
         raise ValueError(reason)
     return [name for name, runs in module.isas() if runs]

@@ -5,8 +5,8 @@ from torch import nn
 from torch.nn import functional
 
 import lowmem
-from lowmem.finetuning.rows import Rows
-from lowmem.finetuning.text import Texts, read_examples
+from lowmem.finetuning.packed_rows import Rows
+from lowmem.finetuning.text_examples import Texts, read_examples
 
 VOCABULARY = 64
 WIDTH = 32

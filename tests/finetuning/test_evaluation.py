@@ -7,12 +7,12 @@ import torch
 from torch.nn import functional
 
 from lowmem import FineTuning, finetune, perplexity
-from lowmem.finetuning.ranks import Ranks
-from lowmem.finetuning.text import IGNORED
+from lowmem.finetuning.process_group import TrainingProcessGroup
+from lowmem.finetuning.text_examples import IGNORED
 from tests.finetuning.language import language, rows, texts
 
 
-class Both(Ranks):
+class Both(TrainingProcessGroup):
     """One of two processes, whose sums hold what the other has found."""
 
     world = 2
@@ -20,7 +20,7 @@ class Both(Ranks):
     def __init__(self, rank, others):
         self.rank, self.others = rank, others
 
-    def sum(self, value):
+    def all_reduce_sum(self, value):
         self.others.append(value)
         return sum(self.others)
 

@@ -11,19 +11,19 @@ from torch.nn import functional
 
 import lowmem
 from lowmem import FineTuning, finetune
-from lowmem.finetuning.calling import logits_of
+from lowmem.finetuning.calling_convention import logits_from_output
 from lowmem.finetuning.evaluation import perplexity
-from lowmem.finetuning.ranks import Ranks
-from lowmem.finetuning.rows import Order, part
-from lowmem.finetuning.state import Saved, States, trained
-from lowmem.finetuning.text import IGNORED
+from lowmem.finetuning.packed_rows import ShuffledRowOrder, rank_batches
+from lowmem.finetuning.process_group import TrainingProcessGroup
+from lowmem.finetuning.text_examples import IGNORED
+from lowmem.finetuning.training_state import SavedState, States, named_trainable_parameters
 from tests.finetuning.language import Language, language, rows, texts
 
 SETTINGS = FineTuning(steps=12, batch_size=2, lr=1e-2, eval_every=4, save_every=2)
 
 
 def weights(model):
-    return {name: one.detach().clone() for name, one in trained(model).items()}
+    return {name: one.detach().clone() for name, one in named_trainable_parameters(model).items()}
 
 
 def same(one, other):
@@ -48,7 +48,9 @@ def test_training_lowers_the_perplexity_and_keeps_the_base(memory, tmp_path):
     assert [step.number for step in seen if step.perplexity is not None] == [*range(4, 41, 4)]
     assert (outcome.step, outcome.stopped) == (40, False)
     assert seen[0].lr == 1e-2 > seen[20].lr > seen[-1].lr > 0
-    assert seen[0].tokens == sum(found.batch([one]).tokens for one in Order(len(found), 2, 0, 80).indices(0))
+    assert seen[0].tokens == sum(
+        found.batch([one]).tokens for one in ShuffledRowOrder(len(found), 2, 0, 80).row_indices(0)
+    )
     assert all(torch.equal(one, dict(model.named_parameters())[name]) for name, one in frozen.items())
 
 
@@ -62,16 +64,16 @@ class Balanced(Language):
         return {"logits": logits, "aux_loss": logits.square().mean()}
 
 
-class Noting(Ranks):
+class Noting(TrainingProcessGroup):
     """Notes the gradients of the steps, which it scales to nothing."""
 
     def __init__(self):
         self.found = []
 
-    def clip(self, parameters, most):
+    def clip_grad_norm(self, parameters, max_norm):
         parameters = list(parameters)
         self.found.append([one.grad.clone() for one in parameters])
-        return super().clip(parameters, 1e-30)
+        return super().clip_grad_norm(parameters, 1e-30)
 
 
 def with_random_adapter(model):
@@ -97,10 +99,10 @@ def test_an_accumulated_gradient_is_that_of_the_whole_batch(batch_size, accumula
     data = uneven_rows(model, tmp_path)
     finetune(model, data, FineTuning(steps=1, batch_size=batch_size, accumulate=accumulate), ranks=ranks)
     same_model, count = with_random_adapter(language()), batch_size * accumulate
-    batch = data.batch(Order(10, count, 0, count).indices(0))
-    logits = logits_of(same_model(**batch.inputs)).flatten(0, 1)
+    batch = data.batch(ShuffledRowOrder(10, count, 0, count).row_indices(0))
+    logits = logits_from_output(same_model(**batch.inputs)).flatten(0, 1)
     functional.cross_entropy(logits, batch.targets.flatten()).backward()
-    expected = [one.grad for one in trained(same_model).values()]
+    expected = [one.grad for one in named_trainable_parameters(same_model).values()]
     torch.testing.assert_close(ranks.found[0], expected, rtol=1e-4, atol=1e-6)
 
 
@@ -108,7 +110,7 @@ def test_the_balance_of_a_mixture_counts_as_the_tokens_of_its_batch(tmp_path):
     torch.manual_seed(0)
     model, ranks = lowmem.add_adapter(Balanced(), "default", lowmem.LoRA(4)), Noting()
     data = uneven_rows(model, tmp_path)
-    parts = [data.batch(one) for one in part(Order(10, 8, 0, 8).indices(0), 2, 0, 1)]
+    parts = [data.batch(one) for one in rank_batches(ShuffledRowOrder(10, 8, 0, 8).row_indices(0), 2, 0, 1)]
     counts = [int(one.targets.ne(IGNORED).sum()) for one in parts]
     assert len(set(counts)) > 1
     mean = 0
@@ -117,7 +119,7 @@ def test_the_balance_of_a_mixture_counts_as_the_tokens_of_its_batch(tmp_path):
         loss = functional.cross_entropy(out["logits"].flatten(0, 1), one.targets.flatten())
         mean = mean + (loss + 0.25 * out["aux_loss"]) * (count / sum(counts))
     mean.backward()
-    expected = [one.grad.clone() for one in trained(model).values()]
+    expected = [one.grad.clone() for one in named_trainable_parameters(model).values()]
     outcome = finetune(model, data, FineTuning(steps=1, batch_size=2, accumulate=4), ranks=ranks)
     assert outcome.losses == [pytest.approx(mean.item(), rel=1e-5)]
     torch.testing.assert_close(ranks.found[0], expected, rtol=1e-4, atol=1e-6)
@@ -243,7 +245,7 @@ def breaking(folder, broken, **settings):
     model.broken = ()
     again = States(states.folder, {})
     if states.seen:
-        assert same(again.newest().group("parameters"), seen[states.seen[-1] - 1])
+        assert same(again.newest().tensors_with_prefix("parameters"), seen[states.seen[-1] - 1])
         assert len(finetune(model, found, settings, states=again).losses) == settings.steps
     return str(error.value), states.seen
 
@@ -267,7 +269,7 @@ def test_a_crafted_state_with_a_right_digest_is_refused(tmp_path, tensors, recor
     finetune(model, found, replace(SETTINGS, steps=3), states=states)
     good = states.newest()
     changed = {name: one for name, one in {**good.tensors, **tensors}.items() if one is not None}
-    States(tmp_path / "crafted", {}).save(Saved(good.step, changed, {**good.record, **record}))
+    States(tmp_path / "crafted", {}).save(SavedState(good.step, changed, {**good.record, **record}))
     with pytest.raises(ValueError, match=f"the state after step {good.step} is no state of this run"):
         finetune(language(), found, replace(SETTINGS, steps=3), states=States(tmp_path / "crafted", {}))
 
@@ -289,14 +291,14 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(broken, s
     assert saved == expected  # below save_every, more and more rarely
 
 
-class NoNorm(Ranks):
+class NoNorm(TrainingProcessGroup):
     """The gradient of one step is infinite."""
 
     calls = 0
 
-    def clip(self, parameters, most):
+    def clip_grad_norm(self, parameters, max_norm):
         self.calls += 1
-        return float("inf") if self.calls == 4 else super().clip(parameters, most)
+        return float("inf") if self.calls == 4 else super().clip_grad_norm(parameters, max_norm)
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_state_before_it(tmp_path, monkeypatch):
@@ -356,7 +358,7 @@ def test_a_model_without_what_trains_and_fewer_rows_than_processes_are_refused(t
     model = Language().requires_grad_(False)
     with pytest.raises(ValueError, match="Language has no parameter that trains"):
         finetune(model, rows(model, texts(tmp_path)), SETTINGS)
-    model, ranks = language(), Ranks()
+    model, ranks = language(), TrainingProcessGroup()
     found = rows(model, texts(tmp_path))
     ranks.world = len(found)  # a row for each is enough
     assert finetune(model, found, replace(SETTINGS, steps=1), ranks=ranks).step == 1

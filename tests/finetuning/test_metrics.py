@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from lowmem.errors import FileError
-from lowmem.finetuning.metrics import LOGS, Metrics, check_metrics, check_plot, peak_memory, plot_losses
+from lowmem.finetuning.metrics import (
+    LOGS,
+    JSONLinesWriter,
+    check_metrics_file,
+    check_plot_path,
+    plot_losses,
+    process_peak_bytes_or_none,
+)
 from lowmem.version import install_command
 
 
@@ -19,18 +26,18 @@ def steps(path):
 
 def test_a_run_that_goes_on_drops_later_lines_and_a_cut_one(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    first = Metrics(path)
+    first = JSONLinesWriter(path)
     for step in (1, 2, 3, 4):
         first.write({"step": step})
     first.close()
     with path.open("a") as file:
         file.write('{"step": 5, "lo')
     for step, kept in ((3, [1, 2, 3]), (3, [1, 2, 3]), (0, [])):
-        again = Metrics(path, step)
+        again = JSONLinesWriter(path, step)
         assert steps(path) == kept
         again.close()
     path.unlink()
-    new = Metrics(path, 7)  # there may be none yet
+    new = JSONLinesWriter(path, 7)  # there may be none yet
     new.write({"step": 8})
     assert steps(path) == [8]
     new.close()
@@ -39,34 +46,34 @@ def test_a_run_that_goes_on_drops_later_lines_and_a_cut_one(tmp_path):
 def test_a_file_that_is_there_is_refused_before(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("mine")
-    for refused in (lambda: Metrics(path), lambda: check_metrics(path, resume=False)):
+    for refused in (lambda: JSONLinesWriter(path), lambda: check_metrics_file(path, resumes=False)):
         with pytest.raises(FileExistsError, match=r"metrics.jsonl' exists"):
             refused()
     for mine in ("mine", '{"text": "a"}\n', '{"step": "a"}\n'):  # also by a run that goes on
         path.write_text(mine)
-        for refused in (lambda: Metrics(path, 0), lambda: check_metrics(path, resume=True)):
+        for refused in (lambda: JSONLinesWriter(path, 0), lambda: check_metrics_file(path, resumes=True)):
             with pytest.raises(FileError, match="it has no metrics of a run"):
                 refused()
         assert path.read_text() == mine
     for ours in ("", '{"st', '{"step": 1, "loss": 2.0}\n'):
         path.write_text(ours)
-        check_metrics(path, resume=True)
+        check_metrics_file(path, resumes=True)
     (tmp_path / "metrics.csv").write_text("step of mine,loss\n")
     with pytest.raises(FileError, match=r"metrics.csv': it has no metrics of a run"):
         LOGS["csv"](tmp_path, {}, 0)
     with pytest.raises(OSError, match="cannot write"):
-        check_metrics(tmp_path / "missing" / "a", resume=True)
+        check_metrics_file(tmp_path / "missing" / "a", resumes=True)
 
 
 def test_memory_is_that_of_the_process(monkeypatch):
-    before = peak_memory(torch.device("cpu"))
+    before = process_peak_bytes_or_none(torch.device("cpu"))
     if before is not None:
         kept = torch.ones(2**26, dtype=torch.uint8)
-        assert peak_memory(torch.device("cpu")) >= max(before, kept.nbytes)
+        assert process_peak_bytes_or_none(torch.device("cpu")) >= max(before, kept.nbytes)
         monkeypatch.setattr("resource.getrusage", lambda _: SimpleNamespace(ru_maxrss=3072))
         for system, unit in (("linux", 1024), ("darwin", 1)):  # KiB, and on macOS bytes
             monkeypatch.setattr("sys.platform", system)
-            assert peak_memory(torch.device("cpu")) == 3072 * unit
+            assert process_peak_bytes_or_none(torch.device("cpu")) == 3072 * unit
 
 
 @pytest.mark.thorough
@@ -86,12 +93,12 @@ def test_the_same_run_gives_the_same_picture(tmp_path):
 
 def test_a_plot_of_another_suffix_or_without_matplotlib_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"plot='a.jpeg' must end in .png, .svg, .pdf"):
-        check_plot(tmp_path.joinpath("a.jpeg").relative_to(tmp_path))
+        check_plot_path(tmp_path.joinpath("a.jpeg").relative_to(tmp_path))
     for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=re.escape(f"plot needs matplotlib: {install_command('plot')}")):
-        check_plot(tmp_path / "a.png")
+        check_plot_path(tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
 
 

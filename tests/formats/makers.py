@@ -193,7 +193,7 @@ PEFT_CONFIG = {
 
 
 def peft_folder(folder: Path, seed: int = 0) -> Tensor:
-    """Write an adapter of ``Parts`` as PEFT does, and return the outputs that PEFT computes with it."""
+    """Write an adapter of ``LayerTensors`` as PEFT does, and return the outputs that PEFT computes with it."""
     from peft import LoraConfig, get_peft_model
 
     from tests.io.formats.peft_model import TOKENS, filled, parts

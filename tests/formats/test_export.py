@@ -19,9 +19,9 @@ from transformers import BertConfig, T5Config
 import lowmem
 from lowmem import FourBit
 from lowmem.errors import FileError
-from lowmem.integrations.transformers.folder import load_folder, quantize_folder
-from lowmem.io.formats.export import export
-from lowmem.tools.quantize_foreign import is_foreign
+from lowmem.integrations.transformers.pretrained_folder import load_folder, quantize_folder
+from lowmem.io.formats.export_model import export
+from lowmem.tools.quantize_foreign import is_foreign_checkpoint
 from tests.integrations.transformers.folders import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -130,7 +130,7 @@ def test_bitsandbytes_dequantizes_the_same_values(tmp_path, kind):
         assert (folder / "out" / "tokenizer.json").exists()
         if kind != "t5" or dtype == torch.float32:
             assert theirs.train()(**inputs_of(kind)).logits.isfinite().all()
-        assert is_foreign(folder / "out")
+        assert is_foreign_checkpoint(folder / "out")
         export(source, folder / "again", format="bitsandbytes", requantize=requantize)
         for file in (folder / "out").iterdir():
             assert digest(file) == digest(folder / "again" / file.name)

@@ -29,8 +29,8 @@ import lowmem
 import lowmem.integrations.transformers
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import from_exact
-from lowmem.io.formats.gguf.tokenizer import PRE_TOKENIZERS
-from lowmem.io.formats.stored_model import open_stored
+from lowmem.io.formats.gguf.gguf_tokenizer_fields import PRE_TOKENIZERS
+from lowmem.io.formats.lazy_model import open_lazy_model
 from tests.formats.llama_cpp import llama_cpp, quantize_model
 from tests.formats.smollm2 import smollm2
 from tests.integrations.transformers.folders import SIZES, assert_same
@@ -164,7 +164,7 @@ def test_the_package_gguf_reads_the_same_fields_and_values(tmp_path):
     assert reader.fields["qwen2.rope.freq_base"].contents() == 1e6
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 2)
     found = {one.name: gguf.dequantize(one.data, one.tensor_type) for one in reader.tensors}
-    with open_stored(tmp_path / "in") as source:
+    with open_lazy_model(tmp_path / "in") as source:
         for name, weight in source.weights.items():
             values = weight.read()
             values = values if isinstance(values, torch.Tensor) else values.dequantize()

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig
 
 from lowmem.integrations.transformers import from_exact
-from lowmem.io.formats.export import export
+from lowmem.io.formats.export_model import export
 from tests.formats.makers import compressed_tensors
 from tests.integrations.transformers.folders import IDS, load, write
 from tests.integrations.transformers.foreign import is_layer, values
-from tests.integrations.transformers.test_exact import write_gpt_oss
+from tests.integrations.transformers.test_foreign_checkpoint import write_gpt_oss
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 

@@ -14,17 +14,17 @@ pytest.importorskip("transformers", reason="transformers is not installed: tox -
 
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
-from lowmem.io.formats.gguf.blocks import BLOCKS
-from lowmem.io.formats.gguf.names import FAMILIES, names_of
-from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.formats.gguf.gguf_block_types import BLOCKS
+from lowmem.io.formats.gguf.gguf_tensor_names import FAMILIES, tensor_names_from_metadata
+from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from tests.formats.makers import MAKERS, bitsandbytes, compressed_tensors, gguf, gguf_values, raw_blocks
-from tests.io.formats.test_recognize import values_of
+from tests.io.formats.test_open_foreign import values_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
 
 
 def check(path, expected):
-    with open_foreign(path) as file:
+    with open_foreign_checkpoint(path) as file:
         assert expected.keys() == file.tensors.keys()
         for name, values in expected.items():
             found = values_of(file.tensors[name])
@@ -71,8 +71,8 @@ def test_names_are_those_of_the_package(architecture):
     assert isinstance(number, MODEL_ARCH)
     package = get_tensor_name_map(number, 3)
     heads = {f"{architecture}.attention.head_count": 2}
-    names = names_of({"general.architecture": architecture, **heads})
+    names = tensor_names_from_metadata({"general.architecture": architecture, **heads})
     parts = [f"blk.2.{part}" for part in FAMILIES[architecture].parts] + ["token_embd", "output_norm", "output"]
     for part in parts:
-        found = names.model_name(f"{part}.weight")
+        found = names.transformers_name_or_none(f"{part}.weight")
         assert package.get_name(found, try_suffixes=(".weight",)) == f"{part}.weight"

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GptOssConfig, LlamaCo
 
 from lowmem import FourBit, LoRA, adapter_layers, convert, delete_adapter, load_adapter, restore, save_adapter
 from lowmem.errors import FileError
-from lowmem.io.formats.peft.reading import adapters_in
+from lowmem.io.formats.peft.peft_reader import adapter_folders_by_name
 from tests.io.formats.peft_model import parts
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of other packages
@@ -160,7 +160,7 @@ def test_the_adapters_of_one_folder_are_found(tmp_path):
     model = get_peft_model(made("llama"), LoraConfig(target_modules=["q_proj"]))
     model.add_adapter("other", LoraConfig(target_modules=["v_proj"]))
     model.save_pretrained(tmp_path)
-    assert adapters_in(tmp_path) == {"default": tmp_path, "other": tmp_path / "other"}
+    assert adapter_folders_by_name(tmp_path) == {"default": tmp_path, "other": tmp_path / "other"}
 
 
 REFUSED = {

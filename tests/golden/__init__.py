@@ -18,19 +18,19 @@ import lowmem
 from lowmem import EightBit, FourBit, Half, LoRA
 from lowmem.finetuning.loop import Outcome, Step, finetune
 from lowmem.finetuning.settings import FineTuning
-from lowmem.finetuning.state import States
-from lowmem.io.container import bytes_of
+from lowmem.finetuning.training_state import States
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.formats.stored_model import open_stored
-from lowmem.io.import_checkpoint import import_checkpoint
-from lowmem.nn.adapter_buffers import without_copies
+from lowmem.io.formats.lazy_model import open_lazy_model
+from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
+from lowmem.io.lowmem_file import tensor_bytes_view
+from lowmem.nn.adapter_buffers import without_unchanged_adapter_buffers
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.testing.baseline import Key, write_figures
+from lowmem.testing.memory_baseline import BaselineKey, write_baseline_figures
 from tests.finetuning.killed import Killed
 from tests.finetuning.language import VOCABULARY, rows, texts
 from tests.io.formats import peft_model
-from tests.io.formats.test_gptq import layer
+from tests.io.formats.test_gptq_awq import layer
 
 FOLDER = Path(__file__).parent
 SAMPLES = FOLDER.parent / "io" / "formats" / "samples"
@@ -51,7 +51,7 @@ FOREIGN = (
     "compressed-tensors-asymmetric.safetensors",
     "types.gguf",
 )
-KEY = Key("portable", "2.13", 2)
+KEY = BaselineKey("portable", "2.13", 2)
 FIGURES = {"tests/test_model.py::test_small": {"stored_bytes": 4096, "forward_bytes": 512}}
 SETTINGS = FineTuning(lr=0.01, batch_size=2, steps=4, save_every=2)
 ORIGIN = {"base": "golden", "rank": 2}
@@ -115,22 +115,24 @@ def values(model: nn.Module) -> dict[str, str]:
         for name in module.forms
     }
     parts = ("_packed", "_scales", "_rounded", "_order", "_extra_state")
-    state = without_copies(model, model.state_dict())
+    state = without_unchanged_adapter_buffers(model, model.state_dict())
     found |= {name: one for name, one in state.items() if not name.endswith(parts)}
     return digests(found)
 
 
 def plain_values(path: Path) -> dict[str, str]:
     """Return digests of the weights of a file or index as ``lowmem export`` reads them, which needs no model."""
-    with open_stored(path) as stored:
-        return digests({name: weight.plain(dtype=torch.float32) for name, weight in stored.weights.items()})
+    with open_lazy_model(path) as stored:
+        return digests(
+            {name: weight.weight_in_model_layout(dtype=torch.float32) for name, weight in stored.weights.items()}
+        )
 
 
 def digests(tensors: Mapping[str, Tensor | QuantizedTensor]) -> dict[str, str]:
     """Return the SHA-256 of each tensor's dtype, shape and values."""
     found = {name: one if isinstance(one, Tensor) else one.dequantize() for name, one in sorted(tensors.items())}
     kinds = {name: f"{one.dtype} {tuple(one.shape)} ".encode() for name, one in found.items()}
-    return {name: hashlib.sha256(kinds[name] + bytes_of(one)).hexdigest() for name, one in found.items()}
+    return {name: hashlib.sha256(kinds[name] + tensor_bytes_view(one)).hexdigest() for name, one in found.items()}
 
 
 class Learner(nn.Module):
@@ -184,11 +186,11 @@ def write(folder: Path, scratch: Path) -> dict[str, dict[str, str]]:
     save_file({f"gathered.{name}": value for name, value in parts.items()}, gptq)
     gptq.with_name("config.json").write_text('{"quantization_config": {"bits": 4, "group_size": 16}}')
     for source in (gptq, *(SAMPLES / name for name in FOREIGN)):
-        import_checkpoint(source, folder / f"{source.stem}.safetensors")
+        import_foreign_checkpoint(source, folder / f"{source.stem}.safetensors")
     lowmem.save_adapter(with_adapter(peft_model.parts().float()), folder / "peft", format="peft")
     with suppress(Killed):
         train(learner(), folder / "training", scratch, kill)
-    write_figures(KEY.path(folder), KEY, FIGURES)
+    write_baseline_figures(KEY.file_path(folder), KEY, FIGURES)
     named = ["shards.safetensors.index.json", *(f"{Path(name).stem}.safetensors" for name in ("gptq", *FOREIGN))]
     found = {name: plain_values(folder / name) for name in named}
     return {**found, "model.safetensors": values(made)}

@@ -39,13 +39,13 @@ def write_folders(folder: Path) -> dict[str, dict[str, str]]:
     made.save_pretrained(folder / "adapted")
     found["adapted"] = values(made)
     (folder / "text.txt").write_text(TEXT)
-    step = loop._Run._step
+    step = loop._FineTuningRun._train_step
 
-    def ending(run: loop._Run, number: int) -> None:
+    def ending(run: loop._FineTuningRun, number: int) -> None:
         step(run, number)
         if number == STEP:
             raise Killed
 
-    with chdir(folder), mock.patch.object(loop._Run, "_step", ending), suppress(Killed):
+    with chdir(folder), mock.patch.object(loop._FineTuningRun, "_train_step", ending), suppress(Killed):
         main(["fit", "folder", *OPTIONS, "--save", "fit"])
     return found

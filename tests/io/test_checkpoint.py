@@ -12,7 +12,7 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, Half, LoRA, convert, load, measure, save, save_adapter
 from lowmem.errors import FileError
-from lowmem.io.container import read, write_tensors
+from lowmem.io.lowmem_file import verify_and_map_file, write_tensors_returning_digest
 from lowmem.nn.adapter import Adapter
 from tests.models import INDICES, TECHNIQUES, Small, out_of_file, small
 from tests.profiled import ONE_THREAD
@@ -114,22 +114,22 @@ def test_another_architecture_is_named(change, message, tmp_path):
 
 def test_extra_tensors_and_tensors_of_another_format_are_named(tmp_path):
     save(small("nf4"), tmp_path / "m")
-    file = read(tmp_path / "m")
-    write_tensors(tmp_path / "more", {**file.tensors, "extra": torch.ones(2)}, file.metadata)
+    file = verify_and_map_file(tmp_path / "m")
+    write_tensors_returning_digest(tmp_path / "more", {**file.tensors, "extra": torch.ones(2)}, file.metadata)
     with pytest.raises(FileError, match="the model lacks extra"):
         load(tmp_path / "more", Small)
     layers = {path: {**record, "block_size": 8} for path, record in file.metadata["layers"].items()}
-    write_tensors(tmp_path / "other", file.tensors, {**file.metadata, "layers": layers})
+    write_tensors_returning_digest(tmp_path / "other", file.tensors, {**file.metadata, "layers": layers})
     with pytest.raises(FileError, match=r"weight_scales is torch.uint8 .* in it"):
         load(tmp_path / "other", Small)
 
 
 def rewritten(path, change):
     """Replace what a file says of itself by what ``change``, which works in place, makes of it."""
-    file = read(path)
+    file = verify_and_map_file(path)
     metadata = copy.deepcopy(file.metadata)
     change(metadata)
-    write_tensors(path, {name: tensor.clone() for name, tensor in file.tensors.items()}, metadata)
+    write_tensors_returning_digest(path, {name: tensor.clone() for name, tensor in file.tensors.items()}, metadata)
 
 
 def lora(metadata):
@@ -189,17 +189,17 @@ def test_a_layer_that_is_recorded_twice_alike_is_one(tmp_path):
     """As it is where two layers of the model that was saved are one in the model that is made."""
     model = small("qlora")
     save(model, tmp_path / "m")
-    file = read(tmp_path / "m")
+    file = verify_and_map_file(tmp_path / "m")
     tensors = {name: tensor.clone() for name, tensor in file.tensors.items()}
     for name in [name for name in tensors if name.startswith("layers.0.")]:
         tensors[name.replace("layers.0", "again")] = tensors[name].clone()
     metadata = copy.deepcopy(file.metadata)
     for part in ("layers", "adapters"):
         metadata[part]["again"] = metadata[part]["layers.0"]
-    write_tensors(tmp_path / "m", tensors, metadata)
+    write_tensors_returning_digest(tmp_path / "m", tensors, metadata)
     assert torch.equal(out_of_file(load(tmp_path / "m", Small).eval())(INDICES), model(INDICES))
     tensors["again.adapters.default.weight.lora_a"] += 1
-    write_tensors(tmp_path / "m", tensors, metadata)
+    write_tensors_returning_digest(tmp_path / "m", tensors, metadata)
     with pytest.raises(FileError, match=r"lora_a and .*lora_a differ in it, and are one tensor"):
         load(tmp_path / "m", Small)
 

@@ -14,11 +14,11 @@ from torch import nn
 
 from lowmem import Budget, EightBit, FourBit, convert, load, save
 from lowmem.errors import FileError
-from lowmem.io.container import read
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.safetensors import TensorSpec, encode
-from lowmem.nn.techniques import blockwise
-from lowmem.quant import quantize
+from lowmem.io.lowmem_file import verify_and_map_file
+from lowmem.io.safetensors_header import TensorSpec, encode_header_with_length
+from lowmem.nn.techniques import blockwise_technique
+from lowmem.quant import quantize_tensor
 from lowmem.quant.formats import FORMATS
 from tests import strategies
 from tests.models import INDICES, Small
@@ -44,7 +44,7 @@ def dense(path, dtype=torch.float32, seed=0):
 )
 def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, block_size, scales, search, dtype):
     directory = tmp_path_factory.mktemp("stream")
-    technique = blockwise(format, block_size, scales, search=search, embeddings="4bit")
+    technique = blockwise_technique(format, block_size, scales, search=search, embeddings="4bit")
     model = convert(dense(directory / "in", dtype), technique)
     rows = convert_checkpoint(directory / "in", directory / "out", technique)
     save(model, directory / "memory")
@@ -53,12 +53,14 @@ def test_what_comes_out_equals_converting_in_memory(tmp_path_factory, format, bl
     assert torch.equal(loaded(INDICES), model(INDICES))
     errors = {row.name: row.error for row in rows if row.converted}
     assert errors["conv.weight"] == model.conv.weight_error
-    assert sum(row.after_bytes for row in rows) == sum(t.nbytes for t in read(directory / "out").tensors.values())
+    assert sum(row.after_bytes for row in rows) == sum(
+        t.nbytes for t in verify_and_map_file(directory / "out").tensors.values()
+    )
 
 
 def test_the_error_is_that_which_quantizing_has_measured(tmp_path, monkeypatch):
     """In a file, for each choice of a budget, and in memory: no weight is compared with what is stored."""
-    monkeypatch.setattr(quantize, "squares_of", None)  # calling it is a TypeError
+    monkeypatch.setattr(quantize_tensor, "error_and_weight_squares", None)  # calling it is a TypeError
     dense(tmp_path / "in")
     for technique in (FourBit(embeddings="4bit"), EightBit(), Budget(6.0)):
         rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", technique)
@@ -119,10 +121,10 @@ def test_shards_in_and_out(tmp_path):
     convert_checkpoint(tmp_path / "in.index.json", tmp_path / "again", FourBit())
     assert (tmp_path / "again").read_bytes() == (tmp_path / "whole").read_bytes()
     convert_checkpoint(tmp_path / "in.index.json", tmp_path / "s", FourBit(), shard_bytes=2000)
-    expected = read(tmp_path / "whole").tensors
+    expected = verify_and_map_file(tmp_path / "whole").tensors
     shards = sorted(tmp_path.glob("s-*-of-*"))
-    assert all(sum(t.nbytes for t in read(path).tensors.values()) <= 2000 for path in shards)
-    found = {name: t for path in shards for name, t in read(path).tensors.items()}
+    assert all(sum(t.nbytes for t in verify_and_map_file(path).tensors.values()) <= 2000 for path in shards)
+    found = {name: t for path in shards for name, t in verify_and_map_file(path).tensors.items()}
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
     del index["weight_map"][names[1]]  # which its file has
@@ -149,7 +151,7 @@ def test_patterns_choose_and_other_tensors_are_copied(tmp_path):
     safetensors.torch.save_file(state, tmp_path / "in")
     rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit(), exclude=["b.*"])
     assert [row.name for row in rows if row.converted] == ["a.weight"]
-    tensors = read(tmp_path / "out").tensors
+    tensors = verify_and_map_file(tmp_path / "out").tensors
     assert {"a.weight_packed", "a.weight_scales"} | (set(state) - {"a.weight"}) == set(tensors)
     assert all(torch.equal(tensors[name], state[name]) for name in state if name in tensors)
     rows = convert_checkpoint(tmp_path / "in", tmp_path / "out", FourBit(), exclude=["norm.*", "a.*"])
@@ -255,7 +257,7 @@ def write_large(path, tensors):
     specs = {f"layers.{number}.weight": TensorSpec(torch.float32, (4096, 4096)) for number in range(tensors)}
     weight = torch.randn(4096, 4096, generator=torch.Generator().manual_seed(0))
     with open(path, "wb") as file:
-        file.write(encode({}, specs))
+        file.write(encode_header_with_length({}, specs))
         for _ in specs:
             file.write(weight.numpy().data)
 

@@ -11,39 +11,39 @@ from safetensors.torch import save_file
 
 from lowmem.errors import FileError
 from lowmem.io.model_folder import (
-    check_layers,
-    check_regular,
-    copy_others,
-    read_object,
-    refuse_layers,
-    replace_files,
-    weights_in,
+    check_config_files_are_regular,
+    check_layer_counts,
+    check_layer_counts_of_folder,
+    copy_non_weight_files,
+    move_files_replacing_weights,
+    read_json_object,
+    weights_or_index_path,
 )
-from lowmem.io.source import Source
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 
 INDEX = "model.safetensors.index.json"
 
 
 def test_the_weights_are_a_file_or_an_index_and_never_both(tmp_path):
     with pytest.raises(FileError, match=f"no model.safetensors and no {INDEX}.*executed nothing; name a folder"):
-        weights_in(tmp_path)
+        weights_or_index_path(tmp_path)
     (tmp_path / "gptq_model-4bit.safetensors").write_bytes(b"")
     with pytest.raises(FileError, match=f"no {INDEX}; name its file 'gptq_model-4bit.safetensors', or rename it"):
-        weights_in(tmp_path)
+        weights_or_index_path(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"")
-    assert weights_in(tmp_path) == tmp_path / "model.safetensors"
+    assert weights_or_index_path(tmp_path) == tmp_path / "model.safetensors"
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model-00001-of-00001.safetensors"}}))
     with pytest.raises(FileError, match=f"^cannot export .*{INDEX}, and model.safetensors, too: remove the one"):
-        weights_in(tmp_path, "export")
+        weights_or_index_path(tmp_path, "export")
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
-    assert weights_in(tmp_path) == tmp_path / INDEX
+    assert weights_or_index_path(tmp_path) == tmp_path / INDEX
     (tmp_path / "model.safetensors").unlink()
-    assert weights_in(tmp_path) == tmp_path / INDEX
+    assert weights_or_index_path(tmp_path) == tmp_path / INDEX
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="this system has no pipes in folders")
 def test_a_file_of_a_config_or_tokenizer_that_is_none_is_named(tmp_path):
-    check_regular(tmp_path)
+    check_config_files_are_regular(tmp_path)
     for name, make in {
         "tokenizer.json": os.mkfifo,
         "generation_config.json": os.mkdir,
@@ -54,7 +54,7 @@ def test_a_file_of_a_config_or_tokenizer_that_is_none_is_named(tmp_path):
         (tmp_path / name[:3]).mkdir()
         make(tmp_path / name[:3] / name)
         with pytest.raises(OSError, match=f"^cannot read '.*{name}': "):
-            check_regular(tmp_path / name[:3])
+            check_config_files_are_regular(tmp_path / name[:3])
 
 
 def test_what_is_no_weight_is_copied(tmp_path):
@@ -70,7 +70,7 @@ def test_what_is_no_weight_is_copied(tmp_path):
     (source / "gone.txt").symlink_to("nowhere")
     (source / "again").symlink_to(source, target_is_directory=True)
     (source / "linked.txt").symlink_to("größe.txt")
-    copy_others(source, target, source / "out", ("config.json",))
+    copy_non_weight_files(source, target, source / "out", ("config.json",))
     found = {file.relative_to(target).as_posix(): file for file in target.rglob("*") if file.is_file()}
     assert sorted(found) == sorted([*kept, "linked.txt", "x.txt"])
     assert all(found[name].read_text() == name for name in kept)
@@ -86,12 +86,12 @@ def test_links_lead_nowhere_else_but_into_the_cache_of_the_hub(tmp_path):
         folder.mkdir(parents=True)
     (blobs / "34cd").write_text("text")
     (snapshot / "inner" / "a.txt").symlink_to(blobs / "34cd")
-    copy_others(snapshot, tmp_path / "one", tmp_path / "out", ())
+    copy_non_weight_files(snapshot, tmp_path / "one", tmp_path / "out", ())
     assert (tmp_path / "one" / "inner" / "a.txt").read_text() == "text"
     for place in (snapshot / "b.txt", snapshot / "inner" / "b.txt"):
         place.symlink_to(secret)
         with pytest.raises(FileError, match=r"b\.txt.*outside.*copy the file itself"):
-            copy_others(snapshot, tmp_path / "two", tmp_path / "out", ())
+            copy_non_weight_files(snapshot, tmp_path / "two", tmp_path / "out", ())
         place.unlink()
     assert not [*(tmp_path / "two").rglob("b.txt")]
 
@@ -110,9 +110,9 @@ def test_it_is_bounded(tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(f"lowmem.io.model_folder.{name}", limit)
             with pytest.raises(FileError, match=f"{says}.*move"):
-                copy_others(source, tmp_path / name, tmp_path / "out", ())
+                copy_non_weight_files(source, tmp_path / name, tmp_path / "out", ())
     (tmp_path / "all").mkdir()
-    copy_others(source, tmp_path / "all", tmp_path / "out", ())
+    copy_non_weight_files(source, tmp_path / "all", tmp_path / "out", ())
     assert len([*(tmp_path / "all").rglob("*.txt")]) == 2
 
 
@@ -120,7 +120,7 @@ def test_a_file_that_cannot_be_read_is_named_and_not_the_target(tmp_path, monkey
     (tmp_path / "vocab.txt").write_text("a")
     monkeypatch.setattr("os.open", lambda *_: (_ for _ in ()).throw(PermissionError(13, "Permission denied")))
     with pytest.raises(OSError, match=r"cannot read .*vocab.txt.*name a file that can be read"):
-        copy_others(tmp_path, tmp_path / "part", tmp_path / "out", ())
+        copy_non_weight_files(tmp_path, tmp_path / "part", tmp_path / "out", ())
 
 
 def write_model(folder, files, value):
@@ -138,7 +138,7 @@ def write_model(folder, files, value):
 
 
 def values_in(folder):
-    with Source(weights_in(folder)) as source:
+    with SafetensorsCheckpoint(weights_or_index_path(folder)) as source:
         return {float(source.read_tensor(name)[0]) for name in source.specs}
 
 
@@ -167,7 +167,7 @@ def test_old_weights_give_way_to_new_ones_and_an_interruption_mixes_none(tmp_pat
                 patch.setattr(os, "replace", counted(os.replace))
                 patch.setattr(os, "unlink", counted(os.unlink))
                 try:
-                    replace_files(written, target)
+                    move_files_replacing_weights(written, target)
                 except KeyboardInterrupt:
                     steps += 1
                 else:
@@ -187,7 +187,7 @@ def test_old_weights_give_way_to_new_ones_and_an_interruption_mixes_none(tmp_pat
 
 
 def test_more_layers_than_tensors_and_more_than_any_model_has_are_refused(tmp_path):
-    check_layers(tmp_path / "config.json", {"num_hidden_layers": 9, "text_config": {"n_layer": 9}}, 9)
+    check_layer_counts_of_folder(tmp_path / "config.json", {"num_hidden_layers": 9, "text_config": {"n_layer": 9}}, 9)
     for config, words in (
         ({"num_hidden_layers": 10}, "num_hidden_layers=10, and the folder has 9 tensors; get it again"),
         ({"text_config": {"n_layer": 10}}, "n_layer=10, and the folder has 9 tensors; get it again"),
@@ -195,8 +195,8 @@ def test_more_layers_than_tensors_and_more_than_any_model_has_are_refused(tmp_pa
         ({"depths": [1, 2**40]}, "depths=.*, more than 4096: get it again"),
     ):
         with pytest.raises(FileError, match=rf"config\.json.*{words}"):
-            check_layers(tmp_path / "config.json", config, 9)
-    refuse_layers({"num_hidden_layers": 4096, "vocab_size_per_layer_input": 262_144})
+            check_layer_counts_of_folder(tmp_path / "config.json", config, 9)
+    check_layer_counts({"num_hidden_layers": 4096, "vocab_size_per_layer_input": 262_144})
 
 
 def test_a_file_of_json_is_an_object_or_is_refused(tmp_path):
@@ -204,8 +204,8 @@ def test_a_file_of_json_is_an_object_or_is_refused(tmp_path):
     for text, why in (("[1]", r"it is \[1\], and must be an object; get it again"), ("[" * 10**5, "it is damaged: ")):
         path.write_text(text)
         with pytest.raises(FileError, match=why):
-            read_object(path)
+            read_json_object(path)
     path.write_text('{"a": 1}')
-    assert read_object(path) == {"a": 1}
+    assert read_json_object(path) == {"a": 1}
     with pytest.raises(FileError, match="it takes more than 7 bytes, which no tokenizer does"):
-        read_object(path, 7, "tokenizer")
+        read_json_object(path, 7, "tokenizer")

@@ -9,10 +9,16 @@ from hypothesis import strategies as st
 
 from lowmem import FourBit, load
 from lowmem.errors import FileError
-from lowmem.io.container import read, write_tensors
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.safetensors import TensorSpec
-from lowmem.io.shards import divide, encode_index, parse_index, read_index, read_model
+from lowmem.io.lowmem_file import verify_and_map_file, write_tensors_returning_digest
+from lowmem.io.safetensors_header import TensorSpec
+from lowmem.io.shards import (
+    encode_shard_index,
+    parse_weight_map,
+    read_lowmem_model,
+    read_weight_map,
+    weight_names_per_shard,
+)
 from tests.models import INDICES, Small
 
 
@@ -33,8 +39,8 @@ def test_an_index_is_one_that_other_libraries_read(sharded):
     files = set(content["weight_map"].values())
     assert len(files) > 1
     assert files == {path.name for path in sharded.parent.glob("m-*.safetensors")}
-    assert content["metadata"]["total_size"] == sum(t.nbytes for t in read_model(sharded).tensors.values())
-    assert read_index(sharded) == content["weight_map"]
+    assert content["metadata"]["total_size"] == sum(t.nbytes for t in read_lowmem_model(sharded).tensors.values())
+    assert read_weight_map(sharded) == content["weight_map"]
     assert load(sharded, Small)(INDICES).isfinite().all()
 
 
@@ -55,14 +61,16 @@ def test_a_missing_damaged_or_exchanged_shard_is_named(sharded):
 @given(st.data())
 def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
     directory = tmp_path_factory.mktemp("index")
-    write_tensors(directory / "a", {"x": torch.ones(2)}, {"kind": "model", "layers": {}})
-    (directory / "i.index.json").write_bytes(encode_index({"a": (read(directory / "a").sha256, {"x": 8})}))
-    assert read_model(directory / "i.index.json").tensors["x"].sum() == 2
+    write_tensors_returning_digest(directory / "a", {"x": torch.ones(2)}, {"kind": "model", "layers": {}})
+    (directory / "i.index.json").write_bytes(
+        encode_shard_index({"a": (verify_and_map_file(directory / "a").sha256, {"x": 8})})
+    )
+    assert read_lowmem_model(directory / "i.index.json").tensors["x"].sum() == 2
     text = bytearray((directory / "i.index.json").read_bytes())
     text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     (directory / "i.index.json").write_bytes(text)
     with pytest.raises((FileError, OSError)):  # a file of another name is not there
-        read_model(directory / "i.index.json")
+        read_lowmem_model(directory / "i.index.json")
 
 
 NO_INDEX = [
@@ -88,7 +96,7 @@ NO_INDEX = [
 def test_what_is_no_index_is_refused(tmp_path):
     for text in NO_INDEX:
         with pytest.raises(FileError, match="i.index.json") as caught:
-            parse_index(tmp_path / "i.index.json", text)
+            parse_weight_map(tmp_path / "i.index.json", text)
         assert str(caught.value).isprintable()
         assert len(str(caught.value)) < 500
 
@@ -104,14 +112,14 @@ def test_files_of_one_index_have_nothing_in_common(more, tmp_path):
     shards = {}
     for name, metadata in (("a", first), ("b", second)):
         tensors = metadata.pop("tensors")
-        digest = write_tensors(tmp_path / name, tensors, {"kind": "model", **metadata})
+        digest = write_tensors_returning_digest(tmp_path / name, tensors, {"kind": "model", **metadata})
         shards[name] = digest, {key: tensor.nbytes for key, tensor in tensors.items()}
-    (tmp_path / "i.index.json").write_bytes(encode_index(shards))
+    (tmp_path / "i.index.json").write_bytes(encode_shard_index(shards))
     with pytest.raises(FileError, match="two of them have '(w|x)'|with adapters, and no part|'b', which is unknown"):
-        read_model(tmp_path / "i.index.json")
+        read_lowmem_model(tmp_path / "i.index.json")
 
 
 def test_a_shard_takes_as_many_tensors_as_fit():
     sizes = {"a": 10, "b": 10, "c": 10, "d": 25, "e": 5, "f": 1}
     plan = {name: {name: TensorSpec(torch.uint8, (size,))} for name, size in sizes.items()}
-    assert divide(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]
+    assert weight_names_per_shard(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]

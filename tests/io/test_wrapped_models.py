@@ -9,7 +9,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, LoRA, load_adapter, save_adapter
-from lowmem.io.checkpoint import unwrap
+from lowmem.io.checkpoint import unwrap_data_parallel
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo")
 
@@ -47,7 +47,7 @@ X = torch.ones(2, 16)
 def test_files_of_a_wrapped_model_are_those_of_the_model(wrap, tmp_path):
     model = make("mine")
     wrapped = wrap(model)
-    assert unwrap(wrapped) is unwrap(model) is model
+    assert unwrap_data_parallel(wrapped) is unwrap_data_parallel(model) is model
     for one, folder in ((model, tmp_path / "plain"), (wrapped, tmp_path / "wrapped")):
         folder.mkdir()
         lowmem.save(one, folder / "model")
@@ -64,7 +64,7 @@ def test_an_adapter_loads_into_a_wrapped_model(wrap, tmp_path):
     save_adapter(model, tmp_path / "a")
     expected = model(X)
     wrapped = wrap(make("mine"))
-    nn.init.zeros_(unwrap(wrapped)[2].lora_b)
+    nn.init.zeros_(unwrap_data_parallel(wrapped)[2].lora_b)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert load_adapter(wrapped, tmp_path / "a") is wrapped

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from lowmem import FourBit, Half, LoRA, QuantizedTensor, convert, kernels, measure, quantize
-from lowmem.kernels import cpu, memory, reference
+from lowmem.kernels import cpu, reference, tensor_checks
 from lowmem.quant import backend
 from tests import strategies
 from tests.compiled import (
@@ -49,7 +49,7 @@ def test_threads_change_no_bit_of_anything(isa):
     wide_weights, wide_grad = (quantize(wide), wide.half()), torch.randn(30, 77)
     results = []
     for count in (1, 2, 3, 7, 16, 64):
-        with on_threads(count), kernels.using(isa):
+        with on_threads(count), kernels.temporary_cpu_backend(isa):
             made = [quantize(large, scales="double").packed, quantize(large).dequantize()]
             made += [quantize(large, "bof4s", search=True).scales]
             for batch in (1, 4, 6, 12, 13, 40, 100):
@@ -72,7 +72,7 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
     q = quantize(strategies.make_weight("normal", (12, 64), 0, 0))
     other = quantize(strategies.make_weight("normal", (12, 64), 0, 1))
     x = torch.randn(2, 64)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
         twins = copy.deepcopy(q), pickle.loads(pickle.dumps(q))
         q.packed.copy_(other.packed)
@@ -84,7 +84,7 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
         q.packed.data = twins[0].packed.clone()
         q.scales.data = twins[0].scales.clone()
         assert_exact(kernels.linear(x, q, torch.float32), x, twins[0].dequantize())
-    with kernels.using("portable"):
+    with kernels.temporary_cpu_backend("portable"):
         assert_exact(kernels.linear(x, q, torch.float32), x, q.dequantize())
 
 
@@ -97,7 +97,7 @@ def test_what_is_remembered_of_a_weight_follows_it(isa):
 def test_products_are_computed_in_the_dtype_that_is_asked_for_whatever_the_input_s(isa, kind, given, dtype):
     w, dense = stored(kind, strategies.make_weight("normal", (12, 64), 0, 0))
     x, grad = torch.randn(20, 64).to(given), torch.randn(20, 12).to(given)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         factors = (kernels.linear, x, dense.double().t()), (kernels.input_grad, grad, dense.double())
         for multiply, rows, factor in factors:
             got = multiply(rows, w, dtype)
@@ -134,7 +134,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
     w = of_normal(kind, (rows, columns))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x, grad = normal(shape=(batch, columns)).to(dtype), normal(shape=(batch, rows)).to(dtype)
-        with on_threads(threads), kernels.using(isa):
+        with on_threads(threads), kernels.temporary_cpu_backend(isa):
             forward = measure.peak_bytes(lambda x=x, dtype=dtype: kernels.linear(x, w, dtype))
             backward = measure.peak_bytes(lambda grad=grad, dtype=dtype: kernels.input_grad(grad, w, dtype))
             plan = backend.backend_for().plan
@@ -154,7 +154,7 @@ def test_scratch_of_gradients_and_products_of_every_dtype_stays_within_a_mebibyt
 def test_scratch_of_a_few_inputs_is_less_than_256_kib_a_thread(isa, shape, kind, threads):
     rows, columns = shape
     w = of_normal(kind, (rows, columns))
-    with on_threads(threads), kernels.using(isa):
+    with on_threads(threads), kernels.temporary_cpu_backend(isa):
         for batch in (1, 4, 8):
             for dtype in (torch.float32, torch.bfloat16, torch.float16):
                 x, grad = normal(shape=(batch, columns)).to(dtype), normal(shape=(batch, rows)).to(dtype)
@@ -170,7 +170,7 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
     expected = quantize(weight, scales="float16", block_size=16)
     packed = torch.empty(8, 4, dtype=torch.uint8).t()
     stored = torch.empty(1, 4, dtype=torch.float16).t()
-    kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
+    kernel = cpu.CpuBackend(cpu.load_native_module_and_reason()[0], kernels.available_cpu_backend_names()[-1])
     kernel.quantize_rows(weight, replace(expected, packed=packed, scales=stored), slice(None), None)
     assert torch.equal(packed, expected.packed)
     assert torch.equal(stored, expected.scales)
@@ -189,7 +189,7 @@ def test_memory_that_cannot_be_written_is_left_to_plain_torch():
 @needs_kernel
 @covering(function=[*PRODUCTS, "quantize", "update", "prepare", "order"])
 def test_a_wrong_number_of_arguments_is_an_error(function):
-    native, _ = cpu.load()
+    native, _ = cpu.load_native_module_and_reason()
     with pytest.raises(TypeError, match="arguments, got"):
         getattr(native, function)(0, 1)
     if function in PRODUCTS:
@@ -201,7 +201,7 @@ def test_a_wrong_number_of_arguments_is_an_error(function):
 @contextmanager
 def read_by_capsules():
     """As where torch has no table of functions for C, which 2.10 is the first to have."""
-    native, _ = cpu.load()
+    native, _ = cpu.load_native_module_and_reason()
     table = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     shared, scratch = (torch.Tensor, torch.nn.Parameter), torch.empty(0, dtype=torch.uint8)
     assert not native.use_torch(*shared, None, torch._C._to_dlpack, scratch)
@@ -225,7 +225,7 @@ def test_either_way_to_read_a_tensor_is_as_good(isa, dtype, batch):
             made += [kernels.linear(x, weight, dtype, bias), kernels.input_grad(grad, weight, dtype)]
         return made, measure.peak_bytes(lambda: kernels.linear(x, q, dtype))
 
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         expected, memory = run()
         with read_by_capsules():
             got, same = run()
@@ -239,7 +239,7 @@ OLD_CAPSULES = not hasattr(torch.Tensor, "__dlpack_c_exchange_api__")  # of whic
 @bound
 def test_what_c_cannot_read_never_reaches_it(isa):
     """Wrong shapes, dtypes, devices, layouts and sizes: None, so that plain torch serves or says what is wrong."""
-    native, _ = cpu.load()
+    native, _ = cpu.load_native_module_and_reason()
     index = [name for name, _ in native.isas()].index(isa)
     half, x = torch.randn(5, 8).half(), torch.randn(3, 8)
     lazy = torch._neg_view(torch.randn(3, 8))
@@ -280,11 +280,11 @@ def test_what_c_cannot_read_never_reaches_it(isa):
 
 @bound
 def test_a_weight_that_has_moved_or_changed_its_size_is_not_read_as_it_was(isa):
-    native, _ = cpu.load()
+    native, _ = cpu.load_native_module_and_reason()
     index = [name for name, _ in native.isas()].index(isa)
     q = quantize(strategies.make_weight("normal", (6, 64), 0, 0), block_size=16)
     x = torch.randn(2, 64)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         kernels.linear(x, q, torch.float32)
     handle = q.cache["prepared"].handle
 
@@ -408,7 +408,7 @@ def test_no_call_keeps_what_it_has_read(isa):
     x, bias, calls = torch.randn(3, 70), torch.randn(21), 50
     a, b = torch.randn(2, 70), torch.randn(21, 2)
     storages = [tensor.untyped_storage() for tensor in (q.packed, q.scales, x, bias, a, b)]
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         before = [sys.getrefcount(storage) for storage in storages]
         for _ in range(calls):
             kernels.linear(x, q, torch.float32, bias, (a, b, 0.5))
@@ -422,9 +422,9 @@ def test_no_call_keeps_what_it_has_read(isa):
 @needs_kernel
 def test_a_weight_is_known_to_two_kernels_at_once():
     """Each takes what the other has put there for its own, in the middle of its calls."""
-    native, _ = cpu.load()
+    native, _ = cpu.load_native_module_and_reason()
     q, x = quantize(strategies.make_weight("normal", (64, 256), 0, 0)), torch.randn(3, 256)
-    served = [cpu.Kernel(native, isa) for isa in (ISAS[0], ISAS[-1]) for _ in range(2)]
+    served = [cpu.CpuBackend(native, isa) for isa in (ISAS[0], ISAS[-1]) for _ in range(2)]
     expected = [kernel.linear(x, q, torch.float32) for kernel in served]
 
     def multiply(kernel, alone):
@@ -443,14 +443,14 @@ def test_a_weight_is_known_to_two_kernels_at_once():
 def test_packing_a_wide_input_looks_at_each_column_about_once(isa, blocks, dtype):
     """Columns are packed in parts, of which each may look at the blocks that reach into it and at no others."""
     kind, block_size = blocks
-    native, _ = cpu.load()
+    native, _ = cpu.load_native_module_and_reason()
     columns, part = 5 * 8192 + 100, 4096  # the least that a part is
     dense = strategies.make_weight("normal", (3, columns), 0, 0)
     w, dense = stored(kind, dense, **({"block_size": block_size} if block_size else {}))
     beside = 2 * (block_size or 0) + 32  # of each part: a block that reaches into it on either side, and a vector
     for batch in (1, 4, 6, 32):
         x = strategies.make_weight("normal", (batch, columns), 0, 1).to(dtype)
-        with on_threads(1), kernels.using(isa):
+        with on_threads(1), kernels.temporary_cpu_backend(isa):
             before = native.visited()
             got = kernels.linear(x, w, dtype)
             seen = native.visited() - before
@@ -471,8 +471,8 @@ def test_parameters_are_handed_to_c_as_they_are(kind, monkeypatch):
     technique = FourBit(compute_dtype=torch.int8 if int8 else None) if kind.startswith("4-bit") else Half()
     layer = convert(torch.nn.Linear(256, 24), technique, *([LoRA(4)] if "LoRA" in kind else []))
     calls = []
-    kernel = cpu.Kernel(cpu.load()[0], kernels.available()[-1])
-    if int8 and kernels.available()[-1] not in ("avx512vnni", "avx512bf16", "avx512amx"):
+    kernel = cpu.CpuBackend(cpu.load_native_module_and_reason()[0], kernels.available_cpu_backend_names()[-1])
+    if int8 and kernels.available_cpu_backend_names()[-1] not in ("avx512vnni", "avx512bf16", "avx512amx"):
         pytest.skip("this processor has no products of 8-bit integers: torch rounds inputs")
     name = "_native_linear_inputs8" if int8 else "_linear"
     run = getattr(kernel, name)
@@ -499,11 +499,11 @@ def test_a_parameter_is_as_real_as_a_tensor():
 
     tensor = torch.randn(4)
     for real in (tensor, torch.nn.Parameter(tensor)):
-        assert memory.is_real(real)
-        assert memory.is_float(real)
-        assert memory.is_vector(real, 4)
+        assert tensor_checks.is_plain_cpu_tensor(real)
+        assert tensor_checks.is_c_readable_float32(real)
+        assert tensor_checks.is_c_vector(real, 4)
     for other in (tensor.as_subclass(Wrapped), torch.nn.Parameter(tensor.as_subclass(Wrapped)), tensor.to("meta")):
-        assert not memory.is_real(other)
+        assert not tensor_checks.is_plain_cpu_tensor(other)
 
 
 @cache  # for all ISAs
@@ -544,7 +544,7 @@ def test_rows_and_inputs_that_come_in_parts_are_written_and_biased_each_in_its_p
     kind, rows, batch, of_bias = case
     bias_dtype = dtype if of_bias == "same" else torch.float32
     w, x, bias, expected, allowed = of_wide_rows(kind, dtype, rows, batch, bias_dtype)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         got = kernels.linear(x, w, dtype, bias)
     assert got.dtype == dtype
     assert ((got.double() - expected).abs() <= allowed).all()
@@ -576,7 +576,7 @@ def test_rows_behind_2_to_31_bytes_or_weights_are_found(isa, kind):
         packed, scales = zeros_before(last.packed, rows), zeros_before(last.scales, rows)
         w = replace(last, packed=packed, scales=scales, shape=torch.Size((rows, columns)))
     x, grad = torch.randn(16, columns), torch.randn(16, few)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         for batch in (1, 16):
             one, back = x[:batch], grad[:batch]
             got = kernels.linear(one, w, torch.float32)
@@ -593,17 +593,17 @@ def test_rows_behind_2_to_31_bytes_or_weights_are_found(isa, kind):
 def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(isa, monkeypatch):
     """Plain torch, which reads it in several operations, could mix what was there before and after."""
     q = quantize(strategies.make_weight("normal", (8, 64), 0, 0))
-    x, dense, prepare = torch.randn(3, 64), q.dequantize(), cpu.Kernel._prepare
+    x, dense, prepare = torch.randn(3, 64), q.dequantize(), cpu.CpuBackend._make_and_cache_handle
 
     def move(*given):
         kept = prepare(*given)
         q.packed.data = q.packed.data.clone()
         return kept
 
-    monkeypatch.setattr(cpu.Kernel, "_prepare", move)
+    monkeypatch.setattr(cpu.CpuBackend, "_make_and_cache_handle", move)
     monkeypatch.setattr(kernels.reference, "linear", None)
     monkeypatch.setattr(kernels.reference, "input_grad", None)
-    with kernels.using(isa), no_plain_rows():
+    with kernels.temporary_cpu_backend(isa), no_plain_rows():
         assert_exact(kernels.linear(x, q, torch.float32), x, dense)
         assert_exact(kernels.input_grad(x[:, :8].contiguous(), q, torch.float32), x[:, :8], dense.t())
         assert torch.equal(q.dequantize(), dense)
@@ -612,13 +612,13 @@ def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(is
 def test_torch_finds_no_number_that_is_not_finite_behind_a_row_that_is():
     """It reads bfloat16 rows in tiles of 32 columns on some processors, and 0 times infinity is NaN."""
     x = torch.randn(5, 333).bfloat16()
-    assert cpu.rows_apart(x) is x
+    assert cpu.pad_rows_against_nan_leak(x) is x
     for bad in (torch.inf, torch.nan):
         x[3, 18] = bad  # the last column that a tile of the row before may hold
-        apart = cpu.rows_apart(x)
+        apart = cpu.pad_rows_against_nan_leak(x)
         torch.testing.assert_close(apart, x, rtol=0, atol=0, equal_nan=True)
         behind = apart.as_strided((5, 352), (apart.stride(0), 1))[:, 333:]
         assert apart.stride(0) >= 352
         assert not behind.any()
     whole = torch.full((5, 64), torch.inf).bfloat16()
-    assert cpu.rows_apart(whole) is whole
+    assert cpu.pad_rows_against_nan_leak(whole) is whole

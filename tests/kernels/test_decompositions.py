@@ -10,9 +10,9 @@ from torch import nn
 
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, quantize, restore
 from lowmem.kernels import decompositions
-from lowmem.kernels.frozen_operator import parts_of
+from lowmem.kernels.frozen_weight_operator import codes_scales_and_description
 from lowmem.quant.formats import EIGHT_BIT
-from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.scale_encodings import ENCODINGS
 from tests import strategies
 from tests.rounding import gamma
 
@@ -27,22 +27,22 @@ def test_a_weight_is_decoded_to_the_same_bits():
         dense = dense.clamp(-1.9, 1.9) * 2.0**exponents
         dense[5] = 0
         weight = quantize(dense, format, block_size=16, scales=encoding)
-        packed, scales, text = parts_of(weight)
+        packed, scales, text = codes_scales_and_description(weight)
         for given in (scales, scales.view(torch.uint8)):
             for dtype in (torch.float32, torch.bfloat16):
-                got = decompositions.dequantized(packed, given, text, dtype)
+                got = decompositions.decomposed_dequantize(packed, given, text, dtype)
                 assert torch.equal(got, weight.dequantize(dtype)), (format, encoding, columns)
 
 
 def test_numbers_of_16_and_32_bits_are_decoded_from_their_bytes():
     halves = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
     halves = halves[halves.isfinite()]
-    assert torch.equal(decompositions._float(halves.view(torch.uint8)[None], 2), halves.float()[None])
+    assert torch.equal(decompositions._floats_from_bytes(halves.view(torch.uint8)[None], 2), halves.float()[None])
     random = torch.randint(-(2**31), 2**31, (20000,), generator=torch.Generator().manual_seed(0))
     floats = random.to(torch.int32).view(torch.float32)
     edges = torch.tensor([0.0, 1.0, -1.0, torch.finfo(torch.float32).max, torch.finfo(torch.float32).tiny])
     floats = torch.cat([floats[floats.isfinite() & (floats.abs() >= edges[-1])], edges])
-    assert torch.equal(decompositions._float(floats.view(torch.uint8)[None], 4), floats[None])
+    assert torch.equal(decompositions._floats_from_bytes(floats.view(torch.uint8)[None], 4), floats[None])
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ WITH_OFFSETS = FourBit("int4", 16, offsets=True)
 @pytest.fixture(autouse=True)
 def asked_again():
     """Let every test ask for itself whether Triton serves."""
-    ask = gpu.skip_reason
+    ask = gpu.triton_skip_reason
     ask.cache_clear()
     yield
     ask.cache_clear()
@@ -39,9 +39,10 @@ def started(monkeypatch):
     def launch(name):
         return lambda *arguments: lambda: names.append(name)
 
-    launches = SimpleNamespace(**{name: launch(name) for name in ("few", "dequantize", "quantize")})
-    monkeypatch.setattr(gpu, "skip_reason", lambda device: None)
-    monkeypatch.setattr(gpu, "_launches", lambda: launches)
+    launched = {"small_batch_product_launch": "few", "dequantize_launch": "dequantize", "quantize_launch": "quantize"}
+    launches = SimpleNamespace(**{function: launch(name) for function, name in launched.items()})
+    monkeypatch.setattr(gpu, "triton_skip_reason", lambda device: None)
+    monkeypatch.setattr(gpu, "_import_triton_launch", lambda: launches)
     return names
 
 
@@ -56,7 +57,7 @@ def refuse():
 
 
 def test_it_serves_cuda_and_imports_triton_when_a_tensor_asks():
-    assert isinstance(backend_for("cuda"), gpu.Gpu)
+    assert isinstance(backend_for("cuda"), gpu.GpuBackend)
     assert backend_for("cuda").name == "triton"
 
 
@@ -70,11 +71,11 @@ def test_it_serves_cuda_and_imports_triton_when_a_tensor_asks():
 )
 def test_why_triton_does_not_serve_is_said(version, says, monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", version and SimpleNamespace(__version__=version))
-    monkeypatch.setattr(gpu, "_launches", lambda: SimpleNamespace(dequantize=lambda *_: refuse))
-    gpu.skip_reason.cache_clear()
-    assert gpu.skip_reason(CPU) == says
+    monkeypatch.setattr(gpu, "_import_triton_launch", lambda: SimpleNamespace(dequantize_launch=lambda *_: refuse))
+    gpu.triton_skip_reason.cache_clear()
+    assert gpu.triton_skip_reason(CPU) == says
     q, x = quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(3, 40)
-    backend = gpu.Gpu()
+    backend = gpu.GpuBackend()
     assert backend.explain(q, 3, torch.float32) == f"{reference.explain(q, 3, torch.float32)}\n  not triton: {says}"
     assert torch.equal(backend.linear(x, q, torch.float32), reference.linear(x, q, torch.float32))
     assert torch.equal(backend.dequantize(q, slice(1, 3), torch.half), q.dequantize(torch.half)[1:3])
@@ -82,21 +83,26 @@ def test_why_triton_does_not_serve_is_said(version, says, monkeypatch):
 
 def test_a_version_that_runs_serves(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__="3.10.0+git1"))
-    monkeypatch.setattr(gpu, "_launches", lambda: SimpleNamespace(dequantize=lambda *_: lambda: None))
-    assert gpu.skip_reason(CPU) is None
+    monkeypatch.setattr(
+        gpu, "_import_triton_launch", lambda: SimpleNamespace(dequantize_launch=lambda *_: lambda: None)
+    )
+    assert gpu.triton_skip_reason(CPU) is None
 
 
 def test_what_serves_is_described(started, monkeypatch):
-    assert torch.cuda.is_available() or gpu.describe() == f"none: torch finds no GPU (triton's kernels: {gpu.PROOF})"
+    assert (
+        torch.cuda.is_available()
+        or gpu.cuda_backend_description() == f"none: torch finds no GPU (triton's kernels: {gpu.PROOF})"
+    )
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert gpu.describe() == "triton: values proven in Triton's interpreter; speed not measured"
-    monkeypatch.setattr(gpu, "skip_reason", lambda device: f"no {device}")
-    assert gpu.describe() == "reference: no cuda:0"
+    assert gpu.cuda_backend_description() == "triton: values proven in Triton's interpreter; speed not measured"
+    monkeypatch.setattr(gpu, "triton_skip_reason", lambda device: f"no {device}")
+    assert gpu.cuda_backend_description() == "reference: no cuda:0"
 
 
 def test_explain_says_which_kernel_multiplies_and_why_not_another(started):
-    backend, q = gpu.Gpu(), quantize(torch.randn(6, 40), "nf4", block_size=16)
+    backend, q = gpu.GpuBackend(), quantize(torch.randn(6, 40), "nf4", block_size=16)
     rest = f"triton dequantizes rows in chunks and torch multiplies; {gpu.PROOF}"
     few = f"linear: few of triton, which takes 1 to 8 rows; {gpu.PROOF}"
     assert backend.explain(q, 8, torch.bfloat16) == f"{few}\ninput_grad: {rest}"
@@ -113,7 +119,7 @@ def test_explain_says_which_kernel_multiplies_and_why_not_another(started):
 
 
 def test_wrapped_traced_and_16_bit_tensors_are_left_to_plain_torch(started):
-    backend, q, x = gpu.Gpu(), quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(3, 40)
+    backend, q, x = gpu.GpuBackend(), quantize(torch.randn(6, 40), "nf4", block_size=16), torch.randn(3, 40)
     half = torch.randn(6, 40).half()
     assert torch.equal(backend.linear(x, half, torch.float32), reference.linear(x, half, torch.float32))
     expected = reference.linear(x, q, torch.float32)
@@ -131,7 +137,7 @@ def on_meta(started, monkeypatch):
     """Let the GPU's backend serve the meta device, where a value that is asked for, and a shape that depends on one,
     is an error; return the names of the started kernels."""
     before = backend_for("meta")
-    set_backend("meta", gpu.Gpu())
+    set_backend("meta", gpu.GpuBackend())
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which the meta device does not have
     yield started
     set_backend("meta", before)
@@ -235,7 +241,7 @@ def test_graphs_hold_operators_that_have_kernels_for_gpus(name, adapted):
 def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monkeypatch):
     """A million weights are one chunk on a GPU. On the CPU, which the test takes, a chunk is 1 MiB of scratch."""
     q = quantize(torch.randn(1024, 256), "nf4", block_size=64)
-    backend, x, grad = gpu.Gpu(), torch.randn(batch, 256), torch.randn(batch, 1024)
+    backend, x, grad = gpu.GpuBackend(), torch.randn(batch, 256), torch.randn(batch, 1024)
     chunks = 1024 * 256 * 18 // 2**20 + 1
     started.clear()
     backend.linear(x, q, torch.float32)
@@ -246,7 +252,7 @@ def test_a_product_starts_one_kernel_or_one_for_each_chunk(batch, started, monke
 
 
 def test_rows_that_plain_torch_refuses_are_refused(started):
-    backend, q = gpu.Gpu(), quantize(torch.randn(6, 40), "nf4", block_size=16)
+    backend, q = gpu.GpuBackend(), quantize(torch.randn(6, 40), "nf4", block_size=16)
     x = torch.randn(3, 40)
     with pytest.raises(RuntimeError, match="must end in in_features=40"):
         backend.linear(torch.randn(3, 41), q, torch.float32)

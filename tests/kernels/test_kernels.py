@@ -34,8 +34,8 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 
 
 def test_backend_says_what_serves_and_why():
-    for name in kernels.available():
-        with kernels.using(name):
+    for name in kernels.available_cpu_backend_names():
+        with kernels.temporary_cpu_backend(name):
             assert backend().startswith(f"{name}: ")
 
 
@@ -53,14 +53,14 @@ def run_python(script: str, *argv: str, **environment: str) -> str:
 
 @pytest.mark.processes
 def test_the_environment_variable_forces_a_backend():
-    name = kernels.available()[0]
+    name = kernels.available_cpu_backend_names()[0]
     assert run_python("import lowmem; print(lowmem.backend())", LOWMEM_KERNEL=name).startswith(f"{name}: ")
 
 
 def test_a_backend_that_cannot_serve_lists_the_choices():
     with (
         pytest.raises(ValueError, match=r"LOWMEM_KERNEL='sse9' cannot serve here: choose from reference"),
-        kernels.using("sse9"),
+        kernels.temporary_cpu_backend("sse9"),
     ):
         pass
 
@@ -73,23 +73,23 @@ def test_a_provider_of_another_backend_is_one_line(monkeypatch):
 
     class Provider:
         @staticmethod
-        def backends():
+        def cpu_backends_and_description():
             return [Backend], "on its own device"
 
     class Absent:
         @staticmethod
-        def backends():
+        def cpu_backends_and_description():
             return [], "no driver is installed"
 
-    before = kernels.available()
+    before = kernels.available_cpu_backend_names()
     monkeypatch.setattr(kernels, "PROVIDERS", (*kernels.PROVIDERS, Provider, Absent))
-    assert kernels.available() == [*before, "accelerator"]
-    selected, why = kernels._select(None)
+    assert kernels.available_cpu_backend_names() == [*before, "accelerator"]
+    selected, why = kernels._select_cpu_backend_and_reason(None)
     assert selected is Backend
     assert why.startswith("on its own device, the best that there is here; ")
     assert why.endswith("; no driver is installed")  # after why there is no compiled kernel, where that is so
     with pytest.raises(ValueError, match="choose from reference.*accelerator; (.*; )?no driver is installed"):
-        kernels._select("another")
+        kernels._select_cpu_backend_and_reason("another")
 
 
 @pytest.mark.processes
@@ -125,10 +125,10 @@ def test_without_the_compiled_module_the_reference_serves_and_says_why():
 )
 def test_dequantized_rows_are_the_reference_s_bit_for_bit(isa, weight, format, block_size, scales, start):
     q = quantize(weight, format, block_size=block_size, scales=scales)
-    native, _ = kernels.cpu.load()
+    native, _ = kernels.cpu.load_native_module_and_reason()
     for dtype in (torch.float32, torch.bfloat16):
-        got = kernels.cpu.Kernel(native, isa).dequantize(q, slice(start, None), dtype)
-        with kernels.using("reference"):
+        got = kernels.cpu.CpuBackend(native, isa).dequantize(q, slice(start, None), dtype)
+        with kernels.temporary_cpu_backend("reference"):
             assert torch.equal(got, q.dequantize()[start:].to(dtype))
 
 
@@ -136,7 +136,7 @@ def test_dequantized_rows_are_the_reference_s_bit_for_bit(isa, weight, format, b
 @covering(dtype=[torch.float16, torch.bfloat16])
 def test_16bit_weights_of_every_value_are_read_as_torch_reads_them(isa, dtype):
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)[:, None]
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         for batch in (1, 4, 20):
             got = kernels.linear(torch.ones(batch, 1), every, torch.float32)
             expected = every.float().t().expand(batch, -1)
@@ -150,7 +150,7 @@ def test_strides_change_nothing(isa):
     for w, batch in product((quantize(dense), dense.half()), (1, 3, 9)):
         wide = strategies.make_weight("normal", (batch, 1040), 0, 1)[:, ::2]
         grad = torch.randn(batch, 602)[:, ::2]
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             for x, g in ((wide, grad), (wide.t().contiguous().t(), grad.t().contiguous().t())):
                 assert torch.equal(
                     kernels.linear(x, w, torch.float32), kernels.linear(wide.contiguous(), w, torch.float32)
@@ -165,7 +165,7 @@ def test_what_c_cannot_read_goes_to_the_reference(isa):
     x, dense = torch.randn(3, 40), q.dequantize()
     strided = replace(q, packed=q.packed.t().contiguous().t(), scales=q.scales.t().contiguous().t())
     odd = quantize(dense, block_size=10)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         assert_exact(kernels.linear(x, strided, torch.float32), x, dense)
         assert_exact(kernels.linear(x, odd, torch.float32), x, odd.dequantize())
         assert kernels.linear(x[:0], q, torch.float32).shape == (0, 6)
@@ -183,7 +183,7 @@ def test_what_c_cannot_read_goes_to_the_reference(isa):
 def test_any_bias_that_broadcasts_is_added(isa, weight):
     w, x = both(weight), torch.randn(3, 40)
     for bias in (torch.ones(1), torch.ones(6, dtype=torch.float64), torch.arange(12.0)[::2]):
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             got = kernels.linear(x, w, torch.float32, bias)
         assert_exact(got, x, dequantized(w, torch.float32), bias.float().expand(6))
 
@@ -204,7 +204,9 @@ WRONG_LAYOUTS = {
     "wide scales": lambda packed, scales: (packed, scales.float()),
     "scales as bytes": lambda packed, scales: (packed, scales.view(torch.uint8)),
 }
-few_kernels = pytest.mark.parametrize("kernel", sorted({*kernels.available()[:2], kernels.available()[-1]}))
+few_kernels = pytest.mark.parametrize(
+    "kernel", sorted({*kernels.available_cpu_backend_names()[:2], kernels.available_cpu_backend_names()[-1]})
+)
 
 
 def layout_of(packed, scales):
@@ -235,7 +237,7 @@ def test_stored_tensors_of_another_layout_are_an_error_that_names_both(kernel):
         lambda q: q.as_matrix(),
         lambda q: q.error_bound(),
     )
-    with kernels.using(kernel):
+    with kernels.temporary_cpu_backend(kernel):
         for wrong, use in product(WRONG_LAYOUTS.values(), uses):
             packed, scales = wrong(q.packed, q.scales)
             kept = replace(q, packed=nn.Parameter(q.packed, False), scales=nn.Parameter(q.scales, False))
@@ -280,7 +282,7 @@ def test_layers_with_stored_tensors_of_another_layout_name_what_is_found_and_nee
         (nn.Embedding(6, 40), (), torch.tensor([], dtype=torch.int64)),
         (nn.Conv2d(10, 6, 2), (), torch.randn(2, 10, 4, 4, requires_grad=True)),
     )
-    with kernels.using(kernel):
+    with kernels.temporary_cpu_backend(kernel):
         fits = RIGHT_IN_LAYERS | (SAME_IN_PLACE if how == "data" else set())
         wrongs = [wrong for name, wrong in WRONG_LAYOUTS.items() if name not in fits]
         for wrong, (dense, adapter, x) in product(wrongs, cases):
@@ -320,7 +322,7 @@ import sys, torch
 from dataclasses import replace
 from lowmem import QuantizedTensor, kernels, quantize
 from lowmem.quant.formats import get_format
-from lowmem.quant.scales import get_encoding
+from lowmem.quant.scale_encodings import get_scale_encoding
 from tests.guard_pages import at_the_edge
 
 native, _ = kernels.cpu.load()
@@ -328,9 +330,9 @@ native, _ = kernels.cpu.load()
 def multiply(kernel, operation, x, weight, dtype, *bias):
     # Where torch multiplies, only codes and scales lie at the edge, which C reads: torch's own products may read past
     # an end, as oneDNN does in whole tiles.
-    by_torch = "torch" in kernel.plan(weight, len(x), dtype, operation)[-1][1]
-    if not by_torch or isinstance(weight, QuantizedTensor):
-        getattr(kernels, operation)(x if by_torch else at_the_edge(x), weight, dtype, *bias)
+    torch_attention = "torch" in kernel.tried_kernels(weight, len(x), dtype, operation)[-1][1]
+    if not torch_attention or isinstance(weight, QuantizedTensor):
+        getattr(kernels, operation)(x if torch_attention else at_the_edge(x), weight, dtype, *bias)
 
 def stored(weight, form="nf4", **options):
     q = quantize(weight, form, **options)
@@ -399,8 +401,8 @@ def test_products_are_added_in_place_and_rounded_once():
     weight = torch.randn(700, 72)
     offsets = quantize(weight, "int4", block_size=16, scales="float16_offsets")
     given = [quantize(weight, "nf4", block_size=16), offsets, weight.to(torch.bfloat16), weight.half()]
-    for name, dtype in product(kernels.available(), (torch.float32, torch.bfloat16)):
-        with kernels.using(name):
+    for name, dtype in product(kernels.available_cpu_backend_names(), (torch.float32, torch.bfloat16)):
+        with kernels.temporary_cpu_backend(name):
             moved = quantize(weight, "nf4", block_size=16)
             for stored, transposed in product((*given, moved), (False, True)):
                 exact = (stored.dequantize() if isinstance(stored, QuantizedTensor) else stored).double()

@@ -9,10 +9,10 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, kernels, quantize
 from lowmem.kernels.cpu import OFFSETS_SCRATCH
-from lowmem.kernels.int8 import round_inputs, rounded_levels
+from lowmem.kernels.int8_rounding import round_inputs_to_int8_grid, step_count_and_rounded_levels
 from lowmem.quant.formats import FORMATS, IMPORTED, get_format
-from lowmem.quant.scales import OFFSETS
-from lowmem.quant.search import block_sums, fitting_offsets, fitting_scales
+from lowmem.quant.scale_encodings import OFFSETS
+from lowmem.quant.scale_search import block_range_offsets, block_sums, least_unclipped_scales
 from tests import strategies
 from tests.compiled import ISAS, needs_kernel
 from tests.rounding import unit
@@ -51,8 +51,8 @@ def test_a_block_far_from_zero_loses_no_more_than_its_spread():
 def test_offsets_and_scales_bring_both_ends_of_a_block_to_the_end_levels():
     rows = torch.tensor([[1.0, 2.0, 3.0, 4.0, -2.0, 0.0, 7.0, 7.0]])
     for form in (*FORMATS.values(), IMPORTED["uint4"]):
-        offsets = fitting_offsets(rows, form, 8)
-        scales = fitting_scales(rows - offsets, form, 8)
+        offsets = block_range_offsets(rows, form, 8)
+        scales = least_unclipped_scales(rows - offsets, form, 8)
         ends = torch.tensor([form.levels[0], form.levels[-1]]) * scales[0] + offsets[0]
         torch.testing.assert_close(ends, torch.tensor([-2.0, 7.0]), rtol=0, atol=1e-5)
 
@@ -81,8 +81,8 @@ def test_products_are_those_of_the_weight(form, scales, size, rows, columns, bat
     parts = (dense - offsets).abs() + offsets.abs()  # what is added, before terms cancel
     x, grad = (torch.randn(batch, n, generator=generator).to(dtype) for n in (columns, rows))
     bias = torch.randn(rows, generator=generator) if biased else None
-    for name in kernels.available():
-        with kernels.using(name):
+    for name in kernels.available_cpu_backend_names():
+        with kernels.temporary_cpu_backend(name):
             out, back = kernels.linear(x, stored, dtype, bias), kernels.input_grad(grad, stored, dtype)
         if name == "reference" and dtype != torch.float32:
             continue  # it rounds weights to the dtype first
@@ -107,8 +107,8 @@ def test_offsets_of_wide_inputs_are_added_once(batch, dtype):
     x = torch.randn(batch, columns, generator=generator).to(dtype)
     dense, offsets = stored.dequantize().double(), stored.offsets().repeat_interleave(32, -1)[:, :columns].double()
     sizes, exact = x.double().abs() @ ((dense - offsets).abs() + offsets.abs()).T, x.double() @ dense.T
-    for name in kernels.available()[1:]:
-        with kernels.using(name):
+    for name in kernels.available_cpu_backend_names()[1:]:
+        with kernels.temporary_cpu_backend(name):
             out = kernels.linear(x, stored, dtype)
         allowed = bound(sizes, exact, columns, dtype) + rounding_in(name, x, dense - offsets)
         assert ((out.double() - exact).abs() <= allowed).all()
@@ -143,13 +143,17 @@ def test_products_in_8_bit_integers_round_what_offsets_do_not_touch(form, size, 
     weight = torch.randn(rows, columns, generator=generator) + 30 * torch.randn(rows, 1, generator=generator)
     stored = quantize(weight, form, block_size=size, scales="float16_offsets")
     x, bias = torch.randn(batch, columns, generator=generator).to(dtype), torch.randn(rows, generator=generator)
-    base = stored.without_offsets().restore(slice(None), rounded_levels(get_format(form).levels)[1]).double()
+    base = (
+        stored.without_offsets()
+        .restore(slice(None), step_count_and_rounded_levels(get_format(form).levels)[1])
+        .double()
+    )
     offsets = stored.offsets().repeat_interleave(size, -1)[:, :columns].double()
-    rounded = round_inputs(x, size).double()
+    rounded = round_inputs_to_int8_grid(x, size).double()
     exact = rounded @ base.T + x.double() @ offsets.T + bias.double()
     sizes = rounded.abs() @ base.abs().T + x.double().abs() @ offsets.abs().T + bias.double().abs()
-    for name in kernels.available():
-        with kernels.using(name):
+    for name in kernels.available_cpu_backend_names():
+        with kernels.temporary_cpu_backend(name):
             out = kernels.linear(x, stored, torch.int8, bias)
         assert out.dtype == dtype
         assert ((out.double() - exact).abs() <= bound(sizes, exact, columns, dtype)).all()
@@ -159,7 +163,7 @@ def test_products_in_8_bit_integers_round_what_offsets_do_not_touch(form, size, 
 @needs_kernel
 def test_products_take_no_more_scratch_than_is_said():
     stored = quantize(torch.randn(1024, 2048) + 1, "int4", block_size=8, scales="float16_offsets")
-    with kernels.using(ISAS[-1]):
+    with kernels.temporary_cpu_backend(ISAS[-1]):
         for dtype in (torch.float32, torch.bfloat16, torch.int8):
             given = torch.float32 if dtype == torch.int8 else dtype
             x, grad = torch.randn(4000, 2048).to(given), torch.randn(4000, 1024).to(given)
@@ -177,7 +181,7 @@ def test_products_take_no_more_scratch_than_is_said():
 @needs_kernel
 def test_explain_says_that_offsets_are_added():
     stored = quantize(torch.randn(8, 64), "int4", scales="float16_offsets")
-    with kernels.using(ISAS[-1]):
+    with kernels.temporary_cpu_backend(ISAS[-1]):
         text = kernels.explain(stored, 4)
         assert text.startswith("linear: few")
         assert "offsets: added in plain torch, to products in float32 without them:\ninput_grad:" in text

@@ -15,8 +15,8 @@ from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
-from lowmem.kernels.frozen_operator import parts_of
-from lowmem.nn.fold import without_adapters
+from lowmem.kernels.frozen_weight_operator import codes_scales_and_description
+from lowmem.nn.fold import unadapted_module_copy
 from tests import strategies
 from tests.operators import assert_operator
 from tests.rounding import OF_4_BITS, assert_sum, stored_weight
@@ -55,7 +55,7 @@ def test_the_operators_are_what_torch_expects_of_one(kind, transposed, dtype):
             operator, given = torch.ops.lowmem.product_16bit.default, (x, weight, dtype, transposed, *some)
         else:
             own_dtype = None if dtype is own and some else dtype  # None is that of the input
-            given = (x, *parts_of(weight), own_dtype, transposed, *some)
+            given = (x, *codes_scales_and_description(weight), own_dtype, transposed, *some)
             operator = torch.ops.lowmem.product_4bit.default
         assert_operator(operator, given)
         out = operator(*given)
@@ -73,14 +73,14 @@ def build(kind: str) -> torch.nn.Module:
 
 
 @models
-@pytest.mark.skipif(kernels.available() == ["reference"], reason="the kernel is not compiled here")
+@pytest.mark.skipif(kernels.available_cpu_backend_names() == ["reference"], reason="the kernel is not compiled here")
 def test_a_compiled_graph_is_served_by_the_kernel(kind, monkeypatch):
     model = build(kind).eval().requires_grad_(False) if kind == "half" else build(kind).eval()
     served = []
-    run = cpu.Kernel.linear
-    monkeypatch.setattr(cpu.Kernel, "linear", lambda *given: (served.append(given[1].shape), run(*given))[1])
+    run = cpu.CpuBackend.linear
+    monkeypatch.setattr(cpu.CpuBackend, "linear", lambda *given: (served.append(given[1].shape), run(*given))[1])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=True)
-    with torch.no_grad(), kernels.using(kernels.available()[-1]):
+    with torch.no_grad(), kernels.temporary_cpu_backend(kernels.available_cpu_backend_names()[-1]):
         for batch in (3, 5):
             x = torch.randn(batch, 16)
             torch.testing.assert_close(compiled(x), model(x))
@@ -132,7 +132,7 @@ def assert_gradient_of_squares(got, layer, x, precision):
 @pytest.mark.parametrize("transform", ["forward mode", "gradient"])
 def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform):
     """Forward mode in a function of one's own is not compiled: it falls back to eager, and never gives zeros."""
-    layer = without_adapters(build(kind)[0])
+    layer = unadapted_module_copy(build(kind)[0])
     x = torch.randn(3, 16)
     forward_mode = lambda x: torch.func.jvp(layer, (x,), (x,))[1]  # noqa: E731
     function = forward_mode if transform == "forward mode" else torch.func.grad(lambda x: layer(x).square().sum())
@@ -140,7 +140,7 @@ def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform)
     if transform == "gradient":
         with may_be_refused("functions with out=... arguments don't support automatic differentiation"):
             got, expected = compiled(x), function(x)
-            precision = kernels.recorded_dtype(torch.int8, x) if kind == "8-bit products" else x.dtype
+            precision = kernels.differentiable_dtype(torch.int8, x) if kind == "8-bit products" else x.dtype
             if precision is x.dtype:
                 torch.testing.assert_close(got, expected)
             for one in (got, expected) if kind == "8-bit products" else ():
@@ -282,8 +282,8 @@ def test_a_traced_file_runs_where_lowmem_is_imported(tmp_path):
 def test_the_operator_of_rows_is_what_torch_expects_of_one():
     weight = make_weight("4-bit")
     for dtype in (torch.float32, torch.bfloat16):
-        assert_operator(torch.ops.lowmem.dequantize_rows.default, (*parts_of(weight), dtype))
-        assert torch.equal(ops.dequantize_rows(weight, dtype), weight.dequantize(dtype))
+        assert_operator(torch.ops.lowmem.dequantize_rows.default, (*codes_scales_and_description(weight), dtype))
+        assert torch.equal(ops.dequantize_by_operator(weight, dtype), weight.dequantize(dtype))
 
 
 @pytest.fixture

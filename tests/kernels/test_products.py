@@ -51,7 +51,7 @@ def check_products(isa, w, dense, batch, dtype, with_bias, seed):
     x = torch.randn(batch, columns, generator=generator).to(dtype)
     grad = torch.randn(batch, rows, generator=generator).to(dtype)
     bias = torch.randn(rows, generator=generator) if with_bias else None
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         of_torch = [by_torch(w, batch, dtype, product) for product in ("linear", "input_grad")]
         assert_product(kernels.linear(x, w, dtype, bias), dtype, x, dense, bias, of_torch[0])
         assert_product(kernels.input_grad(grad, w, dtype), dtype, grad, dense.t(), None, of_torch[1])
@@ -81,7 +81,7 @@ def test_a_bias_of_every_dtype_is_added_before_the_result_is_rounded(isa, dtype)
         magnitudes = x.float().abs() @ q.dequantize().abs().t()
         for bias_dtype in (torch.float32, torch.bfloat16, torch.float16):
             bias = torch.randn(21).to(bias_dtype)
-            with kernels.using(isa):
+            with kernels.temporary_cpu_backend(isa):
                 got, without = kernels.linear(x, q, dtype, bias), kernels.linear(x, q, torch.float32)
             off = (got.float() - (without + bias.float())).abs()
             assert (off <= 3 * unit * (magnitudes + bias.abs())).all()
@@ -94,7 +94,7 @@ def test_every_number_of_a_few_inputs(isa, block_size, columns):
     form = "nf4" if block_size % 16 else "bof4s"  # which has signed scales
     q = quantize(strategies.make_weight("normal", (131, columns), 0, 1), form, block_size=block_size, scales=scales)
     dense = q.dequantize()
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         for dtype, batches in ((torch.bfloat16, [*range(1, 10), 11, 16, 17]), (torch.float32, [2, 7, 10, 16, 17])):
             for batch in batches:
                 x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 131).to(dtype)
@@ -113,7 +113,7 @@ def test_small_bfloat16_numbers_are_exact_beside_large_ones_that_cancel(isa, blo
     assert torch.equal(q.dequantize(), dense)
     large, small = 64.0 * torch.randint(128, 256, (batch, 75)), torch.randint(-3, 4, (batch, 75)).float()
     x = torch.stack((large, -large, small, 0 * small), 2).flatten(1)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         got = kernels.linear(x.bfloat16(), q, torch.bfloat16)
     assert torch.equal(got, (x.double() @ dense.double().t()).bfloat16())
 
@@ -122,7 +122,7 @@ def test_small_bfloat16_numbers_are_exact_beside_large_ones_that_cancel(isa, blo
 @covering(1, columns=[5, 127, 640], stored_as=[torch.float16, torch.bfloat16])
 def test_every_number_of_a_few_inputs_with_16_bit_weights(isa, stored_as, columns):
     w = strategies.make_weight("normal", (77, columns), 0, 1).to(stored_as)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for batch in range(1, 11):
                 x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 77).to(dtype)
@@ -146,7 +146,7 @@ def test_batches_and_weights_around_whole_tiles_parts_and_pieces(isa, block_size
         w, numbers = stored("int4" if rows % 2 else "nf4", dense, block_size=block_size)
     generator = torch.Generator().manual_seed(rows)
     bias = torch.randn(rows, generator=generator)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         for batch in (*EDGES, 97, 130, *([257] if columns < 1000 else [])):
             for dtype in (torch.float32, torch.bfloat16):
                 x = torch.randn(batch, columns, generator=generator).to(dtype)
@@ -158,7 +158,7 @@ def test_batches_and_weights_around_whole_tiles_parts_and_pieces(isa, block_size
 @compiled_bfloat16
 def test_a_result_that_is_subnormal_is_one_in_every_row(isa):
     q, bias = quantize(torch.randn(45, 64)), torch.full((45,), 1e-39)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         for batch in (1, 3, 20):
             got = kernels.linear(torch.zeros(batch, 64).bfloat16(), q, torch.bfloat16, bias)
             assert (got == bias.bfloat16()).all()
@@ -172,7 +172,7 @@ def test_wide_rows_are_packed_in_parts(isa, columns, dtype, kind):
     bias = torch.randn(9)
     for batch in (1, 5, 30):
         x, grad = torch.randn(batch, columns).to(dtype), torch.randn(batch, 9).to(dtype)
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             got, back = kernels.linear(x, w, dtype, bias), kernels.input_grad(grad, w, dtype)
             peak = measure.peak_bytes(lambda x=x: kernels.linear(x, w, dtype, bias))
         assert peak <= 2**20 + got.nbytes + x.numel() * 4
@@ -188,7 +188,7 @@ def test_sums_of_wide_rows_are_rounded_once(isa, dtype, kind):
     bias = torch.randn(600)
     for batch in (7, 130):
         x = torch.randn(batch, 8200).to(dtype)
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             got, added = kernels.linear(x, w, dtype), kernels.linear(x, w, dtype, bias)
             assert_close_in(dtype, got, x, dequantized)
         unit = torch.finfo(dtype).eps / 2
@@ -202,7 +202,7 @@ def test_batches_of_several_pieces(isa, columns):
     half = strategies.make_weight("normal", (10, columns), 0, 0).half()
     for batch in (161, 330, 513, 1100):
         x, grad = torch.randn(batch, columns), torch.randn(batch, 10)
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             for w, dense in ((q, q.dequantize()), (half, half)):
                 assert_exact(kernels.linear(x, w, torch.float32), x, dense)
                 assert_exact(kernels.input_grad(grad, w, torch.float32), grad, dense.t())
@@ -241,7 +241,7 @@ def test_chains_of_products_are_short(isa, case):
         for batch in (1, 3, 4, 5, 8, 9, 12, 13, 24, 40, 100):
             x = torch.ones(batch, columns)
             x[torch.arange(batch), (torch.arange(batch) * 37 + 5 * batch) % columns] = LARGE
-            with kernels.using(isa):
+            with kernels.temporary_cpu_backend(isa):
                 got = kernels.linear(x, w, torch.float32)
             assert_lost_ones(got, columns, longest_chain(kind, batch))
 
@@ -254,7 +254,7 @@ def test_chains_of_a_gradient_are_short(isa, kind):
         for batch in (1, 2, 3, 5, 16, 17, 40, 130):
             grad = torch.ones(batch, rows)
             grad[torch.arange(batch), (torch.arange(batch) * 37 + 5 * batch) % rows] = LARGE
-            with kernels.using(isa):
+            with kernels.temporary_cpu_backend(isa):
                 got = kernels.input_grad(grad, w, torch.float32)
             assert_lost_ones(got, rows, longest_chain_of_gradient(batch))
 
@@ -281,7 +281,7 @@ def test_magnitudes_of_inputs_columns_and_rows_that_lie_apart(
     wide, numbers = stored(kind, torch.randn(9, columns, generator=generator), block_size=size, scales=scales)
     tall, turned = stored(kind, torch.randn(columns, 9, generator=generator) * sizes, block_size=size, scales=scales)
     x = spread_inputs(torch.linspace(-3.0, 0 if few else 12, batch), columns, decades, generator).to(dtype)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         assert_product(kernels.linear(x, wide, dtype), dtype, x, numbers)
         assert_product(kernels.input_grad(x, tall, dtype), dtype, x, turned.t())
 
@@ -301,14 +301,14 @@ def test_inputs_and_weights_of_every_magnitude(isa, kind):
         for x, batch, dtype in product((every, one, single), (1, 3, 120), (torch.float32, torch.bfloat16)):
             few = x[:batch].to(dtype)
             grad = few[:, :70].contiguous()
-            with kernels.using(isa):
+            with kernels.temporary_cpu_backend(isa):
                 assert_product(kernels.linear(few, w, dtype), dtype, few, numbers)
                 assert_product(kernels.input_grad(grad, w, dtype), dtype, grad, numbers.t())
     options = {} if kind == "bfloat16" else {"block_size": 16, "scales": "float32"}
     for exponent, batch in product((-120, -41, 61, 110) if kind != "half" else (), (1, 4, 100)):
         large, numbers = stored(kind, dense * 2.0**exponent, **options)
         x, grad = torch.randn(batch, 300), torch.randn(batch, 70)
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             assert_exact(kernels.linear(x, large, torch.float32), x, numbers)
             assert_exact(kernels.input_grad(grad, large, torch.float32), grad, numbers.t())
 
@@ -321,7 +321,7 @@ def test_subnormal_bfloat16_inputs_lose_no_more_than_docs_kernels_says(isa, kind
     for scale, exponent, batch in product((1.0, 6e4, 1e20), (-133, -130, -127, -122, -119), (1, 5, 30)):
         w = quantize(dense * scale, kind, block_size=size, scales="float32")
         x = (torch.randn(batch, 300, generator=generator) * 2.0**exponent).bfloat16()
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             if by_torch(w, batch, torch.bfloat16):
                 continue
             got = kernels.linear(x, w, torch.bfloat16).double()
@@ -360,7 +360,7 @@ def test_what_is_not_finite_shows_as_in_float32(isa, kind):
             x, grad = torch.randn(batch, 330).to(dtype), torch.randn(batch, 70).to(dtype)
             broken_x, broken_grad = x.clone(), grad.clone()
             broken_x[-1, 4 * column], broken_grad[-1, column] = value, value
-            with kernels.using(isa):
+            with kernels.temporary_cpu_backend(isa):
                 for few in (x, broken_x, broken_x[-1:]):
                     assert_as_in_float64(kernels.linear(few, w, dtype), dtype, few, numbers)
                 for few in (grad, broken_grad, broken_grad[-1:]):
@@ -380,12 +380,12 @@ def test_an_input_s_result_is_its_own(isa, kind):
     w, _ = stored(kind, torch.randn(45, 330))
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.randn(48, 330).to(dtype)
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             whole = kernels.linear(x, w, dtype)
             order = torch.randperm(48, generator=torch.Generator().manual_seed(0))
             assert torch.equal(kernels.linear(x[order], w, dtype), whole[order])
         x[::2] = torch.nan
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             got = kernels.linear(x, w, dtype)
         assert torch.equal(got[1::2], whole[1::2])
         assert got[::2].isnan().all()
@@ -397,13 +397,13 @@ def test_an_isa_without_a_source_of_its_own_gives_the_bits_of_another(isa):
     dense = strategies.make_weight("normal", (70, 330), 0, 0)
     made, of_integers = [], quantize(dense, "nf4")
     for name in (isa, "avx512vnni"):
-        with kernels.using(name):
+        with kernels.temporary_cpu_backend(name):
             inputs = [torch.randn(n, 330, generator=torch.Generator().manual_seed(n)) for n in EDGES]
             made.append([kernels.linear(x, of_integers, torch.int8) for x in inputs])
     assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
     made.clear()
     for name in (isa, "avx512"):
-        with kernels.using(name):
+        with kernels.temporary_cpu_backend(name):
             q = quantize(dense, "nf4", search=True)
             found = [q.packed, q.scales.view(torch.uint8), q.dequantize(), q.dequantize(torch.bfloat16)]
             weights = q, quantize(dense, "int4", block_size=16), dense.half()
@@ -423,7 +423,7 @@ def test_chunks_that_torch_multiplies_are_all_of_the_weight(isa, monkeypatch):
     bias, dense = torch.randn(150), w.dequantize()
     for dtype in (torch.float32, torch.bfloat16):
         x, grad = torch.randn(600, 200).to(dtype), torch.randn(600, 150).to(dtype)
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             got = kernels.linear(x, w, dtype, bias.to(dtype))
             back = kernels.input_grad(grad, w, dtype)
         assert_product(got, dtype, x, dense, bias.to(dtype).float())
@@ -437,7 +437,7 @@ def test_batches_where_torch_takes_over(isa, kind, least):
     w, dense = stored(kind, strategies.make_weight("normal", (70, 90), 0, 0))
     for batch in (least - 1, least, least + 1):
         x, grad = torch.randn(batch, 90).to(dtype), torch.randn(batch, 70).to(dtype)
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             assert_product(kernels.linear(x, w, dtype), dtype, x, dense)
             assert_product(kernels.input_grad(grad, w, dtype), dtype, grad, dense.t())
 
@@ -460,6 +460,6 @@ def test_every_8_bit_code_has_its_level(isa, name):
     codes = torch.arange(512).view(8, 64) % 256
     stored.packed[:] = codes
     expected = (codes - 128) / (127 if name == "int8" else 1) * stored.scales.repeat_interleave(16, -1)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         assert torch.equal(stored.dequantize(), expected)
         check_products(isa, stored, expected, 2, torch.float32, False, 64)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import FourBit, convert, kernels, quantize
-from lowmem.quant.tensor import number_table
+from lowmem.quant.tensor import float32_table
 from tests import strategies
 from tests.compiled import dequantized
 from tests.rounding import assert_product
@@ -31,7 +31,7 @@ def test_both_products_equal_those_with_the_restored_weight(weight, batch, dtype
     dense = dequantized(weight, dtype)
     x = torch.randn(batch, dense.shape[1], generator=generator).to(dtype)
     grad = torch.randn(batch, dense.shape[0], generator=generator).to(dtype)
-    with kernels.using("reference"):
+    with kernels.temporary_cpu_backend("reference"):
         products = kernels.linear(x, weight, dtype), kernels.input_grad(grad, weight, dtype)
     sums, rounded = (torch.float32, [dtype] * 2) if dtype == torch.bfloat16 else (dtype, ())  # a sum, and its chunks'
     for got, factor, weights in zip(products, (x, grad), (dense, dense.t()), strict=True):
@@ -42,7 +42,7 @@ def test_both_products_equal_those_with_the_restored_weight(weight, batch, dtype
 def test_half_precision_sums_over_chunks_of_rows_are_rounded_once():
     """Each of nine chunks adds about 180 ones, a number that bfloat16 holds; it does not hold all sums of them."""
     weight = (torch.rand(8000, 64) < 0.2).bfloat16()
-    with kernels.using("reference"):
+    with kernels.temporary_cpu_backend("reference"):
         got = kernels.input_grad(torch.ones(1, 8000, dtype=torch.bfloat16), weight, torch.bfloat16)
     assert torch.equal(got, weight.double().sum(0, keepdim=True).bfloat16())
 
@@ -54,7 +54,7 @@ def test_many_chunks_are_written_whole_and_match_and_a_block_of_zeros_has_no_sca
     weight = quantize(dense, block_size=16)
     dense[1400, :17] = torch.tensor([-1e-2] * 16 + [1e4])  # in steps of 1e4 / 255 the first block is all but zero
     for form, step, level in (("nf4", 0, 0), ("fp4", 0, 0), ("bof4s", 0, 0), ("int4", 1, -1 / 15), ("int8", 0, 0)):
-        with kernels.using("reference"):
+        with kernels.temporary_cpu_backend("reference"):
             stored = quantize(dense, form, block_size=16, scales="double")
             again = quantize(stored.dequantize(), form, block_size=16, scales="double")
         assert stored.scales[1400, 0] == step
@@ -108,4 +108,4 @@ def test_nothing_waits_for_another_device_than_the_cpu_and_its_chunks_are_large(
     with torch.no_grad(), Products() as products:
         layer(x)
     assert products.count == 1 + (offsets and dtype is torch.int8)  # whose offsets are multiplied apart
-    assert number_table((0.0, 1.0), x.device) is number_table((0.0, 1.0), x.device)
+    assert float32_table((0.0, 1.0), x.device) is float32_table((0.0, 1.0), x.device)

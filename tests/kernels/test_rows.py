@@ -50,10 +50,10 @@ def test_quantizing_gives_the_bytes_of_plain_torch_and_dequantizing_its_bits(
         "search": search,
         "importance": strategies.make_importance(kind, weight.shape[-1], seed),
     }
-    with kernels.using("reference"):
+    with kernels.temporary_cpu_backend("reference"):
         expected = quantize(weight, form, **options)
         values = expected.dequantize(), expected.dequantize(dtype)
-    with kernels.using(isa), no_plain_rows():
+    with kernels.temporary_cpu_backend(isa), no_plain_rows():
         got = quantize(weight, form, **options)
         assert_same_bytes(got, expected)
         assert torch.equal(got.dequantize(), values[0])
@@ -67,14 +67,14 @@ def test_every_isa_and_any_number_of_threads_sum_the_same_error(form, dtype):
     for columns in (1, 15, 33, 200):
         weight = strategies.make_weight("normal", (70, columns), 0, columns).to(dtype)
         for values in (weight, weight.t().contiguous().t()):
-            with kernels.using("reference"):
+            with kernels.temporary_cpu_backend("reference"):
                 expected = quantize(values, form, block_size=24)
                 dense = expected.dequantize()
                 pair = backend_for("cpu").squares(values, dense)
             found, compared = set(), set()
             for isa in compiled.args[1]:
                 for threads in (1, 2, 5):
-                    with kernels.using(isa), no_plain_rows(), on_threads(threads):
+                    with kernels.temporary_cpu_backend(isa), no_plain_rows(), on_threads(threads):
                         q = quantize(values, form, block_size=24)
                         assert_same_bytes(q, expected)
                         found.add(q.squares)
@@ -99,7 +99,7 @@ def searched_by_plain_torch(form, importance, exponent):
             fits = weight if scales == "float32" else weight.clamp(-65504, 65504)
             counts = strategies.make_importance(importance, columns, 1)
             options = {"block_size": size, "scales": scales, "search": True, "importance": counts}
-            with kernels.using("reference"):
+            with kernels.temporary_cpu_backend("reference"):
                 cases.append((fits, options, quantize(fits, form, **options)))
     return cases
 
@@ -113,7 +113,7 @@ def searched_by_plain_torch(form, importance, exponent):
 def test_a_search_at_the_ends_of_float32_finds_the_bytes_of_plain_torch(form, importance, exponent):
     for weight, options, expected in searched_by_plain_torch(form, importance, exponent):
         for isa in compiled.args[1]:  # plain torch takes longest
-            with kernels.using(isa), no_plain_rows():
+            with kernels.temporary_cpu_backend(isa), no_plain_rows():
                 assert_same_bytes(quantize(weight, form, **options), expected)
 
 
@@ -131,10 +131,10 @@ def test_every_stored_scale_of_both_signs_is_read_as_plain_torch_reads_it(isa, b
     half = replace(q, scales=bits.nan_to_num(0, 0, 0), scale_encoding="float16")
     x, grad = torch.randn(3, columns), torch.randn(3, 5)
     for signed in (double, half):
-        with kernels.using("reference"):
+        with kernels.temporary_cpu_backend("reference"):
             dense = signed.dequantize()
         assert (dense < 0).any()
-        with kernels.using(isa), no_plain_rows():
+        with kernels.temporary_cpu_backend(isa), no_plain_rows():
             assert torch.equal(signed.dequantize(), dense)
             for batch in (1, 3):
                 assert_exact(kernels.linear(x[:batch], signed, torch.float32), x[:batch], dense)
@@ -153,7 +153,7 @@ def test_every_double_scale_is_found_again(isa, form):
     q = quantize(torch.ones(4, most * 8), form, block_size=8, scales="double", search=False)
     q = replace(q, packed=pack(codes, 8), scales=torch.cat([counts, row_scales], dim=-1).contiguous())
     dense = q.dequantize()
-    with kernels.using(isa), no_plain_rows():
+    with kernels.temporary_cpu_backend(isa), no_plain_rows():
         assert_same_bytes(quantize(dense, form, block_size=8, scales="double", search=False), q)
 
 
@@ -166,9 +166,9 @@ def test_restored_values_are_rounded_as_torch_rounds(isa, dtype):
     q = quantize(torch.randn(64, 300 * 8, generator=generator), "fp4", block_size=8, scales="float32")
     q = replace(q, scales=scales)
     broken = replace(q, scales=torch.full_like(scales, torch.nan))
-    with kernels.using("reference"):
+    with kernels.temporary_cpu_backend("reference"):
         expected, nans = q.dequantize().to(dtype), broken.dequantize().isnan()
-    with kernels.using(isa), no_plain_rows():
+    with kernels.temporary_cpu_backend(isa), no_plain_rows():
         assert torch.equal(q.dequantize(dtype), expected)
         assert torch.equal(broken.dequantize(dtype).isnan(), nans)
 
@@ -180,7 +180,7 @@ def test_weights_that_cannot_be_held_raise_what_plain_torch_raises(isa, value):
     weight[299, 63] = value
     messages = []
     for name in ("reference", isa):
-        with kernels.using(name), pytest.raises(ValueError, match="weight holds") as error:
+        with kernels.temporary_cpu_backend(name), pytest.raises(ValueError, match="weight holds") as error:
             quantize(weight, "nf4", scales="float16")
         messages.append(str(error.value))
     assert messages[0] == messages[1]
@@ -192,7 +192,7 @@ def test_a_weight_that_cannot_be_held_is_refused_whichever_thread_reads_it(isa, 
     """A part of the rows each: who finds it may be the first to be done, or the last."""
     rows, columns = 64, 2048  # two chunks of rows, of 65536 weights each: a search is worth 7 threads, the rest 2
     weight = strategies.make_weight("normal", (rows, columns), 0, 0)
-    with on_threads(threads), kernels.using(isa):
+    with on_threads(threads), kernels.temporary_cpu_backend(isa):
         for form, options in (("nf4", {}), ("nf4", {"search": True, "scales": "float16"}), ("bof4s", {})):
             for row, value in zip(range(0, rows, 3), [torch.nan, torch.inf, -torch.nan, 1e30] * 6, strict=False):
                 broken = weight.clone()
@@ -211,10 +211,10 @@ def test_a_search_near_the_largest_float16_tries_no_scale_beyond_it(isa):
         weight = torch.stack([block, block.flip(0), block / 2]) * sign
         best = quantize(weight, "bof4s", block_size=64, scales="float32", search=True)
         assert torch.equal(best.scales, torch.tensor([[17 / 16], [17 / 16], [17 / 32]]) * largest * sign)
-        with kernels.using("reference"):
+        with kernels.temporary_cpu_backend("reference"):
             expected = quantize(weight, "bof4s", block_size=64, scales=scales, search=True)
         assert torch.equal(expected.dequantize().abs().amax(1)[:2], torch.full((2,), largest))
-        with kernels.using(isa), no_plain_rows():
+        with kernels.temporary_cpu_backend(isa), no_plain_rows():
             assert_same_bytes(quantize(weight, "bof4s", block_size=64, scales=scales, search=True), expected)
 
 
@@ -236,7 +236,7 @@ def test_every_nan_is_one_when_it_is_rounded(isa, dtype):
         finite = replace(q, scales=torch.ones_like(q.scales))
         half = finite.dequantize(dtype)
         bias = nan.expand(rows).contiguous()
-        with kernels.using(isa), no_plain_rows():
+        with kernels.temporary_cpu_backend(isa), no_plain_rows():
             assert q.dequantize(dtype).isnan().all()
             for batch in (1, 3, 6, 13, 32):
                 x, grad = torch.ones(batch, columns, dtype=dtype), torch.ones(batch, rows, dtype=dtype)
@@ -253,7 +253,7 @@ def test_a_number_halfway_between_two_is_rounded_to_the_even_one(isa, dtype):
     scales = (1 + torch.arange(1, 65, 2) * 2.0**-bits)[:, None]
     q = quantize(torch.ones(32, 53), "fp4", block_size=32, scales="float32")  # a whole block, and a part of one
     q = replace(q, scales=scales.repeat(1, 2))
-    with kernels.using(isa), no_plain_rows():
+    with kernels.temporary_cpu_backend(isa), no_plain_rows():
         assert torch.equal(q.dequantize(dtype), scales.expand(32, 53).to(dtype))
 
 
@@ -274,10 +274,10 @@ def test_columns_from_a_block_on_are_the_same(isa, rows, columns, size, scales, 
     blocks = -(-columns // size)
     start = first % blocks * size
     end = min(start + count * size, columns)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         whole, kernel = q.dequantize(dtype), backend_for()
         part = torch.empty(rows, end - start, dtype=dtype)
-        assert kernel._dequantize(kernel._given(q), 0, start, part) is part
+        assert kernel._try_dequantize_into(kernel._native_weight_or_none(q), 0, start, part) is part
     assert torch.equal(part, whole[:, start:end])
 
 
@@ -285,11 +285,16 @@ def test_columns_from_a_block_on_are_the_same(isa, rows, columns, size, scales, 
 def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa):
     q = quantize(torch.randn(2, 40), "nf4", block_size=16)
     columns = [(3, 16), (8, 8), (8, 16), (0, 17), (16, 8), (-16, 16), (48, 16), (32, 9), (64, 0)]
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         kernel = backend_for()
         for column, count in columns:
-            assert kernel._dequantize(kernel._given(q), 0, column, torch.empty(2, count)) is None
-        assert kernel._dequantize(kernel._given(q), 0, 32, torch.empty(2, 8)) is not None  # the end of the rows
+            assert (
+                kernel._try_dequantize_into(kernel._native_weight_or_none(q), 0, column, torch.empty(2, count))
+                is None
+            )
+        assert (
+            kernel._try_dequantize_into(kernel._native_weight_or_none(q), 0, 32, torch.empty(2, 8)) is not None
+        )  # the end of the rows
 
 
 @compiled
@@ -297,7 +302,7 @@ def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa):
 def test_what_lies_beyond_a_short_block_counts_in_no_error(isa, form):
     """A format without a zero would have an error there, and the search would choose other scales."""
     weight = strategies.make_weight("normal", (60, 21), 0, 0)
-    with kernels.using("reference"):
+    with kernels.temporary_cpu_backend("reference"):
         expected = quantize(weight, form, block_size=16, search=True)
-    with kernels.using(isa), no_plain_rows():
+    with kernels.temporary_cpu_backend(isa), no_plain_rows():
         assert_same_bytes(quantize(weight, form, block_size=16, search=True), expected)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from lowmem.kernels import cpu
-from lowmem.kernels.threads import usable_cpus
+from lowmem.kernels.threads import usable_cpu_count
 from lowmem.testing.memory import THREADS
 from tests.compiled import needs_kernel
 
@@ -41,30 +41,30 @@ def system(root, groups, files):
 def test_usable_cpus_are_within_the_quotas_of_all_groups(tmp_path_factory, monkeypatch, groups, files, cpus):
     """None, those of groups above and of the root, parts of a CPU, a group elsewhere, and both versions."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(64), raising=False)
-    assert usable_cpus(system(tmp_path_factory.mktemp("root"), groups, files)) == cpus
+    assert usable_cpu_count(system(tmp_path_factory.mktemp("root"), groups, files)) == cpus
 
 
 def test_usable_cpus_are_within_the_affinity(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5}, raising=False)
-    assert usable_cpus(system(tmp_path, "0::/\n", {"cpu.max": "400000 100000\n"})) == 2
+    assert usable_cpu_count(system(tmp_path, "0::/\n", {"cpu.max": "400000 100000\n"})) == 2
 
 
 def test_without_affinity_and_groups_all_cpus_are_usable(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(os, "cpu_count", lambda: 12)
-    assert usable_cpus(tmp_path) == 12
+    assert usable_cpu_count(tmp_path) == 12
 
 
 @needs_kernel
 def test_loading_the_kernel_limits_its_threads_to_the_usable_cpus():
-    native, _ = cpu.load.__wrapped__()
-    assert native.limit_threads(THREADS, False) == usable_cpus()
+    native, _ = cpu.load_native_module_and_reason.__wrapped__()
+    assert native.limit_threads(THREADS, False) == usable_cpu_count()
 
 
 @pytest.fixture
 def learned():
     """Call ``learned`` of the kernel, which has learned nothing yet and forgets it afterwards."""
-    native = cpu.load()[0]
+    native = cpu.load_native_module_and_reason()[0]
     if native is None:
         pytest.skip("the kernel is not compiled here")
     native.limit_threads(THREADS, True)

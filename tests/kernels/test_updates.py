@@ -50,7 +50,7 @@ def test_an_update_equals_the_two_products(isa, batch, rank, rows, columns, scal
     shapes = (batch, rows), (batch, columns), (rank, columns), (rows, rank)
     base, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
     before = base.clone()
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         got = kernels.add_low_rank(base, x, a, b, scaling)
     assert_update(got, base, x, a, b, scaling)
     assert torch.equal(base, before)
@@ -74,7 +74,7 @@ def test_a_product_with_an_update_is_the_product_and_then_the_update(
     dense, x, a, b = (torch.randn(shape, generator=generator) for shape in shapes)
     weight, _ = stored(kind, dense, block_size=16)
     bias = torch.randn(rows, generator=generator) if with_bias else None
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         expected = kernels.add_low_rank(kernels.linear(x, weight, torch.float32, bias), x, a, b, 0.75)
         for threads in (1, 2, 3):
             with on_threads(threads):
@@ -87,7 +87,7 @@ def test_a_product_with_an_update_is_the_product_and_then_the_update(
 def test_an_update_that_does_not_fit_its_layer_is_torch_s_error(isa, shape, monkeypatch):
     monkeypatch.setattr(reference, "add_low_rank", PLAIN_UPDATE)
     half, x = torch.randn(4, 6).half(), torch.randn(2, 6)
-    with kernels.using(isa), pytest.raises(RuntimeError):
+    with kernels.temporary_cpu_backend(isa), pytest.raises(RuntimeError):
         kernels.linear(x, half, torch.float32, None, (torch.randn(shape), torch.randn(4, shape[0]), 1.0))
 
 
@@ -95,7 +95,7 @@ def test_an_update_that_does_not_fit_its_layer_is_torch_s_error(isa, shape, monk
 def test_an_update_of_another_dtype_or_layout_is_added_by_torch(isa, monkeypatch):
     monkeypatch.setattr(reference, "add_low_rank", PLAIN_UPDATE)
     half, x, a, b = torch.randn(4, 6).half(), torch.randn(2, 6), torch.randn(3, 6), torch.randn(4, 3)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         strided = kernels.linear(x, half, torch.float32, None, (a.t().contiguous().t(), b, 2.0))
         twice = kernels.linear(x.t().contiguous().t(), half, torch.float32, None, (a, b, 2.0))
         low = kernels.linear(x.bfloat16(), half, torch.bfloat16, None, (a.bfloat16(), b.bfloat16(), 2.0))

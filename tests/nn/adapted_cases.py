@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowmem.nn.adapted_weight import adapted_weight
-from lowmem.nn.adapter import Layout, Update
+from lowmem.nn.adapter import Layout, LowRankUpdate
 from lowmem.nn.stored_tensor import StoredTensor
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, Case, store
 
@@ -77,16 +77,16 @@ def make(name, case, form, count=1, dropout=None):
     layout = layout_of(name, case)
     pairs, updates = [], []
     for _ in range(count):
-        shapes = layout.shapes(RANK)
+        shapes = layout.lora_matrix_shapes(RANK)
         a, b = (torch.randn(shapes[part]).requires_grad_() for part in ("lora_a", "lora_b"))
         left, right = (a.mT, b.mT) if layout.kind == "transposed" else (b, a)
         if layout.kind == "transposed kernel":
             right = a.view(RANK, layout.shape[0], -1).movedim(1, 0)
-        updates.append(Update(left, right, SCALING, dropout or nn.Identity()))
+        updates.append(LowRankUpdate(left, right, SCALING, dropout or nn.Identity()))
         pairs.append((a, b))
     dense = base.dequantize() if isinstance(base, StoredTensor) else base.detach()
     return adapted_weight(base, updates), dense, pairs, layout
 
 
 def total(dense, pairs, layout):
-    return dense.double() + sum(SCALING * layout.weight(b.double() @ a.double()) for a, b in pairs)
+    return dense.double() + sum(SCALING * layout.from_matrices(b.double() @ a.double()) for a, b in pairs)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from lowmem.nn.forms import CodedForm, HalfForm
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.quant.quantize import quantize
+from lowmem.quant.quantize_tensor import quantize
 
 OFFSETS = torch.tensor([2, 2, 5], dtype=torch.int32)
 INDICES = torch.tensor([[1, 2, 2], [7, 0, 1]])
@@ -118,5 +118,5 @@ def store(weight: Tensor, form: str, lead: int | None = None, scales: str | None
         dtype = getattr(torch, form)
         return StoredTensor(HalfForm(dtype), (rows.to(dtype),), weight.shape[lead:], weight.dtype)
     quantized = quantize(rows, form, block_size=16, scales=scales)
-    made = CodedForm.of(quantized)
-    return StoredTensor(made, made.split(quantized), weight.shape[lead:], weight.dtype)
+    made = CodedForm.from_quantized_tensor(quantized)
+    return StoredTensor(made, made.codes_and_scale_bytes(quantized), weight.shape[lead:], weight.dtype)

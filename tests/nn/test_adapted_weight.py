@@ -13,9 +13,9 @@ import lowmem
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapted_weight import AdaptedWeight, adapted_weight
-from lowmem.nn.adapter import Update
-from lowmem.nn.adapter_bank import parameter_of
-from lowmem.nn.linear import gathered_copy
+from lowmem.nn.adapter import LowRankUpdate
+from lowmem.nn.adapter_bank import unadapted_parameter
+from lowmem.nn.linear import layer_copy_with_column_order
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.torch_functions import METADATA
 from tests.nn.adapted_cases import FORMS, ON_VALUES, PRODUCTS, RANK, SCALING, make, total
@@ -112,7 +112,7 @@ def test_whoever_reads_it_in_a_graph_gets_the_results_and_gradients_of_the_sum(b
     for matrix in matrices:
         nn.init.normal_(matrix, 0, 0.3)
     x = torch.randn(5, 16)
-    base_weight = parameter_of(model.layer, "weight")
+    base_weight = unadapted_parameter(model.layer, "weight")
     dense = base_weight.dequantize() if base else base_weight.detach()
     whole = dense + adapter.scaling * (adapter.lora_b @ adapter.lora_a)
     exact = [read(x, whole if name != "a question" else whole.detach()) for name, read in READS.items()]
@@ -176,7 +176,7 @@ def test_a_write_that_ends_a_graph_is_refused_and_not_made_to_the_base(technique
 @pytest.fixture
 def values(monkeypatch):
     """How often the values of an adapted weight were made."""
-    made, before = [], AdaptedWeight.values
+    made, before = [], AdaptedWeight.dense_values
     monkeypatch.setattr(AdaptedWeight, "values", lambda self: made.append(self) or before(self))
     return made
 
@@ -244,7 +244,7 @@ def test_dropout_acts_on_the_inputs_of_products_only():
         weight, *_ = make(name, PRODUCTS[name], "dense", dropout=dropout)
         function, x = PRODUCTS[name].function, PRODUCTS[name].make_input()
         assert not torch.equal(function(x, weight), function(x, weight)), name
-        assert torch.equal(weight.values(), weight.values())
+        assert torch.equal(weight.dense_values(), weight.dense_values())
         dropout.eval()
         assert torch.equal(function(x, weight), function(x, weight)), name
         dropout.train()
@@ -347,7 +347,7 @@ def test_arguments_may_be_given_by_name_and_rows_of_a_weight_are_adapted_weights
             for index in indices:
                 found = weight[index]
                 assert isinstance(found, AdaptedWeight) == (group is OF_ROWS), (shape, index)
-                values = found.values() if group is OF_ROWS else found
+                values = found.dense_values() if group is OF_ROWS else found
                 torch.testing.assert_close(values, exact[index], rtol=1e-4, atol=1e-4)
 
 
@@ -400,7 +400,7 @@ VIEWS = {
 
 
 def values_of(weight):
-    dense = weight.values() if isinstance(weight, AdaptedWeight) else weight
+    dense = weight.dense_values() if isinstance(weight, AdaptedWeight) else weight
     return (dense.dequantize() if isinstance(dense, StoredTensor) else dense).detach()
 
 
@@ -409,7 +409,9 @@ def test_views_and_everything_else_are_those_of_the_values(form):
     torch.manual_seed(0)
     case = Case(lambda x, w: x, (48, 32), (5, 32), 32)
     if form == "gathered":
-        weight = gathered_copy(convert(nn.Linear(32, 48), FourBit("nf4", 8)), torch.randperm(32).int()).weight
+        weight = layer_copy_with_column_order(
+            convert(nn.Linear(32, 48), FourBit("nf4", 8)), torch.randperm(32).int()
+        ).weight
     else:
         weight = store(torch.randn(48, 32), "nf4") if form == "stored" else make("linear", case, form)[0]
     exact = values_of(weight)
@@ -426,7 +428,9 @@ def test_views_and_everything_else_are_those_of_the_values(form):
     weights, *_ = make("stack", stack, form)
     for number, matrix in enumerate(weights):
         assert isinstance(matrix, AdaptedWeight)
-        assert float((matrix.values() - weights.values()[number]).detach().abs().max()) <= 64 * 2.0**-23 * 10
+        assert (
+            float((matrix.dense_values() - weights.dense_values()[number]).detach().abs().max()) <= 64 * 2.0**-23 * 10
+        )
     kernels, *_ = make("conv2d", Case(lambda x, w: x, (8, 4, 3, 3), (2, 4, 6, 6), 36, 1), form)
     for view in (
         lambda w: w[2],
@@ -436,7 +440,7 @@ def test_views_and_everything_else_are_those_of_the_values(form):
         lambda w: w[2][1],
         lambda w: w[1:3].mT,
     ):
-        assert float((view(kernels) - view(kernels.values())).detach().abs().max()) <= 64 * 2.0**-23 * 10
+        assert float((view(kernels) - view(kernels.dense_values())).detach().abs().max()) <= 64 * 2.0**-23 * 10
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -446,22 +450,22 @@ def test_casts_to_it_einsums_of_both_its_sides_and_masks_are_those_of_the_sum(fo
     x = torch.randn(5, 48, 32)
     for cast in (x.double().to(weight), x.double().type_as(weight)):
         assert (type(cast), cast.dtype) == (torch.Tensor, torch.float32)
-    assert torch.equal(weight.to(weight), weight.values())
+    assert torch.equal(weight.to(weight), weight.dense_values())
     terms = RANK + 2 + OF_4_BITS  # of a weight: the sum over the rank, its scaling, the base
     for sums, added in (("boi,oi->b", 48 * 32), ("boi,oi->boi", 1)):
         exact, sizes = torch.einsum(sums, x.double(), whole), torch.einsum(sums, x.double().abs(), most)
         assert_sum(torch.einsum(sums, x, weight), exact, sizes, added + terms)
     stack = adapted_weight(
         torch.randn(2, 3, 4, 5),
-        [Update(torch.randn(2, 3, 4, RANK), torch.randn(2, 3, RANK, 5), SCALING, nn.Identity())],
+        [LowRankUpdate(torch.randn(2, 3, 4, RANK), torch.randn(2, 3, RANK, 5), SCALING, nn.Identity())],
     )
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    torch.testing.assert_close(torch.as_tensor(stack[mask] * 1), stack.values()[mask])
+    torch.testing.assert_close(torch.as_tensor(stack[mask] * 1), stack.dense_values()[mask])
 
 
 def test_dimensions_may_be_named_as_torch_names_them():
     weight, *_ = make("linear", CASES["linear"], "nf4")
     swapped = weight.transpose(dim0=0, dim1=1)
     assert isinstance(swapped, AdaptedWeight)
-    for one in (swapped.values(), weight.permute(dims=(1, 0)), torch.permute(weight, dims=(1, 0))):
-        assert torch.equal(one, weight.values().T)
+    for one in (swapped.dense_values(), weight.permute(dims=(1, 0)), torch.permute(weight, dims=(1, 0))):
+        assert torch.equal(one, weight.dense_values().T)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowmem import FourBit, LoRA, adapter_layers, convert
 from lowmem.nn.adapted_weight import adapted_weight
-from lowmem.nn.adapter import Adapter, Layout, is_conv1d, layout_of
+from lowmem.nn.adapter import Adapter, Layout, is_transformers_conv1d, parameter_layout
 from tests.test_any_model import Experts, Transposed
 
 KINDS = {
@@ -28,19 +28,23 @@ KINDS = {
 def test_shapes_are_those_of_the_parameter_whatever_stores_it():
     for kind, (make, name, how, of_a, of_b) in KINDS.items():
         for module in (make(), convert(make(), FourBit("nf4", 8))):
-            layout = layout_of(module, name)
+            layout = parameter_layout(module, name)
             assert layout == Layout(tuple(getattr(module, name).shape), how), kind
             adapter = Adapter(module, LoRA(2, alpha=4), name=name)
             assert (adapter.lora_a.shape, adapter.lora_b.shape) == (of_a, of_b), kind
-            assert adapter.changes_nothing()
-            assert not adapter.starts_at_zero.any()
-            assert adapter.starts_at_zero is (adapter.lora_a if "Embedding" in kind else adapter.lora_b)
-            nn.init.normal_(adapter.starts_at_zero)
-            assert not adapter.changes_nothing()
+            assert adapter.is_zero()
+            assert not adapter.zero_initialized_matrix.any()
+            assert adapter.zero_initialized_matrix is (adapter.lora_a if "Embedding" in kind else adapter.lora_b)
+            nn.init.normal_(adapter.zero_initialized_matrix)
+            assert not adapter.is_zero()
             assert adapter.delta().shape == getattr(module, name).shape
-            torch.testing.assert_close(layout.matrix(adapter.delta()), 2 * adapter.lora_b.detach() @ adapter.lora_a)
-            torch.testing.assert_close(layout.weight(layout.matrix(adapter.delta()).contiguous()), adapter.delta())
-            total = adapted_weight(torch.zeros(adapter.layout.shape), [adapter.update()])
+            torch.testing.assert_close(
+                layout.to_matrices(adapter.delta()), 2 * adapter.lora_b.detach() @ adapter.lora_a
+            )
+            torch.testing.assert_close(
+                layout.from_matrices(layout.to_matrices(adapter.delta()).contiguous()), adapter.delta()
+            )
+            total = adapted_weight(torch.zeros(adapter.layout.shape), [adapter.low_rank_update()])
             torch.testing.assert_close(total.values(), adapter.delta())
             for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
                 wide = torch.promote_types(dtype, torch.float32)
@@ -58,9 +62,9 @@ def test_a_stack_starts_as_its_matrices_would():
 
 
 def test_conv1d_is_known_by_its_name_and_by_that_of_its_bases():
-    assert is_conv1d(Transposed(2, 2))
-    assert is_conv1d(type("Other", (Transposed,), {})(2, 2))
-    assert not is_conv1d(nn.Conv1d(2, 2, 2))
+    assert is_transformers_conv1d(Transposed(2, 2))
+    assert is_transformers_conv1d(type("Other", (Transposed,), {})(2, 2))
+    assert not is_transformers_conv1d(nn.Conv1d(2, 2, 2))
 
 
 class Calls(TorchDispatchMode):
@@ -92,7 +96,7 @@ def test_experts_that_are_read_one_by_one_have_one_gradient_of_the_stack():
         twin = Experts()
         for name in ("up", "down"):
             weight = model[0]._parameters[name]
-            adapter = model[0].adapters.parts("default")[name]
+            adapter = model[0].adapters.adapters_by_parameter("default")[name]
             delattr(twin, name)
             setattr(twin, name, weight + adapter.scaling * (adapter.lora_b @ adapter.lora_a))
         return torch.autograd.grad(twin(x, chosen, weights).square().sum(), matrices)

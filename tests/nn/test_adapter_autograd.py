@@ -13,9 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, kernels, restore
-from lowmem.nn.adapter_autograd import is_narrow
-from lowmem.nn.adapter_bank import parameter_of
-from lowmem.nn.fold import without_adapters
+from lowmem.nn.adapter_autograd import is_marked_exact_in_bfloat16
+from lowmem.nn.adapter_bank import unadapted_parameter
+from lowmem.nn.fold import unadapted_module_copy
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
 from tests.selection import covering
 
@@ -31,7 +31,7 @@ BASES = {**QUANTIZED, "half": Half(BF16), "dense": None}
 @pytest.fixture(autouse=True)
 def _any_processor(monkeypatch):
     """Take the product on processors that are slow at it, too."""
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
 
 
 def adapted(base="nf4", bias=True, seed=0, **options):
@@ -62,7 +62,7 @@ def nodes(out):
 
 
 def is_one_product(out):
-    return "_AdaptedProductBackward" in nodes(out)
+    return "_AdaptedProductFunctionBackward" in nodes(out)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, BF16])
@@ -91,7 +91,9 @@ def taken_gradients(layer, x):
 def taken_step(call, leading, wide, kernel):
     """Return the input of a product, which has its gradient, the output, and the gradient that it got."""
     x = inputs(*leading, dtype=BF16 if wide == "bfloat16" else torch.float32)
-    with kernels.using(kernels.available()[-1] if kernel == "best" else "reference"):
+    with kernels.temporary_cpu_backend(
+        kernels.available_cpu_backend_names()[-1] if kernel == "best" else "reference"
+    ):
         with torch.autocast("cpu", BF16, enabled=wide == "autocast"):
             out = call(x)
         assert is_one_product(out)
@@ -139,7 +141,7 @@ def test_a_fresh_adapter_changes_the_order_of_sums_alone_and_that_in_training():
         nn.init.zeros_(layer.lora_b)
         x = inputs(200, dtype=BF16)
         with torch.no_grad():
-            expected = without_adapters(layer)(x)
+            expected = unadapted_module_copy(layer)(x)
         out = layer(x)
         assert is_one_product(out)
         factors = x, stored_weight(layer), layer.bias
@@ -209,7 +211,7 @@ def test_the_table_of_an_embedding_is_no_linear_layer_s_weight():
     nn.init.normal_(part.lora_a)
     x = inputs(64, dtype=BF16)
     out, x = nn.functional.linear(x, table[0].weight), x.detach().double()
-    weight = table[0].weight.values().detach().double()
+    weight = table[0].weight.dense_values().detach().double()
     assert (out.double() - x @ weight.t()).norm() <= 0.02 * (x @ weight.t()).norm()
 
 
@@ -242,9 +244,9 @@ def test_in_evaluation_the_adapter_of_a_weight_that_is_read_multiplies_in_float3
     model, _ = read("nf4", transposed)
     x = inputs(64)
     with torch.no_grad():
-        assert is_narrow(model(x))
+        assert is_marked_exact_in_bfloat16(model(x))
         out = model.eval()(x)
-    assert not is_narrow(out)
+    assert not is_marked_exact_in_bfloat16(out)
     assert not torch.equal(out, out.bfloat16().float())
     assert is_one_product(model(x))
 
@@ -270,7 +272,7 @@ def test_what_it_does_not_serve_is_computed_as_before():
         layer.bias.requires_grad_()
 
     def trained_weight(layer):
-        parameter_of(layer, "weight").requires_grad_()
+        unadapted_parameter(layer, "weight").requires_grad_()
 
     def moved_bias(layer):
         bias = layer.bias.detach()
@@ -294,7 +296,7 @@ def test_what_it_does_not_serve_is_computed_as_before():
     moved_bias(layer)
     assert torch.equal(layer(x), expected)
     layer = adapted("dense")
-    x, plain = inputs(64, dtype=BF16), {"weight": parameter_of(layer, "weight").detach()}
+    x, plain = inputs(64, dtype=BF16), {"weight": unadapted_parameter(layer, "weight").detach()}
     assert not is_one_product(torch.func.functional_call(layer, plain, x))
     layer.float()
     for x in (inputs(64), inputs(64, dtype=BF16)):
@@ -325,9 +327,9 @@ def test_autocast_to_another_dtype_rounds_the_output_alone():
 
 
 def test_slow_processors_multiply_apart(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", property(lambda self: self.name == "avx512bf16"))
-    for name in kernels.available():
-        with kernels.using(name):
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", property(lambda self: self.name == "avx512bf16"))
+    for name in kernels.available_cpu_backend_names():
+        with kernels.temporary_cpu_backend(name):
             assert is_one_product(adapted()(inputs(64))) == (name in ("reference", "avx512bf16"))
 
 
@@ -384,17 +386,17 @@ def test_a_result_in_float32_says_that_its_numbers_are_those_of_bfloat16():
     out = layer(inputs(4, 64))
     assert out.dtype is torch.float32
     assert torch.equal(out.bfloat16().float(), out)
-    assert is_narrow(out)
-    assert is_narrow(out[1:].view(-1))
-    assert not is_narrow(out + 0)
-    assert not is_narrow(out.detach().clone())
+    assert is_marked_exact_in_bfloat16(out)
+    assert is_marked_exact_in_bfloat16(out[1:].view(-1))
+    assert not is_marked_exact_in_bfloat16(out + 0)
+    assert not is_marked_exact_in_bfloat16(out.detach().clone())
     with torch.no_grad():
         out.view(-1)[3] += 2**-20
-    assert not is_narrow(out)
-    assert not is_narrow(layer(inputs(8)))  # too few rows for this product
-    assert not is_narrow(layer(inputs(64, dtype=BF16)))
+    assert not is_marked_exact_in_bfloat16(out)
+    assert not is_marked_exact_in_bfloat16(layer(inputs(8)))  # too few rows for this product
+    assert not is_marked_exact_in_bfloat16(layer(inputs(64, dtype=BF16)))
     with torch.inference_mode():
-        assert not is_narrow(layer(torch.randn(64, IN)))
+        assert not is_marked_exact_in_bfloat16(layer(torch.randn(64, IN)))
 
 
 @pytest.mark.parametrize("function", [torch.relu, torch.sigmoid, torch.tanh, torch.sin])

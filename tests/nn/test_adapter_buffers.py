@@ -10,7 +10,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, LoRA, activate, add_adapter, convert, deactivate, delete_adapter
-from lowmem.nn.adapter_buffers import buffers_of, changed_buffers
+from lowmem.nn.adapter_buffers import buffers_changed_by_adapter, buffers_of_adapter_or_base
 
 
 class Average(nn.Module):
@@ -63,7 +63,7 @@ def test_without_the_adapter_the_bits_are_the_base_s(technique):
     add_adapter(model, "a", LoRA(2))
     assert torch.equal(model(X), before)
     trained = train(model)(X)
-    assert changed_buffers(model, "a").keys() == CHANGED
+    assert buffers_changed_by_adapter(model, "a").keys() == CHANGED
     deactivate(model)
     assert torch.equal(model(X), before)
     activate(model, "a")
@@ -89,7 +89,9 @@ def test_each_adapter_has_its_own():
     activate(model, "a")
     assert torch.equal(model(X), of_a)
     activate(model, "b")
-    assert torch.equal(model[1].running_mean, buffers_of(model, "b")["1.running_mean"])  # of the last one
+    assert torch.equal(
+        model[1].running_mean, buffers_of_adapter_or_base(model, "b")["1.running_mean"]
+    )  # of the last one
     deactivate(model, "a")
     assert torch.equal(model(X), of_b)
     delete_adapter(model, "b")
@@ -105,8 +107,8 @@ def test_one_that_is_added_beside_active_ones_begins_with_what_the_model_compute
     assert torch.equal(model(X), before)
     train(model, 3)
     deactivate(model, "b")
-    assert buffers_of(model, "a").keys() == CHANGED
-    assert torch.equal(model[1].running_var, buffers_of(model, "a")["1.running_var"])
+    assert buffers_of_adapter_or_base(model, "a").keys() == CHANGED
+    assert torch.equal(model[1].running_var, buffers_of_adapter_or_base(model, "a")["1.running_var"])
 
 
 def test_merging_keeps_what_the_adapter_computes_with():
@@ -169,8 +171,8 @@ def test_buffers_of_a_lazy_module_become_each_adapter_s_own_once_it_has_a_shape(
         activate(model, "a")
         trained, used = "a", "b"
     train(model)
-    assert "1.running_mean" in changed_buffers(model, trained)
-    assert not changed_buffers(model, used)
+    assert "1.running_mean" in buffers_changed_by_adapter(model, trained)
+    assert not buffers_changed_by_adapter(model, used)
     deactivate(model)
     activate(model, used)
     assert torch.equal(model[1].running_mean, base["running_mean"])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import Conv4Bit, FourBit, Half, HalfConv, convert, kernels, measure
-from lowmem.nn.techniques import blockwise
+from lowmem.nn.techniques import blockwise_technique
 from tests import strategies
 from tests.rounding import assert_sum
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 kinds = pytest.mark.parametrize("technique", [Half(), FourBit(block_size=8)], ids=["half", "4-bit"])
 small_techniques = st.one_of(
     st.builds(Half, st.sampled_from([torch.float16, torch.bfloat16])),
-    st.builds(blockwise, strategies.formats, strategies.small_blocks, strategies.encodings),
+    st.builds(blockwise_technique, strategies.formats, strategies.small_blocks, strategies.encodings),
 )
 
 
@@ -93,7 +93,7 @@ LARGE = {
 @pytest.mark.thorough(keep=4)
 @kinds
 @pytest.mark.parametrize("make", LARGE)
-@pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
+@pytest.mark.parametrize("kernel", sorted({"reference", kernels.available_cpu_backend_names()[-1]}))
 def test_large_weights_are_restored_in_chunks_forward_and_backward(technique, make, kernel):
     make, shape = LARGE[make]
     dense = make()
@@ -109,7 +109,7 @@ def test_large_weights_are_restored_in_chunks_forward_and_backward(technique, ma
     largest = torch.autograd.grad(sizes(exact), exact, weights.double().abs())[0]
     found = {}
     most = 2.5 * 2**20 if kernel == "reference" and isinstance(layer, Conv4Bit) else 1.5 * 2**20
-    with kernels.using(kernel):
+    with kernels.temporary_cpu_backend(kernel):
         with torch.no_grad():
             assert measure.peak_bytes(lambda: found.update(out=layer(x))) <= weights.nbytes + most
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 import lowmem
 from lowmem import CachedStates, kernels, scaled_dot_product_attention
 from lowmem.nn import dot_product_attention as module
-from lowmem.nn.cached_states import EightBitStates
-from lowmem.nn.dot_product_attention import MOST, without_slow_attention
+from lowmem.nn.cached_keys_and_values import EightBitStates
+from lowmem.nn.dot_product_attention import MOST, float32_attention_if_faster
 from tests.compiled import compiled, needs_kernel
 
 everywhere = pytest.mark.parametrize("isa", ["reference", *compiled.args[1]])
@@ -76,7 +76,7 @@ def test_outputs_are_those_of_torch(isa, sizes, widths, dtype, mask, scale, soft
         named |= {"is_causal": True}
     if scale is not None and softcap is None:
         named |= {"scale": scale}
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         got = scaled_dot_product_attention(query, key, value, *given, softcap=softcap, **named)
     if softcap is not None and mask == "causal":
         given = [torch.ones(sizes[3], sizes[4], dtype=torch.bool).tril()]
@@ -91,7 +91,7 @@ def test_outputs_are_those_of_torch(isa, sizes, widths, dtype, mask, scale, soft
 def test_states_in_8_bits_are_read_as_they_are(isa, queries, by_torch):
     query, key, value = tensors(2, 2, 3, queries, 50)
     keys, values = CachedStates(bits=8), CachedStates(bits=8)
-    with kernels.using(isa):
+    with kernels.temporary_cpu_backend(isa):
         for part in (slice(0, 30), slice(30, 50)):
             k, v = keys.append(key[:, :, part]), values.append(value[:, :, part])
         assert isinstance(k, EightBitStates)
@@ -119,7 +119,7 @@ def test_the_kernel_computes_what_it_is_faster_at(sizes, dtype, torchs, by_torch
 
 
 def test_without_a_compiled_kernel_torchs_own_computes_full_precision(by_torch):
-    with kernels.using("reference"):
+    with kernels.temporary_cpu_backend("reference"):
         scaled_dot_product_attention(*tensors(1, 2, 2, 1, 20, dtype=torch.bfloat16), enable_gqa=True)
     assert by_torch
 
@@ -232,7 +232,7 @@ def test_a_training_step_replaces_slow_attention(dtype, calls, monkeypatch):
     def attend(x):
         return functional.scaled_dot_product_attention(x, key, value, is_causal=True)
 
-    with without_slow_attention(layer):
+    with float32_attention_if_faster(layer):
         attend(layer(query)).sum().backward()
     assert len(found) == calls
     assert all(one.grad is not None and one.grad.dtype is dtype for one in (query, key, value))

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import FourBit, Half, HalfEmbedding, convert, kernels, measure
-from lowmem.nn.embedding import CodedEmbedding
-from lowmem.nn.techniques import blockwise
+from lowmem.nn.embedding import QuantizedEmbedding
+from lowmem.nn.techniques import blockwise_technique
 from tests import strategies
 
 techniques = pytest.mark.parametrize("technique", [Half(), FourBit("nf4", embeddings="4bit")], ids=["half", "4-bit"])
@@ -34,12 +34,16 @@ def tables(draw, dtype=torch.float32):
 @given(
     tables(),
     st.builds(
-        blockwise, strategies.formats, strategies.small_blocks, strategies.encodings, embeddings=st.just("4bit")
+        blockwise_technique,
+        strategies.formats,
+        strategies.small_blocks,
+        strategies.encodings,
+        embeddings=st.just("4bit"),
     ),
     strategies.leading_shapes,
     st.sampled_from([torch.int32, torch.int64]),
     st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
-    st.sampled_from(sorted({"reference", kernels.available()[-1]})),
+    st.sampled_from(sorted({"reference", kernels.available_cpu_backend_names()[-1]})),
     strategies.seeds,
 )
 def test_rows_are_those_of_the_restored_table_bit_for_bit(table, technique, leading, integer, dtype, kernel, seed):
@@ -47,7 +51,7 @@ def test_rows_are_those_of_the_restored_table_bit_for_bit(table, technique, lead
     layer = convert(table, technique).to(dtype)
     generator = torch.Generator().manual_seed(seed)
     indices = torch.randint(len(dense), leading, generator=generator).to(integer)
-    with kernels.using(kernel):
+    with kernels.temporary_cpu_backend(kernel):
         rows = layer(indices)
     assert rows.dtype == dtype
     assert torch.equal(rows, restored(layer)[indices.long()])
@@ -85,8 +89,8 @@ def test_nothing_trains_and_options_of_training_are_accepted(technique):
     assert not any(p.requires_grad for p in layer.parameters())
     assert not layer(torch.arange(8)).requires_grad
     assert torch.equal(layer(torch.tensor(7)), torch.zeros(16))  # the row of padding is data like another
-    assert layer.weight_count == 8 * 16 if isinstance(layer, CodedEmbedding) else layer.weight.numel() == 8 * 16
-    form = "nf4, block_size=64, scales=double" if isinstance(layer, CodedEmbedding) else "float16"
+    assert layer.weight_count == 8 * 16 if isinstance(layer, QuantizedEmbedding) else layer.weight.numel() == 8 * 16
+    form = "nf4, block_size=64, scales=double" if isinstance(layer, QuantizedEmbedding) else "float16"
     options = "padding_idx=7, scale_grad_by_freq=True, sparse=True"
     assert f"8, 16, {options}, stored in {form}, dtype=torch.float32" in repr(layer)
     layer.max_norm = 1.0
@@ -95,11 +99,11 @@ def test_nothing_trains_and_options_of_training_are_accepted(technique):
 
 
 @techniques
-@pytest.mark.parametrize("kernel", sorted({"reference", kernels.available()[-1]}))
+@pytest.mark.parametrize("kernel", sorted({"reference", kernels.available_cpu_backend_names()[-1]}))
 def test_restoring_takes_a_chunk_at_a_time_and_never_the_table(technique, kernel):
     layer = convert(nn.Embedding(5_000, 256), technique)
     indices = torch.randint(5_000, (4, 2000))
-    with kernels.using(kernel):
+    with kernels.temporary_cpu_backend(kernel):
         assert measure.peak_bytes(lambda: layer(torch.arange(3))) <= 2**18
         assert measure.peak_bytes(lambda: layer(indices)) <= 4 * indices.numel() * 256 + 2**20
         assert torch.equal(layer(indices), restored(layer)[indices])

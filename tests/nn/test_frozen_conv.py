@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lowmem import quantize
-from lowmem.kernels.frozen_operator import parts_of
+from lowmem.kernels.frozen_weight_operator import codes_scales_and_description
 from lowmem.nn.frozen_conv import Geometry, frozen_conv
 from tests import strategies
 from tests.operators import assert_operator
@@ -52,6 +52,6 @@ def test_vmap_over_any_dimension_keeps_examples_apart(kind):
 def test_the_operator_is_what_torch_expects_of_one(kind, size):
     weight = make_weight(kind)
     x = torch.randn(2, 4, 9, requires_grad=True) if size is None else torch.randn(2, 6, 5, requires_grad=True)
-    stored = parts_of(weight) if kind == "4-bit" else (weight, None, "")
+    stored = codes_scales_and_description(weight) if kind == "4-bit" else (weight, None, "")
     arguments = (x, *stored, [4, 6, 2, 3, 2, 1, 1], torch.float32, size)
     assert_operator(torch.ops.lowmem.convolve.default, arguments)

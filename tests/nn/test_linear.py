@@ -9,14 +9,14 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import FourBit, Half, Linear4Bit, convert, kernels, measure, quantize
-from lowmem.nn.techniques import blockwise
+from lowmem.nn.techniques import blockwise_technique
 from tests import strategies
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
 
 
 @st.composite
 def techniques(draw):
-    return blockwise(draw(strategies.formats), draw(strategies.small_blocks), draw(strategies.encodings))
+    return blockwise_technique(draw(strategies.formats), draw(strategies.small_blocks), draw(strategies.encodings))
 
 
 @given(
@@ -114,8 +114,8 @@ def test_the_compute_dtype_rounds_the_input_before_the_product(compute, rounds):
 def test_a_float16_input_is_multiplied_with_weights_beyond_float16():
     layer, x = convert(torch.nn.Linear(8, 3, bias=False), Half(BF16)), torch.full((2, 8), 2.0**-10, dtype=F16)
     layer.weight_rounded.fill_(2.0**20)
-    for name in ("reference", kernels.available()[-1]):
-        with kernels.using(name):
+    for name in ("reference", kernels.available_cpu_backend_names()[-1]):
+        with kernels.temporary_cpu_backend(name):
             for out in (layer(x), torch.nn.functional.linear(x, layer.weight), x @ layer.weight.half().t()):
                 assert torch.equal(out, torch.full((2, 3), 2.0**13, dtype=F16))
 

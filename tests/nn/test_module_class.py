@@ -9,9 +9,14 @@ import torch
 from torch import nn
 
 from lowmem import EightBit, FourBit, Half, LoRA, convert, prepare_training, release_training, restore
-from lowmem.nn.adapted_module import AdaptedModule, adapted_class
-from lowmem.nn.module_class import become, change_class, copied_module, derived_class
-from lowmem.nn.module_copy import stored_class
+from lowmem.nn.adapted_module import AdaptedModule, adapted_module_class
+from lowmem.nn.module_class import (
+    change_class_and_attributes,
+    derived_class,
+    hookless_shallow_copy,
+    replace_class_and_parameters,
+)
+from lowmem.nn.module_copy import stored_module_class
 from lowmem.nn.stored_module import StoredModule
 from lowmem.training.prepared_module import PreparedModule
 
@@ -50,7 +55,7 @@ NAMES = "module_class", "base", "behind", "module", "attributes", "kind"
 
 @pytest.mark.parametrize(
     "derive",
-    [lambda: stored_class(nn.Module, NAMES, 4), lambda: adapted_class(nn.Module, NAMES)],
+    [lambda: stored_module_class(nn.Module, NAMES, 4), lambda: adapted_module_class(nn.Module, NAMES)],
     ids=["stored", "adapted"],
 )
 def test_parameters_may_have_the_names_of_arguments(derive):
@@ -71,10 +76,10 @@ def test_a_class_that_python_refuses_leaves_the_module_as_it_was():
     module = nn.Linear(2, 2)
     before = attributes(module)
     with pytest.raises(TypeError, match="layout"):
-        change_class(module, Slots, {**vars(module), "added": 1, "_parameters": {}})
+        change_class_and_attributes(module, Slots, {**vars(module), "added": 1, "_parameters": {}})
     assert attributes(module) == before
     with pytest.raises(TypeError, match="layout"):
-        become(module, copied_module(Slots(), Slots))
+        replace_class_and_parameters(module, hookless_shallow_copy(Slots(), Slots))
     assert attributes(module) == before
 
 
@@ -93,12 +98,12 @@ def test_a_module_is_given_back_as_it_was():
     module = nn.Linear(2, 2)
     before = attributes(module)
     own, parameters = vars(module), module._parameters
-    change_class(module, Behind)
+    change_class_and_attributes(module, Behind)
     assert attributes(module) == (Behind, before[1])
-    change_class(module, Base, {"training": False, "_parameters": {}})
+    change_class_and_attributes(module, Base, {"training": False, "_parameters": {}})
     assert not isinstance(module, nn.Linear)
     assert vars(module) == {"training": False, "_parameters": {}}
-    change_class(module, *before)
+    change_class_and_attributes(module, *before)
     assert attributes(module) == before
     assert vars(module) is own
     assert module._parameters is parameters

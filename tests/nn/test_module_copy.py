@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from lowmem import EightBit, FourBit, Half, LoRA, convert
-from lowmem.nn.coded_module import CodedModule
-from lowmem.nn.module_copy import LAYERS, restored_copy, stored_class
+from lowmem.nn.module_copy import LAYERS, dense_module_copy, stored_module_class
+from lowmem.nn.quantized_module import QuantizedModule
 
 
 def test_a_part_of_the_stored_parameters_can_be_dense_again():
     model = convert(nn.LSTM(16, 24), FourBit("nf4", 16, "float32"))
-    left = restored_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
+    left = dense_module_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
     assert isinstance(left, nn.LSTM)
     assert [*left.forms] == ["weight_hh_l0"]
     assert left.part_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")
@@ -26,7 +26,7 @@ def test_a_part_of_the_stored_parameters_can_be_dense_again():
 
 
 def test_the_class_is_generated_once():
-    one = stored_class(nn.Bilinear, ("weight",), 4)
+    one = stored_module_class(nn.Bilinear, ("weight",), 4)
     assert type(convert(nn.Bilinear(4, 4, 2), FourBit())) is one
     assert issubclass(one, nn.Bilinear)
     assert one.__name__ == "Bilinear"
@@ -38,16 +38,16 @@ def test_the_class_is_generated_once():
 class Named(nn.Linear):
     def __init__(self):
         super().__init__(16, 8)
-        self.formats = 7
+        self.formats_text = 7
 
 
-@pytest.mark.parametrize("name", ["formats", "weight_packed", "store"])
+@pytest.mark.parametrize("name", ["formats_text", "weight_packed", "set_stored_weight"])
 def test_attributes_that_would_be_hidden_are_refused_by_name(name):
-    layer = Named() if name == "formats" else nn.Linear(16, 8)
+    layer = Named() if name == "formats_text" else nn.Linear(16, 8)
     if name == "weight_packed":
         layer.register_buffer(name, torch.ones(3))
-    if name == "store":
-        layer.store = lambda value: value
+    if name == "set_stored_weight":
+        layer.set_stored_weight = lambda value: value
     model = nn.Sequential(nn.Linear(16, 16), layer)
     told = rf"1: \w+ has {name} of its own, .*rename it, or leave the module out with skip="
     with pytest.raises(ValueError, match=told):
@@ -59,16 +59,16 @@ def test_one_line_gives_the_generated_classes_of_a_layer_another_base(monkeypatc
     class Doubled(nn.Bilinear):
         pass
 
-    class Faster(CodedModule):
+    class Faster(QuantizedModule):
         def forward(self, input1, input2):
             return 2 * super().forward(input1, input2)
 
     monkeypatch.setitem(LAYERS, (Doubled, 4), Faster)
-    made = stored_class(Doubled, ("weight",), 4)
+    made = stored_module_class(Doubled, ("weight",), 4)
     assert issubclass(made, Faster)
     assert issubclass(made, Doubled)
-    assert not issubclass(stored_class(Doubled, ("weight",), 8), Faster)
-    assert not issubclass(stored_class(Doubled, ("bias",), 4), Faster)
+    assert not issubclass(stored_module_class(Doubled, ("weight",), 8), Faster)
+    assert not issubclass(stored_module_class(Doubled, ("bias",), 4), Faster)
 
 
 @pytest.mark.parametrize(

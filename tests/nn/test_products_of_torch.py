@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowmem
 from lowmem import kernels
-from lowmem.kernels import grouped
+from lowmem.kernels import grouped_matmul
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.backend import backend_for
 from tests.compiled import ISAS
@@ -46,7 +46,7 @@ SLOW = [name for name in ISAS if name not in ("avx512bf16", "avx512amx")]
 @pytest.fixture(params=["reference", *(SLOW if FULL else SLOW[-1:])])
 def slow(request, monkeypatch):
     """Each kernel of a processor without instructions for bfloat16."""
-    with kernels.using(request.param):
+    with kernels.temporary_cpu_backend(request.param):
         if request.param == "reference":
             monkeypatch.setattr(type(backend_for()), "fast_bfloat16", False)
         assert not backend_for().fast_bfloat16
@@ -136,16 +136,19 @@ def test_torch_multiplies_no_16_bit_floats_in_the_chunked_loss(slow, dtype, weig
 
 @covering(1, dtype=SIXTEEN, on_cpu=[False, True])
 def test_torch_multiplies_no_16_bit_floats_for_adapters_of_experts(slow, dtype, on_cpu, monkeypatch):
-    monkeypatch.setattr(grouped, "_reads", lambda offsets: on_cpu)
+    monkeypatch.setattr(grouped_matmul, "_can_read_without_sync", lambda offsets: on_cpu)
     offsets, x, grad = torch.tensor([2, 2, 6], dtype=torch.int32), torch.randn(6, 8), torch.randn(6, 4)
     matrices = torch.randn(3, 8, 4)
     with Products() as seen:  # what the operators compute, into which a mode does not see
         outs = (
-            grouped._matmul(x.to(dtype), matrices.to(dtype), offsets),
-            grouped._outer(x.to(dtype), grad.to(dtype), offsets),
+            grouped_matmul._grouped_matmul_kernel(x.to(dtype), matrices.to(dtype), offsets),
+            grouped_matmul._grouped_matrices_grad(x.to(dtype), grad.to(dtype), offsets),
         )
     assert seen.found == []
-    exact = grouped._matmul(x, matrices, offsets), grouped._outer(x, grad, offsets)
+    exact = (
+        grouped_matmul._grouped_matmul_kernel(x, matrices, offsets),
+        grouped_matmul._grouped_matrices_grad(x, grad, offsets),
+    )
     for got, expected in zip(outs, exact, strict=True):
         assert got.dtype is dtype
         torch.testing.assert_close(got.float(), expected, rtol=0.1, atol=0.1)
@@ -174,7 +177,7 @@ def test_a_product_in_float32_is_rounded_once(isa):
         (x, onto_x), (grad, onto_grad) = (
             torch.randn(2, 3, n, generator=generator).to(dtype) for n in (columns, rows)
         )
-        with kernels.using(isa):
+        with kernels.temporary_cpu_backend(isa):
             found = {
                 kernels.linear(x, weight, dtype, bias): x.double() @ dense.t() + bias,
                 kernels.input_grad(grad, weight, dtype): grad.double() @ dense,

@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 import lowmem
 from lowmem import EightBit, FourBit, Half, LoRA, StoredTensor, convert, restore
-from lowmem.nn.adapter_bank import parameter_of
+from lowmem.nn.adapter_bank import unadapted_parameter
 from lowmem.nn.stored_module import StoredModule
 
 BF16 = torch.bfloat16
@@ -289,7 +289,7 @@ def test_restore_keeps_adapters_and_ties(technique):
     model[1] = convert(model[1], LoRA(2))
     restore(model)
     assert isinstance(model[1], nn.Linear)
-    assert parameter_of(model[1], "weight") is model[0].weight
+    assert unadapted_parameter(model[1], "weight") is model[0].weight
     assert not model[0].weight.requires_grad
 
 
@@ -309,7 +309,7 @@ def test_modules_that_share_parts_multiply_in_their_own_dtypes():
     stored = FourBit().store(torch.randn(32, 8))
     first, second = (convert(nn.Sequential(nn.LSTM(8, 8)), FourBit(compute_dtype=one))[0] for one in (None, BF16))
     for module in (first, second):
-        module.store("weight_ih_l0", stored, (8,), torch.float32)
+        module.set_stored_weight("weight_ih_l0", stored, (8,), torch.float32)
     assert first.weight_ih_l0_packed is second.weight_ih_l0_packed
     for module, dtype in ((first, None), (second, BF16), (first, None)):
         assert module.weight_ih_l0.form.compute_dtype is dtype
@@ -498,7 +498,7 @@ def test_a_weight_that_is_stored_again_is_multiplied_in_the_same_dtype():
     before = model[0].forms["weight_hh_l0"]
     model[0].weight_hh_l0.data = torch.randn(32, 8)
     assert model[0].weight_hh_l0.form == before
-    model[0].store("weight_hh_l0", FourBit().store(torch.randn(32, 8)), (8,), torch.float32)
+    model[0].set_stored_weight("weight_hh_l0", FourBit().store(torch.randn(32, 8)), (8,), torch.float32)
     assert model[0].weight_hh_l0.form.compute_dtype is torch.bfloat16
     other = convert(nn.Sequential(nn.LSTM(8, 8)), FourBit())
     model[0].weight_hh_l0.data = other[0].weight_hh_l0  # of the same form, but for the dtype

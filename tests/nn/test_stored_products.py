@@ -11,9 +11,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, measure, restore
-from lowmem.nn.linear import gathered_copy
+from lowmem.nn.linear import layer_copy_with_column_order
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.quant.scales import ENCODINGS
+from lowmem.quant.scale_encodings import ENCODINGS
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
 from tests.rounding import OF_4_BITS, assert_sum
 
@@ -71,7 +71,7 @@ def test_a_product_and_its_gradient_are_computed_in_the_dtype_that_the_form_says
     case = CASES[name]
     stored = store(torch.randn(case.weight), "nf4", case.lead)
     weight = StoredTensor(replace(stored.form, compute_dtype=compute), stored.parts, stored.tail, stored.dtype)
-    assert weight.like(weight.parts).form == weight.form
+    assert weight.with_parts(weight.parts).form == weight.form
     x, more = torch.ones(case.x), 1 + 2**-12
     (out, of_x), (other, of_other) = (differentiated(case.function, weight, x * size, size) for size in (1, more))
     assert out.dtype == of_x.dtype == torch.float32
@@ -160,7 +160,7 @@ def test_an_einsum_keeps_no_dense_values_for_backward(kind):
     for number in range(6):
         if kind == "gathered":
             order = torch.randperm(1024).int()
-            weights.append(gathered_copy(convert(nn.Linear(1024, 1024), FourBit("nf4")), order).weight)
+            weights.append(layer_copy_with_column_order(convert(nn.Linear(1024, 1024), FourBit("nf4")), order).weight)
         elif kind == "adapted":
             layer = convert(nn.Sequential(nn.Linear(1024, 1024)), FourBit("nf4"), LoRA(2))[0]
             nn.init.normal_(layer.lora_b)

@@ -10,8 +10,8 @@ from torch import nn
 
 from lowmem import EightBit, FourBit, Half, convert, restore
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.nn.stored_views import store_again
-from lowmem.quant.quantize import relative_error
+from lowmem.nn.stored_views import stored_in_same_form
+from lowmem.quant.quantize_tensor import relative_error
 from tests.nn.stored_cases import store
 
 forms = pytest.mark.parametrize("form", ["nf4", "bfloat16"])
@@ -123,7 +123,7 @@ def test_data_that_cannot_be_stored_changes_nothing():
 def test_storing_again_what_is_stored_changes_no_bit(form):
     """Of a stack, too, whose matrices are the same tensors until it is stored anew."""
     weight = store(torch.randn(24, 40), form)
-    again = store_again(weight, weight.dequantize())
+    again = stored_in_same_form(weight, weight.dequantize())
     assert torch.equal(again.dequantize(), weight.dequantize())
     stack = store(torch.randn(3, 24, 40), form)
     for values in (stack.dequantize(), torch.randn(3, 24, 40)):
@@ -131,7 +131,7 @@ def test_storing_again_what_is_stored_changes_no_bit(form):
         matrices = [stack[number] for number in range(3)]
         assert stack[1] is matrices[1] is stack[torch.tensor(1)] is stack[torch.tensor(1, dtype=torch.int32)]
         assert [type(one) for one in matrices] == [StoredTensor] * 3
-        expected = store_again(stack, values).dequantize()
+        expected = stored_in_same_form(stack, values).dequantize()
         assert torch.equal(torch.stack([one.dequantize() for one in matrices]), expected)
         assert torch.equal(stack[torch.tensor([1])].dequantize(), expected[1:2])
         assert torch.equal(stack[-1].dequantize(), expected[2])

@@ -21,9 +21,9 @@ from lowmem import (
     convert,
     quantize,
 )
-from lowmem.errors import show
-from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, blockwise
-from lowmem.quant.quantize import relative_error
+from lowmem.errors import short_repr
+from lowmem.nn.techniques import CHOICES, NORMAL_ERRORS, blockwise_technique
+from lowmem.quant.quantize_tensor import relative_error
 from tests import strategies
 
 
@@ -58,7 +58,7 @@ def test_what_is_no_budget_is_refused():
 
 @given(strategies.weights(), strategies.formats, strategies.small_blocks, strategies.encodings)
 def test_the_skeleton_has_the_layout_of_what_is_stored(weight, format, block_size, scales):
-    technique = blockwise(format, block_size, scales)
+    technique = blockwise_technique(format, block_size, scales)
     stored, skeleton = technique.store(weight), technique.skeleton(weight)
     assert skeleton.stored_layout == stored.stored_layout
     assert skeleton.packed.is_meta
@@ -84,9 +84,9 @@ def test_without_a_format_it_is_bof4s_in_blocks_of_32():
 
 
 def test_the_technique_of_a_format_is_the_one_of_its_bits():
-    assert blockwise("int8", 32, "float16") == EightBit(32, "float16")
-    assert blockwise("q8_0") == EightBit(format="q8_0") != EightBit()
-    assert blockwise("nf4", 32, search=True) == FourBit("nf4", 32, search=True)
+    assert blockwise_technique("int8", 32, "float16") == EightBit(32, "float16")
+    assert blockwise_technique("q8_0") == EightBit(format="q8_0") != EightBit()
+    assert blockwise_technique("nf4", 32, search=True) == FourBit("nf4", 32, search=True)
     assert isinstance(convert(nn.Conv2d(3, 4, 3), EightBit()), Conv4Bit)
 
 
@@ -108,7 +108,7 @@ def test_the_technique_of_a_format_is_the_one_of_its_bits():
         (EightBit, {"format": "int9"}, "format='int9' is unknown"),
         (EightBit, {"block_size": torch.float8_e4m3fn}, "block_size=torch.float8_e4m3fn must be an integer"),
         (EightBit, {"scales": "float16_offsets"}, "scales='float16_offsets' has offsets"),
-        (blockwise, {"format": "int9"}, "format='int9' is unknown"),
+        (blockwise_technique, {"format": "int9"}, "format='int9' is unknown"),
         *(
             (kind, options, message)
             for kind in (FourBit, EightBit)
@@ -154,7 +154,7 @@ def test_patterns_are_hashable_and_json_holds_them():
         *(
             (
                 {"alpha": alpha},
-                re.escape(f"alpha={show(alpha)} must be a positive number, at most float32's largest (3.4"),
+                re.escape(f"alpha={short_repr(alpha)} must be a positive number, at most float32's largest (3.4"),
             )
             for alpha in (0, -1, float("inf"), float("nan"), "1", True, 1j, [1], 3.5e38, 1e39, 10**400)
         ),

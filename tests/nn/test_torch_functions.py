@@ -9,9 +9,15 @@ from torch.nn import functional as F
 
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.kernels.torch_versions import TORCH
-from lowmem.nn.linear import gathered_copy
+from lowmem.nn.linear import layer_copy_with_column_order
 from lowmem.nn.stored_tensor import StoredTensor
-from lowmem.nn.torch_functions import METADATA, name_of, writes_in_place, written_by, written_to
+from lowmem.nn.torch_functions import (
+    METADATA,
+    function_write_targets,
+    is_in_place_function,
+    operator_write_targets,
+    torch_function_name,
+)
 
 WRITES = {
     "zero_": lambda w: w.zero_(),
@@ -81,7 +87,7 @@ def layer_of(kind, dense=None):
     dense = nn.Linear(16, 24) if dense is None else dense
     if not kind.startswith("gathered"):
         return convert(nn.Sequential(dense), *TECHNIQUES[kind])[0]
-    gathered = gathered_copy(convert(dense, *TECHNIQUES["nf4"]), torch.randperm(16).int())
+    gathered = layer_copy_with_column_order(convert(dense, *TECHNIQUES["nf4"]), torch.randperm(16).int())
     return convert(nn.Sequential(gathered), LoRA(2))[0] if "adapted" in kind else gathered
 
 
@@ -325,18 +331,18 @@ def test_writes_are_told_by_their_names():
         *(torch.relu_, torch._foreach_add_, nn.init.normal_, torch.ops.aten.zero_.default),
     )
     reads = Tensor.mul, Tensor.__mul__, Tensor.__getitem__, torch.relu, nn.init.calculate_gain, *METADATA
-    assert [function for function in writes if not writes_in_place(function)] == []
-    assert [function for function in reads if writes_in_place(function)] == []
-    assert name_of(torch.ops.aten.add.Tensor) == name_of(torch.add) == "add"
+    assert [function for function in writes if not is_in_place_function(function)] == []
+    assert [function for function in reads if is_in_place_function(function)] == []
+    assert torch_function_name(torch.ops.aten.add.Tensor) == torch_function_name(torch.add) == "add"
 
 
 def test_what_a_call_writes_to_is_told_by_its_arguments():
     x, table = torch.ones(2), torch.ones(3, 2)
-    assert written_by(torch.add, (x, 1), {"out": table})[0] is table
-    assert written_by(F.relu, (x,), {"inplace": True})[1] is x
-    assert written_by(torch._foreach_add_, ([x, table], 1), {})[1:] == [x, table]
+    assert function_write_targets(torch.add, (x, 1), {"out": table})[0] is table
+    assert function_write_targets(F.relu, (x,), {"inplace": True})[1] is x
+    assert function_write_targets(torch._foreach_add_, ([x, table], 1), {})[1:] == [x, table]
     for args, kwargs in (((x, table, None, 1.0), {}), ((x, table), {"max_norm": 1.0})):
-        assert written_by(F.embedding, args, kwargs)[1] is table
-    assert written_by(F.embedding, (x, table), {}) == [None]
-    assert [*written_to(torch.ops.aten.add.out, (x, x), {"out": table})] == [table]
-    assert [*written_to(torch.ops.aten.add.Tensor, (x, x), {})] == []
+        assert function_write_targets(F.embedding, args, kwargs)[1] is table
+    assert function_write_targets(F.embedding, (x, table), {}) == [None]
+    assert [*operator_write_targets(torch.ops.aten.add.out, (x, x), {"out": table})] == [table]
+    assert [*operator_write_targets(torch.ops.aten.add.Tensor, (x, x), {})] == []

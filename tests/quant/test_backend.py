@@ -10,9 +10,9 @@ from torch import nn
 
 import lowmem
 from lowmem import kernels
-from lowmem.kernels import frozen_operator, reference, rowwise
+from lowmem.kernels import frozen_weight_operator, reference, rms_norm_and_gating
 from lowmem.quant import backend
-from lowmem.quant.backend import Backend, Columns, HeadStates, backend_for, backend_of
+from lowmem.quant.backend import Backend, ColumnPanel, KeyOrValueStates, backend_for, backend_of
 
 METHODS = {name for name in vars(Backend) if not name.startswith("_")} - {"name", "fast_bfloat16"}
 
@@ -36,18 +36,23 @@ class Recording:
 @pytest.fixture
 def recording(monkeypatch):
     """A backend for the CPU, and for the device type ``meta``, for which torch's dispatcher has our fake kernels."""
-    monkeypatch.setattr(frozen_operator, "_served", [*frozen_operator._served, "meta"])
+    monkeypatch.setattr(frozen_weight_operator, "_served", [*frozen_weight_operator._served, "meta"])
     made = Recording()
     for device_type in ("cpu", "meta"):
         monkeypatch.setitem(backend._backends, device_type, made)  # which undoes what ``register`` does
-        kernels.register(device_type, made)
+        kernels.register_backend(device_type, made)
     return made
 
 
 def test_all_that_is_computed_for_a_device_is_asked_of_its_backend(recording):
     weight, form = lowmem.quantize(torch.randn(4, 32), "nf4"), lowmem.FORMATS["nf4"]
     weight.dequantize()
-    x, grad, factor, silu = torch.randn(2, 32), torch.randn(2, 4), torch.ones(32), rowwise.ACTIVATIONS["SiLU"]
+    x, grad, factor, silu = (
+        torch.randn(2, 32),
+        torch.randn(2, 4),
+        torch.ones(32),
+        rms_norm_and_gating.ACTIVATIONS["SiLU"],
+    )
     kernels.linear(x, weight, torch.float32)
     kernels.input_grad(grad, weight, torch.float32)
     kernels.add_low_rank(grad, x, torch.randn(2, 32), torch.randn(4, 2), 0.5)
@@ -62,10 +67,10 @@ def test_all_that_is_computed_for_a_device_is_asked_of_its_backend(recording):
     own.encode_8bit(torch.randn(64), codes)
     own.decode_8bit(*codes, torch.float32)
     own.round_columns(
-        form, Columns(x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte()), False
+        form, ColumnPanel(x, torch.ones(2, 32), torch.ones(2), torch.eye(2), torch.zeros(2, 32), x.byte()), False
     )
     states = torch.randn(1, 1, 2, 8)
-    coded = HeadStates(torch.empty(1, 1, 2, 8, dtype=torch.int8), torch.empty(1, 1, 2, 1))
+    coded = KeyOrValueStates(torch.empty(1, 1, 2, 8, dtype=torch.int8), torch.empty(1, 1, 2, 1))
     own.encode_states(states, coded)
     own.attention(states, coded, coded, None, 1.0, None)
     own.squares(x, x)
@@ -90,7 +95,7 @@ def test_torch_s_dispatcher_calls_the_kernel_that_is_registered_for_a_device():
     has = torch._C._dispatch_has_kernel_for_dispatch_key
     assert has(name, "CPU")
     assert has(name, "CompositeExplicitAutograd")
-    kernels.register("privateuseone", reference)
+    kernels.register_backend("privateuseone", reference)
     try:
         for operator in ("product_4bit", "product_16bit", "grouped_product_4bit", "dequantize_rows", "convolve"):
             assert has(f"lowmem::{operator}", "PrivateUse1")
@@ -99,9 +104,9 @@ def test_torch_s_dispatcher_calls_the_kernel_that_is_registered_for_a_device():
         del backend._backends["privateuseone"]
 
 
-@pytest.mark.parametrize("name", kernels.available())
+@pytest.mark.parametrize("name", kernels.available_cpu_backend_names())
 def test_each_backend_has_the_whole_protocol(name):
-    with kernels.using(name):
+    with kernels.temporary_cpu_backend(name):
         assert backend_for().name == name
         assert isinstance(backend_for().fast_bfloat16, bool)
         assert all(callable(getattr(backend_for(), method)) for method in METHODS)

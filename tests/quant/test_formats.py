@@ -8,8 +8,8 @@ import torch
 from lowmem import FORMATS, quantize
 from lowmem.quant.formats import EIGHT_BIT, IMPORTED, Format, get_format
 from lowmem.quant.packing import check_block_size
-from lowmem.quant.scales import ENCODINGS
-from lowmem.quant.search import nearest_codes, searched_scales
+from lowmem.quant.scale_encodings import ENCODINGS
+from lowmem.quant.scale_search import least_error_scales, nearest_codes
 
 every_format = pytest.mark.parametrize("form", FORMATS.values(), ids=FORMATS)
 
@@ -65,7 +65,7 @@ def test_bof4s_is_what_normal_weights_ask_for():
     """Each level but the zero and the one is the mean of what falls to it, weighted by the scale squared."""
     form = FORMATS["bof4s"]
     weight = torch.randn(2**15, form.block_size, generator=torch.Generator().manual_seed(0))
-    scales = searched_scales(weight, form, form.block_size, 1e30)  # (rows, 1)
+    scales = least_error_scales(weight, form, form.block_size, 1e30)  # (rows, 1)
     codes = nearest_codes(weight, scales, form, form.block_size).int().flatten()
     count = scales.square().expand_as(weight).flatten()
     sums = torch.zeros(16).index_add_(0, codes, (weight / scales).flatten() * count)

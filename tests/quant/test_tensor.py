@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from lowmem import FORMATS, QuantizedTensor, kernels, measure, quantize
 from lowmem.kernels import reference
 from lowmem.quant.formats import get_format
-from lowmem.quant.quantize import requantize
-from lowmem.quant.scales import ENCODINGS
-from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, METHODS, SCRATCH_BYTES, row_chunks
+from lowmem.quant.quantize_tensor import requantize_changed_rows
+from lowmem.quant.scale_encodings import ENCODINGS
+from lowmem.quant.tensor import DEVICE_SCRATCH_BYTES, METHODS, SCRATCH_BYTES, row_slices_within_scratch
 from tests import strategies
 from tests.compiled import assert_same_bytes, on_threads
 from tests.rounding import default_dtype
@@ -129,8 +129,8 @@ def test_the_bound_is_tight_where_a_stored_scale_falls_short(format, scales, row
 @example(torch.tensor([[-1e-9] * 8]), "bof4s", 8, "double")
 def test_quantizing_what_was_dequantized_gives_the_same_bytes(weight, format, block_size, scales):
     q = quantize(weight, format, block_size=block_size, scales=scales, search=False)
-    for kernel in kernels.available():
-        with kernels.using(kernel):
+    for kernel in kernels.available_cpu_backend_names():
+        with kernels.temporary_cpu_backend(kernel):
             again = quantize(q.dequantize(), format, block_size=block_size, scales=scales, search=False)
             assert_same_bytes(again, q)
 
@@ -275,8 +275,8 @@ def test_what_was_calibrated_has_no_bound_for_single_weights():
     q = replace(quantize(torch.ones(2, 8)), method="calibrated")
     with pytest.raises(ValueError, match="method='calibrated' has no bound"):
         q.error_bound()
-    assert requantize(q, torch.ones(2, 8)).method == "calibrated"  # it is what was stored
-    assert requantize(q, torch.full((2, 8), 2.0)).method == "search"
+    assert requantize_changed_rows(q, torch.ones(2, 8)).method == "calibrated"  # it is what was stored
+    assert requantize_changed_rows(q, torch.full((2, 8), 2.0)).method == "search"
     with pytest.raises(ValueError, match="method='magic' is unknown"):
         replace(q, method="magic")
 
@@ -350,10 +350,12 @@ def test_dequantizing_to_integers_or_every_other_row_is_refused():
 
 @given(st.integers(0, 5000), st.integers(1, 2**20))
 def test_chunks_cover_every_row_once_within_the_scratch(rows, columns):
-    chunks = list(row_chunks(rows, columns))
+    chunks = list(row_slices_within_scratch(rows, columns))
     assert [row for chunk in chunks for row in range(chunk.start, chunk.stop)] == list(range(rows))
     assert all((c.stop - c.start) * columns * 16 <= SCRATCH_BYTES or c.stop - c.start == 1 for c in chunks)
-    whole = list(row_chunks(rows, columns, 4, device=torch.device("cuda")))  # nothing is allocated there
+    whole = list(
+        row_slices_within_scratch(rows, columns, 4, device=torch.device("cuda"))
+    )  # nothing is allocated there
     assert len(whole) == -(-rows // max(1, DEVICE_SCRATCH_BYTES // (4 * columns)))
 
 

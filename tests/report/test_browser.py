@@ -19,7 +19,7 @@ from selenium import webdriver
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 
-from lowmem.report.page import render
+from lowmem.report.page import render_report_html
 from lowmem.report.theme import DARK, LIGHT
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -56,7 +56,7 @@ def browser(tmp_path_factory):
 def pages(tmp_path_factory):
     directory = tmp_path_factory.mktemp("pages")
     for name, content in {"plain": report(), "hostile": report(HOSTILE)}.items():
-        (directory / f"{name}.html").write_text(render(content), encoding="utf8")
+        (directory / f"{name}.html").write_text(render_report_html(content), encoding="utf8")
     return directory
 
 

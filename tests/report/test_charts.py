@@ -13,11 +13,11 @@ from tests.report.specs import DESK, PHONE, assert_readable
 pytest.importorskip("altair", reason="the charts need the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
 
-from lowmem.report import charts, dots
-from lowmem.report.charts import draw, percent, readable_bytes
+from lowmem.report import charts, dot_plots
+from lowmem.report.charts import draw_wide_and_narrow, percent_text, readable_bytes
 from lowmem.report.footprint import KINDS
 from lowmem.report.theme import LIGHT
-from lowmem.training.memory import TrainingMemory
+from lowmem.training.step_memory import TrainingMemory
 from lowmem.variants import VARIANTS
 
 
@@ -36,12 +36,14 @@ def every_chart(found):
         "memory": lambda narrow: charts.memory_chart(found.footprints, narrow),
         "speed": lambda narrow: charts.speed_chart(own, narrow),
         "peers": lambda narrow: charts.speed_chart(peers, narrow),
-        "loss": lambda narrow: dots.loss_chart(found.losses, narrow),
-        "distortion": lambda narrow: dots.distortion_chart(found.distortions, narrow),
-        "groups": lambda narrow: dots.group_chart(found.groups, list(found.losses), narrow),
-        "ratios": lambda narrow: dots.ratio_chart(found.verdicts[0].rows, narrow),
-        "quality": lambda narrow: dots.quality_chart(found.qualities, narrow),
-        "step": lambda narrow: charts.step_chart({f.name: f.step for f in found.footprints if f.step}, narrow),
+        "loss": lambda narrow: dot_plots.variant_error_chart(found.losses, narrow),
+        "distortion": lambda narrow: dot_plots.distortion_chart(found.distortions, narrow),
+        "groups": lambda narrow: dot_plots.layer_group_chart(found.groups, list(found.losses), narrow),
+        "ratios": lambda narrow: dot_plots.gate_ratio_chart(found.verdicts[0].rows, narrow),
+        "quality": lambda narrow: dot_plots.error_against_bits_chart(found.qualities, narrow),
+        "step": lambda narrow: charts.training_step_memory_chart(
+            {f.name: f.step for f in found.footprints if f.step}, narrow
+        ),
     }
 
 
@@ -59,7 +61,7 @@ def spec_of(chart, narrow=False):
 
 @pytest.mark.parametrize("name", list(every_chart(report())))
 def test_a_chart_is_one_well_formed_picture_of_both_widths(name):
-    drawing = draw(every_chart(report())[name])
+    drawing = draw_wide_and_narrow(every_chart(report())[name])
     for svg in (drawing.wide, drawing.narrow):
         root = ElementTree.fromstring(svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -85,7 +87,7 @@ def test_memory_has_every_byte_of_every_variant():
             domain = panel["layer"][0]["encoding"]["x"]["scale"]["domain"]
             largest = max(row["size"] for row in panel["layer"][1]["data"]["values"])
             assert domain == [0, pytest.approx(largest * panel["width"] / (panel["width"] - 62))]  # room for a label
-    assert charts._room_for_text([{"size": 0.0}], 124).domain == [0, 2.0]
+    assert charts._x_scale_with_label_margin([{"size": 0.0}], 124).domain == [0, 2.0]
 
 
 def test_no_peak_has_the_colour_of_a_kind_of_stored_bytes():
@@ -99,7 +101,9 @@ def test_no_peak_has_the_colour_of_a_kind_of_stored_bytes():
 def test_letters_of_the_front_picture_have_nine_pixels_at_a_width_of_400():
     dense, small = report(max(VARIANTS, key=len)).footprints[:2]
     footprints = [replace(dense, name=name) for name in VARIANTS] + [small]
-    root = ElementTree.fromstring(draw(lambda narrow: charts.front_chart(footprints)).wide)
+    root = ElementTree.fromstring(
+        draw_wide_and_narrow(lambda narrow: charts.front_page_memory_chart(footprints)).wide
+    )
     sizes = [
         float(text.get("font-size").removesuffix("px")) for text in root.iter("{http://www.w3.org/2000/svg}text")
     ]
@@ -108,7 +112,7 @@ def test_letters_of_the_front_picture_have_nine_pixels_at_a_width_of_400():
 
 @pytest.mark.parametrize("narrow", [False, True])
 def test_the_segments_of_a_step_sum_to_its_peak_and_empty_ones_are_left_out(narrow):
-    spec = charts.step_chart(STEPS, narrow).to_dict()
+    spec = charts.training_step_memory_chart(STEPS, narrow).to_dict()
     rows = spec["layer"][0]["data"]["values"]
     for name, one in STEPS.items():
         assert sum(row["size"] for row in rows if row["name"] == name) * 2**20 == pytest.approx(
@@ -121,7 +125,9 @@ def test_the_segments_of_a_step_sum_to_its_peak_and_empty_ones_are_left_out(narr
     scale = spec["layer"][0]["encoding"]["color"]["scale"]
     assert scale["domain"] == [*charts.PARTS, *kinds, "scratch"]
     assert len(set(scale["range"])) == len(scale["domain"])
-    spec = charts.step_chart({"one": TrainingMemory("sgd", "forward", 5, 0, 0, 0, 0, {}, 0)}, False).to_dict()
+    spec = charts.training_step_memory_chart(
+        {"one": TrainingMemory("sgd", "forward", 5, 0, 0, 0, 0, {}, 0)}, False
+    ).to_dict()
     assert [row["part"] for row in spec["layer"][0]["data"]["values"]] == ["weights"]
 
 
@@ -167,7 +173,7 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
     ],
 )
 def test_ticks_are_powers_within_an_axis(base, low, high, found):
-    assert charts.powers(base, low, high) == pytest.approx(found)
+    assert charts.powers_between(base, low, high) == pytest.approx(found)
 
 
 BYTES = {
@@ -192,7 +198,7 @@ SHARES = {
     ("form", "value", "text"),
     [
         *((readable_bytes, value, text) for value, text in BYTES.items()),
-        *((percent, value, text) for value, text in SHARES.items()),
+        *((percent_text, value, text) for value, text in SHARES.items()),
     ],
 )
 def test_bytes_and_shares_are_readable(form, value, text):

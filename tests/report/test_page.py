@@ -13,10 +13,16 @@ from tests.pages import HOSTILE, STEPS, report
 pytest.importorskip("altair", reason="the page needs the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the page needs the extra: pip install '.[report]'")
 
-from lowmem.report.charts import PARTS, Drawing
-from lowmem.report.page import Figure, Table, _step_figure, picture, render
+from lowmem.report.charts import PARTS, ChartDrawing
+from lowmem.report.page import (
+    Figure,
+    Table,
+    _training_step_memory_figure,
+    render_report_html,
+    step_memory_chart_file_bytes,
+)
 from lowmem.report.theme import DARK, LIGHT
-from lowmem.testing.verdicts import Row, Verdict
+from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow
 
 
 class Outline(HTMLParser):
@@ -39,19 +45,19 @@ class Outline(HTMLParser):
 
 @pytest.fixture(scope="module")
 def html():
-    return render(report())
+    return render_report_html(report())
 
 
 @pytest.fixture
 def undrawn(monkeypatch):
     """Leave an empty picture in the place of each chart, which takes long to draw."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
+    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartDrawing(empty, empty, {}))
 
 
 @pytest.mark.thorough
 def test_the_same_report_gives_the_same_bytes(html):
-    assert render(report()) == html
+    assert render_report_html(report()) == html
 
 
 def test_it_loads_and_runs_nothing(html):
@@ -97,7 +103,7 @@ def test_the_names_of_the_variants_are_explained(html):
 
 
 def test_a_chart_is_an_image_with_its_caption_as_name():
-    figure = Figure(Drawing('<svg a="1"></svg>', '<svg a="2"></svg>', {}), 'says "<b>"', Table("", [], []))
+    figure = Figure(ChartDrawing('<svg a="1"></svg>', '<svg a="2"></svg>', {}), 'says "<b>"', Table("", [], []))
     assert figure.svg("wide") == '<svg role="img" aria-label="says &#34;&lt;b&gt;&#34;" a="1"></svg>'
     assert 'a="2"' in figure.svg("narrow")
 
@@ -122,7 +128,7 @@ def test_tiles_say_what_is_smallest_fastest_and_loses_most(html):
 
 
 def test_text_of_any_origin_is_escaped():
-    html = render(report(HOSTILE))
+    html = render_report_html(report(HOSTILE))
     assert "<script" not in html
     assert not Outline(html).all("script")
     assert HOSTILE in Outline(html).text
@@ -131,7 +137,7 @@ def test_text_of_any_origin_is_escaped():
 def test_what_is_missing_is_said(undrawn):
     footprints = [replace(one, step=None) for one in report().footprints]
     given = {"timings": [], "timed": "No benchmark of inference.", "verdicts": [], "groups": []}
-    html = render(report(footprints=footprints, **given))
+    html = render_report_html(report(footprints=footprints, **given))
     text = Outline(html).text
     assert "Of a training step" not in text
     assert "No gate's verdict was given" in text
@@ -140,17 +146,19 @@ def test_what_is_missing_is_said(undrawn):
 
 
 def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart(undrawn):
-    html = render(report(losses={"small": math.nan, "lora": math.inf}))
+    html = render_report_html(report(losses={"small": math.nan, "lora": math.inf}))
     assert ">nan<" in html
     assert ">inf<" in html
     assert len(Outline(html).all("svg")) == 2 * 8
-    assert len(Outline(render(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 8
+    assert len(Outline(render_report_html(report(losses={"small": 0.0, "lora": 0.0}))).all("svg")) == 2 * 8
 
 
 def test_an_undecided_gate_is_shown_as_such(undrawn):
-    row = Row("load, waiting", "", 1.0, 1.0, 1.0, 0.9, 1.1, "undecided", "other work disturbed 9 of 9 fresh rounds")
+    row = VerdictRow(
+        "load, waiting", "", 1.0, 1.0, 1.0, 0.9, 1.1, "undecided", "other work disturbed 9 of 9 fresh rounds"
+    )
     memory = report().verdicts[1]
-    html = render(report(verdicts=[memory, Verdict.of_rows("latency", "main", "HEAD", {}, [row])]))
+    html = render_report_html(report(verdicts=[memory, GateVerdict.from_rows("latency", "main", "HEAD", {}, [row])]))
     text = re.sub(r"\s+", " ", Outline(html).text)
     assert "Latency gate undecided" in text
     assert "<dt>Gates</dt><dd>undecided</dd><dd>undecided: latency</dd>" in html
@@ -158,15 +166,17 @@ def test_an_undecided_gate_is_shown_as_such(undrawn):
 
 
 def test_figures_of_gates_are_in_full_or_have_four_digits(undrawn):
-    rows = [Row("w", "x", base, head) for base, head in ((1048576, 0.00123456), (2.0, None))]
-    html = render(report(verdicts=[Verdict.of_rows("latency", "main", "HEAD", {}, rows)]))
+    rows = [VerdictRow("w", "x", base, head) for base, head in ((1048576, 0.00123456), (2.0, None))]
+    html = render_report_html(report(verdicts=[GateVerdict.from_rows("latency", "main", "HEAD", {}, rows)]))
     cells = re.findall(r'class="number">([^<]*)</td>', html[html.index("All figures of the latency gate") :])
     assert [cells[at : at + 2] for at in (0, 5)] == [["1,048,576", "0.001235"], ["2", ""]]
-    assert "0 figures compared, none moved." in render(report(verdicts=[replace(report().verdicts[0], rows=())]))
+    assert "0 figures compared, none moved." in render_report_html(
+        report(verdicts=[replace(report().verdicts[0], rows=())])
+    )
 
 
 def test_the_table_of_a_step_has_each_kind_of_layers(undrawn):
-    table = _step_figure(STEPS).table
+    table = _training_step_memory_figure(STEPS).table
     activations = [f"activations: Kind{n}" for n in range(5)]
     assert table.columns == ["Model", *PARTS, *activations, "scratch", "peak", "in"]
     for row, one in zip(table.rows, STEPS.values(), strict=True):
@@ -176,14 +186,14 @@ def test_the_table_of_a_step_has_each_kind_of_layers(undrawn):
 
 
 def test_the_picture_of_a_step_is_written_as_each_kind_of_file():
-    svg = picture("Step", STEPS, ".svg").decode()
+    svg = step_memory_chart_file_bytes("Step", STEPS, ".svg").decode()
     tags = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
     assert tags >= {"svg", "style", "path"}
     assert "prefers-color-scheme:dark" in svg
     assert all(f"--{name}: {theme[name]};" in svg for theme in (LIGHT, DARK) for name in PARTS.values())
     assert "<script" not in svg
-    assert picture("Step", STEPS, ".png").startswith(b"\x89PNG")
-    page = picture("A <step>", STEPS, ".html").decode()
+    assert step_memory_chart_file_bytes("Step", STEPS, ".png").startswith(b"\x89PNG")
+    page = step_memory_chart_file_bytes("A <step>", STEPS, ".html").decode()
     assert "<script" not in page
     assert "A &lt;step&gt;" in page
     assert f"{STEPS['qlora'].total_bytes:,}" in page

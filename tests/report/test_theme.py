@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from lowmem.report.theme import DARK, LIGHT, SERIES, coloured, css
+from lowmem.report.theme import DARK, LIGHT, SERIES, css_variable_declarations, svg_with_theme_colors
 
 BACKGROUNDS, TEXT = ("page", "panel"), ("ink", "quiet", "link", "good", "bad")
 
@@ -32,6 +32,7 @@ def test_contrast_is_that_of_wcag_aa(theme):
 
 def test_names_become_colours():
     assert (
-        coloured('<path fill="var(--blue)" stroke="var(--page)"/>', DARK) == '<path fill="#3f97dd" stroke="#11151b"/>'
+        svg_with_theme_colors('<path fill="var(--blue)" stroke="var(--page)"/>', DARK)
+        == '<path fill="#3f97dd" stroke="#11151b"/>'
     )
-    assert re.fullmatch(r"(--\w+: #[0-9a-f]{6}; ?)+", css(LIGHT))
+    assert re.fullmatch(r"(--\w+: #[0-9a-f]{6}; ?)+", css_variable_declarations(LIGHT))

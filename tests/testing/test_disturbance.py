@@ -7,7 +7,13 @@ from pathlib import Path
 import pytest
 
 from lowmem.testing import disturbance
-from lowmem.testing.disturbance import PAUSES, Watch, disturbs, seconds_of_cores, seconds_waited
+from lowmem.testing.disturbance import (
+    PAUSES,
+    Watch,
+    busy_stolen_seconds_and_core_count,
+    is_burst_disturbed,
+    thread_wait_seconds_or_none,
+)
 
 
 class Machine:
@@ -47,7 +53,7 @@ class Machine:
     ("waited", "disturbed"), [(None, False), (0.0, False), (0.019e-3, False), (0.021e-3, True), (1.0, True)]
 )
 def test_a_burst_is_disturbed_when_threads_waited_for_more_than_a_fiftieth_of_it(waited, disturbed):
-    assert disturbs(waited, 0.001) is disturbed
+    assert is_burst_disturbed(waited, 0.001) is disturbed
 
 
 @pytest.mark.parametrize(
@@ -127,15 +133,15 @@ def test_linux_counts_the_waits_of_all_threads_and_of_other_processes(monkeypatc
     read = []
     monkeypatch.setattr("builtins.open", lambda path, mode, opened=open: read.append(path) or opened(path, mode))
     try:
-        assert seconds_waited() >= 0
+        assert thread_wait_seconds_or_none() >= 0
         assert len(read) >= 2
-        assert seconds_waited(1) is None or seconds_waited(1) >= 0
-        assert seconds_waited(10**9) is None
+        assert thread_wait_seconds_or_none(1) is None or thread_wait_seconds_or_none(1) >= 0
+        assert thread_wait_seconds_or_none(10**9) is None
     finally:
         over.set()
         thread.join()
-    assert isinstance(seconds_waited("self"), float)
-    busy, stolen, cores = seconds_of_cores()
+    assert isinstance(thread_wait_seconds_or_none("self"), float)
+    busy, stolen, cores = busy_stolen_seconds_and_core_count()
     assert busy >= stolen >= 0
     assert cores >= 1
 
@@ -147,9 +153,9 @@ def test_where_waits_are_not_counted_involuntary_switches_are(monkeypatch):
 
     monkeypatch.setattr(disturbance.os.path, "isdir", lambda path: False)
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_nivcsw=3))
-    assert seconds_waited() == pytest.approx(0.003)
-    assert seconds_waited(1) is None
+    assert thread_wait_seconds_or_none() == pytest.approx(0.003)
+    assert thread_wait_seconds_or_none(1) is None
     monkeypatch.setattr(disturbance.sys, "platform", "win32")
-    assert seconds_waited() is None
+    assert thread_wait_seconds_or_none() is None
     monkeypatch.setattr(disturbance.Path, "is_file", lambda path: False)
-    assert seconds_of_cores() is None
+    assert busy_stolen_seconds_and_core_count() is None

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from lowmem.testing import latency
-from lowmem.testing.call import ModelError
 from lowmem.testing.latency import FEWEST_ROUNDS, FIRST_ROUNDS, MOST_ROUNDS, Speedup, measure_speedup
 from lowmem.testing.ratios import Ratio
+from lowmem.testing.user_model import ModelError
 from tests.testing.test_disturbance import Machine
 
 

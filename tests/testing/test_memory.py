@@ -16,8 +16,8 @@ from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lowmem import FourBit, Half, LoRA, backend, convert, kernels, measure
-from lowmem.testing.call import ModelError
 from lowmem.testing.memory import THREADS, memory_figures, stored_figures
+from lowmem.testing.user_model import ModelError
 
 X = torch.ones(2, 64)
 KEPT = 2**20
@@ -200,11 +200,11 @@ def test_the_key_is_the_kernel_that_is_the_same_everywhere_unless_one_is_named(m
     monkeypatch.delenv(kernels.VARIABLE, raising=False)
     model = convert(nn.Sequential(nn.Linear(64, 64)), FourBit())
     key, _ = memory_figures(model, X)
-    assert key.backend == ("portable" if "portable" in kernels.available() else "reference")
+    assert key.backend == ("portable" if "portable" in kernels.available_cpu_backend_names() else "reference")
     assert key.torch == ".".join(torch.__version__.split(".")[:2])
     assert key.threads == THREADS
     monkeypatch.setenv(kernels.VARIABLE, "reference")
-    with kernels.using("reference"):
+    with kernels.temporary_cpu_backend("reference"):
         assert memory_figures(model, X)[0].backend == "reference"
 
 

@@ -8,45 +8,49 @@ import torch
 
 from lowmem import Budget, FourBit, Half, LoRA
 from lowmem.tools import arguments
-from lowmem.tools.arguments import device_of, size, techniques
+from lowmem.tools.arguments import parse_byte_size, parse_techniques, select_local_rank_device
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64", "float16", "bfloat16", "int64"])
 def test_input_has_the_shape_and_dtype_that_were_asked_for(dtype):
     parser = argparse.ArgumentParser()
-    arguments.add_input_arguments(parser)
+    arguments.add_random_input_arguments(parser)
     given = parser.parse_args(["--batch", "2", "--input-shape", "3,4", "--input-dtype", dtype])
-    x = arguments.make_input(given)
+    x = arguments.make_random_or_zero_input(given)
     assert x.shape == (2, 3, 4)
     assert str(x.dtype) == f"torch.{dtype}"
-    assert torch.equal(x, arguments.make_input(given))
+    assert torch.equal(x, arguments.make_random_or_zero_input(given))
     given.seed = 1
-    assert torch.equal(x, arguments.make_input(given)) == (dtype == "int64")
+    assert torch.equal(x, arguments.make_random_or_zero_input(given)) == (dtype == "int64")
 
 
 @pytest.mark.parametrize(
     ("parse", "texts", "why"),
     [
         (
-            arguments.positive_int,
+            arguments.parse_positive_int,
             ["0", "-1", "1.5", "", "a", "²", "000", str(2**63), "9" * 20, "9" * 5000, "1_0", " 1"],
             r"^.{,80} must be a positive integer below 2\*\*63$",
         ),
-        (arguments.seed, ["-1", "", "0x1", str(2**63), "9" * 5000], r"must be an integer from 0 to 2\*\*63 - 1"),
         (
-            arguments.positive_float,
+            arguments.parse_nonnegative_int,
+            ["-1", "", "0x1", str(2**63), "9" * 5000],
+            r"must be an integer from 0 to 2\*\*63 - 1",
+        ),
+        (
+            arguments.parse_positive_float,
             ["0", "-1", "nan", "inf", "", "a", "1_0", "\N{ARABIC-INDIC DIGIT ONE}", " 1", "1\n"],
             "must be a positive number",
         ),
         (
-            arguments.number,
+            arguments.parse_nonnegative_float,
             [
                 *("-1", "-1e-300", "nan", "inf", "1e999", "", ".", "0.0.0", "0..0", "00.0.", "a", "1_0", "0_1e-3"),
                 *("\N{ARABIC-INDIC DIGIT ONE}0", " 1", "1 "),
             ],
             "must be a number of at least 0",
         ),
-        (size, ["", "0", "-1GB", "GB", "1XB", "1e3", "0.1"], "must be a size"),
+        (parse_byte_size, ["", "0", "-1GB", "GB", "1XB", "1e3", "0.1"], "must be a size"),
     ],
 )
 def test_texts_that_are_no_such_numbers_are_refused(parse, texts, why):
@@ -56,11 +60,20 @@ def test_texts_that_are_no_such_numbers_are_refused(parse, texts, why):
 
 
 def test_numbers_are_parsed():
-    assert (arguments.positive_int("12"), arguments.positive_float("1e-3")) == (12, 0.001)
-    assert arguments.positive_int("0" * 5000 + "7") == 7
-    assert arguments.positive_int(str(2**63 - 1)) == arguments.seed(str(2**63 - 1)) == 2**63 - 1
-    assert [arguments.seed(text) for text in ("0", "000", "12")] == [0, 0, 12]
-    assert [arguments.number(text) for text in ("0", "0.0", "00", ".0", "0e5", "1e-3")] == [0, 0, 0, 0, 0, 0.001]
+    assert (arguments.parse_positive_int("12"), arguments.parse_positive_float("1e-3")) == (12, 0.001)
+    assert arguments.parse_positive_int("0" * 5000 + "7") == 7
+    assert (
+        arguments.parse_positive_int(str(2**63 - 1)) == arguments.parse_nonnegative_int(str(2**63 - 1)) == 2**63 - 1
+    )
+    assert [arguments.parse_nonnegative_int(text) for text in ("0", "000", "12")] == [0, 0, 12]
+    assert [arguments.parse_nonnegative_float(text) for text in ("0", "0.0", "00", ".0", "0e5", "1e-3")] == [
+        0,
+        0,
+        0,
+        0,
+        0,
+        0.001,
+    ]
 
 
 def test_sizes_have_units():
@@ -73,15 +86,15 @@ def test_sizes_have_units():
         "1.5 KiB": 1536,
         "500mib": 500 * 2**20,
     }.items():
-        assert size(text) == expected
+        assert parse_byte_size(text) == expected
 
 
 def test_techniques_are_parsed():
-    assert techniques("Half,LoRA:4") == (Half(), LoRA(4))
-    assert techniques("FourBit") == (FourBit(),)
-    assert techniques("FourBit:fp4:32:double,LoRA") == (FourBit("fp4", 32, "double"), LoRA())
-    assert techniques("Half:bfloat16") == (Half(torch.bfloat16),)
-    assert techniques("Budget:4.4,LoRA") == (Budget(4.4), LoRA())
+    assert parse_techniques("Half,LoRA:4") == (Half(), LoRA(4))
+    assert parse_techniques("FourBit") == (FourBit(),)
+    assert parse_techniques("FourBit:fp4:32:double,LoRA") == (FourBit("fp4", 32, "double"), LoRA())
+    assert parse_techniques("Half:bfloat16") == (Half(torch.bfloat16),)
+    assert parse_techniques("Budget:4.4,LoRA") == (Budget(4.4), LoRA())
 
 
 @pytest.fixture
@@ -96,15 +109,15 @@ def gpus(monkeypatch):
 
 
 def test_each_process_has_a_gpu_of_its_own(gpus, monkeypatch):
-    assert device_of("cpu") == torch.device("cpu")
+    assert select_local_rank_device("cpu") == torch.device("cpu")
     assert gpus == []
-    assert device_of("cuda") == torch.device("cuda", 0)
+    assert select_local_rank_device("cuda") == torch.device("cuda", 0)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert device_of("cuda") == torch.device("cuda", 1)
+    assert select_local_rank_device("cuda") == torch.device("cuda", 1)
     assert gpus == [0, 1]
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(ValueError, match=r"--device=cuda: process 2 of .* of 2: .*torchrun --nproc-per-node 2"):
-        device_of("cuda")
+        select_local_rank_device("cuda")
 
 
 @pytest.mark.parametrize(

@@ -155,12 +155,12 @@ class Score:
 @pytest.fixture
 def folders(tmp_path, monkeypatch):
     """Return a text and three folders, whose scores are made up: transformers is not needed."""
-    language = ModuleType("lowmem.integrations.transformers.comparing")
+    language = ModuleType("lowmem.integrations.transformers.text_comparison")
     names = [str(tmp_path / name) for name in ("base", "near", "far")]
     differences = 0.0, 0.02, math.inf
     found = [Score(name, 9, 20.0 + at, differences[at], 5.0) for at, name in enumerate(names)]
     language.compare_text = lambda paths, text, **_: [found[names.index(str(path))] for path in paths]
-    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.comparing"):
+    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.text_comparison"):
         monkeypatch.setitem(sys.modules, module, language)
     for name in names:
         Path(name).mkdir()
@@ -203,7 +203,7 @@ def test_without_a_gpu_device_is_one_line(no_gpu, tmp_path):
 
 def test_models_and_inputs_are_on_the_device(monkeypatch, capsys):
     seen = []
-    monkeypatch.setattr("lowmem.tools.compare.device_of", lambda name: torch.device("meta"))
+    monkeypatch.setattr("lowmem.tools.compare.select_local_rank_device", lambda name: torch.device("meta"))
     monkeypatch.setattr(
         "lowmem.measure.difference", lambda *both: seen.extend(both) or measure.Difference(0.0, 0.0, 0.0)
     )

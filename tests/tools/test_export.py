@@ -9,8 +9,8 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, convert, save
 from lowmem.__main__ import main
-from lowmem.io.atomic import owned
-from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.filesystem import exclusive_write_lock
+from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from tests.io.formats.folders import fourbit, weights_of, write_folder
 
 
@@ -41,7 +41,7 @@ def test_a_table_says_what_became_of_each_weight_and_the_errors_of_what_changed(
 
 def test_a_target_that_another_command_writes_is_refused(tmp_path, capsys):
     source, out = write_folder(tmp_path / "in", weights_of(fourbit("nf4"))), tmp_path / "out.gguf"
-    with owned(out):
+    with exclusive_write_lock(out):
         assert main(["export", str(source), str(out)]) == 2
     assert f"'{out}' is being written by process {os.getpid()} of " in capsys.readouterr().err
 
@@ -55,7 +55,7 @@ def test_json_is_the_rows_and_options_reach_the_writer(tmp_path, capsys):
     assert 0 < rows["lm_head.weight"]["error"] < 2**-8
     assert rows["model.norm.weight"]["error"] is None
     assert main(["export", str(source), str(again), "--dtype", "f32", "--like", str(out)]) == 0
-    with open_foreign(again) as file:
+    with open_foreign_checkpoint(again) as file:
         assert file.tensors["lm_head.weight"].kind == "F32"
 
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from lowmem.__main__ import main
-from lowmem.io.atomic import owned
+from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.tools import fit, fit_classifier
 
 
@@ -18,7 +18,7 @@ def test_options_of_folders_mean_nothing_for_classifiers(refused, monkeypatch):
     given |= {"clip": "0", "warmup": "0"}  # which are no defaults
     given |= {"log": "csv", "dropout": "0.5"}
     parser = argparse.ArgumentParser()
-    fit.add_folder_arguments(parser)
+    fit.add_language_model_arguments(parser)
     options = vars(parser.parse_args([]))
     assert len(options) > 20
     for name in options:
@@ -51,7 +51,7 @@ def test_classifiers_have_defaults_of_their_own(monkeypatch):
 def test_a_second_classifier_on_one_file_ends_at_once(tmp_path, refused, monkeypatch):
     monkeypatch.setattr(fit_classifier, "run", lambda arguments: 0)
     path = tmp_path / "out.safetensors"
-    with owned(path):
+    with exclusive_write_lock(path):
         assert main(["fit", "lora", "--save", str(path), "--dry-run"]) == 0
         monkeypatch.setattr(fit_classifier, "run", lambda arguments: pytest.fail("it ran"))
         told = refused("fit", "lora", "--save", path)

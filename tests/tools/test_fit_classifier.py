@@ -17,7 +17,7 @@ import lowmem
 from lowmem import VARIANTS, build, measure
 from lowmem.__main__ import main
 from lowmem.tools import fit_classifier as tool
-from lowmem.tools.fit_data import Split, load_data
+from lowmem.tools.fit_classifier_data import TrainTestSplit, load_train_test_split
 from tests.selection import FULL
 
 MODELS = """
@@ -168,8 +168,10 @@ def test_only_the_adapters_and_the_head_change():
     torch.manual_seed(0)
     model = tool.Classifier(build("qlora"), 1024, 10)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    data = load_data("synthetic", 0)
-    tool.fit(model, data, variant="qlora", epochs=1, batch_size=400, lr=1e-3, seed=0, report=lambda line: None)
+    data = load_train_test_split("synthetic", 0)
+    tool.train_classifier(
+        model, data, variant="qlora", epochs=1, batch_size=400, lr=1e-3, seed=0, print_epoch_line=lambda line: None
+    )
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert {name for name in changed if not name.startswith("head")} == {name for name in before if "lora_" in name}
 
@@ -181,8 +183,10 @@ def test_the_loss_of_an_epoch_is_that_of_all_its_examples():
     x, y = torch.randn(9, 4), torch.arange(9) % 2
     with torch.no_grad():
         logits, test_logits = model(x[:5]), model(x[5:])
-    data = Split(x[:5], y[:5], x[5:], 1 - test_logits.argmax(1), 2)
-    found = tool.fit(model, data, variant="", epochs=1, batch_size=4, lr=0.0, seed=0, report=lambda line: None)
+    data = TrainTestSplit(x[:5], y[:5], x[5:], 1 - test_logits.argmax(1), 2)
+    found = tool.train_classifier(
+        model, data, variant="", epochs=1, batch_size=4, lr=0.0, seed=0, print_epoch_line=lambda line: None
+    )
     assert found.losses == pytest.approx([float(torch.nn.functional.cross_entropy(logits, y[:5]))])
     assert found.train_accuracy == pytest.approx(float((logits.argmax(1) == y[:5]).float().mean()))
     assert found.test_accuracy == 0
@@ -213,7 +217,7 @@ def test_a_saved_model_loads_with_its_factory_and_has_its_head_beside_it(tmp_pat
     accuracy = results("fit", *argv)["test_accuracy"]
     model = tool.Classifier(lowmem.load(path, lowmem.BigNet), 1024, 2)
     model.head.load_state_dict(load_file(tmp_path / "saved.head.safetensors"))
-    data = load_data(npz, 0)
+    data = load_train_test_split(npz, 0)
     assert tool.accuracy(model, data.test_x, data.test_y, 16) == accuracy
     with safe_open(tmp_path / "saved.head.safetensors", "pt") as file:
         assert json.loads(file.metadata()["lowmem"])["model"] == "qlora"
@@ -256,7 +260,7 @@ def test_a_mask_of_infinities_is_no_divergence(npz, results):
 
 @pytest.mark.parametrize("path", ["missing/file.safetensors", "."])
 def test_an_unwritable_output_is_named_before_the_training(path, npz, refused, monkeypatch):
-    monkeypatch.setattr(tool, "fit", lambda *args, **options: pytest.fail("it trained"))
+    monkeypatch.setattr(tool, "train_classifier", lambda *args, **options: pytest.fail("it trained"))
     assert f"cannot write '{path}'" in refused("fit", "lora", "--data", npz, "--save", path)
 
 
@@ -275,7 +279,7 @@ def test_an_unwritable_output_is_named_before_the_training(path, npz, refused, m
     ],
 )
 def test_a_model_that_fit_cannot_use_is_named_before_the_training(name, message, npz, tmp_path, monkeypatch, refused):
-    monkeypatch.setattr(tool, "fit", lambda *args, **options: pytest.fail("it trained"))
+    monkeypatch.setattr(tool, "train_classifier", lambda *args, **options: pytest.fail("it trained"))
     assert message in refused("fit", f"fit_models:{name}", "--data", npz, "--save", "out")
     assert not (tmp_path / "out").exists()
 
@@ -347,7 +351,7 @@ def test_a_dry_run_says_what_the_run_takes(name, npz, tmp_path, capsys, results,
     argv = [name, "--data", npz, "--batch-size", "16", "--epochs", "1"]
     target = tmp_path / "new" / "saved.safetensors"
     with monkeypatch.context() as patched:
-        patched.setattr(tool, "fit", None)
+        patched.setattr(tool, "train_classifier", None)
         patched.setattr(tool, "make_model", None)
         planned = results("fit", *argv, "--dry-run", "--save", str(target))
         assert main(["fit", *argv, "--dry-run"]) == 0

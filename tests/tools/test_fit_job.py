@@ -14,11 +14,11 @@ from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5For
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.finetuning.state import Saved
-from lowmem.finetuning.text import read_examples
-from lowmem.integrations.transformers.tokenizing import TextTokenizer, read_tokenizer
+from lowmem.finetuning.text_examples import read_examples
+from lowmem.finetuning.training_state import SavedState
+from lowmem.integrations.transformers.text_tokenizer import TextTokenizer, read_tokenizer
 from lowmem.tools import fit_language
-from tests.finetuning.test_state import craft_states
+from tests.finetuning.test_training_state import craft_states
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 from tests.tools.conftest import LINES
@@ -201,7 +201,7 @@ def test_a_state_is_no_pickle_and_a_damaged_one_is_skipped_with_a_line(place, ca
 
     def interrupted(*args, states, **named):
         for step in (1, 2):
-            states.save(Saved(step, {}, {}))
+            states.save(SavedState(step, {}, {}))
         raise KeyboardInterrupt
 
     monkeypatch.setattr(fit_language, "finetune", interrupted)
@@ -218,7 +218,7 @@ def test_a_state_of_another_base_or_of_other_options_is_refused(place, capsys, m
     argv = ["--data", "text.txt", "--length", "48", "--steps", "4", "--save", "out"]
 
     def interrupted(*args, states, **named):
-        states.save(Saved(1, {}, {}))
+        states.save(SavedState(1, {}, {}))
         raise KeyboardInterrupt
 
     write_tokenizer(write(Path("another"), "llama"))

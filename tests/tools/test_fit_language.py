@@ -18,12 +18,12 @@ import lowmem
 from lowmem.__main__ import main
 from lowmem.finetuning import loop
 from lowmem.finetuning.metrics import LOGS
-from lowmem.finetuning.ranks import Ranks as Process
+from lowmem.finetuning.process_group import TrainingProcessGroup as Process
 from lowmem.integrations.transformers import LowmemConfig
-from lowmem.io.atomic import owned
+from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.nn import dot_product_attention
 from lowmem.tools import fit_language, fit_result
-from lowmem.tools.fit_job import default_lr
+from lowmem.tools.fit_job import default_learning_rate
 from tests.integrations.transformers.folders import load
 
 
@@ -97,7 +97,7 @@ def test_a_run_continues_from_an_adapter(kind, place, capsys, refused):
 
 
 def test_the_default_learning_rate_falls_with_the_rank():
-    assert [default_lr(rank) for rank in (1, 4, 16, 64, 256)] == [8e-4, 4e-4, 2e-4, 1e-4, 5e-5]
+    assert [default_learning_rate(rank) for rank in (1, 4, 16, 64, 256)] == [8e-4, 4e-4, 2e-4, 1e-4, 5e-5]
 
 
 @pytest.mark.parametrize("log", list(LOGS))
@@ -108,14 +108,14 @@ def test_each_step_is_logged_once_also_by_a_run_that_goes_on(log, place, capsys,
     monkeypatch.setenv("WANDB_SILENT", "true")
     options = ["--steps", "4", "--save-every", "2", "--save", "out", "--log", log]
     with monkeypatch.context() as patch:
-        step = loop._Run._step
+        step = loop._FineTuningRun._train_step
 
         def ending(self, number):
             step(self, number)
             if number == 3:
                 raise Killed
 
-        patch.setattr(loop._Run, "_step", ending)
+        patch.setattr(loop._FineTuningRun, "_train_step", ending)
         with pytest.raises(Killed):
             fit(capsys, *options)
     fit(capsys, *options, "--resume")
@@ -143,12 +143,12 @@ class Killed(BaseException):
 
 
 def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch, refused):
-    """The command ends after any step; what is killed inside a write is tests/finetuning/test_state.py's."""
+    """The command ends after any step; what is killed inside a write is tests/finetuning/test_training_state.py's."""
     options = ["--epochs", "2", "--save-every", "2", "--eval-data", "text.txt", "--accumulate", "2", "--warmup", "2"]
     whole, _ = fit(capsys, *options, "--save", "whole", "--metrics", "whole.jsonl")
     for until in (1, 4, 5):
         calls = []
-        step = loop._Run._step
+        step = loop._FineTuningRun._train_step
 
         def counted(self, number, step=step, calls=calls, until=until):
             step(self, number)
@@ -157,7 +157,7 @@ def test_a_run_that_goes_on_writes_the_same_bytes(place, capsys, monkeypatch, re
                 raise Killed
 
         with monkeypatch.context() as patch:
-            patch.setattr(loop._Run, "_step", counted)
+            patch.setattr(loop._FineTuningRun, "_train_step", counted)
             with pytest.raises(Killed):
                 fit(capsys, *options, "--save", "parts", "--resume", "--metrics", "parts.jsonl")
         assert not Path("parts").exists()
@@ -193,16 +193,18 @@ def test_a_kill_while_the_adapter_is_written_leaves_nothing_behind(place, capsys
 def test_a_second_run_on_one_folder_ends_at_once(place, monkeypatch, refused):
     argv = ["llama", "--data", "data.jsonl", "--save", "out", "--resume"]
     with monkeypatch.context() as patch:
-        patch.setattr(fit_language, "job_of", lambda *args: pytest.fail("it has begun"))
+        patch.setattr(fit_language, "check_arguments_and_make_job", lambda *args: pytest.fail("it has begun"))
         for held in ("out", "out.training"):
-            with owned(place / held):
+            with exclusive_write_lock(place / held):
                 before = {one: one.read_bytes() for one in place.iterdir() if one.is_file()}
                 told = refused("fit", *argv)
                 assert told.startswith(f"lowmem fit: '{held}' is being written by process {os.getpid()} of ")
                 assert {one: one.read_bytes() for one in place.iterdir() if one.is_file()} == before
     seen = []
     monkeypatch.setattr(
-        fit_language, "job_of", lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0
+        fit_language,
+        "check_arguments_and_make_job",
+        lambda *args: seen.append([one.name for one in place.glob(".lowmem-*")]) or 1 / 0,
     )
     assert main(["fit", *argv]) == 3
     assert len(seen[0]) == 4  # of both names, a lock and the record of its owner
@@ -216,25 +218,28 @@ def test_the_processes_of_one_run_are_one_owner(place):
         def __init__(self, rank, others=0.0):
             self.rank, self.others, self.told = rank, others, None
 
-        def sum(self, value):
+        def all_reduce_sum(self, value):
             self.told = value
             return value + self.others
 
     first, second = Ranks(0), Ranks(1)
-    with fit_language._owned(Path("out"), first), fit_language._owned(Path("out"), second):
+    with (
+        fit_language._output_locked_by_rank_zero(Path("out"), first),
+        fit_language._output_locked_by_rank_zero(Path("out"), second),
+    ):
         again = Ranks(0)
         with (
             pytest.raises(BlockingIOError, match=f"by process {os.getpid()} "),
-            fit_language._owned(Path("out"), again),
+            fit_language._output_locked_by_rank_zero(Path("out"), again),
         ):
             raise AssertionError
         with (
             pytest.raises(OSError, match="'out' cannot be written: rank 0 says why"),
-            fit_language._owned(Path("out"), Ranks(1, others=again.told)),
+            fit_language._output_locked_by_rank_zero(Path("out"), Ranks(1, others=again.told)),
         ):
             raise AssertionError
     assert (first.told, second.told, again.told) == (0.0, 0.0, 1.0)
-    with fit_language._owned(None, first):
+    with fit_language._output_locked_by_rank_zero(None, first):
         assert not [*place.glob(".lowmem-*")]
 
 

@@ -78,7 +78,7 @@ def test_the_text_is_that_of_the_models_own_generate(folders, capsys, name):
 
 
 def test_keys_and_values_in_8_bits_hold_for_the_whole_text(folders, capsys, monkeypatch):
-    from lowmem.integrations.transformers.cache import KeyValueCache
+    from lowmem.integrations.transformers.key_value_cache import KeyValueCache
 
     made = []
     own = KeyValueCache.__init__
@@ -133,16 +133,16 @@ def test_a_chat_remembers_what_was_said(folders, tmp_path, capsys, monkeypatch):
 
 
 def test_an_interrupt_keeps_what_was_written(folders, capsys, monkeypatch):
-    from lowmem.integrations.transformers.generating import CountingStreamer
+    from lowmem.integrations.transformers.text_generation import TokenCountingStreamer
 
-    put = CountingStreamer.put
+    put = TokenCountingStreamer.put
 
     def interrupted(self, value):
         put(self, value)
         if self.count == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(CountingStreamer, "put", interrupted)
+    monkeypatch.setattr(TokenCountingStreamer, "put", interrupted)
     assert main(["generate", str(folders / "dense"), "--prompt", "abc"]) == 130
     assert capsys.readouterr().err.startswith("3 tokens in ")
 
@@ -152,7 +152,7 @@ def test_an_interrupt_while_the_model_is_read_ends_it_with_130(folders, capsys, 
     def interrupted(*_):
         signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr("lowmem.integrations.transformers.generating.open_language_model", interrupted)
+    monkeypatch.setattr("lowmem.integrations.transformers.text_generation.open_model_and_tokenizer", interrupted)
     assert main(["generate", str(folders / "dense"), "--prompt", "abc"]) == 130
     told = "lowmem generate: interrupted; what was not finished is not there: run it again\n"
     assert capsys.readouterr().err == told

@@ -13,7 +13,7 @@ import torch
 import lowmem
 from lowmem.__main__ import main
 from lowmem.kernels import gpu
-from lowmem.kernels.threads import usable_cpus
+from lowmem.kernels.threads import usable_cpu_count
 from lowmem.tools import info
 
 
@@ -41,14 +41,14 @@ def test_json_tells_versions_processor_and_kernel(told):
         "machine": platform.machine(),
         "cpu": found["cpu"],
         "cpus": os.cpu_count(),
-        "usable_cpus": usable_cpus(),
+        "usable_cpus": usable_cpu_count(),
         "threads": torch.get_num_threads(),
         **{name: version(name) for name in ("torch", "numpy", "safetensors", "rich")},
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cuda_available": torch.cuda.is_available(),
         "cuda_devices": found["cuda_devices"],
         "backend": lowmem.backend(),
-        "cuda_backend": gpu.describe(),
+        "cuda_backend": gpu.cuda_backend_description(),
     }
 
 
@@ -89,7 +89,7 @@ def test_cuda_devices_are_named_where_cuda_can_be_used(told, monkeypatch, availa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: f"H {n}")
-    monkeypatch.setattr(gpu, "describe", lambda: "triton")
+    monkeypatch.setattr(gpu, "cuda_backend_description", lambda: "triton")
     found = told("--json")
     assert (found["cuda_available"], found["cuda_devices"]) == (available, names)
     assert told()["cuda devices"] == text

@@ -13,7 +13,7 @@ from torch import nn
 import lowmem
 from lowmem import FourBit, LoRA
 from lowmem.__main__ import main
-from lowmem.io.atomic import owned
+from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.tools import merge as tools_merge
 from lowmem.tools import output
 
@@ -98,7 +98,7 @@ def test_merge_writes_the_merged_model_and_prints_the_report(files, capsys):
 
 
 def test_a_target_that_another_command_writes_is_refused(refused):
-    with owned(Path("out.safetensors")):
+    with exclusive_write_lock(Path("out.safetensors")):
         assert f"'out.safetensors' is being written by process {os.getpid()} of " in refused(*BASIC)
 
 
@@ -259,7 +259,7 @@ def test_a_folder_of_peft_is_merged_as_the_file_is(files, refused):
 def test_a_folder_and_its_adapter_need_no_factory(base, tmp_path, capsys, refused):
     """In its own format, or dense for transformers alone, with the tokenizer beside."""
     pytest.importorskip("transformers", "5.24", reason="transformers 5.24 is not installed: tox -e transformers")
-    from lowmem.integrations.transformers.generating import open_language_model
+    from lowmem.integrations.transformers.text_generation import open_model_and_tokenizer
     from tests.integrations.transformers.folders import IDS, load, write
     from tests.integrations.transformers.tokens import write_tokenizer
 
@@ -267,7 +267,7 @@ def test_a_folder_and_its_adapter_need_no_factory(base, tmp_path, capsys, refuse
     assert main(["quantize", "dense", "stored"]) == 0
     if base == "model.gguf":
         assert main(["export", "stored", base, "--requantize"]) == 0
-    model, _ = open_language_model(Path(base))
+    model, _ = open_model_and_tokenizer(Path(base))
     lowmem.add_adapter(model, "default", LoRA(4))
     for name, value in model.named_parameters():
         if name.endswith("lora_b"):

@@ -16,14 +16,14 @@ from torch import nn
 from lowmem import FourBit, convert, summary
 from lowmem.tools import output
 from lowmem.tools.output import (
-    columns_of_progress,
+    escaped_and_truncated,
+    make_rich_progress,
     print_json,
-    print_summary,
+    print_layer_summary,
     print_table,
-    progress,
-    rate,
-    shown,
-    stdout_for_json,
+    progress_display,
+    stdout_reserved_for_json,
+    tokens_per_second_text,
 )
 
 HOSTILE = "w\x1b[31m\n\u202e[bold]x[/bold][/y]:warning:|<b>\\"
@@ -39,7 +39,7 @@ def terminal(monkeypatch):
         screen = io.StringIO()
         monkeypatch.setattr("sys.stdout", screen)
         monkeypatch.setenv("COLUMNS", str(columns))
-        monkeypatch.setattr(output.Terminal, "is_terminal", True)
+        monkeypatch.setattr(output.BrokenPipeRaisingConsole, "is_terminal", True)
         what(*arguments, **options)
         return re.sub(r"\x1b\[[\d;]*m", "", screen.getvalue()).splitlines()
 
@@ -59,7 +59,7 @@ def test_every_figure_is_whole_and_every_name_complete_on_any_terminal(terminal,
 @pytest.mark.parametrize("columns", [30, 40, 60, 80, 120, 300])
 def test_a_summary_is_whole_on_any_terminal(terminal, columns):
     model = convert(nn.ModuleDict({"a_long_name_" * 3: nn.Linear(1024, 1024), "norm": nn.LayerNorm(16)}), FourBit())
-    lines = terminal(columns, print_summary, summary(model))
+    lines = terminal(columns, print_layer_summary, summary(model))
     assert all(cell_len(line) <= columns for line in lines)
     words = " ".join(lines).split()
     for row in summary(model).cells:
@@ -73,8 +73,8 @@ def test_names_on_a_terminal_are_neither_escape_codes_nor_markup_nor_emoji(termi
     lines = terminal(columns, print_table, ["Name", "Count"], [[HOSTILE, "1"]])
     assert all(line.isprintable() for line in lines)
     words = " ".join(lines).split()
-    assert shown(HOSTILE) in "".join(word for word in words if word != "1")
-    assert "[bold]x[/bold][/y]:warning:" in shown(HOSTILE)
+    assert escaped_and_truncated(HOSTILE) in "".join(word for word in words if word != "1")
+    assert "[bold]x[/bold][/y]:warning:" in escaped_and_truncated(HOSTILE)
 
 
 @pytest.mark.parametrize("columns", ["40", "80", "200"])
@@ -90,7 +90,7 @@ def test_a_table_in_a_pipe_keeps_to_120_columns_with_names_on_one_line(columns, 
         (["Layer", *(f"Figure {n}" for n in range(20))], [[name, *["123456.78"] * 20]], (0,)),  # below each other
     ]
     for titles, rows, text in tables:
-        print_table(titles, rows, text=text)
+        print_table(titles, rows, text_columns=text)
         lines = capsys.readouterr().out.splitlines()
         assert max(map(cell_len, lines)) <= 120
         assert any(name in line for line in lines)
@@ -105,7 +105,7 @@ def test_a_summary_in_a_pipe_keeps_to_120_columns(capsys):
         converted = convert(copy.deepcopy(model), technique)
         for _ in range(10):
             converted = nn.ModuleDict({"inner": converted})
-        print_summary(summary(converted))
+        print_layer_summary(summary(converted))
         lines = capsys.readouterr().out.splitlines()
         assert max(map(cell_len, lines)) <= 120, lines
         assert any(f"{'inner.' * 10}recurrent" in line for line in lines)
@@ -116,12 +116,12 @@ def test_a_table_in_a_pipe_is_never_cut_and_has_no_markup(capsys, monkeypatch):
     print_table(["Name", "Some value"], [["a" * 1500, "1"], [HOSTILE, "2"]])
     text = capsys.readouterr().out
     assert "a" * 1500 in text
-    assert shown(HOSTILE) in text
+    assert escaped_and_truncated(HOSTILE) in text
     assert text.replace("\n", "").isprintable()
 
 
 def test_markdown_cells_stay_in_their_columns(capsys):
-    print_table(["Name", "Note", "Count"], [["a|b\nc", "<b>*x*[y](z)\\", "1"]], text=(0, 1), markdown=True)
+    print_table(["Name", "Note", "Count"], [["a|b\nc", "<b>*x*[y](z)\\", "1"]], text_columns=(0, 1), markdown=True)
     assert capsys.readouterr().out.splitlines() == [
         "| Name | Note | Count |",
         "| :-- | :-- | --: |",
@@ -130,7 +130,7 @@ def test_markdown_cells_stay_in_their_columns(capsys):
 
 
 def test_only_json_goes_to_stdout_where_results_are_alone(capsys):
-    with stdout_for_json(True, program=False):
+    with stdout_reserved_for_json(True, owns_process=False):
         print("noise")
         print_json({"name": HOSTILE})
     print("after")
@@ -139,13 +139,13 @@ def test_only_json_goes_to_stdout_where_results_are_alone(capsys):
     document, _, rest = out.rpartition("}\n")
     assert json.loads(document + "}") == {"name": HOSTILE}
     assert rest == "after\n"
-    with stdout_for_json(False, program=False):
+    with stdout_reserved_for_json(False, owns_process=False):
         print("text")
     assert capsys.readouterr() == ("text\n", "")
 
 
 def test_an_error_in_the_block_gives_stdout_back(capsys):
-    with pytest.raises(ValueError, match="bad"), stdout_for_json(True, program=False):
+    with pytest.raises(ValueError, match="bad"), stdout_reserved_for_json(True, owns_process=False):
         raise ValueError("bad")
     print_json([])
     assert capsys.readouterr().out == "[]\n"
@@ -157,8 +157,8 @@ def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, nam
     monkeypatch.setenv("COLUMNS", str(columns))
     size = partial(DownloadColumn, binary_units=True)
     for shown_total, display in (
-        ("38.3/115.0 GiB", columns_of_progress([size, TimeRemainingColumn], [TransferSpeedColumn])),
-        ("41152263004/123456789012", columns_of_progress([MofNCompleteColumn, "steps"])),
+        ("38.3/115.0 GiB", make_rich_progress([size, TimeRemainingColumn], [TransferSpeedColumn])),
+        ("41152263004/123456789012", make_rich_progress([MofNCompleteColumn, "steps"])),
     ):
         display.add_task(name, total=123456789012, completed=123456789012 // 3)
         screen = io.StringIO()
@@ -191,7 +191,7 @@ def test_without_a_terminal_long_work_prints_plain_lines_that_are_flushed(monkey
     for expected, (figures, fields, update) in cases.items():
         screen = Stream()
         monkeypatch.setattr("sys.stderr", screen)
-        with progress(expected.partition(":")[0], *figures, **fields) as change:
+        with progress_display(expected.partition(":")[0], *figures, **fields) as change:
             change(**update)
             written = screen.getvalue().count("\n")
             for _ in range(6000):  # until two lines are flushed, of which the second has what was changed
@@ -209,14 +209,14 @@ def test_without_a_terminal_long_work_prints_plain_lines_that_are_flushed(monkey
 def test_on_a_terminal_no_plain_lines_are_printed(monkeypatch):
     screen = io.StringIO()
     monkeypatch.setattr("sys.stderr", screen)
-    monkeypatch.setattr(output.Terminal, "is_terminal", True)
+    monkeypatch.setattr(output.BrokenPipeRaisingConsole, "is_terminal", True)
     monkeypatch.setattr(output, "SECONDS_APART", 0.01)
-    with progress("quantize", total=3):
+    with progress_display("quantize", total=3):
         time.sleep(0.1)
     assert "so far" not in screen.getvalue()
 
 
 def test_a_rate_below_ten_has_two_digits():
-    assert [rate(value) for value in (0.0, 0.0312, 0.3, 2.67, 9.94, 9.96, 47.4, 1150.2)] == [
+    assert [tokens_per_second_text(value) for value in (0.0, 0.0312, 0.3, 2.67, 9.94, 9.96, 47.4, 1150.2)] == [
         *("0", "0.031", "0.3", "2.7", "9.9", "10", "47", "1150")
     ]

@@ -15,10 +15,10 @@ from torch import nn
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.io.atomic import owned
+from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.tools.quantize import OPTIONS, REFUSALS
 from tests.io.formats.folders import CONFIG, fourbit, shapes, weights_of, write_folder
-from tests.io.formats.test_recognize import SAMPLES
+from tests.io.formats.test_open_foreign import SAMPLES
 
 
 @pytest.fixture
@@ -94,7 +94,7 @@ def test_bits_are_divided_and_the_table_says_why(checkpoint, capsys):
 
 def test_a_target_that_another_command_writes_is_refused(checkpoint, capsys):
     out = checkpoint.with_name("out")
-    with owned(out):  # as lowmem fit --save does from its first step to its last
+    with exclusive_write_lock(out):  # as lowmem fit --save does from its first step to its last
         assert main(["quantize", str(checkpoint), str(out)]) == 2
     assert f"'{out}' is being written by process {os.getpid()} of " in capsys.readouterr().err
     assert not out.exists()
@@ -149,7 +149,8 @@ def test_a_terminated_process_leaves_no_half_file(checkpoint):
         "import os, signal, sys\n"
         "import lowmem.tools.quantize as q\n"
         "from lowmem.__main__ import main\n"
-        "q.convert_checkpoint.__globals__['squares_lost'] = lambda *_: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "q.convert_checkpoint.__globals__['recorded_or_measured_squares'] = lambda *_: os.kill(os.getpid(), "
+        "signal.SIGTERM)\n"
         "sys.exit(main(sys.argv[1:]))"
     )
     out = checkpoint.with_name("out.safetensors")
@@ -228,10 +229,10 @@ def test_an_empty_name_is_named_as_it_was_given(argv, which, refused):
 
 def test_a_folder_of_transformers_is_given_to_its_integration(tmp_path, monkeypatch):
     """What transformers does is held where it is installed: tests/integrations."""
-    folder = ModuleType("lowmem.integrations.transformers.folder")
+    folder = ModuleType("lowmem.integrations.transformers.pretrained_folder")
     calls = []
     folder.quantize_folder = lambda *given, **named: calls.append((given, named)) or []
-    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.folder"):
+    for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.pretrained_folder"):
         monkeypatch.setitem(sys.modules, module, folder)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "config.json").write_text('{"model_type": "llama"}')
@@ -308,7 +309,7 @@ def quantized(tmp_path, inputs, capsys):
 
 
 def test_an_option_is_heeded_or_an_error_of_one_line_that_names_it(quantized, monkeypatch):
-    monkeypatch.setattr("lowmem.tools.quantize.device_of", lambda name: torch.device("cpu"))
+    monkeypatch.setattr("lowmem.tools.quantize.select_local_rank_device", lambda name: torch.device("cpu"))
     assert (GIVEN.keys(), HEEDED.keys()) == ({*OPTIONS}, REFUSALS.keys())
     for kind, option in itertools.product(REFUSALS, OPTIONS):
         if option in HEEDED[kind] and kind.endswith("folder"):

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import save_file
 
 from lowmem.__main__ import main
-from lowmem.io.atomic import owned
-from tests.io.formats.test_gptq import layer
-from tests.io.formats.test_recognize import SAMPLES
+from lowmem.io.filesystem import exclusive_write_lock
+from tests.io.formats.test_gptq_awq import layer
+from tests.io.formats.test_open_foreign import SAMPLES
 
 
 def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
@@ -46,7 +46,7 @@ def test_a_gguf_file_is_kept_exactly_and_the_table_says_so(tmp_path, capsys):
 
 def test_a_target_that_another_command_writes_is_refused(tmp_path, refused):
     out = tmp_path / "a.safetensors"
-    with owned(out):
+    with exclusive_write_lock(out):
         assert f"'{out}' is being written by process {os.getpid()} of " in refused(
             "quantize", SAMPLES / "types.gguf", out
         )
@@ -132,7 +132,7 @@ def test_every_command_says_first_that_a_model_is_larger_than_its_file(place, ca
 def test_a_missing_gguf_is_an_error_unless_the_tokenizer_is_left_out(place, refused, monkeypatch):
     """A folder without a tokenizer, and exit code 0, were found out much later."""
     assert main(["export", "llama", "a.gguf", "--dtype", "f16"]) == 0
-    monkeypatch.setattr("lowmem.integrations.transformers.tokenizing.is_gguf_available", lambda: False)
+    monkeypatch.setattr("lowmem.integrations.transformers.text_tokenizer.is_gguf_available", lambda: False)
     told = refused("quantize", "a.gguf", "kept")
     assert (
         "the tokenizer of 'a.gguf' takes the package gguf: pip install gguf, or write the folder without it" in told

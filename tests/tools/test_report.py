@@ -11,13 +11,13 @@ from lowmem.__main__ import main
 from lowmem.variants import VARIANTS
 from lowmem.version import install_command
 from tests.pages import report as made_up
-from tests.testing.test_verdicts import VERDICT
+from tests.testing.test_gate_verdicts import VERDICT
 
 pytest.importorskip("altair", reason="the report needs the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the report needs the extra: pip install '.[report]'")
 
 
-from lowmem.report.charts import Drawing
+from lowmem.report.charts import ChartDrawing
 from lowmem.tools import report as command
 
 ROOT = Path(__file__).parents[2]
@@ -82,8 +82,8 @@ nothing = lambda: nn.ReLU()
 def quick(monkeypatch, user_module):
     """Leave out what takes long and has tests of its own: drawing, and the errors of normal weights."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw", lambda chart: Drawing(empty, empty, {}))
-    monkeypatch.setattr("lowmem.report.quality.distortions", lambda: made_up().distortions)
+    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartDrawing(empty, empty, {}))
+    monkeypatch.setattr("lowmem.report.quantization_errors.measure_format_distortions", lambda: made_up().distortions)
     user_module("report_models", MODELS)
 
 
@@ -116,7 +116,7 @@ def test_the_page_of_a_users_model(capsys):
 
 def test_measurements_of_a_users_model_are_complete():
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    measured = command.measure_variants("report_models:make", x, timed=[x], grouped=True)
+    measured = command.measure_variants("report_models:make", x, timed_inputs=[x], by_layer_group=True)
     dense, *others = measured.footprints
     names = [dense.name, *(one.name for one in others)]
     assert names == ["dense", *list(VARIANTS)[1:]] == list(measured.meanings)
@@ -135,7 +135,9 @@ def test_measurements_of_a_users_model_are_complete():
 
 def test_a_model_that_writes_to_its_input_is_compared_on_the_one_that_was_given():
     x = torch.randn(2, 32, generator=torch.Generator().manual_seed(0))
-    found = [command.measure_variants(f"report_models:{name}", x, grouped=True) for name in ("reads", "writes")]
+    found = [
+        command.measure_variants(f"report_models:{name}", x, by_layer_group=True) for name in ("reads", "writes")
+    ]
     assert found[0].losses == found[1].losses
     assert found[0].qualities == found[1].qualities
 

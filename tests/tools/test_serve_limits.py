@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from lowmem.tools.serve_limits import Limits
+from lowmem.tools.serve_limits import LimitsMiddleware
 
 CHAT, TEXT, ANSWERS = "/v1/chat/completions", "/v1/completions", "/v1/responses"
 HELLO = [{"role": "user", "content": "hello"}]
@@ -46,7 +46,7 @@ def asked(path, body=b"", method="POST", server=None, parts=1, **headers):
 
     raw = [(key.replace("_", "-").encode(), value.encode()) for key, value in headers.items()]
     scope = {"type": "http", "method": method, "path": path, "headers": raw}
-    asyncio.run(Limits(server, "/models/small", "small", "localhost", 100, 1000)(scope, receive, send))
+    asyncio.run(LimitsMiddleware(server, "/models/small", "small", "localhost", 100, 1000)(scope, receive, send))
     start, *bodies = told
     return start["status"], json.loads(b"".join(one["body"] for one in bodies))
 

@@ -6,8 +6,8 @@ import torch
 import lowmem
 from lowmem import BigNet, FourBit, LoRA, convert, measure
 from lowmem.__main__ import main
-from lowmem.tools.stats import Stats
-from lowmem.transforms.summary import LayerSummary
+from lowmem.tools.stats import ModelStats
+from lowmem.transforms.model_summary import LayerSummary
 from tests.test_variants import EXACT
 
 MIB = 2**20
@@ -23,7 +23,7 @@ def test_json_has_exact_bytes_and_the_documented_keys(rows):
     assert found.keys() == EXACT.keys()
     for name, (trainable, frozen, stored) in EXACT.items():
         row = found[name]
-        assert list(row) == list(Stats.__dataclass_fields__)  # layers are listed for a user's model only
+        assert list(row) == list(ModelStats.__dataclass_fields__)  # layers are listed for a user's model only
         assert (row["trainable_params"], row["frozen_params"]) == (trainable, frozen)
         assert row["total_params"] == trainable + frozen
         assert row["theoretical_bytes"] == row["actual_bytes"] == stored
@@ -70,7 +70,7 @@ def test_a_user_s_model_is_measured_and_listed_by_layers(user_module, rows, opti
     assert row["trainable_params"] > 0
     assert row["backward_bytes"] >= row["forward_bytes"] > 0
     assert 32 <= row["bits_per_weight"] < 64  # above 32 by the statistics of a batch norm
-    assert list(row) == [*Stats.__dataclass_fields__, "layers"]
+    assert list(row) == [*ModelStats.__dataclass_fields__, "layers"]
     assert list(row["layers"][0]) == list(LayerSummary.__dataclass_fields__)
     assert sum(layer["weights"] for layer in row["layers"]) == row["total_params"]
 
@@ -331,7 +331,7 @@ def test_without_a_gpu_device_is_one_line(no_gpu, tmp_path):
 
 def test_models_and_inputs_are_measured_on_the_device(rows, monkeypatch):
     """On the meta device, which has no storages; an input of another device would be an error."""
-    monkeypatch.setattr("lowmem.tools.stats.device_of", lambda name: torch.device("meta"))
+    monkeypatch.setattr("lowmem.tools.stats.select_local_rank_device", lambda name: torch.device("meta"))
     assert rows("bignet", "--device", "cuda")["bignet"]["forward_bytes"] == 0
     (found,) = rows("bignet", "--training", "sgd", "--device", "cuda").values()
     assert (found["weights"], found["step_bytes"]) == (0, 0)

@@ -5,7 +5,7 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem import convert
-from lowmem.training.fused import GatedMLP, RMSNorm, fuse
+from lowmem.training.fused import GatedMLPSpec, RMSNormSpec, fuse
 
 WIDTH, INNER = 64, 96
 
@@ -75,8 +75,8 @@ class Language(nn.Module):
         return logits if labels is None else functional.cross_entropy(logits.flatten(0, 1).float(), labels.flatten())
 
 
-NORM = RMSNorm("weight", "variance_epsilon", 0.0, rounds_first=True, mixes=True)
-SEPARATE, JOINED = GatedMLP("gate", "up", "down", "SiLU"), GatedMLP("gate_up", None, "down", "SiLU")
+NORM = RMSNormSpec("weight", "variance_epsilon", 0.0, rounds_first=True, mixes=True)
+SEPARATE, JOINED = GatedMLPSpec("gate", "up", "down", "SiLU"), GatedMLPSpec("gate_up", None, "down", "SiLU")
 
 
 def make(*techniques, joined=False, dtype=torch.float32):

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, kernels, release_training
 from lowmem.measure import PeakMemory
-from lowmem.training.fused import Act, LayerNorm, fuse
+from lowmem.training.fused import Act, LayerNormSpec, fuse
 from lowmem.training.fused_functions import rms_norm
 from tests.rounding import unit
 from tests.training.blocks import (
@@ -38,10 +38,10 @@ from tests.training.blocks import (
 def test_what_a_fused_module_returns_can_be_written_to(dtype, kernel):
     block = fused(make(dtype=dtype))
     layer_norm, act = nn.LayerNorm(WIDTH).to(dtype), nn.SiLU()
-    fuse(layer_norm, LayerNorm())
+    fuse(layer_norm, LayerNormSpec())
     fuse(act, Act("SiLU"))
     x = batch(dtype)
-    with kernels.using(kernels.available()[-1] if kernel == "best" else kernel):
+    with kernels.temporary_cpu_backend(kernels.available_cpu_backend_names()[-1] if kernel == "best" else kernel):
         for module in (block.norm, block.mlp, layer_norm, act):
             trained, found = [x, *module.parameters()], []
             for add in (torch.add, torch.Tensor.add_):
@@ -137,7 +137,7 @@ def test_layers_whose_outputs_do_not_fit_are_called_once():
 
 
 def test_a_second_derivative_that_lacks_what_is_computed_again_is_refused(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     model, x = fused(make(FourBit(compute_dtype=torch.bfloat16), LoRA(4))), batch()
     first = torch.autograd.grad(model(x).sin().sum(), model.mlp.down.lora_a, create_graph=True)[0]
     with pytest.raises(RuntimeError, match="has no second derivative: call lowmem.release_training"):
@@ -196,8 +196,8 @@ def test_a_norm_of_16_bits_and_of_mixed_dtypes():
         0.01,
     )
     only = fuse(make().norm, replace(NORM, mixes=False))
-    assert type(only(x).grad_fn).__name__ != "_NormBackward"  # as the module does, whatever that is
-    assert type(only(batch()).grad_fn).__name__ == "_NormBackward"
+    assert type(only(x).grad_fn).__name__ != "_RMSNormFunctionBackward"  # as the module does, whatever that is
+    assert type(only(batch()).grad_fn).__name__ == "_RMSNormFunctionBackward"
     late = rms_norm(batch(torch.bfloat16), torch.ones(WIDTH), 1e-6, offset=1.0)
     assert late.dtype is torch.bfloat16
     torch.testing.assert_close(late.float().pow(2).mean(-1), torch.full((2, 40), 4.0), rtol=0.01, atol=0)
@@ -206,7 +206,7 @@ def test_a_norm_of_16_bits_and_of_mixed_dtypes():
 @pytest.mark.parametrize("joined", [False, True], ids=["separate", "joined"])
 def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
     """Neither what the norm returns nor gate and up are kept; dropout drops the same numbers again."""
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     model = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4, dropout=0.3), joined=joined)
     x = batch(rows=128)
     fuse(model.norm, NORM)
@@ -226,7 +226,7 @@ def test_lean_keeps_the_input_of_a_block_alone(joined, monkeypatch):
     expected, before = gradients(model, x, partial(call, context=False)), kept()
     release_training(model.mlp)
     fuse(model.mlp, replace(how, again=True))
-    assert "computes again the outputs of gate" in model.mlp.note
+    assert "computes again the outputs of gate" in model.mlp.report_note
     products, coded = 2 * 128 * 2 * INNER, 65 / 64
     assert kept() <= before - products * coded
     found = gradients(model, x, call)

@@ -12,10 +12,10 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from lowmem import FourBit, LoRA, compressed_activations, convert, kernels, release_training
-from lowmem.kernels.rowwise import ACTIVATIONS
-from lowmem.training.fused import Act, LayerNorm, fuse
+from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
+from lowmem.training.fused import Act, LayerNormSpec, fuse
 from lowmem.training.fused_functions import gated_product
-from lowmem.training.recognize import recognize
+from lowmem.training.fusion_recognition import fusion_spec_or_reason
 from tests.training.blocks import INNER, NORM, WIDTH, assert_near, batch, fused, gradients, make, saved
 
 
@@ -37,7 +37,7 @@ def test_products_in_bfloat16_are_kept_in_16_bits():
 
 
 def test_what_is_written_to_a_product_through_data_is_not_taken_for_bfloat16(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     layer = convert(nn.Linear(WIDTH, INNER), FourBit(compute_dtype=torch.bfloat16), LoRA(4)).train()
     act = fuse(nn.GELU(), Act("GELU"))
     out = layer(torch.randn(80, WIDTH))
@@ -68,7 +68,7 @@ def test_an_activation_keeps_its_input(kind, name, copies, dtype):
 @pytest.mark.parametrize("kind", [nn.GELU, nn.SiLU, partial(nn.GELU, "tanh"), NewGELU])
 def test_activations_of_other_layouts_devices_and_of_batches_of_gradients(kind):
     plain, made = kind(), kind()
-    fuse(made, recognize(made))
+    fuse(made, fusion_spec_or_reason(made))
     x = batch(torch.bfloat16, rows=16).detach().view(2, 8, 8, 16).float().to(memory_format=torch.channels_last)
     assert made(x).stride() == plain(x).stride() == x.stride()
     assert made(x.to("meta")).is_meta
@@ -94,7 +94,7 @@ def test_a_layer_norm_computes_the_same(options, dtype):
     for one in norm.parameters():
         nn.init.normal_(one)
     expected = gradients(norm, x)
-    fuse(norm, LayerNorm())
+    fuse(norm, LayerNormSpec())
     for got, one in zip(gradients(norm, x), expected, strict=True):
         assert torch.equal(got, one)
     assert (
@@ -109,12 +109,12 @@ def test_a_layer_norm_computes_the_same(options, dtype):
 @pytest.mark.parametrize("lean", [False, True])
 @pytest.mark.parametrize("name", [*ACTIVATIONS, "layer norm"])
 def test_what_is_returned_is_not_kept_by_the_layer_that_reads_it(name, lean, monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     torch.manual_seed(0)
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
     nn.init.normal_(layer[0].lora_b, std=0.1)
     x = batch(torch.bfloat16, rows=128).detach().float().requires_grad_()  # as a product in bfloat16 returns it
-    before = fuse(nn.LayerNorm(WIDTH), LayerNorm()) if name == "layer norm" else fuse(nn.SiLU(), Act(name))
+    before = fuse(nn.LayerNorm(WIDTH), LayerNormSpec()) if name == "layer norm" else fuse(nn.SiLU(), Act(name))
 
     def call(x):
         return layer(before(x))
@@ -132,7 +132,7 @@ def test_what_is_returned_is_not_kept_by_the_layer_that_reads_it(name, lean, mon
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_part_of_a_result_is_read(lean, monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
     nn.init.normal_(layer[0].lora_b, std=0.1)
     norm, x = nn.LayerNorm(WIDTH), batch(rows=160)
@@ -142,7 +142,7 @@ def test_a_part_of_a_result_is_read(lean, monkeypatch):
         return layer(both[0])[40:120] * layer(both.view(4, 80, WIDTH)[3])
 
     expected = gradients(layer, x, read)
-    fuse(norm, LayerNorm())
+    fuse(norm, LayerNormSpec())
     with compressed_activations(layer) if lean else nullcontext():
         found = gradients(layer, x, read)
     assert_near(found, expected, 0.05 if lean else 1e-5)
@@ -159,7 +159,7 @@ def test_lean_computes_a_checkpoint_of_an_activation_again(name):
 
 
 def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     model, x = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4)), batch()
     layers = [model.mlp.gate, model.mlp.up]
     model.mlp.down.requires_grad_(False)
@@ -188,7 +188,7 @@ def test_what_a_norm_returns_is_not_kept_by_the_layers_that_read_it(monkeypatch)
 
 @pytest.mark.parametrize("lean", [False, True])
 def test_a_detached_result_of_a_norm_may_outlive_its_graph(lean, monkeypatch):
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     model, x = make(FourBit(compute_dtype=torch.bfloat16), LoRA(4)), batch()
     layer, trained = model.mlp.gate, [model.mlp.gate.lora_a, model.mlp.gate.lora_b]
     apart = {
@@ -224,9 +224,9 @@ def test_a_detached_result_of_a_norm_may_outlive_its_graph(lean, monkeypatch):
 @pytest.mark.parametrize("read", [False, True])
 def test_a_graph_goes_with_its_last_reference(read, monkeypatch):
     """Not with the next collection of garbage, until which what a step keeps would stay."""
-    monkeypatch.setattr(kernels.cpu.Kernel, "fast_bfloat16", True)
+    monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", True)
     layer = convert(nn.Sequential(nn.Linear(WIDTH, INNER)), FourBit(compute_dtype=torch.bfloat16), LoRA(4))
-    norm, x = fuse(nn.LayerNorm(WIDTH), LayerNorm()), batch(rows=128)
+    norm, x = fuse(nn.LayerNorm(WIDTH), LayerNormSpec()), batch(rows=128)
     gc.collect()
     gc.disable()
     try:

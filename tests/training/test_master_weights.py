@@ -21,16 +21,16 @@ from lowmem import (
     save_adapter,
     step_in_backward,
 )
-from lowmem.training.master_weights import join, split
+from lowmem.training.master_weights import join_bfloat16_and_rest, split_into_bfloat16_and_rest
 
 
 @given(st.lists(st.integers(-(2**31), 2**31 - 1), min_size=1, max_size=20))
 def test_halves_are_the_nearest_and_hold_all_bits(bits):
     master = torch.tensor(bits, dtype=torch.int32).view(torch.float32)
-    upper, rest = split(master)
+    upper, rest = split_into_bfloat16_and_rest(master)
     assert upper.dtype is torch.bfloat16
     assert rest.dtype is torch.int16
-    assert torch.equal(join(upper, rest).view(torch.int32), master.view(torch.int32))
+    assert torch.equal(join_bfloat16_and_rest(upper, rest).view(torch.int32), master.view(torch.int32))
     near = master.bfloat16()
     ties = master.view(torch.int32) & 0xFFFF == 0x8000
     assert torch.equal(upper[~ties & ~master.isnan()], near[~ties & ~master.isnan()])
@@ -52,7 +52,7 @@ class Rounded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, master):
-        return split(master)[0]
+        return split_into_bfloat16_and_rest(master)[0]
 
     @staticmethod
     def backward(ctx, grad):
@@ -92,7 +92,7 @@ def test_it_is_float32_training_of_rounded_parameters(kind, monkeypatch):
         loss(Rounded.apply(exact), own_bias, data()).backward()
         plain.step()
         assert torch.equal(masters.master(weight), exact)
-        assert torch.equal(weight, split(exact.detach())[0])
+        assert torch.equal(weight, split_into_bfloat16_and_rest(exact.detach())[0])
         assert torch.equal(bias, own_bias)
     assert set(optimizer.state) == {weight, bias}
     assert weight.grad.dtype is torch.bfloat16

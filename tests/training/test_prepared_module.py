@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from lowmem import LoRA, convert, prepare_training, release_training
-from lowmem.training.fused import Act, LayerNorm, fuse
-from lowmem.training.logits import LazyLogits, LazyOutput, delay_logits
-from lowmem.training.prepared_module import PreparedModule, check_prepared
+from lowmem.training.fused import Act, LayerNormSpec, fuse
+from lowmem.training.lazy_logits import LazyLogits, LazyOutputLayer, make_logits_lazy
+from lowmem.training.prepared_module import PreparedModule, check_prepared_class_unchanged
 from tests.refusing import refused
 from tests.training.blocks import JOINED, MLP, NORM, SEPARATE, WIDTH, Norm, assert_near, batch, gradients
 
@@ -20,8 +20,8 @@ KINDS = {
     "gated MLP": (MLP, lambda one: fuse(one, SEPARATE)),
     "joined gated MLP": (lambda: MLP(joined=True), lambda one: fuse(one, JOINED)),
     "activation": (nn.SiLU, lambda one: fuse(one, Act("SiLU"))),
-    "layer norm": (lambda: nn.LayerNorm(WIDTH), lambda one: fuse(one, LayerNorm())),
-    "output layer": (lambda: nn.Linear(WIDTH, 40), lambda one: delay_logits(one, chunk=8)),
+    "layer norm": (lambda: nn.LayerNorm(WIDTH), lambda one: fuse(one, LayerNormSpec())),
+    "output layer": (lambda: nn.Linear(WIDTH, 40), lambda one: make_logits_lazy(one, chunk=8)),
     "lean": (MLP, lambda one: prepare_training(one, "lean")),
     "lean, with adapters of its own": (
         lambda: convert(nn.Linear(WIDTH, 40), LoRA(2)),
@@ -82,10 +82,10 @@ def test_copies_are_prepared_alike_and_each_is_released_alone(kind):
     assert list(model.state_dict()) == list(plain.state_dict())
     assert isinstance(model, type(plain))
     assert type(model).__name__ == type(plain).__name__
-    pickled = [] if isinstance(model, LazyOutput) else [pickle.loads(pickle.dumps(model))]
+    pickled = [] if isinstance(model, LazyOutputLayer) else [pickle.loads(pickle.dumps(model))]
     for twin in (copy.deepcopy(model), *pickled):
         assert isinstance(twin, PreparedModule)
-        assert twin.note == model.note
+        assert twin.report_note == model.report_note
         assert all(a is not b for a, b in zip(twin.parameters(), model.parameters(), strict=True))
         assert all(map(torch.equal, gradients(twin, x), gradients(model, x)))
         for _ in range(2):  # the second time nothing happens
@@ -106,7 +106,7 @@ def test_a_class_that_was_changed_since_is_an_error():
     model = prepare_training(convert(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 40)), LoRA(2), skip="1"), output="1")
     assert isinstance(model(torch.ones(1, 8)), LazyLogits)
     parametrize.register_parametrization(model[1], "weight", nn.Identity())
-    for call in (check_prepared, release_training):
+    for call in (check_prepared_class_unchanged, release_training):
         with refused(model, RuntimeError, "was made of the prepared module since, as a parametrization does"):
             call(model[1])
     with refused(model, RuntimeError, "undo that first"):

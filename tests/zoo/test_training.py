@@ -14,8 +14,8 @@ pytest.importorskip("torchvision", reason="torchvision is not installed: tox -e 
 
 from lowmem import FourBit, LoRA, convert, prepare_training, release_training, restore, training_report
 from lowmem.quant.backend import backend_of
-from lowmem.training import activations, fused_functions
-from lowmem.training.logits import LazyLogits
+from lowmem.training import activation_compression, fused_functions
+from lowmem.training.lazy_logits import LazyLogits
 from tests.rounding import unit
 from tests.zoo.architectures import ARCHITECTURES
 
@@ -143,7 +143,7 @@ def test_a_prepared_model_learns_the_same(name, monkeypatch):
     plain, exact = step(model, inputs), exact_step(wide, inputs)
     bounds = rounding(wide, exact, plain, inputs)
     assert_within(exact_step(prepare_training(wide), inputs), exact, (SAME, SAME))
-    monkeypatch.setattr(activations, "_LEAST", 64)  # tensors of these tiny models are small
+    monkeypatch.setattr(activation_compression, "_LEAST", 64)  # tensors of these tiny models are small
     loss, near = step(prepare_training(model, "lean"), inputs)
     assert_within([loss], exact[:1], bounds[:1])
     assert near.isfinite().all()
@@ -151,7 +151,7 @@ def test_a_prepared_model_learns_the_same(name, monkeypatch):
     prepare_training(model)
     if "labels" in inputs and name not in CAPPED:
         assert any("in chunks" in one for one in training_report(model).values())
-        monkeypatch.setattr(LazyLogits, "values", lambda _: pytest.fail("all logits were computed"))
+        monkeypatch.setattr(LazyLogits, "compute_values", lambda _: pytest.fail("all logits were computed"))
     assert_within(step(model, inputs), exact, bounds)
     release_training(model)
 

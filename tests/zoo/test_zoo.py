@@ -224,7 +224,7 @@ def test_adapters_get_the_gradients_of_their_weights(architecture, technique, wi
         of_weight = dense.get_parameter(adapted_parameter(dense, path)).grad
         if of_weight is not None:  # the outputs depend on it
             assert adapter.lora_b.grad is not None, f"{path}: the adapter has no effect"
-            matrices = adapter.layout.matrix(of_weight)  # (*stack, out, in)
+            matrices = adapter.layout.to_matrices(of_weight)  # (*stack, out, in)
             expected = adapter.scaling * matrices @ adapter.lora_a.detach().mT  # (*stack, out, rank)
             pairs.append((adapter.lora_b.grad, expected))
     assert pairs

@@ -18,17 +18,18 @@ It may import what its parent folder may, and that. Begin with ``quantizer.py``.
 """
 # ruff: noqa: E402
 
-from lowmem.integrations.transformers import version
+from lowmem.integrations.transformers import transformers_version
 
-version.check()  # before anything of transformers is imported that older versions do not have
+# Before anything of transformers is imported that older versions do not have
+transformers_version.check_transformers_version()
 
-from lowmem.integrations.transformers.attending import ATTENTION
-from lowmem.integrations.transformers.blocks import find_blocks
-from lowmem.integrations.transformers.cache import KeyValueCache, cached_bytes
-from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.exact import from_exact
+from lowmem.integrations.transformers.attention_interface import ATTENTION
+from lowmem.integrations.transformers.block_recognition import find_blocks
+from lowmem.integrations.transformers.foreign_checkpoint import from_exact
+from lowmem.integrations.transformers.key_value_cache import KeyValueCache, cached_bytes
+from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer, adopt
-from lowmem.integrations.transformers.tokenizing import TextTokenizer
+from lowmem.integrations.transformers.text_tokenizer import TextTokenizer
 
 __all__ = [
     "ATTENTION",

@@ -20,56 +20,60 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from lowmem.errors import show
-from lowmem.integrations.transformers.checking import (
-    check_index,
-    refuse_coded,
-    refuse_pickles,
-    refuse_retyped,
-    refuse_unfitting,
-    refuse_unread,
-    refuse_untold,
-    shapes_and_bytes,
-    specs_of,
+from lowmem.errors import short_repr
+from lowmem.integrations.transformers.checkpoint_checks import (
+    check_all_safetensors,
+    check_config_covers_stored_weights,
+    check_folder_fills_model,
+    check_not_foreign_quantized,
+    check_not_stored_by_lowmem,
+    check_shard_index,
+    check_stored_part_dtypes,
+    safetensors_specs,
+    tensor_shapes_and_total_bytes,
 )
-from lowmem.integrations.transformers.config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.saving import SavedModel, config_of, saved_class
-from lowmem.integrations.transformers.stored_folder import (
-    check_complete,
-    conversions_of,
-    dtypes_of_parts,
-    is_dense,
-    records_of,
-    restore_resized,
-    ties_of_parts,
+from lowmem.integrations.transformers.prequantized_loading import (
+    check_stored_parts_loaded,
+    folder_weight_conversions,
+    is_folder_dense,
+    make_resized_layers_dense,
+    metadata_and_meta_tensors,
+    stored_part_dtypes,
+    stored_part_ties,
 )
-from lowmem.integrations.transformers.storing import Measuring, Storing
-from lowmem.io.model_folder import refuse_layers
-from lowmem.io.skeleton import convert_skeleton
+from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
+from lowmem.integrations.transformers.quantize_on_load import OnLoadLossMeasurer, OnLoadWeightStorer
+from lowmem.integrations.transformers.save_pretrained import (
+    StoredPreTrainedModel,
+    lowmem_config_or_none,
+    stored_model_subclass,
+)
+from lowmem.io.meta_loading import replace_layers_and_add_adapters
+from lowmem.io.model_folder import check_layer_counts
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
-from lowmem.nn.adapter_buffers import follow_adapters
-from lowmem.nn.module_class import change_class
+from lowmem.nn.adapter_buffers import switch_buffers_to_adapter_in_use
+from lowmem.nn.module_class import change_class_and_attributes
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
-from lowmem.resident import drop_pages, trim_heap
-from lowmem.transforms.commit import freeze_all_but_adapters
-from lowmem.transforms.peft_models import refuse_passed_over
-from lowmem.transforms.refusals import is_of_peft
-from lowmem.transforms.restore import floating_dtype, restore
-from lowmem.transforms.roles import kept_in_float32
+from lowmem.resident import drop_mapped_file_pages, trim_heap_unless_small
+from lowmem.transforms.layer_roles import parameters_kept_in_float32
+from lowmem.transforms.model_checks import is_peft_module
+from lowmem.transforms.module_replacement import freeze_all_but_adapters
+from lowmem.transforms.peft_models import check_no_stored_peft_targets
+from lowmem.transforms.restore_dense import parse_floating_dtype, restore
 
 # transformers initializes parameters without this mark, which a folder lacks. Stored weights are never initialized.
 StoredTensor._is_hf_initialized = True  # type: ignore[attr-defined]
 AdaptedWeight._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
-class _Store(ConversionOps):  # type: ignore[misc]
+class _StoreWhileLoading(ConversionOps):  # type: ignore[misc]
     """Stores a weight that was read, in place of setting it."""
 
-    def __init__(self, storing: Storing, files: list[str]) -> None:
-        self._storing, self._files = storing, files
+    def __init__(self, storer: OnLoadWeightStorer, files: list[str]) -> None:
+        self._storing, self._files = storer, files
 
     def convert(self, input_dict: dict[str, Any], missing_keys: Any = None, **kwargs: Any) -> dict[str, Any]:
         """Store weights in their modules; return the tensors that stay dense."""
@@ -77,10 +81,12 @@ class _Store(ConversionOps):  # type: ignore[misc]
         while input_dict:
             name, value = input_dict.popitem()
             tensor = value[0] if isinstance(value, list) else value
-            if not self._storing.wants(name) or not self._storing.take(name, tensor, missing_keys):
+            if not self._storing.should_process(name) or not self._storing.process_parameter(
+                name, tensor, missing_keys
+            ):
                 left[name] = value
             del value, tensor
-        drop_pages(self._files)
+        drop_mapped_file_pages(self._files)
         return left
 
 
@@ -97,23 +103,25 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         is_technique = not isinstance(quantization_config, QuantizationConfigMixin)
         super().__init__(LowmemConfig(quantization_config) if is_technique else quantization_config, **kwargs)
-        self._storing: Storing | None = None
+        self._storing: OnLoadWeightStorer | None = None
         self._files: list[str] = []
-        self._is_dense = False  # a folder whose config says otherwise
+        # A folder whose config says otherwise
+        self._is_dense = False
         self._dtype: torch.dtype | None = None
         self._own_dtypes: dict[str, torch.dtype] = {}
-        self.parts: dict[str, torch.dtype] = {}
+        self.part_dtypes: dict[str, torch.dtype] = {}
         self._ties: dict[str, str] | None = None
-        self._model: Any = lambda: None  # weak: a model that is deleted is freed at once
+        # Weak: a model that is deleted is freed at once
+        self._model: Any = lambda: None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_model": self._model()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self.attach(state["_model"])
+        self.attach_model(state["_model"])
 
-    def attach(self, model: Any) -> None:
+    def attach_model(self, model: Any) -> None:
         """Become the quantizer of a model, which ``is_qat_trainable`` asks about."""
         self._model = (lambda: None) if model is None else weakref.ref(model)
 
@@ -137,11 +145,11 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         model = self._model()
         if model is None:
             return True
-        refuse_passed_over(model, getattr(model, "peft_config", {}))
-        adapted = any(isinstance(module, AdaptedModule) or is_of_peft(module) for module in model.modules())
+        check_no_stored_peft_targets(model, getattr(model, "peft_config", {}))
+        adapted = any(isinstance(module, AdaptedModule) or is_peft_module(module) for module in model.modules())
         if adapted or self.quantization_config.train_dense:
             return True
-        trained = [name for name, one in model.named_parameters() if one.requires_grad]
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
         if trained and any(isinstance(module, StoredModule) for module in model.modules()):
             raise ValueError(
                 f"the model is stored and has no adapter: training would change {len(trained)} dense parameters "
@@ -164,55 +172,57 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             raise ValueError(
                 "quantization_config has no technique, and the folder is dense: LowmemConfig(FourBit('nf4'))"
             )
-        self.refuse_disk(device_map)
+        self.check_no_disk_offload(device_map)
 
     @staticmethod
-    def refuse_disk(device_map: Any) -> None:
+    def check_no_disk_offload(device_map: Any) -> None:
         """Raise a ValueError where weights would be offloaded to disk before they are stored."""
         if isinstance(device_map, Mapping) and "disk" in device_map.values():
             raise ValueError(
-                f"device_map={show(device_map)} offloads weights to disk while they are stored: load and save the "
+                f"device_map={short_repr(device_map)} offloads weights to disk while they are stored: load and save "
+                "the "
                 "model without it first, and offload what was saved"
             )
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Return the model's config, unless it asks for more layers or experts than any model has."""
-        if not isinstance(config.quantization_config, QuantizationConfigMixin):  # a technique
+        # A technique
+        if not isinstance(config.quantization_config, QuantizationConfigMixin):
             config.quantization_config = self.quantization_config
-        refuse_layers(config.to_dict())
+        check_layer_counts(config.to_dict())
         return config
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Return the dtype to cast a saved tensor to: none for parts of stored weights."""
-        if any(name in self.parts for name in converter.target_patterns):
+        if any(name in self.part_dtypes for name in converter.target_patterns):
             return None
         return super().get_new_dtype(converter, param, dtype)  # type: ignore[no-any-return]
 
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Prepare a model on the meta device, with the parameters in float32 that dense models have in float32."""
-        kept = set()
-        for module, name in kept_in_float32(model, dtype):
+        float32_ids = set()
+        for module, name in parameters_kept_in_float32(model, dtype):
             parameter = module._parameters[name]
             if parameter is not None:
                 parameter.data = parameter.data.float()
-                kept.add(id(parameter))
+                float32_ids.add(id(parameter))
         self._dtype = dtype
         self._own_dtypes = {
-            name: one.dtype
-            for name, one in model.named_parameters(remove_duplicate=False)
-            if one.dtype is not dtype and id(one) not in kept
+            name: tensor.dtype
+            for name, tensor in model.named_parameters(remove_duplicate=False)
+            if tensor.dtype is not dtype and id(tensor) not in float32_ids
         }
         super().preprocess_model(model, dtype=dtype, **kwargs)
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is stored while it is read; one that a model makes in its own dtype is stored later."""
-        own = param_name in self._own_dtypes and not isinstance(self._storing, Measuring)
-        return self._storing is not None and not own and self._storing.wants(param_name)
+        has_own_dtype = param_name in self._own_dtypes and not isinstance(self._storing, OnLoadLossMeasurer)
+        return self._storing is not None and not has_own_dtype and self._storing.should_process(param_name)
 
-    def get_quantize_ops(self) -> _Store:
+    def get_quantize_ops(self) -> _StoreWhileLoading:
         """Return what stores a weight."""
         assert self._storing is not None
-        return _Store(self._storing, self._files)
+        return _StoreWhileLoading(self._storing, self._files)
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
         """Return how names of the folder become those of the model: a saved model has its own.
@@ -220,29 +230,29 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         The model is empty and the folder's files are known: they are checked, and a budget is divided.
         """
         if self.pre_quantized and not self._is_dense:
-            weight_conversions = conversions_of(model)
+            weight_conversions = folder_weight_conversions(model)
         if self._files:
-            self._check(model, weight_conversions)
-        if isinstance(self._storing, Measuring):
-            self._divide(model, weight_conversions)
+            self._check_checkpoint(model, weight_conversions)
+        if isinstance(self._storing, OnLoadLossMeasurer):
+            self._measure_and_assign_budget(model, weight_conversions)
         return weight_conversions
 
-    def _check(self, model: Any, conversions: list[Any]) -> None:
-        refuse_pickles(self._files)
-        specs = specs_of(self._files)
-        check_index(self._files)
+    def _check_checkpoint(self, model: Any, conversions: list[Any]) -> None:
+        check_all_safetensors(self._files)
+        specs = safetensors_specs(self._files)
+        check_shard_index(self._files)
         if not self.pre_quantized:
-            refuse_unread(Path(self._files[0]).parent, specs)
-            refuse_coded(Path(self._files[0]).parent, specs)
-        refuse_unfitting(model, *shapes_and_bytes(specs), conversions)
+            check_not_stored_by_lowmem(Path(self._files[0]).parent, specs)
+            check_not_foreign_quantized(Path(self._files[0]).parent, specs)
+        check_folder_fills_model(model, *tensor_shapes_and_total_bytes(specs), conversions)
         if self.pre_quantized and not self._is_dense:
-            refuse_untold(specs, self.quantization_config, model.base_model_prefix)
-            refuse_retyped(model, specs, self.parts, conversions)
+            check_config_covers_stored_weights(specs, self.quantization_config, model.base_model_prefix)
+            check_stored_part_dtypes(model, specs, self.part_dtypes, conversions)
 
-    def _divide(self, model: Any, conversions: list[Any]) -> None:
+    def _measure_and_assign_budget(self, model: Any, conversions: list[Any]) -> None:
         """Read all weights to measure them, and divide the budget among the layers."""
         measuring, asked = self._storing, self.quantization_config
-        assert isinstance(measuring, Measuring)
+        assert isinstance(measuring, OnLoadLossMeasurer)
         assert isinstance(asked.technique, Budget)
         if not self._files:
             raise ValueError(
@@ -259,8 +269,8 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 weight_mapping=deepcopy(conversions),  # which note their use
             )
             convert_and_load_state_dict_in_model(model, state, once)
-        measuring.finish()
-        self._storing = Storing(model, asked.technique, asked.skip, measuring.losses)
+        measuring.finish_or_raise()
+        self._storing = OnLoadWeightStorer(model, asked.technique, asked.skip, measuring.losses)
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -268,34 +278,37 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         self._files = list(checkpoint_files or [])
         config = self.quantization_config
         if self.pre_quantized:
-            refuse_pickles(self._files)
-            self._is_dense = is_dense(config, model.base_model_prefix, self._files)
+            check_all_safetensors(self._files)
+            self._is_dense = is_folder_dense(config, model.base_model_prefix, self._files)
         if self._is_dense:
             warnings.warn(
-                f"config.json says that the weights of {show(str(Path(self._files[0]).parent))} are stored, and they "
+                f"config.json says that the weights of {short_repr(str(Path(self._files[0]).parent))} are stored, "
+                "and they "
                 "are dense: they stay dense, and save_pretrained writes a config.json that says so",
                 UserWarning,
                 stacklevel=2,
             )
             return model
-        tied = self.tie(model)
+        tied = self.tie_and_return_tied_names(model)
         if not self.pre_quantized:
             assert isinstance(config.technique, (Half, EightBit, FourBit, Budget))
             if isinstance(config.technique, Budget):  # which is divided once all weights were read
-                storing: Storing = Measuring(model, config.technique, config.skip)
+                storing: OnLoadWeightStorer = OnLoadLossMeasurer(model, config.technique, config.skip)
             else:
-                storing = Storing(model, config.technique, config.skip)
+                storing = OnLoadWeightStorer(model, config.technique, config.skip)
             self._storing = storing
-            ties = {target: source for target, source in tied.items() if storing.stays_tied(target, source)}
+            ties = {
+                target: source for target, source in tied.items() if storing.are_both_stored_or_dense(target, source)
+            }
             self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
             return model
-        convert_skeleton(model, *records_of(model, config, self._files))
-        restore_resized(model, self._files)
-        self.expect_parts(model, tied)
+        replace_layers_and_add_adapters(model, *metadata_and_meta_tensors(model, config, self._files))
+        make_resized_layers_dense(model, self._files)
+        self.register_expected_parts(model, tied)
         return model
 
     @staticmethod
-    def tie(model: Any) -> dict[str, str]:
+    def tie_and_return_tied_names(model: Any) -> dict[str, str]:
         """Tie the parameters of a model on the meta device; return the ties, target -> source."""
         tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
         for target, source in tied.items():
@@ -303,23 +316,23 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             setattr(model.get_submodule(path), name, model.get_parameter(source))
         return tied
 
-    def expect_parts(self, model: Any, tied: Mapping[str, str]) -> None:
+    def register_expected_parts(self, model: Any, tied_parameters: Mapping[str, str]) -> None:
         """Note the tensors to load, once the model's modules store weights."""
         ties: dict[str, str] = {}
-        for target, source in tied.items():
-            ties |= ties_of_parts(model, target, source)
+        for target, source in tied_parameters.items():
+            ties |= stored_part_ties(model, target, source)
         self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
-        self.parts = dtypes_of_parts(model)
+        self.part_dtypes = stored_part_dtypes(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._storing is not None:
-            self._storing.finish()
-            drop_pages(self._files)
+            self._storing.finish_or_raise()
+            drop_mapped_file_pages(self._files)
             if self._storing.warning is not None:
                 warnings.warn(self._storing.warning, UserWarning, stacklevel=2)
         else:
-            check_complete(model)
-        self._storing, self.parts, self._files, self._own_dtypes = None, {}, [], {}
+            check_stored_parts_loaded(model)
+        self._storing, self.part_dtypes, self._files, self._own_dtypes = None, {}, [], {}
         if self._ties is not None:
             model.all_tied_weights_keys, self._ties = self._ties, None
         for module in model.modules():
@@ -328,10 +341,10 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         if any(isinstance(module, AdaptedModule) for module in model.modules()):
             freeze_all_but_adapters(model)
-            follow_adapters(model)
+            switch_buffers_to_adapter_in_use(model)
         model.is_quantized = False  # it trains, casts and moves as any model does
         adopt(model)
-        trim_heap(model)
+        trim_heap_unless_small(model)
         return model
 
     def dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -342,10 +355,10 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         Raises:
             TypeError: ``dtype`` names no floating-point dtype of torch.
         """
-        return super().dequantize(model, model.dtype if dtype is None else floating_dtype(dtype))
+        return super().dequantize(model, model.dtype if dtype is None else parse_floating_dtype(dtype))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        wide = {module for module, _ in kept_in_float32(model, dtype)}
+        wide = {module for module, _ in parameters_kept_in_float32(model, dtype)}
         if any(isinstance(module, StoredModule) for module in wide):
             restore(model, where=lambda path, module: module in wide, dtype=torch.float32)
         return restore(model, where=lambda path, module: module not in wide, dtype=dtype)
@@ -359,35 +372,36 @@ def adopt(model: nn.Module) -> None:
     ``lowmem.convert`` and ``lowmem.restore`` call this for the model that they are given. Where that was a part of a
     model, such as a list of layers, call it for the whole. Models that transformers is loading are left alone.
     """
-    found: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    inner = {part for module in found for part in module.modules() if part is not module}
-    for module in found:
+    pretrained_models: list[Any] = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
+    inner = {part for module in pretrained_models for part in module.modules() if part is not module}
+    for module in pretrained_models:
         if getattr(module, "is_quantized", False):
             continue
-        config = config_of(module)
+        config = lowmem_config_or_none(module)
         if config is None:
-            if isinstance(module, SavedModel):
-                change_class(module, module.own_class)
+            if isinstance(module, StoredPreTrainedModel):
+                change_class_and_attributes(module, module.own_class)
             if isinstance(getattr(module, "hf_quantizer", None), LowmemQuantizer):
                 module.hf_quantizer.remove_quantization_config(module)
             continue
-        change_class(module, saved_class(type(module)))
+        change_class_and_attributes(module, stored_model_subclass(type(module)))
         if module in inner or not config.layers:
             continue
         quantizer = getattr(module, "hf_quantizer", None) or LowmemQuantizer(config)
         if isinstance(quantizer, LowmemQuantizer):
-            quantizer.attach(module)
+            quantizer.attach_model(module)
             module.hf_quantizer = quantizer
-            if module.base_model is not module:  # the model around a base model shares its config, and says so, too
-                _own_config(module)
+            # The model around a base model shares its config, and says so, too
+            if module.base_model is not module:
+                _replace_shared_config(module)
             module.config.quantization_config = quantizer.quantization_config = config
 
 
-def _own_config(model: Any) -> None:
+def _replace_shared_config(model: Any) -> None:
     """Give a model a config object of its own: other models may have been made of the same object, and are dense."""
     shared = model.config
     if not isinstance(getattr(shared, "quantization_config", None), LowmemConfig):
-        own = copy(shared)
+        config_copy = copy(shared)
         for module in model.modules():
             if vars(module).get("config") is shared:
-                module.config = own
+                module.config = config_copy

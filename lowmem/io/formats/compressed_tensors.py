@@ -22,29 +22,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import show
-from lowmem.io.formats.codes import (
-    IntegerLayer,
-    as_bytes,
-    codes_of,
-    offsets_of,
-    scales_of,
-    uniform_block,
-    unpacked,
-    words,
+from lowmem.errors import short_repr
+from lowmem.io.formats.code_conversion import (
+    IntegerWeight,
+    block_size_dividing_rows,
+    packed_int32_words,
+    reblocked_offsets,
+    reblocked_scales,
+    tensor_bytes_copy,
+    unpacked_codes,
+    unpacked_int32_words,
 )
 from lowmem.io.formats.compressed_tensors_config import (
     FP8,
     INT8,
     SETTINGS,
-    check_config,
-    check_scheme,
-    written_config,
+    build_quantization_config,
+    check_format_and_schemes,
+    check_layer_scheme,
 )
-from lowmem.io.formats.foreign import Foreign, ForeignTensor, Parts, Target
-from lowmem.io.formats.mxfp4 import BLOCK, E2M1_CODES, exponents_of, nearest, weight_of
-from lowmem.io.formats.quantized_folder import Packed, Packing, write_folder
-from lowmem.io.source import Source
+from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat, ForeignTensor, LayerTensors
+from lowmem.io.formats.mxfp4 import BLOCK, E2M1_CODES, exponents_and_exact_mask, mxfp4_weight, nearest_mxfp4_weight
+from lowmem.io.formats.quantized_folder_export import PackedWeight, PackingFormat, export_quantized_folder
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.nn.techniques import FourBit
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -61,103 +61,115 @@ NO_ZEROS = (
 )
 
 
-def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
+def iterate_weights_and_tensor_names(
+    checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any]
+) -> Iterator[tuple[ForeignTensor, set[str]]]:
     """Yield the weight of each layer of compressed-tensors, and the names of its tensors."""
-    for name, spec in source.specs.items():
+    for name, spec in checkpoint.specs.items():
         layer, _, part = name.rpartition(".")
-        is_scaled = part == "weight" and f"{name}_scale" in source.specs
+        is_scaled = part == "weight" and f"{name}_scale" in checkpoint.specs
         if part == "weight_packed":
-            read = _packed
+            read = _packed_weight_or_refused
         elif is_scaled and spec.dtype == torch.int8:
-            read = _plain_integers
+            read = _refused_int8_weight
         elif is_scaled and spec.dtype in _FLOATS:
-            read = _floats
+            read = _refused_fp8_weight
         else:
             continue
-        parts = Parts.of(source, layer, "compressed-tensors", (part, "weight_scale"), _OTHERS)
-        yield read(parts, config), parts.names
+        parts = LayerTensors.from_checkpoint(checkpoint, layer, "compressed-tensors", (part, "weight_scale"), _OTHERS)
+        yield read(parts, config), parts.tensor_names
 
 
-def _floats(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
-    return parts.refused(FP8, parts.specs["weight"].shape, _EIGHT_BITS)
+def _refused_fp8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+    return layer_tensors.refused_weight(FP8, layer_tensors.specs["weight"].shape, _EIGHT_BITS)
 
 
-def _packed(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
-    packed, scale = parts.specs["weight_packed"], parts.specs["weight_scale"]
+def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+    packed, scale = layer_tensors.specs["weight_packed"], layer_tensors.specs["weight_scale"]
     if packed.dtype == torch.int32 and len(packed.shape) == 2 and scale.shape == (1,):
         why = "it has one scale for the tensor, and scales of rows or groups are read: take the dense model"
-        return parts.refused("compressed-tensors", _shape(parts), why)
-    parts.check(
+        return layer_tensors.refused_weight("compressed-tensors", _read_checked_weight_shape(layer_tensors), why)
+    layer_tensors.check_parts_fit(
         len(packed.shape) >= 2 and len(scale.shape) == len(packed.shape) and 0 not in (*packed.shape, *scale.shape)
     )
     if packed.dtype == torch.uint8:
-        return _mxfp4(parts, config)
-    parts.check(packed.dtype == torch.int32 and scale.dtype.is_floating_point)
-    shape = _shape(parts)
+        return _mxfp4_weight_or_refused(layer_tensors, config)
+    layer_tensors.check_parts_fit(packed.dtype == torch.int32 and scale.dtype.is_floating_point)
+    shape = _read_checked_weight_shape(layer_tensors)
     columns, groups = shape[-1], scale.shape[-1]
     bits = 8 if packed.shape == (*shape[:-1], -(-columns // 4)) and columns > 4 else 4
     if packed.shape != (*shape[:-1], -(-columns * bits // 32)):
         bits = round(32 * packed.shape[-1] / columns)
         why = f"it has about {bits} bits a weight, and 4 are read: take the dense model, or one in 4 bits"
-        return parts.refused("compressed-tensors", shape, why)
-    zeros, order = (parts.specs.get(part) for part in ("weight_zero_point", "weight_g_idx"))
+        return layer_tensors.refused_weight("compressed-tensors", shape, why)
+    zeros, order = (layer_tensors.specs.get(part) for part in ("weight_zero_point", "weight_g_idx"))
     zeros_shape = (*shape[:-2], -(-shape[-2] * bits // 32), groups)
-    parts.check(
+    layer_tensors.check_parts_fit(
         scale.shape[:-1] == shape[:-1]
         and columns % groups == 0
         and (zeros is None or (zeros.dtype == torch.int32 and zeros.shape == zeros_shape))
         and (order is None or order.shape == (columns,))
     )
     group = columns // groups
-    check_scheme(config, parts.layer, group, shape, zeros is not None)
+    check_layer_scheme(config, layer_tensors.layer, group, shape, zeros is not None)
 
-    def numbers(packed: Tensor, count: int) -> Tensor:
+    def unpacked_rows(packed_words: Tensor, count: int) -> Tensor:
         """Return the first ``count`` numbers of each row of words: int32 (..., words) -> uint8 (..., count)."""
-        return unpacked(packed, count) if bits == 4 else as_bytes(packed)[..., :count]
+        return (
+            unpacked_int32_words(packed_words, count) if bits == 4 else tensor_bytes_copy(packed_words)[..., :count]
+        )
 
-    def zero_points() -> Tensor:
+    def read_zero_points() -> Tensor:
         """Return the zero points, which are packed along the outputs: uint8 (..., out, groups)."""
         if zeros is None:
             return torch.full(scale.shape, 2 ** (bits - 1), dtype=torch.uint8, device="cpu")
-        return numbers(parts.read("weight_zero_point").mT, shape[-2]).mT
+        return unpacked_rows(layer_tensors.read_part("weight_zero_point").mT, shape[-2]).mT
 
-    def groups_of_columns() -> Tensor:
-        given = parts.read("weight_g_idx").long()
-        return torch.where(given == -1, torch.arange(columns, dtype=torch.int64, device="cpu") // group, given)
+    def read_column_groups() -> Tensor:
+        group_indices = layer_tensors.read_part("weight_g_idx").long()
+        return torch.where(
+            group_indices == -1, torch.arange(columns, dtype=torch.int64, device="cpu") // group, group_indices
+        )
 
-    layer = IntegerLayer(
-        parts,
+    layer = IntegerWeight(
+        layer_tensors,
         "compressed-tensors" if bits == 4 else INT8,
         shape,
         group,
         scale.dtype,
-        codes=lambda: numbers(parts.read("weight_packed"), columns),
-        scales=lambda: parts.read("weight_scale"),
-        zeros=zero_points,
-        groups=None if order is None else groups_of_columns,
+        codes=lambda: unpacked_rows(layer_tensors.read_part("weight_packed"), columns),
+        scales=lambda: layer_tensors.read_part("weight_scale"),
+        zeros=read_zero_points,
+        groups=None if order is None else read_column_groups,
     )
-    return layer.tensor() if bits == 4 else layer.refused(_EIGHT_BITS)
+    return layer.foreign_tensor_or_refused() if bits == 4 else layer.refused_tensor(_EIGHT_BITS)
 
 
-def _mxfp4(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
-    packed, scale = parts.specs["weight_packed"], parts.specs["weight_scale"]
+def _mxfp4_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+    packed, scale = layer_tensors.specs["weight_packed"], layer_tensors.specs["weight_scale"]
     shape = (*packed.shape[:-1], 2 * packed.shape[-1])
     if scale.dtype != torch.uint8:
         why = "its scales are 8-bit floats times a scale of the tensor: take the dense model, or one in MXFP4"
-        return parts.refused("NVFP4", shape, why)
-    parts.check(scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK)))
-    check_scheme(config, parts.layer, min(BLOCK, shape[-1]), shape, "weight_zero_point" in parts.specs)
-    return parts.weight(
-        "MXFP4", shape, lambda: weight_of(parts.read("weight_packed"), parts.read("weight_scale"), shape)
+        return layer_tensors.refused_weight("NVFP4", shape, why)
+    layer_tensors.check_parts_fit(scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK)))
+    check_layer_scheme(
+        config, layer_tensors.layer, min(BLOCK, shape[-1]), shape, "weight_zero_point" in layer_tensors.specs
+    )
+    return layer_tensors.foreign_weight(
+        "MXFP4",
+        shape,
+        lambda: mxfp4_weight(
+            layer_tensors.read_part("weight_packed"), layer_tensors.read_part("weight_scale"), shape
+        ),
     )
 
 
-def _plain_integers(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
+def _refused_int8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
     """Return a layer of "int-quantized": its codes are its weight, with a scale for the tensor, a row or a group."""
-    shape, scale = parts.specs["weight"].shape, parts.specs["weight_scale"]
-    zero, is_whole = parts.specs.get("weight_zero_point"), scale.shape in ((1,), (1, 1))
+    shape, scale = layer_tensors.specs["weight"].shape, layer_tensors.specs["weight_scale"]
+    zero, is_whole = layer_tensors.specs.get("weight_zero_point"), scale.shape in ((1,), (1, 1))
     of_rows = scale.shape[:-1] == shape[:-1] and shape[-1] % max(1, *scale.shape[-1:]) == 0
-    parts.check(
+    layer_tensors.check_parts_fit(
         len(shape) >= 2
         and 0 not in (*shape, *scale.shape)
         and scale.dtype.is_floating_point
@@ -165,37 +177,42 @@ def _plain_integers(parts: Parts, config: Mapping[str, Any]) -> ForeignTensor:
         and (zero is None or (zero.shape == scale.shape and zero.dtype == torch.int8))
     )
 
-    def zero_points() -> Tensor:
+    def read_zero_points() -> Tensor:
         if zero is None:
             return torch.zeros(scale.shape, dtype=torch.int8, device="cpu")
-        return parts.read("weight_zero_point")
+        return layer_tensors.read_part("weight_zero_point")
 
     group = shape[-1] // scale.shape[-1]
-    check_scheme(config, parts.layer, group, shape, zero is not None, is_whole)
-    if "weight_g_idx" in parts.specs:
-        return parts.refused(INT8, shape, _EIGHT_BITS)
-    return IntegerLayer(
-        parts,
+    check_layer_scheme(config, layer_tensors.layer, group, shape, zero is not None, is_whole)
+    if "weight_g_idx" in layer_tensors.specs:
+        return layer_tensors.refused_weight(INT8, shape, _EIGHT_BITS)
+    return IntegerWeight(
+        layer_tensors,
         INT8,
         shape,
         group,
         scale.dtype,
-        codes=lambda: parts.read("weight"),
-        scales=lambda: parts.read("weight_scale"),
-        zeros=zero_points,
-    ).refused(_EIGHT_BITS)
+        codes=lambda: layer_tensors.read_part("weight"),
+        scales=lambda: layer_tensors.read_part("weight_scale"),
+        zeros=read_zero_points,
+    ).refused_tensor(_EIGHT_BITS)
 
 
-def _shape(parts: Parts) -> tuple[int, ...]:
-    spec, packed = parts.specs.get("weight_shape"), parts.specs["weight_packed"].shape
-    parts.check(spec is not None and spec.dtype in (torch.int32, torch.int64) and spec.shape == (len(packed),))
-    shape = tuple(parts.read("weight_shape").tolist())
+def _read_checked_weight_shape(layer_tensors: LayerTensors) -> tuple[int, ...]:
+    spec, packed = layer_tensors.specs.get("weight_shape"), layer_tensors.specs["weight_packed"].shape
+    layer_tensors.check_parts_fit(
+        spec is not None and spec.dtype in (torch.int32, torch.int64) and spec.shape == (len(packed),)
+    )
+    shape = tuple(layer_tensors.read_part("weight_shape").tolist())
     if shape[:-1] != packed[:-1] or not 0 < shape[-1] <= 32 * packed[-1]:
-        raise ValueError(f"the layer {show(parts.layer)} says its shape is {show(shape)}, and its codes are {packed}")
+        raise ValueError(
+            f"the layer {short_repr(layer_tensors.layer)} says its shape is {short_repr(shape)}, and its codes are "
+            f"{packed}"
+        )
     return shape
 
 
-def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
+def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
     """Return a weight (out, in) as compressed-tensors has it, which decompresses it to the same bits in ``dtype``.
 
     transformers casts scales of integers to ``dtype``, the model's, and computes values in it.
@@ -204,69 +221,76 @@ def pack(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
         ValueError: the weight has other levels, offsets, or scales that the format, or ``dtype``, does not hold.
     """
     if weight.format == "uint4" and weight.has_offsets:
-        return _asymmetric(weight, dtype)
+        return _pack_asymmetric_integers(weight, model_dtype)
     if weight.format not in ("q4_0", "fp4"):
         raise ValueError(f"its levels are those of {weight.format}, and the format has q4_0 (int4) and fp4 (MXFP4)")
     if weight.has_offsets:
         raise ValueError("its blocks have offsets, and those of symmetric integers have none")
     if weight.format == "fp4":
-        return _packed_mxfp4(weight, dtype)
-    group = uniform_block(weight)
-    return _packed_integers(codes_of(weight), _held(scales_of(weight, group), 8, dtype), group)
+        return _pack_mxfp4(weight, model_dtype)
+    group = block_size_dividing_rows(weight)
+    return _pack_integers(
+        unpacked_codes(weight), _divide_scales_exactly(reblocked_scales(weight, group), 8, model_dtype), group
+    )
 
 
-def pack_again(
-    values: Tensor, dtype: torch.dtype, stored: QuantizedTensor | None
-) -> tuple[Packed, Tensor | QuantizedTensor]:
-    """Return a weight (out, in) with other scales or codes, and what it has become, as ``Packing.pack_again`` says.
+def packed_and_requantized(
+    values: Tensor, model_dtype: torch.dtype, stored: QuantizedTensor | None
+) -> tuple[PackedWeight, Tensor | QuantizedTensor]:
+    """Return a weight (out, in) with other scales or codes, and what it has become.
+
+    ``Packing.packed_and_requantized`` says what they are.
 
     Levels of "q4_0" keep their codes, and their scales are rounded to ``dtype``; those of "fp4" become MXFP4 in a
     model in bfloat16. Others become integers in groups of 32.
     """
     if stored is not None and stored.format == "q4_0" and not stored.has_offsets:
-        group = uniform_block(stored)
-        codes, scales = codes_of(stored), scales_of(stored, group) / 8
-    elif stored is not None and _has_mxfp4(stored, dtype) and not values.shape[-1] % BLOCK:
-        again = nearest(values)
-        return _packed_mxfp4(again, dtype), again
+        group = block_size_dividing_rows(stored)
+        codes, scales = unpacked_codes(stored), reblocked_scales(stored, group) / 8
+    elif stored is not None and _can_be_packed_as_mxfp4(stored, model_dtype) and not values.shape[-1] % BLOCK:
+        again = nearest_mxfp4_weight(values)
+        return _pack_mxfp4(again, model_dtype), again
     else:
         group = next(size for size in _GROUPS if values.shape[-1] % size == 0)
-        codes, scales = None, _searched_scales(values, group)
-    scales = scales.to(dtype)
+        codes, scales = None, _least_error_int4_scales(values, group)
+    scales = scales.to(model_dtype)
     if not values.is_meta and not bool(scales.isfinite().all()):
-        raise ValueError(f"its scales exceed {dtype}, which the model computes in (save it in float32 first)")
+        raise ValueError(f"its scales exceed {model_dtype}, which the model computes in (save it in float32 first)")
     wide = scales.float().repeat_interleave(group, -1)
     if codes is None:
         quotients = torch.where(wide == 0, 0.0, values.float() / wide)
         codes = (quotients.round().clamp(-8, 7) + 8).to(torch.uint8)
-    return _packed_integers(codes, scales, group), (codes.float() - 8) * wide
+    return _pack_integers(codes, scales, group), (codes.float() - 8) * wide
 
 
-def _searched_scales(values: Tensor, group: int) -> Tensor:
+def _least_error_int4_scales(values: Tensor, group_size: int) -> Tensor:
     """Return the scales of integers from -8 to 7 with the least squared error: float32 (out, groups)."""
-    technique = FourBit("q4_0", max(group, 8), "float32")
-    rows = values if group >= 8 else values.reshape(-1, group)  # no block is that short: each group is a row
+    technique = FourBit("q4_0", max(group_size, 8), "float32")
+    rows = (
+        values if group_size >= 8 else values.reshape(-1, group_size)
+    )  # no block is that short: each group is a row
     stored = technique.skeleton(rows) if values.is_meta else technique.store(rows)
     return (stored.encoding.decode(stored.scales.detach()) / 8).view(values.shape[0], -1)
 
 
-def _held(wide: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
+def _divide_scales_exactly(float32_scales: Tensor, divisor: int, dtype: torch.dtype) -> Tensor:
     """Return scales divided by a power of two in ``dtype``; a ValueError if ``dtype`` does not hold them."""
-    scales = (wide / divisor).to(dtype)
-    if not wide.is_meta and not torch.equal(scales.float() * divisor, wide):
-        lost = int((scales.float() * divisor != wide).sum())
+    scales = (float32_scales / divisor).to(dtype)
+    if not float32_scales.is_meta and not torch.equal(scales.float() * divisor, float32_scales):
+        lost = int((scales.float() * divisor != float32_scales).sum())
         raise ValueError(
-            f"{lost} of its {wide.numel()} scales are no numbers of {str(dtype).removeprefix('torch.')}, which the "
+            f"{lost} of its {float32_scales.numel()} scales are no numbers of {str(dtype).removeprefix('torch.')}, "
+            "which the "
             "model computes in (save it in float32 first)"
         )
     return scales
 
 
-def _asymmetric(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
+def _pack_asymmetric_integers(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
     """Pack levels of "uint4" whose offsets are ``-zero * scale``, for whole zeros from 0 to 15."""
-    group = uniform_block(weight)
-    scales = _held(scales_of(weight, group), 16, dtype)
-    exact, offsets = scales.double(), offsets_of(weight, group).double()
+    group = block_size_dividing_rows(weight)
+    scales = _divide_scales_exactly(reblocked_scales(weight, group), 16, model_dtype)
+    exact, offsets = scales.double(), reblocked_offsets(weight, group).double()
     zeros = torch.where(exact == 0, 8, -offsets / exact).round()
     # A scale times 15 is a number of float32: code * scale + offset then equals (code - zero) * scale.
     fits = (-zeros * exact == offsets) & (zeros >= 0) & (zeros <= 15) & ((15 * exact).float() == 15 * exact)
@@ -274,38 +298,39 @@ def _asymmetric(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
         raise ValueError(
             f"{int((~fits).sum())} of its {fits.numel()} offsets are no scale times a whole zero point from 0 to 15"
         )
-    return _packed_integers(codes_of(weight), scales, group, zeros.to(torch.uint8))
+    return _pack_integers(unpacked_codes(weight), scales, group, zeros.to(torch.uint8))
 
 
-def _packed_integers(codes: Tensor, scales: Tensor, group: int, zeros: Tensor | None = None) -> Packed:
+def _pack_integers(codes: Tensor, scales: Tensor, group_size: int, zero_points: Tensor | None = None) -> PackedWeight:
     rows, columns = codes.shape
     parts = {
-        "weight_packed": words(codes),
+        "weight_packed": packed_int32_words(codes),
         "weight_scale": scales.contiguous(),
         "weight_shape": torch.tensor([rows, columns], dtype=torch.int64, device="cpu"),
     }
-    if zeros is not None:
-        parts["weight_zero_point"] = words(zeros.T).T.contiguous()  # (rows / 8, groups)
-    kind = f"int4, group_size={group}" + ("" if zeros is None else _WITH_ZEROS)
-    return Packed(kind, parts, ("pack-quantized", group, zeros is None))
+    if zero_points is not None:
+        parts["weight_zero_point"] = packed_int32_words(zero_points.T).T.contiguous()  # (rows / 8, groups)
+    kind = f"int4, group_size={group_size}" + ("" if zero_points is None else _WITH_ZEROS)
+    return PackedWeight(kind, parts, ("pack-quantized", group_size, zero_points is None))
 
 
-def _has_mxfp4(weight: QuantizedTensor, dtype: torch.dtype) -> bool:
+def _can_be_packed_as_mxfp4(weight: QuantizedTensor, model_dtype: torch.dtype) -> bool:
     """Whether levels are those of MXFP4, and the model computes in bfloat16, to which it is decompressed."""
-    return weight.format == "fp4" and not weight.has_offsets and dtype == torch.bfloat16
+    return weight.format == "fp4" and not weight.has_offsets and model_dtype == torch.bfloat16
 
 
-def _packed_mxfp4(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
-    if not _has_mxfp4(weight, dtype):
+def _pack_mxfp4(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
+    if not _can_be_packed_as_mxfp4(weight, model_dtype):
         raise ValueError(
-            f"MXFP4 is decompressed to bfloat16, and the model computes in {str(dtype).removeprefix('torch.')} (save "
+            f"MXFP4 is decompressed to bfloat16, and the model computes in {str(model_dtype).removeprefix('torch.')} "
+            "(save "
             "it in bfloat16 first)"
         )
-    size = uniform_block(weight)
+    size = block_size_dividing_rows(weight)
     if size % BLOCK:
         raise ValueError(f"rows of {weight.shape[-1]} in blocks of {weight.block_size} have no blocks of 32")
-    scales, codes = scales_of(weight, BLOCK), codes_of(weight)
-    exponents, fitting = exponents_of(scales)
+    scales, codes = reblocked_scales(weight, BLOCK), unpacked_codes(weight)
+    exponents, fitting = exponents_and_exact_mask(scales)
     if not weight.packed.is_meta and not bool(fitting.all()):
         raise ValueError(
             f"{int((~fitting).sum())} of its {fitting.numel()} scales are not 6 times a power of two, as those of "
@@ -320,25 +345,25 @@ def _packed_mxfp4(weight: QuantizedTensor, dtype: torch.dtype) -> Packed:
         "weight_packed": (pairs[..., 0] | pairs[..., 1] << 4).contiguous(),
         "weight_scale": exponents.masked_fill(scales == 0, 127).to(torch.uint8),
     }
-    return Packed("MXFP4", parts, ("mxfp4-pack-quantized", BLOCK, True))
+    return PackedWeight("MXFP4", parts, ("mxfp4-pack-quantized", BLOCK, True))
 
 
-PACKING = Packing(
+PACKING = PackingFormat(
     "compressed-tensors",
-    pack,
-    pack_again,
-    written_config,
+    pack_exactly,
+    packed_and_requantized,
+    build_quantization_config,
     conv1d=False,
     keeps_weight=False,
     warning=lambda schemes: None if all(symmetric for _, _, symmetric in schemes) else NO_ZEROS,
 )
 
-FORMAT = Foreign(
+FORMAT = ForeignFormat(
     "compressed-tensors",
-    find,
+    iterate_weights_and_tensor_names,
     ("weight_packed", "weight_scale", "weight_scale_inv", "weight_zero_point"),
     "compressed-tensors",
     SETTINGS,
-    check_config,
-    target=Target(partial(write_folder, PACKING)),
+    check_format_and_schemes,
+    target=ExportTarget(partial(export_quantized_folder, PACKING)),
 )

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowmem.errors import show
-from lowmem.io.formats.codes import nibbles, quantized
-from lowmem.io.formats.foreign import Foreign, ForeignTensor
-from lowmem.io.source import Source
+from lowmem.errors import short_repr
+from lowmem.io.formats.code_conversion import imported_quantized_tensor, unpacked_nibbles
+from lowmem.io.formats.foreign_format import ForeignFormat, ForeignTensor
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
 from lowmem.quant.tensor import QuantizedTensor
@@ -25,10 +25,11 @@ BLOCK = 32
 E2M1_CODES = (8, 9, 10, 11, 12, 13, 14, 15, 7, 6, 5, 4, 3, 2, 1, 0)
 """The code of lowmem's ``fp4`` for each bit pattern of an E2M1 number; -0 keeps its sign."""
 
-_MAX_E8M0 = 252  # the largest exponent whose largest weight, 6 * 2 ** (e - 127), float32 holds
+# The largest exponent whose largest weight, 6 * 2 ** (e - 127), float32 holds
+_MAX_E8M0 = 252
 
 
-def power_scales(exponents: Tensor) -> Tensor:
+def fp4_scales_from_exponents(exponents: Tensor) -> Tensor:
     """Return the scales of MXFP4 blocks for ``fp4``, whose levels are E2M1 / 6: 6 * 2 ** (e - 127), in float32."""
     if exponents.numel() and int(exponents.max()) > _MAX_E8M0:
         # 253 and 254 exceed float32, and 255 is NaN.
@@ -37,20 +38,21 @@ def power_scales(exponents: Tensor) -> Tensor:
     return ((exponents.int() + 2) << 23 | 1 << 22).view(torch.float32)
 
 
-def exponents_of(scales: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the exponents of which ``power_scales`` are the scales, and whether they are: for a scale of 0, 0."""
+def exponents_and_exact_mask(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the exponents of scales, 0 for a scale of 0, and whether ``fp4_scales_from_exponents`` gives them."""
     bits, empty = scales.view(torch.int32), scales == 0
-    exponents = (bits >> 23) - 2  # negative, too, if the sign bit is set
+    # Negative, too, if the sign bit is set
+    exponents = (bits >> 23) - 2
     return exponents.masked_fill(empty, 0), (bits % 2**23 == 1 << 22) & (exponents >= 0) | empty
 
 
-def weight_of(pairs: Tensor, exponents: Tensor, shape: tuple[int, ...]) -> QuantizedTensor:
+def mxfp4_weight(packed_codes: Tensor, exponents: Tensor, shape: tuple[int, ...]) -> QuantizedTensor:
     """Return a weight of codes, two in a byte, the first of them low: uint8 (..., in / 2), and (..., in / 32)."""
-    codes = torch.tensor(E2M1_CODES, dtype=torch.uint8, device="cpu")[nibbles(pairs).int()]
-    return quantized(pack(codes, BLOCK), power_scales(exponents), shape, "fp4", BLOCK)
+    codes = torch.tensor(E2M1_CODES, dtype=torch.uint8, device="cpu")[unpacked_nibbles(packed_codes).int()]
+    return imported_quantized_tensor(pack(codes, BLOCK), fp4_scales_from_exponents(exponents), shape, "fp4", BLOCK)
 
 
-def nearest(values: Tensor) -> QuantizedTensor:
+def nearest_mxfp4_weight(values: Tensor) -> QuantizedTensor:
     """Return a weight in "fp4" with scales of MXFP4, of the two next powers of two those with the least error.
 
     OCP Microscaling Formats v1.0, section 6.3, takes the smaller one always.
@@ -61,9 +63,11 @@ def nearest(values: Tensor) -> QuantizedTensor:
     blocks = values.float().view(*shape[:-1], -1, BLOCK)
     largest = blocks.abs().amax(-1, keepdim=True)
     lower = (torch.frexp(largest).exponent - 1 - 2 + 127).clamp(0, 251)  # its largest weight, 6, or more
-    levels, bounds = (torch.tensor(one, dtype=torch.float32, device="cpu") for one in (form.levels, form.boundaries))
+    levels, bounds = (
+        torch.tensor(numbers, dtype=torch.float32, device="cpu") for numbers in (form.levels, form.boundaries)
+    )
     both = []
-    for scales in (power_scales(lower), power_scales(lower + 1)):
+    for scales in (fp4_scales_from_exponents(lower), fp4_scales_from_exponents(lower + 1)):
         codes = torch.bucketize(blocks / scales, bounds).to(torch.uint8)
         lost = (blocks - levels[codes.int()] * scales).double().square().sum(-1, keepdim=True)
         both.append((codes, scales, lost))
@@ -74,26 +78,32 @@ def nearest(values: Tensor) -> QuantizedTensor:
     )
 
 
-def find(source: Source, config: Mapping[str, Any]) -> Iterator[tuple[ForeignTensor, set[str]]]:
+def iterate_weights_and_tensor_names(
+    checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any]
+) -> Iterator[tuple[ForeignTensor, set[str]]]:
     """Yield each parameter of a checkpoint that is stored so, and the names of its tensors."""
-    for blocks, spec in source.specs.items():
+    for blocks, spec in checkpoint.specs.items():
         name = blocks.removesuffix("_blocks")
-        scales = source.specs.get(f"{name}_scales")
+        scales = checkpoint.specs.get(f"{name}_scales")
         if name == blocks or spec.dtype != torch.uint8 or scales is None:
             continue
         if len(spec.shape) < 3 or spec.shape[-1] != BLOCK // 2 or 0 in spec.shape or scales.shape != spec.shape[:-1]:
-            raise ValueError(f"{show(blocks)} is {spec}, and {show(name + '_scales')} {scales}: they do not fit")
+            raise ValueError(
+                f"{short_repr(blocks)} is {spec}, and {short_repr(name + '_scales')} {scales}: they do not fit"
+            )
         if scales.dtype != torch.uint8:
-            raise ValueError(f"{show(name + '_scales')} is {scales.dtype}, and exponents are bytes; get it again")
+            raise ValueError(
+                f"{short_repr(name + '_scales')} is {scales.dtype}, and exponents are bytes; get it again"
+            )
         shape = (*spec.shape[:-2], spec.shape[-2] * BLOCK)
-        read = partial(_read, source, name, shape)
+        read = partial(_read_mxfp4_weight, checkpoint, name, shape)
         weight = ForeignTensor(name, shape, "MXFP4", spec.nbytes + scales.nbytes, read, transposed=True)
         yield weight, {blocks, f"{name}_scales"}
 
 
-def _read(source: Source, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
-    pairs = source.read_tensor(f"{name}_blocks").flatten(-2)  # (..., out, in / 2)
-    return weight_of(pairs, source.read_tensor(f"{name}_scales"), shape)
+def _read_mxfp4_weight(checkpoint: SafetensorsCheckpoint, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
+    pairs = checkpoint.read_tensor(f"{name}_blocks").flatten(-2)  # (..., out, in / 2)
+    return mxfp4_weight(pairs, checkpoint.read_tensor(f"{name}_scales"), shape)
 
 
-FORMAT = Foreign("gpt-oss", find, method="mxfp4")
+FORMAT = ForeignFormat("gpt-oss", iterate_weights_and_tensor_names, method="mxfp4")

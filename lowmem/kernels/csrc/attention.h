@@ -1,4 +1,4 @@
-/* Attention of a few queries, and keys and values in 8 bits; lowmem/kernels/attention.py has the definitions. The softmax is computed
+/* Attention of a few queries, and keys and values in 8 bits; lowmem/kernels/cached_attention.py has the definitions. The softmax is computed
  * online, a block of keys at a time (Milakov and Gimelshein, arXiv 1805.02867). */
 #pragma once
 #include <float.h>

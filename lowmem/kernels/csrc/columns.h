@@ -1,4 +1,4 @@
-/* Columns of a weight, rounded one after the other for the errors of those before it (lowmem/kernels/columns.py). */
+/* Columns of a weight, rounded one after the other for the errors of those before it (lowmem/kernels/column_rounding.py). */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"

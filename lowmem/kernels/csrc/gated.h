@@ -1,4 +1,4 @@
-/* Gated activations of rows and their gradients, in float32, rounded once (lowmem/kernels/rowwise.py). */
+/* Gated activations of rows and their gradients, in float32, rounded once (lowmem/kernels/rms_norm_and_gating.py). */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"

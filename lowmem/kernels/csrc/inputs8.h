@@ -1,6 +1,6 @@
 /* Products in 8-bit integers: vpdpbusd adds four products of an unsigned and a signed byte per lane to a 32-bit sum,
  * exactly. GROUP columns of a row of x are rounded to signed bytes with one scale, its unit; levels are multiples of
- * a step that fit unsigned bytes (struct weight, use_inputs8 of weights.h). lowmem/kernels/int8.py defines the rounding.
+ * a step that fit unsigned bytes (struct weight, use_inputs8 of weights.h). lowmem/kernels/int8_rounding.py defines the rounding.
  *
  *   sum of level[c] * x = step * unit * (sum of steps[c] * v - 128 * sum of v),        x ~ unit * v
  *

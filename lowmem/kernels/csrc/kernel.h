@@ -102,7 +102,7 @@ struct order {
     int32_t tables[];
 };
 
-/* A weight (rows, columns): codes in the layout of lowmem/quant/packing.py and lowmem/quant/scales.py, or 16-bit floats. */
+/* A weight (rows, columns): codes in the layout of lowmem/quant/packing.py and lowmem/quant/scale_encodings.py, or 16-bit floats. */
 struct weight {
     const uint8_t *packed; /* codes or 16-bit floats: (rows, row_bytes) */
     const uint8_t *scales; /* (rows, scale_bytes(w)); NULL for 16-bit floats */

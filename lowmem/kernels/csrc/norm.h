@@ -1,4 +1,4 @@
-/* RMS norms of rows and their gradients, computed in float32 and rounded once; lowmem/kernels/rowwise.py has the definition. */
+/* RMS norms of rows and their gradients, computed in float32 and rounded once; lowmem/kernels/rms_norm_and_gating.py has the definition. */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"

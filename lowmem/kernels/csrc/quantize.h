@@ -1,4 +1,4 @@
-/* Quantizes rows, bit for bit as lowmem/quant/search.py does: products are rounded before they are added, hence no v_fma. */
+/* Quantizes rows, bit for bit as lowmem/quant/scale_search.py does: products are rounded before they are added, hence no v_fma. */
 #pragma once
 #include "row_calls.h"
 #include "rows.h"

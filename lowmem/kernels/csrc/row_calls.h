@@ -1,4 +1,4 @@
-/* The arguments of row-wise functions, which lowmem/kernels/cpu_rows.py has checked and packs. Pointers are to contiguous numbers
+/* The arguments of row-wise functions, which lowmem/kernels/cpu_rowwise.py has checked and packs. Pointers are to contiguous numbers
  * unless a step is given: the elements from a row to the next. */
 #pragma once
 #include <stdint.h>

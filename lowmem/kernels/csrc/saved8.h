@@ -1,4 +1,4 @@
-/* Saved activations in 8 bits: codes in blocks of 32 with one scale each, and back (lowmem/kernels/codes.py). */
+/* Saved activations in 8 bits: codes in blocks of 32 with one scale each, and back (lowmem/kernels/codes_8bit.py). */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"
@@ -11,7 +11,7 @@ struct lost {
     int64_t broken;
 };
 
-#define LARGEST_SCALE 0x1.020406p+121f /* of lowmem/kernels/codes.py: its product with 127 is finite */
+#define LARGEST_SCALE 0x1.020406p+121f /* of lowmem/kernels/codes_8bit.py: its product with 127 is finite */
 
 /* scale = min(max |x| / 127, LARGEST_SCALE), code = round(x / scale), of `count` numbers from element `at` on. Adds nonzero codes to
  * the lanes of `kept`. Returns the scale; NaN if a number is not finite. */

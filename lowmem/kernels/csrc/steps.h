@@ -1,4 +1,4 @@
-/* Small steps of a transformer's block: sums and rotary embeddings, in float32, rounded once (lowmem/kernels/sequence.py). */
+/* Small steps of a transformer's block: sums and rotary embeddings, in float32, rounded once (lowmem/kernels/native_program.py). */
 #pragma once
 #include "row_calls.h"
 #include "vector_math.h"

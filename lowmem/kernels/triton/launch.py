@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lowmem.kernels.triton import few as few_inputs
-from lowmem.kernels.triton import rows as of_rows
+from lowmem.kernels.triton import quantization as of_rows
+from lowmem.kernels.triton import small_batch as few_inputs
 from lowmem.quant.formats import Format, get_format
-from lowmem.quant.tensor import QuantizedTensor, number_table
+from lowmem.quant.tensor import QuantizedTensor, float32_table
 
 
 class Tile(NamedTuple):
@@ -30,14 +30,14 @@ class Tile(NamedTuple):
     group: int
     warps: int
 
-    def shape(self, row_bytes: int, block_bytes: int) -> dict[str, int]:
+    def shape_constants(self, row_bytes: int, block_bytes: int) -> dict[str, int]:
         """Return ROWS, GROUPS and GROUP of a tile. A block's bytes are whole groups.
 
         Tiles of smaller groups have half of the bytes, since each scale and address takes a register.
         """
         group = min(self.group, block_bytes & -block_bytes)
         nbytes = self.nbytes if group == self.group else self.nbytes // 2
-        of_row = min(self.of_row, _power(max(row_bytes, group)))
+        of_row = min(self.of_row, _next_power_of_two(max(row_bytes, group)))
         return {"ROWS": max(1, nbytes // of_row), "GROUPS": of_row // group, "GROUP": group}
 
 
@@ -53,7 +53,7 @@ TILES = {
 }
 
 
-class Launch(NamedTuple):
+class KernelLaunch(NamedTuple):
     """A kernel with its arguments; calling it starts the kernel on the device of its tensors."""
 
     kernel: Any
@@ -63,7 +63,7 @@ class Launch(NamedTuple):
 
     def __call__(self) -> None:
         """Start the kernel; it runs after what its device's stream holds."""
-        device = next(one.device for one in self.arguments.values() if isinstance(one, Tensor))
+        device = next(argument.device for argument in self.arguments.values() if isinstance(argument, Tensor))
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             self.kernel[(self.programs,)](**self.arguments, num_warps=self.warps, **OPTIONS)
 
@@ -72,22 +72,26 @@ class Launch(NamedTuple):
 OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 
 
-def dequantize(weight: QuantizedTensor, out: Tensor, levels: tuple[float, ...] | None = None) -> Launch:
+def dequantize_launch(weight: QuantizedTensor, out: Tensor, levels: tuple[float, ...] | None = None) -> KernelLaunch:
     """Dequantize a matrix to ``out``, contiguous (rows, columns); ``levels`` replace the format's."""
-    stored, tile = _stored(weight, levels), TILES["dequantize", 0]
-    shape = tile.shape(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
+    stored, tile = _stored_weight_arguments(weight, levels), TILES["dequantize", 0]
+    shape = tile.shape_constants(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
     tiles = math.ceil(stored["row_bytes"] / (shape["GROUPS"] * shape["GROUP"]))
     programs = math.ceil(len(out) / shape["ROWS"]) * tiles
-    given = {"out": out, "rows": len(out), "OFFSETS": weight.has_offsets}
-    return Launch(of_rows.dequantize, programs, stored | given | shape, tile.warps)
+    out_arguments = {"out": out, "rows": len(out), "OFFSETS": weight.has_offsets}
+    return KernelLaunch(of_rows.dequantize, programs, stored | out_arguments | shape, tile.warps)
 
 
-def few(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, out: Tensor) -> Launch:
+def small_batch_product_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, out: Tensor) -> KernelLaunch:
     """Multiply up to eight inputs (batch, columns) by a matrix without offsets, into contiguous (batch, out)."""
-    stored, tile, x = _stored(weight), TILES["few", _power(len(x))], _rows(x)
-    shape = tile.shape(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
+    stored, tile, x = (
+        _stored_weight_arguments(weight),
+        TILES["few", _next_power_of_two(len(x))],
+        _with_contiguous_rows(x),
+    )
+    shape = tile.shape_constants(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
     programs = math.ceil(weight.shape[0] / shape["ROWS"])
-    given = {
+    input_arguments = {
         "x": x,
         "bias": out if bias is None else bias.contiguous(),  # not read without BIAS
         "out": out,
@@ -96,18 +100,20 @@ def few(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, out: Tensor) ->
         "BIAS": bias is not None,
         "INPUTS": len(x),
     }
-    return Launch(few_inputs.few, programs, stored | given | shape, tile.warps)
+    return KernelLaunch(few_inputs.few, programs, stored | input_arguments | shape, tile.warps)
 
 
-def quantize(weight: Tensor, scales: Tensor, form: Format, block_size: int, packed: Tensor, used: Tensor) -> Launch:
+def quantize_launch(
+    weight: Tensor, scales: Tensor, form: Format, block_size: int, packed: Tensor, used: Tensor
+) -> KernelLaunch:
     """Write the nearest codes of float32 (rows, columns), for float32 scales (rows, blocks), and which blocks of
     ``used``, uint8 (rows, blocks), have other codes than the zero code."""
-    tile, width = TILES["quantize", 0], _power(block_size * form.bits // 8)
+    tile, width = TILES["quantize", 0], _next_power_of_two(block_size * form.bits // 8)
     blocks = max(1, tile.nbytes // width)
-    given = {
+    arguments = {
         "weight": weight.contiguous(),
         "scales": scales.contiguous(),
-        "boundaries": number_table((*form.boundaries, math.inf), weight.device),
+        "boundaries": float32_table((*form.boundaries, math.inf), weight.device),
         "packed": packed,
         "used": used,
         "count": scales.numel(),
@@ -121,33 +127,33 @@ def quantize(weight: Tensor, scales: Tensor, form: Format, block_size: int, pack
         "WIDTH": width,
     }
     warps = tile.warps * max(1, width // tile.of_row)
-    return Launch(of_rows.quantize, math.ceil(scales.numel() / blocks), given, warps)
+    return KernelLaunch(of_rows.quantize, math.ceil(scales.numel() / blocks), arguments, warps)
 
 
-def _stored(weight: QuantizedTensor, levels: tuple[float, ...] | None = None) -> dict[str, Any]:
+def _stored_weight_arguments(weight: QuantizedTensor, levels: tuple[float, ...] | None = None) -> dict[str, Any]:
     """Return the arguments that describe a stored matrix."""
     form, encoding, columns = get_format(weight.format), weight.encoding, weight.shape[1]
-    packed, scales = _rows(weight.packed), _rows(weight.scales)
+    packed, scales = _with_contiguous_rows(weight.packed), _with_contiguous_rows(weight.scales)
     return {
         "packed": packed,
         "scales": scales,
-        "levels": number_table(levels or form.levels, packed.device),
+        "levels": float32_table(levels or form.levels, packed.device),
         "columns": columns,
         "row_bytes": packed.shape[1],
         "packed_stride": packed.stride(0),
         "scales_stride": scales.stride(0),
         "BLOCK": weight.block_size,
         "BITS": form.bits,
-        "STEPS": (127 if encoding.signed else 255) if encoding.extra else 0,
+        "STEPS": (127 if encoding.signed else 255) if encoding.extra_per_row else 0,
         "WHOLE": columns % weight.block_size == 0,
     }
 
 
-def _rows(matrix: Tensor) -> Tensor:
+def _with_contiguous_rows(matrix: Tensor) -> Tensor:
     """Return a matrix whose rows' numbers lie side by side."""
     return matrix if matrix.stride(1) == 1 else matrix.contiguous()
 
 
-def _power(number: int) -> int:
+def _next_power_of_two(number: int) -> int:
     """Return the least power of two that is not below a number."""
     return 1 << (number - 1).bit_length()

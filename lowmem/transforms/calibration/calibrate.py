@@ -16,26 +16,50 @@ from typing import Any, Literal, TypeVar, cast
 
 from torch import Tensor, nn
 
-from lowmem.errors import as_path, check_function, show
+from lowmem.errors import check_callable_with, checked_path, short_repr
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, FourBit
 from lowmem.quant.tensor import QuantizedTensor
-from lowmem.resident import returns_free_pages
-from lowmem.transforms.assign import assign
-from lowmem.transforms.budget import Chosen
-from lowmem.transforms.calibration.blocks import Unit, find_blocks, units_of
-from lowmem.transforms.calibration.finished_units import FinishedUnits, digest_of
-from lowmem.transforms.calibration.generated import generated_batches
-from lowmem.transforms.calibration.gptq import prepare_hessian, quantize_gptq, quantize_weighted
-from lowmem.transforms.calibration.moments import Inputs, Moments, counted_rows
-from lowmem.transforms.calibration.replay import Replay, Stale, noted_inputs, way_to_replay
-from lowmem.transforms.calibration.runs import check_batches, computing, evaluation_mode, run_batch
-from lowmem.transforms.commit import commit
-from lowmem.transforms.refusals import refuse_layers
-from lowmem.transforms.registry import Step, Where, layer_name, layer_names, parameters_to_store
-from lowmem.transforms.select import note_left, select_to_convert
-from lowmem.transforms.store import StoreBy, rebuild, storing_once
-from lowmem.transforms.ties import weight_key
+from lowmem.resident import release_memory_after_call
+from lowmem.transforms.bit_budget import BudgetChoice
+from lowmem.transforms.calibration.block_replay import (
+    BlockReplay,
+    DroppedOutputRead,
+    recording_first_inputs,
+    replay_mode_and_refusal,
+)
+from lowmem.transforms.calibration.calibration_units import CalibrationUnit, calibration_units, select_block_lists
+from lowmem.transforms.calibration.gptq_solver import (
+    prepare_hessian_or_none,
+    quantize_gptq,
+    quantize_with_column_importance,
+)
+from lowmem.transforms.calibration.input_moments import (
+    InputMomentCollector,
+    RunningMoments,
+    unpadded_token_mask_or_none,
+)
+from lowmem.transforms.calibration.model_runs import (
+    check_batches_reiterable,
+    evaluation_mode,
+    replaced_forward,
+    run_batch,
+)
+from lowmem.transforms.calibration.resume_files import FinishedUnitFiles, calibration_digest
+from lowmem.transforms.calibration.self_generated_text import self_generated_token_batches
+from lowmem.transforms.converted_copies import StoreFactory, cached_store_factory, converted_copy
+from lowmem.transforms.model_checks import check_layers_are_changeable
+from lowmem.transforms.module_registry import (
+    LayerTechnique,
+    ModuleFilter,
+    abbreviated_layer_names,
+    layer_display_name,
+    storable_parameter_names,
+)
+from lowmem.transforms.module_replacement import check_and_commit_replacements
+from lowmem.transforms.module_selection import record_user_exclusions, select_modules_to_convert
+from lowmem.transforms.technique_assignment import layer_techniques_and_budget_choices
+from lowmem.transforms.tied_weights import weight_memory_key
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,7 +67,7 @@ _DEFAULT = FourBit()
 _BY_WEIGHTS = (nn.Embedding, nn.EmbeddingBag, nn.modules.conv._ConvNd)  # which nobody expects to be calibrated
 
 
-@returns_free_pages
+@release_memory_after_call
 def calibrate(
     model: M,
     batches: Iterable[Any] | Literal["self"],
@@ -123,72 +147,77 @@ def calibrate(
         UserWarning: layers of other types, that no batch reached, whose inputs were all zero or all alike, or had
             fewer rows than columns; blocks that read more than what those before them return.
     """
-    _check_arguments(batches, technique, damping, progress)
+    _check_calibration_arguments(batches, technique, damping, progress)
     if not isinstance(diagonal, bool):
-        raise ValueError(f"diagonal={show(diagonal)} must be True or False")
+        raise ValueError(f"diagonal={short_repr(diagonal)} must be True or False")
     for name, value in {"blocks": blocks, "offload": offload, "resume": resume}.items():
         if diagonal and value is not None:
             raise ValueError(
-                f"{name}={show(value)} does not apply with diagonal=True, which runs the model once and keeps "
+                f"{name}={short_repr(value)} does not apply with diagonal=True, which runs the model once and keeps "
                 "nothing of it: use only one of them"
             )
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
-    found = select_to_convert(model, (technique,), where, skip)
-    candidates = {layer: path for layer, (path, _) in found.items()}
-    refuse_layers("calibrate", candidates)
+    selection = select_modules_to_convert(model, (technique,), where, skip)
+    candidates = {layer: path for layer, (path, _) in selection.items()}
+    check_layers_are_changeable("calibrate", candidates)
     if isinstance(batches, str):
-        batches = generated_batches(model, tokenizer, seed, temperature)
+        batches = self_generated_token_batches(model, tokenizer, seed, temperature)
     if not any(True for _ in batches):
         raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
-    steps, chosen = _steps(model, technique, found, where, batches)
+    steps, chosen = _assign_techniques(model, technique, selection, where, batches)
     with evaluation_mode(model) as overrides:
-        run = _Run(model, batches, candidates, damping, overrides, progress, steps)
-        lists = [] if diagonal else find_blocks(model, run.linear, blocks)
-        run.replace_others()
+        run = _CalibrationRun(model, batches, candidates, damping, overrides, progress, steps)
+        lists = [] if diagonal else select_block_lists(model, run.layers_to_calibrate, blocks)
+        run.quantize_uncalibrated_layers()
         if diagonal:
-            run.weigh_columns()
+            run.quantize_by_column_mean_squares()
         else:
             if resume is not None:
-                stored = sorted((candidates[layer], str(own)) for layer, own in steps.items())
-                digest = digest_of(model, batches, f"{damping} {blocks} {stored}")
-                run.finished = FinishedUnits(as_path("resume", resume), digest)
-            folder = None if offload is None else as_path("offload", offload)
-            units = run.find_units(lists, folder, asked=blocks is not None)
-            run.calibrate(units, lists, folder)
-        run.replace_unreached(run.linear)
-    for layer, one in chosen.items():
-        cast(StoredModule, run.replacements[layer]).chosen_because = one.why
-    for text in run.warnings():
-        warnings.warn(text, UserWarning, stacklevel=3)  # the caller of the wrapped function
-    commit(model, run.replacements)
-    note_left(model, where, skip, FourBit)
+                stored = sorted((candidates[layer], str(layer_steps)) for layer, layer_steps in steps.items())
+                digest = calibration_digest(model, batches, f"{damping} {blocks} {stored}")
+                run.finished_units = FinishedUnitFiles(checked_path("resume", resume), digest)
+            folder = None if offload is None else checked_path("offload", offload)
+            units = run.find_units_and_set_replay_mode(lists, folder, blocks_requested=blocks is not None)
+            run.calibrate_units(units, lists, folder)
+        run.quantize_unreached_layers(run.layers_to_calibrate)
+    for layer, budget_choice in chosen.items():
+        cast(StoredModule, run.replacements[layer]).chosen_because = budget_choice.why
+    for text in run.iterate_warning_texts():
+        # The caller of the wrapped function
+        warnings.warn(text, UserWarning, stacklevel=3)
+    check_and_commit_replacements(model, run.replacements)
+    record_user_exclusions(model, where, skip, FourBit)
     return model
 
 
-def _check_arguments(batches: object, technique: object, damping: object, progress: object) -> None:
+def _check_calibration_arguments(batches: object, technique: object, damping: object, progress: object) -> None:
     if isinstance(batches, FourBit | Budget):
-        raise TypeError(f"batches={show(batches)} is a technique: the order is calibrate(model, batches, technique)")
+        raise TypeError(
+            f"batches={short_repr(batches)} is a technique: the order is calibrate(model, batches, technique)"
+        )
     if type(technique) not in (FourBit, Budget):
-        raise TypeError(f"technique={show(technique)} must be a FourBit or a Budget; convert applies the others")
+        raise TypeError(
+            f"technique={short_repr(technique)} must be a FourBit or a Budget; convert applies the others"
+        )
     if isinstance(damping, bool) or not isinstance(damping, int | float) or not 0 < damping < math.inf:
-        raise ValueError(f"damping={show(damping)} must be a number above 0; 0.01 suits most models")
+        raise ValueError(f"damping={short_repr(damping)} must be a number above 0; 0.01 suits most models")
     if progress is not None:
-        check_function("progress", progress, "callable with two counts and seconds, or None", 1, 1, 0.0)
+        check_callable_with("progress", progress, "callable with two counts and seconds, or None", 1, 1, 0.0)
     if not (isinstance(batches, str) and batches == "self"):
-        check_batches(batches)
+        check_batches_reiterable(batches)
 
 
-def _steps(
+def _assign_techniques(
     model: nn.Module,
     technique: FourBit | Budget,
-    found: Mapping[nn.Module, tuple[str, list[str]]],
-    where: Where,
+    selection: Mapping[nn.Module, tuple[str, list[str]]],
+    where: ModuleFilter,
     batches: Iterable[Any],
-) -> tuple[dict[nn.Module, tuple[Step, ...]], dict[nn.Module, Chosen]]:
+) -> tuple[dict[nn.Module, tuple[LayerTechnique, ...]], dict[nn.Module, BudgetChoice]]:
     """Return how each layer is stored, with a search of scales, and what it got of a budget."""
     if isinstance(technique, Budget) and technique.inputs is None:
         technique = replace(technique, inputs=batches)
-    steps, chosen = assign(model, (technique,), found, where)
+    steps, chosen = layer_techniques_and_budget_choices(model, (technique,), selection, where)
     for layer, (first, *rest) in steps.items():
         if isinstance(first, FourBit):
             steps[layer] = (replace(first, search=first.search is not False), *rest)
@@ -196,7 +225,7 @@ def _steps(
 
 
 @dataclass
-class _Run:
+class _CalibrationRun:
     """What a calibration has made so far, while the model is as it was."""
 
     model: nn.Module
@@ -205,195 +234,241 @@ class _Run:
     damping: float
     overrides: ExitStack
     progress: Callable[[int, int, float], object] | None
-    steps: Mapping[nn.Module, tuple[Step, ...]]  # how each layer is stored
+    steps: Mapping[nn.Module, tuple[LayerTechnique, ...]]  # how each layer is stored
     replacements: dict[nn.Module, nn.Module] = field(default_factory=dict)
     uncalibrated: dict[nn.Module, str] = field(default_factory=dict)  # quantized by their weights alone, and why
-    few: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # fewer rows than columns: both numbers
-    finished: FinishedUnits | None = None  # None: nothing is written
-    keep_all: bool | None = False  # the outputs of all blocks that are done; None: of no block, and why_not
-    why_not: str = ""
-    store_by: StoreBy = field(default_factory=storing_once)
+    few_rows: dict[nn.Module, tuple[int, int]] = field(default_factory=dict)  # fewer rows than columns: both numbers
+    finished_units: FinishedUnitFiles | None = None  # None: nothing is written
+    keep_all: bool | None = (
+        False  # the outputs of all blocks that are done; None: of no block, and unsupported_layer_reason
+    )
+    replay_refusal: str = ""
+    store_factory: StoreFactory = field(default_factory=cached_store_factory)
 
     @cached_property
-    def linear(self) -> list[nn.Module]:
+    def layers_to_calibrate(self) -> list[nn.Module]:
         """The layers to calibrate, which are stored in 4 bits."""
         layers: list[Any] = list(self.candidates)
-        held = Counter(weight_key(layer._parameters[name]) for layer in layers for name in parameters_to_store(layer))
-        plain = [one for one in layers if type(one) is nn.Linear and held[weight_key(one.weight)] == 1]
+        held = Counter(
+            weight_memory_key(layer._parameters[name]) for layer in layers for name in storable_parameter_names(layer)
+        )
+        plain = [
+            candidate
+            for candidate in layers
+            if type(candidate) is nn.Linear and held[weight_memory_key(candidate.weight)] == 1
+        ]
         return [layer for layer in plain if isinstance(self.steps[layer][0], FourBit)]
 
     @cached_property
-    def centred(self) -> set[nn.Module]:
+    def bias_corrected_layers(self) -> set[nn.Module]:
         """Those of ``linear`` with a bias of their own, which can make up for the mean of the error."""
         biases = Counter(id(module._parameters.get("bias")) for module in self.model.modules())
-        own = {layer: layer._parameters["bias"] for layer in self.linear}
-        return {layer for layer, bias in own.items() if bias is not None and biases[id(bias)] == 1}
+        biases_by_layer = {layer: layer._parameters["bias"] for layer in self.layers_to_calibrate}
+        return {layer for layer, bias in biases_by_layer.items() if bias is not None and biases[id(bias)] == 1}
 
-    def replace(self, layer: nn.Module, store_by: StoreBy) -> Any:
+    def quantize_and_substitute(self, layer: nn.Module, store_factory: StoreFactory) -> Any:
         """Make what a layer becomes, and let it compute in the layer's place."""
-        made: Any = rebuild(layer, self.steps[layer], self.candidates[layer], {}, store_by)
+        made: Any = converted_copy(layer, self.steps[layer], self.candidates[layer], {}, store_factory)
         self.replacements[layer] = made
-        self.overrides.enter_context(computing(layer, made.forward))
+        self.overrides.enter_context(replaced_forward(layer, made.forward))
         return made
 
-    def replace_by_weight(self, layer: nn.Module, why: str = "") -> Any:
+    def quantize_by_weight_alone(self, layer: nn.Module, warning_reason: str = "") -> Any:
         """Quantize a layer by its weight alone; a warning says why, if there is a reason."""
-        if why:
-            self.uncalibrated[layer] = why
-        return self.replace(layer, self.store_by)
+        if warning_reason:
+            self.uncalibrated[layer] = warning_reason
+        return self.quantize_and_substitute(layer, self.store_factory)
 
-    def replace_others(self) -> None:
+    def quantize_uncalibrated_layers(self) -> None:
         """Quantize by their weights alone what is not calibrated."""
-        for layer in [one for one in self.candidates if one not in self.linear]:
+        for layer in [candidate for candidate in self.candidates if candidate not in self.layers_to_calibrate]:
             expected = type(layer) is nn.Linear or isinstance(layer, _BY_WEIGHTS)
-            told = not expected and isinstance(self.steps[layer][0], FourBit)
-            self.replace_by_weight(layer, f"of type {type(layer).__name__}, not nn.Linear itself" if told else "")
+            needs_warning = not expected and isinstance(self.steps[layer][0], FourBit)
+            self.quantize_by_weight_alone(
+                layer, f"of type {type(layer).__name__}, not nn.Linear itself" if needs_warning else ""
+            )
 
-    def replace_unreached(self, layers: Iterable[nn.Module]) -> None:
+    def quantize_unreached_layers(self, layers: Iterable[nn.Module]) -> None:
         """Quantize by their weights alone the layers that no batch has reached."""
         for layer in layers:
             if layer not in self.replacements:
-                self.replace_by_weight(layer, "no batch reached it")
+                self.quantize_by_weight_alone(layer, "no batch reached it")
 
-    def warnings(self) -> Iterator[str]:
+    def iterate_warning_texts(self) -> Iterator[str]:
         """Yield what to warn of."""
         alike: dict[str, list[str]] = {}
         for layer, why in self.uncalibrated.items():
             alike.setdefault(why, []).append(self.candidates[layer])
         if alike:
-            texts = "; ".join(f"{layer_names(paths)}: {why}" for why, paths in alike.items())
+            texts = "; ".join(f"{abbreviated_layer_names(paths)}: {why}" for why, paths in alike.items())
             yield f"layers were quantized by their weights alone ({texts})"
-        if self.why_not:
+        if self.replay_refusal:
             yield (
-                f"blocks read more than what those before them return ({self.why_not}): all before a block were run "
+                f"blocks read more than what those before them return ({self.replay_refusal}): all before a block "
+                "were run "
                 "anew for it, which takes time by the square of the depth"
             )
-        if self.few:
-            layer, (rows, columns) = max(self.few.items(), key=lambda one: one[1][1] / one[1][0])
+        if self.few_rows:
+            layer, (rows, columns) = max(self.few_rows.items(), key=lambda item: item[1][1] / item[1][0])
             yield (
-                f"fewer rows than columns reached {len(self.few)} layers, least of all "
-                f"{layer_name(self.candidates[layer])} ({rows} rows, {columns} columns), which are damped the more: "
+                f"fewer rows than columns reached {len(self.few_rows)} layers, least of all "
+                f"{layer_display_name(self.candidates[layer])} ({rows} rows, {columns} columns), which are damped "
+                "the more: "
                 "pass more samples"
             )
 
-    def find_units(self, lists: list[list[nn.Module]], offload: Path | None, *, asked: bool) -> list[Unit]:
-        """Return the units, as ``units_of``, and find out by the first batch what has to be kept of those done."""
-        blocks = [block for own in lists for block in own]
+    def find_units_and_set_replay_mode(
+        self, block_lists: list[list[nn.Module]], offload_folder: Path | None, *, blocks_requested: bool
+    ) -> list[CalibrationUnit]:
+        """Return the ``calibration_units``, and find out by the first batch what has to be kept of those done."""
+        blocks = [block for block_list in block_lists for block in block_list]
         inside = {layer for block in blocks for layer in block.modules()}
-        noted = [*blocks, *(layer for layer in self.linear if layer not in inside)] if lists else []
-        with noted_inputs(noted) as entries:
-            units = units_of(self.model, self.batches, self.linear, lists, self.centred, asked=asked)
+        noted = (
+            [*blocks, *(layer for layer in self.layers_to_calibrate if layer not in inside)] if block_lists else []
+        )
+        with recording_first_inputs(noted) as entries:
+            units = calibration_units(
+                self.model,
+                self.batches,
+                self.layers_to_calibrate,
+                block_lists,
+                self.bias_corrected_layers,
+                blocks_requested=blocks_requested,
+            )
         if any(unit.block is not None for unit in units):
             first = next(iter(self.batches))
-            self.keep_all, self.why_not = way_to_replay(self.model, first, lists, units, entries, offload)
+            self.keep_all, self.replay_refusal = replay_mode_and_refusal(
+                self.model, first, block_lists, units, entries, offload_folder
+            )
         return units
 
-    def calibrate(self, units: list[Unit], lists: list[list[nn.Module]], offload: Path | None) -> None:
+    def calibrate_units(
+        self, units: list[CalibrationUnit], block_lists: list[list[nn.Module]], offload_folder: Path | None
+    ) -> None:
         """Quantize the layers of all units, in their order."""
         for keep_all in (True,) if self.keep_all else (False, True):
-            with Replay(self.model, lists, offload, keep_all) as replay, suppress(Stale):  # what is done runs again
-                self._calibrate(units, replay)
+            with (
+                BlockReplay(self.model, block_lists, offload_folder, keep_all) as replay,
+                suppress(DroppedOutputRead),
+            ):  # what is done runs again
+                self._calibrate_or_resume_units(units, replay)
                 return
 
-    def _calibrate(self, units: list[Unit], replay: Replay) -> None:
+    def _calibrate_or_resume_units(self, units: list[CalibrationUnit], replay: BlockReplay) -> None:
         start, done = time.monotonic(), 0
         for number, unit in enumerate(units):
-            if not any(layer in self.replacements for layer in unit.layers) and not self._load(number, unit):
-                self._quantize(unit, replay)
-                self._save(number, unit)
+            if not any(layer in self.replacements for layer in unit.layers) and not self._load_unit_if_saved(
+                number, unit
+            ):
+                self._quantize_unit(unit, replay)
+                self._save_unit_for_resume(number, unit)
                 done += 1
             if unit.block is not None and self.keep_all is not None and number + 1 < len(units):
-                replay.finish(unit.block, self.batches)
+                replay.cache_and_replay_block(unit.block, self.batches)
             if self.progress is not None:
                 left = (time.monotonic() - start) / max(1, done) * (len(units) - number - 1)
                 self.progress(number + 1, len(units), left)
 
-    def _quantize(self, unit: Unit, replay: Replay) -> None:
+    def _quantize_unit(self, unit: CalibrationUnit, replay: BlockReplay) -> None:
         """Quantize a unit's layers by the moments of its inputs; Stale if what was not kept may be read."""
-        moments, groups = replay.moments(unit, self.batches, self.centred)
-        if replay.has_dropped and not all(own.is_finite() for own in moments.values()):
-            raise Stale  # before a layer is replaced: all of the unit are done again
-        self._refuse_not_finite(moments)
+        moments, groups = replay.input_moments_and_layer_groups(unit, self.batches, self.bias_corrected_layers)
+        if replay.has_dropped and not all(input_moments.is_finite() for input_moments in moments.values()):
+            # Before a layer is replaced: all of the unit are done again
+            raise DroppedOutputRead
+        self._check_finite_moments(moments)
         for group in groups:
-            own = moments.pop(group[0])
-            hessian = prepare_hessian(own.second(), self.damping * max(1.0, own.columns / max(1, own.rows)))
-            found = None if hessian is None else _storing(partial(quantize_gptq, hessian=hessian))
-            self._replace_group(group, own, found)
-            if found is not None and own.rows < own.columns:
-                self.few |= dict.fromkeys(group, (own.rows, own.columns))
-            del hessian, found  # before the next one is computed
-        self.replace_unreached(unit.layers)
+            input_moments = moments.pop(group[0])
+            hessian = prepare_hessian_or_none(
+                input_moments.second_moments_or_covariance(),
+                self.damping * max(1.0, input_moments.columns / max(1, input_moments.rows)),
+            )
+            group_store_factory = (
+                None if hessian is None else _store_factory_from_function(partial(quantize_gptq, hessian=hessian))
+            )
+            self._quantize_layers_with_same_input(group, input_moments, group_store_factory)
+            if group_store_factory is not None and input_moments.rows < input_moments.columns:
+                self.few_rows |= dict.fromkeys(group, (input_moments.rows, input_moments.columns))
+            # Before the next one is computed
+            del hessian, group_store_factory
+        self.quantize_unreached_layers(unit.layers)
 
-    def _refuse_not_finite(self, moments: Mapping[nn.Module, Moments]) -> None:
-        for layer, own in moments.items():
-            if not own.is_finite():
+    def _check_finite_moments(self, moments_by_layer: Mapping[nn.Module, RunningMoments]) -> None:
+        for layer, input_moments in moments_by_layer.items():
+            if not input_moments.is_finite():
                 raise ValueError(
-                    f"{layer_name(self.candidates[layer])}: its inputs hold NaN or infinite values, or too large "
+                    f"{layer_display_name(self.candidates[layer])}: its inputs hold NaN or infinite values, or too "
+                    "large "
                     "ones to square: look for a broken batch or weight before it, or leave it out with skip="
                 )
 
-    def _replace_group(self, group: list[Any], own: Moments, store_by: StoreBy | None) -> None:
+    def _quantize_layers_with_same_input(
+        self, layers: list[Any], input_moments: RunningMoments, store_factory: StoreFactory | None
+    ) -> None:
         """Quantize layers with one input; None: by their weights alone, as their input tells nothing of the weights.
 
         The bias of a layer takes over the mean of the error: ``(W - W_q) E[x]``.
         """
-        for layer in group:
-            if store_by is None:
-                constant = layer in self.centred and bool(own.mean.any())
-                made = self.replace_by_weight(layer, f"its inputs are all {'alike' if constant else 'zero'}")
+        for layer in layers:
+            if store_factory is None:
+                constant = layer in self.bias_corrected_layers and bool(input_moments.mean.any())
+                made = self.quantize_by_weight_alone(layer, f"its inputs are all {'alike' if constant else 'zero'}")
             else:
-                made = self.replace(layer, store_by)
-            if layer in self.centred:
-                mean = (layer.weight.float() - made.quantized.dequantize()) @ own.mean
-                self._set_bias(layer, (layer.bias.float() + mean).to(layer.bias.dtype))
+                made = self.quantize_and_substitute(layer, store_factory)
+            if layer in self.bias_corrected_layers:
+                mean = (layer.weight.float() - made.quantized.dequantize()) @ input_moments.mean
+                self._set_replacement_bias(layer, (layer.bias.float() + mean).to(layer.bias.dtype))
 
-    def _set_bias(self, layer: Any, bias: Tensor) -> None:
+    def _set_replacement_bias(self, layer: Any, bias: Tensor) -> None:
         self.replacements[layer]._parameters["bias"] = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
 
-    def weigh_columns(self) -> None:
+    def quantize_by_column_mean_squares(self) -> None:
         """Quantize all layers with scales searched for by the mean square of each column of their inputs."""
-        inputs = Inputs(self.linear, self.centred, set(self.linear), diagonal=True)
-        with inputs.taken():
+        inputs = InputMomentCollector(
+            self.layers_to_calibrate, self.bias_corrected_layers, set(self.layers_to_calibrate), diagonal=True
+        )
+        with inputs.collecting_inputs():
             for number, batch in enumerate(self.batches):
-                inputs.start_batch(counted_rows(batch, number))
+                inputs.start_batch(unpadded_token_mask_or_none(batch, number))
                 run_batch(self.model, batch)
-        self._refuse_not_finite(inputs.moments)
-        for layer, own in inputs.moments.items():
-            importance = own.second()
+        self._check_finite_moments(inputs.moments)
+        for layer, input_moments in inputs.moments.items():
+            importance = input_moments.second_moments_or_covariance()
             mean = float(importance.mean())
-            found = _storing(partial(quantize_weighted, importance=importance.add(self.damping * mean)))
-            self._replace_group([layer], own, found if mean > 0 else None)
+            layer_store_factory = _store_factory_from_function(
+                partial(quantize_with_column_importance, importance=importance.add(self.damping * mean))
+            )
+            self._quantize_layers_with_same_input([layer], input_moments, layer_store_factory if mean > 0 else None)
         if self.progress is not None:
             self.progress(1, 1, 0.0)
 
-    def _save(self, number: int, unit: Unit) -> None:
+    def _save_unit_for_resume(self, unit_index: int, unit: CalibrationUnit) -> None:
         """Write the file of a unit."""
         tensors, records = dict[str, Tensor](), list[Any]()
         for place, layer in enumerate(unit.layers):
             made: Any = self.replacements[layer]
             weight: QuantizedTensor = made.quantized
             tensors |= {f"{place}.packed": weight.packed, f"{place}.scales": weight.scales}
-            tensors |= {f"{place}.bias": made.bias} if layer in self.centred else {}
+            tensors |= {f"{place}.bias": made.bias} if layer in self.bias_corrected_layers else {}
             how = [weight.format, weight.block_size, weight.scale_encoding, weight.method]
-            records.append([self.uncalibrated.get(layer), self.few.get(layer), *how])
-        if self.finished is not None:
-            self.finished.save(number, tensors, records)
+            records.append([self.uncalibrated.get(layer), self.few_rows.get(layer), *how])
+        if self.finished_units is not None:
+            self.finished_units.save_unit(unit_index, tensors, records)
 
-    def _load(self, number: int, unit: Unit) -> bool:
+    def _load_unit_if_saved(self, unit_index: int, unit: CalibrationUnit) -> bool:
         """Take the layers of a unit from its file; return whether there is one."""
-        tensors, records = (self.finished and self.finished.load(number)) or ({}, [])
+        tensors, records = (self.finished_units and self.finished_units.load_unit_or_none(unit_index)) or ({}, [])
         layers: list[Any] = unit.layers
-        for place, (layer, (why, few, *how)) in enumerate(zip(layers, records, strict=False)):
+        for place, (layer, (why, few_rows, *how)) in enumerate(zip(layers, records, strict=False)):
             packed, scales = (tensors[f"{place}.{part}"].to(layer.weight.device) for part in ("packed", "scales"))
             weight = QuantizedTensor(packed, scales, layer.weight.shape, *how)
-            self.replace(layer, _storing(lambda *_, weight=weight: weight))
-            if layer in self.centred:
-                self._set_bias(layer, tensors[f"{place}.bias"].to(layer.bias.device))
+            self.quantize_and_substitute(layer, _store_factory_from_function(lambda *_, weight=weight: weight))
+            if layer in self.bias_corrected_layers:
+                self._set_replacement_bias(layer, tensors[f"{place}.bias"].to(layer.bias.device))
             self.uncalibrated |= {} if why is None else {layer: why}
-            self.few |= {} if few is None else {layer: tuple(few)}
+            self.few_rows |= {} if few_rows is None else {layer: tuple(few_rows)}
         return bool(records)
 
 
-def _storing(quantized: Callable[[Tensor, FourBit], QuantizedTensor]) -> StoreBy:
-    """Return a replacement for ``storing_once`` that quantizes by a function of a weight and a technique."""
-    return lambda technique: lambda weight, name: quantized(weight, technique)
+def _store_factory_from_function(quantize_weight: Callable[[Tensor, FourBit], QuantizedTensor]) -> StoreFactory:
+    """Return a replacement for ``cached_store_factory`` that quantizes by a function of a weight and a technique."""
+    return lambda technique: lambda weight, name: quantize_weight(weight, technique)

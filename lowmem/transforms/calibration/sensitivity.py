@@ -12,14 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import measure
-from lowmem.transforms.budget import Importance
-from lowmem.transforms.calibration.runs import Stop, evaluation_mode, hooked, run_batch
-from lowmem.transforms.registry import layer_name
+from lowmem.transforms.bit_budget import WeightImportance
+from lowmem.transforms.calibration.model_runs import (
+    StopModelRun,
+    evaluation_mode,
+    registered_forward_pre_hooks,
+    run_batch,
+)
+from lowmem.transforms.module_registry import layer_display_name
 
 
-def importance_of(
-    model: nn.Module, batches: Iterable[Any], weights: Mapping[str, tuple[nn.Parameter, int]]
-) -> dict[str, Importance]:
+def importance_by_weight(
+    model: nn.Module, batches: Iterable[Any], weights_and_columns: Mapping[str, tuple[nn.Parameter, int]]
+) -> dict[str, WeightImportance]:
     """Return how much squared errors of weights change the model's output, relative to the output's squared norm.
 
     With a random sign for each number y of the output, ``(sum of sign * y)^2`` has the expectation |y|^2 (Hutchinson,
@@ -33,12 +38,15 @@ def importance_of(
     ValueError; the layer is named.
     """
     rows = {
-        name: torch.zeros(one.numel() // columns, dtype=torch.float64, device="cpu")
-        for name, (one, columns) in weights.items()
+        name: torch.zeros(weight.numel() // columns, dtype=torch.float64, device="cpu")
+        for name, (weight, columns) in weights_and_columns.items()
     }
-    sums = {name: torch.zeros(columns, dtype=torch.float64, device="cpu") for name, (_, columns) in weights.items()}
+    sums = {
+        name: torch.zeros(columns, dtype=torch.float64, device="cpu")
+        for name, (_, columns) in weights_and_columns.items()
+    }
 
-    def add(name: str, parameter: Tensor) -> None:
+    def accumulate_and_clear_gradient(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         squares = parameter.grad.detach().reshape(-1, len(sums[name])).double().square_().cpu()  # (rows, columns)
         rows[name] += squares.sum(1)
@@ -47,12 +55,17 @@ def importance_of(
 
     generator = torch.Generator("cpu").manual_seed(0)
     size, runs = 0.0, 0
-    with _gradients_of(model, [one for one, _ in weights.values()]), ExitStack() as stack:
-        for name, (one, _) in weights.items():
-            stack.callback(one.register_post_accumulate_grad_hook(partial(add, name)).remove)
+    with (
+        _gradients_only_for_weights(model, [weight for weight, _ in weights_and_columns.values()]),
+        ExitStack() as stack,
+    ):
+        for name, (weight, _) in weights_and_columns.items():
+            stack.callback(
+                weight.register_post_accumulate_grad_hook(partial(accumulate_and_clear_gradient, name)).remove
+            )
         for batch in batches:
             output = run_batch(model, batch)
-            projected, squared = _projection(output, batch, generator)
+            projected, squared = _random_projection_and_squared_norm(output, batch, generator)
             if projected is None:
                 raise ValueError(
                     f"the output of {type(model).__name__} does not depend on its weights by gradients: "
@@ -63,86 +76,95 @@ def importance_of(
             del output, projected
     if not runs:
         raise ValueError("inputs is empty: pass one batch at least, or leave it out")
-    found = {}
-    for name in weights:
+    importances = {}
+    for name in weights_and_columns:
         total = float(rows[name].sum())
         if not math.isfinite(total) or not math.isfinite(size):
-            broken = _first_that_gets_none(model, batches, [one for one, _ in weights.values()])
+            broken = _first_module_with_nonfinite_input(
+                model, batches, [weight for weight, _ in weights_and_columns.values()]
+            )
             if broken is not None:
                 raise ValueError(
-                    f"{layer_name(broken)}: its inputs hold NaN or infinite values: look for a broken batch or "
+                    f"{layer_display_name(broken)}: its inputs hold NaN or infinite values: look for a broken batch "
+                    "or "
                     "weight before it"
                 )
             raise ValueError(
-                f"{layer_name(name)}: the gradients of the samples hold NaN or infinite values: leave out the "
+                f"{layer_display_name(name)}: the gradients of the samples hold NaN or infinite values: leave out "
+                "the "
                 "batches whose outputs do"
             )
         if total and size:
-            found[name] = Importance(rows[name] / size, sums[name] / total)
-    return found
+            importances[name] = WeightImportance(rows[name] / size, sums[name] / total)
+    return importances
 
 
-def _first_that_gets_none(model: nn.Module, batches: Iterable[Any], weights: Iterable[nn.Parameter]) -> str | None:
+def _first_module_with_nonfinite_input(
+    model: nn.Module, batches: Iterable[Any], weights: Iterable[nn.Parameter]
+) -> str | None:
     """Return the path of the first module with one of the weights whose inputs are no finite numbers."""
     ids, broken = set(map(id, weights)), list[str]()
     paths = {
         module: path
         for path, module in model.named_modules()
-        if any(id(one) in ids for one in module._parameters.values())
+        if any(id(parameter) in ids for parameter in module._parameters.values())
     }
 
-    def see(module: nn.Module, args: Any, kwargs: Any) -> None:
-        first = next(measure.tensors_in((args, kwargs)), None)  # masks behind it may well be infinite
+    def stop_at_nonfinite_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+        # Masks behind it may well be infinite
+        first = next(measure.tensors_in((args, kwargs)), None)
         if first is not None and not first.isfinite().all():
             broken.append(paths[module])
-            raise Stop
+            raise StopModelRun
 
-    with evaluation_mode(model), suppress(Stop), hooked(paths, see):
+    with evaluation_mode(model), suppress(StopModelRun), registered_forward_pre_hooks(paths, stop_at_nonfinite_input):
         for batch in batches:
             run_batch(model, batch)
     return broken[0] if broken else None
 
 
-def _projection(output: Any, batch: Any, generator: torch.Generator) -> tuple[Tensor | None, float]:
+def _random_projection_and_squared_norm(
+    output: Any, batch: Any, generator: torch.Generator
+) -> tuple[Tensor | None, float]:
     """Return the sum of an output's numbers with random signs, and the sum of their squares."""
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     projected, squared = None, 0.0
-    for one in _tensors_of(output):
-        if not one.is_floating_point() or not one.requires_grad:
+    for tensor in _logits_or_output_tensors(output):
+        if not tensor.is_floating_point() or not tensor.requires_grad:
             continue
-        bits = torch.randint(0, 2, one.shape, generator=generator, dtype=torch.int64, device="cpu")
-        sign = bits.mul_(2).sub_(1).to(one.device, torch.float32)
-        if isinstance(mask, Tensor) and one.dim() > 2 and one.shape[:2] == mask.shape:
+        bits = torch.randint(0, 2, tensor.shape, generator=generator, dtype=torch.int64, device="cpu")
+        sign = bits.mul_(2).sub_(1).to(tensor.device, torch.float32)
+        if isinstance(mask, Tensor) and tensor.dim() > 2 and tensor.shape[:2] == mask.shape:
             sign *= (mask != 0).to(sign)[..., None]
-        values = one.float() * sign
+        values = tensor.float() * sign
         projected = values.sum() if projected is None else projected + values.sum()
         squared += float(values.detach().double().square().sum())
     return projected, squared
 
 
-def _tensors_of(output: Any) -> list[Tensor]:
+def _logits_or_output_tensors(output: Any) -> list[Tensor]:
     """Return the tensors of an output; of a language model's or an encoder's the logits, or the last hidden state."""
     for name in ("logits", "last_hidden_state"):
-        found = getattr(output, name, None)
-        if isinstance(found, Tensor):
-            return [found]
+        tensor = getattr(output, name, None)
+        if isinstance(tensor, Tensor):
+            return [tensor]
     return list(dict.fromkeys(measure.tensors_in(output)))
 
 
 @contextmanager
-def _gradients_of(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def _gradients_only_for_weights(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let only some weights have gradients in the block, in evaluation mode; everything is put back afterwards."""
     parameters = list(model.parameters())
-    before = [(one, one.requires_grad, one.grad) for one in parameters]
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
     with evaluation_mode(model), torch.enable_grad():
         try:
-            for one in parameters:
-                one.requires_grad_(False)
-                one.grad = None
-            for one in weights:
-                one.requires_grad_(True)
+            for parameter in parameters:
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            for parameter in weights:
+                parameter.requires_grad_(True)
             yield
         finally:
-            for one, trains, gradient in before:
-                one.requires_grad_(trains)
-                one.grad = gradient
+            for parameter, trains, gradient in before:
+                parameter.requires_grad_(trains)
+                parameter.grad = gradient

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import lowmem
 from tests.integrations.transformers.folders import change_config, write
-from tests.io.formats import test_gptq
+from tests.io.formats import test_gptq_awq
 from tests.io.formats.written import words
 
 GROUP = 32
@@ -18,17 +18,17 @@ Made = tuple[dict[str, Tensor], Tensor]
 
 
 def gptq(seed: int, rows: int, columns: int) -> Made:
-    return test_gptq.layer(seed, columns, rows, GROUP)
+    return test_gptq_awq.layer(seed, columns, rows, GROUP)
 
 
 def gptq_by_activations(seed: int, rows: int, columns: int) -> Made:
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)) // GROUP
-    return test_gptq.layer(seed, columns, rows, GROUP, order=order)
+    return test_gptq_awq.layer(seed, columns, rows, GROUP, order=order)
 
 
 def awq(seed: int, rows: int, columns: int) -> Made:
     zeros = torch.randint(0, 16, (columns // GROUP, rows), generator=torch.Generator().manual_seed(seed))
-    parts, weight = test_gptq.awq_layer(seed, columns, rows, GROUP, zeros)
+    parts, weight = test_gptq_awq.awq_layer(seed, columns, rows, GROUP, zeros)
     return {name.removeprefix("q."): value for name, value in parts.items()}, weight
 
 

@@ -4,9 +4,9 @@ import os
 import signal
 
 from lowmem.__main__ import main
-from lowmem.distributed.processes import Replicated, Sharded
+from lowmem.distributed.torchrun_processes import ReplicatedProcessGroup, ShardedProcessGroup
 
-clips = {kind: kind.clip for kind in (Sharded, Replicated)}
+clips = {kind: kind.clip_grad_norm for kind in (ShardedProcessGroup, ReplicatedProcessGroup)}
 calls = []
 
 
@@ -18,5 +18,5 @@ def clip_or_die(self, parameters, most):
 
 
 if __name__ == "__main__":
-    Sharded.clip = Replicated.clip = clip_or_die
+    ShardedProcessGroup.clip_grad_norm = ReplicatedProcessGroup.clip_grad_norm = clip_or_die
     raise SystemExit(main())

@@ -18,22 +18,27 @@ import lowmem
 from lowmem import FileError, FourBit, LoRA
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import LowmemConfig, from_exact
-from lowmem.integrations.transformers.calibrating import calibrate_folder
-from lowmem.integrations.transformers.comparing import compare_text
-from lowmem.integrations.transformers.config_facts import class_at, factory_of, sizes_of, stored_by
-from lowmem.integrations.transformers.exact import config_at
-from lowmem.integrations.transformers.folder import (
-    check_shapes,
-    import_folder,
+from lowmem.integrations.transformers.folder_calibration import calibrate_folder
+from lowmem.integrations.transformers.foreign_checkpoint import transformers_config
+from lowmem.integrations.transformers.model_facts import (
+    dense_model_factory,
+    language_model_sizes,
+    model_class_from_path,
+    quantizing_program_or_none,
+)
+from lowmem.integrations.transformers.pretrained_folder import (
+    check_tensors_fit_config,
+    import_foreign_folder,
     load_folder,
+    load_folder_or_gguf,
     load_gguf,
-    load_model,
     quantize_folder,
 )
-from lowmem.integrations.transformers.generating import open_language_model
-from lowmem.integrations.transformers.tokenizing import read_tokenizer
-from lowmem.io.formats.gguf.tokenizer import tokenizer_fields
-from lowmem.io.import_checkpoint import import_checkpoint
+from lowmem.integrations.transformers.text_comparison import compare_text
+from lowmem.integrations.transformers.text_generation import open_model_and_tokenizer
+from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
+from lowmem.io.formats.gguf.gguf_tokenizer_fields import gguf_tokenizer_fields
+from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
 from lowmem.tools import COMMANDS
 from tests.integrations.transformers.folders import load, write
 from tests.integrations.transformers.foreign import write_foreign
@@ -267,24 +272,24 @@ def test_a_pipe_that_says_yes_runs_nothing(hostile, tmp_path):
 FUNCTIONS = {
     "load_folder": load_folder,
     "load_folder, stored": lambda folder: load_folder(folder, LowmemConfig(FourBit())),
-    "load_model": load_model,
-    "check_shapes": check_shapes,
+    "load_folder_or_gguf": load_folder_or_gguf,
+    "check_tensors_fit_config": check_tensors_fit_config,
     "quantize_folder": lambda folder: quantize_folder(folder, Path("out"), FourBit()),
     "calibrate_folder": lambda folder: calibrate_folder(folder, Path("out"), FourBit(), None),
     "compare_text": lambda folder: compare_text([folder, folder], "one and two are three"),
-    "factory_of": lambda folder: factory_of(folder)(),
-    "sizes_of": sizes_of,
-    "class_at": class_at,
-    "stored_by": stored_by,
-    "config_at": config_at,
-    "open_language_model": open_language_model,
-    "open_language_model of an adapter": lambda folder: open_language_model(Path("adapter"), folder),
-    "base_of_adapter": lambda folder: open_language_model(Path("adapter")),
+    "dense_model_factory": lambda folder: dense_model_factory(folder)(),
+    "language_model_sizes": language_model_sizes,
+    "model_class_from_path": model_class_from_path,
+    "stored_by": quantizing_program_or_none,
+    "transformers_config": transformers_config,
+    "open_model_and_tokenizer": open_model_and_tokenizer,
+    "open_model_and_tokenizer of an adapter": lambda folder: open_model_and_tokenizer(Path("adapter"), folder),
+    "adapter_base_path": lambda folder: open_model_and_tokenizer(Path("adapter")),
     "read_tokenizer": read_tokenizer,
-    "tokenizer_fields": lambda folder: tokenizer_fields(folder, {}, 258),
+    "gguf_tokenizer_fields": lambda folder: gguf_tokenizer_fields(folder, {}, 258),
     "from_exact": from_exact,
-    "import_folder": lambda folder: import_folder(folder, Path("out")),
-    "import_checkpoint": lambda folder: import_checkpoint(folder, Path("out.safetensors")),
+    "import_foreign_folder": lambda folder: import_foreign_folder(folder, Path("out")),
+    "import_foreign_checkpoint": lambda folder: import_foreign_checkpoint(folder, Path("out.safetensors")),
     "export": lambda folder: lowmem.export(folder, "out.gguf"),
     "export to a folder": lambda folder: lowmem.export(folder, "out"),
     "load_adapter": lambda folder: lowmem.load_adapter(load(Path("base")), Path("adapter")),
@@ -312,7 +317,7 @@ def test_code_of_another_program_s_folder_runs_where_it_is_trusted(hostile, tmp_
         return folder
 
     folder = hostile(foreign)
-    for read in (from_exact, load_folder, lambda one: import_folder(one, Path("out"))):
+    for read in (from_exact, load_folder, lambda one: import_foreign_folder(one, Path("out"))):
         with pytest.raises(FileError, match="none was run.*trust_remote_code=True"):
             read(folder)
     assert main(["quantize", str(folder), "out"]) == 2
@@ -331,7 +336,7 @@ def test_files_beside_a_gguf_file_run_no_code(hostile, tmp_path):
     lowmem.export(tmp_path / "stored", file)
     change(file.parent / "tokenizer_config.json", **OWN_TOKENIZER)
     load_gguf(file)
-    for read in (read_tokenizer, open_language_model):
+    for read in (read_tokenizer, open_model_and_tokenizer):
         with pytest.raises(FileError, match=r"tokenizer_config\.json': it needs code of its own"):
             read(file)
 

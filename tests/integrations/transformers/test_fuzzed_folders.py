@@ -6,10 +6,14 @@ import pytest
 
 from lowmem import FourBit
 from lowmem.integrations.transformers import LowmemConfig
-from lowmem.integrations.transformers.config_facts import sizes_of
-from lowmem.integrations.transformers.folder import check, check_shapes, load_folder
-from lowmem.integrations.transformers.gguf_config import config_of
-from lowmem.integrations.transformers.tokenizing import read_tokenizer
+from lowmem.integrations.transformers.gguf_config import gguf_model_config_or_none
+from lowmem.integrations.transformers.model_facts import language_model_sizes
+from lowmem.integrations.transformers.pretrained_folder import (
+    check_tensors_fit_config,
+    checked_config_and_tensor_bytes,
+    load_folder,
+)
+from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 from tests import fuzzing
 from tests.fuzzing import Reader
 from tests.integrations.transformers.folders import load, write
@@ -34,9 +38,9 @@ def foreign(folder):
 
 
 def plan(folder):
-    check(folder)
-    sizes_of(folder)
-    check_shapes(folder)
+    checked_config_and_tensor_bytes(folder)
+    language_model_sizes(folder)
+    check_tensors_fit_config(folder)
 
 
 READERS = {
@@ -45,7 +49,7 @@ READERS = {
     "dense folder": Reader(dense, load_folder),
     "stored folder": Reader(stored, lambda f: load_folder(f / "m")),
     "folder of another program": Reader(foreign, lambda f: load_folder(f / "foreign")),
-    "config of gguf": Reader(llama, lambda f: config_of(f / "a.gguf")),
+    "config of gguf": Reader(llama, lambda f: gguf_model_config_or_none(f / "a.gguf")),
 }
 
 

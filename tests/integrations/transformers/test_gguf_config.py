@@ -7,9 +7,9 @@ import torch
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from lowmem import FileError
-from lowmem.integrations.transformers.gguf_config import check_config, config_of
-from lowmem.io.formats.gguf.container import Placed, encode_field, write_file
-from lowmem.io.formats.gguf.fields import architecture_of, model_fields, rope_factors
+from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_model_config_or_none
+from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_gguf_file
+from lowmem.io.formats.gguf.gguf_metadata import gguf_architecture, gguf_model_fields, llama3_rope_factors_or_none
 from tests.integrations.transformers.folders import SIZES
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -33,9 +33,9 @@ ROTATED = "llama.rope.dimension_count"
 def write(path, config, change=None, tensors=None):
     """Write what a file of a config's model says of it; ``change`` replaces fields, or removes them where None."""
     told = config.to_dict()
-    arch = architecture_of(told)
+    arch = gguf_architecture(told)
     told_in_phi3 = {} if arch != "phi3" else {"phi3.block_count": 1}
-    fields = {"general.architecture": arch, **(told_in_phi3 or model_fields(told))}
+    fields = {"general.architecture": arch, **(told_in_phi3 or gguf_model_fields(told))}
     ids = (("bos_token_id", "bos"), ("eos_token_id", "eos"))
     fields |= {f"tokenizer.ggml.{key}_token_id": told[name] for name, key in ids if told[name] is not None}
     fields = {key: value for key, value in (fields | (change or {})).items() if value is not None}
@@ -44,12 +44,12 @@ def write(path, config, change=None, tensors=None):
     shapes |= {"blk.0.attn_q.bias": (2,)} if told.get("attention_bias") or arch == "qwen2" else {}
     shapes |= {"blk.0.ffn_down.bias": (2,)} if told.get("mlp_bias") else {}
     contents = {name: torch.zeros(shape) for name, shape in shapes.items()}
-    factors = rope_factors(told)
+    factors = llama3_rope_factors_or_none(told)
     contents |= {} if factors is None else {"rope_freqs.weight": factors}
     contents |= tensors or {}
-    placed = [Placed(name, tuple(one.shape), 0) for name, one in contents.items()]
+    placed = [GGUFTensorInfo(name, tuple(one.shape), 0) for name, one in contents.items()]
     values = [(name, one.flatten().view(torch.uint8)) for name, one in contents.items()]
-    write_file(path, {key: encode_field(key, value) for key, value in fields.items()}, placed, values)
+    write_gguf_file(path, {key: encode_metadata_field(key, value) for key, value in fields.items()}, placed, values)
     return path
 
 
@@ -57,15 +57,15 @@ def write(path, config, change=None, tensors=None):
 def test_it_is_that_of_the_model(name, tmp_path):
     config = CONFIGS[name]
     file = write(tmp_path / "a.gguf", config)
-    found = AutoConfig.for_model(**config_of(file))
+    found = AutoConfig.for_model(**gguf_model_config_or_none(file))
     for one in (config, found):
-        check_config(file, one)
+        check_config_matches_gguf(file, one)
     told, wanted = found.to_dict(), config.to_dict()
-    fields, expected = model_fields(told), model_fields(wanted)
+    fields, expected = gguf_model_fields(told), gguf_model_fields(wanted)
     assert fields.keys() == expected.keys()
     for key, value in expected.items():
         assert fields[key] == (value if isinstance(value, str) else pytest.approx(value, rel=1e-6)), key
-    factors = rope_factors(told), rope_factors(wanted)
+    factors = llama3_rope_factors_or_none(told), llama3_rope_factors_or_none(wanted)
     assert (factors[0] is factors[1] is None) or torch.equal(*factors)
     for key in ("tie_word_embeddings", "vocab_size", "bos_token_id", "eos_token_id"):
         assert told[key] == wanted[key], key
@@ -86,29 +86,29 @@ def test_a_config_that_says_otherwise_is_refused_by_what_differs(tmp_path):
     }.items():
         other = LlamaConfig(**CONFIGS["linear"].to_dict() | {change: says[0]})
         with pytest.raises(FileError, match=f"cannot load .*a.gguf': .*{says[1]}.*lowmem quantize FILE FOLDER"):
-            check_config(file, other)
+            check_config_matches_gguf(file, other)
     with pytest.raises(FileError, match="it is a llama, and config of a 'qwen2'"):
-        check_config(file, CONFIGS["qwen2"])
+        check_config_matches_gguf(file, CONFIGS["qwen2"])
     told = {name: one.to_dict() for name, one in CONFIGS.items()}
     rope = {name: {**one["rope_parameters"], "rope_theta": 5e5} for name, one in told.items()}
     plain = LlamaConfig(**told["llama3"] | {"rope_parameters": rope["llama"]})
     with pytest.raises(FileError, match="it has no rope_freqs.weight, and config scales"):
-        check_config(write(tmp_path / "b.gguf", plain), CONFIGS["llama3"])
+        check_config_matches_gguf(write(tmp_path / "b.gguf", plain), CONFIGS["llama3"])
     with pytest.raises(FileError, match=r"rope_freqs.weight scales its rotary embedding otherwise"):
-        check_config(write(tmp_path / "c.gguf", CONFIGS["llama3"]), plain)
+        check_config_matches_gguf(write(tmp_path / "c.gguf", CONFIGS["llama3"]), plain)
     infinite = {"rope_freqs.weight": torch.full((32,), math.inf)}
     with pytest.raises(FileError, match=r"rope_freqs.weight scales its rotary embedding otherwise"):
-        check_config(write(tmp_path / "d.gguf", CONFIGS["llama3"], tensors=infinite), CONFIGS["llama3"])
+        check_config_matches_gguf(write(tmp_path / "d.gguf", CONFIGS["llama3"], tensors=infinite), CONFIGS["llama3"])
 
 
 def test_an_architecture_that_only_transformers_describes(tmp_path):
     config = Phi3Config(**SIZES, pad_token_id=None)
     file = write(tmp_path / "a.gguf", config)
-    assert config_of(file) is None
-    check_config(file, config)
+    assert gguf_model_config_or_none(file) is None
+    check_config_matches_gguf(file, config)
     file = write(tmp_path / "b.gguf", config, tensors={"rope_factors_long.weight": torch.ones(8)})
     with pytest.raises(FileError, match="rope_factors_long.weight scales its rotary embedding, and config does not"):
-        check_config(file, config)
+        check_config_matches_gguf(file, config)
 
 
 def test_what_no_config_can_say_is_refused_and_what_may_lack_has_its_default(tmp_path):
@@ -142,14 +142,14 @@ def test_what_no_config_can_say_is_refused_and_what_may_lack_has_its_default(tmp
     }
     for name, (change, tensors, says) in cases.items():
         with pytest.raises(FileError, match=says):
-            config_of(write(tmp_path / f"{name}.gguf", config, change, tensors))
+            gguf_model_config_or_none(write(tmp_path / f"{name}.gguf", config, change, tensors))
     for scaling in ({"rope.scaling.type": "none"}, {"rope.freq_base": None}, {"attention.head_count_kv": None}):
         change = {f"llama.{key}": value for key, value in scaling.items()}
         file = write(tmp_path / f"{next(iter(scaling))}.gguf", config, change, ones)
-        found = config_of(file)
+        found = gguf_model_config_or_none(file)
         assert found["rope_parameters"]["rope_type"] == "default"
-        check_config(file, AutoConfig.for_model(**found))
+        check_config_matches_gguf(file, AutoConfig.for_model(**found))
     change = {"qwen2.rope.scaling.original_context_length": None, "qwen2.context_length": 16}
     file = write(tmp_path / "yarn of the context.gguf", CONFIGS["qwen2"], change)
-    assert config_of(file)["rope_parameters"]["original_max_position_embeddings"] == 16
-    check_config(file, AutoConfig.for_model(**config_of(file)))
+    assert gguf_model_config_or_none(file)["rope_parameters"]["original_max_position_embeddings"] == 16
+    check_config_matches_gguf(file, AutoConfig.for_model(**gguf_model_config_or_none(file)))

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lowmem.integrations.transformers
 from lowmem.__main__ import main
-from lowmem.finetuning.state import FILES
+from lowmem.finetuning.training_state import FILES
 from tests import golden
 from tests.golden.language_models import OPTIONS, write_folders
 from tests.io.formats import peft_model

@@ -190,6 +190,18 @@ class NotingConfig(QuantizationConfigMixin):
         self.quant_method = "insides_test"
 
 
+@shows("._dequantize")
+def a_quantizer_makes_a_model_dense_by_its_hook():
+    class Dense(Noting):
+        def _dequantize(self, model, dtype=None):
+            self.seen.append(dtype)
+            return model
+
+    quantizer, dense = Dense(NotingConfig()), model()
+    assert quantizer.dequantize(dense, torch.float64) is dense
+    assert quantizer.seen == [torch.float64]
+
+
 @shows(
     "._process_model_before_weight_loading",
     "._process_model_after_weight_loading",

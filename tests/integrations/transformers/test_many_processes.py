@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 
 import lowmem
 from lowmem.__main__ import main
-from lowmem.finetuning.calling import Calling
-from lowmem.finetuning.rows import Rows
-from lowmem.finetuning.text import Example
+from lowmem.finetuning.calling_convention import CallingConvention
+from lowmem.finetuning.packed_rows import Rows
+from lowmem.finetuning.text_examples import Example
 from lowmem.tools import fit_language
 from tests.distributed.ranks import needs_ranks
 from tests.integrations.transformers.folders import write
@@ -76,7 +76,7 @@ def assert_is_that_of_one(place, name):
 
 
 def test_a_killed_process_ends_the_others_and_torchrun_goes_on(place):
-    """What the other process says of it is tests/distributed/test_processes.py's: torchrun may end it before."""
+    """What the other process says is in tests/distributed/test_torchrun_processes.py: torchrun may end it before."""
     arguments = ["--batch-size", "2", "--shard", "--save", "shard", "--metrics", "shard.jsonl", "--resume"]
     code, out, errors = torchrun(place, 2, *arguments, restarts=1, program=(str(KILLED),))
     assert code == 0, errors
@@ -155,7 +155,11 @@ def test_ctrl_c_under_torchrun_ends_all_processes_and_one_tells_how_to_continue(
     [
         (["--shard"], {}, "--shard needs several processes: start it with torchrun --nproc-per-node 2"),
         (["--replicate"], {}, "--replicate needs several processes: start it with torchrun"),
-        ([], {"RANK": "0", "WORLD_SIZE": "2"}, "torchrun has started 2 processes, which would all do the same: add"),
+        (
+            [],
+            {"RANK": "0", "WORLD_SIZE": "2"},
+            "torchrun has started 2 processes, which would all do the same: add",
+        ),
         (["--shard", "--replicate"], {}, "argument --replicate: not allowed with argument --shard"),
         (["--shard", "--dry-run"], {}, "--dry-run plans one process: leave --shard out"),
     ],
@@ -170,10 +174,10 @@ def test_flags_without_processes_are_one_line(place, monkeypatch, refused, argum
 
 
 def test_more_processes_than_rows_and_a_classifier_are_refused(refused):
-    class Three(fit_language.Ranks):
+    class Three(fit_language.TrainingProcessGroup):
         world = 99
 
-    rows = Rows([Example.of([1, 2], [True, True])], 2, Calling())
+    rows = Rows([Example.of([1, 2], [True, True])], 2, CallingConvention())
     with pytest.raises(ValueError, match="99 processes cannot share 1 rows of text: start fewer, or take more text"):
         lowmem.finetune(torch.nn.Linear(2, 2), rows, lowmem.FineTuning(), ranks=Three())
     told = "--shard does not apply to model='lora', which is not the folder of a language model"

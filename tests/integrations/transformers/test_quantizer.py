@@ -17,7 +17,7 @@ from tests.integrations.transformers.folders import IDS, assert_same, load, writ
 
 def test_free_pages_are_returned_after_loading(small, tmp_path, monkeypatch):
     trims = []
-    monkeypatch.setattr(resident, "_malloc_trim", lambda: trims.append)
+    monkeypatch.setattr(resident, "_malloc_trim_function_or_none", lambda: trims.append)
     monkeypatch.setattr(resident, "_SMALL", 1)
     load(tmp_path / "dense", quantization_config=LowmemConfig(FourBit("nf4")))
     load(small)

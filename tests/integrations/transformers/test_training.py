@@ -226,7 +226,7 @@ def test_accelerate_launches_two_processes(folder, tmp_path):
 )
 def test_a_prepared_model_learns_the_same(folder, tmp_path, monkeypatch, memory, more):
     """Rows have other numbers of labels, by which a Trainer divides the losses that it adds up."""
-    monkeypatch.setattr("lowmem.training.activations._LEAST", 64)  # tensors of this tiny model are small
+    monkeypatch.setattr("lowmem.training.activation_compression._LEAST", 64)  # tensors of this tiny model are small
     rows = [one | {"labels": one["labels"].masked_fill(torch.arange(16) < n, -100)} for n, one in enumerate(DATA)]
     curves = []
     for prepared in (False, True):

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lowmem
-from lowmem.io.metadata import CONFIG_VERSION, form_record, layer_of
+from lowmem.io.metadata_records import CONFIG_VERSION, encode_form_record, parameter_record_key
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -85,7 +85,7 @@ def write_folder(folder: Path, weights: Weights, config: Mapping[str, Any] = CON
         parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
         module = name.removesuffix(".weight")
         parts[f"{module}._extra_state"] = torch.tensor(list(b"how it is stored"), dtype=torch.uint8, device="cpu")
-        layers.append({**form_record(CodedForm.of(weight)), "names": [module]})
+        layers.append({**encode_form_record(CodedForm.from_quantized_tensor(weight)), "names": [module]})
     method = "lowmem: import lowmem.integrations.transformers"
     record = (
         {"quantization_config": {"quant_method": method, "version": CONFIG_VERSION, "layers": layers}}
@@ -108,15 +108,15 @@ def write_folder(folder: Path, weights: Weights, config: Mapping[str, Any] = CON
 
 def write_file(path: Path, weights: Weights) -> Path:
     """Write a file of lowmem's."""
-    from lowmem.io.container import write_tensors
+    from lowmem.io.lowmem_file import write_tensors_returning_digest
 
     parts: dict[str, Tensor] = {}
     layers = {}
     for name, weight in weights.items():
         if isinstance(weight, QuantizedTensor):
             parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
-            layers[layer_of(name)] = form_record(CodedForm.of(weight))
+            layers[parameter_record_key(name)] = encode_form_record(CodedForm.from_quantized_tensor(weight))
         else:
             parts[name] = weight
-    write_tensors(path, parts, {"kind": "model", "layers": layers})
+    write_tensors_returning_digest(path, parts, {"kind": "model", "layers": layers})
     return path

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from lowmem import quantize
 from lowmem.errors import FileError
-from lowmem.io.formats.bitsandbytes import BLOCKS, PACKING, pack, pack_again
-from lowmem.io.formats.codes import codes_of
-from lowmem.io.formats.recognize import open_foreign
-from lowmem.quant.scales import ENCODINGS
+from lowmem.io.formats.bitsandbytes import BLOCKS, PACKING, pack_exactly, packed_and_requantized
+from lowmem.io.formats.code_conversion import unpacked_codes
+from lowmem.io.formats.open_foreign import open_foreign_checkpoint
+from lowmem.quant.scale_encodings import ENCODINGS
 from tests import strategies
 from tests.io.formats.written import as_read, opened, read_all, same_bits, sizes
 from tests.rounding import default_dtype
@@ -56,7 +56,7 @@ def test_codes_may_be_stored_in_any_dtype(tmp_path):
     stored = parts["layer.weight"].flatten().view(torch.bfloat16)[:, None]
     with (
         opened(tmp_path, {**parts, "layer.weight": stored.contiguous()}) as file,
-        open_foreign(SAMPLES / "bitsandbytes-nf4-double.safetensors") as same,
+        open_foreign_checkpoint(SAMPLES / "bitsandbytes-nf4-double.safetensors") as same,
     ):
         read, want = (one.tensors["layer.weight"].read() for one in (file, same))
         assert torch.equal(read.packed, want.packed)
@@ -120,10 +120,10 @@ def test_its_8_bits_are_refused_with_how_to_go_on(tmp_path):
 def test_a_round_trip_keeps_codes_scales_and_values(tmp_path_factory, name, size, rows, scales, kind, seed):
     columns, block = size
     stored = quantize(strategies.make_weight(kind, (rows, columns), 0, seed), name, block_size=block, scales=scales)
-    packed = pack(stored, DTYPES[seed % 3])
+    packed = pack_exactly(stored, DTYPES[seed % 3])
     found = as_read(packed, tmp_path_factory.mktemp("packed") / "a.safetensors")
     assert found.format == name
-    assert torch.equal(codes_of(found), codes_of(stored))
+    assert torch.equal(unpacked_codes(found), unpacked_codes(stored))
     assert same_bits(found.dequantize(), stored.dequantize())
     assert found.block_size in BLOCKS or found.block_size == columns
     if block == found.block_size:
@@ -141,8 +141,8 @@ def test_a_round_trip_keeps_codes_scales_and_values(tmp_path_factory, name, size
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
 def test_what_bitsandbytes_wrote_is_written_with_the_same_bytes(tmp_path, kind):
     written = load_file(SAMPLES / f"bitsandbytes-{kind}.safetensors")
-    with open_foreign(SAMPLES / f"bitsandbytes-{kind}.safetensors") as file, default_dtype(torch.bfloat16):
-        packed = pack(file.tensors["layer.weight"].read(), torch.float32)
+    with open_foreign_checkpoint(SAMPLES / f"bitsandbytes-{kind}.safetensors") as file, default_dtype(torch.bfloat16):
+        packed = pack_exactly(file.tensors["layer.weight"].read(), torch.float32)
     assert written.keys() == {f"layer.{name}" for name in packed.parts}
     for name, part in packed.parts.items():
         if "quant_state" in name:
@@ -161,7 +161,7 @@ def test_what_it_cannot_hold_says_why():
         (quantize(weight, "nf4", scales="float32_offsets"), "its blocks have offsets"),
     ):
         with pytest.raises(ValueError, match=why):
-            pack(stored, torch.float32)
+            pack_exactly(stored, torch.float32)
 
 
 @given(strategies.few_rows, st.integers(1, 100), st.sampled_from(strategies.KINDS), strategies.seeds)
@@ -170,8 +170,8 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
 ):
     """Of rows that no block divides the blocks run over the flattened weight, as bitsandbytes' own do."""
     weight = strategies.make_weight(kind, (rows, columns), 0, seed)
-    packed, after = pack_again(weight, torch.float32)
-    empty, _ = pack_again(weight.to("meta"), torch.float32)
+    packed, after = packed_and_requantized(weight, torch.float32)
+    empty, _ = packed_and_requantized(weight.to("meta"), torch.float32)
     assert {name: (part.shape, part.dtype) for name, part in packed.parts.items()} == {
         name: (part.shape, part.dtype) for name, part in empty.parts.items()
     }

@@ -12,15 +12,15 @@ from safetensors.torch import load_file
 
 from lowmem import quantize
 from lowmem.errors import FileError
-from lowmem.io.formats.codes import codes_of, uniform_block
-from lowmem.io.formats.compressed_tensors import pack, pack_again
-from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.formats.code_conversion import block_size_dividing_rows, unpacked_codes
+from lowmem.io.formats.compressed_tensors import pack_exactly, packed_and_requantized
+from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.quant.packing import pack as pack_codes
-from lowmem.quant.scales import ENCODINGS
-from lowmem.quant.search import CANDIDATES
+from lowmem.quant.scale_encodings import ENCODINGS
+from lowmem.quant.scale_search import CANDIDATES
 from lowmem.quant.tensor import QuantizedTensor
 from tests import strategies
-from tests.io.formats.test_recognize import values_of
+from tests.io.formats.test_open_foreign import values_of
 from tests.io.formats.written import as_read, opened, same_bits, sizes, words
 from tests.rounding import default_dtype
 
@@ -209,9 +209,9 @@ def test_integers_keep_codes_scales_and_values(tmp_path_factory, size, rows, sca
     columns, block = size
     weight = strategies.make_weight(kind, (rows, columns), 0, seed)
     stored = quantize(weight, "q4_0", block_size=block, scales=scales)
-    packed = pack(stored, torch.float32)
+    packed = pack_exactly(stored, torch.float32)
     found = as_read(packed, tmp_path_factory.mktemp("packed") / "a.safetensors")
-    assert torch.equal(codes_of(found), codes_of(stored))
+    assert torch.equal(unpacked_codes(found), unpacked_codes(stored))
     assert torch.equal(found.dequantize(), stored.dequantize())
     if block == found.block_size:
         assert torch.equal(found.packed, stored.packed)
@@ -222,11 +222,11 @@ def test_integers_keep_codes_scales_and_values(tmp_path_factory, size, rows, sca
 def test_mxfp4_keeps_codes_scales_and_values_with_the_signs_of_zeros(tmp_path_factory, size, rows, seed):
     columns, block = size
     stored = mxfp4(rows, columns, block, seed)
-    found = as_read(pack(stored, torch.bfloat16), tmp_path_factory.mktemp("packed") / "a.safetensors")
+    found = as_read(pack_exactly(stored, torch.bfloat16), tmp_path_factory.mktemp("packed") / "a.safetensors")
     assert (found.format, found.block_size) == ("fp4", 32)
     assert same_bits(found.dequantize(), stored.dequantize())
     kept = stored.scales.repeat_interleave(block, -1)[:, :columns] != 0
-    assert torch.equal(codes_of(found)[kept], codes_of(stored)[kept])
+    assert torch.equal(unpacked_codes(found)[kept], unpacked_codes(stored)[kept])
 
 
 @given(sizes(8), strategies.few_rows, st.sampled_from([torch.float16, torch.bfloat16]), strategies.seeds)
@@ -243,23 +243,23 @@ def test_zero_points_keep_codes_scales_and_values(tmp_path_factory, size, rows, 
         pack_codes(codes, block), parts, codes.shape, "uint4", block, "float32_offsets", "imported"
     )
     for own in (dtype, torch.float32):
-        packed = pack(stored, own)
-        assert packed.scheme == ("pack-quantized", uniform_block(stored), False)
+        packed = pack_exactly(stored, own)
+        assert packed.scheme == ("pack-quantized", block_size_dividing_rows(stored), False)
         path = tmp_path_factory.mktemp("packed") / "a.safetensors"
         if own == torch.float32:  # in which the product with a zero point is exact for such scales
             packed = replace(packed, parts={**packed.parts, "weight_scale": packed.parts["weight_scale"].to(dtype)})
         found = as_read(packed, path)
-        assert torch.equal(codes_of(found), codes)
+        assert torch.equal(unpacked_codes(found), codes)
         assert torch.equal(found.dequantize(), stored.dequantize())
 
 
 @pytest.mark.parametrize("kind", ["int4", "asymmetric", "mxfp4"])
 def test_what_compressed_tensors_wrote_is_written_with_the_same_bytes(kind):
     written = load_file(SAMPLES / f"compressed-tensors-{kind}.safetensors")
-    with open_foreign(SAMPLES / f"compressed-tensors-{kind}.safetensors") as file:
+    with open_foreign_checkpoint(SAMPLES / f"compressed-tensors-{kind}.safetensors") as file:
         weight = file.tensors["layer.weight"].read()
     dtype = {"int4": torch.float32, "asymmetric": torch.float16, "mxfp4": torch.bfloat16}[kind]
-    packed = pack(weight, dtype)
+    packed = pack_exactly(weight, dtype)
     assert written.keys() == {f"layer.{name}" for name in packed.parts}
     for name, part in packed.parts.items():
         assert torch.equal(part, written[f"layer.{name}"]), name
@@ -284,14 +284,14 @@ def test_what_it_cannot_hold_says_why():
         (of_scales("uint4", 0, 0, 0, 1), torch.float32, "^1 of its 2 offsets are no scale times a whole zero point"),
     ):
         with pytest.raises(ValueError, match=why):
-            pack(stored, dtype)
+            pack_exactly(stored, dtype)
     stored = QuantizedTensor.empty(torch.Size((1, 160)), "q4_0", 32, "float32", "imported", device="cpu")
     stored.scales[:] = 8 * torch.tensor([1.0, 1 + 2**-9, 1 + 3 * 2**-9, 2.0, 0.5])  # exact, rounded down, and up
     with pytest.raises(ValueError, match="^2 of its 5 scales are no numbers of bfloat16"):
-        pack(stored, torch.bfloat16)
+        pack_exactly(stored, torch.bfloat16)
     # Blocks of zeros have an exponent, and a zero point, of 1 and of no shift.
-    assert pack(of_scales("fp4", 6, 0), torch.bfloat16).parts["weight_scale"].tolist() == [[127, 127]]
-    shifts = pack(of_scales("uint4", 16, 0, -3, 0), torch.float32).parts["weight_zero_point"]
+    assert pack_exactly(of_scales("fp4", 6, 0), torch.bfloat16).parts["weight_scale"].tolist() == [[127, 127]]
+    shifts = pack_exactly(of_scales("uint4", 16, 0, -3, 0), torch.float32).parts["weight_zero_point"]
     assert shifts.bitwise_and(15).tolist() == [[3, 8]]
 
 
@@ -319,10 +319,10 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
     weight = strategies.make_weight(kind, (rows, columns), 0, seed)
     stored = quantize(weight, name, block_size=32)
     values = stored.dequantize()
-    packed, after = pack_again(values, dtype, stored)
+    packed, after = packed_and_requantized(values, dtype, stored)
     assert (packed.kind == "MXFP4") == (name == "fp4" and dtype == torch.bfloat16 and columns % 32 == 0)
     shaped = QuantizedTensor.empty(stored.shape, name, 32, stored.scale_encoding, stored.method, device="meta")
-    empty, _ = pack_again(values.to("meta"), dtype, shaped)
+    empty, _ = packed_and_requantized(values.to("meta"), dtype, shaped)
     assert {name: (part.shape, part.dtype) for name, part in packed.parts.items()} == {
         name: (part.shape, part.dtype) for name, part in empty.parts.items()
     }
@@ -346,9 +346,9 @@ def test_mxfp4_takes_the_better_of_two_exponents_and_integers_are_as_near_as_q4_
     wide[2, :32] = 0
     stored = quantize(wide, "fp4", scales="float32")
     values = stored.dequantize()
-    packed, after = pack_again(values, torch.bfloat16, stored)
+    packed, after = packed_and_requantized(values, torch.bfloat16, stored)
     with default_dtype(torch.bfloat16):  # of tensors without one: these have their own
-        assert torch.equal(pack_again(values, torch.bfloat16, stored)[1].packed, after.packed)
+        assert torch.equal(packed_and_requantized(values, torch.bfloat16, stored)[1].packed, after.packed)
     assert packed.kind == "MXFP4"
     blocks = values.double().view(60, -1, 32)
     lost = (after.dequantize().double().view(60, -1, 32) - blocks).square().sum(-1)
@@ -364,13 +364,13 @@ def test_mxfp4_takes_the_better_of_two_exponents_and_integers_are_as_near_as_q4_
     assert torch.equal(took[lost > 0], (sums[1] < sums[0]).double()[lost > 0])
     assert 0 < took.mean() < 1
     narrow = quantize(weight[:32, :48], "fp4", block_size=16)
-    assert pack_again(narrow.dequantize(), torch.bfloat16, narrow)[0].kind == "int4, group_size=16"
+    assert packed_and_requantized(narrow.dequantize(), torch.bfloat16, narrow)[0].kind == "int4, group_size=16"
     stored = quantize(weight, "nf4")
     values = stored.dequantize()
-    _, after = pack_again(values, torch.float32, stored)
+    _, after = packed_and_requantized(values, torch.float32, stored)
     own = quantize(values, "q4_0", block_size=32, scales="float32").dequantize()
     torch.testing.assert_close((after - values).norm(dim=-1), (own - values).norm(dim=-1))
     zeros = quantize(torch.zeros(1, 64), "nf4")
-    packed, after = pack_again(zeros.dequantize(), torch.float32, zeros)
+    packed, after = packed_and_requantized(zeros.dequantize(), torch.float32, zeros)
     assert packed.parts["weight_packed"].view(torch.uint8).eq(0x88).all()
     assert not after.any()

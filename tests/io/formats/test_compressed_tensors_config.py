@@ -3,22 +3,26 @@
 import pytest
 import torch
 
-from lowmem.io.formats.compressed_tensors_config import check_config, check_scheme, written_config
+from lowmem.io.formats.compressed_tensors_config import (
+    build_quantization_config,
+    check_format_and_schemes,
+    check_layer_scheme,
+)
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
 
 
 def test_what_is_written_passes_the_checks_of_what_is_read():
     schemes = {"a": ("pack-quantized", 32, True), "b": ("mxfp4-pack-quantized", 32, True)}
-    config = written_config(schemes, ["c"], torch.float32)
+    config = build_quantization_config(schemes, ["c"], torch.float32)
     assert (config["format"], config["ignore"]) == ("mixed-precision", ["c"])
     found = {group["targets"][0]: group for group in config["config_groups"].values()}
     assert (found["a"]["weights"], found["a"]["format"]) == (INT4, "pack-quantized")
     assert found["b"]["weights"] == {**INT4, "type": "float", "scale_dtype": "torch.uint8"}
-    check_config(config, {"compressed-tensors", "MXFP4"})
+    check_format_and_schemes(config, {"compressed-tensors", "MXFP4"})
     for layer in schemes:
-        check_scheme(config, layer, 32, (8, 64), has_zeros=False)
-    one = written_config({"a": schemes["a"]}, [], torch.float32)
+        check_layer_scheme(config, layer, 32, (8, 64), has_zero_points=False)
+    one = build_quantization_config({"a": schemes["a"]}, [], torch.float32)
     settled = {"input_activations": None, "output_activations": None}
     assert one == {
         "quant_method": "compressed-tensors",
@@ -30,10 +34,10 @@ def test_what_is_written_passes_the_checks_of_what_is_read():
         "global_compression_ratio": None,
     }
     with pytest.raises(ValueError, match="says format='pack-quantized', and its tensors are in MXFP4"):
-        check_config(one, {"MXFP4"})
+        check_format_and_schemes(one, {"MXFP4"})
     with pytest.raises(ValueError, match="says group_size=32, and 'a' has groups of 16 of its 64 columns"):
-        check_scheme(one, "a", 16, (8, 64), has_zeros=False)
-    asymmetric = written_config({"a": ("pack-quantized", 32, False)}, [], torch.float32)
+        check_layer_scheme(one, "a", 16, (8, 64), has_zero_points=False)
+    asymmetric = build_quantization_config({"a": ("pack-quantized", 32, False)}, [], torch.float32)
     assert asymmetric["config_groups"]["group_0"]["weights"] == {**INT4, "symmetric": False}
     with pytest.raises(ValueError, match="has zero points, and it has none"):
-        check_scheme(asymmetric, "a", 32, (8, 64), has_zeros=False)
+        check_layer_scheme(asymmetric, "a", 32, (8, 64), has_zero_points=False)

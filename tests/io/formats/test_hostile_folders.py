@@ -18,10 +18,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lowmem.errors import FileError
-from lowmem.io.formats.recognize import open_foreign
-from tests.io.formats.test_gptq import awq_layer
-from tests.io.formats.test_gptq import layer as gptq_layer
-from tests.io.formats.test_recognize import SAMPLES, values_of
+from lowmem.io.formats.open_foreign import open_foreign_checkpoint
+from tests.io.formats.test_gptq_awq import awq_layer
+from tests.io.formats.test_gptq_awq import layer as gptq_layer
+from tests.io.formats.test_open_foreign import SAMPLES, values_of
 
 INDEX = "model.safetensors.index.json"
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -59,7 +59,7 @@ def write(folder: Path, kind: str) -> dict[str, torch.Tensor]:
 
 
 def read(path: Path) -> dict[str, torch.Tensor]:
-    with open_foreign(path) as file:
+    with open_foreign_checkpoint(path) as file:
         return {name: values_of(tensor) for name, tensor in file.tensors.items()}
 
 

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lowmem.errors import FileError
-from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_of, power_scales
+from lowmem.io.formats.mxfp4 import E2M1_CODES, exponents_and_exact_mask, fp4_scales_from_exponents
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import FORMATS
 from tests.io.formats.written import opened
@@ -24,7 +24,7 @@ def test_parts_that_do_not_fit_are_refused(tmp_path):
         found = file.tensors["experts.down_proj"]
         assert (found.name, found.shape, found.kind) == ("experts.down_proj", (2, 4, 64), "MXFP4")
         assert (found.nbytes, found.transposed, found.refusal) == (2 * 4 * 2 * 17, True, None)
-        assert found.kept() == CodedForm("fp4", 32, "float32", "imported", transposed=True)
+        assert found.storage_form() == CodedForm("fp4", 32, "float32", "imported", transposed=True)
         values = found.read().dequantize()
     powers = [2.0 ** (exponent - 127) for exponent in PARTS[SCALES].flatten().tolist()]
     halves = [half for byte in PARTS[BLOCKS].flatten().tolist() for half in (byte & 15, byte >> 4)]
@@ -62,13 +62,13 @@ def test_every_e2m1_number_times_every_exponent_is_exact_and_keeps_the_sign_of_z
     exponents = torch.arange(253, dtype=torch.uint8)
     powers = torch.tensor([2.0 ** (e - 127) for e in range(253)], dtype=torch.float64)
     expected = (values.double() * powers[:, None]).float()
-    found = levels * power_scales(exponents)[:, None]
+    found = levels * fp4_scales_from_exponents(exponents)[:, None]
     assert torch.equal(found.view(torch.int32), expected.view(torch.int32))
-    back, fits = exponents_of(power_scales(exponents))
+    back, fits = exponents_and_exact_mask(fp4_scales_from_exponents(exponents))
     assert torch.equal(back, exponents.int())
     assert fits.all()
     others = torch.tensor([0.0, 5.0, -6.0, 2.0**-127])
-    assert exponents_of(others)[1].tolist() == [True, False, False, False]
+    assert exponents_and_exact_mask(others)[1].tolist() == [True, False, False, False]
     with pytest.raises(ValueError, match="exponent of 253"):
-        power_scales(torch.tensor([253], dtype=torch.uint8))
-    assert power_scales(torch.empty(0, 3, dtype=torch.uint8)).shape == (0, 3)
+        fp4_scales_from_exponents(torch.tensor([253], dtype=torch.uint8))
+    assert fp4_scales_from_exponents(torch.empty(0, 3, dtype=torch.uint8)).shape == (0, 3)

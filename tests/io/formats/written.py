@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowmem.errors import FileError
-from lowmem.io.formats.gguf.container import GGUFHeader, read_header
-from lowmem.io.formats.quantized_folder import Packed
-from lowmem.io.formats.recognize import open_foreign
+from lowmem.io.formats.gguf.gguf_file import GGUFHeader, read_gguf_header
+from lowmem.io.formats.open_foreign import open_foreign_checkpoint
+from lowmem.io.formats.quantized_folder_export import PackedWeight
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -58,7 +58,7 @@ def gguf(
 
 def header_of(path: Path) -> GGUFHeader:
     with open(path, "rb") as file:
-        return read_header(path, file)
+        return read_gguf_header(path, file)
 
 
 QWEN = {"general.architecture": "qwen2"}
@@ -77,7 +77,7 @@ def opened(folder: Path, parts: dict[str, torch.Tensor], config: dict[str, Any] 
     """Write a folder of these tensors and this ``quantization_config``, and open it."""
     save_file(parts, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({} if config is None else {"quantization_config": config}))
-    with open_foreign(folder) as file:
+    with open_foreign_checkpoint(folder) as file:
         yield file
 
 
@@ -85,7 +85,7 @@ def read_all(path: Path) -> str | None:
     """Read a file or folder and all of its weights, none larger than its files allow; return its error, if any."""
     size = sum(file.stat().st_size for file in (path.iterdir() if path.is_dir() else [path]))
     try:
-        with open_foreign(path) as file:
+        with open_foreign_checkpoint(path) as file:
             for tensor in file.tensors.values():
                 assert tensor.nbytes <= size
                 if tensor.refusal is None:
@@ -102,10 +102,10 @@ def read_all(path: Path) -> str | None:
     return shown
 
 
-def as_read(packed: Packed, path: Path) -> QuantizedTensor:
+def as_read(packed: PackedWeight, path: Path) -> QuantizedTensor:
     """Return what lowmem's reader makes of a packed layer."""
     save_file({f"layer.{name}": tensor.contiguous() for name, tensor in packed.parts.items()}, path)
-    with open_foreign(path) as file:
+    with open_foreign_checkpoint(path) as file:
         assert list(file.tensors) == ["layer.weight"]
         weight = file.tensors["layer.weight"].read()
     assert isinstance(weight, QuantizedTensor)

@@ -28,11 +28,11 @@ def launches(interpreted: bool) -> ModuleType:
 
 
 @contextmanager
-def serving(device_type: str = "cpu") -> Iterator[gpu.Gpu]:
+def serving(device_type: str = "cpu") -> Iterator[gpu.GpuBackend]:
     """Let the GPU's backend serve a device type inside the block, and plain torch dequantize and quantize nothing."""
-    before, backend = backend_for(device_type), gpu.Gpu()
+    before, backend = backend_for(device_type), gpu.GpuBackend()
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("dequantize", "dequantizer", "quantize_rows"):
+        for name in ("dequantize", "dequantized_rows", "quantize_rows"):
             patch.setattr(reference, name, None)  # calling it is a TypeError
         set_backend(device_type, backend)
         try:

@@ -26,7 +26,7 @@ from lowmem import (
 )
 from lowmem.measure import peak_bytes
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.calibration import gptq
+from lowmem.transforms.calibration import gptq_solver
 from tests.refusing import refused
 
 
@@ -87,8 +87,8 @@ def test_each_layer_sees_what_the_layers_before_it_give_in_4_bits():
     dense = copy.deepcopy(model)
     calibrate(model, [x])
     hidden = torch.relu(model[0](x)).detach()
-    inputs = gptq.prepare_hessian(hidden.T @ hidden / 60, 0.01)
-    expected = gptq.quantize_gptq(dense[2].weight, FourBit(search=True), inputs)
+    inputs = gptq_solver.prepare_hessian_or_none(hidden.T @ hidden / 60, 0.01)
+    expected = gptq_solver.quantize_gptq(dense[2].weight, FourBit(search=True), inputs)
     assert torch.equal(model[2].packed, expected.packed)
 
 
@@ -101,7 +101,7 @@ def test_layers_that_get_the_same_input_share_a_run(net, samples):
 
 def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch):
     alive = []
-    told = gptq.prepare_hessian
+    told = gptq_solver.prepare_hessian_or_none
 
     def watch(moments, damping):
         gc.collect()
@@ -110,7 +110,7 @@ def test_one_layers_second_moments_are_alive_at_a_time(net, samples, monkeypatch
         alive.extend(weakref.ref(tensor) for tensor in (moments, *said))
         return said
 
-    monkeypatch.setitem(calibrate.__wrapped__.__globals__, "prepare_hessian", watch)
+    monkeypatch.setitem(calibrate.__wrapped__.__globals__, "prepare_hessian_or_none", watch)
     calibrate(net, samples, **SKIP)
     assert len(alive) == 3 * 5
 
@@ -712,8 +712,8 @@ def test_fewer_rows_than_columns_are_told_and_damped(net):
     with pytest.warns(UserWarning, match=few):
         calibrate(net, [x], **SKIP)
     centred = x[0] - x[0].mean(0)
-    hessian = gptq.prepare_hessian(centred.T @ centred / 9, 0.01 * 48 / 9)
-    wanted = gptq.quantize_gptq(expected.q.weight, FourBit(search=True), hessian)
+    hessian = gptq_solver.prepare_hessian_or_none(centred.T @ centred / 9, 0.01 * 48 / 9)
+    wanted = gptq_solver.quantize_gptq(expected.q.weight, FourBit(search=True), hessian)
     assert (wanted.dequantize() - net.q.quantized.dequantize()).norm() < 0.02 * wanted.dequantize().norm()
 
 

@@ -1,4 +1,4 @@
 """GGUF, the files of llama.cpp and ggml.
 
-It may import what its parent folder may, and that. Begin with ``container.py``, then ``reading.py``.
+It may import what its parent folder may, and that. Begin with ``gguf_file.py``, then ``gguf_reader.py``.
 """

@@ -1,0 +1,113 @@
+"""Calibrates the model of a folder: on a text, or on what it generates itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowmem.errors import file_error
+from lowmem.integrations.transformers.model_facts import (
+    check_not_encoder_decoder,
+    context_window,
+    language_model_sizes,
+)
+from lowmem.integrations.transformers.pretrained_folder import check_folder_is_dense, load_folder, write_model_folder
+from lowmem.integrations.transformers.text_tokenizer import padded_batches, read_tokenizer, split_paragraphs
+from lowmem.io.convert_checkpoint import TensorConversionRow
+from lowmem.io.filesystem import check_not_exists, read_text_and_sha256
+from lowmem.nn.techniques import Budget, FourBit
+from lowmem.transforms.calibration.calibrate import calibrate
+
+SELF = "self"
+"""In place of a text: the model generates it."""
+
+# Tokens of a text, if the model takes as many
+WINDOW = 256
+WINDOWS = 32  # that are read, evenly spread over a text: 8192 tokens
+_PARAGRAPHS = 64  # that are read, for models that see the whole of a text at once
+# Windows or paragraphs
+_BATCH = 8
+
+
+def calibrate_folder(
+    source: Path,
+    target: Path,
+    technique: FourBit | Budget,
+    text: Path | None,
+    *,
+    skip: str | Iterable[str] = (),
+    shard_bytes: int | None = None,
+    diagonal: bool = False,
+    resume: Path | None = None,
+    device: torch.device | str = "cpu",
+    progress: Callable[[int, int, float], object] | None = None,
+) -> list[TensorConversionRow]:
+    """Write a folder with the weights of another one calibrated, as ``quantize_folder``.
+
+    The dense model is in memory, in the dtype of the folder.
+
+    Args:
+        source: a dense folder, with the model's tokenizer.
+        target, skip, shard_bytes: as for ``quantize_folder``.
+        technique: how to store the weights; a ``Budget`` is divided by what its layers get, too.
+        text: a file of text in UTF-8; None: the model, a causal language model, generates it, with seed 0 at a
+            temperature of 1.
+        device: where the model runs.
+        diagonal, resume, progress: as for ``lowmem.calibrate``.
+
+    Raises:
+        FileError, FileExistsError, OSError: as ``quantize_folder``; or the folder is of an encoder and a decoder, its
+            tokenizer is missing or of another vocabulary, or the text has too few tokens.
+        ValueError: as ``lowmem.calibrate``.
+    """
+    check_not_exists(target)
+    check_folder_is_dense(source)
+    tokenizer = read_tokenizer(source, language_model_sizes(source, "calibrate").vocabulary)
+    written = None if text is None else read_text_and_sha256(text)[0]
+    model: Any = load_folder(source).to(device)
+    check_not_encoder_decoder(source, model, "calibrate")
+    batches: Any = SELF if written is None else calibration_batches(model, tokenizer, written)
+    if text is not None and not batches:
+        raise file_error(
+            text, "it has too few tokens to calibrate a model: take a text of a few thousand", "calibrate"
+        )
+    calibrate(
+        model,
+        batches,
+        technique,
+        skip=skip,
+        diagonal=diagonal,
+        resume=resume,
+        progress=progress,
+        tokenizer=tokenizer,
+    )
+    return write_model_folder(model.to("cpu"), source, target, shard_bytes)
+
+
+def calibration_batches(model: nn.Module, tokenizer: Any, text: str) -> list[Tensor] | list[dict[str, Tensor]]:
+    """Return parts of a text, evenly spread, as batches of a model's inputs.
+
+    A model that generates gets windows of the text; an encoder gets paragraphs with what the tokenizer puts around
+    them, padded and masked. Batches are on the model's device.
+    """
+    pretrained_model: Any = model
+    length = context_window(pretrained_model.config, WINDOW)
+    if pretrained_model.can_generate():
+        tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
+        windows = [window for window in tokens.split(length) if len(window) == length]
+        return (
+            list(torch.stack(_evenly_spaced_items(windows, WINDOWS)).to(pretrained_model.device).split(_BATCH))
+            if windows
+            else []
+        )
+    batches = padded_batches(tokenizer, _evenly_spaced_items(split_paragraphs(text), _PARAGRAPHS), length, _BATCH)
+    return [{name: tensor.to(pretrained_model.device) for name, tensor in batch.items()} for batch in batches]
+
+
+def _evenly_spaced_items(items: list[Any], count: int) -> list[Any]:
+    """Return at most ``count`` of the parts, evenly spread."""
+    return [items[number * len(items) // count] for number in range(count)] if len(items) > count else items

@@ -1,0 +1,115 @@
+"""Language models to generate text with: opened from folders, GGUF files and adapters, each with its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TextStreamer
+
+from lowmem.errors import file_error, short_repr
+from lowmem.integrations.transformers.pretrained_folder import load_folder_or_gguf
+from lowmem.integrations.transformers.text_tokenizer import TextTokenizer, read_tokenizer
+from lowmem.io.adapter_files import (
+    choose_adapter_name_or_none,
+    load_adapter,
+    read_adapter_summary,
+    resolve_adapter_path_and_name,
+)
+from lowmem.io.filesystem import has_magic_bytes
+from lowmem.io.formats.gguf.gguf_file import MAGIC
+from lowmem.io.formats.peft.peft_reader import CONFIG, adapter_folders_without_model
+from lowmem.transforms.named_adapters import activate, adapter_names, deactivate
+
+
+class TokenCountingStreamer(TextStreamer):  # type: ignore[misc]
+    """Writes the text of the new tokens to stdout as they are made, and counts them.
+
+    Attributes:
+        count: of the new tokens, with those that end a text.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.count = 0
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, at first, or the next tokens."""
+        self.count += 0 if self.next_tokens_are_prompt else value.numel()
+        super().put(value)
+
+
+def adapter_base_path(adapter_folder: Path) -> Path:
+    """Return the base that an adapter's folder names, as a path.
+
+    Raises:
+        FileError: it names none, or one that is not on this machine.
+        OSError: its config cannot be read.
+    """
+    name = read_adapter_summary(adapter_folder).base
+    if name is not None:
+        base_path = next((base for base in (Path(name), adapter_folder / name) if base.exists()), None)
+        if base_path is not None:
+            return base_path
+    what = "is no folder or file here" if name else "names no base"
+    why = f"base_model_name_or_path={short_repr(name)} of its {CONFIG} {what}: name the base with --base"
+    raise file_error(adapter_folder, why, "find the base of")
+
+
+def open_model_and_tokenizer(
+    path: Path, base: Path | None = None, adapter_name: str | None = None
+) -> tuple[Any, Any]:
+    """Return a causal language model in evaluation mode, and its tokenizer. No code of a folder is run.
+
+    Args:
+        path: a folder of ``save_pretrained``, dense or stored by lowmem or another program; a GGUF file; or an
+            adapter: a folder of PEFT, or a file of ``save_adapter``.
+        base: the base of an adapter, of the same kinds as ``path``; None takes the base that the config names.
+        adapter: the name of the adapter to use, if the model or the folder of PEFT has several.
+
+    Raises:
+        FileError: as ``load_folder``, ``load_gguf`` and ``load_adapter``; or the adapter's base is not here.
+        ValueError: the model does not generate text, ``base`` of what is no adapter, or an ``adapter`` that it has
+            not, or several without a choice.
+    """
+    model: Any
+    is_alone = bool(adapter_folders_without_model(path))
+    if is_alone or (path.is_file() and not has_magic_bytes(path, MAGIC)):
+        if base is None and not is_alone:
+            raise ValueError(f"{str(path)!r} is no GGUF file: if it is an adapter's file, name its base with --base")
+        place, name = resolve_adapter_path_and_name(path, adapter_name)
+        model, tokenizer = open_model_and_tokenizer(adapter_base_path(place) if base is None else base)
+        model = load_adapter(model, place, name).eval()
+        if is_alone and any((path / file).exists() for file in ("tokenizer.json", "tokenizer_config.json")):
+            tokenizer = read_tokenizer(path)
+    elif base is not None:
+        raise ValueError(
+            f"--base={str(base)!r} applies to adapters alone, and {str(path)!r} is a model: leave it out"
+        )
+    else:
+        model, tokenizer = load_folder_or_gguf(path), read_tokenizer(path)
+    if not (hasattr(model, "can_generate") and model.can_generate()):
+        raise ValueError(f"model={str(path)!r} is a {type(model).__name__}, which generates no text")
+    chosen = choose_adapter_name_or_none(path, adapter_names(model), adapter_name)
+    if chosen is not None:
+        deactivate(model)
+        activate(model, chosen)
+    return model, tokenizer
+
+
+def end_token_ids(model: Any, tokenizer: Any, chat: bool) -> Sequence[int]:
+    """Return the tokens that end a text: the model's, the tokenizer's, and those that end an answer in a chat.
+
+    Raises:
+        ValueError: ``chat`` of a tokenizer whose template is missing, or refuses messages.
+    """
+    eos_token_id = model.generation_config.eos_token_id
+    ends = {*(eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]), tokenizer.eos_token_id}
+    if chat:
+        answer = "An answer"
+        messages = [{"role": "user", "content": "A question"}, {"role": "assistant", "content": answer}]
+        said = [text for text, counts in TextTokenizer(tokenizer).chat(messages) if counts][-1]
+        after = tokenizer(said.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        ends |= {token for token in after if token in tokenizer.all_special_ids}
+    return sorted(ends - {None})

@@ -1,0 +1,74 @@
+"""The product of a few inputs with a weight: each byte of codes is read once. ``decode`` explains the constants."""
+
+# mypy: ignore-errors
+
+import triton
+import triton.language as tl
+
+from lowmem.kernels.triton.decode import load_row_scales, load_scales, look_up, look_up_both, places
+
+
+@triton.jit
+def add_products(sums, x, x_stride, column, mask, values):
+    """Add the products of each input and the weights to its sums (rows, groups, bytes), each in one rounding."""
+    added = ()
+    for number in tl.static_range(len(sums)):
+        # Each thread loads what it multiplies
+        at = tl.broadcast_to((x + column)[None], values.shape)
+        given = tl.load(at, mask=mask[None], other=0).to(tl.float32)
+        added = added + (tl.fma(given, values, sums[number]),)  # noqa: RUF005 (Triton unpacks no tuples)
+        x += x_stride
+    return added
+
+
+@triton.jit
+def few(
+    x,
+    packed,
+    scales,
+    levels,
+    bias,
+    out,
+    out_features,
+    columns,
+    row_bytes,
+    x_stride,
+    packed_stride,
+    scales_stride,
+    BLOCK: tl.constexpr,
+    BITS: tl.constexpr,
+    STEPS: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BIAS: tl.constexpr,
+    INPUTS: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """Write ``x @ W.T + bias``: (INPUTS, columns) -> (INPUTS, out_features); sums are in float32."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = row < out_features
+    stored, blocks = scales + row.to(tl.int64) * scales_stride, tl.cdiv(columns, BLOCK)
+    codes_of = packed + row.to(tl.int64)[:, None, None] * packed_stride
+    factor = tl.div_rn(load_row_scales(stored, blocks, inside), 1.0 * STEPS) if STEPS else 1.0
+    table = tl.load(levels + tl.arange(0, 2**BITS))
+    sums = (tl.zeros((ROWS, GROUPS, GROUP), tl.float32),) * INPUTS
+    for start in range(0, row_bytes, GROUPS * GROUP):
+        first = start + tl.arange(0, GROUPS) * GROUP
+        block, low, high = places(first, columns, BLOCK, BITS, WHOLE, GROUP)
+        byte = first[:, None] + tl.arange(0, GROUP)[None, :]
+        there = byte < row_bytes
+        codes = tl.load(codes_of + byte[None], mask=inside[:, None, None] & there[None], other=0)
+        has_scale = inside[:, None] & (first < row_bytes)[None, :]
+        scale = (load_scales(stored, block, has_scale, STEPS) * factor)[:, :, None]
+        if BITS == 8:
+            sums = add_products(sums, x, x_stride, low, there, look_up(table, codes) * scale)
+        else:
+            of_low, of_high = look_up_both(table, codes)
+            sums = add_products(sums, x, x_stride, low, there, of_low * scale)
+            sums = add_products(sums, x, x_stride, high, there & (high < columns), of_high * scale)
+    added = tl.load(bias + row, mask=inside, other=0).to(tl.float32) if BIAS else 0.0
+    for number in tl.static_range(INPUTS):
+        product = tl.sum(tl.reshape(sums[number], (ROWS, GROUPS * GROUP)), 1) + added
+        tl.store(out + row, product.to(out.dtype.element_ty), mask=inside)
+        out += out_features
