@@ -91,7 +91,7 @@ def _print_interruption_and_return_code(
 def _signals_as_keyboard_interrupt(is_own_process: bool, received_signals: list[int]) -> Iterator[None]:
     """Handle SIGTERM and SIGHUP like Ctrl-C, so that commands clean up; ignored signals (nohup) stay ignored.
 
-    The numbers of the signals are appended to ``received``.
+    The numbers of the signals are appended to ``received_signals``.
     """
 
     def record_and_raise_interrupt(signal_number: int, frame: FrameType | None) -> NoReturn:

@@ -52,8 +52,8 @@ class WriteError(OSError):
 
     Attributes:
         path: of the file or folder.
-        said: by the system, on why.
-        number: the system's error number, or None if it is unknown.
+        system_message: by the system, on why.
+        error_number: the system's error number, or None if it is unknown.
     """
 
     path: str
@@ -66,7 +66,7 @@ def unwritable_file_error(path: str | os.PathLike[str], cause: Exception) -> Wri
 
     Args:
         path: of the file or folder, as the user knows it.
-        reason: an OSError of the system, safetensors' error, or a WriteError about a part of the folder.
+        cause: an OSError of the system, safetensors' error, or a WriteError about a part of the folder.
     """
     if isinstance(cause, WriteError):
         system_message, number = cause.system_message, cause.error_number
@@ -83,7 +83,7 @@ def unwritable_file_error(path: str | os.PathLike[str], cause: Exception) -> Wri
 
 
 def printable_line(text: str, max_length: int = 200) -> str:
-    r"""Return text from a user or file as one line of at most ``limit`` characters, for a message or table.
+    r"""Return text from a user or file as one line of at most ``max_length`` characters, for a message or table.
 
     Control, bidirectional and other invisible characters and lone surrogates are escaped as ``\x1b`` or ``\u202e``;
     the middle of a long text is replaced by ``...``. Backslashes are not escaped: escaped text does not change.
@@ -146,7 +146,7 @@ def checked_path(argument_name: str, value: str | os.PathLike[str]) -> Path:
 
 
 def check_callable_with(argument_name: str, function: Any, requirement: str, *arguments: object) -> None:
-    """Raise a TypeError unless a value can be called with ``arguments``; ``needs`` says what it must be."""
+    """Raise a TypeError unless a value can be called with ``arguments``; ``requirement`` says what it must be."""
     try:
         inspect.signature(function).bind(*arguments)
     except TypeError as error:

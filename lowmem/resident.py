@@ -97,7 +97,7 @@ class HeapTrimmer:
         self._highest = 0
 
     def trim_before_allocation(self, nbytes: int) -> None:
-        """Trim the heap if an allocation of ``length`` bytes is large and would raise the highest resident memory."""
+        """Trim the heap if an allocation of ``nbytes`` bytes is large and would raise the highest resident memory."""
         trim = self._trim or _malloc_trim_function_or_none()
         if nbytes < _LARGE or trim is None or (self._resident() or 0) + nbytes <= self._highest:
             return

@@ -131,7 +131,7 @@ def gather(model: M) -> M | None:
 
 
 def _check_process_group(function_name: str) -> None:
-    """Raise a RuntimeError unless this process has joined others; ``name`` is the function that needs it."""
+    """Raise a RuntimeError unless this process has joined others; ``function_name`` is the function that needs it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
             f"{function_name}: this process knows of no others: start the program with torchrun, and call "

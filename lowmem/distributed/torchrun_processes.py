@@ -81,13 +81,13 @@ def torchrun_process_group(
     """Join the processes that torchrun has started, and leave them at the end.
 
     Args:
-        how: "shard", "replicate", or None: one process.
+        strategy: "shard", "replicate", or None: one process.
         device: on which this process trains; the backend is nccl for a GPU, and gloo for the CPU.
         timeout: how long a process waits for the others in one exchange.
 
     Raises:
-        ValueError: torchrun has not started this process; it has started several, and ``how`` is None; or torch lacks
-            a backend.
+        ValueError: torchrun has not started this process; it has started several, and ``strategy`` is None; or torch
+            lacks a backend.
         ConnectionError: another process was lost, or has not answered for ``timeout``.
     """
     world = os.environ.get("WORLD_SIZE", "1") if "RANK" in os.environ else None

@@ -97,7 +97,7 @@ def detect_calling_convention(model: nn.Module, vocabulary_size: int) -> Calling
         model: is called as ``model(input_ids=...)`` with int64 (rows, tokens), and with ``position_ids``,
             ``attention_mask`` and ``use_cache`` if its forward has parameters of these names. It returns logits
             (rows, tokens, vocabulary), or an object or mapping that has ``logits``.
-        vocabulary: number of tokens that it knows.
+        vocabulary_size: number of tokens that it knows.
 
     Raises:
         ValueError: it cannot be called like this, its logits are not finite, or it is not causal.
@@ -167,5 +167,5 @@ def _check_causal_and_probe_isolation(model: nn.Module, convention: CallingConve
 
 
 def _is_only_rounding(change: Tensor, reference_change: Tensor) -> bool:
-    """Whether the change ``left`` is only rounding, compared with the change ``whole``."""
+    """Whether the change ``change`` is only rounding, compared with the change ``reference_change``."""
     return float(change.norm()) <= _LEAK * float(reference_change.norm())

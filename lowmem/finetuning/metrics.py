@@ -41,7 +41,7 @@ class JSONLinesWriter:
 
     Args:
         path: of the file.
-        step: number of steps after which the run resumes; lines of later steps are dropped. None: a new run.
+        resume_step: number of steps after which the run resumes; lines of later steps are dropped. None: a new run.
 
     Raises:
         FileExistsError: the run is new, and ``path`` exists.
@@ -244,7 +244,8 @@ def plot_losses(
         path: of a ``.png``, ``.svg`` or ``.pdf`` file.
         losses: of each step, in nats per token.
         evaluations: pairs of a number of completed steps and the perplexity of the held-out text after them.
-        before: perplexities of the held-out text before the first step, by name; at most three are drawn.
+        initial_perplexities: perplexities of the held-out text before the first step, by name; at most three are
+            drawn.
 
     Raises:
         ValueError, ImportError, OSError: as ``check_plot_path``.

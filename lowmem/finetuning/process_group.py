@@ -33,11 +33,11 @@ class TrainingProcessGroup:
         return model
 
     def gradient_sync_on_last_batch(self, model: nn.Module, is_last: bool) -> AbstractContextManager[object]:
-        """Return the context of a batch's forward and backward; ``last``: whether it is the step's last batch."""
+        """Return the context of a batch's forward and backward; ``is_last``: whether it is the step's last batch."""
         return nullcontext()
 
     def clip_grad_norm(self, parameters: Iterable[Tensor], max_norm: float | None) -> float:
-        """Scale the gradients down to a common norm of at most ``most`` (None: any); return the norm before."""
+        """Scale the gradients down to a common norm of at most ``max_norm`` (None: any); return the norm before."""
         norm: Any = nn.utils.clip_grad_norm_(parameters, math.inf if max_norm is None else max_norm)
         # FSDP2's norm is sharded
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)

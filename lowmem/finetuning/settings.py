@@ -93,7 +93,7 @@ class FineTuning:
             raise ValueError(f"patience={self.patience} counts evaluations: set eval_every, too")
 
     def total_rows(self, row_count: int, world: int = 1) -> int:
-        """Return the rows of all steps together, for a data set of ``rows`` rows.
+        """Return the rows of all steps together, for a data set of ``row_count`` rows.
 
         Raises:
             ValueError: the warm-up is as long as all steps, or ``steps`` is given and a step has more rows than the

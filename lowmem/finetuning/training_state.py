@@ -156,7 +156,7 @@ def _error_text_without_remedy(error: FileError) -> str:
 def check_and_describe_changes(
     path: Path, origin: Mapping[str, Any], current: Mapping[str, Any], may_differ: Collection[str] = ()
 ) -> list[str]:
-    """Return a text for each value that differs between the ``origin`` of a run and ``now``.
+    """Return a text for each value that differs between the ``origin`` of a run and ``current``.
 
     Raises:
         FileError: a value differs that is not in ``may_differ``; the first one and ``path``, the run's, are named.

@@ -73,7 +73,8 @@ class NativeNorm:
     def append_to_program(
         self, program: NativeProgram, x: AddressOrName, element_count: int, out: AddressOrName = 0
     ) -> Any:
-        """Add the norm of rows, ``count`` numbers; return the address of the result (``out``, or new room)."""
+        """Add the norm of rows, ``element_count`` numbers; return the address of the result (``out``, or new
+        room)."""
         spec, factor = self.spec, self.weight
         terms = factor, getattr(self.module, spec.eps), spec.offset, spec.rounds_first
         return program.append_norm(x, element_count // len(factor), *terms, out)
@@ -123,7 +124,7 @@ def make_unchanged_check(
 
     Args:
         module: each module inside it must stay where it is, of its class, in evaluation mode and without hooks.
-        others: (dict, key) of each tensor that is read by its address, or of another object that must stay.
+        extra_entries: (dict, key) of each tensor that is read by its address, or of another object that must stay.
     """
     parts = [part for part in module.modules() if part is not module]
     places = [*extra_entries, *((item._modules, name) for item in module.modules() for name in item._modules)]
@@ -163,7 +164,8 @@ class NativeLayerCache:
     Args:
         module: see ``watch``.
         layers: inside it.
-        others: modules whose numbers and functions its code reads, such as the scaling of scores, beside norms.
+        other_modules: modules whose numbers and functions its code reads, such as the scaling of scores, beside
+            norms.
         norms: inside it.
     """
 

@@ -92,8 +92,8 @@ class NativeBlock:
 
     Args:
         block: the module.
-        form: of the block.
-        rooms: returns memory for what blocks compute one after another, by thread, numbers and dtype.
+        spec: of the block.
+        allocate_scratch: returns memory for what blocks compute one after another, by thread, numbers and dtype.
     """
 
     def __init__(self, block: nn.Module, spec: BlockSpec, allocate_scratch: ScratchAllocator) -> None:

@@ -367,7 +367,8 @@ def _check_layers_supported(
     model: nn.Module,
     parameter_paths: Iterable[str],
 ) -> None:
-    """Refuse a model with layers at some places that ``function`` cannot take; unknown places are left to others."""
+    """Refuse a model with layers at some places that ``caller_name`` cannot take; unknown places are left to
+    others."""
     paths_by_module, here = (
         all_paths_by_module(model),
         [parameters_by_path[name][0] for name in parameter_paths if name in parameters_by_path],
@@ -389,7 +390,7 @@ def _check_not_foreign_file(path: Path) -> None:
 
 @with_model_lock
 def base_layers_sha256(model: nn.Module, layer_paths: list[str]) -> str:
-    """Return the SHA-256 of the bases of the layers at ``paths``: stored tensors, and how they are stored."""
+    """Return the SHA-256 of the bases of the layers at ``layer_paths``: stored tensors, and how they are stored."""
     places = adaptable_parameters_by_path(model)
     by_path = {place: module for module, all_paths in all_paths_by_module(model).items() for place in all_paths}
     sha256 = hashlib.sha256()

@@ -50,7 +50,7 @@ def check_outside_inputs(path: Path, inputs: Mapping[str, Path | None], argument
     Args:
         path: to write; nothing may be there yet.
         inputs: by the names that the error gives them; None is left out.
-        name: of ``path``, for the error.
+        argument_name: of ``path``, for the error.
     """
     real_path = _real_path(path)
     for input_name, input_path in inputs.items():
@@ -120,7 +120,7 @@ def atomic_folder(target: Path, scratch_parent: Path | None = None) -> Iterator[
 
     Args:
         target: its final path, which errors of writing in it name.
-        within: the folder of the same file system to make it in; None: the parent of ``target``.
+        scratch_parent: the folder of the same file system to make it in; None: the parent of ``target``.
 
     Raises:
         FileExistsError: ``target`` exists, or was created meanwhile.
@@ -139,13 +139,13 @@ def atomic_folder(target: Path, scratch_parent: Path | None = None) -> Iterator[
 
 @contextmanager
 def scratch_folder(parent: Path, error_path: Path | None = None) -> Iterator[Path]:
-    """Make a partial folder in ``within`` for the block; then it is removed.
+    """Make a partial folder in ``parent`` for the block; then it is removed.
 
-    What killed processes have left in ``within`` is removed.
+    What killed processes have left in ``parent`` is removed.
 
     Args:
-        within: the folder to make it in.
-        target: the path that errors of writing name; None: ``within``.
+        parent: the folder to make it in.
+        error_path: the path that errors of writing name; None: ``parent``.
 
     Raises:
         OSError: it cannot be made, or written.
@@ -286,10 +286,10 @@ def has_magic_bytes(path: Path, magic: bytes) -> bool:
 def read_exactly_into(
     path: Path, file: BufferedReader, offset: int, buffer: memoryview, error_suffix: str = ""
 ) -> None:
-    """Read bytes of a file from ``start`` on until ``out`` is full.
+    """Read bytes of a file from ``offset`` on until ``buffer`` is full.
 
     Raises:
-        FileError: the file ends before; ``part`` says where, as ", in tensor 'a'".
+        FileError: the file ends before; ``error_suffix`` says where, as ", in tensor 'a'".
         OSError: it cannot be read.
     """
     with read_errors_with_path(path):
@@ -314,8 +314,8 @@ def _locked_partial_path(folder: Path, final_name: str, error_path: Path) -> Ite
 
     Args:
         folder: what killed processes have left there is removed.
-        name: is hashed into the path.
-        named: the path that errors name.
+        final_name: is hashed into the path.
+        error_path: the path that errors name.
     """
     _remove_unlocked_leftovers(folder)
     base = folder / f".lowmem-{_name_hash_prefix(final_name)}{secrets.token_hex(8)}"

@@ -179,7 +179,7 @@ def check_quantization_config(config: Mapping[str, Any]) -> None:
 def checked_object_with_keys(
     value: object, required_keys: Collection[str], optional_keys: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Return ``record`` if it is an object with all required and no unknown keys.
+    """Return ``value`` if it is an object with all required and no unknown keys.
 
     Raises:
         ValueError: it is not.
@@ -195,7 +195,7 @@ def checked_object_with_keys(
 
 
 def checked_json_object(value: object) -> dict[str, Any]:
-    """Return ``record`` if it is an object.
+    """Return ``value`` if it is an object.
 
     Raises:
         ValueError: it is not.
@@ -207,7 +207,7 @@ def checked_json_object(value: object) -> dict[str, Any]:
 
 @contextmanager
 def value_errors_with_part(part: str) -> Iterator[None]:
-    """Turn a ValueError of the block into one that names the part ``what`` of the file, and the remedy."""
+    """Turn a ValueError of the block into one that names the part ``part`` of the file, and the remedy."""
     try:
         yield
     except ValueError as reason:

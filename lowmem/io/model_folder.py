@@ -52,7 +52,7 @@ def read_json_object(
     """Return the object in a JSON file, such as a model's config.json.
 
     Raises:
-        FileError, OSError: the file takes more than ``limit`` bytes, is damaged or no object, or cannot be read.
+        FileError, OSError: the file takes more than ``max_bytes`` bytes, is damaged or no object, or cannot be read.
     """
     text = check_size_and_read_file(path, max_bytes, kind)
     try:
@@ -106,8 +106,8 @@ def check_layer_counts_of_folder(config_path: Path, config: Any, tensor_count: i
 def check_layer_counts(config: Any, tensor_count: int | None = None) -> None:
     """Raise a ValueError if a config, or a config in it, asks for more layers or experts than any model has.
 
-    Empty layers are made one by one. ``tensors`` is the number of tensors in the model's folder, which no model has
-    more layers than; None: unknown.
+    Empty layers are made one by one. ``tensor_count`` is the number of tensors in the model's folder, which no model
+    has more layers than; None: unknown.
     """
     for name, value in config.items() if isinstance(config, dict) else ():
         if tensor_count is not None and name in _LAYERS and isinstance(value, int) and value > tensor_count:
@@ -149,7 +149,8 @@ def check_no_whole_model_beside(index_path: Path, action: str = "read") -> None:
 
 
 def move_files_replacing_weights(source_folder: Path, target_folder: Path) -> None:
-    """Move the files of ``written`` into ``target`` on the same file system, and remove its weights of the same name.
+    """Move the files of ``source_folder`` into ``target_folder`` on the same file system, and remove its weights of
+    the same name.
 
     After an interruption the target has the old weights or the new weights, or reading it is an error: a new index is
     moved after its shards, and an old index is removed before its shards.
@@ -186,8 +187,8 @@ def copy_non_weight_files(folder: Path, target: Path, error_path: Path, excluded
     Args:
         folder: to copy from.
         target: an existing folder.
-        out: the path of the target in errors.
-        leave: names of files that are not copied from the outermost folder.
+        error_path: the path of the target in errors.
+        excluded_names: names of files that are not copied from the outermost folder.
 
     Raises:
         FileError: a link to a file elsewhere; or more files, bytes or nested folders than any model has.

@@ -175,7 +175,7 @@ def check_size_and_read_file(path: Path, max_bytes: int, kind: str) -> bytes:
 
     Args:
         path: of the file.
-        limit: the most bytes that it may take.
+        max_bytes: the most bytes that it may take.
         kind: of files, for the error.
 
     Raises:

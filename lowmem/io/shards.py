@@ -145,8 +145,8 @@ def write_model_or_shards(
         target: the file; shards are named after it.
         weights: by name.
         shard_bytes: the most bytes of tensors per file; None: one file.
-        sources: files that are not overwritten.
-        written: called with each weight that was written, and the bytes that it takes.
+        source_paths: files that are not overwritten.
+        on_weight_written: called with each weight that was written, and the bytes that it takes.
 
     Raises:
         ValueError: a weight larger than ``shard_bytes``, or a target that is a source. Nothing was written.
@@ -185,7 +185,8 @@ def write_model_or_shards(
 def weight_names_per_shard(
     specs_by_weight: Mapping[str, Mapping[str, TensorSpec]], shard_bytes: int | None
 ) -> list[list[str]]:
-    """Return the names of each file's tensors, sorted, of which ``plan`` has the specs of what replaces them.
+    """Return the names of each file's tensors, sorted, of which ``specs_by_weight`` has the specs of what replaces
+    them.
 
     Raises:
         ValueError: a tensor that is larger than ``shard_bytes``.
@@ -290,7 +291,8 @@ def _checked_model_file(path: Path, file: LowmemFileContent) -> LowmemFileConten
 
 
 def encode_shard_index(digest_and_sizes_by_file: Mapping[str, tuple[str, Mapping[str, int]]]) -> bytes:
-    """Return the text of an index of ``shards``: file name -> (digest, bytes of each tensor by name)."""
+    """Return the text of an index of ``digest_and_sizes_by_file``: file name -> (digest, bytes of each tensor by
+    name)."""
     sizes = [size for _, tensors in digest_and_sizes_by_file.values() for size in tensors.values()]
     content = {
         "metadata": {

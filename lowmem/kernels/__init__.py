@@ -174,7 +174,7 @@ def _cpu_backends_and_missing_reasons() -> tuple[dict[str, tuple[Backend, str]],
 
 
 def _select_cpu_backend_and_reason(backend_name: str | None) -> tuple[Backend, str]:
-    """Return the backend called ``name``, or the best one for None, and the reason for ``backend()``."""
+    """Return the backend called ``backend_name``, or the best one for None, and the reason for ``backend()``."""
     backends_by_name, missing = _cpu_backends_and_missing_reasons()
     because = f"{VARIABLE} or a test asks for it" if backend_name else "the best that there is here"
     backend_name = backend_name or list(backends_by_name)[-1]

@@ -169,8 +169,8 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         bias: Tensor | None = None,
         rounds_inputs_to_int8: bool = False,
     ) -> Tensor | None:
-        """Multiply in C, or by torch where the plan says so; None: C cannot read the weight. With ``in_int8`` in
-        float32, of x rounded to 8 bits by C or else by torch."""
+        """Multiply in C, or by torch where the plan says so; None: C cannot read the weight. With
+        ``rounds_inputs_to_int8`` in float32, of x rounded to 8 bits by C or else by torch."""
         threads = torch.get_num_threads()
         if rounds_inputs_to_int8:
             x = x.float()
@@ -324,8 +324,8 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         bias: Tensor | None = None,
         add_to: Tensor | None = None,
     ) -> Tensor:
-        """Dequantize a chunk of a weight at a time, and multiply it by torch; add the product to ``onto``, if given.
-        Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
+        """Dequantize a chunk of a weight at a time, and multiply it by torch; add the product to ``add_to``, if
+        given. Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
         if fast_matmul_dtype(x.dtype, x) is not x.dtype:
             return self._torch_product_in_float32(x, native_weight, weight, transposed, bias, add_to)
         x = pad_rows_against_nan_leak(x)
@@ -357,9 +357,9 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         """Write a part of a weight to ``scratch``, in its dtype, and return it as the right factor of a product.
 
         Args:
-            given: the weight.
-            outs: numbers of a row of the output: rows of the weight, or columns if ``transposed``.
-            terms: numbers of a row of the input: columns of the weight, or rows if ``transposed``.
+            native_weight: the weight.
+            out_slice: numbers of a row of the output: rows of the weight, or columns if ``transposed``.
+            in_slice: numbers of a row of the input: columns of the weight, or rows if ``transposed``.
             transposed: whether the product is ``x @ W``, and not ``x @ W.T``.
             scratch: a vector, at least as large as the part.
         """
@@ -556,8 +556,8 @@ def _apply_to_batch_chunks(
     out_dtype: torch.dtype,
     function: Callable[[Tensor], Tensor | None],
 ) -> Tensor | None:
-    """Apply a function to chunks of the batch whose scratch, ``nbytes`` a row, stays below ``limit``; the result is
-    in ``dtype``, or None where the function returns None."""
+    """Apply a function to chunks of the batch whose scratch, ``scratch_bytes_per_row`` a row, stays below
+    ``scratch_limit``; the result is in ``out_dtype``, or None where the function returns None."""
     step, out = max(1, scratch_limit // max(1, scratch_bytes_per_row)), None
     if len(x) <= step:
         made = function(x)
@@ -582,7 +582,8 @@ def _row_slices_and_decoded_offsets(weight: QuantizedTensor) -> Iterator[tuple[s
 
 
 def _near_equal_slices(length: int, multiple_of: int = 1, target_size: int = _TORCH_CHUNK) -> list[slice]:
-    """Return slices of ``count`` rows or columns: of one size or so, at most half more than ``about``, in steps."""
+    """Return slices of ``length`` rows or columns: of one size or so, at most half more than ``target_size``, in
+    steps."""
     size = -(-length // max(1, round(length / target_size)))
     size = min(length, -(-size // multiple_of) * multiple_of)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]

@@ -247,10 +247,10 @@ def attention_work_and_struct_fields(
 
     Args:
         sizes: the first seven fields.
-        states: ``states_struct_fields`` queries, keys, values and mask.
+        states_fields: ``states_struct_fields`` queries, keys, values and mask.
         scaling: of the scores.
         softcap: of the scores, or None.
-        out: the address of the output.
+        out_address: the address of the output.
     """
     batch, key_heads, shared, queries, keys, width, value_width = sizes
     work = batch * key_heads * shared * queries * keys * (width + value_width)
@@ -316,7 +316,7 @@ def _is_c_readable_array(tensor: Tensor) -> bool:
 
 
 def _are_c_arrays_of_codes(codes_and_scales: tuple[Tensor, Tensor], block_count: int) -> bool:
-    """Whether C may read and write 8-bit codes and scales as those of ``blocks`` blocks."""
+    """Whether C may read and write 8-bit codes and scales as those of ``block_count`` blocks."""
     return is_c_array(codes_and_scales[0], torch.int8, (block_count, BLOCK)) and is_c_array(
         codes_and_scales[1], torch.float32, (block_count, 1)
     )

@@ -46,7 +46,8 @@ class FrozenWeightOperator:
         derivatives: maps (x, *rest) to the ``rest`` with which f maps a tangent of x to that of the output, and the
             ``rest`` with which f maps a gradient of the output to that of x; None: there is no gradient.
         differentiable: computes it where a gradient is needed; None: ``node``.
-        rows_alike: whether each row of x meets the same weight, so that the rows of several inputs are one input.
+        rows_share_weight: whether each row of x meets the same weight, so that the rows of several inputs are one
+            input.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class FrozenWeightOperator:
     def register_torch_operator(self, schema: str, map_arguments: Callable[..., tuple[Any, ...]]) -> None:
         """Declare ``torch.ops.lowmem.<name>``, for every device type that is or will be served.
 
-        ``arguments`` maps the schema's arguments to those of ``compute`` behind the backend.
+        ``map_arguments`` maps the schema's arguments to those of ``compute`` behind the backend.
         """
         _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
         name = schema.partition("(")[0]
@@ -172,8 +173,8 @@ class QuantizedOperands:
 
     Args:
         packed, scales: uint8 (rows, bytes).
-        text: its format, block size, scale encoding and columns: torch.compile guards each value that it reads of a
-            layer, at each call, and so reads one.
+        description: its format, block size, scale encoding and columns: torch.compile guards each value that it
+            reads of a layer, at each call, and so reads one.
     """
 
     def __init__(self, packed: Tensor, scales: Tensor, description: str) -> None:

@@ -193,7 +193,7 @@ def grouped_matmul(x: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:
     Args:
         x: (rows, n).
         matrices: (count, n, columns), in the dtype of x.
-        offsets: int (count,), the end of each group.
+        group_ends: int (count,), the end of each group.
     """
     out: Tensor = torch.ops.lowmem.grouped_matmul(x, matrices, group_ends)
     return out

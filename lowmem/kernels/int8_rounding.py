@@ -28,7 +28,7 @@ def round_inputs_to_int8_grid(x: Tensor, weight_block_size: int) -> Tensor:
     """Return float32 ``scale * round(x / scale)``, where scale is 1/127 of the largest magnitude of its columns.
 
     The error is at most half a scale; a scale is at least 2^-100 / 127. Columns that hold a NaN, or a value that is
-    infinite in float32, become NaN. ``block_size`` is that of the weight that x (batch, n) is multiplied with.
+    infinite in float32, become NaN. ``weight_block_size`` is that of the weight that x (batch, n) is multiplied with.
     """
     batch, columns = x.shape
     size = min(weight_block_size if COLUMNS % weight_block_size else COLUMNS, max(1, columns))

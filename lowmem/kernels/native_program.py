@@ -39,8 +39,8 @@ class NativeProgram:
     """Steps that ``run`` computes in C, as often as it is called.
 
     Args:
-        kernel: the backend in C.
-        room: the tensor in which results are written one behind another, float32 or bfloat16 as all numbers.
+        backend: the backend in C.
+        scratch: the tensor in which results are written one behind another, float32 or bfloat16 as all numbers.
     """
 
     def __init__(self, backend: CpuBackend, scratch: Tensor) -> None:
@@ -61,7 +61,7 @@ class NativeProgram:
         ] = []  # what addresses point to: another thread may assign .data meanwhile
 
     def reserve_scratch_address(self, element_count: int) -> int:
-        """Return the address of room for ``count`` numbers."""
+        """Return the address of room for ``element_count`` numbers."""
         start, self._used_numbers = self._used_numbers, self._used_numbers + element_count
         if self._used_numbers > self.scratch.numel():
             raise ValueError(
@@ -111,10 +111,11 @@ class NativeProgram:
         cos_sin_shape: Sequence[int],
         *cos_and_sin: AddressOrName,
     ) -> None:
-        """Rotate the first numbers of heads (sequences, tokens, heads) in place, by cosines and sines (``turn``).
+        """Rotate the first numbers of heads (sequences, tokens, heads) in place, by cosines and sines
+        (``cos_and_sin``).
 
-        ``steps`` are numbers from a head and a token to the next. ``angles`` is the shape of both: (1 or sequences,
-        tokens, numbers to rotate).
+        ``strides`` are numbers from a head and a token to the next. ``cos_sin_shape`` is the shape of both: (1 or
+        sequences, tokens, numbers to rotate).
         """
         (sequences, tokens, heads), (head, token), width = shape, strides, cos_sin_shape[2]
         sizes = self.type_id, sequences, tokens, heads, width, head, token, tokens * token
@@ -130,12 +131,13 @@ class NativeProgram:
         )
 
     def append_attention(self, fields_name: str, out_elements: int) -> int:
-        """Attention of ``count`` numbers; ``run`` gets ``attention_work_and_struct_fields`` for the address."""
+        """Attention of ``out_elements`` numbers; ``run`` gets ``attention_work_and_struct_fields`` for the
+        address."""
         self._append_step(cpu_rowwise.ATTENTION_CALL.format, cpu_rowwise.ATTENTION, fields_name, *_NO_ATTENTION)
         return self.reserve_scratch_address(out_elements)
 
     def append_gated(self, a: int, b: int, rows: int, columns: int, row_stride: int, activation: Activation) -> int:
-        """``act(a) b`` of rows that are ``step`` numbers apart."""
+        """``act(a) b`` of rows that are ``row_stride`` numbers apart."""
         count, out = rows * columns, self.reserve_scratch_address(rows * columns)
         struct_fields = (
             self.type_id,
@@ -157,7 +159,7 @@ class NativeProgram:
     def append_sum(
         self, a: AddressOrName, b: AddressOrName, element_count: int, out: AddressOrName = 0
     ) -> AddressOrName:
-        """Sums of ``count`` numbers."""
+        """Sums of ``element_count`` numbers."""
         out = out or self.reserve_scratch_address(element_count)
         self._append_step(_ADD_CALL, _ADD, element_count, self.type_id, element_count, a, b, out)
         return out

@@ -120,7 +120,7 @@ def linear(
         dtype: to compute in, and of the result.
         bias: (out,), or None.
         low_rank: A, B and s, applied to x by ``add_low_rank``; or None.
-        dequantized: dequantizes a chunk of rows.
+        dequantize_chunk: dequantizes a chunk of rows.
 
     Raises:
         RuntimeError: x has another shape, or is not floating point; or a 4-bit weight's stored tensors do not have
@@ -325,7 +325,8 @@ def subtract_offsets_and_encode_scales(
 
 
 def zero_unused_scales(stored_scales: Tensor, is_block_used: Tensor, form: Format) -> Tensor:
-    """Zero the stored scales of blocks that use zero codes alone, in place; ``used`` is boolean (rows, blocks)."""
+    """Zero the stored scales of blocks that use zero codes alone, in place; ``is_block_used`` is boolean (rows,
+    blocks)."""
     if form.levels[form.zero_code] == 0:
         # Such a block dequantizes to zeros, for which requantizing stores a zero scale. Storing it here already makes
         # requantizing give the same bytes.

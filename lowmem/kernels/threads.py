@@ -12,8 +12,8 @@ def usable_cpu_count(filesystem_root: Path = Path("/")) -> int:
     """Return the number of CPUs that this process may use, at least 1.
 
     Affinity is what ``taskset`` and ``sched_setaffinity`` leave. A quota is ``cpu.max`` of a control group, which
-    containers set by ``--cpus``; 1.5 CPUs count as 2. Neither is known outside Linux: all CPUs count there. ``root``
-    is that of the file system.
+    containers set by ``--cpus``; 1.5 CPUs count as 2. Neither is known outside Linux: all CPUs count there.
+    ``filesystem_root`` is that of the file system.
     """
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, min([affinity, *(math.ceil(quota) for quota in _cgroup_cpu_quotas(filesystem_root))]))

@@ -42,7 +42,8 @@ class AdaptedModule(nn.Module):
 
     @classmethod
     def _adapted_class_over(cls, plain_class: type[nn.Module]) -> type[nn.Module]:
-        """Return the class with the same adapters over ``plain``, another class, whose parameters differ in form."""
+        """Return the class with the same adapters over ``plain_class``, another class, whose parameters differ in
+        form."""
         return adapted_module_class(plain_class, cls._adapted_names)
 
     def __prepare_scriptable__(self) -> NoReturn:
@@ -97,7 +98,7 @@ _RECURRENT: dict[str, Any] = {"_flat_weights": FLAT_WEIGHTS, "flatten_parameters
 
 
 def adapted_module_class(plain_class: Any, parameter_names: tuple[str, ...]) -> type[AdaptedModule]:
-    """Return the class of modules of class ``plain`` with adapters on the parameters ``names``."""
+    """Return the class of modules of class ``plain_class`` with adapters on the parameters ``parameter_names``."""
     body: dict[str, Any] = {name: _adapted_parameter_property(name) for name in parameter_names}
     body |= {"_plain_class": plain_class, "_adapted_names": parameter_names, "__reduce_ex__": _reduce_adapted_module}
     if issubclass(plain_class, nn.RNNBase):
@@ -172,9 +173,9 @@ def adapted_module_copy(
 
     Args:
         module: without adapters.
-        names: of the parameters that can have adapters.
-        name: of the adapters.
-        parts: the adapters, by the parameter that each changes.
+        parameter_names: of the parameters that can have adapters.
+        adapter_name: of the adapters.
+        adapters_by_parameter: the adapters, by the parameter that each changes.
     """
     if hasattr(module, "adapters"):
         raise ValueError(

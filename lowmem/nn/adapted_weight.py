@@ -252,7 +252,7 @@ def _adapted_matmul(
 def _adapted_addmm(
     function: Callable[..., Tensor], bias: Any, left_matrix: Any = None, right_matrix: Any = None, **kwargs: Any
 ) -> Any:
-    """Return ``added`` plus a product: ``function`` is ``addmm`` or ``baddbmm``."""
+    """Return ``bias`` plus a product: ``function`` is ``addmm`` or ``baddbmm``."""
     if kwargs or not _is_adapted_matrix_or_stack(right_matrix) or isinstance(left_matrix, AdaptedWeight):
         return NotImplemented
     fused = (
@@ -270,7 +270,7 @@ def _adapted_addmm(
 def _base_plus_low_rank_products(
     base_product: Callable[..., Tensor], low_rank_product: Callable[[Tensor, Tensor], Tensor], x: Any, weight: Any
 ) -> Any:
-    """Return ``function(x, W)``, plus ``x left right`` by the product ``thin``."""
+    """Return ``function(x, W)``, plus ``x left right`` by the product ``low_rank_product``."""
     out = base_product(x, weight.base)
     for update in weight.updates:
         with no_slow_autocast(x):
@@ -366,7 +366,7 @@ def _adapted_getitem(weight: Any, index: Any) -> Any:
 def _select_adapted_rows(
     function: Callable[..., Any], dim_position: int, weight: Any, *args: Any, **kwargs: Any
 ) -> Any:
-    """Return rows as adapted weights, for a function whose argument number ``place`` is the dimension."""
+    """Return rows as adapted weights, for a function whose argument number ``dim_position`` is the dimension."""
     dim = args[dim_position] if dim_position < len(args) else kwargs.get("dim", 0)
     if dim != 0 or not weight.has_rows:
         return NotImplemented

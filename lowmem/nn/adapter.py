@@ -248,7 +248,7 @@ class Adapter(nn.Module):
 
     @torch.no_grad()
     def _initialize_from_error(self, quantization_error: Tensor) -> None:
-        """Set A and B so that ``s B A`` approximates ``error`` (*stack, out, in)."""
+        """Set A and B so that ``s B A`` approximates ``quantization_error`` (*stack, out, in)."""
         a, b = self.lora_a.view(-1, *self.lora_a.shape[-2:]), self.lora_b.view(-1, *self.lora_b.shape[-2:])
         for number, matrix in enumerate(quantization_error.reshape(-1, *quantization_error.shape[-2:])):
             u, sizes, vt = truncated_svd(matrix, self.rank)

@@ -55,7 +55,7 @@ def fused_product_or_none(
         input: float32 or bfloat16 (..., in).
         weight: without the adapter: (out, in); (in, out) if transposed.
         adapter: of the weight.
-        matrices: its A and B, of ``fusible_lora_matrices_or_none``.
+        lora_a_and_b: its A and B, of ``fusible_lora_matrices_or_none``.
         bias: (out,), or None.
         transposed: whether the product is ``input @ weight``, instead of ``input @ weight.T``.
 
@@ -127,7 +127,7 @@ def bfloat16_product_or_none(
     weight_and_bias: tuple[kernels.Weight, Tensor | None],
     transposed: bool,
 ) -> Tensor | None:
-    """Return the product with a frozen weight, A and B; ``x`` is ``input`` in autocast's dtype.
+    """Return the product with a frozen weight, A and B; ``autocast_input`` is ``input`` in autocast's dtype.
 
     None if the device is slow at bfloat16, or the shapes do not fit.
     """

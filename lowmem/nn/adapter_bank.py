@@ -68,7 +68,8 @@ class AdapterBank(nn.Module):
         del self._modules[adapter_name]
 
     def use_merged_copy(self, adapter_name: str, merged_module: nn.Module) -> None:
-        """Use the parameters that the adapter ``name`` changes from ``folded``, instead of the module's own."""
+        """Use the parameters that the adapter ``adapter_name`` changes from ``merged_module``, instead of the
+        module's own."""
         # The module's own, which ``_apply`` casts only once
         merged_module.__dict__.update(_modules={}, _buffers={})
         self.merged_copy = adapter_name, merged_module

@@ -49,7 +49,8 @@ class AdapterBuffers(nn.Module):
     def replace_inactive_buffers(
         self, current_adapter: str | None, buffers_by_adapter: dict[str | None, dict[str, Tensor]]
     ) -> None:
-        """Replace all buffers by those of ``held``; ``current`` says whose are the module's own."""
+        """Replace all buffers by those of ``buffers_by_adapter``; ``current_adapter`` says whose are the module's
+        own."""
         self.current = current_adapter
         self.base, self.adapters = nn.Module(), nn.Module()
         for name, buffers in buffers_by_adapter.items():

@@ -35,14 +35,14 @@ class MergedCopyAndErrors(NamedTuple):
 def merged_module_copy(
     module: Any, adapter_names: Iterable[str], dtype: torch.dtype | None = None
 ) -> MergedCopyAndErrors:
-    """Return a copy of a module without adapters, with those of ``names`` merged into its parameters.
+    """Return a copy of a module without adapters, with those of ``adapter_names`` merged into its parameters.
 
     The module does not change. Parameters whose adapters change nothing keep their bytes.
 
     Args:
         module: an ``AdaptedModule``.
-        names: of the adapters to merge.
-        to: dtype of a dense copy; None: parameters are stored in the same form as in the module.
+        adapter_names: of the adapters to merge.
+        dtype: dtype of a dense copy; None: parameters are stored in the same form as in the module.
 
     Raises:
         ValueError: an adapted weight is not finite, or exceeds the range of the dtype or scales.
@@ -110,7 +110,7 @@ def remerge(module: Any, _: object) -> None:
 
 
 def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapping[str, Any]) -> nn.Module:
-    """Set parameters of ``base``, a copy of a module, to merged ones of the same form; return it."""
+    """Set parameters of ``module_copy``, a copy of a module, to merged ones of the same form; return it."""
     attributes = module_copy.__dict__
     attributes["_parameters"] = dict(attributes["_parameters"])
     if isinstance(module_copy, StoredModule):
@@ -128,7 +128,7 @@ def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapp
 
 
 def _dense_copy_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
-    """Return a copy of a module in which all parameters are dense and have the dtype ``to``."""
+    """Return a copy of a module in which all parameters are dense and have the dtype ``dtype``."""
     values: dict[str, Tensor | None] = {}
     if isinstance(module, StoredModule):
         for name in module.forms:

@@ -144,7 +144,7 @@ def convolution_or_adjoint(
 ) -> Tensor:
     """Return the convolution of (batch, in_channels, *size), below autograd: (batch, out_channels, *out size).
 
-    If ``size`` is given, return its adjoint: (batch, out_channels, *out size) -> (batch, in_channels, *size).
+    If ``adjoint_size`` is given, return its adjoint: (batch, out_channels, *out size) -> (batch, in_channels, *size).
     """
     adjoint_size = None if adjoint_size is None else list(adjoint_size)
     if is_recording_operations() or isinstance(weight, QuantizedOperands):
@@ -246,7 +246,8 @@ def _compute_conv_or_adjoint(
     adjoint_size: Sequence[int] | None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Return the convolution; if ``size`` is given, its adjoint of that size. Each is the other's derivative."""
+    """Return the convolution; if ``adjoint_size`` is given, its adjoint of that size. Each is the other's
+    derivative."""
     # Rounded as a 16-bit product rounds it
     rounded, wide = x.to(dtype), fast_matmul_dtype(dtype, x)
     with no_slow_autocast(x):

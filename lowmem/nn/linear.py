@@ -112,7 +112,7 @@ def layer_copy_with_column_order(layer: Linear4Bit, column_order: Tensor) -> Gat
 
     Args:
         layer: stores ``W[:, order]``.
-        order: int32 (in_features,).
+        column_order: int32 (in_features,).
     """
     columns = layer.in_features
     if column_order.shape != (columns,) or column_order.dtype.is_floating_point or column_order.dtype.itemsize != 4:

@@ -263,10 +263,10 @@ _LORA_FORWARDS: dict[type[nn.Module], Callable[[Any, Tensor], Tensor]] = {
 
 
 def replaced_class_and_lora_forward(module_class: Any) -> tuple[Any, Callable[[Any, Tensor], Tensor] | None]:
-    """Return the class whose forward is replaced in a module of class ``plain`` with adapters, and by what.
+    """Return the class whose forward is replaced in a module of class ``module_class`` with adapters, and by what.
 
-    It is ``plain`` itself for layers of torch, dense or stored, and the layer of torch among the bases of a user's
-    class. The forward is None if there is no such layer.
+    It is ``module_class`` itself for layers of torch, dense or stored, and the layer of torch among the bases of a
+    user's class. The forward is None if there is no such layer.
     """
     dense = module_class.dense_class if issubclass(module_class, StoredModule) else module_class
     for kind in dense.__mro__:

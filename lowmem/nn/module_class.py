@@ -25,7 +25,7 @@ def _make_subclass_named_like(
 ) -> Any:
     """Return a subclass of a module's class with these attributes and under its name, which is made once.
 
-    Methods of ``base`` come before those of the module's class, and those of ``behind`` after them.
+    Methods of ``base`` come before those of the module's class, and those of ``later_base`` after them.
     """
     names = {name: getattr(module_class, name) for name in ("__module__", "__qualname__", "__doc__")}
     bases = tuple(kind for kind in (base, module_class, later_base) if kind is not None)
@@ -60,7 +60,8 @@ def change_class_and_attributes(
 
 
 def replace_class_and_parameters(module: nn.Module, converted_copy: nn.Module) -> None:
-    """Give a module, in place, the class and attributes of ``other``, a copy with other parameters or adapters.
+    """Give a module, in place, the class and attributes of ``converted_copy``, a copy with other parameters or
+    adapters.
 
     Its hooks, mode, buffers and children stay, except ``adapters``.
     """

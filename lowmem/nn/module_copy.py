@@ -26,7 +26,7 @@ BASES: dict[int, type[StoredModule]] = {16: StoredModule}
 
 
 def stored_module_class(dense_class: Any, parameter_names: tuple[str, ...], bits: int) -> type[StoredModule]:
-    """Return the class of modules of class ``dense`` whose parameters ``names`` are stored."""
+    """Return the class of modules of class ``dense_class`` whose parameters ``parameter_names`` are stored."""
     base = LAYERS.get((dense_class, bits), BASES[bits]) if "weight" in parameter_names else BASES[bits]
     if issubclass(base, dense_class):
         if set(parameter_names) <= set(base.stored_names):
@@ -46,7 +46,7 @@ def stored_module_class(dense_class: Any, parameter_names: tuple[str, ...], bits
 
 @cache
 def stored_parameter_property(parameter_name: str) -> property:
-    """Return a property for a stored parameter ``name``."""
+    """Return a property for a stored parameter ``parameter_name``."""
 
     def get_stored_parameter(module: StoredModule) -> Any:
         if parameter_name in module.__dict__["_forms"]:
@@ -102,7 +102,7 @@ def stored_module_copy(
         module: dense.
         weights: for each parameter to store: (*lead, columns), with the leading dimensions of the parameter.
         transposed: names of the parameters that are stored with their last two dimensions transposed.
-        computed_in: the ``compute_dtype`` of 4- and 8-bit forms.
+        compute_dtype: the ``compute_dtype`` of 4- and 8-bit forms.
         **attributes: further attributes of the copy.
 
     Raises:
@@ -169,7 +169,8 @@ def parameter_leading_dim_count(module: nn.Module, parameter: Tensor) -> int:
 
 
 def dense_module_copy(module: StoredModule, dense_values: Mapping[str, Tensor | None]) -> nn.Module:
-    """Return a copy of a module in which the parameters in ``values`` are dense; of the dense class if all are."""
+    """Return a copy of a module in which the parameters in ``dense_values`` are dense; of the dense class if all
+    are."""
     left = {name: entry for name, entry in module._forms.items() if name not in dense_values}
     names = tuple(name for name in module.stored_names if name in left)
     made = module.dense_class
@@ -237,7 +238,8 @@ def _share_stored_tensor(module: StoredModule, parameter_name: str, tensor: Stor
 
 
 def _change_class_for_form(module: StoredModule, parameter_name: str, tensor: StoredTensor) -> None:
-    """Change a module's class to the one for the form of ``tensor``, which becomes the parameter ``name``."""
+    """Change a module's class to the one for the form of ``tensor``, which becomes the parameter
+    ``parameter_name``."""
     shapes = {other_name: module.stored_tensor(other_name) for other_name in module.forms}
     empty = {
         other_name: as_frozen_parameter(torch.empty(stored_tensor.shape, dtype=stored_tensor.dtype, device="meta"))
@@ -253,6 +255,6 @@ def _change_class_for_form(module: StoredModule, parameter_name: str, tensor: St
 
 
 def _class_with_same_adapters(module: nn.Module, replacement_class: type[nn.Module]) -> type[nn.Module]:
-    """Return the class ``made``; if the module has adapters, its subclass with adapters."""
+    """Return the class ``new_class``; if the module has adapters, its subclass with adapters."""
     over: Callable[[type[nn.Module]], type[nn.Module]] | None = getattr(type(module), "_adapted_class_over", None)
     return replacement_class if over is None else over(replacement_class)

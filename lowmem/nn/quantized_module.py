@@ -146,7 +146,7 @@ def _has_dense_class_extra_state(module: StoredModule) -> bool:
 
 
 def _extra_state_formats_or_default(extra_state: Any, default: object) -> object:
-    """Return the formats in an extra state; ``unread`` if it is a meta or fake tensor, without values."""
+    """Return the formats in an extra state; ``default`` if it is a meta or fake tensor, without values."""
     if isinstance(extra_state, Tensor) and (extra_state.is_meta or isinstance(extra_state, FakeTensor)):
         return default
     if isinstance(extra_state, Tensor) and extra_state.dtype == torch.uint8 and extra_state.dim() == 1:

@@ -64,7 +64,7 @@ class _StorageRecomputeRecord(NamedTuple):
         pack: the saved-tensor hook that was active then, or None: inside a checkpoint, only tensors that were made in
             it can be recomputed.
         dtype: of the tensor.
-        read: called by each reader; returns how to recompute the tensor, or None if it has to be saved.
+        get_recompute: called by each reader; returns how to recompute the tensor, or None if it has to be saved.
     """
 
     version: int
@@ -78,7 +78,8 @@ def register_recompute_for_storage(tensor: Tensor, get_recompute: Callable[[], R
 
     Args:
         tensor: owns its memory.
-        read: called for each tensor that would be saved; returns how to recompute it, or None if it has to be saved.
+        get_recompute: called for each tensor that would be saved; returns how to recompute it, or None if it has to
+            be saved.
     """
     if are_saved_tensor_hooks_allowed() and tensor.is_contiguous():
         now = tensor._version, _pack_hook_or_none(_outer_hooks(False)), tensor.dtype

@@ -92,9 +92,9 @@ class StoredModule(nn.Module):
         If the parameter is stored already, ``transposed``, ``gathered`` and ``compute_dtype`` of its form stay.
 
         Args:
-            name: of the parameter.
+            parameter_name: of the parameter.
             weight: (*lead, columns).
-            tail: the shape of a row.
+            row_shape: the shape of a row.
             dtype: of the ``StoredTensor``.
         """
         old = self._forms[parameter_name].form if parameter_name in self._forms else None

@@ -297,8 +297,8 @@ def einsum_recomputing_dense_weights(
 
     Args:
         arguments: of ``torch.einsum``.
-        kind: the class of the weights.
-        values: returns the dense values of a weight.
+        weight_class: the class of the weights.
+        dense_values: returns the dense values of a weight.
 
     Returns:
         The result; NotImplemented where nothing is differentiated, and in graphs and transforms, which take no hooks

@@ -145,7 +145,7 @@ class StoredTensor(Tensor):
         return self._cached_weight("_stored", lambda: self.form.weight_from_parts(self.parts, self.values_per_row))
 
     def _cached_weight(self, attribute: str, make_weight: Callable[[], Weight]) -> Weight:
-        """Cache what ``make`` returns, with its C handle, while the last part's memory keeps its address."""
+        """Cache what ``make_weight`` returns, with its C handle, while the last part's memory keeps its address."""
         last = self.__dict__[self.__dict__["form"].parts[-1]]
         if torch.compiler.is_compiling() or (type(last) is not nn.Parameter and type(last) is not Tensor):
             check_tensor_not_sharded(last)

@@ -61,7 +61,7 @@ def _stored_to_copy(
 
 
 def _nonnegative_dim(dim: int, dim_count: int) -> int:
-    """Return the index of a dimension, from 0 on: -1 of ``count`` dimensions is ``count - 1``."""
+    """Return the index of a dimension, from 0 on: -1 of ``dim_count`` dimensions is ``count - 1``."""
     return dim + dim_count if dim < 0 else dim
 
 
@@ -350,8 +350,8 @@ def stored_in_same_form(weight: StoredTensor, dense_values: Tensor) -> StoredTen
     """Store dense values in the form of a weight; rows that equal the weight's own rows keep their bytes.
 
     Args:
-        weight: has as many trailing dimensions per row as ``values``.
-        values: floating point (*lead, *tail).
+        weight: has as many trailing dimensions per row as ``dense_values``.
+        dense_values: floating point (*lead, *tail).
 
     Raises:
         TypeError, ValueError: values that ``quantize`` or ``checked_rounded_copy`` rejects.

@@ -23,7 +23,7 @@ class Activation(NamedTuple):
 
     Attributes:
         terms: z(x) = terms[0] x + terms[1] x^3 + terms[2] x^5 ..., at most seven.
-        of_erf: whether that stands for the normal distribution, which plain torch computes.
+        uses_erf: whether that stands for the normal distribution, which plain torch computes.
     """
 
     terms: tuple[float, ...]

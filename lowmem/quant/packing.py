@@ -80,7 +80,8 @@ def unpack(packed: Tensor, block_size: int) -> Tensor:
 
 
 def apply_to_blocks(rows: Tensor, block_size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply ``change`` to the whole blocks of each row (..., blocks, size), and to a shorter last one; join them."""
+    """Apply ``function`` to the whole blocks of each row (..., blocks, size), and to a shorter last one; join
+    them."""
     length = rows.shape[-1]
     blocks, rest = divmod(length, block_size)
     whole = rows[..., : length - rest].reshape(*rows.shape[:-1], blocks, block_size)  # (..., blocks, size)

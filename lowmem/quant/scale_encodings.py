@@ -32,7 +32,7 @@ class ScaleEncoding:
         encoding_loss_bound: stored -> an upper bound on the magnitude that encoding took from each scale, float32
             (rows, blocks).
         largest: the largest magnitude that can be stored.
-        extra: stored elements per row beyond one per block.
+        extra_per_row: stored elements per row beyond one per block.
         signed: whether a scale can be negative.
         offsets: whether offsets lie behind the scales. ``encode`` then takes and returns scales alone.
     """
@@ -48,7 +48,7 @@ class ScaleEncoding:
     offsets: bool = False
 
     def stored_row_length(self, block_count: int) -> int:
-        """Return the stored elements of a row of ``blocks`` blocks."""
+        """Return the stored elements of a row of ``block_count`` blocks."""
         return (2 * block_count if self.offsets else block_count) + self.extra_per_row
 
     def decode_offsets(self, stored: Tensor) -> Tensor:

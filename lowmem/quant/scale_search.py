@@ -75,10 +75,11 @@ def least_error_scales(
     Args:
         rows: float32 (rows, n), finite.
         form: the format; both signs are tried if it is signed.
-        size: weights per block.
-        largest: the largest magnitude of a scale that can be stored.
+        block_size: weights per block.
+        largest_scale: the largest magnitude of a scale that can be stored.
         importance: float32 (n,) or (rows, n), at least 0: factor of each weight's squared error; None: 1.
-        top: (rows, blocks), of which the candidates are multiples, in its own sign; None: the largest weights.
+        base_scales: (rows, blocks), of which the candidates are multiples, in its own sign; None: the largest
+            weights.
 
     Returns:
         float32 (rows, blocks), at least ``min(CANDIDATES)`` times the block's largest magnitude. The first of

@@ -47,7 +47,7 @@ class ChartDrawing(NamedTuple):
 
 
 def draw_wide_and_narrow(make_chart: Callable[[bool], Any]) -> ChartDrawing:
-    """Draw the wide and the narrow layout of a chart, which ``chart`` returns for each."""
+    """Draw the wide and the narrow layout of a chart, which ``make_chart`` returns for each."""
     wide, narrow = (_chart_with_style(make_chart(is_narrow)) for is_narrow in (False, True))
     return ChartDrawing(_chart_svg(wide), _chart_svg(narrow), wide.to_dict())
 
@@ -111,7 +111,7 @@ def log_scale(low: float, high: float, base: Any = alt.Undefined) -> Any:
 
 
 def byte_unit_size_and_name(byte_count: float) -> tuple[int, str]:
-    """Return the size in bytes and the name of the largest unit that is not above ``count``."""
+    """Return the size in bytes and the name of the largest unit that is not above ``byte_count``."""
     return next(((size, unit) for size, unit in _UNITS if abs(byte_count) >= size), _UNITS[-1])
 
 

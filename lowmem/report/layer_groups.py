@@ -59,7 +59,8 @@ class VariantBytesAndErrors:
 
 
 def group_layers(dense_model: nn.Module, figures_by_variant: Mapping[str, VariantBytesAndErrors]) -> list[LayerGroup]:
-    """Group the layers of a model, in the order of its modules, with the figures ``stored`` of its variants.
+    """Group the layers of a model, in the order of its modules, with the figures ``figures_by_variant`` of its
+    variants.
 
     Buffers of modules without parameters come last, as ``buffers``, so that bytes add up to those of the model.
     """

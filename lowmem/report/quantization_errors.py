@@ -72,9 +72,9 @@ def measure_output_qualities(
     """Convert a model by each choice, and compare its output with the dense model's.
 
     Args:
-        make: returns the dense model, with the same weights at each call.
-        run: returns the tensors of a model's output for one input.
-        done: called after each choice.
+        make_model: returns the dense model, with the same weights at each call.
+        run_model: returns the tensors of a model's output for one input.
+        on_choice_done: called after each choice.
     """
     expected = flat_float64_vector(run_model(make_model()))
     qualities: list[OutputQuality] = []

@@ -178,7 +178,7 @@ def _bound_call_in_eval_mode(
 def _warm_up_and_make_timed_turn(
     run: Callable[[], object], timer: Callable[[], float], watch: Watch, turn_seconds: list[float], side_name: str
 ) -> Callable[[], float]:
-    """Warm up a call; return a function that times it in bursts, and adds the seconds a call to ``turns``."""
+    """Warm up a call; return a function that times it in bursts, and adds the seconds a call to ``turn_seconds``."""
     with exceptions_as_model_errors(side_name):
         run()
 

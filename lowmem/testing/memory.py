@@ -73,7 +73,7 @@ def key_and_counted_figures(count_bytes: Callable[[], Mapping[str, int]]) -> tup
     """Call a function that counts bytes, under the conditions of ``memory_figures``.
 
     Args:
-        count: returns the figures in bytes by name, such as ``{"peak_bytes": lowmem.measure.peak_bytes(run)}``.
+        count_bytes: returns the figures in bytes by name, such as ``{"peak_bytes": lowmem.measure.peak_bytes(run)}``.
 
     Returns:
         The key of the figures, and the figures.

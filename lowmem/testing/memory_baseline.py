@@ -81,7 +81,7 @@ def byte_count_text(byte_count: float | None) -> str:
 
 
 def comparison_rows(gate_name: str, stored: Mapping[str, int], current: Mapping[str, int]) -> list[VerdictRow]:
-    """Return a row for each figure of a measurement, in the order of ``now``."""
+    """Return a row for each figure of a measurement, in the order of ``current``."""
     rows = []
     for figure in dict.fromkeys([*current, *stored]):
         before, after = stored.get(figure), current.get(figure)

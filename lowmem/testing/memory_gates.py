@@ -121,9 +121,9 @@ class MemoryGates:
         """Add to ``vanished`` the stored gates that no test has any more.
 
         Args:
-            collected: node ids of the tests of this session, selected or not.
-            is_complete: whether all tests of a file, by its name, are among them.
-            passed: node ids of the tests that ran to their end, and so called all of their gates.
+            collected_tests: node ids of the tests of this session, selected or not.
+            is_file_complete: whether all tests of a file, by its name, are among them.
+            passed_tests: node ids of the tests that ran to their end, and so called all of their gates.
         """
         for key, stored in self._stored.items():
             for name in (stored.keys() if isinstance(stored, dict) else set()) - self.rows.keys():

@@ -152,7 +152,7 @@ def _checked_times(seconds: Sequence[float]) -> npt.NDArray[np.float64]:
 
 
 def _wilcoxon_p_value(log_ratios: npt.NDArray[np.float64]) -> float:
-    """Return the one-sided p-value of Wilcoxon's signed-rank test that the center of ``shifts`` is at most 0."""
+    """Return the one-sided p-value of Wilcoxon's signed-rank test that the center of ``log_ratios`` is at most 0."""
     moved = log_ratios[log_ratios != 0]
     if len(moved) == 0:
         return 1.0

@@ -47,7 +47,7 @@ def exceptions_as_model_errors(operation_name: str) -> Iterator[None]:
     """Turn any exception of the block into a ModelError with the exception and its line in the user's code.
 
     Args:
-        name: of the code in the block, for the message.
+        operation_name: of the code in the block, for the message.
     """
     try:
         yield

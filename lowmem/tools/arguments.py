@@ -51,7 +51,7 @@ def add_json_and_markdown_arguments(parser: argparse.ArgumentParser, json_help: 
 
 
 def add_verbose_argument(parser: argparse.ArgumentParser, listed_items: str) -> None:
-    """Add ``--verbose``, which prints a table of ``what`` above the summary."""
+    """Add ``--verbose``, which prints a table of ``listed_items`` above the summary."""
     parser.add_argument("--verbose", action="store_true", help=f"list all {listed_items}, not only the summary")
 
 

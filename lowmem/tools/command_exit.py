@@ -75,8 +75,8 @@ def write_error_and_get_exit_code(line: str, owns_process: bool, exit_code: int 
 
     Args:
         line: without its line end.
-        program: whether the process is the command's own, and about to end.
-        code: that is returned, unless nobody reads the line.
+        owns_process: whether the process is the command's own, and about to end.
+        exit_code: that is returned, unless nobody reads the line.
     """
     try:
         # None if it was closed at the start

@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def plan_classifier_training(model_name: str, data: TrainTestSplit, *, rank: int | None, batch_size: int) -> Plan:
-    """Return the memory that ``fit`` takes for the model called ``name``, whose weights are not allocated."""
+    """Return the memory that ``fit`` takes for the model called ``model_name``, whose weights are not allocated."""
     factory, techniques = factory_and_techniques(model_name, rank)
     body = make_converted_meta_model(factory, techniques)
     x, y = data.train_x[:batch_size], data.train_y[:batch_size]
@@ -186,7 +186,7 @@ def train_classifier(
     seed: int,
     print_epoch_line: Callable[[str], None],
 ) -> ClassifierResult:
-    """Train with AdamW and cross entropy; call ``report`` with a line for each epoch.
+    """Train with AdamW and cross entropy; call ``print_epoch_line`` with a line for each epoch.
 
     Raises:
         ValueError: ``lr`` is too large for float32, the loss or a weight is no longer finite, or the model fails.

@@ -45,7 +45,7 @@ def load_train_test_split(source: str, seed: int) -> TrainTestSplit:
     """Load data, and split it randomly into 80% for training and 20% for the test.
 
     Args:
-        name: "synthetic", "digits", or the path of an .npz file with arrays ``x`` (examples, ...) and
+        source: "synthetic", "digits", or the path of an .npz file with arrays ``x`` (examples, ...) and
             ``y`` (examples,) of integer classes.
         seed: of the split, and of the synthetic task.
     """

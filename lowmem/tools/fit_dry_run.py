@@ -163,7 +163,7 @@ def technique_dense_paths_and_bytes(model_path: Path) -> tuple[Technique | None,
 
 
 def plan_with_stored_bytes(memory_plan: Plan, stored_bytes: int) -> Plan:
-    """Return a plan in which the base takes ``stored`` bytes as it is, beside its adapters."""
+    """Return a plan in which the base takes ``stored_bytes`` bytes as it is, beside its adapters."""
     adapters = {name: size for name, size in memory_plan.stored.items() if name == "adapters"}
     return replace(memory_plan, stored={"as it is": stored_bytes} | adapters)
 
@@ -196,7 +196,7 @@ def _plan_training_steps(job: FineTuningJob, technique: Technique | None, skippe
         return nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets.to(logits.device), reduction="sum")
 
     def measure_step_bytes(layer_count: int) -> dict[str, int]:
-        """Return the figures of a model with ``layers`` layers: its forward is planned, and a step is run."""
+        """Return the figures of a model with ``layer_count`` layers: its forward is planned, and a step is run."""
         planned = make_converted_meta_model(
             dense_model_factory(job.model_path, layer_count), techniques, None, skipped_paths
         )

@@ -168,7 +168,7 @@ def log_folder(job: FineTuningJob) -> Path:
 
 
 def states_folder(save_path: Path) -> Path:
-    """Return the folder of the states of a run that writes ``out``."""
+    """Return the folder of the states of a run that writes ``save_path``."""
     return Path(f"{save_path}.training")
 
 

@@ -91,7 +91,7 @@ def run(arguments: argparse.Namespace, model_path: Path) -> int:
 
 @contextmanager
 def _suppressed_output(suppressed: bool) -> Iterator[None]:
-    """Print nothing in the block if ``silent``: of several processes, one prints for all."""
+    """Print nothing in the block if ``suppressed``: of several processes, one prints for all."""
     if not suppressed:
         yield
         return

@@ -24,7 +24,8 @@ _TRANSIENT_OPTIONS = ("--resume", "--json", "--debug")
 def reproducing_shell_command(arguments: argparse.Namespace, short_paths: bool = False) -> str:
     """Return the command of a run as a shell takes it, without options that do not change its result.
 
-    ``short``: of one process, and with the last components of paths, since this machine's mean nothing elsewhere.
+    ``short_paths``: of one process, and with the last components of paths, since this machine's mean nothing
+    elsewhere.
     """
     words = [word for word in arguments.command_line if word not in _TRANSIENT_OPTIONS]
     return shlex.join(

@@ -137,7 +137,7 @@ def _write_merged_folder(arguments: argparse.Namespace, model: Any, tokenizer: A
 
 
 def _excessive_error_text_or_none(report: MergeReport, max_error: float | None) -> str | None:
-    """Return a text on the layer, or model, whose error is above ``at_most``; None: no error is."""
+    """Return a text on the layer, or model, whose error is above ``max_error``; None: no error is."""
     if max_error is None:
         return None
     worst, of_model = report.worst, report.output_after

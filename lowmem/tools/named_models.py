@@ -29,7 +29,7 @@ Result = TypeVar("Result")
 
 
 def build_or_load_named_model(model_name: str, *, seed: int = 0, rank: int | None = None) -> nn.Module:
-    """Build the model called ``name``, with weights that depend only on ``seed``; a ValueError says why not."""
+    """Build the model called ``model_name``, with weights that depend only on ``seed``; a ValueError says why not."""
     folder = model_folder_or_none(model_name)
     if folder is not None:
         from lowmem.integrations.transformers.pretrained_folder import load_folder
@@ -51,7 +51,7 @@ def build_or_load_named_model(model_name: str, *, seed: int = 0, rank: int | Non
 
 
 def move_to_device(model_name: str, model: nn.Module, device: torch.device) -> nn.Module:
-    """Return the model called ``name`` on a device; one that stays on the CPU is not touched."""
+    """Return the model called ``model_name`` on a device; one that stays on the CPU is not touched."""
     if device.type == "cpu":
         return model
     with exceptions_as_value_error(f"model={model_name!r} cannot be moved to {device}"):
@@ -80,7 +80,7 @@ def folder_or_gguf_or_none(model_name: str) -> Path | None:
 def factory_and_techniques(
     model_name: str, rank: int | None = None
 ) -> tuple[Callable[[], nn.Module], tuple[Technique, ...]]:
-    """Return the factory of the dense model called ``name``, and the techniques that make it of that."""
+    """Return the factory of the dense model called ``model_name``, and the techniques that make it of that."""
     variant, factory = _variant_and_factory(model_name)
     return factory, variant_techniques(variant, rank)
 
@@ -152,7 +152,7 @@ def _import_callable(import_path: str, option: str) -> Callable[[], Any]:
 def exceptions_as_value_error(
     message: str, remedy: Callable[[BaseException], str] = lambda reason: ""
 ) -> Iterator[None]:
-    """Turn any exception of the block, SystemExit too, into a ValueError with the text ``failure`` and a remedy.
+    """Turn any exception of the block, SystemExit too, into a ValueError with the text ``message`` and a remedy.
 
     KeyboardInterrupt and a BrokenPipeError from printing pass. The block may close or replace stdout and stderr.
     """
@@ -185,7 +185,7 @@ def _input_error_remedy(is_user_input: bool, error: BaseException) -> str:
 def call_or_raise_input_error(model_name: str, call: Callable[[], Result], *, is_user_input: bool = False) -> Result:
     """Return ``run()``, a call of the user's model; any failure becomes a ValueError about the input.
 
-    ``given`` tells that the input is the user's own, which no options describe.
+    ``is_user_input`` tells that the input is the user's own, which no options describe.
     """
     with exceptions_as_value_error(
         f"model={model_name!r} cannot take this input", partial(_input_error_remedy, is_user_input)

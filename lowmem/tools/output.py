@@ -70,12 +70,12 @@ def warnings_printed_as_notes() -> Iterator[None]:
 
 @contextmanager
 def stdout_reserved_for_json(enabled: bool, owns_process: bool) -> Iterator[None]:
-    """If ``wanted``, redirect stdout to stderr in the block, except for ``print_json``.
+    """If ``enabled``, redirect stdout to stderr in the block, except for ``print_json``.
 
     Args:
-        wanted: whether to redirect.
-        program: whether the process is the command's own; then the file descriptor of stdout, to which libraries may
-            write, is redirected until the process ends.
+        enabled: whether to redirect.
+        owns_process: whether the process is the command's own; then the file descriptor of stdout, to which
+            libraries may write, is redirected until the process ends.
     """
     global _results
     if not enabled:
@@ -170,7 +170,7 @@ def print_table(
     Args:
         columns: the titles.
         rows: the cells; cells and titles may hold any text.
-        text: columns of text, which are left-aligned and may be wrapped; the others hold numbers.
+        text_columns: columns of text, which are left-aligned and may be wrapped; the others hold numbers.
         markdown: print Markdown.
     """
     columns, *rows = [[escaped_and_truncated(cell) for cell in row] for row in (columns, *rows)]
@@ -213,7 +213,7 @@ def print_layer_summary(summary: Summary, *, grouped: bool = False, markdown: bo
 
 
 def print_memory_plan(model_name: str, plan: Plan, *, markdown: bool = False) -> None:
-    """Print the plan of the model called ``name`` to stdout, as a table below its techniques."""
+    """Print the plan of the model called ``model_name`` to stdout, as a table below its techniques."""
     print(f"{escaped_and_truncated(model_name)}: {techniques_text(plan.techniques)}\n")
     print_table(plan.columns, plan.cells, markdown=markdown)
 
@@ -231,11 +231,11 @@ def progress_display(
     Without a terminal, a plain line every ``SECONDS_APART`` has the figures and the time so far.
 
     Args:
-        name: of what is done.
+        task_name: of what is done.
         figures: classes of rich's columns, or texts, that are shown on any terminal.
-        roomy: columns that are shown only if there is room for a bar.
+        wide_terminal_columns: columns that are shown only if there is room for a bar.
         total: the value at the end; None: unknown.
-        fields: further arguments of rich's ``Progress.add_task``.
+        task_fields: further arguments of rich's ``Progress.add_task``.
     """
     with make_rich_progress(figures, wide_terminal_columns) as display:
         task = display.add_task(escaped_and_truncated(task_name), total=total, **task_fields)

@@ -123,7 +123,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def check_chart_packages_installed(command: str) -> None:
-    """Raise an ImportError with the remedy if packages for the charts of ``what``, a command, are missing."""
+    """Raise an ImportError with the remedy if packages for the charts of ``command``, a command, are missing."""
     try:
         for module in ("altair", "vl_convert", "jinja2", "scipy"):
             import_module(module)
@@ -148,11 +148,11 @@ def measure_variants(
     """Measure bytes, peaks, a training step, the error of the output, and speed of every variant of a model.
 
     Args:
-        name: ``bignet`` or ``module:factory``.
+        model_name: ``bignet`` or ``module:factory``.
         x: (batch, ...), the input; a model that writes to it gets a copy.
         seed: of the weights.
-        timed: inputs for timing forwards.
-        grouped: whether to measure each group of layers, and each choice of bits.
+        timed_inputs: inputs for timing forwards.
+        by_layer_group: whether to measure each group of layers, and each choice of bits.
     """
     from lowmem.report import quantization_errors
     from lowmem.report.footprint import measure_footprint

@@ -92,13 +92,13 @@ class LimitsMiddleware:
 
     Args:
         app: the server.
-        model: the name under which the server knows its model.
-        name: the short name, which is listed.
+        server_model_name: the name under which the server knows its model.
+        listed_model_name: the short name, which is listed.
         host: where it listens. On this machine's own addresses, only requests to these are taken, since a web page
             may give its own name any address.
-        tokens: the most new tokens of a request.
-        size: the most bytes of a body.
-        cross_origin: whether web pages of other origins may write.
+        max_tokens: the most new tokens of a request.
+        max_body_bytes: the most bytes of a body.
+        allow_cross_origin: whether web pages of other origins may write.
     """
 
     def __init__(

@@ -77,7 +77,7 @@ class ModelStats:
 
 
 def measure_model_stats(model_name: str, model: nn.Module, x: Tensor, **other_inputs: Any) -> ModelStats:
-    """Measure a model on the input ``x``, and maybe others by name; ``name`` is for errors."""
+    """Measure a model on the input ``x``, and maybe others by name; ``model_name`` is for errors."""
     forward = call_or_raise_input_error(model_name, lambda: measure.forward_bytes(model, x, **other_inputs))
     backward = call_or_raise_input_error(model_name, lambda: measure.backward_bytes(model, x, **other_inputs))
     with exceptions_as_value_error(f"model={model_name!r} cannot be measured"):
@@ -241,7 +241,7 @@ def _decoder_input_kwargs(config: Any, x: Tensor) -> dict[str, Tensor]:
 
 
 def _language_model_label_kwargs(config: Any, class_name: str, x: Tensor) -> dict[str, Tensor]:
-    """Return the labels of a folder's language model, whose class is called ``kind``: its input."""
+    """Return the labels of a folder's language model, whose class is called ``class_name``: its input."""
     is_language_model = config is not None and class_name.endswith(("ForCausalLM", "LMHeadModel"))
     return {"labels": x} if is_language_model and not x.is_floating_point() else {}
 

@@ -93,7 +93,7 @@ class QuantizedActivation(NamedTuple):
 def quantize_activation(x: Tensor, arena: ActivationArena | None = None) -> QuantizedActivation:
     """Return the 8-bit codes of a flat floating point tensor: ``|x - codes * scale| <= scale / 2``, up to rounding.
 
-    A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. ``room`` allocates codes
+    A block that contains NaN or infinity decodes to NaN, so that the failure stays visible. ``arena`` allocates codes
     and scales of CPU tensors; None: torch does.
     """
     if arena is not None and x.is_cpu:
@@ -139,7 +139,7 @@ class _SavedTensorCompressor:
     """The saved-tensor hooks of one ``compressed_activations`` context.
 
     Attributes:
-        exact: storages that are never compressed (those of parameters and buffers), by their ``_cdata``.
+        exact_storage_keys: storages that are never compressed (those of parameters and buffers), by their ``_cdata``.
         keeps: whether a tensor that the running torch function saves must stay uncompressed; None: the function needs
             no exception.
     """

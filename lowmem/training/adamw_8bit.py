@@ -243,7 +243,7 @@ def _code_rows_slice(elements: slice, row_length: int) -> slice:
 def quantize_moment(moment: Tensor, avoid_zero: bool = False, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
     """Return the codes of a moment, float32 (n,): bits of e4m3 floats, uint8 (blocks, block), and float32 scales.
 
-    With ``positive``, the smallest code is that of the smallest positive level, not zero.
+    With ``avoid_zero``, the smallest code is that of the smallest positive level, not zero.
     """
     padded = functional.pad(moment, (0, -len(moment) % block_size)).view(-1, block_size)
     scales = padded.abs().amax(1, keepdim=True).div_(_LARGEST)

@@ -45,8 +45,8 @@ def rms_norm(
     Args:
         x: floating point (..., n).
         weight: floating point (n,); the offset is added in float32 (float64 for a float64 x).
-        rounds_first: whether the quotient is rounded to x's dtype before the multiplication; the result then has the
-            wider dtype of x and the weight, else that of x.
+        round_before_scaling: whether the quotient is rounded to x's dtype before the multiplication; the result then
+            has the wider dtype of x and the weight, else that of x.
     """
     out: Tensor = _RMSNormFunction.apply(x, weight, eps, offset, round_before_scaling)  # type: ignore[no-untyped-call, unused-ignore]
     return _make_recomputable(out)
@@ -295,7 +295,7 @@ class _ActivationFunction(torch.autograd.Function):
 
 
 def _apply_activation(x: Tensor, activation: str, original_dtype: torch.dtype, out_dtype: torch.dtype) -> Tensor:
-    """Return an activation of x in ``dtype``; ``own`` is x's dtype before it was narrowed."""
+    """Return an activation of x in ``out_dtype``; ``original_dtype`` is x's dtype before it was narrowed."""
     if _should_use_torch_activation(activation, x):
         return _OF_TORCH[activation][0](x.to(original_dtype)).to(out_dtype)
     return backend_of(x).gated(x, None, ACTIVATIONS[activation], out_dtype)

@@ -115,7 +115,7 @@ def _matching_norm_errors(
     """Return the sum of the output's differences to each fused form that stays within the bound on rounding.
 
     The module is called once, with random rows of a shape and a random weight of a size, of the two dtypes.
-    ``gradients`` says whether these are compared, too.
+    ``compare_gradients`` says whether these are compared, too.
     """
     if not candidates:
         return {}
@@ -181,7 +181,7 @@ def _run_forward_backward_or_none(
 
 
 def _are_all_close(actual_expected_scale: Iterable[tuple[Tensor, Tensor, Tensor]], tolerance: float) -> bool:
-    """Whether pairs of tensors differ by at most ``unit`` times a size, elementwise."""
+    """Whether pairs of tensors differ by at most ``tolerance`` times a size, elementwise."""
     return all(
         bool(((a.double() - b.double()).abs() <= tolerance * size + 1e-30).all())
         for a, b, size in actual_expected_scale

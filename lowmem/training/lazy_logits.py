@@ -200,8 +200,8 @@ def _weight_and_input_versions(layer: Any, hidden: Tensor) -> tuple[Any, ...]:
 def make_logits_lazy(layer: nn.Module, chunk: int = 256, matmul_dtype: torch.dtype | None = None) -> None:
     """Let an output layer, an nn.Linear or a stored one, return ``LazyLogits`` in training.
 
-    In the loss, ``chunk`` rows of logits exist at once. The loss multiplies in ``dtype`` if the hidden states are
-    float32 and autocast is off; None: in the default of ``linear_cross_entropy``.
+    In the loss, ``chunk`` rows of logits exist at once. The loss multiplies in ``matmul_dtype`` if the hidden states
+    are float32 and autocast is off; None: in the default of ``linear_cross_entropy``.
     """
     prepare_module(layer, LazyOutputLayer, logits_chunk=chunk, logits_dtype=matmul_dtype)
 

@@ -168,7 +168,7 @@ def training_report(model: nn.Module) -> dict[str, str]:
 
 
 def _report_text(module: PreparedModule, fallback_device: torch.device | None) -> str:
-    """Return what was done to a module; ``device`` is one where plain torch serves."""
+    """Return what was done to a module; ``fallback_device`` is one where plain torch serves."""
     if fallback_device is None:
         return str(module.report_note)
     if isinstance(getattr(module, "fused_as", None), LayerNormSpec):

@@ -16,7 +16,7 @@ class PreparedModule(nn.Module):
     Attributes:
         plain_class: the module's class before; each generated class sets its own.
         prepared_attributes: names of the instance attributes that belong to the generated class.
-        note: what was done to the module, for ``training_report``.
+        report_note: what was done to the module, for ``training_report``.
         released_by: the function that restores the class.
     """
 

@@ -277,7 +277,8 @@ class CategorizedPeakMemory(measure.PeakMemory):
 
     @contextmanager
     def allocations_attributed_to(self, layer_class_name: str) -> Iterator[None]:
-        """Attribute storages that are made inside, but not in an inner frame, to a layer of class ``kind``."""
+        """Attribute storages that are made inside, but not in an inner frame, to a layer of class
+        ``layer_class_name``."""
         self._frames.append((layer_class_name, [], None))
         try:
             yield

@@ -120,7 +120,8 @@ def _tied_embedding_groups(modules: Iterable[nn.Module]) -> dict[nn.Module, list
 
 
 def can_have_adapter(module: nn.Module, user_selected: bool = False) -> bool:
-    """Whether adapters can be added to a module; ``chosen``: by ``where=``, which takes all that can have one."""
+    """Whether adapters can be added to a module; ``user_selected``: by ``where=``, which takes all that can have
+    one."""
     return conversion_skip_reason(LoRA, module, user_selected) is None
 
 

@@ -117,7 +117,7 @@ class _ChoiceUpgrade:
 
 
 def allocated_choice_indices(units: Sequence[BudgetUnit], bits_per_weight: float) -> list[int]:
-    """Return for each unit the index of its choice, such that all take at most ``bits`` a weight.
+    """Return for each unit the index of its choice, such that all take at most ``bits_per_weight`` a weight.
 
     Steps are taken by what they gain for each byte; one that does not fit ends those of its unit. More bits never
     give a larger sum of losses. Bits that are out of reach are a ValueError, which names what is possible.

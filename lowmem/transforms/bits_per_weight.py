@@ -42,7 +42,7 @@ SMALLEST: tuple[Half | FourBit, ...] = (
 
 
 def check_bit_limit(max_bits_per_weight: float) -> None:
-    """Raise a ValueError unless ``at_most`` is a number of bits."""
+    """Raise a ValueError unless ``max_bits_per_weight`` is a number of bits."""
     if (
         isinstance(max_bits_per_weight, bool)
         or not isinstance(max_bits_per_weight, int | float)
@@ -62,10 +62,11 @@ def check_bits_per_weight(
     max_bits_per_weight: float,
     make_replacements: Callable[[Technique], Replacements],
 ) -> None:
-    """Raise a ValueError if a model would take more than ``at_most`` bits a weight after ``replacements``.
+    """Raise a ValueError if a model would take more than ``max_bits_per_weight`` bits a weight after
+    ``replacements``.
 
-    The error names the largest weights that stay dense, and the least that is possible: ``rebuilt`` returns what
-    modules would become with another technique, without values.
+    The error names the largest weights that stay dense, and the least that is possible: ``make_replacements``
+    returns what modules would become with another technique, without values.
     """
     bits = bits_per_weight_after_replacement(model, replacements)
     if bits <= max_bits_per_weight:

@@ -140,8 +140,8 @@ def build_replacements(
 ) -> dict[nn.Module, nn.Module]:
     """Select, assign and store: return what each module becomes that ``convert`` takes; raises as ``convert``.
 
-    ``losses`` returns what each choice of a ``Budget`` loses of a weight, by its name, or None of one that is not
-    known; without ``losses`` they are measured.
+    ``choice_losses`` returns what each choice of a ``Budget`` loses of a weight, by its name, or None of one that is
+    not known; without ``choice_losses`` they are measured.
     """
     selection = select_modules_to_convert(model, techniques, where, skip, parameter_filter)
     chosen, got = layer_techniques_and_budget_choices(model, techniques, selection, where, choice_losses)

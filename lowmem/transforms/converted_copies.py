@@ -33,7 +33,7 @@ StoreFactory: TypeAlias = Callable[[Any], Callable[[Tensor, str], Any]]
 def cached_store_factory(on_meta: bool = False) -> StoreFactory:
     """Return a function from a technique to its ``store``, cached: layers with a shared weight share the stored one.
 
-    ``empty`` stores on the meta device, without values.
+    ``on_meta`` stores on the meta device, without values.
     """
     known: dict[Any, tuple[Tensor, Any]] = {}
 
@@ -65,8 +65,9 @@ def converted_copy(
 
     Args:
         module: dense, or with stored parameters if the techniques are adapters.
-        unused: for each kind of technique, why it has converted no module so far; None once it has. It is updated.
-        names: the parameters to store; None: ``storable_parameter_names(module)``.
+        unused_reasons: for each kind of technique, why it has converted no module so far; None once it has. It is
+            updated.
+        parameter_names: the parameters to store; None: ``storable_parameter_names(module)``.
     """
     layer: Any = module
     for technique in techniques:
@@ -101,7 +102,8 @@ def copy_with_first_adapter(
 ) -> nn.Module:
     """Return a copy of a layer with an adapter, with the techniques of the parameters that it changes.
 
-    ``dense`` has the parameters that 4-bit ones were quantized from, for ``init="loftq"``; errors name ``path``.
+    ``dense_parameters`` has the parameters that 4-bit ones were quantized from, for ``init="loftq"``; errors name
+    ``path``.
     """
     try:
         parts = {
@@ -123,7 +125,7 @@ def copy_with_stored_parameters(
 ) -> StoredModule:
     """Return a copy of a dense module in which parameters are stored by ``store``; errors name the weight's path.
 
-    Those in ``transposed`` are given to ``store`` with their last two dimensions swapped, and stored so.
+    Those in ``transposed_names`` are given to ``store`` with their last two dimensions swapped, and stored so.
     """
     place = [path]
     squares: list[Squares] = []  # of each weight

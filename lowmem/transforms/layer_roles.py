@@ -69,7 +69,7 @@ def _weight_sharing_reasons(
 
 
 def float32_name_patterns(model: nn.Module, load_dtype: torch.dtype | None) -> list[str]:
-    """Return the patterns of what a model of transformers keeps in float32 where it is loaded in ``dtype``.
+    """Return the patterns of what a model of transformers keeps in float32 where it is loaded in ``load_dtype``.
 
     A model names them for float16, as T5 names ``wo``, or for bfloat16, too.
     """

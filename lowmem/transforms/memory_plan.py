@@ -356,7 +356,7 @@ def measure_run_on_fake_tensors(
 ) -> dict[str, int]:
     """Run the model, and the optimizer, on fake tensors, which stay in it; return the ``Plan`` figures of the run.
 
-    ``cached`` is the sequences, their tokens and the bits of a cache of keys and values.
+    ``kv_cache_size`` is the sequences, their tokens and the bits of a cache of keys and values.
     """
     with running_on_fake_tensors(model):
         inputs, named = fake_args_and_kwargs(batch)

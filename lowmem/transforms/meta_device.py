@@ -72,8 +72,8 @@ def make_model_on_meta(factory: Callable[[], M]) -> M:
 
 @contextmanager
 def _parameter_registration_on_meta(registered_modules: set[nn.Module]) -> Iterator[None]:
-    """Move each parameter that this thread registers to the meta device, and add its module to ``made``: shared ones
-    stay shared. Copies of modules (of an nn.TransformerEncoder) register nothing.
+    """Move each parameter that this thread registers to the meta device, and add its module to
+    ``registered_modules``: shared ones stay shared. Copies of modules (of an nn.TransformerEncoder) register nothing.
 
     torch's hooks for all modules are registered for the block, because nothing else tells a parameter from a buffer
     when it is made: ``torch.device("meta")`` would take the values of buffers, too.

@@ -15,8 +15,8 @@ from lowmem.transforms.module_registry import check_is_module, layer_display_nam
 
 
 def check_model_is_changeable(function_name: str, model: nn.Module) -> None:
-    """Raise for a model, or a mode, in which the function called ``name`` can change nothing: no module, inference
-    mode, a wrapper for several processes, which knows the parameters, or DeepSpeed's ZeRO-3."""
+    """Raise for a model, or a mode, in which the function called ``function_name`` can change nothing: no module,
+    inference mode, a wrapper for several processes, which knows the parameters, or DeepSpeed's ZeRO-3."""
     check_is_module(model)
     if is_inference_mode_enabled():
         raise RuntimeError(
@@ -54,7 +54,8 @@ def check_layers_are_changeable(
 ) -> None:
     """Raise for layers, with their paths, whose own parameters, or adapters, the function ``name`` cannot change.
 
-    They are lazy, sharded, prepared for training, or on the meta device, which is right if ``empty``, as for a plan.
+    They are lazy, sharded, prepared for training, or on the meta device, which is right if ``allow_meta``, as for a
+    plan.
     """
     sharded = imported_dtensor_types()
     check_not_prepared(function_name, layer_paths)
@@ -79,7 +80,7 @@ def check_layers_are_changeable(
 def check_no_foreign_tensor_class(function_name: str, parameter_path: str, tensor: Tensor, remedy: str) -> None:
     """Raise a ValueError for a parameter at a place whose class computes by itself, as torchao's tensors do.
 
-    It need not have the operators, nor the memory, that the function ``name`` reads it by.
+    It need not have the operators, nor the memory, that the function ``function_name`` reads it by.
     """
     kind: Any = type(tensor)
     if kind.__torch_dispatch__ != Tensor.__torch_dispatch__ and not isinstance(tensor, StoredTensor):
@@ -113,8 +114,8 @@ def check_no_peft_conflict(
 ) -> None:
     """Raise a ValueError if adapters of PEFT would no longer fit: those around ``layers``, which will change.
 
-    All of them would be frozen if that ``freezes`` the rest. Without ``layers``, PEFT is why there are none.
-    ``merges`` tells that adapters will be merged into the layers.
+    All of them would be frozen if that ``will_freeze`` the rest. Without ``layers``, PEFT is why there are none.
+    ``will_merge`` tells that adapters will be merged into the layers.
     """
     for path, module in model.named_modules():
         if is_peft_module(module):

@@ -162,7 +162,7 @@ class Summary(tuple[LayerSummary, ...]):
 
 
 def aligned_table_lines(rows: Sequence[Sequence[str]], right_aligned: Container[int]) -> list[str]:
-    """Return the lines of a table whose columns have one width each; those in ``right`` are right-aligned."""
+    """Return the lines of a table whose columns have one width each; those in ``right_aligned`` are right-aligned."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(

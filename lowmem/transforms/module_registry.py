@@ -36,12 +36,14 @@ class RegistryEntry:
 
     Args:
         kind: what errors call it.
-        fits: whether a module is of this kind.
+        matches: whether a module is of this kind.
         parameters: the names of what is stored; those that a module lacks, or has as None, are left out.
-        refuses: why a module of this kind is left dense, or None.
-        computes: how a call computes with what is stored; "as stored": in products and gathers of codes.
-        no_adapter: why no module of this kind can have an adapter, or a function that says why one cannot, or None.
-        asked: why ``LoRA`` takes modules of this kind only where ``where=`` selects them; None: it takes them.
+        dense_reason: why a module of this kind is left dense, or None.
+        computation: how a call computes with what is stored; "as stored": in products and gathers of codes.
+        no_adapter_reason: why no module of this kind can have an adapter, or a function that says why one cannot, or
+            None.
+        opt_in_reason: why ``LoRA`` takes modules of this kind only where ``where=`` selects them; None: it takes
+            them.
     """
 
     kind: str
@@ -296,7 +298,8 @@ def conversion_skip_reason(
 ) -> str | None:
     """Return why a technique does not convert a module; None where it does.
 
-    ``chosen`` tells that the user has named the module, which may then be a subclass that computes something else.
+    ``user_selected`` tells that the user has named the module, which may then be a subclass that computes something
+    else.
     """
     # Before the type: parametrizing a module changes its class to a subclass
     if is_parametrized(module):

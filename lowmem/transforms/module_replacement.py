@@ -84,7 +84,7 @@ def check_and_commit_replacements(model: nn.Module, replacements: Mapping[nn.Mod
 
 
 def _possible_original_classes(converted: nn.Module) -> list[type[nn.Module]]:
-    """Return the classes whose modules can become ``made``."""
+    """Return the classes whose modules can become ``converted``."""
     plain: Any = converted._plain_class if isinstance(converted, AdaptedModule) else type(converted)
     before = [plain.dense_class] if issubclass(plain, StoredModule) else []
     return [*before, plain] if isinstance(converted, AdaptedModule) else before
@@ -114,7 +114,7 @@ def freeze_all_but_adapters(model: nn.Module) -> None:
 def iterate_integrations_or_warn(model: nn.Module, consequence: str, alternative: str) -> Iterator[Any]:
     """Yield the integrations of the libraries that made a model, or parts of it; warn of one that does not import.
 
-    ``lost`` and ``left`` say what does not work without it, and what does.
+    ``consequence`` and ``alternative`` say what does not work without it, and what does.
     """
     libraries = {kind.__module__.partition(".")[0] for module in model.modules() for kind in type(module).__mro__}
     for library in libraries & INTEGRATIONS.keys() & sys.modules.keys():

@@ -188,7 +188,8 @@ def nothing_to_convert_message(
     has_where: bool,
 ) -> str:
     """Return the error text for a model without layers to convert: what was looked for, what was found, and why the
-    first of the ``selected`` modules of a known kind is left; ``chosen`` tells that ``where=`` selected them."""
+    first of the ``selected_paths`` modules of a known kind is left; ``has_where`` tells that ``where=`` selected
+    them."""
     type_counts = Counter(
         type(module).__name__ for module in all_paths_by_module(model) if not list(module.children())
     )

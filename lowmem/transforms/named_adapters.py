@@ -108,9 +108,10 @@ def add_adapter_to_layers(
     layer_techniques: Mapping[nn.Module, Mapping[str, LoRA]],
     layer_paths: Mapping[nn.Module, str],
 ) -> None:
-    """Add a new, active adapter ``name`` to layers, with the techniques of the parameters that it changes in each.
+    """Add a new, active adapter ``adapter_name`` to layers, with the techniques of the parameters that it changes in
+    each.
 
-    ``paths`` are those of the layers; raises as ``add_adapter``.
+    ``layer_paths`` are those of the layers; raises as ``add_adapter``.
     """
     made: dict[nn.Module, nn.Module] = {}
     added: dict[AdaptedModule, dict[str, Adapter]] = {}

@@ -31,7 +31,7 @@ def parameter_owners_by_id(model: nn.Module) -> dict[int, list[tuple[nn.Module, 
 def drop_partial_ties(model: nn.Module, selection: dict[nn.Module, tuple[str, list[str]]]) -> None:
     """Drop modules whose stored parameters are dense elsewhere in the model; repeat until stable.
 
-    ``found`` has modules, with their paths and the names of the parameters to store.
+    ``selection`` has modules, with their paths and the names of the parameters to store.
     """
     owners = parameter_owners_by_id(
         model
@@ -59,10 +59,10 @@ def check_and_record_byte_range(
     memory_key: Hashable,
     parameter: Tensor,
 ) -> None:
-    """Add the bytes of a parameter to those ``seen`` of each storage.
+    """Add the bytes of a parameter to those ``ranges_by_storage`` of each storage.
 
     Raises:
-        ValueError: another parameter, not of its ``key``, has some of these bytes; both are named.
+        ValueError: another parameter, not of its ``memory_key``, has some of these bytes; both are named.
     """
     last = sum((size - 1) * step for size, step in zip(parameter.shape, parameter.stride(), strict=True))
     at = parameter.storage_offset() * parameter.element_size()

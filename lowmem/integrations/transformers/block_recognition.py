@@ -87,7 +87,7 @@ AttentionMaskInterface.register(_TRIAL, sdpa_mask)
 def find_blocks(model: nn.Module, recognized_modules: _RecognizedModules) -> dict[nn.Module, NativeBlock | str]:
     """Return how blocks of a model of transformers are computed in one call, or why not.
 
-    ``parts`` are the norms and MLPs that were recognized.
+    ``recognized_modules`` are the norms and MLPs that were recognized.
     """
     owner = next((submodule for submodule in model.modules() if isinstance(submodule, PreTrainedModel)), None)
     config: Any = None if owner is None else owner.config.get_text_config()
@@ -120,7 +120,7 @@ def find_blocks(model: nn.Module, recognized_modules: _RecognizedModules) -> dic
 def _attn_implementations(config: Any, overrides: Mapping[int, str] = MappingProxyType({})) -> dict[str, Any]:
     """Return the attention of a config and of each sub-config, as ``set_attn_implementation`` takes them.
 
-    ``changed`` are those of other names, by the ids of their configs.
+    ``overrides`` are those of other names, by the ids of their configs.
     """
     inner = {name: getattr(config, name, None) for name in config.sub_configs}
     result = {"": overrides.get(id(config), config._attn_implementation)}

@@ -150,7 +150,7 @@ def check_stored_part_dtypes(
 ) -> None:
     """Raise a ValueError for a part of a stored weight with another dtype in a folder: its bits mean something else.
 
-    ``parts`` are the dtypes of the parts, by their names in the model, which is on the meta device.
+    ``part_dtypes`` are the dtypes of the parts, by their names in the model, which is on the meta device.
     """
     names = TensorNameMapping(model, conversions)
     for name, spec in specs.items():
@@ -174,7 +174,8 @@ def check_folder_fills_model(
 ) -> None:
     """Raise a ValueError if a model on the meta device would get more new parameters, or buffers, than a folder has.
 
-    ``shapes`` are those of the folder's tensors, by name, with None for an unknown shape; ``nbytes`` is their sum.
+    ``tensor_shapes`` are those of the folder's tensors, by name, with None for an unknown shape; ``total_bytes`` is
+    their sum.
     """
     names = TensorNameMapping(model, conversions)
     filled: set[int] = set()

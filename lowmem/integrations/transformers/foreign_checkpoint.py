@@ -125,7 +125,7 @@ def transformers_config(path: Path, config_class: Any = AutoConfig, trust_remote
 
     Args:
         path: the folder or file.
-        described: the class of the config, or ``AutoConfig``.
+        config_class: the class of the config, or ``AutoConfig``.
         trust_remote_code: whether to run code of the folder; the config names none otherwise.
 
     Raises:

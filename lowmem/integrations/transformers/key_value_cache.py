@@ -94,7 +94,7 @@ class InPlaceCacheLayer(DynamicLayer):  # type: ignore[misc]
             self.batch_select_indices(sequences.repeat_interleave(repeats))
 
     def grow(self, written_rows: int) -> None:
-        """Keep ``new`` rows more, which were written behind the kept ones."""
+        """Keep ``written_rows`` rows more, which were written behind the kept ones."""
         for states in self.cached.values():
             states.grow(written_rows, not getattr(self, "record_past", False))
 

@@ -49,7 +49,7 @@ def quantizing_program_or_none(folder: Path, task: str = "fine-tune") -> str | N
 
 @contextmanager
 def delayed_transformers_log(replay: bool = True) -> Iterator[None]:
-    """Delay the log of transformers until the block ends; drop the log after an error, or unless ``shown``."""
+    """Delay the log of transformers until the block ends; drop the log after an error, or unless ``replay``."""
     logger = logging.getLogger("transformers")
     handlers, held = logger.handlers, MemoryHandler(capacity=10**6, flushLevel=logging.CRITICAL + 1)
     logger.handlers = [held]
@@ -88,7 +88,7 @@ def language_model_sizes(folder: Path, task: str = "fine-tune") -> LanguageModel
 
 
 def context_window(config: Any, max_tokens: int) -> int:
-    """Return how many tokens a config's model sees at a time: ``most``, or as many as it has positions."""
+    """Return how many tokens a config's model sees at a time: ``max_tokens``, or as many as it has positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(max_tokens, positions) if isinstance(positions, int) and positions > 0 else max_tokens
 
@@ -118,8 +118,8 @@ def dense_model_factory(
 
     Args:
         folder: the folder, whose config.json alone is read, or a GGUF file.
-        layers: how many of its layers the model has; None: all.
-        kind: the model's class, or an Auto class.
+        num_layers: how many of its layers the model has; None: all.
+        model_class: the model's class, or an Auto class.
     """
     config = transformers_config(folder)
     text = config.get_text_config()

@@ -78,7 +78,7 @@ class OnLoadWeightStorer:
                         shared.places.append((module, name))
 
     def should_process(self, parameter_name: str) -> bool:
-        """Whether the parameter called ``name``, or one that is tied to it, is to be stored."""
+        """Whether the parameter called ``parameter_name``, or one that is tied to it, is to be stored."""
         return parameter_name in self._shared and bool(self._shared[parameter_name].places)
 
     def are_both_stored_or_dense(self, target: str, source: str) -> bool:
@@ -86,7 +86,7 @@ class OnLoadWeightStorer:
         return (target in self._places) == (source in self._places)
 
     def process_parameter(self, name: str, value: Tensor, missing_names: set[str] | None) -> bool:
-        """Store a parameter that was read, and remove its name from ``missing``, those that were not read yet.
+        """Store a parameter that was read, and remove its name from ``missing_names``, those that were not read yet.
 
         Returns:
             Whether transformers must not set the parameter, as it does in another shape, or where one stays dense.

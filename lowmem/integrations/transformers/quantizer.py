@@ -95,7 +95,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     """Stores weights while they are read, or takes them as ``save_pretrained`` has written them.
 
     Attributes:
-        parts: of a saved model, while it is loaded: the dtypes of what its stored weights consist of, by name.
+        part_dtypes: of a saved model, while it is loaded: the dtypes of what its stored weights consist of, by name.
     """
 
     quantization_config: LowmemConfig

@@ -162,7 +162,7 @@ class _TextComparison:
         self._seen, self._seconds = 0, 0.0
 
     def compute_checked_result(self, model: Any, text_part: Any, reference: Tensor | None = None) -> Tensor:
-        """Return a model's result on a part, of the shape of ``base``."""
+        """Return a model's result on a part, of the shape of ``reference``."""
         raise NotImplementedError
 
     def _timed_result(self, model: Any, text_part: Any, reference: Tensor | None, tokens: int) -> Tensor:
@@ -349,7 +349,7 @@ def bootstrap_interval_or_none(
 
     Args:
         sums, counts: (parts,).
-        of: a monotone function, such as ``torch.exp``.
+        transform: a monotone function, such as ``torch.exp``.
     """
     parts = len(sums)
     if parts < 2:

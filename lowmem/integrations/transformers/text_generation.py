@@ -64,14 +64,14 @@ def open_model_and_tokenizer(
 
     Args:
         path: a folder of ``save_pretrained``, dense or stored by lowmem or another program; a GGUF file; or an
-            adapter: a folder of PEFT, or a file of ``save_adapter``.
+            adapter_name: a folder of PEFT, or a file of ``save_adapter``.
         base: the base of an adapter, of the same kinds as ``path``; None takes the base that the config names.
-        adapter: the name of the adapter to use, if the model or the folder of PEFT has several.
+        adapter_name: the name of the adapter to use, if the model or the folder of PEFT has several.
 
     Raises:
         FileError: as ``load_folder``, ``load_gguf`` and ``load_adapter``; or the adapter's base is not here.
-        ValueError: the model does not generate text, ``base`` of what is no adapter, or an ``adapter`` that it has
-            not, or several without a choice.
+        ValueError: the model does not generate text, ``base`` of what is no adapter, or an ``adapter_name`` that it
+            has not, or several without a choice.
     """
     model: Any
     is_alone = bool(adapter_folders_without_model(path))

@@ -66,7 +66,7 @@ class TextTokenizer:
     def _last_message_span(
         self, text: str, messages: Sequence[Mapping[str, Any]], message_index: int, search_start: int
     ) -> tuple[int, int]:
-        """Return where the last message of ``until`` begins and ends in the text of all."""
+        """Return where the last message of ``messages`` begins and ends in the text of all."""
         content = messages[-1]["content"].strip()
         before, prompt = (
             self.chat_template_text(messages[:-1], add_generation_prompt=with_prompt) if message_index else ""
@@ -90,7 +90,8 @@ class TextTokenizer:
         return start, stop
 
     def chat_template_text(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> str:
-        """Return what the tokenizer's chat template makes of messages; ``prompt``: with the start of an answer.
+        """Return what the tokenizer's chat template makes of messages; ``add_generation_prompt``: with the start of
+        an answer.
 
         Raises:
             ValueError: there is no template, or it refuses the messages.
@@ -113,8 +114,8 @@ def read_tokenizer(path: Path, vocabulary_size: int | None = None) -> Any:
     """Return the tokenizer of a folder or a GGUF file; no code of it is run.
 
     Args:
-        folder: as ``save_pretrained`` writes it, or the file.
-        vocabulary: how many tokens its model knows; None: any number.
+        path: as ``save_pretrained`` writes it, or the file.
+        vocabulary_size: how many tokens its model knows; None: any number.
 
     Raises:
         FileError: it has no tokenizer that transformers can load, or one of another vocabulary.
@@ -170,9 +171,10 @@ def split_paragraphs(text: str) -> list[str]:
 def padded_batches(
     tokenizer: Any, paragraphs: Sequence[str], max_tokens: int, batch_size: int
 ) -> list[dict[str, Tensor]]:
-    """Return batches of at most ``count`` paragraphs, the shortest first so that little is padded, with their masks.
+    """Return batches of at most ``batch_size`` paragraphs, the shortest first so that little is padded, with their
+    masks.
 
-    Paragraphs are cut to ``length`` tokens. A tokenizer without a token to pad with gets one.
+    Paragraphs are cut to ``max_tokens`` tokens. A tokenizer without a token to pad with gets one.
     """
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.unk_token
@@ -182,7 +184,7 @@ def padded_batches(
 
 
 def check_gguf_installed(file: Path, remedy: str = "") -> None:
-    """Raise an ImportError unless the package gguf is there; ``otherwise`` is another remedy."""
+    """Raise an ImportError unless the package gguf is there; ``remedy`` is another remedy."""
     if not is_gguf_available():
         raise ImportError(f"the tokenizer of {quoted_path(file)} takes the package gguf: pip install gguf{remedy}")
 
@@ -238,7 +240,7 @@ def _sentencepiece_tokenizer(tokenizer_json: dict[str, Any], add_prefix_space: b
 def _byte_level_tokenizer(
     tokenizer_json: dict[str, Any], split_patterns: tuple[str | bool, ...], ignore_merges: bool
 ) -> Tokenizer:
-    """Return a tokenizer of bytes; ``whole``: whether a word that is a token is taken as it is."""
+    """Return a tokenizer of bytes; ``ignore_merges``: whether a word that is a token is taken as it is."""
     tokenizer_json["model"]["ignore_merges"] = ignore_merges
     made = Tokenizer.from_str(json.dumps(tokenizer_json))
     steps = [

@@ -178,7 +178,7 @@ class _QuantizedWeightReader:
         return wide + torch.tensor(self.state.get("nested_offset", 0.0), dtype=torch.float32, device="cpu")
 
     def read_quantized(self, block_size: int) -> QuantizedTensor:
-        """Return the weight in blocks of ``size``."""
+        """Return the weight in blocks of ``block_size``."""
         shape, columns = self.shape, self.shape[-1]
         rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int64, device="cpu")
         starts = rows[:, None] * columns + torch.arange(0, columns, block_size, dtype=torch.int64, device="cpu")
@@ -195,7 +195,7 @@ class _QuantizedWeightReader:
 
 
 def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
-    """Return a weight (out, in) as bitsandbytes has it, which dequantizes it to the same bits in ``dtype``.
+    """Return a weight (out, in) as bitsandbytes has it, which dequantizes it to the same bits in ``model_dtype``.
 
     Raises:
         ValueError: it has other levels, offsets, or blocks that bitsandbytes has not.
@@ -218,7 +218,7 @@ def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWei
 def _pack_in_blocks(
     weight: QuantizedTensor, block_size: int, recorded_shape: Sequence[int], model_dtype: torch.dtype
 ) -> PackedWeight:
-    """Return a weight in blocks of ``size``, with ``shape`` noted."""
+    """Return a weight in blocks of ``block_size``, with ``recorded_shape`` noted."""
     kind = _KINDS[weight.format]
     order = torch.tensor(_ORDER[kind], dtype=torch.int64, device="cpu")
     levels = torch.tensor(get_format(weight.format).levels, dtype=torch.float32, device="cpu")

@@ -48,7 +48,7 @@ def smallest_exact_scale_encoding(scales: Tensor, offsets: Tensor | None = None)
 
 
 def largest_dividing_block_size(group_size: int, columns: int) -> int:
-    """Return the largest valid block size that divides groups of ``group`` columns, or rows, into whole blocks.
+    """Return the largest valid block size that divides groups of ``group_size`` columns, or rows, into whole blocks.
 
     Raises:
         ValueError: no divisor of the groups is an even number from 8 to 4096.
@@ -104,7 +104,8 @@ def unpacked_codes(weight: QuantizedTensor) -> Tensor:
 
 
 def reblocked_scales(weight: QuantizedTensor, block_size: int) -> Tensor:
-    """Return the scales of a weight in blocks of ``size``, which divides its own blocks: float32 (..., blocks)."""
+    """Return the scales of a weight in blocks of ``block_size``, which divides its own blocks: float32 (...,
+    blocks)."""
     return weight.encoding.decode(weight.scales.detach())[
         ..., _original_block_indices(weight, block_size)
     ].contiguous()
@@ -116,7 +117,7 @@ def reblocked_offsets(weight: QuantizedTensor, block_size: int) -> Tensor:
 
 
 def _original_block_indices(weight: QuantizedTensor, block_size: int) -> Tensor:
-    """Return the block of a weight in which each block of ``size`` lies."""
+    """Return the block of a weight in which each block of ``block_size`` lies."""
     starts = torch.arange(0, weight.shape[-1], block_size, dtype=torch.int64, device=weight.scales.device)
     return starts // weight.block_size
 

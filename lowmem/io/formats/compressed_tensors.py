@@ -213,12 +213,14 @@ def _read_checked_weight_shape(layer_tensors: LayerTensors) -> tuple[int, ...]:
 
 
 def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
-    """Return a weight (out, in) as compressed-tensors has it, which decompresses it to the same bits in ``dtype``.
+    """Return a weight (out, in) as compressed-tensors has it, which decompresses it to the same bits in
+    ``model_dtype``.
 
-    transformers casts scales of integers to ``dtype``, the model's, and computes values in it.
+    transformers casts scales of integers to ``model_dtype``, the model's, and computes values in it.
 
     Raises:
-        ValueError: the weight has other levels, offsets, or scales that the format, or ``dtype``, does not hold.
+        ValueError: the weight has other levels, offsets, or scales that the format, or ``model_dtype``, does not
+            hold.
     """
     if weight.format == "uint4" and weight.has_offsets:
         return _pack_asymmetric_integers(weight, model_dtype)
@@ -241,8 +243,8 @@ def packed_and_requantized(
 
     ``Packing.packed_and_requantized`` says what they are.
 
-    Levels of "q4_0" keep their codes, and their scales are rounded to ``dtype``; those of "fp4" become MXFP4 in a
-    model in bfloat16. Others become integers in groups of 32.
+    Levels of "q4_0" keep their codes, and their scales are rounded to ``model_dtype``; those of "fp4" become MXFP4
+    in a model in bfloat16. Others become integers in groups of 32.
     """
     if stored is not None and stored.format == "q4_0" and not stored.has_offsets:
         group = block_size_dividing_rows(stored)

@@ -31,7 +31,8 @@ def check_layer_scheme(
     has_zero_points: bool,
     has_single_scale: bool = False,
 ) -> None:
-    """Raise a ValueError unless a scheme of a config can be that of a layer whose groups have ``group`` columns."""
+    """Raise a ValueError unless a scheme of a config can be that of a layer whose groups have ``group_size``
+    columns."""
     schemes = _weight_schemes(config)
     wrong = [_contradicting_field_or_none(weights, group_size, shape, has_single_scale) for weights in schemes]
     if wrong and wrong[0] is not None and None not in wrong:

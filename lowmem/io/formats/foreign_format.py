@@ -105,7 +105,7 @@ class LayerTensors:
         required_parts: Iterable[str],
         optional_parts: Iterable[str] = (),
     ) -> LayerTensors:
-        """Return the parts of a layer; a ValueError if one of ``needed`` is missing."""
+        """Return the parts of a layer; a ValueError if one of ``required_parts`` is missing."""
         names = {part: f"{layer}.{part}".lstrip(".") for part in (*required_parts, *optional_parts)}
         for part in required_parts:
             if names[part] not in checkpoint.specs:
@@ -144,7 +144,7 @@ class LayerTensors:
     def foreign_weight(
         self, kind: str, shape: tuple[int, ...], read: Callable[[], Weight], **other_fields: Any
     ) -> ForeignTensor:
-        """Return the layer's weight; ``more`` are other fields of ``ForeignTensor``."""
+        """Return the layer's weight; ``other_fields`` are other fields of ``ForeignTensor``."""
         return ForeignTensor(self.tensor_name("weight"), shape, kind, self.nbytes, read, **other_fields)
 
     def refused_weight(
@@ -183,7 +183,8 @@ class ForeignFormat:
 
     Args:
         name: by which errors and ``--format`` call the format.
-        find: finds its weights in a safetensors checkpoint; None: the format has files of its own.
+        iterate_weights_and_tensor_names: finds its weights in a safetensors checkpoint; None: the format has files
+            of its own.
         coded_names: last parts of the names of tensors that mean nothing without the others of a weight.
         method: the ``quant_method`` of its config.
         settings: what other fields of the config may be.

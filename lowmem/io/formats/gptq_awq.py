@@ -36,7 +36,8 @@ def _iterate_weights_and_tensor_names(
     checkpoint: SafetensorsCheckpoint,
     config: Mapping[str, Any],
 ) -> Iterator[tuple[ForeignTensor, set[str]]]:
-    """Yield the weight of each layer with ``factor`` outputs for each word of a row, and the names of its tensors."""
+    """Yield the weight of each layer with ``outputs_per_word`` outputs for each word of a row, and the names of its
+    tensors."""
     for key, words in checkpoint.specs.items():
         layer, _, part = key.rpartition(".")
         scales = checkpoint.specs.get(f"{layer}.scales".lstrip("."))
@@ -52,7 +53,7 @@ def _iterate_weights_and_tensor_names(
 def _check_layer_tensors(
     layer_tensors: LayerTensors, in_features: int, zeros_shape: tuple[int, int], has_fitting_shapes: bool
 ) -> None:
-    """Raise a ValueError unless the parts of a layer fit; ``zeros`` is the shape of its zero points."""
+    """Raise a ValueError unless the parts of a layer fit; ``zeros_shape`` is the shape of its zero points."""
     specs = layer_tensors.specs
     groups, outputs = specs["scales"].shape
     layer_tensors.check_parts_fit(
@@ -68,7 +69,8 @@ def _check_layer_tensors(
 def _check_group_size(
     config: Mapping[str, Any], layer_path: str, in_features: int, group_count: int, needs_whole_groups: bool
 ) -> None:
-    """Raise a ValueError unless the ``group_size`` of a config is a layer's; ``is_even``: all groups are whole."""
+    """Raise a ValueError unless the ``group_size`` of a config is a layer's; ``needs_whole_groups``: all groups are
+    whole."""
     size = config.get("group_size")
     if size is None or (size == -1 and group_count == 1):
         return

@@ -57,7 +57,8 @@ class PackingFormat:
 
     Args:
         name: of the format.
-        pack: weight (out, in) and dtype of the model -> the same weight packed; ValueError: why that cannot be.
+        pack_exactly: weight (out, in) and dtype of the model -> the same weight packed; ValueError: why that cannot
+            be.
         packed_and_requantized: values (out, in), dtype, and the stored weight unless it is transposed -> them packed
             with other scales or codes, and what they became. On the meta device the parts have no values. ValueError:
             why it is impossible.

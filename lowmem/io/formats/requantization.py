@@ -120,15 +120,15 @@ def warn_if_model_grows(
     model_bytes: int,
     dense_dtype: torch.dtype | None = None,
 ) -> None:
-    """Warn of a model of ``after`` bytes if the tensors that it is read from take less.
+    """Warn of a model of ``model_bytes`` bytes if the tensors that it is read from take less.
 
     The warning names the option of ``lowmem quantize`` that avoids the growth and loses least.
 
     Args:
         path: of the file or folder.
-        weights: its tensors, each with how it is kept unless a dtype or an option changes that.
-        after: bytes of the model.
-        dtype: of dense weights in the model; None keeps the dtype of each weight.
+        tensors_and_forms: its tensors, each with how it is kept unless a dtype or an option changes that.
+        model_bytes: bytes of the model.
+        dense_dtype: of dense weights in the model; None keeps the dtype of each weight.
     """
     before = sum(tensor.nbytes for tensor, _ in tensors_and_forms)
     if model_bytes <= before:

@@ -43,9 +43,9 @@ class BlockReplay(ExitStack):
 
     Args:
         model: in ``evaluation_mode``.
-        lists: the blocks, by the list that holds them, each in the order of their calls.
-        offload: a folder for what is kept; None: memory.
-        keep_all: whether the outputs of all blocks are kept, and not only the last of each list.
+        block_lists: the blocks, by the list that holds them, each in the order of their calls.
+        offload_folder: a folder for what is kept; None: memory.
+        keep_all_outputs: whether the outputs of all blocks are kept, and not only the last of each list.
 
     Attributes:
         has_dropped: whether a model that computes NaN may have read an output that is no longer kept.
@@ -88,7 +88,7 @@ class BlockReplay(ExitStack):
     def runs_stopped_after(
         self, block: nn.Module, on_output: Callable[[Any], None] = lambda output: None
     ) -> Iterator[None]:
-        """End runs inside the ``with`` when this block has computed its output, and give that to ``keep``."""
+        """End runs inside the ``with`` when this block has computed its output, and give that to ``on_output``."""
         original_forward = block.forward
 
         def forward_and_stop(*args: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ class BlockReplay(ExitStack):
     ) -> tuple[dict[nn.Module, RunningMoments], list[list[nn.Module]]]:
         """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do.
 
-        Of the layers in ``centred`` the mean is taken off.
+        Of the layers in ``centered_layers`` the mean is taken off.
         """
         alone: set[nn.Module] = set()
         layers = unit.layers if unit.block is not None else unit.layers[:1]
@@ -227,8 +227,8 @@ def replay_mode_and_refusal(
 ) -> tuple[bool | None, str]:
     """Return whether ``BlockReplay`` has to keep the outputs of all blocks; None, and why, if that is not enough.
 
-    Each block is run once, and none of its layers changes. A model of which no two runs are alike passes. ``entries``
-    are the ``recording_first_inputs`` of the model's own run on the batch.
+    Each block is run once, and none of its layers changes. A model of which no two runs are alike passes.
+    ``expected_inputs`` are the ``recording_first_inputs`` of the model's own run on the batch.
     """
     why = ""
     for keep_all in (False, True):

@@ -32,7 +32,8 @@ class CalibrationUnit:
 def select_block_lists(
     model: nn.Module, layers: Collection[nn.Module], path_patterns: str | Iterable[str] | None
 ) -> list[list[nn.Module]]:
-    """Return the blocks of a model, by the module that holds them: what the glob patterns ``blocks`` name, if given.
+    """Return the blocks of a model, by the module that holds them: what the glob patterns ``path_patterns`` name, if
+    given.
 
     Else they are the children that hold ``layers`` of the outermost nn.ModuleList or nn.Sequential in which these
     children, two at least, are of one type.
@@ -87,9 +88,11 @@ def calibration_units(
 ) -> list[CalibrationUnit]:
     """Return the layers to quantize together, in the order in which the model calls them.
 
-    Without blocks (``lists``) all batches are run, once; with them, the first one, and layers outside of blocks that
-    it does not reach follow, each alone. ``centred`` layers share moments among themselves alone. Blocks that are
-    called several times, or have layers that are called outside, are a ValueError where the user ``asked`` for them.
+    Without blocks (``block_lists``) all batches are run, once; with them, the first one, and layers outside of
+    blocks that
+    it does not reach follow, each alone. ``centered_layers`` layers share moments among themselves alone. Blocks
+    that are called several times, or have layers that are called outside, are a ValueError where the user
+    ``blocks_requested`` for them.
     """
     if block_lists:
         units, reason = _block_units_and_refusal(model, next(iter(batches)), layers, block_lists, centered_layers)

@@ -238,7 +238,8 @@ class _GptqOptimizer:
 
 
 def _nearest_encoded_scales(previous_encoded: Tensor, scales: Tensor, encoding: ScaleEncoding) -> Tensor:
-    """Store float32 scales (rows, blocks), with the offsets of ``before``, as the nearest that can be stored."""
+    """Store float32 scales (rows, blocks), with the offsets of ``previous_encoded``, as the nearest that can be
+    stored."""
     offsets = encoding.decode_offsets(previous_encoded) if encoding.offsets else None
 
     def encode_with_offsets(values: Tensor) -> Tensor:

@@ -21,8 +21,8 @@ class RunningMoments:
 
     Args:
         columns: of a row.
-        centred: whether the mean is taken off, as where a layer's bias makes up for it. Rows are then summed less the
-            mean of the first ones, since the difference of large sums would have few correct bits.
+        centered: whether the mean is taken off, as where a layer's bias makes up for it. Rows are then summed less
+            the mean of the first ones, since the difference of large sums would have few correct bits.
         diagonal: whether each column is taken alone: in the memory of a row.
         device: of the rows.
     """
@@ -117,8 +117,8 @@ class SharedInputTracker:
 class InputMomentCollector:
     """The moments of the inputs of some layers, taken while the model runs; layers with one input share theirs.
 
-    Of those in ``centred`` the mean is taken off; those in ``alone`` share with no other. A run ends when the first
-    layer was called ``stop_after`` times. ``moments`` are by the first layer that got the input.
+    Of those in ``centered_layers`` the mean is taken off; those in ``unshared_layers`` share with no other. A run
+    ends when the first layer was called ``stop_after`` times. ``moments`` are by the first layer that got the input.
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class InputMomentCollector:
         self.start_batch(None)
 
     def start_batch(self, token_mask: Tensor | None) -> None:
-        """Begin a batch, of which the tokens in ``mask`` count."""
+        """Begin a batch, of which the tokens in ``token_mask`` count."""
         self._mask, self._readers = token_mask, SharedInputTracker()
         self._left = self._stop_after or 0
 

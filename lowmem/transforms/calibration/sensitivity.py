@@ -33,7 +33,8 @@ def importance_by_weight(
     Outputs at positions that an ``attention_mask`` of the batch leaves out do not count. The model runs in evaluation
     mode; the signs are the same in each run. Peak memory beside a training step's is one gradient.
 
-    ``weights`` have, by names for errors, the number of columns as which they are stored; those on which the output
+    ``weights_and_columns`` have, by names for errors, the number of columns as which they are stored; those on which
+    the output
     does not depend are left out. No batches, an output without gradients, or gradients that are not finite are a
     ValueError; the layer is named.
     """

@@ -53,7 +53,7 @@ class GGUFBlockType:
 
 
 def _float16_field(raw: Tensor, byte_offset: int = 0) -> Tensor:
-    """Return the float16 at byte ``at`` of each block, in float32: (rows, blocks, 1)."""
+    """Return the float16 at byte ``byte_offset`` of each block, in float32: (rows, blocks, 1)."""
     return _reinterpreted_bytes(raw[..., byte_offset : byte_offset + 2], torch.float16).float()
 
 
@@ -64,7 +64,8 @@ def _reinterpreted_bytes(raw: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _low_then_high_nibbles(raw: Tensor, block_size: int) -> Tensor:
-    """Return the nibbles of bytes, in split halves of ``block`` values: (..., n) -> (..., 2 n / block, block)."""
+    """Return the nibbles of bytes, in split halves of ``block_size`` values: (..., n) -> (..., 2 n / block,
+    block)."""
     halves = raw.unflatten(-1, (-1, block_size // 2))
     return torch.cat([halves & 15, halves >> 4], dim=-1)
 
@@ -109,7 +110,7 @@ def _dequantized_q5_k(raw: Tensor) -> Tensor:
 
 
 def _q5_0_q5_1_codes(raw: Tensor, byte_offset: int) -> Tensor:
-    """Q5_0 and Q5_1: the codes, whose fifth bits are the four bytes from ``at`` on: (rows, blocks, 32)."""
+    """Q5_0 and Q5_1: the codes, whose fifth bits are the four bytes from ``byte_offset`` on: (rows, blocks, 32)."""
     bits = (
         raw[..., byte_offset : byte_offset + 4, None] >> torch.arange(8, dtype=torch.uint8, device="cpu") & 1
     )  # (rows, blocks, 4, 8)

@@ -172,7 +172,8 @@ def _weight_in_blocks_of_32(weight: QuantizedTensor) -> QuantizedTensor:
 
 
 def _reblocked_scales_and_offsets(weight: QuantizedTensor, block_size: int) -> list[Tensor]:
-    """Return the scales in blocks of ``size``, and the offsets of a weight that has them: float32 (..., blocks)."""
+    """Return the scales in blocks of ``block_size``, and the offsets of a weight that has them: float32 (...,
+    blocks)."""
     return [reblocked_scales(weight, block_size)] + (
         [reblocked_offsets(weight, block_size)] if weight.has_offsets else []
     )
@@ -180,7 +181,7 @@ def _reblocked_scales_and_offsets(weight: QuantizedTensor, block_size: int) -> l
 
 def _exact_factorization_or_none(products: Tensor, allowed_factors: Iterable[int]) -> tuple[Tensor, Tensor] | None:
     """Return a float16 number (n, 1) and whole factors int32 (n, 8) whose products are exactly ``products`` (n, 8).
-    The largest product of a row has the first of ``factors`` that fits; None where some row has none."""
+    The largest product of a row has the first of ``allowed_factors`` that fits; None where some row has none."""
     allowed_factors = tuple(allowed_factors)
     least, most = min(0, *allowed_factors), max(allowed_factors)
     numbers = torch.zeros(len(products), 1, dtype=torch.float16, device="cpu")

@@ -282,9 +282,9 @@ def write_gguf_file(
     """Write a file atomically from a stream of tensors, each of which is released before the next one is requested.
 
     Args:
-        fields: by key, as ``encode_metadata_field`` returns them, in the order of the file.
-        tensors: in the order of the file.
-        values: their names and bytes in the same order: contiguous uint8 tensors.
+        encoded_fields: by key, as ``encode_metadata_field`` returns them, in the order of the file.
+        tensor_infos: in the order of the file.
+        names_and_bytes: their names and bytes in the same order: contiguous uint8 tensors.
     """
     check_writable(path)
     header = [MAGIC, struct.pack("<IQQ", VERSION, len(tensor_infos), len(encoded_fields)), *encoded_fields.values()]

@@ -59,7 +59,7 @@ def gguf_tokenizer_fields(folder: Path, config: Mapping[str, Any], embedding_row
     Args:
         folder: of the model.
         config: of the model, which names the ends of a text where the tokenizer's own files do not.
-        rows: of the embedding: as many tokens are written, the last ones as unused.
+        embedding_rows: of the embedding: as many tokens are written, the last ones as unused.
 
     Raises:
         FileError: a file is damaged, or a tokenizer that llama.cpp does not have, or that lowmem does not know.

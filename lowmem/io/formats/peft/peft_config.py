@@ -198,9 +198,9 @@ class _PatternMap:
     is left of it behind a dot.
 
     Args:
-        key: of the config, for errors.
-        values: by pattern.
-        whole: whether patterns match whole places only, as those that begin with ``^`` do.
+        config_key: of the config, for errors.
+        values_by_pattern: by pattern.
+        match_whole_paths: whether patterns match whole places only, as those that begin with ``^`` do.
 
     Raises:
         ValueError: another regular expression.

@@ -83,8 +83,8 @@ class PeftTargetLayers:
 
     Args:
         model: with or without lowmem's adapters.
-        modules: paths of ``target_modules``.
-        parameters: full names of ``target_parameters``.
+        module_paths_to_adapt: paths of ``target_modules``.
+        parameter_names: full names of ``target_parameters``.
 
     Attributes:
         slots: of all adapted parameters.
