@@ -57,6 +57,8 @@ def parameters_and_members() -> dict[str, dict[str, list[str]]]:
     """
     found: dict[str, dict[str, list[str]]] = {}
     for path in documented():
+        if path.startswith("lowmem.integrations."):  # transformers may not be installed; its own tests hold those
+            continue
         documented_object = resolve_name(path)
         found[path] = {}
         is_class = inspect.isclass(documented_object)

@@ -1,6 +1,7 @@
 """A cache of keys and values that grows in place, in full precision and in 8 bits, beside transformers' own."""
 
 import copy
+import inspect
 from functools import partial
 
 import pytest
@@ -100,6 +101,11 @@ OPTIONS = {
     "looked up": {"prompt_lookup_num_tokens": 3},
     "assisted": {"assistant_model": None},
 }
+
+
+def test_its_parameters_stay():
+    assert list(inspect.signature(KeyValueCache).parameters) == ["model", "bits"]
+    assert "nbytes" in vars(KeyValueCache)
 
 
 def generated(name, attention, cache, options):
