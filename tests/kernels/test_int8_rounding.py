@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from lowmem import FORMATS, EightBit, FourBit, LoRA, convert, kernels, measure, quantize
 from lowmem.kernels import int8_rounding
 from lowmem.nn.fold import unadapted_module_copy
+from lowmem.quant.backend import backend_for
 from tests import strategies
 from tests.compiled import EDGES, compiled_int8, exact_product, given_stored_in_4_bits
 from tests.rounding import OF_4_BITS, assert_product
@@ -254,8 +255,7 @@ def test_forward_mode_is_that_of_floats_and_vmap_rounds_every_example():
 )
 def test_what_is_recorded_is_computed_in_floats(dtype, given, slow, fast, monkeypatch):
     for wanted, is_fast in ((slow, False), (fast, True)):
-        monkeypatch.setattr(kernels.cpu.CpuBackend, "fast_bfloat16", is_fast)
-        monkeypatch.setattr(kernels.reference, "fast_bfloat16", is_fast)
+        monkeypatch.setattr(type(backend_for()), "fast_bfloat16", is_fast)
         x = torch.randn(2, 256, dtype=given)
         assert kernels.differentiable_dtype(dtype, x) is wanted
         layer, floats = (model(compute_dtype=one)[0] for one in (dtype, wanted))
