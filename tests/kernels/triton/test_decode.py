@@ -50,5 +50,5 @@ def test_every_code_has_its_level(form):
     assert_decoded(q)
     if form == "nf4":
         out, levels = torch.empty(4, 512), tuple(torch.randn(16).tolist())
-        launch.dequantize(q, out, levels)()
+        launch.dequantize_launch(q, out, levels)()
         assert torch.equal(out, q.restore(slice(None), levels))

@@ -29,18 +29,20 @@ def on_meta(form: str, size: int, scales: str, shape=(4096, 4096)) -> QuantizedT
 
 
 def dequantizing(form, size, scales, dtype, shape=(4096, 4096)):
-    return launch.dequantize(on_meta(form, size, scales, shape), torch.empty(shape, dtype=dtype, device="meta"))
+    return launch.dequantize_launch(
+        on_meta(form, size, scales, shape), torch.empty(shape, dtype=dtype, device="meta")
+    )
 
 
 def multiplying(batch, form, size, scales, dtype, shape=(4096, 4096), bias=None):
     x, out = (torch.empty(batch, features, dtype=dtype, device="meta") for features in reversed(shape))
-    return launch.few(x, on_meta(form, size, scales, shape), bias, out)
+    return launch.small_batch_product_launch(x, on_meta(form, size, scales, shape), bias, out)
 
 
 def quantizing(form, size, shape=(4096, 4096)):
     q = on_meta(form, size, "float32", shape)
     weight, used = torch.empty(shape, device="meta"), torch.empty(q.scales.shape, dtype=torch.uint8, device="meta")
-    return launch.quantize(weight, q.scales, get_format(form), size, q.packed, used)
+    return launch.quantize_launch(weight, q.scales, get_format(form), size, q.packed, used)
 
 
 HALF, FULL, ODD = torch.bfloat16, torch.float32, (5, 4095)

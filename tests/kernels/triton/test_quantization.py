@@ -157,7 +157,7 @@ def test_slices_views_and_other_levels():
                 assert torch.equal(backend.dequantize(weight, rows, torch.float32), expected)
     levels = tuple(float(code**2) for code in range(16))
     out = torch.empty(9, 70)
-    launch.dequantize(q, out, levels)()
+    launch.dequantize_launch(q, out, levels)()
     assert torch.equal(out, q.restore(slice(None), levels))
 
 
@@ -174,13 +174,13 @@ def test_addresses_beyond_2_to_the_31():
 
     torch.use_deterministic_algorithms(False)  # which would fill the memory
     out = far(torch.zeros(3, columns, dtype=torch.float16))
-    job = launch.dequantize(replace(q, packed=far(q.packed), scales=far(q.scales)), out)
+    job = launch.dequantize_launch(replace(q, packed=far(q.packed), scales=far(q.scales)), out)
     job.arguments["columns"] = step  # the distance of the rows of out; its tiles end with the bytes of codes
     job()
     x, product = torch.eye(columns)[:3], torch.empty(3, 3)
-    launch.few(far(x), replace(q, packed=far(q.packed), scales=far(q.scales)), None, product)()
+    launch.small_batch_product_launch(far(x), replace(q, packed=far(q.packed), scales=far(q.scales)), None, product)()
     packed, used = far(torch.zeros_like(q.packed)), torch.empty(q.scales.shape, dtype=torch.uint8)
-    launch.quantize(q.dequantize(), q.scales.float(), FORMATS["nf4"], 16, packed, used)()
+    launch.quantize_launch(q.dequantize(), q.scales.float(), FORMATS["nf4"], 16, packed, used)()
     torch.use_deterministic_algorithms(True)
     assert torch.equal(out, q.dequantize(torch.float16))
     assert torch.equal(product, q.dequantize()[:, :3].t())

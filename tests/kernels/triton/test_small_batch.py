@@ -160,16 +160,18 @@ for form, scales in (("nf4", "double"), ("bof4s", "float32"), ("int8", "double")
             q = quantize(weight, form, block_size=size, scales=scales, search=False)
             q = replace(q, packed=at_the_edge(q.packed), scales=at_the_edge(q.scales))
             for dtype in (torch.float32, torch.bfloat16):
-                launch.dequantize(q, at_the_edge(torch.empty(rows, columns, dtype=dtype)))()
+                launch.dequantize_launch(q, at_the_edge(torch.empty(rows, columns, dtype=dtype)))()
             if not q.has_offsets:
                 for batch in (1, 3):
                     x, bias = (at_the_edge(torch.randn(*shape).half()) for shape in ((batch, columns), (rows,)))
-                    launch.few(x, q, bias, at_the_edge(torch.empty(batch, rows, dtype=torch.half)))()
+                    out = at_the_edge(torch.empty(batch, rows, dtype=torch.half))
+                    launch.small_batch_product_launch(x, q, bias, out)()
             found, used = q.encoding.decode(q.scales), torch.empty(rows, -(-columns // size), dtype=torch.uint8)
             given = at_the_edge(weight), at_the_edge(found), get_format(form), size
-            launch.quantize(*given, at_the_edge(q.packed), at_the_edge(used))()
+            launch.quantize_launch(*given, at_the_edge(q.packed), at_the_edge(used))()
 print("fine", flush=True)
-launch.few(at_the_edge(torch.randn(1, 8)), quantize(torch.randn(64, 16)), None, torch.empty(1, 64))()
+q, out = quantize(torch.randn(64, 16)), torch.empty(1, 64)
+launch.small_batch_product_launch(at_the_edge(torch.randn(1, 8)), q, None, out)()
 """
 
 
