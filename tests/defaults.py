@@ -320,6 +320,8 @@ CALLS: dict[str, Callable[[Path], Iterator[Any]]] = {
     )
 }
 
+STEPS_OF_ADAMW = {"trained", "finetuned", "resumed", "measured"}
+
 
 def leaves(value: Any) -> Iterator[Any]:
     """Yield tensors as dtype, shape and bytes, and other values as they are."""
@@ -346,6 +348,22 @@ def results(name: str) -> list[Any]:
         return list(leaves(CALLS[name](Path(folder))))
 
 
+def fails_by_torch_itself(name: str) -> bool:
+    """Whether a call takes steps of torch's own AdamW, which fails under today's default device without lowmem.
+
+    AdamW of torch 2.9 makes its counters of steps on the default device; later ones make them on the CPU.
+    """
+    if name not in STEPS_OF_ADAMW:
+        return False
+    weight = torch.ones(1, dtype=torch.float32, device="cpu", requires_grad=True)
+    weight.grad = torch.ones_like(weight)
+    try:
+        torch.optim.AdamW([weight]).step()
+    except RuntimeError as error:
+        return "meta" in str(error)
+    return False
+
+
 def main(*defaults: str) -> int:
     """Compare the results of all calls under default dtypes or devices with those under torch's own."""
     torch.set_num_threads(2)
@@ -358,6 +376,9 @@ def main(*defaults: str) -> int:
         else:
             torch.set_default_dtype(getattr(torch, default))
         for name, wanted in expected.items():
+            if fails_by_torch_itself(name):
+                print(f"{default}: {name}: skipped, since AdamW of torch {torch.__version__} fails there by itself")
+                continue
             try:
                 same = results(name) == wanted
             except Exception as error:  # noqa: BLE001 (any error is what is looked for)

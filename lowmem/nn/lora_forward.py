@@ -176,20 +176,22 @@ def _fused_training_product_or_none(base: Any, adapter: Any, x: Tensor, transpos
 def _base_module_type_and_adapters(layer: Any) -> tuple[Any, Any, list[Any]]:
     """Return the module whose parameters a forward reads, its class without adapters, and the adapters to add."""
     bank = layer._modules["adapters"]
-    active, merged, adapter_modules = (
-        bank.active,
-        bank.merged_copy,
-        bank._modules,
-    )  # once: another thread may change them
-    base, kind, merged_name = layer, layer._plain_class, None
-    if merged is not None:
+    # Read once, and an adapter may be None: another thread may change them
+    active, merged, adapter_modules = bank.active, bank.merged_copy, bank._modules
+    if merged is None:
+        base, kind, merged_name = layer, layer._plain_class, None
+    else:
         merged_name, base = merged
         kind = type(base)
-    parts = [
-        adapter_modules.get(name) for name in active if name != merged_name
-    ]  # None if another thread has deleted it
-    adapters = [None if part is None else part._modules.get("weight") for part in parts]
-    return base, kind, [adapter for adapter in adapters if adapter is not None]
+    # A loop, which takes fewer instructions than a comprehension: this is most of what a small layer computes
+    adapters = []
+    for name in active:
+        if name != merged_name:
+            parts = adapter_modules.get(name)
+            adapter = None if parts is None else parts._modules.get("weight")
+            if adapter is not None:
+                adapters.append(adapter)
+    return base, kind, adapters
 
 
 def _unadapted_parameter_or_attribute(base: Any, parameter_name: str) -> Any:
