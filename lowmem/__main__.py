@@ -126,11 +126,18 @@ def _make_standard_streams_writable() -> None:
 
 
 def _parse_and_run(argv: Sequence[str], is_own_process: bool) -> int:
-    parser = _OneLineErrorParser(prog="lowmem", description="Make PyTorch models small, and measure what that does.")
+    parser = _OneLineErrorParser(
+        prog="lowmem",
+        description="Make PyTorch models small, and measure what that does.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--version", action="version", version=f"lowmem {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, summary in COMMANDS.items():
-        command = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
+        # A new option would make abbreviations of others ambiguous
+        command = commands.add_parser(
+            name, help=summary, description=summary[0].upper() + summary[1:] + ".", allow_abbrev=False
+        )
         command.add_argument("--debug", action="store_true", help="print the traceback of an error before its line")
         if name in argv[:1]:
             import_module(f"lowmem.tools.{name}").add_arguments(command)

@@ -452,3 +452,13 @@ def test_an_interrupt_that_a_library_catches_ends_it_likewise(name, code, error,
         assert main() == code
     assert ("interrupted" in capsys.readouterr().err) == (error is not None)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_option_that_is_abbreviated_is_an_error(refused):
+    for command, abbreviation in (
+        ("stats", "--verb"),
+        ("fit", "--epoch"),
+        ("compare", "--toler"),
+        ("generate", "--chat-"),
+    ):
+        assert abbreviation in refused(command, "lora", abbreviation, "1")

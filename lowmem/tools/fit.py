@@ -46,11 +46,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--lr",
+        "--learning-rate",
         type=parse_positive_float,
         help="learning rate of AdamW (default: 0.001 for a classifier; for a folder by the rank, 0.0002 for 16)",
     )
     parser.add_argument(
-        "--rank", type=parse_positive_int, metavar="N", help="LoRA rank (default: 16 for a folder, or the variant's)"
+        "--rank",
+        "--lora-r",
+        type=parse_positive_int,
+        metavar="N",
+        help="LoRA rank (default: 16 for a folder, or the variant's)",
     )
     parser.add_argument(
         "--seed",
@@ -64,6 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--save",
+        "--output-dir",
         type=parse_nonempty_path,
         metavar="OUT",
         help="for a folder: write a folder with the adapter in PEFT's format, and training.json with the base and "
@@ -90,7 +96,9 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         help=f"format of the base while the adapter trains (default {DEFAULT} in blocks of "
         f"{DEFAULT_BLOCK_SIZE}; a quantized folder keeps its format)",
     )
-    group.add_argument("--alpha", type=parse_positive_float, metavar="X", help="LoRA's alpha (default: the rank)")
+    group.add_argument(
+        "--alpha", "--lora-alpha", type=parse_positive_float, metavar="X", help="LoRA's alpha (default: the rank)"
+    )
     group.add_argument(
         "--dropout", type=parse_nonnegative_float, metavar="X", help="dropout of the adapter's input (default 0)"
     )
@@ -117,14 +125,22 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         choices=["fast", "lean", "plain"],
         help="mode of prepare_training: lean saves activations in 8 bits, plain prepares nothing (default fast)",
     )
-    group.add_argument("--length", type=parse_positive_int, metavar="N", help="tokens per row, at most (default 512)")
+    group.add_argument(
+        "--length", "--max-length", type=parse_positive_int, metavar="N", help="tokens per row, at most (default 512)"
+    )
     group.add_argument(
         "--cut",
         action="store_true",
         help="train although more than a tenth of the answers lose the token that ends them to --length",
     )
     group.add_argument("--steps", type=parse_positive_int, metavar="N", help="number of updates, instead of --epochs")
-    group.add_argument("--accumulate", type=parse_positive_int, metavar="N", help="batches per update (default 1)")
+    group.add_argument(
+        "--accumulate",
+        "--gradient-accumulation-steps",
+        type=parse_positive_int,
+        metavar="N",
+        help="batches per update (default 1)",
+    )
     group.add_argument(
         "--warmup", type=parse_nonnegative_int, metavar="N", help="steps of rising learning rate (default 0)"
     )
@@ -180,7 +196,10 @@ def add_language_model_arguments(group: argparse._ActionsContainer) -> None:
         "--metrics", type=parse_nonempty_path, metavar="FILE.jsonl", help="write a JSON line for each step"
     )
     group.add_argument(
-        "--log", choices=list(LOGS), help="write the metrics of each step into OUT.log, in this tool's form"
+        "--log",
+        "--report-to",
+        choices=list(LOGS),
+        help="write the metrics of each step into OUT.log, in this tool's form",
     )
     group.add_argument(
         "--plot", type=parse_nonempty_path, metavar="FILE.png", help="plot the losses (needs matplotlib)"

@@ -8,6 +8,7 @@ import pytest
 from lowmem.__main__ import main
 from lowmem.io.filesystem import exclusive_write_lock
 from lowmem.tools import fit, fit_classifier
+from lowmem.tools.arguments import option_string
 
 
 def test_options_of_folders_mean_nothing_for_classifiers(refused, monkeypatch):
@@ -65,4 +66,24 @@ def test_a_second_classifier_on_one_file_ends_at_once(tmp_path, refused, monkeyp
 
 def test_numbers_that_cannot_be_are_refused_by_the_parser(refused):
     for option in ("--rank", "--batch-size", "--steps", "--accumulate", "--lr", "--length", "--patience"):
-        assert f"argument {option}: '0' must be a positive" in refused("fit", "llama", option, "0")
+        told = refused("fit", "llama", option, "0")
+        assert told.startswith(f"lowmem fit: argument {option}")
+        assert ": '0' must be a positive" in told
+
+
+def test_options_have_the_names_that_other_programs_give_them():
+    aliases = {
+        "--learning-rate": ("lr", "0.5"),
+        "--lora-r": ("rank", "3"),
+        "--lora-alpha": ("alpha", "3"),
+        "--max-length": ("length", "3"),
+        "--gradient-accumulation-steps": ("accumulate", "3"),
+        "--report-to": ("log", "csv"),
+        "--output-dir": ("save", "out"),
+    }
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    fit.add_arguments(parser)
+    for alias, (name, value) in aliases.items():
+        own = parser.parse_args(["llama", option_string(name), value])
+        assert getattr(own, name) is not None
+        assert parser.parse_args(["llama", alias, value]) == own
