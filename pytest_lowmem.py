@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lowmem.testing.gate_verdicts import GateVerdict
     from lowmem.testing.latency import Speedup
     from lowmem.testing.memory_baseline import BaselineKey, Figures
-    from lowmem.testing.memory_gates import MemoryGates
+    from lowmem.testing.memory_gates import MemoryGateSession
 
 __all__ = ["LatencyGate", "MemoryGate", "latency_gate", "memory_gate"]
 
@@ -221,7 +221,7 @@ class Session:
         self.errors: list[str] = []  # why gates could not judge
         self.written: list[str] = []
         self.verdict: GateVerdict | None = None  # of the memory gates, once the session has ended
-        self._memory: MemoryGates | None = None
+        self._memory: MemoryGateSession | None = None
         self._collected: set[str] = set()
         self._files: set[str] = set()
         self._passed: set[str] = set()
@@ -236,12 +236,14 @@ class Session:
         """Whether an undecided latency gate fails its test instead of skipping it."""
         return bool(self.config.getini("lowmem_undecided") == "fail")
 
-    def memory(self) -> MemoryGates:
+    def memory(self) -> MemoryGateSession:
         """Return the memory gates; they are created on the first call."""
         if self._memory is None:
-            from lowmem.testing.memory_gates import MemoryGates
+            from lowmem.testing.memory_gates import MemoryGateSession
 
-            self._memory = MemoryGates(self.config.rootpath, self.directory, self.config.getoption("lowmem_baseline"))
+            self._memory = MemoryGateSession(
+                self.config.rootpath, self.directory, self.config.getoption("lowmem_baseline")
+            )
         return self._memory
 
     @contextmanager
@@ -302,7 +304,7 @@ class Session:
             return  # interrupted: nothing is stored
         if self._memory is not None and not self.errors:
             try:
-                self.written = self._memory.write_pending_figures()
+                self.written = self._memory.write_pending_and_drop_vanished()
             except (OSError, ValueError) as error:
                 self.errors.append(str(error))
             if self._memory.missing_gate_rows() and exitstatus == pytest.ExitCode.OK:
@@ -320,7 +322,7 @@ class Session:
                 if any(map(self._has_vanished, document["figures"])):
                     from lowmem.testing.memory_baseline import BaselineKey
 
-                    self.memory().read_figures_cached(
+                    self.memory().read_figures_cached_or_none(
                         BaselineKey(document["backend"], document["torch"], document["threads"])
                     )
             except (ValueError, KeyError, TypeError, OSError):

@@ -28,20 +28,20 @@ THEMES = {"light": theme.LIGHT, "dark": theme.DARK}
 _UNCOMPARED = ("$schema", "usermeta")  # they are those of Altair's version
 
 
-def memory() -> charts.ChartDrawing:
+def memory() -> charts.ChartSvgsAndSpec:
     """Draw what variants of BigNet store and take, for the input that ``lowmem stats`` takes."""
     x = torch.randn(1, 1024, generator=torch.Generator().manual_seed(0))
     footprints = [measure_footprint(name, lowmem.build(name), x) for name in FRONT]
-    return charts.draw_wide_and_narrow(lambda narrow: charts.front_page_memory_chart(footprints))
+    return charts.draw_wide_and_narrow_svg(lambda narrow: charts.front_page_memory_chart(footprints))
 
 
-def speed() -> charts.ChartDrawing:
+def speed() -> charts.ChartSvgsAndSpec:
     """Draw how fast the variants are in the stored run."""
     timings = [timing for timing in read_relative_speeds_and_machine(STORED_RUN)[0] if timing.name != "bignet"]
-    return charts.draw_wide_and_narrow(lambda narrow: charts.speed_chart(timings, narrow))
+    return charts.draw_wide_and_narrow_svg(lambda narrow: charts.relative_speed_chart(timings, narrow))
 
 
-def training() -> charts.ChartDrawing:
+def training() -> charts.ChartSvgsAndSpec:
     """Draw where the memory of a training step goes, of BigNet on 256 inputs."""
     x = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0))
     found = {}
@@ -50,7 +50,7 @@ def training() -> charts.ChartDrawing:
         if memory:
             lowmem.prepare_training(model, memory)
         found[name] = lowmem.training_memory(model, x, optimizer=optimizer)
-    return charts.draw_wide_and_narrow(lambda narrow: charts.training_step_memory_chart(found, narrow))
+    return charts.draw_wide_and_narrow_svg(lambda narrow: charts.training_step_memory_chart(found, narrow))
 
 
 FRONT = tuple(lowmem.VARIANTS)[:7]  # those without a format of their own: seven names can be read on a phone
@@ -70,7 +70,7 @@ def data_of(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in spec.items() if key not in _UNCOMPARED}
 
 
-def standalone(drawing: charts.ChartDrawing, colours: Any) -> str:
+def standalone(drawing: charts.ChartSvgsAndSpec, colours: Any) -> str:
     """Return a chart as a file of its own, in the colours of one theme, with its specification as metadata."""
     spec = escape(json.dumps(data_of(drawing.spec), sort_keys=True))
     svg = theme.svg_with_theme_colors(drawing.wide, colours)

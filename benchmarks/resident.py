@@ -34,7 +34,7 @@ from torch import nn
 import lowmem
 from lowmem import kernels
 from lowmem.errors import command_error_message, truncated_error_line
-from lowmem.testing.gate_verdicts import FAILING, GateVerdict, VerdictRow, figure_verdict, write_verdict
+from lowmem.testing.gate_verdicts import FAILING, FigureComparison, GateVerdict, figure_verdict, write_verdict
 from lowmem.testing.memory import THREADS
 from lowmem.testing.memory_baseline import (
     BaselineKey,
@@ -306,7 +306,7 @@ def measure_ways(folder: Path) -> dict[str, float]:
     return {way: printed_json("resident", "--measure", way, str(folder), env=own)["kept"] for way in WAYS}
 
 
-def compare_ways(kept: Mapping[str, float]) -> list[VerdictRow]:
+def compare_ways(kept: Mapping[str, float]) -> list[FigureComparison]:
     base = kept[LOADED]
     return [_row(way, "kept", base, size, WAYS_LIMIT) for way, size in kept.items() if way != LOADED]
 
@@ -333,7 +333,7 @@ def derive(measured: Mapping[str, Sequence[Mapping[str, float]]]) -> Baseline:
     return Baseline(figures, min(map(len, measured.values())), round(spread, 3), tolerance)
 
 
-def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[VerdictRow]:
+def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[FigureComparison]:
     """Compare the medians of this run with the baseline, in both directions."""
     rows = []
     for variant in variants:
@@ -342,10 +342,10 @@ def compare(baseline: Baseline, now: Figures, variants: Iterable[str]) -> list[V
     return rows
 
 
-def _row(variant: str, figure: str, base: float | None, head: float | None, tolerance: float) -> VerdictRow:
+def _row(variant: str, figure: str, base: float | None, head: float | None, tolerance: float) -> FigureComparison:
     before, after = ("none" if size is None else f"{size:.2f} MiB" for size in (base, head))
     says = f"{variant}: {figure} is {after}, from {before} (tolerance {tolerance:.2f})"
-    return VerdictRow(variant, figure, base, head, verdict=figure_verdict(base, head, tolerance), says=says)
+    return FigureComparison(variant, figure, base, head, verdict=figure_verdict(base, head, tolerance), says=says)
 
 
 def current_key() -> BaselineKey:
@@ -424,18 +424,18 @@ def _store() -> int:
     return 0
 
 
-def _gate(key: BaselineKey, variants: Sequence[str] | None) -> list[VerdictRow]:
+def _gate(key: BaselineKey, variants: Sequence[str] | None) -> list[FigureComparison]:
     """Measure, compare and print; return a row for each figure."""
     path = baseline_path(key)
     shown = path.relative_to(ROOT).as_posix()
     if why := unsupported():
         print(f"skipped: {why}")
-        return [VerdictRow("resident", "", verdict="skipped", says=f"skipped: {why}")]
+        return [FigureComparison("resident", "", verdict="skipped", says=f"skipped: {why}")]
     if not path.exists():
         others = stored_torch_versions_text(path.parent, "resident-")
         says = f"there is no {shown}{f'; baselines are stored for {others}' if others else ''}"
         print(f"FAILED {says}\nTo store one: {store_command()}")
-        return [VerdictRow("resident", "", verdict="missing", says=says)]
+        return [FigureComparison("resident", "", verdict="missing", says=says)]
     baseline = read_baseline(path, key)
     asked = variants or sorted({*VARIANTS, *baseline.figures})
     with tempfile.TemporaryDirectory() as folder:

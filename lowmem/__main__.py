@@ -15,7 +15,7 @@ from traceback import format_exc
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from lowmem.distributed.torchrun_processes import is_error_reported_by_rank_zero, torchrun_rank_or_zero
+from lowmem.distributed.torchrun_processes import share_error_and_check_rank_zero, torchrun_rank_or_zero
 from lowmem.errors import command_error_line, error_type_and_first_line, is_internal_error, truncated_error_line
 from lowmem.tools import COMMANDS
 from lowmem.tools.command_exit import INTERRUPTED, end_or_get_closed_pipe_exit_code, write_error_and_get_exit_code
@@ -32,7 +32,7 @@ class _OneLineErrorParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         see = f" (see {self.prog} --help)"
         line = truncated_error_line(f"{self.prog}: {message}", len(see)) + see
-        self.exit(2, None if is_error_reported_by_rank_zero(line) else line + "\n")
+        self.exit(2, None if share_error_and_check_rank_zero(line) else line + "\n")
 
     def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
         print(message, end="", file=file or sys.stderr)
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             if program:
                 # Removes the hook for the imports
                 sys.excepthook = sys.__excepthook__
-                _make_standard_streams_writable()
+                _open_and_escape_standard_streams()
             code = _parse_and_run(arguments, program)
             # Serve ends by itself
             return 128 + received[0] if received else code
@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         trace = format_exc() if "--debug" in arguments else ""
         return (
             code
-            if is_error_reported_by_rank_zero(line)
+            if share_error_and_check_rank_zero(line)
             else write_error_and_get_exit_code(trace + line, program, code)
         )
 
@@ -113,7 +113,7 @@ def _signals_as_keyboard_interrupt(is_own_process: bool, received_signals: list[
             signal.signal(number, handler)
 
 
-def _make_standard_streams_writable() -> None:
+def _open_and_escape_standard_streams() -> None:
     """Open the null device for a closed stdout or stderr, so that no other file gets its descriptor.
 
     Characters that stdout cannot encode are escaped, as Python does for stderr.

@@ -123,12 +123,12 @@ def forward_bytes(model: nn.Module, *inputs: Any, **named: Any) -> int:
     The model's mode, gradients and buffers and torch's generator are restored.
     """
 
-    def run_forward() -> object:
+    def run_forward_without_grad() -> object:
         with torch.no_grad():
             return model(*inputs, **named)
 
     with unchanged(model, training=False):
-        return peak_bytes(run_forward, _first_device_or_none(model, inputs, named))
+        return peak_bytes(run_forward_without_grad, _first_device_or_none(model, inputs, named))
 
 
 def backward_bytes(model: nn.Module, *inputs: Any, loss: Callable[[Any], Tensor] | None = None, **named: Any) -> int:
@@ -271,17 +271,17 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            self._track_storages(tensor, is_output=False)
+            self._track_storages_and_count_outputs(tensor, is_output=False)
         if any(issubclass(kind, Tensor) and hasattr(kind, "__tensor_flatten__") for kind in types):
             # The subclass runs operations of its own, which come here one by one
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            self._track_storages(tensor, is_output=True)
+            self._track_storages_and_count_outputs(tensor, is_output=True)
         self._update_peak()
         return result
 
-    def _track_storages(self, tensor: Any, is_output: bool) -> None:
+    def _track_storages_and_count_outputs(self, tensor: Any, is_output: bool) -> None:
         for storage in storages_of(tensor):
             key = storage._cdata
             if key not in self._known:
@@ -292,15 +292,15 @@ class PeakMemory(TorchDispatchMode):
                 is_output and counted is not None and counted != storage.nbytes()
             ):  # also when an operation has resized it
                 self._known[key] = storage.nbytes()
-                self._add_current_bytes(key, storage.nbytes() - counted)
+                self._change_current_bytes(key, storage.nbytes() - counted)
 
     def _uncount_freed_storage(self, address: int) -> None:
         if counted := self._known.pop(address):
-            self._add_current_bytes(address, -counted)
+            self._change_current_bytes(address, -counted)
 
-    def _add_current_bytes(self, address: int, nbytes: int) -> None:
+    def _change_current_bytes(self, address: int, byte_change: int) -> None:
         """Count bytes that the storage at an address has got, or lost."""
-        self.current += nbytes
+        self.current += byte_change
 
     def _update_peak(self) -> None:
         """Look, after an operation, whether this is the peak."""

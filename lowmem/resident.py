@@ -42,7 +42,7 @@ def release_memory_after_call(function: Callable[_P, _R]) -> Callable[_P, _R]:
         result = function(*args, **kwargs)
         models += [result] if isinstance(result, nn.Module) else []
         after = {id(parameter) for model in models for parameter in model.parameters()}
-        _drop_file_backed_pages(parameter for parameter in before if id(parameter) not in after)
+        _drop_unwritten_file_pages(parameter for parameter in before if id(parameter) not in after)
         before.clear()
         trim_heap_unless_small(*models)
         return result
@@ -73,7 +73,7 @@ def raise_heap_trim_threshold() -> None:
     libc.free(ctypes.c_void_p(libc.malloc(ctypes.c_size_t(_KEPT))))
 
 
-def resident_bytes() -> int | None:
+def resident_bytes_or_none() -> int | None:
     """Return the resident memory of this process; None where the system does not tell, as on macOS and Windows."""
     if not sys.platform.startswith("linux"):
         return None
@@ -90,13 +90,13 @@ class HeapTrimmer:
     """
 
     def __init__(
-        self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int | None] = resident_bytes
+        self, trim: Callable[[int], Any] | None = None, resident: Callable[[], int | None] = resident_bytes_or_none
     ) -> None:
         self._trim, self._resident = trim, resident
         # Highest resident bytes so far after trimming, plus the allocation that followed
         self._highest = 0
 
-    def trim_before_allocation(self, nbytes: int) -> None:
+    def trim_if_allocation_raises_peak(self, nbytes: int) -> None:
         """Trim the heap if an allocation of ``nbytes`` bytes is large and would raise the highest resident memory."""
         trim = self._trim or _malloc_trim_function_or_none()
         if nbytes < _LARGE or trim is None or (self._resident() or 0) + nbytes <= self._highest:
@@ -120,7 +120,7 @@ def drop_mapped_file_pages(paths: Iterable[str | os.PathLike[str]]) -> None:
             libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _DONTNEED)
 
 
-def _drop_file_backed_pages(parameters: Iterable[Tensor]) -> None:
+def _drop_unwritten_file_pages(parameters: Iterable[Tensor]) -> None:
     """Drop the pages of parameters that are views of a mapped file, as long as none of the pages was written to."""
     plain = [
         parameter
@@ -160,4 +160,4 @@ def _malloc_trim_function_or_none() -> Any:
     return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform.startswith("linux") else None
 
 
-trim_heap_before_allocation = HeapTrimmer().trim_before_allocation
+trim_heap_before_allocation = HeapTrimmer().trim_if_allocation_raises_peak

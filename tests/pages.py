@@ -2,10 +2,10 @@
 
 from lowmem.report.footprint import KINDS, MemoryFootprint
 from lowmem.report.layer_groups import LayerGroup
-from lowmem.report.page import Report
-from lowmem.report.quantization_errors import SERIES, FormatDistortion, OutputQuality
+from lowmem.report.page import ReportPageData
+from lowmem.report.quantization_errors import SERIES, BitsAndOutputError, FormatGaussianError
 from lowmem.report.relative_speeds import RelativeSpeed
-from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow
+from lowmem.testing.gate_verdicts import FigureComparison, GateVerdict
 from lowmem.training.step_memory import TrainingMemory
 
 HOSTILE = "<script>alert('1')</script>\"&\\"
@@ -32,7 +32,7 @@ STEPS = {
 def report(name="small", **changes):
     """Return a report whose layers, variants and workloads are called ``name``, and some are not."""
     footprints = [footprint("dense", 2**22), footprint(name, 2**20, 2**22), footprint("lora", 2**20, 2**18, 2**18)]
-    row = VerdictRow(name, "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", f"{name} is 20% slower")
+    row = FigureComparison(name, "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", f"{name} is 20% slower")
     content = {
         "title": f"model {name}",
         "lead": f"What {name} costs.",
@@ -71,13 +71,13 @@ def report(name="small", **changes):
             ),
         ],
         "distortions": [
-            FormatDistortion(form, scales, block, 4 + bits / block, 0.08 + block / 4000)
+            FormatGaussianError(form, scales, block, 4 + bits / block, 0.08 + block / 4000)
             for form in ("nf4", "int4")
             for scales, bits in (("float32", 32), ("double", 8))
             for block in (16, 64)
         ],
         "qualities": [
-            OutputQuality(series, f"{series}, {name}", 4 + at / 2 + step / 8, 0.1 / (1 + at + step), 0.99)
+            BitsAndOutputError(series, f"{series}, {name}", 4 + at / 2 + step / 8, 0.1 / (1 + at + step), 0.99)
             for at, series in enumerate(SERIES)
             for step in range(3)
         ],
@@ -88,7 +88,7 @@ def report(name="small", **changes):
                 "main",
                 "HEAD",
                 {"cpu": "x86_64"},
-                (row, VerdictRow("load", "ratio", 1.0, 1.0, 1.0, 0.99, 1.01, "same", "")),
+                (row, FigureComparison("load", "ratio", 1.0, 1.0, 1.0, 0.99, 1.01, "same", "")),
             ),
             GateVerdict(
                 "memory",
@@ -96,9 +96,9 @@ def report(name="small", **changes):
                 "stored",
                 "HEAD",
                 {},
-                (VerdictRow(name, "stored_bytes", 10, 10, None, None, None, "same", ""),),
+                (FigureComparison(name, "stored_bytes", 10, 10, None, None, None, "same", ""),),
             ),
         ],
         "machine": {"cpu": "AMD EPYC", "threads": "2"},
     }
-    return Report(**(content | changes))
+    return ReportPageData(**(content | changes))

@@ -21,7 +21,7 @@ from lowmem.io.formats.gguf.gguf_metadata import gguf_model_fields, read_existin
 from lowmem.io.formats.lazy_model import open_lazy_model
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
 from lowmem.report.relative_speeds import read_relative_speeds_and_machine
-from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow, read_verdict, write_verdict
+from lowmem.testing.gate_verdicts import FigureComparison, GateVerdict, read_verdict, write_verdict
 from lowmem.testing.memory_baseline import BaselineKey, read_baseline_figures, write_baseline_figures
 from lowmem.tools.fit_classifier_data import load_train_test_split
 from lowmem.transforms.calibration.resume_files import FinishedUnitFiles
@@ -137,7 +137,7 @@ def texts(folder):
 
 
 def verdict(folder):
-    rows = [VerdictRow("a", "b", 1.0, 2.0, 1.5, 1.0, 2.0, "grew", "it grew"), VerdictRow("c", "")]
+    rows = [FigureComparison("a", "b", 1.0, 2.0, 1.5, 1.0, 2.0, "grew", "it grew"), FigureComparison("c", "")]
     write_verdict(folder / "v.json", GateVerdict("memory", False, "a", "b", {"cpu": "x", "n": 2}, rows, ["note"]))
 
 

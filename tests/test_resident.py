@@ -113,22 +113,22 @@ def test_holes_are_returned_only_before_the_process_grows_beyond_what_it_had_to_
         holes = 0
 
     heap = HeapTrimmer(trim, lambda: (used + holes) * mib)
-    heap.trim_before_allocation(3 * mib)  # too little to walk over the heap
+    heap.trim_if_allocation_raises_peak(3 * mib)  # too little to walk over the heap
     assert trimmed == []
-    heap.trim_before_allocation(10 * mib)  # 110 are needed: the mark
+    heap.trim_if_allocation_raises_peak(10 * mib)  # 110 are needed: the mark
     holes = 5
-    heap.trim_before_allocation(5 * mib)  # 110 with the holes
+    heap.trim_if_allocation_raises_peak(5 * mib)  # 110 with the holes
     assert trimmed == [0]
     holes = 20
-    heap.trim_before_allocation(5 * mib)  # 125 with the holes, 105 without
+    heap.trim_if_allocation_raises_peak(5 * mib)  # 125 with the holes, 105 without
     assert trimmed == [0, 20]
     used, holes = 60, 40
-    heap.trim_before_allocation(10 * mib)  # the mark stayed at 110
+    heap.trim_if_allocation_raises_peak(10 * mib)  # the mark stayed at 110
     assert trimmed == [0, 20]
     used = 120
-    heap.trim_before_allocation(10 * mib)
+    heap.trim_if_allocation_raises_peak(10 * mib)
     used, holes = 110, 15
-    heap.trim_before_allocation(5 * mib)  # 130 is the new mark
+    heap.trim_if_allocation_raises_peak(5 * mib)  # 130 is the new mark
     assert trimmed == [0, 20, 40]
 
 

@@ -56,7 +56,7 @@ def stored_bits(model):
     bits = {}
     for path, module in model.named_modules():
         if isinstance(module, (HalfLinear, QuantizedLinear)):
-            for name in module.part_names:
+            for name in module.part_parameter_names:
                 bits[f"{path}.{name}"] = getattr(module, name).detach().contiguous().view(torch.uint8).clone()
     return bits
 

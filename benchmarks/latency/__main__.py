@@ -20,7 +20,7 @@ from benchmarks.latency.builds import CACHE, ROOT, GateError, build, git, machin
 from benchmarks.latency.rounds import Start
 from benchmarks.latency.verdict import judge, needs_second_look, settled
 from lowmem import errors
-from lowmem.testing.gate_verdicts import FAILING, GateVerdict, VerdictRow, write_verdict
+from lowmem.testing.gate_verdicts import FAILING, FigureComparison, GateVerdict, write_verdict
 
 GATES = ("latency", "instructions")
 FIRST_ROUNDS = 6  # all workloads; a multiple of 3, so that each side begins as often
@@ -97,7 +97,7 @@ def run(options: Options) -> list[GateVerdict]:
             notes.append(f"Base runs the kernel {base.kernel} here, and head {head.kernel}.")
         harness = scratch / "harness"  # what the processes import of benchmarks: the same code for both sides
         shutil.copytree(ROOT / "benchmarks", harness / "benchmarks")
-        found: dict[str, tuple[list[VerdictRow], list[str]]] = {}
+        found: dict[str, tuple[list[FigureComparison], list[str]]] = {}
         if "instructions" in options.gates:  # first: where valgrind fails, no minutes of timing are lost
             print("counting instructions under callgrind", file=sys.stderr)
             found["instructions"] = instructions.compare(base, head, harness, scratch / "counts")
@@ -111,7 +111,7 @@ def run(options: Options) -> list[GateVerdict]:
     ]
 
 
-def compare(start: Start, options: Options) -> list[VerdictRow]:
+def compare(start: Start, options: Options) -> list[FigureComparison]:
     """Time all workloads, those that look different or were disturbed again in fresh processes, and judge."""
     first, broken = rounds.measure(
         start,
@@ -136,7 +136,7 @@ def compare(start: Start, options: Options) -> list[VerdictRow]:
         raise GateError(f"base can run no workload: {next(iter(broken.values()))}")
     for name, said in broken.items():
         rows.append(
-            VerdictRow(name, "", verdict={"base": "new", "head": "missing"}[said[:4]], says=f"failed on {said}")
+            FigureComparison(name, "", verdict={"base": "new", "head": "missing"}[said[:4]], says=f"failed on {said}")
         )
     return rows
 

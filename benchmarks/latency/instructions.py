@@ -16,17 +16,19 @@ from pathlib import Path
 
 from benchmarks.latency.builds import GateError, Side
 from lowmem.kernels.native_loader import c_compiler_command
-from lowmem.testing.gate_verdicts import VerdictRow, figure_verdict
+from lowmem.testing.gate_verdicts import FigureComparison, figure_verdict
 from lowmem.testing.memory_baseline import byte_count_text
 
 LIMIT = 0.02  # more instructions than this fail
 FIGURE = "instructions"
 
 
-def compare(base: Side, head: Side, harness: Path, scratch: Path) -> tuple[list[VerdictRow], list[str]]:
+def compare(base: Side, head: Side, harness: Path, scratch: Path) -> tuple[list[FigureComparison], list[str]]:
     """Count both sides at once, and return a row for each workload; or one that says why nothing was counted."""
     if why := unavailable(harness / "marks.so"):
-        return [VerdictRow("all", FIGURE, verdict="skipped", says=why)], [f"Instructions were not counted: {why}."]
+        return [FigureComparison("all", FIGURE, verdict="skipped", says=why)], [
+            f"Instructions were not counted: {why}."
+        ]
     with ThreadPoolExecutor(2) as pool:
         counts = list(pool.map(lambda side: count(side, harness, scratch / side.tree.name), (base, head)))
     return judge(*counts), []
@@ -70,7 +72,7 @@ def read_counts(directory: Path) -> dict[str, int]:
     return counts
 
 
-def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> list[VerdictRow]:
+def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> list[FigureComparison]:
     """Return a row for each workload: beyond ``LIMIT`` in either direction it is no longer the same."""
     rows = []
     for name in dict.fromkeys([*base, *head]):
@@ -80,5 +82,5 @@ def judge(base: Mapping[str, int | None], head: Mapping[str, int | None]) -> lis
         verdict = figure_verdict(before, after, LIMIT * (before or 0))
         ratio = after / before if before and after else None
         says = "" if verdict == "same" else f"{byte_count_text(before)} to {byte_count_text(after)} instructions"
-        rows.append(VerdictRow(name, FIGURE, before, after, ratio, verdict=verdict, says=says))
+        rows.append(FigureComparison(name, FIGURE, before, after, ratio, verdict=verdict, says=says))
     return rows

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from lowmem.testing.gate_verdicts import VerdictRow
+from lowmem.testing.gate_verdicts import FigureComparison
 from lowmem.testing.ratios import Ratio, hodges_lehmann, ratio_of_times
 
 FEWEST_FIRST = 0.5  # share of the first rounds that have to be undisturbed
@@ -67,16 +67,16 @@ def settled(times: Times, threshold: float) -> bool:
     return not looks_different(times, threshold)
 
 
-def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -> list[VerdictRow]:
+def judge(first: dict[str, Times], second: dict[str, Times], threshold: float) -> list[FigureComparison]:
     """Return a row for each workload; ``second`` is what those took that needed a second look."""
     rows = []
     for name, looked in first.items():
         times = second.get(name, looked)
         verdict, says = ("same", "") if name not in second else _second_look(looked, times, threshold, len(first))
-        row = VerdictRow(name, f"{times.clock} seconds", verdict=verdict, says=says)
+        row = FigureComparison(name, f"{times.clock} seconds", verdict=verdict, says=says)
         if len(times.head) >= 2:
             ratio, base, head = times.ratio(), _center(times.of_base), _center(times.head)
-            row = VerdictRow(name, row.figure, base, head, ratio.value, ratio.low, ratio.high, verdict, says)
+            row = FigureComparison(name, row.figure, base, head, ratio.value, ratio.low, ratio.high, verdict, says)
         rows.append(row)
     return rows
 

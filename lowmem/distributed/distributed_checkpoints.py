@@ -52,9 +52,9 @@ class DistributedCheckpoints(States):
             return None
         rank, tensors = distributed.get_rank(), saved.tensors
         local_tensors = {
-            name: tensors.get(_tensor_name_of_rank(name, rank), value) for name, value in tensors.items()
+            name: tensors.get(_name_with_rank_if_random_state(name, rank), value) for name, value in tensors.items()
         }
-        return SavedState(saved.step, _local_shards_of_tensors(local_tensors, model), saved.record)
+        return SavedState(saved.step, _local_shards_or_same_tensors(local_tensors, model), saved.record)
 
     def save(self, saved: SavedState) -> None:
         """Begin to write a state in place of the older of the two.
@@ -105,7 +105,9 @@ class DistributedCheckpoints(States):
             if name.startswith("random."):
                 states = [torch.empty_like(value) for _ in range(distributed.get_world_size())]
                 distributed.all_gather(states, value, group=self._group)
-                gathered |= {_tensor_name_of_rank(name, rank): rank_state for rank, rank_state in enumerate(states)}
+                gathered |= {
+                    _name_with_rank_if_random_state(name, rank): rank_state for rank, rank_state in enumerate(states)
+                }
                 continue
             sharded: Any = value
             whole: Tensor = sharded.full_tensor() if hasattr(value, "full_tensor") else value
@@ -114,7 +116,7 @@ class DistributedCheckpoints(States):
         return gathered
 
 
-def _local_shards_of_tensors(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
+def _local_shards_or_same_tensors(tensors: Mapping[str, Tensor], model: nn.Module | None) -> dict[str, Tensor]:
     """Return this process's parts of whole values whose parameter is sharded, and the others as they are."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -130,6 +132,6 @@ def _local_shards_of_tensors(tensors: Mapping[str, Tensor], model: nn.Module | N
     return local_tensors
 
 
-def _tensor_name_of_rank(tensor_name: str, rank: int) -> str:
+def _name_with_rank_if_random_state(tensor_name: str, rank: int) -> str:
     """Return the name of a process's own tensor in a state: those of the first one are as of one process."""
     return f"{tensor_name}@{rank}" if rank and tensor_name.startswith("random.") else tensor_name

@@ -66,7 +66,7 @@ def shard(model: M, mesh: DeviceMesh | None = None, *, mp_policy: MixedPrecision
     """
     _check_not_wrapped_or_sharded(model)
     check_model_is_changeable("shard", model)
-    _check_process_group("shard")
+    _check_process_group_initialized("shard")
     from torch.distributed.fsdp import fully_shard
 
     mesh = _checked_mesh(mesh) if mesh is not None else _mesh_of_all_processes(model)
@@ -108,7 +108,7 @@ def gather(model: M) -> M | None:
         ValueError: the model is not sharded.
     """
     check_is_module(model)
-    _check_process_group("gather")
+    _check_process_group_initialized("gather")
     for module in model.modules():
         if is_fsdp2_module(module):
             module.reshard()  # type: ignore[operator]  # the root keeps its weights whole after a forward
@@ -130,7 +130,7 @@ def gather(model: M) -> M | None:
     return copied.cpu()
 
 
-def _check_process_group(function_name: str) -> None:
+def _check_process_group_initialized(function_name: str) -> None:
     """Raise a RuntimeError unless this process has joined others; ``function_name`` is the function that needs it."""
     if not (distributed.is_available() and distributed.is_initialized()):
         raise RuntimeError(
@@ -164,7 +164,7 @@ def _check_not_wrapped_or_sharded(model: nn.Module) -> None:
 
 def shardable_blocks(model: nn.Module) -> list[nn.Module]:
     """Return the blocks of a model, in the order of its modules: see ``shard``."""
-    candidates = [block for block in dict.fromkeys(_iterate_repeated_layers(model)) if block is not model]
+    candidates = [block for block in dict.fromkeys(_iterate_outermost_repeated_layers(model)) if block is not model]
     # In how many blocks, or outside of all, a parameter is
     owners: Counter[int] = Counter()
     inside = {module for block in candidates for module in block.modules()}
@@ -176,7 +176,7 @@ def shardable_blocks(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def _iterate_repeated_layers(model: nn.Module) -> Iterator[nn.Module]:
+def _iterate_outermost_repeated_layers(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the outermost layers that are in one list with others of their type, and have parameters."""
     layers: list[nn.Module] = [layer for layer in model.children() if next(layer.parameters(), None) is not None]
     types = Counter(type(layer) for layer in layers)
@@ -190,7 +190,7 @@ def _iterate_repeated_layers(model: nn.Module) -> Iterator[nn.Module]:
         if layer in blocks:
             yield layer
         else:
-            yield from _iterate_repeated_layers(layer)
+            yield from _iterate_outermost_repeated_layers(layer)
 
 
 def _checked_mesh(mesh: Any) -> DeviceMesh:
@@ -246,7 +246,7 @@ def _check_shardable_parameters(model: nn.Module, units: list[nn.Module], mp_pol
             )
     cast = getattr(mp_policy, "param_dtype", None)
     for module in paths if cast is not None else ():
-        names = module.part_names if isinstance(module, StoredModule) else ()
+        names = module.part_parameter_names if isinstance(module, StoredModule) else ()
         for name in (item for item in names if item.endswith("_rounded")):
             stored = getattr(module, name).dtype
             if stored is not cast:
@@ -278,7 +278,7 @@ def _without_fsdp_classes_and_hooks(model: nn.Module) -> Iterator[None]:
         for module, kind, attributes in before:
             plain = next(base_class for base_class in kind.__mro__ if not issubclass(base_class, FSDPModule))
             left = {
-                name: _without_fsdp_hooks(name, value)
+                name: _value_without_fsdp_hooks(name, value)
                 for name, value in attributes.items()
                 if not name.startswith(_OF_FSDP)
             }
@@ -289,7 +289,7 @@ def _without_fsdp_classes_and_hooks(model: nn.Module) -> Iterator[None]:
             change_class_and_attributes(module, kind, attributes)
 
 
-def _without_fsdp_hooks(attribute_name: str, value: Any) -> Any:
+def _value_without_fsdp_hooks(attribute_name: str, value: Any) -> Any:
     """Return a dictionary of hooks without the engine's, or any other attribute as it is."""
     if not attribute_name.endswith("_hooks") or not isinstance(value, dict):
         return value

@@ -144,7 +144,7 @@ def restart_command_words() -> list[str]:
     return [*words, "-m", "lowmem"]
 
 
-def is_error_reported_by_rank_zero(error_line: str) -> bool:
+def share_error_and_check_rank_zero(error_line: str) -> bool:
     """Whether rank 0 ends with the same error, so that this process need not tell it; rank 0 lets the others know."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["WORLD_SIZE"] == "1":
         return False

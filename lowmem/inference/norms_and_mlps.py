@@ -26,7 +26,7 @@ NATIVE_LAYER_CLASSES = Linear4Bit, Linear8Bit, HalfLinear
 """Classes of layers whose weights C multiplies."""
 
 
-def inference_backend_or_none(x: Any) -> CpuBackend | None:
+def cpu_backend_without_grad_or_none(x: Any) -> CpuBackend | None:
     """Return the backend of x if C computes with it: rows of float32 or bfloat16, without recorded gradients."""
     if (
         torch.is_grad_enabled()
@@ -45,7 +45,7 @@ def inference_backend_or_none(x: Any) -> CpuBackend | None:
 
 
 @dataclass(frozen=True)
-class NativeNorm:
+class NativeRMSNorm:
     """Computes an RMS norm: the module, and how it computes."""
 
     module: nn.Module
@@ -81,7 +81,7 @@ class NativeNorm:
 
     def __call__(self, x: Any, keyword_arguments: Mapping[str, Any]) -> Tensor | None:
         """Return the norm of rows; None where the module's own forward must run."""
-        kernel = inference_backend_or_none(x)
+        kernel = cpu_backend_without_grad_or_none(x)
         if (
             keyword_arguments
             or kernel is None
@@ -105,7 +105,7 @@ class NativeGatedMLP:
 
     def __call__(self, x: Any, keyword_arguments: Mapping[str, Any]) -> Tensor | None:
         """Return the output; None where the module's own forward must run."""
-        kernel, down = inference_backend_or_none(x), self.layer_cache.layers[-1]
+        kernel, down = cpu_backend_without_grad_or_none(x), self.layer_cache.layers[-1]
         if keyword_arguments or kernel is None or x.shape[-1] != down.out_features:
             return None
         ready = self.layer_cache.native_layers_or_none(kernel, x.dtype)
@@ -148,7 +148,7 @@ def make_unchanged_check(
     )
 
 
-class NativeLayers(NamedTuple):
+class NativeLayersAndPrograms(NamedTuple):
     """Layers as C takes them, and what is made of them; they serve until something has changed."""
 
     backend: CpuBackend
@@ -174,7 +174,7 @@ class NativeLayerCache:
         module: nn.Module,
         layers: list[Any],
         other_modules: Iterable[nn.Module] = (),
-        norms: Sequence[NativeNorm] = (),
+        norms: Sequence[NativeRMSNorm] = (),
     ) -> None:
         self.module, self.layers, self.norms = module, layers, norms
         owners = module, *other_modules, *(owner.module for owner in norms)
@@ -184,10 +184,10 @@ class NativeLayerCache:
         ]
         self.is_unchanged, self.native_layers = (
             make_unchanged_check(module, self.watched_entries),
-            cast("NativeLayers | None", None),
+            cast("NativeLayersAndPrograms | None", None),
         )
 
-    def native_layers_or_none(self, backend: CpuBackend, dtype: torch.dtype) -> NativeLayers | None:
+    def native_layers_or_none(self, backend: CpuBackend, dtype: torch.dtype) -> NativeLayersAndPrograms | None:
         """Return layers as C takes them; None where parts were changed, or C does not take one."""
         native_layers = self.native_layers
         if (
@@ -203,7 +203,7 @@ class NativeLayerCache:
         tensors = [(layer._parameters, name) for layer in self.layers for name in layer._parameters]
         tensors += [(layer._kept, "weight") for layer in self.layers]
         tensors += [(norm.module._parameters, norm.spec.weight) for norm in self.norms]
-        self.native_layers = NativeLayers(
+        self.native_layers = NativeLayersAndPrograms(
             backend, dtype, make_unchanged_check(self.module, [*tensors, *self.watched_entries]), taken, {}
         )
         return self.native_layers
@@ -241,7 +241,7 @@ def layers_for_c_or_none(backend: CpuBackend, layers: Iterable[Any], dtype: torc
         if isinstance(layer, QuantizedLinear):
             weight, bias = cached_quantized_weight_or_none(layer) or layer.quantized, parameters.get("bias")
             computed = layer._forms["weight"].form.compute_dtype
-            native_weight = backend._native_weight_or_none(weight) if computed in (None, dtype) else None
+            native_weight = backend._cached_native_weight_or_none(weight) if computed in (None, dtype) else None
         else:
             stored, bias = parameters.get("weight_rounded"), parameters.get("bias_rounded", parameters.get("bias"))
             fits = type(stored) is nn.Parameter and (dtype is torch.float32 or stored.dtype is dtype)

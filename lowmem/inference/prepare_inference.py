@@ -11,12 +11,17 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.compiler import is_compiling
 
-from lowmem.inference.norms_and_mlps import NativeGatedMLP, NativeNorm, gated_mlp_layers, unsupported_layer_reason
-from lowmem.nn.call_context import has_call_hooks_or_replaced_forward
+from lowmem.inference.norms_and_mlps import NativeGatedMLP, NativeRMSNorm, gated_mlp_layers, unsupported_layer_reason
+from lowmem.nn.call_context import has_customized_call
 from lowmem.resident import trim_heap_unless_small
 from lowmem.training.fused import GatedMLPSpec, RMSNormSpec
-from lowmem.training.fusion_recognition import fusion_spec_or_reason
-from lowmem.training.prepared_module import PreparedModule, prepare_module, release_prepared_modules, unprepared_copy
+from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
+from lowmem.training.prepared_module import (
+    PreparedModule,
+    prepend_prepared_class,
+    release_prepared_modules,
+    unprepared_shallow_copy,
+)
 from lowmem.transforms.model_checks import check_not_prepared
 from lowmem.transforms.module_registry import all_paths_by_module, check_is_module
 from lowmem.transforms.module_replacement import iterate_integrations_or_warn
@@ -38,7 +43,7 @@ class InferenceModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module: the call has handles of memory of this one."""
-        make, *arguments = cast(Any, unprepared_copy(self).__reduce_ex__(protocol))
+        make, *arguments = cast(Any, unprepared_shallow_copy(self).__reduce_ex__(protocol))
         # Not __newobj__ itself, for which pickle demands the class of this module
         return partial(make), *arguments
 
@@ -81,10 +86,10 @@ def prepare_inference(model: M) -> M:
     parts = {
         item: how
         for item in model.modules()
-        if isinstance(how := fusion_spec_or_reason(item, False), RMSNormSpec | GatedMLPSpec)
+        if isinstance(how := probe_fusion_spec_or_reason(item, False), RMSNormSpec | GatedMLPSpec)
     }
     calls: dict[nn.Module, Any] = {
-        item: NativeNorm(item, how)
+        item: NativeRMSNorm(item, how)
         if isinstance(how, RMSNormSpec)
         else unsupported_layer_reason(item, gated_mlp_layers(item, how)) or NativeGatedMLP(item, how)
         for item, how in parts.items()
@@ -98,7 +103,7 @@ def prepare_inference(model: M) -> M:
             if isinstance(call, str):
                 reasons[item] = call
             else:
-                prepare_module(item, InferenceModule, in_one_call=call)
+                prepend_prepared_class(item, InferenceModule, in_one_call=call)
     except BaseException:
         release_inference(model)
         raise
@@ -133,12 +138,10 @@ def inference_report(model: nn.Module) -> dict[str, str]:
     reasons, report = _LEFT.get(model, {}), {}
     for module, paths in all_paths_by_module(model).items():
         if isinstance(module, InferenceModule):
-            device = module.plain_torch_device_or_none(model)
+            device = module.non_cpu_device_or_none(model)
             text = str(module.in_one_call if device is None else f"as before on {device}: C computes on CPUs")
             observed = any(
-                has_call_hooks_or_replaced_forward(submodule)
-                for submodule in module.modules()
-                if submodule is not module
+                has_customized_call(submodule) for submodule in module.modules() if submodule is not module
             )
             report[paths[0]] = "as before: a module inside it has hooks" if observed else text
         elif module in reasons:

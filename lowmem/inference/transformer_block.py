@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from lowmem.inference.norms_and_mlps import (
     NativeLayerCache,
-    NativeLayers,
-    NativeNorm,
+    NativeLayersAndPrograms,
+    NativeRMSNorm,
     append_gated_mlp,
+    cpu_backend_without_grad_or_none,
     gated_mlp_layers,
-    inference_backend_or_none,
 )
-from lowmem.kernels.cpu_rowwise import attention_work_and_struct_fields, mask_struct_fields
+from lowmem.kernels.cpu_rowwise import attention_work_and_struct_fields, mask_struct_fields_or_none
 from lowmem.kernels.native_program import AddressOrName, NativeProgram
 from lowmem.nn.dot_product_attention import MOST
 from lowmem.training.fused import GatedMLPSpec
@@ -38,7 +38,7 @@ ScratchAllocator: TypeAlias = Callable[[int, int, torch.dtype], Tensor]
 
 
 @dataclass(frozen=True)
-class QKVProjection:
+class AttentionProjection:
     """Queries, keys or values: columns of a layer's output, as heads, with a norm of each head."""
 
     layer: Any
@@ -46,7 +46,7 @@ class QKVProjection:
     heads: int
     head_width: int  # of a head
     rotary_width: int  # the first numbers of a head, which are rotated; 0: none
-    norm: NativeNorm | None = None
+    norm: NativeRMSNorm | None = None
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class BlockSpec:
     attention: nn.Module
     mlp: nn.Module
     gated: GatedMLPSpec
-    residual_norms: tuple[NativeNorm | None, ...]  # before and behind the attention, before and behind the MLP
-    projections: tuple[QKVProjection, QKVProjection, QKVProjection]  # queries, keys and values
+    residual_norms: tuple[NativeRMSNorm | None, ...]  # before and behind the attention, before and behind the MLP
+    projections: tuple[AttentionProjection, AttentionProjection, AttentionProjection]  # queries, keys and values
     out: Any
     scaling: float
     softcap: float | None
@@ -80,7 +80,7 @@ class BlockSpec:
         return [*self.projection_layers, self.out, *gated_mlp_layers(self.mlp, self.gated)]
 
     @property
-    def all_norms(self) -> list[NativeNorm]:
+    def all_norms(self) -> list[NativeRMSNorm]:
         """All norms."""
         return [
             norm for norm in (*self.residual_norms, *(role.norm for role in self.projections)) if norm is not None
@@ -113,7 +113,10 @@ class NativeBlock:
 
     def __call__(self, x: Any, keyword_arguments: Mapping[str, Any]) -> Tensor | None:
         """Return the block's output; None where its own forward must run."""
-        kernel, (angles, mask, cache) = inference_backend_or_none(x), (keyword_arguments.get(name) for name in _GIVEN)
+        kernel, (angles, mask, cache) = (
+            cpu_backend_without_grad_or_none(x),
+            (keyword_arguments.get(name) for name in _GIVEN),
+        )
         others = any(
             value is not None and value is not False
             for name, value in keyword_arguments.items()
@@ -122,7 +125,7 @@ class NativeBlock:
         if kernel is None or x.dim() != 3 or others or not self.spec.is_current():
             return None
         turns, ready = (
-            _cos_and_sin_or_none(angles, x, self.spec.projections[0].rotary_width),
+            _cos_and_sin_dict_or_none(angles, x, self.spec.projections[0].rotary_width),
             self.layer_cache.native_layers_or_none(kernel, x.dtype),
         )
         if turns is None or ready is None:
@@ -137,7 +140,12 @@ class NativeBlock:
         return self._forward_in_two_calls_or_none(ready, x, turns, cache, mask) if out is None else out
 
     def _forward_in_one_call_or_none(
-        self, native_layers: NativeLayers, x: Tensor, cos_and_sin: dict[str, Tensor], cached_layer: Any, mask: Any
+        self,
+        native_layers: NativeLayersAndPrograms,
+        x: Tensor,
+        cos_and_sin: dict[str, Tensor],
+        cached_layer: Any,
+        mask: Any,
     ) -> Tensor | None:
         """Return the output of few tokens, whose keys and values lowmem's cache keeps."""
         spec, (batch, tokens, _) = self.spec, x.shape
@@ -150,7 +158,7 @@ class NativeBlock:
             return None
         (keys, seen_keys, count), (values, seen_values, _) = places
         unread = mask is not None and (type(mask) is not Tensor or mask.dim() != 4 or mask.shape[3] != count)
-        hidden = None if unread else mask_struct_fields(mask, (batch, q.heads, tokens, count))
+        hidden = None if unread else mask_struct_fields_or_none(mask, (batch, q.heads, tokens, count))
         if hidden is None:
             return None
         steps, query, mixed = self._cached_program_query_and_out(native_layers, x, cos_and_sin)
@@ -164,7 +172,7 @@ class NativeBlock:
         return out
 
     def _cached_program_query_and_out(
-        self, native_layers: NativeLayers, x: Tensor, cos_and_sin: dict[str, Tensor]
+        self, native_layers: NativeLayersAndPrograms, x: Tensor, cos_and_sin: dict[str, Tensor]
     ) -> tuple[NativeProgram, tuple[int, ...], int]:
         """Return the steps for few tokens, kept for each shape; states of queries; where attention is to write."""
         key = get_ident(), x.shape, *(item.shape for item in cos_and_sin.values())
@@ -186,7 +194,7 @@ class NativeBlock:
         return program_query_and_out
 
     def _forward_in_two_calls_or_none(
-        self, native_layers: NativeLayers, x: Tensor, cos_and_sin: dict[str, Tensor], cache: Any, mask: Any
+        self, native_layers: NativeLayersAndPrograms, x: Tensor, cos_and_sin: dict[str, Tensor], cache: Any, mask: Any
     ) -> Tensor | None:
         """Return the output, with the attention of the model's library between two calls of C."""
         spec, (batch, tokens, _) = self.spec, x.shape
@@ -215,7 +223,11 @@ class NativeBlock:
         return cast(Tensor, total + behind_mlp(spec.mlp(before_mlp(total))))
 
     def _append_qkv_and_return_fields(
-        self, program: NativeProgram, native_layers: NativeLayers, x: Tensor, cos_and_sin: dict[str, Tensor]
+        self,
+        program: NativeProgram,
+        native_layers: NativeLayersAndPrograms,
+        x: Tensor,
+        cos_and_sin: dict[str, Tensor],
     ) -> list[tuple[int, ...]]:
         """Add what computes queries, keys and values, and return them as C takes them."""
         (batch, tokens, columns), first = x.shape, self.spec.projection_layers
@@ -243,7 +255,7 @@ class NativeBlock:
         return states
 
     def _append_output_after_attention(
-        self, program: NativeProgram, native_layers: NativeLayers, x: Tensor, attention_out: AddressOrName
+        self, program: NativeProgram, native_layers: NativeLayersAndPrograms, x: Tensor, attention_out: AddressOrName
     ) -> None:
         """Add what computes the output from that of the attention."""
         spec, rows, count = self.spec, x.shape[0] * x.shape[1], x.numel()
@@ -259,12 +271,14 @@ class NativeBlock:
         program.append_sum(total, _append_norm_if_any(behind_mlp, program, added, count), count, "out")
 
 
-def _append_norm_if_any(norm: NativeNorm | None, program: NativeProgram, x: AddressOrName, element_count: int) -> Any:
+def _append_norm_if_any(
+    norm: NativeRMSNorm | None, program: NativeProgram, x: AddressOrName, element_count: int
+) -> Any:
     """Add a norm, if there is one, and return the address of the result."""
     return x if norm is None else norm.append_to_program(program, x, element_count)
 
 
-def _cos_and_sin_or_none(position_embeddings: Any, x: Tensor, rotary_width: int) -> dict[str, Tensor] | None:
+def _cos_and_sin_dict_or_none(position_embeddings: Any, x: Tensor, rotary_width: int) -> dict[str, Tensor] | None:
     """Return cosines and sines (sequences or 1, tokens, rotated) of the dtype of x; None where C cannot read them."""
     if not rotary_width:
         return {}

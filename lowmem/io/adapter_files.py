@@ -50,12 +50,12 @@ from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import unadapted_parameter
 from lowmem.nn.adapter_buffers import buffers_changed_by_adapter, buffers_of_adapter_or_base
-from lowmem.nn.fold import unadapted_module_copy
-from lowmem.nn.quantized_module import format_state_dict_keys
+from lowmem.nn.fold import unadapted_shallow_copy
+from lowmem.nn.quantized_module import state_dict_keys_of_formats
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import release_memory_after_call
-from lowmem.transforms.adapter_placement import adaptable_parameters_by_path
+from lowmem.transforms.adapter_placement import adaptable_module_and_name_by_path
 from lowmem.transforms.model_checks import (
     check_layers_are_changeable,
     check_model_is_changeable,
@@ -68,10 +68,15 @@ from lowmem.transforms.module_registry import (
     all_paths_by_module,
     check_is_module,
     layer_display_name,
-    place_name,
+    layer_or_parameter_path,
 )
 from lowmem.transforms.module_replacement import with_model_lock
-from lowmem.transforms.named_adapters import adapter_layers, adapter_names, add_adapter_to_layers, check_adapter_name
+from lowmem.transforms.named_adapters import (
+    adapter_layers,
+    adapter_names,
+    add_adapter_and_freeze_rest,
+    check_adapter_name,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -131,7 +136,7 @@ def save_adapter(
             raise ValueError(f"name=None must name one of several adapters: {printable_line(', '.join(names))}")
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
-    _check_layers_supported("save_adapter", adaptable_parameters_by_path(model), model, layers)
+    _check_layers_supported("save_adapter", adaptable_module_and_name_by_path(model), model, layers)
     path = checked_path("path", path)
     buffers = buffers_changed_by_adapter(model, name)
     if format == "peft":
@@ -264,7 +269,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
             )
         return model
     check_model_is_changeable("load_adapter", model)
-    paths_by_module, places = all_paths_by_module(model), adaptable_parameters_by_path(model)
+    paths_by_module, places = all_paths_by_module(model), adaptable_module_and_name_by_path(model)
     path = checked_path("path", path)
     if path.is_dir():
         content = read_peft_content(path, model)
@@ -276,7 +281,8 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         check_adapter_name(name)
         present = adapter_layers(model, name) if name in adapter_names(model) else {}
         first = {
-            place: place_name(paths_by_module[places[place][0]][0], places[place][1]) for place in content.techniques
+            place: layer_or_parameter_path(paths_by_module[places[place][0]][0], places[place][1])
+            for place in content.techniques
         }
         content_paths = {
             first[place]: place for place in content.techniques
@@ -301,7 +307,9 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
             module, parameter = places[place]
             placed.setdefault(module, {})[parameter] = technique
         check_no_peft_conflict(model, placed, will_freeze=True)
-        add_adapter_to_layers(model, name, placed, {module: paths[0] for module, paths in paths_by_module.items()})
+        add_adapter_and_freeze_rest(
+            model, name, placed, {module: paths[0] for module, paths in paths_by_module.items()}
+        )
     with torch.no_grad():
         for at, adapter in adapter_layers(model, name).items():
             for part, value in content.tensors[content_paths[at]].items():
@@ -391,12 +399,12 @@ def _check_not_foreign_file(path: Path) -> None:
 @with_model_lock
 def base_layers_sha256(model: nn.Module, layer_paths: list[str]) -> str:
     """Return the SHA-256 of the bases of the layers at ``layer_paths``: stored tensors, and how they are stored."""
-    places = adaptable_parameters_by_path(model)
+    places = adaptable_module_and_name_by_path(model)
     by_path = {place: module for module, all_paths in all_paths_by_module(model).items() for place in all_paths}
     sha256 = hashlib.sha256()
     for path in sorted(layer_paths):
         module, parameter = places.get(path) or (by_path[path], "weight")
-        base = unadapted_module_copy(module) if isinstance(module, AdaptedModule) else module
+        base = unadapted_shallow_copy(module) if isinstance(module, AdaptedModule) else module
         record = checked_form_records(base).get(parameter, {}) if isinstance(base, StoredModule) else {}
         record.pop("method", None)  # it does not change how bytes are decoded
         sha256.update(repr((path, sorted(record.items()))).encode())
@@ -411,7 +419,7 @@ def base_layers_sha256(model: nn.Module, layer_paths: list[str]) -> str:
 def _base_tensors_to_fingerprint(base: nn.Module, parameter: str) -> dict[str, Tensor]:
     """Return the part of a layer's state that the parameter's adapter depends on: all of it for a linear layer."""
     if isinstance(base, nn.Linear) or parameter not in adaptable_parameter_names(base):
-        recorded = format_state_dict_keys(base)
+        recorded = state_dict_keys_of_formats(base)
         return {name: value for name, value in base.state_dict().items() if name not in recorded}
     if isinstance(base, StoredModule) and parameter in base.forms:
         return {name: getattr(base, name) for name in (f"{parameter}_{part}" for part in base.forms[parameter].parts)}

@@ -17,18 +17,18 @@ from lowmem.io.metadata_records import encode_form_record, encode_layer_adapter_
 from lowmem.io.safetensors_header import TensorSpec
 from lowmem.io.shards import read_lowmem_model
 from lowmem.nn.adapted_module import AdaptedModule
-from lowmem.nn.adapter_buffers import without_unchanged_adapter_buffers
-from lowmem.nn.quantized_module import format_state_dict_keys
+from lowmem.nn.adapter_buffers import without_adapter_buffers_if_equal
+from lowmem.nn.quantized_module import state_dict_keys_of_formats
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import trim_heap_unless_small
-from lowmem.transforms.meta_device import check_model_factory, make_model_on_meta
+from lowmem.transforms.meta_device import check_model_factory, make_model_with_meta_parameters
 from lowmem.transforms.model_checks import check_model_not_sharded, check_no_foreign_tensor_class
 from lowmem.transforms.module_registry import (
     all_paths_by_module,
-    applied_technique_type,
+    applied_technique_type_or_none,
     layer_display_name,
-    place_name,
+    layer_or_parameter_path,
 )
 from lowmem.transforms.module_replacement import with_model_lock
 
@@ -73,7 +73,7 @@ def specs_metadata_and_tensors(model: nn.Module) -> Content:
     layers = {
         module: paths[0]
         for module, paths in all_paths_by_module(model).items()
-        if applied_technique_type(module) is not None
+        if applied_technique_type_or_none(module) is not None
     }
     check_model_not_sharded("save", model)
     for name, state_tensor in (*model.named_parameters(), *model.named_buffers()):
@@ -83,8 +83,8 @@ def specs_metadata_and_tensors(model: nn.Module) -> Content:
                 f"{layer_display_name(path)} is lazy and has no shape yet: call the model once before save"
             )
     # Skipped: ``metadata`` holds the formats
-    recorded = format_state_dict_keys(model)
-    for name, value in without_unchanged_adapter_buffers(model, model.state_dict(keep_vars=True)).items():
+    recorded = state_dict_keys_of_formats(model)
+    for name, value in without_adapter_buffers_if_equal(model, model.state_dict(keep_vars=True)).items():
         if name in recorded:
             continue
         if not isinstance(value, Tensor):
@@ -110,7 +110,8 @@ def specs_metadata_and_tensors(model: nn.Module) -> Content:
                     stored[place if name == "weight" else f"{place}.{name}".lstrip(".")] = record
         if isinstance(layer, AdaptedModule):
             adapters |= {
-                place_name(place, name): record for name, record in encode_layer_adapter_records(layer).items()
+                layer_or_parameter_path(place, name): record
+                for name, record in encode_layer_adapter_records(layer).items()
             }
     specs = {name: checked_tensor_spec(name, tensor) for name, tensor in tensors.items()}
     return specs, {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}, tensors.items()
@@ -143,7 +144,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
     check_model_factory("factory", factory)
     file = read_lowmem_model(path)
     try:
-        model = make_model_on_meta(factory)
+        model = make_model_with_meta_parameters(factory)
         try:
             replace_layers_and_add_adapters(model, file.metadata, file.tensors)
         except (TypeError, LookupError, AttributeError, OverflowError) as reason:

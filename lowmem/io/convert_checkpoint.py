@@ -25,7 +25,7 @@ from lowmem.quant.tensor import QuantizedTensor
 from lowmem.transforms.bit_budget import (
     BudgetChoice,
     BudgetUnit,
-    budget_choices,
+    budget_choices_with_reasons,
     budget_unit_or_none,
     loss_per_choice,
 )
@@ -144,7 +144,7 @@ def _choose_techniques(
         units[name] = unit
         progress(name, tensor.nbytes)
         del tensor
-    return dict(zip(units, budget_choices(list(units.values()), technique), strict=True))
+    return dict(zip(units, budget_choices_with_reasons(list(units.values()), technique), strict=True))
 
 
 def _names_to_convert(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:

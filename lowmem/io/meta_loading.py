@@ -21,24 +21,24 @@ from lowmem.io.metadata_records import (
 )
 from lowmem.nn.adapted_module import AdaptedModule, embedding_table_id_or_none
 from lowmem.nn.adapter import parameter_layout
-from lowmem.nn.adapter_buffers import CHILD, discard_inactive_buffers, switch_buffers_to_adapter_in_use
+from lowmem.nn.adapter_buffers import CHILD, discard_inactive_buffers, sync_buffers_with_adapters
 from lowmem.nn.forms import CodedForm, Form
 from lowmem.nn.gathered_weight import check_column_permutation
-from lowmem.nn.linear import Linear4Bit, layer_copy_with_column_order
-from lowmem.nn.quantized_module import format_state_dict_keys
+from lowmem.nn.linear import Linear4Bit, shallow_copy_with_column_order
+from lowmem.nn.quantized_module import state_dict_keys_of_formats
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.adapter_placement import adaptable_parameters_by_path
+from lowmem.transforms.adapter_placement import adaptable_module_and_name_by_path
 from lowmem.transforms.converted_copies import copy_with_stored_parameters
 from lowmem.transforms.module_registry import (
     adaptable_parameter_names,
     all_paths_by_module,
     conversion_skip_reason,
     layer_display_name,
-    record_dense_reasons,
+    set_or_clear_dense_reasons,
 )
-from lowmem.transforms.module_replacement import check_and_commit_replacements
-from lowmem.transforms.named_adapters import add_adapter_to_layers
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze
+from lowmem.transforms.named_adapters import add_adapter_and_freeze_rest
 from lowmem.transforms.tied_weights import restore_shared_biases_to_dense, weight_memory_key
 
 
@@ -114,8 +114,8 @@ def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) ->
             _gathered_linear_copy(made, path) if any(form.gathered for form in forms.values()) else made
         )
     restore_shared_biases_to_dense(model, replacements)
-    check_and_commit_replacements(model, replacements)
-    record_dense_reasons(
+    commit_replacements_and_freeze(model, replacements)
+    set_or_clear_dense_reasons(
         {module: "dense in the file" for module in all_paths_by_module(model) if module not in replacements}
     )
 
@@ -170,7 +170,7 @@ def _gathered_linear_copy(layer: StoredModule, path: str) -> StoredModule:
             "can: the "
             f"model has a {type(layer).__name__} there"
         )
-    return layer_copy_with_column_order(layer, torch.empty(layer.in_features, dtype=torch.int32, device="meta"))
+    return shallow_copy_with_column_order(layer, torch.empty(layer.in_features, dtype=torch.int32, device="meta"))
 
 
 def _module_and_parameter_name(modules_by_path: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
@@ -188,7 +188,7 @@ def _check_and_add_adapters(model: nn.Module, records: object, tensors: Mapping[
     """Give layers the adapters that a file records; all records are checked before one is built."""
     with value_errors_with_part("its record of the adapters"):
         records = checked_json_object(records)
-    places = adaptable_parameters_by_path(model)
+    places = adaptable_module_and_name_by_path(model)
     adapters_by_parameter: dict[tuple[nn.Module, str], tuple[str, dict[str, tuple[LoRA, bool]]]] = {}
     for place, record in records.items():
         why = adapter_skip_reason_or_none(model, places, place)
@@ -224,11 +224,11 @@ def _check_and_add_adapters(model: nn.Module, records: object, tensors: Mapping[
         in_use.setdefault(module, {}).update({name: None} if active else {})
     paths = {module: path for path, module in model.named_modules()}
     for name, techniques in placed.items():
-        add_adapter_to_layers(model, name, techniques, paths)
+        add_adapter_and_freeze_rest(model, name, techniques, paths)
     for module, names in in_use.items():
         cast(AdaptedModule, module).adapters.active = tuple(names)
     if any(f".{CHILD}." in f".{name}" for name in tensors):
-        switch_buffers_to_adapter_in_use(model)
+        sync_buffers_with_adapters(model)
     else:
         # Those of all adapters are the base's; ``assign`` copies them
         discard_inactive_buffers(model)
@@ -289,7 +289,7 @@ def check_and_assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) ->
     model_tensors: dict[int, Tensor] = {}
     extra_states: list[str] = []
     # Skipped: the skeletons have the formats that the file records
-    recorded = format_state_dict_keys(model)
+    recorded = state_dict_keys_of_formats(model)
     for name, value in model.state_dict(keep_vars=True).items():
         if name in recorded:
             continue
@@ -356,7 +356,7 @@ def check_and_assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) ->
                     tensors_of[name] = new_tensors[id(value)]  # type: ignore[assignment]
     for name in extra_states:
         model.get_submodule(name.rpartition(".")[0]).set_extra_state(tensors[name])
-    switch_buffers_to_adapter_in_use(model)
+    sync_buffers_with_adapters(model)
 
 
 def _names_message_or_empty(message_prefix: str, names: list[str]) -> str:

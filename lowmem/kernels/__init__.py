@@ -24,7 +24,7 @@ from lowmem.quant.backend import (
     backend_for,
     backend_of,
     fast_matmul_dtype,
-    float_dtype,
+    product_result_dtype,
     set_backend,
 )
 from lowmem.quant.tensor import ANY, QuantizedTensor
@@ -80,7 +80,7 @@ def linear(
 
 def input_grad(grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
     """Return ``grad @ W``: (batch, out) -> (batch, in), in ``dtype`` (torch.int8: in grad's)."""
-    return backend_of(grad).input_grad(grad, weight, float_dtype(dtype, grad.dtype))
+    return backend_of(grad).input_grad(grad, weight, product_result_dtype(dtype, grad.dtype))
 
 
 def add_low_rank(base: Tensor, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.kernels import int8_rounding, reference
-from lowmem.kernels.cpu_kernel_choice import CpuKernelChoice
-from lowmem.kernels.cpu_rowwise import COMPARE, COMPARE_CALL, CpuRowwise
+from lowmem.kernels.cpu_kernel_choice import KernelExplanationMixin
+from lowmem.kernels.cpu_rowwise import COMPARE, COMPARE_CALL, CpuRowwiseMixin
 from lowmem.kernels.native_loader import load_native_module_and_reason
 from lowmem.kernels.tensor_checks import (
     TYPES,
@@ -78,14 +78,14 @@ def cpu_backends_and_description() -> tuple[list[Backend], str]:
 
 
 @dataclass(frozen=True, slots=True)
-class NativeHandle:
+class NativeWeightHandle:
     """The C handle of a 4-bit weight; valid while codes and scales keep their address and layout, which C checks."""
 
     backend: CpuBackend
     handle: object
 
 
-class CpuBackend(CpuRowwise, CpuKernelChoice):
+class CpuBackend(CpuRowwiseMixin, KernelExplanationMixin):
     """The backend in C for one ISA.
 
     Args:
@@ -121,7 +121,7 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         """Return ``x @ W.T + bias + s (x @ A.T) @ B.T``: (..., in) -> (..., out)."""
         if is_recording_operations():
             return reference.linear(x, weight, dtype, bias, low_rank)
-        native_weight = self._native_weight_or_none(weight)
+        native_weight = self._cached_native_weight_or_none(weight)
         if x.dtype is dtype and native_weight is not None:
             handle, packed, scales = native_weight
             a, b, scaling = _NO_LOW_RANK if low_rank is None else low_rank
@@ -192,7 +192,7 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
 
     def _linear_with_int8_inputs(self, x: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         """Multiply 8-bit integers; or, in float32, inputs rounded to them; or fall back to plain torch."""
-        native_weight, threads = self._native_weight_or_none(weight, _IN_INT8), torch.get_num_threads()
+        native_weight, threads = self._cached_native_weight_or_none(weight, _IN_INT8), torch.get_num_threads()
         if native_weight is not None:
             out = self._native_linear_inputs8(self._isa, *native_weight, x, bias, threads)
             if out is not None:
@@ -253,7 +253,7 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
         if is_recording_operations():
             return reference.input_grad(grad, weight, dtype)
-        native_weight = self._native_weight_or_none(weight)
+        native_weight = self._cached_native_weight_or_none(weight)
         if grad.dtype is dtype and native_weight is not None:
             out = self._input_grad(self._isa, *native_weight, grad, torch.get_num_threads())
             if out is not None and out is not False:
@@ -328,7 +328,7 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         given. Chunks are of columns if transposed: sums over chunks of rows would have to be kept in float32."""
         if fast_matmul_dtype(x.dtype, x) is not x.dtype:
             return self._torch_product_in_float32(x, native_weight, weight, transposed, bias, add_to)
-        x = pad_rows_against_nan_leak(x)
+        x = pad_memory_against_nan_leak(x)
         bias = bias if bias is None else bias.to(x.dtype)
         if not isinstance(weight, QuantizedTensor):
             dense = native_weight[1]
@@ -463,29 +463,29 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         )
         return _square_sums_over_rows(squares)
 
-    def _native_weight_or_none(self, weight: Weight, cache_key: str = _AS_FLOATS) -> NativeWeight | None:
+    def _cached_native_weight_or_none(self, weight: Weight, cache_key: str = _AS_FLOATS) -> NativeWeight | None:
         """Return a weight as C takes it, making its handle if there is none; None where C cannot read it."""
         if not isinstance(weight, QuantizedTensor):  # faster than isinstance(weight, Tensor)
             return None, weight, None
-        cached_handle: NativeHandle | None = weight.cache.get(cache_key)
+        cached_handle: NativeWeightHandle | None = weight.cache.get(cache_key)
         if cached_handle is None or cached_handle.backend is not self:
-            cached_handle = self._make_and_cache_handle(weight, cache_key)
+            cached_handle = self._make_and_cache_handle_or_none(weight, cache_key)
         return None if cached_handle is None else (cached_handle.handle, weight.packed, weight.scales)
 
     def _cached_then_new_native_weights(self, weight: Weight, cache_key: str = _AS_FLOATS) -> Iterator[NativeWeight]:
         """Yield a weight as C takes it: with its cached handle, then, in case that is stale, with a new one. The new
         handle is of a snapshot, to which no other thread can assign data."""
-        native_weight = self._native_weight_or_none(weight, cache_key)
+        native_weight = self._cached_native_weight_or_none(weight, cache_key)
         if native_weight is not None:
             yield native_weight
         if isinstance(weight, QuantizedTensor):
             now = replace(weight, packed=weight.packed.data, scales=weight.scales.data)
-            new_handle = self._make_and_cache_handle(now, cache_key)
+            new_handle = self._make_and_cache_handle_or_none(now, cache_key)
             if new_handle is not None:
                 weight.cache[cache_key] = new_handle
                 yield new_handle.handle, now.packed, now.scales
 
-    def _make_and_cache_handle(self, weight: QuantizedTensor, cache_key: str) -> NativeHandle | None:
+    def _make_and_cache_handle_or_none(self, weight: QuantizedTensor, cache_key: str) -> NativeWeightHandle | None:
         """Make and cache the C handle of a weight for one use, or return None where C cannot read the weight."""
         packed, scales = weight.packed, weight.scales
         if (packed.shape, packed.dtype, scales.shape, scales.dtype) != weight.stored_layout or len(weight.shape) != 2:
@@ -515,7 +515,7 @@ class CpuBackend(CpuRowwise, CpuKernelChoice):
         )
         if handle is None:
             return None
-        new_handle = weight.cache[cache_key] = NativeHandle(
+        new_handle = weight.cache[cache_key] = NativeWeightHandle(
             self, handle
         )  # returned, since another thread may replace the cached one
         return new_handle
@@ -537,7 +537,7 @@ def _square_sums_over_rows(row_squares: Tensor) -> Squares:
     return Squares(math.fsum(lost), math.fsum(size))
 
 
-def pad_rows_against_nan_leak(x: Tensor) -> Tensor:
+def pad_memory_against_nan_leak(x: Tensor) -> Tensor:
     """Return an input for torch's products, with zeros behind its rows where one of them begins with NaN or infinity.
 
     On processors with AMX torch (oneDNN) reads bfloat16 rows in whole tiles. It multiplies what it reads of the next

@@ -23,7 +23,7 @@ TriedKernel: TypeAlias = tuple[str, str, int, int, "str | None"]
 """A kernel that the plan asks: ISA, name, least and most rows of an input, and why it refuses, or None."""
 
 
-class CpuKernelChoice:
+class KernelExplanationMixin:
     """The part of the backend in C for one ISA that says what it runs; ``lowmem.kernels.cpu.Kernel`` completes it."""
 
     native: ModuleType

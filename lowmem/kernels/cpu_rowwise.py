@@ -16,12 +16,12 @@ from lowmem.kernels.column_rounding import PANEL
 from lowmem.kernels.tensor_checks import (
     TYPES,
     c_float_array,
-    is_batched_by_vmap,
+    is_batched_or_under_functorch,
     is_c_array,
     is_plain_cpu_tensor,
     is_recording_operations,
 )
-from lowmem.quant.backend import Activation, ColumnPanel, KeyOrValueStates
+from lowmem.quant.backend import ColumnPanel, KeyOrValueStates, SigmoidPolynomial
 from lowmem.quant.formats import Format
 
 _LEVELS = 16  # of csrc/columns.h
@@ -38,7 +38,7 @@ ROW_TYPES = torch.float32, torch.bfloat16
 CODES8 = 8  # of csrc/plan.h, in place of a type
 
 
-class CpuRowwise:
+class CpuRowwiseMixin:
     """The row-wise part of the backend in C for one ISA, which ``lowmem.kernels.cpu.Kernel`` completes."""
 
     native: ModuleType
@@ -83,7 +83,7 @@ class CpuRowwise:
         self.native.rowwise(self._isa, NORM, torch.get_num_threads(), rows * width, call)
         return out
 
-    def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
+    def gated(self, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, dtype: torch.dtype) -> Tensor:
         """Return ``act(a) b`` in ``dtype``, contiguous."""
         step = _common_row_stride_or_none(a, b)
         if step is None or not _can_write_dtype(a.dtype, dtype) or not self._are_c_readable_and_alike(a, b):
@@ -93,7 +93,12 @@ class CpuRowwise:
         return out
 
     def gated_grad(
-        self, grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
+        self,
+        grad: Tensor,
+        a: Tensor,
+        b: Tensor | None,
+        activation: SigmoidPolynomial,
+        into: tuple[Tensor, Tensor | None],
     ) -> None:
         """Write the gradients of a and b for ``gated``."""
         grad = grad.to(into[0].dtype).contiguous()
@@ -120,7 +125,7 @@ class CpuRowwise:
         a: Tensor,
         b: Tensor | None,
         grad: Tensor | None,
-        activation: Activation,
+        activation: SigmoidPolynomial,
         row_stride: int,
         into: tuple[Tensor, Tensor | None],
         out_row_stride: int,
@@ -150,7 +155,7 @@ class CpuRowwise:
         if not (
             _is_c_readable_array(numbers)
             and numbers.dim() == 1
-            and _are_c_arrays_of_codes(into, -(-len(numbers) // BLOCK))
+            and _are_c_codes_and_scales(into, -(-len(numbers) // BLOCK))
         ):
             return reference.encode_8bit(numbers, into)
         counts = torch.zeros(3, dtype=torch.int64, device=numbers.device)  # of scales that are not finite, too
@@ -163,7 +168,7 @@ class CpuRowwise:
     def decode_8bit(self, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
         """Return ``codes * scales`` in ``dtype``."""
         out = torch.empty(codes.shape, dtype=dtype, device=codes.device)
-        if not (_is_c_readable_array(out) and _are_c_arrays_of_codes((codes, scales), len(codes))):
+        if not (_is_c_readable_array(out) and _are_c_codes_and_scales((codes, scales), len(codes))):
             return reference.decode_8bit(codes, scales, dtype)
         addresses = out.data_ptr(), codes.data_ptr(), scales.data_ptr(), 0
         self._call_rowwise(
@@ -203,12 +208,17 @@ class CpuRowwise:
         """Return the output of each query: (batch, queries, heads, value width)."""
         batch, heads, queries, width = query.shape
         key_heads, keys, value_width = key.numbers.shape[1], key.numbers.shape[2], value.numbers.shape[-1]
-        seen = mask_struct_fields(mask, (batch, heads, queries, keys))
-        struct_fields = [states_struct_fields(query), states_struct_fields(*key), states_struct_fields(*value), seen]
+        seen = mask_struct_fields_or_none(mask, (batch, heads, queries, keys))
+        struct_fields = [
+            states_struct_fields_or_none(query),
+            states_struct_fields_or_none(*key),
+            states_struct_fields_or_none(*value),
+            seen,
+        ]
         fits = key.numbers.shape == (batch, key_heads, keys, width) and key_heads > 0 and heads % key_heads == 0
         fits = fits and value.numbers.shape == (batch, key_heads, keys, value_width) and query.dtype in TYPES
         fits = fits and query.numel() * keys * value_width > 0 and not is_recording_operations()
-        if not fits or None in struct_fields or is_batched_by_vmap(query):
+        if not fits or None in struct_fields or is_batched_or_under_functorch(query):
             return reference.attention(query, key, value, mask, scaling, softcap)
         out = torch.empty(batch, queries, heads, value_width, dtype=query.dtype, device="cpu")
         sizes = batch, key_heads, heads // key_heads, queries, keys, width, value_width
@@ -219,10 +229,10 @@ class CpuRowwise:
 
     def encode_states(self, numbers: Tensor, into: KeyOrValueStates) -> None:
         """Write states as 8-bit codes with a scale for each row."""
-        struct_fields = states_struct_fields(numbers), states_struct_fields(*into)
+        struct_fields = states_struct_fields_or_none(numbers), states_struct_fields_or_none(*into)
         fits = into.numbers.shape == numbers.shape and into.numbers.dtype in (torch.int8, numbers.dtype)
         fits = fits and numbers.dtype in TYPES and numbers.numel() > 0
-        if not fits or None in struct_fields or is_recording_operations() or is_batched_by_vmap(numbers):
+        if not fits or None in struct_fields or is_recording_operations() or is_batched_or_under_functorch(numbers):
             reference.encode_states(numbers, into)
         else:
             call = CODING_CALL.pack(*numbers.shape, *[number for fields in struct_fields for number in fields or ()])
@@ -233,7 +243,7 @@ class CpuRowwise:
         if not self.serves_rows(x) or not x.numel() or is_recording_operations():
             return False
         tensors = [x, *(tensor for tensor in others if tensor is not None)]
-        if any(map(is_batched_by_vmap, tensors)):
+        if any(map(is_batched_or_under_functorch, tensors)):
             return False
         return all(
             is_plain_cpu_tensor(tensor) and tensor.dtype is x.dtype and tensor.shape == x.shape for tensor in tensors
@@ -260,24 +270,24 @@ def attention_work_and_struct_fields(
 NO_STATES = (0,) * 9
 
 
-def states_struct_fields(numbers: Tensor, scales: Tensor | None = None) -> tuple[int, ...] | None:
+def states_struct_fields_or_none(numbers: Tensor, scales: Tensor | None = None) -> tuple[int, ...] | None:
     """Return the fields of struct states; None where C cannot read a row's numbers side by side."""
     if numbers.dtype is not torch.int8:
         return (
             None
             if scales is not None
-            else _states_struct_fields_or_none(TYPES.get(numbers.dtype), numbers, (0, 0, 0, 0))
+            else _typed_states_fields_or_none(TYPES.get(numbers.dtype), numbers, (0, 0, 0, 0))
         )
     if scales is None or scales.dtype is not torch.float32 or scales.shape != (*numbers.shape[:3], 1):
         return None
     return (
-        _states_struct_fields_or_none(CODES8, numbers, (scales.data_ptr(), *scales.stride()[:3]))
+        _typed_states_fields_or_none(CODES8, numbers, (scales.data_ptr(), *scales.stride()[:3]))
         if is_plain_cpu_tensor(scales)
         else None
     )
 
 
-def _states_struct_fields_or_none(
+def _typed_states_fields_or_none(
     type_id: int | None, numbers: Tensor, scale_fields: tuple[int, ...]
 ) -> tuple[int, ...] | None:
     plain = type_id is not None and numbers.dim() == 4 and (numbers.stride(3) == 1 or numbers.shape[3] == 1)
@@ -286,16 +296,16 @@ def _states_struct_fields_or_none(
     return type_id or 0, numbers.data_ptr(), scale_fields[0], *numbers.stride()[:3], *scale_fields[1:]
 
 
-def mask_struct_fields(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+def mask_struct_fields_or_none(mask: Tensor | None, shape: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the fields of a mask that broadcasts to (batch, heads, queries, keys), or ``NO_STATES`` without one."""
     if mask is None:
         return NO_STATES
-    return _states_struct_fields_or_none(
+    return _typed_states_fields_or_none(
         CODES8 if mask.dtype is torch.bool else TYPES.get(mask.dtype), mask.expand(shape), (0, 0, 0, 0)
     )
 
 
-def padded_activation_terms(activation: Activation) -> tuple[float, ...]:
+def padded_activation_terms(activation: SigmoidPolynomial) -> tuple[float, ...]:
     """Return the terms of struct gated."""
     return (*activation.terms, *[0.0] * _TERMS)[:_TERMS]
 
@@ -315,7 +325,7 @@ def _is_c_readable_array(tensor: Tensor) -> bool:
     )
 
 
-def _are_c_arrays_of_codes(codes_and_scales: tuple[Tensor, Tensor], block_count: int) -> bool:
+def _are_c_codes_and_scales(codes_and_scales: tuple[Tensor, Tensor], block_count: int) -> bool:
     """Whether C may read and write 8-bit codes and scales as those of ``block_count`` blocks."""
     return is_c_array(codes_and_scales[0], torch.int8, (block_count, BLOCK)) and is_c_array(
         codes_and_scales[1], torch.float32, (block_count, 1)

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lowmem.kernels.frozen_weight_operator import parse_quantization_description
-from lowmem.quant.backend import float_dtype
+from lowmem.quant.backend import product_result_dtype
 from lowmem.quant.formats import get_format
-from lowmem.quant.packing import apply_to_blocks
+from lowmem.quant.packing import apply_to_blocks_and_rest
 from lowmem.quant.scale_encodings import get_scale_encoding
 from lowmem.quant.scale_search import expand_block_scales
 
@@ -42,7 +42,7 @@ def decomposed_dequantize(packed: Tensor, scales: Tensor, description: str, dtyp
         values = (packed.float() - 128) / form.divisor
     else:
         values = _table_lookup(
-            form.levels, apply_to_blocks(packed.float(), block_size // 2, _codes_from_nibbles)[:, :columns]
+            form.levels, apply_to_blocks_and_rest(packed.float(), block_size // 2, _codes_from_nibbles)[:, :columns]
         )
     return (
         values * expand_block_scales(_decoded_scales(scales, scale_encoding, form.signed), block_size, columns)
@@ -124,7 +124,7 @@ def decomposed_product_4bit(
             "lowmem has no plain operators for compute_dtype=torch.int8, as torch.onnx.export needs: convert the "
             "model with compute_dtype=None"
         )
-    weight = decomposed_dequantize(packed, scales, description, float_dtype(dtype or x.dtype, x.dtype))
+    weight = decomposed_dequantize(packed, scales, description, product_result_dtype(dtype or x.dtype, x.dtype))
     return decomposed_product(x, weight, transposed, *(bias_and_low_rank or (None,)))
 
 

@@ -16,7 +16,7 @@ from lowmem.kernels.tensor_checks import (
     TYPES,
     has_plain_memory,
     hide_from_selective_checkpoints,
-    is_batched_by_vmap,
+    is_batched_or_under_functorch,
     is_recording_operations,
 )
 from lowmem.quant.backend import LowRank, Weight
@@ -82,7 +82,7 @@ class GpuBackend:
             return reference.call_on_flattened_batch(self.linear, x, weight, dtype, bias, low_rank)
         out = self._small_batch_product_or_none(x, weight, dtype, bias)
         if out is None:
-            return reference.linear(x, weight, dtype, bias, low_rank, _rows_dequantized_by_triton)
+            return reference.linear(x, weight, dtype, bias, low_rank, _dequantize_by_triton_or_torch)
         return out if low_rank is None else reference.add_low_rank(out, x, *low_rank)
 
     def _small_batch_product_or_none(
@@ -108,16 +108,16 @@ class GpuBackend:
 
     def input_grad(self, grad: Tensor, weight: Weight, dtype: torch.dtype) -> Tensor:
         """Return ``grad @ W``: (batch, out) -> (batch, in)."""
-        return reference.input_grad(grad, weight, dtype, _rows_dequantized_by_triton)
+        return reference.input_grad(grad, weight, dtype, _dequantize_by_triton_or_torch)
 
     def add_product(self, out: Tensor, x: Tensor, weight: Weight, transposed: bool) -> Tensor:
         """Add ``x @ W.T`` to ``out``, or ``x @ W`` if transposed, in place."""
-        return reference.add_product(out, x, weight, transposed, _rows_dequantized_by_triton)
+        return reference.add_product(out, x, weight, transposed, _dequantize_by_triton_or_torch)
 
     def dequantize(self, weight: QuantizedTensor, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return rows of a quantized matrix (out, in), dequantized in float32 and rounded once to ``dtype``."""
         if _can_use_triton(weight, dtype):
-            return _rows_dequantized_by_triton(weight, rows, dtype)
+            return _dequantize_by_triton_or_torch(weight, rows, dtype)
         return reference.dequantize(weight, rows, dtype)
 
     def quantize_rows(self, rows: Tensor, into: QuantizedTensor, chunk: slice, importance: Tensor | None) -> Squares:
@@ -160,7 +160,7 @@ def _unmet_small_batch_requirement(weight: QuantizedTensor, rows: int, dtype: to
     return "weights without offsets" if weight.has_offsets else None
 
 
-def _rows_dequantized_by_triton(
+def _dequantize_by_triton_or_torch(
     weight: Weight, rows: slice, dtype: torch.dtype, levels: tuple[float, ...] | None = None
 ) -> Tensor:
     """Do what ``reference.dequantized_rows`` does, by Triton where it serves."""
@@ -187,7 +187,8 @@ def _can_use_triton(weight: QuantizedTensor, dtype: torch.dtype, *extra_tensors:
     if max(weight.shape) >= 2**31:
         return False
     if any(
-        not has_plain_memory(tensor) or is_batched_by_vmap(tensor) or tensor.device != device for tensor in tensors
+        not has_plain_memory(tensor) or is_batched_or_under_functorch(tensor) or tensor.device != device
+        for tensor in tensors
     ):
         return False
     return triton_skip_reason(device) is None

@@ -150,7 +150,7 @@ def _cached_matrix_getter(stacked_weight: Weight, matrix_count: int) -> Callable
     return cached_matrix
 
 
-def _record_grouped_product(x: Tensor, weight: Weight | QuantizedOperands, *arguments: Any) -> Tensor:
+def _call_grouped_product_operator(x: Tensor, weight: Weight | QuantizedOperands, *arguments: Any) -> Tensor:
     if not isinstance(weight, (QuantizedTensor, QuantizedOperands)):
         return cast(Tensor, torch.ops.lowmem.grouped_product_16bit(x, weight, *arguments))
     # Here: the operator gets no row count to check against
@@ -161,7 +161,7 @@ def _record_grouped_product(x: Tensor, weight: Weight | QuantizedOperands, *argu
 grouped_product = FrozenWeightOperator(
     _compute_grouped_product,
     _empty_grouped_product,
-    _record_grouped_product,
+    _call_grouped_product_operator,
     lambda x, dtype, transposed, *rest: ((dtype, transposed, *rest), (dtype, not transposed, *rest)),
     rows_share_weight=False,
 )
@@ -199,7 +199,7 @@ def grouped_matmul(x: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:
     return out
 
 
-def _batched_matmul(a: Tensor, b: Tensor) -> Tensor:
+def _matmul_in_fast_dtype(a: Tensor, b: Tensor) -> Tensor:
     wide = fast_matmul_dtype(a.dtype, a)
     return (a.to(wide) @ b.to(wide)).to(a.dtype)
 
@@ -207,7 +207,9 @@ def _batched_matmul(a: Tensor, b: Tensor) -> Tensor:
 def _grouped_matmul_kernel(x: Tensor, matrices: Tensor, group_ends: Tensor) -> Tensor:
     if not _can_read_without_sync(group_ends):
         blocks = GroupedRowBlocks.from_group_ends(group_ends, x.shape[0])
-        return blocks.scatter_to_rows(_batched_matmul(blocks.gather_rows(x), matrices[blocks.group]), x.shape[0])
+        return blocks.scatter_to_rows(
+            _matmul_in_fast_dtype(blocks.gather_rows(x), matrices[blocks.group]), x.shape[0]
+        )
     out, wide = x.new_zeros(x.shape[0], matrices.shape[2]), fast_matmul_dtype(x.dtype, x)
     for number, rows in _nonempty_groups_and_row_slices(group_ends):
         matmul_into(out[rows], x[rows].to(wide), matrices[number].to(wide))
@@ -219,7 +221,9 @@ def _grouped_matrices_grad(x: Tensor, grad: Tensor, group_ends: Tensor) -> Tenso
     out = x.new_zeros(group_ends.shape[0], x.shape[1], grad.shape[1])
     if not _can_read_without_sync(group_ends):
         blocks = GroupedRowBlocks.from_group_ends(group_ends, x.shape[0])
-        return out.index_add_(0, blocks.group, _batched_matmul(blocks.gather_rows(x).mT, blocks.gather_rows(grad)))
+        return out.index_add_(
+            0, blocks.group, _matmul_in_fast_dtype(blocks.gather_rows(x).mT, blocks.gather_rows(grad))
+        )
     wide = fast_matmul_dtype(x.dtype, x)
     for number, rows in _nonempty_groups_and_row_slices(group_ends):
         matmul_into(out[number], x[rows].t().to(wide), grad[rows].to(wide))

@@ -15,7 +15,7 @@ from lowmem.kernels.frozen_weight_operator import (
     codes_scales_and_description,
     quantized_tensor_from_operands,
 )
-from lowmem.quant.backend import Backend, Weight, float_dtype
+from lowmem.quant.backend import Backend, Weight, product_result_dtype
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -23,16 +23,16 @@ def _compute_product(
     backend: Backend, x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *bias_and_low_rank: Any
 ) -> Tensor:
     if transposed:
-        return backend.input_grad(x, weight, float_dtype(dtype, x.dtype))
+        return backend.input_grad(x, weight, product_result_dtype(dtype, x.dtype))
     bias, a, *rest = (*bias_and_low_rank, None, None)[: max(2, len(bias_and_low_rank))]
     return backend.linear(x, weight, dtype, bias, None if a is None else (a, *rest))
 
 
 def _fake_product(x: Tensor, weight: Weight, dtype: torch.dtype, transposed: bool, *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], dtype=float_dtype(dtype, x.dtype))
+    return x.new_empty(x.shape[0], weight.shape[1 if transposed else 0], dtype=product_result_dtype(dtype, x.dtype))
 
 
-def _record_product(
+def _call_product_operator(
     x: Tensor, weight: Weight | QuantizedOperands, dtype: torch.dtype, *transposed_bias_and_low_rank: Any
 ) -> Tensor:
     # A tuple: torch 2.9's compiler takes no union
@@ -53,7 +53,7 @@ def _record_product(
 def _tangent_and_gradient_arguments(
     x: Tensor, dtype: torch.dtype, transposed: bool
 ) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    dtype = float_dtype(dtype, x.dtype)
+    dtype = product_result_dtype(dtype, x.dtype)
     return (dtype, transposed), (dtype, not transposed)
 
 
@@ -72,7 +72,7 @@ def _differentiable_product(
 
 
 product = FrozenWeightOperator(
-    _compute_product, _fake_product, _record_product, _tangent_and_gradient_arguments, _differentiable_product
+    _compute_product, _fake_product, _call_product_operator, _tangent_and_gradient_arguments, _differentiable_product
 )
 """``product(x, W, dtype, transposed, bias, A, B, s)`` is ``x @ W.T + bias + s (x @ A.T) @ B.T``, with gradients of
 all but W; or ``x @ W`` when transposed. The arguments from ``bias`` on may be left out."""

@@ -17,7 +17,7 @@ from lowmem.kernels.rms_norm_and_gating import entropies, gated, gated_grad, nor
 from lowmem.kernels.tensor_checks import hide_from_selective_checkpoints
 from lowmem.quant.backend import Backend, LowRank, Weight, fast_matmul_dtype
 from lowmem.quant.formats import Format, get_format
-from lowmem.quant.packing import apply_to_blocks, pack
+from lowmem.quant.packing import apply_to_blocks_and_rest, pack
 from lowmem.quant.scale_encodings import ScaleEncoding
 from lowmem.quant.scale_search import (
     block_absmax,
@@ -26,7 +26,7 @@ from lowmem.quant.scale_search import (
     expand_block_scales,
     least_error_scales,
     least_unclipped_scales,
-    nearest_codes,
+    nearest_codes_padded_to_even,
 )
 from lowmem.quant.tensor import QuantizedTensor, Squares, row_slices_within_scratch
 
@@ -84,7 +84,7 @@ def dequantized_rows(
     return weight.restore(rows, levels).to(dtype) if isinstance(weight, QuantizedTensor) else weight[rows].to(dtype)
 
 
-def check_input(x: Tensor, in_features: int) -> None:
+def check_input_dtype_and_width(x: Tensor, in_features: int) -> None:
     """Raise a RuntimeError for an input that is not floating point, or does not end in ``in_features`` columns."""
     if not x.is_floating_point():
         raise RuntimeError(f"input.dtype={x.dtype} must be a floating-point dtype")
@@ -94,7 +94,7 @@ def check_input(x: Tensor, in_features: int) -> None:
 
 def call_on_flattened_batch(function: Callable[..., Tensor], x: Tensor, weight: Weight, *arguments: Any) -> Tensor:
     """Return ``function(x, weight, *rest)`` of an input (..., in) for a function that takes (batch, in)."""
-    check_input(x, weight.shape[1])
+    check_input_dtype_and_width(x, weight.shape[1])
     return function(x.flatten(0, -2), weight, *arguments).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -130,7 +130,7 @@ def linear(
     if x.dim() != 2:
         return call_on_flattened_batch(linear, x, weight, dtype, bias, low_rank, dequantize_chunk)
     out_features, in_features = weight.shape
-    check_input(x, in_features)
+    check_input_dtype_and_width(x, in_features)
     levels = None
     if dtype is torch.int8:
         if not isinstance(weight, QuantizedTensor):
@@ -260,9 +260,9 @@ def quantize_rows(rows: Tensor, into: QuantizedTensor, chunk: slice, importance:
     form, size = get_format(into.format), into.block_size
     weights = rows.float().contiguous()
     rows, stored = subtract_offsets_and_encode_scales(weights, into, importance)
-    codes = nearest_codes(rows, into.encoding.decode(stored), form, size)
+    codes = nearest_codes_padded_to_even(rows, into.encoding.decode(stored), form, size)
     into.packed[chunk] = pack(codes, size) if form.bits == 4 else codes[:, : rows.shape[1]]
-    used = apply_to_blocks(
+    used = apply_to_blocks_and_rest(
         codes[:, : rows.shape[1]] != form.zero_code, size, lambda block: block.any(-1, keepdim=True)
     )
     into.scales[chunk] = zero_unused_scales(stored, used, form)

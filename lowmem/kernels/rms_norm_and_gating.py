@@ -20,14 +20,14 @@ import math
 import torch
 from torch import Tensor
 
-from lowmem.quant.backend import Activation
+from lowmem.quant.backend import SigmoidPolynomial
 
 ACTIVATIONS = {
-    "SiLU": Activation((1.0,)),
-    "GELU (tanh)": Activation((math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))),
-    "GELU (sigmoid)": Activation((1.702,)),
+    "SiLU": SigmoidPolynomial((1.0,)),
+    "GELU (tanh)": SigmoidPolynomial((math.sqrt(8 / math.pi), 0.044715 * math.sqrt(8 / math.pi))),
+    "GELU (sigmoid)": SigmoidPolynomial((1.702,)),
     # log(Phi(x) / Phi(-x)), fitted for the least error of act(x) / (1 + |x|), 1.5e-8; its slope is off by 3.1e-7.
-    "GELU": Activation(
+    "GELU": SigmoidPolynomial(
         (1.59577054, 0.0726641097, -6.33138327e-5, -1.1130911e-4, 8.04703879e-6, -2.73385375e-7, 3.75137872e-9), True
     ),
 }
@@ -75,7 +75,7 @@ def norm_factor_grad(grad: Tensor, x: Tensor, eps: float, chunk_rows: int = 256)
     return total
 
 
-def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
+def gated(a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, dtype: torch.dtype) -> Tensor:
     """Return ``act(a) b``: (..., n), contiguous, in ``dtype``; differentiable, and of any class of tensors.
 
     Args:
@@ -90,7 +90,7 @@ def gated(a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtyp
 
 
 def gated_grad(
-    grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
+    grad: Tensor, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, into: tuple[Tensor, Tensor | None]
 ) -> None:
     """Write the gradients of a and b.
 
@@ -108,7 +108,7 @@ def gated_grad(
 
 
 def gated_input_grads(
-    grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation
+    grad: Tensor, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial
 ) -> tuple[Tensor, Tensor | None]:
     """Return the gradients of a and b in float32 or wider; ``grad`` may be a batch of gradients (vmap)."""
     wide = _as_float32_or_wider(a)
@@ -146,7 +146,7 @@ def _rms_normalized(x: Tensor, eps: float) -> Tensor:
     return wide * torch.rsqrt((wide * wide).mean(-1, keepdim=True) + eps)
 
 
-def _activation_factor_and_slope(x: Tensor, activation: Activation) -> tuple[Tensor, Tensor]:
+def _activation_factor_and_slope(x: Tensor, activation: SigmoidPolynomial) -> tuple[Tensor, Tensor]:
     """Return ``act(x) / x`` and its derivative; beyond 88, where it is 0 or 1, those of 88."""
     x = x.clamp(-88, 88)
     if activation.uses_erf:

@@ -58,7 +58,7 @@ def is_c_vector(tensor: Tensor, size: int) -> bool:
     )
 
 
-def is_batched_by_vmap(tensor: Tensor) -> bool:
+def is_batched_or_under_functorch(tensor: Tensor) -> bool:
     """Whether a gradient stands for several, as those of ``is_grads_batched``: it has no memory to add to."""
     return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(tensor)
 

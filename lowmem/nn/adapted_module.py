@@ -166,7 +166,7 @@ def _empty(class_or_stored_class_key: Any, parameter_names: tuple[str, ...]) -> 
     return made.__new__(made)
 
 
-def adapted_module_copy(
+def adapted_shallow_copy(
     module: nn.Module, parameter_names: Iterable[str], adapter_name: str, adapters_by_parameter: Mapping[str, Adapter]
 ) -> AdaptedModule:
     """Return a copy of a module with adapters; it has no hooks, and shares everything else.
@@ -210,7 +210,7 @@ def share_embedding_table(target: nn.Module, source: nn.Module) -> None:
         target.__dict__["_kept"] = {}
 
 
-def share_tied_adapters(modules: Iterable[nn.Module]) -> None:
+def share_adapters_of_tied_embeddings(modules: Iterable[nn.Module]) -> None:
     """Let embeddings that share a table also share its adapters, if these have the same name and technique.
 
     It is not known which of the embeddings is called: T5 calls the encoder's and the decoder's, but not ``shared``.

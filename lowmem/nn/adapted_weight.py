@@ -16,8 +16,8 @@ from torch.nn import functional
 from lowmem.kernels.grouped_matmul import grouped_matmul
 from lowmem.kernels.torch_versions import disable_dynamo, mark_constant_in_graphs
 from lowmem.nn.adapter import LowRankUpdate, add_low_rank_product
-from lowmem.nn.adapter_autograd import fused_product_or_none, fusible_lora_matrices_or_none
-from lowmem.nn.call_context import no_slow_autocast
+from lowmem.nn.adapter_autograd import fused_lora_product_or_none, fusible_lora_matrices_or_none
+from lowmem.nn.call_context import autocast_disabled_if_slow
 from lowmem.nn.stored_products import einsum_recomputing_dense_weights
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.torch_functions import METADATA, function_write_targets, registration_decorator, torch_function_name
@@ -73,7 +73,7 @@ class AdaptedWeight(Tensor):
         return _dense_base_plus_updates(self.base, self.updates) if self.recorded is None else self.recorded
 
     @property
-    def has_rows(self) -> bool:
+    def has_row_dimension(self) -> bool:
         """Whether it is more than one row of a matrix."""
         return all(update.left.dim() > 1 for update in self.updates)
 
@@ -94,7 +94,11 @@ class AdaptedWeight(Tensor):
         implementation = ADAPTED_FUNCTIONS.get(function)
         if implementation is None and not isinstance(function, _PYTHON):
             implementation = ADAPTED_FUNCTIONS.get(str(function).removesuffix(".default"))
-        if implementation is not None and (args or implementation is adapted_linear) and "out" not in kwargs:
+        if (
+            implementation is not None
+            and (args or implementation is adapted_linear_or_not_implemented)
+            and "out" not in kwargs
+        ):
             result = implementation(*args, **kwargs)
             if result is not NotImplemented:
                 return result
@@ -153,7 +157,7 @@ def adapted_weight(base: Any, updates: Sequence[LowRankUpdate]) -> Any:
 def _dense_base_plus_updates(base: Any, updates: Sequence[LowRankUpdate]) -> Tensor:
     total: Tensor = base.dequantize() if isinstance(base, StoredTensor) else base
     for update in updates:
-        with no_slow_autocast(update.left):
+        with autocast_disabled_if_slow(update.left):
             change = (update.left * update.scaling) @ update.right
         total = total + change.view(total.shape).to(total.dtype)  # of a kernel, right has all columns
     return total
@@ -198,7 +202,7 @@ def _is_adapted_matrix_or_stack(weight: Any) -> bool:
 
 
 @implements_adapted(functional.linear)
-def adapted_linear(input: Any, weight: Any, bias: Any = None) -> Any:
+def adapted_linear_or_not_implemented(input: Any, weight: Any, bias: Any = None) -> Any:
     """Return the product with W, plus the low-rank one: (..., in) -> (..., out)."""
     if not _is_adapted_matrix_or_stack(weight) or isinstance(input, AdaptedWeight):
         return NotImplemented
@@ -221,7 +225,7 @@ def _single_adapter_product_or_none(layout_kind: str, x: Tensor, weight: Any, bi
     return (
         None
         if matrices is None
-        else fused_product_or_none(x, weight.base, adapter, matrices, bias, layout_kind == "transposed")
+        else fused_lora_product_or_none(x, weight.base, adapter, matrices, bias, layout_kind == "transposed")
     )
 
 
@@ -238,7 +242,7 @@ def _adapted_matmul(
     if _is_adapted_matrix_or_stack(left_matrix):
         out = function(left_matrix.base, right_matrix)
         for update in left_matrix.updates:
-            with no_slow_autocast(right_matrix):
+            with autocast_disabled_if_slow(right_matrix):
                 narrow = torch.matmul(update.right, update.cast_and_apply_dropout(right_matrix)) * update.scaling
                 out = out + torch.matmul(update.left, narrow).to(out.dtype)
         return out
@@ -273,7 +277,7 @@ def _base_plus_low_rank_products(
     """Return ``function(x, W)``, plus ``x left right`` by the product ``low_rank_product``."""
     out = base_product(x, weight.base)
     for update in weight.updates:
-        with no_slow_autocast(x):
+        with autocast_disabled_if_slow(x):
             narrow = low_rank_product(update.cast_and_apply_dropout(x), update.left) * update.scaling
             out = out + low_rank_product(narrow, update.right).to(out.dtype)
     return out
@@ -358,7 +362,7 @@ def _adapted_getitem(weight: Any, index: Any) -> Any:
     ):
         index = index[0] if index else ...
     first = isinstance(index, (slice, int, list)) or (isinstance(index, Tensor) and index.dim() < 2)
-    if not first or isinstance(index, bool) or not isinstance(weight, AdaptedWeight) or not weight.has_rows:
+    if not first or isinstance(index, bool) or not isinstance(weight, AdaptedWeight) or not weight.has_row_dimension:
         return NotImplemented
     return weight.indexed_along_first_dim(index)
 

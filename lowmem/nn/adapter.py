@@ -14,7 +14,12 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from lowmem import kernels
 from lowmem.kernels import reference
-from lowmem.nn.call_context import can_bypass_autograd, check_not_nested, is_autocast_enabled, no_slow_autocast
+from lowmem.nn.call_context import (
+    autocast_disabled_if_slow,
+    can_bypass_autograd,
+    check_not_nested,
+    is_autocast_enabled,
+)
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import LoRA
@@ -146,7 +151,7 @@ def add_low_rank_product(out: Tensor, x: Tensor, lora_a: Tensor, lora_b: Tensor,
         check_not_nested(x)
     wide = out if out.dim() == 2 else out.reshape(-1, lora_b.shape[0])  # (batch, out)
     rows = x if x.dim() == 2 else x.reshape(-1, lora_a.shape[1])  # (batch, in)
-    with no_slow_autocast(x):
+    with autocast_disabled_if_slow(x):
         # Under autocast the fused addition would cast its operands, ``out`` included, to 16 bits.
         if is_autocast_enabled(x):
             narrow = nn.functional.linear(rows, lora_a) * scaling  # (batch, rank)
@@ -163,7 +168,7 @@ def _cast_to_matmul_dtype(matrix: Tensor) -> Tensor:
     return matrix if matrix.dtype is dtype else matrix.to(dtype)
 
 
-def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def randomized_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Return approximate ``U, S, V^T`` for the ``rank`` largest singular values: ``U diag(S) V^T`` ~ matrix.
 
     Randomized subspace iteration, Halko, Martinsson and Tropp, arXiv 0909.4061, algorithm 4.4. It takes about
@@ -251,7 +256,7 @@ class Adapter(nn.Module):
         """Set A and B so that ``s B A`` approximates ``quantization_error`` (*stack, out, in)."""
         a, b = self.lora_a.view(-1, *self.lora_a.shape[-2:]), self.lora_b.view(-1, *self.lora_b.shape[-2:])
         for number, matrix in enumerate(quantization_error.reshape(-1, *quantization_error.shape[-2:])):
-            u, sizes, vt = truncated_svd(matrix, self.rank)
+            u, sizes, vt = randomized_svd(matrix, self.rank)
             # Beyond the error's rank, A stays random and B zero, and both can train
             count = int((sizes > 0).sum())
             root = (sizes[:count] / self.scaling).sqrt()

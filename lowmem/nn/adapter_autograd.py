@@ -23,13 +23,17 @@ from torch import Tensor, nn
 from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.kernels.frozen_weight_operator import codes_scales_and_description, quantized_tensor_from_operands
-from lowmem.kernels.tensor_checks import is_batched_by_vmap, is_recording_operations, is_selective_checkpointing
+from lowmem.kernels.tensor_checks import (
+    is_batched_or_under_functorch,
+    is_recording_operations,
+    is_selective_checkpointing,
+)
 from lowmem.nn.adapter import Adapter, is_inactive_dropout
 from lowmem.nn.call_context import autocast_linear_input, can_bypass_autograd
 from lowmem.nn.forms import HalfForm
 from lowmem.nn.recomputed_inputs import (
     Recompute,
-    has_dtype_independent_saving,
+    has_dtype_independent_pack_hook,
     recompute_function_or_none,
     with_double_backward_error,
 )
@@ -46,7 +50,7 @@ _PLAIN = (Tensor, nn.Parameter)
 _DTYPES = (torch.float32, torch.bfloat16)
 
 
-def fused_product_or_none(
+def fused_lora_product_or_none(
     input: Tensor, weight: Any, adapter: Any, lora_a_and_b: tuple[Tensor, Tensor], bias: Any, transposed: bool
 ) -> Tensor | None:
     """Return the product of an input with a frozen weight that has an adapter, for a module in training: (..., out).
@@ -87,7 +91,7 @@ def fused_product_or_none(
     if bias is not None and tuple(bias.shape) != (weight.shape[1 if transposed else 0],):
         return None
     bias = None if bias is None else bias.detach()
-    return bfloat16_product_or_none(input, x, adapter, lora_a_and_b, (plain_weight, bias), transposed)
+    return bfloat16_lora_product_or_none(input, x, adapter, lora_a_and_b, (plain_weight, bias), transposed)
 
 
 def fusible_lora_matrices_or_none(adapter: Any, input: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -119,7 +123,7 @@ def fusible_lora_matrices_or_none(adapter: Any, input: Tensor) -> tuple[Tensor, 
     return a, b
 
 
-def bfloat16_product_or_none(
+def bfloat16_lora_product_or_none(
     input: Tensor,
     autocast_input: Tensor,
     adapter: Any,
@@ -137,14 +141,14 @@ def bfloat16_product_or_none(
     weight, bias = weight_and_bias
     # The input lives until backward; a cached copy would, too
     shared = type(input.grad_fn).__name__ in _KEEP_RESULTS
-    factor = input.to(torch.bfloat16) if shared else cached_cast(input, torch.bfloat16)
+    factor = input.to(torch.bfloat16) if shared else cast_cached_on_tensor(input, torch.bfloat16)
     dropout = cast(nn.Module, adapter._modules["dropout"])
     dropped = None if is_inactive_dropout(dropout) else dropout(factor)
     again = None if dropped is not None else recompute_function_or_none(input)
     # In these cases save the input itself, which other functions save, too: it is then kept only once.
     saved_input = factor if dropped is None else dropped
     saved_input = (
-        input if dropped is None and again is None and (shared or has_dtype_independent_saving()) else saved_input
+        input if dropped is None and again is None and (shared or has_dtype_independent_pack_hook()) else saved_input
     )
     out: Tensor = _AdaptedProductFunction.apply(
         factor, dropped, a, b, weight, transposed, bias, adapter.scaling, again, saved_input
@@ -179,7 +183,7 @@ _bfloat16_output_flag = _ThreadBfloat16OutputFlag()
 
 
 @contextmanager
-def bfloat16_outputs(enabled: bool = True) -> Iterator[None]:
+def bfloat16_adapter_outputs(enabled: bool = True) -> Iterator[None]:
     """Let products with an adapter stay in bfloat16, for a caller that would round them to it."""
     before, _bfloat16_output_flag.enabled = _bfloat16_output_flag.enabled, enabled
     try:
@@ -188,7 +192,7 @@ def bfloat16_outputs(enabled: bool = True) -> Iterator[None]:
         _bfloat16_output_flag.enabled = before
 
 
-def cached_cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_cached_on_tensor(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return ``x`` in a dtype; layers that read the same ``x`` get the same tensor while ``x`` is not changed.
 
     The copy is cached as an attribute of ``x`` and lives as long. Without grad, and for leaves of the graph, which
@@ -263,7 +267,7 @@ def _input_and_adapter_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None,
     if ctx.drops:
         dd = (thin @ a.to(g.dtype)).view(ctx.shape) if wanted[1] else None
     if wanted[0]:
-        if is_batched_by_vmap(grad):
+        if is_batched_or_under_functorch(grad):
             dense = weight.dequantize(g.dtype) if isinstance(weight, QuantizedTensor) else weight.to(g.dtype)
             dx = g @ (dense.t() if ctx.transposed else dense)
             dx = dx if ctx.drops else dx + thin @ a.to(g.dtype)

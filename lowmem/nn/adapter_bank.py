@@ -67,7 +67,7 @@ class AdapterBank(nn.Module):
         self.active = tuple(other for other in self.active if other != adapter_name)
         del self._modules[adapter_name]
 
-    def use_merged_copy(self, adapter_name: str, merged_module: nn.Module) -> None:
+    def adopt_merged_copy(self, adapter_name: str, merged_module: nn.Module) -> None:
         """Use the parameters that the adapter ``adapter_name`` changes from ``merged_module``, instead of the
         module's own."""
         # The module's own, which ``_apply`` casts only once

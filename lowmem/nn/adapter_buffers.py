@@ -46,7 +46,7 @@ class AdapterBuffers(nn.Module):
         holders: dict[str | None, nn.Module] = {None: self.base, **self.adapters._modules}  # type: ignore[dict-item]
         return {name: dict(holder.named_buffers()) for name, holder in holders.items() if name != self.current}
 
-    def replace_inactive_buffers(
+    def set_current_and_inactive_buffers(
         self, current_adapter: str | None, buffers_by_adapter: dict[str | None, dict[str, Tensor]]
     ) -> None:
         """Replace all buffers by those of ``buffers_by_adapter``; ``current_adapter`` says whose are the module's
@@ -94,7 +94,7 @@ def buffered_modules_by_path(model: nn.Module) -> dict[str, nn.Module]:
     return modules
 
 
-def switch_buffers_to_adapter_in_use(model: nn.Module) -> None:
+def sync_buffers_with_adapters(model: nn.Module) -> None:
     """Let modules compute with the buffers of the adapter in use that was added last, or without one the base's.
 
     An adapter that is new begins with copies of what the modules compute with. Those of deleted adapters are dropped.
@@ -110,7 +110,7 @@ def switch_buffers_to_adapter_in_use(model: nn.Module) -> None:
             bank = AdapterBuffers()
             if any(map(is_lazy, _persistent_buffers(module).values())):
                 module.register_forward_pre_hook(
-                    _copy_initialized_buffers_hook
+                    _copy_initialized_buffers_once
                 )  # called after the one that gives it a shape
         current_buffers = initialized_persistent_buffers(module)
         buffers_by_adapter = {**bank.inactive_buffers_by_adapter(), bank.current: current_buffers}
@@ -125,7 +125,7 @@ def switch_buffers_to_adapter_in_use(model: nn.Module) -> None:
             name: value for name, value in buffers_by_adapter.items() if name is None or name in names
         }
         module._buffers.update(buffers_by_adapter.pop(current))
-        bank.replace_inactive_buffers(current, buffers_by_adapter)
+        bank.set_current_and_inactive_buffers(current, buffers_by_adapter)
         bank.train(module.training)
         if names:
             module._modules[CHILD] = bank
@@ -133,7 +133,7 @@ def switch_buffers_to_adapter_in_use(model: nn.Module) -> None:
             _delete_inactive_buffers_child(module)
 
 
-def _copy_initialized_buffers_hook(module: nn.Module, arguments: object) -> None:
+def _copy_initialized_buffers_once(module: nn.Module, arguments: object) -> None:
     """Let the base and all adapters begin with copies of the buffers that a module has once it is not lazy."""
     bank, current_buffers = _inactive_buffers_child_or_none(module), initialized_persistent_buffers(module)
     if bank is not None:
@@ -141,9 +141,9 @@ def _copy_initialized_buffers_hook(module: nn.Module, arguments: object) -> None
             name: buffers or {key: buffer.detach().clone() for key, buffer in current_buffers.items()}
             for name, buffers in bank.inactive_buffers_by_adapter().items()
         }
-        bank.replace_inactive_buffers(bank.current, copies)
+        bank.set_current_and_inactive_buffers(bank.current, copies)
     for number, hook in list(module._forward_pre_hooks.items()):
-        if hook is _copy_initialized_buffers_hook:
+        if hook is _copy_initialized_buffers_once:
             del module._forward_pre_hooks[number]
 
 
@@ -183,7 +183,7 @@ def buffers_changed_by_adapter(model: nn.Module, adapter_name: str) -> dict[str,
     }
 
 
-def without_unchanged_adapter_buffers(model: nn.Module, state_dict: Mapping[str, T]) -> dict[str, T]:
+def without_adapter_buffers_if_equal(model: nn.Module, state_dict: Mapping[str, T]) -> dict[str, T]:
     """Return a state of a model to write; without the buffers of adapters if all are the base's."""
     names = {
         name for module in model.modules() if isinstance(module, AdaptedModule) for name in module.adapters.names

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from lowmem.nn.adapted_weight import AdaptedWeight, adapted_linear, implements_adapted
-from lowmem.nn.call_context import no_slow_autocast
+from lowmem.nn.adapted_weight import AdaptedWeight, adapted_linear_or_not_implemented, implements_adapted
+from lowmem.nn.call_context import autocast_disabled_if_slow
 from lowmem.nn.stored_tensor import implements_for_stored
 from lowmem.quant.backend import fast_matmul_dtype
 
@@ -94,7 +94,7 @@ def _multi_head_attention_forward(
     dtype, wide = q.dtype, fast_matmul_dtype(q.dtype, q)
     if wide is not dtype:
         q, k, v, mask = q.to(wide), k.to(wide), v.to(wide), None if mask is None else mask.to(wide)
-    with no_slow_autocast(q):
+    with autocast_disabled_if_slow(q):
         if need_weights:
             scores = (q * math.sqrt(num_heads / width)) @ k.mT
             scores = scores if mask is None else scores + mask
@@ -133,7 +133,7 @@ def _checked_additive_mask(
 
 
 def _linear_with_any_weight(x: Tensor, weight: Any, bias: Any) -> Tensor:
-    out = adapted_linear(x, weight, bias)
+    out = adapted_linear_or_not_implemented(x, weight, bias)
     return functional.linear(x, weight, bias) if out is NotImplemented else out
 
 

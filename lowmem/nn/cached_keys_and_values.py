@@ -111,7 +111,7 @@ class CachedStates:
         """
         self.check(states)
         new, width, count = *states.shape[2:], self.count
-        buffer = self._buffer_grown_to_fit(states.shape, states)
+        buffer = self._grow_buffer_to_fit(states.shape, states)
         self._width, self._dtype = width, states.dtype
         rows = buffer[:, :, self._first : self._first + count + new]
         if self.bits is None:
@@ -158,7 +158,7 @@ class CachedStates:
             return None
         if buffer.dtype is not (like.dtype if self.bits is None else torch.int8):
             return None
-        buffer = self._buffer_grown_to_fit(shape, like)
+        buffer = self._grow_buffer_to_fit(shape, like)
         expired, (*steps, _), size = self._expired_row_count(self.count), buffer.stride(), buffer.element_size()
 
         def row_struct_fields(row: int) -> tuple[int, ...]:
@@ -194,7 +194,7 @@ class CachedStates:
         """Whether states (batch, heads, rows, width) are as wide as the kept ones, and of as many."""
         return (*buffer.shape[:2], self._width) == (*states_shape[:2], states_shape[3])
 
-    def _buffer_grown_to_fit(self, new_states_shape: Sequence[int], like: Tensor) -> Tensor:
+    def _grow_buffer_to_fit(self, new_states_shape: Sequence[int], like: Tensor) -> Tensor:
         """Return the room, with rows for states (batch, heads, rows, width) behind the kept ones."""
         (batch, heads, new, width), buffer = new_states_shape, self._buffer
         total = self.count + new

@@ -97,7 +97,7 @@ def call_hook_dicts(module: nn.Module) -> list[dict[Any, Any]]:
     return [module.__dict__[name] for name in names]
 
 
-def has_call_hooks_or_replaced_forward(module: nn.Module) -> bool:
+def has_customized_call(module: nn.Module) -> bool:
     """Whether a call of the module runs hooks, a replaced ``forward`` or compiled code: it must not be bypassed."""
     attributes = module.__dict__
     return bool(
@@ -132,7 +132,7 @@ def is_cast_by_autocast(x: Tensor) -> bool:
     return is_autocast_enabled(x) and x.dtype != torch.float64
 
 
-def no_slow_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def autocast_disabled_if_slow(x: Tensor) -> AbstractContextManager[Any]:
     """Disable autocast to a dtype in which torch is slow to multiply on the device of ``x``, for the block."""
     if is_autocast_enabled(x):
         dtype = torch.get_autocast_dtype(x.device.type)

@@ -14,7 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 from lowmem.kernels.cached_attention import attention
 from lowmem.nn.cached_keys_and_values import EightBitStates
-from lowmem.nn.call_context import can_bypass_autograd, is_autocast_enabled, is_cast_by_autocast, no_slow_autocast
+from lowmem.nn.call_context import (
+    autocast_disabled_if_slow,
+    can_bypass_autograd,
+    is_autocast_enabled,
+    is_cast_by_autocast,
+)
 from lowmem.quant.backend import KeyOrValueStates, backend_of, fast_matmul_dtype
 
 # Queries of a sequence that the kernel computes: the tokens of a step, and of an assistant's
@@ -114,7 +119,7 @@ def attention_with_fast_backward(
         return attention_function(query, key, value, mask)
     if mask is not None and mask.is_floating_point():
         mask = mask.to(wide)
-    with no_slow_autocast(query):
+    with autocast_disabled_if_slow(query):
         return attention_function(query.to(wide), key.to(wide), value.to(wide), mask).to(dtype)
 
 
@@ -127,7 +132,7 @@ class _LowmemAttentionMode(TorchFunctionMode):
         return function(*args, **kwargs or {})
 
 
-def float32_attention_if_faster(model: nn.Module) -> AbstractContextManager[Any]:
+def float32_attention_mode_if_faster(model: nn.Module) -> AbstractContextManager[Any]:
     """Let a training step compute attention in float32, for the block, if the model's dtype slows torch's backward.
 
     It is for models without ``torch.utils.checkpoint``, which would recompute attention outside of the function mode.

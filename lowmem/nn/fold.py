@@ -12,7 +12,7 @@ from lowmem.nn.adapter_bank import unadapted_parameter
 from lowmem.nn.forms import as_frozen_parameter
 from lowmem.nn.gathered_weight import GatheredTensor
 from lowmem.nn.module_class import hookless_shallow_copy
-from lowmem.nn.module_copy import dense_module_copy, rnn_flat_weights
+from lowmem.nn.module_copy import dense_shallow_copy, rnn_flat_weights
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.quantize_tensor import checked_rounded_copy, relative_error, requantize_changed_rows
@@ -32,7 +32,7 @@ class MergedCopyAndErrors(NamedTuple):
     errors: Mapping[str, tuple[float, float]]
 
 
-def merged_module_copy(
+def merged_copy_and_errors(
     module: Any, adapter_names: Iterable[str], dtype: torch.dtype | None = None
 ) -> MergedCopyAndErrors:
     """Return a copy of a module without adapters, with those of ``adapter_names`` merged into its parameters.
@@ -48,7 +48,7 @@ def merged_module_copy(
         ValueError: an adapted weight is not finite, or exceeds the range of the dtype or scales.
     """
     adapter_names, bank = list(adapter_names), module.adapters
-    base = unadapted_module_copy(module)
+    base = unadapted_shallow_copy(module)
     dense: dict[str, Tensor] = {}
     made: dict[str, Any] = {}
     errors: dict[str, tuple[float, float]] = {}
@@ -82,12 +82,12 @@ def merged_module_copy(
             new = made[parameter] = checked_rounded_copy(adapted, stored.dtype, parameter) if added else stored
         errors[parameter] = relative_error(adapted, stored), relative_error(adapted, new)
     folded = (
-        _replace_with_merged_parameters(base, made) if dtype is None else _dense_copy_in_dtype(base, dense, dtype)
+        _replace_with_merged_parameters(base, made) if dtype is None else _make_dense_in_dtype(base, dense, dtype)
     )
     return MergedCopyAndErrors(folded, errors)
 
 
-def unadapted_module_copy(module: Any) -> nn.Module:
+def unadapted_shallow_copy(module: Any) -> nn.Module:
     """Return a copy of a module without its adapters; it has no hooks, and shares everything else."""
     copied = hookless_shallow_copy(module, module._plain_class)
     copied._modules.pop("adapters")
@@ -106,7 +106,7 @@ def remerge(module: Any, _: object) -> None:
         name = bank.merged_name
         # Stays unmerged if the loaded values cannot be merged
         bank.drop_merged_copy()
-        bank.use_merged_copy(name, merged_module_copy(module, [name]).layer)
+        bank.use_merged_copy(name, merged_copy_and_errors(module, [name]).layer)
 
 
 def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapping[str, Any]) -> nn.Module:
@@ -127,7 +127,7 @@ def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapp
     return module_copy
 
 
-def _dense_copy_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
+def _make_dense_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor], dtype: torch.dtype) -> nn.Module:
     """Return a copy of a module in which all parameters are dense and have the dtype ``dtype``."""
     values: dict[str, Tensor | None] = {}
     if isinstance(module, StoredModule):
@@ -136,7 +136,7 @@ def _dense_copy_in_dtype(module: nn.Module, merged_values: Mapping[str, Tensor],
             values[name] = as_frozen_parameter(
                 (module.stored_tensor(name).dequantize(dtype) if value is None else value).view(shape)
             )
-        module = dense_module_copy(module, values)
+        module = dense_shallow_copy(module, values)
     parameters: dict[str, Any] = {}
     for name, parameter in module._parameters.items():
         value = merged_values.get(name, parameter)

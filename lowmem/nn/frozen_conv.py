@@ -24,11 +24,11 @@ from lowmem.kernels.frozen_weight_operator import (
 )
 from lowmem.kernels.tensor_checks import is_recording_operations
 from lowmem.nn.call_context import (
+    autocast_disabled_if_slow,
     can_bypass_autograd,
     check_not_nested,
     is_jit_tracing,
     is_onnx_export_refusing_quantized,
-    no_slow_autocast,
 )
 from lowmem.quant.backend import fast_matmul_dtype
 from lowmem.quant.tensor import QuantizedTensor, row_slices_within_scratch
@@ -68,9 +68,9 @@ class Geometry:
         """The positional arguments of torch's convolutions between ``bias`` and ``groups``."""
         return self.stride, self.padding, self.dilation
 
-    def output_size(self, input_size: Sequence[int]) -> list[int]:
+    def output_size(self, padded_input_size: Sequence[int]) -> list[int]:
         """Return the output size for an input size to which ``around`` was applied."""
-        every = zip(input_size, self.kernel, *self.stride_padding_dilation, strict=True)
+        every = zip(padded_input_size, self.kernel, *self.stride_padding_dilation, strict=True)
         return [(n + 2 * p - d * (k - 1) - 1) // s + 1 for n, k, s, p, d in every]
 
     def transposed_conv_output_size(self, input_size: Sequence[int], output_padding: Sequence[int]) -> list[int]:
@@ -148,7 +148,7 @@ def convolution_or_adjoint(
     """
     adjoint_size = None if adjoint_size is None else list(adjoint_size)
     if is_recording_operations() or isinstance(weight, QuantizedOperands):
-        return _record_convolve_operator(x, weight, geometry, dtype, adjoint_size)
+        return _call_convolve_operator(x, weight, geometry, dtype, adjoint_size)
     return _compute_conv_or_adjoint(x, weight, geometry, dtype, adjoint_size)
 
 
@@ -250,7 +250,7 @@ def _compute_conv_or_adjoint(
     derivative."""
     # Rounded as a 16-bit product rounds it
     rounded, wide = x.to(dtype), fast_matmul_dtype(dtype, x)
-    with no_slow_autocast(x):
+    with autocast_disabled_if_slow(x):
         if adjoint_size is None:
             out = _convolve_in_chunks(rounded, weight, geometry, wide, bias)
         else:
@@ -266,7 +266,7 @@ def _fake_conv_or_adjoint(
     return x.new_empty(x.shape[0], geometry.in_channels, *adjoint_size)
 
 
-def _record_convolve_operator(
+def _call_convolve_operator(
     x: Tensor,
     weight: Weight | QuantizedOperands,
     geometry: Geometry,
@@ -310,7 +310,7 @@ def _geometry_from_operator_sizes(sizes: Sequence[int]) -> Geometry:
 _OPERATOR = FrozenWeightOperator(
     lambda _, *operator_arguments: _compute_conv_or_adjoint(*operator_arguments),
     _fake_conv_or_adjoint,
-    _record_convolve_operator,
+    _call_convolve_operator,
     _tangent_and_gradient_arguments,
 )
 _OPERATOR.register_torch_operator(

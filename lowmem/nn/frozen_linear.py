@@ -34,7 +34,7 @@ def frozen_linear(x: Tensor, weight: kernels.Weight, dtype: torch.dtype, bias: T
         return _jit_traceable_frozen_linear(x, weight, dtype, bias)
     check_not_nested(x)
     out_features, in_features = weight.shape
-    reference.check_input(x, in_features)
+    reference.check_input_dtype_and_width(x, in_features)
     if dtype is torch.int8 and x.requires_grad and torch.is_grad_enabled():
         dtype = kernels.differentiable_dtype(dtype, x)
     rows = x if x.dim() == 2 else _flatten_to_rows(x)

@@ -107,7 +107,7 @@ class GatheredLinear4Bit(Linear4Bit):
         return super().forward(input.index_select(-1, self.weight_order))
 
 
-def layer_copy_with_column_order(layer: Linear4Bit, column_order: Tensor) -> GatheredLinear4Bit:
+def shallow_copy_with_column_order(layer: Linear4Bit, column_order: Tensor) -> GatheredLinear4Bit:
     """Return a copy of a layer whose stored columns are declared to be in another order. The copy has no hooks.
 
     Args:

@@ -15,9 +15,14 @@ from lowmem import kernels
 from lowmem.kernels import ops
 from lowmem.nn import conv, embedding  # noqa: F401 - register stored layers
 from lowmem.nn.adapter import Adapter, is_inactive_dropout, is_transformers_conv1d_class
-from lowmem.nn.adapter_autograd import fused_product_or_none, fusible_lora_matrices_or_none
+from lowmem.nn.adapter_autograd import fused_lora_product_or_none, fusible_lora_matrices_or_none
 from lowmem.nn.adapter_bank import unadapted_parameter
-from lowmem.nn.call_context import can_bypass_autograd, is_autocast_enabled, no_slow_autocast, record_as_fx_leaf
+from lowmem.nn.call_context import (
+    autocast_disabled_if_slow,
+    can_bypass_autograd,
+    is_autocast_enabled,
+    record_as_fx_leaf,
+)
 from lowmem.nn.linear import GatheredLinear4Bit, HalfLinear, Linear4Bit, Linear8Bit
 from lowmem.nn.module_copy import LAYERS
 from lowmem.nn.quantized_module import cached_quantized_weight_or_none
@@ -83,7 +88,7 @@ def embedding_lora_forward(layer: Any, input: Tensor) -> Tensor:
     for adapter in adapters:
         left, right, scaling, *_ = adapter.low_rank_update()
         narrow = functional.embedding(input, left, layer.padding_idx, None, 2.0, layer.scale_grad_by_freq) * scaling
-        with no_slow_autocast(narrow):
+        with autocast_disabled_if_slow(narrow):
             out = out + (narrow @ right).to(out.dtype)
     return out
 
@@ -106,7 +111,7 @@ def embedding_bag_lora_forward(
     out = embedding_bag_over(_unadapted_parameter_or_attribute(base, "weight"), layer.sparse)
     for adapter in adapters:
         left, right, scaling, *_ = adapter.low_rank_update()
-        with no_slow_autocast(out):
+        with autocast_disabled_if_slow(out):
             out = out + ((embedding_bag_over(left.contiguous(), False) * scaling) @ right).to(out.dtype)
     return out
 
@@ -136,7 +141,7 @@ def convolution_lora_forward(layer: Any, input: Tensor, output_size: Any = None)
             down, up = update.right.view(-1, second, *kernel), update.left  # (rank, in / groups, *kernel)
             down = down if groups == 1 else down.repeat(groups, 1, *ones)
         expand = getattr(functional, f"conv{len(kernel)}d")
-        with no_slow_autocast(input):
+        with autocast_disabled_if_slow(input):
             narrow = (
                 _convolve_with_kernel(layer, update.cast_and_apply_dropout(input), down, None, output_size)
                 * update.scaling
@@ -163,7 +168,7 @@ def _fused_training_product_or_none(base: Any, adapter: Any, x: Tensor, transpos
     # Before the weight is read, which tracers record
     if matrices is None:
         return None
-    return fused_product_or_none(
+    return fused_lora_product_or_none(
         x,
         _unadapted_parameter_or_attribute(base, "weight"),
         adapter,

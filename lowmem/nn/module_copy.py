@@ -58,7 +58,7 @@ def stored_parameter_property(parameter_name: str) -> property:
 
     def assign_parameter_or_attribute(module: StoredModule, value: Any) -> None:
         if parameter_name in module.__dict__["_forms"]:
-            _assign_stored_parameter(module, parameter_name, value)
+            _share_stored_or_make_dense(module, parameter_name, value)
         else:
             module.__dict__[parameter_name] = value
 
@@ -88,7 +88,7 @@ def _empty(dense_class: type[nn.Module], parameter_names: tuple[str, ...], bits:
     return made.__new__(made)
 
 
-def stored_module_copy(
+def stored_shallow_copy(
     module: nn.Module,
     weights: Mapping[str, Weight],
     *,
@@ -168,7 +168,7 @@ def parameter_leading_dim_count(module: nn.Module, parameter: Tensor) -> int:
     return max(0, dims - 1)
 
 
-def dense_module_copy(module: StoredModule, dense_values: Mapping[str, Tensor | None]) -> nn.Module:
+def dense_shallow_copy(module: StoredModule, dense_values: Mapping[str, Tensor | None]) -> nn.Module:
     """Return a copy of a module in which the parameters in ``dense_values`` are dense; of the dense class if all
     are."""
     left = {name: entry for name, entry in module._forms.items() if name not in dense_values}
@@ -198,12 +198,12 @@ def dense_module_copy(module: StoredModule, dense_values: Mapping[str, Tensor | 
     return copied
 
 
-def _assign_stored_parameter(module: StoredModule, parameter_name: str, value: Any) -> None:
+def _share_stored_or_make_dense(module: StoredModule, parameter_name: str, value: Any) -> None:
     """Set a stored parameter: to a stored tensor, or the module is dense again in this parameter."""
     if isinstance(value, StoredTensor):
         _share_stored_tensor(module, parameter_name, value)
     elif value is None or isinstance(value, nn.Parameter):
-        replace_class_and_parameters(module, dense_module_copy(module, {parameter_name: value}))
+        replace_class_and_parameters(module, dense_shallow_copy(module, {parameter_name: value}))
     else:
         # The error that torch raises for a dense parameter
         raise TypeError(
@@ -245,13 +245,13 @@ def _change_class_for_form(module: StoredModule, parameter_name: str, tensor: St
         other_name: as_frozen_parameter(torch.empty(stored_tensor.shape, dtype=stored_tensor.dtype, device="meta"))
         for other_name, stored_tensor in shapes.items()
     }
-    dense = dense_module_copy(module, empty)
+    dense = dense_shallow_copy(module, empty)
     weights = {
         other_name: stored_tensor.kernel_weight
         for other_name, stored_tensor in shapes.items()
         if other_name != parameter_name
     } | {parameter_name: tensor.kernel_weight}
-    replace_class_and_parameters(module, stored_module_copy(dense, weights))
+    replace_class_and_parameters(module, stored_shallow_copy(dense, weights))
 
 
 def _class_with_same_adapters(module: nn.Module, replacement_class: type[nn.Module]) -> type[nn.Module]:

@@ -71,9 +71,9 @@ class QuantizedModule(StoredModule):
                 return cached
             self._quantized_weight_form  # noqa: B018 - raises an AttributeError where there is no such weight
             return self.stored_weight("weight")  # type: ignore[return-value]
-        return self._recordable_weight_parts()  # type: ignore[return-value]
+        return self._recordable_operands()  # type: ignore[return-value]
 
-    def _recordable_weight_parts(self) -> QuantizedOperands:
+    def _recordable_operands(self) -> QuantizedOperands:
         """Return ``quantized`` in the form that torch.compile and torch.jit.trace can record."""
         parameters = self._parameters
         packed, scales = (
@@ -128,7 +128,7 @@ class QuantizedModule(StoredModule):
         if isinstance(state_formats, str) and state_formats != formats:
             errors.append(f"{prefix.rstrip('.') or 'the layer'} stores {formats}; the state holds {state_formats}")
             return
-        coded = {prefix + name for name in self.part_names}
+        coded = {prefix + name for name in self.part_parameter_names}
         if not isinstance(state_formats, str) and coded & state_dict.keys():
             warnings.warn(
                 f"nothing in the state says how its {self.stored_bits}-bit codes are stored: they are taken for "
@@ -154,7 +154,7 @@ def _extra_state_formats_or_default(extra_state: Any, default: object) -> object
     return f"something else than a format ({type(extra_state).__name__})"
 
 
-def format_state_dict_keys(model: nn.Module) -> set[str]:
+def state_dict_keys_of_formats(model: nn.Module) -> set[str]:
     """Return the state_dict keys that hold only formats; files keep formats in their metadata instead."""
     layers = model.named_modules(remove_duplicate=False)
     return {

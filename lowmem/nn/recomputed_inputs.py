@@ -43,11 +43,11 @@ def recompute_function_or_none(tensor: Tensor) -> Recompute | None:
             return recompute
     if tensor.grad_fn is None or not tensor.is_contiguous():
         return None
-    recomputed = registered_recompute_or_none(tensor, _pack_hook_or_none(_outer_hooks(False)))
+    recomputed = recomputable_view_or_none(tensor, _pack_hook_or_none(_outer_hooks(False)))
     return None if recomputed is None else partial(recompute_tensor, recomputed)
 
 
-class RecomputedTensor(NamedTuple):
+class RecomputableView(NamedTuple):
     """A saved tensor that is recomputed: how, and its shape, strides and offset as a view of the whole tensor."""
 
     recompute: Recompute
@@ -73,7 +73,7 @@ class _StorageRecomputeRecord(NamedTuple):
     get_recompute: Callable[[], Recompute | None]
 
 
-def register_recompute_for_storage(tensor: Tensor, get_recompute: Callable[[], Recompute | None]) -> None:
+def register_recompute_if_contiguous(tensor: Tensor, get_recompute: Callable[[], Recompute | None]) -> None:
     """Note on a tensor's storage how to recompute it; a tensor that is not contiguous gets no note.
 
     Args:
@@ -88,7 +88,7 @@ def register_recompute_for_storage(tensor: Tensor, get_recompute: Callable[[], R
         )  # lives as long as the storage
 
 
-def registered_recompute_or_none(tensor: Tensor, pack_hook: Any) -> RecomputedTensor | None:
+def recomputable_view_or_none(tensor: Tensor, pack_hook: Any) -> RecomputableView | None:
     """Return how to recompute a view of a noted tensor; None if it was changed since, or under another hook."""
     note = getattr(tensor.untyped_storage(), "lowmem_note", None)
     if note is None or (note.version, note.pack, note.dtype) != (tensor._version, pack_hook, tensor.dtype):
@@ -97,11 +97,11 @@ def registered_recompute_or_none(tensor: Tensor, pack_hook: Any) -> RecomputedTe
     return (
         None
         if recompute is None
-        else RecomputedTensor(recompute, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
+        else RecomputableView(recompute, tensor.shape, tensor.stride(), int(tensor.storage_offset()))
     )
 
 
-def recompute_tensor(recomputed: RecomputedTensor, dtype: torch.dtype | None = None) -> Tensor:
+def recompute_tensor(recomputed: RecomputableView, dtype: torch.dtype | None = None) -> Tensor:
     """Return the saved tensor, in a dtype or in its own."""
     return recomputed.recompute(dtype).as_strided(recomputed.shape, recomputed.stride, recomputed.offset)
 
@@ -128,7 +128,7 @@ def _pack_hook_or_none(hooks: Any) -> Any:
     return None if hooks is None else hooks[0]
 
 
-def has_dtype_independent_saving() -> bool:
+def has_dtype_independent_pack_hook() -> bool:
     """Whether the active hook takes the same bytes for any dtype, and packs a storage once: casts save nothing."""
     if not are_saved_tensor_hooks_allowed():
         return False
@@ -161,7 +161,7 @@ class _TensorPackedByOuterHooks(NamedTuple):
 
 
 @contextmanager
-def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
+def recomputed_instead_of_saved(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
     """Do not save a contiguous tensor in this context, but recompute it; all other tensors are saved as outside.
 
     Args:
@@ -175,7 +175,7 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
     def pack(saved: Tensor) -> Any:
         plain = type(saved) is Tensor and saved.layout is torch.strided and saved.dtype is dtype
         if plain and saved.untyped_storage()._cdata == storage and saved._version == version:
-            return RecomputedTensor(recompute, saved.shape, saved.stride(), int(saved.storage_offset()))
+            return RecomputableView(recompute, saved.shape, saved.stride(), int(saved.storage_offset()))
         if outer is None:
             return VersionedTensor(saved, saved._version)
         return _TensorPackedByOuterHooks(outer[0](saved), outer[1])
@@ -188,9 +188,9 @@ def recomputed_input(tensor: Tensor, recompute: Recompute) -> Iterator[None]:
         _inputs.entries.pop()
 
 
-def _unpack_saved(packed: RecomputedTensor | VersionedTensor | _TensorPackedByOuterHooks) -> Tensor:
+def _unpack_saved(packed: RecomputableView | VersionedTensor | _TensorPackedByOuterHooks) -> Tensor:
     if isinstance(packed, _TensorPackedByOuterHooks):
         return packed.unpack(packed.packed)
-    if isinstance(packed, RecomputedTensor):
+    if isinstance(packed, RecomputableView):
         return recompute_tensor(packed)
     return packed.unmodified_tensor_or_raise()

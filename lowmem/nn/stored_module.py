@@ -26,7 +26,7 @@ _M = TypeVar("_M", bound="StoredModule")
 is_compiling, is_jit_tracing = torch.compiler.is_compiling, torch._C._is_tracing
 
 
-class CachedTensor(NamedTuple):
+class CachedStoredTensor(NamedTuple):
     """A cached stored tensor; valid while the module has these parameters (``sources``) at this address and dtype."""
 
     sources: tuple[Tensor, ...]
@@ -76,7 +76,7 @@ class StoredModule(nn.Module):
     weight_error: float | None = None
     chosen_because: str = ""
     _forms: dict[str, Described]
-    _kept: dict[str, CachedTensor]
+    _kept: dict[str, CachedStoredTensor]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         """Make a module of ``dense_class``: PEFT makes the matrices for a convolution by calling its class."""
@@ -138,7 +138,7 @@ class StoredModule(nn.Module):
         if presented is not dtype:
             dtype = presented
             storage = attributes["_forms"][parameter_name] = storage._replace(dtype=dtype)
-        known: CachedTensor | None = attributes["_kept"].get(parameter_name)
+        known: CachedStoredTensor | None = attributes["_kept"].get(parameter_name)
         address = sources[-1].data_ptr()
         if (
             known is None
@@ -158,7 +158,7 @@ class StoredModule(nn.Module):
             attributes["_forms"][parameter_name] = storage._replace(
                 rows=rows, tail=tensor.tail
             )  # ``weight.data =`` may add rows
-            known = attributes["_kept"][parameter_name] = CachedTensor(
+            known = attributes["_kept"][parameter_name] = CachedStoredTensor(
                 sources, address, dtype, tensor, tensor.kernel_weight
             )
         return known.tensor
@@ -179,14 +179,14 @@ class StoredModule(nn.Module):
         return {name for weight in weights for name in weight.dequantized_by}
 
     @property
-    def part_names(self) -> tuple[str, ...]:
+    def part_parameter_names(self) -> tuple[str, ...]:
         """The names of the parameters that hold the parts of the stored parameters."""
         return tuple(f"{name}_{part}" for name, storage in self._forms.items() for part in storage.form.parts)
 
     @property
     def weight_count(self) -> int:
         """The number of weights of the module without its children, stored and dense."""
-        parts = set(self.part_names)
+        parts = set(self.part_parameter_names)
         dense = sum(p.numel() for name, p in self._parameters.items() if p is not None and name not in parts)
         return dense + sum(self.stored_numel(name) for name in self._forms)
 
@@ -265,7 +265,7 @@ class StoredModule(nn.Module):
             # Seen by all modules that share the weight
             if cast is not before:
                 first.presented_dtype = cast
-        parts = [getattr(self, name) for name in self.part_names]
+        parts = [getattr(self, name) for name in self.part_parameter_names]
 
         def apply_without_cast_of_parts(tensor: Tensor) -> Tensor:
             changed = fn(tensor)

@@ -57,7 +57,7 @@ def _is_dense_floating_point(x: Any) -> bool:
 
 
 @implements_for_stored("mm")
-def _stored_mm(left_matrix: Any, right_matrix: Any) -> Any:
+def _stored_mm_or_not_implemented(left_matrix: Any, right_matrix: Any) -> Any:
     if (left_matrix.dim(), right_matrix.dim()) != (2, 2):
         return NotImplemented
     if _is_stored_matrix(right_matrix) and _is_dense_floating_point(left_matrix):
@@ -69,7 +69,7 @@ def _stored_mm(left_matrix: Any, right_matrix: Any) -> Any:
 
 @implements_for_stored("addmm")
 def _stored_addmm(bias: Any, left_matrix: Any, right_matrix: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _stored_mm(left_matrix, right_matrix)
+    product = _stored_mm_or_not_implemented(left_matrix, right_matrix)
     if product is NotImplemented:
         return NotImplemented
     return _scaled_bias_plus_product(bias, product, beta, alpha)
@@ -104,7 +104,7 @@ def _stored_mv(matrix: Any, vector: Any) -> Any:
 
 
 @implements_for_stored("bmm")
-def _stored_bmm(left_stack: Any, right_stack: Any) -> Any:
+def _stored_bmm_or_not_implemented(left_stack: Any, right_stack: Any) -> Any:
     if _is_stored_matrix_stack(right_stack) and _is_dense_floating_point(left_stack):
         weight, x, transposed = right_stack, left_stack, not right_stack.swapped
     elif _is_stored_matrix_stack(left_stack) and _is_dense_floating_point(right_stack):
@@ -129,7 +129,7 @@ def _stored_bmm(left_stack: Any, right_stack: Any) -> Any:
 
 @implements_for_stored("baddbmm")
 def _stored_baddbmm(bias: Any, left_stack: Any, right_stack: Any, *, beta: float = 1, alpha: float = 1) -> Any:
-    product = _stored_bmm(left_stack, right_stack)
+    product = _stored_bmm_or_not_implemented(left_stack, right_stack)
     return NotImplemented if product is NotImplemented else _scaled_bias_plus_product(bias, product, beta, alpha)
 
 
@@ -164,7 +164,7 @@ def _stored_embedding(weight: Any, indices: Any, *_: Any, **__: Any) -> Any:
 
 
 @implements_for_stored("_embedding_bag", "_embedding_bag_forward_only")
-def _embedding_bag(
+def _stored_embedding_bag(
     weight: Any,
     indices: Any,
     offsets: Any,

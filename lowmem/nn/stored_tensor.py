@@ -277,7 +277,7 @@ class StoredTensor(Tensor):
             result = operator.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        return call_with_dequantized_weights(operator, args, kwargs)
+        return call_and_record_dequantization(operator, args, kwargs)
 
 
 disable_dynamo(StoredTensor.__torch_dispatch__.__func__)  # type: ignore[attr-defined]
@@ -353,7 +353,7 @@ def _rebuild(
 torch.serialization.add_safe_globals([_rebuild, StoredTensor, CodedForm, HalfForm])
 
 
-def call_with_dequantized_weights(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+def call_and_record_dequantization(operator: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     """Call an operator with dequantized values of stored tensors, and add its name to their ``dequantized_by``."""
     _check_no_write_to_stored(operator, operator_write_targets(operator, args, kwargs))
     tensors = [

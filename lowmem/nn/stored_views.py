@@ -313,7 +313,7 @@ def _requantize_and_set_data(weight: Any, new_values: Tensor) -> Any:
             f"weight.data = ...: this weight has rows of shape {weight.tail}, and the value of {made.tail}"
         )
     if made is not new_values and made.shape == weight.shape:
-        _warn_of_requantization_error(weight, new_values, made)
+        _warn_if_small_change_requantized(weight, new_values, made)
     # A module's parameters; a kernel has more dimensions
     sources = weight.__dict__.get("sources", weight.parts)
     for name, source, part in zip(weight.form.parts, sources, made.parts, strict=True):
@@ -327,7 +327,7 @@ def _requantize_and_set_data(weight: Any, new_values: Tensor) -> Any:
     return None
 
 
-def _warn_of_requantization_error(weight: StoredTensor, new_values: Tensor, requantized: StoredTensor) -> None:
+def _warn_if_small_change_requantized(weight: StoredTensor, new_values: Tensor, requantized: StoredTensor) -> None:
     if not isinstance(weight.form, CodedForm) or new_values.is_meta:
         return
     old, new = (dense.dequantize() for dense in (weight.to(new_values.device), requantized))

@@ -19,7 +19,7 @@ def _stored_weight_norm(direction: Any, magnitude: Any, dim: int = 0) -> Any:
     """Return w, and the norms of v over all dimensions but ``dim`` in the shape of g."""
     if not _is_row_chunkable_stored(direction) or isinstance(magnitude, StoredTensor):
         return NotImplemented
-    norms = _chunk_sums_over_other_dims(direction, dim, lambda _, rows: rows.square()).sqrt().view(magnitude.shape)
+    norms = _sum_over_other_dims_in_chunks(direction, dim, lambda _, rows: rows.square()).sqrt().view(magnitude.shape)
     ratio, out = magnitude / norms, torch.empty(direction.shape, dtype=direction.dtype, device=direction.device)
     for part, rows in _iterate_dequantized_chunks(direction):
         torch.mul(rows, ratio[part] if dim == 0 else ratio, out=out[part])
@@ -31,7 +31,7 @@ def _stored_weight_norm_backward(grad: Any, direction: Any, magnitude: Any, norm
     """Return the gradient of g; v is frozen."""
     if not _is_row_chunkable_stored(direction) or isinstance(magnitude, StoredTensor):
         return NotImplemented
-    return None, _chunk_sums_over_other_dims(direction, dim, lambda part, rows: grad[part] * rows).view(
+    return None, _sum_over_other_dims_in_chunks(direction, dim, lambda part, rows: grad[part] * rows).view(
         magnitude.shape
     ) / norms
 
@@ -52,7 +52,7 @@ def _iterate_dequantized_chunks(direction: StoredTensor) -> Iterator[tuple[slice
         yield part, direction.with_parts([stored_part[part] for stored_part in direction.parts]).dequantize()
 
 
-def _chunk_sums_over_other_dims(
+def _sum_over_other_dims_in_chunks(
     direction: StoredTensor, dim: int, chunk_values: Callable[[slice, Tensor], Tensor]
 ) -> Tensor:
     """Return the sums of values, made of each chunk of v, over all dimensions but ``dim``."""

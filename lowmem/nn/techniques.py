@@ -79,7 +79,7 @@ class Half:
         return as_frozen_parameter(torch.empty_like(tensor, dtype=self.dtype, device="meta"))
 
 
-class BlockwiseQuantization:
+class BlockwiseTechnique:
     """Base of ``FourBit`` and ``EightBit``.
 
     Attributes:
@@ -136,7 +136,7 @@ class BlockwiseQuantization:
 
 
 @dataclass(frozen=True)
-class FourBit(BlockwiseQuantization):
+class FourBit(BlockwiseTechnique):
     """4-bit quantization: weights are stored as 4-bit codes with a scale per block, frozen; biases are unchanged.
 
     QLoRA, arXiv 2305.14314, section 2.
@@ -208,7 +208,7 @@ class FourBit(BlockwiseQuantization):
 
 
 @dataclass(frozen=True)
-class EightBit(BlockwiseQuantization):
+class EightBit(BlockwiseTechnique):
     """8-bit quantization: weights are stored as integers from -127 to 127 with a scale per block, frozen.
 
     Biases are unchanged. A weight is off by at most 1/254 of the largest magnitude in its block, plus the effect of
@@ -244,7 +244,7 @@ class EightBit(BlockwiseQuantization):
         check_compute_dtype(self.compute_dtype)
 
 
-def embedding_technique(technique: FourBit) -> EightBit | FourBit:
+def embedding_and_output_technique(technique: FourBit) -> EightBit | FourBit:
     """Return the technique with which ``technique`` stores embeddings and the output layer."""
     if technique.embeddings == "4bit":
         return technique

@@ -18,7 +18,7 @@ LowRank: TypeAlias = tuple[Tensor, Tensor, float]
 """A low-rank adapter: A (rank, in), B (out, rank) and the scaling of their product."""
 
 
-class Activation(NamedTuple):
+class SigmoidPolynomial(NamedTuple):
     """act(x) = x sigmoid(z(x)).
 
     Attributes:
@@ -121,11 +121,16 @@ class Backend(Protocol):
     def norm_grad(self, grad: Tensor, x: Tensor, factor: Tensor, eps: float) -> Tensor:
         """Return the gradient of x for ``norm``."""
 
-    def gated(self, a: Tensor, b: Tensor | None, activation: Activation, dtype: torch.dtype) -> Tensor:
+    def gated(self, a: Tensor, b: Tensor | None, activation: SigmoidPolynomial, dtype: torch.dtype) -> Tensor:
         """Return ``act(a) b`` in ``dtype``."""
 
     def gated_grad(
-        self, grad: Tensor, a: Tensor, b: Tensor | None, activation: Activation, into: tuple[Tensor, Tensor | None]
+        self,
+        grad: Tensor,
+        a: Tensor,
+        b: Tensor | None,
+        activation: SigmoidPolynomial,
+        into: tuple[Tensor, Tensor | None],
     ) -> None:
         """Write the gradients of a and b for ``gated``."""
 
@@ -182,9 +187,9 @@ def fast_matmul_dtype(dtype: torch.dtype, tensor: Tensor) -> torch.dtype:
     return dtype
 
 
-def float_dtype(dtype: torch.dtype, given: torch.dtype) -> torch.dtype:
+def product_result_dtype(compute_dtype: torch.dtype, input_dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of a product's result and of its gradients: the compute dtype, or, for int8, the input's."""
-    return given if dtype is torch.int8 else dtype
+    return input_dtype if compute_dtype is torch.int8 else compute_dtype
 
 
 def set_backend(device_type: str, backend: Backend) -> None:

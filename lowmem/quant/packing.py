@@ -60,7 +60,7 @@ def pack(codes: Tensor, block_size: int) -> Tensor:
         low, high = block.chunk(2, dim=-1)  # (..., B / 2) each
         return low | (high << 4)
 
-    return apply_to_blocks(codes, block_size, join_nibbles)
+    return apply_to_blocks_and_rest(codes, block_size, join_nibbles)
 
 
 def unpack(packed: Tensor, block_size: int) -> Tensor:
@@ -76,10 +76,10 @@ def unpack(packed: Tensor, block_size: int) -> Tensor:
     def split_nibbles(block: Tensor) -> Tensor:
         return torch.cat([block & 15, block >> 4], dim=-1)  # (..., B)
 
-    return apply_to_blocks(packed, block_size // 2, split_nibbles)
+    return apply_to_blocks_and_rest(packed, block_size // 2, split_nibbles)
 
 
-def apply_to_blocks(rows: Tensor, block_size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+def apply_to_blocks_and_rest(rows: Tensor, block_size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
     """Apply ``function`` to the whole blocks of each row (..., blocks, size), and to a shorter last one; join
     them."""
     length = rows.shape[-1]

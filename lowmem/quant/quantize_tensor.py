@@ -68,7 +68,7 @@ def quantize(
         ]
         if not tried:
             raise ValueError("format=() names no format: name one, or several to choose from")
-        return min(tried, key=lambda q: _importance_weighted_error(weight, q, importance))
+        return min(tried, key=lambda q: _column_weighted_squared_error(weight, q, importance))
     form = get_format(format)
     encoding = get_scale_encoding(form.scales if scales is None else scales, form.signed)
     size = form.block_size if block_size is None else block_size
@@ -165,7 +165,9 @@ def recorded_or_measured_squares(weight: Tensor, stored: Tensor | QuantizedTenso
     return error_and_weight_squares(weight, stored) if known is None else known
 
 
-def _importance_weighted_error(weight: Tensor, stored: Tensor | QuantizedTensor, importance: Tensor | None) -> float:
+def _column_weighted_squared_error(
+    weight: Tensor, stored: Tensor | QuantizedTensor, importance: Tensor | None
+) -> float:
     """Return the sum of squared errors, each multiplied by the importance of its column."""
     rows, total = weight.detach().reshape(-1, weight.shape[-1]), 0.0
     matrix = stored.as_matrix() if isinstance(stored, QuantizedTensor) else stored.detach().reshape(rows.shape)

@@ -51,9 +51,9 @@ class ScaleEncoding:
         """Return the stored elements of a row of ``block_count`` blocks."""
         return (2 * block_count if self.offsets else block_count) + self.extra_per_row
 
-    def decode_offsets(self, stored: Tensor) -> Tensor:
+    def decode_offsets(self, stored_scales_and_offsets: Tensor) -> Tensor:
         """Return float32 offsets (rows, blocks), of an encoding that has them."""
-        return stored[..., stored.shape[-1] // 2 :].float()
+        return stored_scales_and_offsets[..., stored_scales_and_offsets.shape[-1] // 2 :].float()
 
     def round_offsets_down(self, offsets: Tensor) -> Tensor:
         """Round float32 offsets down to what can be stored, so that no weight is below its block's offset."""
@@ -73,7 +73,7 @@ def _zero_subnormal_scales(scales: Tensor) -> Tensor:
     return scales.masked_fill(scales.abs() < _SMALLEST_NORMAL, 0)
 
 
-def _float16_spacing(stored: Tensor) -> Tensor:
+def _float16_spacing_bound(stored: Tensor) -> Tensor:
     """Return an upper bound on the distance to the next float16, exact for subnormals."""
     return (stored.float().abs() * 2**-10).clamp_min(2**-24)
 
@@ -136,7 +136,7 @@ def _double_scale_encoding(steps: int) -> ScaleEncoding:
         # Below the next step
         within = ((stored[..., :-2] & (127 if signed else 255)) < steps) & (row_scale > 0)
         # Else below the next row scale
-        return torch.where(within, row_scale / steps, _float16_spacing(row_scale))
+        return torch.where(within, row_scale / steps, _float16_spacing_bound(row_scale))
 
     return ScaleEncoding(
         name="double",
@@ -164,7 +164,7 @@ _ENCODINGS = (
         dtype=torch.float16,
         encode=_round_to_float16_towards_zero,
         decode=lambda stored: stored.float(),
-        encoding_loss_bound=_float16_spacing,
+        encoding_loss_bound=_float16_spacing_bound,
         largest=torch.finfo(torch.float16).max,
     ),
     _double_scale_encoding(255),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lowmem.quant.formats import Format
-from lowmem.quant.packing import apply_to_blocks
+from lowmem.quant.packing import apply_to_blocks_and_rest
 
 CANDIDATES = tuple(n / 16 for n in (16, 15, 17, 14, 18, 13, 19, 12, 20))
 """Scales that are tried, as multiples of the block's largest magnitude; with both signs if the format is signed."""
@@ -27,17 +27,19 @@ def expand_block_scales(scales: Tensor, block_size: int, columns: int) -> Tensor
 
 def block_absmax(rows: Tensor, block_size: int, signed: bool) -> Tensor:
     """Return each block's largest magnitude, with the sign of that weight if signed: (rows, blocks)."""
-    high = apply_to_blocks(rows if signed else rows.abs(), block_size, lambda block: block.amax(-1, keepdim=True))
+    high = apply_to_blocks_and_rest(
+        rows if signed else rows.abs(), block_size, lambda block: block.amax(-1, keepdim=True)
+    )
     if not signed:
         return high
-    low = apply_to_blocks(rows, block_size, lambda block: block.amin(-1, keepdim=True))
+    low = apply_to_blocks_and_rest(rows, block_size, lambda block: block.amin(-1, keepdim=True))
     # -0 becomes +0
     return torch.where(-low > high, low, high) + 0.0
 
 
 def block_sums(rows: Tensor, block_size: int) -> Tensor:
     """Return the sum of each block: (rows, n) -> (rows, blocks)."""
-    return apply_to_blocks(rows, block_size, lambda block: block.sum(-1, keepdim=True))
+    return apply_to_blocks_and_rest(rows, block_size, lambda block: block.sum(-1, keepdim=True))
 
 
 def block_range_offsets(rows: Tensor, form: Format, block_size: int) -> Tensor:
@@ -48,7 +50,7 @@ def block_range_offsets(rows: Tensor, form: Format, block_size: int) -> Tensor:
         least, most = block.amin(-1, keepdim=True), block.amax(-1, keepdim=True)
         return least * (high / (high - low)) - most * (low / (high - low))
 
-    return apply_to_blocks(rows, block_size, block_offset)
+    return apply_to_blocks_and_rest(rows, block_size, block_offset)
 
 
 def least_unclipped_scales(rows: Tensor, form: Format, block_size: int) -> Tensor:
@@ -59,7 +61,7 @@ def least_unclipped_scales(rows: Tensor, form: Format, block_size: int) -> Tenso
         most = block.amax(-1, keepdim=True) / high
         return most if low == 0 else torch.maximum(most, block.amin(-1, keepdim=True) / low)
 
-    return apply_to_blocks(rows, block_size, block_scale).clamp_min(0)
+    return apply_to_blocks_and_rest(rows, block_size, block_scale).clamp_min(0)
 
 
 def least_error_scales(
@@ -103,7 +105,7 @@ def least_error_scales(
     return best
 
 
-def nearest_codes(rows: Tensor, scales: Tensor, form: Format, block_size: int) -> Tensor:
+def nearest_codes_padded_to_even(rows: Tensor, scales: Tensor, form: Format, block_size: int) -> Tensor:
     """Return the nearest code of each weight divided by its scale: uint8 (rows, n), n padded to an even number."""
     divisors = expand_block_scales(
         scales.masked_fill(scales == 0, torch.inf), block_size, rows.shape[-1]
@@ -132,7 +134,7 @@ def block_squared_errors(
     """Return the squared error of each block with these scales, (rows, blocks), from ``LANES`` partial sums."""
     columns = rows.shape[-1]
     levels = torch.tensor(form.levels, dtype=torch.float32, device=rows.device)
-    codes = nearest_codes(rows, scales, form, block_size)[:, :columns]
+    codes = nearest_codes_padded_to_even(rows, scales, form, block_size)[:, :columns]
     error = rows - levels[codes.int()] * expand_block_scales(scales, block_size, columns)
     error = error * error
     if importance is not None:
@@ -148,4 +150,4 @@ def block_squared_errors(
             sums = low + high
         return sums
 
-    return apply_to_blocks(error, block_size, sum_in_lanes)
+    return apply_to_blocks_and_rest(error, block_size, sum_in_lanes)

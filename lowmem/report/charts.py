@@ -13,7 +13,7 @@ import altair as alt
 
 from lowmem.report.footprint import KINDS, MemoryFootprint
 from lowmem.report.relative_speeds import RelativeSpeed, is_other_library_panel
-from lowmem.report.theme import series_colors
+from lowmem.report.theme import series_color_css_variables
 from lowmem.training.step_memory import TrainingMemory
 
 FONT = "system-ui, -apple-system, Segoe UI, Roboto, Helvetica, Arial, sans-serif"
@@ -38,7 +38,7 @@ PARTS = {"weights": "grey", "adapters": "blue", "inputs": "navy", "gradients": "
 _CHARACTER = 6.8
 
 
-class ChartDrawing(NamedTuple):
+class ChartSvgsAndSpec(NamedTuple):
     """A chart as SVG, wide and narrow, and the Vega-Lite specification of the wide one."""
 
     wide: str
@@ -46,10 +46,10 @@ class ChartDrawing(NamedTuple):
     spec: dict[str, Any]
 
 
-def draw_wide_and_narrow(make_chart: Callable[[bool], Any]) -> ChartDrawing:
+def draw_wide_and_narrow_svg(make_chart: Callable[[bool], Any]) -> ChartSvgsAndSpec:
     """Draw the wide and the narrow layout of a chart, which ``make_chart`` returns for each."""
     wide, narrow = (_chart_with_style(make_chart(is_narrow)) for is_narrow in (False, True))
-    return ChartDrawing(_chart_svg(wide), _chart_svg(narrow), wide.to_dict())
+    return ChartSvgsAndSpec(_chart_svg(wide), _chart_svg(narrow), wide.to_dict())
 
 
 def _chart_svg(chart: Any) -> str:
@@ -147,7 +147,7 @@ def unlabeled_axis(*, grid: bool) -> Any:
     return alt.Axis(title=None, labels=False, ticks=False, domain=False, grid=grid)
 
 
-def memory_chart(footprints: Sequence[MemoryFootprint], narrow: bool) -> Any:
+def stored_and_peak_bytes_chart(footprints: Sequence[MemoryFootprint], narrow: bool) -> Any:
     """Draw bars of each variant's stored bytes by kind, and of the peaks of its forward and training step."""
     panels = [
         _stored_bytes_panel(footprints, BESIDE_NAMES if narrow else 400, narrow, 2 if narrow else len(KINDS)),
@@ -186,7 +186,7 @@ def _stored_bytes_panel(
 
 def training_step_memory_chart(memory_by_model: Mapping[str, TrainingMemory], narrow: bool) -> Any:
     """Draw a stacked bar for each model: of activations the three kinds of layers that have most, and the others."""
-    colours = _step_part_colors(memory_by_model.values())
+    colours = _step_colors_by_part(memory_by_model.values())
     bars = {name: dict.fromkeys(colours, 0) for name in memory_by_model}
     for name, memory in memory_by_model.items():
         for part, size in memory.parts.items():
@@ -197,7 +197,7 @@ def training_step_memory_chart(memory_by_model: Mapping[str, TrainingMemory], na
     return _stacked_bars_with_sums("part", bars, colours, orders, BESIDE_NAMES if narrow else WIDE, narrow, legend)
 
 
-def _step_part_colors(memories: Iterable[TrainingMemory]) -> dict[str, str]:
+def _step_colors_by_part(memories: Iterable[TrainingMemory]) -> dict[str, str]:
     """Return the colours of the parts that a chart of steps has."""
     memories, sizes = list(memories), Counter[str]()
     for memory in memories:
@@ -286,7 +286,7 @@ def _bar_label_layer(rows: Sequence[dict[str, Any]], names: Sequence[str], *, sh
     )
 
 
-def speed_chart(timings: Sequence[RelativeSpeed], narrow: bool) -> Any:
+def relative_speed_chart(timings: Sequence[RelativeSpeed], narrow: bool) -> Any:
     """Draw the speed relative to the dense model against the batch size: a panel per dtype, logarithmic axes."""
     names = list(dict.fromkeys(timing.name for timing in timings))
     batches = sorted({timing.batch for timing in timings})
@@ -342,7 +342,7 @@ def powers_between(base: int, low: float, high: float) -> list[float]:
 
 def color_encoding(names: Sequence[str], narrow: bool, field: str = "name", colors: Sequence[str] = ()) -> Any:
     """Return the colour encoding of series, by their names in ``field``; by default in the theme's colours."""
-    scale = alt.Scale(domain=list(names), range=list(colors) or series_colors(len(names)))
+    scale = alt.Scale(domain=list(names), range=list(colors) or series_color_css_variables(len(names)))
     return alt.Color(f"{field}:N", scale=scale, legend=_series_legend(narrow))
 
 

@@ -22,15 +22,20 @@ from lowmem.report.charts import (
     shape_encoding,
 )
 from lowmem.report.layer_groups import LayerGroup
-from lowmem.report.quantization_errors import SERIES, FormatDistortion, OutputQuality, gaussian_error_lower_bound
-from lowmem.report.theme import series_colors
-from lowmem.testing.gate_verdicts import VerdictRow
+from lowmem.report.quantization_errors import (
+    SERIES,
+    BitsAndOutputError,
+    FormatGaussianError,
+    gaussian_error_lower_bound,
+)
+from lowmem.report.theme import series_color_css_variables
+from lowmem.testing.gate_verdicts import FigureComparison
 
 MOST_GROUPS = 24
 """The number of groups of layers that are drawn, the largest first; the table has all of them."""
 
 
-def distortion_chart(points: Sequence[FormatDistortion], narrow: bool) -> Any:
+def format_error_by_bits_chart(points: Sequence[FormatGaussianError], narrow: bool) -> Any:
     """Draw the error of normal weights against bits per weight, and the lower bound."""
     formats = list(dict.fromkeys(point.format for point in points))
     first, last = 4.0, max(point.bits_per_weight for point in points)
@@ -41,7 +46,7 @@ def distortion_chart(points: Sequence[FormatDistortion], narrow: bool) -> Any:
     panels: list[Any] = []
     for scales in dict.fromkeys(point.scales for point in points):
         title = "relative error of the weights" if narrow or not panels else None
-        y = _error_y_encoding(title, lowest, max(point.error for point in points) * 1.1)
+        y = _log_error_y_encoding(title, lowest, max(point.error for point in points) * 1.1)
         rows = [
             {"bits": point.bits_per_weight, "error": point.error, "name": point.format, "block": point.block_size}
             for point in points
@@ -66,14 +71,14 @@ def distortion_chart(points: Sequence[FormatDistortion], narrow: bool) -> Any:
     return alt.vconcat(*panels) if narrow else alt.hconcat(*panels)
 
 
-def error_against_bits_chart(qualities: Sequence[OutputQuality], narrow: bool) -> Any:
+def output_error_by_bits_chart(qualities: Sequence[BitsAndOutputError], narrow: bool) -> Any:
     """Draw the error of a model's output against bits per weight, for each way to choose them."""
     drawn = [point for point in qualities if 0 < point.error < math.inf]
     names = [name for name in SERIES if any(point.series == name for point in drawn)]
     rows = [{"bits": point.bits, "error": point.error, "name": point.series} for point in drawn]
     errors, bits = [point.error for point in drawn], [point.bits for point in drawn]
     x = _bits_x_encoding(min(4.0, *bits), max(bits))
-    y = _error_y_encoding("relative error of the output", min(errors) / 1.2, max(errors) * 1.2)
+    y = _log_error_y_encoding("relative error of the output", min(errors) / 1.2, max(errors) * 1.2)
     base = alt.Chart(altair_data(rows)).encode(x=x, y=y)
     chart = alt.layer(*charts.line_and_point_layers(base, names, narrow))
     return chart.properties(width=ALONE if narrow else WIDE, height=230 if narrow else 300)
@@ -85,13 +90,13 @@ def _bits_x_encoding(first: float, last: float) -> Any:
     return alt.X("bits:Q", title="bits per weight", scale=scale, axis=alt.Axis(tickMinStep=0.5, format="~g"))
 
 
-def _error_y_encoding(title: str | None, lowest: float, highest: float) -> Any:
+def _log_error_y_encoding(title: str | None, lowest: float, highest: float) -> Any:
     """Return the logarithmic axis of relative errors."""
     scale = log_scale(lowest, highest)
     return alt.Y("error:Q", title=title, scale=scale, axis=alt.Axis(tickCount=6, format="~%"))
 
 
-def variant_error_chart(errors: Mapping[str, float], narrow: bool) -> Any:
+def variant_output_error_chart(errors: Mapping[str, float], narrow: bool) -> Any:
     """Draw the error of each variant's output, relative to the dense model's, as dots on a logarithmic axis."""
     drawn = {name: error for name, error in errors.items() if 0 < error < math.inf}
     rows = [{"name": name, "error": error, "text": charts.percent_text(error)} for name, error in drawn.items()]
@@ -111,7 +116,7 @@ def variant_error_chart(errors: Mapping[str, float], narrow: bool) -> Any:
     ).properties(width=BESIDE_NAMES if narrow else WIDE, height=alt.Step(ROW))
 
 
-def layer_group_chart(groups: Sequence[LayerGroup], variants: Sequence[str], narrow: bool) -> Any:
+def layer_group_bytes_and_error_chart(groups: Sequence[LayerGroup], variants: Sequence[str], narrow: bool) -> Any:
     """Draw the bytes of each group of layers, dense and in each variant, and the errors of its weights."""
     drawn = sorted(groups, key=lambda group: -group.dense_bytes)[:MOST_GROUPS]
     largest = max(max(group.dense_bytes, *group.bytes.values()) for group in drawn)
@@ -129,7 +134,7 @@ def layer_group_chart(groups: Sequence[LayerGroup], variants: Sequence[str], nar
         if error and variant in variants
     ]
     domain = ["dense", *variants]
-    colours = ["var(--grey)", *series_colors(len(variants))]
+    colours = ["var(--grey)", *series_color_css_variables(len(variants))]
     width = BESIDE_NAMES if narrow else 290
 
     def group_panel(rows: list[dict[str, Any]], title: str, x_encoding: Any, show_names: bool) -> Any:
@@ -191,7 +196,7 @@ def _truncate_name_start(name: str, max_length: int) -> str:
     return name if len(name) <= max_length else f"…{name[1 - max_length :]}"
 
 
-def gate_ratio_chart(rows: Sequence[VerdictRow], narrow: bool) -> Any:
+def gate_ratio_chart(rows: Sequence[FigureComparison], narrow: bool) -> Any:
     """Draw the ratios head / base of a gate with their intervals, coloured by verdict."""
     drawn = [row for row in rows if row.ratio is not None]
     drawn_rows: list[dict[str, Any]] = [

@@ -73,7 +73,7 @@ def stored_bytes_by_kind(model: nn.Module) -> dict[str, int]:
 def _stored_tensor_kind(module: nn.Module, name: str, tensor: Tensor) -> str:
     if isinstance(module, Adapter):
         return "LoRA adapters"
-    if isinstance(module, StoredModule) and name in module.part_names:
+    if isinstance(module, StoredModule) and name in module.part_parameter_names:
         if name.endswith("_scales"):
             return "scales"
         if name.endswith("_packed"):

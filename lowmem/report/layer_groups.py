@@ -13,7 +13,12 @@ from torch.nn.parameter import is_lazy
 
 from lowmem import measure
 from lowmem.errors import printable_line
-from lowmem.transforms.model_summary import LayerSummary, group_display_name, path_parts_without_indices, summary
+from lowmem.transforms.model_summary import (
+    LayerSummary,
+    display_name_with_index_ranges,
+    path_parts_with_none_for_indices,
+    summary,
+)
 
 
 @dataclass(frozen=True)
@@ -68,8 +73,8 @@ def group_layers(dense_model: nn.Module, figures_by_variant: Mapping[str, Varian
     shapes = {}
     rows = summary(dense_model)
     for row in rows:
-        shapes[row.path] = tuple(_weight_or_first_parameter(dense_model.get_submodule(row.path)).shape)
-        members.setdefault((path_parts_without_indices(row.path), row.type, shapes[row.path]), []).append(row)
+        shapes[row.path] = tuple(_weight_or_first_parameter_or_zero(dense_model.get_submodule(row.path)).shape)
+        members.setdefault((path_parts_with_none_for_indices(row.path), row.type, shapes[row.path]), []).append(row)
     groups = [
         _make_layer_group(group_rows, shapes[group_rows[0].path], dense_model, figures_by_variant)
         for group_rows in members.values()
@@ -93,22 +98,24 @@ def _make_layer_group(
     figures_by_variant: Mapping[str, VariantBytesAndErrors],
 ) -> LayerGroup:
     sizes = {
-        row.path: _float_weight_norm_or_zero(_weight_or_first_parameter(dense_model.get_submodule(row.path)))
+        row.path: _float_weight_norm_or_zero(_weight_or_first_parameter_or_zero(dense_model.get_submodule(row.path)))
         for row in rows
     }
     return LayerGroup(
-        name=group_display_name([row.path for row in rows]),
+        name=display_name_with_index_ranges([row.path for row in rows]),
         type=printable_line(rows[0].type),
         shape=shape,
         layers=len(rows),
         weights=sum(row.weights for row in rows),
         dense_bytes=sum(row.bytes for row in rows),
         bytes={name: sum(made.bytes.get(row.path, 0) for row in rows) for name, made in figures_by_variant.items()},
-        errors={name: _combined_relative_error(made.errors, sizes) for name, made in figures_by_variant.items()},
+        errors={
+            name: _combined_relative_error_or_none(made.errors, sizes) for name, made in figures_by_variant.items()
+        },
     )
 
 
-def _combined_relative_error(
+def _combined_relative_error_or_none(
     errors_by_path: Mapping[str, float | None], norms_by_path: Mapping[str, float]
 ) -> float | None:
     known = {path: error for path in norms_by_path if (error := errors_by_path.get(path)) is not None}
@@ -118,7 +125,7 @@ def _combined_relative_error(
     return math.hypot(*(error * norms_by_path[path] for path, error in known.items())) / size if size else 0.0
 
 
-def _weight_or_first_parameter(module: nn.Module) -> Tensor:
+def _weight_or_first_parameter_or_zero(module: nn.Module) -> Tensor:
     """Return the weight of a dense module, or else its first parameter; without any, a tensor of shape ()."""
     parameters = {name: p.detach() for name, p in module.named_parameters(recurse=False) if not is_lazy(p)}
     return parameters.get(

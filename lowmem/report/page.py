@@ -13,20 +13,20 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lowmem.report import charts, dot_plots
-from lowmem.report.charts import ChartDrawing, draw_wide_and_narrow, readable_bytes
+from lowmem.report.charts import ChartSvgsAndSpec, draw_wide_and_narrow_svg, readable_bytes
 from lowmem.report.footprint import KINDS, MemoryFootprint
 from lowmem.report.layer_groups import LayerGroup
-from lowmem.report.quantization_errors import FormatDistortion, OutputQuality, gaussian_error_lower_bound
+from lowmem.report.quantization_errors import BitsAndOutputError, FormatGaussianError, gaussian_error_lower_bound
 from lowmem.report.relative_speeds import RelativeSpeed, is_other_library_panel
 from lowmem.report.theme import DARK, LIGHT, css_variable_declarations, svg_with_theme_colors
-from lowmem.testing.gate_verdicts import OUTCOMES, GateVerdict, VerdictRow
+from lowmem.testing.gate_verdicts import OUTCOMES, FigureComparison, GateVerdict
 from lowmem.testing.latency import CONFIDENCE
 from lowmem.training.step_memory import TrainingMemory
 from lowmem.version import __version__
 
 
 @dataclass(frozen=True)
-class Report:
+class ReportPageData:
     """The data of a page: what was measured of a model, and then what is said of it.
 
     Attributes:
@@ -50,10 +50,10 @@ class Report:
     meanings: Mapping[str, tuple[str, str]]
     losses: Mapping[str, float]
     timings: Sequence[RelativeSpeed]
-    distortions: Sequence[FormatDistortion]
+    distortions: Sequence[FormatGaussianError]
     machine: Mapping[str, str]
     groups: Sequence[LayerGroup] = ()
-    qualities: Sequence[OutputQuality] = ()
+    qualities: Sequence[BitsAndOutputError] = ()
     left_out: Sequence[str] = ()
     title: str = ""
     lead: str = ""
@@ -63,7 +63,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Table:
+class CaptionedTable:
     """A table; the columns in ``text`` hold text, the others numbers."""
 
     caption: str
@@ -73,16 +73,16 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
+class FigureWithTable:
     """A chart with a caption and the table of its numbers. A gate's also has a verdict, and may have no chart."""
 
-    drawing: ChartDrawing | None
+    drawing: ChartSvgsAndSpec | None
     caption: str
-    table: Table
+    table: CaptionedTable
     title: str = ""
     outcome: str = ""
     texts: Sequence[str] = ()
-    shown: Table | None = None
+    shown: CaptionedTable | None = None
 
     def svg(self, layout: str) -> Markup:
         """Return the "wide" or "narrow" chart as an image with the caption as its accessible name."""
@@ -93,14 +93,14 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Section:
+class PageSection:
     """A heading with texts, figures and tables."""
 
     id: str
     title: str
     texts: Sequence[str] = ()
-    figures: Sequence[Figure] = ()
-    tables: Sequence[Table] = ()
+    figures: Sequence[FigureWithTable] = ()
+    tables: Sequence[CaptionedTable] = ()
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class HeadlineTile:
     says: str
 
 
-def render_report_html(report: Report) -> str:
+def render_report_html(report: ReportPageData) -> str:
     """Return the page as HTML; the same report gives the same bytes."""
     sections = [
         _memory_section(report),
@@ -125,7 +125,9 @@ def render_report_html(report: Report) -> str:
     return _render_page_html(report.title, report.lead, sections, _headline_tiles(report))
 
 
-def _render_page_html(title: str, lead: str, sections: Sequence[Section], tiles: Sequence[HeadlineTile] = ()) -> str:
+def _render_page_html(
+    title: str, lead: str, sections: Sequence[PageSection], tiles: Sequence[HeadlineTile] = ()
+) -> str:
     """Return a page of sections as HTML, with headline numbers at its top."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined, trim_blocks=True
@@ -147,9 +149,9 @@ def step_memory_chart_file_bytes(title: str, memory_by_model: Mapping[str, Train
     Its ending is ".svg", in the colours of the viewer's theme; ".png", light; or ".html", a page with exact figures.
     """
     if suffix in (".html", ".htm"):
-        section = Section("step", "Memory of a step", figures=[_training_step_memory_figure(memory_by_model)])
+        section = PageSection("step", "Memory of a step", figures=[_training_step_memory_figure(memory_by_model)])
         return _render_page_html(title, "Where its memory goes.", [section]).encode()
-    opening, end, rest = draw_wide_and_narrow(
+    opening, end, rest = draw_wide_and_narrow_svg(
         partial(charts.training_step_memory_chart, memory_by_model)
     ).wide.partition(">")
     if suffix == ".png":
@@ -161,7 +163,7 @@ def step_memory_chart_file_bytes(title: str, memory_by_model: Mapping[str, Train
     return f"{opening}{end}<style>{themes}</style>{background}{rest}".encode()
 
 
-def _headline_tiles(report: Report) -> list[HeadlineTile]:
+def _headline_tiles(report: ReportPageData) -> list[HeadlineTile]:
     dense, *others = report.footprints
     smallest = min(others, key=lambda f: f.stored_bytes)
     times = f"{dense.stored_bytes / smallest.stored_bytes:.1f} times" if smallest.stored_bytes else "infinitely"
@@ -190,44 +192,46 @@ def _headline_tiles(report: Report) -> list[HeadlineTile]:
     return tiles
 
 
-def _memory_section(report: Report) -> Section:
+def _memory_section(report: ReportPageData) -> PageSection:
     kinds = [kind for kind in KINDS if any(f.kinds[kind] for f in report.footprints)]
     rows = []
     for f in report.footprints:
         sizes = [*(f.kinds[kind] for kind in kinds), f.stored_bytes, f.forward_bytes]
         rows.append([f.name, *(f"{size:,}" for size in sizes), f"{f.step.step_bytes:,}" if f.step else ""])
     names = [[name, *said] for name, said in report.meanings.items()]
-    figure = Figure(
-        draw_wide_and_narrow(partial(charts.memory_chart, report.footprints)),
+    figure = FigureWithTable(
+        draw_wide_and_narrow_svg(partial(charts.stored_and_peak_bytes_chart, report.footprints)),
         "What each variant stores, by kind. The hollow bars are peaks: what a forward, and a training step with "
         "AdamW, take beyond model and input. Each panel has a scale of its own.",
-        Table("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
-        shown=Table("The variants", ["Variant", "lowmem.convert(model, ...)", "What it is"], names, text=(0, 1, 2)),
+        CaptionedTable("Memory in bytes", ["Variant", *kinds, "stored", "forward peak", "step peak"], rows),
+        shown=CaptionedTable(
+            "The variants", ["Variant", "lowmem.convert(model, ...)", "What it is"], names, text=(0, 1, 2)
+        ),
     )
     steps = {f.name: f.step for f in report.footprints if f.step}
     figures = [
         figure,
         *([replace(_training_step_memory_figure(steps), title="Of a training step with AdamW")] if steps else []),
     ]
-    return Section("memory", "Memory", texts=report.left_out, figures=figures)
+    return PageSection("memory", "Memory", texts=report.left_out, figures=figures)
 
 
-def _training_step_memory_figure(memory_by_model: Mapping[str, TrainingMemory]) -> Figure:
+def _training_step_memory_figure(memory_by_model: Mapping[str, TrainingMemory]) -> FigureWithTable:
     parts = list(dict.fromkeys(part for memory in memory_by_model.values() for part in memory.parts))
     parts.sort(key=lambda part: (part == "scratch", part.startswith("activations")))
     rows = [
         [name, *(f"{memory.parts.get(part, 0):,}" for part in parts), f"{memory.total_bytes:,}", memory.moment]
         for name, memory in memory_by_model.items()
     ]
-    return Figure(
-        draw_wide_and_narrow(partial(charts.training_step_memory_chart, memory_by_model)),
+    return FigureWithTable(
+        draw_wide_and_narrow_svg(partial(charts.training_step_memory_chart, memory_by_model)),
         "What lives at the peak of a training step, by what it is for. Activations are named after the layer whose "
         "forward made them; scratch are temporaries, and gradients of activations.",
-        Table("Memory of a step in bytes", ["Model", *parts, "peak", "in"], rows, text=(0, len(parts) + 2)),
+        CaptionedTable("Memory of a step in bytes", ["Model", *parts, "peak", "in"], rows, text=(0, len(parts) + 2)),
     )
 
 
-def _layers_section(report: Report) -> Section:
+def _layers_section(report: ReportPageData) -> PageSection:
     names = [f.name for f in report.footprints[1:]]
     storing = [
         name for name in names if not any(f.name == name and f.kinds["LoRA adapters"] for f in report.footprints)
@@ -241,19 +245,19 @@ def _layers_section(report: Report) -> Section:
     sizes = [f"{name} bytes" for name in ("dense", *names)]
     columns = ["Layers", "Type", "Shape", "Count", "Weights", *sizes, *(f"{name} error" for name in storing)]
     left_out = len(report.groups) - dot_plots.MOST_GROUPS
-    figure = Figure(
-        draw_wide_and_narrow(partial(dot_plots.layer_group_chart, report.groups, storing)),
+    figure = FigureWithTable(
+        draw_wide_and_narrow_svg(partial(dot_plots.layer_group_bytes_and_error_chart, report.groups, storing)),
         "Layers whose paths differ by an index alone are one row. First the bytes of all of them, then the root mean "
         "square of what storing their weights loses, relative to the weights. LoRA adds its adapters to the same "
         "base; the table has them."
         + f" The {dot_plots.MOST_GROUPS} largest groups are drawn, {left_out} more are in the table."
         * (left_out > 0),
-        Table("What each group of layers costs and loses", columns, rows, text=(0, 1, 2)),
+        CaptionedTable("What each group of layers costs and loses", columns, rows, text=(0, 1, 2)),
     )
-    return Section("layers", "Layers", figures=[figure])
+    return PageSection("layers", "Layers", figures=[figure])
 
 
-def _latency_section(report: Report) -> Section:
+def _latency_section(report: ReportPageData) -> PageSection:
     dense = report.footprints[0].name
     figures = []
     for peers in (False, True):
@@ -271,17 +275,17 @@ def _latency_section(report: Report) -> Section:
         if any(t.low is not None for t in drawn):
             caption += f" Bars are {CONFIDENCE:.0%} intervals."
         figures.append(
-            Figure(
-                draw_wide_and_narrow(partial(charts.speed_chart, drawn)),
+            FigureWithTable(
+                draw_wide_and_narrow_svg(partial(charts.relative_speed_chart, drawn)),
                 caption,
                 _speed_table("Times as fast" + (", other libraries" if peers else ""), timings),
                 title="Other libraries" if peers else "",
             )
         )
-    return Section("latency", "Latency", texts=[report.timed], figures=figures)
+    return PageSection("latency", "Latency", texts=[report.timed], figures=figures)
 
 
-def _speed_table(caption: str, timings: Sequence[RelativeSpeed]) -> Table:
+def _speed_table(caption: str, timings: Sequence[RelativeSpeed]) -> CaptionedTable:
     batches = sorted({timing.batch for timing in timings})
     cells: dict[tuple[str, str], dict[int, str]] = {}
     for t in timings:
@@ -291,20 +295,24 @@ def _speed_table(caption: str, timings: Sequence[RelativeSpeed]) -> Table:
         [name, panel, *(cells_by_batch.get(batch, "") for batch in batches)]
         for (name, panel), cells_by_batch in cells.items()
     ]
-    return Table(caption, ["Model", "Products in", *(f"batch {batch}" for batch in batches)], rows, text=(0, 1))
+    return CaptionedTable(
+        caption, ["Model", "Products in", *(f"batch {batch}" for batch in batches)], rows, text=(0, 1)
+    )
 
 
-def _error_section(report: Report) -> Section:
+def _error_section(report: ReportPageData) -> PageSection:
     figures = []
     if report.losses:
         drawable = any(0 < error < math.inf for error in report.losses.values())
         figures.append(
-            Figure(
-                draw_wide_and_narrow(partial(dot_plots.variant_error_chart, report.losses)) if drawable else None,
+            FigureWithTable(
+                draw_wide_and_narrow_svg(partial(dot_plots.variant_output_error_chart, report.losses))
+                if drawable
+                else None,
                 "The norm of the difference between a variant's output and the dense model's, relative to the "
                 "latter's norm, for one random input. A fresh adapter changes nothing, so that LoRA loses what its "
                 "base does.",
-                Table(
+                CaptionedTable(
                     "Error of the output",
                     ["Variant", "relative error"],
                     [[name, f"{error:.4g}"] for name, error in report.losses.items()],
@@ -315,14 +323,14 @@ def _error_section(report: Report) -> Section:
     if report.qualities:
         drawable = any(0 < quality.error < math.inf for quality in report.qualities)
         figures.append(
-            Figure(
-                draw_wide_and_narrow(partial(dot_plots.error_against_bits_chart, report.qualities))
+            FigureWithTable(
+                draw_wide_and_narrow_svg(partial(dot_plots.output_error_by_bits_chart, report.qualities))
                 if drawable
                 else None,
                 "The error of the output, as above, against the bits that a weight takes: nf4 and bof4s in blocks of "
                 "128 weights (left) to 16 (right), 8 bits for all layers, and budgets, which choose for each layer "
                 "among bof4s in blocks of 64, 32 and 16 and 8 bits by the relative errors of the weights.",
-                Table(
+                CaptionedTable(
                     "Quality against bits",
                     ["Choice", "bits per weight", "relative error", "cosine"],
                     [
@@ -345,13 +353,13 @@ def _error_section(report: Report) -> Section:
         for p in report.distortions
     ]
     figures.append(
-        Figure(
-            draw_wide_and_narrow(partial(dot_plots.distortion_chart, report.distortions)),
+        FigureWithTable(
+            draw_wide_and_narrow_svg(partial(dot_plots.format_error_by_bits_chart, report.distortions)),
             "What each format loses of normally distributed weights, by the way its scales are stored. Along a line "
             "blocks shrink from 128 weights (left) to 16 (right), and scales take more bits. The dashed line is the "
             "rate-distortion limit of a normal source, D(R) = 2^(-2R): nothing that stores R bits a weight has a "
             "relative error below 2^-R.",
-            Table(
+            CaptionedTable(
                 "Error of normal weights",
                 ["Format, scales", "block", "bits per weight", "error", "least possible", "times the least"],
                 rows,
@@ -359,16 +367,16 @@ def _error_section(report: Report) -> Section:
             title="Of normal weights",
         )
     )
-    return Section("error", "Error", figures=figures)
+    return PageSection("error", "Error", figures=figures)
 
 
-def _gates_section(report: Report) -> Section:
+def _gates_section(report: ReportPageData) -> PageSection:
     if not report.verdicts:
-        return Section("gates", "Gates", texts=["No gate's verdict was given to this report (--verdict FILE)."])
-    return Section("gates", "Gates", figures=[_gate_figure(verdict) for verdict in report.verdicts])
+        return PageSection("gates", "Gates", texts=["No gate's verdict was given to this report (--verdict FILE)."])
+    return PageSection("gates", "Gates", figures=[_gate_figure(verdict) for verdict in report.verdicts])
 
 
-def _gate_figure(verdict: GateVerdict) -> Figure:
+def _gate_figure(verdict: GateVerdict) -> FigureWithTable:
     columns = ["Workload", "figure", "verdict", "base", "head", "change", "ratio", "interval", "says"]
     text = (0, 1, 2, 8)
     moved = verdict.changed_rows
@@ -376,11 +384,11 @@ def _gate_figure(verdict: GateVerdict) -> Figure:
     summary = f"{verdict.head} against {verdict.base}: {count} compared, {len(moved) or 'none'} moved."
     with_ratio = [row for row in verdict.rows if row.ratio is not None]
     machine = "; ".join(f"{key} {value}" for key, value in verdict.machine.items())
-    return Figure(
-        draw_wide_and_narrow(partial(dot_plots.gate_ratio_chart, with_ratio)) if with_ratio else None,
+    return FigureWithTable(
+        draw_wide_and_narrow_svg(partial(dot_plots.gate_ratio_chart, with_ratio)) if with_ratio else None,
         ("Head over base, with its interval: right of the dashed line the head takes more. " if with_ratio else "")
         + (f"Measured on {machine}." if machine else ""),
-        Table(
+        CaptionedTable(
             f"All figures of the {verdict.gate} gate",
             columns,
             [_gate_row_cells(row) for row in verdict.rows],
@@ -389,11 +397,13 @@ def _gate_figure(verdict: GateVerdict) -> Figure:
         title=f"{verdict.gate.capitalize()} gate",
         outcome=verdict.outcome,
         texts=[summary],
-        shown=Table("What moved", columns, [_gate_row_cells(row) for row in moved], text=text) if moved else None,
+        shown=CaptionedTable("What moved", columns, [_gate_row_cells(row) for row in moved], text=text)
+        if moved
+        else None,
     )
 
 
-def _gate_row_cells(row: VerdictRow) -> list[str]:
+def _gate_row_cells(row: FigureComparison) -> list[str]:
     digits = 0 if row.figure.endswith("bytes") else 4
     change = "" if row.base is None or row.head is None else f"{row.head - row.base:+,.{digits}f}"
     figures = [_gate_number_text(row.base), _gate_number_text(row.head), change, *row.ratio_and_interval_texts]
@@ -407,12 +417,14 @@ def _gate_number_text(value: float | None) -> str:
     return f"{value:,.0f}" if float(value).is_integer() else f"{value:,.4g}"
 
 
-def _machine_section(report: Report) -> Section:
+def _machine_section(report: ReportPageData) -> PageSection:
     tables = [_facts_table("What memory and errors were measured on", report.machine)]
     if report.timing_machine:
         tables.append(_facts_table("What latency was measured on", report.timing_machine))
-    return Section("machine", "Machine", tables=tables)
+    return PageSection("machine", "Machine", tables=tables)
 
 
-def _facts_table(caption: str, facts: Mapping[str, str]) -> Table:
-    return Table(caption, ["", ""], [[name.replace("_", " "), value] for name, value in facts.items()], text=(0, 1))
+def _facts_table(caption: str, facts: Mapping[str, str]) -> CaptionedTable:
+    return CaptionedTable(
+        caption, ["", ""], [[name.replace("_", " "), value] for name, value in facts.items()], text=(0, 1)
+    )

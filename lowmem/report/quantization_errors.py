@@ -46,7 +46,7 @@ UNIFORM: Mapping[str, tuple[FourBit | EightBit, ...]] = MappingProxyType(
 
 
 @dataclass(frozen=True)
-class OutputQuality:
+class BitsAndOutputError:
     """What a choice of bits makes of a model's output.
 
     Attributes:
@@ -64,11 +64,11 @@ class OutputQuality:
     cosine: float
 
 
-def measure_output_qualities(
+def measure_bits_and_output_errors(
     make_model: Callable[[], nn.Module],
     run_model: Callable[[nn.Module], Sequence[Tensor]],
     on_choice_done: Callable[[], object] = lambda: None,
-) -> list[OutputQuality]:
+) -> list[BitsAndOutputError]:
     """Convert a model by each choice, and compare its output with the dense model's.
 
     Args:
@@ -77,7 +77,7 @@ def measure_output_qualities(
         on_choice_done: called after each choice.
     """
     expected = flat_float64_vector(run_model(make_model()))
-    qualities: list[OutputQuality] = []
+    qualities: list[BitsAndOutputError] = []
 
     def append_measured_quality(series: str, name: str, technique: FourBit | EightBit | Budget) -> None:
         model = convert(make_model(), technique)
@@ -85,7 +85,9 @@ def measure_output_qualities(
         both = float(expected.norm()) * float(output.norm())
         cosine = float(output @ expected) / both if both else math.nan
         qualities.append(
-            OutputQuality(series, name, stored_bits_per_weight(model), difference(expected, output).relative, cosine)
+            BitsAndOutputError(
+                series, name, stored_bits_per_weight(model), difference(expected, output).relative, cosine
+            )
         )
         on_choice_done()
 
@@ -118,7 +120,7 @@ def flat_float64_vector(outputs: Sequence[Tensor]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class FormatDistortion:
+class FormatGaussianError:
     """Bits per weight and relative root mean square error of a normal matrix in one format."""
 
     format: str
@@ -128,7 +130,7 @@ class FormatDistortion:
     error: float
 
 
-def measure_format_distortions(shape: tuple[int, int] = (32, 4096)) -> list[FormatDistortion]:
+def measure_format_gaussian_errors(shape: tuple[int, int] = (32, 4096)) -> list[FormatGaussianError]:
     """Quantize one normal matrix in every format, scale encoding and block size of ``BLOCKS``.
 
     In long rows, the scale per row of ``double`` hardly counts.
@@ -140,7 +142,7 @@ def measure_format_distortions(shape: tuple[int, int] = (32, 4096)) -> list[Form
             for block_size in reversed(BLOCKS):
                 stored = quantize(weight, name, block_size=block_size, scales=scales)
                 error = recorded_or_measured_squares(weight, stored).relative_error
-                points.append(FormatDistortion(name, scales, block_size, stored.bits_per_weight, error))
+                points.append(FormatGaussianError(name, scales, block_size, stored.bits_per_weight, error))
     return points
 
 

@@ -59,12 +59,12 @@ def read_relative_speeds_and_machine(path: Path) -> tuple[list[RelativeSpeed], d
         ):
             raise ValueError("it is no run of pytest-benchmark")
         machine = {printable_line(key): printable_line(str(value)) for key, value in run["machine_info"].items()}
-        return relative_speeds_from_benchmarks(run["benchmarks"]), machine
+        return inference_speeds_from_benchmarks(run["benchmarks"]), machine
     except ValueError as reason:
         raise file_error(path, f"{reason}; store one with pytest benchmarks --benchmark-json=FILE") from None
 
 
-def relative_speeds_from_benchmarks(benchmarks: Iterable[Any]) -> list[RelativeSpeed]:
+def inference_speeds_from_benchmarks(benchmarks: Iterable[Any]) -> list[RelativeSpeed]:
     """Return the timings of the inference benchmarks in the records of pytest-benchmark, stored or from its hooks.
 
     An invalid record is a ValueError.

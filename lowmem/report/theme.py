@@ -35,7 +35,7 @@ SERIES = ("blue", "green", "orange", "purple", "olive", "sky", "brown", "grey", 
 _NAME = re.compile(r"var\(--(\w+)\)")
 
 
-def series_colors(count: int) -> list[str]:
+def series_color_css_variables(count: int) -> list[str]:
     """Return the colours of ``count`` series, as CSS variables."""
     return [f"var(--{SERIES[number % len(SERIES)]})" for number in range(count)]
 

@@ -34,7 +34,7 @@ MOST_TEXT = 2000
 
 
 @dataclass(frozen=True)
-class VerdictRow:
+class FigureComparison:
     """One figure of one workload, in the base and in the head.
 
     Attributes:
@@ -85,7 +85,7 @@ class GateVerdict:
     base: str
     head: str
     machine: Mapping[str, Any]
-    rows: Sequence[VerdictRow]
+    rows: Sequence[FigureComparison]
     notes: Sequence[str] = ()
 
     @classmethod
@@ -95,7 +95,7 @@ class GateVerdict:
         base: str,
         head: str,
         machine: Mapping[str, Any],
-        rows: Sequence[VerdictRow],
+        rows: Sequence[FigureComparison],
         notes: Sequence[str] = (),
     ) -> GateVerdict:
         """Return a verdict that passes unless the verdict of a row fails the gate, or is undecided."""
@@ -111,7 +111,7 @@ class GateVerdict:
         return "undecided" if "undecided" in words and not words & FAILING[self.gate] else "failed"
 
     @property
-    def changed_rows(self) -> list[VerdictRow]:
+    def changed_rows(self) -> list[FigureComparison]:
         """The rows whose figures differ between base and head, or may."""
         return [row for row in self.rows if row.verdict not in _UNMOVED]
 
@@ -181,10 +181,10 @@ def _parse_verdict(content: Any) -> GateVerdict:
     )
 
 
-def _parse_row(row_index: int, content: Any) -> VerdictRow:
+def _parse_row(row_index: int, content: Any) -> FigureComparison:
     _check_json_members(f"row {row_index}", content, _ROW)
     known: dict[str, Any] = {key: content[key] for key in _ROW}
-    return VerdictRow(
+    return FigureComparison(
         **known | {key: _printable_text(value) for key, value in known.items() if isinstance(value, str)}
     )
 

@@ -182,7 +182,7 @@ def _warm_up_and_make_timed_turn(
     with exceptions_as_model_errors(side_name):
         run()
 
-    def timed_burst() -> float:
+    def run_burst_and_get_seconds() -> float:
         with exceptions_as_model_errors(side_name):
             start = timer()
             for _ in range(calls):
@@ -195,12 +195,12 @@ def _warm_up_and_make_timed_turn(
 
     calls = 1
     # Disturbances only add time, so the shortest of several bursts is the best estimate.
-    while (taken := min(timed_burst() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
+    while (taken := min(run_burst_and_get_seconds() for _ in range(CALIBRATING))) < BURST and calls < 10_000_000:
         calls = calls * 10 if taken < BURST / 10 else math.ceil(calls * BURST / taken * 1.1)
     bursts = 1 if taken > LONG else BURSTS
 
-    def timed_turn() -> float:
-        turn_seconds.append(watch.turn(timed_burst, bursts) / calls)
+    def append_and_get_turn_seconds() -> float:
+        turn_seconds.append(watch.turn(run_burst_and_get_seconds, bursts) / calls)
         return turn_seconds[-1]
 
-    return timed_turn
+    return append_and_get_turn_seconds

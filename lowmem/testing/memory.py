@@ -120,7 +120,11 @@ def stored_figures(model: nn.Module) -> Figures:
 
 
 def _parameter_category(module: nn.Module, name: str, parameter: nn.Parameter) -> str:
-    if isinstance(module, StoredModule) and name in module.part_names and name.endswith(("_packed", "_scales")):
+    if (
+        isinstance(module, StoredModule)
+        and name in module.part_parameter_names
+        and name.endswith(("_packed", "_scales"))
+    ):
         return "codes" if name.endswith("_packed") else "scales"
     if isinstance(module, Adapter):
         return "adapters"

@@ -21,7 +21,7 @@ import torch
 from lowmem.errors import file_error, short_repr
 from lowmem.io.filesystem import write_atomically
 from lowmem.io.safetensors_header import check_size_and_read_file, parse_strict_json
-from lowmem.testing.gate_verdicts import VerdictRow, figure_verdict
+from lowmem.testing.gate_verdicts import FigureComparison, figure_verdict
 from lowmem.transforms.model_summary import aligned_table_lines
 
 VERSION = 1
@@ -80,7 +80,7 @@ def byte_count_text(byte_count: float | None) -> str:
     return "-" if byte_count is None else f"{byte_count:,}"
 
 
-def comparison_rows(gate_name: str, stored: Mapping[str, int], current: Mapping[str, int]) -> list[VerdictRow]:
+def comparison_rows(gate_name: str, stored: Mapping[str, int], current: Mapping[str, int]) -> list[FigureComparison]:
     """Return a row for each figure of a measurement, in the order of ``current``."""
     rows = []
     for figure in dict.fromkeys([*current, *stored]):
@@ -88,11 +88,11 @@ def comparison_rows(gate_name: str, stored: Mapping[str, int], current: Mapping[
         verdict = figure_verdict(before, after)
         new_text, old_text = byte_count_text(after), byte_count_text(before)
         says = f"{gate_name}: {figure} is {new_text}, and the baseline has {old_text}: {verdict}"
-        rows.append(VerdictRow(gate_name, figure, before, after, verdict=verdict, says=says))
+        rows.append(FigureComparison(gate_name, figure, before, after, verdict=verdict, says=says))
     return rows
 
 
-def difference_table_lines(rows: Iterable[VerdictRow]) -> list[str]:
+def difference_table_lines(rows: Iterable[FigureComparison]) -> list[str]:
     """Return the lines of a table of figures in bytes: name, before, after, difference."""
     cells = [
         (row.figure, byte_count_text(row.base), byte_count_text(row.head), f"{(row.head or 0) - (row.base or 0):+,}")

@@ -8,7 +8,7 @@ from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow
+from lowmem.testing.gate_verdicts import FigureComparison, GateVerdict
 from lowmem.testing.memory_baseline import (
     BaselineKey,
     Figures,
@@ -25,7 +25,7 @@ _SEPARATOR = " | "
 
 
 @dataclass(frozen=True)
-class GateResult:
+class GateFiguresAndVerdict:
     """The verdict of one gate: "same", "changed", "unknown", "stored" or "updated".
 
     ``name`` is the node id of its test, and the gate's ``name=``, if any; ``stored`` are the figures of the baseline.
@@ -39,7 +39,7 @@ class GateResult:
 
 
 @dataclass
-class MemoryGates:
+class MemoryGateSession:
     """Compares figures with the baselines in a directory, and writes these when the session ends.
 
     Args:
@@ -51,7 +51,9 @@ class MemoryGates:
     root: Path
     directory: Path
     mode: str = "compare"
-    rows: dict[str, GateResult] = field(default_factory=dict)  # by name; a rerun of a test replaces its rows
+    rows: dict[str, GateFiguresAndVerdict] = field(
+        default_factory=dict
+    )  # by name; a rerun of a test replaces its rows
     pending: dict[BaselineKey, dict[str, Figures]] = field(default_factory=dict)  # figures to store, by key
     vanished: set[tuple[BaselineKey, str]] = field(default_factory=set)  # (key, name) of stored gates without a test
     _stored: dict[BaselineKey, dict[str, Figures] | Exception | None] = field(default_factory=dict)  # None: no file
@@ -64,7 +66,7 @@ class MemoryGates:
         The node id of its test is for the command that stores the figures. A baseline that is damaged is an error.
         """
         path = key.file_path(self.directory)
-        known = self.read_figures_cached(key)
+        known = self.read_figures_cached_or_none(key)
         stored = (known or {}).get(gate_name)
         changes = [row for row in comparison_rows(gate_name, stored or {}, figures) if row.verdict != "same"]
         verdict = "unknown" if stored is None else "changed" if changes else "same"
@@ -74,7 +76,9 @@ class MemoryGates:
         elif gate_name in self.pending.get(key, {}):
             # A rerun of the test measured the stored figures
             del self.pending[key][gate_name]
-        self.rows[gate_name] = GateResult(gate_name, self._path_relative_to_root(path), figures, verdict, stored)
+        self.rows[gate_name] = GateFiguresAndVerdict(
+            gate_name, self._path_relative_to_root(path), figures, verdict, stored
+        )
         if verdict not in ("unknown", "changed"):
             return None
         if verdict == "unknown":
@@ -89,7 +93,7 @@ class MemoryGates:
         )
         return "\n".join([first, "", *difference_table_lines(changes), "", *said, command])
 
-    def read_figures_cached(self, key: BaselineKey) -> dict[str, Figures] | None:
+    def read_figures_cached_or_none(self, key: BaselineKey) -> dict[str, Figures] | None:
         """Return the stored figures of a key, or None without a file, which is read for the first gate alone."""
         if key not in self._stored:
             path = key.file_path(self.directory)
@@ -131,7 +135,7 @@ class MemoryGates:
                 if test in passed_tests or (test is None and is_file_complete(name.partition("::")[0])):
                     self.vanished.add((key, name))
 
-    def write_pending_figures(self) -> list[str]:
+    def write_pending_and_drop_vanished(self) -> list[str]:
         """Write pending figures, without vanished gates in mode "update", and return the written files.
 
         A file that is damaged, or cannot be written, is unchanged.
@@ -160,7 +164,7 @@ class MemoryGates:
 
     def merge_worker_state(self, worker_state: dict[str, Any]) -> None:
         """Merge the ``dump`` of a worker."""
-        self.rows |= {row["name"]: GateResult(**row) for row in worker_state["rows"]}
+        self.rows |= {row["name"]: GateFiguresAndVerdict(**row) for row in worker_state["rows"]}
         for key, figures in worker_state["pending"]:
             self.pending.setdefault(BaselineKey(*key), {}).update(figures)
         self.vanished |= {(BaselineKey(*key), name) for key, name in worker_state["vanished"]}
@@ -185,10 +189,10 @@ class MemoryGates:
         tests_passed = tests_passed and not self.missing_gate_rows()
         return GateVerdict("memory", tests_passed, files, "this run", {}, sorted(rows, key=lambda row: row.name))
 
-    def missing_gate_rows(self) -> list[VerdictRow]:
+    def missing_gate_rows(self) -> list[FigureComparison]:
         """Return a row for each stored gate without a test, which fails the session; none if these are removed."""
         lines = () if self.mode == "update" else self.vanished_messages_by_gate().items()
-        return [VerdictRow(name, "", verdict="missing", says=line) for name, line in lines]
+        return [FigureComparison(name, "", verdict="missing", says=line) for name, line in lines]
 
     def vanished_messages_by_gate(self) -> dict[str, str]:
         """Return a line for each stored gate without a test, by its name."""

@@ -109,7 +109,9 @@ def ratio_of_times(
     ).confidence_interval
     # Where most pairs are equal, rounding may put the estimate just outside an interval of width 0.
     low, high = min(float(interval.low), shift), max(float(interval.high), shift)
-    return Ratio(math.exp(shift), math.exp(low), math.exp(high), _wilcoxon_p_value(logs - math.log(bound)), len(logs))
+    return Ratio(
+        math.exp(shift), math.exp(low), math.exp(high), _one_sided_wilcoxon_p_value(logs - math.log(bound)), len(logs)
+    )
 
 
 def take_turns(sides: Sequence[Callable[[], float]], rounds: int) -> list[list[float]]:
@@ -151,7 +153,7 @@ def _checked_times(seconds: Sequence[float]) -> npt.NDArray[np.float64]:
     return times
 
 
-def _wilcoxon_p_value(log_ratios: npt.NDArray[np.float64]) -> float:
+def _one_sided_wilcoxon_p_value(log_ratios: npt.NDArray[np.float64]) -> float:
     """Return the one-sided p-value of Wilcoxon's signed-rank test that the center of ``log_ratios`` is at most 0."""
     moved = log_ratios[log_ratios != 0]
     if len(moved) == 0:

@@ -45,7 +45,7 @@ runpy.run_module("{package}", run_name="__main__")
 '''
 
 
-def read_project_files(directory: str) -> dict[str, bytes]:
+def read_project_files_by_path(directory: str) -> dict[str, bytes]:
     """Return the contents of a project's files by their paths with slashes; those of a package begin with its name.
 
     Raises:
@@ -92,12 +92,12 @@ def _check_portable_file(path: Path, root: Path) -> None:
     if UNPORTABLE_CHARACTERS.search(str(path.relative_to(root.parent))):
         raise ValueError(f"file={str(path)!r}: not every system can unzip this name; rename it")
     if path.is_symlink():
-        _check_link_inside_root(path, root)
+        _check_link_to_file_inside_root(path, root)
     elif not path.is_file():
         raise ValueError(f"file={str(path)!r} is neither a file nor a directory; take it out of the directory")
 
 
-def _check_link_inside_root(link: Path, root: Path) -> None:
+def _check_link_to_file_inside_root(link: Path, root: Path) -> None:
     target = Path(os.path.realpath(link))
     if not os.path.exists(target):
         where = "nowhere"
@@ -159,7 +159,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"name={name!r} must end in a file name, such as project_bundle")
     destination = Path(name if name.lower().endswith(".zip") else f"{name}.zip")
     check_not_exists(destination)
-    files = files_with_main_module(read_project_files(directory), directory)
+    files = files_with_main_module(read_project_files_by_path(directory), directory)
     payload = zip_bytes_with_manifest(files)
     write_atomically(destination, payload, overwrite=False)
     count = len({*files, MANIFEST})

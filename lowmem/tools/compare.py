@@ -155,13 +155,13 @@ def _run_text_comparison(arguments: argparse.Namespace, device: torch.device) ->
     if len(folders) < 2:
         raise ValueError(f"models={arguments.models!r}: name a base and at least one other folder to compare with it")
     text, _ = read_text_and_sha256(arguments.text)
-    from lowmem.integrations.transformers.text_comparison import compare_text
+    from lowmem.integrations.transformers.text_comparison import compare_folders_on_text
 
     with (
         warnings_printed_as_notes(),
         progress_display("layers", TimeRemainingColumn, visible=arguments.layers) as update,
     ):
-        scores: list[Any] = compare_text(
+        scores: list[Any] = compare_folders_on_text(
             [folder for _, folder in folders if folder is not None],
             text,
             layers=arguments.layers,

@@ -16,7 +16,7 @@ from lowmem.tools.output import (
     bytes_before_and_after_text,
     mib_text,
     print_json,
-    print_saved_path,
+    print_saved_path_to_stderr,
     print_table,
     progress_display,
     shape_text,
@@ -81,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             text_columns=(0, 2, 3),
         )
     _print_export_totals(name, rows)
-    print_saved_path(arguments.out)
+    print_saved_path_to_stderr(arguments.out)
     return 0
 
 

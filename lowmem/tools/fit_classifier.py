@@ -32,14 +32,14 @@ from lowmem.tools.named_models import (
     factory_and_techniques,
     plan_or_raise_value_error,
 )
-from lowmem.tools.output import mib_text, print_json, print_memory_plan, print_saved_path, progress_display
+from lowmem.tools.output import mib_text, print_json, print_memory_plan, print_saved_path_to_stderr, progress_display
 from lowmem.transforms.memory_plan import (
     Plan,
+    convert_on_meta_and_count_bytes,
     fake_args_and_kwargs,
-    make_converted_meta_model,
-    measure_run_on_fake_tensors,
+    make_fake_and_measure_run,
+    permanently_on_fake_tensors,
     plan_from_figures,
-    running_on_fake_tensors,
 )
 from lowmem.version import __version__
 
@@ -132,7 +132,7 @@ def run(arguments: argparse.Namespace) -> int:
         head = safetensors.torch.save(dict(model.head.state_dict()), {"lowmem": json.dumps(origin)})
         write_atomically(head_file_path(arguments.save), head)
         write_stream_returning_digest(arguments.save, *content)
-        print_saved_path(arguments.save)
+        print_saved_path_to_stderr(arguments.save)
     if arguments.json:
         print_json(asdict(result))
     else:
@@ -144,9 +144,9 @@ def run(arguments: argparse.Namespace) -> int:
 def plan_classifier_training(model_name: str, data: TrainTestSplit, *, rank: int | None, batch_size: int) -> Plan:
     """Return the memory that ``fit`` takes for the model called ``model_name``, whose weights are not allocated."""
     factory, techniques = factory_and_techniques(model_name, rank)
-    body = make_converted_meta_model(factory, techniques)
+    body = convert_on_meta_and_count_bytes(factory, techniques)
     x, y = data.train_x[:batch_size], data.train_y[:batch_size]
-    with running_on_fake_tensors(body.model):
+    with permanently_on_fake_tensors(body.model):
         inputs, _ = fake_args_and_kwargs(x[:2])
         features = _flattened_output_features(model_name, body.model, *inputs)
     with torch.device("meta"):
@@ -156,7 +156,7 @@ def plan_classifier_training(model_name: str, data: TrainTestSplit, *, rank: int
         body, model=model, dense=body.dense + head, load=body.load + head, conversion=body.conversion + head
     )
     loss = lambda logits: nn.functional.cross_entropy(logits, y)  # noqa: E731
-    return plan_from_figures(whole, "adamw", measure_run_on_fake_tensors(whole.model, x, "adamw", loss))
+    return plan_from_figures(whole, "adamw", make_fake_and_measure_run(whole.model, x, "adamw", loss))
 
 
 def _flattened_output_features(model_name: str, body: nn.Module, x: Tensor) -> int:

@@ -20,10 +20,10 @@ from lowmem.io.formats.requantization import bytes_in_storage_form, form_with_de
 from lowmem.io.metadata_records import parse_form_record
 from lowmem.io.model_folder import read_quantization_config, weights_or_index_path
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
-from lowmem.nn.dot_product_attention import float32_attention_if_faster
+from lowmem.nn.dot_product_attention import float32_attention_mode_if_faster
 from lowmem.nn.forms import CodedForm, Form, HalfForm
 from lowmem.nn.techniques import Half, blockwise_technique
-from lowmem.resident import resident_bytes
+from lowmem.resident import resident_bytes_or_none
 from lowmem.tools.fit_job import FineTuningJob
 from lowmem.tools.named_models import plan_or_raise_value_error
 from lowmem.tools.output import mib_text, print_json, print_memory_plan, progress_display, warnings_printed_as_notes
@@ -31,11 +31,11 @@ from lowmem.training.prepare_training import prepare_training
 from lowmem.transforms.convert import convert
 from lowmem.transforms.memory_plan import (
     Plan,
-    make_converted_meta_model,
-    measure_optimizer_step,
-    measure_run_on_fake_tensors,
+    convert_on_meta_and_count_bytes,
+    make_fake_and_measure_run,
+    permanently_on_fake_tensors,
     plan_from_figures,
-    running_on_fake_tensors,
+    set_grads_and_measure_step,
 )
 from lowmem.transforms.module_registry import Technique
 
@@ -58,7 +58,7 @@ def print_planned_memory(arguments: argparse.Namespace, job: FineTuningJob) -> i
             # Imports the code of the model's class
             dense_model_factory(job.model_path, 1)()
         _import_optimizer_modules()
-        before = resident_bytes()
+        before = resident_bytes_or_none()
         storing, dense, exact = (
             (job.technique, (), 0) if job.is_dense else technique_dense_paths_and_bytes(job.model_path)
         )
@@ -181,7 +181,7 @@ def _plan_training_steps(job: FineTuningJob, technique: Technique | None, skippe
     but few of them, run forward and backward on random weights; each other layer is taken to need what one more layer
     needs.
     """
-    from lowmem.integrations.transformers.model_facts import dense_model_factory, language_model_sizes
+    from lowmem.integrations.transformers.model_facts import dense_model_factory, read_language_model_sizes
     from lowmem.integrations.transformers.pretrained_folder import check_tensors_fit_config
 
     if job.is_dense:
@@ -197,10 +197,10 @@ def _plan_training_steps(job: FineTuningJob, technique: Technique | None, skippe
 
     def measure_step_bytes(layer_count: int) -> dict[str, int]:
         """Return the figures of a model with ``layer_count`` layers: its forward is planned, and a step is run."""
-        planned = make_converted_meta_model(
+        planned = convert_on_meta_and_count_bytes(
             dense_model_factory(job.model_path, layer_count), techniques, None, skipped_paths
         )
-        forward_figures = measure_run_on_fake_tensors(planned.model, batch, None, None)
+        forward_figures = make_fake_and_measure_run(planned.model, batch, None, None)
         print_dry_run_line(
             f"runs forward and backward of {layer_count} of the {sizes.layers} layers, with random weights"
         )
@@ -209,14 +209,14 @@ def _plan_training_steps(job: FineTuningJob, technique: Technique | None, skippe
             model = convert(dense_model_factory(job.model_path, layer_count)(), *techniques, skip=skipped_paths)
             if job.memory_mode != "plain":
                 prepare_training(model, job.memory_mode)
-            with float32_attention_if_faster(model):
+            with float32_attention_mode_if_faster(model):
                 return forward_figures | {"backward": measure.backward_bytes(model, loss=cross_entropy_loss, **batch)}
 
-    sizes = language_model_sizes(job.model_path)
+    sizes = read_language_model_sizes(job.model_path)
     print_dry_run_line("plans the model without its weights")
-    whole = make_converted_meta_model(dense_model_factory(job.model_path), techniques, None, skipped_paths)
-    with running_on_fake_tensors(whole.model):
-        updated = measure_optimizer_step(
+    whole = convert_on_meta_and_count_bytes(dense_model_factory(job.model_path), techniques, None, skipped_paths)
+    with permanently_on_fake_tensors(whole.model):
+        updated = set_grads_and_measure_step(
             [parameter for parameter in whole.model.parameters() if parameter.requires_grad], "adamw"
         )
     if sizes.layers <= max(MEASURED_LAYER_COUNTS):

@@ -33,7 +33,7 @@ from lowmem.io.filesystem import (
 from lowmem.io.formats.peft.peft_reader import CONFIG, WEIGHTS
 from lowmem.io.model_folder import weights_or_index_path
 from lowmem.io.shards import INDEX, read_weight_map
-from lowmem.nn.techniques import BlockwiseQuantization, Budget, EightBit, FourBit, Half, LoRA, blockwise_technique
+from lowmem.nn.techniques import BlockwiseTechnique, Budget, EightBit, FourBit, Half, LoRA, blockwise_technique
 from lowmem.tools.arguments import DEFAULT_RANK, option_string
 from lowmem.tools.output import escaped_and_truncated, finite_or_none
 from lowmem.version import __version__
@@ -195,13 +195,13 @@ def check_arguments_and_make_job(
     technique, dense = _technique_and_is_dense(model_path, arguments.format, arguments.bits)
     adapter = _lora_from_arguments(arguments)
     settings = _fine_tuning_settings(arguments, adapter.rank)
-    from lowmem.integrations.transformers.model_facts import delayed_transformers_log, language_model_sizes
+    from lowmem.integrations.transformers.model_facts import delayed_transformers_log, read_language_model_sizes
     from lowmem.integrations.transformers.pretrained_folder import check_tensors_fit_config
     from lowmem.integrations.transformers.text_tokenizer import TextTokenizer, read_tokenizer
 
     # What it says comes again when the model is loaded
     with delayed_transformers_log(replay=False):
-        vocabulary, width, positions, _ = language_model_sizes(model_path)
+        vocabulary, width, positions, _ = read_language_model_sizes(model_path)
         try:
             tokenizer = TextTokenizer(read_tokenizer(model_path, vocabulary))
         except FileError:
@@ -331,7 +331,7 @@ def _technique_format_name(technique: StorageTechnique) -> str:
         return str(technique.dtype).removeprefix("torch.")
     if isinstance(technique, Budget):
         return f"{technique.bits:g} bits"
-    return str(technique.format) if isinstance(technique, BlockwiseQuantization) else technique or "as it is"
+    return str(technique.format) if isinstance(technique, BlockwiseTechnique) else technique or "as it is"
 
 
 def _base_files_sha256(model_path: Path) -> str:

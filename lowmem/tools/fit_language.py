@@ -32,7 +32,7 @@ from lowmem.finetuning.text_examples import Texts
 from lowmem.finetuning.training_state import States, forked_rng
 from lowmem.io.adapter_files import load_adapter
 from lowmem.io.filesystem import exclusive_write_lock
-from lowmem.nn.dot_product_attention import float32_attention_if_faster
+from lowmem.nn.dot_product_attention import float32_attention_mode_if_faster
 from lowmem.tools.arguments import select_local_rank_device
 from lowmem.tools.fit_dry_run import print_planned_memory
 from lowmem.tools.fit_job import (
@@ -50,7 +50,7 @@ from lowmem.tools.output import (
     finite_or_none,
     mib_text,
     print_json,
-    print_saved_path,
+    print_saved_path_to_stderr,
     progress_display,
     tokens_per_second_text,
     warnings_printed_as_notes,
@@ -227,7 +227,7 @@ class _LanguageModelTraining:
             prepare_training(self.model, job.memory_mode)
         held_out = None if job.held_out is None else self._rows_from_texts(job.held_out)
         model = ranks.wrap_model(self.model)
-        with float32_attention_if_faster(model):
+        with float32_attention_mode_if_faster(model):
             outcome = finetune(
                 model, self._rows, job.settings, held_out=held_out, states=states, ranks=ranks, watch=on_step
             )
@@ -339,6 +339,6 @@ def _print_training_result(arguments: argparse.Namespace, record: dict[str, Any]
         speed = f"{tokens_per_second_text(record['tokens_per_second'])} tokens a second"
         print(f"time of a step: {record['seconds_per_step']:.3f} s, {speed}", flush=True)
     if arguments.save is not None:
-        print_saved_path(arguments.save)
+        print_saved_path_to_stderr(arguments.save)
         for command in commands:
             print(f"next: {command}", file=sys.stderr)

@@ -14,7 +14,13 @@ from lowmem.io.filesystem import check_not_exists, check_outside_inputs, exclusi
 from lowmem.io.formats.gguf.gguf_file import MAGIC
 from lowmem.tools.arguments import DTYPES, parse_nonempty_path, parse_nonnegative_float
 from lowmem.tools.named_models import exceptions_as_value_error, import_and_call_batch_function, import_model_factory
-from lowmem.tools.output import print_json, print_saved_path, print_table, progress_display, warnings_printed_as_notes
+from lowmem.tools.output import (
+    print_json,
+    print_saved_path_to_stderr,
+    print_table,
+    progress_display,
+    warnings_printed_as_notes,
+)
 from lowmem.transforms.merge_adapters import MergeReport, merge
 from lowmem.transforms.module_registry import layer_display_name
 from lowmem.transforms.named_adapters import adapter_names
@@ -69,7 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
         else exceptions_as_value_error(f"inputs={arguments.inputs!r}: calling the model failed")
     )
     is_folder = arguments.base.is_dir() or has_magic_bytes(arguments.base, MAGIC)
-    _check_model_option(arguments, is_folder)
+    _check_model_only_for_file(arguments, is_folder)
     adapter = resolve_adapter_path_and_name(arguments.adapter, arguments.name)
     with exclusive_write_lock(arguments.out), progress_display("merge"):
         if is_folder:
@@ -97,11 +103,11 @@ def run(arguments: argparse.Namespace) -> int:
         remedy = "nothing was written: merge --to bfloat16, or keep the adapter apart"
         print(truncated_error_line(f"lowmem merge: {why}, above {arguments.at_most:g}; {remedy}"), file=sys.stderr)
         return 1
-    print_saved_path(arguments.out)
+    print_saved_path_to_stderr(arguments.out)
     return 0
 
 
-def _check_model_option(arguments: argparse.Namespace, is_folder: bool) -> None:
+def _check_model_only_for_file(arguments: argparse.Namespace, is_folder: bool) -> None:
     """Raise unless --model is given for a file of lowmem, and for nothing else."""
     if is_folder and arguments.model is not None:
         raise ValueError(

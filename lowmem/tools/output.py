@@ -26,7 +26,7 @@ from rich.text import Text
 
 from lowmem.errors import printable_line
 from lowmem.io.formats.requantization import GrowthWarning
-from lowmem.transforms.bits_per_weight import techniques_text
+from lowmem.transforms.bits_per_weight import techniques_as_code
 from lowmem.transforms.memory_plan import Plan
 from lowmem.transforms.model_summary import Summary
 
@@ -147,7 +147,7 @@ def print_json(document: object) -> None:
     print(json.dumps(document, indent=2), file=_results)
 
 
-def print_saved_path(path: Path) -> None:
+def print_saved_path_to_stderr(path: Path) -> None:
     """Say on stderr that a file or folder was written."""
     print(f"saved {escaped_and_truncated(str(path))}", file=sys.stderr)
 
@@ -214,7 +214,7 @@ def print_layer_summary(summary: Summary, *, grouped: bool = False, markdown: bo
 
 def print_memory_plan(model_name: str, plan: Plan, *, markdown: bool = False) -> None:
     """Print the plan of the model called ``model_name`` to stdout, as a table below its techniques."""
-    print(f"{escaped_and_truncated(model_name)}: {techniques_text(plan.techniques)}\n")
+    print(f"{escaped_and_truncated(model_name)}: {techniques_as_code(plan.techniques)}\n")
     print_table(plan.columns, plan.cells, markdown=markdown)
 
 

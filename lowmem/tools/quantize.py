@@ -34,7 +34,7 @@ from lowmem.tools.output import (
     escaped_and_truncated,
     mib_text,
     print_json,
-    print_saved_path,
+    print_saved_path_to_stderr,
     print_table,
     progress_display,
     shape_text,
@@ -232,7 +232,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.bits is not None:
         bits = 8 * sum(row.after_bytes for row in stored) / sum(math.prod(row.shape) for row in stored)
         print(f"{bits:.4f} bits a weight that is converted, of --bits {arguments.bits:g}")
-    print_saved_path(arguments.target)
+    print_saved_path_to_stderr(arguments.target)
     return 0
 
 

@@ -19,7 +19,7 @@ from lowmem.tools.output import (
     escaped_and_truncated,
     mib_text,
     print_json,
-    print_saved_path,
+    print_saved_path_to_stderr,
     print_table,
     progress_display,
     shape_text,
@@ -111,7 +111,7 @@ def run_foreign_import(arguments: argparse.Namespace, technique: FourBit | Eight
             f"left out {len(left_out)} that the model computes: {escaped_and_truncated(', '.join(left_out[:3]))}",
             file=sys.stderr,
         )
-    print_saved_path(arguments.target)
+    print_saved_path_to_stderr(arguments.target)
     return 0
 
 

@@ -26,13 +26,13 @@ from lowmem.tools.arguments import (
     parse_shape,
 )
 from lowmem.tools.named_models import build_or_load_named_model, call_or_raise_input_error
-from lowmem.tools.output import print_saved_path, progress_display
-from lowmem.transforms.bits_per_weight import techniques_text
+from lowmem.tools.output import print_saved_path_to_stderr, progress_display
+from lowmem.transforms.bits_per_weight import techniques_as_code
 from lowmem.variants import VARIANTS, variant_description
 from lowmem.version import install_command
 
 if TYPE_CHECKING:
-    from lowmem.report.page import Report
+    from lowmem.report.page import ReportPageData
 
 BIGNET = "bignet"
 # The name of a user's model without techniques
@@ -118,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         verdicts=verdicts,
     )
     write_atomically(arguments.target, render_report_html(page).encode())
-    print_saved_path(arguments.target)
+    print_saved_path_to_stderr(arguments.target)
     return 0
 
 
@@ -144,7 +144,7 @@ def check_writable_html_path(path: Path) -> None:
 
 def measure_variants(
     model_name: str, x: Tensor, *, seed: int = 0, timed_inputs: Sequence[Tensor] = (), by_layer_group: bool = False
-) -> Report:
+) -> ReportPageData:
     """Measure bytes, peaks, a training step, the error of the output, and speed of every variant of a model.
 
     Args:
@@ -157,12 +157,12 @@ def measure_variants(
     from lowmem.report import quantization_errors
     from lowmem.report.footprint import measure_footprint
     from lowmem.report.layer_groups import VariantBytesAndErrors, group_layers
-    from lowmem.report.page import Report
+    from lowmem.report.page import ReportPageData
     from lowmem.report.relative_speeds import measure_relative_speed
 
     is_user_model = model_name != BIGNET
     dense = build_or_load_named_model(model_name, seed=seed)
-    expected = quantization_errors.flat_float64_vector(_run_and_flatten_output(model_name, dense, x))
+    expected = quantization_errors.flat_float64_vector(_run_and_list_output_tensors(model_name, dense, x))
     footprints, timings = [], []
     losses, stored, meanings = {}, {}, {}
     left_out: dict[str, str] = {}
@@ -188,7 +188,8 @@ def measure_variants(
                         "call"
                     )
                 losses[label] = difference(
-                    expected, quantization_errors.flat_float64_vector(_run_and_flatten_output(model_name, model, x))
+                    expected,
+                    quantization_errors.flat_float64_vector(_run_and_list_output_tensors(model_name, model, x)),
                 ).relative
                 if by_layer_group:
                     stored[label] = VariantBytesAndErrors.from_model(model)
@@ -199,7 +200,7 @@ def measure_variants(
                             partial(measure_relative_speed, label, dense, model, batch),
                         )
                     )
-            meanings[label] = techniques_text(techniques), variant_description(variant)
+            meanings[label] = techniques_as_code(techniques), variant_description(variant)
             trains = _has_training_step(model_name, model, x)
             footprints.append(
                 call_or_raise_input_error(
@@ -207,20 +208,20 @@ def measure_variants(
                 )
             )
             update(advance=1)
-    qualities: list[quantization_errors.OutputQuality] = []
+    qualities: list[quantization_errors.BitsAndOutputError] = []
     if by_layer_group:
         with progress_display("quality against bits") as update:
-            qualities = quantization_errors.measure_output_qualities(
+            qualities = quantization_errors.measure_bits_and_output_errors(
                 lambda: build_or_load_named_model(model_name, seed=seed),
-                lambda model: _run_and_flatten_output(model_name, model, x),
+                lambda model: _run_and_list_output_tensors(model_name, model, x),
                 lambda: update(advance=1),
             )
-    return Report(
+    return ReportPageData(
         footprints,
         meanings,
         losses,
         timings,
-        quantization_errors.measure_format_distortions(),
+        quantization_errors.measure_format_gaussian_errors(),
         machine_facts_as_text(),
         groups=group_layers(dense, stored) if by_layer_group else (),
         qualities=qualities,
@@ -245,7 +246,7 @@ def _check_reportable_model(arguments: argparse.Namespace) -> None:
         raise ValueError("--run holds times of BigNet, not of your model: leave it out to time your model")
 
 
-def _report_lead_text(arguments: argparse.Namespace, report: Report, is_user_model: bool) -> str:
+def _report_lead_text(arguments: argparse.Namespace, report: ReportPageData, is_user_model: bool) -> str:
     size = " x ".join(map(str, (arguments.batch, *arguments.input_shape)))
     model = "Your model" if is_user_model else "The reference model, 18 linear layers of 1024 x 1024,"
     return (
@@ -272,7 +273,7 @@ def _has_training_step(model_name: str, model: nn.Module, x: Tensor) -> bool:
     return any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in outputs)
 
 
-def _run_and_flatten_output(model_name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
+def _run_and_list_output_tensors(model_name: str, model: nn.Module, x: Tensor) -> list[Tensor]:
     """Return the tensors in a model's output, of any structure."""
 
     def output_tensors() -> list[Tensor]:

@@ -61,7 +61,7 @@ def _limited_server_class(folder: Path) -> type:
     import typer
     from transformers.cli.serve import Serve
 
-    from lowmem.integrations.transformers.pretrained_folder import load_errors_as_file_errors
+    from lowmem.integrations.transformers.pretrained_folder import quiet_load_with_file_errors
     from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 
     class ServerWithLimits(Serve):  # type: ignore[misc]
@@ -71,7 +71,7 @@ def _limited_server_class(folder: Path) -> type:
             self.limits = folder.name, host, max_tokens, max_body * 2**20, enable_cors
             # The server's own errors do not say what is wrong with it
             read_tokenizer(folder)
-            with load_errors_as_file_errors(folder):
+            with quiet_load_with_file_errors(folder):
                 super().__init__(host=host, enable_cors=enable_cors, **options)
 
         def start_server(self) -> None:

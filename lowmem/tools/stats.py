@@ -169,7 +169,7 @@ def run(arguments: argparse.Namespace) -> int:
     measures_step = not planned and arguments.training not in (None, "none")
     _check_step_options_and_plot_path(arguments, measures_step)
     if planned:
-        return _print_memory_plans(arguments)
+        return _make_and_print_memory_plans(arguments)
     device = select_local_rank_device(arguments.device)
     if arguments.tokens is not None:
         raise ValueError(f"--tokens {arguments.tokens} plans a cache: add --plan or --at-most, or leave it out")
@@ -225,9 +225,9 @@ def _make_input_for_config(arguments: argparse.Namespace, config: Any = None) ->
     tokens = config is not None and arguments.input_dtype is None and len(arguments.input_shape or (1,)) == 1
     length = DEFAULT_TOKENS
     if tokens:
-        from lowmem.integrations.transformers.model_facts import context_window
+        from lowmem.integrations.transformers.model_facts import capped_context_window
 
-        length = context_window(config, DEFAULT_TOKENS)
+        length = capped_context_window(config, DEFAULT_TOKENS)
     described = copy(arguments)
     described.input_shape = arguments.input_shape or (length if tokens else 1024,)
     described.input_dtype = arguments.input_dtype or ("int64" if tokens else "float32")
@@ -246,7 +246,7 @@ def _language_model_label_kwargs(config: Any, class_name: str, x: Tensor) -> dic
     return {"labels": x} if is_language_model and not x.is_floating_point() else {}
 
 
-def _print_memory_plans(arguments: argparse.Namespace) -> int:
+def _make_and_print_memory_plans(arguments: argparse.Namespace) -> int:
     training = None if arguments.training == "none" else arguments.training or "adamw"
     if training is not None and training not in OPTIMIZERS:
         raise ValueError(
@@ -373,7 +373,7 @@ def _check_step_options_and_plot_path(arguments: argparse.Namespace, measures_st
 def _measure_and_print_step_memory(arguments: argparse.Namespace, device: torch.device) -> int:
     """Measure a training step of each model, and print and draw where its memory goes."""
     memory_by_model = {
-        name: _measure_training_step_memory(arguments, name, device) for name in arguments.models or VARIANTS
+        name: _build_model_and_measure_step(arguments, name, device) for name in arguments.models or VARIANTS
     }
     if arguments.plot is not None:
         _write_step_memory_plot(arguments, memory_by_model)
@@ -397,7 +397,7 @@ def _measure_and_print_step_memory(arguments: argparse.Namespace, device: torch.
     return 0
 
 
-def _measure_training_step_memory(
+def _build_model_and_measure_step(
     arguments: argparse.Namespace, model_name: str, device: torch.device
 ) -> TrainingMemory:
     has_variant_adapters = model_folder_or_none(model_name) is None and any(

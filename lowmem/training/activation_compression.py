@@ -19,10 +19,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from lowmem.kernels.codes_8bit import BLOCK, empty_codes_and_scales
 from lowmem.nn.call_context import is_cast_by_autocast
 from lowmem.nn.recomputed_inputs import (
-    RecomputedTensor,
+    RecomputableView,
     VersionedTensor,
+    recomputable_view_or_none,
     recompute_tensor,
-    registered_recompute_or_none,
 )
 from lowmem.nn.sharded_parameters import is_fsdp2_module
 from lowmem.quant.backend import backend_of
@@ -58,7 +58,7 @@ class ActivationArena:
         self._piece: Tensor | None = None
         self._used = self._total = self._last = 0
 
-    def allocate(self, nbytes: int) -> Tensor:
+    def allocate_int8(self, nbytes: int) -> Tensor:
         """Return uninitialized int8 (size,) on the CPU, aligned for any dtype."""
         if self._piece is None or self._used + nbytes > len(self._piece):
             whole = -(-nbytes // _ALIGNED) * _ALIGNED
@@ -98,7 +98,7 @@ def quantize_activation(x: Tensor, arena: ActivationArena | None = None) -> Quan
     """
     if arena is not None and x.is_cpu:
         blocks = -(-x.numel() // BLOCK)
-        flat, of_scales = arena.allocate(blocks * (BLOCK + 4)).split((blocks * BLOCK, blocks * 4))
+        flat, of_scales = arena.allocate_int8(blocks * (BLOCK + 4)).split((blocks * BLOCK, blocks * 4))
         codes, scales = flat.view(-1, BLOCK), of_scales.view(torch.float32).unsqueeze(1)
     else:
         codes, scales = empty_codes_and_scales(x)
@@ -153,21 +153,21 @@ class _SavedTensorCompressor:
         self.room = ActivationArena()
         self.keeps: Callable[[Tensor], bool] | None = None
 
-    def pack(self, tensor: Tensor) -> VersionedTensor | _QuantizedView | RecomputedTensor:
+    def pack(self, tensor: Tensor) -> VersionedTensor | _QuantizedView | RecomputableView:
         """Return what autograd keeps instead of a tensor."""
-        return self._compressed_or_none(tensor) or VersionedTensor(tensor, tensor._version)
+        return self._packed_or_none(tensor) or VersionedTensor(tensor, tensor._version)
 
-    def _compressed_or_none(self, tensor: Tensor) -> _QuantizedView | RecomputedTensor | None:
+    def _packed_or_none(self, tensor: Tensor) -> _QuantizedView | RecomputableView | None:
         if type(tensor) is not Tensor or not _is_compressible(tensor):
             return None
-        if (again := registered_recompute_or_none(tensor, self.pack)) is not None:
+        if (again := recomputable_view_or_none(tensor, self.pack)) is not None:
             return again
         storage = tensor.untyped_storage()
         if storage._cdata in self.exact:
             return None
         keep = self.keeps is not None and self.keeps(tensor)
         if storage.nbytes() > _VIEWED * tensor.nbytes:
-            codes = None if keep else self._quantize_unless_lossy(tensor.detach().reshape(-1))
+            codes = None if keep else self._quantize_or_free_if_lossy(tensor.detach().reshape(-1))
             shape = torch.empty(tensor.shape, dtype=torch.float32, device="meta")
             return None if codes is None else _QuantizedView(codes, shape.shape, shape.stride(), 0, self.held)
         codes = self._cached_storage_codes_or_none(tensor, storage, keep)
@@ -189,12 +189,12 @@ class _SavedTensorCompressor:
             seen = _CachedStorageCodes(
                 weakref.ref(storage),
                 tensor._version,
-                None if keep_uncompressed else self._quantize_unless_lossy(flat),
+                None if keep_uncompressed else self._quantize_or_free_if_lossy(flat),
             )
             self.seen = {at: entry for at, entry in self.seen.items() if entry.storage() is not None} | {key: seen}
         return seen.codes
 
-    def _quantize_unless_lossy(self, x: Tensor) -> QuantizedActivation | None:
+    def _quantize_or_free_if_lossy(self, x: Tensor) -> QuantizedActivation | None:
         codes = quantize_activation(x, self.room)
         if codes.vanished <= _VANISHED:
             return codes
@@ -202,11 +202,11 @@ class _SavedTensorCompressor:
         return None
 
     @staticmethod
-    def unpack(packed: VersionedTensor | _QuantizedView | RecomputedTensor) -> Tensor:
+    def unpack(packed: VersionedTensor | _QuantizedView | RecomputableView) -> Tensor:
         """Return the tensor for backward."""
         if isinstance(packed, VersionedTensor):
             return packed.unmodified_tensor_or_raise()
-        if isinstance(packed, RecomputedTensor):
+        if isinstance(packed, RecomputableView):
             return recompute_tensor(packed)
         held = packed.held
         if held.codes is not packed.codes or held.values is None:
@@ -270,7 +270,9 @@ def _exempt_tensor_predicate_or_none(
     function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Callable[[Tensor], bool] | None:
     """Return whether a tensor that ``function`` saves must stay uncompressed; None: no exception for it."""
-    if function in _EXACT or (function in _POWERS and not _is_positive_integer(args[1] if len(args) > 1 else None)):
+    if function in _EXACT or (
+        function in _POWERS and not _is_positive_whole_number(args[1] if len(args) > 1 else None)
+    ):
         return lambda saved: True
     # Statistics per group: (batch, groups)
     if function is functional.group_norm:
@@ -287,7 +289,7 @@ def _exempt_tensor_predicate_or_none(
     return None
 
 
-def _is_positive_integer(exponent: Any) -> bool:
+def _is_positive_whole_number(exponent: Any) -> bool:
     """Whether the gradient of ``x ** exponent`` needs no division by x: a whole exponent of at least 1."""
     return isinstance(exponent, int | float) and exponent >= 1 and exponent == int(exponent)
 

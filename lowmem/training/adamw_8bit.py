@@ -103,7 +103,7 @@ class AdamW8bit(torch.optim.Optimizer):
         first, second = group["betas"]
         size = group["lr"] / (1 - first ** state["step"])
         root = (1 - second ** state["step"]) ** 0.5
-        local_parameter, gradient = _local_shard(parameter), _local_shard(gradient)
+        local_parameter, gradient = _local_shard_or_tensor(parameter), _local_shard_or_tensor(gradient)
         flat = local_parameter if local_parameter.is_contiguous() else local_parameter.contiguous()
         values, gradient = flat.view(-1), gradient.reshape(-1)
         decay = 1 - group["lr"] * group["weight_decay"]
@@ -112,7 +112,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for start in range(0, len(values), chunk):
             part = slice(start, min(start + chunk, len(values)))
             g = gradient[part].float()
-            m, s = (_dequantized_moment(state, name, part, row) for name in _MOMENTS)
+            m, s = (_moment_chunk_in_float32(state, name, part, row) for name in _MOMENTS)
             m.lerp_(g, 1 - first)
             torch.sqrt(s.mul_(s).mul_(second).addcmul_(g, g, value=1 - second), out=s)
             change = m / (s / root).add_(group["eps"])
@@ -120,7 +120,7 @@ class AdamW8bit(torch.optim.Optimizer):
             # An infinite scale would make NaN of its whole block
             s.clamp_(max=torch.finfo(torch.float32).max)
             for name, moment in zip(_MOMENTS, (m, s), strict=True):
-                _quantize_moment_into_state(state, name, part, row, moment)
+                _write_moment_chunk(state, name, part, row, moment)
         if flat is not local_parameter:
             local_parameter.copy_(flat)
 
@@ -138,7 +138,7 @@ class AdamW8bit(torch.optim.Optimizer):
             replace_state_with_uncast_copies(self, parameter, state)
 
 
-def _local_shard(tensor: Tensor) -> Tensor:
+def _local_shard_or_tensor(tensor: Tensor) -> Tensor:
     """Return this process's shard of a tensor, in the same memory; other tensors as they are."""
     return cast(Any, tensor).to_local() if isinstance(tensor, imported_dtensor_types()) else tensor
 
@@ -206,32 +206,35 @@ def _shapes_text(shapes: Mapping[str, Any]) -> str:
     return ", ".join(name if shape is None else f"{name} {tuple(shape)}" for name, shape in shapes.items())
 
 
-def _dequantized_moment(state: Mapping[str, Any], name: str, elements: slice, row_length: int) -> Tensor:
+def _moment_chunk_in_float32(state: Mapping[str, Any], name: str, elements: slice, row_length: int) -> Tensor:
     """Return a chunk of a moment in float32; a view of the state where that is float32."""
     if name in state:
-        return _local_shard(state[name]).view(-1)[elements]
+        return _local_shard_or_tensor(state[name]).view(-1)[elements]
     blocks = _code_rows_slice(elements, row_length)
-    codes = _local_shard(state[f"{name}_codes"])[blocks].view(torch.float8_e4m3fn).float()
-    scales = _local_shard(state[f"{name}_scales"])[blocks]
+    codes = _local_shard_or_tensor(state[f"{name}_codes"])[blocks].view(torch.float8_e4m3fn).float()
+    scales = _local_shard_or_tensor(state[f"{name}_scales"])[blocks]
     if row_length:
         return codes.mul_(scales.repeat_interleave(min(row_length, BLOCK), 1)[:, :row_length]).view(-1)
     return codes.mul_(scales).view(-1)[: elements.stop - elements.start]
 
 
-def _quantize_moment_into_state(
+def _write_moment_chunk(
     state: Mapping[str, Any], name: str, elements: slice, row_length: int, moment: Tensor
 ) -> None:
     if name in state:
-        _local_shard(state[name]).view(-1)[elements] = moment
+        _local_shard_or_tensor(state[name]).view(-1)[elements] = moment
         return
     blocks, positive = _code_rows_slice(elements, row_length), name == "exp_avg_root"
     if row_length:
         padded = functional.pad(moment.view(-1, row_length), (0, -row_length % min(row_length, BLOCK)))
-        codes, scales = quantize_moment(padded.view(-1), positive, min(row_length, BLOCK))
+        codes, scales = quantize_moment_to_e4m3(padded.view(-1), positive, min(row_length, BLOCK))
         codes, scales = codes.view(padded.shape)[:, :row_length], scales.view(len(padded), -1)
     else:
-        codes, scales = quantize_moment(moment, positive)
-    _local_shard(state[f"{name}_codes"])[blocks], _local_shard(state[f"{name}_scales"])[blocks] = codes, scales
+        codes, scales = quantize_moment_to_e4m3(moment, positive)
+    (
+        _local_shard_or_tensor(state[f"{name}_codes"])[blocks],
+        _local_shard_or_tensor(state[f"{name}_scales"])[blocks],
+    ) = codes, scales
 
 
 def _code_rows_slice(elements: slice, row_length: int) -> slice:
@@ -240,7 +243,9 @@ def _code_rows_slice(elements: slice, row_length: int) -> slice:
     return slice(elements.start // length, -(-elements.stop // length))
 
 
-def quantize_moment(moment: Tensor, avoid_zero: bool = False, block_size: int = BLOCK) -> tuple[Tensor, Tensor]:
+def quantize_moment_to_e4m3(
+    moment: Tensor, avoid_zero: bool = False, block_size: int = BLOCK
+) -> tuple[Tensor, Tensor]:
     """Return the codes of a moment, float32 (n,): bits of e4m3 floats, uint8 (blocks, block), and float32 scales.
 
     With ``avoid_zero``, the smallest code is that of the smallest positive level, not zero.

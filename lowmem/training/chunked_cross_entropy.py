@@ -13,7 +13,7 @@ from torch import Tensor
 from lowmem import kernels
 from lowmem.errors import short_repr
 from lowmem.nn.call_context import is_cast_by_autocast
-from lowmem.nn.recomputed_inputs import has_dtype_independent_saving
+from lowmem.nn.recomputed_inputs import has_dtype_independent_pack_hook
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.backend import backend_of
 from lowmem.resident import trim_heap_before_allocation
@@ -98,7 +98,7 @@ class _ChunkedCrossEntropyFunction(torch.autograd.Function):
         bias_grad = rows.new_zeros(weight.shape[:1], dtype=sums) if wanted[2] else None
         loss = rows.new_zeros((), dtype=sums)
         # In "lean" mode the step's memory peaks here
-        if has_dtype_independent_saving():
+        if has_dtype_independent_pack_hook():
             trim_heap_before_allocation(min(chunk, len(row_indices)) * len(weight) * dtype.itemsize)
         with torch.autocast(rows.device.type, enabled=False):
             for start in range(0, len(row_indices), chunk):
@@ -156,7 +156,7 @@ class _OutputWeightMatmul:
         self.in_parts = self.of_torch is not dtype or (dense.dtype is not dtype and len(dense) > _CONVERTED)
         self.dense = dense if self.in_parts else dense.to(dtype)
 
-    def _iterate_converted_weight_rows(self) -> Iterator[tuple[slice, Tensor]]:
+    def _iterate_slices_and_weight_rows(self) -> Iterator[tuple[slice, Tensor]]:
         """Yield slices of the vocabulary, each with its rows of the weight, converted to the dtype."""
         for start in range(0, len(self.dense), self.step):
             rows = slice(start, min(start + self.step, len(self.dense)))
@@ -169,7 +169,7 @@ class _OutputWeightMatmul:
         if not self.in_parts:
             return torch.nn.functional.linear(x, self.dense, bias)
         out, x = x.new_empty(len(x), len(self.dense)), x.to(self.of_torch)
-        for rows, part in self._iterate_converted_weight_rows():
+        for rows, part in self._iterate_slices_and_weight_rows():
             if self.of_torch is not self.dtype:
                 out[:, rows] = torch.nn.functional.linear(x, part, None if bias is None else bias[rows].to(x.dtype))
             elif bias is None:
@@ -186,7 +186,7 @@ class _OutputWeightMatmul:
             return logits_grad @ self.dense
         wide = torch.promote_types(self.dtype, torch.float32)
         out = logits_grad.new_zeros(len(logits_grad), self.dense.shape[1], dtype=wide)
-        for rows, part in self._iterate_converted_weight_rows():
+        for rows, part in self._iterate_slices_and_weight_rows():
             out += logits_grad[:, rows].to(self.of_torch) @ part
         return out
 

@@ -16,18 +16,22 @@ from torch.utils.checkpoint import checkpoint
 from lowmem import kernels
 from lowmem.kernels.tensor_checks import is_selective_checkpointing
 from lowmem.nn.adapted_module import LoRALinear
-from lowmem.nn.adapter_autograd import bfloat16_outputs
-from lowmem.nn.call_context import has_call_hooks_or_replaced_forward
+from lowmem.nn.adapter_autograd import bfloat16_adapter_outputs
+from lowmem.nn.call_context import has_customized_call
 from lowmem.nn.linear import Linear4Bit
-from lowmem.nn.recomputed_inputs import are_saved_tensor_hooks_allowed, has_dtype_independent_saving, recomputed_input
+from lowmem.nn.recomputed_inputs import (
+    are_saved_tensor_hooks_allowed,
+    has_dtype_independent_pack_hook,
+    recomputed_instead_of_saved,
+)
 from lowmem.training.fused_functions import (
     gated_product,
     gated_product_recompute_or_none,
     recomputable_activation,
     recomputable_layer_norm,
-    rms_norm,
+    recomputable_rms_norm,
 )
-from lowmem.training.prepared_module import PreparedModule, prepare_module, unprepared_copy
+from lowmem.training.prepared_module import PreparedModule, prepend_prepared_class, unprepared_shallow_copy
 
 
 @dataclass(frozen=True)
@@ -63,7 +67,7 @@ class GatedMLPSpec:
 
 
 @dataclass(frozen=True)
-class Act:
+class ActivationSpec:
     """How a module without parameters computes an activation, a key of ``ACTIVATIONS``."""
 
     activation: str
@@ -80,7 +84,7 @@ class LayerNormSpec:
         return "layer norm fused: adapted layers compute again what it returns"
 
 
-FusionSpec: TypeAlias = "RMSNormSpec | GatedMLPSpec | Act | LayerNormSpec"
+FusionSpec: TypeAlias = "RMSNormSpec | GatedMLPSpec | ActivationSpec | LayerNormSpec"
 """How a fusable module computes its output."""
 
 
@@ -111,12 +115,12 @@ class FusedModule(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the plain module, and fuse the copy."""
-        return fuse, (unprepared_copy(self), self.fused_as)
+        return fuse_in_place, (unprepared_shallow_copy(self), self.fused_as)
 
 
-def fuse(module: nn.Module, spec: FusionSpec) -> nn.Module:
+def fuse_in_place(module: nn.Module, spec: FusionSpec) -> nn.Module:
     """Fuse a module that computes ``how``, in place; it stays an instance of its class. Returns the module."""
-    prepare_module(module, FusedModule, fused_as=spec, fused_with=_mlp_activation_callables(module, spec))
+    prepend_prepared_class(module, FusedModule, fused_as=spec, fused_with=_mlp_activation_callables(module, spec))
     return module
 
 
@@ -125,7 +129,7 @@ def _mlp_activation_callables(module: nn.Module, spec: FusionSpec) -> list[Any]:
     if not isinstance(spec, GatedMLPSpec):
         return []
     return [
-        *map(type, mlp_activation_modules(module, spec)),
+        *map(type, mlp_children_except_linears(module, spec)),
         *(value for value in module.__dict__.values() if callable(value)),
     ]
 
@@ -147,7 +151,7 @@ def _run_fused_rms_norm_or_none(module: Any, x: Tensor, spec: RMSNormSpec) -> Te
     dtypes = {x.dtype, weight.dtype}
     if len(dtypes) > 1 and not (spec.mixes and dtypes == {torch.float32, torch.bfloat16}):
         return None
-    return rms_norm(x, weight, getattr(module, spec.eps), spec.offset, spec.rounds_first)
+    return recomputable_rms_norm(x, weight, getattr(module, spec.eps), spec.offset, spec.rounds_first)
 
 
 def _run_fused_layer_norm_or_none(module: Any, x: Tensor, spec: LayerNormSpec) -> Tensor | None:
@@ -161,14 +165,14 @@ def _run_fused_layer_norm_or_none(module: Any, x: Tensor, spec: LayerNormSpec) -
     return recomputable_layer_norm(x, *affine, module.normalized_shape, module.eps)
 
 
-def _run_fused_activation_or_none(module: Any, x: Tensor, spec: Act) -> Tensor | None:
+def _run_fused_activation_or_none(module: Any, x: Tensor, spec: ActivationSpec) -> Tensor | None:
     """Fuse contiguous inputs only: torch's result has the input's layout, such as channels last."""
     return recomputable_activation(x, spec.activation) if x.is_contiguous() else None
 
 
 def _run_fused_mlp_or_none(module: Any, x: Tensor, spec: GatedMLPSpec) -> Tensor | None:
     """Call the layers and fuse what is between them; return None, before any call, if hooks watch the activation."""
-    if any(has_call_hooks_or_replaced_forward(child) for child in mlp_activation_modules(module, spec)):
+    if any(has_customized_call(child) for child in mlp_children_except_linears(module, spec)):
         return None
     if module.fused_with != _mlp_activation_callables(module, spec):
         return None
@@ -185,21 +189,19 @@ def _run_fused_mlp_or_none(module: Any, x: Tensor, spec: GatedMLPSpec) -> Tensor
                 'another mode than in forward: change them after backward, or prepare_training(model, "fast")'
             )
         state[:] = [now]
-        with bfloat16_outputs(narrow):
+        with bfloat16_adapter_outputs(narrow):
             gate, *rest = (layer(x) for layer in layers)
         return gated_product(gate, rest[0] if rest else None, spec.activation, spec.gate_first)
 
     # Only directly under the hooks of "lean": a checkpoint recomputes the layers anyway.
-    again = spec.again and torch.is_grad_enabled() and has_dtype_independent_saving()
-    again = again and not any(
-        has_call_hooks_or_replaced_forward(submodule) for layer in layers for submodule in layer.modules()
-    )
+    again = spec.again and torch.is_grad_enabled() and has_dtype_independent_pack_hook()
+    again = again and not any(has_customized_call(submodule) for layer in layers for submodule in layer.modules())
     hidden: Tensor = checkpoint(checked_gated_product, x, use_reentrant=False) if again else checked_gated_product(x)
     recompute = gated_product_recompute_or_none(hidden)
     context: AbstractContextManager[None] = nullcontext()
     # A selective checkpoint recomputes the product anyway, and would take our saved-tensor hooks for the user's.
     if recompute is not None and are_saved_tensor_hooks_allowed() and not is_selective_checkpointing():
-        context = recomputed_input(hidden, recompute)
+        context = recomputed_instead_of_saved(hidden, recompute)
     with context:
         out: Tensor = down(hidden)
     return out.to(x.dtype) if narrow else out
@@ -215,11 +217,7 @@ def _layer_state_fingerprint(layer: nn.Module) -> list[Any]:
 
 def _is_computed_in_bfloat16(layer: nn.Module, x: Tensor) -> bool:
     """Whether a layer in training rounds its input x to bfloat16 and its output is exact in bfloat16."""
-    if (
-        not isinstance(layer, LoRALinear)
-        or layer._plain_class is not Linear4Bit
-        or has_call_hooks_or_replaced_forward(layer)
-    ):
+    if not isinstance(layer, LoRALinear) or layer._plain_class is not Linear4Bit or has_customized_call(layer):
         return False
     bank = layer.adapters
     if bank.merged_name is not None or len(bank.active) != 1:
@@ -227,7 +225,7 @@ def _is_computed_in_bfloat16(layer: nn.Module, x: Tensor) -> bool:
     return kernels.differentiable_dtype(cast(Any, layer).compute_dtype, x) is torch.bfloat16
 
 
-def mlp_activation_modules(module: nn.Module, spec: GatedMLPSpec) -> list[nn.Module]:
+def mlp_children_except_linears(module: nn.Module, spec: GatedMLPSpec) -> list[nn.Module]:
     """Return the children of a gated MLP other than its linear layers, which the fused forward does not call."""
     return [child for name, child in module.named_children() if name not in (spec.gate, spec.up, spec.down)]
 
@@ -235,7 +233,7 @@ def mlp_activation_modules(module: nn.Module, spec: GatedMLPSpec) -> list[nn.Mod
 _FUSED_FORWARDS: dict[type, Callable[[Any, Tensor, Any], Tensor | None]] = {
     RMSNormSpec: _run_fused_rms_norm_or_none,
     GatedMLPSpec: _run_fused_mlp_or_none,
-    Act: _run_fused_activation_or_none,
+    ActivationSpec: _run_fused_activation_or_none,
     LayerNormSpec: _run_fused_layer_norm_or_none,
 }
 """For each way to compute: the fused forward, which returns None where the module's own forward must run."""

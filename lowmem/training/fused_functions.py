@@ -15,13 +15,13 @@ from torch.nn import functional
 
 from lowmem.kernels import rms_norm_and_gating
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
-from lowmem.kernels.tensor_checks import is_batched_by_vmap
+from lowmem.kernels.tensor_checks import is_batched_or_under_functorch
 from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapter_autograd import is_marked_exact_in_bfloat16
 from lowmem.nn.recomputed_inputs import (
     Recompute,
     is_possibly_in_checkpoint,
-    register_recompute_for_storage,
+    register_recompute_if_contiguous,
     with_double_backward_error,
 )
 from lowmem.quant.backend import backend_of
@@ -37,7 +37,7 @@ _OF_TORCH: dict[str, tuple[Callable[..., Tensor], Callable[..., Tensor]]] = {
 """For each activation that torch has a function for: that function, and the one that computes its gradient."""
 
 
-def rms_norm(
+def recomputable_rms_norm(
     x: Tensor, weight: Tensor, eps: float, offset: float = 0.0, round_before_scaling: bool = False
 ) -> Tensor:
     """Return ``x / sqrt(mean(x^2) + eps) * (offset + weight)``; only x and the weight are saved for backward.
@@ -93,13 +93,13 @@ def _make_recomputable(out: Tensor) -> Tensor:
             if made.left is not None:
                 return cast(Tensor, made.left.to(wanted))
             if made.again is None or made.again.dtype is not wanted:
-                made.again = made.compute(*_cached_saved_tensors(made), wanted)
+                made.again = made.compute(*_unpack_and_cache_saved_tensors(made), wanted)
             return cast(Tensor, made.again)
 
         made.waiting.add(reader)
         return recompute_result
 
-    register_recompute_for_storage(out, recompute_for_new_reader_or_none)
+    register_recompute_if_contiguous(out, recompute_for_new_reader_or_none)
     return out
 
 
@@ -120,7 +120,7 @@ def _init_recompute_state(ctx: Any, dtype: torch.dtype, compute: Callable[..., T
 
 def _finish_and_unpack_saved_tensors(ctx: Any) -> Any:
     """Return the saved tensors for the function's own backward, and release all that late readers do not need."""
-    saved = _cached_saved_tensors(ctx)
+    saved = _unpack_and_cache_saved_tensors(ctx)
     if ctx.waiting and ctx.left is None:
         ctx.left = ctx.compute(*saved, ctx.dtype)
     ctx.kept, ctx.again, ctx.done = None, None, True
@@ -217,7 +217,7 @@ def gated_product(gate: Tensor, up: Tensor | None, activation: str, gate_first: 
     plain = all(type(tensor) is Tensor for tensor in (gate, up) if tensor is not None)
     if not plain or (up is not None and (gate.dtype is not up.dtype or gate.shape != up.shape)):
         dtype = gate.dtype if up is None else torch.promote_types(gate.dtype, up.dtype)
-        both = _gate_and_up(gate.to(dtype), None if up is None else up.to(dtype), gate_first)
+        both = _gate_and_up_or_split_gate(gate.to(dtype), None if up is None else up.to(dtype), gate_first)
         return rms_norm_and_gating.gated(*both, ACTIVATIONS[activation], dtype)
     out: Tensor = _GatedProductFunction.apply(gate, up, activation, gate_first)  # type: ignore[no-untyped-call, unused-ignore]
     return out
@@ -231,8 +231,10 @@ def gated_product_recompute_or_none(product: Tensor) -> Recompute | None:
         return None
 
     def recompute_gated_product(dtype: torch.dtype | None) -> Tensor:
-        gate, up = _cached_saved_tensors(node)
-        return backend_of(gate).gated(*_gate_and_up(gate, up, node.gate_first), node.activation, dtype or node.dtype)
+        gate, up = _unpack_and_cache_saved_tensors(node)
+        return backend_of(gate).gated(
+            *_gate_and_up_or_split_gate(gate, up, node.gate_first), node.activation, dtype or node.dtype
+        )
 
     return recompute_gated_product
 
@@ -246,24 +248,26 @@ class _GatedProductFunction(torch.autograd.Function):
         if up is not None and len({tensor.dtype for tensor in saved if tensor is not None}) > 1:
             saved = [gate, up]
         ctx.save_for_backward(*saved)
-        return backend_of(gate).gated(*_gate_and_up(saved[0], saved[1], gate_first), ctx.activation, gate.dtype)
+        return backend_of(gate).gated(
+            *_gate_and_up_or_split_gate(saved[0], saved[1], gate_first), ctx.activation, gate.dtype
+        )
 
     @staticmethod
     @_once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = _cached_saved_tensors(ctx)
+        gate, up = _unpack_and_cache_saved_tensors(ctx)
         ctx.kept = None
-        if is_batched_by_vmap(grad):
+        if is_batched_or_under_functorch(grad):
             gradients = rms_norm_and_gating.gated_input_grads(
-                grad, *_gate_and_up(gate, up, ctx.gate_first), ctx.activation
+                grad, *_gate_and_up_or_split_gate(gate, up, ctx.gate_first), ctx.activation
             )
             of_gate, of_up = (cast(Tensor, tensor).to(ctx.dtype) for tensor in gradients)
             if up is not None:
                 return of_gate, of_up, None, None
             return torch.cat((of_gate, of_up) if ctx.gate_first else (of_up, of_gate), -1), None, None, None
         into = [None if tensor is None else torch.empty_like(tensor, dtype=ctx.dtype) for tensor in (gate, up)]
-        both = _gate_and_up(into[0], into[1], ctx.gate_first)
-        backend_of(grad).gated_grad(grad, *_gate_and_up(gate, up, ctx.gate_first), ctx.activation, both)
+        both = _gate_and_up_or_split_gate(into[0], into[1], ctx.gate_first)
+        backend_of(grad).gated_grad(grad, *_gate_and_up_or_split_gate(gate, up, ctx.gate_first), ctx.activation, both)
         return into[0], into[1], None, None
 
 
@@ -285,7 +289,7 @@ class _ActivationFunction(torch.autograd.Function):
         (x,) = _finish_and_unpack_saved_tensors(ctx)
         if _should_use_torch_activation(ctx.activation, x, grad):
             return _OF_TORCH[ctx.activation][1](grad, x.to(ctx.dtype)), None
-        if is_batched_by_vmap(grad):
+        if is_batched_or_under_functorch(grad):
             return rms_norm_and_gating.gated_input_grads(grad, x, None, ACTIVATIONS[ctx.activation])[0].to(
                 ctx.dtype
             ), None
@@ -303,7 +307,7 @@ def _apply_activation(x: Tensor, activation: str, original_dtype: torch.dtype, o
 
 def _should_use_torch_activation(activation: str, x: Tensor, grad: Tensor | None = None) -> bool:
     """Whether to call torch's function for an activation: the backend has none, or vmap asks."""
-    ours = backend_of(x).serves_rows(x) and (grad is None or not is_batched_by_vmap(grad))
+    ours = backend_of(x).serves_rows(x) and (grad is None or not is_batched_or_under_functorch(grad))
     return activation in _OF_TORCH and not ours
 
 
@@ -313,14 +317,14 @@ def recomputable_activation(x: Tensor, activation: str) -> Tensor:
     return _make_recomputable(out)
 
 
-def _cached_saved_tensors(ctx: Any) -> Any:
+def _unpack_and_cache_saved_tensors(ctx: Any) -> Any:
     """Return the saved tensors, unpacked only once: a checkpoint frees a tensor when it is first unpacked."""
     if ctx.kept is None:
         ctx.kept = ctx.saved_tensors
     return ctx.kept
 
 
-def _gate_and_up(gate: Any, up: Any, gate_first: bool) -> tuple[Tensor, Tensor]:
+def _gate_and_up_or_split_gate(gate: Any, up: Any, gate_first: bool) -> tuple[Tensor, Tensor]:
     if up is not None:
         return gate, up
     first, second = gate.chunk(2, -1)

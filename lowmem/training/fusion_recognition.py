@@ -13,10 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
-from lowmem.nn.call_context import has_call_hooks_or_replaced_forward
+from lowmem.nn.call_context import has_customized_call
 from lowmem.nn.module_class import hookless_shallow_copy
-from lowmem.training.fused import Act, FusionSpec, GatedMLPSpec, LayerNormSpec, RMSNormSpec, mlp_activation_modules
-from lowmem.training.fused_functions import gated_product, recomputable_activation, rms_norm
+from lowmem.training.fused import (
+    ActivationSpec,
+    FusionSpec,
+    GatedMLPSpec,
+    LayerNormSpec,
+    RMSNormSpec,
+    mlp_children_except_linears,
+)
+from lowmem.training.fused_functions import gated_product, recomputable_activation, recomputable_rms_norm
 
 _SIZES = 1.0, 1e-4, 30.0, 1e3
 """Factors of rows of random numbers, in turns: modules may clamp large ones, or treat small ones specially."""
@@ -32,7 +39,7 @@ _WEIGHTS = 1.0, 1e3, 1.0
 _COUNTS = "numbers of it change from call to call"
 
 
-def fusion_spec_or_reason(module: nn.Module, training: bool = True) -> FusionSpec | str | None:
+def probe_fusion_spec_or_reason(module: nn.Module, training: bool = True) -> FusionSpec | str | None:
     """Return how a module can be fused; if it only looks as if it could, the reason; None for any other module.
 
     ``training`` is the mode in which it will be called, as it may compute something else in the other.
@@ -50,14 +57,14 @@ def fusion_spec_or_reason(module: nn.Module, training: bool = True) -> FusionSpe
         # torch.manual_seed would seed other devices, too
         torch.default_generator.manual_seed(0)
         if activation:
-            result: FusionSpec | str | None = _activation_spec_or_none(module)
+            result: FusionSpec | str | None = _probe_activation_spec_or_none(module)
         else:
             result = (
-                _rms_norm_spec_or_reason(module, norm, training)
+                _probe_rms_norm_spec_or_reason(module, norm, training)
                 if norm is not None
-                else _gated_mlp_spec_or_reason(module, layers or [], training)
+                else _probe_gated_mlp_spec_or_reason(module, layers or [], training)
             )
-    if isinstance(result, RMSNormSpec | GatedMLPSpec | Act) and "forward" in vars(module):
+    if isinstance(result, RMSNormSpec | GatedMLPSpec | ActivationSpec) and "forward" in vars(module):
         return "it has a forward of its own, which another library has put into it"
     return result
 
@@ -77,7 +84,7 @@ def _norm_weight_and_eps_names_or_none(module: nn.Module) -> tuple[str, str] | N
     return vectors[0], numbers[0]
 
 
-def _rms_norm_spec_or_reason(
+def _probe_rms_norm_spec_or_reason(
     module: nn.Module, weight_and_eps_names: tuple[str, str], training: bool
 ) -> RMSNormSpec | str:
     copied = hookless_shallow_copy(module, type(module)).train(training)
@@ -89,7 +96,7 @@ def _rms_norm_spec_or_reason(
     errors: dict[RMSNormSpec, float] = {}
     for dtype in _DTYPES:
         for shape, size in zip(_SHAPES[dtype], _WEIGHTS, strict=False):
-            errors = _matching_norm_errors(
+            errors = _error_by_matching_norm_spec(
                 copied, candidates, (dtype, dtype), shape, size, shape == _SHAPES[dtype][0]
             )
             candidates = list(errors)
@@ -97,14 +104,14 @@ def _rms_norm_spec_or_reason(
         return "on random numbers it computes no RMS norm"
     mixing = candidates
     for dtypes in (_DTYPES, _DTYPES[::-1]):
-        mixing = list(_matching_norm_errors(copied, mixing, dtypes, (2, 2)))
+        mixing = list(_error_by_matching_norm_spec(copied, mixing, dtypes, (2, 2)))
     if numeric_attributes(copied) != numeric_attributes(module):
         return _COUNTS
     how = min(mixing or candidates, key=errors.__getitem__)
     return replace(how, mixes=bool(mixing))
 
 
-def _matching_norm_errors(
+def _error_by_matching_norm_spec(
     module: nn.Module,
     candidates: list[RMSNormSpec],
     dtypes: tuple[torch.dtype, torch.dtype],
@@ -138,7 +145,7 @@ def _matching_norm_errors(
     of_factor = (wide * exact * inverse).abs().sum(0)
     errors: dict[RMSNormSpec, float] = {}
     for how in candidates:
-        got = rms_norm(x, weight, eps, how.offset, how.rounds_first)
+        got = recomputable_rms_norm(x, weight, eps, how.offset, how.rounds_first)
         if (got.dtype, got.shape) != (expected[0].dtype, expected[0].shape):
             continue
         factor = (values.double() + how.offset).abs()
@@ -201,7 +208,7 @@ def _is_activation_candidate(module: nn.Module) -> bool:
     return len(taken) == 2 and all(parameter.kind is parameter.POSITIONAL_OR_KEYWORD for parameter in taken.values())
 
 
-def _activation_spec_or_none(module: nn.Module) -> Act | None:
+def _probe_activation_spec_or_none(module: nn.Module) -> ActivationSpec | None:
     """Return which activation a module computes; None, without a reason for the report, for other functions."""
     names, copied = list(ACTIVATIONS), hookless_shallow_copy(module, type(module)).train()
     for dtype, shape in ((tested_dtype, shape) for tested_dtype in _DTYPES for shape in _SHAPES[tested_dtype]):
@@ -223,7 +230,7 @@ def _activation_spec_or_none(module: nn.Module) -> Act | None:
             if _are_all_close(pairs, 8 * torch.finfo(dtype).eps):
                 matching.append(name)
         names = matching
-    return Act(names[0]) if names and numeric_attributes(copied) == numeric_attributes(module) else None
+    return ActivationSpec(names[0]) if names and numeric_attributes(copied) == numeric_attributes(module) else None
 
 
 def _mlp_linear_names_or_none(module: nn.Module) -> list[str] | None:
@@ -253,7 +260,9 @@ def _in_out_features_or_empty(layer: Any) -> tuple[int, int]:
     return features if all(isinstance(size, int) for size in features) else ()  # type: ignore[return-value]
 
 
-def _gated_mlp_spec_or_reason(module: nn.Module, layer_names: list[str], training: bool) -> GatedMLPSpec | str | None:
+def _probe_gated_mlp_spec_or_reason(
+    module: nn.Module, layer_names: list[str], training: bool
+) -> GatedMLPSpec | str | None:
     matching: list[GatedMLPSpec] | None = None
     for dtype in _DTYPES:
         for number, ran in enumerate(_iterate_probed_calls(module, layer_names, dtype, training)):
@@ -265,9 +274,7 @@ def _gated_mlp_spec_or_reason(module: nn.Module, layer_names: list[str], trainin
             matching = [how for how in candidates if how.down == down and _is_gated_product(how, *product_args)]
             if not matching:
                 return f"what it gives to {down} is no act(gate) * up of a known activation: {', '.join(ACTIVATIONS)}"
-    if matching and any(
-        has_call_hooks_or_replaced_forward(child) for child in mlp_activation_modules(module, matching[0])
-    ):
+    if matching and any(has_customized_call(child) for child in mlp_children_except_linears(module, matching[0])):
         return "its activation has hooks"
     return matching[0] if matching else None
 
@@ -279,7 +286,7 @@ class _InputRecordingProbe(nn.Module):
         super().__init__()
         self.in_features, self.out_features = _in_out_features_or_empty(layer)
 
-    def reset_inputs_and_output(self, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    def reset_inputs_and_randomize_output(self, batch_shape: tuple[int, ...], dtype: torch.dtype) -> None:
         """Forget earlier inputs; return rows of a shape from now on."""
         self.inputs: list[Tensor] = []
         self.out = (2 * _random_rows_of_mixed_scale(batch_shape, self.out_features)).to(dtype).requires_grad_()
@@ -311,7 +318,7 @@ def _iterate_probed_calls(
         *(numeric_attributes(cast(nn.Module, module._modules[name])) for name in others),
     ]
     for shape in _SHAPES[dtype]:
-        yield _probed_connections_or_reason(copied, probes, shape, dtype)
+        yield _probe_connections_or_reason(copied, probes, shape, dtype)
     if before != [
         numeric_attributes(copied),
         *(numeric_attributes(cast(nn.Module, copied._modules[name])) for name in others),
@@ -319,7 +326,7 @@ def _iterate_probed_calls(
         yield _COUNTS
 
 
-def _probed_connections_or_reason(
+def _probe_connections_or_reason(
     module_copy: nn.Module, probes: dict[str, _InputRecordingProbe], batch_shape: tuple[int, ...], dtype: torch.dtype
 ) -> tuple[dict[str, _InputRecordingProbe], str, Tensor] | str | None:
     """Call a module with rows of a shape; return what ``_iterate_probed_calls`` yields."""
@@ -327,7 +334,7 @@ def _probed_connections_or_reason(
     for size in dict.fromkeys(probe.in_features for probe in probes.values()):
         x = _random_normal(*batch_shape, size).to(dtype)
         for probe in probes.values():
-            probe.reset_inputs_and_output(batch_shape, dtype)
+            probe.reset_inputs_and_randomize_output(batch_shape, dtype)
         try:
             out = type(module_copy).forward(module_copy, x)
         except Exception:  # noqa: BLE001 - a module that fails on this input is no MLP

@@ -17,14 +17,14 @@ from lowmem.nn.call_context import can_bypass_autograd, is_cast_by_autocast
 from lowmem.nn.sharded_parameters import is_fsdp2_module
 from lowmem.nn.torch_functions import METADATA, function_write_targets, registration_decorator, torch_function_name
 from lowmem.training.chunked_cross_entropy import default_loss_matmul_dtype, linear_cross_entropy
-from lowmem.training.prepared_module import PreparedModule, prepare_module
+from lowmem.training.prepared_module import PreparedModule, prepend_prepared_class
 
 _FUNCTIONS: dict[Any, Callable[..., Any]] = {}
 _implements_lazily = partial(registration_decorator, _FUNCTIONS)
 
 
 @dataclass(frozen=True)
-class _DeferredProduct:
+class _DeferredLogitsProduct:
     """Logits ``scale * layer(hidden) + offset``."""
 
     layer: Any  # the output layer, with ``weight`` (vocabulary, width) and ``bias``
@@ -37,7 +37,7 @@ class _DeferredProduct:
     scale: float = 1.0
     offset: Tensor | None = None  # (vocabulary,), frozen
 
-    def check_unmodified(self) -> None:
+    def check_weight_and_input_unmodified(self) -> None:
         """Raise a RuntimeError if hidden, weight or bias was modified or replaced since the layer was called."""
         now = _weight_and_input_versions(self.layer, self.hidden)
         if now != self.versions:
@@ -48,15 +48,15 @@ class _DeferredProduct:
                 "lowmem.release_training(model)"
             )
 
-    def with_transformed_hidden(self, transform: Callable[[Tensor], Tensor]) -> _DeferredProduct:
+    def with_transformed_hidden(self, transform: Callable[[Tensor], Tensor]) -> _DeferredLogitsProduct:
         """Return the product with ``move(hidden)`` as hidden states."""
-        self.check_unmodified()
+        self.check_weight_and_input_unmodified()
         hidden = transform(self.hidden)
         return replace(self, hidden=hidden, versions=_weight_and_input_versions(self.layer, hidden))
 
     def compute_logits(self) -> Tensor:
         """Compute all logits, differentiable."""
-        self.check_unmodified()
+        self.check_weight_and_input_unmodified()
         with torch.autocast(self.hidden.device.type, self.dtype, enabled=self.autocast):
             out: Tensor = self.layer.dense_forward(self.hidden)
         out = out if self.scale == 1 else out * self.scale
@@ -64,7 +64,7 @@ class _DeferredProduct:
 
     def chunked_cross_entropy(self, labels: Tensor, **options: Any) -> Tensor:
         """Return ``linear_cross_entropy`` of these rows, which never holds all logits."""
-        self.check_unmodified()
+        self.check_weight_and_input_unmodified()
         hidden, bias = self.hidden, self.layer.bias
         if self.scale != 1:
             hidden, bias = hidden * self.scale, None if bias is None else bias * self.scale
@@ -78,10 +78,10 @@ class _DeferredProduct:
 class LazyLogits(Tensor):
     """Logits of an output layer, (..., vocabulary), without values; each function that needs values computes them."""
 
-    product: _DeferredProduct
+    product: _DeferredLogitsProduct
 
     @staticmethod
-    def __new__(cls, product: _DeferredProduct, dtype: torch.dtype) -> LazyLogits:
+    def __new__(cls, product: _DeferredLogitsProduct, dtype: torch.dtype) -> LazyLogits:
         """Make a tensor without values, whose ``dtype`` is the given one."""
         layer = product.layer
         trained = [parameter if type(parameter) is nn.Parameter else None for parameter in (layer.weight, layer.bias)]
@@ -89,7 +89,7 @@ class LazyLogits(Tensor):
         return out
 
     @staticmethod
-    def make_without_autograd(product: _DeferredProduct, dtype: torch.dtype) -> LazyLogits:
+    def make_without_autograd(product: _DeferredLogitsProduct, dtype: torch.dtype) -> LazyLogits:
         """Make the tensor without connecting it to autograd's graph."""
         shape = (*product.hidden.shape[:-1], product.layer.weight.shape[0])
         out: LazyLogits = torch.Tensor._make_wrapper_subclass(
@@ -131,7 +131,7 @@ class _LazyLogitsFunction(torch.autograd.Function):
     """Makes lazy logits a node of autograd's graph, for functions that bypass ``__torch_function__``."""
 
     @staticmethod
-    def forward(ctx: Any, product: _DeferredProduct, dtype: torch.dtype, *sources: Tensor | None) -> Tensor:
+    def forward(ctx: Any, product: _DeferredLogitsProduct, dtype: torch.dtype, *sources: Tensor | None) -> Tensor:
         ctx.product, ctx.dtype, ctx.sources = product, dtype, sources
         return LazyLogits.make_without_autograd(product, dtype)
 
@@ -174,7 +174,7 @@ class LazyOutputLayer(PreparedModule):
         chosen = self.logits_dtype if input.dtype is torch.float32 and not casts else None
         in_loss = chosen or default_loss_matmul_dtype(input, cast(Tensor, self.weight))
         return LazyLogits(
-            _DeferredProduct(
+            _DeferredLogitsProduct(
                 self, input, dtype, casts, _weight_and_input_versions(self, input), self.logits_chunk, in_loss
             ),
             dtype,
@@ -203,7 +203,7 @@ def make_logits_lazy(layer: nn.Module, chunk: int = 256, matmul_dtype: torch.dty
     In the loss, ``chunk`` rows of logits exist at once. The loss multiplies in ``matmul_dtype`` if the hidden states
     are float32 and autocast is off; None: in the default of ``linear_cross_entropy``.
     """
-    prepare_module(layer, LazyOutputLayer, logits_chunk=chunk, logits_dtype=matmul_dtype)
+    prepend_prepared_class(layer, LazyOutputLayer, logits_chunk=chunk, logits_dtype=matmul_dtype)
 
 
 _KEYWORD_CALLABLE = {functional.cross_entropy, Tensor.to, Tensor.contiguous, Tensor.flatten}
@@ -242,7 +242,7 @@ def _lazy_cross_entropy(
 
 
 @_implements_lazily(Tensor.float)
-def _lazy_float(logits: LazyLogits) -> Any:
+def _lazy_cast_to_float32(logits: LazyLogits) -> Any:
     return LazyLogits(logits.product, torch.float32)
 
 

@@ -56,16 +56,16 @@ class MasterWeights:
             tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
             state.update({name: tensor.float() for name, tensor in tensors.items() if tensor.dtype is torch.bfloat16})
         self._handles: list[Any] = [
-            optimizer.register_step_pre_hook(self._replace_parameters_by_masters),
-            optimizer.register_step_post_hook(self._write_back_masters),
-            optimizer.register_state_dict_pre_hook(self._write_back_masters),
+            optimizer.register_step_pre_hook(self._run_closure_and_swap_in_masters),
+            optimizer.register_step_post_hook(self._write_back_and_restore_groups),
+            optimizer.register_state_dict_pre_hook(self._write_back_and_restore_groups),
             optimizer.register_load_state_dict_pre_hook(self._load_state_dict_pre_hook),
             optimizer.register_load_state_dict_post_hook(self._restore_loaded_state_dtypes),
         ]
 
     def release(self) -> torch.optim.Optimizer:
         """Let the optimizer update the bfloat16 parameters themselves, as before; return it."""
-        self._write_back_masters()
+        self._write_back_and_restore_groups()
         for handle in self._handles:
             handle.remove()
         for state in self.optimizer.state.values():
@@ -78,12 +78,12 @@ class MasterWeights:
         return parameter.detach().float() if rest is None else join_bfloat16_and_rest(parameter, rest)
 
     @torch.no_grad()
-    def _replace_parameters_by_masters(
+    def _run_closure_and_swap_in_masters(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Before a step, replace the parameters in the optimizer's groups by masters with gradients and states."""
         # In case the last step raised an error halfway
-        self._write_back_masters()
+        self._write_back_and_restore_groups()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is not None:  # it computes the parameters' gradients, so it must run before they are copied
             with torch.enable_grad():
@@ -92,7 +92,7 @@ class MasterWeights:
         for group in optimizer.param_groups:
             parameters = group["params"]
             wide = [
-                self._master_with_grad_and_state(parameter)
+                self._make_master_and_move_state(parameter)
                 if _is_trainable_bfloat16(parameter) and _has_unfreed_gradient(parameter)
                 else parameter
                 for parameter in parameters
@@ -101,7 +101,7 @@ class MasterWeights:
             group["params"] = wide
         return args, kwargs
 
-    def _master_with_grad_and_state(self, parameter: Tensor) -> Tensor:
+    def _make_master_and_move_state(self, parameter: Tensor) -> Tensor:
         master = self.master(parameter)
         master.grad = cast(Tensor, parameter.grad).float()
         if parameter in self.optimizer.state:
@@ -112,7 +112,7 @@ class MasterWeights:
         return master
 
     @torch.no_grad()
-    def _write_back_masters(self, *_: Any) -> None:
+    def _write_back_and_restore_groups(self, *_: Any) -> None:
         """After a step, write the masters back and restore the parameters in the optimizer's groups and states."""
         for group, parameters, wide in self._stepping:
             group["params"] = parameters
@@ -124,7 +124,7 @@ class MasterWeights:
         self._stepping = []
 
     def _load_state_dict_pre_hook(self, _: Any, state_dict: dict[str, Any]) -> None:
-        self._write_back_masters()
+        self._write_back_and_restore_groups()
         self._loading = state_dict
 
     def _restore_loaded_state_dtypes(self, optimizer: torch.optim.Optimizer) -> None:

@@ -22,17 +22,17 @@ from lowmem.nn.module_class import change_class_and_attributes, derived_class
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import raise_heap_trim_threshold
 from lowmem.training.activation_compression import compressed_activations
-from lowmem.training.fused import FusionSpec, GatedMLPSpec, LayerNormSpec, fuse, mlp_activation_modules
-from lowmem.training.fusion_recognition import fusion_spec_or_reason
+from lowmem.training.fused import FusionSpec, GatedMLPSpec, LayerNormSpec, fuse_in_place, mlp_children_except_linears
+from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
 from lowmem.training.lazy_logits import make_logits_lazy
 from lowmem.training.prepared_module import (
     PreparedModule,
     is_prepared,
     release_prepared_modules,
     trainable_parameters_or_raise,
-    unprepared_copy,
+    unprepared_shallow_copy,
 )
-from lowmem.transforms.layer_roles import output_layer_reasons
+from lowmem.transforms.layer_roles import output_layer_reason_by_module
 from lowmem.transforms.model_checks import check_not_prepared
 from lowmem.transforms.module_registry import all_paths_by_module, check_is_module, layer_display_name
 
@@ -95,15 +95,17 @@ def prepare_training(model: M, memory: str = "fast", *, output: str | Iterable[s
     before = [(item, type(item), dict(vars(item))) for item in model.modules()]
     release_training(model)
     try:
-        layers = _match_output_layers_or_raise(model, patterns) if patterns else _logits_layers(model)
+        layers = (
+            _match_output_layers_or_raise(model, patterns) if patterns else _logits_layers_without_embeddings(model)
+        )
         lazy = [item for item in layers if _lazy_logits_refusal_or_none(item) is None]
         dtype, lean = _bfloat16_for_logits_if_fast(model), memory == "lean"
         for module, how in _fusion_specs_by_module(model, lean).items():
-            fuse(module, how)
+            fuse_in_place(module, how)
         for layer in lazy:
             make_logits_lazy(layer, chunk, dtype)
         if lean:
-            change_class_and_attributes(model, _compressed_activations_class(cast(Any, type(model))))
+            change_class_and_attributes(model, _compressed_activations_subclass(cast(Any, type(model))))
     except BaseException:
         for item, kind, own in before:
             change_class_and_attributes(item, kind, own)
@@ -119,13 +121,13 @@ def _fusion_specs_by_module(model: nn.Module, lean: bool) -> dict[nn.Module, Fus
     specs = {
         module: how
         for module in model.modules()
-        if (how := fusion_spec_or_reason(module)) is not None and not isinstance(how, str)
+        if (how := probe_fusion_spec_or_reason(module)) is not None and not isinstance(how, str)
     }
     inner = {
         child
         for module, how in specs.items()
         if isinstance(how, GatedMLPSpec)
-        for child in mlp_activation_modules(module, how)
+        for child in mlp_children_except_linears(module, how)
     }
     mlps = {module: replace(how, again=lean) for module, how in specs.items() if isinstance(how, GatedMLPSpec)}
     return {module: how for module, how in (specs | mlps).items() if module not in inner}
@@ -155,12 +157,12 @@ def training_report(model: nn.Module) -> dict[str, str]:
     """
     check_is_module(model)
     report = {}
-    left = _logits_layers(model)
+    left = _logits_layers_without_embeddings(model)
     prepared = any(is_prepared(module, _RELEASE) for module in model.modules())
     for module, paths in all_paths_by_module(model).items():
         if is_prepared(module, _RELEASE):
-            report[paths[0]] = _report_text(module, module.plain_torch_device_or_none(model))
-        elif prepared and isinstance(why := fusion_spec_or_reason(module), str):
+            report[paths[0]] = _report_text(module, module.non_cpu_device_or_none(model))
+        elif prepared and isinstance(why := probe_fusion_spec_or_reason(module), str):
             report[paths[0]] = f"as before: {why}"
         elif module in left and (reason := _lazy_logits_refusal_or_none(module)) is not None:
             report[paths[0]] = f"logits as before: {reason}"
@@ -195,18 +197,18 @@ class _CompressedActivationsModel(PreparedModule):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy or pickle the model without this class, and give it to the copy."""
-        make, *arguments = cast(Any, unprepared_copy(self).__reduce_ex__(protocol))
-        return functools.partial(_compressed, make), *arguments
+        make, *arguments = cast(Any, unprepared_shallow_copy(self).__reduce_ex__(protocol))
+        return functools.partial(_make_with_compressed_activations, make), *arguments
 
 
-def _compressed(make: Any, *arguments: Any) -> Any:
+def _make_with_compressed_activations(make: Any, *arguments: Any) -> Any:
     model = make(*arguments)
-    change_class_and_attributes(model, _compressed_activations_class(cast(Any, type(model))))
+    change_class_and_attributes(model, _compressed_activations_subclass(cast(Any, type(model))))
     return model
 
 
 @functools.cache
-def _compressed_activations_class(model_class: type[Any]) -> Any:
+def _compressed_activations_subclass(model_class: type[Any]) -> Any:
     """Return a subclass of a model's class whose forward has the same signature, which Trainers inspect."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -226,19 +228,27 @@ def _compressed_activations_class(model_class: type[Any]) -> Any:
     return derived_class(model_class, _CompressedActivationsModel, plain_class=model_class, forward=forward)
 
 
-def _logits_layers(model: nn.Module) -> list[nn.Module]:
+def _logits_layers_without_embeddings(model: nn.Module) -> list[nn.Module]:
     """Return the layers that compute logits, without embeddings that share their weight and without children."""
-    candidates = output_layer_reasons(model)
-    inside = {part for layer in candidates if _has_adapter(layer) for part in layer.modules() if part is not layer}
+    candidates = output_layer_reason_by_module(model)
+    inside = {
+        part
+        for layer in candidates
+        if _has_lowmem_or_peft_adapter(layer)
+        for part in layer.modules()
+        if part is not layer
+    }
     tables = nn.Embedding, nn.EmbeddingBag
     return [
         layer
         for layer in candidates
-        if layer not in inside and not isinstance(layer, tables) and (_has_adapter(layer) or layer._parameters)
+        if layer not in inside
+        and not isinstance(layer, tables)
+        and (_has_lowmem_or_peft_adapter(layer) or layer._parameters)
     ]
 
 
-def _has_adapter(layer: nn.Module) -> bool:
+def _has_lowmem_or_peft_adapter(layer: nn.Module) -> bool:
     """Whether a layer has an adapter, from lowmem or PEFT."""
     return isinstance(layer, AdaptedModule) or isinstance(getattr(layer, "base_layer", None), nn.Module)
 
@@ -246,7 +256,7 @@ def _has_adapter(layer: nn.Module) -> bool:
 def _lazy_logits_refusal_or_none(layer: nn.Module) -> str | None:
     """Return why an output layer's logits cannot be lazy, or None."""
     kind = type(layer)
-    if _has_adapter(layer):
+    if _has_lowmem_or_peft_adapter(layer):
         return "the layer has an adapter"
     if kind not in LINEAR:
         return f"{kind.__name__} is no plain linear layer"

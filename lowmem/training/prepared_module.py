@@ -25,7 +25,7 @@ class PreparedModule(nn.Module):
     report_note: Any
     released_by: ClassVar[str] = "release_training"
 
-    def plain_torch_device_or_none(self, model: nn.Module) -> torch.device | None:
+    def non_cpu_device_or_none(self, model: nn.Module) -> torch.device | None:
         """Return the device of this module of the model if plain torch serves it there; None on the CPU."""
         parameter = next(self.parameters(), None)
         if parameter is None:
@@ -33,7 +33,7 @@ class PreparedModule(nn.Module):
         return None if parameter is None or parameter.is_cpu else parameter.device
 
 
-def prepare_module(module: nn.Module, base: type[PreparedModule], **attributes: Any) -> None:
+def prepend_prepared_class(module: nn.Module, base: type[PreparedModule], **attributes: Any) -> None:
     """Put ``base`` before a module's class, in place; ``attributes`` are its ``prepared_attributes``."""
     prepared = derived_class(type(module), base, plain_class=type(module))
     change_class_and_attributes(module, prepared, {**vars(module), **attributes})
@@ -64,7 +64,7 @@ def release_prepared_modules(model: nn.Module, released_by: str) -> None:
             change_class_and_attributes(module, module.plain_class, left)
 
 
-def unprepared_copy(module: PreparedModule) -> nn.Module:
+def unprepared_shallow_copy(module: PreparedModule) -> nn.Module:
     """Return a copy of a module as it was before it was prepared, with its hooks; it shares everything else."""
     plain = hookless_shallow_copy(module, module.plain_class)
     plain.__dict__.update(vars(module))

@@ -141,16 +141,16 @@ def training_memory(
         with measure.unchanged(model, training=True):
             made = _make_zero_lr_optimizer(optimizer, trained)
 
-            def run_two_steps() -> None:
+            def profile_two_no_op_steps() -> None:
                 with memory.profiled_module_calls():
                     for _ in range(2):
                         _run_measured_no_op_step(memory, model, made, loss, inputs, named)
 
             device, allocated = trained[0].device, 0
             if device.type == "cuda":
-                allocated = measure.peak_bytes(run_two_steps, device)
+                allocated = measure.peak_bytes(profile_two_no_op_steps, device)
             else:
-                run_two_steps()
+                profile_two_no_op_steps()
     parts = memory.peak_bytes_by_category()
     parts["scratch"] += max(0, allocated - memory.peak)
     return TrainingMemory(
@@ -227,7 +227,7 @@ def _storage_nbytes_by_key(tensors: Iterable[Tensor]) -> dict[int, int]:
 
 
 @dataclass(eq=False)
-class _AllocatedStorage:
+class _StorageOrigin:
     """A storage that a step has allocated."""
 
     made_in: str  # the class of the layer in whose forward it was made, or "loss"; "" outside of any frame
@@ -245,18 +245,18 @@ class CategorizedPeakMemory(measure.PeakMemory):
         super().__init__()
         self.phase = self.peak_phase = "forward"
         # By the address of the storage, while it lives
-        self._blocks: dict[int, _AllocatedStorage] = {}
+        self._blocks: dict[int, _StorageOrigin] = {}
         self._log: list[
-            tuple[_AllocatedStorage, int, int]
+            tuple[_StorageOrigin, int, int]
         ] = []  # (changed block, its change in bytes, all bytes after it)
         # Length of the log at the peak
         self._at_peak = 0
-        self._frames: list[tuple[str, list[tuple[int, _AllocatedStorage]], FrameType | None]] = []
+        self._frames: list[tuple[str, list[tuple[int, _StorageOrigin]], FrameType | None]] = []
         self._call: CodeType | None = None  # of modules, while their calls are watched
 
     def peak_bytes_by_category(self) -> dict[str, Any]:
         """Return the bytes at the peak by the attributes of ``TrainingMemory``."""
-        sizes: dict[_AllocatedStorage, int] = {}
+        sizes: dict[_StorageOrigin, int] = {}
         for block, size, _ in self._log[: self._at_peak]:
             sizes[block] = sizes.get(block, 0) + size
         totals = dict.fromkeys(("gradients", "optimizer", "scratch"), 0)
@@ -322,17 +322,17 @@ class CategorizedPeakMemory(measure.PeakMemory):
             elif event == "return" and self._frames and self._frames[-1][2] is frame:
                 self._pop_frame_and_mark_survivors()
 
-    def _add_current_bytes(self, address: int, nbytes: int) -> None:
-        super()._add_current_bytes(address, nbytes)
+    def _change_current_bytes(self, address: int, byte_change: int) -> None:
+        super()._change_current_bytes(address, byte_change)
         block = self._blocks.get(address)
         if block is None:
             # A thread of autograd, which computes again
             if self._call is not None and sys.getprofile() is None:
                 sys.setprofile(self._profile_module_call)
             kind, made, _ = self._frames[-1] if self._frames else ("", [], None)
-            block = self._blocks[address] = _AllocatedStorage(kind)
+            block = self._blocks[address] = _StorageOrigin(kind)
             made.append((address, block))
-        self._log.append((block, nbytes, self.current))
+        self._log.append((block, byte_change, self.current))
 
     def _uncount_freed_storage(self, address: int) -> None:
         super()._uncount_freed_storage(address)

@@ -11,23 +11,23 @@ from torch import nn
 
 from lowmem.nn.adapter import parameter_layout
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.layer_roles import output_layer_reasons, router_reasons, weight_parameter_ids
+from lowmem.transforms.layer_roles import output_layer_reason_by_module, router_reason_by_module, weight_parameter_ids
 from lowmem.transforms.module_registry import (
     ModuleFilter,
     adaptable_parameter_names,
     all_paths_by_module,
     conversion_skip_reason,
     layer_display_name,
-    place_name,
+    layer_or_parameter_path,
 )
 
 _TOLD_SHARE = 0.2  # of an adapter's numbers; convert warns if more are of ranks that no weight can use
 
 
-def adaptable_parameters_by_path(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+def adaptable_module_and_name_by_path(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Return the modules and parameters that can have adapters, by all of their places."""
     return {
-        place_name(path, name): (module, name)
+        layer_or_parameter_path(path, name): (module, name)
         for module, paths in all_paths_by_module(model).items()
         for path in paths
         for name in adaptable_parameter_names(module)
@@ -47,8 +47,8 @@ def adapter_techniques_by_layer(
     that an embedding is taken without those that share its weight.
     """
     layers, paths = list(layers), all_paths_by_module(model)
-    left = {**router_reasons(model), **output_layer_reasons(model)} if where is None else {}
-    tied = _tied_embedding_groups(paths)
+    left = {**router_reason_by_module(model), **output_layer_reason_by_module(model)} if where is None else {}
+    tied = _tied_embeddings_by_embedding(paths)
     known = {
         layer: {
             name: [*layer_paths, *(f"{path}.{name}".lstrip(".") for path in layer_paths)]
@@ -75,7 +75,7 @@ def adapter_techniques_by_layer(
             "with where= to adapt it"
         )
     if where is not None:
-        _check_where_not_only_excludes(model, where, known)
+        _check_where_keeps_lora_defaults(model, where, known)
     adapted = [name for of_layer in known.values() for names in of_layer.values() for name in names]
     for kind in ("ranks", "alphas"):
         for pattern, _ in getattr(technique, kind):
@@ -89,14 +89,17 @@ def adapter_techniques_by_layer(
     }
 
 
-def _check_where_not_only_excludes(
+def _check_where_keeps_lora_defaults(
     model: nn.Module, where: Callable[[str, nn.Module], bool], adapted_layers: Collection[Any]
 ) -> None:
     """Raise a ValueError for a ``where`` that only leaves out, if it takes layers that LoRA leaves out by default.
 
     It is true of the model itself, as ``path != "lm_head"`` is, but not of all modules.
     """
-    left, paths = {**router_reasons(model), **output_layer_reasons(model)}, all_paths_by_module(model)
+    left, paths = (
+        {**router_reason_by_module(model), **output_layer_reason_by_module(model)},
+        all_paths_by_module(model),
+    )
     more = [layer for layer in adapted_layers if layer in left or not can_have_adapter(layer)]
     if not more or len(more) == len(adapted_layers) or model in adapted_layers or not where("", model):
         return
@@ -110,7 +113,7 @@ def _check_where_not_only_excludes(
     )
 
 
-def _tied_embedding_groups(modules: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
+def _tied_embeddings_by_embedding(modules: Iterable[nn.Module]) -> dict[nn.Module, list[nn.Module]]:
     """Return the embeddings that share a weight with others of their kind, each with all of them in their order."""
     groups: dict[frozenset[int], list[nn.Module]] = {}
     for module in modules:
@@ -138,7 +141,7 @@ def adapter_warning_texts(
 
 def _iterate_tie_warning_texts(model: nn.Module, layers_to_adapt: Collection[nn.Module]) -> Iterator[str]:
     """Warn of the first linear layer whose weight another has without an adapter: adapters act in their layer."""
-    paths, left = all_paths_by_module(model), output_layer_reasons(model)
+    paths, left = all_paths_by_module(model), output_layer_reason_by_module(model)
     taken = [
         linear_layer for linear_layer in paths if isinstance(linear_layer, nn.Linear) and linear_layer not in left
     ]
@@ -162,7 +165,7 @@ def _iterate_tie_warning_texts(model: nn.Module, layers_to_adapt: Collection[nn.
             return
 
 
-def _lora_shapes_by_parameter(
+def _lora_shapes_by_layer_and_name(
     layer_techniques: Mapping[nn.Module, Mapping[str, LoRA]],
 ) -> dict[tuple[nn.Module, str], list[tuple[int, ...]]]:
     """Return the shapes of A (..., rank, in) and B (..., out, rank) by layer and parameter."""
@@ -177,7 +180,7 @@ def _iterate_rank_warning_texts(
     paths_by_module: Mapping[nn.Module, list[str]], layer_techniques: Mapping[nn.Module, Mapping[str, LoRA]]
 ) -> Iterator[str]:
     """Warn of ranks above the smaller dimension of a weight, the most that its change can have."""
-    shapes, useless, total = _lora_shapes_by_parameter(layer_techniques), dict[tuple[nn.Module, str], int](), 0
+    shapes, useless, total = _lora_shapes_by_layer_and_name(layer_techniques), dict[tuple[nn.Module, str], int](), 0
     for key, (a, b) in shapes.items():
         size, rank, least = math.prod(a) + math.prod(b), a[-2], min(a[-1], b[-2])
         total += size
@@ -187,7 +190,7 @@ def _iterate_rank_warning_texts(
         return
     layer, name = largest = max(useless, key=lambda key: useless[key])
     (*_, rank, inputs), (*_, outputs, _) = shapes[largest]
-    place, least = place_name(paths_by_module[layer][0], name), min(inputs, outputs)
+    place, least = layer_or_parameter_path(paths_by_module[layer][0], name), min(inputs, outputs)
     more = f", one of {len(useless)} such layers," if len(useless) > 1 else ""
     yield (
         f"{sum(useless.values()) / total:.0%} of the adapter's numbers add nothing: {layer_display_name(place)} "

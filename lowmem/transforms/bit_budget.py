@@ -17,7 +17,7 @@ from lowmem.quant.tensor import QuantizedTensor, row_slices_within_scratch
 
 
 @dataclass(frozen=True)
-class WeightImportance:
+class RowAndColumnImportance:
     """How much squared errors of a weight's values change the output: the product of a factor a row and one a column.
 
     Attributes:
@@ -56,7 +56,7 @@ class BudgetChoice:
     why: str
 
 
-def loss_per_choice(weight: Tensor, importance: WeightImportance | None = None) -> tuple[float, ...]:
+def loss_per_choice(weight: Tensor, importance: RowAndColumnImportance | None = None) -> tuple[float, ...]:
     """Return what each of ``CHOICES`` loses of a weight (..., columns); without values, of normal weights.
 
     Without the ``importance`` of squared errors, it is 1 over the mean of the squared weights.
@@ -71,7 +71,7 @@ def loss_per_choice(weight: Tensor, importance: WeightImportance | None = None) 
     return tuple(_weighted_squared_error(rows, choice.store(weight), importance) for choice in CHOICES)
 
 
-def _weighted_squared_error(rows: Tensor, stored: QuantizedTensor, importance: WeightImportance) -> float:
+def _weighted_squared_error(rows: Tensor, stored: QuantizedTensor, importance: RowAndColumnImportance) -> float:
     matrix, total = stored.as_matrix(), 0.0
     for chunk in row_slices_within_scratch(*rows.shape):
         error = backend_of(matrix.packed).dequantize(matrix, chunk, torch.float32).double()  # (chunk, columns)
@@ -116,7 +116,7 @@ class _ChoiceUpgrade:
     gain: float
 
 
-def allocated_choice_indices(units: Sequence[BudgetUnit], bits_per_weight: float) -> list[int]:
+def greedy_choice_index_per_unit(units: Sequence[BudgetUnit], bits_per_weight: float) -> list[int]:
     """Return for each unit the index of its choice, such that all take at most ``bits_per_weight`` a weight.
 
     Steps are taken by what they gain for each byte; one that does not fit ends those of its unit. More bits never
@@ -135,7 +135,7 @@ def allocated_choice_indices(units: Sequence[BudgetUnit], bits_per_weight: float
         )
     chosen, steps = list[int](), list[_ChoiceUpgrade]()
     for number, unit in enumerate(units):
-        hull = _convex_hull_choices(unit)
+        hull = _convex_hull_choice_indices(unit)
         chosen.append(hull[0])
         steps += [
             _ChoiceUpgrade(
@@ -159,7 +159,7 @@ def allocated_choice_indices(units: Sequence[BudgetUnit], bits_per_weight: float
     return chosen
 
 
-def _convex_hull_choices(unit: BudgetUnit) -> list[int]:
+def _convex_hull_choice_indices(unit: BudgetUnit) -> list[int]:
     """Return the choices on the lower convex hull of losses over bytes, by bytes; each loses less than the last."""
     order = sorted(range(len(unit.bytes)), key=lambda choice: (unit.bytes[choice], unit.losses[choice]))
     hull: list[int] = []
@@ -179,10 +179,10 @@ def _loss_decrease_per_byte(unit: BudgetUnit, old_choice: int, new_choice: int) 
     return (unit.losses[old_choice] - unit.losses[new_choice]) / (unit.bytes[new_choice] - unit.bytes[old_choice])
 
 
-def budget_choices(units: Sequence[BudgetUnit], budget: Budget) -> list[BudgetChoice]:
+def budget_choices_with_reasons(units: Sequence[BudgetUnit], budget: Budget) -> list[BudgetChoice]:
     """Return what each unit gets of a budget; raises as ``allocate``."""
-    chosen = allocated_choice_indices(units, budget.bits)
-    total = sum(unit.losses[_convex_hull_choices(unit)[0]] for unit in units)
+    chosen = greedy_choice_index_per_unit(units, budget.bits)
+    total = sum(unit.losses[_convex_hull_choice_indices(unit)[0]] for unit in units)
     return [
         BudgetChoice(budget.choices[choice], _choice_reason(unit, choice, total))
         for unit, choice in zip(units, chosen, strict=True)
@@ -191,7 +191,7 @@ def budget_choices(units: Sequence[BudgetUnit], budget: Budget) -> list[BudgetCh
 
 def _choice_reason(unit: BudgetUnit, choice: int, total_loss: float) -> str:
     """Return why a unit has a choice: what it saves of the loss of all in their smallest choice, and for how much."""
-    hull = _convex_hull_choices(unit)
+    hull = _convex_hull_choice_indices(unit)
     at = hull.index(choice)
 
     def upgrade_text(old_choice: int, new_choice: int) -> str:

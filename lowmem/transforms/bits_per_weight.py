@@ -25,7 +25,7 @@ from lowmem.transforms.module_registry import (
     conversion_skip_reason,
     storable_parameter_names,
 )
-from lowmem.transforms.module_selection import selected_module_paths
+from lowmem.transforms.module_selection import first_path_by_selected_module
 
 _TOLD_SHARE = 0.1  # of the bytes; convert warns if weights of more stay dense
 # Bytes: where no more stay dense, convert warns if matrices alone are more than that share
@@ -51,9 +51,9 @@ def check_bit_limit(max_bits_per_weight: float) -> None:
         raise ValueError(f"at_most={short_repr(max_bits_per_weight)} must be a number of bits above 0")
 
 
-def bits_per_weight_after_replacement(model: nn.Module, replacements: Replacements) -> float:
+def bits_per_weight_without_adapters(model: nn.Module, replacements: Replacements) -> float:
     """Return the bits of all parameters without adapters, by the weights of the model, if modules were replaced."""
-    return 8 * nbytes(_parameters_after_replacement(model, replacements)) / max(1, weight_count(model))
+    return 8 * nbytes(_parameters_without_adapters(model, replacements)) / max(1, weight_count(model))
 
 
 def check_bits_per_weight(
@@ -68,13 +68,13 @@ def check_bits_per_weight(
     The error names the largest weights that stay dense, and the least that is possible: ``make_replacements``
     returns what modules would become with another technique, without values.
     """
-    bits = bits_per_weight_after_replacement(model, replacements)
+    bits = bits_per_weight_without_adapters(model, replacements)
     if bits <= max_bits_per_weight:
         return
     possible = {}
     for technique in SMALLEST:
         try:
-            possible[technique] = bits_per_weight_after_replacement(model, make_replacements(technique))
+            possible[technique] = bits_per_weight_without_adapters(model, make_replacements(technique))
         except (TypeError, ValueError):
             # The model has nothing that this technique stores
             continue
@@ -82,8 +82,8 @@ def check_bits_per_weight(
     if least is None or possible[least] >= bits:
         least_text = "which is the least that is possible"
     else:
-        least_text = f"and the least that is possible is {possible[least]:.3f}, with {techniques_text([least])}"
-    remaining_parameters = _parameters_after_replacement(model, replacements)
+        least_text = f"and the least that is possible is {possible[least]:.3f}, with {techniques_as_code([least])}"
+    remaining_parameters = _parameters_without_adapters(model, replacements)
     dense = {path: parameter for path, parameter in model.named_parameters() if parameter in remaining_parameters}
     names = sorted(dense, key=lambda path: -dense[path].nbytes)[:3]
     largest = ", ".join(f"{printable_line(path, 80)} ({dense[path].nbytes / 2**20:.2f} MiB)" for path in names)
@@ -95,7 +95,7 @@ def check_bits_per_weight(
     )
 
 
-def _parameters_after_replacement(model: nn.Module, replacements: Replacements) -> set[Tensor]:
+def _parameters_without_adapters(model: nn.Module, replacements: Replacements) -> set[Tensor]:
     """Return the distinct parameters, adapters left out, of a model whose modules were replaced."""
     modules = [
         replacements.get(candidate, candidate) for candidate in model.modules() if not isinstance(candidate, Adapter)
@@ -104,7 +104,7 @@ def _parameters_after_replacement(model: nn.Module, replacements: Replacements) 
     return {candidate for candidate in distinct if not is_lazy(candidate)}
 
 
-def techniques_text(techniques: tuple[Technique, ...] | list[Technique]) -> str:
+def techniques_as_code(techniques: tuple[Technique, ...] | list[Technique]) -> str:
     """Return techniques as the code that makes them, without defaults; "dense" for none."""
     parts = []
     for technique in techniques:
@@ -131,10 +131,10 @@ def dense_weights_warning_or_none(
         return None
     seen: set[int] = set()
     total, matrices, left = 0, 0, Counter[str]()
-    chosen = selected_module_paths(model, where, skip)
+    chosen = first_path_by_selected_module(model, where, skip)
     for module in all_paths_by_module(model):
         after = replacements.get(module, module)
-        stored = {*after.forms, *after.part_names} if isinstance(after, StoredModule) else set()
+        stored = {*after.forms, *after.part_parameter_names} if isinstance(after, StoredModule) else set()
         sizes = dense_bytes_by_part(module) if isinstance(module, StoredModule) else {}
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is None or is_lazy(tensor) or id(tensor) in seen:

@@ -20,14 +20,14 @@ from lowmem.transforms.bits_per_weight import (
     check_bit_limit,
     check_bits_per_weight,
     dense_weights_warning_or_none,
-    techniques_text,
+    techniques_as_code,
 )
 from lowmem.transforms.converted_copies import StoreFactory, cached_store_factory, converted_copy
 from lowmem.transforms.model_checks import check_layers_are_changeable
 from lowmem.transforms.module_registry import ModuleFilter, Technique, all_paths_by_module, check_is_module
-from lowmem.transforms.module_replacement import check_and_commit_replacements
-from lowmem.transforms.module_selection import record_user_exclusions, select_modules_to_convert
-from lowmem.transforms.technique_assignment import layer_techniques_and_budget_choices
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze
+from lowmem.transforms.module_selection import record_user_exclusions, select_paths_and_names_by_module
+from lowmem.transforms.technique_assignment import techniques_and_budget_by_layer
 from lowmem.transforms.tied_weights import restore_shared_biases_to_dense
 
 M = TypeVar("M", bound=nn.Module)
@@ -121,7 +121,7 @@ def convert(
         check_layers_are_changeable("convert", {layer: paths[layer][0] for layer in placed})
     warning_texts = [dense_weights_warning_or_none(model, replacements, type(techniques[0]), where, skip)]
     warning_texts += adapter_warning_texts(model, placed) if placed else []
-    check_and_commit_replacements(model, replacements)
+    commit_replacements_and_freeze(model, replacements)
     record_user_exclusions(model, where, skip, type(techniques[0]))
     for text in filter(None, warning_texts):
         # The caller of the wrapped function
@@ -143,8 +143,8 @@ def build_replacements(
     ``choice_losses`` returns what each choice of a ``Budget`` loses of a weight, by its name, or None of one that is
     not known; without ``choice_losses`` they are measured.
     """
-    selection = select_modules_to_convert(model, techniques, where, skip, parameter_filter)
-    chosen, got = layer_techniques_and_budget_choices(model, techniques, selection, where, choice_losses)
+    selection = select_paths_and_names_by_module(model, techniques, where, skip, parameter_filter)
+    chosen, got = techniques_and_budget_by_layer(model, techniques, selection, where, choice_losses)
     unused: dict[type[Technique], str | None] = {}
     replacements = {
         module: converted_copy(module, chosen[module], path, unused, store_factory, names)
@@ -174,5 +174,5 @@ def _check_techniques(techniques: tuple[Technique, ...]) -> None:
     kinds = [type(technique) for technique in techniques]
     if Budget in kinds and kinds not in ([Budget], [Budget, LoRA]):
         raise ValueError(
-            f"Budget stores the weights: name it alone, or before LoRA, not {techniques_text(techniques)}"
+            f"Budget stores the weights: name it alone, or before LoRA, not {techniques_as_code(techniques)}"
         )

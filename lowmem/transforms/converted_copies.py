@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from lowmem.nn.adapted_module import adapted_module_copy
+from lowmem.nn.adapted_module import adapted_shallow_copy
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.module_copy import LAYERS, parameter_leading_dim_count, stored_module_copy
+from lowmem.nn.module_copy import LAYERS, parameter_leading_dim_count, stored_shallow_copy
 from lowmem.nn.stored_module import StoredModule
-from lowmem.nn.techniques import BlockwiseQuantization, Budget, EightBit, FourBit, Half, LoRA
+from lowmem.nn.techniques import BlockwiseTechnique, Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.quantize_tensor import recorded_or_measured_squares
 from lowmem.quant.tensor import QuantizedTensor, Squares
 from lowmem.transforms.module_registry import (
@@ -110,7 +110,7 @@ def copy_with_first_adapter(
             parameter_name: Adapter(layer, technique, dense_parameters.get(parameter_name), parameter_name)
             for parameter_name, technique in techniques.items()
         }
-        return adapted_module_copy(layer, adaptable_parameter_names(layer), adapter_name, parts)
+        return adapted_shallow_copy(layer, adaptable_parameter_names(layer), adapter_name, parts)
     except ValueError as reason:
         raise ValueError(f"{layer_display_name(path)}: {reason}") from reason
 
@@ -156,10 +156,10 @@ def copy_with_stored_parameters(
                     raise ValueError(f"{name} of shape {tuple(parameter.shape)} cannot be stored transposed")
                 weights[name] = store_and_measure_error(parameter.mT, name)
                 continue
-            inside = isinstance(technique, BlockwiseQuantization) and parameter.dim() > lead + 1
+            inside = isinstance(technique, BlockwiseTechnique) and parameter.dim() > lead + 1
             weights[name] = store_and_measure_error(parameter.flatten(lead) if inside else parameter, name)
-        dtype = technique.compute_dtype if isinstance(technique, BlockwiseQuantization) else None
-        made = stored_module_copy(module, weights, transposed=transposed_names, compute_dtype=dtype)
+        dtype = technique.compute_dtype if isinstance(technique, BlockwiseTechnique) else None
+        made = stored_shallow_copy(module, weights, transposed=transposed_names, compute_dtype=dtype)
     except (TypeError, ValueError) as reason:
         raise type(reason)(f"{layer_display_name(place[0])}: {reason}") from reason
     if squares:

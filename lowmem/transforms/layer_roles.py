@@ -11,7 +11,7 @@ from torch import nn
 from lowmem.transforms.module_registry import all_paths_by_module, expert_count_or_none, layer_display_name
 
 
-def output_layer_reasons(model: nn.Module) -> dict[nn.Module, str]:
+def output_layer_reason_by_module(model: nn.Module) -> dict[nn.Module, str]:
     """Return the layers that compute a language model's logits, each with the reason why it counts as one.
 
     These are what a ``get_output_embeddings()`` of the model or of a module in it returns, as Hugging Face models
@@ -30,26 +30,26 @@ def output_layer_reasons(model: nn.Module) -> dict[nn.Module, str]:
                 continue
             if isinstance(head, nn.Module):
                 why |= dict.fromkeys(head.modules(), "it is the model's output layer")
-    why |= _weight_sharing_reasons(paths_by_module, why, "its weight is that of the output layer `{}`")
+    why |= _weight_sharing_reason_by_module(paths_by_module, why, "its weight is that of the output layer `{}`")
     embeddings = [module for module in paths_by_module if isinstance(module, nn.Embedding)]
-    tied = _weight_sharing_reasons(paths_by_module, embeddings, "its weight is tied to the embedding `{}`")
+    tied = _weight_sharing_reason_by_module(paths_by_module, embeddings, "its weight is tied to the embedding `{}`")
     return {module: reason for module, reason in tied.items() if isinstance(module, nn.Linear)} | why
 
 
-def embedding_and_output_reasons(model: nn.Module) -> dict[nn.Module, str]:
+def embedding_or_output_reason_by_module(model: nn.Module) -> dict[nn.Module, str]:
     """Return what ``FourBit`` keeps in 8 bits, with the reason: embeddings, output layers, what shares a weight."""
     paths_by_module = all_paths_by_module(model)
     kinds = (nn.Embedding, nn.EmbeddingBag)
     why: dict[nn.Module, str] = {
         module: "it is an embedding" for module in paths_by_module if isinstance(module, kinds)
     }
-    why |= {module: reason for module, reason in output_layer_reasons(model).items() if module not in why}
-    while more := _weight_sharing_reasons(paths_by_module, why, "its weight is that of `{}`"):
+    why |= {module: reason for module, reason in output_layer_reason_by_module(model).items() if module not in why}
+    while more := _weight_sharing_reason_by_module(paths_by_module, why, "its weight is that of `{}`"):
         why |= more
     return why
 
 
-def _weight_sharing_reasons(
+def _weight_sharing_reason_by_module(
     paths_by_module: Mapping[nn.Module, list[str]], weight_owners: Collection[nn.Module], reason_template: str
 ) -> dict[nn.Module, str]:
     """Return the other modules that share a weight with a known one, each with the reason; ``{}`` is a path."""
@@ -78,7 +78,9 @@ def float32_name_patterns(model: nn.Module, load_dtype: torch.dtype | None) -> l
     return [pattern for name in names for pattern in getattr(model, name, None) or ()]
 
 
-def parameters_kept_in_float32(model: nn.Module, load_dtype: torch.dtype | None) -> list[tuple[nn.Module, str]]:
+def modules_and_names_kept_in_float32(
+    model: nn.Module, load_dtype: torch.dtype | None
+) -> list[tuple[nn.Module, str]]:
     """Return modules and names of parameters that match ``float32_name_patterns`` of the model or a part of it."""
     modules_and_names = []
     for root in model.modules():
@@ -90,7 +92,7 @@ def parameters_kept_in_float32(model: nn.Module, load_dtype: torch.dtype | None)
     return modules_and_names
 
 
-def router_reasons(model: nn.Module) -> dict[nn.Module, str]:
+def router_reason_by_module(model: nn.Module) -> dict[nn.Module, str]:
     """Return the linear layers beside a mixture with an output for each expert, with the reason."""
     reasons: dict[nn.Module, str] = {}
     for parent in model.modules():

@@ -34,13 +34,13 @@ from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, LoRA
 from lowmem.quant.scale_encodings import get_scale_encoding
-from lowmem.transforms.bits_per_weight import SMALLEST, techniques_text
+from lowmem.transforms.bits_per_weight import SMALLEST, techniques_as_code
 from lowmem.transforms.convert import build_replacements, convert
 from lowmem.transforms.converted_copies import cached_store_factory
-from lowmem.transforms.meta_device import check_model_factory, make_model_on_meta
+from lowmem.transforms.meta_device import check_model_factory, make_model_with_meta_parameters
 from lowmem.transforms.model_summary import aligned_table_lines
-from lowmem.transforms.module_registry import ModuleFilter, Technique, storage_technique_type
-from lowmem.transforms.module_replacement import check_and_commit_replacements, iterate_integrations_or_warn
+from lowmem.transforms.module_registry import ModuleFilter, Technique, storage_technique_type_or_none
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze, iterate_integrations_or_warn
 
 OPTIMIZERS: MappingProxyType[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = MappingProxyType(
     {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}
@@ -142,18 +142,21 @@ class Plan:
 
     def __str__(self) -> str:
         return "\n".join(
-            [techniques_text(self.techniques), *aligned_table_lines([self.columns, *self.cells], right_aligned=(1,))]
+            [
+                techniques_as_code(self.techniques),
+                *aligned_table_lines([self.columns, *self.cells], right_aligned=(1,)),
+            ]
         )
 
     def as_json(self) -> dict[str, Any]:
         """Return the figures as integers, and the techniques as text: what JSON can hold."""
         totals = ("stored_bytes", "inference_bytes", "training_bytes")
         figures = asdict(self) | {name: getattr(self, name) for name in totals}
-        return figures | {"techniques": [techniques_text([technique]) for technique in self.techniques]}
+        return figures | {"techniques": [techniques_as_code([technique]) for technique in self.techniques]}
 
 
 @dataclass(frozen=True)
-class ConvertedMetaModel:
+class MetaModelAndByteCounts:
     """A converted model on the meta device, and the ``Plan`` figures of its making."""
 
     model: nn.Module
@@ -219,31 +222,31 @@ def plan(
         raise ValueError(f"tokens={tokens!r} and sequences={sequences!r} must be at least 1")
     cached = None if tokens is None else (sequences, tokens, cache_bits)
     if at_most is None:
-        requested = make_converted_meta_model(make, techniques, where, skip)
+        requested = convert_on_meta_and_count_bytes(make, techniques, where, skip)
         return plan_from_figures(
-            requested, training, measure_run_on_fake_tensors(requested.model, batch, training, loss, cached)
+            requested, training, make_fake_and_measure_run(requested.model, batch, training, loss, cached)
         )
     if techniques:
         raise ValueError(
-            f"at_most={short_repr(at_most)} proposes techniques: leave out {techniques_text(techniques)}"
+            f"at_most={short_repr(at_most)} proposes techniques: leave out {techniques_as_code(techniques)}"
         )
     limit = parse_byte_count(at_most)
     # Block size and scales have no influence on them
     runs: dict[tuple[type, ...], dict[str, int]] = {}
     plans: list[Plan] = []
     # What does not fit by its stored bytes alone
-    tight: list[tuple[int, ConvertedMetaModel]] = []
+    tight: list[tuple[int, MetaModelAndByteCounts]] = []
     refused = None
 
-    def plan_with_cached_figures(converted: ConvertedMetaModel) -> Plan:
+    def plan_with_cached_figures(converted: MetaModelAndByteCounts) -> Plan:
         kinds = tuple(map(type, converted.techniques))
         if kinds not in runs:
-            runs[kinds] = measure_run_on_fake_tensors(converted.model, batch, training, loss, cached)
+            runs[kinds] = make_fake_and_measure_run(converted.model, batch, training, loss, cached)
         return plan_from_figures(converted, training, runs[kinds])
 
     for tried in _technique_candidates(training):
         try:
-            converted = make_converted_meta_model(make, tried, where, skip)
+            converted = convert_on_meta_and_count_bytes(make, tried, where, skip)
         except ValueError as reason:
             if not tried:
                 raise
@@ -266,16 +269,16 @@ def plan(
     remedy = "take a smaller batch, or a smaller model" if refused is None else refused
     raise ValueError(
         f"at_most={at_most!r} is out of reach: the least that is possible is {least.total_bytes / size:.2f} {unit} "
-        f"({least.total_bytes:,} bytes), with {techniques_text(least.techniques)}; {remedy}"
+        f"({least.total_bytes:,} bytes), with {techniques_as_code(least.techniques)}; {remedy}"
     )
 
 
-def make_converted_meta_model(
+def convert_on_meta_and_count_bytes(
     make_model: Callable[[], nn.Module],
     techniques: tuple[Technique, ...],
     where: ModuleFilter = None,
     skip: str | Iterable[str] = (),
-) -> ConvertedMetaModel:
+) -> MetaModelAndByteCounts:
     """Make and convert a model on the meta device; raises as ``plan``."""
     check_model_factory("make", make_model)
     if techniques:
@@ -289,10 +292,10 @@ def make_converted_meta_model(
             )  # raises where the techniques alone are wrong
     try:
         with torch.device("meta"):
-            model = make_model_on_meta(make_model)
+            model = make_model_with_meta_parameters(make_model)
     except (TypeError, ValueError):
         # Some compute rates or tables: their values may be real, and parameters not
-        model = make_model_on_meta(make_model)
+        model = make_model_with_meta_parameters(make_model)
     dense = dict.fromkeys([*model.parameters(), *model.buffers()])
     if any(map(is_lazy, dense)):
         raise ValueError(f"{type(model).__name__} has lazy parameters: make it with their sizes")
@@ -305,10 +308,10 @@ def make_converted_meta_model(
         storing = (
             _STORING if any(isinstance(replacement, StoredModule) for replacement in replacements.values()) else 0
         )
-        check_and_commit_replacements(model, replacements)
+        commit_replacements_and_freeze(model, replacements)
     after = dict.fromkeys([*model.parameters(), *model.buffers()])
     before = measure.nbytes(dense)
-    return ConvertedMetaModel(
+    return MetaModelAndByteCounts(
         model=model,
         techniques=techniques,
         dense=before,
@@ -317,7 +320,9 @@ def make_converted_meta_model(
     )
 
 
-def plan_from_figures(converted: ConvertedMetaModel, optimizer_name: str | None, figures: Mapping[str, Any]) -> Plan:
+def plan_from_figures(
+    converted: MetaModelAndByteCounts, optimizer_name: str | None, figures: Mapping[str, Any]
+) -> Plan:
     """Return the plan of a model on the meta device, with the figures that ``measure_run_on_fake_tensors`` gave."""
     forms = [form for m in converted.model.modules() if isinstance(m, StoredModule) for form in m.forms.values()]
     offsets = any(isinstance(form, CodedForm) and get_scale_encoding(form.scale_encoding).offsets for form in forms)
@@ -325,29 +330,29 @@ def plan_from_figures(converted: ConvertedMetaModel, optimizer_name: str | None,
     conversion_figures = {f.name: getattr(converted, f.name) for f in fields(converted) if f.name != "model"}
     return Plan(
         training=optimizer_name,
-        stored=_stored_bytes_by_technique(converted.model),
+        stored=_bytes_by_storage_kind(converted.model),
         scratch=scratch,
         **conversion_figures,
         **figures,
     )
 
 
-def _stored_bytes_by_technique(model: nn.Module) -> dict[str, int]:
+def _bytes_by_storage_kind(model: nn.Module) -> dict[str, int]:
     """Return the bytes of the distinct parameters and buffers by what stores them, in the order of the model."""
     kinds: dict[Tensor, str] = {}
     for module in model.modules():
         if isinstance(module, Adapter):
             kinds |= dict.fromkeys(module.parameters(), "adapters")
         elif isinstance(module, StoredModule):
-            by = cast(type, storage_technique_type(module)).__name__
-            kinds |= dict.fromkeys((getattr(module, name) for name in module.part_names), by)
+            by = cast(type, storage_technique_type_or_none(module)).__name__
+            kinds |= dict.fromkeys((getattr(module, name) for name in module.part_parameter_names), by)
     sizes = Counter({"dense": 0})
     for tensor in dict.fromkeys([*model.parameters(), *model.buffers()]):
         sizes[kinds.get(tensor, "dense")] += tensor.nbytes
     return dict(sizes)
 
 
-def measure_run_on_fake_tensors(
+def make_fake_and_measure_run(
     model: nn.Module,
     batch: Any,
     optimizer_name: str | None,
@@ -358,7 +363,7 @@ def measure_run_on_fake_tensors(
 
     ``kv_cache_size`` is the sequences, their tokens and the bits of a cache of keys and values.
     """
-    with running_on_fake_tensors(model):
+    with permanently_on_fake_tensors(model):
         inputs, named = fake_args_and_kwargs(batch)
         input_bytes = measure.nbytes(dict.fromkeys(measure.tensors_in([inputs, named])))
         figures = dict.fromkeys(("inputs", "forward", "gradients", "optimizer", "backward", "update"), 0)
@@ -376,10 +381,10 @@ def measure_run_on_fake_tensors(
         backward = measure.backward_bytes(model, *inputs, loss=loss, **named)
         for hook in hooks:
             hook.remove()
-        return figures | {"backward": backward} | measure_optimizer_step(list(trained), optimizer_name)
+        return figures | {"backward": backward} | set_grads_and_measure_step(list(trained), optimizer_name)
 
 
-def measure_optimizer_step(parameters: list[Tensor], optimizer_name: str) -> dict[str, int]:
+def set_grads_and_measure_step(parameters: list[Tensor], optimizer_name: str) -> dict[str, int]:
     """Run the optimizer's first step on fake parameters, and return its ``Plan`` figures."""
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter)
@@ -406,7 +411,7 @@ def _kv_cache_bytes(model: nn.Module, sequences: int, tokens: int, bits: int | N
 
 
 @contextmanager
-def running_on_fake_tensors(model: nn.Module) -> Iterator[None]:
+def permanently_on_fake_tensors(model: nn.Module) -> Iterator[None]:
     """Replace the tensors of a model by fake ones on the CPU, with which it runs inside the block.
 
     Raises:

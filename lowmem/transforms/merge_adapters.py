@@ -15,14 +15,14 @@ from lowmem.errors import is_one_of, printable_line, short_repr
 from lowmem.nn.adapted_module import AdaptedModule, embedding_table_id_or_none, share_embedding_table
 from lowmem.nn.adapter_bank import unadapted_parameter
 from lowmem.nn.adapter_buffers import discard_inactive_buffers
-from lowmem.nn.fold import MergedCopyAndErrors, merged_module_copy, unadapted_module_copy
+from lowmem.nn.fold import MergedCopyAndErrors, merged_copy_and_errors, unadapted_shallow_copy
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.resident import release_memory_after_call
-from lowmem.transforms.merge_output_errors import layer_and_model_output_errors
+from lowmem.transforms.merge_output_errors import layer_output_errors_and_model_error
 from lowmem.transforms.model_checks import (
     check_layers_are_changeable,
     check_model_is_changeable,
@@ -30,8 +30,12 @@ from lowmem.transforms.model_checks import (
     check_no_peft_conflict,
 )
 from lowmem.transforms.model_summary import aligned_table_lines
-from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name, place_name
-from lowmem.transforms.module_replacement import notify_integrations, replace_modules_in_place, with_model_lock
+from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name, layer_or_parameter_path
+from lowmem.transforms.module_replacement import (
+    let_integrations_adopt_model,
+    replace_modules_in_place,
+    with_model_lock,
+)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -178,7 +182,7 @@ def merge(
     """
     _check_merge_arguments(to, at_most, inputs, report)
     check_model_is_changeable("merge", model)
-    layers = adapted_layer_paths(model)
+    layers = first_path_by_adapted_layer(model)
     check_no_peft_conflict(model, layers, will_merge=True)
     check_layers_are_changeable("merge", layers)
     if not layers:
@@ -188,14 +192,16 @@ def merge(
     if not any(layer.adapters.active_or_merged_names for layer in layers):
         raise ValueError(f"no adapter of {type(model).__name__} is active: activate one, or delete them")
     dtype = None if isinstance(to, str) else to
-    merge_results = merged_copies(model, {layer: layer.adapters.active_or_merged_names for layer in layers}, dtype)
+    merge_results = merged_copy_and_errors_by_layer(
+        model, {layer: layer.adapters.active_or_merged_names for layer in layers}, dtype
+    )
     _check_tied_weights_merge_equally(model, merge_results, dtype)
     outputs, of_model = (
-        ({}, None) if inputs is None else layer_and_model_output_errors(model, merge_results, inputs, dtype)
+        ({}, None) if inputs is None else layer_output_errors_and_model_error(model, merge_results, inputs, dtype)
     )
     merge_report = MergeReport(
         MergedLayer(
-            place_name(path, name),
+            layer_or_parameter_path(path, name),
             tuple(
                 adapter_name
                 for adapter_name in layer.adapters.active_or_merged_names
@@ -226,27 +232,27 @@ def merge(
         if dtype is None and not any(b for b, _ in done.errors.values())
     }
     copies = {
-        layer: unadapted_module_copy(layer) if layer in unchanged_layers else done.layer
+        layer: unadapted_shallow_copy(layer) if layer in unchanged_layers else done.layer
         for layer, done in merge_results.items()
     }
     replace_modules_in_place(model, copies)
     discard_inactive_buffers(model)
-    notify_integrations(model)
+    let_integrations_adopt_model(model)
     return (model, merge_report) if report else model
 
 
-def adapted_layer_paths(model: nn.Module) -> dict[AdaptedModule, str]:
+def first_path_by_adapted_layer(model: nn.Module) -> dict[AdaptedModule, str]:
     """Return every layer with adapters, with its first path."""
     return {
         module: paths[0] for module, paths in all_paths_by_module(model).items() if isinstance(module, AdaptedModule)
     }
 
 
-def merged_copies(
+def merged_copy_and_errors_by_layer(
     model: nn.Module, adapters_by_layer: Mapping[AdaptedModule, Sequence[str]], dtype: torch.dtype | None = None
 ) -> dict[AdaptedModule, MergedCopyAndErrors]:
     """Return a copy of each layer with the adapters ``names[layer]`` merged; an error names the path of the layer."""
-    paths = adapted_layer_paths(model)
+    paths = first_path_by_adapted_layer(model)
     merge_results: dict[AdaptedModule, MergedCopyAndErrors] = {}
     tables: dict[Any, nn.Module] = {}
     keep = "keep the adapter apart, or adapt the dense model"
@@ -255,11 +261,11 @@ def merged_copies(
             part for adapter_name in chosen for part in layer.adapters.adapters_by_parameter(adapter_name)
         ):
             check_no_foreign_tensor_class(
-                "merging", place_name(paths[layer], name), unadapted_parameter(layer, name), keep
+                "merging", layer_or_parameter_path(paths[layer], name), unadapted_parameter(layer, name), keep
             )
     for layer, chosen in adapters_by_layer.items():
         try:
-            merge_results[layer] = merged_module_copy(layer, chosen, dtype)
+            merge_results[layer] = merged_copy_and_errors(layer, chosen, dtype)
         except ValueError as reason:
             message = str(reason).partition(";")[0]
             raise ValueError(
@@ -286,7 +292,7 @@ def _check_tied_weights_merge_equally(
             parameter = unadapted_parameter(layer, name)
             if parameter is None:
                 continue
-            place = place_name(paths[0], name)
+            place = layer_or_parameter_path(paths[0], name)
             now = _parameter_after_merge(merge_results.get(layer), name, parameter, dtype)
             other, differs = seen.setdefault(id(parameter), (place, now))
             if now is not differs and not _are_equal_weights(now, differs):
@@ -329,7 +335,7 @@ def warn_of_requantization_errors(
         for name, (_, after) in done.errors.items():
             form = done.layer.forms.get(name) if isinstance(done.layer, StoredModule) else None
             if isinstance(form, CodedForm) and after:
-                errors[layer_display_name(place_name(layer_paths[layer], name))] = after
+                errors[layer_display_name(layer_or_parameter_path(layer_paths[layer], name))] = after
                 bits.add(get_format(form.format).bits)
     if errors:
         worst, stored = max(errors, key=errors.__getitem__), " and ".join(map(str, sorted(bits)))

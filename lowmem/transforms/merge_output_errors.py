@@ -16,18 +16,18 @@ from lowmem import measure
 from lowmem.errors import error_type_and_first_line
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import unadapted_parameter
-from lowmem.nn.fold import MergedCopyAndErrors, unadapted_module_copy
+from lowmem.nn.fold import MergedCopyAndErrors, unadapted_shallow_copy
 from lowmem.nn.module_class import HOOKS, hookless_shallow_copy
 from lowmem.transforms.calibration.model_runs import (
     check_batch_type,
-    evaluation_mode,
+    evaluation_without_gradients,
     registered_forward_pre_hooks,
     replaced_forward,
     run_batch,
 )
 
 
-def layer_and_model_output_errors(
+def layer_output_errors_and_model_error(
     model: nn.Module,
     merge_results: Mapping[AdaptedModule, MergedCopyAndErrors],
     inputs: Any,
@@ -38,11 +38,11 @@ def layer_and_model_output_errors(
     copies |= {
         layer: _merged_copy_in_layer_dtype(layer, merged_copy)
         for layer, merged_copy in copies.items()
-        if merge_dtype and _is_input_dtype_fixed(layer)
+        if merge_dtype and _is_attention_or_embedding(layer)
     }
-    bases = {layer: unadapted_module_copy(layer) for layer in merge_results}
+    bases = {layer: unadapted_shallow_copy(layer) for layer in merge_results}
     dtypes: dict[AdaptedModule, torch.dtype | None] = {
-        layer: None if _is_input_dtype_fixed(layer) else merge_dtype for layer in merge_results
+        layer: None if _is_attention_or_embedding(layer) else merge_dtype for layer in merge_results
     }
     # Squares: of the base's error, of the copy's, and of the exact output
     sums: dict[nn.Module, Tensor] = {}
@@ -51,16 +51,16 @@ def layer_and_model_output_errors(
         assert isinstance(layer, AdaptedModule)
         base, merged, to = bases[layer], copies[layer], dtypes[layer]
         with _unmerged_adapters(layer):
-            exact = _first_forward_tensor(layer, args, kwargs)
+            exact = _first_output_without_hooks(layer, args, kwargs)
         wide = exact.double()
         pair = (
-            _first_forward_tensor(base, args, kwargs),
-            _first_forward_tensor(merged, *_cast_floating_tensors((args, kwargs), to)),
+            _first_output_without_hooks(base, args, kwargs),
+            _first_output_without_hooks(merged, *_cast_floating_tensors((args, kwargs), to)),
         )
         squares = torch.stack([t.double().sub(wide).square().sum() for t in pair] + [wide.square().sum()])
         sums[layer] = sums.get(layer, 0) + squares
 
-    with evaluation_mode(model), registered_forward_pre_hooks(merge_results, accumulate_squared_errors):
+    with evaluation_without_gradients(model), registered_forward_pre_hooks(merge_results, accumulate_squared_errors):
         exact = _floating_tensor_copies(_run_inputs_or_raise(model, inputs))
     totals = {layer: squares.tolist() for layer, squares in sums.items()}
     of_layers = {
@@ -86,7 +86,7 @@ def _run_inputs_or_raise(model: nn.Module, inputs: Any) -> Any:
         ) from reason
 
 
-def _is_input_dtype_fixed(layer: nn.Module) -> bool:
+def _is_attention_or_embedding(layer: nn.Module) -> bool:
     """Whether a dtype cannot be that of the inputs: attention reads the weight, or the inputs are integers."""
     kinds = (nn.MultiheadAttention, nn.modules.linear.NonDynamicallyQuantizableLinear, nn.Embedding, nn.EmbeddingBag)
     return isinstance(layer, kinds)
@@ -103,7 +103,7 @@ def _merged_copy_in_layer_dtype(layer: AdaptedModule, merged: nn.Module) -> nn.M
     return copied
 
 
-def _call_forward_in_dtype(forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+def _call_in_dtype_and_cast_back(forward: Callable[..., Any], dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
     """Call ``forward`` in ``dtype``, and cast the result back to the input's dtype."""
     before = [tensor.dtype for tensor in measure.tensors_in((args, kwargs)) if tensor.is_floating_point()]
     args, kwargs = _cast_floating_tensors((args, kwargs), dtype)
@@ -119,7 +119,7 @@ def _substitute_copy_with_hooks(layer: AdaptedModule, substitute: nn.Module, dty
     )
     copied.__dict__.update({name: layer.__dict__[name] for name in (*HOOKS, "training")})
     if dtype is not None:
-        copied.__dict__["forward"] = partial(_call_forward_in_dtype, substitute.forward, dtype)
+        copied.__dict__["forward"] = partial(_call_in_dtype_and_cast_back, substitute.forward, dtype)
     return copied
 
 
@@ -152,7 +152,7 @@ def _outputs_with_substitutes(
     dtypes: Mapping[AdaptedModule, torch.dtype | None],
 ) -> list[Tensor]:
     """Return the outputs of a model whose adapted layers compute with other modules meanwhile."""
-    with evaluation_mode(model) as stack:
+    with evaluation_without_gradients(model) as stack:
         stand_ins = {
             layer: _substitute_copy_with_hooks(layer, other, dtypes.get(layer))
             for layer, other in substitutes.items()
@@ -176,7 +176,7 @@ def _relative_output_error_or_none(outputs: Sequence[Tensor], exact: Sequence[Te
     return _relative_rms_error(lost, size)
 
 
-def _first_forward_tensor(module: Any, args: Any, kwargs: Any) -> Tensor:
+def _first_output_without_hooks(module: Any, args: Any, kwargs: Any) -> Tensor:
     """Return the first tensor of a module's output; its forward is called, which runs no hooks."""
     leaves = tree_leaves(module.forward(*args, **kwargs))
     return next(leaf for leaf in leaves if isinstance(leaf, Tensor))

@@ -34,7 +34,7 @@ def check_model_factory(argument_name: str, factory: Any) -> None:
     check_callable_with(argument_name, factory, "a callable without arguments that makes the model")
 
 
-def make_model_on_meta(factory: Callable[[], M]) -> M:
+def make_model_with_meta_parameters(factory: Callable[[], M]) -> M:
     """Return the model that ``factory`` makes, with its parameters on the meta device and its buffers as they are.
 
     Each parameter is moved when its module registers it, so that one of them has memory at a time. The global random

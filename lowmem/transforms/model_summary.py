@@ -17,19 +17,23 @@ from lowmem.nn.quantized_module import QuantizedModule
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import EightBit, FourBit, Half, LoRA
 from lowmem.transforms.adapter_placement import can_have_adapter
-from lowmem.transforms.layer_roles import embedding_and_output_reasons, output_layer_reasons, router_reasons
+from lowmem.transforms.layer_roles import (
+    embedding_or_output_reason_by_module,
+    output_layer_reason_by_module,
+    router_reason_by_module,
+)
 from lowmem.transforms.module_registry import (
     Technique,
     all_paths_by_module,
-    applied_technique_type,
+    applied_technique_type_or_none,
     conversion_skip_reason,
     layer_display_name,
     recorded_dense_reason_or_none,
     storable_parameter_names,
-    storage_technique_type,
+    storage_technique_type_or_none,
     stored_computation_text,
 )
-from lowmem.transforms.tied_weights import parameter_owners_by_id
+from lowmem.transforms.tied_weights import owners_and_paths_by_parameter_id
 
 _INDEX = re.compile(r"[0-9]{1,9}")
 # Non-consecutive indices are listed up to this many; beyond, only the first and the last are
@@ -115,7 +119,7 @@ class Summary(tuple[LayerSummary, ...]):
         for row in self:
             alone = row.path if row.also or row.shared_with is not None else ""
             alike = replace(row, path="", bits_per_weight=0.0, weight_error=None, chosen_because="")
-            members.setdefault((alone, path_parts_without_indices(row.path), alike), []).append(row)
+            members.setdefault((alone, path_parts_with_none_for_indices(row.path), alike), []).append(row)
         return Summary(map(_combined_row, members.values()))
 
     @property
@@ -190,11 +194,11 @@ def summary(model: nn.Module) -> Summary:
         TypeError: the model is not a module.
     """
     paths_by_module = all_paths_by_module(model)
-    reasons = _not_fully_converted_reasons(model, paths_by_module)
+    reasons = _unconverted_reason_by_module(model, paths_by_module)
     seen: dict[Tensor, str] = {}
     rows = []
     for module, (path, *also) in paths_by_module.items():
-        converted = applied_technique_type(module) is not None
+        converted = applied_technique_type_or_none(module) is not None
         prepared = hasattr(type(module), "released_by")
         note = str(getattr(module, "report_note", "")) if prepared else ""
         if not converted and not prepared and not any(True for _ in module.parameters(recurse=False)):
@@ -210,7 +214,7 @@ def summary(model: nn.Module) -> Summary:
                 type=type(module).__name__,
                 converted=converted,
                 stored=_storage_text(module),
-                adapters=_adapter_names_and_ranks(module),
+                adapters=_adapter_name_rank_pairs(module),
                 reason=reasons.get(module),
                 shared_with=next((seen[tensor] for tensor in tensors if tensor in seen), None),
                 weights=sum(count for tensor, count in weights.items() if tensor not in seen),
@@ -232,7 +236,7 @@ def _combined_row(rows: list[LayerSummary]) -> LayerSummary:
     whys = {row.chosen_because for row in rows}
     return replace(
         first,
-        path=group_display_name([row.path for row in rows]),
+        path=display_name_with_index_ranges([row.path for row in rows]),
         weights=combined.weights,
         bytes=combined.bytes,
         weight_error=combined.weight_error,
@@ -240,12 +244,12 @@ def _combined_row(rows: list[LayerSummary]) -> LayerSummary:
     )
 
 
-def path_parts_without_indices(path: str) -> tuple[str | None, ...]:
+def path_parts_with_none_for_indices(path: str) -> tuple[str | None, ...]:
     """Return the parts of a path with None in place of indices: equal for layers of one role."""
     return tuple(None if _INDEX.fullmatch(part) else part for part in path.split("."))
 
 
-def group_display_name(paths: Sequence[str]) -> str:
+def display_name_with_index_ranges(paths: Sequence[str]) -> str:
     """Return one name for paths of one role, which lists their indices."""
     parts = []
     for column in zip(*(path.split(".") for path in paths), strict=True):
@@ -263,16 +267,16 @@ def index_ranges_text(numbers: Iterable[int]) -> str:
     return ",".join(map(str, listed)) if len(listed) <= _LISTED else f"{first}...{last}"
 
 
-def _not_fully_converted_reasons(model: nn.Module, modules: Collection[nn.Module]) -> dict[nn.Module, str]:
+def _unconverted_reason_by_module(model: nn.Module, modules: Collection[nn.Module]) -> dict[nn.Module, str]:
     """Return why each dense module was not converted, as far as the model shows."""
-    techniques, nothing = _applied_technique_types(model), not any(map(applied_technique_type, modules))
+    techniques, nothing = _technique_types_or_default(model), not any(map(applied_technique_type_or_none, modules))
     unasked = "never converted" if nothing else "never converted: convert was called on other layers"
-    wider = _eight_bit_reasons(model) if FourBit in techniques else {}
+    wider = _eight_bit_reason_by_module(model) if FourBit in techniques else {}
     left: dict[nn.Module, str] = {}
     taken: dict[nn.Module, str] = {}
-    bare = _missing_adapter_reasons(model)
+    bare = _missing_adapter_reason_by_module(model)
     for module in modules:
-        if applied_technique_type(module) is not None:
+        if applied_technique_type_or_none(module) is not None:
             continue
         whys = [conversion_skip_reason(technique, module) for technique in techniques]
         if None in whys:
@@ -282,9 +286,9 @@ def _not_fully_converted_reasons(model: nn.Module, modules: Collection[nn.Module
     # LoRA keeps the weight, and with it all ties
     if techniques == [LoRA]:
         return left | taken | {module: why for module, why in bare.items() if module not in left}
-    left |= {module: why for module, why in bare.items() if applied_technique_type(module) is not None}
+    left |= {module: why for module, why in bare.items() if applied_technique_type_or_none(module) is not None}
     left |= {module: "; ".join(filter(None, (why, left.get(module)))) for module, why in wider.items()}
-    owners = parameter_owners_by_id(model)
+    owners = owners_and_paths_by_parameter_id(model)
     for module in (candidate for candidate in taken if recorded_dense_reason_or_none(candidate) is None):
         tied = [
             (other in taken, layer_display_name(path))  # a module that convert cannot take is named first
@@ -298,11 +302,11 @@ def _not_fully_converted_reasons(model: nn.Module, modules: Collection[nn.Module
     return left | taken
 
 
-def _missing_adapter_reasons(model: nn.Module) -> dict[nn.Module, str]:
+def _missing_adapter_reason_by_module(model: nn.Module) -> dict[nn.Module, str]:
     """Return the output layers and routers without an adapter, and why, if other layers have adapters."""
     if not any(isinstance(module, AdaptedModule) for module in model.modules()):
         return {}
-    left = {**router_reasons(model), **output_layer_reasons(model)}
+    left = {**router_reason_by_module(model), **output_layer_reason_by_module(model)}
     return {
         module: f"no adapter: {why}; where= would give it one"
         for module, why in left.items()
@@ -310,12 +314,12 @@ def _missing_adapter_reasons(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def _eight_bit_reasons(model: nn.Module) -> dict[nn.Module, str]:
+def _eight_bit_reason_by_module(model: nn.Module) -> dict[nn.Module, str]:
     """Return what is in 8 bits as ``FourBit`` leaves it, and why; none where a ``Budget``, ``EightBit`` or another
     program chose."""
-    wider = embedding_and_output_reasons(model)
+    wider = embedding_or_output_reason_by_module(model)
     eight_bit_modules = [
-        module for module in all_paths_by_module(model) if storage_technique_type(module) is EightBit
+        module for module in all_paths_by_module(model) if storage_technique_type_or_none(module) is EightBit
     ]
     chosen = any(
         getattr(base, "chosen_because", "") or not _storage_text(base).startswith("int8")
@@ -330,12 +334,12 @@ def _eight_bit_reasons(model: nn.Module) -> dict[nn.Module, str]:
     }
 
 
-def _applied_technique_types(model: nn.Module) -> list[type[Technique]]:
+def _technique_types_or_default(model: nn.Module) -> list[type[Technique]]:
     """Return which techniques store layers; else LoRA if there are adapters; else FourBit."""
     made = {
         technique_type
         for module in model.modules()
-        for technique_type in (applied_technique_type(module), storage_technique_type(module))
+        for technique_type in (applied_technique_type_or_none(module), storage_technique_type_or_none(module))
     } - {None}
     storing: list[type[Technique]] = [technique for technique in (FourBit, EightBit, Half) if technique in made]
     return storing or ([LoRA] if made else [FourBit])
@@ -366,7 +370,7 @@ def _storage_text(layer: nn.Module) -> str:
     return ", ".join(dtype.removeprefix("torch.") for dtype in dtypes)
 
 
-def _adapter_names_and_ranks(layer: nn.Module) -> tuple[tuple[str, int], ...]:
+def _adapter_name_rank_pairs(layer: nn.Module) -> tuple[tuple[str, int], ...]:
     if not isinstance(layer, AdaptedModule):
         return ()
     bank = layer.adapters

@@ -31,7 +31,7 @@ LayerTechnique: TypeAlias = Half | EightBit | FourBit | Budget | LoRA | dict[str
 
 
 @dataclass(frozen=True)
-class RegistryEntry:
+class ModuleKindEntry:
     """Modules of one kind, and which of their parameters are stored, or adapted by ``LoRA``.
 
     Args:
@@ -124,50 +124,50 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 
 # A new kind of module is one line here; the first that fits serves.
 ENTRIES = (
-    RegistryEntry(
+    ModuleKindEntry(
         "Linear",
         _isinstance_predicate(nn.Linear),
         dense_reason=_linear_subclass_dense_reason,
         computation=_linear_subclass_computation_text,
     ),
-    RegistryEntry(
+    ModuleKindEntry(
         "Embedding",
         _isinstance_predicate(nn.Embedding, nn.EmbeddingBag),
         dense_reason=_max_norm_dense_reason,
         no_adapter_reason=lambda module: _max_norm_dense_reason(module) or _max_mode_no_adapter_reason(module),
         opt_in_reason="LoRA leaves embeddings out: where= takes them",
     ),
-    RegistryEntry(
+    ModuleKindEntry(
         "convolutions",
         _isinstance_predicate(*_CONVOLUTIONS),
         opt_in_reason="LoRA leaves convolutions out: where= takes them",
     ),
-    RegistryEntry(
+    ModuleKindEntry(
         "Bilinear",
         _isinstance_predicate(nn.Bilinear),
         no_adapter_reason="LoRA has no form of it: both of its inputs are contracted with one weight",
     ),
-    RegistryEntry(
+    ModuleKindEntry(
         "MultiheadAttention",
         _isinstance_predicate(nn.MultiheadAttention),
         lambda _: ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"),
     ),
-    RegistryEntry(
+    ModuleKindEntry(
         "LSTM, GRU and RNN",
         _isinstance_predicate(*_RNN),
         lambda module: [name for name in module._parameters if name.startswith("weight_")],
         computation=_rnn_computation_text,
         opt_in_reason="LoRA leaves recurrent layers out: where= takes them",
     ),
-    RegistryEntry("Conv1D of transformers", is_transformers_conv1d),
-    RegistryEntry("experts", _is_expert_stack, _expert_weight_names),
-    RegistryEntry(
+    ModuleKindEntry("Conv1D of transformers", is_transformers_conv1d),
+    ModuleKindEntry("experts", _is_expert_stack, _expert_weight_names),
+    ModuleKindEntry(
         "XLNet's attention",
         _is_xlnet_attention,
         lambda _: "qkvor",
         no_adapter_reason="LoRA has no form of it: its heads lie inside its matrices",
     ),
-    RegistryEntry(
+    ModuleKindEntry(
         "weight norm",
         _is_weight_norm_parametrization,
         lambda _: ("original1",),
@@ -179,7 +179,7 @@ ENTRIES = (
 
 def is_weight_only_multiplied(linear: nn.Module) -> bool:
     """Whether a subclass of nn.Linear reads its weight in products alone: found by a call on the meta device."""
-    probe = _DequantizationProbe.from_module_weight(linear)
+    probe = _DequantizationProbe.reset_and_make_for_weight(linear)
     kind = linear.dense_class if isinstance(linear, StoredModule) else type(linear)
     copied = hookless_shallow_copy(linear, kind)
     copied.__dict__["_parameters"] = {
@@ -202,7 +202,7 @@ class _DequantizationProbe(StoredTensor):
     dequantized: ClassVar[bool]
 
     @classmethod
-    def from_module_weight(cls, module: nn.Module) -> _DequantizationProbe:
+    def reset_and_make_for_weight(cls, module: nn.Module) -> _DequantizationProbe:
         """Return a probe in place of a module's weight."""
         weight: Any = module.weight
         cls.dequantized = False
@@ -218,7 +218,7 @@ class _DequantizationProbe(StoredTensor):
 _DENSE_BECAUSE = "_dense_because"
 
 
-def record_dense_reasons(reasons: Mapping[nn.Module, str | None]) -> None:
+def set_or_clear_dense_reasons(reasons: Mapping[nn.Module, str | None]) -> None:
     """Record why modules with parameters of their own stay dense; None forgets it."""
     for module, why in reasons.items():
         vars(module).pop(_DENSE_BECAUSE, None)
@@ -232,14 +232,14 @@ def recorded_dense_reason_or_none(module: nn.Module) -> str | None:
     return reason
 
 
-def applied_technique_type(module: nn.Module) -> type[Technique] | None:
+def applied_technique_type_or_none(module: nn.Module) -> type[Technique] | None:
     """Return the technique that converted a module; None for a dense one."""
     if isinstance(module, AdaptedModule):
         return LoRA
-    return storage_technique_type(module)
+    return storage_technique_type_or_none(module)
 
 
-def storage_technique_type(module: nn.Module) -> type[Half | EightBit | FourBit] | None:
+def storage_technique_type_or_none(module: nn.Module) -> type[Half | EightBit | FourBit] | None:
     """Return the technique that stores a module's weights, whether it has adapters or not; None for a dense one."""
     if isinstance(module, QuantizedModule):
         return EightBit if module.stored_bits == EightBit.bits else FourBit
@@ -270,7 +270,7 @@ def stored_computation_text(module: nn.Module) -> str:
     return f"dequantized by {readers}" if readers and not how.startswith("dequantized") else how
 
 
-def matching_entry_or_none(module: nn.Module) -> RegistryEntry | None:
+def matching_entry_or_none(module: nn.Module) -> ModuleKindEntry | None:
     """Return the first entry that fits a module."""
     return next((entry for entry in ENTRIES if entry.matches(module)), None)
 
@@ -375,7 +375,7 @@ def abbreviated_layer_names(paths: Sequence[str]) -> str:
     return ", ".join(map(layer_display_name, paths[:3])) + more
 
 
-def place_name(path: str, parameter: str) -> str:
+def layer_or_parameter_path(path: str, parameter: str) -> str:
     """Return the name of a parameter's place: its layer's path, and the parameter's name unless it is ``weight``."""
     return path if parameter == "weight" else f"{path}.{parameter}".lstrip(".")
 

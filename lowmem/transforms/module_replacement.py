@@ -14,13 +14,13 @@ from typing import Any, ParamSpec, TypeVar
 
 from torch import nn
 
-from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
+from lowmem.nn.adapted_module import AdaptedModule, share_adapters_of_tied_embeddings
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.adapter_buffers import switch_buffers_to_adapter_in_use
+from lowmem.nn.adapter_buffers import sync_buffers_with_adapters
 from lowmem.nn.module_class import replace_class_and_parameters
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms.module_registry import all_paths_by_module
-from lowmem.transforms.peft_models import register_peft_check_hook
+from lowmem.transforms.peft_models import register_global_peft_check_hook
 
 INTEGRATIONS = MappingProxyType({"transformers": "lowmem.integrations.transformers"})
 """Library that saves models in a way of its own -> the module that makes it save converted ones. Without that, what
@@ -55,7 +55,7 @@ def with_model_lock(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 @with_model_lock
-def check_and_commit_replacements(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
+def commit_replacements_and_freeze(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> None:
     """Turn modules, in place, into what ``converted_copy`` has made of them; if some get adapters, freeze the rest.
 
     Raises:
@@ -72,15 +72,15 @@ def check_and_commit_replacements(model: nn.Module, replacements: Mapping[nn.Mod
         if type(old) not in _possible_original_classes(new):
             raise RuntimeError(f"another thread has converted a {type(old).__name__} of {type(model).__name__}")
     if any(isinstance(new, StoredModule) for new in changed.values()):
-        register_peft_check_hook()
+        register_global_peft_check_hook()
     adapted = [new for new in changed.values() if isinstance(new, AdaptedModule)]
     if adapted:
-        share_tied_adapters(adapted)
+        share_adapters_of_tied_embeddings(adapted)
     replace_modules_in_place(model, changed)
     if adapted:
         freeze_all_but_adapters(model)
-        switch_buffers_to_adapter_in_use(model)
-    notify_integrations(model)
+        sync_buffers_with_adapters(model)
+    let_integrations_adopt_model(model)
 
 
 def _possible_original_classes(converted: nn.Module) -> list[type[nn.Module]]:
@@ -124,7 +124,7 @@ def iterate_integrations_or_warn(model: nn.Module, consequence: str, alternative
             warnings.warn(f"{consequence}: {reason}. {alternative}", UserWarning, stacklevel=5)
 
 
-def notify_integrations(model: nn.Module) -> None:
+def let_integrations_adopt_model(model: nn.Module) -> None:
     """Tell the integrations of the libraries that made a model, or parts of it, that its layers have changed."""
     consequence = f"{type(model).__name__}.save_pretrained would write what nothing can load"
     for integration in iterate_integrations_or_warn(

@@ -27,21 +27,23 @@ from lowmem.transforms.module_registry import (
     ModuleFilter,
     Technique,
     all_paths_by_module,
-    applied_technique_type,
+    applied_technique_type_or_none,
     conversion_skip_reason,
     layer_display_name,
+    layer_or_parameter_path,
     matching_entry_or_none,
-    place_name,
-    record_dense_reasons,
+    set_or_clear_dense_reasons,
     storable_parameter_names,
     supported_module_kinds_text,
 )
 from lowmem.transforms.tied_weights import check_and_record_byte_range, drop_partial_ties, weight_memory_key
 
 
-def selected_module_paths(model: nn.Module, where: ModuleFilter, skip: str | Iterable[str]) -> dict[nn.Module, str]:
+def first_path_by_selected_module(
+    model: nn.Module, where: ModuleFilter, skip: str | Iterable[str]
+) -> dict[nn.Module, str]:
     """Return the modules that ``where`` and ``skip`` select, each with its first path; bad ones are errors."""
-    left = _exclusion_reasons(model, where, skip)
+    left = _exclusion_reason_by_module(model, where, skip)
     return {module: paths[0] for module, paths in all_paths_by_module(model).items() if left[module] is None}
 
 
@@ -50,10 +52,10 @@ def record_user_exclusions(
 ) -> None:
     """Record which modules ``where`` and ``skip`` left dense; LoRA's choice counts where no weight is stored."""
     if technique_type is not LoRA or not any(isinstance(module, StoredModule) for module in model.modules()):
-        record_dense_reasons(_exclusion_reasons(model, where, skip))
+        set_or_clear_dense_reasons(_exclusion_reason_by_module(model, where, skip))
 
 
-def _exclusion_reasons(
+def _exclusion_reason_by_module(
     model: nn.Module, where: ModuleFilter, skip: str | Iterable[str]
 ) -> dict[nn.Module, str | None]:
     """Return which argument leaves each module out; None where both select it."""
@@ -81,7 +83,7 @@ def _exclusion_reasons(
     return left
 
 
-def select_modules_to_convert(
+def select_paths_and_names_by_module(
     model: nn.Module,
     techniques: tuple[Technique, ...],
     where: ModuleFilter,
@@ -102,9 +104,9 @@ def select_modules_to_convert(
             "parameters= names what FourBit, EightBit or Half store besides; LoRA alone stores nothing: leave it out"
         )
     selection: dict[nn.Module, tuple[str, list[str]]] = {}
-    selected = selected_module_paths(model, where, skip)
+    selected = first_path_by_selected_module(model, where, skip)
     for module, path in selected.items():
-        made = applied_technique_type(module)
+        made = applied_technique_type_or_none(module)
         if made is not None and made in {type(t) for t in techniques}:
             remedy = "add another with add_adapter" if made is LoRA else "convert a model once"
             raise ValueError(
@@ -163,11 +165,11 @@ def _check_storable_parameters(model: nn.Module, selection: dict[nn.Module, tupl
     for module, (path, names) in selection.items():
         for name in names:
             parameter: Any = module._parameters[name]
-            place = layer_display_name(place_name(path, name))
+            place = layer_display_name(layer_or_parameter_path(path, name))
             leave = (
                 f"leave it as it is, skip={path!r}, or convert the model before another library changes its weights"
             )
-            check_no_foreign_tensor_class("convert", place_name(path, name), parameter, leave)
+            check_no_foreign_tensor_class("convert", layer_or_parameter_path(path, name), parameter, leave)
             if parameter.layout is not torch.strided:
                 raise ValueError(f"{place} has layout={parameter.layout}: make it dense (to_dense()), or use skip=")
             known.add(id(parameter))

@@ -12,32 +12,36 @@ from typing import Any, TypeVar
 from torch import nn
 
 from lowmem.errors import is_one_of, short_repr
-from lowmem.nn.adapted_module import AdaptedModule, share_tied_adapters
+from lowmem.nn.adapted_module import AdaptedModule, share_adapters_of_tied_embeddings
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import AdapterBank
-from lowmem.nn.adapter_buffers import switch_buffers_to_adapter_in_use
-from lowmem.nn.fold import unadapted_module_copy
+from lowmem.nn.adapter_buffers import sync_buffers_with_adapters
+from lowmem.nn.fold import unadapted_shallow_copy
 from lowmem.nn.techniques import LoRA
 from lowmem.resident import release_memory_after_call
 from lowmem.transforms.adapter_placement import adapter_techniques_by_layer, adapter_warning_texts, can_have_adapter
 from lowmem.transforms.converted_copies import copy_with_first_adapter
-from lowmem.transforms.merge_adapters import adapted_layer_paths, merged_copies, warn_of_requantization_errors
+from lowmem.transforms.merge_adapters import (
+    first_path_by_adapted_layer,
+    merged_copy_and_errors_by_layer,
+    warn_of_requantization_errors,
+)
 from lowmem.transforms.model_checks import (
     check_layers_are_changeable,
     check_model_is_changeable,
     check_no_peft_conflict,
 )
-from lowmem.transforms.module_registry import layer_display_name, place_name
+from lowmem.transforms.module_registry import layer_display_name, layer_or_parameter_path
 from lowmem.transforms.module_replacement import (
     freeze_all_but_adapters,
-    notify_integrations,
+    let_integrations_adopt_model,
     replace_modules_in_place,
     with_model_lock,
 )
 from lowmem.transforms.module_selection import (
+    first_path_by_selected_module,
     nothing_to_convert_message,
     record_user_exclusions,
-    selected_module_paths,
 )
 
 M = TypeVar("M", bound=nn.Module)
@@ -85,7 +89,7 @@ def add_adapter(
         raise TypeError(f"technique={short_repr(technique)} must be an instance of LoRA")
     check_model_is_changeable("add_adapter", model)
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
-    selected = selected_module_paths(model, where, skip)
+    selected = first_path_by_selected_module(model, where, skip)
     layers = [m for m in selected if can_have_adapter(m, where is not None)]
     check_no_peft_conflict(model, layers, will_freeze=True)
     if not layers:
@@ -93,7 +97,7 @@ def add_adapter(
     placed = adapter_techniques_by_layer(model, technique, layers, where)
     check_layers_are_changeable("add_adapter", {layer: selected[layer] for layer in placed})
     warning_texts = adapter_warning_texts(model, placed)
-    add_adapter_to_layers(model, name, placed, selected)
+    add_adapter_and_freeze_rest(model, name, placed, selected)
     record_user_exclusions(model, where, skip, LoRA)
     for text in warning_texts:
         # The caller of the function that with_model_lock wraps
@@ -102,7 +106,7 @@ def add_adapter(
 
 
 @with_model_lock
-def add_adapter_to_layers(
+def add_adapter_and_freeze_rest(
     model: nn.Module,
     adapter_name: str,
     layer_techniques: Mapping[nn.Module, Mapping[str, LoRA]],
@@ -132,23 +136,25 @@ def add_adapter_to_layers(
     replace_modules_in_place(model, made)
     for module, parts in added.items():
         module.adapters.add_and_activate(adapter_name, parts)
-    share_tied_adapters([*made, *added])
+    share_adapters_of_tied_embeddings([*made, *added])
     freeze_all_but_adapters(model)
-    switch_buffers_to_adapter_in_use(model)
-    notify_integrations(model)
+    sync_buffers_with_adapters(model)
+    let_integrations_adopt_model(model)
 
 
 @with_model_lock
 def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the model's adapters, in the order of its layers, then in that in which they were added."""
-    return list(dict.fromkeys(name for layer in adapted_layer_paths(model) for name in layer.adapters.names))
+    return list(dict.fromkeys(name for layer in first_path_by_adapted_layer(model) for name in layer.adapters.names))
 
 
 @with_model_lock
 def active_adapters(model: nn.Module) -> list[str]:
     """Return the names of the adapters that contribute to the output: the active ones and the merged one."""
     return list(
-        dict.fromkeys(name for layer in adapted_layer_paths(model) for name in layer.adapters.active_or_merged_names)
+        dict.fromkeys(
+            name for layer in first_path_by_adapted_layer(model) for name in layer.adapters.active_or_merged_names
+        )
     )
 
 
@@ -164,9 +170,9 @@ def adapter_layers(model: nn.Module, name: str) -> dict[str, Adapter]:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter.
     """
-    layers = _adapted_layers_or_raise(model, [name])
+    layers = _adapted_layer_paths_or_raise(model, [name])
     return {
-        place_name(path, parameter): adapter
+        layer_or_parameter_path(path, parameter): adapter
         for layer, path in layers.items()
         for parameter, adapter in layer.adapters.adapters_by_parameter(name).items()
     }
@@ -196,7 +202,7 @@ def adapter_parameter_groups(model: nn.Module, ratio: float = 16.0, *, lr: float
     for name, value in (("ratio", ratio), ("lr", lr)):
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
             raise ValueError(f"{name}={short_repr(value)} must be a positive number")
-    banks = [layer.adapters for layer in adapted_layer_paths(model)]
+    banks = [layer.adapters for layer in first_path_by_adapted_layer(model)]
     adapters: list[Adapter] = [
         part for bank in banks for name in bank.names for part in bank.adapters_by_parameter(name).values()
     ]
@@ -222,11 +228,11 @@ def activate(model: nn.Module, *names: str) -> None:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter.
     """
-    for layer in _adapted_layers_or_raise(model, names):
+    for layer in _adapted_layer_paths_or_raise(model, names):
         bank = layer.adapters
         active = {*bank.active, *(names or bank.names)}
         bank.active = tuple(name for name in bank.names if name in active)
-    switch_buffers_to_adapter_in_use(model)
+    sync_buffers_with_adapters(model)
 
 
 @with_model_lock
@@ -239,10 +245,10 @@ def deactivate(model: nn.Module, *names: str) -> None:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter, or it is merged.
     """
-    layers = _adapted_layers_or_raise(model, names, unmerged_adapters=names or adapter_names(model))
+    layers = _adapted_layer_paths_or_raise(model, names, unmerged_adapters=names or adapter_names(model))
     for layer in layers:
         layer.adapters.active = tuple(name for name in layer.adapters.active if names and name not in names)
-    switch_buffers_to_adapter_in_use(model)
+    sync_buffers_with_adapters(model)
 
 
 @release_memory_after_call
@@ -257,15 +263,15 @@ def delete_adapter(model: M, name: str) -> M:
         TypeError: the model is not a module.
         ValueError: the model has no such adapter, or it is merged.
     """
-    layers = _adapted_layers_or_raise(model, [name], unmerged_adapters=[name])
+    layers = _adapted_layer_paths_or_raise(model, [name], unmerged_adapters=[name])
     replace_modules_in_place(
-        model, {layer: unadapted_module_copy(layer) for layer in layers if layer.adapters.names == (name,)}
+        model, {layer: unadapted_shallow_copy(layer) for layer in layers if layer.adapters.names == (name,)}
     )
-    for layer in adapted_layer_paths(model):
+    for layer in first_path_by_adapted_layer(model):
         if name in layer.adapters.names:
             layer.adapters.remove(name)
-    switch_buffers_to_adapter_in_use(model)
-    notify_integrations(model)
+    sync_buffers_with_adapters(model)
+    let_integrations_adopt_model(model)
     return model
 
 
@@ -287,16 +293,18 @@ def merge_adapter(model: nn.Module, name: str) -> None:
             model is left as it was.
     """
     check_model_is_changeable("merge_adapter", model)
-    check_no_peft_conflict(model, adapted_layer_paths(model), will_merge=True)
-    layers = _adapted_layers_or_raise(model, [name])
+    check_no_peft_conflict(model, first_path_by_adapted_layer(model), will_merge=True)
+    layers = _adapted_layer_paths_or_raise(model, [name])
     check_layers_are_changeable("merge_adapter", layers)
     if (merged := _merged_adapter_name_or_none(layers)) is not None:
         raise ValueError(f"adapter {merged!r} is merged already: call unmerge_adapter(model) first")
-    copies = merged_copies(model, {layer: (name,) for layer in layers if name in layer.adapters.names})
+    copies = merged_copy_and_errors_by_layer(
+        model, {layer: (name,) for layer in layers if name in layer.adapters.names}
+    )
     warn_of_requantization_errors(copies, layers)
     for layer, copy in copies.items():
-        layer.adapters.use_merged_copy(name, copy.layer)
-    switch_buffers_to_adapter_in_use(model)
+        layer.adapters.adopt_merged_copy(name, copy.layer)
+    sync_buffers_with_adapters(model)
 
 
 @release_memory_after_call
@@ -308,12 +316,12 @@ def unmerge_adapter(model: nn.Module) -> None:
         TypeError: the model is not a module.
         ValueError: nothing is merged.
     """
-    layers = _adapted_layers_or_raise(model, ())
+    layers = _adapted_layer_paths_or_raise(model, ())
     if not _merged_adapter_name_or_none(layers):
         raise ValueError(f"no adapter of {type(model).__name__} is merged: call merge_adapter(model, name) first")
     for layer in layers:
         layer.adapters.drop_merged_copy()
-    switch_buffers_to_adapter_in_use(model)
+    sync_buffers_with_adapters(model)
 
 
 def check_adapter_name(name: str) -> None:
@@ -327,11 +335,11 @@ def check_adapter_name(name: str) -> None:
         )
 
 
-def _adapted_layers_or_raise(
+def _adapted_layer_paths_or_raise(
     model: nn.Module, required_adapters: Iterable[str], unmerged_adapters: Collection[str] = ()
 ) -> dict[AdaptedModule, str]:
     """Return every adapted layer with its first path; a missing adapter, or a merged one, is a ValueError."""
-    layers = adapted_layer_paths(model)
+    layers = first_path_by_adapted_layer(model)
     if not layers:
         raise ValueError(f"{type(model).__name__} has no adapter: add_adapter(model, name, LoRA()) adds one")
     known = adapter_names(model)

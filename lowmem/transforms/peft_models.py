@@ -48,7 +48,7 @@ def _skip_argument_text(path: str) -> str:
     return f"skip='{path if name.isdigit() else f'*{name}'}'"
 
 
-def _check_child_of_peft_module(parent: nn.Module, name: str, child: Any) -> None:
+def _check_peft_child_now_or_later(parent: nn.Module, name: str, child: Any) -> None:
     """Check a module that becomes a part of one of PEFT's."""
     if name not in ("model", "base_model", "original_module") or child is None or not is_peft_module(parent):
         return
@@ -112,7 +112,7 @@ def _check_prompt_embedding_is_dense(model: Any) -> None:
 
 
 @cache
-def register_peft_check_hook() -> None:
+def register_global_peft_check_hook() -> None:
     """Check all modules that become parts of PEFT's from now on, if PEFT is installed.
 
     ``check_and_commit_replacements`` calls it with the first stored module. The hook is one for all modules, because
@@ -120,4 +120,4 @@ def register_peft_check_hook() -> None:
     calls nothing of the model that it is given: without the hook it leaves out ``target_parameters`` in silence.
     """
     if "peft" in sys.modules or find_spec("peft") is not None:
-        register_module_module_registration_hook(_check_child_of_peft_module)
+        register_module_module_registration_hook(_check_peft_child_now_or_later)

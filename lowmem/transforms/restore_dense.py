@@ -12,14 +12,14 @@ from torch.nn.parameter import is_lazy
 from lowmem.errors import short_repr
 from lowmem.nn.forms import as_frozen_parameter
 from lowmem.nn.module_class import replace_class_and_parameters
-from lowmem.nn.module_copy import dense_module_copy
+from lowmem.nn.module_copy import dense_shallow_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.resident import release_memory_after_call
 from lowmem.transforms.model_checks import check_layers_are_changeable, check_model_is_changeable, check_not_prepared
-from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name, record_dense_reasons
-from lowmem.transforms.module_replacement import notify_integrations, with_model_lock
-from lowmem.transforms.module_selection import selected_module_paths
-from lowmem.transforms.tied_weights import parameter_owners_by_id
+from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name, set_or_clear_dense_reasons
+from lowmem.transforms.module_replacement import let_integrations_adopt_model, with_model_lock
+from lowmem.transforms.module_selection import first_path_by_selected_module
+from lowmem.transforms.tied_weights import owners_and_paths_by_parameter_id
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -60,13 +60,13 @@ def restore(
     dtype = None if dtype is None else parse_floating_dtype(dtype)
     check_model_is_changeable("restore", model)
     check_not_prepared("restore", {module: path for path, module in model.named_modules()})
-    selected = selected_module_paths(model, where, skip)
+    selected = first_path_by_selected_module(model, where, skip)
     stored_modules = {module: path for module, path in selected.items() if isinstance(module, StoredModule)}
     if not stored_modules and any(isinstance(module, StoredModule) for module in model.modules()):
         raise ValueError(f"no module of {type(model).__name__} that where= and skip= leave has stored parameters")
     check_layers_are_changeable("restore", stored_modules)
     _check_ties_restored_together(model, stored_modules)
-    cast_to = {} if dtype is None else _dense_tensors_cast_to_dtype(model, selected, dtype)
+    cast_to = {} if dtype is None else _cast_dense_tensors_by_module(model, selected, dtype)
     dense: dict[int, nn.Parameter] = {}
     copies: dict[StoredModule, nn.Module] = {}
     for module in stored_modules:
@@ -76,7 +76,7 @@ def restore(
             if id(tensor) not in dense:
                 dense[id(tensor)] = as_frozen_parameter(tensor.dequantize(dtype).contiguous().clone())
             values[name] = dense[id(tensor)]
-        copies[module] = dense_module_copy(module, values)
+        copies[module] = dense_shallow_copy(module, values)
     for old, copied in copies.items():
         replace_class_and_parameters(old, copied)
     for layer, tensors in cast_to.items():
@@ -84,8 +84,8 @@ def restore(
             (layer._parameters if name in layer._parameters else layer._buffers)[name] = tensor
         if isinstance(layer, nn.RNNBase):
             layer._flat_weights = [getattr(layer, name) for name in layer._flat_weights_names]
-    record_dense_reasons(dict.fromkeys(stored_modules, "lowmem.restore made it dense"))
-    notify_integrations(model)
+    set_or_clear_dense_reasons(dict.fromkeys(stored_modules, "lowmem.restore made it dense"))
+    let_integrations_adopt_model(model)
     return model
 
 
@@ -101,10 +101,12 @@ def parse_floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
 
 def _check_ties_restored_together(model: nn.Module, modules_to_restore: Mapping[StoredModule, str]) -> None:
     """Raise a ValueError if a module that is left shares what is to become dense, which would untie them."""
-    owners = parameter_owners_by_id(model)
+    owners = owners_and_paths_by_parameter_id(model)
     for module, path in modules_to_restore.items():
         for owner, other in (
-            owner_and_path for part in module.part_names for owner_and_path in owners[id(getattr(module, part))]
+            owner_and_path
+            for part in module.part_parameter_names
+            for owner_and_path in owners[id(getattr(module, part))]
         ):
             if owner not in modules_to_restore:
                 raise ValueError(
@@ -114,7 +116,7 @@ def _check_ties_restored_together(model: nn.Module, modules_to_restore: Mapping[
                 )
 
 
-def _dense_tensors_cast_to_dtype(
+def _cast_dense_tensors_by_module(
     model: nn.Module, module_paths_to_cast: Mapping[nn.Module, str], dtype: torch.dtype
 ) -> dict[nn.Module, dict[str, Any]]:
     """Return the dense parameters and saved buffers of modules in another dtype; a ValueError if that cannot be."""
@@ -125,13 +127,11 @@ def _dense_tensors_cast_to_dtype(
     outside_paths: dict[int, str] = {}
     for layer, paths in all_paths_by_module(model).items():
         if layer not in taken:
-            outside_paths.update(
-                (id(tensor), paths[0]) for tensor in _dense_parameters_and_saved_buffers(layer).values()
-            )
+            outside_paths.update((id(tensor), paths[0]) for tensor in _dense_saved_tensors_by_name(layer).values())
     made: dict[int, Tensor] = {}
     cast_to: dict[nn.Module, dict[str, Any]] = {}
     for module, path in taken.items():
-        for name, tensor in _dense_parameters_and_saved_buffers(module).items():
+        for name, tensor in _dense_saved_tensors_by_name(module).items():
             if not tensor.is_floating_point() or tensor.dtype == dtype:
                 continue
             if id(tensor) in outside_paths:
@@ -157,12 +157,12 @@ def _dense_tensors_cast_to_dtype(
     return cast_to
 
 
-def _dense_parameters_and_saved_buffers(module: nn.Module) -> dict[str, Tensor]:
+def _dense_saved_tensors_by_name(module: nn.Module) -> dict[str, Tensor]:
     """Return a module's own dense parameters and saved buffers, by name."""
     if isinstance(module, torch.jit.ScriptModule):
         # Compiled for the dtypes that it has
         return {}
-    parts = module.part_names if isinstance(module, StoredModule) else ()
+    parts = module.part_parameter_names if isinstance(module, StoredModule) else ()
     tensors = {**module._parameters, **module._buffers}
     left_out = {*parts, *module._non_persistent_buffers_set}
     return {

@@ -9,26 +9,26 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from lowmem.nn.techniques import CHOICES, Budget, FourBit, LoRA, embedding_technique
+from lowmem.nn.techniques import CHOICES, Budget, FourBit, LoRA, embedding_and_output_technique
 from lowmem.transforms.adapter_placement import adapter_techniques_by_layer, can_have_adapter
 from lowmem.transforms.bit_budget import (
     BudgetChoice,
-    WeightImportance,
-    budget_choices,
+    RowAndColumnImportance,
+    budget_choices_with_reasons,
     budget_unit_or_none,
     loss_per_choice,
     module_groups_sharing_weights,
 )
-from lowmem.transforms.calibration.sensitivity import importance_by_weight
+from lowmem.transforms.calibration.sensitivity import measure_importance_by_weight
 from lowmem.transforms.converted_copies import copy_with_stored_parameters
-from lowmem.transforms.layer_roles import embedding_and_output_reasons, parameters_kept_in_float32
+from lowmem.transforms.layer_roles import embedding_or_output_reason_by_module, modules_and_names_kept_in_float32
 from lowmem.transforms.module_registry import (
     LayerTechnique,
     ModuleFilter,
     Technique,
     abbreviated_layer_names,
     layer_display_name,
-    place_name,
+    layer_or_parameter_path,
 )
 from lowmem.transforms.tied_weights import weight_memory_key
 
@@ -47,9 +47,9 @@ def techniques_by_layer(
     chosen: dict[nn.Module, tuple[LayerTechnique, ...]] = dict.fromkeys(layers, techniques)
     first, *rest = techniques
     if isinstance(first, FourBit):
-        wider = (embedding_technique(first), *rest)
-        chosen |= {layer: wider for layer in embedding_and_output_reasons(model) if layer in chosen}
-    for layer, _ in parameters_kept_in_float32(model, getattr(first, "compute_dtype", None)):
+        wider = (embedding_and_output_technique(first), *rest)
+        chosen |= {layer: wider for layer in embedding_or_output_reason_by_module(model) if layer in chosen}
+    for layer, _ in modules_and_names_kept_in_float32(model, getattr(first, "compute_dtype", None)):
         if layer in chosen:
             first_technique: Any = chosen[layer][0]
             chosen[layer] = (replace(first_technique, compute_dtype=None), *rest)
@@ -63,7 +63,7 @@ def techniques_by_layer(
     return chosen
 
 
-def layer_techniques_and_budget_choices(
+def techniques_and_budget_by_layer(
     model: nn.Module,
     techniques: tuple[Technique, ...],
     selection: Mapping[nn.Module, tuple[str, list[str]]],
@@ -93,9 +93,9 @@ def budget_choices_by_module(
     stored: dict[nn.Module, dict[Hashable, tuple[str, nn.Parameter, Tensor]]] = {}
     for module, (path, names) in selection.items():
         weights_by_key = stored[module] = {}
-        for name, tensor in _tensors_in_stored_shape(module, path, names).items():
+        for name, tensor in _tensors_in_stored_shape_by_name(module, path, names).items():
             parameter = cast(nn.Parameter, module._parameters[name])
-            weights_by_key[weight_memory_key(parameter)] = place_name(path, name), parameter, tensor
+            weights_by_key[weight_memory_key(parameter)] = layer_or_parameter_path(path, name), parameter, tensor
     groups = module_groups_sharing_weights(stored)
     weights: list[dict[Hashable, tuple[str, nn.Parameter, Tensor]]] = []
     for group in groups:
@@ -104,14 +104,14 @@ def budget_choices_by_module(
             for key, weight in stored[module].items():
                 # A shared weight has the name of the first
                 weights[-1].setdefault(key, weight)
-    important: Mapping[str, WeightImportance] = {}
+    important: Mapping[str, RowAndColumnImportance] = {}
     if budget.inputs is not None and choice_losses is None:
         sized = {
             name: (weight, tensor.shape[-1])
             for weights_by_key in weights
             for name, weight, tensor in weights_by_key.values()
         }
-        important = importance_by_weight(model, budget.inputs, sized)
+        important = measure_importance_by_weight(model, budget.inputs, sized)
         if unseen := [name for name in sized if name not in important]:
             text = f"no batch of inputs= reached {abbreviated_layer_names(unseen)}, which get the least bits"
             warnings.warn(text, UserWarning, stacklevel=6)
@@ -131,21 +131,23 @@ def budget_choices_by_module(
         for weights_by_key in weights
     ]
     known = [unit for unit in units if unit is not None]
-    chosen = dict(zip(known, budget_choices(known, budget), strict=True))
+    chosen = dict(zip(known, budget_choices_with_reasons(known, budget), strict=True))
     unknown = BudgetChoice(budget.choices[0], "")
     of_modules = {
         module: unknown if unit is None else chosen[unit]
         for group, unit in zip(groups, units, strict=True)
         for module in group
     }
-    for module, _ in parameters_kept_in_float32(model, budget.compute_dtype):
+    for module, _ in modules_and_names_kept_in_float32(model, budget.compute_dtype):
         if module in of_modules:
             got = of_modules[module]
             of_modules[module] = replace(got, technique=replace(got.technique, compute_dtype=None))
     return of_modules
 
 
-def _tensors_in_stored_shape(module: nn.Module, path: str, parameter_names: Iterable[str]) -> dict[str, Tensor]:
+def _tensors_in_stored_shape_by_name(
+    module: nn.Module, path: str, parameter_names: Iterable[str]
+) -> dict[str, Tensor]:
     """Return parameters of a module in the shapes in which a block-wise technique stores them."""
     tensors: dict[str, Tensor] = {}
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowmem.nn.module_class import replace_class_and_parameters
-from lowmem.nn.module_copy import dense_module_copy
+from lowmem.nn.module_copy import dense_shallow_copy
 from lowmem.nn.stored_module import StoredModule
 
 
@@ -18,7 +18,7 @@ def weight_memory_key(weight: Tensor) -> Hashable:
     return weight.untyped_storage()._cdata, weight.storage_offset(), weight.shape, weight.stride()
 
 
-def parameter_owners_by_id(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+def owners_and_paths_by_parameter_id(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
     """Return, by the id of each parameter, the modules that have it, each with its first path."""
     owners: dict[int, list[tuple[nn.Module, str]]] = {}
     for path, module in model.named_modules():
@@ -33,7 +33,7 @@ def drop_partial_ties(model: nn.Module, selection: dict[nn.Module, tuple[str, li
 
     ``selection`` has modules, with their paths and the names of the parameters to store.
     """
-    owners = parameter_owners_by_id(
+    owners = owners_and_paths_by_parameter_id(
         model
     )  # lacks modules that another thread has just replaced, which commit rejects
     while True:
@@ -103,5 +103,5 @@ def restore_shared_biases_to_dense(model: nn.Module, replacements: Mapping[nn.Mo
         if held[key] > len(biases):
             for module, new in biases:
                 error = new.weight_error
-                replace_class_and_parameters(new, dense_module_copy(new, {"bias": module._parameters["bias"]}))
+                replace_class_and_parameters(new, dense_shallow_copy(new, {"bias": module._parameters["bias"]}))
                 new.weight_error = error

@@ -21,7 +21,7 @@ from benchmarks.latency import builds, instructions, proof, rounds, worker, work
 from benchmarks.latency.builds import GateError, Side
 from benchmarks.latency.verdict import ALPHA, Times, judge, looks_different, needs_second_look
 from lowmem import errors
-from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow, read_verdict, write_verdict
+from lowmem.testing.gate_verdicts import FigureComparison, GateVerdict, read_verdict, write_verdict
 from tests.compiled import on_threads
 
 ROOT = Path(__file__).parents[2]
@@ -491,12 +491,12 @@ def test_a_kernel_is_built_of_the_commit_and_cached_until_its_sources_change(rep
 # The command
 
 ROWS = [
-    VerdictRow("w|1", "cpu seconds", 1.0, 1.1, 1.1, 1.08, 1.12, "slower", "+10.0% at first"),
-    VerdictRow("w2", "cpu seconds", 1.0, 1.01, 1.01, 0.99, 1.02),
-    VerdictRow("w3", "cpu seconds", 1.0, 0.5, 0.5, 0.4, 0.6, "faster", "-50.0%"),
-    VerdictRow("w4", "", verdict="new", says="base cannot run it"),
+    FigureComparison("w|1", "cpu seconds", 1.0, 1.1, 1.1, 1.08, 1.12, "slower", "+10.0% at first"),
+    FigureComparison("w2", "cpu seconds", 1.0, 1.01, 1.01, 0.99, 1.02),
+    FigureComparison("w3", "cpu seconds", 1.0, 0.5, 0.5, 0.4, 0.6, "faster", "-50.0%"),
+    FigureComparison("w4", "", verdict="new", says="base cannot run it"),
 ]
-UNDECIDED = VerdictRow(
+UNDECIDED = FigureComparison(
     "w5, waiting", "wall seconds", 1.0, 1.2, 1.2, 1.0, 1.3, "undecided", "other work disturbed 9 of 15"
 )
 
@@ -602,7 +602,7 @@ def test_the_proof_holds_when_all_runs_are_there_and_right(case, right, wrong, u
 
 
 def test_what_gates_say_is_kept_as_alarms_or_undecided(tmp_path, monkeypatch):
-    rows = {"memory": VerdictRow("one", "bytes", verdict="grew", says="one byte more"), "resident": UNDECIDED}
+    rows = {"memory": FigureComparison("one", "bytes", verdict="grew", says="one byte more"), "resident": UNDECIDED}
 
     def run(command, **options):
         name = next((name for name in rows if any(f"{name}.json" in part for part in command)), None)

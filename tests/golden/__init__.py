@@ -23,7 +23,7 @@ from lowmem.io.convert_checkpoint import convert_checkpoint
 from lowmem.io.formats.lazy_model import open_lazy_model
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
 from lowmem.io.lowmem_file import tensor_bytes_view
-from lowmem.nn.adapter_buffers import without_unchanged_adapter_buffers
+from lowmem.nn.adapter_buffers import without_adapter_buffers_if_equal
 from lowmem.nn.stored_module import StoredModule
 from lowmem.quant.tensor import QuantizedTensor
 from lowmem.testing.memory_baseline import BaselineKey, write_baseline_figures
@@ -115,7 +115,7 @@ def values(model: nn.Module) -> dict[str, str]:
         for name in module.forms
     }
     parts = ("_packed", "_scales", "_rounded", "_order", "_extra_state")
-    state = without_unchanged_adapter_buffers(model, model.state_dict())
+    state = without_adapter_buffers_if_equal(model, model.state_dict())
     found |= {name: one for name, one in state.items() if not name.endswith(parts)}
     return digests(found)
 

@@ -593,7 +593,7 @@ def test_rows_behind_2_to_31_bytes_or_weights_are_found(isa, kind):
 def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(isa, monkeypatch):
     """Plain torch, which reads it in several operations, could mix what was there before and after."""
     q = quantize(strategies.make_weight("normal", (8, 64), 0, 0))
-    x, dense, prepare = torch.randn(3, 64), q.dequantize(), cpu.CpuBackend._make_and_cache_handle
+    x, dense, prepare = torch.randn(3, 64), q.dequantize(), cpu.CpuBackend._make_and_cache_handle_or_none
 
     def move(*given):
         kept = prepare(*given)
@@ -612,13 +612,13 @@ def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(is
 def test_torch_finds_no_number_that_is_not_finite_behind_a_row_that_is():
     """It reads bfloat16 rows in tiles of 32 columns on some processors, and 0 times infinity is NaN."""
     x = torch.randn(5, 333).bfloat16()
-    assert cpu.pad_rows_against_nan_leak(x) is x
+    assert cpu.pad_memory_against_nan_leak(x) is x
     for bad in (torch.inf, torch.nan):
         x[3, 18] = bad  # the last column that a tile of the row before may hold
-        apart = cpu.pad_rows_against_nan_leak(x)
+        apart = cpu.pad_memory_against_nan_leak(x)
         torch.testing.assert_close(apart, x, rtol=0, atol=0, equal_nan=True)
         behind = apart.as_strided((5, 352), (apart.stride(0), 1))[:, 333:]
         assert apart.stride(0) >= 352
         assert not behind.any()
     whole = torch.full((5, 64), torch.inf).bfloat16()
-    assert cpu.pad_rows_against_nan_leak(whole) is whole
+    assert cpu.pad_memory_against_nan_leak(whole) is whole

@@ -91,7 +91,7 @@ def test_c_leaves_to_torch_what_the_plan_does(isa, kind, dtype, operation, rows,
     weight = quantize(dense, "nf4", block_size=kind) if isinstance(kind, int) else dense.to(getattr(torch, kind))
     x = torch.randn(rows, 40 if operation == "linear" else 24, generator=generator).to(table.DTYPES[dtype])
     name = kernel.tried_kernels(weight, rows, x.dtype, operation)[-1][1]
-    given = kernel._native_weight_or_none(weight)
+    given = kernel._cached_native_weight_or_none(weight)
     if operation == "linear":
         out = kernel.native.linear(kernel._isa, *given, x, None, 2, None, None, 0.0)
     else:

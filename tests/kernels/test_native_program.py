@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lowmem import kernels, quantize
-from lowmem.kernels.cpu_rowwise import NO_STATES, attention_work_and_struct_fields, states_struct_fields
+from lowmem.kernels.cpu_rowwise import NO_STATES, attention_work_and_struct_fields, states_struct_fields_or_none
 from lowmem.kernels.native_program import MOST_TOGETHER, NativeProgram
 from lowmem.kernels.rms_norm_and_gating import ACTIVATIONS
 from lowmem.quant.backend import KeyOrValueStates, backend_for
@@ -163,14 +163,14 @@ def test_states_are_stored_and_attended_to(isa, batch, heads, tokens, keys, code
             else:
                 states.numbers[:, :, :before] = first
                 wanted.numbers.copy_(whole)
-            steps.append_state_encoding(added.shape, states_struct_fields(added), name)
-            into[name] = states_struct_fields(*rows)
+            steps.append_state_encoding(added.shape, states_struct_fields_or_none(added), name)
+            into[name] = states_struct_fields_or_none(*rows)
             kept.append(states)
             expected.append(wanted)
-        fields = [number for one in kept for number in states_struct_fields(*one)]
+        fields = [number for one in kept for number in states_struct_fields_or_none(*one)]
         sizes = batch, heads, 2, tokens, before + tokens, width, width
         out = steps.append_attention("attention", query.numel())
-        states = [*states_struct_fields(query), *fields, *NO_STATES]
+        states = [*states_struct_fields_or_none(query), *fields, *NO_STATES]
         work, call = attention_work_and_struct_fields(sizes, states, 0.3, None, out)
         assert steps.try_run(attention=(work, *call), **into)
         for one, other in zip(kept, expected, strict=True):

@@ -16,7 +16,7 @@ from torch import nn
 from lowmem import FourBit, Half, LoRA, convert, kernels, quantize
 from lowmem.kernels import cpu, ops
 from lowmem.kernels.frozen_weight_operator import codes_scales_and_description
-from lowmem.nn.fold import unadapted_module_copy
+from lowmem.nn.fold import unadapted_shallow_copy
 from tests import strategies
 from tests.operators import assert_operator
 from tests.rounding import OF_4_BITS, assert_sum, stored_weight
@@ -132,7 +132,7 @@ def assert_gradient_of_squares(got, layer, x, precision):
 @pytest.mark.parametrize("transform", ["forward mode", "gradient"])
 def test_compiled_transforms_of_torch_func_are_right_or_refused(kind, transform):
     """Forward mode in a function of one's own is not compiled: it falls back to eager, and never gives zeros."""
-    layer = unadapted_module_copy(build(kind)[0])
+    layer = unadapted_shallow_copy(build(kind)[0])
     x = torch.randn(3, 16)
     forward_mode = lambda x: torch.func.jvp(layer, (x,), (x,))[1]  # noqa: E731
     function = forward_mode if transform == "forward mode" else torch.func.grad(lambda x: layer(x).square().sum())

@@ -15,7 +15,7 @@ from lowmem.kernels.torch_versions import TORCH
 from lowmem.nn.adapted_weight import AdaptedWeight, adapted_weight
 from lowmem.nn.adapter import LowRankUpdate
 from lowmem.nn.adapter_bank import unadapted_parameter
-from lowmem.nn.linear import layer_copy_with_column_order
+from lowmem.nn.linear import shallow_copy_with_column_order
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.torch_functions import METADATA
 from tests.nn.adapted_cases import FORMS, ON_VALUES, PRODUCTS, RANK, SCALING, make, total
@@ -409,7 +409,7 @@ def test_views_and_everything_else_are_those_of_the_values(form):
     torch.manual_seed(0)
     case = Case(lambda x, w: x, (48, 32), (5, 32), 32)
     if form == "gathered":
-        weight = layer_copy_with_column_order(
+        weight = shallow_copy_with_column_order(
             convert(nn.Linear(32, 48), FourBit("nf4", 8)), torch.randperm(32).int()
         ).weight
     else:

@@ -15,7 +15,7 @@ import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, kernels, restore
 from lowmem.nn.adapter_autograd import is_marked_exact_in_bfloat16
 from lowmem.nn.adapter_bank import unadapted_parameter
-from lowmem.nn.fold import unadapted_module_copy
+from lowmem.nn.fold import unadapted_shallow_copy
 from tests.rounding import OF_4_BITS, assert_product, assert_sum, stored_weight
 from tests.selection import covering
 
@@ -141,7 +141,7 @@ def test_a_fresh_adapter_changes_the_order_of_sums_alone_and_that_in_training():
         nn.init.zeros_(layer.lora_b)
         x = inputs(200, dtype=BF16)
         with torch.no_grad():
-            expected = unadapted_module_copy(layer)(x)
+            expected = unadapted_shallow_copy(layer)(x)
         out = layer(x)
         assert is_one_product(out)
         factors = x, stored_weight(layer), layer.bias

@@ -6,7 +6,7 @@ from torch import nn
 
 from lowmem import LoRA, add_adapter, convert, deactivate, merge_adapter
 from lowmem.nn.adapter import Adapter
-from lowmem.nn.fold import merged_module_copy
+from lowmem.nn.fold import merged_copy_and_errors
 
 
 def adapted():
@@ -50,7 +50,7 @@ def test_a_forward_beside_a_merge_takes_a_copy_and_its_adapter_s_name_together()
     """Another thread merges while a forward reads the layer."""
     layer, x = convert(nn.Linear(8, 4), LoRA(2)), torch.randn(3, 8)
     nn.init.normal_(layer.lora_b)
-    folded = merged_module_copy(layer, ["default"]).layer
+    folded = merged_copy_and_errors(layer, ["default"]).layer
     expected = folded(x)
 
     class Merging(type(layer.adapters)):

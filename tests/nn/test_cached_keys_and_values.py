@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import lowmem
 from lowmem import CachedStates
-from lowmem.kernels.cpu_rowwise import NO_STATES, attention_work_and_struct_fields, states_struct_fields
+from lowmem.kernels.cpu_rowwise import NO_STATES, attention_work_and_struct_fields, states_struct_fields_or_none
 from lowmem.kernels.native_program import NativeProgram
 from lowmem.nn.cached_keys_and_values import EightBitStates, cache_capacity_rows
 from lowmem.quant.backend import KeyOrValueStates, backend_for
@@ -75,9 +75,12 @@ def test_c_writes_and_reads_at_the_places_what_append_writes_and_returns(counts,
         into, seen, rows = cached.places(states.shape, states)
         assert rows == expected.shape[2]
         steps = NativeProgram(kernel, states.new_empty(states.numel()))
-        steps.append_state_encoding(states.shape, states_struct_fields(states), "new")
+        steps.append_state_encoding(states.shape, states_struct_fields_or_none(states), "new")
         out = steps.append_attention("attention", states.numel())
-        sizes, fields = (2, 3, 1, count, rows, 6, 6), [*states_struct_fields(states), *seen, *seen, *NO_STATES]
+        sizes, fields = (
+            (2, 3, 1, count, rows, 6, 6),
+            [*states_struct_fields_or_none(states), *seen, *seen, *NO_STATES],
+        )
         work, call = attention_work_and_struct_fields(sizes, fields, 0.4, None, out)
         assert steps.try_run(new=into, attention=(work, *call))
         cached.grow(count)

@@ -13,7 +13,7 @@ import lowmem
 from lowmem import CachedStates, kernels, scaled_dot_product_attention
 from lowmem.nn import dot_product_attention as module
 from lowmem.nn.cached_keys_and_values import EightBitStates
-from lowmem.nn.dot_product_attention import MOST, float32_attention_if_faster
+from lowmem.nn.dot_product_attention import MOST, float32_attention_mode_if_faster
 from tests.compiled import compiled, needs_kernel
 
 everywhere = pytest.mark.parametrize("isa", ["reference", *compiled.args[1]])
@@ -232,7 +232,7 @@ def test_a_training_step_replaces_slow_attention(dtype, calls, monkeypatch):
     def attend(x):
         return functional.scaled_dot_product_attention(x, key, value, is_causal=True)
 
-    with float32_attention_if_faster(layer):
+    with float32_attention_mode_if_faster(layer):
         attend(layer(query)).sum().backward()
     assert len(found) == calls
     assert all(one.grad is not None and one.grad.dtype is dtype for one in (query, key, value))

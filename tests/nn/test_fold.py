@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, Half, LoRA, convert
-from lowmem.nn.fold import merged_module_copy, unadapted_module_copy
+from lowmem.nn.fold import merged_copy_and_errors, unadapted_shallow_copy
 from lowmem.nn.linear import GatheredLinear4Bit
 from tests.nn.test_gathered_weight import layer as gathered_layer
 from tests.rounding import stored_weight
@@ -33,7 +33,7 @@ def adapted(name):
 def test_a_folded_copy_computes_what_the_layer_does_but_for_storing_the_sum(name, to):
     layer, x = adapted(name), torch.randn(3, 32)
     kind, before = type(layer), copy.deepcopy(layer.state_dict())
-    folded, errors = merged_module_copy(layer, ["default"], to)
+    folded, errors = merged_copy_and_errors(layer, ["default"], to)
     assert type(folded) is (nn.Linear if to else layer._plain_class)
     expected = layer(x).to(to or torch.float32)
     lost, wide = (folded(x.to(expected.dtype)) - expected).norm() / expected.norm(), to is not None
@@ -42,7 +42,7 @@ def test_a_folded_copy_computes_what_the_layer_does_but_for_storing_the_sum(name
     assert type(layer) is kind
     assert all(torch.equal(value, before[key]) for key, value in layer.state_dict().items())
     layer.lora_b.data.zero_()
-    kept, errors = merged_module_copy(layer, ["default"])
+    kept, errors = merged_copy_and_errors(layer, ["default"])
     assert errors["weight"][0] == 0
     assert torch.equal(stored_weight(kept), stored_weight(layer))
 
@@ -51,7 +51,7 @@ def test_a_folded_copy_computes_what_the_layer_does_but_for_storing_the_sum(name
 def test_a_copy_without_adapters_shares_the_layer_s_parameters_and_has_no_hooks(name):
     layer, x = adapted(name), torch.randn(3, 32)
     layer.register_forward_hook(lambda *_: pytest.fail("a hook ran"))
-    plain = unadapted_module_copy(layer)
+    plain = unadapted_shallow_copy(layer)
     assert type(plain) is layer._plain_class
     assert plain._parameters.keys() == layer._parameters.keys()
     assert all(value is layer._parameters[key] for key, value in plain._parameters.items())

@@ -14,7 +14,7 @@ import lowmem
 from lowmem import LoRA
 from lowmem.errors import FileError
 from lowmem.nn.gathered_weight import GatheredTensor, check_column_permutation
-from lowmem.nn.linear import GatheredLinear4Bit, layer_copy_with_column_order
+from lowmem.nn.linear import GatheredLinear4Bit, shallow_copy_with_column_order
 from lowmem.quant.quantize_tensor import quantize
 
 ORDER = torch.randperm(32, generator=torch.Generator().manual_seed(5)).to(torch.int32)
@@ -25,7 +25,7 @@ def layer(bias: bool = True) -> tuple[lowmem.Linear4Bit, torch.Tensor]:
     torch.manual_seed(2)
     dense = torch.nn.Linear(32, 8, bias=bias)
     stored = quantize(dense.weight.detach()[:, ORDER], "nf4", block_size=8)
-    made = layer_copy_with_column_order(lowmem.Linear4Bit(stored, dense.bias), ORDER.clone())
+    made = shallow_copy_with_column_order(lowmem.Linear4Bit(stored, dense.bias), ORDER.clone())
     return made, stored.dequantize()[:, ORDER.argsort()]
 
 
@@ -114,7 +114,7 @@ def test_an_order_that_is_no_permutation_is_refused(model, tmp_path):
         lowmem.load(tmp_path / "a.safetensors", lambda: nn.Sequential(nn.Linear(32, 8)))
     for wrong in (ORDER[:4], ORDER.long(), ORDER.float()):
         with pytest.raises(ValueError, match="must be int32"):
-            layer_copy_with_column_order(layer()[0], wrong)
+            shallow_copy_with_column_order(layer()[0], wrong)
 
 
 def test_codes_in_the_order_of_columns_do_not_load_into_it(model):

@@ -9,7 +9,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FORMATS, FourBit, Half, LoRA, add_adapter, convert, merge
-from lowmem.nn.adapter import truncated_svd
+from lowmem.nn.adapter import randomized_svd
 from tests.rounding import gamma
 
 
@@ -23,7 +23,7 @@ def test_a_matrix_of_low_rank_is_found_whole(shape, rank):
     generator = torch.Generator().manual_seed(0)
     factors = [torch.randn(*size, generator=generator).double() for size in ((shape[0], 3), (3, shape[1]))]
     matrix = factors[0] @ factors[1]
-    u, s, vt = truncated_svd(matrix, rank)
+    u, s, vt = randomized_svd(matrix, rank)
     count = min(rank, *shape)
     assert (u.shape, s.shape, vt.shape) == ((shape[0], count), (count,), (count, shape[1]))
     exact = torch.linalg.svdvals(matrix)
@@ -37,7 +37,7 @@ def test_it_draws_from_no_global_generator_and_comes_out_the_same():
     matrix = torch.randn(30, 20)
     torch.manual_seed(0)
     before = torch.random.get_rng_state()
-    first, second = truncated_svd(matrix, 2), truncated_svd(matrix, 2)
+    first, second = randomized_svd(matrix, 2), randomized_svd(matrix, 2)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
 

@@ -10,7 +10,7 @@ import lowmem
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.adapter_bank import unadapted_parameter
-from lowmem.nn.fold import unadapted_module_copy
+from lowmem.nn.fold import unadapted_shallow_copy
 from lowmem.quant.backend import backend_for
 from tests import strategies
 
@@ -29,7 +29,7 @@ def test_output_and_gradients_follow_the_equation(base, linear, rank, alpha, sta
     twin = x.detach().clone().requires_grad_()
     scaling = alpha / (rank**0.5 if stabilized else rank)
     assert f"rank={rank}, scaling={scaling:g}" in repr(layer)
-    expected = unadapted_module_copy(layer)(twin) + scaling * (twin @ a.t()) @ b.t()
+    expected = unadapted_shallow_copy(layer)(twin) + scaling * (twin @ a.t()) @ b.t()
     out = layer(x)
     torch.testing.assert_close(out, expected)
     weights = torch.randn_like(out)
@@ -63,7 +63,7 @@ def updates(monkeypatch):
 
 
 def expected_of(layer, x):
-    return layer.adapters.default.weight(unadapted_module_copy(layer)(x), x)
+    return layer.adapters.default.weight(unadapted_shallow_copy(layer)(x), x)
 
 
 @pytest.mark.parametrize("base", [[FourBit("int4")], [FourBit("nf4")], [Half()], [Half(torch.bfloat16)]], ids=repr)
@@ -88,7 +88,7 @@ def test_hooks_that_a_layer_had_before_see_its_output_with_the_adapter(updates):
     x = torch.randn(2, 24)
     out = layer(x)
     assert seen == [out]
-    assert not torch.equal(out, unadapted_module_copy(layer)(x))
+    assert not torch.equal(out, unadapted_shallow_copy(layer)(x))
     assert updates[0] is True  # in one call
     handle.remove()
     layer(x)

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from lowmem import EightBit, FourBit, Half, LoRA, convert
-from lowmem.nn.module_copy import LAYERS, dense_module_copy, stored_module_class
+from lowmem.nn.module_copy import LAYERS, dense_shallow_copy, stored_module_class
 from lowmem.nn.quantized_module import QuantizedModule
 
 
 def test_a_part_of_the_stored_parameters_can_be_dense_again():
     model = convert(nn.LSTM(16, 24), FourBit("nf4", 16, "float32"))
-    left = dense_module_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
+    left = dense_shallow_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
     assert isinstance(left, nn.LSTM)
     assert [*left.forms] == ["weight_hh_l0"]
     assert left.part_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")

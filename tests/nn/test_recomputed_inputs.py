@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.nn.recomputed_inputs import recompute_function_or_none, recomputed_input
+from lowmem.nn.recomputed_inputs import recompute_function_or_none, recomputed_instead_of_saved
 
 
 def call(layer, source, context=True):
     hidden = source * 2
-    with recomputed_input(hidden, lambda dtype: source.detach() * 2):
+    with recomputed_instead_of_saved(hidden, lambda dtype: source.detach() * 2):
         return layer(hidden)
 
 
@@ -50,7 +50,7 @@ def test_writes_are_seen():
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
     hidden = torch.randn(3, requires_grad=True) * 1
-    with recomputed_input(hidden, lambda dtype: hidden):
+    with recomputed_instead_of_saved(hidden, lambda dtype: hidden):
         assert recompute_function_or_none(hidden)(None) is hidden
         assert recompute_function_or_none(hidden.clone()) is None
         hidden.mul_(2)

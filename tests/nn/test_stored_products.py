@@ -11,7 +11,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 
 from lowmem import FORMATS, FourBit, Half, LoRA, convert, measure, restore
-from lowmem.nn.linear import layer_copy_with_column_order
+from lowmem.nn.linear import shallow_copy_with_column_order
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.quant.scale_encodings import ENCODINGS
 from tests.nn.stored_cases import CASES, OFFSETS, WHOLE, store
@@ -160,7 +160,9 @@ def test_an_einsum_keeps_no_dense_values_for_backward(kind):
     for number in range(6):
         if kind == "gathered":
             order = torch.randperm(1024).int()
-            weights.append(layer_copy_with_column_order(convert(nn.Linear(1024, 1024), FourBit("nf4")), order).weight)
+            weights.append(
+                shallow_copy_with_column_order(convert(nn.Linear(1024, 1024), FourBit("nf4")), order).weight
+            )
         elif kind == "adapted":
             layer = convert(nn.Sequential(nn.Linear(1024, 1024)), FourBit("nf4"), LoRA(2))[0]
             nn.init.normal_(layer.lora_b)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from lowmem import FourBit, Half, LoRA, convert
 from lowmem.kernels.torch_versions import TORCH
-from lowmem.nn.linear import layer_copy_with_column_order
+from lowmem.nn.linear import shallow_copy_with_column_order
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.torch_functions import (
     METADATA,
@@ -87,7 +87,7 @@ def layer_of(kind, dense=None):
     dense = nn.Linear(16, 24) if dense is None else dense
     if not kind.startswith("gathered"):
         return convert(nn.Sequential(dense), *TECHNIQUES[kind])[0]
-    gathered = layer_copy_with_column_order(convert(dense, *TECHNIQUES["nf4"]), torch.randperm(16).int())
+    gathered = shallow_copy_with_column_order(convert(dense, *TECHNIQUES["nf4"]), torch.randperm(16).int())
     return convert(nn.Sequential(gathered), LoRA(2))[0] if "adapted" in kind else gathered
 
 

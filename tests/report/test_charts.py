@@ -14,7 +14,7 @@ pytest.importorskip("altair", reason="the charts need the extra: pip install '.[
 pytest.importorskip("vl_convert", reason="the charts need the extra: pip install '.[report]'")
 
 from lowmem.report import charts, dot_plots
-from lowmem.report.charts import draw_wide_and_narrow, percent_text, readable_bytes
+from lowmem.report.charts import draw_wide_and_narrow_svg, percent_text, readable_bytes
 from lowmem.report.footprint import KINDS
 from lowmem.report.theme import LIGHT
 from lowmem.training.step_memory import TrainingMemory
@@ -33,14 +33,16 @@ def every_chart(found):
     peers = [t for t in found.timings if t.panel.startswith("peers")]
     own = [t for t in found.timings if t not in peers]
     return {
-        "memory": lambda narrow: charts.memory_chart(found.footprints, narrow),
-        "speed": lambda narrow: charts.speed_chart(own, narrow),
-        "peers": lambda narrow: charts.speed_chart(peers, narrow),
-        "loss": lambda narrow: dot_plots.variant_error_chart(found.losses, narrow),
-        "distortion": lambda narrow: dot_plots.distortion_chart(found.distortions, narrow),
-        "groups": lambda narrow: dot_plots.layer_group_chart(found.groups, list(found.losses), narrow),
+        "memory": lambda narrow: charts.stored_and_peak_bytes_chart(found.footprints, narrow),
+        "speed": lambda narrow: charts.relative_speed_chart(own, narrow),
+        "peers": lambda narrow: charts.relative_speed_chart(peers, narrow),
+        "loss": lambda narrow: dot_plots.variant_output_error_chart(found.losses, narrow),
+        "distortion": lambda narrow: dot_plots.format_error_by_bits_chart(found.distortions, narrow),
+        "groups": lambda narrow: dot_plots.layer_group_bytes_and_error_chart(
+            found.groups, list(found.losses), narrow
+        ),
         "ratios": lambda narrow: dot_plots.gate_ratio_chart(found.verdicts[0].rows, narrow),
-        "quality": lambda narrow: dot_plots.error_against_bits_chart(found.qualities, narrow),
+        "quality": lambda narrow: dot_plots.output_error_by_bits_chart(found.qualities, narrow),
         "step": lambda narrow: charts.training_step_memory_chart(
             {f.name: f.step for f in found.footprints if f.step}, narrow
         ),
@@ -61,7 +63,7 @@ def spec_of(chart, narrow=False):
 
 @pytest.mark.parametrize("name", list(every_chart(report())))
 def test_a_chart_is_one_well_formed_picture_of_both_widths(name):
-    drawing = draw_wide_and_narrow(every_chart(report())[name])
+    drawing = draw_wide_and_narrow_svg(every_chart(report())[name])
     for svg in (drawing.wide, drawing.narrow):
         root = ElementTree.fromstring(svg)
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
@@ -102,7 +104,7 @@ def test_letters_of_the_front_picture_have_nine_pixels_at_a_width_of_400():
     dense, small = report(max(VARIANTS, key=len)).footprints[:2]
     footprints = [replace(dense, name=name) for name in VARIANTS] + [small]
     root = ElementTree.fromstring(
-        draw_wide_and_narrow(lambda narrow: charts.front_page_memory_chart(footprints)).wide
+        draw_wide_and_narrow_svg(lambda narrow: charts.front_page_memory_chart(footprints)).wide
     )
     sizes = [
         float(text.get("font-size").removesuffix("px")) for text in root.iter("{http://www.w3.org/2000/svg}text")
@@ -154,7 +156,7 @@ def test_speed_has_a_panel_for_each_dtype_with_the_dense_line_and_logarithmic_ax
         assert text["data"]["values"] == [{"batch": 1, "speed": 1.0, "text": reference}]
     slow = [replace(timing, speed=0.9, low=0.7, high=0.95) for timing in report().timings[:3]]
     for given in (slow, [replace(timing, low=None, high=None) for timing in slow]):
-        chart = charts.speed_chart(given, False)
+        chart = charts.relative_speed_chart(given, False)
         assert_readable(chart, False)
         y = chart.to_dict()["hconcat"][0]["layer"][-1]["encoding"]["y"]
         assert y["axis"]["values"] == [1]

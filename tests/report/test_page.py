@@ -13,16 +13,16 @@ from tests.pages import HOSTILE, STEPS, report
 pytest.importorskip("altair", reason="the page needs the extra: pip install '.[report]'")
 pytest.importorskip("vl_convert", reason="the page needs the extra: pip install '.[report]'")
 
-from lowmem.report.charts import PARTS, ChartDrawing
+from lowmem.report.charts import PARTS, ChartSvgsAndSpec
 from lowmem.report.page import (
-    Figure,
-    Table,
+    CaptionedTable,
+    FigureWithTable,
     _training_step_memory_figure,
     render_report_html,
     step_memory_chart_file_bytes,
 )
 from lowmem.report.theme import DARK, LIGHT
-from lowmem.testing.gate_verdicts import GateVerdict, VerdictRow
+from lowmem.testing.gate_verdicts import FigureComparison, GateVerdict
 
 
 class Outline(HTMLParser):
@@ -52,7 +52,7 @@ def html():
 def undrawn(monkeypatch):
     """Leave an empty picture in the place of each chart, which takes long to draw."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartDrawing(empty, empty, {}))
+    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartSvgsAndSpec(empty, empty, {}))
 
 
 @pytest.mark.thorough
@@ -103,7 +103,9 @@ def test_the_names_of_the_variants_are_explained(html):
 
 
 def test_a_chart_is_an_image_with_its_caption_as_name():
-    figure = Figure(ChartDrawing('<svg a="1"></svg>', '<svg a="2"></svg>', {}), 'says "<b>"', Table("", [], []))
+    figure = FigureWithTable(
+        ChartSvgsAndSpec('<svg a="1"></svg>', '<svg a="2"></svg>', {}), 'says "<b>"', CaptionedTable("", [], [])
+    )
     assert figure.svg("wide") == '<svg role="img" aria-label="says &#34;&lt;b&gt;&#34;" a="1"></svg>'
     assert 'a="2"' in figure.svg("narrow")
 
@@ -154,7 +156,7 @@ def test_an_output_that_is_not_finite_or_equal_is_a_figure_without_a_chart(undra
 
 
 def test_an_undecided_gate_is_shown_as_such(undrawn):
-    row = VerdictRow(
+    row = FigureComparison(
         "load, waiting", "", 1.0, 1.0, 1.0, 0.9, 1.1, "undecided", "other work disturbed 9 of 9 fresh rounds"
     )
     memory = report().verdicts[1]
@@ -166,7 +168,7 @@ def test_an_undecided_gate_is_shown_as_such(undrawn):
 
 
 def test_figures_of_gates_are_in_full_or_have_four_digits(undrawn):
-    rows = [VerdictRow("w", "x", base, head) for base, head in ((1048576, 0.00123456), (2.0, None))]
+    rows = [FigureComparison("w", "x", base, head) for base, head in ((1048576, 0.00123456), (2.0, None))]
     html = render_report_html(report(verdicts=[GateVerdict.from_rows("latency", "main", "HEAD", {}, rows)]))
     cells = re.findall(r'class="number">([^<]*)</td>', html[html.index("All figures of the latency gate") :])
     assert [cells[at : at + 2] for at in (0, 5)] == [["1,048,576", "0.001235"], ["2", ""]]

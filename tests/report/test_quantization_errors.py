@@ -13,8 +13,8 @@ from lowmem.report.quantization_errors import (
     BLOCKS,
     SERIES,
     gaussian_error_lower_bound,
-    measure_format_distortions,
-    measure_output_qualities,
+    measure_bits_and_output_errors,
+    measure_format_gaussian_errors,
     stored_bits_per_weight,
 )
 
@@ -31,7 +31,7 @@ def run(model):
 
 def test_every_choice_is_measured_and_smaller_blocks_and_more_bits_take_more():
     told = []
-    found = measure_output_qualities(make, run, lambda: told.append(1))
+    found = measure_bits_and_output_errors(make, run, lambda: told.append(1))
     by_series = {series: [one for one in found if one.series == series] for series in SERIES}
     assert [len(one) for one in by_series.values()] == [len(BLOCKS), len(BLOCKS), 1, 5]
     assert len(told) == len(found)
@@ -57,7 +57,9 @@ def test_a_uniform_choice_is_that_of_embeddings_too():
         torch.manual_seed(0)
         return nn.Sequential(nn.Embedding(512, 256), nn.Linear(256, 64))
 
-    found = {one.name: one for one in measure_output_qualities(model, lambda made: [made(torch.arange(4)).detach()])}
+    found = {
+        one.name: one for one in measure_bits_and_output_errors(model, lambda made: [made(torch.arange(4)).detach()])
+    }
     bits = [found[f"bof4s, blocks of {size}"].bits for size in BLOCKS]
     assert bits == sorted(bits)
     assert 4 < bits[0] < bits[-1] < 4.6
@@ -74,14 +76,14 @@ def test_bits_are_those_of_codes_and_scales_and_ties_count_once():
 
 def test_all_formats_scales_and_blocks_are_there_and_none_beats_the_limit():
     assert [gaussian_error_lower_bound(bits) for bits in (0, 1, 4)] == [1, 0.5, 0.0625]
-    points = measure_format_distortions((16, 1024))
+    points = measure_format_gaussian_errors((16, 1024))
     wanted = {(format, scales, block) for format in FORMATS for scales in ENCODINGS for block in BLOCKS}
     assert {(p.format, p.scales, p.block_size) for p in points} == wanted
     assert len(points) == len(wanted)
     for point in points:
         assert point.bits_per_weight > 4
         assert gaussian_error_lower_bound(point.bits_per_weight) < point.error < 0.2
-    assert points == measure_format_distortions((16, 1024))  # the same in every run
+    assert points == measure_format_gaussian_errors((16, 1024))  # the same in every run
     weight = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0))
     for scales, bits in (("float16", 4.25), ("float32", 4.5)):
         stored = quantize(weight, "fp4", block_size=64, scales=scales)

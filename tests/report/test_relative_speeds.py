@@ -11,9 +11,9 @@ from lowmem.errors import FileError
 from lowmem.report.relative_speeds import (
     DENSE,
     RelativeSpeed,
+    inference_speeds_from_benchmarks,
     measure_relative_speed,
     read_relative_speeds_and_machine,
-    relative_speeds_from_benchmarks,
 )
 from lowmem.testing.latency import Speedup
 from lowmem.testing.ratios import Ratio
@@ -33,15 +33,15 @@ def test_a_ratio_is_how_many_times_as_fast():
     stored = bench("test_inference[qlora-batch8]", 1.0, 2.5)
     live = {key: value for key, value in stored.items() if key != "stats"} | stored["stats"]  # within a session
     assert (
-        relative_speeds_from_benchmarks([stored])
-        == relative_speeds_from_benchmarks([live])
+        inference_speeds_from_benchmarks([stored])
+        == inference_speeds_from_benchmarks([live])
         == [RelativeSpeed("float32", "qlora", 8, 2.5)]
     )
-    assert relative_speeds_from_benchmarks([stored | {"extra_info": {}}]) == []  # without a reference
+    assert inference_speeds_from_benchmarks([stored | {"extra_info": {}}]) == []  # without a reference
 
 
 def test_precisions_and_peers_have_panels_of_their_own():
-    found = relative_speeds_from_benchmarks(
+    found = inference_speeds_from_benchmarks(
         [
             bench("test_inference_in_bfloat16[low_precision-batch1]", file="test_kernels"),
             bench("test_inference_in_int8[low_precision-batch1]", file="test_kernels"),

@@ -10,8 +10,8 @@ from lowmem.errors import FileError
 from lowmem.testing import gate_verdicts
 from lowmem.testing.gate_verdicts import (
     FAILING,
+    FigureComparison,
     GateVerdict,
-    VerdictRow,
     figure_verdict,
     read_report_json,
     read_verdict,
@@ -19,8 +19,8 @@ from lowmem.testing.gate_verdicts import (
 )
 
 ROWS = (
-    VerdictRow("forward[qlora-batch1]", "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", "20% slower"),
-    VerdictRow("load", "ratio", verdict="skipped"),
+    FigureComparison("forward[qlora-batch1]", "ratio", 0.001, 0.0012, 1.2, 1.17, 1.24, "slower", "20% slower"),
+    FigureComparison("load", "ratio", verdict="skipped"),
 )
 VERDICT = asdict(GateVerdict("latency", False, "origin/main", "HEAD", {"cpu": "x86_64", "threads": 2}, ROWS))
 
@@ -68,7 +68,7 @@ def test_texts_are_cleaned_for_what_draws_them(tmp_path):
     ],
 )
 def test_what_is_undecided_neither_passes_nor_fails(tmp_path, verdicts, outcome):
-    rows = [VerdictRow(str(number), "", verdict=verdict) for number, verdict in enumerate(verdicts)]
+    rows = [FigureComparison(str(number), "", verdict=verdict) for number, verdict in enumerate(verdicts)]
     write_verdict(tmp_path / "verdict.json", GateVerdict.from_rows("latency", "b", "h", {}, rows))
     found = read_verdict(tmp_path / "verdict.json")
     assert (found.outcome, found.passed) == (outcome, outcome == "passed")

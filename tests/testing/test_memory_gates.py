@@ -6,7 +6,7 @@ import pytest
 
 from lowmem.errors import FileError
 from lowmem.testing.memory_baseline import BaselineKey, read_baseline_figures, write_baseline_figures
-from lowmem.testing.memory_gates import MemoryGates, is_gate_of_test, stored_gate_name
+from lowmem.testing.memory_gates import MemoryGateSession, is_gate_of_test, stored_gate_name
 
 KEY = BaselineKey("portable", "2.13", 2)
 OTHER = BaselineKey("cuda", "2.13", 2)
@@ -19,7 +19,7 @@ def gates(tmp_path):
     """Return a function that begins a session in a mode, in a project with these figures stored."""
     (tmp_path / "test_a.py").touch()
     write_baseline_figures(KEY.file_path(tmp_path / "baselines"), KEY, {TEST: FIGURES})
-    return lambda mode="compare": MemoryGates(tmp_path, tmp_path / "baselines", mode)
+    return lambda mode="compare": MemoryGateSession(tmp_path, tmp_path / "baselines", mode)
 
 
 def stored(gates, key=KEY):
@@ -29,10 +29,10 @@ def stored(gates, key=KEY):
 
 def finish(session):
     """End a session as it ends beside pytest-xdist too: through a worker's dump, which JSON holds."""
-    controller = MemoryGates(session.root, session.directory, session.mode)
+    controller = MemoryGateSession(session.root, session.directory, session.mode)
     controller.merge_worker_state(json.loads(json.dumps(session.serializable_state())))
     assert controller.rows == session.rows
-    return controller.write_pending_figures()
+    return controller.write_pending_and_drop_vanished()
 
 
 def moved(**changes):

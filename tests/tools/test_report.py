@@ -17,7 +17,7 @@ pytest.importorskip("altair", reason="the report needs the extra: pip install '.
 pytest.importorskip("vl_convert", reason="the report needs the extra: pip install '.[report]'")
 
 
-from lowmem.report.charts import ChartDrawing
+from lowmem.report.charts import ChartSvgsAndSpec
 from lowmem.tools import report as command
 
 ROOT = Path(__file__).parents[2]
@@ -82,7 +82,7 @@ nothing = lambda: nn.ReLU()
 def quick(monkeypatch, user_module):
     """Leave out what takes long and has tests of its own: drawing, and the errors of normal weights."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartDrawing(empty, empty, {}))
+    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartSvgsAndSpec(empty, empty, {}))
     monkeypatch.setattr("lowmem.report.quantization_errors.measure_format_distortions", lambda: made_up().distortions)
     user_module("report_models", MODELS)
 

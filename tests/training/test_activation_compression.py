@@ -290,7 +290,7 @@ def test_what_was_compressed_before_is_kept_for_a_divisor():
 
 def test_views_do_not_overlap_and_pieces_grow_with_what_is_kept():
     room, sizes = ActivationArena(), [1000, 70, 64, 4096, 1] * 40
-    views = [room.allocate(size) for size in sizes]
+    views = [room.allocate_int8(size) for size in sizes]
     for number, view in enumerate(views):
         view.fill_(number % 100)
     assert all(
@@ -309,11 +309,11 @@ def test_views_do_not_overlap_and_pieces_grow_with_what_is_kept():
 def test_what_is_given_back_is_taken_again_and_pieces_are_freed():
     room = ActivationArena()
     for _ in range(20):
-        room.allocate(512)
-    first = room.allocate(256).data_ptr()
+        room.allocate_int8(512)
+    first = room.allocate_int8(256).data_ptr()
     room.free_last_allocation()
-    assert room.allocate(128).data_ptr() == first
-    view = ActivationArena().allocate(64)
+    assert room.allocate_int8(128).data_ptr() == first
+    view = ActivationArena().allocate_int8(64)
     piece = weakref.ref(view.untyped_storage())
     del view
     gc.collect()

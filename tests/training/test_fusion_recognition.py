@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn import functional
 
 from lowmem import FourBit, LoRA, convert
-from lowmem.training.fused import Act, GatedMLPSpec, LayerNormSpec, RMSNormSpec
-from lowmem.training.fusion_recognition import fusion_spec_or_reason
+from lowmem.training.fused import ActivationSpec, GatedMLPSpec, LayerNormSpec, RMSNormSpec
+from lowmem.training.fusion_recognition import probe_fusion_spec_or_reason
 from tests.rounding import default_dtype
 from tests.training.blocks import MLP, Norm
 
@@ -72,29 +72,29 @@ def norm(kind, **options):
 
 
 def test_norms():
-    assert fusion_spec_or_reason(norm(Norm)) == RMSNormSpec(
+    assert probe_fusion_spec_or_reason(norm(Norm)) == RMSNormSpec(
         "weight", "variance_epsilon", 0.0, rounds_first=True, mixes=True
     )
-    assert fusion_spec_or_reason(norm(Gemma)) == RMSNormSpec(
+    assert probe_fusion_spec_or_reason(norm(Gemma)) == RMSNormSpec(
         "weight", "variance_epsilon", 1.0, rounds_first=False, mixes=True
     )
-    assert fusion_spec_or_reason(norm(Olmo)) == RMSNormSpec(
+    assert probe_fusion_spec_or_reason(norm(Olmo)) == RMSNormSpec(
         "weight", "variance_epsilon", 0.0, rounds_first=False, mixes=True
     )
-    assert fusion_spec_or_reason(norm(T5)) == RMSNormSpec("weight", "variance_epsilon", 0.0, rounds_first=True)
-    of_torch = fusion_spec_or_reason(norm(nn.RMSNorm, eps=1e-6))
+    assert probe_fusion_spec_or_reason(norm(T5)) == RMSNormSpec("weight", "variance_epsilon", 0.0, rounds_first=True)
+    of_torch = probe_fusion_spec_or_reason(norm(nn.RMSNorm, eps=1e-6))
     assert (of_torch.weight, of_torch.eps, of_torch.offset) == ("weight", "eps", 0.0)
     for kind in (Centred, Sums, Fails, Beside, Least, Limited):
-        assert fusion_spec_or_reason(norm(kind)) == "on random numbers it computes no RMS norm"
+        assert probe_fusion_spec_or_reason(norm(kind)) == "on random numbers it computes no RMS norm"
     assert (
-        fusion_spec_or_reason(type("Own", (nn.LayerNorm,), {})(64, bias=False))
+        probe_fusion_spec_or_reason(type("Own", (nn.LayerNorm,), {})(64, bias=False))
         == "on random numbers it computes no RMS norm"
     )
     for other in (nn.Linear(4, 4), nn.RMSNorm(64), nn.RMSNorm((4, 4), eps=1e-5), nn.BatchNorm1d(4)):
-        assert fusion_spec_or_reason(other) is None
+        assert probe_fusion_spec_or_reason(other) is None
     own = norm(Norm)
     own.forward = own.forward
-    assert "forward of its own" in fusion_spec_or_reason(own)
+    assert "forward of its own" in probe_fusion_spec_or_reason(own)
 
 
 class Between(MLP):
@@ -111,22 +111,22 @@ def mlp(between, joined=False):
 
 
 def test_gated_mlps():
-    assert fusion_spec_or_reason(MLP()) == GatedMLPSpec("gate", "up", "down", "SiLU")
-    assert fusion_spec_or_reason(MLP(joined=True)) == GatedMLPSpec("gate_up", None, "down", "SiLU")
-    assert fusion_spec_or_reason(mlp(lambda gate, up: gate * functional.silu(up))) == GatedMLPSpec(
+    assert probe_fusion_spec_or_reason(MLP()) == GatedMLPSpec("gate", "up", "down", "SiLU")
+    assert probe_fusion_spec_or_reason(MLP(joined=True)) == GatedMLPSpec("gate_up", None, "down", "SiLU")
+    assert probe_fusion_spec_or_reason(mlp(lambda gate, up: gate * functional.silu(up))) == GatedMLPSpec(
         "up", "gate", "down", "SiLU"
     )
-    tanh = fusion_spec_or_reason(mlp(lambda gate, up: functional.gelu(gate, approximate="tanh") * up))
+    tanh = probe_fusion_spec_or_reason(mlp(lambda gate, up: functional.gelu(gate, approximate="tanh") * up))
     assert tanh == GatedMLPSpec("gate", "up", "down", "GELU (tanh)")
-    exact = fusion_spec_or_reason(mlp(lambda gate, up: functional.gelu(gate) * up))
+    exact = probe_fusion_spec_or_reason(mlp(lambda gate, up: functional.gelu(gate) * up))
     assert exact == GatedMLPSpec("gate", "up", "down", "GELU")
-    quick = fusion_spec_or_reason(mlp(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up))
+    quick = probe_fusion_spec_or_reason(mlp(lambda gate, up: gate * torch.sigmoid(1.702 * gate) * up))
     assert quick == GatedMLPSpec("gate", "up", "down", "GELU (sigmoid)")
     for techniques in ((LoRA(4),), (FourBit(), LoRA(4)), (FourBit(),)):
-        assert fusion_spec_or_reason(convert(MLP(), *techniques)) == GatedMLPSpec("gate", "up", "down", "SiLU")
+        assert probe_fusion_spec_or_reason(convert(MLP(), *techniques)) == GatedMLPSpec("gate", "up", "down", "SiLU")
     made = MLP().bfloat16()
     state = torch.random.get_rng_state()
-    fusion_spec_or_reason(made)
+    probe_fusion_spec_or_reason(made)
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
@@ -144,7 +144,7 @@ def test_gated_mlps():
     ],
 )
 def test_other_mlps_are_refused(between):
-    assert "is no act(gate) * up of a known activation: SiLU" in fusion_spec_or_reason(mlp(between))
+    assert "is no act(gate) * up of a known activation: SiLU" in probe_fusion_spec_or_reason(mlp(between))
 
 
 def test_what_follows_the_layers_is_looked_at():
@@ -152,10 +152,10 @@ def test_what_follows_the_layers_is_looked_at():
         def forward(self, x):
             return functional.dropout(super().forward(x), 0.1, self.training)
 
-    assert fusion_spec_or_reason(Dropout()) == "it does not return what down returns, as with dropout"
+    assert probe_fusion_spec_or_reason(Dropout()) == "it does not return what down returns, as with dropout"
     hooked = MLP()
     hooked.act.register_forward_hook(lambda *_: None)
-    assert fusion_spec_or_reason(hooked) == "its activation has hooks"
+    assert probe_fusion_spec_or_reason(hooked) == "its activation has hooks"
 
     class Attention(nn.Module):
         def __init__(self):
@@ -165,8 +165,8 @@ def test_what_follows_the_layers_is_looked_at():
         def forward(self, x, mask):
             return self.q(x) * self.k(x) * self.v(x)
 
-    assert fusion_spec_or_reason(Attention()) is None
-    assert fusion_spec_or_reason(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))) is None
+    assert probe_fusion_spec_or_reason(Attention()) is None
+    assert probe_fusion_spec_or_reason(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 4))) is None
 
 
 class Function(nn.Module):
@@ -186,23 +186,29 @@ def test_layer_norms_of_torch_alone():
             return super().forward(x) + 1
 
     assert (
-        fusion_spec_or_reason(nn.LayerNorm(8))
-        == fusion_spec_or_reason(nn.LayerNorm(8, elementwise_affine=False))
+        probe_fusion_spec_or_reason(nn.LayerNorm(8))
+        == probe_fusion_spec_or_reason(nn.LayerNorm(8, elementwise_affine=False))
         == LayerNormSpec()
     )
-    assert not isinstance(fusion_spec_or_reason(Own(8)), LayerNormSpec)
+    assert not isinstance(probe_fusion_spec_or_reason(Own(8)), LayerNormSpec)
     patched = nn.LayerNorm(8)
     patched.forward = lambda x: x
-    assert fusion_spec_or_reason(patched) is None
+    assert probe_fusion_spec_or_reason(patched) is None
 
 
 def test_activations_without_a_name():
-    assert fusion_spec_or_reason(Function()) == Act("GELU (tanh)")
-    assert fusion_spec_or_reason(function(lambda x: x * torch.sigmoid(1.702 * x))) == Act("GELU (sigmoid)")
-    assert fusion_spec_or_reason(function(lambda x: x / (1 + torch.exp(-x)))) == Act("SiLU")
-    assert fusion_spec_or_reason(function(functional.gelu)) == fusion_spec_or_reason(nn.GELU()) == Act("GELU")
-    assert fusion_spec_or_reason(nn.GELU("tanh")) == Act("GELU (tanh)")
-    assert fusion_spec_or_reason(nn.SiLU()) == Act("SiLU")
+    assert probe_fusion_spec_or_reason(Function()) == ActivationSpec("GELU (tanh)")
+    assert probe_fusion_spec_or_reason(function(lambda x: x * torch.sigmoid(1.702 * x))) == ActivationSpec(
+        "GELU (sigmoid)"
+    )
+    assert probe_fusion_spec_or_reason(function(lambda x: x / (1 + torch.exp(-x)))) == ActivationSpec("SiLU")
+    assert (
+        probe_fusion_spec_or_reason(function(functional.gelu))
+        == probe_fusion_spec_or_reason(nn.GELU())
+        == ActivationSpec("GELU")
+    )
+    assert probe_fusion_spec_or_reason(nn.GELU("tanh")) == ActivationSpec("GELU (tanh)")
+    assert probe_fusion_spec_or_reason(nn.SiLU()) == ActivationSpec("SiLU")
     for of in (
         torch.relu,
         torch.tanh,
@@ -211,25 +217,25 @@ def test_activations_without_a_name():
         lambda x: functional.silu(x).clamp(max=20),
         torch.sum,
     ):
-        assert fusion_spec_or_reason(function(of)) is None
+        assert probe_fusion_spec_or_reason(function(of)) is None
     for of_torch in (nn.SiLU(inplace=True), nn.ReLU(), nn.Identity(), nn.Dropout()):
-        assert fusion_spec_or_reason(of_torch) is None
+        assert probe_fusion_spec_or_reason(of_torch) is None
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 def test_the_default_device_and_dtype_change_nothing(device):
     """Random numbers are the CPU's, whose generator alone is forked."""
     made = [norm(Norm), MLP(), nn.GELU()]
-    expected = [fusion_spec_or_reason(one) for one in made]
+    expected = [probe_fusion_spec_or_reason(one) for one in made]
     for dtype in (torch.bfloat16, torch.float16, torch.float64):
         with default_dtype(dtype), torch.device(device):
-            assert [fusion_spec_or_reason(one) for one in made] == expected
+            assert [probe_fusion_spec_or_reason(one) for one in made] == expected
 
 
 def test_recognizing_changes_the_mode_of_no_layer():
     for training in (False, True):
         mlp = MLP().train(training)
-        assert isinstance(fusion_spec_or_reason(mlp), GatedMLPSpec)
+        assert isinstance(probe_fusion_spec_or_reason(mlp), GatedMLPSpec)
         assert {module.training for module in mlp.modules()} == {training}
 
 
@@ -268,7 +274,7 @@ def test_what_only_some_calls_show_is_seen(case, training):
     """Shapes of inputs, and calls that are counted."""
     for kind, of in ((Norm, norm), (MLP, lambda kind: kind()), (Function, lambda kind: kind())):
         made = of(off(kind, SHOWN[case] or counted_in_a_list()))
-        found = fusion_spec_or_reason(made, training)
+        found = probe_fusion_spec_or_reason(made, training)
         assert found is None or isinstance(found, str), found
         assert not hasattr(made, "calls")
 
@@ -278,7 +284,7 @@ def test_outputs_that_are_cut_off_are_seen():
         def forward(self, x):
             return super().forward(x).clamp(-500, 500)
 
-    assert fusion_spec_or_reason(norm(Cut)) == "on random numbers it computes no RMS norm"
+    assert probe_fusion_spec_or_reason(norm(Cut)) == "on random numbers it computes no RMS norm"
 
 
 def test_an_activation_that_counts_its_calls_is_none_of_a_gated_mlp():
@@ -291,5 +297,5 @@ def test_an_activation_that_counts_its_calls_is_none_of_a_gated_mlp():
 
     made = MLP()
     made.act = Counts()
-    assert fusion_spec_or_reason(made) == "numbers of it change from call to call"
+    assert probe_fusion_spec_or_reason(made) == "numbers of it change from call to call"
     assert made.act.calls == 0

@@ -10,7 +10,7 @@ from torch import nn
 
 import lowmem
 from lowmem import FourBit, Half, LoRA, LoRALinear, adapter_layers, add_adapter, convert, merge, summary
-from lowmem.nn.fold import unadapted_module_copy
+from lowmem.nn.fold import unadapted_shallow_copy
 from tests.refusing import refused
 from tests.test_any_model import Experts
 
@@ -132,7 +132,7 @@ def test_an_adapter_on_one_of_two_linear_layers_with_one_weight_says_so(stored):
     nn.init.normal_(both.v.lora_b)
     x = torch.randn(3, 16)
     assert not torch.equal(both.v(x), both.q(x))
-    assert torch.equal(unadapted_module_copy(both.v)(x), unadapted_module_copy(both.q)(x))
+    assert torch.equal(unadapted_shallow_copy(both.v)(x), unadapted_shallow_copy(both.q)(x))
     with pytest.raises(ValueError, match="v shares its weight with q, and their merged weights would differ"):
         merge(both)
 

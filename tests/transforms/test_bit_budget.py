@@ -16,14 +16,14 @@ from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import CHOICES
 from lowmem.transforms.bit_budget import (
     BudgetUnit,
-    WeightImportance,
-    allocated_choice_indices,
-    budget_choices,
+    RowAndColumnImportance,
+    budget_choices_with_reasons,
     bytes_per_choice,
+    greedy_choice_index_per_unit,
     loss_per_choice,
     module_groups_sharing_weights,
 )
-from lowmem.transforms.module_registry import storage_technique_type
+from lowmem.transforms.module_registry import storage_technique_type_or_none
 from tests.refusing import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* are weights that stay dense")
@@ -82,10 +82,10 @@ def test_an_allocation_fits_and_more_bits_never_lose_more(found, one, other):
     for bits in sorted((one, other)):
         if not least <= bits * (10 * len(found)) / 8 <= 100 * len(found):
             with pytest.raises(ValueError, match=r"is out of reach: these weights take \d"):
-                allocated_choice_indices(found, bits)
+                greedy_choice_index_per_unit(found, bits)
             continue
-        chosen = allocated_choice_indices(found, bits)
-        assert chosen == allocated_choice_indices(found, bits)
+        chosen = greedy_choice_index_per_unit(found, bits)
+        assert chosen == greedy_choice_index_per_unit(found, bits)
         assert sum(unit.bytes[at] for unit, at in zip(found, chosen, strict=True)) <= bits * (10 * len(found)) / 8
         lost.append(math.fsum(unit.losses[at] for unit, at in zip(found, chosen, strict=True)))
     assert lost == sorted(lost, reverse=True) or math.isclose(*lost)
@@ -93,8 +93,8 @@ def test_an_allocation_fits_and_more_bits_never_lose_more(found, one, other):
 
 @given(units)
 def test_with_room_for_all_each_unit_loses_least(found):
-    assert allocated_choice_indices([], 4.4) == []
-    chosen = allocated_choice_indices(found, 80)
+    assert greedy_choice_index_per_unit([], 4.4) == []
+    chosen = greedy_choice_index_per_unit(found, 80)
     assert all(unit.losses[at] == min(unit.losses) for unit, at in zip(found, chosen, strict=True))
 
 
@@ -106,7 +106,7 @@ def test_where_a_step_ends_exactly_no_other_allocation_of_as_many_bytes_loses_le
         for number, scale in enumerate(torch.rand(5, generator=generator).tolist())
     ]
     for bits in (4.4, 5.0, 6.0):
-        chosen = allocated_choice_indices(found, bits)
+        chosen = greedy_choice_index_per_unit(found, bits)
         spent = sum(unit.bytes[at] for unit, at in zip(found, chosen, strict=True))
         lost = sum(unit.losses[at] for unit, at in zip(found, chosen, strict=True))
         best = min(
@@ -122,12 +122,12 @@ def test_where_a_step_ends_exactly_no_other_allocation_of_as_many_bytes_loses_le
         4.6: "saves 50.00% of the loss for 48.0 KiB; 8 bits would save 50.00% of the loss for 464.0 KiB",
         8.2: "saves 100.00% of the loss for 512.0 KiB",
     }
-    assert {bits: budget_choices([unit], Budget(bits))[0].why for bits in told} == told
+    assert {bits: budget_choices_with_reasons([unit], Budget(bits))[0].why for bits in told} == told
 
 
 def test_losses_are_those_of_what_is_stored():
     weight = torch.randn(6, 100, generator=torch.Generator().manual_seed(0))
-    important = WeightImportance(torch.rand(6).double(), torch.rand(100).double())
+    important = RowAndColumnImportance(torch.rand(6).double(), torch.rand(100).double())
     for at, one in enumerate(CHOICES):
         stored = one.store(weight)
         error = (stored.dequantize() - weight).double().square()
@@ -164,7 +164,9 @@ def test_a_model_takes_at_most_its_budget_and_says_what_each_layer_got(inputs, t
         assert "Chosen because" not in str(summary(loaded))
         kept = [row for row in rows.values() if row.shared_with is None]
         lost.append(math.fsum(row.weight_error**2 * row.weights for row in kept))
-    assert {storage_technique_type(one) for one in model.modules() if isinstance(one, StoredModule)} == {EightBit}
+    assert {storage_technique_type_or_none(one) for one in model.modules() if isinstance(one, StoredModule)} == {
+        EightBit
+    }
     if inputs is None:
         assert lost == sorted(lost, reverse=True)
     planned = lowmem.plan(Tied, Budget(4.6), batch=tokens, training=None)
@@ -179,8 +181,8 @@ def test_embeddings_that_a_budget_puts_in_8_bits_have_no_reason_of_four_bits(tmp
     model = convert(make(), Budget(7.2))
     lowmem.save(model, tmp_path / "budget")
     for one in (model, lowmem.load(tmp_path / "budget", make)):
-        assert [storage_technique_type(layer) for layer in one].count(EightBit) == 2
-        assert storage_technique_type(one[0]) is EightBit
+        assert [storage_technique_type_or_none(layer) for layer in one].count(EightBit) == 2
+        assert storage_technique_type_or_none(one[0]) is EightBit
         assert [row.reason for row in summary(one)] == [None] * 3
     assert "8 bits, since it is an embedding" in summary(convert(make(), FourBit()))[0].reason
 
@@ -199,7 +201,10 @@ def test_layers_that_samples_find_to_matter_get_more_bits():
 
     model = Two()
     converted = convert(copy.deepcopy(model), Budget(6.4, inputs=[torch.randn(8, 64)]))
-    assert (storage_technique_type(converted.loud), storage_technique_type(converted.quiet)) == (EightBit, FourBit)
+    assert (storage_technique_type_or_none(converted.loud), storage_technique_type_or_none(converted.quiet)) == (
+        EightBit,
+        FourBit,
+    )
     model.unseen = nn.Linear(64, 64)
     with pytest.warns(UserWarning, match="no batch of inputs= reached unseen, which get the least bits"):
         converted = convert(model, Budget(6.4, inputs=[torch.randn(8, 64)]))
@@ -209,7 +214,7 @@ def test_layers_that_samples_find_to_matter_get_more_bits():
 def test_adapters_come_on_top():
     model = convert(Tied(), Budget(4.6), LoRA(4))
     assert isinstance(model.up, lowmem.LoRALinear)
-    assert storage_technique_type(model.up) in (FourBit, EightBit)
+    assert storage_technique_type_or_none(model.up) in (FourBit, EightBit)
     assert model.up.chosen_because
     loss = model(torch.arange(24).view(2, 12)).square().mean()
     loss.backward()

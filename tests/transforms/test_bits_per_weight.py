@@ -14,9 +14,9 @@ from lowmem.quant.packing import MAX_BLOCK_SIZE
 from lowmem.quant.scale_encodings import ENCODINGS, OFFSETS
 from lowmem.transforms.bits_per_weight import (
     SMALLEST,
-    bits_per_weight_after_replacement,
+    bits_per_weight_without_adapters,
     check_bit_limit,
-    techniques_text,
+    techniques_as_code,
 )
 from tests.refusing import refused
 from tests.transforms.models import Table
@@ -67,7 +67,7 @@ def test_the_error_names_the_least_that_any_technique_gives(name):
             convert(model, *techniques, at_most=least * (1 - 1e-6))
         told = str(caught.value)
         if min(bits_of(model, one) for one in techniques if not isinstance(one, LoRA)) > least:
-            named = next(one for one in SMALLEST if f"with {techniques_text([one])}." in told)
+            named = next(one for one in SMALLEST if f"with {techniques_as_code([one])}." in told)
             assert f"the least that is possible is {least:.3f}, with" in told
             assert bits_of(model, named) == least
     best = min(given, key=given.__getitem__)
@@ -104,15 +104,15 @@ def test_the_least_is_that_of_what_where_skip_and_parameters_select():
 
 def test_adapters_do_not_count():
     stored, adapted = (convert(nn.Linear(64, 64), FourBit("nf4"), *more) for more in ((), (LoRA(4),)))
-    assert bits_per_weight_after_replacement(adapted, {}) == bits_per_weight_after_replacement(stored, {})
+    assert bits_per_weight_without_adapters(adapted, {}) == bits_per_weight_without_adapters(stored, {})
 
 
 def test_the_text_of_techniques_makes_them_again():
     for given in [(), (FourBit(),), SMALLEST, (Half(torch.bfloat16), LoRA(4))]:
         if given:
             namespace = {"FourBit": FourBit, "Half": Half, "LoRA": LoRA, "torch": torch}
-            assert eval(f"({techniques_text(given)},)", namespace) == given
-    assert techniques_text(()) == "dense"
+            assert eval(f"({techniques_as_code(given)},)", namespace) == given
+    assert techniques_as_code(()) == "dense"
 
 
 def test_a_large_dense_share_is_told_once_with_its_reasons():

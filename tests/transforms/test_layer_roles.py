@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, LoRA, convert
-from lowmem.transforms.layer_roles import output_layer_reasons
+from lowmem.transforms.layer_roles import output_layer_reason_by_module
 from tests.transforms.test_adapter_placement import Body, Causal, adapted
 
 
@@ -26,7 +26,7 @@ class Without(nn.Module):
 
 @pytest.mark.parametrize("returned", [None, AttributeError, NotImplementedError, torch.ones(1)])
 def test_a_model_without_an_output_layer_has_none_left_out(returned):
-    assert output_layer_reasons(Without(returned)) == {}
+    assert output_layer_reason_by_module(Without(returned)) == {}
     assert adapted(convert(Without(returned), LoRA(2))) == ["body.q", "body.v"]
 
 
@@ -34,16 +34,16 @@ def test_a_layer_that_shares_a_bias_alone_is_no_output_layer():
     model = Causal()
     model.more = nn.Linear(4, 50)
     model.lm_head.bias = model.more.bias
-    assert model.more not in output_layer_reasons(model)
+    assert model.more not in output_layer_reason_by_module(model)
 
 
 def test_an_embedding_tied_to_another_is_no_output_layer():
     model = Body()
     model.twin = nn.Embedding(50, 16)
     model.twin.weight = model.tokens.weight
-    assert output_layer_reasons(model) == {}
+    assert output_layer_reason_by_module(model) == {}
 
 
 def test_copies_know_their_output_layers():
     model = copy.deepcopy(convert(Causal(), FourBit(), LoRA(2)))
-    assert {type(module).__name__ for module in output_layer_reasons(model)} == {"Linear8Bit"}
+    assert {type(module).__name__ for module in output_layer_reason_by_module(model)} == {"Linear8Bit"}

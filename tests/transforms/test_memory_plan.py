@@ -13,7 +13,7 @@ import lowmem
 from lowmem import BigNet, EightBit, FourBit, Half, LoRA, convert, measure, plan
 from lowmem.nn.stored_module import StoredModule
 from lowmem.transforms import memory_plan as module
-from lowmem.transforms.bits_per_weight import techniques_text
+from lowmem.transforms.bits_per_weight import techniques_as_code
 from lowmem.transforms.memory_plan import OPTIMIZERS, parse_byte_count
 from tests.models import INDICES, Small
 
@@ -95,7 +95,7 @@ def test_every_figure_of_one_model_is_what_a_real_one_measures(name, technique):
     adapters = sum(p.nbytes for key, p in model.named_parameters() if ".adapters." in f".{key}")
     assert found.stored.get("adapters", 0) == adapters
     layers = [m for m in model.modules() if isinstance(m, StoredModule)]
-    frozen = {getattr(m, part) for m in layers for part in m.part_names}
+    frozen = {getattr(m, part) for m in layers for part in m.part_parameter_names}
     assert sum(found.stored.get(kind, 0) for kind in ("Half", "FourBit", "EightBit")) == sum(t.nbytes for t in frozen)
 
     assert found.scratch == (8 * MIB if technique == "offsets" else MIB if layers else 0)
@@ -308,7 +308,7 @@ def test_at_most_proposes_the_first_that_fits(training):
         else:
             assert found == plan(make, *found.techniques, batch=batch, training=training)
             seen.append(tuple(type(t) for t in found.techniques))
-    assert f"({found.total_bytes:,} bytes), with {techniques_text(found.techniques)}" in refused
+    assert f"({found.total_bytes:,} bytes), with {techniques_as_code(found.techniques)}" in refused
     assert seen[0] == ()
     kinds = list(dict.fromkeys(seen))
     if training is None:
@@ -340,7 +340,7 @@ def test_at_most_passes_over_techniques_that_the_model_has_no_layers_for():
 
 def test_models_that_cannot_be_the_least_are_not_run(monkeypatch):
     runs = []
-    run = module.measure_run_on_fake_tensors
+    run = module.make_fake_and_measure_run
     monkeypatch.setattr(
         module, "measure_run_on_fake_tensors", lambda model, *rest: runs.append(model) or run(model, *rest)
     )

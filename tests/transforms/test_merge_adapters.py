@@ -24,7 +24,7 @@ from lowmem import (
     save,
 )
 from lowmem.nn.adapter_bank import unadapted_parameter
-from lowmem.nn.fold import unadapted_module_copy
+from lowmem.nn.fold import unadapted_shallow_copy
 from lowmem.quant.quantize_tensor import relative_error
 from tests import strategies
 from tests.models import out_of_file
@@ -186,7 +186,7 @@ def test_with_inputs_the_report_has_the_errors_of_the_layers_and_the_model_s_out
         for row in report[:2]:
             layer = getattr(plain, row.path)
             with torch.no_grad():
-                wanted, before = layer(given[row.path]).double(), unadapted_module_copy(layer)(given[row.path])
+                wanted, before = layer(given[row.path]).double(), unadapted_shallow_copy(layer)(given[row.path])
                 after = getattr(one, row.path)(given[row.path].to(x.dtype if to == "same format" else to))
             assert row.output_before == pytest.approx(error_of(before, wanted), rel=1e-4)
             assert row.output_after == pytest.approx(error_of(after, wanted), rel=1e-4, abs=1e-6)
@@ -255,7 +255,7 @@ def test_outputs_beyond_at_most_are_refused_too(part):
     x = torch.ones(32)  # x.dot(x) and A x are then exact, in whatever order they are added
     with torch.no_grad():
         layer.lora_a.copy_(x[None] / x.dot(x))
-        layer.lora_b.copy_(-part * unadapted_module_copy(layer)(x)[:, None])  # B A x = -part W x
+        layer.lora_b.copy_(-part * unadapted_shallow_copy(layer)(x)[:, None])  # B A x = -part W x
     _, report = merge(copy.deepcopy(layer), inputs=x[None], report=True)
     limit = 2 * report[0].after
     assert report[0].output_after > limit

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lowmem import FourBit, LoRA, convert
-from lowmem.transforms.merge_adapters import adapted_layer_paths, merged_copies
-from lowmem.transforms.merge_output_errors import layer_and_model_output_errors
+from lowmem.transforms.merge_adapters import first_path_by_adapted_layer, merged_copy_and_errors_by_layer
+from lowmem.transforms.merge_output_errors import layer_output_errors_and_model_error
 
 
 def adapted(*techniques):
@@ -21,10 +21,10 @@ def adapted(*techniques):
 @pytest.mark.parametrize(("techniques", "most"), [((), 1e-6), ((FourBit("nf4"),), 0.2)])
 def test_merging_leaves_the_error_of_storing_the_sum_alone(techniques, most):
     model, x = adapted(*techniques), torch.randn(5, 64)
-    layers = adapted_layer_paths(model)
+    layers = first_path_by_adapted_layer(model)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    folded = merged_copies(model, dict.fromkeys(layers, ("default",)))
-    of_layers, whole = layer_and_model_output_errors(model, folded, x, None)
+    folded = merged_copy_and_errors_by_layer(model, dict.fromkeys(layers, ("default",)))
+    of_layers, whole = layer_output_errors_and_model_error(model, folded, x, None)
     assert of_layers.keys() == layers.keys()
     for without, merged in (*of_layers.values(), whole):
         assert merged <= most < 5 * without
@@ -54,10 +54,10 @@ def test_layers_are_what_they_were_while_merged_copies_compute(to):
     model.held, called = [model.called], []
     model.called.register_forward_hook(lambda *_: called.append(1))
     kind, own, children = type(model.called), vars(model.called), [*model.modules()]
-    x, layers = torch.randn(3, 2, 16), adapted_layer_paths(model)
+    x, layers = torch.randn(3, 2, 16), first_path_by_adapted_layer(model)
     expected = model(x)
-    folded = merged_copies(model, dict.fromkeys(layers, ("default",)), to)
-    _, (before, after) = layer_and_model_output_errors(model, folded, x, to)
+    folded = merged_copy_and_errors_by_layer(model, dict.fromkeys(layers, ("default",)), to)
+    _, (before, after) = layer_output_errors_and_model_error(model, folded, x, to)
     assert [(one is kind, attributes is own) for one, attributes in model.seen] == [(True, True)]
     assert [*model.modules()] == children
     assert called == [1] * 4  # once above, exactly, without adapters, and merged

@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem.transforms.meta_device import make_model_on_meta
+from lowmem.transforms.meta_device import make_model_with_meta_parameters
 from tests.models import Small
 
 
 def test_parameters_are_on_meta_and_buffers_as_they_were():
-    model = make_model_on_meta(Small)
+    model = make_model_with_meta_parameters(Small)
     assert all(p.is_meta for p in model.parameters())
     assert [(n, p.shape, p.dtype) for n, p in model.named_parameters()] == [
         (n, p.shape, p.dtype) for n, p in Small().named_parameters()
@@ -23,18 +23,18 @@ def test_parameters_are_on_meta_and_buffers_as_they_were():
         layer.weight = there
         return layer
 
-    assert make_model_on_meta(with_it).weight is there
+    assert make_model_with_meta_parameters(with_it).weight is there
 
 
 def test_the_generator_stays_as_it_was():
     before = torch.get_rng_state()
-    make_model_on_meta(lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(torch.rand(1).item())))
+    make_model_with_meta_parameters(lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(torch.rand(1).item())))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_layers_that_were_there_before_keep_their_values():
     shared = nn.Linear(4, 4)
-    model = make_model_on_meta(lambda: nn.Sequential(shared, nn.Linear(4, 2)))
+    model = make_model_with_meta_parameters(lambda: nn.Sequential(shared, nn.Linear(4, 2)))
     assert all(p.is_meta for p in model.parameters())
     assert not shared.weight.is_meta
 
@@ -53,10 +53,10 @@ EXISTING = nn.Linear(4, 4)
 )
 def test_invalid_factories_are_one_clear_error(factory, error, text):
     with pytest.raises(error, match=text):
-        make_model_on_meta(factory)
+        make_model_with_meta_parameters(factory)
     assert not EXISTING.weight.is_meta
 
 
 def test_errors_of_the_factory_pass():
     with pytest.raises(ValueError, match="^its own$"):
-        make_model_on_meta(lambda: (_ for _ in ()).throw(ValueError("its own")))
+        make_model_with_meta_parameters(lambda: (_ for _ in ()).throw(ValueError("its own")))

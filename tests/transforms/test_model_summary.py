@@ -21,7 +21,7 @@ from lowmem import (
     save,
     summary,
 )
-from lowmem.transforms.model_summary import group_display_name, path_parts_without_indices
+from lowmem.transforms.model_summary import display_name_with_index_ranges, path_parts_with_none_for_indices
 
 WHERE = "where= leaves it out"
 
@@ -313,9 +313,9 @@ def test_names_are_shown_without_control_characters_and_kept_as_they_are_in_the_
     ],
 )
 def test_layers_of_one_role_differ_by_indices_alone_and_have_one_name(paths, name):
-    assert {path_parts_without_indices(path) for path in paths} == {path_parts_without_indices(paths[0])}
-    assert group_display_name(list(paths)) == name
-    assert path_parts_without_indices("layers.0") != path_parts_without_indices("layers.0.0")
-    assert path_parts_without_indices("block1.up") != path_parts_without_indices(
+    assert {path_parts_with_none_for_indices(path) for path in paths} == {path_parts_with_none_for_indices(paths[0])}
+    assert display_name_with_index_ranges(list(paths)) == name
+    assert path_parts_with_none_for_indices("layers.0") != path_parts_with_none_for_indices("layers.0.0")
+    assert path_parts_with_none_for_indices("block1.up") != path_parts_with_none_for_indices(
         "block2.up"
     )  # a name with a digit is no index

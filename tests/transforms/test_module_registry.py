@@ -12,14 +12,14 @@ from lowmem.nn.module_copy import LAYERS, stored_module_class
 from lowmem.transforms.module_registry import (
     ENTRIES,
     all_paths_by_module,
-    applied_technique_type,
+    applied_technique_type_or_none,
     conversion_skip_reason,
     is_weight_only_multiplied,
     storable_parameter_names,
     stored_computation_text,
 )
-from lowmem.transforms.module_selection import selected_module_paths
-from lowmem.transforms.tied_weights import parameter_owners_by_id
+from lowmem.transforms.module_selection import first_path_by_selected_module
+from lowmem.transforms.tied_weights import owners_and_paths_by_parameter_id
 from tests.selection import covering
 from tests.transforms.models import Cosine, Subclass
 
@@ -89,7 +89,7 @@ def test_what_an_entry_names_is_stored_in_a_module_that_stays_one_of_its_class(k
     assert stored_computation_text(made) == ("dequantized, a layer at a time" if kind == "LSTM" else "as stored")
     assert made is dense
     assert isinstance(made, type(KINDS[kind]()))
-    assert applied_technique_type(made) is type(technique)
+    assert applied_technique_type_or_none(made) is type(technique)
     assert {*names} <= {*made.forms} <= {*names, "bias"}
     for name in names:
         weight = getattr(made, name)
@@ -235,8 +235,8 @@ def test_module_paths_and_owners_know_every_path_and_none_inside_an_adapted_laye
     model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": nn.Linear(4, 4)})
     model["c"].weight = shared.weight
     assert all_paths_by_module(model)[shared] == ["a", "b.0"]
-    assert [path for _, path in parameter_owners_by_id(model)[id(shared.weight)]] == ["a", "c"]
-    assert list(selected_module_paths(model, None, "b*").values()) == ["", "c"]
+    assert [path for _, path in owners_and_paths_by_parameter_id(model)[id(shared.weight)]] == ["a", "c"]
+    assert list(first_path_by_selected_module(model, None, "b*").values()) == ["", "c"]
     with pytest.raises(TypeError, match="model must be a torch.nn.Module"):
         all_paths_by_module([shared])
     # What is inside an adapted layer has none, as the root or elsewhere; what is named alike, and comes behind, has.

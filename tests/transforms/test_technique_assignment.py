@@ -10,7 +10,7 @@ import lowmem
 from lowmem import Budget, EightBit, FourBit, LoRA, convert, measure, summary
 from lowmem.nn.embedding import Embedding8Bit
 from lowmem.nn.linear import Linear8Bit
-from lowmem.nn.techniques import embedding_technique
+from lowmem.nn.techniques import embedding_and_output_technique
 from lowmem.transforms.technique_assignment import techniques_by_layer
 from tests.transforms.test_adapter_placement import HEADS, Causal
 
@@ -26,7 +26,7 @@ def test_only_layers_that_an_adapter_can_follow_have_one_placed():
     technique = LoRA(2, ranks={"1": 3})
     chosen = techniques_by_layer(model, (FourBit(), technique), model, None)
     assert chosen == {
-        model[0]: (embedding_technique(FourBit()), technique),
+        model[0]: (embedding_and_output_technique(FourBit()), technique),
         model[1]: (FourBit(), {"weight": LoRA(3)}),
     }
 

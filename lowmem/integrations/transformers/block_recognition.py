@@ -17,11 +17,11 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask,
 
 from lowmem.inference.norms_and_mlps import (
     NATIVE_LAYER_CLASSES,
-    NativeNorm,
+    NativeRMSNorm,
     gated_mlp_layers,
     unsupported_layer_reason,
 )
-from lowmem.inference.transformer_block import BlockSpec, NativeBlock, QKVProjection
+from lowmem.inference.transformer_block import AttentionProjection, BlockSpec, NativeBlock
 from lowmem.integrations.transformers.attention_interface import (
     ATTENTION,
     RESULT_CHANGING_ARGUMENTS,
@@ -31,7 +31,7 @@ from lowmem.integrations.transformers.key_value_cache import InPlaceCacheLayer, 
 from lowmem.kernels.tensor_checks import TYPES
 from lowmem.training.fused import GatedMLPSpec, RMSNormSpec
 from lowmem.training.fusion_recognition import numeric_attributes
-from lowmem.transforms.calibration.model_runs import evaluation_mode, replaced_forward
+from lowmem.transforms.calibration.model_runs import evaluation_without_gradients, replaced_forward
 
 # An attention function that records its arguments
 _TRIAL = "lowmem_trial"
@@ -65,12 +65,12 @@ class _AttentionCall(NamedTuple):
 
 
 _ModuleCalls: TypeAlias = Mapping[nn.Module, _ModuleCall]
-_NormCalls: TypeAlias = list[tuple[NativeNorm, _ModuleCall]]
+_NormCalls: TypeAlias = list[tuple[NativeRMSNorm, _ModuleCall]]
 _RecognizedModules: TypeAlias = Mapping[nn.Module, RMSNormSpec | GatedMLPSpec]
 _attention_calls: dict[nn.Module, _AttentionCall] = {}
 
 
-def _record_attention_call(
+def _compute_and_record_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
 ) -> Any:
     out = lowmem_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -79,7 +79,7 @@ def _record_attention_call(
     return out
 
 
-AttentionInterface.register(_TRIAL, _record_attention_call)
+AttentionInterface.register(_TRIAL, _compute_and_record_attention)
 AttentionMaskInterface.register(_TRIAL, sdpa_mask)
 
 
@@ -101,10 +101,10 @@ def find_blocks(model: nn.Module, recognized_modules: _RecognizedModules) -> dic
     if before not in _SERVED:
         return {owner: f"its attention is {before!r}: set_attn_implementation({ATTENTION!r}), and prepare it again"}
     rooms = lru_cache(maxsize=8)(lambda thread, numbers, dtype: torch.empty(numbers, dtype=dtype, device="cpu"))
-    implementations = _attn_implementations(owner.config)
+    implementations = _attn_implementation_by_config(owner.config)
     try:
-        owner.set_attn_implementation(_attn_implementations(owner.config, {id(config): _TRIAL}))
-        forms = _BlockRecognitionTrial(owner, config, recognized_modules).block_specs_or_reasons()
+        owner.set_attn_implementation(_attn_implementation_by_config(owner.config, {id(config): _TRIAL}))
+        forms = _BlockRecognitionTrial(owner, config, recognized_modules).recognize_block_specs_or_reasons()
     except Exception as error:  # noqa: BLE001 - any model may refuse random tokens, or compute what is not expected
         return {owner: f"a run with random tokens failed: {error!r}"}
     finally:
@@ -117,7 +117,9 @@ def find_blocks(model: nn.Module, recognized_modules: _RecognizedModules) -> dic
     }
 
 
-def _attn_implementations(config: Any, overrides: Mapping[int, str] = MappingProxyType({})) -> dict[str, Any]:
+def _attn_implementation_by_config(
+    config: Any, overrides: Mapping[int, str] = MappingProxyType({})
+) -> dict[str, Any]:
     """Return the attention of a config and of each sub-config, as ``set_attn_implementation`` takes them.
 
     ``overrides`` are those of other names, by the ids of their configs.
@@ -125,7 +127,7 @@ def _attn_implementations(config: Any, overrides: Mapping[int, str] = MappingPro
     inner = {name: getattr(config, name, None) for name in config.sub_configs}
     result = {"": overrides.get(id(config), config._attn_implementation)}
     return result | {
-        name: _attn_implementations(sub_config, overrides)
+        name: _attn_implementation_by_config(sub_config, overrides)
         for name, sub_config in inner.items()
         if sub_config is not None
     }
@@ -146,7 +148,7 @@ class _BlockRecognitionTrial:
         self.counts: Counter[nn.Module] = Counter()
         self.found: dict[nn.Module, list[BlockSpec | str]] = {}
 
-    def block_specs_or_reasons(self) -> dict[nn.Module, BlockSpec | str]:
+    def recognize_block_specs_or_reasons(self) -> dict[nn.Module, BlockSpec | str]:
         """Return the form of each block if all runs show the same one, or a reason.
 
         The first run is one sequence at the last positions, since some models scale queries from a position on. The
@@ -159,13 +161,15 @@ class _BlockRecognitionTrial:
         mask[0, :3] = 0
         longer = torch.cat([mask, mask[:, -1:]], 1)
         numbers = {module: numeric_attributes(module) for module in self.model.modules()}
-        with evaluation_mode(self.model) as stack:
+        with evaluation_without_gradients(self.model) as stack:
             embedding, output = self.model.get_input_embeddings(), self.model.get_output_embeddings()
             stack.callback(
                 embedding.register_forward_hook(lambda _, inputs, out: self._scale_rows_by_sizes(out)).remove
             )
             for module in self.model.modules():
-                stack.callback(module.register_forward_hook(self._record_module_call, with_kwargs=True).remove)
+                stack.callback(
+                    module.register_forward_hook(self._record_call_and_read_block, with_kwargs=True).remove
+                )
                 if module in self.parts or type(module) in NATIVE_LAYER_CLASSES or module is output:
                     stack.enter_context(replaced_forward(module, self._random_output_forward(module)))
             at = None
@@ -173,7 +177,9 @@ class _BlockRecognitionTrial:
                 at = torch.arange(last - _TOKENS, last, dtype=torch.int64, device="cpu").unsqueeze(0)
             specs_by_block = self._specs_from_random_run(1, _TOKENS, at, cache=KeyValueCache(self.model))
             for block, form in specs_by_block.items():
-                specs_by_block[block] = form if isinstance(form, str) else _block_refusal_or_none(block, form) or form
+                specs_by_block[block] = (
+                    form if isinstance(form, str) else _unsupported_block_reason_or_none(block, form) or form
+                )
             if any(isinstance(form, BlockSpec) for form in specs_by_block.values()):
                 self.sizes, cache = _SIZES, KeyValueCache(self.model)
                 for more, tokens in ((mask, mask.shape[1]), (longer, 1)):
@@ -201,9 +207,9 @@ class _BlockRecognitionTrial:
         self.found.clear()
         self.counts.clear()
         self.model(**model_kwargs)
-        return {block: self._spec_if_called_once(block, forms) for block, forms in self.found.items()}
+        return {block: self._spec_or_repeated_call_reason(block, forms) for block, forms in self.found.items()}
 
-    def _spec_if_called_once(self, block: nn.Module, forms: list[BlockSpec | str]) -> BlockSpec | str:
+    def _spec_or_repeated_call_reason(self, block: nn.Module, forms: list[BlockSpec | str]) -> BlockSpec | str:
         """Return the form of a block that is called once, and so are its parts."""
         form = forms[0]
         if isinstance(form, str):
@@ -212,7 +218,7 @@ class _BlockRecognitionTrial:
         again = len(forms) > 1 or any(self.counts[part] > 1 for part in parts)
         return "it is called more than once, or a part of it is" if again else form
 
-    def _record_module_call(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
+    def _record_call_and_read_block(self, module: nn.Module, args: Any, kwargs: Any, out: Any) -> None:
         """Record a call; when a block returns, read its form."""
         self.counts[module] += 1
         if (module in self.parts or type(module) in NATIVE_LAYER_CLASSES) and (kwargs or len(args) != 1):
@@ -246,7 +252,7 @@ class _BlockRecognitionTrial:
         return (rows * sizes.unsqueeze(1)).view(x.shape)
 
 
-def _block_refusal_or_none(block: nn.Module, form: BlockSpec) -> str | None:
+def _unsupported_block_reason_or_none(block: nn.Module, form: BlockSpec) -> str | None:
     """Return why C does not compute a block of a form; or None."""
     if (reason := unsupported_layer_reason(block, form.all_layers)) is not None:
         return reason
@@ -290,7 +296,7 @@ def _block_spec_or_reason(
 ) -> BlockSpec | str:
     """Return what a block consists of; or, if it does something else, what that is."""
     norms = [
-        (NativeNorm(item, how), calls[item])
+        (NativeRMSNorm(item, how), calls[item])
         for item, how in recognized_modules.items()
         if isinstance(how, RMSNormSpec) and item in calls
     ]
@@ -306,7 +312,7 @@ def _block_spec_or_reason(
     if isinstance(read := _attention_spec_fields_or_reason(attention, calls, norms), str):
         return read
 
-    def adjacent_norm_and_tensor(x: Tensor, side: str, opposite_side: str) -> tuple[NativeNorm | None, Tensor]:
+    def adjacent_norm_and_tensor(x: Tensor, side: str, opposite_side: str) -> tuple[NativeRMSNorm | None, Tensor]:
         """Return the norm whose input or output (``side``) is x, if there is one, and the other of them; or x."""
         return next(
             ((norm, getattr(call, opposite_side)) for norm, call in norms if getattr(call, side) is x), (None, x)
@@ -355,7 +361,7 @@ def _attention_spec_fields_or_reason(module: Any, calls: _ModuleCalls, norms: _N
     none = mixed.new_empty(1, mixed.shape[1], 0)
     turns = [(none, none), *([angles] if isinstance(angles, tuple) and len(angles) == 2 else [])]
     inner_norms = [(norm, call) for norm, call in norms if norm.module in module.modules() and len(first) > 1]
-    projections: list[QKVProjection] = []
+    projections: list[AttentionProjection] = []
     for role, state in zip(("queries", "keys", "values"), states, strict=True):
         column = sum(item.heads * item.head_width for item in projections) if len(first) == 1 else 0
         outputs = [(item, calls[item].out) for item in first]
@@ -407,7 +413,7 @@ def _matching_projection_or_none(
     first_column: int,
     norms: _NormCalls,
     cos_sin_pairs: list[tuple[Tensor, Tensor]],
-) -> QKVProjection | None:
+) -> AttentionProjection | None:
     """Return which layer, norm and rotation compute queries, keys or values (batch, heads, tokens, width)."""
     batch, heads, tokens, width = state.shape
     count = heads * width
@@ -415,15 +421,15 @@ def _matching_projection_or_none(
         if out.shape[-1] < first_column + count or (len(layer_outputs) > 1 and out.shape[-1] != count):
             continue
         raw = out[..., first_column : first_column + count].reshape(batch, tokens, heads, width).transpose(1, 2)
-        candidates = (None, raw), *((norm, _norm_output_or_none(raw, call)) for norm, call in norms)
+        candidates = (None, raw), *((norm, _recorded_norm_output_or_none(raw, call)) for norm, call in norms)
         for norm, rows in candidates:
             for cos, sin in cos_sin_pairs:
                 if rows is not None and _is_within_rounding(state, *_rotated_heads_and_term_sizes(rows, cos, sin)):
-                    return QKVProjection(layer, first_column, heads, width, cos.shape[-1], norm)
+                    return AttentionProjection(layer, first_column, heads, width, cos.shape[-1], norm)
     return None
 
 
-def _norm_output_or_none(heads: Tensor, call: _ModuleCall) -> Tensor | None:
+def _recorded_norm_output_or_none(heads: Tensor, call: _ModuleCall) -> Tensor | None:
     """Return what a norm made of heads (batch, heads, tokens, width), whose tokens it may have been given first."""
     fits = isinstance(call.x, Tensor) and call.x.numel() == heads.numel() and call.x.dtype == heads.dtype
     for first in (1, 2) if fits else ():

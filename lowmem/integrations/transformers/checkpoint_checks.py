@@ -108,7 +108,7 @@ def _stored_weight_names(tensor_names: Collection[str]) -> list[str]:
     ]
 
 
-class TensorNameMapping:
+class TensorToParameterMapping:
     """The parameters of a model, and which of them a tensor of a folder becomes by transformers' conversions."""
 
     def __init__(self, model: Any, conversions: Sequence[Any]) -> None:
@@ -131,7 +131,7 @@ class TensorNameMapping:
         return parameter_name, None if pattern is None else self._by_pattern[pattern]
 
 
-def safetensors_specs(files: Sequence[str]) -> dict[str, TensorSpec]:
+def safetensors_specs_by_name(files: Sequence[str]) -> dict[str, TensorSpec]:
     """Return the dtypes and shapes of the tensors of safetensors files."""
     specs: dict[str, TensorSpec] = {}
     for file in files:
@@ -140,7 +140,7 @@ def safetensors_specs(files: Sequence[str]) -> dict[str, TensorSpec]:
     return specs
 
 
-def tensor_shapes_and_total_bytes(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, tuple[int, ...]], int]:
+def shapes_by_name_and_total_bytes(specs: Mapping[str, TensorSpec]) -> tuple[dict[str, tuple[int, ...]], int]:
     """Return the shapes of a folder's tensors and their bytes, as ``check_folder_fills_model`` takes both."""
     return {name: spec.shape for name, spec in specs.items()}, sum(spec.nbytes for spec in specs.values())
 
@@ -152,7 +152,7 @@ def check_stored_part_dtypes(
 
     ``part_dtypes`` are the dtypes of the parts, by their names in the model, which is on the meta device.
     """
-    names = TensorNameMapping(model, conversions)
+    names = TensorToParameterMapping(model, conversions)
     for name, spec in specs.items():
         parameter_name = names.parameter_name_and_converter(name)[0]
         if parameter_name.endswith("_extra_state") and spec.dtype != torch.uint8:
@@ -177,7 +177,7 @@ def check_folder_fills_model(
     ``tensor_shapes`` are those of the folder's tensors, by name, with None for an unknown shape; ``total_bytes`` is
     their sum.
     """
-    names = TensorNameMapping(model, conversions)
+    names = TensorToParameterMapping(model, conversions)
     filled: set[int] = set()
     other: list[str] = []
     for name, shape in tensor_shapes.items():

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from lowmem.errors import file_error
 from lowmem.integrations.transformers.model_facts import (
+    capped_context_window,
     check_not_encoder_decoder,
-    context_window,
-    language_model_sizes,
+    read_language_model_sizes,
 )
 from lowmem.integrations.transformers.pretrained_folder import check_folder_is_dense, load_folder, write_model_folder
 from lowmem.integrations.transformers.text_tokenizer import padded_batches, read_tokenizer, split_paragraphs
@@ -66,7 +66,7 @@ def calibrate_folder(
     """
     check_not_exists(target)
     check_folder_is_dense(source)
-    tokenizer = read_tokenizer(source, language_model_sizes(source, "calibrate").vocabulary)
+    tokenizer = read_tokenizer(source, read_language_model_sizes(source, "calibrate").vocabulary)
     written = None if text is None else read_text_and_sha256(text)[0]
     model: Any = load_folder(source).to(device)
     check_not_encoder_decoder(source, model, "calibrate")
@@ -95,7 +95,7 @@ def calibration_batches(model: nn.Module, tokenizer: Any, text: str) -> list[Ten
     them, padded and masked. Batches are on the model's device.
     """
     pretrained_model: Any = model
-    length = context_window(pretrained_model.config, WINDOW)
+    length = capped_context_window(pretrained_model.config, WINDOW)
     if pretrained_model.can_generate():
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
         windows = [window for window in tokens.split(length) if len(window) == length]

@@ -23,8 +23,8 @@ from transformers.quantizers.auto import register_quantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lowmem.errors import file_error, printable_line
-from lowmem.integrations.transformers.checkpoint_checks import TensorNameMapping, check_folder_fills_model
-from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_model_config_or_none
+from lowmem.integrations.transformers.checkpoint_checks import TensorToParameterMapping, check_folder_fills_model
+from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_config_dict_or_none
 from lowmem.integrations.transformers.quantization_config import METHOD
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
 from lowmem.io.formats.foreign_format import ForeignTensor, StorageForm
@@ -43,7 +43,7 @@ from lowmem.io.remote_code import NEEDS_CODE, is_remote_code_error, remove_auto_
 from lowmem.io.safetensors_header import CODES
 from lowmem.nn.adapter import is_transformers_conv1d
 from lowmem.nn.forms import CodedForm
-from lowmem.nn.quantized_module import format_state_dict_keys
+from lowmem.nn.quantized_module import state_dict_keys_of_formats
 from lowmem.quant.tensor import QuantizedTensor
 
 
@@ -88,7 +88,7 @@ def from_exact(
     with _exclusive_cpu_reads():
         opened = open_foreign_checkpoint(path)
     with opened as file:
-        model_config = _foreign_config(path, file, trust_remote_code) if config is None else deepcopy(config)
+        model_config = _checked_foreign_config(path, file, trust_remote_code) if config is None else deepcopy(config)
         for item in (model_config, model_config.get_text_config(decoder=True)):
             vars(item).pop("quantization_config", None)  # of the other program
         if dtype in (None, "auto"):
@@ -135,7 +135,7 @@ def transformers_config(path: Path, config_class: Any = AutoConfig, trust_remote
     options: dict[str, Any] = {}
     folder = path
     if path.is_file():
-        made = gguf_model_config_or_none(path)
+        made = gguf_config_dict_or_none(path)
         if made is not None:
             return AutoConfig.for_model(**made)
         folder, options = path.parent, {"gguf_file": path.name}
@@ -152,7 +152,7 @@ def transformers_config(path: Path, config_class: Any = AutoConfig, trust_remote
     return config
 
 
-def _foreign_config(path: Path, foreign_file: ForeignCheckpoint, trust_remote_code: bool) -> Any:
+def _checked_foreign_config(path: Path, foreign_file: ForeignCheckpoint, trust_remote_code: bool) -> Any:
     """Return the config of a model that another program quantized."""
     if foreign_file.kind != "gguf":
         path = path if path.is_dir() else path.parent
@@ -201,12 +201,12 @@ class _ForeignQuantizer(LowmemQuantizer):
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> Any:
-        tied = self.tie_and_return_tied_names(model)
+        tied = self.tie_and_get_source_by_target(model)
         with _exclusive_cpu_reads():
             exact = self._exact = _ForeignStateDict(self.quantization_config, model)
         replace_layers_and_add_adapters(model, {"layers": exact.layers}, {})
         exact.add_extra_state_entries(model)
-        self.register_expected_parts(model, tied)
+        self.set_part_ties_and_dtypes(model, tied)
         return model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
@@ -238,7 +238,7 @@ class _ForeignStateDict:
 
     def add_extra_state_entries(self, model: nn.Module) -> None:
         """Add the formats that modules of the converted model hold to the state."""
-        for name in format_state_dict_keys(model):
+        for name in state_dict_keys_of_formats(model):
             module: Any = model.get_submodule(name.rpartition(".")[0])
             self.state[name] = _LazyFileTensor(torch.uint8, module.get_extra_state)
 
@@ -251,7 +251,7 @@ class _ForeignStateDict:
     def _assign_foreign_tensors(self, foreign_file: ForeignCheckpoint, model: Any) -> None:
         if foreign_file.kind == "gguf":
             check_config_matches_gguf(self._source, model.config)
-        names = TensorNameMapping(model, get_model_conversion_mapping(model))
+        names = TensorToParameterMapping(model, get_model_conversion_mapping(model))
         forms: dict[str, tuple[CodedForm, str]] = {}
         refused: list[ForeignTensor] = []
         coded = False
@@ -295,7 +295,7 @@ class _ForeignStateDict:
                     f"which are one weight in {type(model).__name__}: {_DENSE}"
                 )
             self.layers[parameter_record_key(name)] = encode_form_record(form)
-            of_parts = _LazyWeightParts(tensor)
+            of_parts = _ReadOnceWeightParts(tensor)
             prefix = name if converter is None else tensor.name
             self.state |= {f"{prefix}_{part}": of_parts.lazy_part(part) for part in form.parts}
         if refused:
@@ -386,7 +386,7 @@ class _LazyFileTensor:
         return self.dtype.is_floating_point
 
 
-class _LazyWeightParts:
+class _ReadOnceWeightParts:
     """A weight whose first part reads it; each part is returned once."""
 
     def __init__(self, tensor: ForeignTensor) -> None:

@@ -57,7 +57,7 @@ _OF_SHAPES = ("attention.key_length", "attention.value_length", "rope.dimension_
 _LENGTH = "rope.scaling.original_context_length"  # of yarn; without it the context's
 
 
-def gguf_model_config_or_none(file: Path) -> dict[str, Any] | None:
+def gguf_config_dict_or_none(file: Path) -> dict[str, Any] | None:
     """Return what config.json holds of a file's model; None: of an architecture that only transformers describes.
 
     Raises:
@@ -66,7 +66,7 @@ def gguf_model_config_or_none(file: Path) -> dict[str, Any] | None:
     with open_regular_file(file) as opened:
         header = read_gguf_header(file, opened)
         try:
-            return _config_from_header_or_none(header, _read_rope_divisors_or_none(file, opened, header))
+            return _config_dict_from_header_or_none(header, _read_rope_divisors_or_none(file, opened, header))
         except ValueError as reason:
             raise file_error(file, f"{reason}; {_REMEDY}", "make a folder of") from None
 
@@ -77,7 +77,7 @@ def check_config_matches_gguf(file: Path, config: Any) -> None:
         header = read_gguf_header(file, opened)
         factors = _read_rope_divisors_or_none(file, opened, header)
     try:
-        differs = _first_difference_or_none(header, factors, config.to_dict())
+        differs = _first_difference_text_or_none(header, factors, config.to_dict())
     except ValueError as reason:
         differs = str(reason)
     if differs is not None:
@@ -93,7 +93,7 @@ _count, _number = (
 _REMEDY = "`lowmem quantize FILE OUT.safetensors` needs no config"
 
 
-def _config_from_header_or_none(header: GGUFHeader, rope_divisors: Tensor | None) -> dict[str, Any] | None:
+def _config_dict_from_header_or_none(header: GGUFHeader, rope_divisors: Tensor | None) -> dict[str, Any] | None:
     """Return the config of a header; raise a ValueError for one that transformers does not compute."""
     metadata, arch = header.metadata, header.metadata.get("general.architecture")
     if arch not in _CLASSES:
@@ -151,7 +151,9 @@ def _rope_parameters(
     return {**scaled, "original_max_position_embeddings": length}
 
 
-def _first_difference_or_none(header: GGUFHeader, rope_divisors: Tensor | None, config: dict[str, Any]) -> str | None:
+def _first_difference_text_or_none(
+    header: GGUFHeader, rope_divisors: Tensor | None, config: dict[str, Any]
+) -> str | None:
     """Return the first difference of a file and a config that changes what the model computes; or None."""
     metadata, arch = header.metadata, header.metadata.get("general.architecture")
     rope = config.get("rope_parameters") or {}

@@ -18,7 +18,7 @@ from lowmem.integrations.transformers.foreign_checkpoint import transformers_con
 from lowmem.integrations.transformers.pretrained_folder import (
     architecture_class,
     checked_config_and_tensor_bytes,
-    load_errors_as_file_errors,
+    quiet_load_with_file_errors,
 )
 from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
 from lowmem.io.model_folder import read_model_config
@@ -38,7 +38,7 @@ def quantizing_program_or_none(folder: Path, task: str = "fine-tune") -> str | N
         return None
     if stored.get("quant_method") != METHOD:
         return str(stored.get("quant_method"))
-    with load_errors_as_file_errors(folder):
+    with quiet_load_with_file_errors(folder):
         # As loading checks the record
         LowmemConfig(**stored)
     if stored.get("adapters"):
@@ -70,7 +70,7 @@ class LanguageModelSizes(NamedTuple):
     layers: int
 
 
-def language_model_sizes(folder: Path, task: str = "fine-tune") -> LanguageModelSizes:
+def read_language_model_sizes(folder: Path, task: str = "fine-tune") -> LanguageModelSizes:
     """Return the sizes of the model of a folder or GGUF file; a FileError names the task if they are not said."""
     try:
         config = transformers_config(folder).get_text_config()
@@ -87,7 +87,7 @@ def language_model_sizes(folder: Path, task: str = "fine-tune") -> LanguageModel
     )
 
 
-def context_window(config: Any, max_tokens: int) -> int:
+def capped_context_window(config: Any, max_tokens: int) -> int:
     """Return how many tokens a config's model sees at a time: ``max_tokens``, or as many as it has positions."""
     positions = getattr(config.get_text_config(), "max_position_embeddings", None)
     return min(max_tokens, positions) if isinstance(positions, int) and positions > 0 else max_tokens
@@ -135,7 +135,7 @@ def dense_model_factory(
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)
         try:
-            with load_errors_as_file_errors(folder):
+            with quiet_load_with_file_errors(folder):
                 if hasattr(model_class, "from_config"):
                     model: nn.Module = model_class.from_config(config, dtype=dtype, trust_remote_code=False)
                 else:

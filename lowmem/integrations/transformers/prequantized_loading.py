@@ -10,14 +10,14 @@ from torch import Tensor, nn
 from transformers.core_model_loading import ConversionOps, WeightConverter, WeightRenaming
 
 from lowmem.errors import short_repr
-from lowmem.integrations.transformers.checkpoint_checks import safetensors_specs
+from lowmem.integrations.transformers.checkpoint_checks import safetensors_specs_by_name
 from lowmem.integrations.transformers.quantization_config import LowmemConfig
 from lowmem.integrations.transformers.save_pretrained import folder_names_by_state_key
 from lowmem.nn.gathered_weight import check_column_permutation
 from lowmem.nn.module_class import replace_class_and_parameters
-from lowmem.nn.module_copy import dense_module_copy
+from lowmem.nn.module_copy import dense_shallow_copy
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.tied_weights import parameter_owners_by_id
+from lowmem.transforms.tied_weights import owners_and_paths_by_parameter_id
 
 # Bytes of the widest scale
 _WIDEST = 4
@@ -27,12 +27,12 @@ def folder_weight_conversions(model: Any) -> list[Any]:
     """Return how transformers renames and converts the tensors of a folder into those of a converted model."""
     names = {name: state_key for state_key, name in folder_names_by_state_key(model).items()}
     return [
-        _FolderNameRenaming(names, model.base_model_prefix),
-        WeightConverter(["_scales"], ["_scales"], [_AlignScales()]),
+        _FolderToModelRenaming(names, model.base_model_prefix),
+        WeightConverter(["_scales"], ["_scales"], [_CloneMisalignedScales()]),
     ]
 
 
-class _AlignScales(ConversionOps):  # type: ignore[misc]
+class _CloneMisalignedScales(ConversionOps):  # type: ignore[misc]
     """Copies scales whose bytes lie in a mapped file where their dtype cannot: they are read as floats."""
 
     def convert(self, input_dict: dict[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:
@@ -42,7 +42,7 @@ class _AlignScales(ConversionOps):  # type: ignore[misc]
         return {full_layer_name: tensor.clone() if tensor.data_ptr() % _WIDEST else tensor}
 
 
-class _FolderNameRenaming(WeightRenaming):  # type: ignore[misc]
+class _FolderToModelRenaming(WeightRenaming):  # type: ignore[misc]
     """Renames a folder's tensors, whose names may lack the base model's prefix, to those in the model's state."""
 
     __slots__ = ("names", "prefix")
@@ -64,7 +64,7 @@ def _names_with_and_without_prefix(name: str, prefix: str) -> tuple[str, str, st
     return name, name.removeprefix(prefix), prefix + name
 
 
-def stored_part_ties(model: Any, target: str, source: str) -> dict[str, str]:
+def part_ties_or_empty(model: Any, target: str, source: str) -> dict[str, str]:
     """Return the ties of what two tied parameters consist of; none where only one of them is stored."""
     parts = []
     for name in (target, source):
@@ -76,13 +76,13 @@ def stored_part_ties(model: Any, target: str, source: str) -> dict[str, str]:
     return dict(zip(*parts, strict=True)) if stored[0] == stored[1] else {}
 
 
-def stored_part_dtypes(model: nn.Module) -> dict[str, torch.dtype]:
+def stored_part_dtypes_by_name(model: nn.Module) -> dict[str, torch.dtype]:
     """Return the names of all parameters that hold a part of a stored one, and their dtypes."""
     return {
         f"{path}.{name}".lstrip("."): getattr(module, name).dtype
         for path, module in model.named_modules(remove_duplicate=False)
         if isinstance(module, StoredModule)
-        for name in module.part_names
+        for name in module.part_parameter_names
     }
 
 
@@ -117,7 +117,7 @@ def metadata_and_meta_tensors(
             f"quantization_config names no module that {type(model).__name__} has: load the class that was saved"
         )
     tensors: dict[str, Tensor] = {}
-    for name, spec in safetensors_specs(files if adapters else []).items():
+    for name, spec in safetensors_specs_by_name(files if adapters else []).items():
         place, adapter, rest = name.partition(".adapters.")
         full = (
             f"{model_path_or_none(place)}{adapter}{rest}"
@@ -128,9 +128,9 @@ def metadata_and_meta_tensors(
     return {"layers": layers, "adapters": adapters}, tensors
 
 
-def is_folder_dense(config: LowmemConfig, prefix: str, files: list[str]) -> bool:
+def are_recorded_weights_dense(config: LowmemConfig, prefix: str, files: list[str]) -> bool:
     """Whether a folder has dense all that its config says is stored, as of a model that ``from_config`` made."""
-    specs = safetensors_specs(files)
+    specs = safetensors_specs_by_name(files)
     if not config.layers:
         return bool(files and config.adapters) and not any(".adapters." in name for name in specs)
     dtype_pairs = [
@@ -155,12 +155,14 @@ def make_resized_layers_dense(model: Any, files: list[str]) -> None:
         ValueError: such a layer shares what it stores with another one.
     """
     naming = folder_weight_conversions(model)[0]
-    shapes = {naming.rename_source_key(name)[0]: spec.shape for name, spec in safetensors_specs(files).items()}
+    shapes = {
+        naming.rename_source_key(name)[0]: spec.shape for name, spec in safetensors_specs_by_name(files).items()
+    }
     modules = {path: module for path, module in model.named_modules() if isinstance(module, StoredModule)}
-    owners = parameter_owners_by_id(model)
+    owners = owners_and_paths_by_parameter_id(model)
     copies = {}
     for path, module in modules.items():
-        parts = {f"{path}.{name}".lstrip("."): getattr(module, name) for name in module.part_names}
+        parts = {f"{path}.{name}".lstrip("."): getattr(module, name) for name in module.part_parameter_names}
         resized = [name for name, part in parts.items() if shapes.get(name, part.shape) != part.shape]
         if not resized:
             continue
@@ -175,7 +177,7 @@ def make_resized_layers_dense(model: Any, files: list[str]) -> None:
         for name in module.forms:
             tensor = module.stored_tensor(name)
             values[name] = nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
-        copies[module] = dense_module_copy(module, values)
+        copies[module] = dense_shallow_copy(module, values)
     for module, copied in copies.items():
         replace_class_and_parameters(module, copied)
 
@@ -185,7 +187,7 @@ def check_stored_parts_loaded(model: nn.Module) -> None:
     on_disk = "disk" in getattr(model, "hf_device_map", {}).values()
     for path, module in model.named_modules():
         if isinstance(module, StoredModule):
-            for name in module.part_names:
+            for name in module.part_parameter_names:
                 part: Any = getattr(module, name)
                 if part.is_meta and on_disk:
                     continue

@@ -26,7 +26,7 @@ from lowmem.errors import (
 from lowmem.integrations.transformers.checkpoint_checks import (
     check_folder_fills_model,
     check_not_stored_by_lowmem,
-    tensor_shapes_and_total_bytes,
+    shapes_by_name_and_total_bytes,
 )
 from lowmem.integrations.transformers.foreign_checkpoint import from_exact, transformers_config
 from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
@@ -114,7 +114,7 @@ def load_folder(
     method = (folder_config.get("quantization_config") or {}).get("quant_method")
     is_exact = requantizing is not None or (config is None and method not in (None, METHOD))
     options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
-    with load_errors_as_file_errors(folder):
+    with quiet_load_with_file_errors(folder):
         model: nn.Module
         if is_exact:
             model, info = from_exact(folder, kind, requantizing=requantizing, **options)
@@ -161,7 +161,7 @@ def _config_class(model_class: Any) -> Any:
 
 def empty_model_on_meta(folder: Path, model_class: Any) -> nn.Module:
     """Return the model of a folder's config on the meta device; a FileError says why transformers cannot make it."""
-    with load_errors_as_file_errors(folder), torch.device("meta"):
+    with quiet_load_with_file_errors(folder), torch.device("meta"):
         config = transformers_config(folder, _config_class(model_class))
         model: nn.Module = (
             model_class.from_config(config, trust_remote_code=False)
@@ -188,7 +188,7 @@ def check_tensors_fit_config(folder: Path, model_class: Any = transformers.AutoM
             if wanted != spec.shape:
                 why = f"its tensor {short_repr(name)} has the shape {spec.shape}, and by its config.json {wanted}"
                 raise ValueError(f"{why}: get both again")
-        check_folder_fills_model(model, *tensor_shapes_and_total_bytes(specs), get_model_conversion_mapping(model))
+        check_folder_fills_model(model, *shapes_by_name_and_total_bytes(specs), get_model_conversion_mapping(model))
     except ValueError as reason:
         raise file_error(folder, str(reason), "load") from None
 
@@ -198,7 +198,7 @@ def _check_longrope_factor_counts(config_file: Path, config: Mapping[str, Any], 
     lengths = {
         len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq") and buffer.ndim == 1
     }
-    for name, value in _nested_config_items(config):
+    for name, value in _iterate_dotted_config_items(config):
         wrong = isinstance(value, list) and len(value) not in lengths
         if lengths and wrong and name.endswith(("short_factor", "long_factor")):
             why = f"{name}={short_repr(value)} has {len(value)} factors, and the model {max(lengths)} frequencies"
@@ -222,7 +222,7 @@ def load_gguf(
             does not compute.
         ImportError: gguf is missing, which transformers needs for the config of some architectures.
     """
-    with load_errors_as_file_errors(file, "; lowmem quantize FILE OUT.safetensors needs no config of transformers"):
+    with quiet_load_with_file_errors(file, "; lowmem quantize FILE OUT.safetensors needs no config of transformers"):
         model: nn.Module
         model, info = from_exact(file, dtype=dtype, requantizing=requantizing, output_loading_info=True)
     name = type(model).__name__
@@ -385,11 +385,11 @@ def write_model_folder(
             if tokenizer is not None:
                 tokenizer.save_pretrained(partial)
             model.save_pretrained(partial, **({} if shard_bytes is None else {"max_shard_size": shard_bytes}))
-    return sorted(_parameter_rows(model), key=lambda row: row.name)
+    return sorted(_iterate_parameter_rows(model), key=lambda row: row.name)
 
 
 @contextmanager
-def load_errors_as_file_errors(path: Path, remedy: str = "") -> Iterator[None]:
+def quiet_load_with_file_errors(path: Path, remedy: str = "") -> Iterator[None]:
     """Turn an error of transformers, whose libraries have no common class of errors, into one that names the file."""
     try:
         with _disabled_progress_bars(), empty_stdin():
@@ -415,7 +415,7 @@ def _is_missing_custom_code(config_file: Path, error: Exception) -> bool:
         and config_file.exists()
     )
     return lacks and any(
-        name.endswith("auto_map") for name, _ in _nested_config_items(read_model_config(config_file))
+        name.endswith("auto_map") for name, _ in _iterate_dotted_config_items(read_model_config(config_file))
     )
 
 
@@ -425,17 +425,18 @@ def _unknown_config_value_text_or_none(path: Path, error: Exception) -> str | No
     if not (isinstance(error, KeyError) and error.args and isinstance(error.args[0], str) and file.exists()):
         return None
     key = next(
-        (name for name, value in _nested_config_items(read_model_config(file)) if value == error.args[0]), None
+        (name for name, value in _iterate_dotted_config_items(read_model_config(file)) if value == error.args[0]),
+        None,
     )
     version = transformers.__version__
     return key and f"config.json has {key}={short_repr(error.args[0])}, which transformers {version} does not know"
 
 
-def _nested_config_items(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _iterate_dotted_config_items(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of a config, and of those in it, with their names."""
     for name, value in config.items() if isinstance(config, dict) else ():
         yield f"{prefix}{name}", value
-        yield from _nested_config_items(value, f"{prefix}{name}.")
+        yield from _iterate_dotted_config_items(value, f"{prefix}{name}.")
 
 
 @contextmanager
@@ -451,7 +452,7 @@ def _disabled_progress_bars() -> Iterator[None]:
             bars.enable_progress_bar()
 
 
-def _parameter_rows(model: nn.Module) -> Iterator[TensorConversionRow]:
+def _iterate_parameter_rows(model: nn.Module) -> Iterator[TensorConversionRow]:
     """Yield a row for each distinct parameter of a model, stored or dense."""
     seen: set[int] = set()
     for path, module in model.named_modules():

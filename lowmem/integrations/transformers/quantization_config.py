@@ -96,7 +96,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             "quant_method": METHOD,
             "version": CONFIG_VERSION,
             "notice": NOTICE,
-            **({} if self.technique is None else {"technique": _technique_json(self.technique)}),
+            **({} if self.technique is None else {"technique": _technique_json_dict(self.technique)}),
             **({"skip": self.skip} if self.skip else {}),
             **({"train_dense": True} if self.train_dense else {}),
             **({"layers": self.layers} if self.layers else {}),
@@ -124,7 +124,7 @@ def _unknown_argument_message(name: str, value: object) -> str:
     return f"{name}={short_repr(value)} {what}"
 
 
-def _technique_json(technique: Any) -> Any:
+def _technique_json_dict(technique: Any) -> Any:
     """Return the JSON of a technique: its name, and the fields that are not None."""
     fields = {name: value for name, value in vars(technique).items() if value is not None}
     for name, value in fields.items():

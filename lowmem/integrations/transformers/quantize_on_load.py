@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lowmem.nn.forms import CodedForm, HalfForm, as_frozen_parameter
 from lowmem.nn.module_class import replace_class_and_parameters
-from lowmem.nn.module_copy import stored_module_copy
+from lowmem.nn.module_copy import stored_shallow_copy
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half, blockwise_technique
 from lowmem.quant.quantize_tensor import recorded_or_measured_squares
@@ -21,13 +21,13 @@ from lowmem.transforms.bit_budget import loss_per_choice
 from lowmem.transforms.bits_per_weight import dense_weights_warning_or_none
 from lowmem.transforms.convert import build_replacements
 from lowmem.transforms.converted_copies import copy_with_stored_parameters
-from lowmem.transforms.module_registry import layer_display_name, place_name
+from lowmem.transforms.module_registry import layer_display_name, layer_or_parameter_path
 from lowmem.transforms.module_selection import record_user_exclusions
 from lowmem.transforms.technique_assignment import techniques_by_layer
 
 
 @dataclass
-class _SharedParameter:
+class _TiedParameterPlaces:
     """A parameter: all of its names, and its places, the modules that store it, each with its name in the module."""
 
     names: list[str] = field(default_factory=list)
@@ -61,15 +61,15 @@ class OnLoadWeightStorer:
         self._weights: dict[nn.Module, dict[str, Any]] = {module: {} for module in made}
         self._squares: dict[nn.Module, list[Squares]] = {module: [] for module in made}
         self._places: dict[str, tuple[nn.Module, str]] = {}
-        self._shared: dict[str, _SharedParameter] = {}
+        self._shared: dict[str, _TiedParameterPlaces] = {}
         self._missing: set[str] | None = None
         self._error: Exception | None = None
         self._computed = _ignored_key_predicate(model)
-        by_id: dict[int, _SharedParameter] = {}
+        by_id: dict[int, _TiedParameterPlaces] = {}
         for path, module in model.named_modules(remove_duplicate=False):
             for name, parameter in module._parameters.items():
                 full = f"{path}.{name}".lstrip(".")
-                self._shared[full] = shared = by_id.setdefault(id(parameter), _SharedParameter())
+                self._shared[full] = shared = by_id.setdefault(id(parameter), _TiedParameterPlaces())
                 shared.names.append(full)
                 if module in made and name in made[module].forms:
                     self._paths.setdefault(module, path)
@@ -98,9 +98,9 @@ class OnLoadWeightStorer:
             del self._shared[name]
             return False
         try:
-            stored = None if self._error else self._quantized_parameter(module, parameter_name, value)
+            stored = None if self._error else self._parameter_as_stored(module, parameter_name, value)
         except (TypeError, ValueError) as reason:
-            self._record_error(module, reason)
+            self._record_error_for_finish(module, reason)
         if self._error is not None:
             if missing_names is not None:
                 missing_names.difference_update(shared.names)
@@ -122,7 +122,7 @@ class OnLoadWeightStorer:
             missing_names.difference_update(set(shared.names) - stays)
         return name in self._places
 
-    def _record_error(self, module: nn.Module, reason: Exception) -> None:
+    def _record_error_for_finish(self, module: nn.Module, reason: Exception) -> None:
         """Note why a weight cannot be stored, for ``finish``: transformers would bury the error in a report."""
         self._error = type(reason)(f"{layer_display_name(self._paths[module])}: {reason}; or leave it out with skip=")
 
@@ -152,7 +152,7 @@ class OnLoadWeightStorer:
         shape = self._skeletons[module].stored_tensor(name).shape
         return shape if parameter is None else parameter.shape
 
-    def _quantized_parameter(self, module: nn.Module, name: str, value: Tensor) -> Any:
+    def _parameter_as_stored(self, module: nn.Module, name: str, value: Tensor) -> Any:
         """Return a parameter as it is stored."""
         technique = self._assigned_technique(module)
         if isinstance(self._skeletons[module].forms[name], HalfForm):
@@ -185,7 +185,7 @@ class OnLoadWeightStorer:
         technique = self._assigned_technique(module)
         # As many as the skeleton stores: a bias that is shared stays dense
         if isinstance(technique, Half):
-            made = stored_module_copy(module, {form_name: weights[form_name] for form_name in skeleton.forms})
+            made = stored_shallow_copy(module, {form_name: weights[form_name] for form_name in skeleton.forms})
         else:
             made = copy_with_stored_parameters(
                 module, technique, self._paths[module], names, _stored_weight_lookup_function(weights)
@@ -193,12 +193,12 @@ class OnLoadWeightStorer:
         made.weight_error = Squares.total(self._squares[module]).relative_error
         made.chosen_because = skeleton.chosen_because
         replace_class_and_parameters(module, made)
-        for part in made.part_names:
+        for part in made.part_parameter_names:
             made._parameters[part]._is_hf_initialized = True  # type: ignore[union-attr]
         weights.clear()
 
 
-class OnLoadLossMeasurer(OnLoadWeightStorer):
+class OnLoadBudgetLossMeasurer(OnLoadWeightStorer):
     """Measures what each choice of a budget loses of the weights that are read, by name; nothing is stored."""
 
     def __init__(self, model: nn.Module, budget: Budget, skip: Iterable[str]) -> None:
@@ -218,9 +218,11 @@ class OnLoadLossMeasurer(OnLoadWeightStorer):
                 try:
                     lost = loss_per_choice(value.reshape(self._skeletons[module].stored_weight(parameter_name).shape))
                 except (TypeError, ValueError) as reason:
-                    self._record_error(module, reason)
+                    self._record_error_for_finish(module, reason)
                 else:
-                    self.losses |= {place_name(self._paths[owner], part): lost for owner, part in shared.places}
+                    self.losses |= {
+                        layer_or_parameter_path(self._paths[owner], part): lost for owner, part in shared.places
+                    }
         return True
 
     def finish_or_raise(self) -> None:

@@ -29,22 +29,22 @@ from lowmem.integrations.transformers.checkpoint_checks import (
     check_not_stored_by_lowmem,
     check_shard_index,
     check_stored_part_dtypes,
-    safetensors_specs,
-    tensor_shapes_and_total_bytes,
+    safetensors_specs_by_name,
+    shapes_by_name_and_total_bytes,
 )
 from lowmem.integrations.transformers.prequantized_loading import (
+    are_recorded_weights_dense,
     check_stored_parts_loaded,
     folder_weight_conversions,
-    is_folder_dense,
     make_resized_layers_dense,
     metadata_and_meta_tensors,
-    stored_part_dtypes,
-    stored_part_ties,
+    part_ties_or_empty,
+    stored_part_dtypes_by_name,
 )
 from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
-from lowmem.integrations.transformers.quantize_on_load import OnLoadLossMeasurer, OnLoadWeightStorer
+from lowmem.integrations.transformers.quantize_on_load import OnLoadBudgetLossMeasurer, OnLoadWeightStorer
 from lowmem.integrations.transformers.save_pretrained import (
-    StoredPreTrainedModel,
+    StoredPreTrainedModelMixin,
     lowmem_config_or_none,
     stored_model_subclass,
 )
@@ -52,13 +52,13 @@ from lowmem.io.meta_loading import replace_layers_and_add_adapters
 from lowmem.io.model_folder import check_layer_counts
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
-from lowmem.nn.adapter_buffers import switch_buffers_to_adapter_in_use
+from lowmem.nn.adapter_buffers import sync_buffers_with_adapters
 from lowmem.nn.module_class import change_class_and_attributes
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.stored_tensor import StoredTensor
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 from lowmem.resident import drop_mapped_file_pages, trim_heap_unless_small
-from lowmem.transforms.layer_roles import parameters_kept_in_float32
+from lowmem.transforms.layer_roles import modules_and_names_kept_in_float32
 from lowmem.transforms.model_checks import is_peft_module
 from lowmem.transforms.module_replacement import freeze_all_but_adapters
 from lowmem.transforms.peft_models import check_no_stored_peft_targets
@@ -201,7 +201,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     def preprocess_model(self, model: Any, dtype: torch.dtype | None = None, **kwargs: Any) -> None:
         """Prepare a model on the meta device, with the parameters in float32 that dense models have in float32."""
         float32_ids = set()
-        for module, name in parameters_kept_in_float32(model, dtype):
+        for module, name in modules_and_names_kept_in_float32(model, dtype):
             parameter = module._parameters[name]
             if parameter is not None:
                 parameter.data = parameter.data.float()
@@ -216,7 +216,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is stored while it is read; one that a model makes in its own dtype is stored later."""
-        has_own_dtype = param_name in self._own_dtypes and not isinstance(self._storing, OnLoadLossMeasurer)
+        has_own_dtype = param_name in self._own_dtypes and not isinstance(self._storing, OnLoadBudgetLossMeasurer)
         return self._storing is not None and not has_own_dtype and self._storing.should_process(param_name)
 
     def get_quantize_ops(self) -> _StoreWhileLoading:
@@ -233,18 +233,18 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             weight_conversions = folder_weight_conversions(model)
         if self._files:
             self._check_checkpoint(model, weight_conversions)
-        if isinstance(self._storing, OnLoadLossMeasurer):
+        if isinstance(self._storing, OnLoadBudgetLossMeasurer):
             self._measure_and_assign_budget(model, weight_conversions)
         return weight_conversions
 
     def _check_checkpoint(self, model: Any, conversions: list[Any]) -> None:
         check_all_safetensors(self._files)
-        specs = safetensors_specs(self._files)
+        specs = safetensors_specs_by_name(self._files)
         check_shard_index(self._files)
         if not self.pre_quantized:
             check_not_stored_by_lowmem(Path(self._files[0]).parent, specs)
             check_not_foreign_quantized(Path(self._files[0]).parent, specs)
-        check_folder_fills_model(model, *tensor_shapes_and_total_bytes(specs), conversions)
+        check_folder_fills_model(model, *shapes_by_name_and_total_bytes(specs), conversions)
         if self.pre_quantized and not self._is_dense:
             check_config_covers_stored_weights(specs, self.quantization_config, model.base_model_prefix)
             check_stored_part_dtypes(model, specs, self.part_dtypes, conversions)
@@ -252,7 +252,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
     def _measure_and_assign_budget(self, model: Any, conversions: list[Any]) -> None:
         """Read all weights to measure them, and divide the budget among the layers."""
         measuring, asked = self._storing, self.quantization_config
-        assert isinstance(measuring, OnLoadLossMeasurer)
+        assert isinstance(measuring, OnLoadBudgetLossMeasurer)
         assert isinstance(asked.technique, Budget)
         if not self._files:
             raise ValueError(
@@ -279,7 +279,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         config = self.quantization_config
         if self.pre_quantized:
             check_all_safetensors(self._files)
-            self._is_dense = is_folder_dense(config, model.base_model_prefix, self._files)
+            self._is_dense = are_recorded_weights_dense(config, model.base_model_prefix, self._files)
         if self._is_dense:
             warnings.warn(
                 f"config.json says that the weights of {short_repr(str(Path(self._files[0]).parent))} are stored, "
@@ -289,11 +289,11 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
                 stacklevel=2,
             )
             return model
-        tied = self.tie_and_return_tied_names(model)
+        tied = self.tie_and_get_source_by_target(model)
         if not self.pre_quantized:
             assert isinstance(config.technique, (Half, EightBit, FourBit, Budget))
             if isinstance(config.technique, Budget):  # which is divided once all weights were read
-                storing: OnLoadWeightStorer = OnLoadLossMeasurer(model, config.technique, config.skip)
+                storing: OnLoadWeightStorer = OnLoadBudgetLossMeasurer(model, config.technique, config.skip)
             else:
                 storing = OnLoadWeightStorer(model, config.technique, config.skip)
             self._storing = storing
@@ -304,11 +304,11 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             return model
         replace_layers_and_add_adapters(model, *metadata_and_meta_tensors(model, config, self._files))
         make_resized_layers_dense(model, self._files)
-        self.register_expected_parts(model, tied)
+        self.set_part_ties_and_dtypes(model, tied)
         return model
 
     @staticmethod
-    def tie_and_return_tied_names(model: Any) -> dict[str, str]:
+    def tie_and_get_source_by_target(model: Any) -> dict[str, str]:
         """Tie the parameters of a model on the meta device; return the ties, target -> source."""
         tied: dict[str, str] = model.get_expanded_tied_weights_keys(all_submodels=True)
         for target, source in tied.items():
@@ -316,13 +316,13 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             setattr(model.get_submodule(path), name, model.get_parameter(source))
         return tied
 
-    def register_expected_parts(self, model: Any, tied_parameters: Mapping[str, str]) -> None:
+    def set_part_ties_and_dtypes(self, model: Any, tied_parameters: Mapping[str, str]) -> None:
         """Note the tensors to load, once the model's modules store weights."""
         ties: dict[str, str] = {}
         for target, source in tied_parameters.items():
-            ties |= stored_part_ties(model, target, source)
+            ties |= part_ties_or_empty(model, target, source)
         self._ties, model.all_tied_weights_keys = model.all_tied_weights_keys, ties
-        self.part_dtypes = stored_part_dtypes(model)
+        self.part_dtypes = stored_part_dtypes_by_name(model)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         if self._storing is not None:
@@ -337,11 +337,11 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
             model.all_tied_weights_keys, self._ties = self._ties, None
         for module in model.modules():
             if isinstance(module, StoredModule):
-                for name in module.part_names:
+                for name in module.part_parameter_names:
                     module._parameters[name].requires_grad_(False)  # type: ignore[union-attr]
         if any(isinstance(module, AdaptedModule) for module in model.modules()):
             freeze_all_but_adapters(model)
-            switch_buffers_to_adapter_in_use(model)
+            sync_buffers_with_adapters(model)
         model.is_quantized = False  # it trains, casts and moves as any model does
         adopt(model)
         trim_heap_unless_small(model)
@@ -358,7 +358,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         return super().dequantize(model, model.dtype if dtype is None else parse_floating_dtype(dtype))
 
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
-        wide = {module for module, _ in parameters_kept_in_float32(model, dtype)}
+        wide = {module for module, _ in modules_and_names_kept_in_float32(model, dtype)}
         if any(isinstance(module, StoredModule) for module in wide):
             restore(model, where=lambda path, module: module in wide, dtype=torch.float32)
         return restore(model, where=lambda path, module: module not in wide, dtype=dtype)
@@ -379,7 +379,7 @@ def adopt(model: nn.Module) -> None:
             continue
         config = lowmem_config_or_none(module)
         if config is None:
-            if isinstance(module, StoredPreTrainedModel):
+            if isinstance(module, StoredPreTrainedModelMixin):
                 change_class_and_attributes(module, module.own_class)
             if isinstance(getattr(module, "hf_quantizer", None), LowmemQuantizer):
                 module.hf_quantizer.remove_quantization_config(module)

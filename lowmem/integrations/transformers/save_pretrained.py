@@ -21,11 +21,11 @@ from lowmem.io.metadata_records import encode_layer_adapter_records
 from lowmem.io.model_folder import move_files_replacing_weights
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import AdapterBank
-from lowmem.nn.adapter_buffers import without_unchanged_adapter_buffers
+from lowmem.nn.adapter_buffers import without_adapter_buffers_if_equal
 from lowmem.nn.module_class import change_class_and_attributes, derived_class
-from lowmem.nn.quantized_module import format_state_dict_keys
+from lowmem.nn.quantized_module import state_dict_keys_of_formats
 from lowmem.nn.stored_module import StoredModule
-from lowmem.transforms.module_registry import all_paths_by_module, place_name
+from lowmem.transforms.module_registry import all_paths_by_module, layer_or_parameter_path
 
 
 def lowmem_config_or_none(model: nn.Module) -> LowmemConfig | None:
@@ -42,7 +42,8 @@ def lowmem_config_or_none(model: nn.Module) -> LowmemConfig | None:
                 named["names"].append(paths[0] if name == "weight" else f"{paths[0]}.{name}".lstrip("."))
         if isinstance(module, AdaptedModule):
             adapters |= {
-                place_name(paths[0], name): record for name, record in encode_layer_adapter_records(module).items()
+                layer_or_parameter_path(paths[0], name): record
+                for name, record in encode_layer_adapter_records(module).items()
             }
     if not layers and not adapters:
         return None
@@ -57,7 +58,7 @@ def lowmem_config_or_none(model: nn.Module) -> LowmemConfig | None:
     )
 
 
-class StoredPreTrainedModel:
+class StoredPreTrainedModelMixin:
     """Base of the generated classes of transformers' models whose weights lowmem stores or adapts.
 
     Attributes:
@@ -82,7 +83,7 @@ class StoredPreTrainedModel:
             if ours and not kwargs.get("distributed_checkpoint"):
                 # Names that weights had in the folder that they come from
                 kwargs["save_original_format"] = False
-                state_dict = without_unchanged_adapter_buffers(
+                state_dict = without_adapter_buffers_if_equal(
                     self, self.state_dict() if state_dict is None else state_dict
                 )
                 state_dict = _state_by_folder_names(self, state_dict)
@@ -136,7 +137,7 @@ class StoredPreTrainedModel:
         total, seen = 0, set()
         for module in self.modules():
             stored = module.forms if isinstance(module, StoredModule) else {}
-            parts = module.part_names if isinstance(module, StoredModule) else ()
+            parts = module.part_parameter_names if isinstance(module, StoredModule) else ()
             left_out = ("weight",) if exclude_embeddings and isinstance(module, nn.Embedding) else ()
             counted: list[tuple[str, Any, int]] = [
                 (name, module._parameters[f"{name}_{form.parts[0]}"], module.stored_tensor(name).numel())
@@ -175,8 +176,8 @@ def stored_model_subclass(model_class: Any) -> Any:
     """
     return (
         model_class
-        if issubclass(model_class, StoredPreTrainedModel)
-        else derived_class(model_class, StoredPreTrainedModel, own_class=model_class)
+        if issubclass(model_class, StoredPreTrainedModelMixin)
+        else derived_class(model_class, StoredPreTrainedModelMixin, own_class=model_class)
     )
 
 
@@ -190,7 +191,7 @@ def _rebuild_stored_model(constructor: Any, arguments: tuple[Any, ...]) -> Any:
 def folder_names_by_state_key(model: nn.Module) -> dict[str, str]:
     """Return the names of tensors in a folder, by those in the model's state, where they differ."""
     names: dict[str, str] = {}
-    formats = format_state_dict_keys(model)
+    formats = state_dict_keys_of_formats(model)
     for path, module in model.named_modules(remove_duplicate=False):
         dot = f"{path}." if path else ""
         if not isinstance(module, StoredModule):
@@ -198,7 +199,7 @@ def folder_names_by_state_key(model: nn.Module) -> dict[str, str]:
         if f"{dot}_extra_state" in formats:
             names[f"{dot}_extra_state"] = dot + next(iter(module.forms))
         else:
-            names |= {dot + part: dot + part.removesuffix("_rounded") for part in module.part_names}
+            names |= {dot + part: dot + part.removesuffix("_rounded") for part in module.part_parameter_names}
     # By transformers, which computes dense ones
     left_out = getattr(model, "_keys_to_ignore_on_save", None) or ()
     return {name: other for name, other in names.items() if other not in (name, *left_out)}

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import file_error
-from lowmem.integrations.transformers.model_facts import check_not_encoder_decoder, context_window
+from lowmem.integrations.transformers.model_facts import capped_context_window, check_not_encoder_decoder
 from lowmem.integrations.transformers.pretrained_folder import load_folder
 from lowmem.integrations.transformers.text_tokenizer import (
     padded_batches,
@@ -79,7 +79,7 @@ class EmbeddingSimilarity:
     layers: tuple[LayerReplacementLoss, ...] = ()  # as in ``LanguageModelScore``
 
 
-def compare_text(
+def compare_folders_on_text(
     folders: Sequence[Path],
     text: str,
     *,
@@ -110,7 +110,7 @@ def compare_text(
     tokenizer = read_tokenizer(base)
     first: Any = load_folder(base).to(device)
     check_not_encoder_decoder(base, first, "compare")
-    length = context_window(first.config, WINDOW)
+    length = capped_context_window(first.config, WINDOW)
     with tokenizer_errors_as_file_errors(base):
         tokens = torch.tensor(tokenizer(text, verbose=False)["input_ids"], dtype=torch.long, device="cpu")
     kind: Any = _PredictionComparison if _is_compared_by_logits(first, tokens[:length]) else _EmbeddingComparison
@@ -119,7 +119,7 @@ def compare_text(
     for folder in others or [base]:
         other: Any = first if folder == base else load_folder(folder).to(device)
         check_not_encoder_decoder(folder, other, "compare")
-        places = _stored_layer_pairs(first, other) if layers else {}
+        places = _stored_layer_pairs_by_path(first, other) if layers else {}
         runs, done = len(parts) * len(places), 0
         base_comparison: Any = kind(base, len(places))
         other_comparison: Any = kind(folder, len(places))
@@ -142,7 +142,7 @@ def compare_text(
     return scores
 
 
-def _stored_layer_pairs(first: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
+def _stored_layer_pairs_by_path(first: nn.Module, other: nn.Module) -> dict[str, tuple[nn.Module, nn.Module]]:
     """Return the layers that one of two models stores, by their paths, which both have."""
     other_modules = {path: module for module, paths in all_paths_by_module(other).items() for path in paths[:1]}
     return {
@@ -165,7 +165,7 @@ class _TextComparison:
         """Return a model's result on a part, of the shape of ``reference``."""
         raise NotImplementedError
 
-    def _timed_result(self, model: Any, text_part: Any, reference: Tensor | None, tokens: int) -> Tensor:
+    def _add_time_and_get_result(self, model: Any, text_part: Any, reference: Tensor | None, tokens: int) -> Tensor:
         start = time.perf_counter()
         result = self.compute_checked_result(model, text_part, reference)
         self._seconds += time.perf_counter() - start
@@ -209,17 +209,19 @@ class _PredictionComparison(_TextComparison):
 
     def add_and_return_result(self, model: Any, window: Tensor, reference: Tensor | None) -> Tensor:
         """Add a model's predictions of a window; return them."""
-        logs = self._timed_result(model, window, reference, len(window))
+        logs = self._add_time_and_get_result(model, window, reference, len(window))
         self.tokens.append(len(window) - 1)
         self.losses.append(-float(logs[:-1].gather(1, window[1:, None]).double().sum()))
-        self.divergences.append(0.0 if reference is None else _summed_kl_divergence(reference, logs))
+        self.divergences.append(0.0 if reference is None else _summed_kl_without_last_token(reference, logs))
         same = None if reference is None else (reference[:-1].argmax(-1) == logs[:-1].argmax(-1)).sum()
         self.agreed.append(len(window) - 1.0 if same is None else float(same))
         return logs
 
     def add_layer_loss(self, layer_index: int, model: Any, window: Tensor, reference: Tensor) -> None:
         """Add how far a model's predictions are with one layer of another."""
-        self._layers[layer_index] += _summed_kl_divergence(reference, self.compute_checked_result(model, window))
+        self._layers[layer_index] += _summed_kl_without_last_token(
+            reference, self.compute_checked_result(model, window)
+        )
 
     def mean_score(self, baseline: _PredictionComparison, layer_paths: Iterable[str]) -> LanguageModelScore:
         """Return the means."""
@@ -237,9 +239,9 @@ class _PredictionComparison(_TextComparison):
             tokens_per_second=self._tokens_per_second,
             ratio=_exp_or_inf(float((losses - before).sum()) / total),
             agreement=float(agreed.sum()) / total,
-            divergence_interval=bootstrap_interval_or_none(divergences, counts) if compared else None,
-            ratio_interval=bootstrap_interval_or_none(losses - before, counts, torch.exp) if compared else None,
-            agreement_interval=bootstrap_interval_or_none(agreed, counts) if compared else None,
+            divergence_interval=bootstrap_95_interval_or_none(divergences, counts) if compared else None,
+            ratio_interval=bootstrap_95_interval_or_none(losses - before, counts, torch.exp) if compared else None,
+            agreement_interval=bootstrap_95_interval_or_none(agreed, counts) if compared else None,
             layers=_layer_losses_descending(layer_paths, [value / total for value in self._layers]),
         )
 
@@ -279,7 +281,7 @@ class _EmbeddingComparison(_TextComparison):
 
     def add_and_return_result(self, model: Any, batch: dict[str, Tensor], reference: Tensor | None) -> Tensor:
         """Add a model's embeddings of paragraphs; return them."""
-        embeddings = self._timed_result(model, batch, reference, int(batch["attention_mask"].sum()))
+        embeddings = self._add_time_and_get_result(model, batch, reference, int(batch["attention_mask"].sum()))
         self._cosines.append(((embeddings if reference is None else reference) * embeddings).sum(-1).clamp(max=1))
         return embeddings
 
@@ -298,14 +300,14 @@ class _EmbeddingComparison(_TextComparison):
             cosine=float(cosines.mean()),
             lowest=float(cosines.min()),
             tokens_per_second=self._tokens_per_second,
-            cosine_interval=bootstrap_interval_or_none(cosines, torch.ones_like(cosines))
+            cosine_interval=bootstrap_95_interval_or_none(cosines, torch.ones_like(cosines))
             if self is not baseline
             else None,
             layers=_layer_losses_descending(layer_paths, [loss / len(cosines) for loss in self._layers]),
         )
 
 
-def _summed_kl_divergence(reference_log_probs: Tensor, log_probs: Tensor) -> float:
+def _summed_kl_without_last_token(reference_log_probs: Tensor, log_probs: Tensor) -> float:
     """Return the sum over tokens of the divergence of log-probabilities from those of the first model."""
     shares = reference_log_probs[:-1].exp()
     return float(
@@ -339,7 +341,7 @@ def _is_compared_by_logits(model: Any, tokens: Tensor) -> bool:
     return getattr(output, "logits", None) is not None or getattr(output, "last_hidden_state", None) is None
 
 
-def bootstrap_interval_or_none(
+def bootstrap_95_interval_or_none(
     sums: Tensor, counts: Tensor, transform: Callable[[Tensor], Tensor] = lambda mean: mean
 ) -> tuple[float, float] | None:
     """Return the 95% interval of ``of(sum(sums) / sum(counts))``, by the bootstrap over parts; None for one part.

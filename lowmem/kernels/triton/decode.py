@@ -18,14 +18,16 @@ import triton.language as tl
 
 
 @triton.jit
-def half_width(block, columns, BLOCK: tl.constexpr, BITS: tl.constexpr):
+def block_code_bytes(block, columns, BLOCK: tl.constexpr, BITS: tl.constexpr):
     """Return the bytes of a block's codes, which in 4 bits are half of its weights: the last block may be short."""
     width = tl.minimum(BLOCK, columns - block * BLOCK)
     return width if BITS == 8 else (width + 1) // 2
 
 
 @triton.jit
-def places(first, columns, BLOCK: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr):
+def group_blocks_and_code_columns(
+    first, columns, BLOCK: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.constexpr, GROUP: tl.constexpr
+):
     """Return the block of each group, the columns of its low codes, and those of its high codes: (groups, bytes).
 
     ``first`` has the place of each group's first byte. Codes of 8 bits have no high ones.
@@ -33,7 +35,7 @@ def places(first, columns, BLOCK: tl.constexpr, BITS: tl.constexpr, WHOLE: tl.co
     WIDTH: tl.constexpr = BLOCK * BITS // 8
     block = first // WIDTH
     low = (block * BLOCK + first % WIDTH)[:, None] + tl.arange(0, GROUP)[None, :]
-    return block, low, low + (WIDTH if WHOLE else half_width(block, columns, BLOCK, BITS)[:, None])
+    return block, low, low + (WIDTH if WHOLE else block_code_bytes(block, columns, BLOCK, BITS)[:, None])
 
 
 @triton.jit
@@ -43,13 +45,13 @@ def look_up(levels, codes):
 
 
 @triton.jit
-def look_up_both(levels, bytes):
+def look_up_low_and_high(levels, bytes):
     """Return the levels of the low and of the high codes of bytes, by one gather."""
     return tl.split(look_up(levels, tl.join(bytes & 15, bytes >> 4)))
 
 
 @triton.jit
-def load_scales(stored, block, mask, STEPS: tl.constexpr):
+def load_scales_or_steps(stored, block, mask, STEPS: tl.constexpr):
     """Return the float32 scales (rows, groups) of blocks, where ``stored`` points to the first scale of each row; of
     double scales, which row scales multiply, the steps."""
     scale = tl.load(stored[:, None] + block[None, :], mask=mask, other=0)

@@ -15,7 +15,7 @@ from lowmem.quant.formats import Format, get_format
 from lowmem.quant.tensor import QuantizedTensor, float32_table
 
 
-class Tile(NamedTuple):
+class CodeTile(NamedTuple):
     """Codes that a program reads at a time.
 
     Attributes:
@@ -44,12 +44,12 @@ class Tile(NamedTuple):
 # By the kernel and the most inputs, chosen by registers and by the loads that are under way at a time; no GPU has
 # measured them.
 TILES = {
-    ("dequantize", 0): Tile(2048, 512, 16, 4),
-    ("quantize", 0): Tile(512, 2048, 1, 4),
-    ("few", 1): Tile(2048, 512, 16, 4),
-    ("few", 2): Tile(1024, 256, 8, 4),
-    ("few", 4): Tile(1024, 256, 8, 4),
-    ("few", 8): Tile(1024, 256, 8, 4),
+    ("dequantize", 0): CodeTile(2048, 512, 16, 4),
+    ("quantize", 0): CodeTile(512, 2048, 1, 4),
+    ("few", 1): CodeTile(2048, 512, 16, 4),
+    ("few", 2): CodeTile(1024, 256, 8, 4),
+    ("few", 4): CodeTile(1024, 256, 8, 4),
+    ("few", 8): CodeTile(1024, 256, 8, 4),
 }
 
 
@@ -74,7 +74,7 @@ OPTIONS = {"num_stages": 1, "enable_fp_fusion": False}
 
 def dequantize_launch(weight: QuantizedTensor, out: Tensor, levels: tuple[float, ...] | None = None) -> KernelLaunch:
     """Dequantize a matrix to ``out``, contiguous (rows, columns); ``levels`` replace the format's."""
-    stored, tile = _stored_weight_arguments(weight, levels), TILES["dequantize", 0]
+    stored, tile = _weight_kernel_arguments(weight, levels), TILES["dequantize", 0]
     shape = tile.shape_constants(stored["row_bytes"], stored["BLOCK"] * stored["BITS"] // 8)
     tiles = math.ceil(stored["row_bytes"] / (shape["GROUPS"] * shape["GROUP"]))
     programs = math.ceil(len(out) / shape["ROWS"]) * tiles
@@ -85,7 +85,7 @@ def dequantize_launch(weight: QuantizedTensor, out: Tensor, levels: tuple[float,
 def small_batch_product_launch(x: Tensor, weight: QuantizedTensor, bias: Tensor | None, out: Tensor) -> KernelLaunch:
     """Multiply up to eight inputs (batch, columns) by a matrix without offsets, into contiguous (batch, out)."""
     stored, tile, x = (
-        _stored_weight_arguments(weight),
+        _weight_kernel_arguments(weight),
         TILES["few", _next_power_of_two(len(x))],
         _with_contiguous_rows(x),
     )
@@ -130,7 +130,7 @@ def quantize_launch(
     return KernelLaunch(of_rows.quantize, math.ceil(scales.numel() / blocks), arguments, warps)
 
 
-def _stored_weight_arguments(weight: QuantizedTensor, levels: tuple[float, ...] | None = None) -> dict[str, Any]:
+def _weight_kernel_arguments(weight: QuantizedTensor, levels: tuple[float, ...] | None = None) -> dict[str, Any]:
     """Return the arguments that describe a stored matrix."""
     form, encoding, columns = get_format(weight.format), weight.encoding, weight.shape[1]
     packed, scales = _with_contiguous_rows(weight.packed), _with_contiguous_rows(weight.scales)

@@ -6,7 +6,14 @@ operations the kernels keep. ``decode`` explains the constants."""
 import triton
 import triton.language as tl
 
-from lowmem.kernels.triton.decode import half_width, load_row_scales, load_scales, look_up, look_up_both, places
+from lowmem.kernels.triton.decode import (
+    block_code_bytes,
+    group_blocks_and_code_columns,
+    load_row_scales,
+    load_scales_or_steps,
+    look_up,
+    look_up_low_and_high,
+)
 
 
 @triton.jit
@@ -40,7 +47,7 @@ def dequantize(
     tiles = tl.cdiv(row_bytes, GROUPS * GROUP)
     row = tl.program_id(0) // tiles * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(0) % tiles * (GROUPS * GROUP) + tl.arange(0, GROUPS) * GROUP
-    block, low, high = places(first, columns, BLOCK, BITS, WHOLE, GROUP)
+    block, low, high = group_blocks_and_code_columns(first, columns, BLOCK, BITS, WHOLE, GROUP)
     byte = first[:, None] + tl.arange(0, GROUP)[None, :]
     # Rows times bytes may exceed 2^31
     inside, row = row < rows, row.to(tl.int64)
@@ -48,18 +55,18 @@ def dequantize(
     codes = tl.load(packed + row[:, None, None] * packed_stride + byte[None], mask=mask, other=0)
     stored, blocks = scales + row * scales_stride, tl.cdiv(columns, BLOCK)
     has_scale = inside[:, None] & (first < row_bytes)[None, :]
-    scale = load_scales(stored, block, has_scale, STEPS)
+    scale = load_scales_or_steps(stored, block, has_scale, STEPS)
     if STEPS:
         scale = tl.div_rn(scale * load_row_scales(stored, blocks, inside), 1.0 * STEPS)
     scale = scale[:, :, None]
     table = tl.load(levels + tl.arange(0, 2**BITS))
-    offset = load_scales(stored + blocks, block, has_scale, STEPS)[:, :, None] if OFFSETS else 0.0
+    offset = load_scales_or_steps(stored + blocks, block, has_scale, STEPS)[:, :, None] if OFFSETS else 0.0
     at = out + row[:, None, None] * columns
     if BITS == 8:
         values = restored(look_up(table, codes), scale, offset, OFFSETS)
         tl.store(at + low[None], values.to(out.dtype.element_ty), mask=mask)
     else:
-        of_low, of_high = look_up_both(table, codes)
+        of_low, of_high = look_up_low_and_high(table, codes)
         values = restored(of_low, scale, offset, OFFSETS)
         tl.store(at + low[None], values.to(out.dtype.element_ty), mask=mask)
         values = restored(of_high, scale, offset, OFFSETS)
@@ -67,7 +74,7 @@ def dequantize(
 
 
 @triton.jit
-def nearest(thresholds, values, BITS: tl.constexpr):
+def count_thresholds_below(thresholds, values, BITS: tl.constexpr):
     """Return how many thresholds lie below each value, by a binary search in 2^BITS - 1 and an infinite one."""
     codes = tl.zeros(values.shape, tl.int32)
     for bit in tl.static_range(BITS):
@@ -100,7 +107,7 @@ def quantize(
     """
     at = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     block, row = at % blocks, at // blocks
-    width = half_width(block, columns, BLOCK, BITS)[:, None]
+    width = block_code_bytes(block, columns, BLOCK, BITS)[:, None]
     inner = tl.arange(0, WIDTH)[None, :]
     mask = (at < count)[:, None] & (inner < width)
     scale = tl.load(scales + at, mask=at < count, other=0.0)
@@ -109,12 +116,12 @@ def quantize(
     low = block[:, None] * BLOCK + inner
     # Outside of the row, weights of 0 have zero codes, as padding does.
     values = tl.load(weight + row[:, None] * columns + low, mask=mask, other=0.0)
-    byte = nearest(thresholds, tl.div_rn(values, scale), BITS)
+    byte = count_thresholds_below(thresholds, tl.div_rn(values, scale), BITS)
     others = byte != ZERO
     if BITS == 4:
         high = low + width
         values = tl.load(weight + row[:, None] * columns + high, mask=mask & (high < columns), other=0.0)
-        codes = nearest(thresholds, tl.div_rn(values, scale), BITS)
+        codes = count_thresholds_below(thresholds, tl.div_rn(values, scale), BITS)
         byte = byte | (codes << 4)
         others = others | (codes != ZERO)
     into = packed + row[:, None] * packed_stride + block[:, None] * (BLOCK * BITS // 8) + inner

@@ -5,7 +5,13 @@
 import triton
 import triton.language as tl
 
-from lowmem.kernels.triton.decode import load_row_scales, load_scales, look_up, look_up_both, places
+from lowmem.kernels.triton.decode import (
+    group_blocks_and_code_columns,
+    load_row_scales,
+    load_scales_or_steps,
+    look_up,
+    look_up_low_and_high,
+)
 
 
 @triton.jit
@@ -55,16 +61,16 @@ def few(
     sums = (tl.zeros((ROWS, GROUPS, GROUP), tl.float32),) * INPUTS
     for start in range(0, row_bytes, GROUPS * GROUP):
         first = start + tl.arange(0, GROUPS) * GROUP
-        block, low, high = places(first, columns, BLOCK, BITS, WHOLE, GROUP)
+        block, low, high = group_blocks_and_code_columns(first, columns, BLOCK, BITS, WHOLE, GROUP)
         byte = first[:, None] + tl.arange(0, GROUP)[None, :]
         there = byte < row_bytes
         codes = tl.load(codes_of + byte[None], mask=inside[:, None, None] & there[None], other=0)
         has_scale = inside[:, None] & (first < row_bytes)[None, :]
-        scale = (load_scales(stored, block, has_scale, STEPS) * factor)[:, :, None]
+        scale = (load_scales_or_steps(stored, block, has_scale, STEPS) * factor)[:, :, None]
         if BITS == 8:
             sums = add_products(sums, x, x_stride, low, there, look_up(table, codes) * scale)
         else:
-            of_low, of_high = look_up_both(table, codes)
+            of_low, of_high = look_up_low_and_high(table, codes)
             sums = add_products(sums, x, x_stride, low, there, of_low * scale)
             sums = add_products(sums, x, x_stride, high, there & (high < columns), of_high * scale)
     added = tl.load(bias + row, mask=inside, other=0).to(tl.float32) if BIAS else 0.0

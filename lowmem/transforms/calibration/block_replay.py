@@ -107,7 +107,7 @@ class BlockReplay(ExitStack):
         block_outputs = self._cached_outputs[block] = {}
         before = self._last.get(self._list[block])
 
-        def cache_output(output: Any) -> None:
+        def cache_output_and_drop_previous(output: Any) -> None:
             if self.has_dropped and _has_nan(output):
                 raise DroppedOutputRead
             block_outputs[self._run] = _CachedOutput(output, self._folder)
@@ -115,13 +115,13 @@ class BlockReplay(ExitStack):
                 self._cached_outputs[before].pop(self._run, None)
                 self.has_dropped = True
 
-        with self.runs_stopped_after(block, cache_output):
+        with self.runs_stopped_after(block, cache_output_and_drop_previous):
             for number, batch in enumerate(batches):
                 self.run_batch_until_stop(number, batch)
         self._last[self._list[block]] = block
         self.enter_context(replaced_forward(block, lambda *args, **kwargs: self._cached_output_or_nan(block)))
 
-    def input_moments_and_layer_groups(
+    def collect_input_moments_and_groups(
         self, unit: CalibrationUnit, batches: Iterable[Any], centered_layers: set[nn.Module]
     ) -> tuple[dict[nn.Module, RunningMoments], list[list[nn.Module]]]:
         """Return the moments of a unit's inputs by the first layer that gets them, and the layers that do.
@@ -140,7 +140,7 @@ class BlockReplay(ExitStack):
                     for number, batch in enumerate(batches):
                         inputs.start_batch(unpadded_token_mask_or_none(batch, number))
                         self.run_batch_until_stop(number, batch)
-                groups = inputs.layers_grouped_by_input()
+                groups = inputs.layer_groups_by_input_or_raise()
             except RegroupingNeeded:
                 continue
             return inputs.moments, groups if unit.block is not None or not groups else [unit.layers]
@@ -205,19 +205,21 @@ def _has_nan(output: Any) -> bool:
 
 
 @contextmanager
-def recording_first_inputs(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
+def recording_first_input_samples(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, list[Tensor]]]:
     """Yield what modules get when they are first called inside the block: some numbers of each tensor."""
     seen: dict[nn.Module, list[Tensor]] = {}
 
-    def record_first_input(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def record_first_input_sample(module: nn.Module, args: Any, kwargs: Any) -> None:
         if module not in seen:
-            seen[module] = [_evenly_spaced_sample(tensor) for tensor in _argument_tensors(args, kwargs)]
+            seen[module] = [
+                _evenly_spaced_sample(tensor) for tensor in _argument_tensors_outside_caches(args, kwargs)
+            ]
 
-    with registered_forward_pre_hooks(modules, record_first_input):
+    with registered_forward_pre_hooks(modules, record_first_input_sample):
         yield seen
 
 
-def replay_mode_and_refusal(
+def keep_all_outputs_and_refusal(
     model: nn.Module,
     batch: Any,
     block_lists: Iterable[list[nn.Module]],
@@ -234,25 +236,26 @@ def replay_mode_and_refusal(
     for keep_all in (False, True):
         with BlockReplay(model, block_lists, offload_folder, keep_all) as replay:
             try:
-                why = _changed_input_message(model, batch, replay, units, expected_inputs)
+                why = _replay_and_describe_changed_input(model, batch, replay, units, expected_inputs)
             except DroppedOutputRead:
                 continue
             except Exception as error:  # noqa: BLE001 - the model's own: it misses what a block would have left
                 why = error_type_and_first_line(error)
             if not why:
                 return keep_all, ""
-    with recording_first_inputs(expected_inputs) as again:
+    with recording_first_input_samples(expected_inputs) as again:
         run_batch(model, batch)
     return (
         (False, "")
         if any(
-            _are_different_tensors(expected_inputs[module], second_inputs) for module, second_inputs in again.items()
+            _are_different_beyond_rounding(expected_inputs[module], second_inputs)
+            for module, second_inputs in again.items()
         )
         else (None, why)
     )
 
 
-def _changed_input_message(
+def _replay_and_describe_changed_input(
     model: nn.Module,
     batch: Any,
     replay: BlockReplay,
@@ -265,14 +268,14 @@ def _changed_input_message(
         first = unit.layers[0] if unit.block is None else unit.block
         if first not in expected_inputs:
             continue
-        with recording_first_inputs([first]) as actual_inputs:
+        with recording_first_input_samples([first]) as actual_inputs:
             if unit.block is None:
                 with registered_forward_pre_hooks([first], _raise_stop_hook):
                     replay.run_batch_until_stop(0, batch)
             else:
                 replay.cache_and_replay_block(unit.block, [batch])
         got = actual_inputs.get(first, [])
-        if not _are_different_tensors(expected_inputs[first], got):
+        if not _are_different_beyond_rounding(expected_inputs[first], got):
             continue
         if replay.has_dropped and any(bool(tensor.isnan().any()) for tensor in got):
             raise DroppedOutputRead
@@ -284,7 +287,7 @@ def _raise_stop_hook(*_: Any) -> None:
     raise StopModelRun
 
 
-def _argument_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+def _argument_tensors_outside_caches(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """Return the tensors in arguments, and in tuples, lists and dictionaries of them; caches are left out."""
 
     def is_leaf(value: Any) -> bool:
@@ -300,14 +303,17 @@ def _evenly_spaced_sample(tensor: Tensor) -> Tensor:
     return flat[numbers * len(flat) // max(1, len(numbers))].to("cpu", torch.float64)
 
 
-def _are_different_tensors(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:
+def _are_different_beyond_rounding(expected: Sequence[Tensor], actual: Sequence[Tensor]) -> bool:
     """Whether more numbers differ than rounding explains."""
     if [tensor.shape for tensor in expected] != [tensor.shape for tensor in actual]:
         return True
-    return any(_changed_value_count(*both) > _SHARE * both[0].numel() for both in zip(expected, actual, strict=True))
+    return any(
+        _count_changed_beyond_rounding(*both) > _SHARE * both[0].numel()
+        for both in zip(expected, actual, strict=True)
+    )
 
 
-def _changed_value_count(expected: Tensor, actual: Tensor) -> int:
+def _count_changed_beyond_rounding(expected: Tensor, actual: Tensor) -> int:
     typical = expected.abs().nanmedian() if expected.numel() else expected.sum()
     same = (actual - expected).abs() <= 1e-4 * (expected.abs() + typical)
     same |= (actual == expected) | (actual.isnan() & expected.isnan())

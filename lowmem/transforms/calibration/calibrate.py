@@ -25,10 +25,14 @@ from lowmem.transforms.bit_budget import BudgetChoice
 from lowmem.transforms.calibration.block_replay import (
     BlockReplay,
     DroppedOutputRead,
-    recording_first_inputs,
-    replay_mode_and_refusal,
+    keep_all_outputs_and_refusal,
+    recording_first_input_samples,
 )
-from lowmem.transforms.calibration.calibration_units import CalibrationUnit, calibration_units, select_block_lists
+from lowmem.transforms.calibration.calibration_units import (
+    CalibrationUnit,
+    run_and_group_into_units,
+    select_block_lists,
+)
 from lowmem.transforms.calibration.gptq_solver import (
     prepare_hessian_or_none,
     quantize_gptq,
@@ -41,7 +45,7 @@ from lowmem.transforms.calibration.input_moments import (
 )
 from lowmem.transforms.calibration.model_runs import (
     check_batches_reiterable,
-    evaluation_mode,
+    evaluation_without_gradients,
     replaced_forward,
     run_batch,
 )
@@ -56,9 +60,9 @@ from lowmem.transforms.module_registry import (
     layer_display_name,
     storable_parameter_names,
 )
-from lowmem.transforms.module_replacement import check_and_commit_replacements
-from lowmem.transforms.module_selection import record_user_exclusions, select_modules_to_convert
-from lowmem.transforms.technique_assignment import layer_techniques_and_budget_choices
+from lowmem.transforms.module_replacement import commit_replacements_and_freeze
+from lowmem.transforms.module_selection import record_user_exclusions, select_paths_and_names_by_module
+from lowmem.transforms.technique_assignment import techniques_and_budget_by_layer
 from lowmem.transforms.tied_weights import weight_memory_key
 
 M = TypeVar("M", bound=nn.Module)
@@ -157,7 +161,7 @@ def calibrate(
                 "nothing of it: use only one of them"
             )
     where = cache(where) if callable(where) else where  # it may be slow, or ask a person
-    selection = select_modules_to_convert(model, (technique,), where, skip)
+    selection = select_paths_and_names_by_module(model, (technique,), where, skip)
     candidates = {layer: path for layer, (path, _) in selection.items()}
     check_layers_are_changeable("calibrate", candidates)
     if isinstance(batches, str):
@@ -165,7 +169,7 @@ def calibrate(
     if not any(True for _ in batches):
         raise ValueError("batches is empty: pass one batch at least, or use convert, which needs none")
     steps, chosen = _assign_techniques(model, technique, selection, where, batches)
-    with evaluation_mode(model) as overrides:
+    with evaluation_without_gradients(model) as overrides:
         run = _CalibrationRun(model, batches, candidates, damping, overrides, progress, steps)
         lists = [] if diagonal else select_block_lists(model, run.layers_to_calibrate, blocks)
         run.quantize_uncalibrated_layers()
@@ -185,7 +189,7 @@ def calibrate(
     for text in run.iterate_warning_texts():
         # The caller of the wrapped function
         warnings.warn(text, UserWarning, stacklevel=3)
-    check_and_commit_replacements(model, run.replacements)
+    commit_replacements_and_freeze(model, run.replacements)
     record_user_exclusions(model, where, skip, FourBit)
     return model
 
@@ -217,7 +221,7 @@ def _assign_techniques(
     """Return how each layer is stored, with a search of scales, and what it got of a budget."""
     if isinstance(technique, Budget) and technique.inputs is None:
         technique = replace(technique, inputs=batches)
-    steps, chosen = layer_techniques_and_budget_choices(model, (technique,), selection, where)
+    steps, chosen = techniques_and_budget_by_layer(model, (technique,), selection, where)
     for layer, (first, *rest) in steps.items():
         if isinstance(first, FourBit):
             steps[layer] = (replace(first, search=first.search is not False), *rest)
@@ -266,7 +270,7 @@ class _CalibrationRun:
         biases_by_layer = {layer: layer._parameters["bias"] for layer in self.layers_to_calibrate}
         return {layer for layer, bias in biases_by_layer.items() if bias is not None and biases[id(bias)] == 1}
 
-    def quantize_and_substitute(self, layer: nn.Module, store_factory: StoreFactory) -> Any:
+    def quantize_and_replace_forward(self, layer: nn.Module, store_factory: StoreFactory) -> Any:
         """Make what a layer becomes, and let it compute in the layer's place."""
         made: Any = converted_copy(layer, self.steps[layer], self.candidates[layer], {}, store_factory)
         self.replacements[layer] = made
@@ -277,7 +281,7 @@ class _CalibrationRun:
         """Quantize a layer by its weight alone; a warning says why, if there is a reason."""
         if warning_reason:
             self.uncalibrated[layer] = warning_reason
-        return self.quantize_and_substitute(layer, self.store_factory)
+        return self.quantize_and_replace_forward(layer, self.store_factory)
 
     def quantize_uncalibrated_layers(self) -> None:
         """Quantize by their weights alone what is not calibrated."""
@@ -326,8 +330,8 @@ class _CalibrationRun:
         noted = (
             [*blocks, *(layer for layer in self.layers_to_calibrate if layer not in inside)] if block_lists else []
         )
-        with recording_first_inputs(noted) as entries:
-            units = calibration_units(
+        with recording_first_input_samples(noted) as entries:
+            units = run_and_group_into_units(
                 self.model,
                 self.batches,
                 self.layers_to_calibrate,
@@ -337,7 +341,7 @@ class _CalibrationRun:
             )
         if any(unit.block is not None for unit in units):
             first = next(iter(self.batches))
-            self.keep_all, self.replay_refusal = replay_mode_and_refusal(
+            self.keep_all, self.replay_refusal = keep_all_outputs_and_refusal(
                 self.model, first, block_lists, units, entries, offload_folder
             )
         return units
@@ -357,11 +361,11 @@ class _CalibrationRun:
     def _calibrate_or_resume_units(self, units: list[CalibrationUnit], replay: BlockReplay) -> None:
         start, done = time.monotonic(), 0
         for number, unit in enumerate(units):
-            if not any(layer in self.replacements for layer in unit.layers) and not self._load_unit_if_saved(
+            if not any(layer in self.replacements for layer in unit.layers) and not self._substitute_unit_if_saved(
                 number, unit
             ):
                 self._quantize_unit(unit, replay)
-                self._save_unit_for_resume(number, unit)
+                self._save_unit_if_resumable(number, unit)
                 done += 1
             if unit.block is not None and self.keep_all is not None and number + 1 < len(units):
                 replay.cache_and_replay_block(unit.block, self.batches)
@@ -371,7 +375,7 @@ class _CalibrationRun:
 
     def _quantize_unit(self, unit: CalibrationUnit, replay: BlockReplay) -> None:
         """Quantize a unit's layers by the moments of its inputs; Stale if what was not kept may be read."""
-        moments, groups = replay.input_moments_and_layer_groups(unit, self.batches, self.bias_corrected_layers)
+        moments, groups = replay.collect_input_moments_and_groups(unit, self.batches, self.bias_corrected_layers)
         if replay.has_dropped and not all(input_moments.is_finite() for input_moments in moments.values()):
             # Before a layer is replaced: all of the unit are done again
             raise DroppedOutputRead
@@ -385,7 +389,7 @@ class _CalibrationRun:
             group_store_factory = (
                 None if hessian is None else _store_factory_from_function(partial(quantize_gptq, hessian=hessian))
             )
-            self._quantize_layers_with_same_input(group, input_moments, group_store_factory)
+            self._quantize_and_correct_biases(group, input_moments, group_store_factory)
             if group_store_factory is not None and input_moments.rows < input_moments.columns:
                 self.few_rows |= dict.fromkeys(group, (input_moments.rows, input_moments.columns))
             # Before the next one is computed
@@ -401,7 +405,7 @@ class _CalibrationRun:
                     "ones to square: look for a broken batch or weight before it, or leave it out with skip="
                 )
 
-    def _quantize_layers_with_same_input(
+    def _quantize_and_correct_biases(
         self, layers: list[Any], input_moments: RunningMoments, store_factory: StoreFactory | None
     ) -> None:
         """Quantize layers with one input; None: by their weights alone, as their input tells nothing of the weights.
@@ -413,7 +417,7 @@ class _CalibrationRun:
                 constant = layer in self.bias_corrected_layers and bool(input_moments.mean.any())
                 made = self.quantize_by_weight_alone(layer, f"its inputs are all {'alike' if constant else 'zero'}")
             else:
-                made = self.quantize_and_substitute(layer, store_factory)
+                made = self.quantize_and_replace_forward(layer, store_factory)
             if layer in self.bias_corrected_layers:
                 mean = (layer.weight.float() - made.quantized.dequantize()) @ input_moments.mean
                 self._set_replacement_bias(layer, (layer.bias.float() + mean).to(layer.bias.dtype))
@@ -437,11 +441,11 @@ class _CalibrationRun:
             layer_store_factory = _store_factory_from_function(
                 partial(quantize_with_column_importance, importance=importance.add(self.damping * mean))
             )
-            self._quantize_layers_with_same_input([layer], input_moments, layer_store_factory if mean > 0 else None)
+            self._quantize_and_correct_biases([layer], input_moments, layer_store_factory if mean > 0 else None)
         if self.progress is not None:
             self.progress(1, 1, 0.0)
 
-    def _save_unit_for_resume(self, unit_index: int, unit: CalibrationUnit) -> None:
+    def _save_unit_if_resumable(self, unit_index: int, unit: CalibrationUnit) -> None:
         """Write the file of a unit."""
         tensors, records = dict[str, Tensor](), list[Any]()
         for place, layer in enumerate(unit.layers):
@@ -454,14 +458,14 @@ class _CalibrationRun:
         if self.finished_units is not None:
             self.finished_units.save_unit(unit_index, tensors, records)
 
-    def _load_unit_if_saved(self, unit_index: int, unit: CalibrationUnit) -> bool:
+    def _substitute_unit_if_saved(self, unit_index: int, unit: CalibrationUnit) -> bool:
         """Take the layers of a unit from its file; return whether there is one."""
         tensors, records = (self.finished_units and self.finished_units.load_unit_or_none(unit_index)) or ({}, [])
         layers: list[Any] = unit.layers
         for place, (layer, (why, few_rows, *how)) in enumerate(zip(layers, records, strict=False)):
             packed, scales = (tensors[f"{place}.{part}"].to(layer.weight.device) for part in ("packed", "scales"))
             weight = QuantizedTensor(packed, scales, layer.weight.shape, *how)
-            self.quantize_and_substitute(layer, _store_factory_from_function(lambda *_, weight=weight: weight))
+            self.quantize_and_replace_forward(layer, _store_factory_from_function(lambda *_, weight=weight: weight))
             if layer in self.bias_corrected_layers:
                 self._set_replacement_bias(layer, tensors[f"{place}.bias"].to(layer.bias.device))
             self.uncalibrated |= {} if why is None else {layer: why}

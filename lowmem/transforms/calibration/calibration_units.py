@@ -77,7 +77,7 @@ def _iterate_outermost_block_lists(
         yield from _iterate_outermost_block_lists(child, modules_with_layers)
 
 
-def calibration_units(
+def run_and_group_into_units(
     model: nn.Module,
     batches: Iterable[Any],
     layers: list[nn.Module],

@@ -94,11 +94,11 @@ def quantize_gptq(weight: Tensor, technique: FourBit, hessian: PreparedHessian) 
     fit = _GptqOptimizer(weight, initial, hessian)
     fit.round_columns_with_compensation()
     fit.improve_codes_by_coordinate_descent()
-    best = fit.current_codes_and_scales()
+    best = fit.current_codes_scales_and_errors()
     for _ in range(_ROUNDS if initial.method == "search" else 0):
         fit.refit_scales_to_codes()
         fit.improve_codes_by_coordinate_descent()
-        best = best.best_of_each_row(fit.current_codes_and_scales())
+        best = best.best_of_each_row(fit.current_codes_scales_and_errors())
     codes = torch.empty_like(best.codes)
     codes[hessian.order] = best.codes
     form, columns = get_format(initial.format), weight.shape[1]
@@ -123,17 +123,17 @@ def quantize_with_column_importance(weight: Tensor, technique: FourBit, importan
     )
 
 
-class _CodesAndScales(NamedTuple):
+class _CodesScalesAndErrors(NamedTuple):
     """Codes uint8 (in, out), stored scales (out, ...), and the error of each row of the weight: float32 (out,)."""
 
     codes: Tensor
     stored: Tensor
     lost: Tensor
 
-    def best_of_each_row(self, other: _CodesAndScales) -> _CodesAndScales:
+    def best_of_each_row(self, other: _CodesScalesAndErrors) -> _CodesScalesAndErrors:
         """Return of each row what loses less."""
         better = other.lost < self.lost
-        return _CodesAndScales(
+        return _CodesScalesAndErrors(
             torch.where(better, other.codes, self.codes),
             torch.where(better[:, None], other.stored, self.stored),
             torch.where(better, other.lost, self.lost),
@@ -158,7 +158,7 @@ class _GptqOptimizer:
         self.stored = encoded_scales
         self.scales = self.encoding.decode(encoded_scales).T.contiguous()  # (blocks, out)
 
-    def _iterate_column_panels(self) -> Iterator[slice]:
+    def _iterate_column_panel_slices(self) -> Iterator[slice]:
         """Yield columns that are rounded before one product corrects all others: the paper's lazy batches."""
         columns = len(self.weight)
         for start in range(0, columns, PANEL):
@@ -184,7 +184,7 @@ class _GptqOptimizer:
         """Round the columns one by one; those to come make up for the error of each."""
         rest, upper = self.weight.clone(), self.hessian.upper
         pivots = upper.diagonal()
-        for panel in self._iterate_column_panels():
+        for panel in self._iterate_column_panel_slices():
             errors = self._round_panel_in_place(
                 panel, rest[panel], pivots[panel], upper[panel, panel].T, coordinate_descent=False
             )
@@ -199,7 +199,7 @@ class _GptqOptimizer:
         """Move each code to the best one for all others as they are, column by column."""
         matrix = self.hessian.matrix
         pivots = matrix.diagonal()
-        for panel in self._iterate_column_panels():
+        for panel in self._iterate_column_panel_slices():
             slopes = self.gradient[panel].clone()
             moved = self._round_panel_in_place(
                 panel, slopes, pivots[panel], matrix[panel, panel], coordinate_descent=True
@@ -224,17 +224,17 @@ class _GptqOptimizer:
             scales[block] += step
             self.gradient.addmm_(matrix[:, block_columns], levels * step, alpha=-1)
         self._set_scales(_nearest_encoded_scales(self.stored, scales.T.contiguous(), self.encoding))
-        for panel in self._iterate_column_panels():
+        for panel in self._iterate_column_panel_slices():
             blocks = self.blocks[panel]
             self.approximate[panel] = self.levels[self.codes[panel].int()].mul_(self.scales[blocks])
             if self.offsets is not None:
                 self.approximate[panel] += self.offsets[blocks]
         self._recompute_error_gradient()
 
-    def current_codes_and_scales(self) -> _CodesAndScales:
+    def current_codes_scales_and_errors(self) -> _CodesScalesAndErrors:
         """Return what was found."""
         lost = ((self.weight - self.approximate) * self.gradient).sum(0)
-        return _CodesAndScales(self.codes.clone(), self.stored, lost)
+        return _CodesScalesAndErrors(self.codes.clone(), self.stored, lost)
 
 
 def _nearest_encoded_scales(previous_encoded: Tensor, scales: Tensor, encoding: ScaleEncoding) -> Tensor:

@@ -145,7 +145,7 @@ class InputMomentCollector:
     @contextmanager
     def collecting_inputs(self) -> Iterator[None]:
         """Take the inputs of all calls in the block."""
-        with registered_forward_pre_hooks(self._layers, self._accumulate_layer_input):
+        with registered_forward_pre_hooks(self._layers, self._accumulate_layer_input_or_stop):
             yield
         self.start_batch(None)
 
@@ -154,7 +154,7 @@ class InputMomentCollector:
         self._mask, self._readers = token_mask, SharedInputTracker()
         self._left = self._stop_after or 0
 
-    def layers_grouped_by_input(self) -> list[list[nn.Module]]:
+    def layer_groups_by_input_or_raise(self) -> list[list[nn.Module]]:
         """Return the layers that were called, by their input; raise ``RegroupingNeeded`` if some had fewer calls."""
         layers_by_leader: dict[nn.Module, list[nn.Module]] = {}
         for layer, leader in self._leader.items():
@@ -164,7 +164,7 @@ class InputMomentCollector:
             layers_by_leader.setdefault(leader, []).append(layer)
         return list(layers_by_leader.values())
 
-    def _accumulate_layer_input(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
+    def _accumulate_layer_input_or_stop(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         kind = layer if layer in self._alone else layer in self._centred
         x, leader = self._readers.input_and_its_first_layer(layer, args, kwargs, kind)
         if self._leader.setdefault(layer, leader) is not leader:

@@ -42,7 +42,7 @@ def check_batches_reiterable(batches: object) -> None:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[ExitStack]:
+def evaluation_without_gradients(model: nn.Module) -> Iterator[ExitStack]:
     """Put the model in evaluation mode without gradients; yield a stack of contexts that ends with the block."""
     modes = {module: module.training for module in model.modules()}
     fused = torch.backends.mha.get_fastpath_enabled()

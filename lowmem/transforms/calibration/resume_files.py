@@ -27,11 +27,11 @@ def calibration_digest(model: nn.Module, batches: Iterable[Any], settings: str) 
         leaves, structure = pytree.tree_flatten(dict(batch) if hasattr(batch, "keys") else batch)
         hasher.update(repr(structure).encode())
         for leaf in leaves:
-            hasher.update(_tensor_bytes(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
+            hasher.update(_tensor_as_uint8_array(leaf) if isinstance(leaf, Tensor) else repr(leaf).encode())
     return str(hasher.hexdigest())
 
 
-def _tensor_bytes(tensor: Tensor) -> Any:
+def _tensor_as_uint8_array(tensor: Tensor) -> Any:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
@@ -39,7 +39,7 @@ def _text_and_tensors_hasher(text: str, named_tensors: Iterable[tuple[str, Tenso
     hasher = hashlib.blake2b(text.encode(), digest_size=16)
     for name, tensor in named_tensors:
         hasher.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        hasher.update(_tensor_bytes(tensor))
+        hasher.update(_tensor_as_uint8_array(tensor))
     return hasher
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem.errors import error_type_and_first_line, short_repr
-from lowmem.transforms.calibration.model_runs import evaluation_mode
+from lowmem.transforms.calibration.model_runs import evaluation_without_gradients
 
 SEQUENCES = 32
 TOKENS = 128
@@ -52,13 +52,13 @@ def self_generated_token_batches(model: nn.Module, tokenizer: Any, seed: int, te
             'batches="self" needs to know the vocabulary'
         )
     generator = torch.Generator("cpu").manual_seed(seed)
-    with evaluation_mode(model):
+    with evaluation_without_gradients(model):
         _check_causal_language_model(model, tokenizer)
         first = torch.randint(len(tokenizer), (SEQUENCES, 1), generator=generator, dtype=torch.int64, device="cpu")
-        start = [torch.full_like(first, token) for token in _bos_token_ids(tokenizer)]
-        tokens = torch.cat([*start, first], dim=1).to(_model_device(model))  # (sequences, 1 or 2)
+        start = [torch.full_like(first, token) for token in _prepended_bos_token_ids(tokenizer)]
+        tokens = torch.cat([*start, first], dim=1).to(_first_parameter_device_or_cpu(model))  # (sequences, 1 or 2)
         past, cache = None, _cache_argument_name_or_none(model)
-        while tokens.shape[1] < min(TOKENS, _max_sequence_length(model)):
+        while tokens.shape[1] < min(TOKENS, _max_positions_or_default(model)):
             more = {} if cache is None else {"use_cache": True, cache: past}
             try:
                 out: Any = model(tokens if past is None else tokens[:, -1:], **more)
@@ -87,7 +87,7 @@ def _check_causal_language_model(model: nn.Module, tokenizer: Any) -> None:
     can: Any = getattr(model, "can_generate", None)
     if callable(can) and not can():
         raise ValueError(_cannot_generate_message(model, "its class has no generate()"))
-    probe = torch.tensor([[0, 1]], dtype=torch.int64, device=_model_device(model))
+    probe = torch.tensor([[0, 1]], dtype=torch.int64, device=_first_parameter_device_or_cpu(model))
     try:
         outputs = [model(tokens) for tokens in (probe[:, :1], probe)]
     except Exception as error:
@@ -116,13 +116,13 @@ def _cache_argument_name_or_none(model: Any) -> str | None:
     return next((name for name in ("cache", "past_key_values") if name in known), None)
 
 
-def _max_sequence_length(model: Any) -> int:
+def _max_positions_or_default(model: Any) -> int:
     """Return how many tokens a model of transformers takes, as its config says."""
     config = getattr(model, "config", None)
     return getattr(config, "max_position_embeddings", None) or TOKENS
 
 
-def _bos_token_ids(tokenizer: Any) -> list[int]:
+def _prepended_bos_token_ids(tokenizer: Any) -> list[int]:
     """Return what a tokenizer puts before each text: the token that begins one, or nothing."""
     begin = getattr(tokenizer, "bos_token_id", None)
     if begin is None or not callable(tokenizer):
@@ -144,6 +144,6 @@ def _cannot_generate_message(model: nn.Module, reason: str) -> str:
     )
 
 
-def _model_device(model: nn.Module) -> torch.device:
+def _first_parameter_device_or_cpu(model: nn.Module) -> torch.device:
     first = next(model.parameters(), None)
     return torch.device("cpu") if first is None else first.device

@@ -12,19 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from lowmem import measure
-from lowmem.transforms.bit_budget import WeightImportance
+from lowmem.transforms.bit_budget import RowAndColumnImportance
 from lowmem.transforms.calibration.model_runs import (
     StopModelRun,
-    evaluation_mode,
+    evaluation_without_gradients,
     registered_forward_pre_hooks,
     run_batch,
 )
 from lowmem.transforms.module_registry import layer_display_name
 
 
-def importance_by_weight(
+def measure_importance_by_weight(
     model: nn.Module, batches: Iterable[Any], weights_and_columns: Mapping[str, tuple[nn.Parameter, int]]
-) -> dict[str, WeightImportance]:
+) -> dict[str, RowAndColumnImportance]:
     """Return how much squared errors of weights change the model's output, relative to the output's squared norm.
 
     With a random sign for each number y of the output, ``(sum of sign * y)^2`` has the expectation |y|^2 (Hutchinson,
@@ -47,7 +47,7 @@ def importance_by_weight(
         for name, (_, columns) in weights_and_columns.items()
     }
 
-    def accumulate_and_clear_gradient(name: str, parameter: Tensor) -> None:
+    def accumulate_squares_and_clear_grad(name: str, parameter: Tensor) -> None:
         assert parameter.grad is not None
         squares = parameter.grad.detach().reshape(-1, len(sums[name])).double().square_().cpu()  # (rows, columns)
         rows[name] += squares.sum(1)
@@ -57,16 +57,16 @@ def importance_by_weight(
     generator = torch.Generator("cpu").manual_seed(0)
     size, runs = 0.0, 0
     with (
-        _gradients_only_for_weights(model, [weight for weight, _ in weights_and_columns.values()]),
+        _evaluation_with_weight_grads_only(model, [weight for weight, _ in weights_and_columns.values()]),
         ExitStack() as stack,
     ):
         for name, (weight, _) in weights_and_columns.items():
             stack.callback(
-                weight.register_post_accumulate_grad_hook(partial(accumulate_and_clear_gradient, name)).remove
+                weight.register_post_accumulate_grad_hook(partial(accumulate_squares_and_clear_grad, name)).remove
             )
         for batch in batches:
             output = run_batch(model, batch)
-            projected, squared = _random_projection_and_squared_norm(output, batch, generator)
+            projected, squared = _random_sign_sum_and_squared_norm(output, batch, generator)
             if projected is None:
                 raise ValueError(
                     f"the output of {type(model).__name__} does not depend on its weights by gradients: "
@@ -81,7 +81,7 @@ def importance_by_weight(
     for name in weights_and_columns:
         total = float(rows[name].sum())
         if not math.isfinite(total) or not math.isfinite(size):
-            broken = _first_module_with_nonfinite_input(
+            broken = _path_of_nonfinite_input_or_none(
                 model, batches, [weight for weight, _ in weights_and_columns.values()]
             )
             if broken is not None:
@@ -96,11 +96,11 @@ def importance_by_weight(
                 "batches whose outputs do"
             )
         if total and size:
-            importances[name] = WeightImportance(rows[name] / size, sums[name] / total)
+            importances[name] = RowAndColumnImportance(rows[name] / size, sums[name] / total)
     return importances
 
 
-def _first_module_with_nonfinite_input(
+def _path_of_nonfinite_input_or_none(
     model: nn.Module, batches: Iterable[Any], weights: Iterable[nn.Parameter]
 ) -> str | None:
     """Return the path of the first module with one of the weights whose inputs are no finite numbers."""
@@ -118,13 +118,17 @@ def _first_module_with_nonfinite_input(
             broken.append(paths[module])
             raise StopModelRun
 
-    with evaluation_mode(model), suppress(StopModelRun), registered_forward_pre_hooks(paths, stop_at_nonfinite_input):
+    with (
+        evaluation_without_gradients(model),
+        suppress(StopModelRun),
+        registered_forward_pre_hooks(paths, stop_at_nonfinite_input),
+    ):
         for batch in batches:
             run_batch(model, batch)
     return broken[0] if broken else None
 
 
-def _random_projection_and_squared_norm(
+def _random_sign_sum_and_squared_norm(
     output: Any, batch: Any, generator: torch.Generator
 ) -> tuple[Tensor | None, float]:
     """Return the sum of an output's numbers with random signs, and the sum of their squares."""
@@ -153,11 +157,11 @@ def _logits_or_output_tensors(output: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _gradients_only_for_weights(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
+def _evaluation_with_weight_grads_only(model: nn.Module, weights: Iterable[nn.Parameter]) -> Iterator[None]:
     """Let only some weights have gradients in the block, in evaluation mode; everything is put back afterwards."""
     parameters = list(model.parameters())
     before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in parameters]
-    with evaluation_mode(model), torch.enable_grad():
+    with evaluation_without_gradients(model), torch.enable_grad():
         try:
             for parameter in parameters:
                 parameter.requires_grad_(False)

@@ -22,9 +22,9 @@ from lowmem.integrations.transformers.folder_calibration import calibrate_folder
 from lowmem.integrations.transformers.foreign_checkpoint import transformers_config
 from lowmem.integrations.transformers.model_facts import (
     dense_model_factory,
-    language_model_sizes,
     model_class_from_path,
     quantizing_program_or_none,
+    read_language_model_sizes,
 )
 from lowmem.integrations.transformers.pretrained_folder import (
     check_tensors_fit_config,
@@ -34,7 +34,7 @@ from lowmem.integrations.transformers.pretrained_folder import (
     load_gguf,
     quantize_folder,
 )
-from lowmem.integrations.transformers.text_comparison import compare_text
+from lowmem.integrations.transformers.text_comparison import compare_folders_on_text
 from lowmem.integrations.transformers.text_generation import open_model_and_tokenizer
 from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
 from lowmem.io.formats.gguf.gguf_tokenizer_fields import gguf_tokenizer_fields
@@ -276,9 +276,9 @@ FUNCTIONS = {
     "check_tensors_fit_config": check_tensors_fit_config,
     "quantize_folder": lambda folder: quantize_folder(folder, Path("out"), FourBit()),
     "calibrate_folder": lambda folder: calibrate_folder(folder, Path("out"), FourBit(), None),
-    "compare_text": lambda folder: compare_text([folder, folder], "one and two are three"),
+    "compare_text": lambda folder: compare_folders_on_text([folder, folder], "one and two are three"),
     "dense_model_factory": lambda folder: dense_model_factory(folder)(),
-    "language_model_sizes": language_model_sizes,
+    "language_model_sizes": read_language_model_sizes,
     "model_class_from_path": model_class_from_path,
     "stored_by": quantizing_program_or_none,
     "transformers_config": transformers_config,

@@ -6,8 +6,8 @@ import pytest
 
 from lowmem import FourBit
 from lowmem.integrations.transformers import LowmemConfig
-from lowmem.integrations.transformers.gguf_config import gguf_model_config_or_none
-from lowmem.integrations.transformers.model_facts import language_model_sizes
+from lowmem.integrations.transformers.gguf_config import gguf_config_dict_or_none
+from lowmem.integrations.transformers.model_facts import read_language_model_sizes
 from lowmem.integrations.transformers.pretrained_folder import (
     check_tensors_fit_config,
     checked_config_and_tensor_bytes,
@@ -39,7 +39,7 @@ def foreign(folder):
 
 def plan(folder):
     checked_config_and_tensor_bytes(folder)
-    language_model_sizes(folder)
+    read_language_model_sizes(folder)
     check_tensors_fit_config(folder)
 
 
@@ -49,7 +49,7 @@ READERS = {
     "dense folder": Reader(dense, load_folder),
     "stored folder": Reader(stored, lambda f: load_folder(f / "m")),
     "folder of another program": Reader(foreign, lambda f: load_folder(f / "foreign")),
-    "config of gguf": Reader(llama, lambda f: gguf_model_config_or_none(f / "a.gguf")),
+    "config of gguf": Reader(llama, lambda f: gguf_config_dict_or_none(f / "a.gguf")),
 }
 
 

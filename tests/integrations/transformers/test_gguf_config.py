@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwen2Config, Qwen3Config, SmolLM3Config
 
 from lowmem import FileError
-from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_model_config_or_none
+from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_config_dict_or_none
 from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_gguf_file
 from lowmem.io.formats.gguf.gguf_metadata import gguf_architecture, gguf_model_fields, llama3_rope_factors_or_none
 from tests.integrations.transformers.folders import SIZES
@@ -57,7 +57,7 @@ def write(path, config, change=None, tensors=None):
 def test_it_is_that_of_the_model(name, tmp_path):
     config = CONFIGS[name]
     file = write(tmp_path / "a.gguf", config)
-    found = AutoConfig.for_model(**gguf_model_config_or_none(file))
+    found = AutoConfig.for_model(**gguf_config_dict_or_none(file))
     for one in (config, found):
         check_config_matches_gguf(file, one)
     told, wanted = found.to_dict(), config.to_dict()
@@ -104,7 +104,7 @@ def test_a_config_that_says_otherwise_is_refused_by_what_differs(tmp_path):
 def test_an_architecture_that_only_transformers_describes(tmp_path):
     config = Phi3Config(**SIZES, pad_token_id=None)
     file = write(tmp_path / "a.gguf", config)
-    assert gguf_model_config_or_none(file) is None
+    assert gguf_config_dict_or_none(file) is None
     check_config_matches_gguf(file, config)
     file = write(tmp_path / "b.gguf", config, tensors={"rope_factors_long.weight": torch.ones(8)})
     with pytest.raises(FileError, match="rope_factors_long.weight scales its rotary embedding, and config does not"):
@@ -142,14 +142,14 @@ def test_what_no_config_can_say_is_refused_and_what_may_lack_has_its_default(tmp
     }
     for name, (change, tensors, says) in cases.items():
         with pytest.raises(FileError, match=says):
-            gguf_model_config_or_none(write(tmp_path / f"{name}.gguf", config, change, tensors))
+            gguf_config_dict_or_none(write(tmp_path / f"{name}.gguf", config, change, tensors))
     for scaling in ({"rope.scaling.type": "none"}, {"rope.freq_base": None}, {"attention.head_count_kv": None}):
         change = {f"llama.{key}": value for key, value in scaling.items()}
         file = write(tmp_path / f"{next(iter(scaling))}.gguf", config, change, ones)
-        found = gguf_model_config_or_none(file)
+        found = gguf_config_dict_or_none(file)
         assert found["rope_parameters"]["rope_type"] == "default"
         check_config_matches_gguf(file, AutoConfig.for_model(**found))
     change = {"qwen2.rope.scaling.original_context_length": None, "qwen2.context_length": 16}
     file = write(tmp_path / "yarn of the context.gguf", CONFIGS["qwen2"], change)
-    assert gguf_model_config_or_none(file)["rope_parameters"]["original_max_position_embeddings"] == 16
-    check_config_matches_gguf(file, AutoConfig.for_model(**gguf_model_config_or_none(file)))
+    assert gguf_config_dict_or_none(file)["rope_parameters"]["original_max_position_embeddings"] == 16
+    check_config_matches_gguf(file, AutoConfig.for_model(**gguf_config_dict_or_none(file)))

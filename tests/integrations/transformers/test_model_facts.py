@@ -10,8 +10,8 @@ from lowmem.finetuning.process_group import TrainingProcessGroup
 from lowmem.finetuning.text_examples import Example
 from lowmem.integrations.transformers.model_facts import (
     dense_model_factory,
-    language_model_sizes,
     quantizing_program_or_none,
+    read_language_model_sizes,
 )
 from tests.integrations.transformers.folders import change_config, load, write
 
@@ -19,7 +19,7 @@ from tests.integrations.transformers.folders import change_config, load, write
 def test_sizes_and_who_stored_it(tmp_path):
     for kind in ("llama", "gpt2"):
         folder = write(tmp_path / kind, kind)
-        assert language_model_sizes(folder) == (258, 64, 64, 2)
+        assert read_language_model_sizes(folder) == (258, 64, 64, 2)
         assert quantizing_program_or_none(folder) is None
     model = lowmem.convert(load(folder), lowmem.FourBit("nf4"))
     model.save_pretrained(tmp_path / "stored")
@@ -34,7 +34,7 @@ def test_sizes_and_who_stored_it(tmp_path):
     assert quantizing_program_or_none(folder) == "gptq"
     (folder / "config.json").write_text("{}")
     with pytest.raises(FileError, match=r"its config is of no language model"):
-        language_model_sizes(folder)
+        read_language_model_sizes(folder)
 
 
 def test_the_dense_model_is_made_of_the_config(tmp_path):

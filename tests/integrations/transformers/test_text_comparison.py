@@ -11,7 +11,7 @@ from lowmem import FourBit
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import text_comparison
 from lowmem.integrations.transformers.pretrained_folder import quantize_folder
-from lowmem.integrations.transformers.text_comparison import bootstrap_interval_or_none, compare_text
+from lowmem.integrations.transformers.text_comparison import bootstrap_95_interval_or_none, compare_folders_on_text
 from tests.integrations.transformers.folders import SIZES, change_config, load, write
 from tests.integrations.transformers.tokens import write_tokenizer
 
@@ -26,7 +26,7 @@ def folders(tmp_path):
 
 
 def test_scores_are_those_of_the_definition(folders):
-    base, other = compare_text([*folders], TEXT)
+    base, other = compare_folders_on_text([*folders], TEXT)
     tokens = torch.tensor([2 + sorted(map(chr, _alphabet())).index(_shown(byte)) for byte in TEXT.encode()])
     windows = tokens.split(64)  # max_position_embeddings
     models = [load(folder).double() for folder in folders]
@@ -58,7 +58,7 @@ def _shown(byte):
 
 
 def test_one_layer_in_the_others_place_loses_what_the_model_with_it_alone_does(folders):
-    base, other = compare_text([*folders], TEXT, layers=True)
+    base, other = compare_folders_on_text([*folders], TEXT, layers=True)
     assert base.layers == ()
     assert len(other.layers) == 2 * 7 + 2  # the head is tied to the embedding, and replaced on its own
     assert [one.loss for one in other.layers] == sorted((one.loss for one in other.layers), reverse=True)
@@ -89,7 +89,7 @@ def test_encoders_are_compared_by_the_mean_of_their_hidden_states_without_paddin
     quantize_folder(tmp_path / "in", tmp_path / "out", FourBit("nf4"))
     text = tmp_path / "text.txt"
     text.write_text("One paragraph.\n\nA second one, which\nis longer.\n\n\n" + "long " * 40)
-    base, other = compare_text([tmp_path / "in", tmp_path / "out"], text.read_text(), layers=True)
+    base, other = compare_folders_on_text([tmp_path / "in", tmp_path / "out"], text.read_text(), layers=True)
     assert (base.paragraphs, base.cosine, base.cosine_interval) == (3, pytest.approx(1), None)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "in")
     cosines = []
@@ -128,7 +128,7 @@ def test_the_command_prints_and_judges(folders, tmp_path, capsys):
 
 
 def test_a_model_beside_itself_has_a_row_of_its_own(folders):
-    first, same, other = compare_text([folders[0], folders[0], folders[1]], TEXT)
+    first, same, other = compare_folders_on_text([folders[0], folders[0], folders[1]], TEXT)
     assert (same.model, same.divergence, same.ratio, same.agreement) == (first.model, 0, 1, 1)
     assert other.divergence > 0
 
@@ -143,12 +143,12 @@ def test_predictions_that_are_no_numbers_are_no_likeness(folders, tmp_path, caps
     argv = ["compare", str(folders[0]), str(tmp_path / "nan"), "--text", str(text)]
     assert main(argv) == 1
     assert "by nan nats a token, which is not finite" in capsys.readouterr().err
-    _, other = compare_text([folders[1], tmp_path / "nan"], TEXT, layers=True)
+    _, other = compare_folders_on_text([folders[1], tmp_path / "nan"], TEXT, layers=True)
     assert math.isnan(other.divergence)
     assert [one.path for one in other.layers if math.isnan(one.loss)] == ["model.layers.1.mlp.down_proj"]
     assert math.isnan(other.layers[0].loss)
     without = torch.tensor([[0.5, -math.inf, 1], [2, -math.inf, 0]]).log_softmax(-1)
-    assert text_comparison._summed_kl_divergence(without, without) == 0
+    assert text_comparison._summed_kl_without_last_token(without, without) == 0
 
 
 def test_what_cannot_be_compared_is_one_line(folders, tmp_path, refused):
@@ -182,17 +182,17 @@ def test_an_interval_holds_the_mean_of_the_source_nineteen_times_in_twenty():
     for _ in range(400):
         counts = torch.randint(50, 100, (30,), generator=generator)
         sums = counts * (1 + torch.randn(30, generator=generator))
-        low, high = bootstrap_interval_or_none(sums, counts)
+        low, high = bootstrap_95_interval_or_none(sums, counts)
         held += low <= 1 <= high
     assert 340 <= held <= 392
 
 
 def test_a_function_of_the_mean_moves_an_interval_s_ends_and_one_part_has_none():
     sums, counts = torch.tensor([1.0, 2.0, 4.0]), torch.tensor([1.0, 1.0, 2.0])
-    low, high = bootstrap_interval_or_none(sums, counts)
+    low, high = bootstrap_95_interval_or_none(sums, counts)
     assert (low, high) == (1.0, 2.0)  # the least and the largest mean of a part
-    assert bootstrap_interval_or_none(sums, counts, torch.exp) == pytest.approx(
+    assert bootstrap_95_interval_or_none(sums, counts, torch.exp) == pytest.approx(
         (torch.tensor([low, high]).double().exp()).tolist()
     )
-    assert bootstrap_interval_or_none(sums, counts) == (low, high)
-    assert bootstrap_interval_or_none(sums[:1], counts[:1]) is None
+    assert bootstrap_95_interval_or_none(sums, counts) == (low, high)
+    assert bootstrap_95_interval_or_none(sums[:1], counts[:1]) is None

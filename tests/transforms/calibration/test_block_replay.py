@@ -8,11 +8,11 @@ from torch import nn
 from lowmem.transforms.calibration.block_replay import (
     BlockReplay,
     DroppedOutputRead,
-    recording_first_inputs,
-    replay_mode_and_refusal,
+    keep_all_outputs_and_refusal,
+    recording_first_input_samples,
 )
-from lowmem.transforms.calibration.calibration_units import calibration_units
-from lowmem.transforms.calibration.model_runs import evaluation_mode
+from lowmem.transforms.calibration.calibration_units import run_and_group_into_units
+from lowmem.transforms.calibration.model_runs import evaluation_without_gradients
 
 
 class Adds(nn.Module):
@@ -55,7 +55,7 @@ BATCHES = [torch.full((2, 3), float(number)) for number in range(3)]
 
 def finish_all(model, keep_all, offload=None):
     """Finish one block after the other, as calibration does."""
-    with evaluation_mode(model), BlockReplay(model, [list(model.blocks)], offload, keep_all) as replay:
+    with evaluation_without_gradients(model), BlockReplay(model, [list(model.blocks)], offload, keep_all) as replay:
         for block in model.blocks:
             replay.cache_and_replay_block(block, BATCHES)
 
@@ -82,7 +82,7 @@ def test_a_users_own_forward_comes_back():
         return Adds.forward(model.blocks[0], *args)
 
     model.blocks[0].forward = own
-    with evaluation_mode(model), BlockReplay(model, [list(model.blocks)], None, False) as replay:
+    with evaluation_without_gradients(model), BlockReplay(model, [list(model.blocks)], None, False) as replay:
         replay.cache_and_replay_block(model.blocks[0], BATCHES)
         assert model.blocks[0].forward is not own
         with replay.runs_stopped_after(model.blocks[1]):
@@ -93,7 +93,7 @@ def test_a_users_own_forward_comes_back():
 
 def test_batches_that_change_are_refused():
     model = Chain()
-    with evaluation_mode(model), BlockReplay(model, [list(model.blocks)], None, False) as replay:
+    with evaluation_without_gradients(model), BlockReplay(model, [list(model.blocks)], None, False) as replay:
         replay.cache_and_replay_block(model.blocks[0], BATCHES[:2])
         with pytest.raises(ValueError, match="batch 3 of batches is another one than before"):
             replay.cache_and_replay_block(model.blocks[1], BATCHES)
@@ -101,7 +101,7 @@ def test_batches_that_change_are_refused():
 
 def test_a_file_that_is_gone_is_an_error_and_ends_as_any(tmp_path):
     model = Chain()
-    with evaluation_mode(model), BlockReplay(model, [list(model.blocks)], tmp_path, False) as replay:
+    with evaluation_without_gradients(model), BlockReplay(model, [list(model.blocks)], tmp_path, False) as replay:
         replay.cache_and_replay_block(model.blocks[0], BATCHES)
         for file in tmp_path.glob("*/*"):
             file.unlink()
@@ -145,12 +145,12 @@ class Cache:
 
 def way(model, batch, offload=None):
     blocks = list(model.blocks)
-    with evaluation_mode(model):
-        with recording_first_inputs([*blocks, model.head]) as entries:
-            units = calibration_units(
+    with evaluation_without_gradients(model):
+        with recording_first_input_samples([*blocks, model.head]) as entries:
+            units = run_and_group_into_units(
                 model, [batch], [*(one.layer for one in blocks), model.head], [blocks], (), blocks_requested=False
             )
-        return replay_mode_and_refusal(model, batch, [blocks], units, entries, offload)
+        return keep_all_outputs_and_refusal(model, batch, [blocks], units, entries, offload)
 
 
 def nothing(x, state):

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from lowmem import BigNet
-from lowmem.transforms.calibration.calibration_units import calibration_units, select_block_lists
+from lowmem.transforms.calibration.calibration_units import run_and_group_into_units, select_block_lists
 
 
 class Block(nn.Module):
@@ -88,7 +88,7 @@ def units(model, lists=None, asked=False, batches=None):
     paths = {module: path for path, module in model.named_modules()}
     layers = linear_layers(model)
     lists = select_block_lists(model, layers, None) if lists is None else lists
-    made = calibration_units(
+    made = run_and_group_into_units(
         model, batches or [torch.randn(5, 8)], layers, lists, {model.first}, blocks_requested=asked
     )
     return [(paths[unit.block] if unit.block else None, [paths[layer] for layer in unit.layers]) for unit in made]

@@ -82,7 +82,7 @@ def test_layers_with_one_input_share_moments_unless_one_is_centred():
     a, b, c = (nn.Linear(4, 4) for _ in range(3))
     x = torch.randn(9, 4)
     inputs = taken(None, [a, b, c], lambda: (a(x), b(x), c(x)), centred={a, b})
-    assert inputs.layers_grouped_by_input() == [[a, b], [c]]
+    assert inputs.layer_groups_by_input_or_raise() == [[a, b], [c]]
     assert set(inputs.moments) == {a, c}
     assert not a._forward_pre_hooks
 
@@ -91,7 +91,7 @@ def test_an_input_that_was_written_to_is_another_one_also_by_keyword():
     a, b = (nn.Linear(4, 4) for _ in range(2))
     x = torch.randn(9, 4)
     inputs = taken(None, [a, b], lambda: (a(input=x), b(x.mul_(2))))
-    assert inputs.layers_grouped_by_input() == [[a], [b]]
+    assert inputs.layer_groups_by_input_or_raise() == [[a], [b]]
     assert torch.equal(inputs.moments[b].mean, 2 * inputs.moments[a].mean)
 
 
@@ -105,7 +105,7 @@ def test_layers_that_part_are_taken_alone():
     inputs = taken(None, [a, b], lambda: (a(x), b(x), a(x), b(y)), alone=alone)
     assert [inputs.moments[layer].rows for layer in (a, b)] == [18, 18]
     with pytest.raises(RegroupingNeeded):  # called once more than the first one
-        taken(None, [a, b], lambda: (a(x), b(x), b(x))).layers_grouped_by_input()
+        taken(None, [a, b], lambda: (a(x), b(x), b(x))).layer_groups_by_input_or_raise()
 
 
 @pytest.mark.parametrize("flat", [False, True])

@@ -19,8 +19,8 @@ from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, GGUFValue, encode_m
 from lowmem.io.formats.gguf.gguf_metadata import ARCHITECTURES, gguf_architecture
 from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTensorNames, tensor_names_from_metadata
 from lowmem.nn.adapter import Adapter
-from lowmem.transforms.adapter_placement import adaptable_parameters_by_path
-from lowmem.transforms.layer_roles import output_layer_reasons
+from lowmem.transforms.adapter_placement import adaptable_module_and_name_by_path
+from lowmem.transforms.layer_roles import output_layer_reason_by_module
 from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name
 
 # The type of GGUF
@@ -39,8 +39,8 @@ def write_gguf_adapter(
     names, alpha = _checked_gguf_tensor_names(model), _most_common_alpha(adapters_by_path)
     _check_base_is_frozen(model)
     places, outputs, is_tied = (
-        adaptable_parameters_by_path(model),
-        output_layer_reasons(model),
+        adaptable_module_and_name_by_path(model),
+        output_layer_reason_by_module(model),
         _has_tied_embeddings(model),
     )
     tensors: dict[str, Tensor] = {}

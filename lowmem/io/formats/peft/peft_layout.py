@@ -24,7 +24,7 @@ from lowmem.transforms.module_registry import (
     conversion_skip_reason,
     is_weight_only_multiplied,
     layer_display_name,
-    place_name,
+    layer_or_parameter_path,
 )
 
 PREFIX = "base_model.model."
@@ -157,7 +157,9 @@ class PeftTargetLayers:
         self._check_lowmem_can_adapt(path, parameter)
         keys = {part: f"{prefix}.{name}" for part, name in matrix_suffixes.items()}
         self.slots.append(
-            PeftAdapterSlot(self._by_path[path], parameter, place_name(path, parameter), pattern_name, keys)
+            PeftAdapterSlot(
+                self._by_path[path], parameter, layer_or_parameter_path(path, parameter), pattern_name, keys
+            )
         )
 
     def _check_lowmem_can_adapt(self, path: str, parameter: str) -> None:
@@ -167,7 +169,9 @@ class PeftTargetLayers:
             why = "it is no weight that lowmem adapts"
         if why is not None:
             kind = type(module).__name__
-            raise ValueError(f"it adapts {layer_display_name(place_name(path, parameter))}, in a {kind} here: {why}")
+            raise ValueError(
+                f"it adapts {layer_display_name(layer_or_parameter_path(path, parameter))}, in a {kind} here: {why}"
+            )
 
     def _check_and_add_module(self, path: str) -> None:
         module = self._checked_module_at_path(path)
@@ -192,7 +196,7 @@ class PeftTargetLayers:
             elif len(layout.shape) == 3 and layout.shape[0] == 1 and layout.kind == "transposed":
                 why = "is a stack of one transposed matrix, which PEFT adapts wrongly"
             if why is not None:
-                raise ValueError(f"{layer_display_name(place_name(path, name))} {why}: leave it out")
+                raise ValueError(f"{layer_display_name(layer_or_parameter_path(path, name))} {why}: leave it out")
             inside = len(names) - 1 - number
             self._check_and_add_slot(path, name, f"{path}.{name}", self.tensor_name_prefix(path, inside), _PARTS)
 
@@ -200,7 +204,7 @@ class PeftTargetLayers:
 def dense_parameter_names(module: nn.Module) -> list[str]:
     """Return the names of a module's parameters, of stored ones those that they have when they are dense."""
     stored = list(module.forms) if isinstance(module, StoredModule) else []
-    parts = module.part_names if isinstance(module, StoredModule) else ()
+    parts = module.part_parameter_names if isinstance(module, StoredModule) else ()
     dense_names = [
         name for name, parameter in module._parameters.items() if parameter is not None and name not in parts
     ]

@@ -27,7 +27,7 @@ from lowmem.nn.adapter import Adapter, is_transformers_conv1d
 from lowmem.nn.adapter_buffers import CHILD
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import LoRA
-from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name, place_name
+from lowmem.transforms.module_registry import all_paths_by_module, layer_display_name, layer_or_parameter_path
 
 
 def write_peft_folder(
@@ -63,7 +63,7 @@ class _PeftFolderBuilder:
         self._paths = all_paths_by_module(model)
         self._all_paths = [path for paths in self._paths.values() for path in paths]
         places = {
-            place_name(paths[0], name): (paths[0], name)
+            layer_or_parameter_path(paths[0], name): (paths[0], name)
             for module, paths in self._paths.items()
             for name in dense_parameter_names(module)
         }
