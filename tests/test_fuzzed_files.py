@@ -17,7 +17,7 @@ from lowmem.finetuning.training_state import SavedState, States
 from lowmem.io.adapter_files import load_adapter, save_adapter
 from lowmem.io.checkpoint import load, save
 from lowmem.io.convert_checkpoint import convert_checkpoint
-from lowmem.io.formats.gguf.gguf_metadata import gguf_model_fields, read_existing_gguf
+from lowmem.io.formats.gguf.gguf_metadata import gguf_model_fields, read_copyable_gguf_metadata
 from lowmem.io.formats.lazy_model import open_lazy_model
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
 from lowmem.report.relative_speeds import read_relative_speeds_and_machine
@@ -115,7 +115,7 @@ def stored(folder):
 def like(folder):
     path = folder / "a.gguf"
     with path.open("rb") as file:
-        read_existing_gguf(path, file).check_matches_config(CONFIG)
+        read_copyable_gguf_metadata(path, file).check_matches_config(CONFIG)
 
 
 class Bytes:

@@ -447,7 +447,7 @@ def test_an_interrupt_that_a_library_catches_ends_it_likewise(name, code, error,
     monkeypatch.setattr(sys, "argv", ["lowmem", "stats"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lowmem.tools.command_exit.flush_or_discard_output", lambda: None)
-        patch.setattr("lowmem.__main__._make_standard_streams_writable", lambda: None)
+        patch.setattr("lowmem.__main__._open_and_escape_standard_streams", lambda: None)
         patch.setattr(sys, "excepthook", sys.excepthook)
         assert main() == code
     assert ("interrupted" in capsys.readouterr().err) == (error is not None)

@@ -74,5 +74,5 @@ def test_importing_and_using_lowmem_adds_entries_of_its_own_alone():
         "safe globals": [f"lowmem.nn.{name}" for name in SAFE],  # so that torch.load(weights_only=True) reads them
     }
     # Without this hook PEFT leaves out stored parameters in silence: tests/transforms/test_peft_models.py.
-    peft = {"_global_module_registration_hooks": ["lowmem.transforms.peft_models._check_child_of_peft_module"]}
+    peft = {"_global_module_registration_hooks": ["lowmem.transforms.peft_models._check_peft_child_now_or_later"]}
     assert used == (peft if with_peft else {})

@@ -23,7 +23,7 @@ from lowmem.errors import (
     short_repr,
     value_errors_as_file_errors,
 )
-from lowmem.io.checkpoint import checked_form_records, unwrap_data_parallel
+from lowmem.io.checkpoint import checked_form_records_without_bias, unwrap_data_parallel
 from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_adapter import write_gguf_adapter
 from lowmem.io.formats.gguf.gguf_file import MAGIC
@@ -38,11 +38,11 @@ from lowmem.io.formats.peft.peft_reader import (
 )
 from lowmem.io.formats.peft.peft_writer import write_peft_folder
 from lowmem.io.lowmem_file import tensor_bytes_view, verify_and_map_file, write_tensors_returning_digest
-from lowmem.io.meta_loading import adapter_skip_reason_or_none, check_adapter_tensors
+from lowmem.io.meta_loading import adapter_skip_reason_or_none, check_adapter_tensor_shapes
 from lowmem.io.metadata_records import (
+    adapter_to_record_dict,
     checked_json_object,
-    checked_object_with_keys,
-    encode_adapter_record,
+    checked_json_object_with_keys,
     parse_lora_record,
     value_errors_with_part,
 )
@@ -136,7 +136,7 @@ def save_adapter(
             raise ValueError(f"name=None must name one of several adapters: {printable_line(', '.join(names))}")
         name = names[0] if names else "default"
     layers = adapter_layers(model, name)
-    _check_layers_supported("save_adapter", adaptable_module_and_name_by_path(model), model, layers)
+    _check_known_layers_are_changeable("save_adapter", adaptable_module_and_name_by_path(model), model, layers)
     path = checked_path("path", path)
     buffers = buffers_changed_by_adapter(model, name)
     if format == "peft":
@@ -167,12 +167,12 @@ def _write_lowmem_adapter(
         "kind": "adapter",
         "name": name,
         "base": base_layers_sha256(model, list(adapters_by_path)),
-        "layers": {path: encode_adapter_record(adapter) for path, adapter in adapters_by_path.items()},
+        "layers": {path: adapter_to_record_dict(adapter) for path, adapter in adapters_by_path.items()},
     }
     write_tensors_returning_digest(path, {**tensors, **buffers}, metadata)
 
 
-class AdapterSummary(NamedTuple):
+class AdapterFileSummary(NamedTuple):
     """What an adapter's file or folder says of itself."""
 
     name: str
@@ -180,19 +180,21 @@ class AdapterSummary(NamedTuple):
     base: str | None  # where the base is, or its name on the Hub; None: not said
 
 
-def read_adapter_summary(path: Path) -> AdapterSummary:
+def read_adapter_summary(path: Path) -> AdapterFileSummary:
     """Return what an adapter says, of lowmem or PEFT, without its weights; raises as ``load_adapter``."""
     if path.is_dir():
         config = read_peft_config(path)
-        return AdapterSummary("default", config.default.rank, config.base)
-    _check_not_foreign_file(path)
+        return AdapterFileSummary("default", config.default.rank, config.base)
+    _check_not_peft_part_or_gguf(path)
     metadata = verify_and_map_file(path).metadata
     with value_errors_as_file_errors(path, "load the adapter"):
         name, _, records, _ = _parse_adapter_metadata(metadata)
-    return AdapterSummary(name, Counter(technique.rank for technique in records.values()).most_common(1)[0][0], None)
+    return AdapterFileSummary(
+        name, Counter(technique.rank for technique in records.values()).most_common(1)[0][0], None
+    )
 
 
-def resolve_adapter_path_and_name(path: Path, name: str | None) -> tuple[Path, str | None]:
+def resolve_adapter_path_and_name(path: Path, requested_name: str | None) -> tuple[Path, str | None]:
     """Return the file or folder of an adapter, and its name, or None if the file or folder tells the name.
 
     Args:
@@ -204,9 +206,11 @@ def resolve_adapter_path_and_name(path: Path, name: str | None) -> tuple[Path, s
         FileError, OSError: as ``load_adapter``, for a file.
     """
     if not path.is_dir():
-        return path, name and choose_adapter_name_or_none(path, [read_adapter_summary(path).name], name)
+        return path, requested_name and choose_adapter_name_or_none(
+            path, [read_adapter_summary(path).name], requested_name
+        )
     folders_by_name = adapter_folders_by_name(path)
-    chosen = choose_adapter_name_or_none(path, folders_by_name, name)
+    chosen = choose_adapter_name_or_none(path, folders_by_name, requested_name)
     return (path, None) if chosen is None else (folders_by_name[chosen], chosen)
 
 
@@ -273,9 +277,9 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
     path = checked_path("path", path)
     if path.is_dir():
         content = read_peft_content(path, model)
-        _check_layers_supported("load_adapter", places, model, content.techniques)
+        _check_known_layers_are_changeable("load_adapter", places, model, content.techniques)
     else:
-        content = _read_and_check_lowmem_adapter(path, model, places)
+        content = _read_checked_lowmem_adapter_content(path, model, places)
     try:
         name = content.name if name is None else name
         check_adapter_name(name)
@@ -289,7 +293,7 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
         }  # a layer's first path: its path in the file
         if len(content_paths) < len(content.techniques):
             raise ValueError("it adapts two layers that are one here: it is of another architecture")
-        if present and {at: parse_lora_record(encode_adapter_record(part)) for at, part in present.items()} != {
+        if present and {at: parse_lora_record(adapter_to_record_dict(part)) for at, part in present.items()} != {
             at: replace(content.techniques[place], dtype=None) for at, place in content_paths.items()
         }:
             raise ValueError(
@@ -324,22 +328,22 @@ def load_adapter(model: M, path: str | os.PathLike[str], name: str | None = None
     return model
 
 
-def _read_and_check_lowmem_adapter(
+def _read_checked_lowmem_adapter_content(
     path: Path, model: nn.Module, parameters_by_path: dict[str, tuple[nn.Module, str]]
 ) -> AdapterContent:
-    _check_not_foreign_file(path)
+    _check_not_peft_part_or_gguf(path)
     file = verify_and_map_file(path)
     with value_errors_as_file_errors(path, "load the adapter"):
         if file.metadata.get("kind") != "adapter":
             raise ValueError("it holds no adapter alone; load it with load(path, factory)")
         name, base, records, buffers = _parse_adapter_metadata(file.metadata)
-        _check_layers_supported("load_adapter", parameters_by_path, model, records)
+        _check_known_layers_are_changeable("load_adapter", parameters_by_path, model, records)
         for place, technique in records.items():
             why = adapter_skip_reason_or_none(model, parameters_by_path, place)
             if why is not None:
                 raise ValueError(f"it adapts {layer_display_name(place)}, and {why}: it is of another architecture")
             module, parameter = parameters_by_path[place]
-            check_adapter_tensors(_adapter_tensor_name(place, ""), technique, module, file.tensors, parameter)
+            check_adapter_tensor_shapes(_adapter_tensor_name(place, ""), technique, module, file.tensors, parameter)
         base_buffers = buffers_of_adapter_or_base(model, None)
         for at in buffers:
             stored_buffer = file.tensors.get(at)
@@ -369,7 +373,7 @@ def _read_and_check_lowmem_adapter(
     return AdapterContent(records, tensors, name=name, buffers={at: file.tensors[at] for at in buffers})
 
 
-def _check_layers_supported(
+def _check_known_layers_are_changeable(
     caller_name: str,
     parameters_by_path: Mapping[str, tuple[nn.Module, str]],
     model: nn.Module,
@@ -384,7 +388,7 @@ def _check_layers_supported(
     check_layers_are_changeable(caller_name, {module: paths_by_module[module][0] for module in here})
 
 
-def _check_not_foreign_file(path: Path) -> None:
+def _check_not_peft_part_or_gguf(path: Path) -> None:
     """Raise a FileError that says what another program's file is, and what to load in its place."""
     if path.name in (WEIGHTS, CONFIG, *PICKLES):
         raise file_error(
@@ -405,10 +409,10 @@ def base_layers_sha256(model: nn.Module, layer_paths: list[str]) -> str:
     for path in sorted(layer_paths):
         module, parameter = places.get(path) or (by_path[path], "weight")
         base = unadapted_shallow_copy(module) if isinstance(module, AdaptedModule) else module
-        record = checked_form_records(base).get(parameter, {}) if isinstance(base, StoredModule) else {}
+        record = checked_form_records_without_bias(base).get(parameter, {}) if isinstance(base, StoredModule) else {}
         record.pop("method", None)  # it does not change how bytes are decoded
         sha256.update(repr((path, sorted(record.items()))).encode())
-        for name, value in sorted(_base_tensors_to_fingerprint(base, parameter).items()):
+        for name, value in sorted(_fingerprinted_base_tensors_by_name(base, parameter).items()):
             remedy = "save_adapter(..., format='peft') writes the adapter without the base's fingerprint"
             check_no_foreign_tensor_class("a fingerprint", f"{path}.{name}".lstrip("."), value, remedy)
             sha256.update(repr((name, str(value.dtype), tuple(value.shape))).encode())
@@ -416,7 +420,7 @@ def base_layers_sha256(model: nn.Module, layer_paths: list[str]) -> str:
     return sha256.hexdigest()
 
 
-def _base_tensors_to_fingerprint(base: nn.Module, parameter: str) -> dict[str, Tensor]:
+def _fingerprinted_base_tensors_by_name(base: nn.Module, parameter: str) -> dict[str, Tensor]:
     """Return the part of a layer's state that the parameter's adapter depends on: all of it for a linear layer."""
     if isinstance(base, nn.Linear) or parameter not in adaptable_parameter_names(base):
         recorded = state_dict_keys_of_formats(base)
@@ -429,7 +433,7 @@ def _base_tensors_to_fingerprint(base: nn.Module, parameter: str) -> dict[str, T
 def _parse_adapter_metadata(metadata: dict[str, Any]) -> tuple[str, str, dict[str, LoRA], list[str]]:
     """Return an adapter's name, the fingerprint of its base, its technique in each layer, and names of buffers."""
     with value_errors_with_part("its metadata"):
-        fields = checked_object_with_keys(metadata, ("kind", "name", "base", "layers"), ("buffers",))
+        fields = checked_json_object_with_keys(metadata, ("kind", "name", "base", "layers"), ("buffers",))
         buffers = fields.get("buffers", [])
         if not isinstance(buffers, list) or not all(isinstance(buffer_name, str) for buffer_name in buffers):
             raise ValueError(f"buffers={short_repr(buffers)} must be a list of names")

@@ -13,9 +13,9 @@ from torch.nn.parameter import is_lazy
 from lowmem.errors import file_error, short_repr
 from lowmem.io.lowmem_file import checked_tensor_spec, write_stream_returning_digest
 from lowmem.io.meta_loading import check_and_assign_tensors, replace_layers_and_add_adapters
-from lowmem.io.metadata_records import encode_form_record, encode_layer_adapter_records
+from lowmem.io.metadata_records import adapter_record_dicts_by_parameter, form_to_record_dict
 from lowmem.io.safetensors_header import TensorSpec
-from lowmem.io.shards import read_lowmem_model
+from lowmem.io.shards import verify_and_map_lowmem_model
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_buffers import without_adapter_buffers_if_equal
 from lowmem.nn.quantized_module import state_dict_keys_of_formats
@@ -103,7 +103,7 @@ def specs_metadata_and_tensors(model: nn.Module) -> Content:
     adapters: dict[str, Any] = {}
     for layer, place in layers.items():
         if isinstance(layer, StoredModule):
-            for name, record in checked_form_records(layer).items():
+            for name, record in checked_form_records_without_bias(layer).items():
                 first_part = getattr(layer, f"{name}_{layer.forms[name].parts[0]}")
                 first = known.setdefault(id(first_part), record)
                 if first is record or first != record:
@@ -111,7 +111,7 @@ def specs_metadata_and_tensors(model: nn.Module) -> Content:
         if isinstance(layer, AdaptedModule):
             adapters |= {
                 layer_or_parameter_path(place, name): record
-                for name, record in encode_layer_adapter_records(layer).items()
+                for name, record in adapter_record_dicts_by_parameter(layer).items()
             }
     specs = {name: checked_tensor_spec(name, tensor) for name, tensor in tensors.items()}
     return specs, {"kind": "model", "layers": stored, **({"adapters": adapters} if adapters else {})}, tensors.items()
@@ -142,7 +142,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
         OSError: the file cannot be read.
     """
     check_model_factory("factory", factory)
-    file = read_lowmem_model(path)
+    file = verify_and_map_lowmem_model(path)
     try:
         model = make_model_with_meta_parameters(factory)
         try:
@@ -156,7 +156,7 @@ def load(path: str | os.PathLike[str], factory: Callable[[], M]) -> M:
     return model
 
 
-def checked_form_records(module: StoredModule) -> dict[str, dict[str, Any]]:
+def checked_form_records_without_bias(module: StoredModule) -> dict[str, dict[str, Any]]:
     """Return the metadata record of each stored parameter; that of a 16-bit weight stands for the bias, too.
 
     Raises:
@@ -168,5 +168,5 @@ def checked_form_records(module: StoredModule) -> dict[str, dict[str, Any]]:
         if isinstance(weight, QuantizedTensor):
             weight.check_layout()
         if name != "bias":
-            records[name] = encode_form_record(form)
+            records[name] = form_to_record_dict(form)
     return records

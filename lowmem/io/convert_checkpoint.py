@@ -15,9 +15,9 @@ from torch import Tensor
 
 from lowmem.errors import printable_line
 from lowmem.io.metadata_records import parameter_record_key
-from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint, check_patterns_match
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint, check_each_pattern_matches_a_tensor
 from lowmem.io.safetensors_header import TensorSpec
-from lowmem.io.shards import LazyWeight, check_writable_model_path, write_model_or_shards
+from lowmem.io.shards import LazyWeight, check_writable_model_path, write_model_or_shards_and_index
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import Budget, EightBit, FourBit
 from lowmem.quant.quantize_tensor import recorded_or_measured_squares
@@ -89,8 +89,8 @@ def convert_checkpoint(
     source, target = Path(source), Path(target)
     check_writable_model_path(target)
     with SafetensorsCheckpoint(source) as checkpoint:
-        wanted = _names_to_convert(checkpoint.specs, list(include), list(exclude))
-        chosen = _choose_techniques(checkpoint, wanted, technique, device, progress)
+        wanted = _checked_2d_to_4d_weight_names(checkpoint.specs, list(include), list(exclude))
+        chosen = _budget_choices_by_tensor_name(checkpoint, wanted, technique, device, progress)
         errors: dict[str, float] = {}
         weights = {
             name: _lazily_quantized_weight(checkpoint, name, chosen[name].technique, device, errors)
@@ -115,11 +115,11 @@ def convert_checkpoint(
             )
             progress(name, before)
 
-        write_model_or_shards(target, weights, shard_bytes, checkpoint.paths, add_row_and_call_progress)
+        write_model_or_shards_and_index(target, weights, shard_bytes, checkpoint.paths, add_row_and_call_progress)
     return [rows[name] for name in sorted(rows)]
 
 
-def _choose_techniques(
+def _budget_choices_by_tensor_name(
     checkpoint: SafetensorsCheckpoint,
     tensor_names: set[str],
     technique: FourBit | EightBit | Budget,
@@ -147,8 +147,8 @@ def _choose_techniques(
     return dict(zip(units, budget_choices_with_reasons(list(units.values()), technique), strict=True))
 
 
-def _names_to_convert(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
-    check_patterns_match((*include, *exclude), specs)
+def _checked_2d_to_4d_weight_names(specs: dict[str, TensorSpec], include: list[str], exclude: list[str]) -> set[str]:
+    check_each_pattern_matches_a_tensor((*include, *exclude), specs)
     wanted = {
         name
         for name, spec in specs.items()
@@ -172,20 +172,20 @@ def _lazily_quantized_weight(
     name: str,
     technique: FourBit | EightBit,
     device: torch.device | str,
-    errors: dict[str, float],
+    errors_to_fill: dict[str, float],
 ) -> LazyWeight:
     """Plan to store a tensor by ``technique``; its error is noted when it is written."""
     skeleton = technique.skeleton(
         _flattened_weight_matrix(torch.empty(checkpoint.specs[name].shape, dtype=torch.float32, device="meta"))
     )
 
-    def read_and_quantize() -> QuantizedTensor:
+    def read_quantized_and_record_error() -> QuantizedTensor:
         weight = _flattened_weight_matrix(checkpoint.read_tensor(name)).to(device)
         try:
             stored = technique.store(weight)
         except (ValueError, TypeError) as reason:
             raise ValueError(f"{printable_line(name)}: {reason}; or leave it as it is with --exclude") from reason
-        errors[name] = recorded_or_measured_squares(weight, stored).relative_error
+        errors_to_fill[name] = recorded_or_measured_squares(weight, stored).relative_error
         return replace(stored, packed=stored.packed.to("cpu"), scales=stored.scales.to("cpu"))
 
     return LazyWeight(
@@ -193,7 +193,7 @@ def _lazily_quantized_weight(
         tuple(skeleton.shape),
         CodedForm.from_quantized_tensor(skeleton),
         checkpoint.specs[name].nbytes,
-        read_and_quantize,
+        read_quantized_and_record_error,
     )
 
 

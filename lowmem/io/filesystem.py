@@ -111,7 +111,7 @@ def atomic_file(path: Path, *, overwrite: bool = True) -> Iterator[BufferedRando
                     # Path exists, or the file system has no hard links
                     check_not_exists(path)
                     os.rename(partial, path)
-    fsync_file_or_folder(path.parent)
+    try_fsync_file_or_folder(path.parent)
 
 
 @contextmanager
@@ -131,10 +131,10 @@ def atomic_folder(target: Path, scratch_parent: Path | None = None) -> Iterator[
         yield partial
         with write_errors_with_path(target):
             for path in (*partial.iterdir(), partial):
-                fsync_file_or_folder(path)
+                try_fsync_file_or_folder(path)
             check_not_exists(target)
             os.rename(partial, target)
-        fsync_file_or_folder(target.parent)
+        try_fsync_file_or_folder(target.parent)
 
 
 @contextmanager
@@ -203,7 +203,7 @@ def exclusive_write_lock(path: Path) -> Iterator[None]:
             ) from None
         except OSError as reason:
             raise unwritable_file_error(path, reason) from reason
-        stack.callback(_try_remove_path, owner)
+        stack.callback(_try_remove_regular_file_or_folder, owner)
         with write_errors_with_path(path):
             owner.unlink(missing_ok=True)
             # Follows no link
@@ -324,7 +324,7 @@ def _locked_partial_path(folder: Path, final_name: str, error_path: Path) -> Ite
             # For a process that takes it for a leftover
             stack.enter_context(_file_lock_or_warn(base, timeout_seconds=60))
         partial = Path(f"{base}.partial")
-        stack.callback(_try_remove_path, partial)
+        stack.callback(_try_remove_regular_file_or_folder, partial)
         yield partial
 
 
@@ -386,7 +386,7 @@ def _close_ignoring_errors(file: BufferedRandom) -> None:
         file.close()
 
 
-def _try_remove_path(path: Path) -> None:
+def _try_remove_regular_file_or_folder(path: Path) -> None:
     """Remove a file or folder, as far as possible; a renamed one is not there, and a link or pipe is not lowmem's."""
     with suppress(OSError):
         mode = path.lstat().st_mode
@@ -407,7 +407,7 @@ def _remove_unlocked_leftovers(folder: Path) -> None:
                 _file_lock_or_warn(base, timeout_seconds=0) as is_locked,
             ):  # its process runs, or is another user's
                 for path in (f"{base}.partial", f"{base}{_OWNER}") if is_locked else ():
-                    _try_remove_path(Path(path))
+                    _try_remove_regular_file_or_folder(Path(path))
 
 
 def _stat_mode_or_none(path: Path) -> int | None:
@@ -419,7 +419,7 @@ def _stat_mode_or_none(path: Path) -> int | None:
             return None
 
 
-def fsync_file_or_folder(path: Path) -> None:
+def try_fsync_file_or_folder(path: Path) -> None:
     """Wait until a file or folder is on the disk, so that a rename after it cannot outlive what it names."""
     # Where unsupported, a crash may lose the rename, but both files are whole
     with suppress(OSError):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem.errors import file_error, value_errors_as_file_errors
 from lowmem.io.formats.export_results import ForeignWeightResult
-from lowmem.io.formats.foreign_format import ForeignTensor
+from lowmem.io.formats.foreign_format import LazyForeignTensor
 from lowmem.io.formats.open_foreign import ForeignCheckpoint, open_foreign_checkpoint
 from lowmem.io.formats.requantization import (
     Requantization,
@@ -21,8 +21,8 @@ from lowmem.io.formats.requantization import (
     refused_tensors_message,
     warn_if_model_grows,
 )
-from lowmem.io.safetensors_checkpoint import check_patterns_match
-from lowmem.io.shards import LazyWeight, check_writable_model_path, write_model_or_shards
+from lowmem.io.safetensors_checkpoint import check_each_pattern_matches_a_tensor
+from lowmem.io.shards import LazyWeight, check_writable_model_path, write_model_or_shards_and_index
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
 
@@ -66,7 +66,7 @@ def import_foreign_checkpoint(
     check_writable_model_path(target)
     requantizing = Requantization(requantize, list(include), technique)
     with open_foreign_checkpoint(source) as checkpoint:
-        weights = _check_and_plan_weights(source, checkpoint, requantizing, dtype)
+        weights = _checked_lazy_weights_by_name(source, checkpoint, requantizing, dtype)
         tensors_and_forms = [(checkpoint.tensors[name], weight.form) for name, weight in weights.items()]
         warn_if_model_grows(
             source, tensors_and_forms, sum(bytes_in_storage_form(*pair) for pair in tensors_and_forms)
@@ -79,30 +79,31 @@ def import_foreign_checkpoint(
             rows[name] = ForeignWeightResult(name, weight.shape, kind, weight.form_name, before, after_bytes, error)
             progress(name, before)
 
-        write_model_or_shards(target, weights, shard_bytes, checkpoint.paths, add_row_and_call_progress)
+        write_model_or_shards_and_index(target, weights, shard_bytes, checkpoint.paths, add_row_and_call_progress)
     return [rows[name] for name in sorted(rows)]
 
 
-def _check_and_plan_weights(
+def _checked_lazy_weights_by_name(
     path: Path, checkpoint: ForeignCheckpoint, requantization: Requantization, dtype: torch.dtype | None
 ) -> dict[str, LazyWeight]:
-    check_patterns_match(requantization.include, checkpoint.tensors)
+    check_each_pattern_matches_a_tensor(requantization.include, checkpoint.tensors)
     tensors = [
-        requantization.requantized_or_same_tensor(foreign_tensor) for foreign_tensor in checkpoint.tensors.values()
+        requantization.lazily_requantized_or_same_tensor(foreign_tensor)
+        for foreign_tensor in checkpoint.tensors.values()
     ]
     refused = [tensor for tensor in tensors if tensor.refusal is not None]
     if refused:
         raise file_error(path, refused_tensors_message(refused), "import")
-    return {tensor.name: _lazy_weight_with_dtype(path, tensor, dtype) for tensor in tensors}
+    return {tensor.name: _lazy_weight_with_dense_dtype(path, tensor, dtype) for tensor in tensors}
 
 
-def _lazy_weight_with_dtype(path: Path, tensor: ForeignTensor, dtype: torch.dtype | None) -> LazyWeight:
+def _lazy_weight_with_dense_dtype(path: Path, tensor: LazyForeignTensor, dtype: torch.dtype | None) -> LazyWeight:
     stored = tensor.to_lazy_weight()
     form = form_with_dense_dtype(stored.form, dtype)
 
-    def read_and_cast() -> Weight:
+    def read_and_cast_if_dense() -> Weight:
         with value_errors_as_file_errors(path, "import"):  # it cannot be quantized
             weight = tensor.read()
         return weight.to(form) if isinstance(weight, Tensor) and isinstance(form, torch.dtype) else weight
 
-    return replace(stored, form=form, read=read_and_cast)
+    return replace(stored, form=form, read=read_and_cast_if_dense)

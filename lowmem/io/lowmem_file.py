@@ -32,7 +32,7 @@ from lowmem.io.safetensors_header import (
     parse_metadata_and_entries,
     parse_strict_json,
     read_header_json,
-    tensor_entries_in_file_order,
+    specs_and_offsets_in_file_order,
 )
 
 FORMAT_VERSION = 2
@@ -104,7 +104,7 @@ def write_stream_returning_digest(
     return digest.decode()
 
 
-def write_plain_safetensors(
+def write_plain_safetensors_atomically(
     path: Path, specs: Mapping[str, TensorSpec], tensors: Iterable[tuple[str, Tensor]]
 ) -> None:
     """Write a file as any program reads it, as ``write`` does, but without lowmem's digest and metadata."""
@@ -119,7 +119,7 @@ def _write_header_and_tensors(
     metadata: Mapping[str, str],
     tensors: Iterable[tuple[str, Tensor]],
 ) -> None:
-    start, missing = encode_header_with_length(metadata, specs), tensor_entries_in_file_order(specs)
+    start, missing = encode_header_with_length(metadata, specs), specs_and_offsets_in_file_order(specs)
     with write_errors_with_path(path):
         file.write(start)
     for name, tensor in tensors:
@@ -155,11 +155,11 @@ def verify_and_map_file(path: str | os.PathLike[str]) -> LowmemFileContent:
         start = 8 + len(text)
         size = os.fstat(file.fileno()).st_size
         if not text.startswith(MAGIC):
-            raise _not_lowmem_error(path, text, size - start)
+            raise _not_written_by_lowmem_error(path, text, size - start)
         digest = _sha256_with_zeroed_digest(file)
         if digest != text[DIGEST.start - 8 : DIGEST.stop - 8]:
             raise file_error(path, "it is damaged: its content does not match its digest; get it again")
-        metadata = _checked_lowmem_metadata(path, text)
+        metadata = _parse_metadata_of_this_version(path, text)
         try:
             _, tensors = parse_metadata_and_entries(text, size - start)
             expected = encode_header_with_length(
@@ -222,7 +222,7 @@ def _mapped_tensor(mapped_file: mmap.mmap, data_start: int, entry: TensorEntry) 
     return values.view(spec.dtype).view(spec.shape)
 
 
-def _not_lowmem_error(path: Path, header_json: bytes, data_size: int) -> FileError:
+def _not_written_by_lowmem_error(path: Path, header_json: bytes, data_size: int) -> FileError:
     try:
         metadata, _ = parse_metadata_and_entries(header_json, data_size)
     except ValueError as reason:
@@ -232,7 +232,7 @@ def _not_lowmem_error(path: Path, header_json: bytes, data_size: int) -> FileErr
     return file_error(path, "it is a safetensors file that lowmem did not write; convert it with lowmem quantize")
 
 
-def _checked_lowmem_metadata(path: Path, header_json: bytes) -> dict[str, Any]:
+def _parse_metadata_of_this_version(path: Path, header_json: bytes) -> dict[str, Any]:
     """Return lowmem's metadata. It is parsed before the tensors, whose encoding depends on the format version."""
     try:
         metadata: dict[str, Any] = parse_strict_json(parse_strict_json(header_json)["__metadata__"]["lowmem"])

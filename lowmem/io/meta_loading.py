@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 from lowmem.errors import printable_line, short_repr
 from lowmem.io.metadata_records import (
     checked_json_object,
-    parse_adapters_and_active_flags,
     parse_form_record,
-    technique_of,
+    parse_loras_and_active_flags_by_name,
+    technique_that_stores_form,
     value_errors_with_part,
 )
 from lowmem.nn.adapted_module import AdaptedModule, embedding_table_id_or_none
@@ -65,7 +65,7 @@ def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) ->
     layers: dict[nn.Module, list[str]] = {}
     unfit: list[str] = []
     for (module, name), (path, form) in paths_and_forms.items():
-        kind = type(technique_of(form))
+        kind = type(technique_that_stores_form(form))
         parameter = _non_lazy_parameter_or_none(module, name)
         if parameter is None or parameter.dim() < 2 or isinstance(module, StoredModule):
             why = (
@@ -77,12 +77,11 @@ def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) ->
             continue
         names = layers.setdefault(module, [])
         names.append(name)
-        if type(technique_of(paths_and_forms[module, names[0]][1])) is not kind:
+        if type(technique_that_stores_form(paths_and_forms[module, names[0]][1])) is not kind:
             raise ValueError(f"it stores {layer_display_name(path)} by {kind.__name__}, and the rest of it otherwise")
     if unfit:
-        raise ValueError(
-            f"{_first_three_joined(unfit, '; ')}; leave them out when the file is made (skip= or --exclude)"
-        )
+        what = _first_three_joined_and_more_count(unfit, "; ")
+        raise ValueError(f"{what}; leave them out when the file is made (skip= or --exclude)")
     replacements: dict[nn.Module, nn.Module] = {}
     # By the key of a weight
     stored: dict[Any, tuple[str, Form, Any]] = {}
@@ -108,10 +107,12 @@ def _replace_recorded_layers(model: nn.Module, records: Mapping[str, object]) ->
         path, forms = paths_and_forms[module, names[0]][0], {name: paths_and_forms[module, name][1] for name in names}
         transposed = [name for name in names if forms[name].transposed]
         made = copy_with_stored_parameters(
-            module, technique_of(forms[names[-1]]), path, names, shared_empty_weight, transposed
+            module, technique_that_stores_form(forms[names[-1]]), path, names, shared_empty_weight, transposed
         )
         replacements[module] = (
-            _gathered_linear_copy(made, path) if any(form.gathered for form in forms.values()) else made
+            _linear_copy_with_empty_column_order(made, path)
+            if any(form.gathered for form in forms.values())
+            else made
         )
     restore_shared_biases_to_dense(model, replacements)
     commit_replacements_and_freeze(model, replacements)
@@ -132,7 +133,7 @@ def _paths_and_forms_by_parameter(
                 owners.setdefault(weight_memory_key(parameter), []).append((module, name))
     paths_and_forms: dict[tuple[nn.Module, str], tuple[str, Form]] = {}
     for path, record in records.items():
-        place = _module_and_parameter_name(modules_by_path, path)
+        place = _module_and_parameter_name_or_weight(modules_by_path, path)
         with value_errors_with_part(f"its record of {layer_display_name(path)}"):
             form = parse_form_record(record)
         first, known = paths_and_forms.setdefault(place, (path, form))
@@ -158,11 +159,11 @@ def _non_lazy_parameter_or_none(module: nn.Module, name: str) -> nn.Parameter | 
 
 def _empty_stored_weight(form: Form, dense: Tensor, parameter_name: str) -> Any:
     """Return a stored weight of a form, without values."""
-    skeleton: Any = technique_of(form).skeleton(dense, parameter_name)
+    skeleton: Any = technique_that_stores_form(form).skeleton(dense, parameter_name)
     return replace(skeleton, method=form.method) if isinstance(form, CodedForm) else skeleton
 
 
-def _gathered_linear_copy(layer: StoredModule, path: str) -> StoredModule:
+def _linear_copy_with_empty_column_order(layer: StoredModule, path: str) -> StoredModule:
     """Return a linear layer whose columns are in an order that the file has."""
     if type(layer) is not Linear4Bit or layer.forms["weight"].transposed:
         raise ValueError(
@@ -173,7 +174,9 @@ def _gathered_linear_copy(layer: StoredModule, path: str) -> StoredModule:
     return shallow_copy_with_column_order(layer, torch.empty(layer.in_features, dtype=torch.int32, device="meta"))
 
 
-def _module_and_parameter_name(modules_by_path: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+def _module_and_parameter_name_or_weight(
+    modules_by_path: Mapping[str, nn.Module], path: str
+) -> tuple[nn.Module, str]:
     """Return the module and the name of a recorded parameter: ``weight`` of a layer, or another by its full name."""
     if path in modules_by_path:
         return modules_by_path[path], "weight"
@@ -195,7 +198,7 @@ def _check_and_add_adapters(model: nn.Module, records: object, tensors: Mapping[
         if why is not None:
             raise ValueError(f"it has adapters for {layer_display_name(place)}: {why}; is this its factory?")
         with value_errors_with_part(f"its record of the adapters of {layer_display_name(place)}"):
-            adapters = parse_adapters_and_active_flags(record)
+            adapters = parse_loras_and_active_flags_by_name(record)
         first, same = adapters_by_parameter.setdefault(places[place], (place, adapters))
         if same != adapters:
             raise ValueError(
@@ -218,7 +221,7 @@ def _check_and_add_adapters(model: nn.Module, records: object, tensors: Mapping[
     for module, parameter, name, technique, active, prefix in parts:
         if f"{prefix}lora_a" not in tensors and (table := embedding_table_id_or_none(module)) is not None:
             prefix = of_tables.get((table, name, technique), prefix)
-        check_adapter_tensors(prefix, technique, module, tensors, parameter)
+        check_adapter_tensor_shapes(prefix, technique, module, tensors, parameter)
         dtypes[module, parameter, name] = tensors[f"{prefix}lora_a"].dtype
         placed.setdefault(name, {}).setdefault(module, {})[parameter] = technique
         in_use.setdefault(module, {}).update({name: None} if active else {})
@@ -260,7 +263,7 @@ def adapter_skip_reason_or_none(
     return f"the model has a {type(module).__name__} there, whose adapters change {names}"
 
 
-def check_adapter_tensors(
+def check_adapter_tensor_shapes(
     prefix: str, technique: LoRA, layer: nn.Module, tensors: Mapping[str, Tensor], parameter: str = "weight"
 ) -> None:
     """Raise a ValueError unless ``tensors`` holds an adapter of the rank of ``technique`` for a layer's parameter.
@@ -361,10 +364,12 @@ def check_and_assign_tensors(model: nn.Module, tensors: Mapping[str, Tensor]) ->
 
 def _names_message_or_empty(message_prefix: str, names: list[str]) -> str:
     return (
-        f"{message_prefix} {_first_three_joined([printable_line(name, 80) for name in names], ', ')}" if names else ""
+        f"{message_prefix} {_first_three_joined_and_more_count([printable_line(name, 80) for name in names], ', ')}"
+        if names
+        else ""
     )
 
 
-def _first_three_joined(texts: list[str], separator: str) -> str:
+def _first_three_joined_and_more_count(texts: list[str], separator: str) -> str:
     more = f" and {len(texts) - 3} more" if len(texts) > 3 else ""
     return separator.join(texts[:3]) + more

@@ -30,7 +30,7 @@ _ADAPTER = ("rank", "alpha", "dropout")
 _COMPUTED = {**_STORED, "float32": torch.float32, "float64": torch.float64, "int8": torch.int8}
 
 
-def technique_of(form: Form) -> Half | EightBit | FourBit:
+def technique_that_stores_form(form: Form) -> Half | EightBit | FourBit:
     """Return the technique that stores a weight in a form.
 
     Raises:
@@ -41,9 +41,9 @@ def technique_of(form: Form) -> Half | EightBit | FourBit:
     return blockwise_technique(form.format, form.block_size, form.scale_encoding, form.compute_dtype)
 
 
-def encode_form_record(form: Form) -> dict[str, Any]:
+def form_to_record_dict(form: Form) -> dict[str, Any]:
     """Return the metadata record of a weight that is stored in a form."""
-    kind = type(technique_of(form)).__name__
+    kind = type(technique_that_stores_form(form)).__name__
     if isinstance(form, HalfForm):
         return {"technique": kind, "dtype": str(form)}
     compute = {} if form.compute_dtype is None else {"compute_dtype": str(form.compute_dtype).removeprefix("torch.")}
@@ -68,19 +68,19 @@ def parameter_record_key(parameter_name: str) -> str:
 
 
 def parse_form_record(record: object) -> Form:
-    """Parse a record of ``encode_form_record``.
+    """Parse a record of ``form_to_record_dict``.
 
     Raises:
         ValueError: an invalid record; the message is short, whatever the record holds.
     """
     kind = checked_json_object(record).get("technique")
     if kind == "Half":
-        fields = checked_object_with_keys(record, ("technique", "dtype"))
+        fields = checked_json_object_with_keys(record, ("technique", "dtype"))
         return HalfForm(_STORED[_checked_choice(fields, "dtype", _STORED)])
     if kind not in ("FourBit", "EightBit"):
         raise ValueError(f"technique={short_repr(kind)} is unknown")
     required = ("technique", "format", "block_size", "scales", "method")
-    fields = checked_object_with_keys(record, required, ("compute_dtype", *FLAGS))
+    fields = checked_json_object_with_keys(record, required, ("compute_dtype", *FLAGS))
     for name, known in (
         ("format", EIGHT_BIT if kind == "EightBit" else {**FORMATS, **IMPORTED}),
         ("scales", {**ENCODINGS, **OFFSETS}),
@@ -94,11 +94,11 @@ def parse_form_record(record: object) -> Form:
     flags = ("transposed" in fields, "gathered" in fields)
     form = CodedForm(fields["format"], fields["block_size"], fields["scales"], fields["method"], *flags, compute)
     # Checks the values
-    technique_of(form)
+    technique_that_stores_form(form)
     return form
 
 
-def encode_adapter_record(adapter: Adapter) -> dict[str, Any]:
+def adapter_to_record_dict(adapter: Adapter) -> dict[str, Any]:
     """Return the metadata record of an adapter in one layer."""
     technique = adapter.technique
     record: dict[str, Any] = {"rank": technique.rank, "alpha": technique.alpha, "dropout": technique.dropout}
@@ -106,28 +106,28 @@ def encode_adapter_record(adapter: Adapter) -> dict[str, Any]:
 
 
 def parse_lora_record(record: object) -> LoRA:
-    """Parse a record of ``encode_adapter_record``.
+    """Parse a record of ``adapter_to_record_dict``.
 
     Raises:
         ValueError: an invalid record; the message is short, whatever the record holds.
     """
-    fields = checked_object_with_keys(record, _ADAPTER, ("rank_stabilized",))
+    fields = checked_json_object_with_keys(record, _ADAPTER, ("rank_stabilized",))
     _check_true_or_absent(fields, "rank_stabilized")
     return LoRA(**fields)
 
 
-def encode_layer_adapter_records(layer: AdaptedModule) -> dict[str, list[dict[str, Any]]]:
+def adapter_record_dicts_by_parameter(layer: AdaptedModule) -> dict[str, list[dict[str, Any]]]:
     """Return the metadata records of all adapters of a layer, by the parameters that they change."""
     bank, records = layer.adapters, dict[str, list[dict[str, Any]]]()
     for name in bank.names:
         for parameter, part in bank.adapters_by_parameter(name).items():
-            record = {**encode_adapter_record(part), "name": name, "active": name in bank.active_or_merged_names}
+            record = {**adapter_to_record_dict(part), "name": name, "active": name in bank.active_or_merged_names}
             records.setdefault(parameter, []).append(record)
     return records
 
 
-def parse_adapters_and_active_flags(records: object) -> dict[str, tuple[LoRA, bool]]:
-    """Parse the records of ``encode_layer_adapter_records``: by name, a technique and whether it is active.
+def parse_loras_and_active_flags_by_name(records: object) -> dict[str, tuple[LoRA, bool]]:
+    """Parse the records of ``adapter_record_dicts_by_parameter``: by name, a technique and whether it is active.
 
     Raises:
         ValueError: an invalid record; the message is short, whatever the record holds.
@@ -136,7 +136,7 @@ def parse_adapters_and_active_flags(records: object) -> dict[str, tuple[LoRA, bo
         raise ValueError(f"they are {short_repr(records)}, and must be a list of at least one")
     adapters: dict[str, tuple[LoRA, bool]] = {}
     for part in records:
-        fields = dict(checked_object_with_keys(part, (*_ADAPTER, "name", "active"), ("rank_stabilized",)))
+        fields = dict(checked_json_object_with_keys(part, (*_ADAPTER, "name", "active"), ("rank_stabilized",)))
         _check_exact_type(fields, "name", str, "a string")
         _check_exact_type(fields, "active", bool, "true or false")
         if fields["name"] in adapters:
@@ -146,7 +146,7 @@ def parse_adapters_and_active_flags(records: object) -> dict[str, tuple[LoRA, bo
     return adapters
 
 
-def check_quantization_config(config: Mapping[str, Any]) -> None:
+def check_lowmem_quantization_config(config: Mapping[str, Any]) -> None:
     """Raise unless this version of lowmem reads the fields of a folder's ``quantization_config``.
 
     Raises:
@@ -176,7 +176,7 @@ def check_quantization_config(config: Mapping[str, Any]) -> None:
         raise TypeError(f"train_dense={short_repr(config['train_dense'])} must be True or False")
 
 
-def checked_object_with_keys(
+def checked_json_object_with_keys(
     value: object, required_keys: Collection[str], optional_keys: Collection[str] = ()
 ) -> dict[str, Any]:
     """Return ``value`` if it is an object with all required and no unknown keys.

@@ -11,12 +11,12 @@ from typing import Any
 
 from lowmem.errors import file_error, short_repr
 from lowmem.io.filesystem import (
-    fsync_file_or_folder,
     open_regular_file,
     read_errors_with_path,
+    try_fsync_file_or_folder,
     write_errors_with_path,
 )
-from lowmem.io.remote_code import hub_kernel_setting_or_none
+from lowmem.io.remote_code import hub_kernel_setting_text_or_none
 from lowmem.io.safetensors_header import check_size_and_read_file, parse_strict_json
 from lowmem.io.shards import INDEX, read_weight_map
 
@@ -64,7 +64,7 @@ def read_json_object(
     return content
 
 
-def read_model_config(path: Path) -> dict[str, Any]:
+def read_checked_model_config(path: Path) -> dict[str, Any]:
     """Return a model's config.json, whose ``quantization_config``, if it has one, is an object.
 
     Raises:
@@ -72,7 +72,7 @@ def read_model_config(path: Path) -> dict[str, Any]:
             Hub.
     """
     config = read_json_object(path)
-    kernel = hub_kernel_setting_or_none(config)
+    kernel = hub_kernel_setting_text_or_none(config)
     if kernel is not None:
         raise file_error(path, f"{kernel} is code of the Hub, and none was run: remove it")
     quantization = config.get("quantization_config")
@@ -82,8 +82,8 @@ def read_model_config(path: Path) -> dict[str, Any]:
 
 
 def read_quantization_config(path: Path) -> dict[str, Any]:
-    """Return the ``quantization_config`` of a model's config.json, or an empty one; see ``read_model_config``."""
-    return read_model_config(path).get("quantization_config") or {}
+    """Return the ``quantization_config`` of a model's checked config.json, or an empty one."""
+    return read_checked_model_config(path).get("quantization_config") or {}
 
 
 def check_config_files_are_regular(folder: Path) -> None:
@@ -98,12 +98,12 @@ def check_config_files_are_regular(folder: Path) -> None:
 def check_layer_counts_of_folder(config_path: Path, config: Any, tensor_count: int) -> None:
     """Raise a FileError that names a folder's config as ``refuse_layers`` does, before a model is made of it."""
     try:
-        check_layer_counts(config, tensor_count)
+        check_layer_and_expert_counts(config, tensor_count)
     except ValueError as reason:
         raise file_error(config_path, str(reason)) from None
 
 
-def check_layer_counts(config: Any, tensor_count: int | None = None) -> None:
+def check_layer_and_expert_counts(config: Any, tensor_count: int | None = None) -> None:
     """Raise a ValueError if a config, or a config in it, asks for more layers or experts than any model has.
 
     Empty layers are made one by one. ``tensor_count`` is the number of tensors in the model's folder, which no model
@@ -117,7 +117,7 @@ def check_layer_counts(config: Any, tensor_count: int | None = None) -> None:
             raise ValueError(
                 f"config.json says {short_repr(name)[1:-1]}={short_repr(value)}, more than {MAX_LAYERS}: get it again"
             )
-        check_layer_counts(value, tensor_count)
+        check_layer_and_expert_counts(value, tensor_count)
 
 
 def weights_or_index_path(folder: Path, action: str = "read") -> Path:
@@ -161,14 +161,14 @@ def move_files_replacing_weights(source_folder: Path, target_folder: Path) -> No
     names = sorted(os.listdir(source_folder), key=lambda name: (_INDEX.fullmatch(name) is not None, name))
     models = {_weights_base_name_or_none(name) for name in names} - {None}
     for path in (*(source_folder / name for name in names), source_folder):
-        fsync_file_or_folder(path)
+        try_fsync_file_or_folder(path)
     with write_errors_with_path(target_folder):
         for name in os.listdir(target_folder):
             if _weights_base_name_or_none(name) in models and (name not in names or _INDEX.fullmatch(name)):
                 os.unlink(target_folder / name)
         for name in names:
             os.replace(source_folder / name, target_folder / name)
-    fsync_file_or_folder(target_folder)
+    try_fsync_file_or_folder(target_folder)
 
 
 def _weights_base_name_or_none(file_name: str) -> str | None:

@@ -28,7 +28,7 @@ def remove_auto_map_entries(config: Any) -> None:
         left += content.values()
 
 
-def hub_kernel_setting_or_none(config: Any) -> str | None:
+def hub_kernel_setting_text_or_none(config: Any) -> str | None:
     """Return the setting of a config's JSON that names a kernel of the Hub, which transformers would download."""
     left = [config]
     while left:
@@ -59,6 +59,6 @@ NEEDS_CODE = (
 )
 
 
-def is_remote_code_error(error: BaseException) -> bool:
+def has_trust_remote_code_in_text(error: BaseException) -> bool:
     """Whether an error of transformers says that it did not run code."""
     return "trust_remote_code" in exception_text(error)

@@ -145,7 +145,7 @@ def _check_all_shards_listed(index_path: Path, shard_names: Iterable[str]) -> No
             raise file_error(index_path, f"it lists {len(numbers)} files of {shards}; get it again")
 
 
-def check_patterns_match(patterns: Iterable[str], tensor_names: Collection[str]) -> None:
+def check_each_pattern_matches_a_tensor(patterns: Iterable[str], tensor_names: Collection[str]) -> None:
     """Raise a ValueError unless each glob pattern matches the name of a tensor."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in tensor_names):

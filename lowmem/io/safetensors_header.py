@@ -103,7 +103,7 @@ class TensorEntry:
     begin: int
 
 
-def tensor_entries_in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorEntry]:
+def specs_and_offsets_in_file_order(specs: Mapping[str, TensorSpec]) -> dict[str, TensorEntry]:
     """Return each tensor's offset, in the order of the file.
 
     Sorted by the largest power of two that divides the bytes of a tensor, largest first, then by name. Each tensor is
@@ -124,7 +124,7 @@ def encode_header_with_length(metadata: Mapping[str, str], specs: Mapping[str, T
         ValueError: a name is reserved or cannot be stored, or there are too many tensors.
     """
     content: dict[str, object] = {"__metadata__": metadata}
-    for name, placed in tensor_entries_in_file_order(specs).items():
+    for name, placed in specs_and_offsets_in_file_order(specs).items():
         if not isinstance(name, str) or name == "__metadata__":
             raise ValueError(f"a tensor cannot be called {short_repr(name)} in a safetensors file; rename it")
         content[name] = {

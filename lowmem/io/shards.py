@@ -21,7 +21,7 @@ from lowmem.io.lowmem_file import (
     verify_and_map_file,
     write_stream_returning_digest,
 )
-from lowmem.io.metadata_records import encode_form_record, parameter_record_key
+from lowmem.io.metadata_records import form_to_record_dict, parameter_record_key
 from lowmem.io.safetensors_header import TensorSpec, check_size_and_read_file, parse_strict_json
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
@@ -132,7 +132,7 @@ class LazyWeight:
         return {f"{self.name}_{part}": parts[part] for part in self.form.parts}
 
 
-def write_model_or_shards(
+def write_model_or_shards_and_index(
     target: Path,
     weights: Mapping[str, LazyWeight],
     shard_bytes: int | None,
@@ -153,7 +153,7 @@ def write_model_or_shards(
         OSError: a file cannot be written.
     """
 
-    def iterate_file_tensors(weight_names: list[str]) -> Iterator[tuple[str, Tensor]]:
+    def iterate_file_tensors_and_notify(weight_names: list[str]) -> Iterator[tuple[str, Tensor]]:
         for name in weight_names:
             parts = weights[name].read_file_tensors()
             nbytes = sum(part.nbytes for part in parts.values())
@@ -162,7 +162,7 @@ def write_model_or_shards(
             on_weight_written(weights[name], nbytes)
 
     plan = {name: weight.file_tensor_specs() for name, weight in weights.items()}
-    shards = weight_names_per_shard(plan, shard_bytes)
+    shards = sorted_weight_names_per_shard(plan, shard_bytes)
     outputs = [target]
     if shard_bytes is not None:
         outputs = [shard_path(target, number, len(shards)) for number in range(1, len(shards) + 1)]
@@ -173,16 +173,16 @@ def write_model_or_shards(
     for path, names in zip(outputs, shards, strict=True):
         specs = {out: spec for name in names for out, spec in plan[name].items()}
         forms = {parameter_record_key(name): weights[name].form for name in names}
-        layers = {place: encode_form_record(form) for place, form in forms.items() if isinstance(form, CodedForm)}
+        layers = {place: form_to_record_dict(form) for place, form in forms.items() if isinstance(form, CodedForm)}
         digest = write_stream_returning_digest(
-            path, specs, {"kind": "model", "layers": layers}, iterate_file_tensors(names)
+            path, specs, {"kind": "model", "layers": layers}, iterate_file_tensors_and_notify(names)
         )
         index[path.name] = digest, {out: spec.nbytes for out, spec in specs.items()}
     if shard_bytes is not None:
         write_atomically(index_path(target), encode_shard_index(index))
 
 
-def weight_names_per_shard(
+def sorted_weight_names_per_shard(
     specs_by_weight: Mapping[str, Mapping[str, TensorSpec]], shard_bytes: int | None
 ) -> list[list[str]]:
     """Return the names of each file's tensors, sorted, of which ``specs_by_weight`` has the specs of what replaces
@@ -219,7 +219,7 @@ def read_weight_map(path: Path) -> dict[str, str]:
     return parse_weight_map(path, check_size_and_read_file(path, MAX_INDEX, "index"))
 
 
-def read_lowmem_model(path: str | os.PathLike[str]) -> LowmemFileContent:
+def verify_and_map_lowmem_model(path: str | os.PathLike[str]) -> LowmemFileContent:
     """Read a model that lowmem wrote: one file, or all shards of an index.
 
     Raises:
@@ -228,7 +228,7 @@ def read_lowmem_model(path: str | os.PathLike[str]) -> LowmemFileContent:
     """
     path = checked_path("path", path)
     if not path.name.endswith(INDEX):
-        return _checked_model_file(path, verify_and_map_file(path))
+        return _lowmem_content_checked_as_model(path, verify_and_map_file(path))
     text = check_size_and_read_file(path, MAX_INDEX, "index")
     files = sorted(set(parse_weight_map(path, text).values()))
     tensors: dict[str, Tensor] = {}
@@ -236,7 +236,7 @@ def read_lowmem_model(path: str | os.PathLike[str]) -> LowmemFileContent:
     shards: dict[str, tuple[str, Mapping[str, int]]] = {}
     for name in files:
         file = path.with_name(name)
-        part = _checked_model_file(file, verify_and_map_file(file))
+        part = _lowmem_content_checked_as_model(file, verify_and_map_file(file))
         if "adapters" in part.metadata:
             raise file_error(file, "it is a whole model, with adapters, and no part of one; load it alone")
         for twice in (tensors.keys() & part.tensors.keys(), layers.keys() & part.metadata["layers"].keys()):
@@ -276,7 +276,7 @@ def parse_weight_map(path: Path, text: bytes) -> dict[str, str]:
     return entries
 
 
-def _checked_model_file(path: Path, file: LowmemFileContent) -> LowmemFileContent:
+def _lowmem_content_checked_as_model(path: Path, file: LowmemFileContent) -> LowmemFileContent:
     metadata = file.metadata
     kind = metadata.get("kind")
     if kind != "model" or not isinstance(metadata.get("layers"), dict):

@@ -257,7 +257,7 @@ def attention_work_and_struct_fields(
 
     Args:
         sizes: the first seven fields.
-        states_fields: ``states_struct_fields`` queries, keys, values and mask.
+        states_fields: ``states_struct_fields_or_none`` queries, keys, values and mask.
         scaling: of the scores.
         softcap: of the scores, or None.
         out_address: the address of the output.

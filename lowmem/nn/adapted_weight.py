@@ -217,7 +217,7 @@ def adapted_linear_or_not_implemented(input: Any, weight: Any, bias: Any = None)
 
 
 def _single_adapter_product_or_none(layout_kind: str, x: Tensor, weight: Any, bias: Any = None) -> Tensor | None:
-    """Return the product with a weight and its only adapter as one node, or None (``fused_product_or_none``)."""
+    """Return the product with a weight and its only adapter as one node, or None (``fused_lora_product_or_none``)."""
     adapter = weight.updates[0].adapter if len(weight.updates) == 1 else None
     if adapter is None or adapter.layout.kind != layout_kind or len(weight.base.shape) != 2:
         return None
@@ -372,7 +372,7 @@ def _select_adapted_rows(
 ) -> Any:
     """Return rows as adapted weights, for a function whose argument number ``dim_position`` is the dimension."""
     dim = args[dim_position] if dim_position < len(args) else kwargs.get("dim", 0)
-    if dim != 0 or not weight.has_rows:
+    if dim != 0 or not weight.has_row_dimension:
         return NotImplemented
     base = function(weight.base, *args, **kwargs)
     updates = [

@@ -64,7 +64,7 @@ def fused_lora_product_or_none(
         transposed: whether the product is ``input @ weight``, instead of ``input @ weight.T``.
 
     Returns:
-        The output in the dtype of the module without adapters (bfloat16 within ``bfloat16_outputs``); or None
+        The output in the dtype of the module without adapters (bfloat16 within ``bfloat16_adapter_outputs``); or None
         if base and adapter must be computed one after the other: products that are not in bfloat16, parametrizations,
         tensor subclasses, or devices without fast bfloat16.
     """

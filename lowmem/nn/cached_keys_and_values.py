@@ -152,7 +152,7 @@ class CachedStates:
 
     def places(self, shape: Sequence[int], like: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], int] | None:
         """Return where C writes the states (batch, heads, new, width) of new tokens, before ``grow``; where it reads
-        those that their queries see, both as ``states_struct_fields``; and how many these are. None: C does not."""
+        those that their queries see, both as ``states_struct_fields_or_none``; and their number. None: C does not."""
         buffer = self._buffer
         if buffer is None or not self.count or not buffer.is_cpu or not self._is_compatible_shape(shape, buffer):
             return None

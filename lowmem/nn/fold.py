@@ -106,7 +106,7 @@ def remerge(module: Any, _: object) -> None:
         name = bank.merged_name
         # Stays unmerged if the loaded values cannot be merged
         bank.drop_merged_copy()
-        bank.use_merged_copy(name, merged_copy_and_errors(module, [name]).layer)
+        bank.adopt_merged_copy(name, merged_copy_and_errors(module, [name]).layer)
 
 
 def _replace_with_merged_parameters(module_copy: nn.Module, merged_weights: Mapping[str, Any]) -> nn.Module:

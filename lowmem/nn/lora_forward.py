@@ -163,7 +163,7 @@ def _convolve_with_kernel(layer: Any, x: Tensor, kernel: Any, bias: Any, output_
 
 
 def _fused_training_product_or_none(base: Any, adapter: Any, x: Tensor, transposed: bool) -> Tensor | None:
-    """Return the product with weight and adapter as one autograd node, or None (``fused_product_or_none``)."""
+    """Return the product with weight and adapter as one autograd node, or None (``fused_lora_product_or_none``)."""
     matrices = fusible_lora_matrices_or_none(adapter, x)
     # Before the weight is read, which tracers record
     if matrices is None:

@@ -22,7 +22,7 @@ Recompute = Callable[[torch.dtype | None], Tensor]
 
 
 class _ThreadRecomputedInputs(threading.local):
-    """The inputs of the ``recomputed_input`` contexts that this thread is in."""
+    """The inputs of the ``recomputed_instead_of_saved`` contexts that this thread is in."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[Tensor, int, Recompute]] = []

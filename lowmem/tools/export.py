@@ -7,8 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lowmem.io.filesystem import check_outside_inputs, exclusive_write_lock
-from lowmem.io.formats.export_model import export, export_targets, resolve_export_format
-from lowmem.io.formats.export_results import Exported, relative_rms_error
+from lowmem.io.formats.export_model import checked_or_inferred_export_format, export, export_targets_by_format_name
+from lowmem.io.formats.export_results import Exported, combined_relative_rms_error
 from lowmem.io.formats.lazy_model import open_lazy_model
 from lowmem.io.shards import INDEX
 from lowmem.tools.arguments import DTYPES, add_verbose_argument, parse_nonempty_path
@@ -35,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a folder of lowmem quantize or save_pretrained, or a .safetensors file of lowmem",
     )
     parser.add_argument("out", type=parse_nonempty_path, metavar="OUT", help="OUT.gguf, or a folder; must not exist")
-    parser.add_argument("--format", choices=list(export_targets()), help="default: by the ending of OUT")
+    parser.add_argument(
+        "--format", choices=list(export_targets_by_format_name()), help="default: by the ending of OUT"
+    )
     parser.add_argument(
         "--requantize",
         action="store_true",
@@ -54,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    name = resolve_export_format(arguments.out, arguments.format)
+    name = checked_or_inferred_export_format(arguments.out, arguments.format)
     check_outside_inputs(arguments.out, {"IN": arguments.source})
     size = _source_weight_bytes(arguments.source)
     with (
@@ -99,11 +101,10 @@ def _print_export_totals(format_name: str, rows: list[Exported]) -> None:
     print(bytes_before_and_after_text(rows))
     for change in dict.fromkeys((row.kept, row.kind) for row in changed):
         same = [row for row in changed if (row.kept, row.kind) == change]
-        print(
-            f"{len(same)} from {change[0]} to {change[1]}: an error of {relative_rms_error(same):.4g} was added (rms)"
-        )
+        error = combined_relative_rms_error(same)
+        print(f"{len(same)} from {change[0]} to {change[1]}: an error of {error:.4g} was added (rms)")
     if changed:
-        print(f"over all weights: {relative_rms_error(rows):.4g}")
+        print(f"over all weights: {combined_relative_rms_error(rows):.4g}")
 
 
 def _exported_weight_cells(row: Exported) -> list[str]:

@@ -12,7 +12,7 @@ import torch
 from lowmem.finetuning.metrics import process_peak_bytes_or_none
 from lowmem.inference.prepare_inference import prepare_inference
 from lowmem.inference.transformer_block import NativeBlock
-from lowmem.io.remote_code import is_remote_code_error
+from lowmem.io.remote_code import has_trust_remote_code_in_text
 from lowmem.tools.arguments import (
     add_device_argument,
     parse_nonempty_path,
@@ -162,7 +162,7 @@ class _TextGenerator:
         try:
             generated = self._model.generate(**tensors, **self._options, streamer=streamer)
         except ValueError as error:
-            if is_remote_code_error(error):  # of ways to search that transformers has moved to the Hub
+            if has_trust_remote_code_in_text(error):  # of ways to search that transformers has moved to the Hub
                 why = "how it searches is code of the Hub, and none was run: remove it, as penalty_alpha"
                 raise ValueError(f"generation_config.json of {str(self._name)!r}: {why}") from error
             raise

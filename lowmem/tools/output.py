@@ -224,7 +224,8 @@ def progress_display(
     *figures: ColumnOrText,
     wide_terminal_columns: Sequence[ColumnOrText] = (),
     total: float | None = None,
-    **task_fields: Any,
+    visible: bool = True,
+    **task_fields: str,
 ) -> Iterator[Callable[..., None]]:
     """Show progress on stderr for the block; yield the function that updates it, by rich's ``advance=N`` or others.
 
@@ -235,10 +236,14 @@ def progress_display(
         figures: classes of rich's columns, or texts, that are shown on any terminal.
         wide_terminal_columns: columns that are shown only if there is room for a bar.
         total: the value at the end; None: unknown.
-        task_fields: further arguments of rich's ``Progress.add_task``.
+        visible: whether a terminal shows it.
+        task_fields: values of the fields that texts of ``figures`` show as ``{task.fields[NAME]}``.
     """
+    for name in task_fields:
+        if not any(f"fields[{name}]" in figure for figure in figures if isinstance(figure, str)):
+            raise TypeError(f"no figure shows the field {name!r}")
     with make_rich_progress(figures, wide_terminal_columns) as display:
-        task = display.add_task(escaped_and_truncated(task_name), total=total, **task_fields)
+        task = display.add_task(escaped_and_truncated(task_name), total=total, visible=visible, **task_fields)
         with nullcontext() if display.console.is_terminal else _periodic_progress_lines(display):
             yield partial(display.update, task)
 

@@ -257,7 +257,8 @@ def _quantize_checkpoint_files(
         # At most: what is copied is read once
         total *= 2
     size = partial(DownloadColumn, binary_units=True)
-    with progress_display("quantize", size, TimeRemainingColumn, roomy=[TransferSpeedColumn], total=total) as update:
+    speed = [TransferSpeedColumn]
+    with progress_display("quantize", size, TimeRemainingColumn, wide_terminal_columns=speed, total=total) as update:
         return convert_checkpoint(
             arguments.source,
             arguments.target,

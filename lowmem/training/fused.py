@@ -36,7 +36,7 @@ from lowmem.training.prepared_module import PreparedModule, prepend_prepared_cla
 
 @dataclass(frozen=True)
 class RMSNormSpec:
-    """How a module computes an RMS norm, in the terms of ``rms_norm``."""
+    """How a module computes an RMS norm, in the terms of ``recomputable_rms_norm``."""
 
     weight: str  # name of the module's parameter
     eps: str  # name of the attribute that holds epsilon

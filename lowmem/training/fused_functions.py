@@ -1,5 +1,5 @@
 """Autograd functions of fused modules. They save only their inputs for backward, and layers that read the result of a
-norm or an activation recompute it instead of saving it (``register_recompute_for_storage``)."""
+norm or an activation recompute it instead of saving it (``register_recompute_if_contiguous``)."""
 
 from __future__ import annotations
 

@@ -323,7 +323,7 @@ def convert_on_meta_and_count_bytes(
 def plan_from_figures(
     converted: MetaModelAndByteCounts, optimizer_name: str | None, figures: Mapping[str, Any]
 ) -> Plan:
-    """Return the plan of a model on the meta device, with the figures that ``measure_run_on_fake_tensors`` gave."""
+    """Return the plan of a model on the meta device, with the figures that ``make_fake_and_measure_run`` gave."""
     forms = [form for m in converted.model.modules() if isinstance(m, StoredModule) for form in m.forms.values()]
     offsets = any(isinstance(form, CodedForm) and get_scale_encoding(form.scale_encoding).offsets for form in forms)
     scratch = OFFSETS_SCRATCH if offsets else _SCRATCH if forms else 0

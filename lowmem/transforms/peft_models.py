@@ -115,7 +115,7 @@ def _check_prompt_embedding_is_dense(model: Any) -> None:
 def register_global_peft_check_hook() -> None:
     """Check all modules that become parts of PEFT's from now on, if PEFT is installed.
 
-    ``check_and_commit_replacements`` calls it with the first stored module. The hook is one for all modules, because
+    ``commit_replacements_and_freeze`` calls it with the first stored module. The hook is one for all modules, because
     ``get_peft_model``
     calls nothing of the model that it is given: without the hook it leaves out ``target_parameters`` in silence.
     """

@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: tox -
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, get_tensor_name_map
 
 from lowmem.io.formats.gguf.gguf_block_types import BLOCKS
-from lowmem.io.formats.gguf.gguf_tensor_names import FAMILIES, tensor_names_from_metadata
+from lowmem.io.formats.gguf.gguf_tensor_names import FAMILIES, tensor_name_map_from_metadata
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from tests.formats.makers import MAKERS, bitsandbytes, compressed_tensors, gguf, gguf_values, raw_blocks
 from tests.io.formats.test_open_foreign import values_of
@@ -71,7 +71,7 @@ def test_names_are_those_of_the_package(architecture):
     assert isinstance(number, MODEL_ARCH)
     package = get_tensor_name_map(number, 3)
     heads = {f"{architecture}.attention.head_count": 2}
-    names = tensor_names_from_metadata({"general.architecture": architecture, **heads})
+    names = tensor_name_map_from_metadata({"general.architecture": architecture, **heads})
     parts = [f"blk.2.{part}" for part in FAMILIES[architecture].parts] + ["token_embd", "output_norm", "output"]
     for part in parts:
         found = names.transformers_name_or_none(f"{part}.weight")

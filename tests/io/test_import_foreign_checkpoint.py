@@ -14,7 +14,7 @@ from lowmem import FourBit, LoRA, convert, load, merge, restore, save
 from lowmem.errors import FileError
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
-from lowmem.io.shards import read_lowmem_model
+from lowmem.io.shards import verify_and_map_lowmem_model
 from tests.io.formats.test_gptq_awq import layer
 from tests.io.formats.test_open_foreign import MADE, SAMPLES, values_of
 from tests.rounding import OF_4_BITS, assert_product
@@ -144,7 +144,7 @@ def test_transposed_experts_are_kept_and_the_file_says_so(tmp_path):
         "experts.down_proj": ((2, 64, 4), "fp4", None),
         "experts.bias": ((2, 4), "float32", None),
     }
-    record = read_lowmem_model(target).metadata["layers"]["experts.down_proj"]
+    record = verify_and_map_lowmem_model(target).metadata["layers"]["experts.down_proj"]
     assert record["transposed"] is True
     with open_foreign_checkpoint(source) as file:
         expected = values_of(file.tensors["experts.down_proj"])

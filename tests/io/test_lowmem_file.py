@@ -24,7 +24,7 @@ from lowmem.io import lowmem_file
 from lowmem.io.lowmem_file import (
     DIGEST,
     verify_and_map_file,
-    write_plain_safetensors,
+    write_plain_safetensors_atomically,
     write_stream_returning_digest,
     write_tensors_returning_digest,
 )
@@ -492,7 +492,9 @@ def test_a_plain_file_is_what_safetensors_reads_and_depends_on_the_tensors_alone
     files = set()
     for order in (1, -1):
         with a_file() as path:
-            write_plain_safetensors(path, dict([*specs_of(content).items()][::order]), [*content.items()][::order])
+            write_plain_safetensors_atomically(
+                path, dict([*specs_of(content).items()][::order]), [*content.items()][::order]
+            )
             files.add(path.read_bytes())
             assert same(safetensors.torch.load_file(path), content)
             with safetensors.safe_open(path, "pt") as file:

@@ -9,14 +9,14 @@ from torch import nn
 from lowmem import Half, LoRA, add_adapter, convert, merge_adapter
 from lowmem.io.metadata_records import (
     FLAGS,
-    encode_adapter_record,
-    encode_form_record,
-    encode_layer_adapter_records,
+    adapter_record_dicts_by_parameter,
+    adapter_to_record_dict,
+    form_to_record_dict,
     parameter_record_key,
-    parse_adapters_and_active_flags,
     parse_form_record,
     parse_lora_record,
-    technique_of,
+    parse_loras_and_active_flags_by_name,
+    technique_that_stores_form,
 )
 from lowmem.nn.adapter import Adapter
 from lowmem.nn.forms import CodedForm, HalfForm
@@ -34,22 +34,22 @@ from tests import strategies
 def test_a_record_of_codes_comes_back(format, block_size, scales, dtype, method):
     for flags in ((), *((flag,) for flag in FLAGS)):
         form = CodedForm(format, block_size, scales, method, compute_dtype=dtype, **dict.fromkeys(flags, True))
-        record = encode_form_record(form)
+        record = form_to_record_dict(form)
         assert parse_form_record(record) == form
-        assert technique_of(form) == blockwise_technique(format, block_size, scales, dtype)
+        assert technique_that_stores_form(form) == blockwise_technique(format, block_size, scales, dtype)
         assert record.keys() & FLAGS == {*flags}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_half_record_comes_back(dtype):
-    assert parse_form_record(encode_form_record(HalfForm(dtype))) == HalfForm(dtype)
-    assert technique_of(HalfForm(dtype)) == Half(dtype)
+    assert parse_form_record(form_to_record_dict(HalfForm(dtype))) == HalfForm(dtype)
+    assert technique_that_stores_form(HalfForm(dtype)) == Half(dtype)
 
 
 @given(st.integers(1, 9), st.none() | st.floats(0.5, 64), st.floats(0, 0.9), st.booleans())
 def test_an_adapter_s_record_comes_back(rank, alpha, dropout, rank_stabilized):
     technique = LoRA(rank, alpha, dropout, rank_stabilized)
-    assert parse_lora_record(encode_adapter_record(Adapter(nn.Linear(2, 2), technique))) == technique
+    assert parse_lora_record(adapter_to_record_dict(Adapter(nn.Linear(2, 2), technique))) == technique
 
 
 def test_the_record_of_several_adapters_comes_back():
@@ -57,19 +57,19 @@ def test_the_record_of_several_adapters_comes_back():
     second = LoRA(2, dropout=0.5, rank_stabilized=True)
     add_adapter(layer, "b", second)
     layer.adapters.active = ("b",)
-    assert parse_adapters_and_active_flags(encode_layer_adapter_records(layer)["weight"]) == {
+    assert parse_loras_and_active_flags_by_name(adapter_record_dicts_by_parameter(layer)["weight"]) == {
         "a": (LoRA(3, 6.0), False),
         "b": (second, True),
     }
 
 
 def test_only_a_rank_stabilized_adapter_s_record_has_a_key_that_older_readers_refuse():
-    records = [encode_adapter_record(Adapter(nn.Linear(2, 2), LoRA(2, rank_stabilized=on))) for on in (False, True)]
+    records = [adapter_to_record_dict(Adapter(nn.Linear(2, 2), LoRA(2, rank_stabilized=on))) for on in (False, True)]
     assert records == [{"rank": 2, "alpha": None, "dropout": 0.0}, {**records[0], "rank_stabilized": True}]
 
 
-HALF = encode_form_record(HalfForm(torch.float16))
-FOUR = encode_form_record(CodedForm("nf4", 64, "double", "search", compute_dtype=torch.int8))
+HALF = form_to_record_dict(HalfForm(torch.float16))
+FOUR = form_to_record_dict(CodedForm("nf4", 64, "double", "search", compute_dtype=torch.int8))
 ADAPTER = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
 NAMED = {**ADAPTER, "name": "a", "active": True}
 
@@ -136,7 +136,7 @@ def test_what_is_no_record_of_an_adapter_is_refused():
             parse_lora_record(record)
         named = {**record, "name": "a", "active": True} if isinstance(record, dict) else record
         with pytest.raises(ValueError, match=reason):
-            parse_adapters_and_active_flags([NAMED | {"name": "b"}, named])
+            parse_loras_and_active_flags_by_name([NAMED | {"name": "b"}, named])
 
 
 ADAPTERS_MISTAKES = [
@@ -153,14 +153,14 @@ ADAPTERS_MISTAKES = [
 def test_what_is_no_record_of_several_adapters_is_refused():
     for record, reason in ADAPTERS_MISTAKES:
         with pytest.raises(ValueError, match=reason):
-            parse_adapters_and_active_flags(record)
+            parse_loras_and_active_flags_by_name(record)
 
 
 def test_a_merged_adapter_is_recorded_as_active():
     model = convert(nn.Sequential(nn.Linear(4, 4)), LoRA(2))
     merge_adapter(model, model[0].adapters.active[0])
     model[0].adapters.active = ()
-    assert [record["active"] for record in encode_layer_adapter_records(model[0])["weight"]] == [True]
+    assert [record["active"] for record in adapter_record_dicts_by_parameter(model[0])["weight"]] == [True]
 
 
 def test_the_record_of_a_weight_is_that_of_its_layer():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from lowmem.errors import FileError
 from lowmem.io.model_folder import (
     check_config_files_are_regular,
-    check_layer_counts,
+    check_layer_and_expert_counts,
     check_layer_counts_of_folder,
     copy_non_weight_files,
     move_files_replacing_weights,
@@ -196,7 +196,7 @@ def test_more_layers_than_tensors_and_more_than_any_model_has_are_refused(tmp_pa
     ):
         with pytest.raises(FileError, match=rf"config\.json.*{words}"):
             check_layer_counts_of_folder(tmp_path / "config.json", config, 9)
-    check_layer_counts({"num_hidden_layers": 4096, "vocab_size_per_layer_input": 262_144})
+    check_layer_and_expert_counts({"num_hidden_layers": 4096, "vocab_size_per_layer_input": 262_144})
 
 
 def test_a_file_of_json_is_an_object_or_is_refused(tmp_path):

@@ -11,8 +11,8 @@ import pytest
 
 import lowmem
 from lowmem.errors import FileError
-from lowmem.io.model_folder import read_model_config
-from lowmem.io.remote_code import NEEDS_CODE, empty_stdin, is_remote_code_error, remove_auto_map_entries
+from lowmem.io.model_folder import read_checked_model_config
+from lowmem.io.remote_code import NEEDS_CODE, empty_stdin, has_trust_remote_code_in_text, remove_auto_map_entries
 
 CALLS = ("from_pretrained", "from_config")
 SOURCES = sorted(Path(lowmem.__file__).parent.rglob("*.py"))
@@ -54,10 +54,10 @@ def test_a_config_that_names_a_kernel_of_the_hub_is_refused(tmp_path, content, t
     file = tmp_path / "config.json"
     file.write_text(json.dumps(content))
     if told is None:
-        assert read_model_config(file) == content
+        assert read_checked_model_config(file) == content
         return
     with pytest.raises(FileError, match=f"{told}.*none was run: remove it"):
-        read_model_config(file)
+        read_checked_model_config(file)
 
 
 def test_no_question_is_answered(monkeypatch):
@@ -71,8 +71,8 @@ def test_no_question_is_answered(monkeypatch):
 
 
 def test_only_errors_that_name_the_option_are_about_code():
-    assert is_remote_code_error(ValueError("Please pass the argument `trust_remote_code=True`"))
-    assert not is_remote_code_error(ValueError("its config is damaged"))
+    assert has_trust_remote_code_in_text(ValueError("Please pass the argument `trust_remote_code=True`"))
+    assert not has_trust_remote_code_in_text(ValueError("its config is damaged"))
     assert "trust_remote_code=True" in NEEDS_CODE
 
 

@@ -15,7 +15,7 @@ from lowmem.io.safetensors_header import (
     encode_header_with_length,
     parse_metadata_and_entries,
     parse_strict_json,
-    tensor_entries_in_file_order,
+    specs_and_offsets_in_file_order,
 )
 from tests.strategies import names
 
@@ -27,7 +27,7 @@ specs = st.builds(
 @given(st.dictionaries(names, specs), st.dictionaries(st.text(), st.text()))
 @example({"a": TensorSpec(torch.bool, ()), "b": TensorSpec(torch.bool, ())}, {})
 def test_a_header_comes_back_and_every_tensor_is_aligned(specs, metadata):
-    tensors = tensor_entries_in_file_order(specs)
+    tensors = specs_and_offsets_in_file_order(specs)
     start = encode_header_with_length(metadata, specs)
     size = sum(spec.nbytes for spec in specs.values())
     assert len(start) % 64 == 0
@@ -50,7 +50,7 @@ def test_tensors_are_sorted_by_the_alignment_of_their_bytes_then_by_name():
         "é": TensorSpec(torch.float32, (0,)),
     }
     order = [("c", 0), ("z", 12), ("a", 16), ("b", 18), ("é", 21)]
-    assert [(name, placed.begin) for name, placed in tensor_entries_in_file_order(specs).items()] == order
+    assert [(name, placed.begin) for name, placed in specs_and_offsets_in_file_order(specs).items()] == order
 
 
 def test_entries_stand_in_any_order_in_a_header():

@@ -15,9 +15,9 @@ from lowmem.io.safetensors_header import TensorSpec
 from lowmem.io.shards import (
     encode_shard_index,
     parse_weight_map,
-    read_lowmem_model,
     read_weight_map,
-    weight_names_per_shard,
+    sorted_weight_names_per_shard,
+    verify_and_map_lowmem_model,
 )
 from tests.models import INDICES, Small
 
@@ -39,7 +39,9 @@ def test_an_index_is_one_that_other_libraries_read(sharded):
     files = set(content["weight_map"].values())
     assert len(files) > 1
     assert files == {path.name for path in sharded.parent.glob("m-*.safetensors")}
-    assert content["metadata"]["total_size"] == sum(t.nbytes for t in read_lowmem_model(sharded).tensors.values())
+    assert content["metadata"]["total_size"] == sum(
+        t.nbytes for t in verify_and_map_lowmem_model(sharded).tensors.values()
+    )
     assert read_weight_map(sharded) == content["weight_map"]
     assert load(sharded, Small)(INDICES).isfinite().all()
 
@@ -65,12 +67,12 @@ def test_any_changed_byte_of_an_index_is_refused(tmp_path_factory, data):
     (directory / "i.index.json").write_bytes(
         encode_shard_index({"a": (verify_and_map_file(directory / "a").sha256, {"x": 8})})
     )
-    assert read_lowmem_model(directory / "i.index.json").tensors["x"].sum() == 2
+    assert verify_and_map_lowmem_model(directory / "i.index.json").tensors["x"].sum() == 2
     text = bytearray((directory / "i.index.json").read_bytes())
     text[data.draw(st.integers(0, len(text) - 1))] ^= 1 << data.draw(st.integers(0, 7))
     (directory / "i.index.json").write_bytes(text)
     with pytest.raises((FileError, OSError)):  # a file of another name is not there
-        read_lowmem_model(directory / "i.index.json")
+        verify_and_map_lowmem_model(directory / "i.index.json")
 
 
 NO_INDEX = [
@@ -116,10 +118,10 @@ def test_files_of_one_index_have_nothing_in_common(more, tmp_path):
         shards[name] = digest, {key: tensor.nbytes for key, tensor in tensors.items()}
     (tmp_path / "i.index.json").write_bytes(encode_shard_index(shards))
     with pytest.raises(FileError, match="two of them have '(w|x)'|with adapters, and no part|'b', which is unknown"):
-        read_lowmem_model(tmp_path / "i.index.json")
+        verify_and_map_lowmem_model(tmp_path / "i.index.json")
 
 
 def test_a_shard_takes_as_many_tensors_as_fit():
     sizes = {"a": 10, "b": 10, "c": 10, "d": 25, "e": 5, "f": 1}
     plan = {name: {name: TensorSpec(torch.uint8, (size,))} for name, size in sizes.items()}
-    assert weight_names_per_shard(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]
+    assert sorted_weight_names_per_shard(plan, 30) == [["a", "b", "c"], ["d", "e"], ["f"]]

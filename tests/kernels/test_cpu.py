@@ -600,7 +600,7 @@ def test_a_weight_that_another_thread_keeps_moving_is_taken_by_c_all_the_same(is
         q.packed.data = q.packed.data.clone()
         return kept
 
-    monkeypatch.setattr(cpu.CpuBackend, "_make_and_cache_handle", move)
+    monkeypatch.setattr(cpu.CpuBackend, "_make_and_cache_handle_or_none", move)
     monkeypatch.setattr(kernels.reference, "linear", None)
     monkeypatch.setattr(kernels.reference, "input_grad", None)
     with kernels.temporary_cpu_backend(isa), no_plain_rows():

@@ -64,7 +64,7 @@ def test_products_of_one_input(isa, kinds, batch, rows, columns, dtype, biased, 
         biases = [numbers(weight.shape[0], seed).to(dtype) if biased else None for weight in weights]
         steps = NativeProgram(kernel, x.new_empty(sum(batch * weight.shape[0] for weight in weights)))
         layers = [
-            (kernel._native_weight_or_none(weight), weight.shape[0], bias)
+            (kernel._cached_native_weight_or_none(weight), weight.shape[0], bias)
             for weight, bias in zip(weights, biases, strict=True)
         ]
         steps.append_products("x", batch, columns, layers)
@@ -82,7 +82,7 @@ def test_products_of_what_products_have_given(isa):
     with kernels.temporary_cpu_backend(isa):
         kernel, x = backend_for(), numbers((2, 64), 0)
         weights = [quantize(numbers(shape, seed), "nf4") for seed, shape in enumerate([(32, 64), (32, 64), (8, 32)])]
-        layers = [(kernel._native_weight_or_none(weight), weight.shape[0], None) for weight in weights]
+        layers = [(kernel._cached_native_weight_or_none(weight), weight.shape[0], None) for weight in weights]
         steps = NativeProgram(kernel, x.new_empty(2 * (3 * 32 + 8)))
         both = steps.append_products("x", 2, 64, layers[:2])
         steps.append_products(steps.append_sum(*both, 2 * 32), 2, 32, layers[2:])
@@ -188,7 +188,7 @@ def empty_states(like, coded):
 def test_nothing_runs_where_a_weight_is_not_what_it_was():
     kernel = backend_for()
     weight, x = quantize(numbers((8, 64), 0), "nf4"), numbers((2, 64), 1)
-    handle, packed, scales = kernel._native_weight_or_none(weight)
+    handle, packed, scales = kernel._cached_native_weight_or_none(weight)
     for columns, rows, codes in ((32, 8, packed), (64, 7, packed), (64, 8, packed.clone()), (64, 8, packed)):
         steps = NativeProgram(kernel, torch.full((100,), 5.0))
         steps.append_sum("x", "x", 20)

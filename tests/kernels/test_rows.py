@@ -277,7 +277,7 @@ def test_columns_from_a_block_on_are_the_same(isa, rows, columns, size, scales, 
     with kernels.temporary_cpu_backend(isa):
         whole, kernel = q.dequantize(dtype), backend_for()
         part = torch.empty(rows, end - start, dtype=dtype)
-        assert kernel._try_dequantize_into(kernel._native_weight_or_none(q), 0, start, part) is part
+        assert kernel._try_dequantize_into(kernel._cached_native_weight_or_none(q), 0, start, part) is part
     assert torch.equal(part, whole[:, start:end])
 
 
@@ -289,11 +289,11 @@ def test_no_columns_that_begin_or_end_within_a_block_or_beyond_the_row(isa):
         kernel = backend_for()
         for column, count in columns:
             assert (
-                kernel._try_dequantize_into(kernel._native_weight_or_none(q), 0, column, torch.empty(2, count))
+                kernel._try_dequantize_into(kernel._cached_native_weight_or_none(q), 0, column, torch.empty(2, count))
                 is None
             )
         assert (
-            kernel._try_dequantize_into(kernel._native_weight_or_none(q), 0, 32, torch.empty(2, 8)) is not None
+            kernel._try_dequantize_into(kernel._cached_native_weight_or_none(q), 0, 32, torch.empty(2, 8)) is not None
         )  # the end of the rows
 
 

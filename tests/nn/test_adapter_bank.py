@@ -56,7 +56,7 @@ def test_a_forward_beside_a_merge_takes_a_copy_and_its_adapter_s_name_together()
     class Merging(type(layer.adapters)):
         @property
         def active(self):
-            self.use_merged_copy("default", folded)
+            self.adopt_merged_copy("default", folded)
             return ("default",)
 
     del layer.adapters.active

@@ -14,7 +14,7 @@ def test_a_part_of_the_stored_parameters_can_be_dense_again():
     left = dense_shallow_copy(model, {"weight_ih_l0": nn.Parameter(model.weight_ih_l0.dequantize())})
     assert isinstance(left, nn.LSTM)
     assert [*left.forms] == ["weight_hh_l0"]
-    assert left.part_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")
+    assert left.part_parameter_names == ("weight_hh_l0_packed", "weight_hh_l0_scales")
     assert left.weight_count == model.weight_count == sum(one.numel() for one in nn.LSTM(16, 24).parameters())
     assert left.element_counts == {"weight_hh_l0_scales": 96 * 2}  # blocks of 16: 16 and 8 columns
     assert left.dequantized_by == set()

@@ -236,7 +236,7 @@ def test_ties_stay_ties_and_can_be_tied_again(technique):
     assert model[0].weight is model[1].weight
     twin = copy.deepcopy(model)
     assert twin[0].weight is twin[1].weight is not model[0].weight
-    assert len({id(p) for p in model.parameters()}) == len(model[0].part_names)
+    assert len({id(p) for p in model.parameters()}) == len(model[0].part_parameter_names)
     twin[1].weight = model[0].weight
     assert twin[1].weight is model[0].weight is not twin[0].weight
     assert {id(p) for p in twin[1].parameters()} == {id(p) for p in model[0].parameters()}
@@ -296,7 +296,7 @@ def test_restore_keeps_adapters_and_ties(technique):
 def test_a_tie_of_one_part_after_the_other_is_whole():
     one, other = convert(nn.Linear(32, 16), FourBit()), convert(nn.Linear(32, 16, bias=False), FourBit())
     weight = one.weight
-    for part in one.part_names:  # as tie_weights of transformers does it, which reads the weight in between
+    for part in one.part_parameter_names:  # as tie_weights of transformers does it, which reads the weight in between
         setattr(other, part, getattr(one, part))
         assert other.weight.shape == (16, 32)
     assert one.weight is weight

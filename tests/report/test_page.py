@@ -52,7 +52,9 @@ def html():
 def undrawn(monkeypatch):
     """Leave an empty picture in the place of each chart, which takes long to draw."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartSvgsAndSpec(empty, empty, {}))
+    monkeypatch.setattr(
+        "lowmem.report.page.draw_wide_and_narrow_svg", lambda chart: ChartSvgsAndSpec(empty, empty, {})
+    )
 
 
 @pytest.mark.thorough

@@ -152,7 +152,7 @@ def test_what_another_worker_measured_has_not_vanished(gates):
         worker.judge_figures_and_explain_failure(name, name, KEY, FIGURES)
         worker.record_vanished_gates({TEST}, {"test_a.py"}.__contains__, {name})
         controller.merge_worker_state(json.loads(json.dumps(worker.serializable_state())))
-    assert controller.write_pending_figures() == []
+    assert controller.write_pending_and_drop_vanished() == []
     assert controller.missing_gate_rows() == []
     assert stored(controller).keys() == {TEST, "test_a.py::test_b"}
 
@@ -176,7 +176,7 @@ def test_a_baseline_that_is_damaged_meanwhile_is_not_overwritten(gates):
     path = KEY.file_path(session.directory)
     path.write_text("{")
     with pytest.raises(FileError, match="restore it from version control"):
-        session.write_pending_figures()
+        session.write_pending_and_drop_vanished()
     assert path.read_text() == "{"
 
 

@@ -159,7 +159,7 @@ def folders(tmp_path, monkeypatch):
     names = [str(tmp_path / name) for name in ("base", "near", "far")]
     differences = 0.0, 0.02, math.inf
     found = [Score(name, 9, 20.0 + at, differences[at], 5.0) for at, name in enumerate(names)]
-    language.compare_text = lambda paths, text, **_: [found[names.index(str(path))] for path in paths]
+    language.compare_folders_on_text = lambda paths, text, **_: [found[names.index(str(path))] for path in paths]
     for module in ("lowmem.integrations.transformers", "lowmem.integrations.transformers.text_comparison"):
         monkeypatch.setitem(sys.modules, module, language)
     for name in names:

@@ -151,6 +151,14 @@ def test_an_error_in_the_block_gives_stdout_back(capsys):
     assert capsys.readouterr().out == "[]\n"
 
 
+def test_progress_refuses_a_field_that_no_figure_shows():
+    with (
+        pytest.raises(TypeError, match="no figure shows the field 'wide_columns'"),
+        progress_display("quantize", "rows {task.fields[rows]}", rows="1", wide_columns=[TransferSpeedColumn]),
+    ):
+        pass
+
+
 @pytest.mark.parametrize("columns", [40, 50, 60, 80])
 @pytest.mark.parametrize("name", ["quantize", "a.module.with.a.long.path:factory@low_precision_nf4"])
 def test_figures_of_progress_are_whole_on_any_terminal(monkeypatch, columns, name):

@@ -82,8 +82,12 @@ nothing = lambda: nn.ReLU()
 def quick(monkeypatch, user_module):
     """Leave out what takes long and has tests of its own: drawing, and the errors of normal weights."""
     empty = '<svg xmlns="http://www.w3.org/2000/svg" width="1" height="1"></svg>'
-    monkeypatch.setattr("lowmem.report.page.draw_wide_and_narrow", lambda chart: ChartSvgsAndSpec(empty, empty, {}))
-    monkeypatch.setattr("lowmem.report.quantization_errors.measure_format_distortions", lambda: made_up().distortions)
+    monkeypatch.setattr(
+        "lowmem.report.page.draw_wide_and_narrow_svg", lambda chart: ChartSvgsAndSpec(empty, empty, {})
+    )
+    monkeypatch.setattr(
+        "lowmem.report.quantization_errors.measure_format_gaussian_errors", lambda: made_up().distortions
+    )
     user_module("report_models", MODELS)
 
 

@@ -165,7 +165,7 @@ def test_selective_checkpoints_keep_what_their_policy_says(save, monkeypatch):
     for techniques in ((), (LoRA(4),), (FourBit(), LoRA(4)), (FourBit(compute_dtype=torch.bfloat16), LoRA(4))):
         model, x = fused(make(*techniques, dtype=torch.bfloat16)), batch(torch.bfloat16, rows=300)
         expected = gradients(model, x)
-        monkeypatch.setattr("lowmem.training.fused.recomputed_input", None)  # calling it is a TypeError
+        monkeypatch.setattr("lowmem.training.fused.recomputed_instead_of_saved", None)  # calling it is a TypeError
         for more in options:
             again = partial(checkpoint, model, use_reentrant=False, context_fn=contexts, **more)
             assert_near(gradients(model, x, again), expected, 0.03)

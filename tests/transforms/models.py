@@ -85,4 +85,4 @@ def dense_twin(dense, converted):
 
 
 def tensors_of(layer):
-    return tuple(getattr(layer, name) for name in layer.part_names if name.startswith("weight"))
+    return tuple(getattr(layer, name) for name in layer.part_parameter_names if name.startswith("weight"))

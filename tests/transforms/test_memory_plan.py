@@ -342,7 +342,7 @@ def test_models_that_cannot_be_the_least_are_not_run(monkeypatch):
     runs = []
     run = module.make_fake_and_measure_run
     monkeypatch.setattr(
-        module, "measure_run_on_fake_tensors", lambda model, *rest: runs.append(model) or run(model, *rest)
+        module, "make_fake_and_measure_run", lambda model, *rest: runs.append(model) or run(model, *rest)
     )
     with pytest.raises(ValueError, match="out of reach: the least that is possible is .*FourBit"):
         plan(BigNet, batch=torch.ones(8, 1024), at_most="1KB")  # the dense model's weights alone are more

@@ -27,19 +27,19 @@ from lowmem.integrations.transformers.checkpoint_checks import TensorToParameter
 from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_config_dict_or_none
 from lowmem.integrations.transformers.quantization_config import METHOD
 from lowmem.integrations.transformers.quantizer import LowmemQuantizer
-from lowmem.io.formats.foreign_format import ForeignTensor, StorageForm
+from lowmem.io.formats.foreign_format import LazyForeignTensor, StorageForm
 from lowmem.io.formats.open_foreign import ForeignCheckpoint, open_foreign_checkpoint
 from lowmem.io.formats.requantization import Requantization, refused_tensors_message, warn_if_model_grows
 from lowmem.io.meta_loading import replace_layers_and_add_adapters
-from lowmem.io.metadata_records import encode_form_record, parameter_record_key
+from lowmem.io.metadata_records import form_to_record_dict, parameter_record_key
 from lowmem.io.model_folder import (
     CONFIG,
     check_layer_counts_of_folder,
+    read_checked_model_config,
     read_json_object,
-    read_model_config,
     read_quantization_config,
 )
-from lowmem.io.remote_code import NEEDS_CODE, is_remote_code_error, remove_auto_map_entries
+from lowmem.io.remote_code import NEEDS_CODE, has_trust_remote_code_in_text, remove_auto_map_entries
 from lowmem.io.safetensors_header import CODES
 from lowmem.nn.adapter import is_transformers_conv1d
 from lowmem.nn.forms import CodedForm
@@ -144,7 +144,7 @@ def transformers_config(path: Path, config_class: Any = AutoConfig, trust_remote
             folder, local_files_only=True, trust_remote_code=trust_remote_code, **options
         )
     except ValueError as error:
-        if is_remote_code_error(error):
+        if has_trust_remote_code_in_text(error):
             raise file_error(path / CONFIG, NEEDS_CODE, "load") from error
         raise
     if not trust_remote_code:
@@ -157,7 +157,7 @@ def _checked_foreign_config(path: Path, foreign_file: ForeignCheckpoint, trust_r
     if foreign_file.kind != "gguf":
         path = path if path.is_dir() else path.parent
         check_layer_counts_of_folder(
-            path / "config.json", read_model_config(path / "config.json"), len(foreign_file.tensors)
+            path / "config.json", read_checked_model_config(path / "config.json"), len(foreign_file.tensors)
         )
     return transformers_config(path, trust_remote_code=trust_remote_code)
 
@@ -173,7 +173,7 @@ class _ForeignQuantizationConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.quant_method = _METHOD
         self.source, self.file, self.requantizing = source, foreign_file, requantizing
         self.state: dict[str, _LazyFileTensor] = {}
-        self.weights: list[tuple[ForeignTensor, StorageForm]] = []
+        self.weights: list[tuple[LazyForeignTensor, StorageForm]] = []
 
     def __deepcopy__(self, memo: Any) -> _ForeignQuantizationConfig:
         # Transformers copies configs, and open files cannot be copied
@@ -253,10 +253,10 @@ class _ForeignStateDict:
             check_config_matches_gguf(self._source, model.config)
         names = TensorToParameterMapping(model, get_model_conversion_mapping(model))
         forms: dict[str, tuple[CodedForm, str]] = {}
-        refused: list[ForeignTensor] = []
+        refused: list[LazyForeignTensor] = []
         coded = False
         for foreign_tensor in foreign_file.tensors.values():
-            tensor = self._requantizing.requantized_or_same_tensor(foreign_tensor)
+            tensor = self._requantizing.lazily_requantized_or_same_tensor(foreign_tensor)
             name, converter = names.parameter_name_and_converter(tensor.name)
             if tensor.refusal is not None:
                 coded = True
@@ -294,7 +294,7 @@ class _ForeignStateDict:
                     f"{form}, "
                     f"which are one weight in {type(model).__name__}: {_DENSE}"
                 )
-            self.layers[parameter_record_key(name)] = encode_form_record(form)
+            self.layers[parameter_record_key(name)] = form_to_record_dict(form)
             of_parts = _ReadOnceWeightParts(tensor)
             prefix = name if converter is None else tensor.name
             self.state |= {f"{prefix}_{part}": of_parts.lazy_part(part) for part in form.parts}
@@ -309,7 +309,7 @@ class _ForeignStateDict:
                 "load",
             )
 
-    def _check_shape(self, tensor: ForeignTensor, shape: tuple[int, ...], transposed: bool = False) -> None:
+    def _check_shape(self, tensor: LazyForeignTensor, shape: tuple[int, ...], transposed: bool = False) -> None:
         """Raise a ValueError unless a weight of the file, or its transpose, has the shape of the model's."""
         if tensor.shape != ((*shape[:-2], shape[-1], shape[-2]) if transposed else shape):
             raise ValueError(
@@ -319,7 +319,7 @@ class _ForeignStateDict:
             )
 
     def _add_merge_conversion_or_raise(
-        self, tensor: ForeignTensor, name: str, converter: WeightConverter, form: CodedForm, parameter: Tensor
+        self, tensor: LazyForeignTensor, name: str, converter: WeightConverter, form: CodedForm, parameter: Tensor
     ) -> None:
         """Note a conversion that stacks or joins rows, whose codes and scales merge alike; raise for another one."""
         last = parameter.dim() - 1
@@ -389,7 +389,7 @@ class _LazyFileTensor:
 class _ReadOnceWeightParts:
     """A weight whose first part reads it; each part is returned once."""
 
-    def __init__(self, tensor: ForeignTensor) -> None:
+    def __init__(self, tensor: LazyForeignTensor) -> None:
         self._tensor = tensor
         self._parts: dict[str, Tensor] = {}
 

@@ -21,7 +21,7 @@ from lowmem.integrations.transformers.pretrained_folder import (
     quiet_load_with_file_errors,
 )
 from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
-from lowmem.io.model_folder import read_model_config
+from lowmem.io.model_folder import read_checked_model_config
 
 
 def quantizing_program_or_none(folder: Path, task: str = "fine-tune") -> str | None:
@@ -107,7 +107,9 @@ def check_not_encoder_decoder(folder: Path, model: nn.Module, task: str) -> None
 def model_class_from_path(path: Path) -> Any:
     """Return the class of the model of a folder or GGUF file."""
     return (
-        AutoModelForCausalLM if path.is_file() else architecture_class(path, read_model_config(path / "config.json"))
+        AutoModelForCausalLM
+        if path.is_file()
+        else architecture_class(path, read_checked_model_config(path / "config.json"))
     )
 
 

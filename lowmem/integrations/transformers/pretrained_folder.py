@@ -42,11 +42,11 @@ from lowmem.io.model_folder import (
     check_config_files_are_regular,
     check_layer_counts_of_folder,
     copy_non_weight_files,
-    read_model_config,
+    read_checked_model_config,
     weights_or_index_path,
 )
-from lowmem.io.remote_code import NEEDS_CODE, empty_stdin, is_remote_code_error
-from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint, check_patterns_match
+from lowmem.io.remote_code import NEEDS_CODE, empty_stdin, has_trust_remote_code_in_text
+from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint, check_each_pattern_matches_a_tensor
 from lowmem.nn.stored_module import StoredModule
 from lowmem.nn.techniques import Budget, EightBit, FourBit, Half
 
@@ -74,7 +74,7 @@ def checked_config_and_tensor_bytes(folder: Path, action: str = "read") -> tuple
         )
     if not file.exists():
         raise file_error(folder, "it has no config.json: name a folder that save_pretrained of transformers wrote")
-    config = read_model_config(file)
+    config = read_checked_model_config(file)
     weights = weights_or_index_path(folder)
     others = [name for name in sorted(os.listdir(folder)) if _PART.fullmatch(name)]
     if config.get(_OTHER) not in (None, weights.name):
@@ -264,7 +264,7 @@ def import_foreign_folder(
     check_not_exists(target)
     asked = Requantization(requantize, list(include), technique)
     with open_foreign_checkpoint(source) as file:
-        check_patterns_match(asked.include, file.tensors)
+        check_each_pattern_matches_a_tensor(asked.include, file.tensors)
         sources = {name: (tensor.kind, tensor.nbytes) for name, tensor in file.tensors.items()}
         kind = file.kind
     if kind == "gguf" and tokenizer:
@@ -399,7 +399,7 @@ def quiet_load_with_file_errors(path: Path, remedy: str = "") -> Iterator[None]:
         raise
     except Exception as error:
         config = path / "config.json" if path.is_dir() else path
-        if is_remote_code_error(error) or _is_missing_custom_code(config, error):
+        if has_trust_remote_code_in_text(error) or _is_missing_custom_code(config, error):
             raise file_error(config, NEEDS_CODE, "load") from error
         why = _unknown_config_value_text_or_none(path, error)
         if why is None:
@@ -415,7 +415,7 @@ def _is_missing_custom_code(config_file: Path, error: Exception) -> bool:
         and config_file.exists()
     )
     return lacks and any(
-        name.endswith("auto_map") for name, _ in _iterate_dotted_config_items(read_model_config(config_file))
+        name.endswith("auto_map") for name, _ in _iterate_dotted_config_items(read_checked_model_config(config_file))
     )
 
 
@@ -425,7 +425,11 @@ def _unknown_config_value_text_or_none(path: Path, error: Exception) -> str | No
     if not (isinstance(error, KeyError) and error.args and isinstance(error.args[0], str) and file.exists()):
         return None
     key = next(
-        (name for name, value in _iterate_dotted_config_items(read_model_config(file)) if value == error.args[0]),
+        (
+            name
+            for name, value in _iterate_dotted_config_items(read_checked_model_config(file))
+            if value == error.args[0]
+        ),
         None,
     )
     version = transformers.__version__

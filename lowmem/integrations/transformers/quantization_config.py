@@ -12,9 +12,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from lowmem.errors import short_repr
 from lowmem.io.metadata_records import (
     CONFIG_VERSION,
-    check_quantization_config,
+    check_lowmem_quantization_config,
     checked_json_object,
-    checked_object_with_keys,
+    checked_json_object_with_keys,
 )
 from lowmem.nn.techniques import QUANT_METHOD, Budget, EightBit, FourBit, Half, LoRA
 from lowmem.version import install_command
@@ -71,7 +71,7 @@ class LowmemConfig(QuantizationConfigMixin):  # type: ignore[misc]
             raise ValueError(_unknown_argument_message(unknown[0], others[unknown[0]]))
         patterns, records = _list_if_iterable(skip), _list_if_iterable(layers)
         others |= {"version": version, "train_dense": train_dense}
-        check_quantization_config({**others, "skip": patterns, "layers": records, "adapters": adapters})
+        check_lowmem_quantization_config({**others, "skip": patterns, "layers": records, "adapters": adapters})
         if technique is not None and not isinstance(technique, _KINDS):
             technique = _technique_from_json(technique)
         if isinstance(technique, Budget) and technique.inputs is not None:
@@ -147,7 +147,7 @@ def _technique_from_json(record: object) -> Half | EightBit | FourBit | Budget:
     kind = kinds.get(str(checked_json_object(dict(record)).get("technique")))
     if kind is None:
         raise ValueError(f"technique={short_repr(record.get('technique'))} is none of {', '.join(kinds)}")
-    fields = checked_object_with_keys(dict(record), ("technique",), kind.__dataclass_fields__)
+    fields = checked_json_object_with_keys(dict(record), ("technique",), kind.__dataclass_fields__)
     values = {name: value for name, value in fields.items() if name != "technique"}
     for name in ("dtype", "compute_dtype"):
         if name in values:

@@ -38,8 +38,9 @@ class _TiedParameterPlaces:
 class OnLoadWeightStorer:
     """Stores weights one at a time: what ``convert`` would store of the model, if it were loaded, with its errors.
 
-    The model is dense, on the meta device, with its ties. A budget needs the ``losses`` of ``OnLoadLossMeasurer``:
-    what each choice loses of a weight, by its name. ``warning`` is what ``convert`` would warn of, or None.
+    The model is dense, on the meta device, with its ties. A budget needs the ``losses`` of
+    ``OnLoadBudgetLossMeasurer``: what each choice loses of a weight, by its name.
+    ``warning`` is what ``convert`` would warn of, or None.
     """
 
     def __init__(

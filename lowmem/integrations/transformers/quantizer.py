@@ -49,7 +49,7 @@ from lowmem.integrations.transformers.save_pretrained import (
     stored_model_subclass,
 )
 from lowmem.io.meta_loading import replace_layers_and_add_adapters
-from lowmem.io.model_folder import check_layer_counts
+from lowmem.io.model_folder import check_layer_and_expert_counts
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapted_weight import AdaptedWeight
 from lowmem.nn.adapter_buffers import sync_buffers_with_adapters
@@ -189,7 +189,7 @@ class LowmemQuantizer(HfQuantizer):  # type: ignore[misc]
         # A technique
         if not isinstance(config.quantization_config, QuantizationConfigMixin):
             config.quantization_config = self.quantization_config
-        check_layer_counts(config.to_dict())
+        check_layer_and_expert_counts(config.to_dict())
         return config
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from lowmem.integrations.transformers.quantization_config import METHOD, LowmemConfig
-from lowmem.io.checkpoint import checked_form_records
+from lowmem.io.checkpoint import checked_form_records_without_bias
 from lowmem.io.filesystem import atomic_folder, scratch_folder, write_errors_with_path
 from lowmem.io.formats.peft.peft_reader import CONFIG as ADAPTER_CONFIG
-from lowmem.io.metadata_records import encode_layer_adapter_records
+from lowmem.io.metadata_records import adapter_record_dicts_by_parameter
 from lowmem.io.model_folder import move_files_replacing_weights
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter_bank import AdapterBank
@@ -37,13 +37,13 @@ def lowmem_config_or_none(model: nn.Module) -> LowmemConfig | None:
     adapters: dict[str, Any] = {}
     for module, paths in all_paths_by_module(model).items():
         if isinstance(module, StoredModule):
-            for name, record in checked_form_records(module).items():
+            for name, record in checked_form_records_without_bias(module).items():
                 named = layers.setdefault(json.dumps(record, sort_keys=True), {**record, "names": []})
                 named["names"].append(paths[0] if name == "weight" else f"{paths[0]}.{name}".lstrip("."))
         if isinstance(module, AdaptedModule):
             adapters |= {
                 layer_or_parameter_path(paths[0], name): record
-                for name, record in encode_layer_adapter_records(module).items()
+                for name, record in adapter_record_dicts_by_parameter(module).items()
             }
     if not layers and not adapters:
         return None

@@ -20,7 +20,7 @@ from lowmem.io.filesystem import open_regular_file
 from lowmem.io.formats.gguf.gguf_file import read_gguf_header
 from lowmem.io.formats.gguf.gguf_tokenizer_fields import PRE_TOKENIZERS
 from lowmem.io.model_folder import check_config_files_are_regular
-from lowmem.io.remote_code import NEEDS_CODE, empty_stdin, is_remote_code_error
+from lowmem.io.remote_code import NEEDS_CODE, empty_stdin, has_trust_remote_code_in_text
 from lowmem.transforms.calibration.self_generated_text import LEAST_SHARE
 
 # What SentencePiece writes for it
@@ -155,7 +155,7 @@ def tokenizer_errors_as_file_errors(path: Path) -> Iterator[None]:
     except MemoryError:
         raise
     except Exception as reason:
-        if is_remote_code_error(reason):
+        if has_trust_remote_code_in_text(reason):
             beside = path if path.is_dir() else path.parent
             raise file_error(beside / "tokenizer_config.json", NEEDS_CODE) from reason
         raise file_error(

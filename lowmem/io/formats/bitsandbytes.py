@@ -24,14 +24,14 @@ from torch import Tensor
 
 from lowmem.errors import short_repr
 from lowmem.io.formats.code_conversion import (
-    block_size_dividing_rows,
+    float32_scales_for_smaller_blocks,
     imported_quantized_tensor,
+    largest_block_size_dividing_rows,
     largest_dividing_block_size,
-    reblocked_scales,
     unpacked_codes,
     unpacked_nibbles,
 )
-from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat, ForeignTensor, exact_match_predicate
+from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat, LazyForeignTensor, exact_match_predicate
 from lowmem.io.formats.quantized_folder_export import PackedWeight, PackingFormat, export_quantized_folder
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.io.safetensors_header import parse_strict_json
@@ -58,13 +58,13 @@ _ORDER = {
 
 def iterate_weights_and_tensor_names(
     checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any]
-) -> Iterator[tuple[ForeignTensor, set[str]]]:
+) -> Iterator[tuple[LazyForeignTensor, set[str]]]:
     """Yield each weight of a checkpoint that bitsandbytes quantized, and the names of its tensors."""
     for name in checkpoint.specs:
         weight, separator, kind = name.partition(_STATE)
         if separator:
             stored = _QuantizedWeightReader(checkpoint, weight, kind)
-            yield stored.foreign_tensor_or_refused(), stored.tensor_names
+            yield stored.exact_or_refused_foreign_tensor(), stored.tensor_names
 
 
 def _read_checked_quant_state(checkpoint: SafetensorsCheckpoint, weight_name: str, quant_type: str) -> dict[str, Any]:
@@ -111,18 +111,18 @@ class _QuantizedWeightReader:
                 f"{short_repr(self.shape)}"
             )
 
-    def foreign_tensor_or_refused(self) -> ForeignTensor:
+    def exact_or_refused_foreign_tensor(self) -> LazyForeignTensor:
         label = f"bitsandbytes {self.kind}{' (double)' if self.is_nested else ''}"
         nbytes = sum(self.checkpoint.specs[tensor_name].nbytes for tensor_name in self.tensor_names)
         try:
-            size = self.checked_row_block_size()
+            size = self.checked_block_size_within_rows()
         except ValueError as reason:
-            return ForeignTensor.with_refusal(
+            return LazyForeignTensor.with_refusal(
                 self.name, self.shape, label, nbytes, str(reason), self.read_float32_values
             )
-        return ForeignTensor(self.name, self.shape, label, nbytes, partial(self.read_quantized, size))
+        return LazyForeignTensor(self.name, self.shape, label, nbytes, partial(self.read_quantized, size))
 
-    def checked_row_block_size(self) -> int:
+    def checked_block_size_within_rows(self) -> int:
         """Return the block size in which single rows have the same scales; a ValueError if there is none."""
         file_block_size, columns = self.block, self.shape[-1]
         common = math.gcd(file_block_size, columns)
@@ -148,7 +148,7 @@ class _QuantizedWeightReader:
             )
         return self.checkpoint.read_tensor(self.name + name_suffix).flatten()
 
-    def read_codes(self) -> Tensor:
+    def read_flat_lowmem_codes(self) -> Tensor:
         """Return lowmem's codes of the flattened weight: uint8 (count,)."""
         raw = self.checkpoint.read_tensor(self.name).flatten().view(torch.uint8)
         # High first
@@ -163,7 +163,7 @@ class _QuantizedWeightReader:
             )
         return order.argsort().to(torch.uint8)[codes.int()]
 
-    def read_scales(self) -> Tensor:
+    def read_flat_float32_scales(self) -> Tensor:
         """Return the scale of each block of the flattened weight, in float32."""
         count = -(-self.count // self.block)
         if not self.is_nested:
@@ -182,16 +182,22 @@ class _QuantizedWeightReader:
         shape, columns = self.shape, self.shape[-1]
         rows = torch.arange(math.prod(shape[:-1]), dtype=torch.int64, device="cpu")
         starts = rows[:, None] * columns + torch.arange(0, columns, block_size, dtype=torch.int64, device="cpu")
-        scales = self.read_scales()[starts // self.block].view(*shape[:-1], -1)
+        scales = self.read_flat_float32_scales()[starts // self.block].view(*shape[:-1], -1)
         return imported_quantized_tensor(
-            pack_codes(self.read_codes().view(shape), block_size), scales, shape, _FORMATS[self.kind], block_size
+            pack_codes(self.read_flat_lowmem_codes().view(shape), block_size),
+            scales,
+            shape,
+            _FORMATS[self.kind],
+            block_size,
         )
 
     def read_float32_values(self) -> Tensor:
         """Return the weight in float32."""
         levels = torch.tensor(get_format(_FORMATS[self.kind]).levels, dtype=torch.float32, device="cpu")
-        scales = self.read_scales()[torch.arange(self.count, dtype=torch.int64, device="cpu") // self.block]
-        return (levels[self.read_codes().int()] * scales).view(self.shape)
+        scales = self.read_flat_float32_scales()[
+            torch.arange(self.count, dtype=torch.int64, device="cpu") // self.block
+        ]
+        return (levels[self.read_flat_lowmem_codes().int()] * scales).view(self.shape)
 
 
 def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
@@ -206,7 +212,7 @@ def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWei
         )
     if weight.has_offsets:
         raise ValueError("its blocks have offsets, and those of bitsandbytes have none")
-    common = block_size_dividing_rows(weight)
+    common = largest_block_size_dividing_rows(weight)
     for size in BLOCKS:
         if common % size == 0:
             return _pack_in_blocks(weight, size, weight.shape, model_dtype)
@@ -235,7 +241,7 @@ def _pack_in_blocks(
         f"{kind}, blocksize={block_size}",
         {
             "weight": pairs[:, :1] << 4 | pairs[:, 1:],  # the first code high
-            "weight.absmax": reblocked_scales(weight, block_size).flatten(),
+            "weight.absmax": float32_scales_for_smaller_blocks(weight, block_size).flatten(),
             "weight.quant_map": levels[order],
             f"weight{_STATE}{kind}": torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu"),
         },
@@ -243,7 +249,7 @@ def _pack_in_blocks(
     )
 
 
-def packed_and_requantized(
+def packed_nf4_and_requantized_weight(
     values: Tensor, model_dtype: torch.dtype, stored: QuantizedTensor | None = None
 ) -> tuple[PackedWeight, Tensor | QuantizedTensor]:
     """Return a weight (out, in) quantized to nf4, and what it has become; nothing of ``stored`` can be kept."""
@@ -263,10 +269,10 @@ def _quantized_to_nf4(values: Tensor, block_size: int) -> QuantizedTensor:
     return technique.skeleton(values) if values.is_meta else technique.store(values)
 
 
-def _build_quantization_config(
-    schemes: Mapping[str, Any], dense_paths: Collection[str], model_dtype: torch.dtype
+def _build_4bit_config_of_majority_type(
+    quant_type_by_path: Mapping[str, Any], dense_paths: Collection[str], model_dtype: torch.dtype
 ) -> dict[str, Any]:
-    kinds = list(schemes.values())
+    kinds = list(quant_type_by_path.values())
     name = str(model_dtype).removeprefix("torch.")
     return {
         "quant_method": "bitsandbytes",
@@ -276,11 +282,11 @@ def _build_quantization_config(
         "bnb_4bit_compute_dtype": name,
         "bnb_4bit_quant_storage": "uint8",
         "bnb_4bit_use_double_quant": False,
-        "llm_int8_skip_modules": [_skip_module_pattern(path, schemes) for path in dense_paths],
+        "llm_int8_skip_modules": [_skip_path_or_exact_pattern(path, quant_type_by_path) for path in dense_paths],
     }
 
 
-def _skip_module_pattern(path: str, packed_paths: Collection[str]) -> str:
+def _skip_path_or_exact_pattern(path: str, packed_paths: Collection[str]) -> str:
     """Return a pattern of transformers for one dense layer. A name alone takes others that begin or end with it."""
     alike = re.compile(rf"{path}(\.|$)") if re.fullmatch(r"[\w.]+", path) else None
     if alike is None or any(alike.match(other) or other.endswith(path) for other in packed_paths):
@@ -289,7 +295,12 @@ def _skip_module_pattern(path: str, packed_paths: Collection[str]) -> str:
 
 
 PACKING = PackingFormat(
-    "bitsandbytes", pack_exactly, packed_and_requantized, _build_quantization_config, conv1d=True, keeps_weight=True
+    "bitsandbytes",
+    pack_exactly,
+    packed_nf4_and_requantized_weight,
+    _build_4bit_config_of_majority_type,
+    conv1d=True,
+    keeps_weight=True,
 )
 
 FORMAT = ForeignFormat(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowmem.io.formats.foreign_format import ForeignTensor, LayerTensors
+from lowmem.io.formats.foreign_format import LayerTensors, LazyForeignTensor
 from lowmem.quant.packing import pack
 from lowmem.quant.scale_encodings import get_scale_encoding
 from lowmem.quant.tensor import QuantizedTensor
@@ -68,12 +68,12 @@ def unpacked_nibbles(packed: Tensor) -> Tensor:
     return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
 
 
-def unpacked_int32_words(words: Tensor, count: int) -> Tensor:
+def unpacked_4bit_codes_from_int32(words: Tensor, count: int) -> Tensor:
     """Return eight codes of each word, the lowest bits first: int32 (..., count / 8) -> uint8 (..., count)."""
     return unpacked_nibbles(tensor_bytes_copy(words))[..., :count]
 
 
-def packed_int32_words(codes: Tensor) -> Tensor:
+def packed_4bit_codes_in_int32(codes: Tensor) -> Tensor:
     """Return codes with eight in a word, the first of them lowest: uint8 (n, m) -> int32 (n, m / 8)."""
     padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % 8)).view(codes.shape[0], -1, 4, 2)
     pairs = (padded[..., 0] | padded[..., 1] << 4).contiguous()  # (n, words, 4 bytes)
@@ -92,7 +92,7 @@ def remapped_nibbles(packed: Tensor, new_codes: tuple[int, ...]) -> Tensor:
     return torch.tensor(pairs, dtype=torch.uint8, device="cpu")[packed.int()]
 
 
-def block_size_dividing_rows(weight: QuantizedTensor) -> int:
+def largest_block_size_dividing_rows(weight: QuantizedTensor) -> int:
     """Return the largest block size in which all blocks of a weight are whole, and have its scales."""
     columns, block_size = weight.shape[-1], weight.block_size
     return columns if columns <= block_size else math.gcd(block_size, columns)
@@ -103,7 +103,7 @@ def unpacked_codes(weight: QuantizedTensor) -> Tensor:
     return weight.unpacked(weight.packed.detach())
 
 
-def reblocked_scales(weight: QuantizedTensor, block_size: int) -> Tensor:
+def float32_scales_for_smaller_blocks(weight: QuantizedTensor, block_size: int) -> Tensor:
     """Return the scales of a weight in blocks of ``block_size``, which divides its own blocks: float32 (...,
     blocks)."""
     return weight.encoding.decode(weight.scales.detach())[
@@ -111,8 +111,8 @@ def reblocked_scales(weight: QuantizedTensor, block_size: int) -> Tensor:
     ].contiguous()
 
 
-def reblocked_offsets(weight: QuantizedTensor, block_size: int) -> Tensor:
-    """Return the offsets of a weight that has them, as ``reblocked_scales`` does the scales."""
+def offsets_for_smaller_blocks(weight: QuantizedTensor, block_size: int) -> Tensor:
+    """Return the offsets of a weight that has them, as ``float32_scales_for_smaller_blocks`` does the scales."""
     return weight.offsets().detach()[..., _original_block_indices(weight, block_size)].contiguous()
 
 
@@ -123,7 +123,7 @@ def _original_block_indices(weight: QuantizedTensor, block_size: int) -> Tensor:
 
 
 @dataclass(frozen=True)
-class IntegerWeight:
+class LazyIntegerWeight:
     """A layer's weight of integers, ``(code - zero) * scale``, as GPTQ, AWQ and compressed-tensors have it.
 
     Its parts are read when they are asked for.
@@ -150,25 +150,28 @@ class IntegerWeight:
     zeros: Callable[[], Tensor | None] = lambda: None
     groups: Callable[[], Tensor] | None = None
 
-    def foreign_tensor_or_refused(self) -> ForeignTensor:
+    def exact_or_refused_foreign_tensor(self) -> LazyForeignTensor:
         """Return the weight, refused if it is not 16 levels times the scales of blocks."""
         zeros = self.zeros()
         try:
-            is_in_order = _is_sorted(self.grouped_column_order())
+            is_in_order = _is_sorted(self.checked_column_order_by_group())
             if self.dtype not in (torch.float16, torch.bfloat16) and zeros is not None and bool((zeros != 8).any()):
                 raise ValueError(f"zero points times scales in {self.dtype} have more bits than float32")
             largest_dividing_block_size(self.group, self.shape[-1])
         except ValueError as reason:
-            return self.refused_tensor(str(reason))
-        return self.parts.foreign_weight(
-            self.kind, self.shape, self.read_quantized, order=None if is_in_order else self.grouped_column_order
+            return self.as_refused_foreign_tensor(str(reason))
+        return self.parts.foreign_tensor_of_weight(
+            self.kind,
+            self.shape,
+            self.read_quantized_in_group_order,
+            order=None if is_in_order else self.checked_column_order_by_group,
         )
 
-    def refused_tensor(self, reason: str) -> ForeignTensor:
+    def as_refused_foreign_tensor(self, reason: str) -> LazyForeignTensor:
         """Return the weight, which is quantized again or not read."""
-        return self.parts.refused_weight(self.kind, self.shape, reason, self.read_float32_values)
+        return self.parts.refused_tensor_of_weight(self.kind, self.shape, reason, self.read_float32_values)
 
-    def _checked_column_groups(self) -> Tensor:
+    def _checked_group_of_each_column(self) -> Tensor:
         """Return the group of each column; a ValueError if one has no scale."""
         if self.groups is None:
             return torch.arange(self.shape[-1], dtype=torch.int64, device="cpu") // self.group
@@ -177,15 +180,15 @@ class IntegerWeight:
             raise ValueError(f"its columns are of groups that {count} scales do not have; get it again")
         return groups
 
-    def grouped_column_order(self) -> Tensor:
+    def checked_column_order_by_group(self) -> Tensor:
         """Return the columns with those of a group side by side: int32 (in,); a ValueError if sizes differ."""
-        groups = self._checked_column_groups()
+        groups = self._checked_group_of_each_column()
         order = groups.argsort(stable=True)
         if not torch.equal(groups[order], torch.arange(len(groups), dtype=torch.int64, device="cpu") // self.group):
             raise ValueError(f"its groups do not have {self.group} columns each")
         return order.to(torch.int32)
 
-    def read_quantized(self) -> QuantizedTensor:
+    def read_quantized_in_group_order(self) -> QuantizedTensor:
         """Return the weight, with its columns in the order of their groups.
 
         Where all zeros are 8 it has the levels (code - 8) / 8, else code / 16 and the offsets ``-zero * scale``. Both
@@ -197,7 +200,12 @@ class IntegerWeight:
         columns, size = self.shape[-1], largest_dividing_block_size(self.group, self.shape[-1])
         # The group of each block.
         starts = torch.arange(0, columns, size, dtype=torch.int64, device="cpu") // self.group
-        codes, scales, zeros, order = self.codes(), self.scales().float(), self.zeros(), self.grouped_column_order()
+        codes, scales, zeros, order = (
+            self.codes(),
+            self.scales().float(),
+            self.zeros(),
+            self.checked_column_order_by_group(),
+        )
         codes = codes if _is_sorted(order) else codes[..., order]
         if columns % 2:
             # Fills the last byte
@@ -212,7 +220,7 @@ class IntegerWeight:
 
     def read_float32_values(self) -> Tensor:
         """Return the weight in float32, with its columns as the file has them."""
-        groups, zeros = self._checked_column_groups(), self.zeros()
+        groups, zeros = self._checked_group_of_each_column(), self.zeros()
         less = 8 if zeros is None else zeros.int()[..., groups]
         return (self.codes().int() - less).float() * self.scales().float()[..., groups]
 

@@ -24,14 +24,14 @@ from torch import Tensor
 
 from lowmem.errors import short_repr
 from lowmem.io.formats.code_conversion import (
-    IntegerWeight,
-    block_size_dividing_rows,
-    packed_int32_words,
-    reblocked_offsets,
-    reblocked_scales,
+    LazyIntegerWeight,
+    float32_scales_for_smaller_blocks,
+    largest_block_size_dividing_rows,
+    offsets_for_smaller_blocks,
+    packed_4bit_codes_in_int32,
     tensor_bytes_copy,
+    unpacked_4bit_codes_from_int32,
     unpacked_codes,
-    unpacked_int32_words,
 )
 from lowmem.io.formats.compressed_tensors_config import (
     FP8,
@@ -39,10 +39,16 @@ from lowmem.io.formats.compressed_tensors_config import (
     SETTINGS,
     build_quantization_config,
     check_format_and_schemes,
-    check_layer_scheme,
+    check_some_scheme_fits_layer,
 )
-from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat, ForeignTensor, LayerTensors
-from lowmem.io.formats.mxfp4 import BLOCK, E2M1_CODES, exponents_and_exact_mask, mxfp4_weight, nearest_mxfp4_weight
+from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat, LayerTensors, LazyForeignTensor
+from lowmem.io.formats.mxfp4 import (
+    BLOCK,
+    E2M1_CODES,
+    exponents_and_exact_mask,
+    fp4_tensor_from_mxfp4_parts,
+    nearest_mxfp4_weight,
+)
 from lowmem.io.formats.quantized_folder_export import PackedWeight, PackingFormat, export_quantized_folder
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.nn.techniques import FourBit
@@ -63,7 +69,7 @@ NO_ZEROS = (
 
 def iterate_weights_and_tensor_names(
     checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any]
-) -> Iterator[tuple[ForeignTensor, set[str]]]:
+) -> Iterator[tuple[LazyForeignTensor, set[str]]]:
     """Yield the weight of each layer of compressed-tensors, and the names of its tensors."""
     for name, spec in checkpoint.specs.items():
         layer, _, part = name.rpartition(".")
@@ -80,43 +86,47 @@ def iterate_weights_and_tensor_names(
         yield read(parts, config), parts.tensor_names
 
 
-def _refused_fp8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
-    return layer_tensors.refused_weight(FP8, layer_tensors.specs["weight"].shape, _EIGHT_BITS)
+def _refused_fp8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> LazyForeignTensor:
+    return layer_tensors.refused_tensor_of_weight(FP8, layer_tensors.specs["weight"].shape, _EIGHT_BITS)
 
 
-def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> LazyForeignTensor:
     packed, scale = layer_tensors.specs["weight_packed"], layer_tensors.specs["weight_scale"]
     if packed.dtype == torch.int32 and len(packed.shape) == 2 and scale.shape == (1,):
         why = "it has one scale for the tensor, and scales of rows or groups are read: take the dense model"
-        return layer_tensors.refused_weight("compressed-tensors", _read_checked_weight_shape(layer_tensors), why)
-    layer_tensors.check_parts_fit(
+        return layer_tensors.refused_tensor_of_weight(
+            "compressed-tensors", _read_checked_weight_shape(layer_tensors), why
+        )
+    layer_tensors.raise_parts_error_unless(
         len(packed.shape) >= 2 and len(scale.shape) == len(packed.shape) and 0 not in (*packed.shape, *scale.shape)
     )
     if packed.dtype == torch.uint8:
         return _mxfp4_weight_or_refused(layer_tensors, config)
-    layer_tensors.check_parts_fit(packed.dtype == torch.int32 and scale.dtype.is_floating_point)
+    layer_tensors.raise_parts_error_unless(packed.dtype == torch.int32 and scale.dtype.is_floating_point)
     shape = _read_checked_weight_shape(layer_tensors)
     columns, groups = shape[-1], scale.shape[-1]
     bits = 8 if packed.shape == (*shape[:-1], -(-columns // 4)) and columns > 4 else 4
     if packed.shape != (*shape[:-1], -(-columns * bits // 32)):
         bits = round(32 * packed.shape[-1] / columns)
         why = f"it has about {bits} bits a weight, and 4 are read: take the dense model, or one in 4 bits"
-        return layer_tensors.refused_weight("compressed-tensors", shape, why)
+        return layer_tensors.refused_tensor_of_weight("compressed-tensors", shape, why)
     zeros, order = (layer_tensors.specs.get(part) for part in ("weight_zero_point", "weight_g_idx"))
     zeros_shape = (*shape[:-2], -(-shape[-2] * bits // 32), groups)
-    layer_tensors.check_parts_fit(
+    layer_tensors.raise_parts_error_unless(
         scale.shape[:-1] == shape[:-1]
         and columns % groups == 0
         and (zeros is None or (zeros.dtype == torch.int32 and zeros.shape == zeros_shape))
         and (order is None or order.shape == (columns,))
     )
     group = columns // groups
-    check_layer_scheme(config, layer_tensors.layer, group, shape, zeros is not None)
+    check_some_scheme_fits_layer(config, layer_tensors.layer, group, shape, zeros is not None)
 
     def unpacked_rows(packed_words: Tensor, count: int) -> Tensor:
         """Return the first ``count`` numbers of each row of words: int32 (..., words) -> uint8 (..., count)."""
         return (
-            unpacked_int32_words(packed_words, count) if bits == 4 else tensor_bytes_copy(packed_words)[..., :count]
+            unpacked_4bit_codes_from_int32(packed_words, count)
+            if bits == 4
+            else tensor_bytes_copy(packed_words)[..., :count]
         )
 
     def read_zero_points() -> Tensor:
@@ -131,7 +141,7 @@ def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, 
             group_indices == -1, torch.arange(columns, dtype=torch.int64, device="cpu") // group, group_indices
         )
 
-    layer = IntegerWeight(
+    layer = LazyIntegerWeight(
         layer_tensors,
         "compressed-tensors" if bits == 4 else INT8,
         shape,
@@ -142,34 +152,34 @@ def _packed_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, 
         zeros=read_zero_points,
         groups=None if order is None else read_column_groups,
     )
-    return layer.foreign_tensor_or_refused() if bits == 4 else layer.refused_tensor(_EIGHT_BITS)
+    return layer.exact_or_refused_foreign_tensor() if bits == 4 else layer.as_refused_foreign_tensor(_EIGHT_BITS)
 
 
-def _mxfp4_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+def _mxfp4_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> LazyForeignTensor:
     packed, scale = layer_tensors.specs["weight_packed"], layer_tensors.specs["weight_scale"]
     shape = (*packed.shape[:-1], 2 * packed.shape[-1])
     if scale.dtype != torch.uint8:
         why = "its scales are 8-bit floats times a scale of the tensor: take the dense model, or one in MXFP4"
-        return layer_tensors.refused_weight("NVFP4", shape, why)
-    layer_tensors.check_parts_fit(scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK)))
-    check_layer_scheme(
+        return layer_tensors.refused_tensor_of_weight("NVFP4", shape, why)
+    layer_tensors.raise_parts_error_unless(scale.shape == (*shape[:-1], -(-shape[-1] // BLOCK)))
+    check_some_scheme_fits_layer(
         config, layer_tensors.layer, min(BLOCK, shape[-1]), shape, "weight_zero_point" in layer_tensors.specs
     )
-    return layer_tensors.foreign_weight(
+    return layer_tensors.foreign_tensor_of_weight(
         "MXFP4",
         shape,
-        lambda: mxfp4_weight(
+        lambda: fp4_tensor_from_mxfp4_parts(
             layer_tensors.read_part("weight_packed"), layer_tensors.read_part("weight_scale"), shape
         ),
     )
 
 
-def _refused_int8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+def _refused_int8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> LazyForeignTensor:
     """Return a layer of "int-quantized": its codes are its weight, with a scale for the tensor, a row or a group."""
     shape, scale = layer_tensors.specs["weight"].shape, layer_tensors.specs["weight_scale"]
     zero, is_whole = layer_tensors.specs.get("weight_zero_point"), scale.shape in ((1,), (1, 1))
     of_rows = scale.shape[:-1] == shape[:-1] and shape[-1] % max(1, *scale.shape[-1:]) == 0
-    layer_tensors.check_parts_fit(
+    layer_tensors.raise_parts_error_unless(
         len(shape) >= 2
         and 0 not in (*shape, *scale.shape)
         and scale.dtype.is_floating_point
@@ -183,10 +193,10 @@ def _refused_int8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any])
         return layer_tensors.read_part("weight_zero_point")
 
     group = shape[-1] // scale.shape[-1]
-    check_layer_scheme(config, layer_tensors.layer, group, shape, zero is not None, is_whole)
+    check_some_scheme_fits_layer(config, layer_tensors.layer, group, shape, zero is not None, is_whole)
     if "weight_g_idx" in layer_tensors.specs:
-        return layer_tensors.refused_weight(INT8, shape, _EIGHT_BITS)
-    return IntegerWeight(
+        return layer_tensors.refused_tensor_of_weight(INT8, shape, _EIGHT_BITS)
+    return LazyIntegerWeight(
         layer_tensors,
         INT8,
         shape,
@@ -195,12 +205,12 @@ def _refused_int8_weight(layer_tensors: LayerTensors, config: Mapping[str, Any])
         codes=lambda: layer_tensors.read_part("weight"),
         scales=lambda: layer_tensors.read_part("weight_scale"),
         zeros=read_zero_points,
-    ).refused_tensor(_EIGHT_BITS)
+    ).as_refused_foreign_tensor(_EIGHT_BITS)
 
 
 def _read_checked_weight_shape(layer_tensors: LayerTensors) -> tuple[int, ...]:
     spec, packed = layer_tensors.specs.get("weight_shape"), layer_tensors.specs["weight_packed"].shape
-    layer_tensors.check_parts_fit(
+    layer_tensors.raise_parts_error_unless(
         spec is not None and spec.dtype in (torch.int32, torch.int64) and spec.shape == (len(packed),)
     )
     shape = tuple(layer_tensors.read_part("weight_shape").tolist())
@@ -223,16 +233,18 @@ def pack_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWei
             hold.
     """
     if weight.format == "uint4" and weight.has_offsets:
-        return _pack_asymmetric_integers(weight, model_dtype)
+        return _pack_asymmetric_integers_exactly(weight, model_dtype)
     if weight.format not in ("q4_0", "fp4"):
         raise ValueError(f"its levels are those of {weight.format}, and the format has q4_0 (int4) and fp4 (MXFP4)")
     if weight.has_offsets:
         raise ValueError("its blocks have offsets, and those of symmetric integers have none")
     if weight.format == "fp4":
-        return _pack_mxfp4(weight, model_dtype)
-    group = block_size_dividing_rows(weight)
+        return _pack_mxfp4_exactly(weight, model_dtype)
+    group = largest_block_size_dividing_rows(weight)
     return _pack_integers(
-        unpacked_codes(weight), _divide_scales_exactly(reblocked_scales(weight, group), 8, model_dtype), group
+        unpacked_codes(weight),
+        _divide_scales_exactly(float32_scales_for_smaller_blocks(weight, group), 8, model_dtype),
+        group,
     )
 
 
@@ -247,11 +259,11 @@ def packed_and_requantized(
     in a model in bfloat16. Others become integers in groups of 32.
     """
     if stored is not None and stored.format == "q4_0" and not stored.has_offsets:
-        group = block_size_dividing_rows(stored)
-        codes, scales = unpacked_codes(stored), reblocked_scales(stored, group) / 8
+        group = largest_block_size_dividing_rows(stored)
+        codes, scales = unpacked_codes(stored), float32_scales_for_smaller_blocks(stored, group) / 8
     elif stored is not None and _can_be_packed_as_mxfp4(stored, model_dtype) and not values.shape[-1] % BLOCK:
         again = nearest_mxfp4_weight(values)
-        return _pack_mxfp4(again, model_dtype), again
+        return _pack_mxfp4_exactly(again, model_dtype), again
     else:
         group = next(size for size in _GROUPS if values.shape[-1] % size == 0)
         codes, scales = None, _least_error_int4_scales(values, group)
@@ -288,11 +300,11 @@ def _divide_scales_exactly(float32_scales: Tensor, divisor: int, dtype: torch.dt
     return scales
 
 
-def _pack_asymmetric_integers(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
+def _pack_asymmetric_integers_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
     """Pack levels of "uint4" whose offsets are ``-zero * scale``, for whole zeros from 0 to 15."""
-    group = block_size_dividing_rows(weight)
-    scales = _divide_scales_exactly(reblocked_scales(weight, group), 16, model_dtype)
-    exact, offsets = scales.double(), reblocked_offsets(weight, group).double()
+    group = largest_block_size_dividing_rows(weight)
+    scales = _divide_scales_exactly(float32_scales_for_smaller_blocks(weight, group), 16, model_dtype)
+    exact, offsets = scales.double(), offsets_for_smaller_blocks(weight, group).double()
     zeros = torch.where(exact == 0, 8, -offsets / exact).round()
     # A scale times 15 is a number of float32: code * scale + offset then equals (code - zero) * scale.
     fits = (-zeros * exact == offsets) & (zeros >= 0) & (zeros <= 15) & ((15 * exact).float() == 15 * exact)
@@ -306,12 +318,12 @@ def _pack_asymmetric_integers(weight: QuantizedTensor, model_dtype: torch.dtype)
 def _pack_integers(codes: Tensor, scales: Tensor, group_size: int, zero_points: Tensor | None = None) -> PackedWeight:
     rows, columns = codes.shape
     parts = {
-        "weight_packed": packed_int32_words(codes),
+        "weight_packed": packed_4bit_codes_in_int32(codes),
         "weight_scale": scales.contiguous(),
         "weight_shape": torch.tensor([rows, columns], dtype=torch.int64, device="cpu"),
     }
     if zero_points is not None:
-        parts["weight_zero_point"] = packed_int32_words(zero_points.T).T.contiguous()  # (rows / 8, groups)
+        parts["weight_zero_point"] = packed_4bit_codes_in_int32(zero_points.T).T.contiguous()  # (rows / 8, groups)
     kind = f"int4, group_size={group_size}" + ("" if zero_points is None else _WITH_ZEROS)
     return PackedWeight(kind, parts, ("pack-quantized", group_size, zero_points is None))
 
@@ -321,17 +333,17 @@ def _can_be_packed_as_mxfp4(weight: QuantizedTensor, model_dtype: torch.dtype) -
     return weight.format == "fp4" and not weight.has_offsets and model_dtype == torch.bfloat16
 
 
-def _pack_mxfp4(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
+def _pack_mxfp4_exactly(weight: QuantizedTensor, model_dtype: torch.dtype) -> PackedWeight:
     if not _can_be_packed_as_mxfp4(weight, model_dtype):
         raise ValueError(
             f"MXFP4 is decompressed to bfloat16, and the model computes in {str(model_dtype).removeprefix('torch.')} "
             "(save "
             "it in bfloat16 first)"
         )
-    size = block_size_dividing_rows(weight)
+    size = largest_block_size_dividing_rows(weight)
     if size % BLOCK:
         raise ValueError(f"rows of {weight.shape[-1]} in blocks of {weight.block_size} have no blocks of 32")
-    scales, codes = reblocked_scales(weight, BLOCK), unpacked_codes(weight)
+    scales, codes = float32_scales_for_smaller_blocks(weight, BLOCK), unpacked_codes(weight)
     exponents, fitting = exponents_and_exact_mask(scales)
     if not weight.packed.is_meta and not bool(fitting.all()):
         raise ValueError(

@@ -23,7 +23,7 @@ _SCHEMES = {INT8: (8, "int"), FP8: (8, "float"), "MXFP4": (4, "float"), "NVFP4":
 SETTINGS = {"format": exact_match_predicate(*_KINDS, "mixed-precision", None)}
 
 
-def check_layer_scheme(
+def check_some_scheme_fits_layer(
     config: Mapping[str, Any],
     layer_path: str,
     group_size: int,
@@ -61,7 +61,7 @@ def _weight_schemes(config: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _contradicting_field_or_none(
     weight_scheme: Mapping[str, Any], group_size: int, shape: tuple[int, ...], has_single_scale: bool
 ) -> str | None:
-    """Return the field of a scheme that cannot be that of a layer, as ``check_layer_scheme`` has it; or None."""
+    """Return a field of a scheme with which no layer of this shape can be, as an error names it; or None."""
     size, strategy, columns = weight_scheme.get("group_size"), weight_scheme.get("strategy"), shape[-1]
     if size is not None and (type(size) is not int or (columns if size == -1 else min(size, columns)) != group_size):
         return "group_size"
@@ -91,17 +91,17 @@ def check_format_and_schemes(config: Mapping[str, Any], weight_kinds: Collection
 
 
 def build_quantization_config(
-    schemes: Mapping[str, Any], dense_paths: Collection[str], model_dtype: torch.dtype
+    scheme_by_path: Mapping[str, Any], dense_paths: Collection[str], model_dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the ``quantization_config`` of packed layers: by path the format, group and symmetry."""
     names: dict[Any, list[str]] = {}
-    for path, scheme in schemes.items():
+    for path, scheme in scheme_by_path.items():
         names.setdefault(scheme, []).append(path)
     formats = {format for format, _, _ in names}
     groups = {
         f"group_{number}": {
             "targets": ["Linear"] if len(names) == 1 else names[format, size, symmetric],
-            "weights": _weight_scheme(format, size, symmetric),
+            "weights": _build_4bit_weight_scheme(format, size, symmetric),
             "input_activations": None,
             "output_activations": None,
             "format": format,
@@ -119,7 +119,7 @@ def build_quantization_config(
     }
 
 
-def _weight_scheme(format: str, group_size: int, symmetric: bool) -> dict[str, Any]:
+def _build_4bit_weight_scheme(format: str, group_size: int, symmetric: bool) -> dict[str, Any]:
     floats = format == "mxfp4-pack-quantized"
     return {
         "num_bits": 4,

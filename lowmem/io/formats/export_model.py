@@ -14,20 +14,20 @@ from lowmem.io.formats.foreign_format import ExportTarget
 from lowmem.io.formats.format_registry import FOREIGN_FORMATS
 
 
-def export_targets() -> dict[str, ExportTarget]:
+def export_targets_by_format_name() -> dict[str, ExportTarget]:
     """Return how each format is written, by the name that ``--format`` takes."""
     return {name: format.target for name, format in FOREIGN_FORMATS.items() if format.target is not None}
 
 
-def resolve_export_format(out: Path, format: str | None) -> str:
+def checked_or_inferred_export_format(out: Path, format: str | None) -> str:
     """Return ``format`` if it is a key of ``targets()``; None: the key that the name of a file tells."""
-    known = ", ".join(export_targets())
+    known = ", ".join(export_targets_by_format_name())
     if format is None:
-        for name, target in export_targets().items():
+        for name, target in export_targets_by_format_name().items():
             if target.ending is not None and out.name.endswith(target.ending):
                 return name
         raise ValueError(f"the name {short_repr(out.name)} does not tell the format: give one of {known}")
-    if not is_one_of(format, export_targets()):
+    if not is_one_of(format, export_targets_by_format_name()):
         raise ValueError(f"format={short_repr(format)} is none of {known}")
     return format
 
@@ -66,8 +66,8 @@ def export(
         ImportError: a folder is to be written, and transformers is missing.
     """
     source, out = Path(source), Path(out)
-    name = resolve_export_format(out, format)
-    target = export_targets()[name]
+    name = checked_or_inferred_export_format(out, format)
+    target = export_targets_by_format_name()[name]
     options = {"like": like, "dtype": dtype}
     given_options = {option: value for option, value in options.items() if value is not None}
     for option in given_options:

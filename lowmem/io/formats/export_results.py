@@ -38,7 +38,7 @@ class Exported(ForeignWeightResult):
     target: str
     """Its name in the target."""
     square: float = 0.0
-    """The sum of the squares of its values in the source, by which ``relative_rms_error`` weighs the errors."""
+    """Sum of the squares of its values in the source: the weight of its error in ``combined_relative_rms_error``."""
 
     @classmethod
     def compare(
@@ -60,7 +60,7 @@ class Exported(ForeignWeightResult):
             after: the values of the target, in the shape of ``before``; None if they are the same.
             measured: whether to compare the values at all; else they are the same.
         """
-        error_squares = squared_error_and_norm(before, after) if measured else Squares(0.0, 0.0)
+        error_squares = squares_of_error_and_weight(before, after) if measured else Squares(0.0, 0.0)
         error = (
             math.sqrt(error_squares.error_squares / error_squares.weight_squares)
             if error_squares.error_squares
@@ -80,22 +80,22 @@ class Exported(ForeignWeightResult):
         )
 
 
-def squared_error_and_norm(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> Squares:
+def squares_of_error_and_weight(before: Tensor | QuantizedTensor, after: Tensor | QuantizedTensor | None) -> Squares:
     """Return the squares of a weight before an export and of its error after it; ``after`` is None if it is kept."""
     columns = before.shape[-1] if len(before.shape) else 1
 
     def iterate_chunk_squares() -> Iterator[Squares]:
         for rows in row_slices_within_scratch(math.prod(before.shape) // max(1, columns), columns):
-            values = _dequantized_rows(before, rows, columns)
+            values = _dense_matrix_rows(before, rows, columns)
             yield backend_of(values).squares(
-                values, values if after is None else _dequantized_rows(after, rows, columns)
+                values, values if after is None else _dense_matrix_rows(after, rows, columns)
             )
 
     total = Squares.total(iterate_chunk_squares())
     return Squares(0.0, total.weight_squares) if after is None else total
 
 
-def relative_rms_error(results: Iterable[Exported]) -> float:
+def combined_relative_rms_error(results: Iterable[Exported]) -> float:
     """Return ``rms(target - source) / rms(source)`` over all of the rows."""
     lost = square = 0.0
     for row in results:
@@ -104,7 +104,7 @@ def relative_rms_error(results: Iterable[Exported]) -> float:
     return math.sqrt(lost / square) if square else 0.0
 
 
-def _dequantized_rows(weight: Tensor | QuantizedTensor, row_slice: slice, columns: int) -> Tensor:
+def _dense_matrix_rows(weight: Tensor | QuantizedTensor, row_slice: slice, columns: int) -> Tensor:
     if isinstance(weight, QuantizedTensor):
         return weight.as_matrix().restore(row_slice)
     return weight.detach().reshape(-1, columns)[row_slice]

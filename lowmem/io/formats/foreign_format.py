@@ -25,7 +25,7 @@ StorageForm: TypeAlias = "CodedForm | torch.dtype"
 
 
 @dataclass(frozen=True)
-class ForeignTensor:
+class LazyForeignTensor:
     """A weight of another program's file, whose values are read when they are asked for.
 
     Args:
@@ -62,7 +62,7 @@ class ForeignTensor:
         nbytes: int,
         reason: str,
         values: Callable[[], Tensor] | None = None,
-    ) -> ForeignTensor:
+    ) -> LazyForeignTensor:
         """Return a weight that cannot be kept exactly."""
 
         def refuse_read() -> Weight:
@@ -133,7 +133,7 @@ class LayerTensors:
         """Read a part."""
         return self.checkpoint.read_tensor(self.tensor_name(part))
 
-    def check_parts_fit(self, fits: bool) -> None:
+    def raise_parts_error_unless(self, fits: bool) -> None:
         """Raise a ValueError that names the parts, unless they fit each other."""
         if not fits:
             shown = ", ".join(f"{part} {spec.dtype} {spec.shape}" for part, spec in self.specs.items())
@@ -141,21 +141,21 @@ class LayerTensors:
                 f"the parts of the layer {short_repr(self.layer)} of {self.format} do not fit: {shown}; get it again"
             )
 
-    def foreign_weight(
+    def foreign_tensor_of_weight(
         self, kind: str, shape: tuple[int, ...], read: Callable[[], Weight], **other_fields: Any
-    ) -> ForeignTensor:
-        """Return the layer's weight; ``other_fields`` are other fields of ``ForeignTensor``."""
-        return ForeignTensor(self.tensor_name("weight"), shape, kind, self.nbytes, read, **other_fields)
+    ) -> LazyForeignTensor:
+        """Return the layer's weight; ``other_fields`` are other fields of ``LazyForeignTensor``."""
+        return LazyForeignTensor(self.tensor_name("weight"), shape, kind, self.nbytes, read, **other_fields)
 
-    def refused_weight(
+    def refused_tensor_of_weight(
         self, kind: str, shape: tuple[int, ...], reason: str, values: Callable[[], Tensor] | None = None
-    ) -> ForeignTensor:
+    ) -> LazyForeignTensor:
         """Return the layer's weight, which cannot be kept exactly."""
-        return ForeignTensor.with_refusal(self.tensor_name("weight"), shape, kind, self.nbytes, reason, values)
+        return LazyForeignTensor.with_refusal(self.tensor_name("weight"), shape, kind, self.nbytes, reason, values)
 
 
 WeightIterator: TypeAlias = Callable[
-    [SafetensorsCheckpoint, Mapping[str, Any]], Iterator[tuple[ForeignTensor, set[str]]]
+    [SafetensorsCheckpoint, Mapping[str, Any]], Iterator[tuple[LazyForeignTensor, set[str]]]
 ]
 """A checkpoint, and what its config.json says of the quantization -> each weight, and the names of its tensors.
 ValueError: a weight lacks a part, or its parts do not fit."""
@@ -201,7 +201,7 @@ class ForeignFormat:
     settings: Mapping[str, Callable[[object], bool]] = field(default_factory=dict)
     check: Callable[[Mapping[str, Any], Collection[str]], None] = lambda config, kinds: None
     magic: bytes = b""
-    open: Callable[[Path], tuple[BufferedReader, list[ForeignTensor], list[str]]] | None = None
+    open: Callable[[Path], tuple[BufferedReader, list[LazyForeignTensor], list[str]]] | None = None
     target: ExportTarget | None = None
 
     def check_config_settings(self, config: Mapping[str, Any], weight_kinds: Collection[str]) -> None:

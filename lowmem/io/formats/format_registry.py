@@ -5,11 +5,11 @@ from __future__ import annotations
 from lowmem.io.formats import bitsandbytes, compressed_tensors, gptq_awq, mxfp4
 from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat
 from lowmem.io.formats.gguf.gguf_file import MAGIC
-from lowmem.io.formats.gguf.gguf_reader import open_gguf_checkpoint
+from lowmem.io.formats.gguf.gguf_reader import open_gguf_and_list_tensors
 from lowmem.io.formats.gguf.gguf_writer import export_gguf
 
 _GGUF = ForeignFormat(
-    "gguf", magic=MAGIC, open=open_gguf_checkpoint, target=ExportTarget(export_gguf, ".gguf", ("like", "dtype"))
+    "gguf", magic=MAGIC, open=open_gguf_and_list_tensors, target=ExportTarget(export_gguf, ".gguf", ("like", "dtype"))
 )
 
 FOREIGN_FORMATS: dict[str, ForeignFormat] = {

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import short_repr
-from lowmem.io.formats.code_conversion import IntegerWeight, unpacked_int32_words
-from lowmem.io.formats.foreign_format import ForeignFormat, ForeignTensor, LayerTensors, exact_match_predicate
+from lowmem.io.formats.code_conversion import LazyIntegerWeight, unpacked_4bit_codes_from_int32
+from lowmem.io.formats.foreign_format import ForeignFormat, LayerTensors, LazyForeignTensor, exact_match_predicate
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -30,12 +30,12 @@ _PARTS = ("qweight", "qzeros", "scales")
 
 
 def _iterate_weights_and_tensor_names(
-    read_layer: Callable[[LayerTensors, Mapping[str, Any]], ForeignTensor],
+    read_layer: Callable[[LayerTensors, Mapping[str, Any]], LazyForeignTensor],
     format_name: str,
     outputs_per_word: int,
     checkpoint: SafetensorsCheckpoint,
     config: Mapping[str, Any],
-) -> Iterator[tuple[ForeignTensor, set[str]]]:
+) -> Iterator[tuple[LazyForeignTensor, set[str]]]:
     """Yield the weight of each layer with ``outputs_per_word`` outputs for each word of a row, and the names of its
     tensors."""
     for key, words in checkpoint.specs.items():
@@ -50,13 +50,13 @@ def _iterate_weights_and_tensor_names(
             yield read_layer(parts, config), parts.tensor_names
 
 
-def _check_layer_tensors(
+def _check_tensor_dtypes_and_shapes(
     layer_tensors: LayerTensors, in_features: int, zeros_shape: tuple[int, int], has_fitting_shapes: bool
 ) -> None:
     """Raise a ValueError unless the parts of a layer fit; ``zeros_shape`` is the shape of its zero points."""
     specs = layer_tensors.specs
     groups, outputs = specs["scales"].shape
-    layer_tensors.check_parts_fit(
+    layer_tensors.raise_parts_error_unless(
         has_fitting_shapes
         and 0 < groups <= in_features
         and outputs > 0
@@ -66,7 +66,7 @@ def _check_layer_tensors(
     )
 
 
-def _check_group_size(
+def _check_group_size_if_configured(
     config: Mapping[str, Any], layer_path: str, in_features: int, group_count: int, needs_whole_groups: bool
 ) -> None:
     """Raise a ValueError unless the ``group_size`` of a config is a layer's; ``needs_whole_groups``: all groups are
@@ -83,7 +83,7 @@ def _check_group_size(
         )
 
 
-def _gptq_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+def _gptq_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> LazyForeignTensor:
     specs, layer = layer_tensors.specs, layer_tensors.layer
     (words, outputs), (groups, _) = specs["qweight"].shape, specs["scales"].shape
     order = specs.get("g_idx")
@@ -91,10 +91,12 @@ def _gptq_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, An
     bits = config.get("bits", 32 * words / inputs if inputs else 0)
     if bits != 4:
         why = f"it has {short_repr(bits)} bits a weight, and 4 are read: take the dense model, or one in 4 bits"
-        return layer_tensors.refused_weight("GPTQ", (outputs, inputs), why)
+        return layer_tensors.refused_tensor_of_weight("GPTQ", (outputs, inputs), why)
     is_order = order is None or (order.shape == (inputs,) and order.dtype in (torch.int32, torch.int64))
-    _check_layer_tensors(layer_tensors, inputs, (groups, -(-outputs // 8)), inputs == 8 * words and is_order)
-    _check_group_size(config, layer, inputs, groups, needs_whole_groups=order is None)
+    _check_tensor_dtypes_and_shapes(
+        layer_tensors, inputs, (groups, -(-outputs // 8)), inputs == 8 * words and is_order
+    )
+    _check_group_size_if_configured(config, layer, inputs, groups, needs_whole_groups=order is None)
     # The last group may be shorter
     group = config.get("group_size")
     if group is None and order is not None:
@@ -107,22 +109,24 @@ def _gptq_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, An
             "with "
             "its config.json"
         )
-    return IntegerWeight(
+    return LazyIntegerWeight(
         layer_tensors,
         "GPTQ",
         (outputs, inputs),
         min(group, inputs),
         specs["scales"].dtype,
-        codes=lambda: unpacked_int32_words(layer_tensors.read_part("qweight").T, inputs),
+        codes=lambda: unpacked_4bit_codes_from_int32(layer_tensors.read_part("qweight").T, inputs),
         scales=lambda: layer_tensors.read_part("scales").T,
-        zeros=lambda: _read_gptq_zero_points(layer_tensors, outputs, config).T,
+        zeros=lambda: _read_gptq_zeros_of_either_version(layer_tensors, outputs, config).T,
         groups=None if order is None else lambda: layer_tensors.read_part("g_idx"),
-    ).foreign_tensor_or_refused()
+    ).exact_or_refused_foreign_tensor()
 
 
-def _read_gptq_zero_points(layer_tensors: LayerTensors, out_features: int, config: Mapping[str, Any]) -> Tensor:
+def _read_gptq_zeros_of_either_version(
+    layer_tensors: LayerTensors, out_features: int, config: Mapping[str, Any]
+) -> Tensor:
     """Return the zero point of each group and output, int32 (groups, out)."""
-    stored = unpacked_int32_words(layer_tensors.read_part("qzeros"), out_features).int()
+    stored = unpacked_4bit_codes_from_int32(layer_tensors.read_part("qzeros"), out_features).int()
     kind = config.get("checkpoint_format")
     # Symmetric ones tell the version
     if kind is None:
@@ -137,27 +141,29 @@ def _read_gptq_zero_points(layer_tensors: LayerTensors, out_features: int, confi
     return stored if kind == "gptq_v2" else stored + 1 & 15
 
 
-def _awq_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> ForeignTensor:
+def _awq_weight_or_refused(layer_tensors: LayerTensors, config: Mapping[str, Any]) -> LazyForeignTensor:
     (inputs, words), (groups, outputs) = layer_tensors.specs["qweight"].shape, layer_tensors.specs["scales"].shape
-    _check_layer_tensors(layer_tensors, inputs, (groups, words), groups > 0 and inputs % groups == 0)
-    _check_group_size(config, layer_tensors.layer, inputs, groups, needs_whole_groups=True)
+    _check_tensor_dtypes_and_shapes(layer_tensors, inputs, (groups, words), groups > 0 and inputs % groups == 0)
+    _check_group_size_if_configured(config, layer_tensors.layer, inputs, groups, needs_whole_groups=True)
 
-    def read_unpacked_and_transposed(tensor_suffix: str) -> Tensor:
+    def read_unpacked_reordered_transposed(tensor_suffix: str) -> Tensor:
         """Return codes or zero points: uint8 (out, inputs or groups)."""
-        eights = unpacked_int32_words(layer_tensors.read_part(tensor_suffix), outputs).unflatten(-1, (-1, 8))
+        eights = unpacked_4bit_codes_from_int32(layer_tensors.read_part(tensor_suffix), outputs).unflatten(
+            -1, (-1, 8)
+        )
         sorted_outputs: Tensor = eights[..., torch.tensor(_ORDER, dtype=torch.int64, device="cpu").argsort()]
         return sorted_outputs.flatten(-2).T.contiguous()
 
-    return IntegerWeight(
+    return LazyIntegerWeight(
         layer_tensors,
         "AWQ",
         (outputs, inputs),
         inputs // groups,
         layer_tensors.specs["scales"].dtype,
-        codes=lambda: read_unpacked_and_transposed("qweight"),
+        codes=lambda: read_unpacked_reordered_transposed("qweight"),
         scales=lambda: layer_tensors.read_part("scales").T,
-        zeros=lambda: read_unpacked_and_transposed("qzeros"),
-    ).foreign_tensor_or_refused()
+        zeros=lambda: read_unpacked_reordered_transposed("qzeros"),
+    ).exact_or_refused_foreign_tensor()
 
 
 GPTQ = ForeignFormat(

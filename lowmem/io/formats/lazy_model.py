@@ -16,17 +16,22 @@ from lowmem.errors import file_error, short_repr, value_errors_as_file_errors
 from lowmem.io.filesystem import has_magic_bytes
 from lowmem.io.formats.gguf.gguf_file import MAGIC
 from lowmem.io.formats.peft.peft_reader import check_not_adapters_only
-from lowmem.io.metadata_records import check_quantization_config, parse_form_record
-from lowmem.io.model_folder import CONFIG, check_layer_counts_of_folder, read_model_config, weights_or_index_path
+from lowmem.io.metadata_records import check_lowmem_quantization_config, parse_form_record
+from lowmem.io.model_folder import (
+    CONFIG,
+    check_layer_counts_of_folder,
+    read_checked_model_config,
+    weights_or_index_path,
+)
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.io.safetensors_header import TensorSpec
-from lowmem.io.shards import LazyWeight, read_lowmem_model, transposed_shape
+from lowmem.io.shards import LazyWeight, transposed_shape, verify_and_map_lowmem_model
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.gathered_weight import check_column_permutation
 
 
 @dataclass(frozen=True)
-class LazyModel:
+class LazyModelContent:
     """A model that lowmem wrote, or a dense folder.
 
     Args:
@@ -45,7 +50,7 @@ class LazyModel:
 
 
 @contextmanager
-def open_lazy_model(path: Path) -> Iterator[LazyModel]:
+def open_lazy_model(path: Path) -> Iterator[LazyModelContent]:
     """Open a folder, file or index; a FileError if lowmem did not write it, or it has adapters, or is damaged."""
     if path.is_dir():
         with _open_model_folder(path) as model:
@@ -53,24 +58,24 @@ def open_lazy_model(path: Path) -> Iterator[LazyModel]:
         return
     if has_magic_bytes(path, MAGIC):
         raise file_error(path, "it is a GGUF file: make it lowmem's first, by lowmem quantize", "export")
-    file = read_lowmem_model(path)
+    file = verify_and_map_lowmem_model(path)
     if file.metadata.get("adapters"):
         raise file_error(path, _adapters_refusal_message(file.metadata["adapters"]), "export")
     beside = path.parent if (path.parent / CONFIG).is_file() else None
-    config = None if beside is None else read_model_config(beside / CONFIG)
+    config = None if beside is None else read_checked_model_config(beside / CONFIG)
     specs = {name: TensorSpec.from_tensor(tensor) for name, tensor in file.tensors.items()}
     weights, tied = _lazy_weights_and_tied_names(path, specs, file.metadata["layers"], file.tensors.__getitem__)
-    yield LazyModel(path, beside, config, weights, tied)
+    yield LazyModelContent(path, beside, config, weights, tied)
 
 
 @contextmanager
-def _open_model_folder(path: Path) -> Iterator[LazyModel]:
+def _open_model_folder(path: Path) -> Iterator[LazyModelContent]:
     if not (path / CONFIG).is_file():
         check_not_adapters_only(path, "export")
         raise file_error(
             path, f"it has no {CONFIG}: name a folder that lowmem quantize or save_pretrained wrote", "export"
         )
-    config = read_model_config(path / CONFIG)
+    config = read_checked_model_config(path / CONFIG)
     record = config.pop("quantization_config", None) or {}
     method = record.get("quant_method")
     if record and not str(method).startswith("lowmem"):
@@ -78,7 +83,7 @@ def _open_model_folder(path: Path) -> Iterator[LazyModel]:
             path, f"{short_repr(method)} quantized it: make it lowmem's first, by lowmem quantize", "export"
         )
     try:
-        check_quantization_config(record)
+        check_lowmem_quantization_config(record)
     except (TypeError, ValueError) as reason:
         raise file_error(path / CONFIG, str(reason), "export") from None
     if record.get("adapters"):
@@ -88,7 +93,7 @@ def _open_model_folder(path: Path) -> Iterator[LazyModel]:
         weights, tied = _lazy_weights_and_tied_names(
             path, source.specs, _layer_records_by_path(path, record), source.read_tensor
         )
-        yield LazyModel(path, path, config, weights, tied)
+        yield LazyModelContent(path, path, config, weights, tied)
 
 
 def _adapters_refusal_message(adapters: object) -> str:
@@ -139,7 +144,7 @@ def _lazy_weights_and_tied_names(
         if stored is None:
             tied.append(name)
             continue
-        weights[name] = _checked_coded_weight(path, name, form, specs, read_tensor)
+        weights[name] = _checked_lazy_coded_weight(path, name, form, specs, read_tensor)
         left -= {f"{name}_{part}" for part in form.parts}
     for name in left:
         weight_name = name.removesuffix("_rounded")
@@ -164,7 +169,7 @@ def _read_checked_column_order(path: Path, name: str, read_tensor: Callable[[str
     return order
 
 
-def _checked_coded_weight(
+def _checked_lazy_coded_weight(
     path: Path,
     weight_name: str,
     form: CodedForm,

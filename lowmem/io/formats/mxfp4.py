@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lowmem.errors import short_repr
 from lowmem.io.formats.code_conversion import imported_quantized_tensor, unpacked_nibbles
-from lowmem.io.formats.foreign_format import ForeignFormat, ForeignTensor
+from lowmem.io.formats.foreign_format import ForeignFormat, LazyForeignTensor
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 from lowmem.quant.formats import get_format
 from lowmem.quant.packing import pack
@@ -46,7 +46,7 @@ def exponents_and_exact_mask(scales: Tensor) -> tuple[Tensor, Tensor]:
     return exponents.masked_fill(empty, 0), (bits % 2**23 == 1 << 22) & (exponents >= 0) | empty
 
 
-def mxfp4_weight(packed_codes: Tensor, exponents: Tensor, shape: tuple[int, ...]) -> QuantizedTensor:
+def fp4_tensor_from_mxfp4_parts(packed_codes: Tensor, exponents: Tensor, shape: tuple[int, ...]) -> QuantizedTensor:
     """Return a weight of codes, two in a byte, the first of them low: uint8 (..., in / 2), and (..., in / 32)."""
     codes = torch.tensor(E2M1_CODES, dtype=torch.uint8, device="cpu")[unpacked_nibbles(packed_codes).int()]
     return imported_quantized_tensor(pack(codes, BLOCK), fp4_scales_from_exponents(exponents), shape, "fp4", BLOCK)
@@ -80,7 +80,7 @@ def nearest_mxfp4_weight(values: Tensor) -> QuantizedTensor:
 
 def iterate_weights_and_tensor_names(
     checkpoint: SafetensorsCheckpoint, config: Mapping[str, Any]
-) -> Iterator[tuple[ForeignTensor, set[str]]]:
+) -> Iterator[tuple[LazyForeignTensor, set[str]]]:
     """Yield each parameter of a checkpoint that is stored so, and the names of its tensors."""
     for blocks, spec in checkpoint.specs.items():
         name = blocks.removesuffix("_blocks")
@@ -97,13 +97,13 @@ def iterate_weights_and_tensor_names(
             )
         shape = (*spec.shape[:-2], spec.shape[-2] * BLOCK)
         read = partial(_read_mxfp4_weight, checkpoint, name, shape)
-        weight = ForeignTensor(name, shape, "MXFP4", spec.nbytes + scales.nbytes, read, transposed=True)
+        weight = LazyForeignTensor(name, shape, "MXFP4", spec.nbytes + scales.nbytes, read, transposed=True)
         yield weight, {blocks, f"{name}_scales"}
 
 
 def _read_mxfp4_weight(checkpoint: SafetensorsCheckpoint, name: str, shape: tuple[int, ...]) -> QuantizedTensor:
     pairs = checkpoint.read_tensor(f"{name}_blocks").flatten(-2)  # (..., out, in / 2)
-    return mxfp4_weight(pairs, checkpoint.read_tensor(f"{name}_scales"), shape)
+    return fp4_tensor_from_mxfp4_parts(pairs, checkpoint.read_tensor(f"{name}_scales"), shape)
 
 
 FORMAT = ForeignFormat("gpt-oss", iterate_weights_and_tensor_names, method="mxfp4")

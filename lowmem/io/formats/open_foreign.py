@@ -14,7 +14,7 @@ import torch
 
 from lowmem.errors import file_error, short_repr, value_errors_as_file_errors
 from lowmem.io.filesystem import has_magic_bytes, read_errors_with_path
-from lowmem.io.formats.foreign_format import ForeignTensor, config_contradiction_error
+from lowmem.io.formats.foreign_format import LazyForeignTensor, config_contradiction_error
 from lowmem.io.formats.format_registry import FOREIGN_FORMATS
 from lowmem.io.model_folder import (
     CONFIG,
@@ -45,12 +45,12 @@ class ForeignCheckpoint:
         path: Path,
         stack: ExitStack,
         kind: str,
-        tensors: dict[str, ForeignTensor],
+        tensors: dict[str, LazyForeignTensor],
         paths: set[Path],
         left_out: Sequence[str] = (),
     ) -> None:
         self._stack, self.kind, self.paths, self.left_out = stack, kind, paths, left_out
-        self.tensors: dict[str, ForeignTensor] = {}
+        self.tensors: dict[str, LazyForeignTensor] = {}
         for name, tensor in tensors.items():
             guard = value_errors_as_file_errors(path, message_prefix=f"tensor {short_repr(tensor.name)}: ")
             readers = {part: getattr(tensor, part) for part in ("read", "form", "values", "order")}
@@ -78,8 +78,8 @@ def open_foreign_checkpoint(path: Path) -> ForeignCheckpoint:
                 stack.callback(file.close)
                 by_name = {tensor.name: tensor for tensor in tensors}
                 return ForeignCheckpoint(path, stack, format.name, by_name, {path.resolve()}, left_out)
-        return _open_quantized_safetensors(path, path.with_name(CONFIG))
-    return _open_quantized_safetensors(_safetensors_or_index_path(path), path / CONFIG)
+        return _open_foreign_safetensors(path, path.with_name(CONFIG))
+    return _open_foreign_safetensors(_safetensors_or_index_path(path), path / CONFIG)
 
 
 def _safetensors_or_index_path(folder: Path) -> Path:
@@ -105,11 +105,11 @@ def _safetensors_or_index_path(folder: Path) -> Path:
     raise file_error(folder, "it holds no .safetensors file; name a model's folder or file")
 
 
-def _open_quantized_safetensors(path: Path, config_path: Path) -> ForeignCheckpoint:
+def _open_foreign_safetensors(path: Path, config_path: Path) -> ForeignCheckpoint:
     with ExitStack() as stack:
         checkpoint = stack.enter_context(SafetensorsCheckpoint(path))
         settings = _read_hf_or_autogptq_config(config_path)
-        tensors: dict[str, ForeignTensor] = {}
+        tensors: dict[str, LazyForeignTensor] = {}
         claimed: set[str] = set()
         kinds: dict[str, set[str]] = {}
         with value_errors_as_file_errors(path):
@@ -145,7 +145,9 @@ def _open_quantized_safetensors(path: Path, config_path: Path) -> ForeignCheckpo
                 raise file_error(path, f"it has {short_repr(name)} twice, in 4 bits and dense; get it again")
             kind = str(spec.dtype).removeprefix("torch.")
             read = partial(checkpoint.read_tensor, name)
-            tensors[name] = ForeignTensor(name, spec.shape, kind, spec.nbytes, read, partial(getattr, spec, "dtype"))
+            tensors[name] = LazyForeignTensor(
+                name, spec.shape, kind, spec.nbytes, read, partial(getattr, spec, "dtype")
+            )
         return ForeignCheckpoint(path, stack.pop_all(), ", ".join(kinds) or "safetensors", tensors, checkpoint.paths)
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 from lowmem.errors import file_error, printable_line, short_repr
 from lowmem.io.filesystem import atomic_folder, check_not_exists, write_errors_with_path
 from lowmem.io.formats.export_results import Exported
-from lowmem.io.formats.lazy_model import LazyModel, open_lazy_model
+from lowmem.io.formats.lazy_model import LazyModelContent, open_lazy_model
 from lowmem.io.formats.transformers_architecture import Architecture, architecture_from_config
-from lowmem.io.lowmem_file import write_plain_safetensors
+from lowmem.io.lowmem_file import write_plain_safetensors_atomically
 from lowmem.io.metadata_records import parameter_record_key
 from lowmem.io.model_folder import CONFIG, WEIGHTS, copy_non_weight_files
 from lowmem.io.safetensors_header import TensorSpec
-from lowmem.io.shards import INDEX, LazyWeight, shard_path, transposed_shape, weight_names_per_shard
+from lowmem.io.shards import INDEX, LazyWeight, shard_path, sorted_weight_names_per_shard, transposed_shape
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.formats import get_format
 from lowmem.quant.tensor import QuantizedTensor
@@ -130,7 +130,9 @@ def export_quantized_folder(
         dense = [path for path in architecture.linear if path not in schemes]
         config = {**model.config, "quantization_config": packing.config(schemes, dense, architecture.dtype)}
         largest = max(sum(spec.nbytes for spec in plan.specs.values()) for plan in plans.values())
-        shards = weight_names_per_shard({name: plan.specs for name, plan in plans.items()}, max(shard_bytes, largest))
+        shards = sorted_weight_names_per_shard(
+            {name: plan.specs for name, plan in plans.items()}, max(shard_bytes, largest)
+        )
         with atomic_folder(out) as partial:
             copy_non_weight_files(model.folder, partial, out, (CONFIG,))
             with write_errors_with_path(out):
@@ -160,7 +162,7 @@ def _write_shards_and_index(
         path = folder / WEIGHTS
         path = path if len(shards) == 1 else shard_path(path, number, len(shards))
         specs = {part: spec for name in names for part, spec in plans[name].specs.items()}
-        write_plain_safetensors(path, specs, iterate_tensors_and_add_rows(names))
+        write_plain_safetensors_atomically(path, specs, iterate_tensors_and_add_rows(names))
         weight_map |= dict.fromkeys(specs, path.name)
     if len(shards) > 1:
         size = sum(row.after_bytes for row in rows)
@@ -174,7 +176,7 @@ def _json_bytes(content: Any) -> bytes:
     return json.dumps(content, indent=2, sort_keys=True).encode() + b"\n"
 
 
-def _check_weights_match_architecture(model: LazyModel, architecture: Architecture) -> None:
+def _check_weights_match_architecture(model: LazyModelContent, architecture: Architecture) -> None:
     """Raise unless the folder has the weights of the model that its config describes."""
     lacking = architecture.shapes.keys() - architecture.tied - model.weights.keys()
     unknown = {name for name, weight in model.weights.items() if isinstance(weight.form, CodedForm)}
@@ -204,7 +206,7 @@ def _check_weights_match_architecture(model: LazyModel, architecture: Architectu
 
 
 def _plan_weight_exports_or_refuse(
-    model: LazyModel, architecture: Architecture, packing: PackingFormat, requantize: bool
+    model: LazyModelContent, architecture: Architecture, packing: PackingFormat, requantize: bool
 ) -> dict[str, _WeightExportPlan]:
     plans: dict[str, _WeightExportPlan] = {}
     refused: list[str] = []

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lowmem.errors import printable_line
-from lowmem.io.formats.foreign_format import ForeignTensor, StorageForm
+from lowmem.io.formats.foreign_format import LazyForeignTensor, StorageForm
 from lowmem.nn.forms import CodedForm
 from lowmem.nn.techniques import EightBit, FourBit
 from lowmem.quant.backend import Weight
@@ -46,7 +46,7 @@ class Requantization:
     errors: dict[str, float] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)
 
-    def requantized_or_same_tensor(self, tensor: ForeignTensor) -> ForeignTensor:
+    def lazily_requantized_or_same_tensor(self, tensor: LazyForeignTensor) -> LazyForeignTensor:
         """Return a weight that is quantized when it is read, if it is to be; else the same one."""
         if tensor.refusal is not None:
             if self.refused is None or tensor.values is None:
@@ -70,8 +70,8 @@ class Requantization:
         return max(part_errors, default=None)
 
     def _lazily_quantized_tensor(
-        self, tensor: ForeignTensor, technique: FourBit | EightBit, read: Callable[[], Tensor | Weight]
-    ) -> ForeignTensor:
+        self, tensor: LazyForeignTensor, technique: FourBit | EightBit, read: Callable[[], Tensor | Weight]
+    ) -> LazyForeignTensor:
         form: StorageForm = CodedForm.from_quantized_tensor(
             technique.skeleton(torch.empty(tensor.shape, dtype=torch.float32, device="meta"))
         )
@@ -89,7 +89,7 @@ class Requantization:
         return replace(tensor, form=lambda: form, read=quantize_and_record_error, refusal=None, values=None)
 
 
-def refused_tensors_message(tensors: Sequence[ForeignTensor]) -> str:
+def refused_tensors_message(tensors: Sequence[LazyForeignTensor]) -> str:
     """Return why weights cannot be kept exactly, and how to go on: where all values are known, by --requantize."""
     shown = "; ".join(f"{printable_line(tensor.name, 80)}, {tensor.kind}: {tensor.refusal}" for tensor in tensors[:3])
     more = f"; and {len(tensors) - 3} more" if len(tensors) > 3 else ""
@@ -98,14 +98,14 @@ def refused_tensors_message(tensors: Sequence[ForeignTensor]) -> str:
     return f"it cannot be kept exactly: {shown}{more}{f'; {how}' if known else ''}"
 
 
-def bytes_in_storage_form(tensor: ForeignTensor, form: StorageForm) -> int:
+def bytes_in_storage_form(tensor: LazyForeignTensor, form: StorageForm) -> int:
     """Return the bytes that a tensor takes as it is kept."""
     return sum(
         spec.nbytes for spec in _tensor_with_storage_form(tensor, form).to_lazy_weight().file_tensor_specs().values()
     )
 
 
-def _tensor_with_storage_form(tensor: ForeignTensor, form: StorageForm) -> ForeignTensor:
+def _tensor_with_storage_form(tensor: LazyForeignTensor, form: StorageForm) -> LazyForeignTensor:
     return replace(tensor, form=lambda: form)
 
 
@@ -116,7 +116,7 @@ def form_with_dense_dtype(form: StorageForm, dtype: torch.dtype | None) -> Stora
 
 def warn_if_model_grows(
     path: Path,
-    tensors_and_forms: Sequence[tuple[ForeignTensor, StorageForm]],
+    tensors_and_forms: Sequence[tuple[LazyForeignTensor, StorageForm]],
     model_bytes: int,
     dense_dtype: torch.dtype | None = None,
 ) -> None:
@@ -145,7 +145,9 @@ def warn_if_model_grows(
         sizes[option] = sum(
             bytes_in_storage_form(
                 foreign_tensor,
-                included.requantized_or_same_tensor(_tensor_with_storage_form(foreign_tensor, form)).storage_form(),
+                included.lazily_requantized_or_same_tensor(
+                    _tensor_with_storage_form(foreign_tensor, form)
+                ).storage_form(),
             )
             for foreign_tensor, form in tensors_and_forms
         )

@@ -12,7 +12,7 @@ from torch import nn
 
 from lowmem.errors import file_error, model_build_failure_reason, short_repr
 from lowmem.io.model_folder import CONFIG
-from lowmem.io.remote_code import NEEDS_CODE, is_remote_code_error, remove_auto_map_entries
+from lowmem.io.remote_code import NEEDS_CODE, has_trust_remote_code_in_text, remove_auto_map_entries
 from lowmem.transforms.layer_roles import float32_name_patterns
 from lowmem.version import install_command
 
@@ -73,7 +73,7 @@ def architecture_from_config(folder: Path, config: Mapping[str, Any]) -> Archite
         with torch.device("meta"):
             model: Any = kind._from_config(model_config, dtype=dtype)  # type: ignore[attr-defined]
     except Exception as reason:  # of transformers' dependencies, too, which have no common class
-        why = NEEDS_CODE if is_remote_code_error(reason) else model_build_failure_reason(reason)
+        why = NEEDS_CODE if has_trust_remote_code_in_text(reason) else model_build_failure_reason(reason)
         raise file_error(folder / CONFIG, why, "export") from reason
     for path, module in model.named_modules():
         if type(module).__name__ in MODULES_TO_PATCH_FOR_QUANTIZATION:

@@ -42,7 +42,7 @@ class BlockReplay(ExitStack):
     """A model of which some blocks are done: inside a ``with`` statement they return their outputs of the last run.
 
     Args:
-        model: in ``evaluation_mode``.
+        model: in ``evaluation_without_gradients``.
         block_lists: the blocks, by the list that holds them, each in the order of their calls.
         offload_folder: a folder for what is kept; None: memory.
         keep_all_outputs: whether the outputs of all blocks are kept, and not only the last of each list.
@@ -230,7 +230,7 @@ def keep_all_outputs_and_refusal(
     """Return whether ``BlockReplay`` has to keep the outputs of all blocks; None, and why, if that is not enough.
 
     Each block is run once, and none of its layers changes. A model of which no two runs are alike passes.
-    ``expected_inputs`` are the ``recording_first_inputs`` of the model's own run on the batch.
+    ``expected_inputs`` are the ``recording_first_input_samples`` of the model's own run on the batch.
     """
     why = ""
     for keep_all in (False, True):

@@ -89,7 +89,7 @@ def values(model: torch.nn.Module) -> dict[str, Tensor]:
     """Return all parameters in float32, dequantized; tied ones under each of their names."""
     found = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        parts = getattr(module, "part_names", ())
+        parts = getattr(module, "part_parameter_names", ())
         names = [*getattr(module, "forms", ()), *(name for name in module._parameters if name not in parts)]
         for name in names:
             value = getattr(module, name)

@@ -20,7 +20,7 @@ from lowmem import FourBit, Half, LoRA
 from lowmem.errors import FileError
 from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.pretrained_folder import load_folder, quantize_folder
-from lowmem.io.model_folder import check_layer_counts
+from lowmem.io.model_folder import check_layer_and_expert_counts
 from tests.fuzzing import bounded
 from tests.integrations.transformers.folders import SIZES, assert_same, change_config, load, write
 from tests.integrations.transformers.foreign import write_foreign
@@ -107,15 +107,15 @@ def test_counts_of_any_name_are_refused_before_a_model_is_made_and_sizes_are_not
         with pytest.raises(FileError, match=f"{name}=.*get it again"):
             load_folder(folder, LowmemConfig(FourBit("nf4")))
         change_config(folder, **{name: None, **before})
-    check_layer_counts({"max_window_layers": 4096})
-    check_layer_counts(
+    check_layer_and_expert_counts({"max_window_layers": 4096})
+    check_layer_and_expert_counts(
         {"layer_rope_theta": 10_000, "ffn_dim_per_layer": [8192, 16_384], "layer_list_out_channels": [5000]}
     )
     sizes = {"vocab_size_per_layer_input": 262_144, "hidden_size_per_layer_input": 8192}  # of a Gemma 3n
     for name in ("gemma3n", "gemma4"):
         config = AutoConfig.for_model(name).to_dict()
         config["text_config"] |= sizes
-        check_layer_counts(config)
+        check_layer_and_expert_counts(config)
 
 
 def test_adapted_weights_and_experts_are_told(tmp_path):

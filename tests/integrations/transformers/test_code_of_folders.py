@@ -37,7 +37,7 @@ from lowmem.integrations.transformers.pretrained_folder import (
 from lowmem.integrations.transformers.text_comparison import compare_folders_on_text
 from lowmem.integrations.transformers.text_generation import open_model_and_tokenizer
 from lowmem.integrations.transformers.text_tokenizer import read_tokenizer
-from lowmem.io.formats.gguf.gguf_tokenizer_fields import gguf_tokenizer_fields
+from lowmem.io.formats.gguf.gguf_tokenizer_fields import tokenizer_and_chat_template_fields
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
 from lowmem.tools import COMMANDS
 from tests.integrations.transformers.folders import load, write
@@ -276,9 +276,9 @@ FUNCTIONS = {
     "check_tensors_fit_config": check_tensors_fit_config,
     "quantize_folder": lambda folder: quantize_folder(folder, Path("out"), FourBit()),
     "calibrate_folder": lambda folder: calibrate_folder(folder, Path("out"), FourBit(), None),
-    "compare_text": lambda folder: compare_folders_on_text([folder, folder], "one and two are three"),
+    "compare_folders_on_text": lambda folder: compare_folders_on_text([folder, folder], "one and two are three"),
     "dense_model_factory": lambda folder: dense_model_factory(folder)(),
-    "language_model_sizes": read_language_model_sizes,
+    "read_language_model_sizes": read_language_model_sizes,
     "model_class_from_path": model_class_from_path,
     "stored_by": quantizing_program_or_none,
     "transformers_config": transformers_config,
@@ -286,7 +286,7 @@ FUNCTIONS = {
     "open_model_and_tokenizer of an adapter": lambda folder: open_model_and_tokenizer(Path("adapter"), folder),
     "adapter_base_path": lambda folder: open_model_and_tokenizer(Path("adapter")),
     "read_tokenizer": read_tokenizer,
-    "gguf_tokenizer_fields": lambda folder: gguf_tokenizer_fields(folder, {}, 258),
+    "gguf_tokenizer_fields": lambda folder: tokenizer_and_chat_template_fields(folder, {}, 258),
     "from_exact": from_exact,
     "import_foreign_folder": lambda folder: import_foreign_folder(folder, Path("out")),
     "import_foreign_checkpoint": lambda folder: import_foreign_checkpoint(folder, Path("out.safetensors")),

@@ -13,7 +13,7 @@ from lowmem import EightBit, FourBit
 from lowmem.integrations.transformers import LowmemConfig, from_exact
 from lowmem.integrations.transformers.pretrained_folder import import_foreign_folder
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
-from lowmem.io.shards import read_lowmem_model
+from lowmem.io.shards import verify_and_map_lowmem_model
 from lowmem.nn.adapter_bank import unadapted_parameter
 from tests.integrations.transformers import folders
 from tests.integrations.transformers.folders import IDS, assert_same, change_config, change_weights, load
@@ -49,10 +49,10 @@ def test_the_bytes_are_those_of_lowmem_quantize(tmp_path):
     for method in METHODS:
         folder = write_foreign(tmp_path / method, method)
         import_foreign_checkpoint(folder, tmp_path / "a.safetensors")
-        file = read_lowmem_model(tmp_path / "a.safetensors")
+        file = verify_and_map_lowmem_model(tmp_path / "a.safetensors")
         model = from_exact(folder)
         lowmem.save(model, tmp_path / "b.safetensors")
-        other = read_lowmem_model(tmp_path / "b.safetensors")
+        other = verify_and_map_lowmem_model(tmp_path / "b.safetensors")
         assert other.metadata["layers"] == file.metadata["layers"]
         assert other.tensors.keys() == file.tensors.keys()
         assert all(torch.equal(value, other.tensors[name]) for name, value in file.tensors.items())

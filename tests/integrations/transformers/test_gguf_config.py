@@ -8,8 +8,12 @@ from transformers import AutoConfig, LlamaConfig, MistralConfig, Phi3Config, Qwe
 
 from lowmem import FileError
 from lowmem.integrations.transformers.gguf_config import check_config_matches_gguf, gguf_config_dict_or_none
-from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_gguf_file
-from lowmem.io.formats.gguf.gguf_metadata import gguf_architecture, gguf_model_fields, llama3_rope_factors_or_none
+from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_new_gguf_file
+from lowmem.io.formats.gguf.gguf_metadata import (
+    checked_gguf_architecture,
+    gguf_model_fields,
+    llama3_rope_factors_or_none,
+)
 from tests.integrations.transformers.folders import SIZES
 
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -33,7 +37,7 @@ ROTATED = "llama.rope.dimension_count"
 def write(path, config, change=None, tensors=None):
     """Write what a file of a config's model says of it; ``change`` replaces fields, or removes them where None."""
     told = config.to_dict()
-    arch = gguf_architecture(told)
+    arch = checked_gguf_architecture(told)
     told_in_phi3 = {} if arch != "phi3" else {"phi3.block_count": 1}
     fields = {"general.architecture": arch, **(told_in_phi3 or gguf_model_fields(told))}
     ids = (("bos_token_id", "bos"), ("eos_token_id", "eos"))
@@ -49,7 +53,9 @@ def write(path, config, change=None, tensors=None):
     contents |= tensors or {}
     placed = [GGUFTensorInfo(name, tuple(one.shape), 0) for name, one in contents.items()]
     values = [(name, one.flatten().view(torch.uint8)) for name, one in contents.items()]
-    write_gguf_file(path, {key: encode_metadata_field(key, value) for key, value in fields.items()}, placed, values)
+    write_new_gguf_file(
+        path, {key: encode_metadata_field(key, value) for key, value in fields.items()}, placed, values
+    )
     return path
 
 

@@ -35,7 +35,7 @@ from lowmem import EightBit, FourBit, Half, LoRA
 from lowmem.__main__ import main
 from lowmem.integrations.transformers import METHOD, LowmemConfig, adopt
 from lowmem.integrations.transformers.pretrained_folder import checked_config_and_tensor_bytes
-from lowmem.io.metadata_records import encode_form_record
+from lowmem.io.metadata_records import form_to_record_dict
 from lowmem.nn.forms import CodedForm
 from lowmem.transforms.module_registry import all_paths_by_module
 from lowmem.version import install_command
@@ -74,7 +74,7 @@ def test_a_model_without_a_folder_and_parts_of_it(tmp_path):
     model.save_pretrained(tmp_path)
     (record,) = json.loads((tmp_path / "config.json").read_text())["quantization_config"]["layers"]
     names = record.pop("names")
-    assert record == encode_form_record(CodedForm("nf4", 64, "double", "absmax"))
+    assert record == form_to_record_dict(CodedForm("nf4", 64, "double", "absmax"))
     assert "model.layers.1.mlp.experts.gate_up_proj" in names
     assert all(name.startswith("model.layers.1.") for name in names)
     assert "model.layers.1.mlp.experts.gate_up_proj_packed" in load_file(tmp_path / "model.safetensors")

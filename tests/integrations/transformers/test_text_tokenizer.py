@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from lowmem import FileError
 from lowmem.integrations.transformers import TextTokenizer
 from lowmem.integrations.transformers.text_tokenizer import gguf_tokenizer, read_tokenizer
-from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_gguf_file
+from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_new_gguf_file
 from tests.integrations.transformers.tokens import VOCABULARY, write_tokenizer
 
 CHAT = (
@@ -114,7 +114,7 @@ def tokens_of(tmp_path, monkeypatch, fields, text):
         f"tokenizer.ggml.{key}": encode_metadata_field(f"tokenizer.ggml.{key}", value)
         for key, value in fields.items()
     }
-    write_gguf_file(path, encoded, [GGUFTensorInfo("a", (1,), 0)], [("a", torch.zeros(4, dtype=torch.uint8))])
+    write_new_gguf_file(path, encoded, [GGUFTensorInfo("a", (1,), 0)], [("a", torch.zeros(4, dtype=torch.uint8))])
     found = gguf_tokenizer(path)
     assert found.eos_token == "<e>"
     return [tokens[number] for number in found(text)["input_ids"]], found

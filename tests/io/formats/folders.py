@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lowmem
-from lowmem.io.metadata_records import CONFIG_VERSION, encode_form_record, parameter_record_key
+from lowmem.io.metadata_records import CONFIG_VERSION, form_to_record_dict, parameter_record_key
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -85,7 +85,7 @@ def write_folder(folder: Path, weights: Weights, config: Mapping[str, Any] = CON
         parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
         module = name.removesuffix(".weight")
         parts[f"{module}._extra_state"] = torch.tensor(list(b"how it is stored"), dtype=torch.uint8, device="cpu")
-        layers.append({**encode_form_record(CodedForm.from_quantized_tensor(weight)), "names": [module]})
+        layers.append({**form_to_record_dict(CodedForm.from_quantized_tensor(weight)), "names": [module]})
     method = "lowmem: import lowmem.integrations.transformers"
     record = (
         {"quantization_config": {"quant_method": method, "version": CONFIG_VERSION, "layers": layers}}
@@ -115,7 +115,7 @@ def write_file(path: Path, weights: Weights) -> Path:
     for name, weight in weights.items():
         if isinstance(weight, QuantizedTensor):
             parts |= {f"{name}_packed": weight.packed, f"{name}_scales": weight.scales.view(torch.uint8)}
-            layers[parameter_record_key(name)] = encode_form_record(CodedForm.from_quantized_tensor(weight))
+            layers[parameter_record_key(name)] = form_to_record_dict(CodedForm.from_quantized_tensor(weight))
         else:
             parts[name] = weight
     write_tensors_returning_digest(path, parts, {"kind": "model", "layers": layers})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from lowmem import quantize
 from lowmem.errors import FileError
-from lowmem.io.formats.bitsandbytes import BLOCKS, PACKING, pack_exactly, packed_and_requantized
+from lowmem.io.formats.bitsandbytes import BLOCKS, PACKING, pack_exactly, packed_nf4_and_requantized_weight
 from lowmem.io.formats.code_conversion import unpacked_codes
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.quant.scale_encodings import ENCODINGS
@@ -170,8 +170,8 @@ def test_quantizing_again_takes_any_shape_and_says_what_the_values_become(
 ):
     """Of rows that no block divides the blocks run over the flattened weight, as bitsandbytes' own do."""
     weight = strategies.make_weight(kind, (rows, columns), 0, seed)
-    packed, after = packed_and_requantized(weight, torch.float32)
-    empty, _ = packed_and_requantized(weight.to("meta"), torch.float32)
+    packed, after = packed_nf4_and_requantized_weight(weight, torch.float32)
+    empty, _ = packed_nf4_and_requantized_weight(weight.to("meta"), torch.float32)
     assert {name: (part.shape, part.dtype) for name, part in packed.parts.items()} == {
         name: (part.shape, part.dtype) for name, part in empty.parts.items()
     }

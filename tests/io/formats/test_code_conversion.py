@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from lowmem import quantize
 from lowmem.io.formats.code_conversion import (
-    IntegerWeight,
-    block_size_dividing_rows,
+    LazyIntegerWeight,
+    float32_scales_for_smaller_blocks,
+    largest_block_size_dividing_rows,
     largest_dividing_block_size,
-    reblocked_scales,
     remapped_nibbles,
     smallest_exact_scale_encoding,
     tensor_bytes_copy,
@@ -67,11 +67,11 @@ def test_nibbles_of_bytes_are_read_low_first():
 def test_codes_and_scales_of_smaller_blocks_give_the_same_weight(weight, name, block, scales):
     stored = quantize(weight, name, block_size=block, scales=scales)
     columns = weight.shape[-1]
-    largest = block_size_dividing_rows(stored)
+    largest = largest_block_size_dividing_rows(stored)
     assert columns % largest == 0
     levels = torch.tensor(get_format(name).levels)[unpacked_codes(stored).int()]
     for size in {largest, 1} | {size for size in (2, 4, 8) if largest % size == 0}:
-        wide = reblocked_scales(stored, size).repeat_interleave(size, -1)
+        wide = float32_scales_for_smaller_blocks(stored, size).repeat_interleave(size, -1)
         assert torch.equal(levels * wide, stored.dequantize())
 
 
@@ -80,11 +80,11 @@ def test_no_larger_block_is_uniform(columns, block):
     stored = quantize(torch.ones(1, columns), "nf4", block_size=block)
     starts = range(0, columns, block)
     whole = [n for n in range(1, columns + 1) if columns % n == 0 and all(start % n == 0 for start in starts)]
-    assert block_size_dividing_rows(stored) == max(whole)
+    assert largest_block_size_dividing_rows(stored) == max(whole)
 
 
 def layer(codes, scales, group, zeros=None, groups=None):
-    return IntegerWeight(
+    return LazyIntegerWeight(
         LayerTensors(None, "a", "F", {}),
         "F",
         tuple(codes.shape),
@@ -98,18 +98,19 @@ def layer(codes, scales, group, zeros=None, groups=None):
 def test_columns_of_a_group_are_put_side_by_side():
     make = partial(layer, torch.zeros(2, 5, dtype=torch.uint8), torch.ones(2, 3))
     groups = torch.tensor([1, 0, 2, 1, 0])  # the last one is shorter
-    order = make(2, groups=groups).grouped_column_order()
+    order = make(2, groups=groups).checked_column_order_by_group()
     assert (order.tolist(), order.dtype) == ([1, 4, 0, 3, 2], torch.int32)
     for size in (1, 3):
         with pytest.raises(ValueError, match="do not have"):
-            make(size, groups=groups).grouped_column_order()
+            make(size, groups=groups).checked_column_order_by_group()
     codes, groups = torch.randint(0, 16, (2, 24), dtype=torch.uint8), torch.randperm(24) // 8
     mixed = layer(codes, torch.tensor([[1.0, 2, 4]] * 2), 8, groups=groups)
     assert torch.equal(
-        mixed.read_quantized().dequantize(), mixed.read_float32_values()[:, mixed.grouped_column_order().long()]
+        mixed.read_quantized_in_group_order().dequantize(),
+        mixed.read_float32_values()[:, mixed.checked_column_order_by_group().long()],
     )
     with pytest.raises(ValueError, match="its columns are of groups that 3 scales do not have; get it again"):
-        make(2, groups=groups + 1).grouped_column_order()
+        make(2, groups=groups + 1).checked_column_order_by_group()
 
 
 def test_integers_in_groups_of_any_length_are_exact():
@@ -117,7 +118,7 @@ def test_integers_in_groups_of_any_length_are_exact():
     for columns, group in ((40, 16), (41, 16), (9000, 9000), (9001, 5000)):
         codes = torch.randint(0, 16, (2, columns), generator=generator, dtype=torch.uint8)
         scales = torch.randn(2, -(-columns // group), generator=generator)
-        weight = layer(codes, scales, group).read_quantized()
+        weight = layer(codes, scales, group).read_quantized_in_group_order()
         weight.check_layout()
         wide = scales.repeat_interleave(group, -1)[:, :columns]
         assert (weight.format, weight.scale_encoding, weight.method) == ("q4_0", "float32", "imported")
@@ -132,12 +133,14 @@ def test_integers_in_groups_of_any_length_are_exact():
         for lead in ((), (1,)):
             codes_of, scales_of, zeros_of = (part.view(*lead, *part.shape) for part in (codes, halves, zeros))
             made = layer(codes_of, scales_of, group, zeros_of)
-            weight = made.read_quantized()
+            weight = made.read_quantized_in_group_order()
             weight.check_layout()
             assert (weight.format, weight.scale_encoding[-8:], weight.method) == ("uint4", "_offsets", "imported")
             assert torch.equal(weight.dequantize(torch.float64), exact.view(*lead, *exact.shape))
             assert torch.equal(made.read_float32_values(), weight.dequantize())
-            symmetric = layer(codes_of, scales_of, group, torch.full_like(zeros_of, 8)).read_quantized()
+            symmetric = layer(
+                codes_of, scales_of, group, torch.full_like(zeros_of, 8)
+            ).read_quantized_in_group_order()
             assert symmetric.format == "q4_0"
             assert torch.equal(symmetric.dequantize(), layer(codes_of, scales_of, group).read_float32_values())
 
@@ -150,9 +153,9 @@ def test_what_has_more_bits_than_float32_or_no_blocks_is_refused():
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         make = partial(layer, codes, torch.ones(2, 3, dtype=dtype))
         assert (
-            make(16, eights).foreign_tensor_or_refused().refusal
-            is make(16).foreign_tensor_or_refused().refusal
+            make(16, eights).exact_or_refused_foreign_tensor().refusal
+            is make(16).exact_or_refused_foreign_tensor().refusal
             is None
         )
-        assert make(16, one).foreign_tensor_or_refused().refusal == (wide if dtype == torch.float32 else None)
-        assert "a scale for each 6 of 48 columns has no blocks" in make(6).foreign_tensor_or_refused().refusal
+        assert make(16, one).exact_or_refused_foreign_tensor().refusal == (wide if dtype == torch.float32 else None)
+        assert "a scale for each 6 of 48 columns has no blocks" in make(6).exact_or_refused_foreign_tensor().refusal

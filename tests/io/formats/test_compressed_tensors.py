@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from lowmem import quantize
 from lowmem.errors import FileError
-from lowmem.io.formats.code_conversion import block_size_dividing_rows, unpacked_codes
+from lowmem.io.formats.code_conversion import largest_block_size_dividing_rows, unpacked_codes
 from lowmem.io.formats.compressed_tensors import pack_exactly, packed_and_requantized
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.quant.packing import pack as pack_codes
@@ -244,7 +244,7 @@ def test_zero_points_keep_codes_scales_and_values(tmp_path_factory, size, rows, 
     )
     for own in (dtype, torch.float32):
         packed = pack_exactly(stored, own)
-        assert packed.scheme == ("pack-quantized", block_size_dividing_rows(stored), False)
+        assert packed.scheme == ("pack-quantized", largest_block_size_dividing_rows(stored), False)
         path = tmp_path_factory.mktemp("packed") / "a.safetensors"
         if own == torch.float32:  # in which the product with a zero point is exact for such scales
             packed = replace(packed, parts={**packed.parts, "weight_scale": packed.parts["weight_scale"].to(dtype)})

@@ -6,7 +6,7 @@ import torch
 from lowmem.io.formats.compressed_tensors_config import (
     build_quantization_config,
     check_format_and_schemes,
-    check_layer_scheme,
+    check_some_scheme_fits_layer,
 )
 
 INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32, "dynamic": False}
@@ -21,7 +21,7 @@ def test_what_is_written_passes_the_checks_of_what_is_read():
     assert found["b"]["weights"] == {**INT4, "type": "float", "scale_dtype": "torch.uint8"}
     check_format_and_schemes(config, {"compressed-tensors", "MXFP4"})
     for layer in schemes:
-        check_layer_scheme(config, layer, 32, (8, 64), has_zero_points=False)
+        check_some_scheme_fits_layer(config, layer, 32, (8, 64), has_zero_points=False)
     one = build_quantization_config({"a": schemes["a"]}, [], torch.float32)
     settled = {"input_activations": None, "output_activations": None}
     assert one == {
@@ -36,8 +36,8 @@ def test_what_is_written_passes_the_checks_of_what_is_read():
     with pytest.raises(ValueError, match="says format='pack-quantized', and its tensors are in MXFP4"):
         check_format_and_schemes(one, {"MXFP4"})
     with pytest.raises(ValueError, match="says group_size=32, and 'a' has groups of 16 of its 64 columns"):
-        check_layer_scheme(one, "a", 16, (8, 64), has_zero_points=False)
+        check_some_scheme_fits_layer(one, "a", 16, (8, 64), has_zero_points=False)
     asymmetric = build_quantization_config({"a": ("pack-quantized", 32, False)}, [], torch.float32)
     assert asymmetric["config_groups"]["group_0"]["weights"] == {**INT4, "symmetric": False}
     with pytest.raises(ValueError, match="has zero points, and it has none"):
-        check_layer_scheme(asymmetric, "a", 32, (8, 64), has_zero_points=False)
+        check_some_scheme_fits_layer(asymmetric, "a", 32, (8, 64), has_zero_points=False)

@@ -7,7 +7,7 @@ import torch
 
 import lowmem
 from lowmem import kernels
-from lowmem.io.formats.export_results import Exported, relative_rms_error, squared_error_and_norm
+from lowmem.io.formats.export_results import Exported, combined_relative_rms_error, squares_of_error_and_weight
 from lowmem.io.shards import LazyWeight
 from lowmem.kernels import reference
 
@@ -37,7 +37,10 @@ def test_the_kernel_squares_what_it_can_read(dtype, monkeypatch):
     monkeypatch.setattr(
         reference, "squares", reference.squares if kernels.available_cpu_backend_names() == ["reference"] else None
     )
-    assert squared_error_and_norm(weight, other) == (pytest.approx(lost, rel=1e-12), pytest.approx(size, rel=1e-12))
+    assert squares_of_error_and_weight(weight, other) == (
+        pytest.approx(lost, rel=1e-12),
+        pytest.approx(size, rel=1e-12),
+    )
     stored = lowmem.quantize(weight, "nf4")
     assert row_of(weight, stored).error == pytest.approx(stored.squares.relative_error, rel=5.001e-4)  # of 4 digits
 
@@ -46,11 +49,11 @@ def test_the_error_over_all_weights_counts_those_that_did_not_change():
     small, large = torch.randn(8, 32), 10 * torch.randn(40, 32)
     rows = [row_of(small, small + 1), row_of(large, None)]
     whole = math.sqrt(small.numel() / float(small.double().square().sum() + large.double().square().sum()))
-    assert relative_rms_error(rows) == pytest.approx(whole, rel=1e-6)
-    assert relative_rms_error([]) == 0.0
+    assert combined_relative_rms_error(rows) == pytest.approx(whole, rel=1e-6)
+    assert combined_relative_rms_error([]) == 0.0
 
 
 def test_squares_of_what_overflows_float32_and_of_scalars():
     huge = torch.tensor([[1e30, 2e30]])
-    assert squared_error_and_norm(huge, None) == (0.0, pytest.approx(5e60))
-    assert squared_error_and_norm(torch.tensor(3.0), torch.tensor(1.0)) == (4.0, 9.0)
+    assert squares_of_error_and_weight(huge, None) == (0.0, pytest.approx(5e60))
+    assert squares_of_error_and_weight(torch.tensor(3.0), torch.tensor(1.0)) == (4.0, 9.0)

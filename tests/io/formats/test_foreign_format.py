@@ -4,13 +4,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from lowmem.io.formats.foreign_format import ForeignTensor, LayerTensors, exact_match_predicate
+from lowmem.io.formats.foreign_format import LayerTensors, LazyForeignTensor, exact_match_predicate
 from lowmem.io.formats.format_registry import FOREIGN_FORMATS
 from lowmem.io.safetensors_checkpoint import SafetensorsCheckpoint
 
 
 def test_a_weight_that_says_its_form_is_not_read_for_it():
-    assert ForeignTensor("a", (2,), "b", 4, lambda: 1 / 0, lambda: torch.int8).storage_form() is torch.int8
+    assert LazyForeignTensor("a", (2,), "b", 4, lambda: 1 / 0, lambda: torch.int8).storage_form() is torch.int8
 
 
 def test_the_parts_of_a_layer_are_named_in_errors(tmp_path):
@@ -22,12 +22,12 @@ def test_the_parts_of_a_layer_are_named_in_errors(tmp_path):
         assert LayerTensors.from_checkpoint(source, "", "F", ("x",)).tensor_names == {
             "x"
         }  # a model that is one layer
-        parts.check_parts_fit(True)
+        parts.raise_parts_error_unless(True)
         with pytest.raises(ValueError, match=r"parts of the layer 'a' of F do not fit: x torch.float32 \(2,\), y"):
-            parts.check_parts_fit(False)
+            parts.raise_parts_error_unless(False)
         with pytest.raises(ValueError, match="the layer 'a' of F lacks 'a.z'; get it again"):
             LayerTensors.from_checkpoint(source, "a", "F", ("z",))
-        found = parts.refused_weight("K", (2,), "it is odd")
+        found = parts.refused_tensor_of_weight("K", (2,), "it is odd")
         shown = (found.name, found.shape, found.kind, found.nbytes, found.refusal)
         assert shown == ("a.weight", (2,), "K", 20, "it is odd")
         for read in (found.storage_form, found.read):

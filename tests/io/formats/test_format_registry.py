@@ -10,8 +10,8 @@ import lowmem
 from lowmem.errors import FileError
 from lowmem.io.filesystem import open_regular_file
 from lowmem.io.formats import format_registry
-from lowmem.io.formats.export_model import resolve_export_format
-from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat, ForeignTensor, exact_match_predicate
+from lowmem.io.formats.export_model import checked_or_inferred_export_format
+from lowmem.io.formats.foreign_format import ExportTarget, ForeignFormat, LazyForeignTensor, exact_match_predicate
 from lowmem.io.formats.open_foreign import is_foreign_quantized_part, open_foreign_checkpoint
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
 
@@ -22,14 +22,14 @@ def find(source, config):
         layer, _, part = name.rpartition(".")
         if part == "eighths":
             read = lambda name=name: source.read_tensor(name).float() / 8  # noqa: E731
-            yield ForeignTensor(f"{layer}.weight", spec.shape, "eighths", spec.nbytes, read), {name}
+            yield LazyForeignTensor(f"{layer}.weight", spec.shape, "eighths", spec.nbytes, read), {name}
 
 
 def open_bytes(path):
     """A file of one vector of bytes."""
     file = open_regular_file(path)
     read = lambda: torch.frombuffer(bytearray(path.read_bytes()[5:]), dtype=torch.uint8)  # noqa: E731
-    return file, [ForeignTensor("bytes", (3,), "byte", 3, read)], ["checksum"]
+    return file, [LazyForeignTensor("bytes", (3,), "byte", 3, read)], ["checksum"]
 
 
 def write_bytes(source, out, *, requantize, progress):
@@ -64,7 +64,11 @@ def test_a_made_up_format_of_safetensors_is_read_and_its_config_is_checked(tmp_p
 
 def test_a_made_up_format_of_a_file_is_read_and_exported_to(tmp_path):
     path = tmp_path / "a.bytes"
-    assert resolve_export_format(path, None) == resolve_export_format(tmp_path, "bytes") == "bytes"
+    assert (
+        checked_or_inferred_export_format(path, None)
+        == checked_or_inferred_export_format(tmp_path, "bytes")
+        == "bytes"
+    )
     assert lowmem.export(tmp_path / "in", path) == []
     with open_foreign_checkpoint(path) as file:
         assert (file.kind, file.left_out) == ("bytes", ["checksum"])

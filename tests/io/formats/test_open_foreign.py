@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from lowmem.errors import FileError
-from lowmem.io.formats.foreign_format import ForeignTensor
+from lowmem.io.formats.foreign_format import LazyForeignTensor
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.tensor import QuantizedTensor
@@ -21,7 +21,7 @@ SAMPLES = Path(__file__).parent / "samples"
 MADE = json.loads((SAMPLES / "samples.json").read_text())
 
 
-def values_of(tensor: ForeignTensor) -> torch.Tensor:
+def values_of(tensor: LazyForeignTensor) -> torch.Tensor:
     """Return a weight in float32, in the model's shape."""
     weight = tensor.read()
     if isinstance(weight, QuantizedTensor):

@@ -8,7 +8,7 @@ import torch
 
 from lowmem import EightBit, FourBit
 from lowmem.io.formats.code_conversion import imported_quantized_tensor
-from lowmem.io.formats.foreign_format import ForeignTensor
+from lowmem.io.formats.foreign_format import LazyForeignTensor
 from lowmem.io.formats.requantization import (
     GrowthWarning,
     Requantization,
@@ -18,7 +18,7 @@ from lowmem.io.formats.requantization import (
     warn_if_model_grows,
 )
 from lowmem.io.import_foreign_checkpoint import import_foreign_checkpoint
-from lowmem.io.safetensors_checkpoint import check_patterns_match
+from lowmem.io.safetensors_checkpoint import check_each_pattern_matches_a_tensor
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.quantize_tensor import relative_error
 from tests.io.formats.test_open_foreign import SAMPLES
@@ -27,27 +27,27 @@ WEIGHT = torch.randn(4, 64, generator=torch.Generator().manual_seed(0))
 
 
 def dense(name, weight=WEIGHT):
-    return ForeignTensor(name, tuple(weight.shape), "Q8_0", weight.nbytes, lambda: weight)
+    return LazyForeignTensor(name, tuple(weight.shape), "Q8_0", weight.nbytes, lambda: weight)
 
 
 def coded(name):
     weight = imported_quantized_tensor(torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 2), (4, 64), "q4_0", 32)
-    return ForeignTensor(name, (4, 64), "Q4_0", 1, lambda: weight)
+    return LazyForeignTensor(name, (4, 64), "Q4_0", 1, lambda: weight)
 
 
 def test_by_default_every_weight_is_as_it_was():
     for tensor in (
         dense("a"),
         coded("b"),
-        ForeignTensor.with_refusal("c", (4, 64), "GPTQ", 1, "why", lambda: WEIGHT),
+        LazyForeignTensor.with_refusal("c", (4, 64), "GPTQ", 1, "why", lambda: WEIGHT),
     ):
-        assert Requantization().requantized_or_same_tensor(tensor) is tensor
-        assert Requantization(include=["*"]).requantized_or_same_tensor(tensor) is tensor
+        assert Requantization().lazily_requantized_or_same_tensor(tensor) is tensor
+        assert Requantization(include=["*"]).lazily_requantized_or_same_tensor(tensor) is tensor
 
 
 def test_dense_matrices_that_a_pattern_names_are_quantized_and_nothing_else():
     asked = Requantization(include=["a*"], technique=EightBit())
-    made = asked.requantized_or_same_tensor(dense("a"))
+    made = asked.lazily_requantized_or_same_tensor(dense("a"))
     assert made.storage_form() == CodedForm.from_quantized_tensor(EightBit().store(WEIGHT))
     assert asked.errors == {}  # it was not read yet
     stored, wanted = made.read(), EightBit().store(WEIGHT)
@@ -55,33 +55,37 @@ def test_dense_matrices_that_a_pattern_names_are_quantized_and_nothing_else():
     assert torch.equal(stored.scales, wanted.scales)
     assert asked.largest_error_or_none("a") == relative_error(WEIGHT, wanted) > 0
     for other in (dense("b"), dense("a", WEIGHT[0])):
-        assert asked.requantized_or_same_tensor(other) is other
-    assert asked.requantized_or_same_tensor(dense("a", torch.arange(8).view(2, 4))).storage_form() is torch.int64
-    kept = asked.requantized_or_same_tensor(coded("a"))
+        assert asked.lazily_requantized_or_same_tensor(other) is other
+    assert (
+        asked.lazily_requantized_or_same_tensor(dense("a", torch.arange(8).view(2, 4))).storage_form() is torch.int64
+    )
+    kept = asked.lazily_requantized_or_same_tensor(coded("a"))
     assert (type(kept.storage_form()), kept.read().format) == (CodedForm, "q4_0")
     assert asked.largest_error_or_none("b") is None
 
 
 def test_weights_of_8_bits_that_a_pattern_names_are_quantized_to_fewer_bits():
     weight = EightBit(format="q8_0").store(WEIGHT)
-    tensor = ForeignTensor("a", (4, 64), "Q8_0", weight.nbytes, lambda: weight)
-    assert Requantization(include=["a"], technique=EightBit()).requantized_or_same_tensor(tensor).read() is weight
+    tensor = LazyForeignTensor("a", (4, 64), "Q8_0", weight.nbytes, lambda: weight)
+    assert (
+        Requantization(include=["a"], technique=EightBit()).lazily_requantized_or_same_tensor(tensor).read() is weight
+    )
     asked = Requantization(include=["a"], technique=FourBit("nf4"))
-    stored = asked.requantized_or_same_tensor(tensor).read()
+    stored = asked.lazily_requantized_or_same_tensor(tensor).read()
     assert torch.equal(stored.packed, FourBit("nf4").store(weight.dequantize()).packed)
     assert asked.largest_error_or_none("a") > 0.05
 
 
 def test_what_is_refused_is_quantized_where_its_values_are_known():
-    known = ForeignTensor.with_refusal("a", (4, 64), "GPTQ", 1, "why", lambda: WEIGHT)
-    unknown = ForeignTensor.with_refusal("b", (4, 64), "IQ2_S", 1, "why")
+    known = LazyForeignTensor.with_refusal("a", (4, 64), "GPTQ", 1, "why", lambda: WEIGHT)
+    unknown = LazyForeignTensor.with_refusal("b", (4, 64), "IQ2_S", 1, "why")
     asked = Requantization(FourBit("nf4"))
     assert "--requantize" in refused_tensors_message([known])
     assert "b, IQ2_S: why" in refused_tensors_message([known, unknown])
     assert "--requantize" not in refused_tensors_message([known, unknown])  # which would not do it
     assert "and 2 more" in refused_tensors_message([known] * 5)
-    assert asked.requantized_or_same_tensor(unknown) is unknown
-    made = asked.requantized_or_same_tensor(known)
+    assert asked.lazily_requantized_or_same_tensor(unknown) is unknown
+    made = asked.lazily_requantized_or_same_tensor(known)
     assert made.refusal is None
     assert torch.equal(made.read().packed, FourBit("nf4").store(WEIGHT).packed)
     assert 0.05 < asked.largest_error_or_none("a") < 0.15
@@ -90,7 +94,7 @@ def test_what_is_refused_is_quantized_where_its_values_are_known():
 def test_the_error_of_a_weight_is_the_largest_of_its_parts():
     asked = Requantization(include=["*"], technique=FourBit("nf4"), names={"a": "both", "b": "both"})
     for part in (dense("a"), dense("b", WEIGHT.square())):
-        asked.requantized_or_same_tensor(part).read()
+        asked.lazily_requantized_or_same_tensor(part).read()
     assert asked.largest_error_or_none("both") == max(asked.errors.values()) > min(asked.errors.values())
     assert asked.largest_error_or_none("a") is None
 
@@ -98,10 +102,10 @@ def test_the_error_of_a_weight_is_the_largest_of_its_parts():
 def test_bad_input_is_one_error_that_names_it():
     asked = Requantization(include=["a", "x*"], technique=FourBit())
     with pytest.raises(ValueError, match=r"pattern 'x\*' matches no tensor; check it, the first is 'a'"):
-        check_patterns_match(asked.include, {"b": 1, "a": 2})
-    check_patterns_match(asked.include, ["a", "xy"])
+        check_each_pattern_matches_a_tensor(asked.include, {"b": 1, "a": 2})
+    check_each_pattern_matches_a_tensor(asked.include, ["a", "xy"])
     with pytest.raises(ValueError, match="^a: .*NaN"):
-        asked.requantized_or_same_tensor(dense("a", torch.full((2, 8), torch.nan))).read()
+        asked.lazily_requantized_or_same_tensor(dense("a", torch.full((2, 8), torch.nan))).read()
 
 
 MIB = 2**20
@@ -111,7 +115,7 @@ OFFSETS = CodedForm("uint4", 32, "float32_offsets", "imported")
 
 
 def tensor(name, kind, bits):
-    return ForeignTensor(name, SHAPE, kind, MIB * bits // 8, lambda: torch.empty(SHAPE))
+    return LazyForeignTensor(name, SHAPE, kind, MIB * bits // 8, lambda: torch.empty(SHAPE))
 
 
 def said_of(*weights, dtype=None):

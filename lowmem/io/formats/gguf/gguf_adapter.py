@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, GGUFValue, encode_metadata_field, write_gguf_file
-from lowmem.io.formats.gguf.gguf_metadata import ARCHITECTURES, gguf_architecture
-from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTensorNames, tensor_names_from_metadata
+from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, GGUFValue, encode_metadata_field, write_new_gguf_file
+from lowmem.io.formats.gguf.gguf_metadata import ARCHITECTURES, checked_gguf_architecture
+from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTransformersNameMap, tensor_name_map_from_metadata
 from lowmem.nn.adapter import Adapter
 from lowmem.transforms.adapter_placement import adaptable_module_and_name_by_path
 from lowmem.transforms.layer_roles import output_layer_reason_by_module
@@ -36,7 +36,7 @@ def write_gguf_adapter(
         ValueError: an architecture or layer that GGUF has no form of, a B that exceeds float32, or parameters of the
             base that train beside the adapter.
     """
-    names, alpha = _checked_gguf_tensor_names(model), _most_common_alpha(adapters_by_path)
+    names, alpha = _checked_llama_family_name_map(model), _most_common_usable_alpha(adapters_by_path)
     _check_base_is_frozen(model)
     places, outputs, is_tied = (
         adaptable_module_and_name_by_path(model),
@@ -52,7 +52,7 @@ def write_gguf_adapter(
             written = names.gguf_name(f"{place}.weight")
             if is_tied and (module in outputs or adapter.rows_are_read):
                 raise ValueError("its weight is that of the other end of the model, and llama.cpp makes one of both")
-            a, b = _lora_a_and_scaled_b(names, written, adapter, alpha)
+            a, b = _lora_a_and_scaled_reordered_b(names, written, adapter, alpha)
         except ValueError as reason:
             raise ValueError(
                 f"{layer_display_name(place)}: {reason}; leave it out with where= or skip=, or merge the adapter"
@@ -66,7 +66,7 @@ def write_gguf_adapter(
         "adapter.type": "lora",
         "adapter.lora.alpha": alpha,
     }
-    write_gguf_file(
+    write_new_gguf_file(
         path,
         {key: encode_metadata_field(key, value) for key, value in fields.items()},
         [GGUFTensorInfo(key, tuple(value.shape), F32) for key, value in tensors.items()],
@@ -74,11 +74,11 @@ def write_gguf_adapter(
     )
 
 
-def _checked_gguf_tensor_names(model: nn.Module) -> GGUFTensorNames:
+def _checked_llama_family_name_map(model: nn.Module) -> GGUFTransformersNameMap:
     config: Any = getattr(model, "config", None)
     kind = getattr(config, "model_type", None)
     try:
-        architecture = gguf_architecture({"model_type": kind})
+        architecture = checked_gguf_architecture({"model_type": kind})
     except ValueError:
         what = type(model).__name__ if kind is None else f"{type(model).__name__} ({kind})"
         raise ValueError(
@@ -87,7 +87,7 @@ def _checked_gguf_tensor_names(model: nn.Module) -> GGUFTensorNames:
         ) from None
     heads = {"head_count": config.num_attention_heads, "head_count_kv": config.num_key_value_heads}
     numbers = {f"{architecture}.attention.{key}": number for key, number in heads.items()}
-    return tensor_names_from_metadata({"general.architecture": architecture, **numbers})
+    return tensor_name_map_from_metadata({"general.architecture": architecture, **numbers})
 
 
 def _check_base_is_frozen(model: nn.Module) -> None:
@@ -111,7 +111,7 @@ def _has_tied_embeddings(model: Any) -> bool:
     return bool(input_ids & output_ids)
 
 
-def _most_common_alpha(adapters_by_path: Mapping[str, Adapter]) -> float:
+def _most_common_usable_alpha(adapters_by_path: Mapping[str, Adapter]) -> float:
     """Return the alpha, exact in float32, with which most scalings need no change of B."""
     wanted = Counter(adapter.scaling * adapter.rank for adapter in adapters_by_path.values()).most_common(1)[0][0]
     alpha = torch.tensor(wanted, dtype=torch.float32, device="cpu").item()
@@ -119,15 +119,15 @@ def _most_common_alpha(adapters_by_path: Mapping[str, Adapter]) -> float:
     return alpha if 1e-20 < alpha < 1e20 else 1.0
 
 
-def _lora_a_and_scaled_b(
-    names: GGUFTensorNames, weight_name: str, adapter: Adapter, file_alpha: float
+def _lora_a_and_scaled_reordered_b(
+    names: GGUFTransformersNameMap, weight_name: str, adapter: Adapter, file_alpha: float
 ) -> tuple[Tensor, Tensor]:
     """Return A and B as the file has them, contiguous in float32."""
     a, b = (part.detach().cpu() for part in (adapter.lora_a, adapter.lora_b))
     folded = (b.double() * (adapter.scaling / (file_alpha / adapter.rank))).float()
     if b.isfinite().all() and not folded.isfinite().all():
         raise ValueError("its B exceeds float32 with the scaling folded in: scale it down")
-    order = names.llama_row_order_or_none(weight_name, folded.shape[0])
+    order = names.file_rows_in_model_order_or_none(weight_name, folded.shape[0])
     if order is not None:
         folded = torch.empty_like(folded).index_copy_(0, order, folded)
     return (a.mT if adapter.rows_are_read else a).float().contiguous(), folded

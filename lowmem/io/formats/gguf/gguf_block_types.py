@@ -52,7 +52,7 @@ class GGUFBlockType:
         return (self.divisor or 1) * self.factors(raw)
 
 
-def _float16_field(raw: Tensor, byte_offset: int = 0) -> Tensor:
+def _float16_field_as_float32(raw: Tensor, byte_offset: int = 0) -> Tensor:
     """Return the float16 at byte ``byte_offset`` of each block, in float32: (rows, blocks, 1)."""
     return _reinterpreted_bytes(raw[..., byte_offset : byte_offset + 2], torch.float16).float()
 
@@ -75,19 +75,21 @@ def _iq4_xs_scales(raw: Tensor) -> Tensor:
     low = torch.stack([raw[..., 4:8] & 15, raw[..., 4:8] >> 4], dim=-1).flatten(-2).int()  # (rows, blocks, 8)
     both = raw[..., 2:3].int() | raw[..., 3:4].int() << 8
     high = both >> torch.arange(0, 16, 2, dtype=torch.int32, device="cpu") & 3
-    return _float16_field(raw) * ((low | high << 4) - 32).float()
+    return _float16_field_as_float32(raw) * ((low | high << 4) - 32).float()
 
 
 def _q4_k_q5_k_scales(raw: Tensor) -> Tensor:
     """Q4_K and Q5_K: the 6-bit scales of the eight sub-blocks in bytes 4 to 15, (rows, blocks, 8)."""
     low, high = raw[..., 4:8], raw[..., 12:16]
-    return _float16_field(raw) * torch.cat([low & 63, high & 15 | (low >> 6) << 4], dim=-1).float()
+    return _float16_field_as_float32(raw) * torch.cat([low & 63, high & 15 | (low >> 6) << 4], dim=-1).float()
 
 
 def _q4_k_q5_k_minima(raw: Tensor) -> Tensor:
     """Q4_K and Q5_K: their 6-bit minima, (rows, blocks, 8)."""
     middle, high = raw[..., 8:12], raw[..., 12:16]
-    return _float16_field(raw, 2) * torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], dim=-1).float()
+    return (
+        _float16_field_as_float32(raw, 2) * torch.cat([middle & 63, high >> 4 | (middle >> 6) << 4], dim=-1).float()
+    )
 
 
 def _q4_k_q5_k_low_nibbles(raw: Tensor, byte_offset: int) -> Tensor:
@@ -133,8 +135,8 @@ def _codes_scaled_in_groups_of_16(scales: Tensor, codes: Tensor) -> Tensor:
 def _dequantized_q2_k(raw: Tensor) -> Tensor:
     """Q2_K: 16 bytes of a 4-bit scale and minimum, the codes in bytes 16 to 79, and two float16."""
     scales, minima = (
-        _float16_field(raw, 80) * (raw[..., :16] & 15).float(),
-        _float16_field(raw, 82) * (raw[..., :16] >> 4).float(),
+        _float16_field_as_float32(raw, 80) * (raw[..., :16] & 15).float(),
+        _float16_field_as_float32(raw, 82) * (raw[..., :16] >> 4).float(),
     )
     return _codes_scaled_in_groups_of_16(scales, _unpacked_two_bit_codes(raw[..., 16:80])) - minima.repeat_interleave(
         16, -1
@@ -148,7 +150,9 @@ def _dequantized_q3_k(raw: Tensor) -> Tensor:
     high = (raw[..., None, 104:108] >> shifts[::2] & 3).flatten(-2)
     third = (raw[..., None, :32] >> shifts & 1).flatten(-2)  # (..., 256)
     codes = (_unpacked_two_bit_codes(raw[..., 32:96]) | third << 2).float() - 4
-    return _codes_scaled_in_groups_of_16(_float16_field(raw, 108) * ((low | high << 4).float() - 32), codes)
+    return _codes_scaled_in_groups_of_16(
+        _float16_field_as_float32(raw, 108) * ((low | high << 4).float() - 32), codes
+    )
 
 
 def _dequantized_q6_k(raw: Tensor) -> Tensor:
@@ -156,7 +160,7 @@ def _dequantized_q6_k(raw: Tensor) -> Tensor:
     low = _low_then_high_nibbles(raw[..., :128], 128).flatten(-2)  # (rows, blocks, 256)
     codes = (low | _unpacked_two_bit_codes(raw[..., 128:192]) << 4).float() - 32
     return _codes_scaled_in_groups_of_16(
-        _float16_field(raw, 208) * _reinterpreted_bytes(raw[..., 192:208], torch.int8).float(), codes
+        _float16_field_as_float32(raw, 208) * _reinterpreted_bytes(raw[..., 192:208], torch.int8).float(), codes
     )
 
 
@@ -173,8 +177,8 @@ BLOCKS = MappingProxyType(
         0: _float_block_type("F32", 0, torch.float32),
         1: _float_block_type("F16", 1, torch.float16),
         30: _float_block_type("BF16", 32, torch.bfloat16),
-        2: GGUFBlockType("Q4_0", 32, 18, 2, "q4_0", 8.0, lambda raw: raw[..., 2:], _float16_field),
-        20: GGUFBlockType("IQ4_NL", 32, 18, 25, "iq4_nl", 128.0, lambda raw: raw[..., 2:], _float16_field),
+        2: GGUFBlockType("Q4_0", 32, 18, 2, "q4_0", 8.0, lambda raw: raw[..., 2:], _float16_field_as_float32),
+        20: GGUFBlockType("IQ4_NL", 32, 18, 25, "iq4_nl", 128.0, lambda raw: raw[..., 2:], _float16_field_as_float32),
         23: GGUFBlockType("IQ4_XS", 256, 136, 30, "iq4_nl", 128.0, lambda raw: raw[..., 8:], _iq4_xs_scales),
         3: GGUFBlockType(
             "Q4_1",
@@ -184,8 +188,8 @@ BLOCKS = MappingProxyType(
             "uint4",
             16.0,
             lambda raw: raw[..., 4:],
-            _float16_field,
-            lambda raw: _float16_field(raw, 2),
+            _float16_field_as_float32,
+            lambda raw: _float16_field_as_float32(raw, 2),
         ),
         12: GGUFBlockType(
             "Q4_K",
@@ -211,9 +215,16 @@ BLOCKS = MappingProxyType(
         10: GGUFBlockType("Q2_K", 256, 84, dense=_dequantized_q2_k),
         11: GGUFBlockType("Q3_K", 256, 110, dense=_dequantized_q3_k),
         13: GGUFBlockType("Q5_K", 256, 176, dense=_dequantized_q5_k),
-        6: GGUFBlockType("Q5_0", 32, 22, dense=lambda raw: _float16_field(raw) * (_q5_0_q5_1_codes(raw, 2) - 16)),
+        6: GGUFBlockType(
+            "Q5_0", 32, 22, dense=lambda raw: _float16_field_as_float32(raw) * (_q5_0_q5_1_codes(raw, 2) - 16)
+        ),
         7: GGUFBlockType(
-            "Q5_1", 32, 24, dense=lambda raw: _float16_field(raw) * _q5_0_q5_1_codes(raw, 4) + _float16_field(raw, 2)
+            "Q5_1",
+            32,
+            24,
+            dense=lambda raw: (
+                _float16_field_as_float32(raw) * _q5_0_q5_1_codes(raw, 4) + _float16_field_as_float32(raw, 2)
+            ),
         ),
         8: GGUFBlockType(
             "Q8_0",
@@ -223,8 +234,8 @@ BLOCKS = MappingProxyType(
             "q8_0",
             1.0,
             lambda raw: raw[..., 2:] ^ 128,
-            _float16_field,
-            dense=lambda raw: _float16_field(raw) * _reinterpreted_bytes(raw[..., 2:], torch.int8).float(),
+            _float16_field_as_float32,
+            dense=lambda raw: _float16_field_as_float32(raw) * _reinterpreted_bytes(raw[..., 2:], torch.int8).float(),
         ),
         14: GGUFBlockType("Q6_K", 256, 210, dense=_dequantized_q6_k),
         **{

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from lowmem.io.formats.code_conversion import (
-    reblocked_offsets,
-    reblocked_scales,
+    float32_scales_for_smaller_blocks,
+    offsets_for_smaller_blocks,
     remapped_nibbles,
     tensor_bytes_copy,
     unpacked_codes,
@@ -174,8 +174,8 @@ def _weight_in_blocks_of_32(weight: QuantizedTensor) -> QuantizedTensor:
 def _reblocked_scales_and_offsets(weight: QuantizedTensor, block_size: int) -> list[Tensor]:
     """Return the scales in blocks of ``block_size``, and the offsets of a weight that has them: float32 (...,
     blocks)."""
-    return [reblocked_scales(weight, block_size)] + (
-        [reblocked_offsets(weight, block_size)] if weight.has_offsets else []
+    return [float32_scales_for_smaller_blocks(weight, block_size)] + (
+        [offsets_for_smaller_blocks(weight, block_size)] if weight.has_offsets else []
     )
 
 

@@ -213,9 +213,13 @@ def _read_shape_type_and_offset(reader: _HeaderReader, name: str) -> tuple[tuple
 
 
 def _checked_tensor_info(
-    name: str, entry: tuple[tuple[int, ...], int, int], data_start: int, alignment: int, file_size: int
+    name: str,
+    shape_type_and_offset: tuple[tuple[int, ...], int, int],
+    data_start: int,
+    alignment: int,
+    file_size: int,
 ) -> GGUFTensorInfo:
-    shape, kind, offset = entry
+    shape, kind, offset = shape_type_and_offset
     if offset % alignment or data_start + offset > file_size:
         raise ValueError(
             f"tensor {short_repr(name)} lies at {offset}, which is unaligned or beyond the end of the file"
@@ -273,7 +277,7 @@ def _length_prefixed_utf8(text: str) -> bytes:
     return struct.pack("<Q", len(content)) + content
 
 
-def write_gguf_file(
+def write_new_gguf_file(
     path: Path,
     encoded_fields: Mapping[str, bytes],
     tensor_infos: Sequence[GGUFTensorInfo],

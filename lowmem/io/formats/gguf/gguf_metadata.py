@@ -51,7 +51,7 @@ _FREE = ("context_length", "vocab_size", "rope.dimension_count", "attention.key_
 """Fields that may differ from the config, or be another's default: llama.cpp takes what the file has."""
 
 
-def gguf_architecture(config: Mapping[str, Any]) -> str:
+def checked_gguf_architecture(config: Mapping[str, Any]) -> str:
     """Return the architecture in GGUF; a ValueError if lowmem does not know its names there."""
     kind = config.get("model_type")
     architecture = ARCHITECTURES.get(kind) if isinstance(kind, str) else None
@@ -65,7 +65,7 @@ def gguf_architecture(config: Mapping[str, Any]) -> str:
 
 def gguf_model_fields(config: Mapping[str, Any]) -> dict[str, GGUFValue]:
     """Return the fields of a model, by key; a ValueError for a value that llama.cpp does not compute."""
-    arch = gguf_architecture(config)
+    arch = checked_gguf_architecture(config)
     if arch not in _DESCRIBED:
         raise ValueError(
             f"model_type={short_repr(config['model_type'])} needs more than its config says: name an existing GGUF "
@@ -206,7 +206,7 @@ def llama3_rope_factors_or_none(config: Mapping[str, Any]) -> Tensor | None:
 
 
 @dataclass(frozen=True)
-class ExistingGGUF:
+class OpenGGUFMetadataSource:
     """An open file, whose ``fields`` another file of the same model takes over as they lie in it."""
 
     path: Path
@@ -221,7 +221,7 @@ class ExistingGGUF:
 
     def check_matches_config(self, config: Mapping[str, Any]) -> None:
         """Raise a FileError unless it is of the model that a config describes."""
-        arch = gguf_architecture(config)
+        arch = checked_gguf_architecture(config)
         if self.architecture != arch:
             why = f"it is a {short_repr(self.architecture)}, and config.json describes a {short_repr(arch)}"
             raise file_error(self.path, f"{why}; name a file of the same model", "copy from")
@@ -242,7 +242,7 @@ class ExistingGGUF:
         """Raise a FileError unless its tokenizer, if it has one, is that of an embedding of so many rows."""
         for key in self.fields:
             name = key.removeprefix(_TOKENIZER) if key.startswith(_TOKENIZER) else key
-            value, (kind, count) = self.header.metadata[key], self._field_type_and_length(key)
+            value, (kind, count) = self.header.metadata[key], self._field_type_and_array_length_or_none(key)
             fits, what = True, ""
             if name in _OF_TOKENS:
                 fits, what = (
@@ -265,7 +265,7 @@ class ExistingGGUF:
             why = f"{_TOKENIZER}model={short_repr(model)}, and it has no {_TOKENIZER}tokens; name another file"
             raise file_error(self.path, why, "copy from")
 
-    def _field_type_and_length(self, key: str) -> tuple[int, int | None]:
+    def _field_type_and_array_length_or_none(self, key: str) -> tuple[int, int | None]:
         """Return the type of a field's value, and None; of an array the type and the number of its values."""
         # Behind the length and the text of the key
         content, at = self.fields[key], 8 + len(key.encode())
@@ -292,7 +292,7 @@ def _check_metadata_numbers(path: Path, metadata: Mapping[str, Any]) -> None:
         raise file_error(path, f"{why}; name another file", "copy from")
 
 
-def read_existing_gguf(path: Path, file: BufferedReader) -> ExistingGGUF:
+def read_copyable_gguf_metadata(path: Path, file: BufferedReader) -> OpenGGUFMetadataSource:
     """Read the metadata of an open file; a FileError if it is damaged, or no model."""
     header = read_gguf_header(path, file)
     metadata = header.metadata
@@ -308,4 +308,4 @@ def read_existing_gguf(path: Path, file: BufferedReader) -> ExistingGGUF:
         content = bytearray(place.stop - place.start)
         read_exactly_into(path, file, place.start, memoryview(content))
         fields[key] = bytes(content)
-    return ExistingGGUF(path, file, header, fields)
+    return OpenGGUFMetadataSource(path, file, header, fields)

@@ -14,10 +14,10 @@ from torch import Tensor
 from lowmem.errors import short_repr, value_errors_as_file_errors
 from lowmem.io.filesystem import open_regular_file, read_exactly_into
 from lowmem.io.formats.code_conversion import imported_quantized_tensor, smallest_exact_scale_encoding
-from lowmem.io.formats.foreign_format import ForeignTensor, StorageForm
+from lowmem.io.formats.foreign_format import LazyForeignTensor, StorageForm
 from lowmem.io.formats.gguf.gguf_block_types import BLOCKS, GGUFBlockType
 from lowmem.io.formats.gguf.gguf_file import GGUFHeader, GGUFTensorInfo, read_gguf_header
-from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTensorNames, tensor_names_from_metadata
+from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTransformersNameMap, tensor_name_map_from_metadata
 from lowmem.nn.forms import CodedForm
 from lowmem.quant.backend import Weight
 from lowmem.quant.formats import get_format
@@ -27,7 +27,7 @@ CHUNK_BYTES = 2**20  # of a file, that are decoded at a time
 
 
 @dataclass(frozen=True)
-class _TensorReader:
+class _GGUFTensorReader:
     """The values of a tensor of a file."""
 
     path: Path
@@ -57,7 +57,7 @@ class _TensorReader:
             read_exactly_into(self.path, self.file, begin, raw.numpy().data, f", in tensor {name}")
             yield part, raw.view(part.stop - start, -1, self.block.nbytes)
 
-    def storage_form(self) -> StorageForm:
+    def read_smallest_storage_form(self) -> StorageForm:
         """Return the smallest form that holds the codes, scales and offsets."""
         assert self.block.format
         _, scales, offsets = self.read_codes_scales_and_offsets(with_codes=False)
@@ -104,14 +104,14 @@ class _TensorReader:
         return out if self.order is None else out[self.order]
 
 
-def open_gguf_checkpoint(path: Path) -> tuple[BufferedReader, list[ForeignTensor], list[str]]:
+def open_gguf_and_list_tensors(path: Path) -> tuple[BufferedReader, list[LazyForeignTensor], list[str]]:
     """Open a file, as ``Foreign.open`` says; tensors that the model computes itself are left out."""
     file = open_regular_file(path)
     try:
         header = read_gguf_header(path, file)
         with value_errors_as_file_errors(path):
-            tensors, left_out = _foreign_tensors_and_left_out(
-                path, file, header, tensor_names_from_metadata(header.metadata)
+            tensors, left_out = _foreign_tensors_and_left_out_names(
+                path, file, header, tensor_name_map_from_metadata(header.metadata)
             )
     except BaseException:
         file.close()
@@ -119,10 +119,10 @@ def open_gguf_checkpoint(path: Path) -> tuple[BufferedReader, list[ForeignTensor
     return file, tensors, left_out
 
 
-def _foreign_tensors_and_left_out(
-    path: Path, file: BufferedReader, header: GGUFHeader, names: GGUFTensorNames
-) -> tuple[list[ForeignTensor], list[str]]:
-    foreign_tensors: dict[str, ForeignTensor] = {}
+def _foreign_tensors_and_left_out_names(
+    path: Path, file: BufferedReader, header: GGUFHeader, names: GGUFTransformersNameMap
+) -> tuple[list[LazyForeignTensor], list[str]]:
+    foreign_tensors: dict[str, LazyForeignTensor] = {}
     left_out = []
     for tensor in header.tensors.values():
         name = names.transformers_name_or_none(tensor.name)
@@ -131,34 +131,41 @@ def _foreign_tensors_and_left_out(
             continue
         if name in foreign_tensors:
             raise ValueError(f"two of its tensors are {short_repr(name)} in the model; get it again")
-        foreign_tensors[name] = _foreign_tensor_or_refused(path, file, tensor, name, names)
+        foreign_tensors[name] = _exact_or_refused_gguf_tensor(path, file, tensor, name, names)
     if not foreign_tensors:
         raise ValueError("it holds no tensors; name a model that has some")
     return list(foreign_tensors.values()), left_out
 
 
-def _foreign_tensor_or_refused(
-    path: Path, file: BufferedReader, tensor_info: GGUFTensorInfo, model_name: str, names: GGUFTensorNames
-) -> ForeignTensor:
+def _exact_or_refused_gguf_tensor(
+    path: Path, file: BufferedReader, tensor_info: GGUFTensorInfo, model_name: str, names: GGUFTransformersNameMap
+) -> LazyForeignTensor:
     block = BLOCKS.get(tensor_info.type)
     if block is None or block.refusal is not None:
         kind = f"type {tensor_info.type}" if block is None else block.name
         why = "lowmem does not know this type; take the model's Q4_K_M, Q4_0, Q8_0 or F16 file"
-        return ForeignTensor.with_refusal(
+        return LazyForeignTensor.with_refusal(
             model_name, tensor_info.shape, kind, tensor_info.nbytes, (block and block.refusal) or why
         )
     has_rows = len(tensor_info.shape) > 1
     if block.dense is None and not has_rows:
         why = "a vector has no rows of blocks; take the model's F16 file"
-        return ForeignTensor.with_refusal(model_name, tensor_info.shape, block.name, tensor_info.nbytes, why)
+        return LazyForeignTensor.with_refusal(model_name, tensor_info.shape, block.name, tensor_info.nbytes, why)
     order = (
-        names.llama_row_order_or_none(tensor_info.name, tensor_info.shape[0]) if len(tensor_info.shape) < 3 else None
+        names.file_rows_in_model_order_or_none(tensor_info.name, tensor_info.shape[0])
+        if len(tensor_info.shape) < 3
+        else None
     )
-    values = _TensorReader(path, file, tensor_info, block, order)
+    values = _GGUFTensorReader(path, file, tensor_info, block, order)
     if block.format is None or not has_rows:
-        return ForeignTensor(
+        return LazyForeignTensor(
             model_name, tensor_info.shape, block.name, tensor_info.nbytes, values.read_dense, lambda: block.dtype
         )
-    return ForeignTensor(
-        model_name, tensor_info.shape, block.name, tensor_info.nbytes, values.read_quantized, values.storage_form
+    return LazyForeignTensor(
+        model_name,
+        tensor_info.shape,
+        block.name,
+        tensor_info.nbytes,
+        values.read_quantized,
+        values.read_smallest_storage_form,
     )

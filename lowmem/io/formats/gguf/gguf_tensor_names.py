@@ -18,7 +18,7 @@ from lowmem.errors import short_repr
 
 
 @dataclass(frozen=True)
-class ArchitectureNames:
+class ArchitecturePartNames:
     """An architecture of GGUF: the names in transformers of a layer's parts, and whether q and k are reordered."""
 
     parts: Mapping[str, str]
@@ -38,12 +38,12 @@ _LLAMA = {
     "ffn_down": "mlp.down_proj",
 }
 
-FAMILIES: dict[str, ArchitectureNames] = {
-    "llama": ArchitectureNames(_LLAMA, has_reordered_rows=True),
-    "smollm3": ArchitectureNames(_LLAMA, has_reordered_rows=True),
-    "qwen2": ArchitectureNames(_LLAMA),
-    "qwen3": ArchitectureNames({**_LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}),
-    "phi3": ArchitectureNames(
+FAMILIES: dict[str, ArchitecturePartNames] = {
+    "llama": ArchitecturePartNames(_LLAMA, has_reordered_rows=True),
+    "smollm3": ArchitecturePartNames(_LLAMA, has_reordered_rows=True),
+    "qwen2": ArchitecturePartNames(_LLAMA),
+    "qwen3": ArchitecturePartNames({**_LLAMA, "attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}),
+    "phi3": ArchitecturePartNames(
         {
             **{part: name for part, name in _LLAMA.items() if part not in ("attn_q", "attn_k", "attn_v", "ffn_gate")},
             "attn_qkv": "self_attn.qkv_proj",
@@ -60,11 +60,11 @@ _LAYER = re.compile(r"model\.layers\.(?P<layer>\d{1,6})\.(?P<part>.+)", re.ASCII
 
 
 @dataclass(frozen=True)
-class GGUFTensorNames:
+class GGUFTransformersNameMap:
     """The names of one model; methods raise a ValueError for names, or rows, that its architecture does not have."""
 
     architecture: str
-    family: ArchitectureNames
+    family: ArchitecturePartNames
     heads: dict[str, int]
     """The heads of ``attn_q`` and ``attn_k``, if their rows are reordered."""
 
@@ -98,7 +98,7 @@ class GGUFTensorNames:
             f"{short_repr(self.architecture)}"
         )
 
-    def llama_row_order_or_none(self, gguf_name: str, row_count: int) -> Tensor | None:
+    def file_rows_in_model_order_or_none(self, gguf_name: str, row_count: int) -> Tensor | None:
         """Return the file's row for each row of the model, or None where they are the same."""
         match = _NAME.fullmatch(gguf_name)
         heads = None if match is None else self.heads.get(match["part"])
@@ -113,7 +113,7 @@ class GGUFTensorNames:
         return numbers.transpose(1, 2).flatten()
 
 
-def tensor_names_from_metadata(metadata: Mapping[str, Any]) -> GGUFTensorNames:
+def tensor_name_map_from_metadata(metadata: Mapping[str, Any]) -> GGUFTransformersNameMap:
     """Return the names of a model; a ValueError if they are unknown, or the metadata are not those of a whole one."""
     architecture = metadata.get("general.architecture")
     family = FAMILIES.get(architecture) if isinstance(architecture, str) else None
@@ -139,4 +139,4 @@ def tensor_names_from_metadata(metadata: Mapping[str, Any]) -> GGUFTensorNames:
             if type(count) is not int or count < 1:
                 raise ValueError(f"{architecture}.attention.{key}={short_repr(count)} must be a number; get it again")
             heads[part] = count
-    return GGUFTensorNames(architecture, family, heads)
+    return GGUFTransformersNameMap(architecture, family, heads)

@@ -53,7 +53,9 @@ PRE_TOKENIZERS = MappingProxyType(
 """What llama.cpp calls the expressions that cut a text, and whether a word that is a token is taken as it is."""
 
 
-def gguf_tokenizer_fields(folder: Path, config: Mapping[str, Any], embedding_rows: int) -> dict[str, GGUFValue]:
+def tokenizer_and_chat_template_fields(
+    folder: Path, config: Mapping[str, Any], embedding_rows: int
+) -> dict[str, GGUFValue]:
     """Return the fields of the tokenizer in a folder of ``save_pretrained``, none where there is no tokenizer.
 
     Args:
@@ -76,7 +78,7 @@ def gguf_tokenizer_fields(folder: Path, config: Mapping[str, Any], embedding_row
         read_json_object(beside, MAX_BYTES, "tokenizer", _parse_json_integers_as_text) if beside.is_file() else {}
     )
     try:
-        fields = _TokenizerJson(
+        fields = _GGUFTokenizerFieldsBuilder(
             read_json_object(path, MAX_BYTES, "tokenizer"), settings, config, embedding_rows
         ).checked_gguf_fields()
     except (KeyError, TypeError, AttributeError, IndexError) as reason:
@@ -106,7 +108,7 @@ def _parse_json_integers_as_text(text: bytes) -> Any:
     return json.loads(text, parse_int=str)
 
 
-class _TokenizerJson:
+class _GGUFTokenizerFieldsBuilder:
     """The content of tokenizer.json."""
 
     def __init__(
@@ -141,7 +143,7 @@ class _TokenizerJson:
         model_fields = (
             self._sentencepiece_bpe_fields() if self.model.get("byte_fallback") else self._byte_level_bpe_fields()
         )
-        return {**model_fields, **self._special_token_fields()}
+        return {**model_fields, **self._special_token_ids_and_add_flags()}
 
     def _token_types(self) -> list[int]:
         special = {
@@ -233,7 +235,7 @@ class _TokenizerJson:
             f"lowmem does not know its normalizer {short_repr(normalizer)} and pre_tokenizer {short_repr(step)}"
         )
 
-    def _special_token_fields(self) -> dict[str, GGUFValue]:
+    def _special_token_ids_and_add_flags(self) -> dict[str, GGUFValue]:
         """The fields of the tokens at the ends of a text, and of others with a meaning."""
         ids = {token: number for number, token in enumerate(self.tokens)}
         fields: dict[str, GGUFValue] = {}

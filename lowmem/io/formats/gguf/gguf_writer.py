@@ -28,17 +28,17 @@ from lowmem.io.formats.gguf.gguf_encoding import (
     nearest_gguf_format,
     nearest_gguf_weight,
 )
-from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, GGUFValue, encode_metadata_field, write_gguf_file
+from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, GGUFValue, encode_metadata_field, write_new_gguf_file
 from lowmem.io.formats.gguf.gguf_metadata import (
-    ExistingGGUF,
-    gguf_architecture,
+    OpenGGUFMetadataSource,
+    checked_gguf_architecture,
     gguf_model_fields,
     llama3_rope_factors_or_none,
-    read_existing_gguf,
+    read_copyable_gguf_metadata,
 )
-from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTensorNames, tensor_names_from_metadata
-from lowmem.io.formats.gguf.gguf_tokenizer_fields import gguf_tokenizer_fields
-from lowmem.io.formats.lazy_model import LazyModel, open_lazy_model
+from lowmem.io.formats.gguf.gguf_tensor_names import GGUFTransformersNameMap, tensor_name_map_from_metadata
+from lowmem.io.formats.gguf.gguf_tokenizer_fields import tokenizer_and_chat_template_fields
+from lowmem.io.formats.lazy_model import LazyModelContent, open_lazy_model
 from lowmem.io.shards import LazyWeight
 from lowmem.quant.tensor import QuantizedTensor
 
@@ -93,26 +93,26 @@ def export_gguf(
         model = stack.enter_context(open_lazy_model(source))
         existing = None
         if like is not None:
-            existing = read_existing_gguf(Path(like), stack.enter_context(open_regular_file(Path(like))))
-        names, numbers = _tensor_names_and_metadata(model, existing)
-        plans = _plan_weights_or_refuse(model, names, requantize, dtype)
+            existing = read_copyable_gguf_metadata(Path(like), stack.enter_context(open_regular_file(Path(like))))
+        names, numbers = _checked_name_map_and_metadata(model, existing)
+        plans = _sorted_weight_plans_or_refuse(model, names, requantize, dtype)
         weight_shapes = {plan.placed.name: plan.placed.shape for plan in plans}
         described_by = "config.json" if existing is None else quoted_path(existing.path)
         _check_weights_match_metadata(model, names, numbers, weight_shapes, described_by)
-        computed = _computed_tensors_and_bytes(model, names, existing)
+        computed = _rope_or_copied_tensors_and_bytes(model, names, existing)
         fields = _encoded_metadata_or_warn(model, existing, numbers, plans)
         placed = [computed_tensor for computed_tensor, _ in computed] + [plan.placed for plan in plans]
         rows: list[Exported] = []
         measured = requantize or dtype is not None
-        write_gguf_file(
+        write_new_gguf_file(
             out, fields, placed, _iterate_bytes_and_add_results(computed, plans, measured, rows, progress)
         )
     return sorted(rows, key=lambda row: row.name)
 
 
-def _tensor_names_and_metadata(
-    model: LazyModel, existing: ExistingGGUF | None
-) -> tuple[GGUFTensorNames, dict[str, Any]]:
+def _checked_name_map_and_metadata(
+    model: LazyModelContent, existing: OpenGGUFMetadataSource | None
+) -> tuple[GGUFTransformersNameMap, dict[str, Any]]:
     """Return the names of the model's weights, and its numbers by key, from its config or the existing file."""
     config = model.config
     if existing is None:
@@ -122,17 +122,20 @@ def _tensor_names_and_metadata(
             )
             raise file_error(model.path, why, "export")
         with value_errors_as_file_errors(model.folder or model.path, "export"):
-            numbers: dict[str, Any] = {"general.architecture": gguf_architecture(config), **gguf_model_fields(config)}
-            return tensor_names_from_metadata(numbers), numbers
+            numbers: dict[str, Any] = {
+                "general.architecture": checked_gguf_architecture(config),
+                **gguf_model_fields(config),
+            }
+            return tensor_name_map_from_metadata(numbers), numbers
     if config is not None:
         with value_errors_as_file_errors(model.folder or model.path, "export"):
             existing.check_matches_config(config)
     with value_errors_as_file_errors(existing.path, "copy from"):
-        return tensor_names_from_metadata(existing.header.metadata), existing.header.metadata
+        return tensor_name_map_from_metadata(existing.header.metadata), existing.header.metadata
 
 
-def _plan_weights_or_refuse(
-    model: LazyModel, names: GGUFTensorNames, requantize: bool, dtype: torch.dtype | None
+def _sorted_weight_plans_or_refuse(
+    model: LazyModelContent, names: GGUFTransformersNameMap, requantize: bool, dtype: torch.dtype | None
 ) -> list[_GGUFWeightPlan]:
     """Return what becomes of each weight, in the order of the file."""
     plans: list[_GGUFWeightPlan] = []
@@ -141,7 +144,7 @@ def _plan_weights_or_refuse(
     for weight in model.weights.values():
         with value_errors_as_file_errors(model.path, "export"):
             name = names.gguf_name(weight.name)
-            order = names.llama_row_order_or_none(name, weight.shape[0] if weight.shape else 0)
+            order = names.file_rows_in_model_order_or_none(name, weight.shape[0] if weight.shape else 0)
         try:
             kind, convert = _block_type_and_converter(weight, requantize, dtype)
         except ValueError as reason:
@@ -151,7 +154,7 @@ def _plan_weights_or_refuse(
         plans.append(_GGUFWeightPlan(weight, GGUFTensorInfo(name, weight.shape, kind), rows, convert))
     if refused:
         raise file_error(model.path, f"{_refused_weights_message(refused)}: {_REMEDY}", "export")
-    return sorted(plans, key=lambda plan: _tensor_sort_key(plan.placed.name))
+    return sorted(plans, key=lambda plan: _embedding_layers_rest_sort_key(plan.placed.name))
 
 
 def _refused_weights_message(names_by_reason: Mapping[str, list[str]]) -> str:
@@ -214,15 +217,15 @@ def _cast_tensor_and_bytes(dtype: torch.dtype, weight: _Values) -> tuple[Tensor,
     return after, flat_dense_bytes(after)
 
 
-def _tensor_sort_key(gguf_name: str) -> tuple[int, int, str]:
+def _embedding_layers_rest_sort_key(gguf_name: str) -> tuple[int, int, str]:
     """Return by what tensors are sorted: the embedding, the layers, the rest."""
     match = _LAYER.match(gguf_name)
     return (1, int(match[1]), gguf_name) if match else (0 if gguf_name.startswith("token_embd") else 2, 0, gguf_name)
 
 
 def _check_weights_match_metadata(
-    model: LazyModel,
-    names: GGUFTensorNames,
+    model: LazyModelContent,
+    names: GGUFTransformersNameMap,
     metadata: Mapping[str, Any],
     weight_shapes: Mapping[str, tuple[int, ...]],
     described_by: str,
@@ -283,8 +286,8 @@ def _check_weights_match_metadata(
             )
 
 
-def _computed_tensors_and_bytes(
-    model: LazyModel, names: GGUFTensorNames, existing: ExistingGGUF | None
+def _rope_or_copied_tensors_and_bytes(
+    model: LazyModelContent, names: GGUFTransformersNameMap, existing: OpenGGUFMetadataSource | None
 ) -> list[tuple[GGUFTensorInfo, Tensor]]:
     """Return the tensors, with their bytes, that the model in transformers computes itself, and llama.cpp reads."""
     if existing is None:
@@ -311,7 +314,10 @@ def _computed_tensors_and_bytes(
 
 
 def _encoded_metadata_or_warn(
-    model: LazyModel, existing: ExistingGGUF | None, metadata: Mapping[str, Any], plans: list[_GGUFWeightPlan]
+    model: LazyModelContent,
+    existing: OpenGGUFMetadataSource | None,
+    metadata: Mapping[str, Any],
+    plans: list[_GGUFWeightPlan],
 ) -> dict[str, bytes]:
     """Return the metadata of the file."""
     rows = next(plan.placed.shape[0] for plan in plans if plan.placed.name == "token_embd.weight")
@@ -329,7 +335,7 @@ def _encoded_metadata_or_warn(
         fields |= {
             "general.type": "model",
             **config_fields,
-            **gguf_tokenizer_fields(model.folder, model.config or {}, rows),
+            **tokenizer_and_chat_template_fields(model.folder, model.config or {}, rows),
         }
     else:
         existing.check_tokenizer_fields(rows)

@@ -144,7 +144,10 @@ class PeftConfig:
         self._layers = None if unread else self._layers
         self.names_modules = not unread and self._targets is not None and self._excluded is not None
         self._saved = frozenset(field_values["modules_to_save"])
-        self._ranks, self._alphas = _PatternMap("rank_pattern", ranks), _PatternMap("alpha_pattern", alphas)
+        self._ranks, self._alphas = (
+            _FirstMatchPatternMap("rank_pattern", ranks),
+            _FirstMatchPatternMap("alpha_pattern", alphas),
+        )
 
     def is_target_module(self, module_path: str) -> bool:
         """Whether the module at a path may be adapted."""
@@ -193,7 +196,7 @@ class PeftConfig:
         return int(number) if 0 < len(number) < 10 else None
 
 
-class _PatternMap:
+class _FirstMatchPatternMap:
     """Values by a pattern: names, ``.*``, and ``|`` between them. The first one counts that matches a place, or what
     is left of it behind a dot.
 
@@ -273,14 +276,14 @@ def _is_wildcard_match(dotted_path: str, from_start: bool, literal_parts: list[s
     return dotted_path.endswith(last) and len(dotted_path) - len(last) >= at
 
 
-def _module_matcher_or_none(targets: list[str] | str | None) -> frozenset[str] | _PatternMap | None:
+def _module_matcher_or_none(targets: list[str] | str | None) -> frozenset[str] | _FirstMatchPatternMap | None:
     """Return what finds modules; None if the names of the tensors decide, as for a regular expression."""
     if targets is None or targets == "all-linear":  # which PEFT replaces by names before it saves
         return None
     if isinstance(targets, list):
         return frozenset(targets)
     try:
-        return _PatternMap("", {targets: True}, match_whole_paths=True)
+        return _FirstMatchPatternMap("", {targets: True}, match_whole_paths=True)
     except ValueError:
         return None
 
@@ -291,10 +294,10 @@ def dotted_path_suffixes(path: str) -> list[str]:
     return [".".join(parts[start:]) for start in range(len(parts))]
 
 
-def _is_path_matched(matcher: frozenset[str] | _PatternMap | None, path: str, default: bool) -> bool:
+def _is_path_matched(matcher: frozenset[str] | _FirstMatchPatternMap | None, path: str, default: bool) -> bool:
     if matcher is None:
         return default
-    if isinstance(matcher, _PatternMap):
+    if isinstance(matcher, _FirstMatchPatternMap):
         return bool(matcher.first_match_or_default(path, False))
     return any(end in matcher for end in dotted_path_suffixes(path))
 

@@ -48,7 +48,7 @@ class PeftAdapterSlot:
     pattern_name: str
     keys: Mapping[str, str]
 
-    def file_shapes(self, rank: int) -> dict[str, tuple[int, ...]]:
+    def peft_file_shapes_by_matrix(self, rank: int) -> dict[str, tuple[int, ...]]:
         """Return the shapes of the tensors in the file."""
         module = self.module
         shapes = parameter_layout(module, self.parameter).lora_matrix_shapes(rank)
@@ -66,7 +66,9 @@ class PeftAdapterSlot:
         if value.dim() == 3:
             return value.flatten(0, 1) if matrix_name == "lora_a" else value.permute(1, 2, 0).flatten(1)
         return value.reshape(
-            self.file_shapes(value.shape[0] if matrix_name == "lora_a" else value.shape[1])[matrix_name]
+            self.peft_file_shapes_by_matrix(value.shape[0] if matrix_name == "lora_a" else value.shape[1])[
+                matrix_name
+            ]
         )
 
     def from_file_shape(self, matrix_name: str, value: Tensor, rank: int) -> Tensor:

@@ -79,14 +79,16 @@ def read_peft_content(folder: Path, model: nn.Module) -> AdapterContent:
     """
     config = read_peft_config(folder)
     with SafetensorsFile(folder / WEIGHTS) as file, value_errors_as_file_errors(folder, _TASK):
-        content = _PeftAdapterReader(model, config, dict(file.specs), file.read_tensor).check_and_read_content()
+        content = _PeftAdapterReader(
+            model, config, dict(file.specs), file.read_tensor
+        ).match_to_model_and_read_content()
     _warn_if_base_name_differs(model, config)
     return content
 
 
 def read_peft_config(folder: Path) -> PeftConfig:
     """Return what the config of a folder says; a FileError if it is no folder of PEFT, or damaged."""
-    _check_is_peft_folder(folder)
+    _check_is_safetensors_peft_folder(folder)
     content = read_json_object(folder / CONFIG)
     with value_errors_as_file_errors(folder / CONFIG, _TASK):
         return PeftConfig(content)
@@ -125,7 +127,7 @@ def check_not_adapters_only(folder: Path, action: str) -> None:
         raise file_error(folder, f"{why}; lowmem merge BASE {folder} OUT{which} writes a model to {action}", action)
 
 
-def _check_is_peft_folder(folder: Path) -> None:
+def _check_is_safetensors_peft_folder(folder: Path) -> None:
     """Raise a FileError that says what a folder is, unless it is one of PEFT."""
     with read_errors_with_path(folder):
         names = {entry.name for entry in folder.iterdir()}
@@ -164,7 +166,7 @@ class _PeftAdapterReader:
             if special := _INSIDE.search(name):
                 raise ValueError(f"tensor {short_repr(name)} is a {special[1]}, of which lowmem has no form; {MERGE}")
 
-    def check_and_read_content(self) -> AdapterContent:
+    def match_to_model_and_read_content(self) -> AdapterContent:
         """Return the adapter; a ValueError if the file does not fit the model."""
         layers = PeftTargetLayers(self._model, self._target_module_paths(), self._target_parameter_names())
         if not layers.slots:
@@ -172,13 +174,13 @@ class _PeftAdapterReader:
         techniques: dict[str, LoRA] = {}
         for slot in layers.slots:
             technique = techniques[slot.place] = self._config.lora_technique(slot.pattern_name)
-            for part, shape in slot.file_shapes(technique.rank).items():
+            for part, shape in slot.peft_file_shapes_by_matrix(technique.rank).items():
                 self._check_and_claim_tensor(slot.keys[part], shape, error_suffix=f" at rank {technique.rank}")
         if len(techniques) < len(layers.slots):
             raise ValueError("it adapts a layer twice")
         saved, buffers = self._claim_saved_tensors_and_buffers(layers)
         keys_and_tensors = saved + self._claim_bias_keys_and_parameters(layers)
-        self._check_and_skip_base_weights(layers)
+        self._check_and_claim_base_weight_copies(layers)
         if self._unclaimed:
             raise ValueError(self._unclaimed_tensor_message(next(iter(self._unclaimed))))
         tensors = {
@@ -188,7 +190,7 @@ class _PeftAdapterReader:
             }
             for slot in layers.slots
         }
-        values = self._read_base_tensors_and_values(keys_and_tensors)
+        values = self._read_checked_base_value_pairs(keys_and_tensors)
         self._check_no_saved_tensor_is_tied(saved, {id(base_tensor): new for base_tensor, new in values})
         return AdapterContent(
             techniques, tensors, values, buffers={at: self._read_tensor(key) for at, key in buffers.items()}
@@ -309,7 +311,7 @@ class _PeftAdapterReader:
             keys_and_tensors.append((key, parameter))
         return keys_and_tensors
 
-    def _read_base_tensors_and_values(
+    def _read_checked_base_value_pairs(
         self, keys_and_tensors: list[tuple[str, Tensor]]
     ) -> list[tuple[Tensor, Tensor]]:
         """Return the values that replace those of the base; tensors that are one here must be equal."""
@@ -348,7 +350,7 @@ class _PeftAdapterReader:
                     "untie them first"
                 )
 
-    def _check_and_skip_base_weights(self, layers: PeftTargetLayers) -> None:
+    def _check_and_claim_base_weight_copies(self, layers: PeftTargetLayers) -> None:
         """Leave out copies of adapted weights, which PEFT writes of embeddings, if they are the model's."""
         for slot in layers.slots:
             key = f"{layers.innermost_tensor_name_prefix(self._paths[slot.module][0])}.{slot.parameter}"

@@ -20,7 +20,7 @@ from lowmem.io.filesystem import atomic_folder, write_atomically
 from lowmem.io.formats.peft.peft_config import dotted_path_suffixes
 from lowmem.io.formats.peft.peft_layout import PREFIX, PeftTargetLayers, dense_parameter_names
 from lowmem.io.formats.peft.peft_reader import CONFIG, WEIGHTS
-from lowmem.io.lowmem_file import write_plain_safetensors
+from lowmem.io.lowmem_file import write_plain_safetensors_atomically
 from lowmem.io.safetensors_header import TensorSpec
 from lowmem.nn.adapted_module import AdaptedModule
 from lowmem.nn.adapter import Adapter, is_transformers_conv1d
@@ -47,11 +47,13 @@ def write_peft_folder(
     """
     writing = _PeftFolderBuilder(model, adapters_by_path, buffers)
     tensors = writing.tensors_by_file_name()
-    config = writing.adapter_config() | {"base_model_name_or_path": base_name or _hub_name_or_none(model)}
+    config = writing.build_adapter_config_or_warn() | {
+        "base_model_name_or_path": base_name or _hub_name_or_none(model)
+    }
     text = json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     with atomic_folder(folder) as partial:
         specs = {key: TensorSpec.from_tensor(tensor) for key, tensor in tensors.items()}
-        write_plain_safetensors(partial / WEIGHTS, specs, tensors.items())
+        write_plain_safetensors_atomically(partial / WEIGHTS, specs, tensors.items())
         write_atomically(partial / CONFIG, text.encode())
 
 
@@ -73,9 +75,9 @@ class _PeftFolderBuilder:
         self._layers = PeftTargetLayers(model, self._modules, self._parameters)
         missing = set(adapters_by_path) - {slot.place for slot in self._layers.slots}
         assert not missing, missing
-        self._saved, self._biases = self._trained_modules_and_biases()
+        self._saved, self._biases = self._checked_trained_paths_and_biases()
 
-    def _trained_modules_and_biases(self) -> tuple[list[str], list[tuple[str, Tensor]]]:
+    def _checked_trained_paths_and_biases(self) -> tuple[list[str], list[tuple[str, Tensor]]]:
         """Return the paths of modules that train, and the keys of biases that do."""
         with_buffers = {name.rpartition(".")[0]: name.rpartition(".")[2] for name in self._buffers}
         # Also those whose weights train
@@ -147,7 +149,7 @@ class _PeftFolderBuilder:
                     )
         return tensors | {key: bias.detach() for key, bias in self._biases}
 
-    def adapter_config(self) -> dict[str, Any]:
+    def build_adapter_config_or_warn(self) -> dict[str, Any]:
         """Return what ``adapter_config.json`` holds."""
         techniques = {slot.pattern_name: self._adapters[slot.place].technique for slot in self._layers.slots}
         stabilized = all(item.rank_stabilized for item in techniques.values())
@@ -165,12 +167,12 @@ class _PeftFolderBuilder:
             )
         return {
             "peft_type": "LORA",
-            "task_type": _peft_task_type_or_none(self._model),
+            "task_type": _causal_lm_task_or_none(self._model),
             "revision": None,
             "inference_mode": True,
             "r": rank,
             "lora_alpha": alpha,
-            "lora_dropout": self._dropout_or_warn(techniques),
+            "lora_dropout": self._common_dropout_or_warn(techniques),
             "use_rslora": stabilized,
             "rank_pattern": {f"^{re.escape(name)}": item for name, item in ranks.items() if item != rank},
             "alpha_pattern": {f"^{re.escape(name)}": item for name, item in alphas.items() if item != alpha},
@@ -208,7 +210,7 @@ class _PeftFolderBuilder:
                     )
         return sorted(wanted)
 
-    def _dropout_or_warn(self, techniques: Mapping[str, LoRA]) -> float:
+    def _common_dropout_or_warn(self, techniques: Mapping[str, LoRA]) -> float:
         dropout_counts = Counter(item.dropout for item in techniques.values())
         dropout = dropout_counts.most_common(1)[0][0]
         if len(dropout_counts) == 1 and not (dropout and self._parameters):
@@ -229,7 +231,7 @@ def _equivalent_alpha(technique: LoRA, rank_stabilized: bool) -> float:
     return alpha if technique.rank_stabilized == rank_stabilized else alpha * math.sqrt(technique.rank)
 
 
-def _peft_task_type_or_none(model: nn.Module) -> str | None:
+def _causal_lm_task_or_none(model: nn.Module) -> str | None:
     """Return the task by which PEFT knows that a model generates; others would change what it saves."""
     generates = type(model).__name__.endswith("ForCausalLM") and hasattr(model, "prepare_inputs_for_generation")
     return "CAUSAL_LM" if generates else None

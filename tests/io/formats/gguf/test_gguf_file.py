@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_gguf_file
+from lowmem.io.formats.gguf.gguf_file import GGUFTensorInfo, encode_metadata_field, write_new_gguf_file
 from tests.io.formats.written import header_of
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
@@ -28,7 +28,7 @@ def test_fields_are_read_back(values, tmp_path_factory):
     values.pop("general.alignment", None)
     tensors = [GGUFTensorInfo("a", (2, 3), 1), GGUFTensorInfo("b", (1, 32), 2), GGUFTensorInfo("c", (5,), 0)]
     contents = {one.name: torch.randint(0, 256, (one.nbytes,), dtype=torch.uint8) for one in tensors}
-    write_gguf_file(
+    write_new_gguf_file(
         path, {key: encode_metadata_field(key, value) for key, value in values.items()}, tensors, contents.items()
     )
     header = header_of(path)
@@ -58,5 +58,5 @@ def test_another_tensor_than_the_next_one_leaves_no_file(tmp_path):
     right, short = torch.zeros(16, dtype=torch.uint8), torch.zeros(15, dtype=torch.uint8)
     for contents in ([], [("a", right)], [("b", right), ("a", right)], [("a", short)], [("a", right)] * 3):
         with pytest.raises(ValueError, match=r"did not come|came"):
-            write_gguf_file(tmp_path / "a.gguf", {}, tensors, contents)
+            write_new_gguf_file(tmp_path / "a.gguf", {}, tensors, contents)
         assert list(tmp_path.iterdir()) == []

@@ -9,10 +9,10 @@ import torch
 from lowmem.errors import FileError
 from lowmem.io.formats.gguf.gguf_file import encode_metadata_field
 from lowmem.io.formats.gguf.gguf_metadata import (
-    gguf_architecture,
+    checked_gguf_architecture,
     gguf_model_fields,
     llama3_rope_factors_or_none,
-    read_existing_gguf,
+    read_copyable_gguf_metadata,
 )
 from tests.io.formats import written
 from tests.io.formats.folders import CONFIG
@@ -104,7 +104,7 @@ def test_llama3_divides_low_frequencies_and_leaves_high_ones():
 def existing_of(path, metadata):
     path.write_bytes(written.gguf(metadata))
     with open(path, "rb") as file:
-        return read_existing_gguf(path, file)
+        return read_copyable_gguf_metadata(path, file)
 
 
 def test_fields_of_an_existing_file_are_copied_but_for_how_it_is_stored(tmp_path):
@@ -121,7 +121,7 @@ def test_fields_of_an_existing_file_are_copied_but_for_how_it_is_stored(tmp_path
             found.check_matches_config({**CONFIG, **changes})
     with pytest.raises(FileError, match="adapter"):
         existing_of(tmp_path / "c.gguf", {**like, "general.type": "adapter"})
-    assert gguf_architecture({"model_type": "smollm3"}) == "smollm3"
+    assert checked_gguf_architecture({"model_type": "smollm3"}) == "smollm3"
 
 
 def test_numbers_of_an_existing_file_that_no_model_has_are_refused(tmp_path):

@@ -8,7 +8,7 @@ import torch
 
 from lowmem.errors import FileError
 from lowmem.io.formats.gguf.gguf_file import MAX_ITEMS
-from lowmem.io.formats.gguf.gguf_reader import open_gguf_checkpoint
+from lowmem.io.formats.gguf.gguf_reader import open_gguf_and_list_tensors
 from lowmem.io.formats.open_foreign import open_foreign_checkpoint
 from tests.io.formats.written import LLAMA, QWEN, gguf, read_all, text
 
@@ -124,7 +124,7 @@ def test_vectors_of_blocks_are_dense_where_the_type_says_their_values(tmp_path):
 def test_what_the_model_computes_itself_is_left_out(tmp_path):
     tensors = [("rope_freqs.weight", (8,), 0, 0), (*NORM[:3], 32)]
     (tmp_path / "a.gguf").write_bytes(gguf(LLAMA, tensors, bytes(64)))
-    file, found, left_out = open_gguf_checkpoint(tmp_path / "a.gguf")
+    file, found, left_out = open_gguf_and_list_tensors(tmp_path / "a.gguf")
     file.close()
     assert left_out == ["rope_freqs.weight"]
     assert [tensor.name for tensor in found] == ["model.layers.0.input_layernorm.weight"]

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from lowmem.errors import FileError
-from lowmem.io.formats.gguf.gguf_tokenizer_fields import PRE_TOKENIZERS, gguf_tokenizer_fields
+from lowmem.io.formats.gguf.gguf_tokenizer_fields import PRE_TOKENIZERS, tokenizer_and_chat_template_fields
 
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 ADDED = [
@@ -34,7 +34,7 @@ def fields_of(folder, tokenizer, settings=None, config=None, rows=12):
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
     if settings is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return gguf_tokenizer_fields(folder, config or {}, rows)
+    return tokenizer_and_chat_template_fields(folder, config or {}, rows)
 
 
 NAMED = {"bos_token": "<s>", "eos_token": {"content": "</s>"}, "model_max_length": 10**30}
@@ -99,10 +99,10 @@ def test_ends_come_from_the_config_where_the_tokenizer_names_none(tmp_path):
 
 
 def test_a_folder_without_a_tokenizer_has_no_fields_and_with_an_old_one_is_refused(tmp_path):
-    assert gguf_tokenizer_fields(tmp_path, {}, 8) == {}
+    assert tokenizer_and_chat_template_fields(tmp_path, {}, 8) == {}
     (tmp_path / "tokenizer.model").write_text("x")
     with pytest.raises(FileError, match=r"tokenizer\.model.*save_pretrained"):
-        gguf_tokenizer_fields(tmp_path, {}, 8)
+        tokenizer_and_chat_template_fields(tmp_path, {}, 8)
 
 
 def test_what_llama_cpp_does_not_have_is_refused_with_the_remedy(tmp_path):
@@ -151,4 +151,4 @@ def test_what_llama_cpp_does_not_have_is_refused_with_the_remedy(tmp_path):
         assert "--like" in str(error.value) or tokenizer == []
     (tmp_path / "tokenizer.json").write_text('{"model": ')
     with pytest.raises(FileError, match="damaged"):
-        gguf_tokenizer_fields(tmp_path, {}, 8)
+        tokenizer_and_chat_template_fields(tmp_path, {}, 8)
