@@ -225,7 +225,7 @@ def progress_display(
     wide_terminal_columns: Sequence[ColumnOrText] = (),
     total: float | None = None,
     visible: bool = True,
-    **task_fields: str,
+    **task_fields: Any,
 ) -> Iterator[Callable[..., None]]:
     """Show progress on stderr for the block; yield the function that updates it, by rich's ``advance=N`` or others.
 
